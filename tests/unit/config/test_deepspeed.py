@@ -1,0 +1,67 @@
+"""Who owns which key: the run file or the DeepSpeed JSON."""
+
+import json
+
+import pytest
+
+from univitar_ds.config.deepspeed import deepspeed_path, read_deepspeed, resolve_deepspeed
+from univitar_ds.config.load import check_config
+from univitar_ds.errors import ConfigError
+
+NAMES = ("run.yaml", "zero.json")
+
+
+@pytest.fixture
+def config():
+    stage = {"name": "s", "samples": 10, "lr": 1e-3}
+    return check_config({"name": "r", "data": {"sources": [{"path": "x"}], "lanes": 4}, "stages": [stage]}, "run.yaml")
+
+
+def test_every_shipped_json_resolves(config):
+    files = sorted(deepspeed_path("zero3_cpu").parent.glob("*.json"))
+    assert len(files) >= 5
+    for file in files:
+        resolved = resolve_deepspeed(config, 2, read_deepspeed(file.stem), NAMES)
+        assert resolved["gradient_accumulation_steps"] == 2
+        assert resolved["train_batch_size"] == 4
+        assert resolved["gradient_clipping"] == 1.0
+
+
+def test_a_key_with_two_values_names_both_files(config):
+    with pytest.raises(ConfigError, match=r"gradient_clipping is 0\.5 in zero\.json but 1\.0 follows from run\.yaml"):
+        resolve_deepspeed(config, 2, {"gradient_clipping": 0.5}, NAMES)
+
+
+def test_the_same_value_on_both_sides_is_no_fault(config):
+    assert resolve_deepspeed(config, 2, {"gradient_clipping": 1.0}, NAMES)["gradient_clipping"] == 1.0
+
+
+def test_all_ownership_faults_are_told_at_once(config):
+    content = {"optimizer": {}, "scheduler": {}, "train_batch_size": 99, "fp16": {"enabled": True}}
+    with pytest.raises(ConfigError) as error:
+        resolve_deepspeed(config, 2, content, NAMES)
+    for word in ("optimizer", "scheduler", "train_batch_size is 99", "fp16"):
+        assert word in str(error.value)
+
+
+def test_ranks_that_do_not_share_the_lanes_are_refused_with_the_sizes_that_do(config):
+    with pytest.raises(ConfigError, match=r"data\.lanes is 4 .* 3 ranks; run 1, 2, 4 ranks"):
+        resolve_deepspeed(config, 3, {}, NAMES)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '"x"'])
+def test_a_json_that_is_no_object_is_a_sentence(tmp_path, content):
+    path = tmp_path / "zero.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"zero\.json"):
+        read_deepspeed(str(path))
+
+
+def test_a_missing_json_names_the_shipped_ones():
+    with pytest.raises(ConfigError, match="zero3_cpu"):
+        read_deepspeed("nothing")
+
+
+def test_shipped_jsons_hold_no_key_of_the_run_file():
+    for file in deepspeed_path("zero3_cpu").parent.glob("*.json"):
+        assert set(json.loads(file.read_text())) <= {"bf16", "data_types", "zero_optimization"}

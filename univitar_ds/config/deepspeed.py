@@ -1,0 +1,90 @@
+"""The DeepSpeed JSON: precision, ZeRO, buckets and offload. Everything else has its owner in the run file."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.errors import ConfigError
+
+OWNED_BY_RUN = {
+    "optimizer": "optimizer",
+    "scheduler": "stages.*.lr",
+    "activation_checkpointing": "model.checkpoint_every",
+}
+"""DeepSpeed sections that the run file replaces, and the key that does."""
+
+
+def deepspeed_path(name: str) -> Path:
+    """Path of a DeepSpeed JSON: a path as it stands, or a name from `ds_configs/`."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = Path(str(resources.files("ds_configs")))
+    if (folder / f"{name}.json").is_file():
+        return folder / f"{name}.json"
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.json")))
+    raise ConfigError(f"deepspeed: no file {name!r}; give the path of a JSON or one of {names}")
+
+
+def read_deepspeed(name: str) -> dict[str, Any]:
+    """The content of a DeepSpeed JSON. Raises ConfigError when it is missing or no JSON object."""
+    path = deepspeed_path(name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"deepspeed: cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"deepspeed: {path} holds {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def check_world_size(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError unless every rank gets the same number of lanes."""
+    lanes = config.data.lanes
+    if lanes % world_size:
+        divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+        raise ConfigError(
+            f"data.lanes is {lanes} and cannot be shared evenly by {world_size} ranks; "
+            f"run {divisors} ranks, or start a new run with another data.lanes"
+        )
+
+
+def resolve_deepspeed(
+    config: RunConfig, world_size: int, content: dict[str, Any], names: tuple[str, str]
+) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run on `world_size` ranks.
+
+    Args:
+        content: the DeepSpeed JSON as read.
+        names: how to call the run file and the JSON in a message.
+    Raises: ConfigError when a key has an owner in the run file and another value here, or the lanes
+        cannot be shared by the ranks.
+    """
+    check_world_size(config, world_size)
+    owned = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.data.lanes // world_size,
+        "train_batch_size": config.data.lanes,
+        "gradient_clipping": config.optimizer.clip_norm or 0.0,
+    }
+    run_file, json_file = names
+    faults = [
+        f"{key} is {content[key]!r} in {json_file} but {value!r} follows from {run_file}; remove it from {json_file}"
+        for key, value in owned.items()
+        if content.get(key, value) not in (value, "auto")
+    ]
+    faults += [
+        f"{key} stands in {json_file} but belongs to {run_file} ({owner}); remove it from {json_file}"
+        for key, owner in OWNED_BY_RUN.items()
+        if key in content
+    ]
+    if content.get("fp16", {}).get("enabled"):
+        faults.append(f"fp16 is enabled in {json_file}; bf16 and fp32 are supported: set bf16.enabled")
+    if faults:
+        raise ConfigError("\n  - ".join(["the two configurations contradict each other:", *faults]))
+    quiet = {"steps_per_print": 10**9, "wall_clock_breakdown": False, "zero_allow_untested_optimizer": True}
+    return {**quiet, **content, **owned}

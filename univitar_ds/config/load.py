@@ -1,0 +1,222 @@
+"""Reading a run file: YAML, dotted overrides, and every fault told at once in words."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.errors import ConfigError
+
+DEEPSPEED_KEYS = ("zero_optimization", "bf16", "fp16", "data_types", "zero_allow_untested_optimizer")
+"""Keys that people look for in the run file and that belong to the DeepSpeed JSON."""
+
+RESULT_FREE = (
+    "output",
+    "deepspeed",
+    "data.workers",
+    "data.prefetch_packs",
+    "data.decode_timeout_s",
+    "data.max_bad_in_a_row",
+    "data.log_samples",
+    "model.attention",
+    "model.checkpoint_every",
+    "checkpoint",
+    "evaluation",
+    "logging",
+)
+"""What a resumed run may change: these leave the samples and the mathematics of the run as they are."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, which YAML would silently resolve to the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise ConfigError(
+                    f"key {key!r} is written twice in one section (line {key_node.start_mark.line + 1}); keep one"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def recipe_path(name: str) -> Path:
+    """Path of a run file: a path as it stands, or the name of a shipped recipe (`demo`, `photos`)."""
+    path = Path(name)
+    if path.exists():
+        return path
+    shipped = Path(str(resources.files("univitar_ds"))) / "recipes"
+    if (shipped / f"{name}.yaml").is_file():
+        return shipped / f"{name}.yaml"
+    names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    raise ConfigError(f"no run file {name!r}: give the path of a YAML file or one of the shipped recipes ({names})")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError when the file cannot be read or is no mapping."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506, a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {type(content).__name__}, expected keys such as name, data and stages")
+    return content
+
+
+def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `content` with `a.b.0.c=value` entries set; values are read as YAML.
+
+    Raises ConfigError for an entry without `=` or one that walks through something that is no section.
+    """
+    content = json.loads(json.dumps(content))
+    for entry in overrides:
+        dotted, separator, text = entry.partition("=")
+        if not separator or not dotted:
+            raise ConfigError(f"override {entry!r} is not of the form section.key=value")
+        try:
+            value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506, a SafeLoader
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {entry!r}: {text!r} is not valid YAML") from error
+        node: Any = content
+        *sections, last = dotted.split(".")
+        for section in sections:
+            node = _child(node, section, entry)
+        if isinstance(node, list):
+            node[_index(node, last, entry)] = value
+        elif isinstance(node, dict):
+            node[last] = value
+        else:
+            raise ConfigError(f"override {entry!r}: {'.'.join(sections)} is a value, not a section")
+    return content
+
+
+def _child(node: Any, section: str, entry: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, section, entry)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {entry!r}: nothing lies below the value before {section!r}")
+    if node.get(section) is None:
+        node[section] = {}
+    return node[section]
+
+
+def _index(items: list, text: str, entry: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise ConfigError(f"override {entry!r}: {text!r} is no index of a list of {len(items)}; use 0 to {len(items) - 1}")
+    return int(text)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked run file at `path` (or the shipped recipe of that name) with overrides applied.
+
+    Raises ConfigError that lists every fault, each with its place, its value and the remedy.
+    """
+    file = recipe_path(str(path))
+    return check_config(apply_overrides(read_yaml(file), overrides), str(file))
+
+
+def check_config(content: dict[str, Any], where: str) -> RunConfig:
+    """`content` as a RunConfig. Raises ConfigError listing all faults found in `where`."""
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        lines = [_sentence(fault) for fault in error.errors()]
+    head = f"{where} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:"
+    raise ConfigError("\n  - ".join([head, *lines])) from None
+
+
+def _sentence(fault: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return _unknown_key(fault["loc"])
+    if fault["type"] == "missing":
+        return f"{place} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{place}: {message}" if place else message
+    value = json.dumps(fault["input"], default=str)
+    return f"{place}: {message[0].lower()}{message[1:]}, got {value if len(value) < 80 else value[:77] + '...'}"
+
+
+def _unknown_key(location: tuple) -> str:
+    *sections, key = location
+    model = _model_at(sections)
+    names = list(model.model_fields) if model else []
+    place = ".".join(str(part) for part in location)
+    if key in DEEPSPEED_KEYS:
+        return f"{place} belongs to the DeepSpeed JSON that `deepspeed` names, not to the run file"
+    near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
+    return f"unknown key {place}; {hint}"
+
+
+def _model_at(sections: Sequence[Any]) -> type[BaseModel] | None:
+    """The section class that a path of field names and list indices leads to."""
+    model: Any = RunConfig
+    for section in sections:
+        if isinstance(section, int):
+            continue
+        field = model.model_fields.get(section) if model else None
+        model = _section_class(field.annotation) if field else None
+    return model
+
+
+def _section_class(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (list, Union, types.UnionType):
+        return next(filter(None, map(_section_class, get_args(annotation))), None)
+    return None
+
+
+def dump_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved run file: every key with the value that the run uses."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110), encoding="utf-8")
+
+
+def result_part(config: RunConfig) -> dict[str, Any]:
+    """What of a run file decides the result: all of it but the keys in RESULT_FREE."""
+    content = config.model_dump(mode="json")
+    for dotted in RESULT_FREE:
+        *sections, last = dotted.split(".")
+        node = content
+        for section in sections:
+            node = node[section]
+        node.pop(last)
+    return content
+
+
+def config_fingerprint(config: RunConfig) -> str:
+    """Hash of what decides the result; a checkpoint carries it."""
+    return hashlib.sha256(json.dumps(result_part(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def changed_keys(before: Any, after: Any, place: str = "") -> list[str]:
+    """Dotted names of the leaves in which two configurations, as plain mappings, differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
+        return [
+            name
+            for key in keys
+            for name in changed_keys(before.get(key), after.get(key), f"{place}.{key}" if place else key)
+        ]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [name for i, (old, new) in pairs for name in changed_keys(old, new, f"{place}.{i}")]
+    return [] if before == after else [place]

@@ -1,0 +1,239 @@
+"""The run file: everything that changes the result of a run, checked where it is declared.
+
+One YAML is one run. What changes only how fast or in how much memory it runs (ZeRO stage, precision,
+buckets, offload) lives in the DeepSpeed JSON that `deepspeed` names; see `config/deepspeed.py`.
+The unit of a number is the suffix of its name: `_samples`, `_steps`, `_px`, `_tokens`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from univitar_ds.geometry import PATCH, TUBELET, Resolution
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+EncoderSize = Literal["tiny", "0.3b", "0.6b", "1b"]
+Modality = Literal["image", "video"]
+
+
+class Section(BaseModel):
+    """A part of the run file: unknown keys are faults, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextConfig(Section):
+    """The text tower: a CLIP-style causal transformer from scratch, or weights from a local folder."""
+
+    path: str | None = Field(None, description="folder of a transformers text model and its tokenizer.json")
+    hidden_size: Positive = 256
+    layers: Positive = 4
+    heads: Positive = 4
+    intermediate_size: Positive = 1024
+    context_length: Annotated[int, Field(ge=4)] = Field(48, description="longest caption in text tokens")
+    vocab_size: Annotated[int, Field(ge=16)] = Field(8192, description="upper limit when the tokenizer is trained")
+    tokenizer: str | None = Field(None, description="tokenizer.json; trained on the captions when absent")
+    frozen: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TextConfig:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by heads {self.heads}")
+        return self
+
+
+class ModelConfig(Section):
+    """Both towers and what joins them."""
+
+    encoder: EncoderSize = "tiny"
+    init_from: str | None = Field(None, description="folder of a released or exported encoder to start from")
+    layer_scale_init: Annotated[float, Field(gt=0)] = 0.1
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="activation checkpointing: 0 none, 1 every block, k every k-th block"
+    )
+    pool_heads: Positive = Field(4, description="heads of the attention pooling")
+    embed_dim: Positive = 256
+    logit_scale_init: Annotated[float, Field(gt=0)] = 10.0
+    logit_bias_init: float = -10.0
+    text: TextConfig = TextConfig()
+
+
+class SourceConfig(Section):
+    """Shards to read: a folder packed by `univitar-ds data pack`, one tar, or a brace range of tars."""
+
+    path: str
+    split: str | None = Field("train", description="split of a packed folder; not used for bare tars")
+
+
+class DataConfig(Section):
+    """Where samples come from and how they are read."""
+
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    lanes: Positive = Field(4, description="independent streams of packs; the world size must divide it")
+    workers: Annotated[int, Field(ge=0)] = Field(1, description="decoding processes per rank; 0 decodes in line")
+    prefetch_packs: Positive = Field(4, description="packs decoded ahead per rank")
+    pool_samples: Positive = Field(192, description="samples a lane looks ahead over when it fills a pack")
+    max_image_px: Positive = Field(100_000_000, description="a frame with more pixels is a bad sample")
+    decode_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="longest decoding of one clip")
+    max_bad_in_a_row: Positive = Field(64, description="more unreadable samples in a row end the run")
+    log_samples: bool = Field(False, description="write samples-rank*.jsonl: step, lane and sample keys")
+
+
+class ResolutionConfig(Section):
+    """Size rule of one modality. `min_tokens` and `max_tokens` hold for a whole item, clips included."""
+
+    kind: Literal["native", "fixed"] = "native"
+    min_tokens: Positive = 576
+    max_tokens: Positive = 5832
+    divisor_px: Positive = 112
+    size_px: Positive | None = Field(None, description="side of the square when kind is fixed")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ResolutionConfig:
+        if self.kind == "fixed" and (self.size_px is None or self.size_px % PATCH):
+            raise ValueError(f"kind fixed needs size_px divisible by {PATCH}, got {self.size_px}")
+        if self.kind == "native":
+            if self.size_px is not None:
+                raise ValueError(f"size_px {self.size_px} belongs to kind fixed; remove it")
+            if self.divisor_px % PATCH:
+                raise ValueError(f"divisor_px {self.divisor_px} is not divisible by the patch size {PATCH}")
+            if self.min_tokens > self.max_tokens:
+                raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
+        return self
+
+    def rule(self) -> Resolution:
+        return Resolution(self.min_tokens, self.max_tokens, self.divisor_px, self.size_px)
+
+    def largest_item(self, frames: int) -> int:
+        """Most tokens an item of `frames` frames can have."""
+        steps = -(-frames // TUBELET)
+        if self.size_px is not None:
+            return steps * (self.size_px // PATCH) ** 2
+        return max(self.max_tokens, self.min_tokens)
+
+
+class StageConfig(Section):
+    """One leg of the curriculum. Its length is counted in items over all ranks and lanes."""
+
+    name: str
+    samples: Positive
+    image: ResolutionConfig = ResolutionConfig()
+    video: ResolutionConfig = ResolutionConfig()
+    video_ratio: Fraction = Field(0.0, description="share of steps that are all clips")
+    clip_frames: Annotated[int, Field(ge=2)] = Field(8, description="frames sampled evenly from a clip; even")
+    token_budget: Positive = Field(16384, description="most tokens in a pack: memory")
+    cost_budget_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="most forward+backward TFLOP of the encoder in a pack: time"
+    )
+    lr: Annotated[float, Field(gt=0)]
+    warmup_samples: Annotated[int, Field(ge=0)] = 0
+    final_lr_ratio: Fraction = Field(0.0, description="learning rate at the stage's end, of its peak")
+
+    @model_validator(mode="after")
+    def _fits(self) -> StageConfig:
+        faults = []
+        if self.clip_frames % TUBELET:
+            faults.append(f"clip_frames {self.clip_frames} is not a multiple of {TUBELET}")
+        if self.warmup_samples >= self.samples:
+            faults.append(f"warmup_samples {self.warmup_samples} must be below samples {self.samples}")
+        used = {"image": self.video_ratio < 1, "video": self.video_ratio > 0}
+        for modality, frames in (("image", 1), ("video", self.clip_frames)):
+            rule: ResolutionConfig = getattr(self, modality)
+            if used[modality] and rule.largest_item(frames) > self.token_budget:
+                faults.append(
+                    f"{modality}: an item may have {rule.largest_item(frames)} tokens but token_budget is "
+                    f"{self.token_budget}; raise token_budget or lower {modality}.max_tokens"
+                )
+            steps = -(-frames // TUBELET)
+            if used[modality] and rule.kind == "native" and steps * (rule.divisor_px // PATCH) ** 2 > rule.max_tokens:
+                faults.append(
+                    f"{modality}.divisor_px {rule.divisor_px} gives at least "
+                    f"{steps * (rule.divisor_px // PATCH) ** 2} tokens an item, above max_tokens {rule.max_tokens}"
+                )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def resolution(self, modality: Modality) -> Resolution:
+        return (self.image if modality == "image" else self.video).rule()
+
+
+class ObjectiveConfig(Section):
+    """The contrastive objective."""
+
+    chunk: Positive = Field(1024, description="texts compared at a time: memory of the loss")
+    same_caption_positive: bool = Field(False, description="identical captions in one step count as positives")
+
+
+class OptimizerConfig(Section):
+    """AdamW; the learning rate belongs to the stage."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class CheckpointConfig(Section):
+    """When state is saved and how many saves are kept."""
+
+    every_steps: Positive = 200
+    keep: Positive = 2
+
+
+class EvaluationConfig(Section):
+    """What is measured on held-out data once training has ended."""
+
+    sources: list[SourceConfig] = Field(default_factory=list, description="empty: nothing is evaluated")
+    token_budget: Positive = 8192
+    image_templates: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["{}"], description="sentences that zero-shot puts a picture's label in, at {}"
+    )
+    video_templates: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["{}"], description="the same for the label of a clip"
+    )
+
+    @model_validator(mode="after")
+    def _templates_hold_the_label(self) -> EvaluationConfig:
+        bad = [text for text in self.image_templates + self.video_templates if text.count("{}") != 1]
+        if bad:
+            raise ValueError(f"a template holds the label once, as {{}}; these do not: {bad}")
+        return self
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    every_steps: Positive = 10
+    tensorboard: bool = True
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of one rank, for MFU; measured once at the start when absent"
+    )
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    output: str = Field("runs", description="folder that holds the run's folder")
+    seed: Annotated[int, Field(ge=0)] = 0
+    deepspeed: str = Field("zero3_cpu", description="a name from ds_configs/ or the path of a JSON")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    stages: Annotated[list[StageConfig], Field(min_length=1)]
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _stage_names_differ(self) -> RunConfig:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages need different names, got {names}")
+        return self
