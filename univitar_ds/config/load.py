@@ -67,7 +67,7 @@ def recipe_path(name: str) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError when the file cannot be read or is no mapping."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506, a SafeLoader
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     except yaml.YAMLError as error:
@@ -90,7 +90,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
         if not separator or not dotted:
             raise ConfigError(f"override {entry!r} is not of the form section.key=value")
         try:
-            value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506, a SafeLoader
+            value = yaml.load(text, Loader=_StrictLoader)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {entry!r}: {text!r} is not valid YAML") from error
         node: Any = content
@@ -118,7 +118,9 @@ def _child(node: Any, section: str, entry: str) -> Any:
 
 def _index(items: list, text: str, entry: str) -> int:
     if not text.isdigit() or int(text) >= len(items):
-        raise ConfigError(f"override {entry!r}: {text!r} is no index of a list of {len(items)}; use 0 to {len(items) - 1}")
+        raise ConfigError(
+            f"override {entry!r}: {text!r} is no index of a list of {len(items)}; use 0 to {len(items) - 1}"
+        )
     return int(text)
 
 

@@ -34,7 +34,9 @@ class TextConfig(Section):
     heads: Positive = 4
     intermediate_size: Positive = 1024
     context_length: Annotated[int, Field(ge=4)] = Field(48, description="longest caption in text tokens")
-    vocab_size: Annotated[int, Field(ge=16)] = Field(8192, description="upper limit when the tokenizer is trained")
+    vocab_size: Annotated[int, Field(ge=260)] = Field(
+        8192, description="upper limit when the tokenizer is trained; 256 bytes and 4 marks are the least"
+    )
     tokenizer: str | None = Field(None, description="tokenizer.json; trained on the captions when absent")
     frozen: bool = False
 

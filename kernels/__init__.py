@@ -1,0 +1,1 @@
+"""The operations of the encoder that are worth a kernel of their own. `reference` is the truth: plain torch."""

@@ -1,0 +1,59 @@
+"""The released encoder's numbers, as the tests read them; tests/golden/README.md says how they were made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+FOLDER = Path(__file__).parents[1] / "golden"
+CASES = ("merge1", "merge2")
+
+
+@dataclass(frozen=True)
+class Golden:
+    folder: Path
+    grid_thw: Tensor
+    loss: float
+    pixel_values: Tensor
+    last_hidden_state: Tensor
+    hidden_states: Tensor
+    loss_weight: Tensor
+    grads: dict[str, Tensor]
+
+    def items(self) -> list[Image.Image | list[Image.Image]]:
+        """Pictures and clips, in the order of the grids."""
+        return [
+            [Image.open(self.folder / name) for name in sample["frames"]]
+            if "frames" in sample
+            else Image.open(self.folder / sample["file"])
+            for sample in _expected(self.folder)["samples"]
+        ]
+
+
+@cache
+def golden(case: str) -> Golden:
+    folder = FOLDER / case
+    expected = _expected(folder)
+    return Golden(
+        folder=folder,
+        grid_thw=torch.tensor([sample["grid_thw"] for sample in expected["samples"]]),
+        loss=expected["loss"],
+        grads=load_file(folder / "expected_grads.safetensors"),
+        **load_file(folder / "expected.safetensors"),
+    )
+
+
+def resize_rows() -> list[list[int]]:
+    """height, width, factor, min_pixels, max_pixels, resized height, resized width."""
+    return json.loads((FOLDER / "smart_resize.json").read_text())["rows"]
+
+
+def _expected(folder: Path) -> dict:
+    return json.loads((folder / "expected.json").read_text())

@@ -1,0 +1,152 @@
+"""The whole model: unit vectors per item, the bits of its first values, weights to start from."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from univitar_ds.config.schema import ModelConfig, TextConfig
+from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.model import contrastive
+from univitar_ds.model.config import PRESETS
+from univitar_ds.model.contrastive import AttentionPool, build_contrastive
+from univitar_ds.model.encoder import UniViTAR
+from univitar_ds.model.weights import save_encoder
+
+TEXT = TextConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64, context_length=12)
+CONFIG = ModelConfig(text=TEXT, embed_dim=16, pool_heads=2, layer_scale_init=0.2)
+VOCAB = {"vocab_size": 50, "eos_id": 2, "pad_id": 0}
+GRIDS = torch.tensor([[1, 4, 6], [2, 2, 4], [1, 2, 2]])
+FRAMES = torch.tensor([1, 4, 1])
+CAPTIONS = torch.tensor([[1, 7, 9, 2, 0], [1, 30, 31, 32, 2], [1, 2, 0, 0, 0]])
+LENGTHS = torch.tensor([4, 5, 2])
+
+
+def sizes(frames, grids):
+    return [count * h * w * 588 for count, (_, h, w) in zip(frames.tolist(), grids.tolist(), strict=True)]
+
+
+def drawn_pixels():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (sum(sizes(FRAMES, GRIDS)),), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def small_tiny(monkeypatch):
+    shape = dataclasses.replace(PRESETS["tiny"], hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
+                                intermediate_size=96)  # fmt: skip
+    monkeypatch.setitem(contrastive.PRESETS, "tiny", shape)
+
+
+def test_both_towers_give_unit_vectors_and_the_logits_their_start():
+    vision, text, scale, bias = build_contrastive(CONFIG, **VOCAB, seed=0)(
+        drawn_pixels(), FRAMES, GRIDS, CAPTIONS, LENGTHS
+    )
+    for embedded in (vision, text):
+        assert embedded.shape == (3, 16)
+        torch.testing.assert_close(embedded.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(scale, torch.tensor([10.0]))
+    assert bias.tolist() == [-10.0]
+
+
+def test_scale_and_bias_are_new_tensors_with_the_right_gradients():
+    model = build_contrastive(CONFIG, **VOCAB, seed=0)
+    _, _, scale, bias = model(drawn_pixels(), FRAMES, GRIDS, CAPTIONS, LENGTHS)
+    assert bias.data_ptr() != model.logit_bias.data_ptr()
+    (3 * scale + 5 * bias).sum().backward()
+    torch.testing.assert_close(model.logit_scale.grad, torch.tensor([30.0]))
+    torch.testing.assert_close(model.logit_bias.grad, torch.tensor([5.0]))
+    torch.testing.assert_close(model.logit_scale.detach(), torch.tensor([math.log(10.0)]))
+
+
+def test_an_item_is_embedded_the_same_alone_and_in_a_pack():
+    model = build_contrastive(CONFIG, **VOCAB, seed=0)
+    pixels = drawn_pixels()
+    together = model.encode_vision(pixels, FRAMES, GRIDS)
+    for index, part in enumerate(pixels.split(sizes(FRAMES, GRIDS))):
+        one = slice(index, index + 1)
+        alone = model.encode_vision(part, FRAMES[one], GRIDS[one])
+        torch.testing.assert_close(together[one], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 3])
+def test_every_parameter_takes_part_whatever_the_pack_holds(count, dtype):
+    model = build_contrastive(CONFIG, **VOCAB, seed=0).to(dtype)
+    pixels = drawn_pixels() if count else torch.empty(0, dtype=torch.uint8)
+    vision, text, scale, bias = model(
+        pixels, FRAMES[:count], GRIDS[:count], CAPTIONS[:count], LENGTHS[:count]
+    )
+    assert vision.shape == text.shape == (count, 16)
+    assert {vision.dtype, text.dtype, scale.dtype, bias.dtype} == {torch.float32}
+    upstream = torch.arange(16.0)
+    ((vision * upstream).sum() + (text * upstream).sum() + scale.sum() + bias.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if count == 0 and not name.startswith("logit"):
+            assert not parameter.grad.any(), name
+
+
+def test_pooling_is_a_softmax_over_each_items_own_tokens():
+    pool = AttentionPool(8, 2, 1e-6, "auto").double()
+    tokens = torch.randn(7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    k, v = pool.kv(pool.norm(tokens)).view(7, 2, 2, 4).unbind(1)
+    wanted = []
+    for item in (slice(0, 5), slice(5, 7)):
+        weights = (torch.einsum("hk,thk->ht", pool.query.view(2, 4), k[item]) / 2).softmax(-1)
+        wanted.append(torch.einsum("ht,thk->hk", weights, v[item]).flatten())
+    torch.testing.assert_close(pool(tokens, [5, 2]), torch.stack(wanted), rtol=0, atol=1e-12)
+
+
+def test_the_same_seed_gives_the_same_bits_and_leaves_outside_randomness_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = build_contrastive(CONFIG, **VOCAB, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again = build_contrastive(CONFIG, **VOCAB, seed=3).state_dict()
+    other = build_contrastive(CONFIG, **VOCAB, seed=4).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["vision_proj.weight"], other["vision_proj.weight"])
+    assert not torch.equal(
+        first["vision.encoder.layers.0.attn.qkv.weight"], other["vision.encoder.layers.0.attn.qkv.weight"]
+    )
+    assert (first["vision.encoder.layers.1.ls2"] == 0.2).all()
+
+
+def test_another_text_tower_leaves_the_first_values_of_the_encoder_alone():
+    wider = CONFIG.model_copy(update={"text": TEXT.model_copy(update={"hidden_size": 64})})
+    one, two = (build_contrastive(config, **VOCAB, seed=0).vision.state_dict() for config in (CONFIG, wider))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_frozen_text_tower_still_trains_its_projection():
+    frozen = CONFIG.model_copy(update={"text": TEXT.model_copy(update={"frozen": True})})
+    model = build_contrastive(frozen, **VOCAB, seed=0)
+    model.encode_text(CAPTIONS, LENGTHS).square().sum().backward()
+    assert model.text_proj.weight.grad is not None
+    assert all(parameter.grad is None for parameter in model.text.parameters())
+
+
+def test_training_starts_from_the_weights_of_a_folder(tmp_path):
+    start = UniViTAR(dataclasses.replace(contrastive.PRESETS["tiny"], min_tokens=7))
+    save_encoder(tmp_path, start)
+    model = build_contrastive(CONFIG.model_copy(update={"init_from": str(tmp_path)}), **VOCAB, seed=0)
+    assert model.vision.config.min_tokens == 7
+    assert all(
+        torch.equal(tensor, start.state_dict()[name]) for name, tensor in model.vision.state_dict().items()
+    )
+
+
+def test_an_encoder_of_another_size_to_start_from_is_refused_by_its_differences(tmp_path):
+    shape = dataclasses.replace(contrastive.PRESETS["tiny"], num_hidden_layers=3, intermediate_size=192)
+    save_encoder(tmp_path, UniViTAR(shape))
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 3 instead of 2; intermediate_size is 192 instead"):
+        build_contrastive(CONFIG.model_copy(update={"init_from": str(tmp_path)}), **VOCAB, seed=0)
+
+
+def test_pool_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ConfigError, match="pool_heads 5 does not divide the encoder's width 64"):
+        build_contrastive(CONFIG.model_copy(update={"pool_heads": 5}), **VOCAB, seed=0)

@@ -1,0 +1,102 @@
+"""What the golden numbers do not pin: packing, head widths, empty packs, precision, first values."""
+
+import pytest
+import torch
+
+from tests.unit.model.made import GRIDS, drawn_patches, small_encoder
+from univitar_ds.geometry import cumulative, token_count
+from univitar_ds.model.encoder import grid_positions
+
+
+@pytest.mark.parametrize(("hidden", "heads"), [(128, 2), (160, 2), (240, 2)], ids=["64", "80", "120"])
+def test_an_item_comes_out_the_same_alone_and_in_a_pack_for_every_head_width(hidden, heads):
+    model = small_encoder(hidden_size=hidden, num_attention_heads=heads).double()
+    patches = drawn_patches(GRIDS).double()
+    together = model(patches, GRIDS)
+    bounds = cumulative([token_count(grid) for grid in GRIDS])
+    for grid, start, end in zip(GRIDS, bounds, bounds[1:], strict=False):
+        alone = model(patches[start:end], torch.tensor([grid]))
+        torch.testing.assert_close(together[start:end], alone, rtol=0, atol=1e-12)
+
+
+def test_a_pixel_of_one_item_never_reaches_another():
+    model, patches = small_encoder(), drawn_patches(GRIDS)
+    changed = patches.clone()
+    changed[:24] += 1
+    assert torch.equal(model(patches, GRIDS)[24:], model(changed, GRIDS)[24:])
+    assert not torch.equal(model(patches, GRIDS)[:24], model(changed, GRIDS)[:24])
+
+
+def test_an_empty_pack_gives_every_parameter_a_gradient_of_zero():
+    model = small_encoder(qkv_bias=True)
+    tokens = model(torch.empty(0, 1176), torch.empty(0, 3, dtype=torch.int64))
+    assert tokens.shape == (0, 64)
+    tokens.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_hidden_states_start_with_the_embedding_and_end_with_the_output():
+    model, patches = small_encoder(), drawn_patches(GRIDS)
+    output, states = model(patches, GRIDS, output_hidden_states=True)
+    assert len(states) == 3
+    assert torch.equal(states[0], model.embeddings["patch_embedding"](patches))
+    assert torch.equal(states[-1], output)
+    assert torch.equal(output, model(patches, GRIDS))
+
+
+def test_bfloat16_stays_near_float32():
+    model, patches = small_encoder(), drawn_patches(GRIDS)
+    exact = model(patches, GRIDS)
+    rounded = model.bfloat16()(patches, GRIDS)
+    assert rounded.dtype == torch.bfloat16
+    # A few roundings of 2^-9 relative to the largest entry.
+    assert (rounded.float() - exact).abs().max() < 2**-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_recomputing_blocks_changes_no_bit_of_the_gradients(every):
+    grads = []
+    for checkpoint_every in (0, every):
+        model = small_encoder(num_hidden_layers=3)
+        model.checkpoint_every = checkpoint_every
+        model(drawn_patches(GRIDS), GRIDS).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_recomputing_blocks_keeps_fewer_tensors():
+    def kept(every: int) -> int:
+        model, sizes = small_encoder(num_hidden_layers=4), []
+        model.checkpoint_every = every
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            model(drawn_patches(GRIDS), GRIDS)
+        return sum(sizes)
+
+    assert kept(1) < kept(2) < kept(0)
+
+
+def test_positions_follow_the_merge_blocks_and_repeat_over_time():
+    assert grid_positions([[1, 2, 2]], 1).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    block_order = [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+    assert grid_positions([[2, 2, 4]], 2).tolist() == block_order * 2
+    assert grid_positions([], 1).shape == (0, 2)
+
+
+def test_first_values_are_bounded_and_layer_scale_is_the_configs():
+    model = small_encoder(initializer_factor=0.25)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("ls1", "ls2")):
+            assert (parameter == 0.25).all(), name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            assert 0 < parameter.std() < 0.2, name
+
+
+def test_patches_that_do_not_match_the_grids_are_a_fault_of_ours():
+    with pytest.raises(AssertionError, match="3 patches, the grids take 4"):
+        small_encoder()(drawn_patches([[1, 1, 3]]), [[1, 2, 2]])

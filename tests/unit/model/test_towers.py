@@ -1,0 +1,125 @@
+"""Text towers: from scratch and from local folders, padding without effect, empty batches."""
+
+import pytest
+import torch
+from transformers import BertConfig, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, SiglipConfig, SiglipModel
+
+from univitar_ds.config.schema import TextConfig
+from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.model.towers import build_text_tower
+
+VOCAB = {"vocab_size": 50, "eos_id": 49, "pad_id": 0}
+SMALL = TextConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64, context_length=12)
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "vocab_size": 50, "max_position_embeddings": 12}  # fmt: skip
+CAPTIONS = torch.tensor([[1, 7, 9, 49, 0, 0], [1, 30, 31, 32, 33, 49], [1, 49, 0, 0, 0, 0]])
+LENGTHS = torch.tensor([4, 6, 2])
+
+
+@pytest.fixture
+def siglip(tmp_path):
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**SHAPE, "projection_size": 24, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 49}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path)
+    return model.eval()
+
+
+def save_clip(folder, **changes):
+    text = {**SHAPE, "bos_token_id": None, "eos_token_id": 49, "pad_token_id": 0, **changes}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_padding_has_no_effect_and_the_end_of_text_is_pooled():
+    tower = build_text_tower(SMALL, **VOCAB)
+    pooled = tower(CAPTIONS, LENGTHS)
+    assert pooled.shape == (3, tower.width) == (3, 32)
+    for row, length in enumerate(LENGTHS.tolist()):
+        alone = tower(CAPTIONS[row : row + 1, :length], LENGTHS[row : row + 1])
+        torch.testing.assert_close(pooled[row], alone[0], rtol=0, atol=1e-5)
+        states = tower.model(input_ids=CAPTIONS[row : row + 1]).last_hidden_state
+        torch.testing.assert_close(pooled[row], states[0, length - 1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5)])
+def test_no_captions_give_no_rows_and_every_used_parameter_a_gradient_of_zero(shape):
+    tower = build_text_tower(SMALL, **VOCAB)
+    pooled = tower(torch.empty(shape, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    assert pooled.shape == (0, 32)
+    pooled.sum().backward()
+    for name, parameter in tower.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_a_frozen_tower_has_nothing_to_train():
+    tower = build_text_tower(SMALL.model_copy(update={"frozen": True}), **VOCAB)
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def test_the_text_part_of_a_clip_folder_gives_its_features_without_a_word(tmp_path, capfd):
+    whole = save_clip(tmp_path)
+    capfd.readouterr()
+    tower = build_text_tower(SMALL.model_copy(update={"path": str(tmp_path)}), **VOCAB)
+    assert capfd.readouterr() == ("", "")
+    wanted = whole.text_model(input_ids=CAPTIONS).pooler_output
+    torch.testing.assert_close(tower(CAPTIONS, LENGTHS), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_clip_text_folder_works_too(tmp_path):
+    torch.manual_seed(0)
+    model = CLIPTextModel(CLIPTextConfig(**SHAPE, bos_token_id=None, eos_token_id=49, pad_token_id=0))
+    model.save_pretrained(tmp_path)
+    tower = build_text_tower(SMALL.model_copy(update={"path": str(tmp_path)}), **VOCAB)
+    torch.testing.assert_close(
+        tower(CAPTIONS, LENGTHS), model.eval()(input_ids=CAPTIONS).pooler_output, rtol=0, atol=1e-5
+    )
+
+
+def test_siglip_sees_rows_padded_to_full_length_with_its_own_padding(siglip, tmp_path):
+    tower = build_text_tower(SMALL.model_copy(update={"path": str(tmp_path)}), **VOCAB)
+    padded = torch.tensor([[1, 7, 9, 49] + [1] * 8, [1, 30, 31, 32, 33, 49] + [1] * 6, [1, 49] + [1] * 10])
+    wanted = siglip.text_model(input_ids=padded).pooler_output
+    pooled = tower(CAPTIONS, LENGTHS)
+    assert pooled.shape == (3, tower.width) == (3, 24)
+    torch.testing.assert_close(pooled, wanted, rtol=0, atol=1e-5)
+    assert tower(CAPTIONS[:0], LENGTHS[:0]).shape == (0, 24)
+
+
+def test_a_missing_folder_is_named_and_never_looked_up_elsewhere(tmp_path):
+    config = SMALL.model_copy(update={"path": str(tmp_path / "openai/clip")})
+    with pytest.raises(CheckpointError, match=r"openai/clip has no config\.json"):
+        build_text_tower(config, **VOCAB)
+
+
+def test_another_kind_of_model_is_refused_by_name(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a bert model; able to use: clip, clip_text_model, siglip"):
+        build_text_tower(SMALL.model_copy(update={"path": str(tmp_path)}), **VOCAB)
+
+
+def test_a_folder_without_weights_or_with_some_missing_is_refused(tmp_path):
+    save_clip(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    config = SMALL.model_copy(update={"path": str(tmp_path)})
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        build_text_tower(config, **VOCAB)
+    torch.manual_seed(0)
+    CLIPTextModel(CLIPTextConfig(**{**SHAPE, "num_hidden_layers": 1})).save_pretrained(tmp_path / "short")
+    (tmp_path / "short/config.json").write_bytes((tmp_path / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"lacks weights: .*layers\.1"):
+        build_text_tower(SMALL.model_copy(update={"path": str(tmp_path / "short")}), **VOCAB)
+
+
+def test_a_tokenizer_or_context_too_large_for_the_folder_is_refused(tmp_path):
+    save_clip(tmp_path)
+    config = SMALL.model_copy(update={"path": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"tokenizer has 51 tokens but the text model in .* knows 50"):
+        build_text_tower(config, **{**VOCAB, "vocab_size": 51})
+    with pytest.raises(ConfigError, match="context_length 13 exceeds the 12 positions"):
+        build_text_tower(config.model_copy(update={"context_length": 13}), **VOCAB)

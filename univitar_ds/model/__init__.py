@@ -1,0 +1,1 @@
+"""The encoder, the text tower and what joins them."""

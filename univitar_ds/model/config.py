@@ -1,0 +1,16 @@
+"""The sizes of the family."""
+
+from __future__ import annotations
+
+from univitar_ds.config.encoder import EncoderConfig
+
+__all__ = ["PRESETS", "EncoderConfig"]
+
+PRESETS = {
+    "tiny": EncoderConfig(192, 7, 3, 768),
+    "0.3b": EncoderConfig(1024, 24, 16, 4224),
+    "0.6b": EncoderConfig(1280, 32, 16, 5184),
+    "1b": EncoderConfig(1920, 32, 24, 7680),
+}
+"""The family. Parameters: tiny 5,439,232 (ours, for demonstrations and tests), 0.3b 309,885,952 (released),
+0.6b 636,554,496 (published as 637M) and 1b 1,418,820,480; the 1b's shape is inferred from its published 1419M."""

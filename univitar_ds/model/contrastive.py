@@ -1,0 +1,153 @@
+"""Both towers, their pooling and projections: pictures and captions to unit vectors of one space."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.reference import normalise, patchify
+from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
+from univitar_ds.config.schema import ModelConfig
+from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.geometry import token_count
+from univitar_ds.model.attention import Spans, attention
+from univitar_ds.model.config import PRESETS
+from univitar_ds.model.encoder import UniViTAR
+from univitar_ds.model.layers import RMSNorm
+from univitar_ds.model.towers import build_text_tower
+from univitar_ds.model.weights import load_into
+
+
+class AttentionPool(nn.Module):
+    """One learned query looks at all tokens of an item; normed first, for the encoder ends without a norm."""
+
+    def __init__(self, width: int, heads: int, eps: float, backend: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.backend = backend
+        self.norm = RMSNorm(width, eps)
+        self.query = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.kv = nn.Linear(width, 2 * width)
+        nn.init.xavier_uniform_(self.kv.weight)
+        nn.init.zeros_(self.kv.bias)
+
+    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """(T, D), tokens per item -> (N, D)."""
+        count, width = len(lengths), tokens.shape[1] // self.heads
+        k, v = self.kv(self.norm(tokens)).view(-1, 2, self.heads, width).unbind(1)
+        q = self.query.view(1, self.heads, width).expand(count, -1, -1)
+        queries, keys = (Spans.of(spans, tokens.device) for spans in ([1] * count, lengths))
+        return attention(q, k, v, queries, keys, self.backend)
+
+
+class ContrastiveModel(nn.Module):
+    """The trained whole. Under DeepSpeed it is called through the engine only; evaluation calls `encode_*`."""
+
+    def __init__(self, vision: UniViTAR, text: nn.Module, config: ModelConfig) -> None:
+        super().__init__()
+        width = vision.config.hidden_size
+        self.vision = vision
+        self.pool = AttentionPool(width, config.pool_heads, vision.config.layer_norm_eps, config.attention)
+        self.vision_proj = nn.Linear(width, config.embed_dim, bias=False)
+        self.text = text
+        self.text_proj = nn.Linear(text.width, config.embed_dim, bias=False)
+        for head in (self.vision_proj, self.text_proj):
+            nn.init.xavier_uniform_(head.weight)
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
+        self.logit_bias = nn.Parameter(torch.tensor([float(config.logit_bias_init)]))
+
+    def forward(
+        self, pixels: Tensor, frames: Tensor, grid_thw: Tensor, token_ids: Tensor, text_lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Embeds one pack; N may be 0.
+
+        Args: see `encode_vision` and `encode_text`.
+        Returns: vision (N, E), text (N, E), both float32 of length 1; scale (1,), bias (1,) of the logits.
+        """
+        # Scale and bias leave as new tensors: ZeRO-3 takes a parameter's storage away once forward has ended.
+        return (
+            self.encode_vision(pixels, frames, grid_thw),
+            self.encode_text(token_ids, text_lengths),
+            self.logit_scale.float().exp(),
+            self.logit_bias.float() * 1.0,
+        )
+
+    def encode_vision(self, pixels: Tensor, frames: Tensor, grid_thw: Tensor) -> Tensor:
+        """Pictures and clips to unit vectors.
+
+        Args:
+            pixels: (B,) uint8, see `kernels.reference.patchify`; on the model's device.
+            frames: (N,) frames stored per item; grid_thw: (N, 3) tokens per item; both on the host.
+        Returns: (N, E) float32.
+        """
+        config, grids = self.vision.config, grid_thw.tolist()
+        patches = patchify(pixels, frames.tolist(), grids, config.spatial_merge_size)
+        tokens = self.vision(normalise(patches, config.image_mean, config.image_std), grids)
+        pooled = self.pool(tokens, [token_count(grid) for grid in grids])
+        return F.normalize(self.vision_proj(pooled).float(), dim=-1)
+
+    def encode_text(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
+        """Captions to unit vectors.
+
+        Args: token_ids (N, S), padded after the end of text; text_lengths (N,) real tokens per row.
+        Returns: (N, E) float32.
+        """
+        return F.normalize(self.text_proj(self.text(token_ids, text_lengths)).float(), dim=-1)
+
+
+def build_contrastive(
+    config: ModelConfig, *, vocab_size: int, eos_id: int, pad_id: int, seed: int
+) -> ContrastiveModel:
+    """The model of a run, on the CPU in float32. The same arguments give the same bits; no random state outside moves.
+
+    Raises: ConfigError if the parts do not fit each other, CheckpointError if weights to start from do not fit.
+    """
+    shape = _encoder_shape(config)
+    if shape.hidden_size % config.pool_heads:
+        raise ConfigError(
+            f"model.pool_heads {config.pool_heads} does not divide the encoder's width {shape.hidden_size}; "
+            f"choose a divisor such as {math.gcd(config.pool_heads, shape.hidden_size)}"
+        )
+    with _seeded(seed, "vision"):
+        vision = UniViTAR(shape, attention=config.attention, checkpoint_every=config.checkpoint_every)
+    if config.init_from is not None:
+        load_into(vision, config.init_from)
+    with _seeded(seed, "text"):
+        text = build_text_tower(config.text, vocab_size=vocab_size, eos_id=eos_id, pad_id=pad_id)
+    with _seeded(seed, "heads"):
+        return ContrastiveModel(vision, text, config)
+
+
+def _encoder_shape(config: ModelConfig) -> EncoderConfig:
+    named = dataclasses.replace(PRESETS[config.encoder], initializer_factor=config.layer_scale_init)
+    if config.init_from is None:
+        return named
+    found = read_encoder_config(config.init_from)
+    differences = [
+        f"{name} is {found.architecture()[name]} instead of {value}"
+        for name, value in named.architecture().items()
+        if found.architecture()[name] != value
+    ]
+    if differences:
+        raise CheckpointError(
+            f"model.init_from {Path(config.init_from)} holds another encoder than {config.encoder}: "
+            f"{'; '.join(differences)}. Name the encoder that fits model.encoder."
+        )
+    return found
+
+
+@contextmanager
+def _seeded(seed: int, part: str) -> Iterator[None]:
+    # Each part has a seed of its own: changing one tower leaves the first values of the others as they were.
+    own = int.from_bytes(hashlib.blake2b(f"{seed}/{part}".encode(), digest_size=7).digest())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(own)
+        yield

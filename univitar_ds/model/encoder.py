@@ -1,0 +1,93 @@
+"""The encoder: packed patches in, packed tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
+from univitar_ds.geometry import token_count
+from univitar_ds.model.attention import Spans
+from univitar_ds.model.layers import Block, PatchEmbedding
+from univitar_ds.model.weights import load_into, save_encoder
+
+
+class UniViTAR(nn.Module):
+    """A native-resolution vision transformer for pictures and clips (arXiv 2504.01792).
+
+    No class token, no learned positions, no final norm: the last block's output is the result.
+    `attention` picks the back end, `checkpoint_every` recomputes every k-th block in the backward pass (0: none).
+    """
+
+    def __init__(self, config: EncoderConfig, *, attention: str = "auto", checkpoint_every: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_every = checkpoint_every
+        self.embeddings = nn.ModuleDict(
+            {"patch_embedding": PatchEmbedding(config.hidden_size, config.patch_embedding_bias)}
+        )
+        blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": blocks})
+        self.apply(_initialise)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, attention: str = "auto", checkpoint_every: int = 0) -> Self:
+        """Reads a folder in the release's layout, in the precision it was stored in; in evaluation mode.
+
+        Raises: CheckpointError if the folder is incomplete, damaged or does not fit.
+        """
+        with torch.device("meta"):
+            model = cls(read_encoder_config(folder), attention=attention, checkpoint_every=checkpoint_every)
+        load_into(model, folder, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors` in the release's layout."""
+        save_encoder(folder, self)
+
+    def forward(
+        self, pixel_values: Tensor, grid_thw: Tensor | Sequence[Sequence[int]], *, output_hidden_states: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Encodes a pack.
+
+        Args:
+            pixel_values: (T, 1176) normalised patches, items one after another.
+            grid_thw: (N, 3) tokens per item along time, height, width; on the host.
+            output_hidden_states: also return the input of every block and the last output.
+        Returns: (T, D), or with hidden states a pair ((T, D), list of layers + 1 times (T, D)).
+        """
+        grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]
+        spans = Spans.of([token_count(grid) for grid in grids], pixel_values.device)
+        positions = grid_positions(grids, self.config.spatial_merge_size).to(pixel_values.device, non_blocking=True)
+        assert len(positions) == len(pixel_values), f"{len(pixel_values)} patches, the grids take {len(positions)}"
+        x = self.embeddings["patch_embedding"](pixel_values)
+        states = [x]
+        for index, block in enumerate(self.encoder["layers"]):
+            if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
+                x = checkpoint(block, x, positions, spans, use_reentrant=False)
+            else:
+                x = block(x, positions, spans)
+            if output_hidden_states:
+                states.append(x)
+        return (x, states) if output_hidden_states else x
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def grid_positions(grids: Sequence[Sequence[int]], merge: int) -> Tensor:
+    """Row and column of every token of a pack, (T, 2) int64, in the order of `kernels.reference.patchify`."""
+    items = [torch.empty(0, 2, dtype=torch.int64)]
+    for t, h, w in grids:
+        cells = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(h // merge, merge, w // merge, merge, 2)
+        items.append(cells.transpose(1, 2).reshape(h * w, 2).repeat(t, 1))
+    return torch.cat(items)

@@ -1,0 +1,136 @@
+"""The parts of an encoder block. Key names and arithmetic are the release's.
+
+A weight is used only in the forward of the module that owns it: ZeRO-3 gathers a module's weights when the
+module is called, and another module would find them empty.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.reference import PATCH_VALUES, add_norm, rms_norm, rope2d_norm, swiglu_norm
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.geometry import PATCH, TUBELET
+from univitar_ds.model.attention import Spans, attention
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class RotaryNorm(RMSNorm):
+    """2-D rotary embedding of one of q and k, then RMSNorm over all heads together."""
+
+    def __init__(self, width: int, eps: float, theta: float) -> None:
+        super().__init__(width, eps)
+        self.theta = theta
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """(T, H, K), (T, 2) -> (T, H, K)."""
+        return rope2d_norm(x, positions, self.weight, theta=self.theta, eps=self.eps)
+
+
+class Rotary(nn.Module):
+    """2-D rotary embedding alone, for encoders without q and k norms."""
+
+    def __init__(self, theta: float) -> None:
+        super().__init__()
+        self.theta = theta
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """(T, H, K), (T, 2) -> (T, H, K)."""
+        return rope2d_norm(x, positions, None, theta=self.theta, eps=0.0)
+
+
+class AddNorm(RMSNorm):
+    """Residual sum with LayerScale, and its norm."""
+
+    def forward(self, x: Tensor, branch: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, D), (T, D), (D,) -> the sum and its norm, both (T, D)."""
+        return add_norm(x, branch, scale, self.weight, self.eps)
+
+
+class GatedNorm(RMSNorm):
+    """RMSNorm(silu(gate) * up)."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return swiglu_norm(gate, up, self.weight, self.eps)
+
+
+class PatchEmbedding(nn.Module):
+    """A linear map of whole patches; its weight keeps the shape of the release's convolution."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 3, TUBELET, PATCH, PATCH))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        nn.init.xavier_uniform_(self.weight.data.view(width, PATCH_VALUES))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(T, 1176) -> (T, D)."""
+        return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class Attention(nn.Module):
+    """Self-attention within each item, with rotary positions and normed q and k."""
+
+    def __init__(self, config: EncoderConfig, backend: str) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.backend = backend
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.proj = nn.Linear(width, width)
+        for name in ("q_norm", "k_norm"):
+            turn = RotaryNorm(width, config.layer_norm_eps, config.rope_theta) if config.qk_normalization else None
+            setattr(self, name, turn or Rotary(config.rope_theta))
+
+    def forward(self, x: Tensor, positions: Tensor, spans: Spans) -> Tensor:
+        """(T, D), (T, 2) -> (T, D)."""
+        q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads).unbind(1)
+        q, k = self.q_norm(q, positions), self.k_norm(k, positions)
+        return self.proj(attention(q, k, v, spans, spans, self.backend))
+
+
+class SwiGLU(nn.Module):
+    """fc2(RMSNorm(silu(fc1 x) * fc3 x))."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.inner_width
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+        self.fc3 = nn.Linear(width, inner)
+        self.norm = GatedNorm(inner, config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return self.fc2(self.norm(self.fc1(x), self.fc3(x)))
+
+
+class Block(nn.Module):
+    """x + ls1 * attn(norm1 x), then x + ls2 * mlp(norm2 x)."""
+
+    def __init__(self, config: EncoderConfig, backend: str) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.ls1 = nn.Parameter(torch.full((width,), float(config.initializer_factor)))
+        self.ls2 = nn.Parameter(torch.full((width,), float(config.initializer_factor)))
+        self.norm1 = RMSNorm(width, eps)
+        self.attn = Attention(config, backend)
+        self.norm2 = AddNorm(width, eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, positions: Tensor, spans: Spans) -> Tensor:
+        """(T, D), (T, 2) -> (T, D)."""
+        x, normed = self.norm2(x, self.attn(self.norm1(x), positions, spans), self.ls1)
+        return torch.addcmul(x, self.mlp(normed), self.ls2)

@@ -1,0 +1,157 @@
+"""Text towers out of transformers. The library is imported when a tower is built, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from univitar_ds.config.schema import TextConfig
+from univitar_ds.errors import CheckpointError, ConfigError
+
+FAMILIES = {"clip": "clip", "clip_text_model": "clip", "siglip": "siglip", "siglip_text_model": "siglip"}
+"""transformers' `model_type` of a folder -> the way its text part is used."""
+
+
+class CausalTextTower(nn.Module):
+    """CLIP's text transformer, pooled at the last real token, which under a causal mask has seen all others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.width: int = model.config.hidden_size
+
+    def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """(N, S) ids, (N,) real tokens per row, end of text included -> (N, Dt)."""
+        rows = len(token_ids)
+        token_ids, lengths = _never_empty(token_ids, lengths)
+        states = self.model(input_ids=token_ids).last_hidden_state
+        return states[torch.arange(len(states), device=states.device), lengths - 1][:rows]
+
+
+class PaddedTextTower(nn.Module):
+    """SigLIP's text transformer: trained without a mask on rows padded to full length, pooled at the last place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.width: int = model.config.projection_size
+
+    def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """(N, S) ids, (N,) real tokens per row -> (N, Dt)."""
+        rows = len(token_ids)
+        token_ids, lengths = _never_empty(token_ids, lengths)
+        config = self.model.config
+        full = token_ids.new_full((len(token_ids), config.max_position_embeddings), config.pad_token_id)
+        real = torch.arange(token_ids.shape[1], device=token_ids.device) < lengths[:, None]
+        full[:, : token_ids.shape[1]] = token_ids.where(real, config.pad_token_id)
+        return self.model(input_ids=full).pooler_output[:rows]
+
+
+def build_text_tower(config: TextConfig, *, vocab_size: int, eos_id: int, pad_id: int) -> nn.Module:
+    """A text tower: from `config.path`, or CLIP-style from scratch with torch's current random state.
+
+    Returns: a module with `width` (Dt) and forward(token_ids (N, S), lengths (N,)) -> (N, Dt); N may be 0.
+    Raises: CheckpointError if the folder cannot be used, ConfigError if it does not fit the tokenizer.
+    """
+    if config.path is None:
+        tower: nn.Module = CausalTextTower(_clip_from_scratch(config, vocab_size, eos_id, pad_id))
+    else:
+        tower = _from_folder(Path(config.path))
+        _check_fit(config, tower.model.config, vocab_size)
+    return tower.requires_grad_(not config.frozen)
+
+
+def _clip_from_scratch(config: TextConfig, vocab_size: int, eos_id: int, pad_id: int) -> nn.Module:
+    from transformers import AutoModel, CLIPTextConfig
+
+    shape = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        max_position_embeddings=config.context_length,
+        hidden_act="gelu",
+        bos_token_id=None,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )
+    return AutoModel.from_config(shape, attn_implementation="sdpa")
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    from transformers import AutoConfig, CLIPTextModel, SiglipTextModel
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"model.text.path {folder} has no config.json; name a local folder of a text model")
+    try:
+        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model.text.path {folder} has no readable config.json: {_first(error)}") from error
+    if kind not in FAMILIES:
+        raise CheckpointError(
+            f"model.text.path {folder} holds a {kind} model; able to use: {', '.join(sorted(FAMILIES))}"
+        )
+    loader, tower = {
+        "clip": (CLIPTextModel, CausalTextTower),
+        "siglip": (SiglipTextModel, PaddedTextTower),
+    }[FAMILIES[kind]]
+    try:
+        with _quiet():
+            model, info = loader.from_pretrained(
+                folder,
+                local_files_only=True,
+                attn_implementation="sdpa",
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the text model in {folder} cannot be loaded: {_first(error)}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:8])
+        raise CheckpointError(f"the text model in {folder} lacks weights: {missing}; fetch it again")
+    return tower(model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # The picture half of a CLIP folder is "unexpected" to its text half: no news, yet a screen full of it.
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _check_fit(config: TextConfig, built: object, vocab_size: int) -> None:
+    if vocab_size > built.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {vocab_size} tokens but the text model in {config.path} knows {built.vocab_size}; "
+            f"set model.text.tokenizer to the tokenizer.json of that model"
+        )
+    if config.context_length > built.max_position_embeddings:
+        raise ConfigError(
+            f"model.text.context_length {config.context_length} exceeds the {built.max_position_embeddings} positions "
+            f"of the text model in {config.path}; lower it"
+        )
+
+
+def _never_empty(token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    # transformers cannot run an empty batch: a pack without items sends one token through, and drops its row.
+    if len(token_ids):
+        return token_ids, lengths
+    return token_ids.new_zeros(1, 1), lengths.new_ones(1)
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,131 @@
+"""Encoders on disk, in the release's layout: `config.json` beside `model.safetensors` or `pytorch_model.bin`.
+
+Nothing is unpickled but tensors. Either file may be split into shards with an `.index.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from univitar_ds.config.encoder import CONFIG_FILE, read_object
+from univitar_ds.errors import CheckpointError
+
+SAFE = "model.safetensors"
+BIN = "pytorch_model.bin"
+NAMED_AT_MOST = 8
+"""Keys listed per kind of complaint; a wrong model would otherwise fill the screen."""
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of the folder by name, as stored. Raises: CheckpointError if there are none or a file is damaged."""
+    folder = Path(folder)
+    for name in (SAFE, BIN):
+        if (folder / name).is_file():
+            return _read_file(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(folder, index)
+    raise CheckpointError(f"{folder} holds neither {SAFE} nor {BIN}; name a folder with an encoder's weights")
+
+
+def load_into(model: nn.Module, folder: str | Path, *, assign: bool = False) -> None:
+    """Fills `model` with the weights of `folder`.
+
+    Args: assign: take the stored tensors themselves, with their precision, instead of copying their values.
+    Raises: CheckpointError that names missing, unexpected and misshapen keys; `model` is untouched then.
+    """
+    state = read_weights(folder)
+    complaint = describe_misfit(model.state_dict(), state)
+    if complaint:
+        raise CheckpointError(
+            f"the weights in {folder} do not fit the encoder of its {CONFIG_FILE}: {complaint}. "
+            f"Bring the two files of one model together."
+        )
+    model.load_state_dict(state, assign=assign)
+
+
+def describe_misfit(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+    """What keeps `found` from filling `wanted`, by key; empty if nothing does."""
+    misshapen = [
+        f"{name} is {_form(found[name])} instead of {_form(tensor)}"
+        for name, tensor in wanted.items()
+        if name in found and (found[name].shape != tensor.shape or not found[name].is_floating_point())
+    ]
+    lists = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "misshapen": misshapen,
+    }
+    return "; ".join(f"{kind}: {_some(names)}" for kind, names in lists.items() if names)
+
+
+def save_encoder(folder: str | Path, model: nn.Module, *, safe: bool = True) -> None:
+    """Writes an encoder (`model.config`, `model.state_dict()`) in the release's layout.
+
+    Args: safe: `model.safetensors`, else `pytorch_model.bin`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if safe:
+        _replace(folder / SAFE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    else:
+        _replace(folder / BIN, lambda path: torch.save(state, path))
+    text = json.dumps(model.config.to_dict(), indent=2) + "\n"
+    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    # The loader prefers safetensors: an older file of the other kind must not win, nor stay as a second truth.
+    (folder / (BIN if safe else SAFE)).unlink(missing_ok=True)
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or holds more than tensors ({reason}); fetch it again") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} must hold tensors by name, got {type(state).__name__}")
+    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(f"{path} holds entries that are no tensors: {_some(others)}; save the weights alone")
+    return state
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise CheckpointError(f"{index} has no weight_map from names to files; fetch it again")
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}; shards must lie in its own folder")
+        state.update(_read_file(folder / name))
+    return state
+
+
+def _form(tensor: Tensor) -> str:
+    kind = "" if tensor.is_floating_point() else f" {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{tuple(tensor.shape)}{kind}"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - NAMED_AT_MOST
+    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
