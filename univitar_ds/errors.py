@@ -4,6 +4,8 @@ The command line prints the message alone and exits with `exit_code`; any other 
 the program and keeps its traceback.
 """
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """Something outside the program is wrong and its user can mend it."""
@@ -20,7 +22,18 @@ class DataError(UserError):
 
 
 class SampleError(DataError):
-    """One sample that cannot be read. The loader counts it and goes on; see `data.max_bad_in_a_row`."""
+    """One sample that cannot be read. The loader counts it and goes on; see `data.max_bad_in_a_row`.
+
+    `kind` is the one word it is counted under, such as "unreadable" (no media we know), "corrupt" (damaged or
+    cut off), "too_large" (beyond a limit), "no_video" (a container without pictures), "timeout".
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
+        return type(self), (self.kind, str(self))
 
 
 class CheckpointError(UserError):

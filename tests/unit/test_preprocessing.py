@@ -1,9 +1,7 @@
 """Pictures in every mode and orientation, clips, and what is refused."""
 
 import dataclasses
-import io
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,107 +10,9 @@ from tests.support.golden import golden
 from univitar_ds import Preprocessor
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.errors import CheckpointError, UserError
-from univitar_ds.preprocessing import resize_rgb, to_rgb
 
 CONFIG = EncoderConfig(min_tokens=4, max_tokens=64, resize_factor=1)
 WHITE, RED, BLACK = (255, 255, 255), (255, 0, 0), (0, 0, 0)
-
-
-def reopened(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return Image.open(io.BytesIO(file.getvalue()))
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"])
-def test_an_opaque_white_picture_is_white_in_any_mode(mode):
-    rgb = to_rgb(Image.new("RGB", (4, 3), WHITE).convert(mode))
-    assert (rgb.mode, rgb.size) == ("RGB", (4, 3))
-    assert np.asarray(rgb).min() >= 254
-
-
-@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
-def test_what_is_transparent_becomes_white(mode):
-    plain = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
-    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0)).convert(plain).convert(mode)
-    assert (np.asarray(to_rgb(clear)) == 255).all()
-
-
-def test_half_transparent_red_is_halfway_to_white():
-    assert to_rgb(Image.new("RGBA", (1, 1), (*RED, 128))).getpixel((0, 0)) == (255, 127, 127)
-
-
-@pytest.mark.parametrize(("mode", "key", "left"), [("RGB", RED, RED), ("L", 9, 9), ("P", 1, 1)])
-def test_a_colour_key_is_transparency_too(mode, key, left):
-    image = Image.new(mode, (2, 1), 0)
-    if mode == "P":
-        image.putpalette([*BLACK, *RED])
-    image.putpixel((0, 0), left)
-    rgb = to_rgb(reopened(image, "PNG", transparency=key))
-    assert rgb.getpixel((0, 0)) == WHITE
-    assert rgb.getpixel((1, 0)) == BLACK
-
-
-@pytest.mark.parametrize(
-    ("values", "wanted"),
-    [
-        (np.array([[0, 32896, 65535]], np.uint16), [0, 128, 255]),
-        (np.array([[0, 100, 255]], np.uint16), [0, 100, 255]),
-        (np.array([[0, 257 * 9, 65535]], np.int32), [0, 9, 255]),
-        (np.array([[-1000, 0, 1000]], np.int32), [0, 128, 255]),
-        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
-        (np.array([[0, 7.2, 255]], np.float32), [0, 7, 255]),
-        (np.array([[-1, np.nan, 1]], np.float32), [0, 128, 255]),
-    ],
-    ids=["16 bit", "8 bit in 16", "16 bit in 32", "beyond 16 bit", "unit", "bytes", "signed with nan"],
-)
-def test_deep_greys_are_scaled_and_not_cut_off(values, wanted):
-    rgb = np.asarray(to_rgb(Image.fromarray(values)))
-    assert rgb[0, :, 0].tolist() == wanted
-    assert (rgb == rgb[..., :1]).all()
-
-
-def test_a_16_bit_png_keeps_its_shades():
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None]
-    assert len(np.unique(np.asarray(to_rgb(reopened(Image.fromarray(ramp), "PNG"))))) == 256
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_comes_out_upright(kind, orientation):
-    upright = Image.new("RGB", (32, 16), WHITE)
-    upright.paste(RED, (0, 0, 16, 8))
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    rgb = to_rgb(reopened(stored, kind, exif=exif))
-    assert rgb.size == (32, 16)
-    red = np.asarray(rgb)[..., 1] < 128
-    assert red[2:6, 2:14].all()
-    assert not red[10:].any()
-    assert not red[:, 18:].any()
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_metadata_does_not_hide_the_pixels():
-    image = reopened(Image.new("RGB", (4, 4), RED), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert to_rgb(image).getpixel((0, 0)) == RED
-
-
-def test_resizing_takes_height_first_and_rings_like_bicubic():
-    edge = Image.fromarray(np.repeat(np.array([[0, 0, 200, 200]], np.uint8), 4, axis=0)).convert("RGB")
-    pixels = resize_rgb(edge, 6, 16)
-    assert pixels.shape == (6, 16, 3)
-    assert pixels.max() > 200
 
 
 def test_a_clip_shares_its_limit_among_its_steps():
