@@ -1,0 +1,117 @@
+"""Pictures and clips made in memory, of known content."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+RED, GREEN, BLUE, YELLOW = (220, 20, 20), (20, 180, 20), (20, 20, 220), (220, 220, 20)
+
+
+def quarters(height: int = 40, width: int = 64) -> Image.Image:
+    """Red and green above blue and yellow: every turn and mirror of it looks different."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    half_h, half_w = height // 2, width // 2
+    pixels[:half_h, :half_w], pixels[:half_h, half_w:] = RED, GREEN
+    pixels[half_h:, :half_w], pixels[half_h:, half_w:] = BLUE, YELLOW
+    return Image.fromarray(pixels)
+
+
+def corners(pixels: np.ndarray) -> list[str]:
+    """Names of the colours near the top left, top right, bottom left and bottom right corners."""
+    names = {RED: "red", GREEN: "green", BLUE: "blue", YELLOW: "yellow"}
+    near = [pixels[y, x].astype(int) for y in (3, -4) for x in (3, -4)]
+    return [names[min(names, key=lambda colour: np.abs(spot - colour).sum())] for spot in near]
+
+
+def encoded(image: Image.Image, form: str = "JPEG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A smooth random picture: compressible, and different for each seed."""
+    small = np.random.default_rng(seed).integers(0, 256, (max(height // 8, 2), max(width // 8, 2), 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def clip(
+    frames: Sequence[np.ndarray],
+    form: str = "mp4",
+    codec: str = "mpeg4",
+    pix_fmt: str = "yuv420p",
+    pts: Sequence[int] | None = None,
+    rate: int = 10,
+    options: dict[str, str] | None = None,
+) -> bytes:
+    """A video file of (H, W, 3) uint8 frames; `pts` in frames of `rate` per second."""
+    stream = io.BytesIO()
+    with av.open(stream, "w", format=form, options=options or {}) as container:
+        track = container.add_stream(codec, rate=rate)
+        track.height, track.width = frames[0].shape[:2]
+        track.pix_fmt = pix_fmt
+        track.bit_rate = 4_000_000
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = index if pts is None else pts[index]
+            container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    return stream.getvalue()
+
+
+def grey_frames(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
+    """Frame i of n is plain grey of a level that tells i; see `frame_numbers`."""
+    return [np.full((height, width, 3), grey_level(i, count), np.uint8) for i in range(count)]
+
+
+def grey_level(index: int, count: int) -> int:
+    return 20 + round(index * 215 / max(count - 1, 1))
+
+
+def frame_numbers(pixels: np.ndarray, count: int) -> list[int]:
+    """Which of `grey_frames(count)` each frame of (F, H, W, 3) is."""
+    levels = np.array([grey_level(i, count) for i in range(count)])
+    return [int(np.abs(levels - frame.mean()).argmin()) for frame in pixels]
+
+
+def turned_mp4(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """An MP4 with another display matrix (a, b, c, d) in its only track header."""
+    at = data.index(b"tkhd") + 4 + 40
+    a, b, c, d = (value << 16 for value in matrix)
+    return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
+
+
+def sound() -> bytes:
+    """An MP4 with an audio track only."""
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as container:
+        track = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    return stream.getvalue()
+
+
+def write_folder(folder: Path, files: dict[str, bytes], rows: Sequence[dict | str]) -> Path:
+    """Media files and their metadata.jsonl; a row that is a string is written as it is."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "metadata.jsonl").write_text("".join(line + "\n" for line in lines))
+    return folder

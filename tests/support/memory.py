@@ -1,0 +1,77 @@
+"""Shards that live in memory, for tests of what is done with them."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+
+from tests.support.shards import Sample, picture
+from univitar_ds.data.batch import Modality
+from univitar_ds.data.lanes import StreamRules
+from univitar_ds.data.samples import SizeRule
+from univitar_ds.data.sources import Shard
+from univitar_ds.geometry import Resolution
+
+tiny_picture = functools.lru_cache(functools.partial(picture, form="PNG"))
+
+
+class MemoryStorage:
+    """The storage interface over a dictionary; counts the ranges that were read."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.ranges_read = 0
+
+    def open(self, path: str) -> io.BytesIO:
+        return io.BytesIO(self.files[path])
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        self.ranges_read += 1
+        return self.files[path][offset : offset + length]
+
+    def size(self, path: str) -> int:
+        return len(self.files[path])
+
+    def list(self, prefix: str) -> Sequence[str]:
+        return sorted(path for path in self.files if path.startswith(prefix))
+
+
+def tar_bytes(samples: Sequence[Sample]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def sized_sample(key: str, index: int, captions: int = 1) -> Sample:
+    """A small picture whose size varies with `index`."""
+    content = tiny_picture(14 * (1 + index % 5), 14 * (1 + index // 5 % 4))
+    return key, {"png": content, "json": json.dumps({"captions": [f"{key} {n}" for n in range(captions)]}).encode()}
+
+
+def memory_shards(counts: Sequence[int], modality: Modality | None = "image", captions: int = 1) -> list[Shard]:
+    """One shard for each count, with so many pictures of 1 to 20 tokens."""
+    return shards_of(
+        [[sized_sample(f"{s}-{i}", 7 * s + i, captions) for i in range(n)] for s, n in enumerate(counts)], modality
+    )
+
+
+def shards_of(contents: Sequence[Sequence[Sample]], modality: Modality | None = "image") -> list[Shard]:
+    storage = MemoryStorage()
+    for number, samples in enumerate(contents):
+        storage.files[f"m{number}"] = tar_bytes(samples)
+    return [Shard(name, name, storage, len(content), modality) for name, content in storage.files.items()]
+
+
+def small_rules(shards: Sequence[Shard], *, lanes: int = 1, seed: int = 0, **changed) -> StreamRules:
+    """Native pictures of 1 to 20 tokens, 40 tokens a pack."""
+    size = SizeRule(changed.pop("modality", "image"), Resolution(1, 20, 14), changed.pop("frames", 1), 40, 10**6)
+    fields = {"token_budget": 40, "pool_samples": 16, "max_bad_in_a_row": 5, **changed}
+    return StreamRules(shards=shards, lanes=lanes, seed=seed, size=size, **fields)

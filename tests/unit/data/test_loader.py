@@ -1,0 +1,380 @@
+"""The loader end to end: the same packs however they are made, and a sentence instead of a hang."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.shards import clip, picture, write_demo_shards, write_tar
+from univitar_ds.config.schema import DataConfig, SourceConfig, StageConfig
+from univitar_ds.data.layout import item_bytes
+from univitar_ds.data.loader import PackLoader, eval_packs, stage_modalities
+from univitar_ds.data.text import caption_id, train_tokenizer
+from univitar_ds.errors import ConfigError, DataError
+
+ROOT = Path(__file__).parents[3]
+STAGE = StageConfig(
+    name="s",
+    samples=100,
+    image={"min_tokens": 4, "max_tokens": 40, "divisor_px": 14},
+    video={"min_tokens": 8, "max_tokens": 60, "divisor_px": 14},
+    video_ratio=0.25,
+    clip_frames=4,
+    token_budget=300,
+    lr=1e-3,
+)
+
+
+def schedule(step):
+    return "video" if step % 4 == 3 else "image"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_demo_shards(tmp_path_factory.mktemp("demo"), images=60, videos=12, shards=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "tokenizer.json"
+    train_tokenizer(["a red picture number one", "a bar moves left"], 300).save(str(path))
+    return path
+
+
+def loader(folder, *, workers=0, lanes_of_rank=(0, 1), stage=STAGE, tokenizer=None, limits=None, **given):
+    sources = [SourceConfig(path=str(folder))]
+    data = DataConfig(sources=sources, workers=workers, pool_samples=24, **(limits or {}))
+    fields = {"lanes": 2, "seed": 3, "modality_of": schedule, "context_length": 16, **given}
+    return PackLoader(sources, data=data, stage=stage, lanes_of_rank=lanes_of_rank, tokenizer=tokenizer, **fields)
+
+
+def take(steps, *args, **kwargs):
+    with loader(*args, **kwargs) as packs:
+        return [next(packs) for _ in range(steps)]
+
+
+def drain(packs, steps=200):
+    for _ in range(steps):
+        next(packs)
+
+
+def same(one, other):
+    if (one.keys, one.captions, one.labels, one.bad) != (other.keys, other.captions, other.labels, other.bad):
+        return False
+    if (one.modality, one.lane, one.index, one.cursor) != (other.modality, other.lane, other.index, other.cursor):
+        return False
+    names = ("pixels", "frames", "grid_thw", "token_ids", "text_lengths", "caption_ids")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+def broken_picture(tmp_path):
+    """Shards in which every third picture has a sound header and cut data."""
+    samples = []
+    for index in range(30):
+        content = picture(80, 60, index)
+        content = content[:-200] if index % 3 == 0 else content
+        samples.append((f"k{index:02d}", {"jpg": content, "txt": f"caption {index}".encode()}))
+    return write_tar(tmp_path / "broken" / "a.tar", samples).parent
+
+
+def test_a_step_has_one_pack_of_every_lane_with_fitting_shapes(folder, tokenizer):
+    for step, packs in enumerate(take(8, folder, tokenizer=tokenizer)):
+        assert [(pack.lane, pack.index, pack.modality) for pack in packs] == [(n, step, schedule(step)) for n in (0, 1)]
+        for pack in packs:
+            n = len(pack)
+            frames = 4 if pack.modality == "video" else 1
+            assert n > 0
+            assert pack.frames.tolist() == [frames] * n
+            assert pack.grid_thw.shape == (n, 3)
+            assert set(pack.grid_thw[:, 0].tolist()) == {frames // 2 or 1}
+            assert pack.pixels.shape == (sum(item_bytes(grid, frames) for grid in pack.grid_thw.tolist()),)
+            assert pack.tokens == pack.grid_thw.prod(dim=1).sum() <= STAGE.token_budget
+            assert pack.token_ids.shape[0] == n == len(pack.captions) == len(pack.labels)
+            assert pack.text_lengths.max() == pack.token_ids.shape[1] <= 16
+            assert pack.caption_ids.tolist() == [caption_id(caption) for caption in pack.captions]
+            assert json.loads(json.dumps(pack.cursor)) == pack.cursor
+            dtypes = {pack.frames.dtype, pack.grid_thw.dtype, pack.token_ids.dtype, pack.caption_ids.dtype}
+            assert (pack.pixels.dtype, dtypes) == (torch.uint8, {torch.int64})
+
+
+def test_the_pixels_of_an_item_are_the_picture_of_its_key(tmp_path):
+    colours = {f"k{n}": (n * 20, 255 - n * 20, n * 7) for n in range(10)}
+    samples = []
+    for n, (key, colour) in enumerate(colours.items()):
+        from PIL import Image
+
+        path = tmp_path / "one.png"
+        Image.new("RGB", (14 * (1 + n % 3), 28), colour).save(path)
+        samples.append((key, {"png": path.read_bytes(), "txt": key.encode()}))
+    folder = write_tar(tmp_path / "tars" / "a.tar", samples).parent
+    for packs in take(3, folder, modality_of=lambda _: "image"):
+        for pack in packs:
+            start = 0
+            for key, grid in zip(pack.keys, pack.grid_thw.tolist(), strict=True):
+                end = start + item_bytes(grid, 1)
+                pixels = pack.pixels[start:end].reshape(-1, 3)
+                assert (pixels == torch.tensor(colours[key.split("/")[1]], dtype=torch.uint8)).all()
+                start = end
+            assert start == len(pack.pixels)
+
+
+def test_workers_change_nothing_bit_for_bit(folder, tokenizer):
+    inline = take(12, folder, tokenizer=tokenizer)
+    decoded = take(12, folder, tokenizer=tokenizer, workers=2)
+    assert all(same(a, b) for x, y in zip(inline, decoded, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_the_split_of_lanes_over_ranks_and_a_resume_change_nothing(folder):
+    whole = take(10, folder)
+    cursors = {pack.lane: json.loads(json.dumps(pack.cursor)) for pack in whole[5]}
+    resumed = {
+        lane: take(4, folder, lanes_of_rank=[lane], cursors={lane: cursors[lane]}, first_step=6) for lane in (0, 1)
+    }
+    for step in range(4):
+        for lane in (0, 1):
+            assert same(resumed[lane][step][0], whole[6 + step][lane])
+
+
+def test_packs_that_were_prefetched_and_thrown_away_are_not_lost(folder):
+    whole = take(6, folder)
+    first = take(2, folder, workers=1, limits={"prefetch_packs": 8})
+    rest = take(4, folder, cursors={pack.lane: pack.cursor for pack in first[-1]}, first_step=2)
+    assert [[p.keys for p in step] for step in first + rest] == [[p.keys for p in step] for step in whole]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_cannot_be_decoded_is_counted_and_leaves_its_pack_shorter(tmp_path, workers, caplog):
+    folder = broken_picture(tmp_path)
+    packs = [pack for step in take(4, folder, workers=workers, modality_of=lambda _: "image") for pack in step]
+    assert sum(pack.bad.get("corrupt", 0) for pack in packs) >= 4
+    good = {f"a/k{n:02d}" for n in range(30) if n % 3}
+    for pack in packs:
+        assert set(pack.keys) <= good
+        assert pack.pixels.shape == (sum(item_bytes(grid, 1) for grid in pack.grid_thw.tolist()),)
+    assert "sample left out (corrupt): a/k" in caplog.text
+
+
+def test_a_pack_of_which_nothing_can_be_decoded_is_empty_and_whole(tmp_path, tokenizer):
+    cut = picture(80, 60)[:-200]
+    folder = write_tar(tmp_path / "t" / "a.tar", [(f"k{n}", {"jpg": cut, "txt": b"t"}) for n in range(4)]).parent
+    ((pack,),) = take(1, folder, lanes_of_rank=[0], lanes=1, tokenizer=tokenizer)
+    assert (len(pack), pack.tokens, pack.bad) == (0, 0, {"corrupt": 4})
+    assert pack.grid_thw.shape == (0, 3)
+    assert pack.pixels.shape == pack.frames.shape == pack.text_lengths.shape == pack.caption_ids.shape == (0,)
+    assert pack.token_ids.shape[0] == 0
+    assert pack.cursor["packs"] == 1
+
+
+def test_too_many_failures_of_decoding_in_a_row_end_the_run(tmp_path):
+    cut = picture(80, 60)[:-200]
+    folder = write_tar(tmp_path / "t" / "a.tar", [(f"k{n}", {"jpg": cut, "txt": b"t"}) for n in range(4)]).parent
+    with pytest.raises(
+        DataError, match=r"lane 0, step 1: 7 samples in a row cannot be used \(data.max_bad_in_a_row is 6\)"
+    ):
+        take(4, folder, lanes_of_rank=[0], lanes=1, limits={"max_bad_in_a_row": 6})
+
+
+def test_failures_of_decoding_with_good_samples_between_them_are_not_in_a_row(tmp_path):
+    steps = take(12, broken_picture(tmp_path), modality_of=lambda _: "image", limits={"max_bad_in_a_row": 8})
+    assert min(sum(step[lane].bad["corrupt"] for step in steps) for lane in (0, 1)) > 8
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cut_tar_reaches_the_trainer_as_the_sentence_it_is(tmp_path, workers):
+    samples = [(f"k{n}", {"png": picture(28, 28, n, "PNG"), "txt": b"t"}) for n in range(20)]
+    path = write_tar(tmp_path / "t" / "a.tar", samples)
+    size = path.stat().st_size - 11_000
+    with open(path, "r+b") as file:
+        file.truncate(size)
+    with pytest.raises(DataError, match=rf"shard a: cut off at byte {size}, inside .*restore the shard"):
+        take(1, path.parent, workers=workers)
+
+
+def test_a_shard_that_vanishes_while_it_is_decoded_is_a_sentence(tmp_path):
+    samples = [(f"k{n}", {"png": picture(28, 28, n, "PNG"), "txt": b"t"}) for n in range(8)]
+    path = write_tar(tmp_path / "t" / "a.tar", samples)
+    with loader(path.parent, workers=1, modality_of=lambda _: "image", limits={"prefetch_packs": 1}) as packs:
+        next(packs)
+        path.unlink()
+        with pytest.raises(DataError, match=r"a\.tar: cannot be read"):
+            drain(packs)
+
+
+def worker_pids():
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in children if b"univitar_ds.data.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_killed_decoding_process_is_an_error_and_no_hang(folder):
+    with loader(folder, workers=2) as packs:
+        next(packs)
+        pids = worker_pids()
+        assert len(pids) == 2
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(
+            DataError, match=r"decoding process \d \(pid \d+\) was ended by SIGKILL while it had .*memory"
+        ):
+            drain(packs)
+    assert not worker_pids()
+
+
+def test_closing_ends_the_processes_and_keeps_what_was_delivered(folder):
+    with loader(folder, workers=2) as packs:
+        step = next(packs)
+    assert not worker_pids()
+    del packs
+    gc.collect()
+    assert int(step[0].pixels.sum()) == int(take(1, folder)[0][0].pixels.sum())
+
+
+SCRIPT = textwrap.dedent("""
+    import sys
+    sys.path.insert(0, {root!r})
+    from pathlib import Path
+    from tests.unit.data.test_loader import loader, worker_pids
+    packs = loader(Path({folder!r}), workers=1)
+    next(packs)
+    print(*worker_pids(), flush=True)
+    {end}
+""")
+
+
+def gone(pid, within_s=20):
+    for _ in range(within_s * 10):
+        if not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("end", ["", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_trainer_that_ends_without_closing_leaves_no_process_behind(folder, end):
+    script = SCRIPT.format(root=str(ROOT), folder=str(folder), end=end)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    (pid,) = result.stdout.split()
+    assert gone(pid)
+    assert "leaked" not in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_interrupts_a_trainer_that_waits_for_data(folder):
+    end = "packs._packs._next = 10**9\n    next(packs)".replace("\n    ", "\n")  # waits for what never comes
+    script = SCRIPT.format(root=str(ROOT), folder=str(folder), end=end)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    pid = process.stdout.readline().strip()
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert stderr.strip().endswith("KeyboardInterrupt")
+    assert stderr.count("Traceback") == 1
+    assert gone(pid)
+
+
+def test_decoding_processes_import_neither_the_engine_nor_the_text_libraries():
+    code = (
+        "import sys, univitar_ds.data.worker, univitar_ds.data.render;"
+        "print([m for m in ('deepspeed', 'transformers', 'tokenizers', 'triton') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_cursors_of_other_data_or_of_too_few_lanes_are_refused(folder, tmp_path):
+    cursors = {pack.lane: pack.cursor for pack in take(1, folder)[0]}
+    other = write_demo_shards(tmp_path, images=30, videos=8, shards=2)
+    with pytest.raises(DataError, match="the sources have changed since the data cursor was saved"):
+        loader(other, cursors=cursors)
+    with pytest.raises(DataError, match="no saved data cursor for lane 1 of 2"):
+        loader(folder, cursors={0: cursors[0]})
+
+
+def test_a_missing_tokenizer_or_modality_is_told_before_anything_starts(folder, tmp_path):
+    with pytest.raises(ConfigError, match="no tokenizer at"):
+        loader(folder, tokenizer=tmp_path / "none.json", workers=1)
+    images = write_demo_shards(tmp_path / "images", images=8, videos=0, shards=1)
+    with pytest.raises(DataError, match="needs video samples"):
+        loader(images, workers=1)
+    assert not worker_pids()
+    assert stage_modalities(STAGE) == {"image", "video"}
+
+
+def sweep(folder, modality="image", *, workers=0, token_budget=100, split="test", tokenizer=None):
+    return list(
+        eval_packs(
+            [SourceConfig(path=str(folder), split=split)],
+            modality=modality,
+            resolution=STAGE.resolution(modality),
+            clip_frames=4,
+            token_budget=token_budget,
+            tokenizer=tokenizer,
+            context_length=16,
+            data=DataConfig(sources=[SourceConfig(path=str(folder))], workers=workers),
+        )
+    )
+
+
+def test_an_evaluation_sees_every_sample_once_in_order(folder, tokenizer):
+    packs = sweep(folder, tokenizer=tokenizer)
+    keys = [key for pack in packs for key in pack.keys]
+    assert keys == [f"test-image-000000/i{n:05d}" for n in range(60, 75)]
+    assert all(caption.startswith("a ") for pack in packs for caption in pack.captions)
+    assert all(pack.tokens <= 100 for pack in packs)
+    assert [pack.index for pack in packs] == list(range(len(packs)))
+    videos = sweep(folder, "video")
+    assert sum(len(pack) for pack in videos) == 3
+    assert all(set(pack.frames.tolist()) == {4} for pack in videos)
+
+
+def test_an_evaluation_is_the_same_with_processes(folder, tokenizer):
+    inline, decoded = (sweep(folder, tokenizer=tokenizer, workers=n) for n in (0, 1))
+    assert all(same(a, b) for a, b in zip(inline, decoded, strict=True))
+
+
+def test_an_item_above_the_evaluation_budget_travels_alone(folder):
+    packs = sweep(folder, token_budget=10, workers=1)
+    assert sum(len(pack) for pack in packs) == 15
+    assert max(pack.tokens for pack in packs) > 10
+    assert min(len(pack) for pack in packs) == 1
+    assert all(len(pack) == 1 for pack in packs if pack.tokens > 10)
+
+
+def test_bad_samples_of_an_evaluation_are_counted_also_at_the_end(tmp_path):
+    samples = [("a", {"png": picture(28, 28, form="PNG"), "txt": b"t"}), ("b", {"png": b"junk", "txt": b"t"})]
+    folder = write_tar(tmp_path / "t" / "a.tar", samples).parent
+    (pack,) = sweep(folder)
+    assert (pack.keys, pack.bad) == (["a/a"], {"unreadable": 1})
+    write_tar(folder / "a.tar", [samples[1], samples[0], ("c", samples[0][1]), ("d", samples[0][1])])
+    packs = sweep(folder, token_budget=4)
+    assert [pack.bad for pack in packs] == [{"unreadable": 1}, {}, {}]
+    write_tar(folder / "a.tar", samples[1:])
+    (pack,) = sweep(folder)
+    assert (len(pack), pack.bad) == (0, {"unreadable": 1})
+
+
+def test_a_clip_keeps_its_frames_in_order(tmp_path):
+    content = clip(28, 56, frames=4)
+    folder = write_tar(tmp_path / "t" / "a.tar", [("c", {"mp4": content, "txt": b"t"})]).parent
+    (pack,) = sweep(folder, "video")
+    t, h, w = pack.grid_thw[0].tolist()
+    frames = pack.pixels.reshape(2 * t, h * 14, w * 14, 3).numpy().astype(np.int64)
+    bright = frames.sum(axis=(1, 3)).argmax(axis=1)
+    assert list(bright) == sorted(bright)
+    assert bright[0] < bright[-1]

@@ -1,0 +1,138 @@
+import time
+
+import pytest
+from PIL import Image
+
+from tests.support import media
+from univitar_ds.data.probe import MediaSize, probe
+from univitar_ds.errors import SampleError
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2, "big") + body
+
+
+def kind_of_error(data: bytes, extension: str) -> str:
+    with pytest.raises(SampleError) as caught:
+        probe(data, extension)
+    return caught.value.kind
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "BMP", "GIF", "JPEG2000", "ICO"])
+def test_the_size_of_every_format_comes_from_its_header(form):
+    data = media.encoded(media.quarters(40, 64), form, **({"sizes": [(64, 40)]} if form == "ICO" else {}))
+    assert probe(data, form.lower()) == MediaSize("image", 40, 64, 1)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sides_change_places_for_the_exif_orientations_that_lie_on_their_side(form, orientation):
+    data = media.encoded(media.quarters(40, 64), form, exif=media.exif(orientation))
+    size = probe(data, form.lower())
+    assert (size.height, size.width) == ((64, 40) if orientation >= 5 else (40, 64))
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_a_picture_with_a_broken_body_is_probed_all_the_same(form):
+    data = media.encoded(media.noise(300, 200), form)
+    assert probe(data[: len(data) - 4000] + bytes(4000) if form == "PNG" else data, form).height == 300
+
+
+def test_the_frame_header_of_a_jpeg_is_found_behind_half_a_megabyte_of_other_segments():
+    data = media.encoded(media.quarters(40, 64), exif=media.exif(6))
+    padded = data[:2] + b"".join(segment(0xE2, bytes(65000)) for _ in range(8)) + data[2:]
+    assert len(padded) > 500_000
+    assert probe(padded, "jpg") == MediaSize("image", 64, 40, 1)
+
+
+@pytest.mark.parametrize("fill", range(4))
+def test_junk_and_fill_bytes_between_jpeg_markers_are_passed_over(fill):
+    data = media.encoded(media.quarters(40, 64))
+    first, frame = 4 + int.from_bytes(data[4:6], "big"), data.index(b"\xff\xc0")
+    padded = data[:first] + b"\x01\x02\x03" + data[first:frame] + b"\xff" * fill + data[frame:]
+    assert probe(padded, "jpg").width == 64
+
+
+def test_a_thumbnail_inside_exif_does_not_pass_for_the_picture():
+    thumbnail = media.encoded(media.quarters(8, 16))
+    data = media.encoded(media.quarters(40, 64))
+    assert probe(data[:2] + segment(0xE1, b"Exif\0\0" + thumbnail) + data[2:], "jpg").width == 64
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 6000])
+def test_an_orientation_that_does_not_exist_is_no_orientation(orientation):
+    data = media.encoded(media.quarters(40, 64), exif=media.exif(orientation))
+    assert probe(data, "jpg") == MediaSize("image", 40, 64, 1)
+
+
+def test_an_orientation_given_only_in_xmp_counts():
+    xmp = segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>')
+    data = media.encoded(media.quarters(40, 64))
+    assert probe(data[:2] + xmp + data[2:], "jpg") == MediaSize("image", 64, 40, 1)
+
+
+@pytest.mark.parametrize("keep", [2, 3, 10, 100])
+def test_a_jpeg_cut_before_its_frame_header_is_a_bad_sample(keep):
+    assert kind_of_error(media.encoded(media.quarters())[:keep], "jpg") in ("corrupt", "unreadable")
+
+
+def test_the_content_decides_where_the_extension_lies():
+    assert probe(media.encoded(media.quarters(40, 64)), "png") == MediaSize("image", 40, 64, 1)
+    assert probe(media.encoded(media.quarters(40, 64), "PNG"), "mp4_") == MediaSize("image", 40, 64, 1)
+    assert probe(media.clip(media.grey_frames(4)), "jpg").kind == "video"
+
+
+@pytest.mark.parametrize(
+    ("form", "codec"),
+    [("mp4", "mpeg4"), ("mov", "mpeg4"), ("avi", "mpeg4"), ("matroska", "mpeg4"), ("webm", "libvpx-vp9"),
+     ("mpegts", "mpeg2video"), ("flv", "flv")],
+)  # fmt: skip
+def test_clips_in_every_container_tell_size_and_about_how_many_frames(form, codec):
+    rate = 25 if codec == "mpeg2video" else 10
+    size = probe(media.clip(media.grey_frames(12, 48, 64), form, codec, rate=rate), form)
+    assert (size.kind, size.height, size.width) == ("video", 48, 64)
+    assert abs(size.frames - 12) <= 1
+
+
+def test_a_quarter_turn_in_the_display_matrix_swaps_the_sides_of_a_clip():
+    data = media.clip(media.grey_frames(4, 48, 64))
+    for matrix in [(0, 1, -1, 0), (0, -1, 1, 0), (0, 1, 1, 0)]:
+        assert probe(media.turned_mp4(data, matrix), "mp4") == MediaSize("video", 64, 48, 4)
+    for matrix in [(1, 0, 0, 1), (-1, 0, 0, -1), (-1, 0, 0, 1)]:
+        assert probe(media.turned_mp4(data, matrix), "mp4") == MediaSize("video", 48, 64, 4)
+
+
+def test_a_gif_is_a_picture_unless_its_name_makes_it_a_clip():
+    frames = [Image.fromarray(frame) for frame in media.grey_frames(6, 40, 64)]
+    data = media.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
+    assert probe(data, "gif") == MediaSize("image", 40, 64, 1)
+    assert probe(data, "gifv") == MediaSize("video", 40, 64, 6)
+
+
+def test_what_is_no_media_is_a_bad_sample_with_a_kind():
+    assert kind_of_error(b"", "jpg") == "unreadable"
+    assert kind_of_error(b"just text", "png") == "unreadable"
+    assert kind_of_error(b"just text", "mp4") == "unreadable"
+    assert kind_of_error(media.sound(), "mp4") == "no_video"
+    assert kind_of_error(media.clip(media.grey_frames(4))[:300], "mp4") in ("corrupt", "no_video")
+
+
+@pytest.mark.parametrize("text", ["#EXTM3U\n#EXTINF:1,\n", "ffconcat version 1.0\nfile "])
+def test_a_playlist_cannot_make_the_prober_open_another_file(tmp_path, text):
+    other = tmp_path / "other.mp4"
+    other.write_bytes(media.clip(media.grey_frames(4)))
+    assert kind_of_error(f"{text}{other}\n".encode(), "mp4") == "unreadable"
+    assert kind_of_error(f"{text}{other}\n".encode(), "jpg") == "unreadable"
+
+
+def test_a_header_that_claims_billions_of_pixels_is_probed_or_refused_without_delay():
+    data = bytearray(media.encoded(media.quarters()))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = b"\xff\xff\xff\xff"
+    began = time.process_time()
+    assert probe(bytes(data), "jpg") == MediaSize("image", 65535, 65535, 1)
+    png = bytearray(media.encoded(media.quarters(), "PNG"))
+    png[16:24] = b"\x00\x01\x00\x00\x00\x01\x00\x00"
+    with pytest.raises(SampleError):
+        probe(bytes(png), "png")
+    assert time.process_time() - began < 5

@@ -1,0 +1,61 @@
+"""Memory shared with decoding processes: what one side writes the other sees, and nothing is left behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from univitar_ds.data.ring import Ring
+
+
+def test_slots_are_separate_pieces_of_the_same_memory():
+    ring = Ring.create(3, 5000)
+    for slot in range(3):
+        ring.view(slot)[:] = slot + 1
+    assert [set(ring.view(slot)) for slot in range(3)] == [{1}, {2}, {3}]
+    assert ring.view(1).shape == (5000,)
+    ring.close()
+
+
+def test_a_second_process_writes_into_the_same_memory():
+    ring = Ring.create(2, 100)
+    code = f"from univitar_ds.data.ring import Ring; Ring({ring.descriptor}, 2, 100).view(1)[:3] = (7, 8, 9)"
+    root = str(Path(__file__).parents[3])
+    subprocess.run(
+        [sys.executable, "-c", code], pass_fds=(ring.descriptor,), check=True, timeout=60, env={"PYTHONPATH": root}
+    )
+    assert ring.view(1)[:4].tolist() == [7, 8, 9, 0]
+    assert not ring.view(0).any()
+    ring.close()
+
+
+def test_the_memory_has_no_name_that_could_be_left_behind():
+    before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    ring = Ring.create(1, 1 << 20)
+    ring.view(0)[:] = 1
+    target = os.readlink(f"/proc/self/fd/{ring.descriptor}")
+    assert "deleted" in target
+    assert (set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()) == before
+    ring.close()
+
+
+def test_closing_twice_is_fine_and_a_view_outlives_it():
+    ring = Ring.create(1, 10)
+    view = ring.view(0)
+    view[:] = 3
+    ring.close()
+    ring.close()
+    assert np.array_equal(view, np.full(10, 3))
+    with pytest.raises(AssertionError, match="closed"):
+        ring.view(0)
+
+
+def test_a_slot_beyond_the_ring_is_a_fault_of_the_program():
+    ring = Ring.create(2, 10)
+    for slot in (-1, 2):
+        with pytest.raises(AssertionError):
+            ring.view(slot)
+    ring.close()

@@ -1,0 +1,167 @@
+"""Sources: what is found, and one sentence for each way in which nothing is."""
+
+import json
+import os
+
+import pytest
+
+from tests.support.shards import clip, picture, write_demo_shards, write_tar
+from univitar_ds.config.schema import SourceConfig, StageConfig
+from univitar_ds.data.journal import JOURNAL
+from univitar_ds.data.sources import (
+    expand_braces,
+    find_shards,
+    fingerprint,
+    iterate_captions,
+    of_modality,
+    validate_sources,
+)
+from univitar_ds.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return write_demo_shards(tmp_path_factory.mktemp("packed"), images=9, videos=3, shards=2)
+
+
+def source(path, split="train"):
+    return SourceConfig(path=str(path), split=split)
+
+
+def stage(video_ratio=0.0):
+    return StageConfig(name="s", samples=10, lr=1e-3, video_ratio=video_ratio)
+
+
+def bare(folder, n):
+    for index in range(n):
+        content = {"png": picture(14, 14, form="PNG"), "txt": f"caption {index}".encode()}
+        write_tar(folder / f"a-{index:03d}.tar", [(f"k{index}", content)])
+    return folder
+
+
+def test_a_packed_folder_gives_the_shards_of_its_split_with_kind_and_size(packed):
+    shards = find_shards([source(packed)])
+    assert [(shard.name, shard.modality) for shard in shards] == [
+        ("train-image-000000", "image"),
+        ("train-image-000001", "image"),
+        ("train-video-000000", "video"),
+        ("train-video-000001", "video"),
+    ]
+    assert all(shard.size == os.path.getsize(shard.path) and shard.sha256 for shard in shards)
+    assert of_modality(shards, "video") == [2, 3]
+    assert len(find_shards([source(packed, None)])) == 6
+
+
+def test_bare_tars_may_hold_either_modality(tmp_path):
+    bare(tmp_path, 3)
+    for path in (tmp_path, tmp_path / "a-{000..002}.tar"):
+        shards = find_shards([source(path)])
+        assert [shard.name for shard in shards] == ["a-000", "a-001", "a-002"]
+        assert of_modality(shards, "image") == of_modality(shards, "video") == [0, 1, 2]
+    assert [shard.name for shard in find_shards([source(tmp_path / "a-001.tar")])] == ["a-001"]
+
+
+def test_shards_of_several_sources_keep_different_names(packed):
+    shards = find_shards([source(packed), source(packed)])
+    assert len({shard.name for shard in shards}) == 8
+    assert shards[4].name == "1:train-image-000000"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("a-{08..11}.tar", ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]),
+        ("a-{8..10}.tar", ["a-8.tar", "a-9.tar", "a-10.tar"]),
+        ("{x,y}-{0..1}", ["x-0", "x-1", "y-0", "y-1"]),
+    ],
+)
+def test_brace_ranges_expand_with_their_zeros(pattern, names):
+    assert expand_braces(pattern) == names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"), [("a-{3..1}", r"runs backwards; write \{1..3\}"), ("{0..999}{0..9999}", "narrow the range")]
+)
+def test_a_range_that_cannot_be_meant_is_refused(pattern, said):
+    with pytest.raises(DataError, match=said):
+        expand_braces(pattern)
+
+
+def test_a_missing_shard_of_a_range_is_named(tmp_path):
+    bare(tmp_path, 3)
+    with pytest.raises(DataError, match=r"shard .*a-003.tar is missing \(2 of 5 are\)"):
+        find_shards([source(tmp_path / "a-{000..004}.tar")])
+
+
+def test_an_absent_split_is_told_with_the_ones_there_are(packed):
+    with pytest.raises(DataError, match="has no split 'val'; it has test, train"):
+        find_shards([source(packed, "val")])
+
+
+def test_an_empty_folder_says_how_to_pack(tmp_path):
+    with pytest.raises(DataError, match=r"no shard found .*univitar-ds data pack"):
+        find_shards([source(tmp_path)])
+
+
+def test_a_folder_whose_packing_was_interrupted_is_not_taken_for_a_folder_of_tars(tmp_path):
+    bare(tmp_path, 2)
+    (tmp_path / JOURNAL).write_text("")
+    with pytest.raises(DataError, match="its packing never ended"):
+        find_shards([source(tmp_path)])
+
+
+def test_a_path_that_is_nothing_or_no_tar_is_named(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"")
+    with pytest.raises(DataError, match="nowhere: there is no such file or folder"):
+        find_shards([source(tmp_path / "nowhere")])
+    with pytest.raises(DataError, match=r"neither a folder nor a \.tar file"):
+        find_shards([source(tmp_path / "x.zip")])
+    with pytest.raises(DataError, match="a brace range must name tars"):
+        find_shards([source(tmp_path / "a-{0..1}")])
+
+
+def test_a_shard_that_is_missing_or_cut_is_noticed_before_anything_starts(tmp_path):
+    folder = write_demo_shards(tmp_path, images=4, videos=0, shards=1)
+    path = folder / "train-image-000000.tar"
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size - 1024)
+    with pytest.raises(DataError, match=rf"has {size - 1024} bytes, its manifest says {size}"):
+        find_shards([source(folder)])
+    path.unlink()
+    with pytest.raises(DataError, match=r"shard train-image-000000.tar of its manifest is missing"):
+        find_shards([source(folder)])
+
+
+def test_a_run_with_clips_needs_a_source_with_clips(tmp_path):
+    folder = write_demo_shards(tmp_path, images=4, videos=0, shards=1)
+    assert len(validate_sources([source(folder)], [stage()])) == 1
+    with pytest.raises(
+        DataError, match=r"needs video samples, but the sources .* hold only image samples; .*video_ratio"
+    ):
+        validate_sources([source(folder)], [stage(), stage(0.5)])
+
+
+def test_the_fingerprint_follows_names_sizes_and_hashes_but_not_the_place(tmp_path, packed):
+    here = fingerprint(find_shards([source(packed)]))
+    moved = tmp_path / "moved"
+    moved.symlink_to(packed)
+    assert fingerprint(find_shards([source(moved)])) == here
+    assert fingerprint(find_shards([source(packed, "test")])) != here
+    other = write_demo_shards(tmp_path / "other", images=9, videos=3, shards=2)
+    assert fingerprint(find_shards([source(other)])) == here
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert fingerprint(find_shards([source(other)])) != here
+
+
+def test_captions_come_evenly_from_all_shards_and_broken_samples_have_none(tmp_path):
+    def texts(prefix, n):
+        return [(f"{prefix}{i}", {"png": b"", "txt": f"{prefix} {i}".encode()}) for i in range(n)]
+
+    write_tar(tmp_path / "a.tar", [("x", {"txt": b"\xff\xfe"}), *texts("a", 50)])
+    write_tar(tmp_path / "b.tar", [("v", {"mp4": clip(16, 16), "json": b'{"captions": ["b one", "b two"]}'})])
+    found = list(iterate_captions([source(tmp_path)], limit=8))
+    assert found == ["a 0", "a 1", "a 2", "a 3", "b one", "b two"]

@@ -1,0 +1,503 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import textwrap
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.support import media
+from univitar_ds.data import examine, writer
+from univitar_ds.data.journal import open_journal
+from univitar_ds.data.probe import probe
+from univitar_ds.data.writer import pack_folder, read_manifest
+from univitar_ds.errors import DataError
+
+ROOT = Path(__file__).parents[3]
+
+
+def pack(folder, out, **options):
+    return pack_folder(folder, out, **{"workers": 1, "progress": False, **options})
+
+
+def picture_row(index: int, **fields) -> dict:
+    return {"file": f"images/{index}.jpg", "kind": "image", "caption": f"picture {index}", **fields}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """30 pictures of two labels, every fifth for test, and 4 clips."""
+    files = {f"images/{i}.jpg": media.encoded(media.noise(40 + i, 60, i)) for i in range(30)}
+    files |= {f"clips/clip {i}.mp4": media.clip(media.grey_frames(4 + i)) for i in range(4)}
+    rows = [
+        picture_row(i, label="even" if i % 2 == 0 else "odd", set="numbers", split="test" if i % 5 == 0 else "train")
+        for i in range(30)
+    ]
+    rows += [{"file": f"clips/clip {i}.mp4", "kind": "video", "captions": ["grey", f"clip {i}"]} for i in range(4)]
+    return media.write_folder(tmp_path / "folder", files, rows)
+
+
+def run_script(*command: str) -> str:
+    """Python in a process of its own, where workers and kills concern nobody else. Returns its stderr."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, *command], env=environment, timeout=200, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stderr
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def samples_of(out: Path, manifest: dict) -> dict[str, dict]:
+    """Every sample by its file name: members by extension, and the shard it lies in."""
+    found = {}
+    for shard in manifest["shards"]:
+        with tarfile.open(out / shard["file"]) as tar:
+            for member in tar.getmembers():
+                key, extension = member.name.split(".")
+                found.setdefault((shard["file"], key), {})[extension] = tar.extractfile(member).read()
+    return {json.loads(members["json"])["file"]: {**members, "shard": key[0]} for key, members in found.items()}
+
+
+def test_everything_arrives_as_it_was(folder, tmp_path):
+    manifest = pack(folder, tmp_path / "out")
+    samples = samples_of(tmp_path / "out", manifest)
+    assert len(samples) == 34
+    for line in (folder / "metadata.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        sample = samples[row["file"]]
+        extension = row["file"].rsplit(".")[-1]
+        data = (folder / row["file"]).read_bytes()
+        size = probe(data, extension)
+        assert sample[extension] == data
+        assert json.loads(sample["json"]) == {
+            "captions": row.get("captions") or [row["caption"]],
+            "label": row.get("label"),
+            "set": row.get("set"),
+            "kind": row["kind"],
+            "width": size.width,
+            "height": size.height,
+            "frames": size.frames,
+            "file": row["file"],
+        }
+        assert sample["shard"] == f"{row.get('split', 'train')}-{row['kind']}-000000.tar"
+
+
+def test_the_manifest_counts_what_is_there(folder, tmp_path):
+    manifest = pack(folder, tmp_path / "out")
+    assert manifest == read_manifest(tmp_path / "out")
+    assert manifest["counts"] == {"test": {"image": 6}, "train": {"image": 24, "video": 4}}
+    assert manifest["labels"] == {"test": {"even": 3, "odd": 3}, "train": {"even": 12, "odd": 12}}
+    assert manifest["captions"] == 30 + 2 * 4
+    assert manifest["skipped"] == []
+    assert manifest["token_histogram"] == {"image": {"8-15": 11, "16-31": 19}, "video": {"16-31": 4}}
+    assert manifest["long_side_px_histogram"] == {"image": {"32-63": 24, "64-127": 6}, "video": {"64-127": 4}}
+    for shard in manifest["shards"]:
+        data = (tmp_path / "out" / shard["file"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+        assert data.endswith(bytes(1024))
+
+
+def test_packing_twice_gives_the_same_bytes(folder, tmp_path):
+    pack(folder, tmp_path / "one", shard_mb=0.01)
+    pack(folder, tmp_path / "two", shard_mb=0.01, verify=False)
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert len(one) > 6
+    del one[".pack.jsonl"], two[".pack.jsonl"]
+    assert one == two
+
+
+def test_shards_keep_their_size_and_mix_the_classes(tmp_path):
+    files = {f"{i:03d}.png": media.encoded(Image.new("RGB", (i + 1, 5)), "PNG") + bytes(900) for i in range(200)}
+    rows = [{"file": f"{i:03d}.png", "caption": "x", "label": "early" if i < 100 else "late"} for i in range(200)]
+    manifest = pack(media.write_folder(tmp_path / "folder", files, rows), tmp_path / "out", shard_mb=0.05)
+    assert len(manifest["shards"]) >= 4
+    for shard in manifest["shards"][:-1]:
+        with tarfile.open(tmp_path / "out" / shard["file"]) as tar:
+            members = tar.getmembers()
+            assert 45_000 < sum(member.size for member in members if member.name.endswith("png")) <= 50_000
+            labels = [json.load(tar.extractfile(m))["label"] for m in members if m.name.endswith("json")]
+            assert 0.25 < labels.count("early") / len(labels) < 0.75
+            assert all((m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) == (0, 0, 0, "", "", 0o644) for m in members)
+
+
+def test_keys_are_unique_and_plain_whatever_the_files_are_called(tmp_path):
+    names = [
+        "a/same.jpg",
+        "b/same.jpg",
+        "c/same.png",
+        "d/two.dots.here.jpg",
+        "é 日本.jpg",
+        "-dash.jpg",
+        "x" * 150 + ".jpg",
+    ]
+    files = {name: media.encoded(media.noise(20, 20, i)) for i, name in enumerate(names)}
+    rows = [{"file": name, "caption": "x"} for name in names]
+    manifest = pack(media.write_folder(tmp_path / "folder", files, rows), tmp_path / "out", shard_mb=0.001)
+    assert set(samples_of(tmp_path / "out", manifest)) == set(names)
+    keys = []
+    for shard in manifest["shards"]:
+        with tarfile.open(tmp_path / "out" / shard["file"]) as tar:
+            keys += tar.getnames()
+    assert len({key.split(".")[0] for key in keys}) == len(names)
+    assert all(key.isascii() and key.count(".") == 1 and len(key) < 100 for key in keys)
+
+
+def test_unreadable_media_are_left_out_and_listed(folder, tmp_path):
+    good = (folder / "images/3.jpg").read_bytes()
+    (folder / "images/1.jpg").write_bytes(good[:-40])
+    (folder / "images/2.jpg").write_bytes(b"")
+    (folder / "images/3.jpg").write_bytes(media.clip(media.grey_frames(3)))
+    (folder / "clips/clip 1.mp4").write_bytes(media.sound())
+    manifest = pack(folder, tmp_path / "out")
+    assert manifest["counts"]["train"] == {"image": 21, "video": 3}
+    reasons = {skipped["file"]: skipped["reason"] for skipped in manifest["skipped"]}
+    assert reasons.keys() == {"images/1.jpg", "images/2.jpg", "images/3.jpg", "clips/clip 1.mp4"}
+    assert reasons["images/1.jpg"].startswith("corrupt: the JPEG picture cannot be decoded")
+    assert reasons["images/2.jpg"] == "unreadable: the file is empty"
+    assert reasons["images/3.jpg"] == "wrong_kind: the file holds video data, its row says image"
+    assert reasons["clips/clip 1.mp4"].startswith("no_video")
+    assert "images/1.jpg" not in samples_of(tmp_path / "out", manifest)
+
+
+def test_without_verifying_only_headers_are_read(folder, tmp_path):
+    good = (folder / "images/1.jpg").read_bytes()
+    (folder / "images/1.jpg").write_bytes(good[:-40])
+    assert pack(folder, tmp_path / "out", verify=False)["skipped"] == []
+
+
+def test_an_animated_gif_that_its_row_calls_a_video_becomes_a_clip(tmp_path):
+    frames = [Image.fromarray(frame) for frame in media.grey_frames(6, 40, 64)]
+    data = media.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
+    rows = [{"file": "a.gif", "kind": "video", "caption": "x"}, {"file": "b.gif", "caption": "x"}]
+    out = tmp_path / "out"
+    manifest = pack(media.write_folder(tmp_path / "folder", {"a.gif": data, "b.gif": data}, rows), out)
+    samples = samples_of(out, manifest)
+    assert probe(samples["a.gif"]["gifv"], "gifv").kind == "video"
+    assert json.loads(samples["a.gif"]["json"])["frames"] == 6
+    assert probe(samples["b.gif"]["gif"], "gif").kind == "image"
+
+
+def test_a_member_gets_an_extension_that_tells_its_kind(tmp_path):
+    files = {"a.bin": media.encoded(media.noise(20, 20)), "b.jpg": media.clip(media.grey_frames(3), "matroska")}
+    rows = [{"file": name, "caption": "x"} for name in files]
+    manifest = pack(media.write_folder(tmp_path / "folder", files, rows), tmp_path / "out")
+    samples = samples_of(tmp_path / "out", manifest)
+    assert {"jpg", "json", "shard"} == samples["a.bin"].keys()
+    assert {"mkv", "json", "shard"} == samples["b.jpg"].keys()
+
+
+def test_a_plain_folder_takes_its_captions_from_the_texts_beside_the_files(tmp_path):
+    plain = tmp_path / "plain"
+    (plain / "deep").mkdir(parents=True)
+    (plain / ".hidden").mkdir()
+    for name in ("a.jpg", "deep/b.png", "lonely.jpg", ".hidden/c.jpg"):
+        (plain / name).write_bytes(media.encoded(media.noise(20, 30), "PNG" if name.endswith("png") else "JPEG"))
+    (plain / "a.txt").write_text("  a caption\nof two lines \n")
+    (plain / "deep/b.txt").write_text("日本", encoding="utf-8-sig")
+    manifest = pack(plain, tmp_path / "out")
+    samples = samples_of(tmp_path / "out", manifest)
+    assert {file: json.loads(sample["json"])["captions"] for file, sample in samples.items()} == {
+        "a.jpg": ["a caption of two lines"],
+        "deep/b.png": ["日本"],
+    }
+    assert manifest["counts"] == {"train": {"image": 2}}
+    assert manifest["skipped"] == [{"file": "lonely.jpg", "reason": "no_caption: there is no .txt beside it"}]
+
+
+def test_a_sidecar_that_is_no_text_or_empty_is_a_fault(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jpg").write_bytes(media.encoded(media.noise(20, 20)))
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.txt").write_bytes(b" \n")
+    with pytest.raises(DataError, match=r"2 faults.*a\.txt: byte 3 is not UTF-8 text; b\.txt: the caption is empty"):
+        pack(tmp_path, tmp_path.parent / "out")
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ('{"file": "images/0.jpg", "caption"', "no JSON"),
+        ("[1, 2]", "a list, not an object"),
+        (picture_row(0, caption=7), "caption 7 is not text"),
+        (picture_row(0, caption=None), "caption None is not text"),
+        (picture_row(0, caption="  "), "caption '  ' is not text"),
+        (picture_row(0, captions=["fine", ["no"]]), r"caption \['no'\] is not text"),
+        (picture_row(0, captions=[]), r"captions \[\] is no list"),
+        (picture_row(0, captions="text"), "captions 'text' is no list"),
+        ({"file": "images/0.jpg"}, "captions \\[\\] is no list"),
+        ({"caption": "x"}, "file None is no path"),
+        (picture_row(0, file="../secret.jpg"), "'../secret.jpg' leads out of the folder"),
+        (picture_row(0, file="images/../../secret.jpg"), "leads out of the folder"),
+        (picture_row(0, file="/etc/passwd"), "'/etc/passwd' leads out of the folder"),
+        (picture_row(0, file="images/none.jpg"), "'images/none.jpg' is missing"),
+        (picture_row(0, file="images"), "'images' is missing"),
+        (picture_row(0, file="a\0b"), "is no path"),
+        (picture_row(0, kind="audio"), "kind 'audio' is neither image nor video"),
+        (picture_row(0, split="../up"), "split '../up' is no name"),
+        (picture_row(0, split=3), "split 3 is no name"),
+        (picture_row(0, label=["x"]), r"label \['x'\] is not text"),
+        (picture_row(0, set=7), "set 7 is not text"),
+        (picture_row(1), r"'images/1\.jpg' is in line 1 too"),
+    ],
+)
+def test_a_row_with_a_fault_ends_packing_before_anything_is_written(tmp_path, row, told):
+    files = {f"images/{i}.jpg": media.encoded(media.noise(20, 20)) for i in range(2)}
+    folder = media.write_folder(tmp_path / "folder", files, [picture_row(1), row])
+    with pytest.raises(DataError, match=r"1 faults.*metadata\.jsonl:2: .*" + told):
+        pack(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_first_five_faults_are_told_with_their_number(tmp_path):
+    rows = [picture_row(i) for i in range(12)]
+    with pytest.raises(DataError, match=r"12 faults.*jsonl:1:.*jsonl:5:.*and 7 more") as caught:
+        pack(media.write_folder(tmp_path / "folder", {"x.jpg": b""}, rows), tmp_path / "out")
+    assert "jsonl:6:" not in str(caught.value)
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_faults(folder, tmp_path):
+    text = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text("\ufeff" + text.replace("\n", "\n\n"), encoding="utf-8")
+    assert sum(pack(folder, tmp_path / "out")["counts"]["train"].values()) == 28
+
+
+def test_a_folder_with_nothing_to_pack_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has nothing to pack"):
+        pack(tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "empty/a.jpg").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"nothing to pack \(1 media files have no \.txt"):
+        pack(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(DataError, match="is no folder"):
+        pack(tmp_path / "none", tmp_path / "out")
+    broken = media.write_folder(tmp_path / "broken", {"a.jpg": b"x"}, [{"file": "a.jpg", "caption": "x"}])
+    with pytest.raises(DataError, match=r"none of its 1 media files can be read; the first: a\.jpg: unreadable"):
+        pack(broken, tmp_path / "out2")
+    assert not list((tmp_path / "out2").glob("*.tar"))
+
+
+def test_an_output_folder_that_is_not_ours_is_left_alone(folder, tmp_path):
+    for inside in (folder, folder / "images" / "out"):
+        with pytest.raises(DataError, match="lies inside"):
+            pack(folder, inside)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.doc").write_text("years of work")
+    with pytest.raises(DataError, match=r"is not empty and was not packed here \(thesis\.doc\)"):
+        pack(folder, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.doc"]
+    other = media.write_folder(
+        tmp_path / "other", {"a.jpg": media.encoded(media.noise(9, 9))}, [{"file": "a.jpg", "caption": "x"}]
+    )
+    pack(other, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(DataError, match=r"holds what was packed from .*other"):
+        pack(folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_two_cannot_pack_into_one_folder_at_once(folder, tmp_path):
+    out = tmp_path / "out"
+    with open_journal(out, folder), pytest.raises(DataError, match="is being packed by another process"):
+        pack(folder, out)
+    pack(folder, out)
+
+
+def test_a_full_disk_leaves_no_manifest_that_describes_other_shards(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    pack(folder, out)
+    (folder / "images/7.jpg").write_bytes(media.encoded(media.noise(99, 99)))
+
+    def full(*_):
+        raise OSError(28, "No space left on device", str(out / "x.tar"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_write_shard", full)
+        with pytest.raises(DataError, match=r"x\.tar cannot be written: No space left on device"):
+            pack(folder, out)
+    assert not (out / "manifest.json").exists()
+    assert pack(folder, out) == pack(folder, tmp_path / "fresh")
+
+
+def test_packing_again_opens_no_media_and_writes_no_shard(folder, tmp_path, monkeypatch):
+    first = pack(folder, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(examine, "examine", None)
+    monkeypatch.setattr(writer, "_write_shard", None)
+    assert pack(folder, tmp_path / "out") == first
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_change_in_the_folder_renews_what_it_touches(folder, tmp_path):
+    out = tmp_path / "out"
+    pack(folder, out)
+    (folder / "images/7.jpg").write_bytes(media.encoded(media.noise(99, 99)))
+    rows = (folder / "metadata.jsonl").read_text().replace("picture 8", "another caption")
+    (folder / "metadata.jsonl").write_text(rows)
+    test_shard = (out / "test-image-000000.tar").stat().st_mtime_ns
+    again = pack(folder, out)
+    fresh = pack(folder, tmp_path / "fresh")
+    assert again == fresh
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert (out / "test-image-000000.tar").stat().st_mtime_ns == test_shard
+    assert json.loads(samples_of(out, again)["images/8.jpg"]["json"])["captions"] == ["another caption"]
+
+
+def test_another_shard_size_leaves_no_old_shards_behind(folder, tmp_path):
+    pack(folder, tmp_path / "out", shard_mb=0.005)
+    pack(folder, tmp_path / "out")
+    pack(folder, tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", None])
+def test_a_damaged_or_lost_shard_is_written_anew(folder, tmp_path, damage):
+    pack(folder, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    shard = tmp_path / "out/train-image-000000.tar"
+    if damage is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(damage or before[shard.name][:-1] + b"x")
+    pack(folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_file_that_changes_between_looking_and_writing_is_noticed(folder, tmp_path, monkeypatch):
+    truth = writer.examine_all
+
+    def then_changed(jobs, workers):
+        yield from truth(jobs, workers)
+        (folder / "images/3.jpg").write_bytes(b"something else")
+
+    monkeypatch.setattr(writer, "examine_all", then_changed)
+    with pytest.raises(DataError, match=r"images/3\.jpg changed while it was being packed"):
+        pack(folder, tmp_path / "out")
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+KILLED = """
+import os, signal, sys
+from univitar_ds.data import journal, writer
+
+def dying(call, left):
+    def counted(*arguments, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **options)
+    return counted
+
+folder, out, *points = sys.argv[1:]
+for point in points:
+    child = os.fork()
+    if child == 0:
+        left = [int(point)]
+        journal.Journal._add = dying(journal.Journal._add, left)
+        writer._add = dying(writer._add, left)
+        writer.write_atomically = dying(writer.write_atomically, left)
+        writer.pack_folder(folder, out, shard_mb=0.02, workers=1, progress=False)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), f"packing had ended before point {point}"
+    assert not os.path.exists(os.path.join(out, "manifest.json"))
+"""
+
+
+def test_a_packing_killed_anywhere_ends_in_the_same_bytes(folder, tmp_path):
+    expected = pack(folder, tmp_path / "whole", shard_mb=0.02)
+    assert len(expected["shards"]) > 3
+    out = tmp_path / "out"
+    # Counted from each restart: files looked at, members written, shards done; the last one is the manifest itself.
+    run_script("-c", KILLED, str(folder), str(out), "0", "10", "40", "15", "30", "31", "17", "0", "0")
+    with (out / ".pack.jsonl").open("a") as journal:
+        journal.write('["file images/0.jpg", {"stam')  # a line that was being written
+    (out / ".train-image-000009.tar.partial").write_bytes(b"half a shard")
+    assert pack(folder, out, shard_mb=0.02) == expected
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+CRASHING = """
+import os, sys
+from univitar_ds.data import examine, writer
+
+truth = examine.decode_image
+
+def fragile(data, **limits):
+    if data.endswith(b"poison"):
+        os.abort()
+    return truth(data, **limits)
+
+examine.decode_image = fragile
+examine._CONTEXT = "fork"  # so that the workers have the fragile decoder too
+writer._FILES_PER_WORKER = 4
+writer.pack_folder(sys.argv[1], sys.argv[2], workers=2, progress=False)
+"""
+
+
+def test_a_picture_that_kills_its_decoder_is_left_out(folder, tmp_path):
+    for name in ("images/4.jpg", "images/5.jpg", "images/20.jpg"):
+        (folder / name).write_bytes((folder / name).read_bytes() + b"poison")
+    run_script("-c", CRASHING, str(folder), str(tmp_path / "out"))
+    manifest = read_manifest(tmp_path / "out")
+    assert [skipped["file"] for skipped in manifest["skipped"]] == ["images/4.jpg", "images/5.jpg", "images/20.jpg"]
+    assert {skipped["reason"] for skipped in manifest["skipped"]} == {
+        "corrupt: the decoder's process died of this file"
+    }
+    assert sum(shard["samples"] for shard in manifest["shards"]) == 31
+
+
+def test_worker_processes_find_the_same_as_one(folder, tmp_path):
+    script = tmp_path / "packing.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            from univitar_ds.data import writer
+            writer._FILES_PER_WORKER = 4
+            if __name__ == "__main__":
+                writer.pack_folder(sys.argv[1], sys.argv[2], workers=2)
+            """
+        )
+    )
+    bars = run_script(str(script), str(folder), str(tmp_path / "two"))
+    assert "examine: 100%" in bars
+    assert "write: 100%" in bars
+    pack(folder, tmp_path / "one")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "has no manifest.json, its packing never ended"),
+        (b"{", "cannot be read"),
+        (b"[]", "has version None"),
+        (b'{"version": 99}', "has version 99, this program reads 1"),
+        (b'{"version": 1}', "no sound list of shards"),
+        (b'{"version": 1, "shards": [{"file": "a.tar"}]}', "no sound list of shards"),
+        (
+            json.dumps(
+                {
+                    "version": 1,
+                    "shards": [
+                        {"file": "../a.tar", "split": "x", "kind": "image", "samples": 1, "bytes": 1, "sha256": ""}
+                    ],
+                }
+            ).encode(),
+            "no sound list of shards",
+        ),
+    ],
+)
+def test_a_manifest_that_cannot_be_trusted_is_refused(tmp_path, content, told):
+    if content is not None:
+        (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        read_manifest(tmp_path)

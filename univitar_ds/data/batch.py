@@ -1,0 +1,64 @@
+"""What the trainer receives: one pack of items of one modality, and where its lane stands after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from univitar_ds.data.layout import Modality, item_bytes
+
+__all__ = ["Modality", "PackedBatch", "item_bytes", "rows"]
+
+
+@dataclass
+class PackedBatch:
+    """The micro-batch of one lane at one step. `N` may be 0: every item of the pack failed to decode.
+
+    Shapes: N items, S text positions, B bytes. Item i owns `frames[i] * h*14 * w*14 * 3` bytes of `pixels`,
+    with (t, h, w) = `grid_thw[i]`: its frames one after another, each rows x columns x RGB.
+    """
+
+    pixels: torch.Tensor
+    """(B,) uint8; owned by the batch, nothing overwrites it later."""
+    frames: torch.Tensor
+    """(N,) int64, frames stored in `pixels`: 1 for a picture, `clip_frames` for a clip."""
+    grid_thw: torch.Tensor
+    """(N, 3) int64, tokens along time, height and width."""
+    token_ids: torch.Tensor
+    """(N, S) int64, padded captions."""
+    text_lengths: torch.Tensor
+    """(N,) int64, real tokens of each caption."""
+    caption_ids: torch.Tensor
+    """(N,) int64, equal for equal captions."""
+    captions: list[str]
+    labels: list[str | None]
+    sets: list[str | None]
+    """The data set that each label belongs to, where the sources hold several."""
+    keys: list[str]
+    """"{shard}/{key}" of every item, the same name in every run over the same sources."""
+    modality: Modality
+    lane: int
+    index: int
+    """Number of the pack in its lane, which is the step of the run."""
+    cursor: dict[str, Any] = field(default_factory=dict)
+    """Where the lane stands after this pack, as JSON; see `cursor.LaneCursor`."""
+    bad: dict[str, int] = field(default_factory=dict)
+    """Unreadable samples met since the lane's previous pack, by kind."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all items."""
+        return int(self.grid_thw.prod(dim=1).sum())
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def rows(values: Sequence[Sequence[int]] | Sequence[int], width: int | None = None) -> torch.Tensor:
+    """An int64 tensor of shape (N,) or (N, width), also where N is 0."""
+    array = np.array(values, dtype=np.int64)
+    return torch.from_numpy(array.reshape(len(values)) if width is None else array.reshape(len(values), width))

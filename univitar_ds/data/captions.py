@@ -1,0 +1,89 @@
+"""The text members of a sample: captions, label and set, from .json, .txt and .cls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from univitar_ds.errors import SampleError
+
+EXTENSIONS = ("json", "txt", "cls")
+BYTES_LIMIT = 16 << 20
+"""Longest text member that is parsed."""
+
+
+class Texts(NamedTuple):
+    """At least one caption, none empty; the label where there is one; the data set that the label belongs to."""
+
+    captions: tuple[str, ...]
+    label: str | None
+    set: str | None = None
+
+
+def read_texts(members: Mapping[str, bytes]) -> Texts:
+    """Captions and label: the fields captions (a list), caption, label and set of .json first, else .txt and .cls.
+
+    Args: contents of the text members by extension.
+    Raises: SampleError if there is no caption or one that is not text.
+    """
+    for extension, content in members.items():
+        if len(content) > BYTES_LIMIT:
+            raise SampleError("too_large", f"its .{extension} has {len(content)} bytes (limit {BYTES_LIMIT})")
+    fields = _json_object(members["json"]) if "json" in members else {}
+    return Texts(_captions(fields, members.get("txt")), _label(fields, members.get("cls")), _set(fields))
+
+
+def _captions(fields: Mapping[str, Any], txt: bytes | None) -> tuple[str, ...]:
+    captions = fields.get("captions")
+    if captions is None and fields.get("caption") is not None:
+        captions = [fields["caption"]]
+    if captions is None and txt is not None:
+        captions = [_utf8(txt, "txt")]
+    if captions is None:
+        raise SampleError("no_caption", "neither captions or caption in its .json nor a .txt member")
+    if isinstance(captions, str):
+        captions = [captions]
+    if not isinstance(captions, list):
+        raise SampleError("bad_caption", f"captions is {str(captions)[:60]!r}, not a list of texts")
+    if not captions:
+        raise SampleError("no_caption", "its list of captions is empty")
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise SampleError("bad_caption", f"a caption is {str(caption)[:60]!r} ({type(caption).__name__}), not text")
+        if not caption.strip():
+            raise SampleError("bad_caption", "a caption is empty")
+    return tuple(caption.strip() for caption in captions)
+
+
+def _label(fields: Mapping[str, Any], cls: bytes | None) -> str | None:
+    label = fields.get("label")
+    if label is None and cls is not None:
+        label = _utf8(cls, "cls").strip() or None
+    if label is not None and not isinstance(label, (str, int)):
+        raise SampleError("bad_label", f"label is {str(label)[:60]!r} ({type(label).__name__}), not text")
+    return None if label is None else str(label)
+
+
+def _set(fields: Mapping[str, Any]) -> str | None:
+    name = fields.get("set")
+    if not isinstance(name, str | None):
+        raise SampleError("bad_label", f"set is {str(name)[:60]!r} ({type(name).__name__}), not text")
+    return name
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SampleError("bad_json", f"its .json does not parse: {str(error)[:120]}") from error
+    if not isinstance(fields, dict):
+        raise SampleError("bad_json", f"its .json holds a {type(fields).__name__}, not an object")
+    return fields
+
+
+def _utf8(text: bytes, extension: str) -> str:
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SampleError("bad_caption", f"its .{extension} is not UTF-8 text (byte {error.start})") from error

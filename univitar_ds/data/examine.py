@@ -1,0 +1,165 @@
+"""Looking at every media file once: its hash, kind and size, and whether its pixels can be had.
+
+Runs in processes of its own, because decoders work hard and, on hostile bytes, may take their process with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+from univitar_ds.config.schema import DataConfig
+from univitar_ds.data.containers import VIDEO_EXTENSION_OF, video_demuxer
+from univitar_ds.data.decode import decode_clip, decode_image
+from univitar_ds.data.jpeg import is_jpeg
+from univitar_ds.data.probe import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize, probe
+from univitar_ds.errors import SampleError
+
+_BATCH = 4
+_CONTEXT = "forkserver"
+_MOST_BYTES = 1_000_000_000
+_MAX_PX: int = DataConfig.model_fields["max_image_px"].default
+_CLIP_FRAMES = 16
+_CLIP_TIMEOUT_S = 10 * DataConfig.model_fields["decode_timeout_s"].default
+
+
+@dataclass(frozen=True)
+class Job:
+    """A file to look at. `kind` is what its row says it is, None if the row leaves it to the content."""
+
+    path: Path
+    kind: str | None
+    verify: bool
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a file is. With a `fault` it is left out; `extension` is one that says its kind to every reader."""
+
+    fault: str | None
+    bytes: int = 0
+    sha256: str = ""
+    extension: str = ""
+    kind: str = ""
+    height: int = 0
+    width: int = 0
+    frames: int = 0
+
+
+def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[Finding]:
+    """A finding for each job, in order. With one worker everything happens in this process."""
+    if workers <= 1:
+        yield from map(examine, jobs)
+        return
+    batches = [jobs[start : start + _BATCH] for start in range(0, len(jobs), _BATCH)]
+    while batches:
+        done = 0
+        with _pool(workers) as pool:
+            try:
+                futures = [pool.submit(_examine_batch, batch) for batch in batches]
+                for future in futures:
+                    yield from future.result()
+                    done += 1
+            except BrokenProcessPool:
+                pass
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        if done < len(batches):
+            yield from map(_examine_apart, batches[done])
+            done += 1
+        batches = batches[done:]
+
+
+def examine(job: Job) -> Finding:
+    """Read, hash, probe and, if asked, decode one file."""
+    try:
+        data = _read(job.path)
+        extension = job.path.suffix.lower().lstrip(".")
+        if job.kind == "video" and video_demuxer(data) == "gif":
+            extension = "gifv"
+        size = probe(data, extension)
+        if job.kind not in (None, size.kind):
+            raise SampleError("wrong_kind", f"the file holds {size.kind} data, its row says {job.kind}")
+        if size.height * size.width > _MAX_PX:
+            raise SampleError("too_large", f"{size.width} x {size.height} pixels, above {_MAX_PX} in all")
+        height, width = _decoded_size(data, size) if job.verify else (size.height, size.width)
+    except SampleError as error:
+        return Finding(f"{error.kind}: {error}")
+    return Finding(
+        None,
+        len(data),
+        hashlib.sha256(data).hexdigest(),
+        _telling_extension(data, extension, size.kind),
+        size.kind,
+        height,
+        width,
+        size.frames,
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        length = path.stat().st_size
+        if length > _MOST_BYTES:
+            raise SampleError("too_large", f"the file has {length} bytes; at most {_MOST_BYTES} fit into a sample")
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError("unreadable", f"the file cannot be read: {error.strerror}") from error
+
+
+def _decoded_size(data: bytes, size: MediaSize) -> tuple[int, int]:
+    """(height, width) of the pixels themselves: some containers do not tell a rotation in their header."""
+    if size.kind == "image":
+        return decode_image(data, max_px=_MAX_PX).shape[:2]
+    return decode_clip(data, frames=_CLIP_FRAMES, max_px=_MAX_PX, timeout_s=_CLIP_TIMEOUT_S).shape[1:3]
+
+
+def _telling_extension(data: bytes, extension: str, kind: str) -> str:
+    """The file's own extension where it fits the kind, else one that does."""
+    if kind == "image":
+        return extension if extension in IMAGE_EXTENSIONS else "jpg" if is_jpeg(data) else "png"
+    if extension in VIDEO_EXTENSIONS:
+        return extension
+    demuxer = video_demuxer(data)
+    assert demuxer is not None
+    return VIDEO_EXTENSION_OF[demuxer]
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    context = get_context(_CONTEXT)
+    context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and do not outlive it: a killed parent cannot stop its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _examine_batch(jobs: Sequence[Job]) -> list[Finding]:
+    return [examine(job) for job in jobs]
+
+
+def _examine_apart(job: Job) -> Finding:
+    """One file in a process of its own, for a batch that lost its process."""
+    with _pool(1) as pool:
+        try:
+            return pool.submit(examine, job).result()
+        except BrokenProcessPool:
+            return Finding("corrupt: the decoder's process died of this file")

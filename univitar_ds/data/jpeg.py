@@ -1,0 +1,94 @@
+"""What a JPEG says about itself before its first scan: size, channels and EXIF orientation.
+
+Written here because the loader asks for every picture it plans: a walk over the markers costs microseconds,
+a library's open a hundred times that, and the frame header may lie hundreds of kilobytes into the file,
+behind colour profiles and thumbnails.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+
+from univitar_ds.errors import SampleError
+
+_SOI = b"\xff\xd8"
+_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
+_APP1, _SCAN, _END = 0xE1, 0xDA, 0xD9
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
+_ORIENTATION_TAG = 0x0112
+
+
+@dataclass(frozen=True)
+class JpegHeader:
+    """Sides in pixels as stored, i.e. before the EXIF `orientation` (1 to 8) is applied."""
+
+    height: int
+    width: int
+    channels: int
+    precision: int
+    orientation: int
+
+    @property
+    def display_size(self) -> tuple[int, int]:
+        """(height, width) as a viewer shows it."""
+        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+
+
+def is_jpeg(data: bytes) -> bool:
+    return data[:2] == _SOI and data[2:3] == b"\xff"
+
+
+def read_header(data: bytes) -> JpegHeader:
+    """The frame header and the orientation. Junk between markers is passed over, as decoders do.
+
+    Raises: SampleError if there is no frame header, or one without pixels.
+    """
+    from_exif = from_xmp = 0
+    position = 2
+    while True:
+        position = data.find(b"\xff", position)
+        if position < 0 or position + 4 > len(data):
+            raise SampleError("corrupt", f"the JPEG ends after {len(data)} bytes, before its frame header")
+        marker = data[position + 1]
+        if marker in (0x00, 0xFF) or marker in _WITHOUT_LENGTH:
+            position += 1 if marker == 0xFF else 2
+            continue
+        if marker in (_SCAN, _END):
+            raise SampleError("corrupt", f"the JPEG has no frame header before byte {position}")
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        body = data[position + 4 : position + 2 + length]
+        if marker in _FRAME_HEADERS:
+            return _frame(body, from_exif or from_xmp or 1)
+        if marker == _APP1 and body.startswith(b"Exif\0\0"):
+            from_exif = from_exif or _exif_orientation(body[6:])
+        elif marker == _APP1 and (found := _XMP_ORIENTATION.search(body)):
+            from_xmp = int(found[1])
+        position += 2 + max(length, 2)
+
+
+def _frame(body: bytes, orientation: int) -> JpegHeader:
+    if len(body) < 6:
+        raise SampleError("corrupt", "the JPEG ends inside its frame header")
+    precision, height, width, channels = struct.unpack(">BHHB", body[:6])
+    if not height or not width:
+        raise SampleError("corrupt", f"the JPEG's frame header says {width} x {height} pixels")
+    return JpegHeader(height, width, channels, precision, orientation)
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """Orientation 1 to 8 of a TIFF block's first directory, 0 where it has none that makes sense."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None or len(tiff) < 8:
+        return 0
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    if start + 2 > len(tiff):
+        return 0
+    (entries,) = struct.unpack_from(order + "H", tiff, start)
+    for entry in range(start + 2, min(start + 2 + 12 * entries, len(tiff) - 11), 12):
+        tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, entry)
+        if tag == _ORIENTATION_TAG:
+            return value if kind == 3 and count == 1 and 1 <= value <= 8 else 0
+    return 0

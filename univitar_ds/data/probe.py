@@ -1,0 +1,145 @@
+"""The size of a picture or clip from its header, before anything is decoded.
+
+The content decides what a file is; its name is only asked where the content leaves it open: an animated GIF
+is a picture, unless it is called .gifv (or by another name of a video), which makes it a clip.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import av
+from av.video.stream import VideoStream
+from PIL import Image, UnidentifiedImageError
+
+from univitar_ds.data import jpeg
+from univitar_ds.data.containers import mp4_matrices, swaps_sides, video_demuxer
+from univitar_ds.errors import SampleError
+
+# fmt: off
+IMAGE_EXTENSIONS = frozenset(
+    ["jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "gif", "webp", "bmp", "tif", "tiff", "ico", "psd",
+     "jp2", "j2k", "jpx", "avif", "avifs", "ppm", "pgm", "pbm", "pnm", "qoi"]
+)
+VIDEO_EXTENSIONS = frozenset(
+    ["mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "m2ts", "mts", "flv", "ogv", "wmv", "asf",
+     "3gp", "3g2", "gifv"]
+)
+# fmt: on
+
+_PILLOW_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "PSD", "JPEG2000", "AVIF", "PPM", "QOI", "JPEG")
+_ORIENTATION_TAG = 0x0112
+
+# Pillow comments on every odd tag of a file; whatever matters about a sample is raised.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True)
+class MediaSize:
+    """Sides in pixels as shown, i.e. after EXIF orientation or display matrix.
+
+    `frames` is 1 for an image. For a video it is what the header says or, where that says nothing, duration
+    times frame rate, and at least 1: good for planning; decoding finds out the truth.
+    """
+
+    kind: Literal["image", "video"]
+    height: int
+    width: int
+    frames: int
+
+
+def probe(data: bytes, extension: str) -> MediaSize:
+    """Kind and size of a media file.
+
+    Args: the whole file; the extension of its name, with or without dot.
+    Raises: SampleError if the header is no header of a picture or clip.
+    """
+    if not data:
+        raise SampleError("unreadable", "the file is empty")
+    if jpeg.is_jpeg(data):
+        height, width = jpeg.read_header(data).display_size
+        return MediaSize("image", height, width, 1)
+    demuxer = video_demuxer(data)
+    named_video = extension.lower().lstrip(".") in VIDEO_EXTENSIONS
+    if demuxer is not None and (demuxer != "gif" or named_video):
+        return _probe_video(data, demuxer)
+    if named_video:
+        raise SampleError("unreadable", "the bytes are no video container we read")
+    with open_picture(data) as image:
+        return MediaSize("image", *_picture_size(image), 1)
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """Pillow's lazily opened image, nothing decoded; formats that run programs or open files are left out.
+
+    Raises: SampleError.
+    """
+    try:
+        return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise SampleError("too_large", f"{error}") from error
+    except UnidentifiedImageError as error:
+        raise SampleError("unreadable", "the bytes are no picture of a format we read") from error
+    except Exception as error:  # Pillow's plugins raise whatever a malformed header runs them into
+        raise SampleError("unreadable", f"the picture cannot be opened: {reason(error)}") from error
+
+
+def open_video(data: bytes) -> tuple[av.container.InputContainer, VideoStream]:
+    """An opened container and its main video stream; cover art of audio files is no video stream.
+
+    Raises: SampleError.
+    """
+    demuxer = video_demuxer(data)
+    if demuxer is None:
+        raise SampleError("unreadable", "the bytes are no video container we read")
+    try:
+        container = av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore")
+    except (av.FFmpegError, ValueError, EOFError) as error:
+        raise SampleError("corrupt", f"the {demuxer} container cannot be opened: {reason(error)}") from error
+    pictures = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    if not streams:
+        container.close()
+        raise SampleError("no_video", f"the {demuxer} container has no video stream")
+    stream = streams[0]
+    if stream.codec_context is None or not stream.codec_context.width or not stream.codec_context.height:
+        container.close()
+        raise SampleError("corrupt", f"the {demuxer} container does not say the size of its video")
+    return container, stream
+
+
+def _probe_video(data: bytes, demuxer: str) -> MediaSize:
+    container, stream = open_video(data)
+    with container:
+        height, width = stream.codec_context.height, stream.codec_context.width
+        if demuxer == "mov" and swaps_sides(mp4_matrices(data).get(stream.id, (1, 0, 0, 1))):
+            height, width = width, height
+        frames = stream.frames
+        if not frames and stream.average_rate:
+            if stream.duration is not None:
+                frames = round(stream.duration * stream.time_base * stream.average_rate)
+            elif container.duration is not None:
+                frames = round(container.duration * stream.average_rate / av.time_base)
+        return MediaSize("video", height, width, max(frames, 1))
+
+
+def _picture_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) after EXIF orientation."""
+    if image.format == "TIFF":  # its plugin has turned the size already
+        return image.height, image.width
+    try:
+        # The PNG plugin's own getexif decodes the picture to look for late chunks.
+        turned = Image.Image.getexif(image).get(_ORIENTATION_TAG) in (5, 6, 7, 8)
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        turned = False
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def reason(error: Exception) -> str:
+    """A library's error in one line, the same on every machine."""
+    text = getattr(error, "strerror", None) or str(error)
+    return f"{type(error).__name__}: {text.strip().splitlines()[0]}" if text.strip() else type(error).__name__

@@ -1,0 +1,98 @@
+"""The addresses of a pack to its pixels. The same function runs in the trainer and in decoding processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from univitar_ds.data.decode import decode_clip, decode_image
+from univitar_ds.data.layout import Modality, item_bytes
+from univitar_ds.data.storage import storage_for
+from univitar_ds.data.transforms import fit_clip, fit_image
+from univitar_ds.errors import SampleError
+from univitar_ds.geometry import PATCH
+
+Failure = tuple[int, str, str]
+"""(index of the item in the pack, kind, message)."""
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """Pixels of a frame, seconds of a clip."""
+
+    max_image_px: int
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class RenderItem:
+    """Where the media of one item lies and the grid it goes to."""
+
+    path: str
+    offset: int
+    length: int
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class RenderJob:
+    """One pack to decode; `frames` per item, 1 for pictures."""
+
+    modality: Modality
+    frames: int
+    limits: DecodeLimits
+    items: Sequence[RenderItem]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all pixels if every item can be decoded."""
+        return sum(item_bytes(item.grid, self.frames) for item in self.items)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "modality": self.modality,
+            "frames": self.frames,
+            "limits": [self.limits.max_image_px, self.limits.timeout_s],
+            "items": [[item.path, item.offset, item.length, list(item.grid)] for item in self.items],
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> RenderJob:
+        items = [RenderItem(path, offset, length, tuple(grid)) for path, offset, length, grid in document["items"]]
+        return cls(document["modality"], document["frames"], DecodeLimits(*document["limits"]), items)
+
+
+def render(job: RenderJob, buffer: np.ndarray) -> list[Failure]:
+    """Decode every item into `buffer` (uint8, at least `job.bytes`), one after another; a failed one takes no room.
+
+    Returns: the items that could not be decoded.
+    Raises: DataError if a shard cannot be read.
+    """
+    failures: list[Failure] = []
+    start = 0
+    for index, item in enumerate(job.items):
+        try:
+            pixels = _pixels(job, item)
+        except SampleError as error:
+            failures.append((index, error.kind, str(error)))
+            continue
+        buffer[start : start + pixels.size] = pixels.reshape(-1)
+        start += pixels.size
+    return failures
+
+
+def _pixels(job: RenderJob, item: RenderItem) -> np.ndarray:
+    data = storage_for(item.path).read_range(item.path, item.offset, item.length)
+    if job.modality == "image":
+        target = (item.grid[1] * PATCH, item.grid[2] * PATCH)
+        pixels = fit_image(decode_image(data, max_px=job.limits.max_image_px, target=target), item.grid)
+    else:
+        limits = job.limits
+        clip = decode_clip(data, frames=job.frames, max_px=limits.max_image_px, timeout_s=limits.timeout_s)
+        pixels = fit_clip(np.asarray(clip), item.grid)
+    assert pixels.dtype == np.uint8, pixels.dtype
+    assert pixels.size == item_bytes(item.grid, job.frames), (pixels.shape, item.grid)
+    return pixels

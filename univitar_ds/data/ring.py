@@ -1,0 +1,60 @@
+"""Memory shared by the trainer and its decoding processes: a fixed number of slots for the pixels of packs.
+
+The memory is an anonymous file. It has no name that could be left behind, it is gone with the last process that
+holds it however that process ends, and its size is not bounded by what is mounted on /dev/shm.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from typing import Self
+
+import numpy as np
+
+
+class Ring:
+    """`slots` pieces of `slot_bytes` bytes each. Who may write to which slot is the pipeline's business."""
+
+    def __init__(self, descriptor: int, slots: int, slot_bytes: int) -> None:
+        """Map an existing file; the ring then owns the descriptor."""
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self._descriptor: int | None = descriptor
+        self._map: mmap.mmap | None = mmap.mmap(descriptor, slots * slot_bytes)
+
+    @classmethod
+    def create(cls, slots: int, slot_bytes: int) -> Self:
+        """A new ring; pages take memory when they are first written."""
+        assert min(slots, slot_bytes) > 0, (slots, slot_bytes)
+        descriptor = _anonymous_file()
+        os.ftruncate(descriptor, slots * slot_bytes)
+        return cls(descriptor, slots, slot_bytes)
+
+    @property
+    def descriptor(self) -> int:
+        """To hand to another process, which maps it with the same sizes."""
+        assert self._descriptor is not None, "the ring is closed"
+        return self._descriptor
+
+    def view(self, slot: int) -> np.ndarray:
+        """(slot_bytes,) uint8 over the slot itself, not a copy."""
+        assert self._map is not None, "the ring is closed"
+        assert 0 <= slot < self.slots, slot
+        return np.frombuffer(self._map, np.uint8, self.slot_bytes, slot * self.slot_bytes)
+
+    def close(self) -> None:
+        """Give the memory back once the last view is gone. Safe to call again."""
+        self._map = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("univitar-ring", os.MFD_CLOEXEC)
+    descriptor, path = tempfile.mkstemp(prefix="univitar-ring-")
+    os.unlink(path)
+    return descriptor
