@@ -1,0 +1,78 @@
+"""A finished run's folder without training and without DeepSpeed: config, tokenizer and one real checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from univitar_ds.config.load import check_config, config_fingerprint, dump_config
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.data.text import special_ids, train_tokenizer
+from univitar_ds.model.contrastive import ContrastiveModel, build_contrastive
+from univitar_ds.training.checkpoint import save_checkpoint
+from univitar_ds.training.distributed import World
+from univitar_ds.training.engine import MASTER, MOMENTS, Piece
+
+CAPTIONS = ["a red picture", "a green picture", "a blue clip moving left", "a grey clip moving right"]
+
+
+def run_config(shards: Path | str = "nowhere", **changes: Any) -> RunConfig:
+    """One stage of pictures and clips; evaluated on the test split of `shards`. `changes` replace whole sections."""
+    source = str(shards)
+    content = {
+        "name": "tried",
+        "model": {
+            "embed_dim": 16,
+            "text": {"hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64, "vocab_size": 300},
+        },
+        "data": {"sources": [{"path": source}], "workers": 0},
+        "stages": [
+            {
+                "name": "both",
+                "samples": 10,
+                "image": {"min_tokens": 4, "max_tokens": 36, "divisor_px": 14},
+                "video": {"min_tokens": 8, "max_tokens": 64, "divisor_px": 14},
+                "video_ratio": 0.5,
+                "clip_frames": 4,
+                "token_budget": 200,
+                "lr": 1e-3,
+            }
+        ],
+        "evaluation": {"sources": [{"path": source, "split": "test"}], "token_budget": 200},
+    }
+    return check_config({**content, **changes}, "the test")
+
+
+class _Untrained:
+    """What `save_checkpoint` asks of an engine, for a model that no engine has seen."""
+
+    def __init__(self, model: ContrastiveModel) -> None:
+        self.module = model
+        self.world = World(0, 1, 0, torch.device("cpu"))
+
+    def pieces(self) -> Iterator[Piece]:
+        for name, parameter in self.module.named_parameters():
+            flat = parameter.detach().view(-1)
+            moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+            yield Piece(name, tuple(parameter.shape), 0, {MASTER: flat, **moments})
+
+    def optimizer_state(self) -> dict:
+        return {"updates": 7.0, "groups": [], "global_steps": 7}
+
+
+def write_run(folder: Path, config: RunConfig) -> ContrastiveModel:
+    """Writes the folder and returns the model whose weights its checkpoint, step-00000007, holds."""
+    folder.mkdir(parents=True)
+    dump_config(config, folder / "config.yaml")
+    tokenizer = train_tokenizer(CAPTIONS, config.model.text.vocab_size)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = special_ids(tokenizer)
+    model = build_contrastive(
+        config.model, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=5
+    )
+    state = {"fingerprint": config_fingerprint(config), "config": config.model_dump(mode="json")}
+    save_checkpoint(_Untrained(model), folder / "checkpoints", 7, state, {}, keep=1)
+    return model.eval()

@@ -1,0 +1,125 @@
+"""The exported encoder: the release's layout, the trained numbers, and nobody else's files lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.support.finished import run_config, write_run
+from univitar_ds import Preprocessor, UniViTAR
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.convert import official
+from univitar_ds.convert.official import export_encoder, with_size_rule
+from univitar_ds.errors import CheckpointError
+from univitar_ds.model.config import PRESETS
+from univitar_ds.model.contrastive import ContrastiveModel
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ContrastiveModel]:
+    folder = tmp_path_factory.mktemp("runs") / "tried"
+    return folder, write_run(folder, run_config())
+
+
+def _stage(**changes):
+    values = run_config().stages[0].model_dump()
+    return RunConfig.model_validate({**run_config().model_dump(), "stages": [{**values, **changes}]}).stages[0]
+
+
+def test_the_export_is_the_trained_encoder_behind_the_public_face(
+    trained: tuple[Path, ContrastiveModel], tmp_path: Path
+):
+    run, model = trained
+    assert export_encoder(run, tmp_path / "export") == tmp_path / "export"
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["config.json", "model.safetensors"]
+    encoder = UniViTAR.from_pretrained(tmp_path / "export")
+    wanted = model.vision.state_dict()
+    assert encoder.state_dict().keys() == wanted.keys()
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, wanted[name]), name
+    values, grids = Preprocessor.from_pretrained(tmp_path / "export")([Image.new("RGB", (300, 200), "teal")])
+    assert grids.tolist() == [list(run_config().stages[0].image.rule().grid(200, 300))]
+    with torch.no_grad():
+        assert torch.equal(encoder(values, grids), model.vision(values, grids))
+
+
+def test_the_config_has_the_fields_of_the_release_and_the_last_stage_s_rule(
+    trained: tuple[Path, ContrastiveModel], tmp_path: Path
+):
+    export_encoder(trained[0] / "checkpoints" / "step-00000007", tmp_path / "export")
+    values = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert (values["min_tokens"], values["max_tokens"], values["resize_factor"]) == (4, 36, 1)
+    golden = Path(__file__).parents[2] / "golden" / "merge1" / "config.json"
+    assert set(json.loads(golden.read_text())) - {"use_flash_attn"} <= set(values)
+
+
+def test_each_size_rule_becomes_its_words_in_the_release():
+    tiny = PRESETS["tiny"]
+    native = with_size_rule(tiny, _stage(image={"min_tokens": 16, "max_tokens": 100, "divisor_px": 28}))
+    assert (native.resolution_mode, native.resize_factor, native.min_tokens, native.max_tokens) == (
+        "native",
+        2,
+        16,
+        100,
+    )
+    fixed = with_size_rule(tiny, _stage(image={"kind": "fixed", "size_px": 112}))
+    assert fixed.resolution.grid(50, 400) == (1, 8, 8)
+    clips = with_size_rule(tiny, _stage(video_ratio=1.0))
+    assert (clips.min_tokens, clips.max_tokens) == (8, 64)
+    import dataclasses
+
+    merged = dataclasses.replace(tiny, spatial_merge_size=2, relarge_ratio=2.0)
+    assert (
+        with_size_rule(merged, _stage(image={"min_tokens": 4, "max_tokens": 64, "divisor_px": 56})).resize_factor == 2
+    )
+    assert (
+        with_size_rule(merged, _stage(image={"min_tokens": 4, "max_tokens": 64, "divisor_px": 56})).relarge_ratio == 1
+    )
+    with pytest.raises(CheckpointError, match="multiples of 28 px"):
+        with_size_rule(merged, _stage(image={"min_tokens": 4, "max_tokens": 64, "divisor_px": 14}))
+
+
+def test_an_earlier_export_is_replaced_and_a_foreign_folder_is_not_touched(
+    trained: tuple[Path, ContrastiveModel], tmp_path: Path
+):
+    run, model = trained
+    out = tmp_path / "export"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    save_file({"old": torch.zeros(1)}, out / "model.safetensors")
+    export_encoder(run, out)
+    assert load_file(out / "model.safetensors").keys() == model.vision.state_dict().keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    (out / "thesis.txt").write_text("mine")
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(CheckpointError, match=r"thesis\.txt"):
+        export_encoder(run, out)
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(CheckpointError, match="is a file"):
+        export_encoder(run, out / "config.json")
+
+
+def test_a_failing_export_leaves_the_earlier_one_whole(
+    trained: tuple[Path, ContrastiveModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, _ = trained
+    out = export_encoder(run, tmp_path / "export")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    write = official.save_encoder
+
+    def damaging(folder: Path, encoder: UniViTAR) -> None:
+        write(folder, encoder)
+        state = load_file(folder / "model.safetensors")
+        state["embeddings.patch_embedding.weight"] *= 1.001
+        save_file(state, folder / "model.safetensors")
+
+    monkeypatch.setattr(official, "save_encoder", damaging)
+    with pytest.raises(CheckpointError, match="is not the one written"):
+        export_encoder(run, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]

@@ -1,0 +1,118 @@
+"""From a run's folder to its table of results, on real shards and a real checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.finished import run_config, write_run
+from tests.support.shards import write_demo_shards
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.convert.trained import open_trained
+from univitar_ds.data.loader import eval_packs
+from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.evaluation.embed import embed, embed_texts
+from univitar_ds.evaluation.report import render_run
+from univitar_ds.evaluation.run import evaluate, evaluate_run
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_shards(tmp_path_factory.mktemp("shards"), images=32, videos=16, shards=1)
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tried"
+    write_run(folder, run_config(shards))
+    return folder
+
+
+def test_every_item_is_embedded_once_with_what_belongs_to_it(run: Path):
+    trained = open_trained(run)
+    config, stage = trained.config, trained.config.stages[-1]
+
+    def packs(token_budget: int):
+        return eval_packs(
+            config.evaluation.sources,
+            modality="image",
+            resolution=stage.resolution("image"),
+            clip_frames=stage.clip_frames,
+            token_budget=token_budget,
+            tokenizer=run / "tokenizer.json",
+            context_length=config.model.text.context_length,
+            data=config.data,
+        )
+
+    found = embed(trained.model, packs(200), "image", progress=False)
+    assert len(found) == 8 == len(set(found.keys))
+    assert found.labels == ["red", "green", "blue", "grey"] * 2
+    assert all(label in caption for label, caption in zip(found.labels, found.captions, strict=True))
+    for vectors in (found.vision, found.text):
+        assert vectors.shape == (8, 16)
+        assert torch.allclose(vectors.norm(dim=1), torch.ones(8), atol=1e-5)
+    alone = embed(trained.model, packs(1), "image", progress=False)
+    assert alone.keys == found.keys
+    assert torch.allclose(alone.vision, found.vision, atol=1e-5), "an item's vector depends on what it is packed with"
+    texts = embed_texts(trained.model, trained.tokenizer, found.captions, config.model.text.context_length)
+    assert torch.allclose(texts, found.text, atol=1e-5)
+
+
+def test_a_run_is_evaluated_into_a_file_a_table_and_sheets(run: Path):
+    table = evaluate_run(run, progress=False)
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["checkpoint"] == "step-00000007"
+    measured = {(figure["task"], figure["measure"], figure["modality"]) for figure in result["figures"]}
+    assert {("zero-shot", "top-1", "image"), ("zero-shot", "top-1", "video")} <= measured
+    assert {("image to text", "R@1", "image"), ("text to video", "R@1", "video")} <= measured
+    for figure in result["figures"]:
+        assert 0 <= figure["value"] <= 1
+        assert 0 < figure["chance"] < 1
+    motion = next(f for f in result["figures"] if f["measure"] == "top-1" and f["modality"] == "video")
+    assert (motion["chance"], motion["n"], motion["candidates"]) == (0.5, 4, 2)
+    assert "text to video" in table
+    assert table in render_run(run)
+    assert (run / "examples-image.png").is_file()
+    assert (run / "examples-video.png").is_file()
+
+
+def test_two_evaluations_of_a_checkpoint_agree(run: Path):
+    one, other = (evaluate(open_trained(run)) for _ in range(2))
+    assert one["figures"] == other["figures"]
+    by_path = evaluate(open_trained(run / "checkpoints" / "step-00000007"))
+    assert by_path["figures"] == one["figures"]
+
+
+def test_a_modality_that_the_run_never_met_is_not_measured(shards: Path, tmp_path: Path):
+    config = run_config(shards)
+    stages = [{**config.stages[0].model_dump(), "video_ratio": 0.0}]
+    write_run(tmp_path / "run", RunConfig.model_validate({**config.model_dump(), "stages": stages}))
+    result = evaluate(open_trained(tmp_path / "run"))
+    assert {figure["modality"] for figure in result["figures"]} == {"image"}
+
+
+def test_what_is_missing_is_said_in_a_sentence(run: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="neither a run's folder"):
+        open_trained(tmp_path)
+    config = run_config("nowhere", evaluation={"sources": []})
+    write_run(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match=r"evaluation\.sources is empty"):
+        evaluate_run(tmp_path / "run", progress=False)
+    weights = tmp_path / "run" / "checkpoints" / "step-00000007" / "rank00000.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"rank00000\.safetensors has"):
+        open_trained(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        open_trained(tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_model_is_refused(run: Path, tmp_path: Path):
+    other = run_config("nowhere", model={**run_config().model.model_dump(), "embed_dim": 24})
+    write_run(tmp_path / "run", other)
+    (tmp_path / "run" / "config.yaml").write_text((run / "config.yaml").read_text())
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        open_trained(tmp_path / "run")

@@ -1,0 +1,36 @@
+"""Ranks with draws, against counting every order by hand."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from univitar_ds.evaluation.scores import chance_at, hit_at, rank_counts
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize(
+    ("better", "tied", "right"), [(0, 0, 1), (1, 2, 1), (0, 3, 2), (2, 0, 3), (1, 4, 1), (6, 1, 1)]
+)
+def test_hits_among_equal_scores_are_the_average_over_every_order(k: int, better: int, tied: int, right: int):
+    orders = list(permutations([False] * tied + [True] * right))
+    by_hand = sum(any(([False] * better + list(order))[:k]) for order in orders) / len(orders)
+    got = hit_at(k, torch.tensor([better]), torch.tensor([tied]), torch.tensor([right]))
+    assert got.item() == pytest.approx(by_hand, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("k", "right", "candidates"), [(1, 1, 7), (3, 1, 7), (2, 3, 6), (5, 2, 5), (9, 1, 4), (4, 3, 6)]
+)
+def test_chance_is_the_share_of_random_orders_with_a_right_one_in_front(k: int, right: int, candidates: int):
+    orders = list(permutations([True] * right + [False] * (candidates - right)))
+    assert chance_at(k, right, candidates) == pytest.approx(sum(any(o[:k]) for o in orders) / len(orders), abs=1e-12)
+
+
+def test_a_wrong_candidate_that_scores_better_or_the_same_is_told_from_one_that_scores_worse():
+    scores = torch.tensor([[0.9, 0.5, 0.5, 0.5 + 1e-9, 0.2, 0.1]], dtype=torch.float64)
+    right = torch.tensor([[False, True, False, False, True, False]])
+    better, tied, equal_right = rank_counts(scores, right)
+    assert (better.item(), tied.item(), equal_right.item()) == (1, 2, 1)

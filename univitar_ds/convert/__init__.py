@@ -1,0 +1,1 @@
+"""Weights carried to and from the layouts of others."""

@@ -1,0 +1,110 @@
+"""A run's encoder in the release's layout: `config.json` and `model.safetensors`, for any reader of the release."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from univitar_ds import UniViTAR
+from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig
+from univitar_ds.config.schema import StageConfig
+from univitar_ds.convert.trained import open_trained
+from univitar_ds.errors import CheckpointError
+from univitar_ds.geometry import PATCH
+from univitar_ds.model.weights import BIN, SAFE, save_encoder
+from univitar_ds.preprocessing import Preprocessor
+
+OURS = {CONFIG_FILE, SAFE, BIN}
+"""A folder that holds nothing else is an earlier export and may be replaced."""
+
+
+def export_encoder(source: str | Path, out: str | Path) -> Path:
+    """Writes the encoder of a run (or of one of its checkpoints) to the folder `out` and reads it back.
+
+    `config.json` has the size rule of the run's last stage, so that `Preprocessor` prepares pictures as the
+    encoder last saw them. The folder appears whole: an export that fails leaves what was there before.
+
+    Raises: CheckpointError if the source is no run, is damaged, or `out` holds other files.
+    """
+    out = Path(out)
+    _refuse_foreign(out)
+    trained = open_trained(source)
+    encoder = trained.model.vision
+    encoder.config = with_size_rule(encoder.config, trained.config.stages[-1])
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_encoder(partial, encoder)
+        verify_export(partial, encoder)
+        _put_in_place(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def with_size_rule(config: EncoderConfig, stage: StageConfig) -> EncoderConfig:
+    """The encoder's config with the size rule of a stage: its pictures', or its clips' if it has no pictures.
+
+    The release has one rule for both. Raises: CheckpointError if the rule cannot be said in its terms.
+    """
+    rule = stage.video if stage.video_ratio == 1 else stage.image
+    if rule.size_px is not None:
+        return dataclasses.replace(config, resolution_mode=str(rule.size_px), relarge_ratio=1.0)
+    block = PATCH * config.spatial_merge_size
+    if rule.divisor_px % block:
+        raise CheckpointError(
+            f"stage {stage.name} has divisor_px {rule.divisor_px}, config.json can only say multiples of {block} px; "
+            "end the run with a stage that has one"
+        )
+    return dataclasses.replace(
+        config,
+        resolution_mode="native",
+        relarge_ratio=1.0,
+        resize_factor=rule.divisor_px // block,
+        min_tokens=rule.min_tokens,
+        max_tokens=rule.max_tokens,
+    )
+
+
+def verify_export(folder: Path, encoder: nn.Module) -> None:
+    """Reads the folder through the public face and compares its output with the encoder's, bit for bit.
+
+    Raises: CheckpointError if they differ, which means a faulty disk: what was written is what was trained.
+    """
+    read = UniViTAR.from_pretrained(folder)
+    pixel_values, grid_thw = Preprocessor.from_pretrained(folder)([_test_picture()])
+    with torch.no_grad():
+        same = torch.equal(read(pixel_values, grid_thw), encoder.eval()(pixel_values, grid_thw))
+    if not same or read.config != encoder.config:
+        raise CheckpointError(f"the encoder read back from {folder} is not the one written; check the disk and repeat")
+
+
+def _test_picture() -> Image.Image:
+    rows, columns = np.mgrid[0:113, 0:187]
+    return Image.fromarray(np.stack([rows * 2, columns, (rows * columns) % 251], axis=-1).astype(np.uint8))
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; name a folder for the export")
+    others = sorted(path.name for path in out.iterdir() if path.name not in OURS) if out.is_dir() else []
+    if others:
+        raise CheckpointError(f"{out} holds {others[0]}, which no export wrote; name another folder or empty it")
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Renames, over an earlier export too; between the two renames the earlier one has another name."""
+    earlier = out.with_name(f".{out.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if out.exists():
+        os.rename(out, earlier)
+    os.rename(partial, out)
+    shutil.rmtree(earlier, ignore_errors=True)

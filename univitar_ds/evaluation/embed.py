@@ -1,0 +1,72 @@
+"""Every item of a data set and its caption as unit vectors, one process, no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from univitar_ds.data.batch import Modality, PackedBatch
+from univitar_ds.data.text import encode
+from univitar_ds.model.contrastive import ContrastiveModel
+
+TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """n items of one modality, in the order of the data; row i of everything belongs to item i.
+
+    `vision` and `text` (n, E) float32 on the host, rows of length 1. Equal `caption_ids` mean equal captions;
+    `sets` are names of the data sets that the items come from, where the data tells.
+    """
+
+    vision: Tensor
+    text: Tensor
+    captions: list[str]
+    caption_ids: list[int]
+    labels: list[str | None]
+    sets: list[str | None]
+    keys: list[str]
+    modality: Modality
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modality, *, progress: bool) -> Embeddings:
+    """Embeds all packs, which are of one modality; on the model's device, with the model in evaluation mode.
+
+    Returns: empty Embeddings (n = 0) if there are no items.
+    """
+    device = next(model.parameters()).device
+    width = model.vision_proj.out_features
+    vision, text = [torch.empty(0, width)], [torch.empty(0, width)]
+    captions, caption_ids, labels, sets, keys = [], [], [], [], []
+    with torch.no_grad(), tqdm(desc=f"embedding {modality}s", unit=modality, disable=not progress) as bar:
+        for pack in packs:
+            assert pack.modality == modality, f"a pack of {pack.modality}s among {modality}s"
+            vision.append(model.encode_vision(pack.pixels.to(device), pack.frames, pack.grid_thw).float().cpu())
+            text.append(model.encode_text(pack.token_ids.to(device), pack.text_lengths.to(device)).float().cpu())
+            captions += pack.captions
+            caption_ids += pack.caption_ids.tolist()
+            labels += pack.labels
+            sets += pack.sets
+            keys += pack.keys
+            bar.update(len(pack))
+    return Embeddings(torch.cat(vision), torch.cat(text), captions, caption_ids, labels, sets, keys, modality)
+
+
+def embed_texts(model: ContrastiveModel, tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> Tensor:
+    """Sentences as unit vectors: (len(texts), E) float32 on the host."""
+    device = next(model.parameters()).device
+    rows = []
+    with torch.no_grad():
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            ids, lengths = encode(tokenizer, texts[start : start + TEXTS_AT_ONCE], context_length)
+            rows.append(model.encode_text(ids.to(device), lengths.to(device)).float().cpu())
+    return torch.cat(rows)

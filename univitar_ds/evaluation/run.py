@@ -1,0 +1,104 @@
+"""Everything that is measured on a run's held-out data, kept in `evaluation.json` and told as a table."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from univitar_ds.config.schema import Modality, RunConfig, StageConfig
+from univitar_ds.convert.trained import TOKENIZER, Trained, open_trained
+from univitar_ds.data.batch import PackedBatch
+from univitar_ds.data.loader import eval_packs, stage_modalities
+from univitar_ds.errors import ConfigError
+from univitar_ds.evaluation.embed import Embeddings, embed, embed_texts
+from univitar_ds.evaluation.pictures import Kept, draw_sheet, keep_some
+from univitar_ds.evaluation.report import EVALUATION, render_evaluation
+from univitar_ds.evaluation.retrieval import retrieval
+from univitar_ds.evaluation.scores import Figure
+from univitar_ds.evaluation.zero_shot import zero_shot
+
+FORMAT = 1
+MODALITIES: tuple[Modality, ...] = ("image", "video")
+
+
+def evaluate_run(run: str | Path, *, progress: bool = True) -> str:
+    """Evaluates a run's last checkpoint (or the checkpoint `run` is); writes `evaluation.json` and sheets of examples.
+
+    Returns: the table of results. Raises: CheckpointError, ConfigError or DataError if something is missing.
+    """
+    trained = open_trained(run)
+    result = evaluate(trained, progress=progress, pictures=trained.run)
+    (trained.run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
+    return render_evaluation(result)
+
+
+def evaluate(trained: Trained, *, progress: bool = False, pictures: Path | None = None) -> dict[str, Any]:
+    """All figures of `config.evaluation`, as JSON; with `pictures`, sheets of examples in that folder.
+
+    Raises: ConfigError if the configuration names no data to evaluate on.
+    """
+    config = trained.config.evaluation
+    if not config.sources:
+        raise ConfigError("evaluation.sources is empty, there is nothing to evaluate on; name a source with its split")
+    start = time.monotonic()
+    figures: list[Figure] = []
+    notes: list[str] = []
+    for modality in MODALITIES:
+        stage = _last_stage(trained.config, modality)
+        if stage is None:
+            continue
+        kept: list[Kept] = []
+        found = embed(trained.model, keep_some(_packs(trained, stage, modality), kept), modality, progress=progress)
+        measured, told = _measure(trained, found)
+        figures += measured
+        notes += told
+        if pictures is not None and kept:
+            draw_sheet(trained.model, kept, found, pictures / f"examples-{modality}.png")
+    return {
+        "format": FORMAT,
+        "checkpoint": trained.checkpoint.name,
+        "figures": [figure.to_dict() for figure in figures],
+        "notes": notes,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def _last_stage(config: RunConfig, modality: Modality) -> StageConfig | None:
+    """The stage whose size rule the model knows best for this modality; None if it never met it."""
+    return next((stage for stage in reversed(config.stages) if modality in stage_modalities(stage)), None)
+
+
+def _packs(trained: Trained, stage: StageConfig, modality: Modality) -> Iterator[PackedBatch]:
+    config = trained.config
+    return eval_packs(
+        config.evaluation.sources,
+        modality=modality,
+        resolution=stage.resolution(modality),
+        clip_frames=stage.clip_frames,
+        token_budget=config.evaluation.token_budget,
+        tokenizer=trained.run / TOKENIZER,
+        context_length=config.model.text.context_length,
+        data=config.data,
+    )
+
+
+def _measure(trained: Trained, found: Embeddings) -> tuple[list[Figure], list[str]]:
+    """Figures of one modality, and a sentence for each thing that could not be measured."""
+    kind = found.modality
+    if not len(found):
+        return [], [f"No {kind} in the evaluation data."]
+    config = trained.config
+    templates = config.evaluation.image_templates if kind == "image" else config.evaluation.video_templates
+    texts = partial(_embed_texts, trained)
+    figures, notes = zero_shot(found, templates, texts)
+    return [*figures, *retrieval(found)], notes
+
+
+def _embed_texts(trained: Trained, texts: Sequence[str]) -> Tensor:
+    return embed_texts(trained.model, trained.tokenizer, texts, trained.config.model.text.context_length)

@@ -1,0 +1,74 @@
+"""Zero-shot classification: an item belongs to the class whose sentences are nearest to it.
+
+A class is a label of the data set; its vector is the mean of its sentences' unit vectors, made a unit vector
+(CLIP's prompt ensemble). Items without a label are not scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from univitar_ds.evaluation.embed import Embeddings
+from univitar_ds.evaluation.scores import CHUNK, Figure, chance_at, hit_at, rank_counts
+
+KS = (1, 5)
+
+
+Texts = Callable[[Sequence[str]], Tensor]
+"""Sentences -> (n, E) unit vectors."""
+
+
+def zero_shot(found: Embeddings, templates: Sequence[str], texts: Texts) -> tuple[list[Figure], list[str]]:
+    """Top-1 and top-5 accuracy over the scored items of each data set, and top-1 averaged over classes.
+
+    The last one is fair where classes differ in size: naming the largest class always gives 1/classes there.
+    The classes of a data set are the labels that occur in it; a k that takes in all of them is left out.
+
+    Args: templates: sentences with {} for the label.
+    Returns: figures, and a sentence for each data set with fewer than two labels, which is not scored.
+    """
+    rows_of: dict[str | None, list[int]] = {}
+    for row, label in enumerate(found.labels):
+        if label is not None:
+            rows_of.setdefault(found.sets[row], []).append(row)
+    figures: list[Figure] = []
+    notes = [] if rows_of else [f"Zero-shot of {found.modality}s: no item has a label."]
+    for name in sorted(rows_of, key=lambda name: name or ""):
+        rows = rows_of[name]
+        classes = sorted({found.labels[row] for row in rows})
+        if len(classes) < 2:
+            where = f" in {name}" if name else ""
+            notes.append(f"Zero-shot of {found.modality}s{where}: only one label, {classes[0]!r}; two are the least.")
+            continue
+        figures += _one_set(found, rows, classes, class_vectors(classes, templates, texts), name)
+    return figures, notes
+
+
+def class_vectors(classes: Sequence[str], templates: Sequence[str], texts: Texts) -> Tensor:
+    """(classes, E) unit vectors."""
+    sentences = [template.replace("{}", label) for label in classes for template in templates]
+    vectors = texts(sentences).view(len(classes), len(templates), -1)
+    return F.normalize(vectors.mean(dim=1), dim=-1)
+
+
+def _one_set(found: Embeddings, rows: list[int], classes: list[str], vectors: Tensor, name: str | None) -> list[Figure]:
+    truth = torch.tensor([classes.index(found.labels[row]) for row in rows])
+    columns = torch.arange(len(classes))
+    hits: dict[int, list[Tensor]] = {k: [] for k in KS}
+    for part, answers in zip(found.vision[rows].split(CHUNK), truth.split(CHUNK), strict=True):
+        counts = rank_counts(part.double() @ vectors.double().T, answers[:, None] == columns)
+        for k in KS:
+            hits[k].append(hit_at(k, *counts))
+
+    def figure(measure: str, value: Tensor, k: int) -> Figure:
+        chance = chance_at(k, 1, len(classes))
+        return Figure("zero-shot", measure, found.modality, value.item(), chance, len(rows), len(classes), name)
+
+    top = {k: torch.cat(parts) for k, parts in hits.items()}
+    figures = [figure(f"top-{k}", top[k].mean(), k) for k in KS if k < len(classes)]
+    per_class = torch.stack([top[1][truth == column].mean() for column in columns])
+    return [*figures, figure("top-1, mean of classes", per_class.mean(), 1)]
