@@ -1,0 +1,42 @@
+"""`make demo`: rendered scenes, shards, ZeRO-3 training on local processes, evaluation, export, one table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from univitar_ds import launch
+from univitar_ds.data.synthetic import write_scenes
+from univitar_ds.data.writer import pack_folder
+from univitar_ds.evaluation.report import render_run, render_times
+
+IMAGES, CLIPS = 4000, 2000
+
+
+def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
+    """Run the whole way in `folder` and print the results with the time of every part.
+
+    Scenes and shards that are there are used again; the run starts anew. Returns the exit status.
+    """
+    times: dict[str, float] = {} if install_seconds is None else {"installation": install_seconds}
+    shards, runs = folder / "shards", folder / "runs"
+    with launch.timed(times, "rendering the scenes"):
+        write_scenes(folder / "scenes", images=IMAGES, clips=CLIPS, seed=0)
+    with launch.timed(times, "packing into shards"):
+        pack_folder(folder / "scenes", shards)
+    shutil.rmtree(runs / "demo", ignore_errors=True)
+    with launch.timed(times, "training, evaluation, export"):
+        status = launch.train(
+            "demo",
+            nproc,
+            [f"output={runs}", f"data.sources.0.path={shards}", f"evaluation.sources.0.path={shards}"],
+        )
+    if status:
+        return status
+    run = runs / "demo"
+    summary = json.loads((run / "summary.json").read_text())
+    times |= summary["seconds"]
+    print(render_run(run))
+    print(render_times(times))
+    return 0

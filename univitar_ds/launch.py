@@ -1,0 +1,218 @@
+"""From a run file to a finished run: the run's folder, the ranks, and what follows training.
+
+The folder is made once, by the process that the user started or by rank 0 under a launcher; the ranks then
+read everything from it. Only the folder's content is the state of a run.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
+from univitar_ds.config.load import changed_keys, dump_config, load_config, result_part
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.errors import ConfigError, UserError
+
+logger = logging.getLogger(__name__)
+
+CONFIG, DEEPSPEED, TOKENIZER = "config.yaml", "deepspeed.json", "tokenizer.json"
+CAPTIONS_FOR_TOKENIZER = 200_000
+"""Most captions that a tokenizer is trained on; more change it little."""
+
+
+def train(recipe: str, nproc: int, overrides: Sequence[str]) -> int:
+    """Start a run from a run file; returns the exit status.
+
+    Under a launcher this process is one rank and `nproc` is not used.
+    """
+    config = load_config(recipe, overrides)
+    if _under_launcher():
+        run = Path(config.output, config.name)
+        return _join(lambda: create_run(config, recipe, int(os.environ["WORLD_SIZE"])), run)
+    return _start(create_run(config, recipe, nproc), nproc)
+
+
+def resume(run: Path, nproc: int, overrides: Sequence[str]) -> int:
+    """Continue the run in folder `run` from its last checkpoint; returns the exit status."""
+    if _under_launcher():
+        return _join(lambda: reopen_run(run, overrides, int(os.environ["WORLD_SIZE"])), run)
+    return _start(reopen_run(run, overrides, nproc), nproc)
+
+
+def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
+    """Make the run's folder: resolved config, DeepSpeed JSON and tokenizer. Returns the folder.
+
+    Raises: ConfigError when the folder holds checkpoints, the configurations contradict each other or
+        the sources cannot feed the stages (DataError).
+    """
+    from univitar_ds.data.sources import validate_sources
+
+    run = Path(config.output, config.name)
+    if (run / "checkpoints" / "latest").exists():
+        raise ConfigError(
+            f"{run} holds the checkpoints of an earlier run; continue it with `univitar-ds train --resume {run}`, "
+            "choose another name=..., or remove the folder"
+        )
+    deepspeed = read_deepspeed(config.deepspeed)
+    resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
+    validate_sources(config.data.sources, config.stages)
+    if run.exists():
+        shutil.rmtree(run)  # without a checkpoint there is nothing to continue
+    run.mkdir(parents=True)
+    dump_config(config, run / CONFIG)
+    (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n")
+    _provide_tokenizer(config, run / TOKENIZER)
+    return run
+
+
+def reopen_run(run: Path, overrides: Sequence[str], world_size: int) -> Path:
+    """Check that the run in folder `run` can continue with `overrides`, and store them. Returns the folder.
+
+    Raises: ConfigError for a folder without a run, or an override that would change the run's result.
+    """
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"{run} holds no {CONFIG}, so it is no run; give the folder that an earlier run wrote")
+    before, after = load_config(run / CONFIG), load_config(run / CONFIG, overrides)
+    changed = changed_keys(result_part(before), result_part(after))
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)} would change the result of {run} half-way; "
+            "resume without this override, or start a new run under another name"
+        )
+    deepspeed = read_deepspeed(str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed)
+    resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
+    dump_config(after, run / CONFIG)
+    (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n")
+    return run
+
+
+def run_rank(run: Path) -> None:
+    """Train as one rank of the process group that the environment describes; rank 0 then finishes the run."""
+    from univitar_ds.training.distributed import start_world, stop_world
+    from univitar_ds.training.loop import train as train_rank
+
+    world = start_world()
+    completed = train_rank(load_config(run / CONFIG), run, world)
+    stop_world()
+    if completed and world.first:
+        finish_run(run)
+
+
+def finish_run(run: Path) -> None:
+    """What follows training, on one process: evaluation on held-out data and the exported encoder."""
+    from univitar_ds.convert.official import export_encoder
+
+    seconds: dict[str, float] = {}
+    if load_config(run / CONFIG).evaluation.sources:
+        with timed(seconds, "evaluation"):
+            print(evaluate_and_store(run))
+    with timed(seconds, "export"):
+        export_encoder(run, run / "export")
+    logger.info("encoder exported to %s", run / "export")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["seconds"] = {**summary.get("seconds", {}), **seconds}
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def evaluate_and_store(run: Path) -> str:
+    """Evaluate the last checkpoint of a run, write evaluation.json, and return the table of results."""
+    from univitar_ds.evaluation.run import evaluate_run
+
+    return evaluate_run(run)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Store under `name` how many seconds the body took."""
+    start = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - start, 1)
+
+
+def _start(run: Path, nproc: int) -> int:
+    """Train the prepared run: in this process when it is the only one, else through DeepSpeed's launcher."""
+    if nproc == 1:
+        run_rank(run)
+        return 0
+    ranks = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(nproc))}).encode()).decode()
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={ranks}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--log_level=critical", "--no_local_rank"]
+    command += ["--module", "univitar_ds.launch", str(run)]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // nproc))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    if not _has_gpu():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        return subprocess.run(command, env=environment, check=False).returncode
+    except KeyboardInterrupt:
+        return 130
+
+
+def _join(prepare, run: Path) -> int:
+    """Be one rank under a launcher: rank 0 prepares the folder while the others wait for its word."""
+    from univitar_ds.training.distributed import start_world, together
+
+    world = start_world()
+    with together(world):
+        if world.first:
+            prepare()
+    run_rank(run)
+    return 0
+
+
+def _under_launcher() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _provide_tokenizer(config: RunConfig, target: Path) -> None:
+    """The run's tokenizer: the given one, the text tower's own, or one trained on the captions."""
+    from univitar_ds.data.sources import iterate_captions
+    from univitar_ds.data.text import load_tokenizer, train_tokenizer
+
+    text = config.model.text
+    given = Path(text.tokenizer) if text.tokenizer else Path(text.path, TOKENIZER) if text.path else None
+    if given:
+        load_tokenizer(given)  # refuses a file that is none before anything starts
+        shutil.copyfile(given, target)
+        return
+    captions = iterate_captions(config.data.sources, limit=CAPTIONS_FOR_TOKENIZER)
+    train_tokenizer(captions, text.vocab_size).save(str(target))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    """One rank started by `_start`."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    rank = os.environ.get("RANK", "0")
+    try:
+        run_rank(Path(arguments[0]))
+    except UserError as error:
+        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)  # other threads and process groups must not keep a failed rank alive
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))
