@@ -1,0 +1,248 @@
+"""Checkpoints of the stand-in: over numbers of ranks and ZeRO stages, damaged, of another model, and killed."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from tests.support.dense import dense_training
+from tests.support.distributed import RankFailed, run_distributed
+from tests.support.standin import StandIn
+from tests.support.training import engine_of, losses, lr, steps
+from univitar_ds.errors import CheckpointError
+from univitar_ds.training import checkpoint, commit
+from univitar_ds.training.checkpoint import load_checkpoint, read_full, read_state, save_checkpoint
+from univitar_ds.training.distributed import PeerFailure, start_world
+
+pytestmark = pytest.mark.distributed
+MIDDLE, END = 3, 6
+
+
+def cursors(world):
+    return {lane: {"lane": lane, "step": MIDDLE} for lane in world.lanes(4)}
+
+
+def first_half(folder):
+    """Saves at MIDDLE and goes on to END, then once more from the checkpoint in the engine as it stands."""
+    world = start_world()
+    engine = engine_of(world)
+    steps(engine, 0, MIDDLE)
+    saved = save_checkpoint(engine, folder, MIDDLE, {"note": [1, "two"]}, cursors(world), keep=2)
+    straight = steps(engine, MIDDLE, END)
+    save_checkpoint(engine, folder, END, {}, {}, keep=2)
+    load_checkpoint(engine, saved)
+    again = steps(engine, MIDDLE, END)
+    save_checkpoint(engine, folder.with_name("again"), END, {}, {}, keep=2)
+    return straight, again
+
+
+def second_half(folder, settings):
+    """From the checkpoint at MIDDLE in new engines: by name, (results, what came with it, optimizer's state)."""
+    world = start_world()
+    answers = {}
+    for name, setting in settings.items():
+        engine = engine_of(world, StandIn(seed=99), **setting)
+        saved = load_checkpoint(engine, folder / f"step-{MIDDLE:08d}")
+        state = engine.optimizer_state()
+        results = steps(engine, MIDDLE, END)
+        save_checkpoint(engine, folder.with_name(f"{name}-{world.size}"), END, {}, {}, keep=1)
+        answers[name] = results, saved, state
+        engine.close()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("base") / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def straight(base):
+    return run_distributed(first_half, 2, 90, base)
+
+
+@pytest.fixture(scope="module")
+def resumed(base, straight):
+    by_size = {
+        1: {"zero3": {}},
+        2: {"zero3": {}, "zero2": {"stage": 2}, "bf16": {"bf16": True}, "bf16-1": {"bf16": True, "stage": 1}},
+        4: {"zero3": {}, "offload": {"offload": True}, "zero1": {"stage": 1}},
+    }
+    return {size: run_distributed(second_half, size, 120, base, settings)[0] for size, settings in by_size.items()}
+
+
+def end(base, name):
+    return base.with_name(name) / f"step-{END:08d}"
+
+
+def hashes(folder):
+    return {n: f["sha256"] for n, f in commit.read_manifest(folder).items() if n.endswith(".safetensors")}
+
+
+def test_a_new_engine_of_as_many_ranks_goes_on_bit_for_bit(base, straight, resumed):
+    assert resumed[2]["zero3"][0] == straight[0][0]
+    assert hashes(end(base, "zero3-2")) == hashes(end(base, "checkpoints"))
+
+
+def test_going_back_in_a_live_engine_is_bit_for_bit_too(base, straight):
+    assert straight[0][0] == straight[0][1]
+    assert hashes(end(base, "again")) == hashes(end(base, "checkpoints"))
+
+
+FP32 = [(1, "zero3"), (4, "zero3"), (2, "zero2"), (4, "zero1"), (4, "offload")]
+
+
+@pytest.mark.parametrize(("size", "name"), FP32)
+def test_other_ranks_and_stages_go_on_with_the_same_losses_and_weights(base, straight, resumed, size, name):
+    wanted, got = losses(straight[0][0]), losses(resumed[size][name][0])
+    assert got == pytest.approx(wanted, rel=1e-6)
+    whole = read_full(end(base, f"{name}-{size}"))
+    for key, value in read_full(end(base, "checkpoints")).items():
+        assert (whole[key] - value).norm() <= 1e-5 * value.norm(), key
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16-1"])
+def test_fp32_goes_on_in_bf16_to_its_rounding(straight, resumed, name):
+    assert losses(resumed[2][name][0]) == pytest.approx(losses(straight[0][0]), rel=1e-2)
+
+
+def test_what_is_saved_with_the_tensors_comes_back_whatever_the_ranks(resumed):
+    for answers in resumed.values():
+        for _, saved, state in answers.values():
+            assert saved.state == {"note": [1, "two"]}
+            assert saved.cursors == {lane: {"lane": lane, "step": MIDDLE} for lane in range(4)}
+            assert state["updates"] == state["global_steps"] == MIDDLE
+            assert [group["weight_decay"] for group in state["groups"]] == [0.1, 0.0]
+            assert state["groups"][0]["betas"] == (0.9, 0.98)
+
+
+def test_one_process_reads_whole_weights_buffers_and_frozen_ones(base, straight):
+    model = StandIn()
+    dense_training(model, MIDDLE, lr=lr, clip=1.0)
+    whole = read_full(base / f"step-{MIDDLE:08d}")
+    assert whole.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert whole[name].dtype == torch.float32
+        assert (whole[name] - value).norm() <= 1e-5 * value.norm(), name
+    assert torch.equal(whole["fixed.weight"], model.fixed.weight)
+    assert read_state(base / f"step-{MIDDLE:08d}") == {"note": [1, "two"]}
+
+
+class Renamed(StandIn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = torch.nn.Linear(2, 3)
+        self.text_proj = torch.nn.Linear(24, 8)
+        self.vision_proj = torch.nn.Linear(24, 8, bias=False)
+        self.logit_bias.requires_grad_(False)
+        del self.spare, self.mean
+        self.register_buffer("more", torch.zeros(2))
+
+
+def refused(folder, damaged):
+    """What each rank says to a checkpoint of another model and to a damaged one."""
+    world = start_world()
+    stories = []
+    for model, path in ((Renamed(), folder), (StandIn(), damaged)):
+        engine = engine_of(world, model)
+        try:
+            load_checkpoint(engine, path)
+        except (CheckpointError, PeerFailure) as error:
+            stories.append((type(error).__name__, str(error)))
+        engine.close()
+    return stories
+
+
+def test_a_checkpoint_from_another_model_or_a_damaged_one_is_refused_on_all_ranks(base, straight, tmp_path):
+    shutil.copytree(base, tmp_path / "checkpoints")
+    damaged = tmp_path / "checkpoints" / f"step-{END:08d}"
+    with (damaged / "rank00001.safetensors").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\xff\x00\xff")
+    answers = run_distributed(refused, 2, 60, base / f"step-{MIDDLE:08d}", damaged)
+    for foreign, _ in answers:
+        assert foreign[0] == "CheckpointError"
+        for part in (
+            "checkpoint from another model",
+            "it lacks more, other.bias, other.weight",
+            "it has mean, spare.weight that the model lacks",
+            "vision_proj.weight is [16, 24], not [8, 24]",
+            "logit_bias trained in one and frozen in the other",
+        ):
+            assert part in foreign[1]
+    kinds = sorted(kind for _, (kind, _) in answers)
+    assert kinds == ["CheckpointError", "PeerFailure"]
+    for _, (_, story) in answers:
+        assert "rank00001.safetensors has another sha256" in story
+        assert f"step-{MIDDLE:08d} is the one before" in story
+
+
+def test_a_checkpoint_whose_ranges_have_a_hole_is_damaged(base, straight, tmp_path):
+    folder = tmp_path / "step-00000003"
+    shutil.copytree(base / f"step-{MIDDLE:08d}", folder)
+    index = json.loads((folder / "rank00001.json").read_text())
+    index["pieces"]["spare.weight"]["length"] = 0
+    commit.write_json(folder / "rank00001.json", index)
+    manifest = {"files": {p.name: commit._entry(p) for p in folder.iterdir() if p.name != commit.MANIFEST}}
+    commit.write_json(folder / commit.MANIFEST, manifest)
+    with pytest.raises(CheckpointError, match=r"holds fp32 of spare\.weight up to element 288 only, 576 are needed"):
+        read_full(folder)
+
+
+def one_rank_has_no_space(folder):
+    """The second rank cannot write its tensors: what each rank says, and whether a later save works."""
+    world = start_world()
+    engine = engine_of(world)
+    steps(engine, 0, 1)
+    save_checkpoint(engine, folder, 1, {}, {}, keep=2)
+    write = checkpoint.save_file
+    if world.rank == 1:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        checkpoint.save_file = full
+    try:
+        save_checkpoint(engine, folder, 2, {}, {}, keep=2)
+        story = None
+    except (OSError, PeerFailure) as error:
+        story = type(error).__name__, str(error), commit.latest(folder).name
+    checkpoint.save_file = write
+    return story, save_checkpoint(engine, folder, 2, {}, {}, keep=2).name
+
+
+def test_a_rank_without_disk_space_ends_the_save_on_all_and_the_previous_stays(tmp_path):
+    answers = run_distributed(one_rank_has_no_space, 2, 60, tmp_path / "c")
+    assert answers[0][0][0] == "PeerFailure"
+    assert answers[1][0][0] == "OSError"
+    for story, later in answers:
+        assert "No space left on device" in story[1]
+        assert story[2] == "step-00000001"
+        assert later == "step-00000002"
+
+
+def one_rank_is_killed(folder):
+    """The second rank dies with half of its tensors on the disk."""
+    world = start_world()
+    engine = engine_of(world)
+    save_checkpoint(engine, folder, 1, {}, {}, keep=2)
+    if world.rank == 1:
+
+        def cut(_, path):
+            path.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.save_file = cut
+    save_checkpoint(engine, folder, 2, {}, {}, keep=2)
+
+
+def test_a_rank_killed_while_it_saves_hangs_nobody_and_the_previous_stays(tmp_path):
+    with pytest.raises(RankFailed, match=r"exit code -9"):
+        run_distributed(one_rank_is_killed, 2, 60, tmp_path / "c")
+    folder = commit.latest(tmp_path / "c")
+    assert folder.name == "step-00000001"
+    commit.verify(folder, commit.read_manifest(folder))
+    assert read_full(folder).keys() == StandIn().state_dict().keys()

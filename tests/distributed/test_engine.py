@@ -1,0 +1,163 @@
+"""The stand-in under DeepSpeed against a plain torch loop on the same packs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.support.dense import dense_training
+from tests.support.distributed import run_distributed
+from tests.support.standin import LANES, StandIn, pack
+from tests.support.training import OBJECTIVE, engine_of, losses, lr, steps, weights
+from univitar_ds.training.distributed import start_world
+from univitar_ds.training.step import DivergedError, train_step
+
+pytestmark = pytest.mark.distributed
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def dense():
+    model = StandIn()
+    curve = dense_training(model, STEPS, lr=lr, clip=1.0)
+    return SimpleNamespace(curve=curve, weights=model.state_dict())
+
+
+def trained(world, folder, *, model=None, options=None, **settings):
+    """(results, weights) after STEPS steps of a new engine."""
+    engine = engine_of(world, model, **settings)
+    results = steps(engine, 0, STEPS, **(options or {}))
+    whole = weights(engine, folder)
+    engine.close()
+    return results, whole
+
+
+def assert_follows(dense, got, loss_rtol: float, weight_rtol: float) -> None:
+    results, whole = got
+    for result, (loss, norm) in zip(results, dense.curve, strict=True):
+        assert result.loss == pytest.approx(loss, rel=loss_rtol)
+        assert result.grad_norm == pytest.approx(norm, rel=4 * loss_rtol)
+    assert whole.keys() == dense.weights.keys()
+    for name, wanted in dense.weights.items():
+        assert (whole[name] - wanted).norm() <= weight_rtol * wanted.norm(), name
+
+
+def on_two_ranks(folder):
+    world = start_world()
+    run = lambda name, **settings: trained(world, folder / name, **settings)  # noqa: E731
+    answers = {
+        "zero3": run("3"),
+        "zero2": run("2", stage=2),
+        "zero1": run("1", stage=1),
+        "offload": run("offload", offload=True),
+        "bf16 zero3": run("b3", bf16=True),
+        "bf16 zero2": run("b2", bf16=True, stage=2),
+        "bf16 zero1": run("b1", bf16=True, stage=1),
+        "recomputed": run("recomputed", model=StandIn(checkpointing=True)),
+    }
+    return answers | {
+        "unused": unused(world, folder / "unused"),
+        "some empty": empty(world, [0, 1, 3]),
+        "all empty": empty(world, range(LANES)),
+        "nan": poisoned(world, folder / "nan"),
+    }
+
+
+def unused(world, folder):
+    """`spare` before and after a step that does not use it, for each ZeRO stage."""
+    answers = {}
+    for stage in (3, 2, 1):
+        engine = engine_of(world, stage=stage, betas=(0.0, 0.98))
+        steps(engine, 0, 3)
+        before = weights(engine, folder)["spare.weight"]
+        engine.module.use_spare = False
+        steps(engine, 3, 4)
+        answers[stage] = before, weights(engine, folder)["spare.weight"]
+        engine.close()
+    return answers
+
+
+def empty(world, lanes):
+    engine = engine_of(world)
+    packs = [pack(0, lane, empty=lane in lanes) for lane in world.lanes(LANES)]
+    result = train_step(engine, packs, lr=1e-3, objective=OBJECTIVE)
+    engine.close()
+    return result
+
+
+def poisoned(world, folder):
+    """A text weight of one rank's pack is not a number: what each rank says, and the weights before and after."""
+    engine = engine_of(world)
+    steps(engine, 0, 2)
+    before = weights(engine, folder)
+    packs = [pack(2, lane) for lane in world.lanes(LANES)]
+    if world.rank == 1:
+        forward = engine.module.forward
+        engine.module.forward = lambda *inputs: tuple(output * float("nan") for output in forward(*inputs))
+    try:
+        train_step(engine, packs, lr=1e-3, objective=OBJECTIVE)
+        story = "nothing"
+    except DivergedError as error:
+        story = str(error)
+    after = weights(engine, folder)
+    return story, all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return run_distributed(on_two_ranks, 2, 150, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("engine", ["zero3", "zero2", "zero1", "offload"])
+def test_two_ranks_train_as_one_process_of_plain_torch_does(dense, two_ranks, engine):
+    assert_follows(dense, two_ranks[0][engine], 1e-6, 1e-5)
+
+
+@pytest.mark.parametrize("engine", ["bf16 zero3", "bf16 zero2", "bf16 zero1"])
+def test_bf16_follows_plain_fp32_to_its_rounding(dense, two_ranks, engine):
+    assert_follows(dense, two_ranks[0][engine], 1e-2, 2e-2)
+
+
+def test_activation_checkpointing_changes_no_bit(two_ranks):
+    (plain, plain_weights), (recomputed, recomputed_weights) = (two_ranks[0][name] for name in ("zero3", "recomputed"))
+    assert plain == recomputed
+    assert all(torch.equal(recomputed_weights[name], value) for name, value in plain_weights.items())
+
+
+@pytest.mark.parametrize("stage", [3, 2, 1])
+def test_a_parameter_unused_in_a_step_keeps_its_value_but_for_decay(two_ranks, stage):
+    """Three steps used it. Without momentum, as here, AdamW's update of a zero gradient is the decay alone."""
+    before, after = two_ranks[0]["unused"][stage]
+    assert not torch.equal(before, StandIn().spare.weight), "the steps before did not use it"
+    assert torch.equal(after, before * (1 - lr(3) * 0.1))
+
+
+def test_packs_without_items_on_some_or_all_ranks_are_steps_too(two_ranks):
+    for answer in two_ranks:
+        assert answer["some empty"].items == len(pack(0, 2).caption_ids)
+        assert answer["some empty"].loss > 0
+        assert (answer["all empty"].loss, answer["all empty"].items, answer["all empty"].grad_norm) == (0.0, 0, 0.0)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_in_the_same_words(two_ranks):
+    stories = [answer["nan"][0] for answer in two_ranks]
+    assert stories[0] == stories[1]
+    assert "the loss is nan" in stories[0]
+    assert all(answer["nan"][1] for answer in two_ranks), "the weights changed"
+
+
+def on_four_ranks(folder):
+    world = start_world()
+    return {
+        "one pass": trained(world, folder / "one"),
+        "two passes": trained(world, folder / "two", options={"single_pass": False}),
+    }
+
+
+def test_a_single_pack_a_rank_runs_once_with_the_bits_of_running_twice(dense, tmp_path):
+    answers = run_distributed(on_four_ranks, 4, 120, tmp_path)
+    (once, once_weights), (twice, twice_weights) = (answers[0][name] for name in ("one pass", "two passes"))
+    assert once == twice
+    assert all(torch.equal(twice_weights[name], value) for name, value in once_weights.items())
+    assert_follows(dense, answers[0]["one pass"], 1e-6, 1e-5)
+    assert losses(answers[0]["one pass"][0]) == losses(answers[3]["one pass"][0])

@@ -1,0 +1,52 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.distributed import run_distributed
+from tests.unit.objectives.test_sigmoid import BIAS, SCALE, dense_gradients, embeddings
+from univitar_ds.objectives.sigmoid import ring_sigmoid
+from univitar_ds.training.distributed import start_world
+
+pytestmark = pytest.mark.distributed
+CASES = [
+    ((3, 5), False),
+    ((0, 4), False),
+    ((4, 0), True),
+    ((0, 0), False),
+    ((6, 1), True),
+    ((3, 0, 5, 2), False),
+    ((0, 0, 4, 1), True),
+    ((2, 7, 1, 3), True),
+    ((0, 0, 0, 0), True),
+]
+
+
+def on_this_rank(cases):
+    world = start_world()
+    results = []
+    for counts, same in cases:
+        vision, text, ids = embeddings(sum(counts), captions=3)
+        own = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
+        result = ring_sigmoid(vision[own], text[own], SCALE, BIAS, ids[own], chunk=2, same_caption_positive=same)
+        shared = torch.cat([result.scale_grad, result.bias_grad])
+        dist.all_reduce(shared)
+        results.append((result.loss, result.items, result.vision_grad.tolist(), result.text_grad.tolist(), shared))
+    return [(loss, n, v, t, shared.tolist()) for loss, n, v, t, shared in results]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ragged_ranks_together_have_the_dense_loss_and_gradients(size):
+    cases = [case for case in CASES if len(case[0]) == size]
+    by_rank = run_distributed(on_this_rank, size, 60, cases)
+    for number, (counts, same) in enumerate(cases):
+        vision, text, ids = embeddings(sum(counts), captions=3)
+        loss, grads = dense_gradients(vision, text, SCALE, BIAS, ids if same else None)
+        answers = [results[number] for results in by_rank]
+        assert {answer[1] for answer in answers} == {sum(counts)}
+        assert len({answer[0] for answer in answers}) == 1, "ranks disagree on the loss"
+        assert answers[0][0] == pytest.approx(loss, rel=1e-6)
+        ours = [[row for answer in answers for row in answer[place]] for place in (2, 3)] + [[x] for x in answers[0][4]]
+        for got, wanted in zip(ours, grads, strict=True):
+            largest = wanted.abs().max().item() if wanted.numel() else 0.0
+            got = torch.tensor(got, dtype=torch.float64).reshape(wanted.shape)
+            assert torch.allclose(got, wanted, rtol=0, atol=1e-6 * largest)

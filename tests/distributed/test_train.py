@@ -1,0 +1,190 @@
+"""Whole runs with the real model and loader: uninterrupted, resumed on as many and on other ranks, and ended early."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.distributed import RankFailed, run_distributed
+from tests.support.runs import metrics, rewound, samples, small_config, train_rank, train_without_launcher
+from tests.support.shards import write_demo_shards
+from univitar_ds.launch import create_run
+from univitar_ds.training import commit
+from univitar_ds.training.checkpoint import CHECKPOINTS, read_full
+
+pytestmark = pytest.mark.distributed
+TIMED = ("_per_s", "_pct", "step_s", "tflops_per_rank", "memory_gb")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run on 2 ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_demo_shards(folder / "shards")
+    run = create_run(small_config(folder / "shards", folder), "test", 2)
+    assert run_distributed(train_rank, 2, 90, run) == [True, True]
+    checkpoints = commit.complete(run / CHECKPOINTS)
+    return SimpleNamespace(run=run, shards=folder / "shards", last=checkpoints[-1], steps=len(metrics(run)))
+
+
+def untimed(line):
+    return {name: value for name, value in line.items() if not name.endswith(TIMED)} | {"fill_pct": line["fill_pct"]}
+
+
+def middle_of(whole, stage):
+    """A step with a checkpoint, inside the stage."""
+    lines = [line["step"] for line in metrics(whole.run) if line["stage"] == stage]
+    return next(step for step in lines[:-1] if step % 2 == 0)
+
+
+def test_a_run_goes_through_its_stages_and_says_so(whole):
+    lines = metrics(whole.run)
+    assert [line["step"] for line in lines] == list(range(1, whole.steps + 1))
+    stages = [line["stage"] for line in lines]
+    assert stages == sorted(stages, key=["pictures", "both"].index)
+    both = [line["modality"] for line in lines if line["stage"] == "both"]
+    assert {line["modality"] for line in lines if line["stage"] == "pictures"} == {"image"}
+    assert both == ["image", "video"] * (len(both) // 2) + ["image"] * (len(both) % 2)
+    for line in lines:
+        assert line[f"loss_{line['modality']}"] == line["loss"]
+        assert 0 < line["fill_pct"] <= 100
+        assert line["flop_imbalance_pct"] >= 0
+        assert line["mfu_pct"] > 0
+    assert lines[0]["lr"] == 0.0
+    assert max(line["lr"] for line in lines) > 0
+
+
+def test_every_step_saw_one_pack_of_every_lane_and_the_counters_agree(whole):
+    seen = samples(whole.run)
+    assert set(seen) == {(step, lane) for step in range(1, whole.steps + 1) for lane in range(4)}
+    lines = metrics(whole.run)
+    assert sum(len(entry) - 1 for entry in seen.values()) == lines[-1]["samples_seen"]
+    assert all(entry[0] == lines[step - 1]["modality"] for (step, _), entry in seen.items())
+
+
+def test_the_summary_has_totals_losses_versions_and_checkpoints(whole):
+    summary = json.loads((whole.run / "summary.json").read_text())
+    lines = metrics(whole.run)
+    assert summary["completed"] is True
+    assert summary["steps"] == whole.steps
+    assert summary["samples"] == lines[-1]["samples_seen"] >= 120
+    assert summary["last"]["loss"] == lines[-1]["loss"]
+    assert summary["best"]["loss"] == min(line["loss"] for line in lines)
+    assert summary["checkpoints"][-1] == whole.last.name
+    assert summary["seconds"]["training"] > 0
+    assert {"torch", "deepspeed"} <= set(summary["versions"])
+
+
+@pytest.mark.parametrize("stage", ["pictures", "both"])
+def test_a_run_resumed_inside_a_stage_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, stage):
+    again = rewound(whole.run, middle_of(whole, stage), tmp_path / "again")
+    run_distributed(train_rank, 2, 90, again)
+    assert [untimed(line) for line in metrics(again)] == [untimed(line) for line in metrics(whole.run)]
+    assert samples(again) == samples(whole.run)
+    ours, theirs = (commit.read_manifest(run / CHECKPOINTS / whole.last.name) for run in (whole.run, again))
+    tensors = [name for name in ours if name.endswith(".safetensors")]
+    assert len(tensors) == 3
+    assert all(ours[name] == theirs[name] for name in tensors)
+    assert ours["rank00000.json"] == theirs["rank00000.json"], "cursors differ"
+
+
+@pytest.mark.parametrize(("size", "start"), [(1, train_without_launcher), (4, train_rank)])
+def test_a_run_resumed_on_other_ranks_sees_the_same_samples_and_losses(whole, tmp_path, size, start):
+    again = rewound(whole.run, 2, tmp_path / "again")
+    run_distributed(start, size, 120, again)
+    assert samples(again) == samples(whole.run)
+    for ours, theirs in zip(metrics(whole.run), metrics(again), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+        assert theirs["lr"] == ours["lr"]
+        assert theirs["samples_seen"] == ours["samples_seen"]
+    weights = read_full(again / CHECKPOINTS / whole.last.name)
+    for name, value in read_full(whole.last).items():
+        if name.endswith("k_proj.bias"):
+            continue  # softmax cancels it: its gradient is rounding alone, which Adam makes as large as any other
+        assert (weights[name] - value).norm() <= 1e-3 * value.norm() + 1e-6, name
+
+
+def test_a_finished_run_started_again_only_says_so(whole, tmp_path):
+    again = rewound(whole.run, whole.steps, tmp_path / "again")
+    assert run_distributed(train_rank, 2, 60, again) == [True, True]
+    assert [line["step"] for line in metrics(again)] == list(range(1, whole.steps + 1))
+    assert commit.complete(again / CHECKPOINTS)[-1].name == whole.last.name
+
+
+def story_of(run):
+    """The error of this rank."""
+    from univitar_ds.errors import UserError
+
+    try:
+        train_rank(run)
+    except UserError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def story_of_broken_data(run):
+    """As `story_of`, but the data of the second rank end with its third step."""
+    import os
+
+    from univitar_ds.errors import DataError
+    from univitar_ds.training import loop
+
+    class Broken(loop.PackLoader):
+        steps = 0
+
+        def __next__(self):
+            self.steps += 1
+            if self.steps == 3:
+                raise DataError("shard-7.tar is cut at byte 512")
+            return super().__next__()
+
+    if os.environ["RANK"] == "1":
+        loop.PackLoader = Broken
+    return story_of(run)
+
+
+def test_data_that_end_on_one_rank_end_all_of_them_with_its_story(whole, tmp_path):
+    run = create_run(small_config(whole.shards, tmp_path), "test", 2)
+    stories = run_distributed(story_of_broken_data, 2, 60, run)
+    assert stories[1] == ("DataError", "shard-7.tar is cut at byte 512")
+    assert stories[0] == ("PeerFailure", "rank 1 ended the run: shard-7.tar is cut at byte 512")
+    assert len(metrics(run)) == 2
+    assert commit.latest(run / CHECKPOINTS).name == "step-00000002"
+
+
+def test_another_configuration_is_refused(whole, tmp_path):
+    again = rewound(whole.run, 2, tmp_path / "again")
+    text = (again / "config.yaml").read_text()
+    assert "seed: 0\n" in text
+    (again / "config.yaml").write_text(text.replace("seed: 0\n", "seed: 1\n"))
+    stories = run_distributed(story_of, 2, 60, again)
+    assert stories[0] == stories[1]
+    assert stories[0][0] == "CheckpointError"
+    assert "another configuration" in stories[0][1]
+
+
+def test_a_number_of_ranks_that_does_not_divide_the_lanes_is_refused(whole, tmp_path):
+    again = rewound(whole.run, 2, tmp_path / "again")
+    stories = run_distributed(story_of, 3, 60, again)
+    assert {story[0] for story in stories} == {"ConfigError"}
+    assert "start [1, 2, 4] ranks" in stories[0][1]
+
+
+def raise_on_rank_one():
+    import os
+
+    if os.environ["RANK"] == "1":
+        raise ValueError("the story of rank one")
+
+
+def wait_for_ever():
+    import time
+
+    time.sleep(1000)
+
+
+def test_a_failing_rank_shows_its_traceback_and_a_hanging_one_is_killed():
+    with pytest.raises(RankFailed, match=r"rank 1 of 2:\n(.*\n)*.*raise_on_rank_one(.*\n)*.*the story of rank one"):
+        run_distributed(raise_on_rank_one, 2, 30)
+    with pytest.raises(RankFailed, match=r"ranks \[0, 1\] did not end within 2 s"):
+        run_distributed(wait_for_ever, 2, 2)

@@ -1,0 +1,36 @@
+"""The sigmoid loss as its formula says, and a plain loop that trains with it: what the trainer is measured against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.support.standin import LANES, inputs, pack
+from univitar_ds.training.optim import parameter_groups
+
+
+def dense_sigmoid(vision: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Mean over items of the sum over all pairs; with `ids`, equal ids belong together."""
+    n = vision.shape[0]
+    together = torch.eye(n, dtype=torch.bool) if ids is None else ids[:, None] == ids[None]
+    sign = torch.where(together, 1.0, -1.0).to(vision.dtype)
+    return -F.logsigmoid(sign * (vision @ text.T * scale + bias)).sum() / max(n, 1)
+
+
+def dense_training(model: nn.Module, steps: int, *, lr, clip: float) -> list[tuple[float, float]]:
+    """Trains `model` on the packs of all lanes at once with plain torch; (loss, gradient norm) of every step."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.0, betas=(0.9, 0.98), eps=1e-8)
+    curve = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr(step)
+        outputs = [model(*inputs(pack(step, lane))) for lane in range(LANES)]
+        vision, text = (torch.cat([output[i] for output in outputs]) for i in (0, 1))
+        loss = dense_sigmoid(vision, text, outputs[0][2], outputs[0][3])
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((loss.item(), norm.item()))
+    return curve

@@ -1,0 +1,78 @@
+"""Whole runs of the trainer on small shards, as `univitar-ds train` starts them but without evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from univitar_ds.config.load import check_config, load_config
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.training.checkpoint import CHECKPOINTS
+
+
+def small_config(shards: Path, output: Path, **changes: Any) -> RunConfig:
+    """Two stages of a few steps, the second with clips; 4 lanes, all logs, a checkpoint every other step."""
+    sizes = {"min_tokens": 4, "max_tokens": 24, "divisor_px": 14}
+    stage = {"image": sizes, "video": {**sizes, "max_tokens": 48}, "clip_frames": 4, "token_budget": 96, "lr": 1e-3}
+    content = {
+        "name": "small",
+        "output": str(output),
+        "model": {
+            "embed_dim": 32,
+            "text": {"hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64, "vocab_size": 300},
+        },
+        "data": {"sources": [{"path": str(shards)}], "lanes": 4, "workers": 0, "pool_samples": 24, "log_samples": True},
+        "stages": [
+            {"name": "pictures", "samples": 60, "warmup_samples": 20, **stage},
+            {"name": "both", "samples": 60, "video_ratio": 0.5, **stage},
+        ],
+        "checkpoint": {"every_steps": 2, "keep": 100},
+        "logging": {"every_steps": 1, "tensorboard": False, "peak_tflops": 0.05},
+    }
+    return check_config({**content, **changes}, "the test")
+
+
+def train_rank(run: Path) -> bool:
+    """One rank of the run; to be called by `run_distributed`."""
+    from univitar_ds.training.distributed import start_world
+    from univitar_ds.training.loop import train
+
+    return train(load_config(run / "config.yaml"), run, start_world())
+
+
+def train_without_launcher(run: Path) -> bool:
+    """The only rank, in the environment of a plain `python`."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    return train_rank(run)
+
+
+def rewound(run: Path, step: int, to: Path) -> Path:
+    """A copy of a run as a crash after `step`, before the next checkpoint, would have left it: logs run ahead."""
+    shutil.copytree(run, to)
+    for folder in (to / CHECKPOINTS).glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    (to / CHECKPOINTS / "latest").write_text(f"step-{step:08d}\n")
+    with (to / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # cut by the crash
+    return to
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def samples(run: Path) -> dict[tuple[int, int], list[str]]:
+    """What each lane saw at each step, however the lanes were spread over ranks; an entry twice is an error."""
+    seen: dict[tuple[int, int], list[str]] = {}
+    for path in run.glob("samples-rank*.jsonl"):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            place = row["step"], row["lane"]
+            assert place not in seen, f"step and lane {place} are logged twice"
+            seen[place] = [row["modality"], *row["keys"]]
+    return seen

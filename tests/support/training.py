@@ -1,0 +1,64 @@
+"""A stand-in under the real engine, on the ranks of a test."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from tests.support.standin import LANES, StandIn, pack
+from univitar_ds.config.schema import ObjectiveConfig, OptimizerConfig
+from univitar_ds.training.checkpoint import read_full, save_checkpoint
+from univitar_ds.training.distributed import World
+from univitar_ds.training.engine import Engine, build_engine
+from univitar_ds.training.step import StepResult, train_step
+
+OBJECTIVE = ObjectiveConfig(chunk=5)
+
+
+def lr(step: int) -> float:
+    return 2e-3 * min(1, (step + 1) / 5) * (0.5 + 0.5 * math.cos(math.pi * step / 40))
+
+
+def ds_config(gas: int, *, stage: int = 3, bf16: bool = False, offload: bool = False) -> dict[str, Any]:
+    """Small buckets, so that a small model crosses their borders; some parameters kept whole, some not."""
+    zero = {
+        "stage": stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": 3000,
+        "stage3_param_persistence_threshold": 50,
+        "stage3_prefetch_bucket_size": 2000,
+        **({"offload_optimizer": {"device": "cpu"}} if offload else {}),
+    }
+    precision = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": gas,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        **precision,
+    }
+
+
+def engine_of(world: World, model: StandIn | None = None, *, betas=(0.9, 0.98), **settings: Any) -> Engine:
+    model = StandIn() if model is None else model
+    return build_engine(model, OptimizerConfig(betas=betas), ds_config(LANES // world.size, **settings), world)
+
+
+def steps(engine: Engine, first: int, last: int, **options: Any) -> list[StepResult]:
+    lanes = engine.world.lanes(LANES)
+    return [
+        train_step(engine, [pack(s, lane) for lane in lanes], lr=lr(s), objective=OBJECTIVE, **options)
+        for s in range(first, last)
+    ]
+
+
+def losses(results: list[StepResult]) -> list[float]:
+    return [result.loss for result in results]
+
+
+def weights(engine: Engine, folder) -> dict[str, torch.Tensor]:
+    """Whole weights by name, through a checkpoint in `folder`."""
+    return read_full(save_checkpoint(engine, folder, 1, {}, {}, keep=1))

@@ -1,0 +1,176 @@
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from univitar_ds.errors import CheckpointError
+from univitar_ds.training import commit
+from univitar_ds.training.distributed import World
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch):
+    """Processes are killed here, machines are not."""
+    monkeypatch.setattr(commit.os, "fsync", lambda _: None)
+
+
+def write_two(content: str):
+    def write(folder: Path):
+        for name in ("one.bin", "two.bin"):
+            (folder / name).write_text(f"{content} {name}")
+            yield folder / name
+
+    return write
+
+
+def save(root: Path, step: int, keep: int = 2) -> Path:
+    return commit.commit(root, step, write_two(str(step)), ALONE, keep)
+
+
+def assert_whole(folder: Path, step: int) -> None:
+    manifest = commit.read_manifest(folder)
+    assert sorted(manifest) == ["one.bin", "two.bin"]
+    commit.verify(folder, manifest)
+    assert (folder / "one.bin").read_text() == f"{step} one.bin"
+
+
+def test_a_commit_is_complete_named_by_latest_and_leaves_nothing_else(tmp_path):
+    folder = save(tmp_path, 7)
+    assert folder == commit.latest(tmp_path) == tmp_path / "step-00000007"
+    assert_whole(folder, 7)
+    assert (tmp_path / "latest").read_text() == "step-00000007\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000007"]
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step)
+    assert [folder.name for folder in commit.complete(tmp_path)] == ["step-00000003", "step-00000010"]
+
+
+def killed_at_line(root: Path, step: int, line: int) -> bool:
+    """Saves in a forked process, killed at its `line`-th line of commit.py or of removing folders; whether it was."""
+    pid = os.fork()
+    if pid == 0:
+        left = [line]
+
+        def trace(frame, event, _):
+            if frame.f_code.co_filename != commit.__file__ and frame.f_code.co_name != "_rmtree_safe_fd":
+                return None
+            if event == "line":
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        sys.settrace(trace)
+        save(root, step)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_a_kill_at_any_line_leaves_a_whole_checkpoint_and_the_next_save_works(tmp_path):
+    outcomes = set()
+    line = 0
+    killed = True
+    while killed:
+        line += 1
+        root = tmp_path / str(line)
+        save(root, 1)
+        save(root, 2)
+        killed = killed_at_line(root, 3, line)
+        found = commit.latest(root)
+        step = int(found.name.removeprefix("step-"))
+        assert_whole(found, step)
+        outcomes.add(step)
+        save(root, 3)
+        assert_whole(commit.latest(root), 3)
+        assert [p.name for p in sorted(root.iterdir())] == ["latest", "step-00000002", "step-00000003"]
+    assert outcomes == {2, 3}
+    assert line > 50, "the trace saw hardly anything"
+
+
+def test_a_kill_during_the_first_save_leaves_nothing_or_the_whole(tmp_path):
+    line, killed = 0, True
+    while killed:
+        line += 1
+        root = tmp_path / str(line)
+        killed = killed_at_line(root, 1, line)
+        if found := commit.latest(root):
+            assert_whole(found, 1)
+
+
+def test_a_cut_altered_or_missing_file_is_named_with_the_way_out(tmp_path):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    (folder / "one.bin").write_text("2")
+    (folder / "two.bin").write_text("3 two.bin")
+    with pytest.raises(CheckpointError) as caught:
+        commit.verify(folder, commit.read_manifest(folder))
+    for part in ("one.bin has 1 bytes instead of 9", "two.bin has another sha256", str(tmp_path / "step-00000001")):
+        assert part in str(caught.value)
+    (folder / "two.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"two\.bin is missing"):
+        commit.verify(folder, commit.read_manifest(folder))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"a": 3}}', '{"files": [1]}'])
+def test_a_manifest_that_is_none_is_an_error_of_one_sentence(tmp_path, content):
+    folder = save(tmp_path, 1)
+    (folder / commit.MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError, match=r"no readable manifest\.json"):
+        commit.read_manifest(folder)
+
+
+def test_without_the_folder_that_latest_names_the_newest_complete_one_counts(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "latest").write_text("step-00000009\n")
+    assert commit.latest(tmp_path) == tmp_path / "step-00000002"
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "latest").write_text("")
+    assert commit.latest(tmp_path) == tmp_path / "step-00000002"
+    assert commit.latest(tmp_path / "nothing") is None
+
+
+def test_a_write_that_fails_changes_nothing_and_tells_why(tmp_path):
+    save(tmp_path, 1)
+
+    def full(folder: Path):
+        raise OSError(28, "No space left on device")
+        yield
+
+    with pytest.raises(OSError, match="No space left"):
+        commit.commit(tmp_path, 2, full, ALONE, 2)
+    assert commit.latest(tmp_path) == tmp_path / "step-00000001"
+    save(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001", "step-00000002"]
+
+
+def test_a_file_that_changes_after_it_was_written_is_noticed_before_it_counts(tmp_path, monkeypatch):
+    entry = commit._entry
+
+    def entry_then_damage(path):
+        result = entry(path)
+        path.write_text("rotten")
+        return result
+
+    monkeypatch.setattr(commit, "_entry", entry_then_damage)
+    with pytest.raises(CheckpointError, match="sound disk"):
+        save(tmp_path, 1)
+    assert commit.latest(tmp_path) is None
+
+
+def test_the_manifest_has_sizes_and_hashes(tmp_path):
+    folder = save(tmp_path, 1)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert files["one.bin"]["bytes"] == 9
+    assert len(files["one.bin"]["sha256"]) == 64

@@ -1,0 +1,68 @@
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from univitar_ds.config.schema import StageConfig
+from univitar_ds.training.curriculum import Progress, advance, lr_at, modality_at
+
+
+def stage(name="a", samples=1000, **settings) -> StageConfig:
+    return StageConfig(name=name, samples=samples, lr=2e-3, **settings)
+
+
+@given(st.integers(0, 100), st.integers(0, 500), st.integers(1, 300))
+def test_any_window_of_steps_has_its_share_of_clips_give_or_take_one(percent, first, length):
+    videos = sum(modality_at(percent / 100, step) == "video" for step in range(first, first + length))
+    assert abs(videos - length * percent / 100) < 1
+
+
+@pytest.mark.parametrize("percent", range(0, 101))
+def test_a_hundred_steps_have_exactly_the_percentage_of_clips(percent):
+    assert sum(modality_at(percent / 100, step) == "video" for step in range(100)) == percent
+
+
+def test_clips_are_spread_evenly_not_bunched():
+    places = [step for step in range(100) if modality_at(0.25, step) == "video"]
+    assert {b - a for a, b in itertools.pairwise(places)} == {4}
+
+
+def test_the_rate_warms_up_from_zero_and_falls_as_a_cosine_to_its_floor():
+    leg = stage(warmup_samples=200, final_lr_ratio=0.1)
+    assert lr_at(leg, 0) == 0.0
+    assert lr_at(leg, 50) == pytest.approx(0.25 * 2e-3)
+    assert lr_at(leg, 200) == pytest.approx(2e-3)
+    assert lr_at(leg, 600) == pytest.approx(2e-3 * (0.1 + 0.9 * 0.5))
+    assert lr_at(leg, 400) == pytest.approx(2e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
+    assert lr_at(leg, 1000) == lr_at(leg, 5000) == pytest.approx(2e-4)
+
+
+def test_without_warm_up_the_first_step_has_the_full_rate():
+    assert lr_at(stage(), 0) == 2e-3
+
+
+def test_a_stage_hands_over_with_the_step_that_reaches_its_samples():
+    stages = [stage("a", 10), stage("b", 5)]
+    progress = Progress()
+    seen = []
+    while not progress.finished(stages):
+        seen.append((progress.stage, progress.step_in_stage, progress.samples_in_stage))
+        progress = advance(progress, stages, samples=4, tokens=100, bad_samples=1)
+    assert seen == [(0, 0, 0), (0, 1, 4), (0, 2, 8), (1, 0, 0), (1, 1, 4)]
+    assert progress == Progress(stage=2, step=5, samples=20, tokens=500, bad_samples=5)
+
+
+def test_a_step_that_ends_exactly_at_the_samples_ends_the_stage():
+    assert advance(Progress(), [stage("a", 4), stage("b")], samples=4, tokens=1, bad_samples=0).stage == 1
+
+
+def test_a_step_without_items_moves_on():
+    progress = advance(Progress(), [stage()], samples=0, tokens=0, bad_samples=3)
+    assert (progress.step, progress.samples, progress.stage) == (1, 0, 0)
+
+
+def test_progress_survives_json():
+    progress = Progress(1, 2, 3, 4, 5, 6, 7)
+    assert Progress(**progress.to_dict()) == progress

@@ -1,0 +1,19 @@
+import json
+
+from univitar_ds.training.checkpoint import Saved
+from univitar_ds.training.curriculum import Progress
+from univitar_ds.training.loop import State
+from univitar_ds.training.metrics import Window
+
+
+def test_everything_that_changes_while_training_survives_a_checkpoint():
+    state = State(
+        progress=Progress(1, 20, 5, 100, 400, 9000, 2),
+        window=Window({"loss": 0.1 + 0.2, "steps": 3}, "mixed"),
+        cursors={0: {"a": 1}, 3: {"b": [2]}},
+        best={"loss": 1 / 3, "step": 10},
+        last={"step": 10, "loss": 0.7},
+        seconds=12.5,
+    )
+    content = json.loads(json.dumps(state.to_dict()))
+    assert State.of(Saved(content, state.cursors)) == state

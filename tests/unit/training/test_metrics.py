@@ -1,0 +1,161 @@
+import json
+
+import pytest
+import torch
+
+from univitar_ds.config.schema import LoggingConfig
+from univitar_ds.data.batch import PackedBatch, rows
+from univitar_ds.training.curriculum import Progress
+from univitar_ds.training.distributed import World, gather_json
+from univitar_ds.training.logs import MetricLog, SampleLog, cut_sample_logs
+from univitar_ds.training.metrics import OVER_RANKS, Window, join_ranks, measured_tflops, rank_numbers
+from univitar_ds.training.step import StepResult
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def batch(*grids, lane=0, bad=None) -> PackedBatch:
+    n = len(grids)
+    return PackedBatch(
+        pixels=torch.zeros(0, dtype=torch.uint8),
+        frames=rows([1] * n),
+        grid_thw=rows(list(grids), 3),
+        token_ids=torch.zeros(n, 4, dtype=torch.int64),
+        text_lengths=rows([4] * n),
+        caption_ids=rows(list(range(n))),
+        captions=["a"] * n,
+        labels=[None] * n,
+        sets=[None] * n,
+        keys=[f"s/{i}" for i in range(n)],
+        modality="image",
+        lane=lane,
+        index=0,
+        bad=bad or {},
+    )
+
+
+def numbers(**changes) -> dict[str, float]:
+    return dict.fromkeys(OVER_RANKS, 1.0) | changes
+
+
+def result(loss: float, items: int = 4) -> StepResult:
+    return StepResult(loss, items, grad_norm=2.0, logit_scale=10.0, logit_bias=-10.0)
+
+
+def line(window: Window, *, peak=1e-9, ranks=1) -> dict:
+    return window.line(Progress(step=3, samples=30, tokens=40), "a", result(1.0), lr=0.1, peak_tflops=peak, ranks=ranks)
+
+
+def test_the_numbers_of_a_rank_are_those_of_all_its_packs():
+    packs = [
+        batch((1, 2, 3), (1, 4, 4), bad={"corrupt": 2}),
+        batch(),
+        batch((2, 2, 2), bad={"corrupt": 1, "timeout": 1}),
+    ]
+    got = rank_numbers(packs, cost=(10.0, 1.0), token_budget=20, step_s=2.0, data_wait_s=0.5)
+    assert got["tokens"] == 6 + 16 + 8
+    assert got["token_budget"] == 60
+    assert got["flops"] == got["busiest_flops"] == 10 * 30 + (36 + 256 + 64)
+    assert got["bad_samples"] == 4
+    assert got["memory_gb"] > 0.01
+
+
+def test_ranks_join_as_declared():
+    assert join_ranks(numbers(tokens=5.0), ALONE) == numbers(tokens=5.0)
+
+
+def test_a_line_covers_all_its_steps():
+    window = Window()
+    window.add(result(2.0, 6), numbers(tokens=90, token_budget=100, flops=3e3, busiest_flops=2e3, step_s=2.0), "image")
+    window.add(result(4.0, 2), numbers(tokens=50, token_budget=100, flops=1e3, busiest_flops=1e3, step_s=2.0), "video")
+    got = line(window, ranks=2)
+    assert got["loss"] == 3.0
+    assert (got["loss_image"], got["loss_video"], got["modality"]) == (2.0, 4.0, "mixed")
+    assert (got["samples_per_s"], got["tokens_per_s"], got["step_s"]) == (2.0, 35.0, 2.0)
+    assert (got["fill_pct"], got["data_wait_pct"]) == (70.0, 50.0)
+    assert got["tflops_per_rank"] == pytest.approx(5e-10)
+    assert got["mfu_pct"] == pytest.approx(100.0)
+    assert got["flop_imbalance_pct"] == pytest.approx(50.0)
+    assert (got["step"], got["samples_seen"], got["tokens_seen"]) == (3, 30, 40)
+
+
+def test_a_line_of_one_modality_has_no_loss_of_the_other():
+    window = Window()
+    window.add(result(2.0), numbers(), "video")
+    got = line(window)
+    assert got["modality"] == "video"
+    assert "loss_image" not in got
+
+
+def test_a_step_without_items_makes_a_line_without_infinities():
+    window = Window()
+    window.add(result(0.0, 0), numbers(tokens=0.0, flops=0.0, busiest_flops=0.0), "image")
+    json.dumps(line(window), allow_nan=False)
+
+
+def test_a_window_goes_on_after_json():
+    one, two = Window(), Window()
+    for value in (0.1, 0.2, 0.3):
+        two = Window(**json.loads(json.dumps({"sums": two.sums, "modality": two.modality})))
+        for window in (one, two):
+            window.add(result(value), numbers(), "image")
+    assert line(one) == line(two)
+
+
+def metric_log(run, step=0) -> MetricLog:
+    return MetricLog(run, LoggingConfig(tensorboard=False), step=step, samples=0, total_samples=10)
+
+
+def write_lines(run, steps, start=0):
+    log = metric_log(run, start)
+    window = Window()
+    window.add(result(1 / 3), numbers(), "image")
+    for step in steps:
+        log.write(line(window) | {"step": step})
+    log.close()
+
+
+def test_after_a_resume_each_step_is_in_the_file_once(tmp_path):
+    write_lines(tmp_path, [1, 2, 3, 4])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo')
+    write_lines(tmp_path, [3, 4, 5], start=2)
+    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in lines] == [1, 2, 3, 4, 5]
+    assert lines[0]["loss"] == 1 / 3, "digits were lost"
+
+
+def test_tensorboard_has_the_names_of_the_lines(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricLog(tmp_path, LoggingConfig(), step=0, samples=0, total_samples=10)
+    window = Window()
+    window.add(result(2.5), numbers(), "image")
+    written = line(window)
+    log.write(written)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        name for name, value in written.items() if not isinstance(value, str) and name != "step"
+    }
+    assert events.Scalars("loss")[0].value == 2.5
+
+
+def test_sample_logs_of_all_ranks_are_cut_to_the_checkpoint(tmp_path):
+    for rank in (0, 3):
+        log = SampleLog(tmp_path, rank)
+        for step in (1, 2, 3):
+            log.write(step, [batch((1, 1, 1), lane=rank)])
+        log.close()
+    cut_sample_logs(tmp_path, 2)
+    for rank in (0, 3):
+        entries = [json.loads(text) for text in (tmp_path / f"samples-rank{rank}.jsonl").read_text().splitlines()]
+        assert entries == [{"step": s, "lane": rank, "modality": "image", "keys": ["s/0"]} for s in (1, 2)]
+
+
+def test_the_measured_peak_is_a_speed():
+    assert 0.0001 < measured_tflops(torch.device("cpu"), torch.float32, seconds=0.05) < 1000
+
+
+def test_a_single_rank_gathers_itself():
+    assert gather_json({"a": 1}, ALONE) == [{"a": 1}]

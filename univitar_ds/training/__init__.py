@@ -1,0 +1,1 @@
+"""Training: engine, step, curriculum, checkpoints, metrics and the loop that joins them."""

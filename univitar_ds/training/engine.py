@@ -1,0 +1,259 @@
+"""DeepSpeed behind a small face: the only file of the trainer that knows it.
+
+Four of its habits are handled here, none of which it reports:
+- it averages gradients over ranks and over accumulation; the loss is a sum over a global count already,
+  so `backward` undoes both;
+- under ZeRO-3 a parameter that took no part in a step is updated again with its previous gradient, so
+  `begin_step` clears what the last step left;
+- through `module(...)` instead of `engine(...)` a second pack overwrites the gradients of the first;
+- its own checkpoints load on the same number of ranks only, so `pieces` shows what this rank owns and
+  `training/checkpoint.py` writes that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from univitar_ds.config.schema import OptimizerConfig
+from univitar_ds.errors import ConfigError
+from univitar_ds.training.distributed import World
+from univitar_ds.training.extensions import prepare_extensions
+from univitar_ds.training.optim import build_optimizer
+
+MASTER = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FROZEN = "frozen"
+OWN_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+"""torch's AdamW, also where the optimizer is offloaded: the numbers of a run do not depend on that."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one parameter that a rank owns: flat views from `start` on, all of the same length.
+
+    The views are alive: writing into them changes the training state, but for the working copy, which
+    `Engine.sync_working_copies` refreshes. Keys: `fp32` and the moments, or `frozen` alone.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensors: dict[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        return next(iter(self.tensors.values())).numel()
+
+
+class Engine:
+    """A model under ZeRO 1, 2 or 3 with AdamW. Built by `build_engine`."""
+
+    def __init__(self, engine: Any, world: World) -> None:
+        self._engine = engine
+        self._optimizer = engine.optimizer
+        self._sharded = engine.zero_optimization_stage() == 3
+        self.world = world
+        self._make_moments()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, for its names and buffers. Forward passes go through the engine itself."""
+        return self._engine.module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the forward pass."""
+        return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self._engine(*inputs)
+
+    def begin_step(self, lr: float) -> None:
+        """Sets the learning rate and forgets all gradients; before the first backward of every step."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if not self._sharded:
+            return  # stages 1 and 2 build their gradients anew, an absent one as zeros
+        self._optimizer.grad_partitions_flat_buffer.zero_()
+        for flat in self._optimizer.fp32_partitioned_groups_flat:
+            if flat.grad is not None:  # partitions of an offloaded optimizer live on
+                flat.grad.zero_()
+
+    def backward(self, surrogate: Tensor) -> None:
+        """Adds the gradient of `surrogate`, one pack's part of the step, as it is: summed over packs and ranks."""
+        self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """After every pack. The last one of a step updates the parameters."""
+        self._engine.step()
+
+    @property
+    def grad_norm(self) -> float:
+        """2-norm of the whole gradient of the last update before clipping, the same on all ranks; inf if not finite."""
+        return float(self._engine.get_global_grad_norm())
+
+    @property
+    def updated(self) -> bool:
+        """Whether the last `step` changed the parameters; all ranks skip it when a gradient is not finite."""
+        return self._engine.was_step_applied()
+
+    @property
+    def global_steps(self) -> int:
+        return self._engine.global_steps
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank owns of every parameter, in the order of the model; tied parameters once.
+
+        All ranks together own every element; under stages 1 and 2 a frozen parameter is whole on every
+        rank and all of them own it.
+        """
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                yield self._frozen_piece(name, parameter)
+            elif self._sharded:
+                yield self._sharded_piece(name, parameter)
+            else:
+                mapping = parameter._hp_mapping
+                if mapping is None:  # owned by other ranks
+                    yield Piece(name, tuple(parameter.shape), 0, {MASTER: torch.empty(0)})
+                    continue
+                tensors = {key: mapping.get_hp_fragment(None if key == MASTER else key) for key in (MASTER, *MOMENTS)}
+                tensors = {key: tensor.detach() for key, tensor in tensors.items()}
+                yield Piece(name, tuple(parameter.shape), mapping.lp_fragment_address.start, tensors)
+
+    def _frozen_piece(self, name: str, parameter: nn.Parameter) -> Piece:
+        if not self._sharded:
+            return Piece(name, tuple(parameter.shape), 0, {FROZEN: parameter.data.view(-1)})
+        start, length = self._range(parameter)
+        return Piece(name, tuple(parameter.ds_shape), start, {FROZEN: parameter.ds_tensor.data.view(-1)[:length]})
+
+    def _sharded_piece(self, name: str, parameter: nn.Parameter) -> Piece:
+        start, length = self._range(parameter)
+        group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        flat = self._optimizer.fp32_partitioned_groups_flat[group]
+        state = self._optimizer.optimizer.state[flat]
+        tensors = {MASTER: flat.data, **{key: state[key] for key in MOMENTS}}
+        return Piece(
+            name, tuple(parameter.ds_shape), start, {k: t.narrow(0, offset, length) for k, t in tensors.items()}
+        )
+
+    def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """(start, length) of this rank's part; the padding that evens the last parts out is not in it."""
+        whole, part = parameter.ds_numel, parameter.partition_numel()
+        start = min(self.world.rank * part, whole)
+        return start, min(part, whole - start)
+
+    def sync_working_copies(self) -> None:
+        """After pieces were written: makes the weights of the forward pass follow them."""
+        if not self._sharded:
+            self._optimizer.update_lp_params()
+            return
+        self._optimizer.checkpoint_event_prologue()
+        for piece, parameter in zip(self.pieces(), self.module.parameters(), strict=True):
+            if MASTER in piece.tensors:
+                parameter.ds_tensor.data.view(-1)[: piece.length].copy_(piece.tensors[MASTER])
+        self._optimizer.checkpoint_event_epilogue()  # also renews what hpZ and persistent parameters keep whole
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """What of the optimizer is not per element: updates done and the settings of the groups."""
+        steps = {float(self._optimizer.optimizer.state[flat]["step"]) for flat in self._flat_masters()}
+        assert len(steps) == 1, f"parameter groups disagree on the number of updates: {steps}"
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self._optimizer.param_groups]
+        return {"updates": steps.pop(), "groups": groups, "global_steps": self.global_steps}
+
+    def restore_optimizer_state(self, state: dict[str, Any]) -> None:
+        for flat in self._flat_masters():
+            self._optimizer.optimizer.state[flat]["step"] = torch.tensor(state["updates"], dtype=torch.float32)
+        for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        self._engine.global_steps = state["global_steps"]
+
+    def close(self) -> None:
+        """Releases hooks and buffers; the engine and its model are useless afterwards."""
+        self._engine.destroy()
+
+    def _flat_masters(self) -> list[Tensor]:
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        return next(list(getattr(self._optimizer, name)) for name in names if hasattr(self._optimizer, name))
+
+    def _make_moments(self) -> None:
+        """Adam makes its state at the first update; a checkpoint is loaded, or saved, before that."""
+        for flat in self._flat_masters():
+            state = self._optimizer.optimizer.state[flat]
+            state.setdefault("step", torch.tensor(0.0))
+            for key in MOMENTS:
+                if key not in state:
+                    state[key] = torch.zeros_like(flat.data)
+        if not self._sharded:
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def build_engine(model: nn.Module, cfg: OptimizerConfig, ds_config: dict[str, Any], world: World) -> Engine:
+    """Hands `model` to DeepSpeed. What is frozen must have `requires_grad` False already, and stays so.
+
+    The model must not draw random numbers in its forward pass (no dropout): the step runs it twice.
+    Raises: ConfigError if the DeepSpeed configuration asks for ZeRO stage 0.
+    """
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage is {stage}; stages 1, 2 and 3 can be checkpointed, choose one")
+    deepspeed = _quiet_deepspeed()
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists, also where no launcher is at work
+    with _silence():
+        deepspeed.init_distributed(verbose=False)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, cfg),
+            config={**ds_config, **OWN_OPTIMIZER},
+        )
+    return Engine(engine, world)
+
+
+def prebuild() -> None:
+    """Compiles the shared-memory operation that DeepSpeed wants on CPU ranks (1-2 minutes, once)."""
+    deepspeed = _quiet_deepspeed()
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        builder.load(verbose=False)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the bits of a run."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")} | {
+        "python": platform.python_version()
+    }
+
+
+def _quiet_deepspeed() -> Any:
+    prepare_extensions()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns where it has to find that out by itself
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names it calls by
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """DeepSpeed prints while it starts; what it had printed is shown if it fails."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    except Exception as error:
+        error.add_note(printed.getvalue())
+        raise

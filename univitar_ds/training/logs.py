@@ -1,0 +1,109 @@
+"""The files and the line on the screen that a run leaves while it trains."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from univitar_ds.config.schema import LoggingConfig
+from univitar_ds.data.batch import PackedBatch
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+class MetricLog:
+    """metrics.jsonl, TensorBoard and the progress line, all with the same names. Of rank 0 only."""
+
+    def __init__(self, run: Path, cfg: LoggingConfig, *, step: int, samples: int, total_samples: int) -> None:
+        """Goes on after `step` of an earlier start, if there was one: what is beyond it in the files is dropped."""
+        self._file = _open_after(run / METRICS, step)
+        self._board = None
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tb"), purge_step=step + 1 if step else None)
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_samples, initial=samples, unit=" samples", dynamic_ncols=True, smoothing=0.1)
+
+    def advance(self, samples: int) -> None:
+        if self._bar is not None:
+            self._bar.update(samples)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Writes the line everywhere; floats keep all their digits in metrics.jsonl."""
+        _append(self._file, line)
+        if self._board is not None:
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(name, value, line["step"])
+            self._board.add_text("stage", line["stage"], line["step"])
+        shown = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, grad norm {line['grad_norm']:.2f}"
+        if self._bar is not None:
+            self._bar.set_description(f"{line['stage']} step {line['step']}")
+            self._bar.set_postfix_str(f"{shown}, mfu {line['mfu_pct']:.0f} %")
+        else:
+            logger.info(
+                "step %d, %s %s, %s, %.1f samples/s, mfu %.0f %%, fill %.0f %%, data wait %.0f %%",
+                *(line[name] for name in ("step", "stage", "modality")),
+                shown,
+                *(line[name] for name in ("samples_per_s", "mfu_pct", "fill_pct", "data_wait_pct")),
+            )
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+class SampleLog:
+    """samples-rank*.jsonl: which samples each step of each lane of this rank has seen."""
+
+    def __init__(self, run: Path, rank: int) -> None:
+        self._file = (run / f"samples-rank{rank}.jsonl").open("a")
+
+    def write(self, step: int, batches: Sequence[PackedBatch]) -> None:
+        for batch in batches:
+            _append(self._file, {"step": step, "lane": batch.lane, "modality": batch.modality, "keys": batch.keys})
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def cut_sample_logs(run: Path, step: int) -> None:
+    """Drops what the logs of all ranks, however many there were, have beyond `step`."""
+    for path in run.glob("samples-rank*.jsonl"):
+        _open_after(path, step).close()
+
+
+def _open_after(path: Path, step: int) -> TextIO:
+    """Opens a file of JSON lines for appending, after those up to `step`; a line cut by a crash is dropped too."""
+    if path.exists():
+        kept = path.with_name(f".{path.name}.tmp")
+        with path.open() as old, kept.open("w") as new:
+            new.writelines(line for line in old if _step_of(line) <= step)
+        os.replace(kept, path)
+    return path.open("a")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _append(file: TextIO, line: dict[str, Any]) -> None:
+    file.write(json.dumps(line) + "\n")
+    file.flush()

@@ -1,0 +1,119 @@
+"""One optimizer update over one pack from every lane, whatever the number of ranks (GradCache, arXiv:2101.06983).
+
+The loss compares all items of the step, but a rank has memory for the activations of one pack. So the
+packs are embedded without gradient, the loss gives the gradient of every embedding, and then each pack
+runs again, with gradient, and is fed what the loss wants of its embeddings. A rank with a single pack
+runs it once. The two ways are the same numbers because the model draws no random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from univitar_ds.config.schema import ObjectiveConfig
+from univitar_ds.errors import UserError
+from univitar_ds.objectives.sigmoid import SigmoidResult, ring_sigmoid
+from univitar_ds.training.engine import Engine
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Batch(Protocol):
+    """What a step reads of a pack; `data.batch.PackedBatch` has it."""
+
+    pixels: Tensor
+    frames: Tensor
+    grid_thw: Tensor
+    token_ids: Tensor
+    text_lengths: Tensor
+    caption_ids: Tensor
+
+
+class DivergedError(UserError):
+    """A loss or gradient that is not finite; the same on all ranks."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports, the same numbers on every rank."""
+
+    loss: float
+    items: int
+    grad_norm: float
+    logit_scale: float
+    logit_bias: float
+
+
+def train_step(
+    engine: Engine,
+    batches: Sequence[Batch],
+    *,
+    lr: float,
+    objective: ObjectiveConfig,
+    single_pass: bool = True,
+) -> StepResult:
+    """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
+
+    Raises: DivergedError, on all ranks, if the loss or the gradient is not finite; the parameters keep
+    their last finite values.
+    """
+    engine.begin_step(lr)
+    inputs = [_inputs(batch, engine.world.device) for batch in batches]
+    once = single_pass and len(batches) == 1
+    with torch.set_grad_enabled(once):
+        outputs = [engine(*pack) for pack in inputs]
+    scale, bias = outputs[0][2].detach(), outputs[0][3].detach()
+    result = ring_sigmoid(
+        torch.cat([output[0].detach() for output in outputs]),
+        torch.cat([output[1].detach() for output in outputs]),
+        scale,
+        bias,
+        torch.cat([batch.caption_ids for batch in batches]),
+        chunk=objective.chunk,
+        same_caption_positive=objective.same_caption_positive,
+    )
+    if not math.isfinite(result.loss):
+        raise DivergedError(
+            f"the loss is {result.loss} at learning rate {lr:g}; the run ends and its last checkpoint stays, "
+            "lower the stage's lr or optimizer.clip_norm"
+        )
+    counts = [len(batch.caption_ids) for batch in batches]
+    vision_grads, text_grads = result.vision_grad.split(counts), result.text_grad.split(counts)
+    for index, pack in enumerate(inputs):
+        output = outputs[0] if once else engine(*pack)
+        engine.backward(_surrogate(output, vision_grads[index], text_grads[index], result, len(batches)))
+        engine.step()
+    norm = engine.grad_norm
+    if not engine.updated or not math.isfinite(norm):
+        raise DivergedError(
+            f"the gradient is not finite at loss {result.loss:.6g} and learning rate {lr:g}; the run ends and its "
+            "last checkpoint stays, lower the stage's lr or optimizer.clip_norm"
+        )
+    return StepResult(result.loss, result.items, norm, float(scale), float(bias))
+
+
+def _inputs(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+    """Arguments of the model's forward. `frames` and `grid_thw` stay on the host: they are sizes."""
+    return (
+        batch.pixels.to(device, non_blocking=True),
+        batch.frames,
+        batch.grid_thw,
+        batch.token_ids.to(device, non_blocking=True),
+        batch.text_lengths.to(device, non_blocking=True),
+    )
+
+
+def _surrogate(output: Outputs, vision_grad: Tensor, text_grad: Tensor, result: SigmoidResult, packs: int) -> Tensor:
+    """A scalar whose gradient is the loss's: each output times what the loss wants of it.
+
+    Scale and bias come out of every pack, each passes on its share of the rank's gradient.
+    """
+    vision, text, scale, bias = output
+    shared = (scale * result.scale_grad).sum() + (bias * result.bias_grad).sum()
+    return (vision * vision_grad).sum() + (text * text_grad).sum() + shared / packs
