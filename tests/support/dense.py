@@ -1,4 +1,4 @@
-"""The sigmoid loss as its formula says, and a plain loop that trains with it: what the trainer is measured against."""
+"""The contrastive losses as their formulas say, and a plain loop that trains: what the trainer is measured against."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ def dense_sigmoid(vision: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids
     together = torch.eye(n, dtype=torch.bool) if ids is None else ids[:, None] == ids[None]
     sign = torch.where(together, 1.0, -1.0).to(vision.dtype)
     return -F.logsigmoid(sign * (vision @ text.T * scale + bias)).sum() / max(n, 1)
+
+
+def dense_softmax(vision: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Cross-entropy of rows and of columns, averaged; with `ids`, equal ids share the target evenly."""
+    n = vision.shape[0]
+    together = torch.eye(n, dtype=torch.bool) if ids is None else ids[:, None] == ids[None]
+    target = together.to(vision.dtype) / together.sum(1, keepdim=True)
+    logits = vision @ text.T * scale
+    entropies = -(target * logits.log_softmax(1)).sum() - (target.T * logits.log_softmax(0)).sum()
+    return entropies / (2 * max(n, 1)) + 0.0 * bias.sum()
 
 
 def dense_training(model: nn.Module, steps: int, *, lr, clip: float) -> list[tuple[float, float]]:

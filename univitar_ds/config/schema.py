@@ -167,6 +167,9 @@ class StageConfig(Section):
 class ObjectiveConfig(Section):
     """The contrastive objective."""
 
+    kind: Literal["sigmoid", "softmax"] = Field(
+        "sigmoid", description="sigmoid for the recipe; softmax settles faster with a few dozen items a step"
+    )
     chunk: Positive = Field(1024, description="texts compared at a time: memory of the loss")
     same_caption_positive: bool = Field(False, description="identical captions in one step count as positives")
 

@@ -18,8 +18,12 @@ from torch import Tensor
 
 from univitar_ds.config.schema import ObjectiveConfig
 from univitar_ds.errors import UserError
-from univitar_ds.objectives.sigmoid import SigmoidResult, ring_sigmoid
+from univitar_ds.objectives.ring import ContrastiveResult
+from univitar_ds.objectives.sigmoid import ring_sigmoid
+from univitar_ds.objectives.softmax import ring_softmax
 from univitar_ds.training.engine import Engine
+
+LOSSES = {"sigmoid": ring_sigmoid, "softmax": ring_softmax}
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -69,7 +73,7 @@ def train_step(
     with torch.set_grad_enabled(once):
         outputs = [engine(*pack) for pack in inputs]
     scale, bias = outputs[0][2].detach(), outputs[0][3].detach()
-    result = ring_sigmoid(
+    result = LOSSES[objective.kind](
         torch.cat([output[0].detach() for output in outputs]),
         torch.cat([output[1].detach() for output in outputs]),
         scale,
@@ -109,7 +113,9 @@ def _inputs(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
     )
 
 
-def _surrogate(output: Outputs, vision_grad: Tensor, text_grad: Tensor, result: SigmoidResult, packs: int) -> Tensor:
+def _surrogate(
+    output: Outputs, vision_grad: Tensor, text_grad: Tensor, result: ContrastiveResult, packs: int
+) -> Tensor:
     """A scalar whose gradient is the loss's: each output times what the loss wants of it.
 
     Scale and bias come out of every pack, each passes on its share of the rank's gradient.

@@ -4,8 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.dense import dense_sigmoid
+from tests.support.dense import dense_sigmoid, dense_softmax
 from univitar_ds.objectives.sigmoid import ring_sigmoid
+from univitar_ds.objectives.softmax import ring_softmax
+
+DENSE = {ring_sigmoid: dense_sigmoid, ring_softmax: dense_softmax}
+both_losses = pytest.mark.parametrize("loss_of", DENSE)
 
 
 def embeddings(n: int, *, width: int = 16, captions: int = 10**6, seed: int = 0):
@@ -14,21 +18,22 @@ def embeddings(n: int, *, width: int = 16, captions: int = 10**6, seed: int = 0)
     return vision, text, torch.randint(0, captions, (n,), generator=g)
 
 
-def dense_gradients(vision, text, scale, bias, ids=None):
+def dense_gradients(loss_of, vision, text, scale, bias, ids=None):
     leaves = [x.double().clone().requires_grad_() for x in (vision, text, scale, bias)]
-    loss = dense_sigmoid(*leaves, ids)
+    loss = DENSE[loss_of](*leaves, ids)
     return loss.item(), torch.autograd.grad(loss, leaves)
 
 
 SCALE, BIAS = torch.tensor([7.3]), torch.tensor([-4.1])
 
 
+@both_losses
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 23, 1000])
-def test_loss_and_gradients_are_those_of_the_dense_formula_whatever_the_chunk(chunk, same):
+def test_loss_and_gradients_are_those_of_the_dense_formula_whatever_the_chunk(loss_of, chunk, same):
     vision, text, ids = embeddings(23, captions=6)
-    result = ring_sigmoid(vision, text, SCALE, BIAS, ids, chunk=chunk, same_caption_positive=same)
-    loss, grads = dense_gradients(vision, text, SCALE, BIAS, ids if same else None)
+    result = loss_of(vision, text, SCALE, BIAS, ids, chunk=chunk, same_caption_positive=same)
+    loss, grads = dense_gradients(loss_of, vision, text, SCALE, BIAS, ids if same else None)
     assert result.items == 23
     assert result.loss == pytest.approx(loss, rel=1e-6)
     ours = (result.vision_grad, result.text_grad, result.scale_grad, result.bias_grad)
@@ -36,32 +41,37 @@ def test_loss_and_gradients_are_those_of_the_dense_formula_whatever_the_chunk(ch
         assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
 
-def test_equal_captions_count_as_negatives_unless_asked():
+@both_losses
+def test_equal_captions_count_as_negatives_unless_asked(loss_of):
     vision, text, _ = embeddings(6)
     ids = torch.zeros(6, dtype=torch.int64)
-    apart = ring_sigmoid(vision, text, SCALE, BIAS, ids, chunk=4)
-    alike = ring_sigmoid(vision, text, SCALE, BIAS, ids, chunk=4, same_caption_positive=True)
-    assert apart.loss == pytest.approx(dense_gradients(vision, text, SCALE, BIAS)[0], rel=1e-6)
-    assert alike.loss > apart.loss
+    apart = loss_of(vision, text, SCALE, BIAS, ids, chunk=4)
+    alike = loss_of(vision, text, SCALE, BIAS, ids, chunk=4, same_caption_positive=True)
+    assert apart.loss == pytest.approx(dense_gradients(loss_of, vision, text, SCALE, BIAS)[0], rel=1e-6)
+    assert alike.loss == pytest.approx(dense_gradients(loss_of, vision, text, SCALE, BIAS, ids)[0], rel=1e-6)
+    assert alike.loss != pytest.approx(apart.loss, rel=1e-3)
 
 
-def test_a_step_without_any_item_has_loss_zero_and_no_gradient():
+@both_losses
+def test_a_step_without_any_item_has_loss_zero_and_no_gradient(loss_of):
     vision, text, ids = embeddings(0)
-    result = ring_sigmoid(vision, text, SCALE, BIAS, ids, chunk=8)
+    result = loss_of(vision, text, SCALE, BIAS, ids, chunk=8)
     assert (result.loss, result.items) == (0.0, 0)
     assert result.vision_grad.shape == result.text_grad.shape == (0, 16)
     assert result.scale_grad.item() == result.bias_grad.item() == 0.0
 
 
-def test_the_same_call_gives_the_same_bits():
+@both_losses
+def test_the_same_call_gives_the_same_bits(loss_of):
     vision, text, ids = embeddings(31)
-    one, two = (ring_sigmoid(vision, text, SCALE, BIAS, ids, chunk=9) for _ in range(2))
+    one, two = (loss_of(vision, text, SCALE, BIAS, ids, chunk=9) for _ in range(2))
     assert one.loss == two.loss
     assert torch.equal(one.vision_grad, two.vision_grad)
     assert torch.equal(one.text_grad, two.text_grad)
 
 
-def test_a_value_that_is_not_finite_makes_the_loss_not_finite():
+@both_losses
+def test_a_value_that_is_not_finite_makes_the_loss_not_finite(loss_of):
     vision, text, ids = embeddings(5)
     vision[2, 3] = float("nan")
-    assert not math.isfinite(ring_sigmoid(vision, text, SCALE, BIAS, ids, chunk=2).loss)
+    assert not math.isfinite(loss_of(vision, text, SCALE, BIAS, ids, chunk=2).loss)

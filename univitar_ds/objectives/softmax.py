@@ -1,0 +1,83 @@
+"""Softmax contrastive loss (CLIP, arXiv:2103.00020; InfoNCE) over all pairs of a step, over all ranks.
+
+Picture i should choose its text among all texts of the step and text j its picture:
+
+    L = 1/(2 items) * [ sum_i (log sum_j exp l_ij - mean_{j in P(i)} l_ij)
+                      + sum_j (log sum_i exp l_ij - mean_{i in P(j)} l_ij) ]
+
+with l_ij = scale * <v_i, t_j> and P the partners of an item. A bias would cancel: its gradient is zero.
+Texts go round twice: first every row and column collects its normaliser, then the gradients
+g_ij = (softmax over row i + softmax over column j - 2 * [j in P(i)] / |P(i)|) / (2 items).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from univitar_ds.objectives.ring import ContrastiveResult, Ring, belong_together
+
+
+@torch.no_grad()
+def ring_softmax(
+    vision: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    caption_ids: Tensor,
+    *,
+    chunk: int,
+    same_caption_positive: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> ContrastiveResult:
+    """Loss and gradients; arguments and result as of `ring_sigmoid`, `bias` not used."""
+    ring = Ring(vision.shape[0], vision.device, group)
+    items = max(ring.items, 1)
+    vision, visiting = vision.float(), text.float()
+    scale = scale.float().reshape(())
+    ids = caption_ids.to(vision.device)
+    own_ids = ids if same_caption_positive else None
+
+    def together(part: slice, owner: int) -> Tensor:
+        return belong_together(own_ids, ids[part], part.start, len(vision), owner == ring.rank).float()
+
+    row_norm = vision.new_full((len(vision),), -torch.inf)
+    column_norm = visiting.new_full((len(visiting),), -torch.inf)
+    partners, agreement = torch.zeros_like(row_norm), torch.zeros_like(row_norm)
+    for owner in ring.owners():
+        for part in _chunks(len(ids), chunk):
+            logits = scale * (vision @ visiting[part].T)
+            positive = together(part, owner)
+            row_norm = torch.logaddexp(row_norm, logits.logsumexp(1))
+            column_norm[part] = torch.logaddexp(column_norm[part], logits.logsumexp(0))
+            partners += positive.sum(1)
+            agreement += (positive * logits).sum(1)
+        visiting, column_norm, ids = ring.pass_on((visiting, column_norm, ids), owner)
+    # Partners are mutual, so the means over rows and over columns have the same sum.
+    loss = (row_norm.double() + column_norm.double() - 2 * (agreement / partners).double()).sum() / (2 * items)
+
+    vision_grad, visiting_grad = torch.zeros_like(vision), torch.zeros_like(visiting)
+    scale_grad = torch.zeros(1, dtype=torch.float64, device=vision.device)
+    for owner in ring.owners():
+        for part in _chunks(len(ids), chunk):
+            similarity = vision @ visiting[part].T
+            logits = scale * similarity
+            chosen = (logits - row_norm[:, None]).exp() + (logits - column_norm[None, part]).exp()
+            logit_grad = (chosen - 2 * together(part, owner) / partners[:, None]) / (2 * items)
+            scale_grad += (logit_grad * similarity).sum(dtype=torch.float64)
+            vision_grad += scale * (logit_grad @ visiting[part])
+            visiting_grad[part] += scale * (logit_grad.T @ vision)
+        visiting, visiting_grad, column_norm, ids = ring.pass_on((visiting, visiting_grad, column_norm, ids), owner)
+    return ContrastiveResult(
+        loss=ring.total(loss),
+        items=ring.items,
+        vision_grad=vision_grad,
+        text_grad=visiting_grad,
+        scale_grad=scale_grad.float(),
+        bias_grad=torch.zeros(1, device=vision.device),
+    )
+
+
+def _chunks(length: int, chunk: int) -> list[slice]:
+    return [slice(start, start + chunk) for start in range(0, length, chunk)]
