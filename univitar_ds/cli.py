@@ -176,15 +176,18 @@ def _pack(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from univitar_ds.config.load import load_config
     from univitar_ds.data.inspect import inspect, render
+    from univitar_ds.model.config import PRESETS
+    from univitar_ds.model.flops import cost_coefficients
 
-    result = inspect(load_config(arguments.config, arguments.overrides), packs=arguments.packs)
+    config = load_config(arguments.config, arguments.overrides)
+    result = inspect(config, packs=arguments.packs, cost=cost_coefficients(PRESETS[config.model.encoder]))
     print(json.dumps(result, indent=2) if arguments.json else render(result))
 
 
 def _scenes(arguments: argparse.Namespace) -> None:
     from univitar_ds.data.synthetic import write_scenes
 
-    write_scenes(arguments.out, images=arguments.images, clips=arguments.clips, seed=arguments.seed)
+    write_scenes(arguments.out, images=arguments.images, clips=arguments.clips, seed=arguments.seed, progress=True)
     print(f"{arguments.images} pictures and {arguments.clips} clips in {arguments.out}")
 
 

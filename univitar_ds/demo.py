@@ -9,7 +9,7 @@ from pathlib import Path
 from univitar_ds import launch
 from univitar_ds.data.synthetic import write_scenes
 from univitar_ds.data.writer import pack_folder
-from univitar_ds.evaluation.report import render_run, render_times
+from univitar_ds.evaluation.report import render_times
 
 IMAGES, CLIPS = 4000, 2000
 
@@ -22,7 +22,7 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     times: dict[str, float] = {} if install_seconds is None else {"installation": install_seconds}
     shards, runs = folder / "shards", folder / "runs"
     with launch.timed(times, "rendering the scenes"):
-        write_scenes(folder / "scenes", images=IMAGES, clips=CLIPS, seed=0)
+        write_scenes(folder / "scenes", images=IMAGES, clips=CLIPS, seed=0, progress=True)
     with launch.timed(times, "packing into shards"):
         pack_folder(folder / "scenes", shards)
     shutil.rmtree(runs / "demo", ignore_errors=True)
@@ -36,7 +36,7 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
         return status
     run = runs / "demo"
     summary = json.loads((run / "summary.json").read_text())
-    times |= summary["seconds"]
-    print(render_run(run))
-    print(render_times(times))
+    rest = times.pop("training, evaluation, export") - sum(summary["seconds"].values())
+    print(render_times({**times, "starting processes": round(rest, 1), **summary["seconds"]}))
+    print(f"\nLook at {run}/examples-image.png and {run}/examples-video.png; the encoder is in {run}/export.")
     return 0

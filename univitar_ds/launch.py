@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import changed_keys, dump_config, load_config, result_part
@@ -164,10 +165,13 @@ def _join(prepare, run: Path) -> int:
     from univitar_ds.training.distributed import start_world, together
 
     world = start_world()
-    with together(world):
-        if world.first:
-            prepare()
-    run_rank(run)
+    try:
+        with together(world):
+            if world.first:
+                prepare()
+        run_rank(run)
+    except UserError as error:
+        leave(error)
     return 0
 
 
@@ -202,15 +206,24 @@ def _provide_tokenizer(config: RunConfig, target: Path) -> None:
     train_tokenizer(captions, text.vocab_size).save(str(target))
 
 
+def leave(error: UserError) -> NoReturn:
+    """End a rank on a user's fault: one rank tells it, and neither threads nor peers keep the process alive."""
+    from univitar_ds.training.distributed import PeerFailure
+    from univitar_ds.training.step import DivergedError
+
+    everybody_knows = isinstance(error, DivergedError) and os.environ.get("RANK", "0") != "0"
+    if not isinstance(error, PeerFailure) and not everybody_knows:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
+
+
 def _main(arguments: Sequence[str]) -> int:
     """One rank started by `_start`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    rank = os.environ.get("RANK", "0")
     try:
         run_rank(Path(arguments[0]))
     except UserError as error:
-        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)  # other threads and process groups must not keep a failed rank alive
+        leave(error)
     return 0
 
 

@@ -1,0 +1,108 @@
+"""A whole small run through every launcher: trained, evaluated, exported, and resumed after a kill."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.finished import run_config
+from tests.support.shards import write_demo_shards
+from univitar_ds.config.load import dump_config
+from univitar_ds.convert.trained import CHECKPOINTS
+from univitar_ds.training import commit
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("launched")
+    shards = write_demo_shards(folder / "shards", images=48, videos=16, shards=2)
+    config = run_config(shards, output=str(folder / "runs"), checkpoint={"every_steps": 2})
+    dump_config(config, folder / "run.yaml")
+    return folder / "run.yaml"
+
+
+def environment() -> dict[str, str]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {**{k: v for k, v in os.environ.items() if k not in names}, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def completed(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+
+
+LAUNCHERS = {
+    "own": [str(BIN / "univitar-ds"), "train", "--nproc", "2"],
+    "plain": [sys.executable, "-m", "univitar_ds", "train"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--master-port", "PORT", "--nproc-per-node", "2",
+                 "-m", "univitar_ds", "train"],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "PORT", "--module", "univitar_ds",
+                  "train"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_run_is_trained_evaluated_and_exported_by(launcher, run_file):
+    command = [free_port() if part == "PORT" else part for part in LAUNCHERS[launcher]]
+    ended = completed([*command, "--config", str(run_file), f"name={launcher}", "stages.0.samples=40"])
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    run = run_file.parent / "runs" / launcher
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["completed"] is True
+    assert summary["ranks"] == (1 if launcher == "plain" else 2)
+    assert set(summary["seconds"]) == {"training", "evaluation", "export"}
+    assert (run / "export" / "model.safetensors").is_file()
+    assert "x chance" in ended.stdout
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint_and_ends(run_file):
+    run = run_file.parent / "runs" / "killed"
+    overrides = ["name=killed", "stages.0.samples=1200", "logging.every_steps=1"]
+    start = [*LAUNCHERS["own"], "--config", str(run_file), *overrides]
+    process = subprocess.Popen(
+        start, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(commit.complete(run / CHECKPOINTS)) < 2:
+            assert process.poll() is None, "the run ended before it was killed"
+            assert time.monotonic() < deadline, "no second checkpoint within two minutes"
+            time.sleep(0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    ended = completed([str(BIN / "univitar-ds"), "train", "--nproc", "1", "--resume", str(run)])
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["completed"] is True
+    assert steps == list(range(1, summary["steps"] + 1))
+
+
+def test_a_fault_in_the_data_ends_all_ranks_with_one_sentence(run_file, tmp_path):
+    shards = write_demo_shards(tmp_path / "shards", images=48, videos=16, shards=2)
+    shard = sorted(shards.glob("train-image-*.tar"))[0]
+    content = bytearray(shard.read_bytes())
+    middle = content.find(b"ustar", len(content) // 2) - 257
+    content[middle : middle + 100] = b"\xff" * 100
+    shard.write_bytes(content)
+    command = [*LAUNCHERS["own"], "--config", str(run_file), "name=faulty", f"data.sources.0.path={shards}"]
+    ended = completed([*command, "stages.0.samples=4000"])
+    assert ended.returncode == 2, ended.stderr[-3000:]
+    assert ended.stderr.count("error: ") == 1, ended.stderr[-3000:]
+    assert f"damaged at byte {middle}" in ended.stderr
+    assert "Traceback" not in ended.stderr
