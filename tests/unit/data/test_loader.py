@@ -276,6 +276,7 @@ def test_ctrl_c_interrupts_a_trainer_that_waits_for_data(folder):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )
     pid = process.stdout.readline().strip()
     time.sleep(0.5)
