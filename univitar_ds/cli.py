@@ -45,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # DeepSpeed's launcher puts it before everything else; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
     _add_data(commands)
@@ -86,7 +88,6 @@ def _add_train(commands) -> None:
     which.add_argument("--config", help="a run file, or the name of a shipped recipe: demo, photos")
     which.add_argument("--resume", metavar="RUN", help="folder of a run to continue from its last checkpoint")
     parser.add_argument("--nproc", type=_positive, default=1, help="processes to start on this machine (default 1)")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by launchers
     _add_overrides(parser)
 
 

@@ -55,7 +55,7 @@ class _StrictLoader(yaml.SafeLoader):
 def recipe_path(name: str) -> Path:
     """Path of a run file: a path as it stands, or the name of a shipped recipe (`demo`, `photos`)."""
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         return path
     shipped = Path(str(resources.files("univitar_ds"))) / "recipes"
     if (shipped / f"{name}.yaml").is_file():

@@ -117,6 +117,12 @@ def test_a_missing_run_file_names_the_shipped_recipes():
         load_config("nowhere.yaml")
 
 
+def test_a_folder_named_like_a_recipe_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert load_config("demo").name == "demo"
+
+
 def test_the_stored_config_reads_back_to_the_same_run(run_file, tmp_path):
     config = load_config(run_file, ["seed=3"])
     dump_config(config, tmp_path / "stored.yaml")
