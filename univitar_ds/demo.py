@@ -11,7 +11,7 @@ from univitar_ds.data.synthetic import write_scenes
 from univitar_ds.data.writer import pack_folder
 from univitar_ds.evaluation.report import render_times
 
-IMAGES, CLIPS = 4000, 2500
+IMAGES, CLIPS = 1600, 1600
 
 
 def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
