@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed-seconds
 .PHONY: demo test lint clean help
 
 help:
-	@echo "make demo   environment, demo data, ZeRO-3 training on 2 processes, evaluation, export (about 10 minutes)"
+	@echo "make demo   environment, demo data, ZeRO-3 training on 2 processes, evaluation, export (about 8 minutes)"
 	@echo "make test   all tests"
 	@echo "make lint   ruff"
 	@echo "make clean  remove the environment and the demo's folder"
