@@ -193,9 +193,9 @@ def _scenes(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from univitar_ds import launch
+    from univitar_ds.evaluation.run import evaluate_run
 
-    print(launch.evaluate_and_store(arguments.folder))
+    print(evaluate_run(arguments.folder))
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from univitar_ds import launch
+from univitar_ds.config.run_folder import SUMMARY
 from univitar_ds.data.synthetic import write_scenes
 from univitar_ds.data.writer import pack_folder
 from univitar_ds.evaluation.report import render_times
@@ -35,7 +36,7 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     if status:
         return status
     run = runs / "demo"
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((run / SUMMARY).read_text())
     rest = times.pop("training, evaluation, export") - sum(summary["seconds"].values())
     print(render_times({**times, "starting processes": round(rest, 1), **summary["seconds"]}))
     print(f"\nLook at {run}/examples-image.png and {run}/examples-video.png; the encoder is in {run}/export.")

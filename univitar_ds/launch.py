@@ -22,12 +22,12 @@ from typing import NoReturn
 
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import changed_keys, dump_config, load_config, result_part
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, SUMMARY, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
-CONFIG, DEEPSPEED, TOKENIZER = "config.yaml", "deepspeed.json", "tokenizer.json"
 CAPTIONS_FOR_TOKENIZER = 200_000
 """Most captions that a tokenizer is trained on; more change it little."""
 
@@ -60,7 +60,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
     from univitar_ds.data.sources import validate_sources
 
     run = Path(config.output, config.name)
-    if (run / "checkpoints" / "latest").exists():
+    if (run / CHECKPOINTS / "latest").exists():
         raise ConfigError(
             f"{run} holds the checkpoints of an earlier run; continue it with `univitar-ds train --resume {run}`, "
             "choose another name=..., or remove the folder"
@@ -113,24 +113,18 @@ def run_rank(run: Path) -> None:
 def finish_run(run: Path) -> None:
     """What follows training, on one process: evaluation on held-out data and the exported encoder."""
     from univitar_ds.convert.official import export_encoder
+    from univitar_ds.evaluation.run import evaluate_run
 
     seconds: dict[str, float] = {}
     if load_config(run / CONFIG).evaluation.sources:
         with timed(seconds, "evaluation"):
-            print(evaluate_and_store(run))
+            print(evaluate_run(run))
     with timed(seconds, "export"):
         export_encoder(run, run / "export")
     logger.info("encoder exported to %s", run / "export")
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((run / SUMMARY).read_text())
     summary["seconds"] = {**summary.get("seconds", {}), **seconds}
-    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-
-
-def evaluate_and_store(run: Path) -> str:
-    """Evaluate the last checkpoint of a run, write evaluation.json, and return the table of results."""
-    from univitar_ds.evaluation.run import evaluate_run
-
-    return evaluate_run(run)
+    (run / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
 
 
 @contextmanager

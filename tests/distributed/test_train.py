@@ -8,9 +8,10 @@ import pytest
 from tests.support.distributed import RankFailed, run_distributed
 from tests.support.runs import metrics, rewound, samples, small_config, train_rank, train_without_launcher
 from tests.support.shards import write_demo_shards
+from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.launch import create_run
 from univitar_ds.training import commit
-from univitar_ds.training.checkpoint import CHECKPOINTS, read_full
+from univitar_ds.training.checkpoint import read_full
 
 pytestmark = pytest.mark.distributed
 TIMED = ("_per_s", "_pct", "step_s", "tflops_per_rank", "memory_gb")

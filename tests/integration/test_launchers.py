@@ -14,7 +14,7 @@ import pytest
 from tests.support.finished import run_config
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
-from univitar_ds.convert.trained import CHECKPOINTS
+from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.training import commit
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from univitar_ds.config.load import check_config, load_config
+from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.training.checkpoint import CHECKPOINTS
 
 
 def small_config(shards: Path, output: Path, **changes: Any) -> RunConfig:

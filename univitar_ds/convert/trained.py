@@ -8,14 +8,13 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from univitar_ds.config.load import load_config
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.text import load_tokenizer, special_ids
 from univitar_ds.errors import CheckpointError
 from univitar_ds.model.contrastive import ContrastiveModel, build_contrastive
 from univitar_ds.training import commit
 from univitar_ds.training.checkpoint import read_full
-
-CONFIG, TOKENIZER, CHECKPOINTS = "config.yaml", "tokenizer.json", "checkpoints"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from univitar_ds.config.run_folder import EVALUATION, SUMMARY
 from univitar_ds.errors import UserError
-
-EVALUATION, SUMMARY = "evaluation.json", "summary.json"
 
 
 def render_run(run: str | Path) -> str:

@@ -11,14 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
+from univitar_ds.config.run_folder import EVALUATION, TOKENIZER
 from univitar_ds.config.schema import Modality, RunConfig, StageConfig
-from univitar_ds.convert.trained import TOKENIZER, Trained, open_trained
+from univitar_ds.convert.trained import Trained, open_trained
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import eval_packs, stage_modalities
 from univitar_ds.errors import ConfigError
 from univitar_ds.evaluation.embed import Embeddings, embed, embed_texts
 from univitar_ds.evaluation.pictures import Kept, draw_sheet, keep_some
-from univitar_ds.evaluation.report import EVALUATION, render_evaluation
+from univitar_ds.evaluation.report import render_evaluation
 from univitar_ds.evaluation.retrieval import retrieval
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.evaluation.zero_shot import zero_shot

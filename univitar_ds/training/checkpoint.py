@@ -32,8 +32,6 @@ from univitar_ds.training.distributed import World, gather_json, together
 from univitar_ds.training.engine import FROZEN, MASTER, Engine
 
 FORMAT = 1
-CHECKPOINTS = "checkpoints"
-"""Folder of a run that holds them."""
 STATE = "state.json"
 BUFFERS = "buffers.safetensors"
 SHOWN = 5

@@ -16,6 +16,7 @@ import torch
 
 from univitar_ds.config.deepspeed import resolve_deepspeed
 from univitar_ds.config.load import config_fingerprint
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, SUMMARY, TOKENIZER
 from univitar_ds.config.schema import RunConfig, StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import PackLoader
@@ -24,7 +25,7 @@ from univitar_ds.errors import CheckpointError
 from univitar_ds.model.contrastive import build_contrastive
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.training import commit
-from univitar_ds.training.checkpoint import CHECKPOINTS, Saved, load_checkpoint, save_checkpoint
+from univitar_ds.training.checkpoint import Saved, load_checkpoint, save_checkpoint
 from univitar_ds.training.curriculum import Progress, advance, lr_at, modality_at
 from univitar_ds.training.distributed import World, gather_json, gather_numbers, together
 from univitar_ds.training.engine import Engine, build_engine, versions
@@ -34,7 +35,6 @@ from univitar_ds.training.step import train_step
 
 logger = logging.getLogger(__name__)
 
-SUMMARY = "summary.json"
 
 
 @dataclass
@@ -159,7 +159,7 @@ class _Trainer:
                 lanes=self.cfg.data.lanes,
                 seed=self.cfg.seed,
                 modality_of=lambda step: modality_at(stage.video_ratio, step - first),
-                tokenizer=self.run / "tokenizer.json",
+                tokenizer=self.run / TOKENIZER,
                 context_length=self.cfg.model.text.context_length,
                 cost=self.cost,
                 cursors={lane: self.state.cursors[lane] for lane in self.lanes} if self.state.cursors else None,
@@ -222,12 +222,12 @@ class _Trainer:
 @contextmanager
 def _engine(cfg: RunConfig, run: Path, world: World) -> Iterator[Engine]:
     with together(world):
-        special = special_ids(load_tokenizer(run / "tokenizer.json"))
+        special = special_ids(load_tokenizer(run / TOKENIZER))
         model = build_contrastive(
             cfg.model, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=cfg.seed
         )
-        content = json.loads((run / "deepspeed.json").read_text())
-        ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / "config.yaml"), str(run / "deepspeed.json")))
+        content = json.loads((run / DEEPSPEED).read_text())
+        ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / CONFIG), str(run / DEEPSPEED)))
     engine = build_engine(model, cfg.optimizer, ds_config, world)
     try:
         yield engine
