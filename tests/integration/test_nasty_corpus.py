@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from univitar_ds.data.decode import decode_clip, decode_image
+from univitar_ds.data.clips import decode_clip
+from univitar_ds.data.decode import decode_image
 from univitar_ds.data.probe import probe
 from univitar_ds.errors import SampleError
 

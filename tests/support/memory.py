@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from tests.support.shards import Sample, picture
 from univitar_ds.data.batch import Modality
 from univitar_ds.data.lanes import StreamRules
+from univitar_ds.data.listing import Shard
 from univitar_ds.data.samples import SizeRule
-from univitar_ds.data.sources import Shard
 from univitar_ds.geometry import Resolution
 
 tiny_picture = functools.lru_cache(functools.partial(picture, form="PNG"))

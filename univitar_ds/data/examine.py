@@ -17,8 +17,9 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from univitar_ds.config.schema import DataConfig
+from univitar_ds.data.clips import decode_clip
 from univitar_ds.data.containers import VIDEO_EXTENSION_OF, video_demuxer
-from univitar_ds.data.decode import decode_clip, decode_image
+from univitar_ds.data.decode import decode_image
 from univitar_ds.data.jpeg import is_jpeg
 from univitar_ds.data.probe import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize, probe
 from univitar_ds.errors import SampleError

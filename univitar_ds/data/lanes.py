@@ -17,9 +17,10 @@ from typing import NamedTuple
 from univitar_ds.data import packing, tar
 from univitar_ds.data.cursor import LaneCursor, StreamCursor, Waiting
 from univitar_ds.data.layout import Modality
+from univitar_ds.data.listing import Shard
 from univitar_ds.data.randomness import choice, draw
 from univitar_ds.data.samples import Sample, SizeRule, belongs, read_sample, read_sample_again
-from univitar_ds.data.sources import Shard, of_modality
+from univitar_ds.data.sources import of_modality
 from univitar_ds.data.units import Unit, units_of_lane
 from univitar_ds.errors import DataError, SampleError
 

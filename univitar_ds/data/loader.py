@@ -15,8 +15,9 @@ from univitar_ds.data.cursor import LaneCursor, Waiting, parse
 from univitar_ds.data.delivery import FailureCount, collate, decoded
 from univitar_ds.data.lanes import Item, Lane, Plan, StreamRules, check_bad_in_a_row, report_bad, shard_samples
 from univitar_ds.data.layout import Modality
+from univitar_ds.data.listing import Shard
 from univitar_ds.data.samples import SizeRule, read_sample
-from univitar_ds.data.sources import Shard, find_shards, fingerprint, of_modality, stage_modalities, validate_sources
+from univitar_ds.data.sources import find_shards, fingerprint, of_modality, stage_modalities, validate_sources
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Resolution, token_count
 

@@ -112,6 +112,14 @@ def open_video(data: bytes) -> tuple[av.container.InputContainer, VideoStream]:
     return container, stream
 
 
+def check_area(height: int, width: int, max_px: int) -> None:
+    """Raises: SampleError for a frame of more than `max_px` pixels."""
+    if height * width > max_px:
+        raise SampleError(
+            "too_large", f"{width} x {height} is {height * width} pixels, above data.max_image_px = {max_px}"
+        )
+
+
 def _probe_video(data: bytes, demuxer: str) -> MediaSize:
     container, stream = open_video(data)
     with container:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from univitar_ds.data.decode import decode_clip, decode_image
+from univitar_ds.data.clips import decode_clip
+from univitar_ds.data.decode import decode_image
 from univitar_ds.data.layout import Modality, item_bytes
 from univitar_ds.data.storage import storage_for
 from univitar_ds.data.transforms import fit_clip, fit_image

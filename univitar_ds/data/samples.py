@@ -8,8 +8,8 @@ from io import BytesIO
 
 from univitar_ds.data import captions, tar
 from univitar_ds.data.layout import Modality
+from univitar_ds.data.listing import Shard
 from univitar_ds.data.probe import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, probe
-from univitar_ds.data.sources import Shard
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import Resolution, token_count
 
