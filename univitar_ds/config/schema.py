@@ -25,6 +25,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def check_templates(templates: list[str]) -> None:
+    """Raises: ValueError for sentences without one place for the label."""
+    bad = [text for text in templates if text.count("{}") != 1]
+    if bad:
+        raise ValueError(f"a template holds the label once, as {{}}; these do not: {bad}")
+
+
 class TextConfig(Section):
     """The text tower: a CLIP-style causal transformer from scratch, or weights from a local folder."""
 
@@ -65,10 +72,42 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    """Shards to read: a folder packed by `univitar-ds data pack`, one tar, or a brace range of tars."""
+    """Shards to read: a folder packed by `univitar-ds data pack`, one tar, or a brace range of tars, local or s3://."""
 
     path: str
     split: str | None = Field("train", description="split of a packed folder; not used for bare tars")
+    name: str | None = Field(None, description="what stages.N.weights calls it; the last part of the path when absent")
+    templates: list[str] = Field(
+        default_factory=list, description="captions for samples that have a label only, which goes in at {}"
+    )
+
+    @model_validator(mode="after")
+    def _templates_hold_the_label(self) -> SourceConfig:
+        check_templates(self.templates)
+        return self
+
+    @property
+    def label(self) -> str:
+        """What `stages.N.weights` calls the source."""
+        return self.name or self.path.rstrip("/").rpartition("/")[2]
+
+
+class S3Config(Section):
+    """How s3:// is reached. Credentials come from where boto3 looks: environment, profiles, instance roles."""
+
+    endpoint_url: str | None = Field(None, description="of a store other than AWS, e.g. http://127.0.0.1:9000")
+    profile: str | None = Field(None, description="a profile of ~/.aws/config")
+    region: str | None = None
+    idle_timeout_s: Annotated[float, Field(gt=0)] = Field(20.0, description="a connection silent for longer is redone")
+    give_up_s: Annotated[float, Field(gt=0)] = Field(300.0, description="a request refused for so long ends the run")
+    prefetch_shards: Annotated[int, Field(ge=0)] = Field(1, description="shards fetched ahead in each lane")
+
+
+class CacheConfig(Section):
+    """Local copies of remote shards."""
+
+    folder: str | None = Field(None, description="kept between runs and shared by processes; absent: private, removed")
+    limit_gb: Annotated[float, Field(gt=0)] = Field(20.0, description="the shards unused for longest go first")
 
 
 class DataConfig(Section):
@@ -81,7 +120,21 @@ class DataConfig(Section):
     pool_samples: Positive = Field(192, description="samples a lane looks ahead over when it fills a pack")
     max_image_px: Positive = Field(100_000_000, description="a frame with more pixels is a bad sample")
     decode_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="longest decoding of one clip")
+    max_sample_mb: Positive = Field(1024, description="a sample with more bytes is bad")
+    max_clip_s: Annotated[float, Field(gt=0)] = Field(3600.0, description="a longer clip is a bad sample")
+    on_bad: Literal["skip", "fail"] = Field("skip", description="what an unreadable sample does to the run")
+    max_bad_per_thousand: Annotated[int, Field(ge=0)] = Field(
+        100, description="more unreadable samples of a thousand in one lane end the run"
+    )
     max_bad_in_a_row: Positive = Field(64, description="more unreadable samples in a row end the run")
+    worker_restarts: Annotated[int, Field(ge=0)] = Field(
+        10, description="how often a decoding process that died is started again"
+    )
+    accept_changed_sources: bool = Field(
+        False, description="resume although the shards differ from those of the checkpoint"
+    )
+    s3: S3Config = S3Config()
+    cache: CacheConfig = CacheConfig()
     log_samples: bool = Field(False, description="write samples-rank*.jsonl: step, lane and sample keys")
 
 
@@ -118,6 +171,16 @@ class ResolutionConfig(Section):
         return max(self.max_tokens, self.min_tokens)
 
 
+class ClipSampling(Section):
+    """Which frames of a clip are seen."""
+
+    kind: Literal["uniform", "fps"] = Field(
+        "uniform", description="uniform: clip_frames over the whole clip; fps: so many a second, at most clip_frames"
+    )
+    fps: Annotated[float, Field(gt=0)] = Field(2.0, description="frames a second when kind is fps")
+    jitter: bool = Field(False, description="each frame is drawn within its part of the clip, not its middle")
+
+
 class StageConfig(Section):
     """One leg of the curriculum. Its length is counted in items over all ranks and lanes."""
 
@@ -126,7 +189,11 @@ class StageConfig(Section):
     image: ResolutionConfig = ResolutionConfig()
     video: ResolutionConfig = ResolutionConfig()
     video_ratio: Fraction = Field(0.0, description="share of steps that are all clips")
-    clip_frames: Annotated[int, Field(ge=2)] = Field(8, description="frames sampled evenly from a clip; even")
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="share of samples by source name; empty: every sample once an epoch"
+    )
+    clip_frames: Annotated[int, Field(ge=2)] = Field(8, description="most frames taken from a clip; even")
+    clip_sampling: ClipSampling = ClipSampling()
     token_budget: Positive = Field(16384, description="most tokens in a pack: memory")
     cost_budget_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None, description="most forward+backward TFLOP of the encoder in a pack: time"
@@ -204,9 +271,7 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _templates_hold_the_label(self) -> EvaluationConfig:
-        bad = [text for text in self.image_templates + self.video_templates if text.count("{}") != 1]
-        if bad:
-            raise ValueError(f"a template holds the label once, as {{}}; these do not: {bad}")
+        check_templates(self.image_templates + self.video_templates)
         return self
 
 
@@ -241,4 +306,22 @@ class RunConfig(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages need different names, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_name_sources(self) -> RunConfig:
+        labels = [source.label for source in self.data.sources]
+        faults = []
+        for stage in self.stages:
+            if not stage.weights:
+                continue
+            unknown = sorted(set(stage.weights) - set(labels))
+            if unknown:
+                faults.append(f"stage {stage.name}: weights name {unknown}, the sources are {labels}")
+            if not any(stage.weights.values()):
+                faults.append(f"stage {stage.name}: all weights are 0; give at least one source a share")
+            if len(set(labels)) < len(labels):
+                faults.append(f"stage {stage.name} has weights, so sources need different names, got {labels}")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
