@@ -14,11 +14,13 @@ BYTES_LIMIT = 16 << 20
 
 
 class Texts(NamedTuple):
-    """At least one caption, none empty; the label where there is one; the data set that the label belongs to."""
+    """At least one caption, none empty; the label where there is one; the data set that the label belongs to;
+    the CRC-32 of the media member, where its packer wrote one."""
 
     captions: tuple[str, ...]
     label: str | None
     set: str | None = None
+    crc32: int | None = None
 
 
 def read_texts(members: Mapping[str, bytes]) -> Texts:
@@ -31,7 +33,9 @@ def read_texts(members: Mapping[str, bytes]) -> Texts:
         if len(content) > BYTES_LIMIT:
             raise SampleError("too_large", f"its .{extension} has {len(content)} bytes (limit {BYTES_LIMIT})")
     fields = _json_object(members["json"]) if "json" in members else {}
-    return Texts(_captions(fields, members.get("txt")), _label(fields, members.get("cls")), _set(fields))
+    return Texts(
+        _captions(fields, members.get("txt")), _label(fields, members.get("cls")), _set(fields), _crc32(fields)
+    )
 
 
 def _captions(fields: Mapping[str, Any], txt: bytes | None) -> tuple[str, ...]:
@@ -70,6 +74,13 @@ def _set(fields: Mapping[str, Any]) -> str | None:
     if not isinstance(name, str | None):
         raise SampleError("bad_label", f"set is {str(name)[:60]!r} ({type(name).__name__}), not text")
     return name
+
+
+def _crc32(fields: Mapping[str, Any]) -> int | None:
+    value = fields.get("crc32")
+    if value is not None and (not isinstance(value, int) or not 0 <= value < 1 << 32):
+        raise SampleError("bad_json", f"crc32 is {str(value)[:60]!r}, not a number of 32 bits")
+    return value
 
 
 def _json_object(text: bytes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from univitar_ds.config.schema import DataConfig
 from univitar_ds.data import text
 from univitar_ds.data.batch import PackedBatch, rows
-from univitar_ds.data.lanes import Plan, check_bad_in_a_row, report_bad
+from univitar_ds.data.lanes import Item, Plan, check_bad_in_a_row, report_bad
 from univitar_ds.data.layout import Modality, item_bytes
 from univitar_ds.data.pipeline import Pipeline, Rendered, rendered_inline
 from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob
@@ -30,16 +30,26 @@ def decoded(
     limits = DecodeLimits(data.max_image_px, data.decode_timeout_s)
 
     def job_of(plan: Plan) -> RenderJob:
-        items = [
-            RenderItem(s.shard.path, s.media_offset, s.media_length, s.grid) for s in (i.sample for i in plan.items)
-        ]
-        return RenderJob(plan.modality, sizes[plan.modality].frames, limits, items)
+        return RenderJob(plan.modality, sizes[plan.modality].sampling, limits, list(map(_render_item, plan.items)))
 
     if data.workers == 0:
         return rendered_inline(plans, job_of)
     # A clip stores TUBELET frames a token, a picture one: the slot fits either.
     slot_bytes = item_bytes((1, 1, token_budget), TUBELET)
     return Pipeline(plans, job_of, workers=data.workers, prefetch_packs=data.prefetch_packs, slot_bytes=slot_bytes)
+
+
+def _render_item(item: Item) -> RenderItem:
+    sample = item.sample
+    return RenderItem(
+        sample.shard.path,
+        sample.media_offset,
+        sample.media_length,
+        sample.grid,
+        sample.frames,
+        sample.crc32,
+        item.draw,
+    )
 
 
 class FailureCount:
@@ -75,11 +85,10 @@ def collate(rendered: Rendered, tokenizer: Tokenizer | None, context_length: int
     else:
         token_ids, lengths = text.encode(tokenizer, captions, context_length)
     grids = [item.sample.grid for item in items]
-    frames = [grid[0] * TUBELET if plan.modality == "video" else 1 for grid in grids]
     bad = Counter(plan.bad) + Counter(kind for _, kind, _ in rendered.failures)
     return PackedBatch(
         pixels=torch.from_numpy(rendered.pixels),
-        frames=rows(frames),
+        frames=rows([item.sample.frames for item in items]),
         grid_thw=rows(grids, 3),
         token_ids=token_ids,
         text_lengths=lengths,

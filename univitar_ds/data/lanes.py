@@ -51,11 +51,15 @@ class StreamRules:
 
 @dataclass(frozen=True)
 class Item:
-    """A sample chosen for a pack: what it is, its caption in this epoch, its address and how long it waited."""
+    """A sample chosen for a pack: what it is, its caption in this epoch, its address and how long it waited.
+
+    `draw` is a 64-bit number of its own in this epoch, for whatever decoding leaves to chance.
+    """
 
     sample: Sample
     caption: str
     address: Waiting
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Stream:
             self._rules.cost_budget,
         )
         leaving = [candidates[index] for index in chosen]
-        items = [Item(sample, self._caption(row, sample), row) for row, sample in leaving]
+        items = [Item(sample, self._caption(row, sample), row, self._draw(row)) for row, sample in leaving]
         taken = {row for row, _ in leaving}
         self._pool = deque((_aged(row), sample) for row, sample in self._pool if row not in taken)
         self._packs += 1
@@ -197,6 +201,9 @@ class Stream:
     def _caption(self, row: Waiting, sample: Sample) -> str:
         n = len(sample.captions)
         return sample.captions[choice(n, self._rules.seed, "caption", row.shard, row.offset, row.epoch)]
+
+    def _draw(self, row: Waiting) -> int:
+        return draw(self._rules.seed, "item", row.shard, row.offset, row.epoch)
 
     def _walk(self, start: _Position) -> Iterator[tuple[_Found | None, _Position]]:
         """Every sample of this lane from `start` on, each with the position after it; None closes an epoch."""

@@ -17,6 +17,7 @@ from univitar_ds.data.lanes import Item, Lane, Plan, StreamRules, check_bad_in_a
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import Shard
 from univitar_ds.data.samples import SizeRule, read_sample
+from univitar_ds.data.sampling import Sampling
 from univitar_ds.data.sources import find_shards, fingerprint, of_modality, stage_modalities, validate_sources
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Resolution, token_count
@@ -148,6 +149,7 @@ def stream_rules(
                 stage.clip_frames if modality == "video" else 1,
                 stage.token_budget,
                 data.max_image_px,
+                Sampling(**stage.clip_sampling.model_dump()),
             ),
             token_budget=stage.token_budget,
             pool_samples=data.pool_samples,

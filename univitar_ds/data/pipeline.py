@@ -22,7 +22,6 @@ import numpy as np
 
 from univitar_ds.data import worker
 from univitar_ds.data.lanes import Plan
-from univitar_ds.data.layout import item_bytes
 from univitar_ds.data.render import Failure, RenderJob, render
 from univitar_ds.data.ring import Ring
 from univitar_ds.errors import DataError
@@ -210,5 +209,4 @@ def _obituary(number: int, process: subprocess.Popen[bytes], plan: Plan, error: 
 
 def _used(job: RenderJob, failures: Sequence[Failure]) -> int:
     failed = {index for index, _, _ in failures}
-    grids = (item.grid for index, item in enumerate(job.items) if index not in failed)
-    return sum(item_bytes(grid, job.frames) for grid in grids)
+    return sum(item.bytes for index, item in enumerate(job.items) if index not in failed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from univitar_ds.data.clips import decode_clip
 from univitar_ds.data.decode import decode_image
 from univitar_ds.data.layout import Modality, item_bytes
+from univitar_ds.data.sampling import Sampling
 from univitar_ds.data.storage import storage_for
 from univitar_ds.data.transforms import fit_clip, fit_image
 from univitar_ds.errors import SampleError
@@ -30,40 +31,55 @@ class DecodeLimits:
 
 @dataclass(frozen=True)
 class RenderItem:
-    """Where the media of one item lies and the grid it goes to."""
+    """Where the media of one item lies and what it becomes: `frames` frames (1 for a picture) on a grid.
+
+    `crc32` of its bytes where known; `draw`, a number from which a clip's jittered frames follow.
+    """
 
     path: str
     offset: int
     length: int
     grid: tuple[int, int, int]
+    frames: int
+    crc32: int | None = None
+    draw: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its pixels."""
+        return item_bytes(self.grid, self.frames)
 
 
 @dataclass(frozen=True)
 class RenderJob:
-    """One pack to decode; `frames` per item, 1 for pictures."""
+    """One pack to decode."""
 
     modality: Modality
-    frames: int
+    sampling: Sampling
     limits: DecodeLimits
     items: Sequence[RenderItem]
 
     @property
     def bytes(self) -> int:
         """Bytes of all pixels if every item can be decoded."""
-        return sum(item_bytes(item.grid, self.frames) for item in self.items)
+        return sum(item.bytes for item in self.items)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "modality": self.modality,
-            "frames": self.frames,
-            "limits": [self.limits.max_image_px, self.limits.timeout_s],
-            "items": [[item.path, item.offset, item.length, list(item.grid)] for item in self.items],
+            "sampling": astuple(self.sampling),
+            "limits": astuple(self.limits),
+            "items": [astuple(item) for item in self.items],
         }
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> RenderJob:
-        items = [RenderItem(path, offset, length, tuple(grid)) for path, offset, length, grid in document["items"]]
-        return cls(document["modality"], document["frames"], DecodeLimits(*document["limits"]), items)
+        items = [
+            RenderItem(path, offset, length, tuple(grid), *rest)
+            for path, offset, length, grid, *rest in document["items"]
+        ]
+        sampling = Sampling(*document["sampling"])
+        return cls(document["modality"], sampling, DecodeLimits(*document["limits"]), items)
 
 
 def render(job: RenderJob, buffer: np.ndarray) -> list[Failure]:
@@ -92,8 +108,8 @@ def _pixels(job: RenderJob, item: RenderItem) -> np.ndarray:
         pixels = fit_image(decode_image(data, max_px=job.limits.max_image_px, target=target), item.grid)
     else:
         limits = job.limits
-        clip = decode_clip(data, frames=job.frames, max_px=limits.max_image_px, timeout_s=limits.timeout_s)
+        clip = decode_clip(data, frames=item.frames, max_px=limits.max_image_px, timeout_s=limits.timeout_s)
         pixels = fit_clip(np.asarray(clip), item.grid)
     assert pixels.dtype == np.uint8, pixels.dtype
-    assert pixels.size == item_bytes(item.grid, job.frames), (pixels.shape, item.grid)
+    assert pixels.size == item.bytes, (pixels.shape, item.grid)
     return pixels

@@ -10,6 +10,7 @@ from univitar_ds.data import captions, tar
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import Shard
 from univitar_ds.data.probe import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, probe
+from univitar_ds.data.sampling import UNIFORM, Sampling
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import Resolution, token_count
 
@@ -19,7 +20,7 @@ SAMPLE_BYTES_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class SizeRule:
-    """How large an item of one modality enters the encoder. `frames` is 1 for pictures.
+    """How large an item of one modality enters the encoder. `frames` is the most a clip gives, 1 for pictures.
 
     A sample of more than `most_tokens` is bad: where min_tokens is close to max_tokens, rounding up to whole
     `divisor_px` can go above max_tokens.
@@ -30,6 +31,7 @@ class SizeRule:
     frames: int
     most_tokens: int
     max_image_px: int
+    sampling: Sampling = UNIFORM
 
     def grid(self, height: int, width: int) -> tuple[int, int, int]:
         return self.resolution.grid(height, width, self.frames)
@@ -39,7 +41,8 @@ class SizeRule:
 class Sample:
     """A readable sample before decoding: addresses, texts and the size that its header promises.
 
-    `media_offset` and `media_length` are bytes of the shard. `captions` has at least one, none empty.
+    `media_offset` and `media_length` are bytes of the shard. `captions` has at least one, none empty. `frames` are
+    those stored in its pixels, 1 for a picture. `shrunk`: it has more tokens at its own size than the rule allows.
     """
 
     shard: Shard
@@ -50,7 +53,10 @@ class Sample:
     captions: tuple[str, ...]
     label: str | None
     set: str | None
+    crc32: int | None
     grid: tuple[int, int, int]
+    frames: int
+    shrunk: bool = False
 
     @property
     def name(self) -> str:
@@ -135,4 +141,4 @@ def _parse(shard: Shard, key: str, members: Sequence[tar.Member], data: bytes, o
             f"{size.height} x {size.width} px becomes {token_count(grid)} tokens, above token_budget "
             f"{rule.most_tokens}; raise token_budget or lower min_tokens",
         )
-    return Sample(shard, key, origin + media.offset, media.length, media.extension, *texts, grid)
+    return Sample(shard, key, origin + media.offset, media.length, media.extension, *texts, grid, rule.frames)

@@ -13,6 +13,7 @@ from univitar_ds.data.cursor import LaneCursor
 from univitar_ds.data.lanes import Lane
 from univitar_ds.data.pipeline import Pipeline
 from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob
+from univitar_ds.data.sampling import UNIFORM
 from univitar_ds.errors import DataError
 
 PREAMBLE = (
@@ -40,9 +41,9 @@ def plans(n=6):
 
 def job_of(plan):
     items = [
-        RenderItem("m0", item.sample.media_offset, item.sample.media_length, item.sample.grid) for item in plan.items
+        RenderItem("m0", item.sample.media_offset, item.sample.media_length, item.sample.grid, 1) for item in plan.items
     ]
-    return RenderJob("image", 1, DecodeLimits(10**6, 0.1), items)
+    return RenderJob("image", UNIFORM, DecodeLimits(10**6, 0.1), items)
 
 
 def run(**given):
