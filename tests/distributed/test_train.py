@@ -168,7 +168,7 @@ def test_a_number_of_ranks_that_does_not_divide_the_lanes_is_refused(whole, tmp_
     again = rewound(whole.run, 2, tmp_path / "again")
     stories = run_distributed(story_of, 3, 60, again)
     assert {story[0] for story in stories} == {"ConfigError"}
-    assert "start [1, 2, 4] ranks" in stories[0][1]
+    assert "run 1, 2, 4 ranks" in stories[0][1]
 
 
 def raise_on_rank_one():

@@ -42,15 +42,15 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     return content
 
 
-def check_world_size(config: RunConfig, world_size: int) -> None:
-    """Raise ConfigError unless every rank gets the same number of lanes."""
-    lanes = config.data.lanes
+def lanes_per_rank(lanes: int, world_size: int) -> int:
+    """How many lanes every rank gets. Raises: ConfigError unless all get the same number."""
     if lanes % world_size:
         divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         raise ConfigError(
             f"data.lanes is {lanes} and cannot be shared evenly by {world_size} ranks; "
             f"run {divisors} ranks, or start a new run with another data.lanes"
         )
+    return lanes // world_size
 
 
 def resolve_deepspeed(
@@ -64,10 +64,9 @@ def resolve_deepspeed(
     Raises: ConfigError when a key has an owner in the run file and another value here, or the lanes
         cannot be shared by the ranks.
     """
-    check_world_size(config, world_size)
     owned = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.data.lanes // world_size,
+        "gradient_accumulation_steps": lanes_per_rank(config.data.lanes, world_size),
         "train_batch_size": config.data.lanes,
         "gradient_clipping": config.optimizer.clip_norm or 0.0,
     }

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from univitar_ds.errors import ConfigError, UserError
+from univitar_ds.config.deepspeed import lanes_per_rank
+from univitar_ds.errors import UserError
 
 PEER_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up: a dead peer must not hold a machine for ever."""
@@ -41,12 +42,7 @@ class World:
 
         Raises: ConfigError if the number of ranks does not divide the number of lanes.
         """
-        if count % self.size:
-            fits = [n for n in range(1, count + 1) if count % n == 0]
-            raise ConfigError(
-                f"data.lanes {count} is not divisible by the number of ranks {self.size}; start {fits} ranks"
-            )
-        each = count // self.size
+        each = lanes_per_rank(count, self.size)
         return list(range(self.rank * each, (self.rank + 1) * each))
 
 
