@@ -200,6 +200,10 @@ class StageConfig(Section):
     )
     lr: Annotated[float, Field(gt=0)]
     warmup_samples: Annotated[int, Field(ge=0)] = 0
+    lr_schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after the warm-up; wsd: constant, then linear over decay_samples to final_lr_ratio"
+    )
+    decay_samples: Annotated[int, Field(ge=0)] = Field(0, description="length of the fall when lr_schedule is wsd")
     final_lr_ratio: Fraction = Field(0.0, description="learning rate at the stage's end, of its peak")
 
     @model_validator(mode="after")
@@ -209,6 +213,16 @@ class StageConfig(Section):
             faults.append(f"clip_frames {self.clip_frames} is not a multiple of {TUBELET}")
         if self.warmup_samples >= self.samples:
             faults.append(f"warmup_samples {self.warmup_samples} must be below samples {self.samples}")
+        if (self.lr_schedule == "wsd") != (self.decay_samples > 0):
+            faults.append(
+                f"lr_schedule {self.lr_schedule} with decay_samples {self.decay_samples}: "
+                + ("wsd needs decay_samples above 0" if self.lr_schedule == "wsd" else "they belong to wsd")
+            )
+        if self.warmup_samples + self.decay_samples > self.samples:
+            faults.append(
+                f"warmup_samples {self.warmup_samples} and decay_samples {self.decay_samples} together exceed "
+                f"samples {self.samples}"
+            )
         used = {"image": self.video_ratio < 1, "video": self.video_ratio > 0}
         for modality, frames in (("image", 1), ("video", self.clip_frames)):
             rule: ResolutionConfig = getattr(self, modality)

@@ -51,16 +51,19 @@ def advance(
 
 
 def lr_at(stage: StageConfig, samples_done: int) -> float:
-    """Learning rate of the step that follows `samples_done` items of the stage: warm-up from 0, then a cosine.
+    """Learning rate of the step that follows `samples_done` items of the stage: warm-up from 0, then its schedule.
 
     The first step of a stage with warm-up has rate 0: it only fills the moments of the optimizer.
     """
     if samples_done < stage.warmup_samples:
         return stage.lr * samples_done / stage.warmup_samples
-    decaying = stage.samples - stage.warmup_samples
-    done = min((samples_done - stage.warmup_samples) / decaying, 1.0)
+    if stage.lr_schedule == "constant":
+        return stage.lr
+    falling = stage.decay_samples if stage.lr_schedule == "wsd" else stage.samples - stage.warmup_samples
+    done = min(max(samples_done - (stage.samples - falling), 0) / falling, 1.0)
+    left = 1 - done if stage.lr_schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * done))
     floor = stage.final_lr_ratio
-    return stage.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+    return stage.lr * (floor + (1 - floor) * left)
 
 
 def modality_at(video_ratio: float, step_in_stage: int) -> Modality:

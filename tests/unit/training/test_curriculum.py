@@ -43,6 +43,32 @@ def test_without_warm_up_the_first_step_has_the_full_rate():
     assert lr_at(stage(), 0) == 2e-3
 
 
+def test_warm_up_stable_decay_stays_at_its_peak_and_falls_in_a_line():
+    leg = stage(warmup_samples=100, lr_schedule="wsd", decay_samples=200, final_lr_ratio=0.5)
+    assert lr_at(leg, 50) == pytest.approx(1e-3)
+    assert lr_at(leg, 100) == lr_at(leg, 800) == 2e-3
+    assert lr_at(leg, 900) == pytest.approx(1.5e-3)
+    assert lr_at(leg, 1000) == lr_at(leg, 1001) == pytest.approx(1e-3)
+
+
+def test_a_constant_rate_only_warms_up():
+    leg = stage(warmup_samples=100, lr_schedule="constant")
+    assert [lr_at(leg, done) for done in (25, 100, 1000)] == [5e-4, 2e-3, 2e-3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr_schedule": "wsd"}, "wsd needs decay_samples above 0"),
+        ({"decay_samples": 10}, "they belong to wsd"),
+        ({"lr_schedule": "wsd", "decay_samples": 600, "warmup_samples": 500}, "together exceed samples 1000"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_its_stage_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        stage(**settings)
+
+
 def test_a_stage_hands_over_with_the_step_that_reaches_its_samples():
     stages = [stage("a", 10), stage("b", 5)]
     progress = Progress()
