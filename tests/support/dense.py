@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.support.standin import LANES, inputs, pack
+from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.training.optim import parameter_groups
 
 
@@ -30,7 +31,7 @@ def dense_softmax(vision: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids
 
 def dense_training(model: nn.Module, steps: int, *, lr, clip: float) -> list[tuple[float, float]]:
     """Trains `model` on the packs of all lanes at once with plain torch; (loss, gradient norm) of every step."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.0, betas=(0.9, 0.98), eps=1e-8)
+    optimizer = torch.optim.AdamW(parameter_groups(model, OptimizerConfig()), lr=0.0, betas=(0.9, 0.98), eps=1e-8)
     curve = []
     for step in range(steps):
         for group in optimizer.param_groups:

@@ -261,6 +261,9 @@ class OptimizerConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="each block of the encoder learns at this share of the rate of the block above it"
+    )
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
 
 

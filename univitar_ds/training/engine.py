@@ -30,7 +30,7 @@ from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.training.distributed import World
 from univitar_ds.training.extensions import prepare_extensions
-from univitar_ds.training.optim import build_optimizer
+from univitar_ds.training.optim import build_optimizer, set_learning_rate
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -82,8 +82,7 @@ class Engine:
 
     def begin_step(self, lr: float) -> None:
         """Sets the learning rate and forgets all gradients; before the first backward of every step."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._optimizer.param_groups, lr)
         if not self._sharded:
             return  # stages 1 and 2 build their gradients anew, an absent one as zeros
         self._optimizer.grad_partitions_flat_buffer.zero_()

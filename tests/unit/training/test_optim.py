@@ -3,23 +3,25 @@ from torch import nn
 
 from tests.support.standin import StandIn
 from univitar_ds.config.schema import OptimizerConfig
-from univitar_ds.training.optim import build_optimizer, parameter_groups
+from univitar_ds.training.optim import build_optimizer, parameter_groups, set_learning_rate
+
+DECAY = OptimizerConfig(weight_decay=0.2)
 
 
 def test_only_matrices_decay_and_frozen_parameters_are_left_out():
     model = StandIn()
     names = {id(p): name for name, p in model.named_parameters()}
-    decaying, plain = ([names[id(p)] for p in group["params"]] for group in parameter_groups(model, 0.2))
+    decaying, plain = ([names[id(p)] for p in group["params"]] for group in parameter_groups(model, DECAY))
     assert "blocks.0.qkv.weight" in decaying
     assert "embedding.weight" in decaying
     assert {"logit_scale", "logit_bias", "blocks.0.norm1.weight", "inlet.bias"} <= set(plain)
     assert not any(name.startswith("fixed") for name in decaying + plain)
     assert len(decaying) + len(plain) == sum(p.requires_grad for p in model.parameters())
-    assert [group["weight_decay"] for group in parameter_groups(model, 0.2)] == [0.2, 0.0]
+    assert [group["weight_decay"] for group in parameter_groups(model, DECAY)] == [0.2, 0.0]
 
 
 def test_an_empty_group_is_left_out():
-    assert len(parameter_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
+    assert len(parameter_groups(nn.Linear(2, 2, bias=False), DECAY)) == 1
 
 
 def test_the_optimizer_follows_its_section_of_the_run_file():
@@ -28,3 +30,32 @@ def test_the_optimizer_follows_its_section_of_the_run_file():
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
     assert all(g["betas"] == (0.8, 0.9) and g["eps"] == 1e-6 for g in optimizer.param_groups)
+
+
+class Towers(nn.Module):
+    """An encoder of three blocks by its own names, and what stands around it."""
+
+    def __init__(self):
+        super().__init__()
+        layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.vision = nn.ModuleDict({"embeddings": nn.Linear(2, 2), "encoder": nn.ModuleDict({"layers": layers})})
+        self.text = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)])})})
+        self.logit_scale = nn.Parameter(torch.zeros(1))
+
+
+def test_layers_learn_slower_the_deeper_they_lie_and_only_those_of_the_encoder():
+    model = Towers()
+    groups = parameter_groups(model, OptimizerConfig(layer_decay=0.5))
+    set_learning_rate(groups, 8.0)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in model.named_parameters() if not name.endswith("bias")}
+    assert found == {
+        "vision.embeddings.weight": 0.5,
+        "vision.encoder.layers.0.weight": 1.0,
+        "vision.encoder.layers.1.weight": 2.0,
+        "vision.encoder.layers.2.weight": 4.0,
+        "text.encoder.layers.0.weight": 8.0,
+        "logit_scale": 8.0,
+    }
+    assert len(groups) == 2 * 5
+    assert {group["weight_decay"] for group in groups if group["lr"] == 1.0} == {0.1, 0.0}
