@@ -29,8 +29,9 @@ FLOORS = {
 NEIGHBOURS = {"univitar_ds.model", "univitar_ds.objectives", "univitar_ds.data"}
 DOORS = {
     "deepspeed": {"univitar_ds/training/engine.py", "univitar_ds/training/prebuild.py"},
-    "transformers": {"univitar_ds/model/towers.py"},
-    "boto3": {"univitar_ds/data/storage.py"},
+    "transformers": {"univitar_ds/model/towers.py", "univitar_ds/model/teacher.py"},
+    "boto3": {"univitar_ds/data/s3.py"},
+    "botocore": {"univitar_ds/data/s3.py"},
 }
 SOURCES = sorted([*ROOT.glob("univitar_ds/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 

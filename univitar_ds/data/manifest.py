@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from univitar_ds.data.examine import Finding
 from univitar_ds.data.folder import Row
+from univitar_ds.data.storage import Storage, storage_for
 from univitar_ds.errors import DataError
 from univitar_ds.geometry import PATCH
 
@@ -18,18 +20,19 @@ VERSION = 1
 _SHARD_FIELDS = {"file": str, "split": str, "kind": str, "samples": int, "bytes": int, "sha256": str}
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a packed folder, its shard list checked.
+def read_manifest(folder: str | Path, storage: Storage | None = None) -> dict[str, Any]:
+    """The manifest of a packed folder, its shard list checked; `storage` where the folder is not local.
 
     Raises: DataError if there is none, or none that this version can read.
     """
-    path = Path(folder, MANIFEST)
+    path = os.path.join(folder, MANIFEST)
+    storage = storage or storage_for(path)
     remedy = "pack the folder again: univitar-ds data pack FOLDER OUT"
+    if not storage.exists(path):
+        raise DataError(f"{folder} has no {MANIFEST}, its packing never ended; {remedy}")
     try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} has no {MANIFEST}, its packing never ended; {remedy}") from error
-    except (OSError, ValueError) as error:
+        manifest = json.loads(storage.read(path))
+    except ValueError as error:
         raise DataError(f"{path} cannot be read ({error}); {remedy}") from error
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         found = manifest.get("version") if isinstance(manifest, dict) else None

@@ -7,28 +7,93 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from univitar_ds.errors import DataError
 
-SCHEMES = "a local path"
+S3 = "s3://"
+SCHEMES = "a local path or an s3:// address"
+
+
+@dataclass(frozen=True)
+class StorageSettings:
+    """How remote files are reached and kept; `config.schema.S3Config` and `CacheConfig` say what each means.
+
+    `session` is a folder that the processes of one run share, see `shared`.
+    """
+
+    endpoint_url: str | None = None
+    profile: str | None = None
+    region: str | None = None
+    idle_timeout_s: float = 20.0
+    give_up_s: float = 300.0
+    prefetch_shards: int = 1
+    cache_folder: str | None = None
+    cache_limit_gb: float = 20.0
+    session: str | None = None
+
+    @classmethod
+    def of(cls, data: Any) -> StorageSettings:
+        """Those of the `data` section of a run file."""
+        s3, cache = data.s3, data.cache
+        return cls(
+            s3.endpoint_url,
+            s3.profile,
+            s3.region,
+            s3.idle_timeout_s,
+            s3.give_up_s,
+            s3.prefetch_shards,
+            None if cache.folder is None else os.path.abspath(os.path.expanduser(cache.folder)),
+            cache.limit_gb,
+        )
+
+    def shared(self) -> StorageSettings:
+        """The same for other processes of this run: they find the local copies that this one makes.
+
+        Makes a temporary folder, which is removed when this process ends.
+        """
+        from univitar_ds.data.session import session_folder
+
+        return self if self.session else replace(self, session=session_folder())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> StorageSettings:
+        return cls(**document)
+
+
+LOCAL = StorageSettings()
+"""Enough for local files, and for S3 where boto3 finds everything by itself."""
 
 
 class Storage(Protocol):
     """Read-only access to files. Every failure is a DataError that names the file."""
 
     def open(self, path: str) -> BinaryIO:
-        """A readable and seekable stream from the first byte on."""
+        """A readable and seekable stream from the first byte on, made for reading forward."""
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`."""
 
+    def read(self, path: str) -> bytes:
+        """A whole small file."""
+
     def size(self, path: str) -> int:
         """Size in bytes."""
 
+    def exists(self, path: str) -> bool:
+        """Whether there is a file, or a folder, of this name."""
+
     def list(self, prefix: str) -> Sequence[str]:
         """Paths of the files directly in the folder `prefix`, sorted by name."""
+
+    def prefetch(self, paths: Sequence[str]) -> None:
+        """A hint that these will be opened next, in this order."""
 
 
 class LocalStorage:
@@ -48,11 +113,20 @@ class LocalStorage:
         except OSError as error:
             raise _unreadable(path, error) from error
 
+    def read(self, path: str) -> bytes:
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
     def size(self, path: str) -> int:
         try:
             return os.stat(path).st_size
         except OSError as error:
             raise _unreadable(path, error) from error
+
+    def exists(self, path: str) -> bool:
+        return os.path.exists(path)
 
     def list(self, prefix: str) -> Sequence[str]:
         try:
@@ -60,16 +134,29 @@ class LocalStorage:
         except OSError as error:
             raise _unreadable(prefix, error) from error
 
+    def prefetch(self, paths: Sequence[str]) -> None:
+        """The system reads ahead by itself."""
 
-def storage_for(url: str) -> Storage:
-    """The storage that serves `url`; its methods take the same url.
+
+def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
+    """The storage that serves `url`; its methods take the same url. One object per process and settings.
 
     Raises: DataError for a scheme that nothing here reads.
     """
+    if url.startswith(S3):
+        return _s3_storage(settings, os.getpid())
     scheme, separator, _ = url.partition("://")
     if separator:
         raise DataError(f"{url}: cannot read from {scheme}://; a source must be {SCHEMES}")
     return LocalStorage()
+
+
+@cache
+def _s3_storage(settings: StorageSettings, process: int) -> Storage:
+    """A forked process (`process` is its number) must not go on with its parent's connections."""
+    from univitar_ds.data.s3 import S3Storage
+
+    return S3Storage(settings)
 
 
 def _exactly(file: BinaryIO, path: str, offset: int, length: int) -> bytes:

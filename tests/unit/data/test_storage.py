@@ -1,8 +1,11 @@
 """Files by address."""
 
+import json
+
 import pytest
 
-from univitar_ds.data.storage import LocalStorage, storage_for
+from univitar_ds.config.schema import DataConfig
+from univitar_ds.data.storage import LocalStorage, StorageSettings, storage_for
 from univitar_ds.errors import DataError
 
 
@@ -19,6 +22,7 @@ def test_a_range_is_exactly_the_bytes_asked_for(file):
     assert storage.read_range(file, 0, 200) == bytes(range(200))
     assert storage.read_range(file, 200, 0) == b""
     assert storage.size(file) == 200
+    assert storage.read(file) == bytes(range(200))
 
 
 def test_a_range_beyond_the_end_is_an_error_with_the_byte_where_the_file_ends(file):
@@ -38,6 +42,7 @@ def test_a_missing_file_is_named(tmp_path):
         LocalStorage().open,
         LocalStorage().size,
         LocalStorage().list,
+        LocalStorage().read,
         lambda p: LocalStorage().read_range(p, 0, 1),
     ):
         with pytest.raises(DataError, match="nothing: cannot be read"):
@@ -51,6 +56,30 @@ def test_a_listing_is_sorted_and_holds_files_only(tmp_path):
     assert LocalStorage().list(str(tmp_path)) == [str(tmp_path / name) for name in "abc"]
 
 
+def test_files_and_folders_exist_and_nothing_else_does(file, tmp_path):
+    assert LocalStorage().exists(file)
+    assert LocalStorage().exists(str(tmp_path))
+    assert not LocalStorage().exists(str(tmp_path / "nothing"))
+
+
+def test_settings_are_those_of_the_run_file_and_travel_as_json(tmp_path):
+    data = DataConfig(
+        sources=[{"path": "s3://b/p"}],
+        s3={"endpoint_url": "http://x", "profile": "p", "region": "r", "idle_timeout_s": 3, "give_up_s": 4},
+        cache={"folder": "~/cache", "limit_gb": 7},
+    )
+    settings = StorageSettings.of(data)
+    assert settings == StorageSettings("http://x", "p", "r", 3, 4, 1, settings.cache_folder, 7)
+    assert settings.cache_folder.startswith("/")
+    assert settings.cache_folder.endswith("/cache")
+    assert StorageSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    shared = settings.shared()
+    assert shared.session == settings.shared().session != settings.session
+    assert shared.shared() is shared
+
+
 def test_an_unknown_scheme_is_refused_with_what_is_supported():
-    with pytest.raises(DataError, match=r"gopher://x/y: cannot read from gopher://; a source must be a local path"):
+    with pytest.raises(
+        DataError, match=r"gopher://x/y: cannot read from gopher://; a source must be a local path or an s3:// address"
+    ):
         storage_for("gopher://x/y")

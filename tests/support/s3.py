@@ -1,0 +1,296 @@
+"""An S3 store on loopback, and a proxy before it that does to requests what networks and stores do.
+
+    with s3_server() as server:
+        url = server.upload(folder, "some/prefix")                  # s3://shards/some/prefix
+        settings = StorageSettings(endpoint_url=server.url)
+        with faulty(server, some_of(["drop", "throttle"], 0.2)) as proxy:
+            settings = StorageSettings(endpoint_url=proxy.url, idle_timeout_s=0.3, give_up_s=20)
+
+The store is moto's server in a process of its own, so that its CPU time is nobody's here. While it runs, this
+process and its children have credentials for it in their environment.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import re
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+BUCKET = "shards"
+SECRET = "loopback-secret-that-no-log-may-show"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "loopback-key-id",
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+_SERVE = """
+import logging, sys
+from werkzeug.serving import WSGIRequestHandler, make_server
+from moto.server import DomainDispatcherApplication, create_backend_app
+logging.getLogger("werkzeug").disabled = True
+WSGIRequestHandler.protocol_version = "HTTP/1.1"
+server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+Plan = Callable[["Request"], str | None]
+"""What happens to a request: None, or one of `FAULTS`."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as the proxy sees it. `number` counts from 0 in order of arrival; `key` is without the bucket."""
+
+    number: int
+    method: str
+    key: str
+    query: str
+    range: str | None
+    if_match: str | None = None
+
+
+class S3Server:
+    """A store with one bucket. Everything here goes past any proxy."""
+
+    def __init__(self, url: str) -> None:
+        import boto3
+
+        self.url = url
+        keys = {
+            "aws_access_key_id": ENVIRONMENT["AWS_ACCESS_KEY_ID"],
+            "aws_secret_access_key": ENVIRONMENT["AWS_SECRET_ACCESS_KEY"],
+        }
+        self.client = boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys)
+        self.client.create_bucket(Bucket=BUCKET)
+
+    def put(self, key: str, content: bytes) -> str:
+        """Write an object; returns its address."""
+        self.client.put_object(Bucket=BUCKET, Key=key, Body=content)
+        return f"s3://{BUCKET}/{key}"
+
+    def get(self, key: str) -> bytes:
+        return self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+
+    def delete(self, key: str) -> None:
+        self.client.delete_object(Bucket=BUCKET, Key=key)
+
+    def upload(self, folder: Path, prefix: str) -> str:
+        """Copy the files of a folder; returns the prefix's address."""
+        for path in sorted(Path(folder).iterdir()):
+            if path.is_file():
+                self.put(f"{prefix}/{path.name}", path.read_bytes())
+        return f"s3://{BUCKET}/{prefix}"
+
+    def keys(self, prefix: str = "") -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        return [row["Key"] for page in pages for row in page.get("Contents", ())]
+
+
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """A fresh store in a process of its own; ready in about a second."""
+    saved = {name: os.environ.get(name) for name in (*ENVIRONMENT, "AWS_PROFILE", "AWS_SESSION_TOKEN")}
+    process = subprocess.Popen([sys.executable, "-c", _SERVE], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        port = process.stdout.readline().strip()
+        assert port, "moto's server did not start; is moto[server] installed?"
+        os.environ.update(ENVIRONMENT)
+        os.environ.pop("AWS_PROFILE", None)
+        os.environ.pop("AWS_SESSION_TOKEN", None)
+        yield S3Server(f"http://127.0.0.1:{port}")
+    finally:
+        process.kill()
+        process.wait()
+        for name, value in saved.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+FAULTS = {
+    "throttle": "503 SlowDown instead of an answer",
+    "refuse": "429 with Retry-After instead of an answer",
+    "error": "500 instead of an answer",
+    "gone": "404 NoSuchUpload instead of an answer",
+    "hang": "no answer at all until the client goes",
+    "drop": "half of the body, then the connection is reset",
+    "cut": "half of the body, then the connection is closed in good order",
+    "stall": "half of the body, then silence until the client goes",
+    "short": "half of the body with a length that says it is all",
+    "reset": "the connection is reset before any answer",
+    "lost": "the store does it, the client never hears of it",
+    "flip": "one byte of what is sent to the store arrives wrong",
+}
+
+
+def some_of(kinds: Sequence[str], rate: float, seed: int = 0, only: Callable[[Request], bool] | None = None) -> Plan:
+    """A fault of one of the kinds for a share of the requests; the same requests every time for one seed."""
+
+    def plan(request: Request) -> str | None:
+        rng = random.Random(f"{seed} {request.number}")
+        wanted = rng.random() < rate and (only is None or only(request))
+        return rng.choice(kinds) if wanted else None
+
+    return plan
+
+
+def first_of(kind: str, times: int = 1, only: Callable[[Request], bool] | None = None) -> Plan:
+    """The fault for the first so many requests (of those that `only` picks), then none."""
+    left = [times]
+
+    def plan(request: Request) -> str | None:
+        if left[0] and (only is None or only(request)):
+            left[0] -= 1
+            return kind
+        return None
+
+    return plan
+
+
+@dataclass
+class FaultProxy:
+    """What came through: every request, and how many of each fault were done."""
+
+    url: str
+    requests: list[Request] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
+
+    def bodies(self, key: str) -> list[Request]:
+        """The GETs of an object."""
+        return [request for request in self.requests if request.method == "GET" and request.key == key]
+
+
+@contextmanager
+def faulty(server: S3Server, plan: Plan) -> Iterator[FaultProxy]:
+    """A proxy to the store that does what `plan` says. It ends with the block."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    proxy = FaultProxy(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    open_sockets: set[socket.socket] = set()
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                open_sockets.add(client)
+                threading.Thread(target=_serve, args=(client, server.url, plan, proxy, lock), daemon=True).start()
+
+    lock = threading.Lock()
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield proxy
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        for client in open_sockets:
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
+
+def _serve(client: socket.socket, upstream: str, plan: Plan, proxy: FaultProxy, lock: threading.Lock) -> None:
+    """The requests of one connection, one after another."""
+    store = http.client.HTTPConnection(urlsplit(upstream).netloc)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with suppress(OSError, http.client.HTTPException), client, client.makefile("rb") as stream:
+        while line := stream.readline():
+            method, target, _ = line.decode().split()
+            headers = {name.lower(): value for name, value in _headers(stream)}
+            if headers.get("expect"):
+                client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            body = stream.read(int(headers.get("content-length", 0)))
+            path, _, query = target.partition("?")
+            with lock:
+                key = path.removeprefix(f"/{BUCKET}").removeprefix("/")
+                request = Request(
+                    len(proxy.requests), method, key, query, headers.get("range"), headers.get("if-match")
+                )
+                proxy.requests.append(request)
+                fault = plan(request)
+                if fault:
+                    proxy.faults[fault] += 1
+            if not _answer(client, store, fault, (method, target, body, headers)):
+                return
+
+
+def _headers(stream: Any) -> Iterator[tuple[str, str]]:
+    while (line := stream.readline()) not in (b"\r\n", b""):
+        name, _, value = line.decode("latin-1").partition(":")
+        yield name, value.strip()
+
+
+def _answer(client: socket.socket, store: http.client.HTTPConnection, fault: str | None, asked: tuple) -> bool:
+    """Answer one request, well or ill; True if the connection goes on."""
+    if fault == "throttle":
+        return _say(client, "503 Slow Down", b"<Error><Code>SlowDown</Code><Message>Slow down.</Message></Error>")
+    if fault == "refuse":
+        return _say(client, "429 Too Many Requests\r\nRetry-After: 0", b"<Error><Code>TooMany</Code></Error>")
+    if fault == "error":
+        return _say(client, "500 Internal Server Error", b"<Error><Code>InternalError</Code></Error>")
+    if fault == "gone":
+        return _say(client, "404 Not Found", b"<Error><Code>NoSuchUpload</Code></Error>")
+    if fault == "hang":
+        return _until_it_goes(client)
+    if fault == "reset":
+        return _reset(client)
+    method, target, body, headers = asked
+    if fault == "flip" and body:
+        body = bytes([body[0] ^ 1]) + body[1:]
+    store.request(method, target, body, headers)
+    response = store.getresponse()
+    content = response.read()
+    if fault == "lost":
+        return _reset(client)
+    half = len(content) // 2 if fault in ("drop", "cut", "stall", "short") else len(content)
+    promised = half if fault == "short" else len(content)
+    if method == "HEAD":
+        promised = int(response.headers.get("content-length", 0))
+    client.sendall(_head(response, promised) + content[:half])
+    if fault == "drop":
+        return _reset(client)
+    if fault == "stall":
+        return _until_it_goes(client)
+    return fault != "cut"
+
+
+def _head(response: http.client.HTTPResponse, length: int) -> bytes:
+    kept = [
+        f"{name}: {value}\r\n"
+        for name, value in response.headers.items()
+        if not re.fullmatch("content-length|transfer-encoding|connection", name, re.IGNORECASE)
+    ]
+    length_line = "" if response.status == 204 else f"Content-Length: {length}\r\n"
+    return f"HTTP/1.1 {response.status} {response.reason}\r\n{''.join(kept)}{length_line}\r\n".encode("latin-1")
+
+
+def _say(client: socket.socket, status: str, body: bytes) -> bool:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+    return True
+
+
+def _until_it_goes(client: socket.socket) -> bool:
+    select.select([client], [], [])  # readable once the client closes, or the block ends
+    return False
+
+
+def _reset(client: socket.socket) -> bool:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return False

@@ -1,0 +1,369 @@
+"""Objects of a store on loopback, through a proxy that misbehaves."""
+
+import itertools
+import json
+import logging
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.support.s3 import BUCKET, SECRET, faulty, first_of, s3_server, some_of
+from univitar_ds.data import pace, session
+from univitar_ds.data.s3 import CHUNK, S3Storage
+from univitar_ds.data.storage import LOCAL, StorageSettings, storage_for
+from univitar_ds.errors import DataError
+
+BLOB = random.Random(0).randbytes(16 * CHUNK)
+QUICK = {"idle_timeout_s": 0.3, "give_up_s": 20.0}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(pace, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(pace, "FIRST_GAP_S", 0.001)
+
+
+def storage(url, folder, **more) -> S3Storage:
+    """One of a process of its own, as far as copies and versions go."""
+    folder.mkdir(exist_ok=True)
+    return S3Storage(StorageSettings(endpoint_url=url, session=str(folder), **{**QUICK, **more}))
+
+
+def gets(request) -> bool:
+    return request.method == "GET" and request.key.endswith(".tar")
+
+
+FAULTS = ["throttle", "refuse", "error", "hang", "drop", "cut", "stall", "short", "reset", "lost"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_object_arrives_whole_and_each_byte_once_whatever_happens(server, tmp_path, fault):
+    url = server.put("a.tar", BLOB)
+    with faulty(server, first_of(fault, 2, gets)) as proxy:
+        stream = storage(proxy.url, tmp_path).open(url)
+        assert stream.read() == BLOB
+        assert proxy.faults == {fault: 2}
+        starts = [int(request.range.removeprefix("bytes=").split("-")[0]) for request in proxy.bodies("a.tar")]
+        assert len(starts) == 3
+        assert len({request.if_match for request in proxy.bodies("a.tar")} - {None}) == 1
+        if fault in ("cut", "stall", "short"):  # half of what was missing came each time
+            assert starts == [0, 8 * CHUNK, 12 * CHUNK]
+        elif fault == "drop":  # a reset may take along what has arrived and was not read yet
+            assert starts == sorted(starts)
+        else:
+            assert starts == [0, 0, 0]
+
+
+def test_requests_that_are_no_bodies_are_repeated_too(server, tmp_path):
+    url = server.put("folder/a.tar", BLOB)
+    with faulty(server, some_of(["throttle", "error", "hang", "reset", "cut"], 0.6, seed=3)) as proxy:
+        one = storage(proxy.url, tmp_path, idle_timeout_s=0.1)
+        assert one.size(url) == len(BLOB)
+        assert list(one.list("s3://shards/folder")) == [url]
+        assert one.exists(url)
+        assert not one.exists("s3://shards/nothing")
+        assert one.read_range(url, 1000, 2000) == BLOB[1000:3000]
+        assert one.read(url) == BLOB
+        assert sum(proxy.faults.values()) >= 4
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_an_error_and_not_a_splice(server, tmp_path):
+    url = server.put("b.tar", BLOB)
+
+    def replaced(request):
+        if gets(request) and len(proxy.bodies("b.tar")) == 1:
+            return "cut"
+        if gets(request):
+            server.put("b.tar", BLOB[::-1])
+        return None
+
+    with faulty(server, replaced) as proxy:
+        stream = storage(proxy.url, tmp_path).open(url)
+        half = stream.read(len(BLOB) // 2)
+        with pytest.raises(DataError, match=r"b\.tar: the object was replaced while this run was reading it; restore"):
+            stream.read()
+    assert half == BLOB[: len(BLOB) // 2]
+
+
+def test_what_a_run_reads_is_the_version_that_was_there_when_it_started(server, tmp_path):
+    url = server.put("pinned/c.tar", BLOB)
+    one = storage(server.url, tmp_path)
+    one.list("s3://shards/pinned")
+    server.put("pinned/c.tar", BLOB[::-1])
+    told = "the object was replaced"
+    with pytest.raises(DataError, match=told):
+        one.open(url).read()
+    with pytest.raises(DataError, match=told):
+        one.read_range(url, 0, 10)
+    with pytest.raises(DataError, match=told):
+        one.list("s3://shards/pinned")
+    assert storage(server.url, tmp_path / "another").open(url).read() == BLOB[::-1]
+
+
+def test_a_store_that_refuses_for_ever_is_given_up_within_the_stated_time(server, tmp_path):
+    url = server.put("d.tar", BLOB)
+    with faulty(server, lambda request: "throttle") as proxy:
+        one = storage(proxy.url, tmp_path, give_up_s=0.5)
+        start = time.monotonic()
+        told = (
+            r"d\.tar: nothing came for \d s and \d+ attempts, the last one: the store answered 503.*give_up_s is 0\.5"
+        )
+        with pytest.raises(DataError, match=told):
+            one.size(url)
+        assert 0.5 <= time.monotonic() - start < 10  # 0.5 s and the longest time that one request may take
+        assert len(proxy.requests) > 2
+
+
+def test_a_body_that_never_comes_is_given_up_and_the_reader_is_told(server, tmp_path):
+    url = server.put("e.tar", BLOB)
+    with faulty(server, lambda request: "throttle" if gets(request) else None) as proxy:
+        stream = storage(proxy.url, tmp_path, give_up_s=0.2).open(url)
+        with pytest.raises(DataError, match="nothing came for"):
+            stream.read(1)
+
+
+def test_progress_starts_the_clock_anew(server, tmp_path):
+    """Each connection brings a piece and dies: far more time in all than `give_up_s`, never that much in a row."""
+    url = server.put("f.tar", BLOB)
+    with faulty(server, lambda request: "stall" if gets(request) else None) as proxy:
+        stream = storage(proxy.url, tmp_path, idle_timeout_s=0.1, give_up_s=0.25).open(url)
+        assert stream.read(15 * CHUNK) == BLOB[: 15 * CHUNK]
+        assert len(proxy.bodies("f.tar")) >= 4
+
+
+def test_a_wrong_address_is_given_up_sooner_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "UNREACHED_S", 0.1)
+    with pytest.raises(DataError, match=r"the store has never answered: check data\.s3\.endpoint_url"):
+        storage("http://127.0.0.1:9", tmp_path, give_up_s=300).size("s3://b/x.tar")
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("s3://shards/none.tar", r"none\.tar: there is no such object or bucket; check the address"),
+        ("s3://nowhere/none.tar", r"nowhere/none\.tar: there is no such object or bucket"),
+        ("s3://", "names no bucket; write s3://BUCKET/PREFIX"),
+    ],
+)
+def test_what_is_not_there_is_told_at_once(server, tmp_path, url, told):
+    one = storage(server.url, tmp_path)
+    for act in (one.size, one.open, one.read, lambda path: one.read_range(path, 0, 1)):
+        with pytest.raises(DataError, match=told):
+            act(url)
+    with pytest.raises(DataError, match="no such bucket"):
+        one.list("s3://nowhere/folder")
+
+
+def test_a_range_beyond_the_end_is_an_error_with_the_byte_where_the_object_ends(server, tmp_path):
+    url = server.put("g.tar", BLOB)
+    with pytest.raises(DataError, match=f"ends at byte {len(BLOB)}, but 20 bytes were expected from byte 1385"):
+        storage(server.url, tmp_path).read_range(url, 1385000, 20 if len(BLOB) < 1385020 else 1 << 30)
+
+
+def test_unusable_settings_are_told_without_a_traceback_of_boto3(server, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"profile \(nobody\) could not be found.*check data\.s3"):
+        storage(server.url, tmp_path, profile="nobody").size("s3://shards/a")
+    with pytest.raises(DataError, match="the store cannot be asked"):
+        storage("no url at all", tmp_path).size("s3://shards/a")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(DataError, match="no credentials were found"):
+        storage(server.url, tmp_path).size("s3://shards/a")
+
+
+def test_a_profile_brings_its_own_credentials(server, tmp_path, monkeypatch):
+    url = server.put("h.tar", BLOB)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "credentials").write_text("[mine]\naws_access_key_id=k\naws_secret_access_key=s\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    assert storage(server.url, tmp_path, profile="mine").size(url) == len(BLOB)
+
+
+def test_no_error_and_no_log_shows_a_secret(server, tmp_path, caplog):
+    url = server.put("i.tar", BLOB)
+    caplog.set_level(logging.INFO)
+    told = []
+    for number, fault in enumerate(("throttle", "reset", "hang", "error")):
+        with faulty(server, lambda request, fault=fault: fault) as proxy:
+            with_password = proxy.url.replace("http://", f"http://user:{SECRET}@")
+            with pytest.raises(DataError) as caught:
+                storage(with_password, tmp_path / str(number), give_up_s=0.1, idle_timeout_s=0.1).size(url)
+            told.append(str(caught.value))
+    told += [record.getMessage() for record in caplog.records]
+    assert len(told) >= 8
+    assert not [line for line in told if SECRET in line or "loopback-key-id" in line or "Authorization" in line]
+
+
+def test_a_listing_takes_as_many_requests_as_it_needs_and_holds_files_only(server, tmp_path):
+    names = [f"many/{number}.tar" for number in range(5)]
+    for name in [*names, "many/deeper/x.tar", "many/"]:
+        server.put(name, b"x")
+    one = storage(server.url, tmp_path)
+    call = one.connection.call
+    pages = []
+
+    def by_twos(operation, url, **parameters):
+        pages.append(operation)
+        return call(operation, url, **{**parameters, "MaxKeys": 2})
+
+    one.connection.call = by_twos
+    assert list(one.list("s3://shards/many/")) == [f"s3://{BUCKET}/{name}" for name in names]
+    assert pages == ["list_objects_v2"] * 4
+    one.connection.call = call
+    assert one.exists("s3://shards/many")
+    assert one.exists("s3://shards")
+
+
+_WORKER = """
+import json, sys
+from univitar_ds.data.storage import StorageSettings, storage_for
+settings = StorageSettings.from_json(json.loads(sys.argv[1]))
+url = sys.argv[2]
+piece = storage_for(url, settings).read_range(url, 1000, 50)
+heavy = [name for name in ("boto3", "torch", "pydantic") if name in sys.modules]
+print(json.dumps([piece.hex(), heavy]))
+"""
+
+
+def test_a_decoding_process_reads_the_copy_without_boto3_and_pieces_that_are_gone_with_it(server):
+    url = server.put("worker.tar", BLOB)
+    with faulty(server, lambda request: None) as proxy:
+        shared = StorageSettings(endpoint_url=proxy.url).shared()
+        assert json.loads(json.dumps(shared.to_json())) == shared.to_json()
+        one = storage_for(url, shared)
+        assert one.open(url).read() == BLOB
+        for copy, heavy in ((True, []), (False, ["boto3"])):
+            if not copy:
+                settled = [path for path in os.listdir(f"{shared.session}/shards") if path.endswith(".tar")]
+                os.unlink(f"{shared.session}/shards/{settled[0]}")
+            ran = subprocess.run(
+                [sys.executable, "-c", _WORKER, json.dumps(shared.to_json()), url],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=60,
+            )
+            assert json.loads(ran.stdout) == [BLOB[1000:1050].hex(), heavy]
+            assert [request.range for request in proxy.bodies("worker.tar")][1:] == (
+                [] if copy else ["bytes=1000-1049"]
+            )
+        assert [request.method for request in proxy.requests].count("HEAD") == 1  # the version came from its trainer
+
+
+def test_a_storage_is_one_per_process_and_survives_pickling(server):
+    url = server.put("pickled.tar", BLOB)
+    settings = StorageSettings(endpoint_url=server.url)
+    one = storage_for(url, settings)
+    assert storage_for("s3://other/x", settings) is one
+    assert storage_for(url, LOCAL) is not one
+    assert pickle.loads(pickle.dumps(one)).read_range(url, 5, 5) == BLOB[5:10]
+
+
+def test_refusals_slow_down_all_requests_of_a_process_and_answers_speed_them_up_again(monkeypatch):
+    slept = []
+    now = [100.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pace.time, "sleep", slept.append)
+    monkeypatch.setattr(pace, "FIRST_GAP_S", 0.02)
+    one = pace.Pace()
+    for _ in range(5):
+        one.wait()
+    assert slept == []
+    for _ in range(8):  # refused together
+        one.throttled()
+    assert one.gap_s == 0.02
+    for _ in range(20):
+        now[0] += 1.1
+        one.throttled()
+    assert one.gap_s == pace.LONGEST_GAP_S
+    for _ in range(4):
+        one.wait()
+    gaps = [later - earlier for earlier, later in itertools.pairwise(slept)]
+    assert all(0.5 <= gap <= 1.5 for gap in gaps)
+    assert len(set(gaps)) == len(gaps)  # jittered
+    for _ in range(60):
+        one.answered()
+    assert one.gap_s == 0.0
+
+
+def test_pauses_grow_are_jittered_and_heed_what_the_store_asks_for(monkeypatch):
+    slept = []
+    monkeypatch.setattr(pace.time, "sleep", slept.append)
+    monkeypatch.setattr(pace, "FIRST_PAUSE_S", 0.1)
+    reached = pace.Pace()
+    reached.reached = True
+    for _ in range(200):
+        patience = pace.Patience("s3://b/x", 300.0, reached)
+        for _ in range(10):
+            patience.failed(pace.Failure("busy"))
+    longest = [max(slept[number::10]) for number in range(10)]
+    assert longest[:6] == sorted(longest[:6])
+    assert 0.1 < longest[0] <= 0.2
+    assert 9 < longest[-1] <= pace.LONGEST_PAUSE_S
+    assert min(slept[9::10]) < 2
+    slept.clear()
+    pace.Patience("s3://b/x", 300.0, reached).failed(pace.Failure("busy", True, 7.0))
+    assert slept == [7.0]
+
+
+def test_the_log_tells_of_trouble_but_does_not_fill_with_it(caplog):
+    one = pace.Pace()
+    for number in range(50):
+        one.tell("failure %d", number)
+    assert [record.getMessage() for record in caplog.records] == ["failure 0"]
+
+
+_KILLED = """
+import os, signal, sys
+from univitar_ds.data.session import session_folder
+print(session_folder(), flush=True)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_folder_of_a_session_is_removed_at_its_end_and_after_a_kill_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(session.tempfile, "tempdir", None)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    for how, left in (("killed", True), ("ended", False)):
+        ran = subprocess.run(
+            [sys.executable, "-c", _KILLED, how],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env=environment,
+        )
+        assert os.path.exists(ran.stdout.strip()) == left
+    assert os.listdir(tmp_path) == []  # the second one has removed what the first had left
+
+
+def test_a_thread_that_reads_while_others_do_gets_its_own_bytes(server, tmp_path):
+    urls = [server.put(f"t{number}.tar", bytes([number]) * 300_000) for number in range(6)]
+    with faulty(server, some_of(["drop", "throttle"], 0.3, seed=1)) as proxy:
+        one = storage(proxy.url, tmp_path)
+        found = {}
+
+        def read(number):
+            one.prefetch(urls[number : number + 2])
+            found[number] = one.open(urls[number]).read()
+
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == {number: bytes([number]) * 300_000 for number in range(6)}

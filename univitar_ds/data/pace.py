@@ -1,0 +1,108 @@
+"""How fast and how long a process asks a remote store that refuses, fails or falls silent."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from typing import NamedTuple
+
+from univitar_ds.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+FIRST_GAP_S, LONGEST_GAP_S = 0.02, 1.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
+UNREACHED_S = 30.0
+"""A store that has never answered this process is a wrong address rather than a fault: give up sooner."""
+_LOG_EVERY_S = 10.0
+
+
+class Failure(NamedTuple):
+    """Why a request has to be made again. `retry_after_s`: the store said how long to wait."""
+
+    reason: str
+    throttled: bool = False
+    retry_after_s: float = 0.0
+
+
+class Pace:
+    """Spaces the requests of a process out once the store asks for fewer; all threads share one.
+
+    A refusal doubles the gap between the starts of two requests, an answer shortens it by a tenth.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = self._slowed = self._logged = 0.0
+        self.gap_s = 0.0
+        self.reached = False
+
+    def wait(self) -> None:
+        """Until the next request may start."""
+        with self._lock:
+            now = time.monotonic()
+            start = max(now, self._next)
+            self._next = start + self.gap_s * random.uniform(0.5, 1.5)
+        if start > now:
+            time.sleep(start - now)
+
+    def answered(self) -> None:
+        self.reached = True
+        if self.gap_s:
+            with self._lock:
+                self.gap_s = self.gap_s * 0.9 if self.gap_s > FIRST_GAP_S / 2 else 0.0
+
+    def throttled(self) -> None:
+        """Requests that were under way together are refused together: they count once."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._slowed >= self.gap_s:
+                self._slowed = now
+                self.gap_s = min(max(2 * self.gap_s, FIRST_GAP_S), LONGEST_GAP_S)
+
+    def tell(self, message: str, *values: object) -> None:
+        """A warning, unless there was one a moment ago: a store in trouble would fill the log."""
+        with self._lock:
+            now = time.monotonic()
+            if self._logged and now - self._logged < _LOG_EVERY_S:
+                return
+            self._logged = now
+        _log.warning(message, *values)
+
+
+class Patience:
+    """Repeats of one piece of work: longer pauses after each failure, an error when nothing comes for too long."""
+
+    def __init__(self, url: str, give_up_s: float, pace: Pace) -> None:
+        self._url, self._give_up_s, self._pace = url, give_up_s, pace
+        self._since = time.monotonic()
+        self._failures = 0
+
+    def progress(self) -> None:
+        """Something came: the clock starts anew."""
+        self._since = time.monotonic()
+        self._failures = 0
+
+    def failed(self, failure: Failure) -> None:
+        """Pause, then return to try again.
+
+        Raises: DataError if nothing has come for `give_up_s` seconds.
+        """
+        self._failures += 1
+        if failure.throttled:
+            self._pace.throttled()
+        limit = self._give_up_s if self._pace.reached else min(self._give_up_s, UNREACHED_S)
+        waited = time.monotonic() - self._since
+        if waited >= limit:
+            reached = "" if self._pace.reached else "; the store has never answered: check data.s3.endpoint_url"
+            raise DataError(
+                f"{self._url}: nothing came for {waited:.0f} s and {self._failures} attempts, the last one: "
+                f"{failure.reason} (data.s3.give_up_s is {self._give_up_s:g}){reached}"
+                + ("; wait until the store recovers and resume, or raise data.s3.give_up_s" if not reached else "")
+            )
+        self._pace.tell("%s: %s; trying again (attempt %d)", self._url, failure.reason, self._failures + 1)
+        pause = random.uniform(0, min(FIRST_PAUSE_S * 2 ** min(self._failures, 20), LONGEST_PAUSE_S))
+        pause = max(pause, min(failure.retry_after_s, LONGEST_PAUSE_S))
+        time.sleep(min(pause, max(limit - waited, 0.0)))

@@ -1,0 +1,312 @@
+"""Objects of S3 and of stores that speak its language. The only door to boto3, which is imported when first needed."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from univitar_ds.data.copies import Version
+from univitar_ds.data.pace import Failure, Pace, Patience
+from univitar_ds.data.session import Pins, session_folder
+from univitar_ds.data.spool import Spool
+from univitar_ds.data.storage import S3, StorageSettings, storage_for
+from univitar_ds.errors import DataError
+
+CHUNK = 64 * 1024
+"""Bytes taken from a connection at a time; when it breaks, less than so much has to be fetched again."""
+_CONNECT_S = 10.0
+_POOL = 64
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_AGAIN = {408, 429, 500, 502, 503, 504}
+_THROTTLED = {429, 503}
+_AGAIN_CODES = {"RequestTimeout", "InternalError", "SlowDown", "ServiceUnavailable", "BadDigest", "IncompleteBody"}
+_OTHER_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+
+
+class Connection:
+    """Requests to one store, repeated until they are answered: see `pace`. For all threads of one process."""
+
+    def __init__(self, settings: StorageSettings) -> None:
+        self._settings = settings
+        self._pace = Pace()
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def call(self, operation: str, url: str, **parameters: Any) -> dict[str, Any]:
+        """The answer to one request, such as "head_object"; `url` is what messages call it.
+
+        Raises: DataError for a request that will never succeed or did not for `give_up_s`. `__cause__` is boto3's.
+        """
+        patience = Patience(url, self._settings.give_up_s, self._pace)
+        while True:
+            try:
+                return self._request(operation, url, parameters)
+            except _transport_errors() as error:
+                patience.failed(self._failure(error, url))
+
+    def stream(self, version: Version, start: int, end: int) -> Iterator[memoryview]:
+        """Bytes [start, end) of an object in pieces, whatever happens on the way; a piece lives until the next one.
+
+        Goes on at the byte that it has come to, and with this version of the object or not at all.
+        """
+        patience = Patience(version.url, self._settings.give_up_s, self._pace)
+        piece = memoryview(bytearray(CHUNK))
+        while start < end:
+            try:
+                with closing(self._body(version, start, end)) as body:
+                    while start < end:
+                        n = body.readinto(piece[: end - start])
+                        if not n:
+                            raise OSError(f"the answer ended at byte {start} of {end}")
+                        start += n
+                        patience.progress()
+                        yield piece[:n]
+            except _transport_errors() as error:
+                patience.failed(self._failure(error, version.url))
+
+    def _request(self, operation: str, url: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        client = self._connected(url)
+        self._pace.wait()
+        answer = getattr(client, operation)(**parameters)
+        self._pace.answered()
+        return answer
+
+    def _body(self, version: Version, start: int, end: int) -> Any:
+        """The answer to a range request, after making sure that it is one to this range of this version."""
+        parameters = {**address(version.url), "Range": f"bytes={start}-{end - 1}", "IfMatch": f'"{version.etag}"'}
+        answer = self._request("get_object", version.url, parameters)
+        found = answer.get("ContentRange", f"bytes 0-{end - 1}/{answer['ContentLength']}")
+        first, _, total = found.removeprefix("bytes ").partition("/")
+        if answer["ETag"].strip('"') != version.etag or total != str(version.size):
+            answer["Body"].close()
+            raise changed(version.url)
+        if first.partition("-")[0] != str(start):
+            answer["Body"].close()
+            raise DataError(
+                f"{version.url}: the store answered bytes {first} to a request from byte {start} on; use another"
+            )
+        return answer["Body"]
+
+    def _connected(self, url: str) -> Any:
+        with self._lock:
+            if self._client is None:
+                import boto3
+                from botocore.config import Config
+                from botocore.exceptions import BotoCoreError
+
+                settings = self._settings
+                custom = settings.endpoint_url or any(name in os.environ for name in _ENDPOINTS)
+                config = Config(
+                    connect_timeout=min(_CONNECT_S, settings.idle_timeout_s),
+                    read_timeout=settings.idle_timeout_s,
+                    tcp_keepalive=True,
+                    max_pool_connections=_POOL,
+                    retries={"total_max_attempts": 1, "mode": "standard"},  # `Patience` repeats
+                    s3={"addressing_style": "path"} if custom else {},
+                    request_checksum_calculation="when_required",  # other stores do not know the new ones
+                    response_checksum_validation="when_required",
+                )
+                try:
+                    session = boto3.Session(profile_name=settings.profile, region_name=settings.region)
+                    self._client = session.client("s3", endpoint_url=settings.endpoint_url, config=config)
+                except (BotoCoreError, ValueError) as error:
+                    raise _unusable(url, error) from error
+            return self._client
+
+    def _failure(self, error: Exception, url: str) -> Failure:
+        """What to tell and how to wait before trying again.
+
+        Raises: DataError where trying again cannot help. Messages hold no text of the store's, which could quote
+        what was sent to it.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if isinstance(error, ClientError):
+            self._pace.reached = True
+            code, status = error.response["Error"].get("Code", ""), _status(error)
+            if status in _AGAIN or code in _AGAIN_CODES:
+                after = error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("retry-after", "0")
+                seconds = float(after) if after.isdigit() else 0.0
+                return Failure(f"the store answered {status} {code}", status in _THROTTLED, seconds)
+            raise refused(url, status, code) from error
+        if isinstance(error, BotoCoreError) and not isinstance(error, _passing_errors()):
+            raise _unusable(url, error) from error
+        own = type(error) is OSError
+        return Failure(str(error) if own else f"the connection failed ({type(error).__name__})")
+
+
+class S3Storage:
+    """Reads objects: shards through local copies, see `spool`; pieces that are not there, and small files, directly."""
+
+    def __init__(self, settings: StorageSettings) -> None:
+        session = settings.session or session_folder()
+        self.connection = Connection(settings)
+        self._settings = settings
+        self._pins = Pins(session)
+        folder = Path(settings.cache_folder or Path(session, "shards"))
+        with suppress(OSError):  # told when the first copy is made
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        patience_s = settings.give_up_s + settings.idle_timeout_s
+        self._spool = Spool(folder, int(settings.cache_limit_gb * 1e9), self.connection.stream, patience_s)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return storage_for, (S3, self._settings.shared())
+
+    def open(self, path: str) -> BinaryIO:
+        return self._spool.open(self._version(path))
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        assert min(offset, length) >= 0, (offset, length)
+        version = self._version(path)
+        if offset + length > version.size:
+            raise DataError(
+                f"{path}: ends at byte {version.size}, but {length} bytes were expected from byte {offset} on; "
+                "the object was cut or replaced while it was in use: restore it or pack it again"
+            )
+        found = self._spool.read(version, offset, length)
+        return self._directly(version, offset, length) if found is None else found
+
+    def read(self, path: str) -> bytes:
+        version = self._version(path)
+        return self._directly(version, 0, version.size)
+
+    def size(self, path: str) -> int:
+        return self._found(path)[1]
+
+    def exists(self, path: str) -> bool:
+        if path.rstrip("/").count("/") > 2 and self.head(path) is not None:
+            return True
+        where = address(path.rstrip("/") + "/")
+        found = self.connection.call("list_objects_v2", path, Bucket=where["Bucket"], Prefix=where["Key"], MaxKeys=1)
+        return bool(found.get("KeyCount", 0))
+
+    def list(self, prefix: str) -> Sequence[str]:
+        """One request for a thousand names; it also tells which version of each object this run reads."""
+        where = address(prefix.rstrip("/") + "/")
+        bucket, folder = where["Bucket"], where["Key"]
+        paths: list[str] = []
+        more: dict[str, str] = {}
+        while True:
+            parameters = {"Bucket": bucket, "Prefix": folder, "Delimiter": "/", **more}
+            page = self.connection.call("list_objects_v2", prefix, **parameters)
+            for row in page.get("Contents", ()):
+                path = f"{S3}{bucket}/{row['Key']}"
+                if row["Key"] != folder:
+                    self._pin(path, row["ETag"], row["Size"])
+                    paths.append(path)
+            if not page.get("IsTruncated"):
+                return sorted(paths)
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def prefetch(self, paths: Sequence[str]) -> None:
+        coming = paths[: self._settings.prefetch_shards]
+        self._spool.prefetch([self._version(path) for path in coming if self._pins.get(path) is not None])
+
+    def head(self, path: str) -> dict[str, Any] | None:
+        """What the store says of an object; None if there is none."""
+        try:
+            return self.connection.call("head_object", path, **address(path))
+        except DataError as error:
+            if _status(error.__cause__) == 404:
+                return None
+            raise
+
+    def forget(self, path: str) -> None:
+        """The object has been written or removed by this program: its version is looked up anew."""
+        self._pins.forget(path)
+
+    def _version(self, path: str) -> Version:
+        """The version this run reads, which its other processes are told."""
+        found = self._found(path)
+        self._pins.share(path)
+        return Version(path, *found, self._settings.endpoint_url or "")
+
+    def _found(self, path: str) -> tuple[str, int]:
+        """ETag and size in bytes."""
+        found = self._pins.get(path)
+        if found is None:
+            answer = self.head(path)
+            if answer is None:
+                raise refused(path, 404, "")
+            found = self._pin(path, answer["ETag"], answer["ContentLength"])
+        return found
+
+    def _pin(self, path: str, etag: str, size: int) -> tuple[str, int]:
+        """Raises: DataError if it is another version than the one this run has been reading."""
+        version = (etag.strip('"'), size)
+        known = self._pins.get(path)
+        if known is not None and known != version:
+            raise changed(path)
+        self._pins.set(path, *version)
+        return version
+
+    def _directly(self, version: Version, offset: int, length: int) -> bytes:
+        return b"".join(bytes(piece) for piece in self.connection.stream(version, offset, offset + length))
+
+
+def address(url: str) -> dict[str, str]:
+    """s3://bucket/some/key as parameters of a request."""
+    bucket, _, key = url.removeprefix(S3).partition("/")
+    if not bucket:
+        raise DataError(f"{url} names no bucket; write s3://BUCKET/PREFIX")
+    return {"Bucket": bucket, "Key": key}
+
+
+def changed(url: str) -> DataError:
+    return DataError(
+        f"{url}: the object was replaced while this run was reading it; restore the shard this run was started with, "
+        "or start a new run"
+    )
+
+
+def refused(url: str, status: int, code: str) -> DataError:
+    """A sentence for an answer that will stay the same."""
+    told = f"the store answered {status} {code}".rstrip()
+    if status == 412:
+        return changed(url)
+    if status == 404:
+        what = {"NoSuchBucket": "bucket", "NoSuchKey": "object"}.get(code, "object or bucket")
+        return DataError(f"{url}: there is no such {what}; check the address")
+    if code in _OTHER_REGION or status in (301, 307):
+        return DataError(f"{url}: the bucket lies in another region ({told}); set data.s3.region to it")
+    if status in (401, 403):
+        return DataError(
+            f"{url}: access was refused ({told}); check the credentials, data.s3.profile and the bucket's policy"
+        )
+    return DataError(f"{url}: the request was refused ({told}); check the address and data.s3")
+
+
+def _unusable(url: str, error: Exception) -> DataError:
+    """No request can be made with these settings. Of boto3's messages only those are told that quote no secret."""
+    from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound
+
+    if isinstance(error, NoCredentialsError):
+        return DataError(f"{url}: no credentials were found; set data.s3.profile, or log in as boto3 expects it")
+    told = str(error) if isinstance(error, PartialCredentialsError | ProfileNotFound) else type(error).__name__
+    return DataError(f"{url}: the store cannot be asked ({told}); check data.s3 and the credentials")
+
+
+def _status(error: BaseException | None) -> int:
+    response = getattr(error, "response", None) or {}
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def _passing_errors() -> tuple[type[Exception], ...]:
+    """Those of boto3 that may not come again."""
+    from botocore.exceptions import ConnectionError as BotoConnectionError
+    from botocore.exceptions import CredentialRetrievalError, HTTPClientError, IncompleteReadError
+
+    return (BotoConnectionError, CredentialRetrievalError, HTTPClientError, IncompleteReadError)
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """Everything that a request can end with, but faults of the program."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
+
+    return (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError)

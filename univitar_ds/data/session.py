@@ -1,0 +1,105 @@
+"""The temporary folder of a run: local copies of remote shards, and which version of each the run reads.
+
+A folder belongs to the process that made it, which holds a lock for as long as it lives. What a killed process has
+left behind is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+_PREFIX = "univitar-ds-"
+_LOCK = "owner.lock"
+_REMOVALS = 3
+
+
+def session_folder() -> str:
+    """This process's folder, made at the first call and removed when the process ends."""
+    return _folder_of(os.getpid())
+
+
+class Pins:
+    """Which version of each remote file a run reads, known to all its processes: the first one found is kept."""
+
+    def __init__(self, session: str) -> None:
+        self._folder = Path(session, "pins")
+        self._known: dict[str, tuple[str, int]] = {}
+        self._shared: set[str] = set()
+
+    def get(self, url: str) -> tuple[str, int] | None:
+        """ETag and size in bytes."""
+        found = self._known.get(url)
+        if found is None:
+            with suppress(FileNotFoundError):
+                etag, size = json.loads(self._path(url).read_bytes())
+                found = self._known[url] = (etag, size)
+                self._shared.add(url)
+        return found
+
+    def set(self, url: str, etag: str, size: int) -> None:
+        self._known[url] = (etag, size)
+
+    def share(self, url: str) -> None:
+        """Tell the other processes; done when a file is read, as most of a listing may never be."""
+        if url in self._shared:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = self._folder / f".{os.getpid()}-{_name(url)}"
+        partial.write_text(json.dumps(self._known[url]))
+        partial.replace(self._path(url))
+        self._shared.add(url)
+
+    def forget(self, url: str) -> None:
+        self._known.pop(url, None)
+        self._shared.discard(url)
+        self._path(url).unlink(missing_ok=True)
+
+    def _path(self, url: str) -> Path:
+        return self._folder / _name(url)
+
+
+def _name(url: str) -> str:
+    return blake2b(url.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+@cache
+def _folder_of(process: int) -> str:
+    remove_abandoned()
+    while True:
+        folder = tempfile.mkdtemp(prefix=_PREFIX)
+        lock = os.open(os.path.join(folder, _LOCK), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process took it for abandoned in this very moment and removes it
+            os.close(lock)
+            continue
+        atexit.register(_remove, folder, process)
+        return folder
+
+
+def remove_abandoned() -> None:
+    """Remove the folders of processes that are gone."""
+    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+        with suppress(OSError):
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() != owner:  # a forked process inherits the duty, but not the folder
+        return
+    for _ in range(_REMOVALS):  # a download that is still running may put a file where one was removed
+        shutil.rmtree(folder, ignore_errors=True)
