@@ -12,6 +12,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,14 +21,18 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from univitar_ds.data.destination import Destination, destination_of
 from univitar_ds.data.examine import Finding, Job, examine_all
 from univitar_ds.data.folder import Row, read_folder
-from univitar_ds.data.journal import Journal, open_journal, write_atomically
-from univitar_ds.data.manifest import MANIFEST, VERSION, build_manifest, read_manifest
+from univitar_ds.data.journal import Journal, open_journal
+from univitar_ds.data.manifest import MANIFEST, build_manifest, read_manifest
+from univitar_ds.data.storage import LOCAL, StorageSettings
 from univitar_ds.errors import DataError
 
 __all__ = ["pack_folder", "read_manifest"]
 
+_LAYOUT = 2
+"""Of the members of a shard. Another number: what was packed before is packed anew."""
 _SHARD_NAME = re.compile(r".+-(image|video)-\d{6}\.tar")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FILES_PER_WORKER = 128
@@ -47,7 +52,7 @@ class _Shard:
 
     def plan(self) -> str:
         """Fingerprint of everything that its bytes depend on."""
-        return _digest([[VERSION, self.first], [[*_identity(row, found)] for row, found in self.samples]])
+        return _digest([[_LAYOUT, self.first], [[*_identity(row, found)] for row, found in self.samples]])
 
 
 def pack_folder(
@@ -58,27 +63,37 @@ def pack_folder(
     workers: int | None = None,
     verify: bool = True,
     progress: bool = True,
+    settings: StorageSettings = LOCAL,
+    state: Path | None = None,
 ) -> dict[str, Any]:
     """Pack a folder into `out`: {split}-{kind}-{000000}.tar and manifest.json. Can be killed and run again.
 
-    A sample is {key}.{ext}, the file as it is, and {key}.json with captions, label, set, kind, width, height, frames
-    and file. Samples lie in an order drawn from a hash of their file names, so that every shard is a fair mix.
+    `out` is a local folder or s3://bucket/prefix; there a shard is written locally, uploaded and removed, one after
+    another, and what is known so far lies in a local folder. No two machines may pack to one prefix at once.
+
+    A sample is {key}.{ext}, the file as it is, and {key}.json with captions, label, set, kind, width, height, frames,
+    file, and crc32 of the file's bytes. Samples lie in an order drawn from a hash of their file names, so that every
+    shard is a fair mix.
     Media that cannot be read are left out and listed under `skipped`.
 
     Args: shard_mb, size of a shard in 10^6 bytes (a larger sample gets a shard for itself); workers, processes
         that examine files (None: as many as are worth it); verify, decode every file once instead of trusting
-        headers; progress, show bars on stderr.
+        headers; progress, show bars on stderr; settings, how S3 is reached; state, the folder for what is known
+        of packings to S3 (None: ~/.local/state/univitar_ds/pack).
     Returns: the manifest.
     Raises: DataError for a folder with faulty descriptions or nothing to pack, and for an `out` that is in use
         or not ours.
     """
-    folder, out = Path(folder), Path(out)
+    folder = Path(folder)
     if shard_mb <= 0:
         raise DataError(f"shards of {shard_mb} MB hold nothing; use a size above 0")
     listing = read_folder(folder)
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{out} lies inside {folder}, which is being packed; choose a folder outside of it")
-    with open_journal(out, folder) as journal:
+    destination = destination_of(out, folder, settings, state)
+    workspace = destination.workspace
+    if workspace.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{workspace} lies inside {folder}, which is being packed; choose a folder outside of it")
+    with open_journal(workspace, folder) as journal:
+        destination.claim()
         found = _examine(folder, listing.rows, journal, workers, verify, progress)
         samples = [(row, finding) for row, finding in found if finding.fault is None]
         skipped = [{"file": row.file, "reason": finding.fault} for row, finding in found if finding.fault is not None]
@@ -90,9 +105,9 @@ def pack_folder(
         skipped += [{"file": file, "reason": "no_caption: there is no .txt beside it"} for file in listing.undescribed]
         shards = _planned(samples, shard_mb)
         try:
-            return _write_all(folder, out, shards, samples, skipped, shard_mb, journal, progress)
+            return _write_all(folder, destination, shards, samples, skipped, shard_mb, journal, progress)
         except OSError as error:
-            raise DataError(f"{error.filename or out} cannot be written: {error.strerror}") from error
+            raise DataError(f"{error.filename or workspace} cannot be written: {error.strerror}") from error
 
 
 def _examine(
@@ -153,7 +168,7 @@ def _runs(samples: Sequence[Sample], most_bytes: float) -> Iterator[list[Sample]
 
 def _write_all(
     folder: Path,
-    out: Path,
+    destination: Destination,
     shards: Sequence[_Shard],
     samples: Sequence[Sample],
     skipped: list[dict[str, str]],
@@ -163,20 +178,22 @@ def _write_all(
 ) -> dict[str, Any]:
     """Shards that are not there yet, then the manifest, then nothing that belongs to an earlier packing."""
     identities = [[*_identity(row, found)] for row, found in samples]
-    fingerprint = _digest([VERSION, shard_mb, sorted(identities, key=lambda one: one[0]), skipped])
+    fingerprint = _digest([_LAYOUT, shard_mb, sorted(identities, key=lambda one: one[0]), skipped])
     names = {shard.name for shard in shards}
-    if _fingerprint_of(out) != fingerprint:
-        (out / MANIFEST).unlink(missing_ok=True)  # from here on it would describe shards that change
-    for stale in out.glob("*.tar"):
-        if _SHARD_NAME.fullmatch(stale.name) and stale.name not in names:
-            stale.unlink()
+    if destination.fingerprint() != fingerprint:
+        destination.remove(MANIFEST)  # from here on it would describe shards that change
+    for stale in sorted(destination.names() - names):
+        if _SHARD_NAME.fullmatch(stale):
+            destination.remove(stale)
     rows = []
     with tqdm(total=len(samples), desc="write", unit="sample", disable=not progress) as bar:
         for shard in shards:
             plan = shard.plan()
             entry = journal.shard(shard.name, plan)
-            if entry is None or not _is_whole(out / shard.name, entry):
-                entry = {"plan": plan, **_write_shard(folder, out / shard.name, shard)}
+            if entry is None or not destination.holds(shard.name, entry):
+                partial = destination.workspace / f".{shard.name}.partial"
+                entry = {"plan": plan, **_write_shard(folder, partial, shard)}
+                destination.publish(partial, shard.name, entry)
                 journal.add_shard(shard.name, entry)
             rows.append(
                 {
@@ -190,42 +207,24 @@ def _write_all(
             )
             bar.update(len(shard.samples))
     manifest = build_manifest(samples, rows, skipped, fingerprint)
-    write_atomically(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    destination.write(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     journal.tidy({row.file for row, _ in samples} | {row["file"] for row in skipped}, names)
     return manifest
 
 
-def _fingerprint_of(out: Path) -> str | None:
-    try:
-        return read_manifest(out).get("fingerprint")
-    except DataError:
-        return None
-
-
-def _is_whole(path: Path, entry: dict[str, Any]) -> bool:
-    try:
-        if path.stat().st_size != entry["bytes"]:
-            return False
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == entry["sha256"]
-    except FileNotFoundError:
-        return False
-
-
 def _write_shard(folder: Path, path: Path, shard: _Shard) -> dict[str, Any]:
-    """Write one shard under a temporary name, then give it its own. Returns size and hash."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream:
+    """Write one shard. Returns size and hash."""
+    with path.open("wb") as stream:
         hashing = _Hashing(stream)
         with tarfile.open(fileobj=hashing, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
             for ordinal, (row, found) in enumerate(shard.samples, shard.first):
                 stem = _UNSAFE.sub("_", PurePosixPath(row.file).stem)[:60]
                 key = f"{ordinal:08d}-{stem}"
-                _add(tar, f"{key}.{found.extension}", _unchanged(folder / row.file, found))
-                _add(tar, f"{key}.json", _described(row, found))
+                content = _unchanged(folder / row.file, found)
+                _add(tar, f"{key}.{found.extension}", content)
+                _add(tar, f"{key}.json", _described(row, found, zlib.crc32(content)))
         stream.flush()
         os.fsync(stream.fileno())
-    partial.replace(path)
     return {"bytes": hashing.size, "sha256": hashing.state.hexdigest()}
 
 
@@ -254,7 +253,7 @@ def _unchanged(path: Path, found: Finding) -> bytes:
     return content
 
 
-def _described(row: Row, found: Finding) -> bytes:
+def _described(row: Row, found: Finding, crc32: int) -> bytes:
     fields = {
         "captions": row.captions,
         "label": row.label,
@@ -264,6 +263,7 @@ def _described(row: Row, found: Finding) -> bytes:
         "height": found.height,
         "frames": found.frames,
         "file": row.file,
+        "crc32": crc32,
     }
     return json.dumps(fields).encode()
 

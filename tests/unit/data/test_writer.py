@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import zlib
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,7 @@ def test_everything_arrives_as_it_was(folder, tmp_path):
             "height": size.height,
             "frames": size.frames,
             "file": row["file"],
+            "crc32": zlib.crc32(data),
         }
         assert sample["shard"] == f"{row.get('split', 'train')}-{row['kind']}-000000.tar"
 
@@ -385,7 +387,7 @@ def test_a_file_that_changes_between_looking_and_writing_is_noticed(folder, tmp_
 
 KILLED = """
 import os, signal, sys
-from univitar_ds.data import journal, writer
+from univitar_ds.data import destination, journal, writer
 
 def dying(call, left):
     def counted(*arguments, **options):
@@ -402,7 +404,7 @@ for point in points:
         left = [int(point)]
         journal.Journal._add = dying(journal.Journal._add, left)
         writer._add = dying(writer._add, left)
-        writer.write_atomically = dying(writer.write_atomically, left)
+        destination.write_atomically = dying(destination.write_atomically, left)
         writer.pack_folder(folder, out, shard_mb=0.02, workers=1, progress=False)
         os._exit(0)
     _, status = os.waitpid(child, 0)
