@@ -22,10 +22,11 @@ class DataError(UserError):
 
 
 class SampleError(DataError):
-    """One sample that cannot be read. The loader counts it and goes on; see `data.max_bad_in_a_row`.
+    """One sample that cannot be read. The loader counts it and goes on as far as `data.on_bad` allows.
 
     `kind` is the one word it is counted under, such as "unreadable" (no media we know), "corrupt" (damaged or
-    cut off), "too_large" (beyond a limit), "no_video" (a container without pictures), "timeout".
+    cut off), "too_large" (beyond a limit), "no_video" (a container without pictures), "timeout"; all of them are
+    `data.health.KINDS`.
     """
 
     def __init__(self, kind: str, message: str) -> None:

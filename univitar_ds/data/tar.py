@@ -2,22 +2,25 @@
 
 A sample is a run of members that share a key: the name up to the first dot after the last slash
 (WebDataset). Its bytes are one range of the shard, so it can be fetched again without reading what
-comes before. A shard that is damaged or cut off is an error with its byte, never a short shard.
-Formats: ustar, GNU (long names, large numbers) and pax.
+comes before. What is damaged or cut off is told with its bytes, never a short shard; reading goes on
+at the next header. Formats: ustar, GNU (long names, large numbers) and pax.
 """
 
 from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import BinaryIO
+from dataclasses import dataclass, field, replace
+from struct import Struct
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from univitar_ds.errors import DataError
 
 BLOCK = 512
 HEADER_TEXT_LIMIT = 1 << 20
 """Longest extended header (pax records, GNU long name) that is believed."""
+TAIL_LIMIT = 1 << 16
+"""Longest end marker with its padding. Packers pad to 10 KiB; more zeros are a hole where samples were."""
 
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _WITHOUT_CONTENT = (
@@ -31,6 +34,10 @@ _WITHOUT_CONTENT = (
 _LONG_NAME, _PAX = (tarfile.GNUTYPE_LONGNAME,), (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _EXTENDED = (*_LONG_NAME, *_PAX, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE)
 _ZERO_BLOCK = bytes(BLOCK)
+_MAGIC, _MAGIC_AT = b"ustar", 257
+_SEARCH_BYTES = (4 << 10, 1 << 20)
+"""The first and the largest read of a search: the next header mostly is near."""
+_RESTORE = "restore the shard or pack it again"
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,19 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Damage:
+    """Bytes [offset, end) of a shard that give no sample. `message` names the shard and the byte.
+
+    `kind` is "cut" where the shard ends too early, else "damaged".
+    """
+
+    kind: str
+    offset: int
+    end: int
+    message: str
+
+
+@dataclass(frozen=True)
 class _Entry:
     name: str
     regular: bool
@@ -66,15 +86,39 @@ class _Entry:
     end: int
 
 
-def groups(stream: BinaryIO, name: str, size: int, start: int = 0) -> Iterator[Group]:
-    """The samples of a shard in order, content skipped.
+class _Lost(Exception):
+    """No member can be read. The next header may follow at byte `search`; None: anywhere in the member before too."""
 
-    Args: a seekable stream of the shard; its name for messages; its size in bytes; the byte of a header to
-    start at (0 or a `Group.end`).
+    def __init__(self, kind: str, message: str, search: int | None) -> None:
+        super().__init__(message)
+        self.kind, self.message, self.search = kind, message, search
+
+
+def scan(stream: BinaryIO, name: str, size: int, start: int = 0) -> Iterator[Group | Damage]:
+    """The samples of a shard in order, content skipped, and the damage between them.
+
+    After damage the scan goes on at the next header (on the grid of blocks, right in checksum and magic). A sample
+    that is known to have lost a member belongs to the damage; one beside it comes as it stands, and its members tell
+    whether it is whole. A scan from any `Group.end` or `Damage.end` gives what the whole scan gives from there on;
+    behind damage that ends with the shard nothing follows.
+
+    Args: a seekable stream of the shard whose reads are full; its name for messages; its size in bytes; the byte to
+    start at (0, a `Group.end` or a `Damage.end`).
+    Raises: nothing but what the stream raises.
+    """
+    return _grouped(_events(stream, name, size, start, whole=True))
+
+
+def groups(stream: BinaryIO, name: str, size: int, start: int = 0) -> Iterator[Group]:
+    """The samples of a shard that must be whole; see `scan`.
+
     Raises: DataError with shard and byte if the shard is cut (in a header, in content, before the end
     marker) or a header is damaged.
     """
-    return _grouped(_entries(stream, name, size, start, whole=True))
+    for found in scan(stream, name, size, start):
+        if isinstance(found, Damage):
+            raise DataError(found.message)
+        yield found
 
 
 def group_of_range(stream: BinaryIO, name: str, size: int, origin: int) -> Group | None:
@@ -82,11 +126,10 @@ def group_of_range(stream: BinaryIO, name: str, size: int, origin: int) -> Group
 
     None if the range holds no sample or several: it is not what its address says.
     """
-    try:
-        found = list(_grouped(_entries(stream, f"{name} (range from byte {origin})", size, 0, whole=False)))
-    except DataError:
-        return None
-    return found[0] if len(found) == 1 and found[0].length == size else None
+    found = list(_grouped(_events(stream, f"{name} (range from byte {origin})", size, 0, whole=False)))
+    if len(found) == 1 and isinstance(found[0], Group) and found[0].length == size:
+        return found[0]
+    return None
 
 
 def split_name(path: str) -> tuple[str, str] | None:
@@ -96,87 +139,187 @@ def split_name(path: str) -> tuple[str, str] | None:
     return (folder + slash + stem, extension.lower()) if stem and dot and extension else None
 
 
-def _grouped(entries: Iterator[_Entry]) -> Iterator[Group]:
+def _grouped(events: Iterator[_Entry | Damage]) -> Iterator[Group | Damage]:
+    """Members by key. `damage` lies behind `current`; of the sample `lost` a member is in it, so all of it is."""
     current: Group | None = None
-    for entry in entries:
-        named = split_name(entry.name) if entry.regular else None
+    damage: Damage | None = None
+    lost: str | None = None
+    for event in events:
+        if isinstance(event, Damage):
+            if current is not None and event.offset < current.end:
+                event, lost, current = replace(event, offset=current.offset), current.key, None
+            damage = event if damage is None else replace(damage, end=event.end)
+            continue
+        named = split_name(event.name) if event.regular else None
         if named is None:
             continue
         key, extension = named
+        if damage is not None:
+            if current is not None and current.key == key:
+                damage, lost, current = replace(damage, offset=current.offset), key, None
+            if key == lost:
+                damage = replace(damage, end=event.end)
+                continue
         if current is not None and current.key != key:
             yield current
             current = None
+        if damage is not None:
+            yield damage
+            damage = lost = None
         if current is None:
-            current = Group(key, entry.start, entry.end)
-        current.members.append(Member(extension, entry.data, entry.length))
-        current.end = entry.end
+            current = Group(key, event.start, event.end)
+        current.members.append(Member(extension, event.data, event.length))
+        current.end = event.end
     if current is not None:
         yield current
+    if damage is not None:
+        yield damage
 
 
-def _entries(stream: BinaryIO, name: str, size: int, start: int, *, whole: bool) -> Iterator[_Entry]:
-    """Members from `start` on. A `whole` shard must close with the end marker, a range ends with its last member."""
-    stream.seek(start)
-    position = begin = start
+def _events(stream: BinaryIO, name: str, size: int, start: int, *, whole: bool) -> Iterator[_Entry | Damage]:
+    """Members from `start` on. A `whole` shard must close with the end marker, a range ends with its last member.
+
+    A member is given before anything is known of what follows it. Damage that begins where it begins takes it back:
+    where a member does not end at a header but has one inside it, it has lost some of its content.
+    """
+    last: _Entry | None = None
+    begin = start
+    while whole or begin < size:
+        try:
+            entry = _read_entry(stream, name, size, begin)
+            if entry is None:
+                return
+            yield entry
+            if entry.end > size:
+                _cut(name, size, f"inside member {entry.name!r} that begins at byte {begin}", entry.data)
+            last, begin = entry, entry.end
+        except _Lost as fault:
+            search = fault.search or (begin + BLOCK if last is None else last.data)
+            found = _next_header(stream, size, search)
+            kind, offset, message = fault.kind, begin, fault.message
+            if found is not None and (found < begin or kind == "cut"):
+                kind, offset = "damaged", last.start if last is not None and found < begin else begin
+                message = _message(name, offset, f"that member is not whole, another begins inside it at byte {found}")
+            yield Damage(kind, offset, size if found is None else found, message)
+            if found is None:
+                return
+            last, begin = None, found
+
+
+def _read_entry(stream: BinaryIO, name: str, size: int, begin: int) -> _Entry | None:
+    """The member that begins at `begin`, with the extended headers before it; None at a sound end marker.
+
+    Raises: _Lost.
+    """
+    position = begin
+    search: int | None = None
     long_name: str | None = None
     pax: dict[str, str] = {}
-    while whole or position < size:
-        block = stream.read(BLOCK)
-        if block == _ZERO_BLOCK and begin == position:
-            _check_end(stream, name, position)
-            return
-        info = _header(block, name, position)
-        data = position + BLOCK
+    while True:
+        stream.seek(position)
+        block = stream.read(max(0, min(BLOCK, size - position)))
+        if block == _ZERO_BLOCK and position == begin:
+            _check_end(stream, name, size, position)
+            return None
+        info = _header(block, name, position, search)
+        search = data = position + BLOCK
         length = _number(pax["size"], name, position) if "size" in pax else info.size
         if length < 0:
-            raise _damaged(name, position, f"a member of {length} bytes")
+            _damaged(name, position, f"a member of {length} bytes", data)
         end = data if info.type in _WITHOUT_CONTENT else data + -(-length // BLOCK) * BLOCK
-        if end > size:
-            raise DataError(
-                f"shard {name}: cut off at byte {size}, inside member {info.name!r} that begins at byte {begin} "
-                f"and ends at byte {end}; restore the shard or pack it again"
-            )
         if info.type in _EXTENDED:
             if length > HEADER_TEXT_LIMIT:
-                raise _damaged(name, position, f"an extended header of {length} bytes (limit {HEADER_TEXT_LIMIT})")
+                _damaged(name, position, f"an extended header of {length} bytes (limit {HEADER_TEXT_LIMIT})", data)
+            if end > size:
+                _cut(name, size, f"inside the extended header that begins at byte {position}", data)
             text = stream.read(length)
             if info.type in _LONG_NAME:
                 long_name = text.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
             elif info.type in _PAX:
                 pax = _pax_records(text, name, position)
         elif info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in pax):
-            raise _damaged(name, position, f"a sparse member {info.name!r}, which shards never need")
+            _damaged(name, position, f"a sparse member {info.name!r}, which shards never need", data)
         else:
-            yield _Entry(pax.get("path") or long_name or info.name, info.type in _REGULAR, begin, data, length, end)
-            long_name, pax, begin = None, {}, end
-        stream.seek(end)
+            return _Entry(pax.get("path") or long_name or info.name, info.type in _REGULAR, begin, data, length, end)
         position = end
 
 
-def _header(block: bytes, name: str, position: int) -> tarfile.TarInfo:
+class _PlainHeader(NamedTuple):
+    """What is read of a `tarfile.TarInfo`."""
+
+    name: str
+    type: bytes
+    size: int
+
+
+_plain_fields = Struct("100s24x12s12x8ss100x8s80xB").unpack_from
+"""Name, size, checksum, type, magic and version; the first byte of a prefix to the name."""
+
+
+def _plain_header(block: bytes) -> _PlainHeader | None:
+    """The header of a regular file as nearly all are, for a sixth of tarfile's time; None: let tarfile see."""
+    name, size, checksum, kind, magic, prefix = _plain_fields(block)
+    digits, told = size[:11], checksum[:6]
+    if kind != tarfile.REGTYPE or magic != b"ustar\x0000" or prefix or checksum[6:] != b"\0 ":
+        return None
+    if not (digits.isdigit() and told.isdigit()):
+        return None
+    try:
+        if sum(block) - sum(checksum) + 8 * 0x20 != int(told, 8):
+            return None
+        return _PlainHeader(name.partition(b"\0")[0].decode("utf-8", "surrogateescape"), kind, int(digits, 8))
+    except ValueError:  # a digit above 7
+        return None
+
+
+def _header(block: bytes, name: str, position: int, search: int | None) -> tarfile.TarInfo | _PlainHeader:
     if len(block) < BLOCK:
-        where = "before its end marker" if not block else "inside a header"
-        raise DataError(
-            f"shard {name}: cut off at byte {position + len(block)}, {where}; restore the shard or pack it again"
-        )
+        _cut(name, position + len(block), "before its end marker" if not block else "inside a header", search)
+    if (plain := _plain_header(block)) is not None:
+        return plain
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise _damaged(name, position, f"no valid tar header there ({error})") from error
+        _damaged(name, position, f"no valid tar header there ({error})", search)
 
 
-def _check_end(stream: BinaryIO, name: str, position: int) -> None:
-    """The end marker is two blocks of zeros; archives glued together would hide all but the first."""
-    second = stream.read(BLOCK)
-    if len(second) < BLOCK:
-        raise DataError(
-            f"shard {name}: cut off at byte {position + BLOCK + len(second)}, inside its end marker; "
-            "restore the shard or pack it again"
-        )
-    if second != _ZERO_BLOCK:
-        raise _damaged(name, position, "a block of zeros in the middle of the shard")
-    if any(stream.read(BLOCK)):
-        raise _damaged(name, position, "more data after the end marker (several tars joined into one?)")
+def _check_end(stream: BinaryIO, name: str, size: int, position: int) -> None:
+    """The end marker is two blocks of zeros and padding; archives glued together would hide all but the first."""
+    rest = stream.read(min(size - position, TAIL_LIMIT) - BLOCK)
+    if any(rest[:BLOCK]):
+        _damaged(name, position, "a block of zeros in the middle of the shard", None)
+    if any(rest):
+        _damaged(name, position, "more data after the end marker (several tars joined into one?)", None)
+    if len(rest) < BLOCK:
+        _cut(name, position + BLOCK + len(rest), "inside its end marker", None)
+    if size - position > TAIL_LIMIT:
+        _damaged(name, position, f"more than {TAIL_LIMIT} bytes of zeros, longer than an end marker", None)
+
+
+def _next_header(stream: BinaryIO, size: int, start: int) -> int | None:
+    """The first byte from `start` on, by whole blocks, where a header begins."""
+    stream.seek(start)
+    length, longest = _SEARCH_BYTES
+    while start < size:
+        chunk = stream.read(min(length, size - start))
+        magic = chunk.find(_MAGIC, _MAGIC_AT)
+        while magic >= 0:
+            header = magic - _MAGIC_AT
+            if header % BLOCK == 0 and _is_header(chunk[header : header + BLOCK]):
+                return start + header
+            magic = chunk.find(_MAGIC, magic + 1)
+        if len(chunk) < length:
+            return None
+        start, length = start + length, min(2 * length, longest)
+    return None
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _pax_records(text: bytes, name: str, position: int) -> dict[str, str]:
@@ -187,7 +330,7 @@ def _pax_records(text: bytes, name: str, position: int) -> dict[str, str]:
         length = int(digits) if space and digits.isdigit() and len(digits) < 8 else 0
         key, equals, value = text[len(digits) + 1 : max(length - 1, 0)].partition(b"=")
         if not equals or length > len(text) or text[length - 1 : length] != b"\n":
-            raise _damaged(name, position, "a pax header that does not parse")
+            _damaged(name, position, "a pax header that does not parse", position + BLOCK)
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         text = text[length:]
     return records
@@ -195,9 +338,17 @@ def _pax_records(text: bytes, name: str, position: int) -> dict[str, str]:
 
 def _number(text: str, name: str, position: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise _damaged(name, position, f"a pax size of {text[:40]!r}")
+        _damaged(name, position, f"a pax size of {text[:40]!r}", position + BLOCK)
     return int(text)
 
 
-def _damaged(name: str, position: int, what: str) -> DataError:
-    return DataError(f"shard {name}: damaged at byte {position}: {what}; restore the shard or pack it again")
+def _cut(name: str, byte: int, where: str, search: int | None) -> NoReturn:
+    raise _Lost("cut", f"shard {name}: cut off at byte {byte}, {where}; {_RESTORE}", search)
+
+
+def _damaged(name: str, position: int, what: str, search: int | None) -> NoReturn:
+    raise _Lost("damaged", _message(name, position, what), search)
+
+
+def _message(name: str, position: int, what: str) -> str:
+    return f"shard {name}: damaged at byte {position}: {what}; {_RESTORE}"

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from univitar_ds.data.tar import BLOCK, group_of_range, groups, split_name
+from univitar_ds.data import tar as module
+from univitar_ds.data.tar import BLOCK, TAIL_LIMIT, Damage, group_of_range, groups, split_name
 from univitar_ds.errors import DataError
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -173,9 +174,106 @@ def test_a_broken_pax_header_is_refused(record):
     header = tarfile.TarInfo("p")
     header.type, header.size = tarfile.XHDTYPE, len(record)
     member = tarfile.TarInfo("x.jpg")
-    data = header.tobuf() + record.ljust(BLOCK, b"\0") + member.tobuf() + bytes(2 * BLOCK)
+    data = header.tobuf(tarfile.GNU_FORMAT) + record.ljust(BLOCK, b"\0") + member.tobuf() + bytes(2 * BLOCK)
     with pytest.raises(DataError, match=r"shard s: (damaged|cut off)"):
         scan(data)
+
+
+def outline(data, start=0):
+    """Keys of the samples and (kind, first byte, end) of the damage, in order."""
+    found = list(module.scan(io.BytesIO(data), "s", len(data), start))
+    return [(one.kind, one.offset, one.end) if isinstance(one, Damage) else one.key for one in found]
+
+
+def ruined(data, *starts):
+    """The shard with an unreadable block at each of these bytes."""
+    body = bytearray(data)
+    for start in starts:
+        body[start : start + BLOCK] = b"x" * BLOCK
+    return bytes(body)
+
+
+def test_behind_a_damaged_header_the_next_samples_are_read():
+    data = make(MEMBERS)
+    first, second, third = scan(data)
+    text = second.members[1].offset
+    assert outline(ruined(data, second.offset)) == ["a/x", ("damaged", second.offset, text - BLOCK), "a/y", "b/x"]
+    assert outline(ruined(data, third.offset)) == ["a/x", "a/y", ("damaged", third.offset, len(data))]
+    assert outline(ruined(data, first.offset))[0] == ("damaged", 0, first.members[1].offset - BLOCK)
+
+
+def test_a_sample_with_damage_between_its_members_is_lost_as_a_whole():
+    data = make([("x.jpg", b"1"), ("x.txt", b"2"), ("x.cls", b"3"), ("x.json", b"4"), ("y.jpg", b"5")])
+    sample, after = scan(data)
+    middle = sample.members[1].offset - BLOCK
+    assert outline(ruined(data, middle)) == [("damaged", 0, after.offset), "y"]
+    assert outline(ruined(data, middle, middle + 2 * BLOCK)) == [("damaged", 0, after.offset), "y"]
+
+
+def test_a_member_that_lost_blocks_does_not_swallow_the_next_sample():
+    data = make([("x.jpg", b"1" * 3000), ("x.json", b"{}"), ("y.jpg", b"2" * 3000), ("y.json", b"{}")])
+    second = scan(data)[1]
+    picture = scan(data)[0].members[0]
+    shorter = data[: picture.offset + BLOCK] + data[picture.offset + 2 * BLOCK :]
+    message = f"byte 0: that member is not whole, another begins inside it at byte {picture.offset + 5 * BLOCK}"
+    found = list(module.scan(io.BytesIO(shorter), "s", len(shorter)))
+    assert isinstance(found[0], Damage)
+    assert message in found[0].message
+    assert outline(shorter) == [("damaged", 0, second.offset - BLOCK), "y"]
+
+
+def test_a_sample_whose_last_member_is_cut_off_is_no_sample():
+    data = make(MEMBERS)
+    second = scan(data)[1]
+    end = second.members[1].offset + 100
+    assert outline(data[:end]) == ["a/x", ("cut", second.offset, end)]
+
+
+def test_a_length_beyond_the_end_with_samples_inside_is_damage_and_not_a_cut():
+    header = tarfile.TarInfo("x.jpg")
+    header.size = 1 << 40
+    data = header.tobuf(tarfile.GNU_FORMAT) + make([("y.jpg", b"2")])
+    assert outline(data) == [("damaged", 0, BLOCK), "y"]
+    assert outline(header.tobuf(tarfile.GNU_FORMAT) + b"z" * 600) == [("cut", 0, BLOCK + 600)]
+
+
+def test_samples_of_tars_glued_together_are_all_read_whatever_the_padding():
+    data = make(MEMBERS)
+    end = scan(data)[-1].end
+    assert len(data) > end + 3 * BLOCK
+    assert outline(data + data) == ["a/x", "a/y", "b/x", ("damaged", end, len(data)), "a/x", "a/y", "b/x"]
+
+
+def test_a_hole_of_zeros_is_damage_also_where_nothing_follows_it():
+    data = make(MEMBERS)
+    end = scan(data)[-1].end
+    assert outline(data[:end] + bytes(TAIL_LIMIT)) == ["a/x", "a/y", "b/x"]
+    longer = data[:end] + bytes(TAIL_LIMIT + BLOCK)
+    assert outline(longer) == ["a/x", "a/y", "b/x", ("damaged", end, len(longer))]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_damage_in_a_long_name_costs_the_sample_that_has_it(form):
+    data = make([(f"{'long' * 30}/{name}", body) for name, body in MEMBERS], form)
+    first, second, third = scan(data)
+    found = outline(ruined(data, second.offset))
+    assert [found[0], found[-1]] == [first.key, third.key]
+    assert found[1][:2] == ("damaged", second.offset)
+
+
+def test_a_scan_reads_headers_and_no_content():
+    class Counting(io.BytesIO):
+        total = 0
+
+        def read(self, size=-1):
+            data = super().read(size)
+            self.total += len(data)
+            return data
+
+    data = make([(f"{number}.jpg", b"1" * 100_000) for number in range(20)])
+    stream = Counting(data)
+    assert len(list(module.scan(stream, "s", len(data)))) == 20
+    assert stream.total <= 21 * BLOCK + 10240
 
 
 @pytest.mark.parametrize(

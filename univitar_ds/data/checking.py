@@ -1,0 +1,106 @@
+"""One shard looked at from its first byte to its last: what the loader would make of every sample in it."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from univitar_ds.config.schema import ClipSampling, DataConfig, ResolutionConfig, StageConfig
+from univitar_ds.data import captions, tar
+from univitar_ds.data.crew import At, Bad, Event, Hashed, Read, Task
+from univitar_ds.data.layout import Modality
+from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob, render
+from univitar_ds.data.samples import Sample, SizeRule, modality_of, read_sample
+from univitar_ds.data.sampling import Sampling
+from univitar_ds.data.sources import SourceShard
+from univitar_ds.data.storage import StorageSettings, storage_for
+from univitar_ds.errors import SampleError
+
+_DATA, _STAGE = DataConfig.model_fields, StageConfig.model_fields
+LIMITS = DecodeLimits(_DATA["max_image_px"].default, _DATA["decode_timeout_s"].default, _DATA["max_clip_s"].default)
+"""Those of a run file that says nothing else; so are the rules."""
+_SAMPLING = Sampling(**ClipSampling().model_dump())
+_HASHED_AT_ONCE = 8 << 20
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """A shard (without its storage, which does not travel), how it is reached and whether every sample is decoded."""
+
+    shard: SourceShard
+    settings: StorageSettings
+    decode: bool
+
+
+def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
+    """Hash the shard if its manifest has a hash, then check its samples from `task.start` on.
+
+    Raises: DataError if the shard cannot be read.
+    """
+    job: ShardCheck = task.job
+    storage = storage_for(job.shard.path, job.settings)
+    shard = replace(job.shard, storage=storage)
+    if shard.sha256 is not None and not task.hashed:
+        with storage.open(shard.path) as stream:
+            state = hashlib.sha256()
+            while part := stream.read(_HASHED_AT_ONCE):
+                state.update(part)
+                tell(Read(len(part)))
+        tell(Hashed(state.hexdigest()))
+    position = task.start
+    with storage.open(shard.path) as stream:
+        for found in tar.scan(stream, shard.name, shard.size, task.start):
+            if isinstance(found, tar.Damage):
+                tell(Bad(found.kind, "", found.offset, found.message))
+            else:
+                tell(At(found.offset, found.end, found.key))
+                try:
+                    check_sample(shard, found, job)
+                except SampleError as error:
+                    tell(Bad(error.kind, found.key, found.offset, str(error)))
+            tell(Read(found.end - position))
+            position = found.end
+    tell(Read(shard.size - position))
+
+
+def check_sample(shard: SourceShard, group: tar.Group, job: ShardCheck) -> None:
+    """Raises: SampleError for a sample that the loader would leave out or never come to."""
+    kind = modality_of(group) or shard.modality or "image"
+    if shard.modality not in (None, kind):
+        raise SampleError("wrong_kind", f"is {kind} in a shard whose manifest says {shard.modality}: no lane reads it")
+    sample = read_sample(shard, group, _rule(kind))
+    captions.captions_of(sample.captions, sample.label, shard.templates)
+    if job.decode:
+        _decode(sample, kind, job.settings)
+    elif sample.crc32 is not None:
+        data = shard.storage.read_range(shard.path, sample.media_offset, sample.media_length)
+        if (found := zlib.crc32(data)) != sample.crc32:
+            raise SampleError(
+                "checksum", f"its bytes have the CRC-32 {found:08x}, {sample.crc32:08x} when they were packed"
+            )
+
+
+def _rule(kind: Modality) -> SizeRule:
+    return SizeRule(
+        kind,
+        ResolutionConfig().rule(),
+        _STAGE["clip_frames"].default if kind == "video" else 1,
+        _STAGE["token_budget"].default,
+        LIMITS.max_image_px,
+        _SAMPLING,
+        LIMITS.max_clip_s,
+        _DATA["max_sample_mb"].default,
+    )
+
+
+def _decode(sample: Sample, kind: Modality, settings: StorageSettings) -> None:
+    item = RenderItem(
+        sample.shard.path, sample.media_offset, sample.media_length, sample.grid, sample.frames, sample.crc32
+    )
+    job = RenderJob(kind, _SAMPLING, LIMITS, [item])
+    for _, word, message in render(job, np.empty(job.bytes, np.uint8), settings):
+        raise SampleError(word, message)

@@ -1,0 +1,114 @@
+"""What an unreadable sample does to a run: counted, logged with its address, and a reason to end where there are many.
+
+A decision depends on the samples alone, in the order in which a lane reads them. Its state is three small numbers
+that travel in the cursor, so a resumed run ends at the same sample as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from univitar_ds.errors import DataError, SampleError
+
+_log = logging.getLogger(__name__)
+
+KINDS = (
+    "cut",
+    "damaged",
+    "no_media",
+    "duplicate",
+    "wrong_kind",
+    "no_caption",
+    "bad_caption",
+    "bad_label",
+    "bad_json",
+    "too_large",
+    "unreadable",
+    "corrupt",
+    "no_video",
+    "checksum",
+    "timeout",
+    "crash",
+)
+"""Every word that something unreadable is counted under: those of `tar.Damage`, then those of SampleError."""
+
+WINDOW = 1000
+"""Samples over which `max_per_thousand` counts; then counting begins again."""
+REMEDY = "univitar-ds data verify SOURCE lists what is bad"
+
+
+@dataclass(frozen=True)
+class BadPolicy:
+    """`data.on_bad`, `data.max_bad_per_thousand` and `data.max_bad_in_a_row`."""
+
+    on_bad: Literal["skip", "fail"] = "skip"
+    max_per_thousand: int = 100
+    max_in_a_row: int = 64
+
+
+class Health:
+    """The samples of one lane and modality as one phase meets them: reading of headers, or decoding.
+
+    A stretch of damage in a shard counts as one bad sample.
+    """
+
+    def __init__(self, policy: BadPolicy, name: str, state: Iterable[int] = (0, 0, 0)) -> None:
+        """`name` says whose samples these are, such as "lane 3, image"; `state` is what `to_json` gave."""
+        self._policy, self._name = policy, name
+        self._seen, self._bad, self._in_a_row = state
+        self._logged: Counter[str] = Counter()
+
+    def good(self) -> None:
+        """Count a readable sample."""
+        self._in_a_row = 0
+        self._step()
+
+    def bad(self, where: str, error: SampleError) -> None:
+        """Count and log one that is left out; `where` is its shard, key and byte.
+
+        Raises: DataError if the policy has the run end here.
+        """
+        assert error.kind in KINDS, error.kind
+        self._bad += 1
+        self._in_a_row += 1
+        self._report(where, error)
+        reason = self._reason_to_end()
+        if reason is not None:
+            raise DataError(f"{self._name}: {reason}; the last one: {where}: {error} ({error.kind}); {REMEDY}")
+        self._step()
+
+    def to_json(self) -> list[int]:
+        """Samples and bad ones of the present thousand, and bad ones in a row."""
+        return [self._seen, self._bad, self._in_a_row]
+
+    def _step(self) -> None:
+        self._seen += 1
+        if self._seen >= WINDOW:
+            self._seen = self._bad = 0
+
+    def _reason_to_end(self) -> str | None:
+        policy = self._policy
+        if policy.on_bad == "fail":
+            return "a sample cannot be used and data.on_bad is fail; repair the data or set it to skip"
+        if self._in_a_row > policy.max_in_a_row:
+            return (
+                f"{self._in_a_row} samples in a row cannot be used (data.max_bad_in_a_row is {policy.max_in_a_row}); "
+                "repair the data or raise the limit"
+            )
+        if self._bad > policy.max_per_thousand:
+            return (
+                f"{self._bad} of the last {self._seen + 1} samples cannot be used (data.max_bad_per_thousand is "
+                f"{policy.max_per_thousand}); repair the data or raise the limit"
+            )
+        return None
+
+    def _report(self, where: str, error: SampleError) -> None:
+        """Of each kind: the first ten, then every tenth, from a hundred on every hundredth, and so on."""
+        self._logged[error.kind] += 1
+        number = self._logged[error.kind]
+        if number % 10 ** (len(str(number)) - 1) == 0:
+            _log.warning("sample left out (%s, number %d of %s): %s: %s", error.kind, number, self._name, where, error)
