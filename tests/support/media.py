@@ -57,11 +57,13 @@ def clip(
     pts: Sequence[int] | None = None,
     rate: int = 10,
     options: dict[str, str] | None = None,
+    settings: dict[str, str] | None = None,
 ) -> bytes:
-    """A video file of (H, W, 3) uint8 frames; `pts` in frames of `rate` per second."""
+    """A video file of (H, W, 3) uint8 frames; `pts` in frames of `rate` per second, `settings` are the encoder's."""
     stream = io.BytesIO()
     with av.open(stream, "w", format=form, options=options or {}) as container:
-        track = container.add_stream(codec, rate=rate)
+        track = container.add_stream(codec, rate=rate, options=settings or {})
+        track.thread_count = 1  # the same bytes on every machine
         track.height, track.width = frames[0].shape[:2]
         track.pix_fmt = pix_fmt
         track.bit_rate = 4_000_000
@@ -70,6 +72,26 @@ def clip(
             frame.pts = index if pts is None else pts[index]
             container.mux(track.encode(frame))
         container.mux(track.encode(None))
+    return stream.getvalue()
+
+
+def moving_frames(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
+    """A window that slides over a picture: frames that a codec predicts from each other, all different."""
+    scene = np.asarray(noise(height + 2 * count, width + 3 * count))
+    return [np.ascontiguousarray(scene[2 * i : 2 * i + height, 3 * i : 3 * i + width]) for i in range(count)]
+
+
+def retimed_mp4(data: bytes) -> bytes:
+    """The packets of an MP4 in another one that says each frame is shown when it is decoded."""
+    stream = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(stream, "w", format="mp4") as container:
+        track = container.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        first = packets[0].dts
+        for packet in packets:
+            packet.dts -= first
+            packet.pts, packet.stream = packet.dts, track
+            container.mux(packet)
     return stream.getvalue()
 
 

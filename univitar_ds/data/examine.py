@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
+import numpy as np
+
 from univitar_ds.config.schema import DataConfig
 from univitar_ds.data.clips import decode_clip
 from univitar_ds.data.containers import VIDEO_EXTENSION_OF, video_demuxer
@@ -120,7 +122,12 @@ def _decoded_size(data: bytes, size: MediaSize) -> tuple[int, int]:
     """(height, width) of the pixels themselves: some containers do not tell a rotation in their header."""
     if size.kind == "image":
         return decode_image(data, max_px=_MAX_PX).shape[:2]
-    return decode_clip(data, frames=_CLIP_FRAMES, max_px=_MAX_PX, timeout_s=_CLIP_TIMEOUT_S).shape[1:3]
+    sides = decode_clip(data, frames=_CLIP_FRAMES, max_px=_MAX_PX, timeout_s=_CLIP_TIMEOUT_S, fit=_sides)[0]
+    return int(sides[0]), int(sides[1])
+
+
+def _sides(frame: np.ndarray) -> np.ndarray:
+    return np.array(frame.shape[:2])
 
 
 def _telling_extension(data: bytes, extension: str, kind: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import av
@@ -43,13 +44,15 @@ class MediaSize:
     """Sides in pixels as shown, i.e. after EXIF orientation or display matrix.
 
     `frames` is 1 for an image. For a video it is what the header says or, where that says nothing, duration
-    times frame rate, and at least 1: good for planning; decoding finds out the truth.
+    times frame rate, and at least 1: good for planning; decoding finds out the truth. `duration_s` is 0 for an
+    image and where the header does not tell.
     """
 
     kind: Literal["image", "video"]
     height: int
     width: int
     frames: int
+    duration_s: float = 0.0
 
 
 def probe(data: bytes, extension: str) -> MediaSize:
@@ -88,16 +91,21 @@ def open_picture(data: bytes) -> Image.Image:
         raise SampleError("unreadable", f"the picture cannot be opened: {reason(error)}") from error
 
 
-def open_video(data: bytes) -> tuple[av.container.InputContainer, VideoStream]:
+def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputContainer, VideoStream]:
     """An opened container and its main video stream; cover art of audio files is no video stream.
+
+    FFmpeg decodes up to 20 frames to learn what a header may not say: the pixel format and how many frames arrive out
+    of order. That takes 20 to 200 ms for large frames and is done only if `thorough`, or if the size is not found
+    without. Who wants every frame in order needs it; sizes, durations and packets are the same without.
 
     Raises: SampleError.
     """
     demuxer = video_demuxer(data)
     if demuxer is None:
         raise SampleError("unreadable", "the bytes are no video container we read")
+    options = {} if thorough else {"skip_frame": "all"}
     try:
-        container = av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore")
+        container = av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore", options=options)
     except (av.FFmpegError, ValueError, EOFError) as error:
         raise SampleError("corrupt", f"the {demuxer} container cannot be opened: {reason(error)}") from error
     pictures = av.stream.Disposition.attached_pic
@@ -108,6 +116,8 @@ def open_video(data: bytes) -> tuple[av.container.InputContainer, VideoStream]:
     stream = streams[0]
     if stream.codec_context is None or not stream.codec_context.width or not stream.codec_context.height:
         container.close()
+        if not thorough:
+            return open_video(data, thorough=True)
         raise SampleError("corrupt", f"the {demuxer} container does not say the size of its video")
     return container, stream
 
@@ -120,19 +130,26 @@ def check_area(height: int, width: int, max_px: int) -> None:
         )
 
 
+def check_duration(seconds: float, max_clip_s: float) -> None:
+    """Raises: SampleError for a clip of more than `max_clip_s` seconds."""
+    if seconds > max_clip_s:
+        raise SampleError("too_large", f"the clip lasts {seconds:.1f} s, above data.max_clip_s = {max_clip_s:g}")
+
+
 def _probe_video(data: bytes, demuxer: str) -> MediaSize:
     container, stream = open_video(data)
     with container:
         height, width = stream.codec_context.height, stream.codec_context.width
         if demuxer == "mov" and swaps_sides(mp4_matrices(data).get(stream.id, (1, 0, 0, 1))):
             height, width = width, height
-        frames = stream.frames
-        if not frames and stream.average_rate:
-            if stream.duration is not None:
-                frames = round(stream.duration * stream.time_base * stream.average_rate)
-            elif container.duration is not None:
-                frames = round(container.duration * stream.average_rate / av.time_base)
-        return MediaSize("video", height, width, max(frames, 1))
+        seconds = Fraction(0)
+        if stream.duration is not None and stream.time_base is not None:
+            seconds = stream.duration * stream.time_base
+        elif container.duration is not None:
+            seconds = Fraction(container.duration, av.time_base)
+        seconds = max(seconds, Fraction(0))
+        frames = stream.frames or round(seconds * (stream.average_rate or 0))
+        return MediaSize("video", height, width, max(frames, 1), float(seconds))
 
 
 def _picture_size(image: Image.Image) -> tuple[int, int]:

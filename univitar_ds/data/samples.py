@@ -9,21 +9,17 @@ from io import BytesIO
 from univitar_ds.data import captions, tar
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import Shard
-from univitar_ds.data.probe import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, probe
-from univitar_ds.data.sampling import UNIFORM, Sampling
+from univitar_ds.data.probe import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize, check_area, check_duration, probe
+from univitar_ds.data.sampling import UNIFORM, Sampling, frames_of
 from univitar_ds.errors import SampleError
-from univitar_ds.geometry import Resolution, token_count
-
-SAMPLE_BYTES_LIMIT = 1 << 30
-"""Largest sample that is read into memory; a larger one is a bad sample."""
+from univitar_ds.geometry import PATCH, Resolution, smart_resize, token_count
 
 
 @dataclass(frozen=True)
 class SizeRule:
     """How large an item of one modality enters the encoder. `frames` is the most a clip gives, 1 for pictures.
 
-    A sample of more than `most_tokens` is bad: where min_tokens is close to max_tokens, rounding up to whole
-    `divisor_px` can go above max_tokens.
+    `most_tokens` is the largest item that a pack has room for; the `max_` fields are limits of the data section.
     """
 
     modality: Modality
@@ -32,17 +28,49 @@ class SizeRule:
     most_tokens: int
     max_image_px: int
     sampling: Sampling = UNIFORM
+    max_clip_s: float = 3600.0
+    max_sample_mb: int = 1024
 
-    def grid(self, height: int, width: int) -> tuple[int, int, int]:
-        return self.resolution.grid(height, width, self.frames)
+    def frames_of(self, size: MediaSize) -> int:
+        """Frames stored of an item: 1 of a picture, of a clip what the sampling takes."""
+        return frames_of(self.sampling, self.frames, size.duration_s) if size.kind == "video" else 1
+
+    def grid(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
+        """Tokens along time, height and width of an item of `frames` frames; never above `most_tokens`.
+
+        Rounding up to whole `divisor_px` can go above max_tokens where min_tokens is close to it. What a pack has no
+        room for is then resized again, from the size it was given first.
+        Raises: SampleError if not even one `divisor_px` square per tubelet fits.
+        """
+        steps, h, w = self.resolution.grid(height, width, frames)
+        if steps * h * w <= self.most_tokens:
+            return steps, h, w
+        divisor = self.resolution.divisor_px
+        least = steps * (divisor // PATCH) ** 2
+        if least > self.most_tokens:
+            raise SampleError(
+                "too_large",
+                f"{frames} frames of {divisor} x {divisor} px are {least} tokens, above token_budget "
+                f"{self.most_tokens}; raise token_budget or lower divisor_px",
+            )
+        room = self.most_tokens // steps * PATCH * PATCH
+        height, width = smart_resize(h * PATCH, w * PATCH, divisor, divisor * divisor, room)
+        return steps, height // PATCH, width // PATCH
+
+    def shrinks(self, height: int, width: int, grid: tuple[int, int, int]) -> bool:
+        """Whether an item has more tokens at its own size, in whole `divisor_px`, than the rule and a pack allow."""
+        divisor = self.resolution.divisor_px
+        own = grid[0] * max(round(height / divisor), 1) * max(round(width / divisor), 1) * (divisor // PATCH) ** 2
+        fixed = self.resolution.fixed_px is not None
+        return own > min(token_count(grid) if fixed else self.resolution.max_tokens, self.most_tokens)
 
 
 @dataclass(frozen=True)
 class Sample:
     """A readable sample before decoding: addresses, texts and the size that its header promises.
 
-    `media_offset` and `media_length` are bytes of the shard. `captions` has at least one, none empty. `frames` are
-    those stored in its pixels, 1 for a picture. `shrunk`: it has more tokens at its own size than the rule allows.
+    `media_offset` and `media_length` are bytes of the shard. `captions` may be none only where there is a label.
+    `frames` are those stored in its pixels, 1 for a picture. `shrunk`: see `SizeRule.shrinks`.
     """
 
     shard: Shard
@@ -88,8 +116,7 @@ def read_sample(shard: Shard, group: tar.Group, rule: SizeRule) -> Sample:
 
     Raises: SampleError for a sample to leave out; DataError if the shard itself cannot be read.
     """
-    if group.length > SAMPLE_BYTES_LIMIT:
-        raise SampleError("too_large", f"{group.length} bytes in one sample (limit {SAMPLE_BYTES_LIMIT})")
+    _check_length(group.length, rule)
     data = shard.storage.read_range(shard.path, group.offset, group.length)
     origin = group.offset
     members = [replace(member, offset=member.offset - origin) for member in group.members]
@@ -101,9 +128,17 @@ def read_sample_again(shard: Shard, offset: int, length: int, rule: SizeRule) ->
 
     Raises: SampleError if it is not readable under this rule; another stage's may have allowed more.
     """
+    _check_length(length, rule)
     data = shard.storage.read_range(shard.path, offset, length)
     group = tar.group_of_range(BytesIO(data), shard.name, length, offset)
     return None if group is None else _parse(shard, group.key, group.members, data, offset, rule)
+
+
+def _check_length(length: int, rule: SizeRule) -> None:
+    if length > rule.max_sample_mb << 20:
+        raise SampleError(
+            "too_large", f"the sample has {length} bytes, above data.max_sample_mb = {rule.max_sample_mb} (MiB)"
+        )
 
 
 def _parse(shard: Shard, key: str, members: Sequence[tar.Member], data: bytes, origin: int, rule: SizeRule) -> Sample:
@@ -128,17 +163,9 @@ def _parse(shard: Shard, key: str, members: Sequence[tar.Member], data: bytes, o
     size = probe(content, media.extension)
     if size.kind != rule.modality:
         raise SampleError("wrong_kind", f"its .{media.extension} holds {size.kind} data, not {rule.modality}")
-    if size.height * size.width > rule.max_image_px:
-        raise SampleError(
-            "too_large",
-            f"{size.height} x {size.width} px is {size.height * size.width} pixels (data.max_image_px is "
-            f"{rule.max_image_px})",
-        )
-    grid = rule.grid(size.height, size.width)
-    if token_count(grid) > rule.most_tokens:
-        raise SampleError(
-            "too_large",
-            f"{size.height} x {size.width} px becomes {token_count(grid)} tokens, above token_budget "
-            f"{rule.most_tokens}; raise token_budget or lower min_tokens",
-        )
-    return Sample(shard, key, origin + media.offset, media.length, media.extension, *texts, grid, rule.frames)
+    check_area(size.height, size.width, rule.max_image_px)
+    check_duration(size.duration_s, rule.max_clip_s)
+    frames = rule.frames_of(size)
+    grid = rule.grid(size.height, size.width, frames)
+    shrunk = rule.shrinks(size.height, size.width, grid)
+    return Sample(shard, key, origin + media.offset, media.length, media.extension, *texts, grid, frames, shrunk)

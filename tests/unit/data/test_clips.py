@@ -1,4 +1,7 @@
+import contextlib
 import io
+import random
+import time
 
 import av
 import numpy as np
@@ -8,6 +11,7 @@ from PIL import Image
 from tests.support import media
 from univitar_ds.data import clips
 from univitar_ds.data.clips import decode_clip
+from univitar_ds.data.sampling import Sampling
 from univitar_ds.errors import SampleError
 
 ROOM = 10**8
@@ -21,6 +25,11 @@ def kind_of_error(call, *arguments, **options) -> str:
     with pytest.raises(SampleError) as caught:
         call(*arguments, **options)
     return caught.value.kind
+
+
+def packets_of(data: bytes) -> list[av.Packet]:
+    with av.open(io.BytesIO(data)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
 
 
 def evenly(count: int, frames: int) -> list[int]:
@@ -64,43 +73,155 @@ def test_frames_that_the_header_promises_and_the_file_lacks_are_not_waited_for()
     assert media.frame_numbers(clip_of(lying, 4), 20) == evenly(20, 4)
 
 
-@pytest.mark.parametrize("shown", [16, 22])
-def test_a_decoder_that_yields_fewer_frames_than_packets_is_followed(monkeypatch, shown):
-    data = media.clip(media.grey_frames(24), "matroska")
-    truth = clips._frames
+def test_where_a_wanted_frame_does_not_come_those_that_come_are_counted(monkeypatch):
+    data = media.clip(media.grey_frames(24))
+    assert [packet.pts for packet in packets_of(data)] == [1024 * i for i in range(24)]
+    kept = [i for i in range(24) if i % 4 or i == 0]
+    truth = clips._decoded
 
-    def lossy(packets, deadline):  # the last packets show nothing
-        return (frame for index, frame in enumerate(truth(packets, deadline)) if index < shown)
+    def lossy(stream, packet, deadline):
+        return [frame for frame in truth(stream, packet, deadline) if frame.pts // 1024 in kept]
 
-    monkeypatch.setattr(clips, "_frames", lossy)
-    assert media.frame_numbers(clip_of(data, 4), 24) == evenly(shown, 4)
+    monkeypatch.setattr(clips, "_decoded", lossy)
+    for frames in (1, 3, 5):
+        assert not set(evenly(24, frames)) <= set(kept)
+        assert media.frame_numbers(clip_of(data, frames), 24) == [kept[i] for i in evenly(len(kept), frames)]
+    assert media.frame_numbers(clip_of(data, 4), 24) == evenly(24, 4), "all that are wanted come"
 
 
-def test_decoding_stops_after_the_last_frame_needed_and_converts_no_other(monkeypatch):
-    data = media.clip(media.grey_frames(20))
-    decoded, converted = [], []
-    truth = clips._frames
+def test_only_wanted_frames_are_converted_each_once(monkeypatch):
+    converted = []
 
     class Spy:
-        def __init__(self, frame):
-            self._frame = frame
+        def reformat(self, frame, *arguments, **options):
+            converted.append(frame.pts)
+            return frame.reformat(*arguments, **options)
 
-        def __getattr__(self, name):
-            return getattr(self._frame, name)
+    monkeypatch.setattr(clips, "VideoReformatter", Spy)
+    clip_of(media.clip(media.grey_frames(20)), 2)
+    assert [pts // 1024 for pts in converted] == [5, 15]
+    converted.clear()
+    clip_of(media.clip(media.grey_frames(3)), 8)
+    assert len(converted) == 3
 
-        def reformat(self, *arguments, **options):
-            converted.append(len(decoded) - 1)
-            return self._frame.reformat(*arguments, **options)
 
-    def watched(packets, deadline):
-        for frame in truth(packets, deadline):
-            decoded.append(frame)
-            yield Spy(frame)
+X264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-pyramid=normal"
+X265 = "keyint=12:min-keyint=12:bframes=3:log-level=none"
+CODED = {
+    "closed groups": ("mp4", "libx264", {"x264-params": X264}, 9),
+    "open groups": ("mp4", "libx264", {"x264-params": X264 + ":open-gop=1"}, 33),
+    "intra refresh": ("mp4", "libx264", {"x264-params": X264 + ":intra-refresh=1"}, 33),
+    "interlaced": ("matroska", "libx264", {"x264-params": X264 + ":tff=1"}, 9),
+    "sets in band": ("mpegts", "libx264", {"x264-params": X264}, 9),
+    "flv": ("flv", "libx264", {"x264-params": X264}, 9),
+    "avi": ("avi", "libx264", {"x264-params": X264}, 40),
+    "hevc": ("mp4", "libx265", {"x265-params": X265 + ":open-gop=0"}, 9),
+    "hevc, open groups": ("mp4", "libx265", {"x265-params": X265 + ":open-gop=1"}, 33),
+    "hevc, sets in band": ("mpegts", "libx265", {"x265-params": X265 + ":open-gop=0"}, 9),
+    "vp8": ("webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "12", "cpu-used": "8"}, 8),
+    "vp9": ("webm", "libvpx-vp9", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "12", "cpu-used": "8"}, 8),
+    "mpeg2": ("mpegts", "mpeg2video", {"bf": "2", "g": "9"}, 8),
+    "mpeg2, few time stamps": ("mpeg", "mpeg2video", {"bf": "2", "g": "9"}, 65),
+    "mpeg1": ("mpeg", "mpeg1video", {"bf": "2", "g": "9"}, 8),
+    "mpeg4": ("mp4", "mpeg4", {"bf": "2", "g": "9"}, 33),
+    "mjpeg": ("mov", "mjpeg", {}, 2),
+    "av1": ("matroska", "libsvtav1", {"g": "12", "preset": "12"}, 33),
+}
+"""Container, encoder, its settings, and most calls of the decoder for the middle one of 60 frames."""
 
-    monkeypatch.setattr(clips, "_frames", watched)
-    clip_of(data, 2)
-    assert converted == [5, 15]
-    assert len(decoded) == 16
+
+@pytest.mark.parametrize("name", CODED)
+def test_what_is_left_out_of_decoding_changes_no_frame(monkeypatch, name):
+    form, codec, settings, most = CODED[name]
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    data = media.clip(media.moving_frames(60, 96, 128), form, codec, pix_fmt, rate=25, settings=settings)
+    with av.open(io.BytesIO(data)) as container:
+        container.streams.video[0].thread_count = 1
+        truth = [frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)]
+    assert len(truth) == 60
+    for frames in (2, 3, 7, 20):
+        assert np.array_equal(clip_of(data, frames), np.stack([truth[i] for i in evenly(60, frames)])), frames
+    calls = []
+    once = clips._decoded
+    monkeypatch.setattr(clips, "_decoded", lambda *given: calls.append(given) or once(*given))
+    assert np.array_equal(clip_of(data, 1)[0], truth[30])
+    assert len(calls) <= most
+
+
+def test_what_is_decoded_begins_where_each_wanted_frame_can_be_decoded_from():
+    times = [0, 30, 10, 20, 60, 40, 50, 90, 70, 80]  # key frames at 0, 60 and 90; 40 and 50 also need those before 60
+    starts = [4, 7]
+    assert clips._runs(times, [3], starts) == [(0, 4)]
+    assert clips._runs(times, [4], starts) == [(4, 5)]
+    assert clips._runs(times, [5], starts) == [(0, 6)]
+    assert clips._runs(times, [2, 7], starts) == [(0, 3), (7, 8)]
+    assert clips._runs(times, [4, 8], starts) == [(4, 9)], "70 needs 60"
+    assert clips._runs(times, [3, 4], starts) == [(0, 5)], "nothing lies between"
+    assert clips._runs(times, [1, 4, 7], []) == [(0, 8)]
+
+
+def test_frames_that_no_other_needs_are_not_decoded():
+    data = media.clip(
+        media.moving_frames(40), codec="libx264", rate=25, settings={"x264-params": "keyint=99:bframes=3"}
+    )
+    came = []
+    truth = clips._decoded
+
+    def watched(stream, packet, deadline):
+        frames = truth(stream, packet, deadline)
+        came.extend(frame.pts for frame in frames)
+        return frames
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clips, "_decoded", watched)
+        clip_of(data, 1)
+    wanted_and_before = sum(packet.pts <= 20 * 512 for packet in packets_of(data))
+    assert 20 * 512 in came
+    assert len(came) < 0.7 * wanted_and_before
+
+
+def test_times_that_contradict_the_order_of_frames_are_not_believed():
+    moving = media.moving_frames(40)
+    straight = media.clip(moving, codec="libx264", rate=25, settings={"x264-params": "bframes=3:b-pyramid=normal"})
+    lying = media.retimed_mp4(straight)
+    assert [packet.pts for packet in packets_of(straight)] != sorted(packet.pts for packet in packets_of(straight))
+    assert [packet.pts for packet in packets_of(lying)] == sorted(packet.pts for packet in packets_of(lying))
+    assert np.array_equal(clip_of(straight, 9), clip_of(lying, 9))
+
+
+FPS = Sampling("fps", 2.0)
+
+
+def test_frames_a_second_are_taken_by_time_where_the_rate_varies():
+    pts = [0, 1, 2, 3, 50, 51, 52, 90, 91, 92, 200, 300]  # tenths of a second; the last one lasts as its neighbours do
+    data = media.clip(media.grey_frames(12), pts=pts)
+    seen = media.frame_numbers(clip_of(data, 6, sampling=FPS), 12)
+    end = 300 + (packets_of(data)[-1].duration or 300 * 1024 // 11) // 1024
+    assert seen == [max(k for k in range(12) if pts[k] <= (i + 0.5) * end / 6) for i in range(6)]
+    assert seen != evenly(12, 6)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "fps"])
+def test_jitter_takes_each_frame_from_its_own_part_as_the_draw_says(kind):
+    data = media.clip(media.grey_frames(32))
+    rule = Sampling(kind, 2.0, jitter=True)
+    seen = [tuple(media.frame_numbers(clip_of(data, 8, sampling=rule, draw=draw), 32)) for draw in range(6)]
+    assert all(4 * part <= number < 4 * part + 4 for numbers in seen for part, number in enumerate(numbers))
+    assert len(set(seen)) == 6
+    assert seen[3] == tuple(media.frame_numbers(clip_of(data, 8, sampling=rule, draw=3), 32))
+
+
+def test_each_frame_is_fitted_as_it_comes_and_none_is_kept_at_its_own_size():
+    shapes = []
+
+    def corner(frame):
+        shapes.append(frame.shape)
+        return frame[:2, :3]
+
+    pixels = clip_of(media.clip(media.grey_frames(3)), 6, fit=corner)
+    assert pixels.shape == (6, 2, 3, 3)
+    assert shapes == [(48, 64, 3)] * 3
+    assert media.frame_numbers(pixels, 3) == evenly(3, 6)
 
 
 def test_a_clip_is_turned_by_its_display_matrix():
@@ -146,6 +267,19 @@ def test_what_is_no_clip_is_a_bad_sample_with_a_kind():
     assert kind_of_error(clip_of, whole[: len(whole) // 3], 4) == "corrupt"
 
 
+def test_a_clip_whose_decoder_conceals_damage_is_refused():
+    data = media.clip(media.moving_frames(6, 96, 128), codec="libx264", rate=25)
+    whole = bytes(packets_of(data)[0])
+    silent = []
+    for cut in range(len(whole) // 2, len(whole), 50):
+        damaged = data.replace(whole, whole[:cut] + bytes(len(whole) - cut))
+        with av.open(io.BytesIO(damaged)) as container, contextlib.suppress(av.FFmpegError):
+            marks = [frame.is_corrupt for frame in container.decode(video=0)]
+            silent += [damaged] if any(marks) else []
+    assert silent, "FFmpeg raises no error and leaves a mark"
+    assert {kind_of_error(clip_of, damaged, 6) for damaged in silent} == {"corrupt"}
+
+
 def test_a_clip_with_damaged_frames_is_refused():
     frames = [np.asarray(media.noise(96, 128, seed)) for seed in range(6)]
     data = bytearray(media.clip(frames, codec="libx264", rate=25))
@@ -158,12 +292,33 @@ def test_a_clip_with_damaged_frames_is_refused():
 
 def test_a_clip_above_the_pixel_limit_is_refused_from_its_header(monkeypatch):
     data = media.clip(media.grey_frames(4, 48, 64))
-    monkeypatch.setattr(clips, "_frames", None)
+    monkeypatch.setattr(clips, "_decoded", None)
     assert kind_of_error(clip_of, data, 2, max_px=48 * 64 - 1) == "too_large"
 
 
-def test_a_clip_that_takes_too_long_is_given_up():
-    assert kind_of_error(clip_of, media.clip(media.grey_frames(4)), 2, timeout_s=0.0) == "timeout"
+def test_a_clip_longer_than_the_limit_is_refused_before_decoding(monkeypatch):
+    data = media.clip(media.grey_frames(30))
+    assert clip_of(data, 2, max_clip_s=3.0).shape[0] == 2
+    monkeypatch.setattr(clips, "_decoded", None)
+    assert kind_of_error(clip_of, data, 2, max_clip_s=2.9) == "too_large"
+
+
+@pytest.mark.parametrize("form", ["mp4", "avi"])
+def test_a_clip_that_takes_too_long_is_given_up(form):
+    assert kind_of_error(clip_of, media.clip(media.grey_frames(4), form), 2, timeout_s=0.0) == "timeout"
+
+
+def test_time_that_others_use_does_not_count(monkeypatch):
+    """A stopped or crowded machine must not decide which samples are good."""
+    data = media.clip(media.grey_frames(4))
+    truth = clips._decoded
+
+    def waiting(stream, packet, deadline):
+        time.sleep(0.3)
+        return truth(stream, packet, deadline)
+
+    monkeypatch.setattr(clips, "_decoded", waiting)
+    assert clip_of(data, 1, timeout_s=0.5).shape[0] == 1
 
 
 def test_cover_art_of_a_sound_file_is_no_clip():
@@ -178,3 +333,28 @@ def test_cover_art_of_a_sound_file_is_no_clip():
     with av.open(io.BytesIO(data)) as container:
         assert container.streams.video[0].disposition & av.stream.Disposition.attached_pic
     assert kind_of_error(clip_of, data, 2) == "no_video"
+
+
+MUTATED = [("mp4", "libx264"), ("webm", "libvpx-vp9"), ("mpegts", "mpeg2video"), ("avi", "mpeg4"), ("flv", "libx264")]
+
+
+@pytest.mark.parametrize(("form", "codec"), MUTATED)
+def test_a_mutated_clip_is_read_or_refused_and_the_same_again(form, codec):
+    whole = media.clip(media.moving_frames(12), form, codec, rate=25)
+    chance = random.Random(0)
+
+    def outcome(data: bytes):
+        try:
+            return clip_of(data, 4, max_px=10**6, sampling=FPS).tobytes()
+        except SampleError as error:
+            return error.kind, str(error)
+
+    outcomes = []
+    for _ in range(40):
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 3, 20))):
+            at, count = chance.randrange(len(data)), chance.randrange(1, 30)
+            data[at : at + count] = chance.choice((bytes(count), b"", chance.randbytes(1)))
+        outcomes.append(outcome(bytes(data)))
+        assert outcomes[-1] == outcome(bytes(data))
+    assert {type(found) for found in outcomes} == {bytes, tuple}, "some are read, some refused"

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from tests.support import media
-from univitar_ds.data.probe import MediaSize, probe
+from univitar_ds.data.probe import MediaSize, open_video, probe
 from univitar_ds.errors import SampleError
 
 
@@ -92,21 +92,44 @@ def test_clips_in_every_container_tell_size_and_about_how_many_frames(form, code
     size = probe(media.clip(media.grey_frames(12, 48, 64), form, codec, rate=rate), form)
     assert (size.kind, size.height, size.width) == ("video", 48, 64)
     assert abs(size.frames - 12) <= 1
+    assert size.duration_s == pytest.approx(12 / rate, abs=1.1 / rate)
+
+
+@pytest.mark.parametrize(
+    ("form", "codec"), [("mp4", "libx264"), ("avi", "libx264"), ("mpegts", "libx264"), ("matroska", "libx264")]
+)
+def test_the_header_tells_the_same_whether_frames_are_decoded_or_not(form, codec):
+    data = media.clip(media.moving_frames(30), form, codec, rate=25)
+    told = []
+    for thorough in (False, True):
+        container, stream = open_video(data, thorough)
+        with container:
+            context = stream.codec_context
+            told.append((context.height, context.width, stream.frames, stream.average_rate, container.duration))
+            assert (context.pix_fmt is not None) == thorough, "the pixel format is what decoding adds"
+    assert told[0] == told[1]
+
+
+def test_a_clip_that_does_not_say_how_long_it_lasts_has_no_duration():
+    with_rate = media.clip(media.grey_frames(12), "flv", "flv")
+    at = with_rate.index(b"duration") + len(b"duration") + 1
+    assert probe(with_rate, "flv").duration_s == pytest.approx(1.2)
+    assert probe(with_rate[:at] + bytes(8) + with_rate[at + 8 :], "flv").duration_s >= 0
 
 
 def test_a_quarter_turn_in_the_display_matrix_swaps_the_sides_of_a_clip():
     data = media.clip(media.grey_frames(4, 48, 64))
     for matrix in [(0, 1, -1, 0), (0, -1, 1, 0), (0, 1, 1, 0)]:
-        assert probe(media.turned_mp4(data, matrix), "mp4") == MediaSize("video", 64, 48, 4)
+        assert probe(media.turned_mp4(data, matrix), "mp4") == MediaSize("video", 64, 48, 4, 0.4)
     for matrix in [(1, 0, 0, 1), (-1, 0, 0, -1), (-1, 0, 0, 1)]:
-        assert probe(media.turned_mp4(data, matrix), "mp4") == MediaSize("video", 48, 64, 4)
+        assert probe(media.turned_mp4(data, matrix), "mp4") == MediaSize("video", 48, 64, 4, 0.4)
 
 
 def test_a_gif_is_a_picture_unless_its_name_makes_it_a_clip():
     frames = [Image.fromarray(frame) for frame in media.grey_frames(6, 40, 64)]
     data = media.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
     assert probe(data, "gif") == MediaSize("image", 40, 64, 1)
-    assert probe(data, "gifv") == MediaSize("video", 40, 64, 6)
+    assert probe(data, "gifv") == MediaSize("video", 40, 64, 6, 0.6)
 
 
 def test_what_is_no_media_is_a_bad_sample_with_a_kind():

@@ -2,15 +2,19 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.support.memory import shards_of
 from tests.support.shards import clip, picture
 from univitar_ds.data import samples
 from univitar_ds.data.captions import read_texts
-from univitar_ds.data.lanes import shard_samples
+from univitar_ds.data.reading import shard_samples
 from univitar_ds.data.samples import SizeRule, belongs, read_sample, read_sample_again
+from univitar_ds.data.sampling import Sampling
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import Resolution
 
@@ -57,7 +61,76 @@ def test_reading_again_by_address_gives_the_same_sample():
         read_sample_again(shard, group.offset, group.length, VIDEO)
 
 
-def test_each_fault_of_a_sample_has_its_kind(monkeypatch):
+def test_a_clip_takes_as_many_frames_as_its_duration_gives():
+    shard, group = shard_and_group({"mp4": clip(28, 56, frames=12), "txt": b"moves"}, "video")  # 8 frames a second
+    for rate, most, frames in ((1.0, 16, 2), (3.0, 16, 4), (4.0, 16, 6), (8.0, 16, 12), (30.0, 16, 16), (30.0, 8, 8)):
+        found = read_sample(shard, group, replace(VIDEO, frames=most, sampling=Sampling("fps", rate)))
+        assert (found.frames, found.grid[0]) == (frames, frames // 2), rate
+        assert found.grid[1:] == VIDEO.resolution.grid(28, 56, frames)[1:]
+
+
+sides = st.integers(1, 4000)
+
+
+@given(sides, sides, st.integers(1, 32), st.integers(1, 600), st.integers(0, 3000), st.sampled_from([14, 28]))
+def test_token_limits_hold_for_the_whole_clip(height, width, tubelets, least, more, divisor):
+    resolution = Resolution(least, max(least + more, 4 * tubelets), divisor)
+    rule = SizeRule("video", resolution, 64, resolution.max_tokens, 10**8)
+    steps, h, w = rule.grid(height, width, 2 * tubelets)
+    assert steps == tubelets
+    assert h % (divisor // 14) == w % (divisor // 14) == 0
+    assert 0 < steps * h * w <= resolution.max_tokens
+
+
+@given(sides, sides, st.integers(4, 3000), st.integers(0, 400), st.sampled_from([14, 28, 112]))
+def test_what_a_pack_has_no_room_for_is_resized_again(height, width, most, below, divisor):
+    cell = (divisor // 14) ** 2
+    resolution = Resolution(max(most - below, 1), max(most, cell), divisor)
+    rule = SizeRule("image", resolution, 1, max(most, cell), 10**8)
+    grid, first = rule.grid(height, width, 1), resolution.grid(height, width, 1)
+    if first[1] * first[2] <= rule.most_tokens:
+        assert grid == first
+    else:
+        assert cell <= grid[1] * grid[2] <= rule.most_tokens
+        assert grid[1] <= first[1] or grid[2] <= first[2]
+
+
+def test_a_square_that_is_too_large_for_a_pack_stays_a_square():
+    rule = SizeRule("video", Resolution(1, 1, 14, 112), 8, 4 * 8 * 8 - 1, 10**8)
+    assert rule.grid(300, 200, 8) == (4, 7, 7)
+
+
+def test_items_larger_than_the_rule_allows_are_marked():
+    rule = SizeRule("image", Resolution(4, 24, 14), 1, 100, 10**6)
+    marks = [
+        (rule.grid(height, width, 1), rule.shrinks(height, width, rule.grid(height, width, 1)))
+        for height, width in ((14, 14), (56, 84), (62, 90), (56, 98), (280, 280))
+    ]
+    assert marks == [
+        ((1, 2, 2), False),  # enlarged
+        ((1, 4, 6), False),
+        ((1, 4, 6), False),  # rounded
+        ((1, 3, 6), True),
+        ((1, 4, 4), True),
+    ]
+    shard, group = shard_and_group({"png": picture(280, 280, form="PNG"), "txt": b"t"})
+    assert read_sample(shard, group, rule).shrunk
+    assert not read_sample(shard, group, replace(rule, resolution=Resolution(4, 400, 14), most_tokens=400)).shrunk
+
+
+def test_a_whole_clip_is_measured_and_a_small_pack_or_square_counts_too():
+    clips = SizeRule("video", Resolution(1, 24, 14), 8, 100, 10**6)
+    assert not clips.shrinks(28, 42, clips.grid(28, 42, 8))
+    assert clips.shrinks(42, 42, clips.grid(42, 42, 8))
+    assert not clips.shrinks(42, 42, clips.grid(42, 42, 4))
+    square = SizeRule("image", Resolution(1, 1, 14, 56), 1, 100, 10**6)
+    assert square.shrinks(70, 70, square.grid(70, 70, 1))
+    assert not square.shrinks(56, 56, square.grid(56, 56, 1))
+    small_pack = SizeRule("image", Resolution(1, 50, 14), 1, 20, 10**6)
+    assert small_pack.shrinks(70, 70, small_pack.grid(70, 70, 1))
+
+
+def test_each_fault_of_a_sample_has_its_kind():
     assert kind_of({"txt": b"alone"}) == "no_media"
     assert kind_of({"png": PNG}) == "no_caption"
     assert kind_of({"png": PNG, "json": b"{}"}) == "no_caption"
@@ -65,9 +138,23 @@ def test_each_fault_of_a_sample_has_its_kind(monkeypatch):
     assert kind_of({"png": b"", "txt": b"t"}) == "unreadable"
     assert kind_of({"mp4": picture(20, 20), "txt": b"t"}, VIDEO) == "wrong_kind"
     assert kind_of({"png": PNG, "txt": b"t"}, replace(IMAGE, max_image_px=28 * 42 - 1)) == "too_large"
-    assert kind_of({"png": PNG, "txt": b"t"}, replace(IMAGE, most_tokens=5)) == "too_large"
-    monkeypatch.setattr(samples, "SAMPLE_BYTES_LIMIT", 1000)
-    assert kind_of({"png": PNG + bytes(1000), "txt": b"t"}) == "too_large"
+    assert kind_of({"png": PNG, "txt": b"t"}, replace(IMAGE, most_tokens=0)) == "too_large"
+    moving = {"mp4": clip(28, 56, frames=12), "txt": b"t"}
+    assert kind_of(moving, replace(VIDEO, max_clip_s=1.4)) == "too_large"
+    assert read_sample(*shard_and_group(moving, "video"), replace(VIDEO, max_clip_s=1.5)).frames == 4
+
+
+def test_a_sample_with_too_many_bytes_is_refused_unread():
+    shard, group = shard_and_group({"png": PNG + bytes(1 << 20), "txt": b"t"})
+    small = replace(IMAGE, max_sample_mb=1)
+    before = shard.storage.ranges_read
+    again = partial(read_sample_again, shard, group.offset, group.length)
+    for refused in (partial(read_sample, shard, group), again):
+        with pytest.raises(SampleError, match=r"above data\.max_sample_mb = 1 ") as caught:
+            refused(small)
+        assert caught.value.kind == "too_large"
+    assert shard.storage.ranges_read == before
+    assert read_sample(shard, group, replace(IMAGE, max_sample_mb=2)).grid == (1, 2, 3)
 
 
 def test_two_members_of_one_name_are_a_fault():

@@ -1,0 +1,107 @@
+"""What the packets of a video stream say of themselves before they are decoded: where decoding may begin.
+
+A container's key frame flag is not enough: it also marks pictures after which some frames still refer to what came
+before. Here a packet counts only if the coded data itself proves that nothing after it looks back across it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import av
+
+_INTRA_ONLY = frozenset({"mjpeg", "png", "prores", "dnxhd"})
+_DROPS_EXACTLY = frozenset({"h264", "mpeg1video", "mpeg2video"})
+# H.264: slice types; sequence and picture parameter sets. HEVC: the same, with video parameter sets.
+_SLICES = {"h264": range(1, 6), "hevc": range(0, 22)}
+_IDR = {"h264": (5,), "hevc": (19, 20)}
+_SETS = {"h264": frozenset({7, 8}), "hevc": frozenset({32, 33, 34})}
+_START_CODE = b"\0\0\1"
+
+
+def drops_exactly(codec: str) -> bool:
+    """Whether FFmpeg's NONREF leaves out only frames that no other frame refers to.
+
+    Not for HEVC: what is no reference within its temporal layer may be one for a higher layer.
+    """
+    return codec in _DROPS_EXACTLY
+
+
+def is_shown(codec: str, packet: av.Packet) -> bool:
+    """Whether a packet gives a frame on show; VP8's alternate references are packets of their own."""
+    return not packet.is_discard and (codec != "vp8" or bool(memoryview(packet)[0] & 0x10))
+
+
+def restarts(codec: str, extradata: bytes | None, packets: Sequence[av.Packet]) -> list[int]:
+    """Ascending indices of the packets that decoding may begin with, without any packet before them.
+
+    Every frame that follows such a packet both in order of decoding and of display then comes out as it does in a
+    decode from the start. The first packet is left out: decoding begins there anyway.
+    """
+    if codec in _INTRA_ONLY:
+        return list(range(1, len(packets)))
+    keys = [i for i, packet in enumerate(packets) if i and packet.is_keyframe]
+    if not keys:
+        return []
+    if codec in _IDR:
+        return _parameterised(codec, extradata or b"", packets, set(keys))
+    proof = _PROOFS.get(codec)
+    return [i for i in keys if proof(bytes(packets[i]))] if proof else []
+
+
+def _parameterised(codec: str, extradata: bytes, packets: Sequence[av.Packet], keys: set[int]) -> list[int]:
+    """H.264 and HEVC: an IDR picture that brings its parameter sets along, or finds them in the header."""
+    found = []
+    sets_in_band = False
+    for index, packet in enumerate(packets):
+        types = list(_unit_types(codec, bytes(packet), _length_bytes(codec, extradata)))
+        first_slice = next((kind for kind in types if kind in _SLICES[codec]), None)
+        complete = not sets_in_band or _SETS[codec].issubset(types)
+        if index in keys and first_slice in _IDR[codec] and complete:
+            found.append(index)
+        sets_in_band = sets_in_band or not _SETS[codec].isdisjoint(types)
+    return found
+
+
+def _length_bytes(codec: str, extradata: bytes) -> int:
+    """Bytes of the length before each unit; 0 where start codes part them."""
+    at = 4 if codec == "h264" else 21
+    return (extradata[at] & 3) + 1 if extradata[:1] == b"\1" and len(extradata) > at else 0
+
+
+def _unit_types(codec: str, data: bytes, length_bytes: int) -> Iterator[int]:
+    for at in _units(data, length_bytes):
+        yield data[at] & 31 if codec == "h264" else data[at] >> 1 & 63
+
+
+def _units(data: bytes, length_bytes: int) -> Iterator[int]:
+    """Where each unit of a packet begins."""
+    at = 0
+    if not length_bytes:
+        while 0 <= (at := data.find(_START_CODE, at)) < len(data) - 3:
+            at += 3
+            yield at
+        return
+    while at + length_bytes < len(data):
+        length = int.from_bytes(data[at : at + length_bytes], "big")
+        at += length_bytes
+        yield at
+        at += length
+
+
+def _vp8_key(data: bytes) -> bool:
+    return not data[0] & 1
+
+
+def _vp9_key(data: bytes) -> bool:
+    marker, profile, repeats, inter = data[0] >> 6, data[0] >> 4 & 3, data[0] >> 3 & 1, data[0] >> 2 & 1
+    return marker == 2 and profile != 3 and not repeats and not inter
+
+
+def _mpeg_intra(data: bytes) -> bool:
+    """MPEG-1 and 2: an I picture behind a sequence header, which sets all tables anew."""
+    picture = data.find(b"\0\0\1\0")
+    return b"\0\0\1\xb3" in data[: max(picture, 0)] and len(data) > picture + 5 and data[picture + 5] >> 3 & 7 == 1
+
+
+_PROOFS = {"vp8": _vp8_key, "vp9": _vp9_key, "mpeg1video": _mpeg_intra, "mpeg2video": _mpeg_intra}
