@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer
@@ -11,11 +12,14 @@ from tokenizers import Tokenizer
 from univitar_ds.config.schema import DataConfig
 from univitar_ds.data import text
 from univitar_ds.data.batch import PackedBatch, rows
-from univitar_ds.data.lanes import Item, Plan, check_bad_in_a_row, report_bad
+from univitar_ds.data.cursor import WELL
+from univitar_ds.data.health import BadPolicy, Health
+from univitar_ds.data.lanes import Item, Plan
 from univitar_ds.data.layout import Modality, item_bytes
 from univitar_ds.data.pipeline import Pipeline, Rendered, rendered_inline
 from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob
 from univitar_ds.data.samples import SizeRule
+from univitar_ds.data.storage import StorageSettings
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import TUBELET
 
@@ -27,16 +31,28 @@ def decoded(
 
     `sizes` are the rules of the modalities in `plans`; `token_budget` the most tokens of a plan.
     """
-    limits = DecodeLimits(data.max_image_px, data.decode_timeout_s)
+    limits = DecodeLimits(data.max_image_px, data.decode_timeout_s, data.max_clip_s)
+    settings = StorageSettings.of(data)
 
     def job_of(plan: Plan) -> RenderJob:
         return RenderJob(plan.modality, sizes[plan.modality].sampling, limits, list(map(_render_item, plan.items)))
 
     if data.workers == 0:
-        return rendered_inline(plans, job_of)
-    # A clip stores TUBELET frames a token, a picture one: the slot fits either.
-    slot_bytes = item_bytes((1, 1, token_budget), TUBELET)
-    return Pipeline(plans, job_of, workers=data.workers, prefetch_packs=data.prefetch_packs, slot_bytes=slot_bytes)
+        return rendered_inline(plans, job_of, settings)
+    return Pipeline(
+        plans,
+        job_of,
+        workers=data.workers,
+        prefetch_packs=data.prefetch_packs,
+        slot_bytes=max(_bytes_of_a_token(modality) for modality in sizes) * token_budget,
+        restarts=data.worker_restarts,
+        settings=settings.shared(),
+    )
+
+
+def _bytes_of_a_token(modality: Modality) -> int:
+    """A clip stores TUBELET frames a token, a picture one."""
+    return item_bytes((1, 1, 1), TUBELET if modality == "video" else 1)
 
 
 def _render_item(item: Item) -> RenderItem:
@@ -52,26 +68,42 @@ def _render_item(item: Item) -> RenderItem:
     )
 
 
-class FailureCount:
-    """Samples that failed in decoding, in the order of delivery: logged, and too many in a row are an error."""
+class DecodingHealth:
+    """Samples that fail in decoding, counted in the order of delivery: the policy's second phase.
 
-    def __init__(self, max_bad_in_a_row: int) -> None:
-        self._limit = max_bad_in_a_row
-        self._in_a_row: Counter[tuple[int, Modality]] = Counter()
+    Its state travels in the cursors of the packs, and is taken up from the first pack of each lane.
+    """
 
-    def check(self, pack: Rendered) -> None:
-        """Raises: DataError once more than the limit in a row have failed in one lane and modality."""
+    def __init__(self, policy: BadPolicy) -> None:
+        self._policy = policy
+        self._healths: dict[tuple[int, Modality], Health] = {}
+
+    def check(self, pack: Rendered) -> Rendered:
+        """The pack, with the state after it in its cursor.
+
+        Raises: DataError where the policy has the run end.
+        """
         plan = pack.plan
+        health = self._of(plan)
         reasons = {index: SampleError(kind, message) for index, kind, message in pack.failures}
-        stream = (plan.lane, plan.modality)
         for index, item in enumerate(plan.items):
             error = reasons.get(index)
             if error is None:
-                self._in_a_row[stream] = 0
-                continue
-            self._in_a_row[stream] += 1
-            report_bad(item.sample.name, item.sample.media_offset, error)
-            check_bad_in_a_row(self._in_a_row[stream], self._limit, f"lane {plan.lane}, step {plan.index}", error)
+                health.good()
+            else:
+                health.bad(f"{item.sample.name} at byte {item.sample.media_offset}", error)
+        if plan.cursor is None:
+            return pack
+        lane = {name: tuple(each.to_json()) for (lane, name), each in self._healths.items() if lane == plan.lane}
+        cursor = replace(plan.cursor, decoding={**plan.cursor.decoding, **lane})
+        return replace(pack, plan=replace(plan, cursor=cursor))
+
+    def _of(self, plan: Plan) -> Health:
+        stream = (plan.lane, plan.modality)
+        if stream not in self._healths:
+            saved = WELL if plan.cursor is None else plan.cursor.decoding.get(plan.modality, WELL)
+            self._healths[stream] = Health(self._policy, f"lane {plan.lane}, {plan.modality}, decoding", saved)
+        return self._healths[stream]
 
 
 def collate(rendered: Rendered, tokenizer: Tokenizer | None, context_length: int) -> PackedBatch:
@@ -100,6 +132,7 @@ def collate(rendered: Rendered, tokenizer: Tokenizer | None, context_length: int
         modality=plan.modality,
         lane=plan.lane,
         index=plan.index,
-        cursor={} if plan.cursor is None else plan.cursor.to_json(),
+        stand=plan.cursor,
         bad=dict(bad),
+        shrunk=sum(item.sample.shrunk for item in items),
     )

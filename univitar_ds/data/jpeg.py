@@ -1,15 +1,15 @@
 """What a JPEG says about itself before its first scan: size, channels and EXIF orientation.
 
-Written here because the loader asks for every picture it plans: a walk over the markers costs microseconds,
-a library's open a hundred times that, and the frame header may lie hundreds of kilobytes into the file,
-behind colour profiles and thumbnails.
+Written here because the loader asks for every picture it plans: a walk over the markers costs a microsecond, a
+library's open a hundred times that, and the frame header may lie hundreds of kilobytes into the file, behind colour
+profiles and thumbnails.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from univitar_ds.errors import SampleError
 
@@ -21,8 +21,17 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _ORIENTATION_TAG = 0x0112
 
 
-@dataclass(frozen=True)
-class JpegHeader:
+# Two bytes of marker and two of length; markers that say nothing of size or orientation: APP0, APP2 to APP15,
+# comments, tables of quantization and of Huffman codes, restart intervals.
+_segment = struct.Struct(">HH").unpack_from
+_PASSED = frozenset({0xFFE0, *range(0xFFE2, 0xFFF0), 0xFFFE, 0xFFDB, 0xFFC4, 0xFFDD})
+_frame_start = struct.Struct(">BHHB").unpack_from
+"""Precision, height, width and channels."""
+_USUAL_FRAMES = frozenset({0xFFC0, 0xFFC2})
+"""Baseline and progressive."""
+
+
+class JpegHeader(NamedTuple):
     """Sides in pixels as stored, i.e. before the EXIF `orientation` (1 to 8) is applied."""
 
     height: int
@@ -46,6 +55,23 @@ def read_header(data: bytes) -> JpegHeader:
 
     Raises: SampleError if there is no frame header, or one without pixels.
     """
+    position = 2
+    try:
+        marker, length = _segment(data, position)
+        while marker in _PASSED:
+            position += 2 + length
+            marker, length = _segment(data, position)
+        if marker in _USUAL_FRAMES:
+            precision, height, width, channels = _frame_start(data, position + 4)
+            if height and width and length > 7:
+                return JpegHeader(height, width, channels, precision, 1)
+    except struct.error:
+        pass
+    return _read_slowly(data)
+
+
+def _read_slowly(data: bytes) -> JpegHeader:
+    """The same for any file: with EXIF or XMP, junk, padding, odd markers or damage."""
     from_exif = from_xmp = 0
     position = 2
     while True:

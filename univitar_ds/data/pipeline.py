@@ -1,38 +1,37 @@
 """Plans in, decoded packs out, in the order of the plans, with decoding in processes ahead of the trainer.
 
 A planner thread draws plans; one thread per decoding process hands it a plan and a free slot of the ring and waits for
-its answer. A slot is free again as soon as its pack has been delivered, because delivery copies the pixels out.
+its answer. Delivery lends the slot itself: it is free again when nobody holds the pixels any more. Whoever holds many
+packs at a time gets copies of the later ones, so that decoding never waits for a pack to be dropped.
 """
 
 from __future__ import annotations
 
 import atexit
 import itertools
-import json
-import signal
-import subprocess
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Self
 
 import numpy as np
 
-from univitar_ds.data import worker
+from univitar_ds.data.attendant import Attendant, Closed, Restarts
+from univitar_ds.data.forkserver import ForkServer
 from univitar_ds.data.lanes import Plan
 from univitar_ds.data.render import Failure, RenderJob, render
 from univitar_ds.data.ring import Ring
-from univitar_ds.errors import DataError
+from univitar_ds.data.storage import LOCAL, StorageSettings
 
-_PATIENCE_S = 120.0
-"""Seconds a pack of pictures may take before its process counts as hung; clips have their own limit on top."""
+LENT = 8
+"""Packs of which the trainer may hold the slots: those of two steps of four lanes. An unused slot takes no memory."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A decoded pack: `pixels` (B,) uint8, its own memory, without the items in `failures`."""
+    """A decoded pack: `pixels` (B,) uint8, without the items in `failures`; nothing overwrites them while held."""
 
     plan: Plan
     pixels: np.ndarray
@@ -40,14 +39,15 @@ class Rendered:
 
 
 JobOf = Callable[[Plan], RenderJob]
+_Outcome = tuple[int, RenderJob, Rendered] | BaseException
 
 
-def rendered_inline(plans: Iterator[Plan], job_of: JobOf) -> Iterator[Rendered]:
+def rendered_inline(plans: Iterator[Plan], job_of: JobOf, settings: StorageSettings = LOCAL) -> Iterator[Rendered]:
     """The same packs as `Pipeline` gives, decoded in the calling thread when asked for."""
     for plan in plans:
         job = job_of(plan)
         buffer = np.empty(job.bytes, np.uint8)
-        failures = render(job, buffer)
+        failures = render(job, buffer, settings)
         yield Rendered(plan, buffer[: _used(job, failures)], failures)
 
 
@@ -55,26 +55,43 @@ class Pipeline:
     """An iterator over decoded packs. Close it, or use it as a context manager."""
 
     def __init__(
-        self, plans: Iterator[Plan], job_of: JobOf, *, workers: int, prefetch_packs: int, slot_bytes: int
+        self,
+        plans: Iterator[Plan],
+        job_of: JobOf,
+        *,
+        workers: int,
+        prefetch_packs: int,
+        slot_bytes: int,
+        restarts: int = 0,
+        settings: StorageSettings = LOCAL,
     ) -> None:
-        """Start `workers` >= 1 processes; `slot_bytes` is the most that a plan's pixels take."""
+        """Start `workers` >= 1 processes.
+
+        `slot_bytes` is the most that a plan's pixels take; `restarts` how often a process that died may be replaced;
+        `settings` how the processes reach the shards.
+        """
         assert min(workers, prefetch_packs) >= 1, (workers, prefetch_packs)
         self._plans = plans
         self._job_of = job_of
         self._changed = threading.Condition()
         self._waiting: deque[tuple[int, Plan]] = deque()
         self._ahead = max(prefetch_packs, workers)
-        self._done: dict[int, tuple[int, RenderJob, Rendered] | BaseException] = {}
+        self._done: dict[int, _Outcome] = {}
         self._next = 0
         self._failure: BaseException | None = None
         self._stopped = False
-        self._ring = Ring.create(self._ahead, slot_bytes)
-        self._free = list(range(self._ahead))
-        self._workers = [worker.start(self._ring) for _ in range(workers)]
+        self._undelivered = self._lent = 0
+        slots = self._ahead + LENT
+        self._ring = Ring.create(slots, slot_bytes)
+        self._free = list(range(slots))
+        allowed = Restarts(restarts)
+        self._server = ForkServer(self._ring)
+        self._attendants = [
+            Attendant(number, self._server, self._ring, settings, allowed) for number in range(workers)
+        ]
         self._threads = [threading.Thread(target=self._draw_plans, name="planner", daemon=True)]
-        for number, (process, channel) in enumerate(self._workers):
-            arguments = (number, process, channel)
-            self._threads.append(threading.Thread(target=self._attend, args=arguments, name="decoder", daemon=True))
+        for attendant in self._attendants:
+            self._threads.append(threading.Thread(target=self._attend, args=[attendant], name="decoder", daemon=True))
         atexit.register(self.close)
         for thread in self._threads:
             thread.start()
@@ -91,8 +108,8 @@ class Pipeline:
     def __next__(self) -> Rendered:
         """The next pack in order.
 
-        Raises: StopIteration after the last plan; what planning raised, when its turn comes; DataError at once if a
-        decoding process has died or hangs.
+        Raises: when its turn comes, StopIteration after the last plan and whatever planning or decoding raised, such as
+        DataError for a shard that cannot be read or for decoding processes that end too often.
         """
         with self._changed:
             assert not self._stopped, "the pipeline is closed"
@@ -104,10 +121,19 @@ class Pipeline:
                 raise outcome
             del self._done[self._next]
             self._next += 1
+            lend = self._lent < LENT
+            self._lent += lend
         slot, job, rendered = outcome
-        pixels = self._ring.view(slot)[: _used(job, rendered.failures)].copy()
+        room = self._ring.view(slot)
+        pixels = room[: _used(job, rendered.failures)]
+        if lend:
+            weakref.finalize(room, self._take_back, slot).atexit = False  # every view of it keeps `room` alive
+        else:
+            pixels = pixels.copy()
         with self._changed:
-            self._free.append(slot)
+            self._undelivered -= 1
+            if not lend:
+                self._free.append(slot)
             self._changed.notify_all()
         return Rendered(rendered.plan, pixels, rendered.failures)
 
@@ -119,14 +145,17 @@ class Pipeline:
             self._stopped = True
             self._changed.notify_all()
         atexit.unregister(self.close)
-        for process, _ in self._workers:
-            process.kill()  # it holds nothing that an orderly end would save
-            process.wait()
+        for attendant in self._attendants:
+            attendant.stop()
+        self._server.close()
         for thread in self._threads:
             thread.join(timeout=10)
-        for _, channel in self._workers:
-            channel.close()
         self._ring.close()
+
+    def _take_back(self, slot: int) -> None:
+        with self._changed:
+            self._lent -= 1
+            self._free.append(slot)
 
     def _draw_plans(self) -> None:
         for number in itertools.count():
@@ -142,34 +171,42 @@ class Pipeline:
                 self._waiting.append((number, plan))
                 self._changed.notify_all()
 
-    def _attend(self, number: int, process: subprocess.Popen[bytes], channel: Connection) -> None:
-        """Keep one process busy. Slot and plan are taken together, so the oldest plan never lacks a slot."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or (self._free and self._waiting))
-                if self._stopped:
-                    return
-                slot = self._free.pop()
-                sequence, plan = self._waiting.popleft()
-                self._changed.notify_all()
-            try:
-                job = self._job_of(plan)
-                answer = _ask(channel, slot, job)
-            except (EOFError, OSError) as error:
-                self._fail(DataError(_obituary(number, process, plan, error)))
-                return
-            except BaseException as error:
-                self._fail(error)
-                return
-            if "data_error" in answer:
-                self._finish(sequence, DataError(answer["data_error"]))
-            elif "fault" in answer:
-                self._finish(sequence, RuntimeError(f"decoding process {number} failed:\n{answer['fault']}"))
-            else:
-                failures = [(index, kind, message) for index, kind, message in answer["failures"]]
-                self._finish(sequence, (slot, job, Rendered(plan, np.empty(0, np.uint8), failures)))
+    def _attend(self, attendant: Attendant) -> None:
+        """Keep one process busy. Slot and plan are taken together, so the oldest plan never lacks a slot.
 
-    def _finish(self, sequence: int, outcome: tuple[int, RenderJob, Rendered] | BaseException) -> None:
+        A slot is free whenever fewer than `_ahead` packs are undelivered, because no more than `LENT` are lent.
+        """
+        try:
+            attendant.start()
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopped or self._may_decode())
+                    if self._stopped:
+                        return
+                    self._undelivered += 1
+                    slot = self._free.pop()
+                    sequence, plan = self._waiting.popleft()
+                    self._changed.notify_all()
+                self._finish(sequence, self._decode(attendant, slot, plan))
+        except Closed:
+            return
+        except BaseException as error:
+            self._fail(error)
+
+    def _may_decode(self) -> bool:
+        return bool(self._waiting) and self._undelivered < self._ahead
+
+    def _decode(self, attendant: Attendant, slot: int, plan: Plan) -> _Outcome:
+        """Whatever decoding raises comes in the pack's place, so that it always comes after the same packs."""
+        try:
+            job = self._job_of(plan)
+            return slot, job, Rendered(plan, np.empty(0, np.uint8), attendant.render(slot, job, _name(plan)))
+        except Closed:
+            raise
+        except BaseException as error:
+            return error
+
+    def _finish(self, sequence: int, outcome: _Outcome) -> None:
         with self._changed:
             self._done[sequence] = outcome
             self._changed.notify_all()
@@ -180,31 +217,9 @@ class Pipeline:
             self._changed.notify_all()
 
 
-def _ask(channel: Connection, slot: int, job: RenderJob) -> dict:
-    """One job done by the process behind the channel. Raises: TimeoutError if it hangs, EOFError if it died."""
-    channel.send_bytes(json.dumps({"slot": slot, "job": job.to_json()}).encode())
-    clips = len(job.items) if job.modality == "video" else 0
-    if not channel.poll(_PATIENCE_S + clips * job.limits.timeout_s):
-        raise TimeoutError
-    return json.loads(channel.recv_bytes())
-
-
-def _obituary(number: int, process: subprocess.Popen[bytes], plan: Plan, error: Exception) -> str:
+def _name(plan: Plan) -> str:
     names = [item.sample.name for item in plan.items]
-    what = f"the pack of lane {plan.lane}, step {plan.index} ({len(names)} samples, {names[0]} to {names[-1]})"
-    who = f"decoding process {number} (pid {process.pid})"
-    if isinstance(error, TimeoutError):
-        return f"{who} gave no answer in time on {what}; look for a damaged file among them and leave it out"
-    try:
-        code = process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        return f"{who} closed its channel but still runs, on {what}; resume the run"
-    if code < 0:
-        return (
-            f"{who} was ended by {signal.Signals(-code).name} while it had {what}; if memory ran out lower "
-            "data.workers or data.prefetch_packs, then resume the run"
-        )
-    return f"{who} ended with exit code {code} while it had {what}; its own message is above"
+    return f"the pack of lane {plan.lane}, step {plan.index} ({len(names)} samples, {names[0]} to {names[-1]})"
 
 
 def _used(job: RenderJob, failures: Sequence[Failure]) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from univitar_ds.data.clips import decode_clip
 from univitar_ds.data.decode import decode_image
 from univitar_ds.data.layout import Modality, item_bytes
 from univitar_ds.data.sampling import Sampling
-from univitar_ds.data.storage import storage_for
-from univitar_ds.data.transforms import fit_clip, fit_image
+from univitar_ds.data.storage import LOCAL, StorageSettings, storage_for
+from univitar_ds.data.transforms import fit_image
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import PATCH
 
@@ -23,10 +24,11 @@ Failure = tuple[int, str, str]
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Pixels of a frame, seconds of a clip."""
+    """Pixels of a frame, seconds of decoding a clip, seconds that a clip lasts."""
 
     max_image_px: int
     timeout_s: float
+    max_clip_s: float
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,15 @@ class RenderJob:
         return cls(document["modality"], sampling, DecodeLimits(*document["limits"]), items)
 
 
-def render(job: RenderJob, buffer: np.ndarray) -> list[Failure]:
+def render(
+    job: RenderJob,
+    buffer: np.ndarray,
+    settings: StorageSettings = LOCAL,
+    after_item: Callable[[], None] = lambda: None,
+) -> list[Failure]:
     """Decode every item into `buffer` (uint8, at least `job.bytes`), one after another; a failed one takes no room.
 
+    Args: how shards are reached; what to call after each item.
     Returns: the items that could not be decoded.
     Raises: DataError if a shard cannot be read.
     """
@@ -92,24 +100,34 @@ def render(job: RenderJob, buffer: np.ndarray) -> list[Failure]:
     start = 0
     for index, item in enumerate(job.items):
         try:
-            pixels = _pixels(job, item)
+            _render_item(job, item, buffer[start : start + item.bytes], settings)
         except SampleError as error:
             failures.append((index, error.kind, str(error)))
-            continue
-        buffer[start : start + pixels.size] = pixels.reshape(-1)
-        start += pixels.size
+        else:
+            start += item.bytes
+        after_item()
     return failures
 
 
-def _pixels(job: RenderJob, item: RenderItem) -> np.ndarray:
-    data = storage_for(item.path).read_range(item.path, item.offset, item.length)
+def _render_item(job: RenderJob, item: RenderItem, room: np.ndarray, settings: StorageSettings) -> None:
+    data = storage_for(item.path, settings).read_range(item.path, item.offset, item.length)
+    if item.crc32 is not None and (found := zlib.crc32(data)) != item.crc32:
+        told = f"its bytes have the CRC-32 {found:08x}, {item.crc32:08x} when they were packed"
+        raise SampleError("checksum", f"{told}; restore the shard")
+    limits = job.limits
+    height, width = item.grid[1] * PATCH, item.grid[2] * PATCH
+    out = room.reshape(item.frames, height, width, 3)
     if job.modality == "image":
-        target = (item.grid[1] * PATCH, item.grid[2] * PATCH)
-        pixels = fit_image(decode_image(data, max_px=job.limits.max_image_px, target=target), item.grid)
+        pixels = decode_image(data, max_px=limits.max_image_px, target=(height, width))
+        fit_image(pixels, item.grid, out[0])
     else:
-        limits = job.limits
-        clip = decode_clip(data, frames=item.frames, max_px=limits.max_image_px, timeout_s=limits.timeout_s)
-        pixels = fit_clip(np.asarray(clip), item.grid)
-    assert pixels.dtype == np.uint8, pixels.dtype
-    assert pixels.size == item.bytes, (pixels.shape, item.grid)
-    return pixels
+        out[:] = decode_clip(
+            data,
+            frames=item.frames,
+            max_px=limits.max_image_px,
+            timeout_s=limits.timeout_s,
+            sampling=job.sampling,
+            draw=item.draw,
+            max_clip_s=limits.max_clip_s,
+            fit=lambda frame: fit_image(frame, item.grid),
+        )

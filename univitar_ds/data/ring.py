@@ -13,23 +13,28 @@ from typing import Self
 
 import numpy as np
 
+_COUNTER = np.dtype(np.int64)
+
 
 class Ring:
-    """`slots` pieces of `slot_bytes` bytes each. Who may write to which slot is the pipeline's business."""
+    """`slots` pieces of `slot_bytes` bytes each, and a counter for each.
+
+    Who may write to which slot is the pipeline's business.
+    """
 
     def __init__(self, descriptor: int, slots: int, slot_bytes: int) -> None:
         """Map an existing file; the ring then owns the descriptor."""
         self.slots = slots
         self.slot_bytes = slot_bytes
         self._descriptor: int | None = descriptor
-        self._map: mmap.mmap | None = mmap.mmap(descriptor, slots * slot_bytes)
+        self._map: mmap.mmap | None = mmap.mmap(descriptor, _total(slots, slot_bytes))
 
     @classmethod
     def create(cls, slots: int, slot_bytes: int) -> Self:
         """A new ring; pages take memory when they are first written."""
         assert min(slots, slot_bytes) > 0, (slots, slot_bytes)
         descriptor = _anonymous_file()
-        os.ftruncate(descriptor, slots * slot_bytes)
+        os.ftruncate(descriptor, _total(slots, slot_bytes))
         return cls(descriptor, slots, slot_bytes)
 
     @property
@@ -42,7 +47,13 @@ class Ring:
         """(slot_bytes,) uint8 over the slot itself, not a copy."""
         assert self._map is not None, "the ring is closed"
         assert 0 <= slot < self.slots, slot
-        return np.frombuffer(self._map, np.uint8, self.slot_bytes, slot * self.slot_bytes)
+        return np.frombuffer(self._map, np.uint8, self.slot_bytes, _start(self.slots) + slot * self.slot_bytes)
+
+    @property
+    def done(self) -> np.ndarray:
+        """(slots,) int64 over the counters themselves: items that whoever fills a slot has dealt with, ever rising."""
+        assert self._map is not None, "the ring is closed"
+        return np.frombuffer(self._map, _COUNTER, self.slots)
 
     def close(self) -> None:
         """Give the memory back once the last view is gone. Safe to call again."""
@@ -50,6 +61,15 @@ class Ring:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _start(slots: int) -> int:
+    """The byte where the first slot begins, behind the counters."""
+    return -(-slots * _COUNTER.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _total(slots: int, slot_bytes: int) -> int:
+    return _start(slots) + slots * slot_bytes
 
 
 def _anonymous_file() -> int:

@@ -32,6 +32,22 @@ def test_a_second_process_writes_into_the_same_memory():
     ring.close()
 
 
+def test_counters_are_beside_the_slots_and_shared_like_them():
+    ring = Ring.create(3, 100)
+    ring.done[2] += 1
+    code = f"from univitar_ds.data.ring import Ring; Ring({ring.descriptor}, 3, 100).done[2] += 1"
+    root = str(Path(__file__).parents[3])
+    subprocess.run(
+        [sys.executable, "-c", code], pass_fds=(ring.descriptor,), check=True, timeout=60, env={"PYTHONPATH": root}
+    )
+    assert ring.done.tolist() == [0, 0, 2]
+    for slot in range(3):
+        assert not ring.view(slot).any()
+        ring.view(slot)[:] = 255
+    assert ring.done.tolist() == [0, 0, 2]
+    ring.close()
+
+
 def test_the_memory_has_no_name_that_could_be_left_behind():
     before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     ring = Ring.create(1, 1 << 20)

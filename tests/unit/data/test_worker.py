@@ -1,0 +1,180 @@
+"""Real decoding processes: started, ended, killed, and gone when the trainer is."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support import media
+from univitar_ds.data.attendant import Attendant, Restarts
+from univitar_ds.data.forkserver import ForkServer
+from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob
+from univitar_ds.data.ring import Ring
+from univitar_ds.data.sampling import UNIFORM
+from univitar_ds.data.storage import LOCAL
+from univitar_ds.data.transforms import fit_image
+
+GRID = (1, 2, 3)
+
+
+def gone(pid, within_s=10):
+    for _ in range(within_s * 50):
+        try:
+            if ") Z " in Path(f"/proc/{pid}/stat").read_text():
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture
+def ring():
+    ring = Ring.create(2, 3 * 28 * 42 * 3)
+    yield ring
+    ring.close()
+
+
+@pytest.fixture
+def server(ring):
+    server = ForkServer(ring)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def job(tmp_path):
+    path = tmp_path / "picture"
+    path.write_bytes(media.encoded(media.noise(50, 70), "PNG"))
+    return RenderJob("image", UNIFORM, DecodeLimits(10**6, 30.0, 60.0), [
+        RenderItem(str(path), 0, path.stat().st_size, GRID, 1)
+    ])  # fmt: skip
+
+
+@pytest.fixture
+def stuck(job, tmp_path):
+    """A job that never ends: opening a pipe waits for a writer, deaf to signals that can be handled."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    return RenderJob("image", UNIFORM, job.limits, [RenderItem(str(path), 0, 9, GRID, 1)])
+
+
+def drawn(ring):
+    return ring.view(1).reshape(3, 28, 42, 3)
+
+
+def greeted(channel):
+    channel.send_bytes(json.dumps(LOCAL.to_json()).encode())
+    assert channel.recv_bytes() == b"ready"
+
+
+def test_pixels_come_through_the_ring_from_a_process_that_was_killed_before(server, ring, job):
+    attendant = Attendant(0, server, ring, LOCAL, Restarts(1))
+    expected = fit_image(np.asarray(media.noise(50, 70)), GRID)
+    assert attendant.render(1, job, "x") == []
+    assert (drawn(ring)[0] == expected).all()
+    ring.view(1)[:] = 0
+    os.kill(attendant._pid, signal.SIGKILL)
+    assert attendant.render(1, job, "x") == []
+    assert (drawn(ring)[0] == expected).all()
+    assert not drawn(ring)[1:].any()
+    assert ring.done.tolist() == [0, 2]
+    assert not ring.view(0).any()
+
+
+def test_items_done_one_by_one_stand_where_the_whole_pack_puts_them(server, ring, job):
+    good = job.items[0]
+    items = [good, replace(good, length=20), replace(good, grid=(1, 1, 1)), good]
+    attendant = Attendant(0, server, ring, LOCAL, Restarts(0))
+    whole = attendant.render(0, replace(job, items=items), "x")
+    alone = attendant._one_by_one(1, replace(job, items=items), "x")
+    assert [(index, kind) for index, kind, _ in whole] == [(1, "unreadable")]
+    assert alone == whole
+    assert (ring.view(0) == ring.view(1)).all()
+    used = 2 * 28 * 42 * 3 + 588
+    assert ring.view(0)[used - 100 : used].any()
+    assert not ring.view(0)[used:].any()
+
+
+def test_processes_end_with_their_channel_and_tell_how(server):
+    pid, channel = server.fork()
+    greeted(channel)
+    channel.close()
+    assert server.end(pid, hangs=False) == 0
+    assert gone(pid)
+    pid, channel = server.fork()
+    greeted(channel)
+    os.kill(pid, signal.SIGSEGV)
+    with pytest.raises(EOFError):
+        channel.recv_bytes()
+    assert server.end(pid, hangs=False) == -signal.SIGSEGV
+    pid, channel = server.fork()
+    greeted(channel)
+    assert server.end(pid, hangs=True) == -signal.SIGKILL
+    assert gone(pid)
+
+
+def test_when_the_server_is_killed_its_processes_go_and_the_next_call_starts_another(server, ring, job, stuck):
+    attendant = Attendant(0, server, ring, LOCAL, Restarts(1))
+    assert attendant.render(0, job, "x") == []
+    pid, channel = server.fork()
+    greeted(channel)
+    channel.send_bytes(json.dumps({"slot": 1, "start": 0, "job": stuck.to_json()}).encode())
+    server._process.kill()
+    assert gone(pid)
+    assert attendant.render(0, job, "x") == []
+    assert server.end(pid, hangs=True) is None
+    assert attendant.render(0, job, "x") == []
+    assert server.end(os.getpid(), hangs=True) is None
+
+
+def test_closing_ends_a_process_in_the_middle_of_its_work_and_is_safe_again(server, stuck):
+    pid, channel = server.fork()
+    greeted(channel)
+    channel.send_bytes(json.dumps({"slot": 0, "start": 0, "job": stuck.to_json()}).encode())
+    main = server._process
+    server.close()
+    server.close()
+    assert main.returncode == 0
+    assert not Path(f"/proc/{pid}").exists()
+    with pytest.raises((EOFError, OSError)):
+        server.fork()
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "sys.exit()"])
+def test_a_decoder_in_the_middle_of_its_work_does_not_outlive_the_trainer(stuck, end):
+    script = f"""
+import json, os, signal, sys
+from univitar_ds.data.forkserver import ForkServer
+from univitar_ds.data.ring import Ring
+from univitar_ds.data.storage import LOCAL
+server = ForkServer(Ring.create(1, 9999))
+pid, channel = server.fork()
+channel.send_bytes(json.dumps(LOCAL.to_json()).encode())
+channel.recv_bytes()
+channel.send_bytes({json.dumps({"slot": 0, "start": 0, "job": stuck.to_json()}).encode()!r})
+print(pid, server._process.pid, flush=True)
+{end}
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert not result.stderr
+    assert all(gone(int(pid)) for pid in result.stdout.split())
+
+
+def test_decoding_processes_start_without_torch_and_share_most_of_their_memory(server):
+    (pid, channel), (_, other) = server.fork(), server.fork()
+    greeted(channel)
+    greeted(other)
+    rollup = dict(line.split()[:2] for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    assert int(rollup["Private_Dirty:"]) < 16 << 10
+    assert int(rollup["Anonymous:"]) > 40 << 10
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    assert "libtorch_cpu" in maps
+    assert "libtorch_python" not in maps

@@ -1,0 +1,86 @@
+"""Antialiased bicubic resizing of uint8 pictures by torch's own kernel, called without Python's torch.
+
+`import torch` costs a decoding process a second of CPU and 190 MB, 130 of them its own. The kernel alone needs
+torch's C++ library and a tenth of the time; it is called through torch's stable C interface (`torch/csrc/stable`)
+and reads and writes the caller's memory. Where torch is imported already, the same library is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import sys
+from ctypes import byref, c_char_p, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+_OPERATOR = b"aten::_upsample_bicubic2d_aa"
+
+
+def resize(source: np.ndarray, out: np.ndarray) -> None:
+    """A picture resized into `out`, with bicubic weights that cover every source pixel (antialiased).
+
+    Within 1 level of Pillow's bicubic, but for 2 levels in 3 values of a million on photographs (10 on black and white
+    edges): the weights here have 15 bits, Pillow's 22. Columns and rows are two passes with 8 bits between them, so
+    their order shows by up to 20 levels; it is Pillow 13's.
+
+    Args: source (H, W, 3) and out (h, w, 3), both uint8 and C-contiguous.
+    """
+    (height, width, _), (rows, columns, _) = source.shape, out.shape
+    if rows < height and 2 * (width - columns) < height - rows and width != columns:
+        between = np.empty((rows, width, 3), np.uint8)
+        _call(source, between)
+        source = between
+    _call(source, out)
+
+
+def _call(source: np.ndarray, out: np.ndarray) -> None:
+    assert all(pixels.dtype == np.uint8 and pixels.flags.c_contiguous for pixels in (source, out))
+    library, release = load()
+    size = c_void_p()
+    library.torch_new_list_reserve_size(c_size_t(2), byref(size))
+    for side in out.shape[:2]:
+        library.torch_list_push_back(size, c_uint64(side))
+    # input, output size, align_corners, two scales (none: from the sizes), out. The call takes over what it is given.
+    stack = (c_uint64 * 6)(_tensor(library, source), size.value, 0, 0, 0, _tensor(library, out))
+    if library.torch_call_dispatcher(_OPERATOR, b"out", stack, release):
+        raise RuntimeError(library.torch_exception_get_what_without_backtrace().decode(errors="replace"))
+    library.aoti_torch_delete_tensor_object(c_void_p(stack[0]))
+
+
+def _tensor(library: ctypes.CDLL, pixels: np.ndarray) -> int:
+    """A tensor (1, 3, H, W), channels last, over the array's memory."""
+    height, width, channels = pixels.shape
+    sizes = (c_int64 * 4)(1, channels, height, width)
+    strides = (c_int64 * 4)(height * width * channels, 1, width * channels, channels)
+    handle = c_void_p()
+    data = c_void_p(pixels.ctypes.data)
+    uint8 = c_int32(library.aoti_torch_dtype_uint8())
+    no_offset, cpu, any_device = c_int64(0), c_int32(0), c_int32(-1)
+    failed = library.aoti_torch_create_tensor_from_blob(
+        data, c_int64(4), sizes, strides, no_offset, uint8, cpu, any_device, byref(handle)
+    )
+    if failed or handle.value is None:
+        raise RuntimeError(f"torch makes no tensor of shape {pixels.shape}")
+    return handle.value
+
+
+@cache
+def load() -> tuple[ctypes.CDLL, c_uint64]:
+    """torch's C++ library and its release as its C interface wants it."""
+    found = importlib.util.find_spec("torch")
+    assert found is not None, "torch is not installed"
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    path = str(Path(str(found.origin)).parent / "lib" / f"libtorch_cpu.{suffix}")
+    try:
+        library = ctypes.CDLL(path)
+    except OSError:  # some builds find their own parts only after torch's set-up
+        importlib.import_module("torch")
+        library = ctypes.CDLL(path)
+    library.torch_exception_get_what_without_backtrace.restype = c_char_p
+    major, minor = map(int, version("torch").split(".")[:2])
+    return library, c_uint64(major << 56 | minor << 48)
