@@ -10,20 +10,22 @@ from collections.abc import Sequence
 
 from tests.support.shards import Sample, picture
 from univitar_ds.data.batch import Modality
+from univitar_ds.data.health import BadPolicy
 from univitar_ds.data.lanes import StreamRules
-from univitar_ds.data.listing import Shard
 from univitar_ds.data.samples import SizeRule
+from univitar_ds.data.sources import SourceShard
 from univitar_ds.geometry import Resolution
 
 tiny_picture = functools.lru_cache(functools.partial(picture, form="PNG"))
 
 
 class MemoryStorage:
-    """The storage interface over a dictionary; counts the ranges that were read."""
+    """The storage interface over a dictionary; counts the ranges that were read and keeps the hints it was given."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.ranges_read = 0
+        self.hints: list[list[str]] = []
 
     def open(self, path: str) -> io.BytesIO:
         return io.BytesIO(self.files[path])
@@ -32,11 +34,20 @@ class MemoryStorage:
         self.ranges_read += 1
         return self.files[path][offset : offset + length]
 
+    def read(self, path: str) -> bytes:
+        return self.files[path]
+
     def size(self, path: str) -> int:
         return len(self.files[path])
 
+    def exists(self, path: str) -> bool:
+        return path in self.files
+
     def list(self, prefix: str) -> Sequence[str]:
         return sorted(path for path in self.files if path.startswith(prefix))
+
+    def prefetch(self, paths: Sequence[str]) -> None:
+        self.hints.append(list(paths))
 
 
 def tar_bytes(samples: Sequence[Sample]) -> bytes:
@@ -56,22 +67,46 @@ def sized_sample(key: str, index: int, captions: int = 1) -> Sample:
     return key, {"png": content, "json": json.dumps({"captions": [f"{key} {n}" for n in range(captions)]}).encode()}
 
 
-def memory_shards(counts: Sequence[int], modality: Modality | None = "image", captions: int = 1) -> list[Shard]:
-    """One shard for each count, with so many pictures of 1 to 20 tokens."""
-    return shards_of(
-        [[sized_sample(f"{s}-{i}", 7 * s + i, captions) for i in range(n)] for s, n in enumerate(counts)], modality
-    )
+def memory_shards(counts: Sequence[int], modality: Modality | None = "image", **told) -> list[SourceShard]:
+    """One shard for each count, with so many pictures of 1 to 20 tokens.
+
+    `told`: captions for each, `sources` as in `shards_of`.
+    """
+    captions = told.pop("captions", 1)
+    contents = [[sized_sample(f"{s}-{i}", 7 * s + i, captions) for i in range(n)] for s, n in enumerate(counts)]
+    return shards_of(contents, modality, **told)
 
 
-def shards_of(contents: Sequence[Sequence[Sample]], modality: Modality | None = "image") -> list[Shard]:
+def shards_of(
+    contents: Sequence[Sequence[Sample]],
+    modality: Modality | None = "image",
+    *,
+    sources: Sequence[str] | None = None,
+    templates: Sequence[str] = (),
+) -> list[SourceShard]:
+    """A shard for each content; `sources` names the source of each."""
+    return raw_shards([tar_bytes(samples) for samples in contents], modality, sources=sources, templates=templates)
+
+
+def raw_shards(
+    contents: Sequence[bytes],
+    modality: Modality | None = "image",
+    *,
+    sources: Sequence[str] | None = None,
+    templates: Sequence[str] = (),
+) -> list[SourceShard]:
+    """The same from bytes that need not be sound tars."""
     storage = MemoryStorage()
-    for number, samples in enumerate(contents):
-        storage.files[f"m{number}"] = tar_bytes(samples)
-    return [Shard(name, name, storage, len(content), modality) for name, content in storage.files.items()]
+    storage.files = {f"m{number}": content for number, content in enumerate(contents)}
+    return [
+        SourceShard(name, name, storage, len(content), modality, source=source, templates=tuple(templates))
+        for (name, content), source in zip(storage.files.items(), sources or [""] * len(contents), strict=True)
+    ]
 
 
-def small_rules(shards: Sequence[Shard], *, lanes: int = 1, seed: int = 0, **changed) -> StreamRules:
-    """Native pictures of 1 to 20 tokens, 40 tokens a pack."""
+def small_rules(shards: Sequence[SourceShard], *, lanes: int = 1, seed: int = 0, **changed) -> StreamRules:
+    """Native pictures of 1 to 20 tokens, 40 tokens a pack; 6 bad samples in a row are an error, however many are."""
     size = SizeRule(changed.pop("modality", "image"), Resolution(1, 20, 14), changed.pop("frames", 1), 40, 10**6)
-    fields = {"token_budget": 40, "pool_samples": 16, "max_bad_in_a_row": 5, **changed}
+    policy = BadPolicy("skip", 1000, changed.pop("max_bad_in_a_row", 5))
+    fields = {"token_budget": 40, "pool_samples": 16, "policy": policy, **changed}
     return StreamRules(shards=shards, lanes=lanes, seed=seed, size=size, **fields)

@@ -36,6 +36,8 @@ RESULT_FREE = (
     "data.log_samples",
     "model.attention",
     "model.checkpoint_every",
+    "objective.teacher.partitioned",
+    "objective.teacher.cache",
     "checkpoint",
     "evaluation",
     "logging",
@@ -199,20 +201,31 @@ def dump_config(config: RunConfig, path: Path) -> None:
 
 
 def result_part(config: RunConfig) -> dict[str, Any]:
-    """What of a run file decides the result: all of it but the keys in RESULT_FREE."""
+    """What of a run file decides the result: all of it but the keys in RESULT_FREE and where the sources lie."""
     content = config.model_dump(mode="json")
+    weighted = any(stage.weights for stage in config.stages)
+    for entry, source in zip(content["data"]["sources"], config.data.sources, strict=True):
+        del entry["path"]  # data may move: the cursors know whether they are still the same
+        entry["name"] = source.label if weighted else None
     for dotted in RESULT_FREE:
         *sections, last = dotted.split(".")
         node = content
         for section in sections:
-            node = node[section]
-        node.pop(last)
+            node = None if node is None else node[section]
+        if node is not None:  # a section that is left out holds nothing to leave out
+            node.pop(last)
     return content
 
 
 def config_fingerprint(config: RunConfig) -> str:
     """Hash of what decides the result; a checkpoint carries it."""
     return hashlib.sha256(json.dumps(result_part(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def changed_result(before: RunConfig, after: RunConfig) -> list[str]:
+    """Dotted names of the keys that make another result; not those of sources where changed ones are accepted."""
+    changed = changed_keys(result_part(before), result_part(after))
+    return [key for key in changed if not (after.data.accept_changed_sources and key.startswith("data.sources"))]
 
 
 def changed_keys(before: Any, after: Any, place: str = "") -> list[str]:

@@ -119,7 +119,9 @@ class DataConfig(Section):
     prefetch_packs: Positive = Field(4, description="packs decoded ahead per rank")
     pool_samples: Positive = Field(192, description="samples a lane looks ahead over when it fills a pack")
     max_image_px: Positive = Field(100_000_000, description="a frame with more pixels is a bad sample")
-    decode_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="longest decoding of one clip")
+    decode_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="longest decoding of one clip, in seconds of CPU"
+    )
     max_sample_mb: Positive = Field(1024, description="a sample with more bytes is bad")
     max_clip_s: Annotated[float, Field(gt=0)] = Field(3600.0, description="a longer clip is a bad sample")
     on_bad: Literal["skip", "fail"] = Field("skip", description="what an unreadable sample does to the run")
@@ -181,6 +183,29 @@ class ClipSampling(Section):
     jitter: bool = Field(False, description="each frame is drawn within its part of the clip, not its middle")
 
 
+class Schedule(Section):
+    """The weight of a loss over a stage."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    start: Annotated[float, Field(ge=0)] = 0.0
+    end: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="what linear and cosine have reached when the stage is over"
+    )
+
+    @model_validator(mode="after")
+    def _ends_where_it_moves(self) -> Schedule:
+        if self.kind == "constant" and self.end is not None:
+            raise ValueError(f"kind constant stays at start {self.start:g}; remove end {self.end:g} or change kind")
+        if self.kind != "constant" and self.end is None:
+            raise ValueError(f"kind {self.kind} moves from start {self.start:g} to end; add end")
+        return self
+
+    @property
+    def ever(self) -> bool:
+        """Whether the weight is above 0 at some time of the stage."""
+        return self.start > 0 or bool(self.end)
+
+
 class StageConfig(Section):
     """One leg of the curriculum. Its length is counted in items over all ranks and lanes."""
 
@@ -205,6 +230,7 @@ class StageConfig(Section):
     )
     decay_samples: Annotated[int, Field(ge=0)] = Field(0, description="length of the fall when lr_schedule is wsd")
     final_lr_ratio: Fraction = Field(0.0, description="learning rate at the stage's end, of its peak")
+    distill: Schedule = Field(Schedule(), description="weight of the distillation; 0: the teacher is not run")
 
     @model_validator(mode="after")
     def _fits(self) -> StageConfig:
@@ -245,14 +271,43 @@ class StageConfig(Section):
         return (self.image if modality == "image" else self.video).rule()
 
 
+class TeacherConfig(Section):
+    """A frozen vision model whose features the encoder is to match, and how."""
+
+    path: str = Field(
+        description="folder or hub name of a DINOv2, DINOv3, SigLIP or SigLIP 2 model, or folder of an exported encoder"
+    )
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    patch_loss: Literal["cosine", "smooth_l1"] = "cosine"
+    pooled_loss: Literal["cosine", "smooth_l1"] = "cosine"
+    patch_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
+    pooled_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
+    partitioned: bool = Field(False, description="each rank holds its share of the weights; else all of them")
+    cache: str | None = Field(
+        None, description="folder for features, 2 to 4 bytes times the teacher's width a token; nothing is evicted"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TeacherConfig:
+        if self.partitioned and self.cache is not None:
+            raise ValueError(
+                f"cache {self.cache} lets ranks skip the teacher at different steps, which partitioned cannot follow; "
+                "choose one"
+            )
+        if not self.patch_weight and not self.pooled_weight:
+            raise ValueError("patch_weight and pooled_weight are both 0; raise one or remove the teacher")
+        return self
+
+
 class ObjectiveConfig(Section):
-    """The contrastive objective."""
+    """The contrastive objective, and the distillation beside it."""
 
     kind: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="sigmoid for the recipe; softmax settles faster with a few dozen items a step"
     )
     chunk: Positive = Field(1024, description="texts compared at a time: memory of the loss")
     same_caption_positive: bool = Field(False, description="identical captions in one step count as positives")
+    teacher: TeacherConfig | None = Field(None, description="what stages.N.distill weighs")
 
 
 class OptimizerConfig(Section):
@@ -323,6 +378,13 @@ class RunConfig(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages need different names, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _distillation_has_a_teacher(self) -> RunConfig:
+        names = [stage.name for stage in self.stages if stage.distill.ever]
+        if names and self.objective.teacher is None:
+            raise ValueError(f"stages {names} distill, but from whom? set objective.teacher.path or remove distill")
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from univitar_ds.data.cursor import LaneCursor
 from univitar_ds.data.layout import Modality, item_bytes
 
 __all__ = ["Modality", "PackedBatch", "item_bytes", "rows"]
@@ -44,10 +45,17 @@ class PackedBatch:
     lane: int
     index: int
     """Number of the pack in its lane, which is the step of the run."""
-    cursor: dict[str, Any] = field(default_factory=dict)
-    """Where the lane stands after this pack, as JSON; see `cursor.LaneCursor`."""
+    stand: LaneCursor | None = None
+    """Where the lane stands after this pack; None for packs of an evaluation."""
     bad: dict[str, int] = field(default_factory=dict)
     """Unreadable samples met since the lane's previous pack, by kind."""
+    shrunk: int = 0
+    """Items that had more tokens at their own size than the stage allows, and were made smaller."""
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        """`stand` as JSON, as a checkpoint keeps it."""
+        return {} if self.stand is None else self.stand.to_json()
 
     @property
     def tokens(self) -> int:

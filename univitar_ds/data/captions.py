@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from univitar_ds.errors import SampleError
@@ -14,8 +14,8 @@ BYTES_LIMIT = 16 << 20
 
 
 class Texts(NamedTuple):
-    """At least one caption, none empty; the label where there is one; the data set that the label belongs to;
-    the CRC-32 of the media member, where its packer wrote one."""
+    """Captions, none empty, and at least one unless there is a label; the label where there is one; the data set that
+    the label belongs to; the CRC-32 of the media member, where its packer wrote one."""
 
     captions: tuple[str, ...]
     label: str | None
@@ -27,15 +27,29 @@ def read_texts(members: Mapping[str, bytes]) -> Texts:
     """Captions and label: the fields captions (a list), caption, label and set of .json first, else .txt and .cls.
 
     Args: contents of the text members by extension.
-    Raises: SampleError if there is no caption or one that is not text.
+    Raises: SampleError if there is neither a caption nor a label, or one that is not text.
     """
     for extension, content in members.items():
         if len(content) > BYTES_LIMIT:
             raise SampleError("too_large", f"its .{extension} has {len(content)} bytes (limit {BYTES_LIMIT})")
     fields = _json_object(members["json"]) if "json" in members else {}
-    return Texts(
-        _captions(fields, members.get("txt")), _label(fields, members.get("cls")), _set(fields), _crc32(fields)
-    )
+    captions = _captions(fields, members.get("txt"))
+    label = _label(fields, members.get("cls"))
+    if not captions and not label:
+        raise SampleError("no_caption", "neither captions nor caption in its .json nor a .txt member, and no label")
+    return Texts(captions, label, _set(fields), _crc32(fields))
+
+
+def captions_of(captions: Sequence[str], label: str | None, templates: Sequence[str]) -> Sequence[str]:
+    """What may be said of a sample: its captions or, where it has a label only, its source's templates of it.
+
+    Raises: SampleError if there is neither.
+    """
+    if captions:
+        return captions
+    if not label or not templates:
+        raise SampleError("no_caption", f"only a label ({label!r}), and its source has no templates to put it in")
+    return [template.replace("{}", label) for template in templates]
 
 
 def _captions(fields: Mapping[str, Any], txt: bytes | None) -> tuple[str, ...]:
@@ -45,13 +59,11 @@ def _captions(fields: Mapping[str, Any], txt: bytes | None) -> tuple[str, ...]:
     if captions is None and txt is not None:
         captions = [_utf8(txt, "txt")]
     if captions is None:
-        raise SampleError("no_caption", "neither captions or caption in its .json nor a .txt member")
+        return ()
     if isinstance(captions, str):
         captions = [captions]
     if not isinstance(captions, list):
         raise SampleError("bad_caption", f"captions is {str(captions)[:60]!r}, not a list of texts")
-    if not captions:
-        raise SampleError("no_caption", "its list of captions is empty")
     for caption in captions:
         if not isinstance(caption, str):
             raise SampleError("bad_caption", f"a caption is {str(caption)[:60]!r} ({type(caption).__name__}), not text")

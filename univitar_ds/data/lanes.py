@@ -8,39 +8,44 @@ take up any lane where its cursor says.
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
-from univitar_ds.data import packing, tar
-from univitar_ds.data.cursor import LaneCursor, StreamCursor, Waiting
+from univitar_ds.data import packing
+from univitar_ds.data.captions import captions_of
+from univitar_ds.data.cursor import LaneCursor, Place, StreamCursor, Waiting
+from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.layout import Modality
-from univitar_ds.data.listing import Shard
+from univitar_ds.data.mixture import Turns
 from univitar_ds.data.randomness import choice, draw
-from univitar_ds.data.samples import Sample, SizeRule, belongs, read_sample, read_sample_again
-from univitar_ds.data.sources import of_modality
-from univitar_ds.data.units import Unit, units_of_lane
+from univitar_ds.data.reading import Reader, look_through, read_entry, where_is
+from univitar_ds.data.samples import Sample, SizeRule, read_sample_again
+from univitar_ds.data.sources import EVERYTHING, ShardGroup, SourceShard, groups_of
 from univitar_ds.errors import DataError, SampleError
 
 _log = logging.getLogger(__name__)
 
+_64_BITS = (1 << 64) - 1
 POOL_BUDGETS = 2
 """The pool also holds at least so many token budgets, so that small items fill a pack too."""
 
 
 @dataclass(frozen=True)
 class StreamRules:
-    """Everything that decides the packs of one modality, but for the lane. `cost` are packing's coefficients."""
+    """Everything that decides the packs of one modality, but for the lane.
 
-    shards: Sequence[Shard]
+    `weights` are the stage's, by source; `cost` are packing's coefficients.
+    """
+
+    shards: Sequence[SourceShard]
     lanes: int
     seed: int
     size: SizeRule
     token_budget: int
     pool_samples: int
-    max_bad_in_a_row: int
+    policy: BadPolicy
+    weights: Mapping[str, float] = field(default_factory=dict)
     cost: tuple[float, float] = (0.0, 0.0)
     cost_budget: float | None = None
 
@@ -74,21 +79,6 @@ class Plan:
     bad: Mapping[str, int]
 
 
-class _Position(NamedTuple):
-    epoch: int
-    unit: int
-    offset: int
-    ordinal: int
-
-
-class _Found(NamedTuple):
-    """A sample by address, before its content is looked at."""
-
-    shard: int
-    group: tar.Group
-    ordinal: int
-
-
 class Lane:
     """One lane: a stream of packs for each modality, of which each step takes the schedule's."""
 
@@ -100,7 +90,7 @@ class Lane:
     def next_plan(self, modality: Modality, index: int) -> Plan:
         """The next pack of this modality; `index` is its number in the lane.
 
-        Raises: DataError if a shard is damaged, nothing readable is left or too much in a row is unreadable.
+        Raises: DataError if a shard cannot be read, nothing readable is left or the policy for bad samples says so.
         """
         stream = self._streams.get(modality)
         if stream is None:
@@ -113,181 +103,183 @@ class Lane:
 
 
 class Stream:
-    """One modality of one lane: reads its units in order into a pool and chooses packs from it.
+    """One modality of one lane: reads its groups of shards in turn into a pool and chooses packs from it.
 
     The pool is what shuffles: the oldest sample leaves with every pack, the others in an order drawn anew for each
-    pack. It never holds more than two epochs, and a pack never holds a sample twice; so where a lane has fewer
-    samples an epoch than fit a pack, packs are smaller than the budget.
+    pack. It never holds more than two epochs of a group, and a pack never holds a sample twice; so where a lane has
+    fewer samples an epoch than fit a pack, packs are smaller than the budget.
+
+    When the rules change with the stage, every group goes on where it was last read and what waits in the pool still
+    leaves. A group that was never read begins with an epoch of which nothing has been drawn.
     """
 
     def __init__(self, rules: StreamRules, lane: int, start: StreamCursor) -> None:
         self._rules = rules
         self._lane = lane
         self._packs = start.packs
-        self._position = _Position(start.epoch, start.unit, start.offset, start.ordinal)
-        self._bad_in_a_row = 0
-        self._seen_this_epoch = False
+        self._empty = start.empty
+        named = groups_of(rules.shards, rules.modality, rules.weights)
+        groups = [group for group in named if group.name not in start.empty]
+        if not groups:
+            raise _nothing_readable(rules, named[0] if named else ShardGroup(EVERYTHING, 1, ()), {})
+        fresh = Place(1 + max((place.epoch for place in start.places.values()), default=-1))
+        self._places = dict(start.places)
+        self._readers = {
+            group.name: Reader(
+                rules.shards,
+                group,
+                rules.modality,
+                lanes=rules.lanes,
+                lane=lane,
+                seed=rules.seed,
+                place=start.places.get(group.name, fresh),
+            )
+            for group in groups
+        }
+        self._turns = self._turns_of({name: place.credit for name, place in start.places.items()})
+        self._group_of = {shard: group.name for group in groups for shard in group.shards}
+        self._health = Health(rules.policy, f"lane {lane}, {rules.modality}", start.reading)
+        self._seen_this_epoch: set[str] = set()
         self._bad: Counter[str] = Counter()
-        self._entries = self._walk(self._position)
-        self._pool = deque(self._restore(start.pool))
+        self._pool = list(self._restore(start.pool))
+        self._numbers: dict[tuple[int, int, int], int] = {}
 
     def next_pack(self) -> tuple[list[Item], dict[str, int]]:
         """Items of the next pack and the bad samples met on the way."""
         self._fill()
         candidates = self._candidates()
-        samples = [sample for _, sample in candidates]
+        tokens = [self._pool[index][1].tokens for index in candidates]
         chosen = packing.choose(
-            [sample.tokens for sample in samples],
-            [packing.item_cost(sample.tokens, self._rules.cost) for sample in samples],
+            tokens,
+            [packing.item_cost(count, self._rules.cost) for count in tokens],
             self._rules.token_budget,
             self._rules.cost_budget,
         )
-        leaving = [candidates[index] for index in chosen]
-        items = [Item(sample, self._caption(row, sample), row, self._draw(row)) for row, sample in leaving]
-        taken = {row for row, _ in leaving}
-        self._pool = deque((_aged(row), sample) for row, sample in self._pool if row not in taken)
+        leaving = [candidates[number] for number in chosen]
+        items = [self._item(*self._pool[index]) for index in leaving]
+        gone = set(leaving)
+        for index in leaving:
+            row = self._pool[index][0]
+            self._numbers.pop((row.shard, row.offset, row.epoch))
+        self._pool = [(_aged(row), sample) for n, (row, sample) in enumerate(self._pool) if n not in gone]
         self._packs += 1
         bad, self._bad = dict(self._bad), Counter()
         return items, bad
 
     def cursor(self) -> StreamCursor:
         """Where the stream stands after the last pack."""
+        read = {name: reader.place._replace(credit=self._turns.credits[name]) for name, reader in self._readers.items()}
         pool = tuple(row for row, _ in self._pool)
-        return StreamCursor(*self._position, self._packs, pool)
+        return StreamCursor(self._packs, {**self._places, **read}, pool, tuple(self._health.to_json()), self._empty)
+
+    def _turns_of(self, credits: Mapping[str, int]) -> Turns:
+        return Turns({name: reader.group.share for name, reader in self._readers.items()}, credits)
 
     def _fill(self) -> None:
-        """Top the pool up; what is read here is fixed by the pool and the position alone."""
+        """Top the pool up; what is read here is fixed by the pool and the places alone."""
         rules = self._rules
         tokens = sum(sample.tokens for _, sample in self._pool)
+        oldest: dict[str | None, int] = {}
+        for row, _ in self._pool:
+            oldest.setdefault(self._group_of.get(row.shard), row.epoch)
         while len(self._pool) < rules.pool_samples or tokens < POOL_BUDGETS * rules.token_budget:
-            if self._pool and self._position.epoch > self._pool[0][0].epoch + 1:
+            name = self._turns.next()
+            reader = self._readers[name]
+            if reader.place.epoch > oldest.get(name, reader.place.epoch) + 1:
                 return
-            epoch = self._position.epoch
-            found, self._position = next(self._entries)
-            if found is None:
-                self._close_epoch()
-                continue
-            sample = self._read(found)
-            if sample is not None:
-                group = found.group
-                row = Waiting(found.shard, group.offset, group.length, found.ordinal, epoch, 0)
-                self._pool.append((row, sample))
+            entry = self._read(reader)
+            if entry is not None:
+                row, sample = entry
+                self._pool.append(entry)
+                self._turns.taken()
                 tokens += sample.tokens
+                oldest.setdefault(name, row.epoch)
 
-    def _read(self, found: _Found) -> Sample | None:
-        """The sample, or None after counting it as bad."""
-        shard = self._rules.shards[found.shard]
+    def _read(self, reader: Reader) -> tuple[Waiting, Sample] | None:
+        """The next sample of a group; None where there is none, after counting what was bad."""
+        found = reader.next()
+        if found is None:
+            self._close_epoch(reader.group)
+            return None
+        shard, entry = self._rules.shards[found.shard], found.entry
         try:
-            read = read_sample(shard, found.group, self._rules.size)
+            sample = read_entry(shard, entry, self._rules.size)
         except SampleError as error:
             self._bad[error.kind] += 1
-            self._bad_in_a_row += 1
-            report_bad(f"{shard.name}/{found.group.key}", found.group.offset, error)
-            check_bad_in_a_row(self._bad_in_a_row, self._rules.max_bad_in_a_row, f"shard {shard.name}", error)
+            self._health.bad(where_is(shard, entry), error)
             return None
-        self._bad_in_a_row = 0
-        self._seen_this_epoch = True
-        return read
+        self._health.good()
+        self._seen_this_epoch.add(reader.group.name)
+        return Waiting(found.shard, entry.offset, entry.end - entry.offset, found.ordinal, found.epoch, 0), sample
 
-    def _candidates(self) -> list[tuple[Waiting, Sample]]:
-        """The pool in the order in which it should leave: the oldest, then the rest as drawn for this pack."""
-        key = partial(draw, self._rules.seed, "pool", self._rules.modality, self._lane, self._packs)
-        oldest, *rest = self._pool
-        unique = {(entry[0].shard, entry[0].offset): entry for entry in reversed([oldest, *rest])}
-        rest = [entry for entry in unique.values() if entry is not oldest]
-        rest.sort(key=lambda entry: key(entry[0].shard, entry[0].offset, entry[0].epoch))
-        return [oldest, *rest]
+    def _candidates(self) -> list[int]:
+        """The pool in the order in which it should leave: the oldest, then the rest as drawn for this pack.
 
-    def _caption(self, row: Waiting, sample: Sample) -> str:
-        n = len(sample.captions)
-        return sample.captions[choice(n, self._rules.seed, "caption", row.shard, row.offset, row.epoch)]
+        Who has waited long draws better, so that sizes that fit badly do not pile up until they make a poor pack.
+        Of a sample that waits twice, for two epochs, only the older.
+        """
+        factor = draw(self._rules.seed, "pool", self._rules.modality, self._lane, self._packs) | 1
+        first: dict[tuple[int, int], int] = {}
+        for index, (row, _) in enumerate(self._pool):
+            first.setdefault((row.shard, row.offset), index)
+        oldest, *rest = first.values()
 
-    def _draw(self, row: Waiting) -> int:
-        return draw(self._rules.seed, "item", row.shard, row.offset, row.epoch)
+        def turn(index: int) -> float:
+            row = self._pool[index][0]
+            # Multiplying by an odd number draws anew from one number a sample, for a tenth of a hash's time.
+            return (self._number(row) * factor & _64_BITS) / (1 + row.waited) ** 2
 
-    def _walk(self, start: _Position) -> Iterator[tuple[_Found | None, _Position]]:
-        """Every sample of this lane from `start` on, each with the position after it; None closes an epoch."""
-        epoch, first_unit, offset, ordinal = start
-        rules = self._rules
-        indices = of_modality(rules.shards, rules.modality)
-        while True:
-            units = units_of_lane(indices, rules.lanes, self._lane, rules.seed, rules.modality, epoch)
-            for number in range(first_unit, len(units)):
-                for found in _samples_of_unit(rules, units[number], offset, ordinal):
-                    yield found, _Position(epoch, number, found.group.end, found.ordinal + 1)
-                offset, ordinal = 0, 0
-            epoch, first_unit, offset, ordinal = epoch + 1, 0, 0, 0
-            yield None, _Position(epoch, 0, 0, 0)
+        return [oldest, *sorted(rest, key=turn)]
 
-    def _close_epoch(self) -> None:
-        """A lane may go an epoch without a sample where samples are few, but not if there are none at all."""
-        if not self._seen_this_epoch and not any_readable(self._rules):
-            shards = len(of_modality(self._rules.shards, self._rules.modality))
-            raise DataError(
-                f"none of the {shards} shards has a readable {self._rules.modality} sample"
-                f"{_told(self._bad)}; see the warnings above, or data inspect"
-            )
-        self._seen_this_epoch = False
+    def _number(self, row: Waiting) -> int:
+        """A number of its own for a sample in an epoch, drawn once."""
+        place = row.shard, row.offset, row.epoch
+        number = self._numbers.get(place)
+        if number is None:
+            number = self._numbers[place] = draw(self._rules.seed, "item", *place)
+        return number
+
+    def _item(self, row: Waiting, sample: Sample) -> Item:
+        seed = self._rules.seed
+        said = captions_of(sample.captions, sample.label, self._rules.shards[row.shard].templates)
+        caption = said[choice(len(said), seed, "caption", row.shard, row.offset, row.epoch)]
+        return Item(sample, caption, row, self._number(row))
+
+    def _close_epoch(self, group: ShardGroup) -> None:
+        """A lane may go an epoch without a sample where samples are few, but not if there are none at all.
+
+        A source of which it was not known that it lacks the modality drops out here.
+        """
+        if group.name in self._seen_this_epoch:
+            self._seen_this_epoch.discard(group.name)
+            return
+        held = look_through(self._rules.shards, group, self._rules.size)
+        if held == "readable":
+            return
+        if held == "unreadable" or len(self._readers) == 1:
+            raise _nothing_readable(self._rules, group, self._bad)
+        _log.info("lane %d: source %s holds no %s sample", self._lane, group.name, self._rules.modality)
+        self._places[group.name] = self._readers.pop(group.name).place
+        self._empty = tuple(sorted({*self._empty, group.name}))
+        self._turns = self._turns_of(self._turns.credits)
 
     def _restore(self, rows: Iterable[Waiting]) -> Iterator[tuple[Waiting, Sample]]:
-        """The saved pool; what the rules of this stage do not allow is counted as bad."""
+        """The saved pool; what the rules of this stage do not allow is counted, but no sign of bad data."""
         for row in rows:
             if row.shard >= len(self._rules.shards):
                 raise _changed(f"number {row.shard}", row)
             shard = self._rules.shards[row.shard]
             try:
-                read = read_sample_again(shard, row.offset, row.length, self._rules.size)
+                sample = read_sample_again(shard, row.offset, row.length, self._rules.size)
+                if sample is None:
+                    raise _changed(shard.name, row)
+                captions_of(sample.captions, sample.label, shard.templates)
             except SampleError as error:
                 self._bad[error.kind] += 1
-                report_bad(f"{shard.name}, number {row.ordinal}", row.offset, error)
+                where = f"{shard.name}, number {row.ordinal} at byte {row.offset}"
+                _log.warning("sample left out by this stage (%s): %s: %s", error.kind, where, error)
                 continue
-            if read is None:
-                raise _changed(shard.name, row)
-            yield row, read
-
-
-def any_readable(rules: StreamRules) -> bool:
-    """Whether any shard has a sample of the modality that can be read; stops at the first."""
-    for index in of_modality(rules.shards, rules.modality):
-        for found in _samples_of_unit(rules, Unit(index, 0, 1), 0, 0):
-            try:
-                read_sample(rules.shards[index], found.group, rules.size)
-            except SampleError:
-                continue
-            return True
-    return False
-
-
-def shard_samples(shard: Shard, modality: Modality, offset: int = 0) -> Iterator[tar.Group]:
-    """The samples of a shard that belong to a modality, from a byte on, in order.
-
-    Raises: DataError if the shard is missing, cut or damaged.
-    """
-    with shard.storage.open(shard.path) as stream:
-        for group in tar.groups(stream, shard.name, shard.size, offset):
-            if belongs(group, shard, modality):
-                yield group
-
-
-def report_bad(name: str, offset: int, error: SampleError) -> None:
-    """One line in the log for a sample that is left out; `name` is "{shard}/{key}", `offset` a byte of the shard."""
-    _log.warning("sample left out (%s): %s at byte %d: %s", error.kind, name, offset, error)
-
-
-def check_bad_in_a_row(count: int, limit: int, where: str, last: Exception) -> None:
-    """Raises: DataError once more than `limit` samples in a row are unreadable."""
-    if count > limit:
-        raise DataError(
-            f"{where}: {count} samples in a row cannot be used (data.max_bad_in_a_row is {limit}); the last one: "
-            f"{last}; repair the data or raise data.max_bad_in_a_row"
-        )
-
-
-def _samples_of_unit(rules: StreamRules, unit: Unit, offset: int, ordinal: int) -> Iterator[_Found]:
-    for group in shard_samples(rules.shards[unit.shard], rules.modality, offset):
-        if ordinal % unit.parts == unit.part:
-            yield _Found(unit.shard, group, ordinal)
-        ordinal += 1
+            yield row, sample
 
 
 def _aged(row: Waiting) -> Waiting:
@@ -301,5 +293,10 @@ def _changed(shard: str, row: Waiting) -> DataError:
     )
 
 
-def _told(bad: Mapping[str, int]) -> str:
-    return f" (left out: {', '.join(f'{n} {kind}' for kind, n in sorted(bad.items()))})" if bad else ""
+def _nothing_readable(rules: StreamRules, group: ShardGroup, bad: Mapping[str, int]) -> DataError:
+    source = f" of source {group.name}" if group.name else ""
+    told = f" (left out: {', '.join(f'{n} {kind}' for kind, n in sorted(bad.items()))})" if bad else ""
+    return DataError(
+        f"none of the {len(group.shards)} shards{source} has a readable {rules.modality} sample{told}; "
+        "univitar-ds data verify SOURCE lists what is wrong with each"
+    )

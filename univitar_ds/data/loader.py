@@ -11,14 +11,24 @@ from typing import Any, Self
 from univitar_ds.config.schema import DataConfig, SourceConfig, StageConfig
 from univitar_ds.data import text
 from univitar_ds.data.batch import PackedBatch
+from univitar_ds.data.captions import captions_of
 from univitar_ds.data.cursor import LaneCursor, Waiting, parse
-from univitar_ds.data.delivery import FailureCount, collate, decoded
-from univitar_ds.data.lanes import Item, Lane, Plan, StreamRules, check_bad_in_a_row, report_bad, shard_samples
+from univitar_ds.data.delivery import DecodingHealth, collate, decoded
+from univitar_ds.data.health import BadPolicy, Health
+from univitar_ds.data.lanes import Item, Lane, Plan, StreamRules
 from univitar_ds.data.layout import Modality
-from univitar_ds.data.listing import Shard
-from univitar_ds.data.samples import SizeRule, read_sample
+from univitar_ds.data.reading import read_entry, shard_samples, where_is
+from univitar_ds.data.samples import SizeRule
 from univitar_ds.data.sampling import Sampling
-from univitar_ds.data.sources import find_shards, fingerprint, of_modality, stage_modalities, validate_sources
+from univitar_ds.data.sources import (
+    SourceShard,
+    find_shards,
+    fingerprint,
+    of_modality,
+    stage_modalities,
+    validate_sources,
+)
+from univitar_ds.data.storage import StorageSettings
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Resolution, token_count
 
@@ -26,9 +36,10 @@ from univitar_ds.geometry import Resolution, token_count
 class PackLoader:
     """An endless iterator over steps: for each, the packs of this rank's lanes in ascending order of lane.
 
-    A context manager. Iteration raises DataError when the data cannot go on (a damaged shard, too many unreadable
-    samples in a row, a dead decoding process) and never waits for something that will not come. What it gives
-    depends on seed, sources, lanes and stage; the split of lanes over ranks and `data.workers` change nothing.
+    A context manager. Iteration raises DataError when the data cannot go on (a shard that cannot be read, more
+    unreadable samples than the policy allows, decoding processes that die too often) and never waits for something
+    that will not come. What it gives depends on seed, sources, lanes and stage; the split of lanes over ranks and
+    `data.workers` change nothing.
     """
 
     def __init__(
@@ -54,13 +65,19 @@ class PackLoader:
         of each owned lane, from `PackedBatch.cursor` (None: start at the beginning); the first step's number.
         Raises: DataError, also for cursors of other data; ConfigError for a tokenizer that does not load.
         """
-        shards = validate_sources(sources, [stage])
+        shards = validate_sources(sources, [stage], StorageSettings.of(data))
         rules = stream_rules(shards, data=data, stage=stage, lanes=lanes, seed=seed, cost=cost)
-        starts = _start_cursors(cursors, lanes_of_rank, lanes, seed, fingerprint(shards))
+        belonging = {
+            "lanes": lanes,
+            "seed": seed,
+            "fingerprint": fingerprint(shards),
+            "accept_changed_sources": data.accept_changed_sources,
+        }
+        starts = {lane: _start_cursor(cursors, lane, belonging) for lane in lanes_of_rank}
         self._owned = [Lane(rules, starts[lane]) for lane in sorted(lanes_of_rank)]
         self._tokenizer = None if tokenizer is None else text.load_tokenizer(tokenizer)
         self._context_length = context_length
-        self._failures = FailureCount(data.max_bad_in_a_row)
+        self._health = DecodingHealth(bad_policy(data))
         sizes = {modality: rule.size for modality, rule in rules.items()}
         self._packs = decoded(self._plans(modality_of, first_step), data, sizes, stage.token_budget)
 
@@ -76,8 +93,7 @@ class PackLoader:
     def __next__(self) -> list[PackedBatch]:
         step = []
         for _ in self._owned:
-            pack = next(self._packs)
-            self._failures.check(pack)
+            pack = self._health.check(next(self._packs))
             step.append(collate(pack, self._tokenizer, self._context_length))
         return step
 
@@ -109,26 +125,33 @@ def eval_packs(
     `prefetch_packs` count. Nothing if the sources hold no sample of the modality. `lane` is 0, `cursor` empty.
     Raises: DataError as `PackLoader` does.
     """
-    shards = find_shards(sources)
+    shards = find_shards(sources, StorageSettings.of(data))
     frames = clip_frames if modality == "video" else 1
     largest = resolution.max_tokens
     if resolution.fixed_px is not None:
         largest = token_count(resolution.grid(1, 1, frames))
-    size = SizeRule(modality, resolution, frames, max(token_budget, largest), data.max_image_px)
+    size = SizeRule(
+        modality,
+        resolution,
+        frames,
+        max(token_budget, largest),
+        data.max_image_px,
+        max_clip_s=data.max_clip_s,
+        max_sample_mb=data.max_sample_mb,
+    )
     loaded = None if tokenizer is None else text.load_tokenizer(tokenizer)
-    plans = _sweep(shards, size, token_budget, data.max_bad_in_a_row)
-    failures = FailureCount(data.max_bad_in_a_row)
+    plans = _sweep(shards, size, token_budget, bad_policy(data))
+    health = DecodingHealth(bad_policy(data))
     packs = decoded(plans, data, {modality: size}, size.most_tokens)
     try:
         for pack in packs:
-            failures.check(pack)
-            yield collate(pack, loaded, context_length)
+            yield collate(health.check(pack), loaded, context_length)
     finally:
         packs.close()
 
 
 def stream_rules(
-    shards: Sequence[Shard],
+    shards: Sequence[SourceShard],
     *,
     data: DataConfig,
     stage: StageConfig,
@@ -150,10 +173,13 @@ def stream_rules(
                 stage.token_budget,
                 data.max_image_px,
                 Sampling(**stage.clip_sampling.model_dump()),
+                data.max_clip_s,
+                data.max_sample_mb,
             ),
             token_budget=stage.token_budget,
             pool_samples=data.pool_samples,
-            max_bad_in_a_row=data.max_bad_in_a_row,
+            policy=bad_policy(data),
+            weights=stage.weights,
             cost=cost,
             cost_budget=None if tflops is None else tflops * 1e12,
         )
@@ -161,24 +187,27 @@ def stream_rules(
     }
 
 
-def _start_cursors(
-    cursors: Mapping[int, Mapping[str, Any]] | None, owned: Sequence[int], lanes: int, seed: int, identity: str
-) -> dict[int, LaneCursor]:
+def bad_policy(data: DataConfig) -> BadPolicy:
+    return BadPolicy(data.on_bad, data.max_bad_per_thousand, data.max_bad_in_a_row)
+
+
+def _start_cursor(
+    cursors: Mapping[int, Mapping[str, Any]] | None, lane: int, belonging: Mapping[str, Any]
+) -> LaneCursor:
+    """The lane's saved cursor, or its beginning; `belonging` are the arguments of `LaneCursor.expect`."""
     if cursors is None:
-        return {lane: LaneCursor(lane, lanes, seed, identity) for lane in owned}
-    missing = sorted(set(owned) - set(cursors))
-    if missing:
-        raise DataError(f"no saved data cursor for lane {missing[0]} of {lanes}; resume from a whole checkpoint")
-    return {
-        lane: parse(cursors[lane]).expect(lane=lane, lanes=lanes, seed=seed, fingerprint=identity) for lane in owned
-    }
+        return LaneCursor(lane, belonging["lanes"], belonging["seed"], belonging["fingerprint"])
+    if lane not in cursors:
+        raise DataError(f"no saved data cursor for lane {lane} of {belonging['lanes']}; resume from a whole checkpoint")
+    return parse(cursors[lane]).expect(lane=lane, **belonging)
 
 
-def _sweep(shards: Sequence[Shard], size: SizeRule, token_budget: int, max_bad_in_a_row: int) -> Iterator[Plan]:
+def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, policy: BadPolicy) -> Iterator[Plan]:
     """Packs of consecutive samples; bad samples at the end come with a last, empty pack."""
     numbers = itertools.count()
+    health = Health(policy, f"evaluation, {size.modality}")
     items: list[Item] = []
-    tokens = in_a_row = 0
+    tokens = 0
     bad: Counter[str] = Counter()
 
     def plan() -> Plan:
@@ -186,21 +215,19 @@ def _sweep(shards: Sequence[Shard], size: SizeRule, token_budget: int, max_bad_i
 
     for index in of_modality(shards, size.modality):
         shard = shards[index]
-        for ordinal, group in enumerate(shard_samples(shard, size.modality)):
+        for ordinal, entry in enumerate(shard_samples(shard, size.modality)):
             try:
-                sample = read_sample(shard, group, size)
+                sample = read_entry(shard, entry, size)
             except SampleError as error:
                 bad[error.kind] += 1
-                in_a_row += 1
-                report_bad(f"{shard.name}/{group.key}", group.offset, error)
-                check_bad_in_a_row(in_a_row, max_bad_in_a_row, f"shard {shard.name}", error)
+                health.bad(where_is(shard, entry), error)
                 continue
-            in_a_row = 0
+            health.good()
             if items and tokens + sample.tokens > token_budget:
                 yield plan()
                 items, tokens, bad = [], 0, Counter()
-            address = Waiting(index, group.offset, group.length, ordinal, 0, 0)
-            items.append(Item(sample, sample.captions[0], address))
+            address = Waiting(index, entry.offset, entry.end - entry.offset, ordinal, 0, 0)
+            items.append(Item(sample, captions_of(sample.captions, sample.label, shard.templates)[0], address))
             tokens += sample.tokens
     if items or bad:
         yield plan()

@@ -7,12 +7,11 @@ import yaml
 
 from univitar_ds.config.load import (
     apply_overrides,
-    changed_keys,
+    changed_result,
     config_fingerprint,
     dump_config,
     load_config,
     recipe_path,
-    result_part,
 )
 from univitar_ds.errors import ConfigError
 
@@ -132,10 +131,18 @@ def test_the_stored_config_reads_back_to_the_same_run(run_file, tmp_path):
 def test_the_fingerprint_follows_what_decides_the_result_and_nothing_else(run_file):
     base = config_fingerprint(load_config(run_file))
     assert config_fingerprint(load_config(run_file, ["data.workers=5", "logging.every_steps=1"])) == base
+    assert config_fingerprint(load_config(run_file, ["data.sources.0.path=elsewhere"])) == base
     for override in ("seed=1", "stages.0.lr=1e-4", "data.lanes=8", "model.embed_dim=128"):
         assert config_fingerprint(load_config(run_file, [override])) != base
 
 
-def test_changed_keys_are_named_by_their_place(run_file):
-    before, after = load_config(run_file), load_config(run_file, ["seed=1", "stages.0.lr=1e-4"])
-    assert changed_keys(result_part(before), result_part(after)) == ["seed", "stages.0.lr"]
+def test_what_changes_the_result_is_named_by_its_place(run_file):
+    before, after = load_config(run_file), load_config(run_file, ["seed=1", "stages.0.lr=1e-4", "data.workers=3"])
+    assert changed_result(before, after) == ["seed", "stages.0.lr"]
+
+
+def test_other_sources_are_another_result_unless_they_are_accepted(run_file):
+    before = load_config(run_file)
+    other = ["data.sources=[{path: a}, {path: b}]"]
+    assert changed_result(before, load_config(run_file, other)) == ["data.sources"]
+    assert changed_result(before, load_config(run_file, [*other, "data.accept_changed_sources=true"])) == []

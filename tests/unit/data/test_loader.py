@@ -160,7 +160,7 @@ def test_a_picture_that_cannot_be_decoded_is_counted_and_leaves_its_pack_shorter
     for pack in packs:
         assert set(pack.keys) <= good
         assert pack.pixels.shape == (sum(item_bytes(grid, 1) for grid in pack.grid_thw.tolist()),)
-    assert "sample left out (corrupt): a/k" in caplog.text
+    assert "sample left out (corrupt, number 1 of lane 0, image, decoding): a/k" in caplog.text
 
 
 def test_a_pack_of_which_nothing_can_be_decoded_is_empty_and_whole(tmp_path, tokenizer):
@@ -178,25 +178,47 @@ def test_too_many_failures_of_decoding_in_a_row_end_the_run(tmp_path):
     cut = picture(80, 60)[:-200]
     folder = write_tar(tmp_path / "t" / "a.tar", [(f"k{n}", {"jpg": cut, "txt": b"t"}) for n in range(4)]).parent
     with pytest.raises(
-        DataError, match=r"lane 0, step 1: 7 samples in a row cannot be used \(data.max_bad_in_a_row is 6\)"
+        DataError, match=r"lane 0, image, decoding: 7 samples in a row cannot be used \(data.max_bad_in_a_row is 6\)"
     ):
         take(4, folder, lanes_of_rank=[0], lanes=1, limits={"max_bad_in_a_row": 6})
 
 
 def test_failures_of_decoding_with_good_samples_between_them_are_not_in_a_row(tmp_path):
-    steps = take(12, broken_picture(tmp_path), modality_of=lambda _: "image", limits={"max_bad_in_a_row": 8})
-    assert min(sum(step[lane].bad["corrupt"] for step in steps) for lane in (0, 1)) > 8
+    limits = {"max_bad_in_a_row": 8, "max_bad_per_thousand": 1000}
+    steps = take(12, broken_picture(tmp_path), modality_of=lambda _: "image", limits=limits)
+    assert min(sum(step[lane].bad.get("corrupt", 0) for step in steps) for lane in (0, 1)) > 8
+
+
+def test_failures_of_decoding_are_counted_on_where_a_resumed_run_takes_over(tmp_path):
+    folder, given = broken_picture(tmp_path), {"modality_of": lambda _: "image", "lanes_of_rank": [0], "lanes": 1}
+    limits = {"max_bad_per_thousand": 18}
+    whole, story = until_the_end(folder, limits=limits, **given)
+    assert "19 of the last" in story
+    resumed, again = until_the_end(folder, limits=limits, cursors={0: whole[1][0].cursor}, first_step=2, **given)
+    assert again == story
+    assert [step[0].keys for step in resumed] == [step[0].keys for step in whole[2:]]
+
+
+def until_the_end(folder, **given):
+    """All steps until the data end the run, and why."""
+    steps = []
+    with loader(folder, **given) as packs, pytest.raises(DataError) as caught:
+        steps.extend(packs)
+    return steps, str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_cut_tar_reaches_the_trainer_as_the_sentence_it_is(tmp_path, workers):
+def test_a_cut_tar_is_counted_or_reaches_the_trainer_as_the_sentence_it_is(tmp_path, workers):
     samples = [(f"k{n}", {"png": picture(28, 28, n, "PNG"), "txt": b"t"}) for n in range(20)]
     path = write_tar(tmp_path / "t" / "a.tar", samples)
-    size = path.stat().st_size - 11_000
+    size = path.read_bytes().index(b"k17.png") + 700
     with open(path, "r+b") as file:
         file.truncate(size)
-    with pytest.raises(DataError, match=rf"shard a: cut off at byte {size}, inside .*restore the shard"):
-        take(1, path.parent, workers=workers)
+    packs = take(1, path.parent, workers=workers)[0]
+    assert sum(pack.bad.get("cut", 0) for pack in packs) >= 1
+    assert {key for pack in packs for key in pack.keys} == {f"a/k{n}" for n in range(17)}
+    with pytest.raises(DataError, match=rf"data.on_bad is fail.*shard a: cut off at byte {size}, inside .*restore the"):
+        take(1, path.parent, workers=workers, limits={"on_bad": "fail"})
 
 
 def test_a_shard_that_vanishes_while_it_is_decoded_is_a_sentence(tmp_path):
@@ -209,29 +231,50 @@ def test_a_shard_that_vanishes_while_it_is_decoded_is_a_sentence(tmp_path):
             drain(packs)
 
 
-def worker_pids():
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in children if b"univitar_ds.data.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def servers():
+    """The processes that decoding processes are forked from."""
+    return [pid for pid in children(os.getpid()) if b"data.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def test_a_killed_decoding_process_is_an_error_and_no_hang(folder):
+def decoders():
+    return [pid for server in servers() for pid in children(server)]
+
+
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def test_killed_decoding_processes_are_started_again_and_change_nothing(folder):
+    whole = take(12, folder)
     with loader(folder, workers=2) as packs:
+        steps = []
+        for number in range(12):
+            for pid in {1: decoders, 4: servers, 7: decoders}.get(number, list)():
+                os.kill(pid, signal.SIGKILL)
+            steps.append(next(packs))
+    assert all(same(a, b) for x, y in zip(whole, steps, strict=True) for a, b in zip(x, y, strict=True))
+    assert not servers()
+
+
+def test_a_killed_decoding_process_that_may_not_be_started_again_is_an_error_and_no_hang(folder):
+    with loader(folder, workers=2, limits={"worker_restarts": 0}) as packs:
         next(packs)
-        pids = worker_pids()
-        assert len(pids) == 2
+        pids = decoders()
+        assert pids
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        with pytest.raises(
-            DataError, match=r"decoding process \d \(pid \d+\) was ended by SIGKILL while it had .*memory"
-        ):
+        with pytest.raises(DataError, match=r"was ended by SIGKILL.*data.worker_restarts = 0 .*memory"):
             drain(packs)
-    assert not worker_pids()
+    assert not servers()
 
 
 def test_closing_ends_the_processes_and_keeps_what_was_delivered(folder):
     with loader(folder, workers=2) as packs:
         step = next(packs)
-    assert not worker_pids()
+        pids = [*servers(), *decoders()]
+        assert len(pids) >= 2
+    assert all(gone(pid) for pid in pids)
     del packs
     gc.collect()
     assert int(step[0].pixels.sum()) == int(take(1, folder)[0][0].pixels.sum())
@@ -241,10 +284,10 @@ SCRIPT = textwrap.dedent("""
     import sys
     sys.path.insert(0, {root!r})
     from pathlib import Path
-    from tests.unit.data.test_loader import loader, worker_pids
+    from tests.unit.data.test_loader import decoders, loader, servers
     packs = loader(Path({folder!r}), workers=1)
     next(packs)
-    print(*worker_pids(), flush=True)
+    print(*servers(), *decoders(), flush=True)
     {end}
 """)
 
@@ -261,8 +304,9 @@ def gone(pid, within_s=20):
 def test_a_trainer_that_ends_without_closing_leaves_no_process_behind(folder, end):
     script = SCRIPT.format(root=str(ROOT), folder=str(folder), end=end)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    (pid,) = result.stdout.split()
-    assert gone(pid)
+    pids = result.stdout.split()
+    assert len(pids) == 2
+    assert all(gone(pid) for pid in pids)
     assert "leaked" not in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -278,13 +322,14 @@ def test_ctrl_c_interrupts_a_trainer_that_waits_for_data(folder):
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )
-    pid = process.stdout.readline().strip()
+    pids = process.stdout.readline().split()
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert stderr.strip().endswith("KeyboardInterrupt")
     assert stderr.count("Traceback") == 1
-    assert gone(pid)
+    assert len(pids) == 2
+    assert all(gone(pid) for pid in pids)
 
 
 def test_decoding_processes_import_neither_the_engine_nor_the_text_libraries():
@@ -313,7 +358,7 @@ def test_a_missing_tokenizer_or_modality_is_told_before_anything_starts(folder, 
     images = write_demo_shards(tmp_path / "images", images=8, videos=0, shards=1)
     with pytest.raises(DataError, match="needs video samples"):
         loader(images, workers=1)
-    assert not worker_pids()
+    assert not servers()
     assert stage_modalities(STAGE) == {"image", "video"}
 
 

@@ -10,8 +10,10 @@ from univitar_ds.config.schema import SourceConfig, StageConfig
 from univitar_ds.data.journal import JOURNAL
 from univitar_ds.data.listing import expand_braces
 from univitar_ds.data.sources import (
+    ShardGroup,
     find_shards,
     fingerprint,
+    groups_of,
     iterate_captions,
     of_modality,
     validate_sources,
@@ -24,12 +26,12 @@ def packed(tmp_path_factory):
     return write_demo_shards(tmp_path_factory.mktemp("packed"), images=9, videos=3, shards=2)
 
 
-def source(path, split="train"):
-    return SourceConfig(path=str(path), split=split)
+def source(path, split="train", **told):
+    return SourceConfig(path=str(path), split=split, **told)
 
 
-def stage(video_ratio=0.0):
-    return StageConfig(name="s", samples=10, lr=1e-3, video_ratio=video_ratio)
+def stage(video_ratio=0.0, **told):
+    return StageConfig(name="s", samples=10, lr=1e-3, video_ratio=video_ratio, **told)
 
 
 def bare(folder, n):
@@ -143,6 +145,25 @@ def test_a_run_with_clips_needs_a_source_with_clips(tmp_path):
         validate_sources([source(folder)], [stage(), stage(0.5)])
 
 
+def test_the_weights_of_a_stage_must_leave_it_a_source_of_every_modality(tmp_path, packed):
+    images = write_demo_shards(tmp_path / "images", images=4, videos=0, shards=1)
+    sources = [source(images, name="pictures"), source(packed, name="packed")]
+    validate_sources(sources, [stage(0.5), stage(0.5, weights={"pictures": 1, "packed": 1})])
+    with pytest.raises(
+        DataError, match=r"stage s needs video samples, but the sources that its weights name \(pictures\) hold none"
+    ):
+        validate_sources(sources, [stage(weights={"pictures": 1}), stage(0.5, weights={"pictures": 1, "packed": 0})])
+
+
+def test_a_shard_knows_its_source_and_its_templates(packed):
+    shards = find_shards([source(packed), source(packed, name="again", templates=["a {}", "the {}"])])
+    told = {(shard.source, shard.templates) for shard in shards}
+    assert told == {(packed.name, ()), ("again", ("a {}", "the {}"))}
+    image, clip_ = (groups_of(shards, modality, {"again": 3}) for modality in ("image", "video"))
+    assert [(group.name, group.shards) for group in image + clip_] == [("again", (4, 5)), ("again", (6, 7))]
+    assert groups_of(shards, "video", {}) == [ShardGroup("", 1, (2, 3, 6, 7))]
+
+
 def test_the_fingerprint_follows_names_sizes_and_hashes_but_not_the_place(tmp_path, packed):
     here = fingerprint(find_shards([source(packed)]))
     moved = tmp_path / "moved"
@@ -155,6 +176,18 @@ def test_the_fingerprint_follows_names_sizes_and_hashes_but_not_the_place(tmp_pa
     manifest["shards"][0]["sha256"] = "0" * 64
     (other / "manifest.json").write_text(json.dumps(manifest))
     assert fingerprint(find_shards([source(other)])) != here
+
+
+def test_a_damaged_shard_still_gives_its_captions_and_labels_come_in_their_templates(tmp_path):
+    samples = [(f"k{n}", {"png": b"", "cls": f"thing{n}".encode()}) for n in range(6)]
+    path = write_tar(tmp_path / "a.tar", [*samples, ("own", {"png": b"", "txt": b"own words", "cls": b"x"})])
+    content = path.read_bytes()
+    at = content.index(b"k2.cls")
+    path.write_bytes(content[:at] + bytes(512) + content[at + 512 :])
+    captions = list(iterate_captions([source(tmp_path, templates=["a {}", "one {} here"])], limit=100))
+    expected = [text for n in (0, 1, 3, 4, 5) for text in (f"a thing{n}", f"one thing{n} here")]
+    assert captions == [*expected, "own words"]
+    assert list(iterate_captions([source(tmp_path)], limit=100)) == ["own words"]
 
 
 def test_captions_come_evenly_from_all_shards_and_broken_samples_have_none(tmp_path):

@@ -1,0 +1,130 @@
+"""A run that is killed at random points and goes on with other ranks and other decoding processes.
+
+It takes minutes, so it runs only where UNIVITAR_CHAOS is set. tests/unit/data/test_elastic.py does the same to the
+loader alone, without a model, in every run of the tests.
+"""
+
+import json
+import os
+import random
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.distributed import RankFailed, run_distributed
+from tests.support.runs import metrics, samples, small_config, train_rank
+from tests.support.shards import picture, write_demo_shards, write_tar
+from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.launch import create_run, reopen_run
+from univitar_ds.training import commit
+
+KILLS = 20
+WANTED = bool(os.environ.get("UNIVITAR_CHAOS"))
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not WANTED, reason=f"set UNIVITAR_CHAOS=1: {KILLS} kills take minutes"),
+    pytest.mark.timeout(900),
+]
+WORLDS = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1)]
+"""Ranks and decoding processes of each."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run on 2 ranks over a sound source and one with bad samples, with weights that change."""
+    folder = tmp_path_factory.mktemp("chaos")
+    write_demo_shards(folder / "demo", images=64, videos=16, shards=4)
+    bad = [(f"b{n:02d}", {"jpg": picture(60, 50, n)[: -150 if n % 5 == 0 else None], "txt": b"one"}) for n in range(40)]
+    cut = write_tar(folder / "broken" / "0.tar", bad)
+    cut.write_bytes(cut.read_bytes()[:-15_000])
+    config = config_of(folder, folder / "whole")
+    run = create_run(config, "test", 2)
+    assert run_distributed(train_rank, 2, 300, run) == [True, True]
+    return SimpleNamespace(folder=folder, run=run, steps=len(metrics(run)))
+
+
+def config_of(folder, output):
+    config = small_config(folder / "demo", output)
+    content = config.model_dump(mode="json")
+    content["data"]["sources"].append({"path": str(folder / "broken")})
+    content["data"]["max_bad_per_thousand"] = 1000
+    first, second = content["stages"]
+    first |= {"samples": 260, "weights": {"demo": 2, "broken": 1}}
+    second |= {"samples": 260, "video_ratio": 0.25}
+    return small_config(folder / "demo", output, data=content["data"], stages=content["stages"])
+
+
+def cursors(run):
+    """Of all lanes, in the last checkpoint."""
+    found = {}
+    for path in commit.complete(run / CHECKPOINTS)[-1].glob("rank*.json"):
+        found |= json.loads(path.read_text())["cursors"]
+    return found
+
+
+def train_until_killed(run, victims, steps, delay_s):
+    """One rank, which, if it is a victim, kills itself so many seconds after so many steps; 0: after its start."""
+    from univitar_ds.training import loop
+
+    def kill_later():
+        threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    class Counted(loop.SampleLog):
+        written = 0
+
+        def write(self, step, batches):
+            super().write(step, batches)
+            self.written += 1
+            if self.written == steps:
+                kill_later()
+
+    if int(os.environ["RANK"]) in victims:
+        loop.SampleLog = Counted
+        if steps == 0:
+            kill_later()
+    return train_rank(run)
+
+
+def killed(run, ranks, *doom):
+    """Whether the start of the run ended as it was doomed to; False: it came to its end before."""
+    try:
+        run_distributed(train_until_killed, ranks, 120, run, *doom)
+    except RankFailed as failed:
+        if "exit code -9" not in str(failed):
+            raise
+        return True
+    return False
+
+
+def assert_same(run, whole):
+    assert samples(run) == samples(whole.run)
+    assert cursors(run) == cursors(whole.run)
+    for name in ("samples_seen", "bad_samples"):
+        assert [line[name] for line in metrics(run)] == [line[name] for line in metrics(whole.run)]
+
+
+def test_killed_at_random_points_and_resumed_on_other_ranks_it_is_the_uninterrupted_run(whole, tmp_path):
+    chance = random.Random(7)
+    run = create_run(config_of(whole.folder, tmp_path / "0"), "test", 2)
+    visited, stands = set(), []
+    while len(stands) < KILLS:
+        ranks, workers = chance.choice(WORLDS)
+        reopen_run(run, [f"data.workers={workers}"], ranks)
+        victims = chance.choice([[chance.randrange(ranks)], list(range(ranks))])
+        steps = chance.choice([0, 1, 2, 3, 4, 5, 6])
+        delay_s = chance.uniform(0, 0.4) if steps else chance.uniform(0.5, 3)
+        if killed(run, ranks, victims, steps, delay_s):
+            visited.add((ranks, workers))
+            latest = commit.latest(run / CHECKPOINTS)
+            stands.append(0 if latest is None else int(latest.name.removeprefix("step-")))
+        else:  # on a fast machine; the kills that are left are for another run
+            assert_same(run, whole)
+            run = create_run(config_of(whole.folder, tmp_path / str(len(stands))), "test", 2)
+    print(f"{KILLS} kills, last checkpoints {stands} of {whole.steps} steps")
+    assert {ranks for ranks, _ in visited} == {1, 2, 4}
+    assert {workers for _, workers in visited} == {0, 1, 2}
+    reopen_run(run, ["data.workers=0"], 2)
+    assert run_distributed(train_rank, 2, 300, run) == [True, True]
+    assert_same(run, whole)

@@ -1,0 +1,41 @@
+"""The teacher and its weights in the run file."""
+
+import pytest
+
+from univitar_ds.config.load import check_config, config_fingerprint
+from univitar_ds.errors import ConfigError
+
+STAGE = {"name": "a", "samples": 10, "lr": 1e-3}
+
+
+def run(teacher=None, **stage):
+    content = {"name": "r", "data": {"sources": [{"path": "nowhere"}]}, "stages": [{**STAGE, **stage}]}
+    return check_config({**content, "objective": {"teacher": teacher}}, "the test")
+
+
+def test_a_stage_that_distills_needs_a_teacher():
+    with pytest.raises(ConfigError, match=r"stages \['a'\] distill, but from whom\? set objective.teacher.path"):
+        run(distill={"start": 0.5})
+    assert run({"path": "t"}, distill={"start": 0.5}).objective.teacher.dtype == "bf16"
+    assert run().objective.teacher is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"partitioned": True, "cache": "c"}, "which partitioned cannot follow; choose one"),
+        ({"patch_weight": 0, "pooled_weight": 0}, "are both 0; raise one or remove the teacher"),
+        ({"patch_loss": "l2"}, "patch_loss"),
+    ],
+)
+def test_a_teacher_that_contradicts_itself_is_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        run({"path": "t", **settings})
+
+
+def test_where_features_are_kept_and_how_weights_lie_may_change_on_resume_and_nothing_else():
+    start = config_fingerprint(run({"path": "t"}))
+    assert config_fingerprint(run({"path": "t", "cache": "c"})) == start
+    assert config_fingerprint(run({"path": "t", "partitioned": True})) == start
+    for other in (None, {"path": "u"}, {"path": "t", "dtype": "fp32"}, {"path": "t", "patch_loss": "smooth_l1"}):
+        assert config_fingerprint(run(other)) != start

@@ -1,0 +1,147 @@
+"""Reading a group of shards for one lane: sample after sample by address, epoch after epoch, from any place on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Literal, NamedTuple
+
+from univitar_ds.data import tar
+from univitar_ds.data.captions import captions_of
+from univitar_ds.data.cursor import Place
+from univitar_ds.data.layout import Modality
+from univitar_ds.data.listing import Shard
+from univitar_ds.data.samples import Sample, SizeRule, belongs, read_sample
+from univitar_ds.data.sources import ShardGroup, SourceShard
+from univitar_ds.data.units import Unit, units_of_lane
+from univitar_ds.errors import SampleError
+
+HINTED = 4
+"""Shards that a storage is told of before they are read; how many of them it fetches ahead is its own business."""
+
+
+class Found(NamedTuple):
+    """A sample by address, before its content is looked at, or bytes that hold none any more.
+
+    `shard` is an index into the run's shards.
+    """
+
+    shard: int
+    entry: tar.Group | tar.Damage
+    ordinal: int
+    epoch: int
+
+
+class Reader:
+    """The samples of one group of shards that belong to one lane, in its order.
+
+    `place` is where it stands: a reader that starts there gives what this one gives next.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        group: ShardGroup,
+        modality: Modality,
+        *,
+        lanes: int,
+        lane: int,
+        seed: int,
+        place: Place,
+    ) -> None:
+        self.group = group
+        self.place = place
+        self._shards = shards
+        self._modality: Modality = modality
+        self._lanes, self._lane, self._seed = lanes, lane, seed
+        self._entries = self._walk(place)
+
+    def next(self) -> Found | None:
+        """The next sample or stretch of damage; None at the end of an epoch.
+
+        Raises: DataError if a shard cannot be read at all.
+        """
+        entry, self.place = next(self._entries)
+        return entry
+
+    def _walk(self, start: Place) -> Iterator[tuple[Found | None, Place]]:
+        """Everything from `start` on, each with the place after it."""
+        first, offset, ordinal = start.unit, start.offset, start.ordinal
+        units = self._units(start.epoch)
+        for epoch in itertools.count(start.epoch):
+            following = self._units(epoch + 1)
+            for number in range(first, len(units)):
+                self._announce(units[number].shard, itertools.chain(units[number + 1 :], following))
+                yield from self._unit(units[number], Place(epoch, number, offset, ordinal))
+                offset = ordinal = 0
+            units, first, offset, ordinal = following, 0, 0, 0
+            yield None, Place(epoch + 1)
+
+    def _unit(self, unit: Unit, start: Place) -> Iterator[tuple[Found, Place]]:
+        """Of all who read the shard, the owner of the sample after some damage is the one that tells of it."""
+        shard = self._shards[unit.shard]
+        ordinal = start.ordinal
+        for entry in shard_samples(shard, self._modality, start.offset):
+            found = Found(unit.shard, entry, ordinal, start.epoch)
+            mine = ordinal % unit.parts == unit.part
+            ordinal += isinstance(entry, tar.Group)
+            if mine and isinstance(entry, tar.Damage) and entry.end >= shard.size:
+                yield found, Place(start.epoch, start.unit + 1)  # the same would be told again from this byte on
+            elif mine:
+                yield found, Place(start.epoch, start.unit, entry.end, ordinal)
+
+    def _units(self, epoch: int) -> list[Unit]:
+        name, shards = self.group.name, self.group.shards
+        return units_of_lane(shards, self._lanes, self._lane, self._seed, self._modality, epoch, name)
+
+    def _announce(self, current: int, units: Iterator[Unit]) -> None:
+        """Tell the storages which shards come after `current`."""
+        coming = dict.fromkeys(unit.shard for unit in itertools.islice(units, HINTED) if unit.shard != current)
+        shards = [self._shards[index] for index in coming]
+        for storage in {id(shard.storage): shard.storage for shard in shards}.values():
+            storage.prefetch([shard.path for shard in shards if shard.storage is storage])
+
+
+def read_entry(shard: SourceShard, entry: tar.Group | tar.Damage, rule: SizeRule) -> Sample:
+    """The sample that was found, with at least one thing to say of it.
+
+    Raises: SampleError for one to leave out, which all damage is; DataError if the shard itself cannot be read.
+    """
+    if isinstance(entry, tar.Damage):
+        raise SampleError(entry.kind, entry.message)
+    sample = read_sample(shard, entry, rule)
+    captions_of(sample.captions, sample.label, shard.templates)
+    return sample
+
+
+def look_through(
+    shards: Sequence[SourceShard], group: ShardGroup, rule: SizeRule
+) -> Literal["readable", "unreadable", "nothing"]:
+    """What a group holds of the rule's modality; stops at the first sample that can be read."""
+    held: Literal["unreadable", "nothing"] = "nothing"
+    for shard in (shards[index] for index in group.shards):
+        for entry in shard_samples(shard, rule.modality):
+            with suppress(SampleError):
+                read_entry(shard, entry, rule)
+                return "readable"
+            if isinstance(entry, tar.Group):
+                held = "unreadable"
+    return held
+
+
+def where_is(shard: Shard, entry: tar.Group | tar.Damage) -> str:
+    """Shard, key and byte, for messages."""
+    key = f"/{entry.key}" if isinstance(entry, tar.Group) else ""
+    return f"{shard.name}{key} at byte {entry.offset}"
+
+
+def shard_samples(shard: Shard, modality: Modality, offset: int = 0) -> Iterator[tar.Group | tar.Damage]:
+    """The samples of a shard that belong to a modality, from a byte on, in order, and the damage between them.
+
+    Raises: DataError if the shard cannot be read at all.
+    """
+    with shard.storage.open(shard.path) as stream:
+        for found in tar.scan(stream, shard.name, shard.size, offset):
+            if isinstance(found, tar.Damage) or belongs(found, shard, modality):
+                yield found
