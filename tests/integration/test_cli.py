@@ -1,11 +1,12 @@
 """The command line: help that teaches, and users' mistakes answered in a sentence before anything starts."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.support.finished import run_config, write_run
-from tests.support.shards import write_demo_shards
+from tests.support.shards import picture, write_demo_shards
 from univitar_ds.cli import main
 from univitar_ds.config.load import dump_config
 from univitar_ds.launch import create_run, reopen_run
@@ -33,7 +34,8 @@ def fails(capsys, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["data"], ["data", "pack"], ["data", "inspect"], ["data", "scenes"], ["eval"], ["report"],
+    [[], ["train"], ["data"], ["data", "pack"], ["data", "inspect"], ["data", "verify"],
+     ["data", "probe"], ["data", "scenes"], ["eval"], ["report"],
      ["convert", "export"], ["demo"]],
 )  # fmt: skip
 def test_every_command_has_help(capsys, command):
@@ -111,11 +113,77 @@ def test_two_owners_of_a_key_are_both_named(capsys, run_file, tmp_path):
     assert "run.yaml" in message
 
 
-def test_inspect_prints_fill_and_tokens(capsys, run_file):
-    assert main(["data", "inspect", "--config", str(run_file), "--packs", "3"]) == 0
-    printed = capsys.readouterr().out
+def test_inspect_prints_fill_and_tokens_and_draws_them(capsys, run_file, tmp_path):
+    drawn = tmp_path / "seen.png"
+    assert main(["data", "inspect", "--config", str(run_file), "--packs", "3", "--png", str(drawn)]) == 0
+    printed = capsys.readouterr()
     for word in ("stage both, image", "stage both, video", "fill", "tokens an item", "left out"):
-        assert word in printed
+        assert word in printed.out
+    assert str(drawn) in printed.err
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_prints_json_and_nothing_else_when_asked_to(capsys, run_file, tmp_path):
+    arguments = ["--config", str(run_file), "--packs", "2", "--png", str(tmp_path / "a.png"), "--json"]
+    assert main(["data", "inspect", *arguments]) == 0
+    assert [stream["packs"] for stream in json.loads(capsys.readouterr().out)["streams"]] == [2, 2]
+
+
+def test_a_result_that_cannot_be_written_is_told_before_the_work(capsys, run_file, tmp_path):
+    nowhere = tmp_path / "gone" / "a"
+    assert "make it first" in fails(capsys, "data", "inspect", "--config", run_file, "--png", nowhere)
+    assert "make it first" in fails(capsys, "data", "verify", tmp_path, "--report", nowhere)
+
+
+def test_verify_says_sound_or_what_is_wrong_and_writes_it_down(capsys, tmp_path):
+    folder = write_demo_shards(tmp_path / "shards", images=16, videos=4, shards=1)
+    report = tmp_path / "report.json"
+    assert main(["data", "verify", str(folder), "--report", str(report), "--workers", "1"]) == 0
+    assert ": sound" in capsys.readouterr().out
+    assert json.loads(report.read_text())["samples"] == 25
+
+    shard = folder / "train-image-000000.tar"
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"\xff\xd8\xff")
+    content[at : at + 3] = b"???"
+    shard.write_bytes(content)
+    assert main(["data", "verify", str(folder), "--report", str(report), "--workers", "1", "--split", "train"]) == 1
+    printed = capsys.readouterr().out
+    assert "unreadable: train-image-000000/i0000" in printed
+    assert "its SHA-256 is not the manifest's" in printed
+    assert "20 samples in 2 shards: NOT sound" in printed
+    assert json.loads(report.read_text())["bad"] == {"unreadable": 1}
+
+
+def test_a_source_to_verify_that_is_not_there_is_told(capsys, tmp_path):
+    report = tmp_path / "report.json"
+    assert main(["data", "verify", str(tmp_path / "nowhere"), "--report", str(report)]) == 1
+    assert "there is no such file or folder" in capsys.readouterr().out
+
+
+def test_probe_tells_of_each_file_what_a_run_would_make_of_it(capsys, run_file, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture(60, 120))
+    (tmp_path / "b.jpg").write_bytes(b"junk")
+    files = [str(tmp_path / name) for name in ("a.jpg", "b.jpg")]
+    assert main(["data", "probe", *files, "--json"]) == 0
+    good, bad = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [good[key] for key in ("file", "ok", "kind", "width", "height", "frames")] == [
+        files[0], True, "image", 120, 60, 1,
+    ]  # fmt: skip
+    assert good["tokens"] >= 576
+    assert [bad[key] for key in ("file", "ok", "error")] == [files[1], False, "unreadable"]
+
+    assert main(["data", "probe", *files, "--config", str(run_file), "--stage", "both"]) == 0
+    good, bad = capsys.readouterr().out.splitlines()
+    assert "120 x 60 px" in good
+    assert "576" not in good, "the sizes are the run's"
+    assert bad.startswith("left out (unreadable): ")
+
+
+def test_a_stage_to_probe_for_that_is_not_there_names_those_that_are(capsys, run_file):
+    assert "no stage 'last'; there is both" in fails(
+        capsys, "data", "probe", "x.jpg", "--config", run_file, "--stage", "last"
+    )
 
 
 def _sources(run_file: Path) -> dict:

@@ -1,104 +1,174 @@
-"""What a run would feed to the model, measured by drawing packs: fill, sizes, unreadable samples, speed."""
+"""What a run would feed to the model, measured by drawing packs: fill, sizes, balance, unreadable samples, speed."""
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 from univitar_ds.config.schema import RunConfig, StageConfig
-from univitar_ds.data.cursor import LaneCursor
-from univitar_ds.data.delivery import FailureCount, decoded
-from univitar_ds.data.lanes import Lane, Plan, StreamRules
+from univitar_ds.data.batch import PackedBatch
+from univitar_ds.data.cursor import parse
 from univitar_ds.data.layout import Modality
-from univitar_ds.data.loader import stream_rules
-from univitar_ds.data.sources import fingerprint, validate_sources
+from univitar_ds.data.loader import PackLoader
+from univitar_ds.data.packing import item_cost
+from univitar_ds.data.sources import fingerprint, stage_modalities, validate_sources
+from univitar_ds.data.storage import StorageSettings
 
 _BINS = 10
 _BAR = 40
 
 
-def inspect(config: RunConfig, *, packs: int = 50, cost: tuple[float, float] = (0.0, 0.0)) -> dict[str, Any]:
+@dataclass
+class Stream:
+    """The packs drawn from one modality of one stage, in order. Tokens are those of the items of each pack."""
+
+    stage: StageConfig
+    modality: Modality
+    packs: list[list[int]] = field(default_factory=list)
+    imbalances: list[float] = field(default_factory=list)
+    """Of each whole step: the cost of its dearest pack over the mean, less 1."""
+    bad: Counter[str] = field(default_factory=Counter)
+    shrunk: int = 0
+    longest_wait: int = 0
+    samples_per_s: float = 0.0
+    shown: PackedBatch | None = None
+    """The first pack with anything in it."""
+
+    @property
+    def name(self) -> str:
+        return f"stage {self.stage.name}, {self.modality}"
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of all items."""
+        return [tokens for pack in self.packs for tokens in pack]
+
+    @property
+    def fills(self) -> list[float]:
+        """Of each pack, its share of the token budget."""
+        return [sum(pack) / self.stage.token_budget for pack in self.packs]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage.name,
+            "modality": self.modality,
+            "packs": len(self.packs),
+            "token_budget": self.stage.token_budget,
+            "fill_pct": _spread([100 * fill for fill in self.fills]),
+            "flop_imbalance_pct": _spread([100 * imbalance for imbalance in self.imbalances]),
+            "items_per_pack": _spread([len(pack) for pack in self.packs]),
+            "tokens_per_item": _spread(self.tokens),
+            "token_histogram": _histogram(self.tokens),
+            "shrunk": self.shrunk,
+            "bad": dict(self.bad),
+            "longest_wait_packs": self.longest_wait,
+            "samples_per_s": self.samples_per_s,
+        }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found: the sources as a whole and one stream for each stage and modality."""
+
+    run: str
+    shards: int
+    bytes: int
+    fingerprint: str
+    workers: int
+    streams: list[Stream]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "shards": self.shards,
+            "bytes": self.bytes,
+            "fingerprint": self.fingerprint,
+            "workers": self.workers,
+            "streams": [stream.to_json() for stream in self.streams],
+        }
+
+
+def inspect(config: RunConfig, *, packs: int = 50, cost: tuple[float, float] = (0.0, 0.0)) -> Inspection:
     """Draw and decode `packs` packs of each stage and modality, as the run would from its beginning.
 
     `cost` are the coefficients of an item's FLOPs (see `packing.item_cost`); without them cost budgets do not bind.
-    Returns: JSON with one entry in "streams" for each stage and modality.
     Raises: DataError as training would.
     """
-    shards = validate_sources(config.data.sources, config.stages)
-    streams = []
-    for stage in config.stages:
-        rules = stream_rules(
-            shards, data=config.data, stage=stage, lanes=config.data.lanes, seed=config.seed, cost=cost
-        )
-        streams += [_draw(config, stage, rules[modality], packs) for modality in sorted(rules)]
-    return {
-        "shards": len(shards),
-        "bytes": sum(shard.size for shard in shards),
-        "fingerprint": fingerprint(shards),
-        "workers": config.data.workers,
-        "streams": streams,
-    }
+    shards = validate_sources(config.data.sources, config.stages, StorageSettings.of(config.data))
+    return Inspection(
+        run=config.name,
+        shards=len(shards),
+        bytes=sum(shard.size for shard in shards),
+        fingerprint=fingerprint(shards),
+        workers=config.data.workers,
+        streams=[
+            _draw(config, stage, modality, packs, cost)
+            for stage in config.stages
+            for modality in sorted(stage_modalities(stage))
+        ],
+    )
 
 
-def render(result: Mapping[str, Any]) -> str:
-    """The result of `inspect` as text."""
-    lines = [f"{result['shards']} shards, {result['bytes'] / 1e6:.1f} MB, fingerprint {result['fingerprint']}"]
-    for stream in result["streams"]:
-        lines += ["", *_table(stream)]
-        lines.append(f"  {stream['samples_per_s']:.0f} samples/s read and decoded by {_hands(result['workers'])}")
+def render(inspection: Inspection) -> str:
+    """What was found as text."""
+    size = f"{inspection.bytes / 1e6:.1f} MB"
+    lines = [f"{inspection.shards} shards, {size}, fingerprint {inspection.fingerprint}"]
+    for stream in inspection.streams:
+        lines += ["", *_table(stream.to_json())]
+        lines.append(f"  {stream.samples_per_s:.0f} samples/s read and decoded by {_hands(inspection.workers)}")
     return "\n".join(lines)
 
 
-def _draw(config: RunConfig, stage: StageConfig, rules: StreamRules, packs: int) -> dict[str, Any]:
-    modality, lanes = rules.modality, config.data.lanes
-    failures = FailureCount(config.data.max_bad_in_a_row)
-    fills: list[float] = []
-    counts: list[int] = []
-    tokens: list[int] = []
-    bad: Counter[str] = Counter()
-    longest_wait = 0
+def _draw(config: RunConfig, stage: StageConfig, modality: Modality, packs: int, cost: tuple[float, float]) -> Stream:
+    stream = Stream(stage, modality)
     started, first = time.perf_counter(), 0
-    plans = _plans(rules, lanes, packs)
-    rendered = decoded(plans, config.data, {modality: rules.size}, stage.token_budget)
-    try:
-        for pack in rendered:
-            if len(fills) == 1:  # the first pack waits for the processes to start and the pool to fill
-                started, first = time.perf_counter(), len(tokens)
-            failures.check(pack)
-            failed = {index for index, _, _ in pack.failures}
-            kept = [item for index, item in enumerate(pack.plan.items) if index not in failed]
-            tokens += [item.sample.tokens for item in kept]
-            fills.append(sum(item.sample.tokens for item in kept) / stage.token_budget)
-            counts.append(len(kept))
-            bad.update(pack.plan.bad)
-            bad.update(kind for _, kind, _ in pack.failures)
-            longest_wait = max([longest_wait, *(item.address.waited for item in pack.plan.items)])
-    finally:
-        rendered.close()
-    return {
-        "stage": stage.name,
-        "modality": modality,
-        "packs": len(fills),
-        "token_budget": stage.token_budget,
-        "fill_pct": _spread([100 * fill for fill in fills]),
-        "items_per_pack": _spread(counts),
-        "tokens_per_item": _spread(tokens),
-        "token_histogram": _histogram(tokens),
-        "bad": dict(bad),
-        "longest_wait_packs": longest_wait,
-        "samples_per_s": round((len(tokens) - first) / (time.perf_counter() - started), 1),
-    }
+    with closing(_steps(config, stage, modality, packs, cost)) as steps:
+        for number, step in enumerate(steps):
+            if number == 1:  # the first step waits for the processes to start and the pools to fill
+                started, first = time.perf_counter(), len(stream.tokens)
+            costs = []
+            for batch in step[: packs - len(stream.packs)]:
+                _count(stream, batch)
+                costs.append(sum(item_cost(tokens, cost) for tokens in stream.packs[-1]))
+            if len(costs) == len(step) > 1 and sum(costs) > 0:
+                stream.imbalances.append(max(costs) * len(costs) / sum(costs) - 1)
+    stream.samples_per_s = round((len(stream.tokens) - first) / (time.perf_counter() - started), 1)
+    return stream
 
 
-def _plans(rules: StreamRules, lanes: int, packs: int) -> Iterator[Plan]:
-    modality: Modality = rules.modality
-    identity = fingerprint(rules.shards)
-    drawn = [Lane({modality: rules}, LaneCursor(lane, lanes, rules.seed, identity)) for lane in range(lanes)]
-    for index, lane in itertools.islice(itertools.product(range(packs), drawn), packs):
-        yield lane.next_plan(modality, index)
+def _steps(
+    config: RunConfig, stage: StageConfig, modality: Modality, packs: int, cost: tuple[float, float]
+) -> Iterator[list[PackedBatch]]:
+    """As many steps as hold `packs` packs; of the lanes no more than there are packs to draw."""
+    lanes = min(config.data.lanes, packs)
+    with PackLoader(
+        config.data.sources,
+        data=config.data,
+        stage=stage,
+        lanes_of_rank=range(lanes),
+        lanes=config.data.lanes,
+        seed=config.seed,
+        modality_of=lambda step: modality,
+        tokenizer=None,
+        context_length=config.model.text.context_length,
+        cost=cost,
+    ) as loader:
+        for _ in range(-(-packs // lanes)):
+            yield next(loader)
+
+
+def _count(stream: Stream, batch: PackedBatch) -> None:
+    stream.packs.append(batch.grid_thw.prod(dim=1).tolist())
+    stream.bad.update(batch.bad)
+    stream.shrunk += batch.shrunk
+    waiting = parse(batch.cursor).streams[batch.modality].pool
+    # Whoever leaves has been in the cursor before, as long as it waited at all.
+    stream.longest_wait = max([stream.longest_wait, *(row.waited for row in waiting)])
+    if stream.shown is None and len(batch):
+        stream.shown = batch
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -122,9 +192,11 @@ def _histogram(tokens: Sequence[int]) -> list[dict[str, int]]:
 
 def _table(stream: Mapping[str, Any]) -> list[str]:
     fill, items, tokens = stream["fill_pct"], stream["items_per_pack"], stream["tokens_per_item"]
+    imbalance = stream["flop_imbalance_pct"]
     lines = [
         f"stage {stream['stage']}, {stream['modality']}: {stream['packs']} packs of {stream['token_budget']} tokens",
         f"  fill           mean {fill['mean']:.2f} %, min {fill['min']:.2f} %",
+        f"  FLOP imbalance mean {imbalance['mean']:.2f} %, max {imbalance['max']:.2f} % between the packs of a step",
         f"  items a pack   mean {items['mean']:.1f}, min {items['min']:.0f}, max {items['max']:.0f}",
         f"  tokens an item mean {tokens['mean']:.1f}, min {tokens['min']:.0f}, max {tokens['max']:.0f}",
     ]
@@ -133,6 +205,7 @@ def _table(stream: Mapping[str, Any]) -> list[str]:
         bar = "#" * max(round(_BAR * row["items"] / most), 1 if row["items"] else 0)
         lines.append(f"    {row['from']:>6} - {row['to']:<6} {row['items']:>7} {bar}")
     bad = ", ".join(f"{count} {kind}" for kind, count in sorted(stream["bad"].items())) or "none"
+    lines.append(f"  made smaller   {stream['shrunk']} items")
     lines.append(f"  left out       {bad}")
     lines.append(f"  longest wait   {stream['longest_wait_packs']} packs")
     return lines

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 def test_the_figures_add_up(folder):
     result = inspect(
         run(folder, video_ratio=0.5, video={"min_tokens": 8, "max_tokens": 60, "divisor_px": 14}), packs=12
-    )
+    ).to_json()
     assert [(stream["stage"], stream["modality"], stream["packs"]) for stream in result["streams"]] == [
         ("native", "image", 12),
         ("native", "video", 12),
@@ -54,10 +54,33 @@ def test_bad_samples_are_counted_by_kind_from_the_header_and_from_the_pixels(tmp
     samples[9] = ("k9", {"jpg": picture(60, 40)})
     write_tar(tmp_path / "a.tar", samples)
     result = inspect(run(tmp_path), packs=6)
-    (stream,) = result["streams"]
+    (stream,) = result.to_json()["streams"]
     assert set(stream["bad"]) == {"unreadable", "corrupt", "no_caption"}
     assert min(stream["bad"].values()) >= 1
     assert "left out       " + ", ".join(f"{n} {kind}" for kind, n in sorted(stream["bad"].items())) in render(result)
+
+
+def test_the_imbalance_of_a_step_is_its_dearest_pack_against_the_mean(folder):
+    (stream,) = inspect(run(folder), packs=6, cost=(0.0, 1.0)).streams
+    costs = [sum(tokens**2 for tokens in pack) for pack in stream.packs]
+    steps = [costs[start : start + 2] for start in (0, 2, 4)]  # two lanes
+    assert stream.imbalances == pytest.approx([max(step) / (sum(step) / 2) - 1 for step in steps])
+    assert inspect(run(folder), packs=2).streams[0].imbalances == []
+
+
+def test_as_many_packs_as_asked_for_are_drawn_whatever_the_lanes(folder):
+    assert [len(inspect(run(folder), packs=packs).streams[0].packs) for packs in (1, 3)] == [1, 3]
+
+
+def test_items_larger_than_the_rule_are_counted(folder):
+    wide = {"min_tokens": 1, "max_tokens": 4, "divisor_px": 14}
+    (stream,) = inspect(run(folder, image=wide), packs=2).streams
+    assert stream.shrunk == len(stream.tokens) > 0
+
+
+def test_the_longest_wait_is_what_the_cursors_say(folder):
+    (stream,) = inspect(run(folder), packs=20).streams
+    assert 5 <= stream.longest_wait <= 20
 
 
 def test_sources_that_cannot_feed_the_run_are_told_as_training_would(tmp_path):

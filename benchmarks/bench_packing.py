@@ -1,0 +1,216 @@
+"""How full are the packs, how equal their cost within a step, how long does a sample wait, what does choosing cost?
+
+    python benchmarks/bench_packing.py [--photos FOLDER] [--steps 200]
+
+Four real lanes plan packs from shards; nothing is decoded. The photos are packed first, with their sizes as they are.
+Every other mix is made here: pictures that are nothing but a JPEG header. A cost budget is given as a share of what a
+pack full of tokens costs on average, for the 0.3B encoder. Rows go to results/bench_packing.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import platform
+import random
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from univitar_ds.config.load import load_config
+from univitar_ds.config.schema import DataConfig, SourceConfig, StageConfig
+from univitar_ds.data import packing
+from univitar_ds.data.cursor import LaneCursor
+from univitar_ds.data.lanes import Lane, Plan
+from univitar_ds.data.loader import stream_rules
+from univitar_ds.data.sources import fingerprint, validate_sources
+from univitar_ds.data.writer import pack_folder
+from univitar_ds.geometry import PATCH
+from univitar_ds.model.config import PRESETS
+from univitar_ds.model.flops import cost_coefficients
+
+RESULTS = Path(__file__).parent / "results/bench_packing.csv"
+LANES = 4
+COST = cost_coefficients(PRESETS["0.3b"])
+COST_SHARES = (0.7, 0.9, 1.0, 1.2)
+RELEASE = {"min_tokens": 576, "max_tokens": 5832, "divisor_px": 112}
+ANY = {"min_tokens": 1, "max_tokens": 8192, "divisor_px": PATCH}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shards and how their pictures are sized."""
+
+    name: str
+    shards: str
+    rule: dict[str, int]
+    token_budget: int
+
+    def stage(self, cost_budget: float | None) -> StageConfig:
+        tflops = None if cost_budget is None else cost_budget / 1e12
+        return StageConfig(
+            name="s", samples=1, lr=1.0, image=self.rule, token_budget=self.token_budget, cost_budget_tflops=tflops
+        )
+
+
+def log_normal(median: float, sigma: float, most: int) -> Callable[[random.Random], tuple[int, int]]:
+    """Sides in patches of a picture whose tokens are log-normal, at most `most`, of any shape up to 2 : 1."""
+
+    def sides(rng: random.Random) -> tuple[int, int]:
+        while True:
+            tokens, aspect = median * math.exp(rng.gauss(0, sigma)), 2 ** rng.uniform(-1, 1)
+            h, w = max(1, round(math.sqrt(tokens * aspect))), max(1, round(math.sqrt(tokens / aspect)))
+            if h * w <= most:
+                return h, w
+
+    return sides
+
+
+def write_headers(folder: Path, sides: Callable[[random.Random], tuple[int, int]], samples: int = 24_000) -> str:
+    """Shards of pictures that have a header and no pixels."""
+    folder.mkdir()
+    rng = random.Random(0)
+    for shard in range(8):
+        with tarfile.open(folder / f"{shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for index in range(samples // 8):
+                h, w = sides(rng)
+                frame = struct.pack(">BHHB", 8, h * PATCH, w * PATCH, 3) + bytes(9)
+                picture = b"\xff\xd8\xff\xc0" + struct.pack(">H", len(frame) + 2) + frame
+                for extension, content in (("jpg", picture), ("txt", b"a")):
+                    info = tarfile.TarInfo(f"{index:06d}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return str(folder)
+
+
+def most_possible(sizes: list[int], budget: int) -> float:
+    """A bound on the fill of an epoch in which items are nearly alike, so that packs have n or n + 1 of them.
+
+    Packs of n + 1 can only hold as many items as are small enough on average; all others have at most n.
+    1 where even n + 2 of the smallest fit (of two epochs: a pack may hold both), for then it says nothing.
+    """
+    sizes = sorted(sizes)
+    few = int(budget / (sum(sizes) / len(sizes)))
+    if sum(sorted(sizes * 2)[: few + 2]) <= budget:
+        return 1.0
+    small = max((n for n, total in enumerate(accumulate(sizes), 1) if total <= n * budget / (few + 1)), default=0)
+    return min(1.0, sum(sizes) / budget / (small / (few + 1) + (len(sizes) - small) / few))
+
+
+def measure(mix: Mix, steps: int, cost_budget: float | None) -> dict[str, Any]:
+    """Packs of all lanes over `steps` steps."""
+    stage = mix.stage(cost_budget)
+    data = DataConfig(sources=[SourceConfig(path=mix.shards)], lanes=LANES)
+    shards = validate_sources(data.sources, [stage])
+    rules = stream_rules(shards, data=data, stage=stage, lanes=LANES, seed=0, cost=COST)
+    lanes = [Lane(rules, LaneCursor(lane, LANES, 0, fingerprint(shards))) for lane in range(LANES)]
+    clock = _Clock()
+    with clock:
+        plans = [[lane.next_plan("image", step) for lane in lanes] for step in range(steps)]
+    every = [plan for step in plans for plan in step]
+    sizes = [[item.sample.tokens for item in plan.items] for plan in every]
+    fills = [sum(pack) / mix.token_budget for pack in sizes]
+    costs = [_cost(plan) for plan in every]
+    imbalances = [max(step) * LANES / sum(step) - 1 for step in zip(*[iter(costs)] * LANES, strict=True)]
+    items = sum(map(len, sizes))
+    epoch = {item.sample.name: item.sample.tokens for plan in every for item in plan.items}
+    return {
+        "steps": steps,
+        "lanes": LANES,
+        "items_per_pack": round(items / len(every), 2),
+        "largest_item_share": round(max(max(pack) for pack in sizes) / mix.token_budget, 3),
+        "fill_mean_pct": round(100 * sum(fills) / len(fills), 3),
+        "fill_min_pct": round(100 * min(fills), 2),
+        "fill_bound_pct": round(100 * most_possible(list(epoch.values()), mix.token_budget), 2),
+        "cost_fill_mean_pct": None if cost_budget is None else round(100 * sum(costs) / len(costs) / cost_budget, 2),
+        "flop_imbalance_mean_pct": round(100 * sum(imbalances) / len(imbalances), 3),
+        "flop_imbalance_max_pct": round(100 * max(imbalances), 2),
+        "longest_wait_packs": max(item.address.waited for plan in every for item in plan.items),
+        "choose_cpu_us_per_sample": round(1e6 * clock.seconds / items, 1),
+        "mean_full_pack_cost": sum(costs) / sum(map(sum, sizes)) * mix.token_budget,
+    }
+
+
+class _Clock:
+    """CPU time within `packing.choose` while entered."""
+
+    def __enter__(self) -> _Clock:
+        self.seconds = 0.0
+        self._choose = packing.choose
+        packing.choose = self._timed
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        packing.choose = self._choose
+
+    def _timed(self, *arguments: Any) -> list[int]:
+        began = time.process_time()
+        chosen = self._choose(*arguments)
+        self.seconds += time.process_time() - began
+        return chosen
+
+
+def _cost(plan: Plan) -> float:
+    return sum(packing.item_cost(item.sample.tokens, COST) for item in plan.items)
+
+
+def mixes(folder: Path, photos: Path | None) -> list[Mix]:
+    made = []
+    if photos is not None:
+        pack_folder(photos, folder / "photos", verify=False, progress=False)
+        recipe = load_config("photos", []).stages[0]
+        rule, budget = recipe.image.model_dump(include=set(ANY)), recipe.token_budget
+        shards = str(folder / "photos")
+        made += [Mix(f"photos, recipe, {tokens}", shards, rule, tokens) for tokens in (budget, 2 * budget)]
+        made.append(Mix("photos, release sizes", shards, RELEASE, 16384))
+        made.append(Mix("photos, own sizes", shards, {**ANY, "max_tokens": 4096}, 16384))
+    for median, sigma in ((400, 1.0), (1500, 0.8), (3000, 1.0)):
+        shards = write_headers(folder / f"{median}", log_normal(median, sigma, 8192))
+        made.append(Mix(f"log-normal, median {median}, sigma {sigma}", shards, ANY, 16384))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="a folder that data pack can pack; left out when absent")
+    parser.add_argument("--steps", type=int, default=200)
+    arguments = parser.parse_args()
+    about = {
+        "date": date.today().isoformat(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip(),
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }
+    rows = []
+    with TemporaryDirectory() as folder:
+        for mix in mixes(Path(folder), arguments.photos):
+            full = None
+            for share in (None, *COST_SHARES):
+                row = measure(mix, arguments.steps, None if share is None else share * full)
+                full = full or row["mean_full_pack_cost"]
+                del row["mean_full_pack_cost"]
+                named = {"mix": mix.name, "token_budget": mix.token_budget, "cost_budget_share": share}
+                rows.append({**named, **row, **about})
+                sys.stderr.write(f"{rows[-1]}\n")
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
