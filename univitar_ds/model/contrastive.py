@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.geometry import token_count
 from univitar_ds.model.attention import Spans, attention
 from univitar_ds.model.config import PRESETS
+from univitar_ds.model.distill_heads import Distilled, DistillHeads
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.layers import RMSNorm
 from univitar_ds.model.towers import build_text_tower
@@ -48,10 +50,27 @@ class AttentionPool(nn.Module):
         return attention(q, k, v, queries, keys, self.backend)
 
 
-class ContrastiveModel(nn.Module):
-    """The trained whole. Under DeepSpeed it is called through the engine only; evaluation calls `encode_*`."""
+class Embedded(NamedTuple):
+    """What forward says of a pack of N items: `vision`, `text` (N, E) float32 of length 1, `scale`, `bias` (1,) of the
+    logits, and features for a teacher where they were asked for."""
 
-    def __init__(self, vision: UniViTAR, text: nn.Module, config: ModelConfig) -> None:
+    vision: Tensor
+    text: Tensor
+    scale: Tensor
+    bias: Tensor
+    distilled: Distilled | None = None
+
+
+class ContrastiveModel(nn.Module):
+    """The trained whole. Under DeepSpeed it is called through the engine only; evaluation calls `encode_*`.
+
+    With `teacher_width` it has heads that face a teacher; without, it reads weights that were saved with such heads
+    and leaves them aside: they are scaffolding of the training.
+    """
+
+    def __init__(
+        self, vision: UniViTAR, text: nn.Module, config: ModelConfig, teacher_width: int | None = None
+    ) -> None:
         super().__init__()
         width = vision.config.hidden_size
         self.vision = vision
@@ -63,21 +82,33 @@ class ContrastiveModel(nn.Module):
             nn.init.xavier_uniform_(head.weight)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
         self.logit_bias = nn.Parameter(torch.tensor([float(config.logit_bias_init)]))
+        self.distill: DistillHeads | None = None
+        if teacher_width is None:
+            self.register_load_state_dict_pre_hook(_leave_heads_aside)
+        else:
+            self.distill = DistillHeads(width, teacher_width, vision.config.layer_norm_eps)
 
     def forward(
-        self, pixels: Tensor, frames: Tensor, grid_thw: Tensor, token_ids: Tensor, text_lengths: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self,
+        pixels: Tensor,
+        frames: Tensor,
+        grid_thw: Tensor,
+        token_ids: Tensor,
+        text_lengths: Tensor,
+        distill: bool = False,
+    ) -> Embedded:
         """Embeds one pack; N may be 0.
 
-        Args: see `encode_vision` and `encode_text`.
-        Returns: vision (N, E), text (N, E), both float32 of length 1; scale (1,), bias (1,) of the logits.
+        Args: see `encode_vision` and `encode_text`; distill: also features for the teacher, by the heads for it.
         """
+        tokens, pooled = self._features(pixels, frames, grid_thw)
         # Scale and bias leave as new tensors: ZeRO-3 takes a parameter's storage away once forward has ended.
-        return (
-            self.encode_vision(pixels, frames, grid_thw),
+        return Embedded(
+            F.normalize(self.vision_proj(pooled).float(), dim=-1),
             self.encode_text(token_ids, text_lengths),
             self.logit_scale.float().exp(),
             self.logit_bias.float() * 1.0,
+            self.distill(tokens, pooled) if distill else None,
         )
 
     def encode_vision(self, pixels: Tensor, frames: Tensor, grid_thw: Tensor) -> Tensor:
@@ -88,11 +119,15 @@ class ContrastiveModel(nn.Module):
             frames: (N,) frames stored per item; grid_thw: (N, 3) tokens per item; both on the host.
         Returns: (N, E) float32.
         """
+        _, pooled = self._features(pixels, frames, grid_thw)
+        return F.normalize(self.vision_proj(pooled).float(), dim=-1)
+
+    def _features(self, pixels: Tensor, frames: Tensor, grid_thw: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (T, D) and pooled (N, D) of a pack."""
         config, grids = self.vision.config, grid_thw.tolist()
         patches = patchify(pixels, frames.tolist(), grids, config.spatial_merge_size)
         tokens = self.vision(normalise(patches, config.image_mean, config.image_std), grids)
-        pooled = self.pool(tokens, [token_count(grid) for grid in grids])
-        return F.normalize(self.vision_proj(pooled).float(), dim=-1)
+        return tokens, self.pool(tokens, [token_count(grid) for grid in grids])
 
     def encode_text(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
         """Captions to unit vectors.
@@ -103,11 +138,17 @@ class ContrastiveModel(nn.Module):
         return F.normalize(self.text_proj(self.text(token_ids, text_lengths)).float(), dim=-1)
 
 
+def _leave_heads_aside(model: ContrastiveModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}distill.")]:
+        del state[name]
+
+
 def build_contrastive(
-    config: ModelConfig, *, vocab_size: int, eos_id: int, pad_id: int, seed: int
+    config: ModelConfig, *, vocab_size: int, eos_id: int, pad_id: int, seed: int, teacher_width: int | None = None
 ) -> ContrastiveModel:
     """The model of a run, on the CPU in float32. The same arguments give the same bits; no random state outside moves.
 
+    Args: teacher_width: Dt of the teacher, where the run has one; None: no heads for it.
     Raises: ConfigError if the parts do not fit each other, CheckpointError if weights to start from do not fit.
     """
     shape = _encoder_shape(config)
@@ -122,8 +163,8 @@ def build_contrastive(
         load_into(vision, config.init_from)
     with _seeded(seed, "text"):
         text = build_text_tower(config.text, vocab_size=vocab_size, eos_id=eos_id, pad_id=pad_id)
-    with _seeded(seed, "heads"):
-        return ContrastiveModel(vision, text, config)
+    with _seeded(seed, "heads"):  # those for a teacher are drawn last: the others stay as they are without one
+        return ContrastiveModel(vision, text, config, teacher_width)
 
 
 def _encoder_shape(config: ModelConfig) -> EncoderConfig:

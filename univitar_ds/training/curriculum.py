@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
-from univitar_ds.config.schema import Modality, StageConfig
+from univitar_ds.config.schema import Modality, Schedule, StageConfig
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,20 @@ def lr_at(stage: StageConfig, samples_done: int) -> float:
     left = 1 - done if stage.lr_schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * done))
     floor = stage.final_lr_ratio
     return stage.lr * (floor + (1 - floor) * left)
+
+
+def weight_at(schedule: Schedule, samples_done: int, samples: int) -> float:
+    """Weight of a loss at the step that follows `samples_done` of the `samples` items of a stage."""
+    if schedule.kind == "constant":
+        return schedule.start
+    done = min(samples_done / samples, 1.0)
+    moved = done if schedule.kind == "linear" else 0.5 * (1 - math.cos(math.pi * done))
+    return schedule.start + (schedule.end - schedule.start) * moved
+
+
+def distills_later(stages: Sequence[StageConfig], progress: Progress) -> bool:
+    """Whether any step from here on may weigh the distillation above 0: whether the teacher is still needed."""
+    return any(stage.distill.ever for stage in stages[progress.stage :])
 
 
 def modality_at(video_ratio: float, step_in_stage: int) -> Modality:

@@ -4,28 +4,32 @@ The loss compares all items of the step, but a rank has memory for the activatio
 packs are embedded without gradient, the loss gives the gradient of every embedding, and then each pack
 runs again, with gradient, and is fed what the loss wants of its embeddings. A rank with a single pack
 runs it once. The two ways are the same numbers because the model draws no random numbers.
+A teacher's part is a sum over tokens and items: it rides on the passes with gradient, a pack at a time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from univitar_ds.config.schema import ObjectiveConfig
 from univitar_ds.errors import UserError
+from univitar_ds.model.teacher import Teacher
 from univitar_ds.objectives.ring import ContrastiveResult
 from univitar_ds.objectives.sigmoid import ring_sigmoid
 from univitar_ds.objectives.softmax import ring_softmax
+from univitar_ds.training.distillation import NO_DISTILLATION, Distillation
 from univitar_ds.training.engine import Engine
 
 LOSSES = {"sigmoid": ring_sigmoid, "softmax": ring_softmax}
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The first of the model's outputs: `model.contrastive.Embedded` without what a teacher is shown."""
 
 
 class Batch(Protocol):
@@ -45,13 +49,20 @@ class DivergedError(UserError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports, the same numbers on every rank."""
+    """What a step reports, the same numbers on every rank.
+
+    `loss` is what the step lowered. `losses` are its parts: contrastive, and where a teacher took part distill_patch
+    and distill_pooled, means before their weights; then `agreement` is the mean cosine similarity of the teacher's
+    patch features and the student's.
+    """
 
     loss: float
     items: int
     grad_norm: float
     logit_scale: float
     logit_bias: float
+    losses: dict[str, float] = field(default_factory=dict)
+    agreement: float | None = None
 
 
 def train_step(
@@ -61,17 +72,23 @@ def train_step(
     lr: float,
     objective: ObjectiveConfig,
     single_pass: bool = True,
+    teacher: Teacher | None = None,
+    distill_weight: float = 0.0,
 ) -> StepResult:
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
+    Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at `distill_weight` 0.
     Raises: DivergedError, on all ranks, if the loss or the gradient is not finite; the parameters keep
     their last finite values.
     """
     engine.begin_step(lr)
-    inputs = [_inputs(batch, engine.world.device) for batch in batches]
+    distillation = None
+    if distill_weight:
+        distillation = Distillation(teacher, objective.teacher, distill_weight, batches, engine.world)
+    inputs = [_inputs(batch, engine.world.device, distill=bool(distillation)) for batch in batches]
     once = single_pass and len(batches) == 1
-    with torch.set_grad_enabled(once):
-        outputs = [engine(*pack) for pack in inputs]
+    with torch.set_grad_enabled(once):  # what a teacher is shown is large: kept of a single pack only
+        outputs = [output if once else output[:4] for output in (engine(*pack) for pack in inputs)]
     scale, bias = outputs[0][2].detach(), outputs[0][3].detach()
     result = LOSSES[objective.kind](
         torch.cat([output[0].detach() for output in outputs]),
@@ -90,8 +107,10 @@ def train_step(
     counts = [len(batch.caption_ids) for batch in batches]
     vision_grads, text_grads = result.vision_grad.split(counts), result.text_grad.split(counts)
     for index, pack in enumerate(inputs):
+        seen = distillation.look(index) if distillation else None
         output = outputs[0] if once else engine(*pack)
-        engine.backward(_surrogate(output, vision_grads[index], text_grads[index], result, len(batches)))
+        surrogate = _surrogate(output[:4], vision_grads[index], text_grads[index], result, len(batches))
+        engine.backward(surrogate + distillation.loss(output[4], seen) if distillation else surrogate)
         engine.step()
     norm = engine.grad_norm
     if not engine.updated or not math.isfinite(norm):
@@ -99,18 +118,23 @@ def train_step(
             f"the gradient is not finite at loss {result.loss:.6g} and learning rate {lr:g}; the run ends and its "
             "last checkpoint stays, lower the stage's lr or optimizer.clip_norm"
         )
-    return StepResult(result.loss, result.items, norm, float(scale), float(bias))
+    added = distillation.result() if distillation else NO_DISTILLATION
+    parts = {"contrastive": result.loss, **added.losses}
+    return StepResult(
+        result.loss + added.loss, result.items, norm, float(scale), float(bias), parts, added.agreement
+    )
 
 
-def _inputs(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+def _inputs(batch: Batch, device: torch.device, *, distill: bool) -> tuple[Any, ...]:
     """Arguments of the model's forward. `frames` and `grid_thw` stay on the host: they are sizes."""
-    return (
+    pack = (
         batch.pixels.to(device, non_blocking=True),
         batch.frames,
         batch.grid_thw,
         batch.token_ids.to(device, non_blocking=True),
         batch.text_lengths.to(device, non_blocking=True),
     )
+    return (*pack, True) if distill else pack
 
 
 def _surrogate(

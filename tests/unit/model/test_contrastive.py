@@ -40,9 +40,10 @@ def small_tiny(monkeypatch):
 
 
 def test_both_towers_give_unit_vectors_and_the_logits_their_start():
-    vision, text, scale, bias = build_contrastive(CONFIG, **VOCAB, seed=0)(
+    vision, text, scale, bias, distilled = build_contrastive(CONFIG, **VOCAB, seed=0)(
         drawn_pixels(), FRAMES, GRIDS, CAPTIONS, LENGTHS
     )
+    assert distilled is None
     for embedded in (vision, text):
         assert embedded.shape == (3, 16)
         torch.testing.assert_close(embedded.norm(dim=-1), torch.ones(3))
@@ -52,7 +53,7 @@ def test_both_towers_give_unit_vectors_and_the_logits_their_start():
 
 def test_scale_and_bias_are_new_tensors_with_the_right_gradients():
     model = build_contrastive(CONFIG, **VOCAB, seed=0)
-    _, _, scale, bias = model(drawn_pixels(), FRAMES, GRIDS, CAPTIONS, LENGTHS)
+    _, _, scale, bias, _ = model(drawn_pixels(), FRAMES, GRIDS, CAPTIONS, LENGTHS)
     assert bias.data_ptr() != model.logit_bias.data_ptr()
     (3 * scale + 5 * bias).sum().backward()
     torch.testing.assert_close(model.logit_scale.grad, torch.tensor([30.0]))
@@ -75,7 +76,7 @@ def test_an_item_is_embedded_the_same_alone_and_in_a_pack():
 def test_every_parameter_takes_part_whatever_the_pack_holds(count, dtype):
     model = build_contrastive(CONFIG, **VOCAB, seed=0).to(dtype)
     pixels = drawn_pixels() if count else torch.empty(0, dtype=torch.uint8)
-    vision, text, scale, bias = model(
+    vision, text, scale, bias, _ = model(
         pixels, FRAMES[:count], GRIDS[:count], CAPTIONS[:count], LENGTHS[:count]
     )
     assert vision.shape == text.shape == (count, 16)
@@ -150,3 +151,37 @@ def test_an_encoder_of_another_size_to_start_from_is_refused_by_its_differences(
 def test_pool_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ConfigError, match="pool_heads 5 does not divide the encoder's width 64"):
         build_contrastive(CONFIG.model_copy(update={"pool_heads": 5}), **VOCAB, seed=0)
+
+
+def test_heads_for_a_teacher_leave_first_values_and_embeddings_as_they_are():
+    plain, taught = (build_contrastive(CONFIG, **VOCAB, seed=0, teacher_width=width) for width in (None, 24))
+    assert all(torch.equal(taught.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
+    inputs = drawn_pixels(), FRAMES, GRIDS, CAPTIONS, LENGTHS
+    quiet, shown = taught(*inputs), taught(*inputs, True)
+    assert quiet.distilled is None
+    assert shown.distilled.patches.shape == (24 + 16 + 4, 24)
+    assert shown.distilled.pooled.shape == (3, 24)
+    assert all(torch.equal(a, b) for a, b in zip(plain(*inputs)[:4], shown[:4], strict=True))
+
+
+def test_what_a_teacher_is_shown_is_linear_in_the_normed_tokens_and_in_the_pooled_feature():
+    model = build_contrastive(CONFIG, **VOCAB, seed=0, teacher_width=24)
+    tokens, pooled = model._features(drawn_pixels(), FRAMES, GRIDS)
+    shown = model(drawn_pixels(), FRAMES, GRIDS, CAPTIONS, LENGTHS, True).distilled
+    heads = model.distill
+    torch.testing.assert_close(shown.pooled, pooled @ heads.pooled.weight.T + heads.pooled.bias)
+    normed = tokens / (tokens.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(shown.patches, normed @ heads.patches.weight.T + heads.patches.bias)
+
+
+def test_weights_saved_with_heads_for_a_teacher_are_read_without_them_and_nothing_else_is_forgiven():
+    taught = build_contrastive(CONFIG, **VOCAB, seed=1, teacher_width=24)
+    saved = taught.state_dict()
+    plain = build_contrastive(CONFIG, **VOCAB, seed=0)
+    plain.load_state_dict(saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in plain.state_dict().items())
+    assert any(name.startswith("distill.") for name in saved), "the caller's own state must stay whole"
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        plain.load_state_dict({**saved, "stranger": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"Missing key.*distill\.norm\.weight"):
+        taught.load_state_dict(plain.state_dict())

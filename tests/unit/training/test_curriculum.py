@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from univitar_ds.config.schema import StageConfig
-from univitar_ds.training.curriculum import Progress, advance, lr_at, modality_at
+from univitar_ds.config.schema import Schedule, StageConfig
+from univitar_ds.training.curriculum import Progress, advance, distills_later, lr_at, modality_at, weight_at
 
 
 def stage(name="a", samples=1000, **settings) -> StageConfig:
@@ -67,6 +67,45 @@ def test_a_constant_rate_only_warms_up():
 def test_a_schedule_that_does_not_fit_its_stage_is_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         stage(**settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "end", "wanted"),
+    [
+        ("constant", None, [0.8, 0.8, 0.8, 0.8, 0.8]),
+        ("linear", 0.2, [0.8, 0.65, 0.5, 0.2, 0.2]),
+        ("cosine", 0.2, [0.8, 0.2 + 0.3 * (1 + math.cos(math.pi / 4)), 0.5, 0.2, 0.2]),
+        ("cosine", 1.8, [0.8, 1.8 - 0.5 * (1 + math.cos(math.pi / 4)), 1.3, 1.8, 1.8]),
+    ],
+)
+def test_the_weight_of_a_loss_moves_from_start_to_end_over_its_stage(kind, end, wanted):
+    schedule = Schedule(kind=kind, start=0.8, end=end)
+    assert [weight_at(schedule, done, 1000) for done in (0, 250, 500, 1000, 1003)] == pytest.approx(wanted)
+
+
+def test_without_a_schedule_a_weight_is_zero():
+    assert {weight_at(stage().distill, done, 1000) for done in (0, 500, 1000)} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"start": 1.0, "end": 0.5}, "stays at start 1; remove end 0.5"),
+        ({"kind": "linear", "start": 1.0}, "kind linear moves from start 1 to end; add end"),
+        ({"start": -1.0}, "greater than or equal to 0"),
+    ],
+)
+def test_a_schedule_that_contradicts_itself_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Schedule(**settings)
+
+
+def test_a_teacher_is_needed_until_the_last_stage_that_distills():
+    falling = Schedule(kind="linear", start=1.0, end=0.0)
+    rising = Schedule(kind="cosine", start=0.0, end=1.0)
+    stages = [stage("a"), stage("b", distill=falling), stage("c"), stage("d", distill=rising), stage("e")]
+    needed = [distills_later(stages, Progress(stage=number, samples_in_stage=999)) for number in range(6)]
+    assert needed == [True, True, True, True, False, False]
 
 
 def test_a_stage_hands_over_with_the_step_that_reaches_its_samples():

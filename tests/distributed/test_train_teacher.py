@@ -1,0 +1,55 @@
+"""A whole run with a teacher in its first stage: what its lines say, and that it resumes bit for bit."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.distributed import run_distributed
+from tests.support.runs import metrics, rewound, samples, small_config, train_rank
+from tests.support.shards import write_demo_shards
+from tests.support.teachers import own_encoder
+from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.launch import create_run
+from univitar_ds.training import commit
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("taught")
+    write_demo_shards(folder / "shards")
+    own_encoder().save_pretrained(folder / "teacher")
+    config = small_config(folder / "shards", folder, objective={"teacher": {"path": str(folder / "teacher")}})
+    first, second = config.stages
+    fading = first.model_copy(update={"distill": type(first.distill)(kind="linear", start=1.0, end=0.0)})
+    config = config.model_copy(update={"stages": [fading, second]})
+    run = create_run(config, "test", 2)
+    assert run_distributed(train_rank, 2, 90, run) == [True, True]
+    checkpoints = commit.complete(run / CHECKPOINTS)
+    return SimpleNamespace(run=run, folder=folder, last=checkpoints[-1])
+
+
+def test_the_teacher_is_heard_in_its_stage_with_the_weight_of_the_schedule_and_not_after_it(taught):
+    lines = metrics(taught.run)
+    first = [line for line in lines if line["stage"] == "pictures"]
+    weights = [line["distill_weight"] for line in first]
+    seen = [0, *(line["samples_seen"] for line in first[:-1])]
+    assert weights == pytest.approx([1 - done / 60 for done in seen])
+    for line in first:
+        parts = line["distill_weight"] * (line["loss_distill_patch"] + line["loss_distill_pooled"])
+        assert line["loss"] == pytest.approx(line["loss_contrastive"] + parts, rel=1e-5)
+        assert -1 <= line["teacher_agreement"] <= 1
+    assert first[-1]["teacher_agreement"] > first[0]["teacher_agreement"]
+    assert not any("teacher_agreement" in line for line in lines if line["stage"] == "both")
+
+
+def test_a_run_resumed_while_it_is_taught_is_the_uninterrupted_one_bit_for_bit(taught, tmp_path):
+    again = rewound(taught.run, 2, tmp_path / "again")
+    run_distributed(train_rank, 2, 90, again)
+    assert [line["loss"] for line in metrics(again)] == [line["loss"] for line in metrics(taught.run)]
+    assert samples(again) == samples(taught.run)
+    ours, theirs = (commit.read_manifest(run / CHECKPOINTS / taught.last.name) for run in (taught.run, again))
+    tensors = [name for name in ours if name.endswith(".safetensors")]
+    assert len(tensors) == 3
+    assert all(ours[name] == theirs[name] for name in tensors)

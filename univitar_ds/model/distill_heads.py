@@ -1,0 +1,33 @@
+"""What the student shows its teacher: features mapped into the teacher's space. Used in training only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from univitar_ds.model.layers import RMSNorm
+
+
+class Distilled(NamedTuple):
+    """Features of a pack in the teacher's width: `patches` (T, Dt), `pooled` (N, Dt)."""
+
+    patches: Tensor
+    pooled: Tensor
+
+
+class DistillHeads(nn.Module):
+    """One linear map for tokens, normed first, for the encoder ends without a norm, and one for the pooled feature."""
+
+    def __init__(self, width: int, teacher_width: int, eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, eps)
+        self.patches = nn.Linear(width, teacher_width)
+        self.pooled = nn.Linear(width, teacher_width)
+        for head in (self.patches, self.pooled):
+            nn.init.xavier_uniform_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, tokens: Tensor, pooled: Tensor) -> Distilled:
+        """(T, D), (N, D) -> (T, Dt), (N, Dt)."""
+        return Distilled(self.patches(self.norm(tokens)), self.pooled(pooled))

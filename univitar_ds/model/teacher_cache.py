@@ -1,0 +1,75 @@
+"""Features of a teacher on disk, a file per item, found by the item's pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from univitar_ds.geometry import token_count
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureCache:
+    """Features by content: the name of a file is the hash of the pixels, that of its folder the hash of the teacher.
+
+    So ranks, runs and stages may share one folder, and whatever changes a pixel or a weight finds nothing instead of
+    something wrong. It is a help only: a file that cannot be read is made again, a disk that cannot be written is
+    reported once and left alone.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, *settings: object) -> None:
+        """`settings`: whatever beside the weights decides the features."""
+        self.folder = folder / _fingerprint(model, settings)
+        self.writes = True
+
+    def read(self, clip: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Features of the item on the host, patches (t * h * w, Dt) and pooled (Dt,); None if they are not there.
+
+        `clip`: (frames, rows, columns, 3) uint8 on the host.
+        """
+        try:
+            found = load_file(self._path(clip, grid))
+            patches, pooled = found["patches"], found["pooled"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return (patches, pooled) if patches.shape == (token_count(grid), len(pooled)) else None
+
+    def write(self, clip: Tensor, grid: Sequence[int], patches: Tensor, pooled: Tensor) -> None:
+        if not self.writes:
+            return
+        path = self._path(clip, grid)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"patches": patches.cpu().contiguous(), "pooled": pooled.cpu().contiguous()}, partial)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                partial.unlink()
+            self.writes = False
+            logger.warning("objective.teacher.cache %s cannot be written any more, going on without: %s", path, error)
+
+    def _path(self, clip: Tensor, grid: Sequence[int]) -> Path:
+        digest = hashlib.blake2b(repr((tuple(clip.shape), tuple(grid))).encode(), digest_size=16)
+        digest.update(clip.contiguous().numpy())
+        name = digest.hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+
+def _fingerprint(model: nn.Module, settings: Sequence[object]) -> str:
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,169 @@
+"""How a frozen vision model looks at items: picture models frame by frame, an encoder of our own as it was trained.
+
+Shape legend: B frames of one batch, Dt width of the teacher. Features of an item are in raster order (t, h, w).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.reference import normalise, patchify
+from univitar_ds.geometry import PATCH, token_count
+from univitar_ds.model.encoder import UniViTAR
+
+Grid = Sequence[int]
+Features = tuple[Tensor, Tensor]
+"""Of one item: patches (t * h * w, Dt) and pooled (Dt,)."""
+PictureModel = Callable[[nn.Module, Tensor], Features]
+"""A transformers model and B normalised frames (B, 3, rows, columns) to (B, h * w, Dt) and (B, Dt)."""
+
+
+class Tower(Protocol):
+    """A teacher's model as the rest of the project calls it."""
+
+    model: nn.Module
+
+    def takes(self, grid: Grid) -> bool:
+        """Whether it can see an item of this grid."""
+
+    def calls(self, grids: Sequence[Grid]) -> int:
+        """How often the model runs for these items."""
+
+    def idle(self) -> None:
+        """Runs the model once for nothing, where other ranks wait for this one's share of the weights."""
+
+    def __call__(self, clips: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
+        """Features of items, each (frames, h * 14, w * 14, 3) uint8 where the model lies; all of them ones it takes."""
+
+
+class FrameTower:
+    """A picture model. A clip goes through it frame by frame; each token's features are the mean over its frames.
+
+    With patches of 14 pixels it sees the student's pixels, with patches of p the frames resized (bilinear, antialiased)
+    to h * p x w * p, so that its grid is the student's. Its position table is interpolated, by transformers, to the
+    size of the frames. Items of equal height and width run as one batch.
+    """
+
+    def __init__(
+        self, model: nn.Module, run: PictureModel, patch: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.model, self.run, self.patch = model, run, patch
+        self.device = next(model.parameters()).device
+        self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (mean, std))
+
+    def takes(self, grid: Grid) -> bool:
+        return True
+
+    def calls(self, grids: Sequence[Grid]) -> int:
+        return len({(h, w) for _, h, w in grids})
+
+    def idle(self) -> None:
+        self([torch.zeros(1, PATCH, PATCH, 3, dtype=torch.uint8, device=self.device)], [(1, 1, 1)])
+
+    def __call__(self, clips: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, (_, h, w) in enumerate(grids):
+            alike[h, w].append(index)
+        found: dict[int, Features] = {}
+        for (h, w), members in alike.items():
+            patches, pooled = self.run(self.model, self._frames([clips[index] for index in members], h, w))
+            assert patches.shape[1] == h * w, f"the teacher made {patches.shape[1]} features of {h} x {w} patches"
+            counts = [len(clips[index]) for index in members]
+            parts = zip(members, patches.split(counts), pooled.split(counts), strict=True)
+            found |= {index: _over_time(grids[index][0], *both) for index, *both in parts}
+        return [found[index] for index in range(len(grids))]
+
+    def _frames(self, clips: Sequence[Tensor], h: int, w: int) -> Tensor:
+        """(B, 3, h * patch, w * patch) float32, normalised."""
+        frames = torch.cat(list(clips)).permute(0, 3, 1, 2).float()
+        if self.patch != PATCH:
+            frames = F.interpolate(frames, (h * self.patch, w * self.patch), mode="bilinear", antialias=True)
+        return (frames / 255 - self.mean) / self.std
+
+
+def _over_time(steps: int, patches: Tensor, pooled: Tensor) -> Features:
+    """Means of what the frames of an item showed, in the model's precision: (frames, h * w, Dt), (frames, Dt)."""
+    tubelets = patches.float().unflatten(0, (steps, -1)).mean(1)
+    return tubelets.flatten(0, 1).to(patches.dtype), pooled.float().mean(0).to(pooled.dtype)
+
+
+class PackTower:
+    """An encoder of our own: clips as clips, a pack as a pack. It pools by the mean, for it is exported without a pool.
+
+    Items whose height or width its `spatial_merge_size` does not divide are not for it.
+    """
+
+    def __init__(self, model: UniViTAR) -> None:
+        self.model = model
+        self.merge = model.config.spatial_merge_size
+        self.device = next(model.parameters()).device
+
+    def takes(self, grid: Grid) -> bool:
+        return not (grid[1] % self.merge or grid[2] % self.merge)
+
+    def calls(self, grids: Sequence[Grid]) -> int:
+        return 1 if grids else 0
+
+    def idle(self) -> None:
+        side = self.merge * PATCH
+        self([torch.zeros(1, side, side, 3, dtype=torch.uint8, device=self.device)], [(1, self.merge, self.merge)])
+
+    def __call__(self, clips: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
+        if not clips:
+            return []
+        config = self.model.config
+        pixels = torch.cat([clip.flatten() for clip in clips])
+        patches = patchify(pixels, [len(clip) for clip in clips], grids, self.merge)
+        tokens = self.model(normalise(patches, config.image_mean, config.image_std), grids)
+        parts = tokens.split([token_count(grid) for grid in grids])
+        rasters = [to_raster(part, grid, self.merge) for part, grid in zip(parts, grids, strict=True)]
+        return [(raster, raster.float().mean(0).to(raster.dtype)) for raster in rasters]
+
+
+def from_raster(rows: Tensor, grid: Grid, merge: int) -> Tensor:
+    """Rows of one item from order (t, h, w) to that of `kernels.reference.patchify`: (t * h * w, D), the same shape."""
+    t, h, w = grid
+    cells = rows.view(t, h // merge, merge, w // merge, merge, rows.shape[-1])
+    return cells.transpose(2, 3).reshape(rows.shape)
+
+
+def to_raster(rows: Tensor, grid: Grid, merge: int) -> Tensor:
+    """The inverse of `from_raster`."""
+    t, h, w = grid
+    cells = rows.view(t, h // merge, w // merge, merge, merge, rows.shape[-1])
+    return cells.transpose(2, 3).reshape(rows.shape)
+
+
+def run_with_prefix(model: nn.Module, frames: Tensor) -> Features:
+    """DINOv2 and DINOv3: a class token, which is the pooled feature, and registers stand before the patches."""
+    out = model(pixel_values=frames)
+    first = 1 + getattr(model.config, "num_register_tokens", 0)
+    return out.last_hidden_state[:, first:], out.pooler_output
+
+
+def run_siglip(model: nn.Module, frames: Tensor) -> Features:
+    """SigLIP: no class token; pooled by its attention head, by the mean where it has none."""
+    return _pooled(model(pixel_values=frames, interpolate_pos_encoding=True))
+
+
+def run_siglip2(model: nn.Module, frames: Tensor) -> Features:
+    """SigLIP 2 for any size (NaFlex): takes patches, each ordered (row, column, channel)."""
+    patch = model.config.patch_size
+    h, w = frames.shape[2] // patch, frames.shape[3] // patch
+    cells = frames.view(len(frames), 3, h, patch, w, patch).permute(0, 2, 4, 3, 5, 1)
+    shapes = torch.tensor([[h, w]] * len(frames))  # on the host: transformers reads them one by one
+    return _pooled(
+        model(pixel_values=cells.flatten(3).flatten(1, 2), pixel_attention_mask=None, spatial_shapes=shapes)
+    )
+
+
+def _pooled(out: object) -> Features:
+    states = out.last_hidden_state
+    pooled = states.float().mean(1).to(states.dtype) if out.pooler_output is None else out.pooler_output
+    return states, pooled
