@@ -11,20 +11,24 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
-from univitar_ds.config.load import changed_keys, dump_config, load_config, result_part
+from univitar_ds.config.load import changed_result, dump_config, load_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, SUMMARY, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError, UserError
+from univitar_ds.training import preemption
+from univitar_ds.training.preemption import SAVED, Stop
+from univitar_ds.training.slurm import adopt_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,7 @@ CAPTIONS_FOR_TOKENIZER = 200_000
 def train(recipe: str, nproc: int, overrides: Sequence[str]) -> int:
     """Start a run from a run file; returns the exit status.
 
-    Under a launcher this process is one rank and `nproc` is not used.
+    Under a launcher, `srun` included, this process is one rank and `nproc` is not used.
     """
     config = load_config(recipe, overrides)
     if _under_launcher():
@@ -58,6 +62,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
         the sources cannot feed the stages (DataError).
     """
     from univitar_ds.data.sources import validate_sources
+    from univitar_ds.data.storage import StorageSettings
 
     run = Path(config.output, config.name)
     if (run / CHECKPOINTS / "latest").exists():
@@ -67,7 +72,8 @@ def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
         )
     deepspeed = read_deepspeed(config.deepspeed)
     resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
-    validate_sources(config.data.sources, config.stages)
+    validate_sources(config.data.sources, config.stages, StorageSettings.of(config.data))
+    _check_teacher(config)
     if run.exists():
         shutil.rmtree(run)  # without a checkpoint there is nothing to continue
     run.mkdir(parents=True)
@@ -85,7 +91,7 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int) -> Path:
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run} holds no {CONFIG}, so it is no run; give the folder that an earlier run wrote")
     before, after = load_config(run / CONFIG), load_config(run / CONFIG, overrides)
-    changed = changed_keys(result_part(before), result_part(after))
+    changed = changed_result(before, after)
     if changed:
         raise ConfigError(
             f"{', '.join(changed)} would change the result of {run} half-way; "
@@ -98,16 +104,22 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int) -> Path:
     return run
 
 
-def run_rank(run: Path) -> None:
-    """Train as one rank of the process group that the environment describes; rank 0 then finishes the run."""
+def run_rank(run: Path, stop: Stop) -> int:
+    """Train as one rank of the process group that the environment describes; rank 0 then finishes the run.
+
+    Returns: the exit status, 0 or SAVED if `stop` of any rank was requested.
+    """
     from univitar_ds.training.distributed import start_world, stop_world
     from univitar_ds.training.loop import train as train_rank
 
     world = start_world()
-    completed = train_rank(load_config(run / CONFIG), run, world)
+    completed = train_rank(load_config(run / CONFIG), run, world, stop)
     stop_world()
-    if completed and world.first:
+    if not completed:
+        return SAVED
+    if world.first:
         finish_run(run)
+    return 0
 
 
 def finish_run(run: Path) -> None:
@@ -138,8 +150,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def _start(run: Path, nproc: int) -> int:
     """Train the prepared run: in this process when it is the only one, else through DeepSpeed's launcher."""
     if nproc == 1:
-        run_rank(run)
-        return 0
+        return run_rank(run, preemption.listen())
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(nproc))}).encode()).decode()
     command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={ranks}"]
     command += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--log_level=critical", "--no_local_rank"]
@@ -148,14 +159,32 @@ def _start(run: Path, nproc: int) -> int:
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     if not _has_gpu():
         environment.setdefault("DS_ACCELERATOR", "cpu")
+    launcher = subprocess.Popen(command, env=environment)
+    for number in preemption.SIGNALS:
+        signal.signal(number, lambda *_: _tell_ranks(launcher))
     try:
-        return subprocess.run(command, env=environment, check=False).returncode
+        return launcher.wait()
     except KeyboardInterrupt:
+        launcher.wait()
         return 130
+
+
+def _tell_ranks(launcher: subprocess.Popen[bytes]) -> None:
+    """SIGUSR1 to the ranks themselves: DeepSpeed's launcher would die of it, and end the ranks at a SIGTERM."""
+    try:
+        ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    except OSError:
+        ranks = []
+    if not ranks:
+        launcher.terminate()
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(int(rank), signal.SIGUSR1)
 
 
 def _join(prepare, run: Path) -> int:
     """Be one rank under a launcher: rank 0 prepares the folder while the others wait for its word."""
+    stop = preemption.listen()
     from univitar_ds.training.distributed import start_world, together
 
     world = start_world()
@@ -163,13 +192,13 @@ def _join(prepare, run: Path) -> int:
         with together(world):
             if world.first:
                 prepare()
-        run_rank(run)
+        return run_rank(run, stop)
     except UserError as error:
         leave(error)
-    return 0
 
 
 def _under_launcher() -> bool:
+    adopt_ranks(os.environ)
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -188,6 +217,7 @@ def _free_port() -> int:
 def _provide_tokenizer(config: RunConfig, target: Path) -> None:
     """The run's tokenizer: the given one, the text tower's own, or one trained on the captions."""
     from univitar_ds.data.sources import iterate_captions
+    from univitar_ds.data.storage import StorageSettings
     from univitar_ds.data.text import load_tokenizer, train_tokenizer
 
     text = config.model.text
@@ -196,8 +226,17 @@ def _provide_tokenizer(config: RunConfig, target: Path) -> None:
         load_tokenizer(given)  # refuses a file that is none before anything starts
         shutil.copyfile(given, target)
         return
-    captions = iterate_captions(config.data.sources, limit=CAPTIONS_FOR_TOKENIZER)
+    settings = StorageSettings.of(config.data)
+    captions = iterate_captions(config.data.sources, limit=CAPTIONS_FOR_TOKENIZER, settings=settings)
     train_tokenizer(captions, text.vocab_size).save(str(target))
+
+
+def _check_teacher(config: RunConfig) -> None:
+    """Its configuration is read before anything starts: a model that cannot teach is refused here."""
+    if config.objective.teacher is not None:
+        from univitar_ds.model.teacher import read_teacher
+
+        read_teacher(config.objective.teacher)
 
 
 def leave(error: UserError) -> NoReturn:
@@ -208,17 +247,18 @@ def leave(error: UserError) -> NoReturn:
     everybody_knows = isinstance(error, DivergedError) and os.environ.get("RANK", "0") != "0"
     if not isinstance(error, PeerFailure) and not everybody_knows:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    preemption.ignore()  # launchers end the other ranks when the first one is gone; the exit code shall be ours
     os._exit(error.exit_code)
 
 
 def _main(arguments: Sequence[str]) -> int:
     """One rank started by `_start`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    stop = preemption.listen()
     try:
-        run_rank(Path(arguments[0]))
+        return run_rank(Path(arguments[0]), stop)
     except UserError as error:
         leave(error)
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.training import commit
+from univitar_ds.training.preemption import SAVED
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 BIN = Path(sys.executable).parent
@@ -91,6 +94,120 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_and_ends(run_file):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["completed"] is True
     assert steps == list(range(1, summary["steps"] + 1))
+
+
+TWO_HOSTS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "HOST",
+                 "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", "PORT",
+                 "-m", "univitar_ds", "train"],
+    "deepspeed": [str(BIN / "deepspeed"), "--hostfile", "HOSTFILE", "--no_ssh", "--node_rank", "HOST", "--master_addr",
+                  "127.0.0.1", "--master_port", "PORT", "--module", "univitar_ds", "train"],
+}  # fmt: skip
+
+
+class TwoHosts:
+    """A launcher on each of two hosts, which are names of this machine, with a rank each."""
+
+    def __init__(self, launcher: str, hostfile: Path, *arguments: str) -> None:
+        hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+        port, self.log = free_port(), hostfile.with_suffix(".log")
+        self.mark = f"TEST_OF_TWO_HOSTS={hostfile}-{port}".encode()
+        name, value = self.mark.decode().split("=")
+        self.started = []
+        with self.log.open("a") as log:
+            for host in ("0", "1"):
+                places = {"HOST": host, "PORT": port, "HOSTFILE": str(hostfile)}
+                command = [places.get(part, part) for part in TWO_HOSTS[launcher]] + list(arguments)
+                self.started.append(
+                    subprocess.Popen(command, env={**environment(), name: value}, stdout=log, stderr=log)
+                )
+
+    def ends(self) -> list[int]:
+        """The exit codes of both launchers."""
+        return [process.wait(150) for process in self.started]
+
+    def rank(self, number: int) -> int:
+        """The process id of a rank."""
+        return next(pid for pid, environ in self._processes() if f"RANK={number}".encode() in environ)
+
+    def kill(self) -> None:
+        """Whatever is left of them."""
+        for pid, _ in self._processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.started:
+            process.wait()
+
+    def _processes(self) -> Iterator[tuple[int, list[bytes]]]:
+        """Process ids and environments, launchers first; torchrun gives ranks a session of their own."""
+        for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda folder: int(folder.name)):
+            with suppress(OSError):  # gone meanwhile
+                environ = (folder / "environ").read_bytes().split(b"\0")
+                if self.mark in environ:
+                    yield int(folder.name), environ
+
+
+@pytest.fixture
+def two_hosts(tmp_path):
+    """Starts a launcher on each of two hosts with the arguments of `train`."""
+    started: list[TwoHosts] = []
+
+    def start(launcher: str, *arguments: str) -> TwoHosts:
+        started.append(TwoHosts(launcher, tmp_path / "hosts", *arguments))
+        return started[-1]
+
+    yield start
+    for hosts in started:
+        hosts.kill()
+
+
+def after_some_steps(run: Path, log: Path | None = None) -> None:
+    deadline = time.monotonic() + 150
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
+        assert time.monotonic() < deadline, log.read_text()[-3000:] if log else "no third step in time"
+        time.sleep(0.1)
+
+
+def told_to_leave(run: Path) -> None:
+    """The run has its only checkpoint at its last step."""
+    (saved,) = commit.complete(run / CHECKPOINTS)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert saved.name == f"step-{steps[-1]:08d}"
+    assert json.loads((run / "summary.json").read_text())["completed"] is False
+
+
+SOME_STEPS = ["data.lanes=2", "stages.0.samples=250", "logging.every_steps=1", "checkpoint.every_steps=100000"]
+
+
+@pytest.mark.parametrize("launcher", TWO_HOSTS)
+def test_one_rank_told_to_leave_makes_all_hosts_save_and_the_run_goes_on(launcher, run_file, two_hosts):
+    run = run_file.parent / "runs" / f"told-{launcher}"
+    hosts = two_hosts(launcher, "--config", str(run_file), f"name={run.name}", *SOME_STEPS)
+    after_some_steps(run, hosts.log)
+    os.kill(hosts.rank(1), signal.SIGUSR1)
+    codes = {"deepspeed": SAVED, "torchrun": 1}  # torchrun has one code for all failures
+    assert hosts.ends() == [codes[launcher]] * 2, hosts.log.read_text()[-3000:]
+    told_to_leave(run)
+    hosts = two_hosts(launcher, "--resume", str(run))
+    assert hosts.ends() == [0, 0], hosts.log.read_text()[-3000:]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, json.loads((run / "summary.json").read_text())["steps"] + 1))
+
+
+def test_the_own_launcher_hands_a_signal_on_to_the_ranks(run_file):
+    run = run_file.parent / "runs" / "told-own"
+    start = [*LAUNCHERS["own"], "--config", str(run_file), f"name={run.name}", *SOME_STEPS]
+    process = subprocess.Popen(
+        start, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        after_some_steps(run)
+        process.terminate()
+        assert process.wait(100) == SAVED
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    told_to_leave(run)
 
 
 def test_a_fault_in_the_data_ends_all_ranks_with_one_sentence(run_file, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,22 +95,34 @@ def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
     return received.view(world.size, -1).cpu()
 
 
+@dataclass
+class Vote:
+    """`yes`: whether any rank said so at the end of a `together`; the same on all ranks."""
+
+    yes: bool = False
+
+
 @contextmanager
-def together(world: World) -> Iterator[None]:
+def together(world: World, ask: Callable[[], bool] | None = None) -> Iterator[Vote]:
     """A part that all ranks finish or none: a failure on one rank ends it on all, and nobody waits for ever.
 
-    The body must not talk to other ranks where it can fail. It also is a barrier.
+    The body must not talk to other ranks where it can fail. It also is a barrier, and a vote on `ask`, which each
+    rank answers when its body is done; all ranks ask or none.
     Raises: the body's own exception; PeerFailure on the ranks that were fine.
     """
     failure: Exception | None = None
+    vote = Vote()
     try:
-        yield
+        yield vote
     except Exception as error:
         failure = error
-    failed = torch.tensor([failure is not None], dtype=torch.int32, device=world.device)
+    words = [failure is not None, ask is not None and ask()]
+    heard = torch.tensor(words, dtype=torch.int32, device=world.device)
     if world.size > 1:
-        dist.all_reduce(failed)
-    if failed.item():
+        dist.all_reduce(heard)
+    failed, yes = heard.tolist()
+    vote.yes = bool(yes)
+    if failed:
         stories = gather_json(str(failure) if failure is not None else None, world)
         if failure is not None:
             raise failure

@@ -7,30 +7,33 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from univitar_ds.config.deepspeed import resolve_deepspeed
-from univitar_ds.config.load import config_fingerprint
+from univitar_ds.config.load import changed_result, check_config, config_fingerprint
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, SUMMARY, TOKENIZER
 from univitar_ds.config.schema import RunConfig, StageConfig
 from univitar_ds.data.batch import PackedBatch
+from univitar_ds.data.cursor import LaneCursor, parse
 from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.text import load_tokenizer, special_ids
 from univitar_ds.errors import CheckpointError
 from univitar_ds.model.contrastive import build_contrastive
 from univitar_ds.model.flops import cost_coefficients
-from univitar_ds.training import commit
+from univitar_ds.model.teacher import Teacher, build_teacher, read_teacher
+from univitar_ds.training import commit, preemption
 from univitar_ds.training.checkpoint import Saved, load_checkpoint, save_checkpoint
-from univitar_ds.training.curriculum import Progress, advance, lr_at, modality_at
+from univitar_ds.training.curriculum import Progress, advance, distills_later, lr_at, modality_at, weight_at
 from univitar_ds.training.distributed import World, gather_json, gather_numbers, together
 from univitar_ds.training.engine import Engine, build_engine, versions
 from univitar_ds.training.logs import MetricLog, SampleLog, cut_sample_logs
 from univitar_ds.training.metrics import Window, join_ranks, measured_tflops, rank_numbers
+from univitar_ds.training.preemption import NEVER, Stop
 from univitar_ds.training.step import train_step
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,8 @@ class State:
 
     progress: Progress = field(default_factory=Progress)
     window: Window = field(default_factory=Window)
-    cursors: dict[int, dict[str, Any]] = field(default_factory=dict)
+    cursors: dict[int, LaneCursor] = field(default_factory=dict)
+    """By lane: of all at the start, then of this rank's."""
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -53,7 +57,7 @@ class State:
         """Everything but the cursors, which belong to ranks."""
         return {
             "progress": self.progress.to_dict(),
-            "window": {"sums": self.window.sums, "modality": self.window.modality},
+            "window": asdict(self.window),
             "best": self.best,
             "last": self.last,
             "seconds": self.seconds,
@@ -65,33 +69,35 @@ class State:
         return cls(
             Progress(**content["progress"]),
             Window(**content["window"]),
-            saved.cursors,
+            {lane: parse(cursor) for lane, cursor in saved.cursors.items()},
             content["best"],
             content["last"],
             content["seconds"],
         )
 
 
-def train(cfg: RunConfig, run: Path, world: World) -> bool:
+def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
     """Trains a run to its end, from its last checkpoint if it has one; every rank of `world` calls it.
 
-    `run` is the run's folder with deepspeed.json and tokenizer.json; everything is written there.
+    `run` is the run's folder with deepspeed.json and tokenizer.json; everything is written there. When `stop` of any
+    rank is requested, all ranks end after the same step and save.
 
-    Returns: whether all stages are done.
+    Returns: whether all stages are done and no rank was told to leave; the same on all ranks.
     Raises: UserError, on all ranks, for whatever ends the run early.
     """
     lanes = world.lanes(cfg.data.lanes)
     with _engine(cfg, run, world) as engine:
         state = _restore(cfg, run, engine)
         cost = cost_coefficients(engine.module.vision.config)
-        trainer = _Trainer(cfg, run, engine, lanes, cost, _peak_tflops(cfg, engine), state)
+        trainer = _Trainer(cfg, run, engine, lanes, cost, _peak_tflops(cfg, engine), state, stop)
         try:
-            trainer.train()
+            with stop.deferred():
+                trainer.train()
         finally:
             trainer.close()
         if world.first:
             _write_summary(cfg, run, engine, state)
-        return state.progress.finished(cfg.stages)
+        return not trainer.told
 
 
 class _Trainer:
@@ -106,9 +112,12 @@ class _Trainer:
         cost: tuple[float, float],
         peak_tflops: float,
         state: State,
+        stop: Stop,
     ) -> None:
         self.cfg, self.run, self.engine, self.lanes, self.state = cfg, run, engine, lanes, state
         self.world, self.cost, self.peak_tflops = engine.world, cost, peak_tflops
+        self.stop, self.told = stop, False
+        self.teacher: Teacher | None = None
         self.saved_step = state.progress.step
         self.metric_log: MetricLog | None = None
         self.sample_log: SampleLog | None = None
@@ -124,10 +133,17 @@ class _Trainer:
             self.sample_log = SampleLog(run, self.world.rank)
 
     def train(self) -> None:
-        while not self.state.progress.finished(self.cfg.stages):
+        while not self.told and not self.state.progress.finished(self.cfg.stages):
             self._train_stage(self.cfg.stages[self.state.progress.stage])
         if self.saved_step != self.state.progress.step:
             self._save()
+        with together(self.world, ask=lambda: self.stop.requested) as vote:
+            pass  # what follows training takes its time too
+        self.told |= vote.yes
+        if self.told:
+            preemption.ignore()  # launchers end the other ranks when the first one is gone
+            if self.world.first:
+                logger.info("told to leave: step %d is saved", self.saved_step)
 
     def close(self) -> None:
         for log in (self.metric_log, self.sample_log):
@@ -136,15 +152,30 @@ class _Trainer:
 
     def _train_stage(self, stage: StageConfig) -> None:
         number = self.state.progress.stage
+        self._prepare_teacher()
         with self._loader(stage) as loader:
             while self.state.progress.stage == number:
                 start = time.perf_counter()
-                with together(self.world):
+                with together(self.world, ask=lambda: self.stop.requested) as vote:
                     batches = next(loader)
                     waited = time.perf_counter() - start
+                if vote.yes:
+                    self.told = True
+                    return
                 self._step(stage, batches, start, waited)
                 if self.state.progress.step % self.cfg.checkpoint.every_steps == 0:
                     self._save()
+
+    def _prepare_teacher(self) -> None:
+        """Have it while this stage or a later one distills, and no longer."""
+        config = self.cfg.objective.teacher
+        if config is None or not distills_later(self.cfg.stages, self.state.progress):
+            self.teacher = None
+        elif self.teacher is None:
+            merge = self.engine.module.vision.config.spatial_merge_size
+            # Partitioning talks to the other ranks, which `together` does not allow: there a failure ends by time-out.
+            with nullcontext() if config.partitioned else together(self.world):
+                self.teacher = build_teacher(config, merge=merge, device=self.world.device)
 
     @contextmanager
     def _loader(self, stage: StageConfig) -> Iterator[PackLoader]:
@@ -162,7 +193,7 @@ class _Trainer:
                 tokenizer=self.run / TOKENIZER,
                 context_length=self.cfg.model.text.context_length,
                 cost=self.cost,
-                cursors={lane: self.state.cursors[lane] for lane in self.lanes} if self.state.cursors else None,
+                cursors=self._cursors() if self.state.cursors else None,
                 first_step=progress.step,
             )
         with loader:
@@ -171,7 +202,15 @@ class _Trainer:
     def _step(self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float) -> None:
         state, progress = self.state, self.state.progress
         lr = lr_at(stage, progress.samples_in_stage)
-        result = train_step(self.engine, batches, lr=lr, objective=self.cfg.objective)
+        distill_weight = weight_at(stage.distill, progress.samples_in_stage, stage.samples)
+        result = train_step(
+            self.engine,
+            batches,
+            lr=lr,
+            objective=self.cfg.objective,
+            teacher=self.teacher,
+            distill_weight=distill_weight,
+        )
         seconds = time.perf_counter() - start
         numbers = rank_numbers(
             batches, cost=self.cost, token_budget=stage.token_budget, step_s=seconds, data_wait_s=waited
@@ -184,8 +223,8 @@ class _Trainer:
             tokens=int(joined["tokens"]),
             bad_samples=int(joined["bad_samples"]),
         )
-        state.cursors = {batch.lane: batch.cursor for batch in batches}
-        state.window.add(result, joined, batches[0].modality)
+        state.cursors = {batch.lane: batch.stand for batch in batches}
+        state.window.add(result, joined, batches[0].modality, distill_weight)
         state.seconds += joined["step_s"]
         if self.sample_log is not None:
             self.sample_log.write(state.progress.step, batches)
@@ -204,7 +243,11 @@ class _Trainer:
         state.last = line
         if not state.best or line["loss"] < state.best["loss"]:
             state.best = {"loss": line["loss"], "step": line["step"]}
-        state.window = Window()
+        state.window = state.window.next()
+
+    def _cursors(self) -> dict[int, dict[str, Any]]:
+        """Of this rank's lanes, as JSON."""
+        return {lane: self.state.cursors[lane].to_json() for lane in self.lanes}
 
     def _save(self) -> None:
         state = self.state
@@ -215,7 +258,7 @@ class _Trainer:
             "versions": versions(),
         }
         root = self.run / CHECKPOINTS
-        save_checkpoint(self.engine, root, state.progress.step, content, state.cursors, self.cfg.checkpoint.keep)
+        save_checkpoint(self.engine, root, state.progress.step, content, self._cursors(), self.cfg.checkpoint.keep)
         self.saved_step = state.progress.step
 
 
@@ -223,8 +266,14 @@ class _Trainer:
 def _engine(cfg: RunConfig, run: Path, world: World) -> Iterator[Engine]:
     with together(world):
         special = special_ids(load_tokenizer(run / TOKENIZER))
+        teacher = cfg.objective.teacher
         model = build_contrastive(
-            cfg.model, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=cfg.seed
+            cfg.model,
+            vocab_size=special.vocab_size,
+            eos_id=special.eos_id,
+            pad_id=special.pad_id,
+            seed=cfg.seed,
+            teacher_width=None if teacher is None else read_teacher(teacher).width,
         )
         content = json.loads((run / DEEPSPEED).read_text())
         ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / CONFIG), str(run / DEEPSPEED)))
@@ -246,10 +295,11 @@ def _restore(cfg: RunConfig, run: Path, engine: Engine) -> State:
         return State()
     folder = run / CHECKPOINTS / name
     saved = load_checkpoint(engine, folder)
-    if saved.state["fingerprint"] != config_fingerprint(cfg):
+    changed = changed_result(check_config(saved.state["config"], str(folder)), cfg)
+    if changed:
         raise CheckpointError(
-            f"{folder} was written with another configuration (fingerprint {saved.state['fingerprint']}, now "
-            f"{config_fingerprint(cfg)}); restore {run / 'config.yaml'}, or start a new run under another name"
+            f"{folder} was written with another configuration ({', '.join(changed)} differ); restore "
+            f"{run / CONFIG}, or start a new run under another name"
         )
     if engine.world.first:
         logger.info("resuming from %s", folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,22 +18,30 @@ import torch
 
 from univitar_ds.config.schema import Modality
 from univitar_ds.data.batch import PackedBatch
+from univitar_ds.data.health import KINDS
 from univitar_ds.geometry import token_count
 from univitar_ds.training.curriculum import Progress
 from univitar_ds.training.distributed import World, gather_numbers
 from univitar_ds.training.step import StepResult
 
+BAD_OF_KIND = {f"bad_{kind.removeprefix('bad_')}": kind for kind in KINDS}
+"""Name of a kind's count in lines: the kind."""
 OVER_RANKS = {
     "tokens": "sum",
     "token_budget": "sum",
     "flops": "sum",
     "busiest_flops": "max",
+    "shrunk": "sum",
     "bad_samples": "sum",
+    **dict.fromkeys(BAD_OF_KIND, "sum"),
     "step_s": "max",
     "data_wait_s": "mean",
     "memory_gb": "max",
 }
-"""Numbers of a rank at a step, and how ranks join them."""
+"""Numbers of a rank at a step, and how ranks join them. Every kind of bad sample has a place, met or not: ranks that
+met different ones exchange the same number of values."""
+DISTILLATION = ("loss_contrastive", "loss_distill_patch", "loss_distill_pooled", "teacher_agreement", "distill_weight")
+"""Means over the steps in which a teacher took part, in the lines that have such steps."""
 JOIN = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}
 
 
@@ -40,6 +49,10 @@ def rank_numbers(
     batches: Sequence[PackedBatch], *, cost: tuple[float, float], token_budget: int, step_s: float, data_wait_s: float
 ) -> dict[str, float]:
     """The numbers of this rank at a step, by the names of OVER_RANKS. `cost`: FLOPs a token, FLOPs a token squared."""
+    bad = Counter[str]()
+    for batch in batches:
+        bad.update(batch.bad)
+    assert bad.keys() <= set(KINDS), set(bad) - set(KINDS)
     lengths = [token_count(grid) for batch in batches for grid in batch.grid_thw.tolist()]
     flops = cost[0] * sum(lengths) + cost[1] * sum(length**2 for length in lengths)
     return {
@@ -47,7 +60,9 @@ def rank_numbers(
         "token_budget": token_budget * len(batches),
         "flops": flops,
         "busiest_flops": flops,
-        "bad_samples": sum(sum(batch.bad.values()) for batch in batches),
+        "shrunk": sum(batch.shrunk for batch in batches),
+        "bad_samples": bad.total(),
+        **{name: bad[kind] for name, kind in BAD_OF_KIND.items()},
         "step_s": step_s,
         "data_wait_s": data_wait_s,
         "memory_gb": memory_gb(),
@@ -62,19 +77,33 @@ def join_ranks(numbers: dict[str, float], world: World) -> dict[str, float]:
 
 @dataclass
 class Window:
-    """Sums over the steps since the last line."""
+    """Sums over the steps since the last line; `bad`, those over the whole run by the names of BAD_OF_KIND."""
 
     sums: dict[str, float] = field(default_factory=dict)
     modality: str | None = None
+    bad: dict[str, float] = field(default_factory=dict)
 
-    def add(self, result: StepResult, joined: dict[str, float], modality: Modality) -> None:
+    def add(
+        self, result: StepResult, joined: dict[str, float], modality: Modality, distill_weight: float = 0.0
+    ) -> None:
         steps = {"steps": 1, "loss": result.loss, "samples": result.items, f"{modality}_steps": 1}
-        for name, value in (joined | steps | {f"loss_{modality}": result.loss}).items():
-            if name == "memory_gb":
+        losses = {f"loss_{modality}": result.loss}
+        if result.agreement is not None:  # else the contrastive loss is all there is
+            losses |= {f"loss_{part}": value for part, value in result.losses.items()}
+            losses |= {"teacher_agreement": result.agreement, "distill_weight": distill_weight, "distill_steps": 1}
+        for name, value in (joined | steps | losses).items():
+            if name in BAD_OF_KIND:
+                if value:  # a kind that was never met takes no room in lines and checkpoints
+                    self.bad[name] = self.bad.get(name, 0) + value
+            elif name == "memory_gb":
                 self.sums[name] = max(self.sums.get(name, 0.0), value)
             else:
                 self.sums[name] = self.sums.get(name, 0) + value
         self.modality = modality if self.modality in (None, modality) else "mixed"
+
+    def next(self) -> Window:
+        """An empty window for the steps after a line; the counts of the run go on."""
+        return Window(bad=self.bad)
 
     def line(
         self, progress: Progress, stage: str, result: StepResult, *, lr: float, peak_tflops: float, ranks: int
@@ -92,6 +121,7 @@ class Window:
             "modality": self.modality,
             "loss": sums["loss"] / steps,
             **by_modality,
+            **{name: sums[name] / sums["distill_steps"] for name in DISTILLATION if name in sums},
             "lr": lr,
             "grad_norm": result.grad_norm,
             "logit_scale": result.logit_scale,
@@ -106,7 +136,9 @@ class Window:
             "flop_imbalance_pct": 100 * (sums["busiest_flops"] * ranks / sums["flops"] - 1) if sums["flops"] else 0.0,
             "samples_seen": progress.samples,
             "tokens_seen": progress.tokens,
+            "shrunk_pct": 100 * sums["shrunk"] / max(sums["samples"], 1),
             "bad_samples": progress.bad_samples,
+            **{name: int(self.bad[name]) for name in BAD_OF_KIND if name in self.bad},
             "memory_gb": sums["memory_gb"],
         }
 

@@ -1,5 +1,6 @@
 import json
 
+from univitar_ds.data.cursor import LaneCursor
 from univitar_ds.training.checkpoint import Saved
 from univitar_ds.training.curriculum import Progress
 from univitar_ds.training.loop import State
@@ -10,10 +11,11 @@ def test_everything_that_changes_while_training_survives_a_checkpoint():
     state = State(
         progress=Progress(1, 20, 5, 100, 400, 9000, 2),
         window=Window({"loss": 0.1 + 0.2, "steps": 3}, "mixed"),
-        cursors={0: {"a": 1}, 3: {"b": [2]}},
+        cursors={lane: LaneCursor(lane, 4, 7, "fingerprint", packs=20) for lane in (0, 3)},
         best={"loss": 1 / 3, "step": 10},
         last={"step": 10, "loss": 0.7},
         seconds=12.5,
     )
     content = json.loads(json.dumps(state.to_dict()))
-    assert State.of(Saved(content, state.cursors)) == state
+    cursors = {lane: json.loads(json.dumps(cursor.to_json())) for lane, cursor in state.cursors.items()}
+    assert State.of(Saved(content, cursors)) == state

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,13 @@ from univitar_ds.data.batch import PackedBatch, rows
 from univitar_ds.training.curriculum import Progress
 from univitar_ds.training.distributed import World, gather_json
 from univitar_ds.training.logs import MetricLog, SampleLog, cut_sample_logs
-from univitar_ds.training.metrics import OVER_RANKS, Window, join_ranks, measured_tflops, rank_numbers
+from univitar_ds.training.metrics import BAD_OF_KIND, OVER_RANKS, Window, join_ranks, measured_tflops, rank_numbers
 from univitar_ds.training.step import StepResult
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
-def batch(*grids, lane=0, bad=None) -> PackedBatch:
+def batch(*grids, lane=0, bad=None, shrunk=0) -> PackedBatch:
     n = len(grids)
     return PackedBatch(
         pixels=torch.zeros(0, dtype=torch.uint8),
@@ -31,11 +32,12 @@ def batch(*grids, lane=0, bad=None) -> PackedBatch:
         lane=lane,
         index=0,
         bad=bad or {},
+        shrunk=shrunk,
     )
 
 
 def numbers(**changes) -> dict[str, float]:
-    return dict.fromkeys(OVER_RANKS, 1.0) | changes
+    return dict.fromkeys(OVER_RANKS, 1.0) | dict.fromkeys(BAD_OF_KIND, 0.0) | changes
 
 
 def result(loss: float, items: int = 4) -> StepResult:
@@ -46,18 +48,48 @@ def line(window: Window, *, peak=1e-9, ranks=1) -> dict:
     return window.line(Progress(step=3, samples=30, tokens=40), "a", result(1.0), lr=0.1, peak_tflops=peak, ranks=ranks)
 
 
+def test_what_a_teacher_said_is_averaged_over_the_steps_it_took_part_in():
+    window = Window()
+    parts = {"contrastive": 2.0, "distill_patch": 0.5, "distill_pooled": 0.25}
+    window.add(result(2.0), numbers(), "image")
+    window.add(replace(result(2.75), losses=parts, agreement=0.5), numbers(), "image", 0.5)
+    window.add(replace(result(2.75), losses=parts, agreement=0.7), numbers(), "image", 1.0)
+    told = line(window)
+    assert told["loss"] == pytest.approx(2.5)
+    assert told["loss_distill_patch"] == 0.5
+    assert told["loss_distill_pooled"] == 0.25
+    assert told["teacher_agreement"] == pytest.approx(0.6)
+    assert told["distill_weight"] == 0.75
+    alone = Window()
+    alone.add(result(2.0), numbers(), "image")
+    assert "loss_contrastive" not in line(alone)
+
+
 def test_the_numbers_of_a_rank_are_those_of_all_its_packs():
     packs = [
-        batch((1, 2, 3), (1, 4, 4), bad={"corrupt": 2}),
+        batch((1, 2, 3), (1, 4, 4), bad={"corrupt": 2}, shrunk=2),
         batch(),
-        batch((2, 2, 2), bad={"corrupt": 1, "timeout": 1}),
+        batch((2, 2, 2), bad={"corrupt": 1, "bad_json": 1}, shrunk=1),
     ]
     got = rank_numbers(packs, cost=(10.0, 1.0), token_budget=20, step_s=2.0, data_wait_s=0.5)
     assert got["tokens"] == 6 + 16 + 8
     assert got["token_budget"] == 60
     assert got["flops"] == got["busiest_flops"] == 10 * 30 + (36 + 256 + 64)
     assert got["bad_samples"] == 4
+    assert {name: got[name] for name in BAD_OF_KIND if got[name]} == {"bad_corrupt": 3, "bad_json": 1}
+    assert got["shrunk"] == 3
     assert got["memory_gb"] > 0.01
+
+
+def test_the_exchange_of_ranks_has_one_size_whatever_went_wrong_on_each():
+    packs = [batch((1, 2, 3)), batch((1, 2, 3), bad={"cut": 3, "crash": 1})]
+    tables = [rank_numbers([pack], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0) for pack in packs]
+    assert [list(table) == list(OVER_RANKS) for table in tables] == [True, True]
+
+
+def test_a_kind_that_the_lines_do_not_know_is_a_fault_of_the_program():
+    with pytest.raises(AssertionError, match="odd"):
+        rank_numbers([batch(bad={"odd": 1})], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0)
 
 
 def test_ranks_join_as_declared():
@@ -79,6 +111,19 @@ def test_a_line_covers_all_its_steps():
     assert (got["step"], got["samples_seen"], got["tokens_seen"]) == (3, 30, 40)
 
 
+def test_bad_samples_are_counted_by_kind_since_the_run_began_and_items_made_smaller_since_the_last_line():
+    window = Window()
+    window.add(result(1.0, 6), numbers(bad_cut=2.0, shrunk=3.0), "image")
+    first = line(window)
+    assert first["shrunk_pct"] == 50.0
+    window = Window(**json.loads(json.dumps(vars(window.next()))))
+    window.add(result(1.0, 8), numbers(bad_cut=1.0, bad_crash=1.0, shrunk=1.0), "image")
+    second = line(window)
+    assert second["shrunk_pct"] == 12.5
+    kinds = [{name: entry[name] for name in BAD_OF_KIND if name in entry} for entry in (first, second)]
+    assert kinds == [{"bad_cut": 2}, {"bad_cut": 3, "bad_crash": 1}]
+
+
 def test_a_line_of_one_modality_has_no_loss_of_the_other():
     window = Window()
     window.add(result(2.0), numbers(), "video")
@@ -96,7 +141,7 @@ def test_a_step_without_items_makes_a_line_without_infinities():
 def test_a_window_goes_on_after_json():
     one, two = Window(), Window()
     for value in (0.1, 0.2, 0.3):
-        two = Window(**json.loads(json.dumps({"sums": two.sums, "modality": two.modality})))
+        two = Window(**json.loads(json.dumps(vars(two))))
         for window in (one, two):
             window.add(result(value), numbers(), "image")
     assert line(one) == line(two)

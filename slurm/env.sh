@@ -1,0 +1,25 @@
+# What every job sets before it starts Python. A line that is commented out is for clusters that need it.
+
+# module load cuda            # the driver is enough: torch brings its own CUDA libraries
+
+# Threads of one rank. A checkpoint remembers the number: with another one a run follows to rounding, not bit for bit.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# The log shows a line when it is written, and the stack of a process that a fatal signal ends.
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+
+# Packs have another size in every step; growing segments keep the memory of a GPU from breaking into pieces.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+
+# Hundreds of ranks that write one cache in a shared home wait for each other.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -u)}
+
+# What NCCL does not like it says in words; INFO also tells which network it took.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+# Nodes with several networks: the one that joins the nodes, for NCCL's bootstrap and for CPU ranks (gloo). Needed when
+# the start hangs or gloo connects to 127.0.0.1; `ip -brief address` shows the names.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+# InfiniBand cards that carry storage and not training are left out like this.
+# export NCCL_IB_HCA=^mlx5_2

@@ -1,0 +1,92 @@
+"""One rank of the preflight: `python slurm/preflight.py RUN CONFIG [KEY=VALUE ...]`, started by preflight.sbatch.
+
+All ranks meet, compare what they are, read what another rank has written, read the run file, find its data, and time
+a large all-reduce. The first thing that is wrong ends it with a sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
+from univitar_ds.config.load import load_config
+from univitar_ds.data.sources import validate_sources
+from univitar_ds.data.storage import StorageSettings
+from univitar_ds.errors import UserError
+from univitar_ds.launch import leave
+from univitar_ds.training.distributed import World, gather_json, start_world, stop_world, together
+from univitar_ds.training.engine import versions
+from univitar_ds.training.slurm import adopt_ranks
+
+ROUNDS = 5
+
+
+def main(arguments: list[str]) -> None:
+    run, recipe, *overrides = arguments
+    try:
+        adopt_ranks(os.environ)
+        world = start_world()
+        _check(world, Path(run), recipe, overrides)
+        stop_world()
+    except UserError as error:
+        leave(error)
+
+
+def _check(world: World, run: Path, recipe: str, overrides: list[str]) -> None:
+    tell = print if world.first else lambda *_: None
+    nodes = gather_json(os.uname().nodename, world)
+    tell(f"{world.size} ranks on {len(set(nodes))} nodes")
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    alike = gather_json({"device": device, "package": str(Path(__file__).parents[1]), **versions()}, world)
+    with together(world):
+        for rank, other in enumerate(alike):
+            if other != alike[0]:
+                raise UserError(f"rank {rank} on {nodes[rank]} has {other}, rank 0 {alike[0]}; make the nodes alike")
+    tell(f"all alike: {alike[0]}")
+    _share(world, run.parent, nodes)
+    tell(f"every rank reads in {run.parent} what another one has written")
+    with together(world):
+        config = load_config(recipe, overrides)
+        resolve_deepspeed(config, world.size, read_deepspeed(config.deepspeed), (recipe, config.deepspeed))
+        shards = validate_sources(config.data.sources, config.stages, StorageSettings.of(config.data))
+    tell(f"every rank finds {len(shards)} shards; data.lanes = {config.data.lanes} fits {world.size} ranks")
+    tell(f"all-reduce: {_all_reduce_gbs(world):.1f} GB/s")
+
+
+def _share(world: World, folder: Path, nodes: list[str]) -> None:
+    """Raises: UserError if the disk of a rank is not that of the next one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    neighbour = (world.rank + 1) % world.size
+    own, other = (folder / f".preflight-{rank}" for rank in (world.rank, neighbour))
+    with together(world):
+        own.write_text(nodes[world.rank])
+    try:
+        with together(world):
+            if not other.exists() or other.read_text() != nodes[neighbour]:
+                raise UserError(
+                    f"{nodes[world.rank]} does not see the file that rank {neighbour} on {nodes[neighbour]} wrote to "
+                    f"{folder}; RUN must lie on a disk that all nodes share"
+                )
+    finally:
+        own.unlink()
+
+
+def _all_reduce_gbs(world: World) -> float:
+    """Gigabytes (1e9 bytes) of gradient that one rank has summed over all ranks in a second."""
+    numbers = torch.ones((256 if world.device.type == "cuda" else 8) * 2**20 // 4, device=world.device)
+    dist.all_reduce(numbers)
+    start = time.perf_counter()
+    for _ in range(ROUNDS):
+        dist.all_reduce(numbers)
+    numbers.sum().item()  # waits for a GPU
+    return ROUNDS * numbers.numel() * 4 / (time.perf_counter() - start) / 1e9
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,234 @@
+"""`slurm/train.sbatch` on a real Slurm of two nodes: which ends of a job lead to another start, what a run loses."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.distributed import run_distributed
+from tests.support.runs import metrics, samples, small_config, train_rank
+from tests.support.shards import write_demo_shards
+from tests.support.slurm import ROOT, Cluster, cluster, missing
+from univitar_ds.config.load import dump_config, load_config
+from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.launch import create_run
+from univitar_ds.training import commit
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
+TRAIN = ROOT / "slurm" / "train.sbatch"
+PREFLIGHT = ROOT / "slurm" / "preflight.sbatch"
+THIRTY_STEPS = ["data.lanes=2", "stages.0.samples=150", "stages.1.samples=150"]
+STEPS_OF_A_START = 2
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    with cluster() as running:
+        yield running
+
+
+def ended(job: dict[str, str]) -> bool:
+    return job["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+
+
+class Job:
+    """A job of a script of ours with a task on each node, which it has for itself."""
+
+    def __init__(
+        self, slurm: Cluster, run: Path, script: Path = TRAIN, overrides: Sequence[str] = (), **variables: str
+    ) -> None:
+        self.slurm, self.run, self.log = slurm, run, run.with_suffix(".log")
+        run.parent.mkdir(parents=True, exist_ok=True)
+        options = ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--exclusive"]
+        options.append(f"--output={self.log}")
+        self.number = slurm.submit(script, *options, arguments=tuple(overrides), RUN=str(run), **variables)
+
+    def wait(self, condition, timeout_s: float = 60) -> dict[str, str]:
+        try:
+            return self.slurm.wait(self.number, condition, timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log.read_text()[-3000:]}") from error
+
+    def ends(self, timeout_s: float = 60) -> tuple[str, int, str]:
+        """Its state, how often it was started again and its exit code."""
+        job = self.wait(ended, timeout_s)
+        return job["JobState"], int(job["Restarts"]), job["ExitCode"]
+
+    def warn(self) -> None:
+        """What Slurm does `--signal=B:USR1@seconds` before the time limit."""
+        self.slurm.run("scancel", "--signal=USR1", "--batch", self.number)
+
+    def lose_nodes(self) -> None:
+        """A job of the partition with priority takes the nodes."""
+        script = self.slurm.folder / "urgent.sh"
+        script.write_text("#!/bin/bash\ntrue\n")
+        self.slurm.submit(script, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
+
+
+STUB = """#!/bin/bash
+# In the place of Python: rank $SLURM_PROCID of a trainer that ends as $END says on its first start.
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
+echo "up $SLURM_PROCID"
+case $END in
+saved) mkdir -p "$RUN/checkpoints"; echo step > "$RUN/checkpoints/latest"; exit 85 ;;
+fault) exit 2 ;;
+crash) if [ "$SLURM_PROCID" = 0 ]; then exit 1; fi ;;
+saves) trap 'exit 85' TERM USR1 ;;
+early) ;;
+esac
+for i in $(seq 200); do sleep 0.1; done
+exit 0
+"""
+
+
+@pytest.fixture
+def stub(slurm, tmp_path):
+    """Starts train.sbatch with a trainer that ends as it is told."""
+    (tmp_path / "stub").write_text(STUB)
+    (tmp_path / "stub").chmod(0o755)
+
+    def start(end: str) -> Job:
+        return Job(slurm, tmp_path / "run", PYTHON=str(tmp_path / "stub"), CONFIG="demo", END=end)
+
+    return start
+
+
+def both_up(job: Job) -> None:
+    job.wait(lambda _: job.log.exists() and job.log.read_text().count("up ") == 2)
+
+
+def test_a_run_that_has_saved_is_started_again_and_then_continued(stub):
+    job = stub("saved")
+    assert job.ends() == ("COMPLETED", 1, "0:0")
+    first, second = (line for line in job.log.read_text().splitlines() if ": start " in line)
+    assert f"train --config demo output={job.run.parent} name=run" in first
+    assert f"train --resume {job.run}" in second
+
+
+@pytest.mark.parametrize(("end", "code"), [("fault", "2:0"), ("crash", "143:0")])
+def test_a_run_that_fails_is_not_started_again(stub, end, code):
+    """Slurm ends the other ranks of a failed one with SIGTERM, as it does at pre-emption."""
+    assert stub(end).ends() == ("FAILED", 0, code)
+
+
+def test_a_warning_before_training_starts_the_job_again(stub):
+    job = stub("early")
+    both_up(job)
+    job.warn()
+    assert job.ends() == ("COMPLETED", 1, "0:0")
+
+
+@pytest.mark.parametrize("end", ["early", "saves"])
+def test_a_job_that_lost_its_nodes_to_another_is_started_again(stub, end):
+    job = stub(end)
+    both_up(job)
+    job.lose_nodes()
+    assert job.ends() == ("COMPLETED", 1, "0:0")
+
+
+@pytest.mark.parametrize("end", ["early", "saves"])
+def test_a_cancelled_job_stays_cancelled(stub, end):
+    job = stub(end)
+    both_up(job)
+    job.slurm.run("scancel", job.number)
+    assert job.ends()[:2] == ("CANCELLED", 0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run undisturbed on two ranks; its run file lies beside it."""
+    folder = tmp_path_factory.mktemp("slurm")
+    write_demo_shards(folder / "shards")
+    rarely = {"every_steps": 100_000, "keep": 100}  # what is saved was saved because of a signal
+    dump_config(small_config(folder / "shards", folder, checkpoint=rarely), folder / "run.yaml")
+    config = load_config(folder / "run.yaml", ["name=whole", *THIRTY_STEPS])
+    run = create_run(config, "test", 2)
+    assert run_distributed(train_rank, 2, 240, run) == [True, True]
+    return run
+
+
+def start(slurm: Cluster, whole: Path, name: str) -> Job:
+    overrides = [*THIRTY_STEPS, "data.workers=1"]  # signals of Slurm reach decoding processes too
+    return Job(slurm, whole.parent / name, overrides=overrides, CONFIG=str(whole.parent / "run.yaml"))
+
+
+def trained(job: Job) -> int:
+    """Waits until this start has made some steps; returns the last one."""
+    before = last_step(job.run)
+    job.wait(lambda _: last_step(job.run) >= before + STEPS_OF_A_START, 200)
+    return last_step(job.run)
+
+
+def last_step(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def saved_steps(run: Path) -> list[int]:
+    return [int(folder.name.removeprefix("step-")) for folder in commit.complete(run / CHECKPOINTS)]
+
+
+def test_a_run_goes_on_through_everything_that_takes_its_nodes_and_loses_nothing(slurm, whole):
+    job = start(slurm, whole, "disturbed")
+    reached = [trained(job)]
+    job.warn()
+    job.wait(lambda state: state["Restarts"] == "1" and state["JobState"] == "RUNNING", 200)
+    reached.append(trained(job))
+    slurm.run("scontrol", "requeue", job.number)
+    job.wait(lambda state: state["Restarts"] == "2" and state["JobState"] == "RUNNING", 200)
+    reached.append(trained(job))
+    job.lose_nodes()
+    assert job.ends(300) == ("COMPLETED", 3, "0:0"), job.log.read_text()[-3000:]
+
+    saved = saved_steps(job.run)
+    assert len(saved) == 4
+    assert all(step <= place < step + 20 for step, place in zip(reached, saved, strict=False))
+    assert [(line["step"], line["loss"]) for line in metrics(job.run)] == [
+        (line["step"], line["loss"]) for line in metrics(whole)
+    ]
+    assert samples(job.run) == samples(whole)
+    summary = json.loads((job.run / "summary.json").read_text())
+    assert (summary["completed"], summary["ranks"]) == (True, 2)
+    assert (job.run / "export" / "model.safetensors").is_file()
+
+
+def test_a_cancelled_run_has_saved_and_stays_cancelled(slurm, whole):
+    job = start(slurm, whole, "cancelled")
+    reached = trained(job)
+    slurm.run("scancel", job.number)
+    assert job.ends(200)[:2] == ("CANCELLED", 0)
+    (saved,) = saved_steps(job.run)
+    assert saved >= reached
+
+
+def test_a_fault_of_the_user_ends_the_job_with_its_sentence(slurm, tmp_path):
+    job = Job(slurm, tmp_path / "faulty", CONFIG=str(tmp_path / "absent.yaml"))
+    assert job.ends(200)[:2] == ("FAILED", 0)
+    assert "error: " in job.log.read_text()
+    assert "absent.yaml" in job.log.read_text()
+
+
+def test_the_preflight_tells_what_it_found(slurm, tmp_path):
+    write_demo_shards(tmp_path / "shards")
+    dump_config(small_config(tmp_path / "shards", tmp_path), tmp_path / "run.yaml")
+    job = Job(slurm, tmp_path / "checked", PREFLIGHT, CONFIG=str(tmp_path / "run.yaml"))
+    assert job.ends(200) == ("COMPLETED", 0, "0:0"), job.log.read_text()
+    said = job.log.read_text()
+    assert "2 ranks on" in said
+    assert "data.lanes = 4 fits 2 ranks" in said
+    assert "all-reduce: " in said
+    assert not list(tmp_path.glob(".preflight-*"))
+
+
+def test_the_preflight_fails_where_the_run_would(slurm, tmp_path):
+    write_demo_shards(tmp_path / "shards")
+    dump_config(small_config(tmp_path / "shards", tmp_path), tmp_path / "run.yaml")
+    job = Job(slurm, tmp_path / "checked", PREFLIGHT, ["data.lanes=3"], CONFIG=str(tmp_path / "run.yaml"))
+    assert job.ends(200)[0] == "FAILED"
+    assert "data.lanes is 3 and cannot be shared evenly by 2 ranks" in job.log.read_text()

@@ -1,0 +1,218 @@
+"""A real Slurm cluster of two nodes on this machine: controller, two node daemons and munge, all on loopback.
+
+Everything it writes lies in one scratch folder, but for the nodes' names in /etc/hosts; the end of the context takes
+both away. It needs root and Debian's `slurm-wlm` and `munge`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+NODES = ("univitar-a", "univitar-b")
+ROOT = Path(__file__).parents[2]
+HOSTS = Path("/etc/hosts")
+HOSTS_LINE = f"127.0.0.1 {' '.join(NODES)} # a test's Slurm\n"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "squeue")
+DAEMONS = ("slurmd-univitar-a", "slurmd-univitar-b", "slurmctld", "munged")
+READY_S = 60
+ENDS_S = 30
+
+# cred_expire is also how long a requeued job waits before it starts again: 120 s by default.
+# GraceTime is what a pre-empted job has between SIGTERM and SIGKILL; KillWait, one that was cancelled or requeued.
+CONF = """\
+ClusterName=univitar
+SlurmctldHost={host}(127.0.0.1)
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,sched_min_interval=200000,bf_interval=1,batch_sched_delay=0
+ReturnToService=2
+JobRequeue=1
+KillWait=30
+MinJobAge=3600
+SlurmdTimeout=60
+MessageTimeout=30
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName={first} NodeHostname={host} NodeAddr=127.0.0.1 Port={first_port} CPUs=2 RealMemory=4000 State=UNKNOWN
+NodeName={second} NodeHostname={host} NodeAddr=127.0.0.1 Port={second_port} CPUs=2 RealMemory=4000 State=UNKNOWN
+PartitionName=train Nodes={first},{second} Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=40
+PartitionName=urgent Nodes={first},{second} State=UP PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def missing() -> str | None:
+    """Why there can be no cluster here; None if there can."""
+    if os.geteuid() != 0:
+        return "Slurm's daemons need root"
+    absent = [program for program in PROGRAMS if shutil.which(program) is None]
+    return f"{', '.join(absent)} not installed (apt-get install slurm-wlm munge)" if absent else None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster. `environment` is what Slurm's commands need."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """Standard output of one of Slurm's commands, run in the root of the checkout."""
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+        )
+        assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout
+
+    def submit(self, script: Path, *options: str, arguments: tuple[str, ...] = (), **variables: str) -> str:
+        """The number of a new job, which gets `variables` in its environment."""
+        export = ",".join(["ALL", *(f"{name}={value}" for name, value in variables.items())])
+        return self.run("sbatch", "--parsable", f"--export={export}", *options, str(script), *arguments).strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What Slurm knows of a job: JobState, Restarts, ExitCode and so on."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "-o", number)))
+
+    def wait(self, number: str, condition: Callable[[dict[str, str]], bool], timeout_s: float) -> dict[str, str]:
+        """The job as soon as it meets the condition."""
+        deadline = time.monotonic() + timeout_s
+        while not condition(job := self.job(number)):
+            assert time.monotonic() < deadline, f"job {number} after {timeout_s} s: {job}"
+            time.sleep(0.2)
+        return job
+
+
+@contextmanager
+def cluster() -> Iterator[Cluster]:
+    """A cluster of the two NODES with the partitions `train`, whose jobs may be pre-empted, and `urgent`."""
+    folder = Path(tempfile.mkdtemp(prefix="univitar-slurm-"))
+    hosts = HOSTS.read_text()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+    here = Cluster(folder, {**environment, "SLURM_CONF": str(folder / "slurm.conf")})
+    try:
+        with HOSTS.open("a") as file:
+            file.write(("" if hosts.endswith("\n") else "\n") + HOSTS_LINE)
+        _configure(folder)
+        _start(here)
+        yield here
+    finally:
+        _stop(here)
+        HOSTS.write_text(HOSTS.read_text().replace(HOSTS_LINE, ""))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _configure(folder: Path) -> None:
+    for name in ("state", "log", "run", *(f"spool-{node}" for node in NODES)):
+        (folder / name).mkdir()
+    (folder / "munge").mkdir(mode=0o755)
+    (folder / "private").mkdir(mode=0o700)
+    key = folder / "private" / "munge.key"
+    key.write_bytes(secrets.token_bytes(1024))
+    key.chmod(0o400)
+    port, first_port, second_port = _free_ports(3)
+    content = CONF.format(
+        host=socket.gethostname().split(".")[0],
+        folder=folder,
+        port=port,
+        first=NODES[0],
+        second=NODES[1],
+        first_port=first_port,
+        second_port=second_port,
+    )
+    (folder / "slurm.conf").write_text(content)
+
+
+def _start(here: Cluster) -> None:
+    folder = here.folder
+    folder.chmod(0o755)  # munge asks that nobody else can write on the way to its socket, and everybody read
+    here.run(
+        "munged",
+        "--force",
+        f"--key-file={folder}/private/munge.key",
+        f"--socket={folder}/munge/socket",
+        f"--pid-file={folder}/run/munged.pid",
+        f"--log-file={folder}/private/munged.log",
+        f"--seed-file={folder}/private/munged.seed",
+    )
+    here.run("slurmctld", "-c")
+    for node in NODES:
+        here.run("slurmd", "-N", node)
+    deadline = time.monotonic() + READY_S
+    while True:  # a real step is the proof: sinfo says "idle" before the first ping
+        step = ["srun", "--nodes=2", "--ntasks-per-node=1", "--immediate=5", "--quiet", "true"]
+        with suppress(subprocess.TimeoutExpired):
+            if subprocess.run(step, env=here.environment, capture_output=True, timeout=20, check=False).returncode == 0:
+                return
+        assert time.monotonic() < deadline, f"no cluster within {READY_S} s:\n{_logs(folder)}"
+        time.sleep(0.5)
+
+
+def _stop(here: Cluster) -> None:
+    with suppress(subprocess.TimeoutExpired):
+        here.run("scancel", "--user=root", check=False)
+        deadline = time.monotonic() + ENDS_S
+        while here.run("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
+    for daemon in DAEMONS:
+        _end(here.folder / "run" / f"{daemon}.pid")
+
+
+def _end(pid_file: Path) -> None:
+    """Stops the daemon, and waits until it is gone."""
+    with suppress(OSError, ValueError):
+        pid = int(pid_file.read_text())
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + ENDS_S
+        while time.monotonic() < deadline:
+            os.kill(pid, 0)
+            time.sleep(0.05)
+        os.kill(pid, signal.SIGKILL)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _logs(folder: Path) -> str:
+    tails = [f"== {log.name}\n{log.read_text()[-2000:]}" for log in sorted((folder / "log").iterdir())]
+    return "\n".join(tails)

@@ -1,0 +1,136 @@
+"""The process that listens is a child: signals, threads and exits are real."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.distributed import run_distributed
+from univitar_ds.errors import ConfigError
+from univitar_ds.training.preemption import SAVED
+from univitar_ds.training.slurm import adopt_ranks
+
+LISTENER = """
+import os, signal, sys, time
+from univitar_ds.training import preemption
+
+stop = preemption.listen()
+preemption.ECHO_S = float(sys.argv[2])
+
+def sent(name):
+    os.kill(os.getpid(), signal.Signals[name])
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+exec(sys.argv[1])
+"""
+
+
+def listened(code: str, echo_s: float = 0.0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LISTENER, code, str(echo_s)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_is_only_noted_while_the_run_trains(name):
+    ended = listened(f"with stop.deferred(): sent('{name}'); until(lambda: stop.requested); print('went on')")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "went on\n", "")
+
+
+def test_a_signal_before_and_after_training_ends_the_process_as_it_would_without_us():
+    before = listened("sent('SIGUSR1'); time.sleep(20)")
+    after = listened("with stop.deferred(): pass\nsent('SIGTERM'); time.sleep(20)")
+    assert before.returncode == 128 + signal.SIGUSR1
+    assert after.returncode == 128 + signal.SIGTERM
+    assert after.stderr == "SIGTERM: leaving at once, the last checkpoint stays\n"
+
+
+HANGS = """
+import ctypes, threading
+with stop.deferred():
+    sent("SIGUSR1")
+    until(lambda: stop.requested)
+    threading.Timer(0.1, sent, ("SIGTERM",)).start()
+    # Like a collective operation that waits for a dead rank: a signal does not wake it.
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once_also_while_it_hangs_outside_python():
+    ended = listened(HANGS)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert ended.stderr == "SIGTERM: leaving at once, the last checkpoint stays\n"
+
+
+def test_one_wish_told_twice_is_one_wish():
+    code = "with stop.deferred():\n sent('SIGUSR1'); until(lambda: stop.requested)\n sent('SIGTERM'); time.sleep(0.2)"
+    assert listened(code, echo_s=60.0).returncode == 0
+    assert listened(code, echo_s=0.0).returncode == 128 + signal.SIGTERM
+
+
+def test_who_is_on_his_way_out_keeps_his_exit_code():
+    code = "preemption.ignore(); sent('SIGTERM'); sent('SIGUSR1'); time.sleep(0.1); sys.exit(preemption.SAVED)"
+    ended = listened(code)
+    assert ended.returncode == SAVED
+
+
+def test_processes_that_a_listener_starts_die_of_signals_as_usual():
+    code = "import subprocess\nchild = subprocess.Popen(['sleep', '20']); child.terminate(); print(child.wait())\n"
+    ended = listened(code + "time.sleep(0.1); print(stop.requested)")
+    assert ended.stdout.split() == ["-15", "False"]
+
+
+def vote_of_rank_1() -> list[bool]:
+    from univitar_ds.training.distributed import start_world, together
+
+    world = start_world()
+    answers = []
+    for rank in (None, 1):
+        with together(world, ask=lambda rank=rank: world.rank == rank) as vote:
+            pass
+        answers.append(vote.yes)
+    return answers
+
+
+@pytest.mark.distributed
+def test_what_one_rank_is_told_all_ranks_know():
+    assert run_distributed(vote_of_rank_1, 2, 60) == [[False, True], [False, True]]
+
+
+TASK = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
+MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(("shown", "local"), [(None, "1"), ("0,1,2,3", "1"), ("3", "0"), ("", "1")])
+def test_a_task_of_srun_is_a_rank(shown, local):
+    environment = {**TASK, **MASTER, **({} if shown is None else {"CUDA_VISIBLE_DEVICES": shown})}
+    adopt_ranks(environment)
+    ranks = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    assert ranks == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"},
+        {**TASK, "SLURM_STEP_NUM_TASKS": "1"},
+        {**TASK, "RANK": "0", "WORLD_SIZE": "2"},
+    ],
+    ids=["a batch script", "a shell by srun --pty", "another launcher inside srun"],
+)
+def test_what_is_no_task_among_others_keeps_its_environment(environment):
+    before = dict(environment)
+    adopt_ranks(environment)
+    assert environment == before
+
+
+def test_tasks_that_do_not_know_where_rank_0_is_are_told_how_to_say_it():
+    with pytest.raises(ConfigError, match=r"8 tasks and MASTER_PORT is not set; export .* as slurm/train.sbatch does"):
+        adopt_ranks({**TASK, "MASTER_ADDR": "node1"})
