@@ -18,7 +18,7 @@ from univitar_ds.data.cursor import LaneCursor, Place, StreamCursor, Waiting
 from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.mixture import Turns
-from univitar_ds.data.randomness import choice, draw
+from univitar_ds.data.randomness import draw
 from univitar_ds.data.reading import Reader, look_through, read_entry, where_is
 from univitar_ds.data.samples import Sample, SizeRule, read_sample_again
 from univitar_ds.data.sources import EVERYTHING, ShardGroup, SourceShard, groups_of
@@ -240,10 +240,9 @@ class Stream:
         return number
 
     def _item(self, row: Waiting, sample: Sample) -> Item:
-        seed = self._rules.seed
         said = captions_of(sample.captions, sample.label, self._rules.shards[row.shard].templates)
-        caption = said[choice(len(said), seed, "caption", row.shard, row.offset, row.epoch)]
-        return Item(sample, caption, row, self._number(row))
+        number = self._number(row)
+        return Item(sample, said[(number >> 32) % len(said)], row, number)
 
     def _close_epoch(self, group: ShardGroup) -> None:
         """A lane may go an epoch without a sample where samples are few, but not if there are none at all.
@@ -283,7 +282,8 @@ class Stream:
 
 
 def _aged(row: Waiting) -> Waiting:
-    return row._replace(waited=row.waited + 1)
+    shard, offset, length, ordinal, epoch, waited = row  # this runs for the whole pool in every pack: no _replace
+    return Waiting(shard, offset, length, ordinal, epoch, waited + 1)
 
 
 def _changed(shard: str, row: Waiting) -> DataError:

@@ -25,6 +25,8 @@ class Turns:
 
     def next(self) -> str:
         """The group that the next sample comes from; the same until one was `taken`."""
+        if len(self._shares) == 1:
+            return next(iter(self._shares))
         return max(self._shares, key=lambda name: self.credits[name] + self._shares[name])
 
     def taken(self) -> None:

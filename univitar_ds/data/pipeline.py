@@ -25,8 +25,8 @@ from univitar_ds.data.render import Failure, RenderJob, render
 from univitar_ds.data.ring import Ring
 from univitar_ds.data.storage import LOCAL, StorageSettings
 
-LENT = 8
-"""Packs of which the trainer may hold the slots: those of two steps of four lanes. An unused slot takes no memory."""
+LENT = 4
+"""Packs of which the trainer may hold the slots: those of a step of four lanes. More are copied."""
 
 
 @dataclass(frozen=True)

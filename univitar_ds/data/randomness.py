@@ -18,8 +18,3 @@ def draw(*key: int | str) -> int:
 def permutation(n: int, *key: int | str) -> list[int]:
     """The numbers 0..n-1 in a random order."""
     return sorted(range(n), key=lambda index: draw(*key, index))
-
-
-def choice(n: int, *key: int | str) -> int:
-    """One of 0..n-1; the bias of the remainder is below n / 2**64."""
-    return draw(*key) % n

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from io import BytesIO
 
 from univitar_ds.data import captions, tar
@@ -90,7 +91,7 @@ class Sample:
     def name(self) -> str:
         return f"{self.shard.name}/{self.key}"
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return token_count(self.grid)
 

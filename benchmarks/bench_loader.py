@@ -1,0 +1,238 @@
+"""What does the loader cost beside a bare loop, webdataset with a DataLoader, and megatron-energon?
+
+    python benchmarks/bench_loader.py SHARDS [--rounds 3] [--peer-python PYTHON] [--s3]
+    python benchmarks/bench_loader.py SHARDS --curve 30
+
+SHARDS is a folder from `univitar-ds data pack`; at least four shards, so that others can share them among workers.
+Each contender of `loader_contenders.py` runs in a process of its own, all of them in turn in every round, so that the
+rows of a round met the same machine. Rows have CPU seconds per 1,000 samples over whole epochs after warming up, of
+the process and all it started; samples per second; memory; and for ours the seconds from the decoding processes being
+up to the first pack. Ratios are medians over the rounds. energon pins other versions of what the loader needs: give
+the Python of another environment (`pip install megatron-energon webdataset torch pillow numpy psutil`) with
+--peer-python. --s3 adds a row for ours that reads the same shards from a store on this machine (moto), whose own
+CPU time is not counted. --curve MINUTES writes the memory of ours over time to results/bench_loader_memory.csv.
+
+Memory is the proportional set size (a page shared by n processes counts 1/n in each) of the trainer's process and
+the decoding processes, ring included; `base_mb` is the same process after importing the loader, before it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.loader_contenders import CONTENDERS, Task  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+SIZES = {"native": (576, 5832, 112, 16384, 880), "small": (64, 256, 28, 16384, 220)}
+"""Least and most tokens, divisor in px, token budget, mean tokens of the photos."""
+
+
+def family() -> list[psutil.Process]:
+    me = psutil.Process()
+    return [me, *me.children(recursive=True)]
+
+
+def cpu_seconds() -> float:
+    """Of this process and those it started that are alive."""
+    total = 0.0
+    for process in family():
+        times = process.cpu_times()
+        total += times.user + times.system
+    return total
+
+
+def memory_mb() -> tuple[float, float]:
+    """Proportional and resident set size of the family."""
+    infos = [process.memory_full_info() for process in family()]
+    return sum(info.pss for info in infos) / 2**20, sum(info.rss for info in infos) / 2**20
+
+
+class Times(logging.Handler):
+    """When each decoding process said that it is up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up: list[float] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "is up" in record.getMessage():
+            self.up.append(time.monotonic())
+
+
+def measure(name: str, task: Task, epoch: int, epochs: int) -> dict[str, Any]:
+    """Run a contender for half an epoch and then for `epochs`."""
+    if name == "ours":
+        import univitar_ds.data.loader  # noqa: F401
+    base, _ = memory_mb()
+    first, after_up = first_pack(name, task)
+    batches = CONTENDERS[name](task)
+    _take(batches, epoch // 2)
+    start, cpu = time.monotonic(), cpu_seconds()
+    samples = _take(batches, epochs * epoch)
+    cpu, wall = cpu_seconds() - cpu, time.monotonic() - start
+    pss, rss = memory_mb()
+    batches.close()
+    row = {
+        "cpu_s_per_1000": 1000 * cpu / samples,
+        "samples_per_s": samples / wall,
+        "first_pack_s": first,
+        "first_pack_after_up_s": after_up,
+        "base_mb": base,
+        "pss_mb": pss,
+        "rss_mb": rss,
+        "samples": samples,
+    }
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def first_pack(name: str, task: Task) -> tuple[float, float | None]:
+    """Seconds from nothing, and from all decoding processes being up, to the first pack of a rank with one lane."""
+    times = Times()
+    logger = logging.getLogger("univitar_ds.data.attendant")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(times)
+    begun = time.monotonic()
+    batches = CONTENDERS[name](replace(task, lanes=1))
+    next(batches)
+    now = time.monotonic()
+    logger.removeHandler(times)
+    batches.close()
+    return now - begun, max(0.0, now - max(times.up)) if times.up else None
+
+
+def _take(batches: Iterator[int], samples: int) -> int:
+    taken = 0
+    while taken < samples:
+        taken += next(batches)
+    return taken
+
+
+def run(name: str, task: Task, epoch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`measure` in a fresh process."""
+    python = arguments.peer_python if name in ("webdataset", "energon") else sys.executable
+    request = json.dumps({"name": name, "task": asdict(task), "epoch": epoch, "epochs": arguments.epochs})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [python, __file__, task.shards, "--request", request]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    if result.returncode:
+        raise SystemExit(f"{name} failed:\n{result.stderr[-3000:]}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+@contextmanager
+def store(shards: str) -> Iterator[tuple[str, str]]:
+    """The shards in a store on this machine: their address and the store's."""
+    from tests.support.s3 import s3_server
+
+    with s3_server() as server:
+        yield server.upload(Path(shards), "bench"), server.url
+
+
+def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    manifest = json.loads(Path(arguments.shards, "manifest.json").read_text())
+    epoch = manifest["counts"]["train"]["image"]
+    rows = []
+    with store(arguments.shards) as (address, endpoint):
+        for sizes in arguments.sizes:
+            local = Task(arguments.shards, None, arguments.workers, *SIZES[sizes])
+            remote = Task(address, endpoint, arguments.workers, *SIZES[sizes])
+            tasks = [(name, name, local) for name in arguments.contenders]
+            tasks += [("ours_s3", "ours", remote)] if arguments.s3 else []
+            for number in range(arguments.rounds):
+                for title, name, task in tasks:
+                    row = run(name, task, epoch, arguments)
+                    rows.append({"sizes": sizes, "contender": title, "round": number, **row})
+                    print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def told(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The medians over rounds of what a contender costs and of what ours costs beside it."""
+    for sizes in dict.fromkeys(row["sizes"] for row in rows):
+        of = {name: [row for row in rows if (row["sizes"], row["contender"]) == (sizes, name)] for name in _names(rows)}
+        for name, own in of.items():
+            ratios = [a["cpu_s_per_1000"] / b["cpu_s_per_1000"] for a, b in zip(own, of["ours"], strict=True)]
+            speeds = [b["samples_per_s"] / a["samples_per_s"] for a, b in zip(own, of["ours"], strict=True)]
+            cost = statistics.median(row["cpu_s_per_1000"] for row in own)
+            yield (
+                f"{sizes:7} {name:11} {cost:6.3f} CPU s per 1,000 samples, {statistics.median(ratios):.2f} times ours; "
+                f"ours gives {statistics.median(speeds):4.2f} times its samples/s; {own[-1]['pss_mb']:.0f} MB"
+            )
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["contender"] for row in rows))
+
+
+def curve(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Memory of ours every ten seconds, at a pace that leaves the machine to others."""
+    batches = CONTENDERS["ours"](Task(arguments.shards, None, arguments.workers, *SIZES["native"]))
+    rows, begun, samples = [], time.monotonic(), 0
+    while (elapsed := time.monotonic() - begun) < 60 * arguments.curve:
+        samples += next(batches)
+        if elapsed >= 10 * len(rows):
+            pss, rss = memory_mb()
+            rows.append({"seconds": round(elapsed), "samples": samples, "pss_mb": round(pss), "rss_mb": round(rss)})
+        time.sleep(arguments.pause)
+    return rows
+
+
+def write(rows: list[dict[str, Any]], name: str) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    versions = {"python": platform.python_version(), "commit": commit.stdout.strip()}
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / name, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *machine, *versions])
+        writer.writeheader()
+        writer.writerows({**row, **machine, **versions} for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--sizes", nargs="+", default=["native"], choices=SIZES)
+    parser.add_argument("--contenders", nargs="+", default=["ours", "bare", "webdataset"], choices=CONTENDERS)
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--s3", action="store_true")
+    parser.add_argument("--curve", type=float, default=0.0, metavar="MINUTES")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between packs of the curve")
+    parser.add_argument("--request", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.request:
+        request = json.loads(arguments.request)
+        row = measure(request["name"], Task(**request["task"]), request["epoch"], request["epochs"])
+        print(json.dumps(row), flush=True)
+        os._exit(0)  # the contenders never end, and some of their processes not either
+    if arguments.curve:
+        write(curve(arguments), "bench_loader_memory.csv")
+        return
+    rows = compare(arguments)
+    write(rows, "bench_loader.csv")
+    print("\n".join(told(rows)))
+
+
+if __name__ == "__main__":
+    main()
