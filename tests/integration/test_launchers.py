@@ -214,12 +214,13 @@ def test_a_fault_in_the_data_ends_all_ranks_with_one_sentence(run_file, tmp_path
     shards = write_demo_shards(tmp_path / "shards", images=48, videos=16, shards=2)
     shard = sorted(shards.glob("train-image-*.tar"))[0]
     content = bytearray(shard.read_bytes())
-    middle = content.find(b"ustar", len(content) // 2) - 257
-    content[middle : middle + 100] = b"\xff" * 100
+    middle = content.find(b'{"captions"', len(content) // 2)
+    content[middle] = ord("#")
     shard.write_bytes(content)
     command = [*LAUNCHERS["own"], "--config", str(run_file), "name=faulty", f"data.sources.0.path={shards}"]
-    ended = completed([*command, "stages.0.samples=4000"])
+    ended = completed([*command, "data.on_bad=fail"])
     assert ended.returncode == 2, ended.stderr[-3000:]
     assert ended.stderr.count("error: ") == 1, ended.stderr[-3000:]
-    assert f"damaged at byte {middle}" in ended.stderr
+    assert "data.on_bad is fail" in ended.stderr
+    assert "its .json does not parse" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -33,7 +33,7 @@ def slurm():
 
 
 def ended(job: dict[str, str]) -> bool:
-    return job["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+    return job["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED")
 
 
 class Job:

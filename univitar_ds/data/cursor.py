@@ -161,6 +161,11 @@ def _stream_from_json(document: Mapping[str, Any]) -> StreamCursor:
     )
 
 
+_BARE = -15
+"""Deflate without zlib's frame."""
+_CHECK_BYTES = 4
+_MOST_BYTES = 1 << 26
+"""Of an inflated pool; what wants to be more is no cursor."""
 _SMALL = [bytes([number]) for number in range(0x80)]
 
 
@@ -172,12 +177,19 @@ def write_pool(rows: Sequence[Waiting]) -> str:
     columns = zip(*_steps(rows), strict=True)
     numbers = [number for column in columns for number in column]
     packed = b"".join([_SMALL[number] if number < 0x80 else _varint(number) for number in numbers])
-    return base64.b85encode(zlib.compress(packed)).decode()
+    check = zlib.crc32(packed).to_bytes(_CHECK_BYTES)  # deflate's own sum misses changes in so few bytes
+    return base64.b85encode(check + zlib.compress(packed, wbits=_BARE)).decode()
 
 
 def read_pool(text: str) -> tuple[Waiting, ...]:
     """The rows that `write_pool` wrote. Raises: ValueError or zlib.error if the text is damaged."""
-    numbers = list(_varints(zlib.decompress(base64.b85decode(text))))
+    data = base64.b85decode(text)
+    inflating = zlib.decompressobj(_BARE)
+    packed = inflating.decompress(data[_CHECK_BYTES:], _MOST_BYTES)
+    whole = inflating.eof and not inflating.unused_data
+    if not whole or zlib.crc32(packed).to_bytes(_CHECK_BYTES) != data[:_CHECK_BYTES]:
+        raise ValueError("the pool's checksum does not fit")
+    numbers = list(_varints(packed))
     width = len(Waiting._fields)
     if len(numbers) % width:
         raise ValueError(f"{len(numbers)} numbers in rows of {width}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -115,15 +116,15 @@ def test_what_a_run_reads_is_the_version_that_was_there_when_it_started(server, 
 def test_a_store_that_refuses_for_ever_is_given_up_within_the_stated_time(server, tmp_path):
     url = server.put("d.tar", BLOB)
     with faulty(server, lambda request: "throttle") as proxy:
-        one = storage(proxy.url, tmp_path, give_up_s=0.5)
+        one = storage(proxy.url, tmp_path, give_up_s=3.0)
         start = time.monotonic()
         told = (
-            r"d\.tar: nothing came for \d s and \d+ attempts, the last one: the store answered 503.*give_up_s is 0\.5"
+            r"d\.tar: nothing came for \d s and \d+ attempts, the last one: the store answered 503.*give_up_s is 3"
         )
         with pytest.raises(DataError, match=told):
             one.size(url)
-        assert 0.5 <= time.monotonic() - start < 10  # 0.5 s and the longest time that one request may take
-        assert len(proxy.requests) > 2
+        assert 3.0 <= time.monotonic() - start < 20  # 3 s and the longest time that one request may take
+        assert len(proxy.requests) > 1
 
 
 def test_a_body_that_never_comes_is_given_up_and_the_reader_is_told(server, tmp_path):
@@ -247,8 +248,8 @@ def test_a_decoding_process_reads_the_copy_without_boto3_and_pieces_that_are_gon
         assert one.open(url).read() == BLOB
         for copy, heavy in ((True, []), (False, ["boto3"])):
             if not copy:
-                settled = [path for path in os.listdir(f"{shared.session}/shards") if path.endswith(".tar")]
-                os.unlink(f"{shared.session}/shards/{settled[0]}")
+                for settled in Path(shared.session, "shards").glob("*.tar"):  # other tests' copies too
+                    settled.unlink()
             ran = subprocess.run(
                 [sys.executable, "-c", _WORKER, json.dumps(shared.to_json()), url],
                 capture_output=True,
