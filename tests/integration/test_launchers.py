@@ -211,14 +211,14 @@ def test_the_own_launcher_hands_a_signal_on_to_the_ranks(run_file):
 
 
 def test_a_fault_in_the_data_ends_all_ranks_with_one_sentence(run_file, tmp_path):
-    shards = write_demo_shards(tmp_path / "shards", images=48, videos=16, shards=2)
+    shards = write_demo_shards(tmp_path / "shards", images=100, videos=16, shards=2)
     shard = sorted(shards.glob("train-image-*.tar"))[0]
     content = bytearray(shard.read_bytes())
     middle = content.find(b'{"captions"', len(content) // 2)
-    content[middle] = ord("#")
+    content[middle] = ord("#")  # one sample, so that one lane meets it first
     shard.write_bytes(content)
     command = [*LAUNCHERS["own"], "--config", str(run_file), "name=faulty", f"data.sources.0.path={shards}"]
-    ended = completed([*command, "data.on_bad=fail"])
+    ended = completed([*command, "data.on_bad=fail", "data.pool_samples=8", "stages.0.samples=100"])
     assert ended.returncode == 2, ended.stderr[-3000:]
     assert ended.stderr.count("error: ") == 1, ended.stderr[-3000:]
     assert "data.on_bad is fail" in ended.stderr
