@@ -239,7 +239,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     arguments.report.write_text(json.dumps(report, indent=1))
     for source in report["sources"]:
         if source["error"]:
-            print(f"source {source['path']}: {source['error']}")
+            print(source["error"])
     faults = [(shard["shard"], fault) for shard in report["shards"] for fault in shard["faults"]]
     for shard, fault in faults[:20]:
         print(f"{fault['kind']}: {shard}/{fault['key']} at byte {fault['byte']}: {fault['message']}")
