@@ -42,7 +42,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.loader_contenders import CONTENDERS, Task  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-SIZES = {"native": (576, 5832, 112, 16384, 880), "small": (64, 256, 28, 16384, 220)}
+SIZES = {
+    "native": (576, 5832, 112, 16384, 880),
+    "native_8k": (576, 5832, 112, 8192, 880),
+    "small": (64, 256, 28, 16384, 220),
+}
 """Least and most tokens, divisor in px, token budget, mean tokens of the photos."""
 
 

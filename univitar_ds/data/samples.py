@@ -107,9 +107,10 @@ def modality_of(group: tar.Group) -> Modality | None:
 def belongs(group: tar.Group, shard: Shard, modality: Modality) -> bool:
     """Whether a stream of this modality owns the sample; every sample of a shard has exactly one owner.
 
-    Where nothing says what a sample is, the shard's own modality decides, or pictures.
+    A shard whose manifest says what it holds owns all that is in it: a clip among pictures is a bad sample, not a lost
+    one. Else the members decide, and where they say nothing it is a picture.
     """
-    return (modality_of(group) or shard.modality or "image") == modality
+    return (shard.modality or modality_of(group) or "image") == modality
 
 
 def read_sample(shard: Shard, group: tar.Group, rule: SizeRule) -> Sample:

@@ -211,6 +211,8 @@ def test_a_text_that_is_none_is_told_in_a_sentence(members, kind, said):
         ({"jpg": b"", "mp4": b""}, None, "video"),
         ({"txt": b""}, None, "image"),
         ({"txt": b""}, "video", "video"),
+        ({"mp4": b""}, "image", "image"),
+        ({"png": b""}, "video", "video"),
     ],
 )
 def test_every_sample_has_one_owner(members, modality, owner):
