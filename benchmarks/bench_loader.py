@@ -205,9 +205,12 @@ def write(rows: list[dict[str, Any]], name: str) -> None:
     machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     versions = {"python": platform.python_version(), "commit": commit.stdout.strip()}
     RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / name, "w", newline="") as file:
+    path = RESULTS / name
+    begun = path.exists()
+    with path.open("a", newline="") as file:  # rows of other sizes and commits stay: they are what these compare with
         writer = csv.DictWriter(file, [*rows[0], *machine, *versions])
-        writer.writeheader()
+        if not begun:
+            writer.writeheader()
         writer.writerows({**row, **machine, **versions} for row in rows)
 
 
