@@ -20,6 +20,8 @@ CLOSE = 0.005
 """A pack this near to its aim, in shares of the budgets, is not searched for again."""
 PULL = 0.5
 """How far a pack's cost per token may be above that of what waits, in standard deviations of what waits."""
+_NEGLIGIBLE = 1e-9
+"""Costs that all together are a smaller share of their budget never bind; sums of the tiniest floats round to 0."""
 _TOKEN_UNITS, _COST_UNITS = 64, 256
 """Resolution of the search for a pair; an item is rounded to it and the sums are then checked in full."""
 _ROWS = 12
@@ -53,7 +55,7 @@ def choose(
     """
     assert len(tokens) == len(costs) > 0, (len(tokens), len(costs))
     assert 0 < max(tokens) <= token_budget, f"an item of {max(tokens)} tokens in a budget of {token_budget}"
-    if cost_budget is None or not any(costs):
+    if cost_budget is None or sum(costs) <= _NEGLIGIBLE * cost_budget:
         return [0] + [index + 1 for index in _fullest(tokens[1:], token_budget - tokens[0])]
     budget = Totals(token_budget, cost_budget)
     items = [Totals(*item) for item in zip(tokens, costs, strict=True)]

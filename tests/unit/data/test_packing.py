@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from univitar_ds.data.packing import choose, item_cost
@@ -25,6 +25,7 @@ def test_a_pack_stays_within_the_token_budget_and_takes_the_first_along(tokens):
 
 
 @given(costed)
+@example(pairs=[(1, 0.0), (1, 5e-324)])  # their mean rounds to 0
 def test_a_pack_stays_within_both_budgets_unless_its_only_item_cannot(pairs):
     tokens, costs = zip(*pairs, strict=True)
     chosen = choose(tokens, costs, BUDGET, 200.0)
