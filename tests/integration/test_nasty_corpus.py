@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.loading import only_lane
 from tests.support.shards import write_tar
 from univitar_ds.config.schema import DataConfig, ResolutionConfig, StageConfig
 from univitar_ds.data.clips import decode_clip
 from univitar_ds.data.decode import decode_image
 from univitar_ds.data.health import KINDS
-from univitar_ds.data.loader import PackLoader, eval_packs
+from univitar_ds.data.loader import eval_packs
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT.parent / "shared/data/nasty"
@@ -143,17 +144,7 @@ def trained_on(data, modality, different):
         name="odd", samples=1, lr=1e-3, image=SMALL, video=SMALL, video_ratio=modality == "video", token_budget=400
     )
     keys = set()
-    with PackLoader(
-        data.sources,
-        data=data,
-        stage=stage,
-        lanes_of_rank=[0],
-        lanes=1,
-        seed=0,
-        modality_of=lambda step: modality,
-        tokenizer=None,
-        context_length=8,
-    ) as loader:
+    with only_lane(data, stage, modality) as loader:
         while len(keys) < different:
             keys.update(next(loader)[0].keys)
     return keys

@@ -6,25 +6,16 @@ import time
 import pytest
 import torch
 
+from tests.support.loading import STAGE
 from tests.support.s3 import BUCKET, faulty, s3_server, some_of
 from tests.support.shards import picture, write_demo_shards, write_tar
-from univitar_ds.config.schema import DataConfig, SourceConfig, StageConfig
+from univitar_ds.config.schema import DataConfig, SourceConfig
 from univitar_ds.data import pace
 from univitar_ds.data.loader import PackLoader, eval_packs
 from univitar_ds.errors import DataError
 
 FAULTS = ["throttle", "refuse", "error", "drop", "cut", "stall", "short", "reset", "hang"]
 IMAGES, VIDEOS, SHARDS, STEPS = 80, 12, 10, 14
-STAGE = StageConfig(
-    name="s",
-    samples=100,
-    image={"min_tokens": 4, "max_tokens": 40, "divisor_px": 14},
-    video={"min_tokens": 8, "max_tokens": 60, "divisor_px": 14},
-    video_ratio=0.25,
-    clip_frames=4,
-    token_budget=300,
-    lr=1e-3,
-)
 
 
 @pytest.fixture(scope="module")

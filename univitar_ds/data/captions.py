@@ -40,7 +40,7 @@ def read_texts(members: Mapping[str, bytes]) -> Texts:
     return Texts(captions, label, _set(fields), _crc32(fields))
 
 
-def captions_of(captions: Sequence[str], label: str | None, templates: Sequence[str]) -> Sequence[str]:
+def captions_of(captions: tuple[str, ...], label: str | None, templates: Sequence[str]) -> tuple[str, ...]:
     """What may be said of a sample: its captions or, where it has a label only, its source's templates of it.
 
     Raises: SampleError if there is neither.
@@ -49,7 +49,7 @@ def captions_of(captions: Sequence[str], label: str | None, templates: Sequence[
         return captions
     if not label or not templates:
         raise SampleError("no_caption", f"only a label ({label!r}), and its source has no templates to put it in")
-    return [template.replace("{}", label) for template in templates]
+    return tuple(template.replace("{}", label) for template in templates)
 
 
 def _captions(fields: Mapping[str, Any], txt: bytes | None) -> tuple[str, ...]:

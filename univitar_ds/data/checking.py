@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from univitar_ds.config.schema import ClipSampling, DataConfig, ResolutionConfig, StageConfig
-from univitar_ds.data import captions, tar
+from univitar_ds.data import tar
 from univitar_ds.data.crew import At, Bad, Event, Hashed, Read, Task
 from univitar_ds.data.layout import Modality
-from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob, render
-from univitar_ds.data.samples import Sample, SizeRule, modality_of, read_sample
+from univitar_ds.data.reading import read_entry
+from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob, check_crc32, render
+from univitar_ds.data.samples import Sample, SizeRule, modality_of
 from univitar_ds.data.sampling import Sampling
 from univitar_ds.data.sources import SourceShard
 from univitar_ds.data.storage import StorageSettings, storage_for
@@ -68,20 +68,15 @@ def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
 
 
 def check_sample(shard: SourceShard, group: tar.Group, job: ShardCheck) -> None:
-    """Raises: SampleError for a sample that the loader would leave out or never come to."""
+    """Raises: SampleError for a sample that the loader would leave out."""
     kind = modality_of(group) or shard.modality or "image"
     if shard.modality not in (None, kind):
-        raise SampleError("wrong_kind", f"is {kind} in a shard whose manifest says {shard.modality}: no lane reads it")
-    sample = read_sample(shard, group, _rule(kind))
-    captions.captions_of(sample.captions, sample.label, shard.templates)
+        raise SampleError("wrong_kind", f"is {kind} in a shard whose manifest says {shard.modality}; pack it again")
+    sample = read_entry(shard, group, _rule(kind))
     if job.decode:
         _decode(sample, kind, job.settings)
     elif sample.crc32 is not None:
-        data = shard.storage.read_range(shard.path, sample.media_offset, sample.media_length)
-        if (found := zlib.crc32(data)) != sample.crc32:
-            raise SampleError(
-                "checksum", f"its bytes have the CRC-32 {found:08x}, {sample.crc32:08x} when they were packed"
-            )
+        check_crc32(shard.storage.read_range(shard.path, sample.media_offset, sample.media_length), sample.crc32)
 
 
 def _rule(kind: Modality) -> SizeRule:

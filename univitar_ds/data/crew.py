@@ -6,20 +6,18 @@ sample is to blame, and another process goes on behind it.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from time import monotonic
 from typing import Any, NamedTuple
 
+from univitar_ds.data import children
 from univitar_ds.errors import DataError
 
 _CONTEXT = "forkserver"
@@ -192,9 +190,8 @@ class Crew:
 
 
 def _serve(channel: Connection, work: Work) -> None:
-    """Work off tasks until the other end closes. Ctrl-C is the parent's affair."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """Work off tasks until the other end closes."""
+    children.begin()
     try:
         while True:
             task = channel.recv()
@@ -211,11 +208,3 @@ def _serve(channel: Connection, work: Work) -> None:
                 channel.send(Done())
     except (EOFError, ConnectionError):
         return
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot stop a process that hangs."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from univitar_ds.data.journal import JOURNAL, write_atomically
 from univitar_ds.data.manifest import read_manifest
-from univitar_ds.data.storage import S3, StorageSettings, storage_for
+from univitar_ds.data.storage import S3, Storage, StorageSettings, storage_for
 from univitar_ds.errors import DataError
 
 
@@ -76,10 +76,7 @@ class LocalFolder:
         (self.workspace / name).unlink(missing_ok=True)
 
     def fingerprint(self) -> str | None:
-        try:
-            return read_manifest(self.workspace).get("fingerprint")
-        except DataError:
-            return None
+        return _fingerprint(self.workspace)
 
 
 class S3Prefix:
@@ -136,10 +133,7 @@ class S3Prefix:
         remove(self._storage, self._path(name))
 
     def fingerprint(self) -> str | None:
-        try:
-            return read_manifest(self._url, self._storage).get("fingerprint")
-        except DataError:
-            return None
+        return _fingerprint(self._url, self._storage)
 
     def _claimed_by(self) -> str | None:
         try:
@@ -163,3 +157,10 @@ def destination_of(
 def _state_folder() -> Path:
     base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(base, "univitar_ds", "pack")
+
+
+def _fingerprint(folder: str | Path, storage: Storage | None = None) -> str | None:
+    try:
+        return read_manifest(folder, storage).get("fingerprint")
+    except DataError:
+        return None

@@ -6,19 +6,17 @@ Runs in processes of its own, because decoders work hard and, on hostile bytes, 
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from univitar_ds.config.schema import DataConfig
+from univitar_ds.data import children
 from univitar_ds.data.clips import decode_clip
 from univitar_ds.data.containers import VIDEO_EXTENSION_OF, video_demuxer
 from univitar_ds.data.decode import decode_image
@@ -144,20 +142,7 @@ def _telling_extension(data: bytes, extension: str, kind: str) -> str:
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = get_context(_CONTEXT)
     context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
-
-
-def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it: a killed parent cannot stop its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow() -> None:
-        parent = parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=children.begin)
 
 
 def _examine_batch(jobs: Sequence[Job]) -> list[Finding]:

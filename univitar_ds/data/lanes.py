@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from univitar_ds.data import packing
-from univitar_ds.data.captions import captions_of
 from univitar_ds.data.cursor import LaneCursor, Place, StreamCursor, Waiting
 from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.mixture import Turns
 from univitar_ds.data.randomness import draw
-from univitar_ds.data.reading import Reader, look_through, read_entry, where_is
+from univitar_ds.data.reading import Reader, look_through, read_entry, where_is, with_captions
 from univitar_ds.data.samples import Sample, SizeRule, read_sample_again
 from univitar_ds.data.sources import EVERYTHING, ShardGroup, SourceShard, groups_of
 from univitar_ds.errors import DataError, SampleError
@@ -240,9 +239,8 @@ class Stream:
         return number
 
     def _item(self, row: Waiting, sample: Sample) -> Item:
-        said = captions_of(sample.captions, sample.label, self._rules.shards[row.shard].templates)
         number = self._number(row)
-        return Item(sample, said[(number >> 32) % len(said)], row, number)
+        return Item(sample, sample.captions[(number >> 32) % len(sample.captions)], row, number)
 
     def _close_epoch(self, group: ShardGroup) -> None:
         """A lane may go an epoch without a sample where samples are few, but not if there are none at all.
@@ -272,7 +270,7 @@ class Stream:
                 sample = read_sample_again(shard, row.offset, row.length, self._rules.size)
                 if sample is None:
                     raise _changed(shard.name, row)
-                captions_of(sample.captions, sample.label, shard.templates)
+                sample = with_captions(shard, sample)
             except SampleError as error:
                 self._bad[error.kind] += 1
                 where = f"{shard.name}, number {row.ordinal} at byte {row.offset}"

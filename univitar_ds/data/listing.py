@@ -42,7 +42,7 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     Names and sizes come from listings of folders, so that thousands of shards cost a few requests.
     Raises: DataError if the source is not there, has no such split, or has a missing or cut shard.
     """
-    path = os.path.expanduser(source.path).removesuffix(f"/{MANIFEST}")
+    path = place_of(source)
     storage = storage_for(path, settings)
     if path.endswith(".tar"):
         return _listed(expand_braces(path), storage, prefix, source.path)
@@ -57,6 +57,11 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     if names & {MANIFEST, JOURNAL}:
         return _packed(source, path, names, storage, prefix)
     return [Shard(prefix + _stem(file), file, storage, storage.size(file)) for file in files if file.endswith(".tar")]
+
+
+def place_of(source: SourceConfig) -> str:
+    """The folder or tars of a source; it may be named by its manifest."""
+    return os.path.expanduser(source.path).removesuffix(f"/{MANIFEST}")
 
 
 def expand_braces(pattern: str) -> list[str]:

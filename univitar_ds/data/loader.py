@@ -11,7 +11,6 @@ from typing import Any, Self
 from univitar_ds.config.schema import DataConfig, SourceConfig, StageConfig
 from univitar_ds.data import text
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.captions import captions_of
 from univitar_ds.data.cursor import LaneCursor, Waiting, parse
 from univitar_ds.data.delivery import DecodingHealth, collate, decoded
 from univitar_ds.data.health import BadPolicy, Health
@@ -227,7 +226,7 @@ def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, pol
                 yield plan()
                 items, tokens, bad = [], 0, Counter()
             address = Waiting(index, entry.offset, entry.end - entry.offset, ordinal, 0, 0)
-            items.append(Item(sample, captions_of(sample.captions, sample.label, shard.templates)[0], address))
+            items.append(Item(sample, sample.captions[0], address))
             tokens += sample.tokens
     if items or bad:
         yield plan()

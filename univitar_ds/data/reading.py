@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from univitar_ds.data import tar
@@ -110,9 +111,13 @@ def read_entry(shard: SourceShard, entry: tar.Group | tar.Damage, rule: SizeRule
     """
     if isinstance(entry, tar.Damage):
         raise SampleError(entry.kind, entry.message)
-    sample = read_sample(shard, entry, rule)
-    captions_of(sample.captions, sample.label, shard.templates)
-    return sample
+    return with_captions(shard, read_sample(shard, entry, rule))
+
+
+def with_captions(shard: SourceShard, sample: Sample) -> Sample:
+    """The sample with what may be said of it. Raises: SampleError if that is nothing."""
+    said = captions_of(sample.captions, sample.label, shard.templates)
+    return sample if said is sample.captions else replace(sample, captions=said)
 
 
 def look_through(

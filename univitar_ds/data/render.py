@@ -109,11 +109,16 @@ def render(
     return failures
 
 
+def check_crc32(data: bytes, packed: int | None) -> None:
+    """Raises: SampleError if the bytes are not those that were packed; `packed` None: their sum is not known."""
+    if packed is not None and (found := zlib.crc32(data)) != packed:
+        told = f"its bytes have the CRC-32 {found:08x}, {packed:08x} when they were packed"
+        raise SampleError("checksum", f"{told}; restore the shard")
+
+
 def _render_item(job: RenderJob, item: RenderItem, room: np.ndarray, settings: StorageSettings) -> None:
     data = storage_for(item.path, settings).read_range(item.path, item.offset, item.length)
-    if item.crc32 is not None and (found := zlib.crc32(data)) != item.crc32:
-        told = f"its bytes have the CRC-32 {found:08x}, {item.crc32:08x} when they were packed"
-        raise SampleError("checksum", f"{told}; restore the shard")
+    check_crc32(data, item.crc32)
     limits = job.limits
     height, width = item.grid[1] * PATCH, item.grid[2] * PATCH
     out = room.reshape(item.frames, height, width, 3)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from univitar_ds.config.schema import SourceConfig
 from univitar_ds.data.checking import LIMITS, ShardCheck, check_shard
 from univitar_ds.data.crew import At, Bad, Crew, Done, Event, Hashed, Read, Task
-from univitar_ds.data.listing import expand_braces
+from univitar_ds.data.listing import expand_braces, place_of
 from univitar_ds.data.manifest import MANIFEST, read_manifest
 from univitar_ds.data.sources import SourceShard, find_shards
 from univitar_ds.data.storage import LOCAL, StorageSettings, storage_for
@@ -154,7 +154,7 @@ def _looked_up(source: SourceConfig, settings: StorageSettings) -> tuple[dict[st
 
 def _manifest_rows(source: SourceConfig, settings: StorageSettings) -> dict[str, dict[str, Any]]:
     """The shards of the source's manifest and split by file name; none where there is no manifest."""
-    folder = _folder(source)
+    folder = place_of(source)
     storage = storage_for(folder, settings)
     if folder.endswith(".tar") or not storage.exists(os.path.join(folder, MANIFEST)):
         return {}
@@ -166,7 +166,7 @@ def _what_is_there(
     source: SourceConfig, rows: dict[str, dict[str, Any]], settings: StorageSettings
 ) -> tuple[list[SourceShard], list[str]]:
     """The shards of a source that is not whole, and the names of those that are missing."""
-    path = _folder(source)
+    path = place_of(source)
     try:
         storage = storage_for(path, settings)
         if path.endswith(".tar"):
@@ -196,7 +196,3 @@ def _what_is_there(
             )
         )
     return shards, [os.path.basename(file) for file in wanted if file not in present]
-
-
-def _folder(source: SourceConfig) -> str:
-    return os.path.expanduser(source.path).removesuffix(f"/{MANIFEST}")

@@ -33,7 +33,7 @@ from univitar_ds.model.teacher_towers import (
     run_siglip2,
     run_with_prefix,
 )
-from univitar_ds.model.towers import _quiet
+from univitar_ds.model.towers import first_line, quiet
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -241,7 +241,7 @@ def _picture_model(path: str, shape: TeacherShape, dtype: torch.dtype) -> nn.Mod
     loader: Any = getattr(transformers, FAMILIES[shape.kind].loader)
     load: Callable[..., Any] = loader.from_pretrained
     try:
-        with _quiet():
+        with quiet():
             model, info = load(
                 path,
                 local_files_only=Path(path).is_dir(),
@@ -250,7 +250,7 @@ def _picture_model(path: str, shape: TeacherShape, dtype: torch.dtype) -> nn.Mod
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"the teacher {path} cannot be loaded: {_first(error)}") from error
+        raise CheckpointError(f"the teacher {path} cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:8])
         raise CheckpointError(f"the teacher {path} lacks weights: {missing}; fetch it again")
@@ -277,7 +277,3 @@ def _normalisation(told: dict[str, Any], kind: str) -> tuple[tuple[float, ...], 
     mean, std = FAMILIES[kind].normalisation
     mean, std = (tuple(map(float, told.get(name, value))) for name, value in (("image_mean", mean), ("image_std", std)))
     return mean, std
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

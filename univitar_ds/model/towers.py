@@ -91,7 +91,7 @@ def _from_folder(folder: Path) -> nn.Module:
     try:
         kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"model.text.path {folder} has no readable config.json: {_first(error)}") from error
+        raise CheckpointError(f"model.text.path {folder} has no readable config.json: {first_line(error)}") from error
     if kind not in FAMILIES:
         raise CheckpointError(
             f"model.text.path {folder} holds a {kind} model; able to use: {', '.join(sorted(FAMILIES))}"
@@ -101,7 +101,7 @@ def _from_folder(folder: Path) -> nn.Module:
         "siglip": (SiglipTextModel, PaddedTextTower),
     }[FAMILIES[kind]]
     try:
-        with _quiet():
+        with quiet():
             model, info = loader.from_pretrained(
                 folder,
                 local_files_only=True,
@@ -110,7 +110,7 @@ def _from_folder(folder: Path) -> nn.Module:
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the text model in {folder} cannot be loaded: {_first(error)}") from error
+        raise CheckpointError(f"the text model in {folder} cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:8])
         raise CheckpointError(f"the text model in {folder} lacks weights: {missing}; fetch it again")
@@ -118,7 +118,7 @@ def _from_folder(folder: Path) -> nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     # The picture half of a CLIP folder is "unexpected" to its text half: no news, yet a screen full of it.
     from transformers.utils import logging
 
@@ -153,5 +153,6 @@ def _never_empty(token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return token_ids.new_zeros(1, 1), lengths.new_ones(1)
 
 
-def _first(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """A library's error without the pages that follow."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,24 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.loading import STAGE
 from tests.support.shards import clip, picture, write_demo_shards, write_tar
-from univitar_ds.config.schema import DataConfig, SourceConfig, StageConfig
+from univitar_ds.config.schema import DataConfig, SourceConfig
 from univitar_ds.data.layout import item_bytes
 from univitar_ds.data.loader import PackLoader, eval_packs, stage_modalities
 from univitar_ds.data.text import caption_id, train_tokenizer
 from univitar_ds.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[3]
-STAGE = StageConfig(
-    name="s",
-    samples=100,
-    image={"min_tokens": 4, "max_tokens": 40, "divisor_px": 14},
-    video={"min_tokens": 8, "max_tokens": 60, "divisor_px": 14},
-    video_ratio=0.25,
-    clip_frames=4,
-    token_budget=300,
-    lr=1e-3,
-)
 
 
 def schedule(step):

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
+from tests.support.loading import only_lane
 from tests.support.shards import clip, picture, write_tar
 from univitar_ds.config.schema import DataConfig, StageConfig
-from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.media_report import report
 
 STAGE = StageConfig(
@@ -108,17 +108,7 @@ def test_the_tokens_are_those_that_a_run_packs(files, tmp_path):
     samples = [(path.stem, {path.suffix[1:]: path.read_bytes(), "txt": b"t"}) for path in files[1:4]]
     shard = write_tar(tmp_path / "shards" / "a.tar", samples)
     data = settings(sources=[{"path": str(shard)}], lanes=1, workers=0)
-    with PackLoader(
-        data.sources,
-        data=data,
-        stage=STAGE,
-        lanes_of_rank=[0],
-        lanes=1,
-        seed=0,
-        modality_of=lambda step: "image",
-        tokenizer=None,
-        context_length=8,
-    ) as loader:
+    with only_lane(data, STAGE, "image") as loader:
         (pack,) = next(loader)
     packed = {key.rpartition("/")[2]: tuple(grid) for key, grid in zip(pack.keys, pack.grid_thw.tolist(), strict=True)}
     assert packed == {os.path.basename(row.file).partition(".")[0]: row.grid for row in rows}

@@ -1,0 +1,33 @@
+"""The loader on small shards: a stage that fits them, and one lane of one modality."""
+
+from __future__ import annotations
+
+from univitar_ds.config.schema import DataConfig, StageConfig
+from univitar_ds.data.layout import Modality
+from univitar_ds.data.loader import PackLoader
+
+STAGE = StageConfig(
+    name="s",
+    samples=100,
+    image={"min_tokens": 4, "max_tokens": 40, "divisor_px": 14},
+    video={"min_tokens": 8, "max_tokens": 60, "divisor_px": 14},
+    video_ratio=0.25,
+    clip_frames=4,
+    token_budget=300,
+    lr=1e-3,
+)
+
+
+def only_lane(data: DataConfig, stage: StageConfig, modality: Modality) -> PackLoader:
+    """The loader of a run with one lane, all of whose steps are of `modality`; batches carry no token ids."""
+    return PackLoader(
+        data.sources,
+        data=data,
+        stage=stage,
+        lanes_of_rank=[0],
+        lanes=1,
+        seed=0,
+        modality_of=lambda step: modality,
+        tokenizer=None,
+        context_length=8,
+    )
