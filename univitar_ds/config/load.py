@@ -38,6 +38,7 @@ RESULT_FREE = (
     "model.checkpoint_every",
     "objective.teacher.partitioned",
     "objective.teacher.cache",
+    "guard",
     "checkpoint",
     "evaluation",
     "logging",
@@ -214,6 +215,8 @@ def result_part(config: RunConfig) -> dict[str, Any]:
             node = None if node is None else node[section]
         if node is not None:  # a section that is left out holds nothing to leave out
             node.pop(last)
+    for stage in content["stages"]:
+        del stage["checkpoint_every"]
     return content
 
 

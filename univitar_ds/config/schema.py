@@ -17,6 +17,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 EncoderSize = Literal["tiny", "0.3b", "0.6b", "1b"]
 Modality = Literal["image", "video"]
+Part = Literal["text", "vision", "patch_embedding"]
 
 
 class Section(BaseModel):
@@ -230,7 +231,14 @@ class StageConfig(Section):
     )
     decay_samples: Annotated[int, Field(ge=0)] = Field(0, description="length of the fall when lr_schedule is wsd")
     final_lr_ratio: Fraction = Field(0.0, description="learning rate at the stage's end, of its peak")
+    contrastive: Schedule = Field(Schedule(start=1.0), description="weight of the contrastive loss")
     distill: Schedule = Field(Schedule(), description="weight of the distillation; 0: the teacher is not run")
+    frozen: list[Part] = Field(
+        default_factory=list, description="parts that do not learn in this stage; vision is the whole encoder"
+    )
+    checkpoint_every: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="activation checkpointing in this stage; absent: model.checkpoint_every"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> StageConfig:
@@ -249,6 +257,8 @@ class StageConfig(Section):
                 f"warmup_samples {self.warmup_samples} and decay_samples {self.decay_samples} together exceed "
                 f"samples {self.samples}"
             )
+        if not self.contrastive.ever and not self.distill.ever:
+            faults.append("contrastive and distill both weigh 0 throughout: nothing is learned; raise one")
         used = {"image": self.video_ratio < 1, "video": self.video_ratio > 0}
         for modality, frames in (("image", 1), ("video", self.clip_frames)):
             rule: ResolutionConfig = getattr(self, modality)
@@ -320,6 +330,28 @@ class OptimizerConfig(Section):
         1.0, description="each block of the encoder learns at this share of the rate of the block above it"
     )
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="of an average of the weights, e.g. 0.9999; it is evaluated and exported in their place"
+    )
+
+
+class GuardConfig(Section):
+    """What is done about a step that went wrong: back to the last checkpoint, and on behind the data that did it."""
+
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="in a run; one more ends it")
+    spike_deviations: Annotated[float, Field(gt=0)] | None = Field(
+        20.0, description="a loss or gradient norm so many robust deviations above its recent median; null: never"
+    )
+    window_steps: Annotated[int, Field(ge=8)] = Field(
+        64, description="steps of the same stage and modality that a median is taken of"
+    )
+    min_steps: Annotated[int, Field(ge=4)] = Field(32, description="of them, before anything counts as a spike")
+
+    @model_validator(mode="after")
+    def _window_holds_enough(self) -> GuardConfig:
+        if self.min_steps > self.window_steps:
+            raise ValueError(f"min_steps {self.min_steps} exceeds window_steps {self.window_steps}")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -369,6 +401,7 @@ class RunConfig(Section):
     stages: Annotated[list[StageConfig], Field(min_length=1)]
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -1,6 +1,6 @@
 """Elastic checkpoints: every rank writes the flat pieces it owns, any number of ranks reads the ranges it needs.
 
-    rank00000.safetensors   "<parameter>/<kind>": 1-D; kind is fp32, exp_avg, exp_avg_sq, or frozen
+    rank00000.safetensors   "<parameter>/<kind>": 1-D; kind is fp32, exp_avg, exp_avg_sq, ema, or frozen
     rank00000.json          pieces: {<parameter>: {shape, start, length, kinds: {<kind>: dtype}}}, cursors of its lanes
     buffers.safetensors     buffers of the model, by name
     state.json              progress and settings of the run, optimizer, number of ranks, versions
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from univitar_ds.errors import CheckpointError
 from univitar_ds.training import commit
 from univitar_ds.training.distributed import World, gather_json, together
-from univitar_ds.training.engine import FROZEN, MASTER, Engine
+from univitar_ds.training.engine import EMA, FROZEN, MASTER, Engine
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
 BUFFERS = "buffers.safetensors"
 SHOWN = 5
@@ -152,9 +152,11 @@ class _Reader:
         return load_file(self.folder / BUFFERS)
 
 
-def load_checkpoint(engine: Engine, folder: Path) -> Saved:
+def load_checkpoint(engine: Engine, folder: Path, *, hand_over: bool = False) -> Saved:
     """Puts a checkpoint of any number of ranks and any ZeRO stage into `engine`; all ranks call it.
 
+    Args: hand_over: the engine may train what the checkpoint has frozen, and the other way round. What begins to
+    learn has moments of 0, and its average begins at its value.
     Raises: CheckpointError, on all ranks, if a file is damaged or the checkpoint is of another model.
     """
     world = engine.world
@@ -162,22 +164,35 @@ def load_checkpoint(engine: Engine, folder: Path) -> Saved:
     with ExitStack() as open_files:
         with together(world):
             reader = _Reader(folder, open_files)
-            _check_model(engine, reader)
+            _check_model(engine, reader, hand_over)
             for piece in engine.pieces():
                 for kind, target in piece.tensors.items():
-                    if piece.length:
-                        reader.fill(piece.name, kind, piece.start, target)
+                    source = _source(kind, reader.kinds.get(piece.name, {}))
+                    if piece.length and source is None:
+                        target.zero_()
+                    elif piece.length:
+                        reader.fill(piece.name, source, piece.start, target)
             buffers = dict(engine.module.named_buffers())
             for name, value in reader.buffers().items():
                 buffers[name].data.copy_(value)
-            engine.restore_optimizer_state(reader.content["optimizer"])
+            engine.restore_optimizer_state(reader.content["optimizer"], hand_over=hand_over)
         engine.sync_working_copies()
         return Saved(reader.content["run"], reader.cursors)
 
 
-def read_full(folder: Path) -> dict[str, Tensor]:
+def _source(kind: str, saved: Collection[str]) -> str | None:
+    """The kind to read for `kind`; None: there is none, and it begins at 0."""
+    if kind in saved or not saved:
+        return kind
+    if kind == FROZEN:
+        return MASTER
+    return FROZEN if kind in (MASTER, EMA) and FROZEN in saved else None
+
+
+def read_full(folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
     """Whole parameters and buffers by name, floats as fp32, on one process and without an engine.
 
+    Args: averaged: the average of the weights over updates, where the run has kept one.
     Raises: CheckpointError if a file is damaged.
     """
     commit.verify(folder, commit.read_manifest(folder))
@@ -186,7 +201,8 @@ def read_full(folder: Path) -> dict[str, Tensor]:
         full = {}
         for name, shape in reader.shapes.items():
             flat = torch.empty(shape, dtype=torch.float32).view(-1)
-            reader.fill(name, FROZEN if FROZEN in reader.kinds.get(name, {}) else MASTER, 0, flat)
+            kinds = reader.kinds.get(name, {})
+            reader.fill(name, FROZEN if FROZEN in kinds else EMA if averaged and EMA in kinds else MASTER, 0, flat)
             full[name] = flat.view(shape)
         buffers = {name: b.float() if b.is_floating_point() else b for name, b in reader.buffers().items()}
         return full | buffers
@@ -208,7 +224,7 @@ def _verify_shared(folder: Path, world: World) -> None:
         commit.verify(folder, {name: manifest[name] for name in sorted(manifest)[world.rank :: world.size]})
 
 
-def _check_model(engine: Engine, reader: _Reader) -> None:
+def _check_model(engine: Engine, reader: _Reader, hand_over: bool) -> None:
     """Raises: CheckpointError that names what the checkpoint lacks, has too much or has in another shape."""
     pieces = {piece.name: piece for piece in engine.pieces()}
     buffers = {name: tuple(b.shape) for name, b in _buffers(engine.module).items()}
@@ -226,7 +242,7 @@ def _check_model(engine: Engine, reader: _Reader) -> None:
     frozen = [
         n for n, p in pieces.items() if n in reader.kinds and (FROZEN in p.tensors) != (FROZEN in reader.kinds[n])
     ]
-    if frozen:
+    if frozen and not hand_over:
         faults.append(f"{_names(sorted(frozen))} trained in one and frozen in the other")
     if faults:
         raise CheckpointError(

@@ -19,7 +19,7 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from univitar_ds.training.optim import build_optimizer, set_learning_rate
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
 FROZEN = "frozen"
 OWN_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 """torch's AdamW, also where the optimizer is offloaded: the numbers of a run do not depend on that."""
@@ -44,7 +45,7 @@ class Piece:
     """The part of one parameter that a rank owns: flat views from `start` on, all of the same length.
 
     The views are alive: writing into them changes the training state, but for the working copy, which
-    `Engine.sync_working_copies` refreshes. Keys: `fp32` and the moments, or `frozen` alone.
+    `Engine.sync_working_copies` refreshes. Keys: `fp32`, the moments and, where one is kept, `ema`; or `frozen` alone.
     """
 
     name: str
@@ -60,8 +61,10 @@ class Piece:
 class Engine:
     """A model under ZeRO 1, 2 or 3 with AdamW. Built by `build_engine`."""
 
-    def __init__(self, engine: Any, world: World) -> None:
+    def __init__(self, engine: Any, world: World, ema_decay: float | None = None) -> None:
         self._engine = engine
+        self._ema_decay = ema_decay
+        self._kept = MOMENTS if ema_decay is None else (*MOMENTS, EMA)
         self._optimizer = engine.optimizer
         self._sharded = engine.zero_optimization_stage() == 3
         self.world = world
@@ -95,8 +98,11 @@ class Engine:
         self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """After every pack. The last one of a step updates the parameters."""
+        """After every pack. The last one of a step updates the parameters, and their average."""
+        last = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
+        if last and self._ema_decay is not None and self.updated:
+            self._update_average(self._ema_decay)
 
     @property
     def grad_norm(self) -> float:
@@ -128,7 +134,8 @@ class Engine:
                 if mapping is None:  # owned by other ranks
                     yield Piece(name, tuple(parameter.shape), 0, {MASTER: torch.empty(0)})
                     continue
-                tensors = {key: mapping.get_hp_fragment(None if key == MASTER else key) for key in (MASTER, *MOMENTS)}
+                kinds = (MASTER, *self._kept)
+                tensors = {key: mapping.get_hp_fragment(None if key == MASTER else key) for key in kinds}
                 tensors = {key: tensor.detach() for key, tensor in tensors.items()}
                 yield Piece(name, tuple(parameter.shape), mapping.lp_fragment_address.start, tensors)
 
@@ -143,7 +150,7 @@ class Engine:
         group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
         flat = self._optimizer.fp32_partitioned_groups_flat[group]
         state = self._optimizer.optimizer.state[flat]
-        tensors = {MASTER: flat.data, **{key: state[key] for key in MOMENTS}}
+        tensors = {MASTER: flat.data, **{key: state[key] for key in self._kept}}
         return Piece(
             name, tuple(parameter.ds_shape), start, {k: t.narrow(0, offset, length) for k, t in tensors.items()}
         )
@@ -167,16 +174,20 @@ class Engine:
 
     def optimizer_state(self) -> dict[str, Any]:
         """What of the optimizer is not per element: updates done and the settings of the groups."""
-        steps = {float(self._optimizer.optimizer.state[flat]["step"]) for flat in self._flat_masters()}
-        assert len(steps) == 1, f"parameter groups disagree on the number of updates: {steps}"
+        state = self._optimizer.optimizer.state
+        updates = {float(state[flat]["step"]) + group["began"] for flat, group in self._masters_and_groups()}
+        assert len(updates) == 1, f"parameter groups disagree on the number of updates: {updates}"
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self._optimizer.param_groups]
-        return {"updates": steps.pop(), "groups": groups, "global_steps": self.global_steps}
+        return {"updates": updates.pop(), "groups": groups, "global_steps": self.global_steps}
 
-    def restore_optimizer_state(self, state: dict[str, Any]) -> None:
-        for flat in self._flat_masters():
-            self._optimizer.optimizer.state[flat]["step"] = torch.tensor(state["updates"], dtype=torch.float32)
-        for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
-            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    def restore_optimizer_state(self, state: dict[str, Any], *, hand_over: bool = False) -> None:
+        """What `optimizer_state` said; at a hand-over the groups keep their own settings, they are others."""
+        if not hand_over:
+            for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
+                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        for flat, group in self._masters_and_groups():
+            steps = torch.tensor(state["updates"] - group["began"], dtype=torch.float32)
+            self._optimizer.optimizer.state[flat]["step"] = steps
         self._engine.global_steps = state["global_steps"]
 
     def close(self) -> None:
@@ -187,22 +198,48 @@ class Engine:
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
         return next(list(getattr(self._optimizer, name)) for name in names if hasattr(self._optimizer, name))
 
+    def _masters_and_groups(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Each flat master with the parameter group it is of; ZeRO-3 cuts large groups into several."""
+        for index, flat in enumerate(self._flat_masters()):
+            group = self._optimizer.sub_group_to_group_id[index] if self._sharded else index
+            yield flat, self._optimizer.param_groups[group]
+
+    @torch.no_grad()
+    def _update_average(self, decay: float) -> None:
+        """Each rank averages the masters it owns: exact, and no communication. Early updates count for more."""
+        state = self._optimizer.optimizer.state
+        for flat, _ in self._masters_and_groups():
+            done = float(state[flat]["step"])
+            state[flat][EMA].lerp_(flat.data, 1 - min(decay, (1 + done) / (10 + done)))
+
     def _make_moments(self) -> None:
-        """Adam makes its state at the first update; a checkpoint is loaded, or saved, before that."""
+        """Adam makes its state at the first update; a checkpoint is loaded, or saved, before that.
+
+        The average of the weights lies there too: DeepSpeed finds and moves it like a moment, Adam leaves it alone.
+        """
         for flat in self._flat_masters():
             state = self._optimizer.optimizer.state[flat]
             state.setdefault("step", torch.tensor(0.0))
             for key in MOMENTS:
                 if key not in state:
                     state[key] = torch.zeros_like(flat.data)
+            if EMA in self._kept:
+                state[EMA] = flat.data.clone()
         if not self._sharded:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def build_engine(model: nn.Module, cfg: OptimizerConfig, ds_config: dict[str, Any], world: World) -> Engine:
+def build_engine(
+    model: nn.Module,
+    cfg: OptimizerConfig,
+    ds_config: dict[str, Any],
+    world: World,
+    began: Mapping[str, int] | None = None,
+) -> Engine:
     """Hands `model` to DeepSpeed. What is frozen must have `requires_grad` False already, and stays so.
 
-    The model must not draw random numbers in its forward pass (no dropout): the step runs it twice.
+    The model must not draw random numbers in its forward pass (no dropout): the step runs it twice. `began`: see
+    `optim.parameter_groups`.
     Raises: ConfigError if the DeepSpeed configuration asks for ZeRO stage 0.
     """
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
@@ -214,10 +251,10 @@ def build_engine(model: nn.Module, cfg: OptimizerConfig, ds_config: dict[str, An
         deepspeed.init_distributed(verbose=False)
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, cfg),
+            optimizer=build_optimizer(model, cfg, began),
             config={**ds_config, **OWN_OPTIMIZER},
         )
-    return Engine(engine, world)
+    return Engine(engine, world, cfg.ema_decay)
 
 
 def prebuild() -> None:

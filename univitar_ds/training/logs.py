@@ -16,6 +16,9 @@ from univitar_ds.data.batch import PackedBatch
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+SKIPPED = "skipped"
+"""What the logs of samples begin with that hold the steps which a rollback undid."""
 
 
 class MetricLog:
@@ -28,7 +31,7 @@ class MetricLog:
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run / "tb"), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(str(run / "tb"), purge_step=step + 1)
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -81,10 +84,21 @@ class SampleLog:
         self._file.close()
 
 
-def cut_sample_logs(run: Path, step: int) -> None:
-    """Drops what the logs of all ranks, however many there were, have beyond `step`."""
+def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None:
+    """Drops what the logs of all ranks, however many there were, have beyond `step`.
+
+    With `keep_as` it goes to the end of files of that name instead: `samples-rank0.jsonl` to `<keep_as>-rank0.jsonl`.
+    """
     for path in run.glob("samples-rank*.jsonl"):
+        if keep_as is not None:
+            with path.open() as old, (run / path.name.replace("samples", keep_as, 1)).open("a") as kept:
+                kept.writelines(line for line in old if step < _step_of(line) < float("inf"))
         _open_after(path, step).close()
+
+
+def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:
+    """events.jsonl, whole: stages that began and rollbacks, a line each."""
+    (run / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
 def _open_after(path: Path, step: int) -> TextIO:

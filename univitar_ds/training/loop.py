@@ -2,78 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from univitar_ds.config.deepspeed import resolve_deepspeed
-from univitar_ds.config.load import changed_result, check_config, config_fingerprint
-from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, SUMMARY, TOKENIZER
+from univitar_ds.config.load import config_fingerprint
+from univitar_ds.config.run_folder import CHECKPOINTS, TOKENIZER
 from univitar_ds.config.schema import RunConfig, StageConfig
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.cursor import LaneCursor, parse
 from univitar_ds.data.loader import PackLoader
-from univitar_ds.data.text import load_tokenizer, special_ids
-from univitar_ds.errors import CheckpointError
-from univitar_ds.model.contrastive import build_contrastive
 from univitar_ds.model.flops import cost_coefficients
-from univitar_ds.model.teacher import Teacher, build_teacher, read_teacher
-from univitar_ds.training import commit, preemption
-from univitar_ds.training.checkpoint import Saved, load_checkpoint, save_checkpoint
-from univitar_ds.training.curriculum import Progress, advance, distills_later, lr_at, modality_at, weight_at
-from univitar_ds.training.distributed import World, gather_json, gather_numbers, together
-from univitar_ds.training.engine import Engine, build_engine, versions
-from univitar_ds.training.logs import MetricLog, SampleLog, cut_sample_logs
-from univitar_ds.training.metrics import Window, join_ranks, measured_tflops, rank_numbers
+from univitar_ds.model.teacher import Teacher, build_teacher
+from univitar_ds.training import preemption
+from univitar_ds.training.assembly import assemble
+from univitar_ds.training.checkpoint import save_checkpoint
+from univitar_ds.training.curriculum import advance, distills_later, lr_at, modality_at, weight_at
+from univitar_ds.training.distributed import World, gather_numbers, together
+from univitar_ds.training.engine import Engine, versions
+from univitar_ds.training.guard import spike
+from univitar_ds.training.logs import SKIPPED, MetricLog, SampleLog, cut_sample_logs, write_events
+from univitar_ds.training.metrics import join_ranks, measured_tflops, rank_numbers
+from univitar_ds.training.optim import trained_parts
 from univitar_ds.training.preemption import NEVER, Stop
-from univitar_ds.training.step import train_step
+from univitar_ds.training.step import DivergedError, StepResult, train_step
+from univitar_ds.training.summary import write_summary
 
 logger = logging.getLogger(__name__)
-
-
-
-@dataclass
-class State:
-    """What changes while a run trains, beside the tensors: all of it is in the checkpoint."""
-
-    progress: Progress = field(default_factory=Progress)
-    window: Window = field(default_factory=Window)
-    cursors: dict[int, LaneCursor] = field(default_factory=dict)
-    """By lane: of all at the start, then of this rank's."""
-    best: dict[str, float] = field(default_factory=dict)
-    last: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    """Spent training, over all starts of the run."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the cursors, which belong to ranks."""
-        return {
-            "progress": self.progress.to_dict(),
-            "window": asdict(self.window),
-            "best": self.best,
-            "last": self.last,
-            "seconds": self.seconds,
-        }
-
-    @classmethod
-    def of(cls, saved: Saved) -> State:
-        content = saved.state
-        return cls(
-            Progress(**content["progress"]),
-            Window(**content["window"]),
-            {lane: parse(cursor) for lane, cursor in saved.cursors.items()},
-            content["best"],
-            content["last"],
-            content["seconds"],
-        )
 
 
 def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
@@ -85,58 +44,40 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
     Returns: whether all stages are done and no rank was told to leave; the same on all ranks.
     Raises: UserError, on all ranks, for whatever ends the run early.
     """
-    lanes = world.lanes(cfg.data.lanes)
-    with _engine(cfg, run, world) as engine:
-        state = _restore(cfg, run, engine)
-        cost = cost_coefficients(engine.module.vision.config)
-        trainer = _Trainer(cfg, run, engine, lanes, cost, _peak_tflops(cfg, engine), state, stop)
-        try:
-            with stop.deferred():
-                trainer.train()
-        finally:
-            trainer.close()
+    trainer = _Trainer(cfg, run, world, stop)
+    try:
+        with stop.deferred():
+            trainer.train()
+        trainer.close_logs()
         if world.first:
-            _write_summary(cfg, run, engine, state)
+            write_summary(cfg, run, trainer.engine, trainer.state)
         return not trainer.told
+    finally:
+        trainer.close()
 
 
 class _Trainer:
-    """One start of a run: opens the loader of each stage, steps, logs and saves."""
+    """One start of a run: goes from stage to stage, steps, logs, saves, and goes back where a step went wrong."""
 
-    def __init__(
-        self,
-        cfg: RunConfig,
-        run: Path,
-        engine: Engine,
-        lanes: list[int],
-        cost: tuple[float, float],
-        peak_tflops: float,
-        state: State,
-        stop: Stop,
-    ) -> None:
-        self.cfg, self.run, self.engine, self.lanes, self.state = cfg, run, engine, lanes, state
-        self.world, self.cost, self.peak_tflops = engine.world, cost, peak_tflops
+    def __init__(self, cfg: RunConfig, run: Path, world: World, stop: Stop) -> None:
+        self.cfg, self.run, self.world = cfg, run, world
+        self.lanes = world.lanes(cfg.data.lanes)
         self.stop, self.told = stop, False
         self.teacher: Teacher | None = None
-        self.saved_step = state.progress.step
         self.metric_log: MetricLog | None = None
         self.sample_log: SampleLog | None = None
-        with together(self.world):
-            if self.world.first:
-                cut_sample_logs(run, state.progress.step)
-                total = sum(stage.samples for stage in cfg.stages)
-                progress = state.progress
-                self.metric_log = MetricLog(
-                    run, cfg.logging, step=progress.step, samples=progress.samples, total_samples=total
-                )
-        if cfg.data.log_samples:
-            self.sample_log = SampleLog(run, self.world.rank)
+        self.engine, self.state = assemble(cfg, run, world)
+        self.cost = cost_coefficients(self.engine.module.vision.config)
+        self.peak_tflops = _peak_tflops(cfg, self.engine)
+        self.saved_step = self.state.progress.step
+        if not self.state.events:  # a new run
+            self._note_stage()
+        self._open_logs()
 
     def train(self) -> None:
         while not self.told and not self.state.progress.finished(self.cfg.stages):
             self._train_stage(self.cfg.stages[self.state.progress.stage])
-        if self.saved_step != self.state.progress.step:
-            self._save()
+        self._save()
         with together(self.world, ask=lambda: self.stop.requested) as vote:
             pass  # what follows training takes its time too
         self.told |= vote.yes
@@ -145,14 +86,22 @@ class _Trainer:
             if self.world.first:
                 logger.info("told to leave: step %d is saved", self.saved_step)
 
-    def close(self) -> None:
+    def close_logs(self) -> None:
         for log in (self.metric_log, self.sample_log):
             if log is not None:
                 log.close()
+        self.metric_log = self.sample_log = None
+
+    def close(self) -> None:
+        self.close_logs()
+        self.engine.close()
 
     def _train_stage(self, stage: StageConfig) -> None:
+        """To the stage's end, or until the ranks are told to leave or a step is undone."""
         number = self.state.progress.stage
         self._prepare_teacher()
+        every = stage.checkpoint_every
+        self.engine.module.vision.checkpoint_every = self.cfg.model.checkpoint_every if every is None else every
         with self._loader(stage) as loader:
             while self.state.progress.stage == number:
                 start = time.perf_counter()
@@ -162,9 +111,75 @@ class _Trainer:
                 if vote.yes:
                     self.told = True
                     return
-                self._step(stage, batches, start, waited)
+                if trouble := self._step(stage, batches, start, waited):
+                    self._roll_back(trouble, batches)
+                    return
                 if self.state.progress.step % self.cfg.checkpoint.every_steps == 0:
                     self._save()
+        if not self.state.progress.finished(self.cfg.stages):
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Into the next stage. What starts or ceases to learn needs another optimizer, so the engine is built anew.
+
+        The save keeps rollbacks within a stage.
+        """
+        self._save()
+        stage = self.cfg.stages[self.state.progress.stage]
+        if set(trained_parts(self.cfg, stage)) != self.state.began.keys():
+            self._reassemble()
+
+    def _note_stage(self) -> None:
+        """Writes down that the stage of the next step begins."""
+        progress = self.state.progress
+        stage = self.cfg.stages[progress.stage]
+        event = {"step": progress.step, "event": "stage", "stage": stage.name, "samples_seen": progress.samples}
+        self.state.events.append(event)
+        if self.world.first:
+            logger.info("stage %s begins after step %d", stage.name, progress.step)
+            write_events(self.run, self.state.events)
+
+    def _reassemble(self) -> None:
+        self.engine.close()
+        self.engine, self.state = assemble(self.cfg, self.run, self.world)
+
+    def _roll_back(self, trouble: str, batches: list[PackedBatch]) -> None:
+        """To the last checkpoint, and on behind the data that were read since. All ranks call it at the same step.
+
+        Raises: DivergedError if the run has gone back often enough.
+        """
+        step, most = self.state.progress.step + 1, self.cfg.guard.max_rollbacks
+        if self.state.rollbacks >= most:
+            raise DivergedError(
+                f"step {step}: {trouble}; the run has gone back {self.state.rollbacks} times, guard.max_rollbacks is "
+                f"{most}. Its last checkpoint stays: resume with a higher limit, or start anew with a lower lr or "
+                "optimizer.clip_norm"
+            )
+        events, seconds = self.state.events, self.state.seconds
+        self.close_logs()
+        self._reassemble()
+        back = self.state.progress.step
+        self.state.cursors = {batch.lane: batch.stand for batch in batches}
+        self.state.events = [*events, {"step": back, "event": "rollback", "undone_step": step, "reason": trouble}]
+        self.state.seconds, self.saved_step = seconds, back
+        if self.world.first:
+            logger.warning("step %d: %s; back to step %d, the data since are skipped", step, trouble, back)
+            write_events(self.run, self.state.events)
+        self._open_logs(keep_as=SKIPPED)
+
+    def _open_logs(self, keep_as: str | None = None) -> None:
+        """At the step where the run stands: what the files have beyond it is dropped, or kept apart."""
+        cfg, progress = self.cfg, self.state.progress
+        with together(self.world):
+            if self.world.first:
+                cut_sample_logs(self.run, progress.step, keep_as=keep_as)
+                write_events(self.run, self.state.events)
+                total = sum(stage.samples for stage in cfg.stages)
+                self.metric_log = MetricLog(
+                    self.run, cfg.logging, step=progress.step, samples=progress.samples, total_samples=total
+                )
+        if cfg.data.log_samples:
+            self.sample_log = SampleLog(self.run, self.world.rank)
 
     def _prepare_teacher(self) -> None:
         """Have it while this stage or a later one distills, and no longer."""
@@ -199,23 +214,40 @@ class _Trainer:
         with loader:
             yield loader
 
-    def _step(self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float) -> None:
+    def _step(self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float) -> str | None:
+        """One update; returns what is wrong with it, the same on all ranks, if it has to be undone."""
         state, progress = self.state, self.state.progress
+        modality = batches[0].modality
         lr = lr_at(stage, progress.samples_in_stage)
-        distill_weight = weight_at(stage.distill, progress.samples_in_stage, stage.samples)
-        result = train_step(
-            self.engine,
-            batches,
-            lr=lr,
-            objective=self.cfg.objective,
-            teacher=self.teacher,
-            distill_weight=distill_weight,
-        )
-        seconds = time.perf_counter() - start
+        weights = {
+            name: weight_at(getattr(stage, name), progress.samples_in_stage, stage.samples)
+            for name in ("contrastive", "distill")
+        }
+        try:
+            result = train_step(
+                self.engine,
+                batches,
+                lr=lr,
+                objective=self.cfg.objective,
+                contrastive_weight=weights["contrastive"],
+                teacher=self.teacher,
+                distill_weight=weights["distill"],
+            )
+        except DivergedError as error:
+            return str(error)
+        trouble = spike(state.history, progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard)
         numbers = rank_numbers(
-            batches, cost=self.cost, token_budget=stage.token_budget, step_s=seconds, data_wait_s=waited
+            batches,
+            cost=self.cost,
+            token_budget=stage.token_budget,
+            step_s=time.perf_counter() - start,
+            data_wait_s=waited,
+            alarm=trouble is not None,
         )
         joined = join_ranks(numbers, self.world)
+        if joined["alarm"]:
+            return trouble or "another rank saw a spike"
+        state.history.add(progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard.window_steps)
         state.progress = advance(
             progress,
             self.cfg.stages,
@@ -223,8 +255,10 @@ class _Trainer:
             tokens=int(joined["tokens"]),
             bad_samples=int(joined["bad_samples"]),
         )
+        if state.progress.stage != progress.stage and not state.progress.finished(self.cfg.stages):
+            self._note_stage()
         state.cursors = {batch.lane: batch.stand for batch in batches}
-        state.window.add(result, joined, batches[0].modality, distill_weight)
+        state.window.add(result, joined, modality, weights)
         state.seconds += joined["step_s"]
         if self.sample_log is not None:
             self.sample_log.write(state.progress.step, batches)
@@ -232,8 +266,9 @@ class _Trainer:
             self.metric_log.advance(result.items)
         if state.progress.step % self.cfg.logging.every_steps == 0 or state.progress.finished(self.cfg.stages):
             self._log(stage, result, lr)
+        return None
 
-    def _log(self, stage: StageConfig, result: Any, lr: float) -> None:
+    def _log(self, stage: StageConfig, result: StepResult, lr: float) -> None:
         state = self.state
         line = state.window.line(
             state.progress, stage.name, result, lr=lr, peak_tflops=self.peak_tflops, ranks=self.world.size
@@ -250,7 +285,10 @@ class _Trainer:
         return {lane: self.state.cursors[lane].to_json() for lane in self.lanes}
 
     def _save(self) -> None:
+        """Unless the state is saved already."""
         state = self.state
+        if self.saved_step == state.progress.step:
+            return
         content = state.to_dict() | {
             "fingerprint": config_fingerprint(self.cfg),
             "config": self.cfg.model_dump(mode="json"),
@@ -262,85 +300,7 @@ class _Trainer:
         self.saved_step = state.progress.step
 
 
-@contextmanager
-def _engine(cfg: RunConfig, run: Path, world: World) -> Iterator[Engine]:
-    with together(world):
-        special = special_ids(load_tokenizer(run / TOKENIZER))
-        teacher = cfg.objective.teacher
-        model = build_contrastive(
-            cfg.model,
-            vocab_size=special.vocab_size,
-            eos_id=special.eos_id,
-            pad_id=special.pad_id,
-            seed=cfg.seed,
-            teacher_width=None if teacher is None else read_teacher(teacher).width,
-        )
-        content = json.loads((run / DEEPSPEED).read_text())
-        ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / CONFIG), str(run / DEEPSPEED)))
-    engine = build_engine(model, cfg.optimizer, ds_config, world)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def _restore(cfg: RunConfig, run: Path, engine: Engine) -> State:
-    """Puts the last checkpoint into `engine`; rank 0 says which one, shared disks do not all know at once."""
-    name = None
-    with together(engine.world):
-        if engine.world.first and (folder := commit.latest(run / CHECKPOINTS)):
-            name = folder.name
-    name = gather_json(name, engine.world)[0]
-    if name is None:
-        return State()
-    folder = run / CHECKPOINTS / name
-    saved = load_checkpoint(engine, folder)
-    changed = changed_result(check_config(saved.state["config"], str(folder)), cfg)
-    if changed:
-        raise CheckpointError(
-            f"{folder} was written with another configuration ({', '.join(changed)} differ); restore "
-            f"{run / CONFIG}, or start a new run under another name"
-        )
-    if engine.world.first:
-        logger.info("resuming from %s", folder)
-        if saved.state["threads"] != torch.get_num_threads():
-            logger.warning(
-                "%d threads now, %d when the checkpoint was written: results will follow to rounding, not bit for bit",
-                torch.get_num_threads(),
-                saved.state["threads"],
-            )
-    return State.of(saved)
-
-
 def _peak_tflops(cfg: RunConfig, engine: Engine) -> float:
     """Of all ranks together; measured on all of them at once where the configuration does not say."""
     peak = cfg.logging.peak_tflops or measured_tflops(engine.world.device, engine.dtype)
     return gather_numbers([peak], engine.world).sum().item()
-
-
-def _write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> None:
-    """summary.json; what later steps put there stays."""
-    content: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        content = json.loads((run / SUMMARY).read_text())
-    progress = state.progress
-    content |= {
-        "name": cfg.name,
-        "fingerprint": config_fingerprint(cfg),
-        "completed": progress.finished(cfg.stages),
-        "steps": progress.step,
-        "samples": progress.samples,
-        "tokens": progress.tokens,
-        "bad_samples": progress.bad_samples,
-        "best": state.best,
-        "last": state.last,
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
-        "checkpoints": [folder.name for folder in commit.complete(run / CHECKPOINTS)],
-        "ranks": engine.world.size,
-        "threads_per_rank": torch.get_num_threads(),
-        "device": str(engine.world.device.type),
-        "machine": f"{platform.node()}, {platform.machine()}, {platform.system()} {platform.release()}",
-        "versions": versions(),
-    }
-    content["seconds"] = content.get("seconds", {}) | {"training": round(state.seconds, 1)}
-    (run / SUMMARY).write_text(json.dumps(content, indent=2) + "\n")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,18 +37,35 @@ OVER_RANKS = {
     "step_s": "max",
     "data_wait_s": "mean",
     "memory_gb": "max",
+    "alarm": "max",
 }
 """Numbers of a rank at a step, and how ranks join them. Every kind of bad sample has a place, met or not: ranks that
 met different ones exchange the same number of values."""
-DISTILLATION = ("loss_contrastive", "loss_distill_patch", "loss_distill_pooled", "teacher_agreement", "distill_weight")
+DISTILLATION = (
+    "loss_contrastive",
+    "loss_distill_patch",
+    "loss_distill_pooled",
+    "teacher_agreement",
+    "contrastive_weight",
+    "distill_weight",
+)
 """Means over the steps in which a teacher took part, in the lines that have such steps."""
 JOIN = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}
 
 
 def rank_numbers(
-    batches: Sequence[PackedBatch], *, cost: tuple[float, float], token_budget: int, step_s: float, data_wait_s: float
+    batches: Sequence[PackedBatch],
+    *,
+    cost: tuple[float, float],
+    token_budget: int,
+    step_s: float,
+    data_wait_s: float,
+    alarm: bool = False,
 ) -> dict[str, float]:
-    """The numbers of this rank at a step, by the names of OVER_RANKS. `cost`: FLOPs a token, FLOPs a token squared."""
+    """The numbers of this rank at a step, by the names of OVER_RANKS.
+
+    Args: cost: FLOPs a token, FLOPs a token squared; alarm: whether this rank's guard wants the step undone.
+    """
     bad = Counter[str]()
     for batch in batches:
         bad.update(batch.bad)
@@ -66,6 +83,7 @@ def rank_numbers(
         "step_s": step_s,
         "data_wait_s": data_wait_s,
         "memory_gb": memory_gb(),
+        "alarm": alarm,
     }
 
 
@@ -84,13 +102,15 @@ class Window:
     bad: dict[str, float] = field(default_factory=dict)
 
     def add(
-        self, result: StepResult, joined: dict[str, float], modality: Modality, distill_weight: float = 0.0
+        self, result: StepResult, joined: dict[str, float], modality: Modality, weights: Mapping[str, float]
     ) -> None:
+        """Takes a step in. `weights`: of the losses, by the names of the stage's schedules."""
         steps = {"steps": 1, "loss": result.loss, "samples": result.items, f"{modality}_steps": 1}
         losses = {f"loss_{modality}": result.loss}
         if result.agreement is not None:  # else the contrastive loss is all there is
             losses |= {f"loss_{part}": value for part, value in result.losses.items()}
-            losses |= {"teacher_agreement": result.agreement, "distill_weight": distill_weight, "distill_steps": 1}
+            losses |= {f"{name}_weight": weight for name, weight in weights.items()}
+            losses |= {"teacher_agreement": result.agreement, "distill_steps": 1}
         for name, value in (joined | steps | losses).items():
             if name in BAD_OF_KIND:
                 if value:  # a kind that was never met takes no room in lines and checkpoints

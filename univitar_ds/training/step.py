@@ -44,7 +44,7 @@ class Batch(Protocol):
 
 
 class DivergedError(UserError):
-    """A loss or gradient that is not finite; the same on all ranks."""
+    """A loss or gradient that is not finite, or a spike; the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def train_step(
     lr: float,
     objective: ObjectiveConfig,
     single_pass: bool = True,
+    contrastive_weight: float = 1.0,
     teacher: Teacher | None = None,
     distill_weight: float = 0.0,
 ) -> StepResult:
@@ -100,28 +101,29 @@ def train_step(
         same_caption_positive=objective.same_caption_positive,
     )
     if not math.isfinite(result.loss):
-        raise DivergedError(
-            f"the loss is {result.loss} at learning rate {lr:g}; the run ends and its last checkpoint stays, "
-            "lower the stage's lr or optimizer.clip_norm"
-        )
+        raise DivergedError(f"the loss is {result.loss} at learning rate {lr:g}")
     counts = [len(batch.caption_ids) for batch in batches]
     vision_grads, text_grads = result.vision_grad.split(counts), result.text_grad.split(counts)
     for index, pack in enumerate(inputs):
         seen = distillation.look(index) if distillation else None
         output = outputs[0] if once else engine(*pack)
-        surrogate = _surrogate(output[:4], vision_grads[index], text_grads[index], result, len(batches))
+        surrogate = contrastive_weight * _surrogate(
+            output[:4], vision_grads[index], text_grads[index], result, len(batches)
+        )
         engine.backward(surrogate + distillation.loss(output[4], seen) if distillation else surrogate)
         engine.step()
     norm = engine.grad_norm
     if not engine.updated or not math.isfinite(norm):
-        raise DivergedError(
-            f"the gradient is not finite at loss {result.loss:.6g} and learning rate {lr:g}; the run ends and its "
-            "last checkpoint stays, lower the stage's lr or optimizer.clip_norm"
-        )
+        raise DivergedError(f"the gradient is not finite at loss {result.loss:.6g} and learning rate {lr:g}")
     added = distillation.result() if distillation else NO_DISTILLATION
-    parts = {"contrastive": result.loss, **added.losses}
     return StepResult(
-        result.loss + added.loss, result.items, norm, float(scale), float(bias), parts, added.agreement
+        loss=contrastive_weight * result.loss + added.loss,
+        items=result.items,
+        grad_norm=norm,
+        logit_scale=float(scale),
+        logit_bias=float(bias),
+        losses={"contrastive": result.loss, **added.losses},
+        agreement=added.agreement,
     )
 
 

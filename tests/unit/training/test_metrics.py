@@ -12,6 +12,7 @@ from univitar_ds.training.logs import MetricLog, SampleLog, cut_sample_logs
 from univitar_ds.training.metrics import BAD_OF_KIND, OVER_RANKS, Window, join_ranks, measured_tflops, rank_numbers
 from univitar_ds.training.step import StepResult
 
+WEIGHTS = {"contrastive": 1.0, "distill": 0.0}
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
@@ -51,17 +52,22 @@ def line(window: Window, *, peak=1e-9, ranks=1) -> dict:
 def test_what_a_teacher_said_is_averaged_over_the_steps_it_took_part_in():
     window = Window()
     parts = {"contrastive": 2.0, "distill_patch": 0.5, "distill_pooled": 0.25}
-    window.add(result(2.0), numbers(), "image")
-    window.add(replace(result(2.75), losses=parts, agreement=0.5), numbers(), "image", 0.5)
-    window.add(replace(result(2.75), losses=parts, agreement=0.7), numbers(), "image", 1.0)
+    window.add(result(2.0), numbers(), "image", WEIGHTS)
+    window.add(
+        replace(result(2.75), losses=parts, agreement=0.5), numbers(), "image", {"contrastive": 1.0, "distill": 0.5}
+    )
+    window.add(
+        replace(result(2.75), losses=parts, agreement=0.7), numbers(), "image", {"contrastive": 0.5, "distill": 1.0}
+    )
     told = line(window)
     assert told["loss"] == pytest.approx(2.5)
     assert told["loss_distill_patch"] == 0.5
     assert told["loss_distill_pooled"] == 0.25
     assert told["teacher_agreement"] == pytest.approx(0.6)
     assert told["distill_weight"] == 0.75
+    assert told["contrastive_weight"] == 0.75
     alone = Window()
-    alone.add(result(2.0), numbers(), "image")
+    alone.add(result(2.0), numbers(), "image", WEIGHTS)
     assert "loss_contrastive" not in line(alone)
 
 
@@ -98,8 +104,12 @@ def test_ranks_join_as_declared():
 
 def test_a_line_covers_all_its_steps():
     window = Window()
-    window.add(result(2.0, 6), numbers(tokens=90, token_budget=100, flops=3e3, busiest_flops=2e3, step_s=2.0), "image")
-    window.add(result(4.0, 2), numbers(tokens=50, token_budget=100, flops=1e3, busiest_flops=1e3, step_s=2.0), "video")
+    window.add(
+        result(2.0, 6), numbers(tokens=90, token_budget=100, flops=3e3, busiest_flops=2e3, step_s=2.0), "image", WEIGHTS
+    )
+    window.add(
+        result(4.0, 2), numbers(tokens=50, token_budget=100, flops=1e3, busiest_flops=1e3, step_s=2.0), "video", WEIGHTS
+    )
     got = line(window, ranks=2)
     assert got["loss"] == 3.0
     assert (got["loss_image"], got["loss_video"], got["modality"]) == (2.0, 4.0, "mixed")
@@ -113,11 +123,11 @@ def test_a_line_covers_all_its_steps():
 
 def test_bad_samples_are_counted_by_kind_since_the_run_began_and_items_made_smaller_since_the_last_line():
     window = Window()
-    window.add(result(1.0, 6), numbers(bad_cut=2.0, shrunk=3.0), "image")
+    window.add(result(1.0, 6), numbers(bad_cut=2.0, shrunk=3.0), "image", WEIGHTS)
     first = line(window)
     assert first["shrunk_pct"] == 50.0
     window = Window(**json.loads(json.dumps(vars(window.next()))))
-    window.add(result(1.0, 8), numbers(bad_cut=1.0, bad_crash=1.0, shrunk=1.0), "image")
+    window.add(result(1.0, 8), numbers(bad_cut=1.0, bad_crash=1.0, shrunk=1.0), "image", WEIGHTS)
     second = line(window)
     assert second["shrunk_pct"] == 12.5
     kinds = [{name: entry[name] for name in BAD_OF_KIND if name in entry} for entry in (first, second)]
@@ -126,7 +136,7 @@ def test_bad_samples_are_counted_by_kind_since_the_run_began_and_items_made_smal
 
 def test_a_line_of_one_modality_has_no_loss_of_the_other():
     window = Window()
-    window.add(result(2.0), numbers(), "video")
+    window.add(result(2.0), numbers(), "video", WEIGHTS)
     got = line(window)
     assert got["modality"] == "video"
     assert "loss_image" not in got
@@ -134,7 +144,7 @@ def test_a_line_of_one_modality_has_no_loss_of_the_other():
 
 def test_a_step_without_items_makes_a_line_without_infinities():
     window = Window()
-    window.add(result(0.0, 0), numbers(tokens=0.0, flops=0.0, busiest_flops=0.0), "image")
+    window.add(result(0.0, 0), numbers(tokens=0.0, flops=0.0, busiest_flops=0.0), "image", WEIGHTS)
     json.dumps(line(window), allow_nan=False)
 
 
@@ -143,7 +153,7 @@ def test_a_window_goes_on_after_json():
     for value in (0.1, 0.2, 0.3):
         two = Window(**json.loads(json.dumps(vars(two))))
         for window in (one, two):
-            window.add(result(value), numbers(), "image")
+            window.add(result(value), numbers(), "image", WEIGHTS)
     assert line(one) == line(two)
 
 
@@ -154,7 +164,7 @@ def metric_log(run, step=0) -> MetricLog:
 def write_lines(run, steps, start=0):
     log = metric_log(run, start)
     window = Window()
-    window.add(result(1 / 3), numbers(), "image")
+    window.add(result(1 / 3), numbers(), "image", WEIGHTS)
     for step in steps:
         log.write(line(window) | {"step": step})
     log.close()
@@ -175,7 +185,7 @@ def test_tensorboard_has_the_names_of_the_lines(tmp_path):
 
     log = MetricLog(tmp_path, LoggingConfig(), step=0, samples=0, total_samples=10)
     window = Window()
-    window.add(result(2.5), numbers(), "image")
+    window.add(result(2.5), numbers(), "image", WEIGHTS)
     written = line(window)
     log.write(written)
     log.close()

@@ -3,8 +3,9 @@ import json
 from univitar_ds.data.cursor import LaneCursor
 from univitar_ds.training.checkpoint import Saved
 from univitar_ds.training.curriculum import Progress
-from univitar_ds.training.loop import State
+from univitar_ds.training.guard import History
 from univitar_ds.training.metrics import Window
+from univitar_ds.training.state import State
 
 
 def test_everything_that_changes_while_training_survives_a_checkpoint():
@@ -15,6 +16,9 @@ def test_everything_that_changes_while_training_survives_a_checkpoint():
         best={"loss": 1 / 3, "step": 10},
         last={"step": 10, "loss": 0.7},
         seconds=12.5,
+        began={"text": 0, "rest": 12},
+        history=History(1, {"image": [(0.5, 1 / 7)]}),
+        events=[{"step": 0, "event": "stage"}, {"step": 4, "event": "rollback"}],
     )
     content = json.loads(json.dumps(state.to_dict()))
     cursors = {lane: json.loads(json.dumps(cursor.to_json())) for lane, cursor in state.cursors.items()}

@@ -1,0 +1,99 @@
+"""A run's model under DeepSpeed, with its last checkpoint in it: at a start, at a hand-over and after a rollback."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from univitar_ds.config.deepspeed import resolve_deepspeed
+from univitar_ds.config.load import changed_result, check_config
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, TOKENIZER
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.data.text import load_tokenizer, special_ids
+from univitar_ds.errors import CheckpointError
+from univitar_ds.model.contrastive import build_contrastive
+from univitar_ds.model.teacher import read_teacher
+from univitar_ds.training import commit
+from univitar_ds.training.checkpoint import load_checkpoint, read_state
+from univitar_ds.training.curriculum import Progress
+from univitar_ds.training.distributed import World, gather_json, together
+from univitar_ds.training.engine import Engine, build_engine
+from univitar_ds.training.optim import freeze_but, trained_parts
+from univitar_ds.training.state import State
+
+logger = logging.getLogger(__name__)
+
+
+def assemble(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, State]:
+    """The engine of the stage that the run is in, and the state of its last checkpoint or, without one, the first.
+
+    All ranks call it; the caller closes the engine.
+    Raises: CheckpointError, on all ranks, if the checkpoint is damaged or of another configuration.
+    """
+    folder = _last_checkpoint(run, world)
+    with together(world):
+        saved = _read_saved(cfg, run, folder) if folder else State().to_dict()
+        progress = Progress(**saved["progress"])
+        stage = cfg.stages[min(progress.stage, len(cfg.stages) - 1)]
+        parts = trained_parts(cfg, stage)
+        began = {part: saved["began"].get(part, progress.step) for part in parts}
+        special = special_ids(load_tokenizer(run / TOKENIZER))
+        teacher = cfg.objective.teacher
+        model = build_contrastive(
+            cfg.model,
+            vocab_size=special.vocab_size,
+            eos_id=special.eos_id,
+            pad_id=special.pad_id,
+            seed=cfg.seed,
+            teacher_width=None if teacher is None else read_teacher(teacher).width,
+        )
+        freeze_but(model, parts)
+        content = json.loads((run / DEEPSPEED).read_text())
+        ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / CONFIG), str(run / DEEPSPEED)))
+    engine = build_engine(model, cfg.optimizer, ds_config, world, began)
+    if folder is None:
+        return engine, State(began=began)
+    try:
+        state = State.of(load_checkpoint(engine, folder, hand_over=saved["began"].keys() != began.keys()))
+    except Exception:
+        engine.close()
+        raise
+    state.began = began
+    if world.first:
+        _tell(folder, saved["threads"])
+    return engine, state
+
+
+def _last_checkpoint(run: Path, world: World) -> Path | None:
+    """Rank 0 says which one: shared disks do not all know at once."""
+    name = None
+    with together(world):
+        if world.first and (folder := commit.latest(run / CHECKPOINTS)):
+            name = folder.name
+    name = gather_json(name, world)[0]
+    return None if name is None else run / CHECKPOINTS / name
+
+
+def _read_saved(cfg: RunConfig, run: Path, folder: Path) -> dict:
+    """The run's part of a checkpoint. Raises: CheckpointError, also for one that makes another result than `cfg`."""
+    saved = read_state(folder)
+    changed = changed_result(check_config(saved["config"], str(folder)), cfg)
+    if changed:
+        raise CheckpointError(
+            f"{folder} was written with another configuration ({', '.join(changed)} differ); restore "
+            f"{run / CONFIG}, or start a new run under another name"
+        )
+    return saved
+
+
+def _tell(folder: Path, threads: int) -> None:
+    logger.info("resuming from %s", folder)
+    if threads != torch.get_num_threads():
+        logger.warning(
+            "%d threads now, %d when the checkpoint was written: results will follow to rounding, not bit for bit",
+            torch.get_num_threads(),
+            threads,
+        )

@@ -1,0 +1,64 @@
+"""What changes while a run trains, beside the tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from univitar_ds.data.cursor import LaneCursor, parse
+from univitar_ds.training.checkpoint import Saved
+from univitar_ds.training.curriculum import Progress
+from univitar_ds.training.guard import History
+from univitar_ds.training.metrics import Window
+
+
+@dataclass
+class State:
+    """All of it is in the checkpoint."""
+
+    progress: Progress = field(default_factory=Progress)
+    window: Window = field(default_factory=Window)
+    cursors: dict[int, LaneCursor] = field(default_factory=dict)
+    """By lane: of all at the start, then of this rank's."""
+    best: dict[str, float] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Spent training, over all starts of the run."""
+    began: dict[str, int] = field(default_factory=dict)
+    """Parts that learn now, and the updates that were done when they began to."""
+    history: History = field(default_factory=History)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Stages that began and rollbacks, each with the step after which it came."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the cursors, which belong to ranks."""
+        return {
+            "progress": self.progress.to_dict(),
+            "window": asdict(self.window),
+            "best": self.best,
+            "last": self.last,
+            "seconds": self.seconds,
+            "began": self.began,
+            "history": self.history.to_dict(),
+            "events": self.events,
+        }
+
+    @classmethod
+    def of(cls, saved: Saved) -> State:
+        content = saved.state
+        return cls(
+            Progress(**content["progress"]),
+            Window(**content["window"]),
+            {lane: parse(cursor) for lane, cursor in saved.cursors.items()},
+            content["best"],
+            content["last"],
+            content["seconds"],
+            content["began"],
+            History.of(content["history"]),
+            content["events"],
+        )
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the guard has sent the run back."""
+        return sum(event["event"] == "rollback" for event in self.events)

@@ -1,0 +1,47 @@
+"""summary.json: totals of a run, and what it ran on."""
+
+from __future__ import annotations
+
+import json
+import platform
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from univitar_ds.config.load import config_fingerprint
+from univitar_ds.config.run_folder import CHECKPOINTS, SUMMARY
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.training import commit
+from univitar_ds.training.engine import Engine, versions
+from univitar_ds.training.state import State
+
+
+def write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> None:
+    """Writes it once training has ended or was told to; what later steps put there stays."""
+    content: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        content = json.loads((run / SUMMARY).read_text())
+    progress = state.progress
+    content |= {
+        "name": cfg.name,
+        "fingerprint": config_fingerprint(cfg),
+        "completed": progress.finished(cfg.stages),
+        "steps": progress.step,
+        "samples": progress.samples,
+        "tokens": progress.tokens,
+        "bad_samples": progress.bad_samples,
+        "rollbacks": state.rollbacks,
+        "best": state.best,
+        "last": state.last,
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
+        "checkpoints": [folder.name for folder in commit.complete(run / CHECKPOINTS)],
+        "ranks": engine.world.size,
+        "threads_per_rank": torch.get_num_threads(),
+        "device": str(engine.world.device.type),
+        "machine": f"{platform.node()}, {platform.machine()}, {platform.system()} {platform.release()}",
+        "versions": versions(),
+    }
+    content["seconds"] = content.get("seconds", {}) | {"training": round(state.seconds, 1)}
+    (run / SUMMARY).write_text(json.dumps(content, indent=2) + "\n")
