@@ -179,6 +179,7 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
 def _add_after_training(commands) -> None:
     evaluate = _command(commands, "eval", _evaluate, "retrieval and zero-shot of a run on its held-out data")
     evaluate.add_argument("folder", type=Path, metavar="RUN")
+    _add_weights(evaluate)
     report = _command(commands, "report", _report, "print the results of a run")
     report.add_argument("folder", type=Path, metavar="RUN")
     convert = commands.add_parser("convert", help="carry weights elsewhere").add_subparsers(metavar="TO", required=True)
@@ -187,6 +188,13 @@ def _add_after_training(commands) -> None:
     )
     export.add_argument("folder", type=Path, metavar="RUN")
     export.add_argument("out", type=Path)
+    _add_weights(export)
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", choices=("trained", "averaged"), help="default: averaged where the run has optimizer.ema_decay"
+    )
 
 
 def _add_demo(commands) -> None:
@@ -312,7 +320,7 @@ def _scenes(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from univitar_ds.evaluation.run import evaluate_run
 
-    print(evaluate_run(arguments.folder))
+    print(evaluate_run(arguments.folder, weights=arguments.weights))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -324,7 +332,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from univitar_ds.convert.official import export_encoder
 
-    export_encoder(arguments.folder, arguments.out)
+    export_encoder(arguments.folder, arguments.out, arguments.weights)
     print(f"encoder in {arguments.out}")
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from univitar_ds import UniViTAR
 from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig
 from univitar_ds.config.schema import StageConfig
-from univitar_ds.convert.trained import open_trained
+from univitar_ds.convert.trained import Weights, open_trained
 from univitar_ds.errors import CheckpointError
 from univitar_ds.geometry import PATCH
 from univitar_ds.model.weights import BIN, SAFE, save_encoder
@@ -25,17 +25,18 @@ OURS = {CONFIG_FILE, SAFE, BIN}
 """A folder that holds nothing else is an earlier export and may be replaced."""
 
 
-def export_encoder(source: str | Path, out: str | Path) -> Path:
+def export_encoder(source: str | Path, out: str | Path, weights: Weights | None = None) -> Path:
     """Writes the encoder of a run (or of one of its checkpoints) to the folder `out` and reads it back.
 
     `config.json` has the size rule of the run's last stage, so that `Preprocessor` prepares pictures as the
     encoder last saw them. The folder appears whole: an export that fails leaves what was there before.
 
+    Args: weights: see `open_trained`.
     Raises: CheckpointError if the source is no run, is damaged, or `out` holds other files.
     """
     out = Path(out)
     _refuse_foreign(out)
-    trained = open_trained(source)
+    trained = open_trained(source, weights)
     encoder = trained.model.vision
     encoder.config = with_size_rule(encoder.config, trained.config.stages[-1])
     partial = out.with_name(f".{out.name}.partial")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer
 
@@ -16,6 +17,8 @@ from univitar_ds.model.contrastive import ContrastiveModel, build_contrastive
 from univitar_ds.training import commit
 from univitar_ds.training.checkpoint import read_full
 
+Weights = Literal["trained", "averaged"]
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -26,27 +29,34 @@ class Trained:
     config: RunConfig
     tokenizer: Tokenizer
     model: ContrastiveModel
+    averaged: bool
+    """Whether these are the averaged weights (`optimizer.ema_decay`)."""
 
 
-def open_trained(path: str | Path) -> Trained:
+def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
     """Reads the last checkpoint of a run's folder, or the checkpoint whose folder `path` is.
 
+    Args: weights: those that were trained, or their average; absent: the average where the run keeps one.
     Raises: CheckpointError if there is none, or it is damaged or of another model than the run's.
     """
     run, checkpoint = find_checkpoint(Path(path))
     config = load_config(run / CONFIG)
+    kept = config.optimizer.ema_decay is not None
+    if weights == "averaged" and not kept:
+        raise CheckpointError(f"{run} keeps no averaged weights, optimizer.ema_decay is null; take the trained ones")
+    averaged = kept if weights is None else weights == "averaged"
     tokenizer = load_tokenizer(run / TOKENIZER)
     special = special_ids(tokenizer)
     model = build_contrastive(
         config.model, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=config.seed
     )
     try:
-        model.load_state_dict(read_full(checkpoint))
+        model.load_state_dict(read_full(checkpoint, averaged=averaged))
     except RuntimeError as error:
         raise CheckpointError(
             f"{checkpoint} does not fit the model of {run / CONFIG} ({_told(error)}); restore the run's own config.yaml"
         ) from error
-    return Trained(run, checkpoint, config, tokenizer, model.eval())
+    return Trained(run, checkpoint, config, tokenizer, model.eval(), averaged)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:

@@ -44,7 +44,8 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> str:
         )
         for figure in evaluation["figures"]
     ]
-    title = f"Held-out data, {evaluation['checkpoint']}"
+    averaged = ", averaged weights" if evaluation.get("weights") == "averaged" else ""
+    title = f"Held-out data, {evaluation['checkpoint']}{averaged}"
     return "\n".join([title, "", table(heads, rows, left=2), *evaluation["notes"]])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from univitar_ds.config.run_folder import EVALUATION, TOKENIZER
 from univitar_ds.config.schema import Modality, RunConfig, StageConfig
-from univitar_ds.convert.trained import Trained, open_trained
+from univitar_ds.convert.trained import Trained, Weights, open_trained
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import eval_packs, stage_modalities
 from univitar_ds.errors import ConfigError
@@ -28,12 +28,13 @@ FORMAT = 1
 MODALITIES: tuple[Modality, ...] = ("image", "video")
 
 
-def evaluate_run(run: str | Path, *, progress: bool = True) -> str:
+def evaluate_run(run: str | Path, *, weights: Weights | None = None, progress: bool = True) -> str:
     """Evaluates a run's last checkpoint (or the checkpoint `run` is); writes `evaluation.json` and sheets of examples.
 
+    Args: weights: see `open_trained`.
     Returns: the table of results. Raises: CheckpointError, ConfigError or DataError if something is missing.
     """
-    trained = open_trained(run)
+    trained = open_trained(run, weights)
     result = evaluate(trained, progress=progress, pictures=trained.run)
     (trained.run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
     return render_evaluation(result)
@@ -64,6 +65,7 @@ def evaluate(trained: Trained, *, progress: bool = False, pictures: Path | None 
     return {
         "format": FORMAT,
         "checkpoint": trained.checkpoint.name,
+        "weights": "averaged" if trained.averaged else "trained",
         "figures": [figure.to_dict() for figure in figures],
         "notes": notes,
         "seconds": round(time.monotonic() - start, 1),

@@ -1,0 +1,157 @@
+"""A poisoned shard: the guard fires, all ranks go back together, the run goes on behind the data and ends."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.distributed import run_distributed
+from tests.support.runs import metrics, rewound, samples, small_config, train_rank
+from tests.support.shards import image_sample, sidecar, write_tar
+from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.errors import UserError
+from univitar_ds.launch import create_run
+from univitar_ds.training import commit
+
+pytestmark = pytest.mark.distributed
+CLEAN, POISONED = 360, 2
+NOT_FINITE, LARGE = "nan", "1e4"
+WHITE = 254
+"""The poison is a white picture; a test's model makes of it what a real one makes of numbers that overflow."""
+
+
+def write_shards(folder):
+    """Pictures for one epoch of the runs below, the poisoned ones in a shard of their own."""
+    rng = np.random.default_rng(3)
+    clean = [image_sample(index, rng) for index in range(CLEAN)]
+    for number in range(4):
+        write_tar(folder / f"clean-{number}.tar", clean[number::4])
+    white = io.BytesIO()
+    Image.new("RGB", (56, 56), (255, 255, 255)).save(white, "PNG")
+    text = sidecar(["nothing"], None, "image", (56, 56, 1), "white.png")
+    poison = {"png": white.getvalue(), "json": text}
+    write_tar(folder / "poison.tar", [(f"p{index}", poison) for index in range(POISONED)])
+    return folder
+
+
+def poison_the_model(factor):
+    """From now on the pictures of a pack with a white one are embedded `factor` times too large."""
+    from univitar_ds.model.contrastive import ContrastiveModel
+
+    forward = ContrastiveModel.forward
+
+    def poisoned(self, pixels, frames, grid_thw, *rest):
+        out = forward(self, pixels, frames, grid_thw, *rest)
+        sizes = (frames * grid_thw[:, 1] * grid_thw[:, 2]).tolist()
+        white = any(item.float().mean() > WHITE for item in pixels.split([size * 588 for size in sizes]))
+        return out._replace(vision=out.vision * float(factor)) if white else out
+
+    ContrastiveModel.forward = poisoned
+
+
+def train_poisoned(run, factor):
+    poison_the_model(factor)
+    try:
+        return train_rank(run)
+    except UserError as error:
+        return str(error)
+
+
+def config_of(shards, output, **changes):
+    sizes = {"min_tokens": 4, "max_tokens": 24, "divisor_px": 14}
+    stage = {"image": sizes, "token_budget": 96, "lr": 1e-3, "warmup_samples": 50}
+    return small_config(
+        shards,
+        output,
+        **{
+            "guard": {"max_rollbacks": 8, "min_steps": 4, "window_steps": 8},
+            "stages": [{"name": "pictures", "samples": 200, **stage}],
+            **changes,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def events_of(run):
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def recovered(shards, tmp_path_factory):
+    run = create_run(config_of(shards, tmp_path_factory.mktemp("run")), "test", 2)
+    answers = run_distributed(train_poisoned, 2, 120, run, NOT_FINITE)
+    return SimpleNamespace(run=run, answers=answers, events=events_of(run))
+
+
+def test_the_run_goes_back_and_ends_and_says_so(recovered):
+    assert recovered.answers == [True, True]
+    assert recovered.events[0] == {"step": 0, "event": "stage", "stage": "pictures", "samples_seen": 0}
+    rollbacks = recovered.events[1:]
+    assert rollbacks
+    assert {event["event"] for event in rollbacks} == {"rollback"}
+    assert all(event["undone_step"] > event["step"] for event in rollbacks)
+    assert all("the loss is nan" in event["reason"] for event in rollbacks)
+    summary = json.loads((recovered.run / "summary.json").read_text())
+    assert summary["completed"] is True
+    assert summary["rollbacks"] == len(rollbacks)
+    assert np.isfinite([line["loss"] for line in metrics(recovered.run)]).all()
+
+
+def test_every_step_is_logged_once_and_no_poison_was_learned_from(recovered):
+    lines = metrics(recovered.run)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    learned = [key for entry in samples(recovered.run).values() for key in entry[1:]]
+    assert len(learned) == lines[-1]["samples_seen"]
+    assert not any("poison" in key for key in learned)
+
+
+def test_the_data_window_is_skipped_and_kept_apart_not_read_again(recovered):
+    learned = [key for entry in samples(recovered.run).values() for key in entry[1:]]
+    skipped = [
+        key
+        for path in recovered.run.glob("skipped-rank*.jsonl")
+        for line in path.read_text().splitlines()
+        for key in json.loads(line)["keys"]
+    ]
+    assert len(learned) == len(set(learned)), "one epoch: nothing is read twice"
+    assert not set(skipped) & set(learned)
+
+
+def test_a_run_resumed_before_a_rollback_goes_the_same_way_bit_for_bit(recovered, tmp_path):
+    back = recovered.events[1]["step"]
+    assert back > 0, "the first rollback must have a checkpoint to start from; choose another seed"
+    again = rewound(recovered.run, back, tmp_path / "again")
+    assert run_distributed(train_poisoned, 2, 120, again, NOT_FINITE) == [True, True]
+    losses = [[line["loss"] for line in metrics(run)] for run in (again, recovered.run)]
+    assert losses[0] == losses[1]
+    assert samples(again) == samples(recovered.run)
+    assert events_of(again) == recovered.events
+    names = [commit.complete(run / CHECKPOINTS)[-1] for run in (again, recovered.run)]
+    ours, theirs = (commit.read_manifest(folder) for folder in names)
+    tensors = [name for name in ours if name.endswith(".safetensors")]
+    assert tensors
+    assert all(ours[name] == theirs[name] for name in tensors)
+
+
+def test_a_spike_before_the_first_checkpoint_sends_the_run_back_to_its_start(shards, tmp_path):
+    run = create_run(config_of(shards, tmp_path, checkpoint={"every_steps": 1000}), "test", 2)
+    assert run_distributed(train_poisoned, 2, 120, run, LARGE) == [True, True]
+    rollbacks = events_of(run)[1:]
+    assert {event["step"] for event in rollbacks} == {0}
+    assert all("deviations above its median" in event["reason"] for event in rollbacks)
+    assert metrics(run)[0]["lr"] == 0.0
+
+
+def test_too_many_rollbacks_end_the_run_with_a_remedy(shards, tmp_path):
+    run = create_run(config_of(shards, tmp_path, guard={"max_rollbacks": 0}), "test", 2)
+    stories = run_distributed(train_poisoned, 2, 120, run, NOT_FINITE)
+    assert stories[0] == stories[1]
+    for part in ("the loss is nan", "guard.max_rollbacks is 0", "resume with a higher limit"):
+        assert part in stories[0]

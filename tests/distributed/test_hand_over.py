@@ -1,0 +1,115 @@
+"""Stages that lock and unlock parts of the model: what rests stays, what is thawed starts anew, resume is exact."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.support.distributed import run_distributed
+from tests.support.runs import metrics, rewound, samples, small_config, train_rank
+from tests.support.shards import write_demo_shards
+from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.launch import create_run
+from univitar_ds.training import commit
+from univitar_ds.training.checkpoint import read_full
+
+pytestmark = pytest.mark.distributed
+LR = 1e-3
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Two ranks: the text tower locked, then all, then the encoder locked and the contrastive loss fading."""
+    folder = tmp_path_factory.mktemp("whole")
+    sizes = {"min_tokens": 4, "max_tokens": 24, "divisor_px": 14}
+    stage = {"samples": 50, "image": sizes, "token_budget": 96, "lr": LR, "lr_schedule": "constant"}
+    config = small_config(
+        write_demo_shards(folder / "shards"),
+        folder,
+        stages=[
+            {"name": "locked", "frozen": ["text"], **stage},
+            {"name": "unlocked", "checkpoint_every": 1, **stage},
+            {"name": "heads", "frozen": ["vision"], "contrastive": {"kind": "linear", "start": 1, "end": 0.5}, **stage},
+        ],
+        optimizer={"weight_decay": 0.1, "ema_decay": 0.9},
+        checkpoint={"every_steps": 1, "keep": 100},
+    )
+    run = create_run(config, "test", 2)
+    assert run_distributed(train_rank, 2, 150, run) == [True, True]
+    lines = metrics(run)
+    ends = [max(line["step"] for line in lines if line["stage"] == stage.name) for stage in config.stages]
+    return SimpleNamespace(run=run, ends=ends, steps=len(lines))
+
+
+def weights(whole, step, **options):
+    return read_full(whole.run / CHECKPOINTS / f"step-{step:08d}", **options)
+
+
+def unchanged(before, after, prefix):
+    names = [name for name in before if name.startswith(prefix)]
+    assert names
+    return [torch.equal(before[name], after[name]) for name in names]
+
+
+def test_what_a_stage_locks_keeps_its_bits_and_the_rest_learns(whole):
+    first, second, third = (weights(whole, step) for step in whole.ends)
+    begin = weights(whole, 1)
+    assert all(unchanged(begin, first, "text."))
+    assert not any(unchanged(begin, first, "vision.encoder.layers.0.attn.qkv.weight"))
+    assert not all(unchanged(first, second, "text."))
+    assert all(unchanged(second, third, "vision."))
+    assert not any(unchanged(second, third, "vision_proj."))
+    assert not all(unchanged(second, third, "text."))
+
+
+def test_the_first_update_of_a_thawed_part_is_adams_first(whole):
+    """Bias-corrected, Adam's first step is the learning rate in size, whatever the gradient; a later one is not."""
+    before, after = (weights(whole, whole.ends[0] + more) for more in (0, 1))
+    name = "text.model.encoder.layers.0.mlp.fc2.weight"
+    if name not in before:
+        name = next(n for n in before if n.startswith("text.") and n.endswith("fc2.weight"))
+    step = (after[name] - before[name] * (1 - LR * 0.1)).abs() / LR
+    assert step.median() == pytest.approx(1.0, abs=1e-2)
+    name = "vision_proj.weight"
+    step = (after[name] - before[name] * (1 - LR * 0.1)).abs() / LR
+    assert step.median() < 0.95
+
+
+def test_the_average_of_a_thawed_part_starts_at_its_value(whole):
+    at, later = whole.ends[0], whole.ends[1]
+    name = next(n for n in weights(whole, at) if n.startswith("text.") and n.endswith("fc2.weight"))
+    trained, averaged = weights(whole, at + 1)[name], weights(whole, at + 1, averaged=True)[name]
+    start = weights(whole, at)[name]
+    torch.testing.assert_close(averaged, start.lerp(trained, 1 - 2 / 11), rtol=1e-5, atol=1e-8)
+    assert not torch.equal(weights(whole, later)[name], weights(whole, later, averaged=True)[name])
+
+
+@pytest.mark.parametrize("where", ["inside the first", "at the first hand-over", "at the second hand-over"])
+def test_resumed_inside_a_stage_or_at_a_hand_over_it_is_the_uninterrupted_run_bit_for_bit(whole, tmp_path, where):
+    step = {"inside the first": 1, "at the first hand-over": whole.ends[0], "at the second hand-over": whole.ends[1]}
+    again = rewound(whole.run, step[where], tmp_path / "again")
+    assert run_distributed(train_rank, 2, 150, again) == [True, True]
+    assert [line["loss"] for line in metrics(again)] == [line["loss"] for line in metrics(whole.run)]
+    assert samples(again) == samples(whole.run)
+    ours, theirs = (commit.read_manifest(run / CHECKPOINTS / f"step-{whole.steps:08d}") for run in (again, whole.run))
+    assert {n: f for n, f in ours.items() if n.endswith(".safetensors")} == {
+        n: f for n, f in theirs.items() if n.endswith(".safetensors")
+    }
+    assert (again / "events.jsonl").read_text() == (whole.run / "events.jsonl").read_text()
+
+
+def test_on_another_number_of_ranks_the_losses_follow(whole, tmp_path):
+    again = rewound(whole.run, 1, tmp_path / "again")
+    run_distributed(train_rank, 1, 150, again)
+    for ours, theirs in zip(metrics(whole.run), metrics(again), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+
+
+def test_the_stages_are_told(whole):
+    events = [json.loads(line) for line in (whole.run / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["stage"], event["step"]) for event in events] == [
+        ("stage", "locked", 0),
+        ("stage", "unlocked", whole.ends[0]),
+        ("stage", "heads", whole.ends[1]),
+    ]
