@@ -1,0 +1,190 @@
+"""Does the recipe help? Fixed size, curriculum, and curriculum with distillation, with equal samples, over seeds.
+
+    python benchmarks/bench_recipe.py WORK [--samples 4000] [--seeds 0 1 2]
+
+Everything happens in the folder WORK: the demo's scenes, other scenes from another seed for the teacher, which is an
+encoder of the same size trained on them, and a run for each arm and seed. What is there already is used again, so an
+interrupted call goes on where it was. Each run is evaluated at a quarter, half, three quarters and the whole of its
+samples on compositions of colour and shape that no arm has seen. Rows go to results/bench_recipe.csv.
+
+Runs have one process and one lane with twice the demo's token budget: the demo's batch. All arms have the same share
+of steps with clips and the same largest number of tokens an item. `fixed` resizes everything to one square;
+`curriculum` goes from small squares to native pictures to native pictures and clips; `distilled` is the curriculum
+with the teacher's features beside the contrastive loss, their weight falling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from univitar_ds.config.load import read_yaml, recipe_path
+from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.convert.trained import open_trained
+from univitar_ds.data.synthetic import write_scenes
+from univitar_ds.data.writer import pack_folder
+from univitar_ds.evaluation.run import evaluate
+from univitar_ds.training import commit
+from univitar_ds.training.checkpoint import read_state
+
+RESULTS = Path(__file__).parent / "results/bench_recipe.csv"
+ARMS = ("fixed", "curriculum", "distilled")
+IMAGES, CLIPS = 1600, 1600
+TEACHER_SCENES = 100
+"""Seed of the scenes that the teacher was trained on: the same kind of data, none of it the same."""
+VIDEO_SHARE = 0.4
+SHARES = (0.2, 0.2, 0.6)
+"""Of the samples, by stage of the curriculum; the last has all clips."""
+POINTS = (0.25, 0.5, 0.75, 1.0)
+NATIVE_IMAGE = {"min_tokens": 16, "max_tokens": 100, "divisor_px": 14}
+NATIVE_VIDEO = {"min_tokens": 32, "max_tokens": 144, "divisor_px": 14}
+FIXED_IMAGE, FIXED_VIDEO, SMALL_IMAGE = (({"kind": "fixed", "size_px": px}) for px in (140, 84, 84))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--samples", type=int, default=4000, help="of a run, over all its stages (default 4000)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    arguments = parser.parse_args()
+    work, samples = arguments.work, arguments.samples
+    shards = provide_shards(work, "scenes", seed=0)
+    teacher = None
+    if "distilled" in arguments.arms:
+        teacher = provide_teacher(work, samples)
+    for seed in arguments.seeds:  # seeds first: what is measured when time runs out is complete for some seeds
+        for arm in arguments.arms:
+            config = run_of(arm, work, shards, samples, seed, teacher)
+            train(config, work)
+            append_rows(rows_of(arm, seed, samples, work / "runs" / config["name"]))
+
+
+def provide_shards(work: Path, name: str, seed: int) -> Path:
+    """The demo's kind of scenes, packed."""
+    shards = work / f"{name}-shards"
+    if not (shards / "manifest.json").is_file():
+        write_scenes(work / name, images=IMAGES, clips=CLIPS, seed=seed, progress=True)
+        pack_folder(work / name, shards)
+    return shards
+
+
+def provide_teacher(work: Path, samples: int) -> Path:
+    """The exported encoder of a run on other scenes, in the fixed arm's way."""
+    shards = provide_shards(work, "teacher-scenes", seed=TEACHER_SCENES)
+    config = run_of("fixed", work, shards, samples, TEACHER_SCENES, None) | {"name": "teacher"}
+    train(config, work)
+    return work / "runs/teacher/export"
+
+
+def run_of(arm: str, work: Path, shards: Path, samples: int, seed: int, teacher: Path | None) -> dict[str, Any]:
+    """The run file of an arm: the demo's but for its stages."""
+    config = read_yaml(recipe_path("demo"))
+    (demo_stage,) = config["stages"]
+    common = {key: demo_stage[key] for key in ("clip_frames", "lr", "final_lr_ratio")}
+    common["token_budget"] = 2 * demo_stage["token_budget"]
+    config |= {
+        "name": f"{arm}-{seed}",
+        "output": str(work / "runs"),
+        "seed": seed,
+        "stages": list(stages_of(arm, samples, common)),
+        "checkpoint": {"every_steps": 10, "keep": 1000},
+    }
+    config["data"] |= {"sources": [{"path": str(shards), "split": "train"}], "lanes": 1}
+    config["evaluation"] |= {"sources": [{"path": str(shards), "split": "test"}]}
+    if arm == "distilled":
+        config["objective"] |= {"teacher": {"path": str(teacher)}}
+    return config
+
+
+def stages_of(arm: str, samples: int, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    warmup = samples // 10
+    native = {"image": NATIVE_IMAGE, "video": NATIVE_VIDEO}
+    if arm == "fixed":
+        rule = {"image": FIXED_IMAGE, "video": FIXED_VIDEO}
+        yield {
+            "name": "fixed", "samples": samples, "video_ratio": VIDEO_SHARE, "warmup_samples": warmup, **rule, **common
+        }  # fmt: skip
+        return
+    first, second, third = (int(samples * share) for share in SHARES)
+    flat = {**common, "lr_schedule": "constant"}
+    flat.pop("final_lr_ratio")
+    stages = [
+        {"name": "small", "samples": first, "warmup_samples": warmup, "image": SMALL_IMAGE, **flat},
+        {"name": "native", "samples": second, **native, **flat},
+        {"name": "video", "samples": third, "video_ratio": round(VIDEO_SHARE / SHARES[2], 3), **native, **common},
+    ]
+    weights = [{"start": 1.0}, {"start": 0.5}, {"kind": "cosine", "start": 0.5, "end": 0.0}]
+    for stage, weight in zip(stages, weights, strict=True):
+        yield {**stage, "distill": weight} if arm == "distilled" else stage
+
+
+def train(config: dict[str, Any], work: Path) -> None:
+    """Unless its run is there, whole; one that was interrupted goes on."""
+    run = work / "runs" / config["name"]
+    if (run / "export/config.json").is_file():
+        return
+    file = work / f"{config['name']}.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    what = ["--resume", str(run)] if (run / CHECKPOINTS / "latest").is_file() else ["--config", str(file)]
+    command = [sys.executable, "-m", "univitar_ds", "train", *what]
+    print(" ".join(command), flush=True)
+    subprocess.run(command, check=True)
+
+
+def rows_of(arm: str, seed: int, samples: int, run: Path) -> Iterator[dict[str, Any]]:
+    """The figures of the checkpoints nearest to POINTS."""
+    folders = commit.complete(run / CHECKPOINTS)
+    seen = [read_state(folder)["progress"]["samples"] for folder in folders]
+    for point in POINTS:
+        nearest = min(range(len(folders)), key=lambda index: abs(seen[index] - point * samples))
+        state = read_state(folders[nearest])
+        for figure in evaluate(open_trained(folders[nearest]))["figures"]:
+            yield {
+                "arm": arm,
+                "seed": seed,
+                "samples_seen": seen[nearest],
+                "tokens_seen": state["progress"]["tokens"],
+                "train_s": round(state["seconds"], 1),
+                "task": figure["task"],
+                "modality": figure.get("modality", ""),
+                "measure": figure["measure"],
+                "value": round(figure["value"], 4),
+                "chance": round(figure["chance"], 4),
+                "n": figure["n"],
+                "date": date.today().isoformat(),
+                "commit": git_commit(),
+                "cpu": platform.machine(),
+            }
+
+
+def append_rows(rows: Iterator[dict[str, Any]]) -> None:
+    """Of one run, all at once."""
+    rows = list(rows)
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    for row in rows[-8:]:
+        print(json.dumps(row), flush=True)
+
+
+def git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
