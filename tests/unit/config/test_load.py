@@ -39,6 +39,23 @@ def test_every_shipped_recipe_is_valid():
         assert load_config(recipe).name == recipe.stem
 
 
+@pytest.mark.parametrize("size", ["0p3b", "0p6b", "1b"])
+def test_the_full_recipes_hold_what_is_published(size):
+    """arXiv 2504.01792: 14.6 billion samples, 224 px first, then 576 to 5,832 tokens, clips in the last stage only."""
+    config = load_config(f"univitar_{size}")
+    fixed, *native = config.stages
+    assert config.model.encoder == size.replace("p", ".")
+    assert sum(stage.samples for stage in config.stages) == 14_600_000_000
+    assert (fixed.image.kind, fixed.image.size_px) == ("fixed", 224)
+    assert all((s.image.min_tokens, s.image.max_tokens, s.image.divisor_px) == (576, 5832, 112) for s in native)
+    assert [stage.video_ratio > 0 for stage in config.stages] == [False, False, True]
+    assert (native[-1].video.min_tokens, native[-1].video.max_tokens) == (576, 5832)
+    weights = [w for stage in config.stages for w in (stage.distill.start, stage.distill.end) if w is not None]
+    assert weights == sorted(weights, reverse=True)
+    assert weights[-1] == 0
+    assert config.objective.kind == "sigmoid"
+
+
 def test_an_unknown_key_names_the_nearest_one(run_file):
     with pytest.raises(ConfigError, match=r"unknown key data\.lanse; did you mean 'lanes'\?"):
         load_config(run_file, ["data.lanse=4"])
