@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from univitar_ds.errors import ConfigError, UserError
+from univitar_ds.cli_data import add_data
+from univitar_ds.cli_parts import add_command, add_overrides, positive
+from univitar_ds.errors import UserError
 
 DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision transformer for images and video."
 EXAMPLES = """examples:
@@ -51,31 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
-    _add_data(commands)
+    add_data(commands)
     _add_after_training(commands)
     _add_demo(commands)
     return parser
 
 
-def _command(commands, name: str, run, help_text: str, description: str = "") -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=help_text,
-        description=description or help_text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the run file, such as stages.0.lr=5e-4"
-    )
-
-
 def _add_train(commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "train",
         _train,
@@ -87,103 +70,20 @@ def _add_train(commands) -> None:
         "checkpoints/, evaluation.json, export/ and summary.json.",
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--config", help="a run file, or the name of a shipped recipe: demo, photos")
+    which.add_argument("--config", help="a run file, or the name of a shipped recipe: demo, photos, univitar_0p3b, ...")
     which.add_argument("--resume", metavar="RUN", help="folder of a run to continue from its last checkpoint")
-    parser.add_argument("--nproc", type=_positive, default=1, help="processes to start on this machine (default 1)")
-    _add_overrides(parser)
-
-
-def _add_data(commands) -> None:
-    data = commands.add_parser("data", help="pack, verify, inspect and make data").add_subparsers(
-        metavar="WHAT", required=True
-    )
-    pack = _command(
-        data,
-        "pack",
-        _pack,
-        "turn a folder of pictures and clips into shards",
-        "Turn a folder of pictures and clips into WebDataset shards and a manifest.\n\n"
-        "FOLDER holds either metadata.jsonl, a line a file:\n"
-        '  {"file": "a/b.jpg", "kind": "image", "caption": "...", "label": "cat", "split": "train"}\n'
-        "(`captions` takes a list; `label` and `split` may be absent), or files with their caption beside them\n"
-        "(a/b.jpg and a/b.txt). Unreadable files are left out and listed in the manifest. Interrupted, it goes\n"
-        "on where it was when started again.",
-    )
-    pack.add_argument("folder", type=Path)
-    pack.add_argument("out", help="a folder, or s3://bucket/prefix; there shards are uploaded one by one and verified")
-    pack.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard (default 64)")
-    pack.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes that check the files")
-    pack.add_argument("--no-verify", action="store_true", help="read headers only; do not decode every file once")
-    _add_storage(pack)
-    _add_verify(data)
-    _add_probe(data)
-    inspect = _command(
-        data,
-        "inspect",
-        _inspect,
-        "print and draw what a run would feed to the model",
-        "Draw packs as the run would, print what is in them and draw a picture (PNG): how large the items are,\n"
-        "how full the packs are, and one pack item by item.",
-    )
-    inspect.add_argument("--config", required=True, help="a run file or the name of a shipped recipe")
-    inspect.add_argument("--packs", type=_positive, default=50, help="packs of each modality to draw (default 50)")
-    inspect.add_argument("--png", type=Path, default=Path("inspect.png"), help="the picture (default inspect.png)")
-    inspect.add_argument("--json", action="store_true", help="print the figures as JSON")
-    _add_overrides(inspect)
-    scenes = _command(data, "scenes", _scenes, "render the demo's scenes and moving shapes")
-    scenes.add_argument("out", type=Path)
-    scenes.add_argument("--images", type=_positive, default=4000)
-    scenes.add_argument("--clips", type=_positive, default=1500)
-    scenes.add_argument("--seed", type=int, default=0)
-
-
-def _add_verify(data) -> None:
-    verify = _command(
-        data,
-        "verify",
-        _verify,
-        "check whole sources: every shard, every sample",
-        "Read every byte of every shard, compare it with its manifest and decode every sample. All that is wrong\n"
-        "goes into a report (JSON) with shard, key, byte and a sentence. Exit status 1 if anything is.",
-    )
-    verify.add_argument("sources", nargs="+", metavar="SOURCE", help="packed folder, tar, or brace range; also s3://")
-    verify.add_argument("--split", help="of packed folders (default: all of them)")
-    verify.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes that check shards")
-    verify.add_argument("--no-decode", action="store_true", help="trust headers and checksums for the pixels")
-    verify.add_argument("--report", type=Path, default=Path("verify.json"), help="default verify.json")
-    _add_storage(verify)
-
-
-def _add_probe(data) -> None:
-    probe = _command(
-        data,
-        "probe",
-        _probe,
-        "say what a run would make of single files",
-        "Take each file through the loader as a sample of its own and print what comes of it.\n\n"
-        "With --json a line a file: file, ok, kind (image, video), width, height, frames, grid (time, height and\n"
-        "width in tokens), tokens, shrunk; and error and message of what would be left out.",
-    )
-    probe.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    probe.add_argument("--config", help="a run file or the name of a shipped recipe, for its limits and sizes")
-    probe.add_argument("--stage", help="name of the stage whose sizes count (default: the first)")
-    probe.add_argument("--json", action="store_true", help="print a line of JSON a file")
-
-
-def _add_storage(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--s3-endpoint", metavar="URL", help="of a store other than AWS, e.g. http://127.0.0.1:9000")
-    parser.add_argument("--s3-profile", metavar="NAME", help="a profile of ~/.aws/config")
-    parser.add_argument("--s3-region", metavar="NAME")
+    parser.add_argument("--nproc", type=positive, default=1, help="processes to start on this machine (default 1)")
+    add_overrides(parser)
 
 
 def _add_after_training(commands) -> None:
-    evaluate = _command(commands, "eval", _evaluate, "retrieval and zero-shot of a run on its held-out data")
+    evaluate = add_command(commands, "eval", _evaluate, "retrieval and zero-shot of a run on its held-out data")
     evaluate.add_argument("folder", type=Path, metavar="RUN")
     _add_weights(evaluate)
-    report = _command(commands, "report", _report, "print the results of a run")
+    report = add_command(commands, "report", _report, "print the results of a run")
     report.add_argument("folder", type=Path, metavar="RUN")
     convert = commands.add_parser("convert", help="carry weights elsewhere").add_subparsers(metavar="TO", required=True)
-    export = _command(
+    export = add_command(
         convert, "export", _export, "write a run's encoder in the release's layout (config.json, model.safetensors)"
     )
     export.add_argument("folder", type=Path, metavar="RUN")
@@ -198,17 +98,10 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(commands) -> None:
-    demo = _command(commands, "demo", _demo, "the whole way on rendered scenes: data, training, evaluation, export")
+    demo = add_command(commands, "demo", _demo, "the whole way on rendered scenes: data, training, evaluation, export")
     demo.add_argument("--folder", type=Path, default=Path("demo"))
-    demo.add_argument("--nproc", type=_positive, default=2)
+    demo.add_argument("--nproc", type=positive, default=2)
     demo.add_argument("--install-seconds", type=float, help="how long the installation took, for the table of times")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -217,104 +110,6 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.resume:
         return launch.resume(Path(arguments.resume), arguments.nproc, arguments.overrides)
     return launch.train(arguments.config, arguments.nproc, arguments.overrides)
-
-
-def _pack(arguments: argparse.Namespace) -> None:
-    from univitar_ds.data.writer import pack_folder
-
-    manifest = pack_folder(
-        arguments.folder,
-        arguments.out,
-        shard_mb=arguments.shard_mb,
-        workers=arguments.workers,
-        verify=not arguments.no_verify,
-        settings=_storage_settings(arguments),
-    )
-    for split, kinds in manifest["counts"].items():
-        print(f"{split}: " + ", ".join(f"{count} {kind}s" for kind, count in kinds.items()))
-    print(f"{len(manifest['shards'])} shards in {arguments.out}, {len(manifest['skipped'])} files left out")
-    for skipped in manifest["skipped"][:5]:
-        print(f"  left out: {skipped['file']}: {skipped['reason']}")
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from univitar_ds.config.schema import SourceConfig
-    from univitar_ds.data.verify import verify
-
-    _check_folder(arguments.report)
-    sources = [SourceConfig(path=path, split=arguments.split) for path in arguments.sources]
-    report = verify(sources, _storage_settings(arguments), workers=arguments.workers, decode=not arguments.no_decode)
-    arguments.report.write_text(json.dumps(report, indent=1))
-    for source in report["sources"]:
-        if source["error"]:
-            print(source["error"])
-    faults = [(shard["shard"], fault) for shard in report["shards"] for fault in shard["faults"]]
-    for shard, fault in faults[:20]:
-        print(f"{fault['kind']}: {shard}/{fault['key']} at byte {fault['byte']}: {fault['message']}")
-    if len(faults) > 20:
-        print(f"... and {len(faults) - 20} more")
-    for shard in report["shards"]:
-        if shard["error"]:
-            print(f"shard {shard['shard']}: {shard['error']}")
-        if shard["sha256"] == "differs":
-            print(f"shard {shard['shard']}: its SHA-256 is not the manifest's")
-        if shard["samples_in_manifest"] not in (None, shard["samples"]):
-            print(f"shard {shard['shard']}: {shard['samples']} samples, {shard['samples_in_manifest']} in its manifest")
-    verdict = "sound" if report["sound"] else "NOT sound"
-    print(f"{report['samples']} samples in {len(report['shards'])} shards: {verdict}; report in {arguments.report}")
-    return 0 if report["sound"] else 1
-
-
-def _probe(arguments: argparse.Namespace) -> None:
-    from univitar_ds.config.load import load_config
-    from univitar_ds.config.schema import DataConfig, SourceConfig, StageConfig
-    from univitar_ds.data.media_report import report
-
-    if arguments.config:
-        config = load_config(arguments.config, [])
-        data, stages = config.data, {stage.name: stage for stage in config.stages}
-    else:
-        data = DataConfig(sources=[SourceConfig(path="none")])
-        stages = {"default": StageConfig(name="default", samples=1, lr=1.0)}
-    stage = stages.get(arguments.stage or next(iter(stages)))
-    if stage is None:
-        raise ConfigError(f"there is no stage {arguments.stage!r}; there is {', '.join(stages)}")
-    for found in report(arguments.files, data, stage):
-        print(json.dumps(found.to_json()) if arguments.json else found.sentence(), flush=True)
-
-
-def _inspect(arguments: argparse.Namespace) -> None:
-    from univitar_ds.config.load import load_config
-    from univitar_ds.data.drawing import draw
-    from univitar_ds.data.inspect import inspect, render
-    from univitar_ds.model.config import PRESETS
-    from univitar_ds.model.flops import cost_coefficients
-
-    _check_folder(arguments.png)
-    config = load_config(arguments.config, arguments.overrides)
-    found = inspect(config, packs=arguments.packs, cost=cost_coefficients(PRESETS[config.model.encoder]))
-    print(json.dumps(found.to_json(), indent=2) if arguments.json else render(found))
-    draw(found, arguments.png)
-    print(f"picture in {arguments.png}", file=sys.stderr)
-
-
-def _check_folder(path: Path) -> None:
-    """Before the work whose result goes there. Raises: ConfigError."""
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it first")
-
-
-def _storage_settings(arguments: argparse.Namespace):
-    from univitar_ds.data.storage import StorageSettings
-
-    return StorageSettings(arguments.s3_endpoint, arguments.s3_profile, arguments.s3_region)
-
-
-def _scenes(arguments: argparse.Namespace) -> None:
-    from univitar_ds.data.synthetic import write_scenes
-
-    write_scenes(arguments.out, images=arguments.images, clips=arguments.clips, seed=arguments.seed, progress=True)
-    print(f"{arguments.images} pictures and {arguments.clips} clips in {arguments.out}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

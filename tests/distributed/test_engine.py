@@ -161,3 +161,25 @@ def test_a_single_pack_a_rank_runs_once_with_the_bits_of_running_twice(dense, tm
     assert all(torch.equal(twice_weights[name], value) for name, value in once_weights.items())
     assert_follows(dense, answers[0]["one pass"], 1e-6, 1e-5)
     assert losses(answers[0]["one pass"][0]) == losses(answers[3]["one pass"][0])
+
+
+LONG = 50
+
+
+def long_training(folder):
+    """(losses, weights) after LONG steps on however many ranks."""
+    world = start_world()
+    engine = engine_of(world)
+    results = steps(engine, 0, LONG)
+    whole = weights(engine, folder / str(world.size))
+    engine.close()
+    return losses(results), whole
+
+
+def test_fifty_steps_on_one_two_and_four_ranks_are_the_same_training(tmp_path):
+    (curve, whole), *others = (run_distributed(long_training, size, 90, tmp_path)[0] for size in (1, 2, 4))
+    assert curve[-1] < curve[0]
+    for other_curve, other in others:
+        assert other_curve == pytest.approx(curve, rel=1e-4)
+        for name, value in whole.items():
+            assert (other[name] - value).norm() <= 1e-4 * value.norm(), name

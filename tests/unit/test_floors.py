@@ -25,6 +25,8 @@ FLOORS = {
     "univitar_ds.launch": 6,
     "univitar_ds.demo": 6,
     "univitar_ds.cli": 6,
+    "univitar_ds.cli_data": 6,
+    "univitar_ds.cli_parts": 6,
 }
 NEIGHBOURS = {"univitar_ds.model", "univitar_ds.objectives", "univitar_ds.data"}
 DOORS = {

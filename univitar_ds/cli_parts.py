@@ -1,0 +1,32 @@
+"""What the commands of `univitar-ds` share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_command(commands, name: str, run, help_text: str, description: str = "") -> argparse.ArgumentParser:
+    """A command of `commands`; `run` is what its arguments are given to."""
+    parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=description or help_text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """What may follow: any key of the run file."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the run file, such as stages.0.lr=5e-4"
+    )
+
+
+def positive(text: str) -> int:
+    """A number of at least 1, as argparse wants it read."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
