@@ -1,16 +1,16 @@
 """Does the recipe help? Fixed size, curriculum, and curriculum with distillation, with equal samples, over seeds.
 
-    python benchmarks/bench_recipe.py WORK [--samples 4000] [--seeds 0 1 2]
+    python benchmarks/bench_recipe.py WORK [--samples 3000] [--seeds 0 1 2]
 
 Everything happens in the folder WORK: the demo's scenes, other scenes from another seed for the teacher, which is an
 encoder of the same size trained on them, and a run for each arm and seed. What is there already is used again, so an
 interrupted call goes on where it was. Each run is evaluated at a quarter, half, three quarters and the whole of its
 samples on compositions of colour and shape that no arm has seen. Rows go to results/bench_recipe.csv.
 
-Runs have one process and one lane with twice the demo's token budget: the demo's batch. All arms have the same share
-of steps with clips and the same largest number of tokens an item. `fixed` resizes everything to one square;
-`curriculum` goes from small squares to native pictures to native pictures and clips; `distilled` is the curriculum
-with the teacher's features beside the contrastive loss, their weight falling.
+Runs have one process and one lane: half the demo's batch. All arms have the same share of steps with clips and the
+same largest number of tokens an item. `fixed` resizes everything to one square; `curriculum` goes from small squares
+to native pictures to native pictures and clips; `distilled` is the curriculum with the teacher's features beside the
+contrastive loss, their weight falling.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ FIXED_IMAGE, FIXED_VIDEO, SMALL_IMAGE = (({"kind": "fixed", "size_px": px}) for 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--samples", type=int, default=4000, help="of a run, over all its stages (default 4000)")
+    parser.add_argument("--samples", type=int, default=3000, help="of a run, over all its stages (default 3000)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     arguments = parser.parse_args()
@@ -91,8 +91,7 @@ def run_of(arm: str, work: Path, shards: Path, samples: int, seed: int, teacher:
     """The run file of an arm: the demo's but for its stages."""
     config = read_yaml(recipe_path("demo"))
     (demo_stage,) = config["stages"]
-    common = {key: demo_stage[key] for key in ("clip_frames", "lr", "final_lr_ratio")}
-    common["token_budget"] = 2 * demo_stage["token_budget"]
+    common = {key: demo_stage[key] for key in ("clip_frames", "token_budget", "lr", "final_lr_ratio")}
     config |= {
         "name": f"{arm}-{seed}",
         "output": str(work / "runs"),
