@@ -202,7 +202,7 @@ class Engine:
 def build_engine(model: nn.Module, cfg: OptimizerConfig, ds_config: dict[str, Any], world: World) -> Engine:
     """Hands `model` to DeepSpeed. What is frozen must have `requires_grad` False already, and stays so.
 
-    The model must not draw random numbers in its forward pass (no dropout): the step runs it twice.
+    The model must not draw random numbers in its forward pass: the step runs it twice.
     Raises: ConfigError if the DeepSpeed configuration asks for ZeRO stage 0.
     """
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)

@@ -24,6 +24,7 @@ from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.text import load_tokenizer, special_ids
 from univitar_ds.errors import CheckpointError
 from univitar_ds.model.contrastive import build_contrastive
+from univitar_ds.model.dropping import Dropping
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher import Teacher, build_teacher, read_teacher
 from univitar_ds.training import commit, preemption
@@ -203,6 +204,7 @@ class _Trainer:
         state, progress = self.state, self.state.progress
         lr = lr_at(stage, progress.samples_in_stage)
         distill_weight = weight_at(stage.distill, progress.samples_in_stage, stage.samples)
+        dropping = Dropping.of(stage, self.engine.module.vision.config, seed=self.cfg.seed, step=progress.step)
         result = train_step(
             self.engine,
             batches,
@@ -210,10 +212,16 @@ class _Trainer:
             objective=self.cfg.objective,
             teacher=self.teacher,
             distill_weight=distill_weight,
+            dropping=dropping,
         )
         seconds = time.perf_counter() - start
         numbers = rank_numbers(
-            batches, cost=self.cost, token_budget=stage.token_budget, step_s=seconds, data_wait_s=waited
+            batches,
+            cost=self.cost,
+            token_budget=stage.token_budget,
+            step_s=seconds,
+            data_wait_s=waited,
+            dropping=dropping,
         )
         joined = join_ranks(numbers, self.world)
         state.progress = advance(
