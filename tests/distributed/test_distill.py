@@ -13,7 +13,9 @@ from tests.support.teachers import CPU, drawn_pack, own_encoder, picture_model
 from tests.support.training import ds_config
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig, TeacherConfig, TextConfig
+from univitar_ds.geometry import token_count
 from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.model.dropping import NO_DROPPING, Dropping
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.teacher import build_teacher, read_teacher
 from univitar_ds.model.towers import build_text_tower
@@ -38,7 +40,11 @@ CASES = {
     "own, masked": (GRIDS, {"model": "own", "patch_weight": 2.0, "pooled_weight": 0.5}),
     "partitioned": (GRIDS, {"model": "dinov2", "partitioned": True}),
     "own, partitioned": (GRIDS, {"model": "own", "partitioned": True}),
+    "dropped": (GRIDS, {"model": "dinov2"}),
+    "dropped, masked": (GRIDS, {"model": "own"}),
 }
+DROPPING = Dropping(patches=0.5, depth=0.4, blocks=2, seed=1, step=6)
+"""Of the cases of that name."""
 
 
 def student(width: int | None) -> ContrastiveModel:
@@ -57,7 +63,7 @@ def packs(items) -> list[Pack]:
         pixels, frames, grid_thw = drawn_pack(grids, clips=items is CLIPS, seed=lane)
         g = torch.Generator().manual_seed(lane)
         ids = torch.randint(3, 50, (len(grids), 5), generator=g)
-        made.append(Pack(pixels, frames, grid_thw, ids, torch.full((len(grids),), 5), torch.arange(len(grids))))
+        made.append(Pack(pixels, frames, grid_thw, ids, torch.full((len(grids),), 5), torch.arange(len(grids)), lane))
     return made
 
 
@@ -65,18 +71,29 @@ def teacher_config(folder, model: str, **settings) -> TeacherConfig:
     return TeacherConfig(path=str(folder / model), dtype="fp32", **settings)
 
 
-def dense(folder, items, settings):
+def dropping_of(name: str) -> Dropping:
+    return DROPPING if name.startswith("dropped") else NO_DROPPING
+
+
+def dense(folder, items, settings, dropping):
     """(losses, agreement, gradients) of all packs in one process, by the formulas."""
     config = teacher_config(folder, **{k: v for k, v in settings.items() if k != "partitioned"})
     teacher = build_teacher(config, merge=1, device=CPU)
     model, batches = student(teacher.width), packs(items)
-    outputs = [model(*inputs(batch), True) for batch in batches]
+    drops = [dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
+    outputs = [model(*inputs(batch), True, dropped) for batch, dropped in zip(batches, drops, strict=True)]
     vision, text = (torch.cat([output[i] for output in outputs]) for i in (0, 1))
     contrastive = dense_sigmoid(vision, text, outputs[0].scale, outputs[0].bias)
     found = [teacher(batch.pixels, batch.frames, batch.grid_thw) for batch in batches]
     valid, taken = torch.cat([f.valid for f in found]), torch.cat([f.taken for f in found])
+    patches = torch.cat([f.patches for f in found])
+    if dropping is not NO_DROPPING:
+        starts = [sum(map(token_count, (g for grids in items[:lane] for g in grids))) for lane in range(LANES)]
+        kept = torch.cat([start + dropped.kept for start, dropped in zip(starts, drops, strict=True)])
+        patches, valid = patches[kept], valid[kept]
+        assert 0 < valid.sum() < sum(len(f.valid) for f in found)
     pairs = [
-        (torch.cat([o.distilled.patches for o in outputs])[valid], torch.cat([f.patches for f in found])[valid]),
+        (torch.cat([o.distilled.patches for o in outputs])[valid], patches[valid]),
         (torch.cat([o.distilled.pooled for o in outputs])[taken], torch.cat([f.pooled for f in found])[taken]),
     ]
     assert taken.sum() > 0
@@ -121,7 +138,8 @@ def on_ranks(folder, cases, stage, single_pass):
         teacher.tower.model.register_forward_hook(lambda *_, seen=runs: seen.append(1))
         mine = [packs(items)[lane] for lane in world.lanes(LANES)]
         settings = {"objective": ObjectiveConfig(chunk=5, teacher=config), "teacher": teacher, "lr": 0.0}
-        result = train_step(engine, mine, **settings, distill_weight=WEIGHT, single_pass=single_pass)
+        options = {"distill_weight": WEIGHT, "single_pass": single_pass, "dropping": dropping_of(name)}
+        result = train_step(engine, mine, **settings, **options)
         answers[name] = result, gradient_pieces(engine), len(runs), held(teacher)
         assert all(parameter.grad is None for parameter in teacher.tower.model.parameters())
     first = engines[32]
@@ -150,7 +168,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wanted(folder):
-    return {name: dense(folder, *case) for name, case in CASES.items()}
+    return {name: dense(folder, *case, dropping_of(name)) for name, case in CASES.items()}
 
 
 def whole(answers, name):
@@ -185,7 +203,7 @@ def assert_follows(answers, wanted, name):
                 ids=["1 rank", "2 ranks", "2 ranks, zero2", "4 ranks", "4 ranks, two passes"])  # fmt: skip
 def answers(request, folder):
     ranks, stage, single_pass = request.param
-    names = list(CASES) if stage == 3 and single_pass else ["cosine", "partitioned"]
+    names = list(CASES) if stage == 3 and single_pass else ["cosine", "partitioned", "dropped"]
     return run_distributed(on_ranks, ranks, 150, folder, names, stage, single_pass)
 
 

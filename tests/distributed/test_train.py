@@ -10,6 +10,8 @@ from tests.support.runs import metrics, rewound, samples, small_config, train_ra
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.launch import create_run
+from univitar_ds.model.config import PRESETS
+from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.training import commit
 from univitar_ds.training.checkpoint import read_full
 
@@ -17,15 +19,35 @@ pytestmark = pytest.mark.distributed
 TIMED = ("_per_s", "_pct", "step_s", "tflops_per_rank", "memory_gb")
 
 
+def watched(run):
+    """As `train_rank`, with the rule by which each pack of this rank was thinned, by step and lane."""
+    from univitar_ds.model.dropping import Dropping
+
+    seen, draw = {}, Dropping.of_pack
+
+    def of_pack(self, grids, lane):
+        assert (self.step + 1, lane) not in seen
+        seen[self.step + 1, lane] = self
+        return draw(self, grids, lane)
+
+    Dropping.of_pack = of_pack
+    return train_rank(run), seen
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run on 2 ranks."""
+    """An uninterrupted run on 2 ranks, with patch dropout and stochastic depth in its second stage."""
     folder = tmp_path_factory.mktemp("whole")
     write_demo_shards(folder / "shards")
-    run = create_run(small_config(folder / "shards", folder), "test", 2)
-    assert run_distributed(train_rank, 2, 90, run) == [True, True]
-    checkpoints = commit.complete(run / CHECKPOINTS)
-    return SimpleNamespace(run=run, shards=folder / "shards", last=checkpoints[-1], steps=len(metrics(run)))
+    config = small_config(folder / "shards", folder)
+    first, second = config.stages
+    second = second.model_copy(update={"patch_dropout": 0.5, "stochastic_depth": 0.3})
+    run = create_run(config.model_copy(update={"stages": [first, second]}), "test", 2)
+    answers = run_distributed(watched, 2, 90, run)
+    assert [completed for completed, _ in answers] == [True, True]
+    rules = {**answers[0][1], **answers[1][1]}
+    last = commit.complete(run / CHECKPOINTS)[-1]
+    return SimpleNamespace(run=run, shards=folder / "shards", last=last, steps=len(metrics(run)), rules=rules)
 
 
 def untimed(line):
@@ -61,6 +83,18 @@ def test_every_step_saw_one_pack_of_every_lane_and_the_counters_agree(whole):
     lines = metrics(whole.run)
     assert sum(len(entry) - 1 for entry in seen.values()) == lines[-1]["samples_seen"]
     assert all(entry[0] == lines[step - 1]["modality"] for (step, _), entry in seen.items())
+
+
+def test_every_pack_of_a_stage_is_thinned_by_the_stages_rates_with_the_step_and_lane_as_its_key(whole):
+    assert whole.rules.keys() == samples(whole.run).keys()
+    for (step, _), rule in whole.rules.items():
+        line = metrics(whole.run)[step - 1]
+        both = line["stage"] == "both"
+        assert (rule.patches, rule.depth, rule.seed) == ((0.5, 0.3, 0) if both else (0.0, 0.0, 0))
+        a, _ = cost_coefficients(PRESETS["tiny"])
+        flops = line["tflops_per_rank"] * 2 * line["step_s"] * 1e12
+        tokens = line["tokens_per_s"] * line["step_s"]
+        assert flops < 0.7 * a * tokens if both else flops > a * tokens
 
 
 def test_the_summary_has_totals_losses_versions_and_checkpoints(whole):

@@ -22,7 +22,8 @@ def taught(tmp_path_factory):
     own_encoder().save_pretrained(folder / "teacher")
     config = small_config(folder / "shards", folder, objective={"teacher": {"path": str(folder / "teacher")}})
     first, second = config.stages
-    fading = first.model_copy(update={"distill": type(first.distill)(kind="linear", start=1.0, end=0.0)})
+    drops = {"patch_dropout": 0.5, "stochastic_depth": 0.2}
+    fading = first.model_copy(update={"distill": type(first.distill)(kind="linear", start=1.0, end=0.0), **drops})
     config = config.model_copy(update={"stages": [fading, second]})
     run = create_run(config, "test", 2)
     assert run_distributed(train_rank, 2, 90, run) == [True, True]

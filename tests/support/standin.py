@@ -24,6 +24,7 @@ class Pack:
     token_ids: Tensor
     text_lengths: Tensor
     caption_ids: Tensor
+    lane: int = 0
 
 
 class Block(nn.Module):
@@ -103,6 +104,7 @@ def pack(step: int, lane: int, *, empty: bool = False) -> Pack:
         token_ids=torch.randint(0, VOCAB, (n, 5), generator=g),
         text_lengths=torch.randint(1, 6, (n,), generator=g),
         caption_ids=torch.randint(0, 1 << 62, (n,), generator=g),
+        lane=lane,
     )
 
 

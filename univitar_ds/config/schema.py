@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from univitar_ds.geometry import PATCH, TUBELET, Resolution
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 EncoderSize = Literal["tiny", "0.3b", "0.6b", "1b"]
 Modality = Literal["image", "video"]
@@ -220,7 +221,7 @@ class StageConfig(Section):
     )
     clip_frames: Annotated[int, Field(ge=2)] = Field(8, description="most frames taken from a clip; even")
     clip_sampling: ClipSampling = ClipSampling()
-    token_budget: Positive = Field(16384, description="most tokens in a pack: memory")
+    token_budget: Positive = Field(16384, description="most tokens in a pack, those of patch_dropout too: memory")
     cost_budget_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None, description="most forward+backward TFLOP of the encoder in a pack: time"
     )
@@ -238,6 +239,12 @@ class StageConfig(Section):
     )
     checkpoint_every: Annotated[int, Field(ge=0)] | None = Field(
         None, description="activation checkpointing in this stage; absent: model.checkpoint_every"
+    )
+    patch_dropout: DropRate = Field(
+        0.0, description="share of each item's tokens that the encoder does not see in training; one always stays"
+    )
+    stochastic_depth: DropRate = Field(
+        0.0, description="how probably the last block adds nothing to an item in training; 0 at the first, even between"
     )
 
     @model_validator(mode="after")

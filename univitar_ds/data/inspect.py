@@ -14,7 +14,7 @@ from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.cursor import parse
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.loader import PackLoader
-from univitar_ds.data.packing import item_cost
+from univitar_ds.data.packing import item_cost, thinned
 from univitar_ds.data.sources import fingerprint, stage_modalities, validate_sources
 from univitar_ds.data.storage import StorageSettings
 
@@ -123,7 +123,7 @@ def render(inspection: Inspection) -> str:
 
 
 def _draw(config: RunConfig, stage: StageConfig, modality: Modality, packs: int, cost: tuple[float, float]) -> Stream:
-    stream = Stream(stage, modality)
+    stream, seen = Stream(stage, modality), thinned(cost, stage.patch_dropout)
     started, first = time.perf_counter(), 0
     with closing(_steps(config, stage, modality, packs, cost)) as steps:
         for number, step in enumerate(steps):
@@ -132,7 +132,7 @@ def _draw(config: RunConfig, stage: StageConfig, modality: Modality, packs: int,
             costs = []
             for batch in step[: packs - len(stream.packs)]:
                 _count(stream, batch)
-                costs.append(sum(item_cost(tokens, cost) for tokens in stream.packs[-1]))
+                costs.append(sum(item_cost(tokens, seen) for tokens in stream.packs[-1]))
             if len(costs) == len(step) > 1 and sum(costs) > 0:
                 stream.imbalances.append(max(costs) * len(costs) / sum(costs) - 1)
     stream.samples_per_s = round((len(stream.tokens) - first) / (time.perf_counter() - started), 1)

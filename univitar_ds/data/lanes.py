@@ -17,11 +17,11 @@ from univitar_ds.data.cursor import LaneCursor, Place, StreamCursor, Waiting
 from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.mixture import Turns
-from univitar_ds.data.randomness import draw
 from univitar_ds.data.reading import Reader, look_through, read_entry, where_is, with_captions
 from univitar_ds.data.samples import Sample, SizeRule, read_sample_again
 from univitar_ds.data.sources import EVERYTHING, ShardGroup, SourceShard, groups_of
 from univitar_ds.errors import DataError, SampleError
+from univitar_ds.randomness import draw
 
 _log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from univitar_ds.data.delivery import DecodingHealth, collate, decoded
 from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.lanes import Item, Lane, Plan, StreamRules
 from univitar_ds.data.layout import Modality
+from univitar_ds.data.packing import thinned
 from univitar_ds.data.reading import read_entry, shard_samples, where_is
 from univitar_ds.data.samples import SizeRule
 from univitar_ds.data.sampling import Sampling
@@ -179,7 +180,7 @@ def stream_rules(
             pool_samples=data.pool_samples,
             policy=bad_policy(data),
             weights=stage.weights,
-            cost=cost,
+            cost=thinned(cost, stage.patch_dropout),
             cost_budget=None if tflops is None else tflops * 1e12,
         )
         for modality in stage_modalities(stage)

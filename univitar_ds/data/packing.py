@@ -43,6 +43,12 @@ def item_cost(tokens: int, coefficients: tuple[float, float]) -> float:
     return linear * tokens + square * tokens * tokens
 
 
+def thinned(coefficients: tuple[float, float], dropout: float) -> tuple[float, float]:
+    """Coefficients by an item's whole tokens where the encoder sees all but `dropout` of them, to rounding."""
+    linear, square = coefficients
+    return (1 - dropout) * linear, (1 - dropout) ** 2 * square
+
+
 def choose(
     tokens: Sequence[int], costs: Sequence[float], token_budget: int, cost_budget: float | None = None
 ) -> list[int]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from univitar_ds.data.randomness import draw as draw_number
 from univitar_ds.geometry import TUBELET
+from univitar_ds.randomness import draw as draw_number
 
 _WHOLE = 1 << 64
 """A part of a clip in the units of `places`: integers, so that no rounding differs between machines."""

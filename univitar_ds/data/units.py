@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from univitar_ds.data.randomness import permutation
+from univitar_ds.randomness import permutation
 
 PLENTY = 8
 """From this many shards a lane on, shards stay whole: lanes then differ by at most one unit in `PLENTY`."""

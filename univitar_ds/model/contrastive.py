@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from univitar_ds.geometry import token_count
 from univitar_ds.model.attention import Spans, attention
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.distill_heads import Distilled, DistillHeads
+from univitar_ds.model.dropping import Drops
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.layers import RMSNorm
 from univitar_ds.model.towers import build_text_tower
@@ -41,7 +42,7 @@ class AttentionPool(nn.Module):
         nn.init.xavier_uniform_(self.kv.weight)
         nn.init.zeros_(self.kv.bias)
 
-    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """(T, D), tokens per item -> (N, D)."""
         count, width = len(lengths), tokens.shape[1] // self.heads
         k, v = self.kv(self.norm(tokens)).view(-1, 2, self.heads, width).unbind(1)
@@ -96,12 +97,14 @@ class ContrastiveModel(nn.Module):
         token_ids: Tensor,
         text_lengths: Tensor,
         distill: bool = False,
+        drops: Drops | None = None,
     ) -> Embedded:
         """Embeds one pack; N may be 0.
 
-        Args: see `encode_vision` and `encode_text`; distill: also features for the teacher, by the heads for it.
+        Args: see `encode_vision` and `encode_text`; distill: also features for the teacher, by the heads for it;
+        drops: what the encoder goes without. Features for the teacher are of the tokens that stay.
         """
-        tokens, pooled = self._features(pixels, frames, grid_thw)
+        tokens, pooled = self._features(pixels, frames, grid_thw, drops)
         # Scale and bias leave as new tensors: ZeRO-3 takes a parameter's storage away once forward has ended.
         return Embedded(
             F.normalize(self.vision_proj(pooled).float(), dim=-1),
@@ -122,12 +125,15 @@ class ContrastiveModel(nn.Module):
         _, pooled = self._features(pixels, frames, grid_thw)
         return F.normalize(self.vision_proj(pooled).float(), dim=-1)
 
-    def _features(self, pixels: Tensor, frames: Tensor, grid_thw: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (T, D) and pooled (N, D) of a pack."""
+    def _features(
+        self, pixels: Tensor, frames: Tensor, grid_thw: Tensor, drops: Drops | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (T, D), those that stay, and pooled (N, D) of a pack."""
         config, grids = self.vision.config, grid_thw.tolist()
         patches = patchify(pixels, frames.tolist(), grids, config.spatial_merge_size)
-        tokens = self.vision(normalise(patches, config.image_mean, config.image_std), grids)
-        return tokens, self.pool(tokens, [token_count(grid) for grid in grids])
+        tokens = self.vision(normalise(patches, config.image_mean, config.image_std), grids, drops=drops)
+        lengths = [token_count(grid) for grid in grids] if drops is None else drops.lengths
+        return tokens, self.pool(tokens, lengths)
 
     def encode_text(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
         """Captions to unit vectors.

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
 from univitar_ds.geometry import token_count
 from univitar_ds.model.attention import Spans
+from univitar_ds.model.dropping import Drops
 from univitar_ds.model.layers import Block, PatchEmbedding
 from univitar_ds.model.weights import load_into, save_encoder
 
@@ -51,7 +52,12 @@ class UniViTAR(nn.Module):
         save_encoder(folder, self)
 
     def forward(
-        self, pixel_values: Tensor, grid_thw: Tensor | Sequence[Sequence[int]], *, output_hidden_states: bool = False
+        self,
+        pixel_values: Tensor,
+        grid_thw: Tensor | Sequence[Sequence[int]],
+        *,
+        output_hidden_states: bool = False,
+        drops: Drops | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Encodes a pack.
 
@@ -59,19 +65,27 @@ class UniViTAR(nn.Module):
             pixel_values: (T, 1176) normalised patches, items one after another.
             grid_thw: (N, 3) tokens per item along time, height, width; on the host.
             output_hidden_states: also return the input of every block and the last output.
-        Returns: (T, D), or with hidden states a pair ((T, D), list of layers + 1 times (T, D)).
+            drops: what the pack goes without in training.
+        Returns: (T, D), or with hidden states a pair ((T, D), list of layers + 1 times (T, D)); T without what drops.
         """
         grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]
-        spans = Spans.of([token_count(grid) for grid in grids], pixel_values.device)
-        positions = grid_positions(grids, self.config.spatial_merge_size).to(pixel_values.device, non_blocking=True)
+        lengths: Sequence[int] = [token_count(grid) for grid in grids]
+        positions = grid_positions(grids, self.config.spatial_merge_size)
         assert len(positions) == len(pixel_values), f"{len(pixel_values)} patches, the grids take {len(positions)}"
         x = self.embeddings["patch_embedding"](pixel_values)
+        factors = None
+        if drops is not None:
+            lengths, factors = drops.lengths, drops.token_factors(x.device)
+            if drops.kept is not None:
+                x, positions = x.index_select(0, drops.kept.to(x.device, non_blocking=True)), positions[drops.kept]
+        spans, positions = Spans.of(lengths, x.device), positions.to(x.device, non_blocking=True)
         states = [x]
         for index, block in enumerate(self.encoder["layers"]):
+            arguments = (x, positions, spans, None if factors is None else factors[index])
             if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, positions, spans, use_reentrant=False)
+                x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, positions, spans)
+                x = block(*arguments)
             if output_hidden_states:
                 states.append(x)
         return (x, states) if output_hidden_states else x

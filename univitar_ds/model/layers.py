@@ -117,6 +117,14 @@ class SwiGLU(nn.Module):
         return self.fc2(self.norm(self.fc1(x), self.fc3(x)))
 
 
+def weighed(branch: Tensor, factors: Tensor | None) -> Tensor:
+    """(T, D), (T, 1) float32 or None for all 1 -> (T, D).
+
+    The product is rounded, not the factors: theirs is one number, whose error no mean over draws would take away.
+    """
+    return branch if factors is None else (branch * factors).to(branch.dtype)
+
+
 class Block(nn.Module):
     """x + ls1 * attn(norm1 x), then x + ls2 * mlp(norm2 x)."""
 
@@ -130,7 +138,11 @@ class Block(nn.Module):
         self.norm2 = AddNorm(width, eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, positions: Tensor, spans: Spans) -> Tensor:
-        """(T, D), (T, 2) -> (T, D)."""
-        x, normed = self.norm2(x, self.attn(self.norm1(x), positions, spans), self.ls1)
-        return torch.addcmul(x, self.mlp(normed), self.ls2)
+    def forward(self, x: Tensor, positions: Tensor, spans: Spans, factors: Tensor | None = None) -> Tensor:
+        """(T, D), (T, 2), factors of both branches (2, T, 1) -> (T, D).
+
+        Both branches always run: under ZeRO-3 no rank may leave a module out.
+        """
+        first, second = (None, None) if factors is None else factors.unbind()
+        x, normed = self.norm2(x, weighed(self.attn(self.norm1(x), positions, spans), first), self.ls1)
+        return torch.addcmul(x, weighed(self.mlp(normed), second), self.ls2)

@@ -12,6 +12,7 @@ from torch import Tensor
 from univitar_ds.config.schema import TeacherConfig
 from univitar_ds.geometry import token_count
 from univitar_ds.model.distill_heads import Distilled
+from univitar_ds.model.dropping import Drops
 from univitar_ds.model.teacher import Teacher, TeacherFeatures
 from univitar_ds.objectives.distill import distill
 from univitar_ds.training.distributed import World, gather_numbers
@@ -45,13 +46,19 @@ class Distillation:
     """
 
     def __init__(
-        self, teacher: Teacher, config: TeacherConfig, weight: float, packs: Sequence[Pictures], world: World
+        self,
+        teacher: Teacher,
+        config: TeacherConfig,
+        weight: float,
+        packs: Sequence[Pictures],
+        drops: Sequence[Drops | None],
+        world: World,
     ) -> None:
-        self.teacher, self.config, self.packs, self.world = teacher, config, packs, world
+        self.teacher, self.config, self.packs, self.drops, self.world = teacher, config, packs, drops, world
         taken = [
-            token_count(grid)
-            for pack in packs
-            for grid, good in zip(pack.grid_thw.tolist(), teacher.takes(pack.grid_thw), strict=True)
+            length
+            for pack, dropped in zip(packs, drops, strict=True)
+            for length, good in zip(_lengths(pack, dropped), teacher.takes(pack.grid_thw), strict=True)
             if good
         ]
         calls = [teacher.calls(pack.grid_thw) for pack in packs]
@@ -62,9 +69,16 @@ class Distillation:
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # of patches, of pooled, of agreement
 
     def look(self, index: int) -> TeacherFeatures:
-        """Runs the teacher over a pack. Before the student does: what the teacher needed is free again by then."""
-        pack = self.packs[index]
-        return self.teacher(pack.pixels, pack.frames, pack.grid_thw, calls=self.calls[index])
+        """Runs the teacher over a whole pack; features of the tokens that the student sees, and of all items.
+
+        Before the student runs: what the teacher needed is free again by then.
+        """
+        pack, dropped = self.packs[index], self.drops[index]
+        seen = self.teacher(pack.pixels, pack.frames, pack.grid_thw, calls=self.calls[index])
+        if dropped is None or dropped.kept is None:
+            return seen
+        kept = dropped.kept.to(seen.patches.device)
+        return seen._replace(patches=seen.patches[kept], valid=seen.valid[kept])
 
     def loss(self, student: Distilled, teacher: TeacherFeatures) -> Tensor:
         """What a pack adds to the loss of the step, ()."""
@@ -82,3 +96,8 @@ class Distillation:
             {"distill_patch": patch, "distill_pooled": pooled},
             agreement / self.tokens,
         )
+
+
+def _lengths(pack: Pictures, dropped: Drops | None) -> Sequence[int]:
+    """Tokens of each item that the student sees."""
+    return [token_count(grid) for grid in pack.grid_thw.tolist()] if dropped is None else dropped.lengths

@@ -238,7 +238,7 @@ def build_engine(
 ) -> Engine:
     """Hands `model` to DeepSpeed. What is frozen must have `requires_grad` False already, and stays so.
 
-    The model must not draw random numbers in its forward pass (no dropout): the step runs it twice. `began`: see
+    The model must not draw random numbers in its forward pass: the step runs it twice. `began`: see
     `optim.parameter_groups`.
     Raises: ConfigError if the DeepSpeed configuration asks for ZeRO stage 0.
     """

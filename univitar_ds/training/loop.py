@@ -16,6 +16,7 @@ from univitar_ds.config.run_folder import CHECKPOINTS, TOKENIZER
 from univitar_ds.config.schema import RunConfig, StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import PackLoader
+from univitar_ds.model.dropping import Dropping
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher import Teacher, build_teacher
 from univitar_ds.training import preemption
@@ -223,6 +224,7 @@ class _Trainer:
             name: weight_at(getattr(stage, name), progress.samples_in_stage, stage.samples)
             for name in ("contrastive", "distill")
         }
+        dropping = Dropping.of(stage, self.engine.module.vision.config, seed=self.cfg.seed, step=progress.step)
         try:
             result = train_step(
                 self.engine,
@@ -232,6 +234,7 @@ class _Trainer:
                 contrastive_weight=weights["contrastive"],
                 teacher=self.teacher,
                 distill_weight=weights["distill"],
+                dropping=dropping,
             )
         except DivergedError as error:
             return str(error)
@@ -243,6 +246,7 @@ class _Trainer:
             step_s=time.perf_counter() - start,
             data_wait_s=waited,
             alarm=trouble is not None,
+            dropping=dropping,
         )
         joined = join_ranks(numbers, self.world)
         if joined["alarm"]:

@@ -20,6 +20,7 @@ from univitar_ds.config.schema import Modality
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.health import KINDS
 from univitar_ds.geometry import token_count
+from univitar_ds.model.dropping import NO_DROPPING, Dropping
 from univitar_ds.training.curriculum import Progress
 from univitar_ds.training.distributed import World, gather_numbers
 from univitar_ds.training.step import StepResult
@@ -61,17 +62,20 @@ def rank_numbers(
     step_s: float,
     data_wait_s: float,
     alarm: bool = False,
+    dropping: Dropping = NO_DROPPING,
 ) -> dict[str, float]:
     """The numbers of this rank at a step, by the names of OVER_RANKS.
 
-    Args: cost: FLOPs a token, FLOPs a token squared; alarm: whether this rank's guard wants the step undone.
+    Args: cost: FLOPs a token, FLOPs a token squared; alarm: whether this rank's guard wants the step undone; dropping:
+    of the step, FLOPs are those of the tokens that stay.
     """
     bad = Counter[str]()
     for batch in batches:
         bad.update(batch.bad)
     assert bad.keys() <= set(KINDS), set(bad) - set(KINDS)
     lengths = [token_count(grid) for batch in batches for grid in batch.grid_thw.tolist()]
-    flops = cost[0] * sum(lengths) + cost[1] * sum(length**2 for length in lengths)
+    kept = [dropping.kept(length) for length in lengths]
+    flops = cost[0] * sum(kept) + cost[1] * sum(length**2 for length in kept)
     return {
         "tokens": sum(lengths),
         "token_budget": token_budget * len(batches),

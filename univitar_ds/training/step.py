@@ -3,7 +3,8 @@
 The loss compares all items of the step, but a rank has memory for the activations of one pack. So the
 packs are embedded without gradient, the loss gives the gradient of every embedding, and then each pack
 runs again, with gradient, and is fed what the loss wants of its embeddings. A rank with a single pack
-runs it once. The two ways are the same numbers because the model draws no random numbers.
+runs it once. The two ways are the same numbers because the model draws no random numbers: what a step
+leaves out of a pack is drawn before (`model.dropping`).
 A teacher's part is a sum over tokens and items: it rides on the passes with gradient, a pack at a time.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from univitar_ds.config.schema import ObjectiveConfig
 from univitar_ds.errors import UserError
+from univitar_ds.model.dropping import NO_DROPPING, Dropping, Drops
 from univitar_ds.model.teacher import Teacher
 from univitar_ds.objectives.ring import ContrastiveResult
 from univitar_ds.objectives.sigmoid import ring_sigmoid
@@ -41,6 +43,7 @@ class Batch(Protocol):
     token_ids: Tensor
     text_lengths: Tensor
     caption_ids: Tensor
+    lane: int
 
 
 class DivergedError(UserError):
@@ -75,18 +78,24 @@ def train_step(
     contrastive_weight: float = 1.0,
     teacher: Teacher | None = None,
     distill_weight: float = 0.0,
+    dropping: Dropping = NO_DROPPING,
 ) -> StepResult:
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
-    Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at `distill_weight` 0.
+    Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at `distill_weight` 0;
+    dropping: what the encoder goes without, by lane, whichever rank has the lane.
     Raises: DivergedError, on all ranks, if the loss or the gradient is not finite; the parameters keep
     their last finite values.
     """
     engine.begin_step(lr)
+    drops = [dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
     distillation = None
     if distill_weight:
-        distillation = Distillation(teacher, objective.teacher, distill_weight, batches, engine.world)
-    inputs = [_inputs(batch, engine.world.device, distill=bool(distillation)) for batch in batches]
+        distillation = Distillation(teacher, objective.teacher, distill_weight, batches, drops, engine.world)
+    inputs = [
+        _inputs(batch, engine.world.device, bool(distillation), dropped)
+        for batch, dropped in zip(batches, drops, strict=True)
+    ]
     once = single_pass and len(batches) == 1
     with torch.set_grad_enabled(once):  # what a teacher is shown is large: kept of a single pack only
         outputs = [output if once else output[:4] for output in (engine(*pack) for pack in inputs)]
@@ -127,7 +136,7 @@ def train_step(
     )
 
 
-def _inputs(batch: Batch, device: torch.device, *, distill: bool) -> tuple[Any, ...]:
+def _inputs(batch: Batch, device: torch.device, distill: bool, drops: Drops | None) -> tuple[Any, ...]:
     """Arguments of the model's forward. `frames` and `grid_thw` stay on the host: they are sizes."""
     pack = (
         batch.pixels.to(device, non_blocking=True),
@@ -136,7 +145,7 @@ def _inputs(batch: Batch, device: torch.device, *, distill: bool) -> tuple[Any, 
         batch.token_ids.to(device, non_blocking=True),
         batch.text_lengths.to(device, non_blocking=True),
     )
-    return (*pack, True) if distill else pack
+    return (*pack, distill, drops) if distill or drops is not None else pack
 
 
 def _surrogate(

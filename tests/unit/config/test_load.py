@@ -92,6 +92,8 @@ def test_all_faults_are_told_at_once(run_file):
         (["stages.0.image={min_tokens: 1, max_tokens: 60}"], "at least 64 tokens an item, above max_tokens 60"),
         (["model.text.heads=3"], "hidden_size 256 is not divisible by heads 3"),
         (["evaluation.image_templates=[a photo]"], "a template holds the label once"),
+        (["stages.0.patch_dropout=1"], r"stages\.0\.patch_dropout: input should be less than 1, got 1"),
+        (["stages.0.stochastic_depth=-0.1"], r"stages\.0\.stochastic_depth: input should be greater .*, got -0\.1"),
     ],
 )
 def test_contradictions_are_named_with_their_values(run_file, overrides, expected):

@@ -68,6 +68,14 @@ def test_the_imbalance_of_a_step_is_its_dearest_pack_against_the_mean(folder):
     assert inspect(run(folder), packs=2).streams[0].imbalances == []
 
 
+def test_a_cost_budget_is_of_the_tokens_that_the_encoder_sees(folder):
+    def packs(budget, **stage):
+        return inspect(run(folder, cost_budget_tflops=budget, **stage), packs=6, cost=(0.0, 1.0)).streams[0].packs
+
+    budget = 2.0**-30  # about 900 tokens squared
+    assert packs(budget, patch_dropout=0.5) == packs(4 * budget) != packs(budget)
+
+
 def test_as_many_packs_as_asked_for_are_drawn_whatever_the_lanes(folder):
     assert [len(inspect(run(folder), packs=packs).streams[0].packs) for packs in (1, 3)] == [1, 3]
 

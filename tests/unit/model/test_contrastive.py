@@ -11,6 +11,7 @@ from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.model import contrastive
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.contrastive import AttentionPool, build_contrastive
+from univitar_ds.model.dropping import Dropping, Drops
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.weights import save_encoder
 
@@ -162,6 +163,29 @@ def test_heads_for_a_teacher_leave_first_values_and_embeddings_as_they_are():
     assert shown.distilled.patches.shape == (24 + 16 + 4, 24)
     assert shown.distilled.pooled.shape == (3, 24)
     assert all(torch.equal(a, b) for a, b in zip(plain(*inputs)[:4], shown[:4], strict=True))
+
+
+def test_a_picture_of_which_a_corner_stays_is_embedded_as_the_corner_cut_out():
+    model = build_contrastive(CONFIG, **VOCAB, seed=0, teacher_width=24)
+    pixels = drawn_pixels()
+    first, *others = pixels.split(sizes(FRAMES, GRIDS))
+    kept = torch.tensor([row * 6 + column for row in range(3) for column in range(2)] + list(range(24, 44)))
+    seen = model(pixels, FRAMES, GRIDS, CAPTIONS, LENGTHS, True, Drops((6, 16, 4), kept, None))
+    cut = first.view(4 * 14, 6 * 14, 3)[: 3 * 14, : 2 * 14].flatten()
+    grids = torch.tensor([[1, 3, 2], *GRIDS[1:].tolist()])
+    wanted = model(torch.cat([cut, *others]), FRAMES, grids, CAPTIONS, LENGTHS, True)
+    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-6)
+    assert (seen.vision[0] - model.encode_vision(pixels, FRAMES, GRIDS)[0]).norm() > 1e-3
+
+
+def test_a_pack_without_items_goes_without_nothing():
+    model = build_contrastive(CONFIG, **VOCAB, seed=0)
+    drops = Dropping(0.5, 0.5, blocks=2).of_pack([], 0)
+    empty = torch.empty(0, dtype=torch.uint8)
+    vision, text, *_ = model(empty, FRAMES[:0], GRIDS[:0], CAPTIONS[:0], LENGTHS[:0], False, drops)
+    assert vision.shape == text.shape == (0, 16)
+    (vision.sum() + text.sum()).backward()
+    assert all(parameter.grad is not None for parameter in model.vision.parameters())
 
 
 def test_what_a_teacher_is_shown_is_linear_in_the_normed_tokens_and_in_the_pooled_feature():

@@ -6,6 +6,7 @@ import torch
 
 from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.data.batch import PackedBatch, rows
+from univitar_ds.model.dropping import Dropping
 from univitar_ds.training.curriculum import Progress
 from univitar_ds.training.distributed import World, gather_json
 from univitar_ds.training.logs import MetricLog, SampleLog, cut_sample_logs
@@ -85,6 +86,15 @@ def test_the_numbers_of_a_rank_are_those_of_all_its_packs():
     assert {name: got[name] for name in BAD_OF_KIND if got[name]} == {"bad_corrupt": 3, "bad_json": 1}
     assert got["shrunk"] == 3
     assert got["memory_gb"] > 0.01
+
+
+def test_flops_are_those_of_the_tokens_that_stay_and_fill_is_of_all():
+    rule = Dropping(patches=0.5, merge=2)
+    packs = [batch((1, 2, 6), (1, 4, 4)), batch((2, 2, 2))]
+    got = rank_numbers(packs, cost=(10.0, 1.0), token_budget=20, step_s=2.0, data_wait_s=0.5, dropping=rule)
+    kept = [8, 8, 4]  # of 3, 4 and 2 blocks of 4 tokens: 2, 2 and 1
+    assert got["flops"] == got["busiest_flops"] == 10 * sum(kept) + sum(count**2 for count in kept)
+    assert got["tokens"] == 12 + 16 + 8
 
 
 def test_the_exchange_of_ranks_has_one_size_whatever_went_wrong_on_each():

@@ -1,0 +1,100 @@
+"""What a training step leaves out of a pack: tokens (patch dropout, arXiv:2212.00794) and, for single items, what a
+block adds (stochastic depth, arXiv:1603.09382).
+
+A pack may run twice in a step and its blocks more often, on any number of ranks, before or after a resume, and every
+time the same must be missing. So nothing is drawn in a forward pass: what a pack goes without is drawn before, on the
+host, from the seed, the step, the lane and the item alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.config.schema import StageConfig
+from univitar_ds.geometry import cumulative, token_count
+from univitar_ds.randomness import draws
+
+
+@dataclass(frozen=True)
+class Drops:
+    """What one pack of N items goes without. The tensors are on the host."""
+
+    lengths: tuple[int, ...]
+    """Tokens that stay, of each item."""
+    kept: Tensor | None
+    """(Tk,) int64, ascending: the tokens that stay; None: all."""
+    factors: Tensor | None
+    """(blocks, 2, N) float32: what attention and feed-forward of a block add to an item is multiplied by these; None:
+    by 1."""
+
+    def token_factors(self, device: torch.device) -> Tensor | None:
+        """`factors` for the tokens that stay, (blocks, 2, Tk, 1) on `device`."""
+        if self.factors is None:
+            return None
+        items = torch.repeat_interleave(torch.tensor(self.lengths, dtype=torch.int64)).to(device, non_blocking=True)
+        return self.factors.to(device, non_blocking=True).index_select(2, items)[..., None]
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """The rule of one step.
+
+    `patches`: share of an item's tokens that is dropped. `depth`: how probably the last block adds nothing to an item;
+    from there down to the first block the probability falls evenly to 0. `merge`: tokens go in blocks of merge x merge.
+    """
+
+    patches: float = 0.0
+    depth: float = 0.0
+    blocks: int = 0
+    merge: int = 1
+    seed: int = 0
+    step: int = 0
+
+    @classmethod
+    def of(cls, stage: StageConfig, encoder: EncoderConfig, *, seed: int, step: int) -> Dropping:
+        """Of a step of a run, counted from its beginning."""
+        shape = encoder.num_hidden_layers, encoder.spatial_merge_size
+        return cls(stage.patch_dropout, stage.stochastic_depth, *shape, seed, step)
+
+    def kept(self, tokens: int) -> int:
+        """How many of an item's tokens stay: whole merge blocks, at least one."""
+        cell = self.merge**2
+        return max(1, round(tokens // cell * (1 - self.patches))) * cell
+
+    def of_pack(self, grids: Sequence[Sequence[int]], lane: int) -> Drops | None:
+        """What the pack of a lane goes without; None: nothing. `grids`: (t, h, w) of each item."""
+        if not self.patches and not self.depth:
+            return None
+        counts = [token_count(grid) for grid in grids]
+        return Drops(
+            tuple(self.kept(count) for count in counts),
+            self._kept_tokens(counts, lane) if self.patches else None,
+            self._factors(len(grids), lane) if self.depth else None,
+        )
+
+    def _kept_tokens(self, counts: Sequence[int], lane: int) -> Tensor:
+        cell = self.merge**2
+        kept = [np.empty(0, dtype=np.int64)]
+        for item, (start, count) in enumerate(zip(cumulative(counts), counts, strict=False)):
+            order = np.argsort(draws(count // cell, self.seed, "patches", self.step, lane, item), kind="stable")
+            cells = np.sort(order[: self.kept(count) // cell])
+            kept.append((start + cells[:, None] * cell + np.arange(cell)).reshape(-1))
+        return torch.from_numpy(np.concatenate(kept))
+
+    def _factors(self, items: int, lane: int) -> Tensor:
+        rates = self.depth * np.arange(self.blocks) / max(self.blocks - 1, 1)
+        numbers = np.empty((items, self.blocks, 2))
+        for item in range(items):
+            drawn = draws(2 * self.blocks, self.seed, "depth", self.step, lane, item)
+            numbers[item] = (drawn / 2.0**64).reshape(self.blocks, 2)
+        stays = numbers.transpose(1, 2, 0) >= rates[:, None, None]
+        return torch.from_numpy((stays / (1 - rates)[:, None, None]).astype(np.float32))
+
+
+NO_DROPPING = Dropping()
