@@ -1,10 +1,11 @@
 """What the compiler makes of every Triton kernel, without a GPU: registers, stack, shared memory, width of the loads.
 
-    python benchmarks/kernel_resources.py [--out FILE]
+    python benchmarks/kernel_resources.py [--out FILE] [--sizes 0.6b ...]
 
 The launchers are called with tensors of the real widths; instead of being run, what they launch is compiled for Ampere
 and Hopper. Rows go to results/kernel_resources.csv, which a test compares with what it gets. `stack_bytes` is what
-spilled. `resident_warps` is how many of the 64 warps of an SM the registers and the shared memory leave room for.
+spilled. Loads are instructions, `loads_ahead` those of them that fetch the next rows into shared memory while these
+are worked on (cp.async). `resident_warps` is how many of the 64 warps of an SM the registers and the shared memory leave room for.
 Must be a process without TRITON_INTERPRET.
 """
 
@@ -63,7 +64,7 @@ class Launch:
 
 
 def token_wise_cases() -> Iterator[Case]:
-    for dtype, sizes in ((torch.bfloat16, list(SIZES)), (torch.float32, ["0.6b"])):
+    for dtype, sizes in ((torch.bfloat16, list(SIZES)), (torch.float32, ["0.3b"])):
         for size in sizes:
             heads, width, inner = SIZES[size]
             made = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, requires_grad=True)  # noqa: E731
@@ -127,7 +128,9 @@ def resources(case: Case, launch: Launch, arch: int) -> dict[str, Any]:
         file.flush()
         usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    widths = [_width(vector, bits) for vector, bits in re.findall(r"ld\.global(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])]
+    ptx = kernel.asm["ptx"]
+    loads = [int(vector or 1) * int(bits) // 8 for vector, bits in re.findall(r"ld\.global(?:\.v(\d))?\.b(\d+)", ptx)]
+    loads += [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.\S+ [^,]+, [^,]+, (0x\w+)", ptx)]
     warps = kernel.metadata.num_warps
     return {
         "operation": case.operation,
@@ -140,16 +143,13 @@ def resources(case: Case, launch: Launch, arch: int) -> dict[str, Any]:
         "stack_bytes": stack,
         "shared_bytes": kernel.metadata.shared,
         "resident_warps": _resident_warps(warps, registers, kernel.metadata.shared, arch),
-        "loads_16_bytes": sum(width == 16 for width in widths),
-        "loads_8_bytes": sum(width == 8 for width in widths),
-        "loads_narrower": sum(width < 8 for width in widths),
-        "barriers": kernel.asm["ptx"].count("bar.sync"),
+        "loads_16_bytes": loads.count(16),
+        "loads_8_bytes": loads.count(8),
+        "loads_narrower": sum(width < 8 for width in loads),
+        "loads_ahead": ptx.count("cp.async.c"),
+        "barriers": ptx.count("bar.sync"),
         "triton": triton.__version__,
     }
-
-
-def _width(vector: str, bits: str) -> int:
-    return int(vector or 1) * int(bits) // 8
 
 
 def _resident_warps(warps: int, registers: int, shared: int, arch: int) -> int:
@@ -161,11 +161,13 @@ def _resident_warps(warps: int, registers: int, shared: int, arch: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    out = parser.parse_args().out
-    work = [(case, launch, arch) for case in token_wise_cases() for launch in launches_of(case) for arch in (80, 90)]
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    options = parser.parse_args()
+    cases = [case for case in token_wise_cases() if case.size in options.sizes]
+    work = [(case, launch, arch) for case in cases for launch in launches_of(case) for arch in (80, 90)]
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda each: resources(*each), work))
-    with out.open("w", newline="", encoding="utf-8") as file:
+    with options.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

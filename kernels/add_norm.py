@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.rows import (
+    held_vector,
     launch_backward,
     launch_forward,
     load_rows,
@@ -19,6 +20,7 @@ from kernels.rows import (
     store_partial,
     store_rows,
     sums_of_rows,
+    zeros,
 )
 
 
@@ -48,14 +50,14 @@ def forward_kernel(
 def backward_kernel(
     SUM, BRANCH, S, W, DSUM, DY, DX, DBRANCH, DS, DW, T, eps,
     N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK)[None, :]
-    scales = ()
-    weights = ()
-    for _ in tl.static_range(TILES):
-        scales += (tl.zeros((R, BLOCK), tl.float32),)
-        weights += (tl.zeros((R, BLOCK), tl.float32),)
-    for start in tl.range(tl.program_id(0) * R, T, tl.num_programs(0) * R):
+    scales = held_vector(S, N, R, BLOCK, TILES)
+    weights = held_vector(W, N, R, BLOCK, TILES)
+    scale_sums = zeros(R, BLOCK, TILES)
+    weight_sums = zeros(R, BLOCK, TILES)
+    for start in tl.range(tl.program_id(0) * R, T, tl.num_programs(0) * R, num_stages=STAGES):
         row = tl.cast(start, tl.int64) + tl.arange(0, R)[:, None]
         totals = ()
         gs = ()
@@ -65,7 +67,7 @@ def backward_kernel(
             total = load_rows(SUM, row, tile * BLOCK + lane, T, N)
             g = load_rows(DY, row, tile * BLOCK + lane, T, N)
             squares += total * total
-            dots += total * g * load_vector(W, tile * BLOCK + lane, N, R)
+            dots += total * g * weights[tile].to(tl.float32)
             totals += (total,)
             gs += (g,)
         square, dot = sums_of_rows(squares, dots)
@@ -75,17 +77,16 @@ def backward_kernel(
         more_weights = ()
         for tile in tl.static_range(TILES):
             at = tile * BLOCK + lane
-            dx = (gs[tile] * load_vector(W, at, N, R) - totals[tile] * pull) * scale
+            dx = (gs[tile] * weights[tile].to(tl.float32) - totals[tile] * pull) * scale
             dx += load_rows(DSUM, row, at, T, N)
             store_rows(DX, dx, row, at, T, N)
-            store_rows(DBRANCH, dx * load_vector(S, at, N, R), row, at, T, N)
-            more_scales += (scales[tile] + dx * load_rows(BRANCH, row, at, T, N),)
-            more_weights += (weights[tile] + gs[tile] * totals[tile] * scale,)
-        scales = more_scales
-        weights = more_weights
-    for tile in tl.static_range(TILES):
-        store_partial(DS, scales[tile], tile * BLOCK + lane, N)
-        store_partial(DW, weights[tile], tile * BLOCK + lane, N)
+            store_rows(DBRANCH, dx * scales[tile].to(tl.float32), row, at, T, N)
+            more_scales += (scale_sums[tile] + dx * load_rows(BRANCH, row, at, T, N),)
+            more_weights += (weight_sums[tile] + gs[tile] * totals[tile] * scale,)
+        scale_sums = more_scales
+        weight_sums = more_weights
+    store_partial(DS, scale_sums, N, BLOCK, TILES)
+    store_partial(DW, weight_sums, N, BLOCK, TILES)
 
 
 class AddNorm(torch.autograd.Function):

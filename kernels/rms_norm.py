@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.rows import (
+    held_vector,
     launch_backward,
     launch_forward,
     load_rows,
@@ -16,6 +17,7 @@ from kernels.rows import (
     store_partial,
     store_rows,
     sums_of_rows,
+    zeros,
 )
 
 
@@ -37,13 +39,13 @@ def forward_kernel(X, W, Y, T, eps, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.
 
 @triton.jit(do_not_specialize=["T"])
 def backward_kernel(
-    X, W, DY, DX, DW, T, eps, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
-):
+    X, W, DY, DX, DW, T, eps, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
     lane = tl.arange(0, BLOCK)[None, :]
-    sums = ()
-    for _ in tl.static_range(TILES):
-        sums += (tl.zeros((R, BLOCK), tl.float32),)
-    for start in tl.range(tl.program_id(0) * R, T, tl.num_programs(0) * R):
+    weights = held_vector(W, N, R, BLOCK, TILES)
+    sums = zeros(R, BLOCK, TILES)
+    for start in tl.range(tl.program_id(0) * R, T, tl.num_programs(0) * R, num_stages=STAGES):
         row = tl.cast(start, tl.int64) + tl.arange(0, R)[:, None]
         xs = ()
         gs = ()
@@ -53,7 +55,7 @@ def backward_kernel(
             x = load_rows(X, row, tile * BLOCK + lane, T, N)
             g = load_rows(DY, row, tile * BLOCK + lane, T, N)
             squares += x * x
-            dots += x * g * load_vector(W, tile * BLOCK + lane, N, R)
+            dots += x * g * weights[tile].to(tl.float32)
             xs += (x,)
             gs += (g,)
         square, dot = sums_of_rows(squares, dots)
@@ -62,12 +64,11 @@ def backward_kernel(
         added = ()
         for tile in tl.static_range(TILES):
             at = tile * BLOCK + lane
-            dx = (gs[tile] * load_vector(W, at, N, R) - xs[tile] * pull) * scale
+            dx = (gs[tile] * weights[tile].to(tl.float32) - xs[tile] * pull) * scale
             store_rows(DX, dx, row, at, T, N)
             added += (sums[tile] + gs[tile] * xs[tile] * scale,)
         sums = added
-    for tile in tl.static_range(TILES):
-        store_partial(DW, sums[tile], tile * BLOCK + lane, N)
+    store_partial(DW, sums, N, BLOCK, TILES)
 
 
 class RMSNorm(torch.autograd.Function):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tiling import Tiling, programs, row_tiling
+from kernels.tiling import STAGES, Tiling, programs, row_tiling
 
 
 @triton.jit
@@ -39,6 +39,25 @@ def load_vector(W, at, N: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
+def held_vector(W, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """All tiles of a vector (N,) for R rows, as they are stored: what a backward program keeps while it walks."""
+    tiles = ()
+    for tile in tl.static_range(TILES):
+        at = tl.broadcast_to(tile * BLOCK + tl.arange(0, BLOCK)[None, :], (R, BLOCK))
+        tiles += (tl.load(W + at, mask=at < N, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def zeros(R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """What a vector's gradient starts with."""
+    tiles = ()
+    for _ in tl.static_range(TILES):
+        tiles += (tl.zeros((R, BLOCK), tl.float32),)
+    return tiles
+
+
+@triton.jit
 def sums_of_rows(a, b):
     """The sums of both (R, BLOCK) over each row, each (R, 1), behind one barrier."""
     a, b = tl.split(tl.sum(tl.join(a, b), 1))
@@ -46,9 +65,11 @@ def sums_of_rows(a, b):
 
 
 @triton.jit
-def store_partial(P, sums, at, N: tl.constexpr):
-    """One program's part of a weight's gradient: the sum of `sums` (R, BLOCK) over its rows, into its row of P."""
-    tl.store(P + tl.program_id(0).to(tl.int64) * N + at, tl.sum(sums, 0)[None, :], mask=at < N)
+def store_partial(P, sums, N: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """One program's part of a vector's gradient: the tiles `sums` (R, BLOCK) summed over its rows, to its row of P."""
+    for tile in tl.static_range(TILES):
+        at = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(P + tl.program_id(0).to(tl.int64) * N + at, tl.sum(sums[tile], 0)[None, :], mask=at < N)
 
 
 def launch_forward(kernel: Any, rows: Tensor, *arguments: Any) -> None:
@@ -64,11 +85,11 @@ def launch_backward(kernel: Any, rows: Tensor, weights: int, *arguments: Any) ->
     """Runs `kernel(*tensors, *partials, T, eps)`; the gradients (N,) float32 of its `weights` vectors."""
     count, width = rows.shape
     tiling = row_tiling(width, rows.element_size(), backward=True)
-    grid = programs(count, tiling, rows.device)
+    grid = programs(count, tiling.rows, rows.device)
     partials = torch.empty(weights, grid, width, dtype=torch.float32, device=rows.device)
     if grid:
         *tensors, eps = arguments
-        kernel[(grid,)](*tensors, *partials, count, eps, **_options(width, tiling))
+        kernel[(grid,)](*tensors, *partials, count, eps, STAGES=STAGES, **_options(width, tiling))
     return list(partials.sum(1))
 
 
