@@ -5,7 +5,8 @@
 The launchers are called with tensors of the real widths; instead of being run, what they launch is compiled for Ampere
 and Hopper. Rows go to results/kernel_resources.csv, which a test compares with what it gets. `stack_bytes` is what
 spilled. Loads are instructions, `loads_ahead` those of them that fetch the next rows into shared memory while these
-are worked on (cp.async). `resident_warps` is how many of the 64 warps of an SM the registers and the shared memory leave room for.
+are worked on (cp.async). `resident_warps` is how many of the 64 warps of an SM the registers and the shared memory
+leave room for.
 Must be a process without TRITON_INTERPRET.
 """
 

@@ -218,9 +218,11 @@ def write_grads(
         first = grads[n + 2 * tile]
         second = grads[n + 2 * tile + 1]
         if NORMED:
-            more += (sums[n + 2 * tile] + first * turned[n + 2 * tile] * scale, sums[n + 2 * tile + 1] + second * turned[n + 2 * tile + 1] * scale)
-            first = first * weights[n + 2 * tile].to(tl.float32) - turned[n + 2 * tile] * pull
-            second = second * weights[n + 2 * tile + 1].to(tl.float32) - turned[n + 2 * tile + 1] * pull
+            a = turned[n + 2 * tile]
+            b = turned[n + 2 * tile + 1]
+            more += (sums[n + 2 * tile] + first * a * scale, sums[n + 2 * tile + 1] + second * b * scale)
+            first = first * weights[n + 2 * tile].to(tl.float32) - a * pull
+            second = second * weights[n + 2 * tile + 1].to(tl.float32) - b * pull
         store_heads(DX, first * cos + second * sin, row, at, inside)
         store_heads(DX, second * cos - first * sin, row, at + K // 2, inside)
     return more
