@@ -31,7 +31,7 @@ def test_values_and_gradients_are_the_references(device, tokens, width, dtype):
 def test_gates_far_from_zero_close_or_open_whole(device):
     from kernels.swiglu_norm import swiglu_norm
 
-    gate = torch.tensor([[-200.0, -90.0, 90.0, 200.0]], device=device)
+    gate = torch.tensor([[-120.0, -80.0, 80.0, 120.0]], device=device)
     ones = torch.ones(1, 4, device=device)
     result = swiglu_norm(gate, ones, ones[0], EPS)
     torch.testing.assert_close(result, reference.swiglu_norm(gate, ones, ones[0], EPS), rtol=1e-6, atol=1e-30)
