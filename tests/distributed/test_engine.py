@@ -7,7 +7,7 @@ import torch
 
 from tests.support.dense import dense_training
 from tests.support.distributed import run_distributed
-from tests.support.standin import LANES, StandIn, pack
+from tests.support.standin import LANES, StandIn, WithEncoder, pack
 from tests.support.training import OBJECTIVE, engine_of, losses, lr, steps, weights
 from univitar_ds.training.distributed import start_world
 from univitar_ds.training.step import DivergedError, train_step
@@ -144,6 +144,30 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_in_the_same_words(two_ra
     assert stories[0] == stories[1]
     assert "the loss is nan" in stories[0]
     assert all(answer["nan"][1] for answer in two_ranks), "the weights changed"
+
+
+def encoder_on_two_ranks(folder):
+    """The real encoder with every parameter partitioned; a weight that DeepSpeed had to find by itself is a fault."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    def found(module, parameter):
+        raise AssertionError(f"{type(module).__name__} uses a weight of shape {parameter.ds_shape} not in `borrowed`")
+
+    parameter_offload.register_external_parameter = found
+    world = start_world()
+    return {
+        every: trained(world, folder / str(every), model=WithEncoder(checkpoint_every=every), kept_whole=0)
+        for every in (0, 1)
+    }
+
+
+def test_weights_that_a_module_borrows_are_gathered_with_its_own(tmp_path):
+    model = WithEncoder()
+    dense = SimpleNamespace(curve=dense_training(model, STEPS, lr=lr, clip=1.0), weights=model.state_dict())
+    answers = run_distributed(encoder_on_two_ranks, 2, 120, tmp_path)
+    for every in (0, 1):
+        # Biases start at zero: they are nothing but updates, in which Adam makes more of a small gradient's rounding.
+        assert_follows(dense, answers[0][every], 1e-6, 1e-4)
 
 
 def on_four_ranks(folder):

@@ -1,4 +1,4 @@
-"""A small model with the forward of ContrastiveModel, and packs from a seed: the trainer without towers and files."""
+"""Small models with the forward of ContrastiveModel, and packs from a seed: the trainer without towers and files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.reference import normalise, patchify
+from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import PATCH
+from univitar_ds.model.encoder import UniViTAR
 
 HIDDEN, HEADS, JOINT, VOCAB = 24, 4, 16, 53
 LANES = 4
@@ -87,6 +90,33 @@ class StandIn(nn.Module):
         text = (self.embedding(token_ids) * real).sum(1)
         vision, text = self.vision_proj(pooled).float(), self.text_proj(text).float()
         scale, bias = self.logit_scale.float().exp(), self.logit_bias.float() * 1.0
+        return F.normalize(vision, dim=-1), F.normalize(text, dim=-1), scale, bias
+
+
+class WithEncoder(nn.Module):
+    """The real encoder with the mean of an item's tokens as its feature, and a bag of words for captions."""
+
+    def __init__(self, *, checkpoint_every: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        config = EncoderConfig(
+            hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, initializer_factor=1.0
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.vision = UniViTAR(config, checkpoint_every=checkpoint_every)
+            self.vision_proj = nn.Linear(HIDDEN, JOINT, bias=False)
+            self.embedding = nn.Embedding(VOCAB, JOINT)
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
+        self.logit_bias = nn.Parameter(torch.tensor([-10.0]))
+
+    def forward(self, pixels, frames, grid_thw, token_ids, text_lengths):
+        grids = grid_thw.tolist()
+        tokens = self.vision(normalise(patchify(pixels, frames.tolist(), grids, 1), (0.5,) * 3, (0.5,) * 3), grids)
+        item = torch.repeat_interleave(torch.arange(len(grids)), grid_thw.prod(1))
+        pooled = tokens.new_zeros(len(grids), HIDDEN).index_add(0, item, tokens)
+        real = (torch.arange(token_ids.shape[1]) < text_lengths[:, None])[..., None]
+        vision, text = self.vision_proj(pooled), (self.embedding(token_ids) * real).sum(1)
+        scale, bias = self.logit_scale.exp(), self.logit_bias * 1.0
         return F.normalize(vision, dim=-1), F.normalize(text, dim=-1), scale, bias
 
 

@@ -21,13 +21,15 @@ def lr(step: int) -> float:
     return 2e-3 * min(1, (step + 1) / 5) * (0.5 + 0.5 * math.cos(math.pi * step / 40))
 
 
-def ds_config(gas: int, *, stage: int = 3, bf16: bool = False, offload: bool = False) -> dict[str, Any]:
-    """Small buckets, so that a small model crosses their borders; some parameters kept whole, some not."""
+def ds_config(
+    gas: int, *, stage: int = 3, bf16: bool = False, offload: bool = False, kept_whole: int = 50
+) -> dict[str, Any]:
+    """Small buckets, so that a small model crosses their borders; parameters up to `kept_whole` elements stay whole."""
     zero = {
         "stage": stage,
         "overlap_comm": False,
         "reduce_bucket_size": 3000,
-        "stage3_param_persistence_threshold": 50,
+        "stage3_param_persistence_threshold": kept_whole,
         "stage3_prefetch_bucket_size": 2000,
         **({"offload_optimizer": {"device": "cpu"}} if offload else {}),
     }

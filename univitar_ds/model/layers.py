@@ -1,7 +1,8 @@
 """The parts of an encoder block. Key names and arithmetic are the release's.
 
 A weight is used only in the forward of the module that owns it: ZeRO-3 gathers a module's weights when the
-module is called, and another module would find them empty.
+module is called, and another module would find them empty. A module that needs others' weights as well names them
+in `borrowed`, and `training/engine.py` has them gathered with its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.reference import PATCH_VALUES, add_norm, rms_norm, rope2d_norm, swiglu_norm
+from kernels.dispatch import add_norm, rms_norm, rope2d_qk_norm, swiglu_norm
+from kernels.reference import PATCH_VALUES
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import PATCH, TUBELET
 from univitar_ds.model.attention import Spans, attention
@@ -25,30 +27,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-class RotaryNorm(RMSNorm):
-    """2-D rotary embedding of one of q and k, then RMSNorm over all heads together."""
-
-    def __init__(self, width: int, eps: float, theta: float) -> None:
-        super().__init__(width, eps)
-        self.theta = theta
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """(T, H, K), (T, 2) -> (T, H, K)."""
-        return rope2d_norm(x, positions, self.weight, theta=self.theta, eps=self.eps)
-
-
-class Rotary(nn.Module):
-    """2-D rotary embedding alone, for encoders without q and k norms."""
-
-    def __init__(self, theta: float) -> None:
-        super().__init__()
-        self.theta = theta
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """(T, H, K), (T, 2) -> (T, H, K)."""
-        return rope2d_norm(x, positions, None, theta=self.theta, eps=0.0)
 
 
 class AddNorm(RMSNorm):
@@ -81,23 +59,31 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention within each item, with rotary positions and normed q and k."""
+    """Self-attention within each item, with rotary positions and normed q and k.
+
+    `q_norm` and `k_norm` only hold their weights: one operation turns and norms both out of one projection.
+    """
 
     def __init__(self, config: EncoderConfig, backend: str) -> None:
         super().__init__()
-        width = config.hidden_size
+        width, eps = config.hidden_size, config.layer_norm_eps
         self.heads = config.num_attention_heads
+        self.theta, self.eps = config.rope_theta, eps
         self.backend = backend
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.proj = nn.Linear(width, width)
-        for name in ("q_norm", "k_norm"):
-            turn = RotaryNorm(width, config.layer_norm_eps, config.rope_theta) if config.qk_normalization else None
-            setattr(self, name, turn or Rotary(config.rope_theta))
+        self.q_norm = RMSNorm(width, eps) if config.qk_normalization else None
+        self.k_norm = RMSNorm(width, eps) if config.qk_normalization else None
+
+    def borrowed(self) -> list[nn.Parameter]:
+        """Weights of other modules that the forward uses."""
+        return [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None]
 
     def forward(self, x: Tensor, positions: Tensor, spans: Spans) -> Tensor:
         """(T, D), (T, 2) -> (T, D)."""
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads).unbind(1)
-        q, k = self.q_norm(q, positions), self.k_norm(k, positions)
+        qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)
+        q_weight, k_weight = self.borrowed() or (None, None)
+        q, k, v = rope2d_qk_norm(qkv, positions, q_weight, k_weight, theta=self.theta, eps=self.eps)
         return self.proj(attention(q, k, v, spans, spans, self.backend))
 
 

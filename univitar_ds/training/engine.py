@@ -1,10 +1,12 @@
 """DeepSpeed behind a small face: the only file of the trainer that knows it.
 
-Four of its habits are handled here, none of which it reports:
+Five of its habits are handled here, none of which it reports:
 - it averages gradients over ranks and over accumulation; the loss is a sum over a global count already,
   so `backward` undoes both;
 - under ZeRO-3 a parameter that took no part in a step is updated again with its previous gradient, so
   `begin_step` clears what the last step left;
+- under ZeRO-3 a weight is whole only while the module that owns it runs: what modules name in `borrowed` is gathered
+  with their own weights, in forward and in backward;
 - through `module(...)` instead of `engine(...)` a second pack overwrites the gradients of the first;
 - its own checkpoints load on the same number of ranks only, so `pieces` shows what this rank owns and
   `training/checkpoint.py` writes that.
@@ -247,6 +249,8 @@ def build_engine(
         raise ConfigError(f"zero_optimization.stage is {stage}; stages 1, 2 and 3 can be checkpointed, choose one")
     deepspeed = _quiet_deepspeed()
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists, also where no launcher is at work
+    for module, parameter in borrowings(model):
+        deepspeed.zero.register_external_parameter(module, parameter)
     with _silence():
         deepspeed.init_distributed(verbose=False)
         engine, *_ = deepspeed.initialize(
@@ -255,6 +259,13 @@ def build_engine(
             config={**ds_config, **OWN_OPTIMIZER},
         )
     return Engine(engine, world, cfg.ema_decay)
+
+
+def borrowings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Modules and the weights of others that their forward uses, as their method `borrowed` tells."""
+    for module in model.modules():
+        if hasattr(module, "borrowed"):
+            yield from ((module, parameter) for parameter in module.borrowed())
 
 
 def prebuild() -> None:

@@ -1,0 +1,178 @@
+"""What the compiler makes of every Triton kernel, without a GPU: registers, stack, shared memory, width of the loads.
+
+    python benchmarks/kernel_resources.py [--out FILE] [--sizes 0.6b ...]
+
+The launchers are called with tensors of the real widths; instead of being run, what they launch is compiled for Ampere
+and Hopper. Rows go to results/kernel_resources.csv, which a test compares with what it gets. `stack_bytes` is what
+spilled. Loads are instructions, `loads_ahead` those of them that fetch the next rows into shared memory while these
+are worked on (cp.async). `resident_warps` is how many of the 64 warps of an SM the registers and the shared memory
+leave room for.
+Must be a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from kernels import fused
+
+RESULTS = Path(__file__).parent / "results/kernel_resources.csv"
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED_BYTES_PER_SM = {80: 164 * 1024, 90: 228 * 1024}  # CUDA programming guide, compute capabilities
+REGISTERS_PER_SM, WARPS_PER_SM, REGISTER_UNIT = 65536, 64, 256
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
+            torch.uint8: "*u8"}  # fmt: skip
+TOKENS = 48
+SIZES = {"0.3b": (16, 64, 2816), "0.6b": (16, 80, 3456), "1b": (24, 80, 5120), "1b-16": (16, 120, 5120)}
+"""Heads, head width and feed-forward width; the 1B once more with the 16 heads that would also make 1920."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a public function, forward and backward; `size` names its shape."""
+
+    operation: str
+    size: str
+    dtype: torch.dtype
+    outputs: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.removesuffix("_kernel")
+
+
+def token_wise_cases() -> Iterator[Case]:
+    for dtype, sizes in ((torch.bfloat16, list(SIZES)), (torch.float32, ["0.3b"])):
+        for size in sizes:
+            heads, width, inner = SIZES[size]
+            made = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, requires_grad=True)  # noqa: E731
+            x, d, f = made(TOKENS, heads * width), made(heads * width), made(inner)
+            wide, qkv = made(TOKENS, inner), made(TOKENS, 3, heads, width)
+            places = torch.zeros(TOKENS, 2, dtype=torch.int64)
+            yield Case(
+                "rope2d_qk_norm", size, dtype,
+                lambda q=qkv, p=places, d=d: fused.rope2d_qk_norm(q, p, d, d, theta=1e4, eps=1e-6),
+            )  # fmt: skip
+            yield Case("swiglu_norm", size, dtype, lambda wide=wide, f=f: fused.swiglu_norm(wide, wide, f, 1e-6))
+            if size != "1b-16":  # the same rows as those of the 1b
+                yield Case("add_norm", size, dtype, lambda x=x, d=d: fused.add_norm(x, x, d, d, 1e-6))
+                yield Case("rms_norm", size, dtype, lambda x=x, d=d: fused.rms_norm(x, d, 1e-6))
+
+
+def launches_of(case: Case) -> list[Launch]:
+    """What the forward and the backward of a case would have run."""
+    found = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = [name for name in kernel.arg_names if name not in kwargs]
+        arguments = dict(zip(names, args, strict=True)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+        options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
+        found.append(Launch(kernel, {name: arguments[name] for name in kernel.arg_names}, options))
+
+    original, JITFunction.run = JITFunction.run, record
+    try:
+        outputs = case.outputs()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+    finally:
+        JITFunction.run = original
+    return found
+
+
+def compiled(launch: Launch, arch: int) -> Any:
+    """The launch as Triton would specialise it at run time: pointers and sizes divisible by 16 are known to be."""
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, value) in enumerate(launch.arguments.items()):
+        parameter = launch.kernel.params[index]
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (free and isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, Tensor) or (free and isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def resources(case: Case, launch: Launch, arch: int) -> dict[str, Any]:
+    """One row of the table."""
+    kernel = compiled(launch, arch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    ptx = kernel.asm["ptx"]
+    loads = [int(vector or 1) * int(bits) // 8 for vector, bits in re.findall(r"ld\.global(?:\.v(\d))?\.b(\d+)", ptx)]
+    loads += [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.\S+ [^,]+, [^,]+, (0x\w+)", ptx)]
+    warps = kernel.metadata.num_warps
+    return {
+        "operation": case.operation,
+        "kernel": launch.name,
+        "size": case.size,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "arch": f"sm_{arch}",
+        "warps": warps,
+        "registers": registers,
+        "stack_bytes": stack,
+        "shared_bytes": kernel.metadata.shared,
+        "resident_warps": _resident_warps(warps, registers, kernel.metadata.shared, arch),
+        "loads_16_bytes": loads.count(16),
+        "loads_8_bytes": loads.count(8),
+        "loads_narrower": sum(width < 8 for width in loads),
+        "loads_ahead": ptx.count("cp.async.c"),
+        "barriers": ptx.count("bar.sync"),
+        "triton": triton.__version__,
+    }
+
+
+def _resident_warps(warps: int, registers: int, shared: int, arch: int) -> int:
+    by_registers = REGISTERS_PER_SM // (warps * -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT)
+    by_shared = SHARED_BYTES_PER_SM[arch] // (shared + 1024)  # a program takes 1 KB for the system
+    return warps * min(by_registers, by_shared, WARPS_PER_SM // warps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    options = parser.parse_args()
+    cases = [case for case in token_wise_cases() if case.size in options.sizes]
+    work = [(case, launch, arch) for case in cases for launch in launches_of(case) for arch in (80, 90)]
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda each: resources(*each), work))
+    with options.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

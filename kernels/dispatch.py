@@ -1,0 +1,86 @@
+"""Which implementation of the token-wise operations runs: Triton on CUDA, plain torch elsewhere.
+
+Chosen once for each kind of device and type, and logged with the reason. An implementation is a module of this
+package with the functions of `OPERATIONS`, the names and signatures of `kernels.reference`; it is imported when it is
+first chosen, so that a process without a GPU never loads triton. `UNIVITAR_DS_KERNELS` names one to be taken
+whatever the device, for the search of a fault.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from univitar_ds.errors import ConfigError
+
+OPERATIONS = ("rms_norm", "rope2d_qk_norm", "swiglu_norm", "add_norm")
+IMPLEMENTATIONS = {"reference": "kernels.reference", "triton": "kernels.fused"}
+VARIABLE = "UNIVITAR_DS_KERNELS"
+
+log = logging.getLogger(__name__)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `kernels.reference.rms_norm`."""
+    return implementation(x.device.type, x.dtype).rms_norm(x, weight, eps)
+
+
+def rope2d_qk_norm(
+    qkv: Tensor, positions: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *, theta: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.reference.rope2d_qk_norm`."""
+    chosen = implementation(qkv.device.type, qkv.dtype)
+    return chosen.rope2d_qk_norm(qkv, positions, q_weight, k_weight, theta=theta, eps=eps)
+
+
+def swiglu_norm(gate: Tensor, up: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `kernels.reference.swiglu_norm`."""
+    return implementation(gate.device.type, gate.dtype).swiglu_norm(gate, up, weight, eps)
+
+
+def add_norm(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `kernels.reference.add_norm`."""
+    return implementation(x.device.type, x.dtype).add_norm(x, branch, scale, weight, eps)
+
+
+@cache
+def implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
+    """The module whose functions run on such tensors.
+
+    Raises: ConfigError if `UNIVITAR_DS_KERNELS` names none, or triton without its package.
+    """
+    name, reason = choose(device_type, dtype, os.environ.get(VARIABLE, "auto"))
+    log.info("token-wise operations on %s in %s: %s (%s)", device_type, _plain(dtype), name, reason)
+    return importlib.import_module(IMPLEMENTATIONS[name])
+
+
+def choose(device_type: str, dtype: torch.dtype, asked: str = "auto") -> tuple[str, str]:
+    """(a key of `IMPLEMENTATIONS`, the reason in words)."""
+    if asked != "auto":
+        return _forced(asked), f"{VARIABLE} asks for it"
+    if device_type != "cuda":
+        return "reference", f"no kernels for {device_type}"
+    if dtype == torch.float64:
+        return "reference", "the kernels compute in float32"
+    if importlib.util.find_spec("triton") is None:
+        return "reference", "triton is not installed; pip install triton"
+    return "triton", "the fused kernels are made for it"
+
+
+def _forced(asked: str) -> str:
+    if asked not in IMPLEMENTATIONS:
+        raise ConfigError(f"{VARIABLE} is {asked!r}; choose one of {', '.join(('auto', *IMPLEMENTATIONS))}")
+    if asked == "triton" and importlib.util.find_spec("triton") is None:
+        raise ConfigError(f"{VARIABLE} is triton, which is not installed; pip install triton, or unset it")
+    return asked
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

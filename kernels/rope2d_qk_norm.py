@@ -1,0 +1,371 @@
+"""2-D rotary embedding of q and k out of one projection and RMSNorm over all their heads, forward and backward.
+
+A rotation keeps the norm, so the norm's scale comes from the values as they are read, and one pass over q and k does
+both. The angles are made in registers from a token's row and column; q and k and all heads that a thread holds share
+them. v is a view of the projection. Saved for the backward: the projection, positions and weights; its one pass reads
+q, k and the three gradients, and writes the gradient of the whole projection, that of v included.
+
+Pair i of a head is its values i and i + K/2, see `kernels.reference.rope2d`. A tile is (R tokens, BLOCK heads, HALF
+pairs). PIECES holds (first pair, HALF, BLOCK, tiles, tiles before) of `kernels.tiling.Piece`; `turns`, `values` and
+so on are flat tuples over pieces or over the tiles of all pieces, two entries each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.rows import sums_of_rows
+from kernels.tiling import STAGES, dense_rows, head_tiling, programs
+
+
+@triton.jit
+def sine_cosine(quarters):
+    """Sine and cosine of an angle in quarter turns, each within 2^-24 (terms of the series that are left out).
+
+    For angles of any size without a branch: libdevice has one for large angles, which takes local memory.
+    """
+    whole = tl.floor(quarters + 0.5)
+    part = (quarters - whole) * 1.5707963267948966  # within an eighth of a turn; the difference is exact
+    z = part * part
+    sine = part + part * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
+    cosine = 1.0 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320))))
+    quadrant = whole.to(tl.int32)
+    swapped = (quadrant & 1) != 0
+    s = tl.where(swapped, cosine, sine)
+    c = tl.where(swapped, sine, cosine)
+    return tl.where((quadrant & 2) != 0, -s, s), tl.where(((quadrant + 1) & 2) != 0, -c, c)
+
+
+@triton.jit
+def sine_cosine_of(POSITIONS, token, T, slope, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr):
+    """Of the pairs of a piece, each (R, 1, HALF): row * 2^(slope * i), columns for the second half of all pairs."""
+    token = tl.reshape(token, (R,))  # loaded as a vector: as (R, 1, 1) every register of a thread would load it
+    row = tl.load(POSITIONS + 2 * token, mask=token < T, other=0).to(tl.float32)[:, None, None]
+    column = tl.load(POSITIONS + 2 * token + 1, mask=token < T, other=0).to(tl.float32)[:, None, None]
+    pair = PIECES[p][0] + tl.arange(0, PIECES[p][1])[None, None, :]
+    of_rows = pair < K // 4
+    plane = tl.where(of_rows, pair, pair - K // 4).to(tl.float32)
+    return sine_cosine(tl.where(of_rows, row, column) * tl.exp2(plane * slope) * 0.6366197723675814)
+
+
+@triton.jit
+def place(token, tile, T, H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr):
+    """Where the first values of a tile's pairs lie in a row, and which of the tile (R, BLOCK, HALF) there are."""
+    FIRST: tl.constexpr = PIECES[p][0]
+    HALF: tl.constexpr = PIECES[p][1]
+    BLOCK: tl.constexpr = PIECES[p][2]
+    head = tile * BLOCK + tl.arange(0, BLOCK)[None, :, None]
+    pair = FIRST + tl.arange(0, HALF)[None, None, :]
+    at = tl.broadcast_to(head * K + pair, (R, BLOCK, HALF))
+    return at, (token < T) & (head < H) & (pair < K // 2)
+
+
+@triton.jit
+def load_heads(X, row, at, inside):
+    return tl.load(X + row + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_heads(X, values, row, at, inside):
+    tl.store(X + row + at, values.to(X.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def zero_tile(R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr):
+    HALF: tl.constexpr = PIECES[p][1]
+    BLOCK: tl.constexpr = PIECES[p][2]
+    return tl.zeros((R, BLOCK, HALF), tl.float32)
+
+
+@triton.jit
+def flat(x, R: tl.constexpr):
+    """(R, BLOCK, HALF) as rows."""
+    return tl.reshape(x, (R, x.shape[1] * x.shape[2]))
+
+
+@triton.jit
+def read_piece(
+    X, row, token, T, values, H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr
+):  # fmt: skip
+    """Appends the pairs of a piece to `values`; the sum of their squares (R,)."""
+    squares = zero_tile(R, PIECES, p)
+    for tile in tl.static_range(tl.constexpr(PIECES[p][3])):
+        at, inside = place(token, tile, T, H, K, R, PIECES, p)
+        first = load_heads(X, row, at, inside)
+        second = load_heads(X, row, at + K // 2, inside)
+        squares += first * first + second * second
+        values += (first, second)
+    return values, tl.sum(flat(squares, R), 1)
+
+
+@triton.jit
+def write_piece(
+    Y, W, token, T, values, sin, cos,
+    H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    n: tl.constexpr = 2 * PIECES[p][4]
+    for tile in tl.static_range(tl.constexpr(PIECES[p][3])):
+        at, inside = place(token, tile, T, H, K, R, PIECES, p)
+        a = values[n + 2 * tile]
+        b = values[n + 2 * tile + 1]
+        first = a * cos - b * sin
+        second = b * cos + a * sin
+        if NORMED:
+            first *= load_heads(W, 0, at, inside)
+            second *= load_heads(W, 0, at + K // 2, inside)
+        store_heads(Y, first, token * (H * K), at, inside)
+        store_heads(Y, second, token * (H * K), at + K // 2, inside)
+
+
+@triton.jit
+def turn_and_norm(
+    X, W, Y, row, token, T, turns, eps,
+    H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """One of q and k: reads its heads of the projection at X + row, writes them to Y (T, H * K)."""
+    values = ()
+    square = tl.zeros((R,), tl.float32)
+    for p in tl.static_range(len(PIECES)):
+        values, part = read_piece(X, row, token, T, values, H, K, R, PIECES, p)
+        square += part
+    scale = tl.full((R, 1, 1), 1.0, tl.float32)
+    if NORMED:
+        scale = tl.rsqrt(square / (H * K) + eps)[:, None, None]
+    for p in tl.static_range(len(PIECES)):
+        sin = turns[2 * p] * scale  # scaled here once for all heads
+        cos = turns[2 * p + 1] * scale
+        write_piece(Y, W, token, T, values, sin, cos, H, K, R, PIECES, p, NORMED)
+
+
+@triton.jit(do_not_specialize=["T"])
+def forward_kernel(
+    QKV, POSITIONS, WQ, WK, Q, KEYS, T, slope, eps,
+    H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr,
+    Q_NORMED: tl.constexpr, K_NORMED: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None, None]
+    row = token * (3 * H * K)
+    turns = ()
+    for p in tl.static_range(len(PIECES)):
+        sin, cos = sine_cosine_of(POSITIONS, token, T, slope, K, R, PIECES, p)
+        turns += (sin, cos)
+    turn_and_norm(QKV, WQ, Q, row, token, T, turns, eps, H, K, R, PIECES, Q_NORMED)
+    turn_and_norm(QKV + H * K, WK, KEYS, row, token, T, turns, eps, H, K, R, PIECES, K_NORMED)
+
+
+@triton.jit
+def vectors(
+    W, H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, WANTED: tl.constexpr
+):
+    """Tiles that a backward program holds while it walks: of the weight W as it is stored, or zeros without W."""
+    tiles = ()
+    if WANTED:
+        for p in tl.static_range(len(PIECES)):
+            for tile in tl.static_range(tl.constexpr(PIECES[p][3])):
+                if W is None:
+                    tiles += (zero_tile(R, PIECES, p), zero_tile(R, PIECES, p))
+                else:
+                    at, inside = place(tl.zeros((R, 1, 1), tl.int64), tile, 1, H, K, R, PIECES, p)
+                    first = tl.load(W + at, mask=inside, other=0.0)
+                    tiles += (first, tl.load(W + at + K // 2, mask=inside, other=0.0))
+    return tiles
+
+
+@triton.jit
+def read_grads(
+    X, DY, row, grad_row, token, T, weights, turned, grads, sin, cos,
+    H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """Appends a piece's turned values and gradients; sums (R, 1) of the squares and of value * gradient * weight."""
+    n: tl.constexpr = 2 * PIECES[p][4]
+    squares = zero_tile(R, PIECES, p)
+    dots = zero_tile(R, PIECES, p)
+    for tile in tl.static_range(tl.constexpr(PIECES[p][3])):
+        at, inside = place(token, tile, T, H, K, R, PIECES, p)
+        g_first = load_heads(DY, grad_row, at, inside)
+        g_second = load_heads(DY, grad_row, at + K // 2, inside)
+        if NORMED:
+            a = load_heads(X, row, at, inside)
+            b = load_heads(X, row, at + K // 2, inside)
+            squares += a * a + b * b
+            first = a * cos - b * sin
+            second = b * cos + a * sin
+            dots += first * g_first * weights[n + 2 * tile].to(tl.float32)
+            dots += second * g_second * weights[n + 2 * tile + 1].to(tl.float32)
+            turned += (first, second)
+        grads += (g_first, g_second)
+    square, dot = sums_of_rows(flat(squares, R), flat(dots, R))
+    return turned, grads, square, dot
+
+
+@triton.jit
+def write_grads(
+    DX, row, token, T, weights, turned, grads, sums, more, sin, cos, scale, pull,
+    H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """Writes a piece's gradient; appends its part of the weight's gradient to `more`."""
+    n: tl.constexpr = 2 * PIECES[p][4]
+    sin *= scale
+    cos *= scale
+    for tile in tl.static_range(tl.constexpr(PIECES[p][3])):
+        at, inside = place(token, tile, T, H, K, R, PIECES, p)
+        first = grads[n + 2 * tile]
+        second = grads[n + 2 * tile + 1]
+        if NORMED:
+            a = turned[n + 2 * tile]
+            b = turned[n + 2 * tile + 1]
+            more += (sums[n + 2 * tile] + first * a * scale, sums[n + 2 * tile + 1] + second * b * scale)
+            first = first * weights[n + 2 * tile].to(tl.float32) - a * pull
+            second = second * weights[n + 2 * tile + 1].to(tl.float32) - b * pull
+        store_heads(DX, first * cos + second * sin, row, at, inside)
+        store_heads(DX, second * cos - first * sin, row, at + K // 2, inside)
+    return more
+
+
+@triton.jit
+def turn_back(
+    X, DY, DX, row, grad_row, token, T, turns, weights, sums, eps,
+    H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """One of q and k: writes its part of the projection's gradient to DX + row; `sums` and its weight's gradient."""
+    turned = ()
+    grads = ()
+    square = tl.zeros((R, 1), tl.float32)
+    dot = tl.zeros((R, 1), tl.float32)
+    for p in tl.static_range(len(PIECES)):
+        turned, grads, more_square, more_dot = read_grads(
+            X, DY, row, grad_row, token, T, weights, turned, grads, turns[2 * p], turns[2 * p + 1],
+            H, K, R, PIECES, p, NORMED,
+        )  # fmt: skip
+        square += more_square
+        dot += more_dot
+    scale = tl.full((R, 1, 1), 1.0, tl.float32)
+    pull = tl.zeros((R, 1, 1), tl.float32)
+    if NORMED:
+        scale = tl.rsqrt(square / (H * K) + eps)[:, :, None]
+        pull = dot[:, :, None] / (H * K) * scale * scale
+    more = ()
+    for p in tl.static_range(len(PIECES)):
+        more = write_grads(
+            DX, row, token, T, weights, turned, grads, sums, more, turns[2 * p], turns[2 * p + 1], scale, pull,
+            H, K, R, PIECES, p, NORMED,
+        )  # fmt: skip
+    return more
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward_kernel(
+    QKV, POSITIONS, WQ, WK, DQ, DK, DV, DQKV, PARTIAL, dq_row, dk_row, dv_row, T, slope, eps,
+    H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr,
+    Q_NORMED: tl.constexpr, K_NORMED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    q_weights = vectors(WQ, H, K, R, PIECES, Q_NORMED)
+    k_weights = vectors(WK, H, K, R, PIECES, K_NORMED)
+    q_sums = vectors(None, H, K, R, PIECES, Q_NORMED)
+    k_sums = vectors(None, H, K, R, PIECES, K_NORMED)
+    for start in tl.range(tl.program_id(0) * R, T, tl.num_programs(0) * R, num_stages=STAGES):
+        token = tl.cast(start, tl.int64) + tl.arange(0, R)[:, None, None]
+        row = token * (3 * H * K)
+        turns = ()
+        for p in tl.static_range(len(PIECES)):
+            sin, cos = sine_cosine_of(POSITIONS, token, T, slope, K, R, PIECES, p)
+            turns += (sin, cos)
+        q_sums = turn_back(
+            QKV, DQ, DQKV, row, token * dq_row, token, T, turns, q_weights, q_sums, eps,
+            H, K, R, PIECES, Q_NORMED,
+        )  # fmt: skip
+        k_sums = turn_back(
+            QKV + H * K, DK, DQKV + H * K, row, token * dk_row, token, T, turns, k_weights, k_sums, eps,
+            H, K, R, PIECES, K_NORMED,
+        )  # fmt: skip
+        for p in tl.static_range(len(PIECES)):
+            for tile in tl.static_range(tl.constexpr(PIECES[p][3])):
+                at, inside = place(token, tile, T, H, K, R, PIECES, p)
+                for half in tl.static_range(2):
+                    values = tl.load(DV + token * dv_row + at + half * (K // 2), mask=inside)
+                    tl.store(DQKV + 2 * H * K + row + at + half * (K // 2), values, mask=inside)
+    if Q_NORMED:
+        store_sums(PARTIAL, q_sums, H, K, PIECES)
+    if K_NORMED:
+        store_sums(PARTIAL + H * K, k_sums, H, K, PIECES)
+
+
+@triton.jit
+def store_sums(PARTIAL, sums, H: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr):
+    """Sums over this program's tokens into its row of PARTIAL (programs, 2, H * K)."""
+    row = tl.program_id(0).to(tl.int64) * (2 * H * K)
+    for p in tl.static_range(len(PIECES)):
+        for tile in tl.static_range(tl.constexpr(PIECES[p][3])):
+            at, inside = place(tl.zeros((1, 1, 1), tl.int64), tile, 1, H, K, 1, PIECES, p)
+            for half in tl.static_range(2):
+                total = tl.sum(sums[2 * (PIECES[p][4] + tile) + half], 0)[None, :, :]
+                store_heads(PARTIAL, total, row, at + half * (K // 2), inside)
+
+
+def launch_forward(qkv, positions, weights, theta: float, eps: float) -> tuple[Tensor, Tensor]:
+    count, _, heads, width = qkv.shape
+    q, k = (torch.empty(count, heads, width, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
+    tiling = head_tiling(heads, width, qkv.element_size(), backward=False)
+    grid = -(-count // tiling.rows)
+    if grid:
+        slope = _slope(theta, width)
+        forward_kernel[(grid,)](qkv, positions, *weights, q, k, count, slope, eps, **_options(qkv, weights, tiling))
+    return q, k
+
+
+def launch_backward(qkv, positions, weights, grads, theta: float, eps: float) -> tuple[Tensor, Tensor]:
+    """The gradients of the projection and of both weights, (T, 3, H, K) and (2, H * K) float32."""
+    count, _, heads, width = qkv.shape
+    dqkv = torch.empty_like(qkv)
+    tiling = head_tiling(heads, width, qkv.element_size(), backward=True)
+    grid = programs(count, tiling.rows, qkv.device)
+    partials = torch.empty(grid, 2, heads * width, dtype=torch.float32, device=qkv.device)
+    if grid:
+        backward_kernel[(grid,)](
+            qkv, positions, *weights, *grads, dqkv, partials, *(grad.stride(0) for grad in grads), count,
+            _slope(theta, width), eps, STAGES=STAGES, **_options(qkv, weights, tiling),
+        )  # fmt: skip
+    return dqkv, partials.sum(0)
+
+
+def _slope(theta: float, width: int) -> float:
+    """Plane i of the K/4 of an axis turns by 2^(slope * i) a cell: theta^(-2i / (K/2))."""
+    return -math.log2(theta) * 4 / width
+
+
+def _options(qkv: Tensor, weights, tiling) -> dict[str, int]:
+    heads, width = qkv.shape[2:]
+    return {
+        "H": heads, "K": width, "R": tiling.rows, "PIECES": tiling.pieces, "Q_NORMED": weights[0] is not None,
+        "K_NORMED": weights[1] is not None, "num_warps": tiling.warps,
+    }  # fmt: skip
+
+
+class Rope2dQkNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, positions, q_weight, k_weight, theta: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        qkv, positions = qkv.contiguous(), positions.contiguous()
+        ctx.save_for_backward(qkv, positions, q_weight, k_weight)
+        ctx.theta, ctx.eps = theta, eps
+        return *launch_forward(qkv, positions, (q_weight, k_weight), theta, eps), qkv[:, 2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, positions, *weights = ctx.saved_tensors
+        dqkv, sums = launch_backward(qkv, positions, weights, [dense_rows(g) for g in grads], ctx.theta, ctx.eps)
+        dweights = [None if w is None else total.to(w.dtype) for w, total in zip(weights, sums, strict=True)]
+        return dqkv, None, *dweights, None, None
+
+
+def rope2d_qk_norm(
+    qkv: Tensor, positions: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *, theta: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.reference.rope2d_qk_norm`; on a GPU."""
+    return Rope2dQkNorm.apply(qkv, positions, q_weight, k_weight, theta, eps)

@@ -1,0 +1,99 @@
+"""What the kernels over whole rows share: tiles of R rows by BLOCK values, see `kernels.tiling`.
+
+A forward program takes R rows and ends. A backward program walks over its rows with a stride, so that it can keep its
+part of the weights' gradients in registers; the parts are summed at the end in a fixed order, without atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.tiling import STAGES, Tiling, programs, row_tiling
+
+
+@triton.jit
+def load_rows(X, row, at, T, N: tl.constexpr):
+    """Values `at` (1, BLOCK) of the rows `row` (R, 1) of X (T, N) in float32; zeros beyond its ends."""
+    return tl.load(X + row * N + at, mask=(row < T) & (at < N), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(X, values, row, at, T, N: tl.constexpr):
+    tl.store(X + row * N + at, values.to(X.dtype.element_ty), mask=(row < T) & (at < N))
+
+
+@triton.jit
+def load_vector(W, at, N: tl.constexpr, R: tl.constexpr):
+    """Values `at` of a vector (N,) for each of R rows, in float32; zeros beyond its end.
+
+    Every row reads it for itself: the values lie in the threads that need them, out of the L1 cache, and nothing is
+    passed round through shared memory.
+    """
+    at = tl.broadcast_to(at, (R, at.shape[1]))
+    return tl.load(W + at, mask=at < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def held_vector(W, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """All tiles of a vector (N,) for R rows, as they are stored: what a backward program keeps while it walks."""
+    tiles = ()
+    for tile in tl.static_range(TILES):
+        at = tl.broadcast_to(tile * BLOCK + tl.arange(0, BLOCK)[None, :], (R, BLOCK))
+        tiles += (tl.load(W + at, mask=at < N, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def zeros(R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """What a vector's gradient starts with."""
+    tiles = ()
+    for _ in tl.static_range(TILES):
+        tiles += (tl.zeros((R, BLOCK), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def sums_of_rows(a, b):
+    """The sums of both (R, BLOCK) over each row, each (R, 1), behind one barrier."""
+    a, b = tl.split(tl.sum(tl.join(a, b), 1))
+    return a[:, None], b[:, None]
+
+
+@triton.jit
+def store_partial(P, sums, N: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """One program's part of a vector's gradient: the tiles `sums` (R, BLOCK) summed over its rows, to its row of P."""
+    for tile in tl.static_range(TILES):
+        at = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(P + tl.program_id(0).to(tl.int64) * N + at, tl.sum(sums[tile], 0)[None, :], mask=at < N)
+
+
+def launch_forward(kernel: Any, rows: Tensor, *arguments: Any) -> None:
+    """Runs `kernel(*arguments, T, eps)` over all rows of `rows` (T, N); the last of `arguments` is eps."""
+    tiling = row_tiling(rows.shape[1], rows.element_size(), backward=False)
+    grid = -(-rows.shape[0] // tiling.rows)
+    if grid:
+        *tensors, eps = arguments
+        kernel[(grid,)](*tensors, rows.shape[0], eps, **_options(rows.shape[1], tiling))
+
+
+def launch_backward(kernel: Any, rows: Tensor, weights: int, *arguments: Any) -> list[Tensor]:
+    """Runs `kernel(*tensors, *partials, T, eps)`; the gradients (N,) float32 of its `weights` vectors."""
+    count, width = rows.shape
+    tiling = row_tiling(width, rows.element_size(), backward=True)
+    grid = programs(count, tiling.rows, rows.device)
+    partials = torch.empty(weights, grid, width, dtype=torch.float32, device=rows.device)
+    if grid:
+        *tensors, eps = arguments
+        kernel[(grid,)](*tensors, *partials, count, eps, STAGES=STAGES, **_options(width, tiling))
+    return list(partials.sum(1))
+
+
+def _options(width: int, tiling: Tiling) -> dict[str, int]:
+    return {
+        "N": width, "R": tiling.rows, "BLOCK": tiling.block, "TILES": tiling.tiles, "num_warps": tiling.warps
+    }  # fmt: skip

@@ -1,0 +1,122 @@
+"""How the fused kernels cut their rows, as pure functions of widths: no kernel has an autotuner.
+
+A row is D or F values of a token; few of the model's widths are powers of two, and Triton's blocks always are. One
+block over the next power of two would leave 37 % of the lanes idle at 1280 or 5120. So a row is covered by equal
+tiles, and the rest of the last tile is all that is masked. Every thread loads 16 bytes of a tile at once. The more of
+a row a thread holds, the fewer warps share its sum: one warp needs no shared memory and no barrier at all. What bounds
+it is registers, so the fewest warps are taken that keep a thread's share within what its kernel says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WARP = 32
+VECTOR_BYTES = 16
+FORWARD_WARPS, BACKWARD_WARPS = 4, 8
+"""Warps of one program; rows too short to fill them stand in it side by side."""
+FORWARD_VALUES, BACKWARD_VALUES = 64, 24
+"""Values of one input that a thread may hold. A backward keeps four or five such sets (values, gradients, the weight
+and its gradient), so this many let 8 warps share the 65,536 registers of an SM without spilling."""
+STAGES = 2
+"""A backward's reads of its next rows are under way while it works on these. They wait in shared memory, so that 8
+warps an SM, all that the registers let in, keep the memory busy."""
+PROGRAMS_PER_SM = 1
+"""Of a backward. Each ends in one partial row of the weights' gradient, so they are few, and long-lived."""
+
+
+class Tiling(NamedTuple):
+    """`rows` rows a program, each covered by `tiles` tiles of `block` values."""
+
+    rows: int
+    block: int
+    tiles: int
+    warps: int
+
+
+class Piece(NamedTuple):
+    """The pairs from `first` to `first + pairs` of all heads, in `tiles` tiles of `block` heads."""
+
+    first: int
+    pairs: int
+    block: int
+    tiles: int
+    tiles_before: int
+
+
+@dataclass(frozen=True)
+class HeadTiling:
+    """`rows` tokens a program, the pairs of their heads in `pieces`."""
+
+    rows: int
+    pieces: tuple[tuple[int, ...], ...]
+    warps: int
+
+
+def row_tiling(width: int, itemsize: int, *, backward: bool) -> Tiling:
+    """For rows of `width` values of `itemsize` bytes."""
+    most, limit = _bounds(backward)
+    vector = VECTOR_BYTES // itemsize
+    warps = _fewest(most, lambda warps: -(-width // (WARP * vector * warps)) * vector <= limit)
+    block = min(WARP * vector * warps, _power_of_two(width))
+    return Tiling(most // warps, block, -(-width // block), most)
+
+
+def head_tiling(heads: int, head_width: int, itemsize: int, *, backward: bool) -> HeadTiling:
+    """For rows of `heads` heads of K values, of which the rotation takes value i and value i + K/2 together.
+
+    K/2 is cut in two where one power of two would waste more than an eighth: 40 = 32 + 8, 48 = 32 + 16, but 60 of 64.
+    """
+    most, limit = _bounds(backward)
+    half = head_width // 2
+    cut = _power_of_two(half) // 2 if 8 * half < 7 * _power_of_two(half) else half
+    spans = [(first, end) for first, end in ((0, cut), (cut, half)) if end > first]
+    vector = min(VECTOR_BYTES // itemsize, half & -half)
+    held = lambda warps: sum(2 * _held(heads, end - first, vector, warps) for first, end in spans)  # noqa: E731
+    warps = _fewest(most, lambda warps: held(warps) <= limit)
+    pieces: list[Piece] = []
+    for first, end in spans:
+        pairs = _power_of_two(end - first)
+        block = min(max(1, WARP * vector * warps // pairs), _power_of_two(heads))
+        pieces.append(Piece(first, pairs, block, -(-heads // block), sum(piece.tiles for piece in pieces)))
+    return HeadTiling(most // warps, tuple(tuple(piece) for piece in pieces), most)
+
+
+def programs(rows: int, rows_of_a_program: int, device: torch.device) -> int:
+    """Of a backward that walks over its rows. Off the GPU (Triton's interpreter) three, so that they do walk."""
+    count = 3
+    if device.type == "cuda":
+        count = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return min(-(-rows // rows_of_a_program), count)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """`x` (T, ...) itself if its rows are dense, whatever lies between them; a copy otherwise."""
+    return x if x[:1].is_contiguous() else x.contiguous()
+
+
+def _bounds(backward: bool) -> tuple[int, int]:
+    return (BACKWARD_WARPS, BACKWARD_VALUES) if backward else (FORWARD_WARPS, FORWARD_VALUES)
+
+
+def _held(heads: int, pairs: int, vector: int, warps: int) -> int:
+    """Pairs of a piece in one thread: whole vectors of a full tile, or an even share of a piece smaller than that."""
+    pairs, threads = _power_of_two(pairs), WARP * warps
+    whole = -(-heads * pairs // (threads * vector)) * vector
+    return min(whole, max(1, _power_of_two(heads) * pairs // threads))
+
+
+def _fewest(most: int, fits: Callable[[int], bool]) -> int:
+    warps = 1
+    while warps < most and not fits(warps):
+        warps *= 2
+    return warps
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

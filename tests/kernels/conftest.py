@@ -1,0 +1,65 @@
+"""Tests marked `kernels` run Triton's kernels: compiled where there is a GPU, in Triton's interpreter elsewhere.
+
+Triton chooses its interpreter when it is imported, once for a process. So one process of its own runs all of these
+tests that were asked for, started by the first of them, and every outcome is told here under the test's own name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+OUTCOMES = "UNIVITAR_DS_TEST_OUTCOMES"
+TIMEOUT_S = 250
+STASH = pytest.StashKey[dict[str, tuple[str, str]]]()
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if OUTCOMES in os.environ or torch.cuda.is_available() or not pyfuncitem.get_closest_marker("kernels"):
+        return None
+    session = pyfuncitem.session
+    if STASH not in session.stash:
+        asked = [item.nodeid for item in session.items if item.get_closest_marker("kernels")]
+        session.stash[STASH] = _run_interpreter(session.config.rootpath, asked)
+    outcome, story = session.stash[STASH].get(pyfuncitem.nodeid, ("lost", session.stash[STASH]["output"][1]))
+    if outcome != "passed":
+        pytest.fail(f"in Triton's interpreter ({outcome}):\n{story}", pytrace=False)
+    return True
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if OUTCOMES in os.environ and (report.when == "call" or report.failed):
+        with open(os.environ[OUTCOMES], "a", encoding="utf-8") as file:
+            file.write(json.dumps([report.nodeid, report.outcome, report.longreprtext]) + "\n")
+
+
+def _run_interpreter(root: Path, asked: list[str]) -> dict[str, tuple[str, str]]:
+    """Outcome and failure of every test, and under `output` the last the process said."""
+    handle, name = tempfile.mkstemp(suffix=".jsonl")
+    os.close(handle)
+    path = Path(name)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", OUTCOMES: str(path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *asked]
+    try:
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        output = done.stdout[-3000:] + done.stderr[-3000:]
+    except subprocess.TimeoutExpired:
+        output = f"the interpreter did not end within {TIMEOUT_S} s"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    path.unlink()
+    return {nodeid: (outcome, story) for nodeid, outcome, story in rows} | {"output": ("", output)}

@@ -1,0 +1,64 @@
+"""Which implementation runs where, and what a process without a GPU does not load."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import dispatch, reference
+from univitar_ds.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    dispatch.implementation.cache_clear()
+    yield
+    dispatch.implementation.cache_clear()
+
+
+def test_triton_runs_on_cuda_and_the_reference_elsewhere():
+    assert dispatch.choose("cuda", torch.bfloat16)[0] == "triton"
+    assert dispatch.choose("cuda", torch.float64)[0] == "reference"
+    assert dispatch.choose("cpu", torch.bfloat16)[0] == "reference"
+    assert dispatch.implementation("cpu", torch.float32) is reference
+
+
+def test_the_choice_is_logged_once_with_its_reason(caplog):
+    with caplog.at_level(logging.INFO, "kernels.dispatch"):
+        for _ in range(3):
+            dispatch.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)
+    assert [record.getMessage() for record in caplog.records] == [
+        "token-wise operations on cpu in float32: reference (no kernels for cpu)"
+    ]
+
+
+def test_without_triton_the_reference_runs_on_cuda_and_says_why(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert dispatch.choose("cuda", torch.bfloat16) == ("reference", "triton is not installed; pip install triton")
+    with pytest.raises(ConfigError, match="not installed; pip install triton"):
+        dispatch.choose("cuda", torch.bfloat16, "triton")
+
+
+def test_the_environment_can_name_one(monkeypatch):
+    assert dispatch.choose("cuda", torch.bfloat16, "reference") == ("reference", f"{dispatch.VARIABLE} asks for it")
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
+    with pytest.raises(ConfigError, match="'cuda'; choose one of auto, reference"):
+        dispatch.implementation("cpu", torch.float32)
+
+
+def test_every_implementation_has_every_operation():
+    code = "import importlib; from kernels.dispatch import *; import kernels.dispatch as d;" + (
+        "print([n for n in d.IMPLEMENTATIONS.values() for o in d.OPERATIONS"
+        " if not callable(getattr(importlib.import_module(n), o, None))])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_encoder_runs_on_the_cpu_without_triton():
+    code = (
+        "import sys, torch; from tests.unit.model.made import GRIDS, drawn_patches, small_encoder;"
+        "small_encoder()(drawn_patches(GRIDS), GRIDS).sum().backward(); print('triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,0 +1,37 @@
+"""The gated norm's kernel against the reference in float64."""
+
+import pytest
+import torch
+
+from kernels import reference
+from tests.kernels.closeness import SUMS, assert_follows_reference, drawn
+
+pytestmark = pytest.mark.kernels
+EPS = 1e-2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "dtype"),
+    [
+        (0, 64, torch.float32), (1, 7, torch.float32), (61, 96, torch.float32), (3, 2816, torch.float32),
+        (5, 3456, torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_values_and_gradients_are_the_references(device, tokens, width, dtype):
+    from kernels.swiglu_norm import swiglu_norm
+
+    inputs = [drawn(tokens, width, seed=seed, device=device, dtype=dtype) for seed in (1, 2)]
+    inputs.append(drawn(width, seed=3, device=device, dtype=dtype))
+    # The sigmoid is within 2^-21.
+    assert_follows_reference(
+        lambda *x: swiglu_norm(*x, EPS), lambda *x: reference.swiglu_norm(*x, EPS), inputs, SUMS + 2**-20
+    )
+
+
+def test_gates_far_from_zero_close_or_open_whole(device):
+    from kernels.swiglu_norm import swiglu_norm
+
+    gate = torch.tensor([[-120.0, -80.0, 80.0, 120.0]], device=device)
+    ones = torch.ones(1, 4, device=device)
+    result = swiglu_norm(gate, ones, ones[0], EPS)
+    torch.testing.assert_close(result, reference.swiglu_norm(gate, ones, ones[0], EPS), rtol=1e-6, atol=1e-30)
