@@ -1,6 +1,7 @@
 """Whole runs with the real model and loader: uninterrupted, resumed on as many and on other ranks, and ended early."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.launch import create_run
 from univitar_ds.training import commit
 from univitar_ds.training.checkpoint import read_full
+from univitar_ds.training.optim import GRADIENT_PARTS
 
 pytestmark = pytest.mark.distributed
 TIMED = ("_per_s", "_pct", "step_s", "tflops_per_rank", "memory_gb")
@@ -51,6 +53,9 @@ def test_a_run_goes_through_its_stages_and_says_so(whole):
         assert 0 < line["fill_pct"] <= 100
         assert line["flop_imbalance_pct"] >= 0
         assert line["mfu_pct"] > 0
+        parts = [line[f"grad_norm_{part}"] for part in GRADIENT_PARTS]
+        assert min(parts) > 0
+        assert math.hypot(*parts) == pytest.approx(line["grad_norm"], rel=1e-6)
     assert lines[0]["lr"] == 0.0
     assert max(line["lr"] for line in lines) > 0
 

@@ -26,7 +26,7 @@ from univitar_ds.training.distributed import World, gather_numbers, together
 from univitar_ds.training.engine import Engine, versions
 from univitar_ds.training.guard import spike
 from univitar_ds.training.logs import SKIPPED, MetricLog, SampleLog, cut_sample_logs, write_events
-from univitar_ds.training.metrics import join_ranks, measured_tflops, rank_numbers
+from univitar_ds.training.metrics import join_ranks, measured_tflops, part_norms, rank_numbers
 from univitar_ds.training.optim import trained_parts
 from univitar_ds.training.preemption import NEVER, Stop
 from univitar_ds.training.step import DivergedError, StepResult, train_step
@@ -223,6 +223,7 @@ class _Trainer:
             name: weight_at(getattr(stage, name), progress.samples_in_stage, stage.samples)
             for name in ("contrastive", "distill")
         }
+        logged = (progress.step + 1) % self.cfg.logging.every_steps == 0
         try:
             result = train_step(
                 self.engine,
@@ -232,6 +233,7 @@ class _Trainer:
                 contrastive_weight=weights["contrastive"],
                 teacher=self.teacher,
                 distill_weight=weights["distill"],
+                read_gradient=logged,
             )
         except DivergedError as error:
             return str(error)
@@ -243,6 +245,7 @@ class _Trainer:
             step_s=time.perf_counter() - start,
             data_wait_s=waited,
             alarm=trouble is not None,
+            squares=self.engine.gradient_squares if logged else None,
         )
         joined = join_ranks(numbers, self.world)
         if joined["alarm"]:
@@ -264,14 +267,20 @@ class _Trainer:
             self.sample_log.write(state.progress.step, batches)
         if self.metric_log is not None:
             self.metric_log.advance(result.items)
-        if state.progress.step % self.cfg.logging.every_steps == 0 or state.progress.finished(self.cfg.stages):
-            self._log(stage, result, lr)
+        if logged or state.progress.finished(self.cfg.stages):
+            self._log(stage, result, lr, part_norms(joined) if logged else None)
         return None
 
-    def _log(self, stage: StageConfig, result: StepResult, lr: float) -> None:
+    def _log(self, stage: StageConfig, result: StepResult, lr: float, norms: dict[str, float] | None) -> None:
         state = self.state
         line = state.window.line(
-            state.progress, stage.name, result, lr=lr, peak_tflops=self.peak_tflops, ranks=self.world.size
+            state.progress,
+            stage.name,
+            result,
+            lr=lr,
+            peak_tflops=self.peak_tflops,
+            ranks=self.world.size,
+            norms=norms,
         )
         if self.metric_log is not None:
             self.metric_log.write(line)

@@ -75,14 +75,16 @@ def train_step(
     contrastive_weight: float = 1.0,
     teacher: Teacher | None = None,
     distill_weight: float = 0.0,
+    read_gradient: bool = False,
 ) -> StepResult:
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
-    Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at `distill_weight` 0.
+    Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at `distill_weight` 0;
+    read_gradient: see `Engine.begin_step`.
     Raises: DivergedError, on all ranks, if the loss or the gradient is not finite; the parameters keep
     their last finite values.
     """
-    engine.begin_step(lr)
+    engine.begin_step(lr, read_gradient=read_gradient)
     distillation = None
     if distill_weight:
         distillation = Distillation(teacher, objective.teacher, distill_weight, batches, engine.world)

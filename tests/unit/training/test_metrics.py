@@ -9,7 +9,15 @@ from univitar_ds.data.batch import PackedBatch, rows
 from univitar_ds.training.curriculum import Progress
 from univitar_ds.training.distributed import World, gather_json
 from univitar_ds.training.logs import MetricLog, SampleLog, cut_sample_logs
-from univitar_ds.training.metrics import BAD_OF_KIND, OVER_RANKS, Window, join_ranks, measured_tflops, rank_numbers
+from univitar_ds.training.metrics import (
+    BAD_OF_KIND,
+    OVER_RANKS,
+    Window,
+    join_ranks,
+    measured_tflops,
+    part_norms,
+    rank_numbers,
+)
 from univitar_ds.training.step import StepResult
 
 WEIGHTS = {"contrastive": 1.0, "distill": 0.0}
@@ -42,33 +50,54 @@ def numbers(**changes) -> dict[str, float]:
 
 
 def result(loss: float, items: int = 4) -> StepResult:
-    return StepResult(loss, items, grad_norm=2.0, logit_scale=10.0, logit_bias=-10.0)
+    return StepResult(
+        loss, items, grad_norm=2.0, logit_scale=10.0, logit_bias=-10.0, losses={"contrastive": loss + 1.0}
+    )
 
 
-def line(window: Window, *, peak=1e-9, ranks=1) -> dict:
-    return window.line(Progress(step=3, samples=30, tokens=40), "a", result(1.0), lr=0.1, peak_tflops=peak, ranks=ranks)
+def line(window: Window, *, peak=1e-9, ranks=1, norms=None) -> dict:
+    progress = Progress(step=3, samples=30, tokens=40)
+    return window.line(progress, "a", result(1.0), lr=0.1, peak_tflops=peak, ranks=ranks, norms=norms)
 
 
 def test_what_a_teacher_said_is_averaged_over_the_steps_it_took_part_in():
     window = Window()
     parts = {"contrastive": 2.0, "distill_patch": 0.5, "distill_pooled": 0.25}
     window.add(result(2.0), numbers(), "image", WEIGHTS)
-    window.add(
-        replace(result(2.75), losses=parts, agreement=0.5), numbers(), "image", {"contrastive": 1.0, "distill": 0.5}
-    )
-    window.add(
-        replace(result(2.75), losses=parts, agreement=0.7), numbers(), "image", {"contrastive": 0.5, "distill": 1.0}
-    )
+    for agreement, weight in ((0.5, 0.5), (0.7, 1.0)):
+        taught = replace(result(2.75), losses=parts, agreement=agreement)
+        window.add(taught, numbers(), "image", {"contrastive": 1.5 - weight, "distill": weight})
     told = line(window)
     assert told["loss"] == pytest.approx(2.5)
     assert told["loss_distill_patch"] == 0.5
     assert told["loss_distill_pooled"] == 0.25
     assert told["teacher_agreement"] == pytest.approx(0.6)
-    assert told["distill_weight"] == 0.75
-    assert told["contrastive_weight"] == 0.75
     alone = Window()
     alone.add(result(2.0), numbers(), "image", WEIGHTS)
-    assert "loss_contrastive" not in line(alone)
+    assert not {"teacher_agreement", "loss_distill_patch"} & line(alone).keys()
+
+
+def test_losses_are_told_by_part_and_modality_and_their_weights_as_means_over_all_steps():
+    window = Window()
+    for loss, modality, weight in ((1.0, "image", 1.0), (2.0, "image", 0.5), (6.0, "video", 0.0)):
+        window.add(result(loss), numbers(), modality, {"contrastive": weight, "distill": 1 - weight})
+    told = line(window)
+    assert (told["loss"], told["loss_image"], told["loss_video"]) == (3.0, 1.5, 6.0)
+    assert told["loss_contrastive"] == 4.0
+    assert (told["loss_contrastive_image"], told["loss_contrastive_video"]) == (2.5, 7.0)
+    assert (told["contrastive_weight"], told["distill_weight"]) == (0.5, 0.5)
+
+
+def test_norms_of_parts_are_those_of_all_ranks_and_of_the_last_step_only():
+    squares = {"blocks": 16.0, "logits": 9.0}
+    table = rank_numbers([], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0, squares=squares)
+    norms = part_norms(join_ranks(table, ALONE))
+    assert (norms["grad_norm_blocks"], norms["grad_norm_logits"], norms["grad_norm_text"]) == (4.0, 3.0, 0.0)
+    window = Window()
+    window.add(result(1.0), numbers(), "image", WEIGHTS)
+    assert not any("square" in name for name in window.sums)
+    assert not norms.keys() & line(window).keys()
+    assert norms.items() <= line(window, norms=norms).items()
 
 
 def test_the_numbers_of_a_rank_are_those_of_all_its_packs():
