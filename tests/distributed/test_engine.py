@@ -10,6 +10,7 @@ from tests.support.distributed import run_distributed
 from tests.support.standin import LANES, StandIn, pack
 from tests.support.training import OBJECTIVE, engine_of, losses, lr, norm_of_parts, steps, weights
 from univitar_ds.training.distributed import start_world
+from univitar_ds.training.pictures import watching
 from univitar_ds.training.step import DivergedError, train_step
 
 pytestmark = pytest.mark.distributed
@@ -159,10 +160,24 @@ def on_four_ranks(folder):
     return {
         "one pass": trained(world, folder / "one", options={}),
         "two passes": trained(world, folder / "two", options={"single_pass": False, "read_gradient": True}),
+        "watched": watched(world, folder / "watched"),
     }
 
 
-def test_a_single_pack_a_rank_runs_once_with_the_bits_of_running_twice_and_reading_the_gradient(dense, tmp_path):
+def watched(world, folder):
+    """As `trained` in one pass; on the first rank alone somebody looks at what a module puts out."""
+    engine, results = engine_of(world), []
+    for step in range(STEPS):
+        packs = [pack(step, lane) for lane in world.lanes(LANES)]
+        with watching(engine.module.blocks[-1], packs[0] if world.first else None) as glimpses:
+            results.append(train_step(engine, packs, lr=lr(step), objective=OBJECTIVE))
+        assert [len(glimpse.tokens) for glimpse in glimpses] == [packs[0].grid_thw.prod(1).sum()] * world.first
+    whole = weights(engine, folder)
+    engine.close()
+    return results, whole
+
+
+def test_a_single_pack_a_rank_runs_once_with_the_bits_of_running_twice_of_reading_and_of_looking(dense, tmp_path):
     answers = run_distributed(on_four_ranks, 4, 120, tmp_path)
     (once, once_weights, _), (twice, twice_weights, norm) = (answers[0][name] for name in ("one pass", "two passes"))
     assert once == twice
@@ -170,6 +185,9 @@ def test_a_single_pack_a_rank_runs_once_with_the_bits_of_running_twice_and_readi
     assert_follows(dense, answers[0]["one pass"], 1e-6, 1e-5)
     assert losses(answers[0]["one pass"][0]) == losses(answers[3]["one pass"][0])
     assert norm == pytest.approx(twice[-1].grad_norm, rel=1e-6)
+    results, watched_weights = answers[0]["watched"]
+    assert results == once
+    assert all(torch.equal(watched_weights[name], value) for name, value in once_weights.items())
 
 
 def on_one_rank(folder):

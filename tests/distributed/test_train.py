@@ -81,6 +81,23 @@ def test_the_summary_has_totals_losses_versions_and_checkpoints(whole):
     assert {"torch", "deepspeed"} <= set(summary["versions"])
 
 
+def test_pictures_of_both_modalities_are_drawn_and_change_no_bit(whole, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging = {"every_steps": 1, "peak_tflops": 0.05, "pictures_every_steps": 3}
+    run = create_run(small_config(whole.shards, tmp_path, logging=logging), "test", 2)
+    run_distributed(train_rank, 2, 90, run)
+    assert [untimed(line) for line in metrics(run)] == [untimed(line) for line in metrics(whole.run)]
+    ours, theirs = (commit.read_manifest(folder / CHECKPOINTS / whole.last.name) for folder in (whole.run, run))
+    assert all(ours[name] == theirs[name] for name in ours if name.endswith(".safetensors"))
+    board = EventAccumulator(str(run / "tb")).Reload()
+    assert board.Images("pack_image")[0].step == 3
+    clips = [line["step"] for line in metrics(run) if line["modality"] == "video"]
+    assert board.Images("pack_video")[0].step == clips[0]
+    texts = [text.tensor_proto.string_val[0].decode() for text in board.Tensors("events/text_summary")]
+    assert [text.split(" begins")[0] for text in texts] == ["stage pictures", "stage both"]
+
+
 @pytest.mark.parametrize("stage", ["pictures", "both"])
 def test_a_run_resumed_inside_a_stage_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, stage):
     again = rewound(whole.run, middle_of(whole, stage), tmp_path / "again")

@@ -138,17 +138,19 @@ class Window:
     def line(
         self,
         progress: Progress,
-        stage: str,
+        stage: tuple[int, str],
         result: StepResult,
         *,
         lr: float,
         peak_tflops: float,
         ranks: int,
+        rollbacks: int = 0,
         norms: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """One line of metrics, names with units.
 
-        Args: `result`, `lr`, `norms` (of parts, where they were read): of the last step; `peak_tflops`: of all ranks.
+        Args: `stage` (index, name), `result`, `lr`, `norms` (of parts, where they were read): of the last step;
+        `peak_tflops`: of all ranks; `rollbacks`: in the run so far.
         """
         sums = self.sums
         seconds, steps = max(sums["step_s"], 1e-9), sums["steps"]
@@ -156,7 +158,8 @@ class Window:
         means = {name: sums[name] / sums[f"{name}_steps"] for name in sums if f"{name}_steps" in sums}
         return {
             "step": progress.step,
-            "stage": stage,
+            "stage": stage[1],
+            "stage_index": stage[0],
             "modality": self.modality,
             **means,
             "lr": lr,
@@ -177,6 +180,7 @@ class Window:
             "shrunk_pct": 100 * sums["shrunk"] / max(sums["samples"], 1),
             "bad_samples": progress.bad_samples,
             **{name: int(self.bad[name]) for name in BAD_OF_KIND if name in self.bad},
+            "rollbacks": rollbacks,
             "memory_gb": sums["memory_gb"],
         }
 

@@ -1,8 +1,10 @@
+import io
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.data.batch import PackedBatch, rows
@@ -57,7 +59,7 @@ def result(loss: float, items: int = 4) -> StepResult:
 
 def line(window: Window, *, peak=1e-9, ranks=1, norms=None) -> dict:
     progress = Progress(step=3, samples=30, tokens=40)
-    return window.line(progress, "a", result(1.0), lr=0.1, peak_tflops=peak, ranks=ranks, norms=norms)
+    return window.line(progress, (0, "a"), result(1.0), lr=0.1, peak_tflops=peak, ranks=ranks, norms=norms)
 
 
 def test_what_a_teacher_said_is_averaged_over_the_steps_it_took_part_in():
@@ -223,6 +225,35 @@ def test_tensorboard_has_the_names_of_the_lines(tmp_path):
         name for name, value in written.items() if not isinstance(value, str) and name != "step"
     }
     assert events.Scalars("loss")[0].value == 2.5
+
+
+def test_stages_and_rollbacks_are_marked_in_tensorboard_beside_pictures_and_stay_there(tmp_path, caplog):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    caplog.set_level("INFO")
+    stage = {"step": 0, "event": "stage", "stage": "native", "samples_seen": 0}
+    rollback = {"step": 2, "event": "rollback", "undone_step": 4, "reason": "the loss is nan"}
+    log = MetricLog(tmp_path, LoggingConfig(), step=0, samples=0, total_samples=10)
+    log.mark(stage)
+    log.picture("pack_image", Image.new("RGB", (5, 3), (9, 8, 7)), 2)
+    log.picture("pack_image", Image.new("RGB", (5, 3)), 3)
+    log.close()
+    log = MetricLog(tmp_path, LoggingConfig(), step=2, samples=0, total_samples=10)
+    log.mark(rollback)
+    log.close()
+    shown = [record.message for record in caplog.records]
+    board = EventAccumulator(str(tmp_path / "tb")).Reload()
+    told = [(text.step, text.tensor_proto.string_val[0].decode()) for text in board.Tensors("events/text_summary")]
+    assert told == [
+        (0, "stage native begins after step 0, 0 samples"),
+        (2, "step 4: the loss is nan; back to step 2, the data since are skipped"),
+    ]
+    assert shown == [text for _, text in told]
+    (picture,) = board.Images("pack_image")
+    assert picture.step == 2
+    with Image.open(io.BytesIO(picture.encoded_image_string)) as image:
+        assert image.size == (5, 3)
+        assert image.getpixel((4, 2)) == (9, 8, 7)
 
 
 def test_sample_logs_of_all_ranks_are_cut_to_the_checkpoint(tmp_path):
