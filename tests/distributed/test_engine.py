@@ -8,8 +8,9 @@ import torch
 from tests.support.dense import dense_training
 from tests.support.distributed import run_distributed
 from tests.support.standin import LANES, StandIn, WithEncoder, pack
-from tests.support.training import OBJECTIVE, engine_of, losses, lr, steps, weights
+from tests.support.training import OBJECTIVE, engine_of, losses, lr, norm_of_parts, steps, weights
 from univitar_ds.training.distributed import start_world
+from univitar_ds.training.pictures import watching
 from univitar_ds.training.step import DivergedError, train_step
 
 pytestmark = pytest.mark.distributed
@@ -24,16 +25,16 @@ def dense():
 
 
 def trained(world, folder, *, model=None, options=None, **settings):
-    """(results, weights) after STEPS steps of a new engine."""
+    """(results, weights, norm of the last gradient as its parts make it up) after STEPS steps of a new engine."""
     engine = engine_of(world, model, **settings)
-    results = steps(engine, 0, STEPS, **(options or {}))
-    whole = weights(engine, folder)
+    results = steps(engine, 0, STEPS, **({"read_gradient": True} if options is None else options))
+    whole, norm = weights(engine, folder), norm_of_parts(engine) if engine.gradient_squares else None
     engine.close()
-    return results, whole
+    return results, whole, norm
 
 
 def assert_follows(dense, got, loss_rtol: float, weight_rtol: float) -> None:
-    results, whole = got
+    results, whole, _ = got
     for result, (loss, norm) in zip(results, dense.curve, strict=True):
         assert result.loss == pytest.approx(loss, rel=loss_rtol)
         assert result.grad_norm == pytest.approx(norm, rel=4 * loss_rtol)
@@ -118,8 +119,16 @@ def test_bf16_follows_plain_fp32_to_its_rounding(dense, two_ranks, engine):
     assert_follows(dense, two_ranks[0][engine], 1e-2, 2e-2)
 
 
+@pytest.mark.parametrize("engine", ["zero3", "zero2", "zero1", "offload", "bf16 zero3", "bf16 zero2", "bf16 zero1"])
+def test_the_parts_of_a_gradient_on_all_ranks_make_up_its_norm(two_ranks, engine):
+    results, _, norm = two_ranks[0][engine]
+    assert norm == pytest.approx(results[-1].grad_norm, rel=1e-6)
+
+
 def test_activation_checkpointing_changes_no_bit(two_ranks):
-    (plain, plain_weights), (recomputed, recomputed_weights) = (two_ranks[0][name] for name in ("zero3", "recomputed"))
+    (plain, plain_weights, _), (recomputed, recomputed_weights, _) = (
+        two_ranks[0][name] for name in ("zero3", "recomputed")
+    )
     assert plain == recomputed
     assert all(torch.equal(recomputed_weights[name], value) for name, value in plain_weights.items())
 
@@ -173,18 +182,47 @@ def test_weights_that_a_module_borrows_are_gathered_with_its_own(tmp_path):
 def on_four_ranks(folder):
     world = start_world()
     return {
-        "one pass": trained(world, folder / "one"),
-        "two passes": trained(world, folder / "two", options={"single_pass": False}),
+        "one pass": trained(world, folder / "one", options={}),
+        "two passes": trained(world, folder / "two", options={"single_pass": False, "read_gradient": True}),
+        "watched": watched(world, folder / "watched"),
     }
 
 
-def test_a_single_pack_a_rank_runs_once_with_the_bits_of_running_twice(dense, tmp_path):
+def watched(world, folder):
+    """As `trained` in one pass; on the first rank alone somebody looks at what a module puts out."""
+    engine, results = engine_of(world), []
+    for step in range(STEPS):
+        packs = [pack(step, lane) for lane in world.lanes(LANES)]
+        with watching(engine.module.blocks[-1], packs[0] if world.first else None) as glimpses:
+            results.append(train_step(engine, packs, lr=lr(step), objective=OBJECTIVE))
+        assert [len(glimpse.tokens) for glimpse in glimpses] == [packs[0].grid_thw.prod(1).sum()] * world.first
+    whole = weights(engine, folder)
+    engine.close()
+    return results, whole
+
+
+def test_a_single_pack_a_rank_runs_once_with_the_bits_of_running_twice_of_reading_and_of_looking(dense, tmp_path):
     answers = run_distributed(on_four_ranks, 4, 120, tmp_path)
-    (once, once_weights), (twice, twice_weights) = (answers[0][name] for name in ("one pass", "two passes"))
+    (once, once_weights, _), (twice, twice_weights, norm) = (answers[0][name] for name in ("one pass", "two passes"))
     assert once == twice
     assert all(torch.equal(twice_weights[name], value) for name, value in once_weights.items())
     assert_follows(dense, answers[0]["one pass"], 1e-6, 1e-5)
     assert losses(answers[0]["one pass"][0]) == losses(answers[3]["one pass"][0])
+    assert norm == pytest.approx(twice[-1].grad_norm, rel=1e-6)
+    results, watched_weights = answers[0]["watched"]
+    assert results == once
+    assert all(torch.equal(watched_weights[name], value) for name, value in once_weights.items())
+
+
+def on_one_rank(folder):
+    world = start_world()
+    settings = {"zero3": {}, "zero1": {"stage": 1}, "bf16 zero1": {"bf16": True, "stage": 1}}
+    return {name: trained(world, folder / name, **setting) for name, setting in settings.items()}
+
+
+def test_the_parts_of_a_gradient_make_up_its_norm_on_one_rank_too(tmp_path):
+    for results, _, norm in run_distributed(on_one_rank, 1, 60, tmp_path)[0].values():
+        assert norm == pytest.approx(results[-1].grad_norm, rel=1e-6)
 
 
 LONG = 50

@@ -1,6 +1,7 @@
 """Whole runs with the real model and loader: uninterrupted, resumed on as many and on other ranks, and ended early."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from univitar_ds.model.config import PRESETS
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.training import commit
 from univitar_ds.training.checkpoint import read_full
+from univitar_ds.training.optim import GRADIENT_PARTS
 
 pytestmark = pytest.mark.distributed
 TIMED = ("_per_s", "_pct", "step_s", "tflops_per_rank", "memory_gb")
@@ -73,6 +75,9 @@ def test_a_run_goes_through_its_stages_and_says_so(whole):
         assert 0 < line["fill_pct"] <= 100
         assert line["flop_imbalance_pct"] >= 0
         assert line["mfu_pct"] > 0
+        parts = [line[f"grad_norm_{part}"] for part in GRADIENT_PARTS]
+        assert min(parts) > 0
+        assert math.hypot(*parts) == pytest.approx(line["grad_norm"], rel=1e-6)
     assert lines[0]["lr"] == 0.0
     assert max(line["lr"] for line in lines) > 0
 
@@ -108,6 +113,23 @@ def test_the_summary_has_totals_losses_versions_and_checkpoints(whole):
     assert summary["checkpoints"][-1] == whole.last.name
     assert summary["seconds"]["training"] > 0
     assert {"torch", "deepspeed"} <= set(summary["versions"])
+
+
+def test_pictures_of_both_modalities_are_drawn_and_change_no_bit(whole, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging = {"every_steps": 1, "peak_tflops": 0.05, "pictures_every_steps": 3}
+    run = create_run(small_config(whole.shards, tmp_path, logging=logging), "test", 2)
+    run_distributed(train_rank, 2, 90, run)
+    assert [untimed(line) for line in metrics(run)] == [untimed(line) for line in metrics(whole.run)]
+    ours, theirs = (commit.read_manifest(folder / CHECKPOINTS / whole.last.name) for folder in (whole.run, run))
+    assert all(ours[name] == theirs[name] for name in ours if name.endswith(".safetensors"))
+    board = EventAccumulator(str(run / "tb")).Reload()
+    assert board.Images("pack_image")[0].step == 3
+    clips = [line["step"] for line in metrics(run) if line["modality"] == "video"]
+    assert board.Images("pack_video")[0].step == clips[0]
+    texts = [text.tensor_proto.string_val[0].decode() for text in board.Tensors("events/text_summary")]
+    assert [text.split(" begins")[0] for text in texts] == ["stage pictures", "stage both"]
 
 
 @pytest.mark.parametrize("stage", ["pictures", "both"])

@@ -10,7 +10,7 @@ import torch
 from tests.support.standin import LANES, StandIn, pack
 from univitar_ds.config.schema import ObjectiveConfig, OptimizerConfig
 from univitar_ds.training.checkpoint import read_full, save_checkpoint
-from univitar_ds.training.distributed import World
+from univitar_ds.training.distributed import World, gather_numbers
 from univitar_ds.training.engine import Engine, build_engine
 from univitar_ds.training.step import StepResult, train_step
 
@@ -55,6 +55,11 @@ def steps(engine: Engine, first: int, last: int, **options: Any) -> list[StepRes
         train_step(engine, [pack(s, lane) for lane in lanes], lr=lr(s), objective=OBJECTIVE, **options)
         for s in range(first, last)
     ]
+
+
+def norm_of_parts(engine: Engine) -> float:
+    """Of the last gradient that was read, from the shares of all ranks."""
+    return math.sqrt(gather_numbers(list(engine.gradient_squares.values()), engine.world).sum().item())
 
 
 def losses(results: list[StepResult]) -> list[float]:

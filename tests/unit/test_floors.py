@@ -16,6 +16,7 @@ FLOORS = {
     "univitar_ds.config": 0,
     "kernels": 1,
     "univitar_ds.pictures": 0,
+    "univitar_ds.sheet": 1,
     "univitar_ds.preprocessing": 2,
     "univitar_ds.model": 3,
     "univitar_ds.objectives": 3,

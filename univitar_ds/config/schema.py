@@ -391,6 +391,9 @@ class LoggingConfig(Section):
 
     every_steps: Positive = 10
     tensorboard: bool = True
+    pictures_every_steps: Annotated[int, Field(ge=0)] = Field(
+        200, description="items of a pack and their patch features as colours, in TensorBoard; 0: none"
+    )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None, description="of one rank, for MFU; measured once at the start when absent"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from univitar_ds.data.cursor import LaneCursor
 from univitar_ds.data.layout import Modality, item_bytes
+from univitar_ds.geometry import PATCH
 
 __all__ = ["Modality", "PackedBatch", "item_bytes", "rows"]
 
@@ -64,6 +65,14 @@ class PackedBatch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def pictures(self) -> Iterator[torch.Tensor]:
+        """Views of the pixels, item by item: (frames, h*14, w*14, 3) uint8."""
+        start = 0
+        for frames, grid in zip(self.frames.tolist(), self.grid_thw.tolist(), strict=True):
+            size = item_bytes(grid, frames)
+            yield self.pixels[start : start + size].view(frames, grid[1] * PATCH, grid[2] * PATCH, 3)
+            start += size
 
 
 def rows(values: Sequence[Sequence[int]] | Sequence[int], width: int | None = None) -> torch.Tensor:

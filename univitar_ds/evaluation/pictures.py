@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kernels.reference import normalise, patchify
-from univitar_ds.data.batch import PackedBatch, item_bytes
+from univitar_ds.data.batch import PackedBatch
 from univitar_ds.evaluation.embed import Embeddings
-from univitar_ds.geometry import PATCH
 from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.sheet import component_colours, raster_order, spread_frames, to_size
 
 ROWS, PER_PACK = 10, 5
 HEIGHT, MOST_WIDTH, MARGIN = 150, 260, 8
@@ -37,15 +37,13 @@ def keep_some(packs: Iterable[PackedBatch], kept: list[Kept]) -> Iterator[Packed
     """Passes packs through and puts a few of their items into `kept`, no two with the same caption."""
     seen: set[int] = set()
     for pack in packs:
-        start, taken = 0, 0
-        for row, (frames, grid) in enumerate(zip(pack.frames.tolist(), pack.grid_thw.tolist(), strict=True)):
-            size, caption = item_bytes(grid, frames), int(pack.caption_ids[row])
+        taken = 0
+        for row, (pixels, grid) in enumerate(zip(pack.pictures(), pack.grid_thw.tolist(), strict=True)):
+            caption = int(pack.caption_ids[row])
             if len(kept) < ROWS and taken < PER_PACK and caption not in seen:
-                shape = (frames, grid[1] * PATCH, grid[2] * PATCH, 3)
-                kept.append(Kept(pack.keys[row], pack.pixels[start : start + size].view(shape).clone(), tuple(grid)))
+                kept.append(Kept(pack.keys[row], pixels.clone(), tuple(grid)))
                 seen.add(caption)
                 taken += 1
-            start += size
         yield pack
 
 
@@ -55,11 +53,11 @@ def draw_sheet(model: ContrastiveModel, kept: list[Kept], found: Embeddings, pat
     colours = component_colours([token_features(model, item) for item in kept])
     rows = []
     for item, tokens in zip(kept, colours, strict=True):
-        last = len(item.pixels) - 1
-        chosen = sorted({round(last * part / (SHOWN_FRAMES - 1)) for part in range(SHOWN_FRAMES)})
         t, h, w = item.grid
         middle = tokens.view(t, h, w, 3)[t // 2]
-        strips = [_scaled(item.pixels[frame], smooth=True) for frame in chosen] + [_scaled(middle, smooth=False)]
+        chosen = spread_frames(len(item.pixels), SHOWN_FRAMES)
+        strips = [to_size(item.pixels[frame], HEIGHT, MOST_WIDTH, smooth=True) for frame in chosen]
+        strips.append(to_size(middle, HEIGHT, MOST_WIDTH, smooth=False))
         rows.append((strips, nearest_captions(found, found.keys.index(item.key))))
     across = max(sum(strip.width + MARGIN for strip in strips) for strips, _ in rows)
     sheet = Image.new("RGB", (across + MARGIN + TEXT_WIDTH, len(rows) * (HEIGHT + MARGIN) + MARGIN), "white")
@@ -77,26 +75,12 @@ def token_features(model: ContrastiveModel, item: Kept) -> Tensor:
     """Tokens of one item in raster order of the grid, (t*h*w, D) float32 on the host."""
     config = model.vision.config
     device = next(model.parameters()).device
-    merge, (t, h, w) = config.spatial_merge_size, item.grid
+    merge = config.spatial_merge_size
     patches = patchify(item.pixels.flatten(), [len(item.pixels)], [item.grid], merge)
     with torch.no_grad():
         values = normalise(patches.to(device), config.image_mean, config.image_std)
         tokens = model.vision(values, [item.grid]).float().cpu()
-    blocks = tokens.view(t, h // merge, w // merge, merge, merge, -1)
-    return blocks.transpose(2, 3).reshape(t * h * w, -1)
-
-
-def component_colours(features: list[Tensor]) -> list[Tensor]:
-    """The first three principal components over all items, each (T_i, D), as (T_i, 3) uint8 colours."""
-    everything = torch.cat(features).double()
-    centred = everything - everything.mean(dim=0)
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    basis = vectors[:, -3:].flip(1)
-    basis = basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()  # eigh leaves the sign open
-    values = centred @ basis
-    low, high = values.quantile(0.02, dim=0), values.quantile(0.98, dim=0)
-    scaled = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    return list((scaled * 255).round().to(torch.uint8).split([len(part) for part in features]))
+    return raster_order(tokens, item.grid, merge).flatten(0, 2)
 
 
 def nearest_captions(found: Embeddings, row: int) -> list[tuple[str, bool, float]]:
@@ -109,13 +93,6 @@ def nearest_captions(found: Embeddings, row: int) -> list[tuple[str, bool, float
         (found.captions[places[place]], found.caption_ids[places[place]] == found.caption_ids[row], score)
         for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
-
-
-def _scaled(pixels: Tensor, *, smooth: bool) -> Image.Image:
-    image = Image.fromarray(pixels.numpy())
-    scale = min(HEIGHT / image.height, MOST_WIDTH / image.width)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
 
 
 def _write(pen: ImageDraw.ImageDraw, left: int, top: int, captions: list[tuple[str, bool, float]]) -> None:

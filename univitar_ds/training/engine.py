@@ -32,7 +32,7 @@ from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.training.distributed import World
 from univitar_ds.training.extensions import prepare_extensions
-from univitar_ds.training.optim import build_optimizer, set_learning_rate
+from univitar_ds.training.optim import GRADIENT_PARTS, build_optimizer, part_of, set_learning_rate
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -70,6 +70,12 @@ class Engine:
         self._optimizer = engine.optimizer
         self._sharded = engine.zero_optimization_stage() == 3
         self.world = world
+        self.gradient_squares: dict[str, float] = {}
+        """Sums of squares of the last gradient that was read, before clipping: of this rank's share, by GRADIENT_PARTS.
+
+        The shares of all ranks make up the gradient: their sum is the square of `grad_norm`.
+        """
+        self._read_gradient = False
         self._make_moments()
 
     @property
@@ -85,8 +91,12 @@ class Engine:
     def __call__(self, *inputs: Tensor) -> Any:
         return self._engine(*inputs)
 
-    def begin_step(self, lr: float) -> None:
-        """Sets the learning rate and forgets all gradients; before the first backward of every step."""
+    def begin_step(self, lr: float, *, read_gradient: bool = False) -> None:
+        """Sets the learning rate and forgets all gradients; before the first backward of every step.
+
+        Args: read_gradient: whether this step fills `gradient_squares`, a pass over this rank's share.
+        """
+        self._read_gradient = read_gradient
         set_learning_rate(self._optimizer.param_groups, lr)
         if not self._sharded:
             return  # stages 1 and 2 build their gradients anew, an absent one as zeros
@@ -102,6 +112,8 @@ class Engine:
     def step(self) -> None:
         """After every pack. The last one of a step updates the parameters, and their average."""
         last = self._engine.is_gradient_accumulation_boundary()
+        if last and self._read_gradient:
+            self.gradient_squares = self._squares_by_part()
         self._engine.step()
         if last and self._ema_decay is not None and self.updated:
             self._update_average(self._ema_decay)
@@ -110,6 +122,27 @@ class Engine:
     def grad_norm(self) -> float:
         """2-norm of the whole gradient of the last update before clipping, the same on all ranks; inf if not finite."""
         return float(self._engine.get_global_grad_norm())
+
+    def _squares_by_part(self) -> dict[str, float]:
+        """Between the last backward and the update, which takes gradients away or scales them where they lie."""
+        sums = {part: torch.zeros((), dtype=torch.float64, device=self.world.device) for part in GRADIENT_PARTS}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and (share := self._gradient_share(parameter)) is not None:
+                norm = torch.linalg.vector_norm(share, dtype=torch.float32)  # one copy at a time where it is offloaded
+                sums[part_of(name, GRADIENT_PARTS)] += norm.double().square().to(self.world.device)
+        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+
+    def _gradient_share(self, parameter: nn.Parameter) -> Tensor | None:
+        """What this rank owns of a parameter's gradient, flat; None if that is nothing."""
+        if self._sharded:
+            return self._optimizer.get_local_fp32_grad_for_param(parameter)  # the padding at its end is 0
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+        place = mapping.lp_fragment_address
+        # bf16 with ZeRO 1 has the whole gradient on every rank.
+        return gradient if gradient.numel() == place.numel else gradient.narrow(0, place.start, place.numel)
 
     @property
     def updated(self) -> bool:

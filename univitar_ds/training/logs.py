@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+from PIL import Image
+
 from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.data.batch import PackedBatch
 
@@ -49,7 +52,6 @@ class MetricLog:
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(name, value, line["step"])
-            self._board.add_text("stage", line["stage"], line["step"])
         shown = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, grad norm {line['grad_norm']:.2f}"
         if self._bar is not None:
             self._bar.set_description(f"{line['stage']} step {line['step']}")
@@ -61,6 +63,20 @@ class MetricLog:
                 shown,
                 *(line[name] for name in ("samples_per_s", "mfu_pct", "fill_pct", "data_wait_pct")),
             )
+
+    def mark(self, event: dict[str, Any]) -> None:
+        """Shows an event on the screen and, as a text, in TensorBoard."""
+        told = told_event(event)
+        if self._board is not None:
+            self._board.add_text("events", told, event["step"])
+        if self._bar is not None:
+            self._bar.write(told, file=sys.stderr)
+        else:
+            logger.log(logging.WARNING if event["event"] == "rollback" else logging.INFO, "%s", told)
+
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
+        """Puts a picture into TensorBoard."""
+        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
         self._file.close()
@@ -94,6 +110,15 @@ def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None
             with path.open() as old, (run / path.name.replace("samples", keep_as, 1)).open("a") as kept:
                 kept.writelines(line for line in old if step < _step_of(line) < float("inf"))
         _open_after(path, step).close()
+
+
+def told_event(event: dict[str, Any]) -> str:
+    """An entry of events.jsonl as a sentence."""
+    if event["event"] == "rollback":
+        return (
+            f"step {event['undone_step']}: {event['reason']}; back to step {event['step']}, the data since are skipped"
+        )
+    return f"stage {event['stage']} begins after step {event['step']}, {event['samples_seen']} samples"
 
 
 def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:

@@ -27,8 +27,9 @@ from univitar_ds.training.distributed import World, gather_numbers, together
 from univitar_ds.training.engine import Engine, versions
 from univitar_ds.training.guard import spike
 from univitar_ds.training.logs import SKIPPED, MetricLog, SampleLog, cut_sample_logs, write_events
-from univitar_ds.training.metrics import join_ranks, measured_tflops, rank_numbers
+from univitar_ds.training.metrics import join_ranks, measured_tflops, part_norms, rank_numbers
 from univitar_ds.training.optim import trained_parts
+from univitar_ds.training.pictures import Glimpse, PictureSchedule, draw_pack, watching
 from univitar_ds.training.preemption import NEVER, Stop
 from univitar_ds.training.step import DivergedError, StepResult, train_step
 from univitar_ds.training.summary import write_summary
@@ -66,14 +67,15 @@ class _Trainer:
         self.stop, self.told = stop, False
         self.teacher: Teacher | None = None
         self.metric_log: MetricLog | None = None
+        self.pictures: PictureSchedule | None = None
         self.sample_log: SampleLog | None = None
         self.engine, self.state = assemble(cfg, run, world)
         self.cost = cost_coefficients(self.engine.module.vision.config)
         self.peak_tflops = _peak_tflops(cfg, self.engine)
         self.saved_step = self.state.progress.step
+        self._open_logs()
         if not self.state.events:  # a new run
             self._note_stage()
-        self._open_logs()
 
     def train(self) -> None:
         while not self.told and not self.state.progress.finished(self.cfg.stages):
@@ -91,7 +93,7 @@ class _Trainer:
         for log in (self.metric_log, self.sample_log):
             if log is not None:
                 log.close()
-        self.metric_log = self.sample_log = None
+        self.metric_log = self.sample_log = self.pictures = None
 
     def close(self) -> None:
         self.close_logs()
@@ -135,10 +137,13 @@ class _Trainer:
         progress = self.state.progress
         stage = self.cfg.stages[progress.stage]
         event = {"step": progress.step, "event": "stage", "stage": stage.name, "samples_seen": progress.samples}
+        self._note(event)
+
+    def _note(self, event: dict[str, Any]) -> None:
         self.state.events.append(event)
-        if self.world.first:
-            logger.info("stage %s begins after step %d", stage.name, progress.step)
+        if self.metric_log is not None:
             write_events(self.run, self.state.events)
+            self.metric_log.mark(event)
 
     def _reassemble(self) -> None:
         self.engine.close()
@@ -161,12 +166,9 @@ class _Trainer:
         self._reassemble()
         back = self.state.progress.step
         self.state.cursors = {batch.lane: batch.stand for batch in batches}
-        self.state.events = [*events, {"step": back, "event": "rollback", "undone_step": step, "reason": trouble}]
-        self.state.seconds, self.saved_step = seconds, back
-        if self.world.first:
-            logger.warning("step %d: %s; back to step %d, the data since are skipped", step, trouble, back)
-            write_events(self.run, self.state.events)
+        self.state.events, self.state.seconds, self.saved_step = events, seconds, back
         self._open_logs(keep_as=SKIPPED)
+        self._note({"step": back, "event": "rollback", "undone_step": step, "reason": trouble})
 
     def _open_logs(self, keep_as: str | None = None) -> None:
         """At the step where the run stands: what the files have beyond it is dropped, or kept apart."""
@@ -179,6 +181,8 @@ class _Trainer:
                 self.metric_log = MetricLog(
                     self.run, cfg.logging, step=progress.step, samples=progress.samples, total_samples=total
                 )
+                if cfg.logging.tensorboard:
+                    self.pictures = PictureSchedule(cfg.logging.pictures_every_steps, progress.step)
         if cfg.data.log_samples:
             self.sample_log = SampleLog(self.run, self.world.rank)
 
@@ -225,17 +229,21 @@ class _Trainer:
             for name in ("contrastive", "distill")
         }
         dropping = Dropping.of(stage, self.engine.module.vision.config, seed=self.cfg.seed, step=progress.step)
+        logged = (progress.step + 1) % self.cfg.logging.every_steps == 0
+        shown = batches[0] if self.pictures is not None and self.pictures.due(progress.step + 1, modality) else None
         try:
-            result = train_step(
-                self.engine,
-                batches,
-                lr=lr,
-                objective=self.cfg.objective,
-                contrastive_weight=weights["contrastive"],
-                teacher=self.teacher,
-                distill_weight=weights["distill"],
-                dropping=dropping,
-            )
+            with watching(self.engine.module.vision, shown) as glimpses:
+                result = train_step(
+                    self.engine,
+                    batches,
+                    lr=lr,
+                    objective=self.cfg.objective,
+                    contrastive_weight=weights["contrastive"],
+                    teacher=self.teacher,
+                    distill_weight=weights["distill"],
+                    dropping=dropping,
+                    read_gradient=logged,
+                )
         except DivergedError as error:
             return str(error)
         trouble = spike(state.history, progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard)
@@ -247,6 +255,7 @@ class _Trainer:
             data_wait_s=waited,
             alarm=trouble is not None,
             dropping=dropping,
+            squares=self.engine.gradient_squares if logged else None,
         )
         joined = join_ranks(numbers, self.world)
         if joined["alarm"]:
@@ -268,14 +277,29 @@ class _Trainer:
             self.sample_log.write(state.progress.step, batches)
         if self.metric_log is not None:
             self.metric_log.advance(result.items)
-        if state.progress.step % self.cfg.logging.every_steps == 0 or state.progress.finished(self.cfg.stages):
-            self._log(stage, result, lr)
+        if logged or state.progress.finished(self.cfg.stages):
+            self._log(progress.stage, result, lr, part_norms(joined) if logged else None)
+        if glimpses:
+            self._show(batches[0], glimpses[0])
         return None
 
-    def _log(self, stage: StageConfig, result: StepResult, lr: float) -> None:
+    def _show(self, batch: PackedBatch, glimpse: Glimpse) -> None:
+        step = self.state.progress.step
+        sheet = draw_pack(batch, glimpse, self.engine.module.vision.config.spatial_merge_size)
+        self.metric_log.picture(f"pack_{batch.modality}", sheet, step)
+        self.pictures.drawn[batch.modality] = step
+
+    def _log(self, stage: int, result: StepResult, lr: float, norms: dict[str, float] | None) -> None:
         state = self.state
         line = state.window.line(
-            state.progress, stage.name, result, lr=lr, peak_tflops=self.peak_tflops, ranks=self.world.size
+            state.progress,
+            (stage, self.cfg.stages[stage].name),
+            result,
+            lr=lr,
+            peak_tflops=self.peak_tflops,
+            ranks=self.world.size,
+            rollbacks=state.rollbacks,
+            norms=norms,
         )
         if self.metric_log is not None:
             self.metric_log.write(line)

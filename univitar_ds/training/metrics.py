@@ -7,6 +7,7 @@ the lines of the uninterrupted one.
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections import Counter
@@ -23,10 +24,13 @@ from univitar_ds.geometry import token_count
 from univitar_ds.model.dropping import NO_DROPPING, Dropping
 from univitar_ds.training.curriculum import Progress
 from univitar_ds.training.distributed import World, gather_numbers
+from univitar_ds.training.optim import GRADIENT_PARTS
 from univitar_ds.training.step import StepResult
 
 BAD_OF_KIND = {f"bad_{kind.removeprefix('bad_')}": kind for kind in KINDS}
 """Name of a kind's count in lines: the kind."""
+SQUARES = {part: f"grad_square_{part}" for part in GRADIENT_PARTS}
+"""Part of the model: name of its gradient's sum of squares."""
 OVER_RANKS = {
     "tokens": "sum",
     "token_budget": "sum",
@@ -39,18 +43,10 @@ OVER_RANKS = {
     "data_wait_s": "mean",
     "memory_gb": "max",
     "alarm": "max",
+    **dict.fromkeys(SQUARES.values(), "sum"),
 }
 """Numbers of a rank at a step, and how ranks join them. Every kind of bad sample has a place, met or not: ranks that
 met different ones exchange the same number of values."""
-DISTILLATION = (
-    "loss_contrastive",
-    "loss_distill_patch",
-    "loss_distill_pooled",
-    "teacher_agreement",
-    "contrastive_weight",
-    "distill_weight",
-)
-"""Means over the steps in which a teacher took part, in the lines that have such steps."""
 JOIN = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}
 
 
@@ -63,11 +59,13 @@ def rank_numbers(
     data_wait_s: float,
     alarm: bool = False,
     dropping: Dropping = NO_DROPPING,
+    squares: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """The numbers of this rank at a step, by the names of OVER_RANKS.
 
     Args: cost: FLOPs a token, FLOPs a token squared; alarm: whether this rank's guard wants the step undone; dropping:
-    of the step, FLOPs are those of the tokens that stay.
+    of the step, FLOPs are those of the tokens that stay; squares: `Engine.gradient_squares` of a step that read its
+    gradient.
     """
     bad = Counter[str]()
     for batch in batches:
@@ -88,6 +86,7 @@ def rank_numbers(
         "data_wait_s": data_wait_s,
         "memory_gb": memory_gb(),
         "alarm": alarm,
+        **{name: (squares or {}).get(part, 0.0) for part, name in SQUARES.items()},
     }
 
 
@@ -97,9 +96,17 @@ def join_ranks(numbers: dict[str, float], world: World) -> dict[str, float]:
     return {name: JOIN[how](table[:, column]).item() for column, (name, how) in enumerate(OVER_RANKS.items())}
 
 
+def part_norms(joined: Mapping[str, float]) -> dict[str, float]:
+    """2-norms of the parts of a gradient that was read, over all ranks, by their names in lines."""
+    return {f"grad_norm_{part}": math.sqrt(joined[name]) for part, name in SQUARES.items()}
+
+
 @dataclass
 class Window:
-    """Sums over the steps since the last line; `bad`, those over the whole run by the names of BAD_OF_KIND."""
+    """Sums over the steps since the last line; `bad`, those over the whole run by the names of BAD_OF_KIND.
+
+    What is a mean over the steps that had it, losses and their weights, has their number beside it: `<name>_steps`.
+    """
 
     sums: dict[str, float] = field(default_factory=dict)
     modality: str | None = None
@@ -109,13 +116,16 @@ class Window:
         self, result: StepResult, joined: dict[str, float], modality: Modality, weights: Mapping[str, float]
     ) -> None:
         """Takes a step in. `weights`: of the losses, by the names of the stage's schedules."""
-        steps = {"steps": 1, "loss": result.loss, "samples": result.items, f"{modality}_steps": 1}
-        losses = {f"loss_{modality}": result.loss}
-        if result.agreement is not None:  # else the contrastive loss is all there is
-            losses |= {f"loss_{part}": value for part, value in result.losses.items()}
-            losses |= {f"{name}_weight": weight for name, weight in weights.items()}
-            losses |= {"teacher_agreement": result.agreement, "distill_steps": 1}
-        for name, value in (joined | steps | losses).items():
+        means = {"loss": result.loss, f"loss_{modality}": result.loss}
+        for part, value in result.losses.items():
+            means |= {f"loss_{part}": value, f"loss_{part}_{modality}": value}
+        means |= {f"{name}_weight": weight for name, weight in weights.items()}
+        if result.agreement is not None:
+            means["teacher_agreement"] = result.agreement
+        counts = {"steps": 1, "samples": result.items, **{f"{name}_steps": 1 for name in means}}
+        for name, value in (joined | counts | means).items():
+            if name in SQUARES.values():
+                continue  # of the line's last step only, see `part_norms`
             if name in BAD_OF_KIND:
                 if value:  # a kind that was never met takes no room in lines and checkpoints
                     self.bad[name] = self.bad.get(name, 0) + value
@@ -130,24 +140,35 @@ class Window:
         return Window(bad=self.bad)
 
     def line(
-        self, progress: Progress, stage: str, result: StepResult, *, lr: float, peak_tflops: float, ranks: int
+        self,
+        progress: Progress,
+        stage: tuple[int, str],
+        result: StepResult,
+        *,
+        lr: float,
+        peak_tflops: float,
+        ranks: int,
+        rollbacks: int = 0,
+        norms: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
-        """One line of metrics, names with units. `result`, `lr`: of the last step; `peak_tflops`: of all ranks."""
+        """One line of metrics, names with units.
+
+        Args: `stage` (index, name), `result`, `lr`, `norms` (of parts, where they were read): of the last step;
+        `peak_tflops`: of all ranks; `rollbacks`: in the run so far.
+        """
         sums = self.sums
         seconds, steps = max(sums["step_s"], 1e-9), sums["steps"]
         tflops = sums["flops"] / seconds / 1e12
-        by_modality = {
-            f"loss_{m}": sums[f"loss_{m}"] / sums[f"{m}_steps"] for m in ("image", "video") if f"{m}_steps" in sums
-        }
+        means = {name: sums[name] / sums[f"{name}_steps"] for name in sums if f"{name}_steps" in sums}
         return {
             "step": progress.step,
-            "stage": stage,
+            "stage": stage[1],
+            "stage_index": stage[0],
             "modality": self.modality,
-            "loss": sums["loss"] / steps,
-            **by_modality,
-            **{name: sums[name] / sums["distill_steps"] for name in DISTILLATION if name in sums},
+            **means,
             "lr": lr,
             "grad_norm": result.grad_norm,
+            **(norms or {}),
             "logit_scale": result.logit_scale,
             "logit_bias": result.logit_bias,
             "samples_per_s": sums["samples"] / seconds,
@@ -163,6 +184,7 @@ class Window:
             "shrunk_pct": 100 * sums["shrunk"] / max(sums["samples"], 1),
             "bad_samples": progress.bad_samples,
             **{name: int(self.bad[name]) for name in BAD_OF_KIND if name in self.bad},
+            "rollbacks": rollbacks,
             "memory_gb": sums["memory_gb"],
         }
 

@@ -14,15 +14,23 @@ from univitar_ds.config.schema import OptimizerConfig, RunConfig, StageConfig
 
 PARTS = {"patch_embedding": "vision.embeddings.", "blocks": "vision.", "text": "text.", "rest": ""}
 """Parts that learn or rest as a whole: how the names of their parameters begin. The first that fits counts."""
+GRADIENT_PARTS = {
+    "patch_embedding": "vision.embeddings.",
+    "blocks": "vision.",
+    "text": "text.",
+    "logits": "logit_",
+    "heads": "",
+}
+"""Parts whose gradient norms are told, by the same rule: PARTS, and the rest in two."""
 _NAMED = {"vision": ("patch_embedding", "blocks")}
 """Names of the run file that stand for several parts."""
 _BLOCK = re.compile(r"vision\.encoder\.layers\.(\d+)\.")
 _INLET = "vision.embeddings."
 
 
-def part_of(name: str) -> str:
-    """The part of PARTS that a parameter belongs to."""
-    return next(part for part, prefix in PARTS.items() if name.startswith(prefix))
+def part_of(name: str, parts: Mapping[str, str] = PARTS) -> str:
+    """The part that a parameter belongs to."""
+    return next(part for part, prefix in parts.items() if name.startswith(prefix))
 
 
 def trained_parts(cfg: RunConfig, stage: StageConfig) -> list[str]:

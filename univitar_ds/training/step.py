@@ -79,15 +79,17 @@ def train_step(
     teacher: Teacher | None = None,
     distill_weight: float = 0.0,
     dropping: Dropping = NO_DROPPING,
+    read_gradient: bool = False,
 ) -> StepResult:
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
     Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at `distill_weight` 0;
     dropping: what the encoder goes without, by lane, whichever rank has the lane.
+    read_gradient: see `Engine.begin_step`.
     Raises: DivergedError, on all ranks, if the loss or the gradient is not finite; the parameters keep
     their last finite values.
     """
-    engine.begin_step(lr)
+    engine.begin_step(lr, read_gradient=read_gradient)
     drops = [dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
     distillation = None
     if distill_weight:

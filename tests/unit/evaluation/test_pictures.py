@@ -15,7 +15,6 @@ from univitar_ds.data.batch import PackedBatch
 from univitar_ds.evaluation import pictures
 from univitar_ds.evaluation.pictures import (
     Kept,
-    component_colours,
     draw_sheet,
     keep_some,
     nearest_captions,
@@ -89,16 +88,6 @@ def test_kept_items_have_their_own_pixels_and_different_captions(monkeypatch: py
     for item in kept:
         assert item.pixels.shape == (1, item.grid[1] * PATCH, item.grid[2] * PATCH, 3)
         assert item.pixels.unique().tolist() == [int(item.key[-4:])]
-
-
-def test_colours_tell_groups_of_tokens_apart_and_agree_between_items():
-    groups = torch.tensor([[9.0, 0, 0, 0], [0, 9, 0, 0], [0, 0, 9, 0]])
-    one = groups.repeat_interleave(20, 0) + 0.01 * random_rows(60, 4)
-    first, second = component_colours([one, one[:30]])
-    assert first.dtype == torch.uint8
-    assert torch.equal(first[:30], second)
-    centres = first.float().view(3, 20, 3).mean(1)
-    assert torch.pdist(centres).min() > 100
 
 
 def test_nearest_captions_are_distinct_and_the_own_one_is_marked():

@@ -1,8 +1,10 @@
+import io
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.data.batch import PackedBatch, rows
@@ -10,7 +12,15 @@ from univitar_ds.model.dropping import Dropping
 from univitar_ds.training.curriculum import Progress
 from univitar_ds.training.distributed import World, gather_json
 from univitar_ds.training.logs import MetricLog, SampleLog, cut_sample_logs
-from univitar_ds.training.metrics import BAD_OF_KIND, OVER_RANKS, Window, join_ranks, measured_tflops, rank_numbers
+from univitar_ds.training.metrics import (
+    BAD_OF_KIND,
+    OVER_RANKS,
+    Window,
+    join_ranks,
+    measured_tflops,
+    part_norms,
+    rank_numbers,
+)
 from univitar_ds.training.step import StepResult
 
 WEIGHTS = {"contrastive": 1.0, "distill": 0.0}
@@ -43,33 +53,54 @@ def numbers(**changes) -> dict[str, float]:
 
 
 def result(loss: float, items: int = 4) -> StepResult:
-    return StepResult(loss, items, grad_norm=2.0, logit_scale=10.0, logit_bias=-10.0)
+    return StepResult(
+        loss, items, grad_norm=2.0, logit_scale=10.0, logit_bias=-10.0, losses={"contrastive": loss + 1.0}
+    )
 
 
-def line(window: Window, *, peak=1e-9, ranks=1) -> dict:
-    return window.line(Progress(step=3, samples=30, tokens=40), "a", result(1.0), lr=0.1, peak_tflops=peak, ranks=ranks)
+def line(window: Window, *, peak=1e-9, ranks=1, norms=None) -> dict:
+    progress = Progress(step=3, samples=30, tokens=40)
+    return window.line(progress, (0, "a"), result(1.0), lr=0.1, peak_tflops=peak, ranks=ranks, norms=norms)
 
 
 def test_what_a_teacher_said_is_averaged_over_the_steps_it_took_part_in():
     window = Window()
     parts = {"contrastive": 2.0, "distill_patch": 0.5, "distill_pooled": 0.25}
     window.add(result(2.0), numbers(), "image", WEIGHTS)
-    window.add(
-        replace(result(2.75), losses=parts, agreement=0.5), numbers(), "image", {"contrastive": 1.0, "distill": 0.5}
-    )
-    window.add(
-        replace(result(2.75), losses=parts, agreement=0.7), numbers(), "image", {"contrastive": 0.5, "distill": 1.0}
-    )
+    for agreement, weight in ((0.5, 0.5), (0.7, 1.0)):
+        taught = replace(result(2.75), losses=parts, agreement=agreement)
+        window.add(taught, numbers(), "image", {"contrastive": 1.5 - weight, "distill": weight})
     told = line(window)
     assert told["loss"] == pytest.approx(2.5)
     assert told["loss_distill_patch"] == 0.5
     assert told["loss_distill_pooled"] == 0.25
     assert told["teacher_agreement"] == pytest.approx(0.6)
-    assert told["distill_weight"] == 0.75
-    assert told["contrastive_weight"] == 0.75
     alone = Window()
     alone.add(result(2.0), numbers(), "image", WEIGHTS)
-    assert "loss_contrastive" not in line(alone)
+    assert not {"teacher_agreement", "loss_distill_patch"} & line(alone).keys()
+
+
+def test_losses_are_told_by_part_and_modality_and_their_weights_as_means_over_all_steps():
+    window = Window()
+    for loss, modality, weight in ((1.0, "image", 1.0), (2.0, "image", 0.5), (6.0, "video", 0.0)):
+        window.add(result(loss), numbers(), modality, {"contrastive": weight, "distill": 1 - weight})
+    told = line(window)
+    assert (told["loss"], told["loss_image"], told["loss_video"]) == (3.0, 1.5, 6.0)
+    assert told["loss_contrastive"] == 4.0
+    assert (told["loss_contrastive_image"], told["loss_contrastive_video"]) == (2.5, 7.0)
+    assert (told["contrastive_weight"], told["distill_weight"]) == (0.5, 0.5)
+
+
+def test_norms_of_parts_are_those_of_all_ranks_and_of_the_last_step_only():
+    squares = {"blocks": 16.0, "logits": 9.0}
+    table = rank_numbers([], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0, squares=squares)
+    norms = part_norms(join_ranks(table, ALONE))
+    assert (norms["grad_norm_blocks"], norms["grad_norm_logits"], norms["grad_norm_text"]) == (4.0, 3.0, 0.0)
+    window = Window()
+    window.add(result(1.0), numbers(), "image", WEIGHTS)
+    assert not any("square" in name for name in window.sums)
+    assert not norms.keys() & line(window).keys()
+    assert norms.items() <= line(window, norms=norms).items()
 
 
 def test_the_numbers_of_a_rank_are_those_of_all_its_packs():
@@ -204,6 +235,35 @@ def test_tensorboard_has_the_names_of_the_lines(tmp_path):
         name for name, value in written.items() if not isinstance(value, str) and name != "step"
     }
     assert events.Scalars("loss")[0].value == 2.5
+
+
+def test_stages_and_rollbacks_are_marked_in_tensorboard_beside_pictures_and_stay_there(tmp_path, caplog):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    caplog.set_level("INFO")
+    stage = {"step": 0, "event": "stage", "stage": "native", "samples_seen": 0}
+    rollback = {"step": 2, "event": "rollback", "undone_step": 4, "reason": "the loss is nan"}
+    log = MetricLog(tmp_path, LoggingConfig(), step=0, samples=0, total_samples=10)
+    log.mark(stage)
+    log.picture("pack_image", Image.new("RGB", (5, 3), (9, 8, 7)), 2)
+    log.picture("pack_image", Image.new("RGB", (5, 3)), 3)
+    log.close()
+    log = MetricLog(tmp_path, LoggingConfig(), step=2, samples=0, total_samples=10)
+    log.mark(rollback)
+    log.close()
+    shown = [record.message for record in caplog.records]
+    board = EventAccumulator(str(tmp_path / "tb")).Reload()
+    told = [(text.step, text.tensor_proto.string_val[0].decode()) for text in board.Tensors("events/text_summary")]
+    assert told == [
+        (0, "stage native begins after step 0, 0 samples"),
+        (2, "step 4: the loss is nan; back to step 2, the data since are skipped"),
+    ]
+    assert shown == [text for _, text in told]
+    (picture,) = board.Images("pack_image")
+    assert picture.step == 2
+    with Image.open(io.BytesIO(picture.encoded_image_string)) as image:
+        assert image.size == (5, 3)
+        assert image.getpixel((4, 2)) == (9, 8, 7)
 
 
 def test_sample_logs_of_all_ranks_are_cut_to_the_checkpoint(tmp_path):

@@ -3,7 +3,7 @@ from torch import nn
 
 from tests.support.standin import StandIn
 from univitar_ds.config.schema import OptimizerConfig
-from univitar_ds.training.optim import build_optimizer, parameter_groups, set_learning_rate
+from univitar_ds.training.optim import GRADIENT_PARTS, build_optimizer, parameter_groups, part_of, set_learning_rate
 
 DECAY = OptimizerConfig(weight_decay=0.2)
 
@@ -30,6 +30,21 @@ def test_the_optimizer_follows_its_section_of_the_run_file():
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
     assert all(g["betas"] == (0.8, 0.9) and g["eps"] == 1e-6 for g in optimizer.param_groups)
+
+
+def test_the_gradient_is_told_by_the_parts_that_freeze_and_the_rest_in_two():
+    names = {
+        "vision.embeddings.patch_embedding.weight": "patch_embedding",
+        "vision.encoder.layers.0.ls1": "blocks",
+        "text.model.embeddings.weight": "text",
+        "text_proj.weight": "heads",
+        "pool.query": "heads",
+        "logit_scale": "logits",
+        "logit_bias": "logits",
+    }
+    assert {name: part_of(name, GRADIENT_PARTS) for name in names} == names
+    for name, part in names.items():
+        assert part_of(name) == {"heads": "rest", "logits": "rest"}.get(part, part)
 
 
 class Towers(nn.Module):
