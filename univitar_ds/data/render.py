@@ -71,7 +71,10 @@ class RenderJob:
             "modality": self.modality,
             "sampling": astuple(self.sampling),
             "limits": astuple(self.limits),
-            "items": [astuple(item) for item in self.items],
+            "items": [
+                (item.path, item.offset, item.length, item.grid, item.frames, item.crc32, item.draw)
+                for item in self.items
+            ],
         }
 
     @classmethod
