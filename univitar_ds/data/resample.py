@@ -13,7 +13,6 @@ import importlib.util
 import sys
 from ctypes import byref, c_char_p, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -82,5 +81,5 @@ def load() -> tuple[ctypes.CDLL, c_uint64]:
         importlib.import_module("torch")
         library = ctypes.CDLL(path)
     library.torch_exception_get_what_without_backtrace.restype = c_char_p
-    major, minor = map(int, version("torch").split(".")[:2])
-    return library, c_uint64(major << 56 | minor << 48)
+    library.aoti_torch_abi_version.restype = c_uint64
+    return library, c_uint64(library.aoti_torch_abi_version())
