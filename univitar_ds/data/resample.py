@@ -24,8 +24,10 @@ def resize(source: np.ndarray, out: np.ndarray) -> None:
     """A picture resized into `out`, with bicubic weights that cover every source pixel (antialiased).
 
     Within 1 level of Pillow's bicubic, but for 2 levels in 3 values of a million on photographs (10 on black and white
-    edges): the weights here have 15 bits, Pillow's 22. Columns and rows are two passes with 8 bits between them, so
-    their order shows by up to 20 levels; it is Pillow 13's.
+    edges). Columns and rows are two passes with 8 bits between them. The weights here have 15 bits, Pillow's 22, so
+    either pass differs by 1 level in 0.2 % of its values and never by more; 2 come where the second meets several such
+    values of the first. No call of the kernel takes finer weights. The order of passes shows by up to 20 levels; it is
+    Pillow 13's.
 
     Args: source (H, W, 3) and out (h, w, 3), both uint8 and C-contiguous.
     """
