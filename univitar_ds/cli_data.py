@@ -126,7 +126,8 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(source["error"])
     faults = [(shard["shard"], fault) for shard in report["shards"] for fault in shard["faults"]]
     for shard, fault in faults[:20]:
-        print(f"{fault['kind']}: {shard}/{fault['key']} at byte {fault['byte']}: {fault['message']}")
+        name = f"{shard}/{fault['key']}" if fault["key"] else shard
+        print(f"{fault['kind']}: {name} at byte {fault['byte']}: {fault['message']}")
     if len(faults) > 20:
         print(f"... and {len(faults) - 20} more")
     for shard in report["shards"]:

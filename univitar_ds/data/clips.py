@@ -19,8 +19,9 @@ from av.video.stream import VideoStream
 
 from univitar_ds.data import bitstream
 from univitar_ds.data.containers import Matrix, swaps_sides
-from univitar_ds.data.probe import check_area, check_duration, open_video, reason
+from univitar_ds.data.probe import check_area, check_duration, reason
 from univitar_ds.data.sampling import UNIFORM, Sampling, by_count, by_time, places
+from univitar_ds.data.video import open_video
 from univitar_ds.errors import SampleError
 
 Fit = Callable[[np.ndarray], np.ndarray]

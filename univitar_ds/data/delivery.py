@@ -47,6 +47,7 @@ def decoded(
         slot_bytes=max(_bytes_of_a_token(modality) for modality in sizes) * token_budget,
         restarts=data.worker_restarts,
         settings=settings.shared(),
+        modalities=sizes.keys(),
     )
 
 

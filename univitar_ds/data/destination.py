@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from univitar_ds.data.journal import JOURNAL, write_atomically
 from univitar_ds.data.manifest import read_manifest
-from univitar_ds.data.storage import S3, Storage, StorageSettings, storage_for
+from univitar_ds.data.storage import S3, SCHEMES, Storage, StorageSettings, storage_for
 from univitar_ds.errors import DataError
 
 
@@ -148,10 +148,18 @@ class S3Prefix:
 def destination_of(
     out: str | Path, folder: Path, settings: StorageSettings, state: Path | None
 ) -> LocalFolder | S3Prefix:
-    """The place that `out` names; `state`: the folder of all workspaces, ~/.local/state when None."""
-    if str(out).startswith(S3):
-        return S3Prefix(str(out), folder, settings, state)
-    return LocalFolder(Path(out))
+    """The place that `out` names; `state`: the folder of all workspaces, ~/.local/state when None.
+
+    Raises: DataError for an address that names no bucket, or nothing that this program writes to.
+    """
+    scheme, separator, rest = str(out).partition("://")
+    if not separator:
+        return LocalFolder(Path(out))
+    if f"{scheme}://" != S3:
+        raise DataError(f"{out}: cannot write to {scheme}://; give {SCHEMES}")
+    if not rest.strip("/"):
+        raise DataError(f"{out} names no bucket; write s3://BUCKET/PREFIX")
+    return S3Prefix(str(out), folder, settings, state)
 
 
 def _state_folder() -> Path:

@@ -17,7 +17,6 @@ import numpy as np
 
 from univitar_ds.config.schema import DataConfig
 from univitar_ds.data import children
-from univitar_ds.data.clips import decode_clip
 from univitar_ds.data.containers import VIDEO_EXTENSION_OF, video_demuxer
 from univitar_ds.data.decode import decode_image
 from univitar_ds.data.jpeg import is_jpeg
@@ -120,6 +119,8 @@ def _decoded_size(data: bytes, size: MediaSize) -> tuple[int, int]:
     """(height, width) of the pixels themselves: some containers do not tell a rotation in their header."""
     if size.kind == "image":
         return decode_image(data, max_px=_MAX_PX).shape[:2]
+    from univitar_ds.data.clips import decode_clip  # trainers know this module too, and may read pictures only
+
     sides = decode_clip(data, frames=_CLIP_FRAMES, max_px=_MAX_PX, timeout_s=_CLIP_TIMEOUT_S, fit=_sides)[0]
     return int(sides[0]), int(sides[1])
 
@@ -141,7 +142,7 @@ def _telling_extension(data: bytes, extension: str, kind: str) -> str:
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = get_context(_CONTEXT)
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "univitar_ds.data.clips"])
     return ProcessPoolExecutor(workers, mp_context=context, initializer=children.begin)
 
 

@@ -7,13 +7,18 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Collection
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from univitar_ds.data import worker
+from univitar_ds.data.layout import Modality
 from univitar_ds.data.ring import Ring
 
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), "MALLOC_TRIM_THRESHOLD_": str(6 << 20)}
+"""Of glibc, for a decoding process: large pictures go back to the system at once, and at most 6 MiB are kept for the
+next ones. By itself glibc would keep twice the largest picture's bytes for good; lower values cost page faults."""
 _ANSWER_S = 120.0
 _CLOSE_S = 10.0
 
@@ -21,9 +26,10 @@ _CLOSE_S = 10.0
 class ForkServer:
     """Starts and ends decoding processes that write into `ring`. For any number of threads."""
 
-    def __init__(self, ring: Ring) -> None:
-        """Nothing is started yet."""
+    def __init__(self, ring: Ring, modalities: Collection[Modality] = ("image", "video")) -> None:
+        """Nothing is started yet. `modalities` are those that processes can decode right after they start."""
         self._ring = ring
+        self._modalities = sorted(modalities)
         self._talk = threading.Lock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -92,10 +98,16 @@ class ForkServer:
         numbers = (self._ring.descriptor, self._ring.slots, self._ring.slot_bytes, theirs.fileno())
         search = os.pathsep.join(filter(None, [PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
         # One thread each: there are as many processes as the user wants cores to be busy.
-        environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {
+            **os.environ,
+            **_MEMORY,
+            "PYTHONPATH": search,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         with theirs:
             self._process = subprocess.Popen(
-                [*command, *map(str, numbers)],
+                [*command, *map(str, numbers), *self._modalities],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(self._ring.descriptor, theirs.fileno()),
                 env=environment,

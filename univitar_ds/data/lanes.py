@@ -19,6 +19,7 @@ from univitar_ds.data.layout import Modality
 from univitar_ds.data.mixture import Turns
 from univitar_ds.data.reading import Reader, look_through, read_entry, where_is, with_captions
 from univitar_ds.data.samples import Sample, SizeRule, read_sample_again
+from univitar_ds.data.scans import Scans
 from univitar_ds.data.sources import EVERYTHING, ShardGroup, SourceShard, groups_of
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.randomness import draw
@@ -81,9 +82,11 @@ class Plan:
 class Lane:
     """One lane: a stream of packs for each modality, of which each step takes the schedule's."""
 
-    def __init__(self, rules: Mapping[Modality, StreamRules], cursor: LaneCursor) -> None:
+    def __init__(self, rules: Mapping[Modality, StreamRules], cursor: LaneCursor, scans: Scans | None = None) -> None:
+        """`scans` are those of all lanes in this thread."""
         self._rules = rules
         self._cursor = cursor
+        self._scans = scans or Scans()
         self._streams: dict[Modality, Stream] = {}
 
     def next_plan(self, modality: Modality, index: int) -> Plan:
@@ -94,7 +97,7 @@ class Lane:
         stream = self._streams.get(modality)
         if stream is None:
             start = self._cursor.streams.get(modality, StreamCursor())
-            stream = self._streams[modality] = Stream(self._rules[modality], self._cursor.lane, start)
+            stream = self._streams[modality] = Stream(self._rules[modality], self._cursor.lane, start, self._scans)
         items, bad = stream.next_pack()
         streams = {**self._cursor.streams, modality: stream.cursor()}
         self._cursor = replace(self._cursor, packs=self._cursor.packs + 1, streams=streams)
@@ -112,7 +115,7 @@ class Stream:
     leaves. A group that was never read begins with an epoch of which nothing has been drawn.
     """
 
-    def __init__(self, rules: StreamRules, lane: int, start: StreamCursor) -> None:
+    def __init__(self, rules: StreamRules, lane: int, start: StreamCursor, scans: Scans | None = None) -> None:
         self._rules = rules
         self._lane = lane
         self._packs = start.packs
@@ -132,6 +135,7 @@ class Stream:
                 lane=lane,
                 seed=rules.seed,
                 place=start.places.get(group.name, fresh),
+                scans=scans,
             )
             for group in groups
         }

@@ -17,9 +17,10 @@ from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.lanes import Item, Lane, Plan, StreamRules
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.packing import thinned
-from univitar_ds.data.reading import read_entry, shard_samples, where_is
+from univitar_ds.data.reading import read_entry, where_is
 from univitar_ds.data.samples import SizeRule
 from univitar_ds.data.sampling import Sampling
+from univitar_ds.data.scans import Scans, shard_samples
 from univitar_ds.data.sources import (
     SourceShard,
     find_shards,
@@ -74,7 +75,8 @@ class PackLoader:
             "accept_changed_sources": data.accept_changed_sources,
         }
         starts = {lane: _start_cursor(cursors, lane, belonging) for lane in lanes_of_rank}
-        self._owned = [Lane(rules, starts[lane]) for lane in sorted(lanes_of_rank)]
+        scans = Scans()
+        self._owned = [Lane(rules, starts[lane], scans) for lane in sorted(lanes_of_rank)]
         self._tokenizer = None if tokenizer is None else text.load_tokenizer(tokenizer)
         self._context_length = context_length
         self._health = DecodingHealth(bad_policy(data))

@@ -12,7 +12,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,6 +21,7 @@ import numpy as np
 from univitar_ds.data.attendant import Attendant, Closed, Restarts
 from univitar_ds.data.forkserver import ForkServer
 from univitar_ds.data.lanes import Plan
+from univitar_ds.data.layout import Modality
 from univitar_ds.data.render import Failure, RenderJob, render
 from univitar_ds.data.ring import Ring
 from univitar_ds.data.storage import LOCAL, StorageSettings
@@ -64,11 +65,12 @@ class Pipeline:
         slot_bytes: int,
         restarts: int = 0,
         settings: StorageSettings = LOCAL,
+        modalities: Collection[Modality] = ("image", "video"),
     ) -> None:
         """Start `workers` >= 1 processes.
 
         `slot_bytes` is the most that a plan's pixels take; `restarts` how often a process that died may be replaced;
-        `settings` how the processes reach the shards.
+        `settings` how the processes reach the shards; `modalities` those of the plans.
         """
         assert min(workers, prefetch_packs) >= 1, (workers, prefetch_packs)
         self._plans = plans
@@ -85,7 +87,7 @@ class Pipeline:
         self._ring = Ring.create(slots, slot_bytes)
         self._free = list(range(slots))
         allowed = Restarts(restarts)
-        self._server = ForkServer(self._ring)
+        self._server = ForkServer(self._ring, modalities)
         self._attendants = [
             Attendant(number, self._server, self._ring, settings, allowed) for number in range(workers)
         ]

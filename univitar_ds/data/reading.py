@@ -13,7 +13,8 @@ from univitar_ds.data.captions import captions_of
 from univitar_ds.data.cursor import Place
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import Shard
-from univitar_ds.data.samples import Sample, SizeRule, belongs, read_sample
+from univitar_ds.data.samples import Sample, SizeRule, read_sample
+from univitar_ds.data.scans import Entry, Scans, shard_samples
 from univitar_ds.data.sources import ShardGroup, SourceShard
 from univitar_ds.data.units import Unit, units_of_lane
 from univitar_ds.errors import SampleError
@@ -29,7 +30,7 @@ class Found(NamedTuple):
     """
 
     shard: int
-    entry: tar.Group | tar.Damage
+    entry: Entry
     ordinal: int
     epoch: int
 
@@ -50,12 +51,15 @@ class Reader:
         lane: int,
         seed: int,
         place: Place,
+        scans: Scans | None = None,
     ) -> None:
+        """`scans` are those of all readers in this thread."""
         self.group = group
         self.place = place
         self._shards = shards
         self._modality: Modality = modality
         self._lanes, self._lane, self._seed = lanes, lane, seed
+        self._scans = scans or Scans()
         self._entries = self._walk(place)
 
     def next(self) -> Found | None:
@@ -82,15 +86,25 @@ class Reader:
     def _unit(self, unit: Unit, start: Place) -> Iterator[tuple[Found, Place]]:
         """Of all who read the shard, the owner of the sample after some damage is the one that tells of it."""
         shard = self._shards[unit.shard]
+        for entry, ordinal in self._own_entries(shard, unit, start):
+            place = Place(start.epoch, start.unit, entry.end, ordinal + isinstance(entry, tar.Group))
+            if isinstance(entry, tar.Damage) and entry.end >= shard.size:
+                place = Place(start.epoch, start.unit + 1)  # the same would be told again from this byte on
+            yield Found(unit.shard, entry, ordinal, start.epoch), place
+
+    def _own_entries(self, shard: Shard, unit: Unit, start: Place) -> Iterator[tuple[Entry, int]]:
+        """The unit's samples and damage from `start` on, with the number of the sample that it is or that follows.
+
+        Units that are parts of a shard share a scan of it. One that was left in the middle goes on from that byte.
+        """
+        if unit.parts > 1 and not start.offset:
+            yield from self._scans.part(shard, self._modality, unit.part, unit.parts)
+            return
         ordinal = start.ordinal
         for entry in shard_samples(shard, self._modality, start.offset):
-            found = Found(unit.shard, entry, ordinal, start.epoch)
-            mine = ordinal % unit.parts == unit.part
+            if ordinal % unit.parts == unit.part:
+                yield entry, ordinal
             ordinal += isinstance(entry, tar.Group)
-            if mine and isinstance(entry, tar.Damage) and entry.end >= shard.size:
-                yield found, Place(start.epoch, start.unit + 1)  # the same would be told again from this byte on
-            elif mine:
-                yield found, Place(start.epoch, start.unit, entry.end, ordinal)
 
     def _units(self, epoch: int) -> list[Unit]:
         name, shards = self.group.name, self.group.shards
@@ -104,7 +118,7 @@ class Reader:
             storage.prefetch([shard.path for shard in shards if shard.storage is storage])
 
 
-def read_entry(shard: SourceShard, entry: tar.Group | tar.Damage, rule: SizeRule) -> Sample:
+def read_entry(shard: SourceShard, entry: Entry, rule: SizeRule) -> Sample:
     """The sample that was found, with at least one thing to say of it.
 
     Raises: SampleError for one to leave out, which all damage is; DataError if the shard itself cannot be read.
@@ -135,18 +149,7 @@ def look_through(
     return held
 
 
-def where_is(shard: Shard, entry: tar.Group | tar.Damage) -> str:
+def where_is(shard: Shard, entry: Entry) -> str:
     """Shard, key and byte, for messages."""
     key = f"/{entry.key}" if isinstance(entry, tar.Group) else ""
     return f"{shard.name}{key} at byte {entry.offset}"
-
-
-def shard_samples(shard: Shard, modality: Modality, offset: int = 0) -> Iterator[tar.Group | tar.Damage]:
-    """The samples of a shard that belong to a modality, from a byte on, in order, and the damage between them.
-
-    Raises: DataError if the shard cannot be read at all.
-    """
-    with shard.storage.open(shard.path) as stream:
-        for found in tar.scan(stream, shard.name, shard.size, offset):
-            if isinstance(found, tar.Damage) or belongs(found, shard, modality):
-                yield found

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from univitar_ds.data.clips import decode_clip
 from univitar_ds.data.decode import decode_image
 from univitar_ds.data.layout import Modality, item_bytes
 from univitar_ds.data.sampling import Sampling
@@ -71,7 +70,10 @@ class RenderJob:
             "modality": self.modality,
             "sampling": astuple(self.sampling),
             "limits": astuple(self.limits),
-            "items": [astuple(item) for item in self.items],
+            "items": [
+                (item.path, item.offset, item.length, item.grid, item.frames, item.crc32, item.draw)
+                for item in self.items
+            ],
         }
 
     @classmethod
@@ -126,6 +128,8 @@ def _render_item(job: RenderJob, item: RenderItem, room: np.ndarray, settings: S
         pixels = decode_image(data, max_px=limits.max_image_px, target=(height, width))
         fit_image(pixels, item.grid, out[0])
     else:
+        from univitar_ds.data.clips import decode_clip  # see `worker.PRELOADED`
+
         out[:] = decode_clip(
             data,
             frames=item.frames,

@@ -13,7 +13,6 @@ import importlib.util
 import sys
 from ctypes import byref, c_char_p, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,10 @@ def resize(source: np.ndarray, out: np.ndarray) -> None:
     """A picture resized into `out`, with bicubic weights that cover every source pixel (antialiased).
 
     Within 1 level of Pillow's bicubic, but for 2 levels in 3 values of a million on photographs (10 on black and white
-    edges): the weights here have 15 bits, Pillow's 22. Columns and rows are two passes with 8 bits between them, so
-    their order shows by up to 20 levels; it is Pillow 13's.
+    edges). Columns and rows are two passes with 8 bits between them. The weights here have 15 bits, Pillow's 22, so
+    either pass differs by 1 level in 0.2 % of its values and never by more; 2 come where the second meets several such
+    values of the first. No call of the kernel takes finer weights. The order of passes shows by up to 20 levels; it is
+    Pillow 13's.
 
     Args: source (H, W, 3) and out (h, w, 3), both uint8 and C-contiguous.
     """
@@ -82,5 +83,5 @@ def load() -> tuple[ctypes.CDLL, c_uint64]:
         importlib.import_module("torch")
         library = ctypes.CDLL(path)
     library.torch_exception_get_what_without_backtrace.restype = c_char_p
-    major, minor = map(int, version("torch").split(".")[:2])
-    return library, c_uint64(major << 56 | minor << 48)
+    library.aoti_torch_abi_version.restype = c_uint64
+    return library, c_uint64(library.aoti_torch_abi_version())

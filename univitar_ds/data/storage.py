@@ -108,8 +108,11 @@ class LocalStorage:
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         assert min(offset, length) >= 0, (offset, length)
         try:
-            with open(path, "rb", buffering=0) as file:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # half the time of a file object
+            try:
                 return _exactly(file, path, offset, length)
+            finally:
+                os.close(file)
         except OSError as error:
             raise _unreadable(path, error) from error
 
@@ -159,12 +162,12 @@ def _s3_storage(settings: StorageSettings, process: int) -> Storage:
     return S3Storage(settings)
 
 
-def _exactly(file: BinaryIO, path: str, offset: int, length: int) -> bytes:
+def _exactly(file: int, path: str, offset: int, length: int) -> bytes:
     """One read may return less than asked for; the end of the file before `length` bytes is an error."""
     parts = []
     missing = length
     while missing:
-        part = os.pread(file.fileno(), missing, offset + length - missing)
+        part = os.pread(file, missing, offset + length - missing)
         if not part:
             raise DataError(
                 f"{path}: ends at byte {offset + length - missing}, but {length} bytes were expected from byte "

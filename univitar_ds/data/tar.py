@@ -126,8 +126,13 @@ def group_of_range(stream: BinaryIO, name: str, size: int, origin: int) -> Group
 
     None if the range holds no sample or several: it is not what its address says.
     """
-    found = list(_grouped(_events(stream, f"{name} (range from byte {origin})", size, 0, whole=False)))
-    if len(found) == 1 and isinstance(found[0], Group) and found[0].length == size:
+    return group_between(stream, f"{name} (range from byte {origin})", 0, size)
+
+
+def group_between(stream: BinaryIO, name: str, begin: int, end: int) -> Group | None:
+    """The single sample that bytes [begin, end) of a stream hold; None if they hold none or several."""
+    found = list(_grouped(_events(stream, name, end, begin, whole=False)))
+    if len(found) == 1 and isinstance(found[0], Group) and (found[0].offset, found[0].end) == (begin, end):
         return found[0]
     return None
 

@@ -1,6 +1,7 @@
-"""The process that decoding processes are forked from; its arguments are descriptors and sizes, see `main`.
+"""The process that decoding processes are forked from; its arguments are descriptors, sizes and modalities, see `main`.
 
-It is a program of its own, not a copy of the trainer: it imports what decoding needs and nothing else, whatever the
+It is a program of its own, not a copy of the trainer: it imports what decoding needs and nothing else (no FFmpeg for
+pictures), whatever the
 trainer's main module is, and starts no thread. The processes it forks share its memory, two thirds of what each of
 them uses, and start within milliseconds. `forkserver.ForkServer` is the trainer's side of it.
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import signal
@@ -19,9 +21,11 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from struct import Struct
 
+from univitar_ds.data.layout import Modality
 from univitar_ds.data.ring import Ring
 from univitar_ds.data.storage import StorageSettings
 
@@ -33,6 +37,11 @@ FORK, END, KILL = b"F", b"E", b"K"
 kill one that hangs: its exit code, negative for a signal, or `NOT_MINE`."""
 NOT_MINE = 1 << 16
 """The process was forked by an earlier one of these, and is gone with it."""
+PRELOADED: Mapping[Modality, Sequence[str]] = {
+    "image": ("univitar_ds.data.render",),
+    "video": ("univitar_ds.data.render", "univitar_ds.data.clips"),
+}
+"""What decoding each modality needs: imported before forking, it is in memory once."""
 _FAREWELL_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
@@ -67,11 +76,13 @@ def serve(ring: Ring, channel: Connection) -> None:
         channel.send_bytes(json.dumps(answer).encode())
 
 
-def breed(ring: Ring, control: socket.socket) -> None:
+def breed(ring: Ring, control: socket.socket, modalities: Sequence[Modality]) -> None:
     """Fork and end decoding processes as the control socket says, until it closes; then end those there are."""
-    from univitar_ds.data import render, resample
+    for modality in modalities:
+        for module in PRELOADED[modality]:
+            importlib.import_module(module)
+    from univitar_ds.data import resample
 
-    assert render
     resample.load()
     gc.collect()
     gc.freeze()  # a collection in a child would touch, and so copy, every object
@@ -138,9 +149,10 @@ def main(arguments: list[str]) -> None:
     # its workers end.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    descriptor, slots, slot_bytes, control = map(int, arguments)
+    descriptor, slots, slot_bytes, control = map(int, arguments[:4])
+    modalities = [modality for modality in PRELOADED if modality in arguments[4:]]
     try:
-        breed(Ring(descriptor, slots, slot_bytes), socket.socket(fileno=control))
+        breed(Ring(descriptor, slots, slot_bytes), socket.socket(fileno=control), modalities)
     except ConnectionError:
         return
 

@@ -25,7 +25,8 @@ from tests.support.memory import (
 from univitar_ds.data.cursor import LaneCursor, Place, StreamCursor, parse
 from univitar_ds.data.health import BadPolicy
 from univitar_ds.data.lanes import Lane, Stream
-from univitar_ds.data.reading import Reader, read_entry, shard_samples
+from univitar_ds.data.reading import Reader, read_entry
+from univitar_ds.data.scans import Scans, shard_samples
 from univitar_ds.data.sources import EVERYTHING, groups_of
 from univitar_ds.data.tar import Damage
 from univitar_ds.data.units import Unit, parts_per_shard, units_of_lane
@@ -129,7 +130,8 @@ def test_a_lane_does_not_know_how_many_lanes_a_rank_runs():
     rules = {"image": small_rules(shards, lanes=4)}
 
     def run(owned):
-        lanes = [Lane(rules, LaneCursor(lane, 4, 0, "f")) for lane in owned]
+        scans = Scans()
+        lanes = [Lane(rules, LaneCursor(lane, 4, 0, "f"), scans) for lane in owned]
         plans = [lane.next_plan("image", step) for step in range(8) for lane in lanes]
         return {(plan.index, plan.lane): (keys(plan.items), plan.cursor) for plan in plans}
 

@@ -60,7 +60,7 @@ class Players:
         self.program = program
         self.started = []
 
-    def __call__(self, ring):
+    def __call__(self, ring, modalities):
         self._ring = ring
         return self
 
@@ -314,3 +314,12 @@ def test_closing_ends_processes_in_any_state_at_once(monkeypatch, program):
     packs.close()
     assert all(process.poll() == -signal.SIGKILL for process in started)
     assert not [thread for thread in threading.enumerate() if thread.name in ("planner", "decoder")]
+
+
+def test_a_trainer_of_pictures_imports_no_library_for_clips():
+    code = (
+        "import sys; from univitar_ds.data import lanes, pipeline;"
+        "print([name for name in ('av', 'torch') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "[]"

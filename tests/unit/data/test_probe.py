@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from tests.support import media
-from univitar_ds.data.probe import MediaSize, open_video, probe
+from univitar_ds.data.probe import MediaSize, probe
+from univitar_ds.data.video import open_video
 from univitar_ds.errors import SampleError
 
 

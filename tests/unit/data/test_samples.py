@@ -12,9 +12,9 @@ from tests.support.memory import shards_of
 from tests.support.shards import clip, picture
 from univitar_ds.data import samples
 from univitar_ds.data.captions import read_texts
-from univitar_ds.data.reading import shard_samples
 from univitar_ds.data.samples import SizeRule, belongs, read_sample, read_sample_again
 from univitar_ds.data.sampling import Sampling
+from univitar_ds.data.scans import shard_samples
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import Resolution
 

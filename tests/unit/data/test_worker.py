@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support import media
 from univitar_ds.data.attendant import Attendant, Restarts
@@ -101,6 +102,61 @@ def test_items_done_one_by_one_stand_where_the_whole_pack_puts_them(server, ring
     used = 2 * 28 * 42 * 3 + 588
     assert ring.view(0)[used - 100 : used].any()
     assert not ring.view(0)[used:].any()
+
+
+def mapped(pid):
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def private_mb(pid):
+    rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(row.split()[1]) for row in rows if row.startswith("Private")) / 1024
+
+
+def test_a_process_for_pictures_holds_no_library_for_clips_and_can_still_decode_one(ring, job, tmp_path):
+    server = ForkServer(ring, ["image"])
+    attendant = Attendant(0, server, ring, LOCAL, Restarts(0))
+    try:
+        assert attendant.render(0, job, "x") == []
+        assert "simplejpeg" in mapped(attendant._pid)
+        assert "libavcodec" not in mapped(attendant._pid)
+        clip = tmp_path / "clip"
+        clip.write_bytes(media.clip(media.moving_frames(3)))
+        item = RenderItem(str(clip), 0, clip.stat().st_size, GRID, 2)
+        assert attendant.render(1, replace(job, modality="video", items=[item]), "x") == []
+        assert drawn(ring)[:2].any()
+    finally:
+        server.close()
+
+
+def test_a_process_for_clips_shares_their_library_with_the_one_it_was_forked_from(server, ring, job):
+    pid, channel = server.fork()
+    greeted(channel)
+    assert "libavcodec" in mapped(pid)
+    channel.close()
+
+
+def test_large_pictures_leave_no_memory_behind(server, ring, job, tmp_path):
+    attendant = Attendant(0, server, ring, LOCAL, Restarts(0))
+    attendant.render(0, job, "x")
+    before = private_mb(attendant._pid)
+    items = []
+    for side in (
+        1500,
+        2500,
+        1500,
+        2000,
+        1800,
+        2400,
+        1000,
+    ):  # up to 18 MiB decoded; glibc by itself keeps 13 MiB of them
+        path = tmp_path / f"{side}.png"
+        path.write_bytes(media.encoded(Image.new("RGB", (side, side)), "PNG"))
+        items.append(RenderItem(str(path), 0, path.stat().st_size, GRID, 1))
+    limits = replace(job.limits, max_image_px=10**7)
+    for item in items:
+        assert attendant.render(0, replace(job, limits=limits, items=[item]), "x") == []
+    assert (left := private_mb(attendant._pid) - before) < 8, left
 
 
 def test_processes_end_with_their_channel_and_tell_how(server):

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -303,6 +304,24 @@ def test_an_output_folder_that_is_not_ours_is_left_alone(folder, tmp_path):
     with pytest.raises(DataError, match=r"holds what was packed from .*other"):
         pack(folder, tmp_path / "out")
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        ("s3://", "s3:// names no bucket; write s3://BUCKET/PREFIX"),
+        ("s3:///prefix/", "names no bucket"),
+        ("gs://bucket/prefix", "cannot write to gs://; give a local path or an s3:// address"),
+    ],
+)
+def test_an_address_that_cannot_be_written_to_is_refused_and_no_folder_of_that_name_appears(
+    folder, tmp_path, monkeypatch, out, told
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(DataError, match=re.escape(told)):
+        pack_folder(folder, out, progress=False, workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_two_cannot_pack_into_one_folder_at_once(folder, tmp_path):

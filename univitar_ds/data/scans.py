@@ -1,0 +1,119 @@
+"""Where the samples of a shard lie: found by scanning it, and once for all lanes of a process that read parts of it."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from univitar_ds.data import tar
+from univitar_ds.data.layout import Modality
+from univitar_ds.data.listing import Shard
+from univitar_ds.data.samples import belongs
+from univitar_ds.errors import DataError
+
+MOST_KEPT = 1 << 19
+"""Samples of which the places are kept, at 8 bytes each."""
+
+Entry = tar.Group | tar.Damage
+
+
+def shard_samples(shard: Shard, modality: Modality, offset: int = 0) -> Iterator[Entry]:
+    """The samples of a shard that belong to a modality, from a byte on, in order, and the damage between them.
+
+    Raises: DataError if the shard cannot be read at all.
+    """
+    with shard.storage.open(shard.path) as stream:
+        for found in tar.scan(stream, shard.name, shard.size, offset):
+            if isinstance(found, tar.Damage) or belongs(found, shard, modality):
+                yield found
+
+
+class Scans:
+    """Scans of whole shards, each gone on with when somebody wants to know more; those unused for longest are let go.
+
+    For one thread.
+    """
+
+    def __init__(self, most_kept: int = MOST_KEPT) -> None:
+        self._most_kept = most_kept
+        self._scans: OrderedDict[tuple[str, Modality], _Scan] = OrderedDict()
+
+    def part(self, shard: Shard, modality: Modality, part: int, parts: int) -> Iterator[tuple[Entry, int]]:
+        """Every `parts`-th sample of `shard_samples` from number `part` on, each after the damage before it.
+
+        With each comes the number of the sample that it is or that follows. One that another part has come by before
+        is read again by its place: what lies between is not looked at.
+        Raises: DataError if the shard cannot be read, or has changed.
+        """
+        scan = self._of(shard, modality)
+        with shard.storage.open(shard.path) as stream:
+            yield from scan.part(stream, part, parts)
+
+    def _of(self, shard: Shard, modality: Modality) -> _Scan:
+        name = shard.name, modality
+        scan = self._scans.get(name)
+        if scan is None or scan.failure is not None:
+            scan = self._scans[name] = _Scan(shard, modality)
+        self._scans.move_to_end(name)
+        kept = sum(map(len, self._scans.values()))
+        while kept > self._most_kept and len(self._scans) > 1:
+            _, oldest = self._scans.popitem(last=False)
+            kept -= len(oldest)
+        return scan
+
+
+class _Scan:
+    """One shard, as far as it has been scanned. Places are in blocks: 4 bytes reach to 2 TiB."""
+
+    def __init__(self, shard: Shard, modality: Modality) -> None:
+        self.failure: Exception | None = None
+        self._shard = shard
+        self._coming = shard_samples(shard, modality)
+        self._begins, self._ends = array("I"), array("I")
+        self._damage: dict[int, list[tar.Damage]] = {}
+        """By the number of the sample that follows."""
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def part(self, stream: BinaryIO, part: int, parts: int) -> Iterator[tuple[Entry, int]]:
+        """See `Scans.part`; `stream` is the shard's."""
+        number = part
+        while True:
+            found = self._group(stream, number) if number < len(self) else self._scan_to(number)
+            for damage in self._damage.get(number, ()):
+                yield damage, number
+            if found is None:
+                return
+            yield found, number
+            number += parts
+
+    def _scan_to(self, number: int) -> tar.Group | None:
+        """The sample with this number, which has not been reached yet; None if there are not so many."""
+        if self.failure is not None:  # else it would look like the end of the shard
+            raise self.failure
+        try:
+            for found in self._coming:
+                if isinstance(found, tar.Damage):
+                    self._damage.setdefault(len(self), []).append(found)
+                    continue
+                self._begins.append(found.offset // tar.BLOCK)
+                self._ends.append(found.end // tar.BLOCK)
+                if len(self) > number:
+                    return found
+        except Exception as error:
+            self.failure = error
+            raise
+        return None
+
+    def _group(self, stream: BinaryIO, number: int) -> tar.Group:
+        begin, end = self._begins[number] * tar.BLOCK, self._ends[number] * tar.BLOCK
+        found = tar.group_between(stream, self._shard.name, begin, end)
+        if found is None:
+            raise DataError(
+                f"shard {self._shard.name}: the sample at byte {begin} is not there any more; the shard was replaced "
+                "while this run was reading it: restore the one that this run was started with, or start a new run"
+            )
+        return found
