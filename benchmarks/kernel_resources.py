@@ -4,9 +4,9 @@
 
 The launchers are called with tensors of the real widths; instead of being run, what they launch is compiled for Ampere
 and Hopper. Rows go to results/kernel_resources.csv, which a test compares with what it gets. `stack_bytes` is what
-spilled. Loads are instructions, `loads_ahead` those of them that fetch the next rows into shared memory while these
-are worked on (cp.async). `resident_warps` is how many of the 64 warps of an SM the registers and the shared memory
-leave room for.
+spilled. `instructions` is what a warp issues for the `rows` of its program, in a backward per round of its loop. Loads
+are instructions too, `loads_ahead` those that fetch the next rows into shared memory while these are worked on
+(cp.async). `resident_warps` is how many of the 64 warps of an SM the registers and the shared memory leave room for.
 Must be a process without TRITON_INTERPRET.
 """
 
@@ -25,19 +25,16 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kernels import fused
 
 RESULTS = Path(__file__).parent / "results/kernel_resources.csv"
-TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_BYTES_PER_SM = {80: 164 * 1024, 90: 228 * 1024}  # CUDA programming guide, compute capabilities
 REGISTERS_PER_SM, WARPS_PER_SM, REGISTER_UNIT = 65536, 64, 256
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
-            torch.uint8: "*u8"}  # fmt: skip
 TOKENS = 48
 SIZES = {"0.3b": (16, 64, 2816), "0.6b": (16, 80, 3456), "1b": (24, 80, 5120), "1b-16": (16, 120, 5120)}
 """Heads, head width and feed-forward width; the 1B once more with the 16 heads that would also make 1920."""
@@ -103,22 +100,13 @@ def launches_of(case: Case) -> list[Launch]:
 
 
 def compiled(launch: Launch, arch: int) -> Any:
-    """The launch as Triton would specialise it at run time: pointers and sizes divisible by 16 are known to be."""
-    signature, constants, attributes = {}, {}, {}
-    for index, (name, value) in enumerate(launch.arguments.items()):
-        parameter = launch.kernel.params[index]
-        free = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (free and isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, Tensor) or (free and isinstance(value, int) and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    """The launch as Triton would specialise it at run time, by Triton's own means."""
+    target, kernel = GPUTarget("cuda", arch, 32), launch.kernel
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**launch.arguments, **launch.options, debug=False)
+    options, *source = kernel._pack_args(backend, launch.options, bound, specialization, options)
+    return triton.compile(ASTSource(kernel, *source), target=target, options=options.__dict__)
 
 
 def resources(case: Case, launch: Launch, arch: int) -> dict[str, Any]:
@@ -127,7 +115,10 @@ def resources(case: Case, launch: Launch, arch: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     ptx = kernel.asm["ptx"]
     loads = [int(vector or 1) * int(bits) // 8 for vector, bits in re.findall(r"ld\.global(?:\.v(\d))?\.b(\d+)", ptx)]
@@ -147,10 +138,25 @@ def resources(case: Case, launch: Launch, arch: int) -> dict[str, Any]:
         "loads_16_bytes": loads.count(16),
         "loads_8_bytes": loads.count(8),
         "loads_narrower": sum(width < 8 for width in loads),
+        "instructions": _instructions(code),
+        "rows": launch.arguments["R"],
         "loads_ahead": ptx.count("cp.async.c"),
         "barriers": ptx.count("bar.sync"),
         "triton": triton.__version__,
     }
+
+
+def _instructions(code: str) -> int:
+    """Machine instructions that a warp issues for its program's rows: of the largest loop, or of all without one."""
+    count, labels, loops = 0, {}, [0]
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.search(r"/\*[0-9a-f]{4,}\*/ ", line) and "NOP" not in line:
+            count += 1
+            if (jump := re.search(r"BRA\S* .*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
+                loops.append(count - labels[jump[1]])
+    return max(loops) if max(loops) > 50 else count
 
 
 def _resident_warps(warps: int, registers: int, shared: int, arch: int) -> int:

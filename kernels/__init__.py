@@ -1,1 +1,2 @@
-"""The operations of the encoder that are worth a kernel of their own. `reference` is the truth: plain torch."""
+"""The operations of the encoder that are worth a kernel of their own. `reference` is the truth: plain torch; `dispatch`
+chooses what runs."""

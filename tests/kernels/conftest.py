@@ -17,7 +17,7 @@ import pytest
 import torch
 
 OUTCOMES = "UNIVITAR_DS_TEST_OUTCOMES"
-TIMEOUT_S = 250
+TIMEOUT_S = 290
 STASH = pytest.StashKey[dict[str, tuple[str, str]]]()
 
 
