@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from kernels.reference import normalise, patchify
 from univitar_ds.data.batch import PackedBatch, item_bytes
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.geometry import PATCH
@@ -75,13 +74,11 @@ def draw_sheet(model: ContrastiveModel, kept: list[Kept], found: Embeddings, pat
 
 def token_features(model: ContrastiveModel, item: Kept) -> Tensor:
     """Tokens of one item in raster order of the grid, (t*h*w, D) float32 on the host."""
-    config = model.vision.config
     device = next(model.parameters()).device
-    merge, (t, h, w) = config.spatial_merge_size, item.grid
-    patches = patchify(item.pixels.flatten(), [len(item.pixels)], [item.grid], merge)
+    merge, (t, h, w) = model.vision.config.spatial_merge_size, item.grid
     with torch.no_grad():
-        values = normalise(patches.to(device), config.image_mean, config.image_std)
-        tokens = model.vision(values, [item.grid]).float().cpu()
+        pixels = item.pixels.flatten().to(device)
+        tokens = model.vision(pixels, [item.grid], frames=[len(item.pixels)]).float().cpu()
     blocks = tokens.view(t, h // merge, w // merge, merge, merge, -1)
     return blocks.transpose(2, 3).reshape(t * h * w, -1)
 

@@ -29,7 +29,7 @@ class UniViTAR(nn.Module):
         self.config = config
         self.checkpoint_every = checkpoint_every
         self.embeddings = nn.ModuleDict(
-            {"patch_embedding": PatchEmbedding(config.hidden_size, config.patch_embedding_bias)}
+            {"patch_embedding": PatchEmbedding(config)}
         )
         blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": blocks})
@@ -51,21 +51,30 @@ class UniViTAR(nn.Module):
         save_encoder(folder, self)
 
     def forward(
-        self, pixel_values: Tensor, grid_thw: Tensor | Sequence[Sequence[int]], *, output_hidden_states: bool = False
+        self,
+        pixel_values: Tensor,
+        grid_thw: Tensor | Sequence[Sequence[int]],
+        *,
+        frames: Tensor | Sequence[int] | None = None,
+        output_hidden_states: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Encodes a pack.
 
         Args:
-            pixel_values: (T, 1176) normalised patches, items one after another.
+            pixel_values: (T, 1176) normalised patches, items one after another; with `frames` the pixels themselves,
+                (B,) uint8, see `kernels.reference.patchify`: the same result to rounding for less time and memory.
             grid_thw: (N, 3) tokens per item along time, height, width; on the host.
+            frames: (N,) frames stored per item of pixels, 1 for a still picture; on the host.
             output_hidden_states: also return the input of every block and the last output.
         Returns: (T, D), or with hidden states a pair ((T, D), list of layers + 1 times (T, D)).
         """
         grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]
         spans = Spans.of([token_count(grid) for grid in grids], pixel_values.device)
         positions = grid_positions(grids, self.config.spatial_merge_size).to(pixel_values.device, non_blocking=True)
-        assert len(positions) == len(pixel_values), f"{len(pixel_values)} patches, the grids take {len(positions)}"
-        x = self.embeddings["patch_embedding"](pixel_values)
+        if isinstance(frames, Tensor):
+            frames = frames.tolist()
+        x = self.embeddings["patch_embedding"](pixel_values, frames, grids)
+        assert len(positions) == len(x), f"{len(x)} patches, the grids take {len(positions)}"
         states = [x]
         for index, block in enumerate(self.encoder["layers"]):
             if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
