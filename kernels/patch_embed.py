@@ -116,7 +116,7 @@ def _locate(items, places, strides, block, tokens, count, reach, merge):
     tl.store(strides + tokens + t, frame * moving, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "count", "reach", "merge"])
 def _prepare(
     weight, bias, folded, offset, items, places, strides,
     width, rows, weight_programs, bias_programs, tokens, count, reach, merge,
@@ -172,7 +172,7 @@ def _dot(a, b, total, UPCAST: tl.constexpr):
     return tl.dot(a, b, total, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _embed(
     pixels, places, strides, folded, offset, out, tokens, width,
     STILL: tl.constexpr, STEPS: tl.constexpr, TAIL: tl.constexpr,
@@ -204,7 +204,7 @@ def _embed(
     tl.store(out + t.to(tl.int64)[:, None] * width + d[None, :], total, mask=inside[:, None] & known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span"])
 def _gradient(
     pixels, places, strides, grad, parts, tokens, width, span, rows,
     STILL: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, UPCAST: tl.constexpr,
@@ -234,7 +234,7 @@ def _gradient(
     tl.store(part + keys[:, None] * width + d[None, :], total, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _unfold(
     parts, grad_weight, grad_bias, width, rows, splits,
     red, green, blue, red_shift, green_shift, blue_shift,
