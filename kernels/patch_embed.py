@@ -389,7 +389,8 @@ def patch_embed(
         return F.linear(weight.new_empty(0, PATCH_VALUES), weight.flatten(1), bias)
     scales, shifts = fold_constants(mean, std)
     even = pixels if pixels.data_ptr() % 2 == 0 else pixels.clone()  # a slice may start at an odd address
-    items = torch.tensor(item_table(frames, grid_thw)).to(pixels.device, non_blocking=True)
+    table = torch.tensor(item_table(frames, grid_thw), pin_memory=pixels.is_cuda)  # pinned: the host does not wait
+    items = table.to(pixels.device, non_blocking=True)
     still = all(count == 1 for count in frames)
     return _PatchEmbed.apply(
         weight.contiguous(), bias, even.view(torch.int16), items, tokens, still, merge, (*scales, *shifts)

@@ -14,7 +14,6 @@ from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
 from univitar_ds.geometry import token_count
 from univitar_ds.model.attention import Spans
 from univitar_ds.model.layers import Block, PatchEmbedding
-from univitar_ds.model.weights import load_into, save_encoder
 
 
 class UniViTAR(nn.Module):
@@ -41,6 +40,8 @@ class UniViTAR(nn.Module):
 
         Raises: CheckpointError if the folder is incomplete, damaged or does not fit.
         """
+        from univitar_ds.model.weights import load_into  # safetensors: the encoder itself runs without it
+
         with torch.device("meta"):
             model = cls(read_encoder_config(folder), attention=attention, checkpoint_every=checkpoint_every)
         load_into(model, folder, assign=True)
@@ -48,6 +49,8 @@ class UniViTAR(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` in the release's layout."""
+        from univitar_ds.model.weights import save_encoder
+
         save_encoder(folder, self)
 
     def forward(
