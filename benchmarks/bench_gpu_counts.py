@@ -33,6 +33,6 @@ def patch_embed_bytes(pixel_bytes: int, tokens: int, width: int, itemsize: int) 
     return pixel_bytes + (tokens * width + 2 * FRAME_BYTES * width) * itemsize
 
 
-def patch_embed_flops(tokens: int, width: int, still: bool) -> int:
-    """Of one direction; a still picture meets the sum of its two temporal kernels."""
-    return 2 * tokens * width * FRAME_BYTES * (1 if still else 2)
+def patch_embed_product(tokens: int, width: int, still: bool) -> tuple[int, int, int]:
+    """(m, k, n) of its matrix product; a still picture meets the sum of its two temporal kernels."""
+    return tokens, FRAME_BYTES * (1 if still else 2), width

@@ -82,8 +82,8 @@ def patch_embed_case(
         return embed_patches(patches, weight, bias)
 
     moved = counts.patch_embed_bytes(size, tokens, width, dtype.itemsize)
-    keys = packs.FRAME_BYTES * (1 if all(count == 1 for count in frames) else 2)
-    inputs, product = (pixels, weight, bias), (tokens, keys, width)
+    product = counts.patch_embed_product(tokens, width, still=all(count == 1 for count in frames))
+    inputs = (pixels, weight, bias)
     both = dict.fromkeys(counts.PASSES, moved)
     return Case("patch_embed", name, tokens, width, inputs, ours, eager, both, product)
 

@@ -11,12 +11,11 @@ FRAME_BYTES = 14 * 14 * 3
 Grid = tuple[int, int, int]
 MOST, SPREAD = 4096, 64
 """Tokens of the largest picture, and how many times those of the smallest; drawn log-uniformly between them."""
-CLIP_STEPS = (2, 8)
 
 
 def mixed_pictures(tokens: int, seed: int = 0) -> list[Grid]:
     """Pictures of 64 to 4096 tokens, none above a quarter of the pack, up to 2 : 1; exactly `tokens` in all: the last
-    one is what is left."""
+    ones are what is left."""
     rng = random.Random(seed)
     most = max(1, min(MOST, tokens // 4))
     grids: list[Grid] = []
@@ -25,7 +24,8 @@ def mixed_pictures(tokens: int, seed: int = 0) -> list[Grid]:
         size, aspect = most / SPREAD ** rng.random(), 2 ** rng.uniform(-1, 1)
         h, w = max(1, round(math.sqrt(size * aspect))), max(1, round(math.sqrt(size / aspect)))
         if h * w > min(left, most):
-            h, w = nearest_to_square(min(left, most))
+            h = math.isqrt(min(left, most))
+            w = min(left, most) // h
         grids.append((1, h, w))
         left -= h * w
     return grids
@@ -37,14 +37,14 @@ def equal_pictures(tokens: int, length: int) -> list[Grid]:
 
 
 def clips(tokens: int, seed: int = 0) -> list[Grid]:
-    """Clips of 2 to 8 steps with 16 to 256 tokens each; exactly `tokens` in all, of which there must be an even
-    number: the last clip has two steps of what is left."""
+    """Clips of 2, 4, 6 or 8 steps with 16 to 256 tokens each; exactly `tokens` in all, an even number: the last clip
+    has two steps of what is left."""
     rng = random.Random(seed)
     grids: list[Grid] = []
     left = tokens
     while left:
-        t, h, w = rng.randint(*CLIP_STEPS), rng.randint(4, 16), rng.randint(4, 16)
-        if t * h * w > left - 2:
+        t, h, w = 2 * rng.randint(1, 4), rng.randint(4, 16), rng.randint(4, 16)
+        if t * h * w > left:
             t, (h, w) = 2, nearest_to_square(left // 2)
         grids.append((t, h, w))
         left -= t * h * w
