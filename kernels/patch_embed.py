@@ -11,7 +11,7 @@ Two backward:
 A pack of stills alone meets the sum of the two temporal kernels (588 bytes a token); a pack with a clip in it the pair
 (1176), and a still in it is read twice. Every sum has a fixed order: the same inputs give the same bits.
 
-Error in bfloat16: pixels are exact, folded weights rounded once (2^-9 of each product), sums in float32, the result
+Error in bfloat16: pixels are exact, folded weights rounded once (2^-8 of each product), sums in float32, the result
 rounded once. The float path rounds normalised pixels instead. The gradient has no rounding but that of its result.
 """
 

@@ -143,7 +143,7 @@ def patch_embed(
 
     Normalisation is folded into the weights, and a still picture meets the sum of its two temporal kernels. No
     (T, 1176) tensor exists; the backward pass reads the bytes again. In bfloat16 the bytes are exact, the folded
-    weights are rounded once: products with a relative error of 2^-9, as where normalised pixels are rounded.
+    weights are rounded once: products with a relative error of 2^-8, as where normalised pixels are rounded.
 
     Args:
         pixels, frames, grid_thw, merge: see `patchify`. mean, std: see `normalise`.

@@ -1,0 +1,124 @@
+"""The kernels of patch_embed: compiled on a GPU, in Triton's interpreter elsewhere (a process of its own)."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kernels import patch_embed as kernel
+from kernels import reference
+from tests.kernels.patch_embed_cases import PACKS, SINGLE, Pack, assert_near, gradients, pack, parameters, truth
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDING = 2**-8 if DEVICE == "cuda" else 2**-7
+"""To bfloat16; the interpreter cuts off."""
+# Widths above one tile, of no power of two, and odd.
+CASES = [
+    *((name, 40, torch.bfloat16) for name in PACKS),
+    ("stills", 300, torch.bfloat16),
+    ("stills", 70, torch.float32),
+    ("stills and clips", 7, torch.float32),
+]
+
+
+def on_device(function):
+    def run(pixels, frames, grids, weight, bias, **rule):
+        arguments = [None if x is None else x.to(DEVICE) for x in (weight, bias)]
+        return function(pixels.to(DEVICE), frames, grids, *arguments, **rule).cpu()
+
+    return run
+
+
+embed = on_device(kernel.patch_embed)
+
+
+@pytest.mark.parametrize(("name", "width", "dtype"), CASES)
+def test_tokens_and_gradients_are_those_of_the_definition(name, width, dtype):
+    case, (weight, bias) = pack(name), parameters(width, dtype)
+    grad = torch.randn(case.tokens, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = truth(case, weight, bias, grad)
+    tokens, (grad_weight, grad_bias) = gradients(embed, case, weight, bias, grad)
+    rounding = ROUNDING if dtype == torch.bfloat16 else 0
+    assert tokens.dtype == grad_weight.dtype == grad_bias.dtype == dtype
+    assert_near(tokens, exact.tokens, exact.tokens_size, rounding + SINGLE, rounding)
+    assert_near(grad_weight, exact.weight, exact.weight_size, SINGLE, rounding)
+    assert_near(grad_bias, exact.bias, exact.bias_size, SINGLE, rounding)
+
+
+def test_the_bias_may_be_missing_and_pixels_may_start_at_an_odd_address():
+    case, (weight, _) = pack("stills"), parameters(24, torch.float32)
+    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), case.pixels])[1:]
+    grad = torch.ones(case.tokens, 24)
+    exact = truth(case, weight, None, grad)
+    odd = dataclasses.replace(case, pixels=shifted)
+    tokens, (grad_weight, _) = gradients(embed, odd, weight, None, grad)
+    assert_near(tokens, exact.tokens, exact.tokens_size, SINGLE, 0)
+    assert_near(grad_weight, exact.weight, exact.weight_size, SINGLE, 0)
+
+
+def test_splits_of_the_sum_over_tokens_leave_nothing_out(monkeypatch):
+    monkeypatch.setattr(kernel, "WAVE", 10**6)  # as many splits as there are steps
+    case, (weight, bias) = pack("stills"), parameters(8, torch.float32)
+    assert case.tokens % 32
+    grad = torch.randn(case.tokens, 8, generator=torch.Generator().manual_seed(1))
+    exact = truth(case, weight, bias, grad)
+    _, (grad_weight, grad_bias) = gradients(embed, case, weight, bias, grad)
+    assert_near(grad_weight, exact.weight, exact.weight_size, SINGLE, 0)
+    assert_near(grad_bias, exact.bias, exact.bias_size, SINGLE, 0)
+
+
+def test_a_frozen_weight_costs_no_gradient_and_the_same_call_gives_the_same_bits():
+    case, (weight, bias) = pack("blocks"), parameters(8, torch.bfloat16)
+    first, second = (embed(case.pixels, case.frames, case.grids, weight, bias, **case.rule()) for _ in range(2))
+    assert not first.requires_grad
+    assert torch.equal(first, second)
+
+
+def test_an_empty_pack_has_no_tokens_and_gradients_of_zero():
+    weight, bias = parameters(5, torch.float32)
+    empty = Pack(torch.empty(0, dtype=torch.uint8), [], [], 1)
+    tokens, grads = gradients(embed, empty, weight, bias, torch.empty(0, 5))
+    assert tokens.shape == (0, 5)
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("words", [16, 32])
+@pytest.mark.parametrize("still", [True, False])
+def test_steps_cover_the_words_of_a_patch(still, words):
+    steps, tail = kernel.loop(still, words)
+    left = (1 if still else 2) * 294 - steps * words
+    assert 0 < left <= tail <= max(8, 2 * left)
+
+
+def test_splits_are_whole_steps_that_cover_the_tokens_and_keep_offsets_within_32_bits():
+    for tokens in (1, 63, 64, 65, 16384, 65536, 10**7):
+        for tiles in (1, 5, 20, 80, 1000):
+            span = kernel.split_span(tokens, tiles, 64)
+            assert span % 64 == 0
+            assert -(-tokens // span) <= max(1, 132 // tiles, -(-tokens // 2**20))
+            assert span <= 2**20
+
+
+def test_items_start_where_the_one_before_ends():
+    table = kernel.item_table([1, 4, 1], [(1, 2, 3), (2, 1, 1), (1, 1, 1)])
+    assert table == [[0, 0, 2, 3, 0], [6, 6 * 294, 1, 1, 1], [8, 6 * 294 + 4 * 294, 1, 1, 0]]
+
+
+def test_the_model_is_the_same_with_kernels_and_with_the_reference(monkeypatch):
+    from tests.unit.model.made import small_encoder
+    from univitar_ds.model import layers
+
+    model = small_encoder().to(DEVICE)
+    case = pack("stills and clips")
+    outputs = []
+    for function in (kernel.patch_embed, reference.patch_embed):
+        monkeypatch.setattr(layers, "patch_embed", function)
+        model.zero_grad()
+        tokens = model(case.pixels.to(DEVICE), case.grids, frames=case.frames)
+        tokens.square().sum().backward()
+        grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        outputs.append((tokens.detach(), grads))
+    (ours, grads), (wanted, wanted_grads) = outputs
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    for name, grad in wanted_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-4 * grad.abs().max().item(), msg=name)
