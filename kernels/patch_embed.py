@@ -134,9 +134,10 @@ def _prepare(
 
 
 @triton.jit
-def _where(places, strides, t, end, tokens, first, STILL: tl.constexpr):
-    """Of tokens `t` before `end`: where they start, in words from `first`, and their strides (see `_locate`)."""
-    inside = t < end
+def _where(places, strides, t, tokens, first, STILL: tl.constexpr):
+    """Of tokens `t`: where they start, in words from `first`, and their strides (see `_locate`). All tokens of a
+    program lie so near to each other that 32 bits hold what is added to the address of the first one."""
+    inside = t < tokens
     start = (tl.load(places + t, mask=inside, other=first) - first).to(tl.int32)
     line = tl.load(strides + t, mask=inside, other=0)
     frame = line if STILL else tl.load(strides + tokens + t, mask=inside, other=0)
@@ -183,7 +184,7 @@ def _embed(
     d = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
     inside, known = t < tokens, (d < width)[None, :]
     first = tl.load(places + tl.program_id(0) // across * TOKENS)
-    start, line, frame = _where(places, strides, t, tokens, tokens, first, STILL)
+    start, line, frame = _where(places, strides, t, tokens, first, STILL)
     pixels += first
     # The short step comes first: its words would wait in registers through all others.
     k = STEPS * WORDS + tl.arange(0, TAIL)
@@ -213,18 +214,17 @@ def _gradient(
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     known = (d < width)[None, :]
     t = tl.program_id(2) * span + tl.arange(0, TOKENS)
-    end = tl.minimum(tl.program_id(2) * span + span, tokens)
     # Words are read one step ahead, where they lie two steps ahead. Past the end any pixel does: its gradient is 0.
     first = tl.load(places + tl.program_id(2) * span)
-    start, line, frame = _where(places, strides, t, end, tokens, first, STILL)
+    start, line, frame = _where(places, strides, t, tokens, first, STILL)
     pixels += first
     words = _words(pixels, start, line, frame, k, STILL, ONES)
-    start, line, frame = _where(places, strides, t + TOKENS, end, tokens, first, STILL)
+    start, line, frame = _where(places, strides, t + TOKENS, tokens, first, STILL)
     total = tl.zeros((2 * WORDS, WIDTH), tl.float32)
     for _ in range(tl.cdiv(span, TOKENS)):
         ahead = _words(pixels, start, line, frame, k, STILL, ONES)
-        start, line, frame = _where(places, strides, t + 2 * TOKENS, end, tokens, first, STILL)
-        mask = (t < end)[:, None] & known
+        start, line, frame = _where(places, strides, t + 2 * TOKENS, tokens, first, STILL)
+        mask = (t < tokens)[:, None] & known
         values = tl.load(grad + t.to(tl.int64)[:, None] * width + d[None, :], mask=mask, other=0)
         total = _dot(tl.trans(_centred(words, TOKENS, WORDS, grad.dtype.element_ty)), values, total, UPCAST)
         words = ahead
