@@ -117,7 +117,7 @@ def _locate(items, places, strides, block, tokens, count, reach, merge):
 
 
 @triton.jit(do_not_specialize=["tokens", "count", "reach", "merge"])
-def _prepare(
+def prepare_kernel(
     weight, bias, folded, offset, items, places, strides,
     width, rows, weight_programs, bias_programs, tokens, count, reach, merge,
     red, green, blue, red_shift, green_shift, blue_shift,
@@ -174,7 +174,7 @@ def _dot(a, b, total, UPCAST: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _embed(
+def embed_kernel(
     pixels, places, strides, folded, offset, out, tokens, width,
     STILL: tl.constexpr, STEPS: tl.constexpr, TAIL: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, UPCAST: tl.constexpr,
@@ -206,7 +206,7 @@ def _embed(
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
-def _gradient(
+def gradient_kernel(
     pixels, places, strides, grad, parts, tokens, width, span, rows,
     STILL: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -235,7 +235,7 @@ def _gradient(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _unfold(
+def unfold_kernel(
     parts, grad_weight, grad_bias, width, rows, splits,
     red, green, blue, red_shift, green_shift, blue_shift,
     STILL: tl.constexpr, HAS_BIAS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
@@ -293,7 +293,7 @@ def split_span(tokens: int, tiles: int, step: int) -> int:
     return triton.cdiv(triton.cdiv(tokens, splits), step) * step
 
 
-def _hopper(device: torch.device) -> bool:
+def on_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
@@ -319,7 +319,7 @@ class _PatchEmbed(torch.autograd.Function):
         merge: int, constants: tuple[float, ...],
     ) -> Tensor:  # fmt: skip
         width, device = weight.shape[0], weight.device
-        tiles = forward_tiles(weight.itemsize < 4, _hopper(device))
+        tiles = forward_tiles(weight.itemsize < 4, on_hopper(device))
         steps, tail = loop(still, tiles.words)
         rows = 2 * (steps * tiles.words + tail)
         folded = torch.empty(rows, width, dtype=weight.dtype, device=device)
@@ -331,12 +331,12 @@ class _PatchEmbed(torch.autograd.Function):
         bias_programs = triton.cdiv(width, PREPARE_BIASES.value)
         token_programs = triton.cdiv(tokens, PREPARE_TOKENS.value)
         reach = triton.next_power_of_2(len(items)) // 2
-        _prepare[(weight_programs + bias_programs + token_programs,)](
+        prepare_kernel[(weight_programs + bias_programs + token_programs,)](
             weight, bias, folded, offset, items, places, strides,
             width, rows, weight_programs, bias_programs, tokens, len(items), reach, merge, *constants,
             STILL=still, HAS_BIAS=bias is not None, num_warps=4,
         )  # fmt: skip
-        _embed[(triton.cdiv(tokens, tiles.tokens) * triton.cdiv(width, tiles.width),)](
+        embed_kernel[(triton.cdiv(tokens, tiles.tokens) * triton.cdiv(width, tiles.width),)](
             words, places, strides, folded, offset, out, tokens, width,
             STILL=still, STEPS=steps, TAIL=tail, TOKENS=tiles.tokens, WIDTH=tiles.width, WORDS=tiles.words,
             UPCAST=triton.knobs.runtime.interpret, num_warps=tiles.warps, num_stages=tiles.stages,
@@ -352,20 +352,20 @@ class _PatchEmbed(torch.autograd.Function):
         words, places, strides = ctx.saved_tensors
         grad = grad.contiguous()
         tokens, width = grad.shape
-        tiles = gradient_tiles(grad.itemsize < 4, _hopper(grad.device))
+        tiles = gradient_tiles(grad.itemsize < 4, on_hopper(grad.device))
         values = FRAME_BYTES.value * (1 if ctx.still else 2)
         grid = triton.cdiv(values + 1, 2 * tiles.words), triton.cdiv(width, tiles.width)
         span = split_span(tokens, grid[0] * grid[1], tiles.tokens)
         splits, rows = triton.cdiv(tokens, span), grid[0] * 2 * tiles.words
         parts = torch.empty(splits, rows, width, dtype=torch.float32, device=grad.device)
-        _gradient[(*grid, splits)](
+        gradient_kernel[(*grid, splits)](
             words, places, strides, grad, parts, tokens, width, span, rows,
             STILL=ctx.still, TOKENS=tiles.tokens, WIDTH=tiles.width, WORDS=tiles.words,
             UPCAST=triton.knobs.runtime.interpret, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         grad_weight = torch.empty(ctx.weight_shape, dtype=grad.dtype, device=grad.device)
         grad_bias = None if ctx.bias_dtype is None else torch.empty(width, dtype=ctx.bias_dtype, device=grad.device)
-        _unfold[(triton.cdiv(PATCH_VALUES, 64), triton.cdiv(width, 32))](
+        unfold_kernel[(triton.cdiv(PATCH_VALUES, 64), triton.cdiv(width, 32))](
             parts, grad_weight, grad_bias, width, rows, splits, *ctx.constants,
             STILL=ctx.still, HAS_BIAS=grad_bias is not None, KEYS=64, WIDTH=32, num_warps=4,
         )  # fmt: skip

@@ -1,99 +1,127 @@
-"""patch_embed: bytes to tokens and its gradients, against the definition in float64."""
+"""The kernels of patch_embed against the definition in float64, and the arithmetic around them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import dataclasses
 
 import pytest
 import torch
 
+from kernels import patch_embed as kernel
 from kernels import reference
-from tests.kernels.patch_embed_cases import PACKS, SINGLE, assert_near, gradients, pack, parameters, truth
+from tests.kernels.closeness import rounding
+from tests.kernels.patch_embed_cases import PACKS, SINGLE, Pack, assert_near, gradients, pack, parameters, truth
+from tests.unit.model.made import small_encoder
+from univitar_ds.model import layers
 
-ROOT = Path(__file__).parents[2]
-ROUNDING = 2**-8
-"""To bfloat16."""
-RULE = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "merge": 1}
-
-if torch.cuda.is_available():
-    from tests.kernels.patch_embed_on_device import *  # noqa: F403
-else:
-
-    def test_the_kernels_in_the_interpreter():
-        tests = [sys.executable, "-m", "pytest", "-q", "tests/kernels/patch_embed_on_device.py"]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(tests, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-        assert run.returncode == 0, run.stdout
+# Widths above one tile, of no power of two, and odd.
+CASES = [
+    *((name, 40, torch.bfloat16) for name in PACKS),
+    ("stills", 300, torch.bfloat16),
+    ("stills", 70, torch.float32),
+    ("stills and clips", 7, torch.float32),
+]
 
 
-@pytest.mark.parametrize("name", PACKS)
-@pytest.mark.parametrize("batch", [2048, 5])
-def test_the_reference_is_the_definition_in_float64(name, batch, monkeypatch):
-    monkeypatch.setattr(reference, "BATCH", batch)
-    case, (weight, bias) = pack(name), parameters(9, torch.float64)
-    grad = torch.randn(case.tokens, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+@pytest.fixture
+def embed(device):
+    """The operation on the device the kernels run on, with everything else on the CPU."""
+
+    def run(pixels, frames, grids, weight, bias, **rule):
+        weight, bias = (None if x is None else x.to(device) for x in (weight, bias))
+        return kernel.patch_embed(pixels.to(device), frames, grids, weight, bias, **rule).cpu()
+
+    return run
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("name", "width", "dtype"), CASES)
+def test_tokens_and_gradients_are_those_of_the_definition(embed, name, width, dtype):
+    case, (weight, bias) = pack(name), parameters(width, dtype)
+    grad = torch.randn(case.tokens, width, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = truth(case, weight, bias, grad)
-    tokens, grads = gradients(reference.patch_embed, case, weight, bias, grad)
-    for result, wanted, size in (
-        (tokens, exact.tokens, exact.tokens_size),
-        (grads[0], exact.weight, exact.weight_size),
-        (grads[1], exact.bias, exact.bias_size),
-    ):
-        assert_near(result, wanted, size, 2**-53 * 1200, 0)
+    tokens, (grad_weight, grad_bias) = gradients(embed, case, weight, bias, grad)
+    last = rounding(dtype)
+    assert tokens.dtype == grad_weight.dtype == grad_bias.dtype == dtype
+    assert_near(tokens, exact.tokens, exact.tokens_size, last + SINGLE, last)
+    assert_near(grad_weight, exact.weight, exact.weight_size, SINGLE, last)
+    assert_near(grad_bias, exact.bias, exact.bias_size, SINGLE, last)
 
 
-@pytest.mark.parametrize("name", ["stills", "stills and clips", "blocks"])
-def test_in_half_precision_weights_and_results_are_rounded_once_and_pixels_never(name):
-    case, (weight, bias) = pack(name), parameters(33, torch.bfloat16)
-    grad = torch.randn(case.tokens, 33, generator=torch.Generator().manual_seed(1)).bfloat16()
+@pytest.mark.kernels
+def test_the_bias_may_be_missing_and_pixels_may_start_at_an_odd_address(embed):
+    case, (weight, _) = pack("stills"), parameters(24, torch.float32)
+    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), case.pixels])[1:]
+    grad = torch.ones(case.tokens, 24)
+    exact = truth(case, weight, None, grad)
+    odd = dataclasses.replace(case, pixels=shifted)
+    tokens, (grad_weight, _) = gradients(embed, odd, weight, None, grad)
+    assert_near(tokens, exact.tokens, exact.tokens_size, SINGLE, 0)
+    assert_near(grad_weight, exact.weight, exact.weight_size, SINGLE, 0)
+
+
+@pytest.mark.kernels
+def test_splits_of_the_sum_over_tokens_leave_nothing_out(embed, monkeypatch):
+    monkeypatch.setattr(kernel, "WAVE", 10**6)  # as many splits as there are steps
+    case, (weight, bias) = pack("stills"), parameters(8, torch.float32)
+    assert case.tokens % 32
+    grad = torch.randn(case.tokens, 8, generator=torch.Generator().manual_seed(1))
     exact = truth(case, weight, bias, grad)
-    tokens, (grad_weight, grad_bias) = gradients(reference.patch_embed, case, weight, bias, grad)
-    assert tokens.dtype == grad_weight.dtype == grad_bias.dtype == torch.bfloat16
-    assert_near(tokens, exact.tokens, exact.tokens_size, ROUNDING + SINGLE, ROUNDING)
-    # On the CPU the product of a batch is rounded too, before the folding is taken out.
-    assert_near(grad_weight, exact.weight, exact.weight_size, ROUNDING + SINGLE, ROUNDING)
-    assert_near(grad_bias, exact.bias, exact.bias_size, SINGLE, ROUNDING)
+    _, (grad_weight, grad_bias) = gradients(embed, case, weight, bias, grad)
+    assert_near(grad_weight, exact.weight, exact.weight_size, SINGLE, 0)
+    assert_near(grad_bias, exact.bias, exact.bias_size, SINGLE, 0)
 
 
-def test_a_still_is_a_clip_of_two_equal_frames():
-    still, (weight, bias) = pack("stills"), parameters(9, torch.float64)
-    parts = still.pixels.split([h * w * 588 for _, h, w in still.grids])
-    doubled = torch.cat([part.repeat(2) for part in parts])
-    once = reference.patch_embed(still.pixels, still.frames, still.grids, weight, bias, **still.rule())
-    twice = reference.patch_embed(doubled, [2] * len(parts), still.grids, weight, bias, **still.rule())
-    torch.testing.assert_close(once, twice, rtol=0, atol=1e-12)
+@pytest.mark.kernels
+def test_a_frozen_weight_costs_no_gradient_and_the_same_call_gives_the_same_bits(embed):
+    case, (weight, bias) = pack("blocks"), parameters(8, torch.bfloat16)
+    first, second = (embed(case.pixels, case.frames, case.grids, weight, bias, **case.rule()) for _ in range(2))
+    assert not first.requires_grad
+    assert torch.equal(first, second)
 
 
-def test_gradients_equal_finite_differences():
-    case, (weight, bias) = pack("one token"), parameters(2, torch.float64)
-    function = lambda w, b: reference.patch_embed(case.pixels, case.frames, case.grids, w, b, **case.rule())  # noqa: E731
-    assert torch.autograd.gradcheck(function, (weight.requires_grad_(), bias.requires_grad_()), fast_mode=True)
-
-
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_an_empty_pack_has_no_tokens_and_gradients_of_zero(with_bias):
-    weight, bias = (x.requires_grad_() for x in parameters(5, torch.float32))
-    bias = bias if with_bias else None
-    empty = torch.empty(0, dtype=torch.uint8)
-    tokens = reference.patch_embed(empty, [], [], weight, bias, **RULE)
+@pytest.mark.kernels
+def test_an_empty_pack_has_no_tokens_and_gradients_of_zero(embed):
+    weight, bias = parameters(5, torch.float32)
+    empty = Pack(torch.empty(0, dtype=torch.uint8), [], [], 1)
+    tokens, grads = gradients(embed, empty, weight, bias, torch.empty(0, 5))
     assert tokens.shape == (0, 5)
-    tokens.sum().backward()
-    assert not weight.grad.any()
-    assert bias is None or not bias.grad.any()
+    assert not any(grad.any() for grad in grads)
 
 
-def test_the_largest_tensor_it_makes_is_a_batch_of_bytes(monkeypatch):
-    monkeypatch.setattr(reference, "BATCH", 8)
-    made, empty = [], torch.empty
-    monkeypatch.setattr(reference.torch, "empty", lambda *size, **kw: made.append(size) or empty(*size, **kw))
-    case, (weight, _) = pack("stills"), parameters(3, torch.float32)
-    reference.patch_embed(case.pixels, case.frames, case.grids, weight, None, **case.rule())
-    # Nine tokens stand in one row of blocks: two frames of them is the least room there may be.
-    assert made == [(9 * 1176,)]
+@pytest.mark.parametrize("words", [16, 32])
+@pytest.mark.parametrize("still", [True, False])
+def test_steps_cover_the_words_of_a_patch(still, words):
+    steps, tail = kernel.loop(still, words)
+    left = (1 if still else 2) * 294 - steps * words
+    assert 0 < left <= tail <= max(8, 2 * left)
 
 
-def test_pixels_that_do_not_fill_the_grids_are_a_fault_of_ours():
-    weight, _ = parameters(2, torch.float32)
-    with pytest.raises(AssertionError, match="pixel bytes"):
-        reference.patch_embed(torch.zeros(2 * 588, dtype=torch.uint8), [1], [(1, 1, 1)], weight, None, **RULE)
+def test_splits_are_whole_steps_that_cover_the_tokens_and_keep_offsets_within_32_bits():
+    for tokens in (1, 63, 64, 65, 16384, 65536, 10**7):
+        for tiles in (1, 5, 20, 80, 1000):
+            span = kernel.split_span(tokens, tiles, 64)
+            assert span % 64 == 0
+            assert -(-tokens // span) <= max(1, 132 // tiles, -(-tokens // 2**20))
+            assert span <= 2**20
+
+
+def test_items_start_where_the_one_before_ends():
+    table = kernel.item_table([1, 4, 1], [(1, 2, 3), (2, 1, 1), (1, 1, 1)])
+    assert table == [[0, 0, 2, 3, 0], [6, 6 * 294, 1, 1, 1], [8, 6 * 294 + 4 * 294, 1, 1, 0]]
+
+
+@pytest.mark.kernels
+def test_the_model_is_the_same_with_kernels_and_with_the_reference(device, monkeypatch):
+    model = small_encoder().to(device)
+    case = pack("stills and clips")
+    outputs = []
+    for function in (kernel.patch_embed, reference.patch_embed):
+        monkeypatch.setattr(layers, "patch_embed", function)
+        model.zero_grad()
+        tokens = model(case.pixels.to(device), case.grids, frames=case.frames)
+        tokens.square().sum().backward()
+        grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        outputs.append((tokens.detach(), grads))
+    (ours, grads), (wanted, wanted_grads) = outputs
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    for name, grad in wanted_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-4 * grad.abs().max().item(), msg=name)
