@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -77,16 +78,22 @@ def about(device: torch.device) -> dict[str, Any]:
     """What a row is of: the device, versions, commit."""
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "date": date.today().isoformat(),
     }
+
+
+def _commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
+    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return told.stdout.strip() or "unknown"
 
 
 def add_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import bench_gpu_counts as counts
 from benchmarks import bench_gpu_packs as packs
-from benchmarks.bench_gpu_timing import add_rows
+from benchmarks.bench_gpu_timing import about, add_rows
 from kernels.reference import check_frames
 
 ROOT = Path(__file__).parents[3]
@@ -57,6 +57,13 @@ def test_bytes_and_products_are_those_of_the_tensors():
     assert counts.patch_embed_bytes(pixels, 10, 8, 4) == pixels + torch.empty(10, 8).nbytes + weight
     assert counts.patch_embed_product(10, 8, still=False) == (10, 1176, 8)
     assert counts.patch_embed_product(10, 8, still=True) == (10, 588, 8)
+
+
+def test_a_row_says_what_it_was_measured_on():
+    said = about(torch.device("cpu"))
+    assert list(said) == ["device", "torch", "triton", "cuda", "python", "commit", "date"]
+    assert said["torch"] == torch.__version__
+    assert said["commit"]
 
 
 def test_rows_are_added_and_rows_of_other_columns_refused(tmp_path):
