@@ -73,7 +73,10 @@ class UniViTAR(nn.Module):
         """
         grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]
         spans = Spans.of([token_count(grid) for grid in grids], pixel_values.device)
-        positions = grid_positions(grids, self.config.spatial_merge_size).to(pixel_values.device, non_blocking=True)
+        positions = grid_positions(grids, self.config.spatial_merge_size)
+        if pixel_values.is_cuda:
+            positions = positions.pin_memory()  # from other memory the copy waits for all that was launched before it
+        positions = positions.to(pixel_values.device, non_blocking=True)
         if isinstance(frames, Tensor):
             frames = frames.tolist()
         x = self.embeddings["patch_embedding"](pixel_values, frames, grids)
