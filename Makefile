@@ -6,11 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-seconds
 
-.PHONY: demo test lint clean help
+.PHONY: demo test bench-gpu lint clean help
 
 help:
 	@echo "make demo   environment, demo data, ZeRO-3 training on 2 processes, evaluation, export (about 8 minutes)"
 	@echo "make test   all tests"
+	@echo "make bench-gpu  the fused kernels and a training step on a GPU: rows in benchmarks/results"
 	@echo "make lint   ruff"
 	@echo "make clean  remove the environment and the demo's folder"
 
@@ -30,6 +31,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest
+
+# Runs in any environment with torch and triton: PYTHON=... make bench-gpu; ours where it is installed.
+bench-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/bench_gpu.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

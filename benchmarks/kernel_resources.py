@@ -29,13 +29,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from kernels import fused
+from kernels import fused, patch_embed
 
 RESULTS = Path(__file__).parent / "results/kernel_resources.csv"
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_BYTES_PER_SM = {80: 164 * 1024, 90: 228 * 1024}  # CUDA programming guide, compute capabilities
 REGISTERS_PER_SM, WARPS_PER_SM, REGISTER_UNIT = 65536, 64, 256
 TOKENS = 48
+ARCHITECTURES = tuple(SHARED_BYTES_PER_SM)
 SIZES = {"0.3b": (16, 64, 2816), "0.6b": (16, 80, 3456), "1b": (24, 80, 5120), "1b-16": (16, 120, 5120)}
 """Heads, head width and feed-forward width; the 1B once more with the 16 heads that would also make 1920."""
 
@@ -79,7 +80,23 @@ def token_wise_cases() -> Iterator[Case]:
                 yield Case("rms_norm", size, dtype, lambda x=x, d=d: fused.rms_norm(x, d, 1e-6))
 
 
-def launches_of(case: Case) -> list[Launch]:
+def patch_embed_cases() -> Iterator[Case]:
+    """Its tiles are the same at every width."""
+    for dtype, size in ((torch.bfloat16, "0.6b"), (torch.float32, "0.3b")):
+        heads, width, _ = SIZES[size]
+        weight = torch.zeros(heads * width, 3, 2, 14, 14, dtype=dtype, requires_grad=True)
+        bias = torch.zeros(heads * width, dtype=dtype, requires_grad=True)
+        for kind, frames, grid in (("stills", 1, (1, 6, 8)), ("clips", 4, (2, 6, 4))):
+            pixels = torch.zeros(frames * grid[1] * grid[2] * 588, dtype=torch.uint8)
+            yield Case(
+                f"patch_embed {kind}", size, dtype,
+                lambda p=pixels, f=frames, g=grid, w=weight, b=bias: fused.patch_embed(
+                    p, [f], [g], w, b, mean=(0.5,) * 3, std=(0.2,) * 3, merge=1
+                ),
+            )  # fmt: skip
+
+
+def launches_of(case: Case, arch: int) -> list[Launch]:
     """What the forward and the backward of a case would have run."""
     found = []
 
@@ -90,12 +107,13 @@ def launches_of(case: Case) -> list[Launch]:
         found.append(Launch(kernel, {name: arguments[name] for name in kernel.arg_names}, options))
 
     original, JITFunction.run = JITFunction.run, record
+    on_hopper, patch_embed.on_hopper = patch_embed.on_hopper, lambda device: arch >= 90
     try:
         outputs = case.outputs()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     finally:
-        JITFunction.run = original
+        JITFunction.run, patch_embed.on_hopper = original, on_hopper
     return found
 
 
@@ -139,7 +157,7 @@ def resources(case: Case, launch: Launch, arch: int) -> dict[str, Any]:
         "loads_8_bytes": loads.count(8),
         "loads_narrower": sum(width < 8 for width in loads),
         "instructions": _instructions(code),
-        "rows": launch.arguments["R"],
+        "rows": launch.arguments.get("R", launch.arguments.get("TOKENS")),
         "loads_ahead": ptx.count("cp.async.c"),
         "barriers": ptx.count("bar.sync"),
         "triton": triton.__version__,
@@ -170,8 +188,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     options = parser.parse_args()
-    cases = [case for case in token_wise_cases() if case.size in options.sizes]
-    work = [(case, launch, arch) for case in cases for launch in launches_of(case) for arch in (80, 90)]
+    cases = [case for case in (*token_wise_cases(), *patch_embed_cases()) if case.size in options.sizes]
+    work = [
+        (case, launch, arch)
+        for case in cases
+        for launches in zip(*(launches_of(case, arch) for arch in ARCHITECTURES), strict=True)
+        for launch, arch in zip(launches, ARCHITECTURES, strict=True)
+    ]
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda each: resources(*each), work))
     with options.out.open("w", newline="", encoding="utf-8") as file:

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from univitar_ds.errors import ConfigError
 
-OPERATIONS = ("rms_norm", "rope2d_qk_norm", "swiglu_norm", "add_norm")
+OPERATIONS = ("rms_norm", "rope2d_qk_norm", "swiglu_norm", "add_norm", "patch_embed")
 IMPLEMENTATIONS = {"reference": "kernels.reference", "triton": "kernels.fused"}
 VARIABLE = "UNIVITAR_DS_KERNELS"
 
@@ -48,6 +49,22 @@ def swiglu_norm(gate: Tensor, up: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_norm(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `kernels.reference.add_norm`."""
     return implementation(x.device.type, x.dtype).add_norm(x, branch, scale, weight, eps)
+
+
+def patch_embed(
+    pixels: Tensor,
+    frames: Sequence[int],
+    grid_thw: Sequence[Sequence[int]],
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    merge: int,
+) -> Tensor:
+    """See `kernels.reference.patch_embed`."""
+    chosen = implementation(weight.device.type, weight.dtype)
+    return chosen.patch_embed(pixels, frames, grid_thw, weight, bias, mean=mean, std=std, merge=merge)
 
 
 @cache

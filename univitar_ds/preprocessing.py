@@ -36,6 +36,19 @@ class Preprocessor:
         Returns: `pixel_values` (T, 1176) float32 and `grid_thw` (N, 3) int64.
         Raises: UserError for anything else.
         """
+        pixels, frames, grids = self.pixels(items)
+        patches = patchify(pixels, frames, grids, self.config.spatial_merge_size)
+        values = normalise(patches, self.config.image_mean, self.config.image_std)
+        return values, torch.tensor(grids, dtype=torch.int64)
+
+    def pixels(
+        self, items: Sequence[Image.Image | Sequence[Image.Image]]
+    ) -> tuple[Tensor, list[int], list[tuple[int, int, int]]]:
+        """The same pack as bytes, for `model(pixels, grids, frames=frames)`: an eighth of the memory, clips a quarter.
+
+        Returns: (B,) uint8, see `kernels.reference.patchify`; frames and grids of the items.
+        Raises: UserError as above.
+        """
         if isinstance(items, Image.Image) or not items:
             raise UserError("the preprocessor takes a list of at least one picture or clip; put a single one in a list")
         clips = [self._upright(item, index) for index, item in enumerate(items)]
@@ -45,11 +58,7 @@ class Preprocessor:
             for frames, (_, h, w) in zip(clips, grids, strict=True)
             for frame in frames
         ]
-        patches = patchify(
-            torch.from_numpy(np.concatenate(pixels)), [len(c) for c in clips], grids, self.config.spatial_merge_size
-        )
-        values = normalise(patches, self.config.image_mean, self.config.image_std)
-        return values, torch.tensor(grids, dtype=torch.int64)
+        return torch.from_numpy(np.concatenate(pixels)), [len(frames) for frames in clips], grids
 
     def _upright(self, item: Image.Image | Sequence[Image.Image], index: int) -> list[Image.Image]:
         frames = [item] if isinstance(item, Image.Image) else list(item)

@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from kernels.reference import normalise, patchify
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.model.contrastive import ContrastiveModel
@@ -73,14 +72,11 @@ def draw_sheet(model: ContrastiveModel, kept: list[Kept], found: Embeddings, pat
 
 def token_features(model: ContrastiveModel, item: Kept) -> Tensor:
     """Tokens of one item in raster order of the grid, (t*h*w, D) float32 on the host."""
-    config = model.vision.config
     device = next(model.parameters()).device
-    merge = config.spatial_merge_size
-    patches = patchify(item.pixels.flatten(), [len(item.pixels)], [item.grid], merge)
     with torch.no_grad():
-        values = normalise(patches.to(device), config.image_mean, config.image_std)
-        tokens = model.vision(values, [item.grid]).float().cpu()
-    return raster_order(tokens, item.grid, merge).flatten(0, 2)
+        pixels = item.pixels.flatten().to(device)
+        tokens = model.vision(pixels, [item.grid], frames=[len(item.pixels)]).float().cpu()
+    return raster_order(tokens, item.grid, model.vision.config.spatial_merge_size).flatten(0, 2)
 
 
 def nearest_captions(found: Embeddings, row: int) -> list[tuple[str, bool, float]]:

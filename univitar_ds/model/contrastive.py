@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.reference import normalise, patchify
 from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
 from univitar_ds.config.schema import ModelConfig
 from univitar_ds.errors import CheckpointError, ConfigError
@@ -129,9 +128,8 @@ class ContrastiveModel(nn.Module):
         self, pixels: Tensor, frames: Tensor, grid_thw: Tensor, drops: Drops | None = None
     ) -> tuple[Tensor, Tensor]:
         """Tokens (T, D), those that stay, and pooled (N, D) of a pack."""
-        config, grids = self.vision.config, grid_thw.tolist()
-        patches = patchify(pixels, frames.tolist(), grids, config.spatial_merge_size)
-        tokens = self.vision(normalise(patches, config.image_mean, config.image_std), grids, drops=drops)
+        grids = grid_thw.tolist()
+        tokens = self.vision(pixels, grids, frames=frames, drops=drops)
         lengths = [token_count(grid) for grid in grids] if drops is None else drops.lengths
         return tokens, self.pool(tokens, lengths)
 

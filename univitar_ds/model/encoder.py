@@ -15,7 +15,6 @@ from univitar_ds.geometry import token_count
 from univitar_ds.model.attention import Spans
 from univitar_ds.model.dropping import Drops
 from univitar_ds.model.layers import Block, PatchEmbedding
-from univitar_ds.model.weights import load_into, save_encoder
 
 
 class UniViTAR(nn.Module):
@@ -30,7 +29,7 @@ class UniViTAR(nn.Module):
         self.config = config
         self.checkpoint_every = checkpoint_every
         self.embeddings = nn.ModuleDict(
-            {"patch_embedding": PatchEmbedding(config.hidden_size, config.patch_embedding_bias)}
+            {"patch_embedding": PatchEmbedding(config)}
         )
         blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": blocks})
@@ -42,6 +41,8 @@ class UniViTAR(nn.Module):
 
         Raises: CheckpointError if the folder is incomplete, damaged or does not fit.
         """
+        from univitar_ds.model.weights import load_into  # safetensors: the encoder itself runs without it
+
         with torch.device("meta"):
             model = cls(read_encoder_config(folder), attention=attention, checkpoint_every=checkpoint_every)
         load_into(model, folder, assign=True)
@@ -49,6 +50,8 @@ class UniViTAR(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` in the release's layout."""
+        from univitar_ds.model.weights import save_encoder
+
         save_encoder(folder, self)
 
     def forward(
@@ -56,14 +59,17 @@ class UniViTAR(nn.Module):
         pixel_values: Tensor,
         grid_thw: Tensor | Sequence[Sequence[int]],
         *,
+        frames: Tensor | Sequence[int] | None = None,
         output_hidden_states: bool = False,
         drops: Drops | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Encodes a pack.
 
         Args:
-            pixel_values: (T, 1176) normalised patches, items one after another.
+            pixel_values: (T, 1176) normalised patches, items one after another; with `frames` the pixels themselves,
+                (B,) uint8, see `kernels.reference.patchify`: the same result to rounding for less time and memory.
             grid_thw: (N, 3) tokens per item along time, height, width; on the host.
+            frames: (N,) frames stored per item of pixels, 1 for a still picture; on the host.
             output_hidden_states: also return the input of every block and the last output.
             drops: what the pack goes without in training.
         Returns: (T, D), or with hidden states a pair ((T, D), list of layers + 1 times (T, D)); T without what drops.
@@ -71,14 +77,19 @@ class UniViTAR(nn.Module):
         grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]
         lengths: Sequence[int] = [token_count(grid) for grid in grids]
         positions = grid_positions(grids, self.config.spatial_merge_size)
-        assert len(positions) == len(pixel_values), f"{len(pixel_values)} patches, the grids take {len(positions)}"
-        x = self.embeddings["patch_embedding"](pixel_values)
+        if isinstance(frames, Tensor):
+            frames = frames.tolist()
+        x = self.embeddings["patch_embedding"](pixel_values, frames, grids)
+        assert len(positions) == len(x), f"{len(x)} patches, the grids take {len(positions)}"
         factors = None
         if drops is not None:
             lengths, factors = drops.lengths, drops.token_factors(x.device)
             if drops.kept is not None:
                 x, positions = x.index_select(0, drops.kept.to(x.device, non_blocking=True)), positions[drops.kept]
-        spans, positions = Spans.of(lengths, x.device), positions.to(x.device, non_blocking=True)
+        spans = Spans.of(lengths, x.device)
+        if x.is_cuda:
+            positions = positions.pin_memory()  # from other memory the copy waits for all that was launched before it
+        positions = positions.to(x.device, non_blocking=True)
         states = [x]
         for index, block in enumerate(self.encoder["layers"]):
             arguments = (x, positions, spans, None if factors is None else factors[index])

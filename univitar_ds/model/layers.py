@@ -7,10 +7,12 @@ in `borrowed`, and `training/engine.py` has them gathered with its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from kernels.dispatch import add_norm, rms_norm, rope2d_qk_norm, swiglu_norm
+from kernels.dispatch import add_norm, patch_embed, rms_norm, rope2d_qk_norm, swiglu_norm
 from kernels.reference import PATCH_VALUES
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import PATCH, TUBELET
@@ -47,14 +49,20 @@ class GatedNorm(RMSNorm):
 class PatchEmbedding(nn.Module):
     """A linear map of whole patches; its weight keeps the shape of the release's convolution."""
 
-    def __init__(self, width: int, bias: bool) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        width, bias = config.hidden_size, config.patch_embedding_bias
+        self.rule = {"mean": config.image_mean, "std": config.image_std, "merge": config.spatial_merge_size}
         self.weight = nn.Parameter(torch.empty(width, 3, TUBELET, PATCH, PATCH))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         nn.init.xavier_uniform_(self.weight.data.view(width, PATCH_VALUES))
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """(T, 1176) -> (T, D)."""
+    def forward(
+        self, patches: Tensor, frames: Sequence[int] | None = None, grids: Sequence[Sequence[int]] = ()
+    ) -> Tensor:
+        """Normalised patches (T, 1176), or with `frames` the bytes of `kernels.reference.patch_embed` -> (T, D)."""
+        if frames is not None:
+            return patch_embed(patches, frames, grids, self.weight, self.bias, **self.rule)
         return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 

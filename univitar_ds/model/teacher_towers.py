@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.reference import normalise, patchify
 from univitar_ds.geometry import PATCH, token_count
 from univitar_ds.model.encoder import UniViTAR
 
@@ -117,10 +116,8 @@ class PackTower:
     def __call__(self, clips: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
         if not clips:
             return []
-        config = self.model.config
         pixels = torch.cat([clip.flatten() for clip in clips])
-        patches = patchify(pixels, [len(clip) for clip in clips], grids, self.merge)
-        tokens = self.model(normalise(patches, config.image_mean, config.image_std), grids)
+        tokens = self.model(pixels, grids, frames=[len(clip) for clip in clips])
         parts = tokens.split([token_count(grid) for grid in grids])
         rasters = [to_raster(part, grid, self.merge) for part, grid in zip(parts, grids, strict=True)]
         return [(raster, raster.float().mean(0).to(raster.dtype)) for raster in rasters]

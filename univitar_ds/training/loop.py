@@ -117,6 +117,7 @@ class _Trainer:
                 if trouble := self._step(stage, batches, start, waited):
                     self._roll_back(trouble, batches)
                     return
+                del batches  # their slots in the ring are free for the next step's
                 if self.state.progress.step % self.cfg.checkpoint.every_steps == 0:
                     self._save()
         if not self.state.progress.finished(self.cfg.stages):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from kernels.reference import patchify
 from tests.unit.evaluation.made import made, random_rows
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.evaluation import pictures
@@ -29,9 +30,10 @@ class Mean(nn.Module):
     def __init__(self, merge: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(spatial_merge_size=merge, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
+        self.config = SimpleNamespace(spatial_merge_size=merge)
 
-    def forward(self, values: torch.Tensor, grids: list) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, grids: list, *, frames: list) -> torch.Tensor:
+        values = patchify(pixels, frames, grids, self.config.spatial_merge_size) / 255
         means = values.view(len(values), 3, -1).mean(dim=2)
         return torch.cat([means, means.flip(1) ** 2], dim=1)
 

@@ -40,6 +40,18 @@ def test_loss_and_every_gradient_are_the_releases(case, checkpoint_every):
         assert error <= 1e-4, f"{name}: {error:.1e} of its largest entry"
 
 
+def test_from_the_bytes_of_the_pixels_values_and_gradients_are_the_releases(case):
+    numbers = golden(case)
+    model = UniViTAR.from_pretrained(numbers.folder)
+    pixels, frames, grids = Preprocessor.from_pretrained(numbers.folder).pixels(numbers.items())
+    output, states = model(pixels, grids, frames=frames, output_hidden_states=True)
+    torch.testing.assert_close(torch.stack(states), numbers.hidden_states, rtol=0, atol=2e-5)
+    ((output * numbers.loss_weight).sum() / output.numel()).backward()
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - numbers.grads[name]).abs().max() / numbers.grads[name].abs().max()
+        assert error <= 1e-4, f"{name}: {error:.1e} of its largest entry"
+
+
 def test_the_whole_way_from_pictures_to_tokens_is_the_releases(case):
     numbers = golden(case)
     tokens = UniViTAR.from_pretrained(numbers.folder)(*Preprocessor.from_pretrained(numbers.folder)(numbers.items()))

@@ -1,0 +1,101 @@
+"""What can be known of the GPU's benchmarks without one: packs, counts, rows, and that every line runs."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_gpu_counts as counts
+from benchmarks import bench_gpu_packs as packs
+from benchmarks.bench_gpu_timing import about, add_rows
+from kernels.reference import check_frames
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "benchmarks" / "bench_gpu.py"
+NOT_NEEDED = ("deepspeed", "transformers", "boto3", "av", "safetensors", "pydantic", "yaml", "PIL")
+
+
+@pytest.mark.parametrize("tokens", [2, 34, 1000, 16384, 65536])
+def test_packs_have_exactly_their_tokens_and_pixels_that_fit(tokens):
+    for grids in (packs.mixed_pictures(tokens), packs.clips(tokens), packs.equal_pictures(tokens, 1)):
+        frames, size = packs.frames_of(grids), packs.pixel_bytes(grids)
+        assert check_frames(torch.empty(size, dtype=torch.uint8), frames, grids) == tokens
+    assert {count > 1 for count in packs.frames_of(packs.clips(tokens))} == {True}
+    assert set(packs.frames_of(packs.mixed_pictures(tokens))) == {1}
+
+
+def test_mixed_pictures_are_of_many_sizes_and_the_same_every_time():
+    grids = packs.mixed_pictures(65536)
+    sizes = sorted(map(math.prod, grids))
+    assert max(sizes) <= 4096
+    assert sizes[len(sizes) // 4] * 4 < sizes[3 * len(sizes) // 4]
+    assert grids == packs.mixed_pictures(65536)
+
+
+def test_padded_batches_hold_every_item_at_the_size_of_the_longest():
+    grids = [(1, 2, 3), (1, 5, 4), (1, 1, 1), (1, 4, 4), (1, 2, 2)]
+    assert packs.padded_batches(grids, 45) == [[(1, 5, 4)] * 2, [(1, 5, 4)] * 2, [(1, 5, 4)]]
+    assert packs.padded_batches(grids, 7) == [[(1, 5, 4)]] * 5
+
+
+@pytest.mark.parametrize(("tokens", "sides"), [(256, (16, 16)), (12, (3, 4)), (7, (1, 7)), (1, (1, 1))])
+def test_sides_are_the_divisors_nearest_to_each_other(tokens, sides):
+    assert packs.nearest_to_square(tokens) == sides
+
+
+def test_bytes_and_products_are_those_of_the_tensors():
+    assert counts.moved_bytes("add_norm", "forward", 10, 8, 2) == 4 * torch.empty(10, 8, dtype=torch.bfloat16).nbytes
+    assert counts.moved_bytes("swiglu_norm", "backward", 10, 8, 4) == 5 * torch.empty(10, 8).nbytes
+    positions = torch.zeros(10, 2, dtype=torch.int64).nbytes
+    assert counts.moved_bytes("rope2d_qk_norm", "forward", 10, 8, 4) == 4 * torch.empty(10, 8).nbytes + positions
+    pixels, weight = torch.empty(10 * 588, dtype=torch.uint8).nbytes, torch.empty(8, 3, 2, 14, 14).nbytes
+    assert counts.patch_embed_bytes(pixels, 10, 8, 4) == pixels + torch.empty(10, 8).nbytes + weight
+    assert counts.patch_embed_product(10, 8, still=False) == (10, 1176, 8)
+    assert counts.patch_embed_product(10, 8, still=True) == (10, 588, 8)
+
+
+def test_a_row_says_what_it_was_measured_on():
+    said = about(torch.device("cpu"))
+    assert list(said) == ["device", "torch", "triton", "cuda", "python", "commit", "date"]
+    assert said["torch"] == torch.__version__
+    assert said["commit"]
+
+
+def test_rows_are_added_and_rows_of_other_columns_refused(tmp_path):
+    path = tmp_path / "results" / "rows.csv"
+    add_rows(path, [{"op": "a", "ms": 1}])
+    add_rows(path, [{"op": "b", "ms": 2}])
+    with path.open(newline="") as file:
+        assert list(csv.DictReader(file)) == [{"op": "a", "ms": "1"}, {"op": "b", "ms": "2"}]
+    with pytest.raises(SystemExit, match="move the file away"):
+        add_rows(path, [{"op": "c", "s": 3}])
+
+
+def test_the_dry_run_needs_only_torch_and_triton_and_writes_no_rows():
+    before = _results()
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({NOT_NEEDED})); sys.argv = sys.argv[1:]; import runpy; "
+    code = blocked + "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(SCRIPT), "--device", "cpu", "--tiny"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # shapes this small only wait for each other
+    run = subprocess.run(command, capture_output=True, text=True, timeout=250, env=one_thread)
+    assert run.returncode == 0, run.stderr
+    told = [line.split("  ")[0] for line in run.stderr.splitlines() if line.startswith(("op ", "encoder "))]
+    ops = [*counts.ROWS_MOVED, "patch_embed", "patch_embed"]
+    assert told == [f"op {op}" for op in ops for _ in counts.PASSES] + ["encoder two layers"] * 2
+    assert _results() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_sentence_says_so():
+    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1
+    assert run.stderr == "bench_gpu needs a CUDA GPU and torch sees none here; the dry run is --device cpu --tiny\n"
+
+
+def _results() -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in (ROOT / "benchmarks" / "results").glob("bench_gpu*")}
