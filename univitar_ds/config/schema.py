@@ -61,6 +61,10 @@ class ModelConfig(Section):
     init_from: str | None = Field(None, description="folder of a released or exported encoder to start from")
     layer_scale_init: Annotated[float, Field(gt=0)] = 0.1
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="token-wise operations compiled for the CPU; auto: for encoders that gain more than compiling costs",
+    )
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(
         0, description="activation checkpointing: 0 none, 1 every block, k every k-th block"
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kernels.dispatch import compile_on_cpu
 from univitar_ds.config.deepspeed import resolve_deepspeed
 from univitar_ds.config.load import changed_result, check_config, config_fingerprint
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, SUMMARY, TOKENIZER
@@ -23,6 +24,7 @@ from univitar_ds.data.cursor import LaneCursor, parse
 from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.text import load_tokenizer, special_ids
 from univitar_ds.errors import CheckpointError
+from univitar_ds.model.config import compiles
 from univitar_ds.model.contrastive import build_contrastive
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher import Teacher, build_teacher, read_teacher
@@ -265,6 +267,7 @@ class _Trainer:
 @contextmanager
 def _engine(cfg: RunConfig, run: Path, world: World) -> Iterator[Engine]:
     with together(world):
+        compile_on_cpu(compiles(cfg.model))
         special = special_ids(load_tokenizer(run / TOKENIZER))
         teacher = cfg.objective.teacher
         model = build_contrastive(
