@@ -20,6 +20,7 @@ import argparse
 import csv
 import functools
 import gc
+import itertools
 import platform
 import statistics
 import subprocess
@@ -33,8 +34,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import cpu_contenders as contenders  # noqa: E402
-from benchmarks.cpu_contenders import Group, Step  # noqa: E402
+from benchmarks import cpu_contenders as contenders
+from benchmarks.cpu_contenders import Group, Step
 
 RESULTS = Path(__file__).parent / "results/bench_cpu.csv"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -88,7 +89,7 @@ def near() -> list[list[tuple[int, int]]]:
     """The pictures in as many batches, of like lengths."""
     ordered = sorted(GRIDS, key=lambda grid: grid[0] * grid[1])
     bounds = [round(len(ordered) * i / PACKS) for i in range(PACKS + 1)]
-    return [ordered[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [ordered[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def groups(parts: list[list[tuple[int, int]]], dtype: torch.dtype, padded_to: int | None) -> list[Group]:

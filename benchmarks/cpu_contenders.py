@@ -1,4 +1,4 @@
-"""What `bench_cpu.py` measures beside our encoder: other ways to run the same shape on the same pictures, and the floor.
+"""What `bench_cpu.py` measures beside our encoder: other ways to run its shape on the same pictures, and the floor.
 
 All have the 0.3B's width (1024), heads (16), feed-forward FLOPs and patches of 1176 values, random weights and LAYERS
 blocks. A contender is built for a type and takes a `Group` of pictures: forward, then backward from a given gradient.

@@ -37,7 +37,10 @@ class Region:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.plain = function
         self.compiled = torch.compile(
-            function, dynamic=True, fullgraph=True, options={"compile_threads": 1}  # one loop, one compiler
+            function,
+            dynamic=True,
+            fullgraph=True,
+            options={"compile_threads": 1},  # one loop, one compiler
         )
 
     def __call__(self, *inputs: Any) -> Any:
@@ -55,6 +58,7 @@ class Region:
                 "is needed, or model.compile off",
                 _first_line(error),
             )
+            log.debug("what failed", exc_info=error)
             return result
 
 
