@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-seconds
 
-.PHONY: demo test lint clean help
+.PHONY: demo test lint bench-cpu clean help
 
 help:
 	@echo "make demo   environment, demo data, ZeRO-3 training on 2 processes, evaluation, export (about 8 minutes)"
 	@echo "make test   all tests"
 	@echo "make lint   ruff"
+	@echo "make bench-cpu   a training step of the encoder on the CPU beside other ways to run it (about 5 minutes)"
 	@echo "make clean  remove the environment and the demo's folder"
 
 # The file holds how long the installation took; the demo's table shows it.
@@ -33,6 +34,9 @@ test: $(INSTALLED) lint
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+
+bench-cpu: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_cpu.py
 
 clean:
 	rm -rf $(VENV) demo
