@@ -1,6 +1,6 @@
 """What does a training step of the encoder cost on a CPU, beside other ways to run the same model, and the floor?
 
-    make bench-cpu          (python benchmarks/bench_cpu.py [--rounds 1] [--layers 1] [--dtypes fp32 bf16])
+    make bench-cpu          (python benchmarks/bench_cpu.py [--turns 12] [--layers 1] [--dtypes fp32 bf16])
 
 One fixed workload: 40 pictures of 72 to 900 tokens, 12,043 in all, in six packs of about 2,000 (fp32 buffers of larger
 packs exceed what malloc keeps, and every one is then paid for in page faults). Contenders that cannot pack get the
@@ -21,6 +21,7 @@ import csv
 import functools
 import gc
 import itertools
+import math
 import platform
 import statistics
 import subprocess
@@ -67,14 +68,13 @@ NEAR = ("padded ViT, near lengths", "timm NaFlexViT")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=1, help="times over all packs")
+    parser.add_argument("--turns", type=int, default=2 * PACKS, help="packs that each contender runs")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.dtypes:
-        seconds = measure(DTYPES[name], options.layers, options.rounds)
-        write(name, options.layers, options.rounds, seconds)
+        write(name, options.layers, measure(DTYPES[name], options.layers, options.turns))
 
 
 def packed() -> list[list[tuple[int, int]]]:
@@ -103,7 +103,7 @@ def groups(parts: list[list[tuple[int, int]]], dtype: torch.dtype, padded_to: in
     return made
 
 
-def measure(dtype: torch.dtype, layers: int, rounds: int) -> dict[str, list[float]]:
+def measure(dtype: torch.dtype, layers: int, turns: int) -> dict[str, list[float]]:
     """CPU seconds of each contender, a value a group of pictures."""
     longest = max(h * w for h, w in GRIDS)
     packs, alike = groups(packed(), dtype, longest), groups(near(), dtype, None)
@@ -118,7 +118,7 @@ def measure(dtype: torch.dtype, layers: int, rounds: int) -> dict[str, list[floa
         step(fed[name][0])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
-    for turn in range(rounds * PACKS):
+    for turn in range(turns):
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
             gc.collect()
             start = time.process_time()
@@ -130,22 +130,21 @@ def measure(dtype: torch.dtype, layers: int, rounds: int) -> dict[str, list[floa
 
 
 def over(seconds: list[float], base: list[float], name: str) -> float:
-    """How many times `base`: the median over packs; over whole rounds where the groups are not the same pictures."""
+    """How many times `base`: the median over packs; of sums over whole rounds where the groups are other pictures."""
     if name in NEAR:
-        whole = [sum(values[i : i + PACKS]) for values in (seconds, base) for i in range(0, len(values), PACKS)]
-        half = len(whole) // 2
-        return statistics.median(a / b for a, b in zip(whole[:half], whole[half:], strict=True))
+        whole = len(base) // PACKS * PACKS
+        return sum(seconds[:whole]) / sum(base[:whole]) if whole else math.nan
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
-def write(dtype: str, layers: int, rounds: int, seconds: dict[str, list[float]]) -> None:
+def write(dtype: str, layers: int, seconds: dict[str, list[float]]) -> None:
     rows = [
         {
             "contender": name,
             "dtype": dtype,
             "layers": layers,
-            "rounds": rounds,
-            "cpu_s_per_round": round(sum(values) / rounds, 3),
+            "turns": len(values),
+            "cpu_s_per_pack": round(statistics.mean(values), 3),
             "over_floor": round(over(values, seconds[FLOOR], name), 3),
             "over_ours": round(over(values, seconds[OURS], name), 3),
             **where(),
