@@ -51,7 +51,7 @@ def measure(
         "item_count": len(grids),
         "tokens": tokens,
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "attention": choose_backend("auto", weight.device, weight.dtype),
+        "attention": choose_backend("auto", weight.device, weight.dtype, model.config.head_width),
         "step_ms": rounded(ours_ms),
         "tokens_per_s": rounded(1e3 * tokens / ours_ms),
         "tflops": rounded(flops / ours_ms / 1e9),

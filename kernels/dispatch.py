@@ -1,4 +1,4 @@
-"""Which implementation of the token-wise operations runs: Triton on CUDA, plain torch elsewhere.
+"""Which implementation of the token-wise operations runs: Triton on CUDA, plain or compiled torch on a CPU.
 
 Chosen once for each kind of device and type, and logged with the reason. An implementation is a module of this
 package with the functions of `OPERATIONS`, the names and signatures of `kernels.reference`; it is imported when it is
@@ -22,7 +22,7 @@ from torch import Tensor
 from univitar_ds.errors import ConfigError
 
 OPERATIONS = ("rms_norm", "rope2d_qk_norm", "swiglu_norm", "add_norm", "patch_embed")
-IMPLEMENTATIONS = {"reference": "kernels.reference", "triton": "kernels.fused"}
+IMPLEMENTATIONS = {"reference": "kernels.reference", "triton": "kernels.fused", "compiled": "kernels.compiled"}
 VARIABLE = "UNIVITAR_DS_KERNELS"
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,16 @@ def patch_embed(
     return chosen.patch_embed(pixels, frames, grid_thw, weight, bias, mean=mean, std=std, merge=merge)
 
 
+def compile_on_cpu(wanted: bool) -> None:
+    """Says for this process whether the operations on a CPU run compiled; before it is said, they do not."""
+    global _compile
+    _compile = wanted
+    implementation.cache_clear()
+
+
+_compile = False
+
+
 @cache
 def implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
     """The module whose functions run on such tensors.
@@ -82,6 +92,8 @@ def choose(device_type: str, dtype: torch.dtype, asked: str = "auto") -> tuple[s
     """(a key of `IMPLEMENTATIONS`, the reason in words)."""
     if asked != "auto":
         return _forced(asked), f"{VARIABLE} asks for it"
+    if device_type == "cpu" and _compile and dtype != torch.float64:
+        return "compiled", "the run gains more by it than compiling costs"
     if device_type != "cuda":
         return "reference", f"no kernels for {device_type}"
     if dtype == torch.float64:

@@ -41,14 +41,18 @@ def rope2d(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     Args: x (T, H, K) with K divisible by 4; positions (T, 2) integer rows and columns.
     Returns: (T, H, K) in float32 or wider.
     """
-    half = x.shape[-1] // 2
-    wide = _wide(x)
-    exponents = torch.arange(0, half, 2, device=x.device, dtype=wide) / half
-    angles = positions.to(wide)[:, :, None] * theta**-exponents
-    angles = angles.flatten(1)[:, None, :]  # (T, 1, K/2)
+    half, wide = x.shape[-1] // 2, _wide(x)
+    angles = rope2d_angles(positions, x.shape[-1], theta, wide)[:, None]
     cos, sin = angles.cos(), angles.sin()
     first, second = x.to(wide).split(half, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rope2d_angles(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """By how much each plane of a head of `width` = K values turns: (T, 2) -> (T, K/2), in `dtype`."""
+    half = width // 2
+    exponents = torch.arange(0, half, 2, device=positions.device, dtype=dtype) / half
+    return (positions.to(dtype)[:, :, None] * theta**-exponents).flatten(1)
 
 
 def rope2d_norm(x: Tensor, positions: Tensor, weight: Tensor | None, *, theta: float, eps: float) -> Tensor:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels.dispatch import compile_on_cpu
 from tests.support.dense import dense_training
 from tests.support.distributed import run_distributed
 from tests.support.standin import LANES, StandIn, WithEncoder, pack
@@ -155,7 +156,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_in_the_same_words(two_ra
     assert all(answer["nan"][1] for answer in two_ranks), "the weights changed"
 
 
-def encoder_on_two_ranks(folder):
+def encoder_on_two_ranks(folder, compiled):
     """The real encoder with every parameter partitioned; a weight that DeepSpeed had to find by itself is a fault."""
     from deepspeed.runtime.zero import parameter_offload
 
@@ -164,16 +165,18 @@ def encoder_on_two_ranks(folder):
 
     parameter_offload.register_external_parameter = found
     world = start_world()
+    compile_on_cpu(compiled)
     return {
         every: trained(world, folder / str(every), model=WithEncoder(checkpoint_every=every), kept_whole=0)
         for every in (0, 1)
     }
 
 
-def test_weights_that_a_module_borrows_are_gathered_with_its_own(tmp_path):
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_weights_that_a_module_borrows_are_gathered_with_its_own(compiled, tmp_path):
     model = WithEncoder()
     dense = SimpleNamespace(curve=dense_training(model, STEPS, lr=lr, clip=1.0), weights=model.state_dict())
-    answers = run_distributed(encoder_on_two_ranks, 2, 120, tmp_path)
+    answers = run_distributed(encoder_on_two_ranks, 2, 200, tmp_path, compiled)
     for every in (0, 1):
         # Biases start at zero: they are nothing but updates, in which Adam makes more of a small gradient's rounding.
         assert_follows(dense, answers[0][every], 1e-6, 1e-4)

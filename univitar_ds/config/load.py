@@ -35,6 +35,7 @@ RESULT_FREE = (
     "data.cache",
     "data.log_samples",
     "model.attention",
+    "model.compile",
     "model.checkpoint_every",
     "objective.teacher.partitioned",
     "objective.teacher.cache",

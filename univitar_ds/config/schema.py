@@ -62,7 +62,13 @@ class ModelConfig(Section):
     encoder: EncoderSize = "tiny"
     init_from: str | None = Field(None, description="folder of a released or exported encoder to start from")
     layer_scale_init: Annotated[float, Field(gt=0)] = 0.1
-    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    attention: Literal["auto", "flash", "flash2", "flash3", "flash4", "varlen", "sdpa"] = Field(
+        "auto", description="flash: the best flash-attn installed, or its version; varlen: torch; sdpa: item by item"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="token-wise operations compiled on a CPU; auto: for encoders that gain more than compiling costs",
+    )
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(
         0, description="activation checkpointing: 0 none, 1 every block, k every k-th block"
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+import importlib
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,21 @@ from univitar_ds.errors import ConfigError
 from univitar_ds.geometry import cumulative
 
 HALF = (torch.float16, torch.bfloat16)
+FLASH = ("flash2", "flash3", "flash4")
+FUNCTIONS = {
+    "flash2": ("flash_attn", "flash_attn_varlen_func"),
+    "flash3": ("flash_attn_interface", "flash_attn_varlen_func"),
+    "flash4": ("flash_attn.cute", "flash_attn_varlen_func"),
+    "varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+}
+INSTALL = {
+    "flash2": "pip install flash-attn --no-build-isolation",
+    "flash3": "python setup.py install in hopper/ of github.com/Dao-AILab/flash-attention",
+    "flash4": "pip install --pre flash-attn-4",
+    "varlen": "part of torch from 2.10 on",
+}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,36 +61,121 @@ def attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, back
     Args:
         q: (Tq, H, K); k, v: (T, H, K).
         queries, keys: spans of the items in q and in k, v; the same number of items.
-        backend: auto, flash (flash-attn), varlen (torch) or sdpa (torch, item by item).
+        backend: see `choose_backend`.
     Returns: (Tq, H * K).
     Raises: ConfigError if `backend` cannot run here.
     """
-    chosen = choose_backend(backend, q.device, q.dtype)
+    chosen = choose_backend(backend, q.device, q.dtype, q.shape[-1])
     if not keys.lengths or chosen == "sdpa":
         return _by_item(q, k, v, queries, keys)
-    bounds = (queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length)
-    if chosen == "flash":
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(q, k, v, *bounds).flatten(1)
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn(q, k, v, *bounds).flatten(1)
+    packed = _varlen if chosen == "varlen" else _flash
+    return packed(_load(chosen), q, k, v, queries, keys).flatten(1)
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The back end that runs: `backend` itself, or for auto the fastest one that can run here."""
-    able = ["sdpa"]
-    if device.type == "cuda" and dtype in HALF:
-        able = ["flash", "varlen", "sdpa"] if importlib.util.find_spec("flash_attn") else ["varlen", "sdpa"]
-    if backend == "auto":
-        return able[0]
-    if backend not in able:
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """The back end that runs for heads of `width`: sdpa, varlen, flash2, flash3 or flash4.
+
+    `backend` is one of them, flash for the best flash-attn that is installed, or auto for the fastest of all.
+    Raises: ConfigError if it cannot run here.
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return _chosen(backend, device.type, capability, dtype, width)
+
+
+@cache
+def _chosen(backend: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> str:
+    name, reason = select(backend, device, capability, dtype, width)
+    logger.info("attention on %s in %s, heads of %d: %s (%s)", device, _plain(dtype), width, name, reason)
+    return name
+
+
+def select(
+    backend: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int
+) -> tuple[str, str]:
+    """(the back end, the reason in words). `capability` is that of the GPU, `width` the head's K.
+
+    Raises: ConfigError if `backend` cannot run there, with what would help.
+    """
+    obstacles = {name: _obstacle(name, device, capability, dtype, width) for name in _order(capability)}
+    able = [name for name, obstacle in obstacles.items() if not obstacle]
+    wanted = [name for name in obstacles if backend in ("auto", name) or (backend == "flash" and name in FLASH)]
+    chosen = next((name for name in wanted if name in able), None)
+    if chosen is None:
         raise ConfigError(
-            f"model.attention {backend} cannot run on {device.type} in {str(dtype).removeprefix('torch.')}; "
-            f"able here: {', '.join(able)}, or auto"
+            f"model.attention {backend} cannot run on {device} in {_plain(dtype)} with heads of {width}: "
+            f"{'; '.join(f'{name} {obstacles[name]}' for name in wanted)}. Able here: {', '.join(able)}, or auto"
         )
-    return backend
+    if backend != "auto":
+        return chosen, f"model.attention is {backend}"
+    passed = "; ".join(f"{name} {obstacles[name]}" for name in obstacles if name not in able)
+    return chosen, f"the fastest that can run here; {passed}" if passed else "the fastest"
+
+
+def _order(capability: tuple[int, int]) -> tuple[str, ...]:
+    """Fastest first: each generation of flash-attn is made for one of GPUs (2 Ampere, 3 Hopper, 4 Blackwell)."""
+    flash = {9: ("flash3", "flash4", "flash2"), 8: ("flash2", "flash4", "flash3")}
+    return (*flash.get(capability[0], ("flash4", "flash2", "flash3")), "varlen", "sdpa")
+
+
+def _obstacle(name: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> str:
+    """Why a back end cannot run, with what would help; empty if it can."""
+    if name == "sdpa":
+        return ""
+    if device != "cuda":
+        return "needs a GPU"
+    if capability < (8, 0):
+        return f"needs a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
+    if dtype not in HALF:
+        return "needs bfloat16 or float16"
+    widest = 256 if name != "flash4" or capability[0] == 9 else 128
+    if width > widest or (width % 8 and name != "flash2"):  # flash2 pads by itself
+        return f"takes heads that are a multiple of 8 wide, at most {widest}"
+    try:
+        _load(name)
+    except ImportError as error:
+        return f"is not installed ({INSTALL[name]})" if _absent(error) else f"does not import ({error})"
+    return ""
+
+
+def _absent(error: ImportError) -> bool:
+    # flash_attn without its function is the folder that versions 2 and 4 share, with the other one in it.
+    return isinstance(error, ModuleNotFoundError) or "flash_attn_varlen_func" in str(error)
+
+
+def _load(name: str) -> Callable[..., Any]:
+    """The function of a back end. Raises: ImportError."""
+    module, function = FUNCTIONS[name]
+    try:
+        return getattr(importlib.import_module(module), function)
+    except AttributeError as error:
+        raise ImportError(str(error)) from error
+
+
+def _flash(
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans
+) -> Tensor:
+    """flash-attn 2, 3 and 4 agree on these names, not on their order, nor on whether more than the output returns."""
+    result = function(
+        q,
+        k,
+        v,
+        cu_seqlens_q=queries.cu_seqlens,
+        cu_seqlens_k=keys.cu_seqlens,
+        max_seqlen_q=queries.max_length,
+        max_seqlen_k=keys.max_length,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _varlen(
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans
+) -> Tensor:
+    return function(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _by_item(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> Tensor:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from univitar_ds.config.encoder import EncoderConfig
 
-__all__ = ["PRESETS", "EncoderConfig"]
+if TYPE_CHECKING:  # it needs pydantic, the encoder alone does not
+    from univitar_ds.config.schema import ModelConfig
+
+__all__ = ["PRESETS", "EncoderConfig", "compiles"]
 
 PRESETS = {
     "tiny": EncoderConfig(192, 7, 3, 768),
@@ -12,5 +17,14 @@ PRESETS = {
     "0.6b": EncoderConfig(1280, 32, 16, 5184),
     "1b": EncoderConfig(1920, 32, 24, 7680),
 }
-"""The family. Parameters: tiny 5,439,232 (ours, for demonstrations and tests), 0.3b 309,885,952 (released),
+"""The family. Parameters: tiny 3,344,064 (ours, for demonstrations and tests), 0.3b 309,885,952 (released),
 0.6b 636,554,496 (published as 637M) and 1b 1,418,820,480; the 1b's shape is inferred from its published 1419M."""
+
+
+def compiles(config: ModelConfig) -> bool:
+    """Whether a run on a CPU compiles its token-wise operations.
+
+    Of itself from the 0.3b on, whose compiling (about half a minute once, seconds a start after that) is paid back
+    within some ten packs; `tiny` would need hundreds (benchmarks/LOG.md).
+    """
+    return config.compile == "on" or (config.compile == "auto" and PRESETS[config.encoder].hidden_size >= 1024)

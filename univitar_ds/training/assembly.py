@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from kernels.dispatch import compile_on_cpu
 from univitar_ds.config.deepspeed import resolve_deepspeed
 from univitar_ds.config.load import changed_result, check_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.text import load_tokenizer, special_ids
 from univitar_ds.errors import CheckpointError
+from univitar_ds.model.config import compiles
 from univitar_ds.model.contrastive import build_contrastive
 from univitar_ds.model.teacher import read_teacher
 from univitar_ds.training import commit
@@ -35,6 +37,7 @@ def assemble(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, State]:
     """
     folder = _last_checkpoint(run, world)
     with together(world):
+        compile_on_cpu(compiles(cfg.model))
         saved = _read_saved(cfg, run, folder) if folder else State().to_dict()
         progress = Progress(**saved["progress"])
         stage = cfg.stages[min(progress.stage, len(cfg.stages) - 1)]

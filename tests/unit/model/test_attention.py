@@ -1,10 +1,15 @@
 """Packed attention against the softmax formula, and the choice of the back end."""
 
+import inspect
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
 from univitar_ds.errors import ConfigError
-from univitar_ds.model.attention import Spans, attention, choose_backend
+from univitar_ds.model import attention as module
+from univitar_ds.model.attention import Spans, attention, choose_backend, select
 
 CPU = torch.device("cpu")
 
@@ -45,14 +50,177 @@ def test_spans_keep_lengths_on_the_host_and_bounds_as_int32():
     assert Spans.of([], CPU).max_length == 0
 
 
-def test_auto_is_item_by_item_on_the_cpu_and_a_packed_kernel_for_half_precision_on_cuda():
-    assert choose_backend("auto", CPU, torch.bfloat16) == "sdpa"
-    assert choose_backend("auto", torch.device("cuda"), torch.float32) == "sdpa"
-    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16) in ("flash", "varlen")
-    assert choose_backend("sdpa", torch.device("cuda"), torch.bfloat16) == "sdpa"
+HOPPER, BLACKWELL, AMPERE, VOLTA = (9, 0), (10, 0), (8, 0), (7, 0)
+BF16 = torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", ["flash", "varlen"])
+# The signatures of flash_attn_varlen_func as they are published, by the names and the order of their parameters:
+# flash-attn 2.8 (flash_attn/flash_attn_interface.py), 3 (hopper/flash_attn_interface.py) and flash-attn-4 4.0.0b36
+# (flash_attn/cute/interface.py). 4 has other things between the tensors and the bounds, and returns a pair.
+
+
+def version_2(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+    block_table=None,
+):  # fmt: skip
+    return told(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
+
+
+def version_3(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+    softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
+    attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
+    return_attn_probs=False,
+):  # fmt: skip
+    return told(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
+
+
+def version_4(
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
+    seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None, causal=False,
+    window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+    score_mod=None, score_mod_bwd=None, mask_mod=None, block_sparse_tensors=None, aux_tensors=None, aux_scalars=None,
+    return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False,
+    gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
+):  # fmt: skip
+    return told(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic), None
+
+
+def told(q, k, v, bounds_q, bounds_k, longest_q, longest_k, deterministic=False):
+    """What a packed kernel computes from what it is told."""
+    assert bounds_q.dtype == bounds_k.dtype == torch.int32
+    lengths_q, lengths_k = bounds_q.diff().tolist(), bounds_k.diff().tolist()
+    assert (longest_q, longest_k) == (max(lengths_q), max(lengths_k))
+    assert all(type(length) is int for length in (longest_q, longest_k))
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
+    return dense(q, k, v, lengths_q, lengths_k).view_as(q)
+
+
+def torchs_own(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+    assert not options
+    return told(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+
+
+PACKED = {"flash2": version_2, "flash3": version_3, "flash4": version_4, "varlen": torchs_own}
+MODULES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Puts stand-ins of packages in the place of the real ones, or of nothing."""
+    for name in ("flash_attn", *MODULES.values()):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    def put(*names):
+        if {"flash2", "flash4"} & set(names):  # the folder both share
+            monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+        for name in names:
+            module = sys.modules[MODULES[name]] or ModuleType(MODULES[name])
+            module.flash_attn_varlen_func = PACKED[name]
+            monkeypatch.setitem(sys.modules, MODULES[name], module)
+
+    return put
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("width", [64, 80, 120])
+def test_a_packed_back_end_is_told_the_pack(name, width, install, monkeypatch):
+    if name == "varlen":
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torchs_own)
+    else:
+        install(name)
+    monkeypatch.setattr(module, "choose_backend", lambda *_: name)
+    queries, keys = (1, 1, 1), (5, 1, 7)
+    q, k, v = (torch.randn(sum(lengths), 2, width) for lengths in (queries, keys, keys))
+    result = attention(q, k, v, Spans.of(queries, CPU), Spans.of(keys, CPU), name)
+    torch.testing.assert_close(result, dense(q, k, v, queries, keys), rtol=0, atol=0)
+
+
+def test_torchs_own_has_the_parameters_it_is_given():
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert list(inspect.signature(varlen_attn).parameters)[:7] == list(inspect.signature(torchs_own).parameters)[:7]
+
+
+@pytest.mark.parametrize("width", [64, 80, 120])
+@pytest.mark.parametrize(
+    ("installed", "capability", "chosen"),
+    [
+        ((), HOPPER, "varlen"),
+        (("flash2",), HOPPER, "flash2"),
+        (("flash2", "flash3", "flash4"), AMPERE, "flash2"),
+        (("flash2", "flash3", "flash4"), HOPPER, "flash3"),
+        (("flash2", "flash4"), HOPPER, "flash4"),
+        (("flash2", "flash3", "flash4"), BLACKWELL, "flash4"),
+        (("flash4",), BLACKWELL, "flash4"),
+    ],
+)
+def test_auto_takes_the_flash_attn_made_for_the_gpu_then_torchs_own(installed, capability, chosen, width, install):
+    install(*installed)
+    assert select("auto", "cuda", capability, BF16, width)[0] == chosen
+    if installed:
+        assert select("flash", "cuda", capability, BF16, width)[0] == chosen
+
+
+def test_auto_is_item_by_item_where_no_packed_kernel_can_run(install):
+    install("flash2")
+    assert choose_backend("auto", CPU, BF16, 64) == "sdpa"
+    assert select("auto", "cuda", HOPPER, torch.float32, 64)[0] == "sdpa"
+    assert select("auto", "cuda", VOLTA, torch.float16, 64)[0] == "sdpa"
+
+
+def test_heads_that_a_back_end_does_not_take_go_to_the_next(install):
+    install("flash2", "flash4")
+    assert select("auto", "cuda", BLACKWELL, BF16, 136)[0] == "flash2"
+    assert select("auto", "cuda", HOPPER, BF16, 136)[0] == "flash4"
+    assert select("auto", "cuda", HOPPER, BF16, 20)[0] == "flash2"
+    assert select("auto", "cuda", HOPPER, BF16, 264)[0] == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("backend", "help"),
+    [
+        ("flash2", "pip install flash-attn --no-build-isolation"),
+        ("flash3", "hopper/ of github.com/Dao-AILab/flash-attention"),
+        ("flash4", "pip install --pre flash-attn-4"),
+        ("flash", "pip install flash-attn --no-build-isolation"),
+    ],
+)
+def test_a_missing_back_end_says_how_to_install_it(backend, help, install):
+    with pytest.raises(ConfigError, match=f"attention {backend} cannot run on cuda .* is not installed") as raised:
+        select(backend, "cuda", HOPPER, BF16, 64)
+    assert help in str(raised.value)
+    assert "Able here: varlen, sdpa" in str(raised.value)
+
+
+def test_the_folder_that_versions_2_and_4_share_does_not_pass_for_version_2(install):
+    install("flash4")
+    assert select("auto", "cuda", AMPERE, BF16, 64)[0] == "flash4"
+    with pytest.raises(ConfigError, match="flash2 is not installed"):
+        select("flash2", "cuda", AMPERE, BF16, 64)
+
+
+def test_a_package_that_is_broken_is_not_called_missing(monkeypatch, install):
+    def fail(name):
+        raise ImportError("libcudart.so.11.0: cannot open shared object file")
+
+    monkeypatch.setattr(module.importlib, "import_module", fail)
+    with pytest.raises(ConfigError, match=r"flash3 does not import \(libcudart"):
+        select("flash3", "cuda", HOPPER, BF16, 64)
+
+
+@pytest.mark.parametrize("backend", ["flash", "flash3", "varlen"])
 def test_a_back_end_that_cannot_run_here_is_refused(backend):
-    with pytest.raises(ConfigError, match=f"model.attention {backend} cannot run on cpu in float32; able here: sdpa"):
-        choose_backend(backend, CPU, torch.float32)
+    with pytest.raises(ConfigError, match=f"model.attention {backend} cannot run on cpu in float32.*Able here: sdpa"):
+        choose_backend(backend, CPU, torch.float32, 64)
+
+
+def test_the_choice_is_logged_once_with_its_reason(caplog):
+    module._chosen.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            choose_backend("auto", CPU, BF16, 72)
+    assert len(caplog.messages) == 1
+    assert "attention on cpu in bfloat16, heads of 72: sdpa (" in caplog.text
+    assert "varlen needs a GPU" in caplog.text

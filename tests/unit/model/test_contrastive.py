@@ -174,7 +174,8 @@ def test_a_picture_of_which_a_corner_stays_is_embedded_as_the_corner_cut_out():
     cut = first.view(4 * 14, 6 * 14, 3)[: 3 * 14, : 2 * 14].flatten()
     grids = torch.tensor([[1, 3, 2], *GRIDS[1:].tolist()])
     wanted = model(torch.cat([cut, *others]), FRAMES, grids, CAPTIONS, LENGTHS, True)
-    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-6)
+    # Other sizes, other orders of sums: float32 rounding through the blocks, as in the parity with the release.
+    torch.testing.assert_close(seen, wanted, rtol=0, atol=2e-5)
     assert (seen.vision[0] - model.encode_vision(pixels, FRAMES, GRIDS)[0]).norm() > 1e-3
 
 

@@ -1,0 +1,188 @@
+"""What does a training step of the encoder cost on a CPU, beside other ways to run the same model, and the floor?
+
+    make bench-cpu          (python benchmarks/bench_cpu.py [--turns 12] [--layers 1] [--dtypes fp32 bf16])
+
+One fixed workload: 40 pictures of 72 to 900 tokens, 12,043 in all, in six packs of about 2,000 (fp32 buffers of larger
+packs exceed what malloc keeps, and every one is then paid for in page faults). Contenders that cannot pack get the
+pictures of a pack as a batch, padded to the longest of all, as a batch of the 40 would be; `padded, near lengths` gets
+them sorted by length and padded to the longest of six or seven. A measurement is forward and backward of one
+pack, in CPU seconds of this process with one thread; the contenders take turns pack by pack, in an order that rotates,
+so that what else the machine does meets all alike. A figure is the median over packs of the ratio within a turn.
+
+transformers is a requirement of the project. timm is not: `pip install --no-deps timm torchvision==0.28.0` beside
+torch 2.13.0 adds it (its own torchvision operators are not needed); without it its row is left out and that is said.
+Rows go to results/bench_cpu.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import gc
+import itertools
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import cpu_contenders as contenders
+from benchmarks.cpu_contenders import Group, Step
+
+RESULTS = Path(__file__).parent / "results/bench_cpu.csv"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PACKS = 6
+"""Fewer, larger packs are not better: see above."""
+GRIDS = (
+    (16, 12), (18, 27), (13, 6), (13, 16), (17, 13), (12, 12), (17, 17), (10, 10), (26, 25), (13, 10), (9, 8),
+    (14, 10), (14, 21), (22, 29), (8, 12), (36, 18), (19, 29), (13, 17), (11, 9), (8, 10), (10, 10), (21, 30),
+    (15, 16), (11, 8), (28, 28), (12, 22), (14, 10), (13, 12), (17, 13), (14, 18), (30, 30), (26, 13), (23, 18),
+    (12, 17), (10, 19), (13, 20), (8, 13), (23, 17), (23, 35), (15, 15),
+)  # fmt: skip
+"""Rows and columns of tokens of each picture."""
+
+OURS = "ours"
+FLOOR = "floor"
+CONTENDERS: dict[str, Callable[[int, torch.dtype], Step]] = {
+    FLOOR: contenders.floor,
+    OURS: functools.partial(contenders.ours, compiled=True),
+    "ours, not compiled": functools.partial(contenders.ours, compiled=False),
+    "released way": contenders.tables,
+    "timm NaFlexViT": contenders.timm_naflex,
+    "Siglip2 NaFlex": contenders.siglip2,
+    "padded ViT": contenders.padded,
+    "padded ViT, near lengths": contenders.padded,
+}
+NEAR = ("padded ViT, near lengths", "timm NaFlexViT")
+"""Fed with pictures of like lengths: timm's own loader batches them so. Measured over whole rounds only."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=2 * PACKS, help="packs that each contender runs")
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.dtypes:
+        write(name, options.layers, measure(DTYPES[name], options.layers, options.turns))
+
+
+def packed() -> list[list[tuple[int, int]]]:
+    """The pictures in packs of nearly equal tokens: the longest first, each to the pack with the fewest."""
+    packs: list[list[tuple[int, int]]] = [[] for _ in range(PACKS)]
+    for grid in sorted(GRIDS, key=lambda grid: -grid[0] * grid[1]):
+        min(packs, key=lambda pack: sum(h * w for h, w in pack)).append(grid)
+    return packs
+
+
+def near() -> list[list[tuple[int, int]]]:
+    """The pictures in as many batches, of like lengths."""
+    ordered = sorted(GRIDS, key=lambda grid: grid[0] * grid[1])
+    bounds = [round(len(ordered) * i / PACKS) for i in range(PACKS + 1)]
+    return [ordered[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def groups(parts: list[list[tuple[int, int]]], dtype: torch.dtype, padded_to: int | None) -> list[Group]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for grids in parts:
+        lengths = [h * w for h, w in grids]
+        patches = torch.randn(sum(lengths), contenders.PATCH_VALUES, generator=generator).to(dtype)
+        grad = torch.randn(sum(lengths), contenders.WIDTH, generator=generator).to(dtype)
+        made.append(Group(tuple(grids), patches, grad, padded_to or max(lengths)))
+    return made
+
+
+def measure(dtype: torch.dtype, layers: int, turns: int) -> dict[str, list[float]]:
+    """CPU seconds of each contender, a value a group of pictures."""
+    longest = max(h * w for h, w in GRIDS)
+    packs, alike = groups(packed(), dtype, longest), groups(near(), dtype, None)
+    steps = {}
+    for name, build in CONTENDERS.items():
+        try:
+            steps[name] = build(layers, dtype)
+        except ImportError as error:
+            print(f"left out: {name} ({error})")
+    fed = {name: alike if name in NEAR else packs for name in steps}
+    for name, step in steps.items():
+        step(fed[name][0])
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for turn in range(turns):
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            gc.collect()
+            start = time.process_time()
+            steps[name](fed[name][turn % PACKS])
+            seconds[name].append(time.process_time() - start)
+        told = ", ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items())
+        print(f"turn {turn}: {told}", flush=True)
+    return seconds
+
+
+def over(seconds: list[float], base: list[float], name: str) -> float:
+    """How many times `base`: the median over packs; of sums over whole rounds where the groups are other pictures."""
+    if name in NEAR:
+        whole = len(base) // PACKS * PACKS
+        return sum(seconds[:whole]) / sum(base[:whole])
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def write(dtype: str, layers: int, seconds: dict[str, list[float]]) -> None:
+    rows = [
+        {
+            "contender": name,
+            "dtype": dtype,
+            "layers": layers,
+            "turns": len(values),
+            "cpu_s_per_pack": round(statistics.mean(values), 3),
+            "over_floor": round(over(values, seconds[FLOOR], name), 3),
+            "over_ours": round(over(values, seconds[OURS], name), 3),
+            **where(),
+        }
+        for name, values in seconds.items()
+        if name not in NEAR or len(values) >= PACKS
+    ]
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print(f"{row['contender']:26} {dtype}  {row['over_floor']:5.2f} x floor  {row['over_ours']:5.2f} x ours")
+
+
+@functools.cache
+def where() -> dict[str, str | int]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    names = [line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "cpu": f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "timm": installed("timm"),
+    }
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

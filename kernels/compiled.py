@@ -1,0 +1,266 @@
+"""The token-wise operations on a CPU, each forward and each backward one loop made by torch.compile.
+
+Names, shapes and precision are `kernels.reference`'s. Forward and backward are written by hand here and compiled apart,
+so that the code of an operation is the same with and without gradients and under activation checkpointing, and so that
+only its inputs and one reciprocal root mean square a token are kept in between. Sizes are symbols: packs of any
+length run the same code. The angles are the exception to one pass: cosines and sines of a pack are computed once and
+shared by its layers, for in the loop over heads they would be computed H times.
+
+Where the compiler fails, the same functions run as plain torch, and one message says why. Shape legend: `reference`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kernels import reference
+from kernels.reference import patch_embed as patch_embed  # compiling gains it nothing: a product and a copy
+
+log = logging.getLogger(__name__)
+
+
+class Region:
+    """A function of tensors whose first has the pack's T as first size; compiled when it is first called.
+
+    One token or none runs as plain torch, since torch.compile makes sizes 0 and 1 cases of their own.
+    """
+
+    failed = False
+    """Whether the compiler failed in this process; then nothing is compiled any more."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.plain = function
+        self.compiled = torch.compile(
+            function,
+            dynamic=True,
+            fullgraph=True,
+            options={"compile_threads": 1},  # one loop, one compiler
+        )
+
+    def __call__(self, *inputs: Any) -> Any:
+        # Detached: whether a weight is trained is nothing that another code is to be compiled for.
+        inputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
+        if Region.failed or len(inputs[0]) < 2:
+            return self.plain(*inputs)
+        try:
+            return self.compiled(*inputs)
+        except Exception as error:  # of many classes, from dynamo, inductor, the C++ compiler and the linker
+            result = self.plain(*inputs)  # a fault of the inputs is raised again here, by plain torch
+            Region.failed = True
+            log.warning(
+                "torch.compile failed, the token-wise operations run as plain torch (%s); a C++ compiler such as g++ "
+                "is needed, or model.compile off",
+                _first_line(error),
+            )
+            log.debug("what failed", exc_info=error)
+            return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `kernels.reference.rms_norm`; x (T, D)."""
+    return _Norm.apply(x, weight, eps)
+
+
+def rope2d_qk_norm(
+    qkv: Tensor, positions: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *, theta: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.reference.rope2d_qk_norm`, which also runs here for encoders without norms of q and k."""
+    if q_weight is None or k_weight is None:
+        return reference.rope2d_qk_norm(qkv, positions, q_weight, k_weight, theta=theta, eps=eps)
+    return _RopeNorm.apply(qkv, *_table(positions, qkv.shape[-1], theta), q_weight, k_weight, eps)
+
+
+def swiglu_norm(gate: Tensor, up: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `kernels.reference.swiglu_norm`."""
+    return _GatedNorm.apply(gate, up, weight, eps)
+
+
+def add_norm(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `kernels.reference.add_norm`."""
+    return _AddNorm.apply(x, branch, scale, weight, eps)
+
+
+# RMSNorm: y = w x / r with r the root mean square. With g the gradient of y, and u = w g,
+#   dx = (u - x mean(u x) / r^2) / r,    dw = sum over tokens of g x / r.
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(T, D) wide -> y wide, and 1/r (T,)."""
+    inverse = torch.rsqrt(x.square().mean(-1) + eps)
+    return x * inverse[:, None] * weight.to(x.dtype), inverse
+
+
+def _normed_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """grad, x (T, D) wide -> dx wide, dw (D,)."""
+    scaled, inverse = grad * weight.to(x.dtype), inverse[:, None]
+    along = (scaled * x).mean(-1, keepdim=True)
+    return inverse * (scaled - x * (inverse * inverse * along)), (grad * x * inverse).sum(0).to(weight.dtype)
+
+
+@Region
+def _norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, inverse = _normed(_wide(x), weight, eps)
+    return y.to(x.dtype), inverse
+
+
+@Region
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dw = _normed_backward(_wide(grad), _wide(x), weight, inverse)
+    return dx.to(x.dtype), dw
+
+
+@Region
+def _add_norm_forward(
+    x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = torch.addcmul(x, branch, scale)
+    y, inverse = _normed(_wide(total), weight, eps)
+    return total, y.to(x.dtype), inverse
+
+
+@Region
+def _add_norm_backward(
+    grad_total: Tensor, grad: Tensor, total: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dw = _normed_backward(_wide(grad), _wide(total), weight, inverse)
+    dx = dx + _wide(grad_total)
+    dscale = (dx * _wide(branch)).sum(0).to(scale.dtype)
+    return dx.to(total.dtype), (dx * _wide(scale)).to(total.dtype), dscale, dw
+
+
+@Region
+def _gated_forward(gate: Tensor, up: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = _wide(gate)
+    y, inverse = _normed(wide * torch.sigmoid(wide) * _wide(up), weight, eps)
+    return y.to(gate.dtype), inverse
+
+
+@Region
+def _gated_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = _wide(gate), _wide(up)
+    sigmoid = torch.sigmoid(a)
+    silu = a * sigmoid
+    dy, dw = _normed_backward(_wide(grad), silu * b, weight, inverse)
+    return (dy * b * (sigmoid + silu * (1 - sigmoid))).to(gate.dtype), (dy * silu).to(up.dtype), dw
+
+
+@Region
+def _rope_forward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = []
+    for part, weight in ((0, q_weight), (1, k_weight)):
+        turned = _turn(_wide(qkv[:, part]), cos, sin)
+        y, inverse = _normed(turned.flatten(1), weight, eps)
+        results += [y.view_as(turned).to(qkv.dtype), inverse]
+    return tuple(results)
+
+
+@Region
+def _rope_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor,
+    k_weight: Tensor, q_inverse: Tensor, k_inverse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The norm sees x turned; turned back, its gradient is that of a norm of x itself, for turning keeps lengths."""
+    dx, dw = [], []
+    for part, grad, weight, inverse in ((0, grad_q, q_weight, q_inverse), (1, grad_k, k_weight, k_inverse)):
+        x, grad, inverse = _wide(qkv[:, part]), _wide(grad), inverse[:, None, None]
+        dw.append((grad * _turn(x, cos, sin) * inverse).sum(0).flatten().to(weight.dtype))
+        scaled = _turn(grad * weight.to(x.dtype).view(grad.shape[1:]), cos, -sin)
+        along = (scaled * x).mean((1, 2), keepdim=True)
+        dx.append((inverse * (scaled - x * (inverse * inverse * along))).to(qkv.dtype))
+    return torch.stack((*dx, grad_v), 1), *dw
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(T, H, K), (T, K/2) -> (T, H, K): planes (i, i + K/2) turned."""
+    first, second = x.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Per tensor of positions: {(K, theta): cosines and sines}, for as long as the positions live."""
+
+
+def _table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a pack, each (T, K/2) float32."""
+    known = _tables.setdefault(positions, {})
+    if (width, theta) not in known:
+        angles = reference.rope2d_angles(positions, width, theta, torch.float32)
+        known[width, theta] = angles.cos(), angles.sin()
+    return known[width, theta]
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, inverse = _norm_forward(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_norm_backward(grad, *ctx.saved_tensors), None
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, y, inverse = _add_norm_forward(x, branch, scale, weight, eps)
+        ctx.save_for_backward(total, branch, scale, weight, inverse)
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_add_norm_backward(grad_total, grad, *ctx.saved_tensors), None
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, inverse = _gated_forward(gate, up, weight, eps)
+        ctx.save_for_backward(gate, up, weight, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gated_backward(grad, *ctx.saved_tensors), None
+
+
+class _RopeNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, q_inverse, k, k_inverse = _rope_forward(qkv, cos, sin, q_weight, k_weight, eps)
+        ctx.save_for_backward(qkv, cos, sin, q_weight, k_weight, q_inverse, k_inverse)
+        return q, k, qkv[:, 2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+        dqkv, dq_weight, dk_weight = _rope_backward(grad_q, grad_k, grad_v, *ctx.saved_tensors)
+        return dqkv, None, None, dq_weight, dk_weight, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
