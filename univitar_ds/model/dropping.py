@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from univitar_ds.config.encoder import EncoderConfig
-from univitar_ds.config.schema import StageConfig
 from univitar_ds.geometry import cumulative, token_count
 from univitar_ds.randomness import draws
+
+if TYPE_CHECKING:  # it needs pydantic, the encoder alone does not
+    from univitar_ds.config.schema import StageConfig
 
 
 @dataclass(frozen=True)
