@@ -175,7 +175,9 @@ def encoder_on_two_ranks(folder, compiled):
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 def test_weights_that_a_module_borrows_are_gathered_with_its_own(compiled, tmp_path):
     model = WithEncoder()
+    compile_on_cpu(compiled)  # the same rounding here and there
     dense = SimpleNamespace(curve=dense_training(model, STEPS, lr=lr, clip=1.0), weights=model.state_dict())
+    compile_on_cpu(False)
     answers = run_distributed(encoder_on_two_ranks, 2, 200, tmp_path, compiled)
     for every in (0, 1):
         # Biases start at zero: they are nothing but updates, in which Adam makes more of a small gradient's rounding.
