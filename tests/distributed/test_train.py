@@ -36,15 +36,20 @@ def watched(run):
     return train_rank(run), seen
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An uninterrupted run on 2 ranks, with patch dropout and stochastic depth in its second stage."""
-    folder = tmp_path_factory.mktemp("whole")
-    write_demo_shards(folder / "shards")
-    config = small_config(folder / "shards", folder)
+def thinned_config(shards, output, **changes):
+    """The small run with patch dropout and stochastic depth in its second stage."""
+    config = small_config(shards, output, **changes)
     first, second = config.stages
     second = second.model_copy(update={"patch_dropout": 0.5, "stochastic_depth": 0.3})
-    run = create_run(config.model_copy(update={"stages": [first, second]}), "test", 2)
+    return config.model_copy(update={"stages": [first, second]})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run on 2 ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_demo_shards(folder / "shards")
+    run = create_run(thinned_config(folder / "shards", folder), "test", 2)
     answers = run_distributed(watched, 2, 90, run)
     assert [completed for completed, _ in answers] == [True, True]
     rules = {**answers[0][1], **answers[1][1]}
@@ -119,7 +124,7 @@ def test_pictures_of_both_modalities_are_drawn_and_change_no_bit(whole, tmp_path
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging = {"every_steps": 1, "peak_tflops": 0.05, "pictures_every_steps": 3}
-    run = create_run(small_config(whole.shards, tmp_path, logging=logging), "test", 2)
+    run = create_run(thinned_config(whole.shards, tmp_path, logging=logging), "test", 2)
     run_distributed(train_rank, 2, 90, run)
     assert [untimed(line) for line in metrics(run)] == [untimed(line) for line in metrics(whole.run)]
     ours, theirs = (commit.read_manifest(folder / CHECKPOINTS / whole.last.name) for folder in (whole.run, run))
