@@ -31,7 +31,8 @@ demo: $(INSTALLED)
 	$(BIN)/univitar-ds demo --install-seconds $$(cat $(INSTALLED))
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/kernels
+	$(BIN)/python -m pytest tests/distributed tests/integration
 
 # Runs in any environment with torch and triton: PYTHON=... make bench-gpu; ours where it is installed.
 bench-gpu:

@@ -1,7 +1,8 @@
 """Tests marked `kernels` run Triton's kernels: compiled where there is a GPU, in Triton's interpreter elsewhere.
 
 Triton chooses its interpreter when it is imported, once for a process. So one process of its own runs all of these
-tests that were asked for, started by the first of them, and every outcome is told here under the test's own name.
+tests that were asked for, started by the first of them, and every outcome is told here under the test's own name;
+under pytest-xdist there is one for each file.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if OUTCOMES in os.environ or torch.cuda.is_available() or not pyfuncitem.get_closest_marker("kernels"):
         return None
     session = pyfuncitem.session
-    if STASH not in session.stash:
-        asked = [item.nodeid for item in session.items if item.get_closest_marker("kernels")]
-        session.stash[STASH] = _run_interpreter(session.config.rootpath, asked)
-    outcome, story = session.stash[STASH].get(pyfuncitem.nodeid, ("lost", session.stash[STASH]["output"][1]))
+    outcomes = session.stash.setdefault(STASH, {})
+    if pyfuncitem.nodeid not in outcomes:
+        marked = [item for item in session.items if item.get_closest_marker("kernels")]
+        if "PYTEST_XDIST_WORKER" in os.environ:  # others run the other files
+            marked = [item for item in marked if item.path == pyfuncitem.path]
+        outcomes |= _run_interpreter(session.config.rootpath, [item.nodeid for item in marked])
+    outcome, story = outcomes[pyfuncitem.nodeid]
     if outcome != "passed":
         pytest.fail(f"in Triton's interpreter ({outcome}):\n{story}", pytrace=False)
     return True
@@ -47,7 +51,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def _run_interpreter(root: Path, asked: list[str]) -> dict[str, tuple[str, str]]:
-    """Outcome and failure of every test, and under `output` the last the process said."""
+    """Outcome and failure of every test; of one that was not reached, what the process said last."""
     handle, name = tempfile.mkstemp(suffix=".jsonl")
     os.close(handle)
     path = Path(name)
@@ -62,4 +66,5 @@ def _run_interpreter(root: Path, asked: list[str]) -> dict[str, tuple[str, str]]
         output = f"the interpreter did not end within {TIMEOUT_S} s"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     path.unlink()
-    return {nodeid: (outcome, story) for nodeid, outcome, story in rows} | {"output": ("", output)}
+    lost = dict.fromkeys(asked, ("lost", output))
+    return lost | {nodeid: (outcome, story) for nodeid, outcome, story in rows}
