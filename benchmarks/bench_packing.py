@@ -28,8 +28,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.load import load_config
-from univitar_ds.config.schema import DataConfig, SourceConfig, StageConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import packing
 from univitar_ds.data.cursor import LaneCursor
 from univitar_ds.data.lanes import Lane, Plan

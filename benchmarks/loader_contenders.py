@@ -52,7 +52,8 @@ class Task:
 
 def ours(task: Task) -> Generator[int]:
     """The training loader with everything on: shuffle, pool, packing, cursor, checksums, workers, ring."""
-    from univitar_ds.config.schema import DataConfig, S3Config, SourceConfig, StageConfig
+    from univitar_ds.config.data import DataConfig, S3Config, SourceConfig
+    from univitar_ds.config.stage import StageConfig
     from univitar_ds.data.loader import PackLoader
 
     sources = [SourceConfig(path=task.shards)]

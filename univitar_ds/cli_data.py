@@ -114,7 +114,7 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from univitar_ds.config.schema import SourceConfig
+    from univitar_ds.config.data import SourceConfig
     from univitar_ds.data.verify import verify
 
     _check_folder(arguments.report)
@@ -143,8 +143,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> None:
+    from univitar_ds.config.data import DataConfig, SourceConfig
     from univitar_ds.config.load import load_config
-    from univitar_ds.config.schema import DataConfig, SourceConfig, StageConfig
+    from univitar_ds.config.stage import StageConfig
     from univitar_ds.data.media_report import report
 
     if arguments.config:

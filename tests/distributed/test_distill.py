@@ -12,7 +12,8 @@ from tests.support.standin import LANES, Pack, inputs
 from tests.support.teachers import CPU, drawn_pack, own_encoder, picture_model
 from tests.support.training import ds_config
 from univitar_ds.config.encoder import EncoderConfig
-from univitar_ds.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig, TeacherConfig, TextConfig
+from univitar_ds.config.model import ModelConfig, ObjectiveConfig, TeacherConfig, TextConfig
+from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.geometry import token_count
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.dropping import NO_DROPPING, Dropping

@@ -14,7 +14,8 @@ import pytest
 
 from tests.support.loading import only_lane
 from tests.support.shards import write_tar
-from univitar_ds.config.schema import DataConfig, ResolutionConfig, StageConfig
+from univitar_ds.config.data import DataConfig
+from univitar_ds.config.stage import ResolutionConfig, StageConfig
 from univitar_ds.data.clips import decode_clip
 from univitar_ds.data.decode import decode_image
 from univitar_ds.data.health import KINDS

@@ -9,7 +9,7 @@ import torch
 from tests.support.loading import STAGE
 from tests.support.s3 import BUCKET, faulty, s3_server, some_of
 from tests.support.shards import picture, write_demo_shards, write_tar
-from univitar_ds.config.schema import DataConfig, SourceConfig
+from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data import pace
 from univitar_ds.data.loader import PackLoader, eval_packs
 from univitar_ds.errors import DataError

@@ -13,7 +13,7 @@ from kernels import compiled, dispatch, reference
 from tests.support.golden import CASES, golden
 from tests.unit.model.made import GRIDS, drawn_patches, small_encoder
 from univitar_ds import UniViTAR
-from univitar_ds.config.schema import ModelConfig
+from univitar_ds.config.model import ModelConfig
 from univitar_ds.model.config import compiles
 
 EPS, THETA = 1e-6, 10000.0

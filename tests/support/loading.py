@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from univitar_ds.config.schema import DataConfig, StageConfig
+from univitar_ds.config.data import DataConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.loader import PackLoader
 

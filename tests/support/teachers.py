@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from univitar_ds.config.encoder import EncoderConfig
-from univitar_ds.config.schema import TeacherConfig
+from univitar_ds.config.model import TeacherConfig
 from univitar_ds.geometry import PATCH
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.teacher import Teacher, build_teacher
@@ -31,9 +31,7 @@ def picture_model(kind: str, **changes) -> nn.Module:
         "dinov2_with_registers": lambda: t.Dinov2WithRegistersModel(
             t.Dinov2WithRegistersConfig(**sized, num_register_tokens=3)
         ),
-        "dinov3_vit": lambda: t.DINOv3ViTModel(
-            t.DINOv3ViTConfig(**sized, intermediate_size=48, num_register_tokens=2)
-        ),
+        "dinov3_vit": lambda: t.DINOv3ViTModel(t.DINOv3ViTConfig(**sized, intermediate_size=48, num_register_tokens=2)),
         "siglip_vision_model": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**siglip)),
         "siglip2_vision_model": lambda: t.Siglip2VisionModel(
             t.Siglip2VisionConfig(**{k: v for k, v in siglip.items() if k != "image_size"}, num_patches=16)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from tests.support.standin import LANES, StandIn, pack
-from univitar_ds.config.schema import ObjectiveConfig, OptimizerConfig
+from univitar_ds.config.model import ObjectiveConfig
+from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.training.checkpoint import read_full, save_checkpoint
 from univitar_ds.training.distributed import World, gather_numbers
 from univitar_ds.training.engine import Engine, build_engine

@@ -14,7 +14,7 @@ from torch import nn
 
 from univitar_ds import UniViTAR
 from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig
-from univitar_ds.config.schema import StageConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.convert.trained import Weights, open_trained
 from univitar_ds.errors import CheckpointError
 from univitar_ds.geometry import PATCH

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from univitar_ds.config.schema import ClipSampling, DataConfig, ResolutionConfig, StageConfig
+from univitar_ds.config.data import DataConfig
+from univitar_ds.config.stage import ClipSampling, ResolutionConfig, StageConfig
 from univitar_ds.data import tar
 from univitar_ds.data.crew import At, Bad, Event, Hashed, Read, Task
 from univitar_ds.data.layout import Modality

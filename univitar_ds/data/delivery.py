@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from tokenizers import Tokenizer
 
-from univitar_ds.config.schema import DataConfig
+from univitar_ds.config.data import DataConfig
 from univitar_ds.data import text
 from univitar_ds.data.batch import PackedBatch, rows
 from univitar_ds.data.cursor import WELL

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from univitar_ds.config.schema import DataConfig
+from univitar_ds.config.data import DataConfig
 from univitar_ds.data import children
 from univitar_ds.data.containers import VIDEO_EXTENSION_OF, video_demuxer
 from univitar_ds.data.decode import decode_image

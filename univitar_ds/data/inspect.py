@@ -9,7 +9,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from univitar_ds.config.schema import RunConfig, StageConfig
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.cursor import parse
 from univitar_ds.data.layout import Modality

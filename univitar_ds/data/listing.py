@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from univitar_ds.config.schema import SourceConfig
+from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.journal import JOURNAL
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.manifest import MANIFEST, read_manifest

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from univitar_ds.config.schema import DataConfig, SourceConfig, StageConfig
+from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import text
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.cursor import LaneCursor, Waiting, parse

@@ -11,7 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from univitar_ds.config.schema import DataConfig, StageConfig
+from univitar_ds.config.data import DataConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.captions import EXTENSIONS
 from univitar_ds.data.cursor import Waiting
 from univitar_ds.data.delivery import decoded

@@ -16,7 +16,7 @@ _WHOLE = 1 << 64
 
 @dataclass(frozen=True)
 class Sampling:
-    """The rule of a stage; see `config.schema.ClipSampling`."""
+    """The rule of a stage; see `config.stage.ClipSampling`."""
 
     kind: Literal["uniform", "fps"] = "uniform"
     fps: float = 2.0

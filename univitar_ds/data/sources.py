@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from univitar_ds.config.schema import SourceConfig, StageConfig
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import captions, tar
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import PACK_HINT, Shard, list_shards

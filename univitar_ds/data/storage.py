@@ -20,7 +20,7 @@ SCHEMES = "a local path or an s3:// address"
 
 @dataclass(frozen=True)
 class StorageSettings:
-    """How remote files are reached and kept; `config.schema.S3Config` and `CacheConfig` say what each means.
+    """How remote files are reached and kept; `config.data.S3Config` and `CacheConfig` say what each means.
 
     `session` is a folder that the processes of one run share, see `shared`.
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from univitar_ds.config.schema import SourceConfig
+from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.checking import LIMITS, ShardCheck, check_shard
 from univitar_ds.data.crew import At, Bad, Crew, Done, Event, Hashed, Read, Task
 from univitar_ds.data.listing import expand_braces, place_of

@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from univitar_ds.config.run_folder import EVALUATION, TOKENIZER
-from univitar_ds.config.schema import Modality, RunConfig, StageConfig
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.section import Modality
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.convert.trained import Trained, Weights, open_trained
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import eval_packs, stage_modalities

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from univitar_ds.config.encoder import EncoderConfig
 
 if TYPE_CHECKING:  # it needs pydantic, the encoder alone does not
-    from univitar_ds.config.schema import ModelConfig
+    from univitar_ds.config.model import ModelConfig
 
 __all__ = ["PRESETS", "EncoderConfig", "compiles"]
 

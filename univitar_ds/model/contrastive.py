@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
-from univitar_ds.config.schema import ModelConfig
+from univitar_ds.config.model import ModelConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.geometry import token_count
 from univitar_ds.model.attention import Spans, attention

@@ -21,7 +21,7 @@ from univitar_ds.geometry import cumulative, token_count
 from univitar_ds.randomness import draws
 
 if TYPE_CHECKING:  # it needs pydantic, the encoder alone does not
-    from univitar_ds.config.schema import StageConfig
+    from univitar_ds.config.stage import StageConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from univitar_ds.config.schema import TextConfig
+from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 
 FAMILIES = {"clip": "clip", "clip_text_model": "clip", "siglip": "siglip", "siglip_text_model": "siglip"}

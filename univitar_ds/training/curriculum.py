@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
-from univitar_ds.config.schema import Modality, Schedule, StageConfig
+from univitar_ds.config.section import Modality
+from univitar_ds.config.stage import Schedule, StageConfig
 
 
 @dataclass(frozen=True)

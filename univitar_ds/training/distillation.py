@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from univitar_ds.config.schema import TeacherConfig
+from univitar_ds.config.model import TeacherConfig
 from univitar_ds.geometry import token_count
 from univitar_ds.model.distill_heads import Distilled
 from univitar_ds.model.dropping import Drops

@@ -13,7 +13,8 @@ import torch
 
 from univitar_ds.config.load import config_fingerprint
 from univitar_ds.config.run_folder import CHECKPOINTS, TOKENIZER
-from univitar_ds.config.schema import RunConfig, StageConfig
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import PackLoader
 from univitar_ds.model.dropping import Dropping

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from univitar_ds.config.schema import Modality
+from univitar_ds.config.section import Modality
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.health import KINDS
 from univitar_ds.geometry import token_count

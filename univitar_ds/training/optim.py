@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from univitar_ds.config.schema import OptimizerConfig, RunConfig, StageConfig
+from univitar_ds.config.schema import OptimizerConfig, RunConfig
+from univitar_ds.config.stage import StageConfig
 
 PARTS = {"patch_embedding": "vision.embeddings.", "blocks": "vision.", "text": "text.", "rest": ""}
 """Parts that learn or rest as a whole: how the names of their parameters begin. The first that fits counts."""

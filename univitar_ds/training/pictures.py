@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from univitar_ds.config.schema import Modality
+from univitar_ds.config.section import Modality
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.geometry import token_count
 from univitar_ds.sheet import component_colours, raster_order, spread_frames, to_size, wrapped

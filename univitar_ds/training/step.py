@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from univitar_ds.config.schema import ObjectiveConfig
+from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.errors import UserError
 from univitar_ds.model.dropping import NO_DROPPING, Dropping, Drops
 from univitar_ds.model.teacher import Teacher

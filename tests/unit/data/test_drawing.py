@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from univitar_ds.config.schema import StageConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.drawing import draw, gallery, strips
 from univitar_ds.data.inspect import Inspection, Stream

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.shards import picture, write_demo_shards, write_tar
-from univitar_ds.config.schema import DataConfig, SourceConfig, StageConfig
+from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.loader import PackLoader
 
 LANES, STEPS, LEGS = 4, 64, 24
@@ -124,9 +125,7 @@ def test_the_run_meets_what_it_is_meant_to_meet(whole):
 
 
 @pytest.mark.parametrize("seed", [0])
-def test_stopped_at_random_steps_and_resumed_on_other_ranks_with_other_workers_it_is_the_same_run(
-    sources, whole, seed
-):
+def test_stopped_at_random_steps_and_resumed_on_other_ranks_with_other_workers_it_is_the_same_run(sources, whole, seed):
     chance = random.Random(seed)
     step, cursors, visited = 0, None, set()
     for number in range(LEGS):

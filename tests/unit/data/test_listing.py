@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.s3 import BUCKET, faulty, s3_server
 from tests.support.shards import write_demo_shards, write_tar
-from univitar_ds.config.schema import SourceConfig
+from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.journal import JOURNAL
 from univitar_ds.data.listing import list_shards
 from univitar_ds.data.storage import StorageSettings

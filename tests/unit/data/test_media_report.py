@@ -7,7 +7,8 @@ import pytest
 
 from tests.support.loading import only_lane
 from tests.support.shards import clip, picture, write_tar
-from univitar_ds.config.schema import DataConfig, StageConfig
+from univitar_ds.config.data import DataConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.media_report import report
 
 STAGE = StageConfig(

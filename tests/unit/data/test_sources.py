@@ -6,7 +6,8 @@ import os
 import pytest
 
 from tests.support.shards import clip, picture, write_demo_shards, write_tar
-from univitar_ds.config.schema import SourceConfig, StageConfig
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.journal import JOURNAL
 from univitar_ds.data.listing import expand_braces
 from univitar_ds.data.sources import (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from univitar_ds.config.schema import DataConfig
+from univitar_ds.config.data import DataConfig
 from univitar_ds.data.storage import LocalStorage, StorageSettings, storage_for
 from univitar_ds.errors import DataError
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import media
 from tests.support.s3 import BUCKET, faulty, first_of, s3_server, some_of
-from univitar_ds.config.schema import SourceConfig
+from univitar_ds.config.data import SourceConfig
 from univitar_ds.data import pace, upload, writer
 from univitar_ds.data.listing import list_shards
 from univitar_ds.data.s3 import S3Storage

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.s3 import s3_server
 from tests.support.shards import clip, picture, write_demo_shards, write_tar
-from univitar_ds.config.schema import SourceConfig
+from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.checking import ShardCheck, check_shard
 from univitar_ds.data.crew import At, Bad, Crew, Done, Hashed, Read, Task
 from univitar_ds.data.sources import find_shards

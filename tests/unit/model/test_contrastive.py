@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from univitar_ds.config.schema import ModelConfig, TextConfig
+from univitar_ds.config.model import ModelConfig, TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.model import contrastive
 from univitar_ds.model.config import PRESETS
@@ -77,9 +77,7 @@ def test_an_item_is_embedded_the_same_alone_and_in_a_pack():
 def test_every_parameter_takes_part_whatever_the_pack_holds(count, dtype):
     model = build_contrastive(CONFIG, **VOCAB, seed=0).to(dtype)
     pixels = drawn_pixels() if count else torch.empty(0, dtype=torch.uint8)
-    vision, text, scale, bias, _ = model(
-        pixels, FRAMES[:count], GRIDS[:count], CAPTIONS[:count], LENGTHS[:count]
-    )
+    vision, text, scale, bias, _ = model(pixels, FRAMES[:count], GRIDS[:count], CAPTIONS[:count], LENGTHS[:count])
     assert vision.shape == text.shape == (count, 16)
     assert {vision.dtype, text.dtype, scale.dtype, bias.dtype} == {torch.float32}
     upstream = torch.arange(16.0)
@@ -137,9 +135,7 @@ def test_training_starts_from_the_weights_of_a_folder(tmp_path):
     save_encoder(tmp_path, start)
     model = build_contrastive(CONFIG.model_copy(update={"init_from": str(tmp_path)}), **VOCAB, seed=0)
     assert model.vision.config.min_tokens == 7
-    assert all(
-        torch.equal(tensor, start.state_dict()[name]) for name, tensor in model.vision.state_dict().items()
-    )
+    assert all(torch.equal(tensor, start.state_dict()[name]) for name, tensor in model.vision.state_dict().items())
 
 
 def test_an_encoder_of_another_size_to_start_from_is_refused_by_its_differences(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.unit.model.made import GRIDS, drawn_patches, small_config, small_encoder
-from univitar_ds.config.schema import StageConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.geometry import cumulative, token_count
 from univitar_ds.model.attention import Spans
 from univitar_ds.model.dropping import NO_DROPPING, Dropping, Drops

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from kernels.reference import PATCH, normalise, patchify
 from tests.support.teachers import CPU, WIDTH, drawn_pack, frames_of, own_encoder, picture_model, teacher_of
-from univitar_ds.config.schema import TeacherConfig
+from univitar_ds.config.model import TeacherConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.model.teacher import HALF, IMAGENET, build_teacher, read_teacher
 
@@ -129,9 +129,7 @@ def test_an_exported_encoder_teaches_with_its_own_tokens(own_merge, merge, tmp_p
     pixels, frames, grids = pack
     found = teacher_of(encoder, tmp_path, merge=merge)(*pack)
     config = encoder.config
-    rows = normalise(
-        patchify(pixels, frames.tolist(), grids.tolist(), own_merge), config.image_mean, config.image_std
-    )
+    rows = normalise(patchify(pixels, frames.tolist(), grids.tolist(), own_merge), config.image_mean, config.image_std)
     with torch.no_grad():
         tokens = encoder(rows, grids)
     # Patches tell which token is which: the order of one patchify found in that of the other.

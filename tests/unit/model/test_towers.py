@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, SiglipConfig, SiglipModel
 
-from univitar_ds.config.schema import TextConfig
+from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.model.towers import build_text_tower
 

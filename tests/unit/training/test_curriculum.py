@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from univitar_ds.config.schema import Schedule, StageConfig
+from univitar_ds.config.stage import Schedule, StageConfig
 from univitar_ds.training.curriculum import Progress, advance, distills_later, lr_at, modality_at, weight_at
 
 

@@ -1,0 +1,78 @@
+"""Where samples come from and how they are read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from univitar_ds.config.section import Positive, Section, check_templates
+
+
+class SourceConfig(Section):
+    """Shards to read: a folder packed by `univitar-ds data pack`, one tar, or a brace range of tars, local or s3://."""
+
+    path: str
+    split: str | None = Field("train", description="split of a packed folder; not used for bare tars")
+    name: str | None = Field(None, description="what stages.N.weights calls it; the last part of the path when absent")
+    templates: list[str] = Field(
+        default_factory=list, description="captions for samples that have a label only, which goes in at {}"
+    )
+
+    @model_validator(mode="after")
+    def _templates_hold_the_label(self) -> SourceConfig:
+        check_templates(self.templates)
+        return self
+
+    @property
+    def label(self) -> str:
+        """What `stages.N.weights` calls the source."""
+        return self.name or self.path.rstrip("/").rpartition("/")[2]
+
+
+class S3Config(Section):
+    """How s3:// is reached. Credentials come from where boto3 looks: environment, profiles, instance roles."""
+
+    endpoint_url: str | None = Field(None, description="of a store other than AWS, e.g. http://127.0.0.1:9000")
+    profile: str | None = Field(None, description="a profile of ~/.aws/config")
+    region: str | None = None
+    idle_timeout_s: Annotated[float, Field(gt=0)] = Field(20.0, description="a connection silent for longer is redone")
+    give_up_s: Annotated[float, Field(gt=0)] = Field(300.0, description="a request refused for so long ends the run")
+    prefetch_shards: Annotated[int, Field(ge=0)] = Field(1, description="shards fetched ahead in each lane")
+
+
+class CacheConfig(Section):
+    """Local copies of remote shards."""
+
+    folder: str | None = Field(None, description="kept between runs and shared by processes; absent: private, removed")
+    limit_gb: Annotated[float, Field(gt=0)] = Field(20.0, description="the shards unused for longest go first")
+
+
+class DataConfig(Section):
+    """Where samples come from and how they are read."""
+
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    lanes: Positive = Field(4, description="independent streams of packs; the world size must divide it")
+    workers: Annotated[int, Field(ge=0)] = Field(1, description="decoding processes per rank; 0 decodes in line")
+    prefetch_packs: Positive = Field(4, description="packs decoded ahead per rank")
+    pool_samples: Positive = Field(192, description="samples a lane looks ahead over when it fills a pack")
+    max_image_px: Positive = Field(100_000_000, description="a frame with more pixels is a bad sample")
+    decode_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="longest decoding of one clip, in seconds of CPU"
+    )
+    max_sample_mb: Positive = Field(1024, description="a sample with more bytes is bad")
+    max_clip_s: Annotated[float, Field(gt=0)] = Field(3600.0, description="a longer clip is a bad sample")
+    on_bad: Literal["skip", "fail"] = Field("skip", description="what an unreadable sample does to the run")
+    max_bad_per_thousand: Annotated[int, Field(ge=0)] = Field(
+        100, description="more unreadable samples of a thousand in one lane end the run"
+    )
+    max_bad_in_a_row: Positive = Field(64, description="more unreadable samples in a row end the run")
+    worker_restarts: Annotated[int, Field(ge=0)] = Field(
+        10, description="how often a decoding process that died is started again"
+    )
+    accept_changed_sources: bool = Field(
+        False, description="resume although the shards differ from those of the checkpoint"
+    )
+    s3: S3Config = S3Config()
+    cache: CacheConfig = CacheConfig()
+    log_samples: bool = Field(False, description="write samples-rank*.jsonl: step, lane and sample keys")

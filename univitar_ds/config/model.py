@@ -1,0 +1,93 @@
+"""The model, and what it learns from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from univitar_ds.config.section import EncoderSize, Positive, Section
+
+
+class TextConfig(Section):
+    """The text tower: a CLIP-style causal transformer from scratch, or weights from a local folder."""
+
+    path: str | None = Field(None, description="folder of a transformers text model and its tokenizer.json")
+    hidden_size: Positive = 256
+    layers: Positive = 4
+    heads: Positive = 4
+    intermediate_size: Positive = 1024
+    context_length: Annotated[int, Field(ge=4)] = Field(48, description="longest caption in text tokens")
+    vocab_size: Annotated[int, Field(ge=260)] = Field(
+        8192, description="upper limit when the tokenizer is trained; 256 bytes and 4 marks are the least"
+    )
+    tokenizer: str | None = Field(None, description="tokenizer.json; trained on the captions when absent")
+    frozen: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TextConfig:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by heads {self.heads}")
+        return self
+
+
+class ModelConfig(Section):
+    """Both towers and what joins them."""
+
+    encoder: EncoderSize = "tiny"
+    init_from: str | None = Field(None, description="folder of a released or exported encoder to start from")
+    layer_scale_init: Annotated[float, Field(gt=0)] = 0.1
+    attention: Literal["auto", "flash", "flash2", "flash3", "flash4", "varlen", "sdpa"] = Field(
+        "auto", description="flash: the best flash-attn installed, or its version; varlen: torch; sdpa: item by item"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="token-wise operations compiled on a CPU; auto: for encoders that gain more than compiling costs",
+    )
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="activation checkpointing: 0 none, 1 every block, k every k-th block"
+    )
+    pool_heads: Positive = Field(4, description="heads of the attention pooling")
+    embed_dim: Positive = 256
+    logit_scale_init: Annotated[float, Field(gt=0)] = 10.0
+    logit_bias_init: float = -10.0
+    text: TextConfig = TextConfig()
+
+
+class TeacherConfig(Section):
+    """A frozen vision model whose features the encoder is to match, and how."""
+
+    path: str = Field(
+        description="folder or hub name of a DINOv2, DINOv3, SigLIP or SigLIP 2 model, or folder of an exported encoder"
+    )
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    patch_loss: Literal["cosine", "smooth_l1"] = "cosine"
+    pooled_loss: Literal["cosine", "smooth_l1"] = "cosine"
+    patch_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
+    pooled_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
+    partitioned: bool = Field(False, description="each rank holds its share of the weights; else all of them")
+    cache: str | None = Field(
+        None, description="folder for features, 2 to 4 bytes times the teacher's width a token; nothing is evicted"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TeacherConfig:
+        if self.partitioned and self.cache is not None:
+            raise ValueError(
+                f"cache {self.cache} lets ranks skip the teacher at different steps, which partitioned cannot follow; "
+                "choose one"
+            )
+        if not self.patch_weight and not self.pooled_weight:
+            raise ValueError("patch_weight and pooled_weight are both 0; raise one or remove the teacher")
+        return self
+
+
+class ObjectiveConfig(Section):
+    """The contrastive objective, and the distillation beside it."""
+
+    kind: Literal["sigmoid", "softmax"] = Field(
+        "sigmoid", description="sigmoid for the recipe; softmax settles faster with a few dozen items a step"
+    )
+    chunk: Positive = Field(1024, description="texts compared at a time: memory of the loss")
+    same_caption_positive: bool = Field(False, description="identical captions in one step count as positives")
+    teacher: TeacherConfig | None = Field(None, description="what stages.N.distill weighs")

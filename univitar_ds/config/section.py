@@ -1,0 +1,27 @@
+"""What all sections of the run file share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+EncoderSize = Literal["tiny", "0.3b", "0.6b", "1b"]
+Modality = Literal["image", "video"]
+Part = Literal["text", "vision", "patch_embedding"]
+
+
+class Section(BaseModel):
+    """A part of the run file: unknown keys are faults, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def check_templates(templates: list[str]) -> None:
+    """Raises: ValueError for sentences without one place for the label."""
+    bad = [text for text in templates if text.count("{}") != 1]
+    if bad:
+        raise ValueError(f"a template holds the label once, as {{}}; these do not: {bad}")

@@ -1,0 +1,156 @@
+"""The legs of the curriculum."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from univitar_ds.config.section import DropRate, Fraction, Modality, Part, Positive, Section
+from univitar_ds.geometry import PATCH, TUBELET, Resolution
+
+
+class ResolutionConfig(Section):
+    """Size rule of one modality. `min_tokens` and `max_tokens` hold for a whole item, clips included."""
+
+    kind: Literal["native", "fixed"] = "native"
+    min_tokens: Positive = 576
+    max_tokens: Positive = 5832
+    divisor_px: Positive = 112
+    size_px: Positive | None = Field(None, description="side of the square when kind is fixed")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ResolutionConfig:
+        if self.kind == "fixed" and (self.size_px is None or self.size_px % PATCH):
+            raise ValueError(f"kind fixed needs size_px divisible by {PATCH}, got {self.size_px}")
+        if self.kind == "native":
+            if self.size_px is not None:
+                raise ValueError(f"size_px {self.size_px} belongs to kind fixed; remove it")
+            if self.divisor_px % PATCH:
+                raise ValueError(f"divisor_px {self.divisor_px} is not divisible by the patch size {PATCH}")
+            if self.min_tokens > self.max_tokens:
+                raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
+        return self
+
+    def rule(self) -> Resolution:
+        return Resolution(self.min_tokens, self.max_tokens, self.divisor_px, self.size_px)
+
+    def largest_item(self, frames: int) -> int:
+        """Most tokens an item of `frames` frames can have."""
+        steps = -(-frames // TUBELET)
+        if self.size_px is not None:
+            return steps * (self.size_px // PATCH) ** 2
+        return max(self.max_tokens, self.min_tokens)
+
+
+class ClipSampling(Section):
+    """Which frames of a clip are seen."""
+
+    kind: Literal["uniform", "fps"] = Field(
+        "uniform", description="uniform: clip_frames over the whole clip; fps: so many a second, at most clip_frames"
+    )
+    fps: Annotated[float, Field(gt=0)] = Field(2.0, description="frames a second when kind is fps")
+    jitter: bool = Field(False, description="each frame is drawn within its part of the clip, not its middle")
+
+
+class Schedule(Section):
+    """The weight of a loss over a stage."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    start: Annotated[float, Field(ge=0)] = 0.0
+    end: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="what linear and cosine have reached when the stage is over"
+    )
+
+    @model_validator(mode="after")
+    def _ends_where_it_moves(self) -> Schedule:
+        if self.kind == "constant" and self.end is not None:
+            raise ValueError(f"kind constant stays at start {self.start:g}; remove end {self.end:g} or change kind")
+        if self.kind != "constant" and self.end is None:
+            raise ValueError(f"kind {self.kind} moves from start {self.start:g} to end; add end")
+        return self
+
+    @property
+    def ever(self) -> bool:
+        """Whether the weight is above 0 at some time of the stage."""
+        return self.start > 0 or bool(self.end)
+
+
+class StageConfig(Section):
+    """One leg of the curriculum. Its length is counted in items over all ranks and lanes."""
+
+    name: str
+    samples: Positive
+    image: ResolutionConfig = ResolutionConfig()
+    video: ResolutionConfig = ResolutionConfig()
+    video_ratio: Fraction = Field(0.0, description="share of steps that are all clips")
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="share of samples by source name; empty: every sample once an epoch"
+    )
+    clip_frames: Annotated[int, Field(ge=2)] = Field(8, description="most frames taken from a clip; even")
+    clip_sampling: ClipSampling = ClipSampling()
+    token_budget: Positive = Field(16384, description="most tokens in a pack, those of patch_dropout too: memory")
+    cost_budget_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="most forward+backward TFLOP of the encoder in a pack: time"
+    )
+    lr: Annotated[float, Field(gt=0)]
+    warmup_samples: Annotated[int, Field(ge=0)] = 0
+    lr_schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after the warm-up; wsd: constant, then linear over decay_samples to final_lr_ratio"
+    )
+    decay_samples: Annotated[int, Field(ge=0)] = Field(0, description="length of the fall when lr_schedule is wsd")
+    final_lr_ratio: Fraction = Field(0.0, description="learning rate at the stage's end, of its peak")
+    contrastive: Schedule = Field(Schedule(start=1.0), description="weight of the contrastive loss")
+    distill: Schedule = Field(Schedule(), description="weight of the distillation; 0: the teacher is not run")
+    frozen: list[Part] = Field(
+        default_factory=list, description="parts that do not learn in this stage; vision is the whole encoder"
+    )
+    checkpoint_every: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="activation checkpointing in this stage; absent: model.checkpoint_every"
+    )
+    patch_dropout: DropRate = Field(
+        0.0, description="share of each item's tokens that the encoder does not see in training; one always stays"
+    )
+    stochastic_depth: DropRate = Field(
+        0.0, description="how probably the last block adds nothing to an item in training; 0 at the first, even between"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> StageConfig:
+        faults = []
+        if self.clip_frames % TUBELET:
+            faults.append(f"clip_frames {self.clip_frames} is not a multiple of {TUBELET}")
+        if self.warmup_samples >= self.samples:
+            faults.append(f"warmup_samples {self.warmup_samples} must be below samples {self.samples}")
+        if (self.lr_schedule == "wsd") != (self.decay_samples > 0):
+            faults.append(
+                f"lr_schedule {self.lr_schedule} with decay_samples {self.decay_samples}: "
+                + ("wsd needs decay_samples above 0" if self.lr_schedule == "wsd" else "they belong to wsd")
+            )
+        if self.warmup_samples + self.decay_samples > self.samples:
+            faults.append(
+                f"warmup_samples {self.warmup_samples} and decay_samples {self.decay_samples} together exceed "
+                f"samples {self.samples}"
+            )
+        if not self.contrastive.ever and not self.distill.ever:
+            faults.append("contrastive and distill both weigh 0 throughout: nothing is learned; raise one")
+        used = {"image": self.video_ratio < 1, "video": self.video_ratio > 0}
+        for modality, frames in (("image", 1), ("video", self.clip_frames)):
+            rule: ResolutionConfig = getattr(self, modality)
+            if used[modality] and rule.largest_item(frames) > self.token_budget:
+                faults.append(
+                    f"{modality}: an item may have {rule.largest_item(frames)} tokens but token_budget is "
+                    f"{self.token_budget}; raise token_budget or lower {modality}.max_tokens"
+                )
+            steps = -(-frames // TUBELET)
+            if used[modality] and rule.kind == "native" and steps * (rule.divisor_px // PATCH) ** 2 > rule.max_tokens:
+                faults.append(
+                    f"{modality}.divisor_px {rule.divisor_px} gives at least "
+                    f"{steps * (rule.divisor_px // PATCH) ** 2} tokens an item, above max_tokens {rule.max_tokens}"
+                )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def resolution(self, modality: Modality) -> Resolution:
+        return (self.image if modality == "image" else self.video).rule()
