@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.finished import run_config, write_run
 from tests.support.shards import picture, write_demo_shards
-from univitar_ds.cli import main
+from univitar_ds.cli import build_parser, main, parse
 from univitar_ds.config.load import dump_config
 from univitar_ds.launch import create_run, reopen_run
 
@@ -190,3 +190,12 @@ def _sources(run_file: Path) -> dict:
     from univitar_ds.config.load import load_config
 
     return {"data": load_config(run_file).data.model_dump()}
+
+
+def test_overrides_may_stand_on_both_sides_of_options_and_other_words_may_not():
+    parser = build_parser()
+    parsed = parse(parser, ["train", "seed=3", "--config", "demo", "--nproc", "2", "stages.0.lr=5e-4"])
+    assert (parsed.overrides, parsed.nproc) == (["seed=3", "stages.0.lr=5e-4"], 2)
+    for wrong in (["train", "--config", "demo", "--ncpu", "2"], ["report", "runs/demo", "seed=3"]):
+        with pytest.raises(SystemExit):
+            parse(parser, wrong)
