@@ -5,7 +5,8 @@
 One fixed workload: 40 pictures of 72 to 900 tokens, 12,043 in all, in six packs of about 2,000 (fp32 buffers of larger
 packs exceed what malloc keeps, and every one is then paid for in page faults). Contenders that cannot pack get the
 pictures of a pack as a batch, padded to the longest of all, as a batch of the 40 would be; `padded, near lengths` gets
-them sorted by length and padded to the longest of six or seven. A measurement is forward and backward of one
+them sorted by length and padded to the longest of six or seven. `released way, one batch` gets all 40 at once: the
+release knows no packs. A measurement is forward and backward of one
 pack, in CPU seconds of this process with one thread; the contenders take turns pack by pack, in an order that rotates,
 so that what else the machine does meets all alike. A figure is the median over packs of the ratio within a turn.
 
@@ -56,6 +57,7 @@ CONTENDERS: dict[str, Callable[[int, torch.dtype], Step]] = {
     OURS: functools.partial(contenders.ours, compiled=True),
     "ours, not compiled": functools.partial(contenders.ours, compiled=False),
     "released way": contenders.tables,
+    "released way, one batch": contenders.tables,
     "timm NaFlexViT": contenders.timm_naflex,
     "Siglip2 NaFlex": contenders.siglip2,
     "padded ViT": contenders.padded,
@@ -63,6 +65,8 @@ CONTENDERS: dict[str, Callable[[int, torch.dtype], Step]] = {
 }
 NEAR = ("padded ViT, near lengths", "timm NaFlexViT")
 """Fed with pictures of like lengths: timm's own loader batches them so. Measured over whole rounds only."""
+WHOLE = ("released way, one batch",)
+"""Fed with all pictures at once, in the first turn of a round. Measured over whole rounds only."""
 
 
 def main() -> None:
@@ -113,12 +117,15 @@ def measure(dtype: torch.dtype, layers: int, turns: int) -> dict[str, list[float
         except ImportError as error:
             print(f"left out: {name} ({error})")
     fed = {name: alike if name in NEAR else packs for name in steps}
+    fed |= {name: groups([list(GRIDS)], dtype, None) for name in WHOLE}
     for name, step in steps.items():
         step(fed[name][0])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for turn in range(turns):
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            if turn % PACKS >= len(fed[name]):
+                continue
             gc.collect()
             start = time.process_time()
             steps[name](fed[name][turn % PACKS])
@@ -130,9 +137,9 @@ def measure(dtype: torch.dtype, layers: int, turns: int) -> dict[str, list[float
 
 def over(seconds: list[float], base: list[float], name: str) -> float:
     """How many times `base`: the median over packs; of sums over whole rounds where the groups are other pictures."""
-    if name in NEAR:
-        whole = len(base) // PACKS * PACKS
-        return sum(seconds[:whole]) / sum(base[:whole])
+    if name in (*NEAR, *WHOLE):
+        rounds = len(base) // PACKS
+        return sum(seconds[: rounds * (1 if name in WHOLE else PACKS)]) / sum(base[: rounds * PACKS])
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
@@ -143,13 +150,13 @@ def write(dtype: str, layers: int, seconds: dict[str, list[float]]) -> None:
             "dtype": dtype,
             "layers": layers,
             "turns": len(values),
-            "cpu_s_per_pack": round(statistics.mean(values), 3),
+            "cpu_s_per_pack": round(statistics.mean(values) / (PACKS if name in WHOLE else 1), 3),
             "over_floor": round(over(values, seconds[FLOOR], name), 3),
             "over_ours": round(over(values, seconds[OURS], name), 3),
             **where(),
         }
         for name, values in seconds.items()
-        if name not in NEAR or len(values) >= PACKS
+        if len(values) >= (PACKS if name in NEAR else 1)
     ]
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:
