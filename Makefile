@@ -9,12 +9,12 @@ INSTALLED := $(VENV)/installed-seconds
 .PHONY: demo test bench-cpu bench-gpu lint clean help
 
 help:
-	@echo "make demo   environment, demo data, ZeRO-3 training on 2 processes, evaluation, export (about 8 minutes)"
-	@echo "make test   all tests"
-	@echo "make bench-gpu  the fused kernels and a training step on a GPU: rows in benchmarks/results"
-	@echo "make lint   ruff"
-	@echo "make bench-cpu   a training step of the encoder on the CPU beside other ways to run it (about 5 minutes)"
-	@echo "make clean  remove the environment and the demo's folder"
+	@echo "make demo       environment, demo data, ZeRO-3 training on 2 processes, evaluation, export (about 5 minutes)"
+	@echo "make test       all tests (about 13 minutes)"
+	@echo "make lint       ruff"
+	@echo "make bench-cpu  a training step of the encoder on the CPU beside other ways to run it (about 10 minutes)"
+	@echo "make bench-gpu  the fused kernels and a training step on a GPU"
+	@echo "make clean      remove the environment and the demo's folder"
 
 # The file holds how long the installation took; the demo's table shows it.
 $(INSTALLED): requirements.txt pyproject.toml
