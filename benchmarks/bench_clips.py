@@ -14,10 +14,8 @@ pixels are from antialiased bicubic resizing of the RGB frame, in levels of 255.
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,12 +26,13 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.rows import RESULTS, git_commit, processor, write_rows
 from univitar_ds.data.clips import decode_clip
 from univitar_ds.data.probe import VIDEO_EXTENSIONS
 from univitar_ds.data.sampling import UNIFORM, by_count, places
 from univitar_ds.errors import SampleError
 
-RESULTS = Path(__file__).parent / "results"
 LIMITS = {"max_px": 10**8, "timeout_s": 600.0}
 
 X264 = "bframes=3:b-pyramid=normal:log-level=none"
@@ -174,21 +173,8 @@ def scaling(name: str, data: bytes, share: float, rounds: int = 7) -> Iterator[d
 
 def circumstances() -> dict[str, str]:
     """What a row needs to be compared with another day's."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
     versions = f"av {av.__version__}, numpy {np.__version__}, python {platform.python_version()}"
-    return {"date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip(), "cpu": processor, "versions": versions}
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as stream:
-        table = csv.DictWriter(stream, [*rows[0], *circumstances()], lineterminator="\n")
-        table.writeheader()
-        table.writerows({**row, **circumstances()} for row in rows)
+    return {"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "cpu": processor(), "versions": versions}
 
 
 def main() -> None:
@@ -214,8 +200,8 @@ def main() -> None:
             total = sum(row["decode_clip_cpu_ms"] for row in of_group) / sum(row["plain_cpu_ms"] for row in of_group)
             worst = max(of_group, key=lambda row: row["ratio"])
             print(f"{group}: {len(of_group)} clips, {total:.3f} in all, worst {worst['ratio']} ({worst['clip']})")
-    write(RESULTS / "bench_clips.csv", rows)
-    write(RESULTS / "bench_clip_scaling.csv", scaled)
+    for name, table in (("bench_clips.csv", rows), ("bench_clip_scaling.csv", scaled)):
+        write_rows(RESULTS / name, [{**row, **circumstances()} for row in table])
 
 
 if __name__ == "__main__":

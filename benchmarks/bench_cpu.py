@@ -4,12 +4,14 @@
 
 One fixed workload: 40 pictures of 72 to 900 tokens, 12,043 in all, in six packs of about 2,000 (fp32 buffers of larger
 packs exceed what malloc keeps, and every one is then paid for in page faults). Contenders that cannot pack get the
-pictures of a pack as a batch, padded to the longest of all, as a batch of the 40 would be; `padded, near lengths` gets
-them sorted by length and padded to the longest of six or seven. `released way, one batch` gets all 40 at once: the
-release knows no packs. A measurement is forward and backward of one pack, in CPU seconds of this process with one
-thread; the contenders take turns pack by pack, in an order that rotates, so that what else the machine does meets all
-alike. A figure is the median over packs of the ratio within a turn; where the pictures are grouped in another way, the
-ratio of sums over whole rounds.
+pictures of a pack as a batch, padded to the longest of all, as a batch of the 40 would be; `near lengths` means that
+they are sorted by length and padded to the longest of six or seven. `released way, one batch` gets all 40 at once: the
+release knows no packs. `timm NaFlexViT, its lengths` gets what timm's training loader would make of pictures that must
+not be resized: each in the shortest of its five sequence lengths (`NaFlexMapDatasetWrapper`), a batch a length.
+A measurement is forward and backward of one pack, in CPU seconds of this process with one thread; the contenders take
+turns pack by pack, in an order that rotates, so that what else the machine does meets all alike. A figure is the
+median over packs of the ratio within a turn; where the pictures are grouped in another way, the ratio of sums over
+whole rounds.
 
 transformers is a requirement of the project. timm is not: `pip install --no-deps timm torchvision==0.28.0` beside
 torch 2.13.0 adds it (its own torchvision operators are not needed); without it its row is left out and that is said.
@@ -19,13 +21,11 @@ Rows go to results/bench_cpu.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import gc
 import itertools
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -38,8 +38,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import cpu_contenders as contenders
 from benchmarks.cpu_contenders import Group, Step
+from benchmarks.rows import RESULTS, add_rows, git_commit, processor
 
-RESULTS = Path(__file__).parent / "results/bench_cpu.csv"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKS = 6
 """Fewer, larger packs are not better: see above."""
@@ -60,14 +60,13 @@ CONTENDERS: dict[str, Callable[[int, torch.dtype], Step]] = {
     "released way": contenders.tables,
     "released way, one batch": contenders.tables,
     "timm NaFlexViT": contenders.timm_naflex,
+    "timm NaFlexViT, its lengths": contenders.timm_naflex,
+    "timm NaFlexViT, near lengths": contenders.timm_naflex,
     "Siglip2 NaFlex": contenders.siglip2,
     "padded ViT": contenders.padded,
     "padded ViT, near lengths": contenders.padded,
 }
-NEAR = ("padded ViT, near lengths", "timm NaFlexViT")
-"""Fed with pictures of like lengths: timm's own loader batches them so. Measured over whole rounds only."""
-WHOLE = ("released way, one batch",)
-"""Fed with all pictures at once, in the first turn of a round. Measured over whole rounds only."""
+TIMM_LENGTHS = (128, 256, 576, 784, 1024)
 
 
 def main() -> None:
@@ -96,88 +95,95 @@ def near() -> list[list[tuple[int, int]]]:
     return [ordered[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def groups(parts: list[list[tuple[int, int]]], dtype: torch.dtype, padded_to: int | None) -> list[Group]:
+def by_timm() -> dict[int, list[tuple[int, int]]]:
+    """The pictures by the shortest of timm's sequence lengths that holds them."""
+    fitting: dict[int, list[tuple[int, int]]] = {length: [] for length in TIMM_LENGTHS}
+    for h, w in GRIDS:
+        fitting[next(length for length in TIMM_LENGTHS if h * w <= length)].append((h, w))
+    return fitting
+
+
+def group(grids: list[tuple[int, int]], dtype: torch.dtype, padded_to: int | None = None) -> Group:
     generator = torch.Generator().manual_seed(0)
-    made = []
-    for grids in parts:
-        lengths = [h * w for h, w in grids]
-        patches = torch.randn(sum(lengths), contenders.PATCH_VALUES, generator=generator).to(dtype)
-        grad = torch.randn(sum(lengths), contenders.WIDTH, generator=generator).to(dtype)
-        made.append(Group(tuple(grids), patches, grad, padded_to or max(lengths)))
-    return made
+    lengths = [h * w for h, w in grids]
+    patches = torch.randn(sum(lengths), contenders.PATCH_VALUES, generator=generator).to(dtype)
+    grad = torch.randn(sum(lengths), contenders.WIDTH, generator=generator).to(dtype)
+    return Group(tuple(grids), patches, grad, padded_to or max(lengths))
+
+
+def feeds(dtype: torch.dtype) -> dict[str, list[Group]]:
+    """What the contenders that do not get the packs get in a round instead."""
+    alike = [group(grids, dtype) for grids in near()]
+    return {
+        "released way, one batch": [group(list(GRIDS), dtype)],
+        "timm NaFlexViT, its lengths": [group(grids, dtype, length) for length, grids in by_timm().items()],
+        "timm NaFlexViT, near lengths": alike,
+        "padded ViT, near lengths": alike,
+    }
 
 
 def measure(dtype: torch.dtype, layers: int, turns: int) -> dict[str, list[float]]:
-    """CPU seconds of each contender, a value a group of pictures."""
+    """CPU seconds of each contender in each turn."""
     longest = max(h * w for h, w in GRIDS)
-    packs, alike = groups(packed(), dtype, longest), groups(near(), dtype, None)
     steps = {}
     for name, build in CONTENDERS.items():
         try:
             steps[name] = build(layers, dtype)
         except ImportError as error:
             print(f"left out: {name} ({error})")
-    fed = {name: alike if name in NEAR else packs for name in steps}
-    fed |= {name: groups([list(GRIDS)], dtype, None) for name in WHOLE}
+    packs, otherwise = [group(grids, dtype, longest) for grids in packed()], feeds(dtype)
+    fed = {name: otherwise.get(name, packs) for name in steps}
     for name, step in steps.items():
         step(fed[name][0])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for turn in range(turns):
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            if turn % PACKS >= len(fed[name]):
-                continue
             gc.collect()
             start = time.process_time()
-            steps[name](fed[name][turn % PACKS])
+            for given in fed[name][turn % PACKS :: PACKS]:
+                steps[name](given)
             seconds[name].append(time.process_time() - start)
         told = ", ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items())
         print(f"turn {turn}: {told}", flush=True)
     return seconds
 
 
-def over(seconds: list[float], base: list[float], name: str) -> float:
-    """How many times `base`: the median over packs; of sums over whole rounds where the groups are other pictures."""
-    if name in (*NEAR, *WHOLE):
-        rounds = len(base) // PACKS
-        return sum(seconds[: rounds * (1 if name in WHOLE else PACKS)]) / sum(base[: rounds * PACKS])
+def over(seconds: list[float], base: list[float], otherwise: bool) -> float:
+    """How many times `base`: the median over packs; of sums over whole rounds where pictures are grouped otherwise."""
+    if otherwise:
+        whole = len(base) // PACKS * PACKS
+        return sum(seconds[:whole]) / sum(base[:whole])
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
 def write(dtype: str, layers: int, seconds: dict[str, list[float]]) -> None:
+    otherwise = feeds(DTYPES[dtype]).keys()
     rows = [
         {
             "contender": name,
             "dtype": dtype,
             "layers": layers,
             "turns": len(values),
-            "cpu_s_per_pack": round(statistics.mean(values) / (PACKS if name in WHOLE else 1), 3),
-            "over_floor": round(over(values, seconds[FLOOR], name), 3),
-            "over_ours": round(over(values, seconds[OURS], name), 3),
+            "cpu_s_per_pack": round(statistics.mean(values), 3),
+            "over_floor": round(over(values, seconds[FLOOR], name in otherwise), 3),
+            "over_ours": round(over(values, seconds[OURS], name in otherwise), 3),
             **where(),
         }
         for name, values in seconds.items()
-        if name not in (*NEAR, *WHOLE) or len(seconds[FLOOR]) >= PACKS
+        if name not in otherwise or len(values) >= PACKS
     ]
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    add_rows(RESULTS / "bench_cpu.csv", rows)
     for row in rows:
-        print(f"{row['contender']:26} {dtype}  {row['over_floor']:5.2f} x floor  {row['over_ours']:5.2f} x ours")
+        print(f"{row['contender']:32} {dtype}  {row['over_floor']:5.2f} x floor  {row['over_ours']:5.2f} x ours")
 
 
-@functools.cache
 def where() -> dict[str, str | int]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    names = [line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "cpu": f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "commit": git_commit(),
+        "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import bench_gpu_kernels, bench_gpu_step  # noqa: E402
-from benchmarks.bench_gpu_timing import RESULTS, Timer, about, add_rows, copy_gb_s, matmul_tflops  # noqa: E402
+from benchmarks.bench_gpu_timing import Timer, about, copy_gb_s, matmul_tflops  # noqa: E402
+from benchmarks.rows import RESULTS, add_rows  # noqa: E402
 from univitar_ds.config.encoder import EncoderConfig  # noqa: E402
 from univitar_ds.model.config import PRESETS  # noqa: E402
 

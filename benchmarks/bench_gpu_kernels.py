@@ -14,7 +14,8 @@ from torch import Tensor
 
 from benchmarks import bench_gpu_counts as counts
 from benchmarks import bench_gpu_packs as packs
-from benchmarks.bench_gpu_timing import Timer, matmul_tflops, rounded
+from benchmarks.bench_gpu_timing import Timer, matmul_tflops
+from benchmarks.rows import rounded
 from kernels import dispatch, reference
 from univitar_ds.config.encoder import EncoderConfig
 

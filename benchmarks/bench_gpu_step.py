@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_gpu_packs as packs
-from benchmarks.bench_gpu_timing import Timer, rounded
+from benchmarks.bench_gpu_timing import Timer
+from benchmarks.rows import rounded
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.model.attention import choose_backend
 from univitar_ds.model.encoder import UniViTAR

@@ -1,4 +1,4 @@
-"""Times, yardsticks and rows of the GPU's benchmarks.
+"""Times, yardsticks and circumstances of the GPU's benchmarks.
 
 On a GPU a run is timed as `triton.testing.do_bench` does it, by events around it with the L2 cache overwritten before,
 and with one thing more: the device is held back before each run until Python has launched all of it. The launches of
@@ -7,21 +7,17 @@ a small operation take Python longer than the GPU takes to run it; in training t
 
 from __future__ import annotations
 
-import csv
 import platform
-import shutil
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.rows import git_commit
+
 CACHE_BYTES = 256 * 2**20
 HELD_BACK_CYCLES = 4_000_000
 """About 2 ms: longer than Python takes to launch any of the operations."""
@@ -84,37 +80,6 @@ def about(device: torch.device) -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": git_commit(),
         "date": date.today().isoformat(),
     }
-
-
-def _commit() -> str:
-    if shutil.which("git") is None:
-        return "unknown"
-    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return told.stdout.strip() or "unknown"
-
-
-def add_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Adds rows to a CSV file; those of other machines and commits stay.
-
-    Raises: SystemExit if its columns are others.
-    """
-    new = not path.exists()
-    if not new:
-        with path.open(newline="") as file:
-            columns = next(csv.reader(file), [])
-        if columns != list(rows[0]):
-            raise SystemExit(f"{path} has the columns {columns}, the rows have {list(rows[0])}; move the file away")
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def rounded(value: float | None, digits: int = 4) -> float | None:
-    """To significant digits."""
-    return None if value is None else float(f"{value:.{digits}g}")

@@ -20,7 +20,6 @@ Where other programs on the machine use torch too, that counts too little; --cur
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 import mmap
@@ -43,8 +42,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.loader_contenders import CONTENDERS, Task  # noqa: E402
+from benchmarks.rows import RESULTS, add_rows, git_commit, processor  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 SIZES = {
     "native": (576, 5832, 112, 16384, 880),
     "native_8k": (576, 5832, 112, 8192, 880),
@@ -230,17 +229,9 @@ def curve(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def write(rows: list[dict[str, Any]], name: str) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    versions = {"python": platform.python_version(), "commit": commit.stdout.strip()}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / name
-    begun = path.exists()
-    with path.open("a", newline="") as file:  # rows of other sizes and commits stay: they are what these compare with
-        writer = csv.DictWriter(file, [*rows[0], *machine, *versions])
-        if not begun:
-            writer.writeheader()
-        writer.writerows({**row, **machine, **versions} for row in rows)
+    machine = {"machine": processor(), "cores": os.cpu_count()}
+    versions = {"python": platform.python_version(), "commit": git_commit()}
+    add_rows(RESULTS / name, [{**row, **machine, **versions} for row in rows])
 
 
 def main() -> None:

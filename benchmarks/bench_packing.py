@@ -10,13 +10,11 @@ pack full of tokens costs on average, for the 0.3B encoder. Rows go to results/b
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import math
 import platform
 import random
 import struct
-import subprocess
 import sys
 import tarfile
 import time
@@ -28,6 +26,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.rows import RESULTS, git_commit, processor, write_rows
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.load import load_config
 from univitar_ds.config.stage import StageConfig
@@ -41,7 +41,6 @@ from univitar_ds.geometry import PATCH
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.flops import cost_coefficients
 
-RESULTS = Path(__file__).parent / "results/bench_packing.csv"
 LANES = 4
 COST = cost_coefficients(PRESETS["0.3b"])
 COST_SHARES = (0.7, 0.9, 1.0, 1.2)
@@ -189,10 +188,8 @@ def main() -> None:
     arguments = parser.parse_args()
     about = {
         "date": date.today().isoformat(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip(),
-        "cpu": platform.processor() or platform.machine(),
+        "commit": git_commit(),
+        "cpu": processor(),
         "python": platform.python_version(),
     }
     rows = []
@@ -206,11 +203,7 @@ def main() -> None:
                 named = {"mix": mix.name, "token_budget": mix.token_budget, "cost_budget_share": share}
                 rows.append({**named, **row, **about})
                 sys.stderr.write(f"{rows[-1]}\n")
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(RESULTS / "bench_packing.csv", rows)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ contrastive loss, their weight falling.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +26,8 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.rows import RESULTS, add_rows, git_commit, processor
 from univitar_ds.config.load import read_yaml, recipe_path
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.convert.trained import open_trained
@@ -37,7 +37,6 @@ from univitar_ds.evaluation.run import evaluate
 from univitar_ds.training import commit
 from univitar_ds.training.checkpoint import read_state
 
-RESULTS = Path(__file__).parent / "results/bench_recipe.csv"
 ARMS = ("fixed", "curriculum", "distilled")
 IMAGES, CLIPS = 1600, 1600
 TEACHER_SCENES = 100
@@ -163,26 +162,16 @@ def rows_of(arm: str, seed: int, samples: int, run: Path) -> Iterator[dict[str, 
                 "n": figure["n"],
                 "date": date.today().isoformat(),
                 "commit": git_commit(),
-                "cpu": platform.machine(),
+                "cpu": processor(),
             }
 
 
 def append_rows(rows: Iterator[dict[str, Any]]) -> None:
     """Of one run, all at once."""
     rows = list(rows)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    add_rows(RESULTS / "bench_recipe.csv", rows)
     for row in rows[-8:]:
         print(json.dumps(row), flush=True)
-
-
-def git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

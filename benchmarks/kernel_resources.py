@@ -13,9 +13,9 @@ Must be a process without TRITON_INTERPRET.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +29,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.rows import RESULTS, write_rows
 from kernels import fused, patch_embed
 
-RESULTS = Path(__file__).parent / "results/kernel_resources.csv"
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_BYTES_PER_SM = {80: 164 * 1024, 90: 228 * 1024}  # CUDA programming guide, compute capabilities
 REGISTERS_PER_SM, WARPS_PER_SM, REGISTER_UNIT = 65536, 64, 256
@@ -185,7 +186,7 @@ def _resident_warps(warps: int, registers: int, shared: int, arch: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernel_resources.csv")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     options = parser.parse_args()
     cases = [case for case in (*token_wise_cases(), *patch_embed_cases()) if case.size in options.sizes]
@@ -197,10 +198,7 @@ def main() -> None:
     ]
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda each: resources(*each), work))
-    with options.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.out, rows)
 
 
 if __name__ == "__main__":

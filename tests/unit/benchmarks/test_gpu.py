@@ -12,7 +12,8 @@ import torch
 
 from benchmarks import bench_gpu_counts as counts
 from benchmarks import bench_gpu_packs as packs
-from benchmarks.bench_gpu_timing import about, add_rows
+from benchmarks.bench_gpu_timing import about
+from benchmarks.rows import add_rows
 from kernels.reference import check_frames
 
 ROOT = Path(__file__).parents[3]

@@ -286,11 +286,7 @@ def test_through_damage_and_over_all_lanes_what_is_left_comes_once_and_the_same_
     sizes, wounds, lanes, before
 ):
     rules = small_rules(damaged(sizes, wounds), lanes=lanes, policy=BadPolicy("skip", 1000, 1000))
-    entries = [
-        (index, entry)
-        for index, shard in enumerate(rules.shards)
-        for entry in shard_samples(shard, "image")
-    ]
+    entries = [(index, entry) for index, shard in enumerate(rules.shards) for entry in shard_samples(shard, "image")]
     sound = set()
     for index, entry in entries:
         with suppress(SampleError):

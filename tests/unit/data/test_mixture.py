@@ -147,9 +147,7 @@ def test_a_source_without_a_weight_or_with_weight_zero_is_not_read():
 
 
 def test_a_source_of_which_nothing_can_be_read_is_named():
-    shards = shards_of(
-        [[sized_sample("k", 3)], [("x", {"png": b"junk", "txt": b"t"})]], sources=["good", "broken"]
-    )
+    shards = shards_of([[sized_sample("k", 3)], [("x", {"png": b"junk", "txt": b"t"})]], sources=["good", "broken"])
     with pytest.raises(DataError, match="none of the 1 shards of source broken has a readable image sample"):
         drawn(small_rules(shards, weights={"good": 1, "broken": 1}), 20)
 

@@ -118,9 +118,7 @@ def test_a_store_that_refuses_for_ever_is_given_up_within_the_stated_time(server
     with faulty(server, lambda request: "throttle") as proxy:
         one = storage(proxy.url, tmp_path, give_up_s=3.0)
         start = time.monotonic()
-        told = (
-            r"d\.tar: nothing came for \d s and \d+ attempts, the last one: the store answered 503.*give_up_s is 3"
-        )
+        told = r"d\.tar: nothing came for \d s and \d+ attempts, the last one: the store answered 503.*give_up_s is 3"
         with pytest.raises(DataError, match=told):
             one.size(url)
         assert 3.0 <= time.monotonic() - start < 20  # 3 s and the longest time that one request may take
