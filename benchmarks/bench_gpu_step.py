@@ -71,10 +71,13 @@ def _step(model: UniViTAR, batches: list[list[packs.Grid]], timer: Timer) -> tup
     """(milliseconds, most GB allocated) of forward and backward over all batches."""
     on_gpu = timer.device.type == "cuda"
     inputs = [(batch, _pixels(batch, timer.device)) for batch in batches]
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(timer.device)
-    milliseconds = timer.median_ms(_forward_backward(model, inputs), cold=False, most=30)
-    return milliseconds, torch.cuda.max_memory_allocated(timer.device) / 1e9 if on_gpu else None
+    run = _forward_backward(model, inputs)
+    if not on_gpu:
+        return timer.median_ms(run), None
+    torch.cuda.reset_peak_memory_stats(timer.device)
+    run()
+    most = torch.cuda.max_memory_allocated(timer.device) / 1e9
+    return timer.median_ms(run), most
 
 
 def _forward_backward(model: UniViTAR, inputs: list[tuple[list[packs.Grid], Tensor]]) -> Callable[[], None]:

@@ -1,24 +1,19 @@
-"""Times, yardsticks and circumstances of the GPU's benchmarks.
-
-On a GPU a run is timed as `triton.testing.do_bench` does it, by events around it with the L2 cache overwritten before,
-and with one thing more: the device is held back before each run until Python has launched all of it. The launches of
-a small operation take Python longer than the GPU takes to run it; in training they hide behind what it still has to do.
-"""
+"""Times, yardsticks and circumstances of the GPU's benchmarks."""
 
 from __future__ import annotations
 
 import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.rows import git_commit
 
-CACHE_BYTES = 256 * 2**20
 HELD_BACK_CYCLES = 4_000_000
 """About 2 ms: longer than Python takes to launch any of the operations."""
 
@@ -26,35 +21,44 @@ HELD_BACK_CYCLES = 4_000_000
 class Timer:
     """Medians in milliseconds. On the CPU (a dry run) one run by the clock, which says nothing."""
 
-    def __init__(self, device: torch.device, seconds: float = 0.3) -> None:
+    def __init__(self, device: torch.device, seconds: float = 0.3, least: int = 10) -> None:
+        """Args: what is spent on runs of one operation, and how many there are even if they take longer."""
         self.device = device
         self.seconds = seconds
-        self.cache = torch.empty(CACHE_BYTES // 4 if device.type == "cuda" else 1, dtype=torch.int32, device=device)
+        self.least = least
 
-    def median_ms(self, run: Callable[[], object], *, cold: bool = True, least: int = 10, most: int = 200) -> float:
-        """Of as many runs as fit the timer's seconds, within `least` and `most`.
-
-        Args: cold: clear L2 and hold the device back before each run; without, runs follow each other as in training.
-        """
+    def median_ms(self, run: Callable[[], object]) -> float:
+        """By `triton.testing.do_bench`: events around each run, the L2 cache overwritten before it."""
         if self.device.type != "cuda":
             began = time.perf_counter()
             run()
             return 1e3 * (time.perf_counter() - began)
-        for _ in range(3):  # compiles, allocates, and tells how long one run is
-            estimate = self._once(run, cold)
-        runs = min(most, max(least, int(1e3 * self.seconds / max(estimate, 1e-3))))
-        return statistics.median(self._once(run, cold) for _ in range(runs))
+        from triton.testing import do_bench
 
-    def _once(self, run: Callable[[], object], cold: bool) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if cold:
-            self.cache.zero_()
-            torch.cuda._sleep(HELD_BACK_CYCLES)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
+        run()  # compiles and allocates, so that the next one tells how long a run is
+        with _device_held_back():
+            estimate = do_bench(run, warmup=0, rep=0)
+            milliseconds = max(1e3 * self.seconds, self.least * (estimate + HELD_BACK_CYCLES / 1e6))
+            return do_bench(run, warmup=25, rep=milliseconds, return_mode="median")
+
+
+@contextmanager
+def _device_held_back() -> Iterator[None]:
+    """Inside, do_bench's clearing of the cache also keeps the device busy until Python has launched what comes next.
+
+    The launches of a small operation take Python longer than the device takes to run it; in training they hide behind
+    what the device still has to do.
+    """
+    from triton.runtime import driver
+
+    clear = driver.active.clear_cache
+
+    def clear_and_hold_back(cache: Any) -> None:
+        clear(cache)
+        torch.cuda._sleep(HELD_BACK_CYCLES)
+
+    with patch.object(driver.active, "clear_cache", clear_and_hold_back):
+        yield
 
 
 def copy_gb_s(timer: Timer, size: int) -> float:

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime import driver
 
 from benchmarks import bench_gpu_counts as counts
 from benchmarks import bench_gpu_packs as packs
-from benchmarks.bench_gpu_timing import about
+from benchmarks.bench_gpu_timing import Timer, about
 from benchmarks.rows import add_rows
 from kernels.reference import check_frames
 
@@ -58,6 +60,59 @@ def test_bytes_and_products_are_those_of_the_tensors():
     assert counts.patch_embed_bytes(pixels, 10, 8, 4) == pixels + torch.empty(10, 8).nbytes + weight
     assert counts.patch_embed_product(10, 8, still=False) == (10, 1176, 8)
     assert counts.patch_embed_product(10, 8, still=True) == (10, 588, 8)
+
+
+class StandInDevice:
+    """A device whose clock goes on by what is run on it, and the driver that `do_bench` asks for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.runs = 0
+        outer = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = outer.now
+
+            def elapsed_time(self, end: "Event") -> float:
+                return end.at - self.at
+
+        self.interface = SimpleNamespace(Event=Event, synchronize=lambda: None)
+        monkeypatch.setattr(driver, "_active", self)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.spend(2.0))
+
+    def get_device_interface(self) -> SimpleNamespace:
+        return self.interface
+
+    def get_empty_cache_for_benchmark(self) -> str:
+        return "cache"
+
+    def clear_cache(self, cache: str) -> None:
+        self.spend(0.1)
+
+    def spend(self, milliseconds: float) -> None:
+        self.now += milliseconds
+
+    def run(self) -> None:
+        self.runs += 1
+        self.spend(0.5 if self.runs % 3 else 5.0)
+
+
+def test_a_time_is_the_median_of_many_runs_without_what_comes_before_each(monkeypatch):
+    device = StandInDevice(monkeypatch)
+    assert Timer(torch.device("cuda"), seconds=0.2).median_ms(device.run) == pytest.approx(0.5)
+    assert device.runs > 30
+    held = driver.active.clear_cache
+    assert held == device.clear_cache, "clearing the cache is as it was"
+
+
+def test_runs_that_take_long_are_still_many(monkeypatch):
+    device = StandInDevice(monkeypatch)
+    Timer(torch.device("cuda"), seconds=0.001, least=12).median_ms(device.run)
+    assert device.runs >= 12
 
 
 def test_a_row_says_what_it_was_measured_on():
