@@ -77,9 +77,7 @@ def test_swiglu_norm_equals_the_loop():
     gate, up, weight = draw(4, 9), draw(4, 9, seed=1), draw(9, seed=2)
     result = reference.swiglu_norm(gate, up, weight, EPS)
     for row in range(4):
-        gated = [
-            a / (1 + math.exp(-a)) * b for a, b in zip(gate[row].tolist(), up[row].tolist(), strict=True)
-        ]
+        gated = [a / (1 + math.exp(-a)) * b for a, b in zip(gate[row].tolist(), up[row].tolist(), strict=True)]
         wanted = torch.tensor(norm_by_loop(gated, weight.tolist()), dtype=torch.float64)
         torch.testing.assert_close(result[row], wanted, rtol=0, atol=1e-12)
 
@@ -88,9 +86,7 @@ def test_add_norm_equals_the_loop():
     x, branch, scale, weight = draw(4, 7), draw(4, 7, seed=1), draw(7, seed=2), draw(7, seed=3)
     total, normed = reference.add_norm(x, branch, scale, weight, EPS)
     for row in range(4):
-        wanted = [
-            a + s * b for a, s, b in zip(x[row].tolist(), scale.tolist(), branch[row].tolist(), strict=True)
-        ]
+        wanted = [a + s * b for a, s, b in zip(x[row].tolist(), scale.tolist(), branch[row].tolist(), strict=True)]
         torch.testing.assert_close(total[row], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-14)
         normal = torch.tensor(norm_by_loop(wanted, weight.tolist()), dtype=torch.float64)
         torch.testing.assert_close(normed[row], normal, rtol=0, atol=1e-12)
@@ -145,9 +141,7 @@ def test_patches_equal_the_loop(items, merge):
     grids = [(max(1, steps), h * merge, w * merge) for steps, h, w in items]
     size = sum(count * h * w * 588 for count, (_, h, w) in zip(frames, grids, strict=True))
     pixels = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
-    assert torch.equal(
-        reference.patchify(pixels, frames, grids, merge), patchify_by_loop(pixels, frames, grids, merge)
-    )
+    assert torch.equal(reference.patchify(pixels, frames, grids, merge), patchify_by_loop(pixels, frames, grids, merge))
 
 
 def test_an_empty_pack_has_no_patches():

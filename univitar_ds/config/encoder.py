@@ -110,8 +110,7 @@ class EncoderConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of a `config.json` in the release's layout."""
         own = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
         return {**REQUIRED, **own}
 

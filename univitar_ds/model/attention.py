@@ -89,9 +89,7 @@ def _chosen(backend: str, device: str, capability: tuple[int, int], dtype: torch
     return name
 
 
-def select(
-    backend: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int
-) -> tuple[str, str]:
+def select(backend: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> tuple[str, str]:
     """(the back end, the reason in words). `capability` is that of the GPU, `width` the head's K.
 
     Raises: ConfigError if `backend` cannot run there, with what would help.
@@ -151,9 +149,7 @@ def _load(name: str) -> Callable[..., Any]:
         raise ImportError(str(error)) from error
 
 
-def _flash(
-    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans
-) -> Tensor:
+def _flash(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> Tensor:
     """flash-attn 2, 3 and 4 agree on these names, not on their order, nor on whether more than the output returns."""
     result = function(
         q,
@@ -168,9 +164,7 @@ def _flash(
     return result[0] if isinstance(result, tuple) else result
 
 
-def _varlen(
-    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans
-) -> Tensor:
+def _varlen(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> Tensor:
     return function(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length)
 
 

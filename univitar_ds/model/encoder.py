@@ -28,9 +28,7 @@ class UniViTAR(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_every = checkpoint_every
-        self.embeddings = nn.ModuleDict(
-            {"patch_embedding": PatchEmbedding(config)}
-        )
+        self.embeddings = nn.ModuleDict({"patch_embedding": PatchEmbedding(config)})
         blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": blocks})
         self.apply(_initialise)

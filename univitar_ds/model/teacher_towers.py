@@ -155,9 +155,7 @@ def run_siglip2(model: nn.Module, frames: Tensor) -> Features:
     h, w = frames.shape[2] // patch, frames.shape[3] // patch
     cells = frames.view(len(frames), 3, h, patch, w, patch).permute(0, 2, 4, 3, 5, 1)
     shapes = torch.tensor([[h, w]] * len(frames))  # on the host: transformers reads them one by one
-    return _pooled(
-        model(pixel_values=cells.flatten(3).flatten(1, 2), pixel_attention_mask=None, spatial_shapes=shapes)
-    )
+    return _pooled(model(pixel_values=cells.flatten(3).flatten(1, 2), pixel_attention_mask=None, spatial_shapes=shapes))
 
 
 def _pooled(out: object) -> Features:

@@ -83,9 +83,7 @@ class Ring:
         widths = [part.shape[1] * part.element_size() for part in flat]
         # A copy each, not a view: a view as wider numbers must begin at a multiple of their size.
         copies = (columns.clone(memory_format=torch.contiguous_format) for columns in received.split(widths, dim=1))
-        return [
-            copy.view(part.dtype).view(incoming, *part.shape[1:]) for copy, part in zip(copies, block, strict=True)
-        ]
+        return [copy.view(part.dtype).view(incoming, *part.shape[1:]) for copy, part in zip(copies, block, strict=True)]
 
     def total(self, value: Tensor) -> float:
         """Sum over ranks. A device sync: whether a loss is finite decides whether there is a backward at all."""
