@@ -81,7 +81,8 @@ def _add_probe(data) -> None:
         "say what a run would make of single files",
         "Take each file through the loader as a sample of its own and print what comes of it.\n\n"
         "With --json a line a file: file, ok, kind (image, video), width, height, frames, grid (time, height and\n"
-        "width in tokens), tokens, shrunk; and error and message of what would be left out.",
+        "width in tokens), tokens, shrunk; and error and message of what would be left out.\n"
+        "The exit status is 1 if there is no such file, and 0 whatever is in it.",
     )
     probe.add_argument("files", nargs="+", type=Path, metavar="FILE")
     probe.add_argument("--config", help="a run file or the name of a shipped recipe, for its limits and sizes")
@@ -142,7 +143,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if report["sound"] else 1
 
 
-def _probe(arguments: argparse.Namespace) -> None:
+def _probe(arguments: argparse.Namespace) -> int:
     from univitar_ds.config.data import DataConfig, SourceConfig
     from univitar_ds.config.load import load_config
     from univitar_ds.config.stage import StageConfig
@@ -159,6 +160,7 @@ def _probe(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"there is no stage {arguments.stage!r}; there is {', '.join(stages)}")
     for found in report(arguments.files, data, stage):
         print(json.dumps(found.to_json()) if arguments.json else found.sentence(), flush=True)
+    return 0 if all(path.is_file() for path in arguments.files) else 1
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -180,6 +180,16 @@ def test_probe_tells_of_each_file_what_a_run_would_make_of_it(capsys, run_file, 
     assert bad.startswith("left out (unreadable): ")
 
 
+def test_a_file_to_probe_that_is_not_there_costs_none_of_the_others(capsys, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture(60, 120))
+    files = [str(tmp_path / name) for name in ("missing.jpg", "a.jpg", ".")]
+    assert main(["data", "probe", *files]) == 1
+    missing, good, folder = capsys.readouterr().out.splitlines()
+    assert missing.endswith("missing.jpg: the file cannot be read: No such file or directory")
+    assert folder.endswith("the file cannot be read: Is a directory")
+    assert good.startswith("image: ")
+
+
 def test_a_stage_to_probe_for_that_is_not_there_names_those_that_are(capsys, run_file):
     assert "no stage 'last'; there is both" in fails(
         capsys, "data", "probe", "x.jpg", "--config", run_file, "--stage", "last"
