@@ -23,6 +23,7 @@ import argparse
 import json
 import logging
 import mmap
+import multiprocessing
 import os
 import platform
 import statistics
@@ -33,6 +34,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,10 @@ _KERNEL_PAGES = 1 << 51
 _MAPPED, _FRAME = 1 << 63, (1 << 55) - 1
 
 
-def family() -> list[psutil.Process]:
-    me = psutil.Process()
-    return [me, *me.children(recursive=True)]
+def family(pid: int | None = None) -> list[psutil.Process]:
+    """A process, by default this one, and all it started."""
+    first = psutil.Process(pid)
+    return [first, *first.children(recursive=True)]
 
 
 def cpu_seconds() -> float:
@@ -70,19 +73,19 @@ def cpu_seconds() -> float:
     return total
 
 
-def memory_mb() -> tuple[float, float]:
+def memory_mb(pid: int | None = None) -> tuple[float, float]:
     """Proportional and resident set size of the family."""
-    infos = [process.memory_full_info() for process in family()]
+    infos = [process.memory_full_info() for process in family(pid)]
     return sum(info.pss for info in infos) / 2**20, sum(info.rss for info in infos) / 2**20
 
 
-def distinct_mb() -> float:
+def distinct_mb(pid: int) -> float:
     """Memory pages that the family has mapped, each counted once: does not hang on who else runs. Needs root.
 
-    Counting adds about 9 MB to this process.
+    For another process than this: counting takes 9 MB.
     """
     frames: set[int] = set()
-    for process in family():
+    for process in family(pid):
         with open(f"/proc/{process.pid}/maps") as maps, open(f"/proc/{process.pid}/pagemap", "rb", 0) as pages:
             for line in maps:
                 begin, end = (int(address, 16) // mmap.PAGESIZE for address in line.split()[0].split("-"))
@@ -215,17 +218,30 @@ def _names(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def curve(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Memory of ours every ten seconds, at a pace that leaves the machine to others."""
-    batches = CONTENDERS["ours"](Task(arguments.shards, None, arguments.workers, *SIZES["native"]))
-    rows, begun, samples = [], time.monotonic(), 0
-    while (elapsed := time.monotonic() - begun) < 60 * arguments.curve:
-        samples += next(batches)
-        if elapsed >= 10 * len(rows):
-            pss, rss = memory_mb()
-            row = {"seconds": round(elapsed), "samples": samples, "pss_mb": round(pss), "rss_mb": round(rss)}
-            rows.append({**row, "distinct_mb": round(distinct_mb())})
-        time.sleep(arguments.pause)
+    """Memory of ours every ten seconds, seen from outside, at a pace that may leave the machine to others."""
+    context = multiprocessing.get_context("spawn")
+    samples = context.Value("q", 0)
+    task = Task(arguments.shards, None, arguments.workers, *SIZES["native"])
+    loading = context.Process(target=load_for_ever, args=(task, arguments.pause, samples), daemon=True)
+    loading.start()
+    rows: list[dict[str, Any]] = []
+    while not samples.value:
+        time.sleep(0.01)
+    begun = time.monotonic()
+    while loading.is_alive() and (elapsed := time.monotonic() - begun) < 60 * arguments.curve:
+        pss, rss = memory_mb(loading.pid)
+        row = {"seconds": round(elapsed), "samples": samples.value, "pss_mb": round(pss), "rss_mb": round(rss)}
+        rows.append({**row, "distinct_mb": round(distinct_mb(loading.pid))})
+        print(rows[-1], file=sys.stderr, flush=True)
+        time.sleep(10)
+    loading.terminate()
     return rows
+
+
+def load_for_ever(task: Task, pause: float, samples: Synchronized[int]) -> None:
+    for count in CONTENDERS["ours"](task):
+        samples.value += count
+        time.sleep(pause)
 
 
 def write(rows: list[dict[str, Any]], name: str) -> None:
