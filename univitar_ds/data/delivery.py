@@ -23,13 +23,21 @@ from univitar_ds.data.storage import StorageSettings
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import TUBELET
 
+_MOST_LENT = 4
+"""Packs of which the trainer may hold the slots."""
+
 
 def decoded(
-    plans: Iterator[Plan], data: DataConfig, sizes: Mapping[Modality, SizeRule], token_budget: int
+    plans: Iterator[Plan],
+    data: DataConfig,
+    sizes: Mapping[Modality, SizeRule],
+    token_budget: int,
+    packs_of_step: int = 1,
 ) -> Pipeline | Generator[Rendered]:
     """The decoded packs of `plans`, by `data.workers` processes or, with 0, in line. Both have `close`.
 
-    `sizes` are the rules of the modalities in `plans`; `token_budget` the most tokens of a plan.
+    `sizes` are the rules of the modalities in `plans`; `token_budget` the most tokens of a plan. Whoever takes
+    `packs_of_step` packs at a time may hold the last step's while taking the next.
     """
     limits = DecodeLimits(data.max_image_px, data.decode_timeout_s, data.max_clip_s)
     settings = StorageSettings.of(data)
@@ -45,6 +53,7 @@ def decoded(
         workers=data.workers,
         prefetch_packs=data.prefetch_packs,
         slot_bytes=max(_bytes_of_a_token(modality) for modality in sizes) * token_budget,
+        lent=min(2 * packs_of_step, _MOST_LENT),
         restarts=data.worker_restarts,
         settings=settings.shared(),
         modalities=sizes.keys(),

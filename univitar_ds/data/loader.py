@@ -82,7 +82,7 @@ class PackLoader:
         self._context_length = context_length
         self._health = DecodingHealth(bad_policy(data))
         sizes = {modality: rule.size for modality, rule in rules.items()}
-        self._packs = decoded(self._plans(modality_of, first_step), data, sizes, stage.token_budget)
+        self._packs = decoded(self._plans(modality_of, first_step), data, sizes, stage.token_budget, len(self._owned))
 
     def __enter__(self) -> Self:
         return self

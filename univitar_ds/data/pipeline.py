@@ -26,9 +26,6 @@ from univitar_ds.data.render import Failure, RenderJob, render
 from univitar_ds.data.ring import Ring
 from univitar_ds.data.storage import LOCAL, StorageSettings
 
-LENT = 4
-"""Packs of which the trainer may hold the slots: those of a step of four lanes. More are copied."""
-
 
 @dataclass(frozen=True)
 class Rendered:
@@ -63,16 +60,18 @@ class Pipeline:
         workers: int,
         prefetch_packs: int,
         slot_bytes: int,
+        lent: int = 4,
         restarts: int = 0,
         settings: StorageSettings = LOCAL,
         modalities: Collection[Modality] = ("image", "video"),
     ) -> None:
         """Start `workers` >= 1 processes.
 
-        `slot_bytes` is the most that a plan's pixels take; `restarts` how often a process that died may be replaced;
+        `slot_bytes` is the most that a plan's pixels take; `lent` of how many packs the trainer may hold the slots,
+        those beyond are copied; `restarts` how often a process that died may be replaced;
         `settings` how the processes reach the shards; `modalities` those of the plans.
         """
-        assert min(workers, prefetch_packs) >= 1, (workers, prefetch_packs)
+        assert min(workers, prefetch_packs, lent) >= 1, (workers, prefetch_packs, lent)
         self._plans = plans
         self._job_of = job_of
         self._changed = threading.Condition()
@@ -83,14 +82,13 @@ class Pipeline:
         self._failure: BaseException | None = None
         self._stopped = False
         self._undelivered = self._lent = 0
-        slots = self._ahead + LENT
+        self._most_lent = lent
+        slots = self._ahead + lent
         self._ring = Ring.create(slots, slot_bytes)
         self._free = list(range(slots))
         allowed = Restarts(restarts)
         self._server = ForkServer(self._ring, modalities)
-        self._attendants = [
-            Attendant(number, self._server, self._ring, settings, allowed) for number in range(workers)
-        ]
+        self._attendants = [Attendant(number, self._server, self._ring, settings, allowed) for number in range(workers)]
         self._threads = [threading.Thread(target=self._draw_plans, name="planner", daemon=True)]
         for attendant in self._attendants:
             self._threads.append(threading.Thread(target=self._attend, args=[attendant], name="decoder", daemon=True))
@@ -123,7 +121,7 @@ class Pipeline:
                 raise outcome
             del self._done[self._next]
             self._next += 1
-            lend = self._lent < LENT
+            lend = self._lent < self._most_lent
             self._lent += lend
         slot, job, rendered = outcome
         room = self._ring.view(slot)
@@ -176,7 +174,7 @@ class Pipeline:
     def _attend(self, attendant: Attendant) -> None:
         """Keep one process busy. Slot and plan are taken together, so the oldest plan never lacks a slot.
 
-        A slot is free whenever fewer than `_ahead` packs are undelivered, because no more than `LENT` are lent.
+        A slot is free whenever fewer than `_ahead` packs are undelivered, because no more than `_most_lent` are lent.
         """
         try:
             attendant.start()

@@ -16,7 +16,7 @@ from tests.support.memory import memory_shards, small_rules
 from univitar_ds.data import attendant, pipeline
 from univitar_ds.data.cursor import LaneCursor
 from univitar_ds.data.lanes import Lane
-from univitar_ds.data.pipeline import LENT, Pipeline
+from univitar_ds.data.pipeline import Pipeline
 from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob
 from univitar_ds.data.sampling import UNIFORM
 from univitar_ds.errors import DataError
@@ -288,20 +288,21 @@ def test_packs_that_are_held_keep_their_pixels_and_decoding_goes_on(monkeypatch,
         assert np.array_equal(pixels.numpy(), expected(plan))
 
 
-def test_a_slot_is_used_again_once_the_last_view_of_its_pixels_is_gone(monkeypatch):
+@pytest.mark.parametrize("lent", [1, 2, 4])
+def test_a_slot_is_used_again_once_the_last_view_of_its_pixels_is_gone(monkeypatch, lent):
     play(monkeypatch, HONEST)
-    with run(plans(30)) as packs:
-        views = [next(packs).pixels[5:][2:] for _ in range(LENT)]
-        assert packs._lent == LENT
-        lent = {view.__array_interface__["data"][0] for view in views}
+    with run(plans(30), lent=lent) as packs:
+        views = [next(packs).pixels[5:][2:] for _ in range(lent)]
+        assert packs._lent == lent
+        slots = {view.__array_interface__["data"][0] for view in views}
         assert next(packs).pixels.flags.owndata
         views.pop()
         pixels = next(packs).pixels
-        assert packs._lent == LENT
+        assert packs._lent == lent
         assert not pixels.flags.owndata
         del pixels, views
         assert packs._lent == 0
-        assert len(lent) == LENT
+        assert len(slots) == lent
 
 
 @pytest.mark.parametrize("program", ["time.sleep(600)", "ready(); job(); time.sleep(600)", HONEST])
