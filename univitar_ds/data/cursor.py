@@ -22,14 +22,14 @@ WELL = (0, 0, 0)
 
 class Waiting(NamedTuple):
     """A sample in the pool, by address: index of its shard, first byte, length in bytes, number within the shard,
-    epoch it belongs to, packs it has seen leave without it."""
+    epoch it belongs to, packs of its stream that had left when it came."""
 
     shard: int
     offset: int
     length: int
     ordinal: int
     epoch: int
-    waited: int
+    since: int
 
 
 class Place(NamedTuple):
@@ -143,7 +143,7 @@ def _stream_to_json(stream: StreamCursor) -> dict[str, Any]:
         "places": places,
         "reading": list(stream.reading),
         "empty": list(stream.empty),
-        "pool": write_pool(stream.pool),
+        "pool": write_pool(stream.pool, stream.packs),
     }
 
 
@@ -152,10 +152,11 @@ def _stream_from_json(document: Mapping[str, Any]) -> StreamCursor:
         str(name): Place(*map(_count, numbers), credit=_integer(credit))
         for name, (*numbers, credit) in document["places"].items()
     }
+    packs = _count(document["packs"])
     return StreamCursor(
-        _count(document["packs"]),
+        packs,
         places,
-        read_pool(document["pool"]),
+        read_pool(document["pool"], packs),
         _health(document["reading"]),
         tuple(map(str, document["empty"])),
     )
@@ -169,19 +170,20 @@ _MOST_BYTES = 1 << 26
 _SMALL = [bytes([number]) for number in range(0x80)]
 
 
-def write_pool(rows: Sequence[Waiting]) -> str:
+def write_pool(rows: Sequence[Waiting], packs: int) -> str:
     """The pool as text: what each row adds to the one before, column by column, as varints, deflated, in base 85.
 
-    About 4 bytes a row, where a list of numbers takes 40.
+    About 4 bytes a row, where a list of numbers takes 40. Of a row's `since` it tells how many packs of `packs` have
+    left without it.
     """
-    columns = zip(*_steps(rows), strict=True)
+    columns = zip(*_steps(rows, packs), strict=True)
     numbers = [number for column in columns for number in column]
     packed = b"".join([_SMALL[number] if number < 0x80 else _varint(number) for number in numbers])
     check = zlib.crc32(packed).to_bytes(_CHECK_BYTES)  # deflate's own sum misses changes in so few bytes
     return base64.b85encode(check + zlib.compress(packed, wbits=_BARE)).decode()
 
 
-def read_pool(text: str) -> tuple[Waiting, ...]:
+def read_pool(text: str, packs: int) -> tuple[Waiting, ...]:
     """The rows that `write_pool` wrote. Raises: ValueError or zlib.error if the text is damaged."""
     data = base64.b85decode(text)
     inflating = zlib.decompressobj(_BARE)
@@ -194,23 +196,25 @@ def read_pool(text: str) -> tuple[Waiting, ...]:
     if len(numbers) % width:
         raise ValueError(f"{len(numbers)} numbers in rows of {width}")
     n = len(numbers) // width
-    return tuple(_rows(zip(*(numbers[column * n : (column + 1) * n] for column in range(width)), strict=True)))
+    columns = (numbers[column * n : (column + 1) * n] for column in range(width))
+    return tuple(_rows(zip(*columns, strict=True), packs))
 
 
-def _steps(rows: Iterable[Waiting]) -> Iterator[tuple[int, ...]]:
+def _steps(rows: Iterable[Waiting], packs: int) -> Iterator[tuple[int, ...]]:
     """Rows of a shard follow one another in its bytes, whatever comes between: most steps are small."""
     shard = epoch = waited = 0
     last: dict[int, tuple[int, int]] = {}
     for row in rows:
         block, length = _blocks(row.offset), _blocks(row.length)
         before, ordinal = last.get(row.shard, (0, 0))
-        signed = (row.shard - shard, block - before, row.ordinal - ordinal, row.epoch - epoch, row.waited - waited)
+        longer = packs - row.since - waited
+        signed = (row.shard - shard, block - before, row.ordinal - ordinal, row.epoch - epoch, longer)
         yield length, *map(_unsigned, signed)
         last[row.shard] = block + length, row.ordinal
-        shard, epoch, waited = row.shard, row.epoch, row.waited
+        shard, epoch, waited = row.shard, row.epoch, waited + longer
 
 
-def _rows(steps: Iterable[tuple[int, ...]]) -> Iterator[Waiting]:
+def _rows(steps: Iterable[tuple[int, ...]], packs: int) -> Iterator[Waiting]:
     shard = epoch = waited = 0
     last: dict[int, tuple[int, int]] = {}
     for length, *unsigned in steps:
@@ -218,7 +222,7 @@ def _rows(steps: Iterable[tuple[int, ...]]) -> Iterator[Waiting]:
         shard, epoch, waited = shard + signed[0], epoch + signed[3], waited + signed[4]
         before, ordinal = last.get(shard, (0, 0))
         block, ordinal = before + signed[1], ordinal + signed[2]
-        yield Waiting(*map(_count, (shard, block * BLOCK, length * BLOCK, ordinal, epoch, waited)))
+        yield Waiting(*map(_count, (shard, block * BLOCK, length * BLOCK, ordinal, epoch, packs - _count(waited))))
         last[shard] = block + length, ordinal
 
 

@@ -165,9 +165,9 @@ def _count(stream: Stream, batch: PackedBatch) -> None:
     stream.packs.append(batch.grid_thw.prod(dim=1).tolist())
     stream.bad.update(batch.bad)
     stream.shrunk += batch.shrunk
-    waiting = parse(batch.cursor).streams[batch.modality].pool
+    cursor = parse(batch.cursor).streams[batch.modality]
     # Whoever leaves has been in the cursor before, as long as it waited at all.
-    stream.longest_wait = max([stream.longest_wait, *(row.waited for row in waiting)])
+    stream.longest_wait = max([stream.longest_wait, *(cursor.packs - row.since for row in cursor.pool)])
     if stream.shown is None and len(batch):
         stream.shown = batch
 

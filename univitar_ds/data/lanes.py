@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from univitar_ds.data import packing
 from univitar_ds.data.cursor import LaneCursor, Place, StreamCursor, Waiting
@@ -56,7 +57,7 @@ class StreamRules:
 
 @dataclass(frozen=True)
 class Item:
-    """A sample chosen for a pack: what it is, its caption in this epoch, its address and how long it waited.
+    """A sample chosen for a pack: what it is, its caption in this epoch, its address and since when it waited.
 
     `draw` is a 64-bit number of its own in this epoch, for whatever decoding leaves to chance.
     """
@@ -77,6 +78,14 @@ class Plan:
     index: int
     cursor: LaneCursor | None
     bad: Mapping[str, int]
+
+
+class _Pooled(NamedTuple):
+    """A sample that waits, with a number of its own in this epoch."""
+
+    row: Waiting
+    sample: Sample
+    number: int
 
 
 class Lane:
@@ -145,13 +154,12 @@ class Stream:
         self._seen_this_epoch: set[str] = set()
         self._bad: Counter[str] = Counter()
         self._pool = list(self._restore(start.pool))
-        self._numbers: dict[tuple[int, int, int], int] = {}
 
     def next_pack(self) -> tuple[list[Item], dict[str, int]]:
         """Items of the next pack and the bad samples met on the way."""
         self._fill()
         candidates = self._candidates()
-        tokens = [self._pool[index][1].tokens for index in candidates]
+        tokens = [self._pool[index].sample.tokens for index in candidates]
         chosen = packing.choose(
             tokens,
             [packing.item_cost(count, self._rules.cost) for count in tokens],
@@ -159,12 +167,9 @@ class Stream:
             self._rules.cost_budget,
         )
         leaving = [candidates[number] for number in chosen]
-        items = [self._item(*self._pool[index]) for index in leaving]
-        gone = set(leaving)
-        for index in leaving:
-            row = self._pool[index][0]
-            self._numbers.pop((row.shard, row.offset, row.epoch))
-        self._pool = [(_aged(row), sample) for n, (row, sample) in enumerate(self._pool) if n not in gone]
+        items = [_item(self._pool[index]) for index in leaving]
+        for index in sorted(leaving, reverse=True):
+            del self._pool[index]
         self._packs += 1
         bad, self._bad = dict(self._bad), Counter()
         return items, bad
@@ -172,7 +177,7 @@ class Stream:
     def cursor(self) -> StreamCursor:
         """Where the stream stands after the last pack."""
         read = {name: reader.place._replace(credit=self._turns.credits[name]) for name, reader in self._readers.items()}
-        pool = tuple(row for row, _ in self._pool)
+        pool = tuple([one.row for one in self._pool])
         return StreamCursor(self._packs, {**self._places, **read}, pool, tuple(self._health.to_json()), self._empty)
 
     def _turns_of(self, credits: Mapping[str, int]) -> Turns:
@@ -181,24 +186,23 @@ class Stream:
     def _fill(self) -> None:
         """Top the pool up; what is read here is fixed by the pool and the places alone."""
         rules = self._rules
-        tokens = sum(sample.tokens for _, sample in self._pool)
+        tokens = sum([one.sample.tokens for one in self._pool])
         oldest: dict[str | None, int] = {}
-        for row, _ in self._pool:
+        for row, _, _ in self._pool:
             oldest.setdefault(self._group_of.get(row.shard), row.epoch)
         while len(self._pool) < rules.pool_samples or tokens < POOL_BUDGETS * rules.token_budget:
             name = self._turns.next()
             reader = self._readers[name]
             if reader.place.epoch > oldest.get(name, reader.place.epoch) + 1:
                 return
-            entry = self._read(reader)
-            if entry is not None:
-                row, sample = entry
-                self._pool.append(entry)
+            one = self._read(reader)
+            if one is not None:
+                self._pool.append(one)
                 self._turns.taken()
-                tokens += sample.tokens
-                oldest.setdefault(name, row.epoch)
+                tokens += one.sample.tokens
+                oldest.setdefault(name, one.row.epoch)
 
-    def _read(self, reader: Reader) -> tuple[Waiting, Sample] | None:
+    def _read(self, reader: Reader) -> _Pooled | None:
         """The next sample of a group; None where there is none, after counting what was bad."""
         found = reader.next()
         if found is None:
@@ -213,7 +217,8 @@ class Stream:
             return None
         self._health.good()
         self._seen_this_epoch.add(reader.group.name)
-        return Waiting(found.shard, entry.offset, entry.end - entry.offset, found.ordinal, found.epoch, 0), sample
+        length = entry.end - entry.offset
+        return self._pooled(Waiting(found.shard, entry.offset, length, found.ordinal, found.epoch, self._packs), sample)
 
     def _candidates(self) -> list[int]:
         """The pool in the order in which it should leave: the oldest, then the rest as drawn for this pack.
@@ -223,28 +228,16 @@ class Stream:
         """
         factor = draw(self._rules.seed, "pool", self._rules.modality, self._lane, self._packs) | 1
         first: dict[tuple[int, int], int] = {}
-        for index, (row, _) in enumerate(self._pool):
+        turns: list[float] = []
+        for index, (row, _, number) in enumerate(self._pool):
             first.setdefault((row.shard, row.offset), index)
-        oldest, *rest = first.values()
-
-        def turn(index: int) -> float:
-            row = self._pool[index][0]
             # Multiplying by an odd number draws anew from one number a sample, for a tenth of a hash's time.
-            return (self._number(row) * factor & _64_BITS) / (1 + row.waited) ** 2
+            turns.append((number * factor & _64_BITS) / (1 + self._packs - row.since) ** 2)
+        oldest, *rest = first.values()
+        return [oldest, *sorted(rest, key=turns.__getitem__)]
 
-        return [oldest, *sorted(rest, key=turn)]
-
-    def _number(self, row: Waiting) -> int:
-        """A number of its own for a sample in an epoch, drawn once."""
-        place = row.shard, row.offset, row.epoch
-        number = self._numbers.get(place)
-        if number is None:
-            number = self._numbers[place] = draw(self._rules.seed, "item", *place)
-        return number
-
-    def _item(self, row: Waiting, sample: Sample) -> Item:
-        number = self._number(row)
-        return Item(sample, sample.captions[(number >> 32) % len(sample.captions)], row, number)
+    def _pooled(self, row: Waiting, sample: Sample) -> _Pooled:
+        return _Pooled(row, sample, draw(self._rules.seed, "item", row.shard, row.offset, row.epoch))
 
     def _close_epoch(self, group: ShardGroup) -> None:
         """A lane may go an epoch without a sample where samples are few, but not if there are none at all.
@@ -264,7 +257,7 @@ class Stream:
         self._empty = tuple(sorted({*self._empty, group.name}))
         self._turns = self._turns_of(self._turns.credits)
 
-    def _restore(self, rows: Iterable[Waiting]) -> Iterator[tuple[Waiting, Sample]]:
+    def _restore(self, rows: Iterable[Waiting]) -> Iterator[_Pooled]:
         """The saved pool; what the rules of this stage do not allow is counted, but no sign of bad data."""
         for row in rows:
             if row.shard >= len(self._rules.shards):
@@ -280,12 +273,12 @@ class Stream:
                 where = f"{shard.name}, number {row.ordinal} at byte {row.offset}"
                 _log.warning("sample left out by this stage (%s): %s: %s", error.kind, where, error)
                 continue
-            yield row, sample
+            yield self._pooled(row, sample)
 
 
-def _aged(row: Waiting) -> Waiting:
-    shard, offset, length, ordinal, epoch, waited = row  # this runs for the whole pool in every pack: no _replace
-    return Waiting(shard, offset, length, ordinal, epoch, waited + 1)
+def _item(one: _Pooled) -> Item:
+    captions = one.sample.captions
+    return Item(one.sample, captions[(one.number >> 32) % len(captions)], one.row, one.number)
 
 
 def _changed(shard: str, row: Waiting) -> DataError:

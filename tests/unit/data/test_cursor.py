@@ -16,7 +16,8 @@ from univitar_ds.data.lanes import Stream
 from univitar_ds.data.sources import fingerprint
 from univitar_ds.errors import DataError
 
-counts = st.integers(0, 1 << 40)
+PACKS = 1 << 40
+counts = st.integers(0, PACKS)
 rows = st.builds(
     lambda shard, block, blocks, *rest: Waiting(shard, 512 * block, 512 * blocks, *rest),
     *[st.one_of(st.integers(0, 5), counts)] * 6,
@@ -24,7 +25,7 @@ rows = st.builds(
 places = st.builds(Place, counts, counts, counts, counts, st.integers(-(1 << 40), 1 << 40))
 streams = st.builds(
     StreamCursor,
-    counts,
+    st.integers(PACKS, 2 * PACKS),
     st.dictionaries(st.text(max_size=8), places, max_size=4),
     st.lists(rows, max_size=30).map(tuple),
     st.tuples(counts, counts, counts),
@@ -70,11 +71,11 @@ def test_the_cursor_of_a_lane_is_small(sources, record_property, capsys):
 
 @given(st.lists(rows, min_size=1, max_size=20), st.data())
 def test_a_pool_with_one_wrong_letter_is_never_taken_for_another_pool(some, data):
-    text = write_pool(some)
+    text = write_pool(some, PACKS)
     at = data.draw(st.integers(0, len(text) - 1))
     letter = data.draw(st.sampled_from("09azAZ!~ "))
     wrong = text[:at] + letter + text[at + 1 :]
-    document = LaneCursor(0, 1, 0, "f", 0, {"image": StreamCursor(pool=tuple(some))}).to_json()
+    document = LaneCursor(0, 1, 0, "f", 0, {"image": StreamCursor(PACKS, pool=tuple(some))}).to_json()
     document["streams"]["image"]["pool"] = wrong
     pool = tuple(some)
     with suppress(DataError):  # a few last letters mean the same
@@ -89,7 +90,10 @@ def test_a_pool_with_one_wrong_letter_is_never_taken_for_another_pool(some, data
         ({"packs": -1}, "is damaged"),
         ({"packs": True}, "is damaged"),
         ({"streams": {"image": {"packs": 0, "pool": ""}}}, "is damaged"),
-        ({"streams": {"image": {"packs": 0, "places": {}, "reading": [0, 0], "pool": write_pool([])}}}, "is damaged"),
+        (
+            {"streams": {"image": {"packs": 0, "places": {}, "reading": [0, 0], "pool": write_pool([], 0)}}},
+            "is damaged",
+        ),
         ({"streams": {"image": {"packs": 0, "places": {"": [1]}, "reading": [0] * 3, "pool": ""}}}, "is damaged"),
         ({"streams": {"sound": None}}, "is damaged"),
         ({"streams": []}, "is damaged"),
@@ -103,12 +107,21 @@ def test_a_damaged_cursor_is_refused(change, said):
         parse([])
 
 
+@pytest.mark.parametrize("since", [-1, 6])
+def test_nobody_waits_longer_than_there_were_packs_or_less_than_not_at_all(since):
+    document = LaneCursor(
+        0, 1, 0, "f", 5, {"image": StreamCursor(5, pool=(Waiting(0, 0, 512, 0, 0, since),))}
+    ).to_json()
+    with pytest.raises(DataError, match="is damaged"):
+        parse(document)
+
+
 @pytest.mark.parametrize(
     ("numbers", "said"), [(bytes([1] * 13), "13 numbers in rows of 6"), (bytes([1, 2, 0x80]), "its last number is cut")]
 )
 def test_a_pool_that_ends_too_early_is_refused(numbers, said):
     with pytest.raises(ValueError, match=said):
-        read_pool(base64.b85encode(zlib.crc32(numbers).to_bytes(4) + zlib.compress(numbers, wbits=-15)).decode())
+        read_pool(base64.b85encode(zlib.crc32(numbers).to_bytes(4) + zlib.compress(numbers, wbits=-15)).decode(), 9)
 
 
 @pytest.mark.parametrize(
