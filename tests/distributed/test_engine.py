@@ -1,5 +1,6 @@
 """The stand-in under DeepSpeed against a plain torch loop on the same packs."""
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,14 @@ from univitar_ds.training.step import DivergedError, train_step
 
 pytestmark = pytest.mark.distributed
 STEPS = 6
+KINDS = {
+    "zero3": {},
+    "zero2": {"stage": 2},
+    "zero1": {"stage": 1},
+    "offload": {"offload": True},
+    "bf16 zero3": {"bf16": True},
+    "bf16 zero2": {"bf16": True, "stage": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +250,37 @@ def long_training(folder):
     whole = weights(engine, folder / str(world.size))
     engine.close()
     return losses(results), whole
+
+
+def held_bytes() -> int:
+    """Of all tensors that this process has."""
+    gc.collect()
+    storages = [object_.untyped_storage() for object_ in gc.get_objects() if issubclass(type(object_), torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def opened_and_closed():
+    """Bytes before, with and after an engine of each kind, and how many modules DeepSpeed has in forward."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    world, answers = start_world(), {}
+    for name, settings in KINDS.items():
+        before = held_bytes()
+        engine = engine_of(world, StandIn(checkpointing=True), **settings)
+        lengths = [steps(engine, step, step + 1) and len(FWD_MODULE_STACK) for step in range(3)]
+        opened = held_bytes()
+        engine.close()
+        answers[name] = before, opened, held_bytes(), lengths, len(FWD_MODULE_STACK)
+    return answers
+
+
+def test_a_closed_engine_holds_no_memory_and_an_open_one_piles_up_nothing():
+    (answers,) = run_distributed(opened_and_closed, 1, 90)
+    for name, (before, opened, closed, lengths, left) in answers.items():
+        assert opened > before + 100_000, name
+        assert closed == before, name
+        assert len(set(lengths)) == 1, name
+        assert left == 0, name
 
 
 def test_fifty_steps_on_one_two_and_four_ranks_are_the_same_training(tmp_path):

@@ -85,5 +85,10 @@ def resolve_deepspeed(
         faults.append(f"fp16 is enabled in {json_file}; bf16 and fp32 are supported: set bf16.enabled")
     if faults:
         raise ConfigError("\n  - ".join(["the two configurations contradict each other:", *faults]))
-    quiet = {"steps_per_print": 10**9, "wall_clock_breakdown": False, "zero_allow_untested_optimizer": True}
+    quiet = {
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device before every forward
+        "zero_allow_untested_optimizer": True,
+    }
     return {**quiet, **content, **owned}

@@ -32,7 +32,15 @@ from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.training.distributed import World
 from univitar_ds.training.extensions import prepare_extensions
-from univitar_ds.training.optim import GRADIENT_PARTS, build_optimizer, part_of, set_learning_rate
+from univitar_ds.training.optim import (
+    GRADIENT_PARTS,
+    build_optimizer,
+    counted_updates,
+    part_of,
+    set_learning_rate,
+    settings,
+)
+from univitar_ds.training.release import release
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -115,6 +123,8 @@ class Engine:
         if last and self._read_gradient:
             self.gradient_squares = self._squares_by_part()
         self._engine.step()
+        if last and self._sharded:
+            self._forget_forwards(but=self.module)
         if last and self._ema_decay is not None and self.updated:
             self._update_average(self._ema_decay)
 
@@ -212,22 +222,37 @@ class Engine:
         state = self._optimizer.optimizer.state
         updates = {float(state[flat]["step"]) + group["began"] for flat, group in self._masters_and_groups()}
         assert len(updates) == 1, f"parameter groups disagree on the number of updates: {updates}"
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in self._optimizer.param_groups]
+        groups = [settings(group) for group in self._optimizer.param_groups]
         return {"updates": updates.pop(), "groups": groups, "global_steps": self.global_steps}
 
     def restore_optimizer_state(self, state: dict[str, Any], *, hand_over: bool = False) -> None:
         """What `optimizer_state` said; at a hand-over the groups keep their own settings, they are others."""
         if not hand_over:
             for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
-                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in settings(saved).items()})
         for flat, group in self._masters_and_groups():
-            steps = torch.tensor(state["updates"] - group["began"], dtype=torch.float32)
-            self._optimizer.optimizer.state[flat]["step"] = steps
+            updates = counted_updates(state["updates"] - group["began"], flat, group)
+            self._optimizer.optimizer.state[flat]["step"] = updates
         self._engine.global_steps = state["global_steps"]
 
     def close(self) -> None:
-        """Releases hooks and buffers; the engine and its model are useless afterwards."""
+        """Releases hooks and all memory; the engine and its model are useless afterwards."""
+        module, owners = self.module, (self._engine, self._optimizer, self._optimizer.optimizer)
         self._engine.destroy()
+        self._forget_forwards()
+        release(module, *owners)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forget_forwards(self, but: nn.Module | None = None) -> None:
+        """Takes this model's modules off ZeRO-3's list of those in forward, which is one for the whole process.
+
+        Recomputing a block stops before the block's forward ends, and so leaves the block there with every step.
+        """
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK as running
+
+        own = set(self.module.modules())
+        running[:] = [module for module in running if module is but or module not in own]
 
     def _flat_masters(self) -> list[Tensor]:
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
@@ -252,9 +277,9 @@ class Engine:
 
         The average of the weights lies there too: DeepSpeed finds and moves it like a moment, Adam leaves it alone.
         """
-        for flat in self._flat_masters():
+        for flat, group in self._masters_and_groups():
             state = self._optimizer.optimizer.state[flat]
-            state.setdefault("step", torch.tensor(0.0))
+            state.setdefault("step", counted_updates(0.0, flat, group))
             for key in MOMENTS:
                 if key not in state:
                     state[key] = torch.zeros_like(flat.data)

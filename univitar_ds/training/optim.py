@@ -27,6 +27,7 @@ _NAMED = {"vision": ("patch_embedding", "blocks")}
 """Names of the run file that stand for several parts."""
 _BLOCK = re.compile(r"vision\.encoder\.layers\.(\d+)\.")
 _INLET = "vision.embeddings."
+_OF_THE_MACHINE = ("params", "fused", "foreach", "capturable", "differentiable")
 
 
 def part_of(name: str, parts: Mapping[str, str] = PARTS) -> str:
@@ -85,6 +86,17 @@ def build_optimizer(
         weight_decay=0.0,
         fused=torch.cuda.is_available(),
     )
+
+
+def counted_updates(done: float, master: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
+    """AdamW's `step` of one master, where its implementation reads it: fused on the device, others on the host."""
+    device = master.device if group["fused"] else torch.device("cpu")
+    return torch.tensor(done, dtype=torch.float32, device=device)
+
+
+def settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parameter group decides the result: neither its parameters nor how this machine computes."""
+    return {key: value for key, value in group.items() if key not in _OF_THE_MACHINE}
 
 
 def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:

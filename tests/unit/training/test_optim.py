@@ -1,9 +1,18 @@
+import pytest
 import torch
 from torch import nn
 
 from tests.support.standin import StandIn
 from univitar_ds.config.schema import OptimizerConfig
-from univitar_ds.training.optim import GRADIENT_PARTS, build_optimizer, parameter_groups, part_of, set_learning_rate
+from univitar_ds.training.optim import (
+    GRADIENT_PARTS,
+    build_optimizer,
+    counted_updates,
+    parameter_groups,
+    part_of,
+    set_learning_rate,
+    settings,
+)
 
 DECAY = OptimizerConfig(weight_decay=0.2)
 
@@ -25,11 +34,25 @@ def test_an_empty_group_is_left_out():
 
 
 def test_the_optimizer_follows_its_section_of_the_run_file():
-    settings = OptimizerConfig(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
-    optimizer = build_optimizer(StandIn(), settings)
+    section = OptimizerConfig(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+    optimizer = build_optimizer(StandIn(), section)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
     assert all(g["betas"] == (0.8, 0.9) and g["eps"] == 1e-6 for g in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu"), (None, "cpu")])
+def test_the_count_of_updates_lies_where_adam_reads_it(fused, device):
+    """Fused kernels read it on the device of the weights, whatever that is."""
+    done = counted_updates(3.0, torch.empty(2, device="meta"), {"fused": fused})
+    assert (done.device.type, done.dtype, done.shape) == (device, torch.float32, ())
+
+
+def test_settings_are_what_decides_the_result_and_not_how_a_machine_computes():
+    (group, _) = build_optimizer(StandIn(), DECAY).param_groups
+    kept = settings(group)
+    assert kept.keys() >= {"lr", "betas", "eps", "weight_decay", "lr_scale", "began", "amsgrad", "maximize"}
+    assert not kept.keys() & {"params", "fused", "foreach", "capturable"}
 
 
 def test_the_gradient_is_told_by_the_parts_that_freeze_and_the_rest_in_two():

@@ -1,0 +1,34 @@
+"""The memory of an engine that is done with. DeepSpeed (0.19) keeps modules and optimizer reachable for good."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def release(model: nn.Module, *owners: object) -> None:
+    """Empties every tensor of a model and of other objects' attributes, whoever still holds them.
+
+    A cache of ZeRO-3's class holds the model, whose parameters hold the optimizer: masters, moments and gradients
+    would stay on the device until the process ends.
+    """
+    for parameter in model.parameters():
+        _empty(vars(parameter))  # what ZeRO-3 has of it on this rank
+    for owner in (*owners, *model.modules()):
+        _empty(vars(owner))
+
+
+def _empty(held: Any) -> None:
+    if isinstance(held, Tensor):
+        held.grad = None
+        held.data = held.new_empty(0)
+    elif isinstance(held, Mapping):
+        for key, value in held.items():
+            _empty(key)
+            _empty(value)
+    elif isinstance(held, list | tuple | set | deque):
+        for value in held:
+            _empty(value)
