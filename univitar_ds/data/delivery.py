@@ -23,6 +23,7 @@ from univitar_ds.data.storage import StorageSettings
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import TUBELET
 
+AHEAD = 3
 _MOST_LENT = 4
 """Packs of which the trainer may hold the slots."""
 
@@ -32,12 +33,14 @@ def decoded(
     data: DataConfig,
     sizes: Mapping[Modality, SizeRule],
     token_budget: int,
+    *,
     packs_of_step: int = 1,
+    step_ahead: bool = False,
 ) -> Pipeline | Generator[Rendered]:
     """The decoded packs of `plans`, by `data.workers` processes or, with 0, in line. Both have `close`.
 
     `sizes` are the rules of the modalities in `plans`; `token_budget` the most tokens of a plan. Whoever takes
-    `packs_of_step` packs at a time may hold the last step's while taking the next.
+    `packs_of_step` packs at a time may hold the last step's while taking the next; `step_ahead` decodes as many ahead.
     """
     limits = DecodeLimits(data.max_image_px, data.decode_timeout_s, data.max_clip_s)
     settings = StorageSettings.of(data)
@@ -51,7 +54,7 @@ def decoded(
         plans,
         job_of,
         workers=data.workers,
-        prefetch_packs=data.prefetch_packs,
+        prefetch_packs=data.prefetch_packs or (max(AHEAD, packs_of_step) if step_ahead else AHEAD),
         slot_bytes=max(_bytes_of_a_token(modality) for modality in sizes) * token_budget,
         lent=min(2 * packs_of_step, _MOST_LENT),
         restarts=data.worker_restarts,
@@ -116,16 +119,27 @@ class DecodingHealth:
         return self._healths[stream]
 
 
-def collate(rendered: Rendered, tokenizer: Tokenizer | None, context_length: int) -> PackedBatch:
-    """The batch of a decoded pack, without the items that failed; (N, 0) token ids without a tokenizer."""
+def tokenized(plans: Iterator[Plan], tokenizer: Tokenizer | None, context_length: int) -> Iterator[Plan]:
+    """The plans with the token ids of their captions, made in the thread that plans and not in the trainer's."""
+    for plan in plans:
+        if tokenizer is not None:
+            captions = [item.caption for item in plan.items]
+            plan = replace(plan, token_rows=text.token_rows(tokenizer, captions, context_length))
+        yield plan
+
+
+def collate(rendered: Rendered, tokenizer: Tokenizer | None) -> PackedBatch:
+    """The batch of a decoded plan that was `tokenized`, without the items that failed; no tokenizer, (N, 0) ids."""
     plan = rendered.plan
     failed = {index for index, _, _ in rendered.failures}
-    items = [item for index, item in enumerate(plan.items) if index not in failed]
+    kept = [index for index in range(len(plan.items)) if index not in failed]
+    items = [plan.items[index] for index in kept]
     captions = [item.caption for item in items]
     if tokenizer is None:
         token_ids, lengths = torch.zeros(len(items), 0, dtype=torch.int64), torch.zeros(len(items), dtype=torch.int64)
     else:
-        token_ids, lengths = text.encode(tokenizer, captions, context_length)
+        assert plan.token_rows is not None, "the plan has not been tokenized"
+        token_ids, lengths = text.padded(tokenizer, [plan.token_rows[index] for index in kept])
     grids = [item.sample.grid for item in items]
     bad = Counter(plan.bad) + Counter(kind for _, kind, _ in rendered.failures)
     return PackedBatch(

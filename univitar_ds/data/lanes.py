@@ -70,7 +70,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """A pack before decoding. `bad` counts unreadable samples met while planning, by kind."""
+    """A pack before decoding. `bad` counts unreadable samples met while planning, by kind.
+
+    `token_rows` are the token ids of the captions, where whoever has a tokenizer has added them.
+    """
 
     items: Sequence[Item]
     modality: Modality
@@ -78,6 +81,7 @@ class Plan:
     index: int
     cursor: LaneCursor | None
     bad: Mapping[str, int]
+    token_rows: Sequence[Sequence[int]] | None = None
 
 
 class _Pooled(NamedTuple):

@@ -13,7 +13,7 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import text
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.cursor import LaneCursor, Waiting, parse
-from univitar_ds.data.delivery import DecodingHealth, collate, decoded
+from univitar_ds.data.delivery import DecodingHealth, collate, decoded, tokenized
 from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.lanes import Item, Lane, Plan, StreamRules
 from univitar_ds.data.layout import Modality
@@ -59,12 +59,14 @@ class PackLoader:
         cost: tuple[float, float] = (0.0, 0.0),
         cursors: Mapping[int, Mapping[str, Any]] | None = None,
         first_step: int = 0,
+        step_ahead: bool = False,
     ) -> None:
         """Look the sources up and start planning and decoding ahead.
 
         Args: the lanes this rank owns, of `lanes` in all; the modality of every step; tokenizer.json (None: batches
         carry no token ids); coefficients of an item's cost in FLOPs, (a, b) of a*tokens + b*tokens**2; the cursor
-        of each owned lane, from `PackedBatch.cursor` (None: start at the beginning); the first step's number.
+        of each owned lane, from `PackedBatch.cursor` (None: start at the beginning); the first step's number;
+        whether to decode a whole step ahead, for a trainer that leaves the CPU free meanwhile.
         Raises: DataError, also for cursors of other data; ConfigError for a tokenizer that does not load.
         """
         shards = validate_sources(sources, [stage], StorageSettings.of(data))
@@ -79,10 +81,16 @@ class PackLoader:
         scans = Scans()
         self._owned = [Lane(rules, starts[lane], scans) for lane in sorted(lanes_of_rank)]
         self._tokenizer = None if tokenizer is None else text.load_tokenizer(tokenizer)
-        self._context_length = context_length
         self._health = DecodingHealth(bad_policy(data))
         sizes = {modality: rule.size for modality, rule in rules.items()}
-        self._packs = decoded(self._plans(modality_of, first_step), data, sizes, stage.token_budget, len(self._owned))
+        self._packs = decoded(
+            tokenized(self._plans(modality_of, first_step), self._tokenizer, context_length),
+            data,
+            sizes,
+            stage.token_budget,
+            packs_of_step=len(self._owned),
+            step_ahead=step_ahead,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +105,7 @@ class PackLoader:
         step = []
         for _ in self._owned:
             pack = self._health.check(next(self._packs))
-            step.append(collate(pack, self._tokenizer, self._context_length))
+            step.append(collate(pack, self._tokenizer))
         return step
 
     def close(self) -> None:
@@ -143,12 +151,12 @@ def eval_packs(
         max_sample_mb=data.max_sample_mb,
     )
     loaded = None if tokenizer is None else text.load_tokenizer(tokenizer)
-    plans = _sweep(shards, size, token_budget, bad_policy(data))
+    plans = tokenized(_sweep(shards, size, token_budget, bad_policy(data)), loaded, context_length)
     health = DecodingHealth(bad_policy(data))
     packs = decoded(plans, data, {modality: size}, size.most_tokens)
     try:
         for pack in packs:
-            yield collate(health.check(pack), loaded, context_length)
+            yield collate(health.check(pack), loaded)
     finally:
         packs.close()
 

@@ -83,15 +83,20 @@ def special_ids(tokenizer: Tokenizer, name: str = "the tokenizer") -> SpecialIds
     Raises: ConfigError without an end-of-text token.
     """
 
+    pad, begin, end = _marks(tokenizer)
+    if end is None:
+        raise ConfigError(f"{name} has none of the end-of-text tokens {', '.join(_ENDS)}; add one of them to it")
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return SpecialIds(end if pad is None else pad, begin, end, vocab_size)
+
+
+def _marks(tokenizer: Tokenizer) -> tuple[int | None, int | None, int | None]:
+    """Ids of pad, begin and end."""
+
     def first(candidates: tuple[str, ...]) -> int | None:
         return next((i for i in map(tokenizer.token_to_id, candidates) if i is not None), None)
 
-    end = first(_ENDS)
-    if end is None:
-        raise ConfigError(f"{name} has none of the end-of-text tokens {', '.join(_ENDS)}; add one of them to it")
-    pad = first(_PADS)
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    return SpecialIds(end if pad is None else pad, first(_BEGINS), end, vocab_size)
+    return first(_PADS), first(_BEGINS), first(_ENDS)
 
 
 def encode(tokenizer: Tokenizer, captions: Sequence[str], context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,16 +105,27 @@ def encode(tokenizer: Tokenizer, captions: Sequence[str], context_length: int) -
     Args: captions N; context_length, most ids of a row.
     Returns: ids (N, S) int64, padded to the longest row (S is 1 for N = 0); lengths (N,) int64.
     """
-    special = special_ids(tokenizer)
-    begin = [] if special.bos_id is None else [special.bos_id]
+    return padded(tokenizer, token_rows(tokenizer, captions, context_length))
+
+
+def token_rows(tokenizer: Tokenizer, captions: Sequence[str], context_length: int) -> list[list[int]]:
+    """The first half of `encode`: the work, which other threads may do meanwhile."""
+    _, bos_id, eos_id = _marks(tokenizer)  # `special_ids` also makes a dictionary of the whole vocabulary
+    assert eos_id is not None, "load_tokenizer refuses a tokenizer without one"
+    begin = [] if bos_id is None else [bos_id]
     room = context_length - len(begin) - 1
     assert room >= 0
     encoded = tokenizer.encode_batch([_encodable(caption) for caption in captions], add_special_tokens=False)
-    rows = [[*begin, *one.ids[:room], special.eos_id] for one in encoded]
-    token_ids = torch.full((len(rows), max(map(len, rows), default=1)), special.pad_id, dtype=torch.int64)
-    for row, ids in zip(token_ids, rows, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    return token_ids, torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
+    return [[*begin, *one.ids[:room], eos_id] for one in encoded]
+
+
+def padded(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second half of `encode`."""
+    pad_id, _, eos_id = _marks(tokenizer)
+    longest = max(map(len, rows), default=1)
+    padding = [eos_id if pad_id is None else pad_id] * longest
+    token_ids = torch.tensor([[*row, *padding[len(row) :]] for row in rows], dtype=torch.int64)
+    return token_ids.view(len(rows), longest), torch.tensor([len(row) for row in rows], dtype=torch.int64)
 
 
 def caption_id(caption: str) -> int:

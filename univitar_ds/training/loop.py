@@ -148,7 +148,7 @@ class _Trainer:
             self.metric_log.mark(event)
 
     def _reassemble(self) -> None:
-        self.engine.close()
+        self.engine.close()  # before there is another: two would not fit
         self.engine, self.state = assemble(self.cfg, self.run, self.world)
 
     def _roll_back(self, trouble: str, batches: list[PackedBatch]) -> None:
@@ -217,6 +217,7 @@ class _Trainer:
                 cost=self.cost,
                 cursors=self._cursors() if self.state.cursors else None,
                 first_step=progress.step,
+                step_ahead=self.world.device.type == "cuda",
             )
         with loader:
             yield loader

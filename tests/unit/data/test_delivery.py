@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.memory import memory_shards, small_rules
+from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.data import delivery, text
 from univitar_ds.data.cursor import LaneCursor, parse
-from univitar_ds.data.delivery import DecodingHealth, collate
+from univitar_ds.data.delivery import DecodingHealth, collate, tokenized
 from univitar_ds.data.health import BadPolicy
 from univitar_ds.data.lanes import Lane
 from univitar_ds.data.pipeline import Rendered
@@ -30,12 +33,35 @@ def decoded(plan, *failed):
 def test_failures_are_counted_in_the_cursor_that_travels_with_the_pack():
     health = DecodingHealth(BadPolicy())
     one, two = packs(2)
-    first = collate(health.check(decoded(one, 1)), None, 8)
-    second = collate(health.check(decoded(two, 0, 1)), None, 8)
+    first = collate(health.check(decoded(one, 1)), None)
+    second = collate(health.check(decoded(two, 0, 1)), None)
     assert parse(first.cursor).decoding == {"image": (len(one.items), 1, 0 if len(one.items) > 2 else 1)}
     assert parse(second.cursor).decoding["image"][:2] == (len(one.items) + len(two.items), 3)
     assert second.bad["corrupt"] == 2
     assert [len(first), len(second)] == [len(one.items) - 1, len(two.items) - 2]
+
+
+def test_captions_are_encoded_while_planning_and_those_of_failed_items_left_out():
+    (plan,) = packs(1)
+    tokenizer = text.train_tokenizer([item.caption for item in plan.items], 300)
+    (plan,) = tokenized(iter([plan]), tokenizer, 12)
+    batch = collate(decoded(plan, 1), tokenizer)
+    ids, lengths = text.encode(tokenizer, batch.captions, 12)
+    assert torch.equal(batch.token_ids, ids)
+    assert torch.equal(batch.text_lengths, lengths)
+    assert len(batch) == len(plan.items) - 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "step_ahead", "ahead"), [(None, False, 3), (None, True, 8), (2, True, 2), (5, False, 5)]
+)
+def test_as_many_packs_are_decoded_ahead_as_the_trainer_can_use(monkeypatch, asked, step_ahead, ahead):
+    made = {}
+    monkeypatch.setattr(delivery, "Pipeline", lambda *_, **given: made.update(given))
+    data = DataConfig(sources=[SourceConfig(path="x")], workers=1, prefetch_packs=asked)
+    delivery.decoded(iter([]), data, {"image": None}, 100, packs_of_step=8, step_ahead=step_ahead)
+    assert made["prefetch_packs"] == ahead
+    assert made["lent"] == 4
 
 
 def test_a_resumed_run_ends_at_the_same_sample_as_one_that_was_never_interrupted():
@@ -81,5 +107,5 @@ def test_where_one_failure_ends_the_run_it_names_shard_key_and_byte():
 def test_items_that_were_made_smaller_are_counted():
     plan = packs(1)[0]
     items = [replace(item, sample=replace(item.sample, shrunk=index % 2 == 0)) for index, item in enumerate(plan.items)]
-    assert collate(decoded(replace(plan, items=items), 0), None, 8).shrunk == (len(items) - 1) // 2
-    assert collate(decoded(plan), None, 8).shrunk == 0
+    assert collate(decoded(replace(plan, items=items), 0), None).shrunk == (len(items) - 1) // 2
+    assert collate(decoded(plan), None).shrunk == 0
