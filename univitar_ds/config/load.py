@@ -22,6 +22,7 @@ DEEPSPEED_KEYS = ("zero_optimization", "bf16", "fp16", "data_types", "zero_allow
 
 RESULT_FREE = (
     "output",
+    "deterministic",
     "deepspeed",
     "data.workers",
     "data.prefetch_packs",

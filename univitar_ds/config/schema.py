@@ -95,6 +95,9 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output: str = Field("runs", description="folder that holds the run's folder")
     seed: Annotated[int, Field(ge=0)] = 0
+    deterministic: bool = Field(
+        False, description="on GPUs, too, the same step gives the same bits; attention's backward pass is slower"
+    )
     deepspeed: str = Field("zero3_cpu", description="a name from ds_configs/ or the path of a JSON")
     model: ModelConfig = ModelConfig()
     data: DataConfig

@@ -32,6 +32,7 @@ from univitar_ds.training.metrics import join_ranks, measured_tflops, part_norms
 from univitar_ds.training.optim import trained_parts
 from univitar_ds.training.pictures import Glimpse, PictureSchedule, draw_pack, watching
 from univitar_ds.training.preemption import NEVER, Stop
+from univitar_ds.training.repeatable import repeat_bits
 from univitar_ds.training.step import DivergedError, StepResult, train_step
 from univitar_ds.training.summary import write_summary
 
@@ -47,6 +48,7 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
     Returns: whether all stages are done and no rank was told to leave; the same on all ranks.
     Raises: UserError, on all ranks, for whatever ends the run early.
     """
+    repeat_bits(cfg.deterministic)
     trainer = _Trainer(cfg, run, world, stop)
     try:
         with stop.deferred():
