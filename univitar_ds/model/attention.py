@@ -15,6 +15,7 @@ from torch import Tensor
 
 from univitar_ds.errors import ConfigError
 from univitar_ds.geometry import cumulative
+from univitar_ds.model.transfer import uploaded
 
 HALF = (torch.float16, torch.bfloat16)
 FLASH = ("flash2", "flash3", "flash4")
@@ -48,7 +49,7 @@ class Spans:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Spans:
         bounds = torch.tensor(cumulative(lengths), dtype=torch.int32)
-        return cls(tuple(lengths), bounds.to(device, non_blocking=True))
+        return cls(tuple(lengths), uploaded(bounds, device))
 
     @property
     def max_length(self) -> int:

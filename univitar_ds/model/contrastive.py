@@ -45,7 +45,8 @@ class AttentionPool(nn.Module):
         """(T, D), tokens per item -> (N, D)."""
         count, width = len(lengths), tokens.shape[1] // self.heads
         k, v = self.kv(self.norm(tokens)).view(-1, 2, self.heads, width).unbind(1)
-        q = self.query.view(1, self.heads, width).expand(count, -1, -1)
+        # Copied for each item: the descriptors by which flash-attn 3 and 4 read q may refuse a stride of 0.
+        q = self.query.view(1, self.heads, width).expand(count, -1, -1).contiguous()
         queries, keys = (Spans.of(spans, tokens.device) for spans in ([1] * count, lengths))
         return attention(q, k, v, queries, keys, self.backend)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import cumulative, token_count
+from univitar_ds.model.transfer import uploaded
 from univitar_ds.randomness import draws
 
 if TYPE_CHECKING:  # it needs pydantic, the encoder alone does not
@@ -40,8 +41,8 @@ class Drops:
         """`factors` for the tokens that stay, (blocks, 2, Tk, 1) on `device`."""
         if self.factors is None:
             return None
-        items = torch.repeat_interleave(torch.tensor(self.lengths, dtype=torch.int64)).to(device, non_blocking=True)
-        return self.factors.to(device, non_blocking=True).index_select(2, items)[..., None]
+        items = torch.repeat_interleave(torch.tensor(self.lengths, dtype=torch.int64))
+        return uploaded(self.factors, device).index_select(2, uploaded(items, device))[..., None]
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +17,7 @@ from univitar_ds.geometry import token_count
 from univitar_ds.model.attention import Spans
 from univitar_ds.model.dropping import Drops
 from univitar_ds.model.layers import Block, PatchEmbedding
+from univitar_ds.model.transfer import uploaded
 
 
 class UniViTAR(nn.Module):
@@ -83,16 +86,15 @@ class UniViTAR(nn.Module):
         if drops is not None:
             lengths, factors = drops.lengths, drops.token_factors(x.device)
             if drops.kept is not None:
-                x, positions = x.index_select(0, drops.kept.to(x.device, non_blocking=True)), positions[drops.kept]
+                x, positions = x.index_select(0, uploaded(drops.kept, x.device)), positions[drops.kept]
         spans = Spans.of(lengths, x.device)
-        if x.is_cuda:
-            positions = positions.pin_memory()  # from other memory the copy waits for all that was launched before it
-        positions = positions.to(x.device, non_blocking=True)
+        positions = uploaded(positions, x.device)
         states = [x]
         for index, block in enumerate(self.encoder["layers"]):
             arguments = (x, positions, spans, None if factors is None else factors[index])
             if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
+                # No block draws random numbers, so their state is neither kept nor put back.
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
             if output_hidden_states:
@@ -109,8 +111,16 @@ def _initialise(module: nn.Module) -> None:
 
 def grid_positions(grids: Sequence[Sequence[int]], merge: int) -> Tensor:
     """Row and column of every token of a pack, (T, 2) int64, in the order of `kernels.reference.patchify`."""
-    items = [torch.empty(0, 2, dtype=torch.int64)]
+    steps = [np.empty((0, 2), dtype=np.int32)]
     for t, h, w in grids:
-        cells = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(h // merge, merge, w // merge, merge, 2)
-        items.append(cells.transpose(1, 2).reshape(h * w, 2).repeat(t, 1))
-    return torch.cat(items)
+        steps += [_step_positions(h, w, merge)] * t
+    return torch.from_numpy(np.concatenate(steps, dtype=np.int64))
+
+
+@lru_cache(maxsize=1024)
+def _step_positions(h: int, w: int, merge: int) -> np.ndarray:
+    """Of the tokens of one step, (h * w, 2). An array that cannot be written: all packs read the same one."""
+    cells = np.indices((h, w), dtype=np.int32).reshape(2, h // merge, merge, w // merge, merge)
+    positions = cells.transpose(1, 3, 2, 4, 0).reshape(h * w, 2)
+    positions.flags.writeable = False
+    return positions

@@ -7,6 +7,7 @@ gradient, no optimizer state and no place in checkpoints.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from univitar_ds.model.teacher_towers import (
     run_with_prefix,
 )
 from univitar_ds.model.towers import first_line, quiet
+from univitar_ds.model.transfer import uploaded
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -105,34 +107,50 @@ class Teacher:
         return self.tower.calls([grid for grid in grid_thw.tolist() if self.tower.takes(grid)])
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor, frames: Tensor, grid_thw: Tensor, *, calls: int = 0) -> TeacherFeatures:
+    def __call__(
+        self,
+        pixels: Tensor,
+        frames: Tensor,
+        grid_thw: Tensor,
+        *,
+        calls: int = 0,
+        device_pixels: Tensor | None = None,
+    ) -> TeacherFeatures:
         """Features of one pack; N may be 0.
 
         Args:
             pixels: (B,) uint8, see `kernels.reference.patchify`, on any device.
             frames: (N,) frames stored per item; grid_thw: (N, 3) tokens per item; both on the host.
             calls: how often the model has to run at least. A partitioned teacher must run equally often on all ranks.
+            device_pixels: the same pixels on the teacher's device, where they lie there already.
         """
         grids, taken = grid_thw.tolist(), self.takes(grid_thw)
-        sizes = [(n, h * PATCH, w * PATCH, 3) for n, (_, h, w) in zip(frames.tolist(), grids, strict=True)]
-        flat = pixels.split([n * rows * columns * 3 for n, rows, columns, _ in sizes])
-        clips = [part.view(size) for part, size in zip(flat, sizes, strict=True)]
         seen = [index for index, good in enumerate(taken) if good]
-        found = self._features([clips[i] for i in seen], [grids[i] for i in seen])
+        found = self._features(pixels, device_pixels, frames.tolist(), grids, seen)
         for _ in range(self.calls(grid_thw), calls):
             self.tower.idle()
         return self._joined(grids, taken, dict(zip(seen, found, strict=True)))
 
-    def _features(self, clips: Sequence[Tensor], grids: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
-        """Of every item in raster order, out of the cache where it has them."""
+    def _features(
+        self,
+        pixels: Tensor,
+        device_pixels: Tensor | None,
+        frames: Sequence[int],
+        grids: Sequence[Sequence[int]],
+        seen: Sequence[int],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of the items `seen` of a pack in raster order, out of the cache where it has them."""
+        shown = [grids[i] for i in seen]
         if self.cache is None:
-            return self.tower([clip.to(self.device, non_blocking=True) for clip in clips], grids)
-        hosted = [clip.cpu() for clip in clips]
-        found = [self.cache.read(clip, grid) for clip, grid in zip(hosted, grids, strict=True)]
+            whole = pixels if device_pixels is None else device_pixels
+            return self.tower(_clips(whole.to(self.device, non_blocking=True), frames, grids, seen), shown)
+        hosted = _clips(pixels.cpu(), frames, grids, seen)
+        clips = hosted if device_pixels is None else _clips(device_pixels, frames, grids, seen)
+        found = [self.cache.read(clip, grid) for clip, grid in zip(hosted, shown, strict=True)]
         missing = [index for index, features in enumerate(found) if features is None]
-        made = self.tower([clips[i].to(self.device) for i in missing], [grids[i] for i in missing])
+        made = self.tower([clips[i].to(self.device) for i in missing], [shown[i] for i in missing])
         for index, features in zip(missing, made, strict=True):
-            self.cache.write(hosted[index], grids[index], *features)
+            self.cache.write(hosted[index], shown[index], *features)
             found[index] = features
         return found
 
@@ -140,16 +158,30 @@ class Teacher:
         self, grids: Sequence[Sequence[int]], taken: Sequence[bool], found: dict[int, tuple[Tensor, Tensor]]
     ) -> TeacherFeatures:
         counts = [token_count(grid) for grid in grids]
-        blank = {"dtype": self.dtype, "device": self.device}
-        patches, pooled = torch.zeros(sum(counts), self.width, **blank), torch.zeros(len(grids), self.width, **blank)
-        rows = patches.split(counts)
-        for index, (patch_features, pooled_feature) in found.items():
-            ordered = from_raster(patch_features.to(self.device), grids[index], self.merge)
-            rows[index].copy_(ordered)
-            pooled[index] = pooled_feature
+        kind = {"dtype": self.dtype, "device": self.device}
+        patches, pooled = [torch.empty(0, self.width, **kind)], [torch.empty(0, self.width, **kind)]
+        for index, (grid, count) in enumerate(zip(grids, counts, strict=True)):
+            if index in found:
+                of_patches, of_item = (features.to(**kind) for features in found[index])
+                patches.append(from_raster(of_patches, grid, self.merge))
+                pooled.append(of_item[None])
+            else:
+                patches.append(torch.zeros(count, self.width, **kind))
+                pooled.append(torch.zeros(1, self.width, **kind))
         items = torch.tensor(taken, dtype=torch.bool)
         valid = items.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
-        return TeacherFeatures(patches, pooled, valid.to(self.device), items.to(self.device))
+        return TeacherFeatures(
+            torch.cat(patches), torch.cat(pooled), uploaded(valid, self.device), uploaded(items, self.device)
+        )
+
+
+def _clips(
+    pixels: Tensor, frames: Sequence[int], grids: Sequence[Sequence[int]], wanted: Sequence[int]
+) -> list[Tensor]:
+    """Views of items of a pack, each (frames, h * 14, w * 14, 3)."""
+    shapes = [(n, h * PATCH, w * PATCH, 3) for n, (_, h, w) in zip(frames, grids, strict=True)]
+    flat = pixels.split([math.prod(shape) for shape in shapes])
+    return [flat[index].view(shapes[index]) for index in wanted]
 
 
 def read_teacher(config: TeacherConfig) -> TeacherShape:

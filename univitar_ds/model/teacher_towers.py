@@ -87,7 +87,12 @@ class FrameTower:
 
 
 def _over_time(steps: int, patches: Tensor, pooled: Tensor) -> Features:
-    """Means of what the frames of an item showed, in the model's precision: (frames, h * w, Dt), (frames, Dt)."""
+    """Means of what the frames of an item showed, in the model's precision: (frames, h * w, Dt), (frames, Dt).
+
+    Of a still picture, views: one frame is its own mean.
+    """
+    if len(patches) == 1:
+        return patches[0], pooled[0]
     tubelets = patches.float().unflatten(0, (steps, -1)).mean(1)
     return tubelets.flatten(0, 1).to(patches.dtype), pooled.float().mean(0).to(pooled.dtype)
 
@@ -120,7 +125,8 @@ class PackTower:
         tokens = self.model(pixels, grids, frames=[len(clip) for clip in clips])
         parts = tokens.split([token_count(grid) for grid in grids])
         rasters = [to_raster(part, grid, self.merge) for part, grid in zip(parts, grids, strict=True)]
-        return [(raster, raster.float().mean(0).to(raster.dtype)) for raster in rasters]
+        pooled = torch.stack([raster.float().mean(0) for raster in rasters]).to(tokens.dtype)
+        return list(zip(rasters, pooled.unbind(), strict=True))
 
 
 def from_raster(rows: Tensor, grid: Grid, merge: int) -> Tensor:

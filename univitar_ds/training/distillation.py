@@ -14,6 +14,7 @@ from univitar_ds.geometry import token_count
 from univitar_ds.model.distill_heads import Distilled
 from univitar_ds.model.dropping import Drops
 from univitar_ds.model.teacher import Teacher, TeacherFeatures
+from univitar_ds.model.transfer import uploaded
 from univitar_ds.objectives.distill import distill
 from univitar_ds.training.distributed import World, gather_numbers
 
@@ -68,16 +69,19 @@ class Distillation:
         self.patch_weight, self.pooled_weight = weight * config.patch_weight, weight * config.pooled_weight
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # of patches, of pooled, of agreement
 
-    def look(self, index: int) -> TeacherFeatures:
+    def look(self, index: int, device_pixels: Tensor | None = None) -> TeacherFeatures:
         """Runs the teacher over a whole pack; features of the tokens that the student sees, and of all items.
 
         Before the student runs: what the teacher needed is free again by then.
+        Args: device_pixels: the pack's pixels on the device, where they lie there already.
         """
         pack, dropped = self.packs[index], self.drops[index]
-        seen = self.teacher(pack.pixels, pack.frames, pack.grid_thw, calls=self.calls[index])
+        seen = self.teacher(
+            pack.pixels, pack.frames, pack.grid_thw, calls=self.calls[index], device_pixels=device_pixels
+        )
         if dropped is None or dropped.kept is None:
             return seen
-        kept = dropped.kept.to(seen.patches.device)
+        kept = uploaded(dropped.kept, seen.patches.device)
         return seen._replace(patches=seen.patches[kept], valid=seen.valid[kept])
 
     def loss(self, student: Distilled, teacher: TeacherFeatures) -> Tensor:

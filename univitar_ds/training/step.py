@@ -116,7 +116,7 @@ def train_step(
     counts = [len(batch.caption_ids) for batch in batches]
     vision_grads, text_grads = result.vision_grad.split(counts), result.text_grad.split(counts)
     for index, pack in enumerate(inputs):
-        seen = distillation.look(index) if distillation else None
+        seen = distillation.look(index, pack[0]) if distillation else None
         output = outputs[0] if once else engine(*pack)
         surrogate = contrastive_weight * _surrogate(
             output[:4], vision_grads[index], text_grads[index], result, len(batches)

@@ -9,6 +9,7 @@ import torch
 from univitar_ds.config.model import ModelConfig, TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.model import contrastive
+from univitar_ds.model.attention import attention
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.contrastive import AttentionPool, build_contrastive
 from univitar_ds.model.dropping import Dropping, Drops
@@ -98,6 +99,29 @@ def test_pooling_is_a_softmax_over_each_items_own_tokens():
         weights = (torch.einsum("hk,thk->ht", pool.query.view(2, 4), k[item]) / 2).softmax(-1)
         wanted.append(torch.einsum("ht,thk->hk", weights, v[item]).flatten())
     torch.testing.assert_close(pool(tokens, [5, 2]), torch.stack(wanted), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_item_has_a_query_of_its_own_in_memory_which_changes_no_bit(dtype, monkeypatch):
+    pool = AttentionPool(8, 2, 1e-6, "auto").to(dtype)
+    tokens = torch.randn(9, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    queries, results = [], []
+
+    def kept(q, *rest):
+        queries.append(q)
+        return attention(q, *rest)
+
+    def shared(q, *rest):
+        return attention(q[:1].expand(len(q), -1, -1), *rest)
+
+    for replacement in (kept, shared):
+        monkeypatch.setattr(contrastive, "attention", replacement)
+        pooled = pool(tokens, [5, 2, 2])
+        pool.zero_grad()
+        (pooled * torch.arange(8)).sum().backward()
+        results.append([pooled, *(parameter.grad for parameter in pool.parameters())])
+    assert queries[0].stride() == (8, 4, 1)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_same_seed_gives_the_same_bits_and_leaves_outside_randomness_alone():

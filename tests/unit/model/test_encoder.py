@@ -5,7 +5,8 @@ import torch
 
 from tests.unit.model.made import GRIDS, drawn_patches, small_encoder
 from univitar_ds.geometry import cumulative, token_count
-from univitar_ds.model.encoder import grid_positions
+from univitar_ds.model.dropping import Dropping
+from univitar_ds.model.encoder import _step_positions, grid_positions
 
 
 @pytest.mark.parametrize(("hidden", "heads"), [(128, 2), (160, 2), (240, 2)], ids=["64", "80", "120"])
@@ -77,11 +78,36 @@ def test_recomputing_blocks_keeps_fewer_tensors():
     assert kept(1) < kept(2) < kept(0)
 
 
+def test_the_encoder_draws_no_random_numbers_and_recomputing_keeps_no_state_of_them(monkeypatch):
+    model, patches = small_encoder(num_hidden_layers=3), drawn_patches(GRIDS)
+    model.checkpoint_every = 1
+    drops = Dropping(patches=0.5, depth=0.5, blocks=3).of_pack(GRIDS, 0)
+    before = torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_rng_state", lambda: pytest.fail("a state of random numbers is kept"))
+        model.train()(patches, GRIDS, drops=drops).square().sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_positions_follow_the_merge_blocks_and_repeat_over_time():
     assert grid_positions([[1, 2, 2]], 1).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     block_order = [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
     assert grid_positions([[2, 2, 4]], 2).tolist() == block_order * 2
     assert grid_positions([], 1).shape == (0, 2)
+    assert grid_positions([], 1).dtype == grid_positions([[1, 2, 2]], 1).dtype == torch.int64
+
+
+def test_positions_of_a_pack_are_its_own_although_those_of_a_size_are_made_once():
+    _step_positions.cache_clear()
+    with torch.device("meta"):
+        first = grid_positions([[1, 3, 5]], 1)
+    wanted = first.tolist()
+    first += 1
+    assert grid_positions([[1, 3, 5], [2, 3, 5]], 1).tolist() == wanted * 3
+    assert _step_positions.cache_info().misses == 1
+    assert _step_positions.cache_info().maxsize is not None
+    with pytest.raises(ValueError, match="read-only"):
+        _step_positions(3, 5, 1)[0] = 7
 
 
 def test_first_values_are_bounded_and_layer_scale_is_the_configs():

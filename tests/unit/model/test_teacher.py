@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.reference import PATCH, normalise, patchify
 from tests.support.teachers import CPU, WIDTH, drawn_pack, frames_of, own_encoder, picture_model, teacher_of
@@ -119,6 +120,46 @@ def test_pictures_of_one_size_run_as_one_batch(tmp_path):
     teacher(*pack)
     assert sorted(runs) == [1, 1, 2]
     assert teacher.calls(pack[2]) == 3
+
+
+class Operations(TorchDispatchMode):
+    """Counts those that do something: on a GPU each is a launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_still_costs_no_operation_of_its_own_and_has_the_bits_of_the_models_output(kind, tmp_path):
+    teacher = teacher_of(picture_model(kind), tmp_path, dtype="bf16")
+    outputs, counts = [], []
+    run = teacher.tower.run
+    teacher.tower.run = lambda model, frames: outputs.append(run(model, frames)) or outputs[-1]
+    for stills in (4, 16):
+        with Operations() as seen:
+            found = teacher(*drawn_pack([(1, 3, 2)] * stills))
+        counts.append(seen.count)
+        patches, pooled = outputs[-1]
+        assert torch.equal(found.patches, patches.flatten(0, 1))
+        assert torch.equal(found.pooled, pooled)
+    if kind != "siglip2_vision_model":  # whose model loops over pictures itself
+        assert counts[0] == counts[1]
+
+
+def test_pixels_that_lie_on_the_device_are_taken_there(tmp_path):
+    pack = drawn_pack([(2, 4, 2), (1, 2, 2)], clips=True)
+    teacher = teacher_of(picture_model("dinov2"), tmp_path / "a")
+    wanted = teacher(*pack)
+    absent = torch.empty_like(pack[0], device="meta")
+    found = teacher(absent, *pack[1:], device_pixels=pack[0])
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    cached = teacher_of(picture_model("dinov2"), tmp_path / "b", cache=str(tmp_path / "cache"))
+    for pixels in (pack[0], absent):  # the second time nothing is missing, so nothing is taken
+        found = cached(*pack, device_pixels=pixels)
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 @pytest.mark.parametrize("own_merge", [1, 2])
