@@ -47,8 +47,10 @@ def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
     averaged = kept if weights is None else weights == "averaged"
     tokenizer = load_tokenizer(run / TOKENIZER)
     special = special_ids(tokenizer)
+    # Whatever back end the run names: those for attention in half precision refuse float32.
+    shape = config.model.model_copy(update={"attention": "auto"})
     model = build_contrastive(
-        config.model, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=config.seed
+        shape, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=config.seed
     )
     try:
         model.load_state_dict(read_full(checkpoint, averaged=averaged))

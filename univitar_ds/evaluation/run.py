@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from univitar_ds.config.run_folder import EVALUATION, TOKENIZER
@@ -25,25 +28,45 @@ from univitar_ds.evaluation.report import render_evaluation
 from univitar_ds.evaluation.retrieval import retrieval
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.evaluation.zero_shot import zero_shot
+from univitar_ds.training.distributed import uses_cuda
 
 FORMAT = 1
 MODALITIES: tuple[Modality, ...] = ("image", "video")
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_run(run: str | Path, *, weights: Weights | None = None, progress: bool = True) -> str:
     """Evaluates a run's last checkpoint (or the checkpoint `run` is); writes `evaluation.json` and sheets of examples.
 
+    On the GPU where there is one for the run, on the host where that lacks the memory.
     Args: weights: see `open_trained`.
     Returns: the table of results. Raises: CheckpointError, ConfigError or DataError if something is missing.
     """
     trained = open_trained(run, weights)
-    result = evaluate(trained, progress=progress, pictures=trained.run)
+    result = _on_gpu_or_host(trained, progress)
     (trained.run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
     return render_evaluation(result)
 
 
+def _on_gpu_or_host(trained: Trained, progress: bool) -> dict[str, Any]:
+    if uses_cuda():
+        gc.collect()  # after training in this process: what lies in reference cycles holds memory of the GPU
+        try:
+            trained.model.to("cuda")
+            return evaluate(trained, progress=progress, pictures=trained.run)
+        except torch.OutOfMemoryError as error:
+            logger.warning("the GPU has no room for the evaluation, it runs on the host: %s", error)
+        # Only here, where the error's frames and their tensors are gone.
+        trained.model.to("cpu")
+        torch.cuda.empty_cache()
+    return evaluate(trained, progress=progress, pictures=trained.run)
+
+
 def evaluate(trained: Trained, *, progress: bool = False, pictures: Path | None = None) -> dict[str, Any]:
     """All figures of `config.evaluation`, as JSON; with `pictures`, sheets of examples in that folder.
+
+    Runs where the model lies.
 
     Raises: ConfigError if the configuration names no data to evaluate on.
     """

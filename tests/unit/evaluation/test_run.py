@@ -11,12 +11,15 @@ import torch
 from tests.support.finished import run_config, write_run
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.convert.official import export_encoder
 from univitar_ds.convert.trained import open_trained
 from univitar_ds.data.loader import eval_packs
 from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.evaluation import run as evaluation
 from univitar_ds.evaluation.embed import embed, embed_texts
 from univitar_ds.evaluation.report import render_run
 from univitar_ds.evaluation.run import evaluate, evaluate_run
+from univitar_ds.model.contrastive import ContrastiveModel
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,44 @@ def test_two_evaluations_of_a_checkpoint_agree(run: Path):
     assert one["figures"] == other["figures"]
     by_path = evaluate(open_trained(run / "checkpoints" / "step-00000007"))
     assert by_path["figures"] == one["figures"]
+
+
+def test_the_evaluation_of_a_run_goes_to_the_gpu_and_back_to_the_host_if_that_is_full(run: Path, monkeypatch, caplog):
+    def moved(model: ContrastiveModel, device: str) -> ContrastiveModel:
+        moves.append(device)
+        return model
+
+    def full(*_, **__):
+        if moves[-1] == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return embed(*_, **__)
+
+    moves: list[str] = []
+    monkeypatch.setattr(ContrastiveModel, "to", moved)
+    monkeypatch.setattr(evaluation, "uses_cuda", lambda: False)
+    plain = figures_of(run)
+    assert moves == []
+    monkeypatch.setattr(evaluation, "uses_cuda", lambda: True)
+    assert figures_of(run) == plain
+    assert moves == ["cuda"]
+    assert caplog.text == ""
+    monkeypatch.setattr(evaluation, "embed", full)
+    assert figures_of(run) == plain
+    assert moves == ["cuda", "cuda", "cpu"]
+    assert "no room for the evaluation, it runs on the host: CUDA out of memory" in caplog.text
+
+
+def figures_of(run: Path) -> list[dict]:
+    evaluate_run(run, progress=False)
+    return json.loads((run / "evaluation.json").read_text())["figures"]
+
+
+def test_a_run_that_names_attention_for_half_precision_is_evaluated_and_exported(shards: Path, tmp_path: Path):
+    config = run_config(shards)
+    model = {**config.model.model_dump(), "attention": "flash"}
+    write_run(tmp_path / "run", run_config(shards, model=model))
+    assert figures_of(tmp_path / "run")
+    assert (export_encoder(tmp_path / "run", tmp_path / "out") / "model.safetensors").is_file()
 
 
 def test_a_modality_that_the_run_never_met_is_not_measured(shards: Path, tmp_path: Path):
