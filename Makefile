@@ -16,6 +16,9 @@ help:
 	@echo "make bench-gpu  the fused kernels and a training step on a GPU"
 	@echo "make clean      remove the environment and the demo's folder"
 
+# The demo and the tests train on the CPU, on a machine with GPUs too; what is compiled at installation is for that.
+$(INSTALLED) demo test: export DS_ACCELERATOR := cpu
+
 # The file holds how long the installation took; the demo's table shows it.
 $(INSTALLED): requirements.txt pyproject.toml
 	@echo "installing into $(VENV) (log: $(VENV)/install.log)"

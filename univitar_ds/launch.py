@@ -45,6 +45,7 @@ def train(recipe: str, nproc: int, overrides: Sequence[str]) -> int:
     if _under_launcher():
         run = Path(config.output, config.name)
         return _join(lambda: create_run(config, recipe, int(os.environ["WORLD_SIZE"])), run)
+    _check_gpus(nproc)
     return _start(create_run(config, recipe, nproc), nproc)
 
 
@@ -52,6 +53,7 @@ def resume(run: Path, nproc: int, overrides: Sequence[str]) -> int:
     """Continue the run in folder `run` from its last checkpoint; returns the exit status."""
     if _under_launcher():
         return _join(lambda: reopen_run(run, overrides, int(os.environ["WORLD_SIZE"])), run)
+    _check_gpus(nproc)
     return _start(reopen_run(run, overrides, nproc), nproc)
 
 
@@ -151,13 +153,15 @@ def _start(run: Path, nproc: int) -> int:
     """Train the prepared run: in this process when it is the only one, else through DeepSpeed's launcher."""
     if nproc == 1:
         return run_rank(run, preemption.listen())
-    ranks = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(nproc))}).encode()).decode()
+    from univitar_ds.training.distributed import uses_cuda
+
+    ranks = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(nproc)}).encode()).decode()
     command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={ranks}"]
     command += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--log_level=critical", "--no_local_rank"]
     command += ["--module", "univitar_ds.launch", str(run)]
     threads = str(max(1, len(os.sched_getaffinity(0)) // nproc))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    if not _has_gpu():
+    if not uses_cuda():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     launcher = subprocess.Popen(command, env=environment)
     for number in preemption.SIGNALS:
@@ -185,13 +189,10 @@ def _tell_ranks(launcher: subprocess.Popen[bytes]) -> None:
 def _join(prepare, run: Path) -> int:
     """Be one rank under a launcher: rank 0 prepares the folder while the others wait for its word."""
     stop = preemption.listen()
-    from univitar_ds.training.distributed import start_world, together
+    from univitar_ds.training.distributed import first_alone, start_world
 
-    world = start_world()
     try:
-        with together(world):
-            if world.first:
-                prepare()
+        first_alone(start_world(), prepare)
         return run_rank(run, stop)
     except UserError as error:
         leave(error)
@@ -202,10 +203,21 @@ def _under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _has_gpu() -> bool:
-    import torch
+def _check_gpus(nproc: int) -> None:
+    """Before the folder of an earlier try makes way for a run that cannot start."""
+    from univitar_ds.training.distributed import check_gpus
 
-    return torch.cuda.is_available()
+    check_gpus(nproc)
+
+
+def _devices(nproc: int) -> list[str] | list[int]:
+    """What DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES to: as many as are needed of those the user shows."""
+    from univitar_ds.training.distributed import uses_cuda
+
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown and uses_cuda():
+        return [name.strip() for name in shown.split(",")][:nproc]
+    return list(range(nproc))  # on the CPU nothing but their number counts
 
 
 def _free_port() -> int:

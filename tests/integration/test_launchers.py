@@ -210,6 +210,15 @@ def test_the_own_launcher_hands_a_signal_on_to_the_ranks(run_file):
     told_to_leave(run)
 
 
+def test_a_fault_that_rank_0_finds_before_training_ends_all_ranks_with_one_sentence(run_file):
+    command = [free_port() if part == "PORT" else part for part in LAUNCHERS["deepspeed"]]
+    ended = completed([*command, "--config", str(run_file), "name=absent", "data.sources.0.path=nowhere"])
+    assert ended.returncode == 2, ended.stderr[-3000:]
+    assert ended.stderr.count("error: ") == 1, ended.stderr[-3000:]
+    assert "source nowhere: there is no such file or folder" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_fault_in_the_data_ends_all_ranks_with_one_sentence(run_file, tmp_path):
     shards = write_demo_shards(tmp_path / "shards", images=100, videos=16, shards=2)
     shard = sorted(shards.glob("train-image-*.tar"))[0]

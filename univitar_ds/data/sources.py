@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.stage import StageConfig
@@ -20,6 +22,15 @@ from univitar_ds.errors import DataError, SampleError
 
 EVERYTHING = ""
 """Name of the only group where a stage has no weights: all shards of all sources."""
+CAPTION_SHARDS = 200
+"""Most shards that captions are drawn from: a run of 11,000 remote ones shall start within a minute."""
+CAPTION_BYTES = 4 << 30
+"""Most bytes that are read for captions, about 40,000 samples of 100 kB; each of the shards has its part of them."""
+_READERS = 16
+"""Shards read at once for their captions: a store answers late, but many at a time."""
+_PIECE = 512 << 10
+"""Bytes of one read: a few pictures, so that little is asked for twice, and a part of a clip, most of which is
+skipped."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +126,30 @@ def fingerprint(shards: Iterable[Shard]) -> str:
 def iterate_captions(
     sources: Sequence[SourceConfig], *, limit: int, settings: StorageSettings = LOCAL
 ) -> Iterator[str]:
-    """Up to about `limit` captions, as many from each shard; samples whose texts are unreadable have none.
+    """Up to about `limit` captions, as many from each shard, of at most `CAPTION_SHARDS` shards all over the list.
 
+    The same wherever the shards lie. Samples whose texts are unreadable have none.
     Raises: DataError as `find_shards` does, or if a shard cannot be read.
     """
-    shards = find_shards(sources, settings)
-    share = -(-limit // len(shards))
-    for shard in shards:
-        yield from itertools.islice(_captions_of(shard), share)
+    chosen = _spread(find_shards(sources, settings), CAPTION_SHARDS)
+    share = -(-limit // len(chosen))
+    bytes_share = CAPTION_BYTES // len(chosen)
+    by_path: dict[str, list[SourceShard]] = {}  # one that several sources name is read by one thread at a time
+    for shard in chosen:
+        by_path.setdefault(shard.path, []).append(shard)
+
+    def read(same: list[SourceShard]) -> list[str]:
+        return [caption for shard in same for caption in itertools.islice(_captions_of(shard, bytes_share), share)]
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        for found in readers.map(read, by_path.values()):
+            yield from found
+
+
+def _spread(shards: Sequence[SourceShard], most: int) -> list[SourceShard]:
+    """At most so many of them, evenly from first to last."""
+    count = min(most, len(shards))
+    return [shards[index * len(shards) // count] for index in range(count)]
 
 
 def _of_source(shard: Shard, source: SourceConfig) -> SourceShard:
@@ -147,16 +174,59 @@ def _lacking(
     )
 
 
-def _captions_of(shard: SourceShard) -> Iterator[str]:
-    with shard.storage.open(shard.path) as stream:
+class _Pieces(io.RawIOBase):
+    """A shard by range reads, for one who skips most of it: opening a remote one would fetch all of it.
+
+    `fetched`: bytes read so far.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        super().__init__()
+        self.fetched = 0
+        self._shard = shard
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._shard.size}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        n = max(0, min(len(buffer), self._shard.size - self._position))
+        buffer[:n] = self._shard.storage.read_range(self._shard.path, self._position, n) if n else b""
+        self._position += n
+        self.fetched += n
+        return n
+
+
+def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
+    """In order, until so many bytes have been read."""
+    pieces = _Pieces(shard)
+    with io.BufferedReader(pieces, _PIECE) as stream:
         for found in tar.scan(stream, shard.name, shard.size):
             if isinstance(found, tar.Damage):
                 continue  # training counts and reports it
             texts = {
-                member.extension: shard.storage.read_range(shard.path, member.offset, member.length)
+                member.extension: _content(stream, member)
                 for member in found.members
                 if member.extension in captions.EXTENSIONS and member.length <= captions.BYTES_LIMIT
             }
             with suppress(SampleError):
                 said = captions.read_texts(texts)
                 yield from captions.captions_of(said.captions, said.label, shard.templates)
+            if pieces.fetched >= most_bytes:
+                return
+
+
+def _content(stream: BinaryIO, member: tar.Member) -> bytes:
+    stream.seek(member.offset)
+    return stream.read(member.length)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
-from univitar_ds.training.distributed import World
+from univitar_ds.training.distributed import World, uses_cuda
 from univitar_ds.training.extensions import prepare_extensions
 from univitar_ds.training.optim import (
     GRADIENT_PARTS,
@@ -343,7 +343,7 @@ def versions() -> dict[str, str]:
 
 def _quiet_deepspeed() -> Any:
     prepare_extensions()
-    if not torch.cuda.is_available():
+    if not uses_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns where it has to find that out by itself
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names it calls by
     import deepspeed

@@ -23,7 +23,7 @@ from univitar_ds.data.health import KINDS
 from univitar_ds.geometry import token_count
 from univitar_ds.model.dropping import NO_DROPPING, Dropping
 from univitar_ds.training.curriculum import Progress
-from univitar_ds.training.distributed import World, gather_numbers
+from univitar_ds.training.distributed import World, gather_numbers, uses_cuda
 from univitar_ds.training.optim import GRADIENT_PARTS
 from univitar_ds.training.step import StepResult
 
@@ -191,7 +191,7 @@ class Window:
 
 def memory_gb() -> float:
     """Most memory this rank has held so far: of its GPU if it has one, else of the process."""
-    if torch.cuda.is_available():
+    if uses_cuda():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 

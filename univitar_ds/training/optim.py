@@ -12,6 +12,7 @@ from torch import nn
 
 from univitar_ds.config.schema import OptimizerConfig, RunConfig
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.training.distributed import uses_cuda
 
 PARTS = {"patch_embedding": "vision.embeddings.", "blocks": "vision.", "text": "text.", "rest": ""}
 """Parts that learn or rest as a whole: how the names of their parameters begin. The first that fits counts."""
@@ -84,7 +85,7 @@ def build_optimizer(
         betas=cfg.betas,
         eps=cfg.eps,
         weight_decay=0.0,
-        fused=torch.cuda.is_available(),
+        fused=uses_cuda(),
     )
 
 

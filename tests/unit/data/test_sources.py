@@ -1,16 +1,20 @@
 """Sources: what is found, and one sentence for each way in which nothing is."""
 
+import itertools
 import json
 import os
 
 import pytest
 
+from tests.support.s3 import faulty, s3_server
 from tests.support.shards import clip, picture, write_demo_shards, write_tar
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.data import sources
 from univitar_ds.data.journal import JOURNAL
 from univitar_ds.data.listing import expand_braces
 from univitar_ds.data.sources import (
+    CAPTION_SHARDS,
     ShardGroup,
     find_shards,
     fingerprint,
@@ -19,6 +23,7 @@ from univitar_ds.data.sources import (
     of_modality,
     validate_sources,
 )
+from univitar_ds.data.storage import StorageSettings
 from univitar_ds.errors import DataError
 
 
@@ -199,3 +204,42 @@ def test_captions_come_evenly_from_all_shards_and_broken_samples_have_none(tmp_p
     write_tar(tmp_path / "b.tar", [("v", {"mp4": clip(16, 16), "json": b'{"captions": ["b one", "b two"]}'})])
     found = list(iterate_captions([source(tmp_path)], limit=8))
     assert found == ["a 0", "a 1", "a 2", "a 3", "b one", "b two"]
+
+
+def test_captions_come_from_a_bounded_number_of_shards_all_over_the_list(tmp_path):
+    bare(tmp_path, 2 * CAPTION_SHARDS + 50)
+    found = list(iterate_captions([source(tmp_path)], limit=1_000_000))
+    numbers = [int(caption.removeprefix("caption ")) for caption in found]
+    assert len(numbers) == CAPTION_SHARDS
+    assert {later - earlier for earlier, later in itertools.pairwise(numbers)} == {2, 3}
+    assert (numbers[0], numbers[-1]) == (0, 447)
+    assert list(iterate_captions([source(tmp_path)], limit=1_000_000)) == found
+
+
+def test_captions_come_from_a_bounded_number_of_bytes_of_each_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_PIECE", 4096)
+    monkeypatch.setattr(sources, "CAPTION_BYTES", 2 * 20 * 4096)
+    for name in ("a", "b"):
+        samples = [(f"{name}{n}", {"jpg": bytes(50_000), "txt": f"{name} {n}".encode()}) for n in range(50)]
+        write_tar(tmp_path / f"{name}.tar", samples)
+    found = list(iterate_captions([source(tmp_path)], limit=1000))
+    assert found == [f"{name} {n}" for name in ("a", "b") for n in range(19)]  # a piece each, and one before the first
+
+
+def test_captions_of_remote_shards_are_those_of_local_ones_and_cost_no_whole_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_PIECE", 4096)
+    for name in ("a", "b"):
+        media = [os.urandom(50_000) for _ in range(12)]
+        samples = [(f"{name}{n}", {"jpg": jpg, "txt": f"{name} {n}".encode()}) for n, jpg in enumerate(media)]
+        write_tar(tmp_path / "local" / f"{name}.tar", samples)
+    with s3_server() as server, faulty(server, lambda request: None) as proxy:
+        url = server.upload(tmp_path / "local", "captions")
+        settings = StorageSettings(endpoint_url=proxy.url, session=str(tmp_path / "session"))
+        twice = [source(url), source(url, name="again")]
+        found = list(iterate_captions(twice, limit=16, settings=settings))
+        assert sorted(found) == sorted(iterate_captions([source(tmp_path / "local")] * 2, limit=16))
+        assert sorted(found) == sorted(2 * [f"{name} {n}" for name in ("a", "b") for n in range(4)])
+        asked = [request.range.removeprefix("bytes=").split("-") for request in proxy.requests if request.range]
+        read = sum(int(last) + 1 - int(first) for first, last in asked)
+        assert read < 2 * 2 * 12 * 4096  # of 2.4 MB
+        assert not (tmp_path / "session" / "shards").exists()

@@ -1,0 +1,97 @@
+"""What rank 0 does alone while the others wait for its word."""
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import pytest
+
+from tests.support.distributed import run_distributed
+from univitar_ds.errors import DataError, UserError
+from univitar_ds.training import distributed
+from univitar_ds.training.distributed import PeerFailure, first_alone, start_world, together
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_with_store_at_rank_0(port: int):
+    """As under `srun` and DeepSpeed's launcher: the store ends with rank 0."""
+    del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+    os.environ["MASTER_PORT"] = str(port)
+    return start_world()
+
+
+def slow_work() -> list[str]:
+    world = start_world(timeout=timedelta(seconds=2))
+    done: list[str] = []
+
+    def work() -> None:
+        time.sleep(4)
+        done.append("work")
+
+    first_alone(world, work)
+    first_alone(world, lambda: done.append("more"))
+    with together(world):  # the group still is sound
+        pass
+    return done
+
+
+def test_the_others_wait_for_longer_than_a_collective_may_take():
+    assert run_distributed(slow_work, 3, 60) == [["work", "more"], [], []]
+
+
+def failing_work(port: int) -> tuple[str, str]:
+    world = start_with_store_at_rank_0(port)
+
+    def work() -> None:
+        raise DataError("shard-7.tar is cut at byte 512")
+
+    try:
+        first_alone(world, work)
+    except (DataError, PeerFailure) as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_a_failure_of_rank_0_ends_all_with_its_sentence_before_it_takes_the_store_along():
+    own, *others = run_distributed(failing_work, 3, 60, free_port())
+    assert own == ("DataError", "shard-7.tar is cut at byte 512")
+    assert others == [("PeerFailure", "rank 0 ended the run: shard-7.tar is cut at byte 512")] * 2
+
+
+def rank_0_goes(port: int) -> str:
+    world = start_with_store_at_rank_0(port)
+    if world.first:
+        return ""  # the process ends
+    try:
+        first_alone(world, lambda: None)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_the_others_do_not_wait_for_a_rank_0_that_is_gone():
+    assert "rank 0 ended without a word" in run_distributed(rank_0_goes, 2, 30, free_port())[1]
+
+
+def endless_work() -> str:
+    world = start_world()
+    distributed._SLICE = timedelta(seconds=0.2)
+    try:
+        first_alone(world, lambda: time.sleep(3), timeout=timedelta(seconds=1))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_the_others_give_up_when_rank_0_takes_longer_than_it_may():
+    first, other = run_distributed(endless_work, 2, 30)
+    assert first == ""
+    assert other.startswith("rank 0 has prepared the run for 0:00:01 (limit)")

@@ -1,0 +1,74 @@
+"""What the launcher of local processes is started with."""
+
+import base64
+import json
+import subprocess
+
+import pytest
+import torch
+
+from tests.support.finished import run_config
+from univitar_ds import launch
+from univitar_ds.config.load import dump_config
+from univitar_ds.errors import ConfigError
+
+ELSEWHERE = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+class Launched(Exception):
+    """Instead of processes."""
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """How `nproc` processes are started on a machine with so many GPUs: their devices, and DS_ACCELERATOR."""
+
+    def start(gpus: int, nproc: int, **environment: str):
+        for name in ELSEWHERE:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(launch, "create_run", lambda *_: (tmp_path / "made").mkdir())
+
+        def popen(command, env):
+            raise Launched(command, env)
+
+        monkeypatch.setattr(subprocess, "Popen", popen)
+        dump_config(run_config(output=str(tmp_path)), tmp_path / "run.yaml")
+        with pytest.raises(Launched) as seen:
+            launch.train(str(tmp_path / "run.yaml"), nproc, [])
+        command, env = seen.value.args
+        (world,) = (word.removeprefix("--world_info=") for word in command if word.startswith("--world_info="))
+        return json.loads(base64.urlsafe_b64decode(world))["localhost"], env.get("DS_ACCELERATOR")
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("shown", "devices"),
+    [("2,3", ["2", "3"]), ("5, 1,7", ["5", "1"]), ("GPU-8f2e,GPU-11ab", ["GPU-8f2e", "GPU-11ab"])],
+)
+def test_processes_get_the_gpus_that_the_user_shows(started, shown, devices):
+    assert started(len(shown.split(",")), 2, CUDA_VISIBLE_DEVICES=shown) == (devices, None)
+
+
+def test_processes_get_the_first_gpus_where_the_user_says_nothing(started):
+    assert started(8, 2) == ([0, 1], None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment"),
+    [(0, {"CUDA_VISIBLE_DEVICES": ""}), (1, {"DS_ACCELERATOR": "cpu"}),
+     (1, {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "3"})],
+    ids=["hidden GPUs", "the CPU is wanted", "the CPU is wanted and a GPU shown"],
+)  # fmt: skip
+def test_on_the_cpu_there_are_as_many_processes_as_asked_for(started, gpus, environment):
+    assert started(gpus, 2, **environment) == ([0, 1], "cpu")
+
+
+def test_more_processes_than_gpus_are_refused_before_a_folder_is_made(started, tmp_path):
+    with pytest.raises(ConfigError, match=r"2 processes .* torch sees 1; .*--nproc 1.* or set DS_ACCELERATOR=cpu"):
+        started(1, 2)
+    assert not (tmp_path / "made").exists()
