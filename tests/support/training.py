@@ -33,6 +33,7 @@ def ds_config(
         "stage3_param_persistence_threshold": kept_whole,
         "stage3_prefetch_bucket_size": 2000,
         **({"offload_optimizer": {"device": "cpu"}} if offload else {}),
+        **({"parameter_alignment": True} if stage == 2 else {}),
     }
     precision = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}
     return {
