@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel, without a GPU: registers, stack, shared memory, width of the loads.
 
-    python benchmarks/kernel_resources.py [--out FILE] [--sizes 0.6b ...]
+    python benchmarks/kernel_resources.py [--out FILE] [--sizes 0.6b ...] [--ptx FOLDER]
 
 The launchers are called with tensors of the real widths; instead of being run, what they launch is compiled for Ampere
 and Hopper. Rows go to results/kernel_resources.csv, which a test compares with what it gets. `stack_bytes` is what
@@ -31,10 +31,11 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.rows import RESULTS, write_rows
-from kernels import fused, patch_embed
+from kernels import fused, gpu
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_BYTES_PER_SM = {80: 164 * 1024, 90: 228 * 1024}  # CUDA programming guide, compute capabilities
+PROCESSORS = {80: 108, 90: 132}
 REGISTERS_PER_SM, WARPS_PER_SM, REGISTER_UNIT = 65536, 64, 256
 TOKENS = 48
 ARCHITECTURES = tuple(SHARED_BYTES_PER_SM)
@@ -108,13 +109,14 @@ def launches_of(case: Case, arch: int) -> list[Launch]:
         found.append(Launch(kernel, {name: arguments[name] for name in kernel.arg_names}, options))
 
     original, JITFunction.run = JITFunction.run, record
-    on_hopper, patch_embed.on_hopper = patch_embed.on_hopper, lambda device: arch >= 90
+    shared = SHARED_BYTES_PER_SM[arch] - gpu.SYSTEM_BYTES
+    limits, gpu.limits = gpu.limits, lambda device: gpu.Limits(PROCESSORS[arch], shared, wide=arch >= 90)
     try:
         outputs = case.outputs()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     finally:
-        JITFunction.run, patch_embed.on_hopper = original, on_hopper
+        JITFunction.run, gpu.limits = original, limits
     return found
 
 
@@ -128,9 +130,12 @@ def compiled(launch: Launch, arch: int) -> Any:
     return triton.compile(ASTSource(kernel, *source), target=target, options=options.__dict__)
 
 
-def resources(case: Case, launch: Launch, arch: int) -> dict[str, Any]:
-    """One row of the table."""
+def resources(case: Case, launch: Launch, arch: int, ptx_folder: Path | None = None) -> dict[str, Any]:
+    """One row of the table; its PTX to a file of `ptx_folder`."""
     kernel = compiled(launch, arch)
+    if ptx_folder is not None:
+        names = (case.operation.replace(" ", "_"), launch.name, case.size, str(case.dtype), f"sm_{arch}.ptx")
+        (ptx_folder / "-".join(names)).write_text(kernel.asm["ptx"], encoding="utf-8")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -180,7 +185,7 @@ def _instructions(code: str) -> int:
 
 def _resident_warps(warps: int, registers: int, shared: int, arch: int) -> int:
     by_registers = REGISTERS_PER_SM // (warps * -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT)
-    by_shared = SHARED_BYTES_PER_SM[arch] // (shared + 1024)  # a program takes 1 KB for the system
+    by_shared = SHARED_BYTES_PER_SM[arch] // (shared + gpu.SYSTEM_BYTES)
     return warps * min(by_registers, by_shared, WARPS_PER_SM // warps)
 
 
@@ -188,7 +193,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "kernel_resources.csv")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--ptx", type=Path, help="a folder that gets the PTX of every kernel")
     options = parser.parse_args()
+    if options.ptx:
+        options.ptx.mkdir(parents=True, exist_ok=True)
     cases = [case for case in (*token_wise_cases(), *patch_embed_cases()) if case.size in options.sizes]
     work = [
         (case, launch, arch)
@@ -197,7 +205,7 @@ def main() -> None:
         for launch, arch in zip(launches, ARCHITECTURES, strict=True)
     ]
     with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(lambda each: resources(*each), work))
+        rows = list(pool.map(lambda each: resources(*each, options.ptx), work))
     write_rows(options.out, rows)
 
 

@@ -106,7 +106,7 @@ class AddNorm(torch.autograd.Function):
         dx, dbranch = torch.empty_like(total), torch.empty_like(branch)
         grads = dtotal.contiguous(), dy.contiguous()
         dscale, dweight = launch_backward(
-            backward_kernel, total, 2, total, branch, scale, weight, *grads, dx, dbranch, ctx.eps
+            backward_kernel, total, total, branch, scale, weight, *grads, dx, dbranch, ctx.eps, read=4, weights=2
         )
         return dx, dbranch, dscale.to(scale.dtype), dweight.to(weight.dtype), None
 

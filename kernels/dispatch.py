@@ -12,8 +12,11 @@ import importlib
 import importlib.util
 import logging
 import os
+import shutil
+import sysconfig
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -98,9 +101,22 @@ def choose(device_type: str, dtype: torch.dtype, asked: str = "auto") -> tuple[s
         return "reference", f"no kernels for {device_type}"
     if dtype == torch.float64:
         return "reference", "the kernels compute in float32"
-    if importlib.util.find_spec("triton") is None:
-        return "reference", "triton is not installed; pip install triton"
+    if lacking := _lacking():
+        return "reference", lacking
     return "triton", "the fused kernels are made for it"
+
+
+def _lacking() -> str | None:
+    """What Triton would fail for: it compiles a module of Python in C when a process first launches a kernel."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    compilers = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")
+    if not any(map(shutil.which, compilers)):
+        return f"triton needs a C compiler and there is no {' or '.join(compilers)}; install gcc, or name one in CC"
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))
+    if not (headers / "Python.h").is_file():
+        return f"triton needs Python's headers and there is no {headers}/Python.h; install python3-dev"
+    return None
 
 
 def _forced(asked: str) -> str:

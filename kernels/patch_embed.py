@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import gpu
 from kernels.reference import CENTRE, CHANNELS, PATCH, PATCH_VALUES, check_frames, fold_constants
 
 PATCH_SIDE = tl.constexpr(PATCH)
@@ -44,6 +45,11 @@ PREPARE_BIASES = tl.constexpr(4)
 PREPARE_TOKENS = tl.constexpr(256)
 WAVE = 132
 """Programs that run at once on the GPUs this is made for (SMs of an H100 or H200)."""
+SPLITS = 8
+"""Of the sum over tokens at the most, where they are more than one wave of programs."""
+PART_TOKENS = 384
+"""Tokens whose products take as long as a split's part takes to be written and read (derived, not measured: 128 x 256
+float32, twice, at an SM's share of 4.8 TB/s, and products at 47 % of 989 TFLOP/s)."""
 LONGEST = 2**20
 """Tokens whose words lie within 2^31 of each other: 588 words a token, and what their first and last items add."""
 
@@ -195,12 +201,15 @@ def embed_kernel(
     ahead = _words(pixels, start, line, frame, k, STILL, None)
     total = tl.zeros((TOKENS, WIDTH), tl.float32)
     total = _dot(_centred(tail, TOKENS, TAIL, folded.dtype.element_ty), tail_values, total, UPCAST)
+    left = _centred(ahead, TOKENS, WORDS, folded.dtype.element_ty)
     for step in range(STEPS):
-        # The words of the next step are on their way while these are multiplied.
-        words = ahead
+        # The words of the next step are on their way while these are multiplied. They are converted at the end: a
+        # left side made in the step of its product stays in registers, and Triton 3.7 overwrites those of Hopper's
+        # asynchronous products while they are read. Carried through the loop it goes through shared memory.
         ahead = _words(pixels, start, line, frame, tl.minimum(step + 1, STEPS - 1) * WORDS + k, STILL, None)
         values = tl.load(folded + (step * 2 * WORDS + keys)[:, None] * width + d[None, :], mask=known, other=0)
-        total = _dot(_centred(words, TOKENS, WORDS, folded.dtype.element_ty), values, total, UPCAST)
+        total = _dot(left, values, total, UPCAST)
+        left = _centred(ahead, TOKENS, WORDS, folded.dtype.element_ty)
     total += tl.load(offset + d, mask=d < width, other=0)[None, :]
     tl.store(out + t.to(tl.int64)[:, None] * width + d[None, :], total, mask=inside[:, None] & known)
 
@@ -218,7 +227,8 @@ def gradient_kernel(
     first = tl.load(places + tl.program_id(2) * span)
     start, line, frame = _where(places, strides, t, tokens, first, STILL)
     pixels += first
-    words = _words(pixels, start, line, frame, k, STILL, ONES)
+    ahead = _words(pixels, start, line, frame, k, STILL, ONES)
+    left = _centred(ahead, TOKENS, WORDS, grad.dtype.element_ty)  # carried, as in `embed_kernel`
     start, line, frame = _where(places, strides, t + TOKENS, tokens, first, STILL)
     total = tl.zeros((2 * WORDS, WIDTH), tl.float32)
     for _ in range(tl.cdiv(span, TOKENS)):
@@ -226,8 +236,8 @@ def gradient_kernel(
         start, line, frame = _where(places, strides, t + 2 * TOKENS, tokens, first, STILL)
         mask = (t < tokens)[:, None] & known
         values = tl.load(grad + t.to(tl.int64)[:, None] * width + d[None, :], mask=mask, other=0)
-        total = _dot(tl.trans(_centred(words, TOKENS, WORDS, grad.dtype.element_ty)), values, total, UPCAST)
-        words = ahead
+        total = _dot(tl.trans(left), values, total, UPCAST)
+        left = _centred(ahead, TOKENS, WORDS, grad.dtype.element_ty)
         t += TOKENS
     keys = tl.program_id(0) * 2 * WORDS + tl.arange(0, 2 * WORDS)
     part = parts + tl.program_id(2).to(tl.int64) * rows * width
@@ -271,30 +281,36 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def forward_tiles(half: bool, hopper: bool) -> Tiles:
-    """Wide tiles for tensor cores: a byte is split and converted once for all products across one. With `hopper` two
-    warp groups hold 128 x 256 sums, which older GPUs have no registers for. Small tiles in float32."""
+def forward_tiles(half: bool, wide: bool) -> Tiles:
+    """Wide tiles for tensor cores: a byte is split and converted once for all products across one. With `wide` (see
+    `kernels.gpu`) two warp groups hold 128 x 256 sums, which others have no registers for. Small tiles in float32."""
     if not half:
         return Tiles(64, 64, 16, 4, 2)
-    return Tiles(128, 256, 32, 8, 4) if hopper else Tiles(128, 128, 32, 8, 3)
+    return Tiles(128, 256, 32, 8, 4) if wide else Tiles(128, 128, 32, 8, 3)
 
 
-def gradient_tiles(half: bool, hopper: bool) -> Tiles:
+def gradient_tiles(half: bool, wide: bool) -> Tiles:
     """As `forward_tiles`; a tile is 128 bytes of the patch high."""
     if not half:
         return Tiles(32, 64, 32, 4, 2)
-    return Tiles(64, 256, 64, 8, 3) if hopper else Tiles(64, 128, 64, 8, 3)
+    return Tiles(64, 256, 64, 8, 3) if wide else Tiles(64, 128, 64, 8, 3)
+
+
+def cdiv(a: int, b: int) -> int:
+    """As triton.cdiv, which takes a microsecond and more outside kernels."""
+    return -(-a // b)
 
 
 def split_span(tokens: int, tiles: int, step: int) -> int:
-    """Tokens of one split, a multiple of `step`: as many splits as fill one wave of programs, none so long that its
-    offsets leave 32 bits."""
-    splits = max(1, WAVE // tiles, triton.cdiv(tokens, LONGEST))
-    return triton.cdiv(triton.cdiv(tokens, splits), step) * step
+    """Tokens of one of the splits of `tiles` tiles, a multiple of `step`, none so long that its offsets leave 32 bits.
 
-
-def on_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    Programs run in waves of `WAVE`. Of the counts of splits the one is taken whose waves end first, and the least of
+    those: 80 tiles leave 52 SMs of one wave idle, but in three splits they fill 1.8 of two waves.
+    """
+    least = cdiv(tokens, LONGEST)
+    counts = range(least, max(least, SPLITS, WAVE // tiles) + 1)
+    spans = [cdiv(cdiv(tokens, splits), step) * step for splits in counts]
+    return min(spans, key=lambda span: cdiv(tiles * cdiv(tokens, span), WAVE) * (span + PART_TOKENS))
 
 
 def loop(still: bool, words: int) -> tuple[int, int]:
@@ -319,7 +335,7 @@ class _PatchEmbed(torch.autograd.Function):
         merge: int, constants: tuple[float, ...],
     ) -> Tensor:  # fmt: skip
         width, device = weight.shape[0], weight.device
-        tiles = forward_tiles(weight.itemsize < 4, on_hopper(device))
+        tiles = forward_tiles(weight.itemsize < 4, gpu.limits(device).wide)
         steps, tail = loop(still, tiles.words)
         rows = 2 * (steps * tiles.words + tail)
         folded = torch.empty(rows, width, dtype=weight.dtype, device=device)
@@ -327,16 +343,18 @@ class _PatchEmbed(torch.autograd.Function):
         places = torch.empty(tokens, dtype=torch.int64, device=device)
         strides = torch.empty(2, tokens, dtype=torch.int32, device=device)
         out = torch.empty(tokens, width, dtype=weight.dtype, device=device)
-        weight_programs = triton.cdiv(rows, PREPARE_KEYS.value) * triton.cdiv(width, PREPARE_WIDTH.value)
-        bias_programs = triton.cdiv(width, PREPARE_BIASES.value)
-        token_programs = triton.cdiv(tokens, PREPARE_TOKENS.value)
+        weight_programs = cdiv(rows, PREPARE_KEYS.value) * cdiv(width, PREPARE_WIDTH.value)
+        bias_programs = cdiv(width, PREPARE_BIASES.value)
+        token_programs = cdiv(tokens, PREPARE_TOKENS.value)
         reach = triton.next_power_of_2(len(items)) // 2
-        prepare_kernel[(weight_programs + bias_programs + token_programs,)](
+        gpu.launch(
+            prepare_kernel, (weight_programs + bias_programs + token_programs,),
             weight, bias, folded, offset, items, places, strides,
             width, rows, weight_programs, bias_programs, tokens, len(items), reach, merge, *constants,
             STILL=still, HAS_BIAS=bias is not None, num_warps=4,
         )  # fmt: skip
-        embed_kernel[(triton.cdiv(tokens, tiles.tokens) * triton.cdiv(width, tiles.width),)](
+        gpu.launch(
+            embed_kernel, (cdiv(tokens, tiles.tokens) * cdiv(width, tiles.width),),
             words, places, strides, folded, offset, out, tokens, width,
             STILL=still, STEPS=steps, TAIL=tail, TOKENS=tiles.tokens, WIDTH=tiles.width, WORDS=tiles.words,
             UPCAST=triton.knobs.runtime.interpret, num_warps=tiles.warps, num_stages=tiles.stages,
@@ -352,20 +370,22 @@ class _PatchEmbed(torch.autograd.Function):
         words, places, strides = ctx.saved_tensors
         grad = grad.contiguous()
         tokens, width = grad.shape
-        tiles = gradient_tiles(grad.itemsize < 4, on_hopper(grad.device))
+        tiles = gradient_tiles(grad.itemsize < 4, gpu.limits(grad.device).wide)
         values = FRAME_BYTES.value * (1 if ctx.still else 2)
-        grid = triton.cdiv(values + 1, 2 * tiles.words), triton.cdiv(width, tiles.width)
+        grid = cdiv(values + 1, 2 * tiles.words), cdiv(width, tiles.width)
         span = split_span(tokens, grid[0] * grid[1], tiles.tokens)
-        splits, rows = triton.cdiv(tokens, span), grid[0] * 2 * tiles.words
+        splits, rows = cdiv(tokens, span), grid[0] * 2 * tiles.words
         parts = torch.empty(splits, rows, width, dtype=torch.float32, device=grad.device)
-        gradient_kernel[(*grid, splits)](
+        gpu.launch(
+            gradient_kernel, (*grid, splits),
             words, places, strides, grad, parts, tokens, width, span, rows,
             STILL=ctx.still, TOKENS=tiles.tokens, WIDTH=tiles.width, WORDS=tiles.words,
             UPCAST=triton.knobs.runtime.interpret, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         grad_weight = torch.empty(ctx.weight_shape, dtype=grad.dtype, device=grad.device)
         grad_bias = None if ctx.bias_dtype is None else torch.empty(width, dtype=ctx.bias_dtype, device=grad.device)
-        unfold_kernel[(triton.cdiv(PATCH_VALUES, 64), triton.cdiv(width, 32))](
+        gpu.launch(
+            unfold_kernel, (cdiv(PATCH_VALUES, 64), cdiv(width, 32)),
             parts, grad_weight, grad_bias, width, rows, splits, *ctx.constants,
             STILL=ctx.still, HAS_BIAS=grad_bias is not None, KEYS=64, WIDTH=32, num_warps=4,
         )  # fmt: skip

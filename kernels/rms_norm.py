@@ -86,7 +86,7 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         dx = torch.empty_like(x)
-        (dweight,) = launch_backward(backward_kernel, x, 1, x, weight, dy.contiguous(), dx, ctx.eps)
+        (dweight,) = launch_backward(backward_kernel, x, x, weight, dy.contiguous(), dx, ctx.eps, read=2, weights=1)
         return dx, dweight.to(weight.dtype), None
 
 

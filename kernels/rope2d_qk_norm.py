@@ -20,8 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import gpu
 from kernels.rows import sums_of_rows
-from kernels.tiling import STAGES, dense_rows, head_tiling, programs
+from kernels.tiling import dense_rows, head_tiling, programs, stages
+
+READ = 5
+"""q, k and the three gradients: what the backward reads of a token."""
 
 
 @triton.jit
@@ -314,8 +318,10 @@ def launch_forward(qkv, positions, weights, theta: float, eps: float) -> tuple[T
     tiling = head_tiling(heads, width, qkv.element_size(), backward=False)
     grid = -(-count // tiling.rows)
     if grid:
-        slope = _slope(theta, width)
-        forward_kernel[(grid,)](qkv, positions, *weights, q, k, count, slope, eps, **_options(qkv, weights, tiling))
+        gpu.launch(
+            forward_kernel, (grid,), qkv, positions, *weights, q, k, count, _slope(theta, width), eps,
+            **_options(qkv, weights, tiling),
+        )  # fmt: skip
     return q, k
 
 
@@ -323,13 +329,15 @@ def launch_backward(qkv, positions, weights, grads, theta: float, eps: float) ->
     """The gradients of the projection and of both weights, (T, 3, H, K) and (2, H * K) float32."""
     count, _, heads, width = qkv.shape
     dqkv = torch.empty_like(qkv)
-    tiling = head_tiling(heads, width, qkv.element_size(), backward=True)
-    grid = programs(count, tiling.rows, qkv.device)
+    tiling, limits = head_tiling(heads, width, qkv.element_size(), backward=True), gpu.limits(qkv.device)
+    grid = programs(count, tiling.rows, limits.processors)
     partials = torch.empty(grid, 2, heads * width, dtype=torch.float32, device=qkv.device)
     if grid:
-        backward_kernel[(grid,)](
+        depth = stages(READ * tiling.values * qkv.element_size(), limits.shared_bytes)
+        gpu.launch(
+            backward_kernel, (grid,),
             qkv, positions, *weights, *grads, dqkv, partials, *(grad.stride(0) for grad in grads), count,
-            _slope(theta, width), eps, STAGES=STAGES, **_options(qkv, weights, tiling),
+            _slope(theta, width), eps, STAGES=depth, **_options(qkv, weights, tiling),
         )  # fmt: skip
     return dqkv, partials.sum(0)
 

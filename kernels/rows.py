@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tiling import STAGES, Tiling, programs, row_tiling
+from kernels import gpu
+from kernels.tiling import Tiling, programs, row_tiling, stages
 
 
 @triton.jit
@@ -78,18 +79,20 @@ def launch_forward(kernel: Any, rows: Tensor, *arguments: Any) -> None:
     grid = -(-rows.shape[0] // tiling.rows)
     if grid:
         *tensors, eps = arguments
-        kernel[(grid,)](*tensors, rows.shape[0], eps, **_options(rows.shape[1], tiling))
+        gpu.launch(kernel, (grid,), *tensors, rows.shape[0], eps, **_options(rows.shape[1], tiling))
 
 
-def launch_backward(kernel: Any, rows: Tensor, weights: int, *arguments: Any) -> list[Tensor]:
-    """Runs `kernel(*tensors, *partials, T, eps)`; the gradients (N,) float32 of its `weights` vectors."""
-    count, width = rows.shape
-    tiling = row_tiling(width, rows.element_size(), backward=True)
-    grid = programs(count, tiling.rows, rows.device)
+def launch_backward(kernel: Any, rows: Tensor, *arguments: Any, read: int, weights: int) -> list[Tensor]:
+    """Runs `kernel(*tensors, *partials, T, eps)`, which reads `read` tensors like `rows`; the gradients (N,) float32 of
+    its `weights` vectors."""
+    (count, width), itemsize = rows.shape, rows.element_size()
+    tiling, limits = row_tiling(width, itemsize, backward=True), gpu.limits(rows.device)
+    grid = programs(count, tiling.rows, limits.processors)
     partials = torch.empty(weights, grid, width, dtype=torch.float32, device=rows.device)
     if grid:
         *tensors, eps = arguments
-        kernel[(grid,)](*tensors, *partials, count, eps, STAGES=STAGES, **_options(width, tiling))
+        depth = stages(read * tiling.values * itemsize, limits.shared_bytes)
+        gpu.launch(kernel, (grid,), *tensors, *partials, count, eps, STAGES=depth, **_options(width, tiling))
     return list(partials.sum(1))
 
 

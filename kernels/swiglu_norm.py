@@ -109,7 +109,9 @@ class SwiGLUNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        (dweight,) = launch_backward(backward_kernel, gate, 1, gate, up, weight, dy.contiguous(), dgate, dup, ctx.eps)
+        (dweight,) = launch_backward(
+            backward_kernel, gate, gate, up, weight, dy.contiguous(), dgate, dup, ctx.eps, read=3, weights=1
+        )
         return dgate, dup, dweight.to(weight.dtype), None
 
 

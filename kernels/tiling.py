@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 WARP = 32
@@ -23,9 +23,11 @@ FORWARD_WARPS, BACKWARD_WARPS = 4, 8
 FORWARD_VALUES, BACKWARD_VALUES = 64, 24
 """Values of one input that a thread may hold. A backward keeps four or five such sets (values, gradients, the weight
 and its gradient), so this many let 8 warps share the 65,536 registers of an SM without spilling."""
-STAGES = 2
-"""A backward's reads of its next rows are under way while it works on these. They wait in shared memory, so that 8
-warps an SM, all that the registers let in, keep the memory busy."""
+UNDER_WAY = 32 * 1024
+"""Bytes that an SM must have on their way to it to keep the memory busy, however few warps wait for them: what comes
+in 0.9 us at 4.8 TB/s shared by 132 SMs (derived, not measured)."""
+SCRATCH_BYTES = 1024
+"""More than the sums of rows take of a backward's shared memory beside the rows."""
 PROGRAMS_PER_SM = 1
 """Of a backward. Each ends in one partial row of the weights' gradient, so they are few, and long-lived."""
 
@@ -37,6 +39,11 @@ class Tiling(NamedTuple):
     block: int
     tiles: int
     warps: int
+
+    @property
+    def values(self) -> int:
+        """Of one input, masked ones included."""
+        return self.rows * self.block * self.tiles
 
 
 class Piece(NamedTuple):
@@ -57,7 +64,13 @@ class HeadTiling:
     pieces: tuple[tuple[int, ...], ...]
     warps: int
 
+    @property
+    def values(self) -> int:
+        """Of one input, masked ones included."""
+        return self.rows * sum(2 * pairs * block * tiles for _, pairs, block, tiles, _ in self.pieces)
 
+
+@cache
 def row_tiling(width: int, itemsize: int, *, backward: bool) -> Tiling:
     """For rows of `width` values of `itemsize` bytes."""
     most, limit = _bounds(backward)
@@ -67,6 +80,7 @@ def row_tiling(width: int, itemsize: int, *, backward: bool) -> Tiling:
     return Tiling(most // warps, block, -(-width // block), most)
 
 
+@cache
 def head_tiling(heads: int, head_width: int, itemsize: int, *, backward: bool) -> HeadTiling:
     """For rows of `heads` heads of K values, of which the rotation takes value i and value i + K/2 together.
 
@@ -87,12 +101,19 @@ def head_tiling(heads: int, head_width: int, itemsize: int, *, backward: bool) -
     return HeadTiling(most // warps, tuple(tuple(piece) for piece in pieces), most)
 
 
-def programs(rows: int, rows_of_a_program: int, device: torch.device) -> int:
-    """Of a backward that walks over its rows. Off the GPU (Triton's interpreter) three, so that they do walk."""
-    count = 3
-    if device.type == "cuda":
-        count = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-    return min(-(-rows // rows_of_a_program), count)
+def stages(round_bytes: int, shared_bytes: int) -> int:
+    """Of a backward's loop, which reads `round_bytes` a round, in `shared_bytes` of shared memory.
+
+    A loop of n stages has n - 1 rounds in shared memory: the one it works on and n - 2 under way meanwhile. Two
+    stages read the next round only when this one is done with, and one keeps nothing but registers.
+    """
+    wanted = 1 + -(-UNDER_WAY // round_bytes)
+    return 1 + min(wanted, (shared_bytes - SCRATCH_BYTES) // round_bytes)
+
+
+def programs(rows: int, rows_of_a_program: int, processors: int) -> int:
+    """Of a backward that walks over its rows."""
+    return min(-(-rows // rows_of_a_program), PROGRAMS_PER_SM * processors)
 
 
 def dense_rows(x: Tensor) -> Tensor:

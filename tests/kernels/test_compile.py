@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks/results/kernel_resources.csv"
 SIZE = "0.6b"  # one of the table's: all of them take minutes
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""That one program may have (CUDA programming guide, compute capabilities)."""
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -18,21 +21,65 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def loops_of(ptx: str) -> list[str]:
+    """What lies between a label and a branch back to it."""
+    lines = ptx.splitlines()
+    labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(\$L\w+):", line))}
+    branches = [(re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line), end) for end, line in enumerate(lines)]
+    spans = [(labels[match[1]], end) for match, end in branches if match]
+    return ["\n".join(lines[start:end]) for start, end in spans if start < end]
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict[str, str]]:
-    out = tmp_path_factory.mktemp("compiled") / "rows.csv"
+def folder(tmp_path_factory) -> Path:
+    """Where the table of one size lies, and the PTX of all of its kernels."""
+    folder = tmp_path_factory.mktemp("compiled")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(out.parent / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "benchmarks/kernel_resources.py", "--out", str(out), "--sizes", SIZE]
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "benchmarks/kernel_resources.py", "--sizes", SIZE]
+    command += ["--out", str(folder / "rows.csv"), "--ptx", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return rows_of(out)
+    return folder
 
 
-def test_what_the_compiler_says_is_what_the_table_says(compiled):
+def test_what_the_compiler_says_is_what_the_table_says(folder):
+    compiled = rows_of(folder / "rows.csv")
     committed = [row for row in rows_of(COMMITTED) if row["size"] == SIZE]
     assert {row["arch"] for row in compiled} == {"sm_80", "sm_90"}
     assert compiled == committed, "run `python benchmarks/kernel_resources.py` and look at what changed"
+
+
+def test_no_product_of_a_loop_has_its_left_side_in_registers_while_the_next_step_writes_them(folder):
+    """Triton 3.7 takes the registers of an asynchronous product for free before a wait says that it has read them."""
+    products = 0
+    for path in folder.glob("*-sm_90.ptx"):
+        for loop in loops_of(path.read_text(encoding="utf-8")):
+            multiplied = re.findall(r"wgmma\.mma_async[^;]*;", loop)
+            products += len(multiplied)
+            from_registers = any(re.search(r"\}, \{%r", product) for product in multiplied)
+            pending = [int(count) for count in re.findall(r"wgmma\.wait_group\S* (\d+);", loop)]
+            assert not (from_registers and any(pending)), f"{path.name}: {pending} groups of products are pending"
+    assert products >= 4 * 4, "the products of two kernels, for stills and clips, stand in loops"
+
+
+def test_a_backward_waits_for_the_rows_of_this_round_alone(folder):
+    """A wait for 0 groups would be one for all reads, those of the next round too."""
+    found = list(folder.glob("*-backward-*.ptx"))
+    assert len(found) == 4 * len(SHARED_BYTES)
+    for path in found:
+        (loop,) = loops_of(path.read_text(encoding="utf-8"))
+        pending = [int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+);", loop)]
+        assert pending, f"{path.name}: no reads ahead"
+        assert all(pending), f"{path.name}: it waits for what it has only just asked for"
+
+
+def test_every_program_fits_the_shared_memory_of_its_gpu_and_no_backward_over_rows_spills():
+    for row in rows_of(COMMITTED):
+        name = f"{row['operation']} {row['kernel']} {row['size']} {row['dtype']} {row['arch']}"
+        assert int(row["shared_bytes"]) <= SHARED_BYTES[row["arch"]], name
+        if row["kernel"] == "backward":
+            assert int(row["stack_bytes"]) == 0, f"{name} spills"
 
 
 def test_no_forward_kernel_spills_and_all_read_16_bytes_at_a_time():

@@ -11,6 +11,17 @@ from kernels import dispatch, reference
 from univitar_ds.errors import ConfigError
 
 
+@pytest.fixture
+def equipped(monkeypatch, tmp_path):
+    """A machine with triton and what it compiles with, whatever this one has."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "gcc" else None)
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def forgotten():
     dispatch.implementation.cache_clear()
@@ -18,7 +29,7 @@ def forgotten():
     dispatch.implementation.cache_clear()
 
 
-def test_triton_runs_on_cuda_and_the_reference_elsewhere():
+def test_triton_runs_on_cuda_and_the_reference_elsewhere(equipped):
     assert dispatch.choose("cuda", torch.bfloat16)[0] == "triton"
     assert dispatch.choose("cuda", torch.float64)[0] == "reference"
     assert dispatch.choose("cpu", torch.bfloat16)[0] == "reference"
@@ -39,6 +50,22 @@ def test_without_triton_the_reference_runs_on_cuda_and_says_why(monkeypatch):
     assert dispatch.choose("cuda", torch.bfloat16) == ("reference", "triton is not installed; pip install triton")
     with pytest.raises(ConfigError, match="not installed; pip install triton"):
         dispatch.choose("cuda", torch.bfloat16, "triton")
+
+
+def test_without_what_triton_compiles_with_the_reference_runs_on_cuda_and_says_why(equipped, monkeypatch):
+    monkeypatch.setenv("CC", "icc")
+    assert dispatch.choose("cuda", torch.bfloat16) == (
+        "reference", "triton needs a C compiler and there is no icc; install gcc, or name one in CC"
+    )  # fmt: skip
+    monkeypatch.setattr("shutil.which", lambda name: "/opt/icc" if name == "icc" else None)
+    assert dispatch.choose("cuda", torch.bfloat16)[0] == "triton"
+    monkeypatch.delenv("CC")
+    name, reason = dispatch.choose("cuda", torch.bfloat16)
+    assert (name, "there is no gcc or clang" in reason) == ("reference", True)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    (equipped / "Python.h").unlink()
+    name, reason = dispatch.choose("cuda", torch.bfloat16)
+    assert (name, f"there is no {equipped}/Python.h" in reason) == ("reference", True)
 
 
 def test_the_environment_can_name_one(monkeypatch):

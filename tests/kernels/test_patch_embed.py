@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import patch_embed as kernel
+from kernels import reference
 from tests.kernels.closeness import rounding
 from tests.kernels.patch_embed_cases import PACKS, SINGLE, Pack, assert_near, gradients, pack, parameters, truth
 from tests.support.golden import golden
@@ -60,7 +61,8 @@ def test_the_bias_may_be_missing_and_pixels_may_start_at_an_odd_address(embed):
 
 @pytest.mark.kernels
 def test_splits_of_the_sum_over_tokens_leave_nothing_out(embed, monkeypatch):
-    monkeypatch.setattr(kernel, "WAVE", 10**6)  # as many splits as there are steps
+    monkeypatch.setattr(kernel, "WAVE", 1000)
+    monkeypatch.setattr(kernel, "PART_TOKENS", 0)  # as many splits as there are steps
     case, (weight, bias) = pack("stills"), parameters(8, torch.float32)
     assert case.tokens % 32
     grad = torch.randn(case.tokens, 8, generator=torch.Generator().manual_seed(1))
@@ -100,8 +102,22 @@ def test_splits_are_whole_steps_that_cover_the_tokens_and_keep_offsets_within_32
         for tiles in (1, 5, 20, 80, 1000):
             span = kernel.split_span(tokens, tiles, 64)
             assert span % 64 == 0
-            assert -(-tokens // span) <= max(1, 132 // tiles, -(-tokens // 2**20))
+            assert -(-tokens // span) <= max(8, 132 // tiles, -(-tokens // 2**20))
             assert span <= 2**20
+
+
+@pytest.mark.parametrize("tokens", [8192, 16384, 65536])
+@pytest.mark.parametrize("width", [1024, 1280, 1920])
+@pytest.mark.parametrize("rows", [5, 10])
+def test_splits_of_the_models_gradients_fill_the_waves_of_programs(rows, width, tokens):
+    """Rows of tiles: 5 of stills, 10 of clips."""
+    tiles = rows * -(-width // 256)
+    programs = tiles * -(-tokens // kernel.split_span(tokens, tiles, 64))
+    assert programs / (-(-programs // 132) * 132) >= 0.9
+
+
+def test_few_tokens_are_not_split_for_parts_that_cost_more_than_their_products():
+    assert kernel.split_span(512, 80, 64) == 512
 
 
 def test_items_start_where_the_one_before_ends():
@@ -122,3 +138,53 @@ def test_an_encoder_with_the_kernels_gives_the_releases_numbers_from_bytes(devic
     for key, parameter in model.embeddings.named_parameters(prefix="embeddings"):
         error = (parameter.grad.cpu() - numbers.grads[key]).abs().max() / numbers.grads[key].abs().max()
         assert error <= 1e-4, f"{key}: {error:.1e} of its largest entry"
+
+
+def exact_case(kind: str, tokens: int, width: int, device: str) -> tuple[Pack, dict, tuple[torch.Tensor, ...], tuple]:
+    """A pack of whole numbers: pack, rule, (weight, bias, gradient of the tokens), and what must come of it."""
+    side = int((tokens // 4) ** 0.5)
+    grids = [(1, side, side)] * 4 if kind == "stills" else [(2, side, side)] * 2
+    frames = [1 if kind == "stills" else 4] * len(grids)
+    generator = torch.Generator().manual_seed(tokens)
+    size = sum(count * h * w * 588 for count, (_, h, w) in zip(frames, grids, strict=True))
+    pixels = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator).to(device)
+    small = lambda *shape: torch.randint(-1, 2, shape, generator=generator).to(device)  # noqa: E731
+    weight, bias, grad = small(width, 3, 2, 14, 14), small(width), small(4 * side * side, width)
+    # (byte / 255 - mean) / std = byte - 128: every sum is one of whole numbers below 2^24, exact in any order.
+    rule = {"mean": (128 / 255,) * 3, "std": (1 / 255,) * 3, "merge": 1}
+    rows = reference.patchify(pixels, frames, grids, 1).double() - 128
+    wanted = (
+        rows @ weight.double().flatten(1).T + bias,
+        (grad.double().T @ rows).view(weight.shape),
+        grad.double().sum(0),
+    )
+    return Pack(pixels, frames, grids, 1), rule, (weight, bias, grad), wanted
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the interpreter has no asynchronous products")
+@pytest.mark.parametrize("width", [1280, 1920])
+@pytest.mark.parametrize("kind", ["stills", "clips"])
+def test_whole_numbers_are_multiplied_exactly_every_time(kind, width):
+    """A product that reads what the next step has written would be wrong by far, but only in some runs."""
+    case, rule, values, wanted = exact_case(kind, 16384, width, "cuda")
+    weight, bias, grad = (value.bfloat16() for value in values)
+    weight.requires_grad_()
+    bias.requires_grad_()
+    for _ in range(10):
+        tokens = kernel.patch_embed(case.pixels, case.frames, case.grids, weight, bias, **rule)
+        got = (tokens, *torch.autograd.grad(tokens, (weight, bias), grad))
+        for ours, exact in zip(got, wanted, strict=True):
+            assert torch.equal(ours, exact.to(torch.bfloat16))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kind", ["stills", "clips"])
+def test_whole_numbers_are_multiplied_exactly_in_float32(device, kind):
+    case, rule, values, wanted = exact_case(kind, 64, 40, device)
+    weight, bias, grad = (value.float() for value in values)
+    weight.requires_grad_()
+    bias.requires_grad_()
+    tokens = kernel.patch_embed(case.pixels, case.frames, case.grids, weight, bias, **rule)
+    got = (tokens, *torch.autograd.grad(tokens, (weight, bias), grad))
+    for ours, exact in zip(got, wanted, strict=True):
+        assert torch.equal(ours, exact.float())

@@ -2,7 +2,15 @@
 
 import pytest
 
-from kernels.tiling import BACKWARD_WARPS, FORWARD_WARPS, head_tiling, row_tiling
+from kernels.tiling import (
+    BACKWARD_WARPS,
+    FORWARD_WARPS,
+    SCRATCH_BYTES,
+    UNDER_WAY,
+    head_tiling,
+    row_tiling,
+    stages,
+)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -43,3 +51,31 @@ def test_the_models_heads_leave_at_most_an_eighth_of_the_lanes_idle(heads, width
 def test_the_models_rows_leave_at_most_an_eighth_of_the_lanes_idle(width):
     tiling = row_tiling(width, 2, backward=False)
     assert tiling.block * tiling.tiles <= width * 8 / 7
+
+
+ROUNDS = {
+    **{f"{h} heads of {width}": (5, head_tiling, (h, width)) for h, width in ((16, 64), (16, 80), (24, 80), (16, 120))},
+    **{f"{count} rows of {width}": (count, row_tiling, (width,)) for count in (2, 4) for width in (1024, 1280, 1920)},
+    **{f"3 rows of {width}": (3, row_tiling, (width,)) for width in (2816, 3456, 5120)},
+}
+"""What the models' backwards read a round: tensors, and how they are tiled."""
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("read", ROUNDS)
+def test_a_backward_reads_ahead_as_far_as_it_must_and_its_gpu_has_room(read, itemsize):
+    count, tiling, shape = ROUNDS[read]
+    size = count * itemsize * tiling(*shape, itemsize, backward=True).values
+    for kilobytes in (99, 163, 227):  # what a program may have on sm_86, sm_80 and sm_90
+        depth = stages(size, kilobytes * 1024)
+        room = kilobytes * 1024 - SCRATCH_BYTES
+        assert (depth - 1) * size <= room
+        enough = (depth - 2) * size >= UNDER_WAY
+        assert enough or depth * size > room, "another round has room"
+        assert (depth - 3) * size < UNDER_WAY, "one round less is enough"
+        if kilobytes == 227 or (itemsize == 2 and kilobytes == 163):
+            assert enough
+
+
+def test_rows_too_long_for_shared_memory_are_read_without_it():
+    assert stages(300_000, 227 * 1024) == 1
