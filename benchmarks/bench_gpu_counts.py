@@ -36,3 +36,9 @@ def patch_embed_bytes(pixel_bytes: int, tokens: int, width: int, itemsize: int) 
 def patch_embed_product(tokens: int, width: int, still: bool) -> tuple[int, int, int]:
     """(m, k, n) of its matrix product; a still picture meets the sum of its two temporal kernels."""
     return tokens, FRAME_BYTES * (1 if still else 2), width
+
+
+def aligned(values: int, itemsize: int) -> int:
+    """The next length whose rows start at multiples of 16 bytes, as cuBLAS's fast kernels need it: 592 after 588."""
+    step = 16 // itemsize
+    return -(-values // step) * step

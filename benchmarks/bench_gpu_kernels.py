@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import bench_gpu_counts as counts
 from benchmarks import bench_gpu_packs as packs
-from benchmarks.bench_gpu_timing import Timer, matmul_tflops
+from benchmarks.bench_gpu_timing import Timer, copy_gb_s, matmul_tflops
 from benchmarks.rows import rounded
 from kernels import dispatch, reference
 from univitar_ds.config.encoder import EncoderConfig
@@ -110,7 +110,7 @@ def _pack_of(case: Case) -> tuple[list[int], list[packs.Grid]]:
 
 
 def measure(case: Case, timer: Timer, copy: float, backend: str) -> list[dict[str, Any]]:
-    """A row for each direction. `copy`: GB/s of a copy on this device in this run."""
+    """A row for each direction. `copy`: GB/s of a large copy on this device in this run."""
     ways = {"ours": case.ours, "eager": case.eager, "compiled": compiled(case, backend)}
     times = {way: _times(timer, run, case.inputs) for way, run in ways.items()}
     kind = next(x.dtype for x in case.inputs if x.requires_grad)
@@ -138,11 +138,13 @@ def _row(
 ) -> dict[str, Any]:
     ours = times["ours"][direction]
     speed = case.bytes[direction] / ours / 1e6
+    same = copy_gb_s(timer, case.bytes[direction] // 2)  # a copy moves every byte twice
     tflops = product = None
     if case.product is not None:
         m, k, n = case.product
-        shape = (m, k, n) if direction == "forward" else (n, m, k)
-        tflops, product = 2 * m * k * n / ours / 1e9, matmul_tflops(timer, *shape, dtype)
+        whole = counts.aligned(k, dtype.itemsize)  # torch's product at its best; what the padding adds counts for none
+        shape = (m, whole, n) if direction == "forward" else (n, m, whole)
+        tflops, product = 2 * m * k * n / ours / 1e9, matmul_tflops(timer, *shape, dtype) * k / whole
     return {
         "op": case.op,
         "pass": direction,
@@ -159,6 +161,8 @@ def _row(
         "gb_s": rounded(speed),
         "copy_gb_s": rounded(copy),
         "copy_pct": rounded(100 * speed / copy, 3),
+        "copy_same_gb_s": rounded(same),
+        "copy_same_pct": rounded(100 * speed / same, 3),
         "tflops": rounded(tflops),
         "matmul_tflops": rounded(product),
         "matmul_pct": None if product is None else rounded(100 * tflops / product, 3),

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._functorch import config as graphs
 from triton.runtime import driver
 
+from benchmarks import bench_gpu, bench_gpu_kernels
 from benchmarks import bench_gpu_counts as counts
 from benchmarks import bench_gpu_packs as packs
 from benchmarks.bench_gpu_timing import Timer, about
@@ -60,6 +62,46 @@ def test_bytes_and_products_are_those_of_the_tensors():
     assert counts.patch_embed_bytes(pixels, 10, 8, 4) == pixels + torch.empty(10, 8).nbytes + weight
     assert counts.patch_embed_product(10, 8, still=False) == (10, 1176, 8)
     assert counts.patch_embed_product(10, 8, still=True) == (10, 588, 8)
+
+
+def test_torchs_product_has_rows_of_whole_16_bytes_and_only_the_operations_flops_count(monkeypatch):
+    assert [counts.aligned(588, 2), counts.aligned(1176, 2), counts.aligned(588, 4)] == [592, 1176, 588]
+    asked = []
+    monkeypatch.setattr(bench_gpu_kernels, "copy_gb_s", lambda timer, size: asked.append(size) or 50.0)
+    monkeypatch.setattr(bench_gpu_kernels, "matmul_tflops", lambda timer, *shape: asked.append(shape) or 592.0)
+    product = counts.patch_embed_product(64, 32, still=True)
+    moved = {"forward": 1000, "backward": 3000}
+    case = bench_gpu_kernels.Case("patch_embed", "pictures", 64, 32, (), None, None, moved, product)
+    times = dict.fromkeys(("ours", "eager", "compiled"), dict.fromkeys(counts.PASSES, 2.0))
+    rows = [bench_gpu_kernels._row(case, name, times, None, 100.0, torch.bfloat16) for name in counts.PASSES]
+    assert asked == [500, (64, 592, 32, torch.bfloat16), 1500, (32, 64, 592, torch.bfloat16)]
+    for row, size in zip(rows, moved.values(), strict=True):
+        assert row["matmul_tflops"] == 588
+        assert row["tflops"] == pytest.approx(2 * 64 * 588 * 32 / 2.0 / 1e9, rel=1e-3)
+        assert row["copy_pct"] == pytest.approx(size / 2.0 / 1e6, rel=1e-2)
+        assert row["copy_same_pct"] == pytest.approx(2 * size / 2.0 / 1e6, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--encoders", "2b"], "choose from"), (["--tiny", "--encoders", "1b"], "chooses among the full shapes")],
+)
+def test_encoders_are_those_of_the_full_shapes(options, told, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *options])
+    with pytest.raises(SystemExit):
+        bench_gpu.main()
+    assert told in capsys.readouterr().err
+
+
+def test_only_the_encoders_asked_for_are_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr(graphs, "donated_buffer", graphs.donated_buffer)  # as it was, afterwards
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--encoders", "1b", "0.3b"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for part in ("_kernels", "_steps"):
+        monkeypatch.setattr(bench_gpu, part, lambda plan, *_, **__: measured.append(list(plan.encoders)))
+    assert bench_gpu.main() == 0
+    assert measured == [["1b", "0.3b"]] * 2
 
 
 class StandInDevice:
