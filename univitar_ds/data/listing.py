@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,9 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     names = set(map(os.path.basename, files))
     if names & {MANIFEST, JOURNAL}:
         return _packed(source, path, names, storage, prefix)
-    return [Shard(prefix + _stem(file), file, storage, storage.size(file)) for file in files if file.endswith(".tar")]
+    tars = [file for file in files if file.endswith(".tar")]
+    names_of = _names(tars)
+    return [Shard(prefix + names_of[file], file, storage, storage.size(file)) for file in tars]
 
 
 def place_of(source: SourceConfig) -> str:
@@ -67,7 +70,7 @@ def place_of(source: SourceConfig) -> str:
 def expand_braces(pattern: str) -> list[str]:
     """`a-{000..002}.tar` -> three names, zeros kept; `{x,y}` lists too. A name without braces is itself.
 
-    Raises: DataError for a range that runs backwards or expands to more than a million names.
+    Raises: DataError for braces with neither, a range that runs backwards or expands to more than a million names.
     """
     pieces: list[list[str]] = []
     last = 0
@@ -85,6 +88,11 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _alternatives(text: str, pattern: str) -> list[str]:
     match = _RANGE.match(text)
+    if not match and "," not in text:
+        raise DataError(
+            f"source {pattern}: {{{text}}} is neither a range nor a list; write {{000..127}} for a range of whole "
+            "numbers, {a,b} for a list"
+        )
     if not match:
         return text.split(",")
     first, last = match.groups()
@@ -108,7 +116,11 @@ def _listed(paths: Sequence[str], storage: Storage, prefix: str, source: str) ->
             f"source {source}: shard {missing[0]} is missing ({len(missing)} of {len(paths)} are); "
             "restore it or correct the source"
         )
-    return [Shard(prefix + _stem(path), path, storage, storage.size(path)) for path in paths]
+    twice = next((path for path, count in Counter(paths).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"source {source}: names shard {twice} more than once; its samples would come as often")
+    names_of = _names(paths)
+    return [Shard(prefix + names_of[path], path, storage, storage.size(path)) for path in paths]
 
 
 def _names_in(folder: str, storage: Storage) -> set[str]:
@@ -138,6 +150,16 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
             )
         shards.append(Shard(prefix + _stem(path), path, storage, size, row["kind"], row.get("sha256")))
     return shards
+
+
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """What each shard of a source is called: its file's name, with folders where those tell shards apart."""
+    names = {path: _stem(path) for path in paths}
+    if len(set(names.values())) == len(paths):
+        return names
+    parts = {path: path.removesuffix(".tar").split("/") for path in paths}
+    differing = next(place for place, each in enumerate(zip(*parts.values(), strict=False)) if len(set(each)) > 1)
+    return {path: "/".join(part[differing:]) for path, part in parts.items()}
 
 
 def _stem(path: str) -> str:

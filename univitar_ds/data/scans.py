@@ -52,11 +52,11 @@ class Scans:
             yield from scan.part(stream, part, parts)
 
     def _of(self, shard: Shard, modality: Modality) -> _Scan:
-        name = shard.name, modality
-        scan = self._scans.get(name)
+        key = shard.path, modality
+        scan = self._scans.get(key)
         if scan is None or scan.failure is not None:
-            scan = self._scans[name] = _Scan(shard, modality)
-        self._scans.move_to_end(name)
+            scan = self._scans[key] = _Scan(shard, modality)
+        self._scans.move_to_end(key)
         kept = sum(map(len, self._scans.values()))
         while kept > self._most_kept and len(self._scans) > 1:
             _, oldest = self._scans.popitem(last=False)

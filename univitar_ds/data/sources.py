@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +21,8 @@ from univitar_ds.data.listing import PACK_HINT, Shard, list_shards
 from univitar_ds.data.mixture import shares_of
 from univitar_ds.data.storage import LOCAL, StorageSettings
 from univitar_ds.errors import DataError, SampleError
+
+_log = logging.getLogger(__name__)
 
 EVERYTHING = ""
 """Name of the only group where a stage has no weights: all shards of all sources."""
@@ -88,6 +92,11 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
         if not shards:
             raise DataError(f"source {source.path}: no shard found (*.tar); {PACK_HINT}")
         found += [_of_source(shard, source) for shard in shards]
+    counts = Counter(shard.path for shard in found)
+    if shared := [path for path, count in counts.items() if count > 1]:
+        _log.warning(
+            "%d shards are in several sources, such as %s: their samples come as often", len(shared), shared[0]
+        )
     return found
 
 

@@ -3,16 +3,18 @@
 import itertools
 import json
 import os
+from collections import Counter
 
 import pytest
 
 from tests.support.s3 import faulty, s3_server
 from tests.support.shards import clip, picture, write_demo_shards, write_tar
-from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import sources
 from univitar_ds.data.journal import JOURNAL
 from univitar_ds.data.listing import expand_braces
+from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.sources import (
     CAPTION_SHARDS,
     ShardGroup,
@@ -94,6 +96,39 @@ def test_brace_ranges_expand_with_their_zeros(pattern, names):
 def test_a_range_that_cannot_be_meant_is_refused(pattern, said):
     with pytest.raises(DataError, match=said):
         expand_braces(pattern)
+
+
+@pytest.mark.parametrize("typo", ["{000...001}", "{0..}", "{a..c}", "{000..010..2}", "{0}"])
+def test_braces_that_are_neither_a_range_nor_a_list_are_told_with_how_to_write_one(typo):
+    with pytest.raises(DataError, match=r"is neither a range nor a list; write \{000\.\.127\}"):
+        expand_braces(f"s3://b/{typo}.tar")
+
+
+def test_shards_of_one_name_in_several_folders_are_told_apart_and_all_their_samples_come(tmp_path):
+    for folder, count in (("a", 30), ("b", 50)):
+        samples = [(f"k{n}", {"png": picture(30, 30, n, "PNG"), "txt": folder.encode()}) for n in range(count)]
+        write_tar(tmp_path / folder / "000.tar", samples)
+    given = SourceConfig(path=f"{tmp_path}/{{a,b}}/000.tar")
+    assert [shard.name for shard in find_shards([given])] == ["a/000", "b/000"]
+    data = DataConfig(sources=[given], workers=0, pool_samples=8, lanes=4)
+    image = {"min_tokens": 4, "max_tokens": 16, "divisor_px": 28}
+    stage = StageConfig(name="s", samples=10**6, lr=1e-3, token_budget=64, image=image)
+    seen = Counter()
+    with PackLoader(
+        [given], data=data, stage=stage, lanes_of_rank=range(4), lanes=4, seed=0, modality_of=lambda step: "image",
+        tokenizer=None, context_length=8,
+    ) as packs:  # fmt: skip
+        for _ in range(30):
+            seen.update(key for pack in next(packs) for key in pack.keys)
+    assert set(seen) == {f"a/000/k{n}" for n in range(30)} | {f"b/000/k{n}" for n in range(50)}
+
+
+def test_a_shard_that_is_named_twice_is_refused_and_one_in_two_sources_told(tmp_path, caplog):
+    write_tar(tmp_path / "000.tar", [("k", {"txt": b"x"})])
+    with pytest.raises(DataError, match=r"names shard .*000\.tar more than once"):
+        find_shards([SourceConfig(path=f"{tmp_path}/{{000,000}}.tar")])
+    find_shards([SourceConfig(path=str(tmp_path / "000.tar")), SourceConfig(path=str(tmp_path))])
+    assert "1 shards are in several sources" in caplog.text
 
 
 def test_a_missing_shard_of_a_range_is_named(tmp_path):
