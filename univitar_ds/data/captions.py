@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from univitar_ds.errors import SampleError
 
 EXTENSIONS = ("json", "txt", "cls")
-BYTES_LIMIT = 16 << 20
-"""Longest text member that is parsed."""
+BYTES_LIMIT = 1 << 20
+"""Longest text member that is parsed. The texts of a pool of samples lie in the trainer's memory."""
 
 
 class Texts(NamedTuple):

@@ -17,6 +17,8 @@ _SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[UNK]")
 _SMALLEST_VOCAB = 256 + len(_SPECIAL)
 _BEGINS = ("[BOS]", "<|startoftext|>", "<s>", "<bos>", "[CLS]")
 _ENDS = ("[EOS]", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
+_MOST_CHARACTERS = 256
+"""Of a caption for each id of a row; what follows is not looked at. The library takes 350 bytes for every character."""
 _PADS = ("[PAD]", "<pad>", "<|pad|>")
 
 
@@ -115,7 +117,8 @@ def token_rows(tokenizer: Tokenizer, captions: Sequence[str], context_length: in
     begin = [] if bos_id is None else [bos_id]
     room = context_length - len(begin) - 1
     assert room >= 0
-    encoded = tokenizer.encode_batch([_encodable(caption) for caption in captions], add_special_tokens=False)
+    most = _MOST_CHARACTERS * context_length
+    encoded = tokenizer.encode_batch([_encodable(caption[:most]) for caption in captions], add_special_tokens=False)
     return [[*begin, *one.ids[:room], eos_id] for one in encoded]
 
 

@@ -121,6 +121,16 @@ def foreign(tokens: list[str], tmp_path):
     return tmp_path / "tokenizer.json"
 
 
+def test_of_a_text_as_long_as_a_book_only_the_beginning_is_encoded(tokenizer, monkeypatch):
+    book = "a red cat " * 100_000
+    seen = []
+    monkeypatch.setattr(text, "_encodable", lambda caption: seen.append(len(caption)) or caption)
+    ids, lengths = text.encode(tokenizer, [book], 32)
+    assert seen == [32 * 256]
+    assert torch.equal(ids, text.encode(tokenizer, [book[:300]], 32)[0])
+    assert lengths.tolist() == [32]
+
+
 def test_somebody_elses_tokenizer_keeps_its_own_special_ids(tmp_path):
     loaded = text.load_tokenizer(foreign(["a", "cat", "<|startoftext|>", "<|endoftext|>", "?"], tmp_path))
     assert text.special_ids(loaded) == text.SpecialIds(3, 2, 3, 5)
