@@ -148,6 +148,9 @@ def _parse(shard: Shard, key: str, members: Sequence[tar.Member], data: bytes, o
     by_extension = {member.extension: member for member in members}
     if len(by_extension) < len(members):
         raise SampleError("duplicate", "two members have the same name")
+    if linked := [member.extension for member in members if member.link]:
+        remedy = "pack with tar --dereference --hard-dereference"
+        raise SampleError("link", f"its .{linked[0]} is a link, which has no content here; {remedy}")
     known = VIDEO_EXTENSIONS if rule.modality == "video" else IMAGE_EXTENSIONS
     media = next((member for member in members if member.extension in known), None)
     if media is None:

@@ -23,6 +23,7 @@ TAIL_LIMIT = 1 << 16
 """Longest end marker with its padding. Packers pad to 10 KiB; more zeros are a hole where samples were."""
 
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _WITHOUT_CONTENT = (
     tarfile.LNKTYPE,
     tarfile.SYMTYPE,
@@ -42,11 +43,15 @@ _RESTORE = "restore the shard or pack it again"
 
 @dataclass(frozen=True)
 class Member:
-    """One regular file: its extension in lower case and where its content lies, in bytes of the shard."""
+    """One file: its extension in lower case and where its content lies, in bytes of the shard.
+
+    `link`: it has none, but is a hard or symbolic link to another file.
+    """
 
     extension: str
     offset: int
     length: int
+    link: bool = False
 
 
 @dataclass
@@ -79,7 +84,7 @@ class Damage:
 @dataclass(frozen=True)
 class _Entry:
     name: str
-    regular: bool
+    kind: bytes
     start: int
     data: int
     length: int
@@ -155,7 +160,8 @@ def _grouped(events: Iterator[_Entry | Damage]) -> Iterator[Group | Damage]:
                 event, lost, current = replace(event, offset=current.offset), current.key, None
             damage = event if damage is None else replace(damage, end=event.end)
             continue
-        named = split_name(event.name) if event.regular else None
+        link = event.kind in _LINKS
+        named = split_name(event.name) if link or event.kind in _REGULAR else None
         if named is None:
             continue
         key, extension = named
@@ -173,7 +179,7 @@ def _grouped(events: Iterator[_Entry | Damage]) -> Iterator[Group | Damage]:
             damage = lost = None
         if current is None:
             current = Group(key, event.start, event.end)
-        current.members.append(Member(extension, event.data, event.length))
+        current.members.append(Member(extension, event.data, 0 if link else event.length, link))
         current.end = event.end
     if current is not None:
         yield current
@@ -245,7 +251,7 @@ def _read_entry(stream: BinaryIO, name: str, size: int, begin: int) -> _Entry | 
         elif info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in pax):
             _damaged(name, position, f"a sparse member {info.name!r}, which shards never need", data)
         else:
-            return _Entry(pax.get("path") or long_name or info.name, info.type in _REGULAR, begin, data, length, end)
+            return _Entry(pax.get("path") or long_name or info.name, info.type, begin, data, length, end)
         position = end
 
 

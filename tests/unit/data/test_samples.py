@@ -1,6 +1,8 @@
 """One sample: its media, caption, label and size; everything that can be wrong with it has a kind."""
 
+import io
 import json
+import tarfile
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.memory import shards_of
 from tests.support.shards import clip, picture
-from univitar_ds.data import samples
+from univitar_ds.data import captions, samples
 from univitar_ds.data.captions import read_texts
 from univitar_ds.data.samples import SizeRule, belongs, read_sample, read_sample_again
 from univitar_ds.data.sampling import Sampling
@@ -155,6 +157,28 @@ def test_a_sample_with_too_many_bytes_is_refused_unread():
         assert caught.value.kind == "too_large"
     assert shard.storage.ranges_read == before
     assert read_sample(shard, group, replace(IMAGE, max_sample_mb=2)).grid == (1, 2, 3)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_sample_whose_members_are_links_is_a_bad_sample_and_no_lost_one(kind):
+    (shard,) = shards_of([[("k", {"png": PNG, "txt": b"t"})]])
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for extension in ("png", "txt"):
+            info = tarfile.TarInfo(f"l.{extension}")
+            info.type, info.linkname = kind, f"k.{extension}"
+            tar.addfile(info)
+    shard.storage.files[shard.path] = buffer.getvalue()
+    shard = replace(shard, size=len(buffer.getvalue()))
+    (group,) = shard_samples(shard, "image")
+    with pytest.raises(SampleError, match=r"its \.png is a link.*--hard-dereference") as caught:
+        read_sample(shard, group, IMAGE)
+    assert caught.value.kind == "link"
+
+
+def test_a_text_above_the_limit_is_a_fault():
+    assert kind_of({"png": PNG, "txt": b"x" * (captions.BYTES_LIMIT + 1)}) == "too_large"
+    assert captions.BYTES_LIMIT <= 1 << 20, "a pool of samples holds its texts in the trainer's memory"
 
 
 def test_two_members_of_one_name_are_a_fault():

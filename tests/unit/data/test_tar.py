@@ -146,13 +146,26 @@ def test_a_file_that_is_no_tar_is_damaged_at_its_first_byte():
         scan(b"\x1f\x8b" + b"z" * 2000)
 
 
-def test_folders_links_and_names_without_a_key_are_passed_over():
+def test_links_are_members_without_content():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, kind in [("d.x", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE)]:
+        for name, kind in [("l.jpg", tarfile.SYMTYPE), ("l.txt", tarfile.LNKTYPE)]:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "x.jpg"
             tar.addfile(info)
+    (group,) = scan(buffer.getvalue())
+    assert group.key == "l"
+    assert [(member.extension, member.length, member.link) for member in group.members] == [
+        ("jpg", 0, True), ("txt", 0, True),
+    ]  # fmt: skip
+
+
+def test_folders_and_names_without_a_key_are_passed_over():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        info = tarfile.TarInfo("d.x")
+        info.type = tarfile.DIRTYPE
+        tar.addfile(info)
         for name in ("README", "._x.jpg", ".jpg", "x.JPG"):
             info = tarfile.TarInfo(name)
             info.size = 3
