@@ -28,6 +28,8 @@ from univitar_ds.randomness import draw
 _log = logging.getLogger(__name__)
 
 _64_BITS = (1 << 64) - 1
+WELL_FILLED = 0.9
+"""A pack emptier than this because of weights is told of."""
 POOL_BUDGETS = 2
 """The pool also holds at least so many token budgets, so that small items fill a pack too."""
 
@@ -158,10 +160,11 @@ class Stream:
         self._seen_this_epoch: set[str] = set()
         self._bad: Counter[str] = Counter()
         self._pool = list(self._restore(start.pool))
+        self._told_starved = False
 
     def next_pack(self) -> tuple[list[Item], dict[str, int]]:
         """Items of the next pack and the bad samples met on the way."""
-        self._fill()
+        starved = self._fill()
         candidates = self._candidates()
         tokens = [self._pool[index].sample.tokens for index in candidates]
         chosen = packing.choose(
@@ -171,6 +174,8 @@ class Stream:
             self._rules.cost_budget,
         )
         leaving = [candidates[number] for number in chosen]
+        if starved is not None:
+            self._tell_starved(starved, sum(tokens[number] for number in chosen))
         items = [_item(self._pool[index]) for index in leaving]
         for index in sorted(leaving, reverse=True):
             del self._pool[index]
@@ -187,8 +192,11 @@ class Stream:
     def _turns_of(self, credits: Mapping[str, int]) -> Turns:
         return Turns({name: reader.group.share for name, reader in self._readers.items()}, credits)
 
-    def _fill(self) -> None:
-        """Top the pool up; what is read here is fixed by the pool and the places alone."""
+    def _fill(self) -> str | None:
+        """Top the pool up; what is read here is fixed by the pool and the places alone.
+
+        Returns: the group whose turn it is and that has no more samples to give, if that ended it.
+        """
         rules = self._rules
         tokens = sum([one.sample.tokens for one in self._pool])
         oldest: dict[str | None, int] = {}
@@ -198,13 +206,29 @@ class Stream:
             name = self._turns.next()
             reader = self._readers[name]
             if reader.place.epoch > oldest.get(name, reader.place.epoch) + 1:
-                return
+                return name
             one = self._read(reader)
             if one is not None:
                 self._pool.append(one)
                 self._turns.taken()
                 tokens += one.sample.tokens
                 oldest.setdefault(name, one.row.epoch)
+        return None
+
+    def _tell_starved(self, group: str, tokens: int) -> None:
+        """Once: weights hold, and so a small source with a large one keeps the others from filling the pack."""
+        share = tokens / self._rules.token_budget
+        if share >= WELL_FILLED or self._told_starved or len(self._readers) == 1:
+            return
+        self._told_starved = True
+        _log.warning(
+            "lane %d: a pack of %s samples is filled to %.0f %% only, because source %s has too few samples in a lane "
+            "for its weight; lower its weight, data.lanes or token_budget",
+            self._lane,
+            self._rules.modality,
+            100 * share,
+            group,
+        )
 
     def _read(self, reader: Reader) -> _Pooled | None:
         """The next sample of a group; None where there is none, after counting what was bad."""

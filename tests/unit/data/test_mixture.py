@@ -72,6 +72,16 @@ def test_weights_hold_within_one_percent_over_a_thousand_packs(lanes):
         assert abs(seen[name] / len(items) - weight / 8) < 0.01
 
 
+@pytest.mark.parametrize(("weights", "told"), [({"a": 1, "b": 1}, True), ({"a": 40, "b": 1}, False)])
+def test_a_source_too_small_for_its_weight_is_named_once(caplog, weights, told):
+    """A pack holds a sample once, so four samples cannot be half of a pack of many."""
+    rules = replace(small_rules(mixed([200], [4]), weights=weights), token_budget=100)
+    drawn(rules, 30)
+    messages = [record.getMessage() for record in caplog.records if "too few samples" in record.getMessage()]
+    assert len(messages) == told
+    assert not told or "because source b has too few samples in a lane for its weight; lower its weight" in messages[0]
+
+
 def test_without_weights_every_sample_comes_once_an_epoch_of_all_sources_together():
     rules = small_rules(mixed([20, 20], [7]))
     items, cursor = drawn(rules, 60)
