@@ -20,6 +20,7 @@ KINDS = (
     "cut",
     "damaged",
     "no_media",
+    "link",
     "duplicate",
     "wrong_kind",
     "no_caption",

@@ -14,6 +14,7 @@ from tests.support.memory import shards_of
 from tests.support.shards import clip, picture
 from univitar_ds.data import captions, samples
 from univitar_ds.data.captions import read_texts
+from univitar_ds.data.health import KINDS
 from univitar_ds.data.samples import SizeRule, belongs, read_sample, read_sample_again
 from univitar_ds.data.sampling import Sampling
 from univitar_ds.data.scans import shard_samples
@@ -174,6 +175,7 @@ def test_a_sample_whose_members_are_links_is_a_bad_sample_and_no_lost_one(kind):
     with pytest.raises(SampleError, match=r"its \.png is a link.*--hard-dereference") as caught:
         read_sample(shard, group, IMAGE)
     assert caught.value.kind == "link"
+    assert caught.value.kind in KINDS
 
 
 def test_a_text_above_the_limit_is_a_fault():
