@@ -26,7 +26,8 @@ PACK_HINT = "pack the folder first: univitar-ds data pack FOLDER OUT"
 class Shard:
     """One tar. `name` is unique within the run and tells where a sample came from; `size` in bytes.
 
-    `modality` None: what is in it is unknown, both kinds of stream read it and skip what is not theirs.
+    `modality` None: what is in it is unknown, both kinds of stream read it and skip what is not theirs. `samples` and
+    `sha256` where a manifest tells them.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Shard:
     size: int
     modality: Modality | None = None
     sha256: str | None = None
+    samples: int | None = None
 
 
 def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = LOCAL) -> list[Shard]:
@@ -148,7 +150,7 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
                 f"shard {path}: has {size} bytes, its manifest says {row['bytes']}; "
                 "it was cut or replaced: restore it or pack the folder again"
             )
-        shards.append(Shard(prefix + _stem(path), path, storage, size, row["kind"], row.get("sha256")))
+        shards.append(Shard(prefix + _stem(path), path, storage, size, row["kind"], row.get("sha256"), row["samples"]))
     return shards
 
 

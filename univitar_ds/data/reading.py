@@ -101,7 +101,7 @@ class Reader:
             yield from self._scans.part(shard, self._modality, unit.part, unit.parts)
             return
         ordinal = start.ordinal
-        for entry in shard_samples(shard, self._modality, start.offset):
+        for entry in shard_samples(shard, self._modality, start.offset, ordinal):
             if ordinal % unit.parts == unit.part:
                 yield entry, ordinal
             ordinal += isinstance(entry, tar.Group)

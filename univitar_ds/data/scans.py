@@ -19,15 +19,29 @@ MOST_KEPT = 1 << 19
 Entry = tar.Group | tar.Damage
 
 
-def shard_samples(shard: Shard, modality: Modality, offset: int = 0) -> Iterator[Entry]:
-    """The samples of a shard that belong to a modality, from a byte on, in order, and the damage between them.
+def shard_samples(shard: Shard, modality: Modality, offset: int = 0, number: int = 0) -> Iterator[Entry]:
+    """The samples of a shard that belong to a modality, in order, and the damage between them.
 
+    Args: the byte to start at and the number of the sample that follows.
+    A shard that ends soundly with fewer samples than its manifest says is damage at its end. Where it is damaged to its
+    end that is told already.
     Raises: DataError if the shard cannot be read at all.
     """
+    told = False
     with shard.storage.open(shard.path) as stream:
         for found in tar.scan(stream, shard.name, shard.size, offset):
-            if isinstance(found, tar.Damage) or belongs(found, shard, modality):
+            if isinstance(found, tar.Damage):
+                told = found.end >= shard.size
                 yield found
+            elif belongs(found, shard, modality):
+                number += 1
+                yield found
+    if shard.samples is not None and number < shard.samples and not told:
+        message = (
+            f"shard {shard.name}: ends after {number} samples, its manifest says {shard.samples}; "
+            "restore the shard or pack it again"
+        )
+        yield tar.Damage("cut", shard.size, shard.size, message)
 
 
 class Scans:

@@ -1,6 +1,7 @@
 """Lanes that share a shard share its scan, and each still gets what it would find alone."""
 
 import io
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -152,3 +153,25 @@ def test_damage_belongs_to_the_part_of_the_sample_that_follows():
     scans = Scans()
     told = {part: [n for e, n in scans.part(shard, "image", part, 3) if isinstance(e, Damage)] for part in range(3)}
     assert told == {0: [], 1: [7], 2: [2]}  # what is left of those samples still counts as one each
+
+
+def test_a_shard_with_fewer_samples_than_its_manifest_says_is_damaged_at_its_end():
+    (shard,) = memory_shards([5])
+    short = replace(shard, samples=8)
+    *groups, damage = shard_samples(short, "image")
+    assert len(groups) == 5
+    assert (damage.kind, damage.offset, damage.end) == ("cut", shard.size, shard.size)
+    assert "ends after 5 samples, its manifest says 8" in damage.message
+    assert list(shard_samples(short, "image", groups[1].end, 2)) == [*groups[2:], damage]
+    assert list(shard_samples(replace(shard, samples=5), "image")) == groups
+    scans = Scans()
+    told = [entry for part in range(3) for entry, _ in scans.part(short, "image", part, 3) if entry == damage]
+    assert told == [damage]
+
+
+def test_a_shard_that_is_damaged_to_its_end_is_told_once():
+    (shard,) = memory_shards([5])
+    half = shard.size // 2
+    shard.storage.files[shard.path] = shard.storage.files[shard.path][:half]
+    found = list(shard_samples(replace(shard, size=half, samples=5), "image"))
+    assert [entry.kind for entry in found if isinstance(entry, Damage)] == ["cut"]
