@@ -6,10 +6,17 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from univitar_ds.cli_parts import add_command, add_overrides, positive
 from univitar_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from univitar_ds.config.data import DataConfig, SourceConfig
+    from univitar_ds.data.storage import StorageSettings
 
 
 def add_data(commands) -> None:
@@ -63,10 +70,16 @@ def _add_verify(data) -> None:
         _verify,
         "check whole sources: every shard, every sample",
         "Read every byte of every shard, compare it with its manifest and decode every sample. All that is wrong\n"
-        "goes into a report (JSON) with shard, key, byte and a sentence. Exit status 1 if anything is.",
+        "goes into a report (JSON) with shard, key, byte and a sentence. Exit status 1 if anything is.\n\n"
+        "With --config the limits of the run file's data section and its data.s3 count, and so do the templates of\n"
+        "its sources, for each SOURCE that is one of them or lies in its folder; without a SOURCE its data.sources\n"
+        "are checked, each with its own split.",
     )
-    verify.add_argument("sources", nargs="+", metavar="SOURCE", help="packed folder, tar, or brace range; also s3://")
-    verify.add_argument("--split", help="of packed folders (default: all of them)")
+    verify.add_argument("sources", nargs="*", metavar="SOURCE", help="packed folder, tar, or brace range; also s3://")
+    verify.add_argument(
+        "--config", help="a run file or the name of a shipped recipe, for its sources, limits and data.s3"
+    )
+    verify.add_argument("--split", help="of packed folders (default: all of them, or what the run file says)")
     verify.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check shards")
     verify.add_argument("--no-decode", action="store_true", help="trust headers and checksums for the pixels")
     verify.add_argument("--report", type=Path, default=Path("verify.json"), help="default verify.json")
@@ -108,39 +121,76 @@ def _pack(arguments: argparse.Namespace) -> None:
         settings=_storage_settings(arguments),
     )
     for split, kinds in manifest["counts"].items():
-        print(f"{split}: " + ", ".join(f"{count} {kind}s" for kind, count in kinds.items()))
-    print(f"{len(manifest['shards'])} shards in {arguments.out}, {len(manifest['skipped'])} files left out")
+        _say(f"{split}: " + ", ".join(f"{count} {kind}s" for kind, count in kinds.items()))
+    _say(f"{len(manifest['shards'])} shards in {arguments.out}, {len(manifest['skipped'])} files left out")
     for skipped in manifest["skipped"][:5]:
-        print(f"  left out: {skipped['file']}: {skipped['reason']}")
+        _say(f"  left out: {skipped['file']}: {skipped['reason']}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from univitar_ds.config.data import SourceConfig
+    from univitar_ds.config.load import load_config
     from univitar_ds.data.verify import verify
 
     _check_folder(arguments.report)
-    sources = [SourceConfig(path=path, split=arguments.split) for path in arguments.sources]
-    report = verify(sources, _storage_settings(arguments), workers=arguments.workers, decode=not arguments.no_decode)
+    data = load_config(arguments.config, []).data if arguments.config else None
+    limits = {} if data is None else {"limits": data}
+    sources = _sources_to_verify(arguments, data)
+    settings = _storage_settings(arguments, data)
+    report = verify(sources, settings, workers=arguments.workers, decode=not arguments.no_decode, **limits)
     arguments.report.write_text(json.dumps(report, indent=1))
     for source in report["sources"]:
         if source["error"]:
-            print(source["error"])
+            _say(source["error"])
     faults = [(shard["shard"], fault) for shard in report["shards"] for fault in shard["faults"]]
     for shard, fault in faults[:20]:
         name = f"{shard}/{fault['key']}" if fault["key"] else shard
-        print(f"{fault['kind']}: {name} at byte {fault['byte']}: {fault['message']}")
+        _say(f"{fault['kind']}: {name} at byte {fault['byte']}: {fault['message']}")
     if len(faults) > 20:
         print(f"... and {len(faults) - 20} more")
     for shard in report["shards"]:
         if shard["error"]:
-            print(f"shard {shard['shard']}: {shard['error']}")
+            _say(f"shard {shard['shard']}: {shard['error']}")
         if shard["sha256"] == "differs":
-            print(f"shard {shard['shard']}: its SHA-256 is not the manifest's")
+            _say(f"shard {shard['shard']}: its SHA-256 is not the manifest's")
         if shard["samples_in_manifest"] not in (None, shard["samples"]):
-            print(f"shard {shard['shard']}: {shard['samples']} samples, {shard['samples_in_manifest']} in its manifest")
+            _say(f"shard {shard['shard']}: {shard['samples']} samples, {shard['samples_in_manifest']} in its manifest")
     verdict = "sound" if report["sound"] else "NOT sound"
-    print(f"{report['samples']} samples in {len(report['shards'])} shards: {verdict}; report in {arguments.report}")
+    _say(f"{report['samples']} samples in {len(report['shards'])} shards: {verdict}; report in {arguments.report}")
     return 0 if report["sound"] else 1
+
+
+def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -> list[SourceConfig]:
+    """Raises: ConfigError if neither the command line nor a run file names any."""
+    from univitar_ds.config.data import SourceConfig
+
+    if not arguments.sources:
+        if data is None:
+            raise ConfigError("nothing to verify: give a SOURCE, or --config with a run file that has sources")
+        own = {} if arguments.split is None else {"split": arguments.split}
+        return [source.model_copy(update=own) for source in data.sources]
+    known = [] if data is None else data.sources
+    return [
+        SourceConfig(path=path, split=arguments.split, templates=_templates_of(path, known))
+        for path in arguments.sources
+    ]
+
+
+def _templates_of(path: str, sources: Sequence[SourceConfig]) -> list[str]:
+    """Those of the source that is this place or whose folder holds it; there are none where no source does."""
+    place = _place(path)
+    for known, source in ((_place(source.path), source) for source in sources):
+        if place == known or place.startswith(f"{known}/"):
+            return source.templates
+    return []
+
+
+def _place(path: str) -> str:
+    """One spelling for every way to name a folder, which may be named by its manifest, or tars."""
+    from univitar_ds.data.manifest import MANIFEST
+
+    if "://" not in path:
+        path = os.path.abspath(os.path.expanduser(path))
+    return path.rstrip("/").removesuffix(f"/{MANIFEST}")
 
 
 def _probe(arguments: argparse.Namespace) -> int:
@@ -159,7 +209,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     if stage is None:
         raise ConfigError(f"there is no stage {arguments.stage!r}; there is {', '.join(stages)}")
     for found in report(arguments.files, data, stage):
-        print(json.dumps(found.to_json()) if arguments.json else found.sentence(), flush=True)
+        _say(json.dumps(found.to_json()) if arguments.json else found.sentence())
     return 0 if all(path.is_file() for path in arguments.files) else 1
 
 
@@ -173,9 +223,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     _check_folder(arguments.png)
     config = load_config(arguments.config, arguments.overrides)
     found = inspect(config, packs=arguments.packs, cost=cost_coefficients(PRESETS[config.model.encoder]))
-    print(json.dumps(found.to_json(), indent=2) if arguments.json else render(found))
+    for line in (json.dumps(found.to_json(), indent=2) if arguments.json else render(found)).split("\n"):
+        _say(line)
     draw(found, arguments.png)
-    print(f"picture in {arguments.png}", file=sys.stderr)
+    print(f"picture in {_shown(str(arguments.png))}", file=sys.stderr)
 
 
 def _check_folder(path: Path) -> None:
@@ -184,14 +235,41 @@ def _check_folder(path: Path) -> None:
         raise ConfigError(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it first")
 
 
-def _storage_settings(arguments: argparse.Namespace):
+def _say(line: str) -> None:
+    """Print a line that may hold names of files and keys."""
+    print(_shown(line), flush=True)
+
+
+def _shown(text: str) -> str:
+    """Text for a terminal: what is no printable character becomes its escape.
+
+    Names come from outside. They may hold bytes that are no UTF-8, which cannot be printed at all, and control
+    characters, which would act on the terminal.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _storage_settings(arguments: argparse.Namespace, data: DataConfig | None = None) -> StorageSettings:
+    """Those of the run file where there is one; options come first.
+
+    Not its cache: what is checked is the store, and a look at everything must not push out what a run needs.
+    """
+    from univitar_ds.config.data import CacheConfig
     from univitar_ds.data.storage import StorageSettings
 
-    return StorageSettings(arguments.s3_endpoint, arguments.s3_profile, arguments.s3_region)
+    settings = StorageSettings()
+    if data is not None:
+        settings = StorageSettings.of(data.model_copy(update={"cache": CacheConfig()}))
+    return replace(
+        settings,
+        endpoint_url=arguments.s3_endpoint or settings.endpoint_url,
+        profile=arguments.s3_profile or settings.profile,
+        region=arguments.s3_region or settings.region,
+    )
 
 
 def _scenes(arguments: argparse.Namespace) -> None:
     from univitar_ds.data.synthetic import write_scenes
 
     write_scenes(arguments.out, images=arguments.images, clips=arguments.clips, seed=arguments.seed, progress=True)
-    print(f"{arguments.images} pictures and {arguments.clips} clips in {arguments.out}")
+    _say(f"{arguments.images} pictures and {arguments.clips} clips in {arguments.out}")

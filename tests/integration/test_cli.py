@@ -1,15 +1,20 @@
 """The command line: help that teaches, and users' mistakes answered in a sentence before anything starts."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.finished import run_config, write_run
-from tests.support.shards import picture, write_demo_shards
+from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.cli import build_parser, main, parse
 from univitar_ds.config.load import dump_config
 from univitar_ds.launch import create_run, reopen_run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +164,89 @@ def test_a_source_to_verify_that_is_not_there_is_told(capsys, tmp_path):
     report = tmp_path / "report.json"
     assert main(["data", "verify", str(tmp_path / "nowhere"), "--report", str(report)]) == 1
     assert "there is no such file or folder" in capsys.readouterr().out
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """A folder with a shard of bare labels, and a run file that has templates for them."""
+    folder = tmp_path / "labelled"
+    write_tar(folder / "a.tar", [(f"k{i}", {"jpg": picture(60, 80), "cls": b"cat"}) for i in range(3)])
+    data = {"sources": [{"path": str(folder), "templates": ["a photo of a {}"]}], "s3": {"region": "here"}}
+    dump_config(run_config(output=str(tmp_path / "runs"), data=data), tmp_path / "labelled.yaml")
+    return folder, tmp_path / "labelled.yaml"
+
+
+@pytest.mark.parametrize("named", ["nothing", "folder", "tar", "relative"])
+def test_bare_labels_are_sound_with_the_templates_of_the_run_file(capsys, labelled, tmp_path, monkeypatch, named):
+    folder, run_file = labelled
+    monkeypatch.chdir(tmp_path)
+    sources = {"nothing": [], "folder": [f"{folder}/"], "tar": [f"{folder}/a.tar"], "relative": ["labelled"]}[named]
+    arguments = ["--report", str(tmp_path / "report.json"), "--workers", "1"]
+    assert main(["data", "verify", "--config", str(run_file), *sources, *arguments]) == 0
+    assert "3 samples in 1 shards: sound" in capsys.readouterr().out
+
+
+def test_bare_labels_are_not_sound_where_no_source_has_templates_for_them(capsys, labelled, tmp_path):
+    folder, run_file = labelled
+    arguments = ["--report", str(tmp_path / "report.json"), "--workers", "1"]
+    assert main(["data", "verify", str(folder), *arguments]) == 1
+    assert "no_caption: a/k0" in capsys.readouterr().out
+    other = folder.rename(tmp_path / "labelled2")
+    assert main(["data", "verify", str(other), "--config", str(run_file), *arguments]) == 1
+    assert "no_caption: a/k0" in capsys.readouterr().out
+
+
+def test_verify_has_the_limits_of_the_run_file(capsys, labelled, tmp_path):
+    folder, run_file = labelled
+    run_file.write_text(run_file.read_text().replace("max_image_px: 100000000", "max_image_px: 4799"))
+    arguments = ["--config", str(run_file), "--report", str(tmp_path / "report.json"), "--workers", "1"]
+    assert main(["data", "verify", str(folder), *arguments]) == 1
+    assert capsys.readouterr().out.count("too_large: a/k") == 3
+
+
+def test_verify_checks_the_split_that_the_run_reads_unless_it_is_told_another(capsys, run_file, tmp_path):
+    arguments = ["--config", str(run_file), "--report", str(tmp_path / "report.json"), "--workers", "1", "--no-decode"]
+    assert main(["data", "verify", *arguments]) == 0
+    assert "24 samples" in capsys.readouterr().out
+    assert main(["data", "verify", *arguments, "--split", "test"]) == 0
+    assert "24 samples" not in capsys.readouterr().out
+
+
+def test_verify_reaches_s3_as_the_run_file_says_and_options_come_first(monkeypatch, labelled, tmp_path):
+    seen = []
+    sound = {"sound": True, "samples": 0, "sources": [], "shards": []}
+    monkeypatch.setattr(
+        "univitar_ds.data.verify.verify", lambda sources, settings, **rest: seen.append(settings) or sound
+    )
+    arguments = ["data", "verify", "--report", str(tmp_path / "report.json"), "--config", str(labelled[1])]
+    assert main([*arguments]) == 0
+    assert main([*arguments, "--s3-region", "there"]) == 0
+    assert [settings.region for settings in seen] == ["here", "there"]
+
+
+def test_nothing_to_verify_is_a_sentence(capsys):
+    assert "give a SOURCE, or --config" in fails(capsys, "data", "verify")
+
+
+def test_names_from_outside_are_printed_with_escapes(tmp_path):
+    keys = [b"caf\xe9", b"new\nline", b"\x1b[31mred", "日本".encode()]
+    write_tar(tmp_path / "a.tar", [(os.fsdecode(key), {"jpg": picture(60, 80)}) for key in keys])
+    (tmp_path / os.fsdecode(b"\xe9.jpg")).write_bytes(b"junk")
+    for arguments in (["verify", "a.tar"], ["probe", os.fsdecode(b"\xe9.jpg")]):
+        ended = subprocess.run(
+            [sys.executable, "-m", "univitar_ds", "data", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            timeout=120,
+        )
+        printed = ended.stdout.decode()
+        assert b"Traceback" not in ended.stderr
+        if arguments[0] == "verify":
+            for name in (r"a/caf\udce9 at", r"a/new\nline at", r"a/\x1b[31mred at", "a/日本 at"):
+                assert f"no_caption: {name}" in printed
+        else:
+            assert r"\udce9.jpg: " in printed
 
 
 def test_probe_tells_of_each_file_what_a_run_would_make_of_it(capsys, run_file, tmp_path):

@@ -26,7 +26,6 @@ RESULT_FREE = (
     "deepspeed",
     "data.workers",
     "data.prefetch_packs",
-    "data.decode_timeout_s",
     "data.on_bad",
     "data.max_bad_per_thousand",
     "data.max_bad_in_a_row",

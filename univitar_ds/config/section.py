@@ -15,9 +15,9 @@ Part = Literal["text", "vision", "patch_embedding"]
 
 
 class Section(BaseModel):
-    """A part of the run file: unknown keys are faults, values never change after reading."""
+    """A part of the run file: unknown keys are faults, values never change after reading, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def check_templates(templates: list[str]) -> None:

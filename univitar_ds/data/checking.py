@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from univitar_ds.config.data import DataConfig
+from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import ClipSampling, ResolutionConfig, StageConfig
 from univitar_ds.data import tar
 from univitar_ds.data.crew import At, Bad, Event, Hashed, Read, Task
@@ -21,20 +21,24 @@ from univitar_ds.data.sources import SourceShard
 from univitar_ds.data.storage import StorageSettings, storage_for
 from univitar_ds.errors import SampleError
 
-_DATA, _STAGE = DataConfig.model_fields, StageConfig.model_fields
-LIMITS = DecodeLimits(_DATA["max_image_px"].default, _DATA["decode_timeout_s"].default, _DATA["max_clip_s"].default)
-"""Those of a run file that says nothing else; so are the rules."""
+_STAGE = StageConfig.model_fields
+"""The rules are those of a run file that says nothing else."""
+DEFAULTS = DataConfig(sources=[SourceConfig(path="none")])
 _SAMPLING = Sampling(**ClipSampling().model_dump())
 _HASHED_AT_ONCE = 8 << 20
 
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """A shard (without its storage, which does not travel), how it is reached and whether every sample is decoded."""
+    """A shard (without its storage, which does not travel), how it is reached and whether every sample is decoded.
+
+    `data` has the limits of a sample.
+    """
 
     shard: SourceShard
     settings: StorageSettings
     decode: bool
+    data: DataConfig = DEFAULTS
 
 
 def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
@@ -73,30 +77,31 @@ def check_sample(shard: SourceShard, group: tar.Group, job: ShardCheck) -> None:
     kind = modality_of(group) or shard.modality or "image"
     if shard.modality not in (None, kind):
         raise SampleError("wrong_kind", f"is {kind} in a shard whose manifest says {shard.modality}; pack it again")
-    sample = read_entry(shard, group, _rule(kind))
+    sample = read_entry(shard, group, _rule(kind, job.data))
     if job.decode:
-        _decode(sample, kind, job.settings)
+        _decode(sample, kind, job)
     elif sample.crc32 is not None:
         check_crc32(shard.storage.read_range(shard.path, sample.media_offset, sample.media_length), sample.crc32)
 
 
-def _rule(kind: Modality) -> SizeRule:
+def _rule(kind: Modality, data: DataConfig) -> SizeRule:
     return SizeRule(
         kind,
         ResolutionConfig().rule(),
         _STAGE["clip_frames"].default if kind == "video" else 1,
         _STAGE["token_budget"].default,
-        LIMITS.max_image_px,
+        data.max_image_px,
         _SAMPLING,
-        LIMITS.max_clip_s,
-        _DATA["max_sample_mb"].default,
+        data.max_clip_s,
+        data.max_sample_mb,
     )
 
 
-def _decode(sample: Sample, kind: Modality, settings: StorageSettings) -> None:
+def _decode(sample: Sample, kind: Modality, job: ShardCheck) -> None:
     item = RenderItem(
         sample.shard.path, sample.media_offset, sample.media_length, sample.grid, sample.frames, sample.crc32
     )
-    job = RenderJob(kind, _SAMPLING, LIMITS, [item])
-    for _, word, message in render(job, np.empty(job.bytes, np.uint8), settings):
+    limits = DecodeLimits(job.data.max_image_px, job.data.decode_timeout_s, job.data.max_clip_s)
+    work = RenderJob(kind, _SAMPLING, limits, [item])
+    for _, word, message in render(work, np.empty(work.bytes, np.uint8), job.settings):
         raise SampleError(word, message)

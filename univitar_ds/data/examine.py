@@ -6,6 +6,7 @@ Runs in processes of its own, because decoders work hard and, on hostile bytes, 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +22,7 @@ from univitar_ds.data.containers import VIDEO_EXTENSION_OF, video_demuxer
 from univitar_ds.data.decode import decode_image
 from univitar_ds.data.jpeg import is_jpeg
 from univitar_ds.data.probe import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize, probe
+from univitar_ds.data.storage import open_regular
 from univitar_ds.errors import SampleError
 
 _BATCH = 4
@@ -107,10 +109,11 @@ def examine(job: Job) -> Finding:
 
 def _read(path: Path) -> bytes:
     try:
-        length = path.stat().st_size
-        if length > _MOST_BYTES:
-            raise SampleError("too_large", f"the file has {length} bytes; at most {_MOST_BYTES} fit into a sample")
-        return path.read_bytes()
+        with open_regular(path) as stream:
+            length = os.fstat(stream.fileno()).st_size
+            if length > _MOST_BYTES:
+                raise SampleError("too_large", f"the file has {length} bytes; at most {_MOST_BYTES} fit into a sample")
+            return stream.read()
     except OSError as error:
         raise SampleError("unreadable", f"the file cannot be read: {error.strerror}") from error
 

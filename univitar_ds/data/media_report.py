@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from univitar_ds.data.probe import MediaSize, probe
 from univitar_ds.data.reading import read_entry
 from univitar_ds.data.samples import Sample, SizeRule, modality_of
 from univitar_ds.data.sources import SourceShard
-from univitar_ds.data.storage import storage_for
+from univitar_ds.data.storage import open_regular, storage_for
 from univitar_ds.data.tar import scan
 from univitar_ds.errors import SampleError
 
@@ -142,12 +143,13 @@ def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule]) -> _Hea
 def _content(path: Path, max_sample_mb: int) -> bytes:
     """Raises: SampleError for a file that cannot be read or is larger than any sample may be."""
     try:
-        length = path.stat().st_size
-        if length > max_sample_mb << 20:
-            raise SampleError(
-                "too_large", f"the file has {length} bytes, above data.max_sample_mb = {max_sample_mb} (MiB)"
-            )
-        return path.read_bytes()
+        with open_regular(path) as stream:
+            length = os.fstat(stream.fileno()).st_size
+            if length > max_sample_mb << 20:
+                raise SampleError(
+                    "too_large", f"the file has {length} bytes, above data.max_sample_mb = {max_sample_mb} (MiB)"
+                )
+            return stream.read()
     except OSError as error:
         raise SampleError("unreadable", f"the file cannot be read: {error.strerror}") from error
 

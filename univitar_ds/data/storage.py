@@ -5,7 +5,9 @@ Only this module knows what kind of place a path points to.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -101,7 +103,7 @@ class LocalStorage:
 
     def open(self, path: str) -> BinaryIO:
         try:
-            return open(path, "rb")
+            return open_regular(path)
         except OSError as error:
             raise _unreadable(path, error) from error
 
@@ -118,13 +120,16 @@ class LocalStorage:
 
     def read(self, path: str) -> bytes:
         try:
-            return Path(path).read_bytes()
+            with open_regular(path) as stream:
+                return stream.read()
         except OSError as error:
             raise _unreadable(path, error) from error
 
     def size(self, path: str) -> int:
         try:
-            return os.stat(path).st_size
+            state = os.stat(path)
+            _check_regular(path, state)
+            return state.st_size
         except OSError as error:
             raise _unreadable(path, error) from error
 
@@ -139,6 +144,28 @@ class LocalStorage:
 
     def prefetch(self, paths: Sequence[str]) -> None:
         """The system reads ahead by itself."""
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A local file for reading. Raises: OSError, also for pipes and devices: they may have no end or never answer."""
+    return open(path, "rb", opener=_regular)
+
+
+def _regular(path: str | Path, flags: int) -> int:
+    """A descriptor, as an opener gives it. Raises: OSError for what is neither a regular file nor a folder."""
+    file = os.open(path, flags | os.O_NONBLOCK)  # else opening a pipe waits for one who writes into it
+    try:
+        _check_regular(path, os.fstat(file))
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
+def _check_regular(path: str | Path, state: os.stat_result) -> None:
+    """Folders pass: reading one is an error with a name of its own."""
+    if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
 def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
 
-from univitar_ds.config.data import SourceConfig
-from univitar_ds.data.checking import LIMITS, ShardCheck, check_shard
+from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.data.checking import DEFAULTS, ShardCheck, check_shard
 from univitar_ds.data.crew import At, Bad, Crew, Done, Event, Hashed, Read, Task
 from univitar_ds.data.listing import expand_braces, place_of
 from univitar_ds.data.manifest import MANIFEST, read_manifest
@@ -68,13 +69,15 @@ def verify(
     workers: int = 1,
     decode: bool = True,
     progress: bool = True,
+    limits: DataConfig = DEFAULTS,
 ) -> dict[str, Any]:
-    """Check every shard of the sources in `workers` processes, with the limits of a run file that sets none.
+    """Check every shard of the sources in `workers` processes, each sample with the limits of `limits`.
 
     What can be read is checked, whatever else is missing or damaged. A sample that kills its process or hangs is bad
     too, of kind "crash" or "timeout". The report depends on the data alone.
 
-    Args: decode, decode every sample instead of trusting headers and checksums; progress, a bar on stderr.
+    Args: decode, decode every sample instead of trusting headers and checksums; progress, a bar on stderr;
+        limits, the data section of a run file (default: one that sets none).
     Returns: {"version", "decoded", "sound", "samples", "bad": {kind: n}, "sources", "shards"}. A source has path,
         split, shards, missing (shards of its manifest) and error; a shard what `_Found.to_json` has: for each fault
         its kind, key ("" for bytes without samples), byte and a sentence; sha256 is "matches" or "differs", None
@@ -89,10 +92,11 @@ def verify(
         found += [replace(one, shard=replace(one.shard, name=prefix + one.shard.name)) for one in shards]
         listed.append(about)
     tasks = [
-        Task(number, ShardCheck(replace(one.shard, storage=None), settings, decode)) for number, one in enumerate(found)
+        Task(number, ShardCheck(replace(one.shard, storage=None), settings, decode, limits))
+        for number, one in enumerate(found)
     ]
     total = sum(one.shard.size * (1 if one.shard.sha256 is None else 2) for one in found)
-    silence_s = settings.give_up_s + 2 * LIMITS.timeout_s
+    silence_s = settings.give_up_s + 2 * limits.decode_timeout_s
     with (
         tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar,
         Crew(check_shard, min(workers, max(len(tasks), 1)), silence_s) as crew,
@@ -176,11 +180,14 @@ def _what_is_there(
         else:
             wanted = [file for file in storage.list(path) if file.endswith(".tar")]
         present = [file for file in wanted if storage.exists(file)]
-        sizes = [storage.size(file) for file in present]
     except DataError:  # the source's own error says it already
         return [], []
+    sizes: dict[str, int] = {}
+    for file in present:
+        with suppress(DataError):  # a pipe or a device: no shard
+            sizes[file] = storage.size(file)
     shards = []
-    for file, size in zip(present, sizes, strict=True):
+    for file, size in sizes.items():
         name = os.path.basename(file)
         row = rows.get(name, {})
         shards.append(
@@ -191,8 +198,8 @@ def _what_is_there(
                 size,
                 row.get("kind"),
                 row.get("sha256"),
-                source.label,
-                tuple(source.templates),
+                source=source.label,
+                templates=tuple(source.templates),
             )
         )
-    return shards, [os.path.basename(file) for file in wanted if file not in present]
+    return shards, [os.path.basename(file) for file in wanted if file not in sizes]

@@ -118,7 +118,11 @@ def _examine(
     stamps: dict[str, list[int]] = {}
     unknown = []
     for row in rows:
-        state = os.stat(folder / row.file)
+        try:
+            state = os.stat(folder / row.file)
+        except OSError:  # a link to nothing: examined like the others, which says so, but not remembered
+            unknown.append(row)
+            continue
         stamps[row.file] = [state.st_size, state.st_mtime_ns]
         known = journal.finding(row, stamps[row.file], verify)
         if known is None:
@@ -129,7 +133,8 @@ def _examine(
     jobs = [Job(folder / row.file, row.kind, verify) for row in unknown]
     with tqdm(total=len(rows), initial=len(findings), desc="examine", unit="file", disable=not progress) as bar:
         for row, finding in zip(unknown, examine_all(jobs, min(workers or os.cpu_count() or 1, most)), strict=True):
-            journal.add_finding(row, stamps[row.file], verify, finding)
+            if row.file in stamps:
+                journal.add_finding(row, stamps[row.file], verify, finding)
             findings[row.file] = finding
             bar.update()
     return [(row, findings[row.file]) for row in rows]

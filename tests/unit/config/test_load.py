@@ -92,6 +92,11 @@ def test_all_faults_are_told_at_once(run_file):
         (["stages.0.image={min_tokens: 1, max_tokens: 60}"], "at least 64 tokens an item, above max_tokens 60"),
         (["model.text.heads=3"], "hidden_size 256 is not divisible by heads 3"),
         (["evaluation.image_templates=[a photo]"], "a template holds the label once"),
+        (["stages.0.weights={x: .inf}"], r"stages\.0\.weights\.x: input should be a finite number, got Infinity"),
+        (["stages.0.weights={x: .nan}"], r"stages\.0\.weights\.x: input should be a finite number, got NaN"),
+        (["stages.0.lr=.inf"], r"stages\.0\.lr: input should be a finite number"),
+        (["stages.0.contrastive={start: .inf}"], r"contrastive\.start: input should be a finite number"),
+        (["stages.0.clip_sampling={kind: fps, fps: .inf}"], r"fps: input should be a finite number"),
         (["stages.0.patch_dropout=1"], r"stages\.0\.patch_dropout: input should be less than 1, got 1"),
         (["stages.0.stochastic_depth=-0.1"], r"stages\.0\.stochastic_depth: input should be greater .*, got -0\.1"),
     ],
@@ -151,7 +156,7 @@ def test_the_fingerprint_follows_what_decides_the_result_and_nothing_else(run_fi
     base = config_fingerprint(load_config(run_file))
     assert config_fingerprint(load_config(run_file, ["data.workers=5", "logging.every_steps=1"])) == base
     assert config_fingerprint(load_config(run_file, ["data.sources.0.path=elsewhere"])) == base
-    for override in ("seed=1", "stages.0.lr=1e-4", "data.lanes=8", "model.embed_dim=128"):
+    for override in ("seed=1", "stages.0.lr=1e-4", "data.lanes=8", "model.embed_dim=128", "data.decode_timeout_s=1"):
         assert config_fingerprint(load_config(run_file, [override])) != base
 
 

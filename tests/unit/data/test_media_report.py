@@ -122,6 +122,15 @@ def test_a_file_larger_than_any_sample_is_not_even_read(tmp_path):
     assert row.message == "the file has 2147483648 bytes, above data.max_sample_mb = 1 (MiB)"
 
 
+def test_a_pipe_or_a_device_is_left_out_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").symlink_to("/dev/zero")
+    rows = list(report([tmp_path / "a.jpg", tmp_path / "b.jpg"], settings(), STAGE))
+    assert {(row.error, row.message) for row in rows} == {
+        ("unreadable", "the file cannot be read: is not a regular file")
+    }
+
+
 def test_nothing_is_left_behind(files, tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     scratch.mkdir()

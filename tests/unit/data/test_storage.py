@@ -1,6 +1,7 @@
 """Files by address."""
 
 import json
+import os
 
 import pytest
 
@@ -47,6 +48,24 @@ def test_a_missing_file_is_named(tmp_path):
     ):
         with pytest.raises(DataError, match="nothing: cannot be read"):
             act(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_refused_at_once(tmp_path, kind):
+    path = "/dev/zero"
+    if kind == "pipe":
+        path = str(tmp_path / "pipe")
+        os.mkfifo(path)
+    before = os.listdir("/proc/self/fd")
+    for act in (LocalStorage().open, LocalStorage().size, LocalStorage().read):
+        with pytest.raises(DataError, match=rf"{path}: cannot be read \(is not a regular file\)"):
+            act(path)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_link_to_a_file_is_read_like_the_file(file, tmp_path):
+    (tmp_path / "link").symlink_to(file)
+    assert LocalStorage().read(str(tmp_path / "link")) == bytes(range(200))
 
 
 def test_a_listing_is_sorted_and_holds_files_only(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.s3 import s3_server
 from tests.support.shards import clip, picture, write_demo_shards, write_tar
-from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.checking import ShardCheck, check_shard
 from univitar_ds.data.crew import At, Bad, Crew, Done, Hashed, Read, Task
 from univitar_ds.data.sources import find_shards
@@ -68,6 +68,23 @@ def test_every_kind_of_bad_sample_is_told_under_its_key(tmp_path):
     assert outcome(path, decode=False, templates=["a {}"]) == headers
     assert outcome(path, templates=["a {}"]) == headers | {"half": "corrupt"}
     assert outcome(path, decode=False) == headers | {"labelled": "no_caption"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "extension", "content"),
+    [
+        ({"max_image_px": 1000}, "jpg", JPEG),
+        ({"max_clip_s": 0.1}, "mp4", clip(48, 64)),
+        ({"max_sample_mb": 1}, "jpg", JPEG + bytes(1 << 20)),
+    ],
+)
+def test_the_limits_of_a_run_hold(tmp_path, limit, extension, content):
+    source = SourceConfig(path=str(write_tar(tmp_path / "a.tar", [("k", {extension: content, "json": TEXT})])))
+    assert verify([source], progress=False)["sound"]
+    limits = DataConfig(sources=[source], **limit)
+    found = verify([source], progress=False, limits=limits)
+    assert found["bad"] == {"too_large": 1}
+    assert next(iter(limit)) in found["shards"][0]["faults"][0]["message"]
 
 
 def folder_of(tmp_path):
@@ -193,6 +210,18 @@ def test_a_source_without_shards_is_an_error_of_the_source(tmp_path, path):
     assert not found["sound"]
     assert found["sources"][0]["error"]
     assert found["shards"] == []
+
+
+def test_a_pipe_is_no_shard_and_those_beside_it_are_checked(tmp_path):
+    write_tar(tmp_path / "a0.tar", [("k", {"jpg": JPEG, "cls": b"cat"})])
+    os.mkfifo(tmp_path / "a1.tar")
+    alone = verify([SourceConfig(path=str(tmp_path / "a1.tar"))], progress=False)
+    assert "a1.tar: cannot be read (is not a regular file)" in alone["sources"][0]["error"]
+    both = verify([SourceConfig(path=str(tmp_path / "a{0..1}.tar"), templates=["a {}"])], progress=False)
+    assert not both["sound"]
+    assert both["bad"] == {}, "the templates count here too"
+    assert both["sources"][0]["missing"] == ["a1.tar"]
+    assert both["samples"] == 1
 
 
 def test_the_report_depends_on_the_data_alone(tmp_path, capsys):

@@ -215,6 +215,28 @@ def test_a_plain_folder_takes_its_captions_from_the_texts_beside_the_files(tmp_p
     assert manifest["skipped"] == [{"file": "lonely.jpg", "reason": "no_caption: there is no .txt beside it"}]
 
 
+def test_a_link_to_nothing_and_a_pipe_are_left_out_with_their_reason(tmp_path):
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    plain.mkdir()
+    (plain / "a.jpg").write_bytes(media.encoded(media.noise(20, 30)))
+    (plain / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(plain / "pipe.jpg")
+    for name in ("a", "gone", "pipe"):
+        (plain / f"{name}.txt").write_text("a caption")
+    manifest = pack(plain, out)
+    assert manifest["skipped"] == [
+        {"file": "gone.jpg", "reason": "unreadable: the file cannot be read: No such file or directory"},
+        {"file": "pipe.jpg", "reason": "unreadable: the file cannot be read: is not a regular file"},
+    ]
+    assert manifest["counts"] == {"train": {"image": 1}}
+    packed = contents(out)
+    assert pack(plain, out) == manifest
+    assert contents(out) == packed
+
+    (tmp_path / "nowhere").write_bytes(media.encoded(media.noise(20, 40)))
+    assert pack(plain, out)["counts"] == {"train": {"image": 2}}
+
+
 def test_a_sidecar_that_is_no_text_or_empty_is_a_fault(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jpg").write_bytes(media.encoded(media.noise(20, 20)))
