@@ -80,6 +80,11 @@ def swaps_sides(matrix: Matrix) -> bool:
 
 def _boxes(data: bytes, start: int, end: int, name: bytes) -> Iterator[tuple[int, int]]:
     """(start, end) of the contents of the boxes called `name` between two offsets, not looking inside others."""
+    return ((inner, stop) for found, inner, stop in boxes_between(data, start, end) if found == name)
+
+
+def boxes_between(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Name and (start, end) of the contents of the boxes between two offsets, not looking inside."""
     while start + 8 <= end:
         size, header = int.from_bytes(data[start : start + 4], "big"), 8
         if size == 1:
@@ -88,6 +93,5 @@ def _boxes(data: bytes, start: int, end: int, name: bytes) -> Iterator[tuple[int
             size = end - start
         if size < header:
             return
-        if data[start + 4 : start + 8] == name:
-            yield start + header, min(start + size, end)
+        yield data[start + 4 : start + 8], min(start + header, end), min(start + size, end)
         start += size

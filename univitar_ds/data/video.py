@@ -9,6 +9,7 @@ import av
 from av.video.stream import VideoStream
 
 from univitar_ds.data.containers import mp4_matrices, swaps_sides, video_demuxer
+from univitar_ds.data.mp4_tables import check_mp4_tables
 from univitar_ds.data.probe import MediaSize, reason
 from univitar_ds.errors import SampleError
 
@@ -25,6 +26,8 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
     demuxer = video_demuxer(data)
     if demuxer is None:
         raise SampleError("unreadable", "the bytes are no video container we read")
+    if demuxer == "mov":
+        check_mp4_tables(data)
     options = {} if thorough else {"skip_frame": "all"}
     try:
         container = av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore", options=options)
