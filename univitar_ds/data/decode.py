@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import numpy as np
 import simplejpeg
+from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin
 
 from univitar_ds.data import jpeg
 from univitar_ds.data.probe import check_area, open_picture, reason
@@ -69,7 +71,24 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def _pillow(data: bytes, max_px: int) -> np.ndarray:
     with open_picture(data) as image:
         check_area(image.height, image.width, max_px)
+        if isinstance(image, IcoImagePlugin.IcoImageFile):
+            check_area(*_icon_size(data, image), max_px)
         try:
             return np.asarray(to_rgb(image))
         except Exception as error:  # Pillow's decoders raise whatever damaged data runs them into
             raise SampleError("corrupt", f"the {image.format} picture cannot be decoded: {reason(error)}") from error
+
+
+def _icon_size(data: bytes, icon: IcoImagePlugin.IcoImageFile) -> tuple[int, int]:
+    """(height, width) of the picture inside an icon that is decoded; the icon's directory may say another size."""
+    stream = io.BytesIO(data)
+    inner: Image.Image
+    try:
+        at = stream.seek(icon.ico.entry[0].offset)
+        if data.startswith(b"\x89PNG\r\n\x1a\n", at):
+            inner = PngImagePlugin.PngImageFile(stream)
+            return inner.height, inner.width
+        inner = BmpImagePlugin.DibImageFile(stream)
+        return inner.height // 2, inner.width  # the mask lies below the picture
+    except Exception as error:
+        raise SampleError("corrupt", f"the ICO picture cannot be decoded: {reason(error)}") from error

@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import GifImagePlugin, Image, UnidentifiedImageError
 
 from univitar_ds.data import jpeg
 from univitar_ds.data.containers import video_demuxer
@@ -33,7 +33,14 @@ _ORIENTATION_TAG = 0x0112
 
 # Pillow comments on every odd tag of a file; whatever matters about a sample is raised.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow's own limit of 178,956,970 pixels would override a higher data.max_image_px.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class _FirstFrame(GifImagePlugin.GifImageFile):
+    """A GIF without what clears the screen for its second frame: up to 4 GB, which Pillow allocates when it opens."""
+
+    dispose_extent = property(lambda image: None, lambda image, extent: None)
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,14 @@ def probe(data: bytes, extension: str) -> MediaSize:
 def open_picture(data: bytes) -> Image.Image:
     """Pillow's lazily opened image, nothing decoded; formats that run programs or open files are left out.
 
+    Its size is whatever the header says: who decodes it calls `check_area` before.
+
     Raises: SampleError.
     """
     try:
+        if data.startswith(b"GIF8"):
+            return _FirstFrame(io.BytesIO(data))
         return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise SampleError("too_large", f"{error}") from error
     except UnidentifiedImageError as error:
         raise SampleError("unreadable", "the bytes are no picture of a format we read") from error
     except Exception as error:  # Pillow's plugins raise whatever a malformed header runs them into

@@ -1,10 +1,14 @@
+import struct
 import time
+import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.support import media
-from univitar_ds.data.probe import MediaSize, probe
+from univitar_ds.data import decode
+from univitar_ds.data.probe import MediaSize, open_picture, probe
 from univitar_ds.data.video import open_video
 from univitar_ds.errors import SampleError
 
@@ -157,6 +161,83 @@ def test_a_header_that_claims_billions_of_pixels_is_probed_or_refused_without_de
     assert probe(bytes(data), "jpg") == MediaSize("image", 65535, 65535, 1)
     png = bytearray(media.encoded(media.quarters(), "PNG"))
     png[16:24] = b"\x00\x01\x00\x00\x00\x01\x00\x00"
-    with pytest.raises(SampleError):
-        probe(bytes(png), "png")
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    assert probe(bytes(png), "png") == MediaSize("image", 65536, 65536, 1)
     assert time.process_time() - began < 5
+
+
+def flat_png(height: int, width: int) -> bytes:
+    """A black picture with one bit a pixel."""
+    row = bytes(1 + -(-width // 8))
+    packer = zlib.compressobj(1)
+    body = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", body), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
+
+
+def with_sides(data: bytes, form: str) -> bytes:
+    """The header of a picture that claims 20000 x 20000 pixels."""
+    data = bytearray(data)
+    if form == "PNG":
+        data[16:24] = struct.pack(">II", 20000, 20000)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif form == "BMP":
+        data[18:26] = struct.pack("<ii", 20000, 20000)
+    elif form == "GIF":
+        data[6:10] = struct.pack("<HH", 20000, 20000)
+    elif form == "TIFF":
+        directory = int.from_bytes(data[4:8], "little")
+        for entry in range(directory + 2, len(data) - 11, 12):
+            if int.from_bytes(data[entry : entry + 2], "little") in (256, 257):
+                data[entry + 2 : entry + 12] = struct.pack("<HII", 4, 1, 20000)
+    else:
+        return b"P4 20000 20000\n"
+    return bytes(data)
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "GIF", "TIFF", "PPM"])
+def test_only_the_configured_limit_holds_and_before_anything_is_decoded(form, monkeypatch):
+    data = with_sides(media.encoded(media.quarters(), form), form)
+    assert probe(data, form.lower()) == MediaSize("image", 20000, 20000, 1)
+    monkeypatch.setattr(decode, "to_rgb", lambda image: pytest.fail("decoded"))
+    with pytest.raises(SampleError, match="20000 x 20000 is 400000000 pixels, above") as caught:
+        decode.decode_image(data, max_px=399_999_999)
+    assert caught.value.kind == "too_large"
+    monkeypatch.setattr(decode, "to_rgb", lambda image: np.zeros((1, 1, 3), np.uint8))
+    assert decode.decode_image(data, max_px=400_000_000).shape == (1, 1, 3)
+
+
+def test_a_picture_above_the_limit_of_pillow_is_decoded_if_the_configured_one_allows(monkeypatch):
+    data = flat_png(2, 90_000_000)
+    assert probe(data, "png") == MediaSize("image", 2, 90_000_000, 1)
+    monkeypatch.setattr(decode, "to_rgb", lambda image: image.load() and np.zeros((1, 1, 3), np.uint8))
+    assert decode.decode_image(data, max_px=180_000_000).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize("inner", ["png", "dib"])
+def test_an_icon_that_hides_a_larger_picture_is_refused(inner):
+    if inner == "png":
+        picture = flat_png(300, 500)
+    else:
+        picture = struct.pack("<IiiHHIIiiII", 40, 500, 600, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(300 * 1500 + 300 * 64)
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 24, len(picture), 22)
+    data = struct.pack("<HHH", 0, 1, 1) + entry + picture
+    assert decode.decode_image(data, max_px=150_000).shape == (300, 500, 3)
+    with pytest.raises(SampleError, match="500 x 300 is 150000 pixels"):
+        decode.decode_image(data, max_px=149_999)
+
+
+def test_a_gif_that_clears_its_screen_allocates_nothing_when_opened():
+    frames = [Image.fromarray(frame) for frame in media.grey_frames(3, 40, 64)]
+    whole = media.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], disposal=2)
+    data = bytearray(whole)
+    at = data.index(b"\x2c\x00\x00\x00\x00\x40\x00\x28\x00") + 5
+    data[6:10] = data[at : at + 4] = struct.pack("<HH", 65535, 65535)
+    with open_picture(bytes(data)) as image:
+        assert image.size == (65535, 65535)
+        assert getattr(image, "dispose", None) is None
+    assert np.array_equal(decode.decode_image(whole, max_px=10**6), media.grey_frames(3, 40, 64)[0])
