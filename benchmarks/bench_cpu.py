@@ -111,12 +111,12 @@ def group(grids: list[tuple[int, int]], dtype: torch.dtype, padded_to: int | Non
     return Group(tuple(grids), patches, grad, padded_to or max(lengths))
 
 
-def feeds(dtype: torch.dtype) -> dict[str, list[Group]]:
-    """What the contenders that do not get the packs get in a round instead."""
-    alike = [group(grids, dtype) for grids in near()]
+def otherwise() -> dict[str, list[tuple[list[tuple[int, int]], int | None]]]:
+    """What the contenders that do not get the packs get in a round instead: pictures, and what they are padded to."""
+    alike = [(grids, None) for grids in near()]
     return {
-        "released way, one batch": [group(list(GRIDS), dtype)],
-        "timm NaFlexViT, its lengths": [group(grids, dtype, length) for length, grids in by_timm().items()],
+        "released way, one batch": [(list(GRIDS), None)],
+        "timm NaFlexViT, its lengths": [(grids, length) for length, grids in by_timm().items()],
         "timm NaFlexViT, near lengths": alike,
         "padded ViT, near lengths": alike,
     }
@@ -131,8 +131,11 @@ def measure(dtype: torch.dtype, layers: int, turns: int) -> dict[str, list[float
             steps[name] = build(layers, dtype)
         except ImportError as error:
             print(f"left out: {name} ({error})")
-    packs, otherwise = [group(grids, dtype, longest) for grids in packed()], feeds(dtype)
-    fed = {name: otherwise.get(name, packs) for name in steps}
+    packs = [group(grids, dtype, longest) for grids in packed()]
+    fed = dict.fromkeys(steps, packs)
+    for name, parts in otherwise().items():
+        if name in steps:
+            fed[name] = [group(grids, dtype, length) for grids, length in parts]
     for name, step in steps.items():
         step(fed[name][0])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -149,16 +152,16 @@ def measure(dtype: torch.dtype, layers: int, turns: int) -> dict[str, list[float
     return seconds
 
 
-def over(seconds: list[float], base: list[float], otherwise: bool) -> float:
+def over(seconds: list[float], base: list[float], whole_rounds: bool) -> float:
     """How many times `base`: the median over packs; of sums over whole rounds where pictures are grouped otherwise."""
-    if otherwise:
+    if whole_rounds:
         whole = len(base) // PACKS * PACKS
         return sum(seconds[:whole]) / sum(base[:whole])
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
 def write(dtype: str, layers: int, seconds: dict[str, list[float]]) -> None:
-    otherwise = feeds(DTYPES[dtype]).keys()
+    apart = otherwise().keys()
     rows = [
         {
             "contender": name,
@@ -166,12 +169,12 @@ def write(dtype: str, layers: int, seconds: dict[str, list[float]]) -> None:
             "layers": layers,
             "turns": len(values),
             "cpu_s_per_pack": round(statistics.mean(values), 3),
-            "over_floor": round(over(values, seconds[FLOOR], name in otherwise), 3),
-            "over_ours": round(over(values, seconds[OURS], name in otherwise), 3),
+            "over_floor": round(over(values, seconds[FLOOR], name in apart), 3),
+            "over_ours": round(over(values, seconds[OURS], name in apart), 3),
             **where(),
         }
         for name, values in seconds.items()
-        if name not in otherwise or len(values) >= PACKS
+        if name not in apart or len(values) >= PACKS
     ]
     add_rows(RESULTS / "bench_cpu.csv", rows)
     for row in rows:

@@ -133,10 +133,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     _check_folder(arguments.report)
     data = load_config(arguments.config, []).data if arguments.config else None
-    limits = {} if data is None else {"limits": data}
     sources = _sources_to_verify(arguments, data)
     settings = _storage_settings(arguments, data)
-    report = verify(sources, settings, workers=arguments.workers, decode=not arguments.no_decode, **limits)
+    report = verify(sources, settings, workers=arguments.workers, decode=not arguments.no_decode, limits=data)
     arguments.report.write_text(json.dumps(report, indent=1))
     for source in report["sources"]:
         if source["error"]:
@@ -169,28 +168,25 @@ def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -
         own = {} if arguments.split is None else {"split": arguments.split}
         return [source.model_copy(update=own) for source in data.sources]
     known = [] if data is None else data.sources
-    return [
-        SourceConfig(path=path, split=arguments.split, templates=_templates_of(path, known))
-        for path in arguments.sources
-    ]
+    named = [SourceConfig(path=path, split=arguments.split) for path in arguments.sources]
+    return [source.model_copy(update={"templates": _templates_of(source, known)}) for source in named]
 
 
-def _templates_of(path: str, sources: Sequence[SourceConfig]) -> list[str]:
+def _templates_of(named: SourceConfig, sources: Sequence[SourceConfig]) -> list[str]:
     """Those of the source that is this place or whose folder holds it; there are none where no source does."""
-    place = _place(path)
-    for known, source in ((_place(source.path), source) for source in sources):
+    place = _place(named)
+    for known, source in ((_place(source), source) for source in sources):
         if place == known or place.startswith(f"{known}/"):
             return source.templates
     return []
 
 
-def _place(path: str) -> str:
-    """One spelling for every way to name a folder, which may be named by its manifest, or tars."""
-    from univitar_ds.data.manifest import MANIFEST
+def _place(source: SourceConfig) -> str:
+    """One spelling for every way to name a folder or tars."""
+    from univitar_ds.data.listing import place_of
 
-    if "://" not in path:
-        path = os.path.abspath(os.path.expanduser(path))
-    return path.rstrip("/").removesuffix(f"/{MANIFEST}")
+    place = place_of(source)
+    return place.rstrip("/") if "://" in place else os.path.abspath(place)
 
 
 def _probe(arguments: argparse.Namespace) -> int:

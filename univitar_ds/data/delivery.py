@@ -24,6 +24,7 @@ from univitar_ds.errors import SampleError
 from univitar_ds.geometry import TUBELET
 
 AHEAD = 3
+"""Packs decoded ahead where the run file says nothing and the decoders have the trainer's cores."""
 _MOST_LENT = 4
 """Packs of which the trainer may hold the slots."""
 

@@ -6,7 +6,6 @@ Runs in processes of its own, because decoders work hard and, on hostile bytes, 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +21,7 @@ from univitar_ds.data.containers import VIDEO_EXTENSION_OF, video_demuxer
 from univitar_ds.data.decode import decode_image
 from univitar_ds.data.jpeg import is_jpeg
 from univitar_ds.data.probe import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize, probe
-from univitar_ds.data.storage import open_regular
+from univitar_ds.data.storage import read_file
 from univitar_ds.errors import SampleError
 
 _BATCH = 4
@@ -83,7 +82,7 @@ def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[Finding]:
 def examine(job: Job) -> Finding:
     """Read, hash, probe and, if asked, decode one file."""
     try:
-        data = _read(job.path)
+        data = read_file(job.path, _MOST_BYTES, f"; at most {_MOST_BYTES} fit into a sample")
         extension = job.path.suffix.lower().lstrip(".")
         if job.kind == "video" and video_demuxer(data) == "gif":
             extension = "gifv"
@@ -105,17 +104,6 @@ def examine(job: Job) -> Finding:
         width,
         size.frames,
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with open_regular(path) as stream:
-            length = os.fstat(stream.fileno()).st_size
-            if length > _MOST_BYTES:
-                raise SampleError("too_large", f"the file has {length} bytes; at most {_MOST_BYTES} fit into a sample")
-            return stream.read()
-    except OSError as error:
-        raise SampleError("unreadable", f"the file cannot be read: {error.strerror}") from error
 
 
 def _decoded_size(data: bytes, size: MediaSize) -> tuple[int, int]:

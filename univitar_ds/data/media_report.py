@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ from univitar_ds.data.probe import MediaSize, probe
 from univitar_ds.data.reading import read_entry
 from univitar_ds.data.samples import Sample, SizeRule, modality_of
 from univitar_ds.data.sources import SourceShard
-from univitar_ds.data.storage import open_regular, storage_for
+from univitar_ds.data.storage import read_file, storage_for
 from univitar_ds.data.tar import scan
 from univitar_ds.errors import SampleError
 
@@ -124,7 +123,8 @@ def _plans(
 def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule]) -> _Header:
     size = sample = None
     try:
-        content = _content(path, max(rule.max_sample_mb for rule in sizes.values()))
+        most_mb = max(rule.max_sample_mb for rule in sizes.values())
+        content = read_file(path, most_mb << 20, f", above data.max_sample_mb = {most_mb} (MiB)")
         extension = path.suffix.lower().lstrip(".")[:_LONGEST_EXTENSION]
         if not extension or extension in EXTENSIONS:
             raise SampleError("no_media", f"a file of pixels has an extension that says so; this is {path.name!r}")
@@ -138,20 +138,6 @@ def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule]) -> _Hea
         shard.unlink(missing_ok=True)
         return _Header(path, size, None, error)
     return _Header(path, size, sample, None)
-
-
-def _content(path: Path, max_sample_mb: int) -> bytes:
-    """Raises: SampleError for a file that cannot be read or is larger than any sample may be."""
-    try:
-        with open_regular(path) as stream:
-            length = os.fstat(stream.fileno()).st_size
-            if length > max_sample_mb << 20:
-                raise SampleError(
-                    "too_large", f"the file has {length} bytes, above data.max_sample_mb = {max_sample_mb} (MiB)"
-                )
-            return stream.read()
-    except OSError as error:
-        raise SampleError("unreadable", f"the file cannot be read: {error.strerror}") from error
 
 
 def _write_shard(path: Path, extension: str, content: bytes) -> None:

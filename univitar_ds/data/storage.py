@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from univitar_ds.errors import DataError
+from univitar_ds.errors import DataError, SampleError
 
 S3 = "s3://"
 SCHEMES = "a local path or an s3:// address"
@@ -149,6 +149,18 @@ class LocalStorage:
 def open_regular(path: str | Path) -> BinaryIO:
     """A local file for reading. Raises: OSError, also for pipes and devices: they may have no end or never answer."""
     return open(path, "rb", opener=_regular)
+
+
+def read_file(path: Path, most_bytes: int, limit: str) -> bytes:
+    """A whole regular file; `limit` ends the sentence about one with more than `most_bytes`. Raises: SampleError."""
+    try:
+        with open_regular(path) as stream:
+            length = os.fstat(stream.fileno()).st_size
+            if length > most_bytes:
+                raise SampleError("too_large", f"the file has {length} bytes{limit}")
+            return stream.read()
+    except OSError as error:
+        raise SampleError("unreadable", f"the file cannot be read: {error.strerror}") from error
 
 
 def _regular(path: str | Path, flags: int) -> int:

@@ -69,7 +69,7 @@ def verify(
     workers: int = 1,
     decode: bool = True,
     progress: bool = True,
-    limits: DataConfig = DEFAULTS,
+    limits: DataConfig | None = None,
 ) -> dict[str, Any]:
     """Check every shard of the sources in `workers` processes, each sample with the limits of `limits`.
 
@@ -83,7 +83,7 @@ def verify(
         its kind, key ("" for bytes without samples), byte and a sentence; sha256 is "matches" or "differs", None
         where no manifest has one.
     """
-    settings = settings.shared()
+    settings, limits = settings.shared(), limits or DEFAULTS
     listed: list[dict[str, Any]] = []
     found: list[_Found] = []
     for position, source in enumerate(sources):
