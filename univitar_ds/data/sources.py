@@ -7,11 +7,11 @@ import io
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.stage import StageConfig
@@ -30,8 +30,11 @@ CAPTION_SHARDS = 200
 """Most shards that captions are drawn from: a run of 11,000 remote ones shall start within a minute."""
 CAPTION_BYTES = 4 << 30
 """Most bytes that are read for captions, about 40,000 samples of 100 kB; each of the shards has its part of them."""
+SPOT_CHECKS, SPOT_BYTES = 512, 4096
+"""Shards without a hash whose first bytes count as their content, and how many bytes: the header of the first member,
+which has its time, and what it begins with. A remote store answers so many within a second or two."""
 _READERS = 16
-"""Shards read at once for their captions: a store answers late, but many at a time."""
+"""Shards read at once: a store answers late, but many at a time."""
 _PIECE = 512 << 10
 """Bytes of one read: a few pictures, so that little is asked for twice, and a part of a clip, most of which is
 skipped."""
@@ -43,6 +46,9 @@ class SourceShard(Shard):
 
     source: str = ""
     templates: tuple[str, ...] = ()
+
+
+AnyShard = TypeVar("AnyShard", bound=Shard)
 
 
 class ShardGroup(NamedTuple):
@@ -121,15 +127,24 @@ def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mappin
     return [ShardGroup(name, share, tuple(by_source[name])) for name, share in shares.items()]
 
 
-def fingerprint(shards: Iterable[Shard]) -> str:
+def fingerprint(shards: Sequence[Shard]) -> str:
     """Identity of the data: names, sizes and, where a manifest has them, hashes of all shards in order.
 
-    Not where they lie: the data may move.
+    Of shards without a hash, the first bytes of `SPOT_CHECKS` all over the list. Not where they lie: the data may move.
+    Raises: DataError if one of those cannot be read.
     """
     state = hashlib.blake2b(digest_size=16)
     for shard in shards:
         state.update(f"{shard.name}\0{shard.size}\0{shard.sha256 or ''}\n".encode("utf-8", "surrogateescape"))
+    looked_at = _spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)
+    with ThreadPoolExecutor(_READERS) as readers:
+        for beginning in readers.map(_beginning, looked_at):
+            state.update(beginning)
     return state.hexdigest()
+
+
+def _beginning(shard: Shard) -> bytes:
+    return shard.storage.read_range(shard.path, 0, min(SPOT_BYTES, shard.size))
 
 
 def iterate_captions(
@@ -155,7 +170,7 @@ def iterate_captions(
             yield from found
 
 
-def _spread(shards: Sequence[SourceShard], most: int) -> list[SourceShard]:
+def _spread(shards: Sequence[AnyShard], most: int) -> list[AnyShard]:
     """At most so many of them, evenly from first to last."""
     count = min(most, len(shards))
     return [shards[index * len(shards) // count] for index in range(count)]

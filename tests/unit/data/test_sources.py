@@ -219,6 +219,25 @@ def test_the_fingerprint_follows_names_sizes_and_hashes_but_not_the_place(tmp_pa
     assert fingerprint(find_shards([source(other)])) != here
 
 
+def test_the_fingerprint_of_tars_without_a_manifest_follows_how_they_begin(tmp_path, monkeypatch):
+    folder = bare(tmp_path, 5)
+    here = fingerprint(find_shards([source(folder)]))
+    shard = folder / "a-003.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole.replace(b"caption 3", b"another 3"))
+    shards = find_shards([source(folder)])
+    assert fingerprint(shards) != here
+    monkeypatch.setattr(sources, "SPOT_CHECKS", 2)  # of numbers 0 and 2
+    before = fingerprint(shards)
+    shard.write_bytes(whole)
+    assert fingerprint(find_shards([source(folder)])) == before
+    monkeypatch.undo()
+    assert fingerprint(find_shards([source(folder)])) == here
+    for path in folder.iterdir():
+        path.unlink() if path != shard else path.write_bytes(b"")
+    fingerprint(find_shards([source(folder)]))  # an empty shard has no beginning, which is no error here
+
+
 def test_a_damaged_shard_still_gives_its_captions_and_labels_come_in_their_templates(tmp_path):
     samples = [(f"k{n}", {"png": b"", "cls": f"thing{n}".encode()}) for n in range(6)]
     path = write_tar(tmp_path / "a.tar", [*samples, ("own", {"png": b"", "txt": b"own words", "cls": b"x"})])
