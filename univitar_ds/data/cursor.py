@@ -9,15 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from univitar_ds.data.health import WELL
 from univitar_ds.data.tar import BLOCK
 from univitar_ds.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, VERSION)
+"""A cursor of version 2 has only the first three numbers of the states of health."""
 MODALITIES = ("image", "video")
-WELL = (0, 0, 0)
-"""The state of a `health.Health` that has counted nothing yet."""
 
 
 class Waiting(NamedTuple):
@@ -122,7 +123,7 @@ def parse(document: Any) -> LaneCursor:
     Raises: DataError if it is not one or has another version.
     """
     version = document.get("version") if isinstance(document, dict) else None
-    if version != VERSION:
+    if version not in READABLE:
         raise DataError(
             f"the data cursor has version {version!r}, this program reads {VERSION}; "
             "resume with the program that wrote it"
@@ -269,9 +270,9 @@ def _modality(name: str) -> str:
 
 
 def _health(state: Sequence[Any]) -> tuple[int, ...]:
-    if len(state) != len(WELL):
+    if len(state) not in (3, len(WELL)):
         raise ValueError(f"{state!r} is no state of health")
-    return tuple(map(_count, state))
+    return (*map(_count, state), *WELL[len(state) :])
 
 
 def _integer(value: Any) -> int:

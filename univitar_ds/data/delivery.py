@@ -12,8 +12,7 @@ from tokenizers import Tokenizer
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data import text
 from univitar_ds.data.batch import PackedBatch, rows
-from univitar_ds.data.cursor import WELL
-from univitar_ds.data.health import BadPolicy, Health
+from univitar_ds.data.health import WELL, BadPolicy, Health
 from univitar_ds.data.lanes import Item, Plan
 from univitar_ds.data.layout import Modality, item_bytes
 from univitar_ds.data.pipeline import Pipeline, Rendered, rendered_inline

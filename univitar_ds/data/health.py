@@ -1,6 +1,6 @@
 """What an unreadable sample does to a run: counted, logged with its address, and a reason to end where there are many.
 
-A decision depends on the samples alone, in the order in which a lane reads them. Its state is three small numbers
+A decision depends on the samples alone, in the order in which a lane reads them. Its state is a few small numbers
 that travel in the cursor, so a resumed run ends at the same sample as one that was never interrupted.
 """
 
@@ -39,6 +39,8 @@ KINDS = (
 
 WINDOW = 1000
 """Samples over which `max_per_thousand` counts; then counting begins again."""
+WELL = (0, 0, 0, 0, 0, 0)
+"""The state of a `Health` that has counted nothing yet."""
 REMEDY = "univitar-ds data verify SOURCE lists what is bad"
 
 
@@ -54,13 +56,14 @@ class BadPolicy:
 class Health:
     """The samples of one lane and modality as one phase meets them: reading of headers, or decoding.
 
-    A stretch of damage in a shard counts as one bad sample.
+    A stretch of damage in a shard is one bad sample of its thousand: one lost shard among many ends no run. What all
+    such stretches have swallowed is held against everything met in the whole run.
     """
 
-    def __init__(self, policy: BadPolicy, name: str, state: Iterable[int] = (0, 0, 0)) -> None:
+    def __init__(self, policy: BadPolicy, name: str, state: Iterable[int] = WELL) -> None:
         """`name` says whose samples these are, such as "lane 3, image"; `state` is what `to_json` gave."""
         self._policy, self._name = policy, name
-        self._seen, self._bad, self._in_a_row = state
+        self._seen, self._bad, self._in_a_row, self._met, self._lost, self._stretches = state
         self._logged: Counter[str] = Counter()
 
     def good(self) -> None:
@@ -68,25 +71,32 @@ class Health:
         self._in_a_row = 0
         self._step()
 
-    def bad(self, where: str, error: SampleError) -> None:
-        """Count and log one that is left out; `where` is its shard, key and byte.
+    def bad(self, where: str, error: SampleError, samples: int = 1) -> None:
+        """Count and log one that is left out, or a stretch of damage that has likely held so many.
 
+        `where` is its shard, key and byte.
         Raises: DataError if the policy has the run end here.
         """
         assert error.kind in KINDS, error.kind
         self._bad += 1
         self._in_a_row += 1
-        self._report(where, error)
+        if samples > 1:
+            self._stretches += 1
+            self._lost += samples
+            self._met += samples - 1
+        self._report(where, error, samples)
         reason = self._reason_to_end()
         if reason is not None:
             raise DataError(f"{self._name}: {reason}; the last one: {where}: {error} ({error.kind}); {REMEDY}")
         self._step()
 
     def to_json(self) -> list[int]:
-        """Samples and bad ones of the present thousand, and bad ones in a row."""
-        return [self._seen, self._bad, self._in_a_row]
+        """Samples and bad ones of the present thousand, bad ones in a row; of the whole run samples, those in
+        stretches of damage, and stretches."""
+        return [self._seen, self._bad, self._in_a_row, self._met, self._lost, self._stretches]
 
     def _step(self) -> None:
+        self._met += 1
         self._seen += 1
         if self._seen >= WINDOW:
             self._seen = self._bad = 0
@@ -105,11 +115,20 @@ class Health:
                 f"{self._bad} of the last {self._seen + 1} samples cannot be used (data.max_bad_per_thousand is "
                 f"{policy.max_per_thousand}); repair the data or raise the limit"
             )
+        many = self._lost > policy.max_per_thousand and WINDOW * self._lost > policy.max_per_thousand * (self._met + 1)
+        if many and self._stretches > 1:
+            return (
+                f"about {self._lost} of {self._met + 1} samples lie in {self._stretches} damaged stretches of shards "
+                f"(data.max_bad_per_thousand is {policy.max_per_thousand}); repair the data or raise the limit"
+            )
         return None
 
-    def _report(self, where: str, error: SampleError) -> None:
+    def _report(self, where: str, error: SampleError, samples: int) -> None:
         """Of each kind: the first ten, then every tenth, from a hundred on every hundredth, and so on."""
         self._logged[error.kind] += 1
         number = self._logged[error.kind]
         if number % 10 ** (len(str(number)) - 1) == 0:
-            _log.warning("sample left out (%s, number %d of %s): %s: %s", error.kind, number, self._name, where, error)
+            what = "sample" if samples == 1 else f"about {samples} samples"
+            _log.warning(
+                "%s left out (%s, number %d of %s): %s: %s", what, error.kind, number, self._name, where, error
+            )

@@ -240,8 +240,8 @@ class Stream:
         try:
             sample = read_entry(shard, entry, self._rules.size)
         except SampleError as error:
-            self._bad[error.kind] += 1
-            self._health.bad(where_is(shard, entry), error)
+            self._bad[error.kind] += found.samples
+            self._health.bad(where_is(shard, entry), error, found.samples)
             return None
         self._health.good()
         self._seen_this_epoch.add(reader.group.name)

@@ -18,7 +18,7 @@ from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.lanes import Item, Lane, Plan, StreamRules
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.packing import thinned
-from univitar_ds.data.reading import read_entry, where_is
+from univitar_ds.data.reading import read_entry, samples_in, where_is
 from univitar_ds.data.samples import SizeRule
 from univitar_ds.data.sampling import Sampling
 from univitar_ds.data.scans import Scans, shard_samples
@@ -230,8 +230,9 @@ def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, pol
             try:
                 sample = read_entry(shard, entry, size)
             except SampleError as error:
-                bad[error.kind] += 1
-                health.bad(where_is(shard, entry), error)
+                samples = samples_in(shard, entry, ordinal)
+                bad[error.kind] += samples
+                health.bad(where_is(shard, entry), error, samples)
                 continue
             health.good()
             if items and tokens + sample.tokens > token_budget:

@@ -322,6 +322,41 @@ def test_damage_is_counted_once_in_an_epoch_however_many_lanes_share_the_shard(l
     assert all(reader.place == Place(1) for reader in found)
 
 
+def test_a_stretch_of_damage_tells_how_many_samples_it_has_likely_held():
+    (whole,) = memory_shards([60])
+    at = [entry.offset for entry in shard_samples(whole, "image")]
+    content = whole.storage.files[whole.path]
+    hole, cut = content[: at[20]] + bytes(at[32] - at[20]) + content[at[32] :], content[: at[40]]
+
+    def lost(content, samples=None, lanes=1):
+        rules = small_rules([replace(shard, samples=samples) for shard in raw_shards([content])], lanes=lanes)
+        found = [found for lane in range(lanes) for found in iter(reader_of(rules, lane).next, None)]
+        assert all(each.samples == 1 for each in found if not isinstance(each.entry, Damage))
+        return [each.samples for each in found if isinstance(each.entry, Damage)]
+
+    assert lost(hole) == [pytest.approx(12, rel=0.35)]  # sizes differ by a factor of two
+    assert lost(hole, lanes=3) == [pytest.approx(4, rel=0.35)]
+    assert lost(cut) == [1]  # there is no telling what came behind
+    assert lost(content[: at[2]] + bytes(at[3] - at[2]) + content[at[3] :]) == [1]
+    assert lost(hole, 60) == [1, 12]  # at its place, and at the shard's end what is missing
+    assert lost(cut, 60) == [20]
+    assert lost(cut, 60, lanes=2) == [10]
+
+
+def test_the_metrics_and_the_limit_count_what_damage_has_swallowed():
+    (whole,) = memory_shards([60])
+    at = [entry.offset for entry in shard_samples(whole, "image")]
+    shards = [replace(shard, samples=60) for shard in raw_shards([whole.storage.files[whole.path][: at[20]]] * 3)]
+    rules = small_rules(shards, policy=BadPolicy(max_per_thousand=70))
+    with pytest.raises(DataError, match=r"about 80 of \d+ samples lie in 2 damaged stretches"):
+        packs_of(rules, 0, 100)
+    bad = Counter()
+    generous = Stream(replace(rules, policy=BadPolicy(max_per_thousand=1000)), 0, StreamCursor())
+    while generous.cursor().places[EVERYTHING].epoch < 2:
+        bad.update(generous.next_pack()[1])
+    assert bad["cut"] == 40 * sum(whole.epoch * 3 + whole.unit for whole in [generous.cursor().places[EVERYTHING]])
+
+
 def reader_of(rules, lane, place=START):
     (group,) = groups_of(rules.shards, "image", rules.weights)
     return Reader(rules.shards, group, "image", lanes=rules.lanes, lane=lane, seed=rules.seed, place=place)
