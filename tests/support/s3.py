@@ -135,6 +135,7 @@ FAULTS = {
     "drop": "half of the body, then the connection is reset",
     "cut": "half of the body, then the connection is closed in good order",
     "stall": "half of the body, then silence until the client goes",
+    "trickle": "half of the body, then a byte every 20 ms",
     "short": "half of the body with a length that says it is all",
     "reset": "the connection is reset before any answer",
     "lost": "the store does it, the client never hears of it",
@@ -258,7 +259,7 @@ def _answer(client: socket.socket, store: http.client.HTTPConnection, fault: str
     content = response.read()
     if fault == "lost":
         return _reset(client)
-    half = len(content) // 2 if fault in ("drop", "cut", "stall", "short") else len(content)
+    half = len(content) // 2 if fault in ("drop", "cut", "stall", "trickle", "short") else len(content)
     promised = half if fault == "short" else len(content)
     if method == "HEAD":
         promised = int(response.headers.get("content-length", 0))
@@ -267,6 +268,8 @@ def _answer(client: socket.socket, store: http.client.HTTPConnection, fault: str
         return _reset(client)
     if fault == "stall":
         return _until_it_goes(client)
+    if fault == "trickle":
+        return _slowly(client, content[half:])
     return fault != "cut"
 
 
@@ -289,6 +292,14 @@ def _say(client: socket.socket, status: str, body: bytes) -> bool:
 def _until_it_goes(client: socket.socket) -> bool:
     select.select([client], [], [])  # readable once the client closes, or the block ends
     return False
+
+
+def _slowly(client: socket.socket, content: bytes) -> bool:
+    for byte in content:
+        if select.select([client], [], [], 0.02)[0]:  # the client has gone
+            return False
+        client.sendall(bytes([byte]))
+    return True
 
 
 def _reset(client: socket.socket) -> bool:

@@ -16,6 +16,8 @@ FIRST_GAP_S, LONGEST_GAP_S = 0.02, 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 UNREACHED_S = 30.0
 """A store that has never answered this process is a wrong address rather than a fault: give up sooner."""
+LEAST_BYTES_PER_S = 4096
+"""A store that gives less for `give_up_s` is as good as silent: 1.2 MB in 300 s."""
 _LOG_EVERY_S = 10.0
 
 
@@ -78,17 +80,29 @@ class Patience:
     def __init__(self, url: str, give_up_s: float, pace: Pace) -> None:
         self._url, self._give_up_s, self._pace = url, give_up_s, pace
         self._since = time.monotonic()
-        self._failures = 0
+        self._failures = self._came = 0
 
-    def progress(self) -> None:
-        """Something came: the clock starts anew."""
-        self._since = time.monotonic()
+    def progress(self, count: int) -> None:
+        """So many bytes came; with enough of them the clock starts anew.
+
+        Raises: DataError if too few have come in `give_up_s` seconds.
+        """
+        now = time.monotonic()
         self._failures = 0
+        self._came += count
+        if self._came >= LEAST_BYTES_PER_S * self._give_up_s:
+            self._since, self._came = now, 0
+        elif now - self._since >= self._give_up_s:
+            raise DataError(
+                f"{self._url}: only {self._came} bytes came in {now - self._since:.0f} s, fewer than "
+                f"{LEAST_BYTES_PER_S} a second (data.s3.give_up_s is {self._give_up_s:g}); wait until the store "
+                "recovers and resume, or raise data.s3.give_up_s"
+            )
 
     def failed(self, failure: Failure) -> None:
         """Pause, then return to try again.
 
-        Raises: DataError if nothing has come for `give_up_s` seconds.
+        Raises: DataError if nothing, or too little, has come for `give_up_s` seconds.
         """
         self._failures += 1
         if failure.throttled:
@@ -96,9 +110,10 @@ class Patience:
         limit = self._give_up_s if self._pace.reached else min(self._give_up_s, UNREACHED_S)
         waited = time.monotonic() - self._since
         if waited >= limit:
+            came = f"only {self._came} bytes" if self._came else "nothing"
             reached = "" if self._pace.reached else "; the store has never answered: check data.s3.endpoint_url"
             raise DataError(
-                f"{self._url}: nothing came for {waited:.0f} s and {self._failures} attempts, the last one: "
+                f"{self._url}: {came} came for {waited:.0f} s and {self._failures} attempts, the last one: "
                 f"{failure.reason} (data.s3.give_up_s is {self._give_up_s:g}){reached}"
                 + ("; wait until the store recovers and resume, or raise data.s3.give_up_s" if not reached else "")
             )

@@ -49,22 +49,21 @@ class Connection:
                 patience.failed(self._failure(error, url))
 
     def stream(self, version: Version, start: int, end: int) -> Iterator[memoryview]:
-        """Bytes [start, end) of an object in pieces, whatever happens on the way; a piece lives until the next one.
+        """Bytes [start, end) of an object in pieces, whatever happens on the way.
 
         Goes on at the byte that it has come to, and with this version of the object or not at all.
         """
         patience = Patience(version.url, self._settings.give_up_s, self._pace)
-        piece = memoryview(bytearray(CHUNK))
         while start < end:
             try:
-                with closing(self._body(version, start, end)) as body:
+                with closing(self._body(version, start, end)) as body, body as raw:
                     while start < end:
-                        n = body.readinto(piece[: end - start])
-                        if not n:
+                        piece = raw.read1(min(CHUNK, end - start))  # `read` waits until all of it has come
+                        if not piece:
                             raise OSError(f"the answer ended at byte {start} of {end}")
-                        start += n
-                        patience.progress()
-                        yield piece[:n]
+                        start += len(piece)
+                        patience.progress(len(piece))
+                        yield memoryview(piece)
             except _transport_errors() as error:
                 patience.failed(self._failure(error, version.url))
 

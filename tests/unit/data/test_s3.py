@@ -142,6 +142,18 @@ def test_progress_starts_the_clock_anew(server, tmp_path):
         assert len(proxy.bodies("f.tar")) >= 4
 
 
+def test_a_store_that_sends_a_byte_now_and_then_is_given_up_within_the_stated_time(server, tmp_path):
+    url = server.put("slow.tar", BLOB)
+    with faulty(server, lambda request: "trickle" if gets(request) else None) as proxy:
+        stream = storage(proxy.url, tmp_path, give_up_s=0.5).open(url)
+        assert stream.read(8 * CHUNK) == BLOB[: 8 * CHUNK]
+        with pytest.raises(
+            DataError, match=r"only \d+ bytes came in \d+ s, fewer than 4096 a second .*give_up_s is 0.5"
+        ):
+            stream.read()
+        assert len(proxy.bodies("slow.tar")) == 1
+
+
 def test_a_wrong_address_is_given_up_sooner_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(pace, "UNREACHED_S", 0.1)
     with pytest.raises(DataError, match=r"the store has never answered: check data\.s3\.endpoint_url"):
