@@ -71,17 +71,17 @@ class Copies:
             os.close(copy)
         return None
 
-    def begin(self, version: Version) -> tuple[int, int] | None:
+    def begin(self, version: Version, *, needed: bool = True) -> tuple[int, int] | None:
         """Descriptors of a part to append to and of the lock that comes with it; the caller closes both, part first.
 
-        None if the copy is whole, or another process is fetching it.
+        None if the copy is whole, or another process is fetching it, or it is not `needed` yet and there is no room.
         """
         self._folder.mkdir(exist_ok=True)  # but not what it lies in, which goes with the session
         lock = _try_lock(self._lock(version.name))
         if lock is None:
             return None
         try:
-            part = self._begun(version)
+            part = self._begun(version, needed)
         except OSError:
             os.close(lock)
             raise
@@ -115,8 +115,8 @@ class Copies:
     def _lock(self, name: str) -> Path:
         return self._folder / f"{name}.lock"
 
-    def _begun(self, version: Version) -> int | None:
-        """The file to append to, after making room for it; None if the copy is whole."""
+    def _begun(self, version: Version, needed: bool) -> int | None:
+        """The file to append to, after making room for it; None if the copy is whole, or may wait and has no room."""
         whole, part = self._whole(version), self._part(version)
         with suppress(FileNotFoundError):
             if not _torn(whole, whole.stat(), version.size):
@@ -126,12 +126,12 @@ class Copies:
             fcntl.flock(everybody, fcntl.LOCK_EX)
             if part.exists() and _torn(part, part.stat(), version.size):
                 part.unlink()
-            if not part.exists():
-                self._make_room(version.size)
+            if not part.exists() and not self._make_room(version.size, needed) and not needed:
+                return None
             return os.open(part, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
 
-    def _make_room(self, wanted: int) -> None:
-        """Remove copies that nobody reads, those unused for longest first, until `wanted` more bytes fit."""
+    def _make_room(self, wanted: int, needed: bool) -> bool:
+        """Remove copies that nobody reads, those unused for longest first; whether `wanted` more bytes then fit."""
         copies: dict[str, tuple[int, str, int, int]] = {}
         with os.scandir(self._folder) as entries:
             for entry in entries:
@@ -146,10 +146,11 @@ class Copies:
         limit = min(self._limit, on_disk + int(shutil.disk_usage(self._folder).free * (1 - _KEPT_FREE)))
         for _, name, promised, _ in sorted(copies.values()):
             if kept + wanted <= limit:
-                return
+                return True
             if self._evicted(name):
                 kept -= promised
-        if kept + wanted > limit and not self._told:
+        fits = kept + wanted <= limit
+        if not fits and needed and not self._told:
             self._told = True
             _log.warning(
                 "%s: the shards being read at once take %.2f GB, above the limit of %.2f GB; raise "
@@ -158,6 +159,7 @@ class Copies:
                 (kept + wanted) / 1e9,
                 limit / 1e9,
             )
+        return fits
 
     def _evicted(self, name: str) -> bool:
         """Remove a copy unless somebody reads or fetches it."""

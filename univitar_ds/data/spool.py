@@ -117,9 +117,10 @@ class Spool:
         except OSError as error:
             raise self._copies.failed(error) from error
 
-    def _download(self, version: Version) -> _Download | None:
+    def _download(self, version: Version, *, needed: bool = True) -> _Download | None:
         """The download of a shard, started if need be; None if another process is at it or it is done.
 
+        None also if it is not `needed` yet and has no room in the folder.
         Raises: the error that has ended it since the shard was opened.
         """
         with self._mutex:
@@ -129,7 +130,7 @@ class Spool:
             if version in self._failures:
                 raise self._failures[version]
             try:
-                files = self._copies.begin(version)
+                files = self._copies.begin(version, needed=needed)
             except OSError as error:
                 raise self._copies.failed(error) from error
             if files is None:
@@ -151,7 +152,7 @@ class Spool:
             version = self._hints.popleft()
             if not self._copies.whole(version):
                 with suppress(DataError):
-                    self._download(version)
+                    self._download(version, needed=False)
 
 
 class _Download(threading.Thread):

@@ -200,6 +200,21 @@ def test_a_limit_below_what_is_read_at_once_is_told_and_stops_nothing(tmp_path, 
     assert "raise data.cache.limit_gb" in told[0]
 
 
+def test_what_is_fetched_ahead_never_goes_above_the_limit(tmp_path, caplog):
+    source = Source()
+    one = spool(tmp_path, source, limit=25_000)
+    with one.open(version("a")) as first, one.open(version("b")) as second:
+        first.read(), second.read()
+        one.prefetch([version("c")])
+        settled(one)
+        assert [name for name, _ in source.asked] == ["s3://b/a.tar", "s3://b/b.tar"]
+    one.prefetch([version("c")])  # now another one may go
+    settled(one)
+    assert len(kept(tmp_path)) == 2
+    assert version("c").name in kept(tmp_path)
+    assert not caplog.records
+
+
 def test_the_limit_leaves_others_some_of_the_disk(tmp_path, monkeypatch):
     one = spool(tmp_path, Source())
     one.open(version("0")).read()
