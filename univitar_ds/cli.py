@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from univitar_ds.cli_data import add_data
-from univitar_ds.cli_parts import add_command, add_overrides, positive
+from univitar_ds.cli_parts import add_command, add_overrides, positive, shown
 from univitar_ds.errors import UserError
 
 DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision transformer for images and video."
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(map(shown, f"error: {error}".split("\n"))), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from univitar_ds.cli_parts import add_command, add_overrides, positive
+from univitar_ds.cli_parts import add_command, add_overrides, positive, shown
 from univitar_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for line in (json.dumps(found.to_json(), indent=2) if arguments.json else render(found)).split("\n"):
         _say(line)
     draw(found, arguments.png)
-    print(f"picture in {_shown(str(arguments.png))}", file=sys.stderr)
+    print(f"picture in {shown(str(arguments.png))}", file=sys.stderr)
 
 
 def _check_folder(path: Path) -> None:
@@ -233,16 +233,7 @@ def _check_folder(path: Path) -> None:
 
 def _say(line: str) -> None:
     """Print a line that may hold names of files and keys."""
-    print(_shown(line), flush=True)
-
-
-def _shown(text: str) -> str:
-    """Text for a terminal: what is no printable character becomes its escape.
-
-    Names come from outside. They may hold bytes that are no UTF-8, which cannot be printed at all, and control
-    characters, which would act on the terminal.
-    """
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    print(shown(line), flush=True)
 
 
 def _storage_settings(arguments: argparse.Namespace, data: DataConfig | None = None) -> StorageSettings:

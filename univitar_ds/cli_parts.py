@@ -24,6 +24,15 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def shown(text: str) -> str:
+    """Text for a terminal: what is no printable character becomes its escape.
+
+    Names come from outside. They may hold bytes that are no UTF-8, which cannot be printed at all, and control
+    characters, which would act on the terminal.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def positive(text: str) -> int:
     """A number of at least 1, as argparse wants it read."""
     value = int(text)

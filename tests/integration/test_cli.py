@@ -56,6 +56,11 @@ def test_a_run_file_with_faults_lists_them(capsys, run_file):
     assert "did you mean 'lanes'" in message
 
 
+def test_an_error_with_a_name_that_would_act_on_the_terminal_is_escaped(capsys, tmp_path):
+    message = fails(capsys, "data", "pack", tmp_path / "\x1b[2Jx\udcff", tmp_path / "out")
+    assert r"\x1b[2Jx\udcff is no folder" in message
+
+
 def test_ranks_that_do_not_divide_the_lanes_are_refused(capsys, run_file):
     assert "run 1, 2, 4 ranks" in fails(capsys, "train", "--config", run_file, "--nproc", "3")
 

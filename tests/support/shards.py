@@ -52,12 +52,12 @@ def sidecar(captions: list[str], label: str | None, kind: str, size: tuple[int, 
 
 
 def write_tar(path: Path, samples: Iterable[Sample]) -> Path:
-    """A tar of {key}.{extension} members in the order given."""
+    """A tar of {key}.{extension} members in the order given; without an extension, {key}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, members in samples:
             for extension, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
+                info = tarfile.TarInfo(f"{key}.{extension}" if extension else key)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return path

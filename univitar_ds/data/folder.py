@@ -81,7 +81,11 @@ def read_folder(folder: Path) -> Listing:
 def _from_metadata(folder: Path, metadata: Path, faults: list[str]) -> list[Row]:
     rows: list[Row] = []
     lines: dict[str, int] = {}
-    with metadata.open("rb") as stream:
+    try:
+        stream = metadata.open("rb")
+    except OSError as error:
+        raise DataError(f"{metadata}: cannot be read ({error.strerror}); check its permissions") from error
+    with stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -159,6 +163,9 @@ def _from_sidecars(folder: Path, faults: list[str]) -> tuple[list[Row], list[str
             continue
         try:
             caption = " ".join(sidecar.read_bytes().decode("utf-8-sig").split())
+        except OSError as error:
+            faults.append(f"{sidecar.relative_to(folder)}: cannot be read ({error.strerror})")
+            continue
         except UnicodeDecodeError as error:
             faults.append(f"{sidecar.relative_to(folder)}: byte {error.start} is not UTF-8 text")
             continue

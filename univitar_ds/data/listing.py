@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import re
 from collections import Counter
@@ -16,9 +17,13 @@ from univitar_ds.data.manifest import MANIFEST, read_manifest
 from univitar_ds.data.storage import LOCAL, Storage, StorageSettings, storage_for
 from univitar_ds.errors import DataError
 
+_log = logging.getLogger(__name__)
+
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 _MOST_SHARDS = 1_000_000
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
+_DECOMPRESS = "samples are read from the middle of shards: decompress first"
 PACK_HINT = "pack the folder first: univitar-ds data pack FOLDER OUT"
 
 
@@ -47,6 +52,8 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     """
     path = place_of(source)
     storage = storage_for(path, settings)
+    if path.endswith(COMPRESSED):
+        raise DataError(f"source {source.path}: is a compressed tar; {_DECOMPRESS}")
     if path.endswith(".tar"):
         return _listed(expand_braces(path), storage, prefix, source.path)
     if _BRACES.search(path):
@@ -60,6 +67,11 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     if names & {MANIFEST, JOURNAL}:
         return _packed(source, path, names, storage, prefix)
     tars = [file for file in files if file.endswith(".tar")]
+    if compressed := [os.path.basename(file) for file in files if file.endswith(COMPRESSED)]:
+        told = f"source {source.path}: {len(compressed)} tars are compressed, such as {compressed[0]}; {_DECOMPRESS}"
+        if not tars:
+            raise DataError(told)
+        _log.warning("%s; they are left out", told)
     names_of = _names(tars)
     return [Shard(prefix + names_of[file], file, storage, storage.size(file)) for file in tars]
 

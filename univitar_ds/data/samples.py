@@ -154,7 +154,7 @@ def _parse(shard: Shard, key: str, members: Sequence[tar.Member], data: bytes, o
     known = VIDEO_EXTENSIONS if rule.modality == "video" else IMAGE_EXTENSIONS
     media = next((member for member in members if member.extension in known), None)
     if media is None:
-        names = ", ".join(member.extension for member in members)
+        names = ", ".join(member.extension or "one without an extension" for member in members)
         raise SampleError("no_media", f"no {rule.modality} among its members ({names})")
     content = data[media.offset : media.offset + media.length]
 

@@ -96,7 +96,10 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
         prefix = f"{position}:" if len(sources) > 1 else ""
         shards = list_shards(source, prefix, settings)
         if not shards:
-            raise DataError(f"source {source.path}: no shard found (*.tar); {PACK_HINT}")
+            raise DataError(
+                f"source {source.path}: no shard found (*.tar) in the folder itself; shards in folders below it are "
+                f"sources of their own, or named by braces; pictures and clips are packed first: {PACK_HINT}"
+            )
         found += [_of_source(shard, source) for shard in shards]
     counts = Counter(shard.path for shard in found)
     if shared := [path for path, count in counts.items() if count > 1]:

@@ -38,12 +38,13 @@ _ZERO_BLOCK = bytes(BLOCK)
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _SEARCH_BYTES = (4 << 10, 1 << 20)
 """The first and the largest read of a search: the next header mostly is near."""
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 _RESTORE = "restore the shard or pack it again"
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file: its extension in lower case and where its content lies, in bytes of the shard.
+    """One file: its extension in lower case, "" where it has none, and where its content lies, in bytes of the shard.
 
     `link`: it has none, but is a hard or symbolic link to another file.
     """
@@ -143,10 +144,13 @@ def group_between(stream: BinaryIO, name: str, begin: int, end: int) -> Group | 
 
 
 def split_name(path: str) -> tuple[str, str] | None:
-    """(key, extension) of a member; None for a name without an extension or that begins with a dot."""
+    """(key, extension) of a member; None for a name that begins with a dot, as hidden files do.
+
+    One that has lost its extension, "", still belongs to its sample.
+    """
     folder, slash, name = path.rpartition("/")
-    stem, dot, extension = name.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and dot and extension else None
+    stem, _, extension = name.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem else None
 
 
 def _grouped(events: Iterator[_Entry | Damage]) -> Iterator[Group | Damage]:
@@ -291,7 +295,11 @@ def _header(block: bytes, name: str, position: int, search: int | None) -> tarfi
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        _damaged(name, position, f"no valid tar header there ({error})", search)
+        what = f"no valid tar header there ({error})"
+        packed = next((by for magic, by in _COMPRESSED.items() if not position and block.startswith(magic)), None)
+        if packed is not None:
+            what = f"it is compressed by {packed}, but shards are read at any byte; decompress it"
+        _damaged(name, position, what, search)
 
 
 def _check_end(stream: BinaryIO, name: str, size: int, position: int) -> None:

@@ -86,10 +86,12 @@ def verify(
     settings, limits = settings.shared(), limits or DEFAULTS
     listed: list[dict[str, Any]] = []
     found: list[_Found] = []
+    of_source: list[list[_Found]] = []
     for position, source in enumerate(sources):
         about, shards = _looked_up(source, settings)
         prefix = f"{position}:" if len(sources) > 1 else ""
-        found += [replace(one, shard=replace(one.shard, name=prefix + one.shard.name)) for one in shards]
+        of_source.append([replace(one, shard=replace(one.shard, name=prefix + one.shard.name)) for one in shards])
+        found += of_source[-1]
         listed.append(about)
     tasks = [
         Task(number, ShardCheck(replace(one.shard, storage=None), settings, decode, limits))
@@ -105,6 +107,9 @@ def verify(
             if isinstance(event, Read):
                 bar.update(event.bytes)
             found[number].add(event)
+    for about, own in zip(listed, of_source, strict=True):
+        if own and not about["error"] and not any(one.samples or one.faults or one.error for one in own):
+            about["error"] = f"source {about['path']}: no sample in its {len(own)} shards; pack it again"
     return _report(listed, [one.to_json() for one in found], decode)
 
 

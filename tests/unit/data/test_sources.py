@@ -147,6 +147,17 @@ def test_an_empty_folder_says_how_to_pack(tmp_path):
         find_shards([source(tmp_path)])
 
 
+def test_compressed_tars_are_refused_or_told_where_others_are(tmp_path, caplog):
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 tars are compressed, such as a\.tar\.gz; .*: decompress first"):
+        find_shards([source(tmp_path)])
+    with pytest.raises(DataError, match=r"a\.tar\.gz: is a compressed tar; .*: decompress first"):
+        find_shards([source(tmp_path / "a.tar.gz")])
+    bare(tmp_path, 2)
+    assert len(find_shards([source(tmp_path)])) == 2
+    assert "a.tar.gz; samples are read from the middle of shards: decompress first; they are left out" in caplog.text
+
+
 def test_a_folder_whose_packing_was_interrupted_is_not_taken_for_a_folder_of_tars(tmp_path):
     bare(tmp_path, 2)
     (tmp_path / JOURNAL).write_text("")

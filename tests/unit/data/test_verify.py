@@ -49,6 +49,7 @@ def test_every_kind_of_bad_sample_is_told_under_its_key(tmp_path):
         ("mute", {"jpg": JPEG}),
         ("blind", {"json": TEXT}),
         ("renamed", {"jpeg_": JPEG, "json": TEXT}),
+        ("bare", {"": JPEG, "json": TEXT}),
         ("broken", {"jpg": JPEG, "json": b'{"caption": '}),
         ("film", {"jpg": clip(48, 64), "json": TEXT}),
         ("sound", {"mp4": clip(48, 64), "json": TEXT}),
@@ -62,6 +63,7 @@ def test_every_kind_of_bad_sample_is_told_under_its_key(tmp_path):
         "mute": "no_caption",
         "blind": "no_media",
         "renamed": "no_media",
+        "bare": "no_media",
         "broken": "bad_json",
         "film": "wrong_kind",
     }
@@ -210,6 +212,15 @@ def test_a_source_without_shards_is_an_error_of_the_source(tmp_path, path):
     assert not found["sound"]
     assert found["sources"][0]["error"]
     assert found["shards"] == []
+
+
+def test_shards_without_a_sample_are_not_called_sound(tmp_path):
+    write_tar(tmp_path / "a0.tar", [])
+    found = verify([SourceConfig(path=str(tmp_path))], progress=False)
+    assert not found["sound"]
+    assert "no sample in its 1 shards" in found["sources"][0]["error"]
+    write_tar(tmp_path / "a1.tar", [("k", {"jpg": JPEG, "txt": b"a"})])
+    assert verify([SourceConfig(path=str(tmp_path))], progress=False)["sound"]
 
 
 def test_a_pipe_is_no_shard_and_those_beside_it_are_checked(tmp_path):

@@ -237,6 +237,21 @@ def test_a_link_to_nothing_and_a_pipe_are_left_out_with_their_reason(tmp_path):
     assert pack(plain, out)["counts"] == {"train": {"image": 2}}
 
 
+def test_texts_that_cannot_be_read_are_told(tmp_path, monkeypatch):
+    def refused(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.jpg").write_bytes(media.encoded(media.noise(20, 20)))
+    (tmp_path / "a.txt").write_bytes(b"words")
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(DataError, match=r"1 faults.*a\.txt: cannot be read \(Permission denied\)"):
+        pack(tmp_path, tmp_path.parent / "out")
+    (tmp_path / "metadata.jsonl").write_bytes(b"{}")
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(DataError, match=r"metadata\.jsonl: cannot be read \(Permission denied\)"):
+        pack(tmp_path, tmp_path.parent / "out")
+
+
 def test_a_sidecar_that_is_no_text_or_empty_is_a_fault(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jpg").write_bytes(media.encoded(media.noise(20, 20)))
