@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from univitar_ds.cli_parts import add_command, add_overrides, positive, shown
 from univitar_ds.errors import ConfigError
@@ -169,16 +169,16 @@ def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -
         return [source.model_copy(update=own) for source in data.sources]
     known = [] if data is None else data.sources
     named = [SourceConfig(path=path, split=arguments.split) for path in arguments.sources]
-    return [source.model_copy(update={"templates": _templates_of(source, known)}) for source in named]
+    return [source.model_copy(update=_told_of(source, known)) for source in named]
 
 
-def _templates_of(named: SourceConfig, sources: Sequence[SourceConfig]) -> list[str]:
-    """Those of the source that is this place or whose folder holds it; there are none where no source does."""
+def _told_of(named: SourceConfig, sources: Sequence[SourceConfig]) -> dict[str, Any]:
+    """Templates and class names of the source that is this place or whose folder holds it; else nothing."""
     place = _place(named)
     for known, source in ((_place(source), source) for source in sources):
         if place == known or place.startswith(f"{known}/"):
-            return source.templates
-    return []
+            return {"templates": source.templates, "class_names": source.class_names}
+    return {}
 
 
 def _place(source: SourceConfig) -> str:

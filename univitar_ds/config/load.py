@@ -207,7 +207,7 @@ def result_part(config: RunConfig) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     weighted = any(stage.weights for stage in config.stages)
     for entry, source in zip(content["data"]["sources"], config.data.sources, strict=True):
-        del entry["path"]  # data may move: the cursors know whether they are still the same
+        del entry["path"], entry["class_names"]  # data may move: the cursors know whether they are still the same
         entry["name"] = source.label if weighted else None
     for dotted in RESULT_FREE:
         *sections, last = dotted.split(".")

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from univitar_ds.data import tar
 from univitar_ds.data.captions import captions_of
+from univitar_ds.data.class_names import named
 from univitar_ds.data.cursor import Place
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import Shard
@@ -145,9 +146,11 @@ def samples_in(shard: Shard, entry: Entry, ordinal: int, parts: int = 1) -> int:
 
 
 def with_captions(shard: SourceShard, sample: Sample) -> Sample:
-    """The sample with what may be said of it. Raises: SampleError if that is nothing."""
-    said = captions_of(sample.captions, sample.label, shard.templates)
-    return sample if said is sample.captions else replace(sample, captions=said)
+    """The sample with its label's name and what may be said of it. Raises: SampleError if that is nothing."""
+    label = named(sample.label, shard.class_names)
+    said = captions_of(sample.captions, label, shard.templates)
+    kept = said is sample.captions and label is sample.label
+    return sample if kept else replace(sample, captions=said, label=label)
 
 
 def look_through(

@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import captions, tar
+from univitar_ds.data.class_names import named, read_class_names
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import PACK_HINT, Shard, list_shards
 from univitar_ds.data.mixture import shares_of
@@ -42,10 +43,12 @@ skipped."""
 
 @dataclass(frozen=True)
 class SourceShard(Shard):
-    """A shard of a run's source: what `stages.N.weights` calls the source, and its captions for bare labels."""
+    """A shard of a run's source: what `stages.N.weights` calls the source, its captions for bare labels, and the names
+    of labels that are numbers."""
 
     source: str = ""
     templates: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 AnyShard = TypeVar("AnyShard", bound=Shard)
@@ -100,7 +103,7 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
                 f"source {source.path}: no shard found (*.tar) in the folder itself; shards in folders below it are "
                 f"sources of their own, or named by braces; pictures and clips are packed first: {PACK_HINT}"
             )
-        found += [_of_source(shard, source) for shard in shards]
+        found += of_source(shards, source, settings)
     counts = Counter(shard.path for shard in found)
     if shared := [path for path, count in counts.items() if count > 1]:
         _log.warning(
@@ -130,8 +133,8 @@ def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mappin
     return [ShardGroup(name, share, tuple(by_source[name])) for name, share in shares.items()]
 
 
-def fingerprint(shards: Sequence[Shard]) -> str:
-    """Identity of the data: names, sizes and, where a manifest has them, hashes of all shards in order.
+def fingerprint(shards: Sequence[SourceShard]) -> str:
+    """Identity of the data: names, sizes and, where a manifest has them, hashes of all shards in order; class names.
 
     Of shards without a hash, the first bytes of `SPOT_CHECKS` all over the list. Not where they lie: the data may move.
     Raises: DataError if one of those cannot be read.
@@ -139,6 +142,8 @@ def fingerprint(shards: Sequence[Shard]) -> str:
     state = hashlib.blake2b(digest_size=16)
     for shard in shards:
         state.update(f"{shard.name}\0{shard.size}\0{shard.sha256 or ''}\n".encode("utf-8", "surrogateescape"))
+    for names in dict.fromkeys(shard.class_names for shard in shards if shard.class_names):
+        state.update("\n".join(names).encode())
     looked_at = _spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)
     with ThreadPoolExecutor(_READERS) as readers:
         for beginning in readers.map(_beginning, looked_at):
@@ -179,9 +184,12 @@ def _spread(shards: Sequence[AnyShard], most: int) -> list[AnyShard]:
     return [shards[index * len(shards) // count] for index in range(count)]
 
 
-def _of_source(shard: Shard, source: SourceConfig) -> SourceShard:
-    known = {part.name: getattr(shard, part.name) for part in fields(Shard)}
-    return SourceShard(**known, source=source.label, templates=tuple(source.templates))
+def of_source(shards: Sequence[Shard], source: SourceConfig, settings: StorageSettings) -> list[SourceShard]:
+    """Shards with what their source says of them. Raises: DataError if its class names cannot be read."""
+    names = read_class_names(source.class_names, settings) if source.class_names else ()
+    about = {"source": source.label, "templates": tuple(source.templates), "class_names": names}
+    known = [part.name for part in fields(Shard)]
+    return [SourceShard(**{name: getattr(shard, name) for name in known}, **about) for shard in shards]
 
 
 def _lacking(
@@ -249,7 +257,8 @@ def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
             }
             with suppress(SampleError):
                 said = captions.read_texts(texts)
-                yield from captions.captions_of(said.captions, said.label, shard.templates)
+                label = named(said.label, shard.class_names)
+                yield from captions.captions_of(said.captions, label, shard.templates)
             if pieces.fetched >= most_bytes:
                 return
 

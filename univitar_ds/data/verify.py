@@ -14,9 +14,9 @@ from tqdm import tqdm
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.checking import DEFAULTS, ShardCheck, check_shard
 from univitar_ds.data.crew import At, Bad, Crew, Done, Event, Hashed, Read, Task
-from univitar_ds.data.listing import expand_braces, place_of
+from univitar_ds.data.listing import Shard, expand_braces, place_of
 from univitar_ds.data.manifest import MANIFEST, read_manifest
-from univitar_ds.data.sources import SourceShard, find_shards
+from univitar_ds.data.sources import SourceShard, find_shards, of_source
 from univitar_ds.data.storage import LOCAL, StorageSettings, storage_for
 from univitar_ds.errors import DataError
 
@@ -193,18 +193,11 @@ def _what_is_there(
             sizes[file] = storage.size(file)
     shards = []
     for file, size in sizes.items():
-        name = os.path.basename(file)
-        row = rows.get(name, {})
-        shards.append(
-            SourceShard(
-                name.removesuffix(".tar"),
-                file,
-                storage,
-                size,
-                row.get("kind"),
-                row.get("sha256"),
-                source=source.label,
-                templates=tuple(source.templates),
-            )
-        )
-    return shards, [os.path.basename(file) for file in wanted if file not in sizes]
+        row = rows.get(os.path.basename(file), {})
+        name = os.path.basename(file).removesuffix(".tar")
+        shards.append(Shard(name, file, storage, size, row.get("kind"), row.get("sha256")))
+    try:
+        found = of_source(shards, source, settings)
+    except DataError:  # its own error says it already
+        found = of_source(shards, source.model_copy(update={"class_names": None}), settings)
+    return found, [os.path.basename(file) for file in wanted if file not in sizes]
