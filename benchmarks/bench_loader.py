@@ -7,10 +7,11 @@ SHARDS is a folder from `univitar-ds data pack`; at least four shards, so that o
 Each contender of `loader_contenders.py` runs in a process of its own, all of them in turn in every round, so that the
 rows of a round met the same machine. Rows have CPU seconds per 1,000 samples over whole epochs after warming up, of
 the process and all it started; samples per second; memory; and for ours the seconds from the decoding processes being
-up to the first pack. Ratios are medians over the rounds. energon pins other versions of what the loader needs: give
-the Python of another environment (`pip install megatron-energon webdataset torch pillow numpy psutil`) with
---peer-python. --s3 adds a row for ours that reads the same shards from a store on this machine (moto), whose own
-CPU time is not counted. --curve MINUTES writes the memory of ours over time to results/bench_loader_pages.csv.
+up to the first pack. Ratios are medians over the rounds. webdataset comes with `pip install -e '.[bench]'`, energon
+with `pip install -e '.[energon]'` and --contenders ours bare webdataset energon; --peer-python names the Python of
+another environment that has them. --s3 adds a row for ours that reads the same shards from a store on this machine
+(moto), whose own CPU time is not counted. --curve MINUTES writes the memory of ours over time to
+results/bench_loader_pages.csv.
 
 Memory is the proportional set size (a page shared by n processes counts 1/n in each) of the trainer's process and
 the decoding processes, ring included; `base_mb` is the same process after importing the loader, before it starts.
@@ -203,7 +204,7 @@ def told(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The medians over rounds of what a contender costs and of what ours costs beside it."""
     for sizes in dict.fromkeys(row["sizes"] for row in rows):
         of = {name: [row for row in rows if (row["sizes"], row["contender"]) == (sizes, name)] for name in _names(rows)}
-        for name, own in of.items():
+        for name, own in of.items() if "ours" in of else ():
             ratios = [a["cpu_s_per_1000"] / b["cpu_s_per_1000"] for a, b in zip(own, of["ours"], strict=True)]
             speeds = [b["samples_per_s"] / a["samples_per_s"] for a, b in zip(own, of["ours"], strict=True)]
             cost = statistics.median(row["cpu_s_per_1000"] for row in own)
