@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.s3 import BUCKET, SECRET, faulty, first_of, s3_server, some_of
-from univitar_ds.data import pace, session
+from univitar_ds.data import pace, session, spool
 from univitar_ds.data.s3 import CHUNK, S3Storage
 from univitar_ds.data.storage import LOCAL, StorageSettings, storage_for
 from univitar_ds.errors import DataError
@@ -111,6 +111,36 @@ def test_what_a_run_reads_is_the_version_that_was_there_when_it_started(server, 
     with pytest.raises(DataError, match=told):
         one.list("s3://shards/pinned")
     assert storage(server.url, tmp_path / "another").open(url).read() == BLOB[::-1]
+
+
+@pytest.mark.parametrize("told_by", ["ETag", "size"])
+def test_a_store_that_ignores_which_version_it_is_asked_for_gives_an_error_and_not_a_splice(server, tmp_path, told_by):
+    url = server.put("ignored.tar", BLOB)
+    one = storage(server.url, tmp_path)
+    etag = one.head(url)["ETag"]
+    assert one.size(url) == len(BLOB)
+    events = one.connection._connected(url).meta.events
+    ignored = []
+    events.register("before-call.s3.GetObject", lambda params, **_: ignored.append(params["headers"].pop("If-Match")))
+    another = BLOB[::-1]
+    if told_by == "size":  # not every store makes the ETag of the content
+        another = another[1:]
+        events.register("after-call.s3.GetObject", lambda parsed, **_: parsed.update(ETag=etag))
+    server.put("ignored.tar", another)
+    for act in (one.read, lambda path: one.read_range(path, 0, 10), lambda path: one.open(path).read(10)):
+        with pytest.raises(DataError, match=r"ignored\.tar: the object was replaced while this run was reading it"):
+            act(url)
+    assert ignored == [etag] * 3
+
+
+def test_the_region_of_the_settings_is_the_one_that_is_asked(server, tmp_path, monkeypatch):
+    """The address alone tells; no request is made."""
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for region, asked in (("eu-north-1", "eu-north-1"), (None, "us-west-2")):
+        client = storage(None, tmp_path, region=region).connection._connected("s3://b/a.tar")
+        assert client.meta.endpoint_url == f"https://s3.{asked}.amazonaws.com"
 
 
 def test_a_store_that_refuses_for_ever_is_given_up_within_the_stated_time(server, tmp_path):
@@ -361,6 +391,32 @@ def test_the_folder_of_a_session_is_removed_at_its_end_and_after_a_kill_by_the_n
         )
         assert os.path.exists(ran.stdout.strip()) == left
     assert os.listdir(tmp_path) == []  # the second one has removed what the first had left
+
+
+def test_as_many_of_the_coming_shards_as_asked_for_are_fetched_ahead_in_their_order(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(spool, "AHEAD", 1)
+    urls = [server.put(f"ahead/{name}.tar", BLOB) for name in "dacbe"]
+    unlisted = server.put("elsewhere.tar", BLOB)
+    with faulty(server, lambda request: None) as proxy:
+        for ahead in (3, 0):
+            proxy.requests.clear()
+            one = storage(proxy.url, tmp_path / str(ahead), prefetch_shards=ahead)
+            one.list("s3://shards/ahead")
+            one.prefetch(urls)
+            one.prefetch([unlisted])  # looking up its version would make the reader wait
+            fetched_ahead(one)
+            assert [request.key for request in proxy.requests[1:]] == [f"ahead/{name}.tar" for name in "dacbe"[:ahead]]
+            assert [one.open(url).read() for url in urls[:ahead]] == [BLOB] * ahead
+            assert len(proxy.requests) == 1 + ahead, "a shard was fetched twice"
+
+
+def fetched_ahead(one: S3Storage) -> None:
+    """Until nothing is being fetched and no hint is left."""
+    busy = True
+    while busy:
+        time.sleep(0.001)
+        with one._spool._mutex:  # the end of one download starts the next
+            busy = bool(one._spool._downloads)
 
 
 def test_a_thread_that_reads_while_others_do_gets_its_own_bytes(server, tmp_path):

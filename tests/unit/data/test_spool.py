@@ -52,9 +52,13 @@ def spool(folder, source, limit=1 << 30, patience_s=20.0) -> Spool:
 
 
 def settled(one: Spool) -> None:
-    """Until nothing is being fetched."""
-    while one._downloads:
-        for download in list(one._downloads.values()):
+    """Until nothing is being fetched and no hint is left."""
+    while True:
+        with one._mutex:  # the end of one download starts the next
+            running = list(one._downloads.values())
+        if not running:
+            return
+        for download in running:
             download.join()
 
 
@@ -148,6 +152,18 @@ def test_hints_are_followed_in_order_and_a_few_at_a_time(tmp_path):
     assert sorted(url for url, _ in source.asked) == [shard.url for shard in shards]
     first = {url for url, _ in source.asked[: AHEAD + 1]}
     assert first == {shard.url for shard in [*shards[:AHEAD], shards[-1]]}
+
+
+def test_later_hints_come_after_earlier_ones_and_none_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr("univitar_ds.data.spool.AHEAD", 1)
+    source = Source(gate=0)
+    one = spool(tmp_path, source)
+    d, a, c, b = (version(name) for name in "dacb")
+    one.prefetch([d, a, version("nothing", size=0), c])
+    one.prefetch([c, b, a])
+    source.opened.set()
+    settled(one)
+    assert [url for url, _ in source.asked] == [shard.url for shard in (d, a, c, b)]
 
 
 def test_the_error_of_a_source_comes_to_its_readers_and_the_next_one_goes_on(tmp_path):
