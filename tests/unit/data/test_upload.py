@@ -6,14 +6,16 @@ import os
 import random
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from tests.support import media
 from tests.support.s3 import BUCKET, faulty, first_of, s3_server, some_of
 from univitar_ds.config.data import SourceConfig
-from univitar_ds.data import pace, upload, writer
+from univitar_ds.data import pace, s3, upload, writer
 from univitar_ds.data.listing import list_shards
 from univitar_ds.data.s3 import S3Storage
 from univitar_ds.data.storage import StorageSettings
@@ -104,6 +106,35 @@ def test_bytes_that_always_arrive_damaged_are_an_error_and_leave_no_object(serve
             upload.put_file(storage, f"s3://{BUCKET}/damaged", file, SHA256)
     assert server.keys("damaged") == []
     assert uploads(server) == []
+
+
+def test_a_store_whose_etags_tell_nothing_refuses_what_is_not_as_its_md5_says(server, file, tmp_path, monkeypatch):
+    """Where a store encrypts, its check of Content-MD5 is all that shows damage; here every part arrives wrong once."""
+    request = s3.Connection._request
+    met = []
+
+    def encrypting(connection, operation, url, parameters):
+        if "Body" not in parameters:
+            return request(connection, operation, url, parameters)
+        arrived = parameters["Body"]
+        if (url, parameters.get("PartNumber")) not in met:
+            met.append((url, parameters.get("PartNumber")))
+            arrived = bytes([arrived[0] ^ 1]) + arrived[1:]
+        told = parameters.get("ContentMD5")
+        if told is not None and told != b64encode(hashlib.md5(arrived).digest()).decode():
+            answer = {"Error": {"Code": "BadDigest"}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+            raise ClientError(answer, operation)
+        kept = {name: value for name, value in parameters.items() if name != "ContentMD5"}
+        answer = request(connection, operation, url, {**kept, "Body": arrived})
+        return {**answer, "ServerSideEncryption": "aws:kms"}
+
+    monkeypatch.setattr(s3.Connection, "_request", encrypting)
+    storage = S3Storage(settings(server.url, tmp_path))
+    upload.put_file(storage, f"s3://{BUCKET}/encrypted/large", file, SHA256)
+    upload.put_bytes(storage, f"s3://{BUCKET}/encrypted/small", b"abc")
+    assert len(met) == 4
+    assert server.get("encrypted/large") == CONTENT
+    assert server.get("encrypted/small") == b"abc"
 
 
 def test_what_a_killed_upload_has_left_is_removed_with_the_next(server, file, tmp_path):
