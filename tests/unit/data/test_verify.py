@@ -249,6 +249,25 @@ def test_the_report_depends_on_the_data_alone(tmp_path, capsys):
     assert [row["shard"] for row in one["shards"]][-1] == "1:test-video-000000"
 
 
+@pytest.mark.parametrize(("workers", "hired"), [(1, 1), (4, 4), (9, 6)])
+def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tmp_path, monkeypatch, workers, hired):
+    crews = []
+
+    class Idle(Crew):
+        def __init__(self, work, workers, silence_s):
+            crews.append((work, workers))
+
+        def run(self, tasks):
+            return ((task.number, Done()) for task in tasks)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr("univitar_ds.data.verify.Crew", Idle)
+    assert len(report(folder_of(tmp_path), workers=workers)["shards"]) == 6
+    assert crews == [(check_shard, hired)]
+
+
 def play(task: Task, tell) -> None:
     """Work by a script: {offset: what happens at the sample there}."""
     if task.job.get("hash") and not task.hashed:
@@ -276,6 +295,16 @@ def played(*jobs, workers=2, silence_s=60.0):
         hands = [hand.process for hand in crew._hands]
     assert not any(process.is_alive() for process in hands)
     return told
+
+
+@pytest.mark.parametrize(("tasks", "started"), [(1, 1), (3, 3), (7, 3)])
+def test_a_crew_starts_its_processes_at_once_and_no_more_than_there_is_work_for(tasks, started):
+    with Crew(play, 3, 60.0) as crew:
+        events = crew.run([Task(number, {}) for number in range(tasks)])
+        next(events)
+        assert len(crew._hands) == started
+        assert sum(event == Done() for _, event in events) == tasks
+        assert len(crew._hands) == started
 
 
 def test_a_process_that_dies_costs_its_sample_and_no_other():
