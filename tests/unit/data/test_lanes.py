@@ -2,6 +2,7 @@
 
 import json
 import logging
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -70,6 +71,16 @@ def test_units_change_their_order_and_owner_from_epoch_to_epoch_and_seed_to_seed
         units_of_lane(range(16), 2, 0, 0, "video", 0),
     ]
     assert all(set(other) != set(first) for other in others)
+
+
+def test_two_groups_of_the_same_number_of_shards_are_read_in_orders_of_their_own():
+    shards = memory_shards([1] * 24, sources=["a"] * 12 + ["b"] * 12)
+    orders = {}
+    for group in groups_of(shards, "image", {"a": 1, "b": 1}):
+        reader = Reader(shards, group, "image", lanes=1, lane=0, seed=0, place=START)
+        orders[group.name] = [found.shard - group.shards[0] for found in iter(reader.next, None)]
+    assert sorted(orders["a"]) == sorted(orders["b"]) == list(range(12))
+    assert orders["a"] != orders["b"]
 
 
 def drained(rules, lane, epochs):
@@ -169,6 +180,14 @@ def test_no_sample_waits_longer_than_the_pool_is_deep():
     packs, _ = packs_of(rules, 0, 300)
     waits = [left - item.address.since for left, (items, _) in enumerate(packs) for item in items]
     assert 3 < max(waits) < rules.pool_samples + 8
+
+
+@pytest.mark.parametrize("pool_samples", [16, 32, 64])
+def test_samples_wait_about_equally_long_and_not_as_chance_has_it(pool_samples):
+    """Were all as likely to leave each time, waits would spread about as much as their mean."""
+    packs, _ = packs_of(small_rules(memory_shards([40] * 10), pool_samples=pool_samples), 0, 250)
+    waits = [left - item.address.since for left, (items, _) in enumerate(packs) for item in items]
+    assert statistics.pstdev(waits) <= 0.6 * statistics.fmean(waits)
 
 
 def test_the_pool_grows_past_its_number_where_items_are_small():
