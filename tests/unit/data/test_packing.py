@@ -3,12 +3,19 @@
 import itertools
 import math
 import random
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.support.memory import shards_of, small_rules, tiny_picture
+from univitar_ds.data.cursor import LaneCursor
+from univitar_ds.data.lanes import Lane
 from univitar_ds.data.packing import choose, item_cost
+from univitar_ds.data.sources import EVERYTHING
+from univitar_ds.geometry import Resolution
 
 BUDGET = 1000
 items = st.lists(st.integers(1, BUDGET), min_size=1, max_size=40)
@@ -26,6 +33,7 @@ def test_a_pack_stays_within_the_token_budget_and_takes_the_first_along(tokens):
 
 @given(costed)
 @example(pairs=[(1, 0.0), (1, 5e-324)])  # their mean rounds to 0
+@example(pairs=[(1, 0.0), (1, 0.0), (4, 201.0), (1000, 0.0)])  # costs differ so much that the aim might pass the budget
 def test_a_pack_stays_within_both_budgets_unless_its_only_item_cannot(pairs):
     tokens, costs = zip(*pairs, strict=True)
     chosen = choose(tokens, costs, BUDGET, 200.0)
@@ -134,6 +142,21 @@ def test_with_a_cost_budget_the_packs_of_a_step_take_equally_long(size, share, m
     assert sum(used) / len(used) >= 0.96
 
 
+@pytest.mark.parametrize("size", [native, log_normal])
+def test_where_what_waits_is_cheap_a_pack_takes_more_than_its_share_of_what_is_dear_within_reason(size):
+    """Half a standard deviation of the cost per token of what waits, on average."""
+    pulls = []
+    for seed in range(30):
+        rng = random.Random(seed)
+        tokens = [size(rng) for _ in range(192)]
+        costs = [item_cost(count, COEFFICIENTS) for count in tokens]
+        mean = sum(costs) / sum(tokens)
+        spread = math.sqrt(sum(n * (cost / n - mean) ** 2 for n, cost in zip(tokens, costs, strict=True)) / sum(tokens))
+        chosen = choose(tokens, costs, 16384, 1.1 * mean * 16384)
+        pulls.append((sum(costs[i] for i in chosen) / sum(tokens[i] for i in chosen) - mean) / spread)
+    assert 0.25 <= sum(pulls) / len(pulls) <= 0.75
+
+
 def test_a_cost_budget_that_never_binds_wastes_hardly_any_tokens():
     totals, _ = stream(native, 2 * item_cost(16384, COEFFICIENTS))
     fills = [tokens / 16384 for tokens, _ in totals]
@@ -157,3 +180,53 @@ def test_an_item_above_the_budget_is_a_fault_of_the_program():
 
 def test_an_item_above_the_cost_budget_travels_alone():
     assert choose([5, 1, 1], [9.0, 1.0, 1.0], 10, 8.0) == [0]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """The tokens of 1600 log-normal pictures of up to 256, and 16 shards of them: the mix from above over 32."""
+    rng = random.Random(0)
+    tokens, samples = [], []
+    for number in range(1600):
+        wanted = max(log_normal(rng) // 32, 1)
+        rows = math.isqrt(wanted)
+        columns = wanted // rows
+        tokens.append(rows * columns)
+        samples.append((str(number), {"png": tiny_picture(14 * rows, 14 * columns), "txt": b"a caption"}))
+    return tokens, shards_of([samples[shard::16] for shard in range(16)])
+
+
+def packs_of_two_epochs(rules, number):
+    """The items of each pack of a lane until all samples of its first two epochs have left."""
+    lane = Lane({"image": rules}, LaneCursor(number, rules.lanes, rules.seed, "f"))
+    for index in itertools.count():
+        plan = lane.next_plan("image", index)
+        yield plan.items
+        stream = plan.cursor.streams["image"]
+        if min([stream.places[EVERYTHING].epoch, *(row.epoch for row in stream.pool)]) >= 2:
+            return
+
+
+@pytest.mark.parametrize("share", [None, 1.0, 0.9])
+def test_lanes_that_read_shards_fill_packs_alike_and_give_every_sample_once_an_epoch(pictures, share):
+    """What the pools above promise, of four lanes; `share` as above."""
+    sizes, shards = pictures
+    cost = (COEFFICIENTS[0], 32 * COEFFICIENTS[1])
+    full = 512 * sum(item_cost(tokens, cost) for tokens in sizes) / sum(sizes)
+    rules = small_rules(shards, lanes=4, token_budget=512, pool_samples=96, cost=cost)
+    size = replace(rules.size, resolution=Resolution(1, 256, 14), most_tokens=512)
+    rules = replace(rules, size=size, cost_budget=None if share is None else share * full)
+    lanes = [list(packs_of_two_epochs(rules, number)) for number in range(4)]
+
+    seen = Counter((item.sample.key, item.address.epoch) for lane in lanes for items in lane for item in items)
+    first_two = {entry: times for entry, times in seen.items() if entry[1] < 2}
+    assert first_two == {(str(number), epoch): 1 for number in range(len(sizes)) for epoch in range(2)}
+
+    tokens = [sum(item.sample.tokens for item in items) for lane in lanes for items in lane]
+    assert 0.985 * (share or 1) <= sum(tokens) / len(tokens) / 512
+    assert max(tokens) <= 512
+    costs = [[sum(item_cost(item.sample.tokens, cost) for item in items) for items in lane] for lane in lanes]
+    if share is not None:  # else they are not alike: about eight times further apart
+        assert max(map(max, costs)) <= rules.cost_budget
+        imbalance = [max(step) * len(step) / sum(step) - 1 for step in zip(*costs, strict=False)]
+        assert sum(imbalance) / len(imbalance) <= 0.01
