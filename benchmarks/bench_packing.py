@@ -136,7 +136,7 @@ def measure(mix: Mix, steps: int, cost_budget: float | None) -> dict[str, Any]:
         "cost_fill_mean_pct": None if cost_budget is None else round(100 * sum(costs) / len(costs) / cost_budget, 2),
         "flop_imbalance_mean_pct": round(100 * sum(imbalances) / len(imbalances), 3),
         "flop_imbalance_max_pct": round(100 * max(imbalances), 2),
-        "longest_wait_packs": max(item.address.waited for plan in every for item in plan.items),
+        "longest_wait_packs": max(plan.index - item.address.since for plan in every for item in plan.items),
         "choose_cpu_us_per_sample": round(1e6 * clock.seconds / items, 1),
         "mean_full_pack_cost": sum(costs) / sum(map(sum, sizes)) * mix.token_budget,
     }

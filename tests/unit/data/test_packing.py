@@ -157,6 +157,20 @@ def test_where_what_waits_is_cheap_a_pack_takes_more_than_its_share_of_what_is_d
     assert 0.25 <= sum(pulls) / len(pulls) <= 0.75
 
 
+@pytest.mark.parametrize("size", [native, log_normal])
+def test_where_what_waits_is_dear_a_pack_takes_a_little_more_than_its_share_of_what_is_cheap(size):
+    """A twentieth more tokens for the cost budget than the mean of what waits would give."""
+    ratios = []
+    for seed in range(30):
+        rng = random.Random(seed)
+        tokens = [size(rng) for _ in range(192)]
+        costs = [item_cost(count, COEFFICIENTS) for count in tokens]
+        mean = sum(costs) / sum(tokens)
+        chosen = choose(tokens, costs, 16384, 0.9 * mean * 16384)
+        ratios.append(sum(tokens[i] for i in chosen) / (0.9 * 16384))
+    assert 1.03 <= sum(ratios) / len(ratios) <= 1.08
+
+
 def test_a_cost_budget_that_never_binds_wastes_hardly_any_tokens():
     totals, _ = stream(native, 2 * item_cost(16384, COEFFICIENTS))
     fills = [tokens / 16384 for tokens, _ in totals]
