@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,28 +22,53 @@ TURNS = {
 """What brings an EXIF orientation upright."""
 WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 
+_INVERSE = {6: 8, 8: 6}
+"""Which orientation undoes another; all but these two undo themselves."""
+_BLOCK = 512
+"""A picture is converted in squares of this side: what a conversion needs beside its result then stays in the cache."""
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB picture out of any Pillow mode.
+    """`rgb_pixels` as a picture, which is the given one if there is nothing to do.
+
+    Raises: see `rgb_pixels`.
+    """
+    image.load()  # some formats turn themselves upright while loading, and drop their tag then
+    if image.mode == "RGB" and "transparency" not in image.info and _orientation(image) == 1:
+        return image
+    return Image.fromarray(rgb_pixels(image))
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """The upright RGB pixels of a picture in any Pillow mode: (H, W, 3) uint8.
 
     EXIF orientation is applied, transparency is laid on white (release), and greys deeper than 8 bit are
-    scaled to 8 bit rather than cut off.
+    scaled to 8 bit rather than cut off. Beside the loaded picture and the result it takes a few MB.
 
     Raises: whatever Pillow raises for pixels it cannot decode (OSError, SyntaxError, ValueError ...).
     """
-    image.load()  # some formats turn themselves upright while loading, and drop their tag then
-    turn = TURNS.get(_orientation(image))
-    image = image if turn is None else image.transpose(turn)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return Image.fromarray(_deep_grey(np.asarray(image))).convert("RGB")
-    if image.mode in WITH_ALPHA or "transparency" in image.info:
-        if image.mode in ("La", "RGBa"):  # premultiplied modes convert to their plain form only
-            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    image.load()
+    orientation = _orientation(image)
+    height, width = image.height, image.width
+    pixels = np.empty((width, height, 3) if orientation >= 5 else (height, width, 3), np.uint8)
+    as_stored = upright(pixels, _INVERSE.get(orientation, orientation))
+    span = _GreySpan.of(image) if image.mode in ("I", "F") or image.mode.startswith("I;") else None
+    for left, top, right, bottom in _blocks(image):
+        block = image.crop((left, top, right, bottom))
+        if orientation > 1:  # turned by Pillow, which is faster than numpy's copy between different strides
+            block = block.transpose(TURNS[orientation])
+        place = upright(as_stored[top:bottom, left:right], orientation)
+        place[...] = _opaque(block) if span is None else span.to_8_bit(_greys(block))
+    return pixels
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of (H, W, C) with its EXIF orientation, 1 to 8, undone."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return pixels[::rows, ::columns]
 
 
 def resize_rgb(image: Image.Image, height: int, width: int) -> np.ndarray:
@@ -50,21 +77,60 @@ def resize_rgb(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1, upright, where the picture does not say."""
     try:
-        return image.getexif().get(ORIENTATION_TAG, 1)
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
         return 1  # broken metadata says nothing about the pixels
+    return int(orientation) if orientation in range(1, 9) else 1
 
 
-def _deep_grey(values: np.ndarray) -> np.ndarray:
-    """Greys of more than 8 bit as 8 bit: by their format's range where they keep to one, else by their own."""
-    values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    whole = bool((values == np.rint(values)).all())
-    if low < 0 or high > 65535:
-        values = (values - low) * (255 / max(high - low, 1e-12))
-    elif high > 255:
-        values = values / 257
-    elif not whole and high <= 1:
-        values = values * 255
-    return np.rint(values).astype(np.uint8)
+def _blocks(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Left, top, right and bottom of the squares that cover a picture as it is stored."""
+    for top in range(0, image.height, _BLOCK):
+        for left in range(0, image.width, _BLOCK):
+            yield left, top, min(left + _BLOCK, image.width), min(top + _BLOCK, image.height)
+
+
+def _opaque(image: Image.Image) -> np.ndarray:
+    """Any mode of at most 8 bit, transparency on white: (H, W, 3) uint8."""
+    if image.mode in WITH_ALPHA or "transparency" in image.info:
+        if image.mode in ("La", "RGBa"):  # premultiplied modes convert to their plain form only
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
+
+
+def _greys(image: Image.Image) -> np.ndarray:
+    """The values of a grey of more than 8 bit, 0 where one is no number: (H, W, 1)."""
+    values = np.asarray(image)[..., None]
+    return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0) if values.dtype.kind == "f" else values
+
+
+class _GreySpan(NamedTuple):
+    """What has to be known of a whole picture before a part of it can be scaled; `whole`: it has no fractions."""
+
+    low: float
+    high: float
+    whole: bool
+
+    @classmethod
+    def of(cls, image: Image.Image) -> _GreySpan:
+        spans = []
+        for block in _blocks(image):
+            values = _greys(image.crop(block))
+            spans.append((values.min(), values.max(), values.dtype.kind != "f" or (values == np.rint(values)).all()))
+        lows, highs, wholes = zip(*spans, strict=True)
+        return cls(float(min(lows)), float(max(highs)), all(wholes))
+
+    def to_8_bit(self, values: np.ndarray) -> np.ndarray:
+        """Greys of more than 8 bit as 8 bit: by their format's range where they keep to one, else by their own."""
+        values = values.astype(np.float64)
+        if self.low < 0 or self.high > 65535:
+            values = (values - self.low) * (255 / max(self.high - self.low, 1e-12))
+        elif self.high > 255:
+            values = values / 257
+        elif not self.whole and self.high <= 1:
+            values = values * 255
+        return np.rint(values).astype(np.uint8)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from univitar_ds.pictures import resize_rgb, to_rgb
+from univitar_ds import pictures
+from univitar_ds.pictures import resize_rgb, rgb_pixels, to_rgb
 
 WHITE, RED, BLACK = (255, 255, 255), (255, 0, 0), (0, 0, 0)
 
@@ -93,6 +94,60 @@ def test_every_orientation_comes_out_upright(kind, orientation):
     assert red[2:6, 2:14].all()
     assert not red[10:].any()
     assert not red[:, 18:].any()
+
+
+KEYED = {"RGB": (9, 8, 7), "L": 9, "P": bytes(range(256))}
+NOISE = np.random.default_rng(0).integers(0, 256, (23, 37, 4), np.uint8)
+FLOATS = np.random.default_rng(1).standard_normal((23, 37)).astype(np.float32)
+
+
+def noisy(kind):
+    """37 x 23 pixels in a Pillow mode; `+key`: with a colour or palette entries that are transparent."""
+    mode, _, key = kind.partition("+")
+    values = {
+        "I;16": NOISE[..., 0].astype(np.uint16) * 257,
+        "I": NOISE[..., 0].astype(np.int32) * 700 - 9000,
+        "F": np.where(NOISE[..., 0] == 9, np.nan, FLOATS),
+        "F, unit": np.abs(FLOATS) / np.abs(FLOATS).max(),
+    }
+    if mode in values:
+        return Image.fromarray(values[mode])
+    if mode in ("L", "P", "LAB", "HSV", "YCbCr"):
+        image = Image.frombytes(mode, (37, 23), NOISE[..., : len(Image.new(mode, (1, 1)).getbands())].tobytes())
+    else:
+        plain = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
+        image = Image.fromarray(NOISE).convert(plain).convert(mode)
+    if mode == "P":
+        image.putpalette(NOISE.tobytes()[:768])
+    if key:
+        image.info["transparency"] = KEYED[mode]
+        image.putpixel((30, 20), 9 if mode == "P" else KEYED[mode])
+    return image
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    "kind",
+    ["1", "L", "L+key", "LA", "La", "P", "P+key", "PA", "RGB", "RGB+key", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr",
+     "HSV", "LAB", "I;16", "I", "F", "F, unit"],
+)  # fmt: skip
+def test_a_picture_converted_in_blocks_equals_one_converted_whole_and_turned_after(kind, orientation, monkeypatch):
+    image = noisy(kind)
+    whole = Image.fromarray(rgb_pixels(image))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    turned = whole if orientation == 1 else whole.transpose(pictures.TURNS[orientation])
+    monkeypatch.setattr(pictures, "_BLOCK", 10)
+    pixels = rgb_pixels(image)
+    assert pixels.flags.c_contiguous
+    assert np.array_equal(pixels, np.asarray(turned))
+    assert np.array_equal(np.asarray(to_rgb(image)), pixels)
+    assert pixels.std() > 20, "an empty picture shows nothing"
+
+
+def test_a_plain_picture_is_not_copied():
+    image = Image.new("RGB", (4, 3))
+    assert to_rgb(image) is image
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

@@ -12,7 +12,7 @@ from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin
 from univitar_ds.data import jpeg
 from univitar_ds.data.probe import check_area, open_picture, reason
 from univitar_ds.errors import SampleError
-from univitar_ds.pictures import to_rgb
+from univitar_ds.pictures import rgb_pixels, upright
 
 # Found by the turbo decoder in the picture's own data: Pillow would go on and fill in grey or garbage.
 _DAMAGED_SCAN = re.compile("bad Huffman code|bad arithmetic|premature end of data|resync|RST", re.IGNORECASE)
@@ -56,16 +56,7 @@ def _turbo(data: bytes, header: jpeg.JpegHeader, target: tuple[int, int] | None)
         if _DAMAGED_SCAN.search(str(error)):
             raise SampleError("corrupt", f"the JPEG is damaged: {error}") from error
         return None
-    return np.ascontiguousarray(_upright(pixels, header.orientation))
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """EXIF orientation 1 to 8 undone on (H, W, C)."""
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    rows = -1 if orientation in (3, 4, 7, 8) else 1
-    columns = -1 if orientation in (2, 3, 6, 7) else 1
-    return pixels[::rows, ::columns]
+    return np.ascontiguousarray(upright(pixels, header.orientation))
 
 
 def _pillow(data: bytes, max_px: int) -> np.ndarray:
@@ -74,7 +65,7 @@ def _pillow(data: bytes, max_px: int) -> np.ndarray:
         if isinstance(image, IcoImagePlugin.IcoImageFile):
             check_area(*_icon_size(data, image), max_px)
         try:
-            return np.asarray(to_rgb(image))
+            return rgb_pixels(image)
         except Exception as error:  # Pillow's decoders raise whatever damaged data runs them into
             raise SampleError("corrupt", f"the {image.format} picture cannot be decoded: {reason(error)}") from error
 

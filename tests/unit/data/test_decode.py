@@ -109,7 +109,7 @@ def test_garbage_after_the_end_of_a_jpeg_does_no_harm():
 def test_a_picture_above_the_pixel_limit_is_refused_from_its_header(form, monkeypatch):
     data = media.encoded(media.noise(100, 60), form)
     monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", None)
-    monkeypatch.setattr(decode, "to_rgb", None)
+    monkeypatch.setattr(decode, "rgb_pixels", None)
     assert kind_of_error(decode_image, data, max_px=5999) == "too_large"
     with pytest.raises(SampleError, match=r"60 x 100 is 6000 pixels, above data.max_image_px = 5999"):
         decode_image(data, max_px=5999)

@@ -203,18 +203,18 @@ def with_sides(data: bytes, form: str) -> bytes:
 def test_only_the_configured_limit_holds_and_before_anything_is_decoded(form, monkeypatch):
     data = with_sides(media.encoded(media.quarters(), form), form)
     assert probe(data, form.lower()) == MediaSize("image", 20000, 20000, 1)
-    monkeypatch.setattr(decode, "to_rgb", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(decode, "rgb_pixels", lambda image: pytest.fail("decoded"))
     with pytest.raises(SampleError, match="20000 x 20000 is 400000000 pixels, above") as caught:
         decode.decode_image(data, max_px=399_999_999)
     assert caught.value.kind == "too_large"
-    monkeypatch.setattr(decode, "to_rgb", lambda image: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(decode, "rgb_pixels", lambda image: np.zeros((1, 1, 3), np.uint8))
     assert decode.decode_image(data, max_px=400_000_000).shape == (1, 1, 3)
 
 
 def test_a_picture_above_the_limit_of_pillow_is_decoded_if_the_configured_one_allows(monkeypatch):
     data = flat_png(2, 90_000_000)
     assert probe(data, "png") == MediaSize("image", 2, 90_000_000, 1)
-    monkeypatch.setattr(decode, "to_rgb", lambda image: image.load() and np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(decode, "rgb_pixels", lambda image: image.load() and np.zeros((1, 1, 3), np.uint8))
     assert decode.decode_image(data, max_px=180_000_000).shape == (1, 1, 3)
 
 
