@@ -10,6 +10,7 @@ import simplejpeg
 from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin
 
 from univitar_ds.data import jpeg
+from univitar_ds.data.decode_memory import check_memory
 from univitar_ds.data.probe import check_area, open_picture, reason
 from univitar_ds.errors import SampleError
 from univitar_ds.pictures import rgb_pixels, upright
@@ -64,6 +65,7 @@ def _pillow(data: bytes, max_px: int) -> np.ndarray:
         check_area(image.height, image.width, max_px)
         if isinstance(image, IcoImagePlugin.IcoImageFile):
             check_area(*_icon_size(data, image), max_px)
+        check_memory(image, data, max_px)
         try:
             return rgb_pixels(image)
         except Exception as error:  # Pillow's decoders raise whatever damaged data runs them into

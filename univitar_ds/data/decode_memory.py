@@ -1,0 +1,92 @@
+"""Pictures that would take too much memory while they are decoded, refused by their headers.
+
+The picture that Pillow has loaded and the RGB that is made of it take 7 bytes a pixel, and most decoders
+little beside: 10.1 at most (measured, as all numbers here, with Pillow 13.0 on pictures of 2.5 to 100 Mpx). Those
+named here take more. The file's own bytes come on top.
+"""
+
+from __future__ import annotations
+
+import math
+
+from PIL import Image, TiffImagePlugin
+
+from univitar_ds.data import jpeg2000
+from univitar_ds.errors import SampleError
+
+LEAST_LIMIT = 2**30
+BYTES_A_PIXEL = LEAST_LIMIT / 10**8
+"""Decoding may take 1 GiB, and more where `data.max_image_px` is raised above its default."""
+
+_MARGIN = 1.02
+_ORIENTATION, _TILE_LENGTH = 274, 323
+_AVIF = {"L": 10.0, "RGB": 21.0, "RGBA": 24.0}
+"""9.5 measured for RGB of 8 bit and 4:2:0, 11.7 for RGBA. 10 bit, 4:4:4 and film grain are added: Pillow tells none."""
+_WEBP = 16.4
+"""Two canvases of 4, the frame as bytes and the loaded picture."""
+_CMYK_JPEG = 12.0
+"""If progressive, 7 if not; files of several scans are not told apart."""
+_DEEP_PPM = 13.2
+"""Made by Python in two copies; 7 if the highest value is 65535."""
+
+
+def check_memory(image: Image.Image, data: bytes, max_px: int) -> None:
+    """Args: the opened picture, not yet decoded; its file's bytes; data.max_image_px.
+
+    Raises: SampleError where decoding may take more than `max_px` allows.
+    """
+    needed = _MARGIN * _bytes_needed(image, data)
+    limit = max(LEAST_LIMIT, max_px * BYTES_A_PIXEL)
+    if needed > limit:
+        raise SampleError(
+            "too_large",
+            f"{image.width} x {image.height} pixels of {image.format} {image.mode} may take {needed / 2**20:.0f} MiB "
+            f"while they are decoded, above the {limit / 2**20:.0f} that data.max_image_px = {max_px} allows; "
+            f"raise it to {math.ceil(needed / BYTES_A_PIXEL)} or store the picture as PNG",
+        )
+
+
+def _bytes_needed(image: Image.Image, data: bytes) -> float:
+    """0 for what stays below `BYTES_A_PIXEL` anyway."""
+    pixels = image.width * image.height
+    match image.format:
+        case "WEBP":
+            return pixels * _WEBP + len(data)  # its decoder has a copy of the file
+        case "AVIF":
+            return pixels * _AVIF.get(image.mode, max(_AVIF.values())) + len(data)
+        case "JPEG" | "MPO" if image.mode == "CMYK":
+            return pixels * _CMYK_JPEG
+        case "PPM" if image.mode == "I":
+            return pixels * _DEEP_PPM
+        case "JPEG2000":
+            return jpeg2000.bytes_needed(data, _stored(image.mode))
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return _tiff_bytes(image)
+    return 0.0
+
+
+def _tiff_bytes(image: TiffImagePlugin.TiffImageFile) -> float:
+    """The picture, once more if it is turned, and a strip or tile, which may be larger than the picture."""
+    if not image.tile or image.tile[0].codec_name != "libtiff":
+        return 0.0
+    tags = image.tag_v2
+    width, height = image.width, image.height
+    turned = _number(tags.get(_ORIENTATION), 1) > 1
+    if TiffImagePlugin.TILEWIDTH in tags:
+        unit = _number(tags.get(TiffImagePlugin.TILEWIDTH), width) * _number(tags.get(_TILE_LENGTH), height)
+    else:
+        rows = _number(tags.get(TiffImagePlugin.ROWSPERSTRIP), height)
+        unit = max(width * min(rows, height), height * min(rows, width))  # sides may have changed places
+    bits = _number(tags.get(TiffImagePlugin.BITSPERSAMPLE), 1) * _number(tags.get(TiffImagePlugin.SAMPLESPERPIXEL), 1)
+    return width * height * _stored(image.mode) * (1 + turned) + unit * bits / 8
+
+
+def _number(value: object, default: int) -> int:
+    """The largest of a tag's values."""
+    values = value if isinstance(value, tuple) else (value,)
+    return max((int(each) for each in values if isinstance(each, int)), default=default)
+
+
+def _stored(mode: str) -> int:
+    """Bytes a pixel of a loaded picture."""
+    return 1 if mode in ("1", "L", "P") else 2 if mode.startswith("I;16") else 4
