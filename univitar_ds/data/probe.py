@@ -7,6 +7,7 @@ is a picture, unless it is called .gifv (or by another name of a video), which m
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -30,6 +31,9 @@ VIDEO_EXTENSIONS = frozenset(
 
 _PILLOW_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "PSD", "JPEG2000", "AVIF", "PPM", "QOI", "JPEG")
 _ORIENTATION_TAG = 0x0112
+_MOST_TIFF_VALUES = 1 << 20
+_TIFF_TEXT = (1, 2, 6, 7)
+"""Types of a tag whose values stay bytes."""
 
 # Pillow comments on every odd tag of a file; whatever matters about a sample is raised.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -92,11 +96,32 @@ def open_picture(data: bytes) -> Image.Image:
     try:
         if data.startswith(b"GIF8"):
             return _FirstFrame(io.BytesIO(data))
+        if data.startswith((b"II", b"MM")):
+            _check_tiff_tables(data)
         return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except UnidentifiedImageError as error:
         raise SampleError("unreadable", "the bytes are no picture of a format we read") from error
+    except SampleError:
+        raise
     except Exception as error:  # Pillow's plugins raise whatever a malformed header runs them into
         raise SampleError("unreadable", f"the picture cannot be opened: {reason(error)}") from error
+
+
+def _check_tiff_tables(data: bytes) -> None:
+    """Pillow makes a Python object of 360 bytes (measured) of each strip or tile when it opens a TIFF.
+
+    Raises: SampleError for tables that no picture needs.
+    """
+    order, big = "<" if data.startswith(b"II") else ">", data[2:3] == b"+"  # which of them is big: as Pillow has it
+    (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+    (entries,) = struct.unpack_from(order + ("Q" if big else "H"), data, start)
+    entry = struct.Struct(order + ("HHQ8x" if big else "HHI4x"))
+    start += 8 if big else 2
+    for at in range(start, min(start + entries * entry.size, len(data) - entry.size + 1), entry.size):
+        tag, kind, count = entry.unpack_from(data, at)
+        if count > _MOST_TIFF_VALUES and kind not in _TIFF_TEXT:
+            told = f"the TIFF's tag {tag} has {count} values, above {_MOST_TIFF_VALUES}"
+            raise SampleError("too_large", f"{told}; store it in larger strips or tiles")
 
 
 def check_area(height: int, width: int, max_px: int) -> None:

@@ -241,3 +241,36 @@ def test_a_gif_that_clears_its_screen_allocates_nothing_when_opened():
         assert image.size == (65535, 65535)
         assert getattr(image, "dispose", None) is None
     assert np.array_equal(decode.decode_image(whole, max_px=10**6), media.grey_frames(3, 40, 64)[0])
+
+
+def tiff(order: str, big: bool) -> bytes:
+    """8 x 4 grey pixels, uncompressed, in four strips of a row each."""
+    number, after = ("Q", 16) if big else ("I", 8)
+    body = bytes(8 * 4) + struct.pack(order + "4I", *range(after, after + 32, 8))
+    tags = {256: 8, 257: 4, 258: 8, 259: 1, 262: 1, 277: 1, 278: 1}
+    entries = [struct.pack(order + "HH" + number + "I", tag, 4, 1, value) for tag, value in tags.items()]
+    entries.append(struct.pack(order + "HH" + number + number, 273, 4, 4, after + 32))
+    directory = b"".join(entry.ljust(20 if big else 12, b"\0") for entry in entries) + bytes(8)
+    head = struct.pack(order + "HHH", 43, 8, 0) if big else struct.pack(order + "H", 42)
+    head = {"<": b"II", ">": b"MM"}[order] + head + struct.pack(order + number, after + len(body))
+    return head + body + struct.pack(order + ("Q" if big else "H"), len(entries)) + directory
+
+
+@pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])
+def test_a_tiff_of_a_million_strips_is_refused_before_they_become_objects(order, big, monkeypatch):
+    assert probe(tiff(order, big), "tif") == MediaSize("image", 4, 8, 1)
+    monkeypatch.setattr("univitar_ds.data.probe._MOST_TIFF_VALUES", 3)
+    with pytest.raises(SampleError, match="TIFF's tag 273 has 4 values, above 3") as caught:
+        probe(tiff(order, big), "tif")
+    assert caught.value.kind == "too_large"
+
+
+def test_a_long_text_in_a_tiff_is_no_table(monkeypatch):
+    monkeypatch.setattr("univitar_ds.data.probe._MOST_TIFF_VALUES", 20)
+    data = media.encoded(media.quarters(40, 64), "TIFF", tiffinfo={270: "x" * 100})
+    assert probe(data, "tif").width == 64
+
+
+@pytest.mark.parametrize("cut", [2, 6, 9, 40])
+def test_a_tiff_that_ends_in_its_header_is_a_bad_sample(cut):
+    assert kind_of_error(media.encoded(media.quarters(), "TIFF")[:cut], "tif") == "unreadable"
