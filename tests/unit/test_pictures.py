@@ -145,6 +145,12 @@ def test_a_picture_converted_in_blocks_equals_one_converted_whole_and_turned_aft
     assert pixels.std() > 20, "an empty picture shows nothing"
 
 
+def test_a_fraction_in_the_last_block_alone_scales_all(monkeypatch):
+    monkeypatch.setattr(pictures, "_BLOCK", 2)
+    values = np.array([[0, 1, 0, 1, 0, 0.5]], np.float32)
+    assert rgb_pixels(Image.fromarray(values))[0, :, 0].tolist() == [0, 255, 0, 255, 0, 128]
+
+
 def test_a_plain_picture_is_not_copied():
     image = Image.new("RGB", (4, 3))
     assert to_rgb(image) is image

@@ -52,10 +52,11 @@ def needed(a_block: float, pixels_of_block: int) -> float:
         ("L", {}, 6000 + TILE[1] + 6000 * (5 + 450 / 4096)),
         ("RGB", {}, 6000 * 4 + TILE[3] + 6000 * 3 * (5 + 450 / 4096)),
         ("RGB", {"tile_size": (30, 20)}, 6000 * 4 + 12 * TILE[3] + 600 * 3 * (5 + 450 / 4096)),
+        ("L", {"tile_size": (200, 50)}, 6000 + 2 * TILE[1] + 5000 * (5 + 450 / 4096)),
         ("L", {"codeblock_size": (4, 8)}, 6000 + TILE[1] + 6000 * (5 + 450 / 32)),
         ("I;16", {}, 6000 * 2 + TILE[1] + 6000 * (6 + 450 / 4096)),
     ],
-    ids=["grey", "colour", "tiles", "small blocks", "deep"],
+    ids=["grey", "colour", "tiles", "a tile wider than the picture", "small blocks", "deep"],
 )
 def test_the_headers_of_a_file_tell_its_tiles_and_blocks(options, mode, more, wanted):
     image = Image.new(mode, (100, 60))
