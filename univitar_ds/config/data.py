@@ -61,7 +61,11 @@ class DataConfig(Section):
         None, description="packs decoded ahead per rank; absent: 3, where a GPU trains at least those of a step"
     )
     pool_samples: Positive = Field(192, description="samples a lane looks ahead over when it fills a pack")
-    max_image_px: Positive = Field(100_000_000, description="a frame with more pixels is a bad sample")
+    max_image_px: Positive = Field(
+        100_000_000,
+        description="a frame with more pixels is a bad sample, as is a picture whose decoding may take more than "
+        "10.7 bytes for each of these (1 GiB at least)",
+    )
     decode_timeout_s: Annotated[float, Field(gt=0)] = Field(
         30.0, description="longest decoding of one clip, in seconds of CPU"
     )
