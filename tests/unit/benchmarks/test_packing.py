@@ -12,4 +12,5 @@ def test_a_small_mix_gives_every_figure(tmp_path):
     assert 0 < row["flop_imbalance_mean_pct"] <= row["flop_imbalance_max_pct"]
     equal = measure(Mix("small", shards, RELEASE, 16384), 8, row["mean_full_pack_cost"] * 0.9)
     assert equal["flop_imbalance_mean_pct"] < row["flop_imbalance_mean_pct"]
-    assert equal["fill_mean_pct"] < 95 < equal["cost_fill_mean_pct"]
+    assert equal["fill_mean_pct"] < row["fill_mean_pct"] - 2
+    assert 95 < equal["cost_fill_mean_pct"] <= 100
