@@ -25,7 +25,7 @@ from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import changed_result, dump_config, load_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, SUMMARY, TOKENIZER
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.errors import ConfigError, UserError
+from univitar_ds.errors import ConfigError, DataError, UserError
 from univitar_ds.training import preemption
 from univitar_ds.training.preemption import SAVED, Stop
 from univitar_ds.training.slurm import adopt_ranks
@@ -63,9 +63,6 @@ def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
     Raises: ConfigError when the folder holds checkpoints, the configurations contradict each other or
         the sources cannot feed the stages (DataError).
     """
-    from univitar_ds.data.sources import validate_sources
-    from univitar_ds.data.storage import StorageSettings
-
     run = Path(config.output, config.name)
     if (run / CHECKPOINTS / "latest").exists():
         raise ConfigError(
@@ -74,7 +71,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
         )
     deepspeed = read_deepspeed(config.deepspeed)
     resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
-    validate_sources(config.data.sources, config.stages, StorageSettings.of(config.data))
+    _check_sources(config)
     _check_teacher(config)
     if run.exists():
         shutil.rmtree(run)  # without a checkpoint there is nothing to continue
@@ -88,7 +85,8 @@ def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
 def reopen_run(run: Path, overrides: Sequence[str], world_size: int) -> Path:
     """Check that the run in folder `run` can continue with `overrides`, and store them. Returns the folder.
 
-    Raises: ConfigError for a folder without a run, or an override that would change the run's result.
+    Raises: ConfigError for a folder without a run, or an override that would change the run's result; DataError
+        for sources that are not there any more.
     """
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run} holds no {CONFIG}, so it is no run; give the folder that an earlier run wrote")
@@ -101,6 +99,7 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int) -> Path:
         )
     deepspeed = read_deepspeed(str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed)
     resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
+    _check_sources(after)
     dump_config(after, run / CONFIG)
     (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n")
     return run
@@ -125,17 +124,22 @@ def run_rank(run: Path, stop: Stop) -> int:
 
 
 def finish_run(run: Path) -> None:
-    """What follows training, on one process: evaluation on held-out data and the exported encoder."""
+    """What follows training, on one process: evaluation on held-out data and the exported encoder.
+
+    The encoder is exported whatever becomes of the evaluation.
+    """
     from univitar_ds.convert.official import export_encoder
     from univitar_ds.evaluation.run import evaluate_run
 
     seconds: dict[str, float] = {}
-    if load_config(run / CONFIG).evaluation.sources:
-        with timed(seconds, "evaluation"):
-            print(evaluate_run(run))
-    with timed(seconds, "export"):
-        export_encoder(run, run / "export")
-    logger.info("encoder exported to %s", run / "export")
+    try:
+        if load_config(run / CONFIG).evaluation.sources:
+            with timed(seconds, "evaluation"):
+                print(evaluate_run(run))
+    finally:
+        with timed(seconds, "export"):
+            export_encoder(run, run / "export")
+        logger.info("encoder exported to %s", run / "export")
     summary = json.loads((run / SUMMARY).read_text())
     summary["seconds"] = {**summary.get("seconds", {}), **seconds}
     (run / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
@@ -241,6 +245,19 @@ def _provide_tokenizer(config: RunConfig, target: Path) -> None:
     settings = StorageSettings.of(config.data)
     captions = iterate_captions(config.data.sources, limit=CAPTIONS_FOR_TOKENIZER, settings=settings)
     train_tokenizer(captions, text.vocab_size).save(str(target))
+
+
+def _check_sources(config: RunConfig) -> None:
+    """Raises: DataError if a source of training or of the evaluation after it is not there."""
+    from univitar_ds.data.sources import find_shards, validate_sources
+    from univitar_ds.data.storage import StorageSettings
+
+    settings = StorageSettings.of(config.data)
+    validate_sources(config.data.sources, config.stages, settings)
+    try:
+        find_shards(config.evaluation.sources, settings)
+    except DataError as error:
+        raise DataError(f"evaluation.sources: {error}") from error
 
 
 def _check_teacher(config: RunConfig) -> None:

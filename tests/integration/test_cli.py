@@ -70,6 +70,12 @@ def test_a_source_that_is_not_there_is_named(capsys, run_file):
     assert "source nowhere: there is no such file or folder" in message
 
 
+def test_a_source_of_the_evaluation_that_is_not_there_is_named_before_training(capsys, run_file, tmp_path):
+    message = fails(capsys, "train", "--config", run_file, "evaluation.sources=[{path: elsewhere}]")
+    assert "evaluation.sources: source elsewhere: there is no such file or folder" in message
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_split_that_is_not_there_names_those_that_are(capsys, run_file):
     message = fails(capsys, "train", "--config", run_file, "data.sources.0.split=validation")
     assert "no split 'validation'; it has test, train" in message
@@ -292,7 +298,8 @@ def test_a_stage_to_probe_for_that_is_not_there_names_those_that_are(capsys, run
 def _sources(run_file: Path) -> dict:
     from univitar_ds.config.load import load_config
 
-    return {"data": load_config(run_file).data.model_dump()}
+    config = load_config(run_file)
+    return {"data": config.data.model_dump(), "evaluation": config.evaluation.model_dump()}
 
 
 def test_overrides_may_stand_on_both_sides_of_options_and_other_words_may_not():
