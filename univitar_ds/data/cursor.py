@@ -15,9 +15,7 @@ from univitar_ds.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-VERSION = 3
-READABLE = (2, VERSION)
-"""A cursor of version 2 has only the first three numbers of the states of health."""
+VERSION = 2
 MODALITIES = ("image", "video")
 
 
@@ -123,7 +121,7 @@ def parse(document: Any) -> LaneCursor:
     Raises: DataError if it is not one or has another version.
     """
     version = document.get("version") if isinstance(document, dict) else None
-    if version not in READABLE:
+    if version != VERSION:
         raise DataError(
             f"the data cursor has version {version!r}, this program reads {VERSION}; "
             "resume with the program that wrote it"
@@ -270,9 +268,9 @@ def _modality(name: str) -> str:
 
 
 def _health(state: Sequence[Any]) -> tuple[int, ...]:
-    if len(state) not in (3, len(WELL)):
+    if len(state) != len(WELL):
         raise ValueError(f"{state!r} is no state of health")
-    return (*map(_count, state), *WELL[len(state) :])
+    return tuple(map(_count, state))
 
 
 def _integer(value: Any) -> int:

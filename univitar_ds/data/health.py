@@ -1,6 +1,6 @@
 """What an unreadable sample does to a run: counted, logged with its address, and a reason to end where there are many.
 
-A decision depends on the samples alone, in the order in which a lane reads them. Its state is a few small numbers
+A decision depends on the samples alone, in the order in which a lane reads them. Its state is three small numbers
 that travel in the cursor, so a resumed run ends at the same sample as one that was never interrupted.
 """
 
@@ -39,7 +39,7 @@ KINDS = (
 
 WINDOW = 1000
 """Samples over which `max_per_thousand` counts; then counting begins again."""
-WELL = (0, 0, 0, 0, 0, 0)
+WELL = (0, 0, 0)
 """The state of a `Health` that has counted nothing yet."""
 REMEDY = "univitar-ds data verify SOURCE lists what is bad"
 
@@ -56,14 +56,13 @@ class BadPolicy:
 class Health:
     """The samples of one lane and modality as one phase meets them: reading of headers, or decoding.
 
-    A stretch of damage in a shard is one bad sample of its thousand: one lost shard among many ends no run. What all
-    such stretches have swallowed is held against everything met in the whole run.
+    A stretch of damage in a shard counts as one bad sample, so that one lost shard among many ends no run.
     """
 
     def __init__(self, policy: BadPolicy, name: str, state: Iterable[int] = WELL) -> None:
         """`name` says whose samples these are, such as "lane 3, image"; `state` is what `to_json` gave."""
         self._policy, self._name = policy, name
-        self._seen, self._bad, self._in_a_row, self._met, self._lost, self._stretches = state
+        self._seen, self._bad, self._in_a_row = state
         self._logged: Counter[str] = Counter()
 
     def good(self) -> None:
@@ -72,18 +71,14 @@ class Health:
         self._step()
 
     def bad(self, where: str, error: SampleError, samples: int = 1) -> None:
-        """Count and log one that is left out, or a stretch of damage that has likely held so many.
+        """Count and log one that is left out; `where` is its shard, key and byte.
 
-        `where` is its shard, key and byte.
+        The log tells how many `samples` a stretch of damage has likely held.
         Raises: DataError if the policy has the run end here.
         """
         assert error.kind in KINDS, error.kind
         self._bad += 1
         self._in_a_row += 1
-        if samples > 1:
-            self._stretches += 1
-            self._lost += samples
-            self._met += samples - 1
         self._report(where, error, samples)
         reason = self._reason_to_end()
         if reason is not None:
@@ -91,12 +86,10 @@ class Health:
         self._step()
 
     def to_json(self) -> list[int]:
-        """Samples and bad ones of the present thousand, bad ones in a row; of the whole run samples, those in
-        stretches of damage, and stretches."""
-        return [self._seen, self._bad, self._in_a_row, self._met, self._lost, self._stretches]
+        """Samples and bad ones of the present thousand, and bad ones in a row."""
+        return [self._seen, self._bad, self._in_a_row]
 
     def _step(self) -> None:
-        self._met += 1
         self._seen += 1
         if self._seen >= WINDOW:
             self._seen = self._bad = 0
@@ -114,12 +107,6 @@ class Health:
             return (
                 f"{self._bad} of the last {self._seen + 1} samples cannot be used (data.max_bad_per_thousand is "
                 f"{policy.max_per_thousand}); repair the data or raise the limit"
-            )
-        many = self._lost > policy.max_per_thousand and WINDOW * self._lost > policy.max_per_thousand * (self._met + 1)
-        if many and self._stretches > 1:
-            return (
-                f"about {self._lost} of {self._met + 1} samples lie in {self._stretches} damaged stretches of shards "
-                f"(data.max_bad_per_thousand is {policy.max_per_thousand}); repair the data or raise the limit"
             )
         return None
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.data import text
+from univitar_ds.data import tar, text
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.cursor import LaneCursor, Waiting, parse
 from univitar_ds.data.delivery import DecodingHealth, collate, decoded, tokenized
@@ -226,7 +226,9 @@ def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, pol
 
     for index in of_modality(shards, size.modality):
         shard = shards[index]
-        for ordinal, entry in enumerate(shard_samples(shard, size.modality)):
+        number = 0
+        for entry in shard_samples(shard, size.modality):
+            ordinal, number = number, number + isinstance(entry, tar.Group)
             try:
                 sample = read_entry(shard, entry, size)
             except SampleError as error:

@@ -92,7 +92,7 @@ class Reader:
             place = Place(start.epoch, start.unit, entry.end, ordinal + isinstance(entry, tar.Group))
             if isinstance(entry, tar.Damage) and entry.end >= shard.size:
                 place = Place(start.epoch, start.unit + 1)  # the same would be told again from this byte on
-            yield Found(unit.shard, entry, ordinal, start.epoch, samples_in(shard, entry, ordinal, unit.parts)), place
+            yield Found(unit.shard, entry, ordinal, start.epoch, samples_in(shard, entry, ordinal)), place
 
     def _own_entries(self, shard: Shard, unit: Unit, start: Place) -> Iterator[tuple[Entry, int]]:
         """The unit's samples and damage from `start` on, with the number of the sample that it is or that follows.
@@ -130,8 +130,8 @@ def read_entry(shard: SourceShard, entry: Entry, rule: SizeRule) -> Sample:
     return with_captions(shard, read_sample(shard, entry, rule))
 
 
-def samples_in(shard: Shard, entry: Entry, ordinal: int, parts: int = 1) -> int:
-    """How many samples of one of a shard's `parts` this is: of damage how many it has likely held, at least 1.
+def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
+    """How many samples this is: of damage how many it has likely held, at least 1.
 
     A manifest tells at the shard's end how many are missing in all. Else those before the damage, `ordinal` of them,
     tell by their mean size.
@@ -142,7 +142,7 @@ def samples_in(shard: Shard, entry: Entry, ordinal: int, parts: int = 1) -> int:
         held = shard.samples - ordinal if entry.end >= shard.size else 1
     else:
         held = (entry.end - entry.offset) * ordinal // max(entry.offset, 1)
-    return max(1, held // parts)
+    return max(1, held)
 
 
 def with_captions(shard: SourceShard, sample: Sample) -> Sample:

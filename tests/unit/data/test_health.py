@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from univitar_ds.data.health import KINDS, WELL, WINDOW, BadPolicy, Health
+from univitar_ds.data.health import KINDS, WINDOW, BadPolicy, Health
 from univitar_ds.errors import DataError, SampleError
 
 PACKAGE = Path(__file__).parents[3] / "univitar_ds"
@@ -56,32 +56,6 @@ def test_every_thousand_is_counted_anew():
     assert feed(Health(BadPolicy(max_per_thousand=1), "l"), thousand * 5) == WINDOW - 1
 
 
-def lose(health, stretches) -> int | None:
-    """Number of the damaged stretch at which the run ends; each of so many good samples, then so many lost ones."""
-    for number, (good, lost) in enumerate(stretches):
-        for _ in range(good):
-            health.good()
-        try:
-            health.bad("s at byte 0", SampleError("cut", "cut off"), lost)
-        except DataError:
-            return number
-    return None
-
-
-def test_one_lost_shard_ends_no_run_but_a_tenth_of_the_data_does():
-    policy = BadPolicy(max_per_thousand=100)
-    assert lose(Health(policy, "l"), [(10, 5000)]) is None
-    assert lose(Health(policy, "l"), [(10, 5000), (10, 2)]) == 1
-    assert lose(Health(policy, "l"), [(9000, 900)] * 20) is None
-    assert lose(Health(policy, "l"), [(9000, 900), *[(2000, 300)] * 20]) == 2  # 1,500 of 14,500
-    assert lose(Health(policy, "l"), [(1, 10)] * 10) is None  # so many of a thousand are allowed
-    health = Health(policy, "l", (9, 1, 1, 109, 100, 1))
-    with pytest.raises(
-        DataError, match=r"about 103 of 112 samples lie in 2 damaged .*data.max_bad_per_thousand is 100"
-    ):
-        health.bad("s at byte 0", SampleError("cut", "cut off"), 3)
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     outcomes=st.lists(st.booleans(), min_size=20, max_size=40),
@@ -91,9 +65,8 @@ def test_one_lost_shard_ends_no_run_but_a_tenth_of_the_data_does():
 )
 def test_a_run_resumed_anywhere_ends_at_the_same_sample(outcomes, cut, seen, policy):
     cut %= len(outcomes)
-    start = (seen, *WELL[1:])
-    whole = feed(Health(policy, "l", start), outcomes)
-    first = Health(policy, "l", start)
+    whole = feed(Health(policy, "l", (seen, 0, 0)), outcomes)
+    first = Health(policy, "l", (seen, 0, 0))
     ended = feed(first, outcomes[:cut])
     if ended is None:
         rest = Health(policy, "l", json.loads(json.dumps(first.to_json())))
