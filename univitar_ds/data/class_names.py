@@ -36,7 +36,7 @@ def named(label: str | None, names: Sequence[str]) -> str | None:
     """
     if label is None or not names:
         return label
-    if label.isascii() and label.isdigit():
+    if label.isascii() and label.isdigit() and len(label) < 20:  # Python converts no number of thousands of digits
         if int(label) < len(names):
             return names[int(label)]
     elif label in names:

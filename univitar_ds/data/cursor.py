@@ -16,6 +16,11 @@ from univitar_ds.errors import DataError
 _log = logging.getLogger(__name__)
 
 VERSION = 2
+GENERATION = 1 << 20
+"""A group of shards numbers its epochs from a multiple of this on, so that no two groups that hold the same samples
+draw alike; the same one in every lane, whose epochs end at different packs."""
+_RESTART = 1 << 10
+"""Generations that are left out where sources have changed: more than there are groups."""
 MODALITIES = ("image", "video")
 
 
@@ -60,8 +65,10 @@ class StreamCursor:
     empty: tuple[str, ...] = ()
 
     def restarted(self) -> StreamCursor:
-        """Every group at its next epoch and nothing in the pool: what is left when addresses mean nothing any more."""
-        places = {name: Place(place.epoch + 1) for name, place in self.places.items()}
+        """Every group at another epoch and nothing in the pool: what is left when addresses mean nothing any more."""
+        places = {
+            name: Place((place.epoch // GENERATION + _RESTART) * GENERATION) for name, place in self.places.items()
+        }
         return replace(self, places=places, pool=(), empty=())
 
 
@@ -98,8 +105,9 @@ class LaneCursor:
         for name, (saved, given) in told.items():
             if saved != given:
                 raise DataError(f"the saved data cursor has {name} {saved}, this run {given}; resume with {saved}")
-        if self.fingerprint == fingerprint:
-            return self
+        # One that was saved before the content of shards was looked at has the first part alone.
+        if self.fingerprint in (fingerprint, fingerprint.partition(":")[0]):
+            return replace(self, fingerprint=fingerprint)
         if not accept_changed_sources:
             raise DataError(
                 f"the sources have changed since the data cursor was saved (fingerprint {self.fingerprint}, now "

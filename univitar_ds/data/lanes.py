@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from univitar_ds.data import packing
-from univitar_ds.data.cursor import LaneCursor, Place, StreamCursor, Waiting
+from univitar_ds.data.cursor import GENERATION, LaneCursor, Place, StreamCursor, Waiting
 from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.mixture import Turns
@@ -139,7 +139,7 @@ class Stream:
         groups = [group for group in named if group.name not in start.empty]
         if not groups:
             raise _nothing_readable(rules, named[0] if named else ShardGroup(EVERYTHING, 1, ()), {})
-        fresh = Place(1 + max((place.epoch for place in start.places.values()), default=-1))
+        fresh = Place(len(start.places) * GENERATION)
         self._places = dict(start.places)
         self._readers = {
             group.name: Reader(
@@ -165,7 +165,7 @@ class Stream:
     def next_pack(self) -> tuple[list[Item], dict[str, int]]:
         """Items of the next pack and the bad samples met on the way."""
         starved = self._fill()
-        candidates = self._candidates()
+        candidates = self._candidates(starved)
         tokens = [self._pool[index].sample.tokens for index in candidates]
         chosen = packing.choose(
             tokens,
@@ -199,9 +199,12 @@ class Stream:
         """
         rules = self._rules
         tokens = sum([one.sample.tokens for one in self._pool])
-        oldest: dict[str | None, int] = {}
+        oldest: dict[str, int] = {}
         for row, _, _ in self._pool:
-            oldest.setdefault(self._group_of.get(row.shard), row.epoch)
+            name = self._group_of.get(row.shard)
+            # Rows of a stage with other groups say nothing of how far this one has come.
+            if name is not None and row.epoch // GENERATION == self._readers[name].place.epoch // GENERATION:
+                oldest.setdefault(name, row.epoch)
         while len(self._pool) < rules.pool_samples or tokens < POOL_BUDGETS * rules.token_budget:
             name = self._turns.next()
             reader = self._readers[name]
@@ -218,9 +221,18 @@ class Stream:
     def _tell_starved(self, group: str, tokens: int) -> None:
         """Once: weights hold, and so a small source with a large one keeps the others from filling the pack."""
         share = tokens / self._rules.token_budget
-        if share >= WELL_FILLED or self._told_starved or len(self._readers) == 1:
+        if share >= WELL_FILLED or self._told_starved:
             return
         self._told_starved = True
+        if len(self._readers) == 1:
+            _log.warning(
+                "lane %d: a pack of %s samples is filled to %.0f %% only, because a lane has too few of them and a "
+                "pack holds each once; lower data.lanes or token_budget",
+                self._lane,
+                self._rules.modality,
+                100 * share,
+            )
+            return
         _log.warning(
             "lane %d: a pack of %s samples is filled to %.0f %% only, because source %s has too few samples in a lane "
             "for its weight; lower its weight, data.lanes or token_budget",
@@ -248,9 +260,10 @@ class Stream:
         length = entry.end - entry.offset
         return self._pooled(Waiting(found.shard, entry.offset, length, found.ordinal, found.epoch, self._packs), sample)
 
-    def _candidates(self) -> list[int]:
+    def _candidates(self, starved: str | None) -> list[int]:
         """The pool in the order in which it should leave: the oldest, then the rest as drawn for this pack.
 
+        Where a group is `starved`, before that the oldest of the group, which keeps it from reading on.
         Who has waited long draws better, so that sizes that fit badly do not pile up until they make a poor pack.
         Of a sample that waits twice, for two epochs, only the older.
         """
@@ -262,7 +275,14 @@ class Stream:
             # Multiplying by an odd number draws anew from one number a sample, for a tenth of a hash's time.
             turns.append((number * factor & _64_BITS) / (1 + self._packs - row.since) ** 2)
         oldest, *rest = first.values()
-        return [oldest, *sorted(rest, key=turns.__getitem__)]
+        heads = [oldest]
+        if starved is not None:
+            heads.insert(0, next((index for index in first.values() if self._group_at(index) == starved), oldest))
+        return [*dict.fromkeys(heads), *sorted((index for index in rest if index not in heads), key=turns.__getitem__)]
+
+    def _group_at(self, index: int) -> str | None:
+        """The group of a sample in the pool; None if the stage reads it no more."""
+        return self._group_of.get(self._pool[index].row.shard)
 
     def _pooled(self, row: Waiting, sample: Sample) -> _Pooled:
         return _Pooled(row, sample, draw(self._rules.seed, "item", row.shard, row.offset, row.epoch))

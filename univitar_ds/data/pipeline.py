@@ -219,7 +219,8 @@ class Pipeline:
 
 def _name(plan: Plan) -> str:
     names = [item.sample.name for item in plan.items]
-    return f"the pack of lane {plan.lane}, step {plan.index} ({len(names)} samples, {names[0]} to {names[-1]})"
+    which = f", {names[0]} to {names[-1]}" if names else ""  # bad samples at the end of a sweep come without others
+    return f"the pack of lane {plan.lane}, step {plan.index} ({len(names)} samples{which})"
 
 
 def _used(job: RenderJob, failures: Sequence[Failure]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from univitar_ds.data import tar
 from univitar_ds.data.layout import Modality
@@ -52,7 +52,7 @@ class Scans:
 
     def __init__(self, most_kept: int = MOST_KEPT) -> None:
         self._most_kept = most_kept
-        self._scans: OrderedDict[tuple[str, Modality], _Scan] = OrderedDict()
+        self._scans: OrderedDict[tuple[Any, ...], _Scan] = OrderedDict()
 
     def part(self, shard: Shard, modality: Modality, part: int, parts: int) -> Iterator[tuple[Entry, int]]:
         """Every `parts`-th sample of `shard_samples` from number `part` on, each after the damage before it.
@@ -66,7 +66,7 @@ class Scans:
             yield from scan.part(stream, part, parts)
 
     def _of(self, shard: Shard, modality: Modality) -> _Scan:
-        key = shard.path, modality
+        key = shard.path, shard.modality, shard.samples, modality  # what a manifest says decides whose samples they are
         scan = self._scans.get(key)
         if scan is None or scan.failure is not None:
             scan = self._scans[key] = _Scan(shard, modality)

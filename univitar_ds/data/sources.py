@@ -32,8 +32,8 @@ CAPTION_SHARDS = 200
 CAPTION_BYTES = 4 << 30
 """Most bytes that are read for captions, about 40,000 samples of 100 kB; each of the shards has its part of them."""
 SPOT_CHECKS, SPOT_BYTES = 512, 4096
-"""Shards without a hash whose first bytes count as their content, and how many bytes: the header of the first member,
-which has its time, and what it begins with. A remote store answers so many within a second or two."""
+"""Shards whose first bytes count as their content, and how many bytes: the header of the first member, which has its
+time, and what it begins with. A remote store answers so many within a second or two."""
 _READERS = 16
 """Shards read at once: a store answers late, but many at a time."""
 _PIECE = 512 << 10
@@ -134,21 +134,22 @@ def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mappin
 
 
 def fingerprint(shards: Sequence[SourceShard]) -> str:
-    """Identity of the data: names, sizes and, where a manifest has them, hashes of all shards in order; class names.
+    """Identity of the data, in two parts: names, sizes and, where a manifest has them, hashes of all shards in order;
+    then class names and the first bytes of `SPOT_CHECKS` shards all over the list.
 
-    Of shards without a hash, the first bytes of `SPOT_CHECKS` all over the list. Not where they lie: the data may move.
+    Not where they lie: the data may move.
     Raises: DataError if one of those cannot be read.
     """
     state = hashlib.blake2b(digest_size=16)
     for shard in shards:
         state.update(f"{shard.name}\0{shard.size}\0{shard.sha256 or ''}\n".encode("utf-8", "surrogateescape"))
-    for names in dict.fromkeys(shard.class_names for shard in shards if shard.class_names):
-        state.update("\n".join(names).encode())
-    looked_at = _spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)
+    content = hashlib.blake2b(digest_size=16)
+    for place, (_, names) in enumerate(dict.fromkeys((shard.source, shard.class_names) for shard in shards)):
+        content.update("\n".join((str(place), *names)).encode() if names else b"")
     with ThreadPoolExecutor(_READERS) as readers:
-        for beginning in readers.map(_beginning, looked_at):
-            state.update(beginning)
-    return state.hexdigest()
+        for beginning in readers.map(_beginning, _spread(shards, SPOT_CHECKS)):
+            content.update(beginning)
+    return f"{state.hexdigest()}:{content.hexdigest()}"
 
 
 def _beginning(shard: Shard) -> bytes:

@@ -50,6 +50,8 @@ def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modal
     with torch.no_grad(), tqdm(desc=f"embedding {modality}s", unit=modality, disable=not progress) as bar:
         for pack in packs:
             assert pack.modality == modality, f"a pack of {pack.modality}s among {modality}s"
+            if not len(pack):  # bad samples at the end of the data
+                continue
             vision.append(model.encode_vision(pack.pixels.to(device), pack.frames, pack.grid_thw).float().cpu())
             text.append(model.encode_text(pack.token_ids.to(device), pack.text_lengths.to(device)).float().cpu())
             captions += pack.captions

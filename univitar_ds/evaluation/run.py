@@ -120,7 +120,7 @@ def _measure(trained: Trained, found: Embeddings) -> tuple[list[Figure], list[st
     """Figures of one modality, and a sentence for each thing that could not be measured."""
     kind = found.modality
     if not len(found):
-        return [], [f"No {kind} in the evaluation data."]
+        return [], [f"No {kind} that can be read in the evaluation data (univitar-ds data verify SOURCE)."]
     config = trained.config
     templates = config.evaluation.image_templates if kind == "image" else config.evaluation.video_templates
     texts = partial(_embed_texts, trained)

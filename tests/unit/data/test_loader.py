@@ -368,6 +368,12 @@ def sweep(folder, modality="image", *, workers=0, token_budget=100, split="test"
     )
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_without_a_readable_sample_counts_them_and_ends(tmp_path, workers):
+    write_tar(tmp_path / "a.tar", [(f"k{n}", {"jpg": picture(40, 40)}) for n in range(3)])
+    assert [(len(pack), pack.bad) for pack in sweep(tmp_path, workers=workers)] == [(0, {"no_caption": 3})]
+
+
 def test_an_evaluation_sees_every_sample_once_in_order(folder, tokenizer):
     packs = sweep(folder, tokenizer=tokenizer)
     keys = [key for pack in packs for key in pack.keys]

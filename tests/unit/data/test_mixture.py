@@ -206,8 +206,41 @@ def test_a_stage_goes_on_where_the_last_one_with_the_source_was_and_forgets_no_s
     assert without.places["b"] == cursor.places["b"]
     assert without.places["a"] > cursor.places["a"]
     _, together = drawn(replace(rules, weights={}), 1, without)
-    assert together.places[""].epoch == 1 + max(place.epoch for place in without.places.values())
+    assert together.places[""].epoch > max(place.epoch for place in without.places.values())
     assert {name: together.places[name] for name in "ab"} == without.places
+
+
+@pytest.mark.parametrize("packs", [11, 15])
+def test_a_source_that_a_later_stage_adds_comes_once_an_epoch_though_lanes_stand_at_different_ones(packs):
+    rules = small_rules(mixed([50, 43], [40, 33]), lanes=4, weights={"a": 1})
+    cursors = [drawn(rules, packs, lane=lane)[1] for lane in range(4)]
+    later = replace(rules, weights={"b": 1})
+    items = [item for lane, cursor in enumerate(cursors) for item in drawn(later, 12, cursor, lane)[0]]
+    begun = {cursor.places["a"].epoch for cursor in cursors}
+    first = min(epoch for source, _, epoch in items if source == "b")
+    seen = Counter(key for source, key, epoch in items if (source, epoch) == ("b", first))
+    assert len(begun) > 1
+    assert set(seen.values()) == {1}
+    assert len(seen) == 73
+
+
+def fills(rules, packs, start=None, lane=0):
+    stream = Stream(rules, lane, start or StreamCursor())
+    drawn_packs = [stream.next_pack()[0] for _ in range(packs)]
+    return [sum(item.sample.tokens for item in pack) / rules.token_budget for pack in drawn_packs]
+
+
+def test_a_stage_without_the_weights_of_the_last_one_fills_its_packs():
+    rules = small_rules(mixed([200], [20]), weights={"a": 2, "b": 1})
+    for packs in (10, 25, 40):
+        _, cursor = drawn(rules, packs)
+        assert min(fills(replace(rules, weights={}), 10, cursor)) > 0.9
+
+
+def test_a_small_source_with_several_times_its_share_of_a_pack_leaves_packs_full():
+    """Its straggler of two epochs ago leaves with the next pack, so that the source is read on."""
+    rules = small_rules(mixed([400], [30]), weights={"a": 1, "b": 1}, pool_samples=192, token_budget=80)
+    assert min(fills(rules, 200)) > 0.9
 
 
 def test_what_a_dropped_source_has_in_the_pool_still_leaves():
