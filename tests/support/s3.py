@@ -52,7 +52,7 @@ server.serve_forever()
 """
 
 Plan = Callable[["Request"], str | None]
-"""What happens to a request: None, or one of `FAULTS`."""
+"""What happens to a request: None, one of `FAULTS`, or "status N"."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,8 @@ def _answer(client: socket.socket, store: http.client.HTTPConnection, fault: str
         return _say(client, "429 Too Many Requests\r\nRetry-After: 0", b"<Error><Code>TooMany</Code></Error>")
     if fault == "error":
         return _say(client, "500 Internal Server Error", b"<Error><Code>InternalError</Code></Error>")
+    if fault is not None and fault.startswith("status "):
+        return _say(client, f"{fault.removeprefix('status ')} Odd", b"")
     if fault == "gone":
         return _say(client, "404 Not Found", b"<Error><Code>NoSuchUpload</Code></Error>")
     if fault == "hang":

@@ -16,8 +16,11 @@ FIRST_GAP_S, LONGEST_GAP_S = 0.02, 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 UNREACHED_S = 30.0
 """A store that has never answered this process is a wrong address rather than a fault: give up sooner."""
+SLOW_BYTES_PER_S = 64 << 10
+"""A connection that gives less for as long as it may be silent is replaced by another, which is mostly faster."""
 LEAST_BYTES_PER_S = 4096
-"""A store that gives less for `give_up_s` is as good as silent: 1.2 MB in 300 s."""
+"""A store that gives less for `give_up_s`, over all connections, is as good as silent: 1.2 MB in 300 s."""
+_LEAST_WINDOW_S = 1.0
 _LOG_EVERY_S = 10.0
 
 
@@ -75,29 +78,47 @@ class Pace:
 
 
 class Patience:
-    """Repeats of one piece of work: longer pauses after each failure, an error when nothing comes for too long."""
+    """Repeats of one piece of work: longer pauses after each failure, an error when too little comes for too long.
 
-    def __init__(self, url: str, give_up_s: float, pace: Pace) -> None:
+    `idle_timeout_s`: longest silence of a connection. A longer gap between two calls is the whole process's, which
+    was suspended, and not the store's.
+    """
+
+    def __init__(self, url: str, give_up_s: float, pace: Pace, idle_timeout_s: float) -> None:
         self._url, self._give_up_s, self._pace = url, give_up_s, pace
-        self._since = time.monotonic()
-        self._failures = self._came = 0
+        self._window_s = max(idle_timeout_s, _LEAST_WINDOW_S)
+        self._last = self._opened = time.monotonic()
+        self._waited = 0.0
+        self._failures = self._came = self._window = 0
+
+    def connected(self) -> None:
+        """A connection has begun to answer."""
+        self._opened = time.monotonic()
+        self._window = 0
 
     def progress(self, count: int) -> None:
         """So many bytes came; with enough of them the clock starts anew.
 
-        Raises: DataError if too few have come in `give_up_s` seconds.
+        Raises: OSError if the connection is too slow: try another.
         """
-        now = time.monotonic()
+        now = self._tick()
         self._failures = 0
         self._came += count
+        self._window += count
         if self._came >= LEAST_BYTES_PER_S * self._give_up_s:
-            self._since, self._came = now, 0
-        elif now - self._since >= self._give_up_s:
-            raise DataError(
-                f"{self._url}: only {self._came} bytes came in {now - self._since:.0f} s, fewer than "
-                f"{LEAST_BYTES_PER_S} a second (data.s3.give_up_s is {self._give_up_s:g}); wait until the store "
-                "recovers and resume, or raise data.s3.give_up_s"
-            )
+            self._waited, self._came = 0.0, 0
+        if now - self._opened >= self._window_s:
+            came, seconds = self._window, now - self._opened
+            self.connected()
+            if came < SLOW_BYTES_PER_S * self._window_s:
+                raise OSError(f"the connection gave {came} bytes in {seconds:.0f} s")
+
+    def _tick(self) -> float:
+        """Count the time since the last call, but not what nobody waits for at a stretch; returns the time."""
+        now = time.monotonic()
+        self._waited += min(now - self._last, self._window_s + 2 * LONGEST_PAUSE_S)
+        self._last = now
+        return now
 
     def failed(self, failure: Failure) -> None:
         """Pause, then return to try again.
@@ -108,7 +129,8 @@ class Patience:
         if failure.throttled:
             self._pace.throttled()
         limit = self._give_up_s if self._pace.reached else min(self._give_up_s, UNREACHED_S)
-        waited = time.monotonic() - self._since
+        self._tick()
+        waited = self._waited
         if waited >= limit:
             came = f"only {self._came} bytes" if self._came else "nothing"
             reached = "" if self._pace.reached else "; the store has never answered: check data.s3.endpoint_url"

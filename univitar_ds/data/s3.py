@@ -21,9 +21,10 @@ CHUNK = 64 * 1024
 _CONNECT_S = 10.0
 _POOL = 64
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-_AGAIN = {408, 429, 500, 502, 503, 504}
-_THROTTLED = {429, 503}
-_AGAIN_CODES = {"RequestTimeout", "InternalError", "SlowDown", "ServiceUnavailable", "BadDigest", "IncompleteBody"}
+_AGAIN, _NOT_AGAIN = {408, 429}, {501, 505}
+"""Beside all that say that the store, or something before it, has failed."""
+_THROTTLED = {429, 503, 509, 529}
+_AGAIN_CODES = {"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "BadDigest", "IncompleteBody"}
 _OTHER_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 
 
@@ -41,7 +42,7 @@ class Connection:
 
         Raises: DataError for a request that will never succeed or did not for `give_up_s`. `__cause__` is boto3's.
         """
-        patience = Patience(url, self._settings.give_up_s, self._pace)
+        patience = self._patience(url)
         while True:
             try:
                 return self._request(operation, url, parameters)
@@ -53,19 +54,23 @@ class Connection:
 
         Goes on at the byte that it has come to, and with this version of the object or not at all.
         """
-        patience = Patience(version.url, self._settings.give_up_s, self._pace)
+        patience = self._patience(version.url)
         while start < end:
             try:
                 with closing(self._body(version, start, end)) as body, body as raw:
+                    patience.connected()
                     while start < end:
                         piece = raw.read1(min(CHUNK, end - start))  # `read` waits until all of it has come
                         if not piece:
                             raise OSError(f"the answer ended at byte {start} of {end}")
                         start += len(piece)
-                        patience.progress(len(piece))
                         yield memoryview(piece)
+                        patience.progress(len(piece))  # may end this connection: all that it gave is delivered
             except _transport_errors() as error:
                 patience.failed(self._failure(error, version.url))
+
+    def _patience(self, url: str) -> Patience:
+        return Patience(url, self._settings.give_up_s, self._pace, self._settings.idle_timeout_s)
 
     def _request(self, operation: str, url: str, parameters: dict[str, Any]) -> dict[str, Any]:
         client = self._connected(url)
@@ -127,7 +132,7 @@ class Connection:
         if isinstance(error, ClientError):
             self._pace.reached = True
             code, status = error.response["Error"].get("Code", ""), _status(error)
-            if status in _AGAIN or code in _AGAIN_CODES:
+            if status in _AGAIN or code in _AGAIN_CODES or (status >= 500 and status not in _NOT_AGAIN):
                 after = error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("retry-after", "0")
                 seconds = float(after) if after.isdigit() else 0.0
                 return Failure(f"the store answered {status} {code}", status in _THROTTLED, seconds)
