@@ -131,7 +131,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from univitar_ds.config.load import load_config
     from univitar_ds.data.verify import verify
 
-    _check_folder(arguments.report)
+    _check_writable(arguments.report)
     data = load_config(arguments.config, []).data if arguments.config else None
     sources = _sources_to_verify(arguments, data)
     settings = _storage_settings(arguments, data)
@@ -206,7 +206,7 @@ def _probe(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"there is no stage {arguments.stage!r}; there is {', '.join(stages)}")
     for found in report(arguments.files, data, stage):
         _say(json.dumps(found.to_json()) if arguments.json else found.sentence())
-    return 0 if all(path.is_file() for path in arguments.files) else 1
+    return 0 if all(map(os.path.isfile, arguments.files)) else 1
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -216,7 +216,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from univitar_ds.model.config import PRESETS
     from univitar_ds.model.flops import cost_coefficients
 
-    _check_folder(arguments.png)
+    _check_writable(arguments.png)
     config = load_config(arguments.config, arguments.overrides)
     found = inspect(config, packs=arguments.packs, cost=cost_coefficients(PRESETS[config.model.encoder]))
     for line in (json.dumps(found.to_json(), indent=2) if arguments.json else render(found)).split("\n"):
@@ -225,10 +225,17 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(f"picture in {shown(str(arguments.png))}", file=sys.stderr)
 
 
-def _check_folder(path: Path) -> None:
+def _check_writable(path: Path) -> None:
     """Before the work whose result goes there. Raises: ConfigError."""
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it first")
+    new = not path.exists()
+    try:
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); give the name of another file") from error
 
 
 def _say(line: str) -> None:

@@ -47,7 +47,9 @@ class S3Config(Section):
 class CacheConfig(Section):
     """Local copies of remote shards."""
 
-    folder: str | None = Field(None, description="kept between runs and shared by processes; absent: private, removed")
+    folder: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="kept between runs and shared by processes; absent: private, removed"
+    )
     limit_gb: Annotated[float, Field(gt=0)] = Field(20.0, description="the shards unused for longest go first")
 
 

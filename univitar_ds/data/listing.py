@@ -7,19 +7,20 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.journal import JOURNAL
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.manifest import MANIFEST, read_manifest
-from univitar_ds.data.storage import LOCAL, Storage, StorageSettings, storage_for
+from univitar_ds.data.storage import LOCAL, S3, Storage, StorageSettings, storage_for
 from univitar_ds.errors import DataError
 
 _log = logging.getLogger(__name__)
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_ODD_TAR = re.compile(r"\.tar(\.(part|partial|tmp|incomplete|crdownload|filepart))?$", re.IGNORECASE)
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 _MOST_SHARDS = 1_000_000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
@@ -64,6 +65,7 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
         raise DataError(f"source {source.path}: is neither a folder nor a .tar file; {PACK_HINT}")
     files = storage.list(path)
     names = set(map(os.path.basename, files))
+    _tell_left_out(source, names)
     if names & {MANIFEST, JOURNAL}:
         return _packed(source, path, names, storage, prefix)
     tars = [file for file in files if file.endswith(".tar")]
@@ -76,9 +78,19 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     return [Shard(prefix + names_of[file], file, storage, storage.size(file)) for file in tars]
 
 
+def _tell_left_out(source: SourceConfig, names: Iterable[str]) -> None:
+    """What a copy that was broken off, or another system, has left under a name that is no shard's."""
+    odd = sorted(name for name in names if _ODD_TAR.search(name) and not name.endswith(".tar"))
+    if odd:
+        _log.warning("source %s: %s (%d in all) do not end in .tar and are left out", source.path, odd[0], len(odd))
+
+
 def place_of(source: SourceConfig) -> str:
-    """The folder or tars of a source; it may be named by its manifest."""
-    return os.path.expanduser(source.path).removesuffix(f"/{MANIFEST}")
+    """The folder or tars of a source; it may be named by its manifest. Raises: DataError for no bucket of S3."""
+    path = os.path.expanduser(source.path).removesuffix(f"/{MANIFEST}")
+    if path.startswith(S3) and path[len(S3) : len(S3) + 1] in ("", "/"):
+        raise DataError(f"source {source.path}: names no bucket; write s3://BUCKET/PREFIX")
+    return re.sub(r"(?<=[^/:])//+$", "/", path)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -125,6 +137,10 @@ def _listed(paths: Sequence[str], storage: Storage, prefix: str, source: str) ->
         folders = {os.path.dirname(path) for path in paths}
         present = {folder: _names_in(folder or ".", storage) for folder in sorted(folders)}
         missing = [path for path in paths if os.path.basename(path) not in present[os.path.dirname(path)]]
+    if missing and (pattern := re.search(r"[*?\[]", missing[0])):
+        raise DataError(
+            f"source {source}: {pattern[0]} is no pattern here; name the folder, or a range such as {{000..127}}.tar"
+        )
     if missing:
         raise DataError(
             f"source {source}: shard {missing[0]} is missing ({len(missing)} of {len(paths)} are); "
@@ -144,6 +160,9 @@ def _names_in(folder: str, storage: Storage) -> set[str]:
 def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage, prefix: str) -> list[Shard]:
     manifest = read_manifest(folder, storage)
     rows = [row for row in manifest["shards"] if source.split in (None, row["split"])]
+    if others := sorted({n for n in names if n.endswith(".tar")} - {row["file"] for row in manifest["shards"]}):
+        told = "source %s: its manifest does not have %s (%d in all), which are left out"
+        _log.warning(told, source.path, others[0], len(others))
     if not rows:
         present = sorted({row["split"] for row in manifest["shards"]})
         raise DataError(

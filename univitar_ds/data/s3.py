@@ -85,7 +85,7 @@ class Connection:
         answer = self._request("get_object", version.url, parameters)
         found = answer.get("ContentRange", f"bytes 0-{end - 1}/{answer['ContentLength']}")
         first, _, total = found.removeprefix("bytes ").partition("/")
-        if answer["ETag"].strip('"') != version.etag or total != str(version.size):
+        if answer.get("ETag", "").strip('"') != version.etag or total not in (str(version.size), "*"):
             answer["Body"].close()
             raise changed(version.url)
         if first.partition("-")[0] != str(start):
@@ -182,11 +182,25 @@ class S3Storage:
         return self._found(path)[1]
 
     def exists(self, path: str) -> bool:
-        if path.rstrip("/").count("/") > 2 and self.head(path) is not None:
-            return True
+        """Asks for what lies below first: many who may read a folder may not ask for the object of its name."""
         where = address(path.rstrip("/") + "/")
-        found = self.connection.call("list_objects_v2", path, Bucket=where["Bucket"], Prefix=where["Key"], MaxKeys=1)
-        return bool(found.get("KeyCount", 0))
+        below = {"Bucket": where["Bucket"], "Prefix": where["Key"], "MaxKeys": 1}
+        may_list = True
+        try:
+            if self.connection.call("list_objects_v2", path, **below).get("KeyCount", 0):
+                return True
+        except DataError as error:
+            if status_of(error) != 403:
+                raise
+            may_list = False
+        if not where["Key"]:
+            return may_list
+        try:
+            return self.head(path) is not None
+        except DataError as error:
+            if may_list and status_of(error) == 403:  # absent objects are hidden from who may not list all
+                return False
+            raise
 
     def list(self, prefix: str) -> Sequence[str]:
         """One request for a thousand names; it also tells which version of each object this run reads."""
@@ -200,7 +214,7 @@ class S3Storage:
             for row in page.get("Contents", ()):
                 path = f"{S3}{bucket}/{row['Key']}"
                 if row["Key"] != folder:
-                    self._pin(path, row["ETag"], row["Size"])
+                    self._pin(path, row.get("ETag", ""), row["Size"])
                     paths.append(path)
             if not page.get("IsTruncated"):
                 return sorted(paths)
@@ -215,7 +229,7 @@ class S3Storage:
         try:
             return self.connection.call("head_object", path, **address(path))
         except DataError as error:
-            if _status(error.__cause__) == 404:
+            if status_of(error) == 404:
                 return None
             raise
 
@@ -236,12 +250,14 @@ class S3Storage:
             answer = self.head(path)
             if answer is None:
                 raise refused(path, 404, "")
-            found = self._pin(path, answer["ETag"], answer["ContentLength"])
+            found = self._pin(path, answer.get("ETag", ""), answer["ContentLength"])
         return found
 
     def _pin(self, path: str, etag: str, size: int) -> tuple[str, int]:
         """Raises: DataError if it is another version than the one this run has been reading."""
         version = (etag.strip('"'), size)
+        if not version[0]:
+            raise DataError(f"{path}: the store gives no ETag, so a replaced object could not be noticed; use another")
         known = self._pins.get(path)
         if known is not None and known != version:
             raise changed(path)
@@ -275,6 +291,8 @@ def refused(url: str, status: int, code: str) -> DataError:
     if status == 404:
         what = {"NoSuchBucket": "bucket", "NoSuchKey": "object"}.get(code, "object or bucket")
         return DataError(f"{url}: there is no such {what}; check the address")
+    if code == "InvalidObjectState":
+        return DataError(f"{url}: the object lies in an archive ({told}); restore it to a class that can be read")
     if code in _OTHER_REGION or status in (301, 307):
         return DataError(f"{url}: the bucket lies in another region ({told}); set data.s3.region to it")
     if status in (401, 403):
@@ -288,10 +306,17 @@ def _unusable(url: str, error: Exception) -> DataError:
     """No request can be made with these settings. Of boto3's messages only those are told that quote no secret."""
     from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
+    if isinstance(error, ValueError):  # boto3's for an address that is none
+        return DataError(f"{url}: the store has no such address; write data.s3.endpoint_url as http://HOST:PORT")
     if isinstance(error, NoCredentialsError):
         return DataError(f"{url}: no credentials were found; set data.s3.profile, or log in as boto3 expects it")
     told = str(error) if isinstance(error, PartialCredentialsError | ProfileNotFound) else type(error).__name__
     return DataError(f"{url}: the store cannot be asked ({told}); check data.s3 and the credentials")
+
+
+def status_of(error: DataError) -> int:
+    """The HTTP status that the store answered with; 0 if that is not what the error is about."""
+    return _status(error.__cause__)
 
 
 def _status(error: BaseException | None) -> int:

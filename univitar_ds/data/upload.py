@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from univitar_ds.data.s3 import S3Storage, address
+from univitar_ds.data.s3 import S3Storage, address, status_of
 from univitar_ds.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -62,7 +62,12 @@ def put_bytes(storage: S3Storage, url: str, content: bytes, sha256: str | None =
 def holds(storage: S3Storage, url: str, size: int, sha256: str) -> bool:
     """Whether the store has an object of this size in bytes that was written with this SHA-256."""
     storage.forget(url)
-    found = storage.head(url)
+    try:
+        found = storage.head(url)
+    except DataError as error:
+        if status_of(error) != 403:
+            raise
+        found = None  # absent objects are hidden from who may not list all
     return found is not None and found["ContentLength"] == size and found["Metadata"].get("sha256") == sha256
 
 

@@ -175,8 +175,8 @@ def _what_is_there(
     source: SourceConfig, rows: dict[str, dict[str, Any]], settings: StorageSettings
 ) -> tuple[list[SourceShard], list[str]]:
     """The shards of a source that is not whole, and the names of those that are missing."""
-    path = place_of(source)
     try:
+        path = place_of(source)
         storage = storage_for(path, settings)
         if path.endswith(".tar"):
             wanted = expand_braces(path)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.support.s3 import BUCKET, SECRET, faulty, first_of, s3_server, some_o
 from univitar_ds.data import pace, session, spool
 from univitar_ds.data.s3 import CHUNK, S3Storage
 from univitar_ds.data.storage import LOCAL, StorageSettings, storage_for
+from univitar_ds.data.upload import holds
 from univitar_ds.errors import DataError
 
 BLOB = random.Random(0).randbytes(16 * CHUNK)
@@ -228,6 +230,39 @@ def test_any_failure_of_a_store_or_of_what_lies_before_it_is_tried_again(server,
         assert proxy.faults == {f"status {status}": 2}
 
 
+def test_who_may_read_and_list_one_prefix_only_needs_no_more(server, tmp_path):
+    """As policies with a condition on the prefix are: other listings are refused, and absent objects look so too."""
+    url = server.put("team/one/a.tar", BLOB)
+    present = server.keys()
+
+    def policy(request):
+        query = parse_qs(request.query)
+        if "list-type" in query:
+            return None if query.get("prefix", [""])[0].startswith("team/") else "status 403"
+        return None if request.key in present else "status 403"
+
+    with faulty(server, policy) as proxy:
+        one = storage(proxy.url, tmp_path)
+        assert one.exists("s3://shards/team")
+        assert one.exists("s3://shards/team/one")
+        assert one.exists(url)
+        assert not one.exists("s3://shards/team/one/manifest.json")
+        assert not holds(one, "s3://shards/team/one/b.tar", 1, "0")
+        with pytest.raises(DataError, match="access was refused"):
+            one.exists("s3://shards/others")
+
+
+def test_a_store_without_etags_is_refused_in_a_sentence(server, tmp_path, monkeypatch):
+    url = server.put("bare/a.tar", BLOB)
+    one = storage(server.url, tmp_path)
+    request = one.connection._request
+    monkeypatch.setattr(
+        one.connection, "_request", lambda *asked: {k: v for k, v in request(*asked).items() if k != "ETag"}
+    )
+    with pytest.raises(DataError, match=r"a\.tar: the store gives no ETag"):
+        one.open(url)
+
+
 def test_a_wrong_address_is_given_up_sooner_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(pace, "UNREACHED_S", 0.1)
     with pytest.raises(DataError, match=r"the store has never answered: check data\.s3\.endpoint_url"):
@@ -260,7 +295,7 @@ def test_a_range_beyond_the_end_is_an_error_with_the_byte_where_the_object_ends(
 def test_unusable_settings_are_told_without_a_traceback_of_boto3(server, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"profile \(nobody\) could not be found.*check data\.s3"):
         storage(server.url, tmp_path, profile="nobody").size("s3://shards/a")
-    with pytest.raises(DataError, match="the store cannot be asked"):
+    with pytest.raises(DataError, match="write data.s3.endpoint_url as http"):
         storage("no url at all", tmp_path).size("s3://shards/a")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

@@ -147,6 +147,31 @@ def test_an_empty_folder_says_how_to_pack(tmp_path):
         find_shards([source(tmp_path)])
 
 
+def test_files_that_look_like_shards_and_are_left_out_are_told(tmp_path, caplog, packed):
+    bare(tmp_path, 2)
+    for name in ("b.TAR", "c.tar.part", "notes.txt", "a.tar.json"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(find_shards([source(tmp_path)])) == 2
+    assert "b.TAR (2 in all) do not end in .tar and are left out" in caplog.text
+    other = write_demo_shards(tmp_path / "packed", images=4, videos=0, shards=1)
+    (other / "stray.tar").write_bytes(b"")
+    find_shards([source(other)])
+    assert "its manifest does not have stray.tar (1 in all), which are left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [("s3://", "names no bucket"), ("s3:///x", "names no bucket"), ("a/*.tar", "is no pattern here; name the folder")],
+)
+def test_addresses_that_name_nothing_are_told(path, told):
+    with pytest.raises(DataError, match=told):
+        find_shards([source(path)])
+
+
+def test_slashes_too_many_at_the_end_change_nothing(packed):
+    assert len(find_shards([source(f"{packed}//")])) == len(find_shards([source(packed)]))
+
+
 def test_compressed_tars_are_refused_or_told_where_others_are(tmp_path, caplog):
     (tmp_path / "a.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match=r"1 tars are compressed, such as a\.tar\.gz; .*: decompress first"):
