@@ -295,7 +295,7 @@ def test_a_range_beyond_the_end_is_an_error_with_the_byte_where_the_object_ends(
 def test_unusable_settings_are_told_without_a_traceback_of_boto3(server, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"profile \(nobody\) could not be found.*check data\.s3"):
         storage(server.url, tmp_path, profile="nobody").size("s3://shards/a")
-    with pytest.raises(DataError, match="write data.s3.endpoint_url as http"):
+    with pytest.raises(DataError, match=r"write data.s3.endpoint_url as http"):
         storage("no url at all", tmp_path).size("s3://shards/a")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
