@@ -12,6 +12,7 @@ from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin
 from univitar_ds.data import jpeg
 from univitar_ds.data.decode_memory import check_memory
 from univitar_ds.data.probe import check_area, open_picture, reason
+from univitar_ds.data.resample import Extent
 from univitar_ds.errors import SampleError
 from univitar_ds.pictures import rgb_pixels, upright
 
@@ -23,30 +24,41 @@ _SPARE = 2
 1 level of 255 on average; decoded straight to the target by 2 to 4, most in print and fine texture."""
 
 
-def decode_image(data: bytes, *, max_px: int, target: tuple[int, int] | None = None) -> np.ndarray:
+def decode_image(data: bytes, *, max_px: int) -> np.ndarray:
     """A picture, the first frame of an animated one, as it is meant to be seen.
 
     EXIF orientation is applied and transparency laid on white.
 
-    Args: max_px, most pixels allowed; target, the (height, width) it will be resized to: a much larger JPEG
-        is decoded at a smaller scale, never below twice the target.
+    Args: max_px, most pixels allowed.
     Returns: (H, W, 3) uint8.
+    Raises: SampleError.
+    """
+    return decode_near(data, max_px=max_px, target=None)[0]
+
+
+def decode_near(data: bytes, *, max_px: int, target: tuple[int, int] | None) -> tuple[np.ndarray, Extent]:
+    """The same for a picture that will be resized to `target`, (height, width): a much larger JPEG is decoded at a
+    smaller scale, never below twice the target.
+
+    Returns: (H, W, 3) uint8, and how much of them the picture takes: at a smaller scale it may end within its last
+        pixels.
     Raises: SampleError.
     """
     if jpeg.is_jpeg(data):
         header = jpeg.read_header(data)
         check_area(header.height, header.width, max_px)
         if header.channels in (1, 3) and header.precision == 8:
-            pixels = _turbo(data, header, target)
-            if pixels is not None:
-                return pixels
-    return _pillow(data, max_px)
+            found = _turbo(data, header, target)
+            if found is not None:
+                return found
+    pixels = _pillow(data, max_px)
+    return pixels, pixels.shape[:2]
 
 
-def _turbo(data: bytes, header: jpeg.JpegHeader, target: tuple[int, int] | None) -> np.ndarray | None:
+def _turbo(data: bytes, header: jpeg.JpegHeader, target: tuple[int, int] | None) -> tuple[np.ndarray, Extent] | None:
     """The picture through libjpeg-turbo; None if Pillow should have a look at it."""
     scale = {}
-    if target is not None:
+    if target is not None and _may_shrink(header):
         height, width = target[::-1] if header.orientation >= 5 else target
         height, width = _SPARE * height, _SPARE * width
         if 2 * height <= header.height and 2 * width <= header.width:
@@ -57,7 +69,16 @@ def _turbo(data: bytes, header: jpeg.JpegHeader, target: tuple[int, int] | None)
         if _DAMAGED_SCAN.search(str(error)):
             raise SampleError("corrupt", f"the JPEG is damaged: {error}") from error
         return None
-    return np.ascontiguousarray(upright(pixels, header.orientation))
+    eighths = round(8 * pixels.shape[0] / header.height)
+    turned = np.ascontiguousarray(upright(pixels, header.orientation))
+    if header.orientation > 1:
+        return turned, turned.shape[:2]
+    return turned, (header.height * eighths / 8, header.width * eighths / 8)
+
+
+def _may_shrink(header: jpeg.JpegHeader) -> bool:
+    """At a smaller scale a side that is no multiple of 8 ends within a pixel, which a turn would bring to the front."""
+    return header.orientation == 1 or (header.height % 8 == 0 and header.width % 8 == 0)
 
 
 def _pillow(data: bytes, max_px: int) -> np.ndarray:

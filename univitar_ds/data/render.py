@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from univitar_ds.data.decode import decode_image
+from univitar_ds.data.decode import decode_near
 from univitar_ds.data.layout import Modality, item_bytes
 from univitar_ds.data.sampling import Sampling
 from univitar_ds.data.storage import LOCAL, StorageSettings, storage_for
@@ -125,8 +125,8 @@ def _render_item(job: RenderJob, item: RenderItem, room: np.ndarray, settings: S
     height, width = item.grid[1] * PATCH, item.grid[2] * PATCH
     out = room.reshape(item.frames, height, width, 3)
     if job.modality == "image":
-        pixels = decode_image(data, max_px=limits.max_image_px, target=(height, width))
-        fit_image(pixels, item.grid, out[0])
+        pixels, extent = decode_near(data, max_px=limits.max_image_px, target=(height, width))
+        fit_image(pixels, item.grid, out[0], extent)
     else:
         from univitar_ds.data.clips import decode_clip  # see `worker.PRELOADED`
 

@@ -11,7 +11,7 @@ import ctypes
 import importlib
 import importlib.util
 import sys
-from ctypes import byref, c_char_p, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,11 @@ import numpy as np
 _OPERATOR = b"aten::_upsample_bicubic2d_aa"
 
 
-def resize(source: np.ndarray, out: np.ndarray) -> None:
+Extent = tuple[float, float]
+"""Height and width in pixels of a picture that need not end where its last pixels do."""
+
+
+def resize(source: np.ndarray, out: np.ndarray, extent: Extent | None = None) -> None:
     """A picture resized into `out`, with bicubic weights that cover every source pixel (antialiased).
 
     Within 1 level of Pillow's bicubic, but for 2 levels in 3 values of a million on photographs (10 on black and white
@@ -29,25 +33,31 @@ def resize(source: np.ndarray, out: np.ndarray) -> None:
     values of the first. No call of the kernel takes finer weights. The order of passes shows by up to 20 levels; it is
     Pillow 13's.
 
-    Args: source (H, W, 3) and out (h, w, 3), both uint8 and C-contiguous.
+    Args: source (H, W, 3) and out (h, w, 3), both uint8 and C-contiguous; extent, how much of the source the picture
+    takes, counted from its first pixel (default: all).
     """
     (height, width, _), (rows, columns, _) = source.shape, out.shape
+    tall, wide = extent or (height, width)
     if rows < height and 2 * (width - columns) < height - rows and width != columns:
         between = np.empty((rows, width, 3), np.uint8)
-        _call(source, between)
-        source = between
-    _call(source, out)
+        _call(source, between, tall, width)
+        source, tall = between, rows
+    _call(source, out, tall, wide)
 
 
-def _call(source: np.ndarray, out: np.ndarray) -> None:
+def _call(source: np.ndarray, out: np.ndarray, tall: float, wide: float) -> None:
     assert all(pixels.dtype == np.uint8 and pixels.flags.c_contiguous for pixels in (source, out))
     library, release = load()
     size = c_void_p()
     library.torch_new_list_reserve_size(c_size_t(2), byref(size))
     for side in out.shape[:2]:
         library.torch_list_push_back(size, c_uint64(side))
+    scales = [
+        _optional(library, None if whole == side else new / side)
+        for new, side, whole in zip(out.shape, (tall, wide), source.shape, strict=False)
+    ]
     # input, output size, align_corners, two scales (none: from the sizes), out. The call takes over what it is given.
-    stack = (c_uint64 * 6)(_tensor(library, source), size.value, 0, 0, 0, _tensor(library, out))
+    stack = (c_uint64 * 6)(_tensor(library, source), size.value, 0, *scales, _tensor(library, out))
     if library.torch_call_dispatcher(_OPERATOR, b"out", stack, release):
         raise RuntimeError(library.torch_exception_get_what_without_backtrace().decode(errors="replace"))
     library.aoti_torch_delete_tensor_object(c_void_p(stack[0]))
@@ -70,6 +80,15 @@ def _tensor(library: ctypes.CDLL, pixels: np.ndarray) -> int:
     return handle.value
 
 
+def _optional(library: ctypes.CDLL, value: float | None) -> int:
+    """A number, or none, as the C interface wants it: a pointer to memory of C++, which the call frees."""
+    if value is None:
+        return 0
+    address = library._Znwm(c_size_t(8))  # operator new
+    c_double.from_address(address).value = value
+    return address
+
+
 @cache
 def load() -> tuple[ctypes.CDLL, c_uint64]:
     """torch's C++ library and its release as its C interface wants it."""
@@ -84,4 +103,5 @@ def load() -> tuple[ctypes.CDLL, c_uint64]:
         library = ctypes.CDLL(path)
     library.torch_exception_get_what_without_backtrace.restype = c_char_p
     library.aoti_torch_abi_version.restype = c_uint64
+    library._Znwm.restype = c_void_p
     return library, c_uint64(library.aoti_torch_abi_version())

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from univitar_ds.data.resample import resize
+from univitar_ds.data.resample import Extent, resize
 from univitar_ds.geometry import PATCH
 
 
-def fit_image(pixels: np.ndarray, grid_thw: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+def fit_image(
+    pixels: np.ndarray, grid_thw: Sequence[int], out: np.ndarray | None = None, extent: Extent | None = None
+) -> np.ndarray:
     """A picture resized to its grid, bicubic and antialiased; `resample.resize` says how near the release's it is.
 
-    Args: pixels (H, W, 3) uint8; grid (t, h, w) in tokens; out, where to put the result instead of new memory.
+    Args: pixels (H, W, 3) uint8; grid (t, h, w) in tokens; out, where to put the result instead of new memory;
+        extent, see `resize`.
     Returns: (h * 14, w * 14, 3) uint8; `pixels` itself where it fits already and there is no `out`.
     """
     _, h, w = grid_thw
@@ -26,5 +29,5 @@ def fit_image(pixels: np.ndarray, grid_thw: Sequence[int], out: np.ndarray | Non
     if pixels.shape == shape:
         out[:] = pixels
     else:
-        resize(np.ascontiguousarray(pixels), out)
+        resize(np.ascontiguousarray(pixels), out, extent)
     return out
