@@ -39,16 +39,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(rgb_pixels(image))
 
 
-def rgb_pixels(image: Image.Image) -> np.ndarray:
+def rgb_pixels(image: Image.Image, orientation: int | None = None) -> np.ndarray:
     """The upright RGB pixels of a picture in any Pillow mode: (H, W, 3) uint8.
 
     EXIF orientation is applied, transparency is laid on white (release), and greys deeper than 8 bit are
     scaled to 8 bit rather than cut off. Beside the loaded picture and the result it takes a few MB.
 
+    Args: orientation, 1 to 8, where it is known already.
+
     Raises: whatever Pillow raises for pixels it cannot decode (OSError, SyntaxError, ValueError ...).
     """
     image.load()
-    orientation = _orientation(image)
+    orientation = orientation or _orientation(image)
     height, width = image.height, image.width
     pixels = np.empty((width, height, 3) if orientation >= 5 else (height, width, 3), np.uint8)
     as_stored = upright(pixels, _INVERSE.get(orientation, orientation))

@@ -11,7 +11,7 @@ from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin
 
 from univitar_ds.data import jpeg
 from univitar_ds.data.decode_memory import check_memory
-from univitar_ds.data.probe import check_area, open_picture, reason
+from univitar_ds.data.probe import check_area, open_picture, orientation_of, reason
 from univitar_ds.data.resample import Extent
 from univitar_ds.errors import SampleError
 from univitar_ds.pictures import rgb_pixels, upright
@@ -19,6 +19,9 @@ from univitar_ds.pictures import rgb_pixels, upright
 # Found by the turbo decoder in the picture's own data: Pillow would go on and fill in grey or garbage.
 _DAMAGED_SCAN = re.compile("bad Huffman code|bad arithmetic|premature end of data|resync|RST", re.IGNORECASE)
 
+_SCAN = b"\xff\xda"
+MOST_SCANS = 500
+"""Every scan of a progressive JPEG goes over all pixels; pictures have 10, and 2,000 fit into a megabyte."""
 _SPARE = 2
 """A reduced decode keeps this many times the target's sides. After resizing it then differs from a full decode by
 1 level of 255 on average; decoded straight to the target by 2 to 4, most in print and fine texture."""
@@ -44,14 +47,18 @@ def decode_near(data: bytes, *, max_px: int, target: tuple[int, int] | None) -> 
         pixels.
     Raises: SampleError.
     """
+    orientation = None
     if jpeg.is_jpeg(data):
         header = jpeg.read_header(data)
         check_area(header.height, header.width, max_px)
+        if header.progressive and data.count(_SCAN) > MOST_SCANS:
+            raise SampleError("too_large", f"the JPEG has more than {MOST_SCANS} scans; store it with fewer")
+        orientation = header.orientation
         if header.channels in (1, 3) and header.precision == 8:
             found = _turbo(data, header, target)
             if found is not None:
                 return found
-    pixels = _pillow(data, max_px)
+    pixels = _pillow(data, max_px, orientation)
     return pixels, pixels.shape[:2]
 
 
@@ -81,14 +88,14 @@ def _may_shrink(header: jpeg.JpegHeader) -> bool:
     return header.orientation == 1 or (header.height % 8 == 0 and header.width % 8 == 0)
 
 
-def _pillow(data: bytes, max_px: int) -> np.ndarray:
+def _pillow(data: bytes, max_px: int, orientation: int | None) -> np.ndarray:
     with open_picture(data) as image:
         check_area(image.height, image.width, max_px)
         if isinstance(image, IcoImagePlugin.IcoImageFile):
             check_area(*_icon_size(data, image), max_px)
         check_memory(image, data, max_px)
         try:
-            return rgb_pixels(image)
+            return rgb_pixels(image, orientation or orientation_of(image))
         except Exception as error:  # Pillow's decoders raise whatever damaged data runs them into
             raise SampleError("corrupt", f"the {image.format} picture cannot be decoded: {reason(error)}") from error
 

@@ -15,6 +15,7 @@ from univitar_ds.errors import SampleError
 
 _SOI = b"\xff\xd8"
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 _APP1, _SCAN, _END = 0xE1, 0xDA, 0xD9
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
@@ -39,6 +40,7 @@ class JpegHeader(NamedTuple):
     channels: int
     precision: int
     orientation: int
+    progressive: bool = False
 
     @property
     def display_size(self) -> tuple[int, int]:
@@ -64,7 +66,7 @@ def read_header(data: bytes) -> JpegHeader:
         if marker in _USUAL_FRAMES:
             precision, height, width, channels = _frame_start(data, position + 4)
             if height and width and length > 7:
-                return JpegHeader(height, width, channels, precision, 1)
+                return JpegHeader(height, width, channels, precision, 1, marker == 0xFFC2)
     except struct.error:
         pass
     return _read_slowly(data)
@@ -87,7 +89,7 @@ def _read_slowly(data: bytes) -> JpegHeader:
         length = int.from_bytes(data[position + 2 : position + 4], "big")
         body = data[position + 4 : position + 2 + length]
         if marker in _FRAME_HEADERS:
-            return _frame(body, from_exif or from_xmp or 1)
+            return _frame(body, from_exif or from_xmp or 1, marker in _PROGRESSIVE)
         if marker == _APP1 and body.startswith(b"Exif\0\0"):
             from_exif = from_exif or _exif_orientation(body[6:])
         elif marker == _APP1 and (found := _XMP_ORIENTATION.search(body)):
@@ -95,13 +97,13 @@ def _read_slowly(data: bytes) -> JpegHeader:
         position += 2 + max(length, 2)
 
 
-def _frame(body: bytes, orientation: int) -> JpegHeader:
+def _frame(body: bytes, orientation: int, progressive: bool) -> JpegHeader:
     if len(body) < 6:
         raise SampleError("corrupt", "the JPEG ends inside its frame header")
     precision, height, width, channels = struct.unpack(">BHHB", body[:6])
     if not height or not width:
         raise SampleError("corrupt", f"the JPEG's frame header says {width} x {height} pixels")
-    return JpegHeader(height, width, channels, precision, orientation)
+    return JpegHeader(height, width, channels, precision, orientation, progressive)
 
 
 def _exif_orientation(tiff: bytes) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,10 @@ VIDEO_EXTENSIONS = frozenset(
 
 _PILLOW_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "PSD", "JPEG2000", "AVIF", "PPM", "QOI", "JPEG")
 _ORIENTATION_TAG = 0x0112
+MAX_SIDE_PX = 1 << 20
+"""Decoders keep accounts of every row, the resizing kernel weights of every row and column: 3 GB for 100 million."""
+_TIFF_TABLES = (273, 279, 324, 325)
+"""Where its strips and tiles lie and how long they are: numbers, whatever type the file gives them."""
 _MOST_TIFF_VALUES = 1 << 20
 _TIFF_TEXT = (1, 2, 6, 7)
 """Types of a tag whose values stay bytes."""
@@ -112,20 +117,24 @@ def _check_tiff_tables(data: bytes) -> None:
 
     Raises: SampleError for tables that no picture needs.
     """
-    order, big = "<" if data.startswith(b"II") else ">", data[2:3] == b"+"  # which of them is big: as Pillow has it
-    (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-    (entries,) = struct.unpack_from(order + ("Q" if big else "H"), data, start)
+    big = data[2:3] == b"+"  # which of them is big: as Pillow has it
+    order = "<" if data.startswith(b"II") else ">"
     entry = struct.Struct(order + ("HHQ8x" if big else "HHI4x"))
-    start += 8 if big else 2
-    for at in range(start, min(start + entries * entry.size, len(data) - entry.size + 1), entry.size):
-        tag, kind, count = entry.unpack_from(data, at)
-        if count > _MOST_TIFF_VALUES and kind not in _TIFF_TEXT:
-            told = f"the TIFF's tag {tag} has {count} values, above {_MOST_TIFF_VALUES}"
-            raise SampleError("too_large", f"{told}; store it in larger strips or tiles")
+    with suppress(struct.error):  # no TIFF: Pillow says so
+        (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+        (entries,) = struct.unpack_from(order + ("Q" if big else "H"), data, start)
+        start += 8 if big else 2
+        for at in range(start, min(start + entries * entry.size, len(data) - entry.size + 1), entry.size):
+            tag, kind, count = entry.unpack_from(data, at)
+            if count > _MOST_TIFF_VALUES and (kind not in _TIFF_TEXT or tag in _TIFF_TABLES):
+                told = f"the TIFF's tag {tag} has {count} values, above {_MOST_TIFF_VALUES}"
+                raise SampleError("too_large", f"{told}; store it in larger strips or tiles")
 
 
 def check_area(height: int, width: int, max_px: int) -> None:
-    """Raises: SampleError for a frame of more than `max_px` pixels."""
+    """Raises: SampleError for a frame of more than `max_px` pixels, or of a side that no camera has."""
+    if max(height, width) > MAX_SIDE_PX:
+        raise SampleError("too_large", f"{width} x {height} has a side of more than {MAX_SIDE_PX} pixels")
     if height * width > max_px:
         raise SampleError(
             "too_large", f"{width} x {height} is {height * width} pixels, above data.max_image_px = {max_px}"
@@ -138,15 +147,24 @@ def check_duration(seconds: float, max_clip_s: float) -> None:
         raise SampleError("too_large", f"the clip lasts {seconds:.1f} s, above data.max_clip_s = {max_clip_s:g}")
 
 
-def _picture_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) after EXIF orientation."""
-    if image.format == "TIFF":  # its plugin has turned the size already
-        return image.height, image.width
+def orientation_of(image: Image.Image) -> int | None:
+    """EXIF orientation, 1 to 8, by what stands before the pixels; None for a TIFF, which Pillow turns by itself.
+
+    Planning and decoding both ask here, so that they agree.
+    """
+    if image.format == "TIFF":
+        return None
     try:
         # The PNG plugin's own getexif decodes the picture to look for late chunks.
-        turned = Image.Image.getexif(image).get(_ORIENTATION_TAG) in (5, 6, 7, 8)
+        found = Image.Image.getexif(image).get(_ORIENTATION_TAG)
     except Exception:  # a broken EXIF block says nothing about the pixels
-        turned = False
+        return 1
+    return int(found) if found in range(1, 9) else 1
+
+
+def _picture_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) after EXIF orientation."""
+    turned = (orientation_of(image) or 1) >= 5
     return (image.width, image.height) if turned else (image.height, image.width)
 
 

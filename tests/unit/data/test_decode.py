@@ -100,6 +100,15 @@ def test_a_jpeg_with_damage_in_its_scan_is_refused():
         assert kind_of_error(decode_image, damaged, max_px=ROOM) == "corrupt"
 
 
+def test_a_jpeg_of_more_scans_than_any_picture_has_is_refused_unread(monkeypatch):
+    data = media.encoded(media.noise(100, 60), progressive=True)
+    assert decode_image(data, max_px=ROOM).shape == (100, 60, 3)
+    monkeypatch.setattr(decode, "MOST_SCANS", data.count(b"\xff\xda") - 1)
+    assert kind_of_error(decode_image, data, max_px=ROOM) == "too_large"
+    baseline = media.encoded(media.noise(100, 60)) + b"\xff\xda" * 20
+    assert decode_image(baseline, max_px=ROOM).shape == (100, 60, 3)
+
+
 def test_garbage_after_the_end_of_a_jpeg_does_no_harm():
     data = media.encoded(media.noise(100, 60))
     assert (decode_image(data + b"x" * 20000, max_px=ROOM) == decode_image(data, max_px=ROOM)).all()

@@ -71,13 +71,13 @@ def test_formats_that_take_little_are_held_to_their_pixels_only(form, monkeypatc
 
 def test_a_picture_is_refused_before_it_is_decoded_and_told_what_would_allow_it(monkeypatch):
     data = lossless_webp_of(8200, 8000)
-    monkeypatch.setattr(decode, "rgb_pixels", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(decode, "rgb_pixels", lambda image, _: pytest.fail("decoded"))
     with pytest.raises(
         SampleError, match=r"WEBP RGB.? may take 1047 MiB .* above the 1024 .* raise it to 102\d+ "
     ) as caught:
         decode_image(data, max_px=10**8)
     assert caught.value.kind == "too_large"
-    monkeypatch.setattr(decode, "rgb_pixels", lambda image: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(decode, "rgb_pixels", lambda image, _: np.zeros((1, 1, 3), np.uint8))
     allowed = int(str(caught.value).partition("raise it to ")[2].split()[0])
     assert decode_image(data, max_px=allowed).shape == (1, 1, 3)
     assert decode_image(lossless_webp_of(8000, 8000), max_px=10**8).shape == (1, 1, 3)

@@ -203,18 +203,18 @@ def with_sides(data: bytes, form: str) -> bytes:
 def test_only_the_configured_limit_holds_and_before_anything_is_decoded(form, monkeypatch):
     data = with_sides(media.encoded(media.quarters(), form), form)
     assert probe(data, form.lower()) == MediaSize("image", 20000, 20000, 1)
-    monkeypatch.setattr(decode, "rgb_pixels", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(decode, "rgb_pixels", lambda image, _: pytest.fail("decoded"))
     with pytest.raises(SampleError, match="20000 x 20000 is 400000000 pixels, above") as caught:
         decode.decode_image(data, max_px=399_999_999)
     assert caught.value.kind == "too_large"
-    monkeypatch.setattr(decode, "rgb_pixels", lambda image: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(decode, "rgb_pixels", lambda image, _: np.zeros((1, 1, 3), np.uint8))
     assert decode.decode_image(data, max_px=400_000_000).shape == (1, 1, 3)
 
 
 def test_a_picture_above_the_limit_of_pillow_is_decoded_if_the_configured_one_allows(monkeypatch):
-    data = flat_png(2, 90_000_000)
-    assert probe(data, "png") == MediaSize("image", 2, 90_000_000, 1)
-    monkeypatch.setattr(decode, "rgb_pixels", lambda image: image.load() and np.zeros((1, 1, 3), np.uint8))
+    data = flat_png(200, 900_000)
+    assert probe(data, "png") == MediaSize("image", 200, 900_000, 1)
+    monkeypatch.setattr(decode, "rgb_pixels", lambda image, _: image.load() and np.zeros((1, 1, 3), np.uint8))
     assert decode.decode_image(data, max_px=180_000_000).shape == (1, 1, 3)
 
 
@@ -243,13 +243,40 @@ def test_a_gif_that_clears_its_screen_allocates_nothing_when_opened():
     assert np.array_equal(decode.decode_image(whole, max_px=10**6), media.grey_frames(3, 40, 64)[0])
 
 
-def tiff(order: str, big: bool) -> bytes:
+def test_a_side_that_no_camera_has_is_refused_before_decoders_keep_accounts_of_it(monkeypatch):
+    data = flat_png(1, 1_048_577)
+    monkeypatch.setattr(decode, "rgb_pixels", lambda image, _: pytest.fail("decoded"))
+    with pytest.raises(SampleError, match="1048577 x 1 has a side of more than 1048576 pixels") as caught:
+        decode.decode_image(data, max_px=10**8)
+    assert caught.value.kind == "too_large"
+
+
+def test_planning_and_decoding_agree_on_an_orientation_that_stands_behind_the_pixels():
+    chunk = b"eXIf" + media.exif(6).tobytes().removeprefix(b"Exif\0\0")
+    late = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    png = media.encoded(media.quarters(40, 64), "PNG")
+    data = png[:-12] + late + png[-12:]
+    size = probe(data, "png")
+    assert decode.decode_image(data, max_px=10**4).shape[:2] == (size.height, size.width) == (40, 64)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_planning_and_decoding_agree_on_a_jpeg_whatever_its_colours(orientation):
+    """A doubled EXIF header, which one reader of EXIF takes and another does not."""
+    for mode in ("RGB", "CMYK"):
+        exif = b"Exif\0\0" + media.exif(orientation).tobytes()
+        data = media.encoded(media.quarters(40, 64).convert(mode), exif=exif)
+        size = probe(data, "jpg")
+        assert decode.decode_image(data, max_px=10**4).shape[:2] == (size.height, size.width)
+
+
+def tiff(order: str, big: bool, table_type: int = 4) -> bytes:
     """8 x 4 grey pixels, uncompressed, in four strips of a row each."""
     number, after = ("Q", 16) if big else ("I", 8)
     body = bytes(8 * 4) + struct.pack(order + "4I", *range(after, after + 32, 8))
     tags = {256: 8, 257: 4, 258: 8, 259: 1, 262: 1, 277: 1, 278: 1}
     entries = [struct.pack(order + "HH" + number + "I", tag, 4, 1, value) for tag, value in tags.items()]
-    entries.append(struct.pack(order + "HH" + number + number, 273, 4, 4, after + 32))
+    entries.append(struct.pack(order + "HH" + number + number, 273, table_type, 4, after + 32))
     directory = b"".join(entry.ljust(20 if big else 12, b"\0") for entry in entries) + bytes(8)
     head = struct.pack(order + "HHH", 43, 8, 0) if big else struct.pack(order + "H", 42)
     head = {"<": b"II", ">": b"MM"}[order] + head + struct.pack(order + number, after + len(body))
@@ -263,6 +290,8 @@ def test_a_tiff_of_a_million_strips_is_refused_before_they_become_objects(order,
     with pytest.raises(SampleError, match="TIFF's tag 273 has 4 values, above 3") as caught:
         probe(tiff(order, big), "tif")
     assert caught.value.kind == "too_large"
+    with pytest.raises(SampleError, match="TIFF's tag 273 has 4 values, above 3"):
+        probe(tiff(order, big, table_type=1), "tif")
 
 
 def test_a_long_text_in_a_tiff_is_no_table(monkeypatch):
@@ -273,4 +302,6 @@ def test_a_long_text_in_a_tiff_is_no_table(monkeypatch):
 
 @pytest.mark.parametrize("cut", [2, 6, 9, 40])
 def test_a_tiff_that_ends_in_its_header_is_a_bad_sample(cut):
+    with pytest.raises(SampleError, match=r"are no picture of a format we read|cannot be opened"):
+        probe(b"MM" + b"text" * cut, "tif")
     assert kind_of_error(media.encoded(media.quarters(), "TIFF")[:cut], "tif") == "unreadable"
