@@ -12,6 +12,7 @@ from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import ClipSampling, ResolutionConfig, StageConfig
 from univitar_ds.data import tar
 from univitar_ds.data.crew import At, Bad, Event, Hashed, Read, Task
+from univitar_ds.data.decode_memory import confine
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.reading import read_entry
 from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob, check_crc32, render
@@ -32,13 +33,14 @@ _HASHED_AT_ONCE = 8 << 20
 class ShardCheck:
     """A shard (without its storage, which does not travel), how it is reached and whether every sample is decoded.
 
-    `data` has the limits of a sample.
+    `data` has the limits of a sample; `confined`, in a process of its own, of which decoding takes hold.
     """
 
     shard: SourceShard
     settings: StorageSettings
     decode: bool
     data: DataConfig = DEFAULTS
+    confined: bool = False
 
 
 def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
@@ -101,6 +103,8 @@ def _decode(sample: Sample, kind: Modality, job: ShardCheck) -> None:
     item = RenderItem(
         sample.shard.path, sample.media_offset, sample.media_length, sample.grid, sample.frames, sample.crc32
     )
+    if job.confined:
+        confine(job.data.max_image_px, sample.media_length)
     limits = DecodeLimits(job.data.max_image_px, job.data.decode_timeout_s, job.data.max_clip_s)
     work = RenderJob(kind, _SAMPLING, limits, [item])
     for _, word, message in render(work, np.empty(work.bytes, np.uint8), job.settings):

@@ -110,6 +110,8 @@ def _packets(container: av.container.InputContainer, stream: VideoStream, deadli
             _check_time(deadline)
             if packet.size:
                 packets.append(packet)
+    except MemoryError:
+        raise
     except av.FFmpegError as error:
         raise SampleError("corrupt", f"the clip's packets cannot be read: {reason(error)}") from error
     return packets
@@ -222,6 +224,8 @@ def _decoded(stream: VideoStream, packet: av.Packet | None, deadline: float) -> 
     _check_time(deadline)
     try:
         frames = stream.codec_context.decode(packet)
+    except MemoryError:
+        raise
     except (av.FFmpegError, ValueError) as error:
         raise SampleError("corrupt", f"the clip is damaged: {reason(error)}") from error
     if any(frame.is_corrupt for frame in frames):

@@ -96,6 +96,8 @@ def _pillow(data: bytes, max_px: int, orientation: int | None) -> np.ndarray:
         check_memory(image, data, max_px)
         try:
             return rgb_pixels(image, orientation or orientation_of(image))
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's decoders raise whatever damaged data runs them into
             raise SampleError("corrupt", f"the {image.format} picture cannot be decoded: {reason(error)}") from error
 

@@ -1,4 +1,5 @@
-"""Pictures that would take too much memory while they are decoded, refused by their headers.
+"""Files that would take too much memory while they are decoded: pictures refused by their headers, and a limit of the
+system for the decoding processes, where headers do not tell.
 
 The picture that Pillow has loaded and the RGB that is made of it take 7 bytes a pixel, and most decoders
 little beside: 10.1 at most (measured, as all numbers here, with Pillow 13.0 on pictures of 2.5 to 100 Mpx). Those
@@ -8,6 +9,11 @@ named here take more. The file's own bytes come on top.
 from __future__ import annotations
 
 import math
+import mmap
+import resource
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 from PIL import Image, TiffImagePlugin
 
@@ -36,7 +42,7 @@ def check_memory(image: Image.Image, data: bytes, max_px: int) -> None:
     Raises: SampleError where decoding may take more than `max_px` allows.
     """
     needed = _MARGIN * _bytes_needed(image, data)
-    limit = max(LEAST_LIMIT, max_px * BYTES_A_PIXEL)
+    limit = _limit(max_px)
     if needed > limit:
         raise SampleError(
             "too_large",
@@ -44,6 +50,28 @@ def check_memory(image: Image.Image, data: bytes, max_px: int) -> None:
             f"while they are decoded, above the {limit / 2**20:.0f} that data.max_image_px = {max_px} allows; "
             f"raise it to {math.ceil(needed / BYTES_A_PIXEL)} or store the picture as PNG",
         )
+
+
+def confine(max_px: int, file_bytes: int) -> None:
+    """Let this process, which is there to decode, take no more memory beside what it had at first than decoding may,
+    whatever a file makes its decoder want: an allocation beyond fails, and the file is a bad sample.
+
+    Args: data.max_image_px; size of the file, which decoders may copy. Where the system does not count so (it is
+    Linux that does), nothing happens.
+    """
+    with suppress(OSError, ValueError):
+        most = _data_bytes_at_first() + _limit(max_px) + 2 * file_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (int(most), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+@cache
+def _data_bytes_at_first() -> int:
+    """Private memory that this process may write to, at the first call."""
+    return int(Path("/proc/self/statm").read_text().split()[5]) * mmap.PAGESIZE
+
+
+def _limit(max_px: int) -> float:
+    return max(LEAST_LIMIT, max_px * BYTES_A_PIXEL)
 
 
 def _bytes_needed(image: Image.Image, data: bytes) -> float:

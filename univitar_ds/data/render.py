@@ -105,6 +105,9 @@ def render(
             _render_item(job, item, buffer[start : start + item.bytes], settings)
         except SampleError as error:
             failures.append((index, error.kind, str(error)))
+        except MemoryError:
+            told = f"decoding takes more memory than data.max_image_px = {job.limits.max_image_px} allows"
+            failures.append((index, "too_large", told))
         else:
             start += item.bytes
         after_item()

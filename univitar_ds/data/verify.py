@@ -94,7 +94,7 @@ def verify(
         found += of_source[-1]
         listed.append(about)
     tasks = [
-        Task(number, ShardCheck(replace(one.shard, storage=None), settings, decode, limits))
+        Task(number, ShardCheck(replace(one.shard, storage=None), settings, decode, limits, confined=True))
         for number, one in enumerate(found)
     ]
     total = sum(one.shard.size * (1 if one.shard.sha256 is None else 2) for one in found)

@@ -53,6 +53,7 @@ def serve(ring: Ring, channel: Connection) -> None:
     where the pixels go. The answer is {"failures"}, {"data_error"} for a shard that cannot be read, or {"fault"}, a
     traceback, for a fault of the program.
     """
+    from univitar_ds.data.decode_memory import confine
     from univitar_ds.data.render import RenderJob, render
     from univitar_ds.errors import DataError
 
@@ -68,7 +69,9 @@ def serve(ring: Ring, channel: Connection) -> None:
 
         try:
             room = ring.view(slot)[request["start"] :]
-            answer = {"failures": render(RenderJob.from_json(request["job"]), room, settings, count)}
+            job = RenderJob.from_json(request["job"])
+            confine(job.limits.max_image_px, max((item.length for item in job.items), default=0))
+            answer = {"failures": render(job, room, settings, count)}
         except DataError as error:
             answer = {"data_error": str(error)}
         except Exception:

@@ -128,3 +128,21 @@ def test_decoding_takes_as_many_bytes_a_pixel_as_told(form, image, options, told
     command = [sys.executable, "-c", PEAK, str(path), form]
     taken = float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
     assert 0.7 * told < taken < told + 1, "8 MB of accounts and allocators are 1 byte a pixel"
+
+
+CONFINED = """
+import numpy as np
+from univitar_ds.data.decode_memory import confine
+for file_bytes in (0, 1 << 28):
+    confine(1, file_bytes)
+    np.empty((1 << 30) + 2 * file_bytes - (1 << 26), np.uint8)
+    try:
+        np.empty((1 << 30) + 2 * file_bytes + (1 << 26), np.uint8)
+    except MemoryError:
+        print("refused")
+"""
+
+
+def test_a_confined_process_gets_what_decoding_may_take_and_no_more():
+    found = subprocess.run([sys.executable, "-c", CONFINED], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.split() == ["refused", "refused"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support import media, shards
+from univitar_ds.data import decode
 from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob, render
 from univitar_ds.data.sampling import Sampling
 from univitar_ds.data.transforms import fit_image
@@ -48,6 +49,18 @@ def test_pictures_stand_one_after_another_and_a_bad_one_takes_no_room(place):
     assert (drawn[1] == fit_image(np.asarray(pictures[2]), (1, 2, 3))).all()
     assert (drawn[2] == 9).all()
     assert len(seen) == 3
+
+
+def test_a_picture_whose_decoder_gets_no_memory_is_a_bad_sample(place, monkeypatch):
+    def refused(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", refused)
+    monkeypatch.setattr(decode, "rgb_pixels", refused)
+    items = place(media.encoded(media.noise(50, 70)), media.encoded(media.noise(50, 70), "PNG"))
+    failures = render(job_of(items), np.empty(2 * 28 * 42 * 3, np.uint8))
+    assert [(index, kind) for index, kind, _ in failures] == [(0, "too_large"), (1, "too_large")]
+    assert "more memory than data.max_image_px = 1000000 allows" in failures[0][2]
 
 
 def test_a_flipped_bit_that_still_decodes_is_found_by_its_checksum(place):

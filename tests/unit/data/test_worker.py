@@ -159,6 +159,16 @@ def test_large_pictures_leave_no_memory_behind(server, ring, job, tmp_path):
     assert (left := private_mb(attendant._pid) - before) < 8, left
 
 
+def test_a_decoding_process_is_held_to_the_memory_that_decoding_may_take(server, ring, job):
+    attendant = Attendant(0, server, ring, LOCAL, Restarts(0))
+    attendant.start()
+    assert attendant.render(0, job, "the pack") == []
+    (line,) = [text for text in Path(f"/proc/{attendant._pid}/limits").read_text().splitlines() if "data size" in text]
+    soft = int(line.split()[3])
+    attendant.stop()
+    assert 1 << 30 < soft < 3 << 29
+
+
 def test_processes_end_with_their_channel_and_tell_how(server):
     pid, channel = server.fork()
     greeted(channel)
