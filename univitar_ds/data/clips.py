@@ -190,6 +190,8 @@ def _take_counted(
     stop_early = stop_early and stream.frames == total
     stream.codec_context.thread_count = 1
     seen = _take_numbers(stream, packets, by_count(where, total), stop_early, reel, deadline)
+    if seen is not None and 2 * seen < total:  # two fields may make one frame
+        raise SampleError("corrupt", f"the clip is damaged: {total} packets give {seen} frames")
     if seen is not None and seen != total:
         stream.codec_context.flush_buffers()
         _take_numbers(stream, packets, by_count(where, seen), False, reel, deadline)

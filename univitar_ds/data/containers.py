@@ -1,4 +1,4 @@
-"""Which kind of file some bytes are, told by their content; and how a video file wants to be turned.
+"""Which kind of file some bytes are, told by their content; how a video file wants to be turned; whether it is whole.
 
 The name of the demuxer is decided here and never by FFmpeg's own guessing: that would also take playlists
 and scripts, which open other files and addresses.
@@ -6,8 +6,9 @@ and scripts, which open other files and addresses.
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 Matrix = tuple[int, int, int, int]
 """(a, b, c, d) of a display matrix: x' = a*x + c*y and y' = b*x + d*y, in units of 1/65536."""
@@ -24,6 +25,11 @@ _PREFIXES = (
     (b"GIF8", "gif"),
 )
 _TS_PACKET = 188
+_SEGMENT, _TRACKS, _TRACK, _VIDEO, _PROJECTION, _ROLL = (
+    0x18538067, 0x1654AE6B, 0xAE, 0xE0, 0x7670, 0x7675,
+)  # fmt: skip
+"""Elements of Matroska and WebM."""
+_MOST_ELEMENTS = 1 << 16
 
 VIDEO_EXTENSION_OF = {
     "mov": "mp4",
@@ -72,6 +78,31 @@ def mp4_matrices(data: bytes) -> dict[int, Matrix]:
     return matrices
 
 
+def matroska_matrix(data: bytes) -> Matrix:
+    """Display matrix of the first video track of a Matroska or WebM file: its roll, to the nearest quarter turn."""
+    for track in _inside(data, [_SEGMENT, _TRACKS, _TRACK]):
+        if not list(_elements(data, *track, _VIDEO)):
+            continue
+        for start, end in _inside(data, [_VIDEO, _PROJECTION, _ROLL], track):
+            if end - start in (4, 8):
+                (degrees,) = struct.unpack_from(">f" if end - start == 4 else ">d", data, start)
+                if math.isfinite(degrees) and round(degrees / 90) % 2:
+                    return (0, 1, -1, 0)
+        break
+    return (1, 0, 0, 1)
+
+
+def missing_bytes(data: bytes, demuxer: str) -> int:
+    """How many bytes the outermost boxes of an MP4, MOV, Matroska or WebM file promise beyond its end."""
+    if demuxer == "mov":
+        ends = [at + size for name, at, size in _outer_boxes(data) if name in _MP4_BOXES]
+    elif demuxer == "matroska":
+        ends = [end for name, _, end in _all_elements(data, 0, len(data), clipped=False) if name == _SEGMENT]
+    else:
+        return 0
+    return max([0, *(end - len(data) for end in ends)])
+
+
 def swaps_sides(matrix: Matrix) -> bool:
     """True for a turn by a quarter: height and width change places."""
     a, b, c, d = matrix
@@ -81,6 +112,58 @@ def swaps_sides(matrix: Matrix) -> bool:
 def _boxes(data: bytes, start: int, end: int, name: bytes) -> Iterator[tuple[int, int]]:
     """(start, end) of the contents of the boxes called `name` between two offsets, not looking inside others."""
     return ((inner, stop) for found, inner, stop in boxes_between(data, start, end) if found == name)
+
+
+def _outer_boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and told size of the outermost boxes."""
+    at = 0
+    for name, _, _ in boxes_between(data, 0, len(data)):
+        size = int.from_bytes(data[at : at + 4], "big")
+        size = int.from_bytes(data[at + 8 : at + 16], "big") if size == 1 else size
+        yield name, at, size
+        at += size
+
+
+def _inside(data: bytes, path: Sequence[int], within: tuple[int, int] | None = None) -> Iterator[tuple[int, int]]:
+    """(start, end) of the contents of elements at a path of names."""
+    first, *rest = path
+    for found in _elements(data, *(within or (0, len(data))), first):
+        if rest:
+            yield from _inside(data, rest, found)
+        else:
+            yield found
+
+
+def _elements(data: bytes, start: int, end: int, name: int) -> Iterator[tuple[int, int]]:
+    return ((inner, stop) for found, inner, stop in _all_elements(data, start, end) if found == name)
+
+
+def _all_elements(data: bytes, start: int, end: int, clipped: bool = True) -> Iterator[tuple[int, int, int]]:
+    """Name and (start, end) of the contents of the elements between two offsets; one of unknown size takes the rest.
+
+    The end is where the file has it, or (not `clipped`) where the element has it.
+    """
+    for _ in range(_MOST_ELEMENTS):
+        if start >= end:
+            return
+        name, at = _vint(data, start, keep_length=True)
+        size, inner = _vint(data, at)
+        if not name or not inner:
+            return
+        unknown = size == (1 << 7 * (inner - at)) - 1
+        stop = end if unknown else inner + size
+        yield name, inner, min(stop, end) if clipped else stop
+        start = stop
+
+
+def _vint(data: bytes, at: int, keep_length: bool = False) -> tuple[int, int]:
+    """A number of EBML's, whose first set bit tells its length, and where it ends; (0, 0) where there is none."""
+    first = data[at] if at < len(data) else 0
+    length = 9 - first.bit_length()
+    if length > 8 or at + length > len(data):
+        return 0, 0
+    value = int.from_bytes(data[at : at + length], "big")
+    return value if keep_length else value & ((1 << 7 * length) - 1), at + length
 
 
 def boxes_between(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:

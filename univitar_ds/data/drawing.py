@@ -118,7 +118,9 @@ def _headline(stream: Stream) -> str:
 def _sizes(axes: Axes, stream: Stream, scale: Normalize) -> None:
     """The histogram of tokens."""
     tokens = stream.tokens
-    _, edges, bars = axes.hist(tokens or [0], bins=min(_BINS, len(set(tokens)) or 1), rwidth=0.94)
+    _, edges, bars = axes.hist(tokens, bins=min(_BINS, len(set(tokens)) or 1), rwidth=0.94)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     for edge, bar in zip((edges[:-1] + edges[1:]) / 2, bars, strict=True):
         bar.set_facecolor(_COLOURS(scale(edge)))
     axes.set(title="How large the items are", xlabel="tokens of an item", ylabel="items")

@@ -8,7 +8,14 @@ from fractions import Fraction
 import av
 from av.video.stream import VideoStream
 
-from univitar_ds.data.containers import mp4_matrices, swaps_sides, video_demuxer
+from univitar_ds.data.containers import (
+    Matrix,
+    matroska_matrix,
+    missing_bytes,
+    mp4_matrices,
+    swaps_sides,
+    video_demuxer,
+)
 from univitar_ds.data.mp4_tables import check_mp4_tables
 from univitar_ds.data.probe import MediaSize, reason
 from univitar_ds.errors import SampleError
@@ -26,6 +33,8 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
     demuxer = video_demuxer(data)
     if demuxer is None:
         raise SampleError("unreadable", "the bytes are no video container we read")
+    if missing := missing_bytes(data, demuxer):
+        raise SampleError("corrupt", f"the clip is cut off: {missing} bytes are missing at its end")
     if demuxer == "mov":
         check_mp4_tables(data)
     options = {} if thorough else {"skip_frame": "all"}
@@ -52,7 +61,7 @@ def probe_video(data: bytes, demuxer: str) -> MediaSize:
     container, stream = open_video(data)
     with container:
         height, width = stream.codec_context.height, stream.codec_context.width
-        if demuxer == "mov" and swaps_sides(mp4_matrices(data).get(stream.id, (1, 0, 0, 1))):
+        if swaps_sides(_matrix(data, demuxer, stream.id)):
             height, width = width, height
         seconds = Fraction(0)
         if stream.duration is not None and stream.time_base is not None:
@@ -62,3 +71,10 @@ def probe_video(data: bytes, demuxer: str) -> MediaSize:
         seconds = max(seconds, Fraction(0))
         frames = stream.frames or round(seconds * (stream.average_rate or 0))
         return MediaSize("video", height, width, max(frames, 1), float(seconds))
+
+
+def _matrix(data: bytes, demuxer: str, track: int) -> Matrix:
+    """How the frames are turned when they are shown; FFmpeg tells with the frames only."""
+    if demuxer == "matroska":
+        return matroska_matrix(data)
+    return mp4_matrices(data).get(track, (1, 0, 0, 1)) if demuxer == "mov" else (1, 0, 0, 1)

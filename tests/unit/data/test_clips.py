@@ -358,3 +358,22 @@ def test_a_mutated_clip_is_read_or_refused_and_the_same_again(form, codec):
         outcomes.append(outcome(bytes(data)))
         assert outcomes[-1] == outcome(bytes(data))
     assert {type(found) for found in outcomes} == {bytes, tuple}, "some are read, some refused"
+
+
+@pytest.mark.parametrize(("silent_from", "taken"), [(12, True), (11, False)])
+def test_a_clip_of_which_most_packets_give_no_frame_is_damaged(silent_from, taken, monkeypatch):
+    """As decoders do that wait for a frame that needs no other; two fields may make one frame, so half is enough."""
+    data = media.clip(media.moving_frames(24), "avi")
+    real, calls = clips._decoded, []
+
+    def waiting(stream, packet, deadline):
+        calls.append(packet)
+        frames = real(stream, packet, deadline)
+        return frames if (len(calls) - 1) % 25 < silent_from else []
+
+    monkeypatch.setattr(clips, "_decoded", waiting)
+    if taken:
+        assert clip_of(data, 4).shape == (4, 48, 64, 3)
+    else:
+        with pytest.raises(SampleError, match="24 packets give 11 frames"):
+            clip_of(data, 4)
