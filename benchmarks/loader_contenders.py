@@ -79,7 +79,7 @@ def ours(task: Task) -> Generator[int]:
 def bare(task: Task) -> Generator[int]:
     """Read, decode and resize, one after another in one process; addresses are known beforehand."""
     from univitar_ds.data import tar
-    from univitar_ds.data.decode import decode_image
+    from univitar_ds.data.decode import decode_near
     from univitar_ds.data.jpeg import is_jpeg, read_header
     from univitar_ds.data.probe import probe
     from univitar_ds.data.transforms import fit_image
@@ -99,7 +99,8 @@ def bare(task: Task) -> Generator[int]:
             height, width = size if isinstance(size, tuple) else (size.height, size.width)
             grid = task.resolution.grid(height, width)
             target = (grid[1] * PATCH, grid[2] * PATCH)
-            fit_image(decode_image(data, max_px=10**8, target=target), grid)
+            pixels, extent = decode_near(data, max_px=10**8, target=target)
+            fit_image(pixels, grid, extent=extent)
             yield 1
 
 
