@@ -227,9 +227,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _check_writable(path: Path) -> None:
     """Before the work whose result goes there. Raises: ConfigError."""
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it first")
-    new = not path.exists()
+    parent = path.absolute().parent
+    if not os.path.isdir(parent):
+        raise ConfigError(f"{path} cannot be written: there is no folder {parent}; make it first")
+    new = not os.path.exists(path)
     try:
         path.open("ab").close()
         if new:

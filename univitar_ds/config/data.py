@@ -39,8 +39,12 @@ class S3Config(Section):
     endpoint_url: str | None = Field(None, description="of a store other than AWS, e.g. http://127.0.0.1:9000")
     profile: str | None = Field(None, description="a profile of ~/.aws/config")
     region: str | None = None
-    idle_timeout_s: Annotated[float, Field(gt=0)] = Field(20.0, description="a connection silent for longer is redone")
-    give_up_s: Annotated[float, Field(gt=0)] = Field(300.0, description="a request refused for so long ends the run")
+    idle_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        20.0, description="a connection that is silent for longer, or gives less than 64 KiB a second, is redone"
+    )
+    give_up_s: Annotated[float, Field(gt=0)] = Field(
+        300.0, description="a request refused, or as good as silent, for so long ends the run"
+    )
     prefetch_shards: Annotated[int, Field(ge=0)] = Field(1, description="shards fetched ahead in each lane")
 
 

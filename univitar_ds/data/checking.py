@@ -33,7 +33,7 @@ _HASHED_AT_ONCE = 8 << 20
 class ShardCheck:
     """A shard (without its storage, which does not travel), how it is reached and whether every sample is decoded.
 
-    `data` has the limits of a sample; `confined`, in a process of its own, of which decoding takes hold.
+    `data` has the limits of a sample; `confined`: this is a process of its own, whose memory may be limited.
     """
 
     shard: SourceShard
@@ -79,6 +79,8 @@ def check_sample(shard: SourceShard, group: tar.Group, job: ShardCheck) -> None:
     kind = modality_of(group) or shard.modality or "image"
     if shard.modality not in (None, kind):
         raise SampleError("wrong_kind", f"is {kind} in a shard whose manifest says {shard.modality}; pack it again")
+    if job.confined:
+        confine(job.data.max_image_px, group.length)
     sample = read_entry(shard, group, _rule(kind, job.data))
     if job.decode:
         _decode(sample, kind, job)
@@ -103,8 +105,6 @@ def _decode(sample: Sample, kind: Modality, job: ShardCheck) -> None:
     item = RenderItem(
         sample.shard.path, sample.media_offset, sample.media_length, sample.grid, sample.frames, sample.crc32
     )
-    if job.confined:
-        confine(job.data.max_image_px, sample.media_length)
     limits = DecodeLimits(job.data.max_image_px, job.data.decode_timeout_s, job.data.max_clip_s)
     work = RenderJob(kind, _SAMPLING, limits, [item])
     for _, word, message in render(work, np.empty(work.bytes, np.uint8), job.settings):

@@ -71,6 +71,7 @@ def decode_clip(
             indices = by_count(where, len(shown)) if sampling.kind == "uniform" else by_time(where, times, end)
             if _take_at(stream, packets, [shown[i] for i in indices], reel, deadline):
                 return reel.pixels
+    del packets  # they hold the file once more
     container, stream = open_video(data, thorough=True)
     with container:
         _take_counted(container, stream, where, reel, deadline, stop_early=not shown)

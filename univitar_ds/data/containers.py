@@ -6,6 +6,7 @@ and scripts, which open other files and addresses.
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ _SEGMENT, _TRACKS, _TRACK, _VIDEO, _PROJECTION, _ROLL = (
     0x18538067, 0x1654AE6B, 0xAE, 0xE0, 0x7670, 0x7675,
 )  # fmt: skip
 """Elements of Matroska and WebM."""
-_MOST_ELEMENTS = 1 << 16
+_MOST_ELEMENTS = _MOST_BOXES = 1 << 16
 
 VIDEO_EXTENSION_OF = {
     "mov": "mp4",
@@ -94,13 +95,13 @@ def matroska_matrix(data: bytes) -> Matrix:
 
 def missing_bytes(data: bytes, demuxer: str) -> int:
     """How many bytes the outermost boxes of an MP4, MOV, Matroska or WebM file promise beyond its end."""
+    ends: Iterator[int] = iter(())
     if demuxer == "mov":
-        ends = [at + size for name, at, size in _outer_boxes(data) if name in _MP4_BOXES]
+        boxes = itertools.islice(_outer_boxes(data), _MOST_BOXES)
+        ends = (at + size for name, at, size in boxes if name in (b"moov", b"mdat", b"moof"))
     elif demuxer == "matroska":
-        ends = [end for name, _, end in _all_elements(data, 0, len(data), clipped=False) if name == _SEGMENT]
-    else:
-        return 0
-    return max([0, *(end - len(data) for end in ends)])
+        ends = (end for name, _, end in _all_elements(data, 0, len(data), clipped=False) if name == _SEGMENT)
+    return max(0, max(ends, default=0) - len(data))
 
 
 def swaps_sides(matrix: Matrix) -> bool:

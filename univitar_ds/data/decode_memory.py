@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
 from univitar_ds.data import jpeg2000
 from univitar_ds.errors import SampleError
@@ -25,7 +25,8 @@ BYTES_A_PIXEL = LEAST_LIMIT / 10**8
 """Decoding may take 1 GiB, and more where `data.max_image_px` is raised above its default."""
 
 _MARGIN = 1.02
-_ORIENTATION, _TILE_LENGTH = 274, 323
+_BITS, _ORIENTATION, _SAMPLES, _STRIP_ROWS, _TILE_WIDTH, _TILE_LENGTH = 258, 274, 277, 278, 322, 323
+"""Tags of a TIFF."""
 _AVIF = {"L": 10.0, "RGB": 21.0, "RGBA": 24.0}
 """9.5 measured for RGB of 8 bit and 4:2:0, 11.7 for RGBA. 10 bit, 4:4:4 and film grain are added: Pillow tells none."""
 _WEBP = 16.4
@@ -60,8 +61,9 @@ def confine(max_px: int, file_bytes: int) -> None:
     Linux that does), nothing happens.
     """
     with suppress(OSError, ValueError):
-        most = _data_bytes_at_first() + _limit(max_px) + 2 * file_bytes
-        resource.setrlimit(resource.RLIMIT_DATA, (int(most), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        most = int(_data_bytes_at_first() + _limit(max_px) + 2 * file_bytes)
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 @cache
@@ -88,24 +90,24 @@ def _bytes_needed(image: Image.Image, data: bytes) -> float:
             return pixels * _DEEP_PPM
         case "JPEG2000":
             return jpeg2000.bytes_needed(data, _stored(image.mode))
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return _tiff_bytes(image)
+        case "TIFF":
+            return _tiff_bytes(image)
     return 0.0
 
 
-def _tiff_bytes(image: TiffImagePlugin.TiffImageFile) -> float:
+def _tiff_bytes(image: Image.Image) -> float:
     """The picture, once more if it is turned, and a strip or tile, which may be larger than the picture."""
     if not image.tile or image.tile[0].codec_name != "libtiff":
         return 0.0
     tags = image.tag_v2
     width, height = image.width, image.height
     turned = _number(tags.get(_ORIENTATION), 1) > 1
-    if TiffImagePlugin.TILEWIDTH in tags:
-        unit = _number(tags.get(TiffImagePlugin.TILEWIDTH), width) * _number(tags.get(_TILE_LENGTH), height)
+    if _TILE_WIDTH in tags:
+        unit = _number(tags.get(_TILE_WIDTH), width) * _number(tags.get(_TILE_LENGTH), height)
     else:
-        rows = _number(tags.get(TiffImagePlugin.ROWSPERSTRIP), height)
+        rows = _number(tags.get(_STRIP_ROWS), height)
         unit = max(width * min(rows, height), height * min(rows, width))  # sides may have changed places
-    bits = _number(tags.get(TiffImagePlugin.BITSPERSAMPLE), 1) * _number(tags.get(TiffImagePlugin.SAMPLESPERPIXEL), 1)
+    bits = _number(tags.get(_BITS), 1) * _number(tags.get(_SAMPLES), 1)
     return width * height * _stored(image.mode) * (1 + turned) + unit * bits / 8
 
 

@@ -94,6 +94,8 @@ def examine(job: Job) -> Finding:
         height, width = _decoded_size(data, size) if job.verify else (size.height, size.width)
     except SampleError as error:
         return Finding(f"{error.kind}: {error}")
+    except MemoryError:
+        return Finding("too_large: decoding it takes more memory than there is")
     return Finding(
         None,
         len(data),

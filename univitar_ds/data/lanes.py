@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 _64_BITS = (1 << 64) - 1
 WELL_FILLED = 0.9
 """A pack emptier than this because of weights is told of."""
+LONG_WAIT = 64
+"""Packs after which a sample leaves before those that keep their source from reading on."""
 POOL_BUDGETS = 2
 """The pool also holds at least so many token budgets, so that small items fill a pack too."""
 
@@ -122,7 +124,8 @@ class Lane:
 class Stream:
     """One modality of one lane: reads its groups of shards in turn into a pool and chooses packs from it.
 
-    The pool is what shuffles: the oldest sample leaves with every pack, the others in an order drawn anew for each
+    The pool is what shuffles: the oldest sample leaves with every pack (where a source has too few samples for its
+    weight, once it has waited `LONG_WAIT` packs), the others in an order drawn anew for each
     pack. It never holds more than two epochs of a group, and a pack never holds a sample twice; so where a lane has
     fewer samples an epoch than fit a pack, packs are smaller than the budget.
 
@@ -221,7 +224,7 @@ class Stream:
     def _tell_starved(self, group: str, tokens: int) -> None:
         """Once: weights hold, and so a small source with a large one keeps the others from filling the pack."""
         share = tokens / self._rules.token_budget
-        if share >= WELL_FILLED or self._told_starved:
+        if share >= WELL_FILLED or self._told_starved or self._rules.cost_budget is not None:
             return
         self._told_starved = True
         if len(self._readers) == 1:
@@ -276,7 +279,7 @@ class Stream:
             turns.append((number * factor & _64_BITS) / (1 + self._packs - row.since) ** 2)
         oldest, *rest = first.values()
         heads = [oldest]
-        if starved is not None:
+        if starved is not None and self._packs - self._pool[oldest].row.since <= LONG_WAIT:
             heads.insert(0, next((index for index in first.values() if self._group_at(index) == starved), oldest))
         return [*dict.fromkeys(heads), *sorted((index for index in rest if index not in heads), key=turns.__getitem__)]
 

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.journal import JOURNAL
@@ -73,7 +74,7 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
         told = f"source {source.path}: {len(compressed)} tars are compressed, such as {compressed[0]}; {_DECOMPRESS}"
         if not tars:
             raise DataError(told)
-        _log.warning("%s; they are left out", told)
+        _warn(f"{told}; they are left out")
     names_of = _names(tars)
     return [Shard(prefix + names_of[file], file, storage, storage.size(file)) for file in tars]
 
@@ -82,7 +83,13 @@ def _tell_left_out(source: SourceConfig, names: Iterable[str]) -> None:
     """What a copy that was broken off, or another system, has left under a name that is no shard's."""
     odd = sorted(name for name in names if _ODD_TAR.search(name) and not name.endswith(".tar"))
     if odd:
-        _log.warning("source %s: %s (%d in all) do not end in .tar and are left out", source.path, odd[0], len(odd))
+        _warn(f"source {source.path}: {odd[0]} ({len(odd)} in all) do not end in .tar and are left out")
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once: a source is listed before training, by every stage and for the tokenizer."""
+    _log.warning("%s", message)
 
 
 def place_of(source: SourceConfig) -> str:
@@ -161,8 +168,9 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
     manifest = read_manifest(folder, storage)
     rows = [row for row in manifest["shards"] if source.split in (None, row["split"])]
     if others := sorted({n for n in names if n.endswith(".tar")} - {row["file"] for row in manifest["shards"]}):
-        told = "source %s: its manifest does not have %s (%d in all), which are left out"
-        _log.warning(told, source.path, others[0], len(others))
+        _warn(
+            f"source {source.path}: its manifest does not have {others[0]} ({len(others)} in all), which are left out"
+        )
     if not rows:
         present = sorted({row["split"] for row in manifest["shards"]})
         raise DataError(

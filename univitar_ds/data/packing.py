@@ -85,9 +85,8 @@ def _aim(items: Sequence[Totals], budget: Totals) -> Totals:
     """What the pack should come to so that the next ones can come to the same.
 
     Where what waits is dear, the cost budget binds: the pack takes the waiting samples' tokens for that cost, and some
-    more. Where it
-    is cheap, the token budget binds; the pack then gets more than its share of dear samples, within reason, because
-    all lanes aim at the same cost budget and what waits in each differs by chance.
+    more. Where it is cheap, the token budget binds; the pack then gets more than its share of dear samples, within
+    reason, because all lanes aim at the same cost budget and what waits in each differs by chance.
     """
     tokens, cost = _total(items, range(len(items)))
     mean = cost / tokens

@@ -107,7 +107,7 @@ def render(
             failures.append((index, error.kind, str(error)))
         except MemoryError:
             told = f"decoding takes more memory than data.max_image_px = {job.limits.max_image_px} allows"
-            failures.append((index, "too_large", told))
+            failures.append((index, "too_large", f"{told}; raise it or store the file smaller"))
         else:
             start += item.bytes
         after_item()

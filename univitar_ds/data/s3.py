@@ -17,7 +17,7 @@ from univitar_ds.data.storage import S3, StorageSettings, storage_for
 from univitar_ds.errors import DataError
 
 CHUNK = 64 * 1024
-"""Bytes taken from a connection at a time; when it breaks, less than so much has to be fetched again."""
+"""Most bytes taken from a connection at a time."""
 _CONNECT_S = 10.0
 _POOL = 64
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -65,7 +65,8 @@ class Connection:
                             raise OSError(f"the answer ended at byte {start} of {end}")
                         start += len(piece)
                         yield memoryview(piece)
-                        patience.progress(len(piece))  # may end this connection: all that it gave is delivered
+                        if start < end:
+                            patience.progress(len(piece))  # may end this connection: all that it gave is delivered
             except _transport_errors() as error:
                 patience.failed(self._failure(error, version.url))
 
@@ -190,11 +191,11 @@ class S3Storage:
             if self.connection.call("list_objects_v2", path, **below).get("KeyCount", 0):
                 return True
         except DataError as error:
-            if status_of(error) != 403:
+            if status_of(error) != 403 or not where["Key"]:
                 raise
             may_list = False
         if not where["Key"]:
-            return may_list
+            return True
         try:
             return self.head(path) is not None
         except DataError as error:
@@ -304,9 +305,9 @@ def refused(url: str, status: int, code: str) -> DataError:
 
 def _unusable(url: str, error: Exception) -> DataError:
     """No request can be made with these settings. Of boto3's messages only those are told that quote no secret."""
-    from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound
+    from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
-    if isinstance(error, ValueError):  # boto3's for an address that is none
+    if not isinstance(error, BotoCoreError):  # a ValueError for an address that is none
         return DataError(f"{url}: the store has no such address; write data.s3.endpoint_url as http://HOST:PORT")
     if isinstance(error, NoCredentialsError):
         return DataError(f"{url}: no credentials were found; set data.s3.profile, or log in as boto3 expects it")

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from contextlib import suppress
 from functools import cache
 from hashlib import blake2b
@@ -53,7 +54,7 @@ class Pins:
         if url in self._shared:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._folder / f".{os.getpid()}-{_name(url)}"
+        partial = self._folder / f".{os.getpid()}-{threading.get_ident()}-{_name(url)}"
         partial.write_text(json.dumps(self._known[url]))
         partial.replace(self._path(url))
         self._shared.add(url)

@@ -20,7 +20,7 @@ from univitar_ds.data.class_names import named, read_class_names
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import PACK_HINT, Shard, list_shards
 from univitar_ds.data.mixture import shares_of
-from univitar_ds.data.storage import LOCAL, StorageSettings
+from univitar_ds.data.storage import LOCAL, LocalStorage, StorageSettings
 from univitar_ds.errors import DataError, SampleError
 
 _log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mappin
 
 def fingerprint(shards: Sequence[SourceShard]) -> str:
     """Identity of the data, in two parts: names, sizes and, where a manifest has them, hashes of all shards in order;
-    then class names and the first bytes of `SPOT_CHECKS` shards all over the list.
+    then class names and the first bytes of `SPOT_CHECKS` shards with and without hashes, all over the list.
 
     Not where they lie: the data may move.
     Raises: DataError if one of those cannot be read.
@@ -146,10 +146,18 @@ def fingerprint(shards: Sequence[SourceShard]) -> str:
     content = hashlib.blake2b(digest_size=16)
     for place, (_, names) in enumerate(dict.fromkeys((shard.source, shard.class_names) for shard in shards)):
         content.update("\n".join((str(place), *names)).encode() if names else b"")
-    with ThreadPoolExecutor(_READERS) as readers:
-        for beginning in readers.map(_beginning, _spread(shards, SPOT_CHECKS)):
+    for hashed in (False, True):
+        for beginning in _beginnings(_spread([s for s in shards if (s.sha256 is not None) == hashed], SPOT_CHECKS)):
             content.update(beginning)
     return f"{state.hexdigest()}:{content.hexdigest()}"
+
+
+def _beginnings(shards: Sequence[Shard]) -> Iterator[bytes]:
+    if all(isinstance(shard.storage, LocalStorage) for shard in shards):  # every thread leaves a heap of its own behind
+        yield from map(_beginning, shards)
+        return
+    with ThreadPoolExecutor(_READERS) as readers:
+        yield from readers.map(_beginning, shards)
 
 
 def _beginning(shard: Shard) -> bytes:

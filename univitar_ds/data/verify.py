@@ -197,7 +197,7 @@ def _what_is_there(
         name = os.path.basename(file).removesuffix(".tar")
         shards.append(Shard(name, file, storage, size, row.get("kind"), row.get("sha256")))
     try:
-        found = of_source(shards, source, settings)
+        by_source = of_source(shards, source, settings)
     except DataError:  # its own error says it already
-        found = of_source(shards, source.model_copy(update={"class_names": None}), settings)
-    return found, [os.path.basename(file) for file in wanted if file not in sizes]
+        by_source = of_source(shards, source.model_copy(update={"class_names": None}), settings)
+    return by_source, [os.path.basename(file) for file in wanted if file not in sizes]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.memory import memory_shards, shards_of, sized_sample, small_rules, tiny_picture
 from univitar_ds.data.cursor import LaneCursor, Place, StreamCursor, parse
-from univitar_ds.data.lanes import Stream
+from univitar_ds.data.lanes import LONG_WAIT, Stream
 from univitar_ds.data.mixture import WHOLE, Turns, shares_of
 from univitar_ds.data.sources import ShardGroup, groups_of
 from univitar_ds.errors import DataError
@@ -241,6 +241,19 @@ def test_a_small_source_with_several_times_its_share_of_a_pack_leaves_packs_full
     """Its straggler of two epochs ago leaves with the next pack, so that the source is read on."""
     rules = small_rules(mixed([400], [30]), weights={"a": 1, "b": 1}, pool_samples=192, token_budget=80)
     assert min(fills(rules, 200)) > 0.9
+
+
+def test_the_straggler_of_a_starved_source_leaves_first_but_nobody_waits_for_it_for_ever():
+    stream = Stream(small_rules(mixed([40], [40]), weights={"a": 3, "b": 1}), 0, StreamCursor())
+    stream.next_pack()
+    oldest, *_ = stream._candidates(None)
+    starved = next(name for name in "ab" if name != stream._group_at(oldest))
+    first, second, *rest = stream._candidates(starved)
+    assert stream._group_at(first) == starved
+    assert first == min(index for index in [first, second, *rest] if stream._group_at(index) == starved)
+    assert second == oldest
+    stream._packs += LONG_WAIT + 1
+    assert stream._candidates(starved)[0] == oldest
 
 
 def test_what_a_dropped_source_has_in_the_pool_still_leaves():
