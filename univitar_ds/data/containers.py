@@ -97,8 +97,8 @@ def missing_bytes(data: bytes, demuxer: str) -> int:
     """How many bytes the outermost boxes of an MP4, MOV, Matroska or WebM file promise beyond its end."""
     ends: Iterator[int] = iter(())
     if demuxer == "mov":
-        boxes = itertools.islice(_outer_boxes(data), _MOST_BOXES)
-        ends = (at + size for name, at, size in boxes if name in (b"moov", b"mdat", b"moof"))
+        boxes = itertools.islice(_told_boxes(data, 0, len(data)), _MOST_BOXES)
+        ends = (end for name, _, end in boxes if name in (b"moov", b"mdat", b"moof"))
     elif demuxer == "matroska":
         ends = (end for name, _, end in _all_elements(data, 0, len(data), clipped=False) if name == _SEGMENT)
     return max(0, max(ends, default=0) - len(data))
@@ -113,16 +113,6 @@ def swaps_sides(matrix: Matrix) -> bool:
 def _boxes(data: bytes, start: int, end: int, name: bytes) -> Iterator[tuple[int, int]]:
     """(start, end) of the contents of the boxes called `name` between two offsets, not looking inside others."""
     return ((inner, stop) for found, inner, stop in boxes_between(data, start, end) if found == name)
-
-
-def _outer_boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and told size of the outermost boxes."""
-    at = 0
-    for name, _, _ in boxes_between(data, 0, len(data)):
-        size = int.from_bytes(data[at : at + 4], "big")
-        size = int.from_bytes(data[at + 8 : at + 16], "big") if size == 1 else size
-        yield name, at, size
-        at += size
 
 
 def _inside(data: bytes, path: Sequence[int], within: tuple[int, int] | None = None) -> Iterator[tuple[int, int]]:
@@ -169,6 +159,12 @@ def _vint(data: bytes, at: int, keep_length: bool = False) -> tuple[int, int]:
 
 def boxes_between(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Name and (start, end) of the contents of the boxes between two offsets, not looking inside."""
+    for name, inner, stop in _told_boxes(data, start, end):
+        yield name, min(inner, end), min(stop, end)
+
+
+def _told_boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The same, ended where the boxes say, which may be beyond what is there."""
     while start + 8 <= end:
         size, header = int.from_bytes(data[start : start + 4], "big"), 8
         if size == 1:
@@ -177,5 +173,5 @@ def boxes_between(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, in
             size = end - start
         if size < header:
             return
-        yield data[start + 4 : start + 8], min(start + header, end), min(start + size, end)
+        yield data[start + 4 : start + 8], start + header, start + size
         start += size

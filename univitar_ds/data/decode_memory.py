@@ -19,13 +19,14 @@ from PIL import Image
 
 from univitar_ds.data import jpeg2000
 from univitar_ds.errors import SampleError
+from univitar_ds.pictures import ORIENTATION_TAG
 
 LEAST_LIMIT = 2**30
 BYTES_A_PIXEL = LEAST_LIMIT / 10**8
 """Decoding may take 1 GiB, and more where `data.max_image_px` is raised above its default."""
 
 _MARGIN = 1.02
-_BITS, _ORIENTATION, _SAMPLES, _STRIP_ROWS, _TILE_WIDTH, _TILE_LENGTH = 258, 274, 277, 278, 322, 323
+_BITS, _SAMPLES, _STRIP_ROWS, _TILE_WIDTH, _TILE_LENGTH = 258, 277, 278, 322, 323
 """Tags of a TIFF."""
 _AVIF = {"L": 10.0, "RGB": 21.0, "RGBA": 24.0}
 """9.5 measured for RGB of 8 bit and 4:2:0, 11.7 for RGBA. 10 bit, 4:4:4 and film grain are added: Pillow tells none."""
@@ -101,7 +102,7 @@ def _tiff_bytes(image: Image.Image) -> float:
         return 0.0
     tags = image.tag_v2
     width, height = image.width, image.height
-    turned = _number(tags.get(_ORIENTATION), 1) > 1
+    turned = _number(tags.get(ORIENTATION_TAG), 1) > 1
     if _TILE_WIDTH in tags:
         unit = _number(tags.get(_TILE_WIDTH), width) * _number(tags.get(_TILE_LENGTH), height)
     else:

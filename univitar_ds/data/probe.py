@@ -18,6 +18,7 @@ from PIL import GifImagePlugin, Image, UnidentifiedImageError
 from univitar_ds.data import jpeg
 from univitar_ds.data.containers import video_demuxer
 from univitar_ds.errors import SampleError
+from univitar_ds.pictures import ORIENTATION_TAG
 
 # fmt: off
 IMAGE_EXTENSIONS = frozenset(
@@ -31,7 +32,6 @@ VIDEO_EXTENSIONS = frozenset(
 # fmt: on
 
 _PILLOW_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "PSD", "JPEG2000", "AVIF", "PPM", "QOI", "JPEG")
-_ORIENTATION_TAG = 0x0112
 MAX_SIDE_PX = 1 << 20
 """Decoders keep accounts of every row, the resizing kernel weights of every row and column: 3 GB for 100 million."""
 _TIFF_TABLES = (273, 279, 324, 325)
@@ -156,7 +156,7 @@ def orientation_of(image: Image.Image) -> int | None:
         return None
     try:
         # The PNG plugin's own getexif decodes the picture to look for late chunks.
-        found = Image.Image.getexif(image).get(_ORIENTATION_TAG)
+        found = Image.Image.getexif(image).get(ORIENTATION_TAG)
     except Exception:  # a broken EXIF block says nothing about the pixels
         return 1
     return int(found) if found in range(1, 9) else 1

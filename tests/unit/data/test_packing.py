@@ -142,17 +142,22 @@ def test_with_a_cost_budget_the_packs_of_a_step_take_equally_long(size, share, m
     assert sum(used) / len(used) >= 0.96
 
 
-@pytest.mark.parametrize("size", [native, log_normal])
-def test_where_what_waits_is_cheap_a_pack_takes_more_than_its_share_of_what_is_dear_within_reason(size):
-    """Half a standard deviation of the cost per token of what waits, on average."""
-    pulls = []
+def first_packs(size, share):
+    """(tokens, costs, chosen) of 30 pools; the cost budget is `share` of a full pack's at the mean of the pool."""
     for seed in range(30):
         rng = random.Random(seed)
         tokens = [size(rng) for _ in range(192)]
         costs = [item_cost(count, COEFFICIENTS) for count in tokens]
+        yield tokens, costs, choose(tokens, costs, 16384, share * sum(costs) / sum(tokens) * 16384)
+
+
+@pytest.mark.parametrize("size", [native, log_normal])
+def test_where_what_waits_is_cheap_a_pack_takes_more_than_its_share_of_what_is_dear_within_reason(size):
+    """Half a standard deviation of the cost per token of what waits, on average."""
+    pulls = []
+    for tokens, costs, chosen in first_packs(size, 1.1):
         mean = sum(costs) / sum(tokens)
         spread = math.sqrt(sum(n * (cost / n - mean) ** 2 for n, cost in zip(tokens, costs, strict=True)) / sum(tokens))
-        chosen = choose(tokens, costs, 16384, 1.1 * mean * 16384)
         pulls.append((sum(costs[i] for i in chosen) / sum(tokens[i] for i in chosen) - mean) / spread)
     assert 0.25 <= sum(pulls) / len(pulls) <= 0.75
 
@@ -160,14 +165,7 @@ def test_where_what_waits_is_cheap_a_pack_takes_more_than_its_share_of_what_is_d
 @pytest.mark.parametrize("size", [native, log_normal])
 def test_where_what_waits_is_dear_a_pack_takes_a_little_more_than_its_share_of_what_is_cheap(size):
     """A twentieth more tokens for the cost budget than the mean of what waits would give."""
-    ratios = []
-    for seed in range(30):
-        rng = random.Random(seed)
-        tokens = [size(rng) for _ in range(192)]
-        costs = [item_cost(count, COEFFICIENTS) for count in tokens]
-        mean = sum(costs) / sum(tokens)
-        chosen = choose(tokens, costs, 16384, 0.9 * mean * 16384)
-        ratios.append(sum(tokens[i] for i in chosen) / (0.9 * 16384))
+    ratios = [sum(tokens[i] for i in chosen) / (0.9 * 16384) for tokens, _, chosen in first_packs(size, 0.9)]
     assert 1.03 <= sum(ratios) / len(ratios) <= 1.08
 
 
