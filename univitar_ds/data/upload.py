@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from univitar_ds.data.s3 import S3Storage, address, status_of
+from univitar_ds.data.s3 import S3Storage
+from univitar_ds.data.s3_connection import address, status_of
 from univitar_ds.errors import DataError
 
 _log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ import pytest
 
 from tests.support.s3 import BUCKET, SECRET, faulty, first_of, s3_server, some_of
 from univitar_ds.data import pace, session, spool
-from univitar_ds.data.s3 import CHUNK, S3Storage
+from univitar_ds.data.s3 import S3Storage
+from univitar_ds.data.s3_connection import CHUNK
 from univitar_ds.data.storage import LOCAL, StorageSettings, storage_for
 from univitar_ds.data.upload import holds
 from univitar_ds.errors import DataError
