@@ -32,8 +32,8 @@ CAPTION_SHARDS = 200
 CAPTION_BYTES = 4 << 30
 """Most bytes that are read for captions, about 40,000 samples of 100 kB; each of the shards has its part of them."""
 SPOT_CHECKS, SPOT_BYTES = 512, 4096
-"""Shards whose first bytes count as their content, and how many bytes: the header of the first member, which has its
-time, and what it begins with. A remote store answers so many within a second or two."""
+"""Shards without a hash whose first bytes count as their content, and how many bytes: the header of the first member,
+which has its time, and what it begins with. A remote store answers so many within a second or two."""
 _READERS = 16
 """Shards read at once: a store answers late, but many at a time."""
 _PIECE = 512 << 10
@@ -135,7 +135,7 @@ def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mappin
 
 def fingerprint(shards: Sequence[SourceShard]) -> str:
     """Identity of the data, in two parts: names, sizes and, where a manifest has them, hashes of all shards in order;
-    then class names and the first bytes of `SPOT_CHECKS` shards with and without hashes, all over the list.
+    then class names and, of shards without a hash, the first bytes of `SPOT_CHECKS` all over the list.
 
     Not where they lie: the data may move.
     Raises: DataError if one of those cannot be read.
@@ -146,9 +146,8 @@ def fingerprint(shards: Sequence[SourceShard]) -> str:
     content = hashlib.blake2b(digest_size=16)
     for place, (_, names) in enumerate(dict.fromkeys((shard.source, shard.class_names) for shard in shards)):
         content.update("\n".join((str(place), *names)).encode() if names else b"")
-    for hashed in (False, True):
-        for beginning in _beginnings(_spread([s for s in shards if (s.sha256 is not None) == hashed], SPOT_CHECKS)):
-            content.update(beginning)
+    for beginning in _beginnings(_spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)):
+        content.update(beginning)
     return f"{state.hexdigest()}:{content.hexdigest()}"
 
 
