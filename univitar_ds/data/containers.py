@@ -100,7 +100,7 @@ def missing_bytes(data: bytes, demuxer: str) -> int:
         boxes = itertools.islice(_told_boxes(data, 0, len(data)), _MOST_BOXES)
         ends = (end for name, _, end in boxes if name in (b"moov", b"mdat", b"moof"))
     elif demuxer == "matroska":
-        ends = (end for name, _, end in _all_elements(data, 0, len(data), clipped=False) if name == _SEGMENT)
+        ends = (end for name, _, end in _told_elements(data, 0, len(data)) if name == _SEGMENT)
     return max(0, max(ends, default=0) - len(data))
 
 
@@ -126,14 +126,12 @@ def _inside(data: bytes, path: Sequence[int], within: tuple[int, int] | None = N
 
 
 def _elements(data: bytes, start: int, end: int, name: int) -> Iterator[tuple[int, int]]:
-    return ((inner, stop) for found, inner, stop in _all_elements(data, start, end) if found == name)
+    return ((inner, min(stop, end)) for found, inner, stop in _told_elements(data, start, end) if found == name)
 
 
-def _all_elements(data: bytes, start: int, end: int, clipped: bool = True) -> Iterator[tuple[int, int, int]]:
-    """Name and (start, end) of the contents of the elements between two offsets; one of unknown size takes the rest.
-
-    The end is where the file has it, or (not `clipped`) where the element has it.
-    """
+def _told_elements(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Name and (start, end) of the contents of the elements between two offsets, ended where they say, which may be
+    beyond what is there; one of unknown size takes the rest."""
     for _ in range(_MOST_ELEMENTS):
         if start >= end:
             return
@@ -143,7 +141,7 @@ def _all_elements(data: bytes, start: int, end: int, clipped: bool = True) -> It
             return
         unknown = size == (1 << 7 * (inner - at)) - 1
         stop = end if unknown else inner + size
-        yield name, inner, min(stop, end) if clipped else stop
+        yield name, inner, stop
         start = stop
 
 

@@ -206,7 +206,7 @@ class Stream:
         for row, _, _ in self._pool:
             name = self._group_of.get(row.shard)
             # Rows of a stage with other groups say nothing of how far this one has come.
-            if name is not None and row.epoch // GENERATION == self._readers[name].place.epoch // GENERATION:
+            if name in self._readers and row.epoch // GENERATION == self._readers[name].place.epoch // GENERATION:
                 oldest.setdefault(name, row.epoch)
         while len(self._pool) < rules.pool_samples or tokens < POOL_BUDGETS * rules.token_budget:
             name = self._turns.next()
@@ -222,27 +222,20 @@ class Stream:
         return None
 
     def _tell_starved(self, group: str, tokens: int) -> None:
-        """Once: weights hold, and so a small source with a large one keeps the others from filling the pack."""
+        """Once: a pack holds a sample once and weights hold, so a few samples cannot fill it nor let others do so."""
         share = tokens / self._rules.token_budget
         if share >= WELL_FILLED or self._told_starved or self._rules.cost_budget is not None:
             return
         self._told_starved = True
+        why = f"source {group} has too few samples in a lane for its weight; lower its weight, data.lanes"
         if len(self._readers) == 1:
-            _log.warning(
-                "lane %d: a pack of %s samples is filled to %.0f %% only, because a lane has too few of them and a "
-                "pack holds each once; lower data.lanes or token_budget",
-                self._lane,
-                self._rules.modality,
-                100 * share,
-            )
-            return
+            why = "a lane has too few of them and a pack holds each once; lower data.lanes"
         _log.warning(
-            "lane %d: a pack of %s samples is filled to %.0f %% only, because source %s has too few samples in a lane "
-            "for its weight; lower its weight, data.lanes or token_budget",
+            "lane %d: a pack of %s samples is filled to %.0f %% only, because %s or token_budget",
             self._lane,
             self._rules.modality,
             100 * share,
-            group,
+            why,
         )
 
     def _read(self, reader: Reader) -> _Pooled | None:

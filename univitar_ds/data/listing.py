@@ -74,7 +74,7 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
         told = f"source {source.path}: {len(compressed)} tars are compressed, such as {compressed[0]}; {_DECOMPRESS}"
         if not tars:
             raise DataError(told)
-        _warn(f"{told}; they are left out")
+        warn_once(f"{told}; they are left out")
     names_of = _names(tars)
     return [Shard(prefix + names_of[file], file, storage, storage.size(file)) for file in tars]
 
@@ -83,11 +83,11 @@ def _tell_left_out(source: SourceConfig, names: Iterable[str]) -> None:
     """What a copy that was broken off, or another system, has left under a name that is no shard's."""
     odd = sorted(name for name in names if _ODD_TAR.search(name) and not name.endswith(".tar"))
     if odd:
-        _warn(f"source {source.path}: {odd[0]} ({len(odd)} in all) do not end in .tar and are left out")
+        warn_once(f"source {source.path}: {odd[0]} ({len(odd)} in all) do not end in .tar and are left out")
 
 
 @cache
-def _warn(message: str) -> None:
+def warn_once(message: str) -> None:
     """Once: a source is listed before training, by every stage and for the tokenizer."""
     _log.warning("%s", message)
 
@@ -168,7 +168,7 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
     manifest = read_manifest(folder, storage)
     rows = [row for row in manifest["shards"] if source.split in (None, row["split"])]
     if others := sorted({n for n in names if n.endswith(".tar")} - {row["file"] for row in manifest["shards"]}):
-        _warn(
+        warn_once(
             f"source {source.path}: its manifest does not have {others[0]} ({len(others)} in all), which are left out"
         )
     if not rows:

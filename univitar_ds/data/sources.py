@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +17,10 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import captions, tar
 from univitar_ds.data.class_names import named, read_class_names
 from univitar_ds.data.layout import Modality
-from univitar_ds.data.listing import PACK_HINT, Shard, list_shards
+from univitar_ds.data.listing import PACK_HINT, Shard, list_shards, warn_once
 from univitar_ds.data.mixture import shares_of
 from univitar_ds.data.storage import LOCAL, LocalStorage, StorageSettings
 from univitar_ds.errors import DataError, SampleError
-
-_log = logging.getLogger(__name__)
 
 EVERYTHING = ""
 """Name of the only group where a stage has no weights: all shards of all sources."""
@@ -106,9 +103,7 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
         found += of_source(shards, source, settings)
     counts = Counter(shard.path for shard in found)
     if shared := [path for path, count in counts.items() if count > 1]:
-        _log.warning(
-            "%d shards are in several sources, such as %s: their samples come as often", len(shared), shared[0]
-        )
+        warn_once(f"{len(shared)} shards are in several sources, such as {shared[0]}: their samples come as often")
     return found
 
 
@@ -144,7 +139,8 @@ def fingerprint(shards: Sequence[SourceShard]) -> str:
     for shard in shards:
         state.update(f"{shard.name}\0{shard.size}\0{shard.sha256 or ''}\n".encode("utf-8", "surrogateescape"))
     content = hashlib.blake2b(digest_size=16)
-    for place, (_, names) in enumerate(dict.fromkeys((shard.source, shard.class_names) for shard in shards)):
+    of_sources = {(shard.source, id(shard.class_names)): shard.class_names for shard in shards}  # compared once each
+    for place, (_, names) in enumerate(dict.fromkeys((name, names) for (name, _), names in of_sources.items())):
         content.update("\n".join((str(place), *names)).encode() if names else b"")
     for beginning in _beginnings(_spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)):
         content.update(beginning)

@@ -86,12 +86,12 @@ def verify(
     settings, limits = settings.shared(), limits or DEFAULTS
     listed: list[dict[str, Any]] = []
     found: list[_Found] = []
-    of_source: list[list[_Found]] = []
+    by_source: list[list[_Found]] = []
     for position, source in enumerate(sources):
         about, shards = _looked_up(source, settings)
         prefix = f"{position}:" if len(sources) > 1 else ""
-        of_source.append([replace(one, shard=replace(one.shard, name=prefix + one.shard.name)) for one in shards])
-        found += of_source[-1]
+        by_source.append([replace(one, shard=replace(one.shard, name=prefix + one.shard.name)) for one in shards])
+        found += by_source[-1]
         listed.append(about)
     tasks = [
         Task(number, ShardCheck(replace(one.shard, storage=None), settings, decode, limits, confined=True))
@@ -107,7 +107,7 @@ def verify(
             if isinstance(event, Read):
                 bar.update(event.bytes)
             found[number].add(event)
-    for about, own in zip(listed, of_source, strict=True):
+    for about, own in zip(listed, by_source, strict=True):
         if own and not about["error"] and not any(one.samples or one.faults or one.error for one in own):
             about["error"] = f"source {about['path']}: no sample in its {len(own)} shards; pack it again"
     return _report(listed, [one.to_json() for one in found], decode)
@@ -197,7 +197,7 @@ def _what_is_there(
         name = os.path.basename(file).removesuffix(".tar")
         shards.append(Shard(name, file, storage, size, row.get("kind"), row.get("sha256")))
     try:
-        by_source = of_source(shards, source, settings)
+        told = of_source(shards, source, settings)
     except DataError:  # its own error says it already
-        by_source = of_source(shards, source.model_copy(update={"class_names": None}), settings)
-    return by_source, [os.path.basename(file) for file in wanted if file not in sizes]
+        told = of_source(shards, source.model_copy(update={"class_names": None}), settings)
+    return told, [os.path.basename(file) for file in wanted if file not in sizes]

@@ -1,6 +1,5 @@
 """Objects of a store on loopback, through a proxy that misbehaves."""
 
-import itertools
 import json
 import logging
 import os
@@ -192,37 +191,6 @@ def test_a_slow_connection_is_replaced_by_another(server, tmp_path):
         assert len(proxy.bodies("slow.tar")) == 2
 
 
-def test_a_process_that_was_suspended_does_not_hold_the_time_against_the_store(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(pace.time, "sleep", lambda seconds: None)
-    reached = pace.Pace()
-    reached.reached = True
-    patience = pace.Patience("s3://b/x", 300.0, reached, 20.0)
-    now[0] = 5000.0
-    patience.failed(pace.Failure("the connection failed"))
-    for second in range(5020, 5260, 20):
-        now[0] = float(second)
-        patience.failed(pace.Failure("the connection failed"))
-    now[0] = 5260.0
-    with pytest.raises(DataError, match="nothing came for 300 s and 14 attempts"):
-        patience.failed(pace.Failure("the connection failed"))
-
-
-def test_what_comes_fast_enough_starts_the_clock_anew_and_a_slow_connection_is_told(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
-    patience = pace.Patience("s3://b/x", 300.0, pace.Pace(), 20.0)
-    patience.connected()
-    for second in range(1, 100):
-        now[0] = float(second)
-        patience.progress(pace.SLOW_BYTES_PER_S)
-    patience.connected()
-    now[0] = 120.0
-    with pytest.raises(OSError, match="the connection gave 1310719 bytes in 21 s"):
-        patience.progress(20 * pace.SLOW_BYTES_PER_S - 1)
-
-
 @pytest.mark.parametrize("status", [507, 520, 529])
 def test_any_failure_of_a_store_or_of_what_lies_before_it_is_tried_again(server, tmp_path, status, monkeypatch):
     url = server.put("odd.tar", BLOB)
@@ -391,61 +359,6 @@ def test_a_storage_is_one_per_process_and_survives_pickling(server):
     assert storage_for("s3://other/x", settings) is one
     assert storage_for(url, LOCAL) is not one
     assert pickle.loads(pickle.dumps(one)).read_range(url, 5, 5) == BLOB[5:10]
-
-
-def test_refusals_slow_down_all_requests_of_a_process_and_answers_speed_them_up_again(monkeypatch):
-    slept = []
-    now = [100.0]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(pace.time, "sleep", slept.append)
-    monkeypatch.setattr(pace, "FIRST_GAP_S", 0.02)
-    one = pace.Pace()
-    for _ in range(5):
-        one.wait()
-    assert slept == []
-    for _ in range(8):  # refused together
-        one.throttled()
-    assert one.gap_s == 0.02
-    for _ in range(20):
-        now[0] += 1.1
-        one.throttled()
-    assert one.gap_s == pace.LONGEST_GAP_S
-    for _ in range(4):
-        one.wait()
-    gaps = [later - earlier for earlier, later in itertools.pairwise(slept)]
-    assert len(gaps) >= 2
-    assert all(0.5 <= gap <= 1.5 for gap in gaps)
-    assert len(set(gaps)) == len(gaps)  # jittered
-    for _ in range(60):
-        one.answered()
-    assert one.gap_s == 0.0
-
-
-def test_pauses_grow_are_jittered_and_heed_what_the_store_asks_for(monkeypatch):
-    slept = []
-    monkeypatch.setattr(pace.time, "sleep", slept.append)
-    monkeypatch.setattr(pace, "FIRST_PAUSE_S", 0.1)
-    reached = pace.Pace()
-    reached.reached = True
-    for _ in range(200):
-        patience = pace.Patience("s3://b/x", 300.0, reached, 20.0)
-        for _ in range(10):
-            patience.failed(pace.Failure("busy"))
-    longest = [max(slept[number::10]) for number in range(10)]
-    assert longest[:6] == sorted(longest[:6])
-    assert 0.1 < longest[0] <= 0.2
-    assert 9 < longest[-1] <= pace.LONGEST_PAUSE_S
-    assert min(slept[9::10]) < 2
-    slept.clear()
-    pace.Patience("s3://b/x", 300.0, reached, 20.0).failed(pace.Failure("busy", True, 7.0))
-    assert slept == [7.0]
-
-
-def test_the_log_tells_of_trouble_but_does_not_fill_with_it(caplog):
-    one = pace.Pace()
-    for number in range(50):
-        one.tell("failure %d", number)
-    assert [record.getMessage() for record in caplog.records] == ["failure 0"]
 
 
 _KILLED = """
