@@ -1,7 +1,7 @@
 """What does the loader cost beside a bare loop, webdataset with a DataLoader, and megatron-energon?
 
     python benchmarks/bench_loader.py SHARDS [--rounds 3] [--peer-python PYTHON] [--s3]
-    python benchmarks/bench_loader.py SHARDS --curve 30
+    python benchmarks/bench_loader.py SHARDS --curve 30 [--s3] [--sizes native_10k]
 
 SHARDS is a folder from `univitar-ds data pack`; at least four shards, so that others can share them among workers.
 Each contender of `loader_contenders.py` runs in a process of its own, all of them in turn in every round, so that the
@@ -10,8 +10,8 @@ the process and all it started; samples per second; memory; and for ours the sec
 up to the first pack. Ratios are medians over the rounds. webdataset comes with `pip install -e '.[bench]'`, energon
 with `pip install -e '.[energon]'` and --contenders ours bare webdataset energon; --peer-python names the Python of
 another environment that has them. --s3 adds a row for ours that reads the same shards from a store on this machine
-(moto), whose own CPU time is not counted. --curve MINUTES writes the memory of ours over time to
-results/bench_loader_pages.csv.
+(moto), whose own CPU time is not counted. --curve MINUTES writes the memory of ours over time, with --s3 from such a
+store, to results/bench_loader_pages.csv.
 
 Memory is the proportional set size (a page shared by n processes counts 1/n in each) of the trainer's process and
 the decoding processes, ring included; `base_mb` is the same process after importing the loader, before it starts.
@@ -33,7 +33,7 @@ import sys
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -50,6 +50,7 @@ from benchmarks.rows import RESULTS, add_rows, git_commit, processor  # noqa: E4
 SIZES = {
     "native": (576, 5832, 112, 16384, 880),
     "native_8k": (576, 5832, 112, 8192, 880),
+    "native_10k": (576, 5832, 112, 10240, 880),  # packs of 6 MB
     "small": (64, 256, 28, 16384, 220),
 }
 """Least and most tokens, divisor in px, token budget, mean tokens of the photos."""
@@ -220,22 +221,25 @@ def _names(rows: list[dict[str, Any]]) -> list[str]:
 
 def curve(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Memory of ours every ten seconds, seen from outside, at a pace that may leave the machine to others."""
-    context = multiprocessing.get_context("spawn")
-    samples = context.Value("q", 0)
-    task = Task(arguments.shards, None, arguments.workers, *SIZES["native"])
-    loading = context.Process(target=load_for_ever, args=(task, arguments.pause, samples), daemon=True)
-    loading.start()
-    rows: list[dict[str, Any]] = []
-    while not samples.value:
-        time.sleep(0.01)
-    begun = time.monotonic()
-    while loading.is_alive() and (elapsed := time.monotonic() - begun) < 60 * arguments.curve:
-        pss, rss = memory_mb(loading.pid)
-        row = {"seconds": round(elapsed), "samples": samples.value, "pss_mb": round(pss), "rss_mb": round(rss)}
-        rows.append({**row, "distinct_mb": round(distinct_mb(loading.pid))})
-        print(rows[-1], file=sys.stderr, flush=True)
-        time.sleep(10)
-    loading.terminate()
+    (sizes,) = arguments.sizes
+    with store(arguments.shards) if arguments.s3 else nullcontext((arguments.shards, None)) as (address, endpoint):
+        context = multiprocessing.get_context("spawn")
+        samples = context.Value("q", 0)
+        task = Task(address, endpoint, arguments.workers, *SIZES[sizes])
+        loading = context.Process(target=load_for_ever, args=(task, arguments.pause, samples), daemon=True)
+        loading.start()
+        rows: list[dict[str, Any]] = []
+        while not samples.value:
+            time.sleep(0.01)
+        begun = time.monotonic()
+        while loading.is_alive() and (elapsed := time.monotonic() - begun) < 60 * arguments.curve:
+            pss, rss = memory_mb(loading.pid)
+            row = {"sizes": sizes, "contender": "ours_s3" if arguments.s3 else "ours", "seconds": round(elapsed)}
+            row |= {"samples": samples.value, "pss_mb": round(pss), "rss_mb": round(rss)}
+            rows.append({**row, "distinct_mb": round(distinct_mb(loading.pid))})
+            print(rows[-1], file=sys.stderr, flush=True)
+            time.sleep(10)
+        loading.terminate()
     return rows
 
 
@@ -270,6 +274,8 @@ def main() -> None:
         row = measure(request["name"], Task(**request["task"]), request["epoch"], request["epochs"])
         print(json.dumps(row), flush=True)
         os._exit(0)  # the contenders never end, and some of their processes not either
+    if arguments.curve and len(arguments.sizes) > 1:
+        parser.error("--curve takes one of --sizes")
     if arguments.curve:
         write(curve(arguments), "bench_loader_pages.csv")
         return

@@ -64,7 +64,7 @@ class DataConfig(Section):
     lanes: Positive = Field(4, description="independent streams of packs; the world size must divide it")
     workers: Annotated[int, Field(ge=0)] = Field(1, description="decoding processes per rank; 0 decodes in line")
     prefetch_packs: Positive | None = Field(
-        None, description="packs decoded ahead per rank; absent: 3, where a GPU trains at least those of a step"
+        None, description="packs decoded ahead per rank; absent: about 3, where a GPU trains at least those of a step"
     )
     pool_samples: Positive = Field(192, description="samples a lane looks ahead over when it fills a pack")
     max_image_px: Positive = Field(

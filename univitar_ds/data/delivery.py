@@ -23,7 +23,8 @@ from univitar_ds.errors import SampleError
 from univitar_ds.geometry import TUBELET
 
 AHEAD = 3
-"""Packs decoded ahead where the run file says nothing and the decoders have the trainer's cores."""
+"""Packs decoded ahead where the run file says nothing and the decoders have the trainer's cores; it is one fewer
+while the trainer holds the most it may, at no cost in samples per second."""
 _MOST_LENT = 4
 """Packs of which the trainer may hold the slots."""
 
@@ -36,11 +37,13 @@ def decoded(
     *,
     packs_of_step: int = 1,
     step_ahead: bool = False,
+    from_s3: bool = False,
 ) -> Pipeline | Generator[Rendered]:
     """The decoded packs of `plans`, by `data.workers` processes or, with 0, in line. Both have `close`.
 
     `sizes` are the rules of the modalities in `plans`; `token_budget` the most tokens of a plan. Whoever takes
     `packs_of_step` packs at a time may hold the last step's while taking the next; `step_ahead` decodes as many ahead.
+    `from_s3`: shards lie there.
     """
     limits = DecodeLimits(data.max_image_px, data.decode_timeout_s, data.max_clip_s)
     settings = StorageSettings.of(data)
@@ -57,9 +60,10 @@ def decoded(
         prefetch_packs=data.prefetch_packs or (max(AHEAD, packs_of_step) if step_ahead else AHEAD),
         slot_bytes=max(_bytes_of_a_token(modality) for modality in sizes) * token_budget,
         lent=min(2 * packs_of_step, _MOST_LENT),
+        shared_slots=0 if data.prefetch_packs or step_ahead else 1,
         restarts=data.worker_restarts,
         settings=settings.shared(),
-        modalities=sizes.keys(),
+        needs=[*sizes, "s3"] if from_s3 else [*sizes],
     )
 
 

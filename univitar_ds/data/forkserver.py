@@ -12,7 +12,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from univitar_ds.data import worker
-from univitar_ds.data.layout import Modality
 from univitar_ds.data.ring import Ring
 
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
@@ -26,10 +25,10 @@ _CLOSE_S = 10.0
 class ForkServer:
     """Starts and ends decoding processes that write into `ring`. For any number of threads."""
 
-    def __init__(self, ring: Ring, modalities: Collection[Modality] = ("image", "video")) -> None:
-        """Nothing is started yet. `modalities` are those that processes can decode right after they start."""
+    def __init__(self, ring: Ring, needs: Collection[worker.Need] = ("image", "video")) -> None:
+        """Nothing is started yet. `needs` is what processes can do right after they start."""
         self._ring = ring
-        self._modalities = sorted(modalities)
+        self._needs = sorted(needs)
         self._talk = threading.Lock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -107,7 +106,7 @@ class ForkServer:
         }
         with theirs:
             self._process = subprocess.Popen(
-                [*command, *map(str, numbers), *self._modalities],
+                [*command, *map(str, numbers), *self._needs],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(self._ring.descriptor, theirs.fileno()),
                 env=environment,

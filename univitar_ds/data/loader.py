@@ -27,6 +27,7 @@ from univitar_ds.data.sources import (
     find_shards,
     fingerprint,
     of_modality,
+    on_s3,
     stage_modalities,
     validate_sources,
 )
@@ -90,6 +91,7 @@ class PackLoader:
             stage.token_budget,
             packs_of_step=len(self._owned),
             step_ahead=step_ahead,
+            from_s3=on_s3(shards),
         )
 
     def __enter__(self) -> Self:
@@ -153,7 +155,7 @@ def eval_packs(
     loaded = None if tokenizer is None else text.load_tokenizer(tokenizer)
     plans = tokenized(_sweep(shards, size, token_budget, bad_policy(data)), loaded, context_length)
     health = DecodingHealth(bad_policy(data))
-    packs = decoded(plans, data, {modality: size}, size.most_tokens)
+    packs = decoded(plans, data, {modality: size}, size.most_tokens, from_s3=on_s3(shards))
     try:
         for pack in packs:
             yield collate(health.check(pack), loaded)

@@ -21,10 +21,10 @@ import numpy as np
 from univitar_ds.data.attendant import Attendant, Closed, Restarts
 from univitar_ds.data.forkserver import ForkServer
 from univitar_ds.data.lanes import Plan
-from univitar_ds.data.layout import Modality
 from univitar_ds.data.render import Failure, RenderJob, render
 from univitar_ds.data.ring import Ring
 from univitar_ds.data.storage import LOCAL, StorageSettings
+from univitar_ds.data.worker import Need
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,17 @@ class Pipeline:
         prefetch_packs: int,
         slot_bytes: int,
         lent: int = 4,
+        shared_slots: int = 0,
         restarts: int = 0,
         settings: StorageSettings = LOCAL,
-        modalities: Collection[Modality] = ("image", "video"),
+        needs: Collection[Need] = ("image", "video"),
     ) -> None:
         """Start `workers` >= 1 processes.
 
         `slot_bytes` is the most that a plan's pixels take; `lent` of how many packs the trainer may hold the slots,
-        those beyond are copied; `restarts` how often a process that died may be replaced;
-        `settings` how the processes reach the shards; `modalities` those of the plans.
+        those beyond are copied; `shared_slots` how many fewer are decoded ahead while it holds as many; `restarts` how
+        often a process that died may be replaced; `settings` how the processes reach the shards; `needs` what the
+        plans need, see `worker.PRELOADED`.
         """
         assert min(workers, prefetch_packs, lent) >= 1, (workers, prefetch_packs, lent)
         self._plans = plans
@@ -83,11 +85,12 @@ class Pipeline:
         self._stopped = False
         self._undelivered = self._lent = 0
         self._most_lent = lent
-        slots = self._ahead + lent
+        assert 0 <= shared_slots < self._ahead, (shared_slots, self._ahead)
+        slots = self._ahead + lent - shared_slots
         self._ring = Ring.create(slots, slot_bytes)
         self._free = list(range(slots))
         allowed = Restarts(restarts)
-        self._server = ForkServer(self._ring, modalities)
+        self._server = ForkServer(self._ring, needs)
         self._attendants = [Attendant(number, self._server, self._ring, settings, allowed) for number in range(workers)]
         self._threads = [threading.Thread(target=self._draw_plans, name="planner", daemon=True)]
         for attendant in self._attendants:
@@ -156,6 +159,7 @@ class Pipeline:
         with self._changed:
             self._lent -= 1
             self._free.append(slot)
+            self._changed.notify_all()
 
     def _draw_plans(self) -> None:
         for number in itertools.count():
@@ -172,9 +176,9 @@ class Pipeline:
                 self._changed.notify_all()
 
     def _attend(self, attendant: Attendant) -> None:
-        """Keep one process busy. Slot and plan are taken together, so the oldest plan never lacks a slot.
+        """Keep one process busy. Slot and plan are taken together, so that the oldest plan has a slot or gets the next.
 
-        A slot is free whenever fewer than `_ahead` packs are undelivered, because no more than `_most_lent` are lent.
+        One is free whenever none is undelivered, because there are more than `_most_lent`: who waits is served.
         """
         try:
             attendant.start()
@@ -194,7 +198,7 @@ class Pipeline:
             self._fail(error)
 
     def _may_decode(self) -> bool:
-        return bool(self._waiting) and self._undelivered < self._ahead
+        return bool(self._waiting) and bool(self._free) and self._undelivered < self._ahead
 
     def _decode(self, attendant: Attendant, slot: int, plan: Plan) -> _Outcome:
         """Whatever decoding raises comes in the pack's place, so that it always comes after the same packs."""

@@ -19,7 +19,7 @@ from univitar_ds.data.class_names import named, read_class_names
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import PACK_HINT, Shard, list_shards, warn_once
 from univitar_ds.data.mixture import shares_of
-from univitar_ds.data.storage import LOCAL, LocalStorage, StorageSettings
+from univitar_ds.data.storage import LOCAL, S3, LocalStorage, StorageSettings
 from univitar_ds.errors import DataError, SampleError
 
 EVERYTHING = ""
@@ -110,6 +110,10 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
 def of_modality(shards: Sequence[Shard], modality: Modality) -> list[int]:
     """Indices of the shards that may hold samples of this modality."""
     return [index for index, shard in enumerate(shards) if shard.modality in (None, modality)]
+
+
+def on_s3(shards: Sequence[Shard]) -> bool:
+    return any(shard.path.startswith(S3) for shard in shards)
 
 
 def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mapping[str, float]) -> list[ShardGroup]:

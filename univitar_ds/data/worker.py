@@ -1,9 +1,8 @@
-"""The process that decoding processes are forked from; its arguments are descriptors, sizes and modalities, see `main`.
+"""The process that decoding processes are forked from; its arguments are descriptors, sizes and needs, see `main`.
 
 It is a program of its own, not a copy of the trainer: it imports what decoding needs and nothing else (no FFmpeg for
-pictures), whatever the
-trainer's main module is, and starts no thread. The processes it forks share its memory, two thirds of what each of
-them uses, and start within milliseconds. `forkserver.ForkServer` is the trainer's side of it.
+pictures), whatever the trainer's main module is, and starts no thread. The processes it forks share its memory, two
+thirds of what each of them uses, and start within milliseconds. `forkserver.ForkServer` is the trainer's side of it.
 
 Messages to decoding processes are JSON; pixels go through the ring. They end when the trainer closes its end of their
 channel. When the trainer is gone, all of them end, even in the middle of a picture.
@@ -24,6 +23,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from struct import Struct
+from typing import Literal
 
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.ring import Ring
@@ -37,11 +37,13 @@ FORK, END, KILL = b"F", b"E", b"K"
 kill one that hangs: its exit code, negative for a signal, or `NOT_MINE`."""
 NOT_MINE = 1 << 16
 """The process was forked by an earlier one of these, and is gone with it."""
-PRELOADED: Mapping[Modality, Sequence[str]] = {
+Need = Modality | Literal["s3"]
+PRELOADED: Mapping[Need, Sequence[str]] = {
     "image": ("univitar_ds.data.render",),
     "video": ("univitar_ds.data.render", "univitar_ds.data.clips"),
+    "s3": ("univitar_ds.data.s3",),
 }
-"""What decoding each modality needs: imported before forking, it is in memory once."""
+"""What decoding each modality and reading from S3 need: imported before forking, it is in memory once."""
 _FAREWELL_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
@@ -79,10 +81,10 @@ def serve(ring: Ring, channel: Connection) -> None:
         channel.send_bytes(json.dumps(answer).encode())
 
 
-def breed(ring: Ring, control: socket.socket, modalities: Sequence[Modality]) -> None:
+def breed(ring: Ring, control: socket.socket, needs: Sequence[Need]) -> None:
     """Fork and end decoding processes as the control socket says, until it closes; then end those there are."""
-    for modality in modalities:
-        for module in PRELOADED[modality]:
+    for need in needs:
+        for module in PRELOADED[need]:
             importlib.import_module(module)
     from univitar_ds.data import resample
 
@@ -153,9 +155,9 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     descriptor, slots, slot_bytes, control = map(int, arguments[:4])
-    modalities = [modality for modality in PRELOADED if modality in arguments[4:]]
+    needs = [need for need in PRELOADED if need in arguments[4:]]
     try:
-        breed(Ring(descriptor, slots, slot_bytes), socket.socket(fileno=control), modalities)
+        breed(Ring(descriptor, slots, slot_bytes), socket.socket(fileno=control), needs)
     except ConnectionError:
         return
 

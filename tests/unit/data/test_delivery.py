@@ -53,15 +53,16 @@ def test_captions_are_encoded_while_planning_and_those_of_failed_items_left_out(
 
 
 @pytest.mark.parametrize(
-    ("asked", "step_ahead", "ahead"), [(None, False, 3), (None, True, 8), (2, True, 2), (5, False, 5)]
+    ("asked", "step_ahead", "ahead", "shared"),
+    [(None, False, 3, 1), (None, True, 8, 0), (2, True, 2, 0), (5, False, 5, 0)],
 )
-def test_as_many_packs_are_decoded_ahead_as_the_trainer_can_use(monkeypatch, asked, step_ahead, ahead):
+def test_as_many_packs_are_decoded_ahead_as_the_trainer_can_use(monkeypatch, asked, step_ahead, ahead, shared):
     made = {}
     monkeypatch.setattr(delivery, "Pipeline", lambda *_, **given: made.update(given))
     data = DataConfig(sources=[SourceConfig(path="x")], workers=1, prefetch_packs=asked)
     delivery.decoded(iter([]), data, {"image": None}, 100, packs_of_step=8, step_ahead=step_ahead)
     assert made["prefetch_packs"] == ahead
-    assert made["lent"] == 4
+    assert (made["lent"], made["shared_slots"]) == (4, shared)
 
 
 def test_a_resumed_run_ends_at_the_same_sample_as_one_that_was_never_interrupted():

@@ -60,7 +60,7 @@ class Players:
         self.program = program
         self.started = []
 
-    def __call__(self, ring, modalities):
+    def __call__(self, ring, needs):
         self._ring = ring
         return self
 
@@ -274,11 +274,12 @@ def test_no_more_is_planned_ahead_than_the_ring_and_the_queue_hold(monkeypatch):
             assert len(drawn) <= step + 1 + 2 + 2 + 1
 
 
+@pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("held", [0, 1, 3, 12])
-def test_packs_that_are_held_keep_their_pixels_and_decoding_goes_on(monkeypatch, held):
+def test_packs_that_are_held_keep_their_pixels_and_decoding_goes_on(monkeypatch, held, shared):
     play(monkeypatch, HONEST)
     kept = []
-    with run(plans(30), workers=2) as packs:
+    with run(plans(30), workers=2, shared_slots=shared) as packs:
         for pack in packs:
             kept.append((pack.plan, torch.from_numpy(pack.pixels)))
             for plan, pixels in kept:
@@ -303,6 +304,23 @@ def test_a_slot_is_used_again_once_the_last_view_of_its_pixels_is_gone(monkeypat
         del pixels, views
         assert packs._lent == 0
         assert len(slots) == lent
+
+
+def test_fewer_packs_are_decoded_ahead_while_the_trainer_holds_its_most_and_a_shared_slot_goes_to_either(monkeypatch):
+    play(monkeypatch, HONEST)
+    with run(plans(30), prefetch_packs=3, lent=2, shared_slots=1) as packs:
+
+        def soon(undelivered):
+            with packs._changed:
+                return packs._changed.wait_for(lambda: packs._undelivered == undelivered, timeout=20)
+
+        assert soon(3)
+        held = [next(packs), next(packs)]
+        assert soon(2)
+        assert not packs._free
+        assert not packs._may_decode()
+        held.pop()
+        assert soon(3)
 
 
 @pytest.mark.parametrize("program", ["time.sleep(600)", "ready(); job(); time.sleep(600)", HONEST])

@@ -129,6 +129,20 @@ def test_a_process_for_pictures_holds_no_library_for_clips_and_can_still_decode_
         server.close()
 
 
+@pytest.mark.parametrize(("needs", "found"), [(["image"], False), (["image", "s3"], True)])
+def test_what_reads_from_s3_is_imported_once_and_only_where_shards_lie_there(monkeypatch, capfd, ring, needs, found):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    server = ForkServer(ring, needs)
+    try:
+        server.fork()
+        imported = capfd.readouterr().err
+        assert "univitar_ds.data.decode\n" in imported
+        assert ("univitar_ds.data.s3_connection\n" in imported) == found
+        assert "boto" not in imported  # a decoder makes a request only for what no local copy has
+    finally:
+        server.close()
+
+
 def test_a_process_for_clips_shares_their_library_with_the_one_it_was_forked_from(server, ring, job):
     pid, channel = server.fork()
     greeted(channel)
