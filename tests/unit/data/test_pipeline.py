@@ -311,8 +311,13 @@ def test_fewer_packs_are_decoded_ahead_while_the_trainer_holds_its_most_and_a_sh
     with run(plans(30), prefetch_packs=3, lent=2, shared_slots=1) as packs:
 
         def soon(undelivered):
+            def reached():
+                return len(packs._done) == packs._undelivered == undelivered
+
             with packs._changed:
-                return packs._changed.wait_for(lambda: packs._undelivered == undelivered, timeout=20)
+                done = packs._changed.wait_for(reached, timeout=20)
+            time.sleep(0.1)  # the thread that has decoded the last one waits for the next
+            return done
 
         assert soon(3)
         held = [next(packs), next(packs)]
