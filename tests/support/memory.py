@@ -8,15 +8,24 @@ import json
 import tarfile
 from collections.abc import Sequence
 
+from hypothesis import strategies as st
+
 from tests.support.shards import Sample, picture
 from univitar_ds.data.batch import Modality
+from univitar_ds.data.cursor import Place, StreamCursor
 from univitar_ds.data.health import BadPolicy
-from univitar_ds.data.lanes import StreamRules
+from univitar_ds.data.lanes import Item, Stream, StreamRules
+from univitar_ds.data.reading import Reader
 from univitar_ds.data.samples import SizeRule
-from univitar_ds.data.sources import SourceShard
+from univitar_ds.data.sources import EVERYTHING, SourceShard, groups_of
 from univitar_ds.geometry import Resolution
 
+START = Place()
 tiny_picture = functools.lru_cache(functools.partial(picture, form="PNG"))
+counts = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda some: sum(some) > 0)
+"""Samples of each of some shards."""
+wounds = st.lists(st.tuples(st.integers(0, 5), st.floats(0, 0.99), st.booleans()), max_size=4)
+"""For `damaged`."""
 
 
 class MemoryStorage:
@@ -110,3 +119,37 @@ def small_rules(shards: Sequence[SourceShard], *, lanes: int = 1, seed: int = 0,
     policy = BadPolicy("skip", 1000, changed.pop("max_bad_in_a_row", 5))
     fields = {"token_budget": 40, "pool_samples": 16, "policy": policy, **changed}
     return StreamRules(shards=shards, lanes=lanes, seed=seed, size=size, **fields)
+
+
+def keys(items: Sequence[Item]) -> list[str]:
+    """The names of the samples."""
+    return [item.sample.key for item in items]
+
+
+def epoch_of(cursor: StreamCursor) -> int:
+    """Of a stage without weights."""
+    return cursor.places[EVERYTHING].epoch
+
+
+def packs_of(
+    rules: StreamRules, lane: int, n: int, start: StreamCursor | None = None
+) -> tuple[list[tuple[list[Item], dict[str, int]]], StreamCursor]:
+    """The next packs of a lane, each with what was left out on the way, and where they end."""
+    stream = Stream(rules, lane, start or StreamCursor())
+    return [stream.next_pack() for _ in range(n)], stream.cursor()
+
+
+def reader_of(rules: StreamRules, lane: int, place: Place = START) -> Reader:
+    """What reads the samples of a lane, from a place on."""
+    (group,) = groups_of(rules.shards, "image", rules.weights)
+    return Reader(rules.shards, group, "image", lanes=rules.lanes, lane=lane, seed=rules.seed, place=place)
+
+
+def damaged(sizes: Sequence[int], wounds: Sequence[tuple[int, float, bool]]) -> list[SourceShard]:
+    """Shards of so many samples; a wound (shard, share of its bytes, cut) makes the block there zero or cuts there."""
+    contents = [tar_bytes([sized_sample(f"{s}-{i}", 7 * s + i) for i in range(n)]) for s, n in enumerate(sizes)]
+    for shard, share, cut in wounds:
+        content = contents[shard % len(sizes)]
+        at = int(share * len(content)) // 512 * 512
+        contents[shard % len(sizes)] = content[:at] + (b"" if cut else bytes(512) + content[at + 512 :])
+    return raw_shards(contents)

@@ -1,13 +1,10 @@
 """Which samples a lane gives: all of them once an epoch, the same from any save point on, whoever runs it."""
 
 import json
-import logging
 import statistics
 import subprocess
 import sys
 from collections import Counter
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,72 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.memory import (
+    counts,
+    epoch_of,
+    keys,
     memory_shards,
-    raw_shards,
+    packs_of,
     shards_of,
     sized_sample,
     small_rules,
-    tar_bytes,
     tiny_picture,
 )
-from univitar_ds.data.cursor import LaneCursor, Place, StreamCursor, parse
-from univitar_ds.data.health import BadPolicy
+from univitar_ds.data.cursor import LaneCursor, StreamCursor, parse
 from univitar_ds.data.lanes import Lane, Stream
-from univitar_ds.data.reading import Reader, read_entry
-from univitar_ds.data.scans import Scans, shard_samples
-from univitar_ds.data.sources import EVERYTHING, groups_of
-from univitar_ds.data.tar import Damage
-from univitar_ds.data.units import Unit, parts_per_shard, units_of_lane
-from univitar_ds.errors import DataError, SampleError
-
-START = Place()
-counts = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda some: sum(some) > 0)
-
-
-def keys(items):
-    return [item.sample.key for item in items]
-
-
-def epoch_of(cursor):
-    return cursor.places[EVERYTHING].epoch
-
-
-def packs_of(rules, lane, n, start=None):
-    stream = Stream(rules, lane, start or StreamCursor())
-    return [stream.next_pack() for _ in range(n)], stream.cursor()
-
-
-@given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 3), st.integers(0, 5))
-def test_the_units_of_all_lanes_are_every_part_of_every_shard_once(shards, lanes, seed, epoch):
-    indices = [3 * index for index in range(shards)]
-    dealt = [units_of_lane(indices, lanes, lane, seed, "image", epoch) for lane in range(lanes)]
-    parts = parts_per_shard(shards, lanes)
-    assert sorted(unit for units in dealt for unit in units) == [
-        Unit(s, p, parts) for s in indices for p in range(parts)
-    ]
-    sizes = [len(units) for units in dealt]
-    assert max(sizes) - min(sizes) <= (1 if shards >= 8 * lanes else 0)
-
-
-def test_units_change_their_order_and_owner_from_epoch_to_epoch_and_seed_to_seed():
-    first = units_of_lane(range(16), 2, 0, 0, "image", 0)
-    assert first == units_of_lane(range(16), 2, 0, 0, "image", 0)
-    others = [
-        units_of_lane(range(16), 2, 0, 0, "image", 1),
-        units_of_lane(range(16), 2, 0, 1, "image", 0),
-        units_of_lane(range(16), 2, 0, 0, "video", 0),
-    ]
-    assert all(set(other) != set(first) for other in others)
-
-
-def test_two_groups_of_the_same_number_of_shards_are_read_in_orders_of_their_own():
-    shards = memory_shards([1] * 24, sources=["a"] * 12 + ["b"] * 12)
-    orders = {}
-    for group in groups_of(shards, "image", {"a": 1, "b": 1}):
-        reader = Reader(shards, group, "image", lanes=1, lane=0, seed=0, place=START)
-        orders[group.name] = [found.shard - group.shards[0] for found in iter(reader.next, None)]
-    assert sorted(orders["a"]) == sorted(orders["b"]) == list(range(12))
-    assert orders["a"] != orders["b"]
+from univitar_ds.data.scans import Scans
+from univitar_ds.errors import DataError
 
 
 def drained(rules, lane, epochs):
@@ -226,40 +171,6 @@ def test_mixed_shards_give_each_stream_its_own_samples():
         packs_of(small_rules(shards_of([mixed], modality=None), modality="video", frames=2), 0, 1)
 
 
-def test_a_bad_sample_is_counted_by_kind_and_logged_with_shard_key_and_byte(caplog):
-    samples = [sized_sample(f"g{n}", n) for n in range(30)]
-    samples[3:3] = [
-        ("x", {"png": tiny_picture(20, 20)}),
-        ("y", {"png": b"junk", "txt": b"t"}),
-        ("z", {"png": tiny_picture(20, 20), "json": b"{"}),
-    ]
-    with caplog.at_level(logging.WARNING):
-        packs, _ = packs_of(small_rules(shards_of([samples])), 0, 1)
-    assert packs[0][1] == {"no_caption": 1, "unreadable": 1, "bad_json": 1}
-    assert "sample left out (no_caption, number 1 of lane 0, image): m0/x at byte 6144: neither" in caplog.text
-
-
-def test_too_many_bad_samples_in_a_row_end_the_run():
-    samples = [sized_sample(f"g{n}", n) for n in range(60)]
-    samples[40:40] = [(f"x{n}", {"png": b"junk", "txt": b"t"}) for n in range(6)]
-    told = r"lane 0, image: 6 samples in a row cannot be used \(data.max_bad_in_a_row is 5\).*: m0/x5 at byte \d+: the"
-    with pytest.raises(DataError, match=told):
-        packs_of(small_rules(shards_of([samples])), 0, 30)
-
-
-def test_as_many_bad_samples_in_a_row_as_allowed_are_passed_over():
-    samples = [sized_sample(f"g{n}", n) for n in range(60)]
-    samples[40:40] = [(f"x{n}", {"png": b"junk", "txt": b"t"}) for n in range(5)]
-    packs, _ = packs_of(small_rules(shards_of([samples])), 0, 30)
-    assert sum(sum(bad.values()) for _, bad in packs) >= 5
-
-
-def test_data_without_a_readable_sample_is_an_error_and_no_endless_loop():
-    for contents in ([[], []], [[("x", {"png": b"junk", "txt": b"t"})], []]):
-        with pytest.raises(DataError, match="none of the 2 shards has a readable image sample"):
-            packs_of(small_rules(shards_of(contents)), 0, 1)
-
-
 def test_a_lane_without_a_sample_in_one_epoch_waits_for_the_next():
     rules = small_rules(memory_shards([1]), lanes=4)
     for lane in range(4):
@@ -268,177 +179,11 @@ def test_a_lane_without_a_sample_in_one_epoch_waits_for_the_next():
         assert epoch_of(end) >= 1
 
 
-def test_a_pool_that_the_next_stage_does_not_allow_is_left_out_and_counted():
-    shards = memory_shards([60])
-    _, cursor = packs_of(small_rules(shards), 0, 3)
-    rules = small_rules(shards)
-    tighter = replace(rules, size=replace(rules.size, max_image_px=10 * 196), policy=BadPolicy("skip", 1000, 60))
-    ((items, bad),), after = packs_of(tighter, 0, 1, cursor)
-    too_large = [row for row in cursor.pool if (1 + row.ordinal % 5) * (1 + row.ordinal // 5 % 4) > 10]
-    assert bad["too_large"] >= len(too_large) > 0
-    assert max(item.sample.tokens for item in items) <= 10
-    assert after.reading[1] == bad["too_large"] - len(too_large), "the stage's choice counts as bad data"
-
-
 def test_a_pool_whose_addresses_hold_something_else_is_refused():
     _, cursor = packs_of(small_rules(memory_shards([20, 20])), 0, 3)
     other = shards_of([[(f"other{n}", sized_sample("k", n)[1]) for n in range(3)]])
     with pytest.raises(DataError, match="the sample that the data cursor has at byte"):
         Stream(small_rules([other[0], other[0]]), 0, cursor)
-
-
-def damaged(sizes, wounds):
-    """Shards of so many samples; a wound (shard, share of its bytes, cut) makes the block there zero or cuts there."""
-    contents = [tar_bytes([sized_sample(f"{s}-{i}", 7 * s + i) for i in range(n)]) for s, n in enumerate(sizes)]
-    for shard, share, cut in wounds:
-        content = contents[shard % len(sizes)]
-        at = int(share * len(content)) // 512 * 512
-        contents[shard % len(sizes)] = content[:at] + (b"" if cut else bytes(512) + content[at + 512 :])
-    return raw_shards(contents)
-
-
-wounds = st.lists(st.tuples(st.integers(0, 5), st.floats(0, 0.99), st.booleans()), max_size=4)
-
-
-@settings(max_examples=60, deadline=None)
-@given(counts, wounds, st.integers(1, 3), st.integers(0, 15))
-def test_through_damage_and_over_all_lanes_what_is_left_comes_once_and_the_same_from_any_save_point(
-    sizes, wounds, lanes, before
-):
-    rules = small_rules(damaged(sizes, wounds), lanes=lanes, policy=BadPolicy("skip", 1000, 1000))
-    entries = [(index, entry) for index, shard in enumerate(rules.shards) for entry in shard_samples(shard, "image")]
-    sound = set()
-    for index, entry in entries:
-        with suppress(SampleError):
-            sound.add(read_entry(rules.shards[index], entry, rules.size).key)
-    if not sound:
-        return
-    seen, bad = Counter(), Counter()
-    for lane in range(lanes):
-        stream = Stream(rules, lane, StreamCursor())
-        while epoch_of(stream.cursor()) < 2 or any(row.epoch < 2 for row in stream.cursor().pool):
-            if stream.cursor().packs == before:
-                stream = Stream(rules, lane, parse(json.loads(json.dumps(cursor_of(stream)))).streams["image"])
-            items, told = stream.next_pack()
-            seen.update((item.sample.key, item.address.epoch) for item in items if item.address.epoch < 2)
-            bad.update(told)
-    assert seen == Counter({(key, epoch): 1 for key in sound for epoch in range(2)})
-    assert sum(bad.values()) >= 2 * (len(entries) - len(sound))
-
-
-def cursor_of(stream):
-    return LaneCursor(0, 1, 0, "f", 0, {"image": stream.cursor()}).to_json()
-
-
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_damage_is_counted_once_in_an_epoch_however_many_lanes_share_the_shard(lanes):
-    (whole,) = memory_shards([40])
-    at = [entry.offset / whole.size for entry in shard_samples(whole, "image")]
-    rules = small_rules(damaged([40], [(0, at[5], 0), (0, at[20], 0), (0, at[38], 1)]), lanes=lanes)
-    found = [reader_of(rules, lane) for lane in range(lanes)]
-    entries = [entry for reader in found for entry in iter(reader.next, None)]
-    assert sum(isinstance(entry.entry, Damage) for entry in entries) == 3
-    assert all(reader.place == Place(1) for reader in found)
-
-
-def test_a_stretch_of_damage_tells_how_many_samples_it_has_likely_held():
-    (whole,) = memory_shards([60])
-    at = [entry.offset for entry in shard_samples(whole, "image")]
-    content = whole.storage.files[whole.path]
-    hole, cut = content[: at[20]] + bytes(at[32] - at[20]) + content[at[32] :], content[: at[40]]
-
-    def lost(content, samples=None, lanes=1):
-        rules = small_rules([replace(shard, samples=samples) for shard in raw_shards([content])], lanes=lanes)
-        found = [found for lane in range(lanes) for found in iter(reader_of(rules, lane).next, None)]
-        assert all(each.samples == 1 for each in found if not isinstance(each.entry, Damage))
-        return [each.samples for each in found if isinstance(each.entry, Damage)]
-
-    assert lost(hole) == [pytest.approx(12, rel=0.35)]  # sizes differ by a factor of two
-    assert lost(hole, lanes=3) == lost(hole)  # told by one of the lanes that share the shard
-    assert lost(cut) == [1]  # there is no telling what came behind
-    assert lost(content[: at[2]] + bytes(at[3] - at[2]) + content[at[3] :]) == [1]
-    assert lost(hole, 60) == [1, 12]  # at its place, and at the shard's end what is missing
-    assert lost(cut, 60) == [20]
-    assert lost(cut, 60, lanes=2) == [20]
-
-
-@pytest.mark.parametrize("lanes", [1, 2, 4])
-def test_the_metrics_count_what_damage_has_swallowed_whoever_shares_the_shard(lanes):
-    (whole,) = memory_shards([60])
-    at = [entry.offset for entry in shard_samples(whole, "image")]
-    shards = [replace(shard, samples=60) for shard in raw_shards([whole.storage.files[whole.path][: at[20]]] * 3)]
-    rules = small_rules(shards, lanes=lanes)
-    found = [each for lane in range(lanes) for each in iter(reader_of(rules, lane).next, None)]
-    assert sum(each.samples for each in found if isinstance(each.entry, Damage)) == 3 * 40
-    bad = Counter()
-    for lane in range(lanes):
-        stream = Stream(rules, lane, StreamCursor())
-        for _ in range(30):
-            bad.update(stream.next_pack()[1])
-    assert bad["cut"] > 0
-    assert bad["cut"] % 40 == 0
-
-
-def reader_of(rules, lane, place=START):
-    (group,) = groups_of(rules.shards, "image", rules.weights)
-    return Reader(rules.shards, group, "image", lanes=rules.lanes, lane=lane, seed=rules.seed, place=place)
-
-
-@settings(max_examples=30, deadline=None)
-@given(counts, wounds, st.integers(1, 3))
-def test_a_reader_that_starts_at_any_place_of_another_gives_the_rest(sizes, wounds, lanes):
-    rules = small_rules(damaged(sizes, wounds), lanes=lanes)
-    reader = reader_of(rules, lanes - 1)
-    passed = [(reader.next(), reader.place) for _ in range(40)]
-    for number, (_, place) in enumerate(passed[:-1]):
-        again = reader_of(rules, lanes - 1, place)
-        assert again.next() == passed[number + 1][0]
-
-
-def test_the_storage_hears_which_shards_come_next():
-    rules = small_rules(memory_shards([2] * 9))
-    reader = reader_of(rules, 0)
-    read = []
-    while reader.place.epoch < 1:
-        found = reader.next()
-        if found is not None and (not read or read[-1] != f"m{found.shard}"):
-            read.append(f"m{found.shard}")
-    following = [f"m{unit.shard}" for unit in units_of_lane(range(9), 1, 0, 0, "image", 1)]
-    assert len(set(read)) == 9
-    hints = rules.shards[0].storage.hints
-    assert len(hints) >= 9
-    for number, hint in enumerate(hints[:9]):
-        expected = [name for name in (read + following)[number + 1 : number + 5] if name != read[number]]
-        assert hint == list(dict.fromkeys(expected))
-
-
-def test_a_policy_that_fails_ends_the_run_at_the_first_bad_sample():
-    samples = [sized_sample(f"g{n}", n) for n in range(60)]
-    samples[40:40] = [("x", {"png": b"junk", "txt": b"t"})]
-    rules = small_rules(shards_of([samples]), policy=BadPolicy("fail"))
-    with pytest.raises(DataError, match=r"data.on_bad is fail.*m0/x at byte \d+"):
-        packs_of(rules, 0, 30)
-
-
-@pytest.mark.parametrize("policy", [BadPolicy("skip", 1000, 5), BadPolicy("skip", 40, 1000)])
-def test_a_resumed_lane_ends_at_the_same_sample_as_the_uninterrupted_one(policy):
-    samples = [sized_sample(f"g{n}", n) for n in range(80)]
-    for place, many in ((60, 6), (20, 4)):
-        samples[place:place] = [(f"x{place}-{n}", {"png": b"junk", "txt": b"t"}) for n in range(many)]
-    rules = small_rules(shards_of([samples]), policy=policy)
-
-    def until_the_end(resume_each_pack):
-        stream, packs = Stream(rules, 0, StreamCursor()), []
-        for _ in range(200):
-            try:
-                packs.append(keys(stream.next_pack()[0]))
-            except DataError as error:
-                return packs, str(error)
-            if resume_each_pack:
-                stream = Stream(rules, 0, stream.cursor())
-        raise AssertionError("it never ended")
-
-    assert until_the_end(True) == until_the_end(False)
 
 
 def test_the_order_does_not_hang_on_the_process():

@@ -1,11 +1,10 @@
+"""What packing a folder writes, leaves out and refuses."""
+
 import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import tarfile
-import textwrap
 import zlib
 from pathlib import Path
 
@@ -13,59 +12,17 @@ import pytest
 from PIL import Image
 
 from tests.support import media
-from univitar_ds.data import examine, writer
+from tests.support.packing import contents, numbers_folder, pack, picture_row, samples_of
+from univitar_ds.data import writer
 from univitar_ds.data.journal import open_journal
 from univitar_ds.data.probe import probe
-from univitar_ds.data.writer import pack_folder, read_manifest
+from univitar_ds.data.writer import read_manifest
 from univitar_ds.errors import DataError
-
-ROOT = Path(__file__).parents[3]
-
-
-def pack(folder, out, **options):
-    return pack_folder(folder, out, **{"workers": 1, "progress": False, **options})
-
-
-def picture_row(index: int, **fields) -> dict:
-    return {"file": f"images/{index}.jpg", "kind": "image", "caption": f"picture {index}", **fields}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """30 pictures of two labels, every fifth for test, and 4 clips."""
-    files = {f"images/{i}.jpg": media.encoded(media.noise(40 + i, 60, i)) for i in range(30)}
-    files |= {f"clips/clip {i}.mp4": media.clip(media.grey_frames(4 + i)) for i in range(4)}
-    rows = [
-        picture_row(i, label="even" if i % 2 == 0 else "odd", set="numbers", split="test" if i % 5 == 0 else "train")
-        for i in range(30)
-    ]
-    rows += [{"file": f"clips/clip {i}.mp4", "kind": "video", "captions": ["grey", f"clip {i}"]} for i in range(4)]
-    return media.write_folder(tmp_path / "folder", files, rows)
-
-
-def run_script(*command: str) -> str:
-    """Python in a process of its own, where workers and kills concern nobody else. Returns its stderr."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, *command], env=environment, timeout=200, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stderr
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
-
-
-def samples_of(out: Path, manifest: dict) -> dict[str, dict]:
-    """Every sample by its file name: members by extension, and the shard it lies in."""
-    found = {}
-    for shard in manifest["shards"]:
-        with tarfile.open(out / shard["file"]) as tar:
-            for member in tar.getmembers():
-                key, extension = member.name.split(".")
-                found.setdefault((shard["file"], key), {})[extension] = tar.extractfile(member).read()
-    return {json.loads(members["json"])["file"]: {**members, "shard": key[0]} for key, members in found.items()}
+    return numbers_folder(tmp_path)
 
 
 def test_everything_arrives_as_it_was(folder, tmp_path):
@@ -357,7 +314,7 @@ def test_an_address_that_cannot_be_written_to_is_refused_and_no_folder_of_that_n
     monkeypatch.chdir(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(DataError, match=re.escape(told)):
-        pack_folder(folder, out, progress=False, workers=1)
+        pack(folder, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -382,154 +339,6 @@ def test_a_full_disk_leaves_no_manifest_that_describes_other_shards(folder, tmp_
             pack(folder, out)
     assert not (out / "manifest.json").exists()
     assert pack(folder, out) == pack(folder, tmp_path / "fresh")
-
-
-def test_packing_again_opens_no_media_and_writes_no_shard(folder, tmp_path, monkeypatch):
-    first = pack(folder, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    monkeypatch.setattr(examine, "examine", None)
-    monkeypatch.setattr(writer, "_write_shard", None)
-    assert pack(folder, tmp_path / "out") == first
-    assert contents(tmp_path / "out") == before
-
-
-def test_a_change_in_the_folder_renews_what_it_touches(folder, tmp_path):
-    out = tmp_path / "out"
-    pack(folder, out)
-    (folder / "images/7.jpg").write_bytes(media.encoded(media.noise(99, 99)))
-    rows = (folder / "metadata.jsonl").read_text().replace("picture 8", "another caption")
-    (folder / "metadata.jsonl").write_text(rows)
-    test_shard = (out / "test-image-000000.tar").stat().st_mtime_ns
-    again = pack(folder, out)
-    fresh = pack(folder, tmp_path / "fresh")
-    assert again == fresh
-    assert contents(out) == contents(tmp_path / "fresh")
-    assert (out / "test-image-000000.tar").stat().st_mtime_ns == test_shard
-    assert json.loads(samples_of(out, again)["images/8.jpg"]["json"])["captions"] == ["another caption"]
-
-
-def test_another_shard_size_leaves_no_old_shards_behind(folder, tmp_path):
-    pack(folder, tmp_path / "out", shard_mb=0.005)
-    pack(folder, tmp_path / "out")
-    pack(folder, tmp_path / "fresh")
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-
-
-@pytest.mark.parametrize("damage", [b"", b"short", None])
-def test_a_damaged_or_lost_shard_is_written_anew(folder, tmp_path, damage):
-    pack(folder, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    shard = tmp_path / "out/train-image-000000.tar"
-    if damage is None:
-        shard.unlink()
-    else:
-        shard.write_bytes(damage or before[shard.name][:-1] + b"x")
-    pack(folder, tmp_path / "out")
-    assert contents(tmp_path / "out") == before
-
-
-def test_a_file_that_changes_between_looking_and_writing_is_noticed(folder, tmp_path, monkeypatch):
-    truth = writer.examine_all
-
-    def then_changed(jobs, workers):
-        yield from truth(jobs, workers)
-        (folder / "images/3.jpg").write_bytes(b"something else")
-
-    monkeypatch.setattr(writer, "examine_all", then_changed)
-    with pytest.raises(DataError, match=r"images/3\.jpg changed while it was being packed"):
-        pack(folder, tmp_path / "out")
-    assert not (tmp_path / "out/manifest.json").exists()
-
-
-KILLED = """
-import os, signal, sys
-from univitar_ds.data import destination, journal, writer
-
-def dying(call, left):
-    def counted(*arguments, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*arguments, **options)
-    return counted
-
-folder, out, *points = sys.argv[1:]
-for point in points:
-    child = os.fork()
-    if child == 0:
-        left = [int(point)]
-        journal.Journal._add = dying(journal.Journal._add, left)
-        writer._add = dying(writer._add, left)
-        destination.write_atomically = dying(destination.write_atomically, left)
-        writer.pack_folder(folder, out, shard_mb=0.02, workers=1, progress=False)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), f"packing had ended before point {point}"
-    assert not os.path.exists(os.path.join(out, "manifest.json"))
-"""
-
-
-def test_a_packing_killed_anywhere_ends_in_the_same_bytes(folder, tmp_path):
-    expected = pack(folder, tmp_path / "whole", shard_mb=0.02)
-    assert len(expected["shards"]) > 3
-    out = tmp_path / "out"
-    # Counted from each restart: files looked at, members written, shards done; the last one is the manifest itself.
-    run_script("-c", KILLED, str(folder), str(out), "0", "10", "40", "15", "30", "31", "17", "0", "0")
-    with (out / ".pack.jsonl").open("a") as journal:
-        journal.write('["file images/0.jpg", {"stam')  # a line that was being written
-    (out / ".train-image-000009.tar.partial").write_bytes(b"half a shard")
-    assert pack(folder, out, shard_mb=0.02) == expected
-    assert contents(out) == contents(tmp_path / "whole")
-
-
-CRASHING = """
-import os, sys
-from univitar_ds.data import examine, writer
-
-truth = examine.decode_image
-
-def fragile(data, **limits):
-    if data.endswith(b"poison"):
-        os.abort()
-    return truth(data, **limits)
-
-examine.decode_image = fragile
-examine._CONTEXT = "fork"  # so that the workers have the fragile decoder too
-writer._FILES_PER_WORKER = 4
-writer.pack_folder(sys.argv[1], sys.argv[2], workers=2, progress=False)
-"""
-
-
-def test_a_picture_that_kills_its_decoder_is_left_out(folder, tmp_path):
-    for name in ("images/4.jpg", "images/5.jpg", "images/20.jpg"):
-        (folder / name).write_bytes((folder / name).read_bytes() + b"poison")
-    run_script("-c", CRASHING, str(folder), str(tmp_path / "out"))
-    manifest = read_manifest(tmp_path / "out")
-    assert [skipped["file"] for skipped in manifest["skipped"]] == ["images/4.jpg", "images/5.jpg", "images/20.jpg"]
-    assert {skipped["reason"] for skipped in manifest["skipped"]} == {
-        "corrupt: the decoder's process died of this file"
-    }
-    assert sum(shard["samples"] for shard in manifest["shards"]) == 31
-
-
-def test_worker_processes_find_the_same_as_one(folder, tmp_path):
-    script = tmp_path / "packing.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys
-            from univitar_ds.data import writer
-            writer._FILES_PER_WORKER = 4
-            if __name__ == "__main__":
-                writer.pack_folder(sys.argv[1], sys.argv[2], workers=2)
-            """
-        )
-    )
-    bars = run_script(str(script), str(folder), str(tmp_path / "two"))
-    assert "examine: 100%" in bars
-    assert "write: 100%" in bars
-    pack(folder, tmp_path / "one")
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""Folders of media to pack, packing them in this process or another, and what came of it."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from tests.support import media
+from univitar_ds.data.writer import pack_folder
+
+ROOT = Path(__file__).parents[3]
+
+
+def pack(folder, out, **options):
+    return pack_folder(folder, out, **{"workers": 1, "progress": False, **options})
+
+
+def picture_row(index: int, **fields) -> dict:
+    return {"file": f"images/{index}.jpg", "kind": "image", "caption": f"picture {index}", **fields}
+
+
+def numbers_folder(tmp_path: Path) -> Path:
+    """30 pictures of two labels, every fifth for test, and 4 clips."""
+    files = {f"images/{i}.jpg": media.encoded(media.noise(40 + i, 60, i)) for i in range(30)}
+    files |= {f"clips/clip {i}.mp4": media.clip(media.grey_frames(4 + i)) for i in range(4)}
+    rows = [
+        picture_row(i, label="even" if i % 2 == 0 else "odd", set="numbers", split="test" if i % 5 == 0 else "train")
+        for i in range(30)
+    ]
+    rows += [{"file": f"clips/clip {i}.mp4", "kind": "video", "captions": ["grey", f"clip {i}"]} for i in range(4)]
+    return media.write_folder(tmp_path / "folder", files, rows)
+
+
+def run_script(*command: str) -> str:
+    """Python in a process of its own, where workers and kills concern nobody else. Returns its stderr."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, *command], env=environment, timeout=200, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stderr
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def samples_of(out: Path, manifest: dict) -> dict[str, dict]:
+    """Every sample by its file name: members by extension, and the shard it lies in."""
+    found = {}
+    for shard in manifest["shards"]:
+        with tarfile.open(out / shard["file"]) as tar:
+            for member in tar.getmembers():
+                key, extension = member.name.split(".")
+                found.setdefault((shard["file"], key), {})[extension] = tar.extractfile(member).read()
+    return {json.loads(members["json"])["file"]: {**members, "shard": key[0]} for key, members in found.items()}

@@ -1,0 +1,71 @@
+"""Which units a lane reads and in which order, from any place on."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.memory import counts, damaged, memory_shards, reader_of, small_rules, wounds
+from univitar_ds.data.cursor import Place
+from univitar_ds.data.reading import Reader
+from univitar_ds.data.sources import groups_of
+from univitar_ds.data.units import Unit, parts_per_shard, units_of_lane
+
+
+@given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 3), st.integers(0, 5))
+def test_the_units_of_all_lanes_are_every_part_of_every_shard_once(shards, lanes, seed, epoch):
+    indices = [3 * index for index in range(shards)]
+    dealt = [units_of_lane(indices, lanes, lane, seed, "image", epoch) for lane in range(lanes)]
+    parts = parts_per_shard(shards, lanes)
+    assert sorted(unit for units in dealt for unit in units) == [
+        Unit(s, p, parts) for s in indices for p in range(parts)
+    ]
+    sizes = [len(units) for units in dealt]
+    assert max(sizes) - min(sizes) <= (1 if shards >= 8 * lanes else 0)
+
+
+def test_units_change_their_order_and_owner_from_epoch_to_epoch_and_seed_to_seed():
+    first = units_of_lane(range(16), 2, 0, 0, "image", 0)
+    assert first == units_of_lane(range(16), 2, 0, 0, "image", 0)
+    others = [
+        units_of_lane(range(16), 2, 0, 0, "image", 1),
+        units_of_lane(range(16), 2, 0, 1, "image", 0),
+        units_of_lane(range(16), 2, 0, 0, "video", 0),
+    ]
+    assert all(set(other) != set(first) for other in others)
+
+
+def test_two_groups_of_the_same_number_of_shards_are_read_in_orders_of_their_own():
+    shards = memory_shards([1] * 24, sources=["a"] * 12 + ["b"] * 12)
+    orders = {}
+    for group in groups_of(shards, "image", {"a": 1, "b": 1}):
+        reader = Reader(shards, group, "image", lanes=1, lane=0, seed=0, place=Place())
+        orders[group.name] = [found.shard - group.shards[0] for found in iter(reader.next, None)]
+    assert sorted(orders["a"]) == sorted(orders["b"]) == list(range(12))
+    assert orders["a"] != orders["b"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(counts, wounds, st.integers(1, 3))
+def test_a_reader_that_starts_at_any_place_of_another_gives_the_rest(sizes, wounds, lanes):
+    rules = small_rules(damaged(sizes, wounds), lanes=lanes)
+    reader = reader_of(rules, lanes - 1)
+    passed = [(reader.next(), reader.place) for _ in range(40)]
+    for number, (_, place) in enumerate(passed[:-1]):
+        again = reader_of(rules, lanes - 1, place)
+        assert again.next() == passed[number + 1][0]
+
+
+def test_the_storage_hears_which_shards_come_next():
+    rules = small_rules(memory_shards([2] * 9))
+    reader = reader_of(rules, 0)
+    read = []
+    while reader.place.epoch < 1:
+        found = reader.next()
+        if found is not None and (not read or read[-1] != f"m{found.shard}"):
+            read.append(f"m{found.shard}")
+    following = [f"m{unit.shard}" for unit in units_of_lane(range(9), 1, 0, 0, "image", 1)]
+    assert len(set(read)) == 9
+    hints = rules.shards[0].storage.hints
+    assert len(hints) >= 9
+    for number, hint in enumerate(hints[:9]):
+        expected = [name for name in (read + following)[number + 1 : number + 5] if name != read[number]]
+        assert hint == list(dict.fromkeys(expected))
