@@ -1,7 +1,7 @@
 """What does the loader cost beside a bare loop, webdataset with a DataLoader, and megatron-energon?
 
     python benchmarks/bench_loader.py SHARDS [--rounds 3] [--peer-python PYTHON] [--s3]
-    python benchmarks/bench_loader.py SHARDS --curve 30 [--s3] [--sizes native_10k]
+    python benchmarks/bench_loader.py SHARDS --curve 30 [--s3] [--sizes native_8k]
 
 SHARDS is a folder from `univitar-ds data pack`; at least four shards, so that others can share them among workers.
 Each contender of `loader_contenders.py` runs in a process of its own, all of them in turn in every round, so that the
@@ -50,7 +50,6 @@ from benchmarks.rows import RESULTS, add_rows, git_commit, processor  # noqa: E4
 SIZES = {
     "native": (576, 5832, 112, 16384, 880),
     "native_8k": (576, 5832, 112, 8192, 880),
-    "native_10k": (576, 5832, 112, 10240, 880),  # packs of 6 MB
     "small": (64, 256, 28, 16384, 220),
 }
 """Least and most tokens, divisor in px, token budget, mean tokens of the photos."""

@@ -40,7 +40,8 @@ POOL_BUDGETS = 2
 class StreamRules:
     """Everything that decides the packs of one modality, but for the lane.
 
-    `weights` are the stage's, by source; `cost` are packing's coefficients.
+    `weights` are the stage's, by source; `cost` are packing's coefficients; `told` is what one of the lanes has warned
+    of, so that hundreds do not.
     """
 
     shards: Sequence[SourceShard]
@@ -53,6 +54,7 @@ class StreamRules:
     weights: Mapping[str, float] = field(default_factory=dict)
     cost: tuple[float, float] = (0.0, 0.0)
     cost_budget: float | None = None
+    told: set[str] = field(default_factory=set, compare=False)
 
     @property
     def modality(self) -> Modality:
@@ -163,7 +165,6 @@ class Stream:
         self._seen_this_epoch: set[str] = set()
         self._bad: Counter[str] = Counter()
         self._pool = list(self._restore(start.pool))
-        self._told_starved = False
 
     def next_pack(self) -> tuple[list[Item], dict[str, int]]:
         """Items of the next pack and the bad samples met on the way."""
@@ -222,19 +223,20 @@ class Stream:
         return None
 
     def _tell_starved(self, group: str, tokens: int) -> None:
-        """Once: a pack holds a sample once and weights hold, so a few samples cannot fill it nor let others do so."""
+        """A pack holds a sample once and weights hold, so a few samples cannot fill it nor let others do so."""
         share = tokens / self._rules.token_budget
-        if share >= WELL_FILLED or self._told_starved or self._rules.cost_budget is not None:
+        if share >= WELL_FILLED or group in self._rules.told or self._rules.cost_budget is not None:
             return
-        self._told_starved = True
+        self._rules.told.add(group)
         why = f"source {group} has too few samples in a lane for its weight; lower its weight, data.lanes"
         if len(self._readers) == 1:
             why = "a lane has too few of them and a pack holds each once; lower data.lanes"
         _log.warning(
-            "lane %d: a pack of %s samples is filled to %.0f %% only, because %s or token_budget",
-            self._lane,
+            "a pack of %s samples is filled to %.0f %% only (lane %d, others may be no fuller), because %s or "
+            "token_budget",
             self._rules.modality,
             100 * share,
+            self._lane,
             why,
         )
 

@@ -75,8 +75,9 @@ def test_weights_hold_within_one_percent_over_a_thousand_packs(lanes):
 @pytest.mark.parametrize(("weights", "told"), [({"a": 1, "b": 1}, True), ({"a": 40, "b": 1}, False)])
 def test_a_source_too_small_for_its_weight_is_named_once(caplog, weights, told):
     """A pack holds a sample once, so four samples cannot be half of a pack of many."""
-    rules = replace(small_rules(mixed([200], [4]), weights=weights), token_budget=100)
-    drawn(rules, 30)
+    rules = replace(small_rules(mixed([200], [4]), lanes=3, weights=weights), token_budget=100)
+    for lane in range(3):
+        drawn(rules, 30, lane=lane)
     messages = [record.getMessage() for record in caplog.records if "too few samples" in record.getMessage()]
     assert len(messages) == told
     assert not told or "because source b has too few samples in a lane for its weight; lower its weight" in messages[0]
