@@ -25,8 +25,6 @@ from univitar_ds.geometry import TUBELET
 AHEAD = 3
 """Packs decoded ahead where the run file says nothing and the decoders have the trainer's cores; it is one fewer
 while the trainer holds the most it may, at no cost in samples per second."""
-_MOST_LENT = 4
-"""Packs of which the trainer may hold the slots."""
 
 
 def decoded(
@@ -41,8 +39,8 @@ def decoded(
 ) -> Pipeline | Generator[Rendered]:
     """The decoded packs of `plans`, by `data.workers` processes or, with 0, in line. Both have `close`.
 
-    `sizes` are the rules of the modalities in `plans`; `token_budget` the most tokens of a plan. Whoever takes
-    `packs_of_step` packs at a time may hold the last step's while taking the next; `step_ahead` decodes as many ahead.
+    `sizes` are the rules of the modalities in `plans`; `token_budget` the most tokens of a plan; `packs_of_step` how
+    many are taken at a time: as many, or 2, are held without being copied; `step_ahead` decodes as many ahead;
     `from_s3`: shards lie there.
     """
     limits = DecodeLimits(data.max_image_px, data.decode_timeout_s, data.max_clip_s)
@@ -59,7 +57,7 @@ def decoded(
         workers=data.workers,
         prefetch_packs=data.prefetch_packs or (max(AHEAD, packs_of_step) if step_ahead else AHEAD),
         slot_bytes=max(_bytes_of_a_token(modality) for modality in sizes) * token_budget,
-        lent=min(2 * packs_of_step, _MOST_LENT),
+        lent=max(packs_of_step, 2),
         shared_slots=0 if data.prefetch_packs or step_ahead else 1,
         restarts=data.worker_restarts,
         settings=settings.shared(),

@@ -62,7 +62,7 @@ def test_as_many_packs_are_decoded_ahead_as_the_trainer_can_use(monkeypatch, ask
     data = DataConfig(sources=[SourceConfig(path="x")], workers=1, prefetch_packs=asked)
     delivery.decoded(iter([]), data, {"image": None}, 100, packs_of_step=8, step_ahead=step_ahead)
     assert made["prefetch_packs"] == ahead
-    assert (made["lent"], made["shared_slots"]) == (4, shared)
+    assert (made["lent"], made["shared_slots"]) == (8, shared)
 
 
 def test_a_resumed_run_ends_at_the_same_sample_as_one_that_was_never_interrupted():
