@@ -15,7 +15,7 @@ from univitar_ds.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 GENERATION = 1 << 20
 """A group of shards numbers its epochs from a multiple of this on, so that no two groups that hold the same samples
 draw alike; the same one in every lane, whose epochs end at different packs."""

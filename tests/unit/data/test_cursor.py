@@ -94,7 +94,7 @@ def test_a_pool_with_one_wrong_letter_is_never_taken_for_another_pool(some, data
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 1}, "has version 1, this program reads 2"),
+        ({"version": 2}, "has version 2, this program reads 3"),
         ({"packs": -1}, "is damaged"),
         ({"packs": True}, "is damaged"),
         ({"streams": {"image": {"packs": 0, "pool": ""}}}, "is damaged"),

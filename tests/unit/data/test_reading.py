@@ -1,5 +1,6 @@
 """Which units a lane reads and in which order, from any place on."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,26 @@ def test_the_units_of_all_lanes_are_every_part_of_every_shard_once(shards, lanes
         Unit(s, p, parts) for s in indices for p in range(parts)
     ]
     sizes = [len(units) for units in dealt]
-    assert max(sizes) - min(sizes) <= (1 if shards >= 8 * lanes else 0)
+    assert max(sizes) - min(sizes) <= (1 if min(sizes) >= 8 else 0)
+
+
+@pytest.mark.parametrize(
+    ("shards", "lanes", "parts"),
+    [
+        (1, 4, 4),
+        (7, 4, 4),
+        (6, 4, 2),
+        (31, 4, 2),
+        (32, 4, 1),
+        (1243, 256, 2),
+        (300, 256, 7),
+        (16, 256, 16),
+        (3, 256, 256),
+    ],
+)
+def test_a_shard_is_cut_no_more_often_than_lanes_of_about_the_same_length_need(shards, lanes, parts):
+    """Whoever reads a part goes over the whole shard: 1,243 shards in 256 parts each would be read 256 times."""
+    assert parts_per_shard(shards, lanes) == parts
 
 
 def test_units_change_their_order_and_owner_from_epoch_to_epoch_and_seed_to_seed():
