@@ -54,7 +54,7 @@ class Copies:
         self._told = False
 
     def whole(self, version: Version) -> bool:
-        return self._whole(version).exists()
+        return os.path.exists(self._whole(version))
 
     def open(self, version: Version) -> int | None:
         """A descriptor of the copy, whole or growing; while it is open, nobody removes the copy."""
@@ -93,7 +93,7 @@ class Copies:
     def finish(self, version: Version, part: int) -> None:
         """The part has all bytes: from now on it is the copy."""
         os.fsync(part)  # a whole copy is trusted after a power cut, a part is not
-        self._part(version).rename(self._whole(version))
+        os.rename(self._part(version), self._whole(version))
 
     def used(self, copy: int) -> None:
         """The copy is being used: it will be among the last to go."""
@@ -106,27 +106,28 @@ class Copies:
             "give data.cache.folder another place, or lower data.cache.limit_gb"
         )
 
-    def _whole(self, version: Version) -> Path:
-        return self._folder / version.name
+    # Asked for with every piece that is read. Text, because a Path keeps its parts in Python's table of all names.
+    def _whole(self, version: Version) -> str:
+        return f"{self._folder}/{version.name}"
 
-    def _part(self, version: Version) -> Path:
-        return self._folder / f"{version.name}.part"
+    def _part(self, version: Version) -> str:
+        return f"{self._whole(version)}.part"
 
-    def _lock(self, name: str) -> Path:
-        return self._folder / f"{name}.lock"
+    def _lock(self, name: str) -> str:
+        return f"{self._folder}/{name}.lock"
 
     def _begun(self, version: Version, needed: bool) -> int | None:
         """The file to append to, after making room for it; None if the copy is whole, or may wait and has no room."""
         whole, part = self._whole(version), self._part(version)
         with suppress(FileNotFoundError):
-            if not _torn(whole, whole.stat(), version.size):
+            if not _torn(whole, os.stat(whole), version.size):
                 return None
-            whole.unlink()
+            os.unlink(whole)
         with open(self._folder / "room.lock", "w") as everybody:
             fcntl.flock(everybody, fcntl.LOCK_EX)
-            if part.exists() and _torn(part, part.stat(), version.size):
-                part.unlink()
-            if not part.exists() and not self._make_room(version.size, needed) and not needed:
+            if os.path.exists(part) and _torn(part, os.stat(part), version.size):
+                os.unlink(part)
+            if not os.path.exists(part) and not self._make_room(version.size, needed) and not needed:
                 return None
             return os.open(part, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
 
@@ -163,7 +164,7 @@ class Copies:
 
     def _evicted(self, name: str) -> bool:
         """Remove a copy unless somebody reads or fetches it."""
-        path, lock_path = self._folder / name, self._lock(name.removesuffix(".part"))
+        path, lock_path = f"{self._folder}/{name}", self._lock(name.removesuffix(".part"))
         lock = _try_lock(lock_path)
         if lock is None:
             return False
@@ -171,10 +172,10 @@ class Copies:
             copy = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(copy, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                os.unlink(path)
             finally:
                 os.close(copy)
-            lock_path.unlink()
+            os.unlink(lock_path)
         except (BlockingIOError, FileNotFoundError):
             return False
         finally:
@@ -182,15 +183,15 @@ class Copies:
         return True
 
 
-def _torn(path: Path, state: os.stat_result, size: int) -> bool:
+def _torn(path: str, state: os.stat_result, size: int) -> bool:
     """Whether a copy cannot be trusted: of a wrong size, or a part from before the machine was started."""
-    if path.suffix == ".part":
+    if path.endswith(".part"):
         started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         return state.st_size > size or state.st_mtime < started
     return state.st_size != size
 
 
-def _try_lock(path: Path) -> int | None:
+def _try_lock(path: str) -> int | None:
     """A descriptor that holds the lock; None if somebody else does."""
     lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
