@@ -22,8 +22,10 @@ def draws(n: int, *key: int | str) -> np.ndarray:
 
 
 def permutation(n: int, *key: int | str) -> list[int]:
-    """The numbers 0..n-1 in a random order."""
-    return sorted(range(n), key=lambda index: draw(*key, index))
+    """The numbers 0..n-1 in a random order: by `draw` of the key and the number."""
+    beginning = _bytes((*key, ""))
+    digests = [hashlib.blake2b(beginning + b"%d" % index, digest_size=8).digest() for index in range(n)]
+    return np.argsort(np.frombuffer(b"".join(digests), dtype="<u8"), kind="stable").tolist()
 
 
 def _bytes(key: tuple[int | str, ...]) -> bytes:

@@ -27,3 +27,4 @@ def test_many_draws_begin_with_those_of_few_and_are_even():
 def test_permutations_are_permutations_and_differ():
     assert sorted(permutation(100, 0, "p")) == list(range(100))
     assert permutation(100, 0, "p") != permutation(100, 1, "p")
+    assert permutation(100, 0, "p") == sorted(range(100), key=lambda index: draw(0, "p", index))

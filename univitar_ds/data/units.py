@@ -17,8 +17,9 @@ from univitar_ds.randomness import permutation
 
 PLENTY = 8
 """With this many units a lane, nothing is cut further: lanes then differ by at most one unit in `PLENTY`."""
-_ORDERS = 64
-"""Orders that are kept, 4 bytes a unit: two epochs of every group that the lanes of a rank are reading."""
+_ORDERS = 1024
+"""Orders that are kept, 4 bytes a unit. Lanes of a rank are in two epochs of a large group, but in hundreds of a group
+of which many lanes find nothing in an epoch; that one has few units."""
 
 
 class Unit(NamedTuple):

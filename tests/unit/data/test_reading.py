@@ -8,7 +8,7 @@ from tests.support.memory import counts, damaged, memory_shards, reader_of, smal
 from univitar_ds.data.cursor import Place
 from univitar_ds.data.reading import Reader
 from univitar_ds.data.sources import groups_of
-from univitar_ds.data.units import Unit, parts_per_shard, units_of_lane
+from univitar_ds.data.units import Unit, _order, parts_per_shard, units_of_lane
 
 
 @given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 3), st.integers(0, 5))
@@ -51,6 +51,16 @@ def test_units_change_their_order_and_owner_from_epoch_to_epoch_and_seed_to_seed
         units_of_lane(range(16), 2, 0, 0, "video", 0),
     ]
     assert all(set(other) != set(first) for other in others)
+
+
+def test_an_order_is_drawn_once_for_all_lanes_however_far_apart_they_are():
+    """Where samples are few, lanes are hundreds of epochs apart."""
+    for epoch in range(200):
+        units_of_lane(range(3), 4, 0, 0, "image", epoch, "drawn once")
+    before = _order.cache_info().misses
+    for epoch in range(200):
+        units_of_lane(range(3), 4, 1, 0, "image", epoch, "drawn once")
+    assert _order.cache_info().misses == before
 
 
 def test_two_groups_of_the_same_number_of_shards_are_read_in_orders_of_their_own():
