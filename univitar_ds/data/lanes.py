@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from univitar_ds.data import packing
@@ -18,8 +19,8 @@ from univitar_ds.data.cursor import GENERATION, LaneCursor, Place, StreamCursor,
 from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.mixture import Turns
-from univitar_ds.data.reading import Reader, look_through, read_entry, where_is, with_captions
-from univitar_ds.data.samples import Sample, SizeRule, read_sample_again
+from univitar_ds.data.reading import Held, Reader, look_through, read_again, read_entry, where_is
+from univitar_ds.data.samples import Sample, SizeRule
 from univitar_ds.data.scans import Scans
 from univitar_ds.data.sources import EVERYTHING, ShardGroup, SourceShard, groups_of
 from univitar_ds.errors import DataError, SampleError
@@ -40,8 +41,8 @@ POOL_BUDGETS = 2
 class StreamRules:
     """Everything that decides the packs of one modality, but for the lane.
 
-    `weights` are the stage's, by source; `cost` are packing's coefficients; `told` is what one of the lanes has warned
-    of, so that hundreds do not.
+    `weights` are the stage's, by source; `cost` are packing's coefficients; `told` is what one of the lanes has told,
+    so that hundreds do not. What is found out of the shards is found out once for all lanes too.
     """
 
     shards: Sequence[SourceShard]
@@ -55,10 +56,32 @@ class StreamRules:
     cost: tuple[float, float] = (0.0, 0.0)
     cost_budget: float | None = None
     told: set[str] = field(default_factory=set, compare=False)
+    _held: dict[str, Held] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def modality(self) -> Modality:
         return self.size.modality
+
+    @cached_property
+    def groups(self) -> list[ShardGroup]:
+        return groups_of(self.shards, self.modality, self.weights)
+
+    @cached_property
+    def group_of(self) -> dict[int, str]:
+        """The name of each shard's group."""
+        return {shard: group.name for group in self.groups for shard in group.shards}
+
+    def tells_first(self, what: str) -> bool:
+        """Whether no lane has told this yet."""
+        first = what not in self.told
+        self.told.add(what)
+        return first
+
+    def holds(self, group: ShardGroup) -> Held:
+        """What a group holds; to know that it holds nothing, all of its shards have to be scanned."""
+        if group.name not in self._held:
+            self._held[group.name] = look_through(self.shards, group, self.size)
+        return self._held[group.name]
 
 
 @dataclass(frozen=True)
@@ -108,15 +131,22 @@ class Lane:
         self._scans = scans or Scans()
         self._streams: dict[Modality, Stream] = {}
 
+    def begin(self, modality: Modality) -> None:
+        """Fetch what waits in this modality and announce what is read first; does nothing when called again.
+
+        Raises: DataError if that cannot be read.
+        """
+        if modality not in self._streams:
+            start = self._cursor.streams.get(modality, StreamCursor())
+            self._streams[modality] = Stream(self._rules[modality], self._cursor.lane, start, self._scans)
+
     def next_plan(self, modality: Modality, index: int) -> Plan:
         """The next pack of this modality; `index` is its number in the lane.
 
         Raises: DataError if a shard cannot be read, nothing readable is left or the policy for bad samples says so.
         """
-        stream = self._streams.get(modality)
-        if stream is None:
-            start = self._cursor.streams.get(modality, StreamCursor())
-            stream = self._streams[modality] = Stream(self._rules[modality], self._cursor.lane, start, self._scans)
+        self.begin(modality)
+        stream = self._streams[modality]
         items, bad = stream.next_pack()
         streams = {**self._cursor.streams, modality: stream.cursor()}
         self._cursor = replace(self._cursor, packs=self._cursor.packs + 1, streams=streams)
@@ -140,10 +170,9 @@ class Stream:
         self._lane = lane
         self._packs = start.packs
         self._empty = start.empty
-        named = groups_of(rules.shards, rules.modality, rules.weights)
-        groups = [group for group in named if group.name not in start.empty]
+        groups = [group for group in rules.groups if group.name not in start.empty]
         if not groups:
-            raise _nothing_readable(rules, named[0] if named else ShardGroup(EVERYTHING, 1, ()), {})
+            raise _nothing_readable(rules, rules.groups[0] if rules.groups else ShardGroup(EVERYTHING, 1, ()), {})
         fresh = Place(len(start.places) * GENERATION)
         self._places = dict(start.places)
         self._readers = {
@@ -160,10 +189,11 @@ class Stream:
             for group in groups
         }
         self._turns = self._turns_of({name: place.credit for name, place in start.places.items()})
-        self._group_of = {shard: group.name for group in groups for shard in group.shards}
         self._health = Health(rules.policy, f"lane {lane}, {rules.modality}", start.reading)
         self._seen_this_epoch: set[str] = set()
         self._bad: Counter[str] = Counter()
+        for reader in self._readers.values():
+            reader.announce()
         self._pool = list(self._restore(start.pool))
 
     def next_pack(self) -> tuple[list[Item], dict[str, int]]:
@@ -205,7 +235,7 @@ class Stream:
         tokens = sum([one.sample.tokens for one in self._pool])
         oldest: dict[str, int] = {}
         for row, _, _ in self._pool:
-            name = self._group_of.get(row.shard)
+            name = rules.group_of.get(row.shard)
             # Rows of a stage with other groups say nothing of how far this one has come.
             if name in self._readers and row.epoch // GENERATION == self._readers[name].place.epoch // GENERATION:
                 oldest.setdefault(name, row.epoch)
@@ -225,9 +255,10 @@ class Stream:
     def _tell_starved(self, group: str, tokens: int) -> None:
         """A pack holds a sample once and weights hold, so a few samples cannot fill it nor let others do so."""
         share = tokens / self._rules.token_budget
-        if share >= WELL_FILLED or group in self._rules.told or self._rules.cost_budget is not None:
+        if share >= WELL_FILLED or self._rules.cost_budget is not None:
             return
-        self._rules.told.add(group)
+        if not self._rules.tells_first(f"starved: {group}"):
+            return
         why = f"source {group} has too few samples in a lane for its weight; lower its weight, data.lanes"
         if len(self._readers) == 1:
             why = "a lane has too few of them and a pack holds each once; lower data.lanes"
@@ -280,7 +311,7 @@ class Stream:
 
     def _group_at(self, index: int) -> str | None:
         """The group of a sample in the pool; None if the stage reads it no more."""
-        return self._group_of.get(self._pool[index].row.shard)
+        return self._rules.group_of.get(self._pool[index].row.shard)
 
     def _pooled(self, row: Waiting, sample: Sample) -> _Pooled:
         return _Pooled(row, sample, draw(self._rules.seed, "item", row.shard, row.offset, row.epoch))
@@ -293,33 +324,34 @@ class Stream:
         if group.name in self._seen_this_epoch:
             self._seen_this_epoch.discard(group.name)
             return
-        held = look_through(self._rules.shards, group, self._rules.size)
+        held = self._rules.holds(group)
         if held == "readable":
             return
         if held == "unreadable" or len(self._readers) == 1:
             raise _nothing_readable(self._rules, group, self._bad)
-        _log.info("lane %d: source %s holds no %s sample", self._lane, group.name, self._rules.modality)
+        if self._rules.tells_first(f"nothing: {group.name}"):
+            _log.info("source %s holds no %s sample", group.name, self._rules.modality)
         self._places[group.name] = self._readers.pop(group.name).place
         self._empty = tuple(sorted({*self._empty, group.name}))
         self._turns = self._turns_of(self._turns.credits)
 
-    def _restore(self, rows: Iterable[Waiting]) -> Iterator[_Pooled]:
+    def _restore(self, rows: Sequence[Waiting]) -> Iterator[_Pooled]:
         """The saved pool; what the rules of this stage do not allow is counted, but no sign of bad data."""
+        rules = self._rules
         for row in rows:
-            if row.shard >= len(self._rules.shards):
+            if row.shard >= len(rules.shards):
                 raise _changed(f"number {row.shard}", row)
-            shard = self._rules.shards[row.shard]
-            try:
-                sample = read_sample_again(shard, row.offset, row.length, self._rules.size)
-                if sample is None:
-                    raise _changed(shard.name, row)
-                sample = with_captions(shard, sample)
-            except SampleError as error:
-                self._bad[error.kind] += 1
-                where = f"{shard.name}, number {row.ordinal} at byte {row.offset}"
-                _log.warning("sample left out by this stage (%s): %s: %s", error.kind, where, error)
+        for row, found in zip(rows, read_again(rules.shards, rows, rules.size), strict=True):
+            shard = rules.shards[row.shard]
+            if found is None:
+                raise _changed(shard.name, row)
+            if not isinstance(found, SampleError):
+                yield self._pooled(row, found)
                 continue
-            yield self._pooled(row, sample)
+            self._bad[found.kind] += 1
+            if rules.tells_first(f"left out: {found.kind}"):
+                where = f"{shard.name}, number {row.ordinal} at byte {row.offset}"
+                _log.warning("samples left out by this stage (%s), the first: %s: %s", found.kind, where, found)
 
 
 def _item(one: _Pooled) -> Item:

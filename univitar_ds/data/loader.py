@@ -117,6 +117,8 @@ class PackLoader:
     def _plans(self, modality_of: Callable[[int], Modality], first_step: int) -> Iterator[Plan]:
         for step in itertools.count(first_step):
             modality = modality_of(step)
+            for lane in self._owned:  # all storages hear of all first shards before a lane waits for its own
+                lane.begin(modality)
             for lane in self._owned:
                 yield lane.next_plan(modality, step)
 

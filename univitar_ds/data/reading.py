@@ -11,17 +11,24 @@ from typing import Literal, NamedTuple
 from univitar_ds.data import tar
 from univitar_ds.data.captions import captions_of
 from univitar_ds.data.class_names import named
-from univitar_ds.data.cursor import Place
+from univitar_ds.data.cursor import Place, Waiting
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import Shard
-from univitar_ds.data.samples import Sample, SizeRule, read_sample
+from univitar_ds.data.samples import Sample, SizeRule, read_sample, read_sample_again
 from univitar_ds.data.scans import Entry, Scans, shard_samples
 from univitar_ds.data.sources import ShardGroup, SourceShard
+from univitar_ds.data.storage import AT_ONCE, at_once
 from univitar_ds.data.units import Unit, units_of_lane
 from univitar_ds.errors import SampleError
 
+Held = Literal["readable", "unreadable", "nothing"]
+"""Of a group of shards: whether it has a readable sample of a modality, or none that is, or none at all."""
 HINTED = 4
 """Shards that a storage is told of before they are read; how many of them it fetches ahead is its own business."""
+
+
+_MOST_AGAIN = 256 << 20
+"""Bytes of saved samples that are read at a time."""
 
 
 class Found(NamedTuple):
@@ -71,6 +78,11 @@ class Reader:
         """
         entry, self.place = next(self._entries)
         return entry
+
+    def announce(self) -> None:
+        """Tell the storage of the shard that is read first, before anybody waits for it."""
+        units = self._units(self.place.epoch)[self.place.unit :]
+        self._announce(-1, iter(units[:1]))
 
     def _walk(self, start: Place) -> Iterator[tuple[Found | None, Place]]:
         """Everything from `start` on, each with the place after it."""
@@ -145,6 +157,26 @@ def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
     return max(1, held)
 
 
+def read_again(
+    shards: Sequence[SourceShard], rows: Sequence[Waiting], rule: SizeRule
+) -> Iterator[Sample | SampleError | None]:
+    """What each row of a cursor's pool is, in order; from a remote store many at a time.
+
+    None where the address does not hold one sample any more, an error where the rule leaves the sample out.
+    """
+
+    def again(row: Waiting) -> Sample | SampleError | None:
+        shard = shards[row.shard]
+        try:
+            sample = read_sample_again(shard, row.offset, row.length, rule)
+            return None if sample is None else with_captions(shard, sample)
+        except SampleError as error:
+            return error
+
+    most = min(AT_ONCE, _MOST_AGAIN // max([row.length for row in rows], default=1))
+    return at_once(again, rows, [shards[row.shard].storage for row in rows], most)
+
+
 def with_captions(shard: SourceShard, sample: Sample) -> Sample:
     """The sample with its label's name and what may be said of it. Raises: SampleError if that is nothing."""
     label = named(sample.label, shard.class_names)
@@ -153,11 +185,9 @@ def with_captions(shard: SourceShard, sample: Sample) -> Sample:
     return sample if kept else replace(sample, captions=said, label=label)
 
 
-def look_through(
-    shards: Sequence[SourceShard], group: ShardGroup, rule: SizeRule
-) -> Literal["readable", "unreadable", "nothing"]:
+def look_through(shards: Sequence[SourceShard], group: ShardGroup, rule: SizeRule) -> Held:
     """What a group holds of the rule's modality; stops at the first sample that can be read."""
-    held: Literal["unreadable", "nothing"] = "nothing"
+    held: Held = "nothing"
     for shard in (shards[index] for index in group.shards):
         for entry in shard_samples(shard, rule.modality):
             with suppress(SampleError):

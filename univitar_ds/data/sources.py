@@ -19,7 +19,7 @@ from univitar_ds.data.class_names import named, read_class_names
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import PACK_HINT, Shard, list_shards, warn_once
 from univitar_ds.data.mixture import shares_of
-from univitar_ds.data.storage import LOCAL, S3, LocalStorage, StorageSettings
+from univitar_ds.data.storage import AT_ONCE, LOCAL, S3, StorageSettings, at_once
 from univitar_ds.errors import DataError, SampleError
 
 EVERYTHING = ""
@@ -31,8 +31,6 @@ CAPTION_BYTES = 4 << 30
 SPOT_CHECKS, SPOT_BYTES = 512, 4096
 """Shards without a hash whose first bytes count as their content, and how many bytes: the header of the first member,
 which has its time, and what it begins with. A remote store answers so many within a second or two."""
-_READERS = 16
-"""Shards read at once: a store answers late, but many at a time."""
 _PIECE = 512 << 10
 """Bytes of one read: a few pictures, so that little is asked for twice, and a part of a clip, most of which is
 skipped."""
@@ -146,17 +144,10 @@ def fingerprint(shards: Sequence[SourceShard]) -> str:
     of_sources = {(shard.source, id(shard.class_names)): shard.class_names for shard in shards}  # compared once each
     for place, (_, names) in enumerate(dict.fromkeys((name, names) for (name, _), names in of_sources.items())):
         content.update("\n".join((str(place), *names)).encode() if names else b"")
-    for beginning in _beginnings(_spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)):
+    unknown = _spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)
+    for beginning in at_once(_beginning, unknown, [shard.storage for shard in unknown]):
         content.update(beginning)
     return f"{state.hexdigest()}:{content.hexdigest()}"
-
-
-def _beginnings(shards: Sequence[Shard]) -> Iterator[bytes]:
-    if all(isinstance(shard.storage, LocalStorage) for shard in shards):  # every thread leaves a heap of its own behind
-        yield from map(_beginning, shards)
-        return
-    with ThreadPoolExecutor(_READERS) as readers:
-        yield from readers.map(_beginning, shards)
 
 
 def _beginning(shard: Shard) -> bytes:
@@ -181,7 +172,7 @@ def iterate_captions(
     def read(same: list[SourceShard]) -> list[str]:
         return [caption for shard in same for caption in itertools.islice(_captions_of(shard, bytes_share), share)]
 
-    with ThreadPoolExecutor(_READERS) as readers:
+    with ThreadPoolExecutor(AT_ONCE) as readers:
         for found in readers.map(read, by_path.values()):
             yield from found
 

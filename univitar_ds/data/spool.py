@@ -6,7 +6,6 @@ import io
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -38,7 +37,7 @@ class Spool:
         self._mutex = threading.RLock()
         self._downloads: dict[Version, _Download] = {}
         self._failures: dict[Version, Exception] = {}
-        self._hints: deque[Version] = deque()
+        self._hints: dict[Version, None] = {}
 
     def open(self, version: Version) -> BinaryIO:
         """A stream of the object that waits for what has not come yet.
@@ -79,7 +78,7 @@ class Spool:
     def prefetch(self, versions: Sequence[Version]) -> None:
         """Fetch these too, in this order, a few at a time; a reader need not wait for its turn."""
         with self._mutex:
-            self._hints.extend(version for version in versions if version.size and version not in self._hints)
+            self._hints.update({version: None for version in versions if version.size})
             self._follow_hints()
 
     def wait(self, version: Version, copy: int, position: int) -> int:
@@ -149,7 +148,8 @@ class Spool:
     def _follow_hints(self) -> None:
         """Start what was hinted at; a failure is told to the reader that comes for the shard."""
         while self._hints and len(self._downloads) < AHEAD:
-            version = self._hints.popleft()
+            version = next(iter(self._hints))
+            del self._hints[version]
             if not self._copies.whole(version):
                 with suppress(DataError):
                     self._download(version, needed=False)

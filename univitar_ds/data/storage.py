@@ -8,14 +8,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from univitar_ds.errors import DataError, SampleError
 
+AT_ONCE = 16
+"""Pieces asked for at a time: a remote store answers late, but many at once."""
 S3 = "s3://"
 SCHEMES = "a local path or an s3:// address"
 
@@ -69,6 +72,7 @@ class StorageSettings:
         return cls(**document)
 
 
+_Asked, _Answered = TypeVar("_Asked"), TypeVar("_Answered")
 LOCAL = StorageSettings()
 """Enough for local files, and for S3 where boto3 finds everything by itself."""
 
@@ -144,6 +148,20 @@ class LocalStorage:
 
     def prefetch(self, paths: Sequence[str]) -> None:
         """The system reads ahead by itself."""
+
+
+def at_once(
+    work: Callable[[_Asked], _Answered], pieces: Sequence[_Asked], storages: Iterable[Storage], most: int = AT_ONCE
+) -> Iterator[_Answered]:
+    """What `work` makes of each piece, in order: up to `most` at a time unless all storages are local.
+
+    Those answer at once, and every thread would leave a heap of its own behind.
+    """
+    if most <= 1 or all(isinstance(storage, LocalStorage) for storage in storages):
+        yield from map(work, pieces)
+        return
+    with ThreadPoolExecutor(most) as threads:
+        yield from threads.map(work, pieces)
 
 
 def open_regular(path: str | Path) -> BinaryIO:

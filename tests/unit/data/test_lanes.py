@@ -1,9 +1,11 @@
 """Which samples a lane gives: all of them once an epoch, the same from any save point on, whoever runs it."""
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from tests.support.memory import (
     small_rules,
     tiny_picture,
 )
+from tests.support.shards import clip
+from univitar_ds.data import reading
 from univitar_ds.data.cursor import LaneCursor, StreamCursor, parse
 from univitar_ds.data.lanes import Lane, Stream
 from univitar_ds.data.scans import Scans
@@ -78,6 +82,75 @@ def test_resuming_reads_the_pool_by_address_and_replays_nothing():
     storage.ranges_read = 0
     Stream(rules, 0, cursor)
     assert storage.ranges_read == len(cursor.pool) < 20
+
+
+def test_what_waits_is_fetched_from_a_remote_store_many_at_a_time():
+    """6,000 samples of 32 lanes one after another are minutes with 30 ms each."""
+    shards = memory_shards([400])
+    storage, read = shards[0].storage, shards[0].storage.read_range
+    rules = small_rules(shards)
+    whole, cursor = packs_of(rules, 0, 20)
+    four, calls, met = threading.Barrier(4), itertools.count(), []
+
+    def read_with_three_others(*address):
+        if next(calls) < 4:
+            met.append(four.wait(timeout=20))
+        return read(*address)
+
+    storage.read_range = read_with_three_others
+    resumed = Stream(rules, 0, cursor)
+    assert sorted(met) == [0, 1, 2, 3]
+    storage.read_range = read
+    assert [resumed.next_pack() for _ in range(5)] == packs_of(rules, 0, 5, cursor)[0] != whole
+
+
+def test_what_waits_is_fetched_one_at_a_time_where_it_is_large(monkeypatch):
+    monkeypatch.setattr(reading, "_MOST_AGAIN", 4000)
+    shards = memory_shards([400])
+    rules = small_rules(shards)
+    _, cursor = packs_of(rules, 0, 20)
+    threads = set()
+    read = shards[0].storage.read_range
+    shards[0].storage.read_range = lambda *address: threads.add(threading.get_ident()) or read(*address)
+    Stream(rules, 0, cursor)
+    assert max(row.length for row in cursor.pool) > 2000
+    assert threads == {threading.get_ident()}
+
+
+def test_the_storage_hears_of_all_first_shards_before_a_lane_is_read():
+    shards = memory_shards([3] * 64)
+    storage, opened = shards[0].storage, []
+    rules = {"image": small_rules(shards, lanes=8)}
+    open_shard = storage.open
+    storage.open = lambda path: opened.append(path) or open_shard(path)
+    lanes = [Lane(rules, LaneCursor(number, 8, 0, "f")) for number in range(8)]
+    for lane in lanes:
+        lane.begin("image")
+    hinted = [path for hint in storage.hints for path in hint]
+    assert (len(set(hinted)), opened) == (8, [])
+    for number, lane in enumerate(lanes):
+        opened.clear()
+        lane.next_plan("image", 0)
+        assert opened[0] == hinted[number]
+
+
+def test_what_the_shards_hold_is_found_out_once_for_all_lanes():
+    """A source of pictures that clips are looked for in: each lane looks at its own shards, one lane at all of them."""
+    shards = memory_shards([2] * 64, modality=None, sources=["a"] * 32 + ["b"] * 32)
+    clips = [(f"c{n}", {"mp4": clip(16, 16), "txt": b"moves"}) for n in range(8)]
+    shards[:32] = shards_of([clips] * 32, modality=None, sources=["a"] * 32)
+    rules = small_rules(shards, lanes=8, modality="video", weights={"a": 1, "b": 1}, frames=2)
+    opened: Counter[str] = Counter()
+    storage = shards[-1].storage
+    open_shard = storage.open
+    storage.open = lambda path: opened.update([path]) or open_shard(path)
+    scans = Scans()
+    streams = [Stream(rules, lane, StreamCursor(), scans) for lane in range(8)]
+    for stream in streams:
+        stream.next_pack()
+        assert stream.cursor().empty == ("b",)
+    assert opened == Counter({shard.path: 2 for shard in shards[32:]})
+    assert all(stream._rules.group_of is rules.group_of for stream in streams)
 
 
 def test_a_lane_does_not_know_how_many_lanes_a_rank_runs():
