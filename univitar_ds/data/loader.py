@@ -18,7 +18,7 @@ from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.lanes import Item, Lane, Plan, StreamRules
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.packing import thinned
-from univitar_ds.data.reading import read_entry, samples_in, where_is
+from univitar_ds.data.reading import FILES_OF_A_GROUP, read_entry, samples_in, where_is
 from univitar_ds.data.samples import SizeRule
 from univitar_ds.data.sampling import Sampling
 from univitar_ds.data.scans import Scans, shard_samples
@@ -31,7 +31,7 @@ from univitar_ds.data.sources import (
     stage_modalities,
     validate_sources,
 )
-from univitar_ds.data.storage import StorageSettings
+from univitar_ds.data.storage import StorageSettings, allow_open_files
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Resolution, token_count
 
@@ -78,6 +78,7 @@ class PackLoader:
             "fingerprint": fingerprint(shards),
             "accept_changed_sources": data.accept_changed_sources,
         }
+        allow_open_files(FILES_OF_A_GROUP * len(lanes_of_rank) * sum(len(rule.groups) for rule in rules.values()))
         starts = {lane: _start_cursor(cursors, lane, belonging) for lane in lanes_of_rank}
         scans = Scans()
         self._owned = [Lane(rules, starts[lane], scans) for lane in sorted(lanes_of_rank)]

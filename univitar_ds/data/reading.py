@@ -27,6 +27,8 @@ HINTED = 4
 """Shards that a storage is told of before they are read; how many of them it fetches ahead is its own business."""
 
 
+FILES_OF_A_GROUP = 2
+"""Most files that a `Reader` keeps open: its shard, and once more where a part of it is scanned."""
 _MOST_AGAIN = 256 << 20
 """Bytes of saved samples that are read at a time."""
 

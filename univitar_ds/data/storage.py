@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from univitar_ds.errors import DataError, SampleError
 
 AT_ONCE = 16
 """Pieces asked for at a time: a remote store answers late, but many at once."""
+_FILES_OF_OTHERS = 512
+"""What is left to the rest of the process, which opens files, sockets and pipes later."""
 S3 = "s3://"
 SCHEMES = "a local path or an s3:// address"
 
@@ -164,6 +167,16 @@ def at_once(
         yield from threads.map(work, pieces)
 
 
+def allow_open_files(count: int) -> None:
+    """Let this process have so many more files open, as far as its hard limit goes; many systems begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + len(os.listdir("/proc/self/fd")) + _FILES_OF_OTHERS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """A local file for reading. Raises: OSError, also for pipes and devices: they may have no end or never answer."""
     return open(path, "rb", opener=_regular)
@@ -236,4 +249,8 @@ def _exactly(file: int, path: str, offset: int, length: int) -> bytes:
 
 
 def _unreadable(path: str, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions")
+    if error.errno == errno.EMFILE:
+        remedy = "every lane keeps a shard of each source open: raise the limit (ulimit -n) or give fewer sources"
+    else:
+        remedy = "check the path and its permissions"
+    return DataError(f"{path}: cannot be read ({error.strerror or error}); {remedy}")

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -151,7 +152,38 @@ def test_a_picture_that_cannot_be_decoded_is_counted_and_leaves_its_pack_shorter
     for pack in packs:
         assert set(pack.keys) <= good
         assert pack.pixels.shape == (sum(item_bytes(grid, 1) for grid in pack.grid_thw.tolist()),)
-    assert "sample left out (corrupt, number 1 of lane 0, image, decoding): a/k" in caplog.text
+    assert "sample left out (corrupt, number 1; lane 0, image, decoding): a/k" in caplog.text
+
+
+@pytest.mark.parametrize("shards", [1, 64])
+def test_a_rank_with_many_lanes_and_sources_may_open_more_files_than_systems_begin_with(tmp_path, shards):
+    """Cut or whole: each of 8 lanes keeps a shard of each of 10 sources open."""
+    samples = [(f"k{n:02d}", {"jpg": picture(80, 60), "txt": b"t"}) for n in range(16)]
+    sources = []
+    for name in map(str, range(10)):
+        for number in range(shards):
+            write_tar(tmp_path / name / f"{number}.tar", samples)
+        sources.append(SourceConfig(path=str(tmp_path / name)))
+    data = DataConfig(sources=sources, workers=0, pool_samples=24)
+    stage = STAGE.model_copy(update={"video_ratio": 0.0, "weights": {str(name): 1.0 for name in range(10)}})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        loader = PackLoader(
+            sources,
+            data=data,
+            stage=stage,
+            lanes_of_rank=range(8),
+            lanes=8,
+            seed=0,
+            modality_of=lambda _: "image",
+            tokenizer=None,
+            context_length=16,
+        )
+        with loader:
+            assert len(next(loader)) == 8
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_pack_of_which_nothing_can_be_decoded_is_empty_and_whole(tmp_path, tokenizer):
