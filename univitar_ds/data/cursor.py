@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import base64
-import logging
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from univitar_ds.data.health import WELL
+from univitar_ds.data.listing import warn_once
 from univitar_ds.data.tar import BLOCK
 from univitar_ds.errors import DataError
-
-_log = logging.getLogger(__name__)
 
 VERSION = 3
 GENERATION = 1 << 20
@@ -114,10 +112,9 @@ class LaneCursor:
                 f"{fingerprint}): restore the same shards in the same order, set data.accept_changed_sources to go on "
                 "with the next epoch of the new ones, or start a new run"
             )
-        _log.warning(
-            "lane %d: the sources have changed since the data cursor was saved; the rest of its epoch is left out and "
-            "the next begins (data.accept_changed_sources)",
-            lane,
+        warn_once(  # not by each of a hundred lanes
+            f"the sources have changed since the data cursors were saved (fingerprint {self.fingerprint}, now "
+            f"{fingerprint}); the rest of the epoch is left out and the next begins (data.accept_changed_sources)"
         )
         streams = {name: stream.restarted() for name, stream in self.streams.items()}
         return replace(self, fingerprint=fingerprint, streams=streams)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from univitar_ds.errors import DataError, SampleError
@@ -46,11 +46,15 @@ REMEDY = "univitar-ds data verify SOURCE lists what is bad"
 
 @dataclass(frozen=True)
 class BadPolicy:
-    """`data.on_bad`, `data.max_bad_per_thousand` and `data.max_bad_in_a_row`."""
+    """`data.on_bad`, `data.max_bad_per_thousand` and `data.max_bad_in_a_row`.
+
+    `logged` counts by kind what all who follow this policy have left out, so that a hundred lanes log no more than one.
+    """
 
     on_bad: Literal["skip", "fail"] = "skip"
     max_per_thousand: int = 100
     max_in_a_row: int = 64
+    logged: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
 
 class Health:
@@ -63,7 +67,6 @@ class Health:
         """`name` says whose samples these are, such as "lane 3, image"; `state` is what `to_json` gave."""
         self._policy, self._name = policy, name
         self._seen, self._bad, self._in_a_row = state
-        self._logged: Counter[str] = Counter()
 
     def good(self) -> None:
         """Count a readable sample."""
@@ -112,10 +115,9 @@ class Health:
 
     def _report(self, where: str, error: SampleError, samples: int) -> None:
         """Of each kind: the first ten, then every tenth, from a hundred on every hundredth, and so on."""
-        self._logged[error.kind] += 1
-        number = self._logged[error.kind]
+        logged = self._policy.logged
+        logged[error.kind] += 1
+        number = logged[error.kind]
         if number % 10 ** (len(str(number)) - 1) == 0:
             what = "sample" if samples == 1 else f"about {samples} samples"
-            _log.warning(
-                "%s left out (%s, number %d of %s): %s: %s", what, error.kind, number, self._name, where, error
-            )
+            _log.warning("%s left out (%s, number %d; %s): %s: %s", what, error.kind, number, self._name, where, error)

@@ -48,7 +48,7 @@ def test_a_bad_sample_is_counted_by_kind_and_logged_with_shard_key_and_byte(capl
     with caplog.at_level(logging.WARNING):
         packs, _ = packs_of(small_rules(shards_of([samples])), 0, 1)
     assert packs[0][1] == {"no_caption": 1, "unreadable": 1, "bad_json": 1}
-    assert "sample left out (no_caption, number 1 of lane 0, image): m0/x at byte 6144: neither" in caplog.text
+    assert "sample left out (no_caption, number 1; lane 0, image): m0/x at byte 6144: neither" in caplog.text
 
 
 def test_too_many_bad_samples_in_a_row_end_the_run():

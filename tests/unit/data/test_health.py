@@ -81,9 +81,18 @@ def test_the_log_names_the_first_of_a_kind_and_then_ever_fewer(caplog):
         feed(health, [False] * 250)
         health.bad("t/x at byte 9", SampleError("timeout", "too slow"))
     told = [record.getMessage() for record in caplog.records]
-    assert told[0] == "sample left out (corrupt, number 1 of lane 1, image): s/0 at byte 0: half of it is gone"
+    assert told[0] == "sample left out (corrupt, number 1; lane 1, image): s/0 at byte 0: half of it is gone"
     assert len(told) == 10 + 9 + 1 + 1
-    assert told[-1] == "sample left out (timeout, number 1 of lane 1, image): t/x at byte 9: too slow"
+    assert told[-1] == "sample left out (timeout, number 1; lane 1, image): t/x at byte 9: too slow"
+
+
+def test_lanes_that_follow_one_policy_log_as_much_as_one(caplog):
+    policy = BadPolicy(max_per_thousand=WINDOW, max_in_a_row=WINDOW)
+    with caplog.at_level(logging.WARNING):
+        for lane in range(25):
+            feed(Health(policy, f"lane {lane}, image"), [False] * 10)
+    assert len(caplog.records) == 10 + 9 + 1
+    assert "number 200; lane 19, image" in caplog.text
 
 
 def kinds_raised() -> dict[str, str]:
