@@ -6,10 +6,12 @@ Runs in processes of its own, because decoders work hard and, on hostile bytes, 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from univitar_ds.data.storage import read_file
 from univitar_ds.errors import SampleError
 
 _BATCH = 4
+_AHEAD = 64
+"""Batches for each process that are handed over ahead: a clip that takes minutes holds nobody else up meanwhile."""
 _CONTEXT = "forkserver"
 _MOST_BYTES = 1_000_000_000
 _MAX_PX: int = DataConfig.model_fields["max_image_px"].default
@@ -61,13 +65,12 @@ def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[Finding]:
         yield from map(examine, jobs)
         return
     batches = [jobs[start : start + _BATCH] for start in range(0, len(jobs), _BATCH)]
-    while batches:
-        done = 0
+    done = 0
+    while done < len(batches):
         with _pool(workers) as pool:
             try:
-                futures = [pool.submit(_examine_batch, batch) for batch in batches]
-                for future in futures:
-                    yield from future.result()
+                for findings in _in_order(pool, batches[done:], _AHEAD * workers):
+                    yield from findings
                     done += 1
             except BrokenProcessPool:
                 pass
@@ -76,7 +79,15 @@ def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[Finding]:
         if done < len(batches):
             yield from map(_examine_apart, batches[done])
             done += 1
-        batches = batches[done:]
+
+
+def _in_order(pool: ProcessPoolExecutor, batches: Sequence[Sequence[Job]], ahead: int) -> Iterator[list[Finding]]:
+    """Of millions of files only so many batches are handed over at a time, and again after a process has died."""
+    coming = iter(batches)
+    waiting = deque(pool.submit(_examine_batch, batch) for batch in islice(coming, ahead))
+    while waiting:
+        yield waiting.popleft().result()
+        waiting.extend(pool.submit(_examine_batch, batch) for batch in islice(coming, 1))
 
 
 def examine(job: Job) -> Finding:
