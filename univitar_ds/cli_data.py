@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,22 +140,36 @@ def _verify(arguments: argparse.Namespace) -> int:
     for source in report["sources"]:
         if source["error"]:
             _say(source["error"])
-    faults = [(shard["shard"], fault) for shard in report["shards"] for fault in shard["faults"]]
-    for shard, fault in faults[:20]:
-        name = f"{shard}/{fault['key']}" if fault["key"] else shard
-        _say(f"{fault['kind']}: {name} at byte {fault['byte']}: {fault['message']}")
-    if len(faults) > 20:
-        print(f"... and {len(faults) - 20} more")
-    for shard in report["shards"]:
-        if shard["error"]:
-            _say(f"shard {shard['shard']}: {shard['error']}")
-        if shard["sha256"] == "differs":
-            _say(f"shard {shard['shard']}: its SHA-256 is not the manifest's")
-        if shard["samples_in_manifest"] not in (None, shard["samples"]):
-            _say(f"shard {shard['shard']}: {shard['samples']} samples, {shard['samples_in_manifest']} in its manifest")
+    shards = report["shards"]
+    _say_first([(shard["shard"], fault) for shard in shards for fault in shard["faults"]], _fault_sentence)
+    _say_first([told for shard in shards for told in _shard_sentences(shard)], str)
     verdict = "sound" if report["sound"] else "NOT sound"
     _say(f"{report['samples']} samples in {len(report['shards'])} shards: {verdict}; report in {arguments.report}")
     return 0 if report["sound"] else 1
+
+
+def _say_first(found: Sequence[Any], sentence: Callable[[Any], str], most: int = 20) -> None:
+    """As much as a terminal can take: the report has it all."""
+    for one in found[:most]:
+        _say(sentence(one))
+    if len(found) > most:
+        _say(f"... and {len(found) - most} more")
+
+
+def _fault_sentence(found: tuple[str, dict[str, Any]]) -> str:
+    shard, fault = found
+    name = f"{shard}/{fault['key']}" if fault["key"] else shard
+    return f"{fault['kind']}: {name} at byte {fault['byte']}: {fault['message']}"
+
+
+def _shard_sentences(shard: dict[str, Any]) -> Iterator[str]:
+    name = f"shard {shard['shard']}"
+    if shard["error"]:
+        yield f"{name}: {shard['error']}"
+    if shard["sha256"] == "differs":
+        yield f"{name}: its SHA-256 is not the manifest's"
+    if shard["samples_in_manifest"] not in (None, shard["samples"]):
+        yield f"{name}: {shard['samples']} samples, {shard['samples_in_manifest']} in its manifest"
 
 
 def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -> list[SourceConfig]:

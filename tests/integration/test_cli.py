@@ -171,6 +171,24 @@ def test_verify_says_sound_or_what_is_wrong_and_writes_it_down(capsys, tmp_path)
     assert json.loads(report.read_text())["bad"] == {"unreadable": 1}
 
 
+def test_of_thousands_of_bad_shards_verify_prints_the_first(capsys, tmp_path):
+    sample = [("k", {"jpg": picture(32, 32), "txt": b"a thing"})]
+    for number in range(30):
+        path = write_tar(tmp_path / "shards" / f"{number:02d}.tar", sample)
+    rows = [
+        {"file": f"{n:02d}.tar", "split": "train", "kind": "image", "samples": 2, "sha256": "0" * 64}
+        | {"bytes": path.stat().st_size}
+        for n in range(30)
+    ]
+    (path.parent / "manifest.json").write_text(json.dumps({"version": 1, "shards": rows}))
+    report = tmp_path / "report.json"
+    assert main(["data", "verify", str(path.parent), "--report", str(report), "--workers", "1", "--no-decode"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert sum("its SHA-256 is not" in line for line in printed) == 10
+    assert len(printed) == 20 + 1 + 1
+    assert "... and 40 more" in printed
+
+
 def test_a_source_to_verify_that_is_not_there_is_told(capsys, tmp_path):
     report = tmp_path / "report.json"
     assert main(["data", "verify", str(tmp_path / "nowhere"), "--report", str(report)]) == 1

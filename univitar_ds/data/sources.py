@@ -17,9 +17,9 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import captions, tar
 from univitar_ds.data.class_names import named, read_class_names
 from univitar_ds.data.layout import Modality
-from univitar_ds.data.listing import PACK_HINT, Shard, list_shards, warn_once
+from univitar_ds.data.listing import PACK_HINT, Shard, list_shards, place_of, warn_once
 from univitar_ds.data.mixture import shares_of
-from univitar_ds.data.storage import AT_ONCE, LOCAL, S3, StorageSettings, at_once
+from univitar_ds.data.storage import AT_ONCE, LOCAL, S3, StorageSettings, at_once, storage_for
 from univitar_ds.errors import DataError, SampleError
 
 EVERYTHING = ""
@@ -89,10 +89,13 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
     Shard names carry the position of their source when there are several, so that keys stay unique.
     Raises: DataError.
     """
+
+    def listed(position: int) -> list[Shard]:
+        return list_shards(sources[position], f"{position}:" if len(sources) > 1 else "", settings)
+
     found = []
-    for position, source in enumerate(sources):
-        prefix = f"{position}:" if len(sources) > 1 else ""
-        shards = list_shards(source, prefix, settings)
+    storages = [storage_for(place_of(source), settings) for source in sources]
+    for source, shards in zip(sources, at_once(listed, range(len(sources)), storages), strict=True):
         if not shards:
             raise DataError(
                 f"source {source.path}: no shard found (*.tar) in the folder itself; shards in folders below it are "

@@ -145,7 +145,8 @@ class LocalStorage:
 
     def list(self, prefix: str) -> Sequence[str]:
         try:
-            return sorted(str(entry) for entry in Path(prefix).iterdir() if entry.is_file())
+            with os.scandir(prefix) as entries:  # it knows what is a file: no question for each of 40,000
+                return sorted([str(Path(prefix, entry.name)) for entry in entries if entry.is_file()])
         except OSError as error:
             raise _unreadable(prefix, error) from error
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import threading
 from collections import Counter
 
 import pytest
@@ -13,7 +14,7 @@ from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import sources
 from univitar_ds.data.journal import JOURNAL
-from univitar_ds.data.listing import expand_braces
+from univitar_ds.data.listing import Shard, expand_braces
 from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.sources import (
     CAPTION_SHARDS,
@@ -239,6 +240,20 @@ def test_a_shard_knows_its_source_and_its_templates(packed):
     image, clip_ = (groups_of(shards, modality, {"again": 3}) for modality in ("image", "video"))
     assert [(group.name, group.shards) for group in image + clip_] == [("again", (4, 5)), ("again", (6, 7))]
     assert groups_of(shards, "video", {}) == [ShardGroup("", 1, (2, 3, 6, 7))]
+
+
+def test_many_remote_sources_are_listed_at_once(monkeypatch):
+    together = threading.Barrier(4)
+
+    def listed(source, prefix, settings):
+        together.wait(timeout=20)
+        return [Shard(f"{prefix}a", f"{source.path}/a.tar", None, 512, "image")]
+
+    monkeypatch.setattr(sources, "list_shards", listed)
+    found = find_shards([SourceConfig(path=f"s3://bucket/{name}") for name in "dbca"], StorageSettings())
+    assert [(shard.name, shard.path) for shard in found] == [
+        (f"{number}:a", f"s3://bucket/{name}/a.tar") for number, name in enumerate("dbca")
+    ]
 
 
 def test_the_fingerprint_follows_names_sizes_and_hashes_but_not_the_place(tmp_path, packed):
