@@ -18,6 +18,7 @@ import torch
 from tests.support.loading import STAGE
 from tests.support.shards import clip, picture, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.data.lanes import Lane
 from univitar_ds.data.layout import item_bytes
 from univitar_ds.data.loader import PackLoader, eval_packs, stage_modalities
 from univitar_ds.data.text import caption_id, train_tokenizer
@@ -153,6 +154,16 @@ def test_a_picture_that_cannot_be_decoded_is_counted_and_leaves_its_pack_shorter
         assert set(pack.keys) <= good
         assert pack.pixels.shape == (sum(item_bytes(grid, 1) for grid in pack.grid_thw.tolist()),)
     assert "sample left out (corrupt, number 1; lane 0, image, decoding): a/k" in caplog.text
+
+
+def test_all_lanes_of_a_rank_begin_before_the_first_of_them_is_read(folder, monkeypatch):
+    """What one announces is on its way while another is waited for."""
+    order = []
+    begin, next_plan = Lane.begin, Lane.next_plan
+    monkeypatch.setattr(Lane, "begin", lambda lane, modality: order.append("begin") or begin(lane, modality))
+    monkeypatch.setattr(Lane, "next_plan", lambda lane, *asked: order.append("plan") or next_plan(lane, *asked))
+    take(1, folder)
+    assert order[:3] == ["begin", "begin", "plan"]
 
 
 @pytest.mark.parametrize("shards", [1, 64])
