@@ -18,7 +18,7 @@ from univitar_ds.data.health import BadPolicy, Health
 from univitar_ds.data.lanes import Item, Lane, Plan, StreamRules
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.packing import thinned
-from univitar_ds.data.reading import FILES_OF_A_GROUP, read_entry, samples_in, where_is
+from univitar_ds.data.reading import FILES_OF_A_GROUP, HINTED, announce, read_entry, samples_in, where_is
 from univitar_ds.data.samples import SizeRule
 from univitar_ds.data.sampling import Sampling
 from univitar_ds.data.scans import Scans, shard_samples
@@ -229,7 +229,9 @@ def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, pol
     def plan() -> Plan:
         return Plan(tuple(items), size.modality, 0, next(numbers), None, dict(bad))
 
-    for index in of_modality(shards, size.modality):
+    indices = of_modality(shards, size.modality)
+    for place, index in enumerate(indices, 1):
+        announce([shards[other] for other in indices[place : place + HINTED]])
         shard = shards[index]
         number = 0
         for entry in shard_samples(shard, size.modality):

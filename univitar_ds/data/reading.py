@@ -129,9 +129,13 @@ class Reader:
     def _announce(self, current: int, units: Iterator[Unit]) -> None:
         """Tell the storages which shards come after `current`."""
         coming = dict.fromkeys(unit.shard for unit in itertools.islice(units, HINTED) if unit.shard != current)
-        shards = [self._shards[index] for index in coming]
-        for storage in {id(shard.storage): shard.storage for shard in shards}.values():
-            storage.prefetch([shard.path for shard in shards if shard.storage is storage])
+        announce([self._shards[index] for index in coming])
+
+
+def announce(shards: Sequence[Shard]) -> None:
+    """Tell the storages that these shards come next."""
+    for storage in {id(shard.storage): shard.storage for shard in shards}.values():
+        storage.prefetch([shard.path for shard in shards if shard.storage is storage])
 
 
 def read_entry(shard: SourceShard, entry: Entry, rule: SizeRule) -> Sample:

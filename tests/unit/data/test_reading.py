@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from tests.support.memory import counts, damaged, memory_shards, reader_of, small_rules, wounds
 from univitar_ds.data.cursor import Place
+from univitar_ds.data.loader import _sweep
 from univitar_ds.data.reading import Reader
 from univitar_ds.data.sources import groups_of
 from univitar_ds.data.units import Unit, _order, parts_per_shard, units_of_lane
@@ -82,6 +83,14 @@ def test_a_reader_that_starts_at_any_place_of_another_gives_the_rest(sizes, woun
     for number, (_, place) in enumerate(passed[:-1]):
         again = reader_of(rules, lanes - 1, place)
         assert again.next() == passed[number + 1][0]
+
+
+def test_an_evaluation_tells_the_storage_what_comes_next_too():
+    rules = small_rules(memory_shards([2] * 5))
+    for _ in _sweep(rules.shards, rules.size, 40, rules.policy):
+        pass
+    hints = rules.shards[0].storage.hints
+    assert hints[:2] == [["m1", "m2", "m3", "m4"], ["m2", "m3", "m4"]]
 
 
 def test_the_storage_hears_which_shards_come_next():
