@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+BLOCK = 1 << 16
+"""Bytes that are read at a time where a file is read from its end."""
 SKIPPED = "skipped"
 """What the logs of samples begin with that hold the steps which a rollback undid."""
 
@@ -107,7 +109,8 @@ def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None
     """
     for path in run.glob("samples-rank*.jsonl"):
         if keep_as is not None:
-            with path.open() as old, (run / path.name.replace("samples", keep_as, 1)).open("a") as kept:
+            with path.open("rb") as old, (run / path.name.replace("samples", keep_as, 1)).open("ab") as kept:
+                old.seek(_end_of(path, step))
                 kept.writelines(line for line in old if step < _step_of(line) < float("inf"))
         _open_after(path, step).close()
 
@@ -129,16 +132,34 @@ def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:
 def _open_after(path: Path, step: int) -> TextIO:
     """Opens a file of JSON lines for appending, after those up to `step`; a line cut by a crash is dropped too."""
     if path.exists():
-        kept = path.with_name(f".{path.name}.tmp")
-        with path.open() as old, kept.open("w") as new:
-            new.writelines(line for line in old if _step_of(line) <= step)
-        os.replace(kept, path)
+        os.truncate(path, _end_of(path, step))
     return path.open("a")
 
 
-def _step_of(line: str) -> float:
+def _end_of(path: Path, step: int) -> int:
+    """Bytes of a file up to the end of its last line of a step up to `step`.
+
+    Steps rise along a file, so it is looked for from the end: a long run's logs hold gigabytes, and all ranks wait.
+    """
+    with path.open("rb") as file:
+        start, text = file.seek(0, os.SEEK_END), b""  # `text` lies in the file from `start` on
+        while start or text:
+            last = text.rfind(b"\n", 0, -1) + 1  # where the last line begins
+            if start and not last:
+                size = min(max(BLOCK, len(text)), start)
+                start = file.seek(start - size)
+                text = file.read(size) + text
+            elif _step_of(text[last:]) <= step:
+                break
+            else:
+                text = text[:last]
+        return start + len(text)
+
+
+def _step_of(line: bytes) -> float:
+    """Of a whole line; infinite for one that a crash has cut."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
 

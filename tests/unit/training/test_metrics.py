@@ -1,3 +1,4 @@
+import bisect
 import io
 import json
 from dataclasses import replace
@@ -9,6 +10,7 @@ from PIL import Image
 from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.data.batch import PackedBatch, rows
 from univitar_ds.model.dropping import Dropping
+from univitar_ds.training import logs
 from univitar_ds.training.curriculum import Progress
 from univitar_ds.training.distributed import World, gather_json
 from univitar_ds.training.logs import MetricLog, SampleLog, cut_sample_logs
@@ -276,6 +278,34 @@ def test_sample_logs_of_all_ranks_are_cut_to_the_checkpoint(tmp_path):
     for rank in (0, 3):
         entries = [json.loads(text) for text in (tmp_path / f"samples-rank{rank}.jsonl").read_text().splitlines()]
         assert entries == [{"step": s, "lane": rank, "modality": "image", "keys": ["s/0"]} for s in (1, 2)]
+
+
+@pytest.mark.parametrize("end", ["", '{"step": 4, "keys"', "\n", "\0" * 40, '{"step": 9}\n{"ste'])
+@pytest.mark.parametrize("step", [0, 1, 3, 4, 5, 8, 100])
+def test_a_log_is_cut_after_the_last_line_of_a_step_whatever_its_length_and_its_end(tmp_path, monkeypatch, end, step):
+    monkeypatch.setattr(logs, "BLOCK", 7)
+    lines = [json.dumps({"step": s, "keys": ["k" * (11 * s), "\u00e9"]}) + "\n" for s in (1, 2, 4, 4, 5, 8)]
+    path = tmp_path / "samples-rank0.jsonl"
+    path.write_text("".join(lines) + end)
+    cut_sample_logs(tmp_path, step, keep_as="skipped")
+    assert path.read_text() == "".join(lines[: bisect.bisect_right((1, 2, 4, 4, 5, 8), step)]) + whole(end, step)
+    kept = (tmp_path / "skipped-rank0.jsonl").read_text()
+    assert path.read_text() + kept == "".join(lines) + whole(end, 100)
+
+
+def whole(end: str, step: int) -> str:
+    """The lines of `end` that are whole, are JSON and belong to steps up to `step`."""
+    return '{"step": 9}\n' if end.startswith('{"step": 9') and step >= 9 else ""
+
+
+def test_going_on_reads_the_end_of_a_log_and_not_the_run(tmp_path, monkeypatch):
+    path = tmp_path / "samples-rank0.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 50_001)))
+    judged = []
+    monkeypatch.setattr(logs, "_step_of", lambda line, real=logs._step_of: judged.append(line) or real(line))
+    cut_sample_logs(tmp_path, 49_990, keep_as="skipped")
+    assert path.read_text().endswith('{"step": 49990}\n')
+    assert len(judged) < 100
 
 
 def test_the_measured_peak_is_a_speed():
