@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from univitar_ds.evaluation.embed import Embeddings
-from univitar_ds.evaluation.scores import CHUNK, Figure, chance_at, hit_at, rank_counts
+from univitar_ds.evaluation.scores import Figure, chance_at, chunks, hit_at, rank_counts
 
 KS = (1, 5, 10)
 
@@ -46,7 +46,7 @@ def _hits(queries: Tensor, gallery: Tensor, right_of) -> dict[int, Tensor]:
     """For each k the (n,) probability that a query finds a right candidate among its first k."""
     gallery = gallery.double()
     found: dict[int, list[Tensor]] = {k: [] for k in KS}
-    for rows in torch.arange(len(queries)).split(CHUNK):
+    for rows in chunks(len(queries), len(gallery)):
         counts = rank_counts(queries[rows].double() @ gallery.T, right_of(rows))
         for k in KS:
             found[k].append(hit_at(k, *counts))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 TIE = 1e-6
 """Cosines closer than this are equal."""
-CHUNK = 1024
-"""Queries compared at a time; it bounds the memory and changes nothing else."""
+CHUNK, CELLS = 1024, 1 << 26
+"""Most queries compared at a time, and most scores of them, about 1.7 GB; they bound the memory and change nothing
+else."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Figure:
 
     def to_dict(self) -> dict[str, object]:
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def chunks(queries: int, candidates: int) -> tuple[Tensor, ...]:
+    """Rows of the queries to compare at a time, in order."""
+    return torch.arange(queries).split(max(1, min(CHUNK, CELLS // max(candidates, 1))))
 
 
 def hit_at(k: int, better: Tensor, tied: Tensor, right: Tensor) -> Tensor:

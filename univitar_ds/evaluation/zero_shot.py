@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from univitar_ds.evaluation.embed import Embeddings
-from univitar_ds.evaluation.scores import CHUNK, Figure, chance_at, hit_at, rank_counts
+from univitar_ds.evaluation.scores import Figure, chance_at, chunks, hit_at, rank_counts
 
 KS = (1, 5)
-
+SENTENCES = 1 << 16
+"""Most sentences whose vectors are held at a time, unless one class has more."""
 
 Texts = Callable[[Sequence[str]], Tensor]
 """Sentences -> (n, E) unit vectors."""
@@ -50,17 +51,22 @@ def zero_shot(found: Embeddings, templates: Sequence[str], texts: Texts) -> tupl
 
 def class_vectors(classes: Sequence[str], templates: Sequence[str], texts: Texts) -> Tensor:
     """(classes, E) unit vectors."""
-    sentences = [template.replace("{}", label) for label in classes for template in templates]
-    vectors = texts(sentences).view(len(classes), len(templates), -1)
-    return F.normalize(vectors.mean(dim=1), dim=-1)
+    at_once = max(1, SENTENCES // len(templates))
+    means = []
+    for start in range(0, len(classes), at_once):
+        part = classes[start : start + at_once]
+        vectors = texts([template.replace("{}", label) for label in part for template in templates])
+        means.append(vectors.view(len(part), len(templates), -1).mean(dim=1))
+    return F.normalize(torch.cat(means), dim=-1)
 
 
 def _one_set(found: Embeddings, rows: list[int], classes: list[str], vectors: Tensor, name: str | None) -> list[Figure]:
-    truth = torch.tensor([classes.index(found.labels[row]) for row in rows])
-    columns = torch.arange(len(classes))
+    column_of = {label: column for column, label in enumerate(classes)}
+    truth = torch.tensor([column_of[found.labels[row]] for row in rows])
+    columns, items, vectors = torch.arange(len(classes)), torch.tensor(rows), vectors.double()
     hits: dict[int, list[Tensor]] = {k: [] for k in KS}
-    for part, answers in zip(found.vision[rows].split(CHUNK), truth.split(CHUNK), strict=True):
-        counts = rank_counts(part.double() @ vectors.double().T, answers[:, None] == columns)
+    for part in chunks(len(rows), len(classes)):
+        counts = rank_counts(found.vision[items[part]].double() @ vectors.T, truth[part, None] == columns)
         for k in KS:
             hits[k].append(hit_at(k, *counts))
 
@@ -70,5 +76,5 @@ def _one_set(found: Embeddings, rows: list[int], classes: list[str], vectors: Te
 
     top = {k: torch.cat(parts) for k, parts in hits.items()}
     figures = [figure(f"top-{k}", top[k].mean(), k) for k in KS if k < len(classes)]
-    per_class = torch.stack([top[1][truth == column].mean() for column in columns])
+    per_class = torch.bincount(truth, top[1]) / torch.bincount(truth)  # no class is without an item
     return [*figures, figure("top-1, mean of classes", per_class.mean(), 1)]

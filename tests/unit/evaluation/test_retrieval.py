@@ -7,6 +7,7 @@ import torch
 
 from tests.unit.evaluation.made import made, random_rows
 from univitar_ds.evaluation import retrieval as module
+from univitar_ds.evaluation import scores
 from univitar_ds.evaluation.retrieval import retrieval
 
 
@@ -67,7 +68,8 @@ def test_the_order_of_the_items_and_the_size_of_a_chunk_change_nothing(monkeypat
     text = random_rows(37, 6, seed=9)[torch.arange(50) % 37] + 0 * vision
     before = {key: figure.value for key, figure in _by_name(made(vision + text, text, captions)).items()}
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setattr(scores, "CHUNK", 7)
+    monkeypatch.setattr(scores, "CELLS", 200)
     shuffled = made((vision + text)[order], text[order], [captions[i] for i in order])
     after = {key: figure.value for key, figure in _by_name(shuffled).items()}
     assert before == pytest.approx(after, abs=1e-12)
@@ -76,3 +78,13 @@ def test_the_order_of_the_items_and_the_size_of_a_chunk_change_nothing(monkeypat
 
 def test_no_items_give_no_figures():
     assert retrieval(made(torch.empty(0, 4), torch.empty(0, 4), [])) == []
+
+
+def test_no_more_scores_are_held_at_a_time_than_stated_however_many_items_there_are(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scores, "CELLS", 600)
+    seen: list[int] = []
+    monkeypatch.setattr(module, "rank_counts", lambda s, right: seen.append(s.numel()) or scores.rank_counts(s, right))
+    rows = random_rows(400)
+    retrieval(made(rows, rows, [f"caption {i % 3}" for i in range(400)]))
+    assert max(seen) <= 600
+    assert sum(seen) == 2 * 400 * 3

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.unit.evaluation.made import made, random_rows
+from univitar_ds.evaluation import scores
+from univitar_ds.evaluation import zero_shot as module
 from univitar_ds.evaluation.zero_shot import class_vectors, zero_shot
 
 AXES = {"cat": 0, "dog": 1, "emu": 2, "fox": 3, "gnu": 4, "hen": 5}
@@ -95,3 +97,31 @@ def test_the_vector_of_a_class_is_the_unit_mean_over_the_templates():
     rows = F.normalize(random_rows(4), dim=-1)
     got = class_vectors(["cat", "dog"], ["a {}", "the {}"], lambda sentences: rows[[table[s] for s in sentences]])
     assert torch.allclose(got, F.normalize(torch.stack([rows[0] + rows[1], rows[2] + rows[3]]), dim=-1), atol=1e-6)
+
+
+def test_classes_are_embedded_in_parts_that_give_the_same_vectors_and_figures(monkeypatch):
+    labels = [list(AXES)[row % 6] for row in range(40)]
+    found = _made(random_rows(40, 8), labels)
+    whole = zero_shot(found, ["a {}", "the {}"], texts)
+    asked: list[int] = []
+    monkeypatch.setattr(module, "SENTENCES", 5)
+    monkeypatch.setattr(scores, "CELLS", 13)
+    assert zero_shot(found, ["a {}", "the {}"], lambda some: asked.append(len(some)) or texts(some)) == whole
+    assert asked == [4, 4, 4]
+
+
+class Label(str):
+    """Counts how often labels are compared."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Label.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_the_classes_of_items_are_not_found_by_looking_through_all_of_them():
+    names = [f"{row:03d} {list(AXES)[row % 6]}" for row in range(300)]
+    zero_shot(_made(random_rows(300, 8), [Label(name) for name in names]), ["{}"], texts)
+    assert Label.compared < 10 * 300
