@@ -33,9 +33,13 @@ class ContrastiveResult:
 
 
 class Ring:
-    """The ranks of a group in a circle; without torch.distributed, a circle of one."""
+    """The ranks of a group in a circle; without torch.distributed, a circle of one.
 
-    def __init__(self, items: int, device: torch.device, group: dist.ProcessGroup | None) -> None:
+    Making it waits for the device. Made before the embeddings are, a loss round it waits for nothing until it is
+    known: a GPU has all messages of all hops before it in the queue while it still embeds.
+    """
+
+    def __init__(self, items: int, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         """`items` of this rank; they differ between ranks and may be 0. Every rank must make its ring."""
         self.group = group
         self.size = dist.get_world_size(group) if dist.is_initialized() else 1

@@ -8,7 +8,6 @@ The gradient is written out, not recorded: g_ij = dL/dlogit_ij = -z_ij * sigmoid
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,9 +24,9 @@ def ring_sigmoid(
     *,
     chunk: int,
     same_caption_positive: bool = False,
-    group: dist.ProcessGroup | None = None,
+    ring: Ring | None = None,
 ) -> ContrastiveResult:
-    """Loss and gradients; every rank of `group` must call it. Row i of `vision` belongs to row i of `text`.
+    """Loss and gradients; every rank of the ring must call it. Row i of `vision` belongs to row i of `text`.
 
     Args:
         vision, text: (n, E) fp32; n differs between ranks and may be 0, also on all of them (loss 0).
@@ -35,8 +34,9 @@ def ring_sigmoid(
         caption_ids: (n,) int64, equal for equal captions. Only read with `same_caption_positive`.
         chunk: texts compared at a time.
         same_caption_positive: pairs of equal captions belong together too, wherever their items are.
+        ring: of as many items as `vision` has rows; absent: of all ranks, made here.
     """
-    ring = Ring(vision.shape[0], vision.device, group)
+    ring = ring or Ring(len(vision), vision.device)
     items = max(ring.items, 1)
     vision, visiting = vision.float(), text.float()
     scale, bias = scale.float().reshape(()), bias.float().reshape(())

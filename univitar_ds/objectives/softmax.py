@@ -13,7 +13,6 @@ g_ij = (softmax over row i + softmax over column j - 2 * [j in P(i)] / |P(i)|) /
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from univitar_ds.objectives.ring import ContrastiveResult, Ring, belong_together
@@ -29,10 +28,10 @@ def ring_softmax(
     *,
     chunk: int,
     same_caption_positive: bool = False,
-    group: dist.ProcessGroup | None = None,
+    ring: Ring | None = None,
 ) -> ContrastiveResult:
     """Loss and gradients; arguments and result as of `ring_sigmoid`, `bias` not used."""
-    ring = Ring(vision.shape[0], vision.device, group)
+    ring = ring or Ring(len(vision), vision.device)
     items = max(ring.items, 1)
     vision, visiting = vision.float(), text.float()
     scale = scale.float().reshape(())

@@ -22,7 +22,8 @@ from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.errors import UserError
 from univitar_ds.model.dropping import NO_DROPPING, Dropping, Drops
 from univitar_ds.model.teacher import Teacher
-from univitar_ds.objectives.ring import ContrastiveResult
+from univitar_ds.model.transfer import uploaded
+from univitar_ds.objectives.ring import ContrastiveResult, Ring
 from univitar_ds.objectives.sigmoid import ring_sigmoid
 from univitar_ds.objectives.softmax import ring_softmax
 from univitar_ds.training.distillation import NO_DISTILLATION, Distillation
@@ -98,6 +99,9 @@ def train_step(
         _inputs(batch, engine.world.device, bool(distillation), dropped)
         for batch, dropped in zip(batches, drops, strict=True)
     ]
+    counts = [len(batch.caption_ids) for batch in batches]
+    caption_ids = uploaded(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
+    ring = Ring(sum(counts), engine.world.device)
     once = single_pass and len(batches) == 1
     with torch.set_grad_enabled(once):  # what a teacher is shown is large: kept of a single pack only
         outputs = [output if once else output[:4] for output in (engine(*pack) for pack in inputs)]
@@ -107,13 +111,13 @@ def train_step(
         torch.cat([output[1].detach() for output in outputs]),
         scale,
         bias,
-        torch.cat([batch.caption_ids for batch in batches]),
+        caption_ids,
         chunk=objective.chunk,
         same_caption_positive=objective.same_caption_positive,
+        ring=ring,
     )
     if not math.isfinite(result.loss):
         raise DivergedError(f"the loss is {result.loss} at learning rate {lr:g}")
-    counts = [len(batch.caption_ids) for batch in batches]
     vision_grads, text_grads = result.vision_grad.split(counts), result.text_grad.split(counts)
     for index, pack in enumerate(inputs):
         seen = distillation.look(index, pack[0]) if distillation else None
