@@ -124,22 +124,22 @@ def run_rank(run: Path, stop: Stop) -> int:
 
 
 def finish_run(run: Path) -> None:
-    """What follows training, on one process: evaluation on held-out data and the exported encoder.
+    """What follows training, on one process: the exported encoder, and evaluation on held-out data.
 
-    The encoder is exported whatever becomes of the evaluation.
+    The export comes first: an evaluation may take longer than a job may run. Neither needs the other to succeed.
     """
     from univitar_ds.convert.official import export_encoder
     from univitar_ds.evaluation.run import evaluate_run
 
     seconds: dict[str, float] = {}
     try:
-        if load_config(run / CONFIG).evaluation.sources:
-            with timed(seconds, "evaluation"):
-                print(evaluate_run(run))
-    finally:
         with timed(seconds, "export"):
             export_encoder(run, run / "export")
         logger.info("encoder exported to %s", run / "export")
+    finally:
+        if load_config(run / CONFIG).evaluation.sources:
+            with timed(seconds, "evaluation"):
+                print(evaluate_run(run))
     summary = json.loads((run / SUMMARY).read_text())
     summary["seconds"] = {**summary.get("seconds", {}), **seconds}
     (run / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")

@@ -10,7 +10,9 @@ import torch
 from tests.support.finished import run_config
 from univitar_ds import launch
 from univitar_ds.config.load import dump_config
-from univitar_ds.errors import ConfigError
+from univitar_ds.convert import official
+from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.evaluation import run as evaluation
 
 ELSEWHERE = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -72,3 +74,30 @@ def test_more_processes_than_gpus_are_refused_before_a_folder_is_made(started, t
     with pytest.raises(ConfigError, match=r"2 processes .* torch sees 1; .*--nproc 1.* or set DS_ACCELERATOR=cpu"):
         started(1, 2)
     assert not (tmp_path / "made").exists()
+
+
+class Killed(BaseException):
+    """What a signal does to a process."""
+
+
+@pytest.mark.parametrize("fault", [None, CheckpointError("no room")])
+def test_the_encoder_is_exported_before_an_evaluation_that_may_be_cut_and_is_evaluated_without_it(
+    monkeypatch, tmp_path, fault
+):
+    done = []
+
+    def export(*_):
+        done.append("export")
+        if fault:
+            raise fault
+
+    def evaluate(_):
+        done.append("evaluation")
+        raise Killed
+
+    monkeypatch.setattr(official, "export_encoder", export)
+    monkeypatch.setattr(evaluation, "evaluate_run", evaluate)
+    dump_config(run_config(), tmp_path / "config.yaml")
+    with pytest.raises(Killed):
+        launch.finish_run(tmp_path)
+    assert done == ["export", "evaluation"]
