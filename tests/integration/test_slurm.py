@@ -81,6 +81,7 @@ fault) exit 2 ;;
 crash) if [ "$SLURM_PROCID" = 0 ]; then exit 1; fi ;;
 saves) trap 'exit 85' TERM USR1 ;;
 early) ;;
+finishes) if [ "$SLURM_PROCID" = 0 ]; then sleep 8 && echo finished; fi; exit 0 ;;
 esac
 for i in $(seq 200); do sleep 0.1; done
 exit 0
@@ -115,6 +116,12 @@ def test_a_run_that_has_saved_is_started_again_and_then_continued(stub):
 def test_a_run_that_fails_is_not_started_again(stub, end, code):
     """Slurm ends the other ranks of a failed one with SIGTERM, as it does at pre-emption."""
     assert stub(end).ends() == ("FAILED", 0, code)
+
+
+def test_the_first_rank_has_the_time_it_needs_after_the_others_have_ended(stub):
+    job = stub("finishes")
+    assert job.ends() == ("COMPLETED", 0, "0:0")
+    assert "finished" in job.log.read_text()
 
 
 def test_a_warning_before_training_starts_the_job_again(stub):

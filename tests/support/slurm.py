@@ -30,6 +30,7 @@ READY_S = 60
 ENDS_S = 30
 
 # cred_expire is also how long a requeued job waits before it starts again: 120 s by default.
+# WaitTime is how long a task may run on after another one has ended, where a step does not say it itself.
 # GraceTime is what a pre-empted job has between SIGTERM and SIGKILL; KillWait, one that was cancelled or requeued.
 CONF = """\
 ClusterName=univitar
@@ -62,6 +63,7 @@ SchedulerParameters=sched_interval=1,sched_min_interval=200000,bf_interval=1,bat
 ReturnToService=2
 JobRequeue=1
 KillWait=30
+WaitTime=2
 MinJobAge=3600
 SlurmdTimeout=60
 MessageTimeout=30

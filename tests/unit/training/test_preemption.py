@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from univitar_ds.errors import ConfigError
 from univitar_ds.training.preemption import SAVED
 from univitar_ds.training.slurm import adopt_ranks
 
+SLURM = Path(__file__).parents[3] / "slurm"
 LISTENER = """
 import os, signal, sys, time
 from univitar_ds.training import preemption
@@ -134,3 +136,15 @@ def test_what_is_no_task_among_others_keeps_its_environment(environment):
 def test_tasks_that_do_not_know_where_rank_0_is_are_told_how_to_say_it():
     with pytest.raises(ConfigError, match=r"8 tasks and MASTER_PORT is not set; export .* as slurm/train.sbatch does"):
         adopt_ranks({**TASK, "MASTER_ADDR": "node1"})
+
+
+@pytest.mark.parametrize("script", ["train", "preflight"])
+@pytest.mark.parametrize("number", [7, 11_999, 12_345_678, 39_999, 67_108_863])
+def test_the_port_of_a_job_is_none_that_linux_may_have_given_to_a_connection(script, number):
+    (line,) = (
+        line for line in (SLURM / f"{script}.sbatch").read_text().splitlines() if line.startswith("MASTER_PORT=")
+    )
+    port = subprocess.run(
+        ["bash", "-c", f"{line}\necho $MASTER_PORT"], env={"SLURM_JOB_ID": str(number)}, capture_output=True, check=True
+    )
+    assert 1024 <= int(port.stdout) < 32_768
