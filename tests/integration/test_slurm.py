@@ -81,6 +81,7 @@ fault) exit 2 ;;
 crash) if [ "$SLURM_PROCID" = 0 ]; then exit 1; fi ;;
 saves) trap 'exit 85' TERM USR1 ;;
 early) ;;
+evaluates) mkdir -p "$RUN/export"; printf '{\n  "completed": true\n}\n' > "$RUN/summary.json" ;;
 finishes) if [ "$SLURM_PROCID" = 0 ]; then sleep 8 && echo finished; fi; exit 0 ;;
 esac
 for i in $(seq 200); do sleep 0.1; done
@@ -129,6 +130,14 @@ def test_a_warning_before_training_starts_the_job_again(stub):
     both_up(job)
     job.warn()
     assert job.ends() == ("COMPLETED", 1, "0:0")
+
+
+def test_a_warning_while_a_trained_and_exported_run_is_evaluated_does_not_take_the_nodes_again(stub):
+    job = stub("evaluates")
+    both_up(job)
+    job.warn()
+    assert job.ends() == ("FAILED", 0, "138:0")
+    assert f"only its evaluation was cut: univitar-ds eval {job.run}, on one GPU" in job.log.read_text()
 
 
 @pytest.mark.parametrize("end", ["early", "saves"])
