@@ -26,17 +26,25 @@ def cursors(world):
 
 
 def first_half(folder):
-    """Saves at MIDDLE and goes on to END, then once more from the checkpoint in the engine as it stands."""
+    """Saves at MIDDLE and goes on to END, then once more from the checkpoint in the engine as it stands.
+
+    Also says which files of tensors this rank hashed and which it opened on the way back.
+    """
     world = start_world()
     engine = engine_of(world)
     steps(engine, 0, MIDDLE)
     saved = save_checkpoint(engine, folder, MIDDLE, {"note": [1, "two"]}, cursors(world), keep=2)
     straight = steps(engine, MIDDLE, END)
     save_checkpoint(engine, folder, END, {}, {}, keep=2)
-    load_checkpoint(engine, saved)
+    hashed, opened = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        sha256, safe_open = commit._sha256, checkpoint.safe_open
+        patch.setattr(commit, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+        patch.setattr(checkpoint, "safe_open", lambda path, kind: opened.append(path.name) or safe_open(path, kind))
+        load_checkpoint(engine, saved)
     again = steps(engine, MIDDLE, END)
     save_checkpoint(engine, folder.with_name("again"), END, {}, {}, keep=2)
-    return straight, again
+    return straight, again, [name for name in hashed if name.startswith("rank") and name.endswith("s")], opened
 
 
 def second_half(folder, settings):
@@ -90,6 +98,12 @@ def test_a_new_engine_of_as_many_ranks_goes_on_bit_for_bit(base, straight, resum
 def test_going_back_in_a_live_engine_is_bit_for_bit_too(base, straight):
     assert straight[0][0] == straight[0][1]
     assert hashes(end(base, "again")) == hashes(end(base, "checkpoints"))
+
+
+def test_as_many_ranks_hash_one_file_of_tensors_each_and_open_their_own_alone(straight):
+    files = ["rank00000.safetensors", "rank00001.safetensors"]
+    assert sorted(hashed for _, _, hashed, _ in straight) == [files[:1], files[1:]]
+    assert [opened for *_, opened in straight] == [files[:1], files[1:]]
 
 
 FP32 = [(1, "zero3"), (4, "zero3"), (2, "zero2"), (4, "zero1"), (4, "offload")]

@@ -109,10 +109,15 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Reader:
-    """The pieces of a checkpoint, of whatever number of ranks."""
+    """The pieces of a checkpoint, of whatever number of ranks.
+
+    A file of tensors is opened when something of it is needed: as many ranks as have written need one file each, not
+    all of them all.
+    """
 
     def __init__(self, folder: Path, open_files: ExitStack) -> None:
         self.folder = folder
+        self._open_files = open_files
         self.content = _read_json(folder / STATE)
         if self.content.get("format") != FORMAT:
             raise CheckpointError(
@@ -122,24 +127,25 @@ class _Reader:
         self.cursors: dict[int, dict[str, Any]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.kinds: dict[str, dict[str, str]] = {}
-        self._parts: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
+        self._parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+        """By parameter: start and length of a part, and the rank whose file holds it."""
+        self._files: dict[int, Any] = {}
         for rank in range(self.content["world_size"]):
             index = _read_json(folder / f"rank{rank:05d}.json")
-            tensors = open_files.enter_context(safe_open(folder / f"rank{rank:05d}.safetensors", "pt"))
             self.cursors.update({int(lane): cursor for lane, cursor in index["cursors"].items()})
             for name, entry in index["pieces"].items():
                 self.shapes[name] = tuple(entry["shape"])
                 if entry["length"]:
                     self.kinds[name] = entry["kinds"]
-                    self._parts[name].append((entry["start"], entry["length"], tensors))
+                    self._parts[name].append((entry["start"], entry["length"], rank))
 
     def fill(self, name: str, kind: str, start: int, target: Tensor) -> None:
         """Writes elements start, start + 1, ... of a flattened parameter into the 1-D `target`."""
         stop, filled = start + target.numel(), 0
-        for begin, length, tensors in sorted(self._parts[name], key=lambda part: part[0]):
+        for begin, length, rank in sorted(self._parts[name]):
             low, high = max(begin, start + filled), min(begin + length, stop)
             if low < high and low == start + filled:
-                source = tensors.get_slice(f"{name}/{kind}")[low - begin : high - begin]
+                source = self._tensors(rank).get_slice(f"{name}/{kind}")[low - begin : high - begin]
                 target[low - start : high - start].copy_(source)
                 filled = high - start
         if filled < target.numel():
@@ -147,6 +153,12 @@ class _Reader:
                 f"{self.folder} holds {kind} of {name} up to element {start + filled} only, {stop} are needed; "
                 f"{commit.remedy(self.folder)}"
             )
+
+    def _tensors(self, rank: int) -> Any:
+        if rank not in self._files:
+            path = self.folder / f"rank{rank:05d}.safetensors"
+            self._files[rank] = self._open_files.enter_context(safe_open(path, "pt"))
+        return self._files[rank]
 
     def buffers(self) -> dict[str, Tensor]:
         return load_file(self.folder / BUFFERS)
@@ -221,7 +233,8 @@ def _verify_shared(folder: Path, world: World) -> None:
             manifest = commit.read_manifest(folder)
     manifest = gather_json(manifest, world)[0]
     with together(world):
-        commit.verify(folder, {name: manifest[name] for name in sorted(manifest)[world.rank :: world.size]})
+        by_size = sorted(manifest, key=lambda name: (manifest[name]["bytes"], name))  # dealt out: shares alike
+        commit.verify(folder, {name: manifest[name] for name in by_size[world.rank :: world.size]})
 
 
 def _check_model(engine: Engine, reader: _Reader, hand_over: bool) -> None:
