@@ -114,6 +114,9 @@ def run_rank(run: Path, stop: Stop) -> int:
     from univitar_ds.training.loop import train as train_rank
 
     world = start_world()
+    if not world.first:  # hundreds of ranks that say what the first one says would hide its lines
+        for package in ("univitar_ds", "kernels"):
+            logging.getLogger(package).setLevel(logging.WARNING)
     completed = train_rank(load_config(run / CONFIG), run, world, stop)
     stop_world()
     if not completed:

@@ -70,6 +70,8 @@ def test_a_run_is_trained_evaluated_and_exported_by(launcher, run_file):
     assert set(summary["seconds"]) == {"training", "evaluation", "export"}
     assert (run / "export" / "model.safetensors").is_file()
     assert "x chance" in ended.stdout
+    chosen = [line.split(" INFO ")[1] for line in ended.stderr.splitlines() if " INFO attention on" in line]
+    assert len(chosen) == len(set(chosen)) > 0, "one rank is enough to say what all do"
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint_and_ends(run_file):
