@@ -214,6 +214,29 @@ def test_data_that_end_on_one_rank_end_all_of_them_with_its_story(whole, tmp_pat
     assert commit.latest(run / CHECKPOINTS).name == "step-00000002"
 
 
+def story_of_other_shards(run):
+    """As `story_of`, but the second rank's file system shows it other sizes, and it may not look into shards."""
+    import os
+    from dataclasses import replace
+
+    from univitar_ds.data import loader, sources
+
+    def nothing_to_look_at(shards):
+        raise AssertionError("a rank beside the first asks the store how its shards begin")
+
+    if os.environ["RANK"] == "1":
+        found = loader.validate_sources
+        loader.validate_sources = lambda *given: [replace(shard, size=shard.size + 1) for shard in found(*given)]
+        sources.content_of = nothing_to_look_at
+    return story_of(run)
+
+
+def test_ranks_that_see_other_shards_end_the_run_and_the_first_alone_looks_into_them(whole, tmp_path):
+    run = create_run(small_config(whole.shards, tmp_path), "test", 2)
+    told = "rank 1 finds other shards than rank 0; all must see the same data.sources"
+    assert run_distributed(story_of_other_shards, 2, 60, run) == [("DataError", told)] * 2
+
+
 def test_another_configuration_is_refused(whole, tmp_path):
     again = rewound(whole.run, 2, tmp_path / "again")
     text = (again / "config.yaml").read_text()

@@ -61,21 +61,24 @@ class PackLoader:
         cursors: Mapping[int, Mapping[str, Any]] | None = None,
         first_step: int = 0,
         step_ahead: bool = False,
+        content: str | None = None,
     ) -> None:
         """Look the sources up and start planning and decoding ahead.
 
         Args: the lanes this rank owns, of `lanes` in all; the modality of every step; tokenizer.json (None: batches
         carry no token ids); coefficients of an item's cost in FLOPs, (a, b) of a*tokens + b*tokens**2; the cursor
         of each owned lane, from `PackedBatch.cursor` (None: start at the beginning); the first step's number;
-        whether to decode a whole step ahead, for a trainer that leaves the CPU free meanwhile.
+        whether to decode a whole step ahead, for a trainer that leaves the CPU free meanwhile; `content_of` the
+        sources' shards where it is known, else it is looked at here.
         Raises: DataError, also for cursors of other data; ConfigError for a tokenizer that does not load.
         """
         shards = validate_sources(sources, [stage], StorageSettings.of(data))
         rules = stream_rules(shards, data=data, stage=stage, lanes=lanes, seed=seed, cost=cost)
+        self.fingerprint = fingerprint(shards, content)
         belonging = {
             "lanes": lanes,
             "seed": seed,
-            "fingerprint": fingerprint(shards),
+            "fingerprint": self.fingerprint,
             "accept_changed_sources": data.accept_changed_sources,
         }
         allow_open_files(FILES_OF_A_GROUP * len(lanes_of_rank) * sum(len(rule.groups) for rule in rules.values()))

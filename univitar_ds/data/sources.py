@@ -133,16 +133,24 @@ def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mappin
     return [ShardGroup(name, share, tuple(by_source[name])) for name, share in shares.items()]
 
 
-def fingerprint(shards: Sequence[SourceShard]) -> str:
+def fingerprint(shards: Sequence[SourceShard], content: str | None = None) -> str:
     """Identity of the data, in two parts: names, sizes and, where a manifest has them, hashes of all shards in order;
-    then class names and, of shards without a hash, the first bytes of `SPOT_CHECKS` all over the list.
+    then `content`, absent: `content_of` the shards.
 
     Not where they lie: the data may move.
-    Raises: DataError if one of those cannot be read.
+    Raises: DataError as `content_of` does.
     """
     state = hashlib.blake2b(digest_size=16)
     for shard in shards:
         state.update(f"{shard.name}\0{shard.size}\0{shard.sha256 or ''}\n".encode("utf-8", "surrogateescape"))
+    return f"{state.hexdigest()}:{content_of(shards) if content is None else content}"
+
+
+def content_of(shards: Sequence[SourceShard]) -> str:
+    """Identity of class names and, of shards without a hash, of the first bytes of `SPOT_CHECKS` all over the list.
+
+    Raises: DataError if one of those cannot be read.
+    """
     content = hashlib.blake2b(digest_size=16)
     of_sources = {(shard.source, id(shard.class_names)): shard.class_names for shard in shards}  # compared once each
     for place, (_, names) in enumerate(dict.fromkeys((name, names) for (name, _), names in of_sources.items())):
@@ -150,7 +158,7 @@ def fingerprint(shards: Sequence[SourceShard]) -> str:
     unknown = _spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)
     for beginning in at_once(_beginning, unknown, [shard.storage for shard in unknown]):
         content.update(beginning)
-    return f"{state.hexdigest()}:{content.hexdigest()}"
+    return content.hexdigest()
 
 
 def _beginning(shard: Shard) -> bytes:

@@ -17,6 +17,9 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import PackLoader
+from univitar_ds.data.sources import content_of, validate_sources
+from univitar_ds.data.storage import StorageSettings
+from univitar_ds.errors import DataError
 from univitar_ds.model.dropping import Dropping
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher import Teacher, build_teacher
@@ -24,7 +27,7 @@ from univitar_ds.training import preemption
 from univitar_ds.training.assembly import assemble
 from univitar_ds.training.checkpoint import save_checkpoint
 from univitar_ds.training.curriculum import advance, distills_later, lr_at, modality_at, weight_at
-from univitar_ds.training.distributed import World, gather_numbers, together
+from univitar_ds.training.distributed import World, gather_json, gather_numbers, together
 from univitar_ds.training.engine import Engine, versions
 from univitar_ds.training.guard import spike
 from univitar_ds.training.logs import SKIPPED, MetricLog, SampleLog, cut_sample_logs, write_events
@@ -205,6 +208,7 @@ class _Trainer:
     def _loader(self, stage: StageConfig) -> Iterator[PackLoader]:
         progress = self.state.progress
         first = progress.step - progress.step_in_stage
+        content = self._content(stage)
         with together(self.world):
             loader = PackLoader(
                 self.cfg.data.sources,
@@ -220,9 +224,23 @@ class _Trainer:
                 cursors=self._cursors() if self.state.cursors else None,
                 first_step=progress.step,
                 step_ahead=self.world.device.type == "cuda",
+                content=content,
             )
         with loader:
+            found = gather_json(loader.fingerprint, self.world)
+            other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+            if other is not None:
+                raise DataError(f"rank {other} finds other shards than rank 0; all must see the same data.sources")
             yield loader
+
+    def _content(self, stage: StageConfig) -> str | None:
+        """How the shards begin, looked at by the first rank: a store that hundreds ask at once would throttle them."""
+        if self.world.size == 1:
+            return None
+        with together(self.world):
+            settings = StorageSettings.of(self.cfg.data)
+            found = content_of(validate_sources(self.cfg.data.sources, [stage], settings)) if self.world.first else ""
+        return gather_json(found, self.world)[0]
 
     def _step(self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float) -> str | None:
         """One update; returns what is wrong with it, the same on all ranks, if it has to be undone."""
