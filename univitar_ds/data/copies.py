@@ -133,15 +133,7 @@ class Copies:
 
     def _make_room(self, wanted: int, needed: bool) -> bool:
         """Remove copies that nobody reads, those unused for longest first; whether `wanted` more bytes then fit."""
-        copies: dict[str, tuple[int, str, int, int]] = {}
-        with os.scandir(self._folder) as entries:
-            for entry in entries:
-                match = _COPY.fullmatch(entry.name)
-                if match is not None:
-                    with suppress(FileNotFoundError):  # it has become whole in this moment
-                        state = entry.stat()
-                        row = (state.st_atime_ns, entry.name, int(match.group(2)), state.st_blocks * 512)
-                        copies[match.group(1)] = row
+        copies = self._kept()
         kept = sum(promised for _, _, promised, _ in copies.values())
         on_disk = sum(blocks for _, _, _, blocks in copies.values())
         limit = min(self._limit, on_disk + int(shutil.disk_usage(self._folder).free * (1 - _KEPT_FREE)))
@@ -161,6 +153,21 @@ class Copies:
                 limit / 1e9,
             )
         return fits
+
+    def _kept(self) -> dict[str, tuple[int, str, int, int]]:
+        """By the name of the whole copy: when it was last used, its name now, its bytes when whole and now."""
+        copies = {}
+        for found in os.listdir(self._folder):
+            match = _COPY.fullmatch(found)
+            if match is None:
+                continue
+            whole, promised, _ = match.groups()
+            for name in dict.fromkeys((found, whole)):  # a part may have become whole since its name was read
+                with suppress(FileNotFoundError):
+                    state = os.stat(f"{self._folder}/{name}")
+                    copies[whole] = (state.st_atime_ns, name, int(promised), state.st_blocks * 512)
+                    break
+        return copies
 
     def _evicted(self, name: str) -> bool:
         """Remove a copy unless somebody reads or fetches it."""

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from univitar_ds.data import copies
-from univitar_ds.data.copies import Version
+from univitar_ds.data.copies import Copies, Version
 from univitar_ds.data.spool import AHEAD, NEAR, Spool
 from univitar_ds.errors import DataError
 
@@ -229,6 +229,30 @@ def test_what_is_fetched_ahead_never_goes_above_the_limit(tmp_path, caplog):
     assert len(kept(tmp_path)) == 2
     assert version("c").name in kept(tmp_path)
     assert not caplog.records
+
+
+def test_a_copy_that_becomes_whole_while_room_is_made_counts(tmp_path, monkeypatch):
+    one = Copies(tmp_path, 25_000)
+    parts = {}
+    for name in "ab":
+        parts[name], lock = one.begin(version(name))
+        os.write(parts[name], content(version(name)))
+        os.close(lock)
+    one.finish(version("a"), parts["a"])
+    held = [one.open(version(name)) for name in "ab"]  # nobody removes them
+    truth = os.listdir
+
+    def then_whole(folder):
+        names = truth(folder)
+        one.finish(version("b"), parts["b"])
+        return names
+
+    monkeypatch.setattr(copies.os, "listdir", then_whole)
+    assert one.begin(version("c"), needed=False) is None
+    monkeypatch.undo()
+    assert kept(tmp_path) == {version(name).name for name in "ab"}
+    for descriptor in (*held, *parts.values()):
+        os.close(descriptor)
 
 
 def test_the_limit_leaves_others_some_of_the_disk(tmp_path, monkeypatch):
