@@ -34,7 +34,7 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import packing
 from univitar_ds.data.cursor import LaneCursor
 from univitar_ds.data.lanes import Lane, Plan
-from univitar_ds.data.loader import stream_rules
+from univitar_ds.data.rules import stream_rules
 from univitar_ds.data.sources import fingerprint, validate_sources
 from univitar_ds.data.writer import pack_folder
 from univitar_ds.geometry import PATCH

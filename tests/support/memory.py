@@ -14,8 +14,9 @@ from tests.support.shards import Sample, picture
 from univitar_ds.data.batch import Modality
 from univitar_ds.data.cursor import Place, StreamCursor
 from univitar_ds.data.health import BadPolicy
-from univitar_ds.data.lanes import Item, Stream, StreamRules
+from univitar_ds.data.lanes import Item, Stream
 from univitar_ds.data.reading import Reader
+from univitar_ds.data.rules import StreamRules
 from univitar_ds.data.samples import SizeRule
 from univitar_ds.data.sources import EVERYTHING, SourceShard, groups_of
 from univitar_ds.geometry import Resolution

@@ -10,19 +10,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from univitar_ds.data import packing
 from univitar_ds.data.cursor import GENERATION, LaneCursor, Place, StreamCursor, Waiting
-from univitar_ds.data.health import BadPolicy, Health
+from univitar_ds.data.health import Health
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.mixture import Turns
-from univitar_ds.data.reading import Held, Reader, look_through, read_again, read_entry, where_is
-from univitar_ds.data.samples import Sample, SizeRule
+from univitar_ds.data.reading import Reader, read_again, read_entry, where_is
+from univitar_ds.data.rules import StreamRules
+from univitar_ds.data.samples import Sample
 from univitar_ds.data.scans import Scans
-from univitar_ds.data.sources import EVERYTHING, ShardGroup, SourceShard, groups_of
+from univitar_ds.data.sources import EVERYTHING, ShardGroup
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.randomness import draw
 
@@ -35,53 +35,6 @@ LONG_WAIT = 64
 """Packs after which a sample leaves before those that keep their source from reading on."""
 POOL_BUDGETS = 2
 """The pool also holds at least so many token budgets, so that small items fill a pack too."""
-
-
-@dataclass(frozen=True)
-class StreamRules:
-    """Everything that decides the packs of one modality, but for the lane.
-
-    `weights` are the stage's, by source; `cost` are packing's coefficients; `told` is what one of the lanes has told,
-    so that hundreds do not. What is found out of the shards is found out once for all lanes too.
-    """
-
-    shards: Sequence[SourceShard]
-    lanes: int
-    seed: int
-    size: SizeRule
-    token_budget: int
-    pool_samples: int
-    policy: BadPolicy
-    weights: Mapping[str, float] = field(default_factory=dict)
-    cost: tuple[float, float] = (0.0, 0.0)
-    cost_budget: float | None = None
-    told: set[str] = field(default_factory=set, compare=False)
-    _held: dict[str, Held] = field(default_factory=dict, init=False, compare=False)
-
-    @property
-    def modality(self) -> Modality:
-        return self.size.modality
-
-    @cached_property
-    def groups(self) -> list[ShardGroup]:
-        return groups_of(self.shards, self.modality, self.weights)
-
-    @cached_property
-    def group_of(self) -> dict[int, str]:
-        """The name of each shard's group."""
-        return {shard: group.name for group in self.groups for shard in group.shards}
-
-    def tells_first(self, what: str) -> bool:
-        """Whether no lane has told this yet."""
-        first = what not in self.told
-        self.told.add(what)
-        return first
-
-    def holds(self, group: ShardGroup) -> Held:
-        """What a group holds; to know that it holds nothing, all of its shards have to be scanned."""
-        if group.name not in self._held:
-            self._held[group.name] = look_through(self.shards, group, self.size)
-        return self._held[group.name]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.cursor import LaneCursor, Waiting, parse
 from univitar_ds.data.delivery import DecodingHealth, collate, decoded, tokenized
 from univitar_ds.data.health import BadPolicy, Health
-from univitar_ds.data.lanes import Item, Lane, Plan, StreamRules
+from univitar_ds.data.lanes import Item, Lane, Plan
 from univitar_ds.data.layout import Modality
-from univitar_ds.data.packing import thinned
 from univitar_ds.data.reading import FILES_OF_A_GROUP, HINTED, announce, read_entry, samples_in, where_is
+from univitar_ds.data.rules import bad_policy, stream_rules
 from univitar_ds.data.samples import SizeRule
-from univitar_ds.data.sampling import Sampling
 from univitar_ds.data.scans import Scans, shard_samples
 from univitar_ds.data.sources import (
     SourceShard,
@@ -28,7 +27,6 @@ from univitar_ds.data.sources import (
     fingerprint,
     of_modality,
     on_s3,
-    stage_modalities,
     validate_sources,
 )
 from univitar_ds.data.storage import StorageSettings, allow_open_files
@@ -167,47 +165,6 @@ def eval_packs(
             yield collate(health.check(pack), loaded)
     finally:
         packs.close()
-
-
-def stream_rules(
-    shards: Sequence[SourceShard],
-    *,
-    data: DataConfig,
-    stage: StageConfig,
-    lanes: int,
-    seed: int,
-    cost: tuple[float, float] = (0.0, 0.0),
-) -> dict[Modality, StreamRules]:
-    """The rules of each modality that a stage reads."""
-    tflops = stage.cost_budget_tflops
-    return {
-        modality: StreamRules(
-            shards=shards,
-            lanes=lanes,
-            seed=seed,
-            size=SizeRule(
-                modality,
-                stage.resolution(modality),
-                stage.clip_frames if modality == "video" else 1,
-                stage.token_budget,
-                data.max_image_px,
-                Sampling(**stage.clip_sampling.model_dump()),
-                data.max_clip_s,
-                data.max_sample_mb,
-            ),
-            token_budget=stage.token_budget,
-            pool_samples=data.pool_samples,
-            policy=bad_policy(data),
-            weights=stage.weights,
-            cost=thinned(cost, stage.patch_dropout),
-            cost_budget=None if tflops is None else tflops * 1e12,
-        )
-        for modality in stage_modalities(stage)
-    }
-
-
-def bad_policy(data: DataConfig) -> BadPolicy:
-    return BadPolicy(data.on_bad, data.max_bad_per_thousand, data.max_bad_in_a_row)
 
 
 def _start_cursor(

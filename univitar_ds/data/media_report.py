@@ -18,9 +18,9 @@ from univitar_ds.data.cursor import Waiting
 from univitar_ds.data.delivery import decoded
 from univitar_ds.data.lanes import Item, Plan
 from univitar_ds.data.layout import Modality
-from univitar_ds.data.loader import stream_rules
 from univitar_ds.data.probe import MediaSize, probe
 from univitar_ds.data.reading import read_entry
+from univitar_ds.data.rules import stream_rules
 from univitar_ds.data.samples import Sample, SizeRule, modality_of
 from univitar_ds.data.sources import SourceShard
 from univitar_ds.data.storage import read_file, storage_for
