@@ -20,7 +20,8 @@ from univitar_ds.config.section import Modality
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.convert.trained import Trained, Weights, open_trained
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.loader import eval_packs, stage_modalities
+from univitar_ds.data.loader import eval_packs
+from univitar_ds.data.sources import stage_modalities
 from univitar_ds.errors import ConfigError
 from univitar_ds.evaluation.embed import Embeddings, embed, embed_texts
 from univitar_ds.evaluation.pictures import Kept, draw_sheet, keep_some

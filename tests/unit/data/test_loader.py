@@ -20,7 +20,8 @@ from tests.support.shards import clip, picture, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.lanes import Lane
 from univitar_ds.data.layout import item_bytes
-from univitar_ds.data.loader import PackLoader, eval_packs, stage_modalities
+from univitar_ds.data.loader import PackLoader, eval_packs
+from univitar_ds.data.sources import stage_modalities
 from univitar_ds.data.text import caption_id, train_tokenizer
 from univitar_ds.errors import ConfigError, DataError
 
