@@ -188,6 +188,8 @@ class Stream:
         tokens = sum([one.sample.tokens for one in self._pool])
         oldest: dict[str, int] = {}
         for row, _, _ in self._pool:
+            if len(oldest) == len(self._readers):
+                break
             name = rules.group_of.get(row.shard)
             # Rows of a stage with other groups say nothing of how far this one has come.
             if name in self._readers and row.epoch // GENERATION == self._readers[name].place.epoch // GENERATION:
@@ -247,20 +249,26 @@ class Stream:
 
         Where a group is `starved`, before that the oldest of the group, which keeps it from reading on.
         Who has waited long draws better, so that sizes that fit badly do not pile up until they make a poor pack.
-        Of a sample that waits twice, for two epochs, only the older.
         """
+        # Multiplying by an odd number draws anew from one number a sample, for a tenth of a hash's time.
         factor = draw(self._rules.seed, "pool", self._rules.modality, self._lane, self._packs) | 1
+        soon = 1 + self._packs
+        turns = [(number * factor & _64_BITS) / (soon - row.since) ** 2 for row, _, number in self._pool]
+        waiting = self._without_twins()
+        heads = [waiting[0]]
+        if starved is not None and self._packs - self._pool[waiting[0]].row.since <= LONG_WAIT:
+            heads.insert(0, next((index for index in waiting if self._group_at(index) == starved), waiting[0]))
+        rest = [index for index in waiting if index not in heads]
+        return [*dict.fromkeys(heads), *sorted(rest, key=turns.__getitem__)]
+
+    def _without_twins(self) -> Sequence[int]:
+        """Places in the pool, of a sample that waits for two epochs only that of the older."""
+        if len({row.epoch for row, _, _ in self._pool}) == 1:
+            return range(len(self._pool))
         first: dict[tuple[int, int], int] = {}
-        turns: list[float] = []
-        for index, (row, _, number) in enumerate(self._pool):
+        for index, (row, _, _) in enumerate(self._pool):
             first.setdefault((row.shard, row.offset), index)
-            # Multiplying by an odd number draws anew from one number a sample, for a tenth of a hash's time.
-            turns.append((number * factor & _64_BITS) / (1 + self._packs - row.since) ** 2)
-        oldest, *rest = first.values()
-        heads = [oldest]
-        if starved is not None and self._packs - self._pool[oldest].row.since <= LONG_WAIT:
-            heads.insert(0, next((index for index in first.values() if self._group_at(index) == starved), oldest))
-        return [*dict.fromkeys(heads), *sorted((index for index in rest if index not in heads), key=turns.__getitem__)]
+        return list(first.values())
 
     def _group_at(self, index: int) -> str | None:
         """The group of a sample in the pool; None if the stage reads it no more."""

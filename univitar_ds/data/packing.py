@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 TAKEN_AS_THEY_COME = (0.6, 0.3)
@@ -40,6 +41,7 @@ class Totals(NamedTuple):
     cost: float
 
 
+@lru_cache(1 << 14)
 def item_cost(tokens: int, coefficients: tuple[float, float]) -> float:
     """FLOPs of one item: a * tokens + b * tokens**2 (dense layers, attention)."""
     linear, square = coefficients

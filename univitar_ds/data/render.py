@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -68,8 +68,8 @@ class RenderJob:
     def to_json(self) -> dict[str, Any]:
         return {
             "modality": self.modality,
-            "sampling": astuple(self.sampling),
-            "limits": astuple(self.limits),
+            "sampling": tuple(vars(self.sampling).values()),  # `astuple` copies deeply, for ten times the time
+            "limits": tuple(vars(self.limits).values()),
             "items": [
                 (item.path, item.offset, item.length, item.grid, item.frames, item.crc32, item.draw)
                 for item in self.items

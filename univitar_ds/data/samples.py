@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 
@@ -120,9 +120,7 @@ def read_sample(shard: Shard, group: tar.Group, rule: SizeRule) -> Sample:
     """
     _check_length(group.length, rule)
     data = shard.storage.read_range(shard.path, group.offset, group.length)
-    origin = group.offset
-    members = [replace(member, offset=member.offset - origin) for member in group.members]
-    return _parse(shard, group.key, members, data, origin, rule)
+    return _parse(shard, group.key, group.members, data, group.offset, group.offset, rule)
 
 
 def read_sample_again(shard: Shard, offset: int, length: int, rule: SizeRule) -> Sample | None:
@@ -133,7 +131,7 @@ def read_sample_again(shard: Shard, offset: int, length: int, rule: SizeRule) ->
     _check_length(length, rule)
     data = shard.storage.read_range(shard.path, offset, length)
     group = tar.group_of_range(BytesIO(data), shard.name, length, offset)
-    return None if group is None else _parse(shard, group.key, group.members, data, offset, rule)
+    return None if group is None else _parse(shard, group.key, group.members, data, offset, 0, rule)
 
 
 def _check_length(length: int, rule: SizeRule) -> None:
@@ -143,8 +141,15 @@ def _check_length(length: int, rule: SizeRule) -> None:
         )
 
 
-def _parse(shard: Shard, key: str, members: Sequence[tar.Member], data: bytes, origin: int, rule: SizeRule) -> Sample:
-    """Members have offsets relative to `data`, which begins at byte `origin` of the shard."""
+def _parse(
+    shard: Shard, key: str, members: Sequence[tar.Member], data: bytes, origin: int, counted: int, rule: SizeRule
+) -> Sample:
+    """`data` begins at byte `origin` of the shard, which members' offsets call byte `counted`."""
+
+    def content_of(member: tar.Member) -> bytes:
+        start = member.offset - counted
+        return data[start : start + member.length]
+
     by_extension = {member.extension: member for member in members}
     if len(by_extension) < len(members):
         raise SampleError("duplicate", "two members have the same name")
@@ -156,14 +161,9 @@ def _parse(shard: Shard, key: str, members: Sequence[tar.Member], data: bytes, o
     if media is None:
         names = ", ".join(member.extension or "one without an extension" for member in members)
         raise SampleError("no_media", f"no {rule.modality} among its members ({names})")
-    content = data[media.offset : media.offset + media.length]
-
+    content = content_of(media)
     texts = captions.read_texts(
-        {
-            member.extension: data[member.offset : member.offset + member.length]
-            for member in members
-            if member.extension in captions.EXTENSIONS
-        }
+        {member.extension: content_of(member) for member in members if member.extension in captions.EXTENSIONS}
     )
     size = probe(content, media.extension)
     if size.kind != rule.modality:
@@ -173,4 +173,5 @@ def _parse(shard: Shard, key: str, members: Sequence[tar.Member], data: bytes, o
     frames = rule.frames_of(size)
     grid = rule.grid(size.height, size.width, frames)
     shrunk = rule.shrinks(size.height, size.width, grid)
-    return Sample(shard, key, origin + media.offset, media.length, media.extension, *texts, grid, frames, shrunk)
+    offset = origin + media.offset - counted
+    return Sample(shard, key, offset, media.length, media.extension, *texts, grid, frames, shrunk)
