@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.loader import PackLoader
 
@@ -32,3 +35,13 @@ def only_lane(data: DataConfig, stage: StageConfig, modality: Modality) -> PackL
         tokenizer=None,
         context_length=8,
     )
+
+
+def same(one: PackedBatch, other: PackedBatch) -> bool:
+    """Whether two packs are equal in everything that a trainer sees."""
+    if (one.keys, one.captions, one.labels, one.bad) != (other.keys, other.captions, other.labels, other.bad):
+        return False
+    if (one.modality, one.lane, one.index, one.cursor) != (other.modality, other.lane, other.index, other.cursor):
+        return False
+    names = ("pixels", "frames", "grid_thw", "token_ids", "text_lengths", "caption_ids")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)

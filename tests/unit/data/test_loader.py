@@ -11,16 +11,15 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tests.support.loading import STAGE
-from tests.support.shards import clip, picture, write_demo_shards, write_tar
+from tests.support.loading import STAGE, same
+from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.lanes import Lane
 from univitar_ds.data.layout import item_bytes
-from univitar_ds.data.loader import PackLoader, eval_packs
+from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.sources import stage_modalities
 from univitar_ds.data.text import caption_id, train_tokenizer
 from univitar_ds.errors import ConfigError, DataError
@@ -59,15 +58,6 @@ def take(steps, *args, **kwargs):
 def drain(packs, steps=200):
     for _ in range(steps):
         next(packs)
-
-
-def same(one, other):
-    if (one.keys, one.captions, one.labels, one.bad) != (other.keys, other.captions, other.labels, other.bad):
-        return False
-    if (one.modality, one.lane, one.index, one.cursor) != (other.modality, other.lane, other.index, other.cursor):
-        return False
-    names = ("pixels", "frames", "grid_thw", "token_ids", "text_lengths", "caption_ids")
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def broken_picture(tmp_path):
@@ -395,73 +385,3 @@ def test_a_missing_tokenizer_or_modality_is_told_before_anything_starts(folder, 
         loader(images, workers=1)
     assert not servers()
     assert stage_modalities(STAGE) == {"image", "video"}
-
-
-def sweep(folder, modality="image", *, workers=0, token_budget=100, split="test", tokenizer=None):
-    return list(
-        eval_packs(
-            [SourceConfig(path=str(folder), split=split)],
-            modality=modality,
-            resolution=STAGE.resolution(modality),
-            clip_frames=4,
-            token_budget=token_budget,
-            tokenizer=tokenizer,
-            context_length=16,
-            data=DataConfig(sources=[SourceConfig(path=str(folder))], workers=workers),
-        )
-    )
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_evaluation_without_a_readable_sample_counts_them_and_ends(tmp_path, workers):
-    write_tar(tmp_path / "a.tar", [(f"k{n}", {"jpg": picture(40, 40)}) for n in range(3)])
-    assert [(len(pack), pack.bad) for pack in sweep(tmp_path, workers=workers)] == [(0, {"no_caption": 3})]
-
-
-def test_an_evaluation_sees_every_sample_once_in_order(folder, tokenizer):
-    packs = sweep(folder, tokenizer=tokenizer)
-    keys = [key for pack in packs for key in pack.keys]
-    assert keys == [f"test-image-000000/i{n:05d}" for n in range(60, 75)]
-    assert all(caption.startswith("a ") for pack in packs for caption in pack.captions)
-    assert all(pack.tokens <= 100 for pack in packs)
-    assert [pack.index for pack in packs] == list(range(len(packs)))
-    videos = sweep(folder, "video")
-    assert sum(len(pack) for pack in videos) == 3
-    assert all(set(pack.frames.tolist()) == {4} for pack in videos)
-
-
-def test_an_evaluation_is_the_same_with_processes(folder, tokenizer):
-    inline, decoded = (sweep(folder, tokenizer=tokenizer, workers=n) for n in (0, 1))
-    assert all(same(a, b) for a, b in zip(inline, decoded, strict=True))
-
-
-def test_an_item_above_the_evaluation_budget_travels_alone(folder):
-    packs = sweep(folder, token_budget=10, workers=1)
-    assert sum(len(pack) for pack in packs) == 15
-    assert max(pack.tokens for pack in packs) > 10
-    assert min(len(pack) for pack in packs) == 1
-    assert all(len(pack) == 1 for pack in packs if pack.tokens > 10)
-
-
-def test_bad_samples_of_an_evaluation_are_counted_also_at_the_end(tmp_path):
-    samples = [("a", {"png": picture(28, 28, form="PNG"), "txt": b"t"}), ("b", {"png": b"junk", "txt": b"t"})]
-    folder = write_tar(tmp_path / "t" / "a.tar", samples).parent
-    (pack,) = sweep(folder)
-    assert (pack.keys, pack.bad) == (["a/a"], {"unreadable": 1})
-    write_tar(folder / "a.tar", [samples[1], samples[0], ("c", samples[0][1]), ("d", samples[0][1])])
-    packs = sweep(folder, token_budget=4)
-    assert [pack.bad for pack in packs] == [{"unreadable": 1}, {}, {}]
-    write_tar(folder / "a.tar", samples[1:])
-    (pack,) = sweep(folder)
-    assert (len(pack), pack.bad) == (0, {"unreadable": 1})
-
-
-def test_a_clip_keeps_its_frames_in_order(tmp_path):
-    content = clip(28, 56, frames=4)
-    folder = write_tar(tmp_path / "t" / "a.tar", [("c", {"mp4": content, "txt": b"t"})]).parent
-    (pack,) = sweep(folder, "video")
-    t, h, w = pack.grid_thw[0].tolist()
-    frames = pack.pixels.reshape(2 * t, h * 14, w * 14, 3).numpy().astype(np.int64)
-    bright = frames.sum(axis=(1, 3)).argmax(axis=1)
-    assert list(bright) == sorted(bright)
-    assert bright[0] < bright[-1]
