@@ -336,6 +336,7 @@ def test_a_decoding_process_reads_the_copy_without_boto3_and_pieces_that_are_gon
         assert one.open(url).read() == BLOB
         for copy, heavy in ((True, []), (False, ["boto3"])):
             if not copy:
+                fetched_ahead(one)
                 for settled in Path(shared.session, "shards").glob("*.tar"):  # other tests' copies too
                     settled.unlink()
             ran = subprocess.run(
