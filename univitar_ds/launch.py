@@ -1,8 +1,4 @@
-"""From a run file to a finished run: the run's folder, the ranks, and what follows training.
-
-The folder is made once, by the process that the user started or by rank 0 under a launcher; the ranks then
-read everything from it. Only the folder's content is the state of a run.
-"""
+"""From a run file to a finished run: starting the ranks, being one, and what follows training."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import base64
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,20 +16,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
-from univitar_ds.config.load import changed_result, dump_config, load_config
-from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, SUMMARY, TOKENIZER
-from univitar_ds.config.schema import RunConfig
-from univitar_ds.errors import ConfigError, DataError, UserError
+from univitar_ds.config.load import load_config
+from univitar_ds.config.run_folder import CONFIG, SUMMARY
+from univitar_ds.errors import UserError
+from univitar_ds.run import create_run, reopen_run
 from univitar_ds.training import preemption
 from univitar_ds.training.preemption import SAVED, Stop
 from univitar_ds.training.slurm import adopt_ranks
 
 logger = logging.getLogger(__name__)
-
-CAPTIONS_FOR_TOKENIZER = 200_000
-"""Most captions that a tokenizer is trained on; more change it little."""
-
 
 def train(recipe: str, nproc: int, overrides: Sequence[str]) -> int:
     """Start a run from a run file; returns the exit status.
@@ -55,54 +45,6 @@ def resume(run: Path, nproc: int, overrides: Sequence[str]) -> int:
         return _join(lambda: reopen_run(run, overrides, int(os.environ["WORLD_SIZE"])), run)
     _check_gpus(nproc)
     return _start(reopen_run(run, overrides, nproc), nproc)
-
-
-def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
-    """Make the run's folder: resolved config, DeepSpeed JSON and tokenizer. Returns the folder.
-
-    Raises: ConfigError when the folder holds checkpoints, the configurations contradict each other or
-        the sources cannot feed the stages (DataError).
-    """
-    run = Path(config.output, config.name)
-    if (run / CHECKPOINTS / "latest").exists():
-        raise ConfigError(
-            f"{run} holds the checkpoints of an earlier run; continue it with `univitar-ds train --resume {run}`, "
-            "choose another name=..., or remove the folder"
-        )
-    deepspeed = read_deepspeed(config.deepspeed)
-    resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
-    _check_sources(config)
-    _check_teacher(config)
-    if run.exists():
-        shutil.rmtree(run)  # without a checkpoint there is nothing to continue
-    run.mkdir(parents=True)
-    dump_config(config, run / CONFIG)
-    (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n")
-    _provide_tokenizer(config, run / TOKENIZER)
-    return run
-
-
-def reopen_run(run: Path, overrides: Sequence[str], world_size: int) -> Path:
-    """Check that the run in folder `run` can continue with `overrides`, and store them. Returns the folder.
-
-    Raises: ConfigError for a folder without a run, or an override that would change the run's result; DataError
-        for sources that are not there any more.
-    """
-    if not (run / CONFIG).is_file():
-        raise ConfigError(f"{run} holds no {CONFIG}, so it is no run; give the folder that an earlier run wrote")
-    before, after = load_config(run / CONFIG), load_config(run / CONFIG, overrides)
-    changed = changed_result(before, after)
-    if changed:
-        raise ConfigError(
-            f"{', '.join(changed)} would change the result of {run} half-way; "
-            "resume without this override, or start a new run under another name"
-        )
-    deepspeed = read_deepspeed(str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed)
-    resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
-    _check_sources(after)
-    dump_config(after, run / CONFIG)
-    (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n")
-    return run
 
 
 def run_rank(run: Path, stop: Stop) -> int:
@@ -231,44 +173,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _provide_tokenizer(config: RunConfig, target: Path) -> None:
-    """The run's tokenizer: the given one, the text tower's own, or one trained on the captions."""
-    from univitar_ds.data.sources import iterate_captions
-    from univitar_ds.data.storage import StorageSettings
-    from univitar_ds.data.text import load_tokenizer, train_tokenizer
-
-    text = config.model.text
-    given = Path(text.tokenizer) if text.tokenizer else Path(text.path, TOKENIZER) if text.path else None
-    if given:
-        load_tokenizer(given)  # refuses a file that is none before anything starts
-        shutil.copyfile(given, target)
-        return
-    settings = StorageSettings.of(config.data)
-    captions = iterate_captions(config.data.sources, limit=CAPTIONS_FOR_TOKENIZER, settings=settings)
-    train_tokenizer(captions, text.vocab_size).save(str(target))
-
-
-def _check_sources(config: RunConfig) -> None:
-    """Raises: DataError if a source of training or of the evaluation after it is not there."""
-    from univitar_ds.data.sources import find_shards, validate_sources
-    from univitar_ds.data.storage import StorageSettings
-
-    settings = StorageSettings.of(config.data)
-    validate_sources(config.data.sources, config.stages, settings)
-    try:
-        find_shards(config.evaluation.sources, settings)
-    except DataError as error:
-        raise DataError(f"evaluation.sources: {error}") from error
-
-
-def _check_teacher(config: RunConfig) -> None:
-    """Its configuration is read before anything starts: a model that cannot teach is refused here."""
-    if config.objective.teacher is not None:
-        from univitar_ds.model.teacher import read_teacher
-
-        read_teacher(config.objective.teacher)
 
 
 def leave(error: UserError) -> NoReturn:

@@ -17,7 +17,7 @@ from tests.support.distributed import RankFailed, run_distributed
 from tests.support.runs import metrics, samples, small_config, train_rank
 from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.config.run_folder import CHECKPOINTS
-from univitar_ds.launch import create_run, reopen_run
+from univitar_ds.run import create_run, reopen_run
 from univitar_ds.training import commit
 
 KILLS = 20

@@ -13,7 +13,7 @@ from tests.support.runs import metrics, rewound, samples, small_config, train_ra
 from tests.support.shards import image_sample, sidecar, write_tar
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.errors import UserError
-from univitar_ds.launch import create_run
+from univitar_ds.run import create_run
 from univitar_ds.training import commit
 
 pytestmark = pytest.mark.distributed

@@ -10,7 +10,7 @@ from tests.support.distributed import run_distributed
 from tests.support.runs import metrics, rewound, samples, small_config, train_rank
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.run_folder import CHECKPOINTS
-from univitar_ds.launch import create_run
+from univitar_ds.run import create_run
 from univitar_ds.training import commit
 from univitar_ds.training.checkpoint import read_full
 

@@ -10,9 +10,9 @@ from tests.support.distributed import RankFailed, run_distributed
 from tests.support.runs import metrics, rewound, samples, small_config, train_rank, train_without_launcher
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.run_folder import CHECKPOINTS
-from univitar_ds.launch import create_run
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.flops import cost_coefficients
+from univitar_ds.run import create_run
 from univitar_ds.training import commit
 from univitar_ds.training.checkpoint import read_full
 from univitar_ds.training.optim import GRADIENT_PARTS

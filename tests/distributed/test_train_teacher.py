@@ -9,7 +9,7 @@ from tests.support.runs import metrics, rewound, samples, small_config, train_ra
 from tests.support.shards import write_demo_shards
 from tests.support.teachers import own_encoder
 from univitar_ds.config.run_folder import CHECKPOINTS
-from univitar_ds.launch import create_run
+from univitar_ds.run import create_run
 from univitar_ds.training import commit
 
 pytestmark = pytest.mark.distributed

@@ -12,7 +12,7 @@ from tests.support.finished import run_config, write_run
 from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.cli import build_parser, main, parse
 from univitar_ds.config.load import dump_config
-from univitar_ds.launch import create_run, reopen_run
+from univitar_ds.run import create_run, reopen_run
 
 ROOT = Path(__file__).parents[2]
 

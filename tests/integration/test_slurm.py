@@ -12,7 +12,7 @@ from tests.support.shards import write_demo_shards
 from tests.support.slurm import ROOT, Cluster, cluster, missing
 from univitar_ds.config.load import dump_config, load_config
 from univitar_ds.config.run_folder import CHECKPOINTS
-from univitar_ds.launch import create_run
+from univitar_ds.run import create_run
 from univitar_ds.training import commit
 
 pytestmark = [

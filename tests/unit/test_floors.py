@@ -24,6 +24,7 @@ FLOORS = {
     "univitar_ds.training": 4,
     "univitar_ds.evaluation": 5,
     "univitar_ds.convert": 5,
+    "univitar_ds.run": 5,
     "univitar_ds.launch": 6,
     "univitar_ds.demo": 6,
     "univitar_ds.cli": 6,
