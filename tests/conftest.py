@@ -1,11 +1,62 @@
 """Settings of all tests."""
 
+import faulthandler
 import os
+import signal
+import sys
+import threading
+from collections.abc import Generator
+from typing import Any
 
+import pytest
+import pytest_timeout
 from hypothesis import HealthCheck, settings
+
+from tests.support.progress import IDLE_S, LOOK_S, Stalled, Watch
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # runs of tests train on the CPU; the kernels' tests look for a GPU by themselves
 
 # Speed is measured in benchmarks/; a busy machine is no reason for a property to fail.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+TEST_IDLE_S = 1.5 * IDLE_S  # the waits of a test find out first: they know whom they wait for
+STOP = pytest.StashKey[threading.Event]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Ends the test, too, when none of its processes makes progress; pytest-timeout ends it after 15 minutes."""
+    done = yield
+    overdue, stop, told = signal.getsignal(signal.SIGALRM), threading.Event(), []
+
+    def ring(number: int, frame: Any) -> None:
+        if not told:
+            overdue(number, frame)
+        elif not pytest_timeout.is_debugging():
+            faulthandler.dump_traceback(sys.__stderr__)
+            pytest.fail(told[0])
+
+    def look() -> None:
+        watch = Watch(
+            item.nodeid, {"its processes": os.getpid()}, idle_s=TEST_IDLE_S, heartbeat=lambda: Watch.beats
+        )
+        while not stop.wait(2 * LOOK_S):
+            try:
+                watch.check()
+            except Stalled as stalled:
+                told.append(str(stalled))
+                return signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+    if callable(overdue):  # not so in a debugger's thread
+        signal.signal(signal.SIGALRM, ring)
+        threading.Thread(target=look, daemon=True, name="watch of the test").start()
+    item.stash[STOP] = stop
+    return done
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_cancel_timer(item: pytest.Item) -> None:
+    """The test is over."""
+    if STOP in item.stash:
+        item.stash[STOP].set()

@@ -25,7 +25,7 @@ WANTED = bool(os.environ.get("UNIVITAR_CHAOS"))
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(not WANTED, reason=f"set UNIVITAR_CHAOS=1: {KILLS} kills take minutes"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(3600),  # for twenty starts; each has the limits of every start
 ]
 WORLDS = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1)]
 """Ranks and decoding processes of each."""
@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
     cut.write_bytes(cut.read_bytes()[:-15_000])
     config = config_of(folder, folder / "whole")
     run = create_run(config, "test", 2)
-    assert run_distributed(train_rank, 2, 300, run) == [True, True]
+    assert run_distributed(train_rank, 2, run) == [True, True]
     return SimpleNamespace(folder=folder, run=run, steps=len(metrics(run)))
 
 
@@ -90,7 +90,7 @@ def train_until_killed(run, victims, steps, delay_s):
 def killed(run, ranks, *doom):
     """Whether the start of the run ended as it was doomed to; False: it came to its end before."""
     try:
-        run_distributed(train_until_killed, ranks, 120, run, *doom)
+        run_distributed(train_until_killed, ranks, run, *doom)
     except RankFailed as failed:
         if "exit code -9" not in str(failed):
             raise
@@ -126,5 +126,5 @@ def test_killed_at_random_points_and_resumed_on_other_ranks_it_is_the_uninterrup
     assert {ranks for ranks, _ in visited} == {1, 2, 4}
     assert {workers for _, workers in visited} == {0, 1, 2}
     reopen_run(run, ["data.workers=0"], 2)
-    assert run_distributed(train_rank, 2, 300, run) == [True, True]
+    assert run_distributed(train_rank, 2, run) == [True, True]
     assert_same(run, whole)

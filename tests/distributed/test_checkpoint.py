@@ -69,7 +69,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(base):
-    return run_distributed(first_half, 2, 90, base)
+    return run_distributed(first_half, 2, base)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def resumed(base, straight):
         2: {"zero3": {}, "zero2": {"stage": 2}, "bf16": {"bf16": True}, "bf16-1": {"bf16": True, "stage": 1}},
         4: {"zero3": {}, "offload": {"offload": True}, "zero1": {"stage": 1}},
     }
-    return {size: run_distributed(second_half, size, 120, base, settings)[0] for size, settings in by_size.items()}
+    return {size: run_distributed(second_half, size, base, settings)[0] for size, settings in by_size.items()}
 
 
 def end(base, name):
@@ -176,7 +176,7 @@ def test_a_checkpoint_from_another_model_or_a_damaged_one_is_refused_on_all_rank
     with (damaged / "rank00001.safetensors").open("r+b") as file:
         file.seek(1000)
         file.write(b"\xff\x00\xff")
-    answers = run_distributed(refused, 2, 60, base / f"step-{MIDDLE:08d}", damaged)
+    answers = run_distributed(refused, 2, base / f"step-{MIDDLE:08d}", damaged)
     for foreign, _ in answers:
         assert foreign[0] == "CheckpointError"
         for part in (
@@ -229,7 +229,7 @@ def one_rank_has_no_space(folder):
 
 
 def test_a_rank_without_disk_space_ends_the_save_on_all_and_the_previous_stays(tmp_path):
-    answers = run_distributed(one_rank_has_no_space, 2, 60, tmp_path / "c")
+    answers = run_distributed(one_rank_has_no_space, 2, tmp_path / "c")
     assert answers[0][0][0] == "PeerFailure"
     assert answers[1][0][0] == "OSError"
     for story, later in answers:
@@ -255,7 +255,7 @@ def one_rank_is_killed(folder):
 
 def test_a_rank_killed_while_it_saves_hangs_nobody_and_the_previous_stays(tmp_path):
     with pytest.raises(RankFailed, match=r"exit code -9"):
-        run_distributed(one_rank_is_killed, 2, 60, tmp_path / "c")
+        run_distributed(one_rank_is_killed, 2, tmp_path / "c")
     folder = commit.latest(tmp_path / "c")
     assert folder.name == "step-00000001"
     commit.verify(folder, commit.read_manifest(folder))

@@ -205,7 +205,7 @@ def assert_follows(answers, wanted, name):
 def answers(request, folder):
     ranks, stage, single_pass = request.param
     names = list(CASES) if stage == 3 and single_pass else ["cosine", "partitioned", "dropped"]
-    return run_distributed(on_ranks, ranks, 150, folder, names, stage, single_pass)
+    return run_distributed(on_ranks, ranks, folder, names, stage, single_pass)
 
 
 def test_the_gradient_is_that_of_one_process_whatever_the_ranks(answers, wanted):

@@ -116,7 +116,7 @@ def poisoned(world, folder):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return run_distributed(on_two_ranks, 2, 150, tmp_path_factory.mktemp("two"))
+    return run_distributed(on_two_ranks, 2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("engine", ["zero3", "zero2", "zero1", "offload"])
@@ -187,7 +187,7 @@ def test_weights_that_a_module_borrows_are_gathered_with_its_own(compiled, tmp_p
     compile_on_cpu(compiled)  # the same rounding here and there
     dense = SimpleNamespace(curve=dense_training(model, STEPS, lr=lr, clip=1.0), weights=model.state_dict())
     compile_on_cpu(False)
-    answers = run_distributed(encoder_on_two_ranks, 2, 200, tmp_path, compiled)
+    answers = run_distributed(encoder_on_two_ranks, 2, tmp_path, compiled)
     for every in (0, 1):
         # Biases start at zero: they are nothing but updates, in which Adam makes more of a small gradient's rounding.
         assert_follows(dense, answers[0][every], 1e-6, 1e-4)
@@ -216,7 +216,7 @@ def watched(world, folder):
 
 
 def test_a_single_pack_a_rank_runs_once_with_the_bits_of_running_twice_of_reading_and_of_looking(dense, tmp_path):
-    answers = run_distributed(on_four_ranks, 4, 120, tmp_path)
+    answers = run_distributed(on_four_ranks, 4, tmp_path)
     (once, once_weights, _), (twice, twice_weights, norm) = (answers[0][name] for name in ("one pass", "two passes"))
     assert once == twice
     assert all(torch.equal(twice_weights[name], value) for name, value in once_weights.items())
@@ -235,7 +235,7 @@ def on_one_rank(folder):
 
 
 def test_the_parts_of_a_gradient_make_up_its_norm_on_one_rank_too(tmp_path):
-    for results, _, norm in run_distributed(on_one_rank, 1, 60, tmp_path)[0].values():
+    for results, _, norm in run_distributed(on_one_rank, 1, tmp_path)[0].values():
         assert norm == pytest.approx(results[-1].grad_norm, rel=1e-6)
 
 
@@ -275,7 +275,7 @@ def opened_and_closed():
 
 
 def test_a_closed_engine_holds_no_memory_and_an_open_one_piles_up_nothing():
-    (answers,) = run_distributed(opened_and_closed, 1, 90)
+    (answers,) = run_distributed(opened_and_closed, 1)
     for name, (before, opened, closed, lengths, left) in answers.items():
         assert opened > before + 100_000, name
         assert closed == before, name
@@ -284,7 +284,7 @@ def test_a_closed_engine_holds_no_memory_and_an_open_one_piles_up_nothing():
 
 
 def test_fifty_steps_on_one_two_and_four_ranks_are_the_same_training(tmp_path):
-    (curve, whole), *others = (run_distributed(long_training, size, 90, tmp_path)[0] for size in (1, 2, 4))
+    (curve, whole), *others = (run_distributed(long_training, size, tmp_path)[0] for size in (1, 2, 4))
     assert curve[-1] < curve[0]
     for other_curve, other in others:
         assert other_curve == pytest.approx(curve, rel=1e-4)

@@ -6,13 +6,14 @@ import time
 from datetime import timedelta
 
 import pytest
+from torch.distributed import distributed_c10d
 
 from tests.support.distributed import run_distributed
 from univitar_ds.errors import DataError, UserError
 from univitar_ds.training import distributed
-from univitar_ds.training.distributed import PeerFailure, first_alone, start_world, together
+from univitar_ds.training.distributed import PEER_TIMEOUT, PeerFailure, first_alone, start_world, together
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.distributed
 
 
 def free_port() -> int:
@@ -29,7 +30,10 @@ def start_with_store_at_rank_0(port: int):
 
 
 def slow_work() -> list[str]:
-    world = start_world(timeout=timedelta(seconds=2))
+    world = start_world()
+    with together(world):  # all are up, however busy the machine is
+        pass
+    distributed_c10d._set_pg_timeout(timedelta(seconds=2))
     done: list[str] = []
 
     def work() -> None:
@@ -38,17 +42,19 @@ def slow_work() -> list[str]:
 
     first_alone(world, work)
     first_alone(world, lambda: done.append("more"))
+    distributed_c10d._set_pg_timeout(PEER_TIMEOUT)
     with together(world):  # the group still is sound
         pass
     return done
 
 
 def test_the_others_wait_for_longer_than_a_collective_may_take():
-    assert run_distributed(slow_work, 3, 60) == [["work", "more"], [], []]
+    assert run_distributed(slow_work, 3) == [["work", "more"], [], []]
 
 
 def failing_work(port: int) -> tuple[str, str]:
     world = start_with_store_at_rank_0(port)
+    distributed._HEARD_TIMEOUT = PEER_TIMEOUT  # a busy machine may keep a rank from hearing for long
 
     def work() -> None:
         raise DataError("shard-7.tar is cut at byte 512")
@@ -61,7 +67,7 @@ def failing_work(port: int) -> tuple[str, str]:
 
 
 def test_a_failure_of_rank_0_ends_all_with_its_sentence_before_it_takes_the_store_along():
-    own, *others = run_distributed(failing_work, 3, 60, free_port())
+    own, *others = run_distributed(failing_work, 3, free_port())
     assert own == ("DataError", "shard-7.tar is cut at byte 512")
     assert others == [("PeerFailure", "rank 0 ended the run: shard-7.tar is cut at byte 512")] * 2
 
@@ -78,20 +84,22 @@ def rank_0_goes(port: int) -> str:
 
 
 def test_the_others_do_not_wait_for_a_rank_0_that_is_gone():
-    assert "rank 0 ended without a word" in run_distributed(rank_0_goes, 2, 30, free_port())[1]
+    assert "rank 0 ended without a word" in run_distributed(rank_0_goes, 2, free_port())[1]
 
 
 def endless_work() -> str:
     world = start_world()
     distributed._SLICE = timedelta(seconds=0.2)
-    try:
-        first_alone(world, lambda: time.sleep(3), timeout=timedelta(seconds=1))
+    store = distributed_c10d._get_default_store()
+    try:  # rank 0 works until the other has given up, and then ends as if it had never been waited for
+        first_alone(world, lambda: store.wait(["gave up"], PEER_TIMEOUT), timeout=timedelta(seconds=1))
     except UserError as error:
+        store.set("gave up", "")
         return str(error)
     return ""
 
 
 def test_the_others_give_up_when_rank_0_takes_longer_than_it_may():
-    first, other = run_distributed(endless_work, 2, 30)
+    first, other = run_distributed(endless_work, 2)
     assert first == ""
     assert other.startswith("rank 0 has prepared the run for 0:00:01 (limit)")

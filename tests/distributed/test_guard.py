@@ -86,7 +86,7 @@ def events_of(run):
 @pytest.fixture(scope="module")
 def recovered(shards, tmp_path_factory):
     run = create_run(config_of(shards, tmp_path_factory.mktemp("run")), "test", 2)
-    answers = run_distributed(train_poisoned, 2, 120, run, NOT_FINITE)
+    answers = run_distributed(train_poisoned, 2, run, NOT_FINITE)
     return SimpleNamespace(run=run, answers=answers, events=events_of(run))
 
 
@@ -128,7 +128,7 @@ def test_a_run_resumed_before_a_rollback_goes_the_same_way_bit_for_bit(recovered
     back = recovered.events[1]["step"]
     assert back > 0, "the first rollback must have a checkpoint to start from; choose another seed"
     again = rewound(recovered.run, back, tmp_path / "again")
-    assert run_distributed(train_poisoned, 2, 120, again, NOT_FINITE) == [True, True]
+    assert run_distributed(train_poisoned, 2, again, NOT_FINITE) == [True, True]
     losses = [[line["loss"] for line in metrics(run)] for run in (again, recovered.run)]
     assert losses[0] == losses[1]
     assert samples(again) == samples(recovered.run)
@@ -142,7 +142,7 @@ def test_a_run_resumed_before_a_rollback_goes_the_same_way_bit_for_bit(recovered
 
 def test_a_spike_before_the_first_checkpoint_sends_the_run_back_to_its_start(shards, tmp_path):
     run = create_run(config_of(shards, tmp_path, checkpoint={"every_steps": 1000}), "test", 2)
-    assert run_distributed(train_poisoned, 2, 120, run, LARGE) == [True, True]
+    assert run_distributed(train_poisoned, 2, run, LARGE) == [True, True]
     rollbacks = events_of(run)[1:]
     assert {event["step"] for event in rollbacks} == {0}
     assert all("deviations above its median" in event["reason"] for event in rollbacks)
@@ -151,7 +151,7 @@ def test_a_spike_before_the_first_checkpoint_sends_the_run_back_to_its_start(sha
 
 def test_too_many_rollbacks_end_the_run_with_a_remedy(shards, tmp_path):
     run = create_run(config_of(shards, tmp_path, guard={"max_rollbacks": 0}), "test", 2)
-    stories = run_distributed(train_poisoned, 2, 120, run, NOT_FINITE)
+    stories = run_distributed(train_poisoned, 2, run, NOT_FINITE)
     assert stories[0] == stories[1]
     for part in ("the loss is nan", "guard.max_rollbacks is 0", "resume with a higher limit"):
         assert part in stories[0]

@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
         checkpoint={"every_steps": 1, "keep": 100},
     )
     run = create_run(config, "test", 2)
-    assert run_distributed(train_rank, 2, 150, run) == [True, True]
+    assert run_distributed(train_rank, 2, run) == [True, True]
     lines = metrics(run)
     ends = [max(line["step"] for line in lines if line["stage"] == stage.name) for stage in config.stages]
     return SimpleNamespace(run=run, ends=ends, steps=len(lines))
@@ -89,7 +89,7 @@ def test_the_average_of_a_thawed_part_starts_at_its_value(whole):
 def test_resumed_inside_a_stage_or_at_a_hand_over_it_is_the_uninterrupted_run_bit_for_bit(whole, tmp_path, where):
     step = {"inside the first": 1, "at the first hand-over": whole.ends[0], "at the second hand-over": whole.ends[1]}
     again = rewound(whole.run, step[where], tmp_path / "again")
-    assert run_distributed(train_rank, 2, 150, again) == [True, True]
+    assert run_distributed(train_rank, 2, again) == [True, True]
     assert [line["loss"] for line in metrics(again)] == [line["loss"] for line in metrics(whole.run)]
     assert samples(again) == samples(whole.run)
     ours, theirs = (commit.read_manifest(run / CHECKPOINTS / f"step-{whole.steps:08d}") for run in (again, whole.run))
@@ -101,7 +101,7 @@ def test_resumed_inside_a_stage_or_at_a_hand_over_it_is_the_uninterrupted_run_bi
 
 def test_on_another_number_of_ranks_the_losses_follow(whole, tmp_path):
     again = rewound(whole.run, 1, tmp_path / "again")
-    run_distributed(train_rank, 1, 150, again)
+    run_distributed(train_rank, 1, again)
     for ours, theirs in zip(metrics(whole.run), metrics(again), strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
 

@@ -37,7 +37,7 @@ def on_this_rank(loss_of, cases):
 @pytest.mark.parametrize("size", [2, 4])
 def test_ragged_ranks_together_have_the_dense_loss_and_gradients(loss_of, size):
     cases = [case for case in CASES if len(case[0]) == size]
-    by_rank = run_distributed(on_this_rank, size, 60, loss_of, cases)
+    by_rank = run_distributed(on_this_rank, size, loss_of, cases)
     for number, (counts, same) in enumerate(cases):
         vision, text, ids = embeddings(sum(counts), captions=3)
         loss, grads = dense_gradients(loss_of, vision, text, SCALE, BIAS, ids if same else None)

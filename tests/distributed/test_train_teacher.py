@@ -26,7 +26,7 @@ def taught(tmp_path_factory):
     fading = first.model_copy(update={"distill": type(first.distill)(kind="linear", start=1.0, end=0.0), **drops})
     config = config.model_copy(update={"stages": [fading, second]})
     run = create_run(config, "test", 2)
-    assert run_distributed(train_rank, 2, 90, run) == [True, True]
+    assert run_distributed(train_rank, 2, run) == [True, True]
     checkpoints = commit.complete(run / CHECKPOINTS)
     return SimpleNamespace(run=run, folder=folder, last=checkpoints[-1])
 
@@ -47,7 +47,7 @@ def test_the_teacher_is_heard_in_its_stage_with_the_weight_of_the_schedule_and_n
 
 def test_a_run_resumed_while_it_is_taught_is_the_uninterrupted_one_bit_for_bit(taught, tmp_path):
     again = rewound(taught.run, 2, tmp_path / "again")
-    run_distributed(train_rank, 2, 90, again)
+    run_distributed(train_rank, 2, again)
     assert [line["loss"] for line in metrics(again)] == [line["loss"] for line in metrics(taught.run)]
     assert samples(again) == samples(taught.run)
     ours, theirs = (commit.read_manifest(run / CHECKPOINTS / taught.last.name) for run in (taught.run, again))

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.finished import run_config, write_run
+from tests.support.progress import run_watched
 from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.cli import build_parser, main, parse
 from univitar_ds.config.load import dump_config
@@ -262,12 +262,11 @@ def test_names_from_outside_are_printed_with_escapes(tmp_path):
     write_tar(tmp_path / "a.tar", [(os.fsdecode(key), {"jpg": picture(60, 80)}) for key in keys])
     (tmp_path / os.fsdecode(b"\xe9.jpg")).write_bytes(b"junk")
     for arguments in (["verify", "a.tar"], ["probe", os.fsdecode(b"\xe9.jpg")]):
-        ended = subprocess.run(
+        ended = run_watched(
             [sys.executable, "-m", "univitar_ds", "data", *arguments],
             cwd=tmp_path,
             env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            timeout=120,
+            text=False,
         )
         printed = ended.stdout.decode()
         assert b"Traceback" not in ended.stderr

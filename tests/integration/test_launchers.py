@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.finished import run_config
+from tests.support.progress import ended, marked, run_watched, wait_until
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.training import commit
 from univitar_ds.training.preemption import SAVED
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.distributed
 BIN = Path(sys.executable).parent
 
 
@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
 
 
 def completed(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    return run_watched(command, env=environment())
 
 
 LAUNCHERS = {
@@ -61,16 +61,16 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_run_is_trained_evaluated_and_exported_by(launcher, run_file):
     command = [free_port() if part == "PORT" else part for part in LAUNCHERS[launcher]]
-    ended = completed([*command, "--config", str(run_file), f"name={launcher}", "stages.0.samples=40"])
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    done = completed([*command, "--config", str(run_file), f"name={launcher}", "stages.0.samples=40"])
+    assert done.returncode == 0, done.stderr[-3000:]
     run = run_file.parent / "runs" / launcher
     summary = json.loads((run / "summary.json").read_text())
     assert summary["completed"] is True
     assert summary["ranks"] == (1 if launcher == "plain" else 2)
     assert set(summary["seconds"]) == {"training", "evaluation", "export"}
     assert (run / "export" / "model.safetensors").is_file()
-    assert "x chance" in ended.stdout
-    chosen = [line.split(" INFO ")[1] for line in ended.stderr.splitlines() if " INFO attention on" in line]
+    assert "x chance" in done.stdout
+    chosen = [line.split(" INFO ")[1] for line in done.stderr.splitlines() if " INFO attention on" in line]
     assert len(chosen) == len(set(chosen)) > 0, "one rank is enough to say what all do"
 
 
@@ -82,16 +82,17 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_and_ends(run_file):
         start, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        deadline = time.monotonic() + 120
-        while len(commit.complete(run / CHECKPOINTS)) < 2:
-            assert process.poll() is None, "the run ended before it was killed"
-            assert time.monotonic() < deadline, "no second checkpoint within two minutes"
-            time.sleep(0.1)
+        wait_until(
+            lambda: len(commit.complete(run / CHECKPOINTS)) >= 2 or process.poll() is not None,
+            "the second checkpoint",
+            of={"the run": process.pid},
+        )
+        assert process.poll() is None, "the run ended before it was killed"
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    ended = completed([str(BIN / "univitar-ds"), "train", "--nproc", "1", "--resume", str(run)])
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    done = completed([str(BIN / "univitar-ds"), "train", "--nproc", "1", "--resume", str(run)])
+    assert done.returncode == 0, done.stderr[-3000:]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["completed"] is True
@@ -126,7 +127,12 @@ class TwoHosts:
 
     def ends(self) -> list[int]:
         """The exit codes of both launchers."""
-        return [process.wait(150) for process in self.started]
+        wait_until(
+            lambda: all(process.poll() is not None for process in self.started),
+            "two launchers",
+            of=lambda: marked(self.mark.decode()),
+        )
+        return [process.returncode for process in self.started]
 
     def rank(self, number: int) -> int:
         """The process id of a rank."""
@@ -163,11 +169,13 @@ def two_hosts(tmp_path):
         hosts.kill()
 
 
-def after_some_steps(run: Path, log: Path | None = None) -> None:
-    deadline = time.monotonic() + 150
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
-        assert time.monotonic() < deadline, log.read_text()[-3000:] if log else "no third step in time"
-        time.sleep(0.1)
+def after_some_steps(run: Path, launchers: list[subprocess.Popen], log: Path | None = None) -> None:
+    def reached() -> bool:
+        running = all(launcher.poll() is None for launcher in launchers)
+        assert running, log.read_text()[-3000:] if log else "the launcher ended before the third step"
+        return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= 3
+
+    wait_until(reached, "the third step", of={f"launcher {number}": one.pid for number, one in enumerate(launchers)})
 
 
 def told_to_leave(run: Path) -> None:
@@ -185,7 +193,7 @@ SOME_STEPS = ["data.lanes=2", "stages.0.samples=250", "logging.every_steps=1", "
 def test_one_rank_told_to_leave_makes_all_hosts_save_and_the_run_goes_on(launcher, run_file, two_hosts):
     run = run_file.parent / "runs" / f"told-{launcher}"
     hosts = two_hosts(launcher, "--config", str(run_file), f"name={run.name}", *SOME_STEPS)
-    after_some_steps(run, hosts.log)
+    after_some_steps(run, hosts.started, hosts.log)
     os.kill(hosts.rank(1), signal.SIGUSR1)
     codes = {"deepspeed": SAVED, "torchrun": 1}  # torchrun has one code for all failures
     assert hosts.ends() == [codes[launcher]] * 2, hosts.log.read_text()[-3000:]
@@ -203,9 +211,9 @@ def test_the_own_launcher_hands_a_signal_on_to_the_ranks(run_file):
         start, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        after_some_steps(run)
+        after_some_steps(run, [process])
         process.terminate()
-        assert process.wait(100) == SAVED
+        assert ended(process, "the run that was asked to stop") == SAVED
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -214,11 +222,11 @@ def test_the_own_launcher_hands_a_signal_on_to_the_ranks(run_file):
 
 def test_a_fault_that_rank_0_finds_before_training_ends_all_ranks_with_one_sentence(run_file):
     command = [free_port() if part == "PORT" else part for part in LAUNCHERS["deepspeed"]]
-    ended = completed([*command, "--config", str(run_file), "name=absent", "data.sources.0.path=nowhere"])
-    assert ended.returncode == 2, ended.stderr[-3000:]
-    assert ended.stderr.count("error: ") == 1, ended.stderr[-3000:]
-    assert "source nowhere: there is no such file or folder" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    done = completed([*command, "--config", str(run_file), "name=absent", "data.sources.0.path=nowhere"])
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert done.stderr.count("error: ") == 1, done.stderr[-3000:]
+    assert "source nowhere: there is no such file or folder" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_fault_in_the_data_ends_all_ranks_with_one_sentence(run_file, tmp_path):
@@ -229,9 +237,9 @@ def test_a_fault_in_the_data_ends_all_ranks_with_one_sentence(run_file, tmp_path
     content[middle] = ord("#")  # one sample, so that one lane meets it first
     shard.write_bytes(content)
     command = [*LAUNCHERS["own"], "--config", str(run_file), "name=faulty", f"data.sources.0.path={shards}"]
-    ended = completed([*command, "data.on_bad=fail", "data.pool_samples=8", "stages.0.samples=100"])
-    assert ended.returncode == 2, ended.stderr[-3000:]
-    assert ended.stderr.count("error: ") == 1, ended.stderr[-3000:]
-    assert "data.on_bad is fail" in ended.stderr
-    assert "its .json does not parse" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    done = completed([*command, "data.on_bad=fail", "data.pool_samples=8", "stages.0.samples=100"])
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert done.stderr.count("error: ") == 1, done.stderr[-3000:]
+    assert "data.on_bad is fail" in done.stderr
+    assert "its .json does not parse" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -4,7 +4,6 @@ Every file is taken the way of a sample: into a shard, through a lane, to a deco
 """
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.loading import only_lane
+from tests.support.progress import run_watched
 from tests.support.shards import write_tar
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import ResolutionConfig, StageConfig
@@ -29,7 +29,6 @@ GIB = 1 << 20  # ru_maxrss counts KiB
 
 pytestmark = [
     pytest.mark.skipif(not ROWS, reason=f"the corpus is not there: {CORPUS}"),
-    pytest.mark.timeout(180),
     pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
 ]
 
@@ -46,7 +45,7 @@ sys.exit(status)
 def probed(files):
     """The lines that `data probe` prints, and the most memory of its own process and of a decoding process in KiB."""
     command = [sys.executable, "-c", PROBE, *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=150, cwd=ROOT, errors="replace")
+    done = run_watched(command, check=True, cwd=ROOT, errors="replace")
     memory = [int(line) for line in done.stderr.splitlines()[-2:]]
     return [json.loads(line) for line in done.stdout.splitlines()], memory
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.progress import Stalled, run_watched
+
 OUTCOMES = "UNIVITAR_DS_TEST_OUTCOMES"
-TIMEOUT_S = 290
 STASH = pytest.StashKey[dict[str, tuple[str, str]]]()
 
 
@@ -58,12 +58,10 @@ def _run_interpreter(root: Path, asked: list[str]) -> dict[str, tuple[str, str]]
     environment = {**os.environ, "TRITON_INTERPRET": "1", OUTCOMES: str(path)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *asked]
     try:
-        done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+        done = run_watched(command, cwd=root, env=environment)
         output = done.stdout[-3000:] + done.stderr[-3000:]
-    except subprocess.TimeoutExpired:
-        output = f"the interpreter did not end within {TIMEOUT_S} s"
+    except Stalled as stalled:
+        output = str(stalled)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     path.unlink()
     lost = dict.fromkeys(asked, ("lost", output))

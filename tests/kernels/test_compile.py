@@ -3,11 +3,12 @@
 import csv
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.progress import run_watched
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks/results/kernel_resources.csv"
@@ -38,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "benchmarks/kernel_resources.py", "--sizes", SIZE]
     command += ["--out", str(folder / "rows.csv"), "--ptx", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = run_watched(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from kernels import compiled, dispatch, reference
 from tests.support.golden import CASES, golden
+from tests.support.progress import output_of
 from tests.unit.model.made import GRIDS, drawn_patches, small_encoder
 from univitar_ds import UniViTAR
 from univitar_ds.config.model import ModelConfig
@@ -180,7 +181,7 @@ def start(cache, **environment):
 
 
 def end(process):
-    out, err = process.communicate(timeout=200)
+    out, err = output_of(process, "the program")
     assert process.returncode == 0, err
     failed, *hashes = out.split()
     return SimpleNamespace(failed=failed == "True", hashes=hashes, err=err)

@@ -1,7 +1,8 @@
 """Runs a function on several gloo ranks of this machine and brings back what each returned.
 
 The ranks are forked from one server process that has imported torch and DeepSpeed, so a run costs tenths of a second
-to start. A rank that fails ends the others and shows its traceback; a run that is too slow is killed whole.
+to start. A rank that fails ends the others and shows its traceback; a run that makes no progress is ended whole and
+shows where each of its ranks was.
 """
 
 from __future__ import annotations
@@ -10,62 +11,77 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from tests.support.progress import LOOK_S, WHOLE_S, Stalled, Watch, end_tree
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.support.preload"])
 
 
 class RankFailed(AssertionError):
-    """A rank raised, died or did not end in time."""
+    """A rank raised, died or made no progress."""
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, timeout_s: float, *args: Any) -> list[Any]:
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, **limits: Any) -> list[Any]:
     """`fn(*args)` on `world_size` ranks; what each returned, by rank.
 
     `fn` is a module's function; it finds RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* in its environment, as under
-    a launcher. Arguments and results travel between processes.
+    a launcher. Arguments and results travel between processes. `limits` are those of `Watch`; only tests of the
+    limits give any.
 
-    Raises: RankFailed with the traceback of the first rank that failed, or after `timeout_s` seconds.
+    Raises: RankFailed with the traceback of the first rank that failed, or with the stacks of all ranks where none
+    makes progress.
     """
     environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     saved = {key: os.environ.get(key) for key in environment}
     os.environ.update(environment)  # the server is started here and hands its environment down
-    try:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-        ranks = [_start(fn, args, rank, world_size, store.port) for rank in range(world_size)]
-    finally:
-        for key, value in saved.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
-    try:
-        return _collect(ranks, time.monotonic() + timeout_s, timeout_s)
-    finally:
-        for process, _ in ranks:
-            process.kill()
-            process.join()
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        ranks: list[tuple[multiprocessing.Process, Connection]] = []
+        try:
+            try:
+                patience = timedelta(seconds=WHOLE_S)  # on a busy machine the first rank may be up long before the last
+                store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
+                for rank in range(world_size):
+                    ranks.append(_start(fn, args, rank, world_size, store.port, Path(folder)))
+            finally:
+                for key, value in saved.items():
+                    if value is None:
+                        del os.environ[key]
+                    else:
+                        os.environ[key] = value
+            return _collect(ranks, Path(folder), limits)
+        finally:
+            for process, _ in ranks:
+                process.kill()
+                process.join()
 
 
-def _start(fn, args, rank: int, world_size: int, port: int) -> tuple[multiprocessing.Process, Connection]:
+def _start(fn, args, rank, world_size, port, folder: Path) -> tuple[multiprocessing.Process, Connection]:
     here, there = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_rank_main, args=(fn, args, rank, world_size, port, there), daemon=False)
+    arguments = (fn, args, rank, world_size, port, there, _stack_file(folder, rank))
+    process = _CONTEXT.Process(target=_rank_main, args=arguments, daemon=False)
     process.start()
     there.close()
     return process, here
 
 
-def _rank_main(fn, args, rank: int, world_size: int, port: int, results: Connection) -> None:
-    faulthandler.enable()
+def _stack_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.stacks"
+
+
+def _rank_main(fn, args, rank: int, world_size: int, port: int, results: Connection, stacks: Path) -> None:
+    faulthandler.enable(stacks.open("w"))  # the stacks of all threads, at a crash or at the end of a stalled run
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -86,26 +102,44 @@ def _rank_main(fn, args, rank: int, world_size: int, port: int, results: Connect
     os._exit(0)  # destructors of process groups wait for ranks that may be dead
 
 
-def _collect(ranks: list, deadline: float, timeout_s: float) -> list[Any]:
+def _collect(ranks: list, folder: Path, limits: dict[str, Any]) -> list[Any]:
     pending = {connection: rank for rank, (_, connection) in enumerate(ranks)}
     answers: list[Any] = [None] * len(ranks)
     failures: dict[int, str] = {}
+
+    def of() -> dict[str, int]:
+        return {f"rank {rank}": ranks[rank][0].pid for rank in sorted(pending.values())}
+
+    watch = Watch(f"{len(ranks)} ranks", of, **limits)
     while pending and not failures:
-        ready = wait(list(pending), timeout=max(deadline - time.monotonic(), 0))
-        if not ready:
-            raise RankFailed(f"ranks {sorted(pending.values())} did not end within {timeout_s} s")
-        for connection in ready:
-            _receive(connection, pending.pop(connection), ranks, answers, failures)
+        for connection in wait(list(pending), timeout=LOOK_S):
+            _receive(connection, pending.pop(connection), ranks, folder, answers, failures)
+        try:
+            watch.check()
+        except Stalled as stalled:
+            raise RankFailed(f"{stalled}\n{_end_with_stacks(of(), folder)}") from None
     if failures:
         settle = time.monotonic() + 1.0  # others fail in consequence: the first story may be in their shadow
         while pending and (ready := wait(list(pending), timeout=max(settle - time.monotonic(), 0))):
             for connection in ready:
-                _receive(connection, pending.pop(connection), ranks, answers, failures)
+                _receive(connection, pending.pop(connection), ranks, folder, answers, failures)
         raise RankFailed("\n".join(f"rank {rank} of {len(ranks)}:\n{story}" for rank, story in failures.items()))
     return answers
 
 
-def _receive(connection: Connection, rank: int, ranks: list, answers: list, failures: dict[int, str]) -> None:
+def _end_with_stacks(ranks: dict[str, int], folder: Path) -> str:
+    end_tree(*ranks.values())
+    return "\n".join(f"{name}:\n{_stacks(folder, int(name.split()[1]))}" for name in ranks)
+
+
+def _stacks(folder: Path, rank: int) -> str:
+    path = _stack_file(folder, rank)
+    return path.read_text() if path.exists() else ""
+
+
+def _receive(
+    connection: Connection, rank: int, ranks: list, folder: Path, answers: list, failures: dict[int, str]
+) -> None:
     ok, value = False, ""
     with suppress(EOFError):
         ok, value = pickle.loads(connection.recv_bytes())
@@ -114,4 +148,6 @@ def _receive(connection: Connection, rank: int, ranks: list, answers: list, fail
     else:
         process = ranks[rank][0]
         process.join(5)
-        failures[rank] = value or f"the process ended with exit code {process.exitcode} and said nothing"
+        failures[rank] = value or (
+            f"the process ended with exit code {process.exitcode} and said nothing\n{_stacks(folder, rank)}"
+        )

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 from tests.support import media
+from tests.support.progress import run_watched
 from univitar_ds.data.writer import pack_folder
 
 ROOT = Path(__file__).parents[3]
@@ -36,9 +36,7 @@ def numbers_folder(tmp_path: Path) -> Path:
 def run_script(*command: str) -> str:
     """Python in a process of its own, where workers and kills concern nobody else. Returns its stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, *command], env=environment, timeout=200, capture_output=True, text=True, check=False
-    )
+    ended = run_watched([sys.executable, *command], env=environment)
     assert ended.returncode == 0, ended.stderr
     return ended.stderr
 

@@ -12,13 +12,13 @@ import secrets
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.support.progress import Stalled, marked, run_watched, runs, wait_until
 
 NODES = ("univitar-a", "univitar-b")
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,6 @@ HOSTS = Path("/etc/hosts")
 HOSTS_LINE = f"127.0.0.1 {' '.join(NODES)} # a test's Slurm\n"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "squeue")
 DAEMONS = ("slurmd-univitar-a", "slurmd-univitar-b", "slurmctld", "munged")
-READY_S = 60
 ENDS_S = 30
 
 # cred_expire is also how long a requeued job waits before it starts again: 120 s by default.
@@ -93,9 +92,7 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Standard output of one of Slurm's commands, run in the root of the checkout."""
-        done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
-        )
+        done = run_watched(command, env=self.environment, cwd=ROOT)
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
@@ -108,12 +105,23 @@ class Cluster:
         """What Slurm knows of a job: JobState, Restarts, ExitCode and so on."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "-o", number)))
 
-    def wait(self, number: str, condition: Callable[[dict[str, str]], bool], timeout_s: float) -> dict[str, str]:
-        """The job as soon as it meets the condition."""
-        deadline = time.monotonic() + timeout_s
-        while not condition(job := self.job(number)):
-            assert time.monotonic() < deadline, f"job {number} after {timeout_s} s: {job}"
-            time.sleep(0.2)
+    def wait(self, number: str, condition: Callable[[dict[str, str]], bool], *written: Path) -> dict[str, str]:
+        """The job as soon as it meets the condition. Its state and what it writes into some files is a heartbeat.
+
+        Raises: Stalled
+        """
+        job: dict[str, str] = {}
+
+        def met() -> bool:
+            nonlocal job
+            job = self.job(number)
+            return condition(job)
+
+        def heartbeat() -> tuple:
+            sizes = [path.stat().st_size for path in written if path.exists()]
+            return job.get("JobState"), job.get("Restarts"), *sizes
+
+        wait_until(met, f"job {number}", of=lambda: marked(f"SLURM_JOB_ID={number}"), heartbeat=heartbeat)
         return job
 
 
@@ -172,22 +180,23 @@ def _start(here: Cluster) -> None:
     here.run("slurmctld", "-c")
     for node in NODES:
         here.run("slurmd", "-N", node)
-    deadline = time.monotonic() + READY_S
-    while True:  # a real step is the proof: sinfo says "idle" before the first ping
-        step = ["srun", "--nodes=2", "--ntasks-per-node=1", "--immediate=5", "--quiet", "true"]
-        with suppress(subprocess.TimeoutExpired):
-            if subprocess.run(step, env=here.environment, capture_output=True, timeout=20, check=False).returncode == 0:
-                return
-        assert time.monotonic() < deadline, f"no cluster within {READY_S} s:\n{_logs(folder)}"
-        time.sleep(0.5)
+    step = ["srun", "--nodes=2", "--ntasks-per-node=1", "--immediate=5", "--quiet", "true"]
+
+    def ready() -> bool:  # a real step is the proof: sinfo says "idle" before the first ping
+        with suppress(Stalled):
+            return run_watched(step, env=here.environment, limits={"idle_s": 20}).returncode == 0
+        return False
+
+    try:
+        wait_until(ready, "a step on both nodes", heartbeat=lambda: _logs(folder))
+    except Stalled as stalled:
+        raise AssertionError(f"{stalled}\n{_logs(folder)}") from stalled
 
 
 def _stop(here: Cluster) -> None:
-    with suppress(subprocess.TimeoutExpired):
+    with suppress(Stalled):
         here.run("scancel", "--user=root", check=False)
-        deadline = time.monotonic() + ENDS_S
-        while here.run("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
-            time.sleep(0.2)
+        wait_until(lambda: not here.run("squeue", "--noheader", check=False).strip(), "an empty queue", whole_s=ENDS_S)
     for daemon in DAEMONS:
         _end(here.folder / "run" / f"{daemon}.pid")
 
@@ -197,10 +206,8 @@ def _end(pid_file: Path) -> None:
     with suppress(OSError, ValueError):
         pid = int(pid_file.read_text())
         os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + ENDS_S
-        while time.monotonic() < deadline:
-            os.kill(pid, 0)
-            time.sleep(0.05)
+        with suppress(Stalled):
+            return wait_until(lambda: not runs(pid), "the end of a daemon", of={"it": pid}, idle_s=ENDS_S)
         os.kill(pid, signal.SIGKILL)
 
 

@@ -1,11 +1,12 @@
 """The house has floors: a file imports its own floor or a lower one, and some libraries have one door."""
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.progress import run_watched
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +81,7 @@ def test_every_file_of_the_package_has_a_floor():
 def test_importing_the_package_and_its_command_line_loads_no_heavy_library():
     heavy = ["torch", "deepspeed", "transformers", "triton", "av", "PIL", "boto3"]
     code = f"import sys, univitar_ds, univitar_ds.cli; print([m for m in {heavy} if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    result = run_watched([sys.executable, "-c", code], check=True)
     assert result.stdout.strip() == "[]"
 
 
@@ -89,5 +90,5 @@ def test_the_public_face_is_reached_without_deepspeed_or_transformers():
         "import sys; from univitar_ds import UniViTAR, Preprocessor;"
         "print([m for m in ('deepspeed', 'transformers') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    result = run_watched([sys.executable, "-c", code], check=True)
     assert result.stdout.strip() == "[]"

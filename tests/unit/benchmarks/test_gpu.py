@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from benchmarks import bench_gpu_packs as packs
 from benchmarks.bench_gpu_timing import Timer, about
 from benchmarks.rows import add_rows
 from kernels.reference import check_frames
+from tests.support.progress import run_watched
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "benchmarks" / "bench_gpu.py"
@@ -180,7 +180,7 @@ def test_the_dry_run_needs_only_torch_and_triton_and_writes_no_rows():
     code = blocked + "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, str(SCRIPT), "--device", "cpu", "--tiny"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # shapes this small only wait for each other
-    run = subprocess.run(command, capture_output=True, text=True, timeout=250, env=one_thread)
+    run = run_watched(command, env=one_thread)
     assert run.returncode == 0, run.stderr
     told = [line.split("  ")[0] for line in run.stderr.splitlines() if line.startswith(("op ", "encoder "))]
     ops = [*counts.ROWS_MOVED, "patch_embed", "patch_embed"]
@@ -190,7 +190,7 @@ def test_the_dry_run_needs_only_torch_and_triton_and_writes_no_rows():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_sentence_says_so():
-    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=100)
+    run = run_watched([sys.executable, str(SCRIPT)])
     assert run.returncode == 1
     assert run.stderr == "bench_gpu needs a CUDA GPU and torch sees none here; the dry run is --device cpu --tiny\n"
 

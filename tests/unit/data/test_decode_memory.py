@@ -1,7 +1,6 @@
 """Pictures that would take too much while they are decoded are refused, and those allowed take no more than told."""
 
 import struct
-import subprocess
 import sys
 import zlib
 
@@ -10,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.support import media
+from tests.support.progress import run_watched
 from univitar_ds.data import decode, decode_memory
 from univitar_ds.data.decode import decode_image
 from univitar_ds.data.decode_memory import check_memory
@@ -126,7 +126,7 @@ def test_decoding_takes_as_many_bytes_a_pixel_as_told(form, image, options, told
     path = tmp_path / "picture"
     path.write_bytes(media.encoded(image, form, **options))
     command = [sys.executable, "-c", PEAK, str(path), form]
-    taken = float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    taken = float(run_watched(command, check=True).stdout)
     assert 0.7 * told < taken < told + 1, "8 MB of accounts and allocators are 1 byte a pixel"
 
 
@@ -144,5 +144,5 @@ for file_bytes in (0, 1 << 28):
 
 
 def test_a_confined_process_gets_what_decoding_may_take_and_no_more():
-    found = subprocess.run([sys.executable, "-c", CONFINED], capture_output=True, text=True, check=True, timeout=60)
+    found = run_watched([sys.executable, "-c", CONFINED], check=True)
     assert found.stdout.split() == ["refused", "refused"]

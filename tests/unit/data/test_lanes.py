@@ -3,7 +3,6 @@
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -24,6 +23,7 @@ from tests.support.memory import (
     small_rules,
     tiny_picture,
 )
+from tests.support.progress import WHOLE_S, run_watched
 from tests.support.shards import clip
 from univitar_ds.data import reading
 from univitar_ds.data.cursor import LaneCursor, StreamCursor, parse
@@ -94,7 +94,7 @@ def test_what_waits_is_fetched_from_a_remote_store_many_at_a_time():
 
     def read_with_three_others(*address):
         if next(calls) < 4:
-            met.append(four.wait(timeout=20))
+            met.append(four.wait(timeout=WHOLE_S))
         return read(*address)
 
     storage.read_range = read_with_three_others
@@ -267,8 +267,6 @@ def test_the_order_does_not_hang_on_the_process():
         "print([[i.sample.key for i in s.next_pack()[0]] for _ in range(9)])"
     )
     environment = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[3])}
-    there = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
-    )
+    there = run_watched([sys.executable, "-c", code], env=environment, check=True)
     here = packs_of(small_rules(memory_shards([30, 9]), lanes=3), 1, 9)[0]
     assert there.stdout.strip() == str([keys(items) for items, _ in here])

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.support.loading import STAGE, same
+from tests.support.progress import output_of, run_watched, runs, wait_until
 from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.lanes import Lane
@@ -317,18 +318,15 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
-def gone(pid, within_s=20):
-    for _ in range(within_s * 10):
-        if not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text():
-            return True
-        time.sleep(0.1)
-    return False
+def gone(pid):
+    wait_until(lambda: not runs(int(pid)), f"the end of process {pid}")
+    return True
 
 
 @pytest.mark.parametrize("end", ["", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
 def test_a_trainer_that_ends_without_closing_leaves_no_process_behind(folder, end):
     script = SCRIPT.format(root=str(ROOT), folder=str(folder), end=end)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    result = run_watched([sys.executable, "-c", script])
     pids = result.stdout.split()
     assert len(pids) == 2
     assert all(gone(pid) for pid in pids)
@@ -350,7 +348,7 @@ def test_ctrl_c_interrupts_a_trainer_that_waits_for_data(folder):
     pids = process.stdout.readline().split()
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = output_of(process, "the interrupted trainer")
     assert stderr.strip().endswith("KeyboardInterrupt")
     assert stderr.count("Traceback") == 1
     assert len(pids) == 2
@@ -362,9 +360,7 @@ def test_decoding_processes_import_neither_the_engine_nor_the_text_libraries():
         "import sys, univitar_ds.data.worker, univitar_ds.data.render;"
         "print([m for m in ('deepspeed', 'transformers', 'tokenizers', 'triton') if m in sys.modules])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT
-    )
+    result = run_watched([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
 
 

@@ -1,13 +1,13 @@
 """Memory shared with decoding processes: what one side writes the other sees, and nothing is left behind."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.support.progress import run_watched
 from univitar_ds.data.ring import Ring
 
 
@@ -24,8 +24,8 @@ def test_a_second_process_writes_into_the_same_memory():
     ring = Ring.create(2, 100)
     code = f"from univitar_ds.data.ring import Ring; Ring({ring.descriptor}, 2, 100).view(1)[:3] = (7, 8, 9)"
     root = str(Path(__file__).parents[3])
-    subprocess.run(
-        [sys.executable, "-c", code], pass_fds=(ring.descriptor,), check=True, timeout=60, env={"PYTHONPATH": root}
+    run_watched(
+        [sys.executable, "-c", code], pass_fds=(ring.descriptor,), check=True, env={"PYTHONPATH": root}, text=False
     )
     assert ring.view(1)[:4].tolist() == [7, 8, 9, 0]
     assert not ring.view(0).any()
@@ -37,8 +37,8 @@ def test_counters_are_beside_the_slots_and_shared_like_them():
     ring.done[2] += 1
     code = f"from univitar_ds.data.ring import Ring; Ring({ring.descriptor}, 3, 100).done[2] += 1"
     root = str(Path(__file__).parents[3])
-    subprocess.run(
-        [sys.executable, "-c", code], pass_fds=(ring.descriptor,), check=True, timeout=60, env={"PYTHONPATH": root}
+    run_watched(
+        [sys.executable, "-c", code], pass_fds=(ring.descriptor,), check=True, env={"PYTHONPATH": root}, text=False
     )
     assert ring.done.tolist() == [0, 0, 2]
     for slot in range(3):

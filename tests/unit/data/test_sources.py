@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from tests.support.progress import WHOLE_S
 from tests.support.s3 import faulty, s3_server
 from tests.support.shards import clip, picture, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
@@ -246,7 +247,7 @@ def test_many_remote_sources_are_listed_at_once(monkeypatch):
     together = threading.Barrier(4)
 
     def listed(source, prefix, settings):
-        together.wait(timeout=20)
+        together.wait(timeout=WHOLE_S)
         return [Shard(f"{prefix}a", f"{source.path}/a.tar", None, 512, "image")]
 
     monkeypatch.setattr(sources, "list_shards", listed)

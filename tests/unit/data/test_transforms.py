@@ -1,4 +1,3 @@
-import subprocess
 import sys
 
 import numpy as np
@@ -8,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.support import media
+from tests.support.progress import run_watched
 from univitar_ds.data.transforms import fit_image
 
 SIDES = st.integers(5, 160)
@@ -80,5 +80,5 @@ def test_resizing_does_without_pythons_torch_and_keeps_no_memory():
         "run(1000); before = pages(); run(20000);"
         "print('torch' in sys.modules, pages() - before < 700)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    result = run_watched([sys.executable, "-c", code], check=True)
     assert result.stdout.split() == ["False", "True"]

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import subprocess
 import sys
 from base64 import b64encode
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from tests.support import media
+from tests.support.progress import run_watched
 from tests.support.s3 import BUCKET, faulty, first_of, s3_server, some_of
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data import pace, s3, upload, writer
@@ -43,7 +43,7 @@ def small_and_quick(monkeypatch):
 
 def settings(url, tmp_path) -> StorageSettings:
     (tmp_path / "session").mkdir(exist_ok=True)
-    return StorageSettings(url, idle_timeout_s=1.0, give_up_s=20.0, session=str(tmp_path / "session"))
+    return StorageSettings(url, idle_timeout_s=1.5, give_up_s=300.0, session=str(tmp_path / "session"))
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_a_packing_killed_at_any_request_ends_in_the_same_bytes(server, folder, 
     points = [str(random.Random(number).randrange(4, 12)) for number in range(5)]
     command = [sys.executable, "-c", _KILLED, server.url, str(folder), out, str(tmp_path / "state"), "0", "1", *points]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True, check=False)
+    ended = run_watched(command, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert "killed/manifest.json" not in server.keys("killed")
     with pytest.raises(DataError, match="its packing never ended"):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -11,6 +10,7 @@ import zlib
 
 import pytest
 
+from tests.support.progress import run_watched
 from tests.support.s3 import s3_server
 from tests.support.shards import clip, picture, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
@@ -185,7 +185,7 @@ def test_a_source_on_s3_gives_the_report_of_the_same_files_here(tmp_path):
     with s3_server() as server:
         url = server.upload(folder, "some/prefix")
         # A process of its own: helpers of this one may have started without credentials.
-        run = subprocess.run([sys.executable, "-c", code, url, server.url], capture_output=True, text=True, timeout=120)
+        run = run_watched([sys.executable, "-c", code, url, server.url])
     assert run.returncode == 0, run.stderr
     here, there = report(folder), json.loads(run.stdout)
     for row, other in zip(here["shards"], there["shards"], strict=True):
@@ -319,7 +319,7 @@ def test_a_process_that_dies_costs_its_sample_and_no_other():
 
 
 def test_a_process_that_hangs_costs_its_sample():
-    (told,) = played({20: "hangs"}, silence_s=0.8)
+    (told,) = played({20: "hangs"}, silence_s=3.0)
     assert [(event.kind, event.offset) for event in told if isinstance(event, Bad)] == [("timeout", 20)]
     assert told[-1] == Done()
 

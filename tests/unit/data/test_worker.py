@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.support import media
+from tests.support.progress import run_watched, runs, wait_until
 from univitar_ds.data.attendant import Attendant, Restarts
 from univitar_ds.data.forkserver import ForkServer
 from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob
@@ -25,15 +24,9 @@ from univitar_ds.data.transforms import fit_image
 GRID = (1, 2, 3)
 
 
-def gone(pid, within_s=10):
-    for _ in range(within_s * 50):
-        try:
-            if ") Z " in Path(f"/proc/{pid}/stat").read_text():
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.02)
-    return False
+def gone(pid):
+    wait_until(lambda: not runs(pid), f"the end of process {pid}")
+    return True
 
 
 @pytest.fixture
@@ -243,7 +236,7 @@ channel.send_bytes({json.dumps({"slot": 0, "start": 0, "job": stuck.to_json()}).
 print(pid, server._process.pid, flush=True)
 {end}
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    result = run_watched([sys.executable, "-c", script])
     assert not result.stderr
     assert all(gone(int(pid)) for pid in result.stdout.split())
 
