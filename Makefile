@@ -1,4 +1,4 @@
-# Two commands: `make demo` trains, evaluates and exports a small encoder; `make test` runs every test.
+# Two commands: `make demo` trains, evaluates and exports a small encoder; `make test` runs the tests.
 # Both work from a fresh clone with Python 3.11, its venv module and a C++ compiler.
 
 PYTHON ?= python3.11
@@ -6,18 +6,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-seconds
 
-.PHONY: demo test bench-cpu bench-gpu lint clean help
+.PHONY: demo test test-all bench-cpu bench-gpu lint clean help
 
 help:
 	@echo "make demo       environment, demo data, ZeRO-3 training on 2 processes, evaluation, export (about 5 minutes)"
-	@echo "make test       all tests (about 13 minutes)"
+	@echo "make test       lint and all tests but the long ones (within 15 minutes on two cores)"
+	@echo "make test-all   the long tests that make test leaves out"
 	@echo "make lint       ruff"
 	@echo "make bench-cpu  a training step of the encoder on the CPU beside other ways to run it (about 10 minutes)"
 	@echo "make bench-gpu  the fused kernels and a training step on a GPU"
 	@echo "make clean      remove the environment and the demo's folder"
 
 # The demo and the tests train on the CPU, on a machine with GPUs too; what is compiled at installation is for that.
-$(INSTALLED) demo test: export DS_ACCELERATOR := cpu
+$(INSTALLED) demo test test-all: export DS_ACCELERATOR := cpu
 
 # The file holds how long the installation took; the demo's table shows it.
 $(INSTALLED): requirements.txt pyproject.toml
@@ -34,8 +35,10 @@ demo: $(INSTALLED)
 	$(BIN)/univitar-ds demo --install-seconds $$(cat $(INSTALLED))
 
 test: $(INSTALLED) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/kernels
-	$(BIN)/python -m pytest tests/distributed tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs -m "not slow"
+
+test-all: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs -m slow
 
 # Runs in any environment with torch and triton: PYTHON=... make bench-gpu; ours where it is installed.
 bench-gpu:

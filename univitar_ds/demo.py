@@ -41,5 +41,6 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     summary = json.loads((run / SUMMARY).read_text())
     rest = times.pop("training, evaluation, export") - sum(summary["seconds"].values())
     print(render_times({**times, "starting processes": round(rest, 1), **summary["seconds"]}))
-    print(f"\nLook at {run}/examples-image.png and {run}/examples-video.png; the encoder is in {run}/export.")
+    print("\nThe results differ by a few points between processors and seeds; README has the range over three seeds.")
+    print(f"Look at {run}/examples-image.png and {run}/examples-video.png; the encoder is in {run}/export.")
     return 0

@@ -1,7 +1,7 @@
 """A run that is killed at random points and goes on with other ranks and other decoding processes.
 
-It takes minutes, so it runs only where UNIVITAR_CHAOS is set. tests/unit/data/test_elastic.py does the same to the
-loader alone, without a model, in every run of the tests.
+It takes minutes: `make test-all` runs it. tests/unit/data/test_elastic.py does the same to the loader alone, without
+a model, in every run of the tests.
 """
 
 import json
@@ -21,10 +21,9 @@ from univitar_ds.run import create_run, reopen_run
 from univitar_ds.training import commit
 
 KILLS = 20
-WANTED = bool(os.environ.get("UNIVITAR_CHAOS"))
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.skipif(not WANTED, reason=f"set UNIVITAR_CHAOS=1: {KILLS} kills take minutes"),
+    pytest.mark.slow,
     pytest.mark.timeout(3600),  # for twenty starts; each has the limits of every start
 ]
 WORLDS = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1)]

@@ -17,6 +17,7 @@ from univitar_ds.training import commit
 
 pytestmark = [
     pytest.mark.distributed,
+    pytest.mark.slow,
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 TRAIN = ROOT / "slurm" / "train.sbatch"
