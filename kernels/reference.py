@@ -159,13 +159,15 @@ def patch_embed(
 
 
 def check_frames(pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[Sequence[int]]) -> int:
-    """Tokens of a pack whose bytes, frames and grids fit each other; anything else is a fault of ours."""
+    """Tokens of a pack whose bytes, frames and grids fit each other. Raises: ValueError for any other."""
     byte = tokens = 0
     for count, (t, h, w) in zip(frames, grid_thw, strict=True):
-        assert count == 1 == t or count == TUBELET * t, f"{count} frames cannot fill {t} steps of {TUBELET}"
+        if not (count == 1 == t or count == TUBELET * t):
+            raise ValueError(f"{count} frames cannot fill {t} steps of {TUBELET}")
         byte += count * h * w * PATCH * PATCH * CHANNELS
         tokens += t * h * w
-    assert byte == pixels.numel(), f"{pixels.numel()} pixel bytes, the grids take {byte}"
+    if byte != pixels.numel():
+        raise ValueError(f"{pixels.numel()} pixel bytes, the grids take {byte}")
     return tokens
 
 

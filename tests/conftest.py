@@ -12,7 +12,9 @@ import pytest
 import pytest_timeout
 from hypothesis import HealthCheck, settings
 
-from tests.support.progress import IDLE_S, LOOK_S, Stalled, Watch
+pytest.register_assert_rewrite("tests.support")  # before it is imported: its asserts too then hold under `python -O`
+
+from tests.support.progress import IDLE_S, LOOK_S, Stalled, Watch  # noqa: E402
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # runs of tests train on the CPU; the kernels' tests look for a GPU by themselves
 

@@ -79,5 +79,5 @@ def test_the_largest_tensor_it_makes_is_a_batch_of_bytes(monkeypatch):
 
 def test_pixels_that_do_not_fill_the_grids_are_a_fault_of_ours():
     weight, _ = parameters(2, torch.float32)
-    with pytest.raises(AssertionError, match="pixel bytes"):
+    with pytest.raises(ValueError, match="pixel bytes"):
         reference.patch_embed(torch.zeros(2 * 588, dtype=torch.uint8), [1], [(1, 1, 1)], weight, None, **RULE)

@@ -165,9 +165,11 @@ class Attendant:
             self._channel.send_bytes(json.dumps(self._settings.to_json()).encode())
             if not self._channel.poll(_START_S):
                 raise self._end("timeout", f"was not ready within {_START_S:g} s")
-            assert self._channel.recv_bytes() == worker.READY
+            word = self._channel.recv_bytes()
         except (EOFError, OSError) as error:
             raise self._end("crash") from error
+        if word != worker.READY:
+            raise self._end("crash", f"said {word[:40]!r} where it should have said that it is ready")
         _log.info("decoding process %d (pid %d) is up", self._number, self._pid)
 
     def _patience(self, job: RenderJob) -> float:

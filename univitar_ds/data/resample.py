@@ -93,7 +93,8 @@ def _optional(library: ctypes.CDLL, value: float | None) -> int:
 def load() -> tuple[ctypes.CDLL, c_uint64]:
     """torch's C++ library and its release as its C interface wants it."""
     found = importlib.util.find_spec("torch")
-    assert found is not None, "torch is not installed"
+    if found is None:
+        raise ImportError("torch is not installed in this environment; install it, see requirements.txt")
     suffix = "dylib" if sys.platform == "darwin" else "so"
     path = str(Path(str(found.origin)).parent / "lib" / f"libtorch_cpu.{suffix}")
     try:

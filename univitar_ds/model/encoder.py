@@ -81,7 +81,8 @@ class UniViTAR(nn.Module):
         if isinstance(frames, Tensor):
             frames = frames.tolist()
         x = self.embeddings["patch_embedding"](pixel_values, frames, grids)
-        assert len(positions) == len(x), f"{len(x)} patches, the grids take {len(positions)}"
+        if len(positions) != len(x):
+            raise ValueError(f"{len(x)} patches, the grids take {len(positions)}")
         factors = None
         if drops is not None:
             lengths, factors = drops.lengths, drops.token_factors(x.device)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from univitar_ds.errors import CheckpointError
 from univitar_ds.geometry import PATCH, token_count
 from univitar_ds.model.encoder import UniViTAR
 
@@ -72,7 +73,11 @@ class FrameTower:
         found: dict[int, Features] = {}
         for (h, w), members in alike.items():
             patches, pooled = self.run(self.model, self._frames([clips[index] for index in members], h, w))
-            assert patches.shape[1] == h * w, f"the teacher made {patches.shape[1]} features of {h} x {w} patches"
+            if patches.shape[1] != h * w:
+                raise CheckpointError(
+                    f"the teacher made {patches.shape[1]} features of {h} x {w} patches; it is another kind of model "
+                    "than its config.json says, fetch it again"
+                )
             counts = [len(clips[index]) for index in members]
             parts = zip(members, patches.split(counts), pooled.split(counts), strict=True)
             found |= {index: _over_time(grids[index][0], *both) for index, *both in parts}

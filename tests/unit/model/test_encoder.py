@@ -124,5 +124,5 @@ def test_first_values_are_bounded_and_layer_scale_is_the_configs():
 
 
 def test_patches_that_do_not_match_the_grids_are_a_fault_of_ours():
-    with pytest.raises(AssertionError, match="3 patches, the grids take 4"):
+    with pytest.raises(ValueError, match="3 patches, the grids take 4"):
         small_encoder()(drawn_patches([[1, 1, 3]]), [[1, 2, 2]])
