@@ -18,7 +18,7 @@ from univitar_ds.training.checkpoint import read_full
 from univitar_ds.training.optim import GRADIENT_PARTS
 
 pytestmark = pytest.mark.distributed
-TIMED = ("_per_s", "_pct", "step_s", "tflops_per_rank", "memory_gb")
+TIMED = ("_per_s", "_pct", "step_s", "tflops_per_rank", "memory_gb", "mfu_note")
 
 
 def watched(run):

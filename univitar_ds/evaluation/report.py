@@ -52,6 +52,10 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> str:
 def render_summary(summary: Mapping[str, Any]) -> str:
     """The plain entries of `summary.json`, and its times as a table of their own."""
     plain = [(key, _number(value)) for key, value in summary.items() if isinstance(value, str | int | float)]
+    last = summary.get("last") or {}
+    if "mfu_pct" in last:
+        note = f" ({last['mfu_note']})" if "mfu_note" in last else ""
+        plain.append(("mfu_pct of the last steps", f"{_number(last['mfu_pct'])}{note}"))
     parts = [table(("training", "value"), plain, left=1)] if plain else []
     if summary.get("seconds"):
         parts.append(render_times(summary["seconds"]))

@@ -57,13 +57,15 @@ class MetricLog:
         shown = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, grad norm {line['grad_norm']:.2f}"
         if self._bar is not None:
             self._bar.set_description(f"{line['stage']} step {line['step']}")
-            self._bar.set_postfix_str(f"{shown}, mfu {line['mfu_pct']:.0f} %")
+            self._bar.set_postfix_str(f"{shown}, {told_mfu(line)}")
         else:
             logger.info(
-                "step %d, %s %s, %s, %.1f samples/s, mfu %.0f %%, fill %.0f %%, data wait %.0f %%",
+                "step %d, %s %s, %s, %.1f samples/s, %s, fill %.0f %%, data wait %.0f %%",
                 *(line[name] for name in ("step", "stage", "modality")),
                 shown,
-                *(line[name] for name in ("samples_per_s", "mfu_pct", "fill_pct", "data_wait_pct")),
+                line["samples_per_s"],
+                told_mfu(line),
+                *(line[name] for name in ("fill_pct", "data_wait_pct")),
             )
 
     def mark(self, event: dict[str, Any]) -> None:
@@ -113,6 +115,12 @@ def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None
                 old.seek(_end_of(path, step))
                 kept.writelines(line for line in old if step < _step_of(line) < float("inf"))
         _open_after(path, step).close()
+
+
+def told_mfu(line: dict[str, Any]) -> str:
+    """The MFU of a line, with what speaks against it."""
+    note = f" ({line['mfu_note']})" if "mfu_note" in line else ""
+    return f"mfu {line['mfu_pct']:.0f} %{note}"
 
 
 def told_event(event: dict[str, Any]) -> str:

@@ -27,12 +27,13 @@ from univitar_ds.training import preemption
 from univitar_ds.training.assembly import assemble
 from univitar_ds.training.checkpoint import save_checkpoint
 from univitar_ds.training.curriculum import advance, distills_later, lr_at, modality_at, weight_at
-from univitar_ds.training.distributed import World, gather_json, gather_numbers, together
-from univitar_ds.training.engine import Engine, versions
+from univitar_ds.training.distributed import World, gather_json, together
+from univitar_ds.training.engine import versions
 from univitar_ds.training.guard import spike
 from univitar_ds.training.logs import SKIPPED, MetricLog, SampleLog, cut_sample_logs, write_events
-from univitar_ds.training.metrics import join_ranks, measured_tflops, part_norms, rank_numbers
+from univitar_ds.training.metrics import join_ranks, part_norms, rank_numbers
 from univitar_ds.training.optim import trained_parts
+from univitar_ds.training.peak import find_peak
 from univitar_ds.training.pictures import Glimpse, PictureSchedule, draw_pack, watching
 from univitar_ds.training.preemption import NEVER, Stop
 from univitar_ds.training.repeatable import repeat_bits
@@ -77,7 +78,7 @@ class _Trainer:
         self.sample_log: SampleLog | None = None
         self.engine, self.state = assemble(cfg, run, world)
         self.cost = cost_coefficients(self.engine.module.vision.config)
-        self.peak_tflops = _peak_tflops(cfg, self.engine)
+        self.peak = find_peak(cfg.logging.peak_tflops, self.engine.dtype, world)
         self.saved_step = self.state.progress.step
         self._open_logs()
         if not self.state.events:  # a new run
@@ -319,7 +320,7 @@ class _Trainer:
             (stage, self.cfg.stages[stage].name),
             result,
             lr=lr,
-            peak_tflops=self.peak_tflops,
+            peak=self.peak,
             ranks=self.world.size,
             rollbacks=state.rollbacks,
             norms=norms,
@@ -349,9 +350,3 @@ class _Trainer:
         root = self.run / CHECKPOINTS
         save_checkpoint(self.engine, root, state.progress.step, content, self._cursors(), self.cfg.checkpoint.keep)
         self.saved_step = state.progress.step
-
-
-def _peak_tflops(cfg: RunConfig, engine: Engine) -> float:
-    """Of all ranks together; measured on all of them at once where the configuration does not say."""
-    peak = cfg.logging.peak_tflops or measured_tflops(engine.world.device, engine.dtype)
-    return gather_numbers([peak], engine.world).sum().item()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import resource
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from univitar_ds.model.dropping import NO_DROPPING, Dropping
 from univitar_ds.training.curriculum import Progress
 from univitar_ds.training.distributed import World, gather_numbers, uses_cuda
 from univitar_ds.training.optim import GRADIENT_PARTS
+from univitar_ds.training.peak import Peak
 from univitar_ds.training.step import StepResult
 
 BAD_OF_KIND = {f"bad_{kind.removeprefix('bad_')}": kind for kind in KINDS}
@@ -146,7 +146,7 @@ class Window:
         result: StepResult,
         *,
         lr: float,
-        peak_tflops: float,
+        peak: Peak,
         ranks: int,
         rollbacks: int = 0,
         norms: Mapping[str, float] | None = None,
@@ -154,12 +154,14 @@ class Window:
         """One line of metrics, names with units.
 
         Args: `stage` (index, name), `result`, `lr`, `norms` (of parts, where they were read): of the last step;
-        `peak_tflops`: of all ranks; `rollbacks`: in the run so far.
+        `peak`: of all ranks; `rollbacks`: in the run so far.
         """
         sums = self.sums
         seconds, steps = max(sums["step_s"], 1e-9), sums["steps"]
         tflops = sums["flops"] / seconds / 1e12
         means = {name: sums[name] / sums[f"{name}_steps"] for name in sums if f"{name}_steps" in sums}
+        mfu_pct = 100 * tflops / peak.tflops
+        note = peak.note(mfu_pct)
         return {
             "step": progress.step,
             "stage": stage[1],
@@ -176,7 +178,8 @@ class Window:
             "step_s": seconds / steps,
             "data_wait_pct": 100 * sums["data_wait_s"] / seconds,
             "fill_pct": 100 * sums["tokens"] / max(sums["token_budget"], 1),
-            "mfu_pct": 100 * tflops / peak_tflops,
+            "mfu_pct": mfu_pct,
+            **({} if note is None else {"mfu_note": note}),
             "tflops_per_rank": tflops / ranks,
             "flop_imbalance_pct": 100 * (sums["busiest_flops"] * ranks / sums["flops"] - 1) if sums["flops"] else 0.0,
             "samples_seen": progress.samples,
@@ -194,24 +197,3 @@ def memory_gb() -> float:
     if uses_cuda():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def measured_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """TFLOP/s of a large matrix product in this process, as it stands: threads, and what other ranks use meanwhile."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    torch.matmul(a, b)
-    done, start = 0, 0.0
-    while not done or time.perf_counter() - start < seconds:
-        if not done:
-            _wait(device)
-            start = time.perf_counter()
-        torch.matmul(a, b)
-        _wait(device)
-        done += 1
-    return done * 2 * side**3 / (time.perf_counter() - start) / 1e12
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
