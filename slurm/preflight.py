@@ -22,7 +22,7 @@ from univitar_ds.errors import UserError
 from univitar_ds.launch import leave
 from univitar_ds.training.distributed import World, gather_json, start_world, stop_world, together
 from univitar_ds.training.engine import versions
-from univitar_ds.training.slurm import adopt_ranks
+from univitar_ds.training.launchers import is_rank
 
 ROUNDS = 5
 
@@ -30,7 +30,7 @@ ROUNDS = 5
 def main(arguments: list[str]) -> None:
     run, recipe, *overrides = arguments
     try:
-        adopt_ranks(os.environ)
+        is_rank(os.environ)
         world = start_world()
         _check(world, Path(run), recipe, overrides)
         stop_world()

@@ -82,7 +82,11 @@ def _add_train(commands) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", help="a run file, or the name of a shipped recipe: demo, photos, univitar_0p3b, ...")
     which.add_argument("--resume", metavar="RUN", help="folder of a run to continue from its last checkpoint")
-    parser.add_argument("--nproc", type=positive, default=1, help="processes to start on this machine (default 1)")
+    parser.add_argument(
+        "--nproc",
+        type=positive,
+        help="processes to start on this machine (default 1); given, variables of launchers (RANK, ...) are ignored",
+    )
     add_overrides(parser)
 
 

@@ -21,28 +21,31 @@ from univitar_ds.config.run_folder import CONFIG, SUMMARY
 from univitar_ds.errors import UserError
 from univitar_ds.run import create_run, reopen_run
 from univitar_ds.training import preemption
+from univitar_ds.training.launchers import forget_launchers, is_rank
 from univitar_ds.training.preemption import SAVED, Stop
-from univitar_ds.training.slurm import adopt_ranks
 
 logger = logging.getLogger(__name__)
 
-def train(recipe: str, nproc: int, overrides: Sequence[str]) -> int:
+def train(recipe: str, nproc: int | None, overrides: Sequence[str]) -> int:
     """Start a run from a run file; returns the exit status.
 
-    Under a launcher, `srun` included, this process is one rank and `nproc` is not used.
+    Under a launcher, `srun` included, this process is one rank. `nproc`, where it is given, starts so many processes
+    here, whatever variables launchers have left in the environment.
     """
     config = load_config(recipe, overrides)
-    if _under_launcher():
+    if _is_rank(nproc):
         run = Path(config.output, config.name)
         return _join(lambda: create_run(config, recipe, int(os.environ["WORLD_SIZE"])), run)
+    nproc = nproc or 1
     _check_gpus(nproc)
     return _start(create_run(config, recipe, nproc), nproc)
 
 
-def resume(run: Path, nproc: int, overrides: Sequence[str]) -> int:
-    """Continue the run in folder `run` from its last checkpoint; returns the exit status."""
-    if _under_launcher():
+def resume(run: Path, nproc: int | None, overrides: Sequence[str]) -> int:
+    """Continue the run in folder `run` from its last checkpoint; returns the exit status. `nproc`: see `train`."""
+    if _is_rank(nproc):
         return _join(lambda: reopen_run(run, overrides, int(os.environ["WORLD_SIZE"])), run)
+    nproc = nproc or 1
     _check_gpus(nproc)
     return _start(reopen_run(run, overrides, nproc), nproc)
 
@@ -147,9 +150,12 @@ def _join(prepare, run: Path) -> int:
         leave(error)
 
 
-def _under_launcher() -> bool:
-    adopt_ranks(os.environ)
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+def _is_rank(nproc: int | None) -> bool:
+    if nproc is None:
+        return is_rank(os.environ)
+    if ignored := forget_launchers(os.environ):
+        logger.info("--nproc %d is given, so variables of launchers are ignored: %s", nproc, ", ".join(ignored))
+    return False
 
 
 def _check_gpus(nproc: int) -> None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from univitar_ds.config.deepspeed import lanes_per_rank
 from univitar_ds.errors import ConfigError, UserError
+from univitar_ds.training.rendezvous import meet
 
 PEER_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up: a dead peer must not hold a machine for ever."""
@@ -85,7 +86,8 @@ def check_gpus(processes: int) -> None:
 def start_world(timeout: timedelta = PEER_TIMEOUT) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; one rank without them.
 
-    Raises: ConfigError if this rank has no GPU although it should, see `check_gpus`.
+    Raises: ConfigError if this rank has no GPU although it should, see `check_gpus`; UserError if not all ranks come,
+        see `rendezvous.meet`.
     """
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -97,10 +99,10 @@ def start_world(timeout: timedelta = PEER_TIMEOUT) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
-        store = dist.HashStore() if size == 1 else None  # one in memory needs no free port
+        store = dist.HashStore() if size == 1 else meet(rank, size)  # one in memory needs no free port
         dist.init_process_group(
             backend,
-            store=store,
+            store=dist.PrefixStore("default_pg", store),
             rank=rank,
             world_size=size,
             timeout=timeout,

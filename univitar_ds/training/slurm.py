@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from univitar_ds.errors import ConfigError
+
+
+def tasks_of_step(environment: Mapping[str, str]) -> int:
+    """How many tasks `srun` started with this process; 1 outside of a step. Raises: ConfigError if it is no number."""
+    value = environment.get("SLURM_STEP_NUM_TASKS") or "1"
+    if not value.isdecimal():
+        raise ConfigError(
+            f"SLURM_STEP_NUM_TASKS is {value!r}, which is no whole number; Slurm sets it in its tasks, elsewhere start "
+            "with `env -u SLURM_STEP_NUM_TASKS univitar-ds train ...`"
+        )
+    return int(value)
 
 
 def adopt_ranks(environment: MutableMapping[str, str]) -> None:
@@ -13,19 +24,27 @@ def adopt_ranks(environment: MutableMapping[str, str]) -> None:
     Nothing changes where a launcher has set them, nor in a batch script, nor in a step of a single task: that is a
     shell, or the parent of local processes.
 
-    Raises: ConfigError if nobody says where rank 0 is.
+    Raises: ConfigError if nobody says where rank 0 is, or which task this is.
     """
-    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    tasks = tasks_of_step(environment)
+    if "RANK" in environment or tasks == 1:
         return
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if absent:
         raise ConfigError(
-            f"srun started {environment['SLURM_STEP_NUM_TASKS']} tasks and {' and '.join(absent)} is not set; export "
-            "the name of the first node and a free port before srun, as slurm/train.sbatch does"
+            f"srun started {tasks} tasks and {' and '.join(absent)} is not set; export the name of the first node and "
+            "a free port before srun, as slurm/train.sbatch does, or give --nproc to start processes on this machine only"
         )
     # Slurm may show every task one GPU only, which then is number 0 for all of them.
     shown = environment.get("CUDA_VISIBLE_DEVICES", "")
     alone = bool(shown) and "," not in shown
+    numbers = ("SLURM_PROCID",) if alone else ("SLURM_PROCID", "SLURM_LOCALID")
+    absent = [name for name in numbers if name not in environment]
+    if absent:
+        raise ConfigError(
+            f"SLURM_STEP_NUM_TASKS is {tasks} and {' and '.join(absent)} is not set, so this is no task of srun; start "
+            "with `env -u SLURM_STEP_NUM_TASKS univitar-ds train ...`, or give --nproc"
+        )
     environment["RANK"] = environment["SLURM_PROCID"]
-    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["WORLD_SIZE"] = str(tasks)
     environment["LOCAL_RANK"] = "0" if alone else environment["SLURM_LOCALID"]

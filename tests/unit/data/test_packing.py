@@ -185,6 +185,7 @@ def test_the_cost_of_attention_grows_with_the_square():
     assert item_cost(10, (3.0, 2.0)) == 3 * 10 + 2 * 100
 
 
+@pytest.mark.skipif(not __debug__, reason="python -O leaves asserts out")
 def test_an_item_above_the_budget_is_a_fault_of_the_program():
     with pytest.raises(AssertionError):
         choose([11], [0.0], 10)

@@ -58,6 +58,7 @@ def test_the_memory_has_no_name_that_could_be_left_behind():
     ring.close()
 
 
+@pytest.mark.skipif(not __debug__, reason="python -O leaves asserts out")
 def test_closing_twice_is_fine_and_a_view_outlives_it():
     ring = Ring.create(1, 10)
     view = ring.view(0)
@@ -69,6 +70,7 @@ def test_closing_twice_is_fine_and_a_view_outlives_it():
         ring.view(0)
 
 
+@pytest.mark.skipif(not __debug__, reason="python -O leaves asserts out")
 def test_a_slot_beyond_the_ring_is_a_fault_of_the_program():
     ring = Ring.create(2, 10)
     for slot in (-1, 2):

@@ -136,6 +136,7 @@ def test_the_exchange_of_ranks_has_one_size_whatever_went_wrong_on_each():
     assert [list(table) == list(OVER_RANKS) for table in tables] == [True, True]
 
 
+@pytest.mark.skipif(not __debug__, reason="python -O leaves asserts out")
 def test_a_kind_that_the_lines_do_not_know_is_a_fault_of_the_program():
     with pytest.raises(AssertionError, match="odd"):
         rank_numbers([batch(bad={"odd": 1})], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0)
