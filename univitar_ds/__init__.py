@@ -4,10 +4,7 @@ The public face is `UniViTAR` (the encoder) and `Preprocessor` (pictures and cli
 imported when first asked for, so that importing the package costs nothing.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as type checkers understand it: `typing` would be one import before `__main__` is on its feet
 if TYPE_CHECKING:
     from univitar_ds.model.encoder import UniViTAR
     from univitar_ds.preprocessing import Preprocessor
@@ -16,7 +13,7 @@ __all__ = ["Preprocessor", "UniViTAR", "__version__"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "UniViTAR":
         from univitar_ds.model.encoder import UniViTAR
 

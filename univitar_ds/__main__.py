@@ -1,8 +1,12 @@
 """`python -m univitar_ds` is the command `univitar-ds`: the form that launchers start."""
 
-import sys
+from univitar_ds.import_path import drop_current_folder
 
-from univitar_ds.cli import main
+drop_current_folder()  # before anything is imported that could lie there
+
+import sys  # noqa: E402
+
+from univitar_ds.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,6 +11,7 @@ from pathlib import Path
 from univitar_ds.cli_data import add_data
 from univitar_ds.cli_parts import add_command, add_overrides, positive, shown
 from univitar_ds.errors import UserError
+from univitar_ds.import_path import drop_current_folder, protect_children
 
 DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision transformer for images and video."
 EXAMPLES = """examples:
@@ -27,6 +28,8 @@ EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 a fault of the user's, 130 interrupted."""
+    drop_current_folder()  # `__main__` has done it, the console script has not
+    protect_children()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     parsed = parse(build_parser(), arguments)
     try:

@@ -19,6 +19,7 @@ from typing import NoReturn
 from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CONFIG, SUMMARY
 from univitar_ds.errors import UserError
+from univitar_ds.import_path import safe_environment
 from univitar_ds.run import create_run, reopen_run
 from univitar_ds.training import preemption
 from univitar_ds.training.launchers import forget_launchers, is_rank
@@ -108,11 +109,11 @@ def _start(run: Path, nproc: int) -> int:
     from univitar_ds.training.distributed import uses_cuda
 
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(nproc)}).encode()).decode()
-    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={ranks}"]
+    command = [sys.executable, "-P", "-m", "deepspeed.launcher.launch", f"--world_info={ranks}"]
     command += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--log_level=critical", "--no_local_rank"]
     command += ["--module", "univitar_ds.launch", str(run)]
     threads = str(max(1, len(os.sched_getaffinity(0)) // nproc))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    environment = {"OMP_NUM_THREADS": threads, **safe_environment(os.environ)}
     if not uses_cuda():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     launcher = subprocess.Popen(command, env=environment)

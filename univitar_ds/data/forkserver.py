@@ -9,12 +9,11 @@ import sys
 import threading
 from collections.abc import Collection
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from univitar_ds.data import worker
 from univitar_ds.data.ring import Ring
+from univitar_ds.import_path import safe_environment
 
-PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), "MALLOC_TRIM_THRESHOLD_": str(6 << 20)}
 """Of glibc, for a decoding process: large pictures go back to the system at once, and at most 6 MiB are kept for the
 next ones. By itself glibc would keep twice the largest picture's bytes for good; lower values cost page faults."""
@@ -95,12 +94,10 @@ class ForkServer:
         self._control, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", "univitar_ds.data.worker"]
         numbers = (self._ring.descriptor, self._ring.slots, self._ring.slot_bytes, theirs.fileno())
-        search = os.pathsep.join(filter(None, [PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
         # One thread each: there are as many processes as the user wants cores to be busy.
         environment = {
-            **os.environ,
+            **safe_environment(os.environ),
             **_MEMORY,
-            "PYTHONPATH": search,
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
