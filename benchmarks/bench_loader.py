@@ -87,7 +87,8 @@ def distinct_mb(pid: int) -> float:
     """
     frames: set[int] = set()
     for process in family(pid):
-        with open(f"/proc/{process.pid}/maps") as maps, open(f"/proc/{process.pid}/pagemap", "rb", 0) as pages:
+        proc = Path(f"/proc/{process.pid}")
+        with (proc / "maps").open(encoding="utf-8") as maps, (proc / "pagemap").open("rb", 0) as pages:
             for line in maps:
                 begin, end = (int(address, 16) // mmap.PAGESIZE for address in line.split()[0].split("-"))
                 if begin >= _KERNEL_PAGES:
@@ -183,7 +184,7 @@ def store(shards: str) -> Iterator[tuple[str, str]]:
 
 
 def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    manifest = json.loads(Path(arguments.shards, "manifest.json").read_text())
+    manifest = json.loads(Path(arguments.shards, "manifest.json").read_text(encoding="utf-8"))
     epoch = manifest["counts"]["train"]["image"]
     rows = []
     with store(arguments.shards) as (address, endpoint):

@@ -133,7 +133,7 @@ def train(config: dict[str, Any], work: Path) -> None:
     if (run / "export/config.json").is_file():
         return
     file = work / f"{config['name']}.yaml"
-    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     what = ["--resume", str(run)] if (run / CHECKPOINTS / "latest").is_file() else ["--config", str(file)]
     command = [sys.executable, "-m", "univitar_ds", "train", *what]
     print(" ".join(command), flush=True)

@@ -44,7 +44,7 @@ def prepare(task: Task) -> Path:
     if not (folder / ".nv-meta" / "dataset.yaml").exists():
         names = [Path(path).name for path in task.tars]
         BaseWebdatasetFactory.prepare_dataset(folder, names, split_parts_ratio=[("train", 1.0)], workers=2)
-        (folder / ".nv-meta" / "dataset.yaml").write_text(_DATASET)
+        (folder / ".nv-meta" / "dataset.yaml").write_text(_DATASET, encoding="utf-8")
     return folder
 
 

@@ -27,7 +27,7 @@ def git_commit() -> str:
 def processor() -> str:
     """The CPU by the name that it gives itself."""
     information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
@@ -38,7 +38,7 @@ def add_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """
     new = not path.exists()
     if not new:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             columns = next(csv.reader(file), [])
         if columns != list(rows[0]):
             raise SystemExit(f"{path} has the columns {columns}, the rows have {list(rows[0])}; move the file away")

@@ -65,10 +65,10 @@ def _share(world: World, folder: Path, nodes: list[str]) -> None:
     neighbour = (world.rank + 1) % world.size
     own, other = (folder / f".preflight-{rank}" for rank in (world.rank, neighbour))
     with together(world):
-        own.write_text(nodes[world.rank])
+        own.write_text(nodes[world.rank], encoding="utf-8")
     try:
         with together(world):
-            if not other.exists() or other.read_text() != nodes[neighbour]:
+            if not other.exists() or other.read_text(encoding="utf-8") != nodes[neighbour]:
                 raise UserError(
                     f"{nodes[world.rank]} does not see the file that rank {neighbour} on {nodes[neighbour]} wrote to "
                     f"{folder}; RUN must lie on a disk that all nodes share"

@@ -6,12 +6,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from univitar_ds.cli_data import add_data
 from univitar_ds.cli_parts import add_command, add_overrides, positive, shown
 from univitar_ds.errors import UserError
 from univitar_ds.import_path import drop_current_folder, protect_children
+from univitar_ds.screen import lost, prepare_screen, show
 
 DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision transformer for images and video."
 EXAMPLES = """examples:
@@ -27,18 +29,27 @@ EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 a fault of the user's, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 2 a fault of the user's, 130 interrupted.
+
+    A command that was only to print, and could not: 141 where the reader of a pipe has left, as by SIGPIPE, else 2.
+    """
+    prepare_screen()
     drop_current_folder()  # `__main__` has done it, the console script has not
     protect_children()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     parsed = parse(build_parser(), arguments)
     try:
-        return parsed.run(parsed) or 0
+        status = parsed.run(parsed) or 0
+        if lost and not parsed.leaves_files and not status:
+            status = 141 if isinstance(lost[0], BrokenPipeError) else 2
+        return status
     except UserError as error:
-        print("\n".join(map(shown, f"error: {error}".split("\n"))), file=sys.stderr)
+        with suppress(OSError):
+            print("\n".join(map(shown, f"error: {error}".split("\n"))), file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        with suppress(OSError):
+            print("interrupted", file=sys.stderr, flush=True)
         return 130
 
 
@@ -97,7 +108,7 @@ def _add_after_training(commands) -> None:
     evaluate = add_command(commands, "eval", _evaluate, "retrieval and zero-shot of a run on its held-out data")
     evaluate.add_argument("folder", type=Path, metavar="RUN")
     _add_weights(evaluate)
-    report = add_command(commands, "report", _report, "print the results of a run")
+    report = add_command(commands, "report", _report, "print the results of a run", leaves_files=False)
     report.add_argument("folder", type=Path, metavar="RUN")
     convert = commands.add_parser("convert", help="carry weights elsewhere").add_subparsers(metavar="TO", required=True)
     export = add_command(
@@ -132,20 +143,20 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from univitar_ds.evaluation.run import evaluate_run
 
-    print(evaluate_run(arguments.folder, weights=arguments.weights))
+    show(evaluate_run(arguments.folder, weights=arguments.weights))
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from univitar_ds.evaluation.report import render_run
 
-    print(render_run(arguments.folder))
+    show(render_run(arguments.folder))
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from univitar_ds.convert.official import export_encoder
 
     export_encoder(arguments.folder, arguments.out, arguments.weights)
-    print(f"encoder in {arguments.out}")
+    show(f"encoder in {arguments.out}")
 
 
 def _demo(arguments: argparse.Namespace) -> int:

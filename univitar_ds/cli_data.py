@@ -7,12 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from univitar_ds.cli_parts import add_command, add_overrides, positive, shown
 from univitar_ds.errors import ConfigError
+from univitar_ds.screen import show
 
 if TYPE_CHECKING:
     from univitar_ds.config.data import DataConfig, SourceConfig
@@ -50,6 +52,7 @@ def add_data(commands) -> None:
         "print and draw what a run would feed to the model",
         "Draw packs as the run would, print what is in them and draw a picture (PNG): how large the items are,\n"
         "how full the packs are, and one pack item by item.",
+        leaves_files=False,
     )
     inspect.add_argument("--config", required=True, help="a run file or the name of a shipped recipe")
     inspect.add_argument("--packs", type=positive, default=50, help="packs of each modality to draw (default 50)")
@@ -96,6 +99,7 @@ def _add_probe(data) -> None:
         "With --json a line a file: file, ok, kind (image, video), width, height, frames, grid (time, height and\n"
         "width in tokens), tokens, shrunk; and error and message of what would be left out.\n"
         "The exit status is 1 if there is no such file, and 0 whatever is in it.",
+        leaves_files=False,
     )
     probe.add_argument("files", nargs="+", type=Path, metavar="FILE")
     probe.add_argument("--config", help="a run file or the name of a shipped recipe, for its limits and sizes")
@@ -136,7 +140,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     sources = _sources_to_verify(arguments, data)
     settings = _storage_settings(arguments, data)
     report = verify(sources, settings, workers=arguments.workers, decode=not arguments.no_decode, limits=data)
-    arguments.report.write_text(json.dumps(report, indent=1))
+    arguments.report.write_text(json.dumps(report, indent=1), encoding="utf-8")
     for source in report["sources"]:
         if source["error"]:
             _say(source["error"])
@@ -236,7 +240,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for line in (json.dumps(found.to_json(), indent=2) if arguments.json else render(found)).split("\n"):
         _say(line)
     draw(found, arguments.png)
-    print(f"picture in {shown(str(arguments.png))}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"picture in {shown(str(arguments.png))}", file=sys.stderr, flush=True)
 
 
 def _check_writable(path: Path) -> None:
@@ -255,7 +260,7 @@ def _check_writable(path: Path) -> None:
 
 def _say(line: str) -> None:
     """Print a line that may hold names of files and keys."""
-    print(shown(line), flush=True)
+    show(shown(line))
 
 
 def _storage_settings(arguments: argparse.Namespace, data: DataConfig | None = None) -> StorageSettings:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 
 
-def add_command(commands, name: str, run, help_text: str, description: str = "") -> argparse.ArgumentParser:
-    """A command of `commands`; `run` is what its arguments are given to."""
+def add_command(
+    commands, name: str, run, help_text: str, description: str = "", *, leaves_files: bool = True
+) -> argparse.ArgumentParser:
+    """A command of `commands`; `run` is what its arguments are given to.
+
+    Args: leaves_files: whether its results are in files as well, so that it has done its work where stdout fails.
+    """
     parser = commands.add_parser(
         name,
         help=help_text,
         description=description or help_text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, leaves_files=leaves_files)
     return parser
 
 

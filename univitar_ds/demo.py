@@ -12,6 +12,7 @@ from univitar_ds.config.run_folder import SUMMARY
 from univitar_ds.data.synthetic import write_scenes
 from univitar_ds.data.writer import pack_folder
 from univitar_ds.evaluation.report import render_times
+from univitar_ds.screen import show
 
 IMAGES, CLIPS = 1600, 1600
 
@@ -38,9 +39,9 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     if status:
         return status
     run = runs / "demo"
-    summary = json.loads((run / SUMMARY).read_text())
+    summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     rest = times.pop("training, evaluation, export") - sum(summary["seconds"].values())
-    print(render_times({**times, "starting processes": round(rest, 1), **summary["seconds"]}))
-    print("\nThe results differ by a few points between processors and seeds; README has the range over three seeds.")
-    print(f"Look at {run}/examples-image.png and {run}/examples-video.png; the encoder is in {run}/export.")
+    show(render_times({**times, "starting processes": round(rest, 1), **summary["seconds"]}))
+    show("\nThe results differ by a few points between processors and seeds; README has the range over three seeds.")
+    show(f"Look at {run}/examples-image.png and {run}/examples-video.png; the encoder is in {run}/export.")
     return 0

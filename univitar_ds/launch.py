@@ -21,6 +21,7 @@ from univitar_ds.config.run_folder import CONFIG, SUMMARY
 from univitar_ds.errors import UserError
 from univitar_ds.import_path import safe_environment
 from univitar_ds.run import create_run, reopen_run
+from univitar_ds.screen import prepare_screen, show
 from univitar_ds.training import preemption
 from univitar_ds.training.launchers import forget_launchers, is_rank
 from univitar_ds.training.preemption import SAVED, Stop
@@ -75,7 +76,8 @@ def run_rank(run: Path, stop: Stop) -> int:
 def finish_run(run: Path) -> None:
     """What follows training, on one process: the exported encoder, and evaluation on held-out data.
 
-    The export comes first: an evaluation may take longer than a job may run. Neither needs the other to succeed.
+    The export comes first: an evaluation may take longer than a job may run. Neither needs the other to succeed, and
+    the summary none of them.
     """
     from univitar_ds.convert.official import export_encoder
     from univitar_ds.evaluation.run import evaluate_run
@@ -86,12 +88,23 @@ def finish_run(run: Path) -> None:
             export_encoder(run, run / "export")
         logger.info("encoder exported to %s", run / "export")
     finally:
-        if load_config(run / CONFIG).evaluation.sources:
-            with timed(seconds, "evaluation"):
-                print(evaluate_run(run))
-    summary = json.loads((run / SUMMARY).read_text())
+        try:
+            if load_config(run / CONFIG).evaluation.sources:
+                with timed(seconds, "evaluation"):
+                    table = evaluate_run(run)
+                show(table)
+        except Exception:
+            logger.error("the evaluation failed; training is done, and `univitar-ds eval %s` evaluates it again", run)
+            raise
+        finally:
+            _note_seconds(run, seconds)
+
+
+def _note_seconds(run: Path, seconds: dict[str, float]) -> None:
+    """Into the summary that training has written."""
+    summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     summary["seconds"] = {**summary.get("seconds", {}), **seconds}
-    (run / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    (run / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -129,7 +142,7 @@ def _start(run: Path, nproc: int) -> int:
 def _tell_ranks(launcher: subprocess.Popen[bytes]) -> None:
     """SIGUSR1 to the ranks themselves: DeepSpeed's launcher would die of it, and end the ranks at a SIGTERM."""
     try:
-        ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text(encoding="utf-8").split()
     except OSError:
         ranks = []
     if not ranks:
@@ -189,13 +202,15 @@ def leave(error: UserError) -> NoReturn:
 
     everybody_knows = isinstance(error, DivergedError) and os.environ.get("RANK", "0") != "0"
     if not isinstance(error, PeerFailure) and not everybody_knows:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
     preemption.ignore()  # launchers end the other ranks when the first one is gone; the exit code shall be ours
     os._exit(error.exit_code)
 
 
 def _main(arguments: Sequence[str]) -> int:
     """One rank started by `_start`."""
+    prepare_screen()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     stop = preemption.listen()
     try:

@@ -41,7 +41,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
         shutil.rmtree(run)  # without a checkpoint there is nothing to continue
     run.mkdir(parents=True)
     dump_config(config, run / CONFIG)
-    (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n")
+    (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
     _provide_tokenizer(config, run / TOKENIZER)
     return run
 
@@ -65,7 +65,7 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int) -> Path:
     resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
     _check_sources(after)
     dump_config(after, run / CONFIG)
-    (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n")
+    (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
     return run
 
 

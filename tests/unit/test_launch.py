@@ -1,17 +1,20 @@
 """What the launcher of local processes is started with."""
 
 import base64
+import errno
+import io
 import json
 import subprocess
+import sys
 
 import pytest
 import torch
 
 from tests.support.finished import run_config
-from univitar_ds import launch
+from univitar_ds import launch, screen
 from univitar_ds.config.load import dump_config
 from univitar_ds.convert import official
-from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.errors import CheckpointError, ConfigError, DataError
 from univitar_ds.evaluation import run as evaluation
 
 ELSEWHERE = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -98,6 +101,40 @@ def test_the_encoder_is_exported_before_an_evaluation_that_may_be_cut_and_is_eva
     monkeypatch.setattr(official, "export_encoder", export)
     monkeypatch.setattr(evaluation, "evaluate_run", evaluate)
     dump_config(run_config(), tmp_path / "config.yaml")
+    (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(Killed):
         launch.finish_run(tmp_path)
     assert done == ["export", "evaluation"]
+
+
+@pytest.mark.parametrize("fault", [DataError("a shard is cut off"), RuntimeError("a fault of the program")])
+def test_an_evaluation_that_fails_costs_neither_the_export_nor_the_summary(monkeypatch, tmp_path, caplog, fault):
+    def evaluate(_):
+        raise fault
+
+    monkeypatch.setattr(official, "export_encoder", lambda *_: None)
+    monkeypatch.setattr(evaluation, "evaluate_run", evaluate)
+    dump_config(run_config(), tmp_path / "config.yaml")
+    (tmp_path / "summary.json").write_text('{"completed": true, "seconds": {"training": 7.5}}')
+    with pytest.raises(type(fault), match=str(fault)):
+        launch.finish_run(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["completed"] is True
+    assert set(summary["seconds"]) == {"training", "export"}
+    assert f"univitar-ds eval {tmp_path}" in caplog.text
+
+
+def test_a_table_that_cannot_be_printed_costs_nothing(monkeypatch, tmp_path, caplog):
+    class Full(io.StringIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(official, "export_encoder", lambda *_: None)
+    monkeypatch.setattr(evaluation, "evaluate_run", lambda _: "the table")
+    monkeypatch.setattr(screen, "lost", [])
+    monkeypatch.setattr(sys, "stdout", Full())
+    dump_config(run_config(), tmp_path / "config.yaml")
+    (tmp_path / "summary.json").write_text("{}")
+    launch.finish_run(tmp_path)
+    assert set(json.loads((tmp_path / "summary.json").read_text())["seconds"]) == {"export", "evaluation"}
+    assert "stdout takes no more (No space left on device)" in caplog.text

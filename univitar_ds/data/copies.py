@@ -123,7 +123,7 @@ class Copies:
             if not _torn(whole, os.stat(whole), version.size):
                 return None
             os.unlink(whole)
-        with open(self._folder / "room.lock", "w") as everybody:
+        with open(self._folder / "room.lock", "w", encoding="utf-8") as everybody:
             fcntl.flock(everybody, fcntl.LOCK_EX)
             if os.path.exists(part) and _torn(part, os.stat(part), version.size):
                 os.unlink(part)

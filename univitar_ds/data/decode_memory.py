@@ -70,7 +70,7 @@ def confine(max_px: int, file_bytes: int) -> None:
 @cache
 def _data_bytes_at_first() -> int:
     """Private memory that this process may write to, at the first call."""
-    return int(Path("/proc/self/statm").read_text().split()[5]) * mmap.PAGESIZE
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[5]) * mmap.PAGESIZE
 
 
 def _limit(max_px: int) -> float:

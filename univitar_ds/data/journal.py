@@ -82,7 +82,7 @@ def open_journal(out: Path, folder: Path) -> Iterator[Journal]:
         foreign = {entry.name for entry in out.iterdir()} - {LOCK}
         if foreign and JOURNAL not in foreign:
             raise DataError(f"{out} is not empty and was not packed here ({min(foreign)}); choose another folder")
-        lock = (out / LOCK).open("w")
+        lock = (out / LOCK).open("w", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror}; choose another folder") from error
     with lock:

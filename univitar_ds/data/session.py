@@ -55,7 +55,7 @@ class Pins:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / f".{os.getpid()}-{threading.get_ident()}-{_name(url)}"
-        partial.write_text(json.dumps(self._known[url]))
+        partial.write_text(json.dumps(self._known[url]), encoding="utf-8")
         partial.replace(self._path(url))
         self._shared.add(url)
 

@@ -38,10 +38,10 @@ def write_scenes(folder: str | Path, *, images: int, clips: int, seed: int = 0, 
         return
     for name in ("images", "videos"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).write_text(json.dumps(wanted) + "\n")
+    (folder / MARKER).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
     rows = _write_files(folder, _jobs(images, clips, seed), progress)
     partial = folder / "metadata.jsonl.partial"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(folder / "metadata.jsonl")
 
 
@@ -52,7 +52,7 @@ def _finished(folder: Path, wanted: dict[str, int]) -> bool:
     if not marker.is_file():
         raise DataError(f"{folder} is not empty and holds no scene set; name another folder or empty it")
     try:
-        found = json.loads(marker.read_text())
+        found = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError:
         found = None
     if found != wanted:

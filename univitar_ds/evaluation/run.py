@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,38 +46,55 @@ def evaluate_run(run: str | Path, *, weights: Weights | None = None, progress: b
     Returns: the table of results. Raises: CheckpointError, ConfigError or DataError if something is missing.
     """
     trained = open_trained(run, weights)
-    result = _on_gpu_or_host(trained, progress)
-    (trained.run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
+    result, sheets = _on_gpu_or_host(trained, progress)
+    (trained.run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for sheet in sheets:
+        path = trained.run / f"examples-{sheet.found.modality}.png"
+        try:
+            draw_sheet(trained.model, sheet.kept, sheet.found, path)
+        except Exception as error:  # whatever it is, the figures count
+            logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
     return render_evaluation(result)
 
 
-def _on_gpu_or_host(trained: Trained, progress: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Sheet:
+    """What a sheet of examples of one modality is drawn from."""
+
+    kept: list[Kept]
+    found: Embeddings
+
+
+def _on_gpu_or_host(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_Sheet]]:
     if uses_cuda():
         gc.collect()  # after training in this process: what lies in reference cycles holds memory of the GPU
         try:
             trained.model.to("cuda")
-            return evaluate(trained, progress=progress, pictures=trained.run)
+            return _evaluate(trained, progress)
         except torch.OutOfMemoryError as error:
             logger.warning("the GPU has no room for the evaluation, it runs on the host: %s", error)
         # Only here, where the error's frames and their tensors are gone.
         trained.model.to("cpu")
         torch.cuda.empty_cache()
-    return evaluate(trained, progress=progress, pictures=trained.run)
+    return _evaluate(trained, progress)
 
 
-def evaluate(trained: Trained, *, progress: bool = False, pictures: Path | None = None) -> dict[str, Any]:
-    """All figures of `config.evaluation`, as JSON; with `pictures`, sheets of examples in that folder.
-
-    Runs where the model lies.
+def evaluate(trained: Trained, *, progress: bool = False) -> dict[str, Any]:
+    """All figures of `config.evaluation`, as JSON. Runs where the model lies.
 
     Raises: ConfigError if the configuration names no data to evaluate on.
     """
+    return _evaluate(trained, progress)[0]
+
+
+def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_Sheet]]:
     config = trained.config.evaluation
     if not config.sources:
         raise ConfigError("evaluation.sources is empty, there is nothing to evaluate on; name a source with its split")
     start = time.monotonic()
     figures: list[Figure] = []
     notes: list[str] = []
+    sheets: list[_Sheet] = []
     for modality in MODALITIES:
         stage = _last_stage(trained.config, modality)
         if stage is None:
@@ -86,9 +104,9 @@ def evaluate(trained: Trained, *, progress: bool = False, pictures: Path | None 
         measured, told = _measure(trained, found)
         figures += measured
         notes += told
-        if pictures is not None and kept:
-            draw_sheet(trained.model, kept, found, pictures / f"examples-{modality}.png")
-    return {
+        if kept:
+            sheets.append(_Sheet(kept, found))
+    result = {
         "format": FORMAT,
         "checkpoint": trained.checkpoint.name,
         "weights": "averaged" if trained.averaged else "trained",
@@ -96,6 +114,7 @@ def evaluate(trained: Trained, *, progress: bool = False, pictures: Path | None 
         "notes": notes,
         "seconds": round(time.monotonic() - start, 1),
     }
+    return result, sheets
 
 
 def _last_stage(config: RunConfig, modality: Modality) -> StageConfig | None:

@@ -54,7 +54,7 @@ def assemble(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, State]:
             teacher_width=None if teacher is None else read_teacher(teacher).width,
         )
         freeze_but(model, parts)
-        content = json.loads((run / DEEPSPEED).read_text())
+        content = json.loads((run / DEEPSPEED).read_text(encoding="utf-8"))
         ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / CONFIG), str(run / DEEPSPEED)))
     engine = build_engine(model, cfg.optimizer, ds_config, world, began)
     if folder is None:

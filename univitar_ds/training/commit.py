@@ -66,7 +66,7 @@ def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any],
     os.rename(temporary, target)
     _sync(root)
     pointer = root / f"{TEMPORARY}{LATEST}"
-    pointer.write_text(target.name + "\n")
+    pointer.write_text(target.name + "\n", encoding="utf-8")
     _sync(pointer)
     os.replace(pointer, root / LATEST)
     _sync(root)
@@ -83,7 +83,7 @@ def complete(root: Path) -> list[Path]:
 def latest(root: Path) -> Path | None:
     """The folder that `latest` names; the newest complete one if that is gone; None without any."""
     if (root / LATEST).is_file():
-        folder = root / (root / LATEST).read_text().strip()
+        folder = root / (root / LATEST).read_text(encoding="utf-8").strip()
         if folder.is_dir() and folder != root:
             return folder
     folders = complete(root)
@@ -93,7 +93,7 @@ def latest(root: Path) -> Path | None:
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Files of a complete folder: name -> {bytes, sha256}. Raises CheckpointError if it has no sound manifest."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} has no readable {MANIFEST} ({error}); {remedy(folder)}") from error
@@ -115,7 +115,7 @@ def remedy(folder: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    path.write_text(json.dumps(value, indent=1))
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
     _sync(path)
     return path
 

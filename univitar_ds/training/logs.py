@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -45,7 +46,16 @@ class MetricLog:
 
     def advance(self, samples: int) -> None:
         if self._bar is not None:
-            self._bar.update(samples)
+            with self._terminal():
+                self._bar.update(samples)
+
+    @contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """A terminal that is gone ends the progress line, not the run."""
+        try:
+            yield
+        except OSError:
+            self._bar.disable, self._bar = True, None
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes the line everywhere; floats keep all their digits in metrics.jsonl."""
@@ -56,8 +66,9 @@ class MetricLog:
                     self._board.add_scalar(name, value, line["step"])
         shown = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, grad norm {line['grad_norm']:.2f}"
         if self._bar is not None:
-            self._bar.set_description(f"{line['stage']} step {line['step']}")
-            self._bar.set_postfix_str(f"{shown}, {told_mfu(line)}")
+            with self._terminal():
+                self._bar.set_description(f"{line['stage']} step {line['step']}")
+                self._bar.set_postfix_str(f"{shown}, {told_mfu(line)}")
         else:
             logger.info(
                 "step %d, %s %s, %s, %.1f samples/s, %s, fill %.0f %%, data wait %.0f %%",
@@ -74,7 +85,8 @@ class MetricLog:
         if self._board is not None:
             self._board.add_text("events", told, event["step"])
         if self._bar is not None:
-            self._bar.write(told, file=sys.stderr)
+            with self._terminal():
+                self._bar.write(told, file=sys.stderr)
         else:
             logger.log(logging.WARNING if event["event"] == "rollback" else logging.INFO, "%s", told)
 
@@ -87,14 +99,15 @@ class MetricLog:
         if self._board is not None:
             self._board.close()
         if self._bar is not None:
-            self._bar.close()
+            with self._terminal():
+                self._bar.close()
 
 
 class SampleLog:
     """samples-rank*.jsonl: which samples each step of each lane of this rank has seen."""
 
     def __init__(self, run: Path, rank: int) -> None:
-        self._file = (run / f"samples-rank{rank}.jsonl").open("a")
+        self._file = (run / f"samples-rank{rank}.jsonl").open("a", encoding="utf-8")
 
     def write(self, step: int, batches: Sequence[PackedBatch]) -> None:
         for batch in batches:
@@ -134,14 +147,14 @@ def told_event(event: dict[str, Any]) -> str:
 
 def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:
     """events.jsonl, whole: stages that began and rollbacks, a line each."""
-    (run / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events))
+    (run / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
 
 
 def _open_after(path: Path, step: int) -> TextIO:
     """Opens a file of JSON lines for appending, after those up to `step`; a line cut by a crash is dropped too."""
     if path.exists():
         os.truncate(path, _end_of(path, step))
-    return path.open("a")
+    return path.open("a", encoding="utf-8")
 
 
 def _end_of(path: Path, step: int) -> int:

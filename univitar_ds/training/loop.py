@@ -309,8 +309,13 @@ class _Trainer:
 
     def _show(self, batch: PackedBatch, glimpse: Glimpse) -> None:
         step = self.state.progress.step
-        sheet = draw_pack(batch, glimpse, self.engine.module.vision.config.spatial_merge_size)
-        self.metric_log.picture(f"pack_{batch.modality}", sheet, step)
+        try:
+            sheet = draw_pack(batch, glimpse, self.engine.module.vision.config.spatial_merge_size)
+            self.metric_log.picture(f"pack_{batch.modality}", sheet, step)
+        except Exception as error:  # only the first rank draws, and it is not worth the run
+            logger.warning("no images of packs from here on: step %d: %s: %s", step, type(error).__name__, error)
+            self.pictures = None
+            return
         self.pictures.drawn[batch.modality] = step
 
     def _log(self, stage: int, result: StepResult, lr: float, norms: dict[str, float] | None) -> None:

@@ -33,7 +33,7 @@ def adopt_ranks(environment: MutableMapping[str, str]) -> None:
     if absent:
         raise ConfigError(
             f"srun started {tasks} tasks and {' and '.join(absent)} is not set; export the name of the first node and "
-            "a free port before srun, as slurm/train.sbatch does, or give --nproc to start processes on this machine only"
+            "a free port before srun, as slurm/train.sbatch does, or give --nproc to start processes on this machine"
         )
     # Slurm may show every task one GPU only, which then is number 0 for all of them.
     shown = environment.get("CUDA_VISIBLE_DEVICES", "")

@@ -22,7 +22,7 @@ def write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> No
     """Writes it once training has ended or was told to; what later steps put there stays."""
     content: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        content = json.loads((run / SUMMARY).read_text())
+        content = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     progress = state.progress
     content |= {
         "name": cfg.name,
@@ -44,4 +44,4 @@ def write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> No
         "versions": versions(),
     }
     content["seconds"] = content.get("seconds", {}) | {"training": round(state.seconds, 1)}
-    (run / SUMMARY).write_text(json.dumps(content, indent=2) + "\n")
+    (run / SUMMARY).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

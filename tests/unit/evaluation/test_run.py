@@ -82,6 +82,18 @@ def test_a_run_is_evaluated_into_a_file_a_table_and_sheets(run: Path):
     assert (run / "examples-video.png").is_file()
 
 
+def test_figures_are_written_where_no_sheet_can_be_drawn(shards: Path, tmp_path: Path, monkeypatch, caplog):
+    def broken(*_: object) -> None:
+        raise OSError("cannot open resource")  # what Pillow says where a font is missing
+
+    write_run(tmp_path / "run", run_config(shards))
+    monkeypatch.setattr(evaluation, "draw_sheet", broken)
+    table = evaluate_run(tmp_path / "run", progress=False)
+    assert "text to video" in table
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["figures"]
+    assert caplog.text.count("could not be drawn: OSError: cannot open resource") == 2
+
+
 def test_two_evaluations_of_a_checkpoint_agree(run: Path):
     one, other = (evaluate(open_trained(run)) for _ in range(2))
     assert one["figures"] == other["figures"]

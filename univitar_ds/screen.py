@@ -1,0 +1,57 @@
+"""stdout and stderr as they may be: of another encoding, closed, a pipe whose reader has left, a file on a full disk.
+
+What is printed is also in files, or was asked for only to be read: none of these ends a run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+logger = logging.getLogger(__name__)
+
+lost: list[OSError] = []
+"""The first failure of stdout, after which it stays silent."""
+
+
+def prepare_screen() -> None:
+    """Has stdout and stderr escape the letters that they cannot show, and stand where they were closed.
+
+    A closed descriptor would be given to the next file that is opened, and what libraries print would go into it.
+    """
+    lost.clear()
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False))
+        elif hasattr(stream, "reconfigure"):  # not what a notebook or a test puts there
+            stream.reconfigure(errors="backslashreplace")
+
+
+def show(text: str) -> None:
+    """Prints to stdout at once. A failure is logged once, kept in `lost`, and ends nothing."""
+    if lost:
+        return
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        lost.append(error)
+        silence_stdout()
+        if not isinstance(error, BrokenPipeError):
+            logger.warning("stdout takes no more (%s): what follows is not printed", error.strerror)
+
+
+def silence_stdout() -> None:
+    """Lets the rest of this process print into nothing: Python writes what is left when it ends, or complains."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):  # of a test, without a descriptor
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
