@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -142,13 +142,16 @@ def _verify(arguments: argparse.Namespace) -> int:
     report = verify(sources, settings, workers=arguments.workers, decode=not arguments.no_decode, limits=data)
     arguments.report.write_text(json.dumps(report, indent=1), encoding="utf-8")
     for source in report["sources"]:
-        if source["error"]:
-            _say(source["error"])
+        for told in filter(None, (source["error"], source["warning"])):
+            _say(told)
     shards = report["shards"]
     _say_first([(shard["shard"], fault) for shard in shards for fault in shard["faults"]], _fault_sentence)
+    _say_first([(shard["shard"], text) for shard in shards for text in shard["ignored"]], _ignored_sentence)
     _say_first([told for shard in shards for told in _shard_sentences(shard)], str)
     verdict = "sound" if report["sound"] else "NOT sound"
-    _say(f"{report['samples']} samples in {len(report['shards'])} shards: {verdict}; report in {arguments.report}")
+    counts = [f"{report['samples']} samples in {len(report['shards'])} shards: {verdict}"]
+    counts += [f"{what} {_counted(report[name])}" for name, what in _COUNTED.items() if report[name]]
+    _say("; ".join([*counts, f"report in {arguments.report}"]))
     return 0 if report["sound"] else 1
 
 
@@ -158,6 +161,17 @@ def _say_first(found: Sequence[Any], sentence: Callable[[Any], str], most: int =
         _say(sentence(one))
     if len(found) > most:
         _say(f"... and {len(found) - most} more")
+
+
+_COUNTED = {"bad": "left out:", "ignored": "texts ignored:"}
+
+
+def _counted(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+
+def _ignored_sentence(found: tuple[str, dict[str, Any]]) -> str:
+    return f"used all the same, {_fault_sentence(found)}"
 
 
 def _fault_sentence(found: tuple[str, dict[str, Any]]) -> str:
@@ -172,6 +186,10 @@ def _shard_sentences(shard: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: {shard['error']}"
     if shard["sha256"] == "differs":
         yield f"{name}: its SHA-256 is not the manifest's"
+    if shard["scattered"]:
+        from univitar_ds.data.tar import SORT_HINT
+
+        yield f"{name}: more of {shard['scattered']['key']} at byte {shard['scattered']['offset']}; {SORT_HINT}"
     if shard["samples_in_manifest"] not in (None, shard["samples"]):
         yield f"{name}: {shard['samples']} samples, {shard['samples_in_manifest']} in its manifest"
 
@@ -195,7 +213,7 @@ def _told_of(named: SourceConfig, sources: Sequence[SourceConfig]) -> dict[str, 
     place = _place(named)
     for known, source in ((_place(source), source) for source in sources):
         if place == known or place.startswith(f"{known}/"):
-            return {"templates": source.templates, "class_names": source.class_names}
+            return {"templates": source.templates, "class_names": source.class_names, "captions": source.captions}
     return {}
 
 

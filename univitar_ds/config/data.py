@@ -18,6 +18,9 @@ class SourceConfig(Section):
     templates: list[str] = Field(
         default_factory=list, description="captions for samples that have a label only, which goes in at {}"
     )
+    captions: Literal["one", "lines"] = Field(
+        "one", description="what a .txt holds: one caption, or one a line, of which each epoch takes one"
+    )
     class_names: str | None = Field(
         None, description="a text file: its first line names label 0, the next label 1, ...; absent: labels are names"
     )

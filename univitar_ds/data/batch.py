@@ -52,6 +52,10 @@ class PackedBatch:
     """Unreadable samples met since the lane's previous pack, by kind."""
     shrunk: int = 0
     """Items that had more tokens at their own size than the stage allows, and were made smaller."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Readable samples of which a text was ignored, by kind of `captions.IGNORED`."""
+    other_captions: list[tuple[str, ...]] = field(default_factory=list)
+    """In an evaluation: what else may be said of each item, where its source's captions are lines. May be empty."""
 
     @property
     def cursor(self) -> dict[str, Any]:

@@ -1,112 +1,278 @@
-"""The text members of a sample: captions, label and set, from .json, .txt and .cls."""
+"""The text members of a sample: captions, label and set, from .json, .txt and .cls.
+
+Other producers write other things under the same names. What cannot be used is ignored and counted; it costs a sample
+only where nothing else says what is in it.
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from univitar_ds.data.class_names import named
 from univitar_ds.errors import SampleError
 
 EXTENSIONS = ("json", "txt", "cls")
 BYTES_LIMIT = 1 << 20
 """Longest text member that is parsed. The texts of a pool of samples lie in the trainer's memory."""
+IGNORED = ("bad_caption", "bad_label", "bad_set", "bad_checksum", "bad_json", "too_large")
+"""Kinds of texts that are ignored in samples that are used."""
+
+_OWN_FIELDS = {"captions", "label", "set", "kind", "width", "height", "frames", "file", "crc32"}
+"""What `univitar-ds data pack` writes of every sample, and nobody else: it marks a sample of a shard that has been
+copied away from its manifest."""
+_UNMARKED = ("text", "TEXT")
+"""Fields that hold a caption where nothing else does, as in LAION's tables."""
+_LINE_ENDS = re.compile(r"\r\n|\r|\n")
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""Those of UTF-32 first: one of them begins like one of UTF-16."""
+_SHOWN = 60
+
+
+class Ignored(NamedTuple):
+    """A text that cannot be used, in a sample that is used without it: one of `IGNORED` and a sentence."""
+
+    kind: str
+    message: str
 
 
 class Texts(NamedTuple):
     """Captions, none empty, and at least one unless there is a label; the label where there is one; the data set that
-    the label belongs to; the CRC-32 of the media member, where its packer wrote one."""
+    the label belongs to; the CRC-32 of the media member, where `data pack` wrote one; what was ignored, each kind once;
+    whether its caption is from a .txt of several lines that are read as one caption."""
 
     captions: tuple[str, ...]
     label: str | None
     set: str | None = None
     crc32: int | None = None
+    ignored: tuple[Ignored, ...] = ()
+    several_lines: bool = False
 
 
-def read_texts(members: Mapping[str, bytes]) -> Texts:
-    """Captions and label: the fields captions (a list), caption, label and set of .json first, else .txt and .cls.
+def read_texts(members: Mapping[str, bytes], *, lines: bool = False, packed: bool = False) -> Texts:
+    """Captions and label: the fields captions, caption, label and set of .json first, else .txt and .cls.
 
-    Args: contents of the text members by extension.
-    Raises: SampleError if there is neither a caption nor a label, or one that is not text.
+    Args: contents of the text members by extension; whether each line of .txt is a caption; whether the shard is known
+        to be one of `data pack`.
+    Raises: SampleError if there is neither a caption nor a label that can be used.
     """
-    for extension, content in members.items():
-        if len(content) > BYTES_LIMIT:
-            raise SampleError("too_large", f"its .{extension} has {len(content)} bytes (limit {BYTES_LIMIT})")
-    fields = _json_object(members["json"]) if "json" in members else {}
-    captions = _captions(fields, members.get("txt"))
-    label = _label(fields, members.get("cls"))
+    aside = _Aside()
+    fields = _json_object(members["json"], aside) if "json" in members else {}
+    captions = _of_fields(fields, ("captions", "caption"), aside)
+    several = False
+    if not captions and "txt" in members:
+        captions = _of_txt(members["txt"], aside)
+        several = len(captions) > 1 and not lines
+        if several:
+            captions = (_visible(_decoded(members["txt"])),)
+    captions = captions or _of_fields(fields, _UNMARKED, _Aside())
+    label = _label(fields, members.get("cls"), aside)
     if not captions and not label:
-        raise SampleError("no_caption", "neither captions nor caption in its .json nor a .txt member, and no label")
-    return Texts(captions, label, _set(fields), _crc32(fields))
+        raise aside.reason() or SampleError(
+            "no_caption", "neither captions nor caption in its .json nor a .txt member, and no label"
+        )
+    return Texts(captions, label, _set(fields, aside), _crc32(fields, packed, aside), aside.all(), several)
 
 
-def captions_of(captions: tuple[str, ...], label: str | None, templates: Sequence[str]) -> tuple[str, ...]:
-    """What may be said of a sample: its captions or, where it has a label only, its source's templates of it.
+def resolve(
+    captions: tuple[str, ...],
+    label: str | None,
+    ignored: tuple[Ignored, ...],
+    *,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+) -> tuple[tuple[str, ...], str | None, tuple[Ignored, ...]]:
+    """What its source makes of a sample: what may be said of it, its label's name, and what was ignored.
 
-    Raises: SampleError if there is neither.
+    A sample without a caption says its source's templates of its label.
+    Raises: SampleError if it has neither; a captioned sample only loses a label that has no name.
     """
-    if captions:
-        return captions
-    if not label or not templates:
-        raise SampleError("no_caption", f"only a label ({label!r}), and its source has no templates to put it in")
-    return tuple(template.replace("{}", label) for template in templates)
-
-
-def _captions(fields: Mapping[str, Any], txt: bytes | None) -> tuple[str, ...]:
-    captions = fields.get("captions")
-    if captions is None and fields.get("caption") is not None:
-        captions = [fields["caption"]]
-    if captions is None and txt is not None:
-        captions = [_utf8(txt, "txt")]
-    if captions is None:
-        return ()
-    if isinstance(captions, str):
-        captions = [captions]
-    if not isinstance(captions, list):
-        raise SampleError("bad_caption", f"captions is {str(captions)[:60]!r}, not a list of texts")
-    for caption in captions:
-        if not isinstance(caption, str):
-            raise SampleError("bad_caption", f"a caption is {str(caption)[:60]!r} ({type(caption).__name__}), not text")
-        if not caption.strip():
-            raise SampleError("bad_caption", "a caption is empty")
-    return tuple(caption.strip() for caption in captions)
-
-
-def _label(fields: Mapping[str, Any], cls: bytes | None) -> str | None:
-    label = fields.get("label")
-    if label is None and cls is not None:
-        label = _utf8(cls, "cls").strip() or None
-    if label is not None and not isinstance(label, (str, int)):
-        raise SampleError("bad_label", f"label is {str(label)[:60]!r} ({type(label).__name__}), not text")
-    return None if label is None else str(label)
-
-
-def _set(fields: Mapping[str, Any]) -> str | None:
-    name = fields.get("set")
-    if not isinstance(name, str | None):
-        raise SampleError("bad_label", f"set is {str(name)[:60]!r} ({type(name).__name__}), not text")
-    return name
-
-
-def _crc32(fields: Mapping[str, Any]) -> int | None:
-    value = fields.get("crc32")
-    if value is not None and (not isinstance(value, int) or not 0 <= value < 1 << 32):
-        raise SampleError("bad_json", f"crc32 is {str(value)[:60]!r}, not a number of 32 bits")
-    return value
-
-
-def _json_object(text: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
+        label = named(label, class_names)
+    except SampleError as error:
+        if not captions:
+            raise
+        return captions, None, (*ignored, Ignored(error.kind, str(error)))
+    if captions:
+        return captions, label, ignored
+    if not label or not templates:
+        told = "".join(f"; {one.message}" for one in ignored)
+        kind = next((one.kind for one in ignored if one.kind in ("bad_caption", "bad_json")), "no_caption")
+        raise SampleError(kind, f"only a label ({label!r}), and its source has no templates to put it in{told}")
+    return tuple(template.replace("{}", label) for template in templates), label, ignored
+
+
+class _Aside:
+    """What was ignored so far, of each kind the first."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, str] = {}
+
+    def put(self, kind: str, message: str) -> None:
+        self._found.setdefault(kind, message)
+
+    def all(self) -> tuple[Ignored, ...]:
+        return tuple(Ignored(*one) for one in self._found.items())
+
+    def reason(self) -> SampleError | None:
+        """Why a sample that has nothing else is left out."""
+        return next((SampleError(*one) for one in self._found.items()), None)
+
+
+def _json_object(content: bytes, aside: _Aside) -> dict[str, Any]:
+    if len(content) > BYTES_LIMIT:
+        aside.put("too_large", f"its .json has {len(content)} bytes (limit {BYTES_LIMIT})")
+        return {}
+    try:
+        fields = _parsed(content)
     except (ValueError, RecursionError) as error:
-        raise SampleError("bad_json", f"its .json does not parse: {str(error)[:120]}") from error
+        aside.put("bad_json", f"its .json does not parse: {str(error)[:120]}")
+        return {}
     if not isinstance(fields, dict):
-        raise SampleError("bad_json", f"its .json holds a {type(fields).__name__}, not an object")
+        aside.put("bad_json", f"its .json holds a {type(fields).__name__}, not an object")
+        return {}
     return fields
 
 
-def _utf8(text: bytes, extension: str) -> str:
+def _parsed(content: bytes) -> Any:
     try:
-        return text.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SampleError("bad_caption", f"its .{extension} is not UTF-8 text (byte {error.start})") from error
+        return json.loads(content)
+    except UnicodeDecodeError:
+        raise
+    except ValueError:  # once more with control characters in texts and numbers of thousands of digits
+        return json.loads(content, strict=False, parse_int=_whole_number)
+
+
+def _whole_number(digits: str) -> int | float:
+    return int(digits) if len(digits) < 20 else float(digits)
+
+
+def _of_fields(fields: Mapping[str, Any], names: Iterable[str], aside: _Aside) -> tuple[str, ...]:
+    """The captions of the first of these fields that has any: a text, or a list of texts or objects with a caption."""
+    for name in names:
+        value = fields.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, str | list):
+            told = f"{name} is {_shown(value)} ({type(value).__name__}), not a text and not a list of texts"
+            aside.put("bad_caption", told)
+            continue
+        found = []
+        for one in [value] if isinstance(value, str) else value:
+            if isinstance(one, dict):
+                one = one.get("caption", one)
+            if not isinstance(one, str):
+                aside.put("bad_caption", f"a caption is {_shown(one)} ({type(one).__name__}), not text")
+            elif caption := _visible(one):
+                found.append(caption)
+            else:
+                aside.put("bad_caption", "a caption is empty")
+        if found:
+            return tuple(found)
+    return ()
+
+
+def _of_txt(content: bytes, aside: _Aside) -> tuple[str, ...]:
+    """Its lines that are not empty."""
+    if len(content) > BYTES_LIMIT:
+        aside.put("too_large", f"its .txt has {len(content)} bytes (limit {BYTES_LIMIT})")
+        return ()
+    try:
+        captions = caption_lines(_decoded(content))
+    except UnicodeError as error:
+        aside.put("bad_caption", f"its .txt is not UTF-8 text ({_where(error)})")
+        return ()
+    if not captions:
+        aside.put("bad_caption", "a caption is empty: its .txt holds no text")
+    return captions
+
+
+def caption_lines(text: str) -> tuple[str, ...]:
+    """The lines of a text that are not empty."""
+    return tuple(caption for line in _LINE_ENDS.split(text) if (caption := _visible(line)))
+
+
+def _label(fields: Mapping[str, Any], cls: bytes | None, aside: _Aside) -> str | None:
+    label = fields.get("label")
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, str | int | None):
+        aside.put("bad_label", f"label is {_shown(label)} ({type(label).__name__}), not text")
+        label = None
+    if label is not None and (label := str(label)).strip():
+        return label
+    return None if cls is None else _of_cls(cls, aside)
+
+
+def _of_cls(content: bytes, aside: _Aside) -> str | None:
+    if len(content) > BYTES_LIMIT:
+        aside.put("too_large", f"its .cls has {len(content)} bytes (limit {BYTES_LIMIT})")
+        return None
+    try:
+        return _decoded(content).strip() or None
+    except UnicodeError as error:
+        aside.put("bad_label", f"its .cls is not UTF-8 text ({_where(error)})")
+        return None
+
+
+def _set(fields: Mapping[str, Any], aside: _Aside) -> str | None:
+    name = fields.get("set")
+    if isinstance(name, str | None):
+        return name
+    aside.put("bad_set", f"set is {_shown(name)} ({type(name).__name__}), not text")
+    return None
+
+
+def _crc32(fields: Mapping[str, Any], packed: bool, aside: _Aside) -> int | None:
+    """Raises: SampleError for a checksum that `data pack` wrote and that has been damaged since."""
+    value = fields.get("crc32")
+    if value is None:
+        return None
+    own = packed or fields.keys() >= _OWN_FIELDS
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32
+    if own and fits:
+        return value
+    if own and packed:
+        raise SampleError("bad_json", f"crc32 is {_shown(value)}, not a number of 32 bits")
+    aside.put("bad_checksum", f"crc32 is {_shown(value)}, which data pack did not write: of what it is is not known")
+    return None
+
+
+def _visible(text: str) -> str:
+    """A caption without blanks around it; "" where nothing in it can be seen. Halves of surrogate pairs are replaced:
+    they have no bytes."""
+    text = text.strip()
+    if text.isascii() and text.isprintable():
+        return text
+    text = text.encode("utf-8", "replace").decode()
+    return text if any(one.isprintable() and not one.isspace() for one in text) else ""
+
+
+def _decoded(content: bytes) -> str:
+    """UTF-8, or what a byte order mark says. Raises: UnicodeError, also for zero bytes, which no text has."""
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
+    text = content.decode(encoding)
+    if "\0" in text:
+        raise UnicodeError(f"byte {content.index(0)} is zero")
+    return text
+
+
+def _where(error: UnicodeError) -> str:
+    return f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value; of one that has no short text, such as very deep lists, its type."""
+    try:
+        return repr(str(value)[:_SHOWN])
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"

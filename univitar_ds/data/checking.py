@@ -11,7 +11,7 @@ import numpy as np
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import ClipSampling, ResolutionConfig, StageConfig
 from univitar_ds.data import tar
-from univitar_ds.data.crew import At, Bad, Event, Hashed, Read, Task
+from univitar_ds.data.crew import At, Bad, Event, Hashed, Noted, Read, Scattered, SeveralLines, Task
 from univitar_ds.data.decode_memory import confine
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.reading import read_entry
@@ -27,6 +27,8 @@ _STAGE = StageConfig.model_fields
 DEFAULTS = DataConfig(sources=[SourceConfig(path="none")])
 _SAMPLING = Sampling(**ClipSampling().model_dump())
 _HASHED_AT_ONCE = 8 << 20
+_MOST_KEYS = 1 << 20
+"""Keys of a shard that are remembered, to see whether members of a sample lie apart."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
     """
     job: ShardCheck = task.job
     storage = storage_for(job.shard.path, job.settings)
-    shard = replace(job.shard, storage=storage)
+    shard = replace(job.shard, storage=storage, watch=None)
     if shard.sha256 is not None and not task.hashed:
         with storage.open(shard.path) as stream:
             state = hashlib.sha256()
@@ -58,24 +60,39 @@ def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
                 state.update(part)
                 tell(Read(len(part)))
         tell(Hashed(state.hexdigest()))
-    position = task.start
+    position, keys, scattered = task.start, set[int](), False
     with storage.open(shard.path) as stream:
         for found in tar.scan(stream, shard.name, shard.size, task.start):
             if isinstance(found, tar.Damage):
                 tell(Bad(found.kind, "", found.offset, found.message))
             else:
                 tell(At(found.offset, found.end, found.key))
+                known = hash(found.key) in keys
+                if len(keys) < _MOST_KEYS:
+                    keys.add(hash(found.key))
                 try:
-                    check_sample(shard, found, job)
+                    sample = check_sample(shard, found, job)
                 except SampleError as error:
                     tell(Bad(error.kind, found.key, found.offset, str(error)))
+                    if known and not scattered:
+                        tell(Scattered(found.key, found.offset))
+                        scattered = True
+                else:
+                    _tell_of_texts(sample, found, tell)
             tell(Read(found.end - position))
             position = found.end
     tell(Read(shard.size - position))
 
 
-def check_sample(shard: SourceShard, group: tar.Group, job: ShardCheck) -> None:
-    """Raises: SampleError for a sample that the loader would leave out."""
+def _tell_of_texts(sample: Sample, group: tar.Group, tell: Callable[[Event], None]) -> None:
+    for kind, message in sample.ignored:
+        tell(Noted(kind, group.key, group.offset, message))
+    if sample.several_lines:
+        tell(SeveralLines())
+
+
+def check_sample(shard: SourceShard, group: tar.Group, job: ShardCheck) -> Sample:
+    """A sample that the loader would use. Raises: SampleError for a sample that the loader would leave out."""
     kind = modality_of(group) or shard.modality or "image"
     if shard.modality not in (None, kind):
         raise SampleError("wrong_kind", f"is {kind} in a shard whose manifest says {shard.modality}; pack it again")
@@ -86,6 +103,7 @@ def check_sample(shard: SourceShard, group: tar.Group, job: ShardCheck) -> None:
         _decode(sample, kind, job)
     elif sample.crc32 is not None:
         check_crc32(shard.storage.read_range(shard.path, sample.media_offset, sample.media_length), sample.crc32)
+    return sample
 
 
 def _rule(kind: Modality, data: DataConfig) -> SizeRule:

@@ -55,6 +55,26 @@ class Bad(NamedTuple):
     message: str
 
 
+class Noted(NamedTuple):
+    """A text of a sample that can be used was ignored."""
+
+    kind: str
+    key: str
+    offset: int
+    message: str
+
+
+class SeveralLines(NamedTuple):
+    """The .txt of a sample has several lines, which are read as one caption."""
+
+
+class Scattered(NamedTuple):
+    """The members of a sample do not follow one another: some come again at this byte."""
+
+    key: str
+    offset: int
+
+
 class Done(NamedTuple):
     """The shard is finished; with an error, as far as it could be read."""
 
@@ -67,7 +87,7 @@ class _Fault(NamedTuple):
     told: str
 
 
-Event = Read | Hashed | At | Bad | Done
+Event = Read | Hashed | At | Bad | Noted | SeveralLines | Scattered | Done
 
 
 @dataclass(frozen=True)

@@ -161,4 +161,6 @@ def collate(rendered: Rendered, tokenizer: Tokenizer | None) -> PackedBatch:
         stand=plan.cursor,
         bad=dict(bad),
         shrunk=sum(item.sample.shrunk for item in items),
+        ignored=dict(plan.ignored),
+        other_captions=[item.others for item in items],
     )

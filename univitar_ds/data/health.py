@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from univitar_ds.data.captions import IGNORED, Ignored
 from univitar_ds.errors import DataError, SampleError
 
 _log = logging.getLogger(__name__)
@@ -88,6 +89,14 @@ class Health:
             raise DataError(f"{self._name}: {reason}; the last one: {where}: {error} ({error.kind}); {REMEDY}")
         self._step()
 
+    def ignored(self, where: str, texts: Iterable[Ignored]) -> None:
+        """Log what was ignored in a readable sample: no reason to end, whatever it is."""
+        for kind, message in texts:
+            assert kind in IGNORED, kind
+            number = self._log_now(f"ignored {kind}")
+            if number:
+                _log.warning("%s ignored (number %d; %s): %s: %s", kind, number, self._name, where, message)
+
     def to_json(self) -> list[int]:
         """Samples and bad ones of the present thousand, and bad ones in a row."""
         return [self._seen, self._bad, self._in_a_row]
@@ -114,10 +123,17 @@ class Health:
         return None
 
     def _report(self, where: str, error: SampleError, samples: int) -> None:
-        """Of each kind: the first ten, then every tenth, from a hundred on every hundredth, and so on."""
-        logged = self._policy.logged
-        logged[error.kind] += 1
-        number = logged[error.kind]
-        if number % 10 ** (len(str(number)) - 1) == 0:
+        number = self._log_now(error.kind)
+        if number:
             what = "sample" if samples == 1 else f"about {samples} samples"
             _log.warning("%s left out (%s, number %d; %s): %s: %s", what, error.kind, number, self._name, where, error)
+
+    def _log_now(self, what: str) -> int:
+        """The number of this one, or 0 for one that is not logged.
+
+        Of each kind: the first ten, then every tenth, from a hundred on every hundredth, and so on.
+        """
+        logged = self._policy.logged
+        logged[what] += 1
+        number = logged[what]
+        return 0 if number % 10 ** (len(str(number)) - 1) else number

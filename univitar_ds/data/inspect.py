@@ -33,6 +33,7 @@ class Stream:
     imbalances: list[float] = field(default_factory=list)
     """Of each whole step: the cost of its dearest pack over the mean, less 1."""
     bad: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
     shrunk: int = 0
     longest_wait: int = 0
     samples_per_s: float = 0.0
@@ -66,6 +67,7 @@ class Stream:
             "token_histogram": _histogram(self.tokens),
             "shrunk": self.shrunk,
             "bad": dict(self.bad),
+            "ignored": dict(self.ignored),
             "longest_wait_packs": self.longest_wait,
             "samples_per_s": self.samples_per_s,
         }
@@ -164,6 +166,7 @@ def _steps(
 def _count(stream: Stream, batch: PackedBatch) -> None:
     stream.packs.append(batch.grid_thw.prod(dim=1).tolist())
     stream.bad.update(batch.bad)
+    stream.ignored.update(batch.ignored)
     stream.shrunk += batch.shrunk
     cursor = parse(batch.cursor).streams[batch.modality]
     # Whoever leaves has been in the cursor before, as long as it waited at all.
@@ -205,9 +208,13 @@ def _table(stream: Mapping[str, Any]) -> list[str]:
     for row in stream["token_histogram"]:
         bar = "#" * max(round(_BAR * row["items"] / most), 1 if row["items"] else 0)
         lines.append(f"    {row['from']:>6} - {row['to']:<6} {row['items']:>7} {bar}")
-    bad = ", ".join(f"{count} {kind}" for kind, count in sorted(stream["bad"].items())) or "none"
+    bad, ignored = (
+        ", ".join(f"{count} {kind}" for kind, count in sorted(stream[name].items())) or "none"
+        for name in ("bad", "ignored")
+    )
     lines.append(f"  made smaller   {stream['shrunk']} items")
     lines.append(f"  left out       {bad}")
+    lines.append(f"  texts ignored  {ignored}")
     lines.append(f"  longest wait   {stream['longest_wait_packs']} packs")
     return lines
 

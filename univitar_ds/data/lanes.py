@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from univitar_ds.data import packing
@@ -18,11 +18,12 @@ from univitar_ds.data.cursor import GENERATION, LaneCursor, Place, StreamCursor,
 from univitar_ds.data.health import Health
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.mixture import Turns
-from univitar_ds.data.reading import Reader, read_again, read_entry, where_is
+from univitar_ds.data.reading import Reader, read_again, read_entry, scattered, where_is
 from univitar_ds.data.rules import StreamRules
 from univitar_ds.data.samples import Sample
 from univitar_ds.data.scans import Scans
 from univitar_ds.data.sources import EVERYTHING, ShardGroup
+from univitar_ds.data.tar import SORT_HINT
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.randomness import draw
 
@@ -41,18 +42,21 @@ POOL_BUDGETS = 2
 class Item:
     """A sample chosen for a pack: what it is, its caption in this epoch, its address and since when it waited.
 
-    `draw` is a 64-bit number of its own in this epoch, for whatever decoding leaves to chance.
+    `draw` is a 64-bit number of its own in this epoch, for whatever decoding leaves to chance. `others`: more captions
+    that an evaluation counts as right.
     """
 
     sample: Sample
     caption: str
     address: Waiting
     draw: int = 0
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A pack before decoding. `bad` counts unreadable samples met while planning, by kind.
+    """A pack before decoding. `bad` counts unreadable samples met while planning, `ignored` readable ones of which a
+    text was ignored, by kind.
 
     `token_rows` are the token ids of the captions, where whoever has a tokenizer has added them.
     """
@@ -64,6 +68,7 @@ class Plan:
     cursor: LaneCursor | None
     bad: Mapping[str, int]
     token_rows: Sequence[Sequence[int]] | None = None
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
 
 class _Pooled(NamedTuple):
@@ -101,9 +106,10 @@ class Lane:
         self.begin(modality)
         stream = self._streams[modality]
         items, bad = stream.next_pack()
+        ignored = stream.take_ignored()
         streams = {**self._cursor.streams, modality: stream.cursor()}
         self._cursor = replace(self._cursor, packs=self._cursor.packs + 1, streams=streams)
-        return Plan(items, modality, self._cursor.lane, index, self._cursor, bad)
+        return Plan(items, modality, self._cursor.lane, index, self._cursor, bad, ignored=ignored)
 
 
 class Stream:
@@ -145,6 +151,7 @@ class Stream:
         self._health = Health(rules.policy, f"lane {lane}, {rules.modality}", start.reading)
         self._seen_this_epoch: set[str] = set()
         self._bad: Counter[str] = Counter()
+        self._ignored: Counter[str] = Counter()
         for reader in self._readers.values():
             reader.announce()
         self._pool = list(self._restore(start.pool))
@@ -169,6 +176,11 @@ class Stream:
         self._packs += 1
         bad, self._bad = dict(self._bad), Counter()
         return items, bad
+
+    def take_ignored(self) -> dict[str, int]:
+        """Readable samples of which a text was ignored, by kind, since this was asked before."""
+        ignored, self._ignored = dict(self._ignored), Counter()
+        return ignored
 
     def cursor(self) -> StreamCursor:
         """Where the stream stands after the last pack."""
@@ -240,6 +252,9 @@ class Stream:
             self._health.bad(where_is(shard, entry), error, found.samples)
             return None
         self._health.good()
+        if sample.ignored:
+            self._ignored.update(one.kind for one in sample.ignored)
+            self._health.ignored(where_is(shard, entry), sample.ignored)
         self._seen_this_epoch.add(reader.group.name)
         length = entry.end - entry.offset
         return self._pooled(Waiting(found.shard, entry.offset, length, found.ordinal, found.epoch, self._packs), sample)
@@ -330,6 +345,10 @@ def _changed(shard: str, row: Waiting) -> DataError:
 def _nothing_readable(rules: StreamRules, group: ShardGroup, bad: Mapping[str, int]) -> DataError:
     source = f" of source {group.name}" if group.name else ""
     told = f" (left out: {', '.join(f'{n} {kind}' for kind, n in sorted(bad.items()))})" if bad else ""
+    first = rules.shards[group.shards[0]] if group.shards else None
+    apart = None if first is None else scattered(first, rules.modality)
+    if first is not None and apart is not None:
+        told += f"; in shard {first.name} the members of {apart} lie apart, but {SORT_HINT}"
     return DataError(
         f"none of the {len(group.shards)} shards{source} has a readable {rules.modality} sample{told}; "
         "univitar-ds data verify SOURCE lists what is wrong with each"

@@ -34,7 +34,7 @@ class Shard:
     """One tar. `name` is unique within the run and tells where a sample came from; `size` in bytes.
 
     `modality` None: what is in it is unknown, both kinds of stream read it and skip what is not theirs. `samples` and
-    `sha256` where a manifest tells them.
+    `sha256` where a manifest has them. `caption_lines`: each line of a .txt is a caption.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Shard:
     modality: Modality | None = None
     sha256: str | None = None
     samples: int | None = None
+    caption_lines: bool = False
 
 
 def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = LOCAL) -> list[Shard]:

@@ -136,7 +136,8 @@ def eval_packs(
     context_length: int,
     data: DataConfig,
 ) -> Iterator[PackedBatch]:
-    """Every readable sample of the sources once, in the order of the shards, with its first caption.
+    """Every readable sample of the sources once, in the order of the shards, with its first caption; the other lines of
+    a source whose `captions` are lines come beside it.
 
     Packs are filled in order up to `token_budget`; a larger item travels alone. Of `data` the limits, `workers` and
     `prefetch_packs` count. Nothing if the sources hold no sample of the modality. `lane` is 0, `cursor` empty.
@@ -185,9 +186,10 @@ def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, pol
     items: list[Item] = []
     tokens = 0
     bad: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
 
     def plan() -> Plan:
-        return Plan(tuple(items), size.modality, 0, next(numbers), None, dict(bad))
+        return Plan(tuple(items), size.modality, 0, next(numbers), None, dict(bad), ignored=dict(ignored))
 
     indices = of_modality(shards, size.modality)
     for place, index in enumerate(indices, 1):
@@ -206,9 +208,13 @@ def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, pol
             health.good()
             if items and tokens + sample.tokens > token_budget:
                 yield plan()
-                items, tokens, bad = [], 0, Counter()
+                items, tokens, bad, ignored = [], 0, Counter(), Counter()
+            if sample.ignored:
+                ignored.update(one.kind for one in sample.ignored)
+                health.ignored(where_is(shard, entry), sample.ignored)
             address = Waiting(index, entry.offset, entry.end - entry.offset, ordinal, 0, 0)
-            items.append(Item(sample, sample.captions[0], address))
+            others = sample.captions[1:] if shard.caption_lines else ()
+            items.append(Item(sample, sample.captions[0], address, others=others))
             tokens += sample.tokens
     if items or bad:
         yield plan()

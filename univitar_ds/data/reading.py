@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from univitar_ds.data import tar
-from univitar_ds.data.captions import captions_of
-from univitar_ds.data.class_names import named
+from univitar_ds.data.captions import resolve
 from univitar_ds.data.cursor import Place, Waiting
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import Shard
@@ -145,7 +144,10 @@ def read_entry(shard: SourceShard, entry: Entry, rule: SizeRule) -> Sample:
     """
     if isinstance(entry, tar.Damage):
         raise SampleError(entry.kind, entry.message)
-    return with_captions(shard, read_sample(shard, entry, rule))
+    sample = with_captions(shard, read_sample(shard, entry, rule))
+    if shard.watch is not None:
+        shard.watch.see(sample.several_lines)
+    return sample
 
 
 def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
@@ -185,10 +187,22 @@ def read_again(
 
 def with_captions(shard: SourceShard, sample: Sample) -> Sample:
     """The sample with its label's name and what may be said of it. Raises: SampleError if that is nothing."""
-    label = named(sample.label, shard.class_names)
-    said = captions_of(sample.captions, label, shard.templates)
-    kept = said is sample.captions and label is sample.label
-    return sample if kept else replace(sample, captions=said, label=label)
+    said, label, ignored = resolve(
+        sample.captions, sample.label, sample.ignored, class_names=shard.class_names, templates=shard.templates
+    )
+    kept = said is sample.captions and label is sample.label and ignored is sample.ignored
+    return sample if kept else replace(sample, captions=said, label=label, ignored=ignored)
+
+
+def scattered(shard: Shard, modality: Modality) -> str | None:
+    """A sample of the shard whose members lie apart, so that each part looks like a sample of its own; else None."""
+    keys: set[str] = set()
+    for entry in shard_samples(shard, modality):
+        if isinstance(entry, tar.Group):
+            if entry.key in keys:
+                return entry.key
+            keys.add(entry.key)
+    return None
 
 
 def look_through(shards: Sequence[SourceShard], group: ShardGroup, rule: SizeRule) -> Held:

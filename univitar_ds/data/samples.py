@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -71,7 +71,8 @@ class Sample:
     """A readable sample before decoding: addresses, texts and the size that its header promises.
 
     `media_offset` and `media_length` are bytes of the shard. `captions` may be none only where there is a label.
-    `frames` are those stored in its pixels, 1 for a picture. `shrunk`: see `SizeRule.shrinks`.
+    `frames` are those stored in its pixels, 1 for a picture. `shrunk`: see `SizeRule.shrinks`; `ignored` and
+    `several_lines`: see `captions.Texts`.
     """
 
     shard: Shard
@@ -86,6 +87,8 @@ class Sample:
     grid: tuple[int, int, int]
     frames: int
     shrunk: bool = False
+    ignored: tuple[captions.Ignored, ...] = ()
+    several_lines: bool = False
 
     @property
     def name(self) -> str:
@@ -141,6 +144,17 @@ def _check_length(length: int, rule: SizeRule) -> None:
         )
 
 
+def _hint(members: Sequence[tar.Member], wanted: Collection[str]) -> str:
+    """What may be behind a missing member: a name with dots in it, or a tar that is not sorted."""
+    dotted = next((m.extension for m in members if "." in m.extension and m.extension.split(".")[-1] in wanted), None)
+    if dotted is not None:
+        return (
+            f"; a key ends at the first dot of a name (WebDataset's rule), so {dotted!r} is read as an extension: "
+            "rename the files so that the extension has the only dot"
+        )
+    return f"; {tar.SORT_HINT}" if len(members) == 1 else ""
+
+
 def _parse(
     shard: Shard, key: str, members: Sequence[tar.Member], data: bytes, origin: int, counted: int, rule: SizeRule
 ) -> Sample:
@@ -160,11 +174,14 @@ def _parse(
     media = next((member for member in members if member.extension in known), None)
     if media is None:
         names = ", ".join(member.extension or "one without an extension" for member in members)
-        raise SampleError("no_media", f"no {rule.modality} among its members ({names})")
+        raise SampleError("no_media", f"no {rule.modality} among its members ({names}){_hint(members, known)}")
     content = content_of(media)
-    texts = captions.read_texts(
-        {member.extension: content_of(member) for member in members if member.extension in captions.EXTENSIONS}
-    )
+    contents = {member.extension: content_of(member) for member in members if member.extension in captions.EXTENSIONS}
+    try:
+        texts = captions.read_texts(contents, lines=shard.caption_lines, packed=shard.modality is not None)
+    except SampleError as error:
+        hint = _hint(members, captions.EXTENSIONS) if error.kind == "no_caption" else ""
+        raise SampleError(error.kind, f"{error}{hint}") from error
     size = probe(content, media.extension)
     if size.kind != rule.modality:
         raise SampleError("wrong_kind", f"its .{media.extension} holds {size.kind} data, not {rule.modality}")
@@ -174,4 +191,7 @@ def _parse(
     grid = rule.grid(size.height, size.width, frames)
     shrunk = rule.shrinks(size.height, size.width, grid)
     offset = origin + media.offset - counted
-    return Sample(shard, key, offset, media.length, media.extension, *texts, grid, frames, shrunk)
+    *said, ignored, several_lines = texts
+    return Sample(
+        shard, key, offset, media.length, media.extension, *said, grid, frames, shrunk, ignored, several_lines
+    )

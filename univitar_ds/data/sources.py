@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, fields
-from typing import BinaryIO, NamedTuple, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import captions, tar
-from univitar_ds.data.class_names import named, read_class_names
+from univitar_ds.data.class_names import read_class_names
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import PACK_HINT, Shard, list_shards, place_of, warn_once
 from univitar_ds.data.mixture import shares_of
@@ -31,17 +31,41 @@ CAPTION_BYTES = 4 << 30
 SPOT_CHECKS, SPOT_BYTES = 512, 4096
 """Shards without a hash whose first bytes count as their content, and how many bytes: the header of the first member,
 which has its time, and what it begins with. A remote store answers so many within a second or two."""
+SEVERAL_IN_A_ROW = 4
+"""Samples one after another with several lines in their .txt that make a source look like one of a caption a line."""
 _PIECE = 512 << 10
 """Bytes of one read: a few pictures, so that little is asked for twice, and a part of a clip, most of which is
 skipped."""
 
 
+class LineWatch:
+    """Warns once of a source whose .txt members seem to hold a caption a line, and which says nothing of that."""
+
+    def __init__(self, source: SourceConfig) -> None:
+        self._source = source
+        self._in_a_row = 0
+
+    def see(self, several_lines: bool) -> None:
+        """Whether the caption of the next sample is a .txt of several lines."""
+        self._in_a_row = self._in_a_row + 1 if several_lines else 0
+        if self._in_a_row == SEVERAL_IN_A_ROW:
+            warn_once(several_lines_told(self._source))
+
+
+def several_lines_told(source: SourceConfig) -> str:
+    return (
+        f"source {source.path}: its .txt members have several lines, and each is read as one caption; if every line is "
+        "a caption, set captions: lines in the source"
+    )
+
+
 @dataclass(frozen=True)
 class SourceShard(Shard):
     """A shard of a run's source: what `stages.N.weights` calls the source, its captions for bare labels, and the names
-    of labels that are numbers."""
+    of labels that are numbers. `watch`, which the shards of a source share, looks at their captions."""
 
     source: str = ""
+    watch: LineWatch | None = field(default=None, compare=False)
     templates: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
 
@@ -197,8 +221,14 @@ def _spread(shards: Sequence[AnyShard], most: int) -> list[AnyShard]:
 def of_source(shards: Sequence[Shard], source: SourceConfig, settings: StorageSettings) -> list[SourceShard]:
     """Shards with what their source says of them. Raises: DataError if its class names cannot be read."""
     names = read_class_names(source.class_names, settings) if source.class_names else ()
-    about = {"source": source.label, "templates": tuple(source.templates), "class_names": names}
-    known = [part.name for part in fields(Shard)]
+    about: dict[str, Any] = {
+        "source": source.label,
+        "watch": LineWatch(source),
+        "templates": tuple(source.templates),
+        "class_names": names,
+    }
+    about["caption_lines"] = source.captions == "lines"
+    known = [part.name for part in fields(Shard) if part.name not in about]
     return [SourceShard(**{name: getattr(shard, name) for name in known}, **about) for shard in shards]
 
 
@@ -266,9 +296,9 @@ def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
                 if member.extension in captions.EXTENSIONS and member.length <= captions.BYTES_LIMIT
             }
             with suppress(SampleError):
-                said = captions.read_texts(texts)
-                label = named(said.label, shard.class_names)
-                yield from captions.captions_of(said.captions, label, shard.templates)
+                said = captions.read_texts(texts, lines=shard.caption_lines)
+                about = {"class_names": shard.class_names, "templates": shard.templates}
+                yield from captions.resolve(said.captions, said.label, said.ignored, **about)[0]
             if pieces.fetched >= most_bytes:
                 return
 

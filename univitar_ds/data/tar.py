@@ -40,6 +40,7 @@ _SEARCH_BYTES = (4 << 10, 1 << 20)
 """The first and the largest read of a search: the next header mostly is near."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 _RESTORE = "restore the shard or pack it again"
+SORT_HINT = "the members of a sample must follow one another: write the tar sorted by name (tar --sort=name)"
 
 
 @dataclass(frozen=True)

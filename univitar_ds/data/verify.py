@@ -13,14 +13,16 @@ from tqdm import tqdm
 
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.checking import DEFAULTS, ShardCheck, check_shard
-from univitar_ds.data.crew import At, Bad, Crew, Done, Event, Hashed, Read, Task
+from univitar_ds.data.crew import At, Bad, Crew, Done, Event, Hashed, Noted, Read, Scattered, SeveralLines, Task
 from univitar_ds.data.listing import Shard, expand_braces, place_of
 from univitar_ds.data.manifest import MANIFEST, read_manifest
-from univitar_ds.data.sources import SourceShard, find_shards, of_source
+from univitar_ds.data.sources import SourceShard, find_shards, of_source, several_lines_told
 from univitar_ds.data.storage import LOCAL, StorageSettings, storage_for
 from univitar_ds.errors import DataError
 
 VERSION = 1
+_MOSTLY = 0.9
+"""Share of a source's samples with several lines in their .txt that makes it look like one of a caption a line."""
 
 
 @dataclass
@@ -31,6 +33,9 @@ class _Found:
     expected: int | None
     samples: int = 0
     faults: list[Bad] = field(default_factory=list)
+    ignored: list[Noted] = field(default_factory=list)
+    several_lines: int = 0
+    scattered: Scattered | None = None
     sha256: str | None = None
     error: str | None = None
 
@@ -39,6 +44,12 @@ class _Found:
             self.samples += 1
         elif isinstance(event, Bad):
             self.faults.append(event)
+        elif isinstance(event, Noted):
+            self.ignored.append(event)
+        elif isinstance(event, SeveralLines):
+            self.several_lines += 1
+        elif isinstance(event, Scattered):
+            self.scattered = event
         elif isinstance(event, Hashed):
             self.sha256 = event.sha256
         elif isinstance(event, Done):
@@ -55,10 +66,9 @@ class _Found:
             "samples": self.samples,
             "samples_in_manifest": self.expected,
             "bad": _by_kind(self.faults),
-            "faults": [
-                {"kind": fault.kind, "key": fault.key, "byte": fault.offset, "message": fault.message}
-                for fault in self.faults
-            ],
+            "faults": list(map(_located, self.faults)),
+            "ignored": list(map(_located, self.ignored)),
+            "scattered": None if self.scattered is None else self.scattered._asdict(),
         }
 
 
@@ -78,10 +88,11 @@ def verify(
 
     Args: decode, decode every sample instead of trusting headers and checksums; progress, a bar on stderr;
         limits, the data section of a run file (default: one that sets none).
-    Returns: {"version", "decoded", "sound", "samples", "bad": {kind: n}, "sources", "shards"}. A source has path,
-        split, shards, missing (shards of its manifest) and error; a shard what `_Found.to_json` has: for each fault
-        its kind, key ("" for bytes without samples), byte and a sentence; sha256 is "matches" or "differs", None
-        where no manifest has one.
+    Returns: {"version", "decoded", "sound", "samples", "bad": {kind: n}, "ignored": {kind: n}, "sources", "shards"}. A
+        source has path, split, shards, missing (shards of its manifest), error and warning; a shard what
+        `_Found.to_json` has: for each fault, and each text that was ignored in a sample that can be used, its kind, key
+        ("" for bytes without samples), byte and a sentence; the first sample whose members lie apart; sha256 is
+        "matches" or "differs", None where no manifest has one.
     """
     settings, limits = settings.shared(), limits or DEFAULTS
     listed: list[dict[str, Any]] = []
@@ -110,19 +121,25 @@ def verify(
     for about, own in zip(listed, by_source, strict=True):
         if own and not about["error"] and not any(one.samples or one.faults or one.error for one in own):
             about["error"] = f"source {about['path']}: no sample in its {len(own)} shards; pack it again"
+    for about, source, own in zip(listed, sources, by_source, strict=True):
+        several = sum(one.several_lines for one in own)
+        if several and several >= _MOSTLY * sum(one.samples - len(one.faults) for one in own):
+            about["warning"] = several_lines_told(source)
     return _report(listed, [one.to_json() for one in found], decode)
 
 
 def _report(sources: list[dict[str, Any]], shards: list[dict[str, Any]], decode: bool) -> dict[str, Any]:
-    bad: Counter[str] = Counter()
+    bad, ignored = Counter[str](), Counter[str]()
     for shard in shards:
         bad.update(shard["bad"])
+        ignored.update(one["kind"] for one in shard["ignored"])
     return {
         "version": VERSION,
         "decoded": decode,
         "sound": not any(source["error"] for source in sources) and all(map(_is_sound, shards)),
         "samples": sum(shard["samples"] for shard in shards),
         "bad": dict(sorted(bad.items())),
+        "ignored": dict(sorted(ignored.items())),
         "sources": sources,
         "shards": shards,
     }
@@ -139,13 +156,17 @@ def _compared(found: str | None, expected: str | None) -> str | None:
     return "matches" if found == expected else "differs"
 
 
+def _located(found: Bad | Noted) -> dict[str, Any]:
+    return {"kind": found.kind, "key": found.key, "byte": found.offset, "message": found.message}
+
+
 def _by_kind(faults: Sequence[Bad]) -> dict[str, int]:
     return dict(sorted(Counter(fault.kind for fault in faults).items()))
 
 
 def _looked_up(source: SourceConfig, settings: StorageSettings) -> tuple[dict[str, Any], list[_Found]]:
     """What a source should have and what there is of it; a run would end at the error."""
-    about: dict[str, Any] = {"path": source.path, "split": source.split, "missing": [], "error": None}
+    about: dict[str, Any] = {"path": source.path, "split": source.split, "missing": [], "error": None, "warning": None}
     rows: dict[str, dict[str, Any]] = {}
     shards: Sequence[SourceShard] = []
     try:

@@ -22,7 +22,8 @@ class Embeddings:
     """n items of one modality, in the order of the data; row i of everything belongs to item i.
 
     `vision` and `text` (n, E) float32 on the host, rows of length 1. Equal `caption_ids` mean equal captions;
-    `sets` are names of the data sets that the items come from, where the data tells.
+    `sets` are names of the data sets that the items come from, where the data tells. `others` are more captions of each
+    item; none at all: ().
     """
 
     vision: Tensor
@@ -33,6 +34,7 @@ class Embeddings:
     sets: list[str | None]
     keys: list[str]
     modality: Modality
+    others: Sequence[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -46,7 +48,7 @@ def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modal
     device = next(model.parameters()).device
     width = model.vision_proj.out_features
     vision, text = [torch.empty(0, width)], [torch.empty(0, width)]
-    captions, caption_ids, labels, sets, keys = [], [], [], [], []
+    captions, caption_ids, labels, sets, keys, others = [], [], [], [], [], []
     with torch.no_grad(), tqdm(desc=f"embedding {modality}s", unit=modality, disable=not progress) as bar:
         for pack in packs:
             assert pack.modality == modality, f"a pack of {pack.modality}s among {modality}s"
@@ -59,8 +61,9 @@ def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modal
             labels += pack.labels
             sets += pack.sets
             keys += pack.keys
+            others += pack.other_captions or [()] * len(pack)
             bar.update(len(pack))
-    return Embeddings(torch.cat(vision), torch.cat(text), captions, caption_ids, labels, sets, keys, modality)
+    return Embeddings(torch.cat(vision), torch.cat(text), captions, caption_ids, labels, sets, keys, modality, others)
 
 
 def embed_texts(model: ContrastiveModel, tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Retrieval both ways: recall at 1, 5 and 10 of captions for items and of items for captions.
 
-Captions that are the same are one caption. An item's right answer is its caption, among all distinct ones;
-a caption's right answers are all items that carry it, and one of them among the first k is enough.
+Captions that are the same are one caption. An item's right answers are its captions, among all distinct ones, and a
+caption's right answers are all items that carry it; one of them among the first k is enough. An item has the one
+caption that was embedded with it or, where its source's captions are lines, all of them.
 """
 
 from __future__ import annotations
@@ -9,30 +10,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from univitar_ds.data.text import caption_id
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.evaluation.scores import Figure, chance_at, chunks, hit_at, rank_counts
+from univitar_ds.evaluation.zero_shot import Texts
 
 KS = (1, 5, 10)
 
 
-def retrieval(found: Embeddings) -> list[Figure]:
-    """R@k of both directions. Nothing without items; a k that takes in every candidate is left out."""
+def retrieval(found: Embeddings, texts: Texts | None = None) -> list[Figure]:
+    """R@k of both directions. Nothing without items; a k that takes in every candidate is left out.
+
+    Args: texts: embeds the items' other captions, where there are some.
+    """
     if not len(found):
         return []
-    first: dict[int, int] = {}
-    for row, caption in enumerate(found.caption_ids):
-        first.setdefault(caption, row)
-    place = {caption: column for column, caption in enumerate(first)}
-    caption_of = torch.tensor([place[caption] for caption in found.caption_ids])
-    texts = found.text[list(first.values())]
-    to_text = _hits(found.vision, texts, lambda rows: caption_of[rows, None] == torch.arange(len(texts)))
-    to_item = _hits(texts, found.vision, lambda rows: rows[:, None] == caption_of)
-    carriers = torch.bincount(caption_of).tolist()
+    vectors, items, captions = _captions(found, texts)
+    order = torch.argsort(captions, stable=True)
+    carried, carriers = torch.bincount(items).tolist(), torch.bincount(captions).tolist()
     kind = found.modality
     figures = []
     for task, hits, right, candidates in (
-        (f"{kind} to text", to_text, [1] * len(found), len(texts)),
-        (f"text to {kind}", to_item, carriers, len(found)),
+        (f"{kind} to text", _hits(found.vision, vectors, items, captions), carried, len(vectors)),
+        (f"text to {kind}", _hits(vectors, found.vision, captions[order], items[order]), carriers, len(found)),
     ):
         for k in KS:
             if k < candidates:
@@ -42,12 +42,42 @@ def retrieval(found: Embeddings) -> list[Figure]:
     return figures
 
 
-def _hits(queries: Tensor, gallery: Tensor, right_of) -> dict[int, Tensor]:
-    """For each k the (n,) probability that a query finds a right candidate among its first k."""
+def _captions(found: Embeddings, texts: Texts | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors of the m distinct captions (m, E), and the pairs of an item and a caption that belong together, each
+    once, in the order of the items: two (p,) of indices."""
+    first: dict[int, int] = {}
+    for row, caption in enumerate(found.caption_ids):
+        first.setdefault(caption, row)
+    place = {caption: column for column, caption in enumerate(first)}
+    more: list[str] = []
+    pairs: dict[tuple[int, int], None] = {}
+    for row, caption in enumerate(found.caption_ids):
+        pairs[row, place[caption]] = None
+        for other in found.others[row] if found.others else ():
+            column = place.setdefault(caption_id(other), len(place))
+            if column == len(first) + len(more):
+                more.append(other)
+            pairs[row, column] = None
+    vectors = found.text[list(first.values())]
+    if more:
+        assert texts is not None, "the items have other captions, and nothing embeds them"
+        vectors = torch.cat([vectors, texts(more)])
+    items, captions = torch.tensor(list(pairs)).T.contiguous()
+    return vectors, items, captions
+
+
+def _hits(queries: Tensor, gallery: Tensor, asked: Tensor, right: Tensor) -> dict[int, Tensor]:
+    """For each k the (n,) probability that a query finds a right candidate among its first k.
+
+    Args: asked, right (p,): that candidate right[i] is right for query asked[i], in ascending order of queries.
+    """
     gallery = gallery.double()
     found: dict[int, list[Tensor]] = {k: [] for k in KS}
     for rows in chunks(len(queries), len(gallery)):
-        counts = rank_counts(queries[rows].double() @ gallery.T, right_of(rows))
+        begin, end = torch.searchsorted(asked, torch.stack([rows[0], rows[-1] + 1])).tolist()
+        is_right = torch.zeros(len(rows), len(gallery), dtype=torch.bool)
+        is_right[asked[begin:end] - rows[0], right[begin:end]] = True
+        counts = rank_counts(queries[rows].double() @ gallery.T, is_right)
         for k in KS:
             found[k].append(hit_at(k, *counts))
     return {k: torch.cat(parts) for k, parts in found.items()}

@@ -145,7 +145,7 @@ def _measure(trained: Trained, found: Embeddings) -> tuple[list[Figure], list[st
     templates = config.evaluation.image_templates if kind == "image" else config.evaluation.video_templates
     texts = partial(_embed_texts, trained)
     figures, notes = zero_shot(found, templates, texts)
-    return [*figures, *retrieval(found)], notes
+    return [*figures, *retrieval(found, texts)], notes
 
 
 def _embed_texts(trained: Trained, texts: Sequence[str]) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 
 from univitar_ds.config.section import Modality
 from univitar_ds.data.batch import PackedBatch
+from univitar_ds.data.captions import IGNORED
 from univitar_ds.data.health import KINDS
 from univitar_ds.geometry import token_count
 from univitar_ds.model.dropping import NO_DROPPING, Dropping
@@ -29,6 +30,8 @@ from univitar_ds.training.step import StepResult
 
 BAD_OF_KIND = {f"bad_{kind.removeprefix('bad_')}": kind for kind in KINDS}
 """Name of a kind's count in lines: the kind."""
+IGNORED_OF_KIND = {f"ignored_{kind.removeprefix('bad_')}": kind for kind in IGNORED}
+"""The same of texts that were ignored in samples that were used."""
 SQUARES = {part: f"grad_square_{part}" for part in GRADIENT_PARTS}
 """Part of the model: name of its gradient's sum of squares."""
 OVER_RANKS = {
@@ -38,7 +41,7 @@ OVER_RANKS = {
     "busiest_flops": "max",
     "shrunk": "sum",
     "bad_samples": "sum",
-    **dict.fromkeys(BAD_OF_KIND, "sum"),
+    **dict.fromkeys((*BAD_OF_KIND, *IGNORED_OF_KIND), "sum"),
     "step_s": "max",
     "data_wait_s": "mean",
     "memory_gb": "max",
@@ -67,9 +70,10 @@ def rank_numbers(
     of the step, FLOPs are those of the tokens that stay; squares: `Engine.gradient_squares` of a step that read its
     gradient.
     """
-    bad = Counter[str]()
+    bad, ignored = Counter[str](), Counter[str]()
     for batch in batches:
         bad.update(batch.bad)
+        ignored.update(batch.ignored)
     assert bad.keys() <= set(KINDS), set(bad) - set(KINDS)
     lengths = [token_count(grid) for batch in batches for grid in batch.grid_thw.tolist()]
     kept = [dropping.kept(length) for length in lengths]
@@ -82,6 +86,7 @@ def rank_numbers(
         "shrunk": sum(batch.shrunk for batch in batches),
         "bad_samples": bad.total(),
         **{name: bad[kind] for name, kind in BAD_OF_KIND.items()},
+        **{name: ignored[kind] for name, kind in IGNORED_OF_KIND.items()},
         "step_s": step_s,
         "data_wait_s": data_wait_s,
         "memory_gb": memory_gb(),
@@ -103,7 +108,8 @@ def part_norms(joined: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass
 class Window:
-    """Sums over the steps since the last line; `bad`, those over the whole run by the names of BAD_OF_KIND.
+    """Sums over the steps since the last line; `bad`, those over the whole run by the names of BAD_OF_KIND and
+    IGNORED_OF_KIND.
 
     What is a mean over the steps that had it, losses and their weights, has their number beside it: `<name>_steps`.
     """
@@ -126,7 +132,7 @@ class Window:
         for name, value in (joined | counts | means).items():
             if name in SQUARES.values():
                 continue  # of the line's last step only, see `part_norms`
-            if name in BAD_OF_KIND:
+            if name in BAD_OF_KIND or name in IGNORED_OF_KIND:
                 if value:  # a kind that was never met takes no room in lines and checkpoints
                     self.bad[name] = self.bad.get(name, 0) + value
             elif name == "memory_gb":
@@ -186,7 +192,7 @@ class Window:
             "tokens_seen": progress.tokens,
             "shrunk_pct": 100 * sums["shrunk"] / max(sums["samples"], 1),
             "bad_samples": progress.bad_samples,
-            **{name: int(self.bad[name]) for name in BAD_OF_KIND if name in self.bad},
+            **{name: int(self.bad[name]) for name in (*BAD_OF_KIND, *IGNORED_OF_KIND) if name in self.bad},
             "rollbacks": rollbacks,
             "memory_gb": sums["memory_gb"],
         }

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.progress import run_watched
 from tests.support.s3 import s3_server
-from tests.support.shards import clip, picture, write_demo_shards, write_tar
+from tests.support.shards import clip, picture, sidecar, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.checking import ShardCheck, check_shard
 from univitar_ds.data.crew import At, Bad, Crew, Done, Hashed, Read, Task
@@ -34,7 +34,8 @@ def outcome(path, decode=True, **source):
 
 
 def with_checksum(content: bytes, packed: bytes) -> dict[str, bytes]:
-    return {"jpg": content, "json": json.dumps({"caption": "a", "crc32": zlib.crc32(packed)}).encode()}
+    fields = json.loads(sidecar(["a"], None, "image", (48, 64, 1), "a.jpg")) | {"set": None}
+    return {"jpg": content, "json": json.dumps(fields | {"crc32": zlib.crc32(packed)}).encode()}
 
 
 def test_every_kind_of_bad_sample_is_told_under_its_key(tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.unit.evaluation.made import made, random_rows
+from univitar_ds.data.text import caption_id
 from univitar_ds.evaluation import retrieval as module
 from univitar_ds.evaluation import scores
 from univitar_ds.evaluation.retrieval import retrieval
@@ -88,3 +91,32 @@ def test_no_more_scores_are_held_at_a_time_than_stated_however_many_items_there_
     retrieval(made(rows, rows, [f"caption {i % 3}" for i in range(400)]))
     assert max(seen) <= 600
     assert sum(seen) == 2 * 400 * 3
+
+
+def test_all_captions_of_an_item_are_right_and_count_as_texts():
+    axes = torch.eye(6)
+    vectors = {
+        "a cat": axes[0],
+        "A  cat": axes[0],
+        "feline": axes[4],
+        "a dog": axes[1],
+        "hound": axes[0],
+        "bird": axes[2],
+    }
+    others = [("feline", "A  cat"), ("hound",), ()]
+    asked: list[str] = []
+
+    def texts(sentences):
+        asked.extend(sentences)
+        return torch.stack([vectors[sentence] for sentence in sentences])
+
+    vision = torch.stack([axes[4], axes[1], axes[2]])
+    found = replace(made(vision, torch.stack([axes[0], axes[1], axes[2]]), ["a cat", "a dog", "bird"]), others=others)
+    found = replace(found, caption_ids=[caption_id(caption) for caption in found.captions])
+    figures = {(figure.task, figure.measure): figure for figure in retrieval(found, texts)}
+    assert asked == ["feline", "hound"], "equal captions are one"
+    to_text, to_image = figures["image to text", "R@1"], figures["text to image", "R@1"]
+    assert (to_text.n, to_text.candidates, to_image.n, to_image.candidates) == (3, 5, 5, 3)
+    assert to_text.value == 1.0, "one of an item's captions is enough"
+    assert to_text.chance == pytest.approx((2 / 5 + 2 / 5 + 1 / 5) / 3)
+    assert to_image.value == pytest.approx((1 / 3 + 1 + 1 + 1 / 3 + 1) / 5), "a cat and hound lie at no picture"

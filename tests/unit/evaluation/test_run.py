@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.finished import run_config, write_run
-from tests.support.shards import write_demo_shards
+from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.convert.official import export_encoder
 from univitar_ds.convert.trained import open_trained
@@ -169,3 +169,19 @@ def test_a_checkpoint_of_another_model_is_refused(run: Path, tmp_path: Path):
     (tmp_path / "run" / "config.yaml").write_text((run / "config.yaml").read_text())
     with pytest.raises(CheckpointError, match="does not fit the model"):
         open_trained(tmp_path / "run")
+
+
+def test_all_lines_of_a_txt_are_texts_of_the_retrieval_where_the_source_says_so(tmp_path: Path):
+    text = "a {} picture\na picture that is {}\n{}"
+    samples = [
+        (word, {"png": picture(28 + 14 * n, 42, n, "PNG"), "txt": text.replace("{}", word).encode()})
+        for n, word in enumerate(("red", "green", "blue", "grey", "pink", "white"))
+    ]
+    path = str(write_tar(tmp_path / "lines.tar", samples))
+    write_run(tmp_path / "run", run_config(path, evaluation={"sources": [{"path": path, "captions": "lines"}]}))
+    figures = {(one["task"], one["measure"]): one for one in evaluate(open_trained(tmp_path / "run"))["figures"]}
+    to_text, to_image = figures["image to text", "R@1"], figures["text to image", "R@1"]
+    assert (to_text["n"], to_text["candidates"]) == (6, 18)
+    assert (to_image["n"], to_image["candidates"]) == (18, 6)
+    assert to_text["chance"] == pytest.approx(3 / 18)
+    assert to_image["chance"] == pytest.approx(1 / 6)
