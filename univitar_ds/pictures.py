@@ -33,10 +33,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises: see `rgb_pixels`.
     """
-    image.load()  # some formats turn themselves upright while loading, and drop their tag then
+    _load(image)  # some formats turn themselves upright while loading, and drop their tag then
     if image.mode == "RGB" and "transparency" not in image.info and _orientation(image) == 1:
         return image
     return Image.fromarray(rgb_pixels(image))
+
+
+def _load(image: Image.Image) -> None:
+    """Decode a picture. A PNG may have a text behind its pixels that Pillow refuses when it has decoded them all."""
+    try:
+        image.load()
+    except ValueError as error:
+        if "MAX_TEXT_" not in str(error) or getattr(image, "tile", True):
+            raise
 
 
 def rgb_pixels(image: Image.Image, orientation: int | None = None) -> np.ndarray:

@@ -11,6 +11,7 @@ from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin
 
 from univitar_ds.data import jpeg
 from univitar_ds.data.decode_memory import check_memory
+from univitar_ds.data.png import ICON, without_large_texts
 from univitar_ds.data.probe import check_area, open_picture, orientation_of, reason
 from univitar_ds.data.resample import Extent
 from univitar_ds.errors import SampleError
@@ -89,6 +90,8 @@ def _may_shrink(header: jpeg.JpegHeader) -> bool:
 
 
 def _pillow(data: bytes, max_px: int, orientation: int | None) -> np.ndarray:
+    if data.startswith(ICON):  # Pillow opens what is inside later
+        data = without_large_texts(data)
     with open_picture(data) as image:
         check_area(image.height, image.width, max_px)
         if isinstance(image, IcoImagePlugin.IcoImageFile):
@@ -99,6 +102,8 @@ def _pillow(data: bytes, max_px: int, orientation: int | None) -> np.ndarray:
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise whatever damaged data runs them into
+            if (shorter := without_large_texts(data)) is not data:
+                return _pillow(shorter, max_px, orientation)
             raise SampleError("corrupt", f"the {image.format} picture cannot be decoded: {reason(error)}") from error
 
 

@@ -17,6 +17,7 @@ from PIL import GifImagePlugin, Image, UnidentifiedImageError
 
 from univitar_ds.data import jpeg
 from univitar_ds.data.containers import video_demuxer
+from univitar_ds.data.png import without_large_texts
 from univitar_ds.errors import SampleError
 from univitar_ds.pictures import ORIENTATION_TAG
 
@@ -37,6 +38,9 @@ MAX_SIDE_PX = 1 << 20
 _TIFF_TABLES = (273, 279, 324, 325)
 """Where its strips and tiles lie and how long they are: numbers, whatever type the file gives them."""
 _MOST_TIFF_VALUES = 1 << 20
+_PRIVATE_TAGS, _TIFF_DIRECTORIES = 1 << 15, (34665, 34675, 34853)
+"""Of tags from the first on, which anybody may define, Pillow keeps the bytes alone, but of these: EXIF, colour profile
+and place."""
 _TIFF_TEXT = (1, 2, 6, 7)
 """Types of a tag whose values stay bytes."""
 
@@ -109,6 +113,8 @@ def open_picture(data: bytes) -> Image.Image:
     except SampleError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever a malformed header runs them into
+        if (shorter := without_large_texts(data)) is not data:
+            return open_picture(shorter)
         raise SampleError("unreadable", f"the picture cannot be opened: {reason(error)}") from error
 
 
@@ -126,7 +132,8 @@ def _check_tiff_tables(data: bytes) -> None:
         start += 8 if big else 2
         for at in range(start, min(start + entries * entry.size, len(data) - entry.size + 1), entry.size):
             tag, kind, count = entry.unpack_from(data, at)
-            if count > _MOST_TIFF_VALUES and (kind not in _TIFF_TEXT or tag in _TIFF_TABLES):
+            read = tag < _PRIVATE_TAGS or tag in _TIFF_DIRECTORIES
+            if read and count > _MOST_TIFF_VALUES and (kind not in _TIFF_TEXT or tag in _TIFF_TABLES):
                 told = f"the TIFF's tag {tag} has {count} values, above {_MOST_TIFF_VALUES}"
                 raise SampleError("too_large", f"{told}; store it in larger strips or tiles")
 

@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from tests.support import media
 from univitar_ds.data import decode
@@ -298,6 +298,19 @@ def test_a_long_text_in_a_tiff_is_no_table(monkeypatch):
     monkeypatch.setattr("univitar_ds.data.probe._MOST_TIFF_VALUES", 20)
     data = media.encoded(media.quarters(40, 64), "TIFF", tiffinfo={270: "x" * 100})
     assert probe(data, "tif").width == 64
+
+
+def test_many_numbers_in_a_private_tag_of_a_tiff_are_no_table(monkeypatch):
+    numbers = TiffImagePlugin.ImageFileDirectory_v2()
+    numbers.tagtype[65000] = 4
+    numbers[65000] = tuple(range(100))
+    data = media.encoded(media.quarters(40, 64), "TIFF", tiffinfo=numbers)
+    monkeypatch.setattr("univitar_ds.data.probe._MOST_TIFF_VALUES", 20)
+    assert probe(data, "tif").width == 64
+    numbers.tagtype[301] = 3
+    numbers[301] = tuple(range(100))
+    with pytest.raises(SampleError, match="tag 301 has 100 values"):
+        probe(media.encoded(media.quarters(40, 64), "TIFF", tiffinfo=numbers), "tif")
 
 
 @pytest.mark.parametrize("cut", [2, 6, 9, 40])
