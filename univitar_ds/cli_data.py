@@ -34,13 +34,19 @@ def add_data(commands) -> None:
         "FOLDER holds either metadata.jsonl, a line a file:\n"
         '  {"file": "a/b.jpg", "kind": "image", "caption": "...", "label": "cat", "split": "train"}\n'
         "(`captions` takes a list; `label` and `split` may be absent), or files with their caption beside them\n"
-        "(a/b.jpg and a/b.txt). Unreadable files are left out and listed in the manifest. Interrupted, it goes\n"
-        "on where it was when started again.",
+        "(a/b.jpg and a/b.txt); links to folders are followed, each folder is packed once. Unreadable files are left\n"
+        "out and listed in the manifest. Interrupted, it goes on where it was when started again.",
     )
     pack.add_argument("folder", type=Path)
     pack.add_argument("out", help="a folder, or s3://bucket/prefix; there shards are uploaded one by one and verified")
     pack.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard (default 64)")
     pack.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check the files")
+    pack.add_argument(
+        "--captions",
+        choices=("one", "lines"),
+        default="one",
+        help="what a .txt beside a file holds: one caption (default), or one a line",
+    )
     pack.add_argument("--no-verify", action="store_true", help="read headers only; do not decode every file once")
     _add_storage(pack)
     _add_verify(data)
@@ -123,6 +129,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         verify=not arguments.no_verify,
         settings=_storage_settings(arguments),
+        captions=arguments.captions,
     )
     for split, kinds in manifest["counts"].items():
         _say(f"{split}: " + ", ".join(f"{count} {kind}s" for kind, count in kinds.items()))

@@ -73,7 +73,7 @@ def read_texts(members: Mapping[str, bytes], *, lines: bool = False, packed: boo
         captions = _of_txt(members["txt"], aside)
         several = len(captions) > 1 and not lines
         if several:
-            captions = (_visible(_decoded(members["txt"])),)
+            captions = (_visible(decoded(members["txt"])),)
     captions = captions or _of_fields(fields, _UNMARKED, _Aside())
     label = _label(fields, members.get("cls"), aside)
     if not captions and not label:
@@ -187,7 +187,7 @@ def _of_txt(content: bytes, aside: _Aside) -> tuple[str, ...]:
         aside.put("too_large", f"its .txt has {len(content)} bytes (limit {BYTES_LIMIT})")
         return ()
     try:
-        captions = caption_lines(_decoded(content))
+        captions = caption_lines(decoded(content))
     except UnicodeError as error:
         aside.put("bad_caption", f"its .txt is not UTF-8 text ({_where(error)})")
         return ()
@@ -218,7 +218,7 @@ def _of_cls(content: bytes, aside: _Aside) -> str | None:
         aside.put("too_large", f"its .cls has {len(content)} bytes (limit {BYTES_LIMIT})")
         return None
     try:
-        return _decoded(content).strip() or None
+        return decoded(content).strip() or None
     except UnicodeError as error:
         aside.put("bad_label", f"its .cls is not UTF-8 text ({_where(error)})")
         return None
@@ -257,7 +257,7 @@ def _visible(text: str) -> str:
     return text if any(one.isprintable() and not one.isspace() for one in text) else ""
 
 
-def _decoded(content: bytes) -> str:
+def decoded(content: bytes) -> str:
     """UTF-8, or what a byte order mark says. Raises: UnicodeError, also for zero bytes, which no text has."""
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
     text = content.decode(encoding)

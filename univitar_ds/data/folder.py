@@ -1,19 +1,18 @@
 """What a folder says it holds: the rows of its metadata.jsonl, or media files with a caption beside them.
 
-Nothing is opened but the texts. A fault in them is the author's to mend: all are looked for, then told at once.
+Nothing is opened but the texts. A fault in a metadata.jsonl is its author's to correct: all are looked for, then
+reported at once. A .txt with a fault costs the file that it is of.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
-from univitar_ds.data.probe import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from univitar_ds.data.sidecars import read_sidecars
 from univitar_ds.errors import DataError
 
 METADATA = "metadata.jsonl"
@@ -39,43 +38,50 @@ class Row:
 
 @dataclass(frozen=True)
 class Listing:
-    """The rows in the folder's own order, and media files that are left out because nothing describes them."""
+    """The rows in the folder's own order, and files and folders that are left out, with the reason."""
 
     rows: list[Row]
-    undescribed: list[str]
+    left_out: dict[str, str]
 
 
 class _Fault(Exception):
     """What is wrong with one row."""
 
 
-def read_folder(folder: Path) -> Listing:
-    """All rows of a folder.
+def read_folder(folder: Path, captions: Literal["one", "lines"] = "one") -> Listing:
+    """All rows of a folder; `captions`: whether a .txt beside a file holds one, or one a line.
 
     Raises: DataError if there is no folder, nothing in it, or any row with a fault; it names the first few.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give one with media files and a {METADATA} or .txt captions")
+        tar = " (a tar needs no packing: give it as a source)" if folder.suffix.lower() == ".tar" else ""
+        raise DataError(f"{folder} is no folder{tar}; give one with media files and a {METADATA} or .txt captions")
     metadata = folder / METADATA
     faults: list[str] = []
+    left_out: dict[str, str] = {}
     if metadata.is_file():
-        rows, undescribed = _from_metadata(folder, metadata, faults), []
+        if captions == "lines":
+            raise DataError(f"{metadata} lists captions itself; --captions lines is for folders of .txt, leave it out")
+        rows = _from_metadata(folder, metadata, faults)
     else:
-        rows, undescribed = _from_sidecars(folder, faults)
+        beside = read_sidecars(folder, lines=captions == "lines")
+        rows = [Row(file, None, texts, None, "train") for file, texts in beside.captions.items()]
+        left_out = beside.left_out
     if faults:
         rest = f" (and {len(faults) - _TOLD} more)" if len(faults) > _TOLD else ""
         raise DataError(
-            f"{folder}: {len(faults)} faults in its descriptions, nothing was packed; mend or remove: "
+            f"{folder}: {len(faults)} faults in its descriptions, nothing was packed; correct or remove: "
             + "; ".join(faults[:_TOLD])
             + rest
         )
     if not rows:
-        beside = f" ({len(undescribed)} media files have no .txt with a caption beside them)" if undescribed else ""
+        first = next((f", the first: {file}: {reason}" for file, reason in left_out.items()), "")
+        told = f" ({len(left_out)} left out{first})" if left_out else ""
         raise DataError(
-            f"{folder} has nothing to pack{beside}; it needs a {METADATA} with a row per file, "
+            f"{folder} has nothing to pack{told}; it needs a {METADATA} with a row per file, "
             "or a .txt caption beside each media file"
         )
-    return Listing(rows, undescribed)
+    return Listing(rows, left_out)
 
 
 def _from_metadata(folder: Path, metadata: Path, faults: list[str]) -> list[Row]:
@@ -152,38 +158,6 @@ def _inside(folder: Path, file: Any) -> str:
     if not found:
         raise _Fault(f"file {file!r} is missing")
     return str(path)
-
-
-def _from_sidecars(folder: Path, faults: list[str]) -> tuple[list[Row], list[str]]:
-    rows, undescribed = [], []
-    for path in _media_files(folder):
-        file, sidecar = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
-        if not sidecar.is_file():
-            undescribed.append(file)
-            continue
-        try:
-            caption = " ".join(sidecar.read_bytes().decode("utf-8-sig").split())
-        except OSError as error:
-            faults.append(f"{sidecar.relative_to(folder)}: cannot be read ({error.strerror})")
-            continue
-        except UnicodeDecodeError as error:
-            faults.append(f"{sidecar.relative_to(folder)}: byte {error.start} is not UTF-8 text")
-            continue
-        if caption:
-            rows.append(Row(file, None, (caption,), None, "train"))
-        else:
-            faults.append(f"{sidecar.relative_to(folder)}: the caption is empty")
-    return rows, undescribed
-
-
-def _media_files(folder: Path) -> Iterator[Path]:
-    """Files with a media extension, hidden ones left out, in an order that depends on their names alone."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(parent, name)
-            if not name.startswith(".") and path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS | VIDEO_EXTENSIONS:
-                yield path
 
 
 def _short(value: Any) -> str:

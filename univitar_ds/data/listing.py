@@ -15,7 +15,7 @@ from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.journal import JOURNAL
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.manifest import MANIFEST, read_manifest
-from univitar_ds.data.storage import LOCAL, S3, Storage, StorageSettings, storage_for
+from univitar_ds.data.storage import LOCAL, S3, Storage, StorageSettings, check_address, storage_for
 from univitar_ds.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -94,8 +94,10 @@ def warn_once(message: str) -> None:
 
 
 def place_of(source: SourceConfig) -> str:
-    """The folder or tars of a source; it may be named by its manifest. Raises: DataError for no bucket of S3."""
+    """The folder or tars of a source; it may be named by its manifest. Raises: DataError for an address that cannot
+    be read, or names no bucket of S3."""
     path = os.path.expanduser(source.path).removesuffix(f"/{MANIFEST}")
+    check_address(path)
     if path.startswith(S3) and path[len(S3) : len(S3) + 1] in ("", "/"):
         raise DataError(f"source {source.path}: names no bucket; write s3://BUCKET/PREFIX")
     return re.sub(r"(?<=[^/:])//+$", "/", path)

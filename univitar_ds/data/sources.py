@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import captions, tar
-from univitar_ds.data.class_names import read_class_names
+from univitar_ds.data.class_names import read_class_names, shared_names
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.listing import PACK_HINT, Shard, list_shards, place_of, warn_once
 from univitar_ds.data.mixture import shares_of
@@ -221,6 +221,8 @@ def _spread(shards: Sequence[AnyShard], most: int) -> list[AnyShard]:
 def of_source(shards: Sequence[Shard], source: SourceConfig, settings: StorageSettings) -> list[SourceShard]:
     """Shards with what their source says of them. Raises: DataError if its class names cannot be read."""
     names = read_class_names(source.class_names, settings) if source.class_names else ()
+    if shared := shared_names(names):
+        warn_once(f"{source.class_names}: {shared}")
     about: dict[str, Any] = {
         "source": source.label,
         "watch": LineWatch(source),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,13 @@ _FILES_OF_OTHERS = 512
 """What is left to the rest of the process, which opens files, sockets and pipes later."""
 S3 = "s3://"
 SCHEMES = "a local path or an s3:// address"
+_ELSEWHERE = (
+    (("file",), ": leave file:// out"),
+    (("hf",), "; download the data set first (hf download) and give the folder"),
+    (("http", "https"), "; download the shards first, or give the s3:// address of what lies in an S3 store"),
+    (("gs", "gcs", "az", "abfs", "abfss", "wasb", "wasbs"), "; copy the shards to a disk or to a store that speaks S3"),
+)
+"""Schemes of other places, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -219,10 +227,28 @@ def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
     """
     if url.startswith(S3):
         return _s3_storage(settings, os.getpid())
-    scheme, separator, _ = url.partition("://")
-    if separator:
-        raise DataError(f"{url}: cannot read from {scheme}://; a source must be {SCHEMES}")
+    if "://" in url:
+        check_address(url)
     return LocalStorage()
+
+
+def check_address(url: str) -> None:
+    """Raises: DataError for what is neither a local path nor on S3; it names what it is and what to do instead."""
+    if os.path.exists(url):  # a colon is as good as any letter
+        return
+    if url.startswith("pipe:"):
+        told = re.search(r"s3://\S+", url)
+        remedy = f"give {told[0]}" if told else "copy the shards to a disk or an S3 store, and give that"
+        raise DataError(f"{url}: pipe: is a command to webdataset, but shards are read at any byte here; {remedy}")
+    if "::" in url:
+        raise DataError(
+            f"{url}: :: joins several shards for webdataset; here each is a source of its own, or one source names "
+            "them by braces, {a,b}.tar or {000..127}.tar"
+        )
+    scheme, separator, _ = url.partition("://")
+    if separator and not url.startswith(S3):
+        hint = next((hint for schemes, hint in _ELSEWHERE if scheme in schemes), "")
+        raise DataError(f"{url}: cannot read from {scheme}://; a source must be {SCHEMES}{hint}")
 
 
 @cache

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from tqdm import tqdm
 
@@ -65,6 +65,7 @@ def pack_folder(
     progress: bool = True,
     settings: StorageSettings = LOCAL,
     state: Path | None = None,
+    captions: Literal["one", "lines"] = "one",
 ) -> dict[str, Any]:
     """Pack a folder into `out`: {split}-{kind}-{000000}.tar and manifest.json. Can be killed and run again.
 
@@ -79,7 +80,8 @@ def pack_folder(
     Args: shard_mb, size of a shard in 10^6 bytes (a larger sample gets a shard for itself); workers, processes
         that examine files (None: as many as are worth it); verify, decode every file once instead of trusting
         headers; progress, show bars on stderr; settings, how S3 is reached; state, the folder for what is known
-        of packings to S3 (None: ~/.local/state/univitar_ds/pack).
+        of packings to S3 (None: ~/.local/state/univitar_ds/pack); captions, whether a .txt beside a file holds one
+        caption, or one a line.
     Returns: the manifest.
     Raises: DataError for a folder with faulty descriptions or nothing to pack, and for an `out` that is in use
         or not ours.
@@ -87,7 +89,7 @@ def pack_folder(
     folder = Path(folder)
     if shard_mb <= 0:
         raise DataError(f"shards of {shard_mb} MB hold nothing; use a size above 0")
-    listing = read_folder(folder)
+    listing = read_folder(folder, captions)
     destination = destination_of(out, folder, settings, state)
     workspace = destination.workspace
     if workspace.resolve().is_relative_to(folder.resolve()):
@@ -102,7 +104,7 @@ def pack_folder(
                 f"{folder}: none of its {len(skipped)} media files can be read; the first: "
                 f"{skipped[0]['file']}: {skipped[0]['reason']}"
             )
-        skipped += [{"file": file, "reason": "no_caption: there is no .txt beside it"} for file in listing.undescribed]
+        skipped += [{"file": file, "reason": reason} for file, reason in listing.left_out.items()]
         shards = _planned(samples, shard_mb)
         try:
             return _write_all(folder, destination, shards, samples, skipped, shard_mb, journal, progress)

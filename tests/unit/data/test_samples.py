@@ -10,15 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.loading import STAGE, only_lane
 from tests.support.memory import shards_of
 from tests.support.shards import clip, picture
+from univitar_ds.cli import main
+from univitar_ds.config.data import DataConfig
 from univitar_ds.data import captions, samples
 from univitar_ds.data.captions import read_texts
 from univitar_ds.data.health import KINDS
 from univitar_ds.data.samples import SizeRule, belongs, read_sample, read_sample_again
 from univitar_ds.data.sampling import Sampling
 from univitar_ds.data.scans import shard_samples
-from univitar_ds.errors import SampleError
+from univitar_ds.data.tar import SORT_HINT
+from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Resolution
 
 IMAGE = SizeRule("image", Resolution(1, 100, 14), 1, 100, 10**6)
@@ -250,3 +254,38 @@ def test_every_sample_has_one_owner(members, modality, owner):
         (group,) = samples.tar.groups(stream, "m0", shard.size)
     owners = [kind for kind in ("image", "video") if belongs(group, shard, kind)]
     assert owners == [owner]
+
+
+def apart(folder):
+    """A tar that is not sorted: all pictures, then all captions."""
+    with tarfile.open(folder / "apart.tar", "w") as tar:
+        for extension, content in (("png", PNG), ("txt", b"t")):
+            for number in range(3):
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return str(folder / "apart.tar")
+
+
+def test_members_that_lie_apart_get_a_hint_at_their_order_wherever_they_are_read(tmp_path, capsys, caplog):
+    path = apart(tmp_path)
+    assert main(["data", "verify", path, "--report", str(tmp_path / "verify.json")]) == 1
+    out = capsys.readouterr().out
+    assert "no_caption: apart/0 at byte 0: neither captions" in out
+    assert "no_media: apart/0 at byte 3072: no image among its members (txt); the members of a sample must" in out
+    assert f"shard apart: more of 0 at byte 3072; {SORT_HINT}" in out
+    data = DataConfig(sources=[{"path": path}], lanes=1, workers=0)
+    told = r"none of the 1 shards has a readable image.* in shard apart the members of 0"
+    with pytest.raises(DataError, match=told), only_lane(data, STAGE, "image") as loader:
+        next(loader)
+    assert SORT_HINT in caplog.text
+
+
+def test_dots_in_the_names_of_members_get_the_rule_for_keys(tmp_path):
+    for members, named in (({"v2.png": PNG, "v2.txt": b"t"}, "v2.png"), ({"png": PNG, "en.txt": b"t"}, "en.txt")):
+        with pytest.raises(SampleError, match=f"a key ends at the first dot of a name.*'{named}' is read as an ext"):
+            read_sample(*shard_and_group(members), IMAGE)
+    with pytest.raises(SampleError) as caught:
+        read_sample(*shard_and_group({"png": PNG, "npy": b"t"}), IMAGE)
+    assert "first dot" not in str(caught.value)
+    assert SORT_HINT not in str(caught.value)

@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
+import re
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from tests.support.shards import clip, picture, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import sources
+from univitar_ds.data.class_names import read_class_names
 from univitar_ds.data.journal import JOURNAL
 from univitar_ds.data.listing import Shard, expand_braces
 from univitar_ds.data.loader import PackLoader
@@ -27,7 +30,8 @@ from univitar_ds.data.sources import (
     of_modality,
     validate_sources,
 )
-from univitar_ds.data.storage import StorageSettings
+from univitar_ds.data.storage import LOCAL, StorageSettings
+from univitar_ds.data.verify import verify
 from univitar_ds.errors import DataError
 
 
@@ -349,3 +353,35 @@ def test_captions_of_remote_shards_are_those_of_local_ones_and_cost_no_whole_sha
         read = sum(int(last) + 1 - int(first) for first, last in asked)
         assert read < 2 * 2 * 12 * 4096  # of 2.4 MB
         assert not (tmp_path / "session" / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("a.tar::b.tar", "a.tar::b.tar: :: joins several shards for webdataset.* each is a source of its own"),
+        ("s3://b/a.tar::s3://b/c.tar", ":: joins several shards for webdataset"),
+        ("pipe:curl -s https://h/a.tar", "pipe: is a command to webdataset.*copy the shards to a disk or an S3 store"),
+        ("pipe:aws s3 cp s3://b/a.tar -", "pipe: is a command to webdataset.*; give s3://b/a.tar"),
+        ("pipe:gunzip < a.tar.gz", "pipe: is a command to webdataset"),
+        ("gs://bucket/a.tar", "cannot read from gs://.*store that speaks S3"),
+        ("hf://datasets/a/b/{000..003}.tar", "cannot read from hf://.*hf download"),
+        ("https://host/a.tar", "cannot read from https://.*download the shards first"),
+        ("file:///data/a.tar", "cannot read from file://.*leave file:// out"),
+    ],
+)
+def test_what_only_other_loaders_read_is_named_for_what_it_is(path, told):
+    with pytest.raises(DataError, match=told):
+        find_shards([SourceConfig(path=path)])
+    report = verify([SourceConfig(path=path)], progress=False)
+    assert re.search(told, report["sources"][0]["error"])
+    assert not report["sound"]
+    if "::" not in path:
+        with pytest.raises(DataError, match=told):
+            read_class_names(path, LOCAL)
+
+
+def test_a_colon_in_the_name_of_a_file_that_is_there_is_a_letter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a::b.tar", "pipe:c.tar"):
+        write_tar(Path(name), [("k", {"txt": b"t"})])
+        assert [shard.path for shard in find_shards([SourceConfig(path=name)])] == [name]

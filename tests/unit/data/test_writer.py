@@ -13,7 +13,8 @@ from PIL import Image
 
 from tests.support import media
 from tests.support.packing import contents, numbers_folder, pack, picture_row, samples_of
-from univitar_ds.data import writer
+from univitar_ds.data import storage, writer
+from univitar_ds.data.captions import BYTES_LIMIT
 from univitar_ds.data.journal import open_journal
 from univitar_ds.data.probe import probe
 from univitar_ds.data.writer import read_manifest
@@ -200,8 +201,8 @@ def test_texts_that_cannot_be_read_are_told(tmp_path, monkeypatch):
 
     (tmp_path / "a.jpg").write_bytes(media.encoded(media.noise(20, 20)))
     (tmp_path / "a.txt").write_bytes(b"words")
-    monkeypatch.setattr(Path, "read_bytes", refused)
-    with pytest.raises(DataError, match=r"1 faults.*a\.txt: cannot be read \(Permission denied\)"):
+    monkeypatch.setattr(storage, "open_regular", refused)
+    with pytest.raises(DataError, match=r"1 left out.*a\.jpg: unreadable: a\.txt: .*cannot be read: Permission denied"):
         pack(tmp_path, tmp_path.parent / "out")
     (tmp_path / "metadata.jsonl").write_bytes(b"{}")
     monkeypatch.setattr(Path, "open", refused)
@@ -209,13 +210,25 @@ def test_texts_that_cannot_be_read_are_told(tmp_path, monkeypatch):
         pack(tmp_path, tmp_path.parent / "out")
 
 
-def test_a_sidecar_that_is_no_text_or_empty_is_a_fault(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.jpg").write_bytes(media.encoded(media.noise(20, 20)))
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "b.txt").write_bytes(b" \n")
-    with pytest.raises(DataError, match=r"2 faults.*a\.txt: byte 3 is not UTF-8 text; b\.txt: the caption is empty"):
-        pack(tmp_path, tmp_path.parent / "out")
+def test_a_sidecar_that_is_no_text_or_empty_costs_its_file_alone(tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    texts = {"a": b"caf\xe9", "b": b" \n", "c": b"", "d": b"fine", "e": b"x" * (BYTES_LIMIT + 1), "f": b"n\0u\0l\0"}
+    for name, text in texts.items():
+        (plain / f"{name}.jpg").write_bytes(media.encoded(media.noise(20, 20)))
+        (plain / f"{name}.txt").write_bytes(text)
+    manifest = pack(plain, tmp_path / "out")
+    assert manifest["counts"] == {"train": {"image": 1}}
+    assert {row["file"]: row["reason"] for row in manifest["skipped"]} == {
+        "a.jpg": "bad_caption: a.txt: byte 3 is not UTF-8 text",
+        "b.jpg": "bad_caption: b.txt: the caption is empty",
+        "c.jpg": "bad_caption: c.txt: the caption is empty",
+        "e.jpg": "too_large: e.txt: the file has 1048577 bytes (limit 1048576)",
+        "f.jpg": "bad_caption: f.txt: is not UTF-8 text: byte 1 is zero",
+    }
+    packed = contents(tmp_path / "out")
+    assert pack(plain, tmp_path / "out") == manifest
+    assert contents(tmp_path / "out") == packed
 
 
 @pytest.mark.parametrize(
@@ -271,10 +284,14 @@ def test_a_folder_with_nothing_to_pack_is_refused(tmp_path):
     with pytest.raises(DataError, match="has nothing to pack"):
         pack(tmp_path / "empty", tmp_path / "out")
     (tmp_path / "empty/a.jpg").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"nothing to pack \(1 media files have no \.txt"):
+    with pytest.raises(
+        DataError, match=r"nothing to pack \(1 left out, the first: a\.jpg: no_caption: there is no \.txt"
+    ):
         pack(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is no folder;"):
         pack(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(DataError, match=r"is no folder \(a tar needs no packing: give it as a source\)"):
+        pack(tmp_path / "shard.tar", tmp_path / "out")
     broken = media.write_folder(tmp_path / "broken", {"a.jpg": b"x"}, [{"file": "a.jpg", "caption": "x"}])
     with pytest.raises(DataError, match=r"none of its 1 media files can be read; the first: a\.jpg: unreadable"):
         pack(broken, tmp_path / "out2")
