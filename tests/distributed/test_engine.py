@@ -85,6 +85,7 @@ def unused(world, folder):
         steps(engine, 3, 4)
         answers[stage] = before, weights(engine, folder)["spare.weight"]
         engine.close()
+        engine.close()  # as the end of a run does where the next engine could not be assembled
     return answers
 
 

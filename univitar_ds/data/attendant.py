@@ -188,6 +188,8 @@ class Attendant:
         if self._stopped:
             raise Closed
         code = self._server.end(self._pid, hangs=bool(what))
+        if self._stopped:  # meanwhile: no failure of the process
+            raise Closed
         if code is None:
             what = what or "went down with the process it was forked from"
         elif code < 0:

@@ -175,8 +175,13 @@ class Crew:
         context.set_forkserver_preload([self._work.__module__])
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
-        process.start()
-        theirs.close()
+        try:
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         hand = _Hand(process, ours, monotonic() + _START_S)
         self._hands.append(hand)
         return hand

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Collection
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from univitar_ds.data import worker
@@ -22,13 +23,19 @@ _CLOSE_S = 10.0
 
 
 class ForkServer:
-    """Starts and ends decoding processes that write into `ring`. For any number of threads."""
+    """Starts and ends decoding processes that write into `ring`. For any number of threads.
+
+    `_talk` is held by the thread that starts the server or waits for its answer, for up to `_ANSWER_S`. `_state` is
+    held for moments, whenever the four fields below it change or are used: so `close` can end the server, and thereby
+    wake the thread that waits for it, at any moment of a start. Once `_closed` is set nothing is started any more.
+    """
 
     def __init__(self, ring: Ring, needs: Collection[worker.Need] = ("image", "video")) -> None:
         """Nothing is started yet. `needs` is what processes can do right after they start."""
         self._ring = ring
         self._needs = sorted(needs)
-        self._talk = threading.Lock()
+        self._talk = threading.RLock()  # reentrant as `_state` is: a collection may close the pipeline inside a call
+        self._state = threading.RLock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
@@ -60,40 +67,60 @@ class ForkServer:
             return None
 
     def close(self) -> None:
-        """End the server and all processes it has started. Safe to call from any thread and again."""
-        self._closed = True
-        if self._process is None:
-            return
-        if not self._ready:  # it has no children yet, and would look at its socket only after its imports
-            self._process.kill()
-        if self._control is not None:
-            self._control.shutdown(socket.SHUT_RDWR)
-        try:
-            self._process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """End the server and all processes it has started. Safe to call from any thread, at any time and again."""
+        with self._state:
+            self._closed = True
+            process = self._process
+            if process is not None and not self._ready:
+                process.kill()  # it has no children yet, and would look at its socket only after its imports
+            if self._control is not None:
+                with suppress(OSError):
+                    self._control.shutdown(socket.SHUT_RDWR)  # whoever waits for an answer wakes too
+        if process is not None:
+            try:
+                process.wait(_CLOSE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._talk.acquire(timeout=_CLOSE_S):
+            try:
+                self._forget()
+            finally:
+                self._talk.release()
 
     def _ask(self, wanted: bytes, pid: int, *descriptors: int) -> int:
         with self._talk:
             try:
-                if self._control is None and wanted == worker.FORK:
-                    self._start()
-                if self._control is None:
-                    raise EOFError
-                socket.send_fds(self._control, [worker.MESSAGE.pack(wanted, pid)], descriptors)
-                _, answer = worker.MESSAGE.unpack(self._receive(worker.MESSAGE.size))
+                control = self._control
+                if control is None and wanted == worker.FORK:
+                    control = self._start()
+                if control is None:
+                    raise EOFError("there is no server")
+                socket.send_fds(control, [worker.MESSAGE.pack(wanted, pid)], descriptors)
+                _, answer = worker.MESSAGE.unpack(_receive(control, worker.MESSAGE.size))
                 return answer
             except (EOFError, OSError):
                 self._forget()
                 raise
 
-    def _start(self) -> None:
-        if self._closed:
-            raise EOFError
-        self._control, theirs = socket.socketpair()
+    def _start(self) -> socket.socket:
+        """A server that is ready. Raises: EOFError or OSError, also if it was closed meanwhile."""
+        with self._state:
+            if self._closed:
+                raise EOFError("the server is closed")
+            self._control, theirs = socket.socketpair()
+            with theirs:
+                self._process = self._launch(theirs.fileno())
+            control = self._control
+            control.settimeout(_ANSWER_S)
+        _receive(control, len(worker.READY))
+        with self._state:
+            self._ready = True
+        return control
+
+    def _launch(self, control: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", "-m", "univitar_ds.data.worker"]
-        numbers = (self._ring.descriptor, self._ring.slots, self._ring.slot_bytes, theirs.fileno())
+        numbers = (self._ring.descriptor, self._ring.slots, self._ring.slot_bytes, control)
         # One thread each: there are as many processes as the user wants cores to be busy.
         environment = {
             **safe_environment(os.environ),
@@ -101,31 +128,27 @@ class ForkServer:
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        with theirs:
-            self._process = subprocess.Popen(
-                [*command, *map(str, numbers), *self._needs],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(self._ring.descriptor, theirs.fileno()),
-                env=environment,
-            )
-        if self._closed:  # too late for `close` to see the process
-            raise EOFError
-        self._control.settimeout(_ANSWER_S)
-        self._receive(len(worker.READY))
-        self._ready = True
-
-    def _receive(self, size: int) -> bytes:
-        assert self._control is not None
-        data = self._control.recv(size, socket.MSG_WAITALL)
-        if len(data) < size:
-            raise EOFError("it has ended")
-        return data
+        return subprocess.Popen(
+            [*command, *map(str, numbers), *self._needs],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(self._ring.descriptor, control),
+            env=environment,
+        )
 
     def _forget(self) -> None:
-        """Whatever is left of the server goes, with all its processes."""
-        if self._control is not None:
-            self._control.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._control, self._process, self._ready = None, None, False
+        """Whatever is left of the server goes, with all its processes. For the thread that holds `_talk`."""
+        with self._state:
+            control, process = self._control, self._process
+            self._control, self._process, self._ready = None, None, False
+        if control is not None:
+            control.close()
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+def _receive(control: socket.socket, size: int) -> bytes:
+    data = control.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        raise EOFError("it has ended")
+    return data

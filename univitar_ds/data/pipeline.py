@@ -96,8 +96,12 @@ class Pipeline:
         for attendant in self._attendants:
             self._threads.append(threading.Thread(target=self._attend, args=[attendant], name="decoder", daemon=True))
         atexit.register(self.close)
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # no more threads are allowed: those that run would wait for ever
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -112,11 +116,13 @@ class Pipeline:
         """The next pack in order.
 
         Raises: when its turn comes, StopIteration after the last plan and whatever planning or decoding raised, such as
-        DataError for a shard that cannot be read or for decoding processes that end too often.
+        DataError for a shard that cannot be read or for decoding processes that end too often; RuntimeError if the
+        pipeline is closed, or gets closed by another thread meanwhile.
         """
         with self._changed:
-            assert not self._stopped, "the pipeline is closed"
-            self._changed.wait_for(lambda: self._failure is not None or self._next in self._done)
+            self._changed.wait_for(lambda: self._stopped or self._failure is not None or self._next in self._done)
+            if self._stopped:
+                raise RuntimeError("the pipeline is closed")
             if self._failure is not None:
                 raise self._failure
             outcome = self._done[self._next]
@@ -141,7 +147,7 @@ class Pipeline:
         return Rendered(rendered.plan, pixels, rendered.failures)
 
     def close(self) -> None:
-        """End the processes and threads and free the ring. Safe to call again."""
+        """End the processes and threads and free the ring. Safe to call from any thread, at any time and again."""
         with self._changed:
             if self._stopped:
                 return
@@ -150,10 +156,13 @@ class Pipeline:
         atexit.unregister(self.close)
         for attendant in self._attendants:
             attendant.stop()
-        self._server.close()
-        for thread in self._threads:
-            thread.join(timeout=10)
-        self._ring.close()
+        try:
+            self._server.close()
+            for thread in self._threads:
+                if thread.ident is not None and thread is not threading.current_thread():  # it has started
+                    thread.join(timeout=10)
+        finally:
+            self._ring.close()
 
     def _take_back(self, slot: int) -> None:
         with self._changed:

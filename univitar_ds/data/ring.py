@@ -23,19 +23,23 @@ class Ring:
     """
 
     def __init__(self, descriptor: int, slots: int, slot_bytes: int) -> None:
-        """Map an existing file; the ring then owns the descriptor."""
+        """Map an existing file; the ring then owns the descriptor, unless mapping fails."""
         self.slots = slots
         self.slot_bytes = slot_bytes
-        self._descriptor: int | None = descriptor
         self._map: mmap.mmap | None = mmap.mmap(descriptor, _total(slots, slot_bytes))
+        self._descriptor: int | None = descriptor
 
     @classmethod
     def create(cls, slots: int, slot_bytes: int) -> Self:
         """A new ring; pages take memory when they are first written."""
         assert min(slots, slot_bytes) > 0, (slots, slot_bytes)
         descriptor = _anonymous_file()
-        os.ftruncate(descriptor, _total(slots, slot_bytes))
-        return cls(descriptor, slots, slot_bytes)
+        try:
+            os.ftruncate(descriptor, _total(slots, slot_bytes))
+            return cls(descriptor, slots, slot_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     @property
     def descriptor(self) -> int:
@@ -58,9 +62,9 @@ class Ring:
     def close(self) -> None:
         """Give the memory back once the last view is gone. Safe to call again."""
         self._map = None
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None  # taken first: its number may soon be another file's
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _start(slots: int) -> int:

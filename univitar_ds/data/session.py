@@ -21,11 +21,13 @@ from pathlib import Path
 _PREFIX = "univitar-ds-"
 _LOCK = "owner.lock"
 _REMOVALS = 3
+_making = threading.Lock()
 
 
 def session_folder() -> str:
-    """This process's folder, made at the first call and removed when the process ends."""
-    return _folder_of(os.getpid())
+    """This process's folder, made at the first call and removed when the process ends. One for all threads."""
+    with _making:
+        return _folder_of(os.getpid())
 
 
 class Pins:

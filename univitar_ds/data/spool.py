@@ -134,8 +134,14 @@ class Spool:
                 raise self._copies.failed(error) from error
             if files is None:
                 return None
-            started = self._downloads[version] = _Download(version, files, self._copies, self._fetch, self._ended)
-            started.start()
+            try:
+                started = _Download(version, files, self._copies, self._fetch, self._ended)
+                started.start()
+            except BaseException:  # no more threads, as while the process ends: nobody may wait for this one
+                for file in files:
+                    os.close(file)
+                raise
+            self._downloads[version] = started
             return started
 
     def _ended(self, version: Version, error: Exception | None) -> None:
@@ -151,7 +157,7 @@ class Spool:
             version = next(iter(self._hints))
             del self._hints[version]
             if not self._copies.whole(version):
-                with suppress(DataError):
+                with suppress(DataError, RuntimeError):  # the latter where no thread can be started any more
                     self._download(version, needed=False)
 
 
@@ -191,10 +197,12 @@ class _Download(threading.Thread):
         finally:
             os.close(part)
             os.close(lock)
-            self._ended(self._version, self._error)
-            with self._grown:
-                self._over = True
-                self._grown.notify_all()
+            try:
+                self._ended(self._version, self._error)
+            finally:  # whatever the next downloads meet, those who wait for this one are woken
+                with self._grown:
+                    self._over = True
+                    self._grown.notify_all()
 
     def wait(self, position: int) -> None:
         """Until the byte at `position` is there or nothing more comes."""

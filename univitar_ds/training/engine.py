@@ -84,6 +84,7 @@ class Engine:
         The shares of all ranks make up the gradient: their sum is the square of `grad_norm`.
         """
         self._read_gradient = False
+        self._closed = False
         self._make_moments()
 
     @property
@@ -236,7 +237,10 @@ class Engine:
         self._engine.global_steps = state["global_steps"]
 
     def close(self) -> None:
-        """Releases hooks and all memory; the engine and its model are useless afterwards."""
+        """Releases hooks and all memory; the engine and its model are useless afterwards. Safe to call again."""
+        if self._closed:
+            return
+        self._closed = True  # first: a release that fails half-way cannot be repeated
         module, owners = self.module, (self._engine, self._optimizer, self._optimizer.optimizer)
         self._engine.destroy()
         self._forget_forwards()

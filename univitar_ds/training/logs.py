@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -95,9 +95,14 @@ class MetricLog:
         self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        """All of them, also where closing one fails, as it does on a full disk. Safe to call again."""
+        with ExitStack() as closing:
+            closing.callback(self._close_bar)
+            if self._board is not None:
+                closing.callback(self._board.close)
+            closing.callback(self._file.close)
+
+    def _close_bar(self) -> None:
         if self._bar is not None:
             with self._terminal():
                 self._bar.close()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,28 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
     """
     repeat_bits(cfg.deterministic)
     trainer = _Trainer(cfg, run, world, stop)
-    try:
+    with closed_after(trainer.close):
+        trainer.start()
         with stop.deferred():
             trainer.train()
         trainer.close_logs()
         if world.first:
             write_summary(cfg, run, trainer.engine, trainer.state)
         return not trainer.told
-    finally:
-        trainer.close()
+
+
+@contextmanager
+def closed_after(close: Callable[[], None]) -> Iterator[None]:
+    """Calls `close` after the body. An error of the body is what is raised: one of `close` is only logged then."""
+    try:
+        yield
+    except BaseException:
+        try:
+            close()
+        except Exception:
+            logger.warning("closing failed after the error that ends the run", exc_info=True)
+        raise
+    close()
 
 
 class _Trainer:
@@ -80,6 +93,9 @@ class _Trainer:
         self.cost = cost_coefficients(self.engine.module.vision.config)
         self.peak = find_peak(cfg.logging.peak_tflops, self.engine.dtype, world)
         self.saved_step = self.state.progress.step
+
+    def start(self) -> None:
+        """Open the logs; from here on there is something to close."""
         self._open_logs()
         if not self.state.events:  # a new run
             self._note_stage()
@@ -97,14 +113,19 @@ class _Trainer:
                 logger.info("told to leave: step %d is saved", self.saved_step)
 
     def close_logs(self) -> None:
-        for log in (self.metric_log, self.sample_log):
-            if log is not None:
-                log.close()
+        logs = (self.metric_log, self.sample_log)
         self.metric_log = self.sample_log = self.pictures = None
+        with ExitStack() as closing:
+            for log in logs:
+                if log is not None:
+                    closing.callback(log.close)
 
     def close(self) -> None:
-        self.close_logs()
-        self.engine.close()
+        """Safe to call again, and after a rollback or hand-over that failed between two engines."""
+        try:
+            self.close_logs()
+        finally:
+            self.engine.close()
 
     def _train_stage(self, stage: StageConfig) -> None:
         """To the stage's end, or until the ranks are told to leave or a step is undone."""

@@ -1,0 +1,351 @@
+"""Closing that meets a start: at every point of it, twice, and after a start that failed."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from univitar_ds.data import session
+from univitar_ds.data.attendant import Attendant, Closed, Restarts
+from univitar_ds.data.copies import Version
+from univitar_ds.data.crew import Crew, Task
+from univitar_ds.data.forkserver import ForkServer
+from univitar_ds.data.pipeline import Pipeline
+from univitar_ds.data.ring import Ring
+from univitar_ds.data.spool import Spool
+from univitar_ds.data.storage import LOCAL
+from univitar_ds.errors import DataError
+
+PATIENCE_S = 60
+"""How long a test waits for what must come; only one that fails waits so long."""
+
+
+class Gate:
+    """A place in a thread's way: `reached` by it, which then waits until it is `opened`."""
+
+    def __init__(self):
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def pass_through(self):
+        self.reached.set()
+        assert self.opened.wait(PATIENCE_S)
+
+
+class Thread(threading.Thread):
+    """What its target raised or returned, after `result`."""
+
+    def __init__(self, target):
+        super().__init__(daemon=True)
+        self._body, self.outcome = target, None
+        self.start()
+
+    def run(self):
+        try:
+            self.outcome = self._body()
+        except BaseException as error:
+            self.outcome = error
+
+    def result(self):
+        self.join(PATIENCE_S)
+        assert not self.is_alive(), "it hangs"
+        return self.outcome
+
+
+@pytest.fixture
+def ring():
+    ring = Ring.create(2, 1 << 12)
+    yield ring
+    ring.close()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """All processes that are started from here on, as soon as they are there."""
+    processes = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            processes.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    return processes
+
+
+def closed(server):
+    return Thread(server.close).result()
+
+
+def test_closing_while_the_process_is_being_made_waits_for_it_and_ends_it(monkeypatch, ring, started):
+    gate, popen = Gate(), subprocess.Popen
+
+    def slow(*given, **named):
+        gate.pass_through()
+        return popen(*given, **named)
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    server = ForkServer(ring)
+    asking = Thread(server.fork)
+    assert gate.reached.wait(PATIENCE_S)
+    closing = Thread(server.close)
+    gate.opened.set()
+    assert closing.result() is None
+    assert isinstance(asking.result(), EOFError)
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
+
+
+def test_closing_wakes_whoever_waits_for_a_process_that_never_becomes_ready(monkeypatch, ring, started):
+    popen, idle = subprocess.Popen, [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **named: popen(idle, **named))
+    server = ForkServer(ring)
+    asking = Thread(server.fork)
+    while server._process is None:
+        threading.Event().wait(0.005)
+    assert closed(server) is None
+    assert isinstance(asking.result(), EOFError)
+    assert started[0].poll() == -signal.SIGKILL
+
+
+def test_closing_beside_a_start_that_fails_in_that_moment_finds_nothing_left_to_end(monkeypatch, ring, started):
+    """Between any two lines of `close` the other thread may give the process up."""
+    server = ForkServer(ring, ["image"])
+    server.fork()
+    (process,) = started
+    gate, wait = Gate(), process.wait
+
+    def slow(timeout=None):
+        gate.pass_through()
+        return wait(timeout)
+
+    monkeypatch.setattr(process, "wait", slow)
+    closing = Thread(server.close)
+    assert gate.reached.wait(PATIENCE_S)
+    asking = Thread(server.fork)  # finds the socket at its end, and forgets the process
+    while server._process is not None:
+        threading.Event().wait(0.005)
+    gate.opened.set()
+    assert closing.result() is None
+    assert isinstance(asking.result(), EOFError | OSError)
+    assert process.poll() is not None
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_closing_again_or_after_a_failed_start_does_nothing(monkeypatch, ring, times):
+    def failing(*given, **named):
+        raise OSError(12, "Cannot allocate memory")
+
+    server = ForkServer(ring)
+    monkeypatch.setattr(subprocess, "Popen", failing)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        server.fork()
+    for _ in range(times):
+        assert closed(server) is None
+    monkeypatch.undo()
+    with pytest.raises(EOFError):
+        server.fork()
+    assert server._process is None
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_closing_while_it_starts_raises_nothing_in_either_thread(monkeypatch, ring, started, turn):
+    """What a run does that ends at once of a data fault, at 8 moments of the start."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        server = ForkServer(ring)
+        outcomes = []
+
+        def ask():
+            for _ in range(3):
+                try:
+                    server.fork()[1].close()
+                except (EOFError, OSError) as error:
+                    outcomes.append(error)
+
+        asking = Thread(ask)
+        while server._process is None:
+            threading.Event().wait(0.001)
+        threading.Event().wait(0.12 * turn)
+        assert closed(server) is None
+        assert asking.result() is None
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(process.poll() is not None for process in started)
+    with pytest.raises(EOFError):
+        server.fork()
+
+
+def test_an_attendant_that_is_stopped_while_it_gives_a_process_up_blames_nobody(ring, caplog):
+    class Ended:
+        """A server whose process is gone, and that is closed while it looks for the reason."""
+
+        def fork(self):
+            raise AssertionError("nothing is started any more")
+
+        def end(self, pid, *, hangs):
+            attendant.stop()
+
+    attendant = Attendant(0, Ended(), ring, LOCAL, Restarts(0))
+    attendant._channel = io.BytesIO()  # only closed
+    with pytest.raises(Closed):
+        raise attendant._end("crash")
+    assert not caplog.records
+
+
+def pipe_line(plans=(), **changed):
+    fields = {"workers": 2, "prefetch_packs": 2, "slot_bytes": 588, **changed}
+    return Pipeline(iter(plans), None, **fields)
+
+
+def test_a_fault_of_the_data_is_what_ends_a_run_whose_decoders_are_still_starting(started):
+    def plans():
+        raise DataError("none of the 1 shards has a readable image sample")
+        yield
+
+    for _ in range(4):
+        with pytest.raises(DataError, match="none of the 1 shards"), pipe_line(plans()) as packs:
+            next(packs)
+    assert all(process.poll() is not None for process in started)
+
+
+def test_whoever_waits_for_a_pack_is_woken_when_another_thread_closes(monkeypatch):
+    gate = Gate()
+
+    def plans():
+        gate.pass_through()
+        yield from ()
+
+    packs = pipe_line(plans())
+    waiting = Thread(lambda: next(packs))
+    assert gate.reached.wait(PATIENCE_S)
+    closing = Thread(packs.close)
+    outcome = waiting.result()
+    gate.opened.set()
+    assert isinstance(outcome, RuntimeError), outcome
+    assert "closed" in str(outcome)
+    assert closing.result() is None
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_a_pipeline_that_may_not_start_all_its_threads_ends_those_that_run(monkeypatch, allowed):
+    start, began = threading.Thread.start, []
+
+    def limited(thread):
+        if thread.name in ("planner", "decoder"):
+            if len(began) == allowed:
+                raise RuntimeError("can't start new thread")
+            began.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        pipe_line()
+    for thread in began:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+def test_a_pipeline_can_be_closed_by_one_of_its_own_threads():
+    """A collection may find it there."""
+    made, closing = threading.Event(), []
+
+    def plans():
+        assert made.wait(PATIENCE_S)
+        try:
+            packs.close()
+            closing.append(None)
+        except BaseException as error:
+            closing.append(error)
+        yield from ()
+
+    packs = pipe_line(plans())
+    made.set()
+    for thread in packs._threads:
+        thread.join(PATIENCE_S)
+    assert closing == [None]
+
+
+def test_a_ring_that_cannot_be_mapped_leaves_no_file_open(monkeypatch):
+    before = len(os.listdir("/proc/self/fd"))
+    for size in (1 << 62, 1 << 50):
+        with pytest.raises((OSError, OverflowError, ValueError)):
+            Ring.create(2, size)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+VERSION = Version("s3://b/a.tar", "e", 4)
+
+
+def test_a_download_whose_thread_cannot_start_is_no_download(monkeypatch, tmp_path):
+    spool = Spool(tmp_path / "copies", 1 << 20, lambda version, start, end: iter([memoryview(b"abcd")]), 20.0)
+    before = len(os.listdir("/proc/self/fd"))
+
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refused)
+        spool.prefetch([VERSION])  # a hint: the reader that comes hears of it
+        with spool.open(VERSION) as stream, pytest.raises(RuntimeError, match="new thread"):
+            stream.read()
+    assert len(os.listdir("/proc/self/fd")) == before
+    with spool.open(VERSION) as stream:
+        assert Thread(stream.read).result() == b"abcd"
+
+
+def test_readers_are_woken_by_a_download_that_ends_where_the_next_cannot_be_started(monkeypatch, tmp_path):
+    spool = Spool(tmp_path / "copies", 1 << 20, lambda version, start, end: iter([memoryview(b"abcd")]), 20.0)
+
+    def broken():
+        raise ValueError("cannot start the next")
+
+    monkeypatch.setattr(spool, "_follow_hints", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda told: None)
+    with spool.open(VERSION) as stream:
+        assert Thread(stream.read).result() == b"abcd"
+    for download in list(spool._downloads.values()):
+        download.join(PATIENCE_S)
+        assert download._over
+
+
+def test_threads_that_ask_for_the_session_at_the_same_time_get_one_folder(monkeypatch):
+    made, gate = [], threading.Barrier(4)
+    mkdtemp = session.tempfile.mkdtemp
+
+    def slow(**options):
+        made.append(mkdtemp(**options))
+        threading.Event().wait(0.05)
+        return made[-1]
+
+    session._folder_of.cache_clear()
+    monkeypatch.setattr(session.tempfile, "mkdtemp", slow)
+
+    def ask():
+        gate.wait(PATIENCE_S)
+        return session.session_folder()
+
+    found = {asking.result() for asking in [Thread(ask) for _ in range(4)]}
+    assert found == set(made)
+    assert len(made) == 1
+
+
+def nothing(task, tell):
+    """Work of a crew."""
+
+
+def test_a_crew_whose_process_cannot_start_says_why_and_leaves_no_pipe_open(monkeypatch):
+    with Crew(nothing, 1, 30.0) as crew:
+        list(crew.run([Task(0, None)]))  # whatever multiprocessing keeps open, it has now
+    before = len(os.listdir("/proc/self/fd"))
+
+    def refused(process):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refused)
+    with pytest.raises(OSError, match="temporarily unavailable"), Crew(nothing, 1, 30.0) as crew:
+        list(crew.run([Task(0, None)]))
+    assert len(os.listdir("/proc/self/fd")) == before
