@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   univitar-ds train --config photos --nproc 2          train, evaluate and export on two local processes
   univitar-ds train --config run.yaml seed=3 stages.0.lr=5e-4
   univitar-ds train --resume runs/photos --nproc 1     continue, here on another number of processes
+  univitar-ds eval runs/photos evaluation.sources.0.path=data/other
   univitar-ds report runs/photos                       results and figures of a run
 """
 
@@ -105,9 +106,23 @@ def _add_train(commands) -> None:
 
 
 def _add_after_training(commands) -> None:
-    evaluate = add_command(commands, "eval", _evaluate, "retrieval and zero-shot of a run on its held-out data")
-    evaluate.add_argument("folder", type=Path, metavar="RUN")
+    evaluate = add_command(
+        commands,
+        "eval",
+        _evaluate,
+        "retrieval and zero-shot of a run on its held-out data",
+        "Retrieval and zero-shot of a run's last checkpoint on its evaluation.sources, written to evaluation.json in\n"
+        "the run's folder. Keys of evaluation, data and logging can be overridden, for example other data:\n"
+        "  univitar-ds eval runs/photos evaluation.sources.0.path=data/other --out other.json\n"
+        "  univitar-ds eval runs/photos 'evaluation.sources=[{path: 0.tar, class_names: names.txt}]' \\\n"
+        "      'evaluation.image_templates=[\"a photo of a {}\"]'\n"
+        "Results on other data or with other templates are printed, and go to --out FILE only: the run's own stay.\n"
+        "An evaluation that can measure nothing is an error.",
+    )
+    evaluate.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help="where the results (JSON) go, not the run's folder")
     _add_weights(evaluate)
+    add_overrides(evaluate, "dotted keys of the run file, such as evaluation.sources.0.path=data/other")
     report = add_command(commands, "report", _report, "print the results of a run", leaves_files=False)
     report.add_argument("folder", type=Path, metavar="RUN")
     convert = commands.add_parser("convert", help="carry weights elsewhere").add_subparsers(metavar="TO", required=True)
@@ -143,7 +158,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from univitar_ds.evaluation.run import evaluate_run
 
-    show(evaluate_run(arguments.folder, weights=arguments.weights))
+    given = {"weights": arguments.weights, "overrides": arguments.overrides, "out": arguments.out}
+    show(evaluate_run(arguments.folder, **given))
 
 
 def _report(arguments: argparse.Namespace) -> None:

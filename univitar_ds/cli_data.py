@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from univitar_ds.cli_parts import add_command, add_overrides, positive, shown
-from univitar_ds.errors import ConfigError
+from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.screen import show
 
 if TYPE_CHECKING:
     from univitar_ds.config.data import DataConfig, SourceConfig
+    from univitar_ds.config.schema import RunConfig
     from univitar_ds.data.storage import StorageSettings
 
 
@@ -82,7 +83,8 @@ def _add_verify(data) -> None:
         "goes into a report (JSON) with shard, key, byte and a sentence. Exit status 1 if anything is.\n\n"
         "With --config the limits of the run file's data section and its data.s3 count, and so do the templates of\n"
         "its sources, for each SOURCE that is one of them or lies in its folder; without a SOURCE its data.sources\n"
-        "are checked, each with its own split.",
+        "are checked, each with its own split. Where all sources of the run file are checked, what its stages need\n"
+        "and they do not hold (no clips under video_ratio above 0, say) is wrong too.",
     )
     verify.add_argument("sources", nargs="*", metavar="SOURCE", help="packed folder, tar, or brace range; also s3://")
     verify.add_argument(
@@ -143,14 +145,19 @@ def _verify(arguments: argparse.Namespace) -> int:
     from univitar_ds.data.verify import verify
 
     _check_writable(arguments.report)
-    data = load_config(arguments.config, []).data if arguments.config else None
+    config = load_config(arguments.config, []) if arguments.config else None
+    data = None if config is None else config.data
     sources = _sources_to_verify(arguments, data)
     settings = _storage_settings(arguments, data)
     report = verify(sources, settings, workers=arguments.workers, decode=not arguments.no_decode, limits=data)
+    report["run"] = [] if config is None else _faults_of_run(config, sources, settings)
+    report["sound"] = report["sound"] and not report["run"]
     arguments.report.write_text(json.dumps(report, indent=1), encoding="utf-8")
     for source in report["sources"]:
         for told in filter(None, (source["error"], source["warning"])):
             _say(told)
+    for fault in report["run"]:
+        _say(fault)
     shards = report["shards"]
     _say_first([(shard["shard"], fault) for shard in shards for fault in shard["faults"]], _fault_sentence)
     _say_first([(shard["shard"], text) for shard in shards for text in shard["ignored"]], _ignored_sentence)
@@ -160,6 +167,31 @@ def _verify(arguments: argparse.Namespace) -> int:
     counts += [f"{what} {_counted(report[name])}" for name, what in _COUNTED.items() if report[name]]
     _say("; ".join([*counts, f"report in {arguments.report}"]))
     return 0 if report["sound"] else 1
+
+
+def _faults_of_run(config: RunConfig, checked: Sequence[SourceConfig], settings: StorageSettings) -> list[str]:
+    """What the stages and the evaluation of a run file need and its sources do not hold, a sentence each.
+
+    Only where all sources of the run were checked, and could be found: else it is known already, or not asked.
+    """
+    from univitar_ds.data.contents import fault_of_evaluation, faults_of_stages
+    from univitar_ds.data.sources import find_shards, validate_sources
+
+    if not {_place(source) for source in config.data.sources} <= {_place(source) for source in checked}:
+        return []
+    faults: list[str] = []
+    try:
+        shards = find_shards(config.data.sources, settings)
+    except DataError:  # the report has it at the source
+        return []
+    try:
+        validate_sources(config.data.sources, config.stages, settings)
+        faults += faults_of_stages(shards, config.stages)
+        evaluation = find_shards(config.evaluation.sources, settings)
+        faults += filter(None, [fault_of_evaluation(evaluation, config.stages)])
+    except DataError as error:
+        faults.append(str(error))
+    return faults
 
 
 def _say_first(found: Sequence[Any], sentence: Callable[[Any], str], most: int = 20) -> None:

@@ -22,11 +22,11 @@ def add_command(
     return parser
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
+def add_overrides(
+    parser: argparse.ArgumentParser, help_text: str = "dotted keys of the run file, such as stages.0.lr=5e-4"
+) -> None:
     """What may follow: any key of the run file."""
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the run file, such as stages.0.lr=5e-4"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=help_text)
 
 
 def shown(text: str) -> str:

@@ -78,6 +78,8 @@ def finish_run(run: Path) -> None:
 
     The export comes first: an evaluation may take longer than a job may run. Neither needs the other to succeed, and
     the summary none of them.
+    Raises: UserError, after all that could be written was, where one of them failed; an evaluation that measured
+        nothing has.
     """
     from univitar_ds.convert.official import export_encoder
     from univitar_ds.evaluation.run import evaluate_run
@@ -101,7 +103,9 @@ def finish_run(run: Path) -> None:
 
 
 def _note_seconds(run: Path, seconds: dict[str, float]) -> None:
-    """Into the summary that training has written."""
+    """Into the summary that training has written, if it has."""
+    if not (run / SUMMARY).is_file():
+        return
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     summary["seconds"] = {**summary.get("seconds", {}), **seconds}
     (run / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -111,8 +115,10 @@ def _note_seconds(run: Path, seconds: dict[str, float]) -> None:
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Store under `name` how many seconds the body took."""
     start = time.monotonic()
-    yield
-    seconds[name] = round(time.monotonic() - start, 1)
+    try:
+        yield
+    finally:
+        seconds[name] = round(time.monotonic() - start, 1)
 
 
 def _start(run: Path, nproc: int) -> int:

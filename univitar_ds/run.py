@@ -87,16 +87,18 @@ def _provide_tokenizer(config: RunConfig, target: Path) -> None:
 
 
 def _check_sources(config: RunConfig) -> None:
-    """Raises: DataError if a source of training or of the evaluation after it is not there."""
+    """Raises: DataError if a source of training or of the evaluation after it is not there, or holds nothing for it."""
+    from univitar_ds.data.contents import check_contents
     from univitar_ds.data.sources import find_shards, validate_sources
     from univitar_ds.data.storage import StorageSettings
 
     settings = StorageSettings.of(config.data)
-    validate_sources(config.data.sources, config.stages, settings)
+    shards = validate_sources(config.data.sources, config.stages, settings)
     try:
-        find_shards(config.evaluation.sources, settings)
+        evaluation = find_shards(config.evaluation.sources, settings)
     except DataError as error:
         raise DataError(f"evaluation.sources: {error}") from error
+    check_contents(config, shards, evaluation)
 
 
 def _check_teacher(config: RunConfig) -> None:

@@ -127,10 +127,14 @@ def _child(node: Any, section: str, entry: str) -> Any:
 
 
 def _index(items: list, text: str, entry: str) -> int:
-    if not text.isdigit() or int(text) >= len(items):
+    """The place in a list; the one behind its last entry is made, so that an empty list can be begun."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) > len(items):
         raise ConfigError(
-            f"override {entry!r}: {text!r} is no index of a list of {len(items)}; use 0 to {len(items) - 1}"
+            f"override {entry!r}: {text!r} is no index of a list of {len(items)}; "
+            + (f"use 0 to {len(items) - 1}, or {len(items)} for one more" if items else "use 0 for its first entry")
         )
+    if int(text) == len(items):
+        items.append({})
     return int(text)
 
 

@@ -89,11 +89,11 @@ def resolve(
     ignored: tuple[Ignored, ...],
     *,
     class_names: Sequence[str],
-    templates: Sequence[str],
+    templates: Sequence[str] | None,
 ) -> tuple[tuple[str, ...], str | None, tuple[Ignored, ...]]:
-    """What its source makes of a sample: what may be said of it, its label's name, and what was ignored.
+    """What its source makes of a sample: its captions, its label's name, and what was ignored.
 
-    A sample without a caption says its source's templates of its label.
+    A sample without a caption gets `templates` with its label, or none at all where that is None.
     Raises: SampleError if it has neither; a captioned sample only loses a label that has no name.
     """
     try:
@@ -102,7 +102,7 @@ def resolve(
         if not captions:
             raise
         return captions, None, (*ignored, Ignored(error.kind, str(error)))
-    if captions:
+    if captions or templates is None:
         return captions, label, ignored
     if not label or not templates:
         told = "".join(f"; {one.message}" for one in ignored)

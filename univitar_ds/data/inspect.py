@@ -12,12 +12,14 @@ from typing import Any
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
+from univitar_ds.data.contents import faults_of_stages
 from univitar_ds.data.cursor import parse
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.packing import item_cost, thinned
 from univitar_ds.data.sources import fingerprint, stage_modalities, validate_sources
 from univitar_ds.data.storage import StorageSettings
+from univitar_ds.errors import DataError
 
 _BINS = 10
 _BAR = 40
@@ -101,6 +103,8 @@ def inspect(config: RunConfig, *, packs: int = 50, cost: tuple[float, float] = (
     Raises: DataError as training would.
     """
     shards = validate_sources(config.data.sources, config.stages, StorageSettings.of(config.data))
+    if faults := faults_of_stages(shards, config.stages):
+        raise DataError("; ".join(faults))
     return Inspection(
         run=config.name,
         shards=len(shards),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -135,10 +135,11 @@ def eval_packs(
     tokenizer: str | Path | None,
     context_length: int,
     data: DataConfig,
-) -> Iterator[PackedBatch]:
+) -> Generator[PackedBatch]:
     """Every readable sample of the sources once, in the order of the shards, with its first caption; the other lines of
     a source whose `captions` are lines come beside it.
 
+    A sample with a label only has the caption "": templates of the sources are for training.
     Packs are filled in order up to `token_budget`; a larger item travels alone. Of `data` the limits, `workers` and
     `prefetch_packs` count. Nothing if the sources hold no sample of the modality. `lane` is 0, `cursor` empty.
     Raises: DataError as `PackLoader` does.
@@ -199,7 +200,7 @@ def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, pol
         for entry in shard_samples(shard, size.modality):
             ordinal, number = number, number + isinstance(entry, tar.Group)
             try:
-                sample = read_entry(shard, entry, size)
+                sample = read_entry(shard, entry, size, label_is_enough=True)
             except SampleError as error:
                 samples = samples_in(shard, entry, ordinal)
                 bad[error.kind] += samples
@@ -214,7 +215,7 @@ def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, pol
                 health.ignored(where_is(shard, entry), sample.ignored)
             address = Waiting(index, entry.offset, entry.end - entry.offset, ordinal, 0, 0)
             others = sample.captions[1:] if shard.caption_lines else ()
-            items.append(Item(sample, sample.captions[0], address, others=others))
+            items.append(Item(sample, next(iter(sample.captions), ""), address, others=others))
             tokens += sample.tokens
     if items or bad:
         yield plan()

@@ -137,14 +137,15 @@ def announce(shards: Sequence[Shard]) -> None:
         storage.prefetch([shard.path for shard in shards if shard.storage is storage])
 
 
-def read_entry(shard: SourceShard, entry: Entry, rule: SizeRule) -> Sample:
+def read_entry(shard: SourceShard, entry: Entry, rule: SizeRule, *, label_is_enough: bool = False) -> Sample:
     """The sample that was found, with at least one thing to say of it.
 
+    `label_is_enough`: without made-up captions, so that one with a label only has none, as an evaluation needs it.
     Raises: SampleError for one to leave out, which all damage is; DataError if the shard itself cannot be read.
     """
     if isinstance(entry, tar.Damage):
         raise SampleError(entry.kind, entry.message)
-    sample = with_captions(shard, read_sample(shard, entry, rule))
+    sample = with_captions(shard, read_sample(shard, entry, rule), label_is_enough=label_is_enough)
     if shard.watch is not None:
         shard.watch.see(sample.several_lines)
     return sample
@@ -185,10 +186,14 @@ def read_again(
     return at_once(again, rows, [shards[row.shard].storage for row in rows], most)
 
 
-def with_captions(shard: SourceShard, sample: Sample) -> Sample:
-    """The sample with its label's name and what may be said of it. Raises: SampleError if that is nothing."""
+def with_captions(shard: SourceShard, sample: Sample, *, label_is_enough: bool = False) -> Sample:
+    """The sample with its label's name and its captions, made from its source's templates where it has none.
+
+    `label_is_enough`: none are made. Raises: SampleError if nothing can be said of it.
+    """
+    templates = None if label_is_enough else shard.templates
     said, label, ignored = resolve(
-        sample.captions, sample.label, sample.ignored, class_names=shard.class_names, templates=shard.templates
+        sample.captions, sample.label, sample.ignored, class_names=shard.class_names, templates=templates
     )
     kept = said is sample.captions and label is sample.label and ignored is sample.ignored
     return sample if kept else replace(sample, captions=said, label=label, ignored=ignored)

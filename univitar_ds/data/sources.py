@@ -33,7 +33,7 @@ SPOT_CHECKS, SPOT_BYTES = 512, 4096
 which has its time, and what it begins with. A remote store answers so many within a second or two."""
 SEVERAL_IN_A_ROW = 4
 """Samples one after another with several lines in their .txt that make a source look like one of a caption a line."""
-_PIECE = 512 << 10
+PIECE = 512 << 10
 """Bytes of one read: a few pictures, so that little is asked for twice, and a part of a clip, most of which is
 skipped."""
 
@@ -179,7 +179,7 @@ def content_of(shards: Sequence[SourceShard]) -> str:
     of_sources = {(shard.source, id(shard.class_names)): shard.class_names for shard in shards}  # compared once each
     for place, (_, names) in enumerate(dict.fromkeys((name, names) for (name, _), names in of_sources.items())):
         content.update("\n".join((str(place), *names)).encode() if names else b"")
-    unknown = _spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)
+    unknown = spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)
     for beginning in at_once(_beginning, unknown, [shard.storage for shard in unknown]):
         content.update(beginning)
     return content.hexdigest()
@@ -197,7 +197,7 @@ def iterate_captions(
     The same wherever the shards lie. Samples whose texts are unreadable have none.
     Raises: DataError as `find_shards` does, or if a shard cannot be read.
     """
-    chosen = _spread(find_shards(sources, settings), CAPTION_SHARDS)
+    chosen = spread(find_shards(sources, settings), CAPTION_SHARDS)
     share = -(-limit // len(chosen))
     bytes_share = CAPTION_BYTES // len(chosen)
     by_path: dict[str, list[SourceShard]] = {}  # one that several sources name is read by one thread at a time
@@ -212,7 +212,7 @@ def iterate_captions(
             yield from found
 
 
-def _spread(shards: Sequence[AnyShard], most: int) -> list[AnyShard]:
+def spread(shards: Sequence[AnyShard], most: int) -> list[AnyShard]:
     """At most so many of them, evenly from first to last."""
     count = min(most, len(shards))
     return [shards[index * len(shards) // count] for index in range(count)]
@@ -251,7 +251,7 @@ def _lacking(
     )
 
 
-class _Pieces(io.RawIOBase):
+class Pieces(io.RawIOBase):
     """A shard by range reads, for one who skips most of it: opening a remote one would fetch all of it.
 
     `fetched`: bytes read so far.
@@ -287,8 +287,8 @@ class _Pieces(io.RawIOBase):
 
 def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
     """In order, until so many bytes have been read."""
-    pieces = _Pieces(shard)
-    with io.BufferedReader(pieces, _PIECE) as stream:
+    pieces = Pieces(shard)
+    with io.BufferedReader(pieces, PIECE) as stream:
         for found in tar.scan(stream, shard.name, shard.size):
             if isinstance(found, tar.Damage):
                 continue  # training counts and reports it

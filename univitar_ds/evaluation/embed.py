@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tokenizers import Tokenizer
@@ -21,9 +22,10 @@ TEXTS_AT_ONCE = 256
 class Embeddings:
     """n items of one modality, in the order of the data; row i of everything belongs to item i.
 
-    `vision` and `text` (n, E) float32 on the host, rows of length 1. Equal `caption_ids` mean equal captions;
-    `sets` are names of the data sets that the items come from, where the data tells. `others` are more captions of each
-    item; none at all: ().
+    `vision` and `text` (n, E) float32 on the host, rows of length 1; a row of `text` is 0 and its caption "" where an
+    item has a label only. Equal `caption_ids` mean equal captions; `sets` are names of the data sets that the items
+    come from, where the data says so. `others` are more captions of each item; none at all: (). `bad` counts by kind
+    what was left out.
     """
 
     vision: Tensor
@@ -35,9 +37,15 @@ class Embeddings:
     keys: list[str]
     modality: Modality
     others: Sequence[tuple[str, ...]] = ()
+    bad: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def captioned(self) -> list[int]:
+        """Rows of the items that have a caption."""
+        return [row for row, caption in enumerate(self.captions) if caption]
 
 
 def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modality, *, progress: bool) -> Embeddings:
@@ -49,13 +57,15 @@ def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modal
     width = model.vision_proj.out_features
     vision, text = [torch.empty(0, width)], [torch.empty(0, width)]
     captions, caption_ids, labels, sets, keys, others = [], [], [], [], [], []
+    bad: Counter[str] = Counter()
     with torch.no_grad(), tqdm(desc=f"embedding {modality}s", unit=modality, disable=not progress) as bar:
         for pack in packs:
             assert pack.modality == modality, f"a pack of {pack.modality}s among {modality}s"
+            bad.update(pack.bad)
             if not len(pack):  # bad samples at the end of the data
                 continue
             vision.append(model.encode_vision(pack.pixels.to(device), pack.frames, pack.grid_thw).float().cpu())
-            text.append(model.encode_text(pack.token_ids.to(device), pack.text_lengths.to(device)).float().cpu())
+            text.append(_texts(model, pack, width, device))
             captions += pack.captions
             caption_ids += pack.caption_ids.tolist()
             labels += pack.labels
@@ -63,7 +73,18 @@ def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modal
             keys += pack.keys
             others += pack.other_captions or [()] * len(pack)
             bar.update(len(pack))
-    return Embeddings(torch.cat(vision), torch.cat(text), captions, caption_ids, labels, sets, keys, modality, others)
+    both = torch.cat(vision), torch.cat(text)
+    return Embeddings(*both, captions, caption_ids, labels, sets, keys, modality, others, bad)
+
+
+def _texts(model: ContrastiveModel, pack: PackedBatch, width: int, device: torch.device) -> Tensor:
+    """(items, width), 0 where an item has no caption."""
+    vectors = torch.zeros(len(pack), width)
+    rows = [row for row, caption in enumerate(pack.captions) if caption]
+    if rows:
+        ids, lengths = pack.token_ids[rows], pack.text_lengths[rows]
+        vectors[rows] = model.encode_text(ids.to(device), lengths.to(device)).float().cpu()
+    return vectors
 
 
 def embed_texts(model: ContrastiveModel, tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> Tensor:

@@ -33,12 +33,13 @@ class Kept:
 
 
 def keep_some(packs: Iterable[PackedBatch], kept: list[Kept]) -> Iterator[PackedBatch]:
-    """Passes packs through and puts a few of their items into `kept`, no two with the same caption."""
-    seen: set[int] = set()
+    """Passes packs through and puts a few of their items into `kept`, no two with the same caption or, without one,
+    the same label."""
+    seen: set[int | str | None] = set()
     for pack in packs:
         taken = 0
         for row, (pixels, grid) in enumerate(zip(pack.pictures(), pack.grid_thw.tolist(), strict=True)):
-            caption = int(pack.caption_ids[row])
+            caption = int(pack.caption_ids[row]) if pack.captions[row] else pack.labels[row]
             if len(kept) < ROWS and taken < PER_PACK and caption not in seen:
                 kept.append(Kept(pack.keys[row], pixels.clone(), tuple(grid)))
                 seen.add(caption)
@@ -57,16 +58,20 @@ def draw_sheet(model: ContrastiveModel, kept: list[Kept], found: Embeddings, pat
         chosen = spread_frames(len(item.pixels), SHOWN_FRAMES)
         strips = [to_size(item.pixels[frame], HEIGHT, MOST_WIDTH, smooth=True) for frame in chosen]
         strips.append(to_size(middle, HEIGHT, MOST_WIDTH, smooth=False))
-        rows.append((strips, nearest_captions(found, found.keys.index(item.key))))
-    across = max(sum(strip.width + MARGIN for strip in strips) for strips, _ in rows)
+        row = found.keys.index(item.key)
+        rows.append((strips, nearest_captions(found, row), found.labels[row]))
+    across = max(sum(strip.width + MARGIN for strip in strips) for strips, *_ in rows)
     sheet = Image.new("RGB", (across + MARGIN + TEXT_WIDTH, len(rows) * (HEIGHT + MARGIN) + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, (strips, captions) in enumerate(rows):
+    for number, (strips, captions, label) in enumerate(rows):
         left, top = MARGIN, MARGIN + number * (HEIGHT + MARGIN)
         for strip in strips:
             sheet.paste(strip, (left, top))
             left += strip.width + MARGIN
-        _write(pen, across + MARGIN, top, captions)
+        if captions:
+            _write(pen, across + MARGIN, top, captions)
+        elif label:
+            pen.text((across + MARGIN, top + 8), textwrap.shorten(f"label: {label}", 64, placeholder=" ..."), fill=INK)
     sheet.save(path)
 
 
@@ -80,8 +85,13 @@ def token_features(model: ContrastiveModel, item: Kept) -> Tensor:
 
 
 def nearest_captions(found: Embeddings, row: int) -> list[tuple[str, bool, float]]:
-    """The captions nearest to an item among the distinct ones: (caption, whether it is its own, cosine)."""
-    first = {caption: index for index, caption in reversed(list(enumerate(found.caption_ids)))}
+    """The captions nearest to an item among the distinct ones: (caption, whether it is its own, cosine).
+
+    None for an item without a caption.
+    """
+    if not found.captions[row]:
+        return []
+    first = {found.caption_ids[index]: index for index in reversed(found.captioned)}
     places = sorted(first.values())
     scores = found.text[places] @ found.vision[row]
     best = scores.topk(min(SHOWN_CAPTIONS, len(places)))

@@ -7,6 +7,8 @@ caption that was embedded with it or, where its source's captions are lines, all
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,20 +21,22 @@ KS = (1, 5, 10)
 
 
 def retrieval(found: Embeddings, texts: Texts | None = None) -> list[Figure]:
-    """R@k of both directions. Nothing without items; a k that takes in every candidate is left out.
+    """R@k of both directions, among the items that have a caption. A k that takes in every candidate is left out.
 
     Args: texts: embeds the items' other captions, where there are some.
     """
-    if not len(found):
+    rows = found.captioned
+    if not rows:
         return []
-    vectors, items, captions = _captions(found, texts)
+    vision = found.vision[rows]
+    vectors, items, captions = _captions(found, rows, texts)
     order = torch.argsort(captions, stable=True)
     carried, carriers = torch.bincount(items).tolist(), torch.bincount(captions).tolist()
     kind = found.modality
     figures = []
     for task, hits, right, candidates in (
-        (f"{kind} to text", _hits(found.vision, vectors, items, captions), carried, len(vectors)),
-        (f"text to {kind}", _hits(vectors, found.vision, captions[order], items[order]), carriers, len(found)),
+        (f"{kind} to text", _hits(vision, vectors, items, captions), carried, len(vectors)),
+        (f"text to {kind}", _hits(vectors, vision, captions[order], items[order]), carriers, len(rows)),
     ):
         for k in KS:
             if k < candidates:
@@ -42,22 +46,22 @@ def retrieval(found: Embeddings, texts: Texts | None = None) -> list[Figure]:
     return figures
 
 
-def _captions(found: Embeddings, texts: Texts | None) -> tuple[Tensor, Tensor, Tensor]:
+def _captions(found: Embeddings, rows: Sequence[int], texts: Texts | None) -> tuple[Tensor, Tensor, Tensor]:
     """Vectors of the m distinct captions (m, E), and the pairs of an item and a caption that belong together, each
-    once, in the order of the items: two (p,) of indices."""
+    once, in the order of the items: two (p,) of indices, those of items into `rows`."""
     first: dict[int, int] = {}
-    for row, caption in enumerate(found.caption_ids):
-        first.setdefault(caption, row)
+    for row in rows:
+        first.setdefault(found.caption_ids[row], row)
     place = {caption: column for column, caption in enumerate(first)}
     more: list[str] = []
     pairs: dict[tuple[int, int], None] = {}
-    for row, caption in enumerate(found.caption_ids):
-        pairs[row, place[caption]] = None
+    for item, row in enumerate(rows):
+        pairs[item, place[found.caption_ids[row]]] = None
         for other in found.others[row] if found.others else ():
             column = place.setdefault(caption_id(other), len(place))
             if column == len(first) + len(more):
                 more.append(other)
-            pairs[row, column] = None
+            pairs[item, column] = None
     vectors = found.text[list(first.values())]
     if more:
         assert texts is not None, "the items have other captions, and nothing embeds them"

@@ -6,8 +6,9 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from univitar_ds.config.run_folder import EVALUATION, TOKENIZER
+from univitar_ds.config.load import load_config
+from univitar_ds.config.run_folder import CONFIG, EVALUATION, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.section import Modality
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.convert.trained import Trained, Weights, open_trained
+from univitar_ds.convert.trained import Trained, Weights, find_checkpoint, open_trained
 from univitar_ds.data.batch import PackedBatch
+from univitar_ds.data.contents import contents_of
 from univitar_ds.data.loader import eval_packs
-from univitar_ds.data.sources import stage_modalities
-from univitar_ds.errors import ConfigError
+from univitar_ds.data.sources import SourceShard, find_shards, stage_modalities
+from univitar_ds.data.storage import StorageSettings
+from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.evaluation.embed import Embeddings, embed, embed_texts
+from univitar_ds.evaluation.measure import measure, nothing_measured
+from univitar_ds.evaluation.overrides import check_replaceable, overridden, same_evaluation
 from univitar_ds.evaluation.pictures import Kept, draw_sheet, keep_some
 from univitar_ds.evaluation.report import render_evaluation
-from univitar_ds.evaluation.retrieval import retrieval
 from univitar_ds.evaluation.scores import Figure
-from univitar_ds.evaluation.zero_shot import zero_shot
 from univitar_ds.training.distributed import uses_cuda
 
 FORMAT = 1
@@ -38,23 +42,41 @@ MODALITIES: tuple[Modality, ...] = ("image", "video")
 logger = logging.getLogger(__name__)
 
 
-def evaluate_run(run: str | Path, *, weights: Weights | None = None, progress: bool = True) -> str:
-    """Evaluates a run's last checkpoint (or the checkpoint `run` is); writes `evaluation.json` and sheets of examples.
+def evaluate_run(
+    run: str | Path,
+    *,
+    weights: Weights | None = None,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    progress: bool = True,
+) -> str:
+    """Evaluates a run's last checkpoint (or the checkpoint `run` is); returns the table of results.
 
-    On the GPU where there is one for the run, on the host where that lacks the memory.
-    Args: weights: see `open_trained`.
-    Returns: the table of results. Raises: CheckpointError, ConfigError or DataError if something is missing.
+    Writes `evaluation.json` and sheets of examples into the run's folder, unless `overrides` make it another
+    evaluation than the run's own or there is an `out`, the file that the results then go to. The run's configuration
+    stays as it is. On the GPU where there is one for the run, on the host where that lacks the memory.
+
+    Args: weights: see `open_trained`; overrides: see `overridden`.
+    Raises: CheckpointError, ConfigError or DataError if something is missing, or nothing could be measured; what the
+        folder or `out` holds then stays.
     """
-    trained = open_trained(run, weights)
+    folder, _ = find_checkpoint(Path(run))
+    before = load_config(folder / CONFIG)
+    config = overridden(folder / CONFIG, before, overrides)
+    if out is not None:
+        check_replaceable(out)
+    trained = replace(open_trained(run, weights), config=config)
+    own = out is None and same_evaluation(before, config)
     result, sheets = _on_gpu_or_host(trained, progress)
-    (trained.run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for sheet in sheets:
-        path = trained.run / f"examples-{sheet.found.modality}.png"
-        try:
-            draw_sheet(trained.model, sheet.kept, sheet.found, path)
-        except Exception as error:  # whatever it is, the figures count
-            logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
-    return render_evaluation(result)
+    result["sources"] = [{"path": source.path, "split": source.split} for source in config.evaluation.sources]
+    table = render_evaluation(result)
+    if not own and out is None:
+        kept = trained.run / EVALUATION
+        return f"{table}\n\nThis is not the run's own evaluation, so {kept} stays as it is; --out FILE writes this one."
+    (out or trained.run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if own:
+        _draw(trained, sheets)
+    return table
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,15 @@ class _Sheet:
 
     kept: list[Kept]
     found: Embeddings
+
+
+def _draw(trained: Trained, sheets: Sequence[_Sheet]) -> None:
+    for sheet in sheets:
+        path = trained.run / f"examples-{sheet.found.modality}.png"
+        try:
+            draw_sheet(trained.model, sheet.kept, sheet.found, path)
+        except Exception as error:  # whatever it is, the figures count
+            logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
 
 
 def _on_gpu_or_host(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_Sheet]]:
@@ -82,7 +113,7 @@ def _on_gpu_or_host(trained: Trained, progress: bool) -> tuple[dict[str, Any], l
 def evaluate(trained: Trained, *, progress: bool = False) -> dict[str, Any]:
     """All figures of `config.evaluation`, as JSON. Runs where the model lies.
 
-    Raises: ConfigError if the configuration names no data to evaluate on.
+    Raises: ConfigError if the configuration names no data to evaluate on; DataError if nothing could be measured.
     """
     return _evaluate(trained, progress)[0]
 
@@ -90,22 +121,31 @@ def evaluate(trained: Trained, *, progress: bool = False) -> dict[str, Any]:
 def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_Sheet]]:
     config = trained.config.evaluation
     if not config.sources:
-        raise ConfigError("evaluation.sources is empty, there is nothing to evaluate on; name a source with its split")
+        raise ConfigError(
+            "evaluation.sources is empty, there is nothing to evaluate on; name a source with its split, such as "
+            "univitar-ds eval RUN evaluation.sources.0='{path: data/photos, split: test}'"
+        )
     start = time.monotonic()
+    shards = find_shards(config.sources, StorageSettings.of(trained.config.data))
     figures: list[Figure] = []
     notes: list[str] = []
     sheets: list[_Sheet] = []
+    looked: list[Embeddings] = []
     for modality in MODALITIES:
         stage = _last_stage(trained.config, modality)
         if stage is None:
             continue
         kept: list[Kept] = []
-        found = embed(trained.model, keep_some(_packs(trained, stage, modality), kept), modality, progress=progress)
-        measured, told = _measure(trained, found)
+        with closing(_packs(trained, stage, modality)) as packs:
+            found = embed(trained.model, keep_some(packs, kept), modality, progress=progress)
+        looked.append(found)
+        measured, told = _measure(trained, found, shards)
         figures += measured
         notes += told
         if kept:
             sheets.append(_Sheet(kept, found))
+    if not figures:
+        raise DataError(nothing_measured(looked, _unmet(shards, looked)))
     result = {
         "format": FORMAT,
         "checkpoint": trained.checkpoint.name,
@@ -117,12 +157,19 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
     return result, sheets
 
 
+def _unmet(shards: Sequence[SourceShard], looked: Sequence[Embeddings]) -> list[tuple[Modality, int]]:
+    """What the sources hold of modalities that were not looked at, as far as a bounded look finds it."""
+    others = [modality for modality in MODALITIES if modality not in {found.modality for found in looked}]
+    counts = contents_of(shards, MODALITIES).counts if others else {}
+    return [(modality, counts[modality]) for modality in others if counts[modality]]
+
+
 def _last_stage(config: RunConfig, modality: Modality) -> StageConfig | None:
     """The stage whose size rule the model knows best for this modality; None if it never met it."""
     return next((stage for stage in reversed(config.stages) if modality in stage_modalities(stage)), None)
 
 
-def _packs(trained: Trained, stage: StageConfig, modality: Modality) -> Iterator[PackedBatch]:
+def _packs(trained: Trained, stage: StageConfig, modality: Modality) -> Generator[PackedBatch]:
     config = trained.config
     return eval_packs(
         config.evaluation.sources,
@@ -136,16 +183,15 @@ def _packs(trained: Trained, stage: StageConfig, modality: Modality) -> Iterator
     )
 
 
-def _measure(trained: Trained, found: Embeddings) -> tuple[list[Figure], list[str]]:
-    """Figures of one modality, and a sentence for each thing that could not be measured."""
-    kind = found.modality
-    if not len(found):
-        return [], [f"No {kind} that can be read in the evaluation data (univitar-ds data verify SOURCE)."]
-    config = trained.config
-    templates = config.evaluation.image_templates if kind == "image" else config.evaluation.video_templates
-    texts = partial(_embed_texts, trained)
-    figures, notes = zero_shot(found, templates, texts)
-    return [*figures, *retrieval(found, texts)], notes
+def _measure(trained: Trained, found: Embeddings, shards: Sequence[SourceShard]) -> tuple[list[Figure], list[str]]:
+    config = trained.config.evaluation
+    return measure(
+        found,
+        config.image_templates if found.modality == "image" else config.video_templates,
+        partial(_embed_texts, trained),
+        expected=any(shard.modality == found.modality for shard in shards),
+        named=any(shard.class_names for shard in shards),
+    )
 
 
 def _embed_texts(trained: Trained, texts: Sequence[str]) -> Tensor:

@@ -1,0 +1,57 @@
+"""Which keys of a run file an evaluation may override, and what it may write over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from univitar_ds.config.load import load_config
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.errors import ConfigError
+
+SECTIONS = ("evaluation", "data", "logging")
+OF_TRAINING = ("data.sources", "data.lanes", "data.pool_samples", "data.accept_changed_sources", "data.log_samples")
+"""Keys of those sections that only training reads: overriding one would change nothing, in silence."""
+
+
+def overridden(path: Path, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The run's `config`, which lies at `path`, with overrides of what an evaluation reads.
+
+    Raises: ConfigError for an override of anything else, or one that makes no sound run file.
+    """
+    for entry in overrides:
+        key = entry.partition("=")[0]
+        if key.split(".")[0] not in SECTIONS:
+            raise ConfigError(
+                f"{key} is a key of the training, which is over for the checkpoint that is evaluated; override keys of "
+                f"{', '.join(SECTIONS[:-1])} and {SECTIONS[-1]}, or train another run"
+            )
+        if any(key == own or key.startswith(f"{own}.") or own.startswith(f"{key}.") for own in OF_TRAINING):
+            raise ConfigError(
+                f"{key} is read by training only, an evaluation reads evaluation.sources: override "
+                "evaluation.sources.0.path, for example"
+            )
+    return load_config(path, overrides) if overrides else config
+
+
+def same_evaluation(before: RunConfig, after: RunConfig) -> bool:
+    """Whether both measure the same on the same data."""
+    return all(
+        getattr(before.evaluation, name) == getattr(after.evaluation, name)
+        for name in ("sources", "image_templates", "video_templates")
+    )
+
+
+def check_replaceable(path: Path) -> None:
+    """Before the work whose result goes there. Raises: ConfigError for a file that no evaluation wrote."""
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it first")
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not {"format", "checkpoint", "figures"} <= found.keys():
+        raise ConfigError(f"{path} exists and is no result of an evaluation; give the name of another file")
