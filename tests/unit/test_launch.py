@@ -120,7 +120,7 @@ def test_an_evaluation_that_fails_costs_neither_the_export_nor_the_summary(monke
         launch.finish_run(tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["completed"] is True
-    assert set(summary["seconds"]) == {"training", "export"}
+    assert set(summary["seconds"]) == {"training", "export", "evaluation"}
     assert f"univitar-ds eval {tmp_path}" in caplog.text
 
 
