@@ -13,9 +13,13 @@ turns pack by pack, in an order that rotates, so that what else the machine does
 median over packs of the ratio within a turn; where the pictures are grouped in another way, the ratio of sums over
 whole rounds.
 
-transformers is a requirement of the project. timm is not: `pip install --no-deps timm torchvision==0.28.0` beside
-torch 2.13.0 adds it (its own torchvision operators are not needed); without it its row is left out and that is said.
-Rows go to results/bench_cpu.csv.
+transformers is a requirement of the project. timm is not, and goes into a folder of its own, benchmarks/.peers:
+
+    .venv/bin/python -m pip install --no-deps --target benchmarks/.peers timm torchvision==0.28.0
+
+In the project's environment a torchvision whose build does not fit torch would keep transformers from being imported;
+from that folder only timm's contender imports (its own torchvision operators are not needed). Without it timm's rows
+are left out and that is said. Rows go to results/bench_cpu.csv.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -190,15 +194,8 @@ def where() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "timm": installed("timm"),
+        "timm": getattr(sys.modules.get("timm"), "__version__", ""),
     }
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 if __name__ == "__main__":

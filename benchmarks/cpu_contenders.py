@@ -6,10 +6,13 @@ blocks. A contender is built for a type and takes a `Group` of pictures: forward
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,8 @@ from kernels import dispatch
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.model.encoder import UniViTAR
 
+PEERS = Path(__file__).parent / ".peers"
+"""Where packages lie that only contenders need."""
 WIDTH, HEADS, HEAD, INNER, PLAIN_INNER, PATCH_VALUES = 1024, 16, 64, 2816, 4224, 1176
 
 
@@ -186,6 +191,17 @@ def siglip2(layers: int, dtype: torch.dtype) -> Step:
     return trained(model, forward)
 
 
+@contextmanager
+def peers_first(folder: Path = PEERS) -> Iterator[None]:
+    """Inside, imports look into `folder` first; outside, nothing finds what lies there."""
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
 def timm_naflex(layers: int, dtype: torch.dtype) -> Step:
     """timm's NaFlexViT with rotary positions, normed q and k, SwiGLU with its norm and LayerScale.
 
@@ -193,7 +209,8 @@ def timm_naflex(layers: int, dtype: torch.dtype) -> Step:
     """
     if "torchvision" not in sys.modules:  # its operators are not built for a CPU torch, and not used here
         sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
-    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+    with peers_first():
+        from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
     config = NaFlexVitCfg(
         patch_size=14, embed_dim=WIDTH, depth=layers, num_heads=HEADS, mlp_ratio=INNER / WIDTH, scale_mlp_norm=True,

@@ -39,3 +39,7 @@ class SampleError(DataError):
 
 class CheckpointError(UserError):
     """A checkpoint or a set of weights that is damaged or belongs to another model."""
+
+
+class InstallationError(UserError):
+    """A library of this environment that does not work."""

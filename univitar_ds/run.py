@@ -35,6 +35,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
         )
     deepspeed = read_deepspeed(config.deepspeed)
     resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
+    _check_text_library()
     _check_sources(config)
     _check_teacher(config)
     if run.exists():
@@ -63,6 +64,7 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int) -> Path:
         )
     deepspeed = read_deepspeed(str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed)
     resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
+    _check_text_library()
     _check_sources(after)
     dump_config(after, run / CONFIG)
     (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
@@ -107,3 +109,10 @@ def _check_teacher(config: RunConfig) -> None:
         from univitar_ds.model.teacher import read_teacher
 
         read_teacher(config.objective.teacher)
+
+
+def _check_text_library() -> None:
+    """Raises: InstallationError if this environment cannot build the text tower, before a folder is made for a run."""
+    from univitar_ds.model.towers import check_text_library
+
+    check_text_library()

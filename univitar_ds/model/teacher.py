@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from univitar_ds.config.model import TeacherConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.geometry import PATCH, token_count
 from univitar_ds.model.encoder import UniViTAR
+from univitar_ds.model.libraries import working_imports
 from univitar_ds.model.teacher_cache import FeatureCache
 from univitar_ds.model.teacher_towers import (
     FrameTower,
@@ -192,9 +193,10 @@ def read_teacher(config: TeacherConfig) -> TeacherShape:
     own = _own_config(config.path)
     if own is not None:
         return TeacherShape(OWN, own.hidden_size, PATCH, own.image_mean, own.image_std)
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-    from transformers.models.auto.image_processing_auto import get_image_processor_config
+    with working_imports("transformers"):
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig
+        from transformers.models.auto.image_processing_auto import get_image_processor_config
 
     local = Path(config.path).is_dir()
     try:
@@ -211,6 +213,7 @@ def read_teacher(config: TeacherConfig) -> TeacherShape:
             f"objective.teacher.path {config.path} holds a {kind} model; able to teach: {', '.join(sorted(FAMILIES))} "
             "and the folder of an exported encoder"
         )
+    _loader(kind)
     vision = getattr(whole, "vision_config", whole)
     return TeacherShape(kind, vision.hidden_size, _patch_of(vision, config.path), *_normalisation(pictures, kind))
 
@@ -267,14 +270,18 @@ def _own_encoder(path: str, dtype: torch.dtype) -> UniViTAR:
     return UniViTAR.from_pretrained(path).to(dtype)
 
 
-def _picture_model(path: str, shape: TeacherShape, dtype: torch.dtype) -> nn.Module:
-    import transformers
+def _loader(kind: str) -> Any:
+    """The class of transformers. Raises: InstallationError if this environment cannot import it."""
+    with working_imports("transformers"):
+        import transformers
 
-    loader: Any = getattr(transformers, FAMILIES[shape.kind].loader)
-    load: Callable[..., Any] = loader.from_pretrained
+        return getattr(transformers, FAMILIES[kind].loader)
+
+
+def _picture_model(path: str, shape: TeacherShape, dtype: torch.dtype) -> nn.Module:
     try:
         with quiet():
-            model, info = load(
+            model, info = _loader(shape.kind).from_pretrained(
                 path,
                 local_files_only=Path(path).is_dir(),
                 attn_implementation="sdpa",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.model.libraries import working_imports
 
 FAMILIES = {"clip": "clip", "clip_text_model": "clip", "siglip": "siglip", "siglip_text_model": "siglip"}
 """transformers' `model_type` of a folder -> the way its text part is used."""
@@ -65,8 +66,15 @@ def build_text_tower(config: TextConfig, *, vocab_size: int, eos_id: int, pad_id
     return tower.requires_grad_(not config.frozen)
 
 
+def check_text_library() -> None:
+    """Whether text towers can be built in this environment. Raises: InstallationError."""
+    with working_imports("transformers"):
+        from transformers import AutoModel, CLIPTextModel, SiglipTextModel  # noqa: F401
+
+
 def _clip_from_scratch(config: TextConfig, vocab_size: int, eos_id: int, pad_id: int) -> nn.Module:
-    from transformers import AutoModel, CLIPTextConfig
+    with working_imports("transformers"):
+        from transformers import AutoModel, CLIPTextConfig, CLIPTextModel  # noqa: F401, what AutoModel imports then
 
     shape = CLIPTextConfig(
         vocab_size=vocab_size,
@@ -84,7 +92,8 @@ def _clip_from_scratch(config: TextConfig, vocab_size: int, eos_id: int, pad_id:
 
 
 def _from_folder(folder: Path) -> nn.Module:
-    from transformers import AutoConfig, CLIPTextModel, SiglipTextModel
+    with working_imports("transformers"):
+        from transformers import AutoConfig, CLIPTextModel, SiglipTextModel
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model.text.path {folder} has no config.json; name a local folder of a text model")
@@ -120,7 +129,8 @@ def _from_folder(folder: Path) -> nn.Module:
 @contextmanager
 def quiet() -> Iterator[None]:
     # The picture half of a CLIP folder is "unexpected" to its text half: no news, yet a screen full of it.
-    from transformers.utils import logging
+    with working_imports("transformers"):
+        from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
