@@ -187,10 +187,11 @@ def _faults_of_run(config: RunConfig, checked: Sequence[SourceConfig], settings:
     try:
         validate_sources(config.data.sources, config.stages, settings)
         faults += faults_of_stages(shards, config.stages)
-        evaluation = find_shards(config.evaluation.sources, settings)
-        faults += filter(None, [fault_of_evaluation(evaluation, config.stages)])
     except DataError as error:
         faults.append(str(error))
+    with suppress(DataError):  # those of the evaluation were not to be checked; where they are there, they say it
+        evaluation = find_shards(config.evaluation.sources, settings)
+        faults += filter(None, [fault_of_evaluation(evaluation, config.stages)])
     return faults
 
 

@@ -201,7 +201,8 @@ def labelled(tmp_path):
     folder = tmp_path / "labelled"
     write_tar(folder / "a.tar", [(f"k{i}", {"jpg": picture(60, 80), "cls": b"cat"}) for i in range(3)])
     data = {"sources": [{"path": str(folder), "templates": ["a photo of a {}"]}], "s3": {"region": "here"}}
-    dump_config(run_config(output=str(tmp_path / "runs"), data=data), tmp_path / "labelled.yaml")
+    stages = [{**run_config().stages[0].model_dump(), "video_ratio": 0.0}]
+    dump_config(run_config(output=str(tmp_path / "runs"), data=data, stages=stages), tmp_path / "labelled.yaml")
     return folder, tmp_path / "labelled.yaml"
 
 
@@ -213,6 +214,23 @@ def test_bare_labels_are_sound_with_the_templates_of_the_run_file(capsys, labell
     arguments = ["--report", str(tmp_path / "report.json"), "--workers", "1"]
     assert main(["data", "verify", "--config", str(run_file), *sources, *arguments]) == 0
     assert "3 samples in 1 shards: sound" in capsys.readouterr().out
+
+
+def test_a_source_without_what_the_stages_of_the_run_file_read_is_not_sound_and_cannot_be_inspected(
+    capsys, labelled, tmp_path
+):
+    folder, run_file = labelled
+    arguments = ["--report", str(tmp_path / "report.json"), "--workers", "1", "--no-decode"]
+    run_file.write_text(run_file.read_text().replace("video_ratio: 0.0", "video_ratio: 0.5"))
+    said = "stage both needs video samples, but its sources hold none (3 images in 1 shard, all of them looked at)"
+    for source in ([], [str(folder)]):
+        assert main(["data", "verify", "--config", str(run_file), *source, *arguments]) == 1
+        assert said in capsys.readouterr().out
+    (fault,) = json.loads((tmp_path / "report.json").read_text())["run"]
+    assert fault.startswith(said)
+    assert said in fails(capsys, "data", "inspect", "--config", str(run_file), "--png", str(tmp_path / "x.png"))
+    assert said in fails(capsys, "train", "--config", str(run_file), "evaluation.sources=[]")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_bare_labels_are_not_sound_where_no_source_has_templates_for_them(capsys, labelled, tmp_path):

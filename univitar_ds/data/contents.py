@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from univitar_ds.data import tar
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.samples import modality_of
 from univitar_ds.data.sources import PIECE, Pieces, SourceShard, groups_of, spread, stage_modalities
-from univitar_ds.data.storage import S3, at_once
+from univitar_ds.data.storage import AT_ONCE, S3, at_once
 from univitar_ds.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,9 @@ class Contents:
 
     def sentence(self) -> str:
         """What was found, for a message."""
-        found = ", ".join(f"{count} {kind}{'s' if kind != NO_MEDIA else ''}" for kind, count in self._sorted())
+        found = ", ".join(
+            f"{count} {kind}{'s' if count > 1 and kind != NO_MEDIA else ''}" for kind, count in self._sorted()
+        )
         return f"{found or 'no sample'} in {self.shards} shard{'s' if self.shards > 1 else ''}"
 
     def _sorted(self) -> list[tuple[str, int]]:
@@ -82,14 +84,16 @@ def contents_of(
         return Contents(len(shards), told, whole=not unknown)
     first = spread(unknown, FIRST_SHARDS)
     counts = told.copy()
-    beginning = partial(_look, most_samples=FIRST_SAMPLES, most_fetched=MOST_REMOTE_BYTES // FIRST_SHARDS)
-    for found in at_once(beginning, first, [shard.storage for shard in first]):
-        counts += found.counts
+    bounds = {"most_samples": FIRST_SAMPLES, "most_fetched": MOST_REMOTE_BYTES // FIRST_SHARDS, "enough": enough}
+    for begin in range(0, len(first), AT_ONCE):
+        some = first[begin : begin + AT_ONCE]
+        for found in at_once(partial(_look, **bounds), some, [shard.storage for shard in some]):
+            counts += found.counts
         if enough(counts):
             return Contents(len(shards), counts, whole=False)
     counts, samples, fetched = told.copy(), 0, 0
     for shard in unknown:
-        found = _look(shard, MOST_SAMPLES - samples, MOST_REMOTE_BYTES - fetched)
+        found = _look(shard, MOST_SAMPLES - samples, MOST_REMOTE_BYTES - fetched, enough)
         counts += found.counts
         samples, fetched = samples + found.samples, fetched + found.fetched
         if enough(counts) or not found.whole:
@@ -144,7 +148,7 @@ def fault_of_evaluation(shards: Sequence[SourceShard], stages: Sequence[StageCon
         return None
     return (
         f"evaluation.sources hold nothing to measure: the stages read {' and '.join(f'{one}s' for one in wanted)}, and "
-        f"there are {found.sentence()}; name a source with {wanted[0]}s, or remove evaluation.sources"
+        f"they hold {found.sentence()}; name a source with {wanted[0]}s, or remove evaluation.sources"
     )
 
 
@@ -157,15 +161,15 @@ def check_contents(config: RunConfig, shards: Sequence[SourceShard], evaluation:
         raise DataError("; ".join(faults))
 
 
-def _look(shard: SourceShard, most_samples: int, most_fetched: int) -> _Look:
-    """What the samples of a shard are, from its beginning on up to a bound."""
+def _look(shard: SourceShard, most_samples: int, most_fetched: int, enough: Callable[[Counter[str]], bool]) -> _Look:
+    """What the samples of a shard are, from its beginning on up to a bound, or until they are `enough`."""
     counts: Counter[str] = Counter()
     remote = shard.path.startswith(S3)
     pieces = Pieces(shard) if remote else None  # opening a remote shard would fetch all of it
     with shard.storage.open(shard.path) if pieces is None else io.BufferedReader(pieces, PIECE) as stream:
         samples, fetched = 0, 0
         for found in tar.scan(stream, shard.name, shard.size):
-            if samples >= most_samples or fetched >= most_fetched:
+            if samples >= most_samples or fetched >= most_fetched or enough(counts):
                 return _Look(counts, samples, fetched, whole=False)
             if isinstance(found, tar.Group):
                 samples += 1
