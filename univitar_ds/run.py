@@ -7,6 +7,7 @@ Only the folder's content is the state of a run.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,10 @@ from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import changed_result, dump_config, load_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, TOKENIZER
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.unused import unused_parts
 from univitar_ds.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 CAPTIONS_FOR_TOKENIZER = 200_000
 """Most captions that a tokenizer is trained on; more change it little."""
@@ -36,6 +40,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
     deepspeed = read_deepspeed(config.deepspeed)
     resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
     _check_text_library()
+    _report_unused(config)
     _check_sources(config)
     _check_teacher(config)
     if run.exists():
@@ -65,6 +70,7 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int) -> Path:
     deepspeed = read_deepspeed(str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed)
     resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
     _check_text_library()
+    _report_unused(after)
     _check_sources(after)
     dump_config(after, run / CONFIG)
     (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
@@ -86,6 +92,11 @@ def _provide_tokenizer(config: RunConfig, target: Path) -> None:
     settings = StorageSettings.of(config.data)
     captions = iterate_captions(config.data.sources, limit=CAPTIONS_FOR_TOKENIZER, settings=settings)
     train_tokenizer(captions, text.vocab_size).save(str(target))
+
+
+def _report_unused(config: RunConfig) -> None:
+    for told in unused_parts(config):
+        logger.warning("%s", told)
 
 
 def _check_sources(config: RunConfig) -> None:

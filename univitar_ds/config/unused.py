@@ -1,0 +1,165 @@
+"""Keys of a run file that were set and that the run never reads, because another key says so.
+
+Only what somebody set to another value than the default's is reported; what depends on the data or the machine is not
+known here. One function for each section, each finding is (key, why).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.model import ModelConfig, ObjectiveConfig
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.section import Section
+from univitar_ds.config.stage import StageConfig
+
+Found = Iterator[tuple[str, str]]
+
+
+def unused_parts(config: RunConfig) -> list[str]:
+    """A sentence for each key that was set and changes nothing, in the order of the run file."""
+    found = [
+        *_model(config),
+        *_data(config),
+        *(each for number, stage in enumerate(config.stages) for each in _stage(f"stages.{number}", stage)),
+        *_objective(config.objective, config.stages),
+        *_optimizer(config),
+        *_evaluation(config),
+        *_logging(config),
+    ]
+    return [f"{key} is set but not used: {why}" for key, why in found]
+
+
+def _given(place: str, section: Section, *names: str) -> Iterator[str]:
+    """Those of the keys that were set to something else than their default, with their place."""
+    for name in names:
+        default = type(section).model_fields[name].get_default(call_default_factory=True)
+        if name in section.model_fields_set and getattr(section, name) != default:
+            yield f"{place}.{name}" if place else name
+
+
+def _because(keys: Iterator[str], why: str) -> Found:
+    return ((key, why) for key in keys)
+
+
+def _reads(stages: Sequence[StageConfig], modality: str) -> bool:
+    return any(stage.video_ratio > 0 if modality == "video" else stage.video_ratio < 1 for stage in stages)
+
+
+def _model(config: RunConfig) -> Found:
+    model: ModelConfig = config.model
+    text = model.text
+    if model.init_from is not None:
+        yield from _because(_given("model", model, "layer_scale_init"), "model.init_from brings its own values")
+    if all(stage.checkpoint_every is not None for stage in config.stages):
+        yield from _because(_given("model", model, "checkpoint_every"), "every stage has a checkpoint_every of its own")
+    if config.objective.kind == "softmax":
+        yield from _because(_given("model", model, "logit_bias_init"), "a bias cancels under objective.kind softmax")
+    if text.path is not None:
+        shape = _given("model.text", text, "hidden_size", "layers", "heads", "intermediate_size")
+        yield from _because(shape, "model.text.path brings a text tower of its own shape")
+    if text.tokenizer is not None or text.path is not None:
+        name = "path" if text.tokenizer is None else "tokenizer"
+        yield from _because(_given("model.text", text, "vocab_size"), f"model.text.{name} brings the tokenizer")
+
+
+def _data(config: RunConfig) -> Found:
+    data = config.data
+    sources = [*data.sources, *config.evaluation.sources]
+    places = [place for source in sources for place in (source.path, source.class_names) if place is not None]
+    if not any("://" in place for place in places):
+        names = type(data.s3).model_fields
+        yield from _because(_given("data.s3", data.s3, *names), "no source lies at s3://")
+        yield from _because(_given("data.cache", data.cache, *type(data.cache).model_fields), "no source lies at s3://")
+    for number, source in enumerate(data.sources):
+        yield from _split(f"data.sources.{number}", source)
+    if data.workers == 0:
+        names = ("prefetch_packs", "worker_restarts")
+        yield from _because(_given("data", data, *names), "data.workers 0 starts no decoding process")
+    if data.on_bad == "fail":
+        names = ("max_bad_per_thousand", "max_bad_in_a_row")
+        yield from _because(_given("data", data, *names), "data.on_bad fail ends the run at the first bad sample")
+    if not _reads(config.stages, "video"):
+        names = ("decode_timeout_s", "max_clip_s")
+        yield from _because(_given("data", data, *names), "video_ratio is 0 in every stage")
+
+
+def _split(place: str, source: SourceConfig) -> Found:
+    if source.path.endswith(".tar"):
+        yield from _because(_given(place, source, "split"), "only a folder packed by data pack has splits, not a tar")
+
+
+def _stage(place: str, stage: StageConfig) -> Found:
+    if stage.video_ratio == 0:
+        names = ("video", "clip_frames", "clip_sampling")
+        yield from _because(_given(place, stage, *names), "the stage's video_ratio is 0")
+    elif stage.clip_sampling.kind == "uniform":
+        sampling = stage.clip_sampling
+        yield from _because(
+            _given(f"{place}.clip_sampling", sampling, "fps"), "it belongs to kind fps, kind is uniform"
+        )
+    if stage.video_ratio == 1:
+        yield from _because(_given(place, stage, "image"), "the stage's video_ratio is 1")
+    for modality in ("image", "video"):
+        rule = getattr(stage, modality)
+        if rule.kind == "fixed" and _reads([stage], modality):
+            names = ("min_tokens", "max_tokens")
+            yield from _because(_given(f"{place}.{modality}", rule, *names), "kind fixed has the size of size_px")
+    if stage.lr_schedule == "constant":
+        yield from _because(_given(place, stage, "final_lr_ratio"), "lr_schedule constant stays at lr")
+    if "vision" in stage.frozen and stage.distill.ever:
+        yield (
+            f"{place}.distill",
+            "the encoder is frozen in this stage, so only the heads beside it learn from a teacher",
+        )
+    if "vision" in stage.frozen and "patch_embedding" in stage.frozen:
+        yield f"{place}.frozen patch_embedding", "vision is frozen too, and holds it"
+
+
+def _objective(objective: ObjectiveConfig, stages: Sequence[StageConfig]) -> Found:
+    teacher = objective.teacher
+    if not any(stage.contrastive.ever for stage in stages):
+        names = ("kind", "chunk", "same_caption_positive")
+        yield from _because(_given("objective", objective, *names), "contrastive is 0 in every stage")
+    if teacher is None:
+        return
+    if not any(stage.distill.ever for stage in stages):
+        yield "objective.teacher", "no stage distills from it; give stages.N.distill a weight, or remove the teacher"
+        return
+    for part in ("patch", "pooled"):
+        if not getattr(teacher, f"{part}_weight"):
+            loss = _given("objective.teacher", teacher, f"{part}_loss")
+            yield from _because(loss, f"objective.teacher.{part}_weight is 0")
+
+
+def _optimizer(config: RunConfig) -> Found:
+    if all("vision" in stage.frozen for stage in config.stages):
+        decay = _given("optimizer", config.optimizer, "layer_decay")
+        yield from _because(decay, "the encoder is frozen in every stage")
+    if config.guard.spike_deviations is None:
+        names = ("window_steps", "min_steps")
+        yield from _because(_given("guard", config.guard, *names), "guard.spike_deviations null looks for no spikes")
+
+
+def _evaluation(config: RunConfig) -> Found:
+    evaluation = config.evaluation
+    if not evaluation.sources:
+        names = ("token_budget", "image_templates", "video_templates")
+        yield from _because(_given("evaluation", evaluation, *names), "evaluation.sources is empty")
+        return
+    for modality in ("image", "video"):
+        if not _reads(config.stages, modality):
+            templates = _given("evaluation", evaluation, f"{modality}_templates")
+            yield from _because(templates, f"no stage reads {modality}s, so they are not evaluated")
+    for number, source in enumerate(evaluation.sources):
+        place = f"evaluation.sources.{number}"
+        yield from _split(place, source)
+        templates = _given(place, source, "templates")
+        yield from _because(templates, "they make captions for training; zero-shot takes evaluation.image_templates")
+
+
+def _logging(config: RunConfig) -> Found:
+    if not config.logging.tensorboard:
+        shown = _given("logging", config.logging, "pictures_every_steps")
+        yield from _because(shown, "images are shown in TensorBoard, and logging.tensorboard is false")
