@@ -1,0 +1,37 @@
+"""What a clone holds beside the code, and that its README needs nothing more."""
+
+import hashlib
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+APACHE_2 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+"""Of the text as the Apache Software Foundation publishes it."""
+
+
+def test_the_license_is_the_whole_text_and_named_where_people_and_tools_look():
+    assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == APACHE_2
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (project["license"], project["license-files"]) == ("Apache-2.0", ["LICENSE"])
+    assert "[Apache-2.0](LICENSE)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_changelog_has_a_place_for_the_next_change():
+    heads = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert heads[0] == "Unreleased"
+
+
+def test_links_of_the_documents_lead_to_files_of_the_repository():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            assert "://" in target or (ROOT / target).exists(), f"{name} links to {target}, which is not there"
+
+
+def test_no_command_of_the_readme_or_a_recipe_reaches_out_of_a_clone():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        assert "../" not in block, block
+    for recipe in (ROOT / "univitar_ds" / "recipes").glob("*.yaml"):
+        assert "../" not in recipe.read_text(encoding="utf-8"), recipe
