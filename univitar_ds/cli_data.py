@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -164,7 +165,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     _say_first([told for shard in shards for told in _shard_sentences(shard)], str)
     verdict = "sound" if report["sound"] else "NOT sound"
     counts = [f"{report['samples']} samples in {len(report['shards'])} shards: {verdict}"]
-    counts += [f"{what} {_counted(report[name])}" for name, what in _COUNTED.items() if report[name]]
+    for name, what in (("faults", "left out:"), ("ignored", "texts ignored:")):
+        if kinds := Counter(one["kind"] for shard in shards for one in shard[name]):
+            counts.append(" ".join((what, ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))))
     _say("; ".join([*counts, f"report in {arguments.report}"]))
     return 0 if report["sound"] else 1
 
@@ -201,13 +204,6 @@ def _say_first(found: Sequence[Any], sentence: Callable[[Any], str], most: int =
         _say(sentence(one))
     if len(found) > most:
         _say(f"... and {len(found) - most} more")
-
-
-_COUNTED = {"bad": "left out:", "ignored": "texts ignored:"}
-
-
-def _counted(kinds: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 def _ignored_sentence(found: tuple[str, dict[str, Any]]) -> str:

@@ -35,7 +35,11 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 """Those of UTF-32 first: one of them begins like one of UTF-16."""
+_BEGINS_OF_MARKS = frozenset(mark[:1] for mark, _ in _BYTE_ORDER_MARKS)
 _SHOWN = 60
+
+_Aside = dict[str, str]
+"""What was ignored so far: of each kind the first message."""
 
 
 class Ignored(NamedTuple):
@@ -65,7 +69,7 @@ def read_texts(members: Mapping[str, bytes], *, lines: bool = False, packed: boo
         to be one of `data pack`.
     Raises: SampleError if there is neither a caption nor a label that can be used.
     """
-    aside = _Aside()
+    aside: _Aside = {}
     fields = _json_object(members["json"], aside) if "json" in members else {}
     captions = _of_fields(fields, ("captions", "caption"), aside)
     several = False
@@ -74,13 +78,14 @@ def read_texts(members: Mapping[str, bytes], *, lines: bool = False, packed: boo
         several = len(captions) > 1 and not lines
         if several:
             captions = (_visible(decoded(members["txt"])),)
-    captions = captions or _of_fields(fields, _UNMARKED, _Aside())
+    captions = captions or _of_fields(fields, _UNMARKED, {})
     label = _label(fields, members.get("cls"), aside)
     if not captions and not label:
-        raise aside.reason() or SampleError(
-            "no_caption", "neither captions nor caption in its .json nor a .txt member, and no label"
-        )
-    return Texts(captions, label, _set(fields, aside), _crc32(fields, packed, aside), aside.all(), several)
+        for kind, message in aside.items():
+            raise SampleError(kind, message)
+        raise SampleError("no_caption", "neither captions nor caption in its .json nor a .txt member, and no label")
+    data_set, crc32 = _set(fields, aside), _crc32(fields, packed, aside)
+    return Texts(captions, label, data_set, crc32, tuple(map(Ignored._make, aside.items())) if aside else (), several)
 
 
 def resolve(
@@ -111,34 +116,17 @@ def resolve(
     return tuple(template.replace("{}", label) for template in templates), label, ignored
 
 
-class _Aside:
-    """What was ignored so far, of each kind the first."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, str] = {}
-
-    def put(self, kind: str, message: str) -> None:
-        self._found.setdefault(kind, message)
-
-    def all(self) -> tuple[Ignored, ...]:
-        return tuple(Ignored(*one) for one in self._found.items())
-
-    def reason(self) -> SampleError | None:
-        """Why a sample that has nothing else is left out."""
-        return next((SampleError(*one) for one in self._found.items()), None)
-
-
 def _json_object(content: bytes, aside: _Aside) -> dict[str, Any]:
     if len(content) > BYTES_LIMIT:
-        aside.put("too_large", f"its .json has {len(content)} bytes (limit {BYTES_LIMIT})")
+        aside.setdefault("too_large", f"its .json has {len(content)} bytes (limit {BYTES_LIMIT})")
         return {}
     try:
         fields = _parsed(content)
     except (ValueError, RecursionError) as error:
-        aside.put("bad_json", f"its .json does not parse: {str(error)[:120]}")
+        aside.setdefault("bad_json", f"its .json does not parse: {str(error)[:120]}")
         return {}
     if not isinstance(fields, dict):
-        aside.put("bad_json", f"its .json holds a {type(fields).__name__}, not an object")
+        aside.setdefault("bad_json", f"its .json holds a {type(fields).__name__}, not an object")
         return {}
     return fields
 
@@ -164,18 +152,21 @@ def _of_fields(fields: Mapping[str, Any], names: Iterable[str], aside: _Aside) -
             continue
         if not isinstance(value, str | list):
             told = f"{name} is {_shown(value)} ({type(value).__name__}), not a text and not a list of texts"
-            aside.put("bad_caption", told)
+            aside.setdefault("bad_caption", told)
             continue
         found = []
         for one in [value] if isinstance(value, str) else value:
+            if isinstance(one, str) and (caption := _visible(one)):
+                found.append(caption)
+                continue
             if isinstance(one, dict):
                 one = one.get("caption", one)
             if not isinstance(one, str):
-                aside.put("bad_caption", f"a caption is {_shown(one)} ({type(one).__name__}), not text")
+                aside.setdefault("bad_caption", f"a caption is {_shown(one)} ({type(one).__name__}), not text")
             elif caption := _visible(one):
                 found.append(caption)
             else:
-                aside.put("bad_caption", "a caption is empty")
+                aside.setdefault("bad_caption", "a caption is empty")
         if found:
             return tuple(found)
     return ()
@@ -184,29 +175,32 @@ def _of_fields(fields: Mapping[str, Any], names: Iterable[str], aside: _Aside) -
 def _of_txt(content: bytes, aside: _Aside) -> tuple[str, ...]:
     """Its lines that are not empty."""
     if len(content) > BYTES_LIMIT:
-        aside.put("too_large", f"its .txt has {len(content)} bytes (limit {BYTES_LIMIT})")
+        aside.setdefault("too_large", f"its .txt has {len(content)} bytes (limit {BYTES_LIMIT})")
         return ()
     try:
         captions = caption_lines(decoded(content))
     except UnicodeError as error:
-        aside.put("bad_caption", f"its .txt is not UTF-8 text ({_where(error)})")
+        aside.setdefault("bad_caption", f"its .txt is not UTF-8 text ({_where(error)})")
         return ()
     if not captions:
-        aside.put("bad_caption", "a caption is empty: its .txt holds no text")
+        aside.setdefault("bad_caption", "a caption is empty: its .txt holds no text")
     return captions
 
 
 def caption_lines(text: str) -> tuple[str, ...]:
     """The lines of a text that are not empty."""
-    return tuple(caption for line in _LINE_ENDS.split(text) if (caption := _visible(line)))
+    lines = _LINE_ENDS.split(text) if "\n" in text or "\r" in text else (text,)
+    return tuple([caption for line in lines if (caption := _visible(line))])
 
 
 def _label(fields: Mapping[str, Any], cls: bytes | None, aside: _Aside) -> str | None:
     label = fields.get("label")
+    if type(label) is str and label.strip():
+        return label
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if isinstance(label, bool) or not isinstance(label, str | int | None):
-        aside.put("bad_label", f"label is {_shown(label)} ({type(label).__name__}), not text")
+        aside.setdefault("bad_label", f"label is {_shown(label)} ({type(label).__name__}), not text")
         label = None
     if label is not None and (label := str(label)).strip():
         return label
@@ -215,12 +209,12 @@ def _label(fields: Mapping[str, Any], cls: bytes | None, aside: _Aside) -> str |
 
 def _of_cls(content: bytes, aside: _Aside) -> str | None:
     if len(content) > BYTES_LIMIT:
-        aside.put("too_large", f"its .cls has {len(content)} bytes (limit {BYTES_LIMIT})")
+        aside.setdefault("too_large", f"its .cls has {len(content)} bytes (limit {BYTES_LIMIT})")
         return None
     try:
         return decoded(content).strip() or None
     except UnicodeError as error:
-        aside.put("bad_label", f"its .cls is not UTF-8 text ({_where(error)})")
+        aside.setdefault("bad_label", f"its .cls is not UTF-8 text ({_where(error)})")
         return None
 
 
@@ -228,7 +222,7 @@ def _set(fields: Mapping[str, Any], aside: _Aside) -> str | None:
     name = fields.get("set")
     if isinstance(name, str | None):
         return name
-    aside.put("bad_set", f"set is {_shown(name)} ({type(name).__name__}), not text")
+    aside.setdefault("bad_set", f"set is {_shown(name)} ({type(name).__name__}), not text")
     return None
 
 
@@ -243,7 +237,9 @@ def _crc32(fields: Mapping[str, Any], packed: bool, aside: _Aside) -> int | None
         return value
     if own and packed:
         raise SampleError("bad_json", f"crc32 is {_shown(value)}, not a number of 32 bits")
-    aside.put("bad_checksum", f"crc32 is {_shown(value)}, which data pack did not write: of what it is is not known")
+    aside.setdefault(
+        "bad_checksum", f"crc32 is {_shown(value)}, which data pack did not write; nothing is compared with it"
+    )
     return None
 
 
@@ -259,7 +255,9 @@ def _visible(text: str) -> str:
 
 def decoded(content: bytes) -> str:
     """UTF-8, or what a byte order mark says. Raises: UnicodeError, also for zero bytes, which no text has."""
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
+    encoding = "utf-8"
+    if content[:1] in _BEGINS_OF_MARKS:
+        encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), encoding)
     text = content.decode(encoding)
     if "\0" in text:
         raise UnicodeError(f"byte {content.index(0)} is zero")

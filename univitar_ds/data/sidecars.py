@@ -18,6 +18,7 @@ from univitar_ds.errors import SampleError
 
 _log = logging.getLogger(__name__)
 _MEDIA = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
+_LINK = "link: the folder is packed under another name, or holds this one"
 _MOSTLY = 0.9
 """Share of the .txt with several lines that makes them look like ones of a caption a line."""
 
@@ -70,28 +71,25 @@ def _folders(folder: Path, left_out: dict[str, str]) -> Iterator[tuple[str, list
         left_out[_relative(error.filename, folder)] = f"unreadable: the folder cannot be read: {error.strerror}"
 
     seen: set[tuple[int, int]] = set()
+    root = folder.resolve()
     starts = [str(folder)]
     while starts:
         links: list[str] = []
         for start in starts:
             for parent, folders, files in os.walk(start, onerror=unreadable):
                 state = os.stat(parent)
-                if (state.st_dev, state.st_ino) in seen or (parent != str(folder) and _holds(parent, folder)):
-                    left_out[_relative(parent, folder)] = (
-                        "link: the folder is packed under another name, or holds this one"
-                    )
+                this = (state.st_dev, state.st_ino)
+                above = seen and parent == start and root.is_relative_to(os.path.realpath(parent))
+                if above or this in seen:
+                    left_out[_relative(parent, folder)] = _LINK
                     folders.clear()
                     continue
-                seen.add((state.st_dev, state.st_ino))
+                seen.add(this)
                 visible = sorted(name for name in folders if not name.startswith("."))
                 links += [path for name in visible if os.path.islink(path := os.path.join(parent, name))]
                 folders[:] = [name for name in visible if not os.path.islink(os.path.join(parent, name))]
                 yield parent, sorted(name for name in files if not name.startswith("."))
         starts = links
-
-
-def _holds(parent: str, folder: Path) -> bool:
-    return folder.resolve().is_relative_to(os.path.realpath(parent))
 
 
 def _relative(path: str, folder: Path) -> str:

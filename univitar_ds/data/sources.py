@@ -17,6 +17,7 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import captions, tar
 from univitar_ds.data.class_names import read_class_names, shared_names
 from univitar_ds.data.layout import Modality
+from univitar_ds.data.line_watch import LineWatch
 from univitar_ds.data.listing import PACK_HINT, Shard, list_shards, place_of, warn_once
 from univitar_ds.data.mixture import shares_of
 from univitar_ds.data.storage import AT_ONCE, LOCAL, S3, StorageSettings, at_once, storage_for
@@ -31,32 +32,9 @@ CAPTION_BYTES = 4 << 30
 SPOT_CHECKS, SPOT_BYTES = 512, 4096
 """Shards without a hash whose first bytes count as their content, and how many bytes: the header of the first member,
 which has its time, and what it begins with. A remote store answers so many within a second or two."""
-SEVERAL_IN_A_ROW = 4
-"""Samples one after another with several lines in their .txt that make a source look like one of a caption a line."""
 PIECE = 512 << 10
 """Bytes of one read: a few pictures, so that little is asked for twice, and a part of a clip, most of which is
 skipped."""
-
-
-class LineWatch:
-    """Warns once of a source whose .txt members seem to hold a caption a line, and which says nothing of that."""
-
-    def __init__(self, source: SourceConfig) -> None:
-        self._source = source
-        self._in_a_row = 0
-
-    def see(self, several_lines: bool) -> None:
-        """Whether the caption of the next sample is a .txt of several lines."""
-        self._in_a_row = self._in_a_row + 1 if several_lines else 0
-        if self._in_a_row == SEVERAL_IN_A_ROW:
-            warn_once(several_lines_told(self._source))
-
-
-def several_lines_told(source: SourceConfig) -> str:
-    return (
-        f"source {source.path}: its .txt members have several lines, and each is read as one caption; if every line is "
-        "a caption, set captions: lines in the source"
-    )
 
 
 @dataclass(frozen=True)

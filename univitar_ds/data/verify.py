@@ -14,9 +14,10 @@ from tqdm import tqdm
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.checking import DEFAULTS, ShardCheck, check_shard
 from univitar_ds.data.crew import At, Bad, Crew, Done, Event, Hashed, Noted, Read, Scattered, SeveralLines, Task
+from univitar_ds.data.line_watch import several_lines_told
 from univitar_ds.data.listing import Shard, expand_braces, place_of
 from univitar_ds.data.manifest import MANIFEST, read_manifest
-from univitar_ds.data.sources import SourceShard, find_shards, of_source, several_lines_told
+from univitar_ds.data.sources import SourceShard, find_shards, of_source
 from univitar_ds.data.storage import LOCAL, StorageSettings, storage_for
 from univitar_ds.errors import DataError
 

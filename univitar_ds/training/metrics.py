@@ -75,6 +75,7 @@ def rank_numbers(
         bad.update(batch.bad)
         ignored.update(batch.ignored)
     assert bad.keys() <= set(KINDS), set(bad) - set(KINDS)
+    assert ignored.keys() <= set(IGNORED), set(ignored) - set(IGNORED)
     lengths = [token_count(grid) for batch in batches for grid in batch.grid_thw.tolist()]
     kept = [dropping.kept(length) for length in lengths]
     flops = cost[0] * sum(kept) + cost[1] * sum(length**2 for length in kept)

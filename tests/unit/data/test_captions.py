@@ -59,7 +59,7 @@ BESIDE_TXT = [
 ]
 
 
-@pytest.mark.parametrize(("content", "ignored"), BESIDE_TXT, ids=lambda value: str(value)[:40] if isinstance(value, bytes) else "")
+@pytest.mark.parametrize(("content", "ignored"), BESIDE_TXT, ids=[str(content)[:40] for content, _ in BESIDE_TXT])
 def test_a_caption_in_the_txt_is_used_whatever_the_json_beside_it_is(content, ignored):
     found = read_texts({"json": content, "txt": RED})
     assert (found.captions, found.label, found.set, found.crc32) == (("a red square",), None, None, None)

@@ -16,6 +16,7 @@ from univitar_ds.training.distributed import World, gather_json
 from univitar_ds.training.logs import MetricLog, SampleLog, cut_sample_logs
 from univitar_ds.training.metrics import (
     BAD_OF_KIND,
+    IGNORED_OF_KIND,
     OVER_RANKS,
     Window,
     join_ranks,
@@ -119,6 +120,19 @@ def test_the_numbers_of_a_rank_are_those_of_all_its_packs():
     assert {name: got[name] for name in BAD_OF_KIND if got[name]} == {"bad_corrupt": 3, "bad_json": 1}
     assert got["shrunk"] == 3
     assert got["memory_gb"] > 0.01
+
+
+def test_texts_that_were_ignored_have_counts_of_their_own_since_the_run_began():
+    packs = [replace(batch((1, 2, 3)), ignored={"bad_label": 2}), replace(batch(), ignored={"bad_label": 1})]
+    got = rank_numbers(packs, cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0)
+    assert {name: got[name] for name in IGNORED_OF_KIND if got[name]} == {"ignored_label": 3}
+    assert got["bad_samples"] == got["bad_label"] == 0
+    window, none = Window(), dict.fromkeys(IGNORED_OF_KIND, 0.0)
+    for _ in range(2):
+        window = window.next()
+        window.add(result(1.0), numbers(**none | {"ignored_label": 3.0}), "image", WEIGHTS)
+    written = line(window)
+    assert {name: written[name] for name in (*BAD_OF_KIND, *IGNORED_OF_KIND) if name in written} == {"ignored_label": 6}
 
 
 def test_flops_are_those_of_the_tokens_that_stay_and_fill_is_of_all():
