@@ -22,7 +22,9 @@ class SourceConfig(Section):
         "one", description="what a .txt holds: one caption, or one a line, of which each epoch takes one"
     )
     class_names: str | None = Field(
-        None, description="a text file: its first line names label 0, the next label 1, ...; absent: labels are names"
+        None,
+        description="a text file: its first line names label 0, the next label 1, ...; or numbered lines, or JSON; "
+        "absent: labels are names",
     )
 
     @model_validator(mode="after")
