@@ -22,7 +22,7 @@ IGNORED = ("bad_caption", "bad_label", "bad_set", "bad_checksum", "bad_json", "t
 """Kinds of texts that are ignored in samples that are used."""
 
 _OWN_FIELDS = {"captions", "label", "set", "kind", "width", "height", "frames", "file", "crc32"}
-"""What `univitar-ds data pack` writes of every sample, and nobody else: it marks a sample of a shard that has been
+"""What `univitar-ds data pack` writes of every sample, and nobody else: these mark a sample of a shard that has been
 copied away from its manifest."""
 _UNMARKED = ("text", "TEXT")
 """Fields that hold a caption where nothing else does, as in LAION's tables."""

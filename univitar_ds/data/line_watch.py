@@ -20,10 +20,10 @@ class LineWatch:
         """Whether the caption of the next sample is a .txt of several lines."""
         self._in_a_row = self._in_a_row + 1 if several_lines else 0
         if self._in_a_row == SEVERAL_IN_A_ROW:
-            warn_once(several_lines_told(self._source))
+            warn_once(several_lines_warning(self._source))
 
 
-def several_lines_told(source: SourceConfig) -> str:
+def several_lines_warning(source: SourceConfig) -> str:
     return (
         f"source {source.path}: its .txt members have several lines, and each is read as one caption; if every line is "
         "a caption, set captions: lines in the source"

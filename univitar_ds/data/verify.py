@@ -14,7 +14,7 @@ from tqdm import tqdm
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.checking import DEFAULTS, ShardCheck, check_shard
 from univitar_ds.data.crew import At, Bad, Crew, Done, Event, Hashed, Noted, Read, Scattered, SeveralLines, Task
-from univitar_ds.data.line_watch import several_lines_told
+from univitar_ds.data.line_watch import several_lines_warning
 from univitar_ds.data.listing import Shard, expand_braces, place_of
 from univitar_ds.data.manifest import MANIFEST, read_manifest
 from univitar_ds.data.sources import SourceShard, find_shards, of_source
@@ -125,7 +125,7 @@ def verify(
     for about, source, own in zip(listed, sources, by_source, strict=True):
         several = sum(one.several_lines for one in own)
         if several and several >= _MOSTLY * sum(one.samples - len(one.faults) for one in own):
-            about["warning"] = several_lines_told(source)
+            about["warning"] = several_lines_warning(source)
     return _report(listed, [one.to_json() for one in found], decode)
 
 

@@ -6,7 +6,9 @@ import zlib
 
 import pytest
 
+from tests.support import media
 from tests.support.loading import STAGE, only_lane
+from tests.support.packing import pack, picture_row
 from tests.support.shards import picture, sidecar, write_tar
 from univitar_ds.cli import main
 from univitar_ds.config.data import DataConfig, SourceConfig
@@ -231,6 +233,18 @@ def test_a_packed_sample_whose_bytes_have_changed_is_still_left_out(tmp_path):
     ]
     report = verify([SourceConfig(path=str(write_tar(tmp_path / "a.tar", samples)))], progress=False)
     assert [(fault["kind"], fault["key"]) for fault in report["shards"][0]["faults"]] == [("checksum", "wrong")]
+
+
+def test_a_shard_of_data_pack_keeps_its_checksums_away_from_its_manifest(tmp_path):
+    folder = media.write_folder(tmp_path / "folder", {"images/0.jpg": picture(48, 64)}, [picture_row(0)])
+    pack(folder, tmp_path / "out")
+    alone = tmp_path / "alone.tar"
+    content = bytearray((tmp_path / "out/train-image-000000.tar").read_bytes())
+    alone.write_bytes(content)
+    assert verify([SourceConfig(path=str(alone))], progress=False)["sound"]
+    content[content.index(b"\xff\xda") + 40] ^= 1
+    alone.write_bytes(content)
+    assert verify([SourceConfig(path=str(alone))], progress=False)["bad"] == {"checksum": 1}
 
 
 def test_inspect_counts_them_too():
