@@ -28,7 +28,7 @@ STOP = pytest.StashKey[threading.Event]()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_timeout_set_timer(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Ends the test, too, when none of its processes makes progress; pytest-timeout ends it after 15 minutes."""
+    """Ends the test, too, when none of its processes makes progress; pytest-timeout ends it after half an hour."""
     done = yield
     overdue, stop, told = signal.getsignal(signal.SIGALRM), threading.Event(), []
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tests.support.progress import LOOK_S, WHOLE_S, Stalled, Watch, end_tree
+from tests.support.progress import IDLE_S, LOOK_S, WHOLE_S, Stalled, Watch, end_tree
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.support.preload"])
@@ -147,7 +147,7 @@ def _receive(
         answers[rank] = value
     else:
         process = ranks[rank][0]
-        process.join(5)
+        process.join(IDLE_S)
         failures[rank] = value or (
             f"the process ended with exit code {process.exitcode} and said nothing\n{_stacks(folder, rank)}"
         )

@@ -151,7 +151,6 @@ def limits_of_their_own(path: Path) -> list[str]:
 
 OF_A_CLOCK = {
     "support/progress.py",  # after SIGABRT, for what may hang in the kernel
-    "support/distributed.py",  # for the exit code of a rank that is gone
     "distributed/test_chaos.py",  # one test of twenty starts
 }
 
