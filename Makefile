@@ -5,6 +5,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-seconds
+# What was skipped and why, and which tests took longest: above 20 s one is marked slow.
+SAYS := -rs --durations 10 --durations-min 20
 
 .PHONY: demo test test-all bench-cpu bench-gpu lint clean help
 
@@ -35,10 +37,10 @@ demo: $(INSTALLED)
 	$(BIN)/univitar-ds demo --install-seconds $$(cat $(INSTALLED))
 
 test: $(INSTALLED) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(SAYS) -m "not slow"
 
 test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(SAYS) -m slow
 
 # Runs in any environment with torch and triton: PYTHON=... make bench-gpu; ours where it is installed.
 bench-gpu:

@@ -58,7 +58,10 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("plain", "deepspeed") else name for name in LAUNCHERS],
+)
 def test_a_run_is_trained_evaluated_and_exported_by(launcher, run_file):
     command = [free_port() if part == "PORT" else part for part in LAUNCHERS[launcher]]
     done = completed([*command, "--config", str(run_file), f"name={launcher}", "stages.0.samples=40"])
@@ -189,6 +192,7 @@ def told_to_leave(run: Path) -> None:
 SOME_STEPS = ["data.lanes=2", "stages.0.samples=250", "logging.every_steps=1", "checkpoint.every_steps=100000"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", TWO_HOSTS)
 def test_one_rank_told_to_leave_makes_all_hosts_save_and_the_run_goes_on(launcher, run_file, two_hosts):
     run = run_file.parent / "runs" / f"told-{launcher}"
