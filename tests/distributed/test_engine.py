@@ -284,6 +284,7 @@ def test_a_closed_engine_holds_no_memory_and_an_open_one_piles_up_nothing():
         assert left == 0, name
 
 
+@pytest.mark.slow
 def test_fifty_steps_on_one_two_and_four_ranks_are_the_same_training(tmp_path):
     (curve, whole), *others = (run_distributed(long_training, size, tmp_path)[0] for size in (1, 2, 4))
     assert curve[-1] < curve[0]
