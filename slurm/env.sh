@@ -8,6 +8,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # The log shows a line when it is written, and the stack of a process that a fatal signal ends.
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 
+# A random.py or tokenizers/ in the folder of the job is not imported. The project must be installed in PYTHON's
+# environment, as `make` does it.
+export PYTHONSAFEPATH=1
+
 # Packs have another size in every step; growing segments keep the memory of a GPU from breaking into pieces.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 

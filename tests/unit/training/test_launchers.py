@@ -149,6 +149,7 @@ def test_a_rank_that_nobody_answers_says_which_variables_made_it_one_and_how_to_
         assert "env -u RANK -u WORLD_SIZE -u LOCAL_RANK -u MASTER_ADDR -u MASTER_PORT univitar-ds train" in text
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_every_rank_that_is_there_names_the_one_that_is_not():
     said = ranks([0, 2], 3, 30, free_port())
