@@ -8,18 +8,16 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from univitar_ds.cli_parts import add_command, add_overrides, positive, shown
-from univitar_ds.errors import ConfigError, DataError
+from univitar_ds.errors import ConfigError
 from univitar_ds.screen import show
 
 if TYPE_CHECKING:
     from univitar_ds.config.data import DataConfig, SourceConfig
-    from univitar_ds.config.schema import RunConfig
     from univitar_ds.data.storage import StorageSettings
 
 
@@ -143,6 +141,7 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from univitar_ds.config.load import load_config
+    from univitar_ds.data.contents import faults_of_run
     from univitar_ds.data.verify import verify
 
     _check_writable(arguments.report)
@@ -151,7 +150,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     sources = _sources_to_verify(arguments, data)
     settings = _storage_settings(arguments, data)
     report = verify(sources, settings, workers=arguments.workers, decode=not arguments.no_decode, limits=data)
-    report["run"] = [] if config is None else _faults_of_run(config, sources, settings)
+    checked = set(map(_place, sources))
+    whole = config is not None and checked.issuperset(map(_place, config.data.sources))
+    report["run"] = faults_of_run(config, settings) if whole else []
     report["sound"] = report["sound"] and not report["run"]
     arguments.report.write_text(json.dumps(report, indent=1), encoding="utf-8")
     for source in report["sources"]:
@@ -170,32 +171,6 @@ def _verify(arguments: argparse.Namespace) -> int:
             counts.append(" ".join((what, ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))))
     _say("; ".join([*counts, f"report in {arguments.report}"]))
     return 0 if report["sound"] else 1
-
-
-def _faults_of_run(config: RunConfig, checked: Sequence[SourceConfig], settings: StorageSettings) -> list[str]:
-    """What the stages and the evaluation of a run file need and its sources do not hold, a sentence each.
-
-    Only where all sources of the run were checked, and could be found: else it is known already, or not asked.
-    """
-    from univitar_ds.data.contents import fault_of_evaluation, faults_of_stages
-    from univitar_ds.data.sources import find_shards, validate_sources
-
-    if not {_place(source) for source in config.data.sources} <= {_place(source) for source in checked}:
-        return []
-    faults: list[str] = []
-    try:
-        shards = find_shards(config.data.sources, settings)
-    except DataError:  # the report has it at the source
-        return []
-    try:
-        validate_sources(config.data.sources, config.stages, settings)
-        faults += faults_of_stages(shards, config.stages)
-    except DataError as error:
-        faults.append(str(error))
-    with suppress(DataError):  # those of the evaluation were not to be checked; where they are there, they say it
-        evaluation = find_shards(config.evaluation.sources, settings)
-        faults += filter(None, [fault_of_evaluation(evaluation, config.stages)])
-    return faults
 
 
 def _say_first(found: Sequence[Any], sentence: Callable[[Any], str], most: int = 20) -> None:

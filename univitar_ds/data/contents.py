@@ -11,6 +11,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -20,8 +21,17 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.data import tar
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.samples import modality_of
-from univitar_ds.data.sources import PIECE, Pieces, SourceShard, groups_of, spread, stage_modalities
-from univitar_ds.data.storage import AT_ONCE, S3, at_once
+from univitar_ds.data.sources import (
+    PIECE,
+    Pieces,
+    SourceShard,
+    find_shards,
+    groups_of,
+    spread,
+    stage_modalities,
+    validate_sources,
+)
+from univitar_ds.data.storage import AT_ONCE, S3, StorageSettings, at_once
 from univitar_ds.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -159,6 +169,25 @@ def check_contents(config: RunConfig, shards: Sequence[SourceShard], evaluation:
         faults.append(fault)
     if faults:
         raise DataError("; ".join(faults))
+
+
+def faults_of_run(config: RunConfig, settings: StorageSettings) -> list[str]:
+    """What the stages and the evaluation need and the sources that can be found do not hold, a sentence each.
+
+    Of sources that cannot be found nothing is said here.
+    """
+    faults: list[str] = []
+    with suppress(DataError):
+        shards = find_shards(config.data.sources, settings)
+        try:
+            validate_sources(config.data.sources, config.stages, settings)
+            faults += faults_of_stages(shards, config.stages)
+        except DataError as error:
+            faults.append(str(error))
+    with suppress(DataError):
+        evaluation = find_shards(config.evaluation.sources, settings)
+        faults += filter(None, [fault_of_evaluation(evaluation, config.stages)])
+    return faults
 
 
 def _look(shard: SourceShard, most_samples: int, most_fetched: int, enough: Callable[[Counter[str]], bool]) -> _Look:
