@@ -19,8 +19,8 @@ help:
 	@echo "make bench-gpu  the fused kernels and a training step on a GPU"
 	@echo "make clean      remove the environment and the demo's folder"
 
-# The demo and the tests train on the CPU, on a machine with GPUs too; what is compiled at installation is for that.
-$(INSTALLED) demo test test-all: export DS_ACCELERATOR := cpu
+# The demo and the tests train on the CPU, on a machine with GPUs too.
+demo test test-all: export DS_ACCELERATOR := cpu
 
 # The file holds how long the installation took; the demo's table shows it.
 $(INSTALLED): requirements.txt pyproject.toml
@@ -28,8 +28,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@start=$$(date +%s); \
 	  $(PYTHON) -m venv $(VENV) \
 	  && { $(BIN)/python -m pip install --quiet torch==2.13.0 \
-	    && $(BIN)/python -m pip install --quiet --editable '.[dev]' \
-	    && $(BIN)/python -m univitar_ds.training.prebuild; } > $(VENV)/install.log 2>&1 \
+	    && $(BIN)/python -m pip install --quiet --editable '.[dev]'; } > $(VENV)/install.log 2>&1 \
 	  || { tail -n 30 $(VENV)/install.log; exit 1; }; \
 	  echo $$(( $$(date +%s) - start )) > $@
 

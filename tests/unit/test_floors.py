@@ -36,7 +36,7 @@ FLOORS = {
 }
 NEIGHBOURS = {"univitar_ds.model", "univitar_ds.objectives", "univitar_ds.data"}
 DOORS = {
-    "deepspeed": {"univitar_ds/training/engine.py", "univitar_ds/training/prebuild.py"},
+    "deepspeed": {"univitar_ds/training/engine.py"},
     "transformers": {"univitar_ds/model/towers.py", "univitar_ds/model/teacher.py"},
     "boto3": {"univitar_ds/data/s3_connection.py"},
     "botocore": {"univitar_ds/data/s3_connection.py"},

@@ -49,6 +49,12 @@ FROZEN = "frozen"
 OWN_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 """torch's AdamW, also where the optimizer is offloaded: the numbers of a run do not depend on that."""
 
+UNUSED_OPERATION = "deepspeed_shm_comm"
+"""What DeepSpeed compiles and starts on CPU ranks for its tensor-parallel inference alone.
+
+It leaves 67 MB a rank in /dev/shm at every end of a run, and ranks die of SIGBUS where these do not fit.
+"""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -309,7 +315,7 @@ def build_engine(
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ConfigError(f"zero_optimization.stage is {stage}; stages 1, 2 and 3 can be checkpointed, choose one")
-    deepspeed = _quiet_deepspeed()
+    deepspeed = load_deepspeed()
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists, also where no launcher is at work
     for module, parameter in borrowings(model):
         deepspeed.zero.register_external_parameter(module, parameter)
@@ -330,14 +336,6 @@ def borrowings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
             yield from ((module, parameter) for parameter in module.borrowed())
 
 
-def prebuild() -> None:
-    """Compiles the shared-memory operation that DeepSpeed wants on CPU ranks (1-2 minutes, once)."""
-    deepspeed = _quiet_deepspeed()
-    builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is not None:
-        builder.load(verbose=False)
-
-
 def versions() -> dict[str, str]:
     """Of what decides the bits of a run."""
     return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")} | {
@@ -345,7 +343,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _quiet_deepspeed() -> Any:
+def load_deepspeed() -> Any:
+    """The module `deepspeed`: quiet, with a folder for what it compiles, and without what training never calls."""
     prepare_extensions()
     if not uses_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns where it has to find that out by itself
@@ -353,6 +352,8 @@ def _quiet_deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not uses_cuda():
+        deepspeed.ops.__compatible_ops__ = {UNUSED_OPERATION: False}
     return deepspeed
 
 
