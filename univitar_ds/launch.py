@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,13 +21,19 @@ from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CONFIG, SUMMARY
 from univitar_ds.errors import UserError
 from univitar_ds.import_path import safe_environment
+from univitar_ds.processes import SIGNALS, Process, children, signals_held
 from univitar_ds.run import create_run, reopen_run
 from univitar_ds.screen import prepare_screen, show
-from univitar_ds.training import preemption
+from univitar_ds.training import orphans, preemption
 from univitar_ds.training.launchers import forget_launchers, is_rank
 from univitar_ds.training.preemption import SAVED, Stop
 
 logger = logging.getLogger(__name__)
+_CAUSES = {
+    "SIGKILL": " (by a person or, where memory ran out, by the system: see `dmesg`)",
+    "SIGBUS": " (a disk or /dev/shm is full, or a file that was mapped has been cut)",
+}
+
 
 def train(recipe: str, nproc: int | None, overrides: Sequence[str]) -> int:
     """Start a run from a run file; returns the exit status.
@@ -135,32 +142,56 @@ def _start(run: Path, nproc: int) -> int:
     environment = {"OMP_NUM_THREADS": threads, **safe_environment(os.environ)}
     if not uses_cuda():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    launcher = subprocess.Popen(command, env=environment)
-    for number in preemption.SIGNALS:
-        signal.signal(number, lambda *_: _tell_ranks(launcher))
-    try:
-        return launcher.wait()
-    except KeyboardInterrupt:
-        launcher.wait()
-        return 130
+    this = Process.of(os.getpid())
+    if this is not None:
+        environment[orphans.STARTED_BY] = this.mark
+    with signals_held():  # DeepSpeed's launcher would die of one, or end the ranks before they have saved
+        launcher = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+    stop = preemption.listen(Stop(first=lambda: _ask_ranks(launcher, stop), leaving=lambda: _kill(launcher)))
+    return _result(launcher.wait(), stop)
 
 
-def _tell_ranks(launcher: subprocess.Popen[bytes]) -> None:
-    """SIGUSR1 to the ranks themselves: DeepSpeed's launcher would die of it, and end the ranks at a SIGTERM."""
-    try:
-        ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text(encoding="utf-8").split()
-    except OSError:
-        ranks = []
+def _ask_ranks(launcher: subprocess.Popen[bytes], stop: Stop) -> None:
+    """Hands a first signal on; where there are no ranks yet, nothing has been trained."""
+    ranks = children(launcher.pid)
     if not ranks:
-        launcher.terminate()
+        stop.leave(stop.number)
     for rank in ranks:
         with suppress(ProcessLookupError):
-            os.kill(int(rank), signal.SIGUSR1)
+            os.kill(rank, signal.SIGUSR1)
+
+
+def _kill(launcher: subprocess.Popen[bytes]) -> None:
+    """The launcher before its ranks, of which it would otherwise report."""
+    ranks = children(launcher.pid)
+    for process in (launcher.pid, *ranks):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    launcher.wait()
+
+
+def _result(code: int, stop: Stop) -> int:
+    """The exit status of the run from that of DeepSpeed's launcher, which is the first rank's that failed."""
+    if stop.leaves:  # it was ended for that, in the thread that hears signals
+        threading.Event().wait()
+    if code - 128 in SIGNALS:
+        number = code - 128
+        if stop.requested:  # while the ranks were not training
+            stop.leave(stop.number)
+    else:  # it exits with a negative number where a signal ended a rank
+        number = -code if code < 0 else 256 - code
+    if number not in list(signal.Signals):
+        return code
+    name, who = signal.Signals(number).name, "DeepSpeed's launcher" if code < 0 else "a rank"
+    cause = _CAUSES.get(name, "")
+    preemption.say(f"error: {who} was ended by {name}{cause}; the last checkpoint stays, resume the run from it")
+    return 128 + number
 
 
 def _join(prepare, run: Path) -> int:
     """Be one rank under a launcher: rank 0 prepares the folder while the others wait for its word."""
     stop = preemption.listen()
+    orphans.end_with_launchers(stop)
     from univitar_ds.training.distributed import first_alone, start_world
 
     try:
@@ -219,6 +250,8 @@ def _main(arguments: Sequence[str]) -> int:
     prepare_screen()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     stop = preemption.listen()
+    stop.quiet = True  # the process that started the ranks speaks
+    orphans.end_with_launchers(stop)
     try:
         return run_rank(Path(arguments[0]), stop)
     except UserError as error:

@@ -14,6 +14,7 @@ FLOORS = {
     "univitar_ds.errors": 0,
     "univitar_ds.geometry": 0,
     "univitar_ds.import_path": 0,
+    "univitar_ds.processes": 0,
     "univitar_ds.screen": 0,
     "univitar_ds.randomness": 0,
     "univitar_ds.config": 0,

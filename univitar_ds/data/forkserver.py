@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from univitar_ds.data import worker
 from univitar_ds.data.ring import Ring
 from univitar_ds.import_path import safe_environment
+from univitar_ds.processes import signals_held
 
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), "MALLOC_TRIM_THRESHOLD_": str(6 << 20)}
 """Of glibc, for a decoding process: large pictures go back to the system at once, and at most 6 MiB are kept for the
@@ -128,12 +129,13 @@ class ForkServer:
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        return subprocess.Popen(
-            [*command, *map(str, numbers), *self._needs],
-            stdin=subprocess.DEVNULL,
-            pass_fds=(self._ring.descriptor, control),
-            env=environment,
-        )
+        with signals_held():
+            return subprocess.Popen(
+                [*command, *map(str, numbers), *self._needs],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(self._ring.descriptor, control),
+                env=environment,
+            )
 
     def _forget(self) -> None:
         """Whatever is left of the server goes, with all its processes. For the thread that holds `_talk`."""

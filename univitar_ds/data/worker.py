@@ -28,6 +28,7 @@ from typing import Literal
 from univitar_ds.data.layout import Modality
 from univitar_ds.data.ring import Ring
 from univitar_ds.data.storage import StorageSettings
+from univitar_ds.processes import SIGNALS
 
 READY = b"ready"
 MESSAGE = Struct("<cq")
@@ -152,7 +153,7 @@ def _die_with_parent() -> None:
 def main(arguments: list[str]) -> None:
     # Ctrl-C goes to the whole foreground group, Slurm's signals to all processes of a step; the trainer decides when
     # its workers end.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     descriptor, slots, slot_bytes, control = map(int, arguments[:4])
     needs = [need for need in PRELOADED if need in arguments[4:]]

@@ -35,7 +35,7 @@ from univitar_ds.training.metrics import join_ranks, part_norms, rank_numbers
 from univitar_ds.training.optim import trained_parts
 from univitar_ds.training.peak import find_peak
 from univitar_ds.training.pictures import Glimpse, PictureSchedule, draw_pack, watching
-from univitar_ds.training.preemption import NEVER, Stop
+from univitar_ds.training.preemption import NEVER, SAVED, Stop
 from univitar_ds.training.repeatable import repeat_bits
 from univitar_ds.training.step import DivergedError, StepResult, train_step
 from univitar_ds.training.summary import write_summary
@@ -103,14 +103,18 @@ class _Trainer:
     def train(self) -> None:
         while not self.told and not self.state.progress.finished(self.cfg.stages):
             self._train_stage(self.cfg.stages[self.state.progress.stage])
+        announced = self.told
+        if announced and self.world.first:
+            step = self.state.progress.step
+            logger.info("asked to leave: saving step %d, then exit code %d; a second time leaves at once", step, SAVED)
         self._save()
         with together(self.world, ask=lambda: self.stop.requested) as vote:
             pass  # what follows training takes its time too
         self.told |= vote.yes
         if self.told:
             preemption.ignore()  # launchers end the other ranks when the first one is gone
-            if self.world.first:
-                logger.info("told to leave: step %d is saved", self.saved_step)
+            if self.world.first and not announced:
+                logger.info("asked to leave: step %d, the last one, is saved; exit code %d", self.saved_step, SAVED)
 
     def close_logs(self) -> None:
         logs = (self.metric_log, self.sample_log)

@@ -16,7 +16,11 @@ from univitar_ds.training.slurm import adopt_ranks
 SLURM = Path(__file__).parents[3] / "slurm"
 LISTENER = """
 import os, signal, sys, time
+from univitar_ds.processes import SIGNALS
 from univitar_ds.training import preemption
+
+for number in SIGNALS:  # whatever started the tests may ignore some
+    signal.signal(number, signal.SIG_DFL)
 
 stop = preemption.listen()
 preemption.ECHO_S = float(sys.argv[2])
@@ -37,7 +41,7 @@ def listened(code: str, echo_s: float = 0.0) -> subprocess.CompletedProcess[str]
     return run_watched(command)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_signal_is_only_noted_while_the_run_trains(name):
     ended = listened(f"with stop.deferred(): sent('{name}'); until(lambda: stop.requested); print('went on')")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "went on\n", "")
@@ -68,6 +72,40 @@ def test_a_second_signal_ends_the_process_at_once_also_while_it_hangs_outside_py
     ended = listened(HANGS)
     assert ended.returncode == 128 + signal.SIGTERM
     assert ended.stderr == "SIGTERM: leaving at once, the last checkpoint stays\n"
+
+
+def test_a_second_ctrl_c_leaves_at_once_also_within_the_time_that_other_signals_are_echoes():
+    code = "preemption.KEY_ECHO_S = 0.0\nwith stop.deferred():\n sent('SIGINT'); until(lambda: stop.requested)\n "
+    ended = listened(code + "sent('SIGINT'); time.sleep(20)", echo_s=60.0)
+    assert (ended.returncode, ended.stderr) == (130, "SIGINT: leaving at once, the last checkpoint stays\n")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_what_the_parent_made_this_process_ignore_stays_ignored(name):
+    code = f"signal.signal(signal.{name}, signal.SIG_IGN); preemption.listen(); sent('{name}'); time.sleep(0.2)"
+    assert listened(code).returncode == 0
+
+
+def test_a_process_started_while_signals_are_held_gets_them_when_it_listens():
+    child = "from univitar_ds.training import preemption; input(); preemption.listen(); input()"
+    code = f"""
+import subprocess
+from univitar_ds.processes import signals_held
+with signals_held():
+    child = subprocess.Popen([sys.executable, "-c", {child!r}], stdin=subprocess.PIPE)
+child.send_signal(signal.SIGINT)
+child.stdin.write(b"listen\\n"); child.stdin.flush()
+print(child.wait())
+"""
+    ended = listened(code)
+    assert ended.stdout.split() == [str(128 + signal.SIGINT)], ended.stderr
+    assert ended.stderr == "SIGINT: leaving at once, the last checkpoint stays\n"
+
+
+def test_one_rank_speaks_for_all(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    ended = listened("sent('SIGTERM'); time.sleep(20)")
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, "")
 
 
 def test_one_wish_told_twice_is_one_wish():

@@ -1,0 +1,82 @@
+"""Programs in a terminal of their own, and all processes that they start, found by a mark in their environment."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+PATIENCE_S = 600.0
+"""Ends what does not move at all; nothing is measured by it."""
+CLEARED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SET_UP = """
+import fcntl, os, signal, sys, termios
+os.setsid()
+fcntl.ioctl(int(sys.argv[1]), termios.TIOCSCTTY, 0)  # what is typed there reaches the foreground group as from a shell
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # whatever started the tests may ignore them
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Program:
+    """A command whose controlling terminal is ours, with its stderr and stdout in a file. A context manager."""
+
+    def __init__(self, command: Sequence[str], folder: Path, **environment: str) -> None:
+        self.log = folder / f"{uuid.uuid4().hex}.log"
+        self._mark = f"TEST_PROGRAM={self.log}".encode()
+        variables = {key: value for key, value in os.environ.items() if key not in CLEARED}
+        variables |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TEST_PROGRAM": str(self.log), **environment}
+        self._keys, screen = pty.openpty()
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _SET_UP, str(screen), *command],
+                stdin=screen, stdout=log, stderr=log, env=variables, pass_fds=(screen,), cwd=folder,
+            )  # fmt: skip
+        os.close(screen)
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self._keys)
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._keys, b"\x03")
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def ends(self) -> int:
+        """Its exit code, once it has ended."""
+        self.wait_for(lambda: self.process.poll() is not None, running=False)
+        return self.process.returncode
+
+    def wait_for(self, condition: Callable[[], object], *, running: bool = True) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert not running or self.process.poll() is None, f"it has ended: {self.said()[-3000:]}"
+            assert time.monotonic() < deadline, self.said()[-3000:]
+            time.sleep(0.05)
+
+    def pids(self, **environment: str) -> list[int]:
+        """All its processes that are alive, those with these variables if some are given."""
+        wanted = {self._mark, *(f"{name}={value}".encode() for name, value in environment.items())}
+        return [pid for pid, variables in _environments() if wanted <= variables]
+
+
+def _environments() -> Iterator[tuple[int, set[bytes]]]:
+    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda folder: int(folder.name)):
+        with suppress(OSError):  # gone meanwhile
+            yield int(folder.name), set((folder / "environ").read_bytes().split(b"\0"))

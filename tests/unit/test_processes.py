@@ -1,0 +1,63 @@
+"""Real processes: which of them still is the one that was meant."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from univitar_ds.processes import SIGNALS, Process, children, command, parent, signals_held
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_process_is_known_until_it_ends_even_if_nobody_collects_it():
+    started = subprocess.Popen(SLEEP)
+    try:
+        process = Process.of(started.pid)
+        assert process.alive
+        assert Process.from_mark(process.mark) == process
+        assert parent(started.pid) == os.getpid()
+        assert started.pid in children(os.getpid())
+        until(lambda: b"time.sleep(600)" in command(started.pid))
+    finally:
+        started.kill()
+    until(lambda: not process.alive)  # a zombie: its parent has not asked for it
+    assert Process.of(started.pid) is None
+    assert started.pid in children(os.getpid())
+    started.wait()
+
+
+def test_a_later_process_of_the_same_number_is_another():
+    this = Process.of(os.getpid())
+    assert this.alive
+    assert not Process(this.pid, this.started - 1).alive
+
+
+def test_there_is_no_process_of_a_number_that_none_has():
+    assert Process.of(2**31 - 1) is None
+    assert (parent(2**31 - 1), command(2**31 - 1), children(2**31 - 1)) == (0, b"", [])
+
+
+def test_signals_are_held_from_what_starts_inside_only():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with signals_held():
+        started = subprocess.Popen(SLEEP)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    try:
+        for number in SIGNALS:
+            started.send_signal(number)
+        status = Path(f"/proc/{started.pid}/status").read_text()
+        blocked = int(next(line for line in status.splitlines() if line.startswith("SigBlk")).split()[1], 16)
+        assert all(blocked >> (number - 1) & 1 for number in SIGNALS)
+    finally:
+        started.kill()
+    assert started.wait() == -signal.SIGKILL

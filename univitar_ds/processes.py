@@ -1,0 +1,82 @@
+"""Processes of this machine: which of them still is the one that was meant, and what reaches those that we start."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""By which a terminal, Slurm, a launcher or a person ask a program to leave, often all its processes at once."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of this machine; `started` tells it from a later one with its number (clock ticks since the boot)."""
+
+    pid: int
+    started: int
+
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        """None if there is none, or only what it left for its parent to collect."""
+        status = _status(pid)
+        return None if status is None or status[0] in "ZX" else cls(pid, int(status[19]))
+
+    @classmethod
+    def from_mark(cls, mark: str) -> Process:
+        pid, started = mark.split(":")
+        return cls(int(pid), int(started))
+
+    @property
+    def mark(self) -> str:
+        """For an environment variable or a file."""
+        return f"{self.pid}:{self.started}"
+
+    @property
+    def alive(self) -> bool:
+        return Process.of(self.pid) == self
+
+
+def parent(pid: int) -> int:
+    """Process id of the parent of a process; 0 without one."""
+    status = _status(pid)
+    return 0 if status is None else int(status[1])
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of the children of a process, those that have ended and wait to be collected too."""
+    others = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
+    return [other for other in others if parent(other) == pid]
+
+
+def command(pid: int) -> bytes:
+    """The command line of a process, its words ended by zero bytes; empty without one."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Processes that this thread starts inside, and theirs, get none of `SIGNALS` unless they unblock them.
+
+    So what is sent to all processes reaches the one that decides when the others end, also while they start.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _status(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the state on; None without such a process, or without /proc."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()  # the name in front may hold anything
