@@ -1,16 +1,50 @@
-"""What every process that a command starts for its files does first."""
+"""How a command starts processes for its files, and what each of them does first."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from multiprocessing import parent_process
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.context import ForkServerContext
+
+from univitar_ds.processes import SIGNALS, signals_held
+
+
+def context(preload: Sequence[str]) -> ForkServerContext:
+    """Starts processes that have these modules already and that leave Ctrl-C to this process, from their birth on."""
+    started = get_context("forkserver")
+    started.set_forkserver_preload(list(preload))
+    resource_tracker.ensure_running()  # it takes care of itself, and would unblock the signals again
+    with signals_held():  # the server would end by a traceback while it imports, and a process before it calls `begin`
+        forkserver.ensure_running()
+    return started
+
+
+@contextmanager
+def pool(workers: int, preload: Sequence[str]) -> Iterator[ProcessPoolExecutor]:
+    """A pool of such processes. Ctrl-C or an error inside ends what they are at, which may take minutes, at once."""
+    with ProcessPoolExecutor(workers, mp_context=context(preload), initializer=begin) as executor:
+        try:
+            yield executor
+        except BrokenProcessPool:
+            raise
+        except BaseException:
+            running = list((executor._processes or {}).values())  # its own methods only wait for them
+            executor.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.kill()
+            raise
 
 
 def begin() -> None:
     """Leave Ctrl-C to the parent, and do not outlive it: a killed parent cannot stop a child that hangs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a pool ends its processes by SIGTERM
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

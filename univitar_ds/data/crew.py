@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from time import monotonic
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 from univitar_ds.data import children
 from univitar_ds.errors import DataError
 
-_CONTEXT = "forkserver"
 _LOOK_EVERY_S = 1.0
 _START_S = 60.0
 """What a process may take to start, beside the silence it is allowed afterwards."""
@@ -171,8 +169,7 @@ class Crew:
                 hand.channel.send(hand.task)
 
     def _start(self) -> _Hand:
-        context = get_context(_CONTEXT)
-        context.set_forkserver_preload([self._work.__module__])
+        context = children.context([self._work.__module__])
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
         try:

@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from univitar_ds.errors import SampleError
 _BATCH = 4
 _AHEAD = 64
 """Batches for each process that are handed over ahead: a clip that takes minutes holds nobody else up meanwhile."""
-_CONTEXT = "forkserver"
+_PRELOAD = (__name__, "univitar_ds.data.clips")
 _MOST_BYTES = 1_000_000_000
 _MAX_PX: int = DataConfig.model_fields["max_image_px"].default
 _CLIP_FRAMES = 16
@@ -67,15 +67,10 @@ def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[Finding]:
     batches = [jobs[start : start + _BATCH] for start in range(0, len(jobs), _BATCH)]
     done = 0
     while done < len(batches):
-        with _pool(workers) as pool:
-            try:
-                for findings in _in_order(pool, batches[done:], _AHEAD * workers):
-                    yield from findings
-                    done += 1
-            except BrokenProcessPool:
-                pass
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        with suppress(BrokenProcessPool), children.pool(workers, _PRELOAD) as pool:
+            for findings in _in_order(pool, batches[done:], _AHEAD * workers):
+                yield from findings
+                done += 1
         if done < len(batches):
             yield from map(_examine_apart, batches[done])
             done += 1
@@ -144,20 +139,12 @@ def _telling_extension(data: bytes, extension: str, kind: str) -> str:
     return VIDEO_EXTENSION_OF[demuxer]
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    context = get_context(_CONTEXT)
-    context.set_forkserver_preload([__name__, "univitar_ds.data.clips"])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=children.begin)
-
-
 def _examine_batch(jobs: Sequence[Job]) -> list[Finding]:
     return [examine(job) for job in jobs]
 
 
 def _examine_apart(job: Job) -> Finding:
     """One file in a process of its own, for a batch that lost its process."""
-    with _pool(1) as pool:
-        try:
-            return pool.submit(examine, job).result()
-        except BrokenProcessPool:
-            return Finding("corrupt: the decoder's process died of this file")
+    with suppress(BrokenProcessPool), children.pool(1, _PRELOAD) as pool:
+        return pool.submit(examine, job).result()
+    return Finding("corrupt: the decoder's process died of this file")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
 from tqdm import tqdm
 
+from univitar_ds.data import children
 from univitar_ds.data.synthetic_draw import encode_mp4, encode_picture
 from univitar_ds.data.synthetic_scenes import clip_scene, image_scene, render
 from univitar_ds.errors import DataError
@@ -74,7 +73,7 @@ def _write_files(folder: Path, jobs: list[tuple[int, str, str, int]], progress: 
     bar = {"total": len(jobs), "desc": "scenes", "unit": "scene", "disable": not progress}
     if workers == 1:
         return list(tqdm(map(_write_one, repeat(folder), jobs), **bar))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with children.pool(workers, [__name__]) as pool:
         return list(tqdm(pool.map(_write_one, repeat(folder), jobs, chunksize=32), **bar))
 
 

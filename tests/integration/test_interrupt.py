@@ -1,0 +1,103 @@
+"""Ctrl-C in a terminal: the signal reaches every process of the command, launcher, ranks and decoders."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.support.finished import run_config
+from tests.support.processes import Program
+from tests.support.shards import write_demo_shards
+from univitar_ds.config.load import dump_config
+from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.processes import children, command
+from univitar_ds.training import commit
+from univitar_ds.training.preemption import SAVED
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+BIN = Path(sys.executable).parent
+TRAIN = [str(BIN / "univitar-ds"), "train", "--config", "run.yaml", "stages.0.samples=100000", "logging.every_steps=1"]
+LONG = [*TRAIN, "checkpoint.every_steps=100000", "data.lanes=2", "data.workers=1", "evaluation.sources=[]"]
+AT_ONCE = "SIGINT: leaving at once, the last checkpoint stays"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("interrupted")
+    shards = write_demo_shards(folder / "shards", images=48, videos=16, shards=2)
+    dump_config(run_config(shards, output=str(folder / "runs")), folder / "run.yaml")
+    return folder
+
+
+def steps(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def unexpected(lines: list[str]) -> list[str]:
+    return [line for line in lines if " INFO step " not in line]
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_the_first_one_ends_the_run_as_sigterm_does_with_one_line(nproc, folder):
+    run = folder / "runs" / f"once-{nproc}"
+    with Program([*LONG, "--nproc", nproc, f"name={run.name}"], folder) as program:
+        program.wait_for(lambda: len(steps(run)) >= 2)
+        before = len(program.said().splitlines())
+        program.press_ctrl_c()
+        assert program.ends() == SAVED, program.said()[-3000:]
+        program.wait_for(lambda: not program.pids(), running=False)
+        (line,) = unexpected(program.said().splitlines()[before:])
+    (saved,) = commit.complete(run / CHECKPOINTS)
+    assert saved.name == f"step-{steps(run)[-1]:08d}"
+    assert f"saving step {steps(run)[-1]}" in line
+    assert json.loads((run / "summary.json").read_text())["completed"] is False
+
+
+def test_the_second_one_ends_the_run_at_once_with_one_line(folder):
+    run = folder / "runs" / "twice"
+    with Program([*LONG, "--nproc", "2", f"name={run.name}"], folder) as program:
+        program.wait_for(lambda: len(steps(run)) >= 2)
+        (rank,) = (pid for pid in program.pids(RANK="1") if b"univitar_ds.launch" in command(pid))
+        os.kill(rank, signal.SIGSTOP)  # so that no step ends any more
+        before = len(program.said().splitlines())
+        program.press_ctrl_c()
+        while program.process.poll() is None:  # two that follow each other too quickly count once
+            program.wait_for(lambda: True, running=False)
+            program.press_ctrl_c()
+        assert program.ends() == 128 + signal.SIGINT
+        program.wait_for(lambda: not program.pids(), running=False)
+        assert unexpected(program.said().splitlines()[before:]) == [AT_ONCE]
+
+
+def test_ranks_that_start_end_with_one_line(folder):
+    with Program([*LONG, "--nproc", "2", "name=early"], folder) as program:
+        program.wait_for(lambda: program.pids(RANK="1"))
+        program.press_ctrl_c()
+        assert program.ends() == 128 + signal.SIGINT, program.said()[-3000:]
+        program.wait_for(lambda: not program.pids(), running=False)
+        assert program.said() == f"{AT_ONCE}\n"
+
+
+def test_packing_ends_with_one_line_and_can_be_repeated(folder):
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (3000, 3000), (9, 99, 199)).save(pictures / "0.png")
+    (pictures / "0.txt").write_text("blue")
+    for number in range(1, 300):
+        for extension in ("png", "txt"):
+            os.link(pictures / f"0.{extension}", pictures / f"{number}.{extension}")
+    command = [str(BIN / "univitar-ds"), "data", "pack", str(pictures), str(folder / "packed"), "--workers", "2"]
+    with Program(command, folder) as program:
+        parent = program.process.pid
+        program.wait_for(lambda: any(map(children, children(parent))))  # of the server that forks workers
+        program.press_ctrl_c()
+        assert program.ends() == 130, program.said()[-3000:]
+        program.wait_for(lambda: not program.pids(), running=False)
+        assert "Traceback" not in program.said(), program.said()[-3000:]
+        assert program.said().splitlines()[-1] == "interrupted"
+    assert not (folder / "packed" / "manifest.json").exists()
