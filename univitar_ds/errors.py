@@ -6,6 +6,11 @@ the program and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something outside the program is wrong and its user can mend it."""
@@ -43,3 +48,51 @@ class CheckpointError(UserError):
 
 class InstallationError(UserError):
     """A library of this environment that does not work."""
+
+
+class StorageError(UserError):
+    """A file or folder that cannot be written: a full or read-only disk, a missing right, an impossible name."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space there, or name another place",
+    errno.EDQUOT: "free some of your quota there, or name another place",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.EACCES: "name a place that you may write to, or ask for the right to",
+    errno.EPERM: "name a place that you may write to, or ask for the right to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of this path is a file; name another place",
+    errno.EISDIR: "there is a folder of this name; name another place",
+    errno.EEXIST: "there is a file of this name; name another place",
+    errno.ELOOP: "a part of this path is a link to itself; name another place",
+    errno.EIO: "check the disk and its connection",
+    errno.ESTALE: "check the disk and its connection",
+}
+
+
+def storage_error(error: OSError, path: object = None, done: str = "used") -> StorageError | None:
+    """What the storage has refused as a sentence; None for an error that is of another kind.
+
+    Args: path: the file or folder, for an error that does not say so itself; done: what it cannot be.
+    """
+    remedy = _REMEDIES.get(error.errno)
+    if error.errno == errno.ENOENT and done == "written":
+        remedy = "its folder is gone, or none can be made there; name another place"
+    if remedy is None:
+        return None
+    name = path if error.filename is None else os.fsdecode(error.filename)
+    place = "a file" if name is None else f"{name}"
+    return StorageError(f"{place} cannot be {done}: {os.strerror(error.errno)}; {remedy}")
+
+
+@contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Around code that writes `path`. Raises: StorageError for what the storage refuses."""
+    try:
+        yield
+    except OSError as error:
+        sentence = storage_error(error, path, "written")
+        if sentence is None:
+            raise
+        raise sentence from error

@@ -1,4 +1,8 @@
-"""Names in a run's folder, for all who write or read one."""
+"""Names in a run's folder, for all who write or read one: single ones, and the trees of all that a run writes."""
+
+import re
+
+from univitar_ds.owned import MARK, Names
 
 CONFIG = "config.yaml"
 DEEPSPEED = "deepspeed.json"
@@ -6,3 +10,32 @@ TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
 EVALUATION = "evaluation.json"
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+BOARD = "tb"
+EXPORT = "export"
+
+CHECKPOINT_FILES: Names = {
+    r"rank\d{5,}\.(safetensors|json)|buffers\.safetensors|state\.json|manifest\.json": None,
+    r"\.tmp[0-9A-Za-z]{6}": None,  # what safetensors is writing
+}
+CHECKPOINT_ROOT: Names = {
+    r"latest|\.tmp-latest": None,
+    r"step-\d{8,}": CHECKPOINT_FILES,
+    r"\.tmp-(gone-)?step-\d{8,}": CHECKPOINT_FILES,
+}
+EXPORT_FILES: Names = {
+    re.escape(MARK): None,
+    r"(config\.json|model\.safetensors|pytorch_model\.bin)(\.partial)?": None,
+    r"\.tmp[0-9A-Za-z]{6}": None,
+}
+LOCKS: Names = {r"\.lock-\d{8}|\.lock-probe-[0-9a-f]{32}": None}
+RUN_ENTRIES: Names = {
+    "|".join(map(re.escape, (MARK, CONFIG, DEEPSPEED, TOKENIZER, SUMMARY, EVALUATION, METRICS, EVENTS))): None,
+    r"(samples|skipped)-rank\d+\.jsonl": None,
+    r"examples-(image|video)\.png": None,
+    BOARD: {r"events\.out\.tfevents\..+": None},
+    CHECKPOINTS: CHECKPOINT_ROOT,
+    rf"{EXPORT}|\.{EXPORT}\.(partial|earlier)": EXPORT_FILES,
+}
+"""All but the locks, which outlive what a new start replaces."""

@@ -1,0 +1,153 @@
+"""What the program itself has written, and may therefore replace or remove; nothing else is ever deleted.
+
+A folder that the program makes carries a mark, a small file. What it writes there is a tree of names: a pattern of a
+whole name leads to None for a file, to another tree for a folder. Only regular files and folders of those names are
+removed, one by one; a link is never followed and counts, like any other name, as something of the user's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Union
+
+from univitar_ds.errors import ConfigError, writing
+
+MARK = ".univitar-ds"
+_PROGRAM = "univitar_ds"
+_PARTIAL = re.compile(r"\.(.+)\.partial", re.DOTALL)
+
+Names = Mapping[str, Union["Names", None]]
+
+
+def mark(folder: Path, kind: str) -> None:
+    """Say that the program has made this folder: `kind` is "run", "export" or "demo"."""
+    if not is_marked(folder, kind):
+        replace_text(folder / MARK, json.dumps({"program": _PROGRAM, "kind": kind}) + "\n")
+
+
+def is_marked(folder: Path, kind: str) -> bool:
+    """Whether the folder carries the mark of this kind."""
+    try:
+        if not stat.S_ISREG(os.lstat(folder / MARK).st_mode):
+            return False
+        content = json.loads((folder / MARK).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("program") == _PROGRAM and content.get("kind") == kind
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing of this name, or a folder without entries."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except FileNotFoundError:
+        return not os.path.islink(folder)
+
+
+def refuse_link(folder: Path) -> None:
+    """Raises: ConfigError for a link to a place that holds something, which must not be cleared through it."""
+    if folder.is_symlink() and not is_empty(folder):
+        raise ConfigError(
+            f"{folder} is a link to {os.path.realpath(folder)}, and nothing is replaced through a link; name the "
+            "folder itself, or remove the link"
+        )
+
+
+def foreign(folder: Path, names: Names) -> str | None:
+    """The first entry, as a path below `folder`, that the program does not write; None if there is none."""
+    for entry in _entries(folder):
+        inner = _fitting(entry, names)
+        if inner is _NOTHING:
+            return entry.name
+        if inner is not None and (found := foreign(Path(entry.path), inner)) is not None:
+            return f"{entry.name}/{found}"
+    return None
+
+
+def clear(folder: Path, names: Names) -> None:
+    """Remove every file of these names below `folder`, and the folders among them that are empty then."""
+    for entry in _entries(folder):
+        inner = _fitting(entry, names)
+        if inner is _NOTHING:
+            continue
+        if inner is None:
+            with suppress(FileNotFoundError):
+                os.unlink(entry.path)
+        else:
+            remove(Path(entry.path), inner)
+
+
+def remove(folder: Path, names: Names) -> bool:
+    """`clear` it, and remove it if nothing is left; whether it is gone. A link is not followed."""
+    if folder.is_symlink():
+        return False
+    try:
+        clear(folder, names)
+        os.rmdir(folder)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        if is_empty(folder):
+            raise
+        return False
+    return True
+
+
+def replace_text(path: Path, text: str) -> Path:
+    """Write a file whole: readers and a crash see the earlier one or this one. Raises: StorageError."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` for what is to be written; it becomes `path` when the body is done.
+
+    Raises: StorageError for what the storage refuses; then `path` is as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(partial)
+            yield partial
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(partial)
+            raise
+
+
+class _Nothing(dict):
+    """What a name that the program does not write leads to."""
+
+
+_NOTHING: Names = _Nothing()
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def _fitting(entry: os.DirEntry[str], names: Names) -> Names | None:
+    """The tree of a folder that the program writes, None for such a file, else `_NOTHING`."""
+    folder = entry.is_dir(follow_symlinks=False)
+    if not folder and not entry.is_file(follow_symlinks=False):
+        return _NOTHING
+    for pattern, inner in names.items():
+        if (inner is not None) == folder and re.fullmatch(pattern, entry.name):
+            return inner
+    partial = None if folder else _PARTIAL.fullmatch(entry.name)
+    whole = (partial[1], f".{partial[1]}") if partial else ()
+    if any(inner is None and re.fullmatch(pattern, name) for pattern, inner in names.items() for name in whole):
+        return None
+    return _NOTHING
