@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from univitar_ds.config.paths import PathText
 from univitar_ds.config.section import Positive, Section, check_templates
 
 
 class SourceConfig(Section):
     """Shards to read: a folder packed by `univitar-ds data pack`, one tar, or a brace range of tars, local or s3://."""
 
-    path: str
+    path: PathText
     split: str | None = Field("train", description="split of a packed folder; not used for bare tars")
     name: str | None = Field(None, description="what stages.N.weights calls it; the last part of the path when absent")
     templates: list[str] = Field(
@@ -21,7 +22,7 @@ class SourceConfig(Section):
     captions: Literal["one", "lines"] = Field(
         "one", description="what a .txt holds: one caption, or one a line, of which each epoch takes one"
     )
-    class_names: str | None = Field(
+    class_names: PathText | None = Field(
         None,
         description="a text file: its first line names label 0, the next label 1, ...; or numbered lines, or JSON; "
         "absent: labels are names",
@@ -56,7 +57,7 @@ class S3Config(Section):
 class CacheConfig(Section):
     """Local copies of remote shards."""
 
-    folder: Annotated[str, Field(min_length=1)] | None = Field(
+    folder: Annotated[PathText, Field(min_length=1)] | None = Field(
         None, description="kept between runs and shared by processes; absent: private, removed"
     )
     limit_gb: Annotated[float, Field(gt=0)] = Field(20.0, description="the shards unused for longest go first")

@@ -14,8 +14,11 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from univitar_ds.config.paths import expand
+from univitar_ds.config.places import unite_paths
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
+from univitar_ds.owned import replace_text
 
 DEEPSPEED_KEYS = ("zero_optimization", "bf16", "fp16", "data_types", "zero_allow_untested_optimizer")
 """Keys that people look for in the run file and that belong to the DeepSpeed JSON."""
@@ -64,14 +67,14 @@ class _StrictLoader(yaml.SafeLoader):
 
 def recipe_path(name: str) -> Path:
     """Path of a run file: a path as it stands, or the name of a shipped recipe (`demo`, `photos`)."""
-    path = Path(name)
+    path = Path(expand(name))
     if path.is_file():
         return path
     shipped = Path(str(resources.files("univitar_ds"))) / "recipes"
     if (shipped / f"{name}.yaml").is_file():
         return shipped / f"{name}.yaml"
     names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
-    raise ConfigError(f"no run file {name!r}: give the path of a YAML file or one of the shipped recipes ({names})")
+    raise ConfigError(f"no run file '{path}': give the path of a YAML file or one of the shipped recipes ({names})")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -203,7 +206,12 @@ def _section_class(annotation: Any) -> type[BaseModel] | None:
 
 def dump_config(config: RunConfig, path: Path) -> None:
     """Write the resolved run file: every key with the value that the run uses."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110), encoding="utf-8")
+    replace_text(path, dumped(config.model_dump(mode="json")))
+
+
+def dumped(content: dict[str, Any]) -> str:
+    """A mapping as the YAML that `dump_config` writes."""
+    return yaml.safe_dump(content, sort_keys=False, width=110)
 
 
 def result_part(config: RunConfig) -> dict[str, Any]:
@@ -232,7 +240,9 @@ def config_fingerprint(config: RunConfig) -> str:
 
 def changed_result(before: RunConfig, after: RunConfig) -> list[str]:
     """Dotted names of the keys that make another result; not those of sources where changed ones are accepted."""
-    changed = changed_keys(result_part(before), result_part(after))
+    old, new = result_part(before), result_part(after)
+    unite_paths(old, new)
+    changed = changed_keys(old, new)
     return [key for key in changed if not (after.data.accept_changed_sources and key.startswith("data.sources"))]
 
 

@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from univitar_ds.config.paths import PathText
 from univitar_ds.config.section import EncoderSize, Positive, Section
 
 
 class TextConfig(Section):
     """The text tower: a CLIP-style causal transformer from scratch, or weights from a local folder."""
 
-    path: str | None = Field(None, description="folder of a transformers text model and its tokenizer.json")
+    path: PathText | None = Field(None, description="folder of a transformers text model and its tokenizer.json")
     hidden_size: Positive = 256
     layers: Positive = 4
     heads: Positive = 4
@@ -21,7 +22,7 @@ class TextConfig(Section):
     vocab_size: Annotated[int, Field(ge=260)] = Field(
         8192, description="upper limit when the tokenizer is trained; 256 bytes and 4 marks are the least"
     )
-    tokenizer: str | None = Field(None, description="tokenizer.json; trained on the captions when absent")
+    tokenizer: PathText | None = Field(None, description="tokenizer.json; trained on the captions when absent")
     frozen: bool = False
 
     @model_validator(mode="after")
@@ -35,7 +36,7 @@ class ModelConfig(Section):
     """Both towers and what joins them."""
 
     encoder: EncoderSize = "tiny"
-    init_from: str | None = Field(None, description="folder of a released or exported encoder to start from")
+    init_from: PathText | None = Field(None, description="folder of a released or exported encoder to start from")
     layer_scale_init: Annotated[float, Field(gt=0)] = 0.1
     attention: Literal["auto", "flash", "flash2", "flash3", "flash4", "varlen", "sdpa"] = Field(
         "auto", description="flash: the best flash-attn installed, or its version; varlen: torch; sdpa: item by item"
@@ -57,7 +58,7 @@ class ModelConfig(Section):
 class TeacherConfig(Section):
     """A frozen vision model whose features the encoder is to match, and how."""
 
-    path: str = Field(
+    path: PathText = Field(
         description="folder or hub name of a DINOv2, DINOv3, SigLIP or SigLIP 2 model, or folder of an exported encoder"
     )
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -66,7 +67,7 @@ class TeacherConfig(Section):
     patch_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
     pooled_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
     partitioned: bool = Field(False, description="each rank holds its share of the weights; else all of them")
-    cache: str | None = Field(
+    cache: PathText | None = Field(
         None, description="folder for features, 2 to 4 bytes times the teacher's width a token; nothing is evicted"
     )
 

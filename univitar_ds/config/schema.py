@@ -2,7 +2,8 @@
 
 One YAML is one run. What changes only how fast or in how much memory it runs (ZeRO stage, precision,
 buckets, offload) lives in the DeepSpeed JSON that `deepspeed` names; see `config/deepspeed.py`.
-The unit of a number is the suffix of its name: `_samples`, `_steps`, `_px`, `_tokens`.
+The unit of a number is the suffix of its name: `_samples`, `_steps`, `_px`, `_tokens`. Paths may hold `~` and
+`$VARIABLES`; a relative one starts in the folder where the run was started. See `config/paths.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.model import ModelConfig, ObjectiveConfig
+from univitar_ds.config.paths import PathText
 from univitar_ds.config.section import Fraction, Positive, Section, check_templates
 from univitar_ds.config.stage import StageConfig
 
@@ -93,12 +95,12 @@ class RunConfig(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    output: str = Field("runs", description="folder that holds the run's folder")
+    output: PathText = Field("runs", description="folder that holds the run's folder")
     seed: Annotated[int, Field(ge=0)] = 0
     deterministic: bool = Field(
         False, description="on GPUs, too, the same step gives the same bits; attention's backward pass is slower"
     )
-    deepspeed: str = Field("zero3_cpu", description="a name from ds_configs/ or the path of a JSON")
+    deepspeed: PathText = Field("zero3_cpu", description="a name from ds_configs/ or the path of a JSON")
     model: ModelConfig = ModelConfig()
     data: DataConfig
     stages: Annotated[list[StageConfig], Field(min_length=1)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,6 @@ def read_class_names(path: str, settings: StorageSettings) -> tuple[str, ...]:
 
     Raises: DataError if it cannot be read, a line is empty, or its indices are not 0 to the number of classes less 1.
     """
-    path = os.path.expanduser(path)
     check_address(path)
     storage = storage_for(path, settings)
     if (size := storage.size(path)) > _MOST_BYTES:

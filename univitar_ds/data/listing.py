@@ -96,7 +96,7 @@ def warn_once(message: str) -> None:
 def place_of(source: SourceConfig) -> str:
     """The folder or tars of a source; it may be named by its manifest. Raises: DataError for an address that cannot
     be read, or names no bucket of S3."""
-    path = os.path.expanduser(source.path).removesuffix(f"/{MANIFEST}")
+    path = source.path.removesuffix(f"/{MANIFEST}")
     check_address(path)
     if path.startswith(S3) and path[len(S3) : len(S3) + 1] in ("", "/"):
         raise DataError(f"source {source.path}: names no bucket; write s3://BUCKET/PREFIX")

@@ -62,7 +62,7 @@ class StorageSettings:
             s3.idle_timeout_s,
             s3.give_up_s,
             s3.prefetch_shards,
-            None if cache.folder is None else os.path.abspath(os.path.expanduser(cache.folder)),
+            None if cache.folder is None else os.path.abspath(cache.folder),
             cache.limit_gb,
         )
 

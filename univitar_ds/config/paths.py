@@ -1,0 +1,62 @@
+"""What a path means, in a run file as in a command: `~`, `$VARIABLES` and the folder that a relative one starts in."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, PlainSerializer
+
+from univitar_ds.errors import ConfigError
+
+_DOLLAR = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
+
+
+def expanded(path: str) -> str:
+    """The path that is meant: `~` and `~user` at its beginning, `$NAME` and `${NAME}` anywhere, `$$` for a dollar.
+
+    The same for local paths and s3:// addresses. A local path that is there under the very name stays as it is.
+
+    Raises: ValueError that names a variable that is not set, or a user that is not known.
+    """
+    if "$" in path and not ("://" not in path and os.path.exists(os.path.expanduser(path))):
+        path = _DOLLAR.sub(lambda match: _value(match, path), path)
+    home = os.path.expanduser(path)
+    if home == path and path.startswith("~"):
+        user = path[1:].partition("/")[0]
+        raise ValueError(f"{path}: there is no user {user!r}; write ./{path} for a file of that name")
+    return home
+
+
+def expand(path: str | Path) -> str:
+    """`expanded` for a path of a command. Raises: ConfigError."""
+    try:
+        return expanded(str(path))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def absolute(path: str) -> str:
+    """The path from the root on, as the last part of it stands; what has a scheme (s3://) stays."""
+    return path if "://" in path else os.path.join(os.getcwd(), path)
+
+
+def written(path: str) -> str:
+    """As it is written to a run file, for `expanded` to read it as it is."""
+    return path.replace("$", "$$")
+
+
+def _value(match: re.Match[str], path: str) -> str:
+    name = match[2] or match[3]
+    if name is None:
+        return "$"
+    value = os.environ.get(name)
+    if value is None:
+        raise ValueError(f"{path}: the variable {name} is not set; set it, or write $$ for a dollar sign")
+    return value
+
+
+PathText = Annotated[str, AfterValidator(expanded), PlainSerializer(written)]
+"""A path in a run file."""

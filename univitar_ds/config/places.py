@@ -1,0 +1,70 @@
+"""Which keys of a run file are paths, and what keeps them true wherever and from wherever a run is resumed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from univitar_ds.config.paths import absolute, written
+from univitar_ds.config.schema import RunConfig
+
+NAMES_OR_PATHS = ("deepspeed", "model.init_from", "model.text.path", "objective.teacher.path")
+"""Where a name may be that is no path; a path is what exists."""
+PATHS = (
+    "output",
+    "data.sources.*.path",
+    "data.sources.*.class_names",
+    "data.cache.folder",
+    "model.text.tokenizer",
+    "objective.teacher.cache",
+    "evaluation.sources.*.path",
+    "evaluation.sources.*.class_names",
+    *NAMES_OR_PATHS,
+)
+_OF_THE_RESULT = ("model.init_from", "model.text.path", "model.text.tokenizer", "objective.teacher.path")
+
+
+def anchored(config: RunConfig) -> RunConfig:
+    """The same with absolute paths: they then mean what they mean now from every folder."""
+    content = config.model_dump(mode="json")
+    for dotted in PATHS:
+        for section, key, value in _values(content, dotted):
+            path = value.replace("$$", "$")
+            if dotted not in NAMES_OR_PATHS or os.path.exists(path):
+                section[key] = written(absolute(path))
+    return RunConfig.model_validate(content)
+
+
+def unite_paths(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Gives two results (`load.result_part`) one spelling of paths that may name one place.
+
+    Runs of earlier versions have kept relative paths, in their config.yaml and in every checkpoint.
+    """
+    for dotted in _OF_THE_RESULT:
+        for (_, _, old), (section, key, new) in zip(_values(before, dotted), _values(after, dotted), strict=False):
+            if os.path.isabs(old) != os.path.isabs(new) and _ends_with(*sorted((old, new), key=os.path.isabs)):
+                section[key] = old
+
+
+def _ends_with(short: str, long: str) -> bool:
+    """Whether a relative path may be this absolute one."""
+    return os.path.normpath(long).endswith(os.sep + os.path.normpath(short).lstrip("./"))
+
+
+def _values(content: Any, dotted: str) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Section, key and value of what a dotted name leads to and is not null; `*` is every item of a list."""
+    *names, key = dotted.split(".")
+    for section in _sections(content, names):
+        if section.get(key) is not None:
+            yield section, key, section[key]
+
+
+def _sections(node: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    if node is None:
+        return
+    if not names:
+        yield node
+        return
+    for child in node if names[0] == "*" else [node.get(names[0])]:
+        yield from _sections(child, names[1:])
