@@ -1,0 +1,63 @@
+"""Which process this is among those of a cluster, and whether another one still lives."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def start_of(pid: int) -> int | None:
+    """When a process of this machine was started, in clock ticks since boot; None if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])  # a zombie has ended; its parent has not looked yet
+
+
+def this_machine() -> dict[str, str]:
+    """Within one boot and one PID namespace a number means one process; containers may share a host's name."""
+    machine = {"host": socket.gethostname(), "boot": "", "namespace": ""}
+    with suppress(OSError):
+        machine["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError):
+        machine["namespace"] = os.readlink("/proc/self/ns/pid")
+    return machine
+
+
+def this_process() -> list[int | None]:
+    """Its number and its start."""
+    return [os.getpid(), start_of(os.getpid())]
+
+
+def this_job(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The jobs that this process belongs to, Slurm's and torchrun's, each with the number of its restarts."""
+    jobs: dict[str, dict[str, Any]] = {}
+    if job := environment.get("SLURM_JOB_ID"):
+        jobs["slurm"] = {"id": job, "restarts": _number(environment.get("SLURM_RESTART_COUNT"))}
+    if "TORCHELASTIC_RESTART_COUNT" in environment:
+        name = environment.get("TORCHELASTIC_RUN_ID", "none")
+        if name in ("", "none"):  # torchrun's default: only its address tells two of them apart
+            name = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+        jobs["torchrun"] = {"id": name, "restarts": _number(environment["TORCHELASTIC_RESTART_COUNT"])}
+    return jobs
+
+
+def restarted(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
+    """Which job of `before` is one of `now` that was started again since, in words; None if none is."""
+    for kind, job in now.items():
+        earlier = before.get(kind)
+        if earlier and earlier["id"] == job["id"] and job["restarts"] > earlier["restarts"]:
+            return f"{JOBS[kind]} {job['id']} has restarted"
+    return None
+
+
+JOBS = {"slurm": "Slurm job", "torchrun": "torchrun"}
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isascii() and text.isdigit() else 0

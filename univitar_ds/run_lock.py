@@ -1,0 +1,303 @@
+"""One start at a time writes a run's folder.
+
+    .lock-00000003        the lock: host, processes, jobs and token of the start that has it, or that it was released
+
+A start takes the lock by making the file of the next number, exclusively: only one can. So a lock that is dead is not
+removed but succeeded, which works on every file system and cannot go wrong between several that try; the file of the
+last start stays, released. Whoever has the lock touches its file every 10 s; others compare that time with the time of
+a file that they touch themselves, so that only the file server's clock counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import threading
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from univitar_ds.errors import UserError, writing
+from univitar_ds.identity import JOBS, restarted, start_of, this_job, this_machine, this_process
+
+VARIABLE = "UNIVITAR_DS_RUN_LOCK"
+"""Carries `RunLock.word` to the processes that are started under the lock."""
+HEARTBEAT_S = 10.0
+STALE_S = 60.0
+_TRIES = 20
+_PAUSE_S = 0.1
+_RECENT_S = 1.0
+_NAME = re.compile(r"\.lock-(\d{8})")
+
+logger = logging.getLogger(__name__)
+_known: dict[str, RunLock] = {}
+"""By the real path of a run's folder: the lock that this process works under."""
+
+
+class RunLocked(UserError):
+    """Another start is writing the run's folder."""
+
+
+class LockLost(UserError):
+    """Another start has taken the run's folder over."""
+
+
+class RunLock:
+    """The lock of the folder `run`. As a context manager it releases at its end what was taken meanwhile."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.number = 0
+        """0: not taken."""
+        self._record: dict[str, Any] = {}
+        self._file: int | None = None
+        self._ended = threading.Event()
+        self._seen = 0.0
+        self._joined = False
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def word(self) -> str:
+        """What another process needs to work under this lock; empty while it is not taken."""
+        return f"{self.number}:{self._record['token']}" if self.number else ""
+
+    def refuse(self) -> None:
+        """Raises: RunLocked if another start has the lock and lives. Writes nothing but a file for a moment."""
+        found = self._last()
+        if found is not None:
+            self._why_over(*found)
+
+    def continues(self) -> bool:
+        """Whether the last start in this folder was one of the same job, which has been started again since."""
+        found = self._last()
+        return found is not None and restarted(this_job(os.environ), found[1].get("jobs", {})) is not None
+
+    def take(self) -> None:
+        """Take the lock; the folder is there. Dead ones are taken over, with a line in the log.
+
+        Raises: RunLocked if another start has it.
+        """
+        if self.number:
+            return
+        for _ in range(_TRIES):
+            found = self._last()
+            reason = None if found is None else self._why_over(*found)
+            if self._make(1 if found is None else found[0] + 1):
+                break
+            time.sleep(_PAUSE_S)
+        else:
+            raise RunLocked(f"{self.run} is being taken by other starts at this moment; start one run at a time")
+        if reason:
+            logger.warning("%s: the lock of an earlier start is taken over: %s", self.run, reason)
+        for number in self._numbers():
+            if number < self.number:
+                with suppress(FileNotFoundError):
+                    os.unlink(self._path(number))
+        self._begin()
+
+    def join(self, word: str) -> None:
+        """Be one more process that has the lock which its parent took: it lives as long as either of them."""
+        self.watch(word)
+        if not self.number:
+            return
+        self.check()
+        self._file = os.open(self._path(self.number), os.O_RDWR)
+        self._record = json.loads(os.read(self._file, 1 << 16))
+        self._record["processes"].append(this_process())
+        with writing(self._path(self.number)):
+            os.pwrite(self._file, _line(self._record), 0)
+        self._joined = True  # the parent releases it
+        self._begin()
+
+    def watch(self, word: str) -> None:
+        """Work under the lock that another process of this run has taken; `check` then knows it. Empty: no lock."""
+        number, _, token = word.partition(":")
+        if number:
+            self.number, self._record = int(number), {"token": token}
+            _known[os.path.realpath(self.run)] = self
+
+    def check(self, *, recently: bool = False) -> None:
+        """Raises: LockLost if another start has taken the run over. `recently`: having looked a second ago is enough.
+
+        Seconds count while the machine sleeps, too.
+        """
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        if not self.number or (recently and now - self._seen < _RECENT_S):
+            return
+        try:
+            with open(self._path(self.number), "rb") as file:  # opening asks the file server, where there is one
+                record = _parsed(file.read())
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            record = {}
+        if record.get("token") != self._record["token"] or os.path.exists(self._path(self.number + 1)):
+            raise LockLost(
+                f"{self.run} was taken over by another start{self._successor()}; this one stops before it writes"
+            )
+        self._seen = now
+
+    def release(self) -> None:
+        """Let go of it; the file stays and says so. For every end, also of a lock that was lost or never taken."""
+        self._ended.set()
+        _known.pop(os.path.realpath(self.run), None)
+        file, self._file, self.number = self._file, None, 0
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_RECENT_S)  # a disk that hangs keeps nobody
+        if file is not None:
+            with suppress(OSError):  # nor does a full one: the process is gone soon
+                if not self._joined:
+                    os.pwrite(file, _line({**self._record, "released": True}), 0)
+            os.close(file)
+
+    def _begin(self) -> None:
+        self._ended.clear()
+        _known[os.path.realpath(self.run)] = self
+        self._thread = threading.Thread(target=self._beat, name="lock of the run", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            with suppress(OSError, TypeError):  # released this moment
+                os.utime(self._file)  # without a time: the file server's own
+
+    def _make(self, number: int) -> bool:
+        """The file of this number; whether it is ours and the last one."""
+        record = {"token": uuid.uuid4().hex, **this_machine(), "processes": [this_process()]}
+        record |= {"jobs": this_job(os.environ), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "released": False}
+        with writing(self._path(number)):
+            try:
+                file = os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+            except FileExistsError:
+                return False
+            try:
+                os.pwrite(file, _line(record), 0)
+                if max(self._numbers(), default=0) == number:
+                    self.number, self._record, self._file = number, record, file
+                    return True
+                os.unlink(self._path(number))  # others were quicker by more than one
+            except OSError:
+                os.unlink(self._path(number))
+                raise
+            finally:
+                if self._file != file:
+                    os.close(file)
+        return False
+
+    def _why_over(self, number: int, record: dict[str, Any], age_s: float) -> str:
+        """Why the lock no longer holds, empty if it was released. Raises: RunLocked if it does hold."""
+        if record.get("released"):
+            return ""
+        if again := restarted(this_job(os.environ), record.get("jobs", {})):
+            return again
+        machine = this_machine()
+        processes = record.get("processes", [])
+        here = processes and all(machine[key] and record.get(key) == machine[key] for key in machine)
+        if here and not any(start is not None and start_of(pid) == start for pid, start in processes):
+            return f"{_told(record)} is gone"
+        if age_s > STALE_S:
+            return f"{_told(record)} was last heard of {age_s:.0f} s ago (limit {STALE_S:.0f} s)"
+        raise RunLocked(
+            f"{self.run} is in use by {_told(record)}, last heard of {max(age_s, 0):.0f} s ago; wait for it or stop "
+            f"it, or start another run under another name=... (a start that is dead counts for {STALE_S:.0f} s at most)"
+        )
+
+    def _last(self) -> tuple[int, dict[str, Any], float] | None:
+        """Number and record of the last lock, and the seconds since its heartbeat; None if there was none."""
+        for _ in range(_TRIES):
+            numbers = self._numbers()
+            if not numbers:
+                return None
+            try:
+                with open(self._path(max(numbers)), "rb") as file:
+                    record, touched = _parsed(file.read()), os.fstat(file.fileno()).st_mtime
+            except FileNotFoundError:  # succeeded this moment
+                continue
+            if record:
+                over = record.get("released")
+                return max(numbers), record, 0.0 if over else self._now() - touched
+            if (age_s := self._now() - touched) > STALE_S:
+                return max(numbers), record, age_s
+            time.sleep(_PAUSE_S)  # it is being written
+        return max(numbers, default=0), {}, 0.0
+
+    def _now(self) -> float:
+        """The file server's clock: when a file that is made now was made."""
+        probe = self.run / f".lock-probe-{uuid.uuid4().hex}"
+        with writing(probe):
+            file = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            try:
+                return os.fstat(file).st_mtime
+            finally:
+                os.close(file)
+                os.unlink(probe)
+
+    def _successor(self) -> str:
+        with suppress(OSError, ValueError):
+            record = _parsed(self._path(max(self._numbers())).read_bytes())
+            if record and record.get("token") != self._record["token"]:
+                return f", {_told(record)}"
+        return ""
+
+    def _numbers(self) -> list[int]:
+        try:
+            names = os.listdir(self.run)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+
+    def _path(self, number: int) -> Path:
+        return self.run / f".lock-{number:08d}"
+
+
+def still_ours(run: Path, *, recently: bool = False) -> None:
+    """To be called before something is written into a run's folder. Raises: LockLost.
+
+    A process that works under no lock of this folder, such as `univitar-ds eval`, may go on.
+    """
+    lock = _known.get(os.path.realpath(run))
+    if lock is not None:
+        lock.check(recently=recently)
+
+
+def release_all(within_s: float = 2.0) -> None:
+    """Before the process ends without its context managers; it does not wait for a disk that hangs."""
+    locks = list(_known.values())
+    if locks:
+        thread = threading.Thread(target=lambda: [lock.release() for lock in locks], daemon=True)
+        thread.start()
+        thread.join(within_s)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    """Longer than any earlier one: it is written over it at once, and blanks are no part of JSON."""
+    return json.dumps(record).ljust(4096).encode() + b"\n"
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _told(record: dict[str, Any]) -> str:
+    """A start in words: host, processes, jobs."""
+    if not record:
+        return "a start that has only just begun"
+    numbers = [str(pid) for pid, _ in record["processes"]]
+    jobs = "".join(f", {JOBS[kind]} {job['id']}" for kind, job in record.get("jobs", {}).items())
+    plural = "es" if len(numbers) > 1 else ""
+    return f"process{plural} {' and '.join(numbers)} on host {record['host']}{jobs} (since {record['since']})"
