@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from univitar_ds.geometry import token_count
+from univitar_ds.model.weights import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class FeatureCache:
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"patches": patches.cpu().contiguous(), "pooled": pooled.cpu().contiguous()}, partial)
+            save_tensors({"patches": patches.cpu().contiguous(), "pooled": pooled.cpu().contiguous()}, partial)
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):

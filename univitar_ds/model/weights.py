@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from univitar_ds.config.encoder import CONFIG_FILE, read_object
-from univitar_ds.errors import CheckpointError
+from univitar_ds.errors import CheckpointError, writing
 
 SAFE = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -75,10 +77,11 @@ def save_encoder(folder: str | Path, model: nn.Module, *, safe: bool = True) -> 
     Args: safe: `model.safetensors`, else `pytorch_model.bin`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if safe:
-        _replace(folder / SAFE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        _replace(folder / SAFE, lambda path: save_tensors(state, path, metadata={"format": "pt"}))
     else:
         _replace(folder / BIN, lambda path: torch.save(state, path))
     text = json.dumps(model.config.to_dict(), indent=2) + "\n"
@@ -87,10 +90,29 @@ def save_encoder(folder: str | Path, model: nn.Module, *, safe: bool = True) -> 
     (folder / (BIN if safe else SAFE)).unlink(missing_ok=True)
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> Path:
+    """`save_file` of safetensors with the rights of any new file (the library's are 0600), and its faults as OSError.
+
+    Raises: OSError with the system's number.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(mode)
+    return path
+
+
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
+    with writing(path):
+        write(partial)
+        os.replace(partial, path)
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

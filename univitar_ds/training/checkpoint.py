@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from univitar_ds.errors import CheckpointError
+from univitar_ds.model.weights import save_tensors
 from univitar_ds.training import commit
 from univitar_ds.training.distributed import World, gather_json, together
 from univitar_ds.training.engine import EMA, FROZEN, MASTER, Engine
@@ -61,7 +62,7 @@ def save_checkpoint(
     def write(folder: Path) -> Iterator[Path]:
         yield from _write_rank(engine, folder, cursors)
         if world.first:
-            yield _write_tensors(_buffers(engine.module), folder / BUFFERS)
+            yield save_tensors(_buffers(engine.module), folder / BUFFERS)
             content = {"format": FORMAT, "world_size": world.size, "optimizer": engine.optimizer_state(), "run": state}
             yield commit.write_json(folder / STATE, content)
 
@@ -84,18 +85,9 @@ def _write_rank(engine: Engine, folder: Path, cursors: dict[int, dict[str, Any]]
             if length:
                 tensors[f"{piece.name}/{kind}"] = tensor.detach().to("cpu", copy=True)  # views share their storage
     name = f"rank{engine.world.rank:05d}"
-    yield _write_tensors(tensors, folder / f"{name}.safetensors")
+    yield save_tensors(tensors, folder / f"{name}.safetensors")
     content = {"pieces": index, "cursors": {str(lane): cursor for lane, cursor in cursors.items()}}
     yield commit.write_json(folder / f"{name}.json", content)
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> Path:
-    """With the rights that any new file has; the library would keep others from reading it."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path)
-    path.chmod(mode)
-    return path
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:

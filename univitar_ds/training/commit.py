@@ -13,17 +13,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from univitar_ds.errors import CheckpointError
+from univitar_ds.config.run_folder import CHECKPOINT_FILES
+from univitar_ds.errors import CheckpointError, writing
+from univitar_ds.owned import clear, foreign, remove
+from univitar_ds.run_lock import still_ours
 from univitar_ds.training.distributed import World, gather_json, together
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 TEMPORARY = ".tmp-"
+_TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}({LATEST}|(gone-)?step-\d{{8,}})")
 
 
 def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world: World, keep: int) -> Path:
@@ -32,16 +37,30 @@ def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world
     All ranks call it. `write` gets a folder shared by all ranks and returns the files of this rank.
 
     Raises: the rank's own error, or PeerFailure on the others, if any rank fails, for want of space for
-        example; then nothing has changed but for a temporary folder that the next call removes.
+        example; then nothing has changed.
     """
     target = root / f"step-{step:08d}"
     temporary = root / f"{TEMPORARY}{target.name}"
-    with together(world):
+    with together(world), writing(root):
         if world.first:
+            still_ours(root.parent)
             _sweep(root)
             temporary.mkdir(parents=True)
+    try:
+        return _commit(root, temporary, target, write, world, keep)
+    except Exception:
+        if world.first:
+            with suppress(Exception):  # a full disk, or one that is gone, or another start's by now
+                still_ours(root.parent)
+                _sweep(root)
+        raise
+
+
+def _commit(
+    root: Path, temporary: Path, target: Path, write: Callable[[Path], Iterable[Path]], world: World, keep: int
+) -> Path:
     entries: dict[str, dict[str, Any]] = {}
-    with together(world):
+    with together(world), writing(temporary):
         for path in write(temporary):
             _sync(path)
             entries[path.name] = _entry(path)
@@ -52,8 +71,9 @@ def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world
             raise CheckpointError(
                 f"{temporary}: {'; '.join(faults)} right after writing; all ranks need the same sound disk"
             )
-    with together(world):
+    with together(world), writing(target):
         if world.first:
+            still_ours(root.parent)
             _publish(root, temporary, target, {k: v for entries in by_rank for k, v in entries.items()}, keep)
     return target
 
@@ -61,11 +81,12 @@ def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world
 def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any], keep: int) -> None:
     write_json(temporary / MANIFEST, {"version": 1, "files": entries})
     _sync(temporary)
-    if target.exists():  # complete, but the crash came before `latest` named it
-        _remove(target)
+    if target.is_symlink() or (target.exists() and not _remove(target)):  # complete, but `latest` had not named it
+        raise CheckpointError(f"{target} holds files that no checkpoint writes; move them elsewhere and resume")
     os.rename(temporary, target)
     _sync(root)
     pointer = root / f"{TEMPORARY}{LATEST}"
+    pointer.unlink(missing_ok=True)
     pointer.write_text(target.name + "\n", encoding="utf-8")
     _sync(pointer)
     os.replace(pointer, root / LATEST)
@@ -77,7 +98,8 @@ def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any],
 
 def complete(root: Path) -> list[Path]:
     """Complete folders, oldest first."""
-    return sorted(folder for folder in root.glob("step-*") if (folder / MANIFEST).is_file())
+    folders = (folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name))
+    return sorted(folder for folder in folders if (folder / MANIFEST).is_file())
 
 
 def latest(root: Path) -> Path | None:
@@ -151,16 +173,43 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
-    """Removes a complete folder; renamed first, so that a crash leaves no half of it under a valid name."""
+def _remove(folder: Path) -> bool:
+    """Removes a complete folder; renamed first, so that a crash leaves no half of it under a valid name.
+
+    Returns: whether it is gone. What somebody else put there stays, under the folder's name.
+    """
+    if folder.is_symlink():
+        return False
     gone = folder.with_name(f"{TEMPORARY}gone-{folder.name}")
+    if os.path.lexists(gone):  # somebody else's
+        clear(folder, {re.escape(MANIFEST): None})
+        return _cleared(folder)
     os.rename(folder, gone)
-    shutil.rmtree(gone)
+    return _cleared(gone)
 
 
 def _sweep(root: Path) -> None:
+    """Removes what a crash has left, by the names that are written here; files of others stay where they were."""
     for left in root.glob(f"{TEMPORARY}*"):
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+        if left.is_symlink() or not re.fullmatch(_TEMPORARY_NAME, left.name):
+            continue
+        if not left.is_dir():
+            left.unlink(missing_ok=True)
+        elif not _cleared(left) and not left.name.startswith(f"{TEMPORARY}gone-"):
+            raise CheckpointError(
+                f"{left} holds {foreign(left, CHECKPOINT_FILES)}, which no checkpoint writes; move it elsewhere"
+            )
+
+
+def _cleared(folder: Path) -> bool:
+    """Whether nothing is left of a temporary folder; of a complete one, what is left has its name again."""
+    names = dict(CHECKPOINT_FILES)
+    with suppress(CheckpointError):
+        names |= {re.escape(name): None for name in read_manifest(folder)}  # also those of an earlier format
+    clear(folder, {f"(?!{re.escape(MANIFEST)}$)({name})": None for name in names})
+    if remove(folder, names):
+        return True
+    before = folder.with_name(folder.name.removeprefix(f"{TEMPORARY}gone-"))
+    if not os.path.lexists(before):
+        os.rename(folder, before)
+    return False
