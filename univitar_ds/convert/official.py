@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,19 @@ from PIL import Image
 from torch import nn
 
 from univitar_ds import UniViTAR
-from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.config.run_folder import CHECKPOINTS, EXPORT, EXPORT_FILES
+from univitar_ds.config.run_folder import CONFIG as RUN_CONFIG
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.convert.trained import Weights, open_trained
-from univitar_ds.errors import CheckpointError
+from univitar_ds.errors import CheckpointError, writing
 from univitar_ds.geometry import PATCH
-from univitar_ds.model.weights import BIN, SAFE, save_encoder
+from univitar_ds.model.weights import save_encoder
+from univitar_ds.owned import MARK, foreign, is_empty, is_marked, mark, remove
 from univitar_ds.preprocessing import Preprocessor
 
-OURS = {CONFIG_FILE, SAFE, BIN}
-"""A folder that holds nothing else is an earlier export and may be replaced."""
+KIND = "export"
+"""Of the mark that an exported folder carries; without it a folder is not replaced."""
 
 
 def export_encoder(source: str | Path, out: str | Path, weights: Weights | None = None) -> Path:
@@ -35,19 +38,25 @@ def export_encoder(source: str | Path, out: str | Path, weights: Weights | None 
     Raises: CheckpointError if the source is no run, is damaged, or `out` holds other files.
     """
     out = Path(out)
-    _refuse_foreign(out)
+    own = _is_run(out.parent) and out.name == EXPORT
+    partial, earlier = (out.with_name(f".{out.name}.{word}") for word in ("partial", "earlier"))
+    with writing(out):
+        for folder in (out, partial, earlier):
+            _refuse_foreign(folder, own)
     trained = open_trained(source, weights)
     encoder = trained.model.vision
     encoder.config = with_size_rule(encoder.config, trained.config.stages[-1])
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_encoder(partial, encoder)
-        verify_export(partial, encoder)
-        _put_in_place(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(out):
+        remove(partial, EXPORT_FILES)
+        partial.mkdir(parents=True)
+        try:
+            mark(partial, KIND)
+            save_encoder(partial, encoder)
+            verify_export(partial, encoder)
+            _put_in_place(partial, out, earlier)
+        finally:
+            with suppress(OSError):
+                remove(partial, EXPORT_FILES)
     return out
 
 
@@ -93,19 +102,36 @@ def _test_picture() -> Image.Image:
     return Image.fromarray(np.stack([rows * 2, columns, (rows * columns) % 251], axis=-1).astype(np.uint8))
 
 
-def _refuse_foreign(out: Path) -> None:
+def _is_run(folder: Path) -> bool:
+    return (folder / RUN_CONFIG).is_file() and (folder / CHECKPOINTS).is_dir()
+
+
+def _refuse_foreign(out: Path, own: bool) -> None:
+    """Raises: CheckpointError for what no export has written.
+
+    Args: own: `out` is the place of the export in a run's folder; there those of earlier versions, which have no mark,
+    are replaced too.
+    """
+    if out.is_symlink():
+        raise CheckpointError(f"{out} is a link, and nothing is replaced through a link; name the folder itself")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; name a folder for the export")
-    others = sorted(path.name for path in out.iterdir() if path.name not in OURS) if out.is_dir() else []
-    if others:
-        raise CheckpointError(f"{out} holds {others[0]}, which no export wrote; name another folder or empty it")
+    if is_empty(out):
+        return
+    other = foreign(out, EXPORT_FILES)
+    if other is not None:
+        raise CheckpointError(f"{out} holds {other}, which no export wrote; name another folder or empty it")
+    if not own and not is_marked(out, KIND):
+        raise CheckpointError(
+            f"{out} holds an encoder and not the mark of an export ({MARK}), so it may be another's; name another "
+            "folder, or remove this one"
+        )
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
+def _put_in_place(partial: Path, out: Path, earlier: Path) -> None:
     """Renames, over an earlier export too; between the two renames the earlier one has another name."""
-    earlier = out.with_name(f".{out.name}.earlier")
-    shutil.rmtree(earlier, ignore_errors=True)
-    if out.exists():
+    remove(earlier, EXPORT_FILES)
+    if not is_empty(out):
         os.rename(out, earlier)
     os.rename(partial, out)
-    shutil.rmtree(earlier, ignore_errors=True)
+    remove(earlier, EXPORT_FILES)

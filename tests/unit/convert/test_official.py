@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from univitar_ds.convert.official import export_encoder, with_size_rule
 from univitar_ds.errors import CheckpointError
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.owned import MARK
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def test_the_export_is_the_trained_encoder_behind_the_public_face(
 ):
     run, model = trained
     assert export_encoder(run, tmp_path / "export") == tmp_path / "export"
-    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [MARK, "config.json", "model.safetensors"]
     encoder = UniViTAR.from_pretrained(tmp_path / "export")
     wanted = model.vision.state_dict()
     assert encoder.state_dict().keys() == wanted.keys()
@@ -88,9 +91,7 @@ def test_an_earlier_export_is_replaced_and_a_foreign_folder_is_not_touched(
     trained: tuple[Path, ContrastiveModel], tmp_path: Path
 ):
     run, model = trained
-    out = tmp_path / "export"
-    out.mkdir()
-    (out / "config.json").write_text("{}")
+    out = export_encoder(run, tmp_path / "export")
     save_file({"old": torch.zeros(1)}, out / "model.safetensors")
     export_encoder(run, out)
     assert load_file(out / "model.safetensors").keys() == model.vision.state_dict().keys()
@@ -102,6 +103,59 @@ def test_an_earlier_export_is_replaced_and_a_foreign_folder_is_not_touched(
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(CheckpointError, match="is a file"):
         export_encoder(run, out / "config.json")
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["out", ".out.partial", ".out.earlier"])
+@pytest.mark.parametrize("names", [["config.json", "model.safetensors"], ["thesis.txt"], ["config.json", "a/b.jpg"]])
+def test_an_encoder_or_a_folder_of_the_user_s_is_refused_whatever_its_files_are_called(
+    trained: tuple[Path, ContrastiveModel], tmp_path: Path, place: str, names: list[str]
+):
+    for name in names:
+        (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / name).write_text(f"mine: {name}")
+    before = _content(tmp_path)
+    with pytest.raises(CheckpointError, match="name another folder"):
+        export_encoder(trained[0], tmp_path / "out")
+    assert _content(tmp_path) == before
+
+
+def test_nothing_is_replaced_through_a_link(trained: tuple[Path, ContrastiveModel], tmp_path: Path):
+    export_encoder(trained[0], tmp_path / "kept")
+    before = _content(tmp_path / "kept")
+    (tmp_path / "out").symlink_to(tmp_path / "kept")
+    with pytest.raises(CheckpointError, match="name the folder itself"):
+        export_encoder(trained[0], tmp_path / "out")
+    (tmp_path / "kept" / "model.safetensors").rename(tmp_path / "elsewhere")
+    (tmp_path / "kept" / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"holds model\.safetensors, which no export wrote"):
+        export_encoder(trained[0], tmp_path / "kept")
+    assert (tmp_path / "elsewhere").read_bytes() == before["model.safetensors"]
+
+
+def test_what_an_earlier_version_exported_into_its_run_is_replaced(tmp_path: Path):
+    run = tmp_path / "run"
+    write_run(run, run_config())
+    export_encoder(run, run / "export")
+    (run / "export" / MARK).unlink()
+    os.rename(run / "export", run / ".export.partial")  # a kill left it
+    export_encoder(run, run / "export")
+    (run / "export" / MARK).unlink()
+    export_encoder(run, run / "export")
+    assert not (run / ".export.partial").exists()
+    assert not (run / ".export.earlier").exists()
+
+
+def test_the_exported_files_have_the_rights_of_any_new_file(trained: tuple[Path, ContrastiveModel], tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        out = export_encoder(trained[0], tmp_path / "export")
+    finally:
+        os.umask(before)
+    assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in out.iterdir()} == {oct(0o640)}
 
 
 def test_a_failing_export_leaves_the_earlier_one_whole(
