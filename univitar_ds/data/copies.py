@@ -123,13 +123,13 @@ class Copies:
             if not _torn(whole, os.stat(whole), version.size):
                 return None
             os.unlink(whole)
-        with open(self._folder / "room.lock", "w", encoding="utf-8") as everybody:
+        with open(self._folder / "room.lock", "a", encoding="utf-8") as everybody:
             fcntl.flock(everybody, fcntl.LOCK_EX)
             if os.path.exists(part) and _torn(part, os.stat(part), version.size):
                 os.unlink(part)
             if not os.path.exists(part) and not self._make_room(version.size, needed) and not needed:
                 return None
-            return os.open(part, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+            return os.open(part, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
 
     def _make_room(self, wanted: int, needed: bool) -> bool:
         """Remove copies that nobody reads, those unused for longest first; whether `wanted` more bytes then fit."""
@@ -200,7 +200,7 @@ def _torn(path: str, state: os.stat_result, size: int) -> bool:
 
 def _try_lock(path: str) -> int | None:
     """A descriptor that holds the lock; None if somebody else does."""
-    lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(lock).st_nlink:  # else its last holder has removed it, and there may be a new one

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from univitar_ds.data.journal import JOURNAL, write_atomically
+from univitar_ds.data.journal import JOURNAL, SHARD_NAME, write_atomically
 from univitar_ds.data.manifest import read_manifest
 from univitar_ds.data.storage import S3, SCHEMES, Storage, StorageSettings, storage_for
 from univitar_ds.errors import DataError
@@ -21,6 +21,7 @@ class Destination(Protocol):
     """
 
     workspace: Path
+    place: str
 
     def claim(self) -> None:
         """Take the place. Raises: DataError if it holds something else."""
@@ -43,12 +44,15 @@ class Destination(Protocol):
     def fingerprint(self) -> str | None:
         """That of the manifest which is there."""
 
+    def shards(self) -> set[str]:
+        """The files that it lists."""
+
 
 class LocalFolder:
     """Shards beside their journal. `open_journal` claims it."""
 
     def __init__(self, folder: Path) -> None:
-        self.workspace = folder
+        self.workspace, self.place = folder, str(folder)
 
     def claim(self) -> None:
         """The journal lies in the folder itself and has done it."""
@@ -76,7 +80,10 @@ class LocalFolder:
         (self.workspace / name).unlink(missing_ok=True)
 
     def fingerprint(self) -> str | None:
-        return _fingerprint(self.workspace)
+        return _manifest(self.workspace).get("fingerprint")
+
+    def shards(self) -> set[str]:
+        return _shards(_manifest(self.workspace))
 
 
 class S3Prefix:
@@ -88,7 +95,7 @@ class S3Prefix:
     def __init__(self, url: str, folder: Path, settings: StorageSettings, state: Path | None) -> None:
         from univitar_ds.data.s3 import S3Storage
 
-        self._url = url.rstrip("/")
+        self._url = self.place = url.rstrip("/")
         storage = storage_for(self._url, settings)
         assert isinstance(storage, S3Storage)
         self._storage = storage
@@ -133,7 +140,10 @@ class S3Prefix:
         remove(self._storage, self._path(name))
 
     def fingerprint(self) -> str | None:
-        return _fingerprint(self._url, self._storage)
+        return _manifest(self._url, self._storage).get("fingerprint")
+
+    def shards(self) -> set[str]:
+        return _shards(_manifest(self._url, self._storage))
 
     def _claimed_by(self) -> str | None:
         try:
@@ -167,8 +177,13 @@ def _state_folder() -> Path:
     return Path(base, "univitar_ds", "pack")
 
 
-def _fingerprint(folder: str | Path, storage: Storage | None = None) -> str | None:
+def _manifest(folder: str | Path, storage: Storage | None = None) -> dict[str, Any]:
+    """Of this program's `data pack`; empty without one."""
     try:
-        return read_manifest(folder, storage).get("fingerprint")
+        return read_manifest(folder, storage)
     except DataError:
-        return None
+        return {}
+
+
+def _shards(manifest: dict[str, Any]) -> set[str]:
+    return {row["file"] for row in manifest.get("shards", []) if SHARD_NAME.fullmatch(row["file"])}

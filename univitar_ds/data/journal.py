@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,18 +18,24 @@ from typing import Any, TextIO
 
 from univitar_ds.data.examine import Finding
 from univitar_ds.data.folder import Row
-from univitar_ds.errors import DataError
+from univitar_ds.errors import DataError, writing
 
 JOURNAL = ".pack.jsonl"
 LOCK = ".pack.lock"
+SHARD_NAME = re.compile(r".+-(image|video)-\d{6}\.tar")
+_PARTIAL = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|pack\.jsonl)\.partial")
 _VERSION = 1
 
 
 class Journal:
     """Findings and shards of one output folder. Open with `open_journal`."""
 
-    def __init__(self, path: Path, header: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
+    def __init__(
+        self, path: Path, header: dict[str, Any], entries: dict[str, dict[str, Any]], shards: set[str] | None = None
+    ) -> None:
         self._path, self._header, self._entries = path, header, entries
+        self.shards = shards or set()
+        """Names of all shards that were written here or begun, also by another version of the decoders."""
         self._stream: TextIO = self._rewritten()
 
     def finding(self, row: Row, stamp: list[int], verify: bool) -> Finding | None:
@@ -45,6 +52,12 @@ class Journal:
         """Size and hash of a shard that was written to this plan."""
         entry = self._entries.get(f"shard {name}")
         return entry if entry is not None and entry["plan"] == plan else None
+
+    def begin_shard(self, name: str) -> None:
+        """Before a shard gets its name: from here on it is ours, whenever the process ends."""
+        if name not in self.shards:
+            self.shards.add(name)
+            self._add(f"name {name}", {})
 
     def add_shard(self, name: str, entry: dict[str, Any]) -> None:
         self._add(f"shard {name}", entry)
@@ -82,7 +95,7 @@ def open_journal(out: Path, folder: Path) -> Iterator[Journal]:
         foreign = {entry.name for entry in out.iterdir()} - {LOCK}
         if foreign and JOURNAL not in foreign:
             raise DataError(f"{out} is not empty and was not packed here ({min(foreign)}); choose another folder")
-        lock = (out / LOCK).open("w", encoding="utf-8")
+        lock = (out / LOCK).open("a", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror}; choose another folder") from error
     with lock:
@@ -91,10 +104,12 @@ def open_journal(out: Path, folder: Path) -> Iterator[Journal]:
         except BlockingIOError as error:
             raise DataError(f"{out} is being packed by another process; wait for it or stop it") from error
         header = {"version": _VERSION, "folder": str(folder.resolve()), "decoders": _decoders()}
-        entries = _entries_of(out / JOURNAL, header, out)
-        for leftover in out.glob(".*.partial"):
-            leftover.unlink()
-        journal = Journal(out / JOURNAL, header, entries)
+        with writing(out):
+            entries, shards = _entries_of(out / JOURNAL, header, out)
+            for leftover in out.glob(".*.partial"):
+                if _PARTIAL.fullmatch(leftover.name) and not leftover.is_dir():
+                    leftover.unlink()
+            journal = Journal(out / JOURNAL, header, entries, shards)
         try:
             yield journal
         finally:
@@ -116,22 +131,24 @@ def _decoders() -> dict[str, str]:
     return {name: version(name) for name in ("av", "pillow", "simplejpeg")}
 
 
-def _entries_of(path: Path, header: dict[str, Any], out: Path) -> dict[str, dict[str, Any]]:
+def _entries_of(path: Path, header: dict[str, Any], out: Path) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """What is known still, and the names of all shards ever written."""
     if not path.exists():
-        return {}
+        return {}, set()
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     found = _parsed(lines[0]) if lines else None
     if not isinstance(found, dict) or found.get("folder") != header["folder"]:
         origin = found.get("folder") if isinstance(found, dict) else "an unknown folder"
         raise DataError(f"{out} holds what was packed from {origin}; choose another folder, or remove it first")
-    if found != header:
-        return {}
     entries = {}
     for line in lines[1:]:
         pair = _parsed(line)
         if isinstance(pair, list) and len(pair) == 2:
             entries[pair[0]] = pair[1]
-    return entries
+    shards = {key.partition(" ")[2] for key in entries if key.startswith(("shard ", "name "))}
+    if found != header:
+        return {f"name {name}": {} for name in sorted(shards)}, shards
+    return entries, shards
 
 
 def _parsed(line: str) -> Any:

@@ -27,13 +27,12 @@ from univitar_ds.data.folder import Row, read_folder
 from univitar_ds.data.journal import Journal, open_journal
 from univitar_ds.data.manifest import MANIFEST, build_manifest, read_manifest
 from univitar_ds.data.storage import LOCAL, StorageSettings
-from univitar_ds.errors import DataError
+from univitar_ds.errors import DataError, writing
 
 __all__ = ["pack_folder", "read_manifest"]
 
 _LAYOUT = 2
 """Of the members of a shard. Another number: what was packed before is packed anew."""
-_SHARD_NAME = re.compile(r".+-(image|video)-\d{6}\.tar")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FILES_PER_WORKER = 128
 
@@ -94,7 +93,7 @@ def pack_folder(
     workspace = destination.workspace
     if workspace.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{workspace} lies inside {folder}, which is being packed; choose a folder outside of it")
-    with open_journal(workspace, folder) as journal:
+    with writing(workspace), open_journal(workspace, folder) as journal:
         destination.claim()
         found = _examine(folder, listing.rows, journal, workers, verify, progress)
         samples = [(row, finding) for row, finding in found if finding.fault is None]
@@ -106,10 +105,7 @@ def pack_folder(
             )
         skipped += [{"file": file, "reason": reason} for file, reason in listing.left_out.items()]
         shards = _planned(samples, shard_mb)
-        try:
-            return _write_all(folder, destination, shards, samples, skipped, shard_mb, journal, progress)
-        except OSError as error:
-            raise DataError(f"{error.filename or workspace} cannot be written: {error.strerror}") from error
+        return _write_all(folder, destination, shards, samples, skipped, shard_mb, journal, progress)
 
 
 def _examine(
@@ -187,11 +183,12 @@ def _write_all(
     identities = [[*_identity(row, found)] for row, found in samples]
     fingerprint = _digest([_LAYOUT, shard_mb, sorted(identities, key=lambda one: one[0]), skipped])
     names = {shard.name for shard in shards}
+    known = journal.shards | destination.shards()
     if destination.fingerprint() != fingerprint:
         destination.remove(MANIFEST)  # from here on it would describe shards that change
-    for stale in sorted(destination.names() - names):
-        if _SHARD_NAME.fullmatch(stale):
-            destination.remove(stale)
+    there = destination.names()
+    for stale in sorted((there & known) - names):
+        destination.remove(stale)
     rows = []
     with tqdm(total=len(samples), desc="write", unit="sample", disable=not progress) as bar:
         for shard in shards:
@@ -200,6 +197,11 @@ def _write_all(
             if entry is None or not destination.holds(shard.name, entry):
                 partial = destination.workspace / f".{shard.name}.partial"
                 entry = {"plan": plan, **_write_shard(folder, partial, shard)}
+                if shard.name in there - known and not destination.holds(shard.name, entry):
+                    raise DataError(
+                        f"{destination.place} holds {shard.name}, which was not packed there; move it elsewhere"
+                    )
+                journal.begin_shard(shard.name)
                 destination.publish(partial, shard.name, entry)
                 journal.add_shard(shard.name, entry)
             rows.append(
@@ -254,7 +256,10 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _unchanged(path: Path, found: Finding) -> bytes:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read any more: {error.strerror}; pack again") from error
     if hashlib.sha256(content).hexdigest() != found.sha256:
         raise DataError(f"{path} changed while it was being packed; pack again when nothing writes to the folder")
     return content

@@ -18,7 +18,7 @@ from univitar_ds.data.captions import BYTES_LIMIT
 from univitar_ds.data.journal import open_journal
 from univitar_ds.data.probe import probe
 from univitar_ds.data.writer import read_manifest
-from univitar_ds.errors import DataError
+from univitar_ds.errors import DataError, StorageError
 
 
 @pytest.fixture
@@ -317,6 +317,34 @@ def test_an_output_folder_that_is_not_ours_is_left_alone(folder, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
+def test_files_of_the_user_s_beside_packed_shards_survive_every_packing(folder, tmp_path):
+    out = tmp_path / "out"
+    pack(folder, out, shard_mb=0.01)
+    mine = ["mine-image-000000.tar", "notes.txt", ".notes.txt.partial", ".thesis.partial/chapter.txt"]
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("years of work")
+    left = out / ".train-image-000000.tar.partial"
+    left.write_text("left by a kill")
+    pack(folder, out, shard_mb=1.0)
+    assert [(out / name).read_text() for name in mine] == ["years of work"] * 4
+    assert not left.exists()
+    assert sum(path.name.startswith("train-image") for path in out.glob("*.tar")) == 1
+
+
+def test_a_file_of_the_user_s_with_the_name_of_a_shard_is_not_replaced(folder, tmp_path):
+    out = tmp_path / "out"
+    pack(folder, out, shard_mb=1.0)
+    mine = out / "train-image-000001.tar"
+    mine.write_text("years of work")
+    with pytest.raises(DataError, match=r"out holds train-image-000001\.tar, which was not packed there; move it"):
+        pack(folder, out, shard_mb=0.01)
+    assert mine.read_text() == "years of work"
+    mine.unlink()
+    pack(folder, out, shard_mb=0.01)
+    assert mine.stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("out", "told"),
     [
@@ -352,7 +380,7 @@ def test_a_full_disk_leaves_no_manifest_that_describes_other_shards(folder, tmp_
 
     with monkeypatch.context() as patched:
         patched.setattr(writer, "_write_shard", full)
-        with pytest.raises(DataError, match=r"x\.tar cannot be written: No space left on device"):
+        with pytest.raises(StorageError, match=r"x\.tar cannot be written: No space left on device"):
             pack(folder, out)
     assert not (out / "manifest.json").exists()
     assert pack(folder, out) == pack(folder, tmp_path / "fresh")
