@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from univitar_ds.cli_data import add_data
-from univitar_ds.cli_parts import add_command, add_overrides, positive, shown
-from univitar_ds.errors import UserError
+from univitar_ds.cli_parts import add_command, add_overrides, expand, positive, shown
+from univitar_ds.errors import UserError, storage_error
 from univitar_ds.import_path import drop_current_folder, protect_children
 from univitar_ds.screen import lost, prepare_screen, show
 
@@ -38,20 +38,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drop_current_folder()  # `__main__` has done it, the console script has not
     protect_children()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    parsed = parse(build_parser(), arguments)
     try:
+        parsed = parse(build_parser(), arguments)
         status = parsed.run(parsed) or 0
         if lost and not parsed.leaves_files and not status:
             status = 141 if isinstance(lost[0], BrokenPipeError) else 2
         return status
     except UserError as error:
-        with suppress(OSError):
-            print("\n".join(map(shown, f"error: {error}".split("\n"))), file=sys.stderr, flush=True)
-        return error.exit_code
+        return _failed(error)
+    except OSError as error:  # what no place has put in better words
+        sentence = storage_error(error)
+        if sentence is None:
+            raise
+        return _failed(sentence)
     except KeyboardInterrupt:
         with suppress(OSError):
             print("interrupted", file=sys.stderr, flush=True)
         return 130
+
+
+def _failed(error: UserError) -> int:
+    with suppress(OSError):
+        print("\n".join(map(shown, f"error: {error}".split("\n"))), file=sys.stderr, flush=True)
+    return error.exit_code
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -96,7 +105,9 @@ def _add_train(commands) -> None:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", help="a run file, or the name of a shipped recipe: demo, photos, univitar_0p3b, ...")
-    which.add_argument("--resume", metavar="RUN", help="folder of a run to continue from its last checkpoint")
+    which.add_argument(
+        "--resume", metavar="RUN", type=expand, help="folder of a run to continue from its last checkpoint"
+    )
     parser.add_argument(
         "--nproc",
         type=positive,
@@ -119,18 +130,18 @@ def _add_after_training(commands) -> None:
         "Results on other data or with other templates are printed, and go to --out FILE only: the run's own stay.\n"
         "An evaluation that can measure nothing is an error.",
     )
-    evaluate.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
-    evaluate.add_argument("--out", type=Path, metavar="FILE", help="where the results (JSON) go, not the run's folder")
+    evaluate.add_argument("folder", type=expand, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    evaluate.add_argument("--out", type=expand, metavar="FILE", help="where the results (JSON) go, in place of RUN")
     _add_weights(evaluate)
     add_overrides(evaluate, "dotted keys of the run file, such as evaluation.sources.0.path=data/other")
     report = add_command(commands, "report", _report, "print the results of a run", leaves_files=False)
-    report.add_argument("folder", type=Path, metavar="RUN")
+    report.add_argument("folder", type=expand, metavar="RUN")
     convert = commands.add_parser("convert", help="carry weights elsewhere").add_subparsers(metavar="TO", required=True)
     export = add_command(
         convert, "export", _export, "write a run's encoder in the release's layout (config.json, model.safetensors)"
     )
-    export.add_argument("folder", type=Path, metavar="RUN")
-    export.add_argument("out", type=Path)
+    export.add_argument("folder", type=expand, metavar="RUN")
+    export.add_argument("out", type=expand)
     _add_weights(export)
 
 
@@ -142,7 +153,7 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 def _add_demo(commands) -> None:
     demo = add_command(commands, "demo", _demo, "the whole way on rendered scenes: data, training, evaluation, export")
-    demo.add_argument("--folder", type=Path, default=Path("demo"))
+    demo.add_argument("--folder", type=expand, default=Path("demo"))
     demo.add_argument("--nproc", type=positive, default=2)
     demo.add_argument("--install-seconds", type=float, help="how long the installation took, for the table of times")
 
@@ -151,7 +162,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from univitar_ds import launch
 
     if arguments.resume:
-        return launch.resume(Path(arguments.resume), arguments.nproc, arguments.overrides)
+        return launch.resume(arguments.resume, arguments.nproc, arguments.overrides)
     return launch.train(arguments.config, arguments.nproc, arguments.overrides)
 
 

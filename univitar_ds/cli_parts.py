@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_command(
@@ -36,6 +37,18 @@ def shown(text: str) -> str:
     characters, which would act on the terminal.
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def expand(text: str) -> Path:
+    """A path as it is meant in a run file too, see `config/paths.py`. Raises: ConfigError."""
+    return Path(expand_place(text))
+
+
+def expand_place(text: str) -> str:
+    """The same where an s3:// address may be, too."""
+    from univitar_ds.config import paths  # needs pydantic, which `--help` can do without
+
+    return paths.expand(text)
 
 
 def positive(text: str) -> int:

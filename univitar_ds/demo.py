@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 from univitar_ds import launch
 from univitar_ds.config.run_folder import SUMMARY
 from univitar_ds.data.synthetic import write_scenes
 from univitar_ds.data.writer import pack_folder
+from univitar_ds.demo_folder import RUN, claim
 from univitar_ds.evaluation.report import render_times
 from univitar_ds.screen import show
 
@@ -21,7 +21,9 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     """Run the whole way in `folder` and print the results with the time of every part.
 
     Scenes and shards that are there are used again; the run starts anew. Returns the exit status.
+    Raises: ConfigError if the folder holds anything that no demo writes.
     """
+    claim(folder)
     os.environ["DS_ACCELERATOR"] = "cpu"  # so that it runs anywhere, whatever GPUs there are
     times: dict[str, float] = {} if install_seconds is None else {"installation": install_seconds}
     shards, runs = folder / "shards", folder / "runs"
@@ -29,7 +31,6 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
         write_scenes(folder / "scenes", images=IMAGES, clips=CLIPS, seed=0, progress=True)
     with launch.timed(times, "packing into shards"):
         pack_folder(folder / "scenes", shards)
-    shutil.rmtree(runs / "demo", ignore_errors=True)
     with launch.timed(times, "training, evaluation, export"):
         status = launch.train(
             "demo",
@@ -38,7 +39,7 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
         )
     if status:
         return status
-    run = runs / "demo"
+    run = folder / RUN
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     rest = times.pop("training, evaluation, export") - sum(summary["seconds"].values())
     show(render_times({**times, "starting processes": round(rest, 1), **summary["seconds"]}))

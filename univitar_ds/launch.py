@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from univitar_ds.config.load import load_config
-from univitar_ds.config.run_folder import CONFIG, SUMMARY
-from univitar_ds.errors import UserError
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, EXPORT, SUMMARY
+from univitar_ds.errors import StorageError, UserError, storage_error
 from univitar_ds.import_path import safe_environment
+from univitar_ds.owned import replace_text
 from univitar_ds.processes import SIGNALS, Process, children, signals_held
 from univitar_ds.run import create_run, reopen_run
+from univitar_ds.run_lock import VARIABLE, RunLock, release_all, still_ours
 from univitar_ds.screen import prepare_screen, show
-from univitar_ds.training import orphans, preemption
+from univitar_ds.training import commit, orphans, preemption
 from univitar_ds.training.launchers import forget_launchers, is_rank
 from univitar_ds.training.preemption import SAVED, Stop
 
@@ -42,32 +44,53 @@ def train(recipe: str, nproc: int | None, overrides: Sequence[str]) -> int:
     here, whatever variables launchers have left in the environment.
     """
     config = load_config(recipe, overrides)
-    if _is_rank(nproc):
-        run = Path(config.output, config.name)
-        return _join(lambda: create_run(config, recipe, int(os.environ["WORLD_SIZE"])), run)
-    nproc = nproc or 1
-    _check_gpus(nproc)
-    return _start(create_run(config, recipe, nproc), nproc)
+    run = Path(config.output, config.name)
+    with RunLock(run) as lock:
+        if _is_rank(nproc):
+            return _join(lambda: create_run(config, recipe, int(os.environ["WORLD_SIZE"]), lock), run, lock)
+        nproc = nproc or 1
+        _check_gpus(nproc)
+        return _start(create_run(config, recipe, nproc, lock), nproc, lock)
 
 
 def resume(run: Path, nproc: int | None, overrides: Sequence[str]) -> int:
     """Continue the run in folder `run` from its last checkpoint; returns the exit status. `nproc`: see `train`."""
-    if _is_rank(nproc):
-        return _join(lambda: reopen_run(run, overrides, int(os.environ["WORLD_SIZE"])), run)
-    nproc = nproc or 1
-    _check_gpus(nproc)
-    return _start(reopen_run(run, overrides, nproc), nproc)
+    with RunLock(run) as lock:
+        if _is_rank(nproc):
+            return _join(lambda: reopen_run(run, overrides, int(os.environ["WORLD_SIZE"]), lock), run, lock)
+        nproc = nproc or 1
+        _check_gpus(nproc)
+        return _start(reopen_run(run, overrides, nproc, lock), nproc, lock)
 
 
-def run_rank(run: Path, stop: Stop) -> int:
+def run_rank(run: Path, stop: Stop, lock: RunLock) -> int:
     """Train as one rank of the process group that the environment describes; rank 0 then finishes the run.
 
+    Args: lock: of the run's folder, as rank 0 has it.
     Returns: the exit status, 0 or SAVED if `stop` of any rank was requested.
+    Raises: UserError; StorageError says which checkpoint is whole.
     """
-    from univitar_ds.training.distributed import start_world, stop_world
+    try:
+        return _train_and_finish(run, stop, lock)
+    except StorageError as error:
+        raise StorageError(f"{error}; {_kept(run)}") from error
+
+
+def _kept(run: Path) -> str:
+    found = None
+    with suppress(OSError):
+        found = commit.latest(run / CHECKPOINTS)
+    return "no checkpoint was written yet" if found is None else f"the last checkpoint, {found}, is whole"
+
+
+def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
+    from univitar_ds.training.distributed import gather_json, start_world, stop_world
     from univitar_ds.training.loop import train as train_rank
 
     world = start_world()
+    word = gather_json(lock.word, world)[0]
+    if not world.first:
+        lock.watch(word)
     if not world.first:  # hundreds of ranks that say what the first one says would hide its lines
         for package in ("univitar_ds", "kernels"):
             logging.getLogger(package).setLevel(logging.WARNING)
@@ -94,8 +117,9 @@ def finish_run(run: Path) -> None:
     seconds: dict[str, float] = {}
     try:
         with timed(seconds, "export"):
-            export_encoder(run, run / "export")
-        logger.info("encoder exported to %s", run / "export")
+            still_ours(run)
+            export_encoder(run, run / EXPORT)
+        logger.info("encoder exported to %s", run / EXPORT)
     finally:
         try:
             if load_config(run / CONFIG).evaluation.sources:
@@ -115,7 +139,8 @@ def _note_seconds(run: Path, seconds: dict[str, float]) -> None:
         return
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     summary["seconds"] = {**summary.get("seconds", {}), **seconds}
-    (run / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    still_ours(run)
+    replace_text(run / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 @contextmanager
@@ -128,10 +153,10 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] = round(time.monotonic() - start, 1)
 
 
-def _start(run: Path, nproc: int) -> int:
+def _start(run: Path, nproc: int, lock: RunLock) -> int:
     """Train the prepared run: in this process when it is the only one, else through DeepSpeed's launcher."""
     if nproc == 1:
-        return run_rank(run, preemption.listen())
+        return run_rank(run, preemption.listen(), lock)
     from univitar_ds.training.distributed import uses_cuda
 
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(nproc)}).encode()).decode()
@@ -139,7 +164,7 @@ def _start(run: Path, nproc: int) -> int:
     command += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--log_level=critical", "--no_local_rank"]
     command += ["--module", "univitar_ds.launch", str(run)]
     threads = str(max(1, len(os.sched_getaffinity(0)) // nproc))
-    environment = {"OMP_NUM_THREADS": threads, **safe_environment(os.environ)}
+    environment = {"OMP_NUM_THREADS": threads, **safe_environment(os.environ), VARIABLE: lock.word}
     if not uses_cuda():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     this = Process.of(os.getpid())
@@ -188,7 +213,7 @@ def _result(code: int, stop: Stop) -> int:
     return 128 + number
 
 
-def _join(prepare, run: Path) -> int:
+def _join(prepare, run: Path, lock: RunLock) -> int:
     """Be one rank under a launcher: rank 0 prepares the folder while the others wait for its word."""
     stop = preemption.listen()
     orphans.end_with_launchers(stop)
@@ -196,9 +221,11 @@ def _join(prepare, run: Path) -> int:
 
     try:
         first_alone(start_world(), prepare)
-        return run_rank(run, stop)
+        return run_rank(run, stop, lock)
     except UserError as error:
         leave(error)
+    except OSError as error:
+        leave(_refused(error))
 
 
 def _is_rank(nproc: int | None) -> bool:
@@ -242,7 +269,16 @@ def leave(error: UserError) -> NoReturn:
         with suppress(OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
     preemption.ignore()  # launchers end the other ranks when the first one is gone; the exit code shall be ours
+    release_all()
     os._exit(error.exit_code)
+
+
+def _refused(error: OSError) -> UserError:
+    """What the storage has refused. Raises: the error itself if it is of another kind."""
+    sentence = storage_error(error)
+    if sentence is None:
+        raise error
+    return sentence
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -253,9 +289,14 @@ def _main(arguments: Sequence[str]) -> int:
     stop.quiet = True  # the process that started the ranks speaks
     orphans.end_with_launchers(stop)
     try:
-        return run_rank(Path(arguments[0]), stop)
+        lock = RunLock(Path(arguments[0]))
+        if os.environ.get("RANK", "0") == "0":
+            lock.join(os.environ.get(VARIABLE, ""))
+        return run_rank(lock.run, stop, lock)
     except UserError as error:
         leave(error)
+    except OSError as error:
+        leave(_refused(error))
 
 
 if __name__ == "__main__":

@@ -9,72 +9,157 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
-from univitar_ds.config.load import changed_result, dump_config, load_config
-from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, TOKENIZER
+from univitar_ds.config.load import changed_result, dump_config, dumped, load_config
+from univitar_ds.config.places import anchored
+from univitar_ds.config.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    DEEPSPEED,
+    EVALUATION,
+    EXPORT,
+    LOCKS,
+    RUN_ENTRIES,
+    TOKENIZER,
+)
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.unused import unused_parts
-from univitar_ds.errors import ConfigError, DataError
+from univitar_ds.errors import ConfigError, DataError, writing
+from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link, replace_text, replacing
+from univitar_ds.run_lock import RunLock
+from univitar_ds.training import commit
 
 logger = logging.getLogger(__name__)
 
 CAPTIONS_FOR_TOKENIZER = 200_000
 """Most captions that a tokenizer is trained on; more change it little."""
+KIND = "run"
+"""Of the mark that a run's folder carries."""
 
 
-def create_run(config: RunConfig, recipe: str, world_size: int) -> Path:
+def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | None = None) -> Path:
     """Make the run's folder: resolved config, DeepSpeed JSON and tokenizer. Returns the folder.
 
-    Raises: ConfigError when the folder holds checkpoints, the configurations contradict each other or
-        the sources cannot feed the stages (DataError).
+    What an earlier start has left there without a checkpoint is replaced, and nothing else. A job that its launcher
+    has started again continues what it has saved.
+
+    Args: lock: of the folder; taken here and kept. None: taken and released.
+    Raises: ConfigError when the folder holds checkpoints or results, or anything that no run writes, or the
+        configurations contradict each other; RunLocked while another start has the folder; DataError when the sources
+        cannot feed the stages; StorageError.
     """
     run = Path(config.output, config.name)
-    if (run / CHECKPOINTS / "latest").exists():
+    with writing(run), _held(run, lock) as lock:
+        lock.refuse()
+        if commit.latest(run / CHECKPOINTS) is not None and lock.continues():
+            return reopen_run(run, (), world_size, lock)
+        _refuse_filled(run, recipe)
+        deepspeed = read_deepspeed(config.deepspeed)
+        resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
+        _check_text_library()
+        _report_unused(config)
+        _check_sources(config)
+        _check_teacher(config)
+        run.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        _refuse_filled(run, recipe)  # another start may have been here since
+        clear(run, RUN_ENTRIES)
+        mark(run, KIND)
+        dump_config(anchored(config), run / CONFIG)
+        _write_deepspeed(run, deepspeed)
+        _provide_tokenizer(config, run / TOKENIZER)
+    return run
+
+
+def reopen_run(run: Path, overrides: Sequence[str], world_size: int, lock: RunLock | None = None) -> Path:
+    """Check that the run in folder `run` can continue with `overrides`, and store them. Returns the folder.
+
+    Args: lock: as of `create_run`.
+    Raises: ConfigError for a folder without a run, or an override that would change the run's result; RunLocked while
+        another start has the folder; DataError for sources that are not there any more; StorageError.
+    """
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"{run} holds no {CONFIG}, so it is no run; give the folder that an earlier run wrote")
+    with writing(run), _held(run, lock) as lock:
+        lock.take()
+        before, after = load_config(run / CONFIG), load_config(run / CONFIG, overrides)
+        changed = changed_result(before, after)
+        if changed:
+            raise ConfigError(
+                f"{', '.join(changed)} would change the result of {run} half-way; "
+                "resume without this override, or start a new run under another name"
+            )
+        deepspeed = read_deepspeed(str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed)
+        resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
+        _check_text_library()
+        _report_unused(after)
+        _check_sources(after)
+        mark(run, KIND)  # those of earlier versions have none
+        dump_config(anchored(after), run / CONFIG)
+        _write_deepspeed(run, deepspeed)
+    return run
+
+
+@contextmanager
+def _held(run: Path, lock: RunLock | None) -> Iterator[RunLock]:
+    """The caller's lock, which stays with it, or one for the body."""
+    if lock is not None:
+        yield lock
+        return
+    with RunLock(run) as own:
+        yield own
+
+
+def _refuse_filled(run: Path, recipe: str) -> None:
+    """Raises: ConfigError for a folder that holds more than a start which came to nothing has left."""
+    if run.is_symlink() and not run.exists():
+        raise ConfigError(f"{run} is a link to nothing; remove the link, or choose another name=...")
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"{run} is a file; choose another name=... or output=...")
+    if not run.exists() or foreign(run, LOCKS) is None:
+        return
+    refuse_link(run)
+    if commit.latest(run / CHECKPOINTS) is not None:
         raise ConfigError(
             f"{run} holds the checkpoints of an earlier run; continue it with `univitar-ds train --resume {run}`, "
             "choose another name=..., or remove the folder"
         )
-    deepspeed = read_deepspeed(config.deepspeed)
-    resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
-    _check_text_library()
-    _report_unused(config)
-    _check_sources(config)
-    _check_teacher(config)
-    if run.exists():
-        shutil.rmtree(run)  # without a checkpoint there is nothing to continue
-    run.mkdir(parents=True)
-    dump_config(config, run / CONFIG)
-    (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
-    _provide_tokenizer(config, run / TOKENIZER)
-    return run
-
-
-def reopen_run(run: Path, overrides: Sequence[str], world_size: int) -> Path:
-    """Check that the run in folder `run` can continue with `overrides`, and store them. Returns the folder.
-
-    Raises: ConfigError for a folder without a run, or an override that would change the run's result; DataError
-        for sources that are not there any more.
-    """
-    if not (run / CONFIG).is_file():
-        raise ConfigError(f"{run} holds no {CONFIG}, so it is no run; give the folder that an earlier run wrote")
-    before, after = load_config(run / CONFIG), load_config(run / CONFIG, overrides)
-    changed = changed_result(before, after)
-    if changed:
+    results = next((name for name in (EXPORT, EVALUATION) if (run / name).exists()), None)
+    if results is not None:
         raise ConfigError(
-            f"{', '.join(changed)} would change the result of {run} half-way; "
-            "resume without this override, or start a new run under another name"
+            f"{run} holds the results of an earlier run ({results}); choose another name=..., or remove the folder"
         )
-    deepspeed = read_deepspeed(str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed)
-    resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
-    _check_text_library()
-    _report_unused(after)
-    _check_sources(after)
-    dump_config(after, run / CONFIG)
-    (run / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
-    return run
+    file = Path(recipe)
+    if file.is_file() and file.resolve().is_relative_to(run.resolve()):
+        raise ConfigError(
+            f"the run file {recipe} lies in the folder of its run, {run}, whose files are replaced; copy it elsewhere"
+        )
+    known = RUN_ENTRIES | LOCKS if is_marked(run, KIND) or _is_earlier(run) else LOCKS
+    found = foreign(run, known)
+    if found is not None:
+        raise ConfigError(
+            f"{run} holds {found}, which no run has written there; choose another name=... or output=..., or move it "
+            "elsewhere"
+        )
+
+
+def _is_earlier(run: Path) -> bool:
+    """Whether a folder without a mark is that of a run of an earlier version, by its config.yaml, as dumped."""
+    try:
+        text = (run / CONFIG).read_text(encoding="utf-8")
+        return dumped(yaml.safe_load(text)) == text and load_config(run / CONFIG).name == run.name
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError):
+        return False
+
+
+def _write_deepspeed(run: Path, content: dict) -> None:
+    replace_text(run / DEEPSPEED, json.dumps(content, indent=2) + "\n")
 
 
 def _provide_tokenizer(config: RunConfig, target: Path) -> None:
@@ -87,11 +172,12 @@ def _provide_tokenizer(config: RunConfig, target: Path) -> None:
     given = Path(text.tokenizer) if text.tokenizer else Path(text.path, TOKENIZER) if text.path else None
     if given:
         load_tokenizer(given)  # refuses a file that is none before anything starts
-        shutil.copyfile(given, target)
+        with replacing(target) as partial:
+            shutil.copyfile(given, partial)
         return
     settings = StorageSettings.of(config.data)
     captions = iterate_captions(config.data.sources, limit=CAPTIONS_FOR_TOKENIZER, settings=settings)
-    train_tokenizer(captions, text.vocab_size).save(str(target))
+    replace_text(target, train_tokenizer(captions, text.vocab_size).to_str(pretty=True))
 
 
 def _report_unused(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.owned import replacing
 from univitar_ds.sheet import component_colours, raster_order, spread_frames, to_size
 
 ROWS, PER_PACK = 10, 5
@@ -72,7 +73,8 @@ def draw_sheet(model: ContrastiveModel, kept: list[Kept], found: Embeddings, pat
             _write(pen, across + MARGIN, top, captions)
         elif label:
             pen.text((across + MARGIN, top + 8), textwrap.shorten(f"label: {label}", 64, placeholder=" ..."), fill=INK)
-    sheet.save(path)
+    with replacing(path) as partial:
+        sheet.save(partial, format="PNG")
 
 
 def token_features(model: ContrastiveModel, item: Kept) -> Tensor:

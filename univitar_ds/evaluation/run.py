@@ -34,6 +34,8 @@ from univitar_ds.evaluation.overrides import check_replaceable, overridden, same
 from univitar_ds.evaluation.pictures import Kept, draw_sheet, keep_some
 from univitar_ds.evaluation.report import render_evaluation
 from univitar_ds.evaluation.scores import Figure
+from univitar_ds.owned import replace_text
+from univitar_ds.run_lock import still_ours
 from univitar_ds.training.distributed import uses_cuda
 
 FORMAT = 1
@@ -73,7 +75,9 @@ def evaluate_run(
     if not own and out is None:
         kept = trained.run / EVALUATION
         return f"{table}\n\nThis is not the run's own evaluation, so {kept} stays as it is; --out FILE writes this one."
-    (out or trained.run / EVALUATION).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if own:
+        still_ours(trained.run)
+    replace_text(out or trained.run / EVALUATION, json.dumps(result, indent=1) + "\n")
     if own:
         _draw(trained, sheets)
     return table

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 
+from univitar_ds.config.run_folder import BOARD, EVENTS, METRICS
 from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.data.batch import PackedBatch
+from univitar_ds.errors import writing
+from univitar_ds.owned import replace_text
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
 BLOCK = 1 << 16
 """Bytes that are read at a time where a file is read from its end."""
 SKIPPED = "skipped"
@@ -37,7 +39,8 @@ class MetricLog:
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run / "tb"), purge_step=step + 1)
+            self._board = SummaryWriter(str(run / BOARD), purge_step=step + 1)
+            _quiet_board()
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -152,7 +155,7 @@ def told_event(event: dict[str, Any]) -> str:
 
 def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:
     """events.jsonl, whole: stages that began and rollbacks, a line each."""
-    (run / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    replace_text(run / EVENTS, "".join(json.dumps(event) + "\n" for event in events))
 
 
 def _open_after(path: Path, step: int) -> TextIO:
@@ -191,5 +194,17 @@ def _step_of(line: bytes) -> float:
 
 
 def _append(file: TextIO, line: dict[str, Any]) -> None:
-    file.write(json.dumps(line) + "\n")
-    file.flush()
+    with writing(file.name):
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+
+
+def _quiet_board() -> None:
+    """What TensorBoard's thread cannot write it raises again at the next call; its own traceback says no more."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
+            before(args)
+
+    threading.excepthook = hook

@@ -19,10 +19,11 @@ from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.sources import content_of, validate_sources
 from univitar_ds.data.storage import StorageSettings
-from univitar_ds.errors import DataError
+from univitar_ds.errors import DataError, UserError, writing
 from univitar_ds.model.dropping import Dropping
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher import Teacher, build_teacher
+from univitar_ds.run_lock import still_ours
 from univitar_ds.training import preemption
 from univitar_ds.training.assembly import assemble
 from univitar_ds.training.checkpoint import save_checkpoint
@@ -58,7 +59,6 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
         trainer.start()
         with stop.deferred():
             trainer.train()
-        trainer.close_logs()
         if world.first:
             write_summary(cfg, run, trainer.engine, trainer.state)
         return not trainer.told
@@ -89,6 +89,7 @@ class _Trainer:
         self.metric_log: MetricLog | None = None
         self.pictures: PictureSchedule | None = None
         self.sample_log: SampleLog | None = None
+        self.unwritten: Exception | None = None
         self.engine, self.state = assemble(cfg, run, world)
         self.cost = cost_coefficients(self.engine.module.vision.config)
         self.peak = find_peak(cfg.logging.peak_tflops, self.engine.dtype, world)
@@ -108,8 +109,9 @@ class _Trainer:
             step = self.state.progress.step
             logger.info("asked to leave: saving step %d, then exit code %d; a second time leaves at once", step, SAVED)
         self._save()
-        with together(self.world, ask=lambda: self.stop.requested) as vote:
-            pass  # what follows training takes its time too
+        self.close_logs()
+        with together(self.world, ask=lambda: self.stop.requested) as vote:  # what follows takes its time too
+            self._raise_unwritten()
         self.told |= vote.yes
         if self.told:
             preemption.ignore()  # launchers end the other ranks when the first one is gone
@@ -117,12 +119,13 @@ class _Trainer:
                 logger.info("asked to leave: step %d, the last one, is saved; exit code %d", self.saved_step, SAVED)
 
     def close_logs(self) -> None:
+        """What they cannot write any more ends the run at the next exchange."""
         logs = (self.metric_log, self.sample_log)
         self.metric_log = self.sample_log = self.pictures = None
         with ExitStack() as closing:
             for log in logs:
                 if log is not None:
-                    closing.callback(log.close)
+                    closing.callback(self._write, log.close)
 
     def close(self) -> None:
         """Safe to call again, and after a rollback or hand-over that failed between two engines."""
@@ -130,6 +133,21 @@ class _Trainer:
             self.close_logs()
         finally:
             self.engine.close()
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Writes into a log. Only some ranks do: what fails waits for the exchange that ends all of them alike."""
+        if self.unwritten is None:
+            try:
+                still_ours(self.run, recently=True)
+                with writing(self.run):
+                    write()
+            except (OSError, UserError) as error:
+                self.unwritten = error
+
+    def _raise_unwritten(self) -> None:
+        """Within `together`. Raises: what kept `_write` from writing."""
+        if self.unwritten is not None:
+            raise self.unwritten
 
     def _train_stage(self, stage: StageConfig) -> None:
         """To the stage's end, or until the ranks are told to leave or a step is undone."""
@@ -141,6 +159,7 @@ class _Trainer:
             while self.state.progress.stage == number:
                 start = time.perf_counter()
                 with together(self.world, ask=lambda: self.stop.requested) as vote:
+                    self._raise_unwritten()
                     batches = next(loader)
                     waited = time.perf_counter() - start
                 if vote.yes:
@@ -175,8 +194,8 @@ class _Trainer:
     def _note(self, event: dict[str, Any]) -> None:
         self.state.events.append(event)
         if self.metric_log is not None:
-            write_events(self.run, self.state.events)
-            self.metric_log.mark(event)
+            self._write(lambda: write_events(self.run, self.state.events))
+            self._write(lambda: self.metric_log.mark(event))
 
     def _reassemble(self) -> None:
         self.engine.close()  # before there is another: two would not fit
@@ -206,8 +225,10 @@ class _Trainer:
     def _open_logs(self, keep_as: str | None = None) -> None:
         """At the step where the run stands: what the files have beyond it is dropped, or kept apart."""
         cfg, progress = self.cfg, self.state.progress
-        with together(self.world):
+        with together(self.world), writing(self.run):
+            self._raise_unwritten()
             if self.world.first:
+                still_ours(self.run)
                 cut_sample_logs(self.run, progress.step, keep_as=keep_as)
                 write_events(self.run, self.state.events)
                 total = sum(stage.samples for stage in cfg.stages)
@@ -216,8 +237,8 @@ class _Trainer:
                 )
                 if cfg.logging.tensorboard:
                     self.pictures = PictureSchedule(cfg.logging.pictures_every_steps, progress.step)
-        if cfg.data.log_samples:
-            self.sample_log = SampleLog(self.run, self.world.rank)
+            if cfg.data.log_samples:
+                self.sample_log = SampleLog(self.run, self.world.rank)
 
     def _prepare_teacher(self) -> None:
         """Have it while this stage or a later one distills, and no longer."""
@@ -323,7 +344,7 @@ class _Trainer:
         state.window.add(result, joined, modality, weights)
         state.seconds += joined["step_s"]
         if self.sample_log is not None:
-            self.sample_log.write(state.progress.step, batches)
+            self._write(lambda: self.sample_log.write(state.progress.step, batches))
         if self.metric_log is not None:
             self.metric_log.advance(result.items)
         if logged or state.progress.finished(self.cfg.stages):
@@ -336,7 +357,7 @@ class _Trainer:
         step = self.state.progress.step
         try:
             sheet = draw_pack(batch, glimpse, self.engine.module.vision.config.spatial_merge_size)
-            self.metric_log.picture(f"pack_{batch.modality}", sheet, step)
+            self._write(lambda: self.metric_log.picture(f"pack_{batch.modality}", sheet, step))
         except Exception as error:  # only the first rank draws, and it is not worth the run
             logger.warning("no images of packs from here on: step %d: %s: %s", step, type(error).__name__, error)
             self.pictures = None
@@ -356,7 +377,7 @@ class _Trainer:
             norms=norms,
         )
         if self.metric_log is not None:
-            self.metric_log.write(line)
+            self._write(lambda: self.metric_log.write(line))
         state.last = line
         if not state.best or line["loss"] < state.best["loss"]:
             state.best = {"loss": line["loss"], "step": line["step"]}

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from univitar_ds.processes import SIGNALS
+from univitar_ds.run_lock import release_all
 
 SAVED = 85
 """Exit code of a run that was asked to leave and has saved: start it again and it continues. No other end has it."""
@@ -71,6 +72,7 @@ class Stop:
             self._leaving()
         if not self.quiet:
             say(f"{signal.Signals(number).name}: leaving at once, the last checkpoint stays")
+        release_all()
         os._exit(128 + number)
 
 

@@ -13,6 +13,8 @@ import torch
 from univitar_ds.config.load import config_fingerprint
 from univitar_ds.config.run_folder import CHECKPOINTS, SUMMARY
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.owned import replace_text
+from univitar_ds.run_lock import still_ours
 from univitar_ds.training import commit
 from univitar_ds.training.engine import Engine, versions
 from univitar_ds.training.state import State
@@ -44,4 +46,5 @@ def write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> No
         "versions": versions(),
     }
     content["seconds"] = content.get("seconds", {}) | {"training": round(state.seconds, 1)}
-    (run / SUMMARY).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    still_ours(run)
+    replace_text(run / SUMMARY, json.dumps(content, indent=2) + "\n")

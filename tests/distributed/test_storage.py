@@ -1,0 +1,137 @@
+"""Disks that are full or lost while a run trains, and a run that is taken over: all ranks end, nothing is half."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.distributed import run_distributed
+from tests.support.full import resize, small_disk
+from tests.support.runs import metrics, small_config, train_rank
+from tests.support.shards import write_demo_shards
+from univitar_ds.config.load import dump_config
+from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.errors import UserError
+from univitar_ds.run import create_run
+from univitar_ds.run_lock import RunLock
+from univitar_ds.training import commit
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
+CHECKPOINT_MB = 41
+"""Of the small run, by two ranks."""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_demo_shards(tmp_path_factory.mktemp("shards"), images=48, videos=16, shards=2)
+
+
+def end_of(run: Path) -> list[str]:
+    """Trains as one rank; the error's class and what it says."""
+    try:
+        train_rank(run)
+    except UserError as error:
+        return [type(error).__name__, str(error)]
+    return ["", ""]
+
+
+def with_failing_log(run: Path, fault: int) -> list[str]:
+    """As `end_of`, but the third line of metrics.jsonl cannot be written."""
+    from univitar_ds.training import logs
+
+    append, lines = logs._append, []
+
+    def failing(file, line):
+        if "lr" in line:
+            lines.append(line)
+            if len(lines) == 3:
+                raise OSError(fault, os.strerror(fault))
+        append(file, line)
+
+    logs._append = failing
+    return end_of(run)
+
+
+def under_lock(run: Path, word: str) -> list[str]:
+    """As `end_of`, under a lock of the test; the first line of the metrics that is written loses it."""
+    from univitar_ds.training import logs
+
+    lock = RunLock(run)
+    lock.watch(word)
+    append = logs._append
+
+    def losing(file, line):
+        append(file, line)
+        if "lr" in line and line["step"] == 3:
+            (run / f".lock-{lock.number + 1:08d}").write_text("{}")
+            lock._seen = 0.0  # a second has passed
+
+    logs._append = losing
+    return end_of(run)
+
+
+def whole(run: Path) -> str:
+    last = commit.latest(run / CHECKPOINTS)
+    commit.verify(last, commit.read_manifest(last))
+    return last.name
+
+
+def test_a_disk_that_is_full_while_saving_ends_all_ranks_and_leaves_the_last_checkpoint_whole(shards, tmp_path):
+    with small_disk(tmp_path / "disk", 2.5 * CHECKPOINT_MB) as disk:
+        run = create_run(small_config(shards, disk), "test", 2)
+        first, second = run_distributed(end_of, 2, 250, run)
+        assert sorted([first[0], second[0]]) in (["PeerFailure", "StorageError"], ["StorageError", "StorageError"])
+        said = first[1] if first[0] == "StorageError" else second[1]
+        assert "cannot be written: No space left on device; free some space there" in said
+        assert whole(run) == "step-00000004"
+        assert sorted(path.name for path in (run / CHECKPOINTS).iterdir()) == [
+            "latest", "step-00000002", "step-00000004",
+        ], "the part of a checkpoint that did not fit is removed"  # fmt: skip
+        resize(disk, 40 * CHECKPOINT_MB)
+        assert run_distributed(end_of, 2, 250, run) == [["", ""]] * 2
+        steps = [line["step"] for line in metrics(run)]
+        assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize("fault", [28, 122, 5], ids=["full", "quota", "broken"])
+def test_a_log_that_cannot_be_written_ends_all_ranks_with_one_sentence(shards, tmp_path, fault):
+    run = create_run(small_config(shards, tmp_path), "test", 2)
+    first, second = run_distributed(with_failing_log, 2, 250, run, fault)
+    assert first[0] == "StorageError"
+    assert f"cannot be written: {os.strerror(fault)}; " in first[1]
+    assert second[0] == "PeerFailure"
+    assert whole(run) == "step-00000002"
+
+
+def test_a_run_that_was_taken_over_stops_on_all_ranks_before_it_saves(shards, tmp_path):
+    run = create_run(small_config(shards, tmp_path), "test", 2)
+    with RunLock(run) as lock:
+        lock.take()
+        first, second = run_distributed(under_lock, 2, 250, run, lock.word)
+    for kind, said in (first, second):
+        assert kind in ("LockLost", "PeerFailure")
+        assert "was taken over by another start" in said
+    assert whole(run) == "step-00000002"
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_a_full_disk_is_a_sentence_and_exit_code_2(shards, tmp_path, nproc):
+    with small_disk(tmp_path / "disk", 0.6 * CHECKPOINT_MB) as disk:
+        dump_config(small_config(shards, disk), tmp_path / "run.yaml")
+        command = [sys.executable, "-m", "univitar_ds", "train", "--config", str(tmp_path / "run.yaml")]
+        ended = subprocess.run(
+            [*command, "--nproc", nproc],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 2, ended.stderr[-3000:]
+        assert "Traceback" not in ended.stderr
+        (sentence,) = {line for line in ended.stderr.splitlines() if line.startswith("error: ")}
+        assert "cannot be written: No space left on device; free some space there" in sentence
+        assert sentence.endswith("; no checkpoint was written yet")

@@ -1,0 +1,76 @@
+"""The folder of `make demo`: what the demo writes in it, and removing just that (`make clean`).
+
+Needs nothing but Python, since `make clean` also works where the environment is gone.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from univitar_ds.config.run_folder import LOCKS, RUN_ENTRIES
+from univitar_ds.errors import ConfigError, UserError
+from univitar_ds.owned import MARK, Names, clear, foreign, is_empty, is_marked, mark, refuse_link, remove
+from univitar_ds.run_lock import RunLock
+
+KIND = "demo"
+RUN = Path("runs", "demo")
+_RUN: Names = RUN_ENTRIES | LOCKS
+_SCENE = r"(train|test)-\d{6}\.(png|jpg|mp4)"
+_ENTRIES: Names = {
+    re.escape(MARK): None,
+    "scenes": {r"scenes\.json|metadata\.jsonl(\.partial)?": None, "images": {_SCENE: None}, "videos": {_SCENE: None}},
+    "shards": {r"manifest\.json|\.pack\.(jsonl|lock)|(train|test)-(image|video)-\d{6}\.tar": None},
+    "runs": {"demo": _RUN},
+}
+
+
+def claim(folder: Path) -> None:
+    """Make the demo's folder, or take it again; what an earlier demo trained there is removed.
+
+    Raises: ConfigError if it holds anything that no demo writes; RunLocked if a demo is training there.
+    """
+    refuse_link(folder)
+    if not is_marked(folder, KIND) and not is_empty(folder):
+        found = foreign(folder, _ENTRIES)  # also the folder of an earlier version, which has no mark
+        if found is None and not (folder / "scenes" / "scenes.json").is_file():
+            found = "something, but no scenes.json"
+        if found is not None:
+            raise ConfigError(f"{folder} holds {found}, which no demo has written there; name another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, KIND)
+    run = folder / RUN
+    refuse_link(run)
+    if is_empty(run):
+        return
+    if (found := foreign(run, _RUN)) is not None:
+        raise ConfigError(
+            f"{run} holds {found}, which no run has written there; move it elsewhere, or name another --folder"
+        )
+    with RunLock(run) as lock:
+        lock.take()
+        clear(run, RUN_ENTRIES)
+
+
+def remove_demo(folder: Path) -> str:
+    """Remove what the demo has written in its folder; what was done, in words. Anything else stays."""
+    if is_empty(folder):
+        return f"{folder}: nothing to remove"
+    if folder.is_symlink() or not is_marked(folder, KIND):
+        return f"{folder} stays: it does not carry the demo's mark ({MARK})"
+    run = folder / RUN
+    if run.is_dir():
+        RunLock(run).refuse()
+    if remove(folder, _ENTRIES):
+        return f"{folder}: removed"
+    mark(folder, KIND)  # what stays there may be looked at and `make clean` called again
+    return f"{folder} stays: it holds {foreign(folder, _ENTRIES)}, which the demo did not write"
+
+
+def main(folder: str) -> None:
+    """For `make clean`."""
+    try:
+        print(remove_demo(Path(folder)))
+    except UserError as error:
+        sys.exit(f"error: {error}")
