@@ -17,7 +17,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make bench-cpu  a training step of the encoder on the CPU beside other ways to run it (about 10 minutes)"
 	@echo "make bench-gpu  the fused kernels and a training step on a GPU"
-	@echo "make clean      remove the environment and the demo's folder"
+	@echo "make clean      remove the environment and what the demo wrote in its folder"
 
 # The demo and the tests train on the CPU, on a machine with GPUs too.
 demo test test-all: export DS_ACCELERATOR := cpu
@@ -26,7 +26,8 @@ demo test test-all: export DS_ACCELERATOR := cpu
 $(INSTALLED): requirements.txt pyproject.toml
 	@echo "installing into $(VENV) (log: $(VENV)/install.log)"
 	@start=$$(date +%s); \
-	  $(PYTHON) -m venv $(VENV) \
+	  { [ -e $(VENV) ] || { mkdir $(VENV) && touch $(VENV)/.univitar-ds; }; } \
+	  && $(PYTHON) -m venv $(VENV) \
 	  && { $(BIN)/python -m pip install --quiet torch==2.13.0 \
 	    && $(BIN)/python -m pip install --quiet --editable '.[dev]'; } > $(VENV)/install.log 2>&1 \
 	  || { tail -n 30 $(VENV)/install.log; exit 1; }; \
@@ -51,5 +52,10 @@ lint: $(INSTALLED)
 bench-cpu: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_cpu.py
 
+# Only what was made here: an environment with the mark of the line above (or of an earlier version's installation), and
+# of the demo's folder the files that the demo writes.
 clean:
-	rm -rf $(VENV) demo
+	@if [ ! -e $(VENV) ]; then :; \
+	elif [ ! -L $(VENV) ] && { [ -f $(VENV)/.univitar-ds ] || [ -f $(INSTALLED) ]; }; then rm -rf $(VENV); \
+	else echo "$(VENV) stays: it was not made by make"; fi
+	@$(PYTHON) -c 'import sys; sys.path.insert(0, "."); from univitar_ds.demo_folder import main; main("demo")'

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from univitar_ds.data import children
 from univitar_ds.data.synthetic_draw import encode_mp4, encode_picture
 from univitar_ds.data.synthetic_scenes import clip_scene, image_scene, render
-from univitar_ds.errors import DataError
+from univitar_ds.errors import DataError, writing
+from univitar_ds.owned import is_empty, replace_text
 
 FORMAT = 1
 """Version of the scenes: another number gives other files for the same seed."""
@@ -35,17 +36,19 @@ def write_scenes(folder: str | Path, *, images: int, clips: int, seed: int = 0, 
     wanted = {"format": FORMAT, "images": images, "clips": clips, "seed": seed}
     if _finished(folder, wanted):
         return
-    for name in ("images", "videos"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
-    rows = _write_files(folder, _jobs(images, clips, seed), progress)
-    partial = folder / "metadata.jsonl.partial"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(folder / "metadata.jsonl")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / MARKER, json.dumps(wanted) + "\n")  # first: the folder is ours from here on
+        for name in ("images", "videos"):
+            (folder / name).mkdir(exist_ok=True)
+        rows = _write_files(folder, _jobs(images, clips, seed), progress)
+    replace_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _finished(folder: Path, wanted: dict[str, int]) -> bool:
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file; name a folder for the scene set")
+    if is_empty(folder):
         return False
     marker = folder / MARKER
     if not marker.is_file():
