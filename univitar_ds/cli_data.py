@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from univitar_ds.cli_parts import add_command, add_overrides, positive, shown
+from univitar_ds.cli_parts import add_command, add_overrides, expand, expand_place, positive, shown
 from univitar_ds.errors import ConfigError
+from univitar_ds.owned import replace_text
 from univitar_ds.screen import show
 
 if TYPE_CHECKING:
@@ -38,8 +39,12 @@ def add_data(commands) -> None:
         "(a/b.jpg and a/b.txt); links to folders are followed, each folder is packed once. Unreadable files are left\n"
         "out and listed in the manifest. Interrupted, it goes on where it was when started again.",
     )
-    pack.add_argument("folder", type=Path)
-    pack.add_argument("out", help="a folder, or s3://bucket/prefix; there shards are uploaded one by one and verified")
+    pack.add_argument("folder", type=expand)
+    pack.add_argument(
+        "out",
+        type=expand_place,
+        help="a folder, or s3://bucket/prefix; there shards are uploaded one by one and verified",
+    )
     pack.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard (default 64)")
     pack.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check the files")
     pack.add_argument(
@@ -63,11 +68,11 @@ def add_data(commands) -> None:
     )
     inspect.add_argument("--config", required=True, help="a run file or the name of a shipped recipe")
     inspect.add_argument("--packs", type=positive, default=50, help="packs of each modality to draw (default 50)")
-    inspect.add_argument("--png", type=Path, default=Path("inspect.png"), help="the picture (default inspect.png)")
+    inspect.add_argument("--png", type=expand, default=Path("inspect.png"), help="the picture (default inspect.png)")
     inspect.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_overrides(inspect)
     scenes = add_command(data, "scenes", _scenes, "render the demo's scenes and moving shapes")
-    scenes.add_argument("out", type=Path)
+    scenes.add_argument("out", type=expand)
     scenes.add_argument("--images", type=positive, default=4000)
     scenes.add_argument("--clips", type=positive, default=1500)
     scenes.add_argument("--seed", type=int, default=0)
@@ -86,14 +91,20 @@ def _add_verify(data) -> None:
         "are checked, each with its own split. Where all sources of the run file are checked, what its stages need\n"
         "and they do not hold (no clips under video_ratio above 0, say) is wrong too.",
     )
-    verify.add_argument("sources", nargs="*", metavar="SOURCE", help="packed folder, tar, or brace range; also s3://")
+    verify.add_argument(
+        "sources",
+        nargs="*",
+        type=expand_place,
+        metavar="SOURCE",
+        help="packed folder, tar, or brace range; also s3://",
+    )
     verify.add_argument(
         "--config", help="a run file or the name of a shipped recipe, for its sources, limits and data.s3"
     )
     verify.add_argument("--split", help="of packed folders (default: all of them, or what the run file says)")
     verify.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check shards")
     verify.add_argument("--no-decode", action="store_true", help="trust headers and checksums for the pixels")
-    verify.add_argument("--report", type=Path, default=Path("verify.json"), help="default verify.json")
+    verify.add_argument("--report", type=expand, default=Path("verify.json"), help="default verify.json")
     _add_storage(verify)
 
 
@@ -109,7 +120,7 @@ def _add_probe(data) -> None:
         "The exit status is 1 if there is no such file, and 0 whatever is in it.",
         leaves_files=False,
     )
-    probe.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    probe.add_argument("files", nargs="+", type=expand, metavar="FILE")
     probe.add_argument("--config", help="a run file or the name of a shipped recipe, for its limits and sizes")
     probe.add_argument("--stage", help="name of the stage whose sizes count (default: the first)")
     probe.add_argument("--json", action="store_true", help="print a line of JSON a file")
@@ -145,7 +156,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from univitar_ds.data.contents import faults_of_run
     from univitar_ds.data.verify import verify
 
-    _check_writable(arguments.report)
+    _check_writable(arguments.report, _is_report)
     config = load_config(arguments.config, []) if arguments.config else None
     data = None if config is None else config.data
     sources = _sources_to_verify(arguments, data)
@@ -155,7 +166,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     whole = config is not None and checked.issuperset(map(_place, config.data.sources))
     report["run"] = faults_of_run(config, settings) if whole else []
     report["sound"] = report["sound"] and not report["run"]
-    arguments.report.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    text = json.dumps(report, indent=1)
+    if arguments.report.exists() and not arguments.report.is_file():  # /dev/stdout, a pipe
+        arguments.report.write_text(text, encoding="utf-8")
+    else:
+        replace_text(arguments.report, text)
     for source in report["sources"]:
         for told in filter(None, (source["error"], source["warning"])):
             _say(told)
@@ -209,6 +224,7 @@ def _shard_sentences(shard: dict[str, Any]) -> Iterator[str]:
 def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -> list[SourceConfig]:
     """Raises: ConfigError if neither the command line nor a run file names any."""
     from univitar_ds.config.data import SourceConfig
+    from univitar_ds.config.paths import written
 
     if not arguments.sources:
         if data is None:
@@ -216,7 +232,7 @@ def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -
         own = {} if arguments.split is None else {"split": arguments.split}
         return [source.model_copy(update=own) for source in data.sources]
     known = [] if data is None else data.sources
-    named = [SourceConfig(path=path, split=arguments.split) for path in arguments.sources]
+    named = [SourceConfig(path=written(path), split=arguments.split) for path in arguments.sources]
     return [source.model_copy(update=_told_of(source, known)) for source in named]
 
 
@@ -259,12 +275,12 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from univitar_ds.config.load import load_config
-    from univitar_ds.data.drawing import draw
+    from univitar_ds.data.drawing import draw, is_drawn
     from univitar_ds.data.inspect import inspect, render
     from univitar_ds.model.config import PRESETS
     from univitar_ds.model.flops import cost_coefficients
 
-    _check_writable(arguments.png)
+    _check_writable(arguments.png, is_drawn)
     config = load_config(arguments.config, arguments.overrides)
     found = inspect(config, packs=arguments.packs, cost=cost_coefficients(PRESETS[config.model.encoder]))
     for line in (json.dumps(found.to_json(), indent=2) if arguments.json else render(found)).split("\n"):
@@ -274,18 +290,31 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(f"picture in {shown(str(arguments.png))}", file=sys.stderr, flush=True)
 
 
-def _check_writable(path: Path) -> None:
-    """Before the work whose result goes there. Raises: ConfigError."""
+def _check_writable(path: Path, ours: Callable[[Path], bool]) -> None:
+    """Before the work whose result goes there. Raises: ConfigError, also for a file that is not `ours` to replace."""
     parent = path.absolute().parent
     if not os.path.isdir(parent):
         raise ConfigError(f"{path} cannot be written: there is no folder {parent}; make it first")
-    new = not os.path.exists(path)
     try:
-        path.open("ab").close()
-        if new:
+        if os.path.lexists(path):
+            path.open("ab").close()
+        else:
+            path.open("xb").close()
             path.unlink()
+        foreign = path.is_file() and path.stat().st_size > 0 and not ours(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); give the name of another file") from error
+    if foreign:
+        raise ConfigError(f"{path} is a file that this command has not written; give another name, or remove it")
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a report of `data verify`."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.keys() >= {"sound", "samples", "sources", "shards"}
 
 
 def _say(line: str) -> None:

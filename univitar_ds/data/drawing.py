@@ -23,6 +23,7 @@ from PIL import Image
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.inspect import Inspection, Stream
 from univitar_ds.geometry import PATCH, TUBELET, cumulative
+from univitar_ds.owned import replacing
 from univitar_ds.pictures import resize_rgb
 
 _DPI = 110
@@ -44,6 +45,7 @@ _ROWS = 200
 """Resolution of the column that stands for a pack; no finer than the screen, so that no line between items is lost."""
 _EMPTY = "#d62728"
 _COLOURS = colormaps["viridis"]
+_SOFTWARE = "univitar_ds data inspect"
 
 
 class Place(NamedTuple):
@@ -86,7 +88,17 @@ def draw(inspection: Inspection, path: Path) -> None:
         top += height
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # captions come in every script
-        figure.savefig(path, format="png")
+        if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+            figure.savefig(path, format="png")
+            return
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", metadata={"Software": _SOFTWARE})
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a file is such a picture."""
+    with path.open("rb") as file:
+        return b"tEXtSoftware\0" + _SOFTWARE.encode() in file.read(1024)
 
 
 def _draw_stream(figure: Figure, total: float, top: float, stream: Stream, page: Gallery) -> None:
