@@ -137,6 +137,19 @@ def test_inspect_prints_fill_and_tokens_and_draws_them(capsys, run_file, tmp_pat
         assert word in printed.out
     assert str(drawn) in printed.err
     assert drawn.read_bytes().startswith(b"\x89PNG")
+    arguments = ["data", "inspect", "--config", str(run_file), "--packs", "1", "--png", str(drawn)]
+    assert main(arguments) == 0, "its own picture is replaced"
+    assert [path.name for path in tmp_path.iterdir() if "seen" in path.name] == ["seen.png"]
+
+
+@pytest.mark.parametrize("content", [picture(32, 32), b'{"samples": 3}', b"years of work", b"[]"])
+def test_a_file_that_no_such_command_has_written_is_not_replaced(capsys, run_file, tmp_path, content):
+    mine = tmp_path / "mine"
+    mine.write_bytes(content)
+    for command in (["inspect", "--config", run_file, "--png", mine], ["verify", tmp_path, "--report", mine]):
+        message = fails(capsys, "data", *command)
+        assert f"{mine} is a file that this command has not written; give another name, or remove it" in message
+    assert mine.read_bytes() == content
 
 
 def test_inspect_prints_json_and_nothing_else_when_asked_to(capsys, run_file, tmp_path):
