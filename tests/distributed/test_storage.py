@@ -38,7 +38,7 @@ def end_of(run: Path) -> list[str]:
 
 
 def with_failing_log(run: Path, fault: int) -> list[str]:
-    """As `end_of`, but the third line of metrics.jsonl cannot be written."""
+    """As `end_of`, but the fifth line of metrics.jsonl cannot be written."""
     from univitar_ds.training import logs
 
     append, lines = logs._append, []
@@ -46,7 +46,7 @@ def with_failing_log(run: Path, fault: int) -> list[str]:
     def failing(file, line):
         if "lr" in line:
             lines.append(line)
-            if len(lines) == 3:
+            if len(lines) == 5:
                 raise OSError(fault, os.strerror(fault))
         append(file, line)
 
@@ -102,7 +102,7 @@ def test_a_log_that_cannot_be_written_ends_all_ranks_with_one_sentence(shards, t
     assert first[0] == "StorageError"
     assert f"cannot be written: {os.strerror(fault)}; " in first[1]
     assert second[0] == "PeerFailure"
-    assert whole(run) == "step-00000002"
+    assert whole(run) == "step-00000004"
 
 
 def test_a_run_that_was_taken_over_stops_on_all_ranks_before_it_saves(shards, tmp_path):
