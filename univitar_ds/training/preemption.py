@@ -56,6 +56,8 @@ class Stop:
     def tell(self, number: int) -> None:
         """What a signal does."""
         now = time.monotonic()
+        if self.requested and number == signal.SIGHUP:  # whoever pressed Ctrl-C may close the terminal then
+            return
         if self.requested and now - self._since < (KEY_ECHO_S if number == self.number == signal.SIGINT else ECHO_S):
             return
         if self.requested or not self._deferred:

@@ -26,13 +26,10 @@ class Pool:
         future.set_result(work(batch))
         return future
 
-    def shutdown(self, **_):
-        pass
-
 
 def test_of_millions_of_files_few_are_handed_over_at_a_time(monkeypatch):
     pool = Pool()
-    monkeypatch.setattr(examine, "_pool", lambda workers: pool)
+    monkeypatch.setattr(examine.children, "pool", lambda workers, preload: pool)
     monkeypatch.setattr(examine, "examine", lambda job: Finding(job.path.name))
     monkeypatch.setattr(examine, "_AHEAD", 3)
     names = [str(number) for number in range(101)]

@@ -80,6 +80,11 @@ def test_a_second_ctrl_c_leaves_at_once_also_within_the_time_that_other_signals_
     assert (ended.returncode, ended.stderr) == (130, "SIGINT: leaving at once, the last checkpoint stays\n")
 
 
+def test_a_terminal_that_closes_after_ctrl_c_does_not_keep_the_run_from_saving():
+    code = "with stop.deferred():\n sent('SIGINT'); until(lambda: stop.requested)\n sent('SIGHUP'); time.sleep(0.2)"
+    assert listened(code).returncode == 0
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
 def test_what_the_parent_made_this_process_ignore_stays_ignored(name):
     code = f"signal.signal(signal.{name}, signal.SIG_IGN); preemption.listen(); sent('{name}'); time.sleep(0.2)"
