@@ -140,6 +140,7 @@ def test_a_run_resumed_before_a_rollback_goes_the_same_way_bit_for_bit(recovered
     assert all(ours[name] == theirs[name] for name in tensors)
 
 
+@pytest.mark.slow
 def test_a_spike_before_the_first_checkpoint_sends_the_run_back_to_its_start(shards, tmp_path):
     run = create_run(config_of(shards, tmp_path, checkpoint={"every_steps": 1000}), "test", 2)
     assert run_distributed(train_poisoned, 2, run, LARGE) == [True, True]
