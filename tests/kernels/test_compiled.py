@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from kernels import compiled, dispatch, reference
+from tests.support.closeness import assert_all_close, assert_sums_close, rounding
 from tests.support.golden import CASES, golden
 from tests.support.progress import output_of
 from tests.unit.model.made import GRIDS, drawn_patches, small_encoder
@@ -21,8 +22,7 @@ EPS, THETA = 1e-6, 10000.0
 HEADS, HEAD, INNER = 3, 20, 52
 WIDTH = HEADS * HEAD
 OPERATIONS = ("rms_norm", "add_norm", "swiglu_norm", "rope2d_qk_norm")
-TOLERANCE = {torch.float32: 64 * 2**-24, torch.bfloat16: 3 * 2**-9}
-"""Of the largest entry: sums of at most 100 terms; the rounding of the result, and of the sum that add_norm keeps."""
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 @pytest.fixture
@@ -66,26 +66,30 @@ def results(call, module, inputs):
     return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("tokens", [37, 2, 1, 0, 100, WIDTH])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
+@TYPES
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_values_and_every_gradient_are_the_references(operation, dtype, tokens):
     inputs, call = inputs_of(operation, tokens)
     inputs = [x.to(dtype) for x in inputs]
     exact = results(call, reference, [x.double() for x in inputs])
+    # The sum that add_norm keeps for the backward is stored; whether the norm sees it so is the compiler's choice.
+    stored = rounding(dtype) if operation == "add_norm" and dtype == torch.bfloat16 else 0.0
     for mine, wanted in zip(results(call, compiled, inputs), exact, strict=True):
-        assert (mine.dtype, mine.shape) == (dtype, wanted.shape)
-        if wanted.numel():
-            assert (mine.double() - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max()
+        assert mine.dtype == dtype
+        reach = stored * wanted.abs().max().item() if tokens else 0.0
+        assert_sums_close(mine, wanted, tokens + WIDTH, reach=reach)
     assert not compiled.Region.failed
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_gradients_written_by_hand_are_exact(operation, uncompiled):
     inputs, call = inputs_of(operation, 5)
     for mine, wanted in zip(results(call, compiled, inputs), results(call, reference, inputs), strict=True):
-        # float64, but for the angles
-        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12 if operation != "rope2d_qk_norm" else 1e-5)
+        # In float64, but for the tables of sines and cosines.
+        assert_sums_close(mine, wanted, 5 + WIDTH, dtype=torch.float32 if operation == "rope2d_qk_norm" else None)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -120,20 +124,19 @@ def test_tables_are_shared_by_the_layers_of_a_pack_and_go_with_it():
     assert len(compiled._tables) == known - 1
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("case", CASES)
 def test_the_encoder_gives_the_releases_numbers(case, on_cpu):
     numbers = golden(case)
     model = UniViTAR.from_pretrained(numbers.folder)
     output = model(numbers.pixel_values, numbers.grid_thw)
-    torch.testing.assert_close(output, numbers.last_hidden_state, rtol=0, atol=2e-5)
+    assert_sums_close(output, numbers.last_hidden_state, numbers.terms)
     ((output * numbers.loss_weight).sum() / output.numel()).backward()
-    for name, parameter in model.named_parameters():
-        wanted = numbers.grads[name]
-        assert (parameter.grad - wanted).abs().max() <= 1e-4 * wanted.abs().max(), name
+    assert_all_close({n: p.grad for n, p in model.named_parameters()}, numbers.grads, numbers.gradient_terms)
     assert not compiled.Region.failed
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
+@TYPES
 def test_recomputing_blocks_changes_no_bit(dtype, on_cpu):
     grads = []
     for every in (0, 1):

@@ -4,13 +4,22 @@ import pytest
 import torch
 
 from kernels import reference
-from tests.kernels.patch_embed_cases import PACKS, SINGLE, assert_near, gradients, pack, parameters, truth
+from tests.kernels.patch_embed_cases import (
+    PACKS,
+    assert_gradients_close,
+    assert_tokens_close,
+    gradients,
+    pack,
+    parameters,
+    truth,
+    truth_of_stored,
+)
+from tests.support.closeness import assert_sums_close
 
-HALF = 2**-8
-"""Rounding to bfloat16."""
 RULE = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "merge": 1}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", PACKS)
 @pytest.mark.parametrize("batch", [2048, 5])
 def test_the_reference_is_the_definition_in_float64(name, batch, monkeypatch):
@@ -19,36 +28,35 @@ def test_the_reference_is_the_definition_in_float64(name, batch, monkeypatch):
     grad = torch.randn(case.tokens, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     exact = truth(case, weight, bias, grad)
     tokens, grads = gradients(reference.patch_embed, case, weight, bias, grad)
-    for result, wanted, size in (
-        (tokens, exact.tokens, exact.tokens_size),
-        (grads[0], exact.weight, exact.weight_size),
-        (grads[1], exact.bias, exact.bias_size),
-    ):
-        assert_near(result, wanted, size, 2**-53 * 1200, 0)
+    assert_tokens_close(tokens, exact)
+    assert_gradients_close(grads, exact, case.tokens)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["stills", "stills and clips", "blocks"])
 def test_in_half_precision_weights_and_results_are_rounded_once_and_pixels_never(name):
     case, (weight, bias) = pack(name), parameters(33, torch.bfloat16)
     grad = torch.randn(case.tokens, 33, generator=torch.Generator().manual_seed(1)).bfloat16()
-    exact = truth(case, weight, bias, grad)
+    exact = truth_of_stored(case, weight, bias, grad, paired=False, offset=True)
     tokens, (grad_weight, grad_bias) = gradients(reference.patch_embed, case, weight, bias, grad)
     assert tokens.dtype == grad_weight.dtype == grad_bias.dtype == torch.bfloat16
-    assert_near(tokens, exact.tokens, exact.tokens_size, HALF + SINGLE, HALF)
-    # On the CPU the product of a batch is rounded too, before the folding is taken out.
-    assert_near(grad_weight, exact.weight, exact.weight_size, HALF + SINGLE, HALF)
-    assert_near(grad_bias, exact.bias, exact.bias_size, SINGLE, HALF)
+    assert_tokens_close(tokens, exact)
+    # On the CPU the product of a batch is stored too, before the folding is taken out.
+    assert_sums_close(grad_weight, exact.weight, 2, "gradient of the weight", dtype=torch.bfloat16)
+    assert_sums_close(grad_bias, exact.bias, case.tokens, "gradient of the bias")
 
 
+@pytest.mark.numeric
 def test_a_still_is_a_clip_of_two_equal_frames():
     still, (weight, bias) = pack("stills"), parameters(9, torch.float64)
     parts = still.pixels.split([h * w * 588 for _, h, w in still.grids])
     doubled = torch.cat([part.repeat(2) for part in parts])
     once = reference.patch_embed(still.pixels, still.frames, still.grids, weight, bias, **still.rule())
     twice = reference.patch_embed(doubled, [2] * len(parts), still.grids, weight, bias, **still.rule())
-    torch.testing.assert_close(once, twice, rtol=0, atol=1e-12)
+    assert_sums_close(once, twice, 1176)
 
 
+@pytest.mark.numeric
 def test_gradients_equal_finite_differences():
     case, (weight, bias) = pack("one token"), parameters(2, torch.float64)
     function = lambda w, b: reference.patch_embed(case.pixels, case.frames, case.grids, w, b, **case.rule())  # noqa: E731

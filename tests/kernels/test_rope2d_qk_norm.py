@@ -4,15 +4,12 @@ import pytest
 import torch
 
 from kernels import reference
-from tests.kernels.closeness import assert_follows_reference, assert_near, drawn
+from tests.kernels.following import assert_follows_reference, assert_turned_close, drawn
 from univitar_ds.model.encoder import grid_positions
 
 pytestmark = pytest.mark.kernels
 MANY = [[1, 1, 1], [1, 2, 3], [2, 3, 1], [1, 1, 1], [1, 1, 2]]  # 16 tokens, clips and items of one token among them
 EPS = 1e-2  # large enough to be missed
-SLACK = 2**-20
-"""Sines and cosines are within 2^-24 and what follows is like the norms; beyond a quarter turn or so the angle counts,
-a relative 2^-22 of it (a product, and exp2 as the GPU has it)."""
 
 
 def case(heads: int, width: int, grids, device: str, dtype=torch.float32):
@@ -22,9 +19,14 @@ def case(heads: int, width: int, grids, device: str, dtype=torch.float32):
     return positions, qkv, weights
 
 
-def slack(positions) -> float:
-    farthest = positions.max().item() if len(positions) else 0
-    return SLACK + farthest * 2**-22
+def angle(positions) -> float:
+    """How far an angle may be off: a relative 2^-22 of the largest (a product, and exp2 as the GPU has it)."""
+    return positions.max().item() * 2**-22 if len(positions) else 0.0
+
+
+def terms(qkv) -> int:
+    """Of a norm over all heads, or of the gradient of its weight, which sums over tokens."""
+    return qkv.shape[2] * qkv.shape[3] + len(qkv)
 
 
 def follows(positions, inputs, *, theta=10000.0, normed=(True, True)):
@@ -38,7 +40,9 @@ def follows(positions, inputs, *, theta=10000.0, normed=(True, True)):
 
         return run
 
-    assert_follows_reference(call(rope2d_qk_norm), call(reference.rope2d_qk_norm), inputs, slack(positions))
+    assert_follows_reference(
+        call(rope2d_qk_norm), call(reference.rope2d_qk_norm), inputs, terms(inputs[0]), angle(positions)
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,4 +109,4 @@ def test_gradients_may_come_in_strides_or_not_at_all(device):
             theirs[: len(grads)], wanted_of, [grad.double() for grad in grads], retain_graph=True
         )
         for mine, exact in zip(got, wanted, strict=True):
-            assert_near(mine, exact, slack(positions), "gradient")
+            assert_turned_close(mine, exact, terms(qkv), angle(positions), "gradient")

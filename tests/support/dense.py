@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.standin import LANES, inputs, pack
+from tests.support.closeness import AdamReach
+from tests.support.standin import LANES, STANDIN_TERMS, inputs, pack
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.training.optim import parameter_groups
 
@@ -29,8 +32,21 @@ def dense_softmax(vision: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids
     return entropies / (2 * max(n, 1)) + 0.0 * bias.sum()
 
 
-def dense_training(model: nn.Module, steps: int, *, lr, clip: float) -> list[tuple[float, float]]:
-    """Trains `model` on the packs of all lanes at once with plain torch; (loss, gradient norm) of every step."""
+@dataclass(frozen=True)
+class Trained:
+    """What plain torch makes of a model: (loss, gradient norm) of every step, the weights, and their `AdamReach`."""
+
+    curve: list[tuple[float, float]]
+    weights: dict[str, Tensor]
+    reach: dict[str, Tensor]
+
+
+def dense_training(
+    model: nn.Module, steps: int, *, lr, clip: float, terms: float = STANDIN_TERMS, dtype: torch.dtype = torch.float32
+) -> Trained:
+    """Trains `model` on the packs of all lanes at once with plain torch; `terms` of a gradient and `dtype` of what is
+    compared with it."""
+    reach = AdamReach(model, terms, dtype)
     optimizer = torch.optim.AdamW(parameter_groups(model, OptimizerConfig()), lr=0.0, betas=(0.9, 0.98), eps=1e-8)
     curve = []
     for step in range(steps):
@@ -42,6 +58,7 @@ def dense_training(model: nn.Module, steps: int, *, lr, clip: float) -> list[tup
         loss.backward()
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
         optimizer.step()
+        reach.step(optimizer, lr(step))
         optimizer.zero_grad()
         curve.append((loss.item(), norm.item()))
-    return curve
+    return Trained(curve, model.state_dict(), reach.by_name)

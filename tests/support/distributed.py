@@ -25,6 +25,8 @@ import torch.distributed as dist
 
 from tests.support.progress import IDLE_S, LOOK_S, WHOLE_S, Stalled, Watch, end_tree
 
+THREADS = os.environ.get("UNIVITAR_TEST_THREADS", "1")
+"""Of a rank."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.support.preload"])
 
@@ -43,7 +45,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, **limit
     Raises: RankFailed with the traceback of the first rank that failed, or with the stacks of all ranks where none
     makes progress.
     """
-    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {"OMP_NUM_THREADS": THREADS, "DS_ACCELERATOR": "cpu"}
     saved = {key: os.environ.get(key) for key in environment}
     os.environ.update(environment)  # the server is started here and hands its environment down
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -92,7 +94,7 @@ def _rank_main(fn, args, rank: int, world_size: int, port: int, results: Connect
     )
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     try:
         answer = True, fn(*args)
     except BaseException:

@@ -12,6 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.support.closeness import assert_sums_close, encoder_terms, gradient_terms
+from univitar_ds.config.encoder import read_encoder_config
+
 FOLDER = Path(__file__).parents[1] / "golden"
 CASES = ("merge1", "merge2")
 
@@ -26,6 +29,15 @@ class Golden:
     hidden_states: Tensor
     loss_weight: Tensor
     grads: dict[str, Tensor]
+
+    @property
+    def terms(self) -> int:
+        """Summed on the way to an entry of `last_hidden_state`."""
+        return encoder_terms(read_encoder_config(self.folder), int(self.grid_thw.prod(1).max()))
+
+    @property
+    def gradient_terms(self) -> int:
+        return gradient_terms(self.terms, len(self.pixel_values))
 
     def items(self) -> list[Image.Image | list[Image.Image]]:
         """Pictures and clips, in the order of the grids."""
@@ -48,6 +60,13 @@ def golden(case: str) -> Golden:
         grads=load_file(folder / "expected_grads.safetensors"),
         **load_file(folder / "expected.safetensors"),
     )
+
+
+def assert_loss_close(loss: float, numbers: Golden) -> None:
+    """The loss is a mean of products of either sign; they leave about as much as their 2-norm by their number."""
+    products = numbers.last_hidden_state * numbers.loss_weight
+    scale = (products.norm() / products.numel()).item()
+    assert_sums_close(loss, numbers.loss, numbers.terms + products.numel(), "loss", scale=scale)
 
 
 def resize_rows() -> list[list[int]]:

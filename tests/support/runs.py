@@ -8,9 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.support.closeness import adam_reach, encoder_terms, entry_bound, gradient_terms, transformer_terms
 from univitar_ds.config.load import check_config, load_config
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.model.config import PRESETS
 
 
 def small_config(shards: Path, output: Path, **changes: Any) -> RunConfig:
@@ -33,6 +39,41 @@ def small_config(shards: Path, output: Path, **changes: Any) -> RunConfig:
         "logging": {"every_steps": 1, "tensorboard": False, "peak_tflops": 0.05},
     }
     return check_config({**content, **changes}, "the test")
+
+
+TERMS = gradient_terms(
+    encoder_terms(PRESETS["tiny"], 48) + transformer_terms(width=192, inner=64, head=64, layers=2, longest=48), 4 * 96
+)
+"""Summed on the way to a gradient of `small_config`'s model in one step: encoder, pool or text tower, heads; the last
+sums run over the tokens of four lanes."""
+
+
+def reach_of(run: Path) -> dict[str, Tensor]:
+    """`adam_reach` of a whole run by the second moments in its checkpoints, each for the steps since the last."""
+    lines = {line["step"]: line for line in metrics(run)}
+    reach: dict[str, Tensor] = {}
+    before = 0
+    for folder in sorted((run / CHECKPOINTS).glob("step-*")):
+        step = int(folder.name.removeprefix("step-"))
+        lr = sum(lines[number]["lr"] for number in range(before + 1, step + 1))
+        for name, square in _second_moments(folder).items():
+            square = square / (1 - 0.98**step)
+            error = entry_bound(TERMS * step, square.max().sqrt().item(), torch.float32)
+            reach[name] = reach.get(name, 0.0) + adam_reach(square, lr, error)
+        before = step
+    return reach
+
+
+def _second_moments(folder: Path) -> dict[str, Tensor]:
+    whole: dict[str, Tensor] = {}
+    for index in sorted(folder.glob("rank*.json")):
+        tensors = load_file(index.with_suffix(".safetensors"))
+        for name, piece in json.loads(index.read_text())["pieces"].items():
+            part = tensors.get(f"{name}/exp_avg_sq")
+            if part is not None:
+                flat = whole.setdefault(name, torch.zeros(piece["shape"], dtype=torch.float64)).view(-1)
+                flat[piece["start"] : piece["start"] + len(part)] = part.double()
+    return whole
 
 
 def train_rank(run: Path) -> bool:

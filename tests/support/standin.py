@@ -11,12 +11,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.reference import normalise, patchify
+from tests.support.closeness import STORED, gradient_terms, transformer_terms
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import PATCH
 from univitar_ds.model.encoder import UniViTAR
 
 HIDDEN, HEADS, JOINT, VOCAB = 24, 4, 16, 53
 LANES = 4
+ITEMS, TOKENS = 5, 9
+"""Of a lane's pack, and of an item, at most."""
+_FORWARD = 588 + transformer_terms(width=HIDDEN, inner=64, head=HIDDEN // 2, layers=2, longest=TOKENS) + TOKENS + JOINT
+STANDIN_TERMS = gradient_terms(_FORWARD, LANES * ITEMS * TOKENS + (LANES * ITEMS) ** 2)
+"""Summed on the way to a gradient of either model below, by their widest parts: see `tests.support.closeness`. The last
+sums run over the tokens of all lanes, and the loss over all pairs of items."""
+HALF_TERMS = 2 * STORED / (LANES * 2 * 4)
+"""The same in bfloat16: a gradient is a mean over the tokens of two or more items a lane, of 4 tokens in the mean."""
+HALF_NUMBER_TERMS = 2 * STORED / (LANES * 2 * HIDDEN)
+"""Of a number of a whole step, as the loss is, to which every entry of every item's vector adds."""
+HALF_NORM_TERMS = 3 * HALF_NUMBER_TERMS
+"""Of a gradient's norm: the way there, the way back, and the gradients themselves, all stored."""
 
 
 @dataclass

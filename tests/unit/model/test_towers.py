@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, SiglipConfig, SiglipModel
 
+from tests.support.closeness import assert_sums_close, transformer_terms
 from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.model.towers import build_text_tower
@@ -14,6 +15,8 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
          "vocab_size": 50, "max_position_embeddings": 12}  # fmt: skip
 CAPTIONS = torch.tensor([[1, 7, 9, 49, 0, 0], [1, 30, 31, 32, 33, 49], [1, 49, 0, 0, 0, 0]])
 LENGTHS = torch.tensor([4, 6, 2])
+TERMS = transformer_terms(width=32, inner=64, head=16, layers=2, longest=12) + 32
+"""Of a pooled caption: two blocks, and a projection."""
 
 
 @pytest.fixture
@@ -35,15 +38,16 @@ def save_clip(folder, **changes):
     return model.eval()
 
 
+@pytest.mark.numeric
 def test_padding_has_no_effect_and_the_end_of_text_is_pooled():
     tower = build_text_tower(SMALL, **VOCAB)
     pooled = tower(CAPTIONS, LENGTHS)
     assert pooled.shape == (3, tower.width) == (3, 32)
     for row, length in enumerate(LENGTHS.tolist()):
         alone = tower(CAPTIONS[row : row + 1, :length], LENGTHS[row : row + 1])
-        torch.testing.assert_close(pooled[row], alone[0], rtol=0, atol=1e-5)
+        assert_sums_close(pooled[row], alone[0], TERMS)
         states = tower.model(input_ids=CAPTIONS[row : row + 1]).last_hidden_state
-        torch.testing.assert_close(pooled[row], states[0, length - 1], rtol=0, atol=1e-5)
+        assert_sums_close(pooled[row], states[0, length - 1], TERMS)
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5)])
@@ -62,32 +66,33 @@ def test_a_frozen_tower_has_nothing_to_train():
     assert not any(parameter.requires_grad for parameter in tower.parameters())
 
 
+@pytest.mark.numeric
 def test_the_text_part_of_a_clip_folder_gives_its_features_without_a_word(tmp_path, capfd):
     whole = save_clip(tmp_path)
     capfd.readouterr()
     tower = build_text_tower(SMALL.model_copy(update={"path": str(tmp_path)}), **VOCAB)
     assert capfd.readouterr() == ("", "")
     wanted = whole.text_model(input_ids=CAPTIONS).pooler_output
-    torch.testing.assert_close(tower(CAPTIONS, LENGTHS), wanted, rtol=0, atol=1e-5)
+    assert_sums_close(tower(CAPTIONS, LENGTHS), wanted, TERMS)
 
 
+@pytest.mark.numeric
 def test_a_clip_text_folder_works_too(tmp_path):
     torch.manual_seed(0)
     model = CLIPTextModel(CLIPTextConfig(**SHAPE, bos_token_id=None, eos_token_id=49, pad_token_id=0))
     model.save_pretrained(tmp_path)
     tower = build_text_tower(SMALL.model_copy(update={"path": str(tmp_path)}), **VOCAB)
-    torch.testing.assert_close(
-        tower(CAPTIONS, LENGTHS), model.eval()(input_ids=CAPTIONS).pooler_output, rtol=0, atol=1e-5
-    )
+    assert_sums_close(tower(CAPTIONS, LENGTHS), model.eval()(input_ids=CAPTIONS).pooler_output, TERMS)
 
 
+@pytest.mark.numeric
 def test_siglip_sees_rows_padded_to_full_length_with_its_own_padding(siglip, tmp_path):
     tower = build_text_tower(SMALL.model_copy(update={"path": str(tmp_path)}), **VOCAB)
     padded = torch.tensor([[1, 7, 9, 49] + [1] * 8, [1, 30, 31, 32, 33, 49] + [1] * 6, [1, 49] + [1] * 10])
     wanted = siglip.text_model(input_ids=padded).pooler_output
     pooled = tower(CAPTIONS, LENGTHS)
     assert pooled.shape == (3, tower.width) == (3, 24)
-    torch.testing.assert_close(pooled, wanted, rtol=0, atol=1e-5)
+    assert_sums_close(pooled, wanted, TERMS)
     assert tower(CAPTIONS[:0], LENGTHS[:0]).shape == (0, 24)
 
 
