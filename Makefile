@@ -8,12 +8,13 @@ INSTALLED := $(VENV)/installed-seconds
 # What was skipped and why, and which tests took longest: above 20 s one is marked slow.
 SAYS := -rs --durations 10 --durations-min 20
 
-.PHONY: demo test test-all bench-cpu bench-gpu lint clean help
+.PHONY: demo test test-all test-numerics bench-cpu bench-gpu lint clean help
 
 help:
 	@echo "make demo       environment, demo data, ZeRO-3 training on 2 processes, evaluation, export (about 5 minutes)"
 	@echo "make test       lint and all tests but the long ones (within 15 minutes on two cores)"
 	@echo "make test-all   the long tests that make test leaves out"
+	@echo "make test-numerics  tests of numbers, as other processors would run them (about 6 minutes)"
 	@echo "make lint       ruff"
 	@echo "make bench-cpu  a training step of the encoder on the CPU beside other ways to run it (about 10 minutes)"
 	@echo "make bench-gpu  the fused kernels and a training step on a GPU"
@@ -41,6 +42,10 @@ test: $(INSTALLED) lint
 
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(SAYS) -m slow
+
+# Those tests that compare sums, with other instruction sets and numbers of threads.
+test-numerics: $(INSTALLED)
+	.ci/numerics
 
 # Runs in any environment with torch and triton: PYTHON=... make bench-gpu; ours where it is installed.
 bench-gpu:

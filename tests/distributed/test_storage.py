@@ -81,7 +81,7 @@ def whole(run: Path) -> str:
 def test_a_disk_that_is_full_while_saving_ends_all_ranks_and_leaves_the_last_checkpoint_whole(shards, tmp_path):
     with small_disk(tmp_path / "disk", 2.5 * CHECKPOINT_MB) as disk:
         run = create_run(small_config(shards, disk), "test", 2)
-        first, second = run_distributed(end_of, 2, 500, run)
+        first, second = run_distributed(end_of, 2, run)
         assert sorted([first[0], second[0]]) in (["PeerFailure", "StorageError"], ["StorageError", "StorageError"])
         said = first[1] if first[0] == "StorageError" else second[1]
         assert "cannot be written: No space left on device; free some space there" in said
@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_while_saving_ends_all_ranks_and_leaves_the_last_che
             "latest", "step-00000002", "step-00000003",
         ], "the part of a checkpoint that did not fit is removed"  # fmt: skip
         resize(disk, 40 * CHECKPOINT_MB)
-        assert run_distributed(end_of, 2, 500, run) == [["", ""]] * 2
+        assert run_distributed(end_of, 2, run) == [["", ""]] * 2
         steps = [line["step"] for line in metrics(run)]
         assert steps == list(range(1, len(steps) + 1))
 
@@ -98,7 +98,7 @@ def test_a_disk_that_is_full_while_saving_ends_all_ranks_and_leaves_the_last_che
 @pytest.mark.parametrize("fault", [28, 122, 5], ids=["full", "quota", "broken"])
 def test_a_log_that_cannot_be_written_ends_all_ranks_with_one_sentence(shards, tmp_path, fault):
     run = create_run(small_config(shards, tmp_path), "test", 2)
-    first, second = run_distributed(with_failing_log, 2, 500, run, fault)
+    first, second = run_distributed(with_failing_log, 2, run, fault)
     assert first[0] == "StorageError"
     assert f"cannot be written: {os.strerror(fault)}; " in first[1]
     assert second[0] == "PeerFailure"
@@ -109,7 +109,7 @@ def test_a_run_that_was_taken_over_stops_on_all_ranks_before_it_saves(shards, tm
     run = create_run(small_config(shards, tmp_path), "test", 2)
     with RunLock(run) as lock:
         lock.take()
-        first, second = run_distributed(under_lock, 2, 500, run, lock.word)
+        first, second = run_distributed(under_lock, 2, run, lock.word)
     for kind, said in (first, second):
         assert kind in ("LockLost", "PeerFailure")
         assert "was taken over by another start" in said
