@@ -9,14 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from univitar_ds.processes import Process
+
 
 def start_of(pid: int) -> int | None:
     """When a process of this machine was started, in clock ticks since boot; None if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])  # a zombie has ended; its parent has not looked yet
+    process = Process.of(pid)
+    return None if process is None else process.started
 
 
 def this_machine() -> dict[str, str]:
