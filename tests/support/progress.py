@@ -116,7 +116,7 @@ class Watch:
         gap, self._looked = now - self._looked, now
         used, beat = self._cpu_s(), self._pulse()
         Watch.beats += beat != self._beat
-        if gap > self._idle_s / 2:  # this process itself did not run: nothing can be said of others
+        if gap > max(self._idle_s / 2, 1.0):  # this process itself did not run: nothing can be said of others
             self._moved = now
         if used < self._used or used - self._used >= _POLLS * self._idle_s or beat != self._beat:
             self._used, self._beat, self._moved = used, beat, now  # less: one has left the tree with its time

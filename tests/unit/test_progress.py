@@ -128,8 +128,8 @@ def test_a_failure_is_subprocess_s_own():
 
 
 def test_a_job_that_has_no_process_left_is_ended_with_these_words():
-    with pytest.raises(Stalled, match=r"a job: no progress for 0\.1 s \(no process is left\)"):
-        wait_until(lambda: False, "a job", of=dict, idle_s=0.1)
+    with pytest.raises(Stalled, match=r"a job: no progress for 0\.5 s \(no process is left\)"):
+        wait_until(lambda: False, "a job", of=dict, idle_s=0.5)
 
 
 TIMED = {"run", "check_output", "check_call", "call", "communicate", "wait", "wait_for", "join", "get", "timeout"}
