@@ -22,7 +22,7 @@ def this_machine() -> dict[str, str]:
     """Within one boot and one PID namespace a number means one process; containers may share a host's name."""
     machine = {"host": socket.gethostname(), "boot": "", "namespace": ""}
     with suppress(OSError):
-        machine["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     with suppress(OSError):
         machine["namespace"] = os.readlink("/proc/self/ns/pid")
     return machine

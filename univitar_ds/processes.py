@@ -76,7 +76,7 @@ def signals_held() -> Iterator[None]:
 def _status(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat from the state on; None without such a process, or without /proc."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     return text.rpartition(")")[2].split()  # the name in front may hold anything

@@ -18,7 +18,7 @@ from univitar_ds.run import create_run
 from univitar_ds.run_lock import RunLock
 from univitar_ds.training import commit
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.distributed
 CHECKPOINT_MB = 41
 """Of the small run, by two ranks."""
 

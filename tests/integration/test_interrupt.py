@@ -18,7 +18,7 @@ from univitar_ds.processes import children, command
 from univitar_ds.training import commit
 from univitar_ds.training.preemption import SAVED
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.distributed
 BIN = Path(sys.executable).parent
 TRAIN = [str(BIN / "univitar-ds"), "train", "--config", "run.yaml", "stages.0.samples=100000", "logging.every_steps=1"]
 LONG = [*TRAIN, "checkpoint.every_steps=100000", "data.lanes=2", "data.workers=1", "evaluation.sources=[]"]

@@ -7,14 +7,13 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-PATIENCE_S = 600.0
-"""Ends what does not move at all; nothing is measured by it."""
+from tests.support.progress import marked, wait_until
+
 CLEARED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SET_UP = """
 import fcntl, os, signal, sys, termios
@@ -64,11 +63,12 @@ class Program:
         return self.process.returncode
 
     def wait_for(self, condition: Callable[[], object], *, running: bool = True) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert not running or self.process.poll() is None, f"it has ended: {self.said()[-3000:]}"
-            assert time.monotonic() < deadline, self.said()[-3000:]
-            time.sleep(0.05)
+        def met() -> object:
+            found = condition()
+            assert found or not running or self.process.poll() is None, f"it has ended: {self.said()[-3000:]}"
+            return found
+
+        wait_until(met, f"{self.log}", of=lambda: marked(self._mark.decode()))
 
     def pids(self, **environment: str) -> list[int]:
         """All its processes that are alive, those with these variables if some are given."""

@@ -37,7 +37,7 @@ def started(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(launch, "create_run", lambda *_: (tmp_path / "made").mkdir())
 
-        def popen(command, env):
+        def popen(command, env, **_):
             raise Launched(command, env)
 
         monkeypatch.setattr(subprocess, "Popen", popen)

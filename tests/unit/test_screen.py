@@ -24,7 +24,7 @@ def ended(arguments, environment=None, **streams):
     environment = {**os.environ, **(environment or {})}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], env=environment, timeout=250, check=False, encoding="utf-8", **streams
+        [*COMMAND, *map(str, arguments)], env=environment, check=False, encoding="utf-8", **streams
     )
 
 
@@ -65,4 +65,4 @@ def test_a_full_disk_under_stdout_is_a_sentence(run):
 
 def test_closed_streams_are_as_good_as_none(run):
     shell = f"exec {' '.join(COMMAND)} {run} >&- 2>&- <&-"
-    assert subprocess.run(["/bin/sh", "-c", shell], timeout=250, check=False).returncode == 0
+    assert subprocess.run(["/bin/sh", "-c", shell], check=False).returncode == 0

@@ -125,7 +125,7 @@ class _Trainer:
         with ExitStack() as closing:
             for log in logs:
                 if log is not None:
-                    closing.callback(self._write, log.close)
+                    closing.callback(self._attempt, log.close)
 
     def close(self) -> None:
         """Safe to call again, and after a rollback or hand-over that failed between two engines."""
@@ -137,12 +137,15 @@ class _Trainer:
     def _write(self, write: Callable[[], None]) -> None:
         """Writes into a log. Only some ranks do: what fails waits for the exchange that ends all of them alike."""
         if self.unwritten is None:
-            try:
-                still_ours(self.run, recently=True)
-                with writing(self.run):
-                    write()
-            except (OSError, UserError) as error:
-                self.unwritten = error
+            self._attempt(write)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        try:
+            still_ours(self.run, recently=True)
+            with writing(self.run):
+                write()
+        except (OSError, UserError) as error:
+            self.unwritten = self.unwritten or error
 
     def _raise_unwritten(self) -> None:
         """Within `together`. Raises: what kept `_write` from writing."""

@@ -117,7 +117,8 @@ def test_a_packing_killed_anywhere_ends_in_the_same_bytes(folder, tmp_path):
 
 CRASHING = """
 import os, sys
-from univitar_ds.data import examine, writer
+from multiprocessing import get_context
+from univitar_ds.data import children, examine, writer
 
 truth = examine.decode_image
 
@@ -127,7 +128,7 @@ def fragile(data, **limits):
     return truth(data, **limits)
 
 examine.decode_image = fragile
-examine._CONTEXT = "fork"  # so that the workers have the fragile decoder too
+children.context = lambda preload: get_context("fork")  # so that the workers have the fragile decoder too
 writer._FILES_PER_WORKER = 4
 writer.pack_folder(sys.argv[1], sys.argv[2], workers=2, progress=False)
 """

@@ -31,7 +31,7 @@ def command(site, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         [sys.executable, "-m", "univitar_ds", *map(str, arguments)],
-        env=environment, capture_output=True, text=True, timeout=280, check=False,
+        env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 

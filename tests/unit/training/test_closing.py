@@ -1,6 +1,8 @@
 """The end of a run that something has ended: all is closed, and that something is what the user reads."""
 
 import logging
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +47,7 @@ def test_of_a_log_all_parts_are_closed_though_one_cannot_be(tmp_path, broken):
     log._file.close()
     parts = {name: Part(broken=name == broken) for name in ("_file", "_board", "_bar")}
     vars(log).update(parts)
-    with pytest.raises(OSError, match="No space left"):
+    with nullcontext() if broken == "_bar" else pytest.raises(OSError, match="No space left"):  # a terminal may be gone
         log.close()
     assert [part.closings for part in parts.values()] == [1, 1, 1]
 
@@ -53,6 +55,7 @@ def test_of_a_log_all_parts_are_closed_though_one_cannot_be(tmp_path, broken):
 def trainer(**changed):
     made = object.__new__(loop._Trainer)
     fields = {"metric_log": Part(), "sample_log": Part(), "pictures": None, "engine": Part(), **changed}
+    fields |= {"run": Path("nowhere"), "unwritten": None}
     vars(made).update(fields)
     return made, fields
 
@@ -60,8 +63,8 @@ def trainer(**changed):
 @pytest.mark.parametrize("broken", ["metric_log", "sample_log"])
 def test_the_engine_and_the_other_log_are_closed_though_a_log_cannot_be_and_again_is_nothing(broken):
     made, parts = trainer(**{broken: Part(broken=True)})
-    with pytest.raises(OSError, match="No space left"):
-        made.close()
+    made.close()
+    assert "No space left" in str(made.unwritten)  # what ends the run, where it had not ended
     assert [parts[name].closings for name in ("metric_log", "sample_log", "engine")] == [1, 1, 1]
     made.close()
     assert parts[broken].closings == 1

@@ -117,6 +117,7 @@ def test_nccl_is_told_which_gpu_is_this_ranks(machine, monkeypatch, ranks):
     chosen, given = [], {}
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed, "meet", lambda rank, size: dist.HashStore())
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: given.update(more, backend=backend))
     ours = start_world()
     assert ours.device == torch.device("cuda", 1 if ranks else 0)
@@ -128,6 +129,7 @@ def test_gloo_is_taken_beside_a_gpu_that_the_run_does_not_use(machine, monkeypat
     machine(1, DS_ACCELERATOR="cpu", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
     given = {}
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed, "meet", lambda rank, size: dist.HashStore())
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: given.update(more, backend=backend))
     assert start_world().device == torch.device("cpu")
     assert (given["backend"], given["device_id"]) == ("gloo", None)
