@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from univitar_ds.errors import InstallationError
+from univitar_ds.processes import Process
 
 STALE_AFTER_S = 120.0
 """A lock without a known owner is stale once its folder has been still for so long.
@@ -164,11 +165,12 @@ def compiled(name: str, folders: list[Path]) -> ModuleType | None:
 
 def _signature(pid: int) -> dict[str, Any] | None:
     """What names a process for all times; None if it is gone or cannot be seen."""
+    process = Process.of(pid)
     try:
-        began = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-        return {"host": platform.node(), "pids": os.readlink("/proc/self/ns/pid"), "pid": pid, "began": began}
-    except (OSError, IndexError):
+        pids = os.readlink("/proc/self/ns/pid")
+    except OSError:
         return None
+    return process and {"host": platform.node(), "pids": pids, "pid": pid, "began": process.started}
 
 
 _DEAD = -1
