@@ -13,7 +13,7 @@ from tests.support.dense import dense_training
 from tests.support.distributed import RankFailed, run_distributed
 from tests.support.standin import HALF_NUMBER_TERMS, STANDIN_TERMS, StandIn
 from tests.support.training import engine_of, losses, lr, steps
-from univitar_ds.errors import CheckpointError
+from univitar_ds.errors import CheckpointError, StorageError
 from univitar_ds.training import checkpoint, commit
 from univitar_ds.training.checkpoint import load_checkpoint, read_full, read_state, save_checkpoint
 from univitar_ds.training.distributed import PeerFailure, start_world
@@ -220,26 +220,26 @@ def one_rank_has_no_space(folder):
     engine = engine_of(world)
     steps(engine, 0, 1)
     save_checkpoint(engine, folder, 1, {}, {}, keep=2)
-    write = checkpoint.save_file
+    write = checkpoint.save_tensors
     if world.rank == 1:
 
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        checkpoint.save_file = full
+        checkpoint.save_tensors = full
     try:
         save_checkpoint(engine, folder, 2, {}, {}, keep=2)
         story = None
-    except (OSError, PeerFailure) as error:
+    except (StorageError, PeerFailure) as error:
         story = type(error).__name__, str(error), commit.latest(folder).name
-    checkpoint.save_file = write
+    checkpoint.save_tensors = write
     return story, save_checkpoint(engine, folder, 2, {}, {}, keep=2).name
 
 
 def test_a_rank_without_disk_space_ends_the_save_on_all_and_the_previous_stays(tmp_path):
     answers = run_distributed(one_rank_has_no_space, 2, tmp_path / "c")
     assert answers[0][0][0] == "PeerFailure"
-    assert answers[1][0][0] == "OSError"
+    assert answers[1][0][0] == "StorageError"
     for story, later in answers:
         assert "No space left on device" in story[1]
         assert story[2] == "step-00000001"
@@ -257,7 +257,7 @@ def one_rank_is_killed(folder):
             path.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoint.save_file = cut
+        checkpoint.save_tensors = cut
     save_checkpoint(engine, folder, 2, {}, {}, keep=2)
 
 

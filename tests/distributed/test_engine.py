@@ -144,7 +144,9 @@ def test_bf16_follows_plain_fp32_to_its_rounding(dense, two_ranks, engine):
     assert_sums_close(norms, wanted_norms, HALF_NORM_TERMS, "gradient norms", dtype=torch.bfloat16)
     reach = dense_training(StandIn(), STEPS, lr=lr, clip=1.0, terms=HALF_TERMS, dtype=torch.bfloat16).reach
     start = StandIn().state_dict()
-    moves = [torch.cat([(of[name] - start[name]).flatten() for name in reach]) for of in (whole, dense.weights)]
+    stored = {name: value.bfloat16() for name, value in start.items()}  # the master weights are made of these
+    runs = ((whole, stored), (dense.weights, start))
+    moves = [torch.cat([(after[name] - before[name]).flatten() for name in reach]) for after, before in runs]
     assert_sums_close(*moves, 0, "moves", dtype=torch.bfloat16, reach=torch.cat([x.flatten() for x in reach.values()]))
 
 
