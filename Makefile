@@ -25,9 +25,13 @@ demo test test-all: export DS_ACCELERATOR := cpu
 
 # The file holds how long the installation took; the demo's table shows it.
 $(INSTALLED): requirements.txt pyproject.toml
+	@if [ -e $(VENV) ] && [ ! -f $(VENV)/.univitar-ds ] && [ ! -f $@ ]; then \
+	  echo "error: $(VENV) is there and was not made by make; move it, or name another folder: make VENV=FOLDER ..."; \
+	  exit 2; \
+	fi
 	@echo "installing into $(VENV) (log: $(VENV)/install.log)"
 	@start=$$(date +%s); \
-	  { [ -e $(VENV) ] || { mkdir $(VENV) && touch $(VENV)/.univitar-ds; }; } \
+	  mkdir -p $(VENV) && touch $(VENV)/.univitar-ds \
 	  && $(PYTHON) -m venv $(VENV) \
 	  && { $(BIN)/python -m pip install --quiet torch==2.13.0 \
 	    && $(BIN)/python -m pip install --quiet --editable '.[dev]'; } > $(VENV)/install.log 2>&1 \

@@ -150,3 +150,12 @@ def test_make_clean_keeps_a_folder_that_is_only_called_demo(tmp_path):
     fill(tmp_path, "demo/scenes/scenes.json", "demo/runs/demo/config.yaml")
     assert "demo stays: it does not carry the demo's mark" in make_clean(tmp_path)
     assert files(tmp_path / "demo") == {"scenes/scenes.json", "runs/demo/config.yaml"}
+
+
+def test_make_installs_nothing_into_an_environment_that_it_did_not_make(tmp_path):
+    fill(tmp_path, ".venv/bin/python", "requirements.txt", "pyproject.toml")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    ended = subprocess.run(["make", "demo"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode != 0
+    assert "error: .venv is there and was not made by make; move it, or name another folder" in ended.stdout
+    assert files(tmp_path / ".venv") == {"bin/python"}
