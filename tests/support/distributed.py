@@ -14,9 +14,10 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from tests.support.progress import IDLE_S, LOOK_S, WHOLE_S, Stalled, Watch, end_
 THREADS = os.environ.get("UNIVITAR_TEST_THREADS", "1")
 """Of a rank."""
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.support.preload"])
+_SERVER = forkserver.ForkServer()
+_SERVER.set_forkserver_preload(["tests.support.preload"])
 
 
 class RankFailed(AssertionError):
@@ -69,11 +71,24 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, **limit
                 process.join()
 
 
+@contextmanager
+def _own_server() -> Iterator[None]:
+    """multiprocessing has one server a process: whoever starts it first chooses what it imports and which signals it
+    blocks."""
+    shared = forkserver.connect_to_new_process
+    forkserver.connect_to_new_process = _SERVER.connect_to_new_process
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = shared
+
+
 def _start(fn, args, rank, world_size, port, folder: Path) -> tuple[multiprocessing.Process, Connection]:
     here, there = _CONTEXT.Pipe(duplex=False)
     arguments = (fn, args, rank, world_size, port, there, _stack_file(folder, rank))
     process = _CONTEXT.Process(target=_rank_main, args=arguments, daemon=False)
-    process.start()
+    with _own_server():
+        process.start()
     there.close()
     return process, here
 

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import os
 import random
 import time
 
@@ -377,3 +378,10 @@ def test_a_clip_of_which_most_packets_give_no_frame_is_damaged(silent_from, take
     else:
         with pytest.raises(SampleError, match="24 packets give 11 frames"):
             clip_of(data, 4)
+
+
+def test_making_a_video_leaves_the_scheduling_of_this_process_as_it_was():
+    form, codec, settings, _ = CODED["av1"]
+    before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+    media.clip(media.moving_frames(4, 96, 128), form, codec, rate=25, settings=settings)
+    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
