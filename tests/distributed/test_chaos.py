@@ -65,12 +65,12 @@ def cursors(run):
 
 def train_until_killed(run, victims, steps, delay_s):
     """One rank, which, if it is a victim, kills itself so many seconds after so many steps; 0: after its start."""
-    from univitar_ds.training import loop
+    from univitar_ds.training import run_logs
 
     def kill_later():
         threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    class Counted(loop.SampleLog):
+    class Counted(run_logs.SampleLog):
         written = 0
 
         def write(self, step, batches):
@@ -80,7 +80,7 @@ def train_until_killed(run, victims, steps, delay_s):
                 kill_later()
 
     if int(os.environ["RANK"]) in victims:
-        loop.SampleLog = Counted
+        run_logs.SampleLog = Counted
         if steps == 0:
             kill_later()
     return train_rank(run)

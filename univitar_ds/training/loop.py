@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.sources import content_of, validate_sources
 from univitar_ds.data.storage import StorageSettings
-from univitar_ds.errors import DataError, UserError, writing
+from univitar_ds.errors import DataError
 from univitar_ds.model.dropping import Dropping
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher import Teacher, build_teacher
-from univitar_ds.run_lock import still_ours
 from univitar_ds.training import preemption
 from univitar_ds.training.assembly import assemble
 from univitar_ds.training.checkpoint import save_checkpoint
@@ -31,13 +30,14 @@ from univitar_ds.training.curriculum import advance, distills_later, lr_at, moda
 from univitar_ds.training.distributed import World, gather_json, together
 from univitar_ds.training.engine import versions
 from univitar_ds.training.guard import spike
-from univitar_ds.training.logs import SKIPPED, MetricLog, SampleLog, cut_sample_logs, write_events
+from univitar_ds.training.logs import SKIPPED
 from univitar_ds.training.metrics import join_ranks, part_norms, rank_numbers
 from univitar_ds.training.optim import trained_parts
 from univitar_ds.training.peak import find_peak
-from univitar_ds.training.pictures import Glimpse, PictureSchedule, draw_pack, watching
+from univitar_ds.training.pictures import watching
 from univitar_ds.training.preemption import NEVER, SAVED, Stop
 from univitar_ds.training.repeatable import repeat_bits
+from univitar_ds.training.run_logs import RunLogs
 from univitar_ds.training.step import DivergedError, StepResult, train_step
 from univitar_ds.training.summary import write_summary
 
@@ -86,10 +86,7 @@ class _Trainer:
         self.lanes = world.lanes(cfg.data.lanes)
         self.stop, self.told = stop, False
         self.teacher: Teacher | None = None
-        self.metric_log: MetricLog | None = None
-        self.pictures: PictureSchedule | None = None
-        self.sample_log: SampleLog | None = None
-        self.unwritten: Exception | None = None
+        self.logs = RunLogs(cfg, run, world)
         self.engine, self.state = assemble(cfg, run, world)
         self.cost = cost_coefficients(self.engine.module.vision.config)
         self.peak = find_peak(cfg.logging.peak_tflops, self.engine.dtype, world)
@@ -97,7 +94,7 @@ class _Trainer:
 
     def start(self) -> None:
         """Open the logs; from here on there is something to close."""
-        self._open_logs()
+        self.logs.open(self.state.progress, self.state.events)
         if not self.state.events:  # a new run
             self._note_stage()
 
@@ -109,48 +106,21 @@ class _Trainer:
             step = self.state.progress.step
             logger.info("asked to leave: saving step %d, then exit code %d; a second time leaves at once", step, SAVED)
         self._save()
-        self.close_logs()
+        self.logs.close()
         with together(self.world, ask=lambda: self.stop.requested) as vote:  # what follows takes its time too
-            self._raise_unwritten()
+            self.logs.raise_unwritten()
         self.told |= vote.yes
         if self.told:
             preemption.ignore()  # launchers end the other ranks when the first one is gone
             if self.world.first and not announced:
                 logger.info("asked to leave: step %d, the last one, is saved; exit code %d", self.saved_step, SAVED)
 
-    def close_logs(self) -> None:
-        """What they cannot write any more ends the run at the next exchange."""
-        logs = (self.metric_log, self.sample_log)
-        self.metric_log = self.sample_log = self.pictures = None
-        with ExitStack() as closing:
-            for log in logs:
-                if log is not None:
-                    closing.callback(self._attempt, log.close)
-
     def close(self) -> None:
         """Safe to call again, and after a rollback or hand-over that failed between two engines."""
         try:
-            self.close_logs()
+            self.logs.close()
         finally:
             self.engine.close()
-
-    def _write(self, write: Callable[[], None]) -> None:
-        """Writes into a log. Only some ranks do: what fails waits for the exchange that ends all of them alike."""
-        if self.unwritten is None:
-            self._attempt(write)
-
-    def _attempt(self, write: Callable[[], None]) -> None:
-        try:
-            still_ours(self.run, recently=True)
-            with writing(self.run):
-                write()
-        except (OSError, UserError) as error:
-            self.unwritten = self.unwritten or error
-
-    def _raise_unwritten(self) -> None:
-        """Within `together`. Raises: what kept `_write` from writing."""
-        if self.unwritten is not None:
-            raise self.unwritten
 
     def _train_stage(self, stage: StageConfig) -> None:
         """To the stage's end, or until the ranks are told to leave or a step is undone."""
@@ -162,7 +132,7 @@ class _Trainer:
             while self.state.progress.stage == number:
                 start = time.perf_counter()
                 with together(self.world, ask=lambda: self.stop.requested) as vote:
-                    self._raise_unwritten()
+                    self.logs.raise_unwritten()
                     batches = next(loader)
                     waited = time.perf_counter() - start
                 if vote.yes:
@@ -196,9 +166,7 @@ class _Trainer:
 
     def _note(self, event: dict[str, Any]) -> None:
         self.state.events.append(event)
-        if self.metric_log is not None:
-            self._write(lambda: write_events(self.run, self.state.events))
-            self._write(lambda: self.metric_log.mark(event))
+        self.logs.write_event(self.state.events)
 
     def _reassemble(self) -> None:
         self.engine.close()  # before there is another: two would not fit
@@ -217,31 +185,13 @@ class _Trainer:
                 "optimizer.clip_norm"
             )
         events, seconds = self.state.events, self.state.seconds
-        self.close_logs()
+        self.logs.close()
         self._reassemble()
         back = self.state.progress.step
         self.state.cursors = {batch.lane: batch.stand for batch in batches}
         self.state.events, self.state.seconds, self.saved_step = events, seconds, back
-        self._open_logs(keep_as=SKIPPED)
+        self.logs.open(self.state.progress, events, keep_as=SKIPPED)
         self._note({"step": back, "event": "rollback", "undone_step": step, "reason": trouble})
-
-    def _open_logs(self, keep_as: str | None = None) -> None:
-        """At the step where the run stands: what the files have beyond it is dropped, or kept apart."""
-        cfg, progress = self.cfg, self.state.progress
-        with together(self.world), writing(self.run):
-            self._raise_unwritten()
-            if self.world.first:
-                still_ours(self.run)
-                cut_sample_logs(self.run, progress.step, keep_as=keep_as)
-                write_events(self.run, self.state.events)
-                total = sum(stage.samples for stage in cfg.stages)
-                self.metric_log = MetricLog(
-                    self.run, cfg.logging, step=progress.step, samples=progress.samples, total_samples=total
-                )
-                if cfg.logging.tensorboard:
-                    self.pictures = PictureSchedule(cfg.logging.pictures_every_steps, progress.step)
-            if cfg.data.log_samples:
-                self.sample_log = SampleLog(self.run, self.world.rank)
 
     def _prepare_teacher(self) -> None:
         """Have it while this stage or a later one distills, and no longer."""
@@ -303,7 +253,7 @@ class _Trainer:
         }
         dropping = Dropping.of(stage, self.engine.module.vision.config, seed=self.cfg.seed, step=progress.step)
         logged = (progress.step + 1) % self.cfg.logging.every_steps == 0
-        shown = batches[0] if self.pictures is not None and self.pictures.due(progress.step + 1, modality) else None
+        shown = batches[0] if self.logs.draws(progress.step + 1, modality) else None
         try:
             with watching(self.engine.module.vision, shown) as glimpses:
                 result = train_step(
@@ -346,26 +296,14 @@ class _Trainer:
         state.cursors = {batch.lane: batch.stand for batch in batches}
         state.window.add(result, joined, modality, weights)
         state.seconds += joined["step_s"]
-        if self.sample_log is not None:
-            self._write(lambda: self.sample_log.write(state.progress.step, batches))
-        if self.metric_log is not None:
-            self.metric_log.advance(result.items)
+        self.logs.write_samples(state.progress.step, batches)
+        self.logs.advance(result.items)
         if logged or state.progress.finished(self.cfg.stages):
             self._log(progress.stage, result, lr, part_norms(joined) if logged else None)
         if glimpses:
-            self._show(batches[0], glimpses[0])
+            merge = self.engine.module.vision.config.spatial_merge_size
+            self.logs.draw(state.progress.step, batches[0], glimpses[0], merge)
         return None
-
-    def _show(self, batch: PackedBatch, glimpse: Glimpse) -> None:
-        step = self.state.progress.step
-        try:
-            sheet = draw_pack(batch, glimpse, self.engine.module.vision.config.spatial_merge_size)
-            self._write(lambda: self.metric_log.picture(f"pack_{batch.modality}", sheet, step))
-        except Exception as error:  # only the first rank draws, and it is not worth the run
-            logger.warning("no images of packs from here on: step %d: %s: %s", step, type(error).__name__, error)
-            self.pictures = None
-            return
-        self.pictures.drawn[batch.modality] = step
 
     def _log(self, stage: int, result: StepResult, lr: float, norms: dict[str, float] | None) -> None:
         state = self.state
@@ -379,8 +317,7 @@ class _Trainer:
             rollbacks=state.rollbacks,
             norms=norms,
         )
-        if self.metric_log is not None:
-            self._write(lambda: self.metric_log.write(line))
+        self.logs.write_metrics(line)
         state.last = line
         if not state.best or line["loss"] < state.best["loss"]:
             state.best = {"loss": line["loss"], "step": line["step"]}

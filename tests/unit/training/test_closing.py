@@ -10,6 +10,7 @@ from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.errors import CheckpointError
 from univitar_ds.training import loop
 from univitar_ds.training.logs import MetricLog
+from univitar_ds.training.run_logs import RunLogs
 
 
 class Part:
@@ -54,18 +55,18 @@ def test_of_a_log_all_parts_are_closed_though_one_cannot_be(tmp_path, broken):
 
 def trainer(**changed):
     made = object.__new__(loop._Trainer)
-    fields = {"metric_log": Part(), "sample_log": Part(), "pictures": None, "engine": Part(), **changed}
-    fields |= {"run": Path("nowhere"), "unwritten": None}
-    vars(made).update(fields)
-    return made, fields
+    parts = {"_metrics": Part(), "_samples": Part(), "engine": Part(), **changed}
+    made.engine, made.logs = parts["engine"], RunLogs(None, Path("nowhere"), None)
+    vars(made.logs).update({name: parts[name] for name in ("_metrics", "_samples")})
+    return made, parts
 
 
-@pytest.mark.parametrize("broken", ["metric_log", "sample_log"])
+@pytest.mark.parametrize("broken", ["_metrics", "_samples"])
 def test_the_engine_and_the_other_log_are_closed_though_a_log_cannot_be_and_again_is_nothing(broken):
     made, parts = trainer(**{broken: Part(broken=True)})
     made.close()
-    assert "No space left" in str(made.unwritten)  # what ends the run, where it had not ended
-    assert [parts[name].closings for name in ("metric_log", "sample_log", "engine")] == [1, 1, 1]
+    assert "No space left" in str(made.logs.unwritten)  # what ends the run, where it had not ended
+    assert [parts[name].closings for name in ("_metrics", "_samples", "engine")] == [1, 1, 1]
     made.close()
     assert parts[broken].closings == 1
 
