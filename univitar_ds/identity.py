@@ -11,11 +11,8 @@ from typing import Any
 
 from univitar_ds.processes import Process
 
-
-def start_of(pid: int) -> int | None:
-    """When a process of this machine was started, in clock ticks since boot; None if it is gone."""
-    process = Process.of(pid)
-    return None if process is None else process.started
+JOBS = {"slurm": "Slurm job", "torchrun": "torchrun"}
+"""What messages call the jobs of `this_job`."""
 
 
 def this_machine() -> dict[str, str]:
@@ -29,8 +26,9 @@ def this_machine() -> dict[str, str]:
 
 
 def this_process() -> list[int | None]:
-    """Its number and its start."""
-    return [os.getpid(), start_of(os.getpid())]
+    """The fields of its `Process`, for JSON; its start is None where the system does not say it."""
+    process = Process.of(os.getpid())
+    return [os.getpid(), None if process is None else process.started]
 
 
 def this_job(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -40,7 +38,7 @@ def this_job(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         jobs["slurm"] = {"id": job, "restarts": _number(environment.get("SLURM_RESTART_COUNT"))}
     if "TORCHELASTIC_RESTART_COUNT" in environment:
         name = environment.get("TORCHELASTIC_RUN_ID", "none")
-        if name in ("", "none"):  # torchrun's default: only its address tells two of them apart
+        if name in ("", "none"):  # torchrun's default: two of them differ by their address only
             name = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
         jobs["torchrun"] = {"id": name, "restarts": _number(environment["TORCHELASTIC_RESTART_COUNT"])}
     return jobs
@@ -53,9 +51,6 @@ def restarted(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
         if earlier and earlier["id"] == job["id"] and job["restarts"] > earlier["restarts"]:
             return f"{JOBS[kind]} {job['id']} has restarted"
     return None
-
-
-JOBS = {"slurm": "Slurm job", "torchrun": "torchrun"}
 
 
 def _number(text: str | None) -> int:

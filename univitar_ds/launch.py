@@ -169,7 +169,7 @@ def _start(run: Path, nproc: int, lock: RunLock) -> int:
         environment.setdefault("DS_ACCELERATOR", "cpu")
     this = Process.of(os.getpid())
     if this is not None:
-        environment[orphans.STARTED_BY] = this.mark
+        environment[orphans.STARTED_BY] = this.text
     with signals_held():  # DeepSpeed's launcher would die of one, or end the ranks before they have saved
         launcher = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     stop = preemption.listen(Stop(first=lambda: _ask_ranks(launcher, stop), leaving=lambda: _kill(launcher)))

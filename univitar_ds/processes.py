@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Process:
-    """A process of this machine; `started` tells it from a later one with its number (clock ticks since the boot)."""
+    """A process of this machine, by its number and its start in clock ticks since the boot: numbers are used again."""
 
     pid: int
     started: int
@@ -26,12 +26,12 @@ class Process:
         return None if status is None or status[0] in "ZX" else cls(pid, int(status[19]))
 
     @classmethod
-    def from_mark(cls, mark: str) -> Process:
-        pid, started = mark.split(":")
+    def from_text(cls, text: str) -> Process:
+        pid, started = text.split(":")
         return cls(int(pid), int(started))
 
     @property
-    def mark(self) -> str:
+    def text(self) -> str:
         """For an environment variable or a file."""
         return f"{self.pid}:{self.started}"
 

@@ -4,8 +4,8 @@
 
 A start takes the lock by making the file of the next number, exclusively: only one can. So a lock that is dead is not
 removed but succeeded, which works on every file system and cannot go wrong between several that try; the file of the
-last start stays, released. Whoever has the lock touches its file every 10 s; others compare that time with the time of
-a file that they touch themselves, so that only the file server's clock counts.
+last start stays, released. The start that has the lock touches its file every 10 s; others compare that time with the
+time of a file that they make themselves, so that only the file server's clock counts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from univitar_ds.errors import UserError, writing
-from univitar_ds.identity import JOBS, restarted, start_of, this_job, this_machine, this_process
+from univitar_ds.identity import JOBS, restarted, this_job, this_machine, this_process
+from univitar_ds.processes import Process
 
 VARIABLE = "UNIVITAR_DS_RUN_LOCK"
 """Carries `RunLock.word` to the processes that are started under the lock."""
@@ -149,12 +150,12 @@ class RunLock:
         self._seen = now
 
     def release(self) -> None:
-        """Let go of it; the file stays and says so. For every end, also of a lock that was lost or never taken."""
+        """The file stays and says that it is released. For every end, also of a lock that was lost or never taken."""
         self._ended.set()
         _known.pop(os.path.realpath(self.run), None)
         file, self._file, self.number = self._file, None, 0
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(_RECENT_S)  # a disk that hangs keeps nobody
+            self._thread.join(_RECENT_S)  # a disk that hangs does not delay the end
         if file is not None:
             with suppress(OSError):  # nor does a full one: the process is gone soon
                 if not self._joined:
@@ -204,13 +205,13 @@ class RunLock:
         machine = this_machine()
         processes = record.get("processes", [])
         here = processes and all(machine[key] and record.get(key) == machine[key] for key in machine)
-        if here and not any(start is not None and start_of(pid) == start for pid, start in processes):
-            return f"{_told(record)} is gone"
+        if here and not any(Process(pid, start).alive for pid, start in processes):
+            return f"{_in_words(record)} is gone"
         if age_s > STALE_S:
-            return f"{_told(record)} was last heard of {age_s:.0f} s ago (limit {STALE_S:.0f} s)"
+            return f"{_in_words(record)} was last heard of {age_s:.0f} s ago (limit {STALE_S:.0f} s)"
         raise RunLocked(
-            f"{self.run} is in use by {_told(record)}, last heard of {max(age_s, 0):.0f} s ago; wait for it or stop "
-            f"it, or start another run under another name=... (a start that is dead counts for {STALE_S:.0f} s at most)"
+            f"{self.run} is in use by {_in_words(record)}, last heard of {max(age_s, 0):.0f} s ago; wait for it or "
+            f"stop it, or start another run under another name=... (a dead start counts for {STALE_S:.0f} s at most)"
         )
 
     def _last(self) -> tuple[int, dict[str, Any], float] | None:
@@ -247,7 +248,7 @@ class RunLock:
         with suppress(OSError, ValueError):
             record = _parsed(self._path(max(self._numbers())).read_bytes())
             if record and record.get("token") != self._record["token"]:
-                return f", {_told(record)}"
+                return f", {_in_words(record)}"
         return ""
 
     def _numbers(self) -> list[int]:
@@ -264,7 +265,7 @@ class RunLock:
 def still_ours(run: Path, *, recently: bool = False) -> None:
     """To be called before something is written into a run's folder. Raises: LockLost.
 
-    A process that works under no lock of this folder, such as `univitar-ds eval`, may go on.
+    A process that works under no lock of this folder, such as `univitar-ds eval`, is not stopped.
     """
     lock = _known.get(os.path.realpath(run))
     if lock is not None:
@@ -293,7 +294,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _told(record: dict[str, Any]) -> str:
+def _in_words(record: dict[str, Any]) -> str:
     """A start in words: host, processes, jobs."""
     if not record:
         return "a start that has only just begun"

@@ -24,7 +24,7 @@ def test_a_process_is_known_until_it_ends_even_if_nobody_collects_it():
     try:
         process = Process.of(started.pid)
         assert process.alive
-        assert Process.from_mark(process.mark) == process
+        assert Process.from_text(process.text) == process
         assert parent(started.pid) == os.getpid()
         assert started.pid in children(os.getpid())
         until(lambda: b"time.sleep(600)" in command(started.pid))

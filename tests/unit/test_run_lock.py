@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from univitar_ds import identity, run_lock
+from univitar_ds.processes import Process
 from univitar_ds.run_lock import LockLost, RunLock, RunLocked, still_ours
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +121,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_line(started, tmp_pat
     holder = started(HOLDER, tmp_path)
     holder.stdout.readline()
     holder.send_signal(signal.SIGKILL)
-    while identity.start_of(holder.pid) is not None:  # a zombie is gone, too
+    while Process.of(holder.pid) is not None:  # a zombie is gone, too
         time.sleep(0.01)
     with RunLock(tmp_path) as lock:
         lock.take()

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from univitar_ds.errors import InstallationError
+from univitar_ds.identity import this_machine
 from univitar_ds.processes import Process
 
 STALE_AFTER_S = 120.0
@@ -31,6 +32,8 @@ The age spares a build that another machine runs in the same folder; a file of t
 more often than this.
 """
 REPORT_AFTER_S = 5.0
+_DEAD = -1
+"""In the place of the id of an owner that has ended."""
 _FOLDER = "TORCH_EXTENSIONS_DIR"
 
 logger = logging.getLogger(__name__)
@@ -57,7 +60,7 @@ def prepare_extensions(
         logger.info("%s cannot be written: operations that it lacks are compiled in %s", named, folder)
     for lock in folder.glob("*/lock"):
         wait_for(lock, poll_s, stale_after_s, report_after_s)
-    _teach_torch([place for place in (named, _own_folder()) if place != folder])
+    _patch_torch([place for place in (named, _own_folder()) if place != folder])
     return folder
 
 
@@ -78,7 +81,7 @@ def wait_for(
         if not reported and time.monotonic() - start >= report_after_s:
             reported = True
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                logger.warning("waiting for %s: %s", lock, _told(owner, stale_after_s))
+                logger.warning("waiting for %s: %s", lock, _reason(owner, stale_after_s))
         time.sleep(poll_s)
 
 
@@ -116,7 +119,7 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def _teach_torch(elsewhere: list[Path]) -> None:
+def _patch_torch(elsewhere: list[Path]) -> None:
     """Has torch load what is compiled in these folders, and sign its locks."""
     from torch.utils import cpp_extension
 
@@ -165,15 +168,10 @@ def compiled(name: str, folders: list[Path]) -> ModuleType | None:
 
 def _signature(pid: int) -> dict[str, Any] | None:
     """What names a process for all times; None if it is gone or cannot be seen."""
-    process = Process.of(pid)
-    try:
-        pids = os.readlink("/proc/self/ns/pid")
-    except OSError:
+    process, machine = Process.of(pid), this_machine()
+    if process is None or not machine["namespace"]:
         return None
-    return process and {"host": platform.node(), "pids": pids, "pid": pid, "began": process.started}
-
-
-_DEAD = -1
+    return {"host": machine["host"], "pids": machine["namespace"], "pid": pid, "began": process.started}
 
 
 def _owner(lock: Path) -> int | None:
@@ -209,7 +207,7 @@ def _still(lock: Path, stale_after_s: float) -> bool:
     return time.time() - newest > stale_after_s
 
 
-def _told(owner: int | None, stale_after_s: float) -> str:
+def _reason(owner: int | None, stale_after_s: float) -> str:
     if owner is None:
         return (
             "no process of yours on this machine holds it; it is removed when its folder has been still for "

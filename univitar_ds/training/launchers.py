@@ -1,6 +1,6 @@
 """What launchers' variables say of this process: whether it is one rank of several, and which.
 
-They stay behind in a shell (`salloc`, an earlier `export`, `mpirun` around everything), so they count only where they
+They may be left in a shell (`salloc`, an earlier `export`, `mpirun` around everything), so they count only where they
 are complete and agree.
 """
 
@@ -36,7 +36,7 @@ def forget_launchers(environment: MutableMapping[str, str]) -> list[str]:
 
 
 def is_rank(environment: MutableMapping[str, str]) -> bool:
-    """Whether a launcher, `srun` included, started this process as one of its ranks, with RANK_NAMES set then.
+    """Whether a launcher, `srun` included, started this process as one of its ranks. RANK_NAMES are set then.
 
     MPI's numbers are removed in either case: DeepSpeed compares them with its own.
     Raises: ConfigError if the variables are incomplete, contradict each other or are no numbers.
@@ -47,7 +47,7 @@ def is_rank(environment: MutableMapping[str, str]) -> bool:
     adopt_ranks(environment)
     found = [name for name in RANK_NAMES if name in environment]
     absent = [name for name in RANK_NAMES if name not in environment]
-    # A batch script tells its steps where rank 0 is, a step of a single task too.
+    # A batch script sets where rank 0 is for all its steps, those of a single task too.
     alone = "SLURM_STEP_NUM_TASKS" in environment and not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(found)
     if found and absent and not alone:
         raise ConfigError(
@@ -68,7 +68,7 @@ def is_rank(environment: MutableMapping[str, str]) -> bool:
         raise ConfigError(
             f"{source} is {tasks}: mpirun numbers processes in a way that is not read here, and each would train a run "
             f"of its own; start them with torchrun, deepspeed or srun, or, if that is what an earlier mpirun left in "
-            f"the shell, {left_behind(names).removeprefix('if an earlier job left them in the shell, ')}"
+            f"the shell, {_unset(names)}"
         )
     for name in [name for name in environment if _MPI.fullmatch(name)]:
         del environment[name]
@@ -77,11 +77,12 @@ def is_rank(environment: MutableMapping[str, str]) -> bool:
 
 def left_behind(names: Iterable[str]) -> str:
     """What to do about variables that no launcher of this run has set."""
-    unset = " ".join(f"-u {name}" for name in names)
-    return (
-        f"if an earlier job left them in the shell, start with `env {unset} univitar-ds train ...`, or give --nproc, "
-        "which ignores them"
-    )
+    return f"if an earlier job left them in the shell, {_unset(names)}"
+
+
+def _unset(names: Iterable[str]) -> str:
+    options = " ".join(f"-u {name}" for name in names)
+    return f"start with `env {options} univitar-ds train ...`, or give --nproc, which ignores them"
 
 
 def _check_numbers(environment: MutableMapping[str, str]) -> None:

@@ -1,6 +1,6 @@
 """Ranks end with the process that started them: `kill -9` on it sends them nothing.
 
-Every rank looks after that process itself, so it does not matter what was killed, nor in which order.
+Every rank watches that process itself, so it does not matter what was killed, nor in which order.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import time
 from collections.abc import Iterator
 
 from univitar_ds.processes import Process, command, parent
+from univitar_ds.training.launchers import LAUNCHED
 from univitar_ds.training.preemption import Stop, say
 
-STARTED_BY = "UNIVITAR_STARTED_BY"
-"""In the environment of our own ranks: the process that the user started, as `Process.mark` gives it."""
-_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
-"""Variables of torchrun and of DeepSpeed's launcher: the parent of a rank that has one starts and ends ranks."""
+STARTED_BY = "UNIVITAR_DS_STARTED_BY"
+"""In the environment of our own ranks: the process that the user started, as `Process.text` gives it."""
 _RUNNER = b"deepspeed"
 """In the command of DeepSpeed's own parents, which do not end their child either."""
 _LOOK_EVERY_S = 0.5
@@ -37,8 +36,8 @@ def _launchers() -> Iterator[Process]:
     """The processes that this rank must not outlive. A shell or a person's script is none of them."""
     own = os.environ.get(STARTED_BY)
     if own is not None:
-        yield Process.from_mark(own)
-    elif not any(name in os.environ for name in _LAUNCHERS):
+        yield Process.from_text(own)
+    elif not any(name in os.environ for name in LAUNCHED):  # the parent starts and ends ranks
         return
     pid = os.getppid()
     while (process := Process.of(pid)) is not None:

@@ -44,11 +44,11 @@ def meet(rank: int, size: int, timeout: timedelta = MEET_TIMEOUT) -> dist.Store:
             missing = json.loads(store.get("all met"))
             store.set(f"heard/{rank}", "")
     except (dist.DistError, TimeoutError) as error:  # torch follows its reason with a stack of C++
-        raise UserError(_story(rank, size, _reason(error, timeout))) from error
+        raise UserError(_message(rank, size, _reason(error, timeout))) from error
     if missing:
         named = ", ".join(map(str, missing[:_NAMED])) + (", ..." if len(missing) > _NAMED else "")
         ranks = "rank" if len(missing) == 1 else "ranks"
-        raise UserError(_story(rank, size, f"{ranks} {named} did not answer within {_shown(timeout)}"))
+        raise UserError(_message(rank, size, f"{ranks} {named} did not answer within {_duration(timeout)}"))
     return store
 
 
@@ -88,17 +88,17 @@ def _reason(error: Exception, timeout: timedelta) -> str:
     if "EADDRINUSE" in str(error):
         return f"MASTER_PORT is in use on this machine already ({place}), give another free one"
     if isinstance(error, TimeoutError):
-        return f"nothing answered at MASTER_ADDR:MASTER_PORT, {place}, within {_shown(timeout)}"
-    return f"the connection to MASTER_ADDR:MASTER_PORT, {place}, broke or answered nothing within {_shown(timeout)}"
+        return f"nothing answered at MASTER_ADDR:MASTER_PORT, {place}, within {_duration(timeout)}"
+    return f"the connection to MASTER_ADDR:MASTER_PORT, {place}, broke or answered nothing within {_duration(timeout)}"
 
 
-def _story(rank: int, size: int, reason: str) -> str:
+def _message(rank: int, size: int, reason: str) -> str:
     values = ", ".join(f"{name}={os.environ.get(name)}" for name in RANK_NAMES)
     return (
         f"{reason}; {values} make this process rank {rank} of {size}: start all of them, or, {left_behind(RANK_NAMES)}"
     )
 
 
-def _shown(limit: timedelta) -> str:
+def _duration(limit: timedelta) -> str:
     seconds = limit.total_seconds()
     return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"

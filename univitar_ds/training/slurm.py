@@ -24,7 +24,7 @@ def adopt_ranks(environment: MutableMapping[str, str]) -> None:
     Nothing changes where a launcher has set them, nor in a batch script, nor in a step of a single task: that is a
     shell, or the parent of local processes.
 
-    Raises: ConfigError if nobody says where rank 0 is, or which task this is.
+    Raises: ConfigError if no variable says where rank 0 is, or which task this is.
     """
     tasks = tasks_of_step(environment)
     if "RANK" in environment or tasks == 1:
