@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from univitar_ds.cli_parts import add_command, add_overrides, expand, expand_place, positive, shown
 from univitar_ds.errors import ConfigError
-from univitar_ds.owned import replace_text
+from univitar_ds.owned import check_result, write_result
 from univitar_ds.screen import show
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from univitar_ds.data.contents import faults_of_run
     from univitar_ds.data.verify import verify
 
-    _check_writable(arguments.report, _is_report)
+    check_result(arguments.report, _is_report)
     config = load_config(arguments.config, []) if arguments.config else None
     data = None if config is None else config.data
     sources = _sources_to_verify(arguments, data)
@@ -166,11 +166,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     whole = config is not None and checked.issuperset(map(_place, config.data.sources))
     report["run"] = faults_of_run(config, settings) if whole else []
     report["sound"] = report["sound"] and not report["run"]
-    text = json.dumps(report, indent=1)
-    if arguments.report.exists() and not arguments.report.is_file():  # /dev/stdout, a pipe
-        arguments.report.write_text(text, encoding="utf-8")
-    else:
-        replace_text(arguments.report, text)
+    write_result(arguments.report, json.dumps(report, indent=1))
     for source in report["sources"]:
         for told in filter(None, (source["error"], source["warning"])):
             _say(told)
@@ -280,7 +276,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from univitar_ds.model.config import PRESETS
     from univitar_ds.model.flops import cost_coefficients
 
-    _check_writable(arguments.png, is_drawn)
+    check_result(arguments.png, is_drawn)
     config = load_config(arguments.config, arguments.overrides)
     found = inspect(config, packs=arguments.packs, cost=cost_coefficients(PRESETS[config.model.encoder]))
     for line in (json.dumps(found.to_json(), indent=2) if arguments.json else render(found)).split("\n"):
@@ -288,24 +284,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
     draw(found, arguments.png)
     with suppress(OSError):
         print(f"picture in {shown(str(arguments.png))}", file=sys.stderr, flush=True)
-
-
-def _check_writable(path: Path, ours: Callable[[Path], bool]) -> None:
-    """Before the work whose result goes there. Raises: ConfigError, also for a file that is not `ours` to replace."""
-    parent = path.absolute().parent
-    if not os.path.isdir(parent):
-        raise ConfigError(f"{path} cannot be written: there is no folder {parent}; make it first")
-    try:
-        if os.path.lexists(path):
-            path.open("ab").close()
-        else:
-            path.open("xb").close()
-            path.unlink()
-        foreign = path.is_file() and path.stat().st_size > 0 and not ours(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); give the name of another file") from error
-    if foreign:
-        raise ConfigError(f"{path} is a file that this command has not written; give another name, or remove it")
 
 
 def _is_report(path: Path) -> bool:

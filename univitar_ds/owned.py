@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Union
@@ -105,6 +105,37 @@ def replace_text(path: Path, text: str) -> Path:
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
+
+
+def check_result(path: Path, ours: Callable[[Path], bool]) -> None:
+    """Before the work whose result goes to a file that the user named.
+
+    Args: ours: whether a file that is there was written by the same command, and may be replaced.
+    Raises: ConfigError for a file that is not, or that cannot be written.
+    """
+    parent = path.absolute().parent
+    if not os.path.isdir(parent):
+        raise ConfigError(f"{path} cannot be written: there is no folder {parent}; make it first")
+    try:
+        if os.path.lexists(path):
+            path.open("ab").close()
+        else:
+            path.open("xb").close()
+            path.unlink()
+        others = path.is_file() and path.stat().st_size > 0 and not ours(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); give the name of another file") from error
+    if others:
+        raise ConfigError(f"{path} is a file that this command has not written; give another name, or remove it")
+
+
+def write_result(path: Path, text: str) -> None:
+    """Into a file that `check_result` has allowed; /dev/stdout or a pipe stays what it is. Raises: StorageError."""
+    if path.exists() and not path.is_file():
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
+    else:
+        replace_text(path, text)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 
 from univitar_ds import owned
 from univitar_ds.errors import ConfigError, StorageError
+from univitar_ds.owned import check_result, write_result
 
 NAMES = {r"a\.txt": None, r"log-\d+": None, "inner": {r"b\.txt": None}}
 
@@ -108,3 +109,16 @@ def test_what_the_storage_refuses_is_a_sentence(tmp_path, path, said):
     with pytest.raises(StorageError, match=said):
         owned.replace_text(tmp_path / path, "x")
     assert left(tmp_path) == ["file", "folder/x"]
+
+
+def test_a_result_goes_into_a_pipe_and_the_pipe_stays(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_result(pipe, lambda path: pytest.fail("a pipe holds nothing that could be looked at"))
+        write_result(pipe, "found\n")
+        assert os.read(reader, 100) == b"found\n"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()

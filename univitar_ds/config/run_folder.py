@@ -26,7 +26,7 @@ CHECKPOINT_ROOT: Names = {
 }
 EXPORT_FILES: Names = {
     re.escape(MARK): None,
-    r"(config\.json|model\.safetensors|pytorch_model\.bin)(\.partial)?": None,
+    r"(config\.json|model\.safetensors|pytorch_model\.bin)(\.partial)?": None,  # .partial: of earlier versions
     r"\.tmp[0-9A-Za-z]{6}": None,
 }
 LOCKS: Names = {r"\.lock-\d{8}|\.lock-probe-[0-9a-f]{32}": None}

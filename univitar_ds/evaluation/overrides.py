@@ -1,4 +1,4 @@
-"""Which keys of a run file an evaluation may override, and what it may write over."""
+"""Which keys of a run file an evaluation may override, and which files it may replace."""
 
 from __future__ import annotations
 
@@ -43,15 +43,10 @@ def same_evaluation(before: RunConfig, after: RunConfig) -> bool:
     )
 
 
-def check_replaceable(path: Path) -> None:
-    """Before the work whose result goes there. Raises: ConfigError for a file that no evaluation wrote."""
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it first")
-    if not path.exists():
-        return
+def is_result(path: Path) -> bool:
+    """Whether a file holds the results of an evaluation."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or not {"format", "checkpoint", "figures"} <= found.keys():
-        raise ConfigError(f"{path} exists and is no result of an evaluation; give the name of another file")
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.keys() >= {"format", "checkpoint", "figures"}

@@ -30,11 +30,11 @@ from univitar_ds.data.storage import StorageSettings
 from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.evaluation.embed import Embeddings, embed, embed_texts
 from univitar_ds.evaluation.measure import measure, nothing_measured
-from univitar_ds.evaluation.overrides import check_replaceable, overridden, same_evaluation
+from univitar_ds.evaluation.overrides import is_result, overridden, same_evaluation
 from univitar_ds.evaluation.pictures import Kept, draw_sheet, keep_some
 from univitar_ds.evaluation.report import render_evaluation
 from univitar_ds.evaluation.scores import Figure
-from univitar_ds.owned import replace_text
+from univitar_ds.owned import check_result, write_result
 from univitar_ds.run_lock import still_ours
 from univitar_ds.training.distributed import uses_cuda
 
@@ -66,7 +66,7 @@ def evaluate_run(
     before = load_config(folder / CONFIG)
     config = overridden(folder / CONFIG, before, overrides)
     if out is not None:
-        check_replaceable(out)
+        check_result(out, is_result)
     trained = replace(open_trained(run, weights), config=config)
     own = out is None and same_evaluation(before, config)
     result, sheets = _on_gpu_or_host(trained, progress)
@@ -77,7 +77,7 @@ def evaluate_run(
         return f"{table}\n\nThis is not the run's own evaluation, so {kept} stays as it is; --out FILE writes this one."
     if own:
         still_ours(trained.run)
-    replace_text(out or trained.run / EVALUATION, json.dumps(result, indent=1) + "\n")
+    write_result(out or trained.run / EVALUATION, json.dumps(result, indent=1) + "\n")
     if own:
         _draw(trained, sheets)
     return table

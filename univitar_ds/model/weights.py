@@ -10,9 +10,7 @@ import os
 import pickle
 import re
 import stat
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from univitar_ds.config.encoder import CONFIG_FILE, read_object
 from univitar_ds.errors import CheckpointError, writing
+from univitar_ds.owned import replace_text, replacing
 
 SAFE = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -81,11 +80,12 @@ def save_encoder(folder: str | Path, model: nn.Module, *, safe: bool = True) -> 
         folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if safe:
-        _replace(folder / SAFE, lambda path: save_tensors(state, path, metadata={"format": "pt"}))
+        with replacing(folder / SAFE) as path:
+            save_tensors(state, path, metadata={"format": "pt"})
     else:
-        _replace(folder / BIN, lambda path: torch.save(state, path))
-    text = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        with replacing(folder / BIN) as path:
+            torch.save(state, path)
+    replace_text(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2) + "\n")
     # The loader prefers safetensors: an older file of the other kind must not win, nor stay as a second truth.
     (folder / (BIN if safe else SAFE)).unlink(missing_ok=True)
 
@@ -106,13 +106,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(mode)
     return path
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        write(partial)
-        os.replace(partial, path)
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

@@ -231,7 +231,7 @@ def test_data_can_be_named_for_a_run_without_any(capsys, tmp_path: Path):
 def test_a_file_that_no_evaluation_wrote_is_not_replaced(run: Path, tmp_path: Path):
     precious = tmp_path / "thesis.json"
     precious.write_text('{"title": "mine"}')
-    with pytest.raises(ConfigError, match="is no result of an evaluation"):
+    with pytest.raises(ConfigError, match="is a file that this command has not written"):
         evaluate_run(run, out=precious, progress=False)
     assert precious.read_text() == '{"title": "mine"}'
     with pytest.raises(ConfigError, match="there is no folder"):
