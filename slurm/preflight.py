@@ -30,7 +30,7 @@ ROUNDS = 5
 def main(arguments: list[str]) -> None:
     run, recipe, *overrides = arguments
     try:
-        is_rank(os.environ)
+        is_rank(os.environ)  # sets the numbers of the rank
         world = start_world()
         _check(world, Path(run), recipe, overrides)
         stop_world()

@@ -30,7 +30,10 @@ EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 a fault of the user's, 130 interrupted.
+    """Run one command; returns the exit status.
+
+    0 done, 1 what `data verify` and `data probe` looked at is not sound or not there, 2 a fault of the user's, 85 a run
+    that was asked to leave and has saved, 130 interrupted.
 
     A command that was only to print, and could not: 141 where the reader of a pipe has left, as by SIGPIPE, else 2.
     """
@@ -123,7 +126,7 @@ def _add_after_training(commands) -> None:
         _evaluate,
         "retrieval and zero-shot of a run on its held-out data",
         "Retrieval and zero-shot of a run's last checkpoint on its evaluation.sources, written to evaluation.json in\n"
-        "the run's folder. Keys of evaluation, data and logging can be overridden, for example other data:\n"
+        "the run's folder. Keys of evaluation, data and logging that an evaluation reads can be overridden:\n"
         "  univitar-ds eval runs/photos evaluation.sources.0.path=data/other --out other.json\n"
         "  univitar-ds eval runs/photos 'evaluation.sources=[{path: 0.tar, class_names: names.txt}]' \\\n"
         "      'evaluation.image_templates=[\"a photo of a {}\"]'\n"

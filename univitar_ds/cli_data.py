@@ -37,7 +37,7 @@ def add_data(commands) -> None:
         '  {"file": "a/b.jpg", "kind": "image", "caption": "...", "label": "cat", "split": "train"}\n'
         "(`captions` takes a list; `label` and `split` may be absent), or files with their caption beside them\n"
         "(a/b.jpg and a/b.txt); links to folders are followed, each folder is packed once. Unreadable files are left\n"
-        "out and listed in the manifest. Interrupted, it goes on where it was when started again.",
+        "out and listed in the manifest. Interrupted, it continues where it was when started again.",
     )
     pack.add_argument("folder", type=expand)
     pack.add_argument(
@@ -89,7 +89,7 @@ def _add_verify(data) -> None:
         "With --config the limits of the run file's data section and its data.s3 count, and so do the templates of\n"
         "its sources, for each SOURCE that is one of them or lies in its folder; without a SOURCE its data.sources\n"
         "are checked, each with its own split. Where all sources of the run file are checked, what its stages need\n"
-        "and they do not hold (no clips under video_ratio above 0, say) is wrong too.",
+        "and they do not hold (no videos where video_ratio is above 0, say) is wrong too.",
     )
     verify.add_argument(
         "sources",
@@ -168,14 +168,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     report["sound"] = report["sound"] and not report["run"]
     write_result(arguments.report, json.dumps(report, indent=1))
     for source in report["sources"]:
-        for told in filter(None, (source["error"], source["warning"])):
-            _say(told)
+        for sentence in filter(None, (source["error"], source["warning"])):
+            _say(sentence)
     for fault in report["run"]:
         _say(fault)
     shards = report["shards"]
     _say_first([(shard["shard"], fault) for shard in shards for fault in shard["faults"]], _fault_sentence)
     _say_first([(shard["shard"], text) for shard in shards for text in shard["ignored"]], _ignored_sentence)
-    _say_first([told for shard in shards for told in _shard_sentences(shard)], str)
+    _say_first([sentence for shard in shards for sentence in _shard_sentences(shard)], str)
     verdict = "sound" if report["sound"] else "NOT sound"
     counts = [f"{report['samples']} samples in {len(report['shards'])} shards: {verdict}"]
     for name, what in (("faults", "left out:"), ("ignored", "texts ignored:")):
@@ -229,10 +229,10 @@ def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -
         return [source.model_copy(update=own) for source in data.sources]
     known = [] if data is None else data.sources
     named = [SourceConfig(path=written(path), split=arguments.split) for path in arguments.sources]
-    return [source.model_copy(update=_told_of(source, known)) for source in named]
+    return [source.model_copy(update=_about(source, known)) for source in named]
 
 
-def _told_of(named: SourceConfig, sources: Sequence[SourceConfig]) -> dict[str, Any]:
+def _about(named: SourceConfig, sources: Sequence[SourceConfig]) -> dict[str, Any]:
     """Templates and class names of the source that is this place or whose folder holds it; else nothing."""
     place = _place(named)
     for known, source in ((_place(source), source) for source in sources):

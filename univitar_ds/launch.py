@@ -91,7 +91,7 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
     word = gather_json(lock.word, world)[0]
     if not world.first:
         lock.watch(word)
-    if not world.first:  # hundreds of ranks that say what the first one says would hide its lines
+        # Hundreds of ranks that say what the first one says would hide its lines.
         for package in ("univitar_ds", "kernels"):
             logging.getLogger(package).setLevel(logging.WARNING)
     completed = train_rank(load_config(run / CONFIG), run, world, stop)
@@ -237,7 +237,7 @@ def _is_rank(nproc: int | None) -> bool:
 
 
 def _check_gpus(nproc: int) -> None:
-    """Before the folder of an earlier try makes way for a run that cannot start."""
+    """Before anything of an earlier start is replaced for a run that cannot start."""
     from univitar_ds.training.distributed import check_gpus
 
     check_gpus(nproc)

@@ -40,7 +40,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _load(image: Image.Image) -> None:
-    """Decode a picture. A PNG may have a text behind its pixels that Pillow refuses when it has decoded them all."""
+    """Decode an image. A PNG may have a text after its pixels that Pillow refuses when it has decoded them all."""
     try:
         image.load()
     except ValueError as error:

@@ -181,8 +181,8 @@ def _provide_tokenizer(config: RunConfig, target: Path) -> None:
 
 
 def _report_unused(config: RunConfig) -> None:
-    for told in unused_parts(config):
-        logger.warning("%s", told)
+    for sentence in unused_parts(config):
+        logger.warning("%s", sentence)
 
 
 def _check_sources(config: RunConfig) -> None:

@@ -16,7 +16,7 @@ lost: list[OSError] = []
 
 
 def prepare_screen() -> None:
-    """Has stdout and stderr escape the letters that they cannot show, and stand where they were closed.
+    """Makes stdout and stderr escape the letters that they cannot show, and opens them where they were closed.
 
     A closed descriptor would be given to the next file that is opened, and what libraries print would go into it.
     """

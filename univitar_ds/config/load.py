@@ -1,4 +1,4 @@
-"""Reading a run file: YAML, dotted overrides, and every fault told at once in words."""
+"""Reading a run file: YAML, dotted overrides, and every fault reported at once in words."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _child(node: Any, section: str, entry: str) -> Any:
 
 
 def _index(items: list, text: str, entry: str) -> int:
-    """The place in a list; the one behind its last entry is made, so that an empty list can be begun."""
+    """The place in a list; the one after its last entry is made, so that an empty list can be begun."""
     if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) > len(items):
         raise ConfigError(
             f"override {entry!r}: {text!r} is no index of a list of {len(items)}; "

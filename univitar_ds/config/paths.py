@@ -39,7 +39,7 @@ def expand(path: str | Path) -> str:
 
 
 def absolute(path: str) -> str:
-    """The path from the root on, as the last part of it stands; what has a scheme (s3://) stays."""
+    """The path from the root on, its parts as they are; what has a scheme (s3://) stays."""
     return path if "://" in path else os.path.join(os.getcwd(), path)
 
 

@@ -22,8 +22,8 @@ IGNORED = ("bad_caption", "bad_label", "bad_set", "bad_checksum", "bad_json", "t
 """Kinds of texts that are ignored in samples that are used."""
 
 _OWN_FIELDS = {"captions", "label", "set", "kind", "width", "height", "frames", "file", "crc32"}
-"""What `univitar-ds data pack` writes of every sample, and nobody else: these mark a sample of a shard that has been
-copied away from its manifest."""
+"""What only `univitar-ds data pack` writes, of every sample: these mark a sample of a shard that has been copied away
+from its manifest."""
 _UNMARKED = ("text", "TEXT")
 """Fields that hold a caption where nothing else does, as in LAION's tables."""
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
@@ -110,9 +110,9 @@ def resolve(
     if captions or templates is None:
         return captions, label, ignored
     if not label or not templates:
-        told = "".join(f"; {one.message}" for one in ignored)
+        messages = "".join(f"; {one.message}" for one in ignored)
         kind = next((one.kind for one in ignored if one.kind in ("bad_caption", "bad_json")), "no_caption")
-        raise SampleError(kind, f"only a label ({label!r}), and its source has no templates to put it in{told}")
+        raise SampleError(kind, f"only a label ({label!r}), and its source has no templates to put it in{messages}")
     return tuple(template.replace("{}", label) for template in templates), label, ignored
 
 
@@ -151,8 +151,8 @@ def _of_fields(fields: Mapping[str, Any], names: Iterable[str], aside: _Aside) -
         if value is None:
             continue
         if not isinstance(value, str | list):
-            told = f"{name} is {_shown(value)} ({type(value).__name__}), not a text and not a list of texts"
-            aside.setdefault("bad_caption", told)
+            message = f"{name} is {_brief(value)} ({type(value).__name__}), not a text and not a list of texts"
+            aside.setdefault("bad_caption", message)
             continue
         found = []
         for one in [value] if isinstance(value, str) else value:
@@ -162,7 +162,7 @@ def _of_fields(fields: Mapping[str, Any], names: Iterable[str], aside: _Aside) -
             if isinstance(one, dict):
                 one = one.get("caption", one)
             if not isinstance(one, str):
-                aside.setdefault("bad_caption", f"a caption is {_shown(one)} ({type(one).__name__}), not text")
+                aside.setdefault("bad_caption", f"a caption is {_brief(one)} ({type(one).__name__}), not text")
             elif caption := _visible(one):
                 found.append(caption)
             else:
@@ -200,7 +200,7 @@ def _label(fields: Mapping[str, Any], cls: bytes | None, aside: _Aside) -> str |
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if isinstance(label, bool) or not isinstance(label, str | int | None):
-        aside.setdefault("bad_label", f"label is {_shown(label)} ({type(label).__name__}), not text")
+        aside.setdefault("bad_label", f"label is {_brief(label)} ({type(label).__name__}), not text")
         label = None
     if label is not None and (label := str(label)).strip():
         return label
@@ -222,7 +222,7 @@ def _set(fields: Mapping[str, Any], aside: _Aside) -> str | None:
     name = fields.get("set")
     if isinstance(name, str | None):
         return name
-    aside.setdefault("bad_set", f"set is {_shown(name)} ({type(name).__name__}), not text")
+    aside.setdefault("bad_set", f"set is {_brief(name)} ({type(name).__name__}), not text")
     return None
 
 
@@ -236,9 +236,9 @@ def _crc32(fields: Mapping[str, Any], packed: bool, aside: _Aside) -> int | None
     if own and fits:
         return value
     if own and packed:
-        raise SampleError("bad_json", f"crc32 is {_shown(value)}, not a number of 32 bits")
+        raise SampleError("bad_json", f"crc32 is {_brief(value)}, not a number of 32 bits")
     aside.setdefault(
-        "bad_checksum", f"crc32 is {_shown(value)}, which data pack did not write; nothing is compared with it"
+        "bad_checksum", f"crc32 is {_brief(value)}, which data pack did not write; nothing is compared with it"
     )
     return None
 
@@ -268,7 +268,7 @@ def _where(error: UnicodeError) -> str:
     return f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
-def _shown(value: object) -> str:
+def _brief(value: object) -> str:
     """The beginning of a value; of one that has no short text, such as very deep lists, its type."""
     try:
         return repr(str(value)[:_SHOWN])

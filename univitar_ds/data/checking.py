@@ -78,13 +78,13 @@ def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
                         tell(Scattered(found.key, found.offset))
                         scattered = True
                 else:
-                    _tell_of_texts(sample, found, tell)
+                    _report_texts(sample, found, tell)
             tell(Read(found.end - position))
             position = found.end
     tell(Read(shard.size - position))
 
 
-def _tell_of_texts(sample: Sample, group: tar.Group, tell: Callable[[Event], None]) -> None:
+def _report_texts(sample: Sample, group: tar.Group, tell: Callable[[Event], None]) -> None:
     for kind, message in sample.ignored:
         tell(Noted(kind, group.key, group.offset, message))
     if sample.several_lines:

@@ -1,4 +1,4 @@
-"""Whether the sources hold what a run reads, pictures or clips, found out before the first step.
+"""Whether the sources hold what a run reads, images or videos, found out before the first step.
 
 A manifest says it. Tars without one are looked at by the headers of their members: first the beginning of a few, which
 finds what there is almost always; then all of them, within a bound. Where everything was looked at and nothing found
@@ -41,7 +41,7 @@ FIRST_SHARDS, FIRST_SAMPLES = 64, 32
 MOST_SAMPLES = 500_000
 """Samples that are looked at in all, ten seconds of CPU on a local disk."""
 MOST_REMOTE_BYTES = 256 << 20
-"""Bytes that are fetched in all: headers lie between pictures, so that most of a remote tar is fetched for them."""
+"""Bytes that are fetched in all: headers lie between the media, so that most of a remote tar is fetched for them."""
 NO_MEDIA = "without media"
 
 
@@ -81,19 +81,19 @@ def contents_of(
 
     Raises: DataError if a shard cannot be read.
     """
-    told: Counter[str] = Counter()
+    listed: Counter[str] = Counter()
     for shard in shards:
         if shard.modality is not None:
-            told[shard.modality] += 1 if shard.samples is None else shard.samples
+            listed[shard.modality] += 1 if shard.samples is None else shard.samples
     unknown = [shard for shard in shards if shard.modality is None]
 
     def enough(counts: Counter[str]) -> bool:
         return (any if one_is_enough else all)(counts[modality] for modality in wanted)
 
-    if enough(told) or not unknown:
-        return Contents(len(shards), told, whole=not unknown)
+    if enough(listed) or not unknown:
+        return Contents(len(shards), listed, whole=not unknown)
     first = spread(unknown, FIRST_SHARDS)
-    counts = told.copy()
+    counts = listed.copy()
     bounds = {"most_samples": FIRST_SAMPLES, "most_fetched": MOST_REMOTE_BYTES // FIRST_SHARDS, "enough": enough}
     for begin in range(0, len(first), AT_ONCE):
         some = first[begin : begin + AT_ONCE]
@@ -101,7 +101,7 @@ def contents_of(
             counts += found.counts
         if enough(counts):
             return Contents(len(shards), counts, whole=False)
-    counts, samples, fetched = told.copy(), 0, 0
+    counts, samples, fetched = listed.copy(), 0, 0
     for shard in unknown:
         found = _look(shard, MOST_SAMPLES - samples, MOST_REMOTE_BYTES - fetched, enough)
         counts += found.counts

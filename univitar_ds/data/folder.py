@@ -76,9 +76,9 @@ def read_folder(folder: Path, captions: Literal["one", "lines"] = "one") -> List
         )
     if not rows:
         first = next((f", the first: {file}: {reason}" for file, reason in left_out.items()), "")
-        told = f" ({len(left_out)} left out{first})" if left_out else ""
+        why = f" ({len(left_out)} left out{first})" if left_out else ""
         raise DataError(
-            f"{folder} has nothing to pack{told}; it needs a {METADATA} with a row per file, "
+            f"{folder} has nothing to pack{why}; it needs a {METADATA} with a row per file, "
             "or a .txt caption beside each media file"
         )
     return Listing(rows, left_out)

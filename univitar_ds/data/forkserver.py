@@ -76,7 +76,7 @@ class ForkServer:
                 process.kill()  # it has no children yet, and would look at its socket only after its imports
             if self._control is not None:
                 with suppress(OSError):
-                    self._control.shutdown(socket.SHUT_RDWR)  # whoever waits for an answer wakes too
+                    self._control.shutdown(socket.SHUT_RDWR)  # a thread that waits for an answer wakes too
         if process is not None:
             try:
                 process.wait(_CLOSE_S)

@@ -1,6 +1,6 @@
 """Texts and colour profiles of a PNG that are larger than Pillow takes, hidden from it: the pixels are what counts.
 
-Pillow refuses the whole picture for one of them. Nothing here is unpacked beyond Pillow's own limits, so that a text
+Pillow refuses the whole image for one of them. Nothing here is unpacked beyond Pillow's own limits, so that a text
 which unpacks to gigabytes costs no more than one that is just allowed.
 """
 
@@ -16,7 +16,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ICON = b"\0\0\1\0"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _HIDDEN = b"xXXt"
-"""A chunk that nobody knows and nobody needs to know: ancillary, public, safe to copy."""
+"""A chunk that no program knows and none needs to know: ancillary, public, safe to copy."""
 _chunk_start = struct.Struct(">I4s").unpack_from
 _AROUND = 12
 """Bytes of a chunk beside its content: length, name, checksum."""

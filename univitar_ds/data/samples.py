@@ -145,7 +145,7 @@ def _check_length(length: int, rule: SizeRule) -> None:
 
 
 def _hint(members: Sequence[tar.Member], wanted: Collection[str]) -> str:
-    """What may be behind a missing member: a name with dots in it, or a tar that is not sorted."""
+    """What may be the cause of a missing member: a name with dots in it, or a tar that is not sorted."""
     dotted = next((m.extension for m in members if "." in m.extension and m.extension.split(".")[-1] in wanted), None)
     if dotted is not None:
         return (

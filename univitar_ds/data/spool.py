@@ -137,7 +137,7 @@ class Spool:
             try:
                 started = _Download(version, files, self._copies, self._fetch, self._ended)
                 started.start()
-            except BaseException:  # no more threads, as while the process ends: nobody may wait for this one
+            except BaseException:  # no more threads, as while the process ends: no reader may wait for this one
                 for file in files:
                     os.close(file)
                 raise

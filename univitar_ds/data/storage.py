@@ -237,8 +237,8 @@ def check_address(url: str) -> None:
     if os.path.exists(url):  # a colon is as good as any letter
         return
     if url.startswith("pipe:"):
-        told = re.search(r"s3://\S+", url)
-        remedy = f"give {told[0]}" if told else "copy the shards to a disk or an S3 store, and give that"
+        address = re.search(r"s3://\S+", url)
+        remedy = f"give {address[0]}" if address else "copy the shards to a disk or an S3 store, and give that"
         raise DataError(f"{url}: pipe: is a command to webdataset, but shards are read at any byte here; {remedy}")
     if "::" in url:
         raise DataError(

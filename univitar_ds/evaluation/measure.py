@@ -11,7 +11,7 @@ from univitar_ds.evaluation.scores import Figure
 from univitar_ds.evaluation.zero_shot import Texts, zero_shot
 
 DAMAGE = frozenset({"cut", "damaged"})
-"""Kinds of bad samples that are bytes of a shard: nobody knows what they were."""
+"""Kinds of bad samples that are bytes of a shard: what they were is not known."""
 LOOK_CLOSER = "univitar-ds data verify SOURCE lists them"
 
 
@@ -57,11 +57,11 @@ def nothing_measured(found: Sequence[Embeddings], unmet: Sequence[tuple[Modality
     parts = [f"the evaluation measured nothing: asked for retrieval and zero-shot classification of {asked}"]
     for one in found:
         labels = {label for label in one.labels if label is not None}
-        told = (
+        sentence = (
             f"found {len(one)} {one.modality}s that can be read, {len(one.captioned)} of them with a caption, "
             f"{sum(label is not None for label in one.labels)} with a label ({len(labels)} different)"
         )
-        parts.append(f"{told}, left out: {_counted(one)}" if one.bad else told)
+        parts.append(f"{sentence}, left out: {_counted(one)}" if one.bad else sentence)
     parts += [f"found {count} {kind}s, which no stage of the run reads" for kind, count in unmet]
     return (
         f"{'; '.join(parts)}. Retrieval needs items with different captions, zero-shot two labels or more; name such a "

@@ -22,7 +22,7 @@ _BESIDE_TORCH = {"torchvision", "torchaudio", "torchcodec"}
 def working_imports(library: str) -> Iterator[None]:
     """For imports out of `library`, and nothing else.
 
-    transformers imports whatever optional package is installed, and hides behind its own names what that failed of.
+    transformers imports every optional package that is installed, and its own errors hide why one of them failed.
     Raises: InstallationError that names the broken package, its version and the way out.
     """
     try:

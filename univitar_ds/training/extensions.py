@@ -120,7 +120,7 @@ def _writable(folder: Path) -> bool:
 
 
 def _patch_torch(elsewhere: list[Path]) -> None:
-    """Has torch load what is compiled in these folders, and sign its locks."""
+    """Makes torch load what is compiled in these folders, and sign its locks."""
     from torch.utils import cpp_extension
 
     class Baton(cpp_extension.FileBaton):

@@ -50,7 +50,7 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
     `run` is the run's folder with deepspeed.json and tokenizer.json; everything is written there. When `stop` of any
     rank is requested, all ranks end after the same step and save.
 
-    Returns: whether all stages are done and no rank was told to leave; the same on all ranks.
+    Returns: whether all stages are done and no rank was asked to leave; the same on all ranks.
     Raises: UserError, on all ranks, for whatever ends the run early.
     """
     repeat_bits(cfg.deterministic)
@@ -61,7 +61,7 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
             trainer.train()
         if world.first:
             write_summary(cfg, run, trainer.engine, trainer.state)
-        return not trainer.told
+        return not trainer.leaving
 
 
 @contextmanager
@@ -84,7 +84,7 @@ class _Trainer:
     def __init__(self, cfg: RunConfig, run: Path, world: World, stop: Stop) -> None:
         self.cfg, self.run, self.world = cfg, run, world
         self.lanes = world.lanes(cfg.data.lanes)
-        self.stop, self.told = stop, False
+        self.stop, self.leaving = stop, False
         self.teacher: Teacher | None = None
         self.logs = RunLogs(cfg, run, world)
         self.engine, self.state = assemble(cfg, run, world)
@@ -99,9 +99,9 @@ class _Trainer:
             self._note_stage()
 
     def train(self) -> None:
-        while not self.told and not self.state.progress.finished(self.cfg.stages):
+        while not self.leaving and not self.state.progress.finished(self.cfg.stages):
             self._train_stage(self.cfg.stages[self.state.progress.stage])
-        announced = self.told
+        announced = self.leaving
         if announced and self.world.first:
             step = self.state.progress.step
             logger.info("asked to leave: saving step %d, then exit code %d; a second time leaves at once", step, SAVED)
@@ -109,8 +109,8 @@ class _Trainer:
         self.logs.close()
         with together(self.world, ask=lambda: self.stop.requested) as vote:  # what follows takes its time too
             self.logs.raise_unwritten()
-        self.told |= vote.yes
-        if self.told:
+        self.leaving |= vote.yes
+        if self.leaving:
             preemption.ignore()  # launchers end the other ranks when the first one is gone
             if self.world.first and not announced:
                 logger.info("asked to leave: step %d, the last one, is saved; exit code %d", self.saved_step, SAVED)
@@ -123,7 +123,7 @@ class _Trainer:
             self.engine.close()
 
     def _train_stage(self, stage: StageConfig) -> None:
-        """To the stage's end, or until the ranks are told to leave or a step is undone."""
+        """To the stage's end, or until the ranks are asked to leave or a step is undone."""
         number = self.state.progress.stage
         self._prepare_teacher()
         every = stage.checkpoint_every
@@ -136,7 +136,7 @@ class _Trainer:
                     batches = next(loader)
                     waited = time.perf_counter() - start
                 if vote.yes:
-                    self.told = True
+                    self.leaving = True
                     return
                 if trouble := self._step(stage, batches, start, waited):
                     self._roll_back(trouble, batches)

@@ -26,7 +26,7 @@ ECHO_S = 1.0
 """Seconds in which signals after the first one count as the same wish: Slurm, launchers and `timeout` signal a process
 directly and through its group or its parent."""
 KEY_ECHO_S = 0.3
-"""The same for SIGINT after SIGINT: nobody means two by keys that follow each other so quickly."""
+"""The same for SIGINT after SIGINT: keys that follow each other so quickly mean one."""
 
 
 class Stop:
@@ -46,7 +46,7 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a first signal only sets `requested`; whoever is inside looks at it."""
+        """Inside, a first signal only sets `requested`, and the code inside looks at it."""
         self._deferred = True
         try:
             yield
@@ -56,7 +56,7 @@ class Stop:
     def tell(self, number: int) -> None:
         """What a signal does."""
         now = time.monotonic()
-        if self.requested and number == signal.SIGHUP:  # whoever pressed Ctrl-C may close the terminal then
+        if self.requested and number == signal.SIGHUP:  # a user who pressed Ctrl-C may close the terminal then
             return
         if self.requested and now - self._since < (KEY_ECHO_S if number == self.number == signal.SIGINT else ECHO_S):
             return
@@ -83,7 +83,7 @@ NEVER = Stop()
 
 
 def listen(stop: Stop | None = None) -> Stop:
-    """From now on `SIGNALS` tell `stop`, by default a new one; returns it. For the main thread.
+    """From now on `SIGNALS` reach `stop`, by default a new one; returns it. For the main thread.
 
     A thread acts on them and not the handler: Python runs handlers in the main thread between two lines of Python,
     which never comes while a collective operation waits for a rank that is gone.
