@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-seconds
 # What was skipped and why, and which tests took longest: above 20 s one is marked slow.
-SAYS := -rs --durations 10 --durations-min 20
+REPORT := -rs --durations 10 --durations-min 20
 
 .PHONY: demo test test-all test-numerics bench-cpu bench-gpu lint clean help
 
@@ -42,10 +42,10 @@ demo: $(INSTALLED)
 	$(BIN)/univitar-ds demo --install-seconds $$(cat $(INSTALLED))
 
 test: $(INSTALLED) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(SAYS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(REPORT) -m "not slow"
 
 test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(SAYS) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(REPORT) -m slow
 
 # Those tests that compare sums, with other instruction sets and numbers of threads.
 test-numerics: $(INSTALLED)
