@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -45,22 +45,22 @@ def train(recipe: str, nproc: int | None, overrides: Sequence[str]) -> int:
     """
     config = load_config(recipe, overrides)
     run = Path(config.output, config.name)
-    with RunLock(run) as lock:
-        if _is_rank(nproc):
-            return _join(lambda: create_run(config, recipe, int(os.environ["WORLD_SIZE"]), lock), run, lock)
-        nproc = nproc or 1
-        _check_gpus(nproc)
-        return _start(create_run(config, recipe, nproc, lock), nproc, lock)
+    return _ranks(run, nproc, lambda size, lock: create_run(config, recipe, size, lock))
 
 
 def resume(run: Path, nproc: int | None, overrides: Sequence[str]) -> int:
     """Continue the run in folder `run` from its last checkpoint; returns the exit status. `nproc`: see `train`."""
+    return _ranks(run, nproc, lambda size, lock: reopen_run(run, overrides, size, lock))
+
+
+def _ranks(run: Path, nproc: int | None, prepare: Callable[[int, RunLock], Path]) -> int:
+    """Be one rank under a launcher, else start the ranks; `prepare` makes or reopens the folder for so many of them."""
     with RunLock(run) as lock:
         if _is_rank(nproc):
-            return _join(lambda: reopen_run(run, overrides, int(os.environ["WORLD_SIZE"]), lock), run, lock)
+            return _join(lambda: prepare(int(os.environ["WORLD_SIZE"]), lock), run, lock)
         nproc = nproc or 1
         _check_gpus(nproc)
-        return _start(reopen_run(run, overrides, nproc, lock), nproc, lock)
+        return _start(prepare(nproc, lock), nproc, lock)
 
 
 def run_rank(run: Path, stop: Stop, lock: RunLock) -> int:
