@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
     path for folder in ("univitar_ds", "kernels", "benchmarks", "slurm") for path in ROOT.glob(f"{folder}/**/*.py")
 )
-OTHER_OPENS = {"Image", "av", "gzip", "os", "self._copies", "self._spool", "self._storage", "storage", "tarfile"}
+MODULES = {"Image", "av", "gzip", "os", "tarfile"}
+OTHER_OPENS = MODULES | {"self._copies", "self._spool", "self._storage", "self.logs", "storage"}
 """Modules and objects whose `open` gives no text."""
 
 

@@ -1,16 +1,18 @@
 """Closing that meets a start: at every point of it, twice, and after a start that failed."""
 
-import gc
 import io
+import multiprocessing.connection
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 import pytest
 
+from tests.support.open_files import open_below
 from univitar_ds.data import session
 from univitar_ds.data.attendant import Attendant, Closed, Restarts
 from univitar_ds.data.copies import Version
@@ -271,17 +273,16 @@ def test_a_pipeline_can_be_closed_by_one_of_its_own_threads():
     assert closing == [None]
 
 
-def open_files() -> int:
-    gc.collect()  # not between two counts
-    return len(os.listdir("/proc/self/fd"))
-
-
-def test_a_ring_that_cannot_be_mapped_leaves_no_file_open(monkeypatch):
-    before = open_files()
+def test_a_ring_that_cannot_be_mapped_leaves_no_file_open(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "memfd_create")  # its file is then one of a folder
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = Ring.create(2, 4096)
+    assert open_below(tmp_path)
+    made.close()
     for size in (1 << 62, 1 << 50):
         with pytest.raises((OSError, OverflowError, ValueError)):
             Ring.create(2, size)
-    assert open_files() <= before
+    assert open_below(tmp_path) == []
 
 
 VERSION = Version("s3://b/a.tar", "e", 4)
@@ -289,7 +290,6 @@ VERSION = Version("s3://b/a.tar", "e", 4)
 
 def test_a_download_whose_thread_cannot_start_is_no_download(monkeypatch, tmp_path):
     spool = Spool(tmp_path / "copies", 1 << 20, lambda version, start, end: iter([memoryview(b"abcd")]), 20.0)
-    before = open_files()
 
     def refused(thread):
         raise RuntimeError("can't start new thread")
@@ -299,7 +299,7 @@ def test_a_download_whose_thread_cannot_start_is_no_download(monkeypatch, tmp_pa
         spool.prefetch([VERSION])  # a hint: the reader that comes hears of it
         with spool.open(VERSION) as stream, pytest.raises(RuntimeError, match="new thread"):
             stream.read()
-    assert open_files() <= before
+    assert open_below(tmp_path) == []
     with spool.open(VERSION) as stream:
         assert Thread(stream.read).result() == b"abcd"
 
@@ -345,14 +345,18 @@ def nothing(task, tell):
 
 
 def test_a_crew_whose_process_cannot_start_says_why_and_leaves_no_pipe_open(monkeypatch):
-    with Crew(nothing, 1, 30.0) as crew:
-        list(crew.run([Task(0, None)]))  # whatever multiprocessing keeps open, it has now
-    before = open_files()
+    pipes = []
+
+    def recorded(duplex=True):
+        pipes.append(pipe(duplex))
+        return pipes[-1]
 
     def refused(process):
         raise OSError(11, "Resource temporarily unavailable")
 
+    pipe = multiprocessing.connection.Pipe
+    monkeypatch.setattr(multiprocessing.connection, "Pipe", recorded)
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refused)
     with pytest.raises(OSError, match="temporarily unavailable"), Crew(nothing, 1, 30.0) as crew:
         list(crew.run([Task(0, None)]))
-    assert open_files() <= before
+    assert [[end.closed for end in ends] for ends in pipes] == [[True, True]]

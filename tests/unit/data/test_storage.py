@@ -1,11 +1,11 @@
 """Files by address."""
 
-import gc
 import json
 import os
 
 import pytest
 
+from tests.support.open_files import open_below
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data.storage import LocalStorage, StorageSettings, storage_for
 from univitar_ds.errors import DataError
@@ -57,12 +57,10 @@ def test_a_pipe_or_a_device_is_refused_at_once(tmp_path, kind):
     if kind == "pipe":
         path = str(tmp_path / "pipe")
         os.mkfifo(path)
-    gc.collect()  # not while it is counted
-    before = set(os.listdir("/proc/self/fd"))
     for act in (LocalStorage().open, LocalStorage().size, LocalStorage().read):
         with pytest.raises(DataError, match=rf"{path}: cannot be read \(is not a regular file\)"):
             act(path)
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert open_below(path) == []
 
 
 def test_a_link_to_a_file_is_read_like_the_file(file, tmp_path):
