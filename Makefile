@@ -67,4 +67,4 @@ clean:
 	@if [ ! -e $(VENV) ]; then :; \
 	elif [ ! -L $(VENV) ] && { [ -f $(VENV)/.univitar-ds ] || [ -f $(INSTALLED) ]; }; then rm -rf $(VENV); \
 	else echo "$(VENV) stays: it was not made by make"; fi
-	@$(PYTHON) -c 'import sys; sys.path.insert(0, "."); from univitar_ds.demo_folder import main; main("demo")'
+	@$(PYTHON) -c 'import sys; sys.path.insert(0, "."); from univitar_ds.demo.folder import main; main("demo")'

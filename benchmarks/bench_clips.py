@@ -29,9 +29,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.rows import RESULTS, git_commit, processor, write_rows
-from univitar_ds.data.clips import decode_clip
-from univitar_ds.data.probe import VIDEO_EXTENSIONS
-from univitar_ds.data.sampling import UNIFORM, by_count, places
+from univitar_ds.data.media.frame_sampling import UNIFORM, by_count, places
+from univitar_ds.data.media.types import VIDEO_EXTENSIONS
+from univitar_ds.data.media.video_decode import decode_clip
 from univitar_ds.errors import SampleError
 
 LIMITS = {"max_px": 10**8, "timeout_s": 600.0}

@@ -40,8 +40,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import cpu_contenders as contenders
-from benchmarks.cpu_contenders import Group, Step
+from benchmarks.cpu import contenders as contenders
+from benchmarks.cpu.contenders import Group, Step
 from benchmarks.rows import RESULTS, add_rows, git_commit, processor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -31,8 +31,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_gpu_kernels, bench_gpu_step  # noqa: E402
-from benchmarks.bench_gpu_timing import Timer, about, copy_gb_s, matmul_tflops  # noqa: E402
+from benchmarks.gpu import bench_kernels, bench_step  # noqa: E402
+from benchmarks.gpu.timing import Timer, about, copy_gb_s, matmul_tflops  # noqa: E402
 from benchmarks.rows import RESULTS, add_rows  # noqa: E402
 from univitar_ds.config.encoder import EncoderConfig  # noqa: E402
 from univitar_ds.model.config import PRESETS  # noqa: E402
@@ -115,9 +115,9 @@ def _kernels(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> No
     copy = copy_gb_s(timer, plan.copy_bytes)
     for config in plan.encoders.values():
         for tokens in plan.kernel_tokens:
-            for case in bench_gpu_kernels.cases(config, tokens, timer.device, plan.dtype):
+            for case in bench_kernels.cases(config, tokens, timer.device, plan.dtype):
                 name = f"{case.op} of {case.pack}, {tokens} tokens, width {case.width}"
-                rows = _guarded(failures, name, partial(bench_gpu_kernels.measure, case, timer, copy, plan.compiler))
+                rows = _guarded(failures, name, partial(bench_kernels.measure, case, timer, copy, plan.compiler))
                 _tell(rows or [], timer.device, "bench_gpu_kernels.csv", keep)
                 torch._dynamo.reset()
 
@@ -125,9 +125,9 @@ def _kernels(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> No
 def _steps(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> None:
     peak = max(matmul_tflops(timer, *shape, plan.dtype) for shape in plan.matmuls)
     for name, config in plan.encoders.items():
-        model = bench_gpu_step.build(config, timer.device, plan.dtype)
-        for items, grids in bench_gpu_step.lengths(plan.step_tokens, plan.step_lengths).items():
-            run = partial(bench_gpu_step.measure, name, model, items, grids, timer, peak)
+        model = bench_step.build(config, timer.device, plan.dtype)
+        for items, grids in bench_step.lengths(plan.step_tokens, plan.step_lengths).items():
+            run = partial(bench_step.measure, name, model, items, grids, timer, peak)
             row = _guarded(failures, f"step of {name}, items of {items}", run)
             _tell([row] if row else [], timer.device, "bench_gpu_step.csv", keep)
 

@@ -44,7 +44,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.loader_contenders import CONTENDERS, Task  # noqa: E402
+from benchmarks.loader.contenders import CONTENDERS, Task  # noqa: E402
 from benchmarks.rows import RESULTS, add_rows, git_commit, processor  # noqa: E402
 
 SIZES = {
@@ -143,7 +143,7 @@ def measure(name: str, task: Task, epoch: int, epochs: int) -> dict[str, Any]:
 def first_pack(name: str, task: Task) -> tuple[float, float | None]:
     """Seconds from nothing, and from all decoding processes being up, to the first pack of a rank with one lane."""
     times = Times()
-    logger = logging.getLogger("univitar_ds.data.attendant")
+    logger = logging.getLogger("univitar_ds.data.decoding.supervisor")
     logger.setLevel(logging.INFO)
     logger.addHandler(times)
     begun = time.monotonic()

@@ -31,12 +31,12 @@ from benchmarks.rows import RESULTS, git_commit, processor, write_rows
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.load import load_config
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.data import packing
-from univitar_ds.data.cursor import LaneCursor
-from univitar_ds.data.lanes import Lane, Plan
-from univitar_ds.data.rules import stream_rules
-from univitar_ds.data.sources import fingerprint, validate_sources
-from univitar_ds.data.writer import pack_folder
+from univitar_ds.data.sampler import packing
+from univitar_ds.data.sampler.cursor import LaneCursor
+from univitar_ds.data.sampler.lanes import Lane, Plan
+from univitar_ds.data.sampler.stream_config import stream_rules
+from univitar_ds.data.shards.sources import fingerprint, validate_sources
+from univitar_ds.data.writing.writer import pack_folder
 from univitar_ds.geometry import PATCH
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.flops import cost_coefficients

@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.rows import RESULTS, add_rows, git_commit, processor
 from univitar_ds.config.load import read_yaml, recipe_path
 from univitar_ds.config.run_folder import CHECKPOINTS
-from univitar_ds.convert.trained import open_trained
-from univitar_ds.data.synthetic import write_scenes
-from univitar_ds.data.writer import pack_folder
+from univitar_ds.data.writing.writer import pack_folder
+from univitar_ds.demo.synthetic import write_scenes
 from univitar_ds.evaluation.run import evaluate
-from univitar_ds.training import commit
-from univitar_ds.training.checkpoint import read_state
+from univitar_ds.training.checkpoint import atomic_dir
+from univitar_ds.training.checkpoint.offline import open_trained
+from univitar_ds.training.checkpoint.sharded import read_state
 
 ARMS = ("fixed", "curriculum", "distilled")
 IMAGES, CLIPS = 1600, 1600
@@ -142,7 +142,7 @@ def train(config: dict[str, Any], work: Path) -> None:
 
 def rows_of(arm: str, seed: int, samples: int, run: Path) -> Iterator[dict[str, Any]]:
     """The figures of the checkpoints nearest to POINTS."""
-    folders = commit.complete(run / CHECKPOINTS)
+    folders = atomic_dir.complete(run / CHECKPOINTS)
     seen = [read_state(folder)["progress"]["samples"] for folder in folders]
     for point in POINTS:
         nearest = min(range(len(folders)), key=lambda index: abs(seen[index] - point * samples))

@@ -16,13 +16,13 @@ import torch.distributed as dist
 
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import load_config
-from univitar_ds.data.sources import validate_sources
-from univitar_ds.data.storage import StorageSettings
+from univitar_ds.data.shards.sources import validate_sources
+from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import UserError
 from univitar_ds.launch import leave
-from univitar_ds.training.distributed import World, gather_json, start_world, stop_world, together
-from univitar_ds.training.engine import versions
-from univitar_ds.training.launchers import is_rank
+from univitar_ds.training.distributed.launchers import is_rank
+from univitar_ds.training.distributed.process_group import World, gather_json, start_world, stop_world, together
+from univitar_ds.training.engine.engine import versions
 
 ROUNDS = 5
 

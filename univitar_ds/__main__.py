@@ -6,7 +6,7 @@ drop_current_folder()  # before anything is imported that could lie there
 
 import sys  # noqa: E402
 
-from univitar_ds.cli import main  # noqa: E402
+from univitar_ds.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

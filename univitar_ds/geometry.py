@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 PATCH = 14
 """Side of a patch in pixels (release)."""
 TUBELET = 2
 """Frames per token (release); a still picture is its own second frame."""
+Modality = Literal["image", "video"]
+"""A pack holds images or videos, never both."""
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -87,3 +90,9 @@ def cumulative(lengths: Sequence[int]) -> list[int]:
     for length in lengths:
         bounds.append(bounds[-1] + length)
     return bounds
+
+
+def item_bytes(grid_thw: Sequence[int], frames: int) -> int:
+    """Bytes of one item's uint8 pixels: `frames` frames of h*14 x w*14 RGB."""
+    _, h, w = grid_thw
+    return frames * h * w * PATCH * PATCH * 3

@@ -26,9 +26,10 @@ from univitar_ds.processes import SIGNALS, Process, children, signals_held
 from univitar_ds.run import create_run, reopen_run
 from univitar_ds.run_lock import VARIABLE, RunLock, release_all, still_ours
 from univitar_ds.screen import prepare_screen, show
-from univitar_ds.training import commit, orphans, preemption
-from univitar_ds.training.launchers import forget_launchers, is_rank
-from univitar_ds.training.preemption import SAVED, Stop
+from univitar_ds.training.checkpoint import atomic_dir
+from univitar_ds.training.distributed import orphans, preemption
+from univitar_ds.training.distributed.launchers import forget_launchers, is_rank
+from univitar_ds.training.distributed.preemption import SAVED, Stop
 
 logger = logging.getLogger(__name__)
 _CAUSES = {
@@ -79,12 +80,12 @@ def run_rank(run: Path, stop: Stop, lock: RunLock) -> int:
 def _kept(run: Path) -> str:
     found = None
     with suppress(OSError):
-        found = commit.latest(run / CHECKPOINTS)
+        found = atomic_dir.latest(run / CHECKPOINTS)
     return "no checkpoint was written yet" if found is None else f"the last checkpoint, {found}, is whole"
 
 
 def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
-    from univitar_ds.training.distributed import gather_json, start_world, stop_world
+    from univitar_ds.training.distributed.process_group import gather_json, start_world, stop_world
     from univitar_ds.training.loop import train as train_rank
 
     world = start_world()
@@ -157,7 +158,7 @@ def _start(run: Path, nproc: int, lock: RunLock) -> int:
     """Train the prepared run: in this process when it is the only one, else through DeepSpeed's launcher."""
     if nproc == 1:
         return run_rank(run, preemption.listen(), lock)
-    from univitar_ds.training.distributed import uses_cuda
+    from univitar_ds.training.distributed.process_group import uses_cuda
 
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(nproc)}).encode()).decode()
     command = [sys.executable, "-P", "-m", "deepspeed.launcher.launch", f"--world_info={ranks}"]
@@ -217,7 +218,7 @@ def _join(prepare, run: Path, lock: RunLock) -> int:
     """Be one rank under a launcher: rank 0 prepares the folder while the others wait for its word."""
     stop = preemption.listen()
     orphans.end_with_launchers(stop)
-    from univitar_ds.training.distributed import first_alone, start_world
+    from univitar_ds.training.distributed.process_group import first_alone, start_world
 
     try:
         first_alone(start_world(), prepare)
@@ -238,14 +239,14 @@ def _is_rank(nproc: int | None) -> bool:
 
 def _check_gpus(nproc: int) -> None:
     """Before anything of an earlier start is replaced for a run that cannot start."""
-    from univitar_ds.training.distributed import check_gpus
+    from univitar_ds.training.distributed.process_group import check_gpus
 
     check_gpus(nproc)
 
 
 def _devices(nproc: int) -> list[str] | list[int]:
     """What DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES to: as many as are needed of those the user shows."""
-    from univitar_ds.training.distributed import uses_cuda
+    from univitar_ds.training.distributed.process_group import uses_cuda
 
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown and uses_cuda():
@@ -261,8 +262,8 @@ def _free_port() -> int:
 
 def leave(error: UserError) -> NoReturn:
     """End a rank on a user's fault: one rank tells it, and neither threads nor peers keep the process alive."""
-    from univitar_ds.training.distributed import PeerFailure
-    from univitar_ds.training.step import DivergedError
+    from univitar_ds.training.distributed.process_group import PeerFailure
+    from univitar_ds.training.step.train_step import DivergedError
 
     everybody_knows = isinstance(error, DivergedError) and os.environ.get("RANK", "0") != "0"
     if not isinstance(error, PeerFailure) and not everybody_knows:

@@ -33,7 +33,7 @@ from univitar_ds.config.unused import unused_parts
 from univitar_ds.errors import ConfigError, DataError, writing
 from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link, replace_text, replacing
 from univitar_ds.run_lock import RunLock
-from univitar_ds.training import commit
+from univitar_ds.training.checkpoint import atomic_dir
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
     run = Path(config.output, config.name)
     with writing(run), _held(run, lock) as lock:
         lock.refuse()
-        if commit.latest(run / CHECKPOINTS) is not None and lock.continues():
+        if atomic_dir.latest(run / CHECKPOINTS) is not None and lock.continues():
             return reopen_run(run, (), world_size, lock)
         _refuse_filled(run, recipe)
         deepspeed = read_deepspeed(config.deepspeed)
@@ -125,7 +125,7 @@ def _refuse_filled(run: Path, recipe: str) -> None:
     if not run.exists() or foreign(run, LOCKS) is None:
         return
     refuse_link(run)
-    if commit.latest(run / CHECKPOINTS) is not None:
+    if atomic_dir.latest(run / CHECKPOINTS) is not None:
         raise ConfigError(
             f"{run} holds the checkpoints of an earlier run; continue it with `univitar-ds train --resume {run}`, "
             "choose another name=..., or remove the folder"
@@ -164,9 +164,9 @@ def _write_deepspeed(run: Path, content: dict) -> None:
 
 def _provide_tokenizer(config: RunConfig, target: Path) -> None:
     """The run's tokenizer: the given one, the text tower's own, or one trained on the captions."""
-    from univitar_ds.data.sources import iterate_captions
-    from univitar_ds.data.storage import StorageSettings
-    from univitar_ds.data.text import load_tokenizer, train_tokenizer
+    from univitar_ds.data.shards.sources import iterate_captions
+    from univitar_ds.data.storage.base import StorageSettings
+    from univitar_ds.tokenization import load_tokenizer, train_tokenizer
 
     text = config.model.text
     given = Path(text.tokenizer) if text.tokenizer else Path(text.path, TOKENIZER) if text.path else None
@@ -187,9 +187,9 @@ def _report_unused(config: RunConfig) -> None:
 
 def _check_sources(config: RunConfig) -> None:
     """Raises: DataError if a source of training or of the evaluation after it is not there, or holds nothing for it."""
-    from univitar_ds.data.contents import check_contents
-    from univitar_ds.data.sources import find_shards, validate_sources
-    from univitar_ds.data.storage import StorageSettings
+    from univitar_ds.data.shards.contents import check_contents
+    from univitar_ds.data.shards.sources import find_shards, validate_sources
+    from univitar_ds.data.storage.base import StorageSettings
 
     settings = StorageSettings.of(config.data)
     shards = validate_sources(config.data.sources, config.stages, settings)
@@ -203,7 +203,7 @@ def _check_sources(config: RunConfig) -> None:
 def _check_teacher(config: RunConfig) -> None:
     """Its configuration is read before anything starts: a model that cannot teach is refused here."""
     if config.objective.teacher is not None:
-        from univitar_ds.model.teacher import read_teacher
+        from univitar_ds.model.teacher.teacher import read_teacher
 
         read_teacher(config.objective.teacher)
 

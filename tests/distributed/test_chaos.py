@@ -18,7 +18,7 @@ from tests.support.runs import metrics, samples, small_config, train_rank
 from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.run import create_run, reopen_run
-from univitar_ds.training import commit
+from univitar_ds.training.checkpoint import atomic_dir
 
 KILLS = 20
 pytestmark = [
@@ -58,14 +58,14 @@ def config_of(folder, output):
 def cursors(run):
     """Of all lanes, in the last checkpoint."""
     found = {}
-    for path in commit.complete(run / CHECKPOINTS)[-1].glob("rank*.json"):
+    for path in atomic_dir.complete(run / CHECKPOINTS)[-1].glob("rank*.json"):
         found |= json.loads(path.read_text())["cursors"]
     return found
 
 
 def train_until_killed(run, victims, steps, delay_s):
     """One rank, which, if it is a victim, kills itself so many seconds after so many steps; 0: after its start."""
-    from univitar_ds.training import run_logs
+    from univitar_ds.training.logging import run_logs
 
     def kill_later():
         threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -116,7 +116,7 @@ def test_killed_at_random_points_and_resumed_on_other_ranks_it_is_the_uninterrup
         delay_s = chance.uniform(0, 0.4) if steps else chance.uniform(0.5, 3)
         if killed(run, ranks, victims, steps, delay_s):
             visited.add((ranks, workers))
-            latest = commit.latest(run / CHECKPOINTS)
+            latest = atomic_dir.latest(run / CHECKPOINTS)
             stands.append(0 if latest is None else int(latest.name.removeprefix("step-")))
         else:  # on a fast machine; the kills that are left are for another run
             assert_same(run, whole)

@@ -14,9 +14,9 @@ from tests.support.distributed import RankFailed, run_distributed
 from tests.support.standin import HALF_NUMBER_TERMS, STANDIN_TERMS, StandIn
 from tests.support.training import engine_of, losses, lr, steps
 from univitar_ds.errors import CheckpointError, StorageError
-from univitar_ds.training import checkpoint, commit
-from univitar_ds.training.checkpoint import load_checkpoint, read_full, read_state, save_checkpoint
-from univitar_ds.training.distributed import PeerFailure, start_world
+from univitar_ds.training.checkpoint import atomic_dir, sharded
+from univitar_ds.training.checkpoint.sharded import load_checkpoint, read_full, read_state, save_checkpoint
+from univitar_ds.training.distributed.process_group import PeerFailure, start_world
 
 pytestmark = pytest.mark.distributed
 MIDDLE, END = 3, 6
@@ -39,9 +39,9 @@ def first_half(folder):
     save_checkpoint(engine, folder, END, {}, {}, keep=2)
     hashed, opened = [], []
     with pytest.MonkeyPatch.context() as patch:
-        sha256, safe_open = commit._sha256, checkpoint.safe_open
-        patch.setattr(commit, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
-        patch.setattr(checkpoint, "safe_open", lambda path, kind: opened.append(path.name) or safe_open(path, kind))
+        sha256, safe_open = atomic_dir._sha256, sharded.safe_open
+        patch.setattr(atomic_dir, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+        patch.setattr(sharded, "safe_open", lambda path, kind: opened.append(path.name) or safe_open(path, kind))
         load_checkpoint(engine, saved)
     again = steps(engine, MIDDLE, END)
     save_checkpoint(engine, folder.with_name("again"), END, {}, {}, keep=2)
@@ -93,7 +93,7 @@ def end(base, name):
 
 
 def hashes(folder):
-    return {n: f["sha256"] for n, f in commit.read_manifest(folder).items() if n.endswith(".safetensors")}
+    return {n: f["sha256"] for n, f in atomic_dir.read_manifest(folder).items() if n.endswith(".safetensors")}
 
 
 def test_a_new_engine_of_as_many_ranks_goes_on_bit_for_bit(base, straight, resumed):
@@ -207,9 +207,9 @@ def test_a_checkpoint_whose_ranges_have_a_hole_is_damaged(base, straight, tmp_pa
     shutil.copytree(base / f"step-{MIDDLE:08d}", folder)
     index = json.loads((folder / "rank00001.json").read_text())
     index["pieces"]["spare.weight"]["length"] = 0
-    commit.write_json(folder / "rank00001.json", index)
-    manifest = {"files": {p.name: commit._entry(p) for p in folder.iterdir() if p.name != commit.MANIFEST}}
-    commit.write_json(folder / commit.MANIFEST, manifest)
+    atomic_dir.write_json(folder / "rank00001.json", index)
+    manifest = {"files": {p.name: atomic_dir._entry(p) for p in folder.iterdir() if p.name != atomic_dir.MANIFEST}}
+    atomic_dir.write_json(folder / atomic_dir.MANIFEST, manifest)
     with pytest.raises(CheckpointError, match=r"holds fp32 of spare\.weight up to element 288 only, 576 are needed"):
         read_full(folder)
 
@@ -220,19 +220,19 @@ def one_rank_has_no_space(folder):
     engine = engine_of(world)
     steps(engine, 0, 1)
     save_checkpoint(engine, folder, 1, {}, {}, keep=2)
-    write = checkpoint.save_tensors
+    write = sharded.save_tensors
     if world.rank == 1:
 
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        checkpoint.save_tensors = full
+        sharded.save_tensors = full
     try:
         save_checkpoint(engine, folder, 2, {}, {}, keep=2)
         story = None
     except (StorageError, PeerFailure) as error:
-        story = type(error).__name__, str(error), commit.latest(folder).name
-    checkpoint.save_tensors = write
+        story = type(error).__name__, str(error), atomic_dir.latest(folder).name
+    sharded.save_tensors = write
     return story, save_checkpoint(engine, folder, 2, {}, {}, keep=2).name
 
 
@@ -257,14 +257,14 @@ def one_rank_is_killed(folder):
             path.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoint.save_tensors = cut
+        sharded.save_tensors = cut
     save_checkpoint(engine, folder, 2, {}, {}, keep=2)
 
 
 def test_a_rank_killed_while_it_saves_hangs_nobody_and_the_previous_stays(tmp_path):
     with pytest.raises(RankFailed, match=r"exit code -9"):
         run_distributed(one_rank_is_killed, 2, tmp_path / "c")
-    folder = commit.latest(tmp_path / "c")
+    folder = atomic_dir.latest(tmp_path / "c")
     assert folder.name == "step-00000001"
-    commit.verify(folder, commit.read_manifest(folder))
+    atomic_dir.verify(folder, atomic_dir.read_manifest(folder))
     assert read_full(folder).keys() == StandIn().state_dict().keys()

@@ -19,12 +19,12 @@ from univitar_ds.geometry import token_count
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.dropping import NO_DROPPING, Dropping
 from univitar_ds.model.encoder import UniViTAR
-from univitar_ds.model.teacher import build_teacher, read_teacher
+from univitar_ds.model.teacher.teacher import build_teacher, read_teacher
 from univitar_ds.model.towers import build_text_tower
-from univitar_ds.training.checkpoint import read_full, save_checkpoint
-from univitar_ds.training.distributed import start_world
-from univitar_ds.training.engine import build_engine
-from univitar_ds.training.step import train_step
+from univitar_ds.training.checkpoint.sharded import read_full, save_checkpoint
+from univitar_ds.training.distributed.process_group import start_world
+from univitar_ds.training.engine.engine import build_engine
+from univitar_ds.training.step.train_step import train_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.numeric]
 WEIGHT = 0.7

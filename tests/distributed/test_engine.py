@@ -20,9 +20,9 @@ from tests.support.standin import (
     pack,
 )
 from tests.support.training import OBJECTIVE, engine_of, losses, lr, norm_of_parts, steps, weights
-from univitar_ds.training.distributed import start_world
-from univitar_ds.training.pictures import watching
-from univitar_ds.training.step import DivergedError, train_step
+from univitar_ds.training.distributed.process_group import start_world
+from univitar_ds.training.step.feature_snapshot import capture_features
+from univitar_ds.training.step.train_step import DivergedError, train_step
 
 pytestmark = pytest.mark.distributed
 STEPS = 6
@@ -229,9 +229,9 @@ def watched(world, folder):
     engine, results = engine_of(world), []
     for step in range(STEPS):
         packs = [pack(step, lane) for lane in world.lanes(LANES)]
-        with watching(engine.module.blocks[-1], packs[0] if world.first else None) as glimpses:
+        with capture_features(engine.module.blocks[-1], packs[0] if world.first else None) as snapshots:
             results.append(train_step(engine, packs, lr=lr(step), objective=OBJECTIVE))
-        assert [len(glimpse.tokens) for glimpse in glimpses] == [packs[0].grid_thw.prod(1).sum()] * world.first
+        assert [len(snapshot.tokens) for snapshot in snapshots] == [packs[0].grid_thw.prod(1).sum()] * world.first
     whole = weights(engine, folder)
     engine.close()
     return results, whole

@@ -10,8 +10,8 @@ from torch.distributed import distributed_c10d
 
 from tests.support.distributed import run_distributed
 from univitar_ds.errors import DataError, UserError
-from univitar_ds.training import distributed
-from univitar_ds.training.distributed import PEER_TIMEOUT, PeerFailure, first_alone, start_world, together
+from univitar_ds.training.distributed import process_group
+from univitar_ds.training.distributed.process_group import PEER_TIMEOUT, PeerFailure, first_alone, start_world, together
 
 pytestmark = pytest.mark.distributed
 
@@ -54,7 +54,7 @@ def test_the_others_wait_for_longer_than_a_collective_may_take():
 
 def failing_work(port: int) -> tuple[str, str]:
     world = start_with_store_at_rank_0(port)
-    distributed._HEARD_TIMEOUT = PEER_TIMEOUT  # a busy machine may keep a rank from hearing for long
+    process_group._HEARD_TIMEOUT = PEER_TIMEOUT  # a busy machine may keep a rank from hearing for long
 
     def work() -> None:
         raise DataError("shard-7.tar is cut at byte 512")
@@ -89,7 +89,7 @@ def test_the_others_do_not_wait_for_a_rank_0_that_is_gone():
 
 def endless_work() -> str:
     world = start_world()
-    distributed._SLICE = timedelta(seconds=0.2)
+    process_group._SLICE = timedelta(seconds=0.2)
     store = distributed_c10d._get_default_store()
     try:  # rank 0 works until the other has given up, and then ends as if it had never been waited for
         first_alone(world, lambda: store.wait(["gave up"], PEER_TIMEOUT), timeout=timedelta(seconds=1))

@@ -12,8 +12,8 @@ from tests.support.runs import TERMS, metrics, rewound, samples, small_config, t
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.run import create_run
-from univitar_ds.training import commit
-from univitar_ds.training.checkpoint import read_full
+from univitar_ds.training.checkpoint import atomic_dir
+from univitar_ds.training.checkpoint.sharded import read_full
 
 pytestmark = pytest.mark.distributed
 LR = 1e-3
@@ -93,7 +93,8 @@ def test_resumed_inside_a_stage_or_at_a_hand_over_it_is_the_uninterrupted_run_bi
     assert run_distributed(train_rank, 2, again) == [True, True]
     assert [line["loss"] for line in metrics(again)] == [line["loss"] for line in metrics(whole.run)]
     assert samples(again) == samples(whole.run)
-    ours, theirs = (commit.read_manifest(run / CHECKPOINTS / f"step-{whole.steps:08d}") for run in (again, whole.run))
+    step = f"step-{whole.steps:08d}"
+    ours, theirs = (atomic_dir.read_manifest(run / CHECKPOINTS / step) for run in (again, whole.run))
     assert {n: f for n, f in ours.items() if n.endswith(".safetensors")} == {
         n: f for n, f in theirs.items() if n.endswith(".safetensors")
     }

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from tests.support.closeness import assert_sums_close
 from tests.support.distributed import run_distributed
 from tests.unit.objectives.test_losses import BIAS, DENSE, SCALE, dense_gradients, embeddings, terms
-from univitar_ds.training.distributed import start_world
+from univitar_ds.training.distributed.process_group import start_world
 
 pytestmark = [pytest.mark.distributed, pytest.mark.numeric]
 CASES = [

@@ -16,7 +16,7 @@ from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.errors import UserError
 from univitar_ds.run import create_run
 from univitar_ds.run_lock import RunLock
-from univitar_ds.training import commit
+from univitar_ds.training.checkpoint import atomic_dir
 
 pytestmark = pytest.mark.distributed
 CHECKPOINT_MB = 41
@@ -39,9 +39,9 @@ def end_of(run: Path) -> list[str]:
 
 def with_failing_log(run: Path, fault: int) -> list[str]:
     """As `end_of`, but the fifth line of metrics.jsonl cannot be written."""
-    from univitar_ds.training import logs
+    from univitar_ds.training.logging import writers
 
-    append, lines = logs._append, []
+    append, lines = writers._append, []
 
     def failing(file, line):
         if "lr" in line:
@@ -50,17 +50,17 @@ def with_failing_log(run: Path, fault: int) -> list[str]:
                 raise OSError(fault, os.strerror(fault))
         append(file, line)
 
-    logs._append = failing
+    writers._append = failing
     return end_of(run)
 
 
 def under_lock(run: Path, word: str) -> list[str]:
     """As `end_of`, under a lock of the test; the first line of the metrics that is written loses it."""
-    from univitar_ds.training import logs
+    from univitar_ds.training.logging import writers
 
     lock = RunLock(run)
     lock.watch(word)
-    append = logs._append
+    append = writers._append
 
     def losing(file, line):
         append(file, line)
@@ -68,13 +68,13 @@ def under_lock(run: Path, word: str) -> list[str]:
             (run / f".lock-{lock.number + 1:08d}").write_text("{}")
             lock._seen = 0.0  # a second has passed
 
-    logs._append = losing
+    writers._append = losing
     return end_of(run)
 
 
 def whole(run: Path) -> str:
-    last = commit.latest(run / CHECKPOINTS)
-    commit.verify(last, commit.read_manifest(last))
+    last = atomic_dir.latest(run / CHECKPOINTS)
+    atomic_dir.verify(last, atomic_dir.read_manifest(last))
     return last.name
 
 

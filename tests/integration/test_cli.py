@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.finished import run_config, write_run
+from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 from tests.support.shards import picture, write_demo_shards, write_tar
-from univitar_ds.cli import build_parser, main, parse
+from univitar_ds.cli.main import build_parser, main, parse
 from univitar_ds.config.load import dump_config
 from univitar_ds.run import create_run, reopen_run
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +275,7 @@ def test_verify_reaches_s3_as_the_run_file_says_and_options_come_first(monkeypat
     seen = []
     sound = {"sound": True, "samples": 0, "sources": [], "shards": []}
     monkeypatch.setattr(
-        "univitar_ds.data.verify.verify", lambda sources, settings, **rest: seen.append(settings) or sound
+        "univitar_ds.data.tools.verify.verify", lambda sources, settings, **rest: seen.append(settings) or sound
     )
     arguments = ["data", "verify", "--report", str(tmp_path / "report.json"), "--config", str(labelled[1])]
     assert main([*arguments]) == 0

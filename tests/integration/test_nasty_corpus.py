@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from tests.support.loading import only_lane
+from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 from tests.support.shards import write_tar
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import ResolutionConfig, StageConfig
-from univitar_ds.data.clips import decode_clip
-from univitar_ds.data.decode import decode_image
-from univitar_ds.data.health import KINDS
 from univitar_ds.data.loader import eval_packs
+from univitar_ds.data.media.image_decode import decode_image
+from univitar_ds.data.media.video_decode import decode_clip
+from univitar_ds.data.sampler.bad_samples import KINDS
 
-ROOT = Path(__file__).parents[2]
 CORPUS = ROOT.parent / "shared/data/nasty"
 INDEX = CORPUS / "index.jsonl"
 ROWS = [json.loads(line) for line in INDEX.read_text().splitlines()] if INDEX.is_file() else []
@@ -34,7 +34,7 @@ pytestmark = [
 
 PROBE = """
 import resource, sys
-from univitar_ds.cli import main
+from univitar_ds.cli.main import main
 status = main(["data", "probe", "--json", *sys.argv[1:]])
 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
     print(resource.getrusage(who).ru_maxrss, file=sys.stderr)

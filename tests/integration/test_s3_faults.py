@@ -9,8 +9,8 @@ from tests.support.loading import STAGE
 from tests.support.s3 import BUCKET, faulty, s3_server, some_of
 from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
-from univitar_ds.data import pace
 from univitar_ds.data.loader import PackLoader, eval_packs
+from univitar_ds.data.storage import retry
 from univitar_ds.errors import DataError
 
 FAULTS = ["throttle", "refuse", "error", "drop", "cut", "stall", "short", "reset", "hang"]
@@ -31,8 +31,8 @@ def server(folder):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(pace, "FIRST_PAUSE_S", 0.005)
-    monkeypatch.setattr(pace, "FIRST_GAP_S", 0.001)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.005)
+    monkeypatch.setattr(retry, "FIRST_GAP_S", 0.001)
 
 
 def config(path, endpoint=None, *, workers=0, cache=None, give_up_s=300.0) -> DataConfig:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 
-ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks/results/kernel_resources.csv"
 SIZE = "0.6b"  # one of the table's: all of them take minutes
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compiled")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "benchmarks/kernel_resources.py", "--sizes", SIZE]
+    command = [sys.executable, "benchmarks/gpu/kernel_resources.py", "--sizes", SIZE]
     command += ["--out", str(folder / "rows.csv"), "--ptx", str(folder)]
     done = run_watched(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -48,7 +48,7 @@ def test_what_the_compiler_says_is_what_the_table_says(folder):
     compiled = rows_of(folder / "rows.csv")
     committed = [row for row in rows_of(COMMITTED) if row["size"] == SIZE]
     assert {row["arch"] for row in compiled} == {"sm_80", "sm_90"}
-    assert compiled == committed, "run `python benchmarks/kernel_resources.py` and look at what changed"
+    assert compiled == committed, "run `python benchmarks/gpu/kernel_resources.py` and look at what changed"
 
 
 def test_no_product_of_a_loop_has_its_left_side_in_registers_while_the_next_step_writes_them(folder):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.support.closeness import AdamReach
 from tests.support.standin import LANES, STANDIN_TERMS, inputs, pack
 from univitar_ds.config.schema import OptimizerConfig
-from univitar_ds.training.optim import parameter_groups
+from univitar_ds.training.engine.optim import parameter_groups
 
 
 def dense_sigmoid(vision: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None = None) -> Tensor:

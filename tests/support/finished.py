@@ -10,11 +10,11 @@ import torch
 
 from univitar_ds.config.load import check_config, config_fingerprint, dump_config
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.data.text import special_ids, train_tokenizer
 from univitar_ds.model.contrastive import ContrastiveModel, build_contrastive
-from univitar_ds.training.checkpoint import save_checkpoint
-from univitar_ds.training.distributed import World
-from univitar_ds.training.engine import MASTER, MOMENTS, Piece
+from univitar_ds.tokenization import special_ids, train_tokenizer
+from univitar_ds.training.checkpoint.sharded import save_checkpoint
+from univitar_ds.training.distributed.process_group import World
+from univitar_ds.training.engine.engine import MASTER, MOMENTS, Piece
 
 CAPTIONS = ["a red picture", "a green picture", "a blue clip moving left", "a grey clip moving right"]
 

@@ -7,8 +7,8 @@ import torch
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.layout import Modality
 from univitar_ds.data.loader import PackLoader
+from univitar_ds.geometry import Modality
 
 STAGE = StageConfig(
     name="s",

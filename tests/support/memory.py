@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from tests.support.shards import Sample, picture
-from univitar_ds.data.batch import Modality
-from univitar_ds.data.cursor import Place, StreamCursor
-from univitar_ds.data.health import BadPolicy
-from univitar_ds.data.lanes import Item, Stream
-from univitar_ds.data.reading import Reader
-from univitar_ds.data.rules import StreamRules
-from univitar_ds.data.samples import SizeRule
-from univitar_ds.data.sources import EVERYTHING, SourceShard, groups_of
-from univitar_ds.geometry import Resolution
+from univitar_ds.data.sampler.bad_samples import BadPolicy
+from univitar_ds.data.sampler.cursor import Place, StreamCursor
+from univitar_ds.data.sampler.lanes import Item, Stream
+from univitar_ds.data.sampler.reader import Reader
+from univitar_ds.data.sampler.stream_config import StreamRules
+from univitar_ds.data.shards.samples import SizeRule
+from univitar_ds.data.shards.sources import EVERYTHING, SourceShard, groups_of
+from univitar_ds.geometry import Modality, Resolution
 
 START = Place()
 tiny_picture = functools.lru_cache(functools.partial(picture, form="PNG"))

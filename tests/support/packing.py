@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.support import media
 from tests.support.progress import run_watched
-from univitar_ds.data.writer import pack_folder
+from univitar_ds.data.writing.writer import pack_folder
 
 ROOT = Path(__file__).parents[3]
 

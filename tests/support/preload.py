@@ -6,7 +6,7 @@ import torch
 import transformers.models.clip.modeling_clip
 
 import univitar_ds.training.loop
-from univitar_ds.training.engine import load_deepspeed
+from univitar_ds.training.engine.engine import load_deepspeed
 
 __all__ = ["transformers", "univitar_ds"]
 

@@ -78,7 +78,7 @@ def _second_moments(folder: Path) -> dict[str, Tensor]:
 
 def train_rank(run: Path) -> bool:
     """One rank of the run; to be called by `run_distributed`."""
-    from univitar_ds.training.distributed import start_world
+    from univitar_ds.training.distributed.process_group import start_world
     from univitar_ds.training.loop import train
 
     return train(load_config(run / "config.yaml"), run, start_world())

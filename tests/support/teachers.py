@@ -12,7 +12,7 @@ from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.model import TeacherConfig
 from univitar_ds.geometry import PATCH
 from univitar_ds.model.encoder import UniViTAR
-from univitar_ds.model.teacher import Teacher, build_teacher
+from univitar_ds.model.teacher.teacher import Teacher, build_teacher
 
 WIDTH = 32
 SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -10,10 +10,10 @@ import torch
 from tests.support.standin import LANES, StandIn, pack
 from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.config.schema import OptimizerConfig
-from univitar_ds.training.checkpoint import read_full, save_checkpoint
-from univitar_ds.training.distributed import World, gather_numbers
-from univitar_ds.training.engine import Engine, build_engine
-from univitar_ds.training.step import StepResult, train_step
+from univitar_ds.training.checkpoint.sharded import read_full, save_checkpoint
+from univitar_ds.training.distributed.process_group import World, gather_numbers
+from univitar_ds.training.engine.engine import Engine, build_engine
+from univitar_ds.training.step.train_step import StepResult, train_step
 
 OBJECTIVE = ObjectiveConfig(chunk=5)
 

@@ -4,11 +4,11 @@ import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 SOURCES = sorted(
     path for folder in ("univitar_ds", "kernels", "benchmarks", "slurm") for path in ROOT.glob(f"{folder}/**/*.py")
 )
@@ -54,12 +54,12 @@ def test_an_effect_is_found(code):
 def test_a_decoding_process_answers_under_python_O(tmp_path):
     code = """
 import sys
-from univitar_ds.data.attendant import Attendant, Restarts
-from univitar_ds.data.forkserver import ForkServer
-from univitar_ds.data.render import DecodeLimits, RenderItem, RenderJob
-from univitar_ds.data.ring import Ring
-from univitar_ds.data.sampling import UNIFORM
-from univitar_ds.data.storage import LOCAL
+from univitar_ds.data.decoding.supervisor import Attendant, Restarts
+from univitar_ds.data.decoding.forkserver import ForkServer
+from univitar_ds.data.decoding.decode_job import DecodeLimits, RenderItem, RenderJob
+from univitar_ds.data.decoding.shared_slots import Ring
+from univitar_ds.data.media.frame_sampling import UNIFORM
+from univitar_ds.data.storage.base import LOCAL
 from univitar_ds.data.transforms import fit_image
 from PIL import Image
 import numpy as np

@@ -2,7 +2,7 @@
 
 import json
 
-from univitar_ds import demo
+from univitar_ds.demo import end_to_end
 
 
 def test_the_demo_says_that_its_results_differ_between_processors(monkeypatch, tmp_path, capsys):
@@ -12,11 +12,11 @@ def test_the_demo_says_that_its_results_differ_between_processors(monkeypatch, t
         (run / "summary.json").write_text(json.dumps({"seconds": {"training": 61.0}}))
         return 0
 
-    monkeypatch.setattr(demo, "write_scenes", lambda *args, **options: None)
-    monkeypatch.setattr(demo, "pack_folder", lambda *args, **options: None)
-    monkeypatch.setattr(demo.launch, "train", trained)
+    monkeypatch.setattr(end_to_end, "write_scenes", lambda *args, **options: None)
+    monkeypatch.setattr(end_to_end, "pack_folder", lambda *args, **options: None)
+    monkeypatch.setattr(end_to_end.launch, "train", trained)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert demo.run_demo(tmp_path, 2, 100.0) == 0
+    assert end_to_end.run_demo(tmp_path, 2, 100.0) == 0
     printed = capsys.readouterr().out
     assert "| installation" in printed
     assert "differ by a few points between processors and between seeds (README, Two commands)" in printed

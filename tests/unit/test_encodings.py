@@ -1,11 +1,11 @@
 """Text files are UTF-8 whatever the locale says: nothing that reads or writes text leaves the encoding to it."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 SOURCES = sorted(
     path for folder in ("univitar_ds", "kernels", "benchmarks", "slurm") for path in ROOT.glob(f"{folder}/**/*.py")
 )

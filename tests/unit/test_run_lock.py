@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
 from univitar_ds import identity, run_lock
 from univitar_ds.processes import Process
 from univitar_ds.run_lock import LockLost, RunLock, RunLocked, still_ours
 
-ROOT = Path(__file__).parents[2]
 JOBS = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "MASTER_ADDR",
         "MASTER_PORT")  # fmt: skip
 HOLDER = """

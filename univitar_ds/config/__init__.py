@@ -1,0 +1,15 @@
+"""The run file: its sections, how it is read, and what its paths mean."""
+
+__all__ = [
+    "data",
+    "deepspeed",
+    "encoder",
+    "load",
+    "model",
+    "paths",
+    "places",
+    "run_folder",
+    "schema",
+    "stage",
+    "unused",
+]

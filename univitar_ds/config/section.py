@@ -10,7 +10,6 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 EncoderSize = Literal["tiny", "0.3b", "0.6b", "1b"]
-Modality = Literal["image", "video"]
 Part = Literal["text", "vision", "patch_embedding"]
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from univitar_ds.config.section import DropRate, Fraction, Modality, Part, Positive, Section
-from univitar_ds.geometry import PATCH, TUBELET, Resolution
+from univitar_ds.config.section import DropRate, Fraction, Part, Positive, Section
+from univitar_ds.geometry import PATCH, TUBELET, Modality, Resolution
 
 
 class ResolutionConfig(Section):

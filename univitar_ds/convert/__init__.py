@@ -1,1 +1,3 @@
-"""Weights carried to and from the layouts of others."""
+"""Checkpoints of a run to and from the layout of the public release."""
+
+__all__ = ["official"]

@@ -17,12 +17,12 @@ from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.run_folder import CHECKPOINTS, EXPORT, EXPORT_FILES
 from univitar_ds.config.run_folder import CONFIG as RUN_CONFIG
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.convert.trained import Weights, open_trained
 from univitar_ds.errors import CheckpointError, writing
 from univitar_ds.geometry import PATCH
 from univitar_ds.model.weights import save_encoder
 from univitar_ds.owned import MARK, foreign, is_empty, is_marked, mark, remove
 from univitar_ds.preprocessing import Preprocessor
+from univitar_ds.training.checkpoint.offline import Weights, open_trained
 
 KIND = "export"
 """Of the mark that an exported folder carries; without it a folder is not replaced."""

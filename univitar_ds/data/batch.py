@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from univitar_ds.data.cursor import LaneCursor
-from univitar_ds.data.layout import Modality, item_bytes
-from univitar_ds.geometry import PATCH
-
-__all__ = ["Modality", "PackedBatch", "item_bytes", "rows"]
+from univitar_ds.data.sampler.cursor import LaneCursor
+from univitar_ds.geometry import PATCH, Modality, item_bytes
 
 
 @dataclass

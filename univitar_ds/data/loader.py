@@ -8,20 +8,20 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from univitar_ds import tokenization
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.data import tar, text
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.cursor import LaneCursor, Waiting, parse
-from univitar_ds.data.delivery import DecodingHealth, collate, decoded, tokenized
-from univitar_ds.data.health import BadPolicy, Health
-from univitar_ds.data.lanes import Item, Lane, Plan
-from univitar_ds.data.layout import Modality
-from univitar_ds.data.reading import FILES_OF_A_GROUP, HINTED, announce, read_entry, samples_in, where_is
-from univitar_ds.data.rules import bad_policy, stream_rules
-from univitar_ds.data.samples import SizeRule
-from univitar_ds.data.scans import Scans, shard_samples
-from univitar_ds.data.sources import (
+from univitar_ds.data.collate import DecodingHealth, collate, decoded, tokenized
+from univitar_ds.data.sampler.bad_samples import BadPolicy, Health
+from univitar_ds.data.sampler.cursor import LaneCursor, Waiting, parse
+from univitar_ds.data.sampler.lanes import Item, Lane, Plan
+from univitar_ds.data.sampler.reader import FILES_OF_A_GROUP, HINTED, announce, read_entry, samples_in, where_is
+from univitar_ds.data.sampler.stream_config import bad_policy, stream_rules
+from univitar_ds.data.shards import tar_index
+from univitar_ds.data.shards.index_cache import Scans, shard_samples
+from univitar_ds.data.shards.samples import SizeRule
+from univitar_ds.data.shards.sources import (
     SourceShard,
     find_shards,
     fingerprint,
@@ -29,9 +29,10 @@ from univitar_ds.data.sources import (
     on_s3,
     validate_sources,
 )
-from univitar_ds.data.storage import StorageSettings, allow_open_files
+from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.data.storage.local import allow_open_files
 from univitar_ds.errors import DataError, SampleError
-from univitar_ds.geometry import Resolution, token_count
+from univitar_ds.geometry import Modality, Resolution, token_count
 
 
 class PackLoader:
@@ -83,7 +84,7 @@ class PackLoader:
         starts = {lane: _start_cursor(cursors, lane, belonging) for lane in lanes_of_rank}
         scans = Scans()
         self._owned = [Lane(rules, starts[lane], scans) for lane in sorted(lanes_of_rank)]
-        self._tokenizer = None if tokenizer is None else text.load_tokenizer(tokenizer)
+        self._tokenizer = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)
         self._health = DecodingHealth(bad_policy(data))
         sizes = {modality: rule.size for modality, rule in rules.items()}
         self._packs = decoded(
@@ -158,7 +159,7 @@ def eval_packs(
         max_clip_s=data.max_clip_s,
         max_sample_mb=data.max_sample_mb,
     )
-    loaded = None if tokenizer is None else text.load_tokenizer(tokenizer)
+    loaded = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)
     plans = tokenized(_sweep(shards, size, token_budget, bad_policy(data)), loaded, context_length)
     health = DecodingHealth(bad_policy(data))
     packs = decoded(plans, data, {modality: size}, size.most_tokens, from_s3=on_s3(shards))
@@ -198,7 +199,7 @@ def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, pol
         shard = shards[index]
         number = 0
         for entry in shard_samples(shard, size.modality):
-            ordinal, number = number, number + isinstance(entry, tar.Group)
+            ordinal, number = number, number + isinstance(entry, tar_index.Group)
             try:
                 sample = read_entry(shard, entry, size, label_is_enough=True)
             except SampleError as error:

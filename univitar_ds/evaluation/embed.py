@@ -11,9 +11,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from univitar_ds.data.batch import Modality, PackedBatch
-from univitar_ds.data.text import encode
+from univitar_ds.data.batch import PackedBatch
+from univitar_ds.geometry import Modality
 from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.tokenization import encode
 
 TEXTS_AT_ONCE = 256
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from univitar_ds.config.section import Modality
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.evaluation.retrieval import retrieval
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.evaluation.zero_shot import Texts, zero_shot
+from univitar_ds.geometry import Modality
 
 DAMAGE = frozenset({"cut", "damaged"})
 """Kinds of bad samples that are bytes of a shard: what they were is not known."""

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from univitar_ds.data.text import caption_id
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.evaluation.scores import Figure, chance_at, chunks, hit_at, rank_counts
 from univitar_ds.evaluation.zero_shot import Texts
+from univitar_ds.tokenization import caption_id
 
 KS = (1, 5, 10)
 

@@ -19,24 +19,24 @@ from torch import Tensor
 from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CONFIG, EVALUATION, TOKENIZER
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.config.section import Modality
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.convert.trained import Trained, Weights, find_checkpoint, open_trained
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.contents import contents_of
 from univitar_ds.data.loader import eval_packs
-from univitar_ds.data.sources import SourceShard, find_shards, stage_modalities
-from univitar_ds.data.storage import StorageSettings
+from univitar_ds.data.shards.contents import contents_of
+from univitar_ds.data.shards.sources import SourceShard, find_shards, stage_modalities
+from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.evaluation.embed import Embeddings, embed, embed_texts
+from univitar_ds.evaluation.example_sheet import Kept, draw_sheet, keep_some
 from univitar_ds.evaluation.measure import measure, nothing_measured
 from univitar_ds.evaluation.overrides import is_result, overridden, same_evaluation
-from univitar_ds.evaluation.pictures import Kept, draw_sheet, keep_some
 from univitar_ds.evaluation.report import render_evaluation
 from univitar_ds.evaluation.scores import Figure
+from univitar_ds.geometry import Modality
 from univitar_ds.owned import check_result, write_result
 from univitar_ds.run_lock import still_ours
-from univitar_ds.training.distributed import uses_cuda
+from univitar_ds.training.checkpoint.offline import Trained, Weights, find_checkpoint, open_trained
+from univitar_ds.training.distributed.process_group import uses_cuda
 
 FORMAT = 1
 MODALITIES: tuple[Modality, ...] = ("image", "video")

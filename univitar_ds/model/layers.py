@@ -2,7 +2,7 @@
 
 A weight is used only in the forward of the module that owns it: ZeRO-3 gathers a module's weights when the
 module is called, and another module would find them empty. A module that needs others' weights as well names them
-in `borrowed`, and `training/engine.py` has them gathered with its own.
+in `borrowed`, and `training/engine/engine.py` has them gathered with its own.
 """
 
 from __future__ import annotations

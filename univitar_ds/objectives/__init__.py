@@ -1,1 +1,3 @@
-"""Objectives: each a function of embeddings that returns a loss and its gradients. Knows no model and no data."""
+"""Losses over the embeddings of all ranks, and of distillation."""
+
+__all__ = ["distill", "ring", "sigmoid", "softmax"]

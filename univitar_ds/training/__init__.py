@@ -1,1 +1,3 @@
-"""Training: engine, step, curriculum, checkpoints, metrics and the loop that joins them."""
+"""The training of a run: `loop.train` joins engine, step, checkpoints and logs."""
+
+__all__ = ["loop"]

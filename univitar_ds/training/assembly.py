@@ -13,18 +13,18 @@ from univitar_ds.config.deepspeed import resolve_deepspeed
 from univitar_ds.config.load import changed_result, check_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, TOKENIZER
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.data.text import load_tokenizer, special_ids
 from univitar_ds.errors import CheckpointError
 from univitar_ds.model.config import compiles
 from univitar_ds.model.contrastive import build_contrastive
-from univitar_ds.model.teacher import read_teacher
-from univitar_ds.training import commit
-from univitar_ds.training.checkpoint import load_checkpoint, read_state
-from univitar_ds.training.curriculum import Progress
-from univitar_ds.training.distributed import World, gather_json, together
-from univitar_ds.training.engine import Engine, build_engine
-from univitar_ds.training.optim import freeze_but, trained_parts
+from univitar_ds.model.teacher.teacher import read_teacher
+from univitar_ds.tokenization import load_tokenizer, special_ids
+from univitar_ds.training.checkpoint import atomic_dir
+from univitar_ds.training.checkpoint.sharded import load_checkpoint, read_state
+from univitar_ds.training.distributed.process_group import World, gather_json, together
+from univitar_ds.training.engine.engine import Engine, build_engine
+from univitar_ds.training.engine.optim import freeze_but, trained_parts
 from univitar_ds.training.state import State
+from univitar_ds.training.step.curriculum import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def _last_checkpoint(run: Path, world: World) -> Path | None:
     """Rank 0 says which one: shared disks do not all know at once."""
     name = None
     with together(world):
-        if world.first and (folder := commit.latest(run / CHECKPOINTS)):
+        if world.first and (folder := atomic_dir.latest(run / CHECKPOINTS)):
             name = folder.name
     name = gather_json(name, world)[0]
     return None if name is None else run / CHECKPOINTS / name

@@ -17,28 +17,28 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import PackLoader
-from univitar_ds.data.sources import content_of, validate_sources
-from univitar_ds.data.storage import StorageSettings
+from univitar_ds.data.shards.sources import content_of, validate_sources
+from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import DataError
 from univitar_ds.model.dropping import Dropping
 from univitar_ds.model.flops import cost_coefficients
-from univitar_ds.model.teacher import Teacher, build_teacher
-from univitar_ds.training import preemption
+from univitar_ds.model.teacher.teacher import Teacher, build_teacher
 from univitar_ds.training.assembly import assemble
-from univitar_ds.training.checkpoint import save_checkpoint
-from univitar_ds.training.curriculum import advance, distills_later, lr_at, modality_at, weight_at
-from univitar_ds.training.distributed import World, gather_json, together
-from univitar_ds.training.engine import versions
-from univitar_ds.training.guard import spike
-from univitar_ds.training.logs import SKIPPED
-from univitar_ds.training.metrics import join_ranks, part_norms, rank_numbers
-from univitar_ds.training.optim import trained_parts
-from univitar_ds.training.peak import find_peak
-from univitar_ds.training.pictures import watching
-from univitar_ds.training.preemption import NEVER, SAVED, Stop
-from univitar_ds.training.repeatable import repeat_bits
-from univitar_ds.training.run_logs import RunLogs
-from univitar_ds.training.step import DivergedError, StepResult, train_step
+from univitar_ds.training.checkpoint.sharded import save_checkpoint
+from univitar_ds.training.distributed import preemption
+from univitar_ds.training.distributed.preemption import NEVER, SAVED, Stop
+from univitar_ds.training.distributed.process_group import World, gather_json, together
+from univitar_ds.training.engine.determinism import repeat_bits
+from univitar_ds.training.engine.engine import versions
+from univitar_ds.training.engine.optim import trained_parts
+from univitar_ds.training.logging.metrics import join_ranks, part_norms, rank_numbers
+from univitar_ds.training.logging.run_logs import RunLogs
+from univitar_ds.training.logging.writers import SKIPPED
+from univitar_ds.training.step.curriculum import advance, distills_later, lr_at, modality_at, weight_at
+from univitar_ds.training.step.feature_snapshot import capture_features
+from univitar_ds.training.step.guard import spike
+from univitar_ds.training.step.peak_flops import find_peak
+from univitar_ds.training.step.train_step import DivergedError, StepResult, train_step
 from univitar_ds.training.summary import write_summary
 
 logger = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ class _Trainer:
         logged = (progress.step + 1) % self.cfg.logging.every_steps == 0
         shown = batches[0] if self.logs.draws(progress.step + 1, modality) else None
         try:
-            with watching(self.engine.module.vision, shown) as glimpses:
+            with capture_features(self.engine.module.vision, shown) as snapshots:
                 result = train_step(
                     self.engine,
                     batches,
@@ -300,9 +300,9 @@ class _Trainer:
         self.logs.advance(result.items)
         if logged or state.progress.finished(self.cfg.stages):
             self._log(progress.stage, result, lr, part_norms(joined) if logged else None)
-        if glimpses:
+        if snapshots:
             merge = self.engine.module.vision.config.spatial_merge_size
-            self.logs.draw(state.progress.step, batches[0], glimpses[0], merge)
+            self.logs.draw(state.progress.step, batches[0], snapshots[0], merge)
         return None
 
     def _log(self, stage: int, result: StepResult, lr: float, norms: dict[str, float] | None) -> None:

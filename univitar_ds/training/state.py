@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from univitar_ds.data.cursor import LaneCursor, parse
-from univitar_ds.training.checkpoint import Saved
-from univitar_ds.training.curriculum import Progress
-from univitar_ds.training.guard import History
-from univitar_ds.training.metrics import Window
+from univitar_ds.data.sampler.cursor import LaneCursor, parse
+from univitar_ds.training.checkpoint.sharded import Saved
+from univitar_ds.training.logging.metrics import Window
+from univitar_ds.training.step.curriculum import Progress
+from univitar_ds.training.step.guard import History
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-from benchmarks.cpu_contenders import peers_first
+from benchmarks.cpu.contenders import peers_first
 
 
 def test_a_peer_is_imported_from_its_own_folder_and_found_by_nothing_else(tmp_path):

@@ -4,7 +4,6 @@ import csv
 import math
 import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +11,16 @@ import torch
 from torch._functorch import config as graphs
 from triton.runtime import driver
 
-from benchmarks import bench_gpu, bench_gpu_kernels
-from benchmarks import bench_gpu_counts as counts
-from benchmarks import bench_gpu_packs as packs
-from benchmarks.bench_gpu_timing import Timer, about
+from benchmarks import bench_gpu
+from benchmarks.gpu import bench_kernels
+from benchmarks.gpu import counts as counts
+from benchmarks.gpu import packs as packs
+from benchmarks.gpu.timing import Timer, about
 from benchmarks.rows import add_rows
 from kernels.reference import check_frames
+from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 
-ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "benchmarks" / "bench_gpu.py"
 NOT_NEEDED = ("deepspeed", "transformers", "boto3", "av", "safetensors", "pydantic", "yaml", "PIL")
 
@@ -67,13 +67,13 @@ def test_bytes_and_products_are_those_of_the_tensors():
 def test_torchs_product_has_rows_of_whole_16_bytes_and_only_the_operations_flops_count(monkeypatch):
     assert [counts.aligned(588, 2), counts.aligned(1176, 2), counts.aligned(588, 4)] == [592, 1176, 588]
     asked = []
-    monkeypatch.setattr(bench_gpu_kernels, "copy_gb_s", lambda timer, size: asked.append(size) or 50.0)
-    monkeypatch.setattr(bench_gpu_kernels, "matmul_tflops", lambda timer, *shape: asked.append(shape) or 592.0)
+    monkeypatch.setattr(bench_kernels, "copy_gb_s", lambda timer, size: asked.append(size) or 50.0)
+    monkeypatch.setattr(bench_kernels, "matmul_tflops", lambda timer, *shape: asked.append(shape) or 592.0)
     product = counts.patch_embed_product(64, 32, still=True)
     moved = {"forward": 1000, "backward": 3000}
-    case = bench_gpu_kernels.Case("patch_embed", "pictures", 64, 32, (), None, None, moved, product)
+    case = bench_kernels.Case("patch_embed", "pictures", 64, 32, (), None, None, moved, product)
     times = dict.fromkeys(("ours", "eager", "compiled"), dict.fromkeys(counts.PASSES, 2.0))
-    rows = [bench_gpu_kernels._row(case, name, times, None, 100.0, torch.bfloat16) for name in counts.PASSES]
+    rows = [bench_kernels._row(case, name, times, None, 100.0, torch.bfloat16) for name in counts.PASSES]
     assert asked == [500, (64, 592, 32, torch.bfloat16), 1500, (32, 64, 592, torch.bfloat16)]
     for row, size in zip(rows, moved.values(), strict=True):
         assert row["matmul_tflops"] == 588

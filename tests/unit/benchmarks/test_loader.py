@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from benchmarks.loader_contenders import CONTENDERS, Task
+from benchmarks.loader.contenders import CONTENDERS, Task
 from tests.support.shards import write_demo_shards
 
 

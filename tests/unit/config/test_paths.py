@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.finished import run_config
-from univitar_ds.cli import build_parser, main
+from univitar_ds.cli.main import build_parser, main
 from univitar_ds.config.load import check_config, dump_config, load_config
 from univitar_ds.config.paths import expanded, written
 from univitar_ds.config.places import PATHS

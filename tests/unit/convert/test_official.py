@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.support.finished import run_config, write_run
+from tests.support.paths import ROOT
 from univitar_ds import Preprocessor, UniViTAR
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.convert import official
@@ -57,7 +58,7 @@ def test_the_config_has_the_fields_of_the_release_and_the_last_stage_s_rule(
     export_encoder(trained[0] / "checkpoints" / "step-00000007", tmp_path / "export")
     values = json.loads((tmp_path / "export" / "config.json").read_text())
     assert (values["min_tokens"], values["max_tokens"], values["resize_factor"]) == (4, 36, 1)
-    golden = Path(__file__).parents[2] / "golden" / "merge1" / "config.json"
+    golden = ROOT / "tests" / "golden" / "merge1" / "config.json"
     assert set(json.loads(golden.read_text())) - {"use_flash_attn"} <= set(values)
 
 

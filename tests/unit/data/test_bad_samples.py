@@ -25,12 +25,12 @@ from tests.support.memory import (
     tiny_picture,
     wounds,
 )
-from univitar_ds.data.cursor import LaneCursor, Place, StreamCursor, parse
-from univitar_ds.data.health import BadPolicy
-from univitar_ds.data.lanes import Stream
-from univitar_ds.data.reading import read_entry
-from univitar_ds.data.scans import shard_samples
-from univitar_ds.data.tar import Damage
+from univitar_ds.data.sampler.bad_samples import BadPolicy
+from univitar_ds.data.sampler.cursor import LaneCursor, Place, StreamCursor, parse
+from univitar_ds.data.sampler.lanes import Stream
+from univitar_ds.data.sampler.reader import read_entry
+from univitar_ds.data.shards.index_cache import shard_samples
+from univitar_ds.data.shards.tar_index import Damage
 from univitar_ds.errors import DataError, SampleError
 
 

@@ -13,15 +13,15 @@ import time
 import pytest
 
 from tests.support.open_files import open_below
-from univitar_ds.data import session
-from univitar_ds.data.attendant import Attendant, Closed, Restarts
-from univitar_ds.data.copies import Version
-from univitar_ds.data.crew import Crew, Task
-from univitar_ds.data.forkserver import ForkServer
-from univitar_ds.data.pipeline import Pipeline
-from univitar_ds.data.ring import Ring
-from univitar_ds.data.spool import Spool
-from univitar_ds.data.storage import LOCAL
+from univitar_ds.data.decoding.forkserver import ForkServer
+from univitar_ds.data.decoding.pipeline import Pipeline
+from univitar_ds.data.decoding.shared_slots import Ring
+from univitar_ds.data.decoding.supervisor import Attendant, Closed, Restarts
+from univitar_ds.data.decoding.task_pool import Crew, Task
+from univitar_ds.data.storage import session
+from univitar_ds.data.storage.base import LOCAL
+from univitar_ds.data.storage.cache_dir import Version
+from univitar_ds.data.storage.shard_cache import Spool
 from univitar_ds.errors import DataError
 
 PATIENCE_S = 60

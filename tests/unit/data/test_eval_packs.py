@@ -7,7 +7,7 @@ from tests.support.loading import STAGE, same
 from tests.support.shards import clip, picture, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.loader import eval_packs
-from univitar_ds.data.text import train_tokenizer
+from univitar_ds.tokenization import train_tokenizer
 
 
 @pytest.fixture(scope="module")

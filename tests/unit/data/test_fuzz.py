@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.support.shards import picture
-from univitar_ds.data.health import KINDS
-from univitar_ds.data.listing import Shard
-from univitar_ds.data.samples import SizeRule, read_sample
-from univitar_ds.data.storage import LocalStorage
-from univitar_ds.data.tar import BLOCK, TAIL_LIMIT, Damage, Group, groups, scan
+from univitar_ds.data.sampler.bad_samples import KINDS
+from univitar_ds.data.shards.listing import Shard
+from univitar_ds.data.shards.samples import SizeRule, read_sample
+from univitar_ds.data.shards.tar_index import BLOCK, TAIL_LIMIT, Damage, Group, groups, scan
+from univitar_ds.data.storage.local import LocalStorage
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import Resolution
 

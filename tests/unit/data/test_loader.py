@@ -15,17 +15,16 @@ import pytest
 import torch
 
 from tests.support.loading import STAGE, same
+from tests.support.paths import ROOT
 from tests.support.progress import output_of, run_watched, runs, wait_until
 from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
-from univitar_ds.data.lanes import Lane
-from univitar_ds.data.layout import item_bytes
 from univitar_ds.data.loader import PackLoader
-from univitar_ds.data.sources import stage_modalities
-from univitar_ds.data.text import caption_id, train_tokenizer
+from univitar_ds.data.sampler.lanes import Lane
+from univitar_ds.data.shards.sources import stage_modalities
 from univitar_ds.errors import ConfigError, DataError
-
-ROOT = Path(__file__).parents[3]
+from univitar_ds.geometry import item_bytes
+from univitar_ds.tokenization import caption_id, train_tokenizer
 
 
 def schedule(step):
@@ -357,7 +356,7 @@ def test_ctrl_c_interrupts_a_trainer_that_waits_for_data(folder):
 
 def test_decoding_processes_import_neither_the_engine_nor_the_text_libraries():
     code = (
-        "import sys, univitar_ds.data.worker, univitar_ds.data.render;"
+        "import sys, univitar_ds.data.decoding.worker, univitar_ds.data.decoding.decode_job;"
         "print([m for m in ('deepspeed', 'transformers', 'tokenizers', 'triton') if m in sys.modules])"
     )
     result = run_watched([sys.executable, "-c", code], check=True, cwd=ROOT)

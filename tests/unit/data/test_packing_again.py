@@ -7,8 +7,8 @@ import pytest
 
 from tests.support import media
 from tests.support.packing import contents, numbers_folder, pack, run_script, samples_of
-from univitar_ds.data import examine, writer
-from univitar_ds.data.writer import read_manifest
+from univitar_ds.data.writing import examine, writer
+from univitar_ds.data.writing.writer import read_manifest
 from univitar_ds.errors import DataError
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.support import media
 from tests.support.progress import run_watched
-from univitar_ds.data.transforms import fit_image
+from univitar_ds.data.media.resize import fit_image
 
 SIDES = st.integers(5, 160)
 

@@ -10,7 +10,7 @@ import pytest
 from tests.support.finished import run_config, write_run
 from tests.support.shards import clip, picture, write_tar
 from univitar_ds import launch
-from univitar_ds.cli import main
+from univitar_ds.cli.main import main
 from univitar_ds.config.run_folder import SUMMARY
 from univitar_ds.convert import official
 from univitar_ds.errors import ConfigError, DataError

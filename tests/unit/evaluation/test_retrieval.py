@@ -9,10 +9,10 @@ import torch
 
 from tests.support.closeness import assert_sums_close
 from tests.unit.evaluation.made import made, random_rows
-from univitar_ds.data.text import caption_id
 from univitar_ds.evaluation import retrieval as module
 from univitar_ds.evaluation import scores
 from univitar_ds.evaluation.retrieval import retrieval
+from univitar_ds.tokenization import caption_id
 
 
 def _by_name(found) -> dict[tuple[str, str], object]:

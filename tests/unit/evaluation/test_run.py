@@ -13,7 +13,6 @@ from tests.support.finished import run_config, write_run
 from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.convert.official import export_encoder
-from univitar_ds.convert.trained import open_trained
 from univitar_ds.data.loader import eval_packs
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.evaluation import run as evaluation
@@ -22,6 +21,7 @@ from univitar_ds.evaluation.report import render_run
 from univitar_ds.evaluation.run import evaluate, evaluate_run
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.training.checkpoint.offline import open_trained
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.errors import CheckpointError
 from univitar_ds.training import loop
-from univitar_ds.training.logs import MetricLog
-from univitar_ds.training.run_logs import RunLogs
+from univitar_ds.training.logging.run_logs import RunLogs
+from univitar_ds.training.logging.writers import MetricLog
 
 
 class Part:

@@ -1,11 +1,11 @@
 import json
 
-from univitar_ds.data.cursor import LaneCursor
-from univitar_ds.training.checkpoint import Saved
-from univitar_ds.training.curriculum import Progress
-from univitar_ds.training.guard import History
-from univitar_ds.training.metrics import Window
+from univitar_ds.data.sampler.cursor import LaneCursor
+from univitar_ds.training.checkpoint.sharded import Saved
+from univitar_ds.training.logging.metrics import Window
 from univitar_ds.training.state import State
+from univitar_ds.training.step.curriculum import Progress
+from univitar_ds.training.step.guard import History
 
 
 def test_everything_that_changes_while_training_survives_a_checkpoint():

@@ -1,0 +1,184 @@
+"""Four ways to read the same pictures at the same sizes; each yields how many samples every batch has.
+
+`bench_loader.py` runs one of them in a process of its own. All resize to the grid that `Resolution` gives for the
+picture's size, keep uint8, forget what they made, and never end.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from univitar_ds.geometry import PATCH, Resolution
+
+POOL = 192
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to read: a folder packed by `data pack` or its s3:// address; how; sizes of items and of packs in tokens."""
+
+    shards: str
+    endpoint: str | None
+    workers: int
+    min_tokens: int
+    max_tokens: int
+    divisor_px: int
+    budget: int
+    mean_tokens: int
+    lanes: int = 4
+    """Of 4, those of this rank."""
+
+    @property
+    def resolution(self) -> Resolution:
+        return Resolution(self.min_tokens, self.max_tokens, self.divisor_px)
+
+    @property
+    def tars(self) -> list[str]:
+        return sorted(str(path) for path in Path(self.shards).glob("train-image-*.tar"))
+
+    @property
+    def batch(self) -> int:
+        """Samples in a padded batch of about the tokens of a pack."""
+        return max(1, self.budget // self.mean_tokens)
+
+
+def ours(task: Task) -> Generator[int]:
+    """The training loader with everything on: shuffle, pool, packing, cursor, checksums, workers, ring."""
+    from univitar_ds.config.data import DataConfig, S3Config, SourceConfig
+    from univitar_ds.config.stage import StageConfig
+    from univitar_ds.data.loader import PackLoader
+
+    sources = [SourceConfig(path=task.shards)]
+    sizes = {"min_tokens": task.min_tokens, "max_tokens": task.max_tokens, "divisor_px": task.divisor_px}
+    loader = PackLoader(
+        sources,
+        data=DataConfig(sources=sources, workers=task.workers, s3=S3Config(endpoint_url=task.endpoint)),
+        stage=StageConfig(name="native", samples=10**9, image=sizes, token_budget=task.budget, lr=1e-3),
+        lanes_of_rank=range(task.lanes),
+        lanes=4,
+        seed=0,
+        modality_of=lambda step: "image",
+        tokenizer=None,
+        context_length=64,
+        cost=(1e9, 1e5),
+    )
+    with loader:
+        for step in loader:
+            while step:
+                yield len(step.pop())
+
+
+def bare(task: Task) -> Generator[int]:
+    """Read, decode and resize, one after another in one process; addresses are known beforehand."""
+    from univitar_ds.data.media.image_decode import decode_near
+    from univitar_ds.data.media.jpeg_header import is_jpeg, read_header
+    from univitar_ds.data.media.probe import probe
+    from univitar_ds.data.media.resize import fit_image
+    from univitar_ds.data.shards import tar_index
+
+    addresses = []
+    for path in task.tars:
+        with open(path, "rb") as stream:
+            for group in tar_index.groups(stream, path, Path(path).stat().st_size):
+                media = next(member for member in group.members if member.extension != "json")
+                addresses.append((path, media.offset, media.length, media.extension))
+    files = {path: open(path, "rb", buffering=0) for path in task.tars}  # noqa: SIM115
+    while True:
+        for path, offset, length, extension in addresses:
+            files[path].seek(offset)
+            data = files[path].read(length)
+            size = read_header(data).display_size if is_jpeg(data) else probe(data, extension)
+            height, width = size if isinstance(size, tuple) else (size.height, size.width)
+            grid = task.resolution.grid(height, width)
+            target = (grid[1] * PATCH, grid[2] * PATCH)
+            pixels, extent = decode_near(data, max_px=10**8, target=target)
+            fit_image(pixels, grid, extent=extent)
+            yield 1
+
+
+def webdataset(task: Task) -> Generator[int]:
+    """webdataset and torch's DataLoader, Pillow, batches padded to their largest picture."""
+    import webdataset as wds
+    from torch.utils.data import DataLoader
+
+    dataset = (
+        wds.WebDataset(task.tars, shardshuffle=100, resampled=False, empty_check=False)
+        .repeat()
+        .shuffle(POOL)
+        .map(_Decode(task.resolution))
+        .batched(task.batch, collation_fn=_padded)
+    )
+    # With fewer workers the prefetching of either is the same number of batches.
+    loader = DataLoader(dataset, batch_size=None, num_workers=task.workers, prefetch_factor=2)
+    for batch in loader:
+        yield len(batch["captions"])
+
+
+def energon(task: Task) -> Generator[int]:
+    """megatron-energon with its sequence packing: sizes from headers, best fit over a buffer, Pillow."""
+    from megatron.energon import WorkerConfig, get_loader, get_train_dataset
+    from torch.multiprocessing import set_sharing_strategy
+
+    from benchmarks.loader.energon_task import PackingTask, prepare
+
+    set_sharing_strategy("file_system")
+    dataset = get_train_dataset(
+        prepare(task),
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=task.workers),
+        batch_size=1,
+        packing_buffer_size=POOL,
+        shuffle_buffer_size=POOL,
+        max_samples_per_sequence=100,
+        task_encoder=PackingTask(task.resolution, task.budget),
+    )
+    for pack in get_loader(dataset):
+        yield len(pack.captions)
+
+
+CONTENDERS: Mapping[str, Callable[[Task], Generator[int]]] = {
+    "ours": ours,
+    "bare": bare,
+    "webdataset": webdataset,
+    "energon": energon,
+}
+
+
+def pillow(data: bytes, resolution: Resolution) -> np.ndarray:
+    """(h * 14, w * 14, 3) uint8 in the way that most loaders do it."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as opened:
+        image = opened.convert("RGB")
+    _, h, w = resolution.grid(image.height, image.width)
+    return np.asarray(image.resize((w * PATCH, h * PATCH), Image.Resampling.BICUBIC))
+
+
+class _Decode:
+    """One raw sample of webdataset to pixels and a caption."""
+
+    def __init__(self, resolution: Resolution) -> None:
+        self._resolution = resolution
+
+    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        media = next(name for name in sample if not name.startswith("__") and name != "json")
+        captions = json.loads(sample["json"])["captions"]
+        return {"pixels": pillow(sample[media], self._resolution), "caption": random.choice(captions)}
+
+
+def _padded(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    height, width = (max(sample["pixels"].shape[axis] for sample in samples) for axis in (0, 1))
+    pixels = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8)
+    for row, sample in zip(pixels, samples, strict=True):
+        h, w, _ = sample["pixels"].shape
+        row[:h, :w] = torch.from_numpy(sample["pixels"].copy())
+    return {"pixels": pixels, "captions": [sample["caption"] for sample in samples]}

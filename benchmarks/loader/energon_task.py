@@ -1,0 +1,99 @@
+"""megatron-energon set up for `loader_contenders.energon`. Apart, because its classes need the package at import."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.energon import Cooker, DefaultTaskEncoder, Sample, basic_sample_keys, stateless
+from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
+from PIL import Image
+
+from benchmarks.loader.contenders import Task, pillow
+from univitar_ds.geometry import Resolution, token_count
+
+_DATASET = "__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors: {}\n"
+
+
+@dataclass
+class Picture(Sample):
+    """A picture still encoded, with the tokens it will have."""
+
+    data: bytes
+    caption: str
+    tokens: int
+
+
+@dataclass
+class Pack(Sample):
+    """Pictures one after another, nothing padded."""
+
+    pixels: torch.Tensor
+    captions: list[str]
+
+
+def prepare(task: Task) -> Path:
+    """The folder with energon's index of its shards, made once."""
+    folder = Path(task.shards)
+    if not (folder / ".nv-meta" / "dataset.yaml").exists():
+        names = [Path(path).name for path in task.tars]
+        BaseWebdatasetFactory.prepare_dataset(folder, names, split_parts_ratio=[("train", 1.0)], workers=2)
+        (folder / ".nv-meta" / "dataset.yaml").write_text(_DATASET, encoding="utf-8")
+    return folder
+
+
+@stateless
+def _cook(raw: dict[str, Any]) -> Picture:
+    media = next(name for name in raw if not name.startswith("__") and name != "json")
+    caption = random.choice(json.loads(raw["json"])["captions"])
+    return Picture(**basic_sample_keys(raw), data=raw[media], caption=caption, tokens=0)
+
+
+class PackingTask(DefaultTaskEncoder):
+    """Packs by the sizes in the headers and decodes what was packed."""
+
+    decoder = None
+    cookers = (Cooker(_cook),)
+
+    def __init__(self, resolution: Resolution, budget: int) -> None:
+        super().__init__()
+        self._resolution, self._budget = resolution, budget
+
+    @stateless
+    def preencode_sample(self, sample: Picture) -> Picture:
+        with Image.open(io.BytesIO(sample.data)) as image:
+            sample.tokens = token_count(self._resolution.grid(image.height, image.width))
+        return sample
+
+    def select_samples_to_pack(self, samples: list[Picture]) -> list[list[Picture]]:
+        """Best fit, largest first."""
+        packs: list[list[Picture]] = []
+        room: list[int] = []
+        for sample in sorted(samples, key=lambda one: -one.tokens):
+            fitting = [index for index, left in enumerate(room) if left >= sample.tokens]
+            if fitting:
+                best = min(fitting, key=room.__getitem__)
+                packs[best].append(sample)
+                room[best] -= sample.tokens
+            else:
+                packs.append([sample])
+                room.append(self._budget - sample.tokens)
+        return packs
+
+    @stateless
+    def pack_selected_samples(self, samples: list[Picture]) -> Pack:
+        pixels = [pillow(sample.data, self._resolution).reshape(-1) for sample in samples]
+        return Pack.derive_from(
+            samples[0],
+            pixels=torch.from_numpy(np.concatenate(pixels)),
+            captions=[sample.caption for sample in samples],
+        )
+
+    def batch(self, samples: list[Pack]) -> Pack:
+        return samples[0]

@@ -1,0 +1,351 @@
+"""Decoding processes that misbehave, played by small programs that speak the worker's protocol."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from socket import socketpair
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.memory import memory_shards, small_rules
+from tests.support.progress import run_watched
+from univitar_ds.data.decoding import pipeline, supervisor
+from univitar_ds.data.decoding.decode_job import DecodeLimits, RenderItem, RenderJob
+from univitar_ds.data.decoding.pipeline import Pipeline
+from univitar_ds.data.media.frame_sampling import UNIFORM
+from univitar_ds.data.sampler.cursor import LaneCursor
+from univitar_ds.data.sampler.lanes import Lane
+from univitar_ds.errors import DataError
+
+SLOT = 40 * 588
+PREAMBLE = """
+import json, mmap, os, sys, time
+from multiprocessing.connection import Connection
+import numpy as np
+from univitar_ds.data.decoding.shared_slots import Ring
+c = Connection(int(sys.argv[1]))
+ring = Ring(*map(int, sys.argv[2:]))
+settings = c.recv_bytes()
+def ready():
+    c.send_bytes(b"ready")
+def job():
+    return json.loads(c.recv_bytes())
+def draw(r):
+    "Every item becomes pixels of the last byte of its address."
+    room = ring.view(r["slot"])[r["start"]:]
+    for path, offset, length, (_, h, w), *_ in r["job"]["items"]:
+        room[:h * w * 588] = offset // 512 % 251
+        room = room[h * w * 588:]
+        ring.done[r["slot"]] += 1
+def answer(r, **what):
+    c.send_bytes(json.dumps({"failures": [], **what}).encode())
+def offsets(r):
+    return [item[1] for item in r["job"]["items"]]
+"""
+HONEST = """
+ready()
+while True:
+    r = job(); draw(r); answer(r)
+"""
+
+
+class Players:
+    """In place of a ForkServer: every process runs `program`."""
+
+    def __init__(self, program):
+        self.program = program
+        self.started = []
+
+    def __call__(self, ring, needs):
+        self._ring = ring
+        return self
+
+    def fork(self):
+        ours, theirs = socketpair()
+        with theirs:
+            ring = self._ring
+            numbers = (theirs.fileno(), ring.descriptor, ring.slots, ring.slot_bytes)
+            command = [sys.executable, "-c", PREAMBLE + self.program, *map(str, numbers)]
+            self.started.append(subprocess.Popen(command, pass_fds=[theirs.fileno(), ring.descriptor]))
+        return self.started[-1].pid, Connection(ours.detach())
+
+    def end(self, pid, *, hangs):
+        (process,) = [one for one in self.started if one.pid == pid]
+        if hangs:
+            process.kill()
+        return process.wait()
+
+    def close(self):
+        for process in self.started:
+            process.kill()
+            process.wait()
+
+
+def play(monkeypatch, program):
+    """Let `program` be what decodes; returns the processes started."""
+    players = Players(program)
+    monkeypatch.setattr(pipeline, "ForkServer", players)
+    return players.started
+
+
+def plans(n=6):
+    lane = Lane({"image": small_rules(memory_shards([40]))}, LaneCursor(0, 1, 0, "f"))
+    return iter([lane.next_plan("image", index) for index in range(n)])
+
+
+def job_of(plan):
+    items = [
+        RenderItem("m0", item.sample.media_offset, item.sample.media_length, item.sample.grid, 1) for item in plan.items
+    ]
+    return RenderJob("image", UNIFORM, DecodeLimits(10**6, 0.1, 60.0), items, plan.name)
+
+
+def run(given=None, **changed):
+    fields = {"workers": 1, "prefetch_packs": 2, "slot_bytes": SLOT, **changed}
+    return Pipeline(plans() if given is None else given, job_of, **fields)
+
+
+def expected(plan, failures=()):
+    """The pixels that an honest process draws."""
+    without = {index for index, _, _ in failures}
+    kept = [item for index, item in enumerate(plan.items) if index not in without]
+    parts = [np.full(item.sample.tokens * 588, item.sample.media_offset // 512 % 251, np.uint8) for item in kept]
+    return np.concatenate(parts) if parts else np.empty(0, np.uint8)
+
+
+def deadly(condition):
+    """A process that does what it should but for items at offsets that fulfil a condition on `o`."""
+    return f"""
+ready()
+while True:
+    r = job()
+    if any({condition} for o in offsets(r)): DIE
+    draw(r); answer(r)
+"""
+
+
+def offset_of(step, index):
+    return list(plans())[step].items[index].sample.media_offset
+
+
+def test_packs_come_in_the_order_of_the_plans_whoever_is_faster(monkeypatch):
+    play(monkeypatch, "import random; ready()\nwhile True:\n  r = job(); time.sleep(0.02 * random.random()); answer(r)")
+    with run(workers=3, prefetch_packs=4) as packs:
+        assert [pack.plan.index for pack in packs] == list(range(6))
+
+
+def test_a_process_that_died_is_started_again_and_its_pack_comes_whole(monkeypatch, tmp_path):
+    died = tmp_path / "died"
+    once = f"""
+ready()
+while True:
+    r = job()
+    if {offset_of(2, 0)} in offsets(r) and not os.path.exists({str(died)!r}):
+        open({str(died)!r}, "w"); ring.view(r["slot"])[:] = 7; os.kill(os.getpid(), 9)
+    draw(r); answer(r)
+"""
+    started = play(monkeypatch, once)
+    with run(restarts=1) as packs:
+        for pack in packs:
+            assert not pack.failures
+            assert np.array_equal(pack.pixels, expected(pack.plan))
+    assert len(started) == 2
+
+
+def test_processes_that_are_killed_at_random_lose_nothing(monkeypatch):
+    started = play(monkeypatch, HONEST.replace("draw(r)", "draw(r); time.sleep(0.01)"))
+    with run(plans(24), workers=2, prefetch_packs=3, restarts=100) as packs:
+        for number, pack in enumerate(packs):
+            assert pack.plan.index == number
+            assert not pack.failures
+            assert np.array_equal(pack.pixels, expected(pack.plan))
+            if number % 6 == 5:
+                started[-1].send_signal(signal.SIGKILL)
+    assert len(started) > 2
+
+
+@pytest.mark.parametrize(
+    ("death", "kind", "words"),
+    [
+        ("os.kill(os.getpid(), 11)", "crash", "was ended by SIGSEGV, 2 times"),
+        ("os._exit(3)", "crash", "ended with exit code 3, 2 times"),
+        ("time.sleep(600)", "timeout", "finished no item in 1.5 s, 2 times"),
+    ],
+)
+def test_an_item_that_ends_its_process_again_and_again_is_one_bad_sample(monkeypatch, death, kind, words):
+    if kind == "timeout":  # not so short that an honest process on a busy machine is taken for hung
+        monkeypatch.setattr(supervisor, "_PATIENCE_S", 1.5)
+    play(monkeypatch, deadly(f"o == {offset_of(1, 1)}").replace("DIE", death))
+    with run(plans(3), restarts=4) as packs:
+        outcomes = list(packs)
+    assert [pack.plan.index for pack in outcomes] == [0, 1, 2]
+    assert [len(pack.failures) for pack in outcomes] == [0, 1, 0]
+    ((index, what, message),) = outcomes[1].failures
+    assert (index, what) == (1, kind)
+    assert words in message
+    for pack in outcomes:
+        assert np.array_equal(pack.pixels, expected(pack.plan, pack.failures))
+
+
+def test_what_bad_samples_cost_in_processes_is_not_counted_against_the_limit(monkeypatch):
+    wanted = [offset_of(step, 0) for step in range(2)]
+    started = play(monkeypatch, deadly(f"o in {wanted}").replace("DIE", "os._exit(1)"))
+    with run(plans(3), restarts=4) as packs:
+        assert [[index for index, _, _ in pack.failures] for pack in packs] == [[0], [0], []]
+    assert len(started) == 9
+
+
+def test_processes_that_die_more_often_than_allowed_end_the_run_with_what_they_had(monkeypatch):
+    play(monkeypatch, "ready(); r = job(); draw(r); answer(r); r = job(); os.kill(os.getpid(), 9)")
+    with run(restarts=1) as packs:
+        assert np.array_equal(next(packs).pixels, expected(next(plans())))
+        next(packs)
+        for _ in range(2):
+            with pytest.raises(
+                DataError,
+                match=r"decoding process 0 \(pid \d+\) was ended by SIGKILL while it had the pack of lane 0, step 2 "
+                r"\(\d+ samples, m0/0-.*\), and data.worker_restarts = 1 .* if memory ran out lower data.workers",
+            ):
+                next(packs)
+
+
+def test_a_process_that_cannot_even_start_ends_the_run(monkeypatch):
+    started = play(monkeypatch, "sys.exit(4)")
+    with run(restarts=2) as packs, pytest.raises(DataError, match=r"ended with exit code 4, and data\."):
+        next(packs)
+    assert len(started) == 3
+
+
+def test_a_process_that_goes_on_finishing_items_is_not_taken_for_hung(monkeypatch):
+    monkeypatch.setattr(supervisor, "_PATIENCE_S", 2.0)
+    slow = "\nfor _ in range(5): time.sleep(0.5); ring.done[r['slot']] += 1\n"
+    started = play(monkeypatch, f"ready(); r = job(){slow}draw(r); answer(r); job()")
+    with run(plans(1)) as packs:
+        assert np.array_equal(next(packs).pixels, expected(next(plans())))
+    assert len(started) == 1
+
+
+def test_a_fault_of_the_program_keeps_its_traceback_and_its_turn(monkeypatch):
+    play(monkeypatch, "ready(); answer(job()); answer(job(), fault='Traceback: ValueError'); job()")
+    with run() as packs:
+        assert next(packs).plan.index == 0
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="Traceback: ValueError"):
+                next(packs)
+
+
+def test_a_shard_that_cannot_be_read_is_told_when_its_pack_is_due(monkeypatch):
+    play(monkeypatch, "ready(); answer(job()); answer(job(), data_error='shard x: gone'); job()")
+    with run() as packs:
+        assert next(packs).plan.index == 0
+        with pytest.raises(DataError, match="shard x: gone"):
+            next(packs)
+
+
+def test_what_the_planner_raises_comes_after_the_packs_it_planned(monkeypatch):
+    play(monkeypatch, HONEST)
+
+    def cut():
+        yield from plans(3)
+        raise DataError("shard x: cut off at byte 7")
+
+    with run(cut()) as packs:
+        assert [next(packs).plan.index for _ in range(3)] == [0, 1, 2]
+        for _ in range(2):
+            with pytest.raises(DataError, match="cut off at byte 7"):
+                next(packs)
+
+
+def test_no_more_is_planned_ahead_than_the_ring_and_the_queue_hold(monkeypatch):
+    play(monkeypatch, HONEST)
+    drawn = []
+
+    def counted():
+        for plan in plans(30):
+            drawn.append(plan.index)
+            yield plan
+
+    with run(counted()) as packs:
+        for step in range(20):
+            next(packs)
+            assert len(drawn) <= step + 1 + 2 + 2 + 1
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("held", [0, 1, 3, 12])
+def test_packs_that_are_held_keep_their_pixels_and_decoding_goes_on(monkeypatch, held, shared):
+    play(monkeypatch, HONEST)
+    kept = []
+    with run(plans(30), workers=2, shared_slots=shared) as packs:
+        for pack in packs:
+            kept.append((pack.plan, torch.from_numpy(pack.pixels)))
+            for plan, pixels in kept:
+                assert np.array_equal(pixels.numpy(), expected(plan))
+            kept = kept[len(kept) - held :]
+    for plan, pixels in kept:
+        assert np.array_equal(pixels.numpy(), expected(plan))
+
+
+@pytest.mark.parametrize("lent", [1, 2, 4])
+def test_a_slot_is_used_again_once_the_last_view_of_its_pixels_is_gone(monkeypatch, lent):
+    play(monkeypatch, HONEST)
+    with run(plans(30), lent=lent) as packs:
+        views = [next(packs).pixels[5:][2:] for _ in range(lent)]
+        assert packs._lent == lent
+        slots = {view.__array_interface__["data"][0] for view in views}
+        assert next(packs).pixels.flags.owndata
+        views.pop()
+        pixels = next(packs).pixels
+        assert packs._lent == lent
+        assert not pixels.flags.owndata
+        del pixels, views
+        assert packs._lent == 0
+        assert len(slots) == lent
+
+
+def test_fewer_packs_are_decoded_ahead_while_the_trainer_holds_its_most_and_a_shared_slot_goes_to_either(monkeypatch):
+    play(monkeypatch, HONEST)
+    with run(plans(30), prefetch_packs=3, lent=2, shared_slots=1) as packs:
+
+        def soon(undelivered):
+            def reached():
+                return len(packs._done) == packs._undelivered == undelivered
+
+            with packs._changed:
+                done = packs._changed.wait_for(reached)
+            time.sleep(0.1)  # the thread that has decoded the last one waits for the next
+            return done
+
+        assert soon(3)
+        held = [next(packs), next(packs)]
+        assert soon(2)
+        assert not packs._free
+        assert not packs._may_decode()
+        held.pop()
+        assert soon(3)
+
+
+@pytest.mark.parametrize("program", ["time.sleep(600)", "ready(); job(); time.sleep(600)", HONEST])
+def test_closing_ends_processes_in_any_state_at_once(monkeypatch, program):
+    started = play(monkeypatch, program)
+    packs = run(workers=2)
+    while len(started) < 2:
+        time.sleep(0.01)
+    packs.close()
+    packs.close()
+    assert all(process.poll() == -signal.SIGKILL for process in started)
+    assert not [thread for thread in threading.enumerate() if thread.name in ("planner", "decoder")]
+
+
+def test_a_trainer_of_pictures_imports_no_library_for_clips():
+    code = (
+        "import sys; from univitar_ds.data import lanes, pipeline;"
+        "print([name for name in ('av', 'torch') if name in sys.modules])"
+    )
+    result = run_watched([sys.executable, "-c", code], check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,68 @@
+"""What the bytes of a container tell without FFmpeg: how it is turned, and whether it is whole."""
+
+import io
+
+import av
+import pytest
+
+from tests.support import media
+from univitar_ds.data.media.containers import matroska_matrix, missing_bytes, swaps_sides, video_demuxer
+from univitar_ds.data.media.probe import probe
+from univitar_ds.data.media.video_decode import decode_clip
+from univitar_ds.errors import SampleError
+
+
+def remuxed(data: bytes, form: str) -> bytes:
+    """The packets of a clip in another container, which says as well how they are turned."""
+    stream = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(stream, "w", format=form) as container:
+        track = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = track
+                container.mux(packet)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("matrix", "turned"), [((1, 0, 0, 1), 0), ((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 0)])
+def test_a_clip_copied_into_matroska_keeps_its_turn(matrix, turned):
+    data = remuxed(media.turned_mp4(media.clip(media.moving_frames(6)), matrix), "matroska")
+    size = probe(data, "mkv")
+    assert swaps_sides(matroska_matrix(data)) == bool(turned)
+    assert (size.height, size.width) == ((64, 48) if turned else (48, 64))
+    assert decode_clip(data, frames=2, max_px=10**6, timeout_s=60.0).shape[1:3] == (size.height, size.width)
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("mp4", {}),
+        ("mp4", {"movflags": "frag_keyframe+empty_moov"}),
+        ("mov", {}),
+        ("matroska", {}),
+        ("webm", {}),
+    ],
+)
+def test_a_clip_that_was_cut_off_is_told_by_the_bytes_that_are_missing(form, options):
+    codec = {"webm": "libvpx-vp9"}.get(form, "mpeg4")
+    data = media.clip(media.moving_frames(8), form, codec, options=options)
+    demuxer = video_demuxer(data)
+    assert missing_bytes(data, demuxer) == 0
+    assert missing_bytes(data + b"tail of a broken copy", demuxer) == 0
+    for kept in (len(data) // 2, len(data) * 9 // 10, len(data) - 9):
+        missing = missing_bytes(data[:kept], demuxer)
+        assert missing > 0 or b"mfra" in data  # the index of fragments is several boxes
+        if missing:
+            with pytest.raises(SampleError, match=f"the clip is cut off: {missing} bytes are missing"):
+                probe(data[:kept], form)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x1a\x45\xdf\xa3", b"\x1a\x45\xdf\xa3" + b"\xff" * 40, b"\0\0\0\x08ftyp" * 3])
+def test_bytes_that_are_no_container_miss_nothing(data):
+    assert missing_bytes(data, "matroska") == missing_bytes(data, "mov") == missing_bytes(data, "avi") == 0
+    assert matroska_matrix(data) == (1, 0, 0, 1)
+
+
+def test_a_live_recording_in_matroska_which_tells_no_length_is_whole():
+    data = media.clip(media.moving_frames(8), "matroska", options={"live": "1"})
+    assert missing_bytes(data, "matroska") == missing_bytes(data[:-50], "matroska") == 0

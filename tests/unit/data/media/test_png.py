@@ -1,0 +1,134 @@
+"""A PNG whose text or colour profile is above Pillow's limits has good pixels, and they are what is read."""
+
+import io
+import json
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from tests.support import media
+from tests.support.shards import write_tar
+from univitar_ds import Preprocessor
+from univitar_ds.cli.main import main
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.data.media.image_decode import decode_image
+from univitar_ds.data.media.png import without_large_texts
+from univitar_ds.data.media.probe import probe
+from univitar_ds.data.media.types import MediaSize
+from univitar_ds.data.tools.verify import verify
+from univitar_ds.errors import SampleError
+
+PIXELS = np.asarray(media.quarters(48, 64))
+PLAIN = media.encoded(media.quarters(48, 64), "PNG")
+LIMIT = PngImagePlugin.MAX_TEXT_CHUNK
+BODY = PLAIN.index(b"IDAT") - 4
+LARGE = zlib.compress(bytes(2 * LIMIT))
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def before_pixels(*chunks: bytes) -> bytes:
+    return PLAIN[:BODY] + b"".join(chunks) + PLAIN[BODY:]
+
+
+def behind_pixels(*chunks: bytes) -> bytes:
+    end = PLAIN.index(b"IEND") - 4
+    return PLAIN[:end] + b"".join(chunks) + PLAIN[end:]
+
+
+PROFILE = chunk(b"iCCP", b"name\0\0" + LARGE)
+PACKED_TEXT = chunk(b"zTXt", b"Comment\0\0" + LARGE)
+WORLD_TEXT = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LARGE)
+EXIF = chunk(b"eXIf", media.exif(6).tobytes()[6:])
+
+
+def icon(png: bytes) -> bytes:
+    entry = struct.pack("<BBBBHHII", 64, 48, 0, 0, 1, 32, len(png), 22)
+    return struct.pack("<HHH", 0, 1, 1) + entry + png
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        before_pixels(PROFILE),
+        before_pixels(PACKED_TEXT),
+        before_pixels(WORLD_TEXT, PROFILE, PACKED_TEXT),
+        behind_pixels(PACKED_TEXT),
+        behind_pixels(WORLD_TEXT, chunk(b"tEXt", b"a\0b")),
+        icon(before_pixels(PROFILE)),
+        icon(behind_pixels(PACKED_TEXT)),
+    ],
+    ids=["profile", "text", "all", "behind", "both behind", "icon", "icon behind"],
+)
+def test_the_pixels_of_a_picture_with_a_large_text_are_read(data):
+    with pytest.raises(ValueError, match="MAX_TEXT_CHUNK"):
+        Image.open(io.BytesIO(data)).load()
+    assert probe(data, "png") == MediaSize("image", 48, 64, 1)
+    assert np.array_equal(decode_image(data, max_px=10**5), PIXELS)
+
+
+def test_many_texts_that_are_too_much_together_are_left_out_from_where_they_are(monkeypatch):
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 1000)
+    texts = [chunk(b"tEXt", f"k{n}\0".encode() + b"x" * 400) for n in range(4)]
+    texts.append(chunk(b"iTXt", b"plain\0\0\0\0\0" + b"y" * 400))
+    for data in (before_pixels(*texts), behind_pixels(*texts)):
+        with pytest.raises(ValueError, match="MAX_TEXT_MEMORY"):
+            Image.open(io.BytesIO(data)).load()
+        assert probe(data, "png").width == 64
+        assert np.array_equal(decode_image(data, max_px=10**5), PIXELS)
+    kept = Image.open(io.BytesIO(without_large_texts(before_pixels(*texts))))
+    assert sorted(kept.text) == ["k0", "k1"]
+
+
+def test_what_says_how_a_picture_is_turned_stays():
+    xmp = chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>')
+    for turned in (EXIF, xmp):
+        for data in (before_pixels(turned, PROFILE, PACKED_TEXT), before_pixels(PACKED_TEXT, turned)):
+            assert probe(data, "png") == MediaSize("image", 64, 48, 1)
+            assert np.array_equal(decode_image(data, max_px=10**5), np.rot90(PIXELS, -1))
+
+
+def test_a_text_that_unpacks_to_very_much_is_not_unpacked():
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(bytes(1 << 24)) for _ in range(16)) + packer.flush()
+    data = before_pixels(*[chunk(b"zTXt", b"k%d\0\0" % n + packed) for n in range(3)])
+    tracemalloc.start()
+    try:
+        assert decode_image(data, max_px=10**5).shape == (48, 64, 3)
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(data) + 4 * LIMIT
+    finally:
+        tracemalloc.stop()
+
+
+def test_ordinary_and_damaged_files_stay_as_they_are():
+    small = chunk(b"zTXt", b"k\0\0" + zlib.compress(b"text"))
+    for data in (PLAIN, before_pixels(small), media.encoded(media.quarters()), b"", PLAIN[:20], PLAIN[:-6]):
+        assert without_large_texts(data) is data
+    wrong = bytearray(before_pixels(PROFILE))
+    wrong[BODY + len(PROFILE) - 1] ^= 1
+    with pytest.raises(SampleError):
+        probe(bytes(wrong), "png")
+    cut = before_pixels(PROFILE)[: BODY + len(PROFILE) + 60]
+    with pytest.raises(SampleError):
+        decode_image(cut, max_px=10**5)
+
+
+def test_probe_verify_and_the_preprocessor_take_them_too(tmp_path, capsys):
+    good = {"front.png": before_pixels(PROFILE), "back.png": behind_pixels(PACKED_TEXT)}
+    for name, data in good.items():
+        (tmp_path / name).write_bytes(data)
+    assert main(["data", "probe", "--json", *(str(tmp_path / name) for name in good)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["ok"], line["width"], line["height"]) for line in lines] == [(True, 64, 48)] * 2
+    samples = [(name[:-4], {"png": data, "txt": b"t"}) for name, data in good.items()]
+    assert verify([SourceConfig(path=str(write_tar(tmp_path / "a.tar", samples)))], progress=False)["sound"]
+    prepare = Preprocessor(EncoderConfig(min_tokens=4, max_tokens=64, resize_factor=1))
+    late, plain = (prepare([Image.open(io.BytesIO(data))])[0] for data in (good["back.png"], PLAIN))
+    assert np.array_equal(late.numpy(), plain.numpy())

@@ -1,0 +1,110 @@
+"""Which units a lane reads and in which order, from any place on."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.memory import counts, damaged, memory_shards, reader_of, small_rules, wounds
+from univitar_ds.data.loader import _sweep
+from univitar_ds.data.sampler.cursor import Place
+from univitar_ds.data.sampler.reader import Reader
+from univitar_ds.data.sampler.shard_assignment import Unit, _order, parts_per_shard, units_of_lane
+from univitar_ds.data.shards.sources import groups_of
+
+
+@given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 3), st.integers(0, 5))
+def test_the_units_of_all_lanes_are_every_part_of_every_shard_once(shards, lanes, seed, epoch):
+    indices = [3 * index for index in range(shards)]
+    dealt = [units_of_lane(indices, lanes, lane, seed, "image", epoch) for lane in range(lanes)]
+    parts = parts_per_shard(shards, lanes)
+    assert sorted(unit for units in dealt for unit in units) == [
+        Unit(s, p, parts) for s in indices for p in range(parts)
+    ]
+    sizes = [len(units) for units in dealt]
+    assert max(sizes) - min(sizes) <= (1 if min(sizes) >= 8 else 0)
+
+
+@pytest.mark.parametrize(
+    ("shards", "lanes", "parts"),
+    [
+        (1, 4, 4),
+        (7, 4, 4),
+        (6, 4, 2),
+        (31, 4, 2),
+        (32, 4, 1),
+        (1243, 256, 2),
+        (300, 256, 7),
+        (16, 256, 16),
+        (3, 256, 256),
+    ],
+)
+def test_a_shard_is_cut_no_more_often_than_lanes_of_about_the_same_length_need(shards, lanes, parts):
+    """Whoever reads a part goes over the whole shard: 1,243 shards in 256 parts each would be read 256 times."""
+    assert parts_per_shard(shards, lanes) == parts
+
+
+def test_units_change_their_order_and_owner_from_epoch_to_epoch_and_seed_to_seed():
+    first = units_of_lane(range(16), 2, 0, 0, "image", 0)
+    assert first == units_of_lane(range(16), 2, 0, 0, "image", 0)
+    others = [
+        units_of_lane(range(16), 2, 0, 0, "image", 1),
+        units_of_lane(range(16), 2, 0, 1, "image", 0),
+        units_of_lane(range(16), 2, 0, 0, "video", 0),
+    ]
+    assert all(set(other) != set(first) for other in others)
+
+
+def test_an_order_is_drawn_once_for_all_lanes_however_far_apart_they_are():
+    """Where samples are few, lanes are hundreds of epochs apart."""
+    for epoch in range(200):
+        units_of_lane(range(3), 4, 0, 0, "image", epoch, "drawn once")
+    before = _order.cache_info().misses
+    for epoch in range(200):
+        units_of_lane(range(3), 4, 1, 0, "image", epoch, "drawn once")
+    assert _order.cache_info().misses == before
+
+
+def test_two_groups_of_the_same_number_of_shards_are_read_in_orders_of_their_own():
+    shards = memory_shards([1] * 24, sources=["a"] * 12 + ["b"] * 12)
+    orders = {}
+    for group in groups_of(shards, "image", {"a": 1, "b": 1}):
+        reader = Reader(shards, group, "image", lanes=1, lane=0, seed=0, place=Place())
+        orders[group.name] = [found.shard - group.shards[0] for found in iter(reader.next, None)]
+    assert sorted(orders["a"]) == sorted(orders["b"]) == list(range(12))
+    assert orders["a"] != orders["b"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(counts, wounds, st.integers(1, 3))
+def test_a_reader_that_starts_at_any_place_of_another_gives_the_rest(sizes, wounds, lanes):
+    rules = small_rules(damaged(sizes, wounds), lanes=lanes)
+    reader = reader_of(rules, lanes - 1)
+    passed = [(reader.next(), reader.place) for _ in range(40)]
+    for number, (_, place) in enumerate(passed[:-1]):
+        again = reader_of(rules, lanes - 1, place)
+        assert again.next() == passed[number + 1][0]
+
+
+def test_an_evaluation_tells_the_storage_what_comes_next_too():
+    rules = small_rules(memory_shards([2] * 5))
+    for _ in _sweep(rules.shards, rules.size, 40, rules.policy):
+        pass
+    hints = rules.shards[0].storage.hints
+    assert hints[:2] == [["m1", "m2", "m3", "m4"], ["m2", "m3", "m4"]]
+
+
+def test_the_storage_hears_which_shards_come_next():
+    rules = small_rules(memory_shards([2] * 9))
+    reader = reader_of(rules, 0)
+    read = []
+    while reader.place.epoch < 1:
+        found = reader.next()
+        if found is not None and (not read or read[-1] != f"m{found.shard}"):
+            read.append(f"m{found.shard}")
+    following = [f"m{unit.shard}" for unit in units_of_lane(range(9), 1, 0, 0, "image", 1)]
+    assert len(set(read)) == 9
+    hints = rules.shards[0].storage.hints
+    assert len(hints) >= 9
+    for number, hint in enumerate(hints[:9]):
+        expected = [name for name in (read + following)[number + 1 : number + 5] if name != read[number]]
+        assert hint == list(dict.fromkeys(expected))

@@ -1,0 +1,179 @@
+"""What the sources hold, found out before the first step, at a bounded cost."""
+
+import io
+import tarfile
+
+import pytest
+
+from tests.support.finished import run_config
+from tests.support.shards import write_demo_shards
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.data.shards import contents
+from univitar_ds.data.shards.contents import check_contents, contents_of, faults_of_stages
+from univitar_ds.data.shards.sources import find_shards
+from univitar_ds.errors import DataError
+
+NOT_THERE = r"stage both needs {} samples, but its sources hold none \({}, all of them looked at\)"
+
+
+def write(path, *kinds):
+    """A tar of samples of these extensions beside a caption; a look never goes into their content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for index, kind in enumerate(kinds):
+            for extension in filter(None, (kind, "txt")):
+                info = tarfile.TarInfo(f"{index:06d}.{extension}")
+                info.size = 700
+                tar.addfile(info, io.BytesIO(bytes(700)))
+    return path
+
+
+def shards_of(*paths, **named):
+    return find_shards([SourceConfig(path=str(path), name=f"s{place}") for place, path in enumerate(paths)])
+
+
+def config_of(*paths, video_ratio=0.5, weights=None, evaluation=()):
+    stage = run_config().stages[0].model_dump() | {"video_ratio": video_ratio, "weights": weights or {}}
+    sources = [{"path": str(path), "name": f"s{place}"} for place, path in enumerate(paths)]
+    return run_config(
+        data={"sources": sources, "workers": 0},
+        stages=[stage],
+        evaluation={"sources": [{"path": str(path)} for path in evaluation]},
+    )
+
+
+def check(config):
+    check_contents(config, find_shards(config.data.sources), find_shards(config.evaluation.sources))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "video_ratio", "lacks", "found"),
+    [
+        (["jpg"] * 40, 0.5, "video", "40 images in 1 shard"),
+        (["mp4"] * 40, 0.5, "image", "40 videos in 1 shard"),
+        (["mp4"] * 40, 0.0, "image", "40 videos in 1 shard"),
+        (["jpg"] * 3 + [""], 1.0, "video", "3 images, 1 without media in 1 shard"),
+        ([""] * 2, 0.0, "image", "2 without media in 1 shard"),
+        ([], 0.0, "image", "no sample in 1 shard"),
+    ],
+)
+def test_bare_tars_without_what_a_stage_reads_are_refused(tmp_path, kinds, video_ratio, lacks, found):
+    path = write(tmp_path / "a.tar", *kinds)
+    with pytest.raises(DataError, match=NOT_THERE.format(lacks, found)):
+        check(config_of(path, video_ratio=video_ratio))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "video_ratio"),
+    [
+        (["jpg"], 0.0),
+        (["mp4"], 1.0),
+        (["jpg"] * 100 + ["webm"], 0.5),
+        (["", "gifv", "png"], 0.01),
+    ],
+)
+def test_one_sample_of_each_modality_is_enough_wherever_it_is(tmp_path, kinds, video_ratio):
+    check(config_of(write(tmp_path / "a.tar", *kinds), video_ratio=video_ratio))
+
+
+def test_all_tars_of_all_sources_are_looked_at_before_a_run_is_refused(tmp_path):
+    many = [write(tmp_path / "many" / f"{number:03d}.tar", *["jpg"] * 40) for number in range(70)]
+    with pytest.raises(DataError, match=NOT_THERE.format("video", "2800 images in 70 shards")):
+        check(config_of(tmp_path / "many"))
+    write(many[33], *["jpg"] * 39, "mp4")
+    check(config_of(tmp_path / "many"))
+    check(config_of(many[0], many[33]))
+
+
+def test_sources_without_a_weight_do_not_count(tmp_path):
+    pictures, clips = write(tmp_path / "p.tar", "jpg"), write(tmp_path / "c.tar", "mp4")
+    check(config_of(pictures, clips, weights={"s0": 1, "s1": 1}))
+    check(config_of(pictures, clips, video_ratio=0.0, weights={"s0": 1}))
+    with pytest.raises(DataError, match=NOT_THERE.format("video", "1 image in 1 shard")):
+        check(config_of(pictures, clips, weights={"s0": 1, "s1": 0}))
+
+
+def test_what_a_manifest_says_is_believed_without_a_look(tmp_path, monkeypatch):
+    folder = write_demo_shards(tmp_path / "packed", images=8, videos=4, shards=1)
+    monkeypatch.setattr(contents, "_look", None)
+    check(config_of(folder))
+    found = contents_of(shards_of(folder), ["image", "video"])
+    assert (found.counts, found.whole) == ({"image": 8, "video": 4}, True)
+
+
+@pytest.mark.parametrize("bound", ["MOST_SAMPLES", "FIRST"])
+def test_where_there_is_more_than_the_bound_the_run_begins_with_a_warning(tmp_path, monkeypatch, caplog, bound):
+    path = write(tmp_path / "a.tar", *["jpg"] * 60, "mp4")
+    if bound == "MOST_SAMPLES":
+        monkeypatch.setattr(contents, bound, 50)
+        check(config_of(path))
+        (record,) = caplog.records
+        said = record.getMessage()
+        assert said.startswith("stage both needs video samples, and none was found yet (50 images in 1 shard were")
+        assert "set its video_ratio to 0" in said
+    else:
+        check(config_of(path))
+        assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("kinds", "video_ratio", "refused"),
+    [
+        (["mp4"], 0.0, "the stages read images, and they hold 1 video in 1 shard"),
+        (["jpg"], 1.0, "the stages read videos, and they hold 1 image in 1 shard"),
+        ([], 0.5, "the stages read images and videos, and they hold no sample in 1 shard"),
+        (["jpg"], 0.5, None),
+        (["mp4"], 0.5, None),
+    ],
+)
+def test_an_evaluation_that_could_measure_nothing_is_refused_before_training(tmp_path, kinds, video_ratio, refused):
+    train, held_out = write(tmp_path / "a.tar", "jpg", "mp4"), write(tmp_path / "b.tar", *kinds)
+    config = config_of(train, video_ratio=video_ratio, evaluation=[held_out])
+    if refused is None:
+        check(config)
+        return
+    with pytest.raises(DataError, match=f"evaluation.sources hold nothing to measure: {refused}"):
+        check(config)
+
+
+class Remote:
+    """A store that counts what is fetched of one shard; opening it would fetch all."""
+
+    def __init__(self, content):
+        self.content, self.fetched, self.requests = content, 0, 0
+
+    def read_range(self, path, offset, length):
+        self.requests += 1
+        self.fetched += length
+        return self.content[offset : offset + length]
+
+    def open(self, path):
+        raise AssertionError("the whole shard would be fetched")
+
+
+def remote(tmp_path, monkeypatch, *kinds, shards=1):
+    content = write(tmp_path / "r.tar", *kinds).read_bytes()
+    store = Remote(content)
+    (local,) = shards_of(tmp_path / "r.tar")
+    made = [
+        local.__class__(**{**vars(local), "path": f"s3://b/{number}.tar", "storage": store}) for number in range(shards)
+    ]
+    monkeypatch.setattr(contents, "PIECE", 4096)
+    return made, store
+
+
+def test_of_thousands_of_remote_tars_a_request_finds_what_is_there(tmp_path, monkeypatch):
+    shards, store = remote(tmp_path, monkeypatch, "jpg", "mp4", *["jpg"] * 200, shards=5000)
+    assert faults_of_stages(shards, [run_config().stages[0]]) == []
+    assert store.requests <= 3 * contents.AT_ONCE
+
+
+def test_of_remote_tars_no_more_is_fetched_than_the_bound(tmp_path, monkeypatch, caplog):
+    shards, store = remote(tmp_path, monkeypatch, *["jpg"] * 400, shards=50)
+    monkeypatch.setattr(contents, "MOST_REMOTE_BYTES", 3 * shards[0].size)
+    assert faults_of_stages(shards, [run_config().stages[0]]) == []
+    assert "none was found yet" in caplog.text
+    assert store.fetched <= 2 * contents.MOST_REMOTE_BYTES + 66 * 4096  # a piece more for each look
+    shards, store = remote(tmp_path, monkeypatch, *["jpg"] * 4, shards=3)
+    (fault,) = faults_of_stages(shards, [run_config().stages[0]])
+    assert "12 images in 3 shards, all of them looked at" in fault

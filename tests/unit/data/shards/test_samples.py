@@ -1,0 +1,291 @@
+"""One sample: its media, caption, label and size; everything that can be wrong with it has a kind."""
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.loading import STAGE, only_lane
+from tests.support.memory import shards_of
+from tests.support.shards import clip, picture
+from univitar_ds.cli.main import main
+from univitar_ds.config.data import DataConfig
+from univitar_ds.data.media.frame_sampling import Sampling
+from univitar_ds.data.sampler.bad_samples import KINDS
+from univitar_ds.data.shards import captions, samples
+from univitar_ds.data.shards.captions import read_texts
+from univitar_ds.data.shards.index_cache import shard_samples
+from univitar_ds.data.shards.samples import SizeRule, belongs, read_sample, read_sample_again
+from univitar_ds.data.shards.tar_index import SORT_HINT
+from univitar_ds.errors import DataError, SampleError
+from univitar_ds.geometry import Resolution
+
+IMAGE = SizeRule("image", Resolution(1, 100, 14), 1, 100, 10**6)
+VIDEO = SizeRule("video", Resolution(1, 100, 14), 4, 100, 10**6)
+PNG = picture(28, 42, form="PNG")
+
+
+def shard_and_group(members, modality="image"):
+    (shard,) = shards_of([[("before", {"png": picture(14, 14), "txt": b"other"}), ("k", members)]], modality)
+    return shard, list(shard_samples(shard, modality or "image"))[-1]
+
+
+def kind_of(members, rule=IMAGE):
+    with pytest.raises(SampleError) as caught:
+        read_sample(*shard_and_group(members, rule.modality), rule)
+    return caught.value.kind
+
+
+def test_a_picture_with_its_caption_label_address_and_grid():
+    shard, group = shard_and_group({"png": PNG, "json": b'{"captions": [" one ", "two"], "label": "cat"}'})
+    found = read_sample(shard, group, IMAGE)
+    assert (found.name, found.captions, found.label, found.grid, found.tokens) == (
+        "m0/k",
+        ("one", "two"),
+        "cat",
+        (1, 2, 3),
+        6,
+    )
+    assert shard.storage.read_range("m0", found.media_offset, found.media_length) == PNG
+
+
+def test_a_clip_takes_the_frames_of_the_rule_whatever_it_has():
+    shard, group = shard_and_group({"mp4": clip(28, 56, frames=9), "txt": b"moves", "cls": b"left\n"}, "video")
+    found = read_sample(shard, group, VIDEO)
+    assert (found.captions, found.label, found.grid) == (("moves",), "left", (2, 2, 4))
+
+
+def test_reading_again_by_address_gives_the_same_sample():
+    shard, group = shard_and_group({"png": PNG, "txt": b"t"})
+    assert read_sample_again(shard, group.offset, group.length, IMAGE) == read_sample(shard, group, IMAGE)
+    assert read_sample_again(shard, group.offset + 512, group.length, IMAGE) is None
+    with pytest.raises(SampleError):
+        read_sample_again(shard, group.offset, group.length, VIDEO)
+
+
+def test_a_clip_takes_as_many_frames_as_its_duration_gives():
+    shard, group = shard_and_group({"mp4": clip(28, 56, frames=12), "txt": b"moves"}, "video")  # 8 frames a second
+    for rate, most, frames in ((1.0, 16, 2), (3.0, 16, 4), (4.0, 16, 6), (8.0, 16, 12), (30.0, 16, 16), (30.0, 8, 8)):
+        found = read_sample(shard, group, replace(VIDEO, frames=most, sampling=Sampling("fps", rate)))
+        assert (found.frames, found.grid[0]) == (frames, frames // 2), rate
+        assert found.grid[1:] == VIDEO.resolution.grid(28, 56, frames)[1:]
+
+
+sides = st.integers(1, 4000)
+
+
+@given(sides, sides, st.integers(1, 32), st.integers(1, 600), st.integers(0, 3000), st.sampled_from([14, 28]))
+def test_token_limits_hold_for_the_whole_clip(height, width, tubelets, least, more, divisor):
+    resolution = Resolution(least, max(least + more, 4 * tubelets), divisor)
+    rule = SizeRule("video", resolution, 64, resolution.max_tokens, 10**8)
+    steps, h, w = rule.grid(height, width, 2 * tubelets)
+    assert steps == tubelets
+    assert h % (divisor // 14) == w % (divisor // 14) == 0
+    assert 0 < steps * h * w <= resolution.max_tokens
+
+
+@given(sides, sides, st.integers(4, 3000), st.integers(0, 400), st.sampled_from([14, 28, 112]))
+def test_what_a_pack_has_no_room_for_is_resized_again(height, width, most, below, divisor):
+    cell = (divisor // 14) ** 2
+    resolution = Resolution(max(most - below, 1), max(most, cell), divisor)
+    rule = SizeRule("image", resolution, 1, max(most, cell), 10**8)
+    grid, first = rule.grid(height, width, 1), resolution.grid(height, width, 1)
+    if first[1] * first[2] <= rule.most_tokens:
+        assert grid == first
+    else:
+        assert cell <= grid[1] * grid[2] <= rule.most_tokens
+        assert grid[1] <= first[1] or grid[2] <= first[2]
+
+
+def test_a_square_that_is_too_large_for_a_pack_stays_a_square():
+    rule = SizeRule("video", Resolution(1, 1, 14, 112), 8, 4 * 8 * 8 - 1, 10**8)
+    assert rule.grid(300, 200, 8) == (4, 7, 7)
+
+
+def test_items_larger_than_the_rule_allows_are_marked():
+    rule = SizeRule("image", Resolution(4, 24, 14), 1, 100, 10**6)
+    marks = [
+        (rule.grid(height, width, 1), rule.shrinks(height, width, rule.grid(height, width, 1)))
+        for height, width in ((14, 14), (56, 84), (62, 90), (56, 98), (280, 280))
+    ]
+    assert marks == [
+        ((1, 2, 2), False),  # enlarged
+        ((1, 4, 6), False),
+        ((1, 4, 6), False),  # rounded
+        ((1, 3, 6), True),
+        ((1, 4, 4), True),
+    ]
+    shard, group = shard_and_group({"png": picture(280, 280, form="PNG"), "txt": b"t"})
+    assert read_sample(shard, group, rule).shrunk
+    assert not read_sample(shard, group, replace(rule, resolution=Resolution(4, 400, 14), most_tokens=400)).shrunk
+
+
+def test_a_whole_clip_is_measured_and_a_small_pack_or_square_counts_too():
+    clips = SizeRule("video", Resolution(1, 24, 14), 8, 100, 10**6)
+    assert not clips.shrinks(28, 42, clips.grid(28, 42, 8))
+    assert clips.shrinks(42, 42, clips.grid(42, 42, 8))
+    assert not clips.shrinks(42, 42, clips.grid(42, 42, 4))
+    square = SizeRule("image", Resolution(1, 1, 14, 56), 1, 100, 10**6)
+    assert square.shrinks(70, 70, square.grid(70, 70, 1))
+    assert not square.shrinks(56, 56, square.grid(56, 56, 1))
+    small_pack = SizeRule("image", Resolution(1, 50, 14), 1, 20, 10**6)
+    assert small_pack.shrinks(70, 70, small_pack.grid(70, 70, 1))
+
+
+def test_each_fault_of_a_sample_has_its_kind():
+    assert kind_of({"txt": b"alone"}) == "no_media"
+    assert kind_of({"png": PNG}) == "no_caption"
+    assert kind_of({"png": PNG, "json": b"{}"}) == "no_caption"
+    assert kind_of({"png": PNG, "json": b'{"captions": []}'}) == "no_caption"
+    assert kind_of({"png": b"", "txt": b"t"}) == "unreadable"
+    assert kind_of({"mp4": picture(20, 20), "txt": b"t"}, VIDEO) == "wrong_kind"
+    assert kind_of({"png": PNG, "txt": b"t"}, replace(IMAGE, max_image_px=28 * 42 - 1)) == "too_large"
+    assert kind_of({"png": PNG, "txt": b"t"}, replace(IMAGE, most_tokens=0)) == "too_large"
+    moving = {"mp4": clip(28, 56, frames=12), "txt": b"t"}
+    assert kind_of(moving, replace(VIDEO, max_clip_s=1.4)) == "too_large"
+    assert read_sample(*shard_and_group(moving, "video"), replace(VIDEO, max_clip_s=1.5)).frames == 4
+
+
+def test_a_sample_with_too_many_bytes_is_refused_unread():
+    shard, group = shard_and_group({"png": PNG + bytes(1 << 20), "txt": b"t"})
+    small = replace(IMAGE, max_sample_mb=1)
+    before = shard.storage.ranges_read
+    again = partial(read_sample_again, shard, group.offset, group.length)
+    for refused in (partial(read_sample, shard, group), again):
+        with pytest.raises(SampleError, match=r"above data\.max_sample_mb = 1 ") as caught:
+            refused(small)
+        assert caught.value.kind == "too_large"
+    assert shard.storage.ranges_read == before
+    assert read_sample(shard, group, replace(IMAGE, max_sample_mb=2)).grid == (1, 2, 3)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_sample_whose_members_are_links_is_a_bad_sample_and_no_lost_one(kind):
+    (shard,) = shards_of([[("k", {"png": PNG, "txt": b"t"})]])
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for extension in ("png", "txt"):
+            info = tarfile.TarInfo(f"l.{extension}")
+            info.type, info.linkname = kind, f"k.{extension}"
+            tar.addfile(info)
+    shard.storage.files[shard.path] = buffer.getvalue()
+    shard = replace(shard, size=len(buffer.getvalue()))
+    (group,) = shard_samples(shard, "image")
+    with pytest.raises(SampleError, match=r"its \.png is a link.*--hard-dereference") as caught:
+        read_sample(shard, group, IMAGE)
+    assert caught.value.kind == "link"
+    assert caught.value.kind in KINDS
+
+
+def test_a_text_above_the_limit_is_a_fault():
+    assert kind_of({"png": PNG, "txt": b"x" * (captions.BYTES_LIMIT + 1)}) == "too_large"
+    assert captions.BYTES_LIMIT <= 1 << 20, "a pool of samples holds its texts in the trainer's memory"
+
+
+def test_two_members_of_one_name_are_a_fault():
+    shard, group = shard_and_group({"png": PNG, "txt": b"t"})
+    group.members.append(group.members[0])
+    with pytest.raises(SampleError, match="two members have the same name") as caught:
+        read_sample(shard, group, IMAGE)
+    assert caught.value.kind == "duplicate"
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"json": b'{"caption": "c"}', "txt": b"t"}, (("c",), None, None)),
+        ({"json": b'{"label": 7}', "txt": b"t"}, (("t",), "7", None)),
+        ({"json": b'{"captions": "c"}', "cls": b"3"}, (("c",), "3", None)),
+        ({"txt": "\ufeffgrün\n".encode()}, (("grün",), None, None)),
+        ({"json": b'{"caption": "c", "label": "x", "set": "s"}'}, (("c",), "x", "s")),
+    ],
+)
+def test_texts_come_from_json_first_and_then_from_their_own_members(members, expected):
+    assert read_texts(members)[:3] == expected
+
+
+@pytest.mark.parametrize(
+    ("members", "kind", "said"),
+    [
+        ({"json": b'{"captions": [3]}'}, "bad_caption", "a caption is '3' (int), not text"),
+        ({"json": b'{"captions": [null]}'}, "bad_caption", "a caption is 'None' (NoneType), not text"),
+        ({"json": b'{"captions": {"a": 1}}'}, "bad_caption", "not a text and not a list of texts"),
+        ({"json": b'{"caption": NaN}'}, "bad_caption", "caption is 'nan' (float), not a text"),
+        ({"json": b'{"caption": " \\n"}'}, "bad_caption", "a caption is empty"),
+        ({"txt": b""}, "bad_caption", "a caption is empty"),
+        ({"txt": b"a\xff"}, "bad_caption", "its .txt is not UTF-8 text (byte 1)"),
+        ({"txt": b"a\0 \0c\0a\0t\0"}, "bad_caption", "its .txt is not UTF-8 text (byte 1 is zero)"),
+        ({"json": b'{"label": [1]}'}, "bad_label", "label is '[1]' (list), not text"),
+        ({"json": b'{"label": true}'}, "bad_label", "label is 'True' (bool), not text"),
+        ({"cls": b"caf\xe9"}, "bad_label", "its .cls is not UTF-8 text (byte 3)"),
+        ({"json": b"{"}, "bad_json", "its .json does not parse"),
+        ({"json": b"\xff\xfe\x00"}, "bad_json", "its .json does not parse"),
+        ({"json": b"[" * 100_000}, "bad_json", "its .json does not parse"),
+        ({"json": json.dumps(["c"]).encode()}, "bad_json", "its .json holds a list, not an object"),
+    ],
+)
+def test_a_text_that_is_none_is_told_in_a_sentence(members, kind, said):
+    with pytest.raises(SampleError) as caught:
+        read_texts(members)
+    assert caught.value.kind == kind
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("members", "modality", "owner"),
+    [
+        ({"png": b""}, None, "image"),
+        ({"mp4": b""}, None, "video"),
+        ({"jpg": b"", "mp4": b""}, None, "video"),
+        ({"txt": b""}, None, "image"),
+        ({"txt": b""}, "video", "video"),
+        ({"mp4": b""}, "image", "image"),
+        ({"png": b""}, "video", "video"),
+    ],
+)
+def test_every_sample_has_one_owner(members, modality, owner):
+    (shard,) = shards_of([[("k", members)]], modality)
+    with shard.storage.open("m0") as stream:
+        (group,) = samples.tar.groups(stream, "m0", shard.size)
+    owners = [kind for kind in ("image", "video") if belongs(group, shard, kind)]
+    assert owners == [owner]
+
+
+def apart(folder):
+    """A tar that is not sorted: all pictures, then all captions."""
+    with tarfile.open(folder / "apart.tar", "w") as tar:
+        for extension, content in (("png", PNG), ("txt", b"t")):
+            for number in range(3):
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return str(folder / "apart.tar")
+
+
+def test_members_that_lie_apart_get_a_hint_at_their_order_wherever_they_are_read(tmp_path, capsys, caplog):
+    path = apart(tmp_path)
+    assert main(["data", "verify", path, "--report", str(tmp_path / "verify.json")]) == 1
+    out = capsys.readouterr().out
+    assert "no_caption: apart/0 at byte 0: neither captions" in out
+    assert "no_media: apart/0 at byte 3072: no image among its members (txt); the members of a sample must" in out
+    assert f"shard apart: more of 0 at byte 3072; {SORT_HINT}" in out
+    data = DataConfig(sources=[{"path": path}], lanes=1, workers=0)
+    told = r"none of the 1 shards has a readable image.* in shard apart the members of 0"
+    with pytest.raises(DataError, match=told), only_lane(data, STAGE, "image") as loader:
+        next(loader)
+    assert SORT_HINT in caplog.text
+
+
+def test_dots_in_the_names_of_members_get_the_rule_for_keys(tmp_path):
+    for members, named in (({"v2.png": PNG, "v2.txt": b"t"}, "v2.png"), ({"png": PNG, "en.txt": b"t"}, "en.txt")):
+        with pytest.raises(SampleError, match=f"a key ends at the first dot of a name.*'{named}' is read as an ext"):
+            read_sample(*shard_and_group(members), IMAGE)
+    with pytest.raises(SampleError) as caught:
+        read_sample(*shard_and_group({"png": PNG, "npy": b"t"}), IMAGE)
+    assert "first dot" not in str(caught.value)
+    assert SORT_HINT not in str(caught.value)

@@ -1,0 +1,387 @@
+"""Sources: what is found, and one sentence for each way in which nothing is."""
+
+import itertools
+import json
+import os
+import re
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.support.progress import WHOLE_S
+from tests.support.s3 import faulty, s3_server
+from tests.support.shards import clip, picture, write_demo_shards, write_tar
+from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.data.loader import PackLoader
+from univitar_ds.data.shards import sources
+from univitar_ds.data.shards.class_names import read_class_names
+from univitar_ds.data.shards.listing import Shard, expand_braces
+from univitar_ds.data.shards.manifest import JOURNAL
+from univitar_ds.data.shards.sources import (
+    CAPTION_SHARDS,
+    ShardGroup,
+    find_shards,
+    fingerprint,
+    groups_of,
+    iterate_captions,
+    of_modality,
+    validate_sources,
+)
+from univitar_ds.data.storage.base import LOCAL, StorageSettings
+from univitar_ds.data.tools.verify import verify
+from univitar_ds.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return write_demo_shards(tmp_path_factory.mktemp("packed"), images=9, videos=3, shards=2)
+
+
+def source(path, split="train", **told):
+    return SourceConfig(path=str(path), split=split, **told)
+
+
+def stage(video_ratio=0.0, **told):
+    return StageConfig(name="s", samples=10, lr=1e-3, video_ratio=video_ratio, **told)
+
+
+def bare(folder, n):
+    for index in range(n):
+        content = {"png": picture(14, 14, form="PNG"), "txt": f"caption {index}".encode()}
+        write_tar(folder / f"a-{index:03d}.tar", [(f"k{index}", content)])
+    return folder
+
+
+def test_a_packed_folder_gives_the_shards_of_its_split_with_kind_and_size(packed):
+    shards = find_shards([source(packed)])
+    assert [(shard.name, shard.modality) for shard in shards] == [
+        ("train-image-000000", "image"),
+        ("train-image-000001", "image"),
+        ("train-video-000000", "video"),
+        ("train-video-000001", "video"),
+    ]
+    assert all(shard.size == os.path.getsize(shard.path) and shard.sha256 for shard in shards)
+    assert of_modality(shards, "video") == [2, 3]
+    assert len(find_shards([source(packed, None)])) == 6
+
+
+def test_bare_tars_may_hold_either_modality(tmp_path):
+    bare(tmp_path, 3)
+    for path in (tmp_path, tmp_path / "a-{000..002}.tar"):
+        shards = find_shards([source(path)])
+        assert [shard.name for shard in shards] == ["a-000", "a-001", "a-002"]
+        assert of_modality(shards, "image") == of_modality(shards, "video") == [0, 1, 2]
+    assert [shard.name for shard in find_shards([source(tmp_path / "a-001.tar")])] == ["a-001"]
+
+
+def test_shards_of_several_sources_keep_different_names(packed):
+    shards = find_shards([source(packed), source(packed)])
+    assert len({shard.name for shard in shards}) == 8
+    assert shards[4].name == "1:train-image-000000"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("a-{08..11}.tar", ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]),
+        ("a-{8..10}.tar", ["a-8.tar", "a-9.tar", "a-10.tar"]),
+        ("{x,y}-{0..1}", ["x-0", "x-1", "y-0", "y-1"]),
+    ],
+)
+def test_brace_ranges_expand_with_their_zeros(pattern, names):
+    assert expand_braces(pattern) == names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"), [("a-{3..1}", r"runs backwards; write \{1..3\}"), ("{0..999}{0..9999}", "narrow the range")]
+)
+def test_a_range_that_cannot_be_meant_is_refused(pattern, said):
+    with pytest.raises(DataError, match=said):
+        expand_braces(pattern)
+
+
+@pytest.mark.parametrize("typo", ["{000...001}", "{0..}", "{a..c}", "{000..010..2}", "{0}"])
+def test_braces_that_are_neither_a_range_nor_a_list_are_told_with_how_to_write_one(typo):
+    with pytest.raises(DataError, match=r"is neither a range nor a list; write \{000\.\.127\}"):
+        expand_braces(f"s3://b/{typo}.tar")
+
+
+def test_shards_of_one_name_in_several_folders_are_told_apart_and_all_their_samples_come(tmp_path):
+    for folder, count in (("a", 30), ("b", 50)):
+        samples = [(f"k{n}", {"png": picture(30, 30, n, "PNG"), "txt": folder.encode()}) for n in range(count)]
+        write_tar(tmp_path / folder / "000.tar", samples)
+    given = SourceConfig(path=f"{tmp_path}/{{a,b}}/000.tar")
+    assert [shard.name for shard in find_shards([given])] == ["a/000", "b/000"]
+    data = DataConfig(sources=[given], workers=0, pool_samples=8, lanes=4)
+    image = {"min_tokens": 4, "max_tokens": 16, "divisor_px": 28}
+    stage = StageConfig(name="s", samples=10**6, lr=1e-3, token_budget=64, image=image)
+    seen = Counter()
+    with PackLoader(
+        [given], data=data, stage=stage, lanes_of_rank=range(4), lanes=4, seed=0, modality_of=lambda step: "image",
+        tokenizer=None, context_length=8,
+    ) as packs:  # fmt: skip
+        for _ in range(30):
+            seen.update(key for pack in next(packs) for key in pack.keys)
+    assert set(seen) == {f"a/000/k{n}" for n in range(30)} | {f"b/000/k{n}" for n in range(50)}
+
+
+def test_a_shard_that_is_named_twice_is_refused_and_one_in_two_sources_told(tmp_path, caplog):
+    write_tar(tmp_path / "000.tar", [("k", {"txt": b"x"})])
+    with pytest.raises(DataError, match=r"names shard .*000\.tar more than once"):
+        find_shards([SourceConfig(path=f"{tmp_path}/{{000,000}}.tar")])
+    find_shards([SourceConfig(path=str(tmp_path / "000.tar")), SourceConfig(path=str(tmp_path))])
+    assert "1 shards are in several sources" in caplog.text
+
+
+def test_a_missing_shard_of_a_range_is_named(tmp_path):
+    bare(tmp_path, 3)
+    with pytest.raises(DataError, match=r"shard .*a-003.tar is missing \(2 of 5 are\)"):
+        find_shards([source(tmp_path / "a-{000..004}.tar")])
+
+
+def test_an_absent_split_is_told_with_the_ones_there_are(packed):
+    with pytest.raises(DataError, match="has no split 'val'; it has test, train"):
+        find_shards([source(packed, "val")])
+
+
+def test_an_empty_folder_says_how_to_pack(tmp_path):
+    with pytest.raises(DataError, match=r"no shard found .*univitar-ds data pack"):
+        find_shards([source(tmp_path)])
+
+
+def test_files_that_look_like_shards_and_are_left_out_are_told(tmp_path, caplog, packed):
+    bare(tmp_path, 2)
+    for name in ("b.TAR", "c.tar.part", "notes.txt", "a.tar.json"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(find_shards([source(tmp_path)])) == 2
+    assert "b.TAR (2 in all) do not end in .tar and are left out" in caplog.text
+    other = write_demo_shards(tmp_path / "packed", images=4, videos=0, shards=1)
+    (other / "stray.tar").write_bytes(b"")
+    find_shards([source(other)])
+    assert "its manifest does not have stray.tar (1 in all), which are left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [("s3://", "names no bucket"), ("s3:///x", "names no bucket"), ("a/*.tar", "is no pattern here; name the folder")],
+)
+def test_addresses_that_name_nothing_are_told(path, told):
+    with pytest.raises(DataError, match=told):
+        find_shards([source(path)])
+
+
+def test_slashes_too_many_at_the_end_change_nothing(packed):
+    assert len(find_shards([source(f"{packed}//")])) == len(find_shards([source(packed)]))
+
+
+def test_compressed_tars_are_refused_or_told_where_others_are(tmp_path, caplog):
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 tars are compressed, such as a\.tar\.gz; .*: decompress first"):
+        find_shards([source(tmp_path)])
+    with pytest.raises(DataError, match=r"a\.tar\.gz: is a compressed tar; .*: decompress first"):
+        find_shards([source(tmp_path / "a.tar.gz")])
+    bare(tmp_path, 2)
+    assert len(find_shards([source(tmp_path)])) == 2
+    assert "a.tar.gz; samples are read from the middle of shards: decompress first; they are left out" in caplog.text
+
+
+def test_a_folder_whose_packing_was_interrupted_is_not_taken_for_a_folder_of_tars(tmp_path):
+    bare(tmp_path, 2)
+    (tmp_path / JOURNAL).write_text("")
+    with pytest.raises(DataError, match="its packing never ended"):
+        find_shards([source(tmp_path)])
+
+
+def test_a_path_that_is_nothing_or_no_tar_is_named(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"")
+    with pytest.raises(DataError, match="nowhere: there is no such file or folder"):
+        find_shards([source(tmp_path / "nowhere")])
+    with pytest.raises(DataError, match=r"neither a folder nor a \.tar file"):
+        find_shards([source(tmp_path / "x.zip")])
+    with pytest.raises(DataError, match="a brace range must name tars"):
+        find_shards([source(tmp_path / "a-{0..1}")])
+
+
+def test_a_shard_that_is_missing_or_cut_is_noticed_before_anything_starts(tmp_path):
+    folder = write_demo_shards(tmp_path, images=4, videos=0, shards=1)
+    path = folder / "train-image-000000.tar"
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size - 1024)
+    with pytest.raises(DataError, match=rf"has {size - 1024} bytes, its manifest says {size}"):
+        find_shards([source(folder)])
+    path.unlink()
+    with pytest.raises(DataError, match=r"shard train-image-000000.tar of its manifest is missing"):
+        find_shards([source(folder)])
+
+
+def test_a_run_with_clips_needs_a_source_with_clips(tmp_path):
+    folder = write_demo_shards(tmp_path, images=4, videos=0, shards=1)
+    assert len(validate_sources([source(folder)], [stage()])) == 1
+    with pytest.raises(
+        DataError, match=r"needs video samples, but the sources .* hold only image samples; .*video_ratio"
+    ):
+        validate_sources([source(folder)], [stage(), stage(0.5)])
+
+
+def test_the_weights_of_a_stage_must_leave_it_a_source_of_every_modality(tmp_path, packed):
+    images = write_demo_shards(tmp_path / "images", images=4, videos=0, shards=1)
+    sources = [source(images, name="pictures"), source(packed, name="packed")]
+    validate_sources(sources, [stage(0.5), stage(0.5, weights={"pictures": 1, "packed": 1})])
+    with pytest.raises(
+        DataError, match=r"stage s needs video samples, but the sources that its weights name \(pictures\) hold none"
+    ):
+        validate_sources(sources, [stage(weights={"pictures": 1}), stage(0.5, weights={"pictures": 1, "packed": 0})])
+
+
+def test_a_shard_knows_its_source_and_its_templates(packed):
+    shards = find_shards([source(packed), source(packed, name="again", templates=["a {}", "the {}"])])
+    told = {(shard.source, shard.templates) for shard in shards}
+    assert told == {(packed.name, ()), ("again", ("a {}", "the {}"))}
+    image, clip_ = (groups_of(shards, modality, {"again": 3}) for modality in ("image", "video"))
+    assert [(group.name, group.shards) for group in image + clip_] == [("again", (4, 5)), ("again", (6, 7))]
+    assert groups_of(shards, "video", {}) == [ShardGroup("", 1, (2, 3, 6, 7))]
+
+
+def test_many_remote_sources_are_listed_at_once(monkeypatch):
+    together = threading.Barrier(4)
+
+    def listed(source, prefix, settings):
+        together.wait(timeout=WHOLE_S)
+        return [Shard(f"{prefix}a", f"{source.path}/a.tar", None, 512, "image")]
+
+    monkeypatch.setattr(sources, "list_shards", listed)
+    found = find_shards([SourceConfig(path=f"s3://bucket/{name}") for name in "dbca"], StorageSettings())
+    assert [(shard.name, shard.path) for shard in found] == [
+        (f"{number}:a", f"s3://bucket/{name}/a.tar") for number, name in enumerate("dbca")
+    ]
+
+
+def test_the_fingerprint_follows_names_sizes_and_hashes_but_not_the_place(tmp_path, packed):
+    here = fingerprint(find_shards([source(packed)]))
+    moved = tmp_path / "moved"
+    moved.symlink_to(packed)
+    assert fingerprint(find_shards([source(moved)])) == here
+    assert fingerprint(find_shards([source(packed, "test")])) != here
+    other = write_demo_shards(tmp_path / "other", images=9, videos=3, shards=2)
+    assert fingerprint(find_shards([source(other)])) == here
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert fingerprint(find_shards([source(other)])) != here
+
+
+def test_the_fingerprint_of_tars_without_a_manifest_follows_how_they_begin(tmp_path, monkeypatch):
+    folder = bare(tmp_path, 5)
+    here = fingerprint(find_shards([source(folder)]))
+    shard = folder / "a-003.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole.replace(b"caption 3", b"another 3"))
+    shards = find_shards([source(folder)])
+    assert fingerprint(shards) != here
+    monkeypatch.setattr(sources, "SPOT_CHECKS", 2)  # of numbers 0 and 2
+    before = fingerprint(shards)
+    shard.write_bytes(whole)
+    assert fingerprint(find_shards([source(folder)])) == before
+    monkeypatch.undo()
+    assert fingerprint(find_shards([source(folder)])) == here
+    for path in folder.iterdir():
+        path.unlink() if path != shard else path.write_bytes(b"")
+    fingerprint(find_shards([source(folder)]))  # an empty shard has no beginning, which is no error here
+
+
+def test_a_damaged_shard_still_gives_its_captions_and_labels_come_in_their_templates(tmp_path):
+    samples = [(f"k{n}", {"png": b"", "cls": f"thing{n}".encode()}) for n in range(6)]
+    path = write_tar(tmp_path / "a.tar", [*samples, ("own", {"png": b"", "txt": b"own words", "cls": b"x"})])
+    content = path.read_bytes()
+    at = content.index(b"k2.cls")
+    path.write_bytes(content[:at] + bytes(512) + content[at + 512 :])
+    captions = list(iterate_captions([source(tmp_path, templates=["a {}", "one {} here"])], limit=100))
+    expected = [text for n in (0, 1, 3, 4, 5) for text in (f"a thing{n}", f"one thing{n} here")]
+    assert captions == [*expected, "own words"]
+    assert list(iterate_captions([source(tmp_path)], limit=100)) == ["own words"]
+
+
+def test_captions_come_evenly_from_all_shards_and_broken_samples_have_none(tmp_path):
+    def texts(prefix, n):
+        return [(f"{prefix}{i}", {"png": b"", "txt": f"{prefix} {i}".encode()}) for i in range(n)]
+
+    write_tar(tmp_path / "a.tar", [("x", {"txt": b"\xff\xfe"}), *texts("a", 50)])
+    write_tar(tmp_path / "b.tar", [("v", {"mp4": clip(16, 16), "json": b'{"captions": ["b one", "b two"]}'})])
+    found = list(iterate_captions([source(tmp_path)], limit=8))
+    assert found == ["a 0", "a 1", "a 2", "a 3", "b one", "b two"]
+
+
+def test_captions_come_from_a_bounded_number_of_shards_all_over_the_list(tmp_path):
+    bare(tmp_path, 2 * CAPTION_SHARDS + 50)
+    found = list(iterate_captions([source(tmp_path)], limit=1_000_000))
+    numbers = [int(caption.removeprefix("caption ")) for caption in found]
+    assert len(numbers) == CAPTION_SHARDS
+    assert {later - earlier for earlier, later in itertools.pairwise(numbers)} == {2, 3}
+    assert (numbers[0], numbers[-1]) == (0, 447)
+    assert list(iterate_captions([source(tmp_path)], limit=1_000_000)) == found
+
+
+def test_captions_come_from_a_bounded_number_of_bytes_of_each_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE", 4096)
+    monkeypatch.setattr(sources, "CAPTION_BYTES", 2 * 20 * 4096)
+    for name in ("a", "b"):
+        samples = [(f"{name}{n}", {"jpg": bytes(50_000), "txt": f"{name} {n}".encode()}) for n in range(50)]
+        write_tar(tmp_path / f"{name}.tar", samples)
+    found = list(iterate_captions([source(tmp_path)], limit=1000))
+    assert found == [f"{name} {n}" for name in ("a", "b") for n in range(19)]  # a piece each, and one before the first
+
+
+def test_captions_of_remote_shards_are_those_of_local_ones_and_cost_no_whole_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE", 4096)
+    for name in ("a", "b"):
+        media = [os.urandom(50_000) for _ in range(12)]
+        samples = [(f"{name}{n}", {"jpg": jpg, "txt": f"{name} {n}".encode()}) for n, jpg in enumerate(media)]
+        write_tar(tmp_path / "local" / f"{name}.tar", samples)
+    with s3_server() as server, faulty(server, lambda request: None) as proxy:
+        url = server.upload(tmp_path / "local", "captions")
+        settings = StorageSettings(endpoint_url=proxy.url, session=str(tmp_path / "session"))
+        twice = [source(url), source(url, name="again")]
+        found = list(iterate_captions(twice, limit=16, settings=settings))
+        assert sorted(found) == sorted(iterate_captions([source(tmp_path / "local")] * 2, limit=16))
+        assert sorted(found) == sorted(2 * [f"{name} {n}" for name in ("a", "b") for n in range(4)])
+        asked = [request.range.removeprefix("bytes=").split("-") for request in proxy.requests if request.range]
+        read = sum(int(last) + 1 - int(first) for first, last in asked)
+        assert read < 2 * 2 * 12 * 4096  # of 2.4 MB
+        assert not (tmp_path / "session" / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("a.tar::b.tar", "a.tar::b.tar: :: joins several shards for webdataset.* each is a source of its own"),
+        ("s3://b/a.tar::s3://b/c.tar", ":: joins several shards for webdataset"),
+        ("pipe:curl -s https://h/a.tar", "pipe: is a command to webdataset.*copy the shards to a disk or an S3 store"),
+        ("pipe:aws s3 cp s3://b/a.tar -", "pipe: is a command to webdataset.*; give s3://b/a.tar"),
+        ("pipe:gunzip < a.tar.gz", "pipe: is a command to webdataset"),
+        ("gs://bucket/a.tar", "cannot read from gs://.*store that speaks S3"),
+        ("hf://datasets/a/b/{000..003}.tar", "cannot read from hf://.*hf download"),
+        ("https://host/a.tar", "cannot read from https://.*download the shards first"),
+        ("file:///data/a.tar", "cannot read from file://.*leave file:// out"),
+    ],
+)
+def test_what_only_other_loaders_read_is_named_for_what_it_is(path, told):
+    with pytest.raises(DataError, match=told):
+        find_shards([SourceConfig(path=path)])
+    report = verify([SourceConfig(path=path)], progress=False)
+    assert re.search(told, report["sources"][0]["error"])
+    assert not report["sound"]
+    if "::" not in path:
+        with pytest.raises(DataError, match=told):
+            read_class_names(path, LOCAL)
+
+
+def test_a_colon_in_the_name_of_a_file_that_is_there_is_a_letter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a::b.tar", "pipe:c.tar"):
+        write_tar(Path(name), [("k", {"txt": b"t"})])
+        assert [shard.path for shard in find_shards([SourceConfig(path=name)])] == [name]

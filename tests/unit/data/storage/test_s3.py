@@ -1,0 +1,422 @@
+"""Objects of a store on loopback, through a proxy that misbehaves."""
+
+import json
+import logging
+import os
+import pickle
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import pytest
+
+from tests.support.progress import run_watched
+from tests.support.s3 import BUCKET, SECRET, faulty, first_of, s3_server, some_of
+from univitar_ds.data.storage import retry, session, shard_cache
+from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.base import LOCAL, StorageSettings
+from univitar_ds.data.storage.s3 import S3Storage
+from univitar_ds.data.storage.s3_client import CHUNK
+from univitar_ds.data.storage.s3_upload import holds
+from univitar_ds.errors import DataError
+
+BLOB = random.Random(0).randbytes(16 * CHUNK)
+PATIENT = {"idle_timeout_s": 20.0, "give_up_s": 300.0}
+SILENCE_S = 1.0
+"""After which a silent connection is given up where silence is what is tested: a busy store may be silent, too."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(retry, "FIRST_GAP_S", 0.001)
+
+
+def storage(url, folder, **more) -> S3Storage:
+    """One of a process of its own, as far as copies and versions go."""
+    folder.mkdir(exist_ok=True)
+    return S3Storage(StorageSettings(endpoint_url=url, session=str(folder), **{**PATIENT, **more}))
+
+
+def gets(request) -> bool:
+    return request.method == "GET" and request.key.endswith(".tar")
+
+
+FAULTS = ["throttle", "refuse", "error", "hang", "drop", "cut", "stall", "short", "reset", "lost"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_object_arrives_whole_and_each_byte_once_whatever_happens(server, tmp_path, fault):
+    url = server.put("a.tar", BLOB)
+    with faulty(server, first_of(fault, 2, gets)) as proxy:
+        silent = {"idle_timeout_s": SILENCE_S} if fault in ("hang", "stall") else {}
+        stream = storage(proxy.url, tmp_path, **silent).open(url)
+        assert stream.read() == BLOB
+        assert proxy.faults == {fault: 2}
+        starts = [int(request.range.removeprefix("bytes=").split("-")[0]) for request in proxy.bodies("a.tar")]
+        assert len(starts) == 3
+        assert len({request.if_match for request in proxy.bodies("a.tar")} - {None}) == 1
+        if fault in ("cut", "stall", "short"):  # half of what was missing came each time
+            assert starts == [0, 8 * CHUNK, 12 * CHUNK]
+        elif fault == "drop":  # a reset may take along what has arrived and was not read yet
+            assert starts == sorted(starts)
+        else:
+            assert starts == [0, 0, 0]
+
+
+def test_requests_that_are_no_bodies_are_repeated_too(server, tmp_path):
+    url = server.put("folder/a.tar", BLOB)
+    with faulty(server, some_of(["throttle", "error", "hang", "reset", "cut"], 0.6, seed=3)) as proxy:
+        one = storage(proxy.url, tmp_path, idle_timeout_s=SILENCE_S)
+        assert one.size(url) == len(BLOB)
+        assert list(one.list("s3://shards/folder")) == [url]
+        assert one.exists(url)
+        assert not one.exists("s3://shards/nothing")
+        assert one.read_range(url, 1000, 2000) == BLOB[1000:3000]
+        assert one.read(url) == BLOB
+        assert sum(proxy.faults.values()) >= 4
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_an_error_and_not_a_splice(server, tmp_path):
+    url = server.put("b.tar", BLOB)
+
+    def replaced(request):
+        if gets(request) and len(proxy.bodies("b.tar")) == 1:
+            return "cut"
+        if gets(request):
+            server.put("b.tar", BLOB[::-1])
+        return None
+
+    with faulty(server, replaced) as proxy:
+        stream = storage(proxy.url, tmp_path).open(url)
+        half = stream.read(len(BLOB) // 2)
+        with pytest.raises(DataError, match=r"b\.tar: the object was replaced while this run was reading it; restore"):
+            stream.read()
+    assert half == BLOB[: len(BLOB) // 2]
+
+
+def test_what_a_run_reads_is_the_version_that_was_there_when_it_started(server, tmp_path):
+    url = server.put("pinned/c.tar", BLOB)
+    one = storage(server.url, tmp_path)
+    one.list("s3://shards/pinned")
+    server.put("pinned/c.tar", BLOB[::-1])
+    told = "the object was replaced"
+    with pytest.raises(DataError, match=told):
+        one.open(url).read()
+    with pytest.raises(DataError, match=told):
+        one.read_range(url, 0, 10)
+    with pytest.raises(DataError, match=told):
+        one.list("s3://shards/pinned")
+    assert storage(server.url, tmp_path / "another").open(url).read() == BLOB[::-1]
+
+
+@pytest.mark.parametrize("told_by", ["ETag", "size"])
+def test_a_store_that_ignores_which_version_it_is_asked_for_gives_an_error_and_not_a_splice(server, tmp_path, told_by):
+    url = server.put("ignored.tar", BLOB)
+    one = storage(server.url, tmp_path)
+    etag = one.head(url)["ETag"]
+    assert one.size(url) == len(BLOB)
+    events = one.connection._connected(url).meta.events
+    ignored = []
+    events.register("before-call.s3.GetObject", lambda params, **_: ignored.append(params["headers"].pop("If-Match")))
+    another = BLOB[::-1]
+    if told_by == "size":  # not every store makes the ETag of the content
+        another = another[1:]
+        events.register("after-call.s3.GetObject", lambda parsed, **_: parsed.update(ETag=etag))
+    server.put("ignored.tar", another)
+    for act in (one.read, lambda path: one.read_range(path, 0, 10), lambda path: one.open(path).read(10)):
+        with pytest.raises(DataError, match=r"ignored\.tar: the object was replaced while this run was reading it"):
+            act(url)
+    assert ignored == [etag] * 3
+
+
+def test_the_region_of_the_settings_is_the_one_that_is_asked(server, tmp_path, monkeypatch):
+    """The address alone tells; no request is made."""
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for region, asked in (("eu-north-1", "eu-north-1"), (None, "us-west-2")):
+        client = storage(None, tmp_path, region=region).connection._connected("s3://b/a.tar")
+        assert client.meta.endpoint_url == f"https://s3.{asked}.amazonaws.com"
+
+
+def test_a_store_that_refuses_for_ever_is_given_up_within_the_stated_time(server, tmp_path):
+    url = server.put("d.tar", BLOB)
+    with faulty(server, lambda request: "throttle") as proxy:
+        one = storage(proxy.url, tmp_path, give_up_s=3.0)
+        start = time.monotonic()
+        told = r"d\.tar: nothing came for \d+ s and \d+ attempts, the last one: the store answered 503.*give_up_s is 3"
+        with pytest.raises(DataError, match=told):
+            one.size(url)
+        assert time.monotonic() - start >= 3.0
+        assert len(proxy.requests) > 1
+
+
+def test_a_body_that_never_comes_is_given_up_and_the_reader_is_told(server, tmp_path):
+    url = server.put("e.tar", BLOB)
+    with faulty(server, lambda request: "throttle" if gets(request) else None) as proxy:
+        stream = storage(proxy.url, tmp_path, give_up_s=0.2).open(url)
+        with pytest.raises(DataError, match="nothing came for"):
+            stream.read(1)
+
+
+def test_progress_starts_the_clock_anew(server, tmp_path):
+    """Each connection brings a piece and dies: far more time in all than `give_up_s`, never that much in a row."""
+    url = server.put("f.tar", BLOB)
+    with faulty(server, lambda request: "stall" if gets(request) else None) as proxy:
+        stream = storage(proxy.url, tmp_path, idle_timeout_s=0.7, give_up_s=2.5).open(url)
+        assert stream.read(31 * CHUNK // 2) == BLOB[: 31 * CHUNK // 2]
+        assert len(proxy.bodies("f.tar")) >= 5
+
+
+def test_a_store_that_sends_a_byte_now_and_then_is_given_up_within_the_stated_time(server, tmp_path):
+    url = server.put("slow.tar", BLOB)
+    with faulty(server, lambda request: "trickle" if gets(request) else None) as proxy:
+        stream = storage(proxy.url, tmp_path, give_up_s=0.5, idle_timeout_s=SILENCE_S).open(url)
+        assert stream.read(8 * CHUNK) == BLOB[: 8 * CHUNK]
+        told = r"only \d+ bytes came for \d+ s and \d+ attempts, the last one: the connection gave \d+ bytes in \d+ s"
+        with pytest.raises(DataError, match=told):
+            stream.read()
+
+
+def test_a_slow_connection_is_replaced_by_another(server, tmp_path):
+    url = server.put("slow.tar", BLOB)
+    with faulty(server, first_of("trickle", 1, gets)) as proxy:
+        assert storage(proxy.url, tmp_path, idle_timeout_s=SILENCE_S).open(url).read() == BLOB
+        assert len(proxy.bodies("slow.tar")) == 2
+
+
+@pytest.mark.parametrize("status", [507, 520, 529])
+def test_any_failure_of_a_store_or_of_what_lies_before_it_is_tried_again(server, tmp_path, status, monkeypatch):
+    url = server.put("odd.tar", BLOB)
+    with faulty(server, first_of(f"status {status}", 2, gets)) as proxy:
+        assert storage(proxy.url, tmp_path).open(url).read() == BLOB
+        assert proxy.faults == {f"status {status}": 2}
+
+
+def test_who_may_read_and_list_one_prefix_only_needs_no_more(server, tmp_path):
+    """As policies with a condition on the prefix are: other listings are refused, and absent objects look so too."""
+    url = server.put("team/one/a.tar", BLOB)
+    present = server.keys()
+
+    def policy(request):
+        query = parse_qs(request.query)
+        if "list-type" in query:
+            return None if query.get("prefix", [""])[0].startswith("team/") else "status 403"
+        return None if request.key in present else "status 403"
+
+    with faulty(server, policy) as proxy:
+        one = storage(proxy.url, tmp_path)
+        assert one.exists("s3://shards/team")
+        assert one.exists("s3://shards/team/one")
+        assert one.exists(url)
+        assert not one.exists("s3://shards/team/one/manifest.json")
+        assert not holds(one, "s3://shards/team/one/b.tar", 1, "0")
+        with pytest.raises(DataError, match="access was refused"):
+            one.exists("s3://shards/others")
+
+
+def test_a_store_without_etags_is_refused_in_a_sentence(server, tmp_path, monkeypatch):
+    url = server.put("bare/a.tar", BLOB)
+    one = storage(server.url, tmp_path)
+    request = one.connection._request
+    monkeypatch.setattr(
+        one.connection, "_request", lambda *asked: {k: v for k, v in request(*asked).items() if k != "ETag"}
+    )
+    with pytest.raises(DataError, match=r"a\.tar: the store gives no ETag"):
+        one.open(url)
+
+
+def test_a_wrong_address_is_given_up_sooner_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "UNREACHED_S", 0.1)
+    with pytest.raises(DataError, match=r"the store has never answered: check data\.s3\.endpoint_url"):
+        storage("http://127.0.0.1:9", tmp_path, give_up_s=300).size("s3://b/x.tar")
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("s3://shards/none.tar", r"none\.tar: there is no such object or bucket; check the address"),
+        ("s3://nowhere/none.tar", r"nowhere/none\.tar: there is no such object or bucket"),
+        ("s3://", "names no bucket; write s3://BUCKET/PREFIX"),
+    ],
+)
+def test_what_is_not_there_is_told_at_once(server, tmp_path, url, told):
+    one = storage(server.url, tmp_path)
+    for act in (one.size, one.open, one.read, lambda path: one.read_range(path, 0, 1)):
+        with pytest.raises(DataError, match=told):
+            act(url)
+    with pytest.raises(DataError, match="no such bucket"):
+        one.list("s3://nowhere/folder")
+
+
+def test_a_range_beyond_the_end_is_an_error_with_the_byte_where_the_object_ends(server, tmp_path):
+    url = server.put("g.tar", BLOB)
+    with pytest.raises(DataError, match=f"ends at byte {len(BLOB)}, but 20 bytes were expected from byte 1385"):
+        storage(server.url, tmp_path).read_range(url, 1385000, 20 if len(BLOB) < 1385020 else 1 << 30)
+
+
+def test_unusable_settings_are_told_without_a_traceback_of_boto3(server, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"profile \(nobody\) could not be found.*check data\.s3"):
+        storage(server.url, tmp_path, profile="nobody").size("s3://shards/a")
+    with pytest.raises(DataError, match=r"write data.s3.endpoint_url as http"):
+        storage("no url at all", tmp_path).size("s3://shards/a")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(DataError, match="no credentials were found"):
+        storage(server.url, tmp_path).size("s3://shards/a")
+
+
+def test_a_profile_brings_its_own_credentials(server, tmp_path, monkeypatch):
+    url = server.put("h.tar", BLOB)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "credentials").write_text("[mine]\naws_access_key_id=k\naws_secret_access_key=s\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    assert storage(server.url, tmp_path, profile="mine").size(url) == len(BLOB)
+
+
+def test_no_error_and_no_log_shows_a_secret(server, tmp_path, caplog):
+    url = server.put("i.tar", BLOB)
+    caplog.set_level(logging.INFO)
+    told = []
+    for number, fault in enumerate(("throttle", "reset", "hang", "error")):
+        with faulty(server, lambda request, fault=fault: fault) as proxy:
+            with_password = proxy.url.replace("http://", f"http://user:{SECRET}@")
+            with pytest.raises(DataError) as caught:
+                storage(with_password, tmp_path / str(number), give_up_s=0.1, idle_timeout_s=0.1).size(url)
+            told.append(str(caught.value))
+    told += [record.getMessage() for record in caplog.records]
+    assert len(told) >= 8
+    assert not [line for line in told if SECRET in line or "loopback-key-id" in line or "Authorization" in line]
+
+
+def test_a_listing_takes_as_many_requests_as_it_needs_and_holds_files_only(server, tmp_path):
+    names = [f"many/{number}.tar" for number in range(5)]
+    for name in [*names, "many/deeper/x.tar", "many/"]:
+        server.put(name, b"x")
+    one = storage(server.url, tmp_path)
+    call = one.connection.call
+    pages = []
+
+    def by_twos(operation, url, **parameters):
+        pages.append(operation)
+        return call(operation, url, **{**parameters, "MaxKeys": 2})
+
+    one.connection.call = by_twos
+    assert list(one.list("s3://shards/many/")) == [f"s3://{BUCKET}/{name}" for name in names]
+    assert pages == ["list_objects_v2"] * 4
+    one.connection.call = call
+    assert one.exists("s3://shards/many")
+    assert one.exists("s3://shards")
+
+
+_WORKER = """
+import json, sys
+from univitar_ds.data.storage.base import StorageSettings, storage_for
+settings = StorageSettings.from_json(json.loads(sys.argv[1]))
+url = sys.argv[2]
+piece = storage_for(url, settings).read_range(url, 1000, 50)
+heavy = [name for name in ("boto3", "torch", "pydantic") if name in sys.modules]
+print(json.dumps([piece.hex(), heavy]))
+"""
+
+
+def test_a_decoding_process_reads_the_copy_without_boto3_and_pieces_that_are_gone_with_it(server):
+    url = server.put("worker.tar", BLOB)
+    with faulty(server, lambda request: None) as proxy:
+        shared = StorageSettings(endpoint_url=proxy.url).shared()
+        assert json.loads(json.dumps(shared.to_json())) == shared.to_json()
+        one = storage_for(url, shared)
+        assert one.open(url).read() == BLOB
+        for copy, heavy in ((True, []), (False, ["boto3"])):
+            if not copy:
+                fetched_ahead(one)
+                for settled in Path(shared.session, "shards").glob("*.tar"):  # other tests' copies too
+                    settled.unlink()
+            ran = run_watched([sys.executable, "-c", _WORKER, json.dumps(shared.to_json()), url], check=True)
+            assert json.loads(ran.stdout) == [BLOB[1000:1050].hex(), heavy]
+            assert [request.range for request in proxy.bodies("worker.tar")][1:] == (
+                [] if copy else ["bytes=1000-1049"]
+            )
+        assert [request.method for request in proxy.requests].count("HEAD") == 1  # the version came from its trainer
+
+
+def test_a_storage_is_one_per_process_and_survives_pickling(server):
+    url = server.put("pickled.tar", BLOB)
+    settings = StorageSettings(endpoint_url=server.url)
+    one = storage_for(url, settings)
+    assert storage_for("s3://other/x", settings) is one
+    assert storage_for(url, LOCAL) is not one
+    assert pickle.loads(pickle.dumps(one)).read_range(url, 5, 5) == BLOB[5:10]
+
+
+_KILLED = """
+import os, signal, sys
+from univitar_ds.data.storage.session import session_folder
+print(session_folder(), flush=True)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_folder_of_a_session_is_removed_at_its_end_and_after_a_kill_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(session.tempfile, "tempdir", None)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    for how, left in (("killed", True), ("ended", False)):
+        ran = run_watched([sys.executable, "-c", _KILLED, how], env=environment)
+        assert os.path.exists(ran.stdout.strip()) == left
+    assert os.listdir(tmp_path) == []  # the second one has removed what the first had left
+
+
+def test_as_many_of_the_coming_shards_as_asked_for_are_fetched_ahead_in_their_order(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "AHEAD", 1)
+    urls = [server.put(f"ahead/{name}.tar", BLOB) for name in "dacbe"]
+    unlisted = server.put("elsewhere.tar", BLOB)
+    with faulty(server, lambda request: None) as proxy:
+        for ahead in (3, 0):
+            proxy.requests.clear()
+            one = storage(proxy.url, tmp_path / str(ahead), prefetch_shards=ahead)
+            one.list("s3://shards/ahead")
+            one.prefetch(urls)
+            one.prefetch([unlisted])  # looking up its version would make the reader wait
+            fetched_ahead(one)
+            assert [request.key for request in proxy.requests[1:]] == [f"ahead/{name}.tar" for name in "dacbe"[:ahead]]
+            assert [one.open(url).read() for url in urls[:ahead]] == [BLOB] * ahead
+            assert len(proxy.requests) == 1 + ahead, "a shard was fetched twice"
+
+
+def fetched_ahead(one: S3Storage) -> None:
+    """Until nothing is being fetched and no hint is left."""
+    busy = True
+    while busy:
+        time.sleep(0.001)
+        with one._spool._mutex:  # the end of one download starts the next
+            busy = bool(one._spool._downloads)
+
+
+def test_a_thread_that_reads_while_others_do_gets_its_own_bytes(server, tmp_path):
+    urls = [server.put(f"t{number}.tar", bytes([number]) * 300_000) for number in range(6)]
+    with faulty(server, some_of(["drop", "throttle"], 0.3, seed=1)) as proxy:
+        one = storage(proxy.url, tmp_path)
+        found = {}
+
+        def read(number):
+            one.prefetch(urls[number : number + 2])
+            found[number] = one.open(urls[number]).read()
+
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == {number: bytes([number]) * 300_000 for number in range(6)}

@@ -1,0 +1,114 @@
+"""What happens to decoded packs on their way to the trainer."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.memory import memory_shards, small_rules
+from univitar_ds import tokenization
+from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.data import collate as collate_module
+from univitar_ds.data.collate import DecodingHealth, collate, tokenized
+from univitar_ds.data.collate import decoded as decoded_plans
+from univitar_ds.data.decoding.pipeline import Rendered
+from univitar_ds.data.sampler.bad_samples import BadPolicy
+from univitar_ds.data.sampler.cursor import LaneCursor, parse
+from univitar_ds.data.sampler.lanes import Lane
+from univitar_ds.errors import DataError
+
+
+def packs(n, start=None):
+    """Packs of one lane as a pipeline gives them; of each, the items that `bad` (step, index) names have failed."""
+    lane = Lane({"image": small_rules(memory_shards([40]))}, start or LaneCursor(0, 1, 0, "f"))
+    first = 0 if start is None else start.packs
+    return [lane.next_plan("image", first + index) for index in range(n)]
+
+
+def decoded(plan, *failed):
+    kept = [item for index, item in enumerate(plan.items) if index not in failed]
+    pixels = np.zeros(sum(item.sample.tokens for item in kept) * 588, np.uint8)
+    return Rendered(plan, pixels, [(index, "corrupt", f"item {index} is broken") for index in failed])
+
+
+def test_failures_are_counted_in_the_cursor_that_travels_with_the_pack():
+    health = DecodingHealth(BadPolicy())
+    one, two = packs(2)
+    first = collate(health.check(decoded(one, 1)), None)
+    second = collate(health.check(decoded(two, 0, 1)), None)
+    assert parse(first.cursor).decoding == {"image": (len(one.items), 1, 0 if len(one.items) > 2 else 1)}
+    assert parse(second.cursor).decoding["image"][:2] == (len(one.items) + len(two.items), 3)
+    assert second.bad["corrupt"] == 2
+    assert [len(first), len(second)] == [len(one.items) - 1, len(two.items) - 2]
+
+
+def test_captions_are_encoded_while_planning_and_those_of_failed_items_left_out():
+    (plan,) = packs(1)
+    tokenizer = tokenization.train_tokenizer([item.caption for item in plan.items], 300)
+    (plan,) = tokenized(iter([plan]), tokenizer, 12)
+    batch = collate(decoded(plan, 1), tokenizer)
+    ids, lengths = tokenization.encode(tokenizer, batch.captions, 12)
+    assert torch.equal(batch.token_ids, ids)
+    assert torch.equal(batch.text_lengths, lengths)
+    assert len(batch) == len(plan.items) - 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "step_ahead", "ahead", "shared"),
+    [(None, False, 3, 1), (None, True, 8, 0), (2, True, 2, 0), (5, False, 5, 0)],
+)
+def test_as_many_packs_are_decoded_ahead_as_the_trainer_can_use(monkeypatch, asked, step_ahead, ahead, shared):
+    made = {}
+    monkeypatch.setattr(collate_module, "Pipeline", lambda *_, **given: made.update(given))
+    data = DataConfig(sources=[SourceConfig(path="x")], workers=1, prefetch_packs=asked)
+    decoded_plans(iter([]), data, {"image": None}, 100, packs_of_step=8, step_ahead=step_ahead)
+    assert made["prefetch_packs"] == ahead
+    assert (made["lent"], made["shared_slots"]) == (8, shared)
+
+
+def test_a_resumed_run_ends_at_the_same_sample_as_one_that_was_never_interrupted():
+    policy = BadPolicy(max_in_a_row=12, max_per_thousand=1000)
+
+    def until_it_ends(plans, health):
+        for plan in plans:
+            try:
+                health.check(decoded(plan, *range(len(plan.items))))
+            except DataError as error:
+                return plan.index, str(error)
+        pytest.fail("it did not end")
+
+    whole = until_it_ends(packs(9), DecodingHealth(policy))
+    middle = DecodingHealth(policy).check(decoded(packs(1)[0], *range(len(packs(1)[0].items))))
+    resumed = until_it_ends(packs(9, parse(middle.plan.cursor.to_json())), DecodingHealth(policy))
+    assert whole == resumed
+    assert "13 samples in a row cannot be used" in whole[1]
+    assert "m0/0-" in whole[1]
+
+
+def test_a_lane_and_a_modality_are_counted_apart():
+    policy = BadPolicy(max_in_a_row=1)
+    health = DecodingHealth(policy)
+    plan = packs(1)[0]
+    for lane in range(3):
+        for modality in ("image", "video"):
+            cursor = replace(plan.cursor, lane=lane)
+            one = replace(plan, items=plan.items[:1], lane=lane, modality=modality, cursor=cursor)
+            checked = health.check(decoded(one, 0))
+            assert checked.plan.cursor.decoding[modality] == (1, 1, 1)
+    with pytest.raises(DataError, match=r"lane 1, image, decoding: 2 samples in a row"):
+        health.check(decoded(replace(plan, lane=1), 0))
+
+
+def test_where_one_failure_ends_the_run_it_names_shard_key_and_byte():
+    plan = packs(1)[0]
+    item = plan.items[1].sample
+    with pytest.raises(DataError, match=f"{item.name} at byte {item.media_offset}: item 1 is broken"):
+        DecodingHealth(BadPolicy("fail")).check(decoded(plan, 1))
+
+
+def test_items_that_were_made_smaller_are_counted():
+    plan = packs(1)[0]
+    items = [replace(item, sample=replace(item.sample, shrunk=index % 2 == 0)) for index, item in enumerate(plan.items)]
+    assert collate(decoded(replace(plan, items=items), 0), None).shrunk == (len(items) - 1) // 2
+    assert collate(decoded(plan), None).shrunk == 0

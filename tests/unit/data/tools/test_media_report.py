@@ -1,0 +1,143 @@
+"""What `data probe` says of a file is what a run would do with it."""
+
+import json
+import os
+
+import pytest
+
+from tests.support.loading import only_lane
+from tests.support.shards import clip, picture, write_tar
+from univitar_ds.config.data import DataConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.data.tools.media_report import report
+
+STAGE = StageConfig(
+    name="s",
+    samples=10,
+    lr=1e-3,
+    image={"min_tokens": 4, "max_tokens": 40, "divisor_px": 14},
+    video={"min_tokens": 4, "max_tokens": 60, "divisor_px": 14},
+    clip_frames=4,
+    token_budget=120,
+)
+
+
+def settings(**fields):
+    return DataConfig(**{"sources": [{"path": "nowhere"}], **fields})
+
+
+@pytest.fixture
+def files(tmp_path):
+    contents = {
+        "first.jpg": b"no picture",
+        "wide.jpg": picture(60, 120),
+        "small.png": picture(42, 42, form="PNG"),
+        "named.png": picture(42, 42),
+        "cut.jpg": picture(60, 120)[:-100],
+        "clip.mp4": clip(64, 48, frames=9),
+        "clip.jpg": clip(64, 48),
+        "empty.jpg": b"",
+        "text.txt": b"words",
+        "plain": picture(60, 120),
+        "a." + "x" * 200: picture(60, 120),
+        "noise.mp4": bytes(range(256)) * 9,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    return [tmp_path / name for name in contents]
+
+
+def test_every_file_is_told_in_order_with_its_size_or_its_error(files, tmp_path):
+    rows = list(report([*files, tmp_path / "gone.jpg", tmp_path], settings(), STAGE))
+    assert [row.file for row in rows] == [str(path) for path in [*files, tmp_path / "gone.jpg", tmp_path]]
+    told = {os.path.basename(row.file): row for row in rows}
+    good = [name for name, row in told.items() if row.ok]
+    assert good == ["wide.jpg", "small.png", "named.png", "clip.mp4"]
+    assert [(told[n].kind, told[n].width, told[n].height, told[n].frames) for n in good] == [
+        ("image", 120, 60, 1),
+        ("image", 42, 42, 1),
+        ("image", 42, 42, 1),
+        ("video", 48, 64, 9),
+    ]
+    assert told["small.png"].grid == (1, 3, 3)
+    assert told["small.png"].tokens == 9
+    assert told["clip.mp4"].grid[0] == 2, "4 frames, 2 a token"
+    assert told["clip.mp4"].tokens <= 60
+    assert {name: row.error for name, row in told.items() if not row.ok} == {
+        "first.jpg": "unreadable",
+        "cut.jpg": "corrupt",
+        "clip.jpg": "wrong_kind",
+        "empty.jpg": "unreadable",
+        "text.txt": "no_media",
+        "plain": "no_media",
+        "a." + "x" * 200: "no_media",
+        "noise.mp4": "unreadable",
+        "gone.jpg": "unreadable",
+        tmp_path.name: "unreadable",
+    }
+    assert told["cut.jpg"].kind == "image", "its header was good"
+    assert all((row.message is None) == row.ok == (row.error is None) for row in rows)
+
+
+def test_an_item_that_the_rule_makes_smaller_is_said_to_be(tmp_path):
+    (tmp_path / "large.jpg").write_bytes(picture(300, 500))
+    (tmp_path / "small.jpg").write_bytes(picture(42, 42))
+    rows = list(report([tmp_path / "large.jpg", tmp_path / "small.jpg"], settings(), STAGE))
+    assert [row.shrunk for row in rows] == [True, False]
+    assert rows[0].tokens <= 40
+    assert "made smaller" in rows[0].sentence()
+    assert "made smaller" not in rows[1].sentence()
+
+
+@pytest.mark.parametrize(
+    ("limit", "name", "content"),
+    [
+        ({"max_image_px": 1000}, "a.jpg", picture(60, 120)),
+        ({"max_clip_s": 0.5}, "a.mp4", clip(64, 48, frames=8)),
+        ({"max_sample_mb": 1}, "a.jpg", b"\xff" * (1 << 20) + b"\xff"),
+    ],
+)
+def test_the_limits_of_the_run_hold(tmp_path, limit, name, content):
+    (tmp_path / name).write_bytes(content)
+    (row,) = report([tmp_path / name], settings(**limit), STAGE)
+    assert row.error == "too_large"
+    assert next(iter(limit)) in row.message
+
+
+def test_the_tokens_are_those_that_a_run_packs(files, tmp_path):
+    rows = [row for row in report(files[1:4], settings(), STAGE) if row.ok]
+    samples = [(path.stem, {path.suffix[1:]: path.read_bytes(), "txt": b"t"}) for path in files[1:4]]
+    shard = write_tar(tmp_path / "shards" / "a.tar", samples)
+    data = settings(sources=[{"path": str(shard)}], lanes=1, workers=0)
+    with only_lane(data, STAGE, "image") as loader:
+        (pack,) = next(loader)
+    packed = {key.rpartition("/")[2]: tuple(grid) for key, grid in zip(pack.keys, pack.grid_thw.tolist(), strict=True)}
+    assert packed == {os.path.basename(row.file).partition(".")[0]: row.grid for row in rows}
+
+
+def test_a_file_larger_than_any_sample_is_not_even_read(tmp_path):
+    with (tmp_path / "a.jpg").open("wb") as stream:
+        stream.truncate(1 << 31)
+    (row,) = report([tmp_path / "a.jpg"], settings(max_sample_mb=1), STAGE)
+    assert row.message == "the file has 2147483648 bytes, above data.max_sample_mb = 1 (MiB)"
+
+
+def test_a_pipe_or_a_device_is_left_out_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").symlink_to("/dev/zero")
+    rows = list(report([tmp_path / "a.jpg", tmp_path / "b.jpg"], settings(), STAGE))
+    assert {(row.error, row.message) for row in rows} == {
+        ("unreadable", "the file cannot be read: is not a regular file")
+    }
+
+
+def test_nothing_is_left_behind(files, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    for row in report(files, settings(), STAGE):
+        if row.ok:
+            assert list(scratch.glob("*/1.tar")) == [], "a copy lives as long as it is needed"
+            break
+    assert list(scratch.glob("univitar-probe-*")) == []
+    assert json.dumps([row.to_json() for row in report([], settings(), STAGE)]) == "[]"

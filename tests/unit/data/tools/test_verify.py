@@ -1,0 +1,337 @@
+"""A report of whole sources: everything wrong is in it, once, with shard, key and byte, and nothing stops it."""
+
+import json
+import os
+import signal
+import sys
+import tarfile
+import time
+import zlib
+
+import pytest
+
+from tests.support.progress import run_watched
+from tests.support.s3 import s3_server
+from tests.support.shards import clip, picture, sidecar, write_demo_shards, write_tar
+from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.data.decoding.task_pool import At, Bad, Crew, Done, Hashed, Read, Task
+from univitar_ds.data.shards.sources import find_shards
+from univitar_ds.data.storage.base import LOCAL
+from univitar_ds.data.tools.shard_check import ShardCheck, check_shard
+from univitar_ds.data.tools.verify import verify
+
+JPEG = picture(120, 160)
+TEXT = b'{"caption": "a picture"}'
+
+
+def outcome(path, decode=True, **source):
+    """{key: kind} of the faults of one shard, checked in this process."""
+    (shard,) = find_shards([SourceConfig(path=str(path), **source)])
+    events = []
+    check_shard(Task(0, ShardCheck(shard, LOCAL, decode)), events.append)
+    assert sum(event.bytes for event in events if isinstance(event, Read)) == shard.size
+    return {event.key: event.kind for event in events if isinstance(event, Bad)}
+
+
+def with_checksum(content: bytes, packed: bytes) -> dict[str, bytes]:
+    fields = json.loads(sidecar(["a"], None, "image", (48, 64, 1), "a.jpg")) | {"set": None}
+    return {"jpg": content, "json": json.dumps(fields | {"crc32": zlib.crc32(packed)}).encode()}
+
+
+def test_every_kind_of_bad_sample_is_told_under_its_key(tmp_path):
+    half = JPEG[: len(JPEG) // 2]
+    samples = [
+        ("good", {"jpg": JPEG, "json": TEXT}),
+        ("checked", with_checksum(JPEG, JPEG)),
+        ("changed", with_checksum(JPEG[:-1] + b"\0", JPEG)),
+        ("half", {"jpg": half, "json": TEXT}),
+        ("empty", {"jpg": b"", "json": TEXT}),
+        ("noise", {"jpg": b"no picture", "json": TEXT}),
+        ("mute", {"jpg": JPEG}),
+        ("blind", {"json": TEXT}),
+        ("renamed", {"jpeg_": JPEG, "json": TEXT}),
+        ("bare", {"": JPEG, "json": TEXT}),
+        ("broken", {"jpg": JPEG, "json": b'{"caption": '}),
+        ("film", {"jpg": clip(48, 64), "json": TEXT}),
+        ("sound", {"mp4": clip(48, 64), "json": TEXT}),
+        ("labelled", {"jpg": JPEG, "cls": b"cat"}),
+    ]
+    path = write_tar(tmp_path / "a.tar", samples)
+    headers = {
+        "changed": "checksum",
+        "empty": "unreadable",
+        "noise": "unreadable",
+        "mute": "no_caption",
+        "blind": "no_media",
+        "renamed": "no_media",
+        "bare": "no_media",
+        "broken": "bad_json",
+        "film": "wrong_kind",
+    }
+    assert outcome(path, decode=False, templates=["a {}"]) == headers
+    assert outcome(path, templates=["a {}"]) == headers | {"half": "corrupt"}
+    assert outcome(path, decode=False) == headers | {"labelled": "no_caption"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "extension", "content"),
+    [
+        ({"max_image_px": 1000}, "jpg", JPEG),
+        ({"max_clip_s": 0.1}, "mp4", clip(48, 64)),
+        ({"max_sample_mb": 1}, "jpg", JPEG + bytes(1 << 20)),
+    ],
+)
+def test_the_limits_of_a_run_hold(tmp_path, limit, extension, content):
+    source = SourceConfig(path=str(write_tar(tmp_path / "a.tar", [("k", {extension: content, "json": TEXT})])))
+    assert verify([source], progress=False)["sound"]
+    limits = DataConfig(sources=[source], **limit)
+    found = verify([source], progress=False, limits=limits)
+    assert found["bad"] == {"too_large": 1}
+    assert next(iter(limit)) in found["shards"][0]["faults"][0]["message"]
+
+
+def folder_of(tmp_path):
+    """Two shards of pictures and two of clips for training, one of each for test."""
+    return write_demo_shards(tmp_path / "demo", images=8, videos=4, shards=2)
+
+
+def report(folder, **options):
+    return verify([SourceConfig(path=str(folder), split=None)], progress=False, **options)
+
+
+def rows(folder, found):
+    return {os.path.relpath(row["path"], folder): row for row in found["shards"]}
+
+
+def test_a_sound_source_is_called_sound(tmp_path):
+    found = report(folder_of(tmp_path))
+    assert found["sound"]
+    assert found["bad"] == {}
+    assert found["samples"] == 8 + 2 + 4 + 1
+    assert {row["sha256"] for row in found["shards"]} == {"matches"}
+    assert [row["samples"] for row in found["shards"]] == [row["samples_in_manifest"] for row in found["shards"]]
+
+
+def test_damage_is_told_with_its_byte_and_the_rest_of_the_shard_is_checked(tmp_path):
+    folder = folder_of(tmp_path)
+    name = "train-image-000001.tar"
+    with tarfile.open(folder / name) as tar:
+        third = tar.getmembers()[4].offset
+    data = bytearray((folder / name).read_bytes())
+    data[third + 10] ^= 1
+    (folder / name).write_bytes(bytes(data))
+    found = report(folder)
+    row = rows(folder, found)[name]
+    assert not found["sound"]
+    assert row["sha256"] == "differs"
+    damage, orphan = row["faults"]
+    assert (damage["kind"], damage["key"], damage["byte"]) == ("damaged", "", third)
+    assert f"shard train-image-000001: damaged at byte {third}" in damage["message"]
+    assert orphan["kind"] == "no_media"
+    assert row["bad"] == found["bad"] == {"damaged": 1, "no_media": 1}
+    others = [one for path, one in rows(folder, found).items() if path != name]
+    assert all(one["sha256"] == "matches" and not one["faults"] for one in others)
+
+
+def test_a_source_that_is_not_whole_is_checked_as_far_as_it_is_there(tmp_path):
+    folder = folder_of(tmp_path)
+    (folder / "train-image-000000.tar").unlink()
+    cut = folder / "train-video-000001.tar"
+    with tarfile.open(cut) as tar:
+        size = tar.getmembers()[-1].offset_data + 5
+    os.truncate(cut, size)
+    found = report(folder, workers=2)
+    (source,) = found["sources"]
+    assert not found["sound"]
+    assert "train-image-000000.tar of its manifest is missing" in source["error"]
+    assert source["missing"] == ["train-image-000000.tar"]
+    shards = rows(folder, found)
+    assert len(shards) == 5
+    row = shards["train-video-000001.tar"]
+    assert (row["sha256"], row["bytes"], row["bad"]) == ("differs", size, {"cut": 1})
+    assert f"cut off at byte {size}" in row["faults"][0]["message"]
+    assert row["samples"] == row["samples_in_manifest"] - 1
+
+
+def test_a_sample_that_was_taken_out_cleanly_is_missed_where_there_is_a_manifest(tmp_path):
+    folder = folder_of(tmp_path)
+    path = folder / "train-image-000000.tar"
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    data = path.read_bytes()
+    path.write_bytes(data[: members[0].offset] + data[members[2].offset :] + bytes(members[2].offset))
+    row = rows(folder, report(folder))[path.name]
+    assert (row["samples"], row["samples_in_manifest"], row["sha256"]) == (3, 4, "differs")
+    assert row["faults"] == []
+
+
+def test_a_manifest_that_counts_other_samples_is_told_though_the_bytes_are_its_own(tmp_path):
+    folder = folder_of(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["samples"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = report(folder, decode=False)
+    assert not found["sound"]
+    assert (found["bad"], {row["sha256"] for row in found["shards"]}) == ({}, {"matches"})
+
+
+def test_a_source_on_s3_gives_the_report_of_the_same_files_here(tmp_path):
+    folder = folder_of(tmp_path)
+    code = (
+        "import json, sys; from univitar_ds.config.schema import SourceConfig;"
+        "from univitar_ds.data.storage.base import StorageSettings; from univitar_ds.data.tools.verify import verify;"
+        "settings = StorageSettings(endpoint_url=sys.argv[2]);"
+        "print(json.dumps(verify([SourceConfig(path=sys.argv[1], split=None)], settings, progress=False)))"
+    )
+    with s3_server() as server:
+        url = server.upload(folder, "some/prefix")
+        # A process of its own: helpers of this one may have started without credentials.
+        run = run_watched([sys.executable, "-c", code, url, server.url])
+    assert run.returncode == 0, run.stderr
+    here, there = report(folder), json.loads(run.stdout)
+    for row, other in zip(here["shards"], there["shards"], strict=True):
+        assert other.pop("path") == f"{url}/{os.path.basename(row.pop('path'))}"
+    assert there["shards"] == here["shards"]
+    assert there["sound"]
+
+
+def test_a_clip_in_a_shard_of_pictures_is_told_as_no_lane_reads_it(tmp_path):
+    folder = folder_of(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        shard["kind"] = "image"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = report(folder, decode=False)
+    assert found["bad"] == {"wrong_kind": 5}
+
+
+@pytest.mark.parametrize("path", ["nowhere", "nowhere/{0..2}.tar", "ftp://host/a", "empty"])
+def test_a_source_without_shards_is_an_error_of_the_source(tmp_path, path):
+    (tmp_path / "empty").mkdir()
+    where = path if "://" in path else str(tmp_path / path)
+    found = verify([SourceConfig(path=where)], progress=False)
+    assert not found["sound"]
+    assert found["sources"][0]["error"]
+    assert found["shards"] == []
+
+
+def test_shards_without_a_sample_are_not_called_sound(tmp_path):
+    write_tar(tmp_path / "a0.tar", [])
+    found = verify([SourceConfig(path=str(tmp_path))], progress=False)
+    assert not found["sound"]
+    assert "no sample in its 1 shards" in found["sources"][0]["error"]
+    write_tar(tmp_path / "a1.tar", [("k", {"jpg": JPEG, "txt": b"a"})])
+    assert verify([SourceConfig(path=str(tmp_path))], progress=False)["sound"]
+
+
+def test_a_pipe_is_no_shard_and_those_beside_it_are_checked(tmp_path):
+    write_tar(tmp_path / "a0.tar", [("k", {"jpg": JPEG, "cls": b"cat"})])
+    os.mkfifo(tmp_path / "a1.tar")
+    alone = verify([SourceConfig(path=str(tmp_path / "a1.tar"))], progress=False)
+    assert "a1.tar: cannot be read (is not a regular file)" in alone["sources"][0]["error"]
+    both = verify([SourceConfig(path=str(tmp_path / "a{0..1}.tar"), templates=["a {}"])], progress=False)
+    assert not both["sound"]
+    assert both["bad"] == {}, "the templates count here too"
+    assert both["sources"][0]["missing"] == ["a1.tar"]
+    assert both["samples"] == 1
+
+
+def test_the_report_depends_on_the_data_alone(tmp_path, capsys):
+    folder = folder_of(tmp_path)
+    first = folder / "train-image-000000.tar"
+    first.write_bytes(first.read_bytes()[:-700] + bytes(700))
+    (folder / "train-image-000001.tar").write_bytes(b"no tar" * 1000)
+    sources = [SourceConfig(path=str(folder), split=split) for split in ("train", "test")]
+    one = verify(sources, workers=1, progress=False)
+    assert capsys.readouterr().err == ""
+    two = verify(sources, workers=3)
+    assert "verify: 100%" in capsys.readouterr().err
+    assert json.dumps(one) == json.dumps(two)
+    assert [row["shard"] for row in one["shards"]][-1] == "1:test-video-000000"
+
+
+@pytest.mark.parametrize(("workers", "hired"), [(1, 1), (4, 4), (9, 6)])
+def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tmp_path, monkeypatch, workers, hired):
+    crews = []
+
+    class Idle(Crew):
+        def __init__(self, work, workers, silence_s):
+            crews.append((work, workers))
+
+        def run(self, tasks):
+            return ((task.number, Done()) for task in tasks)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr("univitar_ds.data.tools.verify.Crew", Idle)
+    assert len(report(folder_of(tmp_path), workers=workers)["shards"]) == 6
+    assert crews == [(check_shard, hired)]
+
+
+def play(task: Task, tell) -> None:
+    """Work by a script: {offset: what happens at the sample there}."""
+    if task.job.get("hash") and not task.hashed:
+        tell(Hashed("f00"))
+    if task.job.get("start") == "dies":
+        os._exit(3)
+    for offset in range(task.start, 50, 10):
+        tell(At(offset, offset + 10, f"k{offset}"))
+        happening = task.job.get(offset)
+        if happening == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if happening == "hangs":
+            time.sleep(600)
+        if happening == "faults":
+            raise KeyError("odd")
+        if happening == "bad":
+            tell(Bad("corrupt", f"k{offset}", offset, "half"))
+
+
+def played(*jobs, workers=2, silence_s=60.0):
+    told = [[] for _ in jobs]
+    with Crew(play, workers, silence_s) as crew:
+        for number, event in crew.run([Task(number, job) for number, job in enumerate(jobs)]):
+            told[number].append(event)
+        hands = [hand.process for hand in crew._hands]
+    assert not any(process.is_alive() for process in hands)
+    return told
+
+
+@pytest.mark.parametrize(("tasks", "started"), [(1, 1), (3, 3), (7, 3)])
+def test_a_crew_starts_its_processes_at_once_and_no_more_than_there_is_work_for(tasks, started):
+    with Crew(play, 3, 60.0) as crew:
+        events = crew.run([Task(number, {}) for number in range(tasks)])
+        next(events)
+        assert len(crew._hands) == started
+        assert sum(event == Done() for _, event in events) == tasks
+        assert len(crew._hands) == started
+
+
+def test_a_process_that_dies_costs_its_sample_and_no_other():
+    told = played({"hash": True, 10: "dies", 20: "dies", 40: "bad"}, {}, {40: "dies"})
+    for number, dead in enumerate([[10, 20], [], [40]]):
+        offsets = [event.offset for event in told[number] if isinstance(event, At)]
+        assert offsets == [0, 10, 20, 30, 40]
+        assert [event.offset for event in told[number] if isinstance(event, Bad) and event.kind == "crash"] == dead
+        assert told[number][-1] == Done()
+    assert told[0].count(Hashed("f00")) == 1
+    assert Bad("crash", "k10", 10, "the process that worked on it died (exit code -9)") in told[0]
+
+
+def test_a_process_that_hangs_costs_its_sample():
+    (told,) = played({20: "hangs"}, silence_s=3.0)
+    assert [(event.kind, event.offset) for event in told if isinstance(event, Bad)] == [("timeout", 20)]
+    assert told[-1] == Done()
+
+
+def test_a_shard_that_kills_two_processes_before_its_first_sample_is_given_up():
+    first, second = played({"start": "dies"}, {})
+    assert "died (exit code 3), twice" in first[-1].error
+    assert not any(isinstance(event, At | Bad) for event in first)
+    assert second[-1] == Done()
+
+
+def test_an_error_of_the_program_is_not_taken_for_bad_data():
+    with pytest.raises(RuntimeError, match=r"(?s)shard number 0:.*KeyError: 'odd'"):
+        played({30: "faults"})

@@ -1,0 +1,168 @@
+"""Modules import only from their own layer or a lower one, and another package's modules only through its doors."""
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from tests.support.progress import run_watched
+
+LAYERS = [
+    {"errors", "geometry", "import_path", "processes", "randomness", "screen"},
+    {"identity", "image_ops", "kernels", "owned", "tokenization"},
+    {"config", "run_lock", "data.storage", "data.media"},
+    {"preprocessing", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},
+    {"model.teacher", "data.sampler", "data.writing", "training.engine"},
+    {"data", "training.checkpoint"},
+    {"data.tools", "viz", "training.step"},
+    {"training.logging"},
+    {"training"},
+    {"evaluation", "convert", "run"},
+    {"launch"},
+    {"demo"},
+    {"cli"},
+]
+"""Names below `univitar_ds`; a module belongs to the longest that it begins with."""
+LAYER_OF = {f"univitar_ds.{name}": layer for layer, names in enumerate(LAYERS) for name in names}
+NEIGHBOURS = {"model", "objectives", "data"}
+"""Packages that know nothing of each other."""
+PACKAGES_WITHOUT_INIT = {"univitar_ds.kernels": {"dispatch", "reference"}}
+"""Their doors: a folder of the top level must give way to an installed package of its name."""
+LIBRARIES = {
+    "deepspeed": {"univitar_ds.training.engine.engine"},
+    "transformers": {"univitar_ds.model.towers", "univitar_ds.model.teacher.teacher"},
+    "boto3": {"univitar_ds.data.storage.s3_client"},
+    "botocore": {"univitar_ds.data.storage.s3_client"},
+}
+"""The only modules that import them."""
+MOST_FILES, MOST_LINES = 15, 2000
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+SOURCES = {name_of(path): path for path in sorted(ROOT.glob("univitar_ds/**/*.py"))}  # `glob` follows no links
+SOURCES |= {f"univitar_ds.{name_of(path)}": path for path in sorted(ROOT.glob("kernels/*.py"))}
+
+
+@cache
+def imports_of(module: str) -> frozenset[str]:
+    """Every module that a file imports, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in SOURCES else node.module or "" for name in names}
+    return frozenset(found)
+
+
+def layer_of(module: str) -> str | None:
+    names = [name for name in LAYER_OF if module == name or module.startswith(name + ".")]
+    return max(names, key=len, default=None)
+
+
+def package_of(module: str) -> str:
+    return module if SOURCES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+@cache
+def doors_of(package: str) -> frozenset[str]:
+    """The modules that its `__init__.py` names in `__all__`."""
+    if package in PACKAGES_WITHOUT_INIT:
+        return frozenset(PACKAGES_WITHOUT_INIT[package])
+    for node in ast.parse(SOURCES[package].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return frozenset(ast.literal_eval(node.value))
+    return frozenset()
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that reach themselves: what is left when those without imports are taken away again and again."""
+    left = {module: set(there) for module, there in graph.items()}
+    while free := {module for module, there in left.items() if not there}:
+        left = {module: there - free for module, there in left.items() if module not in free}
+    return [[module, *sorted(there)] for module, there in left.items()]
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_imports_only_its_own_layer_or_a_lower_one(module):
+    here = layer_of(module)
+    for imported in imports_of(module):
+        there = layer_of(imported)
+        if there and here:
+            assert LAYER_OF[there] <= LAYER_OF[here], f"{module} reaches up to {imported}"
+            roots = {here.split(".")[1], there.split(".")[1]}
+            assert len(roots) == 1 or not roots <= NEIGHBOURS, f"{module} reaches across to {imported}"
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_enters_another_package_through_its_doors(module):
+    here = package_of(module)
+    for imported in imports_of(module) & SOURCES.keys():
+        package = package_of(imported)
+        if package not in (here, imported, "univitar_ds"):
+            doors = doors_of(package)
+            assert imported.rpartition(".")[2] in doors, f"{module} imports {imported}; {package} names {sorted(doors)}"
+
+
+def test_every_door_is_a_module_of_its_package():
+    packages = {package_of(module) for module in SOURCES} - {"univitar_ds"}
+    for package in packages:
+        for door in doors_of(package):
+            assert f"{package}.{door}" in SOURCES, f"{package} has no {door}"
+        if package not in PACKAGES_WITHOUT_INIT:
+            assert ast.get_docstring(ast.parse(SOURCES[package].read_text(encoding="utf-8"))), package
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Nor through imports inside functions."""
+    graph = {module: set(imports_of(module) & SOURCES.keys()) - {module} for module in SOURCES}
+    graph["univitar_ds"] = set()  # it imports its public names when they are first asked for
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": set(), "c": {"d", "b"}, "d": {"c"}}) == [["c", "d"], ["d", "c"]]
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_some_libraries_have_one_door(module):
+    for library in {imported.split(".")[0] for imported in imports_of(module)} & LIBRARIES.keys():
+        assert module in LIBRARIES[library], f"{module} imports {library}; its door is {LIBRARIES[library]}"
+
+
+def test_every_module_has_a_layer():
+    for module in SOURCES:
+        assert layer_of(module) or module in ("univitar_ds", "univitar_ds.__main__"), f"{module} has no layer"
+
+
+def test_no_package_is_a_crowd():
+    packages = {package_of(module) for module in SOURCES} - {"univitar_ds.kernels"}
+    for package in packages - {"univitar_ds"}:
+        files = [path for module, path in SOURCES.items() if package_of(module) == package]
+        lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+        assert len(files) <= MOST_FILES + 1, f"{package} has {len(files)} files beside its __init__.py"
+        assert lines <= MOST_LINES, f"{package} has {lines} lines"
+
+
+def test_importing_the_package_and_its_command_line_loads_no_heavy_library():
+    heavy = ["torch", "deepspeed", "transformers", "triton", "av", "PIL", "boto3"]
+    code = f"import sys, univitar_ds, univitar_ds.cli.main; print([m for m in {heavy} if m in sys.modules])"
+    result = run_watched([sys.executable, "-c", code], check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_public_face_is_reached_without_deepspeed_or_transformers():
+    code = (
+        "import sys; from univitar_ds import UniViTAR, Preprocessor;"
+        "print([m for m in ('deepspeed', 'transformers') if m in sys.modules])"
+    )
+    result = run_watched([sys.executable, "-c", code], check=True)
+    assert result.stdout.strip() == "[]"

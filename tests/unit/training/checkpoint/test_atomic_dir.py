@@ -1,0 +1,226 @@
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from univitar_ds import owned
+from univitar_ds.errors import CheckpointError, StorageError
+from univitar_ds.training.checkpoint import atomic_dir
+from univitar_ds.training.distributed.process_group import World
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch):
+    """Processes are killed here, machines are not."""
+    monkeypatch.setattr(atomic_dir.os, "fsync", lambda _: None)
+
+
+def write_two(content: str):
+    def write(folder: Path):
+        for name in ("rank00000.json", "rank00000.safetensors"):
+            (folder / name).write_text(f"{content} {name}")
+            yield folder / name
+
+    return write
+
+
+def save(root: Path, step: int, keep: int = 2) -> Path:
+    return atomic_dir.commit(root, step, write_two(str(step)), ALONE, keep)
+
+
+def assert_whole(folder: Path, step: int) -> None:
+    manifest = atomic_dir.read_manifest(folder)
+    assert sorted(manifest) == ["rank00000.json", "rank00000.safetensors"]
+    atomic_dir.verify(folder, manifest)
+    assert (folder / "rank00000.json").read_text() == f"{step} rank00000.json"
+
+
+def test_a_commit_is_complete_named_by_latest_and_leaves_nothing_else(tmp_path):
+    folder = save(tmp_path, 7)
+    assert folder == atomic_dir.latest(tmp_path) == tmp_path / "step-00000007"
+    assert_whole(folder, 7)
+    assert (tmp_path / "latest").read_text() == "step-00000007\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000007"]
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step)
+    assert [folder.name for folder in atomic_dir.complete(tmp_path)] == ["step-00000003", "step-00000010"]
+
+
+def killed_at_line(root: Path, step: int, line: int) -> bool:
+    """Saves in a forked process, killed at its `line`-th line of commit.py or of removing folders; whether it was."""
+    pid = os.fork()
+    if pid == 0:
+        left = [line]
+
+        def trace(frame, event, _):
+            if frame.f_code.co_filename not in (atomic_dir.__file__, owned.__file__):
+                return None
+            if event == "line":
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        sys.settrace(trace)
+        save(root, step)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_a_kill_at_any_line_leaves_a_whole_checkpoint_and_the_next_save_works(tmp_path):
+    outcomes = set()
+    line = 0
+    killed = True
+    while killed:
+        line += 1
+        root = tmp_path / str(line)
+        save(root, 1)
+        save(root, 2)
+        killed = killed_at_line(root, 3, line)
+        found = atomic_dir.latest(root)
+        step = int(found.name.removeprefix("step-"))
+        assert_whole(found, step)
+        outcomes.add(step)
+        save(root, 3)
+        assert_whole(atomic_dir.latest(root), 3)
+        assert [p.name for p in sorted(root.iterdir())] == ["latest", "step-00000002", "step-00000003"]
+    assert outcomes == {2, 3}
+    assert line > 50, "the trace saw hardly anything"
+
+
+def test_a_kill_during_the_first_save_leaves_nothing_or_the_whole(tmp_path):
+    line, killed = 0, True
+    while killed:
+        line += 1
+        root = tmp_path / str(line)
+        killed = killed_at_line(root, 1, line)
+        if found := atomic_dir.latest(root):
+            assert_whole(found, 1)
+
+
+def test_a_cut_altered_or_missing_file_is_named_with_the_way_out(tmp_path):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    (folder / "rank00000.json").write_text("2")
+    (folder / "rank00000.safetensors").write_text("3 rank00000.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        atomic_dir.verify(folder, atomic_dir.read_manifest(folder))
+    for part in (
+        "rank00000.json has 1 bytes instead of 16",
+        "rank00000.safetensors has another sha256",
+        str(tmp_path / "step-00000001"),
+    ):
+        assert part in str(caught.value)
+    (folder / "rank00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"rank00000\.safetensors is missing"):
+        atomic_dir.verify(folder, atomic_dir.read_manifest(folder))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"a": 3}}', '{"files": [1]}'])
+def test_a_manifest_that_is_none_is_an_error_of_one_sentence(tmp_path, content):
+    folder = save(tmp_path, 1)
+    (folder / atomic_dir.MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError, match=r"no readable manifest\.json"):
+        atomic_dir.read_manifest(folder)
+
+
+def test_without_the_folder_that_latest_names_the_newest_complete_one_counts(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "latest").write_text("step-00000009\n")
+    assert atomic_dir.latest(tmp_path) == tmp_path / "step-00000002"
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "latest").write_text("")
+    assert atomic_dir.latest(tmp_path) == tmp_path / "step-00000002"
+    assert atomic_dir.latest(tmp_path / "nothing") is None
+
+
+def test_a_write_that_fails_changes_nothing_and_tells_why(tmp_path):
+    save(tmp_path, 1)
+
+    def full(folder: Path):
+        raise OSError(28, "No space left on device")
+        yield
+
+    with pytest.raises(StorageError, match=r"step-00000002 cannot be written: No space left on device; free some"):
+        atomic_dir.commit(tmp_path, 2, full, ALONE, 2)
+    assert atomic_dir.latest(tmp_path) == tmp_path / "step-00000001"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    save(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001", "step-00000002"]
+
+
+def test_a_file_that_changes_after_it_was_written_is_noticed_before_it_counts(tmp_path, monkeypatch):
+    entry = atomic_dir._entry
+
+    def entry_then_damage(path):
+        result = entry(path)
+        path.write_text("rotten")
+        return result
+
+    monkeypatch.setattr(atomic_dir, "_entry", entry_then_damage)
+    with pytest.raises(CheckpointError, match="sound disk"):
+        save(tmp_path, 1)
+    assert atomic_dir.latest(tmp_path) is None
+
+
+def test_the_manifest_has_sizes_and_hashes(tmp_path):
+    folder = save(tmp_path, 1)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert files["rank00000.json"]["bytes"] == 16
+    assert len(files["rank00000.json"]["sha256"]) == 64
+
+
+def _content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".tmp-notes.txt", ".tmp-thesis/chapter.txt", "step-by-step/manifest.json", "step-00000001/notes.txt",
+     ".tmp-gone-step-00000001/notes.txt", "notes.txt"],
+)  # fmt: skip
+def test_files_of_the_user_s_among_checkpoints_survive_every_save(tmp_path, name):
+    save(tmp_path, 1)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    for step in (2, 3, 4):
+        save(tmp_path, step, keep=1)
+    assert "mine" in _content(tmp_path).values()
+    names = [folder.name for folder in atomic_dir.complete(tmp_path)]
+    assert [name for name in names if name != "step-by-step"] == ["step-00000004"]
+    assert not (tmp_path / "step-00000001" / "rank00000.json").exists()
+
+
+def test_a_file_of_the_user_s_where_a_checkpoint_is_written_is_named(tmp_path):
+    left = tmp_path / ".tmp-step-00000002"
+    left.mkdir()
+    (left / "rank00000.json").write_text("left by a crash")
+    (left / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds thesis\.txt, which no checkpoint writes; move it elsewhere"):
+        save(tmp_path, 2)
+    assert (left / "thesis.txt").read_text() == "mine"
+
+
+def test_checkpoints_behind_links_are_read_and_never_removed(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    save(root, 1)
+    (root / "step-00000001").rename(elsewhere)
+    (root / "step-00000001").symlink_to(elsewhere)
+    (root / ".tmp-step-00000009").symlink_to(elsewhere)
+    before = _content(elsewhere)
+    assert atomic_dir.latest(root) == root / "step-00000001"
+    for step in (2, 3):
+        save(root, step, keep=1)
+    assert _content(elsewhere) == before

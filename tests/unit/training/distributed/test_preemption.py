@@ -1,0 +1,192 @@
+"""The process that listens is a child: signals, threads and exits are real."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.distributed import run_distributed
+from tests.support.paths import ROOT
+from tests.support.progress import run_watched
+from univitar_ds.errors import ConfigError
+from univitar_ds.training.distributed.preemption import SAVED
+from univitar_ds.training.distributed.slurm import adopt_ranks
+
+SLURM = ROOT / "slurm"
+LISTENER = """
+import os, signal, sys, time
+from univitar_ds.processes import SIGNALS
+from univitar_ds.training import preemption
+
+for number in SIGNALS:  # whatever started the tests may ignore some
+    signal.signal(number, signal.SIG_DFL)
+
+stop = preemption.listen()
+preemption.ECHO_S = float(sys.argv[2])
+
+def sent(name):
+    os.kill(os.getpid(), signal.Signals[name])
+
+def until(condition):
+    while not condition():
+        time.sleep(0.005)
+
+exec(sys.argv[1])
+"""
+
+
+def listened(code: str, echo_s: float = 0.0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LISTENER, code, str(echo_s)]
+    return run_watched(command)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_a_signal_is_only_noted_while_the_run_trains(name):
+    ended = listened(f"with stop.deferred(): sent('{name}'); until(lambda: stop.requested); print('went on')")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "went on\n", "")
+
+
+def test_a_signal_before_and_after_training_ends_the_process_as_it_would_without_us():
+    before = listened("sent('SIGUSR1'); time.sleep(600)")
+    after = listened("with stop.deferred(): pass\nsent('SIGTERM'); time.sleep(600)")
+    assert before.returncode == 128 + signal.SIGUSR1
+    assert after.returncode == 128 + signal.SIGTERM
+    assert after.stderr == "SIGTERM: leaving at once, the last checkpoint stays\n"
+
+
+HANGS = """
+import ctypes, threading
+with stop.deferred():
+    sent("SIGUSR1")
+    until(lambda: stop.requested)
+    threading.Timer(0.1, sent, ("SIGTERM",)).start()
+    # Like a collective operation that waits for a dead rank: a signal does not wake it.
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once_also_while_it_hangs_outside_python():
+    ended = listened(HANGS)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert ended.stderr == "SIGTERM: leaving at once, the last checkpoint stays\n"
+
+
+def test_a_second_ctrl_c_leaves_at_once_also_within_the_time_that_other_signals_are_echoes():
+    code = "preemption.KEY_ECHO_S = 0.0\nwith stop.deferred():\n sent('SIGINT'); until(lambda: stop.requested)\n "
+    ended = listened(code + "sent('SIGINT'); time.sleep(20)", echo_s=60.0)
+    assert (ended.returncode, ended.stderr) == (130, "SIGINT: leaving at once, the last checkpoint stays\n")
+
+
+def test_a_terminal_that_closes_after_ctrl_c_does_not_keep_the_run_from_saving():
+    code = "with stop.deferred():\n sent('SIGINT'); until(lambda: stop.requested)\n sent('SIGHUP'); time.sleep(0.2)"
+    assert listened(code).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_what_the_parent_made_this_process_ignore_stays_ignored(name):
+    code = f"signal.signal(signal.{name}, signal.SIG_IGN); preemption.listen(); sent('{name}'); time.sleep(0.2)"
+    assert listened(code).returncode == 0
+
+
+def test_a_process_started_while_signals_are_held_gets_them_when_it_listens():
+    child = "from univitar_ds.training import preemption; input(); preemption.listen(); input()"
+    code = f"""
+import subprocess
+from univitar_ds.processes import signals_held
+with signals_held():
+    child = subprocess.Popen([sys.executable, "-c", {child!r}], stdin=subprocess.PIPE)
+child.send_signal(signal.SIGINT)
+child.stdin.write(b"listen\\n"); child.stdin.flush()
+print(child.wait())
+"""
+    ended = listened(code)
+    assert ended.stdout.split() == [str(128 + signal.SIGINT)], ended.stderr
+    assert ended.stderr == "SIGINT: leaving at once, the last checkpoint stays\n"
+
+
+def test_one_rank_speaks_for_all(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    ended = listened("sent('SIGTERM'); time.sleep(20)")
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, "")
+
+
+def test_one_wish_told_twice_is_one_wish():
+    code = "with stop.deferred():\n sent('SIGUSR1'); until(lambda: stop.requested)\n sent('SIGTERM'); time.sleep({})"
+    assert listened(code.format(0.2), echo_s=3600.0).returncode == 0
+    assert listened(code.format(600), echo_s=0.0).returncode == 128 + signal.SIGTERM
+
+
+def test_who_is_on_his_way_out_keeps_his_exit_code():
+    code = "preemption.ignore(); sent('SIGTERM'); sent('SIGUSR1'); time.sleep(0.1); sys.exit(preemption.SAVED)"
+    ended = listened(code)
+    assert ended.returncode == SAVED
+
+
+def test_processes_that_a_listener_starts_die_of_signals_as_usual():
+    code = "import subprocess\nchild = subprocess.Popen(['sleep', '600']); child.terminate(); print(child.wait())\n"
+    ended = listened(code + "time.sleep(0.1); print(stop.requested)")
+    assert ended.stdout.split() == ["-15", "False"]
+
+
+def vote_of_rank_1() -> list[bool]:
+    from univitar_ds.training.distributed.process_group import start_world, together
+
+    world = start_world()
+    answers = []
+    for rank in (None, 1):
+        with together(world, ask=lambda rank=rank: world.rank == rank) as vote:
+            pass
+        answers.append(vote.yes)
+    return answers
+
+
+@pytest.mark.distributed
+def test_what_one_rank_is_told_all_ranks_know():
+    assert run_distributed(vote_of_rank_1, 2) == [[False, True], [False, True]]
+
+
+TASK = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
+MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(("shown", "local"), [(None, "1"), ("0,1,2,3", "1"), ("3", "0"), ("", "1")])
+def test_a_task_of_srun_is_a_rank(shown, local):
+    environment = {**TASK, **MASTER, **({} if shown is None else {"CUDA_VISIBLE_DEVICES": shown})}
+    adopt_ranks(environment)
+    ranks = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    assert ranks == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"},
+        {**TASK, "SLURM_STEP_NUM_TASKS": "1"},
+        {**TASK, "RANK": "0", "WORLD_SIZE": "2"},
+    ],
+    ids=["a batch script", "a shell by srun --pty", "another launcher inside srun"],
+)
+def test_what_is_no_task_among_others_keeps_its_environment(environment):
+    before = dict(environment)
+    adopt_ranks(environment)
+    assert environment == before
+
+
+def test_tasks_that_do_not_know_where_rank_0_is_are_told_how_to_say_it():
+    with pytest.raises(ConfigError, match=r"8 tasks and MASTER_PORT is not set; export .* as slurm/train.sbatch does"):
+        adopt_ranks({**TASK, "MASTER_ADDR": "node1"})
+
+
+@pytest.mark.parametrize("script", ["train", "preflight"])
+@pytest.mark.parametrize("number", [7, 11_999, 12_345_678, 39_999, 67_108_863])
+def test_the_port_of_a_job_is_none_that_linux_may_have_given_to_a_connection(script, number):
+    (line,) = (
+        line for line in (SLURM / f"{script}.sbatch").read_text().splitlines() if line.startswith("MASTER_PORT=")
+    )
+    port = subprocess.run(
+        ["bash", "-c", f"{line}\necho $MASTER_PORT"], env={"SLURM_JOB_ID": str(number)}, capture_output=True, check=True
+    )
+    assert 1024 <= int(port.stdout) < 32_768

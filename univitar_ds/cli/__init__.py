@@ -1,0 +1,3 @@
+"""The command `univitar-ds`: one file a group of commands."""
+
+__all__ = ["main"]

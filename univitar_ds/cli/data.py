@@ -1,0 +1,326 @@
+"""`univitar-ds data ...`: pack, verify, probe, inspect, and the demo's scenes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from univitar_ds.cli.common import add_command, add_overrides, expand, expand_place, positive, shown
+from univitar_ds.errors import ConfigError
+from univitar_ds.owned import check_result, write_result
+from univitar_ds.screen import show
+
+if TYPE_CHECKING:
+    from univitar_ds.config.data import DataConfig, SourceConfig
+    from univitar_ds.data.storage.base import StorageSettings
+
+
+def add_data(commands) -> None:
+    data = commands.add_parser("data", help="pack, verify, inspect and make data").add_subparsers(
+        metavar="WHAT", required=True
+    )
+    pack = add_command(
+        data,
+        "pack",
+        _pack,
+        "turn a folder of pictures and clips into shards",
+        "Turn a folder of pictures and clips into WebDataset shards and a manifest.\n\n"
+        "FOLDER holds either metadata.jsonl, a line a file:\n"
+        '  {"file": "a/b.jpg", "kind": "image", "caption": "...", "label": "cat", "split": "train"}\n'
+        "(`captions` takes a list; `label` and `split` may be absent), or files with their caption beside them\n"
+        "(a/b.jpg and a/b.txt); links to folders are followed, each folder is packed once. Unreadable files are left\n"
+        "out and listed in the manifest. Interrupted, it continues where it was when started again.",
+    )
+    pack.add_argument("folder", type=expand)
+    pack.add_argument(
+        "out",
+        type=expand_place,
+        help="a folder, or s3://bucket/prefix; there shards are uploaded one by one and verified",
+    )
+    pack.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard (default 64)")
+    pack.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check the files")
+    pack.add_argument(
+        "--captions",
+        choices=("one", "lines"),
+        default="one",
+        help="what a .txt beside a file holds: one caption (default), or one a line",
+    )
+    pack.add_argument("--no-verify", action="store_true", help="read headers only; do not decode every file once")
+    _add_storage(pack)
+    _add_verify(data)
+    _add_probe(data)
+    inspect = add_command(
+        data,
+        "inspect",
+        _inspect,
+        "print and draw what a run would feed to the model",
+        "Draw packs as the run would, print what is in them and draw a picture (PNG): how large the items are,\n"
+        "how full the packs are, and one pack item by item.",
+        leaves_files=False,
+    )
+    inspect.add_argument("--config", required=True, help="a run file or the name of a shipped recipe")
+    inspect.add_argument("--packs", type=positive, default=50, help="packs of each modality to draw (default 50)")
+    inspect.add_argument("--png", type=expand, default=Path("inspect.png"), help="the picture (default inspect.png)")
+    inspect.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_overrides(inspect)
+    scenes = add_command(data, "scenes", _scenes, "render the demo's scenes and moving shapes")
+    scenes.add_argument("out", type=expand)
+    scenes.add_argument("--images", type=positive, default=4000)
+    scenes.add_argument("--clips", type=positive, default=1500)
+    scenes.add_argument("--seed", type=int, default=0)
+
+
+def _add_verify(data) -> None:
+    verify = add_command(
+        data,
+        "verify",
+        _verify,
+        "check whole sources: every shard, every sample",
+        "Read every byte of every shard, compare it with its manifest and decode every sample. All that is wrong\n"
+        "goes into a report (JSON) with shard, key, byte and a sentence. Exit status 1 if anything is.\n\n"
+        "With --config the limits of the run file's data section and its data.s3 count, and so do the templates of\n"
+        "its sources, for each SOURCE that is one of them or lies in its folder; without a SOURCE its data.sources\n"
+        "are checked, each with its own split. Where all sources of the run file are checked, what its stages need\n"
+        "and they do not hold (no videos where video_ratio is above 0, say) is wrong too.",
+    )
+    verify.add_argument(
+        "sources",
+        nargs="*",
+        type=expand_place,
+        metavar="SOURCE",
+        help="packed folder, tar, or brace range; also s3://",
+    )
+    verify.add_argument(
+        "--config", help="a run file or the name of a shipped recipe, for its sources, limits and data.s3"
+    )
+    verify.add_argument("--split", help="of packed folders (default: all of them, or what the run file says)")
+    verify.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check shards")
+    verify.add_argument("--no-decode", action="store_true", help="trust headers and checksums for the pixels")
+    verify.add_argument("--report", type=expand, default=Path("verify.json"), help="default verify.json")
+    _add_storage(verify)
+
+
+def _add_probe(data) -> None:
+    probe = add_command(
+        data,
+        "probe",
+        _probe,
+        "say what a run would make of single files",
+        "Take each file through the loader as a sample of its own and print what comes of it.\n\n"
+        "With --json a line a file: file, ok, kind (image, video), width, height, frames, grid (time, height and\n"
+        "width in tokens), tokens, shrunk; and error and message of what would be left out.\n"
+        "The exit status is 1 if there is no such file, and 0 whatever is in it.",
+        leaves_files=False,
+    )
+    probe.add_argument("files", nargs="+", type=expand, metavar="FILE")
+    probe.add_argument("--config", help="a run file or the name of a shipped recipe, for its limits and sizes")
+    probe.add_argument("--stage", help="name of the stage whose sizes count (default: the first)")
+    probe.add_argument("--json", action="store_true", help="print a line of JSON a file")
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--s3-endpoint", metavar="URL", help="of a store other than AWS, e.g. http://127.0.0.1:9000")
+    parser.add_argument("--s3-profile", metavar="NAME", help="a profile of ~/.aws/config")
+    parser.add_argument("--s3-region", metavar="NAME")
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from univitar_ds.data.writing.writer import pack_folder
+
+    manifest = pack_folder(
+        arguments.folder,
+        arguments.out,
+        shard_mb=arguments.shard_mb,
+        workers=arguments.workers,
+        verify=not arguments.no_verify,
+        settings=_storage_settings(arguments),
+        captions=arguments.captions,
+    )
+    for split, kinds in manifest["counts"].items():
+        _say(f"{split}: " + ", ".join(f"{count} {kind}s" for kind, count in kinds.items()))
+    _say(f"{len(manifest['shards'])} shards in {arguments.out}, {len(manifest['skipped'])} files left out")
+    for skipped in manifest["skipped"][:5]:
+        _say(f"  left out: {skipped['file']}: {skipped['reason']}")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from univitar_ds.config.load import load_config
+    from univitar_ds.data.shards.contents import faults_of_run
+    from univitar_ds.data.tools.verify import verify
+
+    check_result(arguments.report, _is_report)
+    config = load_config(arguments.config, []) if arguments.config else None
+    data = None if config is None else config.data
+    sources = _sources_to_verify(arguments, data)
+    settings = _storage_settings(arguments, data)
+    report = verify(sources, settings, workers=arguments.workers, decode=not arguments.no_decode, limits=data)
+    checked = set(map(_place, sources))
+    whole = config is not None and checked.issuperset(map(_place, config.data.sources))
+    report["run"] = faults_of_run(config, settings) if whole else []
+    report["sound"] = report["sound"] and not report["run"]
+    write_result(arguments.report, json.dumps(report, indent=1))
+    for source in report["sources"]:
+        for sentence in filter(None, (source["error"], source["warning"])):
+            _say(sentence)
+    for fault in report["run"]:
+        _say(fault)
+    shards = report["shards"]
+    _say_first([(shard["shard"], fault) for shard in shards for fault in shard["faults"]], _fault_sentence)
+    _say_first([(shard["shard"], text) for shard in shards for text in shard["ignored"]], _ignored_sentence)
+    _say_first([sentence for shard in shards for sentence in _shard_sentences(shard)], str)
+    verdict = "sound" if report["sound"] else "NOT sound"
+    counts = [f"{report['samples']} samples in {len(report['shards'])} shards: {verdict}"]
+    for name, what in (("faults", "left out:"), ("ignored", "texts ignored:")):
+        if kinds := Counter(one["kind"] for shard in shards for one in shard[name]):
+            counts.append(" ".join((what, ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))))
+    _say("; ".join([*counts, f"report in {arguments.report}"]))
+    return 0 if report["sound"] else 1
+
+
+def _say_first(found: Sequence[Any], sentence: Callable[[Any], str], most: int = 20) -> None:
+    """As much as a terminal can take: the report has it all."""
+    for one in found[:most]:
+        _say(sentence(one))
+    if len(found) > most:
+        _say(f"... and {len(found) - most} more")
+
+
+def _ignored_sentence(found: tuple[str, dict[str, Any]]) -> str:
+    return f"used all the same, {_fault_sentence(found)}"
+
+
+def _fault_sentence(found: tuple[str, dict[str, Any]]) -> str:
+    shard, fault = found
+    name = f"{shard}/{fault['key']}" if fault["key"] else shard
+    return f"{fault['kind']}: {name} at byte {fault['byte']}: {fault['message']}"
+
+
+def _shard_sentences(shard: dict[str, Any]) -> Iterator[str]:
+    name = f"shard {shard['shard']}"
+    if shard["error"]:
+        yield f"{name}: {shard['error']}"
+    if shard["sha256"] == "differs":
+        yield f"{name}: its SHA-256 is not the manifest's"
+    if shard["scattered"]:
+        from univitar_ds.data.shards.tar_index import SORT_HINT
+
+        yield f"{name}: more of {shard['scattered']['key']} at byte {shard['scattered']['offset']}; {SORT_HINT}"
+    if shard["samples_in_manifest"] not in (None, shard["samples"]):
+        yield f"{name}: {shard['samples']} samples, {shard['samples_in_manifest']} in its manifest"
+
+
+def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -> list[SourceConfig]:
+    """Raises: ConfigError if neither the command line nor a run file names any."""
+    from univitar_ds.config.data import SourceConfig
+    from univitar_ds.config.paths import written
+
+    if not arguments.sources:
+        if data is None:
+            raise ConfigError("nothing to verify: give a SOURCE, or --config with a run file that has sources")
+        own = {} if arguments.split is None else {"split": arguments.split}
+        return [source.model_copy(update=own) for source in data.sources]
+    known = [] if data is None else data.sources
+    named = [SourceConfig(path=written(path), split=arguments.split) for path in arguments.sources]
+    return [source.model_copy(update=_about(source, known)) for source in named]
+
+
+def _about(named: SourceConfig, sources: Sequence[SourceConfig]) -> dict[str, Any]:
+    """Templates and class names of the source that is this place or whose folder holds it; else nothing."""
+    place = _place(named)
+    for known, source in ((_place(source), source) for source in sources):
+        if place == known or place.startswith(f"{known}/"):
+            return {"templates": source.templates, "class_names": source.class_names, "captions": source.captions}
+    return {}
+
+
+def _place(source: SourceConfig) -> str:
+    """One spelling for every way to name a folder or tars."""
+    from univitar_ds.data.shards.listing import place_of
+
+    place = place_of(source)
+    return place.rstrip("/") if "://" in place else os.path.abspath(place)
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from univitar_ds.config.data import DataConfig, SourceConfig
+    from univitar_ds.config.load import load_config
+    from univitar_ds.config.stage import StageConfig
+    from univitar_ds.data.tools.media_report import report
+
+    if arguments.config:
+        config = load_config(arguments.config, [])
+        data, stages = config.data, {stage.name: stage for stage in config.stages}
+    else:
+        data = DataConfig(sources=[SourceConfig(path="none")])
+        stages = {"default": StageConfig(name="default", samples=1, lr=1.0)}
+    stage = stages.get(arguments.stage or next(iter(stages)))
+    if stage is None:
+        raise ConfigError(f"there is no stage {arguments.stage!r}; there is {', '.join(stages)}")
+    for found in report(arguments.files, data, stage):
+        _say(json.dumps(found.to_json()) if arguments.json else found.sentence())
+    return 0 if all(map(os.path.isfile, arguments.files)) else 1
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from univitar_ds.config.load import load_config
+    from univitar_ds.data.tools.inspect import inspect, render
+    from univitar_ds.data.tools.inspect_plot import draw, is_drawn
+    from univitar_ds.model.config import PRESETS
+    from univitar_ds.model.flops import cost_coefficients
+
+    check_result(arguments.png, is_drawn)
+    config = load_config(arguments.config, arguments.overrides)
+    found = inspect(config, packs=arguments.packs, cost=cost_coefficients(PRESETS[config.model.encoder]))
+    for line in (json.dumps(found.to_json(), indent=2) if arguments.json else render(found)).split("\n"):
+        _say(line)
+    draw(found, arguments.png)
+    with suppress(OSError):
+        print(f"picture in {shown(str(arguments.png))}", file=sys.stderr, flush=True)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a report of `data verify`."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.keys() >= {"sound", "samples", "sources", "shards"}
+
+
+def _say(line: str) -> None:
+    """Print a line that may hold names of files and keys."""
+    show(shown(line))
+
+
+def _storage_settings(arguments: argparse.Namespace, data: DataConfig | None = None) -> StorageSettings:
+    """Those of the run file where there is one; options come first.
+
+    Not its cache: what is checked is the store, and a look at everything must not push out what a run needs.
+    """
+    from univitar_ds.config.data import CacheConfig
+    from univitar_ds.data.storage.base import StorageSettings
+
+    settings = StorageSettings()
+    if data is not None:
+        settings = StorageSettings.of(data.model_copy(update={"cache": CacheConfig()}))
+    return replace(
+        settings,
+        endpoint_url=arguments.s3_endpoint or settings.endpoint_url,
+        profile=arguments.s3_profile or settings.profile,
+        region=arguments.s3_region or settings.region,
+    )
+
+
+def _scenes(arguments: argparse.Namespace) -> None:
+    from univitar_ds.demo.synthetic import write_scenes
+
+    write_scenes(arguments.out, images=arguments.images, clips=arguments.clips, seed=arguments.seed, progress=True)
+    _say(f"{arguments.images} pictures and {arguments.clips} clips in {arguments.out}")

@@ -1,0 +1,195 @@
+"""The command `univitar-ds`. Each command imports what it needs when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from univitar_ds.cli.common import add_command, add_overrides, expand, positive, shown
+from univitar_ds.cli.data import add_data
+from univitar_ds.errors import UserError, storage_error
+from univitar_ds.import_path import drop_current_folder, protect_children
+from univitar_ds.screen import lost, prepare_screen, show
+
+DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision transformer for images and video."
+EXAMPLES = """examples:
+  univitar-ds data pack PHOTOS data/photos             shards and a manifest from a folder of files
+  univitar-ds data verify data/photos                  every shard and sample checked, a report written
+  univitar-ds data probe *.jpg clip.mp4                what a run would make of single files
+  univitar-ds data inspect --config photos             what the run would feed: fill, tokens, bad samples, a picture
+  univitar-ds train --config photos --nproc 2          train, evaluate and export on two local processes
+  univitar-ds train --config run.yaml seed=3 stages.0.lr=5e-4
+  univitar-ds train --resume runs/photos --nproc 1     continue, here on another number of processes
+  univitar-ds eval runs/photos evaluation.sources.0.path=data/other
+  univitar-ds report runs/photos                       results and figures of a run
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status.
+
+    0 done, 1 what `data verify` and `data probe` looked at is not sound or not there, 2 a fault of the user's, 85 a run
+    that was asked to leave and has saved, 130 interrupted.
+
+    A command that was only to print, and could not: 141 where the reader of a pipe has left, as by SIGPIPE, else 2.
+    """
+    prepare_screen()
+    drop_current_folder()  # `__main__` has done it, the console script has not
+    protect_children()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        parsed = parse(build_parser(), arguments)
+        status = parsed.run(parsed) or 0
+        if lost and not parsed.leaves_files and not status:
+            status = 141 if isinstance(lost[0], BrokenPipeError) else 2
+        return status
+    except UserError as error:
+        return _failed(error)
+    except OSError as error:  # what no place has put in better words
+        sentence = storage_error(error)
+        if sentence is None:
+            raise
+        return _failed(sentence)
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            print("interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+def _failed(error: UserError) -> int:
+    with suppress(OSError):
+        print("\n".join(map(shown, f"error: {error}".split("\n"))), file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As argparse does, but overrides may stand on both sides of options; it takes those on one side only."""
+    parsed, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(parsed, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="univitar-ds",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # DeepSpeed's launcher puts it before everything else; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_train(commands)
+    add_data(commands)
+    _add_after_training(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_train(commands) -> None:
+    parser = add_command(
+        commands,
+        "train",
+        _train,
+        "train a run, then evaluate and export it",
+        "Train a run, then evaluate it on held-out data and export the encoder.\n\n"
+        "Starts --nproc processes on this machine through DeepSpeed's launcher. Started by a launcher itself\n"
+        "(deepspeed --module univitar_ds train ..., torchrun -m univitar_ds train ...) it is one of the ranks.\n"
+        "The run's folder holds everything: config.yaml, deepspeed.json, tokenizer.json, metrics.jsonl, tb/,\n"
+        "checkpoints/, evaluation.json, export/ and summary.json.",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--config", help="a run file, or the name of a shipped recipe: demo, photos, univitar_0p3b, ...")
+    which.add_argument(
+        "--resume", metavar="RUN", type=expand, help="folder of a run to continue from its last checkpoint"
+    )
+    parser.add_argument(
+        "--nproc",
+        type=positive,
+        help="processes to start on this machine (default 1); given, variables of launchers (RANK, ...) are ignored",
+    )
+    add_overrides(parser)
+
+
+def _add_after_training(commands) -> None:
+    evaluate = add_command(
+        commands,
+        "eval",
+        _evaluate,
+        "retrieval and zero-shot of a run on its held-out data",
+        "Retrieval and zero-shot of a run's last checkpoint on its evaluation.sources, written to evaluation.json in\n"
+        "the run's folder. Keys of evaluation, data and logging that an evaluation reads can be overridden:\n"
+        "  univitar-ds eval runs/photos evaluation.sources.0.path=data/other --out other.json\n"
+        "  univitar-ds eval runs/photos 'evaluation.sources=[{path: 0.tar, class_names: names.txt}]' \\\n"
+        "      'evaluation.image_templates=[\"a photo of a {}\"]'\n"
+        "Results on other data or with other templates are printed, and go to --out FILE only: the run's own stay.\n"
+        "An evaluation that can measure nothing is an error.",
+    )
+    evaluate.add_argument("folder", type=expand, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    evaluate.add_argument("--out", type=expand, metavar="FILE", help="where the results (JSON) go, in place of RUN")
+    _add_weights(evaluate)
+    add_overrides(evaluate, "dotted keys of the run file, such as evaluation.sources.0.path=data/other")
+    report = add_command(commands, "report", _report, "print the results of a run", leaves_files=False)
+    report.add_argument("folder", type=expand, metavar="RUN")
+    convert = commands.add_parser("convert", help="carry weights elsewhere").add_subparsers(metavar="TO", required=True)
+    export = add_command(
+        convert, "export", _export, "write a run's encoder in the release's layout (config.json, model.safetensors)"
+    )
+    export.add_argument("folder", type=expand, metavar="RUN")
+    export.add_argument("out", type=expand)
+    _add_weights(export)
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", choices=("trained", "averaged"), help="default: averaged where the run has optimizer.ema_decay"
+    )
+
+
+def _add_demo(commands) -> None:
+    demo = add_command(commands, "demo", _demo, "the whole way on rendered scenes: data, training, evaluation, export")
+    demo.add_argument("--folder", type=expand, default=Path("demo"))
+    demo.add_argument("--nproc", type=positive, default=2)
+    demo.add_argument("--install-seconds", type=float, help="how long the installation took, for the table of times")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from univitar_ds import launch
+
+    if arguments.resume:
+        return launch.resume(arguments.resume, arguments.nproc, arguments.overrides)
+    return launch.train(arguments.config, arguments.nproc, arguments.overrides)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from univitar_ds.evaluation.run import evaluate_run
+
+    given = {"weights": arguments.weights, "overrides": arguments.overrides, "out": arguments.out}
+    show(evaluate_run(arguments.folder, **given))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from univitar_ds.evaluation.report import render_run
+
+    show(render_run(arguments.folder))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from univitar_ds.convert.official import export_encoder
+
+    export_encoder(arguments.folder, arguments.out, arguments.weights)
+    show(f"encoder in {arguments.out}")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from univitar_ds.demo.end_to_end import run_demo
+
+    return run_demo(arguments.folder, arguments.nproc, arguments.install_seconds)

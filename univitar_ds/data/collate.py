@@ -1,0 +1,166 @@
+"""What stands between plans and the trainer: decoding set up from the configuration, failures counted, batches made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from tokenizers import Tokenizer
+
+from univitar_ds import tokenization
+from univitar_ds.config.data import DataConfig
+from univitar_ds.data.batch import PackedBatch, rows
+from univitar_ds.data.decoding.decode_job import DecodeLimits, RenderItem, RenderJob
+from univitar_ds.data.decoding.pipeline import Pipeline, Rendered, rendered_inline
+from univitar_ds.data.sampler.bad_samples import WELL, BadPolicy, Health
+from univitar_ds.data.sampler.lanes import Item, Plan
+from univitar_ds.data.shards.samples import SizeRule
+from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.errors import SampleError
+from univitar_ds.geometry import TUBELET, Modality, item_bytes
+
+AHEAD = 3
+"""Packs decoded ahead where the run file says nothing and the decoders have the trainer's cores; it is one fewer
+while the trainer holds the most it may, at no cost in samples per second."""
+
+
+def decoded(
+    plans: Iterator[Plan],
+    data: DataConfig,
+    sizes: Mapping[Modality, SizeRule],
+    token_budget: int,
+    *,
+    packs_of_step: int = 1,
+    step_ahead: bool = False,
+    from_s3: bool = False,
+) -> Pipeline[Plan] | Generator[Rendered[Plan]]:
+    """The decoded packs of `plans`, by `data.workers` processes or, with 0, in line. Both have `close`.
+
+    `sizes` are the rules of the modalities in `plans`; `token_budget` the most tokens of a plan; `packs_of_step` how
+    many are taken at a time: as many, or 2, are held without being copied; `step_ahead` decodes as many ahead;
+    `from_s3`: shards lie there.
+    """
+    limits = DecodeLimits(data.max_image_px, data.decode_timeout_s, data.max_clip_s)
+    settings = StorageSettings.of(data)
+
+    def job_of(plan: Plan) -> RenderJob:
+        items = list(map(_render_item, plan.items))
+        return RenderJob(plan.modality, sizes[plan.modality].sampling, limits, items, plan.name)
+
+    if data.workers == 0:
+        return rendered_inline(plans, job_of, settings)
+    return Pipeline(
+        plans,
+        job_of,
+        workers=data.workers,
+        prefetch_packs=data.prefetch_packs or (max(AHEAD, packs_of_step) if step_ahead else AHEAD),
+        slot_bytes=max(_bytes_of_a_token(modality) for modality in sizes) * token_budget,
+        lent=max(packs_of_step, 2),
+        shared_slots=0 if data.prefetch_packs or step_ahead else 1,
+        restarts=data.worker_restarts,
+        settings=settings.shared(),
+        needs=[*sizes, "s3"] if from_s3 else [*sizes],
+    )
+
+
+def _bytes_of_a_token(modality: Modality) -> int:
+    """A clip stores TUBELET frames a token, a picture one."""
+    return item_bytes((1, 1, 1), TUBELET if modality == "video" else 1)
+
+
+def _render_item(item: Item) -> RenderItem:
+    sample = item.sample
+    return RenderItem(
+        sample.shard.path,
+        sample.media_offset,
+        sample.media_length,
+        sample.grid,
+        sample.frames,
+        sample.crc32,
+        item.draw,
+    )
+
+
+class DecodingHealth:
+    """Samples that fail in decoding, counted in the order of delivery: the policy's second phase.
+
+    Its state travels in the cursors of the packs, and is taken up from the first pack of each lane.
+    """
+
+    def __init__(self, policy: BadPolicy) -> None:
+        self._policy = policy
+        self._healths: dict[tuple[int, Modality], Health] = {}
+
+    def check(self, pack: Rendered) -> Rendered:
+        """The pack, with the state after it in its cursor.
+
+        Raises: DataError where the policy has the run end.
+        """
+        plan = pack.plan
+        health = self._of(plan)
+        reasons = {index: SampleError(kind, message) for index, kind, message in pack.failures}
+        for index, item in enumerate(plan.items):
+            error = reasons.get(index)
+            if error is None:
+                health.good()
+            else:
+                health.bad(f"{item.sample.name} at byte {item.sample.media_offset}", error)
+        if plan.cursor is None:
+            return pack
+        lane = {name: tuple(each.to_json()) for (lane, name), each in self._healths.items() if lane == plan.lane}
+        cursor = replace(plan.cursor, decoding={**plan.cursor.decoding, **lane})
+        return replace(pack, plan=replace(plan, cursor=cursor))
+
+    def _of(self, plan: Plan) -> Health:
+        stream = (plan.lane, plan.modality)
+        if stream not in self._healths:
+            saved = WELL if plan.cursor is None else plan.cursor.decoding.get(plan.modality, WELL)
+            self._healths[stream] = Health(self._policy, f"lane {plan.lane}, {plan.modality}, decoding", saved)
+        return self._healths[stream]
+
+
+def tokenized(plans: Iterator[Plan], tokenizer: Tokenizer | None, context_length: int) -> Iterator[Plan]:
+    """The plans with the token ids of their captions, made in the thread that plans and not in the trainer's."""
+    for plan in plans:
+        if tokenizer is not None:
+            captions = [item.caption for item in plan.items]
+            plan = replace(plan, token_rows=tokenization.token_rows(tokenizer, captions, context_length))
+        yield plan
+
+
+def collate(rendered: Rendered, tokenizer: Tokenizer | None) -> PackedBatch:
+    """The batch of a decoded plan that was `tokenized`, without the items that failed; no tokenizer, (N, 0) ids."""
+    plan = rendered.plan
+    failed = {index for index, _, _ in rendered.failures}
+    kept = [index for index in range(len(plan.items)) if index not in failed]
+    items = [plan.items[index] for index in kept]
+    captions = [item.caption for item in items]
+    if tokenizer is None:
+        token_ids, lengths = torch.zeros(len(items), 0, dtype=torch.int64), torch.zeros(len(items), dtype=torch.int64)
+    else:
+        assert plan.token_rows is not None, "the plan has not been tokenized"
+        token_ids, lengths = tokenization.padded(tokenizer, [plan.token_rows[index] for index in kept])
+    grids = [item.sample.grid for item in items]
+    bad = Counter(plan.bad) + Counter(kind for _, kind, _ in rendered.failures)
+    return PackedBatch(
+        pixels=torch.from_numpy(rendered.pixels),
+        frames=rows([item.sample.frames for item in items]),
+        grid_thw=rows(grids, 3),
+        token_ids=token_ids,
+        text_lengths=lengths,
+        caption_ids=rows([tokenization.caption_id(caption) for caption in captions]),
+        captions=captions,
+        labels=[item.sample.label for item in items],
+        sets=[item.sample.set for item in items],
+        keys=[item.sample.name for item in items],
+        modality=plan.modality,
+        lane=plan.lane,
+        index=plan.index,
+        stand=plan.cursor,
+        bad=dict(bad),
+        shrunk=sum(item.sample.shrunk for item in items),
+        ignored=dict(plan.ignored),
+        other_captions=[item.others for item in items],
+    )

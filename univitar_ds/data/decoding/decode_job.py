@@ -1,0 +1,147 @@
+"""The addresses of a pack to its pixels. The same function runs in the trainer and in decoding processes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from univitar_ds.data.media.frame_sampling import Sampling
+from univitar_ds.data.media.image_decode import decode_near
+from univitar_ds.data.media.resize import fit_image
+from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.base import LOCAL, StorageSettings
+from univitar_ds.errors import SampleError
+from univitar_ds.geometry import PATCH, Modality, item_bytes
+
+Failure = tuple[int, str, str]
+"""(index of the item in the pack, kind, message)."""
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """Pixels of a frame, seconds of decoding a clip, seconds that a clip lasts."""
+
+    max_image_px: int
+    timeout_s: float
+    max_clip_s: float
+
+
+@dataclass(frozen=True)
+class RenderItem:
+    """Where the media of one item lies and what it becomes: `frames` frames (1 for a picture) on a grid.
+
+    `crc32` of its bytes where known; `draw`, a number from which a clip's jittered frames follow.
+    """
+
+    path: str
+    offset: int
+    length: int
+    grid: tuple[int, int, int]
+    frames: int
+    crc32: int | None = None
+    draw: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its pixels."""
+        return item_bytes(self.grid, self.frames)
+
+
+@dataclass(frozen=True)
+class RenderJob:
+    """One pack to decode."""
+
+    modality: Modality
+    sampling: Sampling
+    limits: DecodeLimits
+    items: Sequence[RenderItem]
+    name: str = ""
+    """Of the pack, for messages of the trainer; decoding processes do not get it."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all pixels if every item can be decoded."""
+        return sum(item.bytes for item in self.items)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "modality": self.modality,
+            "sampling": tuple(vars(self.sampling).values()),  # `astuple` copies deeply, for ten times the time
+            "limits": tuple(vars(self.limits).values()),
+            "items": [
+                (item.path, item.offset, item.length, item.grid, item.frames, item.crc32, item.draw)
+                for item in self.items
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> RenderJob:
+        items = [
+            RenderItem(path, offset, length, tuple(grid), *rest)
+            for path, offset, length, grid, *rest in document["items"]
+        ]
+        sampling = Sampling(*document["sampling"])
+        return cls(document["modality"], sampling, DecodeLimits(*document["limits"]), items)
+
+
+def render(
+    job: RenderJob,
+    buffer: np.ndarray,
+    settings: StorageSettings = LOCAL,
+    after_item: Callable[[], None] = lambda: None,
+) -> list[Failure]:
+    """Decode every item into `buffer` (uint8, at least `job.bytes`), one after another; a failed one takes no room.
+
+    Args: how shards are reached; what to call after each item.
+    Returns: the items that could not be decoded.
+    Raises: DataError if a shard cannot be read.
+    """
+    failures: list[Failure] = []
+    start = 0
+    for index, item in enumerate(job.items):
+        try:
+            _render_item(job, item, buffer[start : start + item.bytes], settings)
+        except SampleError as error:
+            failures.append((index, error.kind, str(error)))
+        except MemoryError:
+            told = f"decoding takes more memory than data.max_image_px = {job.limits.max_image_px} allows"
+            failures.append((index, "too_large", f"{told}; raise it or store the file smaller"))
+        else:
+            start += item.bytes
+        after_item()
+    return failures
+
+
+def check_crc32(data: bytes, packed: int | None) -> None:
+    """Raises: SampleError if the bytes are not those that were packed; `packed` None: their sum is not known."""
+    if packed is not None and (found := zlib.crc32(data)) != packed:
+        told = f"its bytes have the CRC-32 {found:08x}, {packed:08x} when they were packed"
+        raise SampleError("checksum", f"{told}; restore the shard")
+
+
+def _render_item(job: RenderJob, item: RenderItem, room: np.ndarray, settings: StorageSettings) -> None:
+    data = storage_for(item.path, settings).read_range(item.path, item.offset, item.length)
+    check_crc32(data, item.crc32)
+    limits = job.limits
+    height, width = item.grid[1] * PATCH, item.grid[2] * PATCH
+    out = room.reshape(item.frames, height, width, 3)
+    if job.modality == "image":
+        pixels, extent = decode_near(data, max_px=limits.max_image_px, target=(height, width))
+        fit_image(pixels, item.grid, out[0], extent)
+    else:
+        from univitar_ds.data.media.video_decode import decode_clip  # see `worker.PRELOADED`
+
+        out[:] = decode_clip(
+            data,
+            frames=item.frames,
+            max_px=limits.max_image_px,
+            timeout_s=limits.timeout_s,
+            sampling=job.sampling,
+            draw=item.draw,
+            max_clip_s=limits.max_clip_s,
+            fit=lambda frame: fit_image(frame, item.grid),
+        )

@@ -1,0 +1,156 @@
+"""The trainer's side of `worker`: decoding processes on demand, and how they ended."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Collection
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+from univitar_ds.data.decoding import worker
+from univitar_ds.data.decoding.shared_slots import Ring
+from univitar_ds.import_path import safe_environment
+from univitar_ds.processes import signals_held
+
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), "MALLOC_TRIM_THRESHOLD_": str(6 << 20)}
+"""Of glibc, for a decoding process: large pictures go back to the system at once, and at most 6 MiB are kept for the
+next ones. By itself glibc would keep twice the largest picture's bytes for good; lower values cost page faults."""
+_ANSWER_S = 120.0
+_CLOSE_S = 10.0
+
+
+class ForkServer:
+    """Starts and ends decoding processes that write into `ring`. For any number of threads.
+
+    `_talk` is held by the thread that starts the server or waits for its answer, for up to `_ANSWER_S`. `_state` is
+    held for moments, whenever the four fields below it change or are used: so `close` can end the server, and thereby
+    wake the thread that waits for it, at any moment of a start. Once `_closed` is set nothing is started any more.
+    """
+
+    def __init__(self, ring: Ring, needs: Collection[worker.Need] = ("image", "video")) -> None:
+        """Nothing is started yet. `needs` is what processes can do right after they start."""
+        self._ring = ring
+        self._needs = sorted(needs)
+        self._talk = threading.RLock()  # reentrant as `_state` is: a collection may close the pipeline inside a call
+        self._state = threading.RLock()
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._closed = False
+
+    def fork(self) -> tuple[int, Connection]:
+        """Start a decoding process; returns its id and the trainer's end of its channel.
+
+        Raises: OSError or EOFError if it cannot be started; the next call tries everything anew.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                pid = self._ask(worker.FORK, 0, theirs.fileno())
+            except BaseException:
+                ours.close()
+                raise
+        return pid, Connection(ours.detach())
+
+    def end(self, pid: int, *, hangs: bool) -> int | None:
+        """End a process that has closed its channel or `hangs`.
+
+        Returns: its exit code, negative for a signal; None if it went down with the server.
+        """
+        try:
+            code = self._ask(worker.KILL if hangs else worker.END, pid)
+            return None if code == worker.NOT_MINE else code
+        except (EOFError, OSError):
+            return None
+
+    def close(self) -> None:
+        """End the server and all processes it has started. Safe to call from any thread, at any time and again."""
+        with self._state:
+            self._closed = True
+            process = self._process
+            if process is not None and not self._ready:
+                process.kill()  # it has no children yet, and would look at its socket only after its imports
+            if self._control is not None:
+                with suppress(OSError):
+                    self._control.shutdown(socket.SHUT_RDWR)  # a thread that waits for an answer wakes too
+        if process is not None:
+            try:
+                process.wait(_CLOSE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._talk.acquire(timeout=_CLOSE_S):
+            try:
+                self._forget()
+            finally:
+                self._talk.release()
+
+    def _ask(self, wanted: bytes, pid: int, *descriptors: int) -> int:
+        with self._talk:
+            try:
+                control = self._control
+                if control is None and wanted == worker.FORK:
+                    control = self._start()
+                if control is None:
+                    raise EOFError("there is no server")
+                socket.send_fds(control, [worker.MESSAGE.pack(wanted, pid)], descriptors)
+                _, answer = worker.MESSAGE.unpack(_receive(control, worker.MESSAGE.size))
+                return answer
+            except (EOFError, OSError):
+                self._forget()
+                raise
+
+    def _start(self) -> socket.socket:
+        """A server that is ready. Raises: EOFError or OSError, also if it was closed meanwhile."""
+        with self._state:
+            if self._closed:
+                raise EOFError("the server is closed")
+            self._control, theirs = socket.socketpair()
+            with theirs:
+                self._process = self._launch(theirs.fileno())
+            control = self._control
+            control.settimeout(_ANSWER_S)
+        _receive(control, len(worker.READY))
+        with self._state:
+            self._ready = True
+        return control
+
+    def _launch(self, control: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-P", "-m", "univitar_ds.data.decoding.worker"]
+        numbers = (self._ring.descriptor, self._ring.slots, self._ring.slot_bytes, control)
+        # One thread each: there are as many processes as the user wants cores to be busy.
+        environment = {
+            **safe_environment(os.environ),
+            **_MEMORY,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        with signals_held():
+            return subprocess.Popen(
+                [*command, *map(str, numbers), *self._needs],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(self._ring.descriptor, control),
+                env=environment,
+            )
+
+    def _forget(self) -> None:
+        """Whatever is left of the server goes, with all its processes. For the thread that holds `_talk`."""
+        with self._state:
+            control, process = self._control, self._process
+            self._control, self._process, self._ready = None, None, False
+        if control is not None:
+            control.close()
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+def _receive(control: socket.socket, size: int) -> bytes:
+    data = control.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        raise EOFError("it has ended")
+    return data

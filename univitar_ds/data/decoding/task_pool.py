@@ -1,0 +1,232 @@
+"""Work on many shards in processes that may die or hang of what they read, with nothing lost but the sample at fault.
+
+A process works on one shard and tells of every sample before it touches it. Where it dies or falls silent, that
+sample is to blame, and another process goes on behind it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from time import monotonic
+from typing import Any, NamedTuple
+
+from univitar_ds.data.decoding import children
+from univitar_ds.errors import DataError
+
+_LOOK_EVERY_S = 1.0
+_START_S = 60.0
+"""What a process may take to start, beside the silence it is allowed afterwards."""
+
+
+class Read(NamedTuple):
+    """So many bytes have been gone through since the last event."""
+
+    bytes: int
+
+
+class Hashed(NamedTuple):
+    """The whole shard has been read."""
+
+    sha256: str
+
+
+class At(NamedTuple):
+    """The sample at bytes [offset, end) comes next; what is wrong with it follows."""
+
+    offset: int
+    end: int
+    key: str
+
+
+class Bad(NamedTuple):
+    """A sample that cannot be used, or with key "" a stretch of the shard without samples."""
+
+    kind: str
+    key: str
+    offset: int
+    message: str
+
+
+class Noted(NamedTuple):
+    """A text of a sample that can be used was ignored."""
+
+    kind: str
+    key: str
+    offset: int
+    message: str
+
+
+class SeveralLines(NamedTuple):
+    """The .txt of a sample has several lines, which are read as one caption."""
+
+
+class Scattered(NamedTuple):
+    """The members of a sample do not follow one another: some come again at this byte."""
+
+    key: str
+    offset: int
+
+
+class Done(NamedTuple):
+    """The shard is finished; with an error, as far as it could be read."""
+
+    error: str | None = None
+
+
+class _Fault(NamedTuple):
+    """An error of the program."""
+
+    told: str
+
+
+Event = Read | Hashed | At | Bad | Noted | SeveralLines | Scattered | Done
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard to work on: `number` among all of them, `start`, the byte of a header; `job` is the work's own."""
+
+    number: int
+    job: Any
+    start: int = 0
+    hashed: bool = False
+
+
+Work = Callable[[Task, Callable[[Event], None]], None]
+
+
+@dataclass
+class _Hand:
+    """A process, what it works on and the last sample that it told of."""
+
+    process: BaseProcess
+    channel: Connection
+    heard: float
+    task: Task | None = None
+    at: At | None = None
+
+
+class Crew:
+    """A context manager around the processes; they end with it."""
+
+    def __init__(self, work: Work, workers: int, silence_s: float) -> None:
+        """Args: a function of a module; how many processes; seconds without an event after which one has hung."""
+        assert workers >= 1, workers
+        self._work, self._workers, self._silence_s = work, workers, silence_s
+        self._hands: list[_Hand] = []
+        self._barren: set[int] = set()
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hand in self._hands:
+            hand.process.kill()
+            hand.process.join()
+            hand.channel.close()
+        self._hands.clear()
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Event]]:
+        """Every event with the number of its task; the last of each task is `Done`.
+
+        Raises: RuntimeError for an error of the program in a process.
+        """
+        waiting = deque(tasks)
+        while waiting or any(hand.task for hand in self._hands):
+            self._assign(waiting)
+            busy = {hand.channel: hand for hand in self._hands if hand.task}
+            for channel in wait(list(busy), timeout=min(_LOOK_EVERY_S, self._silence_s / 2)):
+                hand = busy[channel]
+                assert hand.task is not None
+                number = hand.task.number
+                try:
+                    event = hand.channel.recv()
+                except (EOFError, ConnectionError):
+                    hand.process.join()
+                    told = f"the process that worked on it died (exit code {hand.process.exitcode})"
+                    yield from self._lost(hand, "crash", told, waiting)
+                    continue
+                if isinstance(event, _Fault):
+                    raise RuntimeError(f"shard number {number}:\n{event.told}")
+                self._follow(hand, event)
+                yield number, event
+            for hand in [hand for hand in busy.values() if hand.task and monotonic() - hand.heard > self._silence_s]:
+                told = f"nothing was heard of its process for {self._silence_s:g} seconds"
+                yield from self._lost(hand, "timeout", told, waiting)
+
+    def _assign(self, waiting: deque[Task]) -> None:
+        idle = [hand for hand in self._hands if hand.task is None]
+        while waiting and (idle or len(self._hands) < self._workers):
+            hand = idle.pop() if idle else self._start()
+            hand.task, hand.at, hand.heard = waiting.popleft(), None, max(hand.heard, monotonic())
+            with suppress(ConnectionError):  # it died idle: waiting for its first event finds out
+                hand.channel.send(hand.task)
+
+    def _start(self) -> _Hand:
+        context = children.context([self._work.__module__])
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
+        try:
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        hand = _Hand(process, ours, monotonic() + _START_S)
+        self._hands.append(hand)
+        return hand
+
+    def _follow(self, hand: _Hand, event: Event) -> None:
+        assert hand.task is not None
+        hand.heard = monotonic()
+        if isinstance(event, At):
+            hand.at = event
+        elif isinstance(event, Hashed):
+            hand.task = replace(hand.task, hashed=True)
+        elif isinstance(event, Done):
+            hand.task = None
+
+    def _lost(self, hand: _Hand, kind: str, told: str, waiting: deque[Task]) -> Iterator[tuple[int, Event]]:
+        """The end of a process: its sample is bad. A shard that ends two before its first sample is given up."""
+        assert hand.task is not None
+        self._hands.remove(hand)
+        hand.process.kill()
+        hand.process.join()
+        hand.channel.close()
+        task, at = hand.task, hand.at
+        if at is not None:
+            yield task.number, Bad(kind, at.key, at.offset, told)
+            waiting.appendleft(replace(task, start=at.end))
+        elif task.number in self._barren:
+            yield task.number, Done(f"{told}, twice, before any sample from byte {task.start} on; nothing follows it")
+        else:
+            self._barren.add(task.number)
+            waiting.appendleft(task)
+
+
+def _serve(channel: Connection, work: Work) -> None:
+    """Work off tasks until the other end closes."""
+    children.begin()
+    try:
+        while True:
+            task = channel.recv()
+            channel.send(Read(0))
+            try:
+                work(task, channel.send)
+            except DataError as error:
+                channel.send(Done(str(error)))
+            except ConnectionError:
+                return
+            except Exception:
+                channel.send(_Fault(traceback.format_exc()))
+            else:
+                channel.send(Done())
+    except (EOFError, ConnectionError):
+        return

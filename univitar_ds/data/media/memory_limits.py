@@ -1,0 +1,123 @@
+"""Files that would take too much memory while they are decoded: pictures refused by their headers, and a limit of the
+system for the decoding processes, where headers do not tell.
+
+The picture that Pillow has loaded and the RGB that is made of it take 7 bytes a pixel, and most decoders
+little beside: 10.1 at most (measured, as all numbers here, with Pillow 13.0 on pictures of 2.5 to 100 Mpx). Those
+named here take more. The file's own bytes come on top.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import resource
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from univitar_ds.data.media import jpeg2000
+from univitar_ds.errors import SampleError
+from univitar_ds.image_ops import ORIENTATION_TAG
+
+LEAST_LIMIT = 2**30
+BYTES_A_PIXEL = LEAST_LIMIT / 10**8
+"""Decoding may take 1 GiB, and more where `data.max_image_px` is raised above its default."""
+
+_MARGIN = 1.02
+_BITS, _SAMPLES, _STRIP_ROWS, _TILE_WIDTH, _TILE_LENGTH = 258, 277, 278, 322, 323
+"""Tags of a TIFF."""
+_AVIF = {"L": 10.0, "RGB": 21.0, "RGBA": 24.0}
+"""9.5 measured for RGB of 8 bit and 4:2:0, 11.7 for RGBA. 10 bit, 4:4:4 and film grain are added: Pillow tells none."""
+_WEBP = 16.4
+"""Two canvases of 4, the frame as bytes and the loaded picture."""
+_CMYK_JPEG = 12.0
+"""If progressive, 7 if not; files of several scans are not told apart."""
+_DEEP_PPM = 13.2
+"""Made by Python in two copies; 7 if the highest value is 65535."""
+
+
+def check_memory(image: Image.Image, data: bytes, max_px: int) -> None:
+    """Args: the opened picture, not yet decoded; its file's bytes; data.max_image_px.
+
+    Raises: SampleError where decoding may take more than `max_px` allows.
+    """
+    needed = _MARGIN * _bytes_needed(image, data)
+    limit = _limit(max_px)
+    if needed > limit:
+        raise SampleError(
+            "too_large",
+            f"{image.width} x {image.height} pixels of {image.format} {image.mode} may take {needed / 2**20:.0f} MiB "
+            f"while they are decoded, above the {limit / 2**20:.0f} that data.max_image_px = {max_px} allows; "
+            f"raise it to {math.ceil(needed / BYTES_A_PIXEL)} or store the picture as PNG",
+        )
+
+
+def confine(max_px: int, file_bytes: int) -> None:
+    """Let this process, which is there to decode, take no more memory beside what it had at first than decoding may,
+    whatever a file makes its decoder want: an allocation beyond fails, and the file is a bad sample.
+
+    Args: data.max_image_px; size of the file, which decoders may copy. Where the system does not count so (it is
+    Linux that does), nothing happens.
+    """
+    with suppress(OSError, ValueError):
+        most = int(_data_bytes_at_first() + _limit(max_px) + 2 * file_bytes)
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+@cache
+def _data_bytes_at_first() -> int:
+    """Private memory that this process may write to, at the first call."""
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[5]) * mmap.PAGESIZE
+
+
+def _limit(max_px: int) -> float:
+    return max(LEAST_LIMIT, max_px * BYTES_A_PIXEL)
+
+
+def _bytes_needed(image: Image.Image, data: bytes) -> float:
+    """0 for what stays below `BYTES_A_PIXEL` anyway."""
+    pixels = image.width * image.height
+    match image.format:
+        case "WEBP":
+            return pixels * _WEBP + len(data)  # its decoder has a copy of the file
+        case "AVIF":
+            return pixels * _AVIF.get(image.mode, max(_AVIF.values())) + len(data)
+        case "JPEG" | "MPO" if image.mode == "CMYK":
+            return pixels * _CMYK_JPEG
+        case "PPM" if image.mode == "I":
+            return pixels * _DEEP_PPM
+        case "JPEG2000":
+            return jpeg2000.bytes_needed(data, _stored(image.mode))
+        case "TIFF":
+            return _tiff_bytes(image)
+    return 0.0
+
+
+def _tiff_bytes(image: Image.Image) -> float:
+    """The picture, once more if it is turned, and a strip or tile, which may be larger than the picture."""
+    if not image.tile or image.tile[0].codec_name != "libtiff":
+        return 0.0
+    tags = image.tag_v2
+    width, height = image.width, image.height
+    turned = _number(tags.get(ORIENTATION_TAG), 1) > 1
+    if _TILE_WIDTH in tags:
+        unit = _number(tags.get(_TILE_WIDTH), width) * _number(tags.get(_TILE_LENGTH), height)
+    else:
+        rows = _number(tags.get(_STRIP_ROWS), height)
+        unit = max(width * min(rows, height), height * min(rows, width))  # sides may have changed places
+    bits = _number(tags.get(_BITS), 1) * _number(tags.get(_SAMPLES), 1)
+    return width * height * _stored(image.mode) * (1 + turned) + unit * bits / 8
+
+
+def _number(value: object, default: int) -> int:
+    """The largest of a tag's values."""
+    values = value if isinstance(value, tuple) else (value,)
+    return max((int(each) for each in values if isinstance(each, int)), default=default)
+
+
+def _stored(mode: str) -> int:
+    """Bytes a pixel of a loaded picture."""
+    return 1 if mode in ("1", "L", "P") else 2 if mode.startswith("I;16") else 4

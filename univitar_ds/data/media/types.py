@@ -1,0 +1,60 @@
+"""What is known of an image or video before it is decoded, the limits on it, and the names of its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from univitar_ds.errors import SampleError
+
+# fmt: off
+IMAGE_EXTENSIONS = frozenset(
+    ["jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "gif", "webp", "bmp", "tif", "tiff", "ico", "psd",
+     "jp2", "j2k", "jpx", "avif", "avifs", "ppm", "pgm", "pbm", "pnm", "qoi"]
+)
+VIDEO_EXTENSIONS = frozenset(
+    ["mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "m2ts", "mts", "flv", "ogv", "wmv", "asf",
+     "3gp", "3g2", "gifv"]
+)
+# fmt: on
+
+MAX_SIDE_PX = 1 << 20
+"""Decoders keep accounts of every row, the resizing kernel weights of every row and column: 3 GB for 100 million."""
+
+
+@dataclass(frozen=True)
+class MediaSize:
+    """Sides in pixels as shown, i.e. after EXIF orientation or display matrix.
+
+    `frames` is 1 for an image. For a video it is what the header says or, where that says nothing, duration
+    times frame rate, and at least 1: good for planning; decoding finds out the truth. `duration_s` is 0 for an
+    image and where the header does not tell.
+    """
+
+    kind: Literal["image", "video"]
+    height: int
+    width: int
+    frames: int
+    duration_s: float = 0.0
+
+
+def check_area(height: int, width: int, max_px: int) -> None:
+    """Raises: SampleError for a frame of more than `max_px` pixels, or of a side that no camera has."""
+    if max(height, width) > MAX_SIDE_PX:
+        raise SampleError("too_large", f"{width} x {height} has a side of more than {MAX_SIDE_PX} pixels")
+    if height * width > max_px:
+        raise SampleError(
+            "too_large", f"{width} x {height} is {height * width} pixels, above data.max_image_px = {max_px}"
+        )
+
+
+def check_duration(seconds: float, max_clip_s: float) -> None:
+    """Raises: SampleError for a clip of more than `max_clip_s` seconds."""
+    if seconds > max_clip_s:
+        raise SampleError("too_large", f"the clip lasts {seconds:.1f} s, above data.max_clip_s = {max_clip_s:g}")
+
+
+def reason(error: Exception) -> str:
+    """A library's error in one line, the same on every machine."""
+    text = getattr(error, "strerror", None) or str(error)
+    return f"{type(error).__name__}: {text.strip().splitlines()[0]}" if text.strip() else type(error).__name__

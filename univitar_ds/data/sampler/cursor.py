@@ -1,0 +1,290 @@
+"""Where a lane stands: small JSON that a checkpoint keeps, from which the lane goes on without replaying anything."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from univitar_ds.data.sampler.bad_samples import WELL
+from univitar_ds.data.shards.listing import warn_once
+from univitar_ds.data.shards.tar_index import BLOCK
+from univitar_ds.errors import DataError
+
+VERSION = 3
+GENERATION = 1 << 20
+"""A group of shards numbers its epochs from a multiple of this on, so that no two groups that hold the same samples
+draw alike; the same one in every lane, whose epochs end at different packs."""
+_RESTART = 1 << 10
+"""Generations that are left out where sources have changed: more than there are groups."""
+MODALITIES = ("image", "video")
+
+
+class Waiting(NamedTuple):
+    """A sample in the pool, by address: index of its shard, first byte, length in bytes, number within the shard,
+    epoch it belongs to, packs of its stream that had left when it came."""
+
+    shard: int
+    offset: int
+    length: int
+    ordinal: int
+    epoch: int
+    since: int
+
+
+class Place(NamedTuple):
+    """The next sample that a lane reads of one group of shards.
+
+    `unit` counts within the lane's units of the epoch; `offset` is a byte of its shard, `ordinal` the number
+    there of the next sample of the modality. `credit` is what the group has in `mixture.Turns`.
+    """
+
+    epoch: int = 0
+    unit: int = 0
+    offset: int = 0
+    ordinal: int = 0
+    credit: int = 0
+
+
+@dataclass(frozen=True)
+class StreamCursor:
+    """One modality of a lane: the packs given out, where each group of shards is read, the samples read but not given
+    out, oldest first, the state of the reading `Health`, and groups that turned out to hold no sample of the modality.
+
+    Groups that a stage leaves out keep their place.
+    """
+
+    packs: int = 0
+    places: Mapping[str, Place] = field(default_factory=dict)
+    pool: tuple[Waiting, ...] = ()
+    reading: tuple[int, ...] = WELL
+    empty: tuple[str, ...] = ()
+
+    def restarted(self) -> StreamCursor:
+        """Every group at another epoch and nothing in the pool: what is left when addresses mean nothing any more."""
+        places = {
+            name: Place((place.epoch // GENERATION + _RESTART) * GENERATION) for name, place in self.places.items()
+        }
+        return replace(self, places=places, pool=(), empty=())
+
+
+@dataclass(frozen=True)
+class LaneCursor:
+    """A lane after `packs` packs. Streams that never gave a pack have no entry.
+
+    `decoding` is the state of the decoding `Health` of each modality; who delivers the packs fills it in.
+    """
+
+    lane: int
+    lanes: int
+    seed: int
+    fingerprint: str
+    packs: int = 0
+    streams: Mapping[str, StreamCursor] = field(default_factory=dict)
+    decoding: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """About 1 KB with a pool of 192 samples."""
+        head = {"version": VERSION, "lane": self.lane, "lanes": self.lanes, "seed": self.seed}
+        streams = {name: _stream_to_json(self.streams[name]) for name in MODALITIES if name in self.streams}
+        decoding = {name: list(self.decoding[name]) for name in MODALITIES if name in self.decoding}
+        return {**head, "fingerprint": self.fingerprint, "packs": self.packs, "streams": streams, "decoding": decoding}
+
+    def expect(
+        self, *, lane: int, lanes: int, seed: int, fingerprint: str, accept_changed_sources: bool = False
+    ) -> LaneCursor:
+        """The cursor, if it belongs to this run; for changed sources that are accepted, one at the next epoch.
+
+        Raises: DataError that names what differs and what to do.
+        """
+        told = {"lane": (self.lane, lane), "data.lanes": (self.lanes, lanes), "seed": (self.seed, seed)}
+        for name, (saved, given) in told.items():
+            if saved != given:
+                raise DataError(f"the saved data cursor has {name} {saved}, this run {given}; resume with {saved}")
+        # One that was saved before the content of shards was looked at has the first part alone.
+        if self.fingerprint in (fingerprint, fingerprint.partition(":")[0]):
+            return replace(self, fingerprint=fingerprint)
+        if not accept_changed_sources:
+            raise DataError(
+                f"the sources have changed since the data cursor was saved (fingerprint {self.fingerprint}, now "
+                f"{fingerprint}): restore the same shards in the same order, set data.accept_changed_sources to go on "
+                "with the next epoch of the new ones, or start a new run"
+            )
+        warn_once(  # not by each of a hundred lanes
+            f"the sources have changed since the data cursors were saved (fingerprint {self.fingerprint}, now "
+            f"{fingerprint}); the rest of the epoch is left out and the next begins (data.accept_changed_sources)"
+        )
+        streams = {name: stream.restarted() for name, stream in self.streams.items()}
+        return replace(self, fingerprint=fingerprint, streams=streams)
+
+
+def parse(document: Any) -> LaneCursor:
+    """The cursor in a JSON document.
+
+    Raises: DataError if it is not one or has another version.
+    """
+    version = document.get("version") if isinstance(document, dict) else None
+    if version != VERSION:
+        raise DataError(
+            f"the data cursor has version {version!r}, this program reads {VERSION}; "
+            "resume with the program that wrote it"
+        )
+    try:
+        streams = {_modality(name): _stream_from_json(part) for name, part in document["streams"].items()}
+        decoding = {_modality(name): _health(part) for name, part in document["decoding"].items()}
+        numbers = {name: _count(document[name]) for name in ("lane", "lanes", "seed", "packs")}
+        return LaneCursor(**numbers, fingerprint=str(document["fingerprint"]), streams=streams, decoding=decoding)
+    except (AttributeError, KeyError, TypeError, ValueError, zlib.error) as error:
+        raise DataError(f"the data cursor is damaged ({error!r}); resume from another checkpoint") from error
+
+
+def _stream_to_json(stream: StreamCursor) -> dict[str, Any]:
+    places = {name: list(place) for name, place in sorted(stream.places.items())}
+    return {
+        "packs": stream.packs,
+        "places": places,
+        "reading": list(stream.reading),
+        "empty": list(stream.empty),
+        "pool": write_pool(stream.pool, stream.packs),
+    }
+
+
+def _stream_from_json(document: Mapping[str, Any]) -> StreamCursor:
+    places = {
+        str(name): Place(*map(_count, numbers), credit=_integer(credit))
+        for name, (*numbers, credit) in document["places"].items()
+    }
+    packs = _count(document["packs"])
+    return StreamCursor(
+        packs,
+        places,
+        read_pool(document["pool"], packs),
+        _health(document["reading"]),
+        tuple(map(str, document["empty"])),
+    )
+
+
+_BARE = -15
+"""Deflate without zlib's frame."""
+_CHECK_BYTES = 4
+_MOST_BYTES = 1 << 26
+"""Of an inflated pool; what wants to be more is no cursor."""
+_SMALL = [bytes([number]) for number in range(0x80)]
+
+
+def write_pool(rows: Sequence[Waiting], packs: int) -> str:
+    """The pool as text: what each row adds to the one before, column by column, as varints, deflated, in base 85.
+
+    About 4 bytes a row, where a list of numbers takes 40. Of a row's `since` it tells how many packs of `packs` have
+    left without it.
+    """
+    columns = zip(*_steps(rows, packs), strict=True)
+    numbers = [number for column in columns for number in column]
+    packed = b"".join([_SMALL[number] if number < 0x80 else _varint(number) for number in numbers])
+    check = zlib.crc32(packed).to_bytes(_CHECK_BYTES)  # deflate's own sum misses changes in so few bytes
+    return base64.b85encode(check + zlib.compress(packed, wbits=_BARE)).decode()
+
+
+def read_pool(text: str, packs: int) -> tuple[Waiting, ...]:
+    """The rows that `write_pool` wrote. Raises: ValueError or zlib.error if the text is damaged."""
+    data = base64.b85decode(text)
+    inflating = zlib.decompressobj(_BARE)
+    packed = inflating.decompress(data[_CHECK_BYTES:], _MOST_BYTES)
+    whole = inflating.eof and not inflating.unused_data
+    if not whole or zlib.crc32(packed).to_bytes(_CHECK_BYTES) != data[:_CHECK_BYTES]:
+        raise ValueError("the pool's checksum does not fit")
+    numbers = list(_varints(packed))
+    width = len(Waiting._fields)
+    if len(numbers) % width:
+        raise ValueError(f"{len(numbers)} numbers in rows of {width}")
+    n = len(numbers) // width
+    columns = (numbers[column * n : (column + 1) * n] for column in range(width))
+    return tuple(_rows(zip(*columns, strict=True), packs))
+
+
+def _steps(rows: Iterable[Waiting], packs: int) -> Iterator[tuple[int, ...]]:
+    """Rows of a shard follow one another in its bytes, whatever comes between: most steps are small."""
+    shard = epoch = waited = 0
+    last: dict[int, tuple[int, int]] = {}
+    for row in rows:
+        block, length = _blocks(row.offset), _blocks(row.length)
+        before, ordinal = last.get(row.shard, (0, 0))
+        longer = packs - row.since - waited
+        signed = (row.shard - shard, block - before, row.ordinal - ordinal, row.epoch - epoch, longer)
+        yield length, *map(_unsigned, signed)
+        last[row.shard] = block + length, row.ordinal
+        shard, epoch, waited = row.shard, row.epoch, waited + longer
+
+
+def _rows(steps: Iterable[tuple[int, ...]], packs: int) -> Iterator[Waiting]:
+    shard = epoch = waited = 0
+    last: dict[int, tuple[int, int]] = {}
+    for length, *unsigned in steps:
+        signed = list(map(_signed, unsigned))
+        shard, epoch, waited = shard + signed[0], epoch + signed[3], waited + signed[4]
+        before, ordinal = last.get(shard, (0, 0))
+        block, ordinal = before + signed[1], ordinal + signed[2]
+        yield Waiting(*map(_count, (shard, block * BLOCK, length * BLOCK, ordinal, epoch, packs - _count(waited))))
+        last[shard] = block + length, ordinal
+
+
+def _blocks(value: int) -> int:
+    assert value % BLOCK == 0, f"byte {value} of a shard begins no block"
+    return value // BLOCK
+
+
+def _unsigned(value: int) -> int:
+    """0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
+    return 2 * value if value >= 0 else -2 * value - 1
+
+
+def _signed(value: int) -> int:
+    return -(value + 1 >> 1) if value & 1 else value >> 1
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; the top bit says that more follow."""
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    parts.append(value)
+    return bytes(parts)
+
+
+def _varints(data: bytes) -> Iterator[int]:
+    value = shift = 0
+    for byte in data:
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if not byte & 0x80:
+            yield value
+            value = shift = 0
+    if shift:
+        raise ValueError("its last number is cut")
+
+
+def _modality(name: str) -> str:
+    if name not in MODALITIES:
+        raise ValueError(f"{name!r} is no modality")
+    return name
+
+
+def _health(state: Sequence[Any]) -> tuple[int, ...]:
+    if len(state) != len(WELL):
+        raise ValueError(f"{state!r} is no state of health")
+    return tuple(map(_count, state))
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is no whole number")
+    return value
+
+
+def _count(value: Any) -> int:
+    if _integer(value) < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value

@@ -1,0 +1,105 @@
+"""What decides the packs of a stream beside its lane: sizes, budgets, weights, and what bad samples may cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from univitar_ds.config.data import DataConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.data.media.frame_sampling import Sampling
+from univitar_ds.data.sampler.bad_samples import BadPolicy
+from univitar_ds.data.sampler.packing import thinned
+from univitar_ds.data.sampler.reader import Held, look_through
+from univitar_ds.data.shards.samples import SizeRule
+from univitar_ds.data.shards.sources import ShardGroup, SourceShard, groups_of, stage_modalities
+from univitar_ds.geometry import Modality
+
+
+@dataclass(frozen=True)
+class StreamRules:
+    """Everything that decides the packs of one modality, but for the lane.
+
+    `weights` are the stage's, by source; `cost` are packing's coefficients; `told` is what one of the lanes has told,
+    so that hundreds do not. What is found out of the shards is found out once for all lanes too.
+    """
+
+    shards: Sequence[SourceShard]
+    lanes: int
+    seed: int
+    size: SizeRule
+    token_budget: int
+    pool_samples: int
+    policy: BadPolicy
+    weights: Mapping[str, float] = field(default_factory=dict)
+    cost: tuple[float, float] = (0.0, 0.0)
+    cost_budget: float | None = None
+    told: set[str] = field(default_factory=set, compare=False)
+    _held: dict[str, Held] = field(default_factory=dict, init=False, compare=False)
+
+    @property
+    def modality(self) -> Modality:
+        return self.size.modality
+
+    @cached_property
+    def groups(self) -> list[ShardGroup]:
+        return groups_of(self.shards, self.modality, self.weights)
+
+    @cached_property
+    def group_of(self) -> dict[int, str]:
+        """The name of each shard's group."""
+        return {shard: group.name for group in self.groups for shard in group.shards}
+
+    def tells_first(self, what: str) -> bool:
+        """Whether no lane has told this yet."""
+        first = what not in self.told
+        self.told.add(what)
+        return first
+
+    def holds(self, group: ShardGroup) -> Held:
+        """What a group holds; to know that it holds nothing, all of its shards have to be scanned."""
+        if group.name not in self._held:
+            self._held[group.name] = look_through(self.shards, group, self.size)
+        return self._held[group.name]
+
+
+def stream_rules(
+    shards: Sequence[SourceShard],
+    *,
+    data: DataConfig,
+    stage: StageConfig,
+    lanes: int,
+    seed: int,
+    cost: tuple[float, float] = (0.0, 0.0),
+) -> dict[Modality, StreamRules]:
+    """The rules of each modality that a stage reads."""
+    tflops = stage.cost_budget_tflops
+    return {
+        modality: StreamRules(
+            shards=shards,
+            lanes=lanes,
+            seed=seed,
+            size=SizeRule(
+                modality,
+                stage.resolution(modality),
+                stage.clip_frames if modality == "video" else 1,
+                stage.token_budget,
+                data.max_image_px,
+                Sampling(**stage.clip_sampling.model_dump()),
+                data.max_clip_s,
+                data.max_sample_mb,
+            ),
+            token_budget=stage.token_budget,
+            pool_samples=data.pool_samples,
+            policy=bad_policy(data),
+            weights=stage.weights,
+            cost=thinned(cost, stage.patch_dropout),
+            cost_budget=None if tflops is None else tflops * 1e12,
+        )
+        for modality in stage_modalities(stage)
+    }
+
+
+def bad_policy(data: DataConfig) -> BadPolicy:
+    return BadPolicy(data.on_bad, data.max_bad_per_thousand, data.max_bad_in_a_row)

@@ -1,0 +1,208 @@
+"""Whether the sources hold what a run reads, images or videos, found out before the first step.
+
+A manifest says it. Tars without one are looked at by the headers of their members: first the beginning of a few, which
+finds what there is almost always; then all of them, within a bound. Where everything was looked at and nothing found
+the run cannot work and is refused; where there was more than the bound allows, a warning is all that can be given.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.data.shards import tar_index
+from univitar_ds.data.shards.samples import modality_of
+from univitar_ds.data.shards.sources import (
+    PIECE,
+    Pieces,
+    SourceShard,
+    find_shards,
+    groups_of,
+    spread,
+    stage_modalities,
+    validate_sources,
+)
+from univitar_ds.data.storage.base import S3, StorageSettings
+from univitar_ds.data.storage.parallel import AT_ONCE, at_once
+from univitar_ds.errors import DataError
+from univitar_ds.geometry import Modality
+
+_log = logging.getLogger(__name__)
+
+FIRST_SHARDS, FIRST_SAMPLES = 64, 32
+"""Shards all over the list, and samples of each, that are looked at first: of remote ones a request or two each."""
+MOST_SAMPLES = 500_000
+"""Samples that are looked at in all, ten seconds of CPU on a local disk."""
+MOST_REMOTE_BYTES = 256 << 20
+"""Bytes that are fetched in all: headers lie between the media, so that most of a remote tar is fetched for them."""
+NO_MEDIA = "without media"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """How many samples were found by "image", "video" and `NO_MEDIA`, in so many shards.
+
+    `whole`: these are all there are; else the look ended at a bound, or once it had found what it was for.
+    """
+
+    shards: int
+    counts: Counter[str]
+    whole: bool
+
+    def sentence(self) -> str:
+        """What was found, for a message."""
+        found = ", ".join(
+            f"{count} {kind}{'s' if count > 1 and kind != NO_MEDIA else ''}" for kind, count in self._sorted()
+        )
+        return f"{found or 'no sample'} in {self.shards} shard{'s' if self.shards > 1 else ''}"
+
+    def _sorted(self) -> list[tuple[str, int]]:
+        return sorted((kind, count) for kind, count in self.counts.items() if count)
+
+
+class _Look(NamedTuple):
+    counts: Counter[str]
+    samples: int
+    fetched: int
+    whole: bool
+
+
+def contents_of(
+    shards: Sequence[SourceShard], wanted: Collection[Modality], *, one_is_enough: bool = False
+) -> Contents:
+    """Looks until a sample of each of the `wanted` modalities was seen, or with `one_is_enough` of any of them.
+
+    Raises: DataError if a shard cannot be read.
+    """
+    listed: Counter[str] = Counter()
+    for shard in shards:
+        if shard.modality is not None:
+            listed[shard.modality] += 1 if shard.samples is None else shard.samples
+    unknown = [shard for shard in shards if shard.modality is None]
+
+    def enough(counts: Counter[str]) -> bool:
+        return (any if one_is_enough else all)(counts[modality] for modality in wanted)
+
+    if enough(listed) or not unknown:
+        return Contents(len(shards), listed, whole=not unknown)
+    first = spread(unknown, FIRST_SHARDS)
+    counts = listed.copy()
+    bounds = {"most_samples": FIRST_SAMPLES, "most_fetched": MOST_REMOTE_BYTES // FIRST_SHARDS, "enough": enough}
+    for begin in range(0, len(first), AT_ONCE):
+        some = first[begin : begin + AT_ONCE]
+        for found in at_once(partial(_look, **bounds), some, [shard.storage for shard in some]):
+            counts += found.counts
+        if enough(counts):
+            return Contents(len(shards), counts, whole=False)
+    counts, samples, fetched = listed.copy(), 0, 0
+    for shard in unknown:
+        found = _look(shard, MOST_SAMPLES - samples, MOST_REMOTE_BYTES - fetched, enough)
+        counts += found.counts
+        samples, fetched = samples + found.samples, fetched + found.fetched
+        if enough(counts) or not found.whole:
+            return Contents(len(shards), counts, whole=False)
+    return Contents(len(shards), counts, whole=True)
+
+
+def faults_of_stages(shards: Sequence[SourceShard], stages: Sequence[StageConfig]) -> list[str]:
+    """A sentence for each modality of each stage that the shards certainly do not hold; warns of what is uncertain.
+
+    Raises: DataError if a shard cannot be read.
+    """
+    asked: dict[tuple[int, ...], set[Modality]] = {}
+    needs: list[tuple[StageConfig, Modality, tuple[int, ...]]] = []
+    for stage in stages:
+        for modality in sorted(stage_modalities(stage)):
+            groups = groups_of(shards, modality, stage.weights)
+            indices = tuple(sorted(index for group in groups for index in group.shards))
+            asked.setdefault(indices, set()).add(modality)
+            needs.append((stage, modality, indices))
+    looked = {indices: contents_of([shards[i] for i in indices], wanted) for indices, wanted in asked.items()}
+    faults = []
+    for stage, modality, indices in needs:
+        found = looked[indices]
+        if found.counts[modality]:
+            continue
+        ratio = 0 if modality == "video" else 1
+        if found.whole:
+            faults.append(
+                f"stage {stage.name} needs {modality} samples, but its sources hold none ({found.sentence()}, all of "
+                f"them looked at); add a source with {modality}s or set its video_ratio to {ratio}"
+            )
+        else:
+            _log.warning(
+                "stage %s needs %s samples, and none was found yet (%s were looked at, there are more); if there is "
+                "none the run will end at the first step that needs one: set its video_ratio to %d then",
+                *(stage.name, modality, found.sentence(), ratio),
+            )
+    return faults
+
+
+def fault_of_evaluation(shards: Sequence[SourceShard], stages: Sequence[StageConfig]) -> str | None:
+    """A sentence if the evaluation's shards certainly hold nothing that a run with these stages can be measured on.
+
+    Raises: DataError if a shard cannot be read.
+    """
+    wanted = sorted({modality for stage in stages for modality in stage_modalities(stage)})
+    if not shards:
+        return None
+    found = contents_of(shards, wanted, one_is_enough=True)
+    if not found.whole or any(found.counts[modality] for modality in wanted):
+        return None
+    return (
+        f"evaluation.sources hold nothing to measure: the stages read {' and '.join(f'{one}s' for one in wanted)}, and "
+        f"they hold {found.sentence()}; name a source with {wanted[0]}s, or remove evaluation.sources"
+    )
+
+
+def check_contents(config: RunConfig, shards: Sequence[SourceShard], evaluation: Sequence[SourceShard]) -> None:
+    """Before anything starts. Raises: DataError if the shards do not hold what the run reads."""
+    faults = faults_of_stages(shards, config.stages)
+    if (fault := fault_of_evaluation(evaluation, config.stages)) is not None:
+        faults.append(fault)
+    if faults:
+        raise DataError("; ".join(faults))
+
+
+def faults_of_run(config: RunConfig, settings: StorageSettings) -> list[str]:
+    """What the stages and the evaluation need and the sources that can be found do not hold, a sentence each.
+
+    Of sources that cannot be found nothing is said here.
+    """
+    faults: list[str] = []
+    with suppress(DataError):
+        shards = find_shards(config.data.sources, settings)
+        try:
+            validate_sources(config.data.sources, config.stages, settings)
+            faults += faults_of_stages(shards, config.stages)
+        except DataError as error:
+            faults.append(str(error))
+    with suppress(DataError):
+        evaluation = find_shards(config.evaluation.sources, settings)
+        faults += filter(None, [fault_of_evaluation(evaluation, config.stages)])
+    return faults
+
+
+def _look(shard: SourceShard, most_samples: int, most_fetched: int, enough: Callable[[Counter[str]], bool]) -> _Look:
+    """What the samples of a shard are, from its beginning on up to a bound, or until they are `enough`."""
+    counts: Counter[str] = Counter()
+    remote = shard.path.startswith(S3)
+    pieces = Pieces(shard) if remote else None  # opening a remote shard would fetch all of it
+    with shard.storage.open(shard.path) if pieces is None else io.BufferedReader(pieces, PIECE) as stream:
+        samples, fetched = 0, 0
+        for found in tar_index.scan(stream, shard.name, shard.size):
+            if samples >= most_samples or fetched >= most_fetched or enough(counts):
+                return _Look(counts, samples, fetched, whole=False)
+            if isinstance(found, tar_index.Group):
+                samples += 1
+                counts[modality_of(found) or NO_MEDIA] += 1
+            fetched = 0 if pieces is None else pieces.fetched
+    return _Look(counts, samples, fetched, whole=True)

@@ -1,0 +1,133 @@
+"""Where the samples of a shard lie: found by scanning it, and once for all lanes of a process that read parts of it."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from univitar_ds.data.shards import tar_index
+from univitar_ds.data.shards.listing import Shard
+from univitar_ds.data.shards.samples import belongs
+from univitar_ds.errors import DataError
+from univitar_ds.geometry import Modality
+
+MOST_KEPT = 1 << 19
+"""Samples of which the places are kept, at 8 bytes each."""
+
+Entry = tar_index.Group | tar_index.Damage
+
+
+def shard_samples(shard: Shard, modality: Modality, offset: int = 0, number: int = 0) -> Iterator[Entry]:
+    """The samples of a shard that belong to a modality, in order, and the damage between them.
+
+    Args: the byte to start at and the number of the sample that follows.
+    A shard that ends soundly with fewer samples than its manifest says is damage at its end. Where it is damaged to its
+    end that is told already.
+    Raises: DataError if the shard cannot be read at all.
+    """
+    told = False
+    with shard.storage.open(shard.path) as stream:
+        for found in tar_index.scan(stream, shard.name, shard.size, offset):
+            if isinstance(found, tar_index.Damage):
+                told = found.end >= shard.size
+                yield found
+            elif belongs(found, shard, modality):
+                number += 1
+                yield found
+    if shard.samples is not None and number < shard.samples and not told:
+        message = (
+            f"shard {shard.name}: ends after {number} samples, its manifest says {shard.samples}; "
+            "restore the shard or pack it again"
+        )
+        yield tar_index.Damage("cut", shard.size, shard.size, message)
+
+
+class Scans:
+    """Scans of whole shards, each gone on with when somebody wants to know more; those unused for longest are let go.
+
+    For one thread.
+    """
+
+    def __init__(self, most_kept: int = MOST_KEPT) -> None:
+        self._most_kept = most_kept
+        self._scans: OrderedDict[tuple[Any, ...], _Scan] = OrderedDict()
+
+    def part(self, shard: Shard, modality: Modality, part: int, parts: int) -> Iterator[tuple[Entry, int]]:
+        """Every `parts`-th sample of `shard_samples` from number `part` on, each after the damage before it.
+
+        With each comes the number of the sample that it is or that follows. One that another part has come by before
+        is read again by its place: what lies between is not looked at.
+        Raises: DataError if the shard cannot be read, or has changed.
+        """
+        scan = self._of(shard, modality)
+        with shard.storage.open(shard.path) as stream:
+            yield from scan.part(stream, part, parts)
+
+    def _of(self, shard: Shard, modality: Modality) -> _Scan:
+        key = shard.path, shard.modality, shard.samples, modality  # what a manifest says decides whose samples they are
+        scan = self._scans.get(key)
+        if scan is None or scan.failure is not None:
+            scan = self._scans[key] = _Scan(shard, modality)
+        self._scans.move_to_end(key)
+        kept = sum(map(len, self._scans.values()))
+        while kept > self._most_kept and len(self._scans) > 1:
+            _, oldest = self._scans.popitem(last=False)
+            kept -= len(oldest)
+        return scan
+
+
+class _Scan:
+    """One shard, as far as it has been scanned. Places are in blocks: 4 bytes reach to 2 TiB."""
+
+    def __init__(self, shard: Shard, modality: Modality) -> None:
+        self.failure: Exception | None = None
+        self._shard = shard
+        self._coming = shard_samples(shard, modality)
+        self._begins, self._ends = array("I"), array("I")
+        self._damage: dict[int, list[tar_index.Damage]] = {}
+        """By the number of the sample that follows."""
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def part(self, stream: BinaryIO, part: int, parts: int) -> Iterator[tuple[Entry, int]]:
+        """See `Scans.part`; `stream` is the shard's."""
+        number = part
+        while True:
+            found = self._group(stream, number) if number < len(self) else self._scan_to(number)
+            for damage in self._damage.get(number, ()):
+                yield damage, number
+            if found is None:
+                return
+            yield found, number
+            number += parts
+
+    def _scan_to(self, number: int) -> tar_index.Group | None:
+        """The sample with this number, which has not been reached yet; None if there are not so many."""
+        if self.failure is not None:  # else it would look like the end of the shard
+            raise self.failure
+        try:
+            for found in self._coming:
+                if isinstance(found, tar_index.Damage):
+                    self._damage.setdefault(len(self), []).append(found)
+                    continue
+                self._begins.append(found.offset // tar_index.BLOCK)
+                self._ends.append(found.end // tar_index.BLOCK)
+                if len(self) > number:
+                    return found
+        except Exception as error:
+            self.failure = error
+            raise
+        return None
+
+    def _group(self, stream: BinaryIO, number: int) -> tar_index.Group:
+        begin, end = self._begins[number] * tar_index.BLOCK, self._ends[number] * tar_index.BLOCK
+        found = tar_index.group_between(stream, self._shard.name, begin, end)
+        if found is None:
+            raise DataError(
+                f"shard {self._shard.name}: the sample at byte {begin} is not there any more; the shard was replaced "
+                "while this run was reading it: restore the one that this run was started with, or start a new run"
+            )
+        return found

@@ -1,0 +1,210 @@
+"""The shards of one source: a packed folder, a folder of tars, one tar or a brace range of tars; local or on S3."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.data.shards.manifest import JOURNAL, MANIFEST, read_manifest
+from univitar_ds.data.storage.address import check_address, storage_for
+from univitar_ds.data.storage.base import LOCAL, S3, Storage, StorageSettings
+from univitar_ds.errors import DataError
+from univitar_ds.geometry import Modality
+
+_log = logging.getLogger(__name__)
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_ODD_TAR = re.compile(r"\.tar(\.(part|partial|tmp|incomplete|crdownload|filepart))?$", re.IGNORECASE)
+_RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+_MOST_SHARDS = 1_000_000
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
+_DECOMPRESS = "samples are read from the middle of shards: decompress first"
+PACK_HINT = "pack the folder first: univitar-ds data pack FOLDER OUT"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar. `name` is unique within the run and tells where a sample came from; `size` in bytes.
+
+    `modality` None: what is in it is unknown, both kinds of stream read it and skip what is not theirs. `samples` and
+    `sha256` where a manifest has them. `caption_lines`: each line of a .txt is a caption.
+    """
+
+    name: str
+    path: str
+    storage: Storage
+    size: int
+    modality: Modality | None = None
+    sha256: str | None = None
+    samples: int | None = None
+    caption_lines: bool = False
+
+
+def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = LOCAL) -> list[Shard]:
+    """Shards in the order of the manifest or of their names; `prefix` goes before every name.
+
+    Names and sizes come from listings of folders, so that thousands of shards cost a few requests.
+    Raises: DataError if the source is not there, has no such split, or has a missing or cut shard.
+    """
+    path = place_of(source)
+    storage = storage_for(path, settings)
+    if path.endswith(COMPRESSED):
+        raise DataError(f"source {source.path}: is a compressed tar; {_DECOMPRESS}")
+    if path.endswith(".tar"):
+        return _listed(expand_braces(path), storage, prefix, source.path)
+    if _BRACES.search(path):
+        raise DataError(f"source {source.path}: a brace range must name tars, e.g. train-{{000000..000127}}.tar")
+    if not storage.exists(path):
+        raise DataError(f"source {source.path}: there is no such file or folder; check the path")
+    if os.path.isfile(path):
+        raise DataError(f"source {source.path}: is neither a folder nor a .tar file; {PACK_HINT}")
+    files = storage.list(path)
+    names = set(map(os.path.basename, files))
+    _tell_left_out(source, names)
+    if names & {MANIFEST, JOURNAL}:
+        return _packed(source, path, names, storage, prefix)
+    tars = [file for file in files if file.endswith(".tar")]
+    if compressed := [os.path.basename(file) for file in files if file.endswith(COMPRESSED)]:
+        told = f"source {source.path}: {len(compressed)} tars are compressed, such as {compressed[0]}; {_DECOMPRESS}"
+        if not tars:
+            raise DataError(told)
+        warn_once(f"{told}; they are left out")
+    names_of = _names(tars)
+    return [Shard(prefix + names_of[file], file, storage, storage.size(file)) for file in tars]
+
+
+def _tell_left_out(source: SourceConfig, names: Iterable[str]) -> None:
+    """What a copy that was broken off, or another system, has left under a name that is no shard's."""
+    odd = sorted(name for name in names if _ODD_TAR.search(name) and not name.endswith(".tar"))
+    if odd:
+        warn_once(f"source {source.path}: {odd[0]} ({len(odd)} in all) do not end in .tar and are left out")
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Once: a source is listed before training, by every stage and for the tokenizer."""
+    _log.warning("%s", message)
+
+
+def place_of(source: SourceConfig) -> str:
+    """The folder or tars of a source; it may be named by its manifest. Raises: DataError for an address that cannot
+    be read, or names no bucket of S3."""
+    path = source.path.removesuffix(f"/{MANIFEST}")
+    check_address(path)
+    if path.startswith(S3) and path[len(S3) : len(S3) + 1] in ("", "/"):
+        raise DataError(f"source {source.path}: names no bucket; write s3://BUCKET/PREFIX")
+    return re.sub(r"(?<=[^/:])//+$", "/", path)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{000..002}.tar` -> three names, zeros kept; `{x,y}` lists too. A name without braces is itself.
+
+    Raises: DataError for braces with neither, a range that runs backwards or expands to more than a million names.
+    """
+    pieces: list[list[str]] = []
+    last = 0
+    for match in _BRACES.finditer(pattern):
+        pieces += [[pattern[last : match.start()]], _alternatives(match.group(1), pattern)]
+        last = match.end()
+    pieces.append([pattern[last:]])
+    total = 1
+    for piece in pieces:
+        total *= len(piece)
+    if total > _MOST_SHARDS:
+        raise DataError(f"source {pattern}: expands to {total} shards (limit {_MOST_SHARDS}); narrow the range")
+    return ["".join(parts) for parts in itertools.product(*pieces)]
+
+
+def _alternatives(text: str, pattern: str) -> list[str]:
+    match = _RANGE.match(text)
+    if not match and "," not in text:
+        raise DataError(
+            f"source {pattern}: {{{text}}} is neither a range nor a list; write {{000..127}} for a range of whole "
+            "numbers, {a,b} for a list"
+        )
+    if not match:
+        return text.split(",")
+    first, last = match.groups()
+    if int(first) > int(last):
+        raise DataError(f"source {pattern}: the range {{{text}}} runs backwards; write {{{last}..{first}}}")
+    width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+    if int(last) - int(first) >= _MOST_SHARDS:
+        raise DataError(f"source {pattern}: {{{text}}} is more than {_MOST_SHARDS} shards; narrow the range")
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+
+
+def _listed(paths: Sequence[str], storage: Storage, prefix: str, source: str) -> list[Shard]:
+    if len(paths) == 1:  # it may lie among a million others
+        missing = [path for path in paths if not storage.exists(path)]
+    else:
+        folders = {os.path.dirname(path) for path in paths}
+        present = {folder: _names_in(folder or ".", storage) for folder in sorted(folders)}
+        missing = [path for path in paths if os.path.basename(path) not in present[os.path.dirname(path)]]
+    if missing and (pattern := re.search(r"[*?\[]", missing[0])):
+        raise DataError(
+            f"source {source}: {pattern[0]} is no pattern here; name the folder, or a range such as {{000..127}}.tar"
+        )
+    if missing:
+        raise DataError(
+            f"source {source}: shard {missing[0]} is missing ({len(missing)} of {len(paths)} are); "
+            "restore it or correct the source"
+        )
+    twice = next((path for path, count in Counter(paths).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"source {source}: names shard {twice} more than once; its samples would come as often")
+    names_of = _names(paths)
+    return [Shard(prefix + names_of[path], path, storage, storage.size(path)) for path in paths]
+
+
+def _names_in(folder: str, storage: Storage) -> set[str]:
+    return set(map(os.path.basename, storage.list(folder))) if storage.exists(folder) else set()
+
+
+def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage, prefix: str) -> list[Shard]:
+    manifest = read_manifest(folder, storage)
+    rows = [row for row in manifest["shards"] if source.split in (None, row["split"])]
+    if others := sorted({n for n in names if n.endswith(".tar")} - {row["file"] for row in manifest["shards"]}):
+        warn_once(
+            f"source {source.path}: its manifest does not have {others[0]} ({len(others)} in all), which are left out"
+        )
+    if not rows:
+        present = sorted({row["split"] for row in manifest["shards"]})
+        raise DataError(
+            f"source {source.path}: has no split {source.split!r}; it has {', '.join(present) or 'no shard at all'}"
+        )
+    shards = []
+    for row in rows:
+        path = os.path.join(folder, row["file"])
+        if row["file"] not in names:
+            raise DataError(
+                f"source {source.path}: shard {row['file']} of its manifest is missing; restore it or pack again"
+            )
+        size = storage.size(path)
+        if size != row["bytes"]:
+            raise DataError(
+                f"shard {path}: has {size} bytes, its manifest says {row['bytes']}; "
+                "it was cut or replaced: restore it or pack the folder again"
+            )
+        shards.append(Shard(prefix + _stem(path), path, storage, size, row["kind"], row.get("sha256"), row["samples"]))
+    return shards
+
+
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """What each shard of a source is called: its file's name, with folders where those tell shards apart."""
+    names = {path: _stem(path) for path in paths}
+    if len(set(names.values())) == len(paths):
+        return names
+    parts = {path: path.removesuffix(".tar").split("/") for path in paths}
+    differing = next(place for place, each in enumerate(zip(*parts.values(), strict=False)) if len(set(each)) > 1)
+    return {path: "/".join(part[differing:]) for path, part in parts.items()}
+
+
+def _stem(path: str) -> str:
+    return os.path.basename(path).removesuffix(".tar")

@@ -1,0 +1,297 @@
+"""Which shards a run reads: the sources of its configuration, looked up and checked before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.data.shards import captions, tar_index
+from univitar_ds.data.shards.class_names import read_class_names, shared_names
+from univitar_ds.data.shards.line_watch import LineWatch
+from univitar_ds.data.shards.listing import PACK_HINT, Shard, list_shards, place_of, warn_once
+from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.base import LOCAL, S3, StorageSettings
+from univitar_ds.data.storage.parallel import AT_ONCE, at_once
+from univitar_ds.errors import DataError, SampleError
+from univitar_ds.geometry import Modality
+
+EVERYTHING = ""
+"""Name of the only group where a stage has no weights: all shards of all sources."""
+WHOLE = 1_000_000
+"""Shares of groups are in millionths."""
+CAPTION_SHARDS = 200
+"""Most shards that captions are drawn from: a run of 11,000 remote ones shall start within a minute."""
+CAPTION_BYTES = 4 << 30
+"""Most bytes that are read for captions, about 40,000 samples of 100 kB; each of the shards has its part of them."""
+SPOT_CHECKS, SPOT_BYTES = 512, 4096
+"""Shards without a hash whose first bytes count as their content, and how many bytes: the header of the first member,
+which has its time, and what it begins with. A remote store answers so many within a second or two."""
+PIECE = 512 << 10
+"""Bytes of one read: a few pictures, so that little is asked for twice, and a part of a clip, most of which is
+skipped."""
+
+
+@dataclass(frozen=True)
+class SourceShard(Shard):
+    """A shard of a run's source: what `stages.N.weights` calls the source, its captions for bare labels, and the names
+    of labels that are numbers. `watch`, which the shards of a source share, looks at their captions."""
+
+    source: str = ""
+    watch: LineWatch | None = field(default=None, compare=False)
+    templates: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+
+
+AnyShard = TypeVar("AnyShard", bound=Shard)
+
+
+class ShardGroup(NamedTuple):
+    """Shards that are read as one: each of their samples once in an epoch of the group's own.
+
+    `shards` are indices into the run's shards, `share` is in millionths of the samples.
+    """
+
+    name: str
+    share: int
+    shards: tuple[int, ...]
+
+
+def stage_modalities(stage: StageConfig) -> set[Modality]:
+    """What a stage reads."""
+    used: dict[Modality, bool] = {"image": stage.video_ratio < 1, "video": stage.video_ratio > 0}
+    return {modality for modality, wanted in used.items() if wanted}
+
+
+def validate_sources(
+    sources: Sequence[SourceConfig], stages: Sequence[StageConfig], settings: StorageSettings = LOCAL
+) -> list[SourceShard]:
+    """All shards of the sources in reading order, after checking that every modality of every stage has some.
+
+    Cheap (names and sizes only); call it before starting processes.
+    Raises: DataError if a source has no shard, lacks its split, has a missing or cut shard, or nothing that a stage
+    reads holds one of its modalities.
+    """
+    shards = find_shards(sources, settings)
+    for stage in stages:
+        for modality in sorted(stage_modalities(stage)):
+            if not groups_of(shards, modality, stage.weights):
+                raise _lacking(shards, sources, stage, modality)
+    return shards
+
+
+def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOCAL) -> list[SourceShard]:
+    """All shards of the sources, each source's in the order of its manifest or of the names.
+
+    Shard names carry the position of their source when there are several, so that keys stay unique.
+    Raises: DataError.
+    """
+
+    def listed(position: int) -> list[Shard]:
+        return list_shards(sources[position], f"{position}:" if len(sources) > 1 else "", settings)
+
+    found = []
+    storages = [storage_for(place_of(source), settings) for source in sources]
+    for source, shards in zip(sources, at_once(listed, range(len(sources)), storages), strict=True):
+        if not shards:
+            raise DataError(
+                f"source {source.path}: no shard found (*.tar) in the folder itself; shards in folders below it are "
+                f"sources of their own, or named by braces; pictures and clips are packed first: {PACK_HINT}"
+            )
+        found += of_source(shards, source, settings)
+    counts = Counter(shard.path for shard in found)
+    if shared := [path for path, count in counts.items() if count > 1]:
+        warn_once(f"{len(shared)} shards are in several sources, such as {shared[0]}: their samples come as often")
+    return found
+
+
+def of_modality(shards: Sequence[Shard], modality: Modality) -> list[int]:
+    """Indices of the shards that may hold samples of this modality."""
+    return [index for index, shard in enumerate(shards) if shard.modality in (None, modality)]
+
+
+def on_s3(shards: Sequence[Shard]) -> bool:
+    return any(shard.path.startswith(S3) for shard in shards)
+
+
+def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mapping[str, float]) -> list[ShardGroup]:
+    """The groups that a stage with these weights reads for a modality, in the order of the sources.
+
+    A source without a weight, or with weight 0, is left out; one without the modality drops out and the others share
+    what is left. No weights at all: one group of everything.
+    """
+    indices = of_modality(shards, modality)
+    if not weights:
+        return [ShardGroup(EVERYTHING, 1, tuple(indices))] if indices else []
+    by_source: dict[str, list[int]] = {}
+    for index in indices:
+        by_source.setdefault(shards[index].source, []).append(index)
+    shares = shares_of({name: weights.get(name, 0.0) for name in by_source})
+    return [ShardGroup(name, share, tuple(by_source[name])) for name, share in shares.items()]
+
+
+def fingerprint(shards: Sequence[SourceShard], content: str | None = None) -> str:
+    """Identity of the data, in two parts: names, sizes and, where a manifest has them, hashes of all shards in order;
+    then `content`, absent: `content_of` the shards.
+
+    Not where they lie: the data may move.
+    Raises: DataError as `content_of` does.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for shard in shards:
+        state.update(f"{shard.name}\0{shard.size}\0{shard.sha256 or ''}\n".encode("utf-8", "surrogateescape"))
+    return f"{state.hexdigest()}:{content_of(shards) if content is None else content}"
+
+
+def content_of(shards: Sequence[SourceShard]) -> str:
+    """Identity of class names and, of shards without a hash, of the first bytes of `SPOT_CHECKS` all over the list.
+
+    Raises: DataError if one of those cannot be read.
+    """
+    content = hashlib.blake2b(digest_size=16)
+    of_sources = {(shard.source, id(shard.class_names)): shard.class_names for shard in shards}  # compared once each
+    for place, (_, names) in enumerate(dict.fromkeys((name, names) for (name, _), names in of_sources.items())):
+        content.update("\n".join((str(place), *names)).encode() if names else b"")
+    unknown = spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)
+    for beginning in at_once(_beginning, unknown, [shard.storage for shard in unknown]):
+        content.update(beginning)
+    return content.hexdigest()
+
+
+def _beginning(shard: Shard) -> bytes:
+    return shard.storage.read_range(shard.path, 0, min(SPOT_BYTES, shard.size))
+
+
+def iterate_captions(
+    sources: Sequence[SourceConfig], *, limit: int, settings: StorageSettings = LOCAL
+) -> Iterator[str]:
+    """Up to about `limit` captions, as many from each shard, of at most `CAPTION_SHARDS` shards all over the list.
+
+    The same wherever the shards lie. Samples whose texts are unreadable have none.
+    Raises: DataError as `find_shards` does, or if a shard cannot be read.
+    """
+    chosen = spread(find_shards(sources, settings), CAPTION_SHARDS)
+    share = -(-limit // len(chosen))
+    bytes_share = CAPTION_BYTES // len(chosen)
+    by_path: dict[str, list[SourceShard]] = {}  # one that several sources name is read by one thread at a time
+    for shard in chosen:
+        by_path.setdefault(shard.path, []).append(shard)
+
+    def read(same: list[SourceShard]) -> list[str]:
+        return [caption for shard in same for caption in itertools.islice(_captions_of(shard, bytes_share), share)]
+
+    with ThreadPoolExecutor(AT_ONCE) as readers:
+        for found in readers.map(read, by_path.values()):
+            yield from found
+
+
+def spread(shards: Sequence[AnyShard], most: int) -> list[AnyShard]:
+    """At most so many of them, evenly from first to last."""
+    count = min(most, len(shards))
+    return [shards[index * len(shards) // count] for index in range(count)]
+
+
+def of_source(shards: Sequence[Shard], source: SourceConfig, settings: StorageSettings) -> list[SourceShard]:
+    """Shards with what their source says of them. Raises: DataError if its class names cannot be read."""
+    names = read_class_names(source.class_names, settings) if source.class_names else ()
+    if shared := shared_names(names):
+        warn_once(f"{source.class_names}: {shared}")
+    about: dict[str, Any] = {
+        "source": source.label,
+        "watch": LineWatch(source),
+        "templates": tuple(source.templates),
+        "class_names": names,
+    }
+    about["caption_lines"] = source.captions == "lines"
+    known = [part.name for part in fields(Shard) if part.name not in about]
+    return [SourceShard(**{name: getattr(shard, name) for name in known}, **about) for shard in shards]
+
+
+def _lacking(
+    shards: Sequence[SourceShard], sources: Sequence[SourceConfig], stage: StageConfig, modality: Modality
+) -> DataError:
+    remedy = f"set its video_ratio to {0 if modality == 'video' else 1}"
+    if of_modality(shards, modality):
+        named = ", ".join(name for name, weight in stage.weights.items() if weight > 0)
+        return DataError(
+            f"stage {stage.name} needs {modality} samples, but the sources that its weights name ({named}) hold none; "
+            f"give a source with {modality} samples a weight or {remedy}"
+        )
+    present = sorted({shard.modality for shard in shards if shard.modality})
+    return DataError(
+        f"stage {stage.name} needs {modality} samples, but the sources ({', '.join(s.path for s in sources)}) hold "
+        f"only {' and '.join(present)} samples; add a source with {modality} samples or {remedy}"
+    )
+
+
+class Pieces(io.RawIOBase):
+    """A shard by range reads, for one who skips most of it: opening a remote one would fetch all of it.
+
+    `fetched`: bytes read so far.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        super().__init__()
+        self.fetched = 0
+        self._shard = shard
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._shard.size}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        n = max(0, min(len(buffer), self._shard.size - self._position))
+        buffer[:n] = self._shard.storage.read_range(self._shard.path, self._position, n) if n else b""
+        self._position += n
+        self.fetched += n
+        return n
+
+
+def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
+    """In order, until so many bytes have been read."""
+    pieces = Pieces(shard)
+    with io.BufferedReader(pieces, PIECE) as stream:
+        for found in tar_index.scan(stream, shard.name, shard.size):
+            if isinstance(found, tar_index.Damage):
+                continue  # training counts and reports it
+            texts = {
+                member.extension: _content(stream, member)
+                for member in found.members
+                if member.extension in captions.EXTENSIONS and member.length <= captions.BYTES_LIMIT
+            }
+            with suppress(SampleError):
+                said = captions.read_texts(texts, lines=shard.caption_lines)
+                about = {"class_names": shard.class_names, "templates": shard.templates}
+                yield from captions.resolve(said.captions, said.label, said.ignored, **about)[0]
+            if pieces.fetched >= most_bytes:
+                return
+
+
+def _content(stream: BinaryIO, member: tar_index.Member) -> bytes:
+    stream.seek(member.offset)
+    return stream.read(member.length)
+
+
+def shares_of(weights: Mapping[str, float]) -> dict[str, int]:
+    """The groups with a weight above 0, each with its share of all of them."""
+    total = sum(weights.values())
+    return {name: max(1, round(weight / total * WHOLE)) for name, weight in weights.items() if weight > 0}

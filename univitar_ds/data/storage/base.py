@@ -1,0 +1,89 @@
+"""What a place of files is to everything that reads shards: one interface, and how remote places are reached."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, BinaryIO, Protocol
+
+from univitar_ds.data.storage.session import session_folder
+
+S3 = "s3://"
+SCHEMES = "a local path or an s3:// address"
+
+
+@dataclass(frozen=True)
+class StorageSettings:
+    """How remote files are reached and kept; `config.data.S3Config` and `CacheConfig` say what each means.
+
+    `session` is a folder that the processes of one run share, see `shared`.
+    """
+
+    endpoint_url: str | None = None
+    profile: str | None = None
+    region: str | None = None
+    idle_timeout_s: float = 20.0
+    give_up_s: float = 300.0
+    prefetch_shards: int = 1
+    cache_folder: str | None = None
+    cache_limit_gb: float = 20.0
+    session: str | None = None
+
+    @classmethod
+    def of(cls, data: Any) -> StorageSettings:
+        """Those of the `data` section of a run file."""
+        s3, cache = data.s3, data.cache
+        return cls(
+            s3.endpoint_url,
+            s3.profile,
+            s3.region,
+            s3.idle_timeout_s,
+            s3.give_up_s,
+            s3.prefetch_shards,
+            None if cache.folder is None else os.path.abspath(cache.folder),
+            cache.limit_gb,
+        )
+
+    def shared(self) -> StorageSettings:
+        """The same for other processes of this run: they find the local copies that this one makes.
+
+        Makes a temporary folder, which is removed when this process ends.
+        """
+        return self if self.session else replace(self, session=session_folder())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> StorageSettings:
+        return cls(**document)
+
+
+LOCAL = StorageSettings()
+"""Enough for local files, and for S3 where boto3 finds everything by itself."""
+
+
+class Storage(Protocol):
+    """Read-only access to files. Every failure is a DataError that names the file."""
+
+    def open(self, path: str) -> BinaryIO:
+        """A readable and seekable stream from the first byte on, made for reading forward."""
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`."""
+
+    def read(self, path: str) -> bytes:
+        """A whole small file."""
+
+    def size(self, path: str) -> int:
+        """Size in bytes."""
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file, or a folder, of this name."""
+
+    def list(self, prefix: str) -> Sequence[str]:
+        """Paths of the files directly in the folder `prefix`, sorted by name."""
+
+    def prefetch(self, paths: Sequence[str]) -> None:
+        """A hint that these will be opened next, in this order."""

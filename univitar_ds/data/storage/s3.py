@@ -1,0 +1,152 @@
+"""Objects of S3 as storage: which version of each a run reads, through local copies or directly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from univitar_ds.data.storage.base import S3, StorageSettings
+from univitar_ds.data.storage.cache_dir import Version
+from univitar_ds.data.storage.s3_client import Connection, address, changed, refused, status_of
+from univitar_ds.data.storage.session import Pins, session_folder
+from univitar_ds.data.storage.shard_cache import Spool
+from univitar_ds.errors import DataError
+
+
+class S3Storage:
+    """Reads objects: shards through local copies, see `spool`; pieces that are not there, and small files, directly."""
+
+    def __init__(self, settings: StorageSettings) -> None:
+        session = settings.session or session_folder()
+        self.connection = Connection(settings)
+        self._settings = settings
+        self._pins = Pins(session)
+        folder = Path(settings.cache_folder or Path(session, "shards"))
+        with suppress(OSError):  # told when the first copy is made
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        patience_s = settings.give_up_s + settings.idle_timeout_s
+        self._spool = Spool(folder, int(settings.cache_limit_gb * 1e9), self.connection.stream, patience_s)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return shared_storage, (self._settings.shared(),)
+
+    def open(self, path: str) -> BinaryIO:
+        return self._spool.open(self._version(path))
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        assert min(offset, length) >= 0, (offset, length)
+        version = self._version(path)
+        if offset + length > version.size:
+            raise DataError(
+                f"{path}: ends at byte {version.size}, but {length} bytes were expected from byte {offset} on; "
+                "the object was cut or replaced while it was in use: restore it or pack it again"
+            )
+        found = self._spool.read(version, offset, length)
+        return self._directly(version, offset, length) if found is None else found
+
+    def read(self, path: str) -> bytes:
+        version = self._version(path)
+        return self._directly(version, 0, version.size)
+
+    def size(self, path: str) -> int:
+        return self._found(path)[1]
+
+    def exists(self, path: str) -> bool:
+        """Asks for what lies below first: many who may read a folder may not ask for the object of its name."""
+        where = address(path.rstrip("/") + "/")
+        below = {"Bucket": where["Bucket"], "Prefix": where["Key"], "MaxKeys": 1}
+        may_list = True
+        try:
+            if self.connection.call("list_objects_v2", path, **below).get("KeyCount", 0):
+                return True
+        except DataError as error:
+            if status_of(error) != 403 or not where["Key"]:
+                raise
+            may_list = False
+        if not where["Key"]:
+            return True
+        try:
+            return self.head(path) is not None
+        except DataError as error:
+            if may_list and status_of(error) == 403:  # absent objects are hidden from who may not list all
+                return False
+            raise
+
+    def list(self, prefix: str) -> Sequence[str]:
+        """One request for a thousand names; it also tells which version of each object this run reads."""
+        where = address(prefix.rstrip("/") + "/")
+        bucket, folder = where["Bucket"], where["Key"]
+        paths: list[str] = []
+        more: dict[str, str] = {}
+        while True:
+            parameters = {"Bucket": bucket, "Prefix": folder, "Delimiter": "/", **more}
+            page = self.connection.call("list_objects_v2", prefix, **parameters)
+            for row in page.get("Contents", ()):
+                path = f"{S3}{bucket}/{row['Key']}"
+                if row["Key"] != folder:
+                    self._pin(path, row.get("ETag", ""), row["Size"])
+                    paths.append(path)
+            if not page.get("IsTruncated"):
+                return sorted(paths)
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def prefetch(self, paths: Sequence[str]) -> None:
+        coming = paths[: self._settings.prefetch_shards]
+        self._spool.prefetch([self._version(path) for path in coming if self._pins.get(path) is not None])
+
+    def head(self, path: str) -> dict[str, Any] | None:
+        """What the store says of an object; None if there is none."""
+        try:
+            return self.connection.call("head_object", path, **address(path))
+        except DataError as error:
+            if status_of(error) == 404:
+                return None
+            raise
+
+    def forget(self, path: str) -> None:
+        """The object has been written or removed by this program: its version is looked up anew."""
+        self._pins.forget(path)
+
+    def _version(self, path: str) -> Version:
+        """The version this run reads, which its other processes are told."""
+        found = self._found(path)
+        self._pins.share(path)
+        return Version(path, *found, self._settings.endpoint_url or "")
+
+    def _found(self, path: str) -> tuple[str, int]:
+        """ETag and size in bytes."""
+        found = self._pins.get(path)
+        if found is None:
+            answer = self.head(path)
+            if answer is None:
+                raise refused(path, 404, "")
+            found = self._pin(path, answer.get("ETag", ""), answer["ContentLength"])
+        return found
+
+    def _pin(self, path: str, etag: str, size: int) -> tuple[str, int]:
+        """Raises: DataError if it is another version than the one this run has been reading."""
+        version = (etag.strip('"'), size)
+        if not version[0]:
+            raise DataError(f"{path}: the store gives no ETag, so a replaced object could not be noticed; use another")
+        known = self._pins.get(path)
+        if known is not None and known != version:
+            raise changed(path)
+        self._pins.set(path, *version)
+        return version
+
+    def _directly(self, version: Version, offset: int, length: int) -> bytes:
+        return b"".join(bytes(piece) for piece in self.connection.stream(version, offset, offset + length))
+
+
+def shared_storage(settings: StorageSettings) -> S3Storage:
+    """One object per process and settings: a forked process must not use its parent's connections."""
+    return _storage_of(settings, os.getpid())
+
+
+@cache
+def _storage_of(settings: StorageSettings, process: int) -> S3Storage:
+    return S3Storage(settings)

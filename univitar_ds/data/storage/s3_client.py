@@ -1,0 +1,214 @@
+"""Requests to S3 and to stores that speak its language. The only door to boto3, which is imported when first needed."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+from univitar_ds.data.storage.base import S3, StorageSettings
+from univitar_ds.data.storage.cache_dir import Version
+from univitar_ds.data.storage.retry import Failure, Pace, Patience
+from univitar_ds.errors import DataError
+
+CHUNK = 64 * 1024
+"""Most bytes taken from a connection at a time."""
+_CONNECT_S = 10.0
+_POOL = 64
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_AGAIN, _NOT_AGAIN = {408, 429}, {501, 505}
+"""Beside all that say that the store, or something before it, has failed."""
+_THROTTLED = {429, 503, 509, 529}
+_AGAIN_CODES = {"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "BadDigest", "IncompleteBody"}
+_OTHER_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+
+
+class Connection:
+    """Requests to one store, repeated until they are answered: see `pace`. For all threads of one process."""
+
+    def __init__(self, settings: StorageSettings) -> None:
+        self._settings = settings
+        self._pace = Pace()
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def call(self, operation: str, url: str, **parameters: Any) -> dict[str, Any]:
+        """The answer to one request, such as "head_object"; `url` is what messages call it.
+
+        Raises: DataError for a request that will never succeed or did not for `give_up_s`. `__cause__` is boto3's.
+        """
+        patience = self._patience(url)
+        while True:
+            try:
+                return self._request(operation, url, parameters)
+            except _transport_errors() as error:
+                patience.failed(self._failure(error, url))
+
+    def stream(self, version: Version, start: int, end: int) -> Iterator[memoryview]:
+        """Bytes [start, end) of an object in pieces, whatever happens on the way.
+
+        Goes on at the byte that it has come to, and with this version of the object or not at all.
+        """
+        patience = self._patience(version.url)
+        while start < end:
+            try:
+                with closing(self._body(version, start, end)) as body, body as raw:
+                    patience.connected()
+                    while start < end:
+                        piece = raw.read1(min(CHUNK, end - start))  # `read` waits until all of it has come
+                        if not piece:
+                            raise OSError(f"the answer ended at byte {start} of {end}")
+                        start += len(piece)
+                        yield memoryview(piece)
+                        if start < end:
+                            patience.progress(len(piece))  # may end this connection: all that it gave is delivered
+            except _transport_errors() as error:
+                patience.failed(self._failure(error, version.url))
+
+    def _patience(self, url: str) -> Patience:
+        return Patience(url, self._settings.give_up_s, self._pace, self._settings.idle_timeout_s)
+
+    def _request(self, operation: str, url: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        client = self._connected(url)
+        self._pace.wait()
+        answer = getattr(client, operation)(**parameters)
+        self._pace.answered()
+        return answer
+
+    def _body(self, version: Version, start: int, end: int) -> Any:
+        """The answer to a range request, after making sure that it is one to this range of this version."""
+        parameters = {**address(version.url), "Range": f"bytes={start}-{end - 1}", "IfMatch": f'"{version.etag}"'}
+        answer = self._request("get_object", version.url, parameters)
+        found = answer.get("ContentRange", f"bytes 0-{end - 1}/{answer['ContentLength']}")
+        first, _, total = found.removeprefix("bytes ").partition("/")
+        if answer.get("ETag", "").strip('"') != version.etag or total not in (str(version.size), "*"):
+            answer["Body"].close()
+            raise changed(version.url)
+        if first.partition("-")[0] != str(start):
+            answer["Body"].close()
+            raise DataError(
+                f"{version.url}: the store answered bytes {first} to a request from byte {start} on; use another"
+            )
+        return answer["Body"]
+
+    def _connected(self, url: str) -> Any:
+        with self._lock:
+            if self._client is None:
+                import boto3
+                from botocore.config import Config
+                from botocore.exceptions import BotoCoreError
+
+                settings = self._settings
+                custom = settings.endpoint_url or any(name in os.environ for name in _ENDPOINTS)
+                config = Config(
+                    connect_timeout=min(_CONNECT_S, settings.idle_timeout_s),
+                    read_timeout=settings.idle_timeout_s,
+                    tcp_keepalive=True,
+                    max_pool_connections=_POOL,
+                    retries={"total_max_attempts": 1, "mode": "standard"},  # `Patience` repeats
+                    s3={"addressing_style": "path"} if custom else {},
+                    request_checksum_calculation="when_required",  # other stores do not know the new ones
+                    response_checksum_validation="when_required",
+                )
+                try:
+                    session = boto3.Session(profile_name=settings.profile, region_name=settings.region)
+                    self._client = session.client("s3", endpoint_url=settings.endpoint_url, config=config)
+                except (BotoCoreError, ValueError) as error:
+                    raise _unusable(url, error) from error
+            return self._client
+
+    def _failure(self, error: Exception, url: str) -> Failure:
+        """What to tell and how to wait before trying again.
+
+        Raises: DataError where trying again cannot help. Messages hold no text of the store's, which could quote
+        what was sent to it.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if isinstance(error, ClientError):
+            self._pace.reached = True
+            code, status = error.response["Error"].get("Code", ""), _status(error)
+            if status in _AGAIN or code in _AGAIN_CODES or (status >= 500 and status not in _NOT_AGAIN):
+                after = error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("retry-after", "0")
+                seconds = float(after) if after.isdigit() else 0.0
+                return Failure(f"the store answered {status} {code}", status in _THROTTLED, seconds)
+            raise refused(url, status, code) from error
+        if isinstance(error, BotoCoreError) and not isinstance(error, _passing_errors()):
+            raise _unusable(url, error) from error
+        own = type(error) is OSError
+        return Failure(str(error) if own else f"the connection failed ({type(error).__name__})")
+
+
+def address(url: str) -> dict[str, str]:
+    """s3://bucket/some/key as parameters of a request."""
+    bucket, _, key = url.removeprefix(S3).partition("/")
+    if not bucket:
+        raise DataError(f"{url} names no bucket; write s3://BUCKET/PREFIX")
+    return {"Bucket": bucket, "Key": key}
+
+
+def changed(url: str) -> DataError:
+    return DataError(
+        f"{url}: the object was replaced while this run was reading it; restore the shard this run was started with, "
+        "or start a new run"
+    )
+
+
+def refused(url: str, status: int, code: str) -> DataError:
+    """A sentence for an answer that will stay the same."""
+    told = f"the store answered {status} {code}".rstrip()
+    if status == 412:
+        return changed(url)
+    if status == 404:
+        what = {"NoSuchBucket": "bucket", "NoSuchKey": "object"}.get(code, "object or bucket")
+        return DataError(f"{url}: there is no such {what}; check the address")
+    if code == "InvalidObjectState":
+        return DataError(f"{url}: the object lies in an archive ({told}); restore it to a class that can be read")
+    if code in _OTHER_REGION or status in (301, 307):
+        return DataError(f"{url}: the bucket lies in another region ({told}); set data.s3.region to it")
+    if status in (401, 403):
+        return DataError(
+            f"{url}: access was refused ({told}); check the credentials, data.s3.profile and the bucket's policy"
+        )
+    return DataError(f"{url}: the request was refused ({told}); check the address and data.s3")
+
+
+def _unusable(url: str, error: Exception) -> DataError:
+    """No request can be made with these settings. Of boto3's messages only those are told that quote no secret."""
+    from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
+
+    if not isinstance(error, BotoCoreError):  # a ValueError for an address that is none
+        return DataError(f"{url}: the store has no such address; write data.s3.endpoint_url as http://HOST:PORT")
+    if isinstance(error, NoCredentialsError):
+        return DataError(f"{url}: no credentials were found; set data.s3.profile, or log in as boto3 expects it")
+    told = str(error) if isinstance(error, PartialCredentialsError | ProfileNotFound) else type(error).__name__
+    return DataError(f"{url}: the store cannot be asked ({told}); check data.s3 and the credentials")
+
+
+def status_of(error: DataError) -> int:
+    """The HTTP status that the store answered with; 0 if that is not what the error is about."""
+    return _status(error.__cause__)
+
+
+def _status(error: BaseException | None) -> int:
+    response = getattr(error, "response", None) or {}
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def _passing_errors() -> tuple[type[Exception], ...]:
+    """Those of boto3 that may not come again."""
+    from botocore.exceptions import ConnectionError as BotoConnectionError
+    from botocore.exceptions import CredentialRetrievalError, HTTPClientError, IncompleteReadError
+
+    return (BotoConnectionError, CredentialRetrievalError, HTTPClientError, IncompleteReadError)
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """Everything that a request can end with, but faults of the program."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
+
+    return (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError)

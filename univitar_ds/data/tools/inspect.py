@@ -1,0 +1,227 @@
+"""What a run would feed to the model, measured by drawing packs: fill, sizes, balance, unreadable samples, speed."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.data.batch import PackedBatch
+from univitar_ds.data.loader import PackLoader
+from univitar_ds.data.sampler.cursor import parse
+from univitar_ds.data.sampler.packing import item_cost, thinned
+from univitar_ds.data.shards.contents import faults_of_stages
+from univitar_ds.data.shards.sources import fingerprint, stage_modalities, validate_sources
+from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.errors import DataError
+from univitar_ds.geometry import Modality
+
+_BINS = 10
+_BAR = 40
+
+
+@dataclass
+class Stream:
+    """The packs drawn from one modality of one stage, in order. Tokens are those of the items of each pack."""
+
+    stage: StageConfig
+    modality: Modality
+    packs: list[list[int]] = field(default_factory=list)
+    imbalances: list[float] = field(default_factory=list)
+    """Of each whole step: the cost of its dearest pack over the mean, less 1."""
+    bad: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    shrunk: int = 0
+    longest_wait: int = 0
+    samples_per_s: float = 0.0
+    shown: PackedBatch | None = None
+    """The first pack with anything in it."""
+
+    @property
+    def name(self) -> str:
+        return f"stage {self.stage.name}, {self.modality}"
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of all items."""
+        return [tokens for pack in self.packs for tokens in pack]
+
+    @property
+    def fills(self) -> list[float]:
+        """Of each pack, its share of the token budget."""
+        return [sum(pack) / self.stage.token_budget for pack in self.packs]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage.name,
+            "modality": self.modality,
+            "packs": len(self.packs),
+            "token_budget": self.stage.token_budget,
+            "fill_pct": _spread([100 * fill for fill in self.fills]),
+            "flop_imbalance_pct": _spread([100 * imbalance for imbalance in self.imbalances]),
+            "items_per_pack": _spread([len(pack) for pack in self.packs]),
+            "tokens_per_item": _spread(self.tokens),
+            "token_histogram": _histogram(self.tokens),
+            "shrunk": self.shrunk,
+            "bad": dict(self.bad),
+            "ignored": dict(self.ignored),
+            "longest_wait_packs": self.longest_wait,
+            "samples_per_s": self.samples_per_s,
+        }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found: the sources as a whole and one stream for each stage and modality."""
+
+    run: str
+    shards: int
+    bytes: int
+    fingerprint: str
+    workers: int
+    streams: list[Stream]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "shards": self.shards,
+            "bytes": self.bytes,
+            "fingerprint": self.fingerprint,
+            "workers": self.workers,
+            "streams": [stream.to_json() for stream in self.streams],
+        }
+
+
+def inspect(config: RunConfig, *, packs: int = 50, cost: tuple[float, float] = (0.0, 0.0)) -> Inspection:
+    """Draw and decode `packs` packs of each stage and modality, as the run would from its beginning.
+
+    `cost` are the coefficients of an item's FLOPs (see `packing.item_cost`); without them cost budgets do not bind.
+    Raises: DataError as training would.
+    """
+    shards = validate_sources(config.data.sources, config.stages, StorageSettings.of(config.data))
+    if faults := faults_of_stages(shards, config.stages):
+        raise DataError("; ".join(faults))
+    return Inspection(
+        run=config.name,
+        shards=len(shards),
+        bytes=sum(shard.size for shard in shards),
+        fingerprint=fingerprint(shards),
+        workers=config.data.workers,
+        streams=[
+            _draw(config, stage, modality, packs, cost)
+            for stage in config.stages
+            for modality in sorted(stage_modalities(stage))
+        ],
+    )
+
+
+def render(inspection: Inspection) -> str:
+    """What was found as text."""
+    size = f"{inspection.bytes / 1e6:.1f} MB"
+    lines = [f"{inspection.shards} shards, {size}, fingerprint {inspection.fingerprint}"]
+    for stream in inspection.streams:
+        lines += ["", *_table(stream.to_json())]
+        lines.append(f"  {stream.samples_per_s:.0f} samples/s read and decoded by {_hands(inspection.workers)}")
+    return "\n".join(lines)
+
+
+def _draw(config: RunConfig, stage: StageConfig, modality: Modality, packs: int, cost: tuple[float, float]) -> Stream:
+    stream, seen = Stream(stage, modality), thinned(cost, stage.patch_dropout)
+    started, first = time.perf_counter(), 0
+    with closing(_steps(config, stage, modality, packs, cost)) as steps:
+        for number, step in enumerate(steps):
+            if number == 1:  # the first step waits for the processes to start and the pools to fill
+                started, first = time.perf_counter(), len(stream.tokens)
+            costs = []
+            for batch in step[: packs - len(stream.packs)]:
+                _count(stream, batch)
+                costs.append(sum(item_cost(tokens, seen) for tokens in stream.packs[-1]))
+            if len(costs) == len(step) > 1 and sum(costs) > 0:
+                stream.imbalances.append(max(costs) * len(costs) / sum(costs) - 1)
+    stream.samples_per_s = round((len(stream.tokens) - first) / (time.perf_counter() - started), 1)
+    return stream
+
+
+def _steps(
+    config: RunConfig, stage: StageConfig, modality: Modality, packs: int, cost: tuple[float, float]
+) -> Iterator[list[PackedBatch]]:
+    """As many steps as hold `packs` packs; of the lanes no more than there are packs to draw."""
+    lanes = min(config.data.lanes, packs)
+    with PackLoader(
+        config.data.sources,
+        data=config.data,
+        stage=stage,
+        lanes_of_rank=range(lanes),
+        lanes=config.data.lanes,
+        seed=config.seed,
+        modality_of=lambda step: modality,
+        tokenizer=None,
+        context_length=config.model.text.context_length,
+        cost=cost,
+    ) as loader:
+        for _ in range(-(-packs // lanes)):
+            yield next(loader)
+
+
+def _count(stream: Stream, batch: PackedBatch) -> None:
+    stream.packs.append(batch.grid_thw.prod(dim=1).tolist())
+    stream.bad.update(batch.bad)
+    stream.ignored.update(batch.ignored)
+    stream.shrunk += batch.shrunk
+    cursor = parse(batch.cursor).streams[batch.modality]
+    # Whoever leaves has been in the cursor before, as long as it waited at all.
+    stream.longest_wait = max([stream.longest_wait, *(cursor.packs - row.since for row in cursor.pool)])
+    if stream.shown is None and len(batch):
+        stream.shown = batch
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {"mean": 0.0, "min": 0.0, "max": 0.0}
+    return {"mean": round(sum(values) / len(values), 2), "min": round(min(values), 2), "max": round(max(values), 2)}
+
+
+def _histogram(tokens: Sequence[int]) -> list[dict[str, int]]:
+    """At most `_BINS` bins of equal width from the smallest to the largest item; `to` belongs to the bin."""
+    if not tokens:
+        return []
+    low, high = min(tokens), max(tokens)
+    width = -(-(high - low + 1) // _BINS)
+    found = Counter((value - low) // width for value in tokens)
+    bins = range(-(-(high - low + 1) // width))
+    return [
+        {"from": low + number * width, "to": low + (number + 1) * width - 1, "items": found[number]} for number in bins
+    ]
+
+
+def _table(stream: Mapping[str, Any]) -> list[str]:
+    fill, items, tokens = stream["fill_pct"], stream["items_per_pack"], stream["tokens_per_item"]
+    imbalance = stream["flop_imbalance_pct"]
+    lines = [
+        f"stage {stream['stage']}, {stream['modality']}: {stream['packs']} packs of {stream['token_budget']} tokens",
+        f"  fill           mean {fill['mean']:.2f} %, min {fill['min']:.2f} %",
+        f"  FLOP imbalance mean {imbalance['mean']:.2f} %, max {imbalance['max']:.2f} % between the packs of a step",
+        f"  items a pack   mean {items['mean']:.1f}, min {items['min']:.0f}, max {items['max']:.0f}",
+        f"  tokens an item mean {tokens['mean']:.1f}, min {tokens['min']:.0f}, max {tokens['max']:.0f}",
+    ]
+    most = max((row["items"] for row in stream["token_histogram"]), default=1)
+    for row in stream["token_histogram"]:
+        bar = "#" * max(round(_BAR * row["items"] / most), 1 if row["items"] else 0)
+        lines.append(f"    {row['from']:>6} - {row['to']:<6} {row['items']:>7} {bar}")
+    bad, ignored = (
+        ", ".join(f"{count} {kind}" for kind, count in sorted(stream[name].items())) or "none"
+        for name in ("bad", "ignored")
+    )
+    lines.append(f"  made smaller   {stream['shrunk']} items")
+    lines.append(f"  left out       {bad}")
+    lines.append(f"  texts ignored  {ignored}")
+    lines.append(f"  longest wait   {stream['longest_wait_packs']} packs")
+    return lines
+
+
+def _hands(workers: int) -> str:
+    return f"{workers} decoding process{'es' if workers > 1 else ''}" if workers else "this process"

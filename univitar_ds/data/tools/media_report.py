@@ -1,0 +1,168 @@
+"""What the loader would make of single files, found out by letting it: each file becomes a shard of one sample."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from univitar_ds.config.data import DataConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.data.collate import decoded
+from univitar_ds.data.media.probe import probe
+from univitar_ds.data.media.types import MediaSize
+from univitar_ds.data.sampler.cursor import Waiting
+from univitar_ds.data.sampler.lanes import Item, Plan
+from univitar_ds.data.sampler.reader import read_entry
+from univitar_ds.data.sampler.stream_config import stream_rules
+from univitar_ds.data.shards.captions import EXTENSIONS
+from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of
+from univitar_ds.data.shards.sources import SourceShard
+from univitar_ds.data.shards.tar_index import scan
+from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.local import read_file
+from univitar_ds.errors import SampleError
+from univitar_ds.geometry import Modality
+
+_KEY = "file"
+_LONGEST_EXTENSION = 80
+"""A name in a tar has room for no more; none that we know is so long."""
+_CAPTION = b"a caption, for a sample needs one"
+
+
+@dataclass(frozen=True)
+class MediaReport:
+    """One file. Sides in pixels as shown and frames as its header has them; `grid` and `tokens` are what a run gets.
+
+    What was not found out is None. `shrunk`: it has more tokens at its own size than the stage allows.
+    With `ok` false the loader would count it under `error` and log `message`.
+    """
+
+    file: str
+    ok: bool
+    kind: str | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    grid: tuple[int, int, int] | None = None
+    tokens: int | None = None
+    shrunk: bool | None = None
+    error: str | None = None
+    message: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sentence(self) -> str:
+        """The report in one line."""
+        if not self.ok:
+            return f"left out ({self.error}): {self.file}: {self.message}"
+        assert self.grid is not None
+        of = "" if self.kind == "image" else f" x {self.frames} frames"
+        size = " x ".join(map(str, self.grid if self.kind == "video" else self.grid[1:]))
+        smaller = ", made smaller" if self.shrunk else ""
+        return (
+            f"{self.kind}: {self.file}: {self.width} x {self.height} px{of} -> {size} = {self.tokens} tokens{smaller}"
+        )
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What was found of a file before decoding; without `sample` it is left out already."""
+
+    path: Path
+    size: MediaSize | None
+    sample: Sample | None
+    error: SampleError | None
+
+
+def report(paths: Iterable[Path], data: DataConfig, stage: StageConfig) -> Iterator[MediaReport]:
+    """What a run with these settings would make of each file, in order.
+
+    Headers are read here and pixels decoded in `data.workers` processes, at least one, as the trainer does it. The
+    files are copied into temporary shards one after the other.
+    """
+    data = data.model_copy(update={"workers": max(data.workers, 1)})
+    # The stage may read one modality only; files are of both.
+    stage = stage.model_copy(update={"video_ratio": 0.5})
+    rules = stream_rules([], data=data, stage=stage, lanes=1, seed=0)
+    sizes = {modality: rule.size for modality, rule in rules.items()}
+    waiting: deque[_Header] = deque()
+    with TemporaryDirectory(prefix="univitar-probe-") as folder:
+        packs = decoded(_plans(paths, Path(folder), sizes, waiting), data, sizes, stage.token_budget)
+        try:
+            for pack in packs:
+                while waiting[0].sample is None:
+                    yield _result(waiting.popleft(), None)
+                header = waiting.popleft()
+                assert header.sample is pack.plan.items[0].sample
+                Path(header.sample.shard.path).unlink()
+                failed = next((SampleError(kind, message) for _, kind, message in pack.failures), None)
+                yield _result(header, failed)
+        finally:
+            packs.close()
+        for header in waiting:
+            yield _result(header, None)
+
+
+def _plans(
+    paths: Iterable[Path], folder: Path, sizes: Mapping[Modality, SizeRule], waiting: deque[_Header]
+) -> Iterator[Plan]:
+    for number, path in enumerate(paths):
+        header = _header(path, folder / f"{number}.tar", sizes)
+        waiting.append(header)
+        if header.sample is not None:
+            item = Item(header.sample, header.sample.captions[0], Waiting(0, 0, 0, 0, 0, 0))
+            modality: Modality = "video" if header.size is not None and header.size.kind == "video" else "image"
+            yield Plan([item], modality, 0, number, None, {})
+
+
+def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule]) -> _Header:
+    size = sample = None
+    try:
+        most_mb = max(rule.max_sample_mb for rule in sizes.values())
+        content = read_file(path, most_mb << 20, f", above data.max_sample_mb = {most_mb} (MiB)")
+        extension = path.suffix.lower().lstrip(".")[:_LONGEST_EXTENSION]
+        if not extension or extension in EXTENSIONS:
+            raise SampleError("no_media", f"a file of pixels has an extension that says so; this is {path.name!r}")
+        _write_shard(shard, extension, content)
+        source = SourceShard(_KEY, str(shard), storage_for(str(shard)), shard.stat().st_size)
+        with source.storage.open(source.path) as stream:
+            (group,) = scan(stream, source.name, source.size)
+        sample = read_entry(source, group, sizes[modality_of(group) or "image"])
+        size = probe(content, extension)
+    except SampleError as error:
+        shard.unlink(missing_ok=True)
+        return _Header(path, size, None, error)
+    return _Header(path, size, sample, None)
+
+
+def _write_shard(path: Path, extension: str, content: bytes) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, member in ((f"{_KEY}.{extension}", content), (f"{_KEY}.txt", _CAPTION)):
+            info = tarfile.TarInfo(name)
+            info.size = len(member)
+            tar.addfile(info, BytesIO(member))
+
+
+def _result(header: _Header, failed: SampleError | None) -> MediaReport:
+    error = header.error or failed
+    size, sample = header.size, header.sample
+    return MediaReport(
+        file=str(header.path),
+        ok=error is None,
+        kind=None if size is None else size.kind,
+        width=None if size is None else size.width,
+        height=None if size is None else size.height,
+        frames=None if size is None else size.frames,
+        grid=None if sample is None else sample.grid,
+        tokens=None if sample is None else sample.tokens,
+        shrunk=None if sample is None else sample.shrunk,
+        error=None if error is None else error.kind,
+        message=None if error is None else str(error),
+    )

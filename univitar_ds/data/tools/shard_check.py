@@ -1,0 +1,130 @@
+"""One shard looked at from its first byte to its last: what the loader would make of every sample in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.config.stage import ClipSampling, ResolutionConfig, StageConfig
+from univitar_ds.data.decoding.decode_job import DecodeLimits, RenderItem, RenderJob, check_crc32, render
+from univitar_ds.data.decoding.task_pool import At, Bad, Event, Hashed, Noted, Read, Scattered, SeveralLines, Task
+from univitar_ds.data.media.frame_sampling import Sampling
+from univitar_ds.data.media.memory_limits import confine
+from univitar_ds.data.sampler.reader import read_entry
+from univitar_ds.data.shards import tar_index
+from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of
+from univitar_ds.data.shards.sources import SourceShard
+from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.errors import SampleError
+from univitar_ds.geometry import Modality
+
+_STAGE = StageConfig.model_fields
+"""The rules are those of a run file that says nothing else."""
+DEFAULTS = DataConfig(sources=[SourceConfig(path="none")])
+_SAMPLING = Sampling(**ClipSampling().model_dump())
+_HASHED_AT_ONCE = 8 << 20
+_MOST_KEYS = 1 << 20
+"""Keys of a shard that are remembered, to see whether members of a sample lie apart."""
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """A shard (without its storage, which does not travel), how it is reached and whether every sample is decoded.
+
+    `data` has the limits of a sample; `confined`: this is a process of its own, whose memory may be limited.
+    """
+
+    shard: SourceShard
+    settings: StorageSettings
+    decode: bool
+    data: DataConfig = DEFAULTS
+    confined: bool = False
+
+
+def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
+    """Hash the shard if its manifest has a hash, then check its samples from `task.start` on.
+
+    Raises: DataError if the shard cannot be read.
+    """
+    job: ShardCheck = task.job
+    storage = storage_for(job.shard.path, job.settings)
+    shard = replace(job.shard, storage=storage, watch=None)
+    if shard.sha256 is not None and not task.hashed:
+        with storage.open(shard.path) as stream:
+            state = hashlib.sha256()
+            while part := stream.read(_HASHED_AT_ONCE):
+                state.update(part)
+                tell(Read(len(part)))
+        tell(Hashed(state.hexdigest()))
+    position, keys, scattered = task.start, set[int](), False
+    with storage.open(shard.path) as stream:
+        for found in tar_index.scan(stream, shard.name, shard.size, task.start):
+            if isinstance(found, tar_index.Damage):
+                tell(Bad(found.kind, "", found.offset, found.message))
+            else:
+                tell(At(found.offset, found.end, found.key))
+                known = hash(found.key) in keys
+                if len(keys) < _MOST_KEYS:
+                    keys.add(hash(found.key))
+                try:
+                    sample = check_sample(shard, found, job)
+                except SampleError as error:
+                    tell(Bad(error.kind, found.key, found.offset, str(error)))
+                    if known and not scattered:
+                        tell(Scattered(found.key, found.offset))
+                        scattered = True
+                else:
+                    _report_texts(sample, found, tell)
+            tell(Read(found.end - position))
+            position = found.end
+    tell(Read(shard.size - position))
+
+
+def _report_texts(sample: Sample, group: tar_index.Group, tell: Callable[[Event], None]) -> None:
+    for kind, message in sample.ignored:
+        tell(Noted(kind, group.key, group.offset, message))
+    if sample.several_lines:
+        tell(SeveralLines())
+
+
+def check_sample(shard: SourceShard, group: tar_index.Group, job: ShardCheck) -> Sample:
+    """A sample that the loader would use. Raises: SampleError for a sample that the loader would leave out."""
+    kind = modality_of(group) or shard.modality or "image"
+    if shard.modality not in (None, kind):
+        raise SampleError("wrong_kind", f"is {kind} in a shard whose manifest says {shard.modality}; pack it again")
+    if job.confined:
+        confine(job.data.max_image_px, group.length)
+    sample = read_entry(shard, group, _rule(kind, job.data))
+    if job.decode:
+        _decode(sample, kind, job)
+    elif sample.crc32 is not None:
+        check_crc32(shard.storage.read_range(shard.path, sample.media_offset, sample.media_length), sample.crc32)
+    return sample
+
+
+def _rule(kind: Modality, data: DataConfig) -> SizeRule:
+    return SizeRule(
+        kind,
+        ResolutionConfig().rule(),
+        _STAGE["clip_frames"].default if kind == "video" else 1,
+        _STAGE["token_budget"].default,
+        data.max_image_px,
+        _SAMPLING,
+        data.max_clip_s,
+        data.max_sample_mb,
+    )
+
+
+def _decode(sample: Sample, kind: Modality, job: ShardCheck) -> None:
+    item = RenderItem(
+        sample.shard.path, sample.media_offset, sample.media_length, sample.grid, sample.frames, sample.crc32
+    )
+    limits = DecodeLimits(job.data.max_image_px, job.data.decode_timeout_s, job.data.max_clip_s)
+    work = RenderJob(kind, _SAMPLING, limits, [item])
+    for _, word, message in render(work, np.empty(work.bytes, np.uint8), job.settings):
+        raise SampleError(word, message)

@@ -1,0 +1,238 @@
+"""Whole sources checked before a run meets them: every shard, every sample, all that is wrong in one report."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.data.decoding.task_pool import (
+    At,
+    Bad,
+    Crew,
+    Done,
+    Event,
+    Hashed,
+    Noted,
+    Read,
+    Scattered,
+    SeveralLines,
+    Task,
+)
+from univitar_ds.data.shards.line_watch import several_lines_warning
+from univitar_ds.data.shards.listing import Shard, expand_braces, place_of
+from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
+from univitar_ds.data.shards.sources import SourceShard, find_shards, of_source
+from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.base import LOCAL, StorageSettings
+from univitar_ds.data.tools.shard_check import DEFAULTS, ShardCheck, check_shard
+from univitar_ds.errors import DataError
+
+VERSION = 1
+_MOSTLY = 0.9
+"""Share of a source's samples with several lines in their .txt that makes it look like one of a caption a line."""
+
+
+@dataclass
+class _Found:
+    """What is known of a shard so far; `expected` is its number of samples by the manifest."""
+
+    shard: SourceShard
+    expected: int | None
+    samples: int = 0
+    faults: list[Bad] = field(default_factory=list)
+    ignored: list[Noted] = field(default_factory=list)
+    several_lines: int = 0
+    scattered: Scattered | None = None
+    sha256: str | None = None
+    error: str | None = None
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, At):
+            self.samples += 1
+        elif isinstance(event, Bad):
+            self.faults.append(event)
+        elif isinstance(event, Noted):
+            self.ignored.append(event)
+        elif isinstance(event, SeveralLines):
+            self.several_lines += 1
+        elif isinstance(event, Scattered):
+            self.scattered = event
+        elif isinstance(event, Hashed):
+            self.sha256 = event.sha256
+        elif isinstance(event, Done):
+            self.error = event.error
+
+    def to_json(self) -> dict[str, Any]:
+        shard = self.shard
+        return {
+            "shard": shard.name,
+            "path": shard.path,
+            "bytes": shard.size,
+            "error": self.error,
+            "sha256": _compared(self.sha256, shard.sha256),
+            "samples": self.samples,
+            "samples_in_manifest": self.expected,
+            "bad": _by_kind(self.faults),
+            "faults": list(map(_located, self.faults)),
+            "ignored": list(map(_located, self.ignored)),
+            "scattered": None if self.scattered is None else self.scattered._asdict(),
+        }
+
+
+def verify(
+    sources: Sequence[SourceConfig],
+    settings: StorageSettings = LOCAL,
+    *,
+    workers: int = 1,
+    decode: bool = True,
+    progress: bool = True,
+    limits: DataConfig | None = None,
+) -> dict[str, Any]:
+    """Check every shard of the sources in `workers` processes, each sample with the limits of `limits`.
+
+    What can be read is checked, whatever else is missing or damaged. A sample that kills its process or hangs is bad
+    too, of kind "crash" or "timeout". The report depends on the data alone.
+
+    Args: decode, decode every sample instead of trusting headers and checksums; progress, a bar on stderr;
+        limits, the data section of a run file (default: one that sets none).
+    Returns: {"version", "decoded", "sound", "samples", "bad": {kind: n}, "ignored": {kind: n}, "sources", "shards"}. A
+        source has path, split, shards, missing (shards of its manifest), error and warning; a shard what
+        `_Found.to_json` has: for each fault, and each text that was ignored in a sample that can be used, its kind, key
+        ("" for bytes without samples), byte and a sentence; the first sample whose members lie apart; sha256 is
+        "matches" or "differs", None where no manifest has one.
+    """
+    settings, limits = settings.shared(), limits or DEFAULTS
+    listed: list[dict[str, Any]] = []
+    found: list[_Found] = []
+    by_source: list[list[_Found]] = []
+    for position, source in enumerate(sources):
+        about, shards = _looked_up(source, settings)
+        prefix = f"{position}:" if len(sources) > 1 else ""
+        by_source.append([replace(one, shard=replace(one.shard, name=prefix + one.shard.name)) for one in shards])
+        found += by_source[-1]
+        listed.append(about)
+    tasks = [
+        Task(number, ShardCheck(replace(one.shard, storage=None), settings, decode, limits, confined=True))
+        for number, one in enumerate(found)
+    ]
+    total = sum(one.shard.size * (1 if one.shard.sha256 is None else 2) for one in found)
+    silence_s = settings.give_up_s + 2 * limits.decode_timeout_s
+    with (
+        tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar,
+        Crew(check_shard, min(workers, max(len(tasks), 1)), silence_s) as crew,
+    ):
+        for number, event in crew.run(tasks):
+            if isinstance(event, Read):
+                bar.update(event.bytes)
+            found[number].add(event)
+    for about, own in zip(listed, by_source, strict=True):
+        if own and not about["error"] and not any(one.samples or one.faults or one.error for one in own):
+            about["error"] = f"source {about['path']}: no sample in its {len(own)} shards; pack it again"
+    for about, source, own in zip(listed, sources, by_source, strict=True):
+        several = sum(one.several_lines for one in own)
+        if several and several >= _MOSTLY * sum(one.samples - len(one.faults) for one in own):
+            about["warning"] = several_lines_warning(source)
+    return _report(listed, [one.to_json() for one in found], decode)
+
+
+def _report(sources: list[dict[str, Any]], shards: list[dict[str, Any]], decode: bool) -> dict[str, Any]:
+    bad, ignored = Counter[str](), Counter[str]()
+    for shard in shards:
+        bad.update(shard["bad"])
+        ignored.update(one["kind"] for one in shard["ignored"])
+    return {
+        "version": VERSION,
+        "decoded": decode,
+        "sound": not any(source["error"] for source in sources) and all(map(_is_sound, shards)),
+        "samples": sum(shard["samples"] for shard in shards),
+        "bad": dict(sorted(bad.items())),
+        "ignored": dict(sorted(ignored.items())),
+        "sources": sources,
+        "shards": shards,
+    }
+
+
+def _is_sound(shard: dict[str, Any]) -> bool:
+    whole = shard["samples_in_manifest"] in (None, shard["samples"])
+    return whole and not shard["faults"] and shard["error"] is None and shard["sha256"] in (None, "matches")
+
+
+def _compared(found: str | None, expected: str | None) -> str | None:
+    if found is None or expected is None:
+        return None
+    return "matches" if found == expected else "differs"
+
+
+def _located(found: Bad | Noted) -> dict[str, Any]:
+    return {"kind": found.kind, "key": found.key, "byte": found.offset, "message": found.message}
+
+
+def _by_kind(faults: Sequence[Bad]) -> dict[str, int]:
+    return dict(sorted(Counter(fault.kind for fault in faults).items()))
+
+
+def _looked_up(source: SourceConfig, settings: StorageSettings) -> tuple[dict[str, Any], list[_Found]]:
+    """What a source should have and what there is of it; a run would end at the error."""
+    about: dict[str, Any] = {"path": source.path, "split": source.split, "missing": [], "error": None, "warning": None}
+    rows: dict[str, dict[str, Any]] = {}
+    shards: Sequence[SourceShard] = []
+    try:
+        rows = _manifest_rows(source, settings)
+        shards = find_shards([source], settings)
+    except DataError as error:
+        about["error"] = str(error)
+        shards, about["missing"] = _what_is_there(source, rows, settings)
+    found = []
+    for shard in shards:
+        row = rows.get(os.path.basename(shard.path))
+        found.append(_Found(shard, None if row is None else row["samples"]))
+    return {**about, "shards": len(found)}, found
+
+
+def _manifest_rows(source: SourceConfig, settings: StorageSettings) -> dict[str, dict[str, Any]]:
+    """The shards of the source's manifest and split by file name; none where there is no manifest."""
+    folder = place_of(source)
+    storage = storage_for(folder, settings)
+    if folder.endswith(".tar") or not storage.exists(os.path.join(folder, MANIFEST)):
+        return {}
+    rows = read_manifest(folder, storage)["shards"]
+    return {row["file"]: row for row in rows if source.split in (None, row["split"])}
+
+
+def _what_is_there(
+    source: SourceConfig, rows: dict[str, dict[str, Any]], settings: StorageSettings
+) -> tuple[list[SourceShard], list[str]]:
+    """The shards of a source that is not whole, and the names of those that are missing."""
+    try:
+        path = place_of(source)
+        storage = storage_for(path, settings)
+        if path.endswith(".tar"):
+            wanted = expand_braces(path)
+        elif rows:
+            wanted = [os.path.join(path, name) for name in rows]
+        else:
+            wanted = [file for file in storage.list(path) if file.endswith(".tar")]
+        present = [file for file in wanted if storage.exists(file)]
+    except DataError:  # the source's own error says it already
+        return [], []
+    sizes: dict[str, int] = {}
+    for file in present:
+        with suppress(DataError):  # a pipe or a device: no shard
+            sizes[file] = storage.size(file)
+    shards = []
+    for file, size in sizes.items():
+        row = rows.get(os.path.basename(file), {})
+        name = os.path.basename(file).removesuffix(".tar")
+        shards.append(Shard(name, file, storage, size, row.get("kind"), row.get("sha256")))
+    try:
+        told = of_source(shards, source, settings)
+    except DataError:  # its own error says it already
+        told = of_source(shards, source.model_copy(update={"class_names": None}), settings)
+    return told, [os.path.basename(file) for file in wanted if file not in sizes]

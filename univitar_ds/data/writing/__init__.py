@@ -1,0 +1,3 @@
+"""A folder of images and videos to shards: `writer.pack_folder`."""
+
+__all__ = ["writer"]

@@ -1,0 +1,190 @@
+"""Where shards are packed to: a local folder, or a prefix on S3 with a local folder for what is not done yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from univitar_ds.data.shards.manifest import JOURNAL, read_manifest
+from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.base import S3, SCHEMES, Storage, StorageSettings
+from univitar_ds.data.writing.progress_log import SHARD_NAME, write_atomically
+from univitar_ds.errors import DataError
+
+
+class Destination(Protocol):
+    """A place of shards and a manifest. `workspace` is a local folder: the journal's and that of unfinished shards.
+
+    An entry is {"bytes", "sha256"} of a shard.
+    """
+
+    workspace: Path
+    place: str
+
+    def claim(self) -> None:
+        """Take the place. Raises: DataError if it holds something else."""
+
+    def names(self) -> set[str]:
+        """The files that are there."""
+
+    def holds(self, name: str, entry: dict[str, Any]) -> bool:
+        """Whether a file is there and whole."""
+
+    def publish(self, partial: Path, name: str, entry: dict[str, Any]) -> None:
+        """Move a finished file of the workspace to its place under its name."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file, all of it or nothing."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    def fingerprint(self) -> str | None:
+        """That of the manifest which is there."""
+
+    def shards(self) -> set[str]:
+        """The files that it lists."""
+
+
+class LocalFolder:
+    """Shards beside their journal. `open_journal` claims it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.workspace, self.place = folder, str(folder)
+
+    def claim(self) -> None:
+        """The journal lies in the folder itself and has done it."""
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.workspace.iterdir()}
+
+    def holds(self, name: str, entry: dict[str, Any]) -> bool:
+        path = self.workspace / name
+        try:
+            if path.stat().st_size != entry["bytes"]:
+                return False
+            with path.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest() == entry["sha256"]
+        except FileNotFoundError:
+            return False
+
+    def publish(self, partial: Path, name: str, entry: dict[str, Any]) -> None:
+        partial.replace(self.workspace / name)
+
+    def write(self, name: str, content: bytes) -> None:
+        write_atomically(self.workspace / name, content)
+
+    def remove(self, name: str) -> None:
+        (self.workspace / name).unlink(missing_ok=True)
+
+    def fingerprint(self) -> str | None:
+        return _manifest(self.workspace).get("fingerprint")
+
+    def shards(self) -> set[str]:
+        return _shards(_manifest(self.workspace))
+
+
+class S3Prefix:
+    """Objects under a prefix. A shard is written locally, uploaded, and removed here once the store has it.
+
+    An object named as the journal says which folder the prefix belongs to, and that a packing may be under way.
+    """
+
+    def __init__(self, url: str, folder: Path, settings: StorageSettings, state: Path | None) -> None:
+        from univitar_ds.data.storage.s3 import S3Storage
+
+        self._url = self.place = url.rstrip("/")
+        storage = storage_for(self._url, settings)
+        assert isinstance(storage, S3Storage)
+        self._storage = storage
+        self._origin = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+        place = hashlib.sha256(f"{self._origin} {settings.endpoint_url} {self._url}".encode()).hexdigest()[:32]
+        self.workspace = (state or _state_folder()) / place
+
+    def claim(self) -> None:
+        names = self.names()
+        if JOURNAL not in names:
+            if names:
+                raise DataError(
+                    f"{self._url} is not empty and was not packed here ({min(names)}); choose another prefix"
+                )
+            self.write(JOURNAL, json.dumps({"origin": self._origin}).encode())
+        elif self._claimed_by() != self._origin:
+            raise DataError(f"{self._url} holds what was packed from another folder; choose another prefix")
+
+    def names(self) -> set[str]:
+        return {path.rpartition("/")[2] for path in self._storage.list(self._url)}
+
+    def holds(self, name: str, entry: dict[str, Any]) -> bool:
+        from univitar_ds.data.storage.s3_upload import holds
+
+        return holds(self._storage, self._path(name), entry["bytes"], entry["sha256"])
+
+    def publish(self, partial: Path, name: str, entry: dict[str, Any]) -> None:
+        from univitar_ds.data.storage.s3_upload import put_file
+
+        if not self.holds(name, entry):  # the journal may be lost, or the last run ended just before its line
+            put_file(self._storage, self._path(name), partial, entry["sha256"])
+        partial.unlink()
+
+    def write(self, name: str, content: bytes) -> None:
+        from univitar_ds.data.storage.s3_upload import put_bytes
+
+        put_bytes(self._storage, self._path(name), content)
+
+    def remove(self, name: str) -> None:
+        from univitar_ds.data.storage.s3_upload import remove
+
+        remove(self._storage, self._path(name))
+
+    def fingerprint(self) -> str | None:
+        return _manifest(self._url, self._storage).get("fingerprint")
+
+    def shards(self) -> set[str]:
+        return _shards(_manifest(self._url, self._storage))
+
+    def _claimed_by(self) -> str | None:
+        try:
+            return json.loads(self._storage.read(self._path(JOURNAL)))["origin"]
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def _path(self, name: str) -> str:
+        return f"{self._url}/{name}"
+
+
+def destination_of(
+    out: str | Path, folder: Path, settings: StorageSettings, state: Path | None
+) -> LocalFolder | S3Prefix:
+    """The place that `out` names; `state`: the folder of all workspaces, ~/.local/state when None.
+
+    Raises: DataError for an address that names no bucket, or nothing that this program writes to.
+    """
+    scheme, separator, rest = str(out).partition("://")
+    if not separator:
+        return LocalFolder(Path(out))
+    if f"{scheme}://" != S3:
+        raise DataError(f"{out}: cannot write to {scheme}://; give {SCHEMES}")
+    if not rest.strip("/"):
+        raise DataError(f"{out} names no bucket; write s3://BUCKET/PREFIX")
+    return S3Prefix(str(out), folder, settings, state)
+
+
+def _state_folder() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(base, "univitar_ds", "pack")
+
+
+def _manifest(folder: str | Path, storage: Storage | None = None) -> dict[str, Any]:
+    """Of this program's `data pack`; empty without one."""
+    try:
+        return read_manifest(folder, storage)
+    except DataError:
+        return {}
+
+
+def _shards(manifest: dict[str, Any]) -> set[str]:
+    return {row["file"] for row in manifest.get("shards", []) if SHARD_NAME.fullmatch(row["file"])}

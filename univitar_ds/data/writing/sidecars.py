@@ -1,0 +1,120 @@
+"""Media files of a folder with the captions beside them: a/b.jpg and a/b.txt.
+
+A file that cannot be taken is left out with its reason, and costs itself alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from univitar_ds.data.shards.captions import BYTES_LIMIT, caption_lines, decoded
+from univitar_ds.data.storage.local import read_file
+from univitar_ds.errors import SampleError
+
+_log = logging.getLogger(__name__)
+_MEDIA = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
+_LINK = "link: the folder is packed under another name, or holds this one"
+_MOSTLY = 0.9
+"""Share of the .txt with several lines that makes them look like ones of a caption a line."""
+
+
+@dataclass
+class Sidecars:
+    """Captions by media file, and the reason of each file or folder that is left out; paths relative to the folder."""
+
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def read_sidecars(folder: Path, lines: bool) -> Sidecars:
+    """All media files, hidden ones left out, in an order that depends on their names alone.
+
+    Args: lines: whether each line of a .txt is a caption; else all of it is one.
+    """
+    found = Sidecars()
+    several = 0
+    for parent, names in _folders(folder, found.left_out):
+        texts = _texts_by_stem(names)
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix.lower().lstrip(".") not in _MEDIA:
+                continue
+            file = path.relative_to(folder).as_posix()
+            if path.stem not in texts:
+                found.left_out[file] = "no_caption: there is no .txt beside it"
+                continue
+            try:
+                captions = _captions(path.with_name(texts[path.stem]))
+            except SampleError as error:
+                found.left_out[file] = f"{error.kind}: {texts[path.stem]}: {error}"
+                continue
+            several += len(captions) > 1
+            found.captions[file] = captions if lines else (" ".join(captions),)
+    if several and not lines and several >= _MOSTLY * len(found.captions):
+        _log.warning(
+            "%s: the .txt beside the files have several lines, and each is read as one caption; if every line is a "
+            "caption, pack with --captions lines",
+            folder,
+        )
+    return found
+
+
+def _folders(folder: Path, left_out: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """Every folder and the names of its files: real folders first, then what links lead to, each folder once."""
+
+    def unreadable(error: OSError) -> None:
+        left_out[_relative(error.filename, folder)] = f"unreadable: the folder cannot be read: {error.strerror}"
+
+    seen: set[tuple[int, int]] = set()
+    root = folder.resolve()
+    starts = [str(folder)]
+    while starts:
+        links: list[str] = []
+        for start in starts:
+            for parent, folders, files in os.walk(start, onerror=unreadable):
+                state = os.stat(parent)
+                this = (state.st_dev, state.st_ino)
+                above = seen and parent == start and root.is_relative_to(os.path.realpath(parent))
+                if above or this in seen:
+                    left_out[_relative(parent, folder)] = _LINK
+                    folders.clear()
+                    continue
+                seen.add(this)
+                visible = sorted(name for name in folders if not name.startswith("."))
+                links += [path for name in visible if os.path.islink(path := os.path.join(parent, name))]
+                folders[:] = [name for name in visible if not os.path.islink(os.path.join(parent, name))]
+                yield parent, sorted(name for name in files if not name.startswith("."))
+        starts = links
+
+
+def _relative(path: str, folder: Path) -> str:
+    return Path(path).relative_to(folder).as_posix()
+
+
+def _texts_by_stem(names: list[str]) -> dict[str, str]:
+    """The .txt of each stem, in whatever case; one that is called just so comes first."""
+    texts: dict[str, str] = {}
+    for name in names:
+        stem, dot, extension = name.rpartition(".")
+        if dot and extension.lower() == "txt" and (stem not in texts or extension == "txt"):
+            texts[stem] = name
+    return texts
+
+
+def _captions(path: Path) -> tuple[str, ...]:
+    """The lines of a .txt with something in them, blanks joined. Raises: SampleError if there is none."""
+    content = read_file(path, BYTES_LIMIT, f" (limit {BYTES_LIMIT})")
+    try:
+        captions = caption_lines(decoded(content))
+    except UnicodeDecodeError as error:
+        raise SampleError("bad_caption", f"byte {error.start} is not UTF-8 text") from error
+    except UnicodeError as error:
+        raise SampleError("bad_caption", f"is not UTF-8 text: {error}") from error
+    if not captions:
+        raise SampleError("bad_caption", "the caption is empty")
+    return tuple(" ".join(caption.split()) for caption in captions)

@@ -1,0 +1,92 @@
+"""The demo's scene set as a folder of files: pictures, MP4 clips and `metadata.jsonl`, ready to be packed."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import repeat
+from pathlib import Path
+
+from tqdm import tqdm
+
+from univitar_ds.data.decoding import children
+from univitar_ds.demo.draw import encode_mp4, encode_picture
+from univitar_ds.demo.scenes import clip_scene, image_scene, render
+from univitar_ds.errors import DataError, writing
+from univitar_ds.owned import is_empty, replace_text
+
+FORMAT = 1
+"""Version of the scenes: another number gives other files for the same seed."""
+MARKER = "scenes.json"
+TEST_SHARE = 8
+"""One scene in so many is a test scene."""
+
+
+def write_scenes(folder: str | Path, *, images: int, clips: int, seed: int = 0, progress: bool = False) -> None:
+    """Write `images` pictures and `clips` clips, an eighth of each for test, with `metadata.jsonl` in `folder`.
+
+    The files depend on the arguments and the versions of the encoders alone. `metadata.jsonl` is written last;
+    a folder that has it for the same arguments is left as it is, so an interrupted call can be repeated.
+
+    Raises: DataError if the folder holds something else, or a count is negative or both are 0.
+    """
+    folder = Path(folder)
+    if min(images, clips) < 0 or images + clips == 0:
+        raise DataError(f"images {images} and clips {clips} must be 0 or more and not both 0; ask for a scene")
+    wanted = {"format": FORMAT, "images": images, "clips": clips, "seed": seed}
+    if _finished(folder, wanted):
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / MARKER, json.dumps(wanted) + "\n")  # first: the folder is ours from here on
+        for name in ("images", "videos"):
+            (folder / name).mkdir(exist_ok=True)
+        rows = _write_files(folder, _jobs(images, clips, seed), progress)
+    replace_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _finished(folder: Path, wanted: dict[str, int]) -> bool:
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file; name a folder for the scene set")
+    if is_empty(folder):
+        return False
+    marker = folder / MARKER
+    if not marker.is_file():
+        raise DataError(f"{folder} is not empty and holds no scene set; name another folder or empty it")
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if found != wanted:
+        raise DataError(f"{folder} holds the scene set {found}, wanted is {wanted}; name another folder or delete it")
+    return (folder / "metadata.jsonl").is_file()
+
+
+def _jobs(images: int, clips: int, seed: int) -> list[tuple[int, str, str, int]]:
+    jobs = []
+    for kind, count in (("image", images), ("video", clips)):
+        test = count // TEST_SHARE
+        jobs += [(seed, kind, "train", index) for index in range(count - test)]
+        jobs += [(seed, kind, "test", index) for index in range(test)]
+    return jobs
+
+
+def _write_files(folder: Path, jobs: list[tuple[int, str, str, int]], progress: bool) -> list[dict[str, object]]:
+    workers = min(len(os.sched_getaffinity(0)), len(jobs))
+    bar = {"total": len(jobs), "desc": "scenes", "unit": "scene", "disable": not progress}
+    if workers == 1:
+        return list(tqdm(map(_write_one, repeat(folder), jobs), **bar))
+    with children.pool(workers, [__name__]) as pool:
+        return list(tqdm(pool.map(_write_one, repeat(folder), jobs, chunksize=32), **bar))
+
+
+def _write_one(folder: Path, job: tuple[int, str, str, int]) -> dict[str, object]:
+    seed, kind, split, index = job
+    scene = (image_scene if kind == "image" else clip_scene)(seed, split, index)
+    frames = render(scene)
+    if kind == "image":
+        data = encode_picture(frames[0], extension=scene.name.rsplit(".", 1)[1], quality=scene.quality)
+    else:
+        data = encode_mp4(frames, scene.rate)
+    (folder / scene.name).write_bytes(data)
+    return scene.row()

@@ -1,0 +1,3 @@
+"""Frozen teachers and their features."""
+
+__all__ = ["teacher"]

@@ -1,0 +1,318 @@
+"""The frozen teacher: a vision model out of transformers, or an encoder of our own, whose features the student matches.
+
+The library is imported when a teacher is read, not before. A teacher stands outside of the engine: it has no
+gradient, no optimizer state and no place in checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig
+from univitar_ds.config.model import TeacherConfig
+from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.geometry import PATCH, token_count
+from univitar_ds.model.encoder import UniViTAR
+from univitar_ds.model.libraries import working_imports
+from univitar_ds.model.teacher.cache import FeatureCache
+from univitar_ds.model.teacher.towers import (
+    FrameTower,
+    PackTower,
+    PictureModel,
+    Tower,
+    from_raster,
+    run_siglip,
+    run_siglip2,
+    run_with_prefix,
+)
+from univitar_ds.model.towers import first_line, quiet
+from univitar_ds.model.transfer import uploaded
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+OWN = "univitar"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that are called alike: the class in transformers, how it runs, its mean and std where no file tells."""
+
+    loader: str
+    run: PictureModel
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]
+
+
+_SIGLIP = Family("SiglipVisionModel", run_siglip, HALF)
+_SIGLIP2 = Family("Siglip2VisionModel", run_siglip2, HALF)
+FAMILIES = {
+    "dinov2": Family("Dinov2Model", run_with_prefix, IMAGENET),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", run_with_prefix, IMAGENET),
+    "dinov3_vit": Family("DINOv3ViTModel", run_with_prefix, IMAGENET),
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "siglip2": _SIGLIP2,
+    "siglip2_vision_model": _SIGLIP2,
+}
+"""By transformers' `model_type`. SigLIP 2 of a fixed size calls itself siglip there."""
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """What is known of a teacher from its small files: enough to build the student, and to refuse it in time."""
+
+    kind: str  # a key of FAMILIES, or OWN
+    width: int  # Dt
+    patch: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class TeacherFeatures(NamedTuple):
+    """Features of a pack, in the precision and on the device of the teacher, tokens in the student's order.
+
+    Rows of items that the teacher cannot take are 0 and not valid.
+    """
+
+    patches: Tensor  # (T, Dt)
+    pooled: Tensor  # (N, Dt)
+    valid: Tensor  # (T,) bool
+    taken: Tensor  # (N,) bool
+
+
+class Teacher:
+    """A frozen model and how it sees packs. Built by `build_teacher`."""
+
+    def __init__(self, tower: Tower, width: int, *, merge: int, cache: FeatureCache | None = None) -> None:
+        """`merge`: spatial_merge_size of the student, which decides the order of tokens."""
+        self.tower, self.width, self.merge, self.cache = tower, width, merge, cache
+        parameter = next(tower.model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    def takes(self, grid_thw: Tensor) -> list[bool]:
+        """Which items of a pack it can see, from their grids (N, 3) alone."""
+        return [self.tower.takes(grid) for grid in grid_thw.tolist()]
+
+    def calls(self, grid_thw: Tensor) -> int:
+        """How often its model runs for a pack of these grids; with a cache, at most so often."""
+        return self.tower.calls([grid for grid in grid_thw.tolist() if self.tower.takes(grid)])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        pixels: Tensor,
+        frames: Tensor,
+        grid_thw: Tensor,
+        *,
+        calls: int = 0,
+        device_pixels: Tensor | None = None,
+    ) -> TeacherFeatures:
+        """Features of one pack; N may be 0.
+
+        Args:
+            pixels: (B,) uint8, see `kernels.reference.patchify`, on any device.
+            frames: (N,) frames stored per item; grid_thw: (N, 3) tokens per item; both on the host.
+            calls: how often the model has to run at least. A partitioned teacher must run equally often on all ranks.
+            device_pixels: the same pixels on the teacher's device, where they lie there already.
+        """
+        grids, taken = grid_thw.tolist(), self.takes(grid_thw)
+        seen = [index for index, good in enumerate(taken) if good]
+        found = self._features(pixels, device_pixels, frames.tolist(), grids, seen)
+        for _ in range(self.calls(grid_thw), calls):
+            self.tower.idle()
+        return self._joined(grids, taken, dict(zip(seen, found, strict=True)))
+
+    def _features(
+        self,
+        pixels: Tensor,
+        device_pixels: Tensor | None,
+        frames: Sequence[int],
+        grids: Sequence[Sequence[int]],
+        seen: Sequence[int],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of the items `seen` of a pack in raster order, out of the cache where it has them."""
+        shown = [grids[i] for i in seen]
+        if self.cache is None:
+            whole = pixels if device_pixels is None else device_pixels
+            return self.tower(_clips(whole.to(self.device, non_blocking=True), frames, grids, seen), shown)
+        hosted = _clips(pixels.cpu(), frames, grids, seen)
+        clips = hosted if device_pixels is None else _clips(device_pixels, frames, grids, seen)
+        found = [self.cache.read(clip, grid) for clip, grid in zip(hosted, shown, strict=True)]
+        missing = [index for index, features in enumerate(found) if features is None]
+        made = self.tower([clips[i].to(self.device) for i in missing], [shown[i] for i in missing])
+        for index, features in zip(missing, made, strict=True):
+            self.cache.write(hosted[index], shown[index], *features)
+            found[index] = features
+        return found
+
+    def _joined(
+        self, grids: Sequence[Sequence[int]], taken: Sequence[bool], found: dict[int, tuple[Tensor, Tensor]]
+    ) -> TeacherFeatures:
+        counts = [token_count(grid) for grid in grids]
+        kind = {"dtype": self.dtype, "device": self.device}
+        patches, pooled = [torch.empty(0, self.width, **kind)], [torch.empty(0, self.width, **kind)]
+        for index, (grid, count) in enumerate(zip(grids, counts, strict=True)):
+            if index in found:
+                of_patches, of_item = (features.to(**kind) for features in found[index])
+                patches.append(from_raster(of_patches, grid, self.merge))
+                pooled.append(of_item[None])
+            else:
+                patches.append(torch.zeros(count, self.width, **kind))
+                pooled.append(torch.zeros(1, self.width, **kind))
+        items = torch.tensor(taken, dtype=torch.bool)
+        valid = items.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+        return TeacherFeatures(
+            torch.cat(patches), torch.cat(pooled), uploaded(valid, self.device), uploaded(items, self.device)
+        )
+
+
+def _clips(
+    pixels: Tensor, frames: Sequence[int], grids: Sequence[Sequence[int]], wanted: Sequence[int]
+) -> list[Tensor]:
+    """Views of items of a pack, each (frames, h * 14, w * 14, 3)."""
+    shapes = [(n, h * PATCH, w * PATCH, 3) for n, (_, h, w) in zip(frames, grids, strict=True)]
+    flat = pixels.split([math.prod(shape) for shape in shapes])
+    return [flat[index].view(shapes[index]) for index in wanted]
+
+
+def read_teacher(config: TeacherConfig) -> TeacherShape:
+    """What the teacher's configuration says; no weights are read.
+
+    Raises: CheckpointError if it cannot be read, ConfigError if such a model cannot teach.
+    """
+    own = _own_config(config.path)
+    if own is not None:
+        return TeacherShape(OWN, own.hidden_size, PATCH, own.image_mean, own.image_std)
+    with working_imports("transformers"):
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig
+        from transformers.models.auto.image_processing_auto import get_image_processor_config
+
+    local = Path(config.path).is_dir()
+    try:
+        whole = AutoConfig.from_pretrained(config.path, local_files_only=local)
+        pictures = get_image_processor_config(config.path, local_files_only=local)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"objective.teacher.path {config.path} is neither a folder with a model's config.json nor the name of a "
+            f"model that can be fetched: {' '.join(str(error).split())}"
+        ) from error
+    kind = whole.model_type
+    if kind not in FAMILIES:
+        raise ConfigError(
+            f"objective.teacher.path {config.path} holds a {kind} model; able to teach: {', '.join(sorted(FAMILIES))} "
+            "and the folder of an exported encoder"
+        )
+    _loader(kind)
+    vision = getattr(whole, "vision_config", whole)
+    return TeacherShape(kind, vision.hidden_size, _patch_of(vision, config.path), *_normalisation(pictures, kind))
+
+
+def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) -> Teacher:
+    """The teacher, frozen, on `device`; partitioned over all ranks of torch.distributed if asked for.
+
+    Partitioned, every rank must build it, and call it equally often (`calls`); each reads the whole weights once.
+    Args: merge: spatial_merge_size of the student.
+    Raises: CheckpointError if its weights cannot be used; what `read_teacher` raises.
+    """
+    shape = read_teacher(config)
+    dtype = DTYPES[config.dtype]
+    model = _own_encoder(config.path, dtype) if shape.kind == OWN else _picture_model(config.path, shape, dtype)
+    model = model.eval().requires_grad_(False).to(device)
+    cache = None
+    if config.cache is not None:
+        cache = FeatureCache(Path(config.cache), model, shape, config.dtype)
+    if config.partitioned and dist.is_initialized() and dist.get_world_size() > 1:
+        partition(model)
+    tower: Tower = PackTower(model) if shape.kind == OWN else _frame_tower(model, shape)
+    return Teacher(tower, shape.width, merge=merge, cache=cache)
+
+
+def partition(model: nn.Module) -> None:
+    """Leaves each rank its share of the weights; a block is gathered when it runs and let go after it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def _frame_tower(model: nn.Module, shape: TeacherShape) -> FrameTower:
+    return FrameTower(model, FAMILIES[shape.kind].run, shape.patch, shape.mean, shape.std)
+
+
+def _own_config(path: str) -> EncoderConfig | None:
+    """The shape of an encoder of our own; None if the path names something else."""
+    try:
+        values = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    inner = values.get("vision_config", values) if isinstance(values, dict) else None
+    if not isinstance(inner, dict) or inner.get("pe_type") != "rope2d":
+        return None
+    return EncoderConfig.from_dict(values)
+
+
+def _own_encoder(path: str, dtype: torch.dtype) -> UniViTAR:
+    return UniViTAR.from_pretrained(path).to(dtype)
+
+
+def _loader(kind: str) -> Any:
+    """The class of transformers. Raises: InstallationError if this environment cannot import it."""
+    with working_imports("transformers"):
+        import transformers
+
+        return getattr(transformers, FAMILIES[kind].loader)
+
+
+def _picture_model(path: str, shape: TeacherShape, dtype: torch.dtype) -> nn.Module:
+    try:
+        with quiet():
+            model, info = _loader(shape.kind).from_pretrained(
+                path,
+                local_files_only=Path(path).is_dir(),
+                attn_implementation="sdpa",
+                dtype=dtype,  # not .to(): that would round the frequencies of rotary embeddings too
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"the teacher {path} cannot be loaded: {first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:8])
+        raise CheckpointError(f"the teacher {path} lacks weights: {missing}; fetch it again")
+    return model
+
+
+def _patch_of(vision: Any, path: str) -> int:
+    sides = getattr(vision, "patch_size", None)
+    square = sides if isinstance(sides, list | tuple) else [sides]
+    if len(set(square)) != 1 or not isinstance(square[0], int) or square[0] < 1:
+        raise ConfigError(
+            f"objective.teacher.path {path} has patch_size {sides}; a teacher needs square patches of a whole number "
+            "of pixels, name another model"
+        )
+    if vision.num_channels != 3:
+        raise ConfigError(f"objective.teacher.path {path} sees {vision.num_channels} channels; pictures have 3")
+    return square[0]
+
+
+def _normalisation(told: dict[str, Any], kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the channels, as far as the content of the model's preprocessor file tells."""
+    if told.get("do_normalize") is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = FAMILIES[kind].normalisation
+    mean, std = (tuple(map(float, told.get(name, value))) for name, value in (("image_mean", mean), ("image_std", std)))
+    return mean, std

@@ -1,0 +1,215 @@
+"""A folder of files from many ranks that appears whole or not at all.
+
+    checkpoints/step-00000200/{files of the ranks, manifest.json}      complete: only ever made by a rename
+    checkpoints/latest                                                 text, the name of one of them
+    checkpoints/.tmp-*                                                 being written, or left by a crash
+
+`manifest.json` has the size and sha256 of every other file. A process that is killed at any byte leaves the
+folders that were complete before, and `latest` naming one of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from univitar_ds.config.run_folder import CHECKPOINT_FILES
+from univitar_ds.errors import CheckpointError, writing
+from univitar_ds.owned import clear, foreign, remove
+from univitar_ds.run_lock import still_ours
+from univitar_ds.training.distributed.process_group import World, gather_json, together
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+TEMPORARY = ".tmp-"
+_TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}({LATEST}|(gone-)?step-\d{{8,}})")
+
+
+def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world: World, keep: int) -> Path:
+    """Makes `root/step-<step>` from the files that each rank writes, and then forgets all but the newest `keep`.
+
+    All ranks call it. `write` gets a folder shared by all ranks and returns the files of this rank.
+
+    Raises: the rank's own error, or PeerFailure on the others, if any rank fails, for want of space for
+        example; then nothing has changed.
+    """
+    target = root / f"step-{step:08d}"
+    temporary = root / f"{TEMPORARY}{target.name}"
+    with together(world), writing(root):
+        if world.first:
+            still_ours(root.parent)
+            _sweep(root)
+            temporary.mkdir(parents=True)
+    try:
+        return _commit(root, temporary, target, write, world, keep)
+    except Exception:
+        if world.first:
+            with suppress(Exception):  # a full disk, or one that is gone, or another start's by now
+                still_ours(root.parent)
+                _sweep(root)
+        raise
+
+
+def _commit(
+    root: Path, temporary: Path, target: Path, write: Callable[[Path], Iterable[Path]], world: World, keep: int
+) -> Path:
+    entries: dict[str, dict[str, Any]] = {}
+    with together(world), writing(temporary):
+        for path in write(temporary):
+            _sync(path)
+            entries[path.name] = _entry(path)
+    by_rank = gather_json(entries, world)
+    with together(world):  # each rank reads its neighbour's files: one disk for all, and what was meant is on it
+        faults = _faults(temporary, by_rank[(world.rank + 1) % world.size])
+        if faults:
+            raise CheckpointError(
+                f"{temporary}: {'; '.join(faults)} right after writing; all ranks need the same sound disk"
+            )
+    with together(world), writing(target):
+        if world.first:
+            still_ours(root.parent)
+            _publish(root, temporary, target, {k: v for entries in by_rank for k, v in entries.items()}, keep)
+    return target
+
+
+def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any], keep: int) -> None:
+    write_json(temporary / MANIFEST, {"version": 1, "files": entries})
+    _sync(temporary)
+    if target.is_symlink() or (target.exists() and not _remove(target)):  # complete, but `latest` had not named it
+        raise CheckpointError(f"{target} holds files that no checkpoint writes; move them elsewhere and resume")
+    os.rename(temporary, target)
+    _sync(root)
+    pointer = root / f"{TEMPORARY}{LATEST}"
+    pointer.unlink(missing_ok=True)
+    pointer.write_text(target.name + "\n", encoding="utf-8")
+    _sync(pointer)
+    os.replace(pointer, root / LATEST)
+    _sync(root)
+    for old in complete(root)[:-keep]:
+        if old != target:
+            _remove(old)
+
+
+def complete(root: Path) -> list[Path]:
+    """Complete folders, oldest first."""
+    folders = (folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name))
+    return sorted(folder for folder in folders if (folder / MANIFEST).is_file())
+
+
+def latest(root: Path) -> Path | None:
+    """The folder that `latest` names; the newest complete one if that is gone; None without any."""
+    if (root / LATEST).is_file():
+        folder = root / (root / LATEST).read_text(encoding="utf-8").strip()
+        if folder.is_dir() and folder != root:
+            return folder
+    folders = complete(root)
+    return folders[-1] if folders else None
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Files of a complete folder: name -> {bytes, sha256}. Raises CheckpointError if it has no sound manifest."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} has no readable {MANIFEST} ({error}); {remedy(folder)}") from error
+
+
+def verify(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Raises: CheckpointError that names every file of `entries` that is missing, cut or altered, and the way out."""
+    faults = _faults(folder, entries)
+    if faults:
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)}; {remedy(folder)}")
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a damaged folder."""
+    others = [other for other in complete(folder.parent) if other != folder]
+    if others:
+        return f"remove that folder and resume again, {others[-1]} is the one before"
+    return "no other checkpoint is there, start the run anew"
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    _sync(path)
+    return path
+
+
+def _faults(folder: Path, entries: dict[str, dict[str, Any]]) -> list[str]:
+    faults = []
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            faults.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        elif _sha256(path) != entry["sha256"]:
+            faults.append(f"{name} has another sha256 than when it was written")
+    return faults
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flushes a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> bool:
+    """Removes a complete folder; renamed first, so that a crash leaves no half of it under a valid name.
+
+    Returns: whether it is gone. What somebody else put there stays, under the folder's name.
+    """
+    if folder.is_symlink():
+        return False
+    gone = folder.with_name(f"{TEMPORARY}gone-{folder.name}")
+    if os.path.lexists(gone):  # somebody else's
+        clear(folder, {re.escape(MANIFEST): None})
+        return _cleared(folder)
+    os.rename(folder, gone)
+    return _cleared(gone)
+
+
+def _sweep(root: Path) -> None:
+    """Removes what a crash has left, by the names that are written here; files of others stay where they were."""
+    for left in root.glob(f"{TEMPORARY}*"):
+        if left.is_symlink() or not re.fullmatch(_TEMPORARY_NAME, left.name):
+            continue
+        if not left.is_dir():
+            left.unlink(missing_ok=True)
+        elif not _cleared(left) and not left.name.startswith(f"{TEMPORARY}gone-"):
+            raise CheckpointError(
+                f"{left} holds {foreign(left, CHECKPOINT_FILES)}, which no checkpoint writes; move it elsewhere"
+            )
+
+
+def _cleared(folder: Path) -> bool:
+    """Whether nothing is left of a temporary folder; of a complete one, what is left has its name again."""
+    names = dict(CHECKPOINT_FILES)
+    with suppress(CheckpointError):
+        names |= {re.escape(name): None for name in read_manifest(folder)}  # also those of an earlier format
+    clear(folder, {f"(?!{re.escape(MANIFEST)}$)({name})": None for name in names})
+    if remove(folder, names):
+        return True
+    before = folder.with_name(folder.name.removeprefix(f"{TEMPORARY}gone-"))
+    if not os.path.lexists(before):
+        os.rename(folder, before)
+    return False

@@ -1,0 +1,82 @@
+"""The model of a run at a checkpoint, whole, on one process: for evaluation and export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from univitar_ds.config.load import load_config
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.errors import CheckpointError
+from univitar_ds.model.contrastive import ContrastiveModel, build_contrastive
+from univitar_ds.tokenization import load_tokenizer, special_ids
+from univitar_ds.training.checkpoint import atomic_dir
+from univitar_ds.training.checkpoint.sharded import read_full
+
+Weights = Literal["trained", "averaged"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's model in evaluation mode, float32, on the host, with what belongs to it."""
+
+    run: Path
+    checkpoint: Path
+    config: RunConfig
+    tokenizer: Tokenizer
+    model: ContrastiveModel
+    averaged: bool
+    """Whether these are the averaged weights (`optimizer.ema_decay`)."""
+
+
+def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
+    """Reads the last checkpoint of a run's folder, or the checkpoint whose folder `path` is.
+
+    Args: weights: those that were trained, or their average; absent: the average where the run keeps one.
+    Raises: CheckpointError if there is none, or it is damaged or of another model than the run's.
+    """
+    run, checkpoint = find_checkpoint(Path(path))
+    config = load_config(run / CONFIG)
+    kept = config.optimizer.ema_decay is not None
+    if weights == "averaged" and not kept:
+        raise CheckpointError(f"{run} keeps no averaged weights, optimizer.ema_decay is null; take the trained ones")
+    averaged = kept if weights is None else weights == "averaged"
+    tokenizer = load_tokenizer(run / TOKENIZER)
+    special = special_ids(tokenizer)
+    # Whatever back end the run names: those for attention in half precision refuse float32.
+    shape = config.model.model_copy(update={"attention": "auto"})
+    model = build_contrastive(
+        shape, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=config.seed
+    )
+    try:
+        model.load_state_dict(read_full(checkpoint, averaged=averaged))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{checkpoint} does not fit the model of {run / CONFIG} ({_told(error)}); restore the run's own config.yaml"
+        ) from error
+    return Trained(run, checkpoint, config, tokenizer, model.eval(), averaged)
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """The run's folder and the checkpoint's, from either of them. Raises: CheckpointError."""
+    if (path / CONFIG).is_file():
+        checkpoint = atomic_dir.latest(path / CHECKPOINTS)
+        if checkpoint is None:
+            raise CheckpointError(f"{path} holds no complete checkpoint; train it first, or name another run")
+        return path, checkpoint
+    run = path.resolve().parent.parent
+    if (path / atomic_dir.MANIFEST).is_file() and (run / CONFIG).is_file():
+        return run, path
+    raise CheckpointError(
+        f"{path} is neither a run's folder (with {CONFIG}) nor a checkpoint in one ({CHECKPOINTS}/step-*); name one"
+    )
+
+
+def _told(error: RuntimeError) -> str:
+    """torch lists every key on a line of its own; the first few tell the story."""
+    lines = [line.strip() for line in str(error).splitlines()[1:4]]
+    return " ".join(lines)[:300]

@@ -1,0 +1,268 @@
+"""Elastic checkpoints: every rank writes the flat pieces it owns, any number of ranks reads the ranges it needs.
+
+    rank00000.safetensors   "<parameter>/<kind>": 1-D; kind is fp32, exp_avg, exp_avg_sq, ema, or frozen
+    rank00000.json          pieces: {<parameter>: {shape, start, length, kinds: {<kind>: dtype}}}, cursors of its lanes
+    buffers.safetensors     buffers of the model, by name
+    state.json              progress and settings of the run, optimizer, number of ranks, versions
+
+DeepSpeed's own formats are not used: the native one loads on the same number of ranks only, the universal
+one restores wrong settings with several optimizer groups and drops frozen parameters and buffers. Nothing
+here is pickled and no rank ever holds a whole model; `read_full` does, for export and evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from univitar_ds.errors import CheckpointError
+from univitar_ds.model.weights import save_tensors
+from univitar_ds.training.checkpoint import atomic_dir
+from univitar_ds.training.distributed.process_group import World, gather_json, together
+from univitar_ds.training.engine.engine import EMA, FROZEN, MASTER, Engine
+
+FORMAT = 2
+STATE = "state.json"
+BUFFERS = "buffers.safetensors"
+SHOWN = 5
+"""Most names of parameters that an error lists."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds beside the tensors."""
+
+    state: dict[str, Any]
+    cursors: dict[int, dict[str, Any]]
+    """Of all lanes, by lane."""
+
+
+def save_checkpoint(
+    engine: Engine, root: Path, step: int, state: dict[str, Any], cursors: dict[int, dict[str, Any]], keep: int
+) -> Path:
+    """Writes the training state of all ranks to `root/step-<step>`; see `commit.commit` for what a crash leaves.
+
+    Args:
+        state: of the run, as JSON; the same on all ranks.
+        cursors: of the lanes of this rank.
+    """
+    world = engine.world
+
+    def write(folder: Path) -> Iterator[Path]:
+        yield from _write_rank(engine, folder, cursors)
+        if world.first:
+            yield save_tensors(_buffers(engine.module), folder / BUFFERS)
+            content = {"format": FORMAT, "world_size": world.size, "optimizer": engine.optimizer_state(), "run": state}
+            yield atomic_dir.write_json(folder / STATE, content)
+
+    return atomic_dir.commit(root, step, write, world, keep)
+
+
+def _write_rank(engine: Engine, folder: Path, cursors: dict[int, dict[str, Any]]) -> Iterator[Path]:
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, dict[str, Any]] = {}
+    for piece in engine.pieces():
+        whole = piece.length == math.prod(piece.shape)
+        length = 0 if whole and FROZEN in piece.tensors and engine.world.rank else piece.length  # one copy is enough
+        index[piece.name] = {
+            "shape": list(piece.shape),
+            "start": piece.start,
+            "length": length,
+            "kinds": {kind: str(tensor.dtype).removeprefix("torch.") for kind, tensor in piece.tensors.items()},
+        }
+        for kind, tensor in piece.tensors.items():
+            if length:
+                tensors[f"{piece.name}/{kind}"] = tensor.detach().to("cpu", copy=True)  # views share their storage
+    name = f"rank{engine.world.rank:05d}"
+    yield save_tensors(tensors, folder / f"{name}.safetensors")
+    content = {"pieces": index, "cursors": {str(lane): cursor for lane, cursor in cursors.items()}}
+    yield atomic_dir.write_json(folder / f"{name}.json", content)
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers by name, on the CPU and without shared storage."""
+    state = module.state_dict(keep_vars=True)
+    return {
+        name: value.detach().to("cpu", copy=True)
+        for name, value in state.items()
+        if not isinstance(value, nn.Parameter)
+    }
+
+
+class _Reader:
+    """The pieces of a checkpoint, of whatever number of ranks.
+
+    A file of tensors is opened when something of it is needed: as many ranks as have written need one file each, not
+    all of them all.
+    """
+
+    def __init__(self, folder: Path, open_files: ExitStack) -> None:
+        self.folder = folder
+        self._open_files = open_files
+        self.content = _read_json(folder / STATE)
+        if self.content.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder} has format {self.content.get('format')}, this program reads {FORMAT}; "
+                "use the version that wrote it"
+            )
+        self.cursors: dict[int, dict[str, Any]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.kinds: dict[str, dict[str, str]] = {}
+        self._parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+        """By parameter: start and length of a part, and the rank whose file holds it."""
+        self._files: dict[int, Any] = {}
+        for rank in range(self.content["world_size"]):
+            index = _read_json(folder / f"rank{rank:05d}.json")
+            self.cursors.update({int(lane): cursor for lane, cursor in index["cursors"].items()})
+            for name, entry in index["pieces"].items():
+                self.shapes[name] = tuple(entry["shape"])
+                if entry["length"]:
+                    self.kinds[name] = entry["kinds"]
+                    self._parts[name].append((entry["start"], entry["length"], rank))
+
+    def fill(self, name: str, kind: str, start: int, target: Tensor) -> None:
+        """Writes elements start, start + 1, ... of a flattened parameter into the 1-D `target`."""
+        stop, filled = start + target.numel(), 0
+        for begin, length, rank in sorted(self._parts[name]):
+            low, high = max(begin, start + filled), min(begin + length, stop)
+            if low < high and low == start + filled:
+                source = self._tensors(rank).get_slice(f"{name}/{kind}")[low - begin : high - begin]
+                target[low - start : high - start].copy_(source)
+                filled = high - start
+        if filled < target.numel():
+            raise CheckpointError(
+                f"{self.folder} holds {kind} of {name} up to element {start + filled} only, {stop} are needed; "
+                f"{atomic_dir.remedy(self.folder)}"
+            )
+
+    def _tensors(self, rank: int) -> Any:
+        if rank not in self._files:
+            path = self.folder / f"rank{rank:05d}.safetensors"
+            self._files[rank] = self._open_files.enter_context(safe_open(path, "pt"))
+        return self._files[rank]
+
+    def buffers(self) -> dict[str, Tensor]:
+        return load_file(self.folder / BUFFERS)
+
+
+def load_checkpoint(engine: Engine, folder: Path, *, hand_over: bool = False) -> Saved:
+    """Puts a checkpoint of any number of ranks and any ZeRO stage into `engine`; all ranks call it.
+
+    Args: hand_over: the engine may train what the checkpoint has frozen, and the other way round. What begins to
+    learn has moments of 0, and its average begins at its value.
+    Raises: CheckpointError, on all ranks, if a file is damaged or the checkpoint is of another model.
+    """
+    world = engine.world
+    _verify_shared(folder, world)
+    with ExitStack() as open_files:
+        with together(world):
+            reader = _Reader(folder, open_files)
+            _check_model(engine, reader, hand_over)
+            for piece in engine.pieces():
+                for kind, target in piece.tensors.items():
+                    source = _source(kind, reader.kinds.get(piece.name, {}))
+                    if piece.length and source is None:
+                        target.zero_()
+                    elif piece.length:
+                        reader.fill(piece.name, source, piece.start, target)
+            buffers = dict(engine.module.named_buffers())
+            for name, value in reader.buffers().items():
+                buffers[name].data.copy_(value)
+            engine.restore_optimizer_state(reader.content["optimizer"], hand_over=hand_over)
+        engine.sync_working_copies()
+        return Saved(reader.content["run"], reader.cursors)
+
+
+def _source(kind: str, saved: Collection[str]) -> str | None:
+    """The kind to read for `kind`; None: there is none, and it begins at 0."""
+    if kind in saved or not saved:
+        return kind
+    if kind == FROZEN:
+        return MASTER
+    return FROZEN if kind in (MASTER, EMA) and FROZEN in saved else None
+
+
+def read_full(folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
+    """Whole parameters and buffers by name, floats as fp32, on one process and without an engine.
+
+    Args: averaged: the average of the weights over updates, where the run has kept one.
+    Raises: CheckpointError if a file is damaged.
+    """
+    atomic_dir.verify(folder, atomic_dir.read_manifest(folder))
+    with ExitStack() as open_files:
+        reader = _Reader(folder, open_files)
+        full = {}
+        for name, shape in reader.shapes.items():
+            flat = torch.empty(shape, dtype=torch.float32).view(-1)
+            kinds = reader.kinds.get(name, {})
+            reader.fill(name, FROZEN if FROZEN in kinds else EMA if averaged and EMA in kinds else MASTER, 0, flat)
+            full[name] = flat.view(shape)
+        buffers = {name: b.float() if b.is_floating_point() else b for name, b in reader.buffers().items()}
+        return full | buffers
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `state`. Raises: CheckpointError if it cannot be read."""
+    return _read_json(folder / STATE)["run"]
+
+
+def _verify_shared(folder: Path, world: World) -> None:
+    """Each rank reads its share of the files; the manifest is rank 0's, whatever the others' disks say yet."""
+    manifest: dict[str, dict[str, Any]] = {}
+    with together(world):
+        if world.first:
+            manifest = atomic_dir.read_manifest(folder)
+    manifest = gather_json(manifest, world)[0]
+    with together(world):
+        by_size = sorted(manifest, key=lambda name: (manifest[name]["bytes"], name))  # dealt out: shares alike
+        atomic_dir.verify(folder, {name: manifest[name] for name in by_size[world.rank :: world.size]})
+
+
+def _check_model(engine: Engine, reader: _Reader, hand_over: bool) -> None:
+    """Raises: CheckpointError that names what the checkpoint lacks, has too much or has in another shape."""
+    pieces = {piece.name: piece for piece in engine.pieces()}
+    buffers = {name: tuple(b.shape) for name, b in _buffers(engine.module).items()}
+    saved_buffers = {name: tuple(b.shape) for name, b in reader.buffers().items()}
+    ours = {name: piece.shape for name, piece in pieces.items()} | buffers
+    theirs = reader.shapes | saved_buffers
+    faults = []
+    if missing := sorted(ours.keys() - theirs.keys()):
+        faults.append(f"it lacks {_names(missing)}")
+    if unexpected := sorted(theirs.keys() - ours.keys()):
+        faults.append(f"it has {_names(unexpected)} that the model lacks")
+    shared = sorted(ours.keys() & theirs.keys())
+    if misshapen := [f"{n} is {list(theirs[n])}, not {list(ours[n])}" for n in shared if ours[n] != theirs[n]]:
+        faults.append(_names(misshapen))
+    frozen = [
+        n for n, p in pieces.items() if n in reader.kinds and (FROZEN in p.tensors) != (FROZEN in reader.kinds[n])
+    ]
+    if frozen and not hand_over:
+        faults.append(f"{_names(sorted(frozen))} trained in one and frozen in the other")
+    if faults:
+        raise CheckpointError(
+            f"{reader.folder} is a checkpoint from another model: {'; '.join(faults)}; resume with the model "
+            "configuration that wrote it"
+        )
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {atomic_dir.remedy(path.parent)}") from error

@@ -1,0 +1,108 @@
+"""What launchers' variables say of this process: whether it is one rank of several, and which.
+
+They may be left in a shell (`salloc`, an earlier `export`, `mpirun` around everything), so they count only where they
+are complete and agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, MutableMapping
+
+from univitar_ds.errors import ConfigError
+from univitar_ds.training.distributed.slurm import adopt_ranks
+
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and DeepSpeed's launcher set, all of them."""
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
+"""Set by torchrun and by DeepSpeed's launcher, beside the five, in what they start."""
+_MPI = re.compile(r"(OMPI_COMM_WORLD|OMPI_UNIVERSE|PMI|PMI2|PMIX|MV2_COMM_WORLD|PALS)_.*|MPI_LOCAL(RANKID|NRANKS)")
+_OTHERS = re.compile(
+    r"(LOCAL_WORLD|LOCAL|GROUP_WORLD|ROLE_WORLD|CROSS)_SIZE|(GROUP|ROLE|NODE|CROSS)_RANK|ROLE_NAME|TORCHELASTIC_.*|"
+    r"SLURM_(PROCID|LOCALID|NODEID|STEP_NUM_TASKS|STEP_TASKS_PER_NODE)"
+)
+
+
+def forget_launchers(environment: MutableMapping[str, str]) -> list[str]:
+    """Removes all variables by which launchers number processes; returns the names of those that were set.
+
+    For a process that starts its own ranks: DeepSpeed and torch would read them in those.
+    """
+    names = sorted(n for n in environment if n in RANK_NAMES or _MPI.fullmatch(n) or _OTHERS.fullmatch(n))
+    for name in names:
+        del environment[name]
+    return names
+
+
+def is_rank(environment: MutableMapping[str, str]) -> bool:
+    """Whether a launcher, `srun` included, started this process as one of its ranks. RANK_NAMES are set then.
+
+    MPI's numbers are removed in either case: DeepSpeed compares them with its own.
+    Raises: ConfigError if the variables are incomplete, contradict each other or are no numbers.
+    """
+    for name in RANK_NAMES:
+        if environment.get(name) == "":
+            del environment[name]
+    adopt_ranks(environment)
+    found = [name for name in RANK_NAMES if name in environment]
+    absent = [name for name in RANK_NAMES if name not in environment]
+    # A batch script sets where rank 0 is for all its steps, those of a single task too.
+    alone = "SLURM_STEP_NUM_TASKS" in environment and not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(found)
+    if found and absent and not alone:
+        raise ConfigError(
+            f"{_listed(found)} {'is' if len(found) == 1 else 'are'} set and {_listed(absent)} not, while a launcher "
+            f"sets all five; {left_behind(found)}, or start all processes with torchrun, deepspeed or srun"
+        )
+    tasks, source = max((_whole(environment, name, "1"), name) for name in ("SLURM_STEP_NUM_TASKS", *MPI_SIZES))
+    if not absent:
+        _check_numbers(environment)
+        size = int(environment["WORLD_SIZE"])
+        if size < tasks and not any(name in environment for name in LAUNCHED):
+            raise ConfigError(
+                f"WORLD_SIZE is {size} and {source} {tasks}, so that several processes would take themselves for rank "
+                f"{environment['RANK']}; {left_behind(RANK_NAMES)}"
+            )
+    elif tasks > 1:
+        names = [name for name in environment if _MPI.fullmatch(name)]
+        raise ConfigError(
+            f"{source} is {tasks}: mpirun numbers processes in a way that is not read here, and each would train a run "
+            f"of its own; start them with torchrun, deepspeed or srun, or, if that is what an earlier mpirun left in "
+            f"the shell, {_unset(names)}"
+        )
+    for name in [name for name in environment if _MPI.fullmatch(name)]:
+        del environment[name]
+    return not absent
+
+
+def left_behind(names: Iterable[str]) -> str:
+    """What to do about variables that no launcher of this run has set."""
+    return f"if an earlier job left them in the shell, {_unset(names)}"
+
+
+def _unset(names: Iterable[str]) -> str:
+    options = " ".join(f"-u {name}" for name in names)
+    return f"start with `env {options} univitar-ds train ...`, or give --nproc, which ignores them"
+
+
+def _check_numbers(environment: MutableMapping[str, str]) -> None:
+    size = _whole(environment, "WORLD_SIZE")
+    limits = {"WORLD_SIZE": (1, None), "RANK": (0, size - 1), "LOCAL_RANK": (0, size - 1), "MASTER_PORT": (1, 65535)}
+    for name, (least, most) in limits.items():
+        value = _whole(environment, name)
+        if value < least or (most is not None and value > most):
+            allowed = f"{least} or more" if most is None else f"{least} to {most}"
+            of = f" where WORLD_SIZE is {size}" if most == size - 1 else ""
+            raise ConfigError(f"{name} is {value}, allowed is {allowed}{of}; {left_behind(RANK_NAMES)}")
+
+
+def _whole(environment: MutableMapping[str, str], name: str, absent: str = "") -> int:
+    value = environment.get(name, absent)
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"{name} is {value!r}, which is no whole number; {left_behind([name])}") from None
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

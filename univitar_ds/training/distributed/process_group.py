@@ -1,0 +1,240 @@
+"""The ranks of a run: how they find each other, agree and fail together. Knows torch.distributed only."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from univitar_ds.config.deepspeed import lanes_per_rank
+from univitar_ds.errors import ConfigError, UserError
+from univitar_ds.training.distributed.rendezvous import meet
+
+PEER_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others before it gives up: a dead peer must not hold a machine for ever."""
+FIRST_TIMEOUT = timedelta(hours=1)
+"""How long the others wait for what rank 0 does alone, such as reading remote shards."""
+_HEARD_TIMEOUT = timedelta(seconds=30)
+_SLICE = timedelta(seconds=10)
+"""A wait is repeated so often: each time a request finds out whether the store still is there."""
+_DEVICES = Path("/dev")
+_turns = itertools.count()
+"""Numbers the calls of `first_alone`, alike on all ranks: each has keys of its own in the store."""
+
+
+class PeerFailure(UserError):
+    """Another rank cannot go on. That rank tells the story; this one only ends in good order."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def lanes(self, count: int) -> list[int]:
+        """The lanes of this rank, a contiguous range of `count` lanes.
+
+        Raises: ConfigError if the number of ranks does not divide the number of lanes.
+        """
+        each = lanes_per_rank(count, self.size)
+        return list(range(self.rank * each, (self.rank + 1) * each))
+
+
+def uses_cuda() -> bool:
+    """Whether this run computes on GPUs: DS_ACCELERATOR=cpu keeps torch off them as it does DeepSpeed."""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
+def check_gpus(processes: int) -> None:
+    """Refuses so many processes of a run on this machine if its GPUs are too few or torch cannot use them.
+
+    Raises: ConfigError.
+    """
+    if uses_cuda():
+        gpus = torch.cuda.device_count()
+        if processes > gpus:
+            raise ConfigError(
+                f"{processes} processes on this machine need a GPU each and torch sees {gpus}; start at most {gpus} "
+                f"(--nproc {gpus}), or set DS_ACCELERATOR=cpu to train on the CPU"
+            )
+    elif os.environ.get("DS_ACCELERATOR") != "cpu" and (sign := _sign_of_gpus()):
+        raise ConfigError(
+            f"{sign}, but torch {torch.__version__} finds no GPU that it can use; {_cuda_remedy()}, or set "
+            "DS_ACCELERATOR=cpu to train on the CPU"
+        )
+
+
+def start_world(timeout: timedelta = PEER_TIMEOUT) -> World:
+    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; one rank without them.
+
+    Raises: ConfigError if this rank has no GPU although it should, see `check_gpus`; UserError if not all ranks come,
+        see `rendezvous.meet`.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    check_gpus(local_rank + 1)
+    cuda = uses_cuda()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        store = dist.HashStore() if size == 1 else meet(rank, size)  # one in memory needs no free port
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=device if cuda else None,  # else NCCL guesses it from the rank, wrong where nodes differ
+        )
+    return World(rank, size, local_rank, device)
+
+
+def stop_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather_json(value: Any, world: World) -> list[Any]:
+    """What every rank gave, by rank. Small values only: each rank receives all of them."""
+    if world.size == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
+    lengths = torch.empty(world.size, dtype=torch.int64, device=world.device)
+    dist.all_gather_single(lengths, torch.tensor([data.numel()], device=world.device))
+    longest = int(lengths.max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=world.device)
+    padded[: data.numel()] = data
+    received = torch.empty(world.size * longest, dtype=torch.uint8, device=world.device)
+    dist.all_gather_single(received, padded)
+    rows = received.view(world.size, longest).cpu()
+    return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+
+def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
+    """(size, len(numbers)) fp64 on the host: the numbers of every rank, in one exchange."""
+    mine = torch.tensor(numbers, dtype=torch.float64, device=world.device)
+    if world.size == 1:
+        return mine.cpu()[None]
+    received = torch.empty(world.size * mine.numel(), dtype=torch.float64, device=world.device)
+    dist.all_gather_single(received, mine)
+    return received.view(world.size, -1).cpu()
+
+
+@dataclass
+class Vote:
+    """`yes`: whether any rank said so at the end of a `together`; the same on all ranks."""
+
+    yes: bool = False
+
+
+@contextmanager
+def together(world: World, ask: Callable[[], bool] | None = None) -> Iterator[Vote]:
+    """A part that all ranks finish or none: a failure on one rank ends it on all, and nobody waits for ever.
+
+    The body must not talk to other ranks where it can fail. It also is a barrier, and a vote on `ask`, which each
+    rank answers when its body is done; all ranks ask or none.
+    Raises: the body's own exception; PeerFailure on the ranks that were fine.
+    """
+    failure: Exception | None = None
+    vote = Vote()
+    try:
+        yield vote
+    except Exception as error:
+        failure = error
+    words = [failure is not None, ask is not None and ask()]
+    heard = torch.tensor(words, dtype=torch.int32, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(heard)
+    failed, yes = heard.tolist()
+    vote.yes = bool(yes)
+    if failed:
+        stories = gather_json(str(failure) if failure is not None else None, world)
+        if failure is not None:
+            raise failure
+        rank = next(r for r, story in enumerate(stories) if story is not None)
+        raise PeerFailure(f"rank {rank} ended the run: {stories[rank]}")
+
+
+def first_alone(world: World, work: Callable[[], object], timeout: timedelta = FIRST_TIMEOUT) -> None:
+    """Rank 0 does `work` while the others wait for its word; if it fails, all end.
+
+    They wait at the store of the process group, since a collective must end within the group's own timeout.
+    Raises: the work's own exception on rank 0; on the others PeerFailure, or UserError if no word comes.
+    """
+    if world.size == 1:
+        work()
+        return
+    store = dist.PrefixStore(f"first_alone/{next(_turns)}", dist.distributed_c10d._get_default_store())
+    if not world.first:
+        story = _word_of_first(store, timeout)
+        if story is not None:
+            if store.add("listeners", 1) == world.size - 1:
+                store.set("heard", "")
+            raise PeerFailure(f"rank 0 ended the run: {story}")
+        return
+    try:
+        work()
+    except Exception as failure:
+        store.set("word", json.dumps(str(failure)))
+        with suppress(dist.DistError):  # a rank that is gone keeps nobody
+            store.wait(["heard"], _HEARD_TIMEOUT)  # the store may end with this process
+        raise
+    store.set("word", json.dumps(None))
+
+
+def _word_of_first(store: dist.Store, timeout: timedelta) -> str | None:
+    """What rank 0 failed of; None if it did not."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            store.wait(["word"], min(_SLICE, timeout))
+            return json.loads(store.get("word"))
+        except dist.DistNetworkError as error:
+            raise UserError("rank 0 ended without a word while it prepared the run; see what it printed") from error
+        except dist.DistStoreError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"rank 0 has prepared the run for {timeout} (limit); see what it waits for, or prepare less: "
+                    "name a tokenizer in model.text.tokenizer"
+                ) from error
+
+
+def _sign_of_gpus() -> str | None:
+    """What says that this run is meant to have GPUs; None if nothing does or somebody has hidden them."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None and "CROSS_SIZE" not in os.environ:  # DeepSpeed's launcher sets both, without GPUs too
+        return f"CUDA_VISIBLE_DEVICES is {shown}" if re.match(r"\d|GPU-|MIG-", shown) else None
+    if os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0"):
+        return f"SLURM_GPUS_ON_NODE is {os.environ['SLURM_GPUS_ON_NODE']}"
+    if os.environ.get("SLURM_JOB_GPUS"):  # numbers of GPUs: 0 is one
+        return f"SLURM_JOB_GPUS is {os.environ['SLURM_JOB_GPUS']}"
+    node = min(_DEVICES.glob("nvidia[0-9]*"), default=None)
+    return None if node is None else f"{node} is there"
+
+
+def _cuda_remedy() -> str:
+    if torch.version.cuda is None:
+        return "it was built without CUDA: install a CUDA build of torch"
+    return f"it needs a driver for CUDA {torch.version.cuda}: compare what nvidia-smi says"

@@ -1,0 +1,104 @@
+"""Where the ranks of a run find each other, and what is said where they do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from univitar_ds.errors import UserError
+from univitar_ds.training.distributed.launchers import RANK_NAMES, left_behind
+
+MEET_TIMEOUT = timedelta(minutes=5)
+"""How long a rank waits for all others to appear."""
+_SLACK = timedelta(seconds=30)
+"""How much later than rank 0 the others give up: it knows who is missing."""
+_HEARD_TIMEOUT = timedelta(seconds=10)
+_POLL_S = 0.5
+_NAMED = 8
+
+
+def meet(rank: int, size: int, timeout: timedelta = MEET_TIMEOUT) -> dist.Store:
+    """The store of the process group that RANK_NAMES describe, when all of its ranks have appeared there.
+
+    Raises: UserError on every rank that is there, if one does not come within `timeout` or rank 0 cannot be reached.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    try:
+        store = _store(rank, size, timeout, deadline)
+        store.set(f"met/{rank}", "")
+        if rank == 0:
+            missing = _missing(store, size, deadline)
+            store.set("all met", json.dumps(missing))
+            if missing:  # the store may end with this process
+                with suppress(dist.DistError):
+                    store.wait([f"heard/{other}" for other in range(1, size) if other not in missing], _HEARD_TIMEOUT)
+        else:
+            store.wait(["all met"], timeout + _SLACK)
+            missing = json.loads(store.get("all met"))
+            store.set(f"heard/{rank}", "")
+    except (dist.DistError, TimeoutError) as error:  # torch follows its reason with a stack of C++
+        raise UserError(_message(rank, size, _reason(error, timeout))) from error
+    if missing:
+        named = ", ".join(map(str, missing[:_NAMED])) + (", ..." if len(missing) > _NAMED else "")
+        ranks = "rank" if len(missing) == 1 else "ranks"
+        raise UserError(_message(rank, size, f"{ranks} {named} did not answer within {_duration(timeout)}"))
+    return store
+
+
+def _store(rank: int, size: int, timeout: timedelta, deadline: float) -> dist.Store:
+    """Rank 0 makes it, where torchrun has not made one for all of them; the others connect to it."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, size, True, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+    _wait_for_port(host, port, deadline)
+    return next(rendezvous("env://", rank, size, timeout=timeout))[0]
+
+
+def _wait_for_port(host: str, port: int, deadline: float) -> None:
+    """Until somebody listens there: torch waits as well, but with pages of warnings. Raises: TimeoutError."""
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), _POLL_S)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(str(error)) from error
+            time.sleep(_POLL_S)
+
+
+def _missing(store: dist.Store, size: int, deadline: float) -> list[int]:
+    for rank in range(size):
+        left = max(deadline - time.monotonic(), 0.01)
+        try:
+            store.wait([f"met/{rank}"], timedelta(seconds=left))
+        except dist.DistStoreError:
+            return [other for other in range(size) if not store.check([f"met/{other}"])]
+    return []
+
+
+def _reason(error: Exception, timeout: timedelta) -> str:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error):
+        return f"MASTER_PORT is in use on this machine already ({place}), give another free one"
+    if isinstance(error, TimeoutError):
+        return f"nothing answered at MASTER_ADDR:MASTER_PORT, {place}, within {_duration(timeout)}"
+    return f"the connection to MASTER_ADDR:MASTER_PORT, {place}, broke or answered nothing within {_duration(timeout)}"
+
+
+def _message(rank: int, size: int, reason: str) -> str:
+    values = ", ".join(f"{name}={os.environ.get(name)}" for name in RANK_NAMES)
+    return (
+        f"{reason}; {values} make this process rank {rank} of {size}: start all of them, or, {left_behind(RANK_NAMES)}"
+    )
+
+
+def _duration(limit: timedelta) -> str:
+    seconds = limit.total_seconds()
+    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"

@@ -1,0 +1,3 @@
+"""DeepSpeed behind a small interface: the only room that knows it."""
+
+__all__ = ["determinism", "engine", "optim"]

@@ -1,0 +1,369 @@
+"""DeepSpeed behind a small face: the only file of the trainer that knows it.
+
+Five of its habits are handled here, none of which it reports:
+- it averages gradients over ranks and over accumulation; the loss is a sum over a global count already,
+  so `backward` undoes both;
+- under ZeRO-3 a parameter that took no part in a step is updated again with its previous gradient, so
+  `begin_step` clears what the last step left;
+- under ZeRO-3 a weight is whole only while the module that owns it runs: what modules name in `borrowed` is gathered
+  with their own weights, in forward and in backward;
+- through `module(...)` instead of `engine(...)` a second pack overwrites the gradients of the first;
+- its own checkpoints load on the same number of ranks only, so `pieces` shows what this rank owns and
+  `training/checkpoint/sharded.py` writes that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from univitar_ds.config.schema import OptimizerConfig
+from univitar_ds.errors import ConfigError
+from univitar_ds.training.distributed.process_group import World, uses_cuda
+from univitar_ds.training.engine.compiled_ops import prepare_extensions
+from univitar_ds.training.engine.optim import (
+    GRADIENT_PARTS,
+    build_optimizer,
+    counted_updates,
+    part_of,
+    set_learning_rate,
+    settings,
+)
+from univitar_ds.training.engine.release import release
+
+MASTER = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
+FROZEN = "frozen"
+OWN_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+"""torch's AdamW, also where the optimizer is offloaded: the numbers of a run do not depend on that."""
+
+UNUSED_OPERATION = "deepspeed_shm_comm"
+"""What DeepSpeed compiles and starts on CPU ranks for its tensor-parallel inference alone.
+
+It leaves 67 MB a rank in /dev/shm at every end of a run, and ranks die of SIGBUS where these do not fit.
+"""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one parameter that a rank owns: flat views from `start` on, all of the same length.
+
+    The views are alive: writing into them changes the training state, but for the working copy, which
+    `Engine.sync_working_copies` refreshes. Keys: `fp32`, the moments and, where one is kept, `ema`; or `frozen` alone.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensors: dict[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        return next(iter(self.tensors.values())).numel()
+
+
+class Engine:
+    """A model under ZeRO 1, 2 or 3 with AdamW. Built by `build_engine`."""
+
+    def __init__(self, engine: Any, world: World, ema_decay: float | None = None) -> None:
+        self._engine = engine
+        self._ema_decay = ema_decay
+        self._kept = MOMENTS if ema_decay is None else (*MOMENTS, EMA)
+        self._optimizer = engine.optimizer
+        self._sharded = engine.zero_optimization_stage() == 3
+        self.world = world
+        self.gradient_squares: dict[str, float] = {}
+        """Sums of squares of the last gradient that was read, before clipping: of this rank's share, by GRADIENT_PARTS.
+
+        The shares of all ranks make up the gradient: their sum is the square of `grad_norm`.
+        """
+        self._read_gradient = False
+        self._closed = False
+        self._make_moments()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, for its names and buffers. Forward passes go through the engine itself."""
+        return self._engine.module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the forward pass."""
+        return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self._engine(*inputs)
+
+    def begin_step(self, lr: float, *, read_gradient: bool = False) -> None:
+        """Sets the learning rate and forgets all gradients; before the first backward of every step.
+
+        Args: read_gradient: whether this step fills `gradient_squares`, a pass over this rank's share.
+        """
+        self._read_gradient = read_gradient
+        set_learning_rate(self._optimizer.param_groups, lr)
+        if not self._sharded:
+            return  # stages 1 and 2 build their gradients anew, an absent one as zeros
+        self._optimizer.grad_partitions_flat_buffer.zero_()
+        for flat in self._optimizer.fp32_partitioned_groups_flat:
+            if flat.grad is not None:  # partitions of an offloaded optimizer live on
+                flat.grad.zero_()
+
+    def backward(self, surrogate: Tensor) -> None:
+        """Adds the gradient of `surrogate`, one pack's part of the step, as it is: summed over packs and ranks."""
+        self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """After every pack. The last one of a step updates the parameters, and their average."""
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last and self._read_gradient:
+            self.gradient_squares = self._squares_by_part()
+        self._engine.step()
+        if last and self._sharded:
+            self._forget_forwards(but=self.module)
+        if last and self._ema_decay is not None and self.updated:
+            self._update_average(self._ema_decay)
+
+    @property
+    def grad_norm(self) -> float:
+        """2-norm of the whole gradient of the last update before clipping, the same on all ranks; inf if not finite."""
+        return float(self._engine.get_global_grad_norm())
+
+    def _squares_by_part(self) -> dict[str, float]:
+        """Between the last backward and the update, which takes gradients away or scales them where they lie."""
+        sums = {part: torch.zeros((), dtype=torch.float64, device=self.world.device) for part in GRADIENT_PARTS}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and (share := self._gradient_share(parameter)) is not None:
+                norm = torch.linalg.vector_norm(share, dtype=torch.float32)  # one copy at a time where it is offloaded
+                sums[part_of(name, GRADIENT_PARTS)] += norm.double().square().to(self.world.device)
+        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+
+    def _gradient_share(self, parameter: nn.Parameter) -> Tensor | None:
+        """What this rank owns of a parameter's gradient, flat; None if that is nothing."""
+        if self._sharded:
+            return self._optimizer.get_local_fp32_grad_for_param(parameter)  # the padding at its end is 0
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+        place = mapping.lp_fragment_address
+        # bf16 with ZeRO 1 has the whole gradient on every rank.
+        return gradient if gradient.numel() == place.numel else gradient.narrow(0, place.start, place.numel)
+
+    @property
+    def updated(self) -> bool:
+        """Whether the last `step` changed the parameters; all ranks skip it when a gradient is not finite."""
+        return self._engine.was_step_applied()
+
+    @property
+    def global_steps(self) -> int:
+        return self._engine.global_steps
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank owns of every parameter, in the order of the model; tied parameters once.
+
+        All ranks together own every element; under stages 1 and 2 a frozen parameter is whole on every
+        rank and all of them own it.
+        """
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                yield self._frozen_piece(name, parameter)
+            elif self._sharded:
+                yield self._sharded_piece(name, parameter)
+            else:
+                mapping = parameter._hp_mapping
+                if mapping is None:  # owned by other ranks
+                    yield Piece(name, tuple(parameter.shape), 0, {MASTER: torch.empty(0)})
+                    continue
+                kinds = (MASTER, *self._kept)
+                tensors = {key: mapping.get_hp_fragment(None if key == MASTER else key) for key in kinds}
+                tensors = {key: tensor.detach() for key, tensor in tensors.items()}
+                yield Piece(name, tuple(parameter.shape), mapping.lp_fragment_address.start, tensors)
+
+    def _frozen_piece(self, name: str, parameter: nn.Parameter) -> Piece:
+        if not self._sharded:
+            return Piece(name, tuple(parameter.shape), 0, {FROZEN: parameter.data.view(-1)})
+        start, length = self._range(parameter)
+        return Piece(name, tuple(parameter.ds_shape), start, {FROZEN: parameter.ds_tensor.data.view(-1)[:length]})
+
+    def _sharded_piece(self, name: str, parameter: nn.Parameter) -> Piece:
+        start, length = self._range(parameter)
+        group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        flat = self._optimizer.fp32_partitioned_groups_flat[group]
+        state = self._optimizer.optimizer.state[flat]
+        tensors = {MASTER: flat.data, **{key: state[key] for key in self._kept}}
+        return Piece(
+            name, tuple(parameter.ds_shape), start, {k: t.narrow(0, offset, length) for k, t in tensors.items()}
+        )
+
+    def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """(start, length) of this rank's part; the padding that evens the last parts out is not in it."""
+        whole, part = parameter.ds_numel, parameter.partition_numel()
+        start = min(self.world.rank * part, whole)
+        return start, min(part, whole - start)
+
+    def sync_working_copies(self) -> None:
+        """After pieces were written: makes the weights of the forward pass follow them."""
+        if not self._sharded:
+            self._optimizer.update_lp_params()
+            return
+        self._optimizer.checkpoint_event_prologue()
+        for piece, parameter in zip(self.pieces(), self.module.parameters(), strict=True):
+            if MASTER in piece.tensors:
+                parameter.ds_tensor.data.view(-1)[: piece.length].copy_(piece.tensors[MASTER])
+        self._optimizer.checkpoint_event_epilogue()  # also renews what hpZ and persistent parameters keep whole
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """What of the optimizer is not per element: updates done and the settings of the groups."""
+        state = self._optimizer.optimizer.state
+        updates = {float(state[flat]["step"]) + group["began"] for flat, group in self._masters_and_groups()}
+        assert len(updates) == 1, f"parameter groups disagree on the number of updates: {updates}"
+        groups = [settings(group) for group in self._optimizer.param_groups]
+        return {"updates": updates.pop(), "groups": groups, "global_steps": self.global_steps}
+
+    def restore_optimizer_state(self, state: dict[str, Any], *, hand_over: bool = False) -> None:
+        """What `optimizer_state` said; at a hand-over the groups keep their own settings, they are others."""
+        if not hand_over:
+            for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
+                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in settings(saved).items()})
+        for flat, group in self._masters_and_groups():
+            updates = counted_updates(state["updates"] - group["began"], flat, group)
+            self._optimizer.optimizer.state[flat]["step"] = updates
+        self._engine.global_steps = state["global_steps"]
+
+    def close(self) -> None:
+        """Releases hooks and all memory; the engine and its model are useless afterwards. Safe to call again."""
+        if self._closed:
+            return
+        self._closed = True  # first: a release that fails half-way cannot be repeated
+        module, owners = self.module, (self._engine, self._optimizer, self._optimizer.optimizer)
+        self._engine.destroy()
+        self._forget_forwards()
+        release(module, *owners)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forget_forwards(self, but: nn.Module | None = None) -> None:
+        """Takes this model's modules off ZeRO-3's list of those in forward, which is one for the whole process.
+
+        Recomputing a block stops before the block's forward ends, and so leaves the block there with every step.
+        """
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK as running
+
+        own = set(self.module.modules())
+        running[:] = [module for module in running if module is but or module not in own]
+
+    def _flat_masters(self) -> list[Tensor]:
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        return next(list(getattr(self._optimizer, name)) for name in names if hasattr(self._optimizer, name))
+
+    def _masters_and_groups(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Each flat master with the parameter group it is of; ZeRO-3 cuts large groups into several."""
+        for index, flat in enumerate(self._flat_masters()):
+            group = self._optimizer.sub_group_to_group_id[index] if self._sharded else index
+            yield flat, self._optimizer.param_groups[group]
+
+    @torch.no_grad()
+    def _update_average(self, decay: float) -> None:
+        """Each rank averages the masters it owns: exact, and no communication. Early updates count for more."""
+        state = self._optimizer.optimizer.state
+        for flat, _ in self._masters_and_groups():
+            done = float(state[flat]["step"])
+            state[flat][EMA].lerp_(flat.data, 1 - min(decay, (1 + done) / (10 + done)))
+
+    def _make_moments(self) -> None:
+        """Adam makes its state at the first update; a checkpoint is loaded, or saved, before that.
+
+        The average of the weights lies there too: DeepSpeed finds and moves it like a moment, Adam leaves it alone.
+        """
+        for flat, group in self._masters_and_groups():
+            state = self._optimizer.optimizer.state[flat]
+            state.setdefault("step", counted_updates(0.0, flat, group))
+            for key in MOMENTS:
+                if key not in state:
+                    state[key] = torch.zeros_like(flat.data)
+            if EMA in self._kept:
+                state[EMA] = flat.data.clone()
+        if not self._sharded:
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def build_engine(
+    model: nn.Module,
+    cfg: OptimizerConfig,
+    ds_config: dict[str, Any],
+    world: World,
+    began: Mapping[str, int] | None = None,
+) -> Engine:
+    """Hands `model` to DeepSpeed. What is frozen must have `requires_grad` False already, and stays so.
+
+    The model must not draw random numbers in its forward pass: the step runs it twice. `began`: see
+    `optim.parameter_groups`.
+    Raises: ConfigError if the DeepSpeed configuration asks for ZeRO stage 0.
+    """
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage is {stage}; stages 1, 2 and 3 can be checkpointed, choose one")
+    deepspeed = load_deepspeed()
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists, also where no launcher is at work
+    for module, parameter in borrowings(model):
+        deepspeed.zero.register_external_parameter(module, parameter)
+    with _silence():
+        deepspeed.init_distributed(verbose=False)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, cfg, began),
+            config={**ds_config, **OWN_OPTIMIZER},
+        )
+    return Engine(engine, world, cfg.ema_decay)
+
+
+def borrowings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Modules and the weights of others that their forward uses, as their method `borrowed` tells."""
+    for module in model.modules():
+        if hasattr(module, "borrowed"):
+            yield from ((module, parameter) for parameter in module.borrowed())
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the bits of a run."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")} | {
+        "python": platform.python_version()
+    }
+
+
+def load_deepspeed() -> Any:
+    """The module `deepspeed`: quiet, with a folder for what it compiles, and without what training never calls."""
+    prepare_extensions()
+    if not uses_cuda():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns where it has to find that out by itself
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names it calls by
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not uses_cuda():
+        deepspeed.ops.__compatible_ops__ = {UNUSED_OPERATION: False}
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """DeepSpeed prints while it starts; what it had printed is shown if it fails."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    except Exception as error:
+        error.add_note(printed.getvalue())
+        raise

@@ -1,0 +1,3 @@
+"""What a run writes while it trains: metrics, events, keys of samples, images."""
+
+__all__ = ["metrics", "run_logs", "writers"]

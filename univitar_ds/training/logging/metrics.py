@@ -1,0 +1,205 @@
+"""What is measured while training: from one rank's numbers of a step to one line over ranks and steps.
+
+Each number declares how it is joined over ranks. The numbers of a step travel in one small exchange; they
+are summed over the steps of a line in `Window`, which is part of the checkpoint, so a resumed run writes
+the lines of the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from univitar_ds.data.batch import PackedBatch
+from univitar_ds.data.sampler.bad_samples import KINDS
+from univitar_ds.data.shards.captions import IGNORED
+from univitar_ds.geometry import Modality, token_count
+from univitar_ds.model.dropping import NO_DROPPING, Dropping
+from univitar_ds.training.distributed.process_group import World, gather_numbers, uses_cuda
+from univitar_ds.training.engine.optim import GRADIENT_PARTS
+from univitar_ds.training.step.curriculum import Progress
+from univitar_ds.training.step.peak_flops import Peak
+from univitar_ds.training.step.train_step import StepResult
+
+BAD_OF_KIND = {f"bad_{kind.removeprefix('bad_')}": kind for kind in KINDS}
+"""Name of a kind's count in lines: the kind."""
+IGNORED_OF_KIND = {f"ignored_{kind.removeprefix('bad_')}": kind for kind in IGNORED}
+"""The same of texts that were ignored in samples that were used."""
+SQUARES = {part: f"grad_square_{part}" for part in GRADIENT_PARTS}
+"""Part of the model: name of its gradient's sum of squares."""
+OVER_RANKS = {
+    "tokens": "sum",
+    "token_budget": "sum",
+    "flops": "sum",
+    "busiest_flops": "max",
+    "shrunk": "sum",
+    "bad_samples": "sum",
+    **dict.fromkeys((*BAD_OF_KIND, *IGNORED_OF_KIND), "sum"),
+    "step_s": "max",
+    "data_wait_s": "mean",
+    "memory_gb": "max",
+    "alarm": "max",
+    **dict.fromkeys(SQUARES.values(), "sum"),
+}
+"""Numbers of a rank at a step, and how ranks join them. Every kind of bad sample has a place, met or not: ranks that
+met different ones exchange the same number of values."""
+JOIN = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}
+
+
+def rank_numbers(
+    batches: Sequence[PackedBatch],
+    *,
+    cost: tuple[float, float],
+    token_budget: int,
+    step_s: float,
+    data_wait_s: float,
+    alarm: bool = False,
+    dropping: Dropping = NO_DROPPING,
+    squares: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """The numbers of this rank at a step, by the names of OVER_RANKS.
+
+    Args: cost: FLOPs a token, FLOPs a token squared; alarm: whether this rank's guard wants the step undone; dropping:
+    of the step, FLOPs are those of the tokens that stay; squares: `Engine.gradient_squares` of a step that read its
+    gradient.
+    """
+    bad, ignored = Counter[str](), Counter[str]()
+    for batch in batches:
+        bad.update(batch.bad)
+        ignored.update(batch.ignored)
+    assert bad.keys() <= set(KINDS), set(bad) - set(KINDS)
+    assert ignored.keys() <= set(IGNORED), set(ignored) - set(IGNORED)
+    lengths = [token_count(grid) for batch in batches for grid in batch.grid_thw.tolist()]
+    kept = [dropping.kept(length) for length in lengths]
+    flops = cost[0] * sum(kept) + cost[1] * sum(length**2 for length in kept)
+    return {
+        "tokens": sum(lengths),
+        "token_budget": token_budget * len(batches),
+        "flops": flops,
+        "busiest_flops": flops,
+        "shrunk": sum(batch.shrunk for batch in batches),
+        "bad_samples": bad.total(),
+        **{name: bad[kind] for name, kind in BAD_OF_KIND.items()},
+        **{name: ignored[kind] for name, kind in IGNORED_OF_KIND.items()},
+        "step_s": step_s,
+        "data_wait_s": data_wait_s,
+        "memory_gb": memory_gb(),
+        "alarm": alarm,
+        **{name: (squares or {}).get(part, 0.0) for part, name in SQUARES.items()},
+    }
+
+
+def join_ranks(numbers: dict[str, float], world: World) -> dict[str, float]:
+    """The numbers of all ranks as one; the same on every rank, which all call it."""
+    table = gather_numbers([float(numbers[name]) for name in OVER_RANKS], world)
+    return {name: JOIN[how](table[:, column]).item() for column, (name, how) in enumerate(OVER_RANKS.items())}
+
+
+def part_norms(joined: Mapping[str, float]) -> dict[str, float]:
+    """2-norms of the parts of a gradient that was read, over all ranks, by their names in lines."""
+    return {f"grad_norm_{part}": math.sqrt(joined[name]) for part, name in SQUARES.items()}
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last line; `bad`, those over the whole run by the names of BAD_OF_KIND and
+    IGNORED_OF_KIND.
+
+    What is a mean over the steps that had it, losses and their weights, has their number beside it: `<name>_steps`.
+    """
+
+    sums: dict[str, float] = field(default_factory=dict)
+    modality: str | None = None
+    bad: dict[str, float] = field(default_factory=dict)
+
+    def add(
+        self, result: StepResult, joined: dict[str, float], modality: Modality, weights: Mapping[str, float]
+    ) -> None:
+        """Takes a step in. `weights`: of the losses, by the names of the stage's schedules."""
+        means = {"loss": result.loss, f"loss_{modality}": result.loss}
+        for part, value in result.losses.items():
+            means |= {f"loss_{part}": value, f"loss_{part}_{modality}": value}
+        means |= {f"{name}_weight": weight for name, weight in weights.items()}
+        if result.agreement is not None:
+            means["teacher_agreement"] = result.agreement
+        counts = {"steps": 1, "samples": result.items, **{f"{name}_steps": 1 for name in means}}
+        for name, value in (joined | counts | means).items():
+            if name in SQUARES.values():
+                continue  # of the line's last step only, see `part_norms`
+            if name in BAD_OF_KIND or name in IGNORED_OF_KIND:
+                if value:  # a kind that was never met takes no room in lines and checkpoints
+                    self.bad[name] = self.bad.get(name, 0) + value
+            elif name == "memory_gb":
+                self.sums[name] = max(self.sums.get(name, 0.0), value)
+            else:
+                self.sums[name] = self.sums.get(name, 0) + value
+        self.modality = modality if self.modality in (None, modality) else "mixed"
+
+    def next(self) -> Window:
+        """An empty window for the steps after a line; the counts of the run go on."""
+        return Window(bad=self.bad)
+
+    def line(
+        self,
+        progress: Progress,
+        stage: tuple[int, str],
+        result: StepResult,
+        *,
+        lr: float,
+        peak: Peak,
+        ranks: int,
+        rollbacks: int = 0,
+        norms: Mapping[str, float] | None = None,
+    ) -> dict[str, Any]:
+        """One line of metrics, names with units.
+
+        Args: `stage` (index, name), `result`, `lr`, `norms` (of parts, where they were read): of the last step;
+        `peak`: of all ranks; `rollbacks`: in the run so far.
+        """
+        sums = self.sums
+        seconds, steps = max(sums["step_s"], 1e-9), sums["steps"]
+        tflops = sums["flops"] / seconds / 1e12
+        means = {name: sums[name] / sums[f"{name}_steps"] for name in sums if f"{name}_steps" in sums}
+        mfu_pct = 100 * tflops / peak.tflops
+        note = peak.note(mfu_pct)
+        return {
+            "step": progress.step,
+            "stage": stage[1],
+            "stage_index": stage[0],
+            "modality": self.modality,
+            **means,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            **(norms or {}),
+            "logit_scale": result.logit_scale,
+            "logit_bias": result.logit_bias,
+            "samples_per_s": sums["samples"] / seconds,
+            "tokens_per_s": sums["tokens"] / seconds,
+            "step_s": seconds / steps,
+            "data_wait_pct": 100 * sums["data_wait_s"] / seconds,
+            "fill_pct": 100 * sums["tokens"] / max(sums["token_budget"], 1),
+            "mfu_pct": mfu_pct,
+            **({} if note is None else {"mfu_note": note}),
+            "tflops_per_rank": tflops / ranks,
+            "flop_imbalance_pct": 100 * (sums["busiest_flops"] * ranks / sums["flops"] - 1) if sums["flops"] else 0.0,
+            "samples_seen": progress.samples,
+            "tokens_seen": progress.tokens,
+            "shrunk_pct": 100 * sums["shrunk"] / max(sums["samples"], 1),
+            "bad_samples": progress.bad_samples,
+            **{name: int(self.bad[name]) for name in (*BAD_OF_KIND, *IGNORED_OF_KIND) if name in self.bad},
+            "rollbacks": rollbacks,
+            "memory_gb": sums["memory_gb"],
+        }
+
+
+def memory_gb() -> float:
+    """Most memory this rank has held so far: of its GPU if it has one, else of the process."""
+    if uses_cuda():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,135 @@
+"""What a rank writes while a run trains, beside the checkpoints: metrics, events, keys of samples, images of packs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.data.batch import PackedBatch
+from univitar_ds.errors import UserError, writing
+from univitar_ds.geometry import Modality
+from univitar_ds.run_lock import still_ours
+from univitar_ds.training.distributed.process_group import World, together
+from univitar_ds.training.logging.writers import MetricLog, SampleLog, cut_sample_logs, write_events
+from univitar_ds.training.step.curriculum import Progress
+from univitar_ds.training.step.feature_snapshot import FeatureSnapshot
+from univitar_ds.viz.training_images import draw_pack
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ImageSchedule:
+    """When to draw: whenever another `every` steps are full, at the next step of each modality. 0: never."""
+
+    every: int
+    start: int
+    """The step after which the run continues."""
+    drawn: dict[str, int] = field(default_factory=dict)
+    """By modality: the step of the last image."""
+
+    def due(self, step: int, modality: Modality) -> bool:
+        return self.every > 0 and step // self.every > self.drawn.get(modality, self.start) // self.every
+
+
+class RunLogs:
+    """The logs of one rank: all of them on the first rank, on the others only those of samples. Closed until `open`.
+
+    A log that cannot be written raises nothing at that place, where the other ranks would wait for this one: the error
+    is kept until all ranks call `raise_unwritten` in an exchange.
+    """
+
+    def __init__(self, cfg: RunConfig, run: Path, world: World) -> None:
+        self.unwritten: Exception | None = None
+        self._cfg, self._run, self._world = cfg, run, world
+        self._metrics: MetricLog | None = None
+        self._samples: SampleLog | None = None
+        self._schedule: ImageSchedule | None = None
+
+    def open(self, progress: Progress, events: Sequence[dict[str, Any]], keep_as: str | None = None) -> None:
+        """Continue at the step of `progress`. What the files hold beyond it is dropped; of samples it is kept apart
+        under the name `keep_as`, where that is given. All ranks call it.
+
+        Raises: StorageError or LockLost, also for what was not written before.
+        """
+        cfg = self._cfg
+        with together(self._world), writing(self._run):
+            self.raise_unwritten()
+            if self._world.first:
+                still_ours(self._run)
+                cut_sample_logs(self._run, progress.step, keep_as=keep_as)
+                write_events(self._run, events)
+                total = sum(stage.samples for stage in cfg.stages)
+                self._metrics = MetricLog(
+                    self._run, cfg.logging, step=progress.step, samples=progress.samples, total_samples=total
+                )
+                if cfg.logging.tensorboard:
+                    self._schedule = ImageSchedule(cfg.logging.pictures_every_steps, progress.step)
+            if cfg.data.log_samples:
+                self._samples = SampleLog(self._run, self._world.rank)
+
+    def close(self) -> None:
+        """Safe to call again. What the logs cannot write any more ends the run at the next exchange."""
+        logs = (self._metrics, self._samples)
+        self._metrics = self._samples = self._schedule = None
+        with ExitStack() as closing:
+            for log in logs:
+                if log is not None:
+                    closing.callback(self._attempt, log.close)
+
+    def raise_unwritten(self) -> None:
+        """Within `together`. Raises: what kept a log from being written."""
+        if self.unwritten is not None:
+            raise self.unwritten
+
+    def write_event(self, events: Sequence[dict[str, Any]]) -> None:
+        """The last of all `events` of the run is new."""
+        if self._metrics is not None:
+            self._write(lambda: write_events(self._run, events))
+            self._write(lambda: self._metrics.mark(events[-1]))
+
+    def write_samples(self, step: int, batches: Sequence[PackedBatch]) -> None:
+        """The keys of the samples of a step."""
+        if self._samples is not None:
+            self._write(lambda: self._samples.write(step, batches))
+
+    def advance(self, items: int) -> None:
+        """Move the progress line on by so many items of all ranks."""
+        if self._metrics is not None:
+            self._metrics.advance(items)
+
+    def write_metrics(self, line: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._write(lambda: self._metrics.write(line))
+
+    def draws(self, step: int, modality: Modality) -> bool:
+        """Whether a pack of this step is to be drawn."""
+        return self._schedule is not None and self._schedule.due(step, modality)
+
+    def draw(self, step: int, batch: PackedBatch, snapshot: FeatureSnapshot, merge: int) -> None:
+        """The pack of a step that `draws`, into TensorBoard."""
+        try:
+            sheet = draw_pack(batch, snapshot.items, snapshot.tokens, snapshot.kept, merge)
+            self._write(lambda: self._metrics.picture(f"pack_{batch.modality}", sheet, step))
+        except Exception as error:  # only the first rank draws, and it is not worth the run
+            logger.warning("no images of packs from here on: step %d: %s: %s", step, type(error).__name__, error)
+            self._schedule = None
+            return
+        self._schedule.drawn[batch.modality] = step
+
+    def _write(self, write: Callable[[], None]) -> None:
+        if self.unwritten is None:
+            self._attempt(write)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        try:
+            still_ours(self._run, recently=True)
+            with writing(self._run):
+                write()
+        except (OSError, UserError) as error:
+            self.unwritten = self.unwritten or error

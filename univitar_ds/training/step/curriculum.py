@@ -1,0 +1,91 @@
+"""Where a run stands and what follows from it: pure functions of progress, no state, no clocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+
+from univitar_ds.config.stage import Schedule, StageConfig
+from univitar_ds.geometry import Modality
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counters of a run. `stage` is the index of the stage that the next step belongs to."""
+
+    stage: int = 0
+    step: int = 0
+    step_in_stage: int = 0
+    samples_in_stage: int = 0
+    samples: int = 0
+    tokens: int = 0
+    bad_samples: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def finished(self, stages: Sequence[StageConfig]) -> bool:
+        return self.stage >= len(stages)
+
+
+def advance(
+    progress: Progress, stages: Sequence[StageConfig], *, samples: int, tokens: int, bad_samples: int
+) -> Progress:
+    """Progress after one more step of `samples` items and `tokens` tokens over all ranks.
+
+    A stage ends with the step that reaches its `samples`; what that step has beyond them is not carried over.
+    """
+    after = replace(
+        progress,
+        step=progress.step + 1,
+        step_in_stage=progress.step_in_stage + 1,
+        samples_in_stage=progress.samples_in_stage + samples,
+        samples=progress.samples + samples,
+        tokens=progress.tokens + tokens,
+        bad_samples=progress.bad_samples + bad_samples,
+    )
+    if after.samples_in_stage >= stages[progress.stage].samples:
+        return replace(after, stage=progress.stage + 1, step_in_stage=0, samples_in_stage=0)
+    return after
+
+
+def lr_at(stage: StageConfig, samples_done: int) -> float:
+    """Learning rate of the step that follows `samples_done` items of the stage: warm-up from 0, then its schedule.
+
+    The first step of a stage with warm-up has rate 0: it only fills the moments of the optimizer.
+    """
+    if samples_done < stage.warmup_samples:
+        return stage.lr * samples_done / stage.warmup_samples
+    if stage.lr_schedule == "constant":
+        return stage.lr
+    falling = stage.decay_samples if stage.lr_schedule == "wsd" else stage.samples - stage.warmup_samples
+    done = min(max(samples_done - (stage.samples - falling), 0) / falling, 1.0)
+    left = 1 - done if stage.lr_schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * done))
+    floor = stage.final_lr_ratio
+    return stage.lr * (floor + (1 - floor) * left)
+
+
+def weight_at(schedule: Schedule, samples_done: int, samples: int) -> float:
+    """Weight of a loss at the step that follows `samples_done` of the `samples` items of a stage."""
+    if schedule.kind == "constant":
+        return schedule.start
+    done = min(samples_done / samples, 1.0)
+    moved = done if schedule.kind == "linear" else 0.5 * (1 - math.cos(math.pi * done))
+    return schedule.start + (schedule.end - schedule.start) * moved
+
+
+def distills_later(stages: Sequence[StageConfig], progress: Progress) -> bool:
+    """Whether any step from here on may weigh the distillation above 0: whether the teacher is still needed."""
+    return any(stage.distill.ever for stage in stages[progress.stage :])
+
+
+def modality_at(video_ratio: float, step_in_stage: int) -> Modality:
+    """Modality of a step: error diffusion, so any n steps in a row have n * video_ratio clips steps, give or take one.
+
+    A pure function of the stage and the step: all ranks run the same modules in the same order.
+    """
+    ratio = Fraction(video_ratio).limit_denominator(10**6)  # 0.29 * 100 is 28.999999999999996 in floats
+    before, after = math.floor(step_in_stage * ratio), math.floor((step_in_stage + 1) * ratio)
+    return "video" if after > before else "image"

@@ -1,0 +1,107 @@
+"""The teacher's part of one step, over all packs and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from univitar_ds.config.model import TeacherConfig
+from univitar_ds.geometry import token_count
+from univitar_ds.model.distill_heads import Distilled
+from univitar_ds.model.dropping import Drops
+from univitar_ds.model.teacher.teacher import Teacher, TeacherFeatures
+from univitar_ds.model.transfer import uploaded
+from univitar_ds.objectives.distill import distill
+from univitar_ds.training.distributed.process_group import World, gather_numbers
+
+
+class Pictures(Protocol):
+    """What a teacher sees of a pack."""
+
+    pixels: Tensor
+    frames: Tensor
+    grid_thw: Tensor
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """The same on every rank: what was added to the loss, its parts as means before their weights, and the mean cosine
+    similarity of the patch features (None: no teacher)."""
+
+    loss: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+    agreement: float | None = None
+
+
+NO_DISTILLATION = DistillResult()
+
+
+class Distillation:
+    """Counts first, for each pack's sum is divided by the tokens and items of all; then pack by pack; then the result.
+
+    Every rank makes it, and calls the same methods in the same order.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        config: TeacherConfig,
+        weight: float,
+        packs: Sequence[Pictures],
+        drops: Sequence[Drops | None],
+        world: World,
+    ) -> None:
+        self.teacher, self.config, self.packs, self.drops, self.world = teacher, config, packs, drops, world
+        taken = [
+            length
+            for pack, dropped in zip(packs, drops, strict=True)
+            for length, good in zip(_lengths(pack, dropped), teacher.takes(pack.grid_thw), strict=True)
+            if good
+        ]
+        calls = [teacher.calls(pack.grid_thw) for pack in packs]
+        table = gather_numbers([sum(taken), len(taken), *calls], world)
+        self.tokens, self.items = (max(int(n), 1) for n in table[:, :2].sum(0))
+        self.calls = [int(n) for n in table[:, 2:].amax(0)]
+        self.patch_weight, self.pooled_weight = weight * config.patch_weight, weight * config.pooled_weight
+        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # of patches, of pooled, of agreement
+
+    def look(self, index: int, device_pixels: Tensor | None = None) -> TeacherFeatures:
+        """Runs the teacher over a whole pack; features of the tokens that the student sees, and of all items.
+
+        Before the student runs: what the teacher needed is free again by then.
+        Args: device_pixels: the pack's pixels on the device, where they lie there already.
+        """
+        pack, dropped = self.packs[index], self.drops[index]
+        seen = self.teacher(
+            pack.pixels, pack.frames, pack.grid_thw, calls=self.calls[index], device_pixels=device_pixels
+        )
+        if dropped is None or dropped.kept is None:
+            return seen
+        kept = uploaded(dropped.kept, seen.patches.device)
+        return seen._replace(patches=seen.patches[kept], valid=seen.valid[kept])
+
+    def loss(self, student: Distilled, teacher: TeacherFeatures) -> Tensor:
+        """What a pack adds to the loss of the step, ()."""
+        patch, agreement = distill(student.patches, teacher.patches, teacher.valid, self.config.patch_loss)
+        pooled, _ = distill(student.pooled, teacher.pooled, teacher.taken, self.config.pooled_loss)
+        self.sums += torch.stack((patch.detach(), pooled.detach(), agreement)).double()
+        return self.patch_weight / self.tokens * patch + self.pooled_weight / self.items * pooled
+
+    def result(self) -> DistillResult:
+        """Over all ranks, after the last pack."""
+        patch, pooled, agreement = gather_numbers(self.sums.tolist(), self.world).sum(0).tolist()
+        patch, pooled = patch / self.tokens, pooled / self.items
+        return DistillResult(
+            self.patch_weight * patch + self.pooled_weight * pooled,
+            {"distill_patch": patch, "distill_pooled": pooled},
+            agreement / self.tokens,
+        )
+
+
+def _lengths(pack: Pictures, dropped: Drops | None) -> Sequence[int]:
+    """Tokens of each item that the student sees."""
+    return [token_count(grid) for grid in pack.grid_thw.tolist()] if dropped is None else dropped.lengths

@@ -1,0 +1,166 @@
+"""One optimizer update over one pack from every lane, whatever the number of ranks (GradCache, arXiv:2101.06983).
+
+The loss compares all items of the step, but a rank has memory for the activations of one pack. So the
+packs are embedded without gradient, the loss gives the gradient of every embedding, and then each pack
+runs again, with gradient, and is fed what the loss wants of its embeddings. A rank with a single pack
+runs it once. The two ways are the same numbers because the model draws no random numbers: what a step
+leaves out of a pack is drawn before (`model.dropping`).
+A teacher's part is a sum over tokens and items: it rides on the passes with gradient, a pack at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from univitar_ds.config.model import ObjectiveConfig
+from univitar_ds.errors import UserError
+from univitar_ds.model.dropping import NO_DROPPING, Dropping, Drops
+from univitar_ds.model.teacher.teacher import Teacher
+from univitar_ds.model.transfer import uploaded
+from univitar_ds.objectives.ring import ContrastiveResult, Ring
+from univitar_ds.objectives.sigmoid import ring_sigmoid
+from univitar_ds.objectives.softmax import ring_softmax
+from univitar_ds.training.engine.engine import Engine
+from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
+
+LOSSES = {"sigmoid": ring_sigmoid, "softmax": ring_softmax}
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The first of the model's outputs: `model.contrastive.Embedded` without what a teacher is shown."""
+
+
+class Batch(Protocol):
+    """What a step reads of a pack; `data.batch.PackedBatch` has it."""
+
+    pixels: Tensor
+    frames: Tensor
+    grid_thw: Tensor
+    token_ids: Tensor
+    text_lengths: Tensor
+    caption_ids: Tensor
+    lane: int
+
+
+class DivergedError(UserError):
+    """A loss or gradient that is not finite, or a spike; the same on all ranks."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports, the same numbers on every rank.
+
+    `loss` is what the step lowered. `losses` are its parts: contrastive, and where a teacher took part distill_patch
+    and distill_pooled, means before their weights; then `agreement` is the mean cosine similarity of the teacher's
+    patch features and the student's.
+    """
+
+    loss: float
+    items: int
+    grad_norm: float
+    logit_scale: float
+    logit_bias: float
+    losses: dict[str, float] = field(default_factory=dict)
+    agreement: float | None = None
+
+
+def train_step(
+    engine: Engine,
+    batches: Sequence[Batch],
+    *,
+    lr: float,
+    objective: ObjectiveConfig,
+    single_pass: bool = True,
+    contrastive_weight: float = 1.0,
+    teacher: Teacher | None = None,
+    distill_weight: float = 0.0,
+    dropping: Dropping = NO_DROPPING,
+    read_gradient: bool = False,
+) -> StepResult:
+    """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
+
+    Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at `distill_weight` 0;
+    dropping: what the encoder goes without, by lane, whichever rank has the lane.
+    read_gradient: see `Engine.begin_step`.
+    Raises: DivergedError, on all ranks, if the loss or the gradient is not finite; the parameters keep
+    their last finite values.
+    """
+    engine.begin_step(lr, read_gradient=read_gradient)
+    drops = [dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
+    distillation = None
+    if distill_weight:
+        distillation = Distillation(teacher, objective.teacher, distill_weight, batches, drops, engine.world)
+    inputs = [
+        _inputs(batch, engine.world.device, bool(distillation), dropped)
+        for batch, dropped in zip(batches, drops, strict=True)
+    ]
+    counts = [len(batch.caption_ids) for batch in batches]
+    caption_ids = uploaded(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
+    ring = Ring(sum(counts), engine.world.device)
+    once = single_pass and len(batches) == 1
+    with torch.set_grad_enabled(once):  # what a teacher is shown is large: kept of a single pack only
+        outputs = [output if once else output[:4] for output in (engine(*pack) for pack in inputs)]
+    scale, bias = outputs[0][2].detach(), outputs[0][3].detach()
+    result = LOSSES[objective.kind](
+        torch.cat([output[0].detach() for output in outputs]),
+        torch.cat([output[1].detach() for output in outputs]),
+        scale,
+        bias,
+        caption_ids,
+        chunk=objective.chunk,
+        same_caption_positive=objective.same_caption_positive,
+        ring=ring,
+    )
+    if not math.isfinite(result.loss):
+        raise DivergedError(f"the loss is {result.loss} at learning rate {lr:g}")
+    vision_grads, text_grads = result.vision_grad.split(counts), result.text_grad.split(counts)
+    for index, pack in enumerate(inputs):
+        seen = distillation.look(index, pack[0]) if distillation else None
+        output = outputs[0] if once else engine(*pack)
+        surrogate = contrastive_weight * _surrogate(
+            output[:4], vision_grads[index], text_grads[index], result, len(batches)
+        )
+        engine.backward(surrogate + distillation.loss(output[4], seen) if distillation else surrogate)
+        engine.step()
+    norm = engine.grad_norm
+    if not engine.updated or not math.isfinite(norm):
+        raise DivergedError(f"the gradient is not finite at loss {result.loss:.6g} and learning rate {lr:g}")
+    added = distillation.result() if distillation else NO_DISTILLATION
+    return StepResult(
+        loss=contrastive_weight * result.loss + added.loss,
+        items=result.items,
+        grad_norm=norm,
+        logit_scale=float(scale),
+        logit_bias=float(bias),
+        losses={"contrastive": result.loss, **added.losses},
+        agreement=added.agreement,
+    )
+
+
+def _inputs(batch: Batch, device: torch.device, distill: bool, drops: Drops | None) -> tuple[Any, ...]:
+    """Arguments of the model's forward. `frames` and `grid_thw` stay on the host: they are sizes."""
+    pack = (
+        batch.pixels.to(device, non_blocking=True),
+        batch.frames,
+        batch.grid_thw,
+        batch.token_ids.to(device, non_blocking=True),
+        batch.text_lengths.to(device, non_blocking=True),
+    )
+    return (*pack, distill, drops) if distill or drops is not None else pack
+
+
+def _surrogate(
+    output: Outputs, vision_grad: Tensor, text_grad: Tensor, result: ContrastiveResult, packs: int
+) -> Tensor:
+    """A scalar whose gradient is the loss's: each output times what the loss wants of it.
+
+    Scale and bias come out of every pack, each passes on its share of the rank's gradient.
+    """
+    vision, text, scale, bias = output
+    shared = (scale * result.scale_grad).sum() + (bias * result.bias_grad).sum()
+    return (vision * vision_grad).sum() + (text * text_grad).sum() + shared / packs
