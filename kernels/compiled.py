@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kernels import reference
-from kernels.reference import patch_embed as patch_embed  # compiling gains it nothing: a product and a copy
+from univitar_ds.kernels import reference
+from univitar_ds.kernels.reference import patch_embed as patch_embed  # compiling gains it nothing: a product and a copy
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,11 @@ from torch import Tensor
 from univitar_ds.errors import ConfigError
 
 OPERATIONS = ("rms_norm", "rope2d_qk_norm", "swiglu_norm", "add_norm", "patch_embed")
-IMPLEMENTATIONS = {"reference": "kernels.reference", "triton": "kernels.fused", "compiled": "kernels.compiled"}
+IMPLEMENTATIONS = {
+    "reference": "univitar_ds.kernels.reference",
+    "triton": "univitar_ds.kernels.fused",
+    "compiled": "univitar_ds.kernels.compiled",
+}
 VARIABLE = "UNIVITAR_DS_KERNELS"
 
 log = logging.getLogger(__name__)

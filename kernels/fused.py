@@ -1,9 +1,9 @@
 """The token-wise operations as Triton kernels, with the names and signatures of `kernels.reference`."""
 
-from kernels.add_norm import add_norm
-from kernels.patch_embed import patch_embed
-from kernels.rms_norm import rms_norm
-from kernels.rope2d_qk_norm import rope2d_qk_norm
-from kernels.swiglu_norm import swiglu_norm
+from univitar_ds.kernels.add_norm import add_norm
+from univitar_ds.kernels.patch_embed import patch_embed
+from univitar_ds.kernels.rms_norm import rms_norm
+from univitar_ds.kernels.rope2d_qk_norm import rope2d_qk_norm
+from univitar_ds.kernels.swiglu_norm import swiglu_norm
 
 __all__ = ["add_norm", "patch_embed", "rms_norm", "rope2d_qk_norm", "swiglu_norm"]

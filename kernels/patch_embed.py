@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import gpu
-from kernels.reference import CENTRE, CHANNELS, PATCH, PATCH_VALUES, check_frames, fold_constants
+from univitar_ds.kernels import gpu
+from univitar_ds.kernels.reference import CENTRE, CHANNELS, PATCH, PATCH_VALUES, check_frames, fold_constants
 
 PATCH_SIDE = tl.constexpr(PATCH)
 FRAME_WORDS = tl.constexpr(PATCH * PATCH * CHANNELS // 2)

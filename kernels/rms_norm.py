@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.rows import (
+from univitar_ds.kernels.rows import (
     held_vector,
     launch_backward,
     launch_forward,

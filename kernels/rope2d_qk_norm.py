@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import gpu
-from kernels.rows import sums_of_rows
-from kernels.tiling import dense_rows, head_tiling, programs, stages
+from univitar_ds.kernels import gpu
+from univitar_ds.kernels.rows import sums_of_rows
+from univitar_ds.kernels.tiling import dense_rows, head_tiling, programs, stages
 
 READ = 5
 """q, k and the three gradients: what the backward reads of a token."""

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import gpu
-from kernels.tiling import Tiling, programs, row_tiling, stages
+from univitar_ds.kernels import gpu
+from univitar_ds.kernels.tiling import Tiling, programs, row_tiling, stages
 
 
 @triton.jit

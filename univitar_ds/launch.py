@@ -93,8 +93,7 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
     if not world.first:
         lock.watch(word)
         # Hundreds of ranks that say what the first one says would hide its lines.
-        for package in ("univitar_ds", "kernels"):
-            logging.getLogger(package).setLevel(logging.WARNING)
+        logging.getLogger("univitar_ds").setLevel(logging.WARNING)
     completed = train_rank(load_config(run / CONFIG), run, world, stop)
     stop_world()
     if not completed:

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kernels.reference import normalise, patchify
 from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
 from univitar_ds.errors import UserError
 from univitar_ds.geometry import PATCH, TUBELET
 from univitar_ds.image_ops import resize_rgb, to_rgb
+from univitar_ds.kernels.reference import normalise, patchify
 
 
 class Preprocessor:

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import dispatch
 from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.kernels import dispatch
 from univitar_ds.model.encoder import UniViTAR
 
 PEERS = Path(__file__).parents[1] / ".peers"

@@ -16,8 +16,8 @@ from benchmarks.gpu import counts as counts
 from benchmarks.gpu import packs as packs
 from benchmarks.gpu.timing import Timer, copy_gb_s, matmul_tflops
 from benchmarks.rows import rounded
-from kernels import dispatch, reference
 from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.kernels import dispatch, reference
 
 EPS, THETA = 1e-6, 10000.0
 STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "merge": 1}

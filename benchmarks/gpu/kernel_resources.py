@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.rows import RESULTS, write_rows
-from kernels import fused, gpu
+from univitar_ds.kernels import fused, gpu
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_BYTES_PER_SM = {80: 164 * 1024, 90: 228 * 1024}  # CUDA programming guide, compute capabilities

@@ -5,7 +5,6 @@ import gc
 import pytest
 import torch
 
-from kernels.dispatch import compile_on_cpu
 from tests.support.closeness import assert_all_close, assert_sums_close
 from tests.support.dense import dense_training
 from tests.support.distributed import run_distributed
@@ -20,6 +19,7 @@ from tests.support.standin import (
     pack,
 )
 from tests.support.training import OBJECTIVE, engine_of, losses, lr, norm_of_parts, steps, weights
+from univitar_ds.kernels.dispatch import compile_on_cpu
 from univitar_ds.training.distributed.process_group import start_world
 from univitar_ds.training.step.feature_snapshot import capture_features
 from univitar_ds.training.step.train_step import DivergedError, train_step

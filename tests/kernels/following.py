@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kernels import reference
 from tests.support.closeness import assert_sums_close
+from univitar_ds.kernels import reference
 
 
 def drawn(*shape: int, seed: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:

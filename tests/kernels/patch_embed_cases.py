@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
 from tests.support.closeness import assert_sums_close, rounding
+from univitar_ds.kernels import reference
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.23, 0.22, 0.30)
 PACKS = {

@@ -14,7 +14,7 @@ EPS = 1e-2
     [(0, 64, torch.float32), (1, 7, torch.float32), (61, 96, torch.float32), (5, 1920, torch.bfloat16)],
 )
 def test_values_and_gradients_are_the_references(device, tokens, width, dtype):
-    from kernels.add_norm import add_norm
+    from univitar_ds.kernels.add_norm import add_norm
 
     inputs = [drawn(tokens, width, seed=seed, device=device, dtype=dtype) for seed in (1, 2)]
     inputs += [drawn(width, seed=seed, device=device, dtype=dtype) for seed in (3, 4)]

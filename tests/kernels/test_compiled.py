@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from kernels import compiled, dispatch, reference
 from tests.support.closeness import assert_all_close, assert_sums_close, rounding
 from tests.support.golden import CASES, golden
 from tests.support.progress import output_of
 from tests.unit.model.made import GRIDS, drawn_patches, small_encoder
 from univitar_ds import UniViTAR
 from univitar_ds.config.model import ModelConfig
+from univitar_ds.kernels import compiled, dispatch, reference
 from univitar_ds.model.config import compiles
 
 EPS, THETA = 1e-6, 10000.0
@@ -166,7 +166,7 @@ PROGRAM = """
 import hashlib, logging, torch
 logging.basicConfig(format="%(levelname)s %(message)s")
 torch.set_num_threads(1)
-from kernels import compiled
+from univitar_ds.kernels import compiled
 x = torch.randn(50, 48, generator=torch.Generator().manual_seed(0)).requires_grad_()
 weight = torch.linspace(-1, 1, 48).requires_grad_()
 for _ in range(2):

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from kernels import dispatch, reference
 from univitar_ds.errors import ConfigError
+from univitar_ds.kernels import dispatch, reference
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_triton_runs_on_cuda_and_the_reference_elsewhere(equipped):
 
 
 def test_the_choice_is_logged_once_with_its_reason(caplog):
-    with caplog.at_level(logging.INFO, "kernels.dispatch"):
+    with caplog.at_level(logging.INFO, "univitar_ds.kernels.dispatch"):
         for _ in range(3):
             dispatch.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)
     assert [record.getMessage() for record in caplog.records] == [
@@ -76,7 +76,7 @@ def test_the_environment_can_name_one(monkeypatch):
 
 
 def test_every_implementation_has_every_operation():
-    code = "import importlib; from kernels.dispatch import *; import kernels.dispatch as d;" + (
+    code = "import importlib; from univitar_ds.kernels.dispatch import *; import univitar_ds.kernels.dispatch as d;" + (
         "print([n for n in d.IMPLEMENTATIONS.values() for o in d.OPERATIONS"
         " if not callable(getattr(importlib.import_module(n), o, None))])"
     )

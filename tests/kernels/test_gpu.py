@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import gpu
-from kernels import patch_embed as patches
+from univitar_ds.kernels import gpu
+from univitar_ds.kernels import patch_embed as patches
 
 KNOWN = {  # multiprocessors, KB of shared memory of one (CUDA programming guide)
     "A100": ((8, 0), 108, 164, False),
@@ -34,7 +34,7 @@ def test_limits_are_those_of_one_program_and_only_hopper_and_its_successor_take_
 @pytest.fixture
 def operations(device):
     """Calls of every operation on `device` with what it returns."""
-    from kernels import fused
+    from univitar_ds.kernels import fused
 
     def made(*shape):
         return torch.ones(*shape, device=device, requires_grad=True)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kernels import dispatch
 from tests.support.closeness import assert_all_close, assert_sums_close
 from tests.support.golden import assert_loss_close, golden
 from univitar_ds import UniViTAR
+from univitar_ds.kernels import dispatch
 
 pytestmark = pytest.mark.kernels
 

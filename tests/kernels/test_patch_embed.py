@@ -6,8 +6,6 @@ from functools import partial
 import pytest
 import torch
 
-from kernels import patch_embed as kernel
-from kernels import reference
 from tests.kernels.patch_embed_cases import (
     PACKS,
     Pack,
@@ -22,6 +20,8 @@ from tests.kernels.patch_embed_cases import (
 from tests.support.closeness import assert_all_close, assert_sums_close
 from tests.support.golden import golden
 from univitar_ds import Preprocessor, UniViTAR
+from univitar_ds.kernels import patch_embed as kernel
+from univitar_ds.kernels import reference
 from univitar_ds.model import layers
 
 # Widths above one tile, of no power of two, and odd.

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from kernels import reference
 from tests.kernels.patch_embed_cases import (
     PACKS,
     assert_gradients_close,
@@ -15,6 +14,7 @@ from tests.kernels.patch_embed_cases import (
     truth_of_stored,
 )
 from tests.support.closeness import assert_sums_close
+from univitar_ds.kernels import reference
 
 RULE = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "merge": 1}
 

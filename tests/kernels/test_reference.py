@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import reference
 from tests.support.closeness import assert_sums_close
 from univitar_ds import geometry
+from univitar_ds.kernels import reference
 
 THETA, EPS = 10000.0, 1e-6
 HEADS = [(3, 64), (2, 80), (2, 120), (2, 24)]

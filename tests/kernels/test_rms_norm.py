@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import reference
 from tests.kernels.following import assert_follows_reference, drawn
+from univitar_ds.kernels import reference
 
 pytestmark = pytest.mark.kernels
 EPS = 1e-2
@@ -15,7 +15,7 @@ EPS = 1e-2
     [(0, 64, torch.float32), (1, 7, torch.float32), (61, 96, torch.float32), (5, 1280, torch.bfloat16)],
 )
 def test_values_and_gradients_are_the_references(device, tokens, width, dtype):
-    from kernels.rms_norm import rms_norm
+    from univitar_ds.kernels.rms_norm import rms_norm
 
     inputs = [
         drawn(tokens, width, seed=1, device=device, dtype=dtype), drawn(width, seed=2, device=device, dtype=dtype)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import reference
 from tests.kernels.following import assert_follows_reference, assert_turned_close, drawn
+from univitar_ds.kernels import reference
 from univitar_ds.model.encoder import grid_positions
 
 pytestmark = pytest.mark.kernels
@@ -30,7 +30,7 @@ def terms(qkv) -> int:
 
 
 def follows(positions, inputs, *, theta=10000.0, normed=(True, True)):
-    from kernels.rope2d_qk_norm import rope2d_qk_norm
+    from univitar_ds.kernels.rope2d_qk_norm import rope2d_qk_norm
 
     def call(function):
         def run(qkv, *weights):
@@ -86,7 +86,7 @@ def test_an_empty_pack_has_no_rows_and_gradients_of_zero(device):
 
 
 def test_values_pass_as_a_view(device):
-    from kernels.rope2d_qk_norm import rope2d_qk_norm
+    from univitar_ds.kernels.rope2d_qk_norm import rope2d_qk_norm
 
     positions, qkv, weights = case(2, 16, MANY, device)
     v = rope2d_qk_norm(qkv, positions, *weights, theta=1e4, eps=EPS)[2]
@@ -96,7 +96,7 @@ def test_values_pass_as_a_view(device):
 
 def test_gradients_may_come_in_strides_or_not_at_all(device):
     """Attention may hand back parts of one tensor; a sum hands back one number, expanded."""
-    from kernels.rope2d_qk_norm import rope2d_qk_norm
+    from univitar_ds.kernels.rope2d_qk_norm import rope2d_qk_norm
 
     positions, qkv, weights = case(2, 16, MANY, device)
     whole = drawn(len(positions), 3, 2, 16, seed=9, device=device).detach()

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels import reference
 from tests.kernels.following import assert_follows_reference, drawn
 from tests.support.closeness import assert_sums_close
+from univitar_ds.kernels import reference
 
 pytestmark = pytest.mark.kernels
 EPS = 1e-2
@@ -19,7 +19,7 @@ EPS = 1e-2
     ],
 )  # fmt: skip
 def test_values_and_gradients_are_the_references(device, tokens, width, dtype):
-    from kernels.swiglu_norm import swiglu_norm
+    from univitar_ds.kernels.swiglu_norm import swiglu_norm
 
     inputs = [drawn(tokens, width, seed=seed, device=device, dtype=dtype) for seed in (1, 2)]
     inputs.append(drawn(width, seed=3, device=device, dtype=dtype))
@@ -29,7 +29,7 @@ def test_values_and_gradients_are_the_references(device, tokens, width, dtype):
 
 
 def test_gates_far_from_zero_close_or_open_whole(device):
-    from kernels.swiglu_norm import swiglu_norm
+    from univitar_ds.kernels.swiglu_norm import swiglu_norm
 
     gate = torch.tensor([[-120.0, -80.0, 80.0, 120.0]], device=device)
     ones = torch.ones(1, 4, device=device)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels.tiling import (
+from univitar_ds.kernels.tiling import (
     BACKWARD_WARPS,
     FORWARD_WARPS,
     SCRATCH_BYTES,

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.reference import normalise, patchify
 from tests.support.closeness import STORED, gradient_terms, transformer_terms
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import PATCH
+from univitar_ds.kernels.reference import normalise, patchify
 from univitar_ds.model.encoder import UniViTAR
 
 HIDDEN, HEADS, JOINT, VOCAB = 24, 4, 16, 53

@@ -71,7 +71,6 @@ def test_the_processes_of_packing_import_nothing_of_the_current_folder(hostile):
 
 def test_a_checkout_in_the_current_folder_stays_importable(tmp_path):
     (tmp_path / "univitar_ds").symlink_to(Path(PACKAGE_PARENT) / "univitar_ds")
-    (tmp_path / "kernels").symlink_to(Path(PACKAGE_PARENT) / "kernels")
     (tmp_path / "checkout_only.py").write_text("")
     code = (
         "import sys; sys.path.insert(0, ''); from univitar_ds.import_path import drop_current_folder as drop;"

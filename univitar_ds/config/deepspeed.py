@@ -23,7 +23,7 @@ def deepspeed_path(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    folder = Path(str(resources.files("ds_configs")))
+    folder = Path(str(resources.files("univitar_ds") / "ds_configs"))
     if (folder / f"{name}.json").is_file():
         return folder / f"{name}.json"
     names = ", ".join(sorted(file.stem for file in folder.glob("*.json")))

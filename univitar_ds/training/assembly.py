@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from kernels.dispatch import compile_on_cpu
 from univitar_ds.config.deepspeed import resolve_deepspeed
 from univitar_ds.config.load import changed_result, check_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError
+from univitar_ds.kernels.dispatch import compile_on_cpu
 from univitar_ds.model.config import compiles
 from univitar_ds.model.contrastive import build_contrastive
 from univitar_ds.model.teacher.teacher import read_teacher

@@ -17,9 +17,9 @@ from benchmarks.gpu import counts as counts
 from benchmarks.gpu import packs as packs
 from benchmarks.gpu.timing import Timer, about
 from benchmarks.rows import add_rows
-from kernels.reference import check_frames
 from tests.support.paths import ROOT
 from tests.support.progress import run_watched
+from univitar_ds.kernels.reference import check_frames
 
 SCRIPT = ROOT / "benchmarks" / "bench_gpu.py"
 NOT_NEEDED = ("deepspeed", "transformers", "boto3", "av", "safetensors", "pydantic", "yaml", "PIL")

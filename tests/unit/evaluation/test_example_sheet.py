@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from kernels.reference import patchify
 from tests.support.closeness import assert_sums_close
 from tests.unit.evaluation.made import made, random_rows
 from univitar_ds.data.batch import PackedBatch
@@ -23,6 +22,7 @@ from univitar_ds.evaluation.example_sheet import (
     token_features,
 )
 from univitar_ds.geometry import PATCH
+from univitar_ds.kernels.reference import patchify
 
 
 class Mean(nn.Module):

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.reference import PATCH, normalise, patchify
 from tests.support.closeness import assert_sums_close, transformer_terms
 from tests.support.teachers import CPU, WIDTH, drawn_pack, frames_of, own_encoder, picture_model, teacher_of
 from univitar_ds.config.model import TeacherConfig
 from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.kernels.reference import PATCH, normalise, patchify
 from univitar_ds.model.teacher.teacher import HALF, IMAGENET, build_teacher, read_teacher
 
 KINDS = ["dinov2", "dinov2_with_registers", "dinov3_vit", "siglip_vision_model", "siglip2_vision_model"]

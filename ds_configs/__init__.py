@@ -1,1 +1,0 @@
-"""DeepSpeed configurations that ship with the trainer; README.md in this folder says which to take."""
