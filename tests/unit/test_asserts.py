@@ -60,7 +60,7 @@ from univitar_ds.data.decoding.decode_job import DecodeLimits, RenderItem, Rende
 from univitar_ds.data.decoding.shared_slots import Ring
 from univitar_ds.data.media.frame_sampling import UNIFORM
 from univitar_ds.data.storage.base import LOCAL
-from univitar_ds.data.transforms import fit_image
+from univitar_ds.data.media.resize import fit_image
 from PIL import Image
 import numpy as np
 picture = Image.fromarray(np.arange(28 * 42 * 3, dtype=np.uint8).reshape(28, 42, 3))

@@ -258,7 +258,7 @@ def test_a_shard_that_vanishes_while_it_is_decoded_is_a_sentence(tmp_path):
 
 def servers():
     """The processes that decoding processes are forked from."""
-    return [pid for pid in children(os.getpid()) if b"data.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in children(os.getpid()) if b"decoding.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def decoders():

@@ -76,7 +76,7 @@ def test_a_file_that_changes_between_looking_and_writing_is_noticed(folder, tmp_
 
 KILLED = """
 import os, signal, sys
-from univitar_ds.data import destination, journal, writer
+from univitar_ds.data.writing import destination, progress_log, writer
 
 def dying(call, left):
     def counted(*arguments, **options):
@@ -91,7 +91,7 @@ for point in points:
     child = os.fork()
     if child == 0:
         left = [int(point)]
-        journal.Journal._add = dying(journal.Journal._add, left)
+        progress_log.Journal._add = dying(progress_log.Journal._add, left)
         writer._add = dying(writer._add, left)
         destination.write_atomically = dying(destination.write_atomically, left)
         writer.pack_folder(folder, out, shard_mb=0.02, workers=1, progress=False)
@@ -118,7 +118,8 @@ def test_a_packing_killed_anywhere_ends_in_the_same_bytes(folder, tmp_path):
 CRASHING = """
 import os, sys
 from multiprocessing import get_context
-from univitar_ds.data import children, examine, writer
+from univitar_ds.data.decoding import children
+from univitar_ds.data.writing import examine, writer
 
 truth = examine.decode_image
 
@@ -152,7 +153,7 @@ def test_worker_processes_find_the_same_as_one(folder, tmp_path):
         textwrap.dedent(
             """
             import sys
-            from univitar_ds.data import writer
+            from univitar_ds.data.writing import writer
             writer._FILES_PER_WORKER = 4
             if __name__ == "__main__":
                 writer.pack_folder(sys.argv[1], sys.argv[2], workers=2)

@@ -344,7 +344,7 @@ def test_closing_ends_processes_in_any_state_at_once(monkeypatch, program):
 
 def test_a_trainer_of_pictures_imports_no_library_for_clips():
     code = (
-        "import sys; from univitar_ds.data import lanes, pipeline;"
+        "import sys; from univitar_ds.data.decoding import pipeline; from univitar_ds.data.sampler import lanes;"
         "print([name for name in ('av', 'torch') if name in sys.modules])"
     )
     result = run_watched([sys.executable, "-c", code], check=True)

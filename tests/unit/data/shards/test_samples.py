@@ -17,7 +17,7 @@ from univitar_ds.cli.main import main
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.sampler.bad_samples import KINDS
-from univitar_ds.data.shards import captions, samples
+from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.captions import read_texts
 from univitar_ds.data.shards.index_cache import shard_samples
 from univitar_ds.data.shards.samples import SizeRule, belongs, read_sample, read_sample_again
@@ -251,7 +251,7 @@ def test_a_text_that_is_none_is_told_in_a_sentence(members, kind, said):
 def test_every_sample_has_one_owner(members, modality, owner):
     (shard,) = shards_of([[("k", members)]], modality)
     with shard.storage.open("m0") as stream:
-        (group,) = samples.tar.groups(stream, "m0", shard.size)
+        (group,) = tar_index.groups(stream, "m0", shard.size)
     owners = [kind for kind in ("image", "video") if belongs(group, shard, kind)]
     assert owners == [owner]
 

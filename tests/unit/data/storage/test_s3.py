@@ -322,7 +322,8 @@ def test_a_listing_takes_as_many_requests_as_it_needs_and_holds_files_only(serve
 
 _WORKER = """
 import json, sys
-from univitar_ds.data.storage.base import StorageSettings, storage_for
+from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.base import StorageSettings
 settings = StorageSettings.from_json(json.loads(sys.argv[1]))
 url = sys.argv[2]
 piece = storage_for(url, settings).read_range(url, 1000, 50)

@@ -236,8 +236,9 @@ _KILLED = """
 import json, os, signal, sys
 import boto3
 from pathlib import Path
-from univitar_ds.data import s3, writer
+from univitar_ds.data.storage import s3
 from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.data.writing import writer
 
 url, folder, out, state, *points = sys.argv[1:]
 request = s3.Connection._request

@@ -15,7 +15,7 @@ from tests.support import media
 from tests.support.packing import contents, numbers_folder, pack, picture_row, samples_of
 from univitar_ds.data.media.probe import probe
 from univitar_ds.data.shards.captions import BYTES_LIMIT
-from univitar_ds.data.storage import base
+from univitar_ds.data.storage import local
 from univitar_ds.data.writing import writer
 from univitar_ds.data.writing.progress_log import open_journal
 from univitar_ds.data.writing.writer import read_manifest
@@ -202,7 +202,7 @@ def test_texts_that_cannot_be_read_are_told(tmp_path, monkeypatch):
 
     (tmp_path / "a.jpg").write_bytes(media.encoded(media.noise(20, 20)))
     (tmp_path / "a.txt").write_bytes(b"words")
-    monkeypatch.setattr(base, "open_regular", refused)
+    monkeypatch.setattr(local, "open_regular", refused)
     with pytest.raises(DataError, match=r"1 left out.*a\.jpg: unreadable: a\.txt: .*cannot be read: Permission denied"):
         pack(tmp_path, tmp_path.parent / "out")
     (tmp_path / "metadata.jsonl").write_bytes(b"{}")

@@ -17,7 +17,7 @@ SLURM = ROOT / "slurm"
 LISTENER = """
 import os, signal, sys, time
 from univitar_ds.processes import SIGNALS
-from univitar_ds.training import preemption
+from univitar_ds.training.distributed import preemption
 
 for number in SIGNALS:  # whatever started the tests may ignore some
     signal.signal(number, signal.SIG_DFL)
@@ -92,7 +92,7 @@ def test_what_the_parent_made_this_process_ignore_stays_ignored(name):
 
 
 def test_a_process_started_while_signals_are_held_gets_them_when_it_listens():
-    child = "from univitar_ds.training import preemption; input(); preemption.listen(); input()"
+    child = "from univitar_ds.training.distributed import preemption; input(); preemption.listen(); input()"
     code = f"""
 import subprocess
 from univitar_ds.processes import signals_held

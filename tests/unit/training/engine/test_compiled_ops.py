@@ -200,9 +200,9 @@ def test_no_home_and_no_writable_environment_lead_to_a_folder_of_the_users(read_
 MOUNTED = """
 import os, sys
 from pathlib import Path
-from univitar_ds.training import extensions
-extensions._own_folder = lambda: Path(sys.argv[1])
-folder = extensions.prepare_extensions()
+from univitar_ds.training.engine import compiled_ops
+compiled_ops._own_folder = lambda: Path(sys.argv[1])
+folder = compiled_ops.prepare_extensions()
 from torch.utils import cpp_extension
 print(folder, cpp_extension.load("tried_op", ["nowhere.cpp"]).value)
 """

@@ -74,7 +74,7 @@ def test_fine_stripes_average_out_instead_of_flickering():
 
 def test_resizing_does_without_pythons_torch_and_keeps_no_memory():
     code = (
-        "import sys, numpy as np; from univitar_ds.data.transforms import fit_image;"
+        "import sys, numpy as np; from univitar_ds.data.media.resize import fit_image;"
         "pages = lambda: int(open('/proc/self/statm').read().split()[1]);"
         "a = np.zeros((20, 20, 3), np.uint8); run = lambda n: all(fit_image(a, (1, 1, 2)).size for _ in range(n));"
         "run(1000); before = pages(); run(20000);"
