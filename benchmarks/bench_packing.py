@@ -34,7 +34,7 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.sampler import packing
 from univitar_ds.data.sampler.cursor import LaneCursor
 from univitar_ds.data.sampler.lanes import Lane, Plan
-from univitar_ds.data.sampler.stream_config import stream_rules
+from univitar_ds.data.sampler.stream_config import stream_config
 from univitar_ds.data.shards.sources import fingerprint, validate_sources
 from univitar_ds.data.writing.writer import pack_folder
 from univitar_ds.geometry import PATCH
@@ -113,7 +113,7 @@ def measure(mix: Mix, steps: int, cost_budget: float | None) -> dict[str, Any]:
     stage = mix.stage(cost_budget)
     data = DataConfig(sources=[SourceConfig(path=mix.shards)], lanes=LANES)
     shards = validate_sources(data.sources, [stage])
-    rules = stream_rules(shards, data=data, stage=stage, lanes=LANES, seed=0, cost=COST)
+    rules = stream_config(shards, data=data, stage=stage, lanes=LANES, seed=0, cost=COST)
     lanes = [Lane(rules, LaneCursor(lane, LANES, 0, fingerprint(shards))) for lane in range(LANES)]
     clock = _Clock()
     with clock:

@@ -38,7 +38,7 @@ from univitar_ds.training.checkpoint.offline import open_trained
 from univitar_ds.training.checkpoint.sharded import read_state
 
 ARMS = ("fixed", "curriculum", "distilled")
-IMAGES, CLIPS = 1600, 1600
+IMAGES, VIDEOS = 1600, 1600
 TEACHER_SCENES = 100
 """Seed of the scenes that the teacher was trained on: the same kind of data, none of it the same."""
 VIDEO_SHARE = 0.4
@@ -73,7 +73,7 @@ def provide_shards(work: Path, name: str, seed: int) -> Path:
     """The demo's kind of scenes, packed."""
     shards = work / f"{name}-shards"
     if not (shards / "manifest.json").is_file():
-        write_scenes(work / name, images=IMAGES, clips=CLIPS, seed=seed, progress=True)
+        write_scenes(work / name, images=IMAGES, clips=VIDEOS, seed=seed, progress=True)
         pack_folder(work / name, shards)
     return shards
 

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _check(world: World, run: Path, recipe: str, overrides: list[str]) -> None:
-    tell = print if world.first else lambda *_: None
+    tell = print if world.is_main else lambda *_: None
     nodes = gather_json(os.uname().nodename, world)
     tell(f"{world.size} ranks on {len(set(nodes))} nodes")
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"

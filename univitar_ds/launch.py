@@ -90,7 +90,7 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
 
     world = start_world()
     word = gather_json(lock.word, world)[0]
-    if not world.first:
+    if not world.is_main:
         lock.watch(word)
         # Hundreds of ranks that say what the first one says would hide its lines.
         logging.getLogger("univitar_ds").setLevel(logging.WARNING)
@@ -98,7 +98,7 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
     stop_world()
     if not completed:
         return SAVED
-    if world.first:
+    if world.is_main:
         finish_run(run)
     return 0
 
@@ -217,10 +217,10 @@ def _join(prepare, run: Path, lock: RunLock) -> int:
     """Be one rank under a launcher: rank 0 prepares the folder while the others wait for its word."""
     stop = preemption.listen()
     orphans.end_with_launchers(stop)
-    from univitar_ds.training.distributed.process_group import first_alone, start_world
+    from univitar_ds.training.distributed.process_group import rank_zero_first, start_world
 
     try:
-        first_alone(start_world(), prepare)
+        rank_zero_first(start_world(), prepare)
         return run_rank(run, stop, lock)
     except UserError as error:
         leave(error)

@@ -17,7 +17,7 @@ from univitar_ds.config.model import ModelConfig, ObjectiveConfig, TeacherConfig
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.geometry import token_count
 from univitar_ds.model.contrastive import ContrastiveModel
-from univitar_ds.model.dropping import NO_DROPPING, Dropping
+from univitar_ds.model.dropping import NO_DROPPING, DropConfig
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.teacher.teacher import build_teacher, read_teacher
 from univitar_ds.model.towers import build_text_tower
@@ -35,10 +35,10 @@ GRIDS = [
     [(1, 4, 4), (1, 1, 2), (1, 2, 1)],
 ]
 """Items of each lane: ranks see different numbers of them, of sizes and of items that a merging teacher takes."""
-CLIPS = [[(2, 2, 3)], [(1, 2, 2), (3, 2, 2)], [(2, 4, 2)], [(1, 1, 4)]]
+VIDEOS = [[(2, 2, 3)], [(1, 2, 2), (3, 2, 2)], [(2, 4, 2)], [(1, 1, 4)]]
 CASES = {
     "cosine": (GRIDS, {"model": "dinov2"}),
-    "smooth l1": (CLIPS, {"model": "dinov2", "patch_loss": "smooth_l1", "pooled_loss": "smooth_l1"}),
+    "smooth l1": (VIDEOS, {"model": "dinov2", "patch_loss": "smooth_l1", "pooled_loss": "smooth_l1"}),
     "own, masked": (GRIDS, {"model": "own", "patch_weight": 2.0, "pooled_weight": 0.5}),
     "partitioned": (GRIDS, {"model": "dinov2", "partitioned": True}),
     "own, partitioned": (GRIDS, {"model": "own", "partitioned": True}),
@@ -50,7 +50,7 @@ TERMS = gradient_terms(
     sum(t * h * w for items in GRIDS for t, h, w in items),
 )
 """Summed on the way to a gradient: two blocks and the pool, or less; the last sums run over the tokens of all lanes."""
-DROPPING = Dropping(patches=0.5, depth=0.4, blocks=2, seed=1, step=6)
+DROPPING = DropConfig(patches=0.5, depth=0.4, blocks=2, seed=1, step=6)
 """Of the cases of that name."""
 
 
@@ -67,7 +67,7 @@ def student(width: int | None) -> ContrastiveModel:
 def packs(items) -> list[Pack]:
     made = []
     for lane, grids in enumerate(items):
-        pixels, frames, grid_thw = drawn_pack(grids, clips=items is CLIPS, seed=lane)
+        pixels, frames, grid_thw = drawn_pack(grids, clips=items is VIDEOS, seed=lane)
         g = torch.Generator().manual_seed(lane)
         ids = torch.randint(3, 50, (len(grids), 5), generator=g)
         made.append(Pack(pixels, frames, grid_thw, ids, torch.full((len(grids),), 5), torch.arange(len(grids)), lane))
@@ -78,7 +78,7 @@ def teacher_config(folder, model: str, **settings) -> TeacherConfig:
     return TeacherConfig(path=str(folder / model), dtype="fp32", **settings)
 
 
-def dropping_of(name: str) -> Dropping:
+def dropping_of(name: str) -> DropConfig:
     return DROPPING if name.startswith("dropped") else NO_DROPPING
 
 

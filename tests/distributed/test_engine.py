@@ -192,7 +192,8 @@ def encoder_on_two_ranks(folder, compiled):
     from deepspeed.runtime.zero import parameter_offload
 
     def found(module, parameter):
-        raise AssertionError(f"{type(module).__name__} uses a weight of shape {parameter.ds_shape} not in `borrowed`")
+        name, shape = type(module).__name__, parameter.ds_shape
+        raise AssertionError(f"{name} uses a weight of shape {shape} not in `external_parameters`")
 
     parameter_offload.register_external_parameter = found
     world = start_world()
@@ -229,9 +230,9 @@ def watched(world, folder):
     engine, results = engine_of(world), []
     for step in range(STEPS):
         packs = [pack(step, lane) for lane in world.lanes(LANES)]
-        with capture_features(engine.module.blocks[-1], packs[0] if world.first else None) as snapshots:
+        with capture_features(engine.module.blocks[-1], packs[0] if world.is_main else None) as snapshots:
             results.append(train_step(engine, packs, lr=lr(step), objective=OBJECTIVE))
-        assert [len(snapshot.tokens) for snapshot in snapshots] == [packs[0].grid_thw.prod(1).sum()] * world.first
+        assert [len(snapshot.tokens) for snapshot in snapshots] == [packs[0].grid_thw.prod(1).sum()] * world.is_main
     whole = weights(engine, folder)
     engine.close()
     return results, whole

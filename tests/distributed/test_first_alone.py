@@ -11,7 +11,13 @@ from torch.distributed import distributed_c10d
 from tests.support.distributed import run_distributed
 from univitar_ds.errors import DataError, UserError
 from univitar_ds.training.distributed import process_group
-from univitar_ds.training.distributed.process_group import PEER_TIMEOUT, PeerFailure, first_alone, start_world, together
+from univitar_ds.training.distributed.process_group import (
+    PEER_TIMEOUT,
+    PeerFailure,
+    all_ranks_or_none,
+    rank_zero_first,
+    start_world,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -31,7 +37,7 @@ def start_with_store_at_rank_0(port: int):
 
 def slow_work() -> list[str]:
     world = start_world()
-    with together(world):  # all are up, however busy the machine is
+    with all_ranks_or_none(world):  # all are up, however busy the machine is
         pass
     distributed_c10d._set_pg_timeout(timedelta(seconds=2))
     done: list[str] = []
@@ -40,10 +46,10 @@ def slow_work() -> list[str]:
         time.sleep(4)
         done.append("work")
 
-    first_alone(world, work)
-    first_alone(world, lambda: done.append("more"))
+    rank_zero_first(world, work)
+    rank_zero_first(world, lambda: done.append("more"))
     distributed_c10d._set_pg_timeout(PEER_TIMEOUT)
-    with together(world):  # the group still is sound
+    with all_ranks_or_none(world):  # the group still is sound
         pass
     return done
 
@@ -60,7 +66,7 @@ def failing_work(port: int) -> tuple[str, str]:
         raise DataError("shard-7.tar is cut at byte 512")
 
     try:
-        first_alone(world, work)
+        rank_zero_first(world, work)
     except (DataError, PeerFailure) as error:
         return type(error).__name__, str(error)
     return "", ""
@@ -74,10 +80,10 @@ def test_a_failure_of_rank_0_ends_all_with_its_sentence_before_it_takes_the_stor
 
 def rank_0_goes(port: int) -> str:
     world = start_with_store_at_rank_0(port)
-    if world.first:
+    if world.is_main:
         return ""  # the process ends
     try:
-        first_alone(world, lambda: None)
+        rank_zero_first(world, lambda: None)
     except UserError as error:
         return str(error)
     return "no error"
@@ -92,7 +98,7 @@ def endless_work() -> str:
     process_group._SLICE = timedelta(seconds=0.2)
     store = distributed_c10d._get_default_store()
     try:  # rank 0 works until the other has given up, and then ends as if it had never been waited for
-        first_alone(world, lambda: store.wait(["gave up"], PEER_TIMEOUT), timeout=timedelta(seconds=1))
+        rank_zero_first(world, lambda: store.wait(["gave up"], PEER_TIMEOUT), timeout=timedelta(seconds=1))
     except UserError as error:
         store.set("gave up", "")
         return str(error)

@@ -37,16 +37,16 @@ TIMED = ("_per_s", "_pct", "step_s", "tflops_per_rank", "memory_gb", "mfu_note")
 
 def watched(run):
     """As `train_rank`, with the rule by which each pack of this rank was thinned, by step and lane."""
-    from univitar_ds.model.dropping import Dropping
+    from univitar_ds.model.dropping import DropConfig
 
-    seen, draw = {}, Dropping.of_pack
+    seen, draw = {}, DropConfig.of_pack
 
     def of_pack(self, grids, lane):
         assert (self.step + 1, lane) not in seen
         seen[self.step + 1, lane] = self
         return draw(self, grids, lane)
 
-    Dropping.of_pack = of_pack
+    DropConfig.of_pack = of_pack
     return train_rank(run), seen
 
 

@@ -14,7 +14,7 @@ from univitar_ds.model.contrastive import ContrastiveModel, build_contrastive
 from univitar_ds.tokenization import special_ids, train_tokenizer
 from univitar_ds.training.checkpoint.sharded import save_checkpoint
 from univitar_ds.training.distributed.process_group import World
-from univitar_ds.training.engine.engine import MASTER, MOMENTS, Piece
+from univitar_ds.training.engine.engine import MASTER, MOMENTS, ParamShard
 
 CAPTIONS = ["a red picture", "a green picture", "a blue clip moving left", "a grey clip moving right"]
 
@@ -53,11 +53,11 @@ class _Untrained:
         self.module = model
         self.world = World(0, 1, 0, torch.device("cpu"))
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ParamShard]:
         for name, parameter in self.module.named_parameters():
             flat = parameter.detach().view(-1)
             moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
-            yield Piece(name, tuple(parameter.shape), 0, {MASTER: flat, **moments})
+            yield ParamShard(name, tuple(parameter.shape), 0, {MASTER: flat, **moments})
 
     def optimizer_state(self) -> dict:
         return {"updates": 7.0, "groups": [], "global_steps": 7}

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from tests.support.shards import Sample, picture
 from univitar_ds.data.sampler.bad_samples import BadPolicy
-from univitar_ds.data.sampler.cursor import Place, StreamCursor
+from univitar_ds.data.sampler.cursor import ReadPosition, StreamCursor
 from univitar_ds.data.sampler.lanes import Item, Stream
 from univitar_ds.data.sampler.reader import Reader
-from univitar_ds.data.sampler.stream_config import StreamRules
+from univitar_ds.data.sampler.stream_config import StreamConfig
 from univitar_ds.data.shards.samples import SizeRule
 from univitar_ds.data.shards.sources import EVERYTHING, SourceShard, groups_of
 from univitar_ds.geometry import Modality, Resolution
 
-START = Place()
+START = ReadPosition()
 tiny_picture = functools.lru_cache(functools.partial(picture, form="PNG"))
 counts = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda some: sum(some) > 0)
 """Samples of each of some shards."""
@@ -113,12 +113,12 @@ def raw_shards(
     ]
 
 
-def small_rules(shards: Sequence[SourceShard], *, lanes: int = 1, seed: int = 0, **changed) -> StreamRules:
+def small_rules(shards: Sequence[SourceShard], *, lanes: int = 1, seed: int = 0, **changed) -> StreamConfig:
     """Native pictures of 1 to 20 tokens, 40 tokens a pack; 6 bad samples in a row are an error, however many are."""
     size = SizeRule(changed.pop("modality", "image"), Resolution(1, 20, 14), changed.pop("frames", 1), 40, 10**6)
     policy = BadPolicy("skip", 1000, changed.pop("max_bad_in_a_row", 5))
     fields = {"token_budget": 40, "pool_samples": 16, "policy": policy, **changed}
-    return StreamRules(shards=shards, lanes=lanes, seed=seed, size=size, **fields)
+    return StreamConfig(shards=shards, lanes=lanes, seed=seed, size=size, **fields)
 
 
 def keys(items: Sequence[Item]) -> list[str]:
@@ -132,14 +132,14 @@ def epoch_of(cursor: StreamCursor) -> int:
 
 
 def packs_of(
-    rules: StreamRules, lane: int, n: int, start: StreamCursor | None = None
+    rules: StreamConfig, lane: int, n: int, start: StreamCursor | None = None
 ) -> tuple[list[tuple[list[Item], dict[str, int]]], StreamCursor]:
     """The next packs of a lane, each with what was left out on the way, and where they end."""
     stream = Stream(rules, lane, start or StreamCursor())
     return [stream.next_pack() for _ in range(n)], stream.cursor()
 
 
-def reader_of(rules: StreamRules, lane: int, place: Place = START) -> Reader:
+def reader_of(rules: StreamConfig, lane: int, place: ReadPosition = START) -> Reader:
     """What reads the samples of a lane, from a place on."""
     (group,) = groups_of(rules.shards, "image", rules.weights)
     return Reader(rules.shards, group, "image", lanes=rules.lanes, lane=lane, seed=rules.seed, place=place)

@@ -54,10 +54,10 @@ def test_an_effect_is_found(code):
 def test_a_decoding_process_answers_under_python_O(tmp_path):
     code = """
 import sys
-from univitar_ds.data.decoding.supervisor import Attendant, Restarts
+from univitar_ds.data.decoding.supervisor import WorkerSupervisor, RestartBudget
 from univitar_ds.data.decoding.forkserver import ForkServer
-from univitar_ds.data.decoding.decode_job import DecodeLimits, RenderItem, RenderJob
-from univitar_ds.data.decoding.shared_slots import Ring
+from univitar_ds.data.decoding.decode_job import DecodeLimits, DecodeItem, DecodeJob
+from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.media.frame_sampling import UNIFORM
 from univitar_ds.data.storage.base import LOCAL
 from univitar_ds.data.media.resize import fit_image
@@ -65,12 +65,12 @@ from PIL import Image
 import numpy as np
 picture = Image.fromarray(np.arange(28 * 42 * 3, dtype=np.uint8).reshape(28, 42, 3))
 picture.save(sys.argv[1], "PNG")
-ring = Ring.create(1, 28 * 42 * 3)
+ring = SharedSlots.create(1, 28 * 42 * 3)
 server = ForkServer(ring)
 size = len(open(sys.argv[1], "rb").read())
-item = RenderItem(sys.argv[1], 0, size, (1, 2, 3), 1)
-failures = Attendant(0, server, ring, LOCAL, Restarts(0)).render(
-    0, RenderJob("image", UNIFORM, DecodeLimits(10**6, 30.0, 60.0), [item]), "a pack"
+item = DecodeItem(sys.argv[1], 0, size, (1, 2, 3), 1)
+failures = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0)).render(
+    0, DecodeJob("image", UNIFORM, DecodeLimits(10**6, 30.0, 60.0), [item]), "a pack"
 )
 print(sys.flags.optimize, failures, bytes(ring.view(0)[: 28 * 42 * 3]) == np.asarray(picture).tobytes())
 server.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,21 +42,16 @@ class PackedBatch:
     lane: int
     index: int
     """Number of the pack in its lane, which is the step of the run."""
-    stand: LaneCursor | None = None
+    cursor: LaneCursor | None = None
     """Where the lane stands after this pack; None for packs of an evaluation."""
     bad: dict[str, int] = field(default_factory=dict)
     """Unreadable samples met since the lane's previous pack, by kind."""
-    shrunk: int = 0
+    downscaled: int = 0
     """Items that had more tokens at their own size than the stage allows, and were made smaller."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Readable samples of which a text was ignored, by kind of `captions.IGNORED`."""
     other_captions: list[tuple[str, ...]] = field(default_factory=list)
     """In an evaluation: what else may be said of each item, where its source's captions are lines. May be empty."""
-
-    @property
-    def cursor(self) -> dict[str, Any]:
-        """`stand` as JSON, as a checkpoint keeps it."""
-        return {} if self.stand is None else self.stand.to_json()
 
     @property
     def tokens(self) -> int:

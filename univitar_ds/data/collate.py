@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from univitar_ds import tokenization
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data.batch import PackedBatch, rows
-from univitar_ds.data.decoding.decode_job import DecodeLimits, RenderItem, RenderJob
-from univitar_ds.data.decoding.pipeline import Pipeline, Rendered, rendered_inline
-from univitar_ds.data.sampler.bad_samples import WELL, BadPolicy, Health
+from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits
+from univitar_ds.data.decoding.pipeline import DecodedPack, Pipeline, decoded_inline
+from univitar_ds.data.sampler.bad_samples import INITIAL_STATE, BadPolicy, BadSampleMonitor
 from univitar_ds.data.sampler.lanes import Item, Plan
 from univitar_ds.data.shards.samples import SizeRule
 from univitar_ds.data.storage.base import StorageSettings
@@ -33,32 +33,32 @@ def decoded(
     token_budget: int,
     *,
     packs_of_step: int = 1,
-    step_ahead: bool = False,
+    prefetch_full_step: bool = False,
     from_s3: bool = False,
-) -> Pipeline[Plan] | Generator[Rendered[Plan]]:
+) -> Pipeline[Plan] | Generator[DecodedPack[Plan]]:
     """The decoded packs of `plans`, by `data.workers` processes or, with 0, in line. Both have `close`.
 
     `sizes` are the rules of the modalities in `plans`; `token_budget` the most tokens of a plan; `packs_of_step` how
-    many are taken at a time: as many, or 2, are held without being copied; `step_ahead` decodes as many ahead;
+    many are taken at a time: as many, or 2, are held without being copied; `prefetch_full_step` decodes as many ahead;
     `from_s3`: shards lie there.
     """
     limits = DecodeLimits(data.max_image_px, data.decode_timeout_s, data.max_clip_s)
     settings = StorageSettings.of(data)
 
-    def job_of(plan: Plan) -> RenderJob:
-        items = list(map(_render_item, plan.items))
-        return RenderJob(plan.modality, sizes[plan.modality].sampling, limits, items, plan.name)
+    def job_of(plan: Plan) -> DecodeJob:
+        items = list(map(_decode_item, plan.items))
+        return DecodeJob(plan.modality, sizes[plan.modality].sampling, limits, items, plan.name)
 
     if data.workers == 0:
-        return rendered_inline(plans, job_of, settings)
+        return decoded_inline(plans, job_of, settings)
     return Pipeline(
         plans,
         job_of,
         workers=data.workers,
-        prefetch_packs=data.prefetch_packs or (max(AHEAD, packs_of_step) if step_ahead else AHEAD),
+        prefetch_packs=data.prefetch_packs or (max(AHEAD, packs_of_step) if prefetch_full_step else AHEAD),
         slot_bytes=max(_bytes_of_a_token(modality) for modality in sizes) * token_budget,
-        lent=max(packs_of_step, 2),
-        shared_slots=0 if data.prefetch_packs or step_ahead else 1,
+        max_held_slots=max(packs_of_step, 2),
+        shared_slots=0 if data.prefetch_packs or prefetch_full_step else 1,
         restarts=data.worker_restarts,
         settings=settings.shared(),
         needs=[*sizes, "s3"] if from_s3 else [*sizes],
@@ -70,9 +70,9 @@ def _bytes_of_a_token(modality: Modality) -> int:
     return item_bytes((1, 1, 1), TUBELET if modality == "video" else 1)
 
 
-def _render_item(item: Item) -> RenderItem:
+def _decode_item(item: Item) -> DecodeItem:
     sample = item.sample
-    return RenderItem(
+    return DecodeItem(
         sample.shard.path,
         sample.media_offset,
         sample.media_length,
@@ -91,9 +91,9 @@ class DecodingHealth:
 
     def __init__(self, policy: BadPolicy) -> None:
         self._policy = policy
-        self._healths: dict[tuple[int, Modality], Health] = {}
+        self._monitors: dict[tuple[int, Modality], BadSampleMonitor] = {}
 
-    def check(self, pack: Rendered) -> Rendered:
+    def check(self, pack: DecodedPack) -> DecodedPack:
         """The pack, with the state after it in its cursor.
 
         Raises: DataError where the policy has the run end.
@@ -109,16 +109,17 @@ class DecodingHealth:
                 health.bad(f"{item.sample.name} at byte {item.sample.media_offset}", error)
         if plan.cursor is None:
             return pack
-        lane = {name: tuple(each.to_json()) for (lane, name), each in self._healths.items() if lane == plan.lane}
+        lane = {name: tuple(each.to_json()) for (lane, name), each in self._monitors.items() if lane == plan.lane}
         cursor = replace(plan.cursor, decoding={**plan.cursor.decoding, **lane})
         return replace(pack, plan=replace(plan, cursor=cursor))
 
-    def _of(self, plan: Plan) -> Health:
+    def _of(self, plan: Plan) -> BadSampleMonitor:
         stream = (plan.lane, plan.modality)
-        if stream not in self._healths:
-            saved = WELL if plan.cursor is None else plan.cursor.decoding.get(plan.modality, WELL)
-            self._healths[stream] = Health(self._policy, f"lane {plan.lane}, {plan.modality}, decoding", saved)
-        return self._healths[stream]
+        if stream not in self._monitors:
+            saved = INITIAL_STATE if plan.cursor is None else plan.cursor.decoding.get(plan.modality, INITIAL_STATE)
+            where = f"lane {plan.lane}, {plan.modality}, decoding"
+            self._monitors[stream] = BadSampleMonitor(self._policy, where, saved)
+        return self._monitors[stream]
 
 
 def tokenized(plans: Iterator[Plan], tokenizer: Tokenizer | None, context_length: int) -> Iterator[Plan]:
@@ -130,7 +131,7 @@ def tokenized(plans: Iterator[Plan], tokenizer: Tokenizer | None, context_length
         yield plan
 
 
-def collate(rendered: Rendered, tokenizer: Tokenizer | None) -> PackedBatch:
+def collate(rendered: DecodedPack, tokenizer: Tokenizer | None) -> PackedBatch:
     """The batch of a decoded plan that was `tokenized`, without the items that failed; no tokenizer, (N, 0) ids."""
     plan = rendered.plan
     failed = {index for index, _, _ in rendered.failures}
@@ -158,9 +159,9 @@ def collate(rendered: Rendered, tokenizer: Tokenizer | None) -> PackedBatch:
         modality=plan.modality,
         lane=plan.lane,
         index=plan.index,
-        stand=plan.cursor,
+        cursor=plan.cursor,
         bad=dict(bad),
-        shrunk=sum(item.sample.shrunk for item in items),
+        downscaled=sum(item.sample.downscaled for item in items),
         ignored=dict(plan.ignored),
         other_captions=[item.others for item in items],
     )

@@ -13,13 +13,13 @@ from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.collate import DecodingHealth, collate, decoded, tokenized
-from univitar_ds.data.sampler.bad_samples import BadPolicy, Health
-from univitar_ds.data.sampler.cursor import LaneCursor, Waiting, parse
+from univitar_ds.data.sampler.bad_samples import BadPolicy, BadSampleMonitor
+from univitar_ds.data.sampler.cursor import BufferedSample, LaneCursor
 from univitar_ds.data.sampler.lanes import Item, Lane, Plan
 from univitar_ds.data.sampler.reader import FILES_OF_A_GROUP, HINTED, announce, read_entry, samples_in, where_is
-from univitar_ds.data.sampler.stream_config import bad_policy, stream_rules
+from univitar_ds.data.sampler.stream_config import bad_policy, stream_config
 from univitar_ds.data.shards import tar_index
-from univitar_ds.data.shards.index_cache import Scans, shard_samples
+from univitar_ds.data.shards.index_cache import IndexCache, shard_samples
 from univitar_ds.data.shards.samples import SizeRule
 from univitar_ds.data.shards.sources import (
     SourceShard,
@@ -57,9 +57,9 @@ class PackLoader:
         tokenizer: str | Path | None,
         context_length: int,
         cost: tuple[float, float] = (0.0, 0.0),
-        cursors: Mapping[int, Mapping[str, Any]] | None = None,
+        cursors: Mapping[int, LaneCursor] | None = None,
         first_step: int = 0,
-        step_ahead: bool = False,
+        prefetch_full_step: bool = False,
         content: str | None = None,
     ) -> None:
         """Look the sources up and start planning and decoding ahead.
@@ -72,7 +72,7 @@ class PackLoader:
         Raises: DataError, also for cursors of other data; ConfigError for a tokenizer that does not load.
         """
         shards = validate_sources(sources, [stage], StorageSettings.of(data))
-        rules = stream_rules(shards, data=data, stage=stage, lanes=lanes, seed=seed, cost=cost)
+        rules = stream_config(shards, data=data, stage=stage, lanes=lanes, seed=seed, cost=cost)
         self.fingerprint = fingerprint(shards, content)
         belonging = {
             "lanes": lanes,
@@ -82,7 +82,7 @@ class PackLoader:
         }
         allow_open_files(FILES_OF_A_GROUP * len(lanes_of_rank) * sum(len(rule.groups) for rule in rules.values()))
         starts = {lane: _start_cursor(cursors, lane, belonging) for lane in lanes_of_rank}
-        scans = Scans()
+        scans = IndexCache()
         self._owned = [Lane(rules, starts[lane], scans) for lane in sorted(lanes_of_rank)]
         self._tokenizer = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)
         self._health = DecodingHealth(bad_policy(data))
@@ -93,7 +93,7 @@ class PackLoader:
             sizes,
             stage.token_budget,
             packs_of_step=len(self._owned),
-            step_ahead=step_ahead,
+            prefetch_full_step=prefetch_full_step,
             from_s3=on_s3(shards),
         )
 
@@ -142,7 +142,7 @@ def eval_packs(
 
     A sample with a label only has the caption "": templates of the sources are for training.
     Packs are filled in order up to `token_budget`; a larger item travels alone. Of `data` the limits, `workers` and
-    `prefetch_packs` count. Nothing if the sources hold no sample of the modality. `lane` is 0, `cursor` empty.
+    `prefetch_packs` count. Nothing if the sources hold no sample of the modality. `lane` is 0, `cursor` None.
     Raises: DataError as `PackLoader` does.
     """
     shards = find_shards(sources, StorageSettings.of(data))
@@ -171,20 +171,20 @@ def eval_packs(
 
 
 def _start_cursor(
-    cursors: Mapping[int, Mapping[str, Any]] | None, lane: int, belonging: Mapping[str, Any]
+    cursors: Mapping[int, LaneCursor] | None, lane: int, belonging: Mapping[str, Any]
 ) -> LaneCursor:
     """The lane's saved cursor, or its beginning; `belonging` are the arguments of `LaneCursor.expect`."""
     if cursors is None:
         return LaneCursor(lane, belonging["lanes"], belonging["seed"], belonging["fingerprint"])
     if lane not in cursors:
         raise DataError(f"no saved data cursor for lane {lane} of {belonging['lanes']}; resume from a whole checkpoint")
-    return parse(cursors[lane]).expect(lane=lane, **belonging)
+    return cursors[lane].expect(lane=lane, **belonging)
 
 
 def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, policy: BadPolicy) -> Iterator[Plan]:
     """Packs of consecutive samples; bad samples at the end come with a last, empty pack."""
     numbers = itertools.count()
-    health = Health(policy, f"evaluation, {size.modality}")
+    health = BadSampleMonitor(policy, f"evaluation, {size.modality}")
     items: list[Item] = []
     tokens = 0
     bad: Counter[str] = Counter()
@@ -214,7 +214,7 @@ def _sweep(shards: Sequence[SourceShard], size: SizeRule, token_budget: int, pol
             if sample.ignored:
                 ignored.update(one.kind for one in sample.ignored)
                 health.ignored(where_is(shard, entry), sample.ignored)
-            address = Waiting(index, entry.offset, entry.end - entry.offset, ordinal, 0, 0)
+            address = BufferedSample(index, entry.offset, entry.end - entry.offset, ordinal, 0, 0)
             others = sample.captions[1:] if shard.caption_lines else ()
             items.append(Item(sample, next(iter(sample.captions), ""), address, others=others))
             tokens += sample.tokens

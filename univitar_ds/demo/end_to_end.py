@@ -14,7 +14,7 @@ from univitar_ds.demo.synthetic import write_scenes
 from univitar_ds.evaluation.report import render_times
 from univitar_ds.screen import show
 
-IMAGES, CLIPS = 1600, 1600
+IMAGES, VIDEOS = 1600, 1600
 
 
 def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
@@ -28,7 +28,7 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     times: dict[str, float] = {} if install_seconds is None else {"installation": install_seconds}
     shards, runs = folder / "shards", folder / "runs"
     with launch.timed(times, "rendering the scenes"):
-        write_scenes(folder / "scenes", images=IMAGES, clips=CLIPS, seed=0, progress=True)
+        write_scenes(folder / "scenes", images=IMAGES, clips=VIDEOS, seed=0, progress=True)
     with launch.timed(times, "packing into shards"):
         pack_folder(folder / "scenes", shards)
     with launch.timed(times, "training, evaluation, export"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from univitar_ds.errors import ConfigError
 from univitar_ds.geometry import cumulative
-from univitar_ds.model.transfer import uploaded
+from univitar_ds.model.transfer import to_device
 
 HALF = (torch.float16, torch.bfloat16)
 FLASH = ("flash2", "flash3", "flash4")
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Spans:
+class CuSeqlens:
     """Where the items of a pack lie along its tokens.
 
     `lengths` and `max_length` stay on the host, so that nothing waits for the device; `cu_seqlens` (N + 1,)
@@ -47,16 +47,16 @@ class Spans:
     cu_seqlens: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Spans:
+    def of(cls, lengths: Sequence[int], device: torch.device) -> CuSeqlens:
         bounds = torch.tensor(cumulative(lengths), dtype=torch.int32)
-        return cls(tuple(lengths), uploaded(bounds, device))
+        return cls(tuple(lengths), to_device(bounds, device))
 
     @property
     def max_length(self) -> int:
         return max(self.lengths, default=0)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, backend: str = "auto") -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens, backend: str = "auto") -> Tensor:
     """Softmax attention of the queries of each item over the keys of the same item.
 
     Args:
@@ -150,7 +150,9 @@ def _load(name: str) -> Callable[..., Any]:
         raise ImportError(str(error)) from error
 
 
-def _flash(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> Tensor:
+def _flash(
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens
+) -> Tensor:
     """flash-attn 2, 3 and 4 agree on these names, not on their order, nor on whether more than the output returns."""
     result = function(
         q,
@@ -165,7 +167,9 @@ def _flash(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, querie
     return result[0] if isinstance(result, tuple) else result
 
 
-def _varlen(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> Tensor:
+def _varlen(
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens
+) -> Tensor:
     return function(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length)
 
 
@@ -173,7 +177,7 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _by_item(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> Tensor:
+def _by_item(q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens) -> Tensor:
     # An empty pack becomes one empty item, so that gradients still reach everything that made q, k and v.
     pieces = zip(
         q.split(queries.lengths or (0,)), k.split(keys.lengths or (0,)), v.split(keys.lengths or (0,)), strict=True

@@ -18,10 +18,10 @@ from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
 from univitar_ds.config.model import ModelConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.geometry import token_count
-from univitar_ds.model.attention import Spans, attention
+from univitar_ds.model.attention import CuSeqlens, attention
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.distill_heads import Distilled, DistillHeads
-from univitar_ds.model.dropping import Drops
+from univitar_ds.model.dropping import DropPlan
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.layers import RMSNorm
 from univitar_ds.model.towers import build_text_tower
@@ -47,7 +47,7 @@ class AttentionPool(nn.Module):
         k, v = self.kv(self.norm(tokens)).view(-1, 2, self.heads, width).unbind(1)
         # Copied for each item: the descriptors by which flash-attn 3 and 4 read q may refuse a stride of 0.
         q = self.query.view(1, self.heads, width).expand(count, -1, -1).contiguous()
-        queries, keys = (Spans.of(spans, tokens.device) for spans in ([1] * count, lengths))
+        queries, keys = (CuSeqlens.of(spans, tokens.device) for spans in ([1] * count, lengths))
         return attention(q, k, v, queries, keys, self.backend)
 
 
@@ -97,7 +97,7 @@ class ContrastiveModel(nn.Module):
         token_ids: Tensor,
         text_lengths: Tensor,
         distill: bool = False,
-        drops: Drops | None = None,
+        drops: DropPlan | None = None,
     ) -> Embedded:
         """Embeds one pack; N may be 0.
 
@@ -126,7 +126,7 @@ class ContrastiveModel(nn.Module):
         return F.normalize(self.vision_proj(pooled).float(), dim=-1)
 
     def _features(
-        self, pixels: Tensor, frames: Tensor, grid_thw: Tensor, drops: Drops | None = None
+        self, pixels: Tensor, frames: Tensor, grid_thw: Tensor, drops: DropPlan | None = None
     ) -> tuple[Tensor, Tensor]:
         """Tokens (T, D), those that stay, and pooled (N, D) of a pack."""
         grids = grid_thw.tolist()

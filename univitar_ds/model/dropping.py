@@ -18,7 +18,7 @@ from torch import Tensor
 
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import cumulative, token_count
-from univitar_ds.model.transfer import uploaded
+from univitar_ds.model.transfer import to_device
 from univitar_ds.randomness import draws
 
 if TYPE_CHECKING:  # it needs pydantic, the encoder alone does not
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # it needs pydantic, the encoder alone does not
 
 
 @dataclass(frozen=True)
-class Drops:
+class DropPlan:
     """What one pack of N items goes without. The tensors are on the host."""
 
     lengths: tuple[int, ...]
@@ -42,11 +42,11 @@ class Drops:
         if self.factors is None:
             return None
         items = torch.repeat_interleave(torch.tensor(self.lengths, dtype=torch.int64))
-        return uploaded(self.factors, device).index_select(2, uploaded(items, device))[..., None]
+        return to_device(self.factors, device).index_select(2, to_device(items, device))[..., None]
 
 
 @dataclass(frozen=True)
-class Dropping:
+class DropConfig:
     """The rule of one step.
 
     `patches`: share of an item's tokens that is dropped. `depth`: how probably the last block adds nothing to an item;
@@ -61,7 +61,7 @@ class Dropping:
     step: int = 0
 
     @classmethod
-    def of(cls, stage: StageConfig, encoder: EncoderConfig, *, seed: int, step: int) -> Dropping:
+    def of(cls, stage: StageConfig, encoder: EncoderConfig, *, seed: int, step: int) -> DropConfig:
         """Of a step of a run, counted from its beginning."""
         shape = encoder.num_hidden_layers, encoder.spatial_merge_size
         return cls(stage.patch_dropout, stage.stochastic_depth, *shape, seed, step)
@@ -71,12 +71,12 @@ class Dropping:
         cell = self.merge**2
         return max(1, round(tokens // cell * (1 - self.patches))) * cell
 
-    def of_pack(self, grids: Sequence[Sequence[int]], lane: int) -> Drops | None:
+    def of_pack(self, grids: Sequence[Sequence[int]], lane: int) -> DropPlan | None:
         """What the pack of a lane goes without; None: nothing. `grids`: (t, h, w) of each item."""
         if not self.patches and not self.depth:
             return None
         counts = [token_count(grid) for grid in grids]
-        return Drops(
+        return DropPlan(
             tuple(self.kept(count) for count in counts),
             self._kept_tokens(counts, lane) if self.patches else None,
             self._factors(len(grids), lane) if self.depth else None,
@@ -101,4 +101,4 @@ class Dropping:
         return torch.from_numpy((stays / (1 - rates)[:, None, None]).astype(np.float32))
 
 
-NO_DROPPING = Dropping()
+NO_DROPPING = DropConfig()

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
 from univitar_ds.geometry import token_count
-from univitar_ds.model.attention import Spans
-from univitar_ds.model.dropping import Drops
+from univitar_ds.model.attention import CuSeqlens
+from univitar_ds.model.dropping import DropPlan
 from univitar_ds.model.layers import Block, PatchEmbedding
-from univitar_ds.model.transfer import uploaded
+from univitar_ds.model.transfer import to_device
 
 
 class UniViTAR(nn.Module):
@@ -62,7 +62,7 @@ class UniViTAR(nn.Module):
         *,
         frames: Tensor | Sequence[int] | None = None,
         output_hidden_states: bool = False,
-        drops: Drops | None = None,
+        drops: DropPlan | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Encodes a pack.
 
@@ -87,9 +87,9 @@ class UniViTAR(nn.Module):
         if drops is not None:
             lengths, factors = drops.lengths, drops.token_factors(x.device)
             if drops.kept is not None:
-                x, positions = x.index_select(0, uploaded(drops.kept, x.device)), positions[drops.kept]
-        spans = Spans.of(lengths, x.device)
-        positions = uploaded(positions, x.device)
+                x, positions = x.index_select(0, to_device(drops.kept, x.device)), positions[drops.kept]
+        spans = CuSeqlens.of(lengths, x.device)
+        positions = to_device(positions, x.device)
         states = [x]
         for index, block in enumerate(self.encoder["layers"]):
             arguments = (x, positions, spans, None if factors is None else factors[index])

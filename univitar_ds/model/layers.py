@@ -2,7 +2,7 @@
 
 A weight is used only in the forward of the module that owns it: ZeRO-3 gathers a module's weights when the
 module is called, and another module would find them empty. A module that needs others' weights as well names them
-in `borrowed`, and `training/engine/engine.py` has them gathered with its own.
+in `external_parameters`, and `training/engine/engine.py` has them gathered with its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import PATCH, TUBELET
 from univitar_ds.kernels.dispatch import add_norm, patch_embed, rms_norm, rope2d_qk_norm, swiglu_norm
 from univitar_ds.kernels.reference import PATCH_VALUES
-from univitar_ds.model.attention import Spans, attention
+from univitar_ds.model.attention import CuSeqlens, attention
 
 
 class RMSNorm(nn.Module):
@@ -83,14 +83,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width, eps) if config.qk_normalization else None
         self.k_norm = RMSNorm(width, eps) if config.qk_normalization else None
 
-    def borrowed(self) -> list[nn.Parameter]:
+    def external_parameters(self) -> list[nn.Parameter]:
         """Weights of other modules that the forward uses."""
         return [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None]
 
-    def forward(self, x: Tensor, positions: Tensor, spans: Spans) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, spans: CuSeqlens) -> Tensor:
         """(T, D), (T, 2) -> (T, D)."""
         qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)
-        q_weight, k_weight = self.borrowed() or (None, None)
+        q_weight, k_weight = self.external_parameters() or (None, None)
         q, k, v = rope2d_qk_norm(qkv, positions, q_weight, k_weight, theta=self.theta, eps=self.eps)
         return self.proj(attention(q, k, v, spans, spans, self.backend))
 
@@ -111,7 +111,7 @@ class SwiGLU(nn.Module):
         return self.fc2(self.norm(self.fc1(x), self.fc3(x)))
 
 
-def weighed(branch: Tensor, factors: Tensor | None) -> Tensor:
+def scale_branch(branch: Tensor, factors: Tensor | None) -> Tensor:
     """(T, D), (T, 1) float32 or None for all 1 -> (T, D).
 
     The product is rounded, not the factors: theirs is one number, whose error no mean over draws would take away.
@@ -132,11 +132,11 @@ class Block(nn.Module):
         self.norm2 = AddNorm(width, eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, positions: Tensor, spans: Spans, factors: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, spans: CuSeqlens, factors: Tensor | None = None) -> Tensor:
         """(T, D), (T, 2), factors of both branches (2, T, 1) -> (T, D).
 
         Both branches always run: under ZeRO-3 no rank may leave a module out.
         """
         first, second = (None, None) if factors is None else factors.unbind()
-        x, normed = self.norm2(x, weighed(self.attn(self.norm1(x), positions, spans), first), self.ls1)
-        return torch.addcmul(x, weighed(self.mlp(normed), second), self.ls2)
+        x, normed = self.norm2(x, scale_branch(self.attn(self.norm1(x), positions, spans), first), self.ls1)
+        return torch.addcmul(x, scale_branch(self.mlp(normed), second), self.ls2)

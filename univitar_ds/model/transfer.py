@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def uploaded(host: Tensor, device: torch.device) -> Tensor:
+def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on `device`, without waiting for what was launched there before."""
     if device.type == "cuda":
         host = host.pin_memory()  # from other memory the copy does wait

@@ -61,7 +61,7 @@ class Ring:
         for hop in range(self.size):
             yield (self.rank - hop) % self.size
 
-    def pass_on(self, block: Sequence[Tensor], owner: int) -> list[Tensor]:
+    def ring_shift(self, block: Sequence[Tensor], owner: int) -> list[Tensor]:
         """Sends the block of `owner` to the next rank and receives the one that visits next.
 
         The tensors of a block have one row per text. After the last hop every block is home again. One message
@@ -96,7 +96,7 @@ class Ring:
         return value.item()
 
 
-def belong_together(own_ids: Tensor | None, ids: Tensor, start: int, rows: int, own_block: bool) -> Tensor:
+def positive_mask(own_ids: Tensor | None, ids: Tensor, start: int, rows: int, own_block: bool) -> Tensor:
     """Which pairs of this rank's items (rows) with a chunk of visiting texts (columns) are positives, (rows, c) bool.
 
     Args: own_ids, ids: captions of rows and columns, compared unless `own_ids` is None; start: position of the chunk

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from univitar_ds.objectives.ring import ContrastiveResult, Ring, belong_together
+from univitar_ds.objectives.ring import ContrastiveResult, Ring, positive_mask
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def ring_sigmoid(
     for owner in ring.owners():
         for start in range(0, len(ids), chunk):
             part = slice(start, start + chunk)
-            together = belong_together(own_ids, ids[part], start, len(vision), owner == ring.rank)
+            together = positive_mask(own_ids, ids[part], start, len(vision), owner == ring.rank)
             similarity = vision @ visiting[part].T
             sign = together.float() * 2 - 1
             agreement = sign * (similarity * scale + bias)
@@ -57,7 +57,7 @@ def ring_sigmoid(
             totals[2] += logit_grad.sum(dtype=torch.float64)
             vision_grad += scale * (logit_grad @ visiting[part])
             visiting_grad[part] += scale * (logit_grad.T @ vision)
-        visiting, visiting_grad, ids = ring.pass_on((visiting, visiting_grad, ids), owner)
+        visiting, visiting_grad, ids = ring.ring_shift((visiting, visiting_grad, ids), owner)
     return ContrastiveResult(
         loss=ring.total(totals[0] / items),
         items=ring.items,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from univitar_ds.objectives.ring import ContrastiveResult, Ring, belong_together
+from univitar_ds.objectives.ring import ContrastiveResult, Ring, positive_mask
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def ring_softmax(
     own_ids = ids if same_caption_positive else None
 
     def together(part: slice, owner: int) -> Tensor:
-        return belong_together(own_ids, ids[part], part.start, len(vision), owner == ring.rank).float()
+        return positive_mask(own_ids, ids[part], part.start, len(vision), owner == ring.rank).float()
 
     row_norm = vision.new_full((len(vision),), -torch.inf)
     column_norm = visiting.new_full((len(visiting),), -torch.inf)
@@ -52,7 +52,7 @@ def ring_softmax(
             column_norm[part] = torch.logaddexp(column_norm[part], logits.logsumexp(0))
             partners += positive.sum(1)
             agreement += (positive * logits).sum(1)
-        visiting, column_norm, ids = ring.pass_on((visiting, column_norm, ids), owner)
+        visiting, column_norm, ids = ring.ring_shift((visiting, column_norm, ids), owner)
     # Partners are mutual, so the means over rows and over columns have the same sum.
     loss = (row_norm.double() + column_norm.double() - 2 * (agreement / partners).double()).sum() / (2 * items)
 
@@ -67,7 +67,7 @@ def ring_softmax(
             scale_grad += (logit_grad * similarity).sum(dtype=torch.float64)
             vision_grad += scale * (logit_grad @ visiting[part])
             visiting_grad[part] += scale * (logit_grad.T @ vision)
-        visiting, visiting_grad, column_norm, ids = ring.pass_on((visiting, visiting_grad, column_norm, ids), owner)
+        visiting, visiting_grad, column_norm, ids = ring.ring_shift((visiting, visiting_grad, column_norm, ids), owner)
     return ContrastiveResult(
         loss=ring.total(loss),
         items=ring.items,

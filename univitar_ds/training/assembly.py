@@ -20,7 +20,7 @@ from univitar_ds.model.teacher.teacher import read_teacher
 from univitar_ds.tokenization import load_tokenizer, special_ids
 from univitar_ds.training.checkpoint import atomic_dir
 from univitar_ds.training.checkpoint.sharded import load_checkpoint, read_state
-from univitar_ds.training.distributed.process_group import World, gather_json, together
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
 from univitar_ds.training.engine.engine import Engine, build_engine
 from univitar_ds.training.engine.optim import freeze_but, trained_parts
 from univitar_ds.training.state import State
@@ -29,14 +29,14 @@ from univitar_ds.training.step.curriculum import Progress
 logger = logging.getLogger(__name__)
 
 
-def assemble(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, State]:
+def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, State]:
     """The engine of the stage that the run is in, and the state of its last checkpoint or, without one, the first.
 
     All ranks call it; the caller closes the engine.
     Raises: CheckpointError, on all ranks, if the checkpoint is damaged or of another configuration.
     """
     folder = _last_checkpoint(run, world)
-    with together(world):
+    with all_ranks_or_none(world):
         compile_on_cpu(compiles(cfg.model))
         saved = _read_saved(cfg, run, folder) if folder else State().to_dict()
         progress = Progress(**saved["progress"])
@@ -60,12 +60,12 @@ def assemble(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, State]:
     if folder is None:
         return engine, State(began=began)
     try:
-        state = State.of(load_checkpoint(engine, folder, hand_over=saved["began"].keys() != began.keys()))
+        state = State.of(load_checkpoint(engine, folder, stage_transition=saved["began"].keys() != began.keys()))
     except Exception:
         engine.close()
         raise
     state.began = began
-    if world.first:
+    if world.is_main:
         _tell(folder, saved["threads"])
     return engine, state
 
@@ -73,8 +73,8 @@ def assemble(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, State]:
 def _last_checkpoint(run: Path, world: World) -> Path | None:
     """Rank 0 says which one: shared disks do not all know at once."""
     name = None
-    with together(world):
-        if world.first and (folder := atomic_dir.latest(run / CHECKPOINTS)):
+    with all_ranks_or_none(world):
+        if world.is_main and (folder := atomic_dir.latest(run / CHECKPOINTS)):
             name = folder.name
     name = gather_json(name, world)[0]
     return None if name is None else run / CHECKPOINTS / name

@@ -20,18 +20,18 @@ from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.shards.sources import content_of, validate_sources
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import DataError
-from univitar_ds.model.dropping import Dropping
+from univitar_ds.model.dropping import DropConfig
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher.teacher import Teacher, build_teacher
-from univitar_ds.training.assembly import assemble
+from univitar_ds.training.assembly import build_training
 from univitar_ds.training.checkpoint.sharded import save_checkpoint
 from univitar_ds.training.distributed import preemption
 from univitar_ds.training.distributed.preemption import NEVER, SAVED, Stop
-from univitar_ds.training.distributed.process_group import World, gather_json, together
-from univitar_ds.training.engine.determinism import repeat_bits
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
+from univitar_ds.training.engine.determinism import set_deterministic
 from univitar_ds.training.engine.engine import versions
 from univitar_ds.training.engine.optim import trained_parts
-from univitar_ds.training.logging.metrics import join_ranks, part_norms, rank_numbers
+from univitar_ds.training.logging.metrics import local_metrics, part_norms, reduce_metrics
 from univitar_ds.training.logging.run_logs import RunLogs
 from univitar_ds.training.logging.writers import SKIPPED
 from univitar_ds.training.step.curriculum import advance, distills_later, lr_at, modality_at, weight_at
@@ -53,13 +53,13 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
     Returns: whether all stages are done and no rank was asked to leave; the same on all ranks.
     Raises: UserError, on all ranks, for whatever ends the run early.
     """
-    repeat_bits(cfg.deterministic)
+    set_deterministic(cfg.deterministic)
     trainer = _Trainer(cfg, run, world, stop)
     with closed_after(trainer.close):
         trainer.start()
         with stop.deferred():
             trainer.train()
-        if world.first:
+        if world.is_main:
             write_summary(cfg, run, trainer.engine, trainer.state)
         return not trainer.leaving
 
@@ -87,7 +87,7 @@ class _Trainer:
         self.stop, self.leaving = stop, False
         self.teacher: Teacher | None = None
         self.logs = RunLogs(cfg, run, world)
-        self.engine, self.state = assemble(cfg, run, world)
+        self.engine, self.state = build_training(cfg, run, world)
         self.cost = cost_coefficients(self.engine.module.vision.config)
         self.peak = find_peak(cfg.logging.peak_tflops, self.engine.dtype, world)
         self.saved_step = self.state.progress.step
@@ -102,17 +102,17 @@ class _Trainer:
         while not self.leaving and not self.state.progress.finished(self.cfg.stages):
             self._train_stage(self.cfg.stages[self.state.progress.stage])
         announced = self.leaving
-        if announced and self.world.first:
+        if announced and self.world.is_main:
             step = self.state.progress.step
             logger.info("asked to leave: saving step %d, then exit code %d; a second time leaves at once", step, SAVED)
         self._save()
         self.logs.close()
-        with together(self.world, ask=lambda: self.stop.requested) as vote:  # what follows takes its time too
+        with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:  # what follows takes its time too
             self.logs.raise_unwritten()
         self.leaving |= vote.yes
         if self.leaving:
             preemption.ignore()  # launchers end the other ranks when the first one is gone
-            if self.world.first and not announced:
+            if self.world.is_main and not announced:
                 logger.info("asked to leave: step %d, the last one, is saved; exit code %d", self.saved_step, SAVED)
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class _Trainer:
         with self._loader(stage) as loader:
             while self.state.progress.stage == number:
                 start = time.perf_counter()
-                with together(self.world, ask=lambda: self.stop.requested) as vote:
+                with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:
                     self.logs.raise_unwritten()
                     batches = next(loader)
                     waited = time.perf_counter() - start
@@ -170,7 +170,7 @@ class _Trainer:
 
     def _reassemble(self) -> None:
         self.engine.close()  # before there is another: two would not fit
-        self.engine, self.state = assemble(self.cfg, self.run, self.world)
+        self.engine, self.state = build_training(self.cfg, self.run, self.world)
 
     def _roll_back(self, trouble: str, batches: list[PackedBatch]) -> None:
         """To the last checkpoint, and on behind the data that were read since. All ranks call it at the same step.
@@ -188,7 +188,7 @@ class _Trainer:
         self.logs.close()
         self._reassemble()
         back = self.state.progress.step
-        self.state.cursors = {batch.lane: batch.stand for batch in batches}
+        self.state.cursors = {batch.lane: batch.cursor for batch in batches}
         self.state.events, self.state.seconds, self.saved_step = events, seconds, back
         self.logs.open(self.state.progress, events, keep_as=SKIPPED)
         self._note({"step": back, "event": "rollback", "undone_step": step, "reason": trouble})
@@ -200,8 +200,8 @@ class _Trainer:
             self.teacher = None
         elif self.teacher is None:
             merge = self.engine.module.vision.config.spatial_merge_size
-            # Partitioning talks to the other ranks, which `together` does not allow: there a failure ends by time-out.
-            with nullcontext() if config.partitioned else together(self.world):
+            # Partitioning is a collective, which `all_ranks_or_none` does not allow: a failure there ends by time-out.
+            with nullcontext() if config.partitioned else all_ranks_or_none(self.world):
                 self.teacher = build_teacher(config, merge=merge, device=self.world.device)
 
     @contextmanager
@@ -209,7 +209,7 @@ class _Trainer:
         progress = self.state.progress
         first = progress.step - progress.step_in_stage
         content = self._content(stage)
-        with together(self.world):
+        with all_ranks_or_none(self.world):
             loader = PackLoader(
                 self.cfg.data.sources,
                 data=self.cfg.data,
@@ -221,9 +221,9 @@ class _Trainer:
                 tokenizer=self.run / TOKENIZER,
                 context_length=self.cfg.model.text.context_length,
                 cost=self.cost,
-                cursors=self._cursors() if self.state.cursors else None,
+                cursors=self.state.cursors or None,
                 first_step=progress.step,
-                step_ahead=self.world.device.type == "cuda",
+                prefetch_full_step=self.world.device.type == "cuda",
                 content=content,
             )
         with loader:
@@ -237,9 +237,9 @@ class _Trainer:
         """How the shards begin, looked at by the first rank: a store that hundreds ask at once would throttle them."""
         if self.world.size == 1:
             return None
-        with together(self.world):
+        with all_ranks_or_none(self.world):
             settings = StorageSettings.of(self.cfg.data)
-            found = content_of(validate_sources(self.cfg.data.sources, [stage], settings)) if self.world.first else ""
+            found = content_of(validate_sources(self.cfg.data.sources, [stage], settings)) if self.world.is_main else ""
         return gather_json(found, self.world)[0]
 
     def _step(self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float) -> str | None:
@@ -251,7 +251,7 @@ class _Trainer:
             name: weight_at(getattr(stage, name), progress.samples_in_stage, stage.samples)
             for name in ("contrastive", "distill")
         }
-        dropping = Dropping.of(stage, self.engine.module.vision.config, seed=self.cfg.seed, step=progress.step)
+        dropping = DropConfig.of(stage, self.engine.module.vision.config, seed=self.cfg.seed, step=progress.step)
         logged = (progress.step + 1) % self.cfg.logging.every_steps == 0
         shown = batches[0] if self.logs.draws(progress.step + 1, modality) else None
         try:
@@ -270,7 +270,7 @@ class _Trainer:
         except DivergedError as error:
             return str(error)
         trouble = spike(state.history, progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard)
-        numbers = rank_numbers(
+        numbers = local_metrics(
             batches,
             cost=self.cost,
             token_budget=stage.token_budget,
@@ -280,7 +280,7 @@ class _Trainer:
             dropping=dropping,
             squares=self.engine.gradient_squares if logged else None,
         )
-        joined = join_ranks(numbers, self.world)
+        joined = reduce_metrics(numbers, self.world)
         if joined["alarm"]:
             return trouble or "another rank saw a spike"
         state.history.add(progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard.window_steps)
@@ -293,7 +293,7 @@ class _Trainer:
         )
         if state.progress.stage != progress.stage and not state.progress.finished(self.cfg.stages):
             self._note_stage()
-        state.cursors = {batch.lane: batch.stand for batch in batches}
+        state.cursors = {batch.lane: batch.cursor for batch in batches}
         state.window.add(result, joined, modality, weights)
         state.seconds += joined["step_s"]
         self.logs.write_samples(state.progress.step, batches)
@@ -323,10 +323,6 @@ class _Trainer:
             state.best = {"loss": line["loss"], "step": line["step"]}
         state.window = state.window.next()
 
-    def _cursors(self) -> dict[int, dict[str, Any]]:
-        """Of this rank's lanes, as JSON."""
-        return {lane: self.state.cursors[lane].to_json() for lane in self.lanes}
-
     def _save(self) -> None:
         """Unless the state is saved already."""
         state = self.state
@@ -338,6 +334,6 @@ class _Trainer:
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }
-        root = self.run / CHECKPOINTS
-        save_checkpoint(self.engine, root, state.progress.step, content, self._cursors(), self.cfg.checkpoint.keep)
+        root, cursors = self.run / CHECKPOINTS, {lane: state.cursors[lane].to_json() for lane in self.lanes}
+        save_checkpoint(self.engine, root, state.progress.step, content, cursors, self.cfg.checkpoint.keep)
         self.saved_step = state.progress.step

@@ -26,7 +26,7 @@ from tests.support.memory import (
     wounds,
 )
 from univitar_ds.data.sampler.bad_samples import BadPolicy
-from univitar_ds.data.sampler.cursor import LaneCursor, Place, StreamCursor, parse
+from univitar_ds.data.sampler.cursor import LaneCursor, ReadPosition, StreamCursor, parse
 from univitar_ds.data.sampler.lanes import Stream
 from univitar_ds.data.sampler.reader import read_entry
 from univitar_ds.data.shards.index_cache import shard_samples
@@ -118,7 +118,7 @@ def test_damage_is_counted_once_in_an_epoch_however_many_lanes_share_the_shard(l
     found = [reader_of(rules, lane) for lane in range(lanes)]
     entries = [entry for reader in found for entry in iter(reader.next, None)]
     assert sum(isinstance(entry.entry, Damage) for entry in entries) == 3
-    assert all(reader.place == Place(1) for reader in found)
+    assert all(reader.place == ReadPosition(1) for reader in found)
 
 
 def test_a_stretch_of_damage_tells_how_many_samples_it_has_likely_held():

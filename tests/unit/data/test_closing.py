@@ -15,13 +15,13 @@ import pytest
 from tests.support.open_files import open_below
 from univitar_ds.data.decoding.forkserver import ForkServer
 from univitar_ds.data.decoding.pipeline import Pipeline
-from univitar_ds.data.decoding.shared_slots import Ring
-from univitar_ds.data.decoding.supervisor import Attendant, Closed, Restarts
-from univitar_ds.data.decoding.task_pool import Crew, Task
+from univitar_ds.data.decoding.shared_slots import SharedSlots
+from univitar_ds.data.decoding.supervisor import Closed, RestartBudget, WorkerSupervisor
+from univitar_ds.data.decoding.task_pool import Task, TaskPool
 from univitar_ds.data.storage import session
 from univitar_ds.data.storage.base import LOCAL
 from univitar_ds.data.storage.cache_dir import Version
-from univitar_ds.data.storage.shard_cache import Spool
+from univitar_ds.data.storage.shard_cache import ShardCache
 from univitar_ds.errors import DataError
 
 PATIENCE_S = 60
@@ -61,7 +61,7 @@ class Thread(threading.Thread):
 
 @pytest.fixture
 def ring():
-    ring = Ring.create(2, 1 << 12)
+    ring = SharedSlots.create(2, 1 << 12)
     yield ring
     ring.close()
 
@@ -193,7 +193,7 @@ def test_an_attendant_that_is_stopped_while_it_gives_a_process_up_blames_nobody(
         def end(self, pid, *, hangs):
             attendant.stop()
 
-    attendant = Attendant(0, Ended(), ring, LOCAL, Restarts(0))
+    attendant = WorkerSupervisor(0, Ended(), ring, LOCAL, RestartBudget(0))
     attendant._channel = io.BytesIO()  # only closed
     with pytest.raises(Closed):
         raise attendant._end("crash")
@@ -276,12 +276,12 @@ def test_a_pipeline_can_be_closed_by_one_of_its_own_threads():
 def test_a_ring_that_cannot_be_mapped_leaves_no_file_open(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "memfd_create")  # its file is then one of a folder
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    made = Ring.create(2, 4096)
+    made = SharedSlots.create(2, 4096)
     assert open_below(tmp_path)
     made.close()
     for size in (1 << 62, 1 << 50):
         with pytest.raises((OSError, OverflowError, ValueError)):
-            Ring.create(2, size)
+            SharedSlots.create(2, size)
     assert open_below(tmp_path) == []
 
 
@@ -289,7 +289,7 @@ VERSION = Version("s3://b/a.tar", "e", 4)
 
 
 def test_a_download_whose_thread_cannot_start_is_no_download(monkeypatch, tmp_path):
-    spool = Spool(tmp_path / "copies", 1 << 20, lambda version, start, end: iter([memoryview(b"abcd")]), 20.0)
+    spool = ShardCache(tmp_path / "copies", 1 << 20, lambda version, start, end: iter([memoryview(b"abcd")]), 20.0)
 
     def refused(thread):
         raise RuntimeError("can't start new thread")
@@ -305,7 +305,7 @@ def test_a_download_whose_thread_cannot_start_is_no_download(monkeypatch, tmp_pa
 
 
 def test_readers_are_woken_by_a_download_that_ends_where_the_next_cannot_be_started(monkeypatch, tmp_path):
-    spool = Spool(tmp_path / "copies", 1 << 20, lambda version, start, end: iter([memoryview(b"abcd")]), 20.0)
+    spool = ShardCache(tmp_path / "copies", 1 << 20, lambda version, start, end: iter([memoryview(b"abcd")]), 20.0)
 
     def broken():
         raise ValueError("cannot start the next")
@@ -357,6 +357,6 @@ def test_a_crew_whose_process_cannot_start_says_why_and_leaves_no_pipe_open(monk
     pipe = multiprocessing.connection.Pipe
     monkeypatch.setattr(multiprocessing.connection, "Pipe", recorded)
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refused)
-    with pytest.raises(OSError, match="temporarily unavailable"), Crew(nothing, 1, 30.0) as crew:
+    with pytest.raises(OSError, match="temporarily unavailable"), TaskPool(nothing, 1, 30.0) as crew:
         list(crew.run([Task(0, None)]))
     assert [[end.closed for end in ends] for ends in pipes] == [[True, True]]

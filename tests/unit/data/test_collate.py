@@ -12,7 +12,7 @@ from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data import collate as collate_module
 from univitar_ds.data.collate import DecodingHealth, collate, tokenized
 from univitar_ds.data.collate import decoded as decoded_plans
-from univitar_ds.data.decoding.pipeline import Rendered
+from univitar_ds.data.decoding.pipeline import DecodedPack
 from univitar_ds.data.sampler.bad_samples import BadPolicy
 from univitar_ds.data.sampler.cursor import LaneCursor, parse
 from univitar_ds.data.sampler.lanes import Lane
@@ -29,7 +29,7 @@ def packs(n, start=None):
 def decoded(plan, *failed):
     kept = [item for index, item in enumerate(plan.items) if index not in failed]
     pixels = np.zeros(sum(item.sample.tokens for item in kept) * 588, np.uint8)
-    return Rendered(plan, pixels, [(index, "corrupt", f"item {index} is broken") for index in failed])
+    return DecodedPack(plan, pixels, [(index, "corrupt", f"item {index} is broken") for index in failed])
 
 
 def test_failures_are_counted_in_the_cursor_that_travels_with_the_pack():
@@ -37,8 +37,8 @@ def test_failures_are_counted_in_the_cursor_that_travels_with_the_pack():
     one, two = packs(2)
     first = collate(health.check(decoded(one, 1)), None)
     second = collate(health.check(decoded(two, 0, 1)), None)
-    assert parse(first.cursor).decoding == {"image": (len(one.items), 1, 0 if len(one.items) > 2 else 1)}
-    assert parse(second.cursor).decoding["image"][:2] == (len(one.items) + len(two.items), 3)
+    assert first.cursor.decoding == {"image": (len(one.items), 1, 0 if len(one.items) > 2 else 1)}
+    assert second.cursor.decoding["image"][:2] == (len(one.items) + len(two.items), 3)
     assert second.bad["corrupt"] == 2
     assert [len(first), len(second)] == [len(one.items) - 1, len(two.items) - 2]
 
@@ -55,16 +55,16 @@ def test_captions_are_encoded_while_planning_and_those_of_failed_items_left_out(
 
 
 @pytest.mark.parametrize(
-    ("asked", "step_ahead", "ahead", "shared"),
+    ("asked", "prefetch_full_step", "ahead", "shared"),
     [(None, False, 3, 1), (None, True, 8, 0), (2, True, 2, 0), (5, False, 5, 0)],
 )
-def test_as_many_packs_are_decoded_ahead_as_the_trainer_can_use(monkeypatch, asked, step_ahead, ahead, shared):
+def test_as_many_packs_are_decoded_ahead_as_the_trainer_can_use(monkeypatch, asked, prefetch_full_step, ahead, shared):
     made = {}
     monkeypatch.setattr(collate_module, "Pipeline", lambda *_, **given: made.update(given))
     data = DataConfig(sources=[SourceConfig(path="x")], workers=1, prefetch_packs=asked)
-    decoded_plans(iter([]), data, {"image": None}, 100, packs_of_step=8, step_ahead=step_ahead)
+    decoded_plans(iter([]), data, {"image": None}, 100, packs_of_step=8, prefetch_full_step=prefetch_full_step)
     assert made["prefetch_packs"] == ahead
-    assert (made["lent"], made["shared_slots"]) == (8, shared)
+    assert (made["max_held_slots"], made["shared_slots"]) == (8, shared)
 
 
 def test_a_resumed_run_ends_at_the_same_sample_as_one_that_was_never_interrupted():
@@ -109,6 +109,8 @@ def test_where_one_failure_ends_the_run_it_names_shard_key_and_byte():
 
 def test_items_that_were_made_smaller_are_counted():
     plan = packs(1)[0]
-    items = [replace(item, sample=replace(item.sample, shrunk=index % 2 == 0)) for index, item in enumerate(plan.items)]
-    assert collate(decoded(replace(plan, items=items), 0), None).shrunk == (len(items) - 1) // 2
-    assert collate(decoded(plan), None).shrunk == 0
+    items = [
+        replace(item, sample=replace(item.sample, downscaled=index % 2 == 0)) for index, item in enumerate(plan.items)
+    ]
+    assert collate(decoded(replace(plan, items=items), 0), None).downscaled == (len(items) - 1) // 2
+    assert collate(decoded(plan), None).downscaled == 0

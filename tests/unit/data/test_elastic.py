@@ -12,6 +12,7 @@ from tests.support.shards import picture, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.loader import PackLoader
+from univitar_ds.data.sampler.cursor import parse
 
 LANES, STEPS, LEGS = 4, 64, 24
 SIZES = {
@@ -91,10 +92,10 @@ def told(pack):
         keys=pack.keys,
         captions=pack.captions,
         bad=pack.bad,
-        shrunk=pack.shrunk,
+        downscaled=pack.downscaled,
         grids=pack.grid_thw.tolist(),
         pixels=zlib.crc32(pack.pixels.numpy()),
-        cursor=json.loads(json.dumps(pack.cursor)),
+        cursor=parse(json.loads(json.dumps(pack.cursor.to_json()))),
     )
 
 
@@ -121,7 +122,7 @@ def test_the_run_meets_what_it_is_meant_to_meet(whole):
     assert {key[0] for pack in whole.values() for key in pack.keys} == {"0", "1"}
     mixed = Counter(key[0] for (step, _), pack in whole.items() if 24 <= step < 44 for key in pack.keys)
     assert mixed["0"] / mixed.total() == pytest.approx(1 / (1 + 3 * 6 / 7), abs=0.05)  # of 7 broken ones 1 is cut
-    assert whole[STEPS - 1, 0].cursor["streams"]["image"]["places"][""][0] >= 1
+    assert whole[STEPS - 1, 0].cursor.streams["image"].places[""].epoch >= 1
 
 
 @pytest.mark.parametrize("seed", [0])

@@ -91,7 +91,7 @@ for point in points:
     child = os.fork()
     if child == 0:
         left = [int(point)]
-        progress_log.Journal._add = dying(progress_log.Journal._add, left)
+        progress_log.ProgressLog._add = dying(progress_log.ProgressLog._add, left)
         writer._add = dying(writer._add, left)
         destination.write_atomically = dying(destination.write_atomically, left)
         writer.pack_folder(folder, out, shard_mb=0.02, workers=1, progress=False)

@@ -10,7 +10,7 @@ import torch
 from tests.support.closeness import assert_sums_close
 from univitar_ds.errors import ConfigError
 from univitar_ds.model import attention as module
-from univitar_ds.model.attention import Spans, attention, choose_backend, select
+from univitar_ds.model.attention import CuSeqlens, attention, choose_backend, select
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def test_values_and_gradients_equal_the_formula(width, queries):
         torch.randn(sum(lengths), 2, width, dtype=torch.float64, generator=generator, requires_grad=True)
         for lengths in (queries, keys, keys)
     ]
-    result = attention(*drawn, Spans.of(queries, CPU), Spans.of(keys, CPU))
+    result = attention(*drawn, CuSeqlens.of(queries, CPU), CuSeqlens.of(keys, CPU))
     wanted = dense(*drawn, queries, keys)
     assert_sums_close(result, wanted, width + 7)
     upstream = torch.randn(result.shape, dtype=torch.float64, generator=generator)
@@ -45,11 +45,11 @@ def test_values_and_gradients_equal_the_formula(width, queries):
 
 
 def test_spans_keep_lengths_on_the_host_and_bounds_as_int32():
-    spans = Spans.of([3, 5, 1], CPU)
+    spans = CuSeqlens.of([3, 5, 1], CPU)
     assert (spans.lengths, spans.max_length) == ((3, 5, 1), 5)
     assert spans.cu_seqlens.tolist() == [0, 3, 8, 9]
     assert spans.cu_seqlens.dtype == torch.int32
-    assert Spans.of([], CPU).max_length == 0
+    assert CuSeqlens.of([], CPU).max_length == 0
 
 
 HOPPER, BLACKWELL, AMPERE, VOLTA = (9, 0), (10, 0), (8, 0), (7, 0)
@@ -135,7 +135,7 @@ def test_a_packed_back_end_is_told_the_pack(name, width, install, monkeypatch):
     monkeypatch.setattr(module, "choose_backend", lambda *_: name)
     queries, keys = (1, 1, 1), (5, 1, 7)
     q, k, v = (torch.randn(sum(lengths), 2, width) for lengths in (queries, keys, keys))
-    result = attention(q, k, v, Spans.of(queries, CPU), Spans.of(keys, CPU), name)
+    result = attention(q, k, v, CuSeqlens.of(queries, CPU), CuSeqlens.of(keys, CPU), name)
     assert torch.equal(result, dense(q, k, v, queries, keys))
 
 

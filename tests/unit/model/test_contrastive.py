@@ -13,7 +13,7 @@ from univitar_ds.model import contrastive
 from univitar_ds.model.attention import attention
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.contrastive import AttentionPool, build_contrastive
-from univitar_ds.model.dropping import Dropping, Drops
+from univitar_ds.model.dropping import DropConfig, DropPlan
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.weights import save_encoder
 
@@ -199,7 +199,7 @@ def test_a_picture_of_which_a_corner_stays_is_embedded_as_the_corner_cut_out():
     pixels = drawn_pixels()
     first, *others = pixels.split(sizes(FRAMES, GRIDS))
     kept = torch.tensor([row * 6 + column for row in range(3) for column in range(2)] + list(range(24, 44)))
-    seen = model(pixels, FRAMES, GRIDS, CAPTIONS, LENGTHS, True, Drops((6, 16, 4), kept, None))
+    seen = model(pixels, FRAMES, GRIDS, CAPTIONS, LENGTHS, True, DropPlan((6, 16, 4), kept, None))
     cut = first.view(4 * 14, 6 * 14, 3)[: 3 * 14, : 2 * 14].flatten()
     grids = torch.tensor([[1, 3, 2], *GRIDS[1:].tolist()])
     wanted = model(torch.cat([cut, *others]), FRAMES, grids, CAPTIONS, LENGTHS, True)
@@ -210,7 +210,7 @@ def test_a_picture_of_which_a_corner_stays_is_embedded_as_the_corner_cut_out():
 
 def test_a_pack_without_items_goes_without_nothing():
     model = build_contrastive(CONFIG, **VOCAB, seed=0)
-    drops = Dropping(0.5, 0.5, blocks=2).of_pack([], 0)
+    drops = DropConfig(0.5, 0.5, blocks=2).of_pack([], 0)
     empty = torch.empty(0, dtype=torch.uint8)
     vision, text, *_ = model(empty, FRAMES[:0], GRIDS[:0], CAPTIONS[:0], LENGTHS[:0], False, drops)
     assert vision.shape == text.shape == (0, 16)

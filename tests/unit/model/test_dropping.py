@@ -7,23 +7,23 @@ from tests.support.closeness import assert_sums_close, encoder_terms
 from tests.unit.model.made import GRIDS, drawn_patches, small_config, small_encoder
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.geometry import cumulative, token_count
-from univitar_ds.model.attention import Spans
-from univitar_ds.model.dropping import NO_DROPPING, Dropping, Drops
+from univitar_ds.model.attention import CuSeqlens
+from univitar_ds.model.dropping import NO_DROPPING, DropConfig, DropPlan
 from univitar_ds.model.encoder import grid_positions
-from univitar_ds.model.layers import weighed
+from univitar_ds.model.layers import scale_branch
 
-BOTH = Dropping(patches=0.4, depth=0.5, blocks=2, seed=3, step=5)
+BOTH = DropConfig(patches=0.4, depth=0.5, blocks=2, seed=3, step=5)
 
 
-def same(a: Drops, b: Drops) -> bool:
+def same(a: DropPlan, b: DropPlan) -> bool:
     return a.lengths == b.lengths and torch.equal(a.kept, b.kept) and torch.equal(a.factors, b.factors)
 
 
-def keeping(kept: list[list[int]], grids=GRIDS) -> Drops:
-    """Drops that leave the given tokens of each item."""
+def keeping(kept: list[list[int]], grids=GRIDS) -> DropPlan:
+    """A plan that leaves the given tokens of each item."""
     starts = cumulative([token_count(grid) for grid in grids])
     flat = [start + token for start, item in zip(starts, kept, strict=False) for token in item]
-    return Drops(tuple(len(item) for item in kept), torch.tensor(flat, dtype=torch.int64), None)
+    return DropPlan(tuple(len(item) for item in kept), torch.tensor(flat, dtype=torch.int64), None)
 
 
 @pytest.mark.parametrize(
@@ -32,40 +32,40 @@ def keeping(kept: list[list[int]], grids=GRIDS) -> Drops:
      (0.4, 2, 20, 12), (0.9, 2, 8, 4)],
 )  # fmt: skip
 def test_how_many_tokens_stay_is_a_number_of_whole_blocks_and_never_none(rate, merge, tokens, kept):
-    assert Dropping(patches=rate, merge=merge).kept(tokens) == kept
+    assert DropConfig(patches=rate, merge=merge).kept(tokens) == kept
 
 
 def test_without_rates_nothing_is_drawn():
     assert NO_DROPPING.of_pack(GRIDS, 0) is None
-    assert Dropping(patches=0.5).of_pack(GRIDS, 0).factors is None
-    assert Dropping(depth=0.5, blocks=2).of_pack(GRIDS, 0).kept is None
+    assert DropConfig(patches=0.5).of_pack(GRIDS, 0).factors is None
+    assert DropConfig(depth=0.5, blocks=2).of_pack(GRIDS, 0).kept is None
 
 
 def test_a_stage_and_its_encoder_make_the_rule_of_a_step():
     stage = StageConfig(name="s", samples=9, lr=1e-3, patch_dropout=0.25, stochastic_depth=0.125)
-    rule = Dropping.of(stage, small_config(num_hidden_layers=5, spatial_merge_size=2), seed=7, step=11)
-    assert rule == Dropping(0.25, 0.125, blocks=5, merge=2, seed=7, step=11)
+    rule = DropConfig.of(stage, small_config(num_hidden_layers=5, spatial_merge_size=2), seed=7, step=11)
+    assert rule == DropConfig(0.25, 0.125, blocks=5, merge=2, seed=7, step=11)
 
 
 @pytest.mark.parametrize("merge", [1, 2])
 def test_tokens_stay_in_their_order_and_item_and_leave_in_whole_blocks(merge):
-    drops = Dropping(patches=0.4, merge=merge, seed=1).of_pack(GRIDS, 2)
+    drops = DropConfig(patches=0.4, merge=merge, seed=1).of_pack(GRIDS, 2)
     bounds, cell = cumulative([token_count(grid) for grid in GRIDS]), merge**2
     assert drops.kept.tolist() == sorted(set(drops.kept.tolist()))
     for start, end, length in zip(bounds, bounds[1:], drops.lengths, strict=False):
         mine = [token - start for token in drops.kept.tolist() if start <= token < end]
-        assert len(mine) == length == Dropping(patches=0.4, merge=merge).kept(end - start)
+        assert len(mine) == length == DropConfig(patches=0.4, merge=merge).kept(end - start)
         blocks = sorted({token // cell for token in mine})
         assert mine == [block * cell + i for block in blocks for i in range(cell)]
 
 
 def test_drops_are_a_function_of_seed_step_lane_and_place_in_the_pack():
     drops = BOTH.of_pack(GRIDS, 1)
-    assert same(drops, Dropping(**vars(BOTH)).of_pack(torch.tensor(GRIDS).tolist(), 1))
+    assert same(drops, DropConfig(**vars(BOTH)).of_pack(torch.tensor(GRIDS).tolist(), 1))
     first = BOTH.of_pack(GRIDS[:1], 1)
     assert first.kept.tolist() == drops.kept[: len(first.kept)].tolist()
     assert torch.equal(first.factors, drops.factors[:, :, :1])
-    others = [Dropping(**{**vars(BOTH), name: 9}).of_pack(GRIDS, 1) for name in ("seed", "step")]
+    others = [DropConfig(**{**vars(BOTH), name: 9}).of_pack(GRIDS, 1) for name in ("seed", "step")]
     for other in [*others, BOTH.of_pack(GRIDS, 2)]:
         assert other.lengths == drops.lengths
         assert not torch.equal(other.kept, drops.kept)
@@ -75,14 +75,14 @@ def test_drops_are_a_function_of_seed_step_lane_and_place_in_the_pack():
 
 
 def test_every_token_stays_as_often_as_any_other():
-    kept = torch.stack([Dropping(patches=0.4, step=step).of_pack([[1, 2, 5]], 0).kept for step in range(2000)])
+    kept = torch.stack([DropConfig(patches=0.4, step=step).of_pack([[1, 2, 5]], 0).kept for step in range(2000)])
     share = torch.bincount(kept.flatten(), minlength=10) / 2000
     assert (share - 0.6).abs().max() < 5 * (0.6 * 0.4 / 2000) ** 0.5
 
 
 def test_branches_fall_away_more_often_from_block_to_block_and_are_scaled_where_they_stay():
     n, rates = 4000, [0.0, 0.1, 0.2, 0.3]
-    factors = Dropping(depth=0.3, blocks=4).of_pack([[1, 1, 1]] * n, 0).factors
+    factors = DropConfig(depth=0.3, blocks=4).of_pack([[1, 1, 1]] * n, 0).factors
     assert factors.shape == (4, 2, n)
     for rate, branches in zip(rates, factors, strict=True):
         for branch in branches:
@@ -98,7 +98,7 @@ def test_the_mean_over_many_draws_is_the_branch_without_drops():
     model.encoder["layers"][1].mlp.fc2.requires_grad_(False).weight.zero_()  # what is left is linear in the factor
     patches = drawn_patches([[1, 1, 1]]).double()
     _, (_, before, after) = model(patches, [[1, 1, 1]], output_hidden_states=True)
-    drops = Dropping(depth=rate, blocks=2).of_pack([[1, 1, 1]] * n, 0)
+    drops = DropConfig(depth=rate, blocks=2).of_pack([[1, 1, 1]] * n, 0)
     many = model(patches.expand(n, -1), [[1, 1, 1]] * n, drops=drops)
     branch, mean = after - before, (many - before).mean(0)
     assert (mean - branch).norm() < 5 * (rate / (1 - rate) / n) ** 0.5 * branch.norm()
@@ -107,7 +107,7 @@ def test_the_mean_over_many_draws_is_the_branch_without_drops():
 
 def test_scaling_in_bfloat16_has_no_bias():
     branch = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0)).add(0.5).bfloat16()
-    scaled = weighed(branch, torch.full((20_000, 1), 1 / 0.9))
+    scaled = scale_branch(branch, torch.full((20_000, 1), 1 / 0.9))
     assert scaled.dtype == torch.bfloat16
     # One rounding a value is 2^-9 of it at most and even both ways; 1 / 0.9 itself rounds by 1.6e-3.
     assert abs((scaled.float() * 0.9 / branch.float() - 1).mean().item()) < 5 * 2**-9 * 20_000**-0.5
@@ -129,11 +129,11 @@ def test_an_encoder_that_sees_the_corner_of_a_picture_gives_the_tokens_of_the_co
 def test_the_tokens_that_stay_keep_their_positions_and_see_nothing_of_the_others(merge):
     model = small_encoder(spatial_merge_size=merge).double()
     patches = drawn_patches(GRIDS).double()
-    drops = Dropping(patches=0.5, merge=merge).of_pack(GRIDS, 0)
+    drops = DropConfig(patches=0.5, merge=merge).of_pack(GRIDS, 0)
     x = model.embeddings["patch_embedding"](patches[drops.kept])
     positions = grid_positions(GRIDS, merge)[drops.kept]
     for block in model.encoder["layers"]:
-        x = block(x, positions, Spans.of(drops.lengths, x.device))
+        x = block(x, positions, CuSeqlens.of(drops.lengths, x.device))
     seen, states = model(patches, GRIDS, drops=drops, output_hidden_states=True)
     assert_sums_close(seen, x, encoder_terms(model.config, 24))
     assert [len(state) for state in states] == [len(drops.kept)] * 3
@@ -148,14 +148,14 @@ def test_an_item_whose_branches_fall_away_passes_through_a_block_and_the_others_
     factors[1, :, 1] = 0
     lengths = tuple(token_count(grid) for grid in GRIDS)
     plain, (_, before, _) = model(patches, GRIDS, output_hidden_states=True)
-    seen = model(patches, GRIDS, drops=Drops(lengths, None, factors))
+    seen = model(patches, GRIDS, drops=DropPlan(lengths, None, factors))
     ours, theirs, inputs = (rows.split(lengths) for rows in (seen, plain, before))
     assert torch.equal(ours[1], inputs[1])
     assert all(torch.equal(ours[item], theirs[item]) for item in (0, 2, 3))
     factors[1, :, 1] = torch.tensor([0.0, 1.0])  # feed-forward alone
     block = model.encoder["layers"][1]
     wanted = inputs[1] + block.ls2 * block.mlp(torch.nn.functional.rms_norm(inputs[1], (64,), block.norm2.weight, 1e-6))
-    seen = model(patches, GRIDS, drops=Drops(lengths, None, factors)).split(lengths)
+    seen = model(patches, GRIDS, drops=DropPlan(lengths, None, factors)).split(lengths)
     assert_sums_close(seen[1], wanted, encoder_terms(model.config, 24))
 
 
@@ -165,7 +165,7 @@ def test_recomputed_blocks_go_without_the_same(every):
     for checkpoint_every in (0, every):
         model = small_encoder(num_hidden_layers=3)
         model.checkpoint_every = checkpoint_every
-        drops = Dropping(patches=0.4, depth=0.6, blocks=3).of_pack(GRIDS, 0)
+        drops = DropConfig(patches=0.4, depth=0.6, blocks=3).of_pack(GRIDS, 0)
         model(drawn_patches(GRIDS), GRIDS, drops=drops).square().sum().backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -174,8 +174,8 @@ def test_recomputed_blocks_go_without_the_same(every):
 @pytest.mark.parametrize("grids", [[], [[1, 1, 1]]], ids=["an empty pack", "an item that every branch misses"])
 def test_every_parameter_takes_part_whatever_falls_away(grids):
     model = small_encoder()
-    drops = Dropping(patches=0.9, depth=0.9, blocks=2).of_pack(grids, 0)
-    drops = Drops(drops.lengths, drops.kept, torch.zeros_like(drops.factors))
+    drops = DropConfig(patches=0.9, depth=0.9, blocks=2).of_pack(grids, 0)
+    drops = DropPlan(drops.lengths, drops.kept, torch.zeros_like(drops.factors))
     tokens = model(drawn_patches(grids), grids, drops=drops)
     assert tokens.shape == (len(grids), 64)
     tokens.sum().backward()

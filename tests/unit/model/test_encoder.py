@@ -6,7 +6,7 @@ import torch
 from tests.support.closeness import STORED, assert_sums_close, encoder_terms
 from tests.unit.model.made import GRIDS, drawn_patches, small_encoder
 from univitar_ds.geometry import cumulative, token_count
-from univitar_ds.model.dropping import Dropping
+from univitar_ds.model.dropping import DropConfig
 from univitar_ds.model.encoder import _step_positions, grid_positions
 
 
@@ -84,7 +84,7 @@ def test_recomputing_blocks_keeps_fewer_tensors():
 def test_the_encoder_draws_no_random_numbers_and_recomputing_keeps_no_state_of_them(monkeypatch):
     model, patches = small_encoder(num_hidden_layers=3), drawn_patches(GRIDS)
     model.checkpoint_every = 1
-    drops = Dropping(patches=0.5, depth=0.5, blocks=3).of_pack(GRIDS, 0)
+    drops = DropConfig(patches=0.5, depth=0.5, blocks=3).of_pack(GRIDS, 0)
     before = torch.get_rng_state()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_rng_state", lambda: pytest.fail("a state of random numbers is kept"))

@@ -78,7 +78,7 @@ def test_a_trainer_whose_start_fails_is_closed(monkeypatch, tmp_path):
         raise CheckpointError("the logs cannot be cut")
 
     made.start = start
-    monkeypatch.setattr(loop, "repeat_bits", lambda wanted: None)
+    monkeypatch.setattr(loop, "set_deterministic", lambda wanted: None)
     monkeypatch.setattr(loop, "_Trainer", lambda *given: made)
     with pytest.raises(CheckpointError, match="cannot be cut"):
         loop.train(type("Config", (), {"deterministic": False}), tmp_path, None)

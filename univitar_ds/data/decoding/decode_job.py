@@ -31,7 +31,7 @@ class DecodeLimits:
 
 
 @dataclass(frozen=True)
-class RenderItem:
+class DecodeItem:
     """Where the media of one item lies and what it becomes: `frames` frames (1 for a picture) on a grid.
 
     `crc32` of its bytes where known; `draw`, a number from which a clip's jittered frames follow.
@@ -52,13 +52,13 @@ class RenderItem:
 
 
 @dataclass(frozen=True)
-class RenderJob:
+class DecodeJob:
     """One pack to decode."""
 
     modality: Modality
     sampling: Sampling
     limits: DecodeLimits
-    items: Sequence[RenderItem]
+    items: Sequence[DecodeItem]
     name: str = ""
     """Of the pack, for messages of the trainer; decoding processes do not get it."""
 
@@ -79,17 +79,17 @@ class RenderJob:
         }
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> RenderJob:
+    def from_json(cls, document: dict[str, Any]) -> DecodeJob:
         items = [
-            RenderItem(path, offset, length, tuple(grid), *rest)
+            DecodeItem(path, offset, length, tuple(grid), *rest)
             for path, offset, length, grid, *rest in document["items"]
         ]
         sampling = Sampling(*document["sampling"])
         return cls(document["modality"], sampling, DecodeLimits(*document["limits"]), items)
 
 
-def render(
-    job: RenderJob,
+def decode_pack(
+    job: DecodeJob,
     buffer: np.ndarray,
     settings: StorageSettings = LOCAL,
     after_item: Callable[[], None] = lambda: None,
@@ -104,7 +104,7 @@ def render(
     start = 0
     for index, item in enumerate(job.items):
         try:
-            _render_item(job, item, buffer[start : start + item.bytes], settings)
+            _decode_item(job, item, buffer[start : start + item.bytes], settings)
         except SampleError as error:
             failures.append((index, error.kind, str(error)))
         except MemoryError:
@@ -123,7 +123,7 @@ def check_crc32(data: bytes, packed: int | None) -> None:
         raise SampleError("checksum", f"{told}; restore the shard")
 
 
-def _render_item(job: RenderJob, item: RenderItem, room: np.ndarray, settings: StorageSettings) -> None:
+def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: StorageSettings) -> None:
     data = storage_for(item.path, settings).read_range(item.path, item.offset, item.length)
     check_crc32(data, item.crc32)
     limits = job.limits

@@ -12,7 +12,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from univitar_ds.data.decoding import worker
-from univitar_ds.data.decoding.shared_slots import Ring
+from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.import_path import safe_environment
 from univitar_ds.processes import signals_held
 
@@ -31,7 +31,7 @@ class ForkServer:
     wake the thread that waits for it, at any moment of a start. Once `_closed` is set nothing is started any more.
     """
 
-    def __init__(self, ring: Ring, needs: Collection[worker.Need] = ("image", "video")) -> None:
+    def __init__(self, ring: SharedSlots, needs: Collection[worker.Need] = ("image", "video")) -> None:
         """Nothing is started yet. `needs` is what processes can do right after they start."""
         self._ring = ring
         self._needs = sorted(needs)

@@ -18,10 +18,10 @@ from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
-from univitar_ds.data.decoding.decode_job import Failure, RenderJob, render
+from univitar_ds.data.decoding.decode_job import DecodeJob, Failure, decode_pack
 from univitar_ds.data.decoding.forkserver import ForkServer
-from univitar_ds.data.decoding.shared_slots import Ring
-from univitar_ds.data.decoding.supervisor import Attendant, Closed, Restarts
+from univitar_ds.data.decoding.shared_slots import SharedSlots
+from univitar_ds.data.decoding.supervisor import Closed, RestartBudget, WorkerSupervisor
 from univitar_ds.data.decoding.worker import Need
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 
@@ -30,7 +30,7 @@ Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True)
-class Rendered(Generic[Plan]):
+class DecodedPack(Generic[Plan]):
     """A decoded pack: `pixels` (B,) uint8, without the items in `failures`; nothing overwrites them while held."""
 
     plan: Plan
@@ -38,18 +38,18 @@ class Rendered(Generic[Plan]):
     failures: Sequence[Failure]
 
 
-_Outcome = tuple[int, RenderJob, Rendered[Any]] | BaseException
+_Outcome = tuple[int, DecodeJob, DecodedPack[Any]] | BaseException
 
 
-def rendered_inline(
-    plans: Iterator[Plan], job_of: Callable[[Plan], RenderJob], settings: StorageSettings = LOCAL
-) -> Iterator[Rendered[Plan]]:
+def decoded_inline(
+    plans: Iterator[Plan], job_of: Callable[[Plan], DecodeJob], settings: StorageSettings = LOCAL
+) -> Iterator[DecodedPack[Plan]]:
     """The same packs as `Pipeline` gives, decoded in the calling thread when asked for."""
     for plan in plans:
         job = job_of(plan)
         buffer = np.empty(job.bytes, np.uint8)
-        failures = render(job, buffer, settings)
-        yield Rendered(plan, buffer[: _used(job, failures)], failures)
+        failures = decode_pack(job, buffer, settings)
+        yield DecodedPack(plan, buffer[: _used(job, failures)], failures)
 
 
 class Pipeline(Generic[Plan]):
@@ -58,12 +58,12 @@ class Pipeline(Generic[Plan]):
     def __init__(
         self,
         plans: Iterator[Plan],
-        job_of: Callable[[Plan], RenderJob],
+        job_of: Callable[[Plan], DecodeJob],
         *,
         workers: int,
         prefetch_packs: int,
         slot_bytes: int,
-        lent: int = 4,
+        max_held_slots: int = 4,
         shared_slots: int = 0,
         restarts: int = 0,
         settings: StorageSettings = LOCAL,
@@ -71,12 +71,12 @@ class Pipeline(Generic[Plan]):
     ) -> None:
         """Start `workers` >= 1 processes.
 
-        `slot_bytes` is the most that a plan's pixels take; `lent` of how many packs the trainer may hold the slots,
-        those beyond are copied; `shared_slots` how many fewer are decoded ahead while it holds as many; `restarts` how
-        often a process that died may be replaced; `settings` how the processes reach the shards; `needs` what the
-        plans need, see `worker.PRELOADED`.
+        Args: the most bytes that a plan's pixels take; `max_held_slots`, of how many packs the trainer may hold the
+            slots, those beyond are copied; `shared_slots`, how many fewer are decoded ahead while it holds as many;
+            `restarts`, how often a process that died may be replaced; `settings`, how the processes reach the shards;
+            `needs`, what the plans need, see `worker.PRELOADED`.
         """
-        assert min(workers, prefetch_packs, lent) >= 1, (workers, prefetch_packs, lent)
+        assert min(workers, prefetch_packs, max_held_slots) >= 1, (workers, prefetch_packs, max_held_slots)
         self._plans = plans
         self._job_of = job_of
         self._changed = threading.Condition()
@@ -87,16 +87,18 @@ class Pipeline(Generic[Plan]):
         self._failure: BaseException | None = None
         self._stopped = False
         self._undelivered = self._lent = 0
-        self._most_lent = lent
+        self._most_lent = max_held_slots
         assert 0 <= shared_slots < self._ahead, (shared_slots, self._ahead)
-        slots = self._ahead + lent - shared_slots
-        self._ring = Ring.create(slots, slot_bytes)
+        slots = self._ahead + max_held_slots - shared_slots
+        self._ring = SharedSlots.create(slots, slot_bytes)
         self._free = list(range(slots))
-        allowed = Restarts(restarts)
+        allowed = RestartBudget(restarts)
         self._server = ForkServer(self._ring, needs)
-        self._attendants = [Attendant(number, self._server, self._ring, settings, allowed) for number in range(workers)]
+        self._supervisors = [
+            WorkerSupervisor(number, self._server, self._ring, settings, allowed) for number in range(workers)
+        ]
         self._threads = [threading.Thread(target=self._draw_plans, name="planner", daemon=True)]
-        for attendant in self._attendants:
+        for attendant in self._supervisors:
             self._threads.append(threading.Thread(target=self._attend, args=[attendant], name="decoder", daemon=True))
         atexit.register(self.close)
         try:
@@ -115,7 +117,7 @@ class Pipeline(Generic[Plan]):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Rendered[Plan]:
+    def __next__(self) -> DecodedPack[Plan]:
         """The next pack in order.
 
         Raises: when its turn comes, StopIteration after the last plan and whatever planning or decoding raised, such as
@@ -147,7 +149,7 @@ class Pipeline(Generic[Plan]):
             if not lend:
                 self._free.append(slot)
             self._changed.notify_all()
-        return Rendered(rendered.plan, pixels, rendered.failures)
+        return DecodedPack(rendered.plan, pixels, rendered.failures)
 
     def close(self) -> None:
         """End the processes and threads and free the ring. Safe to call from any thread, at any time and again."""
@@ -157,7 +159,7 @@ class Pipeline(Generic[Plan]):
             self._stopped = True
             self._changed.notify_all()
         atexit.unregister(self.close)
-        for attendant in self._attendants:
+        for attendant in self._supervisors:
             attendant.stop()
         try:
             self._server.close()
@@ -187,7 +189,7 @@ class Pipeline(Generic[Plan]):
                 self._waiting.append((number, plan))
                 self._changed.notify_all()
 
-    def _attend(self, attendant: Attendant) -> None:
+    def _attend(self, attendant: WorkerSupervisor) -> None:
         """Keep one process busy. Slot and plan are taken together, so that the oldest plan has a slot or gets the next.
 
         One is free whenever none is undelivered, because there are more than `_most_lent`: who waits is served.
@@ -212,11 +214,11 @@ class Pipeline(Generic[Plan]):
     def _may_decode(self) -> bool:
         return bool(self._waiting) and bool(self._free) and self._undelivered < self._ahead
 
-    def _decode(self, attendant: Attendant, slot: int, plan: Plan) -> _Outcome:
+    def _decode(self, attendant: WorkerSupervisor, slot: int, plan: Plan) -> _Outcome:
         """Whatever decoding raises comes in the pack's place, so that it always comes after the same packs."""
         try:
             job = self._job_of(plan)
-            return slot, job, Rendered(plan, np.empty(0, np.uint8), attendant.render(slot, job, job.name))
+            return slot, job, DecodedPack(plan, np.empty(0, np.uint8), attendant.decode_pack(slot, job, job.name))
         except Closed:
             raise
         except BaseException as error:
@@ -233,6 +235,6 @@ class Pipeline(Generic[Plan]):
             self._changed.notify_all()
 
 
-def _used(job: RenderJob, failures: Sequence[Failure]) -> int:
+def _used(job: DecodeJob, failures: Sequence[Failure]) -> int:
     failed = {index for index, _, _ in failures}
     return sum(item.bytes for index, item in enumerate(job.items) if index not in failed)

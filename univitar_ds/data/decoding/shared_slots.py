@@ -16,7 +16,7 @@ import numpy as np
 _COUNTER = np.dtype(np.int64)
 
 
-class Ring:
+class SharedSlots:
     """`slots` pieces of `slot_bytes` bytes each, and a counter for each.
 
     Who may write to which slot is the pipeline's business.

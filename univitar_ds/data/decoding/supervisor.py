@@ -15,9 +15,9 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 
 from univitar_ds.data.decoding import worker
-from univitar_ds.data.decoding.decode_job import Failure, RenderJob
+from univitar_ds.data.decoding.decode_job import DecodeJob, Failure
 from univitar_ds.data.decoding.forkserver import ForkServer
-from univitar_ds.data.decoding.shared_slots import Ring
+from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import DataError
 
@@ -31,7 +31,7 @@ _START_S = 120.0
 _TRIES = 2
 
 
-class Restarts:
+class RestartBudget:
     """How often all decoding processes of a run together may be started again; `data.worker_restarts`."""
 
     def __init__(self, limit: int) -> None:
@@ -69,11 +69,11 @@ class _Ended(Exception):
         self.kind, self.what = kind, what
 
 
-class Attendant:
+class WorkerSupervisor:
     """Gives work to one process and gets an answer whatever becomes of the process. For one thread, but for `stop`."""
 
     def __init__(
-        self, number: int, server: ForkServer, ring: Ring, settings: StorageSettings, restarts: Restarts
+        self, number: int, server: ForkServer, ring: SharedSlots, settings: StorageSettings, restarts: RestartBudget
     ) -> None:
         """The process, called by its `number`, starts with `start` or the first work."""
         self._number = number
@@ -85,8 +85,8 @@ class Attendant:
         self._pid = 0
         self._channel: Connection | None = None
 
-    def render(self, slot: int, job: RenderJob, name: str) -> list[Failure]:
-        """The job done into a slot of the ring, as `render.render` does it; `name` is the pack's in messages.
+    def decode_pack(self, slot: int, job: DecodeJob, name: str) -> list[Failure]:
+        """The job done into a slot of the ring, as `render.decode_pack` does it; `name` is the pack's in messages.
 
         Raises: DataError if a shard cannot be read or the processes end too often; RuntimeError, with its traceback,
         for a fault of the program; Closed.
@@ -111,7 +111,7 @@ class Attendant:
         """To be called before the server is closed: whoever waits for the process then gets `Closed`."""
         self._stopped = True
 
-    def _one_by_one(self, slot: int, job: RenderJob, name: str) -> list[Failure]:
+    def _one_by_one(self, slot: int, job: DecodeJob, name: str) -> list[Failure]:
         failures: list[Failure] = []
         start, spent = 0, _TRIES
         for index, item in enumerate(job.items):
@@ -134,7 +134,7 @@ class Attendant:
             start += 0 if failed else item.bytes
         return failures
 
-    def _ask(self, slot: int, start: int, job: RenderJob) -> list[Failure]:
+    def _ask(self, slot: int, start: int, job: DecodeJob) -> list[Failure]:
         self.start()
         assert self._channel is not None
         patience = self._patience(job)
@@ -172,7 +172,7 @@ class Attendant:
             raise self._end("crash", f"said {word[:40]!r} where it should have said that it is ready")
         _log.info("decoding process %d (pid %d) is up", self._number, self._pid)
 
-    def _patience(self, job: RenderJob) -> float:
+    def _patience(self, job: DecodeJob) -> float:
         clip = _CLIP_FACTOR * job.limits.timeout_s if job.modality == "video" else 0.0
         remote = self._settings.give_up_s if any("://" in item.path for item in job.items) else 0.0
         return _PATIENCE_S + clip + remote

@@ -102,7 +102,7 @@ Work = Callable[[Task, Callable[[Event], None]], None]
 
 
 @dataclass
-class _Hand:
+class _Worker:
     """A process, what it works on and the last sample that it told of."""
 
     process: BaseProcess
@@ -112,25 +112,25 @@ class _Hand:
     at: At | None = None
 
 
-class Crew:
+class TaskPool:
     """A context manager around the processes; they end with it."""
 
     def __init__(self, work: Work, workers: int, silence_s: float) -> None:
         """Args: a function of a module; how many processes; seconds without an event after which one has hung."""
         assert workers >= 1, workers
         self._work, self._workers, self._silence_s = work, workers, silence_s
-        self._hands: list[_Hand] = []
+        self._running: list[_Worker] = []
         self._barren: set[int] = set()
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> TaskPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hand in self._hands:
-            hand.process.kill()
-            hand.process.join()
-            hand.channel.close()
-        self._hands.clear()
+        for worker in self._running:
+            worker.process.kill()
+            worker.process.join()
+            worker.channel.close()
+        self._running.clear()
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Event]]:
         """Every event with the number of its task; the last of each task is `Done`.
@@ -138,37 +138,38 @@ class Crew:
         Raises: RuntimeError for an error of the program in a process.
         """
         waiting = deque(tasks)
-        while waiting or any(hand.task for hand in self._hands):
+        while waiting or any(worker.task for worker in self._running):
             self._assign(waiting)
-            busy = {hand.channel: hand for hand in self._hands if hand.task}
+            busy = {worker.channel: worker for worker in self._running if worker.task}
             for channel in wait(list(busy), timeout=min(_LOOK_EVERY_S, self._silence_s / 2)):
-                hand = busy[channel]
-                assert hand.task is not None
-                number = hand.task.number
+                worker = busy[channel]
+                assert worker.task is not None
+                number = worker.task.number
                 try:
-                    event = hand.channel.recv()
+                    event = worker.channel.recv()
                 except (EOFError, ConnectionError):
-                    hand.process.join()
-                    told = f"the process that worked on it died (exit code {hand.process.exitcode})"
-                    yield from self._lost(hand, "crash", told, waiting)
+                    worker.process.join()
+                    told = f"the process that worked on it died (exit code {worker.process.exitcode})"
+                    yield from self._lost(worker, "crash", told, waiting)
                     continue
                 if isinstance(event, _Fault):
                     raise RuntimeError(f"shard number {number}:\n{event.told}")
-                self._follow(hand, event)
+                self._follow(worker, event)
                 yield number, event
-            for hand in [hand for hand in busy.values() if hand.task and monotonic() - hand.heard > self._silence_s]:
+            silent = [it for it in busy.values() if it.task and monotonic() - it.heard > self._silence_s]
+            for worker in silent:
                 told = f"nothing was heard of its process for {self._silence_s:g} seconds"
-                yield from self._lost(hand, "timeout", told, waiting)
+                yield from self._lost(worker, "timeout", told, waiting)
 
     def _assign(self, waiting: deque[Task]) -> None:
-        idle = [hand for hand in self._hands if hand.task is None]
-        while waiting and (idle or len(self._hands) < self._workers):
-            hand = idle.pop() if idle else self._start()
-            hand.task, hand.at, hand.heard = waiting.popleft(), None, max(hand.heard, monotonic())
+        idle = [worker for worker in self._running if worker.task is None]
+        while waiting and (idle or len(self._running) < self._workers):
+            worker = idle.pop() if idle else self._start()
+            worker.task, worker.at, worker.heard = waiting.popleft(), None, max(worker.heard, monotonic())
             with suppress(ConnectionError):  # it died idle: waiting for its first event finds out
-                hand.channel.send(hand.task)
+                worker.channel.send(worker.task)
 
-    def _start(self) -> _Hand:
+    def _start(self) -> _Worker:
         context = children.context([self._work.__module__])
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
@@ -179,28 +180,28 @@ class Crew:
             raise
         finally:
             theirs.close()
-        hand = _Hand(process, ours, monotonic() + _START_S)
-        self._hands.append(hand)
-        return hand
+        worker = _Worker(process, ours, monotonic() + _START_S)
+        self._running.append(worker)
+        return worker
 
-    def _follow(self, hand: _Hand, event: Event) -> None:
-        assert hand.task is not None
-        hand.heard = monotonic()
+    def _follow(self, worker: _Worker, event: Event) -> None:
+        assert worker.task is not None
+        worker.heard = monotonic()
         if isinstance(event, At):
-            hand.at = event
+            worker.at = event
         elif isinstance(event, Hashed):
-            hand.task = replace(hand.task, hashed=True)
+            worker.task = replace(worker.task, hashed=True)
         elif isinstance(event, Done):
-            hand.task = None
+            worker.task = None
 
-    def _lost(self, hand: _Hand, kind: str, told: str, waiting: deque[Task]) -> Iterator[tuple[int, Event]]:
+    def _lost(self, worker: _Worker, kind: str, told: str, waiting: deque[Task]) -> Iterator[tuple[int, Event]]:
         """The end of a process: its sample is bad. A shard that ends two before its first sample is given up."""
-        assert hand.task is not None
-        self._hands.remove(hand)
-        hand.process.kill()
-        hand.process.join()
-        hand.channel.close()
-        task, at = hand.task, hand.at
+        assert worker.task is not None
+        self._running.remove(worker)
+        worker.process.kill()
+        worker.process.join()
+        worker.channel.close()
+        task, at = worker.task, worker.at
         if at is not None:
             yield task.number, Bad(kind, at.key, at.offset, told)
             waiting.appendleft(replace(task, start=at.end))

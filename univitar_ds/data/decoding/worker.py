@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from struct import Struct
 from typing import Literal
 
-from univitar_ds.data.decoding.shared_slots import Ring
+from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.geometry import Modality
 from univitar_ds.processes import SIGNALS
@@ -49,14 +49,14 @@ _FAREWELL_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-def serve(ring: Ring, channel: Connection) -> None:
+def serve(ring: SharedSlots, channel: Connection) -> None:
     """Answer jobs until the channel closes.
 
     The first message says how shards are reached. A request is {"slot", "start", "job"}: the slot and the byte in it
     where the pixels go. The answer is {"failures"}, {"data_error"} for a shard that cannot be read, or {"fault"}, a
     traceback, for a fault of the program.
     """
-    from univitar_ds.data.decoding.decode_job import RenderJob, render
+    from univitar_ds.data.decoding.decode_job import DecodeJob, decode_pack
     from univitar_ds.data.media.memory_limits import confine
     from univitar_ds.errors import DataError
 
@@ -72,9 +72,9 @@ def serve(ring: Ring, channel: Connection) -> None:
 
         try:
             room = ring.view(slot)[request["start"] :]
-            job = RenderJob.from_json(request["job"])
+            job = DecodeJob.from_json(request["job"])
             confine(job.limits.max_image_px, max((item.length for item in job.items), default=0))
-            answer = {"failures": render(job, room, settings, count)}
+            answer = {"failures": decode_pack(job, room, settings, count)}
         except DataError as error:
             answer = {"data_error": str(error)}
         except Exception:
@@ -82,7 +82,7 @@ def serve(ring: Ring, channel: Connection) -> None:
         channel.send_bytes(json.dumps(answer).encode())
 
 
-def breed(ring: Ring, control: socket.socket, needs: Sequence[Need]) -> None:
+def breed(ring: SharedSlots, control: socket.socket, needs: Sequence[Need]) -> None:
     """Fork and end decoding processes as the control socket says, until it closes; then end those there are."""
     for need in needs:
         for module in PRELOADED[need]:
@@ -118,7 +118,7 @@ def breed(ring: Ring, control: socket.socket, needs: Sequence[Need]) -> None:
         _end(pid, 0.0)
 
 
-def _decode(ring: Ring, descriptor: int) -> None:
+def _decode(ring: SharedSlots, descriptor: int) -> None:
     """The life of a decoding process; does not return."""
     code = 0
     try:
@@ -158,7 +158,7 @@ def main(arguments: list[str]) -> None:
     descriptor, slots, slot_bytes, control = map(int, arguments[:4])
     needs = [need for need in PRELOADED if need in arguments[4:]]
     try:
-        breed(Ring(descriptor, slots, slot_bytes), socket.socket(fileno=control), needs)
+        breed(SharedSlots(descriptor, slots, slot_bytes), socket.socket(fileno=control), needs)
     except ConnectionError:
         return
 

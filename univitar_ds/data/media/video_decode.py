@@ -58,7 +58,7 @@ def decode_clip(
     assert frames >= 1
     where = places(sampling, frames, draw)
     deadline = time.thread_time() + timeout_s
-    reel = _Reel(frames, max_px, fit)
+    reel = _FrameCollector(frames, max_px, fit)
     container, stream = open_video(data)
     with container:
         check_area(stream.codec_context.height, stream.codec_context.width, max_px)
@@ -78,7 +78,7 @@ def decode_clip(
     return reel.pixels
 
 
-class _Reel:
+class _FrameCollector:
     """The frames that are wanted, converted as they come; `pixels` is complete once each place was put."""
 
     def __init__(self, frames: int, max_px: int, fit: Fit | None) -> None:
@@ -128,7 +128,7 @@ def _in_order_of_display(container: str, codec: str, packets: Sequence[av.Packet
 
 
 def _take_at(
-    stream: VideoStream, packets: Sequence[av.Packet], wanted: Sequence[int], reel: _Reel, deadline: float
+    stream: VideoStream, packets: Sequence[av.Packet], wanted: Sequence[int], reel: _FrameCollector, deadline: float
 ) -> bool:
     """Put the frames of the packets `wanted` on the reel. False if some do not come or times prove wrong."""
     at: dict[int, list[int]] = {}
@@ -180,7 +180,7 @@ def _take_counted(
     container: av.container.InputContainer,
     stream: VideoStream,
     where: Sequence[int],
-    reel: _Reel,
+    reel: _FrameCollector,
     deadline: float,
     stop_early: bool,
 ) -> None:
@@ -203,7 +203,7 @@ def _take_numbers(
     packets: Sequence[av.Packet],
     wanted: Sequence[int],
     stop_early: bool,
-    reel: _Reel,
+    reel: _FrameCollector,
     deadline: float,
 ) -> int | None:
     """Put the frames with these numbers, ascending, on the reel. Returns how many there are (None: stopped early)."""

@@ -40,8 +40,8 @@ KINDS = (
 
 WINDOW = 1000
 """Samples over which `max_per_thousand` counts; then counting begins again."""
-WELL = (0, 0, 0)
-"""The state of a `Health` that has counted nothing yet."""
+INITIAL_STATE = (0, 0, 0)
+"""The state of a `BadSampleMonitor` that has counted nothing yet."""
 REMEDY = "univitar-ds data verify SOURCE lists what is bad"
 
 
@@ -58,13 +58,13 @@ class BadPolicy:
     logged: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
 
-class Health:
+class BadSampleMonitor:
     """The samples of one lane and modality as one phase meets them: reading of headers, or decoding.
 
     A stretch of damage in a shard counts as one bad sample, so that one lost shard among many ends no run.
     """
 
-    def __init__(self, policy: BadPolicy, name: str, state: Iterable[int] = WELL) -> None:
+    def __init__(self, policy: BadPolicy, name: str, state: Iterable[int] = INITIAL_STATE) -> None:
         """`name` says whose samples these are, such as "lane 3, image"; `state` is what `to_json` gave."""
         self._policy, self._name = policy, name
         self._seen, self._bad, self._in_a_row = state

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from univitar_ds.data.sampler.bad_samples import WELL
+from univitar_ds.data.sampler.bad_samples import INITIAL_STATE
 from univitar_ds.data.shards.listing import warn_once
 from univitar_ds.data.shards.tar_index import BLOCK
 from univitar_ds.errors import DataError
 
 VERSION = 3
-GENERATION = 1 << 20
+EPOCH_STRIDE = 1 << 20
 """A group of shards numbers its epochs from a multiple of this on, so that no two groups that hold the same samples
 draw alike; the same one in every lane, whose epochs end at different packs."""
 _RESTART = 1 << 10
@@ -22,7 +22,7 @@ _RESTART = 1 << 10
 MODALITIES = ("image", "video")
 
 
-class Waiting(NamedTuple):
+class BufferedSample(NamedTuple):
     """A sample in the pool, by address: index of its shard, first byte, length in bytes, number within the shard,
     epoch it belongs to, packs of its stream that had left when it came."""
 
@@ -34,11 +34,11 @@ class Waiting(NamedTuple):
     since: int
 
 
-class Place(NamedTuple):
+class ReadPosition(NamedTuple):
     """The next sample that a lane reads of one group of shards.
 
     `unit` counts within the lane's units of the epoch; `offset` is a byte of its shard, `ordinal` the number
-    there of the next sample of the modality. `credit` is what the group has in `mixture.Turns`.
+    there of the next sample of the modality. `credit` is what the group has in `mixture.WeightedRoundRobin`.
     """
 
     epoch: int = 0
@@ -51,21 +51,23 @@ class Place(NamedTuple):
 @dataclass(frozen=True)
 class StreamCursor:
     """One modality of a lane: the packs given out, where each group of shards is read, the samples read but not given
-    out, oldest first, the state of the reading `Health`, and groups that turned out to hold no sample of the modality.
+    out, oldest first, the state of the reading `BadSampleMonitor`, and groups that turned out to hold no sample of the
+    modality.
 
     Groups that a stage leaves out keep their place.
     """
 
     packs: int = 0
-    places: Mapping[str, Place] = field(default_factory=dict)
-    pool: tuple[Waiting, ...] = ()
-    reading: tuple[int, ...] = WELL
+    places: Mapping[str, ReadPosition] = field(default_factory=dict)
+    pool: tuple[BufferedSample, ...] = ()
+    reading: tuple[int, ...] = INITIAL_STATE
     empty: tuple[str, ...] = ()
 
     def restarted(self) -> StreamCursor:
         """Every group at another epoch and nothing in the pool: what is left when addresses mean nothing any more."""
         places = {
-            name: Place((place.epoch // GENERATION + _RESTART) * GENERATION) for name, place in self.places.items()
+            name: ReadPosition((place.epoch // EPOCH_STRIDE + _RESTART) * EPOCH_STRIDE)
+            for name, place in self.places.items()
         }
         return replace(self, places=places, pool=(), empty=())
 
@@ -74,7 +76,7 @@ class StreamCursor:
 class LaneCursor:
     """A lane after `packs` packs. Streams that never gave a pack have no entry.
 
-    `decoding` is the state of the decoding `Health` of each modality; who delivers the packs fills it in.
+    `decoding` is the state of the decoding `BadSampleMonitor` of each modality; who delivers the packs fills it in.
     """
 
     lane: int
@@ -153,7 +155,7 @@ def _stream_to_json(stream: StreamCursor) -> dict[str, Any]:
 
 def _stream_from_json(document: Mapping[str, Any]) -> StreamCursor:
     places = {
-        str(name): Place(*map(_count, numbers), credit=_integer(credit))
+        str(name): ReadPosition(*map(_count, numbers), credit=_integer(credit))
         for name, (*numbers, credit) in document["places"].items()
     }
     packs = _count(document["packs"])
@@ -174,7 +176,7 @@ _MOST_BYTES = 1 << 26
 _SMALL = [bytes([number]) for number in range(0x80)]
 
 
-def write_pool(rows: Sequence[Waiting], packs: int) -> str:
+def write_pool(rows: Sequence[BufferedSample], packs: int) -> str:
     """The pool as text: what each row adds to the one before, column by column, as varints, deflated, in base 85.
 
     About 4 bytes a row, where a list of numbers takes 40. Of a row's `since` it tells how many packs of `packs` have
@@ -187,7 +189,7 @@ def write_pool(rows: Sequence[Waiting], packs: int) -> str:
     return base64.b85encode(check + zlib.compress(packed, wbits=_BARE)).decode()
 
 
-def read_pool(text: str, packs: int) -> tuple[Waiting, ...]:
+def read_pool(text: str, packs: int) -> tuple[BufferedSample, ...]:
     """The rows that `write_pool` wrote. Raises: ValueError or zlib.error if the text is damaged."""
     data = base64.b85decode(text)
     inflating = zlib.decompressobj(_BARE)
@@ -196,7 +198,7 @@ def read_pool(text: str, packs: int) -> tuple[Waiting, ...]:
     if not whole or zlib.crc32(packed).to_bytes(_CHECK_BYTES) != data[:_CHECK_BYTES]:
         raise ValueError("the pool's checksum does not fit")
     numbers = list(_varints(packed))
-    width = len(Waiting._fields)
+    width = len(BufferedSample._fields)
     if len(numbers) % width:
         raise ValueError(f"{len(numbers)} numbers in rows of {width}")
     n = len(numbers) // width
@@ -204,7 +206,7 @@ def read_pool(text: str, packs: int) -> tuple[Waiting, ...]:
     return tuple(_rows(zip(*columns, strict=True), packs))
 
 
-def _steps(rows: Iterable[Waiting], packs: int) -> Iterator[tuple[int, ...]]:
+def _steps(rows: Iterable[BufferedSample], packs: int) -> Iterator[tuple[int, ...]]:
     """Rows of a shard follow one another in its bytes, whatever comes between: most steps are small."""
     shard = epoch = waited = 0
     last: dict[int, tuple[int, int]] = {}
@@ -218,7 +220,7 @@ def _steps(rows: Iterable[Waiting], packs: int) -> Iterator[tuple[int, ...]]:
         shard, epoch, waited = row.shard, row.epoch, waited + longer
 
 
-def _rows(steps: Iterable[tuple[int, ...]], packs: int) -> Iterator[Waiting]:
+def _rows(steps: Iterable[tuple[int, ...]], packs: int) -> Iterator[BufferedSample]:
     shard = epoch = waited = 0
     last: dict[int, tuple[int, int]] = {}
     for length, *unsigned in steps:
@@ -226,7 +228,8 @@ def _rows(steps: Iterable[tuple[int, ...]], packs: int) -> Iterator[Waiting]:
         shard, epoch, waited = shard + signed[0], epoch + signed[3], waited + signed[4]
         before, ordinal = last.get(shard, (0, 0))
         block, ordinal = before + signed[1], ordinal + signed[2]
-        yield Waiting(*map(_count, (shard, block * BLOCK, length * BLOCK, ordinal, epoch, packs - _count(waited))))
+        numbers = (shard, block * BLOCK, length * BLOCK, ordinal, epoch, packs - _count(waited))
+        yield BufferedSample(*map(_count, numbers))
         last[shard] = block + length, ordinal
 
 
@@ -273,7 +276,7 @@ def _modality(name: str) -> str:
 
 
 def _health(state: Sequence[Any]) -> tuple[int, ...]:
-    if len(state) != len(WELL):
+    if len(state) != len(INITIAL_STATE):
         raise ValueError(f"{state!r} is no state of health")
     return tuple(map(_count, state))
 

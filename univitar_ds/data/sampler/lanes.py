@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from univitar_ds.data.sampler import packing
-from univitar_ds.data.sampler.bad_samples import Health
-from univitar_ds.data.sampler.cursor import GENERATION, LaneCursor, Place, StreamCursor, Waiting
-from univitar_ds.data.sampler.mixture import Turns
+from univitar_ds.data.sampler.bad_samples import BadSampleMonitor
+from univitar_ds.data.sampler.cursor import EPOCH_STRIDE, BufferedSample, LaneCursor, ReadPosition, StreamCursor
+from univitar_ds.data.sampler.mixture import WeightedRoundRobin
 from univitar_ds.data.sampler.reader import Reader, read_again, read_entry, scattered, where_is
-from univitar_ds.data.sampler.stream_config import StreamRules
-from univitar_ds.data.shards.index_cache import Scans
+from univitar_ds.data.sampler.stream_config import StreamConfig
+from univitar_ds.data.shards.index_cache import IndexCache
 from univitar_ds.data.shards.samples import Sample
 from univitar_ds.data.shards.sources import EVERYTHING, ShardGroup
 from univitar_ds.data.shards.tar_index import SORT_HINT
@@ -48,7 +48,7 @@ class Item:
 
     sample: Sample
     caption: str
-    address: Waiting
+    address: BufferedSample
     draw: int = 0
     others: tuple[str, ...] = ()
 
@@ -81,7 +81,7 @@ class Plan:
 class _Pooled(NamedTuple):
     """A sample that waits, with a number of its own in this epoch."""
 
-    row: Waiting
+    row: BufferedSample
     sample: Sample
     number: int
 
@@ -89,11 +89,13 @@ class _Pooled(NamedTuple):
 class Lane:
     """One lane: a stream of packs for each modality, of which each step takes the schedule's."""
 
-    def __init__(self, rules: Mapping[Modality, StreamRules], cursor: LaneCursor, scans: Scans | None = None) -> None:
+    def __init__(
+        self, rules: Mapping[Modality, StreamConfig], cursor: LaneCursor, scans: IndexCache | None = None
+    ) -> None:
         """`scans` are those of all lanes in this thread."""
         self._rules = rules
         self._cursor = cursor
-        self._scans = scans or Scans()
+        self._scans = scans or IndexCache()
         self._streams: dict[Modality, Stream] = {}
 
     def begin(self, modality: Modality) -> None:
@@ -131,7 +133,7 @@ class Stream:
     leaves. A group that was never read begins with an epoch of which nothing has been drawn.
     """
 
-    def __init__(self, rules: StreamRules, lane: int, start: StreamCursor, scans: Scans | None = None) -> None:
+    def __init__(self, rules: StreamConfig, lane: int, start: StreamCursor, scans: IndexCache | None = None) -> None:
         self._rules = rules
         self._lane = lane
         self._packs = start.packs
@@ -139,7 +141,7 @@ class Stream:
         groups = [group for group in rules.groups if group.name not in start.empty]
         if not groups:
             raise _nothing_readable(rules, rules.groups[0] if rules.groups else ShardGroup(EVERYTHING, 1, ()), {})
-        fresh = Place(len(start.places) * GENERATION)
+        fresh = ReadPosition(len(start.places) * EPOCH_STRIDE)
         self._places = dict(start.places)
         self._readers = {
             group.name: Reader(
@@ -155,7 +157,7 @@ class Stream:
             for group in groups
         }
         self._turns = self._turns_of({name: place.credit for name, place in start.places.items()})
-        self._health = Health(rules.policy, f"lane {lane}, {rules.modality}", start.reading)
+        self._health = BadSampleMonitor(rules.policy, f"lane {lane}, {rules.modality}", start.reading)
         self._seen_this_epoch: set[str] = set()
         self._bad: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
@@ -195,8 +197,8 @@ class Stream:
         pool = tuple([one.row for one in self._pool])
         return StreamCursor(self._packs, {**self._places, **read}, pool, tuple(self._health.to_json()), self._empty)
 
-    def _turns_of(self, credits: Mapping[str, int]) -> Turns:
-        return Turns({name: reader.group.share for name, reader in self._readers.items()}, credits)
+    def _turns_of(self, credits: Mapping[str, int]) -> WeightedRoundRobin:
+        return WeightedRoundRobin({name: reader.group.share for name, reader in self._readers.items()}, credits)
 
     def _fill(self) -> str | None:
         """Top the pool up; what is read here is fixed by the pool and the places alone.
@@ -211,7 +213,7 @@ class Stream:
                 break
             name = rules.group_of.get(row.shard)
             # Rows of a stage with other groups say nothing of how far this one has come.
-            if name in self._readers and row.epoch // GENERATION == self._readers[name].place.epoch // GENERATION:
+            if name in self._readers and row.epoch // EPOCH_STRIDE == self._readers[name].place.epoch // EPOCH_STRIDE:
                 oldest.setdefault(name, row.epoch)
         while len(self._pool) < rules.pool_samples or tokens < POOL_BUDGETS * rules.token_budget:
             name = self._turns.next()
@@ -231,7 +233,7 @@ class Stream:
         share = tokens / self._rules.token_budget
         if share >= WELL_FILLED or self._rules.cost_budget is not None:
             return
-        if not self._rules.tells_first(f"starved: {group}"):
+        if not self._rules.warns_first(f"starved: {group}"):
             return
         why = f"source {group} has too few samples in a lane for its weight; lower its weight, data.lanes"
         if len(self._readers) == 1:
@@ -264,7 +266,8 @@ class Stream:
             self._health.ignored(where_is(shard, entry), sample.ignored)
         self._seen_this_epoch.add(reader.group.name)
         length = entry.end - entry.offset
-        return self._pooled(Waiting(found.shard, entry.offset, length, found.ordinal, found.epoch, self._packs), sample)
+        row = BufferedSample(found.shard, entry.offset, length, found.ordinal, found.epoch, self._packs)
+        return self._pooled(row, sample)
 
     def _candidates(self, starved: str | None) -> list[int]:
         """The pool in the order in which it should leave: the oldest, then the rest as drawn for this pack.
@@ -296,7 +299,7 @@ class Stream:
         """The group of a sample in the pool; None if the stage reads it no more."""
         return self._rules.group_of.get(self._pool[index].row.shard)
 
-    def _pooled(self, row: Waiting, sample: Sample) -> _Pooled:
+    def _pooled(self, row: BufferedSample, sample: Sample) -> _Pooled:
         return _Pooled(row, sample, draw(self._rules.seed, "item", row.shard, row.offset, row.epoch))
 
     def _close_epoch(self, group: ShardGroup) -> None:
@@ -312,13 +315,13 @@ class Stream:
             return
         if held == "unreadable" or len(self._readers) == 1:
             raise _nothing_readable(self._rules, group, self._bad)
-        if self._rules.tells_first(f"nothing: {group.name}"):
+        if self._rules.warns_first(f"nothing: {group.name}"):
             _log.info("source %s holds no %s sample", group.name, self._rules.modality)
         self._places[group.name] = self._readers.pop(group.name).place
         self._empty = tuple(sorted({*self._empty, group.name}))
         self._turns = self._turns_of(self._turns.credits)
 
-    def _restore(self, rows: Sequence[Waiting]) -> Iterator[_Pooled]:
+    def _restore(self, rows: Sequence[BufferedSample]) -> Iterator[_Pooled]:
         """The saved pool; what the rules of this stage do not allow is counted, but no sign of bad data."""
         rules = self._rules
         for row in rows:
@@ -332,7 +335,7 @@ class Stream:
                 yield self._pooled(row, found)
                 continue
             self._bad[found.kind] += 1
-            if rules.tells_first(f"left out: {found.kind}"):
+            if rules.warns_first(f"left out: {found.kind}"):
                 where = f"{shard.name}, number {row.ordinal} at byte {row.offset}"
                 _log.warning("samples left out by this stage (%s), the first: %s: %s", found.kind, where, found)
 
@@ -342,14 +345,14 @@ def _item(one: _Pooled) -> Item:
     return Item(one.sample, captions[(one.number >> 32) % len(captions)], one.row, one.number)
 
 
-def _changed(shard: str, row: Waiting) -> DataError:
+def _changed(shard: str, row: BufferedSample) -> DataError:
     return DataError(
         f"shard {shard}: the sample that the data cursor has at byte {row.offset} is not there any more; "
         "restore the shards this run was started with, or start a new run"
     )
 
 
-def _nothing_readable(rules: StreamRules, group: ShardGroup, bad: Mapping[str, int]) -> DataError:
+def _nothing_readable(rules: StreamConfig, group: ShardGroup, bad: Mapping[str, int]) -> DataError:
     source = f" of source {group.name}" if group.name else ""
     told = f" (left out: {', '.join(f'{n} {kind}' for kind, n in sorted(bad.items()))})" if bad else ""
     first = rules.shards[group.shards[0]] if group.shards else None

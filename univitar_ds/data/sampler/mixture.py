@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-class Turns:
+class WeightedRoundRobin:
     """The state is one small number for each group, its credit."""
 
     def __init__(self, shares: Mapping[str, int], credits: Mapping[str, int]) -> None:

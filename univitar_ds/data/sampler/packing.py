@@ -21,7 +21,7 @@ CLOSE = 0.005
 """A pack this near to its aim, in shares of the budgets, is not searched for again."""
 PULL = 0.5
 """How far a pack's cost per token may be above that of what waits, in standard deviations of what waits."""
-AMPLE = 1.06
+MANY_ENOUGH = 1.06
 """So many times the tokens that what waits has for the cost budget are aimed at where that binds: packs are fuller, and
 the dear samples that this leaves meet cheap ones later (measured: `benchmarks/LOG.md`)."""
 _NEGLIGIBLE = 1e-9
@@ -48,7 +48,7 @@ def item_cost(tokens: int, coefficients: tuple[float, float]) -> float:
     return linear * tokens + square * tokens * tokens
 
 
-def thinned(coefficients: tuple[float, float], dropout: float) -> tuple[float, float]:
+def scale_for_dropout(coefficients: tuple[float, float], dropout: float) -> tuple[float, float]:
     """Coefficients by an item's whole tokens where the encoder sees all but `dropout` of them, to rounding."""
     linear, square = coefficients
     return (1 - dropout) * linear, (1 - dropout) ** 2 * square
@@ -93,7 +93,7 @@ def _aim(items: Sequence[Totals], budget: Totals) -> Totals:
     tokens, cost = _total(items, range(len(items)))
     mean = cost / tokens
     if mean * budget.tokens >= budget.cost:
-        return Totals(min(budget.tokens, AMPLE * budget.cost / mean), budget.cost)
+        return Totals(min(budget.tokens, MANY_ENOUGH * budget.cost / mean), budget.cost)
     variance = sum(item.tokens * (item.cost / item.tokens - mean) ** 2 for item in items) / tokens
     return Totals(budget.tokens, min(budget.cost, (mean + PULL * math.sqrt(variance)) * budget.tokens))
 

@@ -8,11 +8,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from univitar_ds.data.sampler.cursor import Place, Waiting
-from univitar_ds.data.sampler.shard_assignment import Unit, units_of_lane
+from univitar_ds.data.sampler.cursor import BufferedSample, ReadPosition
+from univitar_ds.data.sampler.shard_assignment import ShardSlice, units_of_lane
 from univitar_ds.data.shards import tar_index
 from univitar_ds.data.shards.captions import resolve
-from univitar_ds.data.shards.index_cache import Entry, Scans, shard_samples
+from univitar_ds.data.shards.index_cache import Entry, IndexCache, shard_samples
 from univitar_ds.data.shards.listing import Shard
 from univitar_ds.data.shards.samples import Sample, SizeRule, read_sample, read_sample_again
 from univitar_ds.data.shards.sources import ShardGroup, SourceShard
@@ -60,8 +60,8 @@ class Reader:
         lanes: int,
         lane: int,
         seed: int,
-        place: Place,
-        scans: Scans | None = None,
+        place: ReadPosition,
+        scans: IndexCache | None = None,
     ) -> None:
         """`scans` are those of all readers in this thread."""
         self.group = group
@@ -69,7 +69,7 @@ class Reader:
         self._shards = shards
         self._modality: Modality = modality
         self._lanes, self._lane, self._seed = lanes, lane, seed
-        self._scans = scans or Scans()
+        self._scans = scans or IndexCache()
         self._entries = self._walk(place)
 
     def next(self) -> Found | None:
@@ -85,7 +85,7 @@ class Reader:
         units = self._units(self.place.epoch)[self.place.unit :]
         self._announce(-1, iter(units[:1]))
 
-    def _walk(self, start: Place) -> Iterator[tuple[Found | None, Place]]:
+    def _walk(self, start: ReadPosition) -> Iterator[tuple[Found | None, ReadPosition]]:
         """Everything from `start` on, each with the place after it."""
         first, offset, ordinal = start.unit, start.offset, start.ordinal
         units = self._units(start.epoch)
@@ -93,21 +93,21 @@ class Reader:
             following = self._units(epoch + 1)
             for number in range(first, len(units)):
                 self._announce(units[number].shard, itertools.chain(units[number + 1 :], following))
-                yield from self._unit(units[number], Place(epoch, number, offset, ordinal))
+                yield from self._unit(units[number], ReadPosition(epoch, number, offset, ordinal))
                 offset = ordinal = 0
             units, first, offset, ordinal = following, 0, 0, 0
-            yield None, Place(epoch + 1)
+            yield None, ReadPosition(epoch + 1)
 
-    def _unit(self, unit: Unit, start: Place) -> Iterator[tuple[Found, Place]]:
+    def _unit(self, unit: ShardSlice, start: ReadPosition) -> Iterator[tuple[Found, ReadPosition]]:
         """Of all who read the shard, the owner of the sample after some damage is the one that tells of it."""
         shard = self._shards[unit.shard]
         for entry, ordinal in self._own_entries(shard, unit, start):
-            place = Place(start.epoch, start.unit, entry.end, ordinal + isinstance(entry, tar_index.Group))
+            place = ReadPosition(start.epoch, start.unit, entry.end, ordinal + isinstance(entry, tar_index.Group))
             if isinstance(entry, tar_index.Damage) and entry.end >= shard.size:
-                place = Place(start.epoch, start.unit + 1)  # the same would be told again from this byte on
+                place = ReadPosition(start.epoch, start.unit + 1)  # the same would be told again from this byte on
             yield Found(unit.shard, entry, ordinal, start.epoch, samples_in(shard, entry, ordinal)), place
 
-    def _own_entries(self, shard: Shard, unit: Unit, start: Place) -> Iterator[tuple[Entry, int]]:
+    def _own_entries(self, shard: Shard, unit: ShardSlice, start: ReadPosition) -> Iterator[tuple[Entry, int]]:
         """The unit's samples and damage from `start` on, with the number of the sample that it is or that follows.
 
         Units that are parts of a shard share a scan of it. One that was left in the middle goes on from that byte.
@@ -121,11 +121,11 @@ class Reader:
                 yield entry, ordinal
             ordinal += isinstance(entry, tar_index.Group)
 
-    def _units(self, epoch: int) -> list[Unit]:
+    def _units(self, epoch: int) -> list[ShardSlice]:
         name, shards = self.group.name, self.group.shards
         return units_of_lane(shards, self._lanes, self._lane, self._seed, self._modality, epoch, name)
 
-    def _announce(self, current: int, units: Iterator[Unit]) -> None:
+    def _announce(self, current: int, units: Iterator[ShardSlice]) -> None:
         """Tell the storages which shards come after `current`."""
         coming = dict.fromkeys(unit.shard for unit in itertools.islice(units, HINTED) if unit.shard != current)
         announce([self._shards[index] for index in coming])
@@ -167,14 +167,14 @@ def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
 
 
 def read_again(
-    shards: Sequence[SourceShard], rows: Sequence[Waiting], rule: SizeRule
+    shards: Sequence[SourceShard], rows: Sequence[BufferedSample], rule: SizeRule
 ) -> Iterator[Sample | SampleError | None]:
     """What each row of a cursor's pool is, in order; from a remote store many at a time.
 
     None where the address does not hold one sample any more, an error where the rule leaves the sample out.
     """
 
-    def again(row: Waiting) -> Sample | SampleError | None:
+    def again(row: BufferedSample) -> Sample | SampleError | None:
         shard = shards[row.shard]
         try:
             sample = read_sample_again(shard, row.offset, row.length, rule)
@@ -210,7 +210,7 @@ def scattered(shard: Shard, modality: Modality) -> str | None:
     return None
 
 
-def look_through(shards: Sequence[SourceShard], group: ShardGroup, rule: SizeRule) -> Held:
+def probe_group(shards: Sequence[SourceShard], group: ShardGroup, rule: SizeRule) -> Held:
     """What a group holds of the rule's modality; stops at the first sample that can be read."""
     held: Held = "nothing"
     for shard in (shards[index] for index in group.shards):

@@ -22,7 +22,7 @@ _ORDERS = 1024
 of which many lanes find nothing in an epoch; that one has few units."""
 
 
-class Unit(NamedTuple):
+class ShardSlice(NamedTuple):
     """The samples of a shard whose number within it leaves remainder `part` when divided by `parts`."""
 
     shard: int
@@ -39,14 +39,14 @@ def parts_per_shard(shards: int, lanes: int) -> int:
 
 def units_of_lane(
     shards: Sequence[int], lanes: int, lane: int, seed: int, modality: str, epoch: int, group: str = ""
-) -> list[Unit]:
+) -> list[ShardSlice]:
     """The units of one lane in one epoch of a group of shards, in reading order; `shards` are indices into the run's.
 
     `group` is the name of the group: each has an order of its own.
     """
     parts = parts_per_shard(len(shards), lanes)
     own = _order(parts * len(shards), seed, modality, group, epoch)[lane::lanes]
-    return [Unit(shards[index // parts], index % parts, parts) for index in own]
+    return [ShardSlice(shards[index // parts], index % parts, parts) for index in own]
 
 
 @lru_cache(_ORDERS)

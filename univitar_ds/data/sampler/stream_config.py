@@ -10,15 +10,15 @@ from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.sampler.bad_samples import BadPolicy
-from univitar_ds.data.sampler.packing import thinned
-from univitar_ds.data.sampler.reader import Held, look_through
+from univitar_ds.data.sampler.packing import scale_for_dropout
+from univitar_ds.data.sampler.reader import Held, probe_group
 from univitar_ds.data.shards.samples import SizeRule
 from univitar_ds.data.shards.sources import ShardGroup, SourceShard, groups_of, stage_modalities
 from univitar_ds.geometry import Modality
 
 
 @dataclass(frozen=True)
-class StreamRules:
+class StreamConfig:
     """Everything that decides the packs of one modality, but for the lane.
 
     `weights` are the stage's, by source; `cost` are packing's coefficients; `told` is what one of the lanes has told,
@@ -51,7 +51,7 @@ class StreamRules:
         """The name of each shard's group."""
         return {shard: group.name for group in self.groups for shard in group.shards}
 
-    def tells_first(self, what: str) -> bool:
+    def warns_first(self, what: str) -> bool:
         """Whether no lane has told this yet."""
         first = what not in self.told
         self.told.add(what)
@@ -60,11 +60,11 @@ class StreamRules:
     def holds(self, group: ShardGroup) -> Held:
         """What a group holds; to know that it holds nothing, all of its shards have to be scanned."""
         if group.name not in self._held:
-            self._held[group.name] = look_through(self.shards, group, self.size)
+            self._held[group.name] = probe_group(self.shards, group, self.size)
         return self._held[group.name]
 
 
-def stream_rules(
+def stream_config(
     shards: Sequence[SourceShard],
     *,
     data: DataConfig,
@@ -72,11 +72,11 @@ def stream_rules(
     lanes: int,
     seed: int,
     cost: tuple[float, float] = (0.0, 0.0),
-) -> dict[Modality, StreamRules]:
+) -> dict[Modality, StreamConfig]:
     """The rules of each modality that a stage reads."""
     tflops = stage.cost_budget_tflops
     return {
-        modality: StreamRules(
+        modality: StreamConfig(
             shards=shards,
             lanes=lanes,
             seed=seed,
@@ -94,7 +94,7 @@ def stream_rules(
             pool_samples=data.pool_samples,
             policy=bad_policy(data),
             weights=stage.weights,
-            cost=thinned(cost, stage.patch_dropout),
+            cost=scale_for_dropout(cost, stage.patch_dropout),
             cost_budget=None if tflops is None else tflops * 1e12,
         )
         for modality in stage_modalities(stage)

@@ -44,8 +44,8 @@ def shard_samples(shard: Shard, modality: Modality, offset: int = 0, number: int
         yield tar_index.Damage("cut", shard.size, shard.size, message)
 
 
-class Scans:
-    """Scans of whole shards, each gone on with when somebody wants to know more; those unused for longest are let go.
+class IndexCache:
+    """Indexes of shards, each read on when more of it is asked for; those unused for longest are dropped.
 
     For one thread.
     """
@@ -93,7 +93,7 @@ class _Scan:
         return len(self._begins)
 
     def part(self, stream: BinaryIO, part: int, parts: int) -> Iterator[tuple[Entry, int]]:
-        """See `Scans.part`; `stream` is the shard's."""
+        """See `IndexCache.part`; `stream` is the shard's."""
         number = part
         while True:
             found = self._group(stream, number) if number < len(self) else self._scan_to(number)

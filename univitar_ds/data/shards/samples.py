@@ -71,7 +71,7 @@ class Sample:
     """A readable sample before decoding: addresses, texts and the size that its header promises.
 
     `media_offset` and `media_length` are bytes of the shard. `captions` may be none only where there is a label.
-    `frames` are those stored in its pixels, 1 for a picture. `shrunk`: see `SizeRule.shrinks`; `ignored` and
+    `frames` are those stored in its pixels, 1 for a picture. `downscaled`: see `SizeRule.shrinks`; `ignored` and
     `several_lines`: see `captions.Texts`.
     """
 
@@ -86,7 +86,7 @@ class Sample:
     crc32: int | None
     grid: tuple[int, int, int]
     frames: int
-    shrunk: bool = False
+    downscaled: bool = False
     ignored: tuple[captions.Ignored, ...] = ()
     several_lines: bool = False
 
@@ -189,9 +189,9 @@ def _parse(
     check_duration(size.duration_s, rule.max_clip_s)
     frames = rule.frames_of(size)
     grid = rule.grid(size.height, size.width, frames)
-    shrunk = rule.shrinks(size.height, size.width, grid)
+    downscaled = rule.shrinks(size.height, size.width, grid)
     offset = origin + media.offset - counted
     *said, ignored, several_lines = texts
     return Sample(
-        shard, key, offset, media.length, media.extension, *said, grid, frames, shrunk, ignored, several_lines
+        shard, key, offset, media.length, media.extension, *said, grid, frames, downscaled, ignored, several_lines
     )

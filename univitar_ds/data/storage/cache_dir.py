@@ -43,7 +43,7 @@ class Version:
         return f"{blake2b(identity, digest_size=16).hexdigest()}-{self.size}.tar"
 
 
-class Copies:
+class CacheDir:
     """The copies in `folder`, at most `limit_bytes` of them unless more are in use at once.
 
     Whatever the system refuses is an OSError here; `failed` makes a sentence of it.

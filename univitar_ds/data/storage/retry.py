@@ -32,7 +32,7 @@ class Failure(NamedTuple):
     retry_after_s: float = 0.0
 
 
-class Pace:
+class RateLimiter:
     """Spaces the requests of a process out once the store asks for fewer; all threads share one.
 
     A refusal doubles the gap between the starts of two requests, an answer shortens it by a tenth.
@@ -77,14 +77,14 @@ class Pace:
         _log.warning(message, *values)
 
 
-class Patience:
+class RetryPolicy:
     """Repeats of one piece of work: longer pauses after each failure, an error when too little comes for too long.
 
     `idle_timeout_s`: longest silence of a connection. A longer gap between two calls is the whole process's, which
     was suspended, and not the store's.
     """
 
-    def __init__(self, url: str, give_up_s: float, pace: Pace, idle_timeout_s: float) -> None:
+    def __init__(self, url: str, give_up_s: float, pace: RateLimiter, idle_timeout_s: float) -> None:
         self._url, self._give_up_s, self._pace = url, give_up_s, pace
         self._window_s = max(idle_timeout_s, _LEAST_WINDOW_S)
         self._last = self._opened = time.monotonic()

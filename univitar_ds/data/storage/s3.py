@@ -13,7 +13,7 @@ from univitar_ds.data.storage.base import S3, StorageSettings
 from univitar_ds.data.storage.cache_dir import Version
 from univitar_ds.data.storage.s3_client import Connection, address, changed, refused, status_of
 from univitar_ds.data.storage.session import Pins, session_folder
-from univitar_ds.data.storage.shard_cache import Spool
+from univitar_ds.data.storage.shard_cache import ShardCache
 from univitar_ds.errors import DataError
 
 
@@ -29,13 +29,13 @@ class S3Storage:
         with suppress(OSError):  # told when the first copy is made
             folder.parent.mkdir(parents=True, exist_ok=True)
         patience_s = settings.give_up_s + settings.idle_timeout_s
-        self._spool = Spool(folder, int(settings.cache_limit_gb * 1e9), self.connection.stream, patience_s)
+        self._shard_cache = ShardCache(folder, int(settings.cache_limit_gb * 1e9), self.connection.stream, patience_s)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return shared_storage, (self._settings.shared(),)
 
     def open(self, path: str) -> BinaryIO:
-        return self._spool.open(self._version(path))
+        return self._shard_cache.open(self._version(path))
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         assert min(offset, length) >= 0, (offset, length)
@@ -45,7 +45,7 @@ class S3Storage:
                 f"{path}: ends at byte {version.size}, but {length} bytes were expected from byte {offset} on; "
                 "the object was cut or replaced while it was in use: restore it or pack it again"
             )
-        found = self._spool.read(version, offset, length)
+        found = self._shard_cache.read(version, offset, length)
         return self._directly(version, offset, length) if found is None else found
 
     def read(self, path: str) -> bytes:
@@ -96,7 +96,7 @@ class S3Storage:
 
     def prefetch(self, paths: Sequence[str]) -> None:
         coming = paths[: self._settings.prefetch_shards]
-        self._spool.prefetch([self._version(path) for path in coming if self._pins.get(path) is not None])
+        self._shard_cache.prefetch([self._version(path) for path in coming if self._pins.get(path) is not None])
 
     def head(self, path: str) -> dict[str, Any] | None:
         """What the store says of an object; None if there is none."""

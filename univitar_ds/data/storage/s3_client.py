@@ -10,7 +10,7 @@ from typing import Any
 
 from univitar_ds.data.storage.base import S3, StorageSettings
 from univitar_ds.data.storage.cache_dir import Version
-from univitar_ds.data.storage.retry import Failure, Pace, Patience
+from univitar_ds.data.storage.retry import Failure, RateLimiter, RetryPolicy
 from univitar_ds.errors import DataError
 
 CHUNK = 64 * 1024
@@ -30,7 +30,7 @@ class Connection:
 
     def __init__(self, settings: StorageSettings) -> None:
         self._settings = settings
-        self._pace = Pace()
+        self._pace = RateLimiter()
         self._lock = threading.Lock()
         self._client: Any = None
 
@@ -67,8 +67,8 @@ class Connection:
             except _transport_errors() as error:
                 patience.failed(self._failure(error, version.url))
 
-    def _patience(self, url: str) -> Patience:
-        return Patience(url, self._settings.give_up_s, self._pace, self._settings.idle_timeout_s)
+    def _patience(self, url: str) -> RetryPolicy:
+        return RetryPolicy(url, self._settings.give_up_s, self._pace, self._settings.idle_timeout_s)
 
     def _request(self, operation: str, url: str, parameters: dict[str, Any]) -> dict[str, Any]:
         client = self._connected(url)
@@ -107,7 +107,7 @@ class Connection:
                     read_timeout=settings.idle_timeout_s,
                     tcp_keepalive=True,
                     max_pool_connections=_POOL,
-                    retries={"total_max_attempts": 1, "mode": "standard"},  # `Patience` repeats
+                    retries={"total_max_attempts": 1, "mode": "standard"},  # `RetryPolicy` repeats
                     s3={"addressing_style": "path"} if custom else {},
                     request_checksum_calculation="when_required",  # other stores do not know the new ones
                     response_checksum_validation="when_required",

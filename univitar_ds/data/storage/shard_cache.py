@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from univitar_ds.data.storage.cache_dir import Copies, Version
+from univitar_ds.data.storage.cache_dir import CacheDir, Version
 from univitar_ds.errors import DataError
 
 NEAR = 4 << 20
@@ -25,7 +25,7 @@ Fetch = Callable[[Version, int, int], Iterator[memoryview]]
 """Bytes [start, end) of an object, in pieces that are valid until the next one. Raises DataError."""
 
 
-class Spool:
+class ShardCache:
     """Objects as files. Any process that reads a shard fetches it, unless it is there or another one does.
 
     `patience_s`: an error if another process that fetches a shard gets nothing for so long.
@@ -33,7 +33,7 @@ class Spool:
 
     def __init__(self, folder: Path, limit_bytes: int, fetch: Fetch, patience_s: float) -> None:
         self._folder, self._fetch, self._patience_s = folder, fetch, patience_s
-        self._copies = Copies(folder, limit_bytes)
+        self._cache_dir = CacheDir(folder, limit_bytes)
         self._mutex = threading.RLock()
         self._downloads: dict[Version, _Download] = {}
         self._failures: dict[Version, Exception] = {}
@@ -51,8 +51,8 @@ class Spool:
         while True:
             copy = self._opened(version)
             if copy is not None:
-                self._copies.used(copy)
-                return io.BufferedReader(_Growing(self, version, copy), _BUFFER)
+                self._cache_dir.used(copy)
+                return io.BufferedReader(_GrowingFile(self, version, copy), _BUFFER)
             if self._download(version) is None:
                 self._expect(version, deadline)
 
@@ -71,7 +71,7 @@ class Spool:
             found = os.pread(copy, length, offset)
             return found if len(found) == length else None
         except OSError as error:
-            raise self._copies.failed(error) from error
+            raise self._cache_dir.failed(error) from error
         finally:
             os.close(copy)
 
@@ -112,9 +112,9 @@ class Spool:
 
     def _opened(self, version: Version) -> int | None:
         try:
-            return self._copies.open(version)
+            return self._cache_dir.open(version)
         except OSError as error:
-            raise self._copies.failed(error) from error
+            raise self._cache_dir.failed(error) from error
 
     def _download(self, version: Version, *, needed: bool = True) -> _Download | None:
         """The download of a shard, started if need be; None if another process is at it or it is done.
@@ -129,13 +129,13 @@ class Spool:
             if version in self._failures:
                 raise self._failures[version]
             try:
-                files = self._copies.begin(version, needed=needed)
+                files = self._cache_dir.begin(version, needed=needed)
             except OSError as error:
-                raise self._copies.failed(error) from error
+                raise self._cache_dir.failed(error) from error
             if files is None:
                 return None
             try:
-                started = _Download(version, files, self._copies, self._fetch, self._ended)
+                started = _Download(version, files, self._cache_dir, self._fetch, self._ended)
                 started.start()
             except BaseException:  # no more threads, as while the process ends: no reader may wait for this one
                 for file in files:
@@ -156,7 +156,7 @@ class Spool:
         while self._hints and len(self._downloads) < AHEAD:
             version = next(iter(self._hints))
             del self._hints[version]
-            if not self._copies.whole(version):
+            if not self._cache_dir.whole(version):
                 with suppress(DataError, RuntimeError):  # the latter where no thread can be started any more
                     self._download(version, needed=False)
 
@@ -168,12 +168,12 @@ class _Download(threading.Thread):
         self,
         version: Version,
         files: tuple[int, int],
-        copies: Copies,
+        copies: CacheDir,
         fetch: Fetch,
         ended: Callable[[Version, Exception | None], None],
     ) -> None:
         super().__init__(name=f"fetch {version.url}", daemon=True)
-        self._version, self._files, self._copies, self._fetch, self._ended = version, files, copies, fetch, ended
+        self._version, self._files, self._cache_dir, self._fetch, self._ended = version, files, copies, fetch, ended
         self._grown = threading.Condition()
         self._have = os.fstat(files[0]).st_size
         self._error: Exception | None = None
@@ -189,9 +189,9 @@ class _Download(threading.Thread):
                 with self._grown:
                     self._have += written
                     self._grown.notify_all()
-            self._copies.finish(self._version, part)
+            self._cache_dir.finish(self._version, part)
         except OSError as error:
-            self._error = self._copies.failed(error)
+            self._error = self._cache_dir.failed(error)
         except Exception as error:
             self._error = error
         finally:
@@ -210,12 +210,12 @@ class _Download(threading.Thread):
             self._grown.wait_for(lambda: self._have > position or self._over)
 
 
-class _Growing(io.RawIOBase):
+class _GrowingFile(io.RawIOBase):
     """A copy as a file that is as long as the object from the start."""
 
-    def __init__(self, spool: Spool, version: Version, copy: int) -> None:
+    def __init__(self, spool: ShardCache, version: Version, copy: int) -> None:
         super().__init__()
-        self._spool, self._version, self._copy = spool, version, copy
+        self._shard_cache, self._version, self._copy = spool, version, copy
         self._position = 0
 
     def readable(self) -> bool:
@@ -235,7 +235,7 @@ class _Growing(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         if self._position >= self._version.size:
             return 0
-        have = self._spool.wait(self._version, self._copy, self._position)
+        have = self._shard_cache.wait(self._version, self._copy, self._position)
         n = os.preadv(self._copy, [memoryview(buffer)[: have - self._position]], self._position)
         self._position += n
         return n

@@ -13,8 +13,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import PackLoader
-from univitar_ds.data.sampler.cursor import parse
-from univitar_ds.data.sampler.packing import item_cost, thinned
+from univitar_ds.data.sampler.packing import item_cost, scale_for_dropout
 from univitar_ds.data.shards.contents import faults_of_stages
 from univitar_ds.data.shards.sources import fingerprint, stage_modalities, validate_sources
 from univitar_ds.data.storage.base import StorageSettings
@@ -36,7 +35,7 @@ class Stream:
     """Of each whole step: the cost of its dearest pack over the mean, less 1."""
     bad: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
-    shrunk: int = 0
+    downscaled: int = 0
     longest_wait: int = 0
     samples_per_s: float = 0.0
     shown: PackedBatch | None = None
@@ -67,7 +66,7 @@ class Stream:
             "items_per_pack": _spread([len(pack) for pack in self.packs]),
             "tokens_per_item": _spread(self.tokens),
             "token_histogram": _histogram(self.tokens),
-            "shrunk": self.shrunk,
+            "downscaled": self.downscaled,
             "bad": dict(self.bad),
             "ignored": dict(self.ignored),
             "longest_wait_packs": self.longest_wait,
@@ -130,7 +129,7 @@ def render(inspection: Inspection) -> str:
 
 
 def _draw(config: RunConfig, stage: StageConfig, modality: Modality, packs: int, cost: tuple[float, float]) -> Stream:
-    stream, seen = Stream(stage, modality), thinned(cost, stage.patch_dropout)
+    stream, seen = Stream(stage, modality), scale_for_dropout(cost, stage.patch_dropout)
     started, first = time.perf_counter(), 0
     with closing(_steps(config, stage, modality, packs, cost)) as steps:
         for number, step in enumerate(steps):
@@ -171,9 +170,9 @@ def _count(stream: Stream, batch: PackedBatch) -> None:
     stream.packs.append(batch.grid_thw.prod(dim=1).tolist())
     stream.bad.update(batch.bad)
     stream.ignored.update(batch.ignored)
-    stream.shrunk += batch.shrunk
-    cursor = parse(batch.cursor).streams[batch.modality]
-    # Whoever leaves has been in the cursor before, as long as it waited at all.
+    stream.downscaled += batch.downscaled
+    cursor = batch.cursor.streams[batch.modality]
+    # A sample that waited at all was in an earlier cursor.
     stream.longest_wait = max([stream.longest_wait, *(cursor.packs - row.since for row in cursor.pool)])
     if stream.shown is None and len(batch):
         stream.shown = batch
@@ -216,7 +215,7 @@ def _table(stream: Mapping[str, Any]) -> list[str]:
         ", ".join(f"{count} {kind}" for kind, count in sorted(stream[name].items())) or "none"
         for name in ("bad", "ignored")
     )
-    lines.append(f"  made smaller   {stream['shrunk']} items")
+    lines.append(f"  made smaller   {stream['downscaled']} items")
     lines.append(f"  left out       {bad}")
     lines.append(f"  texts ignored  {ignored}")
     lines.append(f"  longest wait   {stream['longest_wait_packs']} packs")

@@ -48,7 +48,7 @@ _COLOURS = colormaps["viridis"]
 _SOFTWARE = "univitar_ds data inspect"
 
 
-class Place(NamedTuple):
+class ReadPosition(NamedTuple):
     """Where an item lies in the picture of a pack: its upper left corner and its size, in inches."""
 
     left: float
@@ -61,7 +61,7 @@ class Place(NamedTuple):
 class Gallery:
     """The items of a pack laid out in rows, all at one scale. Sizes in inches."""
 
-    places: list[Place]
+    places: list[ReadPosition]
     height: float
     scale: float
     """Inches of a pixel that the model gets."""
@@ -250,7 +250,7 @@ def _rows(sizes: Sequence[tuple[int, int]], scale: float, inner: float) -> Galle
     places, top = {}, 0.0
     for height, members in rows:
         for index in members:
-            places[index] = Place(lefts[index], top, scale * sizes[index][1], scale * sizes[index][0])
+            places[index] = ReadPosition(lefts[index], top, scale * sizes[index][1], scale * sizes[index][0])
         top += height + _LABEL_IN
     return Gallery([places[index] for index in range(len(sizes))], top, scale)
 

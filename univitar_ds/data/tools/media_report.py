@@ -16,10 +16,10 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.collate import decoded
 from univitar_ds.data.media.probe import probe
 from univitar_ds.data.media.types import MediaSize
-from univitar_ds.data.sampler.cursor import Waiting
+from univitar_ds.data.sampler.cursor import BufferedSample
 from univitar_ds.data.sampler.lanes import Item, Plan
 from univitar_ds.data.sampler.reader import read_entry
-from univitar_ds.data.sampler.stream_config import stream_rules
+from univitar_ds.data.sampler.stream_config import stream_config
 from univitar_ds.data.shards.captions import EXTENSIONS
 from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of
 from univitar_ds.data.shards.sources import SourceShard
@@ -39,7 +39,7 @@ _CAPTION = b"a caption, for a sample needs one"
 class MediaReport:
     """One file. Sides in pixels as shown and frames as its header has them; `grid` and `tokens` are what a run gets.
 
-    What was not found out is None. `shrunk`: it has more tokens at its own size than the stage allows.
+    What was not found out is None. `downscaled`: it has more tokens at its own size than the stage allows.
     With `ok` false the loader would count it under `error` and log `message`.
     """
 
@@ -51,7 +51,7 @@ class MediaReport:
     frames: int | None = None
     grid: tuple[int, int, int] | None = None
     tokens: int | None = None
-    shrunk: bool | None = None
+    downscaled: bool | None = None
     error: str | None = None
     message: str | None = None
 
@@ -65,7 +65,7 @@ class MediaReport:
         assert self.grid is not None
         of = "" if self.kind == "image" else f" x {self.frames} frames"
         size = " x ".join(map(str, self.grid if self.kind == "video" else self.grid[1:]))
-        smaller = ", made smaller" if self.shrunk else ""
+        smaller = ", made smaller" if self.downscaled else ""
         return (
             f"{self.kind}: {self.file}: {self.width} x {self.height} px{of} -> {size} = {self.tokens} tokens{smaller}"
         )
@@ -90,7 +90,7 @@ def report(paths: Iterable[Path], data: DataConfig, stage: StageConfig) -> Itera
     data = data.model_copy(update={"workers": max(data.workers, 1)})
     # The stage may read one modality only; files are of both.
     stage = stage.model_copy(update={"video_ratio": 0.5})
-    rules = stream_rules([], data=data, stage=stage, lanes=1, seed=0)
+    rules = stream_config([], data=data, stage=stage, lanes=1, seed=0)
     sizes = {modality: rule.size for modality, rule in rules.items()}
     waiting: deque[_Header] = deque()
     with TemporaryDirectory(prefix="univitar-probe-") as folder:
@@ -117,7 +117,7 @@ def _plans(
         header = _header(path, folder / f"{number}.tar", sizes)
         waiting.append(header)
         if header.sample is not None:
-            item = Item(header.sample, header.sample.captions[0], Waiting(0, 0, 0, 0, 0, 0))
+            item = Item(header.sample, header.sample.captions[0], BufferedSample(0, 0, 0, 0, 0, 0))
             modality: Modality = "video" if header.size is not None and header.size.kind == "video" else "image"
             yield Plan([item], modality, 0, number, None, {})
 
@@ -162,7 +162,7 @@ def _result(header: _Header, failed: SampleError | None) -> MediaReport:
         frames=None if size is None else size.frames,
         grid=None if sample is None else sample.grid,
         tokens=None if sample is None else sample.tokens,
-        shrunk=None if sample is None else sample.shrunk,
+        downscaled=None if sample is None else sample.downscaled,
         error=None if error is None else error.kind,
         message=None if error is None else str(error),
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import ClipSampling, ResolutionConfig, StageConfig
-from univitar_ds.data.decoding.decode_job import DecodeLimits, RenderItem, RenderJob, check_crc32, render
+from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits, check_crc32, decode_pack
 from univitar_ds.data.decoding.task_pool import At, Bad, Event, Hashed, Noted, Read, Scattered, SeveralLines, Task
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.memory_limits import confine
@@ -121,10 +121,10 @@ def _rule(kind: Modality, data: DataConfig) -> SizeRule:
 
 
 def _decode(sample: Sample, kind: Modality, job: ShardCheck) -> None:
-    item = RenderItem(
+    item = DecodeItem(
         sample.shard.path, sample.media_offset, sample.media_length, sample.grid, sample.frames, sample.crc32
     )
     limits = DecodeLimits(job.data.max_image_px, job.data.decode_timeout_s, job.data.max_clip_s)
-    work = RenderJob(kind, _SAMPLING, limits, [item])
-    for _, word, message in render(work, np.empty(work.bytes, np.uint8), job.settings):
+    work = DecodeJob(kind, _SAMPLING, limits, [item])
+    for _, word, message in decode_pack(work, np.empty(work.bytes, np.uint8), job.settings):
         raise SampleError(word, message)

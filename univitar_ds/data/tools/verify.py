@@ -15,7 +15,6 @@ from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.decoding.task_pool import (
     At,
     Bad,
-    Crew,
     Done,
     Event,
     Hashed,
@@ -24,6 +23,7 @@ from univitar_ds.data.decoding.task_pool import (
     Scattered,
     SeveralLines,
     Task,
+    TaskPool,
 )
 from univitar_ds.data.shards.line_watch import several_lines_warning
 from univitar_ds.data.shards.listing import Shard, expand_braces, place_of
@@ -126,7 +126,7 @@ def verify(
     silence_s = settings.give_up_s + 2 * limits.decode_timeout_s
     with (
         tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar,
-        Crew(check_shard, min(workers, max(len(tasks), 1)), silence_s) as crew,
+        TaskPool(check_shard, min(workers, max(len(tasks), 1)), silence_s) as crew,
     ):
         for number, event in crew.run(tasks):
             if isinstance(event, Read):

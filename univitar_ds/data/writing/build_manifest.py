@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from univitar_ds.data.shards.manifest import VERSION
-from univitar_ds.data.writing.examine import Finding
+from univitar_ds.data.writing.examine import MediaInfo
 from univitar_ds.data.writing.source_folder import Row
 from univitar_ds.geometry import PATCH
 
 
 def build_manifest(
-    samples: Sequence[tuple[Row, Finding]],
+    samples: Sequence[tuple[Row, MediaInfo]],
     shards: list[dict[str, Any]],
     skipped: list[dict[str, str]],
     fingerprint: str,

@@ -47,7 +47,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Finding:
+class MediaInfo:
     """What a file is. With a `fault` it is left out; `extension` is one that says its kind to every reader."""
 
     fault: str | None
@@ -60,7 +60,7 @@ class Finding:
     frames: int = 0
 
 
-def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[Finding]:
+def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[MediaInfo]:
     """A finding for each job, in order. With one worker everything happens in this process."""
     if workers <= 1:
         yield from map(examine, jobs)
@@ -77,7 +77,7 @@ def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[Finding]:
             done += 1
 
 
-def _in_order(pool: ProcessPoolExecutor, batches: Sequence[Sequence[Job]], ahead: int) -> Iterator[list[Finding]]:
+def _in_order(pool: ProcessPoolExecutor, batches: Sequence[Sequence[Job]], ahead: int) -> Iterator[list[MediaInfo]]:
     """Of millions of files only so many batches are handed over at a time, and again after a process has died."""
     coming = iter(batches)
     waiting = deque(pool.submit(_examine_batch, batch) for batch in islice(coming, ahead))
@@ -86,7 +86,7 @@ def _in_order(pool: ProcessPoolExecutor, batches: Sequence[Sequence[Job]], ahead
         waiting.extend(pool.submit(_examine_batch, batch) for batch in islice(coming, 1))
 
 
-def examine(job: Job) -> Finding:
+def examine(job: Job) -> MediaInfo:
     """Read, hash, probe and, if asked, decode one file."""
     try:
         data = read_file(job.path, _MOST_BYTES, f"; at most {_MOST_BYTES} fit into a sample")
@@ -100,10 +100,10 @@ def examine(job: Job) -> Finding:
             raise SampleError("too_large", f"{size.width} x {size.height} pixels, above {_MAX_PX} in all")
         height, width = _decoded_size(data, size) if job.verify else (size.height, size.width)
     except SampleError as error:
-        return Finding(f"{error.kind}: {error}")
+        return MediaInfo(f"{error.kind}: {error}")
     except MemoryError:
-        return Finding("too_large: decoding it takes more memory than there is")
-    return Finding(
+        return MediaInfo("too_large: decoding it takes more memory than there is")
+    return MediaInfo(
         None,
         len(data),
         hashlib.sha256(data).hexdigest(),
@@ -142,12 +142,12 @@ def _telling_extension(data: bytes, extension: str, kind: str) -> str:
     return VIDEO_EXTENSION_OF[demuxer]
 
 
-def _examine_batch(jobs: Sequence[Job]) -> list[Finding]:
+def _examine_batch(jobs: Sequence[Job]) -> list[MediaInfo]:
     return [examine(job) for job in jobs]
 
 
-def _examine_apart(job: Job) -> Finding:
+def _examine_apart(job: Job) -> MediaInfo:
     """One file in a process of its own, for a batch that lost its process."""
     with suppress(BrokenProcessPool), children.pool(1, _PRELOAD) as pool:
         return pool.submit(examine, job).result()
-    return Finding("corrupt: the decoder's process died of this file")
+    return MediaInfo("corrupt: the decoder's process died of this file")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from univitar_ds.data.shards.manifest import JOURNAL
-from univitar_ds.data.writing.examine import Finding
+from univitar_ds.data.writing.examine import MediaInfo
 from univitar_ds.data.writing.source_folder import Row
 from univitar_ds.errors import DataError, writing
 
@@ -27,7 +27,7 @@ _PARTIAL = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|pack\.jsonl)\.pa
 _VERSION = 1
 
 
-class Journal:
+class ProgressLog:
     """Findings and shards of one output folder. Open with `open_journal`."""
 
     def __init__(
@@ -38,14 +38,14 @@ class Journal:
         """Names of all shards that were written here or begun, also by another version of the decoders."""
         self._stream: TextIO = self._rewritten()
 
-    def finding(self, row: Row, stamp: list[int], verify: bool) -> Finding | None:
+    def finding(self, row: Row, stamp: list[int], verify: bool) -> MediaInfo | None:
         """What was found in a file that still has this stamp (size, modification time)."""
         entry = self._entries.get(f"file {row.file}")
         if entry is None or [entry["stamp"], entry["kind"], entry["verify"]] != [stamp, row.kind, verify]:
             return None
-        return Finding(**entry["finding"])
+        return MediaInfo(**entry["finding"])
 
-    def add_finding(self, row: Row, stamp: list[int], verify: bool, finding: Finding) -> None:
+    def add_finding(self, row: Row, stamp: list[int], verify: bool, finding: MediaInfo) -> None:
         self._add(f"file {row.file}", {"stamp": stamp, "kind": row.kind, "verify": verify, "finding": asdict(finding)})
 
     def shard(self, name: str, plan: str) -> dict[str, Any] | None:
@@ -85,7 +85,7 @@ class Journal:
 
 
 @contextmanager
-def open_journal(out: Path, folder: Path) -> Iterator[Journal]:
+def open_journal(out: Path, folder: Path) -> Iterator[ProgressLog]:
     """Take `out` for a packing of `folder`: made if missing, locked against others, leftovers removed.
 
     Raises: DataError if somebody else is packing there, or what is there was not packed from this folder.
@@ -109,7 +109,7 @@ def open_journal(out: Path, folder: Path) -> Iterator[Journal]:
             for leftover in out.glob(".*.partial"):
                 if _PARTIAL.fullmatch(leftover.name) and not leftover.is_dir():
                     leftover.unlink()
-            journal = Journal(out / JOURNAL, header, entries, shards)
+            journal = ProgressLog(out / JOURNAL, header, entries, shards)
         try:
             yield journal
         finally:

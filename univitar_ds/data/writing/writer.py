@@ -25,8 +25,8 @@ from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.writing.build_manifest import build_manifest
 from univitar_ds.data.writing.destination import Destination, destination_of
-from univitar_ds.data.writing.examine import Finding, Job, examine_all
-from univitar_ds.data.writing.progress_log import Journal, open_journal
+from univitar_ds.data.writing.examine import Job, MediaInfo, examine_all
+from univitar_ds.data.writing.progress_log import ProgressLog, open_journal
 from univitar_ds.data.writing.source_folder import Row, read_folder
 from univitar_ds.errors import DataError, writing
 
@@ -37,7 +37,7 @@ _LAYOUT = 2
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FILES_PER_WORKER = 128
 
-Sample = tuple[Row, Finding]
+Sample = tuple[Row, MediaInfo]
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ def pack_folder(
 
 
 def _examine(
-    folder: Path, rows: Sequence[Row], journal: Journal, workers: int | None, verify: bool, progress: bool
+    folder: Path, rows: Sequence[Row], journal: ProgressLog, workers: int | None, verify: bool, progress: bool
 ) -> list[Sample]:
     """Every row with its finding; files that have not changed since an earlier packing are not opened again."""
-    findings: dict[str, Finding] = {}
+    findings: dict[str, MediaInfo] = {}
     stamps: dict[str, list[int]] = {}
     unknown = []
     for row in rows:
@@ -177,7 +177,7 @@ def _write_all(
     samples: Sequence[Sample],
     skipped: list[dict[str, str]],
     shard_mb: float,
-    journal: Journal,
+    journal: ProgressLog,
     progress: bool,
 ) -> dict[str, Any]:
     """Shards that are not there yet, then the manifest, then nothing that belongs to an earlier packing."""
@@ -256,7 +256,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _unchanged(path: Path, found: Finding) -> bytes:
+def _unchanged(path: Path, found: MediaInfo) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -266,7 +266,7 @@ def _unchanged(path: Path, found: Finding) -> bytes:
     return content
 
 
-def _described(row: Row, found: Finding, crc32: int) -> bytes:
+def _described(row: Row, found: MediaInfo, crc32: int) -> bytes:
     fields = {
         "captions": row.captions,
         "label": row.label,
@@ -281,7 +281,7 @@ def _described(row: Row, found: Finding, crc32: int) -> bytes:
     return json.dumps(fields).encode()
 
 
-def _identity(row: Row, found: Finding) -> Iterator[Any]:
+def _identity(row: Row, found: MediaInfo) -> Iterator[Any]:
     yield from (row.file, row.split, row.captions, row.label, row.set)
     yield from (found.kind, found.extension, found.sha256, found.height, found.width, found.frames)
 

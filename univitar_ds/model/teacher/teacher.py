@@ -36,7 +36,7 @@ from univitar_ds.model.teacher.towers import (
     run_with_prefix,
 )
 from univitar_ds.model.towers import first_line, quiet
-from univitar_ds.model.transfer import uploaded
+from univitar_ds.model.transfer import to_device
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -172,7 +172,7 @@ class Teacher:
         items = torch.tensor(taken, dtype=torch.bool)
         valid = items.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
         return TeacherFeatures(
-            torch.cat(patches), torch.cat(pooled), uploaded(valid, self.device), uploaded(items, self.device)
+            torch.cat(patches), torch.cat(pooled), to_device(valid, self.device), to_device(items, self.device)
         )
 
 

@@ -23,7 +23,7 @@ from univitar_ds.config.run_folder import CHECKPOINT_FILES
 from univitar_ds.errors import CheckpointError, writing
 from univitar_ds.owned import clear, foreign, remove
 from univitar_ds.run_lock import still_ours
-from univitar_ds.training.distributed.process_group import World, gather_json, together
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -41,15 +41,15 @@ def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world
     """
     target = root / f"step-{step:08d}"
     temporary = root / f"{TEMPORARY}{target.name}"
-    with together(world), writing(root):
-        if world.first:
+    with all_ranks_or_none(world), writing(root):
+        if world.is_main:
             still_ours(root.parent)
             _sweep(root)
             temporary.mkdir(parents=True)
     try:
         return _commit(root, temporary, target, write, world, keep)
     except Exception:
-        if world.first:
+        if world.is_main:
             with suppress(Exception):  # a full disk, or one that is gone, or another start's by now
                 still_ours(root.parent)
                 _sweep(root)
@@ -60,19 +60,20 @@ def _commit(
     root: Path, temporary: Path, target: Path, write: Callable[[Path], Iterable[Path]], world: World, keep: int
 ) -> Path:
     entries: dict[str, dict[str, Any]] = {}
-    with together(world), writing(temporary):
+    with all_ranks_or_none(world), writing(temporary):
         for path in write(temporary):
             _sync(path)
             entries[path.name] = _entry(path)
     by_rank = gather_json(entries, world)
-    with together(world):  # each rank reads its neighbour's files: one disk for all, and what was meant is on it
+    # Each rank reads its neighbour's files: there is one disk for all, and it holds what was meant.
+    with all_ranks_or_none(world):
         faults = _faults(temporary, by_rank[(world.rank + 1) % world.size])
         if faults:
             raise CheckpointError(
                 f"{temporary}: {'; '.join(faults)} right after writing; all ranks need the same sound disk"
             )
-    with together(world), writing(target):
-        if world.first:
+    with all_ranks_or_none(world), writing(target):
+        if world.is_main:
             still_ours(root.parent)
             _publish(root, temporary, target, {k: v for entries in by_rank for k, v in entries.items()}, keep)
     return target

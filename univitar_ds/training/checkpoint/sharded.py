@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from univitar_ds.errors import CheckpointError
 from univitar_ds.model.weights import save_tensors
 from univitar_ds.training.checkpoint import atomic_dir
-from univitar_ds.training.distributed.process_group import World, gather_json, together
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
 from univitar_ds.training.engine.engine import EMA, FROZEN, MASTER, Engine
 
 FORMAT = 2
@@ -61,7 +61,7 @@ def save_checkpoint(
 
     def write(folder: Path) -> Iterator[Path]:
         yield from _write_rank(engine, folder, cursors)
-        if world.first:
+        if world.is_main:
             yield save_tensors(_buffers(engine.module), folder / BUFFERS)
             content = {"format": FORMAT, "world_size": world.size, "optimizer": engine.optimizer_state(), "run": state}
             yield atomic_dir.write_json(folder / STATE, content)
@@ -156,19 +156,19 @@ class _Reader:
         return load_file(self.folder / BUFFERS)
 
 
-def load_checkpoint(engine: Engine, folder: Path, *, hand_over: bool = False) -> Saved:
+def load_checkpoint(engine: Engine, folder: Path, *, stage_transition: bool = False) -> Saved:
     """Puts a checkpoint of any number of ranks and any ZeRO stage into `engine`; all ranks call it.
 
-    Args: hand_over: the engine may train what the checkpoint has frozen, and the other way round. What begins to
+    Args: stage_transition: the engine may train what the checkpoint has frozen, and the other way round. What begins to
     learn has moments of 0, and its average begins at its value.
     Raises: CheckpointError, on all ranks, if a file is damaged or the checkpoint is of another model.
     """
     world = engine.world
     _verify_shared(folder, world)
     with ExitStack() as open_files:
-        with together(world):
+        with all_ranks_or_none(world):
             reader = _Reader(folder, open_files)
-            _check_model(engine, reader, hand_over)
+            _check_model(engine, reader, stage_transition)
             for piece in engine.pieces():
                 for kind, target in piece.tensors.items():
                     source = _source(kind, reader.kinds.get(piece.name, {}))
@@ -179,8 +179,8 @@ def load_checkpoint(engine: Engine, folder: Path, *, hand_over: bool = False) ->
             buffers = dict(engine.module.named_buffers())
             for name, value in reader.buffers().items():
                 buffers[name].data.copy_(value)
-            engine.restore_optimizer_state(reader.content["optimizer"], hand_over=hand_over)
-        engine.sync_working_copies()
+            engine.restore_optimizer_state(reader.content["optimizer"], stage_transition=stage_transition)
+        engine.refresh_params()
         return Saved(reader.content["run"], reader.cursors)
 
 
@@ -220,16 +220,16 @@ def read_state(folder: Path) -> dict[str, Any]:
 def _verify_shared(folder: Path, world: World) -> None:
     """Each rank reads its share of the files; the manifest is rank 0's, whatever the others' disks say yet."""
     manifest: dict[str, dict[str, Any]] = {}
-    with together(world):
-        if world.first:
+    with all_ranks_or_none(world):
+        if world.is_main:
             manifest = atomic_dir.read_manifest(folder)
     manifest = gather_json(manifest, world)[0]
-    with together(world):
+    with all_ranks_or_none(world):
         by_size = sorted(manifest, key=lambda name: (manifest[name]["bytes"], name))  # dealt out: shares alike
         atomic_dir.verify(folder, {name: manifest[name] for name in by_size[world.rank :: world.size]})
 
 
-def _check_model(engine: Engine, reader: _Reader, hand_over: bool) -> None:
+def _check_model(engine: Engine, reader: _Reader, stage_transition: bool) -> None:
     """Raises: CheckpointError that names what the checkpoint lacks, has too much or has in another shape."""
     pieces = {piece.name: piece for piece in engine.pieces()}
     buffers = {name: tuple(b.shape) for name, b in _buffers(engine.module).items()}
@@ -247,7 +247,7 @@ def _check_model(engine: Engine, reader: _Reader, hand_over: bool) -> None:
     frozen = [
         n for n, p in pieces.items() if n in reader.kinds and (FROZEN in p.tensors) != (FROZEN in reader.kinds[n])
     ]
-    if frozen and not hand_over:
+    if frozen and not stage_transition:
         faults.append(f"{_names(sorted(frozen))} trained in one and frozen in the other")
     if faults:
         raise CheckpointError(

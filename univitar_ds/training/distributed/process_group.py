@@ -30,7 +30,7 @@ _SLICE = timedelta(seconds=10)
 """A wait is repeated so often: each time a request finds out whether the store still is there."""
 _DEVICES = Path("/dev")
 _turns = itertools.count()
-"""Numbers the calls of `first_alone`, alike on all ranks: each has keys of its own in the store."""
+"""Numbers the calls of `rank_zero_first`, alike on all ranks: each has keys of its own in the store."""
 
 
 class PeerFailure(UserError):
@@ -47,7 +47,7 @@ class World:
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def lanes(self, count: int) -> list[int]:
@@ -144,13 +144,13 @@ def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
 
 @dataclass
 class Vote:
-    """`yes`: whether any rank said so at the end of a `together`; the same on all ranks."""
+    """`yes`: whether any rank said so at the end of a `all_ranks_or_none`; the same on all ranks."""
 
     yes: bool = False
 
 
 @contextmanager
-def together(world: World, ask: Callable[[], bool] | None = None) -> Iterator[Vote]:
+def all_ranks_or_none(world: World, ask: Callable[[], bool] | None = None) -> Iterator[Vote]:
     """A part that all ranks finish or none: a failure on one rank ends it on all, and nobody waits for ever.
 
     The body must not talk to other ranks where it can fail. It also is a barrier, and a vote on `ask`, which each
@@ -177,7 +177,7 @@ def together(world: World, ask: Callable[[], bool] | None = None) -> Iterator[Vo
         raise PeerFailure(f"rank {rank} ended the run: {stories[rank]}")
 
 
-def first_alone(world: World, work: Callable[[], object], timeout: timedelta = FIRST_TIMEOUT) -> None:
+def rank_zero_first(world: World, work: Callable[[], object], timeout: timedelta = FIRST_TIMEOUT) -> None:
     """Rank 0 does `work` while the others wait for its word; if it fails, all end.
 
     They wait at the store of the process group, since a collective must end within the group's own timeout.
@@ -186,8 +186,8 @@ def first_alone(world: World, work: Callable[[], object], timeout: timedelta = F
     if world.size == 1:
         work()
         return
-    store = dist.PrefixStore(f"first_alone/{next(_turns)}", dist.distributed_c10d._get_default_store())
-    if not world.first:
+    store = dist.PrefixStore(f"rank_zero_first/{next(_turns)}", dist.distributed_c10d._get_default_store())
+    if not world.is_main:
         story = _word_of_first(store, timeout)
         if story is not None:
             if store.add("listeners", 1) == world.size - 1:

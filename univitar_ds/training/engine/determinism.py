@@ -7,7 +7,7 @@ import os
 import torch
 
 
-def repeat_bits(wanted: bool) -> None:
+def set_deterministic(wanted: bool) -> None:
     """For this process, from now on. The project's own kernels always do; attention's backward pass is slower so.
 
     Before the first matrix product: cuBLAS reads its setting once. What has no repeatable form warns.

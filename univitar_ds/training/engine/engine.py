@@ -1,12 +1,12 @@
-"""DeepSpeed behind a small face: the only file of the trainer that knows it.
+"""DeepSpeed behind a small interface: the only file of the trainer that knows it.
 
 Five of its habits are handled here, none of which it reports:
 - it averages gradients over ranks and over accumulation; the loss is a sum over a global count already,
   so `backward` undoes both;
 - under ZeRO-3 a parameter that took no part in a step is updated again with its previous gradient, so
-  `begin_step` clears what the last step left;
-- under ZeRO-3 a weight is whole only while the module that owns it runs: what modules name in `borrowed` is gathered
-  with their own weights, in forward and in backward;
+  `zero_grad` clears what the last step left;
+- under ZeRO-3 a weight is whole only while the module that owns it runs: what modules name in `external_parameters`
+  is gathered with their own weights, in forward and in backward;
 - through `module(...)` instead of `engine(...)` a second pack overwrites the gradients of the first;
 - its own checkpoints load on the same number of ranks only, so `pieces` shows what this rank owns and
   `training/checkpoint/sharded.py` writes that.
@@ -57,11 +57,11 @@ It leaves 67 MB a rank in /dev/shm at every end of a run, and ranks die of SIGBU
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParamShard:
     """The part of one parameter that a rank owns: flat views from `start` on, all of the same length.
 
     The views are alive: writing into them changes the training state, but for the working copy, which
-    `Engine.sync_working_copies` refreshes. Keys: `fp32`, the moments and, where one is kept, `ema`; or `frozen` alone.
+    `Engine.refresh_params` refreshes. Keys: `fp32`, the moments and, where one is kept, `ema`; or `frozen` alone.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Engine:
     def __call__(self, *inputs: Tensor) -> Any:
         return self._engine(*inputs)
 
-    def begin_step(self, lr: float, *, read_gradient: bool = False) -> None:
+    def zero_grad(self, lr: float, *, read_gradient: bool = False) -> None:
         """Sets the learning rate and forgets all gradients; before the first backward of every step.
 
         Args: read_gradient: whether this step fills `gradient_squares`, a pass over this rank's share.
@@ -170,7 +170,7 @@ class Engine:
     def global_steps(self) -> int:
         return self._engine.global_steps
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ParamShard]:
         """What this rank owns of every parameter, in the order of the model; tied parameters once.
 
         All ranks together own every element; under stages 1 and 2 a frozen parameter is whole on every
@@ -184,26 +184,26 @@ class Engine:
             else:
                 mapping = parameter._hp_mapping
                 if mapping is None:  # owned by other ranks
-                    yield Piece(name, tuple(parameter.shape), 0, {MASTER: torch.empty(0)})
+                    yield ParamShard(name, tuple(parameter.shape), 0, {MASTER: torch.empty(0)})
                     continue
                 kinds = (MASTER, *self._kept)
                 tensors = {key: mapping.get_hp_fragment(None if key == MASTER else key) for key in kinds}
                 tensors = {key: tensor.detach() for key, tensor in tensors.items()}
-                yield Piece(name, tuple(parameter.shape), mapping.lp_fragment_address.start, tensors)
+                yield ParamShard(name, tuple(parameter.shape), mapping.lp_fragment_address.start, tensors)
 
-    def _frozen_piece(self, name: str, parameter: nn.Parameter) -> Piece:
+    def _frozen_piece(self, name: str, parameter: nn.Parameter) -> ParamShard:
         if not self._sharded:
-            return Piece(name, tuple(parameter.shape), 0, {FROZEN: parameter.data.view(-1)})
+            return ParamShard(name, tuple(parameter.shape), 0, {FROZEN: parameter.data.view(-1)})
         start, length = self._range(parameter)
-        return Piece(name, tuple(parameter.ds_shape), start, {FROZEN: parameter.ds_tensor.data.view(-1)[:length]})
+        return ParamShard(name, tuple(parameter.ds_shape), start, {FROZEN: parameter.ds_tensor.data.view(-1)[:length]})
 
-    def _sharded_piece(self, name: str, parameter: nn.Parameter) -> Piece:
+    def _sharded_piece(self, name: str, parameter: nn.Parameter) -> ParamShard:
         start, length = self._range(parameter)
         group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
         flat = self._optimizer.fp32_partitioned_groups_flat[group]
         state = self._optimizer.optimizer.state[flat]
         tensors = {MASTER: flat.data, **{key: state[key] for key in self._kept}}
-        return Piece(
+        return ParamShard(
             name, tuple(parameter.ds_shape), start, {k: t.narrow(0, offset, length) for k, t in tensors.items()}
         )
 
@@ -213,7 +213,7 @@ class Engine:
         start = min(self.world.rank * part, whole)
         return start, min(part, whole - start)
 
-    def sync_working_copies(self) -> None:
+    def refresh_params(self) -> None:
         """After pieces were written: makes the weights of the forward pass follow them."""
         if not self._sharded:
             self._optimizer.update_lp_params()
@@ -232,9 +232,9 @@ class Engine:
         groups = [settings(group) for group in self._optimizer.param_groups]
         return {"updates": updates.pop(), "groups": groups, "global_steps": self.global_steps}
 
-    def restore_optimizer_state(self, state: dict[str, Any], *, hand_over: bool = False) -> None:
+    def restore_optimizer_state(self, state: dict[str, Any], *, stage_transition: bool = False) -> None:
         """What `optimizer_state` said; at a hand-over the groups keep their own settings, they are others."""
-        if not hand_over:
+        if not stage_transition:
             for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
                 group.update({k: tuple(v) if isinstance(v, list) else v for k, v in settings(saved).items()})
         for flat, group in self._masters_and_groups():
@@ -330,10 +330,10 @@ def build_engine(
 
 
 def borrowings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Modules and the weights of others that their forward uses, as their method `borrowed` tells."""
+    """Modules and the weights of others that their forward uses, as their method `external_parameters` tells."""
     for module in model.modules():
-        if hasattr(module, "borrowed"):
-            yield from ((module, parameter) for parameter in module.borrowed())
+        if hasattr(module, "external_parameters"):
+            yield from ((module, parameter) for parameter in module.external_parameters())
 
 
 def versions() -> dict[str, str]:

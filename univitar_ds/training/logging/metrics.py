@@ -20,7 +20,7 @@ from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.sampler.bad_samples import KINDS
 from univitar_ds.data.shards.captions import IGNORED
 from univitar_ds.geometry import Modality, token_count
-from univitar_ds.model.dropping import NO_DROPPING, Dropping
+from univitar_ds.model.dropping import NO_DROPPING, DropConfig
 from univitar_ds.training.distributed.process_group import World, gather_numbers, uses_cuda
 from univitar_ds.training.engine.optim import GRADIENT_PARTS
 from univitar_ds.training.step.curriculum import Progress
@@ -38,7 +38,7 @@ OVER_RANKS = {
     "token_budget": "sum",
     "flops": "sum",
     "busiest_flops": "max",
-    "shrunk": "sum",
+    "downscaled": "sum",
     "bad_samples": "sum",
     **dict.fromkeys((*BAD_OF_KIND, *IGNORED_OF_KIND), "sum"),
     "step_s": "max",
@@ -52,7 +52,7 @@ met different ones exchange the same number of values."""
 JOIN = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}
 
 
-def rank_numbers(
+def local_metrics(
     batches: Sequence[PackedBatch],
     *,
     cost: tuple[float, float],
@@ -60,7 +60,7 @@ def rank_numbers(
     step_s: float,
     data_wait_s: float,
     alarm: bool = False,
-    dropping: Dropping = NO_DROPPING,
+    dropping: DropConfig = NO_DROPPING,
     squares: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """The numbers of this rank at a step, by the names of OVER_RANKS.
@@ -83,7 +83,7 @@ def rank_numbers(
         "token_budget": token_budget * len(batches),
         "flops": flops,
         "busiest_flops": flops,
-        "shrunk": sum(batch.shrunk for batch in batches),
+        "downscaled": sum(batch.downscaled for batch in batches),
         "bad_samples": bad.total(),
         **{name: bad[kind] for name, kind in BAD_OF_KIND.items()},
         **{name: ignored[kind] for name, kind in IGNORED_OF_KIND.items()},
@@ -95,7 +95,7 @@ def rank_numbers(
     }
 
 
-def join_ranks(numbers: dict[str, float], world: World) -> dict[str, float]:
+def reduce_metrics(numbers: dict[str, float], world: World) -> dict[str, float]:
     """The numbers of all ranks as one; the same on every rank, which all call it."""
     table = gather_numbers([float(numbers[name]) for name in OVER_RANKS], world)
     return {name: JOIN[how](table[:, column]).item() for column, (name, how) in enumerate(OVER_RANKS.items())}
@@ -190,7 +190,7 @@ class Window:
             "flop_imbalance_pct": 100 * (sums["busiest_flops"] * ranks / sums["flops"] - 1) if sums["flops"] else 0.0,
             "samples_seen": progress.samples,
             "tokens_seen": progress.tokens,
-            "shrunk_pct": 100 * sums["shrunk"] / max(sums["samples"], 1),
+            "shrunk_pct": 100 * sums["downscaled"] / max(sums["samples"], 1),
             "bad_samples": progress.bad_samples,
             **{name: int(self.bad[name]) for name in (*BAD_OF_KIND, *IGNORED_OF_KIND) if name in self.bad},
             "rollbacks": rollbacks,

@@ -14,7 +14,7 @@ from univitar_ds.data.batch import PackedBatch
 from univitar_ds.errors import UserError, writing
 from univitar_ds.geometry import Modality
 from univitar_ds.run_lock import still_ours
-from univitar_ds.training.distributed.process_group import World, together
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none
 from univitar_ds.training.logging.writers import MetricLog, SampleLog, cut_sample_logs, write_events
 from univitar_ds.training.step.curriculum import Progress
 from univitar_ds.training.step.feature_snapshot import FeatureSnapshot
@@ -58,9 +58,9 @@ class RunLogs:
         Raises: StorageError or LockLost, also for what was not written before.
         """
         cfg = self._cfg
-        with together(self._world), writing(self._run):
+        with all_ranks_or_none(self._world), writing(self._run):
             self.raise_unwritten()
-            if self._world.first:
+            if self._world.is_main:
                 still_ours(self._run)
                 cut_sample_logs(self._run, progress.step, keep_as=keep_as)
                 write_events(self._run, events)
@@ -83,7 +83,7 @@ class RunLogs:
                     closing.callback(self._attempt, log.close)
 
     def raise_unwritten(self) -> None:
-        """Within `together`. Raises: what kept a log from being written."""
+        """Within `all_ranks_or_none`. Raises: what kept a log from being written."""
         if self.unwritten is not None:
             raise self.unwritten
 

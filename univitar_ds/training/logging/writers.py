@@ -126,7 +126,7 @@ class SampleLog:
 
 
 def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None:
-    """Drops what the logs of all ranks, however many there were, have beyond `step`.
+    """DropPlan what the logs of all ranks, however many there were, have beyond `step`.
 
     With `keep_as` it goes to the end of files of that name instead: `samples-rank0.jsonl` to `<keep_as>-rank0.jsonl`.
     """

@@ -12,9 +12,9 @@ from torch import Tensor
 from univitar_ds.config.model import TeacherConfig
 from univitar_ds.geometry import token_count
 from univitar_ds.model.distill_heads import Distilled
-from univitar_ds.model.dropping import Drops
+from univitar_ds.model.dropping import DropPlan
 from univitar_ds.model.teacher.teacher import Teacher, TeacherFeatures
-from univitar_ds.model.transfer import uploaded
+from univitar_ds.model.transfer import to_device
 from univitar_ds.objectives.distill import distill
 from univitar_ds.training.distributed.process_group import World, gather_numbers
 
@@ -52,7 +52,7 @@ class Distillation:
         config: TeacherConfig,
         weight: float,
         packs: Sequence[Pictures],
-        drops: Sequence[Drops | None],
+        drops: Sequence[DropPlan | None],
         world: World,
     ) -> None:
         self.teacher, self.config, self.packs, self.drops, self.world = teacher, config, packs, drops, world
@@ -81,7 +81,7 @@ class Distillation:
         )
         if dropped is None or dropped.kept is None:
             return seen
-        kept = uploaded(dropped.kept, seen.patches.device)
+        kept = to_device(dropped.kept, seen.patches.device)
         return seen._replace(patches=seen.patches[kept], valid=seen.valid[kept])
 
     def loss(self, student: Distilled, teacher: TeacherFeatures) -> Tensor:
@@ -102,6 +102,6 @@ class Distillation:
         )
 
 
-def _lengths(pack: Pictures, dropped: Drops | None) -> Sequence[int]:
+def _lengths(pack: Pictures, dropped: DropPlan | None) -> Sequence[int]:
     """Tokens of each item that the student sees."""
     return [token_count(grid) for grid in pack.grid_thw.tolist()] if dropped is None else dropped.lengths

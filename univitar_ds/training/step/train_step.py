@@ -20,9 +20,9 @@ from torch import Tensor
 
 from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.errors import UserError
-from univitar_ds.model.dropping import NO_DROPPING, Dropping, Drops
+from univitar_ds.model.dropping import NO_DROPPING, DropConfig, DropPlan
 from univitar_ds.model.teacher.teacher import Teacher
-from univitar_ds.model.transfer import uploaded
+from univitar_ds.model.transfer import to_device
 from univitar_ds.objectives.ring import ContrastiveResult, Ring
 from univitar_ds.objectives.sigmoid import ring_sigmoid
 from univitar_ds.objectives.softmax import ring_softmax
@@ -79,18 +79,18 @@ def train_step(
     contrastive_weight: float = 1.0,
     teacher: Teacher | None = None,
     distill_weight: float = 0.0,
-    dropping: Dropping = NO_DROPPING,
+    dropping: DropConfig = NO_DROPPING,
     read_gradient: bool = False,
 ) -> StepResult:
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
     Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at `distill_weight` 0;
     dropping: what the encoder goes without, by lane, whichever rank has the lane.
-    read_gradient: see `Engine.begin_step`.
+    read_gradient: see `Engine.zero_grad`.
     Raises: DivergedError, on all ranks, if the loss or the gradient is not finite; the parameters keep
     their last finite values.
     """
-    engine.begin_step(lr, read_gradient=read_gradient)
+    engine.zero_grad(lr, read_gradient=read_gradient)
     drops = [dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
     distillation = None
     if distill_weight:
@@ -100,7 +100,7 @@ def train_step(
         for batch, dropped in zip(batches, drops, strict=True)
     ]
     counts = [len(batch.caption_ids) for batch in batches]
-    caption_ids = uploaded(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
+    caption_ids = to_device(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
     ring = Ring(sum(counts), engine.world.device)
     once = single_pass and len(batches) == 1
     with torch.set_grad_enabled(once):  # what a teacher is shown is large: kept of a single pack only
@@ -142,7 +142,7 @@ def train_step(
     )
 
 
-def _inputs(batch: Batch, device: torch.device, distill: bool, drops: Drops | None) -> tuple[Any, ...]:
+def _inputs(batch: Batch, device: torch.device, distill: bool, drops: DropPlan | None) -> tuple[Any, ...]:
     """Arguments of the model's forward. `frames` and `grid_thw` stay on the host: they are sizes."""
     pack = (
         batch.pixels.to(device, non_blocking=True),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support import media, shards
-from univitar_ds.data.decoding.decode_job import DecodeLimits, RenderItem, RenderJob, render
+from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits, decode_pack
 from univitar_ds.data.media import image_decode
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.resize import fit_image
@@ -25,7 +25,7 @@ def place(tmp_path):
         path.write_bytes(b"".join(contents))
         starts = np.cumsum([0, *map(len, contents)]).tolist()
         return [
-            RenderItem(str(path), start, len(content), grid, frames, **given)
+            DecodeItem(str(path), start, len(content), grid, frames, **given)
             for start, content in zip(starts, contents, strict=False)
         ]
 
@@ -33,7 +33,7 @@ def place(tmp_path):
 
 
 def job_of(items, modality="image"):
-    return RenderJob(modality, Sampling(), LIMITS, items)
+    return DecodeJob(modality, Sampling(), LIMITS, items)
 
 
 def test_pictures_stand_one_after_another_and_a_bad_one_takes_no_room(place):
@@ -42,7 +42,7 @@ def test_pictures_stand_one_after_another_and_a_bad_one_takes_no_room(place):
     items = place(first, b"no picture at all", third)
     buffer = np.full(3 * 28 * 42 * 3, 9, np.uint8)
     seen = []
-    failures = render(job_of(items), buffer, after_item=lambda: seen.append(1))
+    failures = decode_pack(job_of(items), buffer, after_item=lambda: seen.append(1))
     assert [(index, kind) for index, kind, _ in failures] == [(1, "unreadable")]
     drawn = buffer.reshape(3, 28, 42, 3)
     assert (drawn[0] == fit_image(np.asarray(pictures[0]), (1, 2, 3))).all()
@@ -58,7 +58,7 @@ def test_a_picture_whose_decoder_gets_no_memory_is_a_bad_sample(place, monkeypat
     monkeypatch.setattr(image_decode.simplejpeg, "decode_jpeg", refused)
     monkeypatch.setattr(image_decode, "rgb_pixels", refused)
     items = place(media.encoded(media.noise(50, 70)), media.encoded(media.noise(50, 70), "PNG"))
-    failures = render(job_of(items), np.empty(2 * 28 * 42 * 3, np.uint8))
+    failures = decode_pack(job_of(items), np.empty(2 * 28 * 42 * 3, np.uint8))
     assert [(index, kind) for index, kind, _ in failures] == [(0, "too_large"), (1, "too_large")]
     assert "more memory than data.max_image_px = 1000000 allows" in failures[0][2]
 
@@ -67,10 +67,10 @@ def test_a_flipped_bit_that_still_decodes_is_found_by_its_checksum(place):
     content = bytearray(media.encoded(media.noise(50, 70), "BMP"))
     packed = zlib.crc32(content)
     buffer = np.empty(28 * 42 * 3, np.uint8)
-    assert render(job_of(place(bytes(content), crc32=packed)), buffer) == []
+    assert decode_pack(job_of(place(bytes(content), crc32=packed)), buffer) == []
     content[-100] ^= 1
-    assert render(job_of(place(bytes(content))), buffer) == []
-    ((index, kind, message),) = render(job_of(place(bytes(content), crc32=packed)), buffer)
+    assert decode_pack(job_of(place(bytes(content))), buffer) == []
+    ((index, kind, message),) = decode_pack(job_of(place(bytes(content), crc32=packed)), buffer)
     assert (index, kind) == (0, "checksum")
     assert f"{packed:08x} when they were packed" in message
 
@@ -78,7 +78,7 @@ def test_a_flipped_bit_that_still_decodes_is_found_by_its_checksum(place):
 def test_a_clip_is_drawn_frame_by_frame_at_its_grid(place):
     (item,) = place(shards.clip(48, 64, 8), grid=(2, 2, 3), frames=4)
     buffer = np.empty(item.bytes, np.uint8)
-    assert render(job_of([item], "video"), buffer) == []
+    assert decode_pack(job_of([item], "video"), buffer) == []
     frames = buffer.reshape(4, 28, 42, 3)
     bright = [int(frame.mean(axis=(0, 2)).argmax()) for frame in frames]
     assert bright == sorted(bright)
@@ -87,11 +87,11 @@ def test_a_clip_is_drawn_frame_by_frame_at_its_grid(place):
 
 def test_a_job_is_the_same_after_its_way_through_json(place):
     items = place(b"abc", b"de", crc32=7, draw=2**63)
-    job = RenderJob("video", Sampling("fps", 3.0, True), LIMITS, items)
-    assert RenderJob.from_json(json.loads(json.dumps(job.to_json()))) == job
+    job = DecodeJob("video", Sampling("fps", 3.0, True), LIMITS, items)
+    assert DecodeJob.from_json(json.loads(json.dumps(job.to_json()))) == job
 
 
 def test_a_shard_that_is_gone_is_no_bad_sample(place):
     (item,) = place(b"abc")
     with pytest.raises(DataError, match="cannot be read"):
-        render(job_of([RenderItem(item.path + "x", 0, 3, item.grid, 1)]), np.empty(item.bytes, np.uint8))
+        decode_pack(job_of([DecodeItem(item.path + "x", 0, 3, item.grid, 1)]), np.empty(item.bytes, np.uint8))

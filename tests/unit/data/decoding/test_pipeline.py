@@ -15,7 +15,7 @@ import torch
 from tests.support.memory import memory_shards, small_rules
 from tests.support.progress import run_watched
 from univitar_ds.data.decoding import pipeline, supervisor
-from univitar_ds.data.decoding.decode_job import DecodeLimits, RenderItem, RenderJob
+from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits
 from univitar_ds.data.decoding.pipeline import Pipeline
 from univitar_ds.data.media.frame_sampling import UNIFORM
 from univitar_ds.data.sampler.cursor import LaneCursor
@@ -27,9 +27,9 @@ PREAMBLE = """
 import json, mmap, os, sys, time
 from multiprocessing.connection import Connection
 import numpy as np
-from univitar_ds.data.decoding.shared_slots import Ring
+from univitar_ds.data.decoding.shared_slots import SharedSlots
 c = Connection(int(sys.argv[1]))
-ring = Ring(*map(int, sys.argv[2:]))
+ring = SharedSlots(*map(int, sys.argv[2:]))
 settings = c.recv_bytes()
 def ready():
     c.send_bytes(b"ready")
@@ -100,9 +100,9 @@ def plans(n=6):
 
 def job_of(plan):
     items = [
-        RenderItem("m0", item.sample.media_offset, item.sample.media_length, item.sample.grid, 1) for item in plan.items
+        DecodeItem("m0", item.sample.media_offset, item.sample.media_length, item.sample.grid, 1) for item in plan.items
     ]
-    return RenderJob("image", UNIFORM, DecodeLimits(10**6, 0.1, 60.0), items, plan.name)
+    return DecodeJob("image", UNIFORM, DecodeLimits(10**6, 0.1, 60.0), items, plan.name)
 
 
 def run(given=None, **changed):
@@ -291,26 +291,26 @@ def test_packs_that_are_held_keep_their_pixels_and_decoding_goes_on(monkeypatch,
         assert np.array_equal(pixels.numpy(), expected(plan))
 
 
-@pytest.mark.parametrize("lent", [1, 2, 4])
-def test_a_slot_is_used_again_once_the_last_view_of_its_pixels_is_gone(monkeypatch, lent):
+@pytest.mark.parametrize("max_held_slots", [1, 2, 4])
+def test_a_slot_is_used_again_once_the_last_view_of_its_pixels_is_gone(monkeypatch, max_held_slots):
     play(monkeypatch, HONEST)
-    with run(plans(30), lent=lent) as packs:
-        views = [next(packs).pixels[5:][2:] for _ in range(lent)]
-        assert packs._lent == lent
+    with run(plans(30), max_held_slots=max_held_slots) as packs:
+        views = [next(packs).pixels[5:][2:] for _ in range(max_held_slots)]
+        assert packs._lent == max_held_slots
         slots = {view.__array_interface__["data"][0] for view in views}
         assert next(packs).pixels.flags.owndata
         views.pop()
         pixels = next(packs).pixels
-        assert packs._lent == lent
+        assert packs._lent == max_held_slots
         assert not pixels.flags.owndata
         del pixels, views
         assert packs._lent == 0
-        assert len(slots) == lent
+        assert len(slots) == max_held_slots
 
 
 def test_fewer_packs_are_decoded_ahead_while_the_trainer_holds_its_most_and_a_shared_slot_goes_to_either(monkeypatch):
     play(monkeypatch, HONEST)
-    with run(plans(30), prefetch_packs=3, lent=2, shared_slots=1) as packs:
+    with run(plans(30), prefetch_packs=3, max_held_slots=2, shared_slots=1) as packs:
 
         def soon(undelivered):
             def reached():

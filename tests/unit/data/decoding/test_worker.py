@@ -14,10 +14,10 @@ from PIL import Image
 from tests.support import media
 from tests.support.progress import WHOLE_S, run_watched, runs, wait_until
 from univitar_ds.data.decoding import forkserver
-from univitar_ds.data.decoding.decode_job import DecodeLimits, RenderItem, RenderJob
+from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits
 from univitar_ds.data.decoding.forkserver import ForkServer
-from univitar_ds.data.decoding.shared_slots import Ring
-from univitar_ds.data.decoding.supervisor import Attendant, Restarts
+from univitar_ds.data.decoding.shared_slots import SharedSlots
+from univitar_ds.data.decoding.supervisor import RestartBudget, WorkerSupervisor
 from univitar_ds.data.media.frame_sampling import UNIFORM
 from univitar_ds.data.media.resize import fit_image
 from univitar_ds.data.storage.base import LOCAL
@@ -32,7 +32,7 @@ def gone(pid):
 
 @pytest.fixture
 def ring():
-    ring = Ring.create(2, 3 * 28 * 42 * 3)
+    ring = SharedSlots.create(2, 3 * 28 * 42 * 3)
     yield ring
     ring.close()
 
@@ -48,8 +48,8 @@ def server(ring):
 def job(tmp_path):
     path = tmp_path / "picture"
     path.write_bytes(media.encoded(media.noise(50, 70), "PNG"))
-    return RenderJob("image", UNIFORM, DecodeLimits(10**6, 30.0, 60.0), [
-        RenderItem(str(path), 0, path.stat().st_size, GRID, 1)
+    return DecodeJob("image", UNIFORM, DecodeLimits(10**6, 30.0, 60.0), [
+        DecodeItem(str(path), 0, path.stat().st_size, GRID, 1)
     ])  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def stuck(job, tmp_path):
     """A job that never ends: opening a pipe waits for a writer, deaf to signals that can be handled."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    return RenderJob("image", UNIFORM, job.limits, [RenderItem(str(path), 0, 9, GRID, 1)])
+    return DecodeJob("image", UNIFORM, job.limits, [DecodeItem(str(path), 0, 9, GRID, 1)])
 
 
 def drawn(ring):
@@ -71,13 +71,13 @@ def greeted(channel):
 
 
 def test_pixels_come_through_the_ring_from_a_process_that_was_killed_before(server, ring, job):
-    attendant = Attendant(0, server, ring, LOCAL, Restarts(1))
+    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(1))
     expected = fit_image(np.asarray(media.noise(50, 70)), GRID)
-    assert attendant.render(1, job, "x") == []
+    assert attendant.decode_pack(1, job, "x") == []
     assert (drawn(ring)[0] == expected).all()
     ring.view(1)[:] = 0
     os.kill(attendant._pid, signal.SIGKILL)
-    assert attendant.render(1, job, "x") == []
+    assert attendant.decode_pack(1, job, "x") == []
     assert (drawn(ring)[0] == expected).all()
     assert not drawn(ring)[1:].any()
     assert ring.done.tolist() == [0, 2]
@@ -87,8 +87,8 @@ def test_pixels_come_through_the_ring_from_a_process_that_was_killed_before(serv
 def test_items_done_one_by_one_stand_where_the_whole_pack_puts_them(server, ring, job):
     good = job.items[0]
     items = [good, replace(good, length=20), replace(good, grid=(1, 1, 1)), good]
-    attendant = Attendant(0, server, ring, LOCAL, Restarts(0))
-    whole = attendant.render(0, replace(job, items=items), "x")
+    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
+    whole = attendant.decode_pack(0, replace(job, items=items), "x")
     alone = attendant._one_by_one(1, replace(job, items=items), "x")
     assert [(index, kind) for index, kind, _ in whole] == [(1, "unreadable")]
     assert alone == whole
@@ -109,15 +109,15 @@ def private_mb(pid):
 
 def test_a_process_for_pictures_holds_no_library_for_clips_and_can_still_decode_one(ring, job, tmp_path):
     server = ForkServer(ring, ["image"])
-    attendant = Attendant(0, server, ring, LOCAL, Restarts(0))
+    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
     try:
-        assert attendant.render(0, job, "x") == []
+        assert attendant.decode_pack(0, job, "x") == []
         assert "simplejpeg" in mapped(attendant._pid)
         assert "libavcodec" not in mapped(attendant._pid)
         clip = tmp_path / "clip"
         clip.write_bytes(media.clip(media.moving_frames(3)))
-        item = RenderItem(str(clip), 0, clip.stat().st_size, GRID, 2)
-        assert attendant.render(1, replace(job, modality="video", items=[item]), "x") == []
+        item = DecodeItem(str(clip), 0, clip.stat().st_size, GRID, 2)
+        assert attendant.decode_pack(1, replace(job, modality="video", items=[item]), "x") == []
         assert drawn(ring)[:2].any()
     finally:
         server.close()
@@ -145,8 +145,8 @@ def test_a_process_for_clips_shares_their_library_with_the_one_it_was_forked_fro
 
 
 def test_large_pictures_leave_no_memory_behind(server, ring, job, tmp_path):
-    attendant = Attendant(0, server, ring, LOCAL, Restarts(0))
-    attendant.render(0, job, "x")
+    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
+    attendant.decode_pack(0, job, "x")
     before = private_mb(attendant._pid)
     items = []
     for side in (
@@ -160,17 +160,17 @@ def test_large_pictures_leave_no_memory_behind(server, ring, job, tmp_path):
     ):  # up to 18 MiB decoded; glibc by itself keeps 13 MiB of them
         path = tmp_path / f"{side}.png"
         path.write_bytes(media.encoded(Image.new("RGB", (side, side)), "PNG"))
-        items.append(RenderItem(str(path), 0, path.stat().st_size, GRID, 1))
+        items.append(DecodeItem(str(path), 0, path.stat().st_size, GRID, 1))
     limits = replace(job.limits, max_image_px=10**7)
     for item in items:
-        assert attendant.render(0, replace(job, limits=limits, items=[item]), "x") == []
+        assert attendant.decode_pack(0, replace(job, limits=limits, items=[item]), "x") == []
     assert (left := private_mb(attendant._pid) - before) < 8, left
 
 
 def test_a_decoding_process_is_held_to_the_memory_that_decoding_may_take(server, ring, job):
-    attendant = Attendant(0, server, ring, LOCAL, Restarts(0))
+    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
     attendant.start()
-    assert attendant.render(0, job, "the pack") == []
+    assert attendant.decode_pack(0, job, "the pack") == []
     (line,) = [text for text in Path(f"/proc/{attendant._pid}/limits").read_text().splitlines() if "data size" in text]
     soft = int(line.split()[3])
     attendant.stop()
@@ -196,16 +196,16 @@ def test_processes_end_with_their_channel_and_tell_how(server):
 
 
 def test_when_the_server_is_killed_its_processes_go_and_the_next_call_starts_another(server, ring, job, stuck):
-    attendant = Attendant(0, server, ring, LOCAL, Restarts(1))
-    assert attendant.render(0, job, "x") == []
+    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(1))
+    assert attendant.decode_pack(0, job, "x") == []
     pid, channel = server.fork()
     greeted(channel)
     channel.send_bytes(json.dumps({"slot": 1, "start": 0, "job": stuck.to_json()}).encode())
     server._process.kill()
     assert gone(pid)
-    assert attendant.render(0, job, "x") == []
+    assert attendant.decode_pack(0, job, "x") == []
     assert server.end(pid, hangs=True) is None
-    assert attendant.render(0, job, "x") == []
+    assert attendant.decode_pack(0, job, "x") == []
     assert server.end(os.getpid(), hangs=True) is None
 
 
@@ -228,9 +228,9 @@ def test_a_decoder_in_the_middle_of_its_work_does_not_outlive_the_trainer(stuck,
     script = f"""
 import json, os, signal, sys
 from univitar_ds.data.decoding.forkserver import ForkServer
-from univitar_ds.data.decoding.shared_slots import Ring
+from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.storage.base import LOCAL
-server = ForkServer(Ring.create(1, 9999))
+server = ForkServer(SharedSlots.create(1, 9999))
 pid, channel = server.fork()
 channel.send_bytes(json.dumps(LOCAL.to_json()).encode())
 channel.recv_bytes()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.paths import ROOT
-from univitar_ds.data.sampler.bad_samples import KINDS, WINDOW, BadPolicy, Health
+from univitar_ds.data.sampler.bad_samples import KINDS, WINDOW, BadPolicy, BadSampleMonitor
 from univitar_ds.errors import DataError, SampleError
 
 PACKAGE = ROOT / "univitar_ds"
@@ -30,7 +30,7 @@ def feed(health, outcomes) -> int | None:
 
 
 def test_with_fail_the_first_bad_sample_ends_the_run_and_is_named():
-    health = Health(BadPolicy(on_bad="fail"), "lane 3, image")
+    health = BadSampleMonitor(BadPolicy(on_bad="fail"), "lane 3, image")
     health.good()
     with pytest.raises(DataError, match=r"lane 3, image: .*data.on_bad is fail.* s/7 at byte 1024: half of it is gone"):
         health.bad("s/7 at byte 1024", CORRUPT)
@@ -39,12 +39,12 @@ def test_with_fail_the_first_bad_sample_ends_the_run_and_is_named():
 @pytest.mark.parametrize("limit", [0, 1, 5])
 def test_one_more_in_a_row_than_allowed_ends_the_run(limit):
     outcomes = [True, *[False] * limit, True, *[False] * (limit + 1)]
-    assert feed(Health(BadPolicy(max_in_a_row=limit), "l"), outcomes) == 2 * limit + 2
-    assert feed(Health(BadPolicy(max_in_a_row=limit), "l"), outcomes[:-1]) is None
+    assert feed(BadSampleMonitor(BadPolicy(max_in_a_row=limit), "l"), outcomes) == 2 * limit + 2
+    assert feed(BadSampleMonitor(BadPolicy(max_in_a_row=limit), "l"), outcomes[:-1]) is None
 
 
 def test_one_more_of_a_thousand_than_allowed_ends_the_run_and_says_of_how_many():
-    health = Health(BadPolicy(max_per_thousand=2), "lane 0, video")
+    health = BadSampleMonitor(BadPolicy(max_per_thousand=2), "lane 0, video")
     assert feed(health, [False, True, False, True, True]) is None
     with pytest.raises(DataError, match=r"3 of the last 6 samples .*data.max_bad_per_thousand is 2"):
         health.bad("s/5 at byte 0", CORRUPT)
@@ -52,8 +52,8 @@ def test_one_more_of_a_thousand_than_allowed_ends_the_run_and_says_of_how_many()
 
 def test_every_thousand_is_counted_anew():
     thousand = [True] * (WINDOW - 2) + [False] * 2
-    assert feed(Health(BadPolicy(max_per_thousand=2), "l"), thousand * 5) is None
-    assert feed(Health(BadPolicy(max_per_thousand=1), "l"), thousand * 5) == WINDOW - 1
+    assert feed(BadSampleMonitor(BadPolicy(max_per_thousand=2), "l"), thousand * 5) is None
+    assert feed(BadSampleMonitor(BadPolicy(max_per_thousand=1), "l"), thousand * 5) == WINDOW - 1
 
 
 @settings(max_examples=100, deadline=None)
@@ -65,18 +65,18 @@ def test_every_thousand_is_counted_anew():
 )
 def test_a_run_resumed_anywhere_ends_at_the_same_sample(outcomes, cut, seen, policy):
     cut %= len(outcomes)
-    whole = feed(Health(policy, "l", (seen, 0, 0)), outcomes)
-    first = Health(policy, "l", (seen, 0, 0))
+    whole = feed(BadSampleMonitor(policy, "l", (seen, 0, 0)), outcomes)
+    first = BadSampleMonitor(policy, "l", (seen, 0, 0))
     ended = feed(first, outcomes[:cut])
     if ended is None:
-        rest = Health(policy, "l", json.loads(json.dumps(first.to_json())))
+        rest = BadSampleMonitor(policy, "l", json.loads(json.dumps(first.to_json())))
         ended = feed(rest, outcomes[cut:])
         ended = None if ended is None else ended + cut
     assert ended == whole
 
 
 def test_the_log_names_the_first_of_a_kind_and_then_ever_fewer(caplog):
-    health = Health(BadPolicy(max_per_thousand=WINDOW, max_in_a_row=WINDOW), "lane 1, image")
+    health = BadSampleMonitor(BadPolicy(max_per_thousand=WINDOW, max_in_a_row=WINDOW), "lane 1, image")
     with caplog.at_level(logging.WARNING):
         feed(health, [False] * 250)
         health.bad("t/x at byte 9", SampleError("timeout", "too slow"))
@@ -90,7 +90,7 @@ def test_lanes_that_follow_one_policy_log_as_much_as_one(caplog):
     policy = BadPolicy(max_per_thousand=WINDOW, max_in_a_row=WINDOW)
     with caplog.at_level(logging.WARNING):
         for lane in range(25):
-            feed(Health(policy, f"lane {lane}, image"), [False] * 10)
+            feed(BadSampleMonitor(policy, f"lane {lane}, image"), [False] * 10)
     assert len(caplog.records) == 10 + 9 + 1
     assert "number 200; lane 19, image" in caplog.text
 

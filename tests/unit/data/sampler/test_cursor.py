@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.memory import memory_shards, shards_of, sized_sample, small_rules
-from univitar_ds.data.sampler.cursor import LaneCursor, Place, StreamCursor, Waiting, parse, read_pool, write_pool
+from univitar_ds.data.sampler.cursor import (
+    BufferedSample,
+    LaneCursor,
+    ReadPosition,
+    StreamCursor,
+    parse,
+    read_pool,
+    write_pool,
+)
 from univitar_ds.data.sampler.lanes import Stream
 from univitar_ds.data.shards.sources import fingerprint
 from univitar_ds.errors import DataError
@@ -19,10 +27,10 @@ from univitar_ds.errors import DataError
 PACKS = 1 << 40
 counts = st.integers(0, PACKS)
 rows = st.builds(
-    lambda shard, block, blocks, *rest: Waiting(shard, 512 * block, 512 * blocks, *rest),
+    lambda shard, block, blocks, *rest: BufferedSample(shard, 512 * block, 512 * blocks, *rest),
     *[st.one_of(st.integers(0, 5), counts)] * 6,
 )
-places = st.builds(Place, counts, counts, counts, counts, st.integers(-(1 << 40), 1 << 40))
+places = st.builds(ReadPosition, counts, counts, counts, counts, st.integers(-(1 << 40), 1 << 40))
 streams = st.builds(
     StreamCursor,
     st.integers(PACKS, 2 * PACKS),
@@ -118,7 +126,7 @@ def test_a_damaged_cursor_is_refused(change, said):
 @pytest.mark.parametrize("since", [-1, 6])
 def test_nobody_waits_longer_than_there_were_packs_or_less_than_not_at_all(since):
     document = LaneCursor(
-        0, 1, 0, "f", 5, {"image": StreamCursor(5, pool=(Waiting(0, 0, 512, 0, 0, since),))}
+        0, 1, 0, "f", 5, {"image": StreamCursor(5, pool=(BufferedSample(0, 0, 512, 0, 0, since),))}
     ).to_json()
     with pytest.raises(DataError, match="is damaged"):
         parse(document)

@@ -28,7 +28,7 @@ from tests.support.shards import clip
 from univitar_ds.data.sampler import reader
 from univitar_ds.data.sampler.cursor import LaneCursor, StreamCursor, parse
 from univitar_ds.data.sampler.lanes import Lane, Stream
-from univitar_ds.data.shards.index_cache import Scans
+from univitar_ds.data.shards.index_cache import IndexCache
 from univitar_ds.errors import DataError
 
 
@@ -144,7 +144,7 @@ def test_what_the_shards_hold_is_found_out_once_for_all_lanes():
     storage = shards[-1].storage
     open_shard = storage.open
     storage.open = lambda path: opened.update([path]) or open_shard(path)
-    scans = Scans()
+    scans = IndexCache()
     streams = [Stream(rules, lane, StreamCursor(), scans) for lane in range(8)]
     for stream in streams:
         stream.next_pack()
@@ -159,7 +159,7 @@ def test_a_lane_does_not_know_how_many_lanes_a_rank_runs():
     rules = {"image": small_rules(shards, lanes=4)}
 
     def run(owned):
-        scans = Scans()
+        scans = IndexCache()
         lanes = [Lane(rules, LaneCursor(lane, 4, 0, "f"), scans) for lane in owned]
         plans = [lane.next_plan("image", step) for step in range(8) for lane in lanes]
         return {(plan.index, plan.lane): (keys(plan.items), plan.cursor) for plan in plans}

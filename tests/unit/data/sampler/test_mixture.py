@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.memory import memory_shards, shards_of, sized_sample, small_rules, tiny_picture
-from univitar_ds.data.sampler.cursor import LaneCursor, Place, StreamCursor, parse
+from univitar_ds.data.sampler.cursor import LaneCursor, ReadPosition, StreamCursor, parse
 from univitar_ds.data.sampler.lanes import LONG_WAIT, Stream
-from univitar_ds.data.sampler.mixture import Turns
+from univitar_ds.data.sampler.mixture import WeightedRoundRobin
 from univitar_ds.data.shards.sources import WHOLE, ShardGroup, groups_of, shares_of
 from univitar_ds.errors import DataError
 
@@ -22,7 +22,7 @@ weights = st.dictionaries(st.sampled_from("abc"), st.floats(0.01, 100), min_size
 @given(weights, st.integers(1, 400))
 def test_after_any_number_of_samples_every_source_has_had_its_share(weights, n):
     shares = shares_of(weights)
-    turns, taken = Turns(shares, {}), Counter()
+    turns, taken = WeightedRoundRobin(shares, {}), Counter()
     for _ in range(n):
         taken[turns.next()] += 1
         turns.taken()
@@ -33,10 +33,10 @@ def test_after_any_number_of_samples_every_source_has_had_its_share(weights, n):
 
 @given(weights, st.integers(0, 50))
 def test_turns_go_on_from_their_credits(weights, n):
-    turns = Turns(shares_of(weights), {})
+    turns = WeightedRoundRobin(shares_of(weights), {})
     for _ in range(n):
         turns.taken()
-    again = Turns(shares_of(weights), json.loads(json.dumps(turns.credits)))
+    again = WeightedRoundRobin(shares_of(weights), json.loads(json.dumps(turns.credits)))
     for _ in range(20):
         assert again.next() == turns.next()
         again.taken(), turns.taken()
@@ -297,7 +297,7 @@ def test_a_label_alone_without_a_template_is_a_bad_sample_and_captions_come_befo
 
 def test_no_group_at_all_is_a_sentence():
     with pytest.raises(DataError, match="none of the 0 shards has a readable video sample"):
-        Stream(small_rules(mixed([3]), modality="video"), 0, StreamCursor(places={"": Place(3)}))
+        Stream(small_rules(mixed([3]), modality="video"), 0, StreamCursor(places={"": ReadPosition(3)}))
 
 
 def test_a_source_of_unknown_kind_that_lacks_the_modality_drops_out_when_that_is_found_and_stays_out():

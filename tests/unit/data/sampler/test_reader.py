@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from tests.support.memory import counts, damaged, memory_shards, reader_of, small_rules, wounds
 from univitar_ds.data.loader import _sweep
-from univitar_ds.data.sampler.cursor import Place
+from univitar_ds.data.sampler.cursor import ReadPosition
 from univitar_ds.data.sampler.reader import Reader
-from univitar_ds.data.sampler.shard_assignment import Unit, _order, parts_per_shard, units_of_lane
+from univitar_ds.data.sampler.shard_assignment import ShardSlice, _order, parts_per_shard, units_of_lane
 from univitar_ds.data.shards.sources import groups_of
 
 
@@ -18,7 +18,7 @@ def test_the_units_of_all_lanes_are_every_part_of_every_shard_once(shards, lanes
     dealt = [units_of_lane(indices, lanes, lane, seed, "image", epoch) for lane in range(lanes)]
     parts = parts_per_shard(shards, lanes)
     assert sorted(unit for units in dealt for unit in units) == [
-        Unit(s, p, parts) for s in indices for p in range(parts)
+        ShardSlice(s, p, parts) for s in indices for p in range(parts)
     ]
     sizes = [len(units) for units in dealt]
     assert max(sizes) - min(sizes) <= (1 if min(sizes) >= 8 else 0)
@@ -68,7 +68,7 @@ def test_two_groups_of_the_same_number_of_shards_are_read_in_orders_of_their_own
     shards = memory_shards([1] * 24, sources=["a"] * 12 + ["b"] * 12)
     orders = {}
     for group in groups_of(shards, "image", {"a": 1, "b": 1}):
-        reader = Reader(shards, group, "image", lanes=1, lane=0, seed=0, place=Place())
+        reader = Reader(shards, group, "image", lanes=1, lane=0, seed=0, place=ReadPosition())
         orders[group.name] = [found.shard - group.shards[0] for found in iter(reader.next, None)]
     assert sorted(orders["a"]) == sorted(orders["b"]) == list(range(12))
     assert orders["a"] != orders["b"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.memory import memory_shards, raw_shards, sized_sample, tar_bytes
-from univitar_ds.data.shards.index_cache import Scans, shard_samples
+from univitar_ds.data.shards.index_cache import IndexCache, shard_samples
 from univitar_ds.data.shards.tar_index import Damage, Group
 from univitar_ds.errors import DataError
 
@@ -64,7 +64,7 @@ shares = st.lists(st.floats(0, 0.99), max_size=3)
 )
 def test_a_part_is_the_same_whoever_reads_the_others_and_whenever(contents, parts, most_kept, data):
     shards = raw_shards([wounded(*content) for content in contents])
-    scans = Scans(most_kept)
+    scans = IndexCache(most_kept)
     waiting = [(shard, part) for shard in shards for part in range(parts)] * 2
     running, found = [], []
     while waiting or running:
@@ -86,7 +86,7 @@ def test_a_shard_is_scanned_once_for_all_its_parts():
     reads = counted(shard)
     list(shard_samples(shard, "image"))
     once, reads[0] = reads[0], 0
-    scans = Scans()
+    scans = IndexCache()
     for part in range(8):
         list(scans.part(shard, "image", part, 8))
     assert reads[0] < 2 * once  # every part but the first of a sample's readers reads its own headers again
@@ -98,13 +98,13 @@ def test_a_shard_is_scanned_once_for_all_its_parts():
 def test_the_first_sample_comes_before_the_rest_is_scanned():
     (shard,) = memory_shards([100])
     reads = counted(shard)
-    next(Scans().part(shard, "image", 0, 4))
+    next(IndexCache().part(shard, "image", 0, 4))
     assert reads[0] < 8
 
 
 def test_a_scan_that_is_let_go_is_done_again():
     shards = memory_shards([20, 20])
-    scans = Scans(most_kept=10)
+    scans = IndexCache(most_kept=10)
     list(scans.part(shards[0], "image", 0, 2))
     list(scans.part(shards[1], "image", 0, 2))
     reads = counted(shards[0])
@@ -114,7 +114,7 @@ def test_a_scan_that_is_let_go_is_done_again():
 
 def test_a_shard_that_was_replaced_is_refused_with_its_byte():
     (shard,) = memory_shards([20])
-    scans = Scans()
+    scans = IndexCache()
     list(scans.part(shard, "image", 0, 2))
     content = shard.storage.files[shard.path]
     _, (second, _) = alone(shard, 1, 2)[:2]
@@ -135,7 +135,7 @@ def test_a_shard_that_could_not_be_read_is_not_taken_for_a_short_one():
             return super().read(*size)
 
     shard.storage.open = lambda path: Failing(shard.storage.files[path])
-    scans = Scans()
+    scans = IndexCache()
     other = scans.part(shard, "image", 1, 2)
     next(other)
     with pytest.raises(DataError, match="the store is gone"):
@@ -150,7 +150,7 @@ def test_damage_belongs_to_the_part_of_the_sample_that_follows():
     (whole,) = memory_shards([9])
     at = [(entry.offset + 1) / whole.size for entry in shard_samples(whole, "image")]
     (shard,) = raw_shards([wounded(9, [at[2], at[7]])])
-    scans = Scans()
+    scans = IndexCache()
     told = {part: [n for e, n in scans.part(shard, "image", part, 3) if isinstance(e, Damage)] for part in range(3)}
     assert told == {0: [], 1: [7], 2: [2]}  # what is left of those samples still counts as one each
 
@@ -164,7 +164,7 @@ def test_a_shard_with_fewer_samples_than_its_manifest_says_is_damaged_at_its_end
     assert "ends after 5 samples, its manifest says 8" in damage.message
     assert list(shard_samples(short, "image", groups[1].end, 2)) == [*groups[2:], damage]
     assert list(shard_samples(replace(shard, samples=5), "image")) == groups
-    scans = Scans()
+    scans = IndexCache()
     told = [entry for part in range(3) for entry, _ in scans.part(short, "image", part, 3) if entry == damage]
     assert told == [damage]
 

@@ -121,8 +121,8 @@ def test_items_larger_than_the_rule_allows_are_marked():
         ((1, 4, 4), True),
     ]
     shard, group = shard_and_group({"png": picture(280, 280, form="PNG"), "txt": b"t"})
-    assert read_sample(shard, group, rule).shrunk
-    assert not read_sample(shard, group, replace(rule, resolution=Resolution(4, 400, 14), most_tokens=400)).shrunk
+    assert read_sample(shard, group, rule).downscaled
+    assert not read_sample(shard, group, replace(rule, resolution=Resolution(4, 400, 14), most_tokens=400)).downscaled
 
 
 def test_a_whole_clip_is_measured_and_a_small_pack_or_square_counts_too():

@@ -12,9 +12,9 @@ def test_a_process_that_was_suspended_does_not_hold_the_time_against_the_store(m
     now = [0.0]
     monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
-    reached = retry.Pace()
+    reached = retry.RateLimiter()
     reached.reached = True
-    patience = retry.Patience("s3://b/x", 300.0, reached, 20.0)
+    patience = retry.RetryPolicy("s3://b/x", 300.0, reached, 20.0)
     now[0] = 5000.0
     patience.failed(retry.Failure("the connection failed"))
     for second in range(5020, 5260, 20):
@@ -28,7 +28,7 @@ def test_a_process_that_was_suspended_does_not_hold_the_time_against_the_store(m
 def test_what_comes_fast_enough_starts_the_clock_anew_and_a_slow_connection_is_told(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
-    patience = retry.Patience("s3://b/x", 300.0, retry.Pace(), 20.0)
+    patience = retry.RetryPolicy("s3://b/x", 300.0, retry.RateLimiter(), 20.0)
     patience.connected()
     for second in range(1, 100):
         now[0] = float(second)
@@ -45,7 +45,7 @@ def test_refusals_slow_down_all_requests_of_a_process_and_answers_speed_them_up_
     monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(retry.time, "sleep", slept.append)
     monkeypatch.setattr(retry, "FIRST_GAP_S", 0.02)
-    one = retry.Pace()
+    one = retry.RateLimiter()
     for _ in range(5):
         one.wait()
     assert slept == []
@@ -71,10 +71,10 @@ def test_pauses_grow_are_jittered_and_heed_what_the_store_asks_for(monkeypatch):
     slept = []
     monkeypatch.setattr(retry.time, "sleep", slept.append)
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.1)
-    reached = retry.Pace()
+    reached = retry.RateLimiter()
     reached.reached = True
     for _ in range(200):
-        patience = retry.Patience("s3://b/x", 300.0, reached, 20.0)
+        patience = retry.RetryPolicy("s3://b/x", 300.0, reached, 20.0)
         for _ in range(10):
             patience.failed(retry.Failure("busy"))
     longest = [max(slept[number::10]) for number in range(10)]
@@ -83,12 +83,12 @@ def test_pauses_grow_are_jittered_and_heed_what_the_store_asks_for(monkeypatch):
     assert 9 < longest[-1] <= retry.LONGEST_PAUSE_S
     assert min(slept[9::10]) < 2
     slept.clear()
-    retry.Patience("s3://b/x", 300.0, reached, 20.0).failed(retry.Failure("busy", True, 7.0))
+    retry.RetryPolicy("s3://b/x", 300.0, reached, 20.0).failed(retry.Failure("busy", True, 7.0))
     assert slept == [7.0]
 
 
 def test_the_log_tells_of_trouble_but_does_not_fill_with_it(caplog):
-    one = retry.Pace()
+    one = retry.RateLimiter()
     for number in range(50):
         one.tell("failure %d", number)
     assert [record.getMessage() for record in caplog.records] == ["failure 0"]

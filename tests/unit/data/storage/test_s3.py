@@ -401,8 +401,8 @@ def fetched_ahead(one: S3Storage) -> None:
     busy = True
     while busy:
         time.sleep(0.001)
-        with one._spool._mutex:  # the end of one download starts the next
-            busy = bool(one._spool._downloads)
+        with one._shard_cache._mutex:  # the end of one download starts the next
+            busy = bool(one._shard_cache._downloads)
 
 
 def test_a_thread_that_reads_while_others_do_gets_its_own_bytes(server, tmp_path):

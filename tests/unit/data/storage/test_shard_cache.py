@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from univitar_ds.data.storage import cache_dir
-from univitar_ds.data.storage.cache_dir import Copies, Version
-from univitar_ds.data.storage.shard_cache import AHEAD, NEAR, Spool
+from univitar_ds.data.storage.cache_dir import CacheDir, Version
+from univitar_ds.data.storage.shard_cache import AHEAD, NEAR, ShardCache
 from univitar_ds.errors import DataError
 
 FORK = multiprocessing.get_context("fork")
@@ -47,11 +47,11 @@ def version(name: str = "a", size: int = 10_000, etag: str = "1") -> Version:
     return Version(f"s3://b/{name}.tar", etag, size)
 
 
-def spool(folder, source, limit=1 << 30, patience_s=600.0) -> Spool:
-    return Spool(Path(folder), limit, source, patience_s)
+def spool(folder, source, limit=1 << 30, patience_s=600.0) -> ShardCache:
+    return ShardCache(Path(folder), limit, source, patience_s)
 
 
-def settled(one: Spool) -> None:
+def settled(one: ShardCache) -> None:
     """Until nothing is being fetched and no hint is left."""
     while True:
         with one._mutex:  # the end of one download starts the next
@@ -232,7 +232,7 @@ def test_what_is_fetched_ahead_never_goes_above_the_limit(tmp_path, caplog):
 
 
 def test_a_copy_that_becomes_whole_while_room_is_made_counts(tmp_path, monkeypatch):
-    one = Copies(tmp_path, 25_000)
+    one = CacheDir(tmp_path, 25_000)
     parts = {}
     for name in "ab":
         parts[name], lock = one.begin(version(name))

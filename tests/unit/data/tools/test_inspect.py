@@ -83,7 +83,7 @@ def test_as_many_packs_as_asked_for_are_drawn_whatever_the_lanes(folder):
 def test_items_larger_than_the_rule_are_counted(folder):
     wide = {"min_tokens": 1, "max_tokens": 4, "divisor_px": 14}
     (stream,) = inspect(run(folder, image=wide), packs=2).streams
-    assert stream.shrunk == len(stream.tokens) > 0
+    assert stream.downscaled == len(stream.tokens) > 0
 
 
 def test_the_longest_wait_is_what_the_cursors_say(folder):

@@ -83,7 +83,7 @@ def test_an_item_that_the_rule_makes_smaller_is_said_to_be(tmp_path):
     (tmp_path / "large.jpg").write_bytes(picture(300, 500))
     (tmp_path / "small.jpg").write_bytes(picture(42, 42))
     rows = list(report([tmp_path / "large.jpg", tmp_path / "small.jpg"], settings(), STAGE))
-    assert [row.shrunk for row in rows] == [True, False]
+    assert [row.downscaled for row in rows] == [True, False]
     assert rows[0].tokens <= 40
     assert "made smaller" in rows[0].sentence()
     assert "made smaller" not in rows[1].sentence()

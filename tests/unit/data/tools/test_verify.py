@@ -14,7 +14,7 @@ from tests.support.progress import run_watched
 from tests.support.s3 import s3_server
 from tests.support.shards import clip, picture, sidecar, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
-from univitar_ds.data.decoding.task_pool import At, Bad, Crew, Done, Hashed, Read, Task
+from univitar_ds.data.decoding.task_pool import At, Bad, Done, Hashed, Read, Task, TaskPool
 from univitar_ds.data.shards.sources import find_shards
 from univitar_ds.data.storage.base import LOCAL
 from univitar_ds.data.tools.shard_check import ShardCheck, check_shard
@@ -254,7 +254,7 @@ def test_the_report_depends_on_the_data_alone(tmp_path, capsys):
 def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tmp_path, monkeypatch, workers, hired):
     crews = []
 
-    class Idle(Crew):
+    class Idle(TaskPool):
         def __init__(self, work, workers, silence_s):
             crews.append((work, workers))
 
@@ -264,7 +264,7 @@ def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tm
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("univitar_ds.data.tools.verify.Crew", Idle)
+    monkeypatch.setattr("univitar_ds.data.tools.verify.TaskPool", Idle)
     assert len(report(folder_of(tmp_path), workers=workers)["shards"]) == 6
     assert crews == [(check_shard, hired)]
 
@@ -290,7 +290,7 @@ def play(task: Task, tell) -> None:
 
 def played(*jobs, workers=2, silence_s=60.0):
     told = [[] for _ in jobs]
-    with Crew(play, workers, silence_s) as crew:
+    with TaskPool(play, workers, silence_s) as crew:
         for number, event in crew.run([Task(number, job) for number, job in enumerate(jobs)]):
             told[number].append(event)
         hands = [hand.process for hand in crew._hands]
@@ -300,7 +300,7 @@ def played(*jobs, workers=2, silence_s=60.0):
 
 @pytest.mark.parametrize(("tasks", "started"), [(1, 1), (3, 3), (7, 3)])
 def test_a_crew_starts_its_processes_at_once_and_no_more_than_there_is_work_for(tasks, started):
-    with Crew(play, 3, 60.0) as crew:
+    with TaskPool(play, 3, 60.0) as crew:
         events = crew.run([Task(number, {}) for number in range(tasks)])
         next(events)
         assert len(crew._hands) == started

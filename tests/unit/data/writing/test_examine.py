@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from univitar_ds.data.writing import examine
-from univitar_ds.data.writing.examine import Finding, Job, examine_all
+from univitar_ds.data.writing.examine import Job, MediaInfo, examine_all
 
 
 class Pool:
@@ -30,7 +30,7 @@ class Pool:
 def test_of_millions_of_files_few_are_handed_over_at_a_time(monkeypatch):
     pool = Pool()
     monkeypatch.setattr(examine.children, "pool", lambda workers, preload: pool)
-    monkeypatch.setattr(examine, "examine", lambda job: Finding(job.path.name))
+    monkeypatch.setattr(examine, "examine", lambda job: MediaInfo(job.path.name))
     monkeypatch.setattr(examine, "_AHEAD", 3)
     names = [str(number) for number in range(101)]
     found = []

@@ -18,7 +18,7 @@ from univitar_ds.model.teacher.teacher import HALF, IMAGENET, build_teacher, rea
 KINDS = ["dinov2", "dinov2_with_registers", "dinov3_vit", "siglip_vision_model", "siglip2_vision_model"]
 NORMS = {kind: HALF if "siglip" in kind else IMAGENET for kind in KINDS}
 STILLS = [(1, 4, 4), (1, 2, 6), (1, 4, 4), (1, 3, 2)]
-CLIPS = [(2, 2, 4), (1, 4, 2), (3, 2, 4)]
+VIDEOS = [(2, 2, 4), (1, 4, 2), (3, 2, 4)]
 
 
 def by_hand(model, kind, frames):
@@ -76,7 +76,7 @@ def test_pictures_have_the_features_of_the_model_called_by_hand(kind, tmp_path):
 @pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_of_a_clip_are_means_over_the_frames_of_each_token(kind, tmp_path):
-    model, pack = picture_model(kind), drawn_pack(CLIPS, clips=True)
+    model, pack = picture_model(kind), drawn_pack(VIDEOS, clips=True)
     found = teacher_of(model, tmp_path)(*pack)
     patches, pooled = [], []
     for item in frames_of(*pack):

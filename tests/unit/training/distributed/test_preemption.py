@@ -132,12 +132,12 @@ def test_processes_that_a_listener_starts_die_of_signals_as_usual():
 
 
 def vote_of_rank_1() -> list[bool]:
-    from univitar_ds.training.distributed.process_group import start_world, together
+    from univitar_ds.training.distributed.process_group import all_ranks_or_none, start_world
 
     world = start_world()
     answers = []
     for rank in (None, 1):
-        with together(world, ask=lambda rank=rank: world.rank == rank) as vote:
+        with all_ranks_or_none(world, ask=lambda rank=rank: world.rank == rank) as vote:
             pass
         answers.append(vote.yes)
     return answers

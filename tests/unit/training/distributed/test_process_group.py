@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from univitar_ds.errors import ConfigError
 from univitar_ds.training.distributed import process_group
-from univitar_ds.training.distributed.process_group import World, check_gpus, first_alone, start_world, uses_cuda
+from univitar_ds.training.distributed.process_group import World, check_gpus, rank_zero_first, start_world, uses_cuda
 
 SIGNS = ("CUDA_VISIBLE_DEVICES", "CROSS_SIZE", "SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "DS_ACCELERATOR")
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -137,5 +137,5 @@ def test_gloo_is_taken_beside_a_gpu_that_the_run_does_not_use(machine, monkeypat
 
 def test_a_single_rank_prepares_by_itself():
     done = []
-    first_alone(world(0, 1), lambda: done.append("prepared"))
+    rank_zero_first(world(0, 1), lambda: done.append("prepared"))
     assert done == ["prepared"]

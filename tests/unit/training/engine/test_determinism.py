@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from univitar_ds.training.engine.determinism import repeat_bits
+from univitar_ds.training.engine.determinism import set_deterministic
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def as_before(monkeypatch):
 
 
 def test_attention_and_matrix_products_are_told_to_repeat_their_bits():
-    repeat_bits(True)
+    set_deterministic(True)
     assert torch.are_deterministic_algorithms_enabled()  # what the attention back ends look at
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
@@ -26,11 +26,11 @@ def test_attention_and_matrix_products_are_told_to_repeat_their_bits():
 
 def test_a_setting_of_the_user_for_cublas_stays(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    repeat_bits(True)
+    set_deterministic(True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_by_default_nothing_is_asked_of_them():
-    repeat_bits(False)
+    set_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ

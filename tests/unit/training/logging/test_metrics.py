@@ -9,7 +9,7 @@ from PIL import Image
 
 from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.data.batch import PackedBatch, rows
-from univitar_ds.model.dropping import Dropping
+from univitar_ds.model.dropping import DropConfig
 from univitar_ds.training.distributed.process_group import World, gather_json
 from univitar_ds.training.logging import writers
 from univitar_ds.training.logging.metrics import (
@@ -17,9 +17,9 @@ from univitar_ds.training.logging.metrics import (
     IGNORED_OF_KIND,
     OVER_RANKS,
     Window,
-    join_ranks,
+    local_metrics,
     part_norms,
-    rank_numbers,
+    reduce_metrics,
 )
 from univitar_ds.training.logging.writers import MetricLog, SampleLog, cut_sample_logs
 from univitar_ds.training.step.curriculum import Progress
@@ -30,7 +30,7 @@ WEIGHTS = {"contrastive": 1.0, "distill": 0.0}
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
-def batch(*grids, lane=0, bad=None, shrunk=0) -> PackedBatch:
+def batch(*grids, lane=0, bad=None, downscaled=0) -> PackedBatch:
     n = len(grids)
     return PackedBatch(
         pixels=torch.zeros(0, dtype=torch.uint8),
@@ -47,7 +47,7 @@ def batch(*grids, lane=0, bad=None, shrunk=0) -> PackedBatch:
         lane=lane,
         index=0,
         bad=bad or {},
-        shrunk=shrunk,
+        downscaled=downscaled,
     )
 
 
@@ -96,8 +96,8 @@ def test_losses_are_told_by_part_and_modality_and_their_weights_as_means_over_al
 
 def test_norms_of_parts_are_those_of_all_ranks_and_of_the_last_step_only():
     squares = {"blocks": 16.0, "logits": 9.0}
-    table = rank_numbers([], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0, squares=squares)
-    norms = part_norms(join_ranks(table, ALONE))
+    table = local_metrics([], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0, squares=squares)
+    norms = part_norms(reduce_metrics(table, ALONE))
     assert (norms["grad_norm_blocks"], norms["grad_norm_logits"], norms["grad_norm_text"]) == (4.0, 3.0, 0.0)
     window = Window()
     window.add(result(1.0), numbers(), "image", WEIGHTS)
@@ -108,23 +108,23 @@ def test_norms_of_parts_are_those_of_all_ranks_and_of_the_last_step_only():
 
 def test_the_numbers_of_a_rank_are_those_of_all_its_packs():
     packs = [
-        batch((1, 2, 3), (1, 4, 4), bad={"corrupt": 2}, shrunk=2),
+        batch((1, 2, 3), (1, 4, 4), bad={"corrupt": 2}, downscaled=2),
         batch(),
-        batch((2, 2, 2), bad={"corrupt": 1, "bad_json": 1}, shrunk=1),
+        batch((2, 2, 2), bad={"corrupt": 1, "bad_json": 1}, downscaled=1),
     ]
-    got = rank_numbers(packs, cost=(10.0, 1.0), token_budget=20, step_s=2.0, data_wait_s=0.5)
+    got = local_metrics(packs, cost=(10.0, 1.0), token_budget=20, step_s=2.0, data_wait_s=0.5)
     assert got["tokens"] == 6 + 16 + 8
     assert got["token_budget"] == 60
     assert got["flops"] == got["busiest_flops"] == 10 * 30 + (36 + 256 + 64)
     assert got["bad_samples"] == 4
     assert {name: got[name] for name in BAD_OF_KIND if got[name]} == {"bad_corrupt": 3, "bad_json": 1}
-    assert got["shrunk"] == 3
+    assert got["downscaled"] == 3
     assert got["memory_gb"] > 0.01
 
 
 def test_texts_that_were_ignored_have_counts_of_their_own_since_the_run_began():
     packs = [replace(batch((1, 2, 3)), ignored={"bad_label": 2}), replace(batch(), ignored={"bad_label": 1})]
-    got = rank_numbers(packs, cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0)
+    got = local_metrics(packs, cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0)
     assert {name: got[name] for name in IGNORED_OF_KIND if got[name]} == {"ignored_label": 3}
     assert got["bad_samples"] == got["bad_label"] == 0
     window, none = Window(), dict.fromkeys(IGNORED_OF_KIND, 0.0)
@@ -136,9 +136,9 @@ def test_texts_that_were_ignored_have_counts_of_their_own_since_the_run_began():
 
 
 def test_flops_are_those_of_the_tokens_that_stay_and_fill_is_of_all():
-    rule = Dropping(patches=0.5, merge=2)
+    rule = DropConfig(patches=0.5, merge=2)
     packs = [batch((1, 2, 6), (1, 4, 4)), batch((2, 2, 2))]
-    got = rank_numbers(packs, cost=(10.0, 1.0), token_budget=20, step_s=2.0, data_wait_s=0.5, dropping=rule)
+    got = local_metrics(packs, cost=(10.0, 1.0), token_budget=20, step_s=2.0, data_wait_s=0.5, dropping=rule)
     kept = [8, 8, 4]  # of 3, 4 and 2 blocks of 4 tokens: 2, 2 and 1
     assert got["flops"] == got["busiest_flops"] == 10 * sum(kept) + sum(count**2 for count in kept)
     assert got["tokens"] == 12 + 16 + 8
@@ -146,18 +146,18 @@ def test_flops_are_those_of_the_tokens_that_stay_and_fill_is_of_all():
 
 def test_the_exchange_of_ranks_has_one_size_whatever_went_wrong_on_each():
     packs = [batch((1, 2, 3)), batch((1, 2, 3), bad={"cut": 3, "crash": 1})]
-    tables = [rank_numbers([pack], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0) for pack in packs]
+    tables = [local_metrics([pack], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0) for pack in packs]
     assert [list(table) == list(OVER_RANKS) for table in tables] == [True, True]
 
 
 @pytest.mark.skipif(not __debug__, reason="python -O leaves asserts out")
 def test_a_kind_that_the_lines_do_not_know_is_a_fault_of_the_program():
     with pytest.raises(AssertionError, match="odd"):
-        rank_numbers([batch(bad={"odd": 1})], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0)
+        local_metrics([batch(bad={"odd": 1})], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0)
 
 
 def test_ranks_join_as_declared():
-    assert join_ranks(numbers(tokens=5.0), ALONE) == numbers(tokens=5.0)
+    assert reduce_metrics(numbers(tokens=5.0), ALONE) == numbers(tokens=5.0)
 
 
 def test_a_line_covers_all_its_steps():
@@ -181,11 +181,11 @@ def test_a_line_covers_all_its_steps():
 
 def test_bad_samples_are_counted_by_kind_since_the_run_began_and_items_made_smaller_since_the_last_line():
     window = Window()
-    window.add(result(1.0, 6), numbers(bad_cut=2.0, shrunk=3.0), "image", WEIGHTS)
+    window.add(result(1.0, 6), numbers(bad_cut=2.0, downscaled=3.0), "image", WEIGHTS)
     first = line(window)
     assert first["shrunk_pct"] == 50.0
     window = Window(**json.loads(json.dumps(vars(window.next()))))
-    window.add(result(1.0, 8), numbers(bad_cut=1.0, bad_crash=1.0, shrunk=1.0), "image", WEIGHTS)
+    window.add(result(1.0, 8), numbers(bad_cut=1.0, bad_crash=1.0, downscaled=1.0), "image", WEIGHTS)
     second = line(window)
     assert second["shrunk_pct"] == 12.5
     kinds = [{name: entry[name] for name in BAD_OF_KIND if name in entry} for entry in (first, second)]

@@ -19,7 +19,7 @@ class Written:
     def __init__(self, calls: list[str]) -> None:
         self.calls, self.module = calls, StandIn()
 
-    def begin_step(self, lr: float, *, read_gradient: bool) -> None:
+    def zero_grad(self, lr: float, *, read_gradient: bool) -> None:
         self.calls.append("begin")
 
     def __call__(self, *inputs):
