@@ -1,8 +1,8 @@
-"""What do the frames of a clip cost, compared with the plainest correct PyAV loop for the same frames?
+"""What do the frames of a video cost, compared with the plainest correct PyAV loop for the same frames?
 
     python benchmarks/bench_clips.py [--clips FOLDER] [--frames 8]
 
-Clips are those of a folder (mp4, mkv, webm ... below it) and synthetic ones made here. For each, `decode_clip` and the
+Videos are those of a folder (mp4, mkv, webm ... below it) and synthetic ones made here. For each, `decode_clip` and the
 plain loop take turns in one process; a row has the least CPU time of either over the rounds, and whether the pixels
 are the same to the bit. The plain loop is told which frames to take, decodes up to the last of them in one thread,
 converts and turns those alone, and stacks them. Rows go to results/bench_clips.csv.
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.rows import RESULTS, git_commit, processor, write_rows
 from univitar_ds.data.media.frame_sampling import UNIFORM, by_count, places
 from univitar_ds.data.media.types import VIDEO_EXTENSIONS
-from univitar_ds.data.media.video_decode import decode_clip
+from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import SampleError
 
 LIMITS = {"max_px": 10**8, "timeout_s": 600.0}
@@ -56,7 +56,7 @@ SYNTHETIC = {
 
 
 def synthetic(form: str, codec: str, size: tuple[int, int], count: int, settings: dict[str, str]) -> bytes:
-    """A window that slides over a textured picture."""
+    """A window that slides over a textured image."""
     height, width = size
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (height // 6, width // 6, 3), np.uint8))
@@ -112,14 +112,14 @@ def measure(data: bytes, frames: int, rounds: int) -> dict[str, object]:
     numbers = by_count(places(UNIFORM, frames, 0), count)
     ours, theirs = [], []
     for _ in range(rounds):
-        seconds, mine = cpu_seconds(lambda: decode_clip(data, frames=frames, **LIMITS))
+        seconds, mine = cpu_seconds(lambda: decode_video(data, frames=frames, **LIMITS))
         ours.append(seconds)
         seconds, truth = cpu_seconds(lambda: plain(data, numbers))
         theirs.append(seconds)
     return {
         "codec": codec,
         "size_px": size,
-        "clip_frames": count,
+        "video_frames": count,
         "frames": frames,
         "decode_clip_cpu_ms": round(1e3 * min(ours), 2),
         "plain_cpu_ms": round(1e3 * min(theirs), 2),
@@ -128,8 +128,8 @@ def measure(data: bytes, frames: int, rounds: int) -> dict[str, object]:
     }
 
 
-def clips(folder: Path | None) -> Iterator[tuple[str, str, bytes]]:
-    """(set, name, bytes) of every clip."""
+def videos(folder: Path | None) -> Iterator[tuple[str, str, bytes]]:
+    """(set, name, bytes) of every video."""
     for path in sorted(folder.rglob("*")) if folder else []:
         if path.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS:
             yield "folder", path.name, path.read_bytes()
@@ -182,13 +182,13 @@ def circumstances() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=Path, help="a folder of clips")
+    parser.add_argument("--clips", type=Path, help="a folder of videos")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     av.logging.set_level(av.logging.PANIC)
     rows, scaled = [], []
-    for group, name, data in clips(options.clips):
+    for group, name, data in videos(options.videos):
         try:
             rows.append({"set": group, "clip": name, **measure(data, options.frames, options.rounds)})
         except (SampleError, av.FFmpegError, KeyError) as error:
@@ -196,13 +196,13 @@ def main() -> None:
             continue
         if len(scaled) < 24 or group == "synthetic":
             scaled += [row for share in (0.6, 0.3) for row in scaling(name, data, share)]
-        print("{set:10} {clip:45} {codec:10} {size_px:10} {ratio:6.3f}  same {same_pixels}".format(**rows[-1]))
+        print("{set:10} {video:45} {codec:10} {size_px:10} {ratio:6.3f}  same {same_pixels}".format(**rows[-1]))
     for group in ("folder", "synthetic"):
         of_group = [row for row in rows if row["set"] == group]
         if of_group:
             total = sum(row["decode_clip_cpu_ms"] for row in of_group) / sum(row["plain_cpu_ms"] for row in of_group)
             worst = max(of_group, key=lambda row: row["ratio"])
-            print(f"{group}: {len(of_group)} clips, {total:.3f} in all, worst {worst['ratio']} ({worst['clip']})")
+            print(f"{group}: {len(of_group)} videos, {total:.3f} in all, worst {worst['ratio']} ({worst['clip']})")
     for name, table in (("bench_clips.csv", rows), ("bench_clip_scaling.csv", scaled)):
         write_rows(RESULTS / name, [{**row, **circumstances()} for row in table])
 

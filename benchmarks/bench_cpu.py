@@ -2,15 +2,15 @@
 
     make bench-cpu          (python benchmarks/bench_cpu.py [--turns 12] [--layers 1] [--dtypes fp32 bf16])
 
-One fixed workload: 40 pictures of 72 to 900 tokens, 12,043 in all, in six packs of about 2,000 (fp32 buffers of larger
+One fixed workload: 40 images of 72 to 900 tokens, 12,043 in all, in six packs of about 2,000 (fp32 buffers of larger
 packs exceed what malloc keeps, and every one is then paid for in page faults). Contenders that cannot pack get the
-pictures of a pack as a batch, padded to the longest of all, as a batch of the 40 would be; `near lengths` means that
+images of a pack as a batch, padded to the longest of all, as a batch of the 40 would be; `near lengths` means that
 they are sorted by length and padded to the longest of six or seven. `released way, one batch` gets all 40 at once: the
-release knows no packs. `timm NaFlexViT, its lengths` gets what timm's training loader would make of pictures that must
+release knows no packs. `timm NaFlexViT, its lengths` gets what timm's training loader would make of images that must
 not be resized: each in the shortest of its five sequence lengths (`NaFlexMapDatasetWrapper`), a batch a length.
 A measurement is forward and backward of one pack, in CPU seconds of this process with one thread; the contenders take
 turns pack by pack, in an order that rotates, so that what else the machine does meets all alike. A figure is the
-median over packs of the ratio within a turn; where the pictures are grouped in another way, the ratio of sums over
+median over packs of the ratio within a turn; where the images are grouped in another way, the ratio of sums over
 whole rounds.
 
 transformers is a requirement of the project. timm is not, and goes into a folder of its own, benchmarks/.peers:
@@ -53,7 +53,7 @@ GRIDS = (
     (15, 16), (11, 8), (28, 28), (12, 22), (14, 10), (13, 12), (17, 13), (14, 18), (30, 30), (26, 13), (23, 18),
     (12, 17), (10, 19), (13, 20), (8, 13), (23, 17), (23, 35), (15, 15),
 )  # fmt: skip
-"""Rows and columns of tokens of each picture."""
+"""Rows and columns of tokens of each image."""
 
 OURS = "ours"
 FLOOR = "floor"
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def packed() -> list[list[tuple[int, int]]]:
-    """The pictures in packs of nearly equal tokens: the longest first, each to the pack with the fewest."""
+    """The images in packs of nearly equal tokens: the longest first, each to the pack with the fewest."""
     packs: list[list[tuple[int, int]]] = [[] for _ in range(PACKS)]
     for grid in sorted(GRIDS, key=lambda grid: -grid[0] * grid[1]):
         min(packs, key=lambda pack: sum(h * w for h, w in pack)).append(grid)
@@ -93,14 +93,14 @@ def packed() -> list[list[tuple[int, int]]]:
 
 
 def near() -> list[list[tuple[int, int]]]:
-    """The pictures in as many batches, of like lengths."""
+    """The images in as many batches, of like lengths."""
     ordered = sorted(GRIDS, key=lambda grid: grid[0] * grid[1])
     bounds = [round(len(ordered) * i / PACKS) for i in range(PACKS + 1)]
     return [ordered[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def by_timm() -> dict[int, list[tuple[int, int]]]:
-    """The pictures by the shortest of timm's sequence lengths that holds them."""
+    """The images by the shortest of timm's sequence lengths that holds them."""
     fitting: dict[int, list[tuple[int, int]]] = {length: [] for length in TIMM_LENGTHS}
     for h, w in GRIDS:
         fitting[next(length for length in TIMM_LENGTHS if h * w <= length)].append((h, w))
@@ -116,7 +116,7 @@ def group(grids: list[tuple[int, int]], dtype: torch.dtype, padded_to: int | Non
 
 
 def otherwise() -> dict[str, list[tuple[list[tuple[int, int]], int | None]]]:
-    """What the contenders that do not get the packs get in a round instead: pictures, and what they are padded to."""
+    """What the contenders that do not get the packs get in a round instead: images, and what they are padded to."""
     alike = [(grids, None) for grids in near()]
     return {
         "released way, one batch": [(list(GRIDS), None)],
@@ -157,7 +157,7 @@ def measure(dtype: torch.dtype, layers: int, turns: int) -> dict[str, list[float
 
 
 def over(seconds: list[float], base: list[float], whole_rounds: bool) -> float:
-    """How many times `base`: the median over packs; of sums over whole rounds where pictures are grouped otherwise."""
+    """How many times `base`: the median over packs; of sums over whole rounds where images are grouped otherwise."""
     if whole_rounds:
         whole = len(base) // PACKS * PACKS
         return sum(seconds[:whole]) / sum(base[:whole])

@@ -3,7 +3,7 @@
     python benchmarks/bench_packing.py [--photos FOLDER] [--steps 200]
 
 Four real lanes plan packs from shards; nothing is decoded. The photos are packed first, with their sizes as they are.
-Every other mix is made here: pictures that are nothing but a JPEG header. A cost budget is given as a share of what a
+Every other mix is made here: images that are nothing but a JPEG header. A cost budget is given as a share of what a
 pack full of tokens costs on average, for the 0.3B encoder. Rows go to results/bench_packing.csv.
 """
 
@@ -50,7 +50,7 @@ ANY = {"min_tokens": 1, "max_tokens": 8192, "divisor_px": PATCH}
 
 @dataclass(frozen=True)
 class Mix:
-    """Shards and how their pictures are sized."""
+    """Shards and how their images are sized."""
 
     name: str
     shards: str
@@ -65,7 +65,7 @@ class Mix:
 
 
 def log_normal(median: float, sigma: float, most: int) -> Callable[[random.Random], tuple[int, int]]:
-    """Sides in patches of a picture whose tokens are log-normal, at most `most`, of any shape up to 2 : 1."""
+    """Sides in patches of an image whose tokens are log-normal, at most `most`, of any shape up to 2 : 1."""
 
     def sides(rng: random.Random) -> tuple[int, int]:
         while True:
@@ -78,7 +78,7 @@ def log_normal(median: float, sigma: float, most: int) -> Callable[[random.Rando
 
 
 def write_headers(folder: Path, sides: Callable[[random.Random], tuple[int, int]], samples: int = 24_000) -> str:
-    """Shards of pictures that have a header and no pixels."""
+    """Shards of images that have a header and no pixels."""
     folder.mkdir()
     rng = random.Random(0)
     for shard in range(8):
@@ -86,8 +86,8 @@ def write_headers(folder: Path, sides: Callable[[random.Random], tuple[int, int]
             for index in range(samples // 8):
                 h, w = sides(rng)
                 frame = struct.pack(">BHHB", 8, h * PATCH, w * PATCH, 3) + bytes(9)
-                picture = b"\xff\xd8\xff\xc0" + struct.pack(">H", len(frame) + 2) + frame
-                for extension, content in (("jpg", picture), ("txt", b"a")):
+                image = b"\xff\xd8\xff\xc0" + struct.pack(">H", len(frame) + 2) + frame
+                for extension, content in (("jpg", image), ("txt", b"a")):
                     info = tarfile.TarInfo(f"{index:06d}.{extension}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))

@@ -7,9 +7,9 @@ encoder of the same size trained on them, and a run for each arm and seed. What 
 interrupted call goes on where it was. Each run is evaluated at a quarter, half, three quarters and the whole of its
 samples on compositions of colour and shape that no arm has seen. Rows go to results/bench_recipe.csv.
 
-Runs have one process and one lane: half the demo's batch. All arms have the same share of steps with clips and the
+Runs have one process and one lane: half the demo's batch. All arms have the same share of steps with videos and the
 same largest number of tokens an item. `fixed` resizes everything to one square; `curriculum` goes from small squares
-to native pictures to native pictures and clips; `distilled` is the curriculum with the teacher's features beside the
+to native images to native images and videos; `distilled` is the curriculum with the teacher's features beside the
 contrastive loss, their weight falling.
 """
 
@@ -43,7 +43,7 @@ TEACHER_SCENES = 100
 """Seed of the scenes that the teacher was trained on: the same kind of data, none of it the same."""
 VIDEO_SHARE = 0.4
 SHARES = (0.2, 0.2, 0.6)
-"""Of the samples, by stage of the curriculum; the last has all clips."""
+"""Of the samples, by stage of the curriculum; the last has all videos."""
 POINTS = (0.25, 0.5, 0.75, 1.0)
 NATIVE_IMAGE = {"min_tokens": 16, "max_tokens": 100, "divisor_px": 14}
 NATIVE_VIDEO = {"min_tokens": 32, "max_tokens": 144, "divisor_px": 14}
@@ -73,7 +73,7 @@ def provide_shards(work: Path, name: str, seed: int) -> Path:
     """The demo's kind of scenes, packed."""
     shards = work / f"{name}-shards"
     if not (shards / "manifest.json").is_file():
-        write_scenes(work / name, images=IMAGES, clips=VIDEOS, seed=seed, progress=True)
+        write_scenes(work / name, images=IMAGES, videos=VIDEOS, seed=seed, progress=True)
         pack_folder(work / name, shards)
     return shards
 
@@ -90,7 +90,7 @@ def run_of(arm: str, work: Path, shards: Path, samples: int, seed: int, teacher:
     """The run file of an arm: the demo's but for its stages."""
     config = read_yaml(recipe_path("demo"))
     (demo_stage,) = config["stages"]
-    common = {key: demo_stage[key] for key in ("clip_frames", "token_budget", "lr", "final_lr_ratio")}
+    common = {key: demo_stage[key] for key in ("video_frames", "token_budget", "lr", "final_lr_ratio")}
     config |= {
         "name": f"{arm}-{seed}",
         "output": str(work / "runs"),

@@ -8,7 +8,7 @@ the order of the bytes (frame, row, column, channel). Three launches forward:
 Two backward:
     gradient  the same gather against the gradient of the tokens, in splits over T, float32 parts of their own
     unfold    sums the parts in a fixed order, and takes the folding out again
-A pack of stills alone meets the sum of the two temporal kernels (588 bytes a token); a pack with a clip in it the pair
+A pack of stills alone meets the sum of the two temporal kernels (588 bytes a token); a pack with a video in it the pair
 (1176), and a still in it is read twice. Every sum has a fixed order: the same inputs give the same bits.
 
 Error in bfloat16: pixels are exact, folded weights rounded once (2^-8 of each product), sums in float32, the result
@@ -95,7 +95,7 @@ def _fold_bias(weight, bias, offset, block, width, red, green, blue, HAS_BIAS: t
 def _locate(items, places, strides, block, tokens, count, reach, merge):
     """Of every token: the word its patch starts at, words from one row of pixels to the next, and to the next frame.
 
-    `items` (N, 5) int64: first token, first word, h, w, 1 for a clip. `reach`: a power of two, at least N / 2.
+    `items` (N, 5) int64: first token, first word, h, w, 1 for a video. `reach`: a power of two, at least N / 2.
     """
     t = block * PREPARE_TOKENS + tl.arange(0, PREPARE_TOKENS)
     low = tl.zeros((PREPARE_TOKENS,), tl.int32)
@@ -320,7 +320,7 @@ def loop(still: bool, words: int) -> tuple[int, int]:
 
 
 def item_table(frames: Sequence[int], grid_thw: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Of every item: first token, first word, h, w, 1 for a clip."""
+    """Of every item: first token, first word, h, w, 1 for a video."""
     table, token, word = [], 0, 0
     for count, (t, h, w) in zip(frames, grid_thw, strict=True):
         table.append([token, word, h, w, int(count > 1)])

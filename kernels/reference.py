@@ -102,11 +102,11 @@ def add_norm(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: floa
 def patchify(
     pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[tuple[int, int, int]], merge: int
 ) -> Tensor:
-    """Cuts packed pictures and clips into the rows the patch embedding takes; nothing is padded.
+    """Cuts packed images and videos into the rows the patch embedding takes; nothing is padded.
 
     Args:
         pixels: (B,) uint8. Items one after another, each `frames[i]` frames of (h * 14, w * 14, 3) in raster order.
-        frames: frames stored per item; one frame is a still picture and stands for both frames of its tokens.
+        frames: frames stored per item; one frame is a still image and stands for both frames of its tokens.
         grid_thw: tokens per item along time, height, width.
         merge: tokens come in blocks of merge x merge neighbours: order (t, h/merge, w/merge, merge, merge).
     Returns: (T, 1176) uint8, each row ordered (channel, frame, row, column).
@@ -115,8 +115,8 @@ def patchify(
     byte = token = 0
     for count, (t, h, w) in zip(frames, grid_thw, strict=True):
         size, tokens = count * h * w * PATCH * PATCH * CHANNELS, t * h * w
-        clip = pixels[byte : byte + size].view(count, h // merge, merge, PATCH, w // merge, merge, PATCH, CHANNELS)
-        cells = clip.expand(TUBELET * t, *clip.shape[1:]).unflatten(0, (t, TUBELET))
+        video = pixels[byte : byte + size].view(count, h // merge, merge, PATCH, w // merge, merge, PATCH, CHANNELS)
+        cells = video.expand(TUBELET * t, *video.shape[1:]).unflatten(0, (t, TUBELET))
         rows = patches[token : token + tokens]
         rows.view(t, h // merge, w // merge, merge, merge, CHANNELS, TUBELET, PATCH, PATCH).copy_(
             cells.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
@@ -145,7 +145,7 @@ def patch_embed(
 ) -> Tensor:
     """`patchify`, `normalise` and the linear map in one: bytes to tokens, with gradients for weight and bias.
 
-    Normalisation is folded into the weights, and a still picture meets the sum of its two temporal kernels. No
+    Normalisation is folded into the weights, and a still image meets the sum of its two temporal kernels. No
     (T, 1176) tensor exists; the backward pass reads the bytes again. In bfloat16 the bytes are exact, the folded
     weights are rounded once: products with a relative error of 2^-8, as where normalised pixels are rounded.
 
@@ -230,7 +230,7 @@ def _byte_rows(
 ) -> Iterator[tuple[slice, Tensor]]:
     """The tokens of a pack in batches: which ones, and their bytes minus 128 as rows (frame, row, column, channel).
 
-    Rows have 588 values for stills, 1176 for clips. One buffer serves all batches.
+    Rows have 588 values for stills, 1176 for videos. One buffer serves all batches.
     """
     room = max([BATCH * PATCH_VALUES // TUBELET, *(merge * w * PATCH_VALUES for _, _, w in grid_thw)])
     buffer = torch.empty(room, dtype=dtype, device=pixels.device)

@@ -1,6 +1,6 @@
-"""UniViTAR: native-resolution vision transformers for pictures and clips, trained with DeepSpeed.
+"""UniViTAR: native-resolution vision transformers for images and videos, trained with DeepSpeed.
 
-The public face is `UniViTAR` (the encoder) and `Preprocessor` (pictures and clips to its input). Both are
+The public face is `UniViTAR` (the encoder) and `Preprocessor` (images and videos to its input). Both are
 imported when first asked for, so that importing the package costs nothing.
 """
 

@@ -15,7 +15,7 @@ from typing import Literal
 PATCH = 14
 """Side of a patch in pixels (release)."""
 TUBELET = 2
-"""Frames per token (release); a still picture is its own second frame."""
+"""Frames per token (release); a still image is its own second frame."""
 Modality = Literal["image", "video"]
 """A pack holds images or videos, never both."""
 

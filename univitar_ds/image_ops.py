@@ -1,4 +1,4 @@
-"""Any picture as upright 8-bit RGB of a given size. Pillow and numpy only: decoding processes start with this."""
+"""Any image as upright 8-bit RGB of a given size. Pillow and numpy only: decoding processes start with this."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 _INVERSE = {6: 8, 8: 6}
 """Which orientation undoes another; all but these two undo themselves."""
 _BLOCK = 512
-"""A picture is converted in squares of this side: what a conversion needs beside its result then stays in the cache."""
+"""An image is converted in squares of this side: what a conversion needs beside its result then stays in the cache."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """`rgb_pixels` as a picture, which is the given one if there is nothing to do.
+    """`rgb_pixels` as an image, which is the given one if there is nothing to do.
 
     Raises: see `rgb_pixels`.
     """
@@ -49,10 +49,10 @@ def _load(image: Image.Image) -> None:
 
 
 def rgb_pixels(image: Image.Image, orientation: int | None = None) -> np.ndarray:
-    """The upright RGB pixels of a picture in any Pillow mode: (H, W, 3) uint8.
+    """The upright RGB pixels of an image in any Pillow mode: (H, W, 3) uint8.
 
     EXIF orientation is applied, transparency is laid on white (release), and greys deeper than 8 bit are
-    scaled to 8 bit rather than cut off. Beside the loaded picture and the result it takes a few MB.
+    scaled to 8 bit rather than cut off. Beside the loaded image and the result it takes a few MB.
 
     Args: orientation, 1 to 8, where it is known already.
 
@@ -83,12 +83,12 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def resize_rgb(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """An RGB picture at exactly height x width pixels, bicubic (release): (height, width, 3) uint8."""
+    """An RGB image at exactly height x width pixels, bicubic (release): (height, width, 3) uint8."""
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8; 1, upright, where the picture does not say."""
+    """1 to 8; 1, upright, where the image does not say."""
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
@@ -97,7 +97,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _blocks(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    """Left, top, right and bottom of the squares that cover a picture as it is stored."""
+    """Left, top, right and bottom of the squares that cover an image as it is stored."""
     for top in range(0, image.height, _BLOCK):
         for left in range(0, image.width, _BLOCK):
             yield left, top, min(left + _BLOCK, image.width), min(top + _BLOCK, image.height)
@@ -120,7 +120,7 @@ def _greys(image: Image.Image) -> np.ndarray:
 
 
 class _GreySpan(NamedTuple):
-    """What has to be known of a whole picture before a part of it can be scaled; `whole`: it has no fractions."""
+    """What has to be known of a whole image before a part of it can be scaled; `whole`: it has no fractions."""
 
     low: float
     high: float

@@ -1,4 +1,4 @@
-"""Pictures and clips to the encoder's input, as the release prepares them."""
+"""Images and videos to the encoder's input, as the release prepares them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from univitar_ds.kernels.reference import normalise, patchify
 
 
 class Preprocessor:
-    """Turns pictures and clips into the encoder's `pixel_values` and `grid_thw`, as its release did."""
+    """Turns images and videos into the encoder's `pixel_values` and `grid_thw`, as its release did."""
 
     def __init__(self, config: EncoderConfig) -> None:
         self.config = config
@@ -32,7 +32,7 @@ class Preprocessor:
     def __call__(self, items: Sequence[Image.Image | Sequence[Image.Image]]) -> tuple[Tensor, Tensor]:
         """Prepares a pack.
 
-        Args: items: pictures, and clips as lists of frames (one, or an even number, all of one size).
+        Args: items: images, and videos as lists of frames (one, or an even number, all of one size).
         Returns: `pixel_values` (T, 1176) float32 and `grid_thw` (N, 3) int64.
         Raises: UserError for anything else.
         """
@@ -44,29 +44,29 @@ class Preprocessor:
     def pixels(
         self, items: Sequence[Image.Image | Sequence[Image.Image]]
     ) -> tuple[Tensor, list[int], list[tuple[int, int, int]]]:
-        """The same pack as bytes, for `model(pixels, grids, frames=frames)`: an eighth of the memory, clips a quarter.
+        """The same pack as bytes, for `model(pixels, grids, frames=frames)`: an eighth of the memory, videos a quarter.
 
         Returns: (B,) uint8, see `kernels.reference.patchify`; frames and grids of the items.
         Raises: UserError as above.
         """
         if isinstance(items, Image.Image) or not items:
-            raise UserError("the preprocessor takes a list of at least one picture or clip; put a single one in a list")
-        clips = [self._upright(item, index) for index, item in enumerate(items)]
-        grids = [self._grid(frames) for frames in clips]
+            raise UserError("the preprocessor takes a list of at least one image or video; put a single one in a list")
+        videos = [self._upright(item, index) for index, item in enumerate(items)]
+        grids = [self._grid(frames) for frames in videos]
         pixels = [
             resize_rgb(frame, h * PATCH, w * PATCH).reshape(-1)
-            for frames, (_, h, w) in zip(clips, grids, strict=True)
+            for frames, (_, h, w) in zip(videos, grids, strict=True)
             for frame in frames
         ]
-        return torch.from_numpy(np.concatenate(pixels)), [len(frames) for frames in clips], grids
+        return torch.from_numpy(np.concatenate(pixels)), [len(frames) for frames in videos], grids
 
     def _upright(self, item: Image.Image | Sequence[Image.Image], index: int) -> list[Image.Image]:
         frames = [item] if isinstance(item, Image.Image) else list(item)
         strange = [type(frame).__name__ for frame in frames if not isinstance(frame, Image.Image)]
         if strange:
-            raise UserError(f"item {index} holds a {strange[0]}; pictures and frames must be PIL images")
+            raise UserError(f"item {index} holds a {strange[0]}; images and frames must be PIL images")
         if not frames:
-            raise UserError(f"item {index} is a clip without frames; give one frame or a multiple of {TUBELET}")
+            raise UserError(f"item {index} is a video without frames; give one frame or a multiple of {TUBELET}")
         if len(frames) > 1 and len(frames) % TUBELET:
             raise UserError(f"item {index} has {len(frames)} frames; give one frame or a multiple of {TUBELET}")
         frames = [to_rgb(frame) for frame in frames]
@@ -81,6 +81,6 @@ class Preprocessor:
             return self.config.resolution.grid(height, width, len(frames))
         except ValueError as error:
             raise UserError(
-                f"a clip of {len(frames)} frames does not fit max_tokens {self.config.max_tokens} ({error}); "
+                f"a video of {len(frames)} frames does not fit max_tokens {self.config.max_tokens} ({error}); "
                 f"give fewer frames"
             ) from error

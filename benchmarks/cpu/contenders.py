@@ -1,7 +1,7 @@
-"""What `bench_cpu.py` measures beside our encoder: other ways to run its shape on the same pictures, and the floor.
+"""What `bench_cpu.py` measures beside our encoder: other ways to run its shape on the same images, and the floor.
 
 All have the 0.3B's width (1024), heads (16), feed-forward FLOPs and patches of 1176 values, random weights and LAYERS
-blocks. A contender is built for a type and takes a `Group` of pictures: forward, then backward from a given gradient.
+blocks. A contender is built for a type and takes a `Group` of images: forward, then backward from a given gradient.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WIDTH, HEADS, HEAD, INNER, PLAIN_INNER, PATCH_VALUES = 1024, 16, 64, 2816, 4224,
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures that run together. `patches` (T, 1176), `grad` (T, D) of the output; `padded_to` tokens a picture."""
+    """Images that run together. `patches` (T, 1176), `grad` (T, D) of the output; `padded_to` tokens an image."""
 
     grids: tuple[tuple[int, int], ...]
     patches: Tensor
@@ -41,14 +41,14 @@ class Group:
         return [h * w for h, w in self.grids]
 
     def padded(self, rows: Tensor) -> Tensor:
-        """(T, X) -> (N, padded_to, X), zeros behind each picture."""
+        """(T, X) -> (N, padded_to, X), zeros behind each image."""
         out = rows.new_zeros(len(self.grids), self.padded_to, rows.shape[1])
         for place, piece in zip(out, rows.split(self.lengths), strict=True):
             place[: len(piece)] = piece
         return out
 
     def valid(self) -> Tensor:
-        """(N, padded_to) bool: where a picture is."""
+        """(N, padded_to) bool: where an image is."""
         return torch.arange(self.padded_to) < torch.tensor(self.lengths)[:, None]
 
 
@@ -157,7 +157,7 @@ class PlainBlock(nn.Module):
 
 
 def padded(layers: int, dtype: torch.dtype) -> Step:
-    """A plain ViT with learned positions on padded pictures and a mask."""
+    """A plain ViT with learned positions on padded images and a mask."""
     parts = {"embed": nn.Linear(PATCH_VALUES, WIDTH), "blocks": nn.ModuleList(PlainBlock() for _ in range(layers))}
     model = nn.ModuleDict(parts)
     model.places = nn.Parameter(torch.randn(1024, WIDTH) * 0.02)

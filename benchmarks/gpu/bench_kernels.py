@@ -43,7 +43,7 @@ def cases(config: EncoderConfig, tokens: int, device: torch.device, dtype: torch
     """All operations at the widths of `config` on packs of `tokens` tokens."""
     draw = partial(torch.randn, dtype=dtype, device=device, requires_grad=True)
     width, inner, heads = config.hidden_size, config.inner_width, config.num_attention_heads
-    grids = packs.mixed_pictures(tokens)
+    grids = packs.mixed_images(tokens)
     places = torch.cartesian_prod(torch.arange(64, device=device), torch.arange(64, device=device))
     positions = places.repeat(-(-tokens // len(places)), 1)[:tokens].contiguous()
     rows = {
@@ -61,7 +61,7 @@ def cases(config: EncoderConfig, tokens: int, device: torch.device, dtype: torch
         ours, eager = partial(getattr(dispatch, op), **rule), partial(getattr(reference, op), **rule)
         yield Case(op, "rows", tokens, wide, inputs, ours, eager, moved)
     del rows, inputs
-    for name, grids in (("pictures", packs.mixed_pictures(tokens)), ("clips", packs.clips(tokens))):
+    for name, grids in (("images", packs.mixed_images(tokens)), ("clips", packs.videos(tokens))):
         yield patch_embed_case(name, grids, width, device, dtype)
 
 
@@ -105,7 +105,7 @@ def compiled(case: Case, backend: str) -> Callable[..., Any]:
 
 
 def _pack_of(case: Case) -> tuple[list[int], list[packs.Grid]]:
-    grids = packs.clips(case.tokens) if case.pack == "clips" else packs.mixed_pictures(case.tokens)
+    grids = packs.videos(case.tokens) if case.pack == "clips" else packs.mixed_images(case.tokens)
     return packs.frames_of(grids), grids
 
 

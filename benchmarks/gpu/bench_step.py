@@ -1,4 +1,4 @@
-"""A training step of the encoder, forward and backward, from bytes: pictures of equal and of mixed lengths.
+"""A training step of the encoder, forward and backward, from bytes: images of equal and of mixed lengths.
 
 MFU is the arithmetic of the matrix products and the attention (`univitar_ds.model.flops`) over what the device could
 have multiplied in that time, by the fastest matrix product measured in the same run. The padded baseline is the same
@@ -25,8 +25,8 @@ from univitar_ds.model.flops import BACKWARD, flops_per_item
 
 def lengths(tokens: int, equal: Sequence[int]) -> dict[str, list[packs.Grid]]:
     """Packs of about `tokens` tokens by the name of their lengths."""
-    named = {str(length): packs.equal_pictures(tokens, length) for length in equal}
-    return {**named, "mixed": packs.mixed_pictures(tokens)}
+    named = {str(length): packs.equal_images(tokens, length) for length in equal}
+    return {**named, "mixed": packs.mixed_images(tokens)}
 
 
 def build(config: EncoderConfig, device: torch.device, dtype: torch.dtype) -> UniViTAR:

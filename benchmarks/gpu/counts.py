@@ -34,7 +34,7 @@ def patch_embed_bytes(pixel_bytes: int, tokens: int, width: int, itemsize: int) 
 
 
 def patch_embed_product(tokens: int, width: int, still: bool) -> tuple[int, int, int]:
-    """(m, k, n) of its matrix product; a still picture meets the sum of its two temporal kernels."""
+    """(m, k, n) of its matrix product; a still image meets the sum of its two temporal kernels."""
     return tokens, FRAME_BYTES * (1 if still else 2), width
 
 

@@ -10,11 +10,11 @@ FRAME_BYTES = 14 * 14 * 3
 """Of one frame of a token."""
 Grid = tuple[int, int, int]
 MOST, SPREAD = 4096, 64
-"""Tokens of the largest picture, and how many times those of the smallest; drawn log-uniformly between them."""
+"""Tokens of the largest image, and how many times those of the smallest; drawn log-uniformly between them."""
 
 
-def mixed_pictures(tokens: int, seed: int = 0) -> list[Grid]:
-    """Pictures of 64 to 4096 tokens, none above a quarter of the pack, up to 2 : 1; exactly `tokens` in all: the last
+def mixed_images(tokens: int, seed: int = 0) -> list[Grid]:
+    """Images of 64 to 4096 tokens, none above a quarter of the pack, up to 2 : 1; exactly `tokens` in all: the last
     ones are what is left."""
     rng = random.Random(seed)
     most = max(1, min(MOST, tokens // 4))
@@ -31,13 +31,13 @@ def mixed_pictures(tokens: int, seed: int = 0) -> list[Grid]:
     return grids
 
 
-def equal_pictures(tokens: int, length: int) -> list[Grid]:
-    """As many pictures of `length` tokens, as square as can be, as fit into `tokens`; at least one."""
+def equal_images(tokens: int, length: int) -> list[Grid]:
+    """As many images of `length` tokens, as square as can be, as fit into `tokens`; at least one."""
     return [(1, *nearest_to_square(length))] * max(1, tokens // length)
 
 
-def clips(tokens: int, seed: int = 0) -> list[Grid]:
-    """Clips of 2, 4, 6 or 8 steps with 16 to 256 tokens each; exactly `tokens` in all, an even number: the last clip
+def videos(tokens: int, seed: int = 0) -> list[Grid]:
+    """Videos of 2, 4, 6 or 8 steps with 16 to 256 tokens each; exactly `tokens` in all, an even number: the last video
     has two steps of what is left."""
     rng = random.Random(seed)
     grids: list[Grid] = []
@@ -58,7 +58,7 @@ def nearest_to_square(tokens: int) -> tuple[int, int]:
 
 
 def frames_of(grids: Sequence[Grid]) -> list[int]:
-    """Frames stored per item: one of a still picture, two for every step of a clip."""
+    """Frames stored per item: one of a still image, two for every step of a video."""
     return [1 if t == 1 else 2 * t for t, _, _ in grids]
 
 

@@ -1,7 +1,7 @@
-"""Four ways to read the same pictures at the same sizes; each yields how many samples every batch has.
+"""Four ways to read the same images at the same sizes; each yields how many samples every batch has.
 
 `bench_loader.py` runs one of them in a process of its own. All resize to the grid that `Resolution` gives for the
-picture's size, keep uint8, forget what they made, and never end.
+image's size, keep uint8, forget what they made, and never end.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def bare(task: Task) -> Generator[int]:
 
 
 def webdataset(task: Task) -> Generator[int]:
-    """webdataset and torch's DataLoader, Pillow, batches padded to their largest picture."""
+    """webdataset and torch's DataLoader, Pillow, batches padded to their largest image."""
     import webdataset as wds
     from torch.utils.data import DataLoader
 

@@ -23,7 +23,7 @@ _DATASET = "__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors
 
 @dataclass
 class Picture(Sample):
-    """A picture still encoded, with the tokens it will have."""
+    """An image still encoded, with the tokens it will have."""
 
     data: bytes
     caption: str
@@ -32,7 +32,7 @@ class Picture(Sample):
 
 @dataclass
 class Pack(Sample):
-    """Pictures one after another, nothing padded."""
+    """Images one after another, nothing padded."""
 
     pixels: torch.Tensor
     captions: list[str]

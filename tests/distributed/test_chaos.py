@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.distributed import RankFailed, run_distributed
 from tests.support.runs import metrics, samples, small_config, train_rank
-from tests.support.shards import picture, write_demo_shards, write_tar
+from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.run import create_run, reopen_run
 from univitar_ds.training.checkpoint import atomic_dir
@@ -35,7 +35,7 @@ def whole(tmp_path_factory):
     """An uninterrupted run on 2 ranks over a sound source and one with bad samples, with weights that change."""
     folder = tmp_path_factory.mktemp("chaos")
     write_demo_shards(folder / "demo", images=64, videos=16, shards=4)
-    bad = [(f"b{n:02d}", {"jpg": picture(60, 50, n)[: -150 if n % 5 == 0 else None], "txt": b"one"}) for n in range(40)]
+    bad = [(f"b{n:02d}", {"jpg": image(60, 50, n)[: -150 if n % 5 == 0 else None], "txt": b"one"}) for n in range(40)]
     cut = write_tar(folder / "broken" / "0.tar", bad)
     cut.write_bytes(cut.read_bytes()[:-15_000])
     config = config_of(folder, folder / "whole")

@@ -10,7 +10,7 @@ from tests.support.closeness import assert_sums_close, gradient_terms, transform
 from tests.support.dense import dense_sigmoid
 from tests.support.distributed import run_distributed
 from tests.support.standin import LANES, Pack, inputs
-from tests.support.teachers import CPU, drawn_pack, own_encoder, picture_model
+from tests.support.teachers import CPU, drawn_pack, image_model, own_encoder
 from tests.support.training import ds_config
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.model import ModelConfig, ObjectiveConfig, TeacherConfig, TextConfig
@@ -67,7 +67,7 @@ def student(width: int | None) -> ContrastiveModel:
 def packs(items) -> list[Pack]:
     made = []
     for lane, grids in enumerate(items):
-        pixels, frames, grid_thw = drawn_pack(grids, clips=items is VIDEOS, seed=lane)
+        pixels, frames, grid_thw = drawn_pack(grids, videos=items is VIDEOS, seed=lane)
         g = torch.Generator().manual_seed(lane)
         ids = torch.randint(3, 50, (len(grids), 5), generator=g)
         made.append(Pack(pixels, frames, grid_thw, ids, torch.full((len(grids),), 5), torch.arange(len(grids)), lane))
@@ -168,7 +168,7 @@ def held(teacher) -> int:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("teachers")
-    picture_model("dinov2").save_pretrained(root / "dinov2")
+    image_model("dinov2").save_pretrained(root / "dinov2")
     own_encoder(spatial_merge_size=2).save_pretrained(root / "own")
     return root
 

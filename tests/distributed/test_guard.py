@@ -20,11 +20,11 @@ pytestmark = pytest.mark.distributed
 CLEAN, POISONED = 360, 2
 NOT_FINITE, LARGE = "nan", "1e4"
 WHITE = 254
-"""The poison is a white picture; a test's model makes of it what a real one makes of numbers that overflow."""
+"""The poison is a white image; a test's model makes of it what a real one makes of numbers that overflow."""
 
 
 def write_shards(folder):
-    """Pictures for one epoch of the runs below, the poisoned ones in a shard of their own."""
+    """Images for one epoch of the runs below, the poisoned ones in a shard of their own."""
     rng = np.random.default_rng(3)
     clean = [image_sample(index, rng) for index in range(CLEAN)]
     for number in range(4):
@@ -38,7 +38,7 @@ def write_shards(folder):
 
 
 def poison_the_model(factor):
-    """From now on the pictures of a pack with a white one are embedded `factor` times too large."""
+    """From now on the images of a pack with a white one are embedded `factor` times too large."""
     from univitar_ds.model.contrastive import ContrastiveModel
 
     forward = ContrastiveModel.forward
@@ -68,7 +68,7 @@ def config_of(shards, output, **changes):
         output,
         **{
             "guard": {"max_rollbacks": 8, "min_steps": 4, "window_steps": 8},
-            "stages": [{"name": "pictures", "samples": 200, **stage}],
+            "stages": [{"name": "images", "samples": 200, **stage}],
             **changes,
         },
     )
@@ -92,7 +92,7 @@ def recovered(shards, tmp_path_factory):
 
 def test_the_run_goes_back_and_ends_and_says_so(recovered):
     assert recovered.answers == [True, True]
-    assert recovered.events[0] == {"step": 0, "event": "stage", "stage": "pictures", "samples_seen": 0}
+    assert recovered.events[0] == {"step": 0, "event": "stage", "stage": "images", "samples_seen": 0}
     rollbacks = recovered.events[1:]
     assert rollbacks
     assert {event["event"] for event in rollbacks} == {"rollback"}

@@ -85,9 +85,9 @@ def test_a_run_goes_through_its_stages_and_says_so(whole):
     lines = metrics(whole.run)
     assert [line["step"] for line in lines] == list(range(1, whole.steps + 1))
     stages = [line["stage"] for line in lines]
-    assert stages == sorted(stages, key=["pictures", "both"].index)
+    assert stages == sorted(stages, key=["images", "both"].index)
     both = [line["modality"] for line in lines if line["stage"] == "both"]
-    assert {line["modality"] for line in lines if line["stage"] == "pictures"} == {"image"}
+    assert {line["modality"] for line in lines if line["stage"] == "images"} == {"image"}
     assert both == ["image", "video"] * (len(both) // 2) + ["image"] * (len(both) % 2)
     for line in lines:
         assert line[f"loss_{line['modality']}"] == line["loss"]
@@ -134,10 +134,10 @@ def test_the_summary_has_totals_losses_versions_and_checkpoints(whole):
     assert {"torch", "deepspeed"} <= set(summary["versions"])
 
 
-def test_pictures_of_both_modalities_are_drawn_and_change_no_bit(whole, tmp_path):
+def test_images_of_both_modalities_are_drawn_and_change_no_bit(whole, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging = {"every_steps": 1, "peak_tflops": 0.05, "pictures_every_steps": 3}
+    logging = {"every_steps": 1, "peak_tflops": 0.05, "images_every_steps": 3}
     run = create_run(thinned_config(whole.shards, tmp_path, logging=logging), "test", 2)
     run_distributed(train_rank, 2, run)
     assert [untimed(line) for line in metrics(run)] == [untimed(line) for line in metrics(whole.run)]
@@ -145,13 +145,13 @@ def test_pictures_of_both_modalities_are_drawn_and_change_no_bit(whole, tmp_path
     assert all(ours[name] == theirs[name] for name in ours if name.endswith(".safetensors"))
     board = EventAccumulator(str(run / "tb")).Reload()
     assert board.Images("pack_image")[0].step == 3
-    clips = [line["step"] for line in metrics(run) if line["modality"] == "video"]
-    assert board.Images("pack_video")[0].step == clips[0]
+    videos = [line["step"] for line in metrics(run) if line["modality"] == "video"]
+    assert board.Images("pack_video")[0].step == videos[0]
     texts = [text.tensor_proto.string_val[0].decode() for text in board.Tensors("events/text_summary")]
-    assert [text.split(" begins")[0] for text in texts] == ["stage pictures", "stage both"]
+    assert [text.split(" begins")[0] for text in texts] == ["stage images", "stage both"]
 
 
-@pytest.mark.parametrize("stage", ["pictures", "both"])
+@pytest.mark.parametrize("stage", ["images", "both"])
 def test_a_run_resumed_inside_a_stage_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, stage):
     again = rewound(whole.run, middle_of(whole, stage), tmp_path / "again")
     run_distributed(train_rank, 2, again)

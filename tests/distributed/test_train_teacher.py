@@ -34,7 +34,7 @@ def taught(tmp_path_factory):
 
 def test_the_teacher_is_heard_in_its_stage_with_the_weight_of_the_schedule_and_not_after_it(taught):
     lines = metrics(taught.run)
-    first = [line for line in lines if line["stage"] == "pictures"]
+    first = [line for line in lines if line["stage"] == "images"]
     weights = [line["distill_weight"] for line in first]
     seen = [0, *(line["samples_seen"] for line in first[:-1])]
     assert weights == pytest.approx([1 - done / 60 for done in seen])

@@ -10,7 +10,7 @@ import pytest
 from tests.support.finished import run_config, write_run
 from tests.support.paths import ROOT
 from tests.support.progress import run_watched
-from tests.support.shards import picture, write_demo_shards, write_tar
+from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.cli.main import build_parser, main, parse
 from univitar_ds.config.load import dump_config
 from univitar_ds.run import create_run, reopen_run
@@ -137,11 +137,11 @@ def test_inspect_prints_fill_and_tokens_and_draws_them(capsys, run_file, tmp_pat
     assert str(drawn) in printed.err
     assert drawn.read_bytes().startswith(b"\x89PNG")
     arguments = ["data", "inspect", "--config", str(run_file), "--packs", "1", "--png", str(drawn)]
-    assert main(arguments) == 0, "its own picture is replaced"
+    assert main(arguments) == 0, "its own image is replaced"
     assert [path.name for path in tmp_path.iterdir() if "seen" in path.name] == ["seen.png"]
 
 
-@pytest.mark.parametrize("content", [picture(32, 32), b'{"samples": 3}', b"years of work", b"[]"])
+@pytest.mark.parametrize("content", [image(32, 32), b'{"samples": 3}', b"years of work", b"[]"])
 def test_a_file_that_no_such_command_has_written_is_not_replaced(capsys, run_file, tmp_path, content):
     mine = tmp_path / "mine"
     mine.write_bytes(content)
@@ -184,7 +184,7 @@ def test_verify_says_sound_or_what_is_wrong_and_writes_it_down(capsys, tmp_path)
 
 
 def test_of_thousands_of_bad_shards_verify_prints_the_first(capsys, tmp_path):
-    sample = [("k", {"jpg": picture(32, 32), "txt": b"a thing"})]
+    sample = [("k", {"jpg": image(32, 32), "txt": b"a thing"})]
     for number in range(30):
         path = write_tar(tmp_path / "shards" / f"{number:02d}.tar", sample)
     rows = [
@@ -211,7 +211,7 @@ def test_a_source_to_verify_that_is_not_there_is_told(capsys, tmp_path):
 def labelled(tmp_path):
     """A folder with a shard of bare labels, and a run file that has templates for them."""
     folder = tmp_path / "labelled"
-    write_tar(folder / "a.tar", [(f"k{i}", {"jpg": picture(60, 80), "cls": b"cat"}) for i in range(3)])
+    write_tar(folder / "a.tar", [(f"k{i}", {"jpg": image(60, 80), "cls": b"cat"}) for i in range(3)])
     data = {"sources": [{"path": str(folder), "templates": ["a photo of a {}"]}], "s3": {"region": "here"}}
     stages = [{**run_config().stages[0].model_dump(), "video_ratio": 0.0}]
     dump_config(run_config(output=str(tmp_path / "runs"), data=data, stages=stages), tmp_path / "labelled.yaml")
@@ -289,7 +289,7 @@ def test_nothing_to_verify_is_a_sentence(capsys):
 
 def test_names_from_outside_are_printed_with_escapes(tmp_path):
     keys = [b"caf\xe9", b"new\nline", b"\x1b[31mred", "日本".encode()]
-    write_tar(tmp_path / "a.tar", [(os.fsdecode(key), {"jpg": picture(60, 80)}) for key in keys])
+    write_tar(tmp_path / "a.tar", [(os.fsdecode(key), {"jpg": image(60, 80)}) for key in keys])
     (tmp_path / os.fsdecode(b"\xe9.jpg")).write_bytes(b"junk")
     for arguments in (["verify", "a.tar"], ["probe", os.fsdecode(b"\xe9.jpg")]):
         ended = run_watched(
@@ -308,7 +308,7 @@ def test_names_from_outside_are_printed_with_escapes(tmp_path):
 
 
 def test_probe_tells_of_each_file_what_a_run_would_make_of_it(capsys, run_file, tmp_path):
-    (tmp_path / "a.jpg").write_bytes(picture(60, 120))
+    (tmp_path / "a.jpg").write_bytes(image(60, 120))
     (tmp_path / "b.jpg").write_bytes(b"junk")
     files = [str(tmp_path / name) for name in ("a.jpg", "b.jpg")]
     assert main(["data", "probe", *files, "--json"]) == 0
@@ -327,7 +327,7 @@ def test_probe_tells_of_each_file_what_a_run_would_make_of_it(capsys, run_file, 
 
 
 def test_a_file_to_probe_that_is_not_there_costs_none_of_the_others(capsys, tmp_path):
-    (tmp_path / "a.jpg").write_bytes(picture(60, 120))
+    (tmp_path / "a.jpg").write_bytes(image(60, 120))
     files = [str(tmp_path / name) for name in ("missing.jpg", "a.jpg", ".")]
     assert main(["data", "probe", *files]) == 1
     missing, good, folder = capsys.readouterr().out.splitlines()

@@ -93,15 +93,15 @@ def test_python_O_changes_no_bit_of_a_run_nor_of_packed_data(run_file, tmp_path)
     made = {}
     for level in ("", "1"):
         folder = tmp_path / f"level{level}"
-        pictures = folder / "pictures"
-        pictures.mkdir(parents=True)
-        (pictures / "a.ppm").write_bytes(b"P6 40 30 255\n" + bytes(range(256))[:240] * 15)
-        (pictures / "a.txt").write_text("a caption")
+        images = folder / "images"
+        images.mkdir(parents=True)
+        (images / "a.ppm").write_bytes(b"P6 40 30 255\n" + bytes(range(256))[:240] * 15)
+        (images / "a.txt").write_text("a caption")
         commands = [
             ["train", "--config", run_file, f"output={folder}", "name=run", "--nproc", "1"],
             ["eval", folder / "run"],
             ["convert", "export", folder / "run", folder / "again"],
-            ["data", "pack", pictures, folder / "packed"],
+            ["data", "pack", images, folder / "packed"],
             ["data", "verify", folder / "packed", "--report", folder / "verify.json"],
         ]
         for arguments in commands:

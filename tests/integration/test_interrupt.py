@@ -84,14 +84,14 @@ def test_ranks_that_start_end_with_one_line(folder):
 
 
 def test_packing_ends_with_one_line_and_can_be_repeated(folder):
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    Image.new("RGB", (3000, 3000), (9, 99, 199)).save(pictures / "0.png")
-    (pictures / "0.txt").write_text("blue")
+    images = folder / "images"
+    images.mkdir()
+    Image.new("RGB", (3000, 3000), (9, 99, 199)).save(images / "0.png")
+    (images / "0.txt").write_text("blue")
     for number in range(1, 300):
         for extension in ("png", "txt"):
-            os.link(pictures / f"0.{extension}", pictures / f"{number}.{extension}")
-    command = [str(BIN / "univitar-ds"), "data", "pack", str(pictures), str(folder / "packed"), "--workers", "2"]
+            os.link(images / f"0.{extension}", images / f"{number}.{extension}")
+    command = [str(BIN / "univitar-ds"), "data", "pack", str(images), str(folder / "packed"), "--workers", "2"]
     with Program(command, folder) as program:
         parent = program.process.pid
         program.wait_for(lambda: any(map(children, children(parent))))  # of the server that forks workers

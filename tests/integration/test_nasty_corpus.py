@@ -19,7 +19,7 @@ from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import ResolutionConfig, StageConfig
 from univitar_ds.data.loader import eval_packs
 from univitar_ds.data.media.image_decode import decode_image
-from univitar_ds.data.media.video_decode import decode_clip
+from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.data.sampler.bad_samples import KINDS
 
 CORPUS = ROOT.parent / "shared/data/nasty"
@@ -52,7 +52,7 @@ def probed(files):
 
 @pytest.fixture(scope="module")
 def probe():
-    """Of every file of the corpus the line that was printed, and the memory above that of one ordinary picture."""
+    """Of every file of the corpus the line that was printed, and the memory above that of one ordinary image."""
     _, base = probed([CORPUS / "images/irs_3.jpg"])
     lines, memory = probed([CORPUS / row["file"] for row in ROWS])
     assert [line["file"] for line in lines] == [str(CORPUS / row["file"]) for row in ROWS]
@@ -83,7 +83,7 @@ def test_no_file_kills_or_stalls_its_process(probe):
     assert {line["error"] for line in probe[0].values()} & {"crash", "timeout"} == set()
 
 
-def test_the_corpus_takes_less_than_a_gibibyte_above_an_ordinary_picture(probe):
+def test_the_corpus_takes_less_than_a_gibibyte_above_an_ordinary_image(probe):
     reading, decoding = probe[1]
     assert reading < GIB
     assert decoding < GIB
@@ -99,7 +99,7 @@ def test_the_loader_gives_the_good_files_and_counts_the_others(modality, probe, 
     write_tar(tmp_path / "odd.tar", samples)
     expected = {f"odd/{number:04d}": probe[0][row["file"]] for number, row in enumerate(rows)}
     good = {key for key, line in expected.items() if line["ok"]}
-    # A picture and a clip of no known extension belong to nobody; a shard of unknown content counts them as pictures.
+    # An image and a video of no known extension belong to nobody; a shard of unknown content counts them as images.
     mine = {key: line for key, line in expected.items() if line["error"] != "no_media" or modality == "image"}
     bad = Counter(line["error"] for line in mine.values() if not line["ok"])
 
@@ -126,7 +126,7 @@ def swept(data, modality):
         data.sources,
         modality=modality,
         resolution=ResolutionConfig(**SMALL).rule(),
-        clip_frames=8,
+        video_frames=8,
         token_budget=400,
         tokenizer=None,
         context_length=8,
@@ -154,21 +154,21 @@ def pixels(name):
     """What is decoded of a file, at its own size."""
     data = (CORPUS / name).read_bytes()
     if name.startswith("videos"):
-        return decode_clip(data, frames=4, max_px=100_000_000, timeout_s=30.0)
+        return decode_video(data, frames=4, max_px=100_000_000, timeout_s=30.0)
     return decode_image(data, max_px=100_000_000)
 
 
 @pytest.mark.parametrize("kind", ["Landscape", "Portrait"])
 def test_a_photo_looks_the_same_in_every_exif_orientation(kind):
     names = [row["file"] for row in ROWS if Path(row["file"]).name.startswith(f"{kind}_")]
-    pictures = [pixels(name).astype(np.float32) for name in names]
-    assert len(pictures) >= 3
-    for picture in pictures[1:]:
-        assert picture.shape == pictures[0].shape
+    images = [pixels(name).astype(np.float32) for name in names]
+    assert len(images) >= 3
+    for image in images[1:]:
+        assert image.shape == images[0].shape
         # Every file was encoded anew and has its number printed in it.
-        assert np.corrcoef(picture[::8, ::8].ravel(), pictures[0][::8, ::8].ravel())[0, 1] > 0.9
+        assert np.corrcoef(image[::8, ::8].ravel(), images[0][::8, ::8].ravel())[0, 1] > 0.9
 
 
-def test_the_same_clip_comes_out_upright_with_and_without_a_rotation():
+def test_the_same_video_comes_out_upright_with_and_without_a_rotation():
     straight, turned = (np.asarray(pixels(f"videos/decord_video_{angle}.mov")) for angle in (0, 90))
     assert straight.shape[1:3] == turned.shape[1:3][::-1]

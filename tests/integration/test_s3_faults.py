@@ -7,7 +7,7 @@ import torch
 
 from tests.support.loading import STAGE
 from tests.support.s3 import BUCKET, faulty, s3_server, some_of
-from tests.support.shards import picture, write_demo_shards, write_tar
+from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.loader import PackLoader, eval_packs
 from univitar_ds.data.storage import retry
@@ -53,7 +53,7 @@ def packs_of(data, steps=STEPS):
 
 
 def swept(data, modality="image"):
-    given = {"modality": modality, "resolution": STAGE.resolution(modality), "clip_frames": 4, "token_budget": 300}
+    given = {"modality": modality, "resolution": STAGE.resolution(modality), "video_frames": 4, "token_budget": 300}
     return list(eval_packs(data.sources, data=data, tokenizer=None, context_length=16, **given))
 
 
@@ -113,7 +113,7 @@ def test_a_cache_that_is_kept_spares_the_next_run_all_requests_for_shards(server
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_object_that_is_replaced_during_the_run_ends_it_with_a_sentence(server, tmp_path, workers):
     """Shards too large for one answer in this test: the second half would come from the new object."""
-    samples = [(f"k{n:03d}", {"png": picture(150, 150, n, "PNG") + os.urandom(9000), "txt": b"x"}) for n in range(40)]
+    samples = [(f"k{n:03d}", {"png": image(150, 150, n, "PNG") + os.urandom(9000), "txt": b"x"}) for n in range(40)]
     path = write_tar(tmp_path / "a.tar", samples)
     url = server.put("replaced/a.tar", path.read_bytes())
 

@@ -17,13 +17,13 @@ MEAN, STD = (0.48, 0.45, 0.40), (0.23, 0.22, 0.30)
 PACKS = {
     "stills": (1, [(1, 3, 5), (1, 1, 1), (1, 7, 2), (1, 1, 9)]),
     "clips": (1, [(2, 3, 2), (1, 4, 3), (3, 1, 1)]),
-    "stills and clips": (1, [(1, 2, 3), (2, 3, 5), (1, 1, 1)]),
+    "stills and videos": (1, [(1, 2, 3), (2, 3, 5), (1, 1, 1)]),
     "one token": (1, [(1, 1, 1)]),
     "many of one token": (1, [(1, 1, 1)] * 21),
     "blocks": (2, [(1, 2, 4), (2, 4, 2), (1, 6, 4)]),
     "blocks of stills": (2, [(1, 4, 6), (1, 2, 2), (1, 2, 6)]),
 }
-"""merge, and grids. The clip of one step has two frames, the still one."""
+"""merge, and grids. The video of one step has two frames, the still one."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def truth(case: Pack, weight: Tensor, bias: Tensor | None, grad: Tensor) -> Trut
 def truth_of_stored(case: Pack, weight: Tensor, bias: Tensor, grad: Tensor, *, paired: bool, offset: bool) -> Truth:
     """`truth` in bfloat16, which is the type that folded weights are stored in: those as stored, times bytes less 128.
 
-    A still meets the sum of the two temporal kernels, stored once; `paired`: both of them, where a clip is in the pack.
+    A still meets the sum of the two temporal kernels, stored once; `paired`: both of them, for a pack with a video.
     `offset`: the bias with what the means leave is stored in bfloat16 too.
     """
     scale, shift = (torch.tensor(v).view(3, 1, 1, 1) for v in reference.fold_constants(MEAN, STD))

@@ -61,7 +61,7 @@ def test_no_product_of_a_loop_has_its_left_side_in_registers_while_the_next_step
             from_registers = any(re.search(r"\}, \{%r", product) for product in multiplied)
             pending = [int(count) for count in re.findall(r"wgmma\.wait_group\S* (\d+);", loop)]
             assert not (from_registers and any(pending)), f"{path.name}: {pending} groups of products are pending"
-    assert products >= 4 * 4, "the products of two kernels, for stills and clips, stand in loops"
+    assert products >= 4 * 4, "the products of two kernels, for stills and videos, stand in loops"
 
 
 def test_a_backward_waits_for_the_rows_of_this_round_alone(folder):

@@ -29,7 +29,7 @@ CASES = [
     *((name, 40, torch.bfloat16) for name in PACKS),
     ("stills", 150, torch.bfloat16),
     ("stills", 70, torch.float32),
-    ("stills and clips", 7, torch.float32),
+    ("stills and videos", 7, torch.float32),
 ]
 
 
@@ -119,7 +119,7 @@ def test_splits_are_whole_steps_that_cover_the_tokens_and_keep_offsets_within_32
 @pytest.mark.parametrize("width", [1024, 1280, 1920])
 @pytest.mark.parametrize("rows", [5, 10])
 def test_splits_of_the_models_gradients_fill_the_waves_of_programs(rows, width, tokens):
-    """Rows of tiles: 5 of stills, 10 of clips."""
+    """Rows of tiles: 5 of stills, 10 of videos."""
     tiles = rows * -(-width // 256)
     programs = tiles * -(-tokens // kernel.split_span(tokens, tiles, 64))
     assert programs / (-(-programs // 132) * 132) >= 0.9

@@ -33,7 +33,7 @@ def test_the_reference_is_the_definition_in_float64(name, batch, monkeypatch):
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("name", ["stills", "stills and clips", "blocks"])
+@pytest.mark.parametrize("name", ["stills", "stills and videos", "blocks"])
 def test_in_half_precision_weights_and_results_are_rounded_once_and_pixels_never(name):
     case, (weight, bias) = pack(name), parameters(33, torch.bfloat16)
     grad = torch.randn(case.tokens, 33, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -47,7 +47,7 @@ def test_in_half_precision_weights_and_results_are_rounded_once_and_pixels_never
 
 
 @pytest.mark.numeric
-def test_a_still_is_a_clip_of_two_equal_frames():
+def test_a_still_is_a_video_of_two_equal_frames():
     still, (weight, bias) = pack("stills"), parameters(9, torch.float64)
     parts = still.pixels.split([h * w * 588 for _, h, w in still.grids])
     doubled = torch.cat([part.repeat(2) for part in parts])

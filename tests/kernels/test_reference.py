@@ -125,7 +125,7 @@ def patchify_by_loop(pixels, frames, grids, merge):
     rows, byte = [], 0
     for count, (t, h, w) in zip(frames, grids, strict=True):
         size = count * h * 14 * w * 14 * 3
-        clip = pixels[byte : byte + size].view(count, h * 14, w * 14, 3)
+        video = pixels[byte : byte + size].view(count, h * 14, w * 14, 3)
         byte += size
         for step in range(t):
             for block_y in range(h // merge):
@@ -133,7 +133,7 @@ def patchify_by_loop(pixels, frames, grids, merge):
                     for y in range(block_y * merge, (block_y + 1) * merge):
                         for x in range(block_x * merge, (block_x + 1) * merge):
                             both = [0, 0] if count == 1 else [2 * step, 2 * step + 1]
-                            cell = clip[both, y * 14 : y * 14 + 14, x * 14 : x * 14 + 14]
+                            cell = video[both, y * 14 : y * 14 + 14, x * 14 : x * 14 + 14]
                             rows.append(cell.permute(3, 0, 1, 2).reshape(-1))
     return torch.stack(rows)
 

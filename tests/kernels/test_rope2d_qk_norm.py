@@ -8,7 +8,7 @@ from univitar_ds.kernels import reference
 from univitar_ds.model.encoder import grid_positions
 
 pytestmark = pytest.mark.kernels
-MANY = [[1, 1, 1], [1, 2, 3], [2, 3, 1], [1, 1, 1], [1, 1, 2]]  # 16 tokens, clips and items of one token among them
+MANY = [[1, 1, 1], [1, 2, 3], [2, 3, 1], [1, 1, 1], [1, 1, 2]]  # 16 tokens, videos and items of one token among them
 EPS = 1e-2  # large enough to be missed
 
 

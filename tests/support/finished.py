@@ -16,11 +16,11 @@ from univitar_ds.training.checkpoint.sharded import save_checkpoint
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.engine.engine import MASTER, MOMENTS, ParamShard
 
-CAPTIONS = ["a red picture", "a green picture", "a blue clip moving left", "a grey clip moving right"]
+CAPTIONS = ["a red image", "a green image", "a blue video moving left", "a grey video moving right"]
 
 
 def run_config(shards: Path | str = "nowhere", **changes: Any) -> RunConfig:
-    """One stage of pictures and clips; evaluated on the test split of `shards`. `changes` replace whole sections."""
+    """One stage of images and videos; evaluated on the test split of `shards`. `changes` replace whole sections."""
     source = str(shards)
     content = {
         "name": "tried",
@@ -36,7 +36,7 @@ def run_config(shards: Path | str = "nowhere", **changes: Any) -> RunConfig:
                 "image": {"min_tokens": 4, "max_tokens": 36, "divisor_px": 14},
                 "video": {"min_tokens": 8, "max_tokens": 64, "divisor_px": 14},
                 "video_ratio": 0.5,
-                "clip_frames": 4,
+                "video_frames": 4,
                 "token_budget": 200,
                 "lr": 1e-3,
             }

@@ -40,7 +40,7 @@ class Golden:
         return gradient_terms(self.terms, len(self.pixel_values))
 
     def items(self) -> list[Image.Image | list[Image.Image]]:
-        """Pictures and clips, in the order of the grids."""
+        """Images and videos, in the order of the grids."""
         return [
             [Image.open(self.folder / name) for name in sample["frames"]]
             if "frames" in sample

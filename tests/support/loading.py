@@ -16,7 +16,7 @@ STAGE = StageConfig(
     image={"min_tokens": 4, "max_tokens": 40, "divisor_px": 14},
     video={"min_tokens": 8, "max_tokens": 60, "divisor_px": 14},
     video_ratio=0.25,
-    clip_frames=4,
+    video_frames=4,
     token_budget=300,
     lr=1e-3,
 )

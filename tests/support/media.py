@@ -1,4 +1,4 @@
-"""Pictures and clips made in memory, of known content."""
+"""Images and videos made in memory, of known content."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A smooth random picture: compressible, and different for each seed."""
+    """A smooth random image: compressible, and different for each seed."""
     small = np.random.default_rng(seed).integers(0, 256, (max(height // 8, 2), max(width // 8, 2), 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -62,7 +62,7 @@ def same_scheduling() -> Iterator[None]:
         os.sched_setscheduler(0, *before)
 
 
-def clip(
+def video(
     frames: Sequence[np.ndarray],
     form: str = "mp4",
     codec: str = "mpeg4",
@@ -89,7 +89,7 @@ def clip(
 
 
 def moving_frames(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """A window that slides over a picture: frames that a codec predicts from each other, all different."""
+    """A window that slides over an image: frames that a codec predicts from each other, all different."""
     scene = np.asarray(noise(height + 2 * count, width + 3 * count))
     return [np.ascontiguousarray(scene[2 * i : 2 * i + height, 3 * i : 3 * i + width]) for i in range(count)]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from tests.support.shards import Sample, picture
+from tests.support.shards import Sample, image
 from univitar_ds.data.sampler.bad_samples import BadPolicy
 from univitar_ds.data.sampler.cursor import ReadPosition, StreamCursor
 from univitar_ds.data.sampler.lanes import Item, Stream
@@ -21,7 +21,7 @@ from univitar_ds.data.shards.sources import EVERYTHING, SourceShard, groups_of
 from univitar_ds.geometry import Modality, Resolution
 
 START = ReadPosition()
-tiny_picture = functools.lru_cache(functools.partial(picture, form="PNG"))
+tiny_image = functools.lru_cache(functools.partial(image, form="PNG"))
 counts = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda some: sum(some) > 0)
 """Samples of each of some shards."""
 wounds = st.lists(st.tuples(st.integers(0, 5), st.floats(0, 0.99), st.booleans()), max_size=4)
@@ -71,13 +71,13 @@ def tar_bytes(samples: Sequence[Sample]) -> bytes:
 
 
 def sized_sample(key: str, index: int, captions: int = 1) -> Sample:
-    """A small picture whose size varies with `index`."""
-    content = tiny_picture(14 * (1 + index % 5), 14 * (1 + index // 5 % 4))
+    """A small image whose size varies with `index`."""
+    content = tiny_image(14 * (1 + index % 5), 14 * (1 + index // 5 % 4))
     return key, {"png": content, "json": json.dumps({"captions": [f"{key} {n}" for n in range(captions)]}).encode()}
 
 
 def memory_shards(counts: Sequence[int], modality: Modality | None = "image", **told) -> list[SourceShard]:
-    """One shard for each count, with so many pictures of 1 to 20 tokens.
+    """One shard for each count, with so many images of 1 to 20 tokens.
 
     `told`: captions for each, `sources` as in `shards_of`.
     """
@@ -114,7 +114,7 @@ def raw_shards(
 
 
 def small_rules(shards: Sequence[SourceShard], *, lanes: int = 1, seed: int = 0, **changed) -> StreamConfig:
-    """Native pictures of 1 to 20 tokens, 40 tokens a pack; 6 bad samples in a row are an error, however many are."""
+    """Native images of 1 to 20 tokens, 40 tokens a pack; 6 bad samples in a row are an error, however many are."""
     size = SizeRule(changed.pop("modality", "image"), Resolution(1, 20, 14), changed.pop("frames", 1), 40, 10**6)
     policy = BadPolicy("skip", 1000, changed.pop("max_bad_in_a_row", 5))
     fields = {"token_budget": 40, "pool_samples": 16, "policy": policy, **changed}

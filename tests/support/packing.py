@@ -17,19 +17,19 @@ def pack(folder, out, **options):
     return pack_folder(folder, out, **{"workers": 1, "progress": False, **options})
 
 
-def picture_row(index: int, **fields) -> dict:
-    return {"file": f"images/{index}.jpg", "kind": "image", "caption": f"picture {index}", **fields}
+def image_row(index: int, **fields) -> dict:
+    return {"file": f"images/{index}.jpg", "kind": "image", "caption": f"image {index}", **fields}
 
 
 def numbers_folder(tmp_path: Path) -> Path:
-    """30 pictures of two labels, every fifth for test, and 4 clips."""
+    """30 images of two labels, every fifth for test, and 4 videos."""
     files = {f"images/{i}.jpg": media.encoded(media.noise(40 + i, 60, i)) for i in range(30)}
-    files |= {f"clips/clip {i}.mp4": media.clip(media.grey_frames(4 + i)) for i in range(4)}
+    files |= {f"clips/video {i}.mp4": media.video(media.grey_frames(4 + i)) for i in range(4)}
     rows = [
-        picture_row(i, label="even" if i % 2 == 0 else "odd", set="numbers", split="test" if i % 5 == 0 else "train")
+        image_row(i, label="even" if i % 2 == 0 else "odd", set="numbers", split="test" if i % 5 == 0 else "train")
         for i in range(30)
     ]
-    rows += [{"file": f"clips/clip {i}.mp4", "kind": "video", "captions": ["grey", f"clip {i}"]} for i in range(4)]
+    rows += [{"file": f"clips/video {i}.mp4", "kind": "video", "captions": ["grey", f"clip {i}"]} for i in range(4)]
     return media.write_folder(tmp_path / "folder", files, rows)
 
 

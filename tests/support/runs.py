@@ -20,9 +20,9 @@ from univitar_ds.model.config import PRESETS
 
 
 def small_config(shards: Path, output: Path, **changes: Any) -> RunConfig:
-    """Two stages of a few steps, the second with clips; 4 lanes, all logs, a checkpoint every other step."""
+    """Two stages of a few steps, the second with videos; 4 lanes, all logs, a checkpoint every other step."""
     sizes = {"min_tokens": 4, "max_tokens": 24, "divisor_px": 14}
-    stage = {"image": sizes, "video": {**sizes, "max_tokens": 48}, "clip_frames": 4, "token_budget": 96, "lr": 1e-3}
+    stage = {"image": sizes, "video": {**sizes, "max_tokens": 48}, "video_frames": 4, "token_budget": 96, "lr": 1e-3}
     content = {
         "name": "small",
         "output": str(output),
@@ -32,7 +32,7 @@ def small_config(shards: Path, output: Path, **changes: Any) -> RunConfig:
         },
         "data": {"sources": [{"path": str(shards)}], "lanes": 4, "workers": 0, "pool_samples": 24, "log_samples": True},
         "stages": [
-            {"name": "pictures", "samples": 60, "warmup_samples": 20, **stage},
+            {"name": "images", "samples": 60, "warmup_samples": 20, **stage},
             {"name": "both", "samples": 60, "video_ratio": 0.5, **stage},
         ],
         "checkpoint": {"every_steps": 2, "keep": 100},

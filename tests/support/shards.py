@@ -1,4 +1,4 @@
-"""Small synthetic shards for tests: real pictures and real clips, written straight as tars with a manifest."""
+"""Small synthetic shards for tests: real images and real videos, written straight as tars with a manifest."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Sample = tuple[str, Mapping[str, bytes]]
 """(key, {extension: content})."""
 
 
-def picture(height: int, width: int, seed: int = 0, form: str = "JPEG") -> bytes:
-    """An encoded picture: a colour gradient that differs with `seed`."""
+def image(height: int, width: int, seed: int = 0, form: str = "JPEG") -> bytes:
+    """An encoded image: a colour gradient that differs with `seed`."""
     from PIL import Image
 
     rows, columns = np.mgrid[0:height, 0:width]
@@ -26,7 +26,7 @@ def picture(height: int, width: int, seed: int = 0, form: str = "JPEG") -> bytes
     return buffer.getvalue()
 
 
-def clip(height: int, width: int, frames: int = 8, seed: int = 0) -> bytes:
+def video(height: int, width: int, frames: int = 8, seed: int = 0) -> bytes:
     """An MP4 in which a bright bar moves to the right; sides must be even."""
     import av
 
@@ -67,8 +67,8 @@ def image_sample(index: int, rng: np.random.Generator, prefix: str = "i") -> Sam
     height, width = (int(side) for side in rng.integers(40, 160, 2))
     label = ("red", "green", "blue", "grey")[index % 4]
     form, extension = (("JPEG", "jpg"), ("PNG", "png"))[index % 3 == 0]
-    captions = [f"a {label} picture number {index}", f"number {index}, {label}"][: 1 + index % 2]
-    content = picture(height, width, index, form)
+    captions = [f"a {label} image number {index}", f"number {index}, {label}"][: 1 + index % 2]
+    content = image(height, width, index, form)
     text = sidecar(captions, label, "image", (height, width, 1), f"{prefix}{index:05d}.{extension}")
     return f"{prefix}{index:05d}", {extension: content, "json": text}
 
@@ -78,9 +78,9 @@ def video_sample(index: int, rng: np.random.Generator, prefix: str = "v") -> Sam
     label = ("left", "right")[index % 2]
     frames = 6 + index % 5
     text = sidecar(
-        [f"a bar moves {label} in clip {index}"], label, "video", (height, width, frames), f"{prefix}{index:05d}.mp4"
+        [f"a bar moves {label} in video {index}"], label, "video", (height, width, frames), f"{prefix}{index:05d}.mp4"
     )
-    return f"{prefix}{index:05d}", {"mp4": clip(height, width, frames, index), "json": text}
+    return f"{prefix}{index:05d}", {"mp4": video(height, width, frames, index), "json": text}
 
 
 def write_demo_shards(folder: Path, images: int = 64, videos: int = 16, shards: int = 4, seed: int = 0) -> Path:

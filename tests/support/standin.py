@@ -134,7 +134,7 @@ class WithEncoder(nn.Module):
 
 
 def pack(step: int, lane: int, *, empty: bool = False) -> Pack:
-    """The pack of a lane at a step: 0 or 2 to 5 pictures with a caption each."""
+    """The pack of a lane at a step: 0 or 2 to 5 images with a caption each."""
     g = torch.Generator().manual_seed(1_000_003 * step + lane + 17)
     n = 0 if empty else int(torch.randint(2, 6, (1,), generator=g))
     grid = torch.cat([torch.ones(n, 1, dtype=torch.int64), torch.randint(1, 4, (n, 2), generator=g)], dim=1)

@@ -19,7 +19,7 @@ SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
 CPU = torch.device("cpu")
 
 
-def picture_model(kind: str, **changes) -> nn.Module:
+def image_model(kind: str, **changes) -> nn.Module:
     """A transformers vision model by its `model_type`, whose position table has 4 x 4 places."""
     import transformers as t
 
@@ -59,9 +59,9 @@ def teacher_of(model: nn.Module, folder: Path, *, merge: int = 1, **settings) ->
     return build_teacher(config, merge=merge, device=CPU)
 
 
-def drawn_pack(grids: list[tuple[int, int, int]], *, clips: bool = False, seed: int = 0) -> tuple[Tensor, ...]:
-    """(pixels, frames, grid_thw) of drawn items; of clips two frames a step, else one."""
-    frames = [2 * t if clips else 1 for t, _, _ in grids]
+def drawn_pack(grids: list[tuple[int, int, int]], *, videos: bool = False, seed: int = 0) -> tuple[Tensor, ...]:
+    """(pixels, frames, grid_thw) of drawn items; of videos two frames a step, else one."""
+    frames = [2 * t if videos else 1 for t, _, _ in grids]
     size = sum(n * h * w * PATCH * PATCH * 3 for n, (_, h, w) in zip(frames, grids, strict=True))
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)

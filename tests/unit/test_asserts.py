@@ -63,8 +63,8 @@ from univitar_ds.data.storage.base import LOCAL
 from univitar_ds.data.media.resize import fit_image
 from PIL import Image
 import numpy as np
-picture = Image.fromarray(np.arange(28 * 42 * 3, dtype=np.uint8).reshape(28, 42, 3))
-picture.save(sys.argv[1], "PNG")
+image = Image.fromarray(np.arange(28 * 42 * 3, dtype=np.uint8).reshape(28, 42, 3))
+image.save(sys.argv[1], "PNG")
 ring = SharedSlots.create(1, 28 * 42 * 3)
 server = ForkServer(ring)
 size = len(open(sys.argv[1], "rb").read())
@@ -72,10 +72,10 @@ item = DecodeItem(sys.argv[1], 0, size, (1, 2, 3), 1)
 failures = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0)).render(
     0, DecodeJob("image", UNIFORM, DecodeLimits(10**6, 30.0, 60.0), [item]), "a pack"
 )
-print(sys.flags.optimize, failures, bytes(ring.view(0)[: 28 * 42 * 3]) == np.asarray(picture).tobytes())
+print(sys.flags.optimize, failures, bytes(ring.view(0)[: 28 * 42 * 3]) == np.asarray(image).tobytes())
 server.close()
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "picture")]
+    command = [sys.executable, "-c", code, str(tmp_path / "image")]
     environment = {**os.environ, "PYTHONOPTIMIZE": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.stdout.split("\n")[0] == "1 [] True", ended.stderr[-2000:]

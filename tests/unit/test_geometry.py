@@ -50,7 +50,7 @@ def test_every_size_is_divisible_positive_and_within_the_most_pixels(height, wid
 
 
 @given(st.integers(56, 4_000), st.floats(0.25, 4.0), st.sampled_from([28, 56, 112]))
-def test_a_plain_picture_keeps_its_shape_and_its_limits(height, aspect, factor):
+def test_a_plain_image_keeps_its_shape_and_its_limits(height, aspect, factor):
     width = max(56, round(height * aspect))
     h, w = smart_resize(height, width, factor, 64 * 112 * 112 // 4, 64 * 112 * 112)
     assert 64 * 112 * 112 // 4 <= h * w <= 64 * 112 * 112

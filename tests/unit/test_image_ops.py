@@ -1,4 +1,4 @@
-"""Pictures in every mode and orientation become upright RGB."""
+"""Images in every mode and orientation become upright RGB."""
 
 import io
 
@@ -19,7 +19,7 @@ def reopened(image, kind, **options):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"])
-def test_an_opaque_white_picture_is_white_in_any_mode(mode):
+def test_an_opaque_white_image_is_white_in_any_mode(mode):
     rgb = to_rgb(Image.new("RGB", (4, 3), WHITE).convert(mode))
     assert (rgb.mode, rgb.size) == ("RGB", (4, 3))
     assert np.asarray(rgb).min() >= 254
@@ -131,7 +131,7 @@ def noisy(kind):
     ["1", "L", "L+key", "LA", "La", "P", "P+key", "PA", "RGB", "RGB+key", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr",
      "HSV", "LAB", "I;16", "I", "F", "F, unit"],
 )  # fmt: skip
-def test_a_picture_converted_in_blocks_equals_one_converted_whole_and_turned_after(kind, orientation, monkeypatch):
+def test_an_image_converted_in_blocks_equals_one_converted_whole_and_turned_after(kind, orientation, monkeypatch):
     image = noisy(kind)
     whole = Image.fromarray(rgb_pixels(image))
     exif = image.getexif()
@@ -142,7 +142,7 @@ def test_a_picture_converted_in_blocks_equals_one_converted_whole_and_turned_aft
     assert pixels.flags.c_contiguous
     assert np.array_equal(pixels, np.asarray(turned))
     assert np.array_equal(np.asarray(to_rgb(image)), pixels)
-    assert pixels.std() > 20, "an empty picture shows nothing"
+    assert pixels.std() > 20, "an empty image shows nothing"
 
 
 def test_a_fraction_in_the_last_block_alone_scales_all(monkeypatch):
@@ -151,7 +151,7 @@ def test_a_fraction_in_the_last_block_alone_scales_all(monkeypatch):
     assert rgb_pixels(Image.fromarray(values))[0, :, 0].tolist() == [0, 255, 0, 255, 0, 128]
 
 
-def test_a_plain_picture_is_not_copied():
+def test_a_plain_image_is_not_copied():
     image = Image.new("RGB", (4, 3))
     assert to_rgb(image) is image
 

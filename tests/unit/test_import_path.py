@@ -25,11 +25,11 @@ def hostile(tmp_path):
         path = folder / f"{name}.py" if number % 2 == 0 else folder / name / "__init__.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(code)
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for number in range(3):
-        Image.new("RGB", (60, 40), (number, 9, 9)).save(pictures / f"{number}.png")
-        (pictures / f"{number}.txt").write_text(f"picture {number}")
+        Image.new("RGB", (60, 40), (number, 9, 9)).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"image {number}")
     return folder
 
 
@@ -51,7 +51,7 @@ MODULE = [sys.executable, "-m", "univitar_ds"]
 
 @pytest.mark.parametrize("start", [CONSOLE, MODULE], ids=["console script", "python -m"])
 def test_commands_and_their_processes_import_nothing_of_the_current_folder(hostile, start):
-    result, imported = ended(hostile, [*start, "data", "probe", "../pictures/0.png"], PYTHONPATH=None)
+    result, imported = ended(hostile, [*start, "data", "probe", "../images/0.png"], PYTHONPATH=None)
     assert (result.returncode, imported) == (0, []), result.stderr[-2000:]
 
 
@@ -60,12 +60,12 @@ def test_an_empty_entry_of_PYTHONPATH_is_not_the_current_folder(hostile, entries
     for name in ("types", "logging", "tempfile"):  # Python itself may import these before any line of ours
         for path in (hostile / f"{name}.py", hostile / name / "__init__.py"):
             path.unlink(missing_ok=True)
-    result, imported = ended(hostile, [*MODULE, "data", "pack", "../pictures", "../packed"], PYTHONPATH=entries)
+    result, imported = ended(hostile, [*MODULE, "data", "pack", "../images", "../packed"], PYTHONPATH=entries)
     assert (result.returncode, imported) == (0, []), result.stderr[-2000:]
 
 
 def test_the_processes_of_packing_import_nothing_of_the_current_folder(hostile):
-    result, imported = ended(hostile, [*CONSOLE, "data", "pack", "../pictures", "../packed"], PYTHONPATH=None)
+    result, imported = ended(hostile, [*CONSOLE, "data", "pack", "../images", "../packed"], PYTHONPATH=None)
     assert (result.returncode, imported) == (0, []), result.stderr[-2000:]
 
 

@@ -1,4 +1,4 @@
-"""Pictures in every mode and orientation, clips, and what is refused."""
+"""Images in every mode and orientation, videos, and what is refused."""
 
 import dataclasses
 
@@ -15,20 +15,20 @@ CONFIG = EncoderConfig(min_tokens=4, max_tokens=64, resize_factor=1)
 WHITE, RED, BLACK = (255, 255, 255), (255, 0, 0), (0, 0, 0)
 
 
-def test_a_clip_shares_its_limit_among_its_steps():
+def test_a_video_shares_its_limit_among_its_steps():
     frames = [Image.new("RGB", (300, 300))] * 8
     values, grid = Preprocessor(dataclasses.replace(CONFIG, max_tokens=68))([frames, frames[0]])
     assert grid.tolist() == [[4, 4, 4], [1, 8, 8]]
     assert values.shape == (128, 1176)
 
 
-def test_one_frame_in_a_list_is_a_still_picture():
-    picture = golden("merge1").items()[0]
+def test_one_frame_in_a_list_is_a_still_image():
+    image = golden("merge1").items()[0]
     prep = Preprocessor(CONFIG)
-    assert torch.equal(prep([[picture]])[0], prep([picture])[0])
+    assert torch.equal(prep([[image]])[0], prep([image])[0])
 
 
-def test_both_frames_of_a_still_picture_are_the_same_and_those_of_a_clip_are_not():
+def test_both_frames_of_a_still_image_are_the_same_and_those_of_a_video_are_not():
     black, white = Image.new("RGB", (28, 28)), Image.new("RGB", (28, 28), WHITE)
     values, _ = Preprocessor(CONFIG)([black, [black, white]])
     first, second = values.view(2, -1, 3, 2, 196).unbind(3)
@@ -37,11 +37,11 @@ def test_both_frames_of_a_still_picture_are_the_same_and_those_of_a_clip_are_not
 
 
 def test_a_fixed_mode_makes_squares_and_relarge_grows_before_the_limits():
-    picture = Image.new("RGB", (56, 28))
+    image = Image.new("RGB", (56, 28))
     square = Preprocessor(dataclasses.replace(CONFIG, resolution_mode="224"))
-    assert square([picture])[1].tolist() == [[1, 16, 16]]
+    assert square([image])[1].tolist() == [[1, 16, 16]]
     grown = Preprocessor(dataclasses.replace(CONFIG, relarge_ratio=2.0))
-    assert grown([picture])[1].tolist() == [[1, 4, 8]]
+    assert grown([image])[1].tolist() == [[1, 4, 8]]
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_a_fixed_mode_makes_squares_and_relarge_grows_before_the_limits():
     [
         ([], "at least one"),
         (Image.new("RGB", (28, 28)), "put a single one in a list"),
-        ([[]], "item 0 is a clip without frames"),
+        ([[]], "item 0 is a video without frames"),
         ([[Image.new("RGB", (28, 28))] * 3], "item 0 has 3 frames; give one frame or a multiple of 2"),
         ([[Image.new("RGB", (28, 28)), Image.new("RGB", (28, 30))]], r"different sizes \[\(28, 28\), \(28, 30\)\]"),
         (["cat.png"], "holds a str"),
         ([[Image.new("RGB", (28, 28))] * 200], "200 frames does not fit max_tokens 64"),
     ],
-    ids=["nothing", "bare picture", "no frames", "odd frames", "sizes", "path", "too long"],
+    ids=["nothing", "bare image", "no frames", "odd frames", "sizes", "path", "too long"],
 )
 def test_what_cannot_be_prepared_is_refused_with_a_sentence(items, complaint):
     with pytest.raises(UserError, match=complaint):

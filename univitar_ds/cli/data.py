@@ -31,8 +31,8 @@ def add_data(commands) -> None:
         data,
         "pack",
         _pack,
-        "turn a folder of pictures and clips into shards",
-        "Turn a folder of pictures and clips into WebDataset shards and a manifest.\n\n"
+        "turn a folder of images and videos into shards",
+        "Turn a folder of images and videos into WebDataset shards and a manifest.\n\n"
         "FOLDER holds either metadata.jsonl, a line a file:\n"
         '  {"file": "a/b.jpg", "kind": "image", "caption": "...", "label": "cat", "split": "train"}\n'
         "(`captions` takes a list; `label` and `split` may be absent), or files with their caption beside them\n"
@@ -62,13 +62,13 @@ def add_data(commands) -> None:
         "inspect",
         _inspect,
         "print and draw what a run would feed to the model",
-        "Draw packs as the run would, print what is in them and draw a picture (PNG): how large the items are,\n"
+        "Draw packs as the run would, print what is in them and draw an image (PNG): how large the items are,\n"
         "how full the packs are, and one pack item by item.",
         leaves_files=False,
     )
     inspect.add_argument("--config", required=True, help="a run file or the name of a shipped recipe")
     inspect.add_argument("--packs", type=positive, default=50, help="packs of each modality to draw (default 50)")
-    inspect.add_argument("--png", type=expand, default=Path("inspect.png"), help="the picture (default inspect.png)")
+    inspect.add_argument("--png", type=expand, default=Path("inspect.png"), help="the image (default inspect.png)")
     inspect.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_overrides(inspect)
     scenes = add_command(data, "scenes", _scenes, "render the demo's scenes and moving shapes")
@@ -116,7 +116,7 @@ def _add_probe(data) -> None:
         "say what a run would make of single files",
         "Take each file through the loader as a sample of its own and print what comes of it.\n\n"
         "With --json a line a file: file, ok, kind (image, video), width, height, frames, grid (time, height and\n"
-        "width in tokens), tokens, shrunk; and error and message of what would be left out.\n"
+        "width in tokens), tokens, downscaled; and error and message of what would be left out.\n"
         "The exit status is 1 if there is no such file, and 0 whatever is in it.",
         leaves_files=False,
     )
@@ -283,7 +283,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         _say(line)
     draw(found, arguments.png)
     with suppress(OSError):
-        print(f"picture in {shown(str(arguments.png))}", file=sys.stderr, flush=True)
+        print(f"image in {shown(str(arguments.png))}", file=sys.stderr, flush=True)
 
 
 def _is_report(path: Path) -> bool:
@@ -322,5 +322,5 @@ def _storage_settings(arguments: argparse.Namespace, data: DataConfig | None = N
 def _scenes(arguments: argparse.Namespace) -> None:
     from univitar_ds.demo.synthetic import write_scenes
 
-    write_scenes(arguments.out, images=arguments.images, clips=arguments.clips, seed=arguments.seed, progress=True)
-    _say(f"{arguments.images} pictures and {arguments.clips} clips in {arguments.out}")
+    write_scenes(arguments.out, images=arguments.images, videos=arguments.videos, seed=arguments.seed, progress=True)
+    _say(f"{arguments.images} images and {arguments.clips} videos in {arguments.out}")

@@ -19,8 +19,8 @@ DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision t
 EXAMPLES = """examples:
   univitar-ds data pack PHOTOS data/photos             shards and a manifest from a folder of files
   univitar-ds data verify data/photos                  every shard and sample checked, a report written
-  univitar-ds data probe *.jpg clip.mp4                what a run would make of single files
-  univitar-ds data inspect --config photos             what the run would feed: fill, tokens, bad samples, a picture
+  univitar-ds data probe *.jpg video.mp4                what a run would make of single files
+  univitar-ds data inspect --config photos             what the run would feed: fill, tokens, bad samples, an image
   univitar-ds train --config photos --nproc 2          train, evaluate and export on two local processes
   univitar-ds train --config run.yaml seed=3 stages.0.lr=5e-4
   univitar-ds train --resume runs/photos --nproc 1     continue, here on another number of processes

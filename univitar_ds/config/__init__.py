@@ -7,7 +7,7 @@ __all__ = [
     "load",
     "model",
     "paths",
-    "places",
+    "places", "renamed",
     "run_folder",
     "schema",
     "stage",

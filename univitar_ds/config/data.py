@@ -75,14 +75,14 @@ class DataConfig(Section):
     pool_samples: Positive = Field(192, description="samples a lane looks ahead over when it fills a pack")
     max_image_px: Positive = Field(
         100_000_000,
-        description="a frame with more pixels is a bad sample, as is a picture whose decoding may take more than "
+        description="a frame with more pixels is a bad sample, as is an image whose decoding may take more than "
         "10.7 bytes for each of these (1 GiB at least)",
     )
     decode_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        30.0, description="longest decoding of one clip, in seconds of CPU"
+        30.0, description="longest decoding of one video, in seconds of CPU"
     )
     max_sample_mb: Positive = Field(1024, description="a sample with more bytes is bad")
-    max_clip_s: Annotated[float, Field(gt=0)] = Field(3600.0, description="a longer clip is a bad sample")
+    max_video_s: Annotated[float, Field(gt=0)] = Field(3600.0, description="a longer video is a bad sample")
     on_bad: Literal["skip", "fail"] = Field("skip", description="what an unreadable sample does to the run")
     max_bad_per_thousand: Annotated[int, Field(ge=0)] = Field(
         100, description="more unreadable samples of a thousand in one lane end the run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from univitar_ds.config.paths import expand
 from univitar_ds.config.places import unite_paths
+from univitar_ds.config.renamed import present_key, rename_keys
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.owned import replace_text
@@ -107,7 +109,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
         except yaml.YAMLError as error:
             raise ConfigError(f"override {entry!r}: {text!r} is not valid YAML") from error
         node: Any = content
-        *sections, last = dotted.split(".")
+        *sections, last = present_key(dotted).split(".")
         for section in sections:
             node = _child(node, section, entry)
         if isinstance(node, list):
@@ -147,11 +149,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError that lists every fault, each with its place, its value and the remedy.
     """
     file = recipe_path(str(path))
-    return check_config(apply_overrides(read_yaml(file), overrides), str(file))
+    content = read_yaml(file)
+    rename_keys(content, str(file))
+    return check_config(apply_overrides(content, overrides), str(file))
 
 
 def check_config(content: dict[str, Any], where: str) -> RunConfig:
-    """`content` as a RunConfig. Raises ConfigError listing all faults found in `where`."""
+    """`content`, which may hold earlier names, as a RunConfig. Raises ConfigError that lists all faults of `where`."""
+    content = copy.deepcopy(content)
+    rename_keys(content, where)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:

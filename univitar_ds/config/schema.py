@@ -66,10 +66,10 @@ class EvaluationConfig(Section):
     sources: list[SourceConfig] = Field(default_factory=list, description="empty: nothing is evaluated")
     token_budget: Positive = 8192
     image_templates: Annotated[list[str], Field(min_length=1)] = Field(
-        default_factory=lambda: ["{}"], description="sentences that zero-shot puts a picture's label in, at {}"
+        default_factory=lambda: ["{}"], description="sentences that zero-shot puts an image's label in, at {}"
     )
     video_templates: Annotated[list[str], Field(min_length=1)] = Field(
-        default_factory=lambda: ["{}"], description="the same for the label of a clip"
+        default_factory=lambda: ["{}"], description="the same for the label of a video"
     )
 
     @model_validator(mode="after")
@@ -83,7 +83,7 @@ class LoggingConfig(Section):
 
     every_steps: Positive = 10
     tensorboard: bool = True
-    pictures_every_steps: Annotated[int, Field(ge=0)] = Field(
+    images_every_steps: Annotated[int, Field(ge=0)] = Field(
         200, description="items of a pack and their patch features as colours, in TensorBoard; 0: none"
     )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(

@@ -11,7 +11,7 @@ from univitar_ds.geometry import PATCH, TUBELET, Modality, Resolution
 
 
 class ResolutionConfig(Section):
-    """Size rule of one modality. `min_tokens` and `max_tokens` hold for a whole item, clips included."""
+    """Size rule of one modality. `min_tokens` and `max_tokens` hold for a whole item, videos included."""
 
     kind: Literal["native", "fixed"] = "native"
     min_tokens: Positive = 576
@@ -43,14 +43,14 @@ class ResolutionConfig(Section):
         return max(self.max_tokens, self.min_tokens)
 
 
-class ClipSampling(Section):
-    """Which frames of a clip are seen."""
+class VideoSampling(Section):
+    """Which frames of a video are seen."""
 
     kind: Literal["uniform", "fps"] = Field(
-        "uniform", description="uniform: clip_frames over the whole clip; fps: so many a second, at most clip_frames"
+        "uniform", description="uniform: video_frames over the whole video; fps: so many a second, at most video_frames"
     )
     fps: Annotated[float, Field(gt=0)] = Field(2.0, description="frames a second when kind is fps")
-    jitter: bool = Field(False, description="each frame is drawn within its part of the clip, not its middle")
+    jitter: bool = Field(False, description="each frame is drawn within its part of the video, not its middle")
 
 
 class Schedule(Section):
@@ -83,12 +83,12 @@ class StageConfig(Section):
     samples: Positive
     image: ResolutionConfig = ResolutionConfig()
     video: ResolutionConfig = ResolutionConfig()
-    video_ratio: Fraction = Field(0.0, description="share of steps that are all clips")
+    video_ratio: Fraction = Field(0.0, description="share of steps that are all videos")
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="share of samples by source name; empty: every sample once an epoch"
     )
-    clip_frames: Annotated[int, Field(ge=2)] = Field(8, description="most frames taken from a clip; even")
-    clip_sampling: ClipSampling = ClipSampling()
+    video_frames: Annotated[int, Field(ge=2)] = Field(8, description="most frames taken from a video; even")
+    video_sampling: VideoSampling = VideoSampling()
     token_budget: Positive = Field(16384, description="most tokens in a pack, those of patch_dropout too: memory")
     cost_budget_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None, description="most forward+backward TFLOP of the encoder in a pack: time"
@@ -118,8 +118,8 @@ class StageConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> StageConfig:
         faults = []
-        if self.clip_frames % TUBELET:
-            faults.append(f"clip_frames {self.clip_frames} is not a multiple of {TUBELET}")
+        if self.video_frames % TUBELET:
+            faults.append(f"video_frames {self.video_frames} is not a multiple of {TUBELET}")
         if self.warmup_samples >= self.samples:
             faults.append(f"warmup_samples {self.warmup_samples} must be below samples {self.samples}")
         if (self.lr_schedule == "wsd") != (self.decay_samples > 0):
@@ -135,7 +135,7 @@ class StageConfig(Section):
         if not self.contrastive.ever and not self.distill.ever:
             faults.append("contrastive and distill both weigh 0 throughout: nothing is learned; raise one")
         used = {"image": self.video_ratio < 1, "video": self.video_ratio > 0}
-        for modality, frames in (("image", 1), ("video", self.clip_frames)):
+        for modality, frames in (("image", 1), ("video", self.video_frames)):
             rule: ResolutionConfig = getattr(self, modality)
             if used[modality] and rule.largest_item(frames) > self.token_budget:
                 faults.append(

@@ -81,7 +81,7 @@ def _data(config: RunConfig) -> Found:
         names = ("max_bad_per_thousand", "max_bad_in_a_row")
         yield from _because(_given("data", data, *names), "data.on_bad fail ends the run at the first bad sample")
     if not _reads(config.stages, "video"):
-        names = ("decode_timeout_s", "max_clip_s")
+        names = ("decode_timeout_s", "max_video_s")
         yield from _because(_given("data", data, *names), "video_ratio is 0 in every stage")
 
 
@@ -92,12 +92,12 @@ def _split(place: str, source: SourceConfig) -> Found:
 
 def _stage(place: str, stage: StageConfig) -> Found:
     if stage.video_ratio == 0:
-        names = ("video", "clip_frames", "clip_sampling")
+        names = ("video", "video_frames", "video_sampling")
         yield from _because(_given(place, stage, *names), "the stage's video_ratio is 0")
-    elif stage.clip_sampling.kind == "uniform":
-        sampling = stage.clip_sampling
+    elif stage.video_sampling.kind == "uniform":
+        sampling = stage.video_sampling
         yield from _because(
-            _given(f"{place}.clip_sampling", sampling, "fps"), "it belongs to kind fps, kind is uniform"
+            _given(f"{place}.video_sampling", sampling, "fps"), "it belongs to kind fps, kind is uniform"
         )
     if stage.video_ratio == 1:
         yield from _because(_given(place, stage, "image"), "the stage's video_ratio is 1")
@@ -161,5 +161,5 @@ def _evaluation(config: RunConfig) -> Found:
 
 def _logging(config: RunConfig) -> Found:
     if not config.logging.tensorboard:
-        shown = _given("logging", config.logging, "pictures_every_steps")
+        shown = _given("logging", config.logging, "images_every_steps")
         yield from _because(shown, "images are shown in TensorBoard, and logging.tensorboard is false")

@@ -31,7 +31,7 @@ KIND = "export"
 def export_encoder(source: str | Path, out: str | Path, weights: Weights | None = None) -> Path:
     """Writes the encoder of a run (or of one of its checkpoints) to the folder `out` and reads it back.
 
-    `config.json` has the size rule of the run's last stage, so that `Preprocessor` prepares pictures as the
+    `config.json` has the size rule of the run's last stage, so that `Preprocessor` prepares images as the
     encoder last saw them. The folder appears whole: an export that fails leaves what was there before.
 
     Args: weights: see `open_trained`.
@@ -61,7 +61,7 @@ def export_encoder(source: str | Path, out: str | Path, weights: Weights | None 
 
 
 def with_size_rule(config: EncoderConfig, stage: StageConfig) -> EncoderConfig:
-    """The encoder's config with the size rule of a stage: its pictures', or its clips' if it has no pictures.
+    """The encoder's config with the size rule of a stage: its images', or its videos' if it has no images.
 
     The release has one rule for both. Raises: CheckpointError if the rule cannot be said in its terms.
     """
@@ -90,14 +90,14 @@ def verify_export(folder: Path, encoder: nn.Module) -> None:
     Raises: CheckpointError if they differ, which means a faulty disk: what was written is what was trained.
     """
     read = UniViTAR.from_pretrained(folder)
-    pixel_values, grid_thw = Preprocessor.from_pretrained(folder)([_test_picture()])
+    pixel_values, grid_thw = Preprocessor.from_pretrained(folder)([_test_image()])
     with torch.no_grad():
         same = torch.equal(read(pixel_values, grid_thw), encoder.eval()(pixel_values, grid_thw))
     if not same or read.config != encoder.config:
         raise CheckpointError(f"the encoder read back from {folder} is not the one written; check the disk and repeat")
 
 
-def _test_picture() -> Image.Image:
+def _test_image() -> Image.Image:
     rows, columns = np.mgrid[0:113, 0:187]
     return Image.fromarray(np.stack([rows * 2, columns, (rows * columns) % 251], axis=-1).astype(np.uint8))
 

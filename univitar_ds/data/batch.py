@@ -23,7 +23,7 @@ class PackedBatch:
     pixels: torch.Tensor
     """(B,) uint8; owned by the batch, nothing overwrites it later."""
     frames: torch.Tensor
-    """(N,) int64, frames stored in `pixels`: 1 for a picture, `clip_frames` for a clip."""
+    """(N,) int64, frames stored in `pixels`: 1 for an image, `video_frames` for a video."""
     grid_thw: torch.Tensor
     """(N, 3) int64, tokens along time, height and width."""
     token_ids: torch.Tensor
@@ -61,7 +61,7 @@ class PackedBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def pictures(self) -> Iterator[torch.Tensor]:
+    def images(self) -> Iterator[torch.Tensor]:
         """Views of the pixels, item by item: (frames, h*14, w*14, 3) uint8."""
         start = 0
         for frames, grid in zip(self.frames.tolist(), self.grid_thw.tolist(), strict=True):

@@ -42,7 +42,7 @@ def decoded(
     many are taken at a time: as many, or 2, are held without being copied; `prefetch_full_step` decodes as many ahead;
     `from_s3`: shards lie there.
     """
-    limits = DecodeLimits(data.max_image_px, data.decode_timeout_s, data.max_clip_s)
+    limits = DecodeLimits(data.max_image_px, data.decode_timeout_s, data.max_video_s)
     settings = StorageSettings.of(data)
 
     def job_of(plan: Plan) -> DecodeJob:
@@ -66,7 +66,7 @@ def decoded(
 
 
 def _bytes_of_a_token(modality: Modality) -> int:
-    """A clip stores TUBELET frames a token, a picture one."""
+    """A video stores TUBELET frames a token, an image one."""
     return item_bytes((1, 1, 1), TUBELET if modality == "video" else 1)
 
 

@@ -131,7 +131,7 @@ def eval_packs(
     *,
     modality: Modality,
     resolution: Resolution,
-    clip_frames: int,
+    video_frames: int,
     token_budget: int,
     tokenizer: str | Path | None,
     context_length: int,
@@ -146,7 +146,7 @@ def eval_packs(
     Raises: DataError as `PackLoader` does.
     """
     shards = find_shards(sources, StorageSettings.of(data))
-    frames = clip_frames if modality == "video" else 1
+    frames = video_frames if modality == "video" else 1
     largest = resolution.max_tokens
     if resolution.fixed_px is not None:
         largest = token_count(resolution.grid(1, 1, frames))
@@ -156,7 +156,7 @@ def eval_packs(
         frames,
         max(token_budget, largest),
         data.max_image_px,
-        max_clip_s=data.max_clip_s,
+        max_video_s=data.max_video_s,
         max_sample_mb=data.max_sample_mb,
     )
     loaded = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)

@@ -1,7 +1,7 @@
 """How the synthetic scenes look: anti-aliased shapes on quiet backgrounds, as uint8 arrays and as files.
 
 Positions and sizes are whole quarters of a pixel: a shape is drawn four times too large and averaged, so a
-clip played backwards is to the bit the clip of the opposite motion.
+video played backwards is to the bit the video of the opposite motion.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent")
 X264 = {"crf": "10", "preset": "veryfast", "x264-params": "asm=0:mbtree=0"}
-"""Its vector code reads past the edge of small pictures: the bytes then differ from call to call (measured)."""
+"""Its vector code reads past the edge of small images: the bytes then differ from call to call (measured)."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     ]
 
 
-def encode_picture(pixels: np.ndarray, *, extension: str, quality: int) -> bytes:
-    """A (height, width, 3) uint8 picture as JPEG (`jpg`) or PNG (`png`) bytes."""
+def encode_image(pixels: np.ndarray, *, extension: str, quality: int) -> bytes:
+    """A (height, width, 3) uint8 image as JPEG (`jpg`) or PNG (`png`) bytes."""
     out = io.BytesIO()
     if extension == "png":
         Image.fromarray(pixels).save(out, format="PNG", compress_level=3)
@@ -168,7 +168,7 @@ def encode_mp4(frames: list[np.ndarray], rate: int) -> bytes:
             stream = container.add_stream("mpeg4", rate=Fraction(rate), options={"qmin": "2", "qmax": "3"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1  # more threads cut the picture differently: other bytes
+        stream.codec_context.thread_count = 1  # more threads cut the image differently: other bytes
         for pixels in frames:
             for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
                 container.mux(packet)

@@ -28,7 +28,7 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     times: dict[str, float] = {} if install_seconds is None else {"installation": install_seconds}
     shards, runs = folder / "shards", folder / "runs"
     with launch.timed(times, "rendering the scenes"):
-        write_scenes(folder / "scenes", images=IMAGES, clips=VIDEOS, seed=0, progress=True)
+        write_scenes(folder / "scenes", images=IMAGES, videos=VIDEOS, seed=0, progress=True)
     with launch.timed(times, "packing into shards"):
         pack_folder(folder / "scenes", shards)
     with launch.timed(times, "training, evaluation, export"):

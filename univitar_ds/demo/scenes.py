@@ -1,9 +1,9 @@
-"""What the demo's scenes are: coloured shapes with captions that compose, and clips in which one of them moves.
+"""What the demo's scenes are: coloured shapes with captions that compose, and videos in which one of them moves.
 
 What is held out is a set of (colour, shape) pairs; every colour and every shape is seen in training, so the
-test split asks for compositions. In a clip the shape runs at constant speed and comes in again where it
-leaves, from a start that is uniform over the picture: the places of the shape in any single frame have the
-same distribution for all four directions, and a clip of a motion played backwards is one of the opposite
+test split asks for compositions. In a video the shape runs at constant speed and comes in again where it
+leaves, from a start that is uniform over the image: the places of the shape in any single frame have the
+same distribution for all four directions, and a video of a motion played backwards is one of the opposite
 motion. The direction is in the order of the frames and nowhere else.
 """
 
@@ -35,17 +35,17 @@ RELATIONS = {
     "to the right of": "to the left of",
 }
 """How the first shape lies to the second, and how the second lies to the first."""
-CLIP_GROUND = 20
-"""Brightest ground of a clip. On dark grounds the side a shape moves to always turns brighter, a cue that an encoder
-of a few million parameters finds within minutes; on grounds of any brightness it takes three times as many clips."""
-CLIP_FRAMES = (16, 24)
+VIDEO_GROUND = 20
+"""Brightest ground of a video. On dark grounds the side a shape moves to always turns brighter, a cue that an encoder
+of a few million parameters finds within minutes; on grounds of any brightness it takes three times as many videos."""
+VIDEO_FRAMES = (16, 24)
 STEP_PX = (4, 10)
 """Motion between two frames of eight sampled evenly: what one token of the encoder gets to see."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One row of the set and all that is needed to draw it. A picture has one frame and no direction."""
+    """One row of the set and all that is needed to draw it. An image has one frame and no direction."""
 
     name: str
     split: str
@@ -90,7 +90,7 @@ def compositions(split: str) -> list[tuple[str, str]]:
 
 
 def image_scene(seed: int, split: str, index: int) -> Scene:
-    """Picture number `index` of a split: six in ten show one shape, the others two and how they lie."""
+    """Image number `index` of a split: six in ten show one shape, the others two and how they lie."""
     random = _random(seed, "image", split, index)
     width, height = _sides(random, median=140, spread=0.5, least=40, most=400, longest_ratio=3.0)
     pairs = compositions(split)
@@ -114,8 +114,8 @@ def image_scene(seed: int, split: str, index: int) -> Scene:
     )
 
 
-def clip_scene(seed: int, split: str, index: int) -> Scene:
-    """Clip number `index` of a split: directions take turns, and within them the compositions."""
+def video_scene(seed: int, split: str, index: int) -> Scene:
+    """Video number `index` of a split: directions take turns, and within them the compositions."""
     random = _random(seed, "video", split, index)
     direction = list(DIRECTIONS)[index % len(DIRECTIONS)]
     pairs = compositions(split)
@@ -131,16 +131,16 @@ def clip_scene(seed: int, split: str, index: int) -> Scene:
         int(random.integers(width * QUARTER)),
         int(random.integers(height * QUARTER)),
     )
-    frames = int(random.integers(CLIP_FRAMES[0], CLIP_FRAMES[1] + 1))
+    frames = int(random.integers(VIDEO_FRAMES[0], VIDEO_FRAMES[1] + 1))
     slowest, fastest = (math.ceil(px * QUARTER * 8 / frames) for px in STEP_PX)
     return Scene(
         name=f"videos/{split}-{index:06d}.mp4",
         split=split,
         width=width,
         height=height,
-        background=_background(random, (thing,), brightest=CLIP_GROUND),
+        background=_background(random, (thing,), brightest=VIDEO_GROUND),
         things=(thing,),
-        # Nothing but the motion is told: colour and shape would let a model pass most clips without looking at it.
+        # Nothing but the motion is told: colour and shape would let a model pass most videos without looking at it.
         captions=(f"something moving {direction}",),
         label=f"moving {direction}",
         frames=frames,
@@ -151,8 +151,8 @@ def clip_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def thing_at(scene: Scene, frame: int) -> Thing:
-    """The moving shape of a clip in a frame; it comes in again where it leaves."""
-    assert scene.direction is not None, "pictures do not move"
+    """The moving shape of a video in a frame; it comes in again where it leaves."""
+    assert scene.direction is not None, "images do not move"
     (thing,) = scene.things
     right, down = DIRECTIONS[scene.direction]
     return replace(
@@ -223,7 +223,7 @@ def _one(random: np.random.Generator, pair: tuple[str, str], width: int, height:
     left_q, top_q = _place(random, width * QUARTER, diameter_q), _place(random, height * QUARTER, diameter_q)
     thing = Thing(colour, shape, _shade(random, colour), diameter_q, left_q, top_q)
     noun = f"{size}{thing.name}"
-    return (thing,), (f"a {noun}", f"a picture of a {noun}", f"there is one {noun}"), thing.name
+    return (thing,), (f"a {noun}", f"an image of a {noun}", f"there is one {noun}"), thing.name
 
 
 def _two(
@@ -250,4 +250,4 @@ def _two(
     )
     one, other = (f"a {thing.name}" for thing in things)
     told = f"{one} {relation} {other}"
-    return things, (told, f"{other} {RELATIONS[relation]} {one}", f"a picture of {told}"), None
+    return things, (told, f"{other} {RELATIONS[relation]} {one}", f"an image of {told}"), None

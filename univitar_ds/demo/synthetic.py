@@ -1,4 +1,4 @@
-"""The demo's scene set as a folder of files: pictures, MP4 clips and `metadata.jsonl`, ready to be packed."""
+"""The demo's scene set as a folder of files: images, MP4 videos and `metadata.jsonl`, ready to be packed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from univitar_ds.data.decoding import children
-from univitar_ds.demo.draw import encode_mp4, encode_picture
-from univitar_ds.demo.scenes import clip_scene, image_scene, render
+from univitar_ds.demo.draw import encode_image, encode_mp4
+from univitar_ds.demo.scenes import image_scene, render, video_scene
 from univitar_ds.errors import DataError, writing
 from univitar_ds.owned import is_empty, replace_text
 
@@ -22,8 +22,8 @@ TEST_SHARE = 8
 """One scene in so many is a test scene."""
 
 
-def write_scenes(folder: str | Path, *, images: int, clips: int, seed: int = 0, progress: bool = False) -> None:
-    """Write `images` pictures and `clips` clips, an eighth of each for test, with `metadata.jsonl` in `folder`.
+def write_scenes(folder: str | Path, *, images: int, videos: int, seed: int = 0, progress: bool = False) -> None:
+    """Write `images` images and `clips` videos, an eighth of each for test, with `metadata.jsonl` in `folder`.
 
     The files depend on the arguments and the versions of the encoders alone. `metadata.jsonl` is written last;
     a folder that has it for the same arguments is left as it is, so an interrupted call can be repeated.
@@ -31,9 +31,9 @@ def write_scenes(folder: str | Path, *, images: int, clips: int, seed: int = 0, 
     Raises: DataError if the folder holds something else, or a count is negative or both are 0.
     """
     folder = Path(folder)
-    if min(images, clips) < 0 or images + clips == 0:
-        raise DataError(f"images {images} and clips {clips} must be 0 or more and not both 0; ask for a scene")
-    wanted = {"format": FORMAT, "images": images, "clips": clips, "seed": seed}
+    if min(images, videos) < 0 or images + videos == 0:
+        raise DataError(f"images {images} and videos {videos} must be 0 or more and not both 0; ask for a scene")
+    wanted = {"format": FORMAT, "images": images, "clips": videos, "seed": seed}
     if _finished(folder, wanted):
         return
     with writing(folder):
@@ -41,7 +41,7 @@ def write_scenes(folder: str | Path, *, images: int, clips: int, seed: int = 0, 
         replace_text(folder / MARKER, json.dumps(wanted) + "\n")  # first: the folder is ours from here on
         for name in ("images", "videos"):
             (folder / name).mkdir(exist_ok=True)
-        rows = _write_files(folder, _jobs(images, clips, seed), progress)
+        rows = _write_files(folder, _jobs(images, videos, seed), progress)
     replace_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -62,9 +62,9 @@ def _finished(folder: Path, wanted: dict[str, int]) -> bool:
     return (folder / "metadata.jsonl").is_file()
 
 
-def _jobs(images: int, clips: int, seed: int) -> list[tuple[int, str, str, int]]:
+def _jobs(images: int, videos: int, seed: int) -> list[tuple[int, str, str, int]]:
     jobs = []
-    for kind, count in (("image", images), ("video", clips)):
+    for kind, count in (("image", images), ("video", videos)):
         test = count // TEST_SHARE
         jobs += [(seed, kind, "train", index) for index in range(count - test)]
         jobs += [(seed, kind, "test", index) for index in range(test)]
@@ -82,10 +82,10 @@ def _write_files(folder: Path, jobs: list[tuple[int, str, str, int]], progress: 
 
 def _write_one(folder: Path, job: tuple[int, str, str, int]) -> dict[str, object]:
     seed, kind, split, index = job
-    scene = (image_scene if kind == "image" else clip_scene)(seed, split, index)
+    scene = (image_scene if kind == "image" else video_scene)(seed, split, index)
     frames = render(scene)
     if kind == "image":
-        data = encode_picture(frames[0], extension=scene.name.rsplit(".", 1)[1], quality=scene.quality)
+        data = encode_image(frames[0], extension=scene.name.rsplit(".", 1)[1], quality=scene.quality)
     else:
         data = encode_mp4(frames, scene.rate)
     (folder / scene.name).write_bytes(data)

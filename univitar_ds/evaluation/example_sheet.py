@@ -39,7 +39,7 @@ def keep_some(packs: Iterable[PackedBatch], kept: list[Kept]) -> Iterator[Packed
     seen: set[int | str | None] = set()
     for pack in packs:
         taken = 0
-        for row, (pixels, grid) in enumerate(zip(pack.pictures(), pack.grid_thw.tolist(), strict=True)):
+        for row, (pixels, grid) in enumerate(zip(pack.images(), pack.grid_thw.tolist(), strict=True)):
             caption = int(pack.caption_ids[row]) if pack.captions[row] else pack.labels[row]
             if len(kept) < ROWS and taken < PER_PACK and caption not in seen:
                 kept.append(Kept(pack.keys[row], pixels.clone(), tuple(grid)))

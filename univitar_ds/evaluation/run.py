@@ -179,7 +179,7 @@ def _packs(trained: Trained, stage: StageConfig, modality: Modality) -> Generato
         config.evaluation.sources,
         modality=modality,
         resolution=stage.resolution(modality),
-        clip_frames=stage.clip_frames,
+        video_frames=stage.video_frames,
         token_budget=config.evaluation.token_budget,
         tokenizer=trained.run / TOKENIZER,
         context_length=config.model.text.context_length,

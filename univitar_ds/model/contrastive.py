@@ -1,4 +1,4 @@
-"""Both towers, their pooling and projections: pictures and captions to unit vectors of one space."""
+"""Both towers, their pooling and projections: images and captions to unit vectors of one space."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class ContrastiveModel(nn.Module):
         )
 
     def encode_vision(self, pixels: Tensor, frames: Tensor, grid_thw: Tensor) -> Tensor:
-        """Pictures and clips to unit vectors.
+        """Images and videos to unit vectors.
 
         Args:
             pixels: (B,) uint8, see `kernels.reference.patchify`; on the model's device.

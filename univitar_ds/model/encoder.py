@@ -21,7 +21,7 @@ from univitar_ds.model.transfer import to_device
 
 
 class UniViTAR(nn.Module):
-    """A native-resolution vision transformer for pictures and clips (arXiv 2504.01792).
+    """A native-resolution vision transformer for images and videos (arXiv 2504.01792).
 
     No class token, no learned positions, no final norm: the last block's output is the result.
     `attention` picks the back end, `checkpoint_every` recomputes every k-th block in the backward pass (0: none).
@@ -70,7 +70,7 @@ class UniViTAR(nn.Module):
             pixel_values: (T, 1176) normalised patches, items one after another; with `frames` the pixels themselves,
                 (B,) uint8, see `kernels.reference.patchify`: the same result to rounding for less time and memory.
             grid_thw: (N, 3) tokens per item along time, height, width; on the host.
-            frames: (N,) frames stored per item of pixels, 1 for a still picture; on the host.
+            frames: (N,) frames stored per item of pixels, 1 for a still image; on the host.
             output_hidden_states: also return the input of every block and the last output.
             drops: what the pack goes without in training.
         Returns: (T, D), or with hidden states a pair ((T, D), list of layers + 1 times (T, D)); T without what drops.

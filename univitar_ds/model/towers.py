@@ -128,7 +128,7 @@ def _from_folder(folder: Path) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    # The picture half of a CLIP folder is "unexpected" to its text half: no news, yet a screen full of it.
+    # The image half of a CLIP folder is "unexpected" to its text half: no news, yet a screen full of it.
     with working_imports("transformers"):
         from transformers.utils import logging
 

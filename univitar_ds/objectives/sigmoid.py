@@ -1,6 +1,6 @@
 """Sigmoid contrastive loss (SigLIP, arXiv:2303.15343) over all pairs of a step, over all ranks.
 
-Every pair of a picture i and a text j costs  -log sigmoid(z_ij * (scale * <v_i, t_j> + bias)),  z_ij = +1 for a
+Every pair of an image i and a text j costs  -log sigmoid(z_ij * (scale * <v_i, t_j> + bias)),  z_ij = +1 for a
 pair that belongs together and -1 for every other; the sum is divided by the number of items of the step.
 The gradient is written out, not recorded: g_ij = dL/dlogit_ij = -z_ij * sigmoid(-z_ij * logit_ij) / items.
 """

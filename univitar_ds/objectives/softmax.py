@@ -1,6 +1,6 @@
 """Softmax contrastive loss (CLIP, arXiv:2103.00020; InfoNCE) over all pairs of a step, over all ranks.
 
-Picture i should choose its text among all texts of the step and text j its picture:
+Image i should choose its text among all texts of the step and text j its image:
 
     L = 1/(2 items) * [ sum_i (log sum_j exp l_ij - mean_{j in P(i)} l_ij)
                       + sum_j (log sum_i exp l_ij - mean_{i in P(j)} l_ij) ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from univitar_ds.config.renamed import present_sums
 from univitar_ds.data.sampler.cursor import LaneCursor, parse
 from univitar_ds.training.checkpoint.sharded import Saved
 from univitar_ds.training.logging.metrics import Window
@@ -48,7 +49,7 @@ class State:
         content = saved.state
         return cls(
             Progress(**content["progress"]),
-            Window(**content["window"]),
+            Window(**{**content["window"], "sums": present_sums(content["window"]["sums"])}),
             {lane: parse(cursor) for lane, cursor in saved.cursors.items()},
             content["best"],
             content["last"],

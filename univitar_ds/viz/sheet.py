@@ -1,4 +1,4 @@
-"""Pieces of sheets to look at: patch features as colours, pictures brought to a size, captions in lines."""
+"""Pieces of sheets to look at: patch features as colours, images brought to a size, captions in lines."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def spread_frames(count: int, shown: int) -> list[int]:
 
 
 def to_size(pixels: Tensor | np.ndarray, height: int, most_width: int, *, smooth: bool) -> Image.Image:
-    """(h, w, 3) uint8 as a picture of `height`, or lower where it would be wider than `most_width`; never stretched."""
+    """(h, w, 3) uint8 as an image of `height`, or lower where it would be wider than `most_width`; never stretched."""
     image = Image.fromarray(np.asarray(pixels))
     scale = min(height / image.height, most_width / image.width)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -13,10 +13,10 @@ from univitar_ds.geometry import token_count
 from univitar_ds.viz.sheet import component_colours, raster_order, spread_frames, to_size, wrapped
 
 WIDTH, GAP, LINE, FONT_PX = 1120, 10, 18, 14
-PICTURE = (150, 260)
-"""Height and most width of a picture on the sheet, in pixels."""
+IMAGE = (150, 260)
+"""Height and most width of an image on the sheet, in pixels."""
 FRAME = (104, 174)
-"""The same of a frame of a clip."""
+"""The same of a frame of a video."""
 SHOWN_FRAMES, CAPTION_LINES, LEAST_CAPTION_PX = 3, 3, 170
 PAPER, INK, FAINT, BLANK = (242, 242, 242), (30, 30, 30), (120, 120, 120), 255
 
@@ -35,17 +35,17 @@ def draw_pack(batch: PackedBatch, items: int, tokens: Tensor, kept: Tensor, merg
     cards = [
         _card(frames, raster_order(part, grid, merge), caption, font)
         for frames, part, grid, caption in zip(
-            batch.pictures(), colours.split(lengths), grids, batch.captions, strict=False
+            batch.images(), colours.split(lengths), grids, batch.captions, strict=False
         )
     ]
     return _flow(cards)
 
 
 def _card(frames: Tensor, colours: Tensor, caption: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One item: a picture beside its colours, or frames of a clip above theirs, and the caption beneath."""
+    """One item: an image beside its colours, or frames of a video above theirs, and the caption beneath."""
     t, h, w, _ = colours.shape
     if len(frames) == 1:
-        rows = [[to_size(frames[0], *PICTURE, smooth=True), to_size(colours[0], *PICTURE, smooth=False)]]
+        rows = [[to_size(frames[0], *IMAGE, smooth=True), to_size(colours[0], *IMAGE, smooth=False)]]
     else:
         chosen = spread_frames(len(frames), SHOWN_FRAMES)
         rows = [

@@ -27,19 +27,19 @@ NOT_NEEDED = ("deepspeed", "transformers", "boto3", "av", "safetensors", "pydant
 
 @pytest.mark.parametrize("tokens", [2, 34, 1000, 16384, 65536])
 def test_packs_have_exactly_their_tokens_and_pixels_that_fit(tokens):
-    for grids in (packs.mixed_pictures(tokens), packs.clips(tokens), packs.equal_pictures(tokens, 1)):
+    for grids in (packs.mixed_images(tokens), packs.videos(tokens), packs.equal_images(tokens, 1)):
         frames, size = packs.frames_of(grids), packs.pixel_bytes(grids)
         assert check_frames(torch.empty(size, dtype=torch.uint8), frames, grids) == tokens
-    assert {count > 1 for count in packs.frames_of(packs.clips(tokens))} == {True}
-    assert set(packs.frames_of(packs.mixed_pictures(tokens))) == {1}
+    assert {count > 1 for count in packs.frames_of(packs.videos(tokens))} == {True}
+    assert set(packs.frames_of(packs.mixed_images(tokens))) == {1}
 
 
-def test_mixed_pictures_are_of_many_sizes_and_the_same_every_time():
-    grids = packs.mixed_pictures(65536)
+def test_mixed_images_are_of_many_sizes_and_the_same_every_time():
+    grids = packs.mixed_images(65536)
     sizes = sorted(map(math.prod, grids))
     assert max(sizes) <= 4096
     assert sizes[len(sizes) // 4] * 4 < sizes[3 * len(sizes) // 4]
-    assert grids == packs.mixed_pictures(65536)
+    assert grids == packs.mixed_images(65536)
 
 
 def test_padded_batches_hold_every_item_at_the_size_of_the_longest():
@@ -71,7 +71,7 @@ def test_torchs_product_has_rows_of_whole_16_bytes_and_only_the_operations_flops
     monkeypatch.setattr(bench_kernels, "matmul_tflops", lambda timer, *shape: asked.append(shape) or 592.0)
     product = counts.patch_embed_product(64, 32, still=True)
     moved = {"forward": 1000, "backward": 3000}
-    case = bench_kernels.Case("patch_embed", "pictures", 64, 32, (), None, None, moved, product)
+    case = bench_kernels.Case("patch_embed", "images", 64, 32, (), None, None, moved, product)
     times = dict.fromkeys(("ours", "eager", "compiled"), dict.fromkeys(counts.PASSES, 2.0))
     rows = [bench_kernels._row(case, name, times, None, 100.0, torch.bfloat16) for name in counts.PASSES]
     assert asked == [500, (64, 592, 32, torch.bfloat16), 1500, (32, 64, 592, torch.bfloat16)]

@@ -41,7 +41,7 @@ def test_every_shipped_recipe_is_valid():
 
 @pytest.mark.parametrize("size", ["0p3b", "0p6b", "1b"])
 def test_the_full_recipes_hold_what_is_published(size):
-    """arXiv 2504.01792: 14.6 billion samples, 224 px first, then 576 to 5,832 tokens, clips in the last stage only."""
+    """arXiv 2504.01792: 14.6 billion samples, 224 px first, then 576 to 5,832 tokens, videos in the last stage only."""
     config = load_config(f"univitar_{size}")
     fixed, *native = config.stages
     assert config.model.encoder == size.replace("p", ".")
@@ -86,7 +86,7 @@ def test_all_faults_are_told_at_once(run_file):
     [
         (["stages.0.token_budget=100"], "an item may have 5832 tokens but token_budget is 100"),
         (["stages.0.warmup_samples=10"], "warmup_samples 10 must be below samples 10"),
-        (["stages.0.clip_frames=7"], "clip_frames 7 is not a multiple of 2"),
+        (["stages.0.video_frames=7"], "video_frames 7 is not a multiple of 2"),
         (["stages.0.image={min_tokens: 9, max_tokens: 8, divisor_px: 14}"], "min_tokens 9 exceeds max_tokens 8"),
         (["stages.0.image={kind: fixed, size_px: 225}"], "size_px divisible by 14, got 225"),
         (["stages.0.image={min_tokens: 1, max_tokens: 60}"], "at least 64 tokens an item, above max_tokens 60"),
@@ -96,7 +96,7 @@ def test_all_faults_are_told_at_once(run_file):
         (["stages.0.weights={x: .nan}"], r"stages\.0\.weights\.x: input should be a finite number, got NaN"),
         (["stages.0.lr=.inf"], r"stages\.0\.lr: input should be a finite number"),
         (["stages.0.contrastive={start: .inf}"], r"contrastive\.start: input should be a finite number"),
-        (["stages.0.clip_sampling={kind: fps, fps: .inf}"], r"fps: input should be a finite number"),
+        (["stages.0.video_sampling={kind: fps, fps: .inf}"], r"fps: input should be a finite number"),
         (["stages.0.patch_dropout=1"], r"stages\.0\.patch_dropout: input should be less than 1, got 1"),
         (["stages.0.stochastic_depth=-0.1"], r"stages\.0\.stochastic_depth: input should be greater .*, got -0\.1"),
     ],

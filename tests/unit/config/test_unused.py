@@ -49,11 +49,11 @@ UNUSED = [
     (["data.workers=0", "data.prefetch_packs=9"], "data.prefetch_packs", "data.workers 0"),
     (["data.workers=0", "data.worker_restarts=9"], "data.worker_restarts", "data.workers 0"),
     (["data.on_bad=fail", "data.max_bad_in_a_row=9"], "data.max_bad_in_a_row", "data.on_bad fail"),
-    ([NO_VIDEO, "data.max_clip_s=9"], "data.max_clip_s", "video_ratio is 0 in every stage"),
-    ([NO_VIDEO, "stages.0.clip_frames=6"], "stages.0.clip_frames", "video_ratio is 0"),
+    ([NO_VIDEO, "data.max_video_s=9"], "data.max_video_s", "video_ratio is 0 in every stage"),
+    ([NO_VIDEO, "stages.0.video_frames=6"], "stages.0.video_frames", "video_ratio is 0"),
     ([NO_VIDEO, "stages.0.video={max_tokens: 700}"], "stages.0.video", "video_ratio is 0"),
-    ([NO_VIDEO, "stages.0.clip_sampling={kind: fps}"], "stages.0.clip_sampling", "video_ratio is 0"),
-    (["stages.0.clip_sampling={fps: 9}"], "stages.0.clip_sampling.fps", "kind is uniform"),
+    ([NO_VIDEO, "stages.0.video_sampling={kind: fps}"], "stages.0.video_sampling", "video_ratio is 0"),
+    (["stages.0.video_sampling={fps: 9}"], "stages.0.video_sampling.fps", "kind is uniform"),
     (["stages.0.video_ratio=1"], "stages.0.image", "video_ratio is 1"),
     (["stages.0.image={kind: fixed, size_px: 28, max_tokens: 900}"], "stages.0.image.max_tokens", "kind fixed"),
     (["stages.0.lr_schedule=constant", "stages.0.final_lr_ratio=0.1"], "stages.0.final_lr_ratio", "constant stays"),
@@ -70,7 +70,7 @@ UNUSED = [
         "no stage reads images",
     ),
     (["evaluation.sources.0.templates=['a {}']"], "evaluation.sources.0.templates", "captions for training"),
-    (["logging.tensorboard=false", "logging.pictures_every_steps=7"], "logging.pictures_every_steps", "TensorBoard"),
+    (["logging.tensorboard=false", "logging.images_every_steps=7"], "logging.images_every_steps", "TensorBoard"),
 ]
 
 USED = [
@@ -79,7 +79,7 @@ USED = [
     ["evaluation.sources.0.path=s3://b/e", "data.s3.region=x"],
     ["data.sources.0.class_names=s3://b/names.txt", "data.s3.region=x"],
     ["objective.kind=sigmoid", "model.logit_bias_init=-3"],
-    ["stages.0.clip_sampling={kind: fps, fps: 9}", "data.max_clip_s=9"],
+    ["stages.0.video_sampling={kind: fps, fps: 9}", "data.max_video_s=9"],
     ["stages.0.lr_schedule=wsd", "stages.0.decay_samples=3", "stages.0.final_lr_ratio=0.1"],
     ["stages.0.image={kind: fixed, size_px: 28}"],
     ["stages.0.frozen=[text]", "model.text.frozen=true", "optimizer.layer_decay=0.7"],
@@ -88,7 +88,7 @@ USED = [
     ["evaluation.video_templates=['a {}']", "optimizer.ema_decay=0.9"],
     ["data.sources.0.name=photos", "data.sources.0.templates=['a {}']"],
     # at their defaults, or of no account
-    [NO_VIDEO, "stages.0.clip_frames=8", "stages.0.video={}"],
+    [NO_VIDEO, "stages.0.video_frames=8", "stages.0.video={}"],
     ["data.s3={}", "data.workers=0"],
 ]
 
@@ -105,8 +105,8 @@ def run_file(tmp_path):
 
 def reported(run_file, overrides):
     video = "stages.0.video={}" if NO_VIDEO in overrides else None
-    clips = "stages.0.clip_frames=8" if NO_VIDEO in overrides else None
-    return unused_parts(load_config(run_file, [*filter(None, (video, clips)), *overrides]))
+    videos = "stages.0.video_frames=8" if NO_VIDEO in overrides else None
+    return unused_parts(load_config(run_file, [*filter(None, (video, videos)), *overrides]))
 
 
 @pytest.mark.parametrize(("overrides", "key", "why"), UNUSED)

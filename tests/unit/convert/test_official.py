@@ -73,8 +73,8 @@ def test_each_size_rule_becomes_its_words_in_the_release():
     )
     fixed = with_size_rule(tiny, _stage(image={"kind": "fixed", "size_px": 112}))
     assert fixed.resolution.grid(50, 400) == (1, 8, 8)
-    clips = with_size_rule(tiny, _stage(video_ratio=1.0))
-    assert (clips.min_tokens, clips.max_tokens) == (8, 64)
+    videos = with_size_rule(tiny, _stage(video_ratio=1.0))
+    assert (videos.min_tokens, videos.max_tokens) == (8, 64)
     import dataclasses
 
     merged = dataclasses.replace(tiny, spatial_merge_size=2, relarge_ratio=2.0)

@@ -22,7 +22,7 @@ from tests.support.memory import (
     shards_of,
     sized_sample,
     small_rules,
-    tiny_picture,
+    tiny_image,
     wounds,
 )
 from univitar_ds.data.sampler.bad_samples import BadPolicy
@@ -41,9 +41,9 @@ def cursor_of(stream):
 def test_a_bad_sample_is_counted_by_kind_and_logged_with_shard_key_and_byte(caplog):
     samples = [sized_sample(f"g{n}", n) for n in range(30)]
     samples[3:3] = [
-        ("x", {"png": tiny_picture(20, 20)}),
+        ("x", {"png": tiny_image(20, 20)}),
         ("y", {"png": b"junk", "txt": b"t"}),
-        ("z", {"png": tiny_picture(20, 20), "json": b"{"}),
+        ("z", {"png": tiny_image(20, 20), "json": b"{"}),
     ]
     with caplog.at_level(logging.WARNING):
         packs, _ = packs_of(small_rules(shards_of([samples])), 0, 1)

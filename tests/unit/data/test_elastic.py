@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.shards import picture, write_demo_shards, write_tar
+from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.loader import PackLoader
@@ -18,7 +18,7 @@ LANES, STEPS, LEGS = 4, 64, 24
 SIZES = {
     "image": {"min_tokens": 4, "max_tokens": 40, "divisor_px": 14},
     "video": {"min_tokens": 8, "max_tokens": 60, "divisor_px": 14},
-    "clip_frames": 4,
+    "video_frames": 4,
     "token_budget": 160,
     "samples": 100,
     "lr": 1e-3,
@@ -39,15 +39,15 @@ def stage_at(step):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A sound source with clips, and one with cut pictures, missing captions, a damaged shard and a cut one."""
+    """A sound source with videos, and one with cut images, missing captions, a damaged shard and a cut one."""
     folder = tmp_path_factory.mktemp("elastic")
     write_demo_shards(folder / "demo", images=90, videos=16, shards=3)
     for shard in range(3):
         samples = []
         for n in range(24):
-            content = picture(40 + 3 * n, 70 - 2 * n, n)
+            content = image(40 + 3 * n, 70 - 2 * n, n)
             content = content[:-150] if n % 7 == 3 else content
-            samples.append((f"{shard}-{n:02d}", {"jpg": content, **({} if n % 11 == 5 else {"txt": b"a picture"})}))
+            samples.append((f"{shard}-{n:02d}", {"jpg": content, **({} if n % 11 == 5 else {"txt": b"an image"})}))
         write_tar(folder / "broken" / f"{shard}.tar", samples)
     damaged, cut = folder / "broken" / "1.tar", folder / "broken" / "2.tar"
     content = damaged.read_bytes()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.support.loading import STAGE, same
-from tests.support.shards import clip, picture, write_demo_shards, write_tar
+from tests.support.shards import image, video, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.loader import eval_packs
 from univitar_ds.tokenization import train_tokenizer
@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokenizer.json"
-    train_tokenizer(["a red picture number one", "a bar moves left"], 300).save(str(path))
+    train_tokenizer(["a red image number one", "a bar moves left"], 300).save(str(path))
     return path
 
 
@@ -28,7 +28,7 @@ def sweep(folder, modality="image", *, workers=0, token_budget=100, split="test"
             [SourceConfig(path=str(folder), split=split)],
             modality=modality,
             resolution=STAGE.resolution(modality),
-            clip_frames=4,
+            video_frames=4,
             token_budget=token_budget,
             tokenizer=tokenizer,
             context_length=16,
@@ -39,7 +39,7 @@ def sweep(folder, modality="image", *, workers=0, token_budget=100, split="test"
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_evaluation_without_a_readable_sample_counts_them_and_ends(tmp_path, workers):
-    write_tar(tmp_path / "a.tar", [(f"k{n}", {"jpg": picture(40, 40)}) for n in range(3)])
+    write_tar(tmp_path / "a.tar", [(f"k{n}", {"jpg": image(40, 40)}) for n in range(3)])
     assert [(len(pack), pack.bad) for pack in sweep(tmp_path, workers=workers)] == [(0, {"no_caption": 3})]
 
 
@@ -69,7 +69,7 @@ def test_an_item_above_the_evaluation_budget_travels_alone(folder):
 
 
 def test_bad_samples_of_an_evaluation_are_counted_also_at_the_end(tmp_path):
-    samples = [("a", {"png": picture(28, 28, form="PNG"), "txt": b"t"}), ("b", {"png": b"junk", "txt": b"t"})]
+    samples = [("a", {"png": image(28, 28, form="PNG"), "txt": b"t"}), ("b", {"png": b"junk", "txt": b"t"})]
     folder = write_tar(tmp_path / "t" / "a.tar", samples).parent
     (pack,) = sweep(folder)
     assert (pack.keys, pack.bad) == (["a/a"], {"unreadable": 1})
@@ -81,8 +81,8 @@ def test_bad_samples_of_an_evaluation_are_counted_also_at_the_end(tmp_path):
     assert (len(pack), pack.bad) == (0, {"unreadable": 1})
 
 
-def test_a_clip_keeps_its_frames_in_order(tmp_path):
-    content = clip(28, 56, frames=4)
+def test_a_video_keeps_its_frames_in_order(tmp_path):
+    content = video(28, 56, frames=4)
     folder = write_tar(tmp_path / "t" / "a.tar", [("c", {"mp4": content, "txt": b"t"})]).parent
     (pack,) = sweep(folder, "video")
     t, h, w = pack.grid_thw[0].tolist()

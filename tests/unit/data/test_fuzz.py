@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.support.shards import picture
+from tests.support.shards import image
 from univitar_ds.data.sampler.bad_samples import KINDS
 from univitar_ds.data.shards.listing import Shard
 from univitar_ds.data.shards.samples import SizeRule, read_sample
@@ -207,12 +207,12 @@ def test_a_damaged_shard_gives_its_sound_samples_and_says_what_is_lost(mutate):
 def test_whatever_comes_out_of_a_damaged_shard_is_a_sample_or_a_counted_error(tmp_path):
     rng = random.Random(11)
     rule = SizeRule("image", Resolution(16, 400, 28, None), 1, 400, 10**7)
-    pictures = [picture(40 + 9 * n, 60, n, form) for n, form in enumerate(("JPEG", "PNG", "WEBP", "GIF", "BMP"))]
+    images = [image(40 + 9 * n, 60, n, form) for n, form in enumerate(("JPEG", "PNG", "WEBP", "GIF", "BMP"))]
     outcomes = set()
     for number in range(200):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
-            for index, body in enumerate(pictures):
+            for index, body in enumerate(images):
                 for extension, part in (("jpg", body), ("json", b'{"caption": "a", "crc32": 1}')):
                     info = tarfile.TarInfo(f"{index}.{extension}")
                     info.size = len(part)

@@ -17,7 +17,7 @@ import torch
 from tests.support.loading import STAGE, same
 from tests.support.paths import ROOT
 from tests.support.progress import output_of, run_watched, runs, wait_until
-from tests.support.shards import picture, write_demo_shards, write_tar
+from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.loader import PackLoader
 from univitar_ds.data.sampler.cursor import parse
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokenizer.json"
-    train_tokenizer(["a red picture number one", "a bar moves left"], 300).save(str(path))
+    train_tokenizer(["a red image number one", "a bar moves left"], 300).save(str(path))
     return path
 
 
@@ -61,11 +61,11 @@ def drain(packs, steps=200):
         next(packs)
 
 
-def broken_picture(tmp_path):
-    """Shards in which every third picture has a sound header and cut data."""
+def broken_image(tmp_path):
+    """Shards in which every third image has a sound header and cut data."""
     samples = []
     for index in range(30):
-        content = picture(80, 60, index)
+        content = image(80, 60, index)
         content = content[:-200] if index % 3 == 0 else content
         samples.append((f"k{index:02d}", {"jpg": content, "txt": f"caption {index}".encode()}))
     return write_tar(tmp_path / "broken" / "a.tar", samples).parent
@@ -91,7 +91,7 @@ def test_a_step_has_one_pack_of_every_lane_with_fitting_shapes(folder, tokenizer
             assert (pack.pixels.dtype, dtypes) == (torch.uint8, {torch.int64})
 
 
-def test_the_pixels_of_an_item_are_the_picture_of_its_key(tmp_path):
+def test_the_pixels_of_an_item_are_the_image_of_its_key(tmp_path):
     colours = {f"k{n}": (n * 20, 255 - n * 20, n * 7) for n in range(10)}
     samples = []
     for n, (key, colour) in enumerate(colours.items()):
@@ -137,8 +137,8 @@ def test_packs_that_were_prefetched_and_thrown_away_are_not_lost(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_cannot_be_decoded_is_counted_and_leaves_its_pack_shorter(tmp_path, workers, caplog):
-    folder = broken_picture(tmp_path)
+def test_an_image_that_cannot_be_decoded_is_counted_and_leaves_its_pack_shorter(tmp_path, workers, caplog):
+    folder = broken_image(tmp_path)
     packs = [pack for step in take(4, folder, workers=workers, modality_of=lambda _: "image") for pack in step]
     assert sum(pack.bad.get("corrupt", 0) for pack in packs) >= 4
     good = {f"a/k{n:02d}" for n in range(30) if n % 3}
@@ -161,7 +161,7 @@ def test_all_lanes_of_a_rank_begin_before_the_first_of_them_is_read(folder, monk
 @pytest.mark.parametrize("shards", [1, 64])
 def test_a_rank_with_many_lanes_and_sources_may_open_more_files_than_systems_begin_with(tmp_path, shards):
     """Cut or whole: each of 8 lanes keeps a shard of each of 10 sources open."""
-    samples = [(f"k{n:02d}", {"jpg": picture(80, 60), "txt": b"t"}) for n in range(16)]
+    samples = [(f"k{n:02d}", {"jpg": image(80, 60), "txt": b"t"}) for n in range(16)]
     sources = []
     for name in map(str, range(10)):
         for number in range(shards):
@@ -190,7 +190,7 @@ def test_a_rank_with_many_lanes_and_sources_may_open_more_files_than_systems_beg
 
 
 def test_a_pack_of_which_nothing_can_be_decoded_is_empty_and_whole(tmp_path, tokenizer):
-    cut = picture(80, 60)[:-200]
+    cut = image(80, 60)[:-200]
     folder = write_tar(tmp_path / "t" / "a.tar", [(f"k{n}", {"jpg": cut, "txt": b"t"}) for n in range(4)]).parent
     ((pack,),) = take(1, folder, lanes_of_rank=[0], lanes=1, tokenizer=tokenizer)
     assert (len(pack), pack.tokens, pack.bad) == (0, 0, {"corrupt": 4})
@@ -201,7 +201,7 @@ def test_a_pack_of_which_nothing_can_be_decoded_is_empty_and_whole(tmp_path, tok
 
 
 def test_too_many_failures_of_decoding_in_a_row_end_the_run(tmp_path):
-    cut = picture(80, 60)[:-200]
+    cut = image(80, 60)[:-200]
     folder = write_tar(tmp_path / "t" / "a.tar", [(f"k{n}", {"jpg": cut, "txt": b"t"}) for n in range(4)]).parent
     with pytest.raises(
         DataError, match=r"lane 0, image, decoding: 7 samples in a row cannot be used \(data.max_bad_in_a_row is 6\)"
@@ -211,12 +211,12 @@ def test_too_many_failures_of_decoding_in_a_row_end_the_run(tmp_path):
 
 def test_failures_of_decoding_with_good_samples_between_them_are_not_in_a_row(tmp_path):
     limits = {"max_bad_in_a_row": 8, "max_bad_per_thousand": 1000}
-    steps = take(12, broken_picture(tmp_path), modality_of=lambda _: "image", limits=limits)
+    steps = take(12, broken_image(tmp_path), modality_of=lambda _: "image", limits=limits)
     assert min(sum(step[lane].bad.get("corrupt", 0) for step in steps) for lane in (0, 1)) > 8
 
 
 def test_failures_of_decoding_are_counted_on_where_a_resumed_run_takes_over(tmp_path):
-    folder, given = broken_picture(tmp_path), {"modality_of": lambda _: "image", "lanes_of_rank": [0], "lanes": 1}
+    folder, given = broken_image(tmp_path), {"modality_of": lambda _: "image", "lanes_of_rank": [0], "lanes": 1}
     limits = {"max_bad_per_thousand": 18}
     whole, story = until_the_end(folder, limits=limits, **given)
     assert "19 of the last" in story
@@ -235,7 +235,7 @@ def until_the_end(folder, **given):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_cut_tar_is_counted_or_reaches_the_trainer_as_the_sentence_it_is(tmp_path, workers):
-    samples = [(f"k{n}", {"png": picture(28, 28, n, "PNG"), "txt": b"t"}) for n in range(20)]
+    samples = [(f"k{n}", {"png": image(28, 28, n, "PNG"), "txt": b"t"}) for n in range(20)]
     path = write_tar(tmp_path / "t" / "a.tar", samples)
     size = path.read_bytes().index(b"k17.png") + 700
     with open(path, "r+b") as file:
@@ -248,7 +248,7 @@ def test_a_cut_tar_is_counted_or_reaches_the_trainer_as_the_sentence_it_is(tmp_p
 
 
 def test_a_shard_that_vanishes_while_it_is_decoded_is_a_sentence(tmp_path):
-    samples = [(f"k{n}", {"png": picture(28, 28, n, "PNG"), "txt": b"t"}) for n in range(8)]
+    samples = [(f"k{n}", {"png": image(28, 28, n, "PNG"), "txt": b"t"}) for n in range(8)]
     path = write_tar(tmp_path / "t" / "a.tar", samples)
     with loader(path.parent, workers=1, modality_of=lambda _: "image", limits={"prefetch_packs": 1}) as packs:
         next(packs)

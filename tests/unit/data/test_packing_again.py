@@ -30,7 +30,7 @@ def test_a_change_in_the_folder_renews_what_it_touches(folder, tmp_path):
     out = tmp_path / "out"
     pack(folder, out)
     (folder / "images/7.jpg").write_bytes(media.encoded(media.noise(99, 99)))
-    rows = (folder / "metadata.jsonl").read_text().replace("picture 8", "another caption")
+    rows = (folder / "metadata.jsonl").read_text().replace("image 8", "another caption")
     (folder / "metadata.jsonl").write_text(rows)
     test_shard = (out / "test-image-000000.tar").stat().st_mtime_ns
     again = pack(folder, out)
@@ -135,7 +135,7 @@ writer.pack_folder(sys.argv[1], sys.argv[2], workers=2, progress=False)
 """
 
 
-def test_a_picture_that_kills_its_decoder_is_left_out(folder, tmp_path):
+def test_an_image_that_kills_its_decoder_is_left_out(folder, tmp_path):
     for name in ("images/4.jpg", "images/5.jpg", "images/20.jpg"):
         (folder / name).write_bytes((folder / name).read_bytes() + b"poison")
     run_script("-c", CRASHING, str(folder), str(tmp_path / "out"))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from univitar_ds.demo import scenes
 from univitar_ds.demo.draw import COLOURS, QUARTER, SHAPES, luminance
-from univitar_ds.demo.scenes import clip_scene, compositions, image_scene, render, thing_at
+from univitar_ds.demo.scenes import compositions, image_scene, render, thing_at, video_scene
 from univitar_ds.demo.synthetic import write_scenes
 from univitar_ds.errors import DataError
 
@@ -32,7 +32,7 @@ def _rows(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("scenes") / "set"
-    write_scenes(where, images=48, clips=32, seed=5)
+    write_scenes(where, images=48, videos=32, seed=5)
     return where
 
 
@@ -51,13 +51,13 @@ def test_every_scene_shows_compositions_of_its_split_only(split: str):
     allowed = set(compositions(split))
     shown = set()
     for index in range(200):
-        for scene in (image_scene(1, split, index), clip_scene(1, split, index)):
+        for scene in (image_scene(1, split, index), video_scene(1, split, index)):
             shown |= {(thing.colour, thing.shape) for thing in scene.things}
     assert shown == allowed
 
 
-def test_held_out_clips_move_in_all_four_directions():
-    seen = {(clip.things[0].name, clip.direction) for clip in (clip_scene(0, "test", i) for i in range(64))}
+def test_held_out_videos_move_in_all_four_directions():
+    seen = {(video.things[0].name, video.direction) for video in (video_scene(0, "test", i) for i in range(64))}
     assert len(seen) == 16 * 4
 
 
@@ -109,19 +109,19 @@ def test_sizes_and_aspect_ratios_spread_over_the_stated_range():
     assert ratios.max() > 2.2
     assert ratios.min() < 1 / 2.2
     assert abs(np.median(ratios) - 1) < 0.1
-    clips = [clip_scene(0, "train", i) for i in range(300)]
-    assert all(40 <= side <= 160 and side % 2 == 0 for clip in clips for side in (clip.width, clip.height))
+    videos = [video_scene(0, "train", i) for i in range(300)]
+    assert all(40 <= side <= 160 and side % 2 == 0 for video in videos for side in (video.width, video.height))
 
 
 def test_no_single_frame_tells_the_direction():
     """Places in the first, middle and last frame, as shares of the sides, are uniform for each direction alone."""
     places: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for index in range(4000):
-        clip = clip_scene(7, "train", index)
-        for which, frame in enumerate((0, clip.frames // 2, clip.frames - 1)):
-            thing = thing_at(clip, frame)
-            share = (thing.left_q / clip.width / QUARTER, thing.top_q / clip.height / QUARTER)
-            places.setdefault((clip.direction, which), []).append(share)
+        video = video_scene(7, "train", index)
+        for which, frame in enumerate((0, video.frames // 2, video.frames - 1)):
+            thing = thing_at(video, frame)
+            share = (thing.left_q / video.width / QUARTER, thing.top_q / video.height / QUARTER)
+            places.setdefault((video.direction, which), []).append(share)
     assert len(places) == 12
     for samples in places.values():
         for axis in np.array(samples).T:
@@ -131,29 +131,29 @@ def test_no_single_frame_tells_the_direction():
 
 
 def test_what_else_a_frame_shows_does_not_depend_on_the_direction():
-    clips = [clip_scene(8, "train", index) for index in range(4000)]
+    videos = [video_scene(8, "train", index) for index in range(4000)]
     for read in (lambda c: c.width / c.height, lambda c: c.things[0].diameter_q, lambda c: c.frames, lambda c: c.rate):
-        values = np.array([read(clip) for clip in clips], dtype=float)
-        groups = [values[[c.direction == direction for c in clips]] for direction in scenes.DIRECTIONS]
+        values = np.array([read(video) for video in videos], dtype=float)
+        groups = [values[[c.direction == direction for c in videos]] for direction in scenes.DIRECTIONS]
         error = values.std() / np.sqrt(1000)
         assert all(abs(group.mean() - values.mean()) < 4 * error for group in groups)
 
 
 @pytest.mark.parametrize(("direction", "opposite"), [("left", "right"), ("up", "down")])
-def test_a_clip_played_backwards_is_a_clip_of_the_opposite_motion(direction: str, opposite: str):
+def test_a_video_played_backwards_is_a_video_of_the_opposite_motion(direction: str, opposite: str):
     index = list(scenes.DIRECTIONS).index(direction)
-    for clip in (clip_scene(9, "train", index + 4 * i) for i in range(8)):
-        assert clip.direction == direction
-        mirrored = replace(clip, direction=opposite, things=(thing_at(clip, clip.frames - 1),))
-        for backwards, forwards in zip(reversed(render(clip)), render(mirrored), strict=True):
+    for video in (video_scene(9, "train", index + 4 * i) for i in range(8)):
+        assert video.direction == direction
+        mirrored = replace(video, direction=opposite, things=(thing_at(video, video.frames - 1),))
+        for backwards, forwards in zip(reversed(render(video)), render(mirrored), strict=True):
             assert np.array_equal(backwards, forwards)
 
 
 def test_eight_evenly_sampled_frames_move_the_shape_by_four_to_ten_pixels():
     for index in range(300):
-        clip = clip_scene(0, "train", index)
-        assert 16 <= clip.frames <= 24
-        assert 4 <= clip.speed_q / QUARTER * clip.frames / EIGHT_OF <= 10.6  # speeds are whole quarters of a pixel
+        video = video_scene(0, "train", index)
+        assert 16 <= video.frames <= 24
+        assert 4 <= video.speed_q / QUARTER * video.frames / EIGHT_OF <= 10.6  # speeds are whole quarters of a pixel
 
 
 def test_edges_are_smooth():
@@ -174,12 +174,12 @@ def test_files_on_disk_are_what_the_rows_say(folder: Path):
     }
     for row in rows:
         index = int(Path(row["file"]).stem.rsplit("-", 1)[1])
-        scene = (image_scene if row["kind"] == "image" else clip_scene)(5, row["split"], index)
+        scene = (image_scene if row["kind"] == "image" else video_scene)(5, row["split"], index)
         truth = render(scene)
         if row["kind"] == "image":
-            with Image.open(folder / row["file"]) as picture:
-                assert picture.format == ("PNG" if row["file"].endswith("png") else "JPEG")
-                frames = [np.asarray(picture.convert("RGB"))]
+            with Image.open(folder / row["file"]) as image:
+                assert image.format == ("PNG" if row["file"].endswith("png") else "JPEG")
+                frames = [np.asarray(image.convert("RGB"))]
         else:
             with av.open(str(folder / row["file"])) as container:
                 assert "mp4" in container.format.name
@@ -192,30 +192,30 @@ def test_files_on_disk_are_what_the_rows_say(folder: Path):
 
 
 def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(folder: Path, tmp_path: Path):
-    write_scenes(tmp_path / "again", images=48, clips=32, seed=5)
+    write_scenes(tmp_path / "again", images=48, videos=32, seed=5)
     assert _digests(tmp_path / "again") == _digests(folder)
-    write_scenes(tmp_path / "other", images=48, clips=32, seed=6)
+    write_scenes(tmp_path / "other", images=48, videos=32, seed=6)
     assert _digests(tmp_path / "other") != _digests(folder)
 
 
 def test_an_interrupted_set_is_completed_and_a_finished_one_is_left_alone(folder: Path, tmp_path: Path):
     out = tmp_path / "set"
-    write_scenes(out, images=4, clips=4, seed=5)
+    write_scenes(out, images=4, videos=4, seed=5)
     before = _digests(out)
     (out / "metadata.jsonl").unlink()
     next((out / "images").iterdir()).unlink()
-    write_scenes(out, images=4, clips=4, seed=5)
+    write_scenes(out, images=4, videos=4, seed=5)
     assert _digests(out) == before
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    write_scenes(out, images=4, clips=4, seed=5)
+    write_scenes(out, images=4, videos=4, seed=5)
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
 def test_a_foreign_folder_or_another_set_is_refused(folder: Path, tmp_path: Path):
     with pytest.raises(DataError, match="name another folder"):
-        write_scenes(folder, images=49, clips=32, seed=5)
+        write_scenes(folder, images=49, videos=32, seed=5)
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty"):
-        write_scenes(tmp_path, images=4, clips=4, seed=0)
+        write_scenes(tmp_path, images=4, videos=4, seed=0)
     with pytest.raises(DataError, match="ask for a scene"):
-        write_scenes(tmp_path / "none", images=0, clips=0, seed=0)
+        write_scenes(tmp_path / "none", images=0, videos=0, seed=0)

@@ -103,7 +103,7 @@ def test_nearest_captions_are_distinct_and_the_own_one_is_marked():
     assert [right for _, right, _ in captions] == [True, False, False]
 
 
-def test_a_sheet_is_a_picture_with_a_row_for_every_item(tmp_path: Path):
+def test_a_sheet_is_an_image_with_a_row_for_every_item(tmp_path: Path):
     kept = [_item((1, 3, 5), 1, "shard/0000"), _item((2, 4, 2), 4, "shard/0001")]
     rows = random_rows(2, 4)
     draw_sheet(_model(), kept, made(rows, rows, ["one", "two"]), tmp_path / "sheet.png")

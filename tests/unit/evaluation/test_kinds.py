@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.finished import run_config, write_run
-from tests.support.shards import clip, picture, write_tar
+from tests.support.shards import image, video, write_tar
 from univitar_ds import launch
 from univitar_ds.cli.main import main
 from univitar_ds.config.run_folder import SUMMARY
@@ -29,15 +29,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def labelled(index: int) -> dict[str, bytes]:
     """As CLIP_benchmark exports them."""
-    return {"cls": str(index % 4).encode(), "webp": picture(40, 40, index, "WEBP")}
+    return {"cls": str(index % 4).encode(), "webp": image(40, 40, index, "WEBP")}
 
 
 def captioned(index: int) -> dict[str, bytes]:
-    return {"jpg": picture(40, 40, index), "txt": f"picture number {index}".encode()}
+    return {"jpg": image(40, 40, index), "txt": f"image number {index}".encode()}
 
 
 def moving(index: int) -> dict[str, bytes]:
-    return {"mp4": clip(48, 48, 6, index), "txt": f"clip number {index}".encode()}
+    return {"mp4": video(48, 48, 6, index), "txt": f"clip number {index}".encode()}
 
 
 def tar(folder: Path, *kinds, of_each: int = 8) -> str:
@@ -116,11 +116,11 @@ def test_videos_that_are_there_and_broken_are_missed_and_counted(run: Path, tmp_
 
 
 def nothing(index: int) -> dict[str, bytes]:
-    return {"jpg": picture(40, 40, index)}
+    return {"jpg": image(40, 40, index)}
 
 
 def alike(index: int) -> dict[str, bytes]:
-    return {"cls": b"0", "jpg": picture(40, 40, index)}
+    return {"cls": b"0", "jpg": image(40, 40, index)}
 
 
 def texts(index: int) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ def _evaluation() -> dict:
     return {
         "checkpoint": "step-00000070",
         "figures": [figure.to_dict() for figure in figures],
-        "notes": ["No clips."],
+        "notes": ["No videos."],
         "seconds": 3.1,
     }
 
@@ -34,7 +34,7 @@ def test_every_figure_has_its_chance_level_the_ratio_and_the_count_beside_it():
     ]  # fmt: skip
     assert any("zero-shot (birds)" in line for line in lines)
     assert "step-00000070" in lines[0]
-    assert lines[-1] == "No clips."
+    assert lines[-1] == "No videos."
 
 
 def test_columns_are_even_and_the_table_is_markdown():

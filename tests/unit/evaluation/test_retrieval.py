@@ -48,12 +48,12 @@ def test_chance_levels_are_the_counted_ones():
 def test_any_item_with_the_caption_is_right_and_equal_captions_are_one_candidate():
     east, north, west = torch.eye(4)[0], torch.eye(4)[1], -torch.eye(4)[0]
     fill = random_rows(3, 4, seed=2) * 0.01 - torch.eye(4)[3]
-    # "dog" is nearest to the second dog; the first dog's picture lies at the caption "cat".
+    # "dog" is nearest to the second dog; the first dog's image lies at the caption "cat".
     vision = torch.stack([north, east, north, *fill])
     text = torch.stack([east, east, north + 0.1 * west, *fill])
     figures = _by_name(made(vision, text, ["dog", "dog", "cat", "x", "y", "z"]))
     assert figures["text to image", "R@1"].candidates == 6
-    # "cat" draws between the first dog's picture and its own: both lie in the same place.
+    # "cat" draws between the first dog's image and its own: both lie in the same place.
     assert figures["text to image", "R@1"].value == pytest.approx((1 + 0.5 + 3) / 5)
     assert figures["image to text", "R@1"].candidates == 5
     assert figures["image to text", "R@1"].value == pytest.approx(5 / 6)
@@ -122,4 +122,4 @@ def test_all_captions_of_an_item_are_right_and_count_as_texts():
     assert (to_text.n, to_text.candidates, to_image.n, to_image.candidates) == (3, 5, 5, 3)
     assert to_text.value == 1.0, "one of an item's captions is enough"
     assert to_text.chance == pytest.approx((2 / 5 + 2 / 5 + 1 / 5) / 3)
-    assert to_image.value == pytest.approx((1 / 3 + 1 + 1 + 1 / 3 + 1) / 5), "a cat and hound lie at no picture"
+    assert to_image.value == pytest.approx((1 / 3 + 1 + 1 + 1 / 3 + 1) / 5), "a cat and hound lie at no image"

@@ -10,7 +10,7 @@ import torch
 
 from tests.support.closeness import assert_sums_close, encoder_terms
 from tests.support.finished import run_config, write_run
-from tests.support.shards import picture, write_demo_shards, write_tar
+from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.convert.official import export_encoder
 from univitar_ds.data.loader import eval_packs
@@ -46,7 +46,7 @@ def test_every_item_is_embedded_once_with_what_belongs_to_it(run: Path):
             config.evaluation.sources,
             modality="image",
             resolution=stage.resolution("image"),
-            clip_frames=stage.clip_frames,
+            video_frames=stage.video_frames,
             token_budget=token_budget,
             tokenizer=run / "tokenizer.json",
             context_length=config.model.text.context_length,
@@ -176,9 +176,9 @@ def test_a_checkpoint_of_another_model_is_refused(run: Path, tmp_path: Path):
 
 
 def test_all_lines_of_a_txt_are_texts_of_the_retrieval_where_the_source_says_so(tmp_path: Path):
-    text = "a {} picture\na picture that is {}\n{}"
+    text = "a {} image\na image that is {}\n{}"
     samples = [
-        (word, {"png": picture(28 + 14 * n, 42, n, "PNG"), "txt": text.replace("{}", word).encode()})
+        (word, {"png": image(28 + 14 * n, 42, n, "PNG"), "txt": text.replace("{}", word).encode()})
         for n, word in enumerate(("red", "green", "blue", "grey", "pink", "white"))
     ]
     path = str(write_tar(tmp_path / "lines.tar", samples))

@@ -194,7 +194,7 @@ def test_heads_for_a_teacher_leave_first_values_and_embeddings_as_they_are():
 
 
 @pytest.mark.numeric
-def test_a_picture_of_which_a_corner_stays_is_embedded_as_the_corner_cut_out():
+def test_an_image_of_which_a_corner_stays_is_embedded_as_the_corner_cut_out():
     model = build_contrastive(CONFIG, **VOCAB, seed=0, teacher_width=24)
     pixels = drawn_pixels()
     first, *others = pixels.split(sizes(FRAMES, GRIDS))

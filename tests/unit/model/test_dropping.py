@@ -114,10 +114,10 @@ def test_scaling_in_bfloat16_has_no_bias():
 
 
 @pytest.mark.numeric
-def test_an_encoder_that_sees_the_corner_of_a_picture_gives_the_tokens_of_the_corner_cut_out():
+def test_an_encoder_that_sees_the_corner_of_an_image_gives_the_tokens_of_the_corner_cut_out():
     model, patches = small_encoder().double(), drawn_patches(GRIDS).double()
     corner = [row * 6 + column for row in range(3) for column in range(2)]
-    first_step = [0, 1, 4, 5]  # rows and columns 0 and 1 of the first time step of the clip
+    first_step = [0, 1, 4, 5]  # rows and columns 0 and 1 of the first time step of the video
     drops = keeping([corner, first_step, [0, 1, 2, 3], list(range(12))])
     seen = model(patches, GRIDS, drops=drops)
     cut = model(patches[drops.kept], [[1, 3, 2], [1, 2, 2], [1, 2, 2], [1, 6, 2]])

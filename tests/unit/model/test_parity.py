@@ -56,7 +56,7 @@ def test_from_the_bytes_of_the_pixels_values_and_gradients_are_the_releases(case
 
 
 @pytest.mark.numeric
-def test_the_whole_way_from_pictures_to_tokens_is_the_releases(case):
+def test_the_whole_way_from_images_to_tokens_is_the_releases(case):
     numbers = golden(case)
     tokens = UniViTAR.from_pretrained(numbers.folder)(*Preprocessor.from_pretrained(numbers.folder)(numbers.items()))
     assert_sums_close(tokens, numbers.last_hidden_state, numbers.terms)

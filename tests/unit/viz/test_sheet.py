@@ -1,4 +1,4 @@
-"""Pieces of sheets: colours that tell tokens apart, tokens in their places, pictures and captions that fit."""
+"""Pieces of sheets: colours that tell tokens apart, tokens in their places, images and captions that fit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_frames_are_spread_from_the_first_to_the_last():
 
 
 @pytest.mark.parametrize(("rows", "columns", "size"), [(2, 2, (50, 50)), (2, 10, (80, 16)), (10, 1, (5, 50))])
-def test_a_picture_and_its_tokens_get_the_same_size_and_keep_their_proportions(rows, columns, size):
+def test_an_image_and_its_tokens_get_the_same_size_and_keep_their_proportions(rows, columns, size):
     pixels = torch.zeros(rows * PATCH, columns * PATCH, 3, dtype=torch.uint8)
     assert to_size(pixels, 50, 80, smooth=True).size == size
     assert to_size(pixels[:rows, :columns], 50, 80, smooth=False).size == size

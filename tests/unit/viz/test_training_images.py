@@ -16,7 +16,7 @@ def test_places_of_dropped_tokens_stay_blank():
     pack = grey_pack((1, 2, 4), (1, 1, 2))
     tokens = torch.eye(5, 6) + torch.arange(5)[:, None]
     sheet = np.asarray(draw_pack(pack, 1, tokens, torch.tensor([0, 1, 2, 3, 5]), 1))
-    left = training_images.GAP + 260 + 2  # beside a picture of 2 x 4 patches, 130 pixels high
+    left = training_images.GAP + 260 + 2  # beside an image of 2 x 4 patches, 130 pixels high
     lower = sheet[training_images.GAP + 66 : training_images.GAP + 129, left : left + 259]
     blank = (lower == BLANK).all((0, 2))
     assert blank[1:64].all(), "the first place of the second row"
@@ -24,7 +24,7 @@ def test_places_of_dropped_tokens_stay_blank():
     assert blank[131:].all(), "the rest of it"
 
 
-def test_a_picture_stands_beside_its_colours_and_both_keep_their_proportions():
+def test_an_image_stands_beside_its_colours_and_both_keep_their_proportions():
     pack = grey_pack((1, 3, 5), (1, 4, 2))
     sheet = np.asarray(whole(pack, torch.randn(23, 8)))
     gap = training_images.GAP
@@ -37,7 +37,7 @@ def test_a_picture_stands_beside_its_colours_and_both_keep_their_proportions():
     assert ink[gap + 152 :].any(), "no caption"
 
 
-def test_a_clip_shows_frames_above_the_colours_of_their_moments():
+def test_a_video_shows_frames_above_the_colours_of_their_moments():
     pack = grey_pack((2, 3, 4), frames=4, modality="video")
     moments = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]).repeat_interleave(12, 0)
     sheet = np.asarray(whole(pack, moments))

@@ -23,18 +23,18 @@ Failure = tuple[int, str, str]
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Pixels of a frame, seconds of decoding a clip, seconds that a clip lasts."""
+    """Pixels of a frame, seconds of decoding a video, seconds that a video lasts."""
 
     max_image_px: int
     timeout_s: float
-    max_clip_s: float
+    max_video_s: float
 
 
 @dataclass(frozen=True)
 class DecodeItem:
-    """Where the media of one item lies and what it becomes: `frames` frames (1 for a picture) on a grid.
+    """Where the media of one item lies and what it becomes: `frames` frames (1 for an image) on a grid.
 
-    `crc32` of its bytes where known; `draw`, a number from which a clip's jittered frames follow.
+    `crc32` of its bytes where known; `draw`, a number from which a video's jittered frames follow.
     """
 
     path: str
@@ -133,15 +133,15 @@ def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: S
         pixels, extent = decode_near(data, max_px=limits.max_image_px, target=(height, width))
         fit_image(pixels, item.grid, out[0], extent)
     else:
-        from univitar_ds.data.media.video_decode import decode_clip  # see `worker.PRELOADED`
+        from univitar_ds.data.media.video_decode import decode_video  # see `worker.PRELOADED`
 
-        out[:] = decode_clip(
+        out[:] = decode_video(
             data,
             frames=item.frames,
             max_px=limits.max_image_px,
             timeout_s=limits.timeout_s,
             sampling=job.sampling,
             draw=item.draw,
-            max_clip_s=limits.max_clip_s,
+            max_video_s=limits.max_video_s,
             fit=lambda frame: fit_image(frame, item.grid),
         )

@@ -17,8 +17,8 @@ from univitar_ds.import_path import safe_environment
 from univitar_ds.processes import signals_held
 
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), "MALLOC_TRIM_THRESHOLD_": str(6 << 20)}
-"""Of glibc, for a decoding process: large pictures go back to the system at once, and at most 6 MiB are kept for the
-next ones. By itself glibc would keep twice the largest picture's bytes for good; lower values cost page faults."""
+"""Of glibc, for a decoding process: large images go back to the system at once, and at most 6 MiB are kept for the
+next ones. By itself glibc would keep twice the largest image's bytes for good; lower values cost page faults."""
 _ANSWER_S = 120.0
 _CLOSE_S = 10.0
 

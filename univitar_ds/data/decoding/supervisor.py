@@ -1,7 +1,7 @@
 """One decoding process and all that can happen to it: it dies, it hangs, it is started again.
 
 A pack whose process ends twice is decoded item by item; an item that ends its process twice more is a bad sample.
-So one picture that crashes its decoder costs one sample, and it is the same sample on every run.
+So one image that crashes its decoder costs one sample, and it is the same sample on every run.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from univitar_ds.errors import DataError
 _log = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
-"""Seconds without a finished item after which a process counts as hung. A clip may take its own limit on top, of CPU
+"""Seconds without a finished item after which a process counts as hung. A video may take its own limit on top, of CPU
 time on a machine that may be busy, and a remote shard what `data.s3.give_up_s` allows."""
-_CLIP_FACTOR = 4
+_VIDEO_FACTOR = 4
 _START_S = 120.0
 _TRIES = 2
 
@@ -173,9 +173,9 @@ class WorkerSupervisor:
         _log.info("decoding process %d (pid %d) is up", self._number, self._pid)
 
     def _patience(self, job: DecodeJob) -> float:
-        clip = _CLIP_FACTOR * job.limits.timeout_s if job.modality == "video" else 0.0
+        video = _VIDEO_FACTOR * job.limits.timeout_s if job.modality == "video" else 0.0
         remote = self._settings.give_up_s if any("://" in item.path for item in job.items) else 0.0
-        return _PATIENCE_S + clip + remote
+        return _PATIENCE_S + video + remote
 
     def _end(self, kind: str, what: str = "") -> _Ended:
         """Leave no trace of the process; the next work starts another.

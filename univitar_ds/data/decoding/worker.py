@@ -1,11 +1,11 @@
 """The process that decoding processes are forked from; its arguments are descriptors, sizes and needs, see `main`.
 
 It is a program of its own, not a copy of the trainer: it imports what decoding needs and nothing else (no FFmpeg for
-pictures), whatever the trainer's main module is, and starts no thread. The processes it forks share its memory, two
+images), whatever the trainer's main module is, and starts no thread. The processes it forks share its memory, two
 thirds of what each of them uses, and start within milliseconds. `forkserver.ForkServer` is the trainer's side of it.
 
 Messages to decoding processes are JSON; pixels go through the ring. They end when the trainer closes its end of their
-channel. When the trainer is gone, all of them end, even in the middle of a picture.
+channel. When the trainer is gone, all of them end, even in the middle of an image.
 """
 
 from __future__ import annotations

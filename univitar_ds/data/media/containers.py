@@ -50,7 +50,7 @@ VIDEO_EXTENSION_OF = {
 def video_demuxer(data: bytes) -> str | None:
     """FFmpeg's name of the demuxer for a video file, None if the bytes are no video container we read.
 
-    "gif" is an answer too: whether a GIF is meant as a picture or as a clip, its bytes do not tell.
+    "gif" is an answer too: whether a GIF is meant as an image or as a video, its bytes do not tell.
     """
     if data[4:8] in _MP4_BOXES:
         return None if data[4:8] == b"ftyp" and data[8:12] in _PICTURE_BRANDS else "mov"

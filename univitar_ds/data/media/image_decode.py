@@ -1,4 +1,4 @@
-"""Pictures to raw pixels. Whatever is wrong with the bytes is a SampleError; nothing is half read in silence."""
+"""Images to raw pixels. Whatever is wrong with the bytes is a SampleError; nothing is half read in silence."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin
 from univitar_ds.data.media import jpeg_header
 from univitar_ds.data.media.memory_limits import check_memory
 from univitar_ds.data.media.png import ICON, without_large_texts
-from univitar_ds.data.media.probe import open_picture, orientation_of
+from univitar_ds.data.media.probe import open_image, orientation_of
 from univitar_ds.data.media.resize import Extent
 from univitar_ds.data.media.types import check_area, reason
 from univitar_ds.errors import SampleError
 from univitar_ds.image_ops import rgb_pixels, upright
 
-# Found by the turbo decoder in the picture's own data: Pillow would go on and fill in grey or garbage.
+# Found by the turbo decoder in the image's own data: Pillow would go on and fill in grey or garbage.
 _DAMAGED_SCAN = re.compile("bad Huffman code|bad arithmetic|premature end of data|resync|RST", re.IGNORECASE)
 
 _SCAN = b"\xff\xda"
 MOST_SCANS = 500
-"""Every scan of a progressive JPEG goes over all pixels; pictures have 10, and 2,000 fit into a megabyte."""
+"""Every scan of a progressive JPEG goes over all pixels; images have 10, and 2,000 fit into a megabyte."""
 _SPARE = 2
 """A reduced decode keeps this many times the target's sides. After resizing it then differs from a full decode by
 1 level of 255 on average; decoded straight to the target by 2 to 4, most in print and fine texture."""
 
 
 def decode_image(data: bytes, *, max_px: int) -> np.ndarray:
-    """A picture, the first frame of an animated one, as it is meant to be seen.
+    """An image, the first frame of an animated one, as it is meant to be seen.
 
     EXIF orientation is applied and transparency laid on white.
 
@@ -42,10 +42,10 @@ def decode_image(data: bytes, *, max_px: int) -> np.ndarray:
 
 
 def decode_near(data: bytes, *, max_px: int, target: tuple[int, int] | None) -> tuple[np.ndarray, Extent]:
-    """The same for a picture that will be resized to `target`, (height, width): a much larger JPEG is decoded at a
+    """The same for an image that will be resized to `target`, (height, width): a much larger JPEG is decoded at a
     smaller scale, never below twice the target.
 
-    Returns: (H, W, 3) uint8, and how much of them the picture takes: at a smaller scale it may end within its last
+    Returns: (H, W, 3) uint8, and how much of them the image takes: at a smaller scale it may end within its last
         pixels.
     Raises: SampleError.
     """
@@ -67,7 +67,7 @@ def decode_near(data: bytes, *, max_px: int, target: tuple[int, int] | None) -> 
 def _turbo(
     data: bytes, header: jpeg_header.JpegHeader, target: tuple[int, int] | None
 ) -> tuple[np.ndarray, Extent] | None:
-    """The picture through libjpeg-turbo; None if Pillow should have a look at it."""
+    """The image through libjpeg-turbo; None if Pillow should have a look at it."""
     scale = {}
     if target is not None and _may_shrink(header):
         height, width = target[::-1] if header.orientation >= 5 else target
@@ -95,7 +95,7 @@ def _may_shrink(header: jpeg_header.JpegHeader) -> bool:
 def _pillow(data: bytes, max_px: int, orientation: int | None) -> np.ndarray:
     if data.startswith(ICON):  # Pillow opens what is inside later
         data = without_large_texts(data)
-    with open_picture(data) as image:
+    with open_image(data) as image:
         check_area(image.height, image.width, max_px)
         if isinstance(image, IcoImagePlugin.IcoImageFile):
             check_area(*_icon_size(data, image), max_px)
@@ -107,11 +107,11 @@ def _pillow(data: bytes, max_px: int, orientation: int | None) -> np.ndarray:
         except Exception as error:  # Pillow's decoders raise whatever damaged data runs them into
             if (shorter := without_large_texts(data)) is not data:
                 return _pillow(shorter, max_px, orientation)
-            raise SampleError("corrupt", f"the {image.format} picture cannot be decoded: {reason(error)}") from error
+            raise SampleError("corrupt", f"the {image.format} image cannot be decoded: {reason(error)}") from error
 
 
 def _icon_size(data: bytes, icon: IcoImagePlugin.IcoImageFile) -> tuple[int, int]:
-    """(height, width) of the picture inside an icon that is decoded; the icon's directory may say another size."""
+    """(height, width) of the image inside an icon that is decoded; the icon's directory may say another size."""
     stream = io.BytesIO(data)
     inner: Image.Image
     try:
@@ -120,6 +120,6 @@ def _icon_size(data: bytes, icon: IcoImagePlugin.IcoImageFile) -> tuple[int, int
             inner = PngImagePlugin.PngImageFile(stream)
             return inner.height, inner.width
         inner = BmpImagePlugin.DibImageFile(stream)
-        return inner.height // 2, inner.width  # the mask lies below the picture
+        return inner.height // 2, inner.width  # the mask lies below the image
     except Exception as error:
-        raise SampleError("corrupt", f"the ICO picture cannot be decoded: {reason(error)}") from error
+        raise SampleError("corrupt", f"the ICO image cannot be decoded: {reason(error)}") from error

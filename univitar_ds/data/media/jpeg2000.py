@@ -1,7 +1,7 @@
 """What decoding a JPEG 2000 takes in memory, from its headers.
 
 OpenJPEG holds a tile whole, as 32 bit integers, and keeps accounts of every tile and of every code block. A file of
-a few kilobytes may name 65,535 tiles, or blocks of 4 x 4 pixels in a picture of any size.
+a few kilobytes may name 65,535 tiles, or blocks of 4 x 4 pixels in an image of any size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Size(NamedTuple):
 
 
 def bytes_needed(data: bytes, bytes_a_pixel: int) -> float:
-    """The most memory that decoding takes beside the file, in bytes; `bytes_a_pixel` are those of the loaded picture.
+    """The most memory that decoding takes beside the file, in bytes; `bytes_a_pixel` are those of the loaded image.
 
     Raises: SampleError if there is no codestream where one has to be.
     """

@@ -1,6 +1,6 @@
 """What a JPEG says about itself before its first scan: size, channels and EXIF orientation.
 
-Written here because the loader asks for every picture it plans: a walk over the markers costs a microsecond, a
+Written here because the loader asks for every image it plans: a walk over the markers costs a microsecond, a
 library's open a hundred times that, and the frame header may lie hundreds of kilobytes into the file, behind colour
 profiles and thumbnails.
 """

@@ -1,8 +1,8 @@
-"""Files that would take too much memory while they are decoded: pictures refused by their headers, and a limit of the
+"""Files that would take too much memory while they are decoded: images refused by their headers, and a limit of the
 system for the decoding processes, where headers do not tell.
 
-The picture that Pillow has loaded and the RGB that is made of it take 7 bytes a pixel, and most decoders
-little beside: 10.1 at most (measured, as all numbers here, with Pillow 13.0 on pictures of 2.5 to 100 Mpx). Those
+The image that Pillow has loaded and the RGB that is made of it take 7 bytes a pixel, and most decoders
+little beside: 10.1 at most (measured, as all numbers here, with Pillow 13.0 on images of 2.5 to 100 Mpx). Those
 named here take more. The file's own bytes come on top.
 """
 
@@ -31,7 +31,7 @@ _BITS, _SAMPLES, _STRIP_ROWS, _TILE_WIDTH, _TILE_LENGTH = 258, 277, 278, 322, 32
 _AVIF = {"L": 10.0, "RGB": 21.0, "RGBA": 24.0}
 """9.5 measured for RGB of 8 bit and 4:2:0, 11.7 for RGBA. 10 bit, 4:4:4 and film grain are added: Pillow tells none."""
 _WEBP = 16.4
-"""Two canvases of 4, the frame as bytes and the loaded picture."""
+"""Two canvases of 4, the frame as bytes and the loaded image."""
 _CMYK_JPEG = 12.0
 """If progressive, 7 if not; files of several scans are not told apart."""
 _DEEP_PPM = 13.2
@@ -39,7 +39,7 @@ _DEEP_PPM = 13.2
 
 
 def check_memory(image: Image.Image, data: bytes, max_px: int) -> None:
-    """Args: the opened picture, not yet decoded; its file's bytes; data.max_image_px.
+    """Args: the opened image, not yet decoded; its file's bytes; data.max_image_px.
 
     Raises: SampleError where decoding may take more than `max_px` allows.
     """
@@ -50,7 +50,7 @@ def check_memory(image: Image.Image, data: bytes, max_px: int) -> None:
             "too_large",
             f"{image.width} x {image.height} pixels of {image.format} {image.mode} may take {needed / 2**20:.0f} MiB "
             f"while they are decoded, above the {limit / 2**20:.0f} that data.max_image_px = {max_px} allows; "
-            f"raise it to {math.ceil(needed / BYTES_A_PIXEL)} or store the picture as PNG",
+            f"raise it to {math.ceil(needed / BYTES_A_PIXEL)} or store the image as PNG",
         )
 
 
@@ -97,7 +97,7 @@ def _bytes_needed(image: Image.Image, data: bytes) -> float:
 
 
 def _tiff_bytes(image: Image.Image) -> float:
-    """The picture, once more if it is turned, and a strip or tile, which may be larger than the picture."""
+    """The image, once more if it is turned, and a strip or tile, which may be larger than the image."""
     if not image.tile or image.tile[0].codec_name != "libtiff":
         return 0.0
     tags = image.tag_v2
@@ -119,5 +119,5 @@ def _number(value: object, default: int) -> int:
 
 
 def _stored(mode: str) -> int:
-    """Bytes a pixel of a loaded picture."""
+    """Bytes a pixel of a loaded image."""
     return 1 if mode in ("1", "L", "P") else 2 if mode.startswith("I;16") else 4

@@ -1,7 +1,7 @@
-"""The size of a picture or clip from its header, before anything is decoded.
+"""The size of an image or video from its header, before anything is decoded.
 
 The content decides what a file is; its name is only asked where the content leaves it open: an animated GIF
-is a picture, unless it is called .gifv (or by another name of a video), which makes it a clip.
+is an image, unless it is called .gifv (or by another name of a video), which makes it a video.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def probe(data: bytes, extension: str) -> MediaSize:
     """Kind and size of a media file.
 
     Args: the whole file; the extension of its name, with or without dot.
-    Raises: SampleError if the header is no header of a picture or clip.
+    Raises: SampleError if the header is no header of an image or video.
     """
     if not data:
         raise SampleError("unreadable", "the file is empty")
@@ -61,11 +61,11 @@ def probe(data: bytes, extension: str) -> MediaSize:
         return probe_video(data, demuxer)
     if named_video:
         raise SampleError("unreadable", "the bytes are no video container we read")
-    with open_picture(data) as image:
-        return MediaSize("image", *_picture_size(image), 1)
+    with open_image(data) as image:
+        return MediaSize("image", *_image_size(image), 1)
 
 
-def open_picture(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     """Pillow's lazily opened image, nothing decoded; formats that run programs or open files are left out.
 
     Its size is whatever the header says: who decodes it calls `check_area` before.
@@ -79,19 +79,19 @@ def open_picture(data: bytes) -> Image.Image:
             _check_tiff_tables(data)
         return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except UnidentifiedImageError as error:
-        raise SampleError("unreadable", "the bytes are no picture of a format we read") from error
+        raise SampleError("unreadable", "the bytes are no image of a format we read") from error
     except SampleError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever a malformed header runs them into
         if (shorter := without_large_texts(data)) is not data:
-            return open_picture(shorter)
-        raise SampleError("unreadable", f"the picture cannot be opened: {reason(error)}") from error
+            return open_image(shorter)
+        raise SampleError("unreadable", f"the image cannot be opened: {reason(error)}") from error
 
 
 def _check_tiff_tables(data: bytes) -> None:
     """Pillow makes a Python object of 360 bytes (measured) of each strip or tile when it opens a TIFF.
 
-    Raises: SampleError for tables that no picture needs.
+    Raises: SampleError for tables that no image needs.
     """
     big = data[2:3] == b"+"  # which of them is big: as Pillow has it
     order = "<" if data.startswith(b"II") else ">"
@@ -116,14 +116,14 @@ def orientation_of(image: Image.Image) -> int | None:
     if image.format == "TIFF":
         return None
     try:
-        # The PNG plugin's own getexif decodes the picture to look for late chunks.
+        # The PNG plugin's own getexif decodes the image to look for late chunks.
         found = Image.Image.getexif(image).get(ORIENTATION_TAG)
     except Exception:  # a broken EXIF block says nothing about the pixels
         return 1
     return int(found) if found in range(1, 9) else 1
 
 
-def _picture_size(image: Image.Image) -> tuple[int, int]:
+def _image_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) after EXIF orientation."""
     turned = (orientation_of(image) or 1) >= 5
     return (image.width, image.height) if turned else (image.height, image.width)

@@ -1,4 +1,4 @@
-"""Antialiased bicubic resizing of uint8 pictures by torch's own kernel, called without Python's torch.
+"""Antialiased bicubic resizing of uint8 images by torch's own kernel, called without Python's torch.
 
 `import torch` costs a decoding process a second of CPU and 190 MB, 130 of them its own. The kernel alone needs
 torch's C++ library and a tenth of the time; it is called through torch's stable C interface (`torch/csrc/stable`)
@@ -24,11 +24,11 @@ _OPERATOR = b"aten::_upsample_bicubic2d_aa"
 
 
 Extent = tuple[float, float]
-"""Height and width in pixels of a picture that need not end where its last pixels do."""
+"""Height and width in pixels of an image that need not end where its last pixels do."""
 
 
 def resize(source: np.ndarray, out: np.ndarray, extent: Extent | None = None) -> None:
-    """A picture resized into `out`, with bicubic weights that cover every source pixel (antialiased).
+    """An image resized into `out`, with bicubic weights that cover every source pixel (antialiased).
 
     Within 1 level of Pillow's bicubic, but for 2 levels in 3 values of a million on photographs (10 on black and white
     edges). Columns and rows are two passes with 8 bits between them. The weights here have 15 bits, Pillow's 22, so
@@ -36,7 +36,7 @@ def resize(source: np.ndarray, out: np.ndarray, extent: Extent | None = None) ->
     values of the first. No call of the kernel takes finer weights. The order of passes shows by up to 20 levels; it is
     Pillow 13's.
 
-    Args: source (H, W, 3) and out (h, w, 3), both uint8 and C-contiguous; extent, how much of the source the picture
+    Args: source (H, W, 3) and out (h, w, 3), both uint8 and C-contiguous; extent, how much of the source the image
     takes, counted from its first pixel (default: all).
     """
     (height, width, _), (rows, columns, _) = source.shape, out.shape
@@ -114,7 +114,7 @@ def load() -> tuple[ctypes.CDLL, c_uint64]:
 def fit_image(
     pixels: np.ndarray, grid_thw: Sequence[int], out: np.ndarray | None = None, extent: Extent | None = None
 ) -> np.ndarray:
-    """A picture resized to its grid, bicubic and antialiased; `resize` says how near the release's it is.
+    """An image resized to its grid, bicubic and antialiased; `resize` says how near the release's it is.
 
     Args: pixels (H, W, 3) uint8; grid (t, h, w) in tokens; out, where to put the result instead of new memory;
         extent, see `resize`.

@@ -48,10 +48,10 @@ def check_area(height: int, width: int, max_px: int) -> None:
         )
 
 
-def check_duration(seconds: float, max_clip_s: float) -> None:
-    """Raises: SampleError for a clip of more than `max_clip_s` seconds."""
-    if seconds > max_clip_s:
-        raise SampleError("too_large", f"the clip lasts {seconds:.1f} s, above data.max_clip_s = {max_clip_s:g}")
+def check_duration(seconds: float, max_video_s: float) -> None:
+    """Raises: SampleError for a video of more than `max_video_s` seconds."""
+    if seconds > max_video_s:
+        raise SampleError("too_large", f"the video lasts {seconds:.1f} s, above data.max_video_s = {max_video_s:g}")
 
 
 def reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Clips to frames. Whatever is wrong with the bytes is a SampleError; nothing is half read in silence.
+"""Videos to frames. Whatever is wrong with the bytes is a SampleError; nothing is half read in silence.
 
 Only what the wanted frames need is decoded. Where the container tells when each frame is shown, the frames are known
 before decoding: it begins at the last packet that needs none before it, leaves out frames that no other refers to, and
@@ -30,7 +30,7 @@ Fit = Callable[[np.ndarray], np.ndarray]
 _WITHOUT_TIMES = frozenset({"avi", "asf", "mpegvideo"})
 
 
-def decode_clip(
+def decode_video(
     data: bytes,
     *,
     frames: int,
@@ -38,19 +38,19 @@ def decode_clip(
     timeout_s: float,
     sampling: Sampling = UNIFORM,
     draw: int = 0,
-    max_clip_s: float = float("inf"),
+    max_video_s: float = float("inf"),
     fit: Fit | None = None,
 ) -> np.ndarray:
-    """Frames of a clip in order of display, turned upright: one from each of `frames` equal parts.
+    """Frames of a video in order of display, turned upright: one from each of `frames` equal parts.
 
     Uniform sampling takes parts of equally many frames (without jitter, of n frames those at
-    floor((i + 0.5) * n / frames)), fps sampling parts of equal time. A clip with fewer frames repeats some. n is the
+    floor((i + 0.5) * n / frames)), fps sampling parts of equal time. A video with fewer frames repeats some. n is the
     number of frames in the packets or, where a wanted one does not come, what can be decoded; never what the header
     claims.
 
     Args: frames, how many to return; max_px, most pixels of one frame; timeout_s, CPU seconds of this thread (not
         time on the clock: a busy machine must not decide which samples are good); draw, the item's number, from which
-        jitter follows; max_clip_s, longest clip; fit, applied to each (H, W, 3) uint8 frame as soon as it is there,
+        jitter follows; max_video_s, longest video; fit, applied to each (H, W, 3) uint8 frame as soon as it is there,
         so that only one is held at its own size.
     Returns: (frames, H, W, 3) uint8, or (frames, ...) of what `fit` makes.
     Raises: SampleError, also for damage in whatever has to be decoded.
@@ -67,7 +67,7 @@ def decode_clip(
         if shown:
             times = [packets[i].pts for i in shown]
             end = times[-1] + (packets[shown[-1]].duration or (times[-1] - times[0]) // max(len(times) - 1, 1))
-            check_duration(float((end - times[0]) * (stream.time_base or Fraction(0))), max_clip_s)
+            check_duration(float((end - times[0]) * (stream.time_base or Fraction(0))), max_video_s)
             indices = by_count(where, len(shown)) if sampling.kind == "uniform" else by_time(where, times, end)
             if _take_at(stream, packets, [shown[i] for i in indices], reel, deadline):
                 return reel.pixels
@@ -114,7 +114,7 @@ def _packets(container: av.container.InputContainer, stream: VideoStream, deadli
     except MemoryError:
         raise
     except av.FFmpegError as error:
-        raise SampleError("corrupt", f"the clip's packets cannot be read: {reason(error)}") from error
+        raise SampleError("corrupt", f"the video's packets cannot be read: {reason(error)}") from error
     return packets
 
 
@@ -184,7 +184,7 @@ def _take_counted(
     deadline: float,
     stop_early: bool,
 ) -> None:
-    """Put the frames at these places of the clip on the reel, all frames taken as equally long."""
+    """Put the frames at these places of the video on the reel, all frames taken as equally long."""
     packets = _packets(container, stream, deadline)
     # One packet is one frame for nearly all files; where the header says so too, the tail need not be decoded.
     total = sum(keyframes.is_shown(stream.codec_context.name, packet) for packet in packets)
@@ -192,7 +192,7 @@ def _take_counted(
     stream.codec_context.thread_count = 1
     seen = _take_numbers(stream, packets, by_count(where, total), stop_early, reel, deadline)
     if seen is not None and 2 * seen < total:  # two fields may make one frame
-        raise SampleError("corrupt", f"the clip is damaged: {total} packets give {seen} frames")
+        raise SampleError("corrupt", f"the video is damaged: {total} packets give {seen} frames")
     if seen is not None and seen != total:
         stream.codec_context.flush_buffers()
         _take_numbers(stream, packets, by_count(where, seen), False, reel, deadline)
@@ -218,7 +218,7 @@ def _take_numbers(
         if stop_early and number == wanted[-1]:
             return None
     if number < 0:
-        raise SampleError("corrupt", "the clip has no frame that can be decoded")
+        raise SampleError("corrupt", "the video has no frame that can be decoded")
     return number + 1
 
 
@@ -230,15 +230,15 @@ def _decoded(stream: VideoStream, packet: av.Packet | None, deadline: float) -> 
     except MemoryError:
         raise
     except (av.FFmpegError, ValueError) as error:
-        raise SampleError("corrupt", f"the clip is damaged: {reason(error)}") from error
+        raise SampleError("corrupt", f"the video is damaged: {reason(error)}") from error
     if any(frame.is_corrupt for frame in frames):
-        raise SampleError("corrupt", "the clip is damaged: a frame is incomplete")
+        raise SampleError("corrupt", "the video is damaged: a frame is incomplete")
     return frames
 
 
 def _check_time(deadline: float) -> None:
     if time.thread_time() > deadline:
-        raise SampleError("timeout", "the clip takes longer to decode than data.decode_timeout_s allows")
+        raise SampleError("timeout", "the video takes longer to decode than data.decode_timeout_s allows")
 
 
 def _matrix(frame: av.VideoFrame) -> Matrix:

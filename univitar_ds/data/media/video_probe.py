@@ -1,4 +1,4 @@
-"""Clips as containers: opened, and their size told without decoding. What only reads pictures never imports this."""
+"""Videos as containers: opened, and their size told without decoding. What only reads images never imports this."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
     if demuxer is None:
         raise SampleError("unreadable", "the bytes are no video container we read")
     if missing := missing_bytes(data, demuxer):
-        raise SampleError("corrupt", f"the clip is cut off: {missing} bytes are missing at its end")
+        raise SampleError("corrupt", f"the video is cut off: {missing} bytes are missing at its end")
     if demuxer == "mov":
         check_mp4_tables(data)
     options = {} if thorough else {"skip_frame": "all"}
@@ -42,8 +42,8 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
         container = av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore", options=options)
     except (av.FFmpegError, ValueError, EOFError) as error:
         raise SampleError("corrupt", f"the {demuxer} container cannot be opened: {reason(error)}") from error
-    pictures = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    images = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & images]
     if not streams:
         container.close()
         raise SampleError("no_video", f"the {demuxer} container has no video stream")
@@ -57,7 +57,7 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
 
 
 def probe_video(data: bytes, demuxer: str) -> MediaSize:
-    """What `probe.probe` tells of a clip. Raises: SampleError."""
+    """What `probe.probe` tells of a video. Raises: SampleError."""
     container, stream = open_video(data)
     with container:
         height, width = stream.codec_context.height, stream.codec_context.width

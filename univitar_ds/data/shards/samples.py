@@ -18,7 +18,7 @@ from univitar_ds.geometry import PATCH, Modality, Resolution, smart_resize, toke
 
 @dataclass(frozen=True)
 class SizeRule:
-    """How large an item of one modality enters the encoder. `frames` is the most a clip gives, 1 for pictures.
+    """How large an item of one modality enters the encoder. `frames` is the most a video gives, 1 for images.
 
     `most_tokens` is the largest item that a pack has room for; the `max_` fields are limits of the data section.
     """
@@ -29,11 +29,11 @@ class SizeRule:
     most_tokens: int
     max_image_px: int
     sampling: Sampling = UNIFORM
-    max_clip_s: float = 3600.0
+    max_video_s: float = 3600.0
     max_sample_mb: int = 1024
 
     def frames_of(self, size: MediaSize) -> int:
-        """Frames stored of an item: 1 of a picture, of a clip what the sampling takes."""
+        """Frames stored of an item: 1 of an image, of a video what the sampling takes."""
         return frames_of(self.sampling, self.frames, size.duration_s) if size.kind == "video" else 1
 
     def grid(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
@@ -71,7 +71,7 @@ class Sample:
     """A readable sample before decoding: addresses, texts and the size that its header promises.
 
     `media_offset` and `media_length` are bytes of the shard. `captions` may be none only where there is a label.
-    `frames` are those stored in its pixels, 1 for a picture. `downscaled`: see `SizeRule.shrinks`; `ignored` and
+    `frames` are those stored in its pixels, 1 for an image. `downscaled`: see `SizeRule.shrinks`; `ignored` and
     `several_lines`: see `captions.Texts`.
     """
 
@@ -100,7 +100,7 @@ class Sample:
 
 
 def modality_of(group: tar_index.Group) -> Modality | None:
-    """What a sample is by its members' names: a clip with a picture beside it is a clip. None without media."""
+    """What a sample is by its members' names: a video with an image beside it is a video. None without media."""
     extensions = {member.extension for member in group.members}
     if extensions & VIDEO_EXTENSIONS:
         return "video"
@@ -110,8 +110,8 @@ def modality_of(group: tar_index.Group) -> Modality | None:
 def belongs(group: tar_index.Group, shard: Shard, modality: Modality) -> bool:
     """Whether a stream of this modality owns the sample; every sample of a shard has exactly one owner.
 
-    A shard whose manifest says what it holds owns all that is in it: a clip among pictures is a bad sample, not a lost
-    one. Else the members decide, and where they say nothing it is a picture.
+    A shard whose manifest says what it holds owns all that is in it: a video among images is a bad sample, not a lost
+    one. Else the members decide, and where they say nothing it is an image.
     """
     return (shard.modality or modality_of(group) or "image") == modality
 
@@ -186,7 +186,7 @@ def _parse(
     if size.kind != rule.modality:
         raise SampleError("wrong_kind", f"its .{media.extension} holds {size.kind} data, not {rule.modality}")
     check_area(size.height, size.width, rule.max_image_px)
-    check_duration(size.duration_s, rule.max_clip_s)
+    check_duration(size.duration_s, rule.max_video_s)
     frames = rule.frames_of(size)
     grid = rule.grid(size.height, size.width, frames)
     downscaled = rule.shrinks(size.height, size.width, grid)

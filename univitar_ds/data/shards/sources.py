@@ -36,7 +36,7 @@ SPOT_CHECKS, SPOT_BYTES = 512, 4096
 """Shards without a hash whose first bytes count as their content, and how many bytes: the header of the first member,
 which has its time, and what it begins with. A remote store answers so many within a second or two."""
 PIECE = 512 << 10
-"""Bytes of one read: a few pictures, so that little is asked for twice, and a part of a clip, most of which is
+"""Bytes of one read: a few images, so that little is asked for twice, and a part of a video, most of which is
 skipped."""
 
 
@@ -104,7 +104,7 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
         if not shards:
             raise DataError(
                 f"source {source.path}: no shard found (*.tar) in the folder itself; shards in folders below it are "
-                f"sources of their own, or named by braces; pictures and clips are packed first: {PACK_HINT}"
+                f"sources of their own, or named by braces; images and videos are packed first: {PACK_HINT}"
             )
         found += of_source(shards, source, settings)
     counts = Counter(shard.path for shard in found)

@@ -1,4 +1,4 @@
-"""What `data inspect` found as one picture: sizes of the items, fill of the packs, and one pack as the model sees it.
+"""What `data inspect` found as one image: sizes of the items, fill of the packs, and one pack as the model sees it.
 
 One colour scale runs through all three: the colour of an item is its number of tokens.
 """
@@ -49,7 +49,7 @@ _SOFTWARE = "univitar_ds data inspect"
 
 
 class ReadPosition(NamedTuple):
-    """Where an item lies in the picture of a pack: its upper left corner and its size, in inches."""
+    """Where an item lies in the image of a pack: its upper left corner and its size, in inches."""
 
     left: float
     top: float
@@ -68,7 +68,7 @@ class Gallery:
 
 
 def draw(inspection: Inspection, path: Path) -> None:
-    """Write the picture as PNG. Its folder must exist."""
+    """Write the image as PNG. Its folder must exist."""
     galleries = [gallery(stream.shown) for stream in inspection.streams]
     heights = [_PLOTS_IN + _GAP_IN + page.height + _REST_IN for page in galleries]
     total = _HEAD_IN + sum(heights)
@@ -96,7 +96,7 @@ def draw(inspection: Inspection, path: Path) -> None:
 
 
 def is_drawn(path: Path) -> bool:
-    """Whether a file is such a picture."""
+    """Whether a file is such an image."""
     with path.open("rb") as file:
         return b"tEXtSoftware\0" + _SOFTWARE.encode() in file.read(1024)
 
@@ -122,7 +122,7 @@ def _headline(stream: Stream) -> str:
     bad = ", ".join(f"{count} {kind}" for kind, count in sorted(stream.bad.items())) or "nothing"
     return (
         f"{stream.name}: {len(stream.packs)} packs of {stream.stage.token_budget} tokens, {fill:.2f} % full, "
-        f"{items:.1f} items each; longest wait {stream.longest_wait} packs; made smaller: {stream.shrunk}; "
+        f"{items:.1f} items each; longest wait {stream.longest_wait} packs; made smaller: {stream.downscaled}; "
         f"left out: {bad}"
     )
 
@@ -175,10 +175,10 @@ def _pack(axes: Axes, batch: PackedBatch | None, page: Gallery, scale: Normalize
     if batch is None:
         axes.set_title("No item could be decoded.", loc="left")
         return
-    clips = " A clip shows a frame for each step of time." if batch.modality == "video" else ""
+    videos = " A video shows a frame for each step of time." if batch.modality == "video" else ""
     axes.set_title(
         f"One pack, item by item: {len(batch)} items, {batch.tokens} tokens, at the size the model gets them; "
-        f"an item's area is its number of tokens.{clips}",
+        f"an item's area is its number of tokens.{videos}",
         loc="left",
         fontsize=10,
     )
@@ -208,15 +208,15 @@ def _pack(axes: Axes, batch: PackedBatch | None, page: Gallery, scale: Normalize
 
 
 def strips(batch: PackedBatch) -> list[np.ndarray]:
-    """Each item as one picture (H, W, 3) uint8: of a clip the first frame of each token side by side."""
+    """Each item as one image (H, W, 3) uint8: of a video the first frame of each token side by side."""
     pixels = batch.pixels.numpy()
     frames, grids = batch.frames.tolist(), batch.grid_thw.tolist()
     sizes = [count * h * w * PATCH * PATCH * 3 for count, (_, h, w) in zip(frames, grids, strict=True)]
-    pictures = []
+    images = []
     for start, size, count, (_, h, w) in zip(cumulative(sizes), sizes, frames, grids, strict=False):
         item = pixels[start : start + size].reshape(count, h * PATCH, w * PATCH, 3)
-        pictures.append(np.concatenate(list(item[::TUBELET]), axis=1))
-    return pictures
+        images.append(np.concatenate(list(item[::TUBELET]), axis=1))
+    return images
 
 
 def gallery(batch: PackedBatch | None) -> Gallery:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from univitar_ds.config.data import DataConfig, SourceConfig
-from univitar_ds.config.stage import ClipSampling, ResolutionConfig, StageConfig
+from univitar_ds.config.stage import ResolutionConfig, StageConfig, VideoSampling
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits, check_crc32, decode_pack
 from univitar_ds.data.decoding.task_pool import At, Bad, Event, Hashed, Noted, Read, Scattered, SeveralLines, Task
 from univitar_ds.data.media.frame_sampling import Sampling
@@ -26,7 +26,7 @@ from univitar_ds.geometry import Modality
 _STAGE = StageConfig.model_fields
 """The rules are those of a run file that says nothing else."""
 DEFAULTS = DataConfig(sources=[SourceConfig(path="none")])
-_SAMPLING = Sampling(**ClipSampling().model_dump())
+_SAMPLING = Sampling(**VideoSampling().model_dump())
 _HASHED_AT_ONCE = 8 << 20
 _MOST_KEYS = 1 << 20
 """Keys of a shard that are remembered, to see whether members of a sample lie apart."""
@@ -111,11 +111,11 @@ def _rule(kind: Modality, data: DataConfig) -> SizeRule:
     return SizeRule(
         kind,
         ResolutionConfig().rule(),
-        _STAGE["clip_frames"].default if kind == "video" else 1,
+        _STAGE["video_frames"].default if kind == "video" else 1,
         _STAGE["token_budget"].default,
         data.max_image_px,
         _SAMPLING,
-        data.max_clip_s,
+        data.max_video_s,
         data.max_sample_mb,
     )
 
@@ -124,7 +124,7 @@ def _decode(sample: Sample, kind: Modality, job: ShardCheck) -> None:
     item = DecodeItem(
         sample.shard.path, sample.media_offset, sample.media_length, sample.grid, sample.frames, sample.crc32
     )
-    limits = DecodeLimits(job.data.max_image_px, job.data.decode_timeout_s, job.data.max_clip_s)
+    limits = DecodeLimits(job.data.max_image_px, job.data.decode_timeout_s, job.data.max_video_s)
     work = DecodeJob(kind, _SAMPLING, limits, [item])
     for _, word, message in decode_pack(work, np.empty(work.bytes, np.uint8), job.settings):
         raise SampleError(word, message)

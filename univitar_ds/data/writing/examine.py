@@ -29,12 +29,12 @@ from univitar_ds.errors import SampleError
 
 _BATCH = 4
 _AHEAD = 64
-"""Batches for each process that are handed over ahead: a clip that takes minutes holds nobody else up meanwhile."""
+"""Batches for each process that are handed over ahead: a video that takes minutes holds nobody else up meanwhile."""
 _PRELOAD = (__name__, "univitar_ds.data.media.video_decode")
 _MOST_BYTES = 1_000_000_000
 _MAX_PX: int = DataConfig.model_fields["max_image_px"].default
-_CLIP_FRAMES = 16
-_CLIP_TIMEOUT_S = 10 * DataConfig.model_fields["decode_timeout_s"].default
+_VIDEO_FRAMES = 16
+_VIDEO_TIMEOUT_S = 10 * DataConfig.model_fields["decode_timeout_s"].default
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ def _decoded_size(data: bytes, size: MediaSize) -> tuple[int, int]:
     if size.kind == "image":
         return decode_image(data, max_px=_MAX_PX).shape[:2]
     from univitar_ds.data.media.video_decode import (
-        decode_clip,  # trainers know this module too, and may read pictures only
+        decode_video,  # trainers know this module too, and may read images only
     )
 
-    sides = decode_clip(data, frames=_CLIP_FRAMES, max_px=_MAX_PX, timeout_s=_CLIP_TIMEOUT_S, fit=_sides)[0]
+    sides = decode_video(data, frames=_VIDEO_FRAMES, max_px=_MAX_PX, timeout_s=_VIDEO_TIMEOUT_S, fit=_sides)[0]
     return int(sides[0]), int(sides[1])
 
 

@@ -34,22 +34,22 @@ class FeatureCache:
         self.folder = folder / _fingerprint(model, settings)
         self.writes = True
 
-    def read(self, clip: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    def read(self, video: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Features of the item on the host, patches (t * h * w, Dt) and pooled (Dt,); None if they are not there.
 
         `clip`: (frames, rows, columns, 3) uint8 on the host.
         """
         try:
-            found = load_file(self._path(clip, grid))
+            found = load_file(self._path(video, grid))
             patches, pooled = found["patches"], found["pooled"]
         except (OSError, SafetensorError, KeyError):
             return None
         return (patches, pooled) if patches.shape == (token_count(grid), len(pooled)) else None
 
-    def write(self, clip: Tensor, grid: Sequence[int], patches: Tensor, pooled: Tensor) -> None:
+    def write(self, video: Tensor, grid: Sequence[int], patches: Tensor, pooled: Tensor) -> None:
         if not self.writes:
             return
-        path = self._path(clip, grid)
+        path = self._path(video, grid)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,9 +61,9 @@ class FeatureCache:
             self.writes = False
             logger.warning("objective.teacher.cache %s cannot be written any more, going on without: %s", path, error)
 
-    def _path(self, clip: Tensor, grid: Sequence[int]) -> Path:
-        digest = hashlib.blake2b(repr((tuple(clip.shape), tuple(grid))).encode(), digest_size=16)
-        digest.update(clip.contiguous().numpy())
+    def _path(self, video: Tensor, grid: Sequence[int]) -> Path:
+        digest = hashlib.blake2b(repr((tuple(video.shape), tuple(grid))).encode(), digest_size=16)
+        digest.update(video.contiguous().numpy())
         name = digest.hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 

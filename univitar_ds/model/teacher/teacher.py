@@ -27,8 +27,8 @@ from univitar_ds.model.libraries import working_imports
 from univitar_ds.model.teacher.cache import FeatureCache
 from univitar_ds.model.teacher.towers import (
     FrameTower,
+    ImageModel,
     PackTower,
-    PictureModel,
     Tower,
     from_raster,
     run_siglip,
@@ -49,7 +49,7 @@ class Family:
     """Models that are called alike: the class in transformers, how it runs, its mean and std where no file tells."""
 
     loader: str
-    run: PictureModel
+    run: ImageModel
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -144,12 +144,12 @@ class Teacher:
         shown = [grids[i] for i in seen]
         if self.cache is None:
             whole = pixels if device_pixels is None else device_pixels
-            return self.tower(_clips(whole.to(self.device, non_blocking=True), frames, grids, seen), shown)
-        hosted = _clips(pixels.cpu(), frames, grids, seen)
-        clips = hosted if device_pixels is None else _clips(device_pixels, frames, grids, seen)
-        found = [self.cache.read(clip, grid) for clip, grid in zip(hosted, shown, strict=True)]
+            return self.tower(_videos(whole.to(self.device, non_blocking=True), frames, grids, seen), shown)
+        hosted = _videos(pixels.cpu(), frames, grids, seen)
+        videos = hosted if device_pixels is None else _videos(device_pixels, frames, grids, seen)
+        found = [self.cache.read(video, grid) for video, grid in zip(hosted, shown, strict=True)]
         missing = [index for index, features in enumerate(found) if features is None]
-        made = self.tower([clips[i].to(self.device) for i in missing], [shown[i] for i in missing])
+        made = self.tower([videos[i].to(self.device) for i in missing], [shown[i] for i in missing])
         for index, features in zip(missing, made, strict=True):
             self.cache.write(hosted[index], shown[index], *features)
             found[index] = features
@@ -176,7 +176,7 @@ class Teacher:
         )
 
 
-def _clips(
+def _videos(
     pixels: Tensor, frames: Sequence[int], grids: Sequence[Sequence[int]], wanted: Sequence[int]
 ) -> list[Tensor]:
     """Views of items of a pack, each (frames, h * 14, w * 14, 3)."""
@@ -201,7 +201,7 @@ def read_teacher(config: TeacherConfig) -> TeacherShape:
     local = Path(config.path).is_dir()
     try:
         whole = AutoConfig.from_pretrained(config.path, local_files_only=local)
-        pictures = get_image_processor_config(config.path, local_files_only=local)
+        images = get_image_processor_config(config.path, local_files_only=local)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(
             f"objective.teacher.path {config.path} is neither a folder with a model's config.json nor the name of a "
@@ -215,7 +215,7 @@ def read_teacher(config: TeacherConfig) -> TeacherShape:
         )
     _loader(kind)
     vision = getattr(whole, "vision_config", whole)
-    return TeacherShape(kind, vision.hidden_size, _patch_of(vision, config.path), *_normalisation(pictures, kind))
+    return TeacherShape(kind, vision.hidden_size, _patch_of(vision, config.path), *_normalisation(images, kind))
 
 
 def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) -> Teacher:
@@ -227,7 +227,7 @@ def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) ->
     """
     shape = read_teacher(config)
     dtype = DTYPES[config.dtype]
-    model = _own_encoder(config.path, dtype) if shape.kind == OWN else _picture_model(config.path, shape, dtype)
+    model = _own_encoder(config.path, dtype) if shape.kind == OWN else _image_model(config.path, shape, dtype)
     model = model.eval().requires_grad_(False).to(device)
     cache = None
     if config.cache is not None:
@@ -278,7 +278,7 @@ def _loader(kind: str) -> Any:
         return getattr(transformers, FAMILIES[kind].loader)
 
 
-def _picture_model(path: str, shape: TeacherShape, dtype: torch.dtype) -> nn.Module:
+def _image_model(path: str, shape: TeacherShape, dtype: torch.dtype) -> nn.Module:
     try:
         with quiet():
             model, info = _loader(shape.kind).from_pretrained(
@@ -305,7 +305,7 @@ def _patch_of(vision: Any, path: str) -> int:
             "of pixels, name another model"
         )
     if vision.num_channels != 3:
-        raise ConfigError(f"objective.teacher.path {path} sees {vision.num_channels} channels; pictures have 3")
+        raise ConfigError(f"objective.teacher.path {path} sees {vision.num_channels} channels; images have 3")
     return square[0]
 
 

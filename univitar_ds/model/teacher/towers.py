@@ -1,4 +1,4 @@
-"""How a frozen vision model looks at items: picture models frame by frame, an encoder of our own as it was trained.
+"""How a frozen vision model looks at items: image models frame by frame, an encoder of our own as it was trained.
 
 Shape legend: B frames of one batch, Dt width of the teacher. Features of an item are in raster order (t, h, w).
 """
@@ -20,7 +20,7 @@ from univitar_ds.model.encoder import UniViTAR
 Grid = Sequence[int]
 Features = tuple[Tensor, Tensor]
 """Of one item: patches (t * h * w, Dt) and pooled (Dt,)."""
-PictureModel = Callable[[nn.Module, Tensor], Features]
+ImageModel = Callable[[nn.Module, Tensor], Features]
 """A transformers model and B normalised frames (B, 3, rows, columns) to (B, h * w, Dt) and (B, Dt)."""
 
 
@@ -38,12 +38,12 @@ class Tower(Protocol):
     def idle(self) -> None:
         """Runs the model once for nothing, where other ranks wait for this one's share of the weights."""
 
-    def __call__(self, clips: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
+    def __call__(self, videos: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
         """Features of items, each (frames, h * 14, w * 14, 3) uint8 where the model lies; all of them ones it takes."""
 
 
 class FrameTower:
-    """A picture model. A clip goes through it frame by frame; each token's features are the mean over its frames.
+    """An image model. A video goes through it frame by frame; each token's features are the mean over its frames.
 
     With patches of 14 pixels it sees the student's pixels, with patches of p the frames resized (bilinear, antialiased)
     to h * p x w * p, so that its grid is the student's. Its position table is interpolated, by transformers, to the
@@ -51,7 +51,7 @@ class FrameTower:
     """
 
     def __init__(
-        self, model: nn.Module, run: PictureModel, patch: int, mean: Sequence[float], std: Sequence[float]
+        self, model: nn.Module, run: ImageModel, patch: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         self.model, self.run, self.patch = model, run, patch
         self.device = next(model.parameters()).device
@@ -66,26 +66,26 @@ class FrameTower:
     def idle(self) -> None:
         self([torch.zeros(1, PATCH, PATCH, 3, dtype=torch.uint8, device=self.device)], [(1, 1, 1)])
 
-    def __call__(self, clips: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
+    def __call__(self, videos: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, (_, h, w) in enumerate(grids):
             alike[h, w].append(index)
         found: dict[int, Features] = {}
         for (h, w), members in alike.items():
-            patches, pooled = self.run(self.model, self._frames([clips[index] for index in members], h, w))
+            patches, pooled = self.run(self.model, self._frames([videos[index] for index in members], h, w))
             if patches.shape[1] != h * w:
                 raise CheckpointError(
                     f"the teacher made {patches.shape[1]} features of {h} x {w} patches; it is another kind of model "
                     "than its config.json says, fetch it again"
                 )
-            counts = [len(clips[index]) for index in members]
+            counts = [len(videos[index]) for index in members]
             parts = zip(members, patches.split(counts), pooled.split(counts), strict=True)
             found |= {index: _over_time(grids[index][0], *both) for index, *both in parts}
         return [found[index] for index in range(len(grids))]
 
-    def _frames(self, clips: Sequence[Tensor], h: int, w: int) -> Tensor:
+    def _frames(self, videos: Sequence[Tensor], h: int, w: int) -> Tensor:
         """(B, 3, h * patch, w * patch) float32, normalised."""
-        frames = torch.cat(list(clips)).permute(0, 3, 1, 2).float()
+        frames = torch.cat(list(videos)).permute(0, 3, 1, 2).float()
         if self.patch != PATCH:
             frames = F.interpolate(frames, (h * self.patch, w * self.patch), mode="bilinear", antialias=True)
         return (frames / 255 - self.mean) / self.std
@@ -94,7 +94,7 @@ class FrameTower:
 def _over_time(steps: int, patches: Tensor, pooled: Tensor) -> Features:
     """Means of what the frames of an item showed, in the model's precision: (frames, h * w, Dt), (frames, Dt).
 
-    Of a still picture, views: one frame is its own mean.
+    Of a still image, views: one frame is its own mean.
     """
     if len(patches) == 1:
         return patches[0], pooled[0]
@@ -103,7 +103,7 @@ def _over_time(steps: int, patches: Tensor, pooled: Tensor) -> Features:
 
 
 class PackTower:
-    """An encoder of our own: clips as clips, a pack as a pack. It pools by the mean, for it is exported without a pool.
+    """An encoder of our own, run on whole packs. It pools by the mean, since it is exported without a pool.
 
     Items whose height or width its `spatial_merge_size` does not divide are not for it.
     """
@@ -123,11 +123,11 @@ class PackTower:
         side = self.merge * PATCH
         self([torch.zeros(1, side, side, 3, dtype=torch.uint8, device=self.device)], [(1, self.merge, self.merge)])
 
-    def __call__(self, clips: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
-        if not clips:
+    def __call__(self, videos: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
+        if not videos:
             return []
-        pixels = torch.cat([clip.flatten() for clip in clips])
-        tokens = self.model(pixels, grids, frames=[len(clip) for clip in clips])
+        pixels = torch.cat([video.flatten() for video in videos])
+        tokens = self.model(pixels, grids, frames=[len(video) for video in videos])
         parts = tokens.split([token_count(grid) for grid in grids])
         rasters = [to_raster(part, grid, self.merge) for part, grid in zip(parts, grids, strict=True)]
         pooled = torch.stack([raster.float().mean(0) for raster in rasters]).to(tokens.dtype)

@@ -190,7 +190,7 @@ class Window:
             "flop_imbalance_pct": 100 * (sums["busiest_flops"] * ranks / sums["flops"] - 1) if sums["flops"] else 0.0,
             "samples_seen": progress.samples,
             "tokens_seen": progress.tokens,
-            "shrunk_pct": 100 * sums["downscaled"] / max(sums["samples"], 1),
+            "downscaled_pct": 100 * sums["downscaled"] / max(sums["samples"], 1),
             "bad_samples": progress.bad_samples,
             **{name: int(self.bad[name]) for name in (*BAD_OF_KIND, *IGNORED_OF_KIND) if name in self.bad},
             "rollbacks": rollbacks,

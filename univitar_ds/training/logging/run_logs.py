@@ -69,7 +69,7 @@ class RunLogs:
                     self._run, cfg.logging, step=progress.step, samples=progress.samples, total_samples=total
                 )
                 if cfg.logging.tensorboard:
-                    self._schedule = ImageSchedule(cfg.logging.pictures_every_steps, progress.step)
+                    self._schedule = ImageSchedule(cfg.logging.images_every_steps, progress.step)
             if cfg.data.log_samples:
                 self._samples = SampleLog(self._run, self._world.rank)
 
@@ -115,7 +115,7 @@ class RunLogs:
         """The pack of a step that `draws`, into TensorBoard."""
         try:
             sheet = draw_pack(batch, snapshot.items, snapshot.tokens, snapshot.kept, merge)
-            self._write(lambda: self._metrics.picture(f"pack_{batch.modality}", sheet, step))
+            self._write(lambda: self._metrics.image(f"pack_{batch.modality}", sheet, step))
         except Exception as error:  # only the first rank draws, and it is not worth the run
             logger.warning("no images of packs from here on: step %d: %s: %s", step, type(error).__name__, error)
             self._schedule = None

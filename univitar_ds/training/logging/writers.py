@@ -93,8 +93,8 @@ class MetricLog:
         else:
             logger.log(logging.WARNING if event["event"] == "rollback" else logging.INFO, "%s", told)
 
-    def picture(self, name: str, image: Image.Image, step: int) -> None:
-        """Puts a picture into TensorBoard."""
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Puts an image into TensorBoard."""
         self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:

@@ -82,7 +82,7 @@ def distills_later(stages: Sequence[StageConfig], progress: Progress) -> bool:
 
 
 def modality_at(video_ratio: float, step_in_stage: int) -> Modality:
-    """Modality of a step: error diffusion, so any n steps in a row have n * video_ratio clips steps, give or take one.
+    """Modality of a step: error diffusion, so any n steps in a row have n * video_ratio videos steps, give or take one.
 
     A pure function of the stage and the step: all ranks run the same modules in the same order.
     """

@@ -19,7 +19,7 @@ from univitar_ds.objectives.distill import distill
 from univitar_ds.training.distributed.process_group import World, gather_numbers
 
 
-class Pictures(Protocol):
+class Images(Protocol):
     """What a teacher sees of a pack."""
 
     pixels: Tensor
@@ -51,7 +51,7 @@ class Distillation:
         teacher: Teacher,
         config: TeacherConfig,
         weight: float,
-        packs: Sequence[Pictures],
+        packs: Sequence[Images],
         drops: Sequence[DropPlan | None],
         world: World,
     ) -> None:
@@ -102,6 +102,6 @@ class Distillation:
         )
 
 
-def _lengths(pack: Pictures, dropped: DropPlan | None) -> Sequence[int]:
+def _lengths(pack: Images, dropped: DropPlan | None) -> Sequence[int]:
     """Tokens of each item that the student sees."""
     return [token_count(grid) for grid in pack.grid_thw.tolist()] if dropped is None else dropped.lengths

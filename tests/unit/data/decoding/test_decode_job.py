@@ -36,22 +36,22 @@ def job_of(items, modality="image"):
     return DecodeJob(modality, Sampling(), LIMITS, items)
 
 
-def test_pictures_stand_one_after_another_and_a_bad_one_takes_no_room(place):
-    pictures = [media.noise(50, 70, seed) for seed in range(3)]
-    first, third = (media.encoded(pictures[seed], "PNG") for seed in (0, 2))
-    items = place(first, b"no picture at all", third)
+def test_images_stand_one_after_another_and_a_bad_one_takes_no_room(place):
+    images = [media.noise(50, 70, seed) for seed in range(3)]
+    first, third = (media.encoded(images[seed], "PNG") for seed in (0, 2))
+    items = place(first, b"no image at all", third)
     buffer = np.full(3 * 28 * 42 * 3, 9, np.uint8)
     seen = []
     failures = decode_pack(job_of(items), buffer, after_item=lambda: seen.append(1))
     assert [(index, kind) for index, kind, _ in failures] == [(1, "unreadable")]
     drawn = buffer.reshape(3, 28, 42, 3)
-    assert (drawn[0] == fit_image(np.asarray(pictures[0]), (1, 2, 3))).all()
-    assert (drawn[1] == fit_image(np.asarray(pictures[2]), (1, 2, 3))).all()
+    assert (drawn[0] == fit_image(np.asarray(images[0]), (1, 2, 3))).all()
+    assert (drawn[1] == fit_image(np.asarray(images[2]), (1, 2, 3))).all()
     assert (drawn[2] == 9).all()
     assert len(seen) == 3
 
 
-def test_a_picture_whose_decoder_gets_no_memory_is_a_bad_sample(place, monkeypatch):
+def test_an_image_whose_decoder_gets_no_memory_is_a_bad_sample(place, monkeypatch):
     def refused(*_, **__):
         raise MemoryError
 
@@ -75,8 +75,8 @@ def test_a_flipped_bit_that_still_decodes_is_found_by_its_checksum(place):
     assert f"{packed:08x} when they were packed" in message
 
 
-def test_a_clip_is_drawn_frame_by_frame_at_its_grid(place):
-    (item,) = place(shards.clip(48, 64, 8), grid=(2, 2, 3), frames=4)
+def test_a_video_is_drawn_frame_by_frame_at_its_grid(place):
+    (item,) = place(shards.video(48, 64, 8), grid=(2, 2, 3), frames=4)
     buffer = np.empty(item.bytes, np.uint8)
     assert decode_pack(job_of([item], "video"), buffer) == []
     frames = buffer.reshape(4, 28, 42, 3)

@@ -342,7 +342,7 @@ def test_closing_ends_processes_in_any_state_at_once(monkeypatch, program):
     assert not [thread for thread in threading.enumerate() if thread.name in ("planner", "decoder")]
 
 
-def test_a_trainer_of_pictures_imports_no_library_for_clips():
+def test_a_trainer_of_images_imports_no_library_for_videos():
     code = (
         "import sys; from univitar_ds.data.decoding import pipeline; from univitar_ds.data.sampler import lanes;"
         "print([name for name in ('av', 'torch') if name in sys.modules])"

@@ -46,7 +46,7 @@ def server(ring):
 
 @pytest.fixture
 def job(tmp_path):
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(media.encoded(media.noise(50, 70), "PNG"))
     return DecodeJob("image", UNIFORM, DecodeLimits(10**6, 30.0, 60.0), [
         DecodeItem(str(path), 0, path.stat().st_size, GRID, 1)
@@ -107,16 +107,16 @@ def private_mb(pid):
     return sum(int(row.split()[1]) for row in rows if row.startswith("Private")) / 1024
 
 
-def test_a_process_for_pictures_holds_no_library_for_clips_and_can_still_decode_one(ring, job, tmp_path):
+def test_a_process_for_images_holds_no_library_for_videos_and_can_still_decode_one(ring, job, tmp_path):
     server = ForkServer(ring, ["image"])
     attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
     try:
         assert attendant.decode_pack(0, job, "x") == []
         assert "simplejpeg" in mapped(attendant._pid)
         assert "libavcodec" not in mapped(attendant._pid)
-        clip = tmp_path / "clip"
-        clip.write_bytes(media.clip(media.moving_frames(3)))
-        item = DecodeItem(str(clip), 0, clip.stat().st_size, GRID, 2)
+        video = tmp_path / "clip"
+        video.write_bytes(media.video(media.moving_frames(3)))
+        item = DecodeItem(str(video), 0, video.stat().st_size, GRID, 2)
         assert attendant.decode_pack(1, replace(job, modality="video", items=[item]), "x") == []
         assert drawn(ring)[:2].any()
     finally:
@@ -137,14 +137,14 @@ def test_what_reads_from_s3_is_imported_once_and_only_where_shards_lie_there(mon
         server.close()
 
 
-def test_a_process_for_clips_shares_their_library_with_the_one_it_was_forked_from(server, ring, job):
+def test_a_process_for_videos_shares_their_library_with_the_one_it_was_forked_from(server, ring, job):
     pid, channel = server.fork()
     greeted(channel)
     assert "libavcodec" in mapped(pid)
     channel.close()
 
 
-def test_large_pictures_leave_no_memory_behind(server, ring, job, tmp_path):
+def test_large_images_leave_no_memory_behind(server, ring, job, tmp_path):
     attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
     attendant.decode_pack(0, job, "x")
     before = private_mb(attendant._pid)

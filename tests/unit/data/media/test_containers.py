@@ -8,12 +8,12 @@ import pytest
 from tests.support import media
 from univitar_ds.data.media.containers import matroska_matrix, missing_bytes, swaps_sides, video_demuxer
 from univitar_ds.data.media.probe import probe
-from univitar_ds.data.media.video_decode import decode_clip
+from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import SampleError
 
 
 def remuxed(data: bytes, form: str) -> bytes:
-    """The packets of a clip in another container, which says as well how they are turned."""
+    """The packets of a video in another container, which says as well how they are turned."""
     stream = io.BytesIO()
     with av.open(io.BytesIO(data)) as source, av.open(stream, "w", format=form) as container:
         track = container.add_stream_from_template(source.streams.video[0])
@@ -25,12 +25,12 @@ def remuxed(data: bytes, form: str) -> bytes:
 
 
 @pytest.mark.parametrize(("matrix", "turned"), [((1, 0, 0, 1), 0), ((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 0)])
-def test_a_clip_copied_into_matroska_keeps_its_turn(matrix, turned):
-    data = remuxed(media.turned_mp4(media.clip(media.moving_frames(6)), matrix), "matroska")
+def test_a_video_copied_into_matroska_keeps_its_turn(matrix, turned):
+    data = remuxed(media.turned_mp4(media.video(media.moving_frames(6)), matrix), "matroska")
     size = probe(data, "mkv")
     assert swaps_sides(matroska_matrix(data)) == bool(turned)
     assert (size.height, size.width) == ((64, 48) if turned else (48, 64))
-    assert decode_clip(data, frames=2, max_px=10**6, timeout_s=60.0).shape[1:3] == (size.height, size.width)
+    assert decode_video(data, frames=2, max_px=10**6, timeout_s=60.0).shape[1:3] == (size.height, size.width)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_a_clip_copied_into_matroska_keeps_its_turn(matrix, turned):
         ("webm", {}),
     ],
 )
-def test_a_clip_that_was_cut_off_is_told_by_the_bytes_that_are_missing(form, options):
+def test_a_video_that_was_cut_off_is_told_by_the_bytes_that_are_missing(form, options):
     codec = {"webm": "libvpx-vp9"}.get(form, "mpeg4")
-    data = media.clip(media.moving_frames(8), form, codec, options=options)
+    data = media.video(media.moving_frames(8), form, codec, options=options)
     demuxer = video_demuxer(data)
     assert missing_bytes(data, demuxer) == 0
     assert missing_bytes(data + b"tail of a broken copy", demuxer) == 0
@@ -53,7 +53,7 @@ def test_a_clip_that_was_cut_off_is_told_by_the_bytes_that_are_missing(form, opt
         missing = missing_bytes(data[:kept], demuxer)
         assert missing > 0 or b"mfra" in data  # the index of fragments is several boxes
         if missing:
-            with pytest.raises(SampleError, match=f"the clip is cut off: {missing} bytes are missing"):
+            with pytest.raises(SampleError, match=f"the video is cut off: {missing} bytes are missing"):
                 probe(data[:kept], form)
 
 
@@ -64,5 +64,5 @@ def test_bytes_that_are_no_container_miss_nothing(data):
 
 
 def test_a_live_recording_in_matroska_which_tells_no_length_is_whole():
-    data = media.clip(media.moving_frames(8), "matroska", options={"live": "1"})
+    data = media.video(media.moving_frames(8), "matroska", options={"live": "1"})
     assert missing_bytes(data, "matroska") == missing_bytes(data[:-50], "matroska") == 0

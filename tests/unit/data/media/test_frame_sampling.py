@@ -1,4 +1,4 @@
-"""Which frames of a clip are seen: how many, and which, from counts, times and a draw."""
+"""Which frames of a video are seen: how many, and which, from counts, times and a draw."""
 
 from bisect import bisect_right
 
@@ -31,7 +31,7 @@ def test_fps_takes_what_the_duration_gives_and_the_most_where_it_is_not_known(se
     assert frames_of(fps(2.0), 16, seconds) == expected
 
 
-def test_uniform_takes_the_same_number_from_every_clip():
+def test_uniform_takes_the_same_number_from_every_video():
     assert [frames_of(UNIFORM, 8, seconds) for seconds in (0.0, 0.1, 5.0, 1e6)] == [8, 8, 8, 8]
 
 
@@ -58,7 +58,7 @@ def test_jitter_reaches_every_frame_of_a_part_about_equally_often():
     assert all(140 <= count <= 260 for count in counts), counts  # 200 each; 60 is more than 4 standard deviations
 
 
-def test_parts_of_one_clip_and_clips_are_jittered_independently():
+def test_parts_of_one_video_and_videos_are_jittered_independently():
     first, second = (places(JITTER, 8, draw) for draw in (1, 2))
     within = [place % 2**64 for place in first]
     assert len(set(within)) == 8

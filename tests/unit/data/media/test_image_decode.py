@@ -21,7 +21,7 @@ HELD = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""What the camera did to the picture, by the EXIF orientation it then wrote (its inverse brings it upright)."""
+"""What the camera did to the image, by the EXIF orientation it then wrote (its inverse brings it upright)."""
 
 
 def kind_of_error(call, *arguments, **options) -> str:
@@ -38,7 +38,7 @@ def test_a_sample_error_keeps_its_kind_when_it_travels_between_processes():
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_stored_in_any_orientation_comes_out_as_it_was_taken(form, orientation):
+def test_an_image_stored_in_any_orientation_comes_out_as_it_was_taken(form, orientation):
     taken = media.quarters(40, 64)
     stored = taken if orientation == 1 else taken.transpose(HELD[orientation])
     pixels = decode_image(media.encoded(stored, form, exif=media.exif(orientation), quality=95), max_px=ROOM)
@@ -77,7 +77,7 @@ def test_a_grey_jpeg_and_a_turbo_decode_equal_what_pillow_sees():
         assert (decode_image(data, max_px=ROOM) == expected).all()
 
 
-def test_the_first_frame_of_an_animated_picture_is_taken():
+def test_the_first_frame_of_an_animated_image_is_taken():
     frames = [Image.fromarray(frame) for frame in media.grey_frames(3, 40, 64)]
     for form in ("GIF", "WEBP", "PNG"):
         data = media.encoded(frames[0], form, save_all=True, append_images=frames[1:], duration=100)
@@ -87,7 +87,7 @@ def test_the_first_frame_of_an_animated_picture_is_taken():
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.95])
-def test_a_truncated_picture_is_refused_not_filled_with_grey(form, kept):
+def test_a_truncated_image_is_refused_not_filled_with_grey(form, kept):
     data = media.encoded(media.noise(300, 200), form)
     assert kind_of_error(decode_image, data[: int(len(data) * kept)], max_px=ROOM) in ("corrupt", "unreadable")
 
@@ -100,7 +100,7 @@ def test_a_jpeg_with_damage_in_its_scan_is_refused():
         assert kind_of_error(decode_image, damaged, max_px=ROOM) == "corrupt"
 
 
-def test_a_jpeg_of_more_scans_than_any_picture_has_is_refused_unread(monkeypatch):
+def test_a_jpeg_of_more_scans_than_any_image_has_is_refused_unread(monkeypatch):
     data = media.encoded(media.noise(100, 60), progressive=True)
     assert decode_image(data, max_px=ROOM).shape == (100, 60, 3)
     monkeypatch.setattr(image_decode, "MOST_SCANS", data.count(b"\xff\xda") - 1)
@@ -115,7 +115,7 @@ def test_garbage_after_the_end_of_a_jpeg_does_no_harm():
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_a_picture_above_the_pixel_limit_is_refused_from_its_header(form, monkeypatch):
+def test_an_image_above_the_pixel_limit_is_refused_from_its_header(form, monkeypatch):
     data = media.encoded(media.noise(100, 60), form)
     monkeypatch.setattr(image_decode.simplejpeg, "decode_jpeg", None)
     monkeypatch.setattr(image_decode, "rgb_pixels", None)

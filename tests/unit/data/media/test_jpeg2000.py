@@ -56,7 +56,7 @@ def needed(a_block: float, pixels_of_block: int) -> float:
         ("L", {"codeblock_size": (4, 8)}, 6000 + TILE[1] + 6000 * (5 + 450 / 32)),
         ("I;16", {}, 6000 * 2 + TILE[1] + 6000 * (6 + 450 / 4096)),
     ],
-    ids=["grey", "colour", "tiles", "a tile wider than the picture", "small blocks", "deep"],
+    ids=["grey", "colour", "tiles", "a tile wider than the image", "small blocks", "deep"],
 )
 def test_the_headers_of_a_file_tell_its_tiles_and_blocks(options, mode, more, wanted):
     image = Image.new(mode, (100, 60))
@@ -84,7 +84,7 @@ def test_the_smallest_blocks_of_any_header_count(data, wanted):
     assert bytes_needed(data, 1) == wanted
 
 
-def test_a_stream_inside_a_box_before_the_picture_is_not_taken_for_it():
+def test_a_stream_inside_a_box_before_the_image_is_not_taken_for_it():
     box = struct.pack(">I4s", 8 + len(stream(size(1, 1))), b"free") + stream(size(1, 1))
     long = struct.pack(">I4sQ", 1, b"jp2c", 0) + stream(size(), default())
     assert bytes_needed(box + long, 1) == needed(450, 4096)

@@ -1,4 +1,4 @@
-"""Pictures that would take too much while they are decoded are refused, and those allowed take no more than told."""
+"""Images that would take too much while they are decoded are refused, and those allowed take no more than told."""
 
 import struct
 import sys
@@ -13,7 +13,7 @@ from tests.support.progress import run_watched
 from univitar_ds.data.media import image_decode, memory_limits
 from univitar_ds.data.media.image_decode import decode_image
 from univitar_ds.data.media.memory_limits import check_memory
-from univitar_ds.data.media.probe import open_picture
+from univitar_ds.data.media.probe import open_image
 from univitar_ds.errors import SampleError
 
 GREY = Image.linear_gradient("L").resize((100, 60))
@@ -52,7 +52,7 @@ def tiff(*tags: tuple[int, int], body: bytes) -> bytes:
     ids=["webp", "avif", "avif alpha", "cmyk", "deep ppm", "tiff", "float tiff", "strips", "turned tiff"],
 )
 def test_what_a_format_takes_is_held_to_the_limit(data, bytes_a_pixel, monkeypatch):
-    with open_picture(data) as image:
+    with open_image(data) as image:
         file = len(data) if image.format in ("WEBP", "AVIF") else 0
         needed = 1.02 * (6000 * bytes_a_pixel + file)
         monkeypatch.setattr(memory_limits, "LEAST_LIMIT", needed + 1)
@@ -69,7 +69,7 @@ def test_formats_that_take_little_are_held_to_their_pixels_only(form, monkeypatc
     assert decode_image(media.encoded(GREY.convert("RGB"), form), max_px=6000).shape == (60, 100, 3)
 
 
-def test_a_picture_is_refused_before_it_is_decoded_and_told_what_would_allow_it(monkeypatch):
+def test_an_image_is_refused_before_it_is_decoded_and_told_what_would_allow_it(monkeypatch):
     data = lossless_webp_of(8200, 8000)
     monkeypatch.setattr(image_decode, "rgb_pixels", lambda image, _: pytest.fail("decoded"))
     with pytest.raises(
@@ -87,7 +87,7 @@ def test_a_low_pixel_limit_does_not_forbid_formats_that_take_more_a_pixel():
     assert decode_image(media.encoded(GREY.convert("RGB"), "WEBP"), max_px=6000).shape == (60, 100, 3)
 
 
-def test_a_tile_larger_than_its_picture_is_not_unpacked():
+def test_a_tile_larger_than_its_image_is_not_unpacked():
     body = zlib.compress(bytes(1000))
     shape = ((256, 100), (257, 60), (258, 8), (259, 8), (262, 1), (277, 1))
     place = ((324, 8), (325, len(body)))
@@ -123,7 +123,7 @@ print((peak() - before) / (height * width))
     ids=["transparent", "deep", "float", "webp", "jpeg 2000"],
 )
 def test_decoding_takes_as_many_bytes_a_pixel_as_told(form, image, options, told, tmp_path):
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(media.encoded(image, form, **options))
     command = [sys.executable, "-c", PEAK, str(path), form]
     taken = float(run_watched(command, check=True).stdout)

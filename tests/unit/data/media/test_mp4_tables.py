@@ -10,7 +10,7 @@ import pytest
 from tests.support import media
 from univitar_ds.data.media import mp4_tables
 from univitar_ds.data.media.mp4_tables import check_mp4_tables
-from univitar_ds.data.media.video_decode import decode_clip
+from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import SampleError
 
 MANY = 60_000_000
@@ -41,8 +41,8 @@ def altered(data: bytes, table: bytes, at: int, *numbers: int) -> bytes:
 
 
 def bomb(samples: int = MANY) -> bytes:
-    """A whole clip of some hundred bytes whose tables claim many samples of one byte."""
-    data = altered(media.clip(media.grey_frames(8)), b"stsz", 4, 1, samples)
+    """A whole video of some hundred bytes whose tables claim many samples of one byte."""
+    data = altered(media.video(media.grey_frames(8)), b"stsz", 4, 1, samples)
     return altered(altered(data, b"stts", 8, samples), b"stsc", 12, samples)
 
 
@@ -82,13 +82,13 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     ("form", "codec"), [("mp4", "mpeg4"), ("mov", "mjpeg"), ("mp4", "libx264"), ("mp4", "libx265")]
 )
 @pytest.mark.parametrize("options", [{}, {"movflags": "frag_keyframe+empty_moov"}])
-def test_a_sound_clip_passes(form, codec, options):
+def test_a_sound_video_passes(form, codec, options):
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-    data = media.clip(media.moving_frames(30), form, codec, pix_fmt, rate=25, options=options)
+    data = media.video(media.moving_frames(30), form, codec, pix_fmt, rate=25, options=options)
     began = time.process_time()
     check_mp4_tables(data)
     assert time.process_time() - began < 0.05
-    assert decode_clip(data, frames=2, max_px=10**6, timeout_s=60.0).shape == (2, 48, 64, 3)
+    assert decode_video(data, frames=2, max_px=10**6, timeout_s=60.0).shape == (2, 48, 64, 3)
     check_mp4_tables(media.sound())
 
 
@@ -176,7 +176,7 @@ def test_the_number_of_boxes_is_bounded_and_their_depth(monkeypatch):
 
 def test_whatever_the_bytes_are_nothing_but_a_sample_error_is_raised():
     chance = random.Random(0)
-    whole = [bomb(), media.clip(media.grey_frames(8), options={"movflags": "frag_keyframe+empty_moov"})]
+    whole = [bomb(), media.video(media.grey_frames(8), options={"movflags": "frag_keyframe+empty_moov"})]
     whole += [hidden(kind, box(b"stsz", words(0, 0, 1, 1))) for kind in ("cmov", "stsd", "meta", "free")]
     whole += [movie(audio(1000, 500), bulk=100)]
     names = sorted(mp4_tables._TABLES | mp4_tables._HOLDERS | {b"hdlr", b"stsd", b"cmov"})

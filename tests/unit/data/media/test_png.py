@@ -67,7 +67,7 @@ def icon(png: bytes) -> bytes:
     ],
     ids=["profile", "text", "all", "behind", "both behind", "icon", "icon behind"],
 )
-def test_the_pixels_of_a_picture_with_a_large_text_are_read(data):
+def test_the_pixels_of_an_image_with_a_large_text_are_read(data):
     with pytest.raises(ValueError, match="MAX_TEXT_CHUNK"):
         Image.open(io.BytesIO(data)).load()
     assert probe(data, "png") == MediaSize("image", 48, 64, 1)
@@ -87,7 +87,7 @@ def test_many_texts_that_are_too_much_together_are_left_out_from_where_they_are(
     assert sorted(kept.text) == ["k0", "k1"]
 
 
-def test_what_says_how_a_picture_is_turned_stays():
+def test_what_says_how_an_image_is_turned_stays():
     xmp = chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>')
     for turned in (EXIF, xmp):
         for data in (before_pixels(turned, PROFILE, PACKED_TEXT), before_pixels(PACKED_TEXT, turned)):

@@ -8,7 +8,7 @@ from PIL import Image, TiffImagePlugin
 
 from tests.support import media
 from univitar_ds.data.media import image_decode
-from univitar_ds.data.media.probe import open_picture, probe
+from univitar_ds.data.media.probe import open_image, probe
 from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.media.video_probe import open_video
 from univitar_ds.errors import SampleError
@@ -39,7 +39,7 @@ def test_sides_change_places_for_the_exif_orientations_that_lie_on_their_side(fo
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_a_picture_with_a_broken_body_is_probed_all_the_same(form):
+def test_an_image_with_a_broken_body_is_probed_all_the_same(form):
     data = media.encoded(media.noise(300, 200), form)
     assert probe(data[: len(data) - 4000] + bytes(4000) if form == "PNG" else data, form).height == 300
 
@@ -59,7 +59,7 @@ def test_junk_and_fill_bytes_between_jpeg_markers_are_passed_over(fill):
     assert probe(padded, "jpg").width == 64
 
 
-def test_a_thumbnail_inside_exif_does_not_pass_for_the_picture():
+def test_a_thumbnail_inside_exif_does_not_pass_for_the_image():
     thumbnail = media.encoded(media.quarters(8, 16))
     data = media.encoded(media.quarters(40, 64))
     assert probe(data[:2] + segment(0xE1, b"Exif\0\0" + thumbnail) + data[2:], "jpg").width == 64
@@ -85,7 +85,7 @@ def test_a_jpeg_cut_before_its_frame_header_is_a_bad_sample(keep):
 def test_the_content_decides_where_the_extension_lies():
     assert probe(media.encoded(media.quarters(40, 64)), "png") == MediaSize("image", 40, 64, 1)
     assert probe(media.encoded(media.quarters(40, 64), "PNG"), "mp4_") == MediaSize("image", 40, 64, 1)
-    assert probe(media.clip(media.grey_frames(4)), "jpg").kind == "video"
+    assert probe(media.video(media.grey_frames(4)), "jpg").kind == "video"
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,9 @@ def test_the_content_decides_where_the_extension_lies():
     [("mp4", "mpeg4"), ("mov", "mpeg4"), ("avi", "mpeg4"), ("matroska", "mpeg4"), ("webm", "libvpx-vp9"),
      ("mpegts", "mpeg2video"), ("flv", "flv")],
 )  # fmt: skip
-def test_clips_in_every_container_tell_size_and_about_how_many_frames(form, codec):
+def test_videos_in_every_container_tell_size_and_about_how_many_frames(form, codec):
     rate = 25 if codec == "mpeg2video" else 10
-    size = probe(media.clip(media.grey_frames(12, 48, 64), form, codec, rate=rate), form)
+    size = probe(media.video(media.grey_frames(12, 48, 64), form, codec, rate=rate), form)
     assert (size.kind, size.height, size.width) == ("video", 48, 64)
     assert abs(size.frames - 12) <= 1
     assert size.duration_s == pytest.approx(12 / rate, abs=1.1 / rate)
@@ -105,7 +105,7 @@ def test_clips_in_every_container_tell_size_and_about_how_many_frames(form, code
     ("form", "codec"), [("mp4", "libx264"), ("avi", "libx264"), ("mpegts", "libx264"), ("matroska", "libx264")]
 )
 def test_the_header_tells_the_same_whether_frames_are_decoded_or_not(form, codec):
-    data = media.clip(media.moving_frames(30), form, codec, rate=25)
+    data = media.video(media.moving_frames(30), form, codec, rate=25)
     told = []
     for thorough in (False, True):
         container, stream = open_video(data, thorough)
@@ -116,22 +116,22 @@ def test_the_header_tells_the_same_whether_frames_are_decoded_or_not(form, codec
     assert told[0] == told[1]
 
 
-def test_a_clip_that_does_not_say_how_long_it_lasts_has_no_duration():
-    with_rate = media.clip(media.grey_frames(12), "flv", "flv")
+def test_a_video_that_does_not_say_how_long_it_lasts_has_no_duration():
+    with_rate = media.video(media.grey_frames(12), "flv", "flv")
     at = with_rate.index(b"duration") + len(b"duration") + 1
     assert probe(with_rate, "flv").duration_s == pytest.approx(1.2)
     assert probe(with_rate[:at] + bytes(8) + with_rate[at + 8 :], "flv").duration_s >= 0
 
 
-def test_a_quarter_turn_in_the_display_matrix_swaps_the_sides_of_a_clip():
-    data = media.clip(media.grey_frames(4, 48, 64))
+def test_a_quarter_turn_in_the_display_matrix_swaps_the_sides_of_a_video():
+    data = media.video(media.grey_frames(4, 48, 64))
     for matrix in [(0, 1, -1, 0), (0, -1, 1, 0), (0, 1, 1, 0)]:
         assert probe(media.turned_mp4(data, matrix), "mp4") == MediaSize("video", 64, 48, 4, 0.4)
     for matrix in [(1, 0, 0, 1), (-1, 0, 0, -1), (-1, 0, 0, 1)]:
         assert probe(media.turned_mp4(data, matrix), "mp4") == MediaSize("video", 48, 64, 4, 0.4)
 
 
-def test_a_gif_is_a_picture_unless_its_name_makes_it_a_clip():
+def test_a_gif_is_an_image_unless_its_name_makes_it_a_video():
     frames = [Image.fromarray(frame) for frame in media.grey_frames(6, 40, 64)]
     data = media.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
     assert probe(data, "gif") == MediaSize("image", 40, 64, 1)
@@ -143,13 +143,13 @@ def test_what_is_no_media_is_a_bad_sample_with_a_kind():
     assert kind_of_error(b"just text", "png") == "unreadable"
     assert kind_of_error(b"just text", "mp4") == "unreadable"
     assert kind_of_error(media.sound(), "mp4") == "no_video"
-    assert kind_of_error(media.clip(media.grey_frames(4))[:300], "mp4") in ("corrupt", "no_video")
+    assert kind_of_error(media.video(media.grey_frames(4))[:300], "mp4") in ("corrupt", "no_video")
 
 
 @pytest.mark.parametrize("text", ["#EXTM3U\n#EXTINF:1,\n", "ffconcat version 1.0\nfile "])
 def test_a_playlist_cannot_make_the_prober_open_another_file(tmp_path, text):
     other = tmp_path / "other.mp4"
-    other.write_bytes(media.clip(media.grey_frames(4)))
+    other.write_bytes(media.video(media.grey_frames(4)))
     assert kind_of_error(f"{text}{other}\n".encode(), "mp4") == "unreadable"
     assert kind_of_error(f"{text}{other}\n".encode(), "jpg") == "unreadable"
 
@@ -168,7 +168,7 @@ def test_a_header_that_claims_billions_of_pixels_is_probed_or_refused_without_de
 
 
 def flat_png(height: int, width: int) -> bytes:
-    """A black picture with one bit a pixel."""
+    """A black image with one bit a pixel."""
     row = bytes(1 + -(-width // 8))
     packer = zlib.compressobj(1)
     body = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
@@ -181,7 +181,7 @@ def flat_png(height: int, width: int) -> bytes:
 
 
 def with_sides(data: bytes, form: str) -> bytes:
-    """The header of a picture that claims 20000 x 20000 pixels."""
+    """The header of an image that claims 20000 x 20000 pixels."""
     data = bytearray(data)
     if form == "PNG":
         data[16:24] = struct.pack(">II", 20000, 20000)
@@ -212,7 +212,7 @@ def test_only_the_configured_limit_holds_and_before_anything_is_decoded(form, mo
     assert image_decode.decode_image(data, max_px=400_000_000).shape == (1, 1, 3)
 
 
-def test_a_picture_above_the_limit_of_pillow_is_decoded_if_the_configured_one_allows(monkeypatch):
+def test_an_image_above_the_limit_of_pillow_is_decoded_if_the_configured_one_allows(monkeypatch):
     data = flat_png(200, 900_000)
     assert probe(data, "png") == MediaSize("image", 200, 900_000, 1)
     monkeypatch.setattr(image_decode, "rgb_pixels", lambda image, _: image.load() and np.zeros((1, 1, 3), np.uint8))
@@ -220,13 +220,13 @@ def test_a_picture_above_the_limit_of_pillow_is_decoded_if_the_configured_one_al
 
 
 @pytest.mark.parametrize("inner", ["png", "dib"])
-def test_an_icon_that_hides_a_larger_picture_is_refused(inner):
+def test_an_icon_that_hides_a_larger_image_is_refused(inner):
     if inner == "png":
-        picture = flat_png(300, 500)
+        image = flat_png(300, 500)
     else:
-        picture = struct.pack("<IiiHHIIiiII", 40, 500, 600, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(300 * 1500 + 300 * 64)
-    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 24, len(picture), 22)
-    data = struct.pack("<HHH", 0, 1, 1) + entry + picture
+        image = struct.pack("<IiiHHIIiiII", 40, 500, 600, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(300 * 1500 + 300 * 64)
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 24, len(image), 22)
+    data = struct.pack("<HHH", 0, 1, 1) + entry + image
     assert image_decode.decode_image(data, max_px=150_000).shape == (300, 500, 3)
     with pytest.raises(SampleError, match="500 x 300 is 150000 pixels"):
         image_decode.decode_image(data, max_px=149_999)
@@ -238,7 +238,7 @@ def test_a_gif_that_clears_its_screen_allocates_nothing_when_opened():
     data = bytearray(whole)
     at = data.index(b"\x2c\x00\x00\x00\x00\x40\x00\x28\x00") + 5
     data[6:10] = data[at : at + 4] = struct.pack("<HH", 65535, 65535)
-    with open_picture(bytes(data)) as image:
+    with open_image(bytes(data)) as image:
         assert image.size == (65535, 65535)
         assert getattr(image, "dispose", None) is None
     assert np.array_equal(image_decode.decode_image(whole, max_px=10**6), media.grey_frames(3, 40, 64)[0])
@@ -316,6 +316,6 @@ def test_many_numbers_in_a_private_tag_of_a_tiff_are_no_table(monkeypatch):
 
 @pytest.mark.parametrize("cut", [2, 6, 9, 40])
 def test_a_tiff_that_ends_in_its_header_is_a_bad_sample(cut):
-    with pytest.raises(SampleError, match=r"are no picture of a format we read|cannot be opened"):
+    with pytest.raises(SampleError, match=r"are no image of a format we read|cannot be opened"):
         probe(b"MM" + b"text" * cut, "tif")
     assert kind_of_error(media.encoded(media.quarters(), "TIFF")[:cut], "tif") == "unreadable"

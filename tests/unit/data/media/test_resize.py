@@ -19,7 +19,7 @@ def pillow(pixels, grid):
 
 
 @pytest.mark.parametrize("grid", [(1, 2, 3), (1, 8, 4), (1, 40, 40), (1, 7, 15)])
-def test_a_picture_is_resized_as_the_release_does(grid):
+def test_an_image_is_resized_as_the_release_does(grid):
     pixels = np.asarray(media.noise(101, 203))
     fitted = fit_image(pixels, grid)
     assert fitted.shape == (grid[1] * 14, grid[2] * 14, 3)
@@ -42,7 +42,7 @@ def test_the_sharpest_edges_at_any_size_differ_from_pillow_by_2_levels_at_most_a
     assert (difference > 1).mean() < 0.01
 
 
-def test_a_picture_of_the_right_size_is_left_alone():
+def test_an_image_of_the_right_size_is_left_alone():
     pixels = np.asarray(media.noise(28, 42))
     assert fit_image(pixels, (1, 2, 3)) is pixels
     out = np.zeros_like(pixels)

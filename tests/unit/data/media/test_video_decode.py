@@ -12,14 +12,14 @@ from PIL import Image
 from tests.support import media
 from univitar_ds.data.media import video_decode
 from univitar_ds.data.media.frame_sampling import Sampling
-from univitar_ds.data.media.video_decode import decode_clip
+from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import SampleError
 
 ROOM = 10**8
 
 
-def clip_of(data: bytes, frames: int, **limits) -> np.ndarray:
-    return decode_clip(data, frames=frames, **{"max_px": ROOM, "timeout_s": 60.0, **limits})
+def video_of(data: bytes, frames: int, **limits) -> np.ndarray:
+    return decode_video(data, frames=frames, **{"max_px": ROOM, "timeout_s": 60.0, **limits})
 
 
 def kind_of_error(call, *arguments, **options) -> str:
@@ -44,7 +44,7 @@ def evenly(count: int, frames: int) -> list[int]:
 @pytest.mark.parametrize("frames", [1, 2, 8])
 def test_frames_are_taken_evenly_from_the_middle_of_equal_parts(form, codec, frames):
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-    pixels = clip_of(media.clip(media.grey_frames(23), form, codec, pix_fmt), frames)
+    pixels = video_of(media.video(media.grey_frames(23), form, codec, pix_fmt), frames)
     assert pixels.shape == (frames, 48, 64, 3)
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
@@ -52,30 +52,30 @@ def test_frames_are_taken_evenly_from_the_middle_of_equal_parts(form, codec, fra
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_a_short_clip_repeats_frames(count):
-    assert media.frame_numbers(clip_of(media.clip(media.grey_frames(count)), 8), count) == evenly(count, 8)
+def test_a_short_video_repeats_frames(count):
+    assert media.frame_numbers(video_of(media.video(media.grey_frames(count)), 8), count) == evenly(count, 8)
 
 
 def test_reordered_frames_come_in_order_of_display():
-    pixels = clip_of(media.clip(media.grey_frames(30), codec="libx264", rate=25), 10)
+    pixels = video_of(media.video(media.grey_frames(30), codec="libx264", rate=25), 10)
     assert media.frame_numbers(pixels, 30) == evenly(30, 10)
 
 
 def test_a_variable_frame_rate_counts_frames_not_seconds():
     pts = [0, 1, 2, 3, 50, 51, 52, 90, 91, 92, 200, 300]
-    assert media.frame_numbers(clip_of(media.clip(media.grey_frames(12), pts=pts), 4), 12) == evenly(12, 4)
+    assert media.frame_numbers(video_of(media.video(media.grey_frames(12), pts=pts), 4), 12) == evenly(12, 4)
 
 
 def test_frames_that_the_header_promises_and_the_file_lacks_are_not_waited_for():
-    data = media.clip(media.grey_frames(20), "avi")
+    data = media.video(media.grey_frames(20), "avi")
     at = data.index(b"strh") + 8 + 32  # dwLength of the stream
     assert int.from_bytes(data[at : at + 4], "little") == 20
     lying = data[:at] + (200).to_bytes(4, "little") + data[at + 4 :]
-    assert media.frame_numbers(clip_of(lying, 4), 20) == evenly(20, 4)
+    assert media.frame_numbers(video_of(lying, 4), 20) == evenly(20, 4)
 
 
 def test_where_a_wanted_frame_does_not_come_those_that_come_are_counted(monkeypatch):
-    data = media.clip(media.grey_frames(24))
+    data = media.video(media.grey_frames(24))
     assert [packet.pts for packet in packets_of(data)] == [1024 * i for i in range(24)]
     kept = [i for i in range(24) if i % 4 or i == 0]
     truth = video_decode._decoded
@@ -86,8 +86,8 @@ def test_where_a_wanted_frame_does_not_come_those_that_come_are_counted(monkeypa
     monkeypatch.setattr(video_decode, "_decoded", lossy)
     for frames in (1, 3, 5):
         assert not set(evenly(24, frames)) <= set(kept)
-        assert media.frame_numbers(clip_of(data, frames), 24) == [kept[i] for i in evenly(len(kept), frames)]
-    assert media.frame_numbers(clip_of(data, 4), 24) == evenly(24, 4), "all that are wanted come"
+        assert media.frame_numbers(video_of(data, frames), 24) == [kept[i] for i in evenly(len(kept), frames)]
+    assert media.frame_numbers(video_of(data, 4), 24) == evenly(24, 4), "all that are wanted come"
 
 
 def test_only_wanted_frames_are_converted_each_once(monkeypatch):
@@ -99,10 +99,10 @@ def test_only_wanted_frames_are_converted_each_once(monkeypatch):
             return frame.reformat(*arguments, **options)
 
     monkeypatch.setattr(video_decode, "VideoReformatter", Spy)
-    clip_of(media.clip(media.grey_frames(20)), 2)
+    video_of(media.video(media.grey_frames(20)), 2)
     assert [pts // 1024 for pts in converted] == [5, 15]
     converted.clear()
-    clip_of(media.clip(media.grey_frames(3)), 8)
+    video_of(media.video(media.grey_frames(3)), 8)
     assert len(converted) == 3
 
 
@@ -135,17 +135,17 @@ CODED = {
 def test_what_is_left_out_of_decoding_changes_no_frame(monkeypatch, name):
     form, codec, settings, most = CODED[name]
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-    data = media.clip(media.moving_frames(60, 96, 128), form, codec, pix_fmt, rate=25, settings=settings)
+    data = media.video(media.moving_frames(60, 96, 128), form, codec, pix_fmt, rate=25, settings=settings)
     with av.open(io.BytesIO(data)) as container:
         container.streams.video[0].thread_count = 1
         truth = [frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)]
     assert len(truth) == 60
     for frames in (2, 3, 7, 20):
-        assert np.array_equal(clip_of(data, frames), np.stack([truth[i] for i in evenly(60, frames)])), frames
+        assert np.array_equal(video_of(data, frames), np.stack([truth[i] for i in evenly(60, frames)])), frames
     calls = []
     once = video_decode._decoded
     monkeypatch.setattr(video_decode, "_decoded", lambda *given: calls.append(given) or once(*given))
-    assert np.array_equal(clip_of(data, 1)[0], truth[30])
+    assert np.array_equal(video_of(data, 1)[0], truth[30])
     assert len(calls) <= most
 
 
@@ -162,7 +162,7 @@ def test_what_is_decoded_begins_where_each_wanted_frame_can_be_decoded_from():
 
 
 def test_frames_that_no_other_needs_are_not_decoded():
-    data = media.clip(
+    data = media.video(
         media.moving_frames(40), codec="libx264", rate=25, settings={"x264-params": "keyint=99:bframes=3"}
     )
     came = []
@@ -175,7 +175,7 @@ def test_frames_that_no_other_needs_are_not_decoded():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(video_decode, "_decoded", watched)
-        clip_of(data, 1)
+        video_of(data, 1)
     wanted_and_before = sum(packet.pts <= 20 * 512 for packet in packets_of(data))
     assert 20 * 512 in came
     assert len(came) < 0.7 * wanted_and_before
@@ -183,11 +183,11 @@ def test_frames_that_no_other_needs_are_not_decoded():
 
 def test_times_that_contradict_the_order_of_frames_are_not_believed():
     moving = media.moving_frames(40)
-    straight = media.clip(moving, codec="libx264", rate=25, settings={"x264-params": "bframes=3:b-pyramid=normal"})
+    straight = media.video(moving, codec="libx264", rate=25, settings={"x264-params": "bframes=3:b-pyramid=normal"})
     lying = media.retimed_mp4(straight)
     assert [packet.pts for packet in packets_of(straight)] != sorted(packet.pts for packet in packets_of(straight))
     assert [packet.pts for packet in packets_of(lying)] == sorted(packet.pts for packet in packets_of(lying))
-    assert np.array_equal(clip_of(straight, 9), clip_of(lying, 9))
+    assert np.array_equal(video_of(straight, 9), video_of(lying, 9))
 
 
 FPS = Sampling("fps", 2.0)
@@ -195,8 +195,8 @@ FPS = Sampling("fps", 2.0)
 
 def test_frames_a_second_are_taken_by_time_where_the_rate_varies():
     pts = [0, 1, 2, 3, 50, 51, 52, 90, 91, 92, 200, 300]  # tenths of a second; the last one lasts as its neighbours do
-    data = media.clip(media.grey_frames(12), pts=pts)
-    seen = media.frame_numbers(clip_of(data, 6, sampling=FPS), 12)
+    data = media.video(media.grey_frames(12), pts=pts)
+    seen = media.frame_numbers(video_of(data, 6, sampling=FPS), 12)
     end = 300 + (packets_of(data)[-1].duration or 300 * 1024 // 11) // 1024
     assert seen == [max(k for k in range(12) if pts[k] <= (i + 0.5) * end / 6) for i in range(6)]
     assert seen != evenly(12, 6)
@@ -204,12 +204,12 @@ def test_frames_a_second_are_taken_by_time_where_the_rate_varies():
 
 @pytest.mark.parametrize("kind", ["uniform", "fps"])
 def test_jitter_takes_each_frame_from_its_own_part_as_the_draw_says(kind):
-    data = media.clip(media.grey_frames(32))
+    data = media.video(media.grey_frames(32))
     rule = Sampling(kind, 2.0, jitter=True)
-    seen = [tuple(media.frame_numbers(clip_of(data, 8, sampling=rule, draw=draw), 32)) for draw in range(6)]
+    seen = [tuple(media.frame_numbers(video_of(data, 8, sampling=rule, draw=draw), 32)) for draw in range(6)]
     assert all(4 * part <= number < 4 * part + 4 for numbers in seen for part, number in enumerate(numbers))
     assert len(set(seen)) == 6
-    assert seen[3] == tuple(media.frame_numbers(clip_of(data, 8, sampling=rule, draw=3), 32))
+    assert seen[3] == tuple(media.frame_numbers(video_of(data, 8, sampling=rule, draw=3), 32))
 
 
 def test_each_frame_is_fitted_as_it_comes_and_none_is_kept_at_its_own_size():
@@ -219,15 +219,15 @@ def test_each_frame_is_fitted_as_it_comes_and_none_is_kept_at_its_own_size():
         shapes.append(frame.shape)
         return frame[:2, :3]
 
-    pixels = clip_of(media.clip(media.grey_frames(3)), 6, fit=corner)
+    pixels = video_of(media.video(media.grey_frames(3)), 6, fit=corner)
     assert pixels.shape == (6, 2, 3, 3)
     assert shapes == [(48, 64, 3)] * 3
     assert media.frame_numbers(pixels, 3) == evenly(3, 6)
 
 
-def test_a_clip_is_turned_by_its_display_matrix():
+def test_a_video_is_turned_by_its_display_matrix():
     stored = [np.asarray(media.quarters(48, 64))] * 3
-    data = media.clip(stored, codec="mjpeg", pix_fmt="yuvj444p", form="mov")
+    data = media.video(stored, codec="mjpeg", pix_fmt="yuvj444p", form="mov")
     expected = {
         (1, 0, 0, 1): ["red", "green", "blue", "yellow"],
         (0, 1, -1, 0): ["blue", "red", "yellow", "green"],  # a quarter clockwise
@@ -238,38 +238,38 @@ def test_a_clip_is_turned_by_its_display_matrix():
         (0, 1, 1, 0): ["red", "blue", "green", "yellow"],
     }
     for matrix, colours in expected.items():
-        pixels = clip_of(media.turned_mp4(data, matrix), 2)
+        pixels = video_of(media.turned_mp4(data, matrix), 2)
         assert pixels.shape == ((2, 64, 48, 3) if matrix[0] == 0 else (2, 48, 64, 3))
         assert pixels.flags.c_contiguous
         assert media.corners(pixels[1]) == colours, matrix
 
 
 def test_ten_bits_become_eight():
-    pixels = clip_of(media.clip(media.grey_frames(6), codec="libx264", pix_fmt="yuv420p10le", rate=25), 3)
+    pixels = video_of(media.video(media.grey_frames(6), codec="libx264", pix_fmt="yuv420p10le", rate=25), 3)
     assert media.frame_numbers(pixels, 6) == evenly(6, 3)
 
 
 def test_colours_survive_the_way_through_yuv():
     frames = [np.asarray(media.quarters(48, 64))] * 2
-    assert media.corners(clip_of(media.clip(frames), 1)[0]) == ["red", "green", "blue", "yellow"]
+    assert media.corners(video_of(media.video(frames), 1)[0]) == ["red", "green", "blue", "yellow"]
 
 
-def test_an_animated_gif_can_be_read_as_a_clip():
+def test_an_animated_gif_can_be_read_as_a_video():
     frames = [Image.fromarray(frame) for frame in media.grey_frames(6, 40, 64)]
     data = media.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
-    assert media.frame_numbers(clip_of(data, 3), 6) == evenly(6, 3)
+    assert media.frame_numbers(video_of(data, 3), 6) == evenly(6, 3)
 
 
-def test_what_is_no_clip_is_a_bad_sample_with_a_kind():
-    whole = media.clip(media.grey_frames(12), codec="libx264", rate=25)
-    assert kind_of_error(clip_of, media.sound(), 4) == "no_video"
-    assert kind_of_error(clip_of, b"", 4) == "unreadable"
-    assert kind_of_error(clip_of, media.encoded(media.quarters()), 4) == "unreadable"
-    assert kind_of_error(clip_of, whole[: len(whole) // 3], 4) == "corrupt"
+def test_what_is_no_video_is_a_bad_sample_with_a_kind():
+    whole = media.video(media.grey_frames(12), codec="libx264", rate=25)
+    assert kind_of_error(video_of, media.sound(), 4) == "no_video"
+    assert kind_of_error(video_of, b"", 4) == "unreadable"
+    assert kind_of_error(video_of, media.encoded(media.quarters()), 4) == "unreadable"
+    assert kind_of_error(video_of, whole[: len(whole) // 3], 4) == "corrupt"
 
 
-def test_a_clip_whose_decoder_conceals_damage_is_refused():
-    data = media.clip(media.moving_frames(6, 96, 128), codec="libx264", rate=25)
+def test_a_video_whose_decoder_conceals_damage_is_refused():
+    data = media.video(media.moving_frames(6, 96, 128), codec="libx264", rate=25)
     whole = bytes(packets_of(data)[0])
     silent = []
     for cut in range(len(whole) // 2, len(whole), 50):
@@ -278,40 +278,40 @@ def test_a_clip_whose_decoder_conceals_damage_is_refused():
             marks = [frame.is_corrupt for frame in container.decode(video=0)]
             silent += [damaged] if any(marks) else []
     assert silent, "FFmpeg raises no error and leaves a mark"
-    assert {kind_of_error(clip_of, damaged, 6) for damaged in silent} == {"corrupt"}
+    assert {kind_of_error(video_of, damaged, 6) for damaged in silent} == {"corrupt"}
 
 
-def test_a_clip_with_damaged_frames_is_refused():
+def test_a_video_with_damaged_frames_is_refused():
     frames = [np.asarray(media.noise(96, 128, seed)) for seed in range(6)]
-    data = bytearray(media.clip(frames, codec="libx264", rate=25))
+    data = bytearray(media.video(frames, codec="libx264", rate=25))
     begin = data.index(b"mdat") + 4
     length = int.from_bytes(data[begin - 8 : begin - 4], "big") - 8
     for at in range(begin + length // 4, begin + length // 2):
         data[at] ^= 0xFF
-    assert kind_of_error(clip_of, bytes(data), 6) == "corrupt"
+    assert kind_of_error(video_of, bytes(data), 6) == "corrupt"
 
 
-def test_a_clip_above_the_pixel_limit_is_refused_from_its_header(monkeypatch):
-    data = media.clip(media.grey_frames(4, 48, 64))
+def test_a_video_above_the_pixel_limit_is_refused_from_its_header(monkeypatch):
+    data = media.video(media.grey_frames(4, 48, 64))
     monkeypatch.setattr(video_decode, "_decoded", None)
-    assert kind_of_error(clip_of, data, 2, max_px=48 * 64 - 1) == "too_large"
+    assert kind_of_error(video_of, data, 2, max_px=48 * 64 - 1) == "too_large"
 
 
-def test_a_clip_longer_than_the_limit_is_refused_before_decoding(monkeypatch):
-    data = media.clip(media.grey_frames(30))
-    assert clip_of(data, 2, max_clip_s=3.0).shape[0] == 2
+def test_a_video_longer_than_the_limit_is_refused_before_decoding(monkeypatch):
+    data = media.video(media.grey_frames(30))
+    assert video_of(data, 2, max_video_s=3.0).shape[0] == 2
     monkeypatch.setattr(video_decode, "_decoded", None)
-    assert kind_of_error(clip_of, data, 2, max_clip_s=2.9) == "too_large"
+    assert kind_of_error(video_of, data, 2, max_video_s=2.9) == "too_large"
 
 
 @pytest.mark.parametrize("form", ["mp4", "avi"])
-def test_a_clip_that_takes_too_long_is_given_up(form):
-    assert kind_of_error(clip_of, media.clip(media.grey_frames(4), form), 2, timeout_s=0.0) == "timeout"
+def test_a_video_that_takes_too_long_is_given_up(form):
+    assert kind_of_error(video_of, media.video(media.grey_frames(4), form), 2, timeout_s=0.0) == "timeout"
 
 
 def test_time_that_others_use_does_not_count(monkeypatch):
     """A stopped or crowded machine must not decide which samples are good."""
-    data = media.clip(media.grey_frames(4))
+    data = media.video(media.grey_frames(4))
     truth = video_decode._decoded
 
     def waiting(stream, packet, deadline):
@@ -319,10 +319,10 @@ def test_time_that_others_use_does_not_count(monkeypatch):
         return truth(stream, packet, deadline)
 
     monkeypatch.setattr(video_decode, "_decoded", waiting)
-    assert clip_of(data, 1, timeout_s=0.5).shape[0] == 1
+    assert video_of(data, 1, timeout_s=0.5).shape[0] == 1
 
 
-def test_cover_art_of_a_sound_file_is_no_clip():
+def test_cover_art_of_a_sound_file_is_no_video():
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
         art = container.add_stream("mjpeg", rate=1)
@@ -333,20 +333,20 @@ def test_cover_art_of_a_sound_file_is_no_clip():
     data = stream.getvalue()
     with av.open(io.BytesIO(data)) as container:
         assert container.streams.video[0].disposition & av.stream.Disposition.attached_pic
-    assert kind_of_error(clip_of, data, 2) == "no_video"
+    assert kind_of_error(video_of, data, 2) == "no_video"
 
 
 MUTATED = [("mp4", "libx264"), ("webm", "libvpx-vp9"), ("mpegts", "mpeg2video"), ("avi", "mpeg4"), ("flv", "libx264")]
 
 
 @pytest.mark.parametrize(("form", "codec"), MUTATED)
-def test_a_mutated_clip_is_read_or_refused_and_the_same_again(form, codec):
-    whole = media.clip(media.moving_frames(12), form, codec, rate=25)
+def test_a_mutated_video_is_read_or_refused_and_the_same_again(form, codec):
+    whole = media.video(media.moving_frames(12), form, codec, rate=25)
     chance = random.Random(0)
 
     def outcome(data: bytes):
         try:
-            return clip_of(data, 4, max_px=10**6, sampling=FPS).tobytes()
+            return video_of(data, 4, max_px=10**6, sampling=FPS).tobytes()
         except SampleError as error:
             return error.kind, str(error)
 
@@ -362,9 +362,9 @@ def test_a_mutated_clip_is_read_or_refused_and_the_same_again(form, codec):
 
 
 @pytest.mark.parametrize(("silent_from", "taken"), [(12, True), (11, False)])
-def test_a_clip_of_which_most_packets_give_no_frame_is_damaged(silent_from, taken, monkeypatch):
+def test_a_video_of_which_most_packets_give_no_frame_is_damaged(silent_from, taken, monkeypatch):
     """As decoders do that wait for a frame that needs no other; two fields may make one frame, so half is enough."""
-    data = media.clip(media.moving_frames(24), "avi")
+    data = media.video(media.moving_frames(24), "avi")
     real, calls = video_decode._decoded, []
 
     def waiting(stream, packet, deadline):
@@ -374,14 +374,14 @@ def test_a_clip_of_which_most_packets_give_no_frame_is_damaged(silent_from, take
 
     monkeypatch.setattr(video_decode, "_decoded", waiting)
     if taken:
-        assert clip_of(data, 4).shape == (4, 48, 64, 3)
+        assert video_of(data, 4).shape == (4, 48, 64, 3)
     else:
         with pytest.raises(SampleError, match="24 packets give 11 frames"):
-            clip_of(data, 4)
+            video_of(data, 4)
 
 
 def test_making_a_video_leaves_the_scheduling_of_this_process_as_it_was():
     form, codec, settings, _ = CODED["av1"]
     before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
-    media.clip(media.moving_frames(4, 96, 128), form, codec, rate=25, settings=settings)
+    media.video(media.moving_frames(4, 96, 128), form, codec, rate=25, settings=settings)
     assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before

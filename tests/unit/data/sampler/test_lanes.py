@@ -20,11 +20,11 @@ from tests.support.memory import (
     shards_of,
     sized_sample,
     small_rules,
-    tiny_picture,
+    tiny_image,
 )
 from tests.support.paths import ROOT
 from tests.support.progress import WHOLE_S, run_watched
-from tests.support.shards import clip
+from tests.support.shards import video
 from univitar_ds.data.sampler import reader
 from univitar_ds.data.sampler.cursor import LaneCursor, StreamCursor, parse
 from univitar_ds.data.sampler.lanes import Lane, Stream
@@ -135,10 +135,10 @@ def test_the_storage_hears_of_all_first_shards_before_a_lane_is_read():
 
 
 def test_what_the_shards_hold_is_found_out_once_for_all_lanes():
-    """A source of pictures that clips are looked for in: each lane looks at its own shards, one lane at all of them."""
+    """A source of images that videos are looked for in: each lane looks at its own shards, one lane at all of them."""
     shards = memory_shards([2] * 64, modality=None, sources=["a"] * 32 + ["b"] * 32)
-    clips = [(f"c{n}", {"mp4": clip(16, 16), "txt": b"moves"}) for n in range(8)]
-    shards[:32] = shards_of([clips] * 32, modality=None, sources=["a"] * 32)
+    videos = [(f"c{n}", {"mp4": video(16, 16), "txt": b"moves"}) for n in range(8)]
+    shards[:32] = shards_of([videos] * 32, modality=None, sources=["a"] * 32)
     rules = small_rules(shards, lanes=8, modality="video", weights={"a": 1, "b": 1}, frames=2)
     opened: Counter[str] = Counter()
     storage = shards[-1].storage
@@ -168,7 +168,7 @@ def test_a_lane_does_not_know_how_many_lanes_a_rank_runs():
 
 
 def test_each_modality_of_a_lane_goes_on_where_it_was():
-    """Whatever lies between two packs of pictures, they are the same; and the cursor keeps both streams."""
+    """Whatever lies between two packs of images, they are the same; and the cursor keeps both streams."""
     shards = memory_shards([40], modality=None)
     rules = small_rules(shards)
     alone = packs_of(rules, 0, 4)[0]
@@ -209,7 +209,7 @@ def test_samples_wait_about_equally_long_and_not_as_chance_has_it(pool_samples):
 
 
 def test_the_pool_grows_past_its_number_where_items_are_small():
-    shards = shards_of([[(f"k{n}", {"png": tiny_picture(14, 14), "txt": b"one token"}) for n in range(300)]])
+    shards = shards_of([[(f"k{n}", {"png": tiny_image(14, 14), "txt": b"one token"}) for n in range(300)]])
     packs, _ = packs_of(small_rules(shards, pool_samples=4), 0, 5)
     assert [len(items) for items, _ in packs] == [40] * 5
 
@@ -232,14 +232,14 @@ def test_the_caption_of_an_epoch_is_drawn_and_stays_the_same_on_a_rerun():
 def test_mixed_shards_give_each_stream_its_own_samples():
     mixed = [
         sized_sample("a", 0),
-        ("b", {"mp4": b"no clip", "txt": b"t"}),
+        ("b", {"mp4": b"no video", "txt": b"t"}),
         ("c", {"txt": b"nothing to see"}),
         sized_sample("d", 1),
     ]
     packs, _ = packs_of(small_rules(shards_of([mixed], modality=None)), 0, 1)
     items, bad = packs[0]
     assert {"a", "d"} == set(keys(items))
-    assert set(bad) == {"no_media"}  # counted once by the pictures' stream; the clip is not its business
+    assert set(bad) == {"no_media"}  # counted once by the images' stream; the video is not its business
     with pytest.raises(DataError, match=r"none of the 1 shards has a readable video sample \(left out: 1 unreadable\)"):
         packs_of(small_rules(shards_of([mixed], modality=None), modality="video", frames=2), 0, 1)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.memory import memory_shards, shards_of, sized_sample, small_rules, tiny_picture
+from tests.support.memory import memory_shards, shards_of, sized_sample, small_rules, tiny_image
 from univitar_ds.data.sampler.cursor import LaneCursor, ReadPosition, StreamCursor, parse
 from univitar_ds.data.sampler.lanes import LONG_WAIT, Stream
 from univitar_ds.data.sampler.mixture import WeightedRoundRobin
@@ -142,8 +142,8 @@ def done(rules, cursor, epochs):
 
 
 def test_a_source_without_the_modality_drops_out_and_the_others_share():
-    pictures, clips, both = memory_shards([9, 9, 9], sources=["a", "b", "c"])
-    shards = [pictures, replace(clips, modality="video"), replace(both, modality=None)]
+    images, videos, both = memory_shards([9, 9, 9], sources=["a", "b", "c"])
+    shards = [images, replace(videos, modality="video"), replace(both, modality=None)]
     weights = {"a": 1, "b": 8, "c": 3}
     groups = {name: groups_of(shards, name, weights) for name in ("image", "video")}
     assert groups["image"] == [ShardGroup("a", 250_000, (0,)), ShardGroup("c", 750_000, (2,))]
@@ -268,7 +268,7 @@ def test_what_a_dropped_source_has_in_the_pool_still_leaves():
 
 
 def labels(n):
-    return [(f"k{i}", {"png": tiny_picture(14, 14 + 14 * (i % 3)), "cls": f"thing {i}".encode()}) for i in range(n)]
+    return [(f"k{i}", {"png": tiny_image(14, 14 + 14 * (i % 3)), "cls": f"thing {i}".encode()}) for i in range(n)]
 
 
 def test_a_label_alone_is_put_into_a_template_that_changes_from_epoch_to_epoch():
@@ -286,7 +286,7 @@ def test_a_label_alone_is_put_into_a_template_that_changes_from_epoch_to_epoch()
 
 
 def test_a_label_alone_without_a_template_is_a_bad_sample_and_captions_come_before_templates():
-    both = [("c", {"png": tiny_picture(14, 14), "txt": b"its own", "cls": b"x"}), *labels(1)]
+    both = [("c", {"png": tiny_image(14, 14), "txt": b"its own", "cls": b"x"}), *labels(1)]
     stream = Stream(small_rules(shards_of([both])), 0, StreamCursor())
     items, bad = stream.next_pack()
     assert [item.caption for item in items] == ["its own"]
@@ -302,8 +302,8 @@ def test_no_group_at_all_is_a_sentence():
 
 def test_a_source_of_unknown_kind_that_lacks_the_modality_drops_out_when_that_is_found_and_stays_out():
     """Bare tars do not say what is in them. A resumed lane does not look again."""
-    clips = [(f"v{n}", {"mp4": b"of no interest here", "txt": b"t"}) for n in range(9)]
-    shards = shards_of([[sized_sample(f"a{n}", n) for n in range(40)], clips], None, sources=["a", "b"])
+    videos = [(f"v{n}", {"mp4": b"of no interest here", "txt": b"t"}) for n in range(9)]
+    shards = shards_of([[sized_sample(f"a{n}", n) for n in range(40)], videos], None, sources=["a", "b"])
     rules = small_rules(shards, weights={"a": 1, "b": 3})
     whole, end = drawn(rules, 30)
     assert {source for source, _, _ in whole} == {"a"}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.support.memory import shards_of, small_rules, tiny_picture
+from tests.support.memory import shards_of, small_rules, tiny_image
 from univitar_ds.data.sampler.cursor import LaneCursor
 from univitar_ds.data.sampler.lanes import Lane
 from univitar_ds.data.sampler.packing import choose, item_cost
@@ -73,7 +73,7 @@ def test_every_sample_leaves_exactly_once(tokens, share, shuffler):
 
 
 def native(rng):
-    """A picture of the release's training range: sides divisible by 112 px."""
+    """An image of the release's training range: sides divisible by 112 px."""
     return 64 * rng.randint(3, 9) * rng.randint(3, 10)
 
 
@@ -86,7 +86,7 @@ def log_normal(rng, most=8192):
 
 
 def alike(rng):
-    """A picture shrunk to at most 144 tokens, as most are; times 8, so that 15 or 16 fit the budget."""
+    """An image shrunk to at most 144 tokens, as most are; times 8, so that 15 or 16 fit the budget."""
     return 8 * rng.choice([126] * 5 + [130] * 5 + [132] * 4 + [135, 140] * 2 + [144])
 
 
@@ -196,8 +196,8 @@ def test_an_item_above_the_cost_budget_travels_alone():
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """The tokens of 1600 log-normal pictures of up to 256, and 16 shards of them: the mix from above over 32."""
+def images():
+    """The tokens of 1600 log-normal images of up to 256, and 16 shards of them: the mix from above over 32."""
     rng = random.Random(0)
     tokens, samples = [], []
     for number in range(1600):
@@ -205,7 +205,7 @@ def pictures():
         rows = math.isqrt(wanted)
         columns = wanted // rows
         tokens.append(rows * columns)
-        samples.append((str(number), {"png": tiny_picture(14 * rows, 14 * columns), "txt": b"a caption"}))
+        samples.append((str(number), {"png": tiny_image(14 * rows, 14 * columns), "txt": b"a caption"}))
     return tokens, shards_of([samples[shard::16] for shard in range(16)])
 
 
@@ -221,9 +221,9 @@ def packs_of_two_epochs(rules, number):
 
 
 @pytest.mark.parametrize("share", [None, 1.0, 0.9])
-def test_lanes_that_read_shards_fill_packs_alike_and_give_every_sample_once_an_epoch(pictures, share):
+def test_lanes_that_read_shards_fill_packs_alike_and_give_every_sample_once_an_epoch(images, share):
     """What the pools above promise, of four lanes; `share` as above."""
-    sizes, shards = pictures
+    sizes, shards = images
     cost = (COEFFICIENTS[0], 32 * COEFFICIENTS[1])
     full = 512 * sum(item_cost(tokens, cost) for tokens in sizes) / sum(sizes)
     rules = small_rules(shards, lanes=4, token_budget=512, pool_samples=96, cost=cost)

@@ -8,8 +8,8 @@ import pytest
 
 from tests.support import media
 from tests.support.loading import STAGE, only_lane
-from tests.support.packing import pack, picture_row
-from tests.support.shards import picture, sidecar, write_tar
+from tests.support.packing import image_row, pack
+from tests.support.shards import image, sidecar, write_tar
 from univitar_ds.cli.main import main
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.load import changed_result, check_config
@@ -22,7 +22,7 @@ from univitar_ds.errors import SampleError
 from univitar_ds.training.logging.metrics import IGNORED_OF_KIND
 
 RED = b"a red square"
-PNG = picture(28, 28, form="PNG")
+PNG = image(28, 28, form="PNG")
 DEEP = b'{"exif": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 # What is ignored of a .json beside a .txt that says "a red square".
 BESIDE_TXT = [
@@ -175,7 +175,7 @@ def swept(source, workers=0):
             [source],
             modality="image",
             resolution=STAGE.resolution("image"),
-            clip_frames=2,
+            video_frames=2,
             token_budget=64,
             tokenizer=None,
             context_length=8,
@@ -236,7 +236,7 @@ def test_a_packed_sample_whose_bytes_have_changed_is_still_left_out(tmp_path):
 
 
 def test_a_shard_of_data_pack_keeps_its_checksums_away_from_its_manifest(tmp_path):
-    folder = media.write_folder(tmp_path / "folder", {"images/0.jpg": picture(48, 64)}, [picture_row(0)])
+    folder = media.write_folder(tmp_path / "folder", {"images/0.jpg": image(48, 64)}, [image_row(0)])
     pack(folder, tmp_path / "out")
     alone = tmp_path / "alone.tar"
     content = bytearray((tmp_path / "out/train-image-000000.tar").read_bytes())

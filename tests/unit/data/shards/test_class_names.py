@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.support.shards import picture, write_tar
+from tests.support.shards import image, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.loader import eval_packs
 from univitar_ds.data.shards.class_names import named, read_class_names
@@ -19,7 +19,7 @@ from univitar_ds.geometry import Resolution
 def labelled(folder, labels, names="cat\r\ntabby dog\n", **told) -> SourceConfig:
     """A source whose samples have a label only, and the names of the labels beside it."""
     (folder / "classes.txt").write_bytes(names.encode())
-    samples = [(f"k{n}", {"png": picture(28, 28, form="PNG"), "cls": label.encode()}) for n, label in enumerate(labels)]
+    samples = [(f"k{n}", {"png": image(28, 28, form="PNG"), "cls": label.encode()}) for n, label in enumerate(labels)]
     path = write_tar(folder / "a.tar", samples)
     return SourceConfig(path=str(path), templates=["a {}", "the {}"], class_names=str(folder / "classes.txt"), **told)
 
@@ -74,7 +74,7 @@ def test_packs_captions_and_labels_have_the_names(tmp_path):
             [source],
             modality="image",
             resolution=resolution,
-            clip_frames=2,
+            video_frames=2,
             token_budget=64,
             tokenizer=None,
             context_length=8,

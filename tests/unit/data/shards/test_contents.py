@@ -86,11 +86,11 @@ def test_all_tars_of_all_sources_are_looked_at_before_a_run_is_refused(tmp_path)
 
 
 def test_sources_without_a_weight_do_not_count(tmp_path):
-    pictures, clips = write(tmp_path / "p.tar", "jpg"), write(tmp_path / "c.tar", "mp4")
-    check(config_of(pictures, clips, weights={"s0": 1, "s1": 1}))
-    check(config_of(pictures, clips, video_ratio=0.0, weights={"s0": 1}))
+    images, videos = write(tmp_path / "p.tar", "jpg"), write(tmp_path / "c.tar", "mp4")
+    check(config_of(images, videos, weights={"s0": 1, "s1": 1}))
+    check(config_of(images, videos, video_ratio=0.0, weights={"s0": 1}))
     with pytest.raises(DataError, match=NOT_THERE.format("video", "1 image in 1 shard")):
-        check(config_of(pictures, clips, weights={"s0": 1, "s1": 0}))
+        check(config_of(images, videos, weights={"s0": 1, "s1": 0}))
 
 
 def test_what_a_manifest_says_is_believed_without_a_look(tmp_path, monkeypatch):

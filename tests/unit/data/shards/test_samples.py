@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.loading import STAGE, only_lane
 from tests.support.memory import shards_of
-from tests.support.shards import clip, picture
+from tests.support.shards import image, video
 from univitar_ds.cli.main import main
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data.media.frame_sampling import Sampling
@@ -27,11 +27,11 @@ from univitar_ds.geometry import Resolution
 
 IMAGE = SizeRule("image", Resolution(1, 100, 14), 1, 100, 10**6)
 VIDEO = SizeRule("video", Resolution(1, 100, 14), 4, 100, 10**6)
-PNG = picture(28, 42, form="PNG")
+PNG = image(28, 42, form="PNG")
 
 
 def shard_and_group(members, modality="image"):
-    (shard,) = shards_of([[("before", {"png": picture(14, 14), "txt": b"other"}), ("k", members)]], modality)
+    (shard,) = shards_of([[("before", {"png": image(14, 14), "txt": b"other"}), ("k", members)]], modality)
     return shard, list(shard_samples(shard, modality or "image"))[-1]
 
 
@@ -41,7 +41,7 @@ def kind_of(members, rule=IMAGE):
     return caught.value.kind
 
 
-def test_a_picture_with_its_caption_label_address_and_grid():
+def test_an_image_with_its_caption_label_address_and_grid():
     shard, group = shard_and_group({"png": PNG, "json": b'{"captions": [" one ", "two"], "label": "cat"}'})
     found = read_sample(shard, group, IMAGE)
     assert (found.name, found.captions, found.label, found.grid, found.tokens) == (
@@ -54,8 +54,8 @@ def test_a_picture_with_its_caption_label_address_and_grid():
     assert shard.storage.read_range("m0", found.media_offset, found.media_length) == PNG
 
 
-def test_a_clip_takes_the_frames_of_the_rule_whatever_it_has():
-    shard, group = shard_and_group({"mp4": clip(28, 56, frames=9), "txt": b"moves", "cls": b"left\n"}, "video")
+def test_a_video_takes_the_frames_of_the_rule_whatever_it_has():
+    shard, group = shard_and_group({"mp4": video(28, 56, frames=9), "txt": b"moves", "cls": b"left\n"}, "video")
     found = read_sample(shard, group, VIDEO)
     assert (found.captions, found.label, found.grid) == (("moves",), "left", (2, 2, 4))
 
@@ -68,8 +68,8 @@ def test_reading_again_by_address_gives_the_same_sample():
         read_sample_again(shard, group.offset, group.length, VIDEO)
 
 
-def test_a_clip_takes_as_many_frames_as_its_duration_gives():
-    shard, group = shard_and_group({"mp4": clip(28, 56, frames=12), "txt": b"moves"}, "video")  # 8 frames a second
+def test_a_video_takes_as_many_frames_as_its_duration_gives():
+    shard, group = shard_and_group({"mp4": video(28, 56, frames=12), "txt": b"moves"}, "video")  # 8 frames a second
     for rate, most, frames in ((1.0, 16, 2), (3.0, 16, 4), (4.0, 16, 6), (8.0, 16, 12), (30.0, 16, 16), (30.0, 8, 8)):
         found = read_sample(shard, group, replace(VIDEO, frames=most, sampling=Sampling("fps", rate)))
         assert (found.frames, found.grid[0]) == (frames, frames // 2), rate
@@ -80,7 +80,7 @@ sides = st.integers(1, 4000)
 
 
 @given(sides, sides, st.integers(1, 32), st.integers(1, 600), st.integers(0, 3000), st.sampled_from([14, 28]))
-def test_token_limits_hold_for_the_whole_clip(height, width, tubelets, least, more, divisor):
+def test_token_limits_hold_for_the_whole_video(height, width, tubelets, least, more, divisor):
     resolution = Resolution(least, max(least + more, 4 * tubelets), divisor)
     rule = SizeRule("video", resolution, 64, resolution.max_tokens, 10**8)
     steps, h, w = rule.grid(height, width, 2 * tubelets)
@@ -120,16 +120,16 @@ def test_items_larger_than_the_rule_allows_are_marked():
         ((1, 3, 6), True),
         ((1, 4, 4), True),
     ]
-    shard, group = shard_and_group({"png": picture(280, 280, form="PNG"), "txt": b"t"})
+    shard, group = shard_and_group({"png": image(280, 280, form="PNG"), "txt": b"t"})
     assert read_sample(shard, group, rule).downscaled
     assert not read_sample(shard, group, replace(rule, resolution=Resolution(4, 400, 14), most_tokens=400)).downscaled
 
 
-def test_a_whole_clip_is_measured_and_a_small_pack_or_square_counts_too():
-    clips = SizeRule("video", Resolution(1, 24, 14), 8, 100, 10**6)
-    assert not clips.shrinks(28, 42, clips.grid(28, 42, 8))
-    assert clips.shrinks(42, 42, clips.grid(42, 42, 8))
-    assert not clips.shrinks(42, 42, clips.grid(42, 42, 4))
+def test_a_whole_video_is_measured_and_a_small_pack_or_square_counts_too():
+    videos = SizeRule("video", Resolution(1, 24, 14), 8, 100, 10**6)
+    assert not videos.shrinks(28, 42, videos.grid(28, 42, 8))
+    assert videos.shrinks(42, 42, videos.grid(42, 42, 8))
+    assert not videos.shrinks(42, 42, videos.grid(42, 42, 4))
     square = SizeRule("image", Resolution(1, 1, 14, 56), 1, 100, 10**6)
     assert square.shrinks(70, 70, square.grid(70, 70, 1))
     assert not square.shrinks(56, 56, square.grid(56, 56, 1))
@@ -143,12 +143,12 @@ def test_each_fault_of_a_sample_has_its_kind():
     assert kind_of({"png": PNG, "json": b"{}"}) == "no_caption"
     assert kind_of({"png": PNG, "json": b'{"captions": []}'}) == "no_caption"
     assert kind_of({"png": b"", "txt": b"t"}) == "unreadable"
-    assert kind_of({"mp4": picture(20, 20), "txt": b"t"}, VIDEO) == "wrong_kind"
+    assert kind_of({"mp4": image(20, 20), "txt": b"t"}, VIDEO) == "wrong_kind"
     assert kind_of({"png": PNG, "txt": b"t"}, replace(IMAGE, max_image_px=28 * 42 - 1)) == "too_large"
     assert kind_of({"png": PNG, "txt": b"t"}, replace(IMAGE, most_tokens=0)) == "too_large"
-    moving = {"mp4": clip(28, 56, frames=12), "txt": b"t"}
-    assert kind_of(moving, replace(VIDEO, max_clip_s=1.4)) == "too_large"
-    assert read_sample(*shard_and_group(moving, "video"), replace(VIDEO, max_clip_s=1.5)).frames == 4
+    moving = {"mp4": video(28, 56, frames=12), "txt": b"t"}
+    assert kind_of(moving, replace(VIDEO, max_video_s=1.4)) == "too_large"
+    assert read_sample(*shard_and_group(moving, "video"), replace(VIDEO, max_video_s=1.5)).frames == 4
 
 
 def test_a_sample_with_too_many_bytes_is_refused_unread():
@@ -257,7 +257,7 @@ def test_every_sample_has_one_owner(members, modality, owner):
 
 
 def apart(folder):
-    """A tar that is not sorted: all pictures, then all captions."""
+    """A tar that is not sorted: all images, then all captions."""
     with tarfile.open(folder / "apart.tar", "w") as tar:
         for extension, content in (("png", PNG), ("txt", b"t")):
             for number in range(3):

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.progress import WHOLE_S
 from tests.support.s3 import faulty, s3_server
-from tests.support.shards import clip, picture, write_demo_shards, write_tar
+from tests.support.shards import image, video, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.loader import PackLoader
@@ -50,7 +50,7 @@ def stage(video_ratio=0.0, **told):
 
 def bare(folder, n):
     for index in range(n):
-        content = {"png": picture(14, 14, form="PNG"), "txt": f"caption {index}".encode()}
+        content = {"png": image(14, 14, form="PNG"), "txt": f"caption {index}".encode()}
         write_tar(folder / f"a-{index:03d}.tar", [(f"k{index}", content)])
     return folder
 
@@ -112,7 +112,7 @@ def test_braces_that_are_neither_a_range_nor_a_list_are_told_with_how_to_write_o
 
 def test_shards_of_one_name_in_several_folders_are_told_apart_and_all_their_samples_come(tmp_path):
     for folder, count in (("a", 30), ("b", 50)):
-        samples = [(f"k{n}", {"png": picture(30, 30, n, "PNG"), "txt": folder.encode()}) for n in range(count)]
+        samples = [(f"k{n}", {"png": image(30, 30, n, "PNG"), "txt": folder.encode()}) for n in range(count)]
         write_tar(tmp_path / folder / "000.tar", samples)
     given = SourceConfig(path=f"{tmp_path}/{{a,b}}/000.tar")
     assert [shard.name for shard in find_shards([given])] == ["a/000", "b/000"]
@@ -219,7 +219,7 @@ def test_a_shard_that_is_missing_or_cut_is_noticed_before_anything_starts(tmp_pa
         find_shards([source(folder)])
 
 
-def test_a_run_with_clips_needs_a_source_with_clips(tmp_path):
+def test_a_run_with_videos_needs_a_source_with_videos(tmp_path):
     folder = write_demo_shards(tmp_path, images=4, videos=0, shards=1)
     assert len(validate_sources([source(folder)], [stage()])) == 1
     with pytest.raises(
@@ -230,12 +230,12 @@ def test_a_run_with_clips_needs_a_source_with_clips(tmp_path):
 
 def test_the_weights_of_a_stage_must_leave_it_a_source_of_every_modality(tmp_path, packed):
     images = write_demo_shards(tmp_path / "images", images=4, videos=0, shards=1)
-    sources = [source(images, name="pictures"), source(packed, name="packed")]
-    validate_sources(sources, [stage(0.5), stage(0.5, weights={"pictures": 1, "packed": 1})])
+    sources = [source(images, name="images"), source(packed, name="packed")]
+    validate_sources(sources, [stage(0.5), stage(0.5, weights={"images": 1, "packed": 1})])
     with pytest.raises(
-        DataError, match=r"stage s needs video samples, but the sources that its weights name \(pictures\) hold none"
+        DataError, match=r"stage s needs video samples, but the sources that its weights name \(images\) hold none"
     ):
-        validate_sources(sources, [stage(weights={"pictures": 1}), stage(0.5, weights={"pictures": 1, "packed": 0})])
+        validate_sources(sources, [stage(weights={"images": 1}), stage(0.5, weights={"images": 1, "packed": 0})])
 
 
 def test_a_shard_knows_its_source_and_its_templates(packed):
@@ -311,7 +311,7 @@ def test_captions_come_evenly_from_all_shards_and_broken_samples_have_none(tmp_p
         return [(f"{prefix}{i}", {"png": b"", "txt": f"{prefix} {i}".encode()}) for i in range(n)]
 
     write_tar(tmp_path / "a.tar", [("x", {"txt": b"\xff\xfe"}), *texts("a", 50)])
-    write_tar(tmp_path / "b.tar", [("v", {"mp4": clip(16, 16), "json": b'{"captions": ["b one", "b two"]}'})])
+    write_tar(tmp_path / "b.tar", [("v", {"mp4": video(16, 16), "json": b'{"captions": ["b one", "b two"]}'})])
     found = list(iterate_captions([source(tmp_path)], limit=8))
     assert found == ["a 0", "a 1", "a 2", "a 3", "b one", "b two"]
 

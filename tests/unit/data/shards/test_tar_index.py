@@ -232,9 +232,9 @@ def test_a_sample_with_damage_between_its_members_is_lost_as_a_whole():
 def test_a_member_that_lost_blocks_does_not_swallow_the_next_sample():
     data = make([("x.jpg", b"1" * 3000), ("x.json", b"{}"), ("y.jpg", b"2" * 3000), ("y.json", b"{}")])
     second = scan(data)[1]
-    picture = scan(data)[0].members[0]
-    shorter = data[: picture.offset + BLOCK] + data[picture.offset + 2 * BLOCK :]
-    message = f"byte 0: that member is not whole, another begins inside it at byte {picture.offset + 5 * BLOCK}"
+    image = scan(data)[0].members[0]
+    shorter = data[: image.offset + BLOCK] + data[image.offset + 2 * BLOCK :]
+    message = f"byte 0: that member is not whole, another begins inside it at byte {image.offset + 5 * BLOCK}"
     found = list(module.scan(io.BytesIO(shorter), "s", len(shorter)))
     assert isinstance(found[0], Damage)
     assert message in found[0].message

@@ -146,9 +146,9 @@ def test_what_a_killed_upload_has_left_is_removed_with_the_next(server, file, tm
 
 @pytest.fixture
 def folder(tmp_path):
-    """40 pictures and 3 clips."""
+    """40 images and 3 videos."""
     files = {f"{i}.jpg": media.encoded(media.noise(40 + i, 60, i)) for i in range(40)}
-    files |= {f"clip {i}.mp4": media.clip(media.grey_frames(4 + i)) for i in range(3)}
+    files |= {f"clip {i}.mp4": media.video(media.grey_frames(4 + i)) for i in range(3)}
     return media.write_folder(tmp_path / "folder", files, [{"file": name, "caption": name} for name in files])
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.shards import picture, write_demo_shards, write_tar
+from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.tools.inspect import inspect, render
 from univitar_ds.errors import DataError
@@ -48,10 +48,10 @@ def test_the_text_has_every_figure(folder):
 
 
 def test_bad_samples_are_counted_by_kind_from_the_header_and_from_the_pixels(tmp_path):
-    samples = [(f"k{n}", {"jpg": picture(60, 40, n), "txt": b"t"}) for n in range(12)]
+    samples = [(f"k{n}", {"jpg": image(60, 40, n), "txt": b"t"}) for n in range(12)]
     samples[4] = ("k4", {"jpg": b"junk", "txt": b"t"})
-    samples[7] = ("k7", {"jpg": picture(60, 40)[:-200], "txt": b"t"})
-    samples[9] = ("k9", {"jpg": picture(60, 40)})
+    samples[7] = ("k7", {"jpg": image(60, 40)[:-200], "txt": b"t"})
+    samples[9] = ("k9", {"jpg": image(60, 40)})
     write_tar(tmp_path / "a.tar", samples)
     result = inspect(run(tmp_path), packs=6)
     (stream,) = result.to_json()["streams"]

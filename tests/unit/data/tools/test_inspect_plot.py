@@ -1,4 +1,4 @@
-"""The picture of `data inspect`: every item once, to scale, in reach of the eye; and a PNG for whatever was drawn."""
+"""The image of `data inspect`: every item once, to scale, in reach of the eye; and a PNG for whatever was drawn."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ grids = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 60), st.integers(1,
 
 
 def batch(grids, modality="image", captions=None):
-    """Pixels of item i are all i, those of every other frame of a clip i + 100."""
+    """Pixels of item i are all i, those of every other frame of a video i + 100."""
     frames = [2 * t if modality == "video" else 1 for t, _, _ in grids]
     pixels = [
         np.full((h * 14, w * 14, 3), index % 100 + 100 * (frame % 2), np.uint8)
@@ -67,7 +67,7 @@ def test_a_pack_of_very_many_items_stays_on_the_page():
     assert gallery(batch([(1, 6, 6)] * 2000)).height <= 14
 
 
-def test_a_clip_is_a_strip_of_the_first_frames_of_its_tokens():
+def test_a_video_is_a_strip_of_the_first_frames_of_its_tokens():
     first, second = strips(batch([(2, 3, 1), (1, 1, 2)], "video"))
     assert first.shape == (42, 28, 3)
     assert second.shape == (14, 28, 3)
@@ -75,7 +75,7 @@ def test_a_clip_is_a_strip_of_the_first_frames_of_its_tokens():
     assert (second == 1).all()
 
 
-def test_the_picture_shows_the_items_themselves(tmp_path):
+def test_the_image_shows_the_items_themselves(tmp_path):
     shown = batch([(1, 20, 20), (1, 10, 30)])
     shown.pixels[:] = torch.tensor([255, 0, 255], dtype=torch.uint8).repeat(len(shown.pixels) // 3)
     draw(inspection([[400, 300]], shown), tmp_path / "a.png")
@@ -95,7 +95,7 @@ def test_the_picture_shows_the_items_themselves(tmp_path):
     ],
     ids=["nothing decoded", "odd caption", "many items", "clips"],
 )
-def test_whatever_was_drawn_gives_a_picture(tmp_path, recwarn, packs, shown, modality):
+def test_whatever_was_drawn_gives_an_image(tmp_path, recwarn, packs, shown, modality):
     draw(inspection(packs, shown, modality), tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert image.format == "PNG"

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from tests.support.loading import only_lane
-from tests.support.shards import clip, picture, write_tar
+from tests.support.shards import image, video, write_tar
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.tools.media_report import report
@@ -17,7 +17,7 @@ STAGE = StageConfig(
     lr=1e-3,
     image={"min_tokens": 4, "max_tokens": 40, "divisor_px": 14},
     video={"min_tokens": 4, "max_tokens": 60, "divisor_px": 14},
-    clip_frames=4,
+    video_frames=4,
     token_budget=120,
 )
 
@@ -29,17 +29,17 @@ def settings(**fields):
 @pytest.fixture
 def files(tmp_path):
     contents = {
-        "first.jpg": b"no picture",
-        "wide.jpg": picture(60, 120),
-        "small.png": picture(42, 42, form="PNG"),
-        "named.png": picture(42, 42),
-        "cut.jpg": picture(60, 120)[:-100],
-        "clip.mp4": clip(64, 48, frames=9),
-        "clip.jpg": clip(64, 48),
+        "first.jpg": b"no image",
+        "wide.jpg": image(60, 120),
+        "small.png": image(42, 42, form="PNG"),
+        "named.png": image(42, 42),
+        "cut.jpg": image(60, 120)[:-100],
+        "clip.mp4": video(64, 48, frames=9),
+        "clip.jpg": video(64, 48),
         "empty.jpg": b"",
         "text.txt": b"words",
-        "plain": picture(60, 120),
-        "a." + "x" * 200: picture(60, 120),
+        "plain": image(60, 120),
+        "a." + "x" * 200: image(60, 120),
         "noise.mp4": bytes(range(256)) * 9,
     }
     for name, content in contents.items():
@@ -80,8 +80,8 @@ def test_every_file_is_told_in_order_with_its_size_or_its_error(files, tmp_path)
 
 
 def test_an_item_that_the_rule_makes_smaller_is_said_to_be(tmp_path):
-    (tmp_path / "large.jpg").write_bytes(picture(300, 500))
-    (tmp_path / "small.jpg").write_bytes(picture(42, 42))
+    (tmp_path / "large.jpg").write_bytes(image(300, 500))
+    (tmp_path / "small.jpg").write_bytes(image(42, 42))
     rows = list(report([tmp_path / "large.jpg", tmp_path / "small.jpg"], settings(), STAGE))
     assert [row.downscaled for row in rows] == [True, False]
     assert rows[0].tokens <= 40
@@ -92,8 +92,8 @@ def test_an_item_that_the_rule_makes_smaller_is_said_to_be(tmp_path):
 @pytest.mark.parametrize(
     ("limit", "name", "content"),
     [
-        ({"max_image_px": 1000}, "a.jpg", picture(60, 120)),
-        ({"max_clip_s": 0.5}, "a.mp4", clip(64, 48, frames=8)),
+        ({"max_image_px": 1000}, "a.jpg", image(60, 120)),
+        ({"max_video_s": 0.5}, "a.mp4", video(64, 48, frames=8)),
         ({"max_sample_mb": 1}, "a.jpg", b"\xff" * (1 << 20) + b"\xff"),
     ],
 )

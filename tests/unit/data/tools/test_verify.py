@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.progress import run_watched
 from tests.support.s3 import s3_server
-from tests.support.shards import clip, picture, sidecar, write_demo_shards, write_tar
+from tests.support.shards import image, sidecar, video, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.decoding.task_pool import At, Bad, Done, Hashed, Read, Task, TaskPool
 from univitar_ds.data.shards.sources import find_shards
@@ -20,8 +20,8 @@ from univitar_ds.data.storage.base import LOCAL
 from univitar_ds.data.tools.shard_check import ShardCheck, check_shard
 from univitar_ds.data.tools.verify import verify
 
-JPEG = picture(120, 160)
-TEXT = b'{"caption": "a picture"}'
+JPEG = image(120, 160)
+TEXT = b'{"caption": "an image"}'
 
 
 def outcome(path, decode=True, **source):
@@ -46,14 +46,14 @@ def test_every_kind_of_bad_sample_is_told_under_its_key(tmp_path):
         ("changed", with_checksum(JPEG[:-1] + b"\0", JPEG)),
         ("half", {"jpg": half, "json": TEXT}),
         ("empty", {"jpg": b"", "json": TEXT}),
-        ("noise", {"jpg": b"no picture", "json": TEXT}),
+        ("noise", {"jpg": b"no image", "json": TEXT}),
         ("mute", {"jpg": JPEG}),
         ("blind", {"json": TEXT}),
         ("renamed", {"jpeg_": JPEG, "json": TEXT}),
         ("bare", {"": JPEG, "json": TEXT}),
         ("broken", {"jpg": JPEG, "json": b'{"caption": '}),
-        ("film", {"jpg": clip(48, 64), "json": TEXT}),
-        ("sound", {"mp4": clip(48, 64), "json": TEXT}),
+        ("film", {"jpg": video(48, 64), "json": TEXT}),
+        ("sound", {"mp4": video(48, 64), "json": TEXT}),
         ("labelled", {"jpg": JPEG, "cls": b"cat"}),
     ]
     path = write_tar(tmp_path / "a.tar", samples)
@@ -77,7 +77,7 @@ def test_every_kind_of_bad_sample_is_told_under_its_key(tmp_path):
     ("limit", "extension", "content"),
     [
         ({"max_image_px": 1000}, "jpg", JPEG),
-        ({"max_clip_s": 0.1}, "mp4", clip(48, 64)),
+        ({"max_video_s": 0.1}, "mp4", video(48, 64)),
         ({"max_sample_mb": 1}, "jpg", JPEG + bytes(1 << 20)),
     ],
 )
@@ -91,7 +91,7 @@ def test_the_limits_of_a_run_hold(tmp_path, limit, extension, content):
 
 
 def folder_of(tmp_path):
-    """Two shards of pictures and two of clips for training, one of each for test."""
+    """Two shards of images and two of videos for training, one of each for test."""
     return write_demo_shards(tmp_path / "demo", images=8, videos=4, shards=2)
 
 
@@ -195,7 +195,7 @@ def test_a_source_on_s3_gives_the_report_of_the_same_files_here(tmp_path):
     assert there["sound"]
 
 
-def test_a_clip_in_a_shard_of_pictures_is_told_as_no_lane_reads_it(tmp_path):
+def test_a_video_in_a_shard_of_images_is_told_as_no_lane_reads_it(tmp_path):
     folder = folder_of(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     for shard in manifest["shards"]:

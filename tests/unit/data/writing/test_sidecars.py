@@ -7,21 +7,21 @@ import os
 import pytest
 
 from tests.support import media
-from tests.support.packing import contents, pack, picture_row, samples_of
+from tests.support.packing import contents, image_row, pack, samples_of
 from univitar_ds.cli.main import main
 from univitar_ds.data.writing import sidecars
 from univitar_ds.data.writing.sidecars import read_sidecars
 from univitar_ds.errors import DataError
 
-PICTURE = media.encoded(media.noise(20, 30))
+IMAGE = media.encoded(media.noise(20, 30))
 LINK = "link: the folder is packed under another name, or holds this one"
 
 
 def put(folder, *names, text=b"a caption"):
-    """Pictures, each with a text beside it that has this name and "txt"."""
+    """Images, each with a text beside it that has this name and "txt"."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(PICTURE)
+        (folder / name).write_bytes(IMAGE)
         (folder / name).with_suffix(".txt").write_bytes(text)
     return folder
 
@@ -70,10 +70,10 @@ def test_extensions_in_any_case_and_dotted_names_belong_together(tmp_path):
         ("photo.v3.JPG", "photo.v3.TXT"),
         ("both.jpg", "both.TXT"),
     ):
-        (tmp_path / media_name).write_bytes(PICTURE)
+        (tmp_path / media_name).write_bytes(IMAGE)
         (tmp_path / text_name).write_text(f"of {media_name}")
     (tmp_path / "both.txt").write_text("the plain name")
-    (tmp_path / "photo.v4.jpg").write_bytes(PICTURE)
+    (tmp_path / "photo.v4.jpg").write_bytes(IMAGE)
     (tmp_path / "photo.txt").write_text("of no file of this name")
     manifest = pack(tmp_path, tmp_path.parent / f"{tmp_path.name}-out")
     samples = samples_of(tmp_path.parent / f"{tmp_path.name}-out", manifest)
@@ -102,11 +102,11 @@ def test_lines_are_captions_where_the_packer_is_told_so_and_else_warned_of(tmp_p
     assert caplog.text == ""
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["captions"] == 4
-    (folder / "c.jpg").write_bytes(PICTURE)
+    (folder / "c.jpg").write_bytes(IMAGE)
     (folder / "c.txt").write_text("of one line")
     with caplog.at_level(logging.WARNING):
         read_sidecars(folder, lines=False)
     assert caplog.text == ""
-    rows = media.write_folder(tmp_path / "rows", {"images/0.jpg": PICTURE}, [picture_row(0)])
+    rows = media.write_folder(tmp_path / "rows", {"images/0.jpg": IMAGE}, [image_row(0)])
     with pytest.raises(DataError, match=r"metadata\.jsonl lists captions itself"):
         pack(rows, tmp_path / "out2", captions="lines")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.support import media
-from tests.support.packing import contents, numbers_folder, pack, picture_row, samples_of
+from tests.support.packing import contents, image_row, numbers_folder, pack, samples_of
 from univitar_ds.data.media.probe import probe
 from univitar_ds.data.shards.captions import BYTES_LIMIT
 from univitar_ds.data.storage import local
@@ -116,16 +116,16 @@ def test_unreadable_media_are_left_out_and_listed(folder, tmp_path):
     good = (folder / "images/3.jpg").read_bytes()
     (folder / "images/1.jpg").write_bytes(good[:-40])
     (folder / "images/2.jpg").write_bytes(b"")
-    (folder / "images/3.jpg").write_bytes(media.clip(media.grey_frames(3)))
-    (folder / "clips/clip 1.mp4").write_bytes(media.sound())
+    (folder / "images/3.jpg").write_bytes(media.video(media.grey_frames(3)))
+    (folder / "clips/video 1.mp4").write_bytes(media.sound())
     manifest = pack(folder, tmp_path / "out")
     assert manifest["counts"]["train"] == {"image": 21, "video": 3}
     reasons = {skipped["file"]: skipped["reason"] for skipped in manifest["skipped"]}
-    assert reasons.keys() == {"images/1.jpg", "images/2.jpg", "images/3.jpg", "clips/clip 1.mp4"}
-    assert reasons["images/1.jpg"].startswith("corrupt: the JPEG picture cannot be decoded")
+    assert reasons.keys() == {"images/1.jpg", "images/2.jpg", "images/3.jpg", "clips/video 1.mp4"}
+    assert reasons["images/1.jpg"].startswith("corrupt: the JPEG image cannot be decoded")
     assert reasons["images/2.jpg"] == "unreadable: the file is empty"
     assert reasons["images/3.jpg"] == "wrong_kind: the file holds video data, its row says image"
-    assert reasons["clips/clip 1.mp4"].startswith("no_video")
+    assert reasons["clips/video 1.mp4"].startswith("no_video")
     assert "images/1.jpg" not in samples_of(tmp_path / "out", manifest)
 
 
@@ -135,7 +135,7 @@ def test_without_verifying_only_headers_are_read(folder, tmp_path):
     assert pack(folder, tmp_path / "out", verify=False)["skipped"] == []
 
 
-def test_an_animated_gif_that_its_row_calls_a_video_becomes_a_clip(tmp_path):
+def test_an_animated_gif_that_its_row_calls_a_video_becomes_a_video(tmp_path):
     frames = [Image.fromarray(frame) for frame in media.grey_frames(6, 40, 64)]
     data = media.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
     rows = [{"file": "a.gif", "kind": "video", "caption": "x"}, {"file": "b.gif", "caption": "x"}]
@@ -148,7 +148,7 @@ def test_an_animated_gif_that_its_row_calls_a_video_becomes_a_clip(tmp_path):
 
 
 def test_a_member_gets_an_extension_that_tells_its_kind(tmp_path):
-    files = {"a.bin": media.encoded(media.noise(20, 20)), "b.jpg": media.clip(media.grey_frames(3), "matroska")}
+    files = {"a.bin": media.encoded(media.noise(20, 20)), "b.jpg": media.video(media.grey_frames(3), "matroska")}
     rows = [{"file": name, "caption": "x"} for name in files]
     manifest = pack(media.write_folder(tmp_path / "folder", files, rows), tmp_path / "out")
     samples = samples_of(tmp_path / "out", manifest)
@@ -237,38 +237,38 @@ def test_a_sidecar_that_is_no_text_or_empty_costs_its_file_alone(tmp_path):
     [
         ('{"file": "images/0.jpg", "caption"', "no JSON"),
         ("[1, 2]", "a list, not an object"),
-        (picture_row(0, caption=7), "caption 7 is not text"),
-        (picture_row(0, caption=None), "caption None is not text"),
-        (picture_row(0, caption="  "), "caption '  ' is not text"),
-        (picture_row(0, captions=["fine", ["no"]]), r"caption \['no'\] is not text"),
-        (picture_row(0, captions=[]), r"captions \[\] is no list"),
-        (picture_row(0, captions="text"), "captions 'text' is no list"),
+        (image_row(0, caption=7), "caption 7 is not text"),
+        (image_row(0, caption=None), "caption None is not text"),
+        (image_row(0, caption="  "), "caption '  ' is not text"),
+        (image_row(0, captions=["fine", ["no"]]), r"caption \['no'\] is not text"),
+        (image_row(0, captions=[]), r"captions \[\] is no list"),
+        (image_row(0, captions="text"), "captions 'text' is no list"),
         ({"file": "images/0.jpg"}, "captions \\[\\] is no list"),
         ({"caption": "x"}, "file None is no path"),
-        (picture_row(0, file="../secret.jpg"), "'../secret.jpg' leads out of the folder"),
-        (picture_row(0, file="images/../../secret.jpg"), "leads out of the folder"),
-        (picture_row(0, file="/etc/passwd"), "'/etc/passwd' leads out of the folder"),
-        (picture_row(0, file="images/none.jpg"), "'images/none.jpg' is missing"),
-        (picture_row(0, file="images"), "'images' is missing"),
-        (picture_row(0, file="a\0b"), "is no path"),
-        (picture_row(0, kind="audio"), "kind 'audio' is neither image nor video"),
-        (picture_row(0, split="../up"), "split '../up' is no name"),
-        (picture_row(0, split=3), "split 3 is no name"),
-        (picture_row(0, label=["x"]), r"label \['x'\] is not text"),
-        (picture_row(0, set=7), "set 7 is not text"),
-        (picture_row(1), r"'images/1\.jpg' is in line 1 too"),
+        (image_row(0, file="../secret.jpg"), "'../secret.jpg' leads out of the folder"),
+        (image_row(0, file="images/../../secret.jpg"), "leads out of the folder"),
+        (image_row(0, file="/etc/passwd"), "'/etc/passwd' leads out of the folder"),
+        (image_row(0, file="images/none.jpg"), "'images/none.jpg' is missing"),
+        (image_row(0, file="images"), "'images' is missing"),
+        (image_row(0, file="a\0b"), "is no path"),
+        (image_row(0, kind="audio"), "kind 'audio' is neither image nor video"),
+        (image_row(0, split="../up"), "split '../up' is no name"),
+        (image_row(0, split=3), "split 3 is no name"),
+        (image_row(0, label=["x"]), r"label \['x'\] is not text"),
+        (image_row(0, set=7), "set 7 is not text"),
+        (image_row(1), r"'images/1\.jpg' is in line 1 too"),
     ],
 )
 def test_a_row_with_a_fault_ends_packing_before_anything_is_written(tmp_path, row, told):
     files = {f"images/{i}.jpg": media.encoded(media.noise(20, 20)) for i in range(2)}
-    folder = media.write_folder(tmp_path / "folder", files, [picture_row(1), row])
+    folder = media.write_folder(tmp_path / "folder", files, [image_row(1), row])
     with pytest.raises(DataError, match=r"1 faults.*metadata\.jsonl:2: .*" + told):
         pack(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_first_five_faults_are_told_with_their_number(tmp_path):
-    rows = [picture_row(i) for i in range(12)]
+    rows = [image_row(i) for i in range(12)]
     with pytest.raises(DataError, match=r"12 faults.*jsonl:1:.*jsonl:5:.*and 7 more") as caught:
         pack(media.write_folder(tmp_path / "folder", {"x.jpg": b""}, rows), tmp_path / "out")
     assert "jsonl:6:" not in str(caught.value)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.closeness import assert_sums_close, transformer_terms
-from tests.support.teachers import CPU, WIDTH, drawn_pack, frames_of, own_encoder, picture_model, teacher_of
+from tests.support.teachers import CPU, WIDTH, drawn_pack, frames_of, image_model, own_encoder, teacher_of
 from univitar_ds.config.model import TeacherConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.kernels.reference import PATCH, normalise, patchify
@@ -59,8 +59,8 @@ def close(got, wanted):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_have_the_features_of_the_model_called_by_hand(kind, tmp_path):
-    model, pack = picture_model(kind), drawn_pack(STILLS)
+def test_images_have_the_features_of_the_model_called_by_hand(kind, tmp_path):
+    model, pack = image_model(kind), drawn_pack(STILLS)
     teacher = teacher_of(model, tmp_path)
     found = teacher(*pack)
     wanted = [by_hand(model, kind, item) for item in frames_of(*pack)]
@@ -75,8 +75,8 @@ def test_pictures_have_the_features_of_the_model_called_by_hand(kind, tmp_path):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_of_a_clip_are_means_over_the_frames_of_each_token(kind, tmp_path):
-    model, pack = picture_model(kind), drawn_pack(VIDEOS, clips=True)
+def test_features_of_a_video_are_means_over_the_frames_of_each_token(kind, tmp_path):
+    model, pack = image_model(kind), drawn_pack(VIDEOS, videos=True)
     found = teacher_of(model, tmp_path)(*pack)
     patches, pooled = [], []
     for item in frames_of(*pack):
@@ -91,7 +91,7 @@ def test_features_of_a_clip_are_means_over_the_frames_of_each_token(kind, tmp_pa
 @pytest.mark.parametrize("kind", ["dinov3_vit", "siglip2_vision_model"])
 @pytest.mark.parametrize("patch", [8, 16])
 def test_a_teacher_of_another_patch_size_sees_frames_resized_to_the_same_grid(kind, patch, tmp_path):
-    model, pack = picture_model(kind, patch_size=patch), drawn_pack([(1, 3, 5)])
+    model, pack = image_model(kind, patch_size=patch), drawn_pack([(1, 3, 5)])
     raw = frames_of(*pack)[0]
     size = (3 * patch, 5 * patch)
     resized = F.interpolate(raw.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True)
@@ -100,15 +100,15 @@ def test_a_teacher_of_another_patch_size_sees_frames_resized_to_the_same_grid(ki
 
 
 @pytest.mark.parametrize("clips", [False, True])
-def test_tokens_come_in_the_order_in_which_the_student_cuts_its_patches(clips, tmp_path):
-    grids = [(2, 4, 6), (1, 2, 4)] if clips else [(1, 4, 6), (1, 2, 4)]
-    pack = drawn_pack(grids, clips=clips)
-    model = picture_model("dinov2")
+def test_tokens_come_in_the_order_in_which_the_student_cuts_its_patches(videos, tmp_path):
+    grids = [(2, 4, 6), (1, 2, 4)] if videos else [(1, 4, 6), (1, 2, 4)]
+    pack = drawn_pack(grids, videos=videos)
+    model = image_model("dinov2")
     plain = teacher_of(model, tmp_path / "a")(*pack).patches
     merged = teacher_of(model, tmp_path / "b", merge=2)(*pack).patches
     place = 0
     for frames, (t, h, w) in zip(pack[1].tolist(), grids, strict=True):
-        # Pictures whose patches are painted with their own number tell where patchify puts each of them.
+        # Images whose patches are painted with their own number tell where patchify puts each of them.
         numbers = torch.arange(h * w, dtype=torch.uint8).view(1, h, 1, w, 1, 1)
         painted = numbers.expand(frames, h, PATCH, w, PATCH, 3).reshape(-1)
         order = patchify(painted, [frames], [(t, h, w)], 2)[:, 0].view(t, -1).long()
@@ -119,8 +119,8 @@ def test_tokens_come_in_the_order_in_which_the_student_cuts_its_patches(clips, t
             place += h * w
 
 
-def test_pictures_of_one_size_run_as_one_batch(tmp_path):
-    teacher = teacher_of(picture_model("dinov2"), tmp_path)
+def test_images_of_one_size_run_as_one_batch(tmp_path):
+    teacher = teacher_of(image_model("dinov2"), tmp_path)
     runs = counted(teacher)
     pack = drawn_pack(STILLS)
     teacher(*pack)
@@ -140,7 +140,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_still_costs_no_operation_of_its_own_and_has_the_bits_of_the_models_output(kind, tmp_path):
-    teacher = teacher_of(picture_model(kind), tmp_path, dtype="bf16")
+    teacher = teacher_of(image_model(kind), tmp_path, dtype="bf16")
     outputs, counts = [], []
     run = teacher.tower.run
     teacher.tower.run = lambda model, frames: outputs.append(run(model, frames)) or outputs[-1]
@@ -151,18 +151,18 @@ def test_a_still_costs_no_operation_of_its_own_and_has_the_bits_of_the_models_ou
         patches, pooled = outputs[-1]
         assert torch.equal(found.patches, patches.flatten(0, 1))
         assert torch.equal(found.pooled, pooled)
-    if kind != "siglip2_vision_model":  # whose model loops over pictures itself
+    if kind != "siglip2_vision_model":  # whose model loops over images itself
         assert counts[0] == counts[1]
 
 
 def test_pixels_that_lie_on_the_device_are_taken_there(tmp_path):
-    pack = drawn_pack([(2, 4, 2), (1, 2, 2)], clips=True)
-    teacher = teacher_of(picture_model("dinov2"), tmp_path / "a")
+    pack = drawn_pack([(2, 4, 2), (1, 2, 2)], videos=True)
+    teacher = teacher_of(image_model("dinov2"), tmp_path / "a")
     wanted = teacher(*pack)
     absent = torch.empty_like(pack[0], device="meta")
     found = teacher(absent, *pack[1:], device_pixels=pack[0])
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
-    cached = teacher_of(picture_model("dinov2"), tmp_path / "b", cache=str(tmp_path / "cache"))
+    cached = teacher_of(image_model("dinov2"), tmp_path / "b", cache=str(tmp_path / "cache"))
     for pixels in (pack[0], absent):  # the second time nothing is missing, so nothing is taken
         found = cached(*pack, device_pixels=pixels)
         assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
@@ -173,7 +173,7 @@ def test_pixels_that_lie_on_the_device_are_taken_there(tmp_path):
 @pytest.mark.parametrize("merge", [1, 2])
 def test_an_exported_encoder_teaches_with_its_own_tokens(own_merge, merge, tmp_path):
     encoder = own_encoder(spatial_merge_size=own_merge, image_mean=(0.1, 0.2, 0.3))
-    pack = drawn_pack([(2, 4, 6), (1, 2, 4)], clips=True)
+    pack = drawn_pack([(2, 4, 6), (1, 2, 4)], videos=True)
     pixels, frames, grids = pack
     found = teacher_of(encoder, tmp_path, merge=merge)(*pack)
     config = encoder.config
@@ -207,14 +207,14 @@ def test_items_whose_grid_the_teacher_cannot_take_are_masked_and_the_others_stay
 
 @pytest.mark.parametrize("kind", ["dinov2", "own"])
 def test_a_pack_without_items_has_no_features(kind, tmp_path):
-    model = own_encoder() if kind == "own" else picture_model(kind)
+    model = own_encoder() if kind == "own" else image_model(kind)
     found = teacher_of(model, tmp_path)(*drawn_pack([]))
     assert found.patches.shape[0] == found.pooled.shape[0] == len(found.valid) == len(found.taken) == 0
 
 
 @pytest.mark.parametrize("kind", ["siglip2_vision_model", "own"])
 def test_a_rank_with_fewer_sizes_runs_as_often_as_it_is_told_for_the_same_features(kind, tmp_path):
-    teacher = teacher_of(own_encoder(spatial_merge_size=2) if kind == "own" else picture_model(kind), tmp_path)
+    teacher = teacher_of(own_encoder(spatial_merge_size=2) if kind == "own" else image_model(kind), tmp_path)
     runs, pack = counted(teacher), drawn_pack([(1, 2, 2)])
     plain, more = teacher(*pack), teacher(*pack, calls=4)
     assert len(runs) == 1 + 4
@@ -225,7 +225,7 @@ def test_a_rank_with_fewer_sizes_runs_as_often_as_it_is_told_for_the_same_featur
 
 @pytest.mark.parametrize("kind", [*KINDS, "own"])
 def test_a_teacher_is_frozen_and_runs_in_bf16_unless_told_otherwise(kind, tmp_path):
-    model = own_encoder() if kind == "own" else picture_model(kind)
+    model = own_encoder() if kind == "own" else image_model(kind)
     pack = drawn_pack(STILLS)
     wide = teacher_of(model, tmp_path)(*pack)
     model.save_pretrained(tmp_path)
@@ -239,7 +239,7 @@ def test_a_teacher_is_frozen_and_runs_in_bf16_unless_told_otherwise(kind, tmp_pa
 
 
 def test_the_frequencies_of_rotary_positions_are_not_rounded_to_bf16(tmp_path):
-    picture_model("dinov3_vit").save_pretrained(tmp_path)
+    image_model("dinov3_vit").save_pretrained(tmp_path)
     teacher = build_teacher(TeacherConfig(path=str(tmp_path)), merge=1, device=CPU)
     assert teacher.tower.model.rope_embeddings.inv_freq.dtype == torch.float32
 
@@ -248,7 +248,7 @@ def test_the_frequencies_of_rotary_positions_are_not_rounded_to_bf16(tmp_path):
 def test_the_vision_half_of_a_two_tower_folder_teaches(tmp_path):
     from transformers import SiglipConfig, SiglipModel
 
-    alone = picture_model("siglip_vision_model")
+    alone = image_model("siglip_vision_model")
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     whole = SiglipModel(SiglipConfig(vision_config=alone.config.to_dict(), text_config=text))
     whole.vision_model.load_state_dict(alone.state_dict())
@@ -265,7 +265,7 @@ def test_the_vision_half_of_a_two_tower_folder_teaches(tmp_path):
     ],
 )
 def test_normalisation_is_what_the_preprocessor_file_says_or_else_the_familys(told, mean, std, tmp_path):
-    picture_model("dinov2").save_pretrained(tmp_path)
+    image_model("dinov2").save_pretrained(tmp_path)
     if told is not None:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
     shape = read_teacher(TeacherConfig(path=str(tmp_path)))
@@ -280,7 +280,7 @@ def test_normalisation_is_what_the_preprocessor_file_says_or_else_the_familys(to
         ({"model_type": "dinov3_convnext"}, "holds a dinov3_convnext model"),
         ({"model_type": "dinov2", "patch_size": None}, "Validation error for field 'patch_size'"),
         ({"model_type": "dinov2", "patch_size": [14, 16]}, r"has patch_size \[14, 16\]; a teacher needs square"),
-        ({"model_type": "dinov2", "num_channels": 1}, "sees 1 channels; pictures have 3"),
+        ({"model_type": "dinov2", "num_channels": 1}, "sees 1 channels; images have 3"),
     ],
 )
 def test_a_model_that_cannot_teach_is_refused_before_its_weights_are_read(content, said, tmp_path):
@@ -298,7 +298,7 @@ def test_a_folder_that_is_not_there_or_holds_nothing_is_refused_in_one_sentence(
 def test_a_teacher_without_all_its_weights_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    picture_model("dinov2").save_pretrained(tmp_path)
+    image_model("dinov2").save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     del state["layernorm.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -312,8 +312,8 @@ def test_a_teacher_without_all_its_weights_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_cache_gives_the_same_bits_without_running_the_model(dtype, tmp_path):
     settings = {"dtype": dtype, "cache": str(tmp_path / "cache"), "merge": 2}
-    pack = drawn_pack([(2, 4, 2), (1, 2, 2), (2, 4, 2)], clips=True)
-    model = picture_model("dinov2")
+    pack = drawn_pack([(2, 4, 2), (1, 2, 2), (2, 4, 2)], videos=True)
+    model = image_model("dinov2")
     first = teacher_of(model, tmp_path / "a", **settings)
     made = first(*pack)
     again = teacher_of(model, tmp_path / "moved", **settings)
@@ -328,7 +328,7 @@ def test_the_cache_gives_the_same_bits_without_running_the_model(dtype, tmp_path
 @pytest.mark.numeric
 def test_the_cache_knows_other_pixels_and_other_weights(tmp_path):
     pack, other = drawn_pack([(1, 2, 2)]), drawn_pack([(1, 2, 2)], seed=1)
-    model, cache = picture_model("dinov2"), str(tmp_path / "cache")
+    model, cache = image_model("dinov2"), str(tmp_path / "cache")
     teacher = teacher_of(model, tmp_path / "a", cache=cache)
     teacher(*pack)
     runs = counted(teacher)
@@ -341,7 +341,7 @@ def test_the_cache_knows_other_pixels_and_other_weights(tmp_path):
 
 def test_a_damaged_file_of_the_cache_is_made_again(tmp_path):
     pack = drawn_pack([(1, 2, 2)])
-    teacher = teacher_of(picture_model("dinov2"), tmp_path / "a", cache=str(tmp_path / "cache"))
+    teacher = teacher_of(image_model("dinov2"), tmp_path / "a", cache=str(tmp_path / "cache"))
     made = teacher(*pack)
     [file] = (tmp_path / "cache").rglob("*.safetensors")
     whole = file.read_bytes()
@@ -352,7 +352,7 @@ def test_a_damaged_file_of_the_cache_is_made_again(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_reported_once_and_does_without(tmp_path, caplog):
     (tmp_path / "cache").write_text("a file where a folder should be")
-    teacher = teacher_of(picture_model("dinov2"), tmp_path / "a", cache=str(tmp_path / "cache"))
+    teacher = teacher_of(image_model("dinov2"), tmp_path / "a", cache=str(tmp_path / "cache"))
     with caplog.at_level(logging.WARNING):
         assert teacher(*drawn_pack(STILLS)).patches.any()
     assert sum("cannot be written" in record.message for record in caplog.records) == 1

@@ -183,11 +183,11 @@ def test_bad_samples_are_counted_by_kind_since_the_run_began_and_items_made_smal
     window = Window()
     window.add(result(1.0, 6), numbers(bad_cut=2.0, downscaled=3.0), "image", WEIGHTS)
     first = line(window)
-    assert first["shrunk_pct"] == 50.0
+    assert first["downscaled_pct"] == 50.0
     window = Window(**json.loads(json.dumps(vars(window.next()))))
     window.add(result(1.0, 8), numbers(bad_cut=1.0, bad_crash=1.0, downscaled=1.0), "image", WEIGHTS)
     second = line(window)
-    assert second["shrunk_pct"] == 12.5
+    assert second["downscaled_pct"] == 12.5
     kinds = [{name: entry[name] for name in BAD_OF_KIND if name in entry} for entry in (first, second)]
     assert kinds == [{"bad_cut": 2}, {"bad_cut": 3, "bad_crash": 1}]
 
@@ -254,7 +254,7 @@ def test_tensorboard_has_the_names_of_the_lines(tmp_path):
     assert events.Scalars("loss")[0].value == 2.5
 
 
-def test_stages_and_rollbacks_are_marked_in_tensorboard_beside_pictures_and_stay_there(tmp_path, caplog):
+def test_stages_and_rollbacks_are_marked_in_tensorboard_beside_images_and_stay_there(tmp_path, caplog):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     caplog.set_level("INFO")
@@ -262,8 +262,8 @@ def test_stages_and_rollbacks_are_marked_in_tensorboard_beside_pictures_and_stay
     rollback = {"step": 2, "event": "rollback", "undone_step": 4, "reason": "the loss is nan"}
     log = MetricLog(tmp_path, LoggingConfig(), step=0, samples=0, total_samples=10)
     log.mark(stage)
-    log.picture("pack_image", Image.new("RGB", (5, 3), (9, 8, 7)), 2)
-    log.picture("pack_image", Image.new("RGB", (5, 3)), 3)
+    log.image("pack_image", Image.new("RGB", (5, 3), (9, 8, 7)), 2)
+    log.image("pack_image", Image.new("RGB", (5, 3)), 3)
     log.close()
     log = MetricLog(tmp_path, LoggingConfig(), step=2, samples=0, total_samples=10)
     log.mark(rollback)
@@ -276,9 +276,9 @@ def test_stages_and_rollbacks_are_marked_in_tensorboard_beside_pictures_and_stay
         (2, "step 4: the loss is nan; back to step 2, the data since are skipped"),
     ]
     assert shown == [text for _, text in told]
-    (picture,) = board.Images("pack_image")
-    assert picture.step == 2
-    with Image.open(io.BytesIO(picture.encoded_image_string)) as image:
+    (image,) = board.Images("pack_image")
+    assert image.step == 2
+    with Image.open(io.BytesIO(image.encoded_image_string)) as image:
         assert image.size == (5, 3)
         assert image.getpixel((4, 2)) == (9, 8, 7)
 

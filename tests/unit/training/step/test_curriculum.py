@@ -14,17 +14,17 @@ def stage(name="a", samples=1000, **settings) -> StageConfig:
 
 
 @given(st.integers(0, 100), st.integers(0, 500), st.integers(1, 300))
-def test_any_window_of_steps_has_its_share_of_clips_give_or_take_one(percent, first, length):
+def test_any_window_of_steps_has_its_share_of_videos_give_or_take_one(percent, first, length):
     videos = sum(modality_at(percent / 100, step) == "video" for step in range(first, first + length))
     assert abs(videos - length * percent / 100) < 1
 
 
 @pytest.mark.parametrize("percent", range(0, 101))
-def test_a_hundred_steps_have_exactly_the_percentage_of_clips(percent):
+def test_a_hundred_steps_have_exactly_the_percentage_of_videos(percent):
     assert sum(modality_at(percent / 100, step) == "video" for step in range(100)) == percent
 
 
-def test_clips_are_spread_evenly_not_bunched():
+def test_videos_are_spread_evenly_not_bunched():
     places = [step for step in range(100) if modality_at(0.25, step) == "video"]
     assert {b - a for a, b in itertools.pairwise(places)} == {4}
 
