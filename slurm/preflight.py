@@ -21,7 +21,13 @@ from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import UserError
 from univitar_ds.launch import leave
 from univitar_ds.training.distributed.launchers import is_rank
-from univitar_ds.training.distributed.process_group import World, gather_json, start_world, stop_world, together
+from univitar_ds.training.distributed.process_group import (
+    World,
+    all_ranks_or_none,
+    gather_json,
+    start_world,
+    stop_world,
+)
 from univitar_ds.training.engine.engine import versions
 
 ROUNDS = 5
@@ -44,14 +50,14 @@ def _check(world: World, run: Path, recipe: str, overrides: list[str]) -> None:
     tell(f"{world.size} ranks on {len(set(nodes))} nodes")
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     alike = gather_json({"device": device, "package": str(Path(__file__).parents[1]), **versions()}, world)
-    with together(world):
+    with all_ranks_or_none(world):
         for rank, other in enumerate(alike):
             if other != alike[0]:
                 raise UserError(f"rank {rank} on {nodes[rank]} has {other}, rank 0 {alike[0]}; make the nodes alike")
     tell(f"all alike: {alike[0]}")
     _share(world, run.parent, nodes)
     tell(f"every rank reads in {run.parent} what another one has written")
-    with together(world):
+    with all_ranks_or_none(world):
         config = load_config(recipe, overrides)
         resolve_deepspeed(config, world.size, read_deepspeed(config.deepspeed), (recipe, config.deepspeed))
         shards = validate_sources(config.data.sources, config.stages, StorageSettings.of(config.data))
@@ -64,10 +70,10 @@ def _share(world: World, folder: Path, nodes: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     neighbour = (world.rank + 1) % world.size
     own, other = (folder / f".preflight-{rank}" for rank in (world.rank, neighbour))
-    with together(world):
+    with all_ranks_or_none(world):
         own.write_text(nodes[world.rank], encoding="utf-8")
     try:
-        with together(world):
+        with all_ranks_or_none(world):
             if not other.exists() or other.read_text(encoding="utf-8") != nodes[neighbour]:
                 raise UserError(
                     f"{nodes[world.rank]} does not see the file that rank {neighbour} on {nodes[neighbour]} wrote to "

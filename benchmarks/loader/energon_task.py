@@ -22,7 +22,7 @@ _DATASET = "__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors
 
 
 @dataclass
-class Picture(Sample):
+class CaptionedImage(Sample):
     """An image still encoded, with the tokens it will have."""
 
     data: bytes
@@ -49,10 +49,10 @@ def prepare(task: Task) -> Path:
 
 
 @stateless
-def _cook(raw: dict[str, Any]) -> Picture:
+def _cook(raw: dict[str, Any]) -> CaptionedImage:
     media = next(name for name in raw if not name.startswith("__") and name != "json")
     caption = random.choice(json.loads(raw["json"])["captions"])
-    return Picture(**basic_sample_keys(raw), data=raw[media], caption=caption, tokens=0)
+    return CaptionedImage(**basic_sample_keys(raw), data=raw[media], caption=caption, tokens=0)
 
 
 class PackingTask(DefaultTaskEncoder):
@@ -66,14 +66,14 @@ class PackingTask(DefaultTaskEncoder):
         self._resolution, self._budget = resolution, budget
 
     @stateless
-    def preencode_sample(self, sample: Picture) -> Picture:
+    def preencode_sample(self, sample: CaptionedImage) -> CaptionedImage:
         with Image.open(io.BytesIO(sample.data)) as image:
             sample.tokens = token_count(self._resolution.grid(image.height, image.width))
         return sample
 
-    def select_samples_to_pack(self, samples: list[Picture]) -> list[list[Picture]]:
+    def select_samples_to_pack(self, samples: list[CaptionedImage]) -> list[list[CaptionedImage]]:
         """Best fit, largest first."""
-        packs: list[list[Picture]] = []
+        packs: list[list[CaptionedImage]] = []
         room: list[int] = []
         for sample in sorted(samples, key=lambda one: -one.tokens):
             fitting = [index for index, left in enumerate(room) if left >= sample.tokens]
@@ -87,7 +87,7 @@ class PackingTask(DefaultTaskEncoder):
         return packs
 
     @stateless
-    def pack_selected_samples(self, samples: list[Picture]) -> Pack:
+    def pack_selected_samples(self, samples: list[CaptionedImage]) -> Pack:
         pixels = [pillow(sample.data, self._resolution).reshape(-1) for sample in samples]
         return Pack.derive_from(
             samples[0],

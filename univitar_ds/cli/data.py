@@ -74,7 +74,7 @@ def add_data(commands) -> None:
     scenes = add_command(data, "scenes", _scenes, "render the demo's scenes and moving shapes")
     scenes.add_argument("out", type=expand)
     scenes.add_argument("--images", type=positive, default=4000)
-    scenes.add_argument("--clips", type=positive, default=1500)
+    scenes.add_argument("--videos", "--clips", type=positive, default=1500)
     scenes.add_argument("--seed", type=int, default=0)
 
 
@@ -323,4 +323,4 @@ def _scenes(arguments: argparse.Namespace) -> None:
     from univitar_ds.demo.synthetic import write_scenes
 
     write_scenes(arguments.out, images=arguments.images, videos=arguments.videos, seed=arguments.seed, progress=True)
-    _say(f"{arguments.images} images and {arguments.clips} videos in {arguments.out}")
+    _say(f"{arguments.images} images and {arguments.videos} videos in {arguments.out}")

@@ -23,7 +23,7 @@ TEST_SHARE = 8
 
 
 def write_scenes(folder: str | Path, *, images: int, videos: int, seed: int = 0, progress: bool = False) -> None:
-    """Write `images` images and `clips` videos, an eighth of each for test, with `metadata.jsonl` in `folder`.
+    """Write `images` images and `videos` videos, an eighth of each for test, with `metadata.jsonl` in `folder`.
 
     The files depend on the arguments and the versions of the encoders alone. `metadata.jsonl` is written last;
     a folder that has it for the same arguments is left as it is, so an interrupted call can be repeated.

@@ -37,7 +37,7 @@ class FeatureCache:
     def read(self, video: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Features of the item on the host, patches (t * h * w, Dt) and pooled (Dt,); None if they are not there.
 
-        `clip`: (frames, rows, columns, 3) uint8 on the host.
+        `video`: (frames, rows, columns, 3) uint8 on the host.
         """
         try:
             found = load_file(self._path(video, grid))

@@ -58,11 +58,11 @@ def test_a_small_file_that_claims_millions_of_samples_is_refused_without_their_m
     path.write_bytes(bomb())
     code = """
 import resource, sys
-from univitar_ds.data.media.video_decode import decode_clip
+from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.data.media.probe import probe
 from univitar_ds.errors import SampleError
 data, before = open(sys.argv[1], "rb").read(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for read in (lambda: probe(data, "mp4"), lambda: decode_clip(data, frames=2, max_px=10**6, timeout_s=9.0)):
+for read in (lambda: probe(data, "mp4"), lambda: decode_video(data, frames=2, max_px=10**6, timeout_s=9.0)):
     try:
         read()
     except SampleError as error:
