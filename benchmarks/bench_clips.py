@@ -4,7 +4,7 @@
 
 Videos are those of a folder (mp4, mkv, webm ... below it) and synthetic ones made here. For each, `decode_clip` and the
 plain loop take turns in one process; a row has the least CPU time of either over the rounds, and whether the pixels
-are the same to the bit. The plain loop is told which frames to take, decodes up to the last of them in one thread,
+are the same to the bit. The plain loop is given the frames to take, decodes up to the last of them in one thread,
 converts and turns those alone, and stacks them. Rows go to results/bench_clips.csv.
 
 A second table, results/bench_clip_scaling.csv, answers whether swscale may scale on the way to RGB: how far its

@@ -151,8 +151,8 @@ def measure(dtype: torch.dtype, layers: int, turns: int) -> dict[str, list[float
             for given in fed[name][turn % PACKS :: PACKS]:
                 steps[name](given)
             seconds[name].append(time.process_time() - start)
-        told = ", ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items())
-        print(f"turn {turn}: {told}", flush=True)
+        detail = ", ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items())
+        print(f"turn {turn}: {detail}", flush=True)
     return seconds
 
 

@@ -5,11 +5,11 @@
 
 Needs torch and triton beside the project, gcc and the headers of Python (python3-dev), with which triton compiles its
 launcher, and one GPU with 80 GB. Rows of the operations go to results/bench_gpu_kernels.csv: milliseconds against
-plain torch and torch.compile, GB/s (bytes counted by hand, `bench_gpu_counts.py`) against copies on the device, a
+plain torch and torch.compile, GB/s (bytes counted by hand, `gpu/counts.py`) against copies on the device, a
 large one (copy_) and one of as many bytes (copy_same_), and TFLOP/s of patch_embed against torch's product of the same
 size, whose rows are filled up to 16 bytes. Rows of the step go to results/bench_gpu_step.csv. A case that fails is
-told at the end, and the exit code is 1. All of it may take more than ten minutes; `--only` and `--encoders` take parts
-of it, which add their rows to the same files.
+reported at the end, and the exit code is 1. All of it may take more than ten minutes; `--only` and `--encoders` take
+parts of it, which add their rows to the same files.
 
 The second form is a dry run: every line of the first on small shapes on the CPU, by the clock, torch.compile without
 a compiler behind it. It writes no rows, for its figures mean nothing.

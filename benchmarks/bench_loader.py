@@ -201,7 +201,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def told(rows: list[dict[str, Any]]) -> Iterator[str]:
+def detail(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The medians over rounds of what a contender costs and of what ours costs beside it."""
     for sizes in dict.fromkeys(row["sizes"] for row in rows):
         of = {name: [row for row in rows if (row["sizes"], row["contender"]) == (sizes, name)] for name in _names(rows)}
@@ -281,7 +281,7 @@ def main() -> None:
         return
     rows = compare(arguments)
     write(rows, "bench_loader.csv")
-    print("\n".join(told(rows)))
+    print("\n".join(detail(rows)))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ def git_commit() -> str:
     """The commit that is checked out; "unknown" outside a repository."""
     if shutil.which("git") is None:
         return "unknown"
-    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return told.stdout.strip() or "unknown"
+    detail = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return detail.stdout.strip() or "unknown"
 
 
 def processor() -> str:

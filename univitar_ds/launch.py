@@ -260,7 +260,7 @@ def _free_port() -> int:
 
 
 def leave(error: UserError) -> NoReturn:
-    """End a rank on a user's fault: one rank tells it, and neither threads nor peers keep the process alive."""
+    """End a rank on a user's fault: one rank reports it, and neither threads nor peers keep the process alive."""
     from univitar_ds.training.distributed.process_group import PeerFailure
     from univitar_ds.training.step.train_step import DivergedError
 

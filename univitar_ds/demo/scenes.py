@@ -140,7 +140,7 @@ def video_scene(seed: int, split: str, index: int) -> Scene:
         height=height,
         background=_background(random, (thing,), brightest=VIDEO_GROUND),
         things=(thing,),
-        # Nothing but the motion is told: colour and shape would let a model pass most videos without looking at it.
+        # Captions name nothing but the motion: colour and shape alone would let a model pass most videos.
         captions=(f"something moving {direction}",),
         label=f"moving {direction}",
         frames=frames,
@@ -195,7 +195,7 @@ def _shade(random: np.random.Generator, colour: str) -> tuple[int, int, int]:
 
 
 def _background(random: np.random.Generator, things: tuple[Thing, ...], brightest: int = 235) -> Background:
-    """A tint well apart in brightness from every shape, so that a shape can always be told from it."""
+    """A tint well apart in brightness from every shape, so that a shape always stands out."""
     greys = range(min(20, brightest), brightest + 1, 5)
     apart = [grey for grey in greys if all(abs(grey - luminance(t.rgb)) >= 45 for t in things)]
     grey = apart[random.integers(len(apart))]
@@ -249,5 +249,5 @@ def _two(
         for (c, s), (size, y, x) in zip((first, second), spots, strict=True)
     )
     one, other = (f"a {thing.name}" for thing in things)
-    told = f"{one} {relation} {other}"
-    return things, (told, f"{other} {RELATIONS[relation]} {one}", f"an image of {told}"), None
+    detail = f"{one} {relation} {other}"
+    return things, (detail, f"{other} {RELATIONS[relation]} {one}", f"an image of {detail}"), None

@@ -1,4 +1,4 @@
-"""A sheet of held-out examples: what the encoder saw, what its tokens tell apart, which captions it chose."""
+"""A sheet of held-out examples: what the encoder saw, what its tokens distinguish, which captions it chose."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from univitar_ds.errors import UserError
 
 
 def render_run(run: str | Path) -> str:
-    """What a run's folder tells: its results, its training in figures and how long each part took.
+    """What a run's folder holds: its results, its training in figures and how long each part took.
 
     Raises: UserError if the folder holds neither an evaluation nor a summary.
     """

@@ -1,4 +1,4 @@
-"""Everything that is measured on a run's held-out data, kept in `evaluation.json` and told as a table."""
+"""Everything that is measured on a run's held-out data, kept in `evaluation.json` and printed as a table."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
         with closing(_packs(trained, stage, modality)) as packs:
             found = embed(trained.model, keep_some(packs, kept), modality, progress=progress)
         looked.append(found)
-        measured, told = _measure(trained, found, shards)
+        measured, detail = _measure(trained, found, shards)
         figures += measured
-        notes += told
+        notes += detail
         if kept:
             sheets.append(_Sheet(kept, found))
     if not figures:

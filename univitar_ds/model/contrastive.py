@@ -102,7 +102,7 @@ class ContrastiveModel(nn.Module):
         """Embeds one pack; N may be 0.
 
         Args: see `encode_vision` and `encode_text`; distill: also features for the teacher, by the heads for it;
-        drops: what the encoder goes without. Features for the teacher are of the tokens that stay.
+        drops: what the encoder drops. Features for the teacher are of the tokens that stay.
         """
         tokens, pooled = self._features(pixels, frames, grid_thw, drops)
         # Scale and bias leave as new tensors: ZeRO-3 takes a parameter's storage away once forward has ended.

@@ -2,7 +2,7 @@
 block adds (stochastic depth, arXiv:1603.09382).
 
 A pack may run twice in a step and its blocks more often, on any number of ranks, before or after a resume, and every
-time the same must be missing. So nothing is drawn in a forward pass: what a pack goes without is drawn before, on the
+time the same must be missing. So nothing is drawn in a forward pass: what a pack drops is drawn before, on the
 host, from the seed, the step, the lane and the item alone.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # it needs pydantic, the encoder alone does not
 
 @dataclass(frozen=True)
 class DropPlan:
-    """What one pack of N items goes without. The tensors are on the host."""
+    """What one pack of N items drops. The tensors are on the host."""
 
     lengths: tuple[int, ...]
     """Tokens that stay, of each item."""
@@ -72,7 +72,7 @@ class DropConfig:
         return max(1, round(tokens // cell * (1 - self.patches))) * cell
 
     def of_pack(self, grids: Sequence[Sequence[int]], lane: int) -> DropPlan | None:
-        """What the pack of a lane goes without; None: nothing. `grids`: (t, h, w) of each item."""
+        """What the pack of a lane drops; None: nothing. `grids`: (t, h, w) of each item."""
         if not self.patches and not self.depth:
             return None
         counts = [token_count(grid) for grid in grids]

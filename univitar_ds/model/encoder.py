@@ -72,7 +72,7 @@ class UniViTAR(nn.Module):
             grid_thw: (N, 3) tokens per item along time, height, width; on the host.
             frames: (N,) frames stored per item of pixels, 1 for a still image; on the host.
             output_hidden_states: also return the input of every block and the last output.
-            drops: what the pack goes without in training.
+            drops: what the pack drops in training.
         Returns: (T, D), or with hidden states a pair ((T, D), list of layers + 1 times (T, D)); T without what drops.
         """
         grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]

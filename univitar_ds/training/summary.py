@@ -21,7 +21,7 @@ from univitar_ds.training.state import State
 
 
 def write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> None:
-    """Writes it once training has ended or was told to; what later steps put there stays."""
+    """Writes it once training has ended or was asked to; what later steps put there stays."""
     content: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         content = json.loads((run / SUMMARY).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A sheet of one pack of a training step: its items, and what the encoder's tokens tell apart in them."""
+"""A sheet of one pack of a training step: its items, and what the encoder's tokens distinguish in them."""
 
 from __future__ import annotations
 

@@ -108,8 +108,8 @@ def decode_pack(
         except SampleError as error:
             failures.append((index, error.kind, str(error)))
         except MemoryError:
-            told = f"decoding takes more memory than data.max_image_px = {job.limits.max_image_px} allows"
-            failures.append((index, "too_large", f"{told}; raise it or store the file smaller"))
+            detail = f"decoding takes more memory than data.max_image_px = {job.limits.max_image_px} allows"
+            failures.append((index, "too_large", f"{detail}; raise it or store the file smaller"))
         else:
             start += item.bytes
         after_item()
@@ -119,8 +119,8 @@ def decode_pack(
 def check_crc32(data: bytes, packed: int | None) -> None:
     """Raises: SampleError if the bytes are not those that were packed; `packed` None: their sum is not known."""
     if packed is not None and (found := zlib.crc32(data)) != packed:
-        told = f"its bytes have the CRC-32 {found:08x}, {packed:08x} when they were packed"
-        raise SampleError("checksum", f"{told}; restore the shard")
+        detail = f"its bytes have the CRC-32 {found:08x}, {packed:08x} when they were packed"
+        raise SampleError("checksum", f"{detail}; restore the shard")
 
 
 def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: StorageSettings) -> None:

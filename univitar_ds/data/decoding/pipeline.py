@@ -1,8 +1,8 @@
 """Plans in, decoded packs out, in the order of the plans, with decoding in processes ahead of the trainer.
 
 A planner thread draws plans; one thread per decoding process hands it a plan and a free slot of the ring and waits for
-its answer. Delivery lends the slot itself: it is free again when nobody holds the pixels any more. Whoever holds many
-packs at a time gets copies of the later ones, so that decoding never waits for a pack to be dropped.
+its answer. Delivery lends the slot itself: it is free again when nobody holds the pixels any more. A trainer that
+holds many packs at a time gets copies of the later ones, so that decoding never waits for a pack to be dropped.
 """
 
 from __future__ import annotations

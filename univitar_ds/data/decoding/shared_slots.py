@@ -55,7 +55,7 @@ class SharedSlots:
 
     @property
     def done(self) -> np.ndarray:
-        """(slots,) int64 over the counters themselves: items that whoever fills a slot has dealt with, ever rising."""
+        """(slots,) int64 over the counters themselves: items of the slot that are done, never falling."""
         assert self._map is not None, "the ring is closed"
         return np.frombuffer(self._map, _COUNTER, self.slots)
 

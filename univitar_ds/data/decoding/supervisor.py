@@ -58,7 +58,7 @@ class RestartBudget:
 
 
 class Closed(Exception):
-    """The attendant was told to stop."""
+    """The attendant was asked to stop."""
 
 
 class _Ended(Exception):
@@ -108,7 +108,7 @@ class WorkerSupervisor:
                 self._restarts.spend(str(end))
 
     def stop(self) -> None:
-        """To be called before the server is closed: whoever waits for the process then gets `Closed`."""
+        """To be called before the server is closed: a thread that waits for the process then gets `Closed`."""
         self._stopped = True
 
     def _one_by_one(self, slot: int, job: DecodeJob, name: str) -> list[Failure]:
@@ -180,7 +180,7 @@ class WorkerSupervisor:
     def _end(self, kind: str, what: str = "") -> _Ended:
         """Leave no trace of the process; the next work starts another.
 
-        Without `what` it ended by itself, which is told in words that are the same on every run.
+        Without `what` it ended by itself, which is reported in the same words on every run.
         """
         assert self._channel is not None
         self._channel.close()

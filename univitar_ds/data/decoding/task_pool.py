@@ -1,6 +1,6 @@
 """Work on many shards in processes that may die or hang of what they read, with nothing lost but the sample at fault.
 
-A process works on one shard and tells of every sample before it touches it. Where it dies or falls silent, that
+A process works on one shard and reports every sample before it touches it. Where it dies or falls silent, that
 sample is to blame, and another process goes on behind it.
 """
 
@@ -82,7 +82,7 @@ class Done(NamedTuple):
 class _Fault(NamedTuple):
     """An error of the program."""
 
-    told: str
+    detail: str
 
 
 Event = Read | Hashed | At | Bad | Noted | SeveralLines | Scattered | Done
@@ -103,7 +103,7 @@ Work = Callable[[Task, Callable[[Event], None]], None]
 
 @dataclass
 class _Worker:
-    """A process, what it works on and the last sample that it told of."""
+    """A process, what it works on and the last sample that it reported."""
 
     process: BaseProcess
     channel: Connection
@@ -149,17 +149,17 @@ class TaskPool:
                     event = worker.channel.recv()
                 except (EOFError, ConnectionError):
                     worker.process.join()
-                    told = f"the process that worked on it died (exit code {worker.process.exitcode})"
-                    yield from self._lost(worker, "crash", told, waiting)
+                    detail = f"the process that worked on it died (exit code {worker.process.exitcode})"
+                    yield from self._lost(worker, "crash", detail, waiting)
                     continue
                 if isinstance(event, _Fault):
-                    raise RuntimeError(f"shard number {number}:\n{event.told}")
+                    raise RuntimeError(f"shard number {number}:\n{event.detail}")
                 self._follow(worker, event)
                 yield number, event
             silent = [it for it in busy.values() if it.task and monotonic() - it.heard > self._silence_s]
             for worker in silent:
-                told = f"nothing was heard of its process for {self._silence_s:g} seconds"
-                yield from self._lost(worker, "timeout", told, waiting)
+                detail = f"nothing was heard of its process for {self._silence_s:g} seconds"
+                yield from self._lost(worker, "timeout", detail, waiting)
 
     def _assign(self, waiting: deque[Task]) -> None:
         idle = [worker for worker in self._running if worker.task is None]
@@ -194,7 +194,7 @@ class TaskPool:
         elif isinstance(event, Done):
             worker.task = None
 
-    def _lost(self, worker: _Worker, kind: str, told: str, waiting: deque[Task]) -> Iterator[tuple[int, Event]]:
+    def _lost(self, worker: _Worker, kind: str, detail: str, waiting: deque[Task]) -> Iterator[tuple[int, Event]]:
         """The end of a process: its sample is bad. A shard that ends two before its first sample is given up."""
         assert worker.task is not None
         self._running.remove(worker)
@@ -203,10 +203,10 @@ class TaskPool:
         worker.channel.close()
         task, at = worker.task, worker.at
         if at is not None:
-            yield task.number, Bad(kind, at.key, at.offset, told)
+            yield task.number, Bad(kind, at.key, at.offset, detail)
             waiting.appendleft(replace(task, start=at.end))
         elif task.number in self._barren:
-            yield task.number, Done(f"{told}, twice, before any sample from byte {task.start} on; nothing follows it")
+            yield task.number, Done(f"{detail}, twice, before any sample from byte {task.start} on; nothing follows it")
         else:
             self._barren.add(task.number)
             waiting.appendleft(task)

@@ -1,4 +1,4 @@
-"""Which kind of file some bytes are, told by their content; how a video file wants to be turned; whether it is whole.
+"""Which kind of file some bytes are, by their content; how a video file wants to be turned; whether it is whole.
 
 The name of the demuxer is decided here and never by FFmpeg's own guessing: that would also take playlists
 and scripts, which open other files and addresses.
@@ -50,7 +50,7 @@ VIDEO_EXTENSION_OF = {
 def video_demuxer(data: bytes) -> str | None:
     """FFmpeg's name of the demuxer for a video file, None if the bytes are no video container we read.
 
-    "gif" is an answer too: whether a GIF is meant as an image or as a video, its bytes do not tell.
+    "gif" is an answer too: whether a GIF is meant as an image or as a video, its bytes do not say.
     """
     if data[4:8] in _MP4_BOXES:
         return None if data[4:8] == b"ftyp" and data[8:12] in _PICTURE_BRANDS else "mov"
@@ -146,7 +146,7 @@ def _told_elements(data: bytes, start: int, end: int) -> Iterator[tuple[int, int
 
 
 def _vint(data: bytes, at: int, keep_length: bool = False) -> tuple[int, int]:
-    """A number of EBML's, whose first set bit tells its length, and where it ends; (0, 0) where there is none."""
+    """A number of EBML's, whose first set bit gives its length, and where it ends; (0, 0) where there is none."""
     first = data[at] if at < len(data) else 0
     length = 9 - first.bit_length()
     if length > 8 or at + length > len(data):

@@ -1,5 +1,5 @@
 """Files that would take too much memory while they are decoded: images refused by their headers, and a limit of the
-system for the decoding processes, where headers do not tell.
+system for the decoding processes, where headers do not say.
 
 The image that Pillow has loaded and the RGB that is made of it take 7 bytes a pixel, and most decoders
 little beside: 10.1 at most (measured, as all numbers here, with Pillow 13.0 on images of 2.5 to 100 Mpx). Those
@@ -29,11 +29,11 @@ _MARGIN = 1.02
 _BITS, _SAMPLES, _STRIP_ROWS, _TILE_WIDTH, _TILE_LENGTH = 258, 277, 278, 322, 323
 """Tags of a TIFF."""
 _AVIF = {"L": 10.0, "RGB": 21.0, "RGBA": 24.0}
-"""9.5 measured for RGB of 8 bit and 4:2:0, 11.7 for RGBA. 10 bit, 4:4:4 and film grain are added: Pillow tells none."""
+"""9.5 measured for RGB of 8 bit and 4:2:0, 11.7 for RGBA. 10 bit, 4:4:4 and film grain are added: Pillow names none."""
 _WEBP = 16.4
 """Two canvases of 4, the frame as bytes and the loaded image."""
 _CMYK_JPEG = 12.0
-"""If progressive, 7 if not; files of several scans are not told apart."""
+"""If progressive, 7 if not; files of several scans are not distinguished."""
 _DEEP_PPM = 13.2
 """Made by Python in two copies; 7 if the highest value is 65535."""
 

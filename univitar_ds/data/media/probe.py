@@ -104,8 +104,8 @@ def _check_tiff_tables(data: bytes) -> None:
             tag, kind, count = entry.unpack_from(data, at)
             read = tag < _PRIVATE_TAGS or tag in _TIFF_DIRECTORIES
             if read and count > _MOST_TIFF_VALUES and (kind not in _TIFF_TEXT or tag in _TIFF_TABLES):
-                told = f"the TIFF's tag {tag} has {count} values, above {_MOST_TIFF_VALUES}"
-                raise SampleError("too_large", f"{told}; store it in larger strips or tiles")
+                detail = f"the TIFF's tag {tag} has {count} values, above {_MOST_TIFF_VALUES}"
+                raise SampleError("too_large", f"{detail}; store it in larger strips or tiles")
 
 
 def orientation_of(image: Image.Image) -> int | None:

@@ -28,7 +28,7 @@ class MediaSize:
 
     `frames` is 1 for an image. For a video it is what the header says or, where that says nothing, duration
     times frame rate, and at least 1: good for planning; decoding finds out the truth. `duration_s` is 0 for an
-    image and where the header does not tell.
+    image and where the header does not say.
     """
 
     kind: Literal["image", "video"]

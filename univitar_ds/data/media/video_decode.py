@@ -1,8 +1,8 @@
 """Videos to frames. Whatever is wrong with the bytes is a SampleError; nothing is half read in silence.
 
-Only what the wanted frames need is decoded. Where the container tells when each frame is shown, the frames are known
+Only what the wanted frames need is decoded. Where the container says when each frame is shown, the frames are known
 before decoding: it begins at the last packet that needs none before it, leaves out frames that no other refers to, and
-ends with the last wanted frame. Where it does not tell, or not the truth, all frames are decoded and counted.
+ends with the last wanted frame. Where it does not say so, or is wrong, all frames are decoded and counted.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _packets(container: av.container.InputContainer, stream: VideoStream, deadli
 
 
 def _in_order_of_display(container: str, codec: str, packets: Sequence[av.Packet]) -> list[int]:
-    """Indices of the packets that are shown, as they are shown; empty where their times cannot be told."""
+    """Indices of the packets that are shown, as they are shown; empty where their times are unknown."""
     shown = [i for i, packet in enumerate(packets) if keyframes.is_shown(codec, packet)]
     times = {packets[i].pts for i in shown}
     if container in _WITHOUT_TIMES or None in times or len(times) < len(shown):

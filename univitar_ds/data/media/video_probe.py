@@ -1,4 +1,4 @@
-"""Videos as containers: opened, and their size told without decoding. What only reads images never imports this."""
+"""Videos as containers: opened, and their size without decoding. What only reads images never imports this."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
 
 
 def probe_video(data: bytes, demuxer: str) -> MediaSize:
-    """What `probe.probe` tells of a video. Raises: SampleError."""
+    """What `probe.probe` returns for a video. Raises: SampleError."""
     container, stream = open_video(data)
     with container:
         height, width = stream.codec_context.height, stream.codec_context.width
@@ -74,7 +74,7 @@ def probe_video(data: bytes, demuxer: str) -> MediaSize:
 
 
 def _matrix(data: bytes, demuxer: str, track: int) -> Matrix:
-    """How the frames are turned when they are shown; FFmpeg tells with the frames only."""
+    """How the frames are turned when they are shown; FFmpeg gives it with the frames only."""
     if demuxer == "matroska":
         return matroska_matrix(data)
     return mp4_matrices(data).get(track, (1, 0, 0, 1)) if demuxer == "mov" else (1, 0, 0, 1)

@@ -77,7 +77,7 @@ class BadSampleMonitor:
     def bad(self, where: str, error: SampleError, samples: int = 1) -> None:
         """Count and log one that is left out; `where` is its shard, key and byte.
 
-        The log tells how many `samples` a stretch of damage has likely held.
+        The log says how many `samples` a stretch of damage has likely held.
         Raises: DataError if the policy has the run end here.
         """
         assert error.kind in KINDS, error.kind

@@ -101,8 +101,8 @@ class LaneCursor:
 
         Raises: DataError that names what differs and what to do.
         """
-        told = {"lane": (self.lane, lane), "data.lanes": (self.lanes, lanes), "seed": (self.seed, seed)}
-        for name, (saved, given) in told.items():
+        detail = {"lane": (self.lane, lane), "data.lanes": (self.lanes, lanes), "seed": (self.seed, seed)}
+        for name, (saved, given) in detail.items():
             if saved != given:
                 raise DataError(f"the saved data cursor has {name} {saved}, this run {given}; resume with {saved}")
         # One that was saved before the content of shards was looked at has the first part alone.
@@ -179,7 +179,7 @@ _SMALL = [bytes([number]) for number in range(0x80)]
 def write_pool(rows: Sequence[BufferedSample], packs: int) -> str:
     """The pool as text: what each row adds to the one before, column by column, as varints, deflated, in base 85.
 
-    About 4 bytes a row, where a list of numbers takes 40. Of a row's `since` it tells how many packs of `packs` have
+    About 4 bytes a row, where a list of numbers takes 40. Of a row's `since` it holds how many packs of `packs` have
     left without it.
     """
     columns = zip(*_steps(rows, packs), strict=True)

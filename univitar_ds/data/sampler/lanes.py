@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 _64_BITS = (1 << 64) - 1
 WELL_FILLED = 0.9
-"""A pack emptier than this because of weights is told of."""
+"""A pack emptier than this because of weights is reported."""
 LONG_WAIT = 64
 """Packs after which a sample leaves before those that keep their source from reading on."""
 POOL_BUDGETS = 2
@@ -58,7 +58,7 @@ class Plan:
     """A pack before decoding. `bad` counts unreadable samples met while planning, `ignored` readable ones of which a
     text was ignored, by kind.
 
-    `token_rows` are the token ids of the captions, where whoever has a tokenizer has added them.
+    `token_rows` are the token ids of the captions, where a tokenizer has added them.
     """
 
     items: Sequence[Item]
@@ -354,12 +354,12 @@ def _changed(shard: str, row: BufferedSample) -> DataError:
 
 def _nothing_readable(rules: StreamConfig, group: ShardGroup, bad: Mapping[str, int]) -> DataError:
     source = f" of source {group.name}" if group.name else ""
-    told = f" (left out: {', '.join(f'{n} {kind}' for kind, n in sorted(bad.items()))})" if bad else ""
+    cause = f" (left out: {', '.join(f'{n} {kind}' for kind, n in sorted(bad.items()))})" if bad else ""
     first = rules.shards[group.shards[0]] if group.shards else None
     apart = None if first is None else scattered(first, rules.modality)
     if first is not None and apart is not None:
-        told += f"; in shard {first.name} the members of {apart} lie apart, but {SORT_HINT}"
+        cause += f"; in shard {first.name} the members of {apart} lie apart, but {SORT_HINT}"
     return DataError(
-        f"none of the {len(group.shards)} shards{source} has a readable {rules.modality} sample{told}; "
+        f"none of the {len(group.shards)} shards{source} has a readable {rules.modality} sample{cause}; "
         "univitar-ds data verify SOURCE lists what is wrong with each"
     )

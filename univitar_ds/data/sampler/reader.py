@@ -23,7 +23,7 @@ from univitar_ds.geometry import Modality
 Held = Literal["readable", "unreadable", "nothing"]
 """Of a group of shards: whether it has a readable sample of a modality, or none that is, or none at all."""
 HINTED = 4
-"""Shards that a storage is told of before they are read; how many of them it fetches ahead is its own business."""
+"""Shards that a storage is asked to prefetch; how many of them it fetches ahead is its own business."""
 
 
 FILES_OF_A_GROUP = 2
@@ -81,7 +81,7 @@ class Reader:
         return entry
 
     def announce(self) -> None:
-        """Tell the storage of the shard that is read first, before anybody waits for it."""
+        """Announce the shard that is read first to its storage, before anybody waits for it."""
         units = self._units(self.place.epoch)[self.place.unit :]
         self._announce(-1, iter(units[:1]))
 
@@ -99,12 +99,12 @@ class Reader:
             yield None, ReadPosition(epoch + 1)
 
     def _unit(self, unit: ShardSlice, start: ReadPosition) -> Iterator[tuple[Found, ReadPosition]]:
-        """Of all who read the shard, the owner of the sample after some damage is the one that tells of it."""
+        """Of all who read the shard, the owner of the sample after some damage is the one that reports it."""
         shard = self._shards[unit.shard]
         for entry, ordinal in self._own_entries(shard, unit, start):
             place = ReadPosition(start.epoch, start.unit, entry.end, ordinal + isinstance(entry, tar_index.Group))
             if isinstance(entry, tar_index.Damage) and entry.end >= shard.size:
-                place = ReadPosition(start.epoch, start.unit + 1)  # the same would be told again from this byte on
+                place = ReadPosition(start.epoch, start.unit + 1)  # the same would be reported again from this byte on
             yield Found(unit.shard, entry, ordinal, start.epoch, samples_in(shard, entry, ordinal)), place
 
     def _own_entries(self, shard: Shard, unit: ShardSlice, start: ReadPosition) -> Iterator[tuple[Entry, int]]:
@@ -126,13 +126,13 @@ class Reader:
         return units_of_lane(shards, self._lanes, self._lane, self._seed, self._modality, epoch, name)
 
     def _announce(self, current: int, units: Iterator[ShardSlice]) -> None:
-        """Tell the storages which shards come after `current`."""
+        """Announce to the storages which shards come after `current`."""
         coming = dict.fromkeys(unit.shard for unit in itertools.islice(units, HINTED) if unit.shard != current)
         announce([self._shards[index] for index in coming])
 
 
 def announce(shards: Sequence[Shard]) -> None:
-    """Tell the storages that these shards come next."""
+    """Announce to the storages that these shards come next."""
     for storage in {id(shard.storage): shard.storage for shard in shards}.values():
         storage.prefetch([shard.path for shard in shards if shard.storage is storage])
 
@@ -154,8 +154,8 @@ def read_entry(shard: SourceShard, entry: Entry, rule: SizeRule, *, label_is_eno
 def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
     """How many samples this is: of damage how many it has likely held, at least 1.
 
-    A manifest tells at the shard's end how many are missing in all. Else those before the damage, `ordinal` of them,
-    tell by their mean size.
+    A manifest says at the shard's end how many are missing in all. Else those before the damage, `ordinal` of them,
+    give it by their mean size.
     """
     if isinstance(entry, tar_index.Group):
         return 1

@@ -21,8 +21,8 @@ from univitar_ds.geometry import Modality
 class StreamConfig:
     """Everything that decides the packs of one modality, but for the lane.
 
-    `weights` are the stage's, by source; `cost` are packing's coefficients; `told` is what one of the lanes has told,
-    so that hundreds do not. What is found out of the shards is found out once for all lanes too.
+    `weights` are the stage's, by source; `cost` are packing's coefficients; `warned` holds what one of the lanes
+    has warned of, so that hundreds do not. What is learned about the shards is learned once for all lanes too.
     """
 
     shards: Sequence[SourceShard]
@@ -35,7 +35,7 @@ class StreamConfig:
     weights: Mapping[str, float] = field(default_factory=dict)
     cost: tuple[float, float] = (0.0, 0.0)
     cost_budget: float | None = None
-    told: set[str] = field(default_factory=set, compare=False)
+    warned: set[str] = field(default_factory=set, compare=False)
     _held: dict[str, Held] = field(default_factory=dict, init=False, compare=False)
 
     @property
@@ -52,9 +52,9 @@ class StreamConfig:
         return {shard: group.name for group in self.groups for shard in group.shards}
 
     def warns_first(self, what: str) -> bool:
-        """Whether no lane has told this yet."""
-        first = what not in self.told
-        self.told.add(what)
+        """Whether no lane has warned of this yet."""
+        first = what not in self.warned
+        self.warned.add(what)
         return first
 
     def holds(self, group: ShardGroup) -> Held:

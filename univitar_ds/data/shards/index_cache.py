@@ -24,19 +24,19 @@ def shard_samples(shard: Shard, modality: Modality, offset: int = 0, number: int
 
     Args: the byte to start at and the number of the sample that follows.
     A shard that ends soundly with fewer samples than its manifest says is damage at its end. Where it is damaged to its
-    end that is told already.
+    end that is reported already.
     Raises: DataError if the shard cannot be read at all.
     """
-    told = False
+    detail = False
     with shard.storage.open(shard.path) as stream:
         for found in tar_index.scan(stream, shard.name, shard.size, offset):
             if isinstance(found, tar_index.Damage):
-                told = found.end >= shard.size
+                detail = found.end >= shard.size
                 yield found
             elif belongs(found, shard, modality):
                 number += 1
                 yield found
-    if shard.samples is not None and number < shard.samples and not told:
+    if shard.samples is not None and number < shard.samples and not detail:
         message = (
             f"shard {shard.name}: ends after {number} samples, its manifest says {shard.samples}; "
             "restore the shard or pack it again"

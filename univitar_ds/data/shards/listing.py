@@ -31,7 +31,7 @@ PACK_HINT = "pack the folder first: univitar-ds data pack FOLDER OUT"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. `name` is unique within the run and tells where a sample came from; `size` in bytes.
+    """One tar. `name` is unique within the run and says where a sample came from; `size` in bytes.
 
     `modality` None: what is in it is unknown, both kinds of stream read it and skip what is not theirs. `samples` and
     `sha256` where a manifest has them. `caption_lines`: each line of a .txt is a caption.
@@ -72,10 +72,10 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
         return _packed(source, path, names, storage, prefix)
     tars = [file for file in files if file.endswith(".tar")]
     if compressed := [os.path.basename(file) for file in files if file.endswith(COMPRESSED)]:
-        told = f"source {source.path}: {len(compressed)} tars are compressed, such as {compressed[0]}; {_DECOMPRESS}"
+        detail = f"source {source.path}: {len(compressed)} tars are compressed, such as {compressed[0]}; {_DECOMPRESS}"
         if not tars:
-            raise DataError(told)
-        warn_once(f"{told}; they are left out")
+            raise DataError(detail)
+        warn_once(f"{detail}; they are left out")
     names_of = _names(tars)
     return [Shard(prefix + names_of[file], file, storage, storage.size(file)) for file in tars]
 
@@ -197,7 +197,7 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
-    """What each shard of a source is called: its file's name, with folders where those tell shards apart."""
+    """What each shard of a source is called: its file's name, with folders where the names alone are not unique."""
     names = {path: _stem(path) for path in paths}
     if len(set(names.values())) == len(paths):
         return names

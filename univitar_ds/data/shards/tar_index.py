@@ -2,7 +2,7 @@
 
 A sample is a run of members that share a key: the name up to the first dot after the last slash
 (WebDataset). Its bytes are one range of the shard, so it can be fetched again without reading what
-comes before. What is damaged or cut off is told with its bytes, never a short shard; reading goes on
+comes before. What is damaged or cut off is reported with its bytes, never taken for a short shard; reading goes on
 at the next header. Formats: ustar, GNU (long names, large numbers) and pax.
 """
 
@@ -105,7 +105,8 @@ def scan(stream: BinaryIO, name: str, size: int, start: int = 0) -> Iterator[Gro
     """The samples of a shard in order, content skipped, and the damage between them.
 
     After damage the scan goes on at the next header (on the grid of blocks, right in checksum and magic). A sample
-    that is known to have lost a member belongs to the damage; one beside it comes as it stands, and its members tell
+    that is known to have lost a member belongs to the damage; one beside it comes as it stands, and its members show
+
     whether it is whole. A scan from any `Group.end` or `Damage.end` gives what the whole scan gives from there on;
     behind damage that ends with the shard nothing follows.
 
@@ -275,13 +276,13 @@ _plain_fields = Struct("100s24x12s12x8ss100x8s80xB").unpack_from
 def _plain_header(block: bytes) -> _PlainHeader | None:
     """The header of a regular file as nearly all are, for a sixth of tarfile's time; None: let tarfile see."""
     name, size, checksum, kind, magic, prefix = _plain_fields(block)
-    digits, told = size[:11], checksum[:6]
+    digits, detail = size[:11], checksum[:6]
     if kind != tarfile.REGTYPE or magic != b"ustar\x0000" or prefix or checksum[6:] != b"\0 ":
         return None
-    if not (digits.isdigit() and told.isdigit()):
+    if not (digits.isdigit() and detail.isdigit()):
         return None
     try:
-        if sum(block) - sum(checksum) + 8 * 0x20 != int(told, 8):
+        if sum(block) - sum(checksum) + 8 * 0x20 != int(detail, 8):
             return None
         return _PlainHeader(name.partition(b"\0")[0].decode("utf-8", "surrogateescape"), kind, int(digits, 8))
     except ValueError:  # a digit above 7

@@ -30,7 +30,7 @@ _KEPT_FREE = 0.1
 
 @dataclass(frozen=True)
 class Version:
-    """One version of one object, `size` in bytes; `store` tells apart stores that use the same names."""
+    """One version of one object, `size` in bytes; `store` distinguishes stores that use the same names."""
 
     url: str
     etag: str

@@ -26,7 +26,7 @@ class S3Storage:
         self._settings = settings
         self._pins = Pins(session)
         folder = Path(settings.cache_folder or Path(session, "shards"))
-        with suppress(OSError):  # told when the first copy is made
+        with suppress(OSError):  # reported when the first copy is made
             folder.parent.mkdir(parents=True, exist_ok=True)
         patience_s = settings.give_up_s + settings.idle_timeout_s
         self._shard_cache = ShardCache(folder, int(settings.cache_limit_gb * 1e9), self.connection.stream, patience_s)
@@ -77,7 +77,7 @@ class S3Storage:
             raise
 
     def list(self, prefix: str) -> Sequence[str]:
-        """One request for a thousand names; it also tells which version of each object this run reads."""
+        """One request for a thousand names; it also says which version of each object this run reads."""
         where = address(prefix.rstrip("/") + "/")
         bucket, folder = where["Bucket"], where["Key"]
         paths: list[str] = []
@@ -112,7 +112,7 @@ class S3Storage:
         self._pins.forget(path)
 
     def _version(self, path: str) -> Version:
-        """The version this run reads, which its other processes are told."""
+        """The version this run reads, which its other processes read too."""
         found = self._found(path)
         self._pins.share(path)
         return Version(path, *found, self._settings.endpoint_url or "")

@@ -120,7 +120,7 @@ class Connection:
             return self._client
 
     def _failure(self, error: Exception, url: str) -> Failure:
-        """What to tell and how to wait before trying again.
+        """What to report and how long to wait before trying again.
 
         Raises: DataError where trying again cannot help. Messages hold no text of the store's, which could quote
         what was sent to it.
@@ -158,33 +158,33 @@ def changed(url: str) -> DataError:
 
 def refused(url: str, status: int, code: str) -> DataError:
     """A sentence for an answer that will stay the same."""
-    told = f"the store answered {status} {code}".rstrip()
+    detail = f"the store answered {status} {code}".rstrip()
     if status == 412:
         return changed(url)
     if status == 404:
         what = {"NoSuchBucket": "bucket", "NoSuchKey": "object"}.get(code, "object or bucket")
         return DataError(f"{url}: there is no such {what}; check the address")
     if code == "InvalidObjectState":
-        return DataError(f"{url}: the object lies in an archive ({told}); restore it to a class that can be read")
+        return DataError(f"{url}: the object lies in an archive ({detail}); restore it to a class that can be read")
     if code in _OTHER_REGION or status in (301, 307):
-        return DataError(f"{url}: the bucket lies in another region ({told}); set data.s3.region to it")
+        return DataError(f"{url}: the bucket lies in another region ({detail}); set data.s3.region to it")
     if status in (401, 403):
         return DataError(
-            f"{url}: access was refused ({told}); check the credentials, data.s3.profile and the bucket's policy"
+            f"{url}: access was refused ({detail}); check the credentials, data.s3.profile and the bucket's policy"
         )
-    return DataError(f"{url}: the request was refused ({told}); check the address and data.s3")
+    return DataError(f"{url}: the request was refused ({detail}); check the address and data.s3")
 
 
 def _unusable(url: str, error: Exception) -> DataError:
-    """No request can be made with these settings. Of boto3's messages only those are told that quote no secret."""
+    """No request can be made with these settings. Of boto3's messages those without credentials are passed on."""
     from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
     if not isinstance(error, BotoCoreError):  # a ValueError for an address that is none
         return DataError(f"{url}: the store has no such address; write data.s3.endpoint_url as http://HOST:PORT")
     if isinstance(error, NoCredentialsError):
         return DataError(f"{url}: no credentials were found; set data.s3.profile, or log in as boto3 expects it")
-    told = str(error) if isinstance(error, PartialCredentialsError | ProfileNotFound) else type(error).__name__
-    return DataError(f"{url}: the store cannot be asked ({told}); check data.s3 and the credentials")
+    detail = str(error) if isinstance(error, PartialCredentialsError | ProfileNotFound) else type(error).__name__
+    return DataError(f"{url}: the store cannot be asked ({detail}); check data.s3 and the credentials")
 
 
 def status_of(error: DataError) -> int:

@@ -1,6 +1,6 @@
 """Files to S3: large ones in parts at once, every part checked by the store, all of a file or nothing of it.
 
-The SHA-256 of a file is kept with its object, so that a later run can tell that it is there without reading it.
+The SHA-256 of a file is kept with its object, so that a later run knows that it is there without reading it.
 """
 
 from __future__ import annotations

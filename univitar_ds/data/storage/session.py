@@ -52,7 +52,7 @@ class Pins:
         self._known[url] = (etag, size)
 
     def share(self, url: str) -> None:
-        """Tell the other processes; done when a file is read, as most of a listing may never be."""
+        """Share it with the other processes; done when a file is read, as most of a listing may never be."""
         if url in self._shared:
             return
         self._folder.mkdir(parents=True, exist_ok=True)

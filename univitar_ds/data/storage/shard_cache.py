@@ -152,7 +152,7 @@ class ShardCache:
             self._follow_hints()
 
     def _follow_hints(self) -> None:
-        """Start what was hinted at; a failure is told to the reader that comes for the shard."""
+        """Start what was hinted at; a failure is raised for the reader that opens the shard."""
         while self._hints and len(self._downloads) < AHEAD:
             version = next(iter(self._hints))
             del self._hints[version]

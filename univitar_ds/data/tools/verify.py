@@ -232,7 +232,7 @@ def _what_is_there(
         name = os.path.basename(file).removesuffix(".tar")
         shards.append(Shard(name, file, storage, size, row.get("kind"), row.get("sha256")))
     try:
-        told = of_source(shards, source, settings)
+        detail = of_source(shards, source, settings)
     except DataError:  # its own error says it already
-        told = of_source(shards, source.model_copy(update={"class_names": None}), settings)
-    return told, [os.path.basename(file) for file in wanted if file not in sizes]
+        detail = of_source(shards, source.model_copy(update={"class_names": None}), settings)
+    return detail, [os.path.basename(file) for file in wanted if file not in sizes]

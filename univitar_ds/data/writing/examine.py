@@ -116,7 +116,7 @@ def examine(job: Job) -> MediaInfo:
 
 
 def _decoded_size(data: bytes, size: MediaSize) -> tuple[int, int]:
-    """(height, width) of the pixels themselves: some containers do not tell a rotation in their header."""
+    """(height, width) of the pixels themselves: some containers do not state a rotation in their header."""
     if size.kind == "image":
         return decode_image(data, max_px=_MAX_PX).shape[:2]
     from univitar_ds.data.media.video_decode import (

@@ -46,7 +46,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Family:
-    """Models that are called alike: the class in transformers, how it runs, its mean and std where no file tells."""
+    """Models that are called alike: the class in transformers, how it runs, its mean and std where no file says."""
 
     loader: str
     run: ImageModel
@@ -239,7 +239,7 @@ def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) ->
 
 
 def partition(model: nn.Module) -> None:
-    """Leaves each rank its share of the weights; a block is gathered when it runs and let go after it."""
+    """Leaves each rank its share of the weights; a block is gathered when it runs and freed after it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -309,10 +309,11 @@ def _patch_of(vision: Any, path: str) -> int:
     return square[0]
 
 
-def _normalisation(told: dict[str, Any], kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the channels, as far as the content of the model's preprocessor file tells."""
-    if told.get("do_normalize") is False:
+def _normalisation(detail: dict[str, Any], kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the channels, as far as the content of the model's preprocessor file says."""
+    if detail.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean, std = FAMILIES[kind].normalisation
-    mean, std = (tuple(map(float, told.get(name, value))) for name, value in (("image_mean", mean), ("image_std", std)))
+    defaults = {"image_mean": mean, "image_std": std}
+    mean, std = (tuple(map(float, detail.get(name, value))) for name, value in defaults.items())
     return mean, std

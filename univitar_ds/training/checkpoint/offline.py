@@ -77,6 +77,6 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 
 def _told(error: RuntimeError) -> str:
-    """torch lists every key on a line of its own; the first few tell the story."""
+    """torch lists every key on a line of its own; the first few are enough."""
     lines = [line.strip() for line in str(error).splitlines()[1:4]]
     return " ".join(lines)[:300]

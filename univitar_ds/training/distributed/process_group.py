@@ -34,7 +34,7 @@ _turns = itertools.count()
 
 
 class PeerFailure(UserError):
-    """Another rank cannot go on. That rank tells the story; this one only ends in good order."""
+    """Another rank cannot go on. That rank reports why; this one only ends in good order."""
 
 
 @dataclass(frozen=True)

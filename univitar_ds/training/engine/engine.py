@@ -330,7 +330,7 @@ def build_engine(
 
 
 def borrowings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Modules and the weights of others that their forward uses, as their method `external_parameters` tells."""
+    """Modules and the weights of others that their forward uses, as their method `external_parameters` says."""
     for module in model.modules():
         if hasattr(module, "external_parameters"):
             yield from ((module, parameter) for parameter in module.external_parameters())

@@ -23,7 +23,7 @@ GRADIENT_PARTS = {
     "logits": "logit_",
     "heads": "",
 }
-"""Parts whose gradient norms are told, by the same rule: PARTS, and the rest in two."""
+"""Parts whose gradient norms are logged, by the same rule: PARTS, and the rest in two."""
 _NAMED = {"vision": ("patch_embedding", "blocks")}
 """Names of the run file that stand for several parts."""
 _BLOCK = re.compile(r"vision\.encoder\.layers\.(\d+)\.")

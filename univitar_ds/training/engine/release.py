@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def release(model: nn.Module, *owners: object) -> None:
-    """Empties every tensor of a model and of other objects' attributes, whoever still holds them.
+    """Empties every tensor of a model and of other objects' attributes, even where something still holds them.
 
     A cache of ZeRO-3's class holds the model, whose parameters hold the optimizer: masters, moments and gradients
     would stay on the device until the process ends.

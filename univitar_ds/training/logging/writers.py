@@ -84,14 +84,14 @@ class MetricLog:
 
     def mark(self, event: dict[str, Any]) -> None:
         """Shows an event on the screen and, as a text, in TensorBoard."""
-        told = told_event(event)
+        detail = told_event(event)
         if self._board is not None:
-            self._board.add_text("events", told, event["step"])
+            self._board.add_text("events", detail, event["step"])
         if self._bar is not None:
             with self._terminal():
-                self._bar.write(told, file=sys.stderr)
+                self._bar.write(detail, file=sys.stderr)
         else:
-            logger.log(logging.WARNING if event["event"] == "rollback" else logging.INFO, "%s", told)
+            logger.log(logging.WARNING if event["event"] == "rollback" else logging.INFO, "%s", detail)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Puts an image into TensorBoard."""

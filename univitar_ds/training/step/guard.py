@@ -57,13 +57,13 @@ def spike(history: History, stage: int, modality: str, loss: float, norm: float,
         ("loss", loss, loss, losses, LEAST_LOSS_DEVIATION * abs(median(losses))),
         ("gradient norm", norm, _log(norm), norms, LEAST_NORM_DEVIATION),
     )
-    for what, told, value, before, least in checks:
+    for what, detail, value, before, least in checks:
         middle = median(before)
         deviation = max(NORMAL * median(abs(other - middle) for other in before), least)
         if value - middle > cfg.spike_deviations * deviation:
             usual = middle if what == "loss" else math.exp(middle)
             return (
-                f"the {what} is {told:.4g}, {(value - middle) / deviation:.0f} deviations above its median "
+                f"the {what} is {detail:.4g}, {(value - middle) / deviation:.0f} deviations above its median "
                 f"{usual:.4g} of {len(rows)} {modality} steps (guard.spike_deviations {cfg.spike_deviations:g})"
             )
     return None

@@ -85,7 +85,7 @@ def train_step(
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
     Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at `distill_weight` 0;
-    dropping: what the encoder goes without, by lane, whichever rank has the lane.
+    dropping: what the encoder drops, by lane, whichever rank has the lane.
     read_gradient: see `Engine.zero_grad`.
     Raises: DivergedError, on all ranks, if the loss or the gradient is not finite; the parameters keep
     their last finite values.

@@ -1,0 +1,53 @@
+"""Docstrings, comments, messages, help texts and README use plain words: some that stopped readers are banned."""
+
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+BANNED = re.compile(
+    r"\b(told|tells?|whoever|lets? go|let go|goes? without|bursts?|pictures?|clips?)\b(?!\.mp4)", re.IGNORECASE
+)
+"""`clip` is a cut of a video in the field; ours are whole videos."""
+MEANT = re.compile(r"CLIP\b|--clips|\"clips?\"|\bIDR pictures?")
+"""The model CLIP and its `model_type`, earlier names of options, and pictures as video codecs define them."""
+CODEC = {"univitar_ds/data/media/keyframes.py"}
+SOURCES = sorted(
+    path
+    for pattern in ("univitar_ds/**/*.py", "kernels/*.py", "slurm/*.py")
+    for path in ROOT.glob(pattern)
+    if str(path.relative_to(ROOT)) not in CODEC
+)
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "kernels/README.md", "slurm/README.md")]
+
+
+def texts_of(path: Path) -> list[tuple[int, str]]:
+    """(line, text) of every string and comment of a module, or of every line of a page."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return list(enumerate(text.splitlines(), 1))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return [(token.start[0], token.string) for token in tokens if token.type in (tokenize.STRING, tokenize.COMMENT)]
+
+
+def found_in(text: str) -> list[str]:
+    return BANNED.findall(MEANT.sub("", text))
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_uses_plain_words(path):
+    assert [(line, found_in(text)) for line, text in texts_of(path) if found_in(text)] == []
+
+
+@pytest.mark.parametrize("text", ["Damage is told", "whoever asks", "the memory is let go", "a picture of 3 px"])
+def test_a_banned_word_is_found(text):
+    assert found_in(text)
+
+
+@pytest.mark.parametrize("text", ["CLIP's text tower", "a foretold result", "an IDR picture", "clipping at 1.0"])
+def test_other_words_stay(text):
+    assert not found_in(text)
