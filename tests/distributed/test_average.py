@@ -12,7 +12,7 @@ from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.training.checkpoint.sharded import load_checkpoint, read_full, save_checkpoint
 from univitar_ds.training.distributed.process_group import start_world
 from univitar_ds.training.engine.engine import build_engine
-from univitar_ds.training.step.train_step import train_step
+from univitar_ds.training.step.train_step import StepSettings, train_step
 
 pytestmark = pytest.mark.distributed
 DECAY, STEPS, MIDDLE = 0.6, 6, 3
@@ -35,7 +35,7 @@ def train(engine, first, last):
     """Whole weights before the first step and after each."""
     for step in range(first, last):
         packs = [pack(step, lane) for lane in engine.world.lanes(LANES)]
-        train_step(engine, packs, lr=lr(step), objective=OBJECTIVE)
+        train_step(engine, packs, StepSettings(lr(step)), OBJECTIVE)
 
 
 def followed(folder, settings):

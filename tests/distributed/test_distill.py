@@ -24,7 +24,7 @@ from univitar_ds.model.towers import build_text_tower
 from univitar_ds.training.checkpoint.sharded import read_full, save_checkpoint
 from univitar_ds.training.distributed.process_group import start_world
 from univitar_ds.training.engine.engine import build_engine
-from univitar_ds.training.step.train_step import train_step
+from univitar_ds.training.step.train_step import StepSettings, train_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.numeric]
 WEIGHT = 0.7
@@ -144,14 +144,14 @@ def on_ranks(folder, cases, stage, single_pass):
         runs = []
         teacher.tower.model.register_forward_hook(lambda *_, seen=runs: seen.append(1))
         mine = [packs(items)[lane] for lane in world.lanes(LANES)]
-        settings = {"objective": ObjectiveConfig(chunk=5, teacher=config), "teacher": teacher, "lr": 0.0}
-        options = {"distill_weight": WEIGHT, "single_pass": single_pass, "dropping": dropping_of(name)}
-        result = train_step(engine, mine, **settings, **options)
+        objective = ObjectiveConfig(chunk=5, teacher=config)
+        settings = StepSettings(0.0, distill_weight=WEIGHT, single_pass=single_pass, dropping=dropping_of(name))
+        result = train_step(engine, mine, settings, objective, teacher)
         answers[name] = result, gradient_pieces(engine), len(runs), held(teacher)
         assert all(parameter.grad is None for parameter in teacher.tower.model.parameters())
     first = engines[32]
     count = len(runs)
-    quiet = train_step(first, mine, **settings, distill_weight=0.0)
+    quiet = train_step(first, mine, StepSettings(0.0), objective, teacher)
     answers["weight 0"] = quiet, gradient_pieces(first), len(runs) - count, 0
     saved = sorted(read_full(save_checkpoint(first, folder / f"{world.size}-{stage}", 1, {}, {}, keep=1)))
     for engine in engines.values():

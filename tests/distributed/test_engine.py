@@ -22,7 +22,7 @@ from tests.support.training import OBJECTIVE, engine_of, losses, lr, norm_of_par
 from univitar_ds.kernels.dispatch import compile_on_cpu
 from univitar_ds.training.distributed.process_group import start_world
 from univitar_ds.training.step.feature_snapshot import capture_features
-from univitar_ds.training.step.train_step import DivergedError, train_step
+from univitar_ds.training.step.train_step import DivergedError, StepSettings, train_step
 
 pytestmark = pytest.mark.distributed
 STEPS = 6
@@ -100,7 +100,7 @@ def unused(world, folder):
 def empty(world, lanes):
     engine = engine_of(world)
     packs = [pack(0, lane, empty=lane in lanes) for lane in world.lanes(LANES)]
-    result = train_step(engine, packs, lr=1e-3, objective=OBJECTIVE)
+    result = train_step(engine, packs, StepSettings(1e-3), OBJECTIVE)
     engine.close()
     return result
 
@@ -115,7 +115,7 @@ def poisoned(world, folder):
         forward = engine.module.forward
         engine.module.forward = lambda *inputs: tuple(output * float("nan") for output in forward(*inputs))
     try:
-        train_step(engine, packs, lr=1e-3, objective=OBJECTIVE)
+        train_step(engine, packs, StepSettings(1e-3), OBJECTIVE)
         story = "nothing"
     except DivergedError as error:
         story = str(error)
@@ -231,7 +231,7 @@ def watched(world, folder):
     for step in range(STEPS):
         packs = [pack(step, lane) for lane in world.lanes(LANES)]
         with capture_features(engine.module.blocks[-1], packs[0] if world.is_main else None) as snapshots:
-            results.append(train_step(engine, packs, lr=lr(step), objective=OBJECTIVE))
+            results.append(train_step(engine, packs, StepSettings(lr(step)), OBJECTIVE))
         assert [len(snapshot.tokens) for snapshot in snapshots] == [packs[0].grid_thw.prod(1).sum()] * world.is_main
     whole = weights(engine, folder)
     engine.close()

@@ -13,7 +13,7 @@ from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.training.checkpoint.sharded import read_full, save_checkpoint
 from univitar_ds.training.distributed.process_group import World, gather_numbers
 from univitar_ds.training.engine.engine import Engine, build_engine
-from univitar_ds.training.step.train_step import StepResult, train_step
+from univitar_ds.training.step.train_step import StepResult, StepSettings, train_step
 
 OBJECTIVE = ObjectiveConfig(chunk=5)
 
@@ -54,7 +54,7 @@ def engine_of(world: World, model: StandIn | None = None, *, betas=(0.9, 0.98), 
 def steps(engine: Engine, first: int, last: int, **options: Any) -> list[StepResult]:
     lanes = engine.world.lanes(LANES)
     return [
-        train_step(engine, [pack(s, lane) for lane in lanes], lr=lr(s), objective=OBJECTIVE, **options)
+        train_step(engine, [pack(s, lane) for lane in lanes], StepSettings(lr(s), **options), OBJECTIVE)
         for s in range(first, last)
     ]
 

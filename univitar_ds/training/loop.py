@@ -38,7 +38,7 @@ from univitar_ds.training.step.curriculum import advance, distills_later, lr_at,
 from univitar_ds.training.step.feature_snapshot import capture_features
 from univitar_ds.training.step.guard import spike
 from univitar_ds.training.step.peak_flops import find_peak
-from univitar_ds.training.step.train_step import DivergedError, StepResult, train_step
+from univitar_ds.training.step.train_step import DivergedError, StepResult, StepSettings, train_step
 from univitar_ds.training.summary import write_summary
 
 logger = logging.getLogger(__name__)
@@ -246,27 +246,11 @@ class _Trainer:
         """One update; returns what is wrong with it, the same on all ranks, if it has to be undone."""
         state, progress = self.state, self.state.progress
         modality = batches[0].modality
-        lr = lr_at(stage, progress.samples_in_stage)
-        weights = {
-            name: weight_at(getattr(stage, name), progress.samples_in_stage, stage.samples)
-            for name in ("contrastive", "distill")
-        }
-        dropping = DropConfig.of(stage, self.engine.module.vision.config, seed=self.cfg.seed, step=progress.step)
-        logged = (progress.step + 1) % self.cfg.logging.every_steps == 0
+        settings = self._settings(stage)
         shown = batches[0] if self.logs.draws(progress.step + 1, modality) else None
         try:
             with capture_features(self.engine.module.vision, shown) as snapshots:
-                result = train_step(
-                    self.engine,
-                    batches,
-                    lr=lr,
-                    objective=self.cfg.objective,
-                    contrastive_weight=weights["contrastive"],
-                    teacher=self.teacher,
-                    distill_weight=weights["distill"],
-                    dropping=dropping,
-                    read_gradient=logged,
-                )
+                result = train_step(self.engine, batches, settings, self.cfg.objective, self.teacher)
         except DivergedError as error:
             return str(error)
         trouble = spike(state.history, progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard)
@@ -277,12 +261,35 @@ class _Trainer:
             step_s=time.perf_counter() - start,
             data_wait_s=waited,
             alarm=trouble is not None,
-            dropping=dropping,
-            squares=self.engine.gradient_squares if logged else None,
+            dropping=settings.dropping,
+            squares=self.engine.gradient_squares if settings.read_gradient else None,
         )
         joined = reduce_metrics(numbers, self.world)
         if joined["alarm"]:
             return trouble or "another rank saw a spike"
+        self._advance(batches, settings, result, joined)
+        if snapshots:
+            merge = self.engine.module.vision.config.spatial_merge_size
+            self.logs.draw(state.progress.step, batches[0], snapshots[0], merge)
+        return None
+
+    def _settings(self, stage: StageConfig) -> StepSettings:
+        """What the schedules of the stage give at the next step."""
+        progress = self.state.progress
+        done = progress.samples_in_stage
+        return StepSettings(
+            lr=lr_at(stage, done),
+            contrastive_weight=weight_at(stage.contrastive, done, stage.samples),
+            distill_weight=weight_at(stage.distill, done, stage.samples),
+            dropping=DropConfig.of(stage, self.engine.module.vision.config, seed=self.cfg.seed, step=progress.step),
+            read_gradient=(progress.step + 1) % self.cfg.logging.every_steps == 0,
+        )
+
+    def _advance(
+        self, batches: list[PackedBatch], settings: StepSettings, result: StepResult, joined: dict[str, float]
+    ) -> None:
+        """Takes a good step into the state and the logs; `joined` are its metrics over all ranks."""
+        state, progress, modality = self.state, self.state.progress, batches[0].modality
         state.history.add(progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard.window_steps)
         state.progress = advance(
             progress,
@@ -294,16 +301,14 @@ class _Trainer:
         if state.progress.stage != progress.stage and not state.progress.finished(self.cfg.stages):
             self._note_stage()
         state.cursors = {batch.lane: batch.cursor for batch in batches}
+        weights = {"contrastive": settings.contrastive_weight, "distill": settings.distill_weight}
         state.window.add(result, joined, modality, weights)
         state.seconds += joined["step_s"]
         self.logs.write_samples(state.progress.step, batches)
         self.logs.advance(result.items)
-        if logged or state.progress.finished(self.cfg.stages):
-            self._log(progress.stage, result, lr, part_norms(joined) if logged else None)
-        if snapshots:
-            merge = self.engine.module.vision.config.spatial_merge_size
-            self.logs.draw(state.progress.step, batches[0], snapshots[0], merge)
-        return None
+        if settings.read_gradient or state.progress.finished(self.cfg.stages):
+            norms = part_norms(joined) if settings.read_gradient else None
+            self._log(progress.stage, result, settings.lr, norms)
 
     def _log(self, stage: int, result: StepResult, lr: float, norms: dict[str, float] | None) -> None:
         state = self.state

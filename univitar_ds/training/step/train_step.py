@@ -69,76 +69,88 @@ class StepResult:
     agreement: float | None = None
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """What decides a step beside its packs: learning rate, weights of the losses, what the encoder drops (by lane,
+    whichever rank has the lane), and whether the gradient's parts are read (`Engine.zero_grad`).
+
+    With `single_pass` a rank that has one pack runs it once.
+    """
+
+    lr: float
+    contrastive_weight: float = 1.0
+    distill_weight: float = 0.0
+    dropping: DropConfig = NO_DROPPING
+    read_gradient: bool = False
+    single_pass: bool = True
+
+
 def train_step(
     engine: Engine,
     batches: Sequence[Batch],
-    *,
-    lr: float,
+    settings: StepSettings,
     objective: ObjectiveConfig,
-    single_pass: bool = True,
-    contrastive_weight: float = 1.0,
     teacher: Teacher | None = None,
-    distill_weight: float = 0.0,
-    dropping: DropConfig = NO_DROPPING,
-    read_gradient: bool = False,
 ) -> StepResult:
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
-    Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at `distill_weight` 0;
-    dropping: what the encoder drops, by lane, whichever rank has the lane.
-    read_gradient: see `Engine.zero_grad`.
+    Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at a `distill_weight` of 0.
     Raises: DivergedError, on all ranks, if the loss or the gradient is not finite; the parameters keep
     their last finite values.
     """
-    engine.zero_grad(lr, read_gradient=read_gradient)
-    drops = [dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
+    engine.zero_grad(settings.lr, read_gradient=settings.read_gradient)
+    drops = [settings.dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
     distillation = None
-    if distill_weight:
-        distillation = Distillation(teacher, objective.teacher, distill_weight, batches, drops, engine.world)
+    if settings.distill_weight:
+        distillation = Distillation(teacher, objective.teacher, settings.distill_weight, batches, drops, engine.world)
     inputs = [
         _inputs(batch, engine.world.device, bool(distillation), dropped)
         for batch, dropped in zip(batches, drops, strict=True)
     ]
-    counts = [len(batch.caption_ids) for batch in batches]
     caption_ids = to_device(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
-    ring = Ring(sum(counts), engine.world.device)
-    once = single_pass and len(batches) == 1
+    ring = Ring(len(caption_ids), engine.world.device)  # ranks exchange their numbers of items while they embed
+    once = settings.single_pass and len(batches) == 1
     with torch.set_grad_enabled(once):  # what a teacher is shown is large: kept of a single pack only
         outputs = [output if once else output[:4] for output in (engine(*pack) for pack in inputs)]
-    scale, bias = outputs[0][2].detach(), outputs[0][3].detach()
-    result = LOSSES[objective.kind](
+    result = _contrastive(outputs, caption_ids, ring, objective)
+    if not math.isfinite(result.loss):
+        raise DivergedError(f"the loss is {result.loss} at learning rate {settings.lr:g}")
+    counts = [len(batch.caption_ids) for batch in batches]
+    gradients = zip(result.vision_grad.split(counts), result.text_grad.split(counts), strict=True)
+    for index, (pack, wanted) in enumerate(zip(inputs, gradients, strict=True)):
+        seen = distillation.look(index, pack[0]) if distillation else None
+        output = outputs[0] if once else engine(*pack)
+        loss = settings.contrastive_weight * _surrogate(output[:4], *wanted, result, len(batches))
+        engine.backward(loss + distillation.loss(output[4], seen) if distillation else loss)
+        engine.step()
+    norm = engine.grad_norm
+    if not engine.updated or not math.isfinite(norm):
+        raise DivergedError(f"the gradient is not finite at loss {result.loss:.6g} and learning rate {settings.lr:g}")
+    added = distillation.result() if distillation else NO_DISTILLATION
+    return StepResult(
+        loss=settings.contrastive_weight * result.loss + added.loss,
+        items=result.items,
+        grad_norm=norm,
+        logit_scale=float(outputs[0][2].detach()),
+        logit_bias=float(outputs[0][3].detach()),
+        losses={"contrastive": result.loss, **added.losses},
+        agreement=added.agreement,
+    )
+
+
+def _contrastive(
+    outputs: Sequence[Sequence[Tensor]], caption_ids: Tensor, ring: Ring, objective: ObjectiveConfig
+) -> ContrastiveResult:
+    """Loss and gradients of the embeddings over all items of the step, of all ranks."""
+    return LOSSES[objective.kind](
         torch.cat([output[0].detach() for output in outputs]),
         torch.cat([output[1].detach() for output in outputs]),
-        scale,
-        bias,
+        outputs[0][2].detach(),
+        outputs[0][3].detach(),
         caption_ids,
         chunk=objective.chunk,
         same_caption_positive=objective.same_caption_positive,
         ring=ring,
-    )
-    if not math.isfinite(result.loss):
-        raise DivergedError(f"the loss is {result.loss} at learning rate {lr:g}")
-    vision_grads, text_grads = result.vision_grad.split(counts), result.text_grad.split(counts)
-    for index, pack in enumerate(inputs):
-        seen = distillation.look(index, pack[0]) if distillation else None
-        output = outputs[0] if once else engine(*pack)
-        surrogate = contrastive_weight * _surrogate(
-            output[:4], vision_grads[index], text_grads[index], result, len(batches)
-        )
-        engine.backward(surrogate + distillation.loss(output[4], seen) if distillation else surrogate)
-        engine.step()
-    norm = engine.grad_norm
-    if not engine.updated or not math.isfinite(norm):
-        raise DivergedError(f"the gradient is not finite at loss {result.loss:.6g} and learning rate {lr:g}")
-    added = distillation.result() if distillation else NO_DISTILLATION
-    return StepResult(
-        loss=contrastive_weight * result.loss + added.loss,
-        items=result.items,
-        grad_norm=norm,
-        logit_scale=float(scale),
-        logit_bias=float(bias),
-        losses={"contrastive": result.loss, **added.losses},
-        agreement=added.agreement,
     )
 
 

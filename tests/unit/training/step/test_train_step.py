@@ -40,6 +40,8 @@ def test_ranks_tell_their_numbers_of_items_before_they_embed_and_only_then(monke
     tell = ring.Ring.__init__
     monkeypatch.setattr(ring.Ring, "__init__", lambda *args: calls.append("tell") or tell(*args))
     packs = [pack(0, 0), pack(0, 1)]
-    result = train_step.train_step(Written(calls), packs, lr=0.1, objective=ObjectiveConfig(kind=kind, chunk=5))
+    result = train_step.train_step(
+        Written(calls), packs, train_step.StepSettings(0.1), ObjectiveConfig(kind=kind, chunk=5)
+    )
     assert calls == ["begin", "tell", "embed", "embed", *["embed", "backward", "step"] * 2]
     assert result.items == sum(len(pack.caption_ids) for pack in packs) > 0
