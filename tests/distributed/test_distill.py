@@ -26,7 +26,7 @@ from univitar_ds.training.distributed.process_group import start_world
 from univitar_ds.training.engine.engine import build_engine
 from univitar_ds.training.step.train_step import StepSettings, train_step
 
-pytestmark = [pytest.mark.distributed, pytest.mark.numeric]
+pytestmark = pytest.mark.distributed
 WEIGHT = 0.7
 GRIDS = [
     [(1, 2, 3), (1, 4, 2), (1, 2, 3), (1, 3, 3)],
@@ -213,8 +213,16 @@ def assert_follows(answers, wanted, name):
             assert_sums_close(mine, gradient, TERMS, parameter)
 
 
-@pytest.fixture(scope="module", params=[(1, 3, True), (2, 3, True), (2, 2, True), (4, 3, True), (4, 3, False)],
-                ids=["1 rank", "2 ranks", "2 ranks, zero2", "4 ranks", "4 ranks, two passes"])  # fmt: skip
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((1, 3, True), id="1 rank"),
+        pytest.param((2, 3, True), id="2 ranks", marks=pytest.mark.numeric),
+        pytest.param((2, 2, True), id="2 ranks, zero2", marks=pytest.mark.numeric),
+        pytest.param((4, 3, True), id="4 ranks"),
+        pytest.param((4, 3, False), id="4 ranks, two passes"),
+    ],
+)
 def answers(request, folder):
     ranks, stage, single_pass = request.param
     names = list(CASES) if stage == 3 and single_pass else ["cosine", "partitioned", "dropped"]

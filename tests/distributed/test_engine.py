@@ -238,7 +238,6 @@ def watched(world, folder):
     return results, whole
 
 
-@pytest.mark.numeric
 def test_a_single_pack_a_rank_runs_once_with_the_bits_of_running_twice_of_reading_and_of_looking(dense, tmp_path):
     answers = run_distributed(on_four_ranks, 4, tmp_path)
     (once, once_weights, _), (twice, twice_weights, norm) = (answers[0][name] for name in ("one pass", "two passes"))

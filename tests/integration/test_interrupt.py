@@ -58,6 +58,7 @@ def test_the_first_one_ends_the_run_as_sigterm_does_with_one_line(nproc, folder)
     assert json.loads((run / "summary.json").read_text())["completed"] is False
 
 
+@pytest.mark.slow
 def test_the_second_one_ends_the_run_at_once_with_one_line(folder):
     run = folder / "runs" / "twice"
     with Program([*LONG, "--nproc", "2", f"name={run.name}"], folder) as program:

@@ -60,7 +60,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize(
     "launcher",
-    [pytest.param(name, marks=pytest.mark.slow) if name in ("plain", "deepspeed") else name for name in LAUNCHERS],
+    [name if name == "own" else pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS],
 )
 def test_a_run_is_trained_evaluated_and_exported_by(launcher, run_file):
     command = [free_port() if part == "PORT" else part for part in LAUNCHERS[launcher]]
@@ -77,6 +77,7 @@ def test_a_run_is_trained_evaluated_and_exported_by(launcher, run_file):
     assert len(chosen) == len(set(chosen)) > 0, "one rank is enough to say what all do"
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_its_last_checkpoint_and_ends(run_file):
     run = run_file.parent / "runs" / "killed"
     overrides = ["name=killed", "stages.0.samples=1200", "logging.every_steps=1"]
@@ -208,6 +209,7 @@ def test_one_rank_told_to_leave_makes_all_hosts_save_and_the_run_goes_on(launche
     assert steps == list(range(1, json.loads((run / "summary.json").read_text())["steps"] + 1))
 
 
+@pytest.mark.slow
 def test_the_own_launcher_hands_a_signal_on_to_the_ranks(run_file):
     run = run_file.parent / "runs" / "told-own"
     start = [*LAUNCHERS["own"], "--config", str(run_file), f"name={run.name}", *SOME_STEPS]
@@ -233,6 +235,7 @@ def test_a_fault_that_rank_0_finds_before_training_ends_all_ranks_with_one_sente
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_fault_in_the_data_ends_all_ranks_with_one_sentence(run_file, tmp_path):
     shards = write_demo_shards(tmp_path / "shards", images=100, videos=16, shards=2)
     shard = sorted(shards.glob("train-image-*.tar"))[0]

@@ -15,7 +15,7 @@ from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
 from univitar_ds.processes import command
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 BIN = Path(sys.executable).parent
 TRAIN = [str(BIN / "univitar-ds"), "train", "--nproc", "2", "--config", "run.yaml", "evaluation.sources=[]"]
 LONG = [*TRAIN, "stages.0.samples=100000", "logging.every_steps=1", "data.lanes=2", "data.workers=1"]

@@ -44,6 +44,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_the_compiler_says_is_what_the_table_says(folder):
     compiled = rows_of(folder / "rows.csv")
     committed = [row for row in rows_of(COMMITTED) if row["size"] == SIZE]
@@ -51,6 +52,7 @@ def test_what_the_compiler_says_is_what_the_table_says(folder):
     assert compiled == committed, "run `python benchmarks/gpu/kernel_resources.py` and look at what changed"
 
 
+@pytest.mark.slow
 def test_no_product_of_a_loop_has_its_left_side_in_registers_while_the_next_step_writes_them(folder):
     """Triton 3.7 takes the registers of an asynchronous product for free before a wait says that it has read them."""
     products = 0
@@ -64,6 +66,7 @@ def test_no_product_of_a_loop_has_its_left_side_in_registers_while_the_next_step
     assert products >= 4 * 4, "the products of two kernels, for stills and videos, stand in loops"
 
 
+@pytest.mark.slow
 def test_a_backward_waits_for_the_rows_of_this_round_alone(folder):
     """A wait for 0 groups would be one for all reads, those of the next round too."""
     found = list(folder.glob("*-backward-*.ptx"))

@@ -190,6 +190,7 @@ def end(process):
     return SimpleNamespace(failed=failed == "True", hashes=hashes, err=err)
 
 
+@pytest.mark.slow
 def test_two_processes_that_compile_at_once_get_the_same_bits(tmp_path):
     both = [end(process) for process in (start(tmp_path), start(tmp_path))]
     assert not both[0].failed
