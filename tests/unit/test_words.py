@@ -13,7 +13,7 @@ BANNED = re.compile(
     r"\b(told|tells?|whoever|lets? go|let go|goes? without|bursts?|pictures?|clips?)\b(?!\.mp4)", re.IGNORECASE
 )
 """`clip` is a cut of a video in the field; ours are whole videos."""
-MEANT = re.compile(r"CLIP\b|--clips|\"clips?\"|\bIDR pictures?")
+MEANT = re.compile(r"CLIP\b|--clips|\"clips?\"|\bIDR pictures?|groups? of pictures")
 """The model CLIP and its `model_type`, earlier names of options, and pictures as video codecs define them."""
 CODEC = {"univitar_ds/data/media/keyframes.py"}
 SOURCES = sorted(
