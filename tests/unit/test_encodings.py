@@ -10,7 +10,7 @@ SOURCES = sorted(
     path for folder in ("univitar_ds", "kernels", "benchmarks", "slurm") for path in ROOT.glob(f"{folder}/**/*.py")
 )
 MODULES = {"Image", "av", "gzip", "os", "tarfile"}
-OTHER_OPENS = MODULES | {"self._copies", "self._shard_cache", "self._storage", "self.logs", "storage"}
+OTHER_OPENS = MODULES | {"self._cache_dir", "self._shard_cache", "self._storage", "self.logs", "storage"}
 """Modules and objects whose `open` gives no text."""
 
 

@@ -29,7 +29,7 @@ def siglip(tmp_path):
     return model.eval()
 
 
-def save_video(folder, **changes):
+def save_clip(folder, **changes):
     text = {**SHAPE, "bos_token_id": None, "eos_token_id": 49, "pad_token_id": 0, **changes}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def test_a_frozen_tower_has_nothing_to_train():
 
 @pytest.mark.numeric
 def test_the_text_part_of_a_clip_folder_gives_its_features_without_a_word(tmp_path, capfd):
-    whole = save_video(tmp_path)
+    whole = save_clip(tmp_path)
     capfd.readouterr()
     tower = build_text_tower(SMALL.model_copy(update={"path": str(tmp_path)}), **VOCAB)
     assert capfd.readouterr() == ("", "")
@@ -97,19 +97,19 @@ def test_siglip_sees_rows_padded_to_full_length_with_its_own_padding(siglip, tmp
 
 
 def test_a_missing_folder_is_named_and_never_looked_up_elsewhere(tmp_path):
-    config = SMALL.model_copy(update={"path": str(tmp_path / "openai/video")})
-    with pytest.raises(CheckpointError, match=r"openai/video has no config\.json"):
+    config = SMALL.model_copy(update={"path": str(tmp_path / "openai/clip")})
+    with pytest.raises(CheckpointError, match=r"openai/clip has no config\.json"):
         build_text_tower(config, **VOCAB)
 
 
 def test_another_kind_of_model_is_refused_by_name(tmp_path):
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a bert model; able to use: video, clip_text_model, siglip"):
+    with pytest.raises(CheckpointError, match="holds a bert model; able to use: clip, clip_text_model, siglip"):
         build_text_tower(SMALL.model_copy(update={"path": str(tmp_path)}), **VOCAB)
 
 
 def test_a_folder_without_weights_or_with_some_missing_is_refused(tmp_path):
-    save_video(tmp_path)
+    save_clip(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     config = SMALL.model_copy(update={"path": str(tmp_path)})
     with pytest.raises(CheckpointError, match="cannot be loaded"):
@@ -122,7 +122,7 @@ def test_a_folder_without_weights_or_with_some_missing_is_refused(tmp_path):
 
 
 def test_a_tokenizer_or_context_too_large_for_the_folder_is_refused(tmp_path):
-    save_video(tmp_path)
+    save_clip(tmp_path)
     config = SMALL.model_copy(update={"path": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"tokenizer has 51 tokens but the text model in .* knows 50"):
         build_text_tower(config, **{**VOCAB, "vocab_size": 51})

@@ -117,8 +117,8 @@ def test_shards_of_one_name_in_several_folders_are_told_apart_and_all_their_samp
     given = SourceConfig(path=f"{tmp_path}/{{a,b}}/000.tar")
     assert [shard.name for shard in find_shards([given])] == ["a/000", "b/000"]
     data = DataConfig(sources=[given], workers=0, pool_samples=8, lanes=4)
-    image = {"min_tokens": 4, "max_tokens": 16, "divisor_px": 28}
-    stage = StageConfig(name="s", samples=10**6, lr=1e-3, token_budget=64, image=image)
+    sizes = {"min_tokens": 4, "max_tokens": 16, "divisor_px": 28}
+    stage = StageConfig(name="s", samples=10**6, lr=1e-3, token_budget=64, image=sizes)
     seen = Counter()
     with PackLoader(
         [given], data=data, stage=stage, lanes_of_rank=range(4), lanes=4, seed=0, modality_of=lambda step: "image",

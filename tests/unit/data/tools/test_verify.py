@@ -293,7 +293,7 @@ def played(*jobs, workers=2, silence_s=60.0):
     with TaskPool(play, workers, silence_s) as crew:
         for number, event in crew.run([Task(number, job) for number, job in enumerate(jobs)]):
             told[number].append(event)
-        hands = [hand.process for hand in crew._hands]
+        hands = [worker.process for worker in crew._running]
     assert not any(process.is_alive() for process in hands)
     return told
 
@@ -303,9 +303,9 @@ def test_a_crew_starts_its_processes_at_once_and_no_more_than_there_is_work_for(
     with TaskPool(play, 3, 60.0) as crew:
         events = crew.run([Task(number, {}) for number in range(tasks)])
         next(events)
-        assert len(crew._hands) == started
+        assert len(crew._running) == started
         assert sum(event == Done() for _, event in events) == tasks
-        assert len(crew._hands) == started
+        assert len(crew._running) == started
 
 
 def test_a_process_that_dies_costs_its_sample_and_no_other():

@@ -99,7 +99,7 @@ def test_a_teacher_of_another_patch_size_sees_frames_resized_to_the_same_grid(ki
     close(teacher_of(model, tmp_path)(*pack).patches, wanted[0])
 
 
-@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("videos", [False, True])
 def test_tokens_come_in_the_order_in_which_the_student_cuts_its_patches(videos, tmp_path):
     grids = [(2, 4, 6), (1, 2, 4)] if videos else [(1, 4, 6), (1, 2, 4)]
     pack = drawn_pack(grids, videos=videos)
