@@ -43,6 +43,6 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     rest = times.pop("training, evaluation, export") - sum(summary["seconds"].values())
     show(render_times({**times, "starting processes": round(rest, 1), **summary["seconds"]}))
-    show("\nThe results differ by a few points between processors and between seeds (README, Two commands).")
+    show("\nThe results differ by a few points between processors, and more between seeds (README, Two commands).")
     show(f"Look at {run}/examples-image.png and {run}/examples-video.png; the encoder is in {run}/export.")
     return 0
