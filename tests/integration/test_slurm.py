@@ -78,7 +78,9 @@ echo "up $SLURM_PROCID"
 case $END in
 saved) mkdir -p "$RUN/checkpoints"; echo step > "$RUN/checkpoints/latest"; exit 85 ;;
 fault) exit 2 ;;
-crash) if [ "$SLURM_PROCID" = 0 ]; then exit 1; fi ;;
+crash) # only once the other rank runs: Slurm reports the end of one that it has to terminate
+    if [ "$SLURM_PROCID" = 0 ]; then until [ -e "$RUN.up" ]; do sleep 0.1; done; exit 1; fi
+    touch "$RUN.up" ;;
 saves) trap 'exit 85' TERM USR1 ;;
 early) ;;
 evaluates) mkdir -p "$RUN/export"; printf '{\n  "completed": true\n}\n' > "$RUN/summary.json" ;;
