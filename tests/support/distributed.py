@@ -73,7 +73,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, **limit
 
 @contextmanager
 def _own_server() -> Iterator[None]:
-    """multiprocessing has one server a process: whoever starts it first chooses what it imports and which signals it
+    """multiprocessing has one server a process: what starts it first decides what it imports and which signals it
     blocks."""
     shared = forkserver.connect_to_new_process
     forkserver.connect_to_new_process = _SERVER.connect_to_new_process

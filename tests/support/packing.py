@@ -7,10 +7,9 @@ import tarfile
 from pathlib import Path
 
 from tests.support import media
+from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 from univitar_ds.data.writing.writer import pack_folder
-
-ROOT = Path(__file__).parents[3]
 
 
 def pack(folder, out, **options):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support import media
 from univitar_ds import image_ops
 from univitar_ds.image_ops import resize_rgb, rgb_pixels, to_rgb
 
@@ -76,16 +77,7 @@ def test_a_16_bit_png_keeps_its_shades():
 def test_every_orientation_comes_out_upright(kind, orientation):
     upright = Image.new("RGB", (32, 16), WHITE)
     upright.paste(RED, (0, 0, 16, 8))
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+    stored = upright.transpose(media.HELD[orientation]) if orientation in media.HELD else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     rgb = to_rgb(reopened(stored, kind, exif=exif))

@@ -98,8 +98,9 @@ class Pipeline(Generic[Plan]):
             WorkerSupervisor(number, self._server, self._ring, settings, allowed) for number in range(workers)
         ]
         self._threads = [threading.Thread(target=self._draw_plans, name="planner", daemon=True)]
-        for attendant in self._supervisors:
-            self._threads.append(threading.Thread(target=self._attend, args=[attendant], name="decoder", daemon=True))
+        for supervisor in self._supervisors:
+            serving = threading.Thread(target=self._keep_busy, args=[supervisor], name="decoder", daemon=True)
+            self._threads.append(serving)
         atexit.register(self.close)
         try:
             for thread in self._threads:
@@ -159,8 +160,8 @@ class Pipeline(Generic[Plan]):
             self._stopped = True
             self._changed.notify_all()
         atexit.unregister(self.close)
-        for attendant in self._supervisors:
-            attendant.stop()
+        for supervisor in self._supervisors:
+            supervisor.stop()
         try:
             self._server.close()
             for thread in self._threads:
@@ -189,13 +190,13 @@ class Pipeline(Generic[Plan]):
                 self._waiting.append((number, plan))
                 self._changed.notify_all()
 
-    def _attend(self, attendant: WorkerSupervisor) -> None:
+    def _keep_busy(self, supervisor: WorkerSupervisor) -> None:
         """Keep one process busy. Slot and plan are taken together, so that the oldest plan has a slot or gets the next.
 
         One is free whenever none is undelivered, because there are more than `_most_lent`: who waits is served.
         """
         try:
-            attendant.start()
+            supervisor.start()
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopped or self._may_decode())
@@ -205,7 +206,7 @@ class Pipeline(Generic[Plan]):
                     slot = self._free.pop()
                     sequence, plan = self._waiting.popleft()
                     self._changed.notify_all()
-                self._finish(sequence, self._decode(attendant, slot, plan))
+                self._finish(sequence, self._decode(supervisor, slot, plan))
         except Closed:
             return
         except BaseException as error:
@@ -214,11 +215,11 @@ class Pipeline(Generic[Plan]):
     def _may_decode(self) -> bool:
         return bool(self._waiting) and bool(self._free) and self._undelivered < self._ahead
 
-    def _decode(self, attendant: WorkerSupervisor, slot: int, plan: Plan) -> _Outcome:
+    def _decode(self, supervisor: WorkerSupervisor, slot: int, plan: Plan) -> _Outcome:
         """Whatever decoding raises comes in the pack's place, so that it always comes after the same packs."""
         try:
             job = self._job_of(plan)
-            return slot, job, DecodedPack(plan, np.empty(0, np.uint8), attendant.decode_pack(slot, job, job.name))
+            return slot, job, DecodedPack(plan, np.empty(0, np.uint8), supervisor.decode_pack(slot, job, job.name))
         except Closed:
             raise
         except BaseException as error:

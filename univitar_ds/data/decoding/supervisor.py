@@ -58,7 +58,7 @@ class RestartBudget:
 
 
 class Closed(Exception):
-    """The attendant was asked to stop."""
+    """The supervisor was asked to stop."""
 
 
 class _Ended(Exception):
@@ -86,7 +86,7 @@ class WorkerSupervisor:
         self._channel: Connection | None = None
 
     def decode_pack(self, slot: int, job: DecodeJob, name: str) -> list[Failure]:
-        """The job done into a slot of the ring, as `render.decode_pack` does it; `name` is the pack's in messages.
+        """The job done into a slot of the ring, as `decode_job.decode_pack` does it; `name` is the pack's in messages.
 
         Raises: DataError if a shard cannot be read or the processes end too often; RuntimeError, with its traceback,
         for a fault of the program; Closed.

@@ -18,7 +18,7 @@ from univitar_ds.errors import DataError
 
 
 class S3Storage:
-    """Reads objects: shards through local copies, see `spool`; pieces that are not there, and small files, directly."""
+    """Reads objects: shards by local copies (`shard_cache`); pieces that are not there, and small files, directly."""
 
     def __init__(self, settings: StorageSettings) -> None:
         session = settings.session or session_folder()

@@ -213,9 +213,9 @@ class _Download(threading.Thread):
 class _GrowingFile(io.RawIOBase):
     """A copy as a file that is as long as the object from the start."""
 
-    def __init__(self, spool: ShardCache, version: Version, copy: int) -> None:
+    def __init__(self, shard_cache: ShardCache, version: Version, copy: int) -> None:
         super().__init__()
-        self._shard_cache, self._version, self._copy = spool, version, copy
+        self._shard_cache, self._version, self._copy = shard_cache, version, copy
         self._position = 0
 
     def readable(self) -> bool:

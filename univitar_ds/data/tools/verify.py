@@ -126,9 +126,9 @@ def verify(
     silence_s = settings.give_up_s + 2 * limits.decode_timeout_s
     with (
         tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar,
-        TaskPool(check_shard, min(workers, max(len(tasks), 1)), silence_s) as crew,
+        TaskPool(check_shard, min(workers, max(len(tasks), 1)), silence_s) as pool,
     ):
-        for number, event in crew.run(tasks):
+        for number, event in pool.run(tasks):
             if isinstance(event, Read):
                 bar.update(event.bytes)
             found[number].add(event)

@@ -12,16 +12,6 @@ from univitar_ds.data.media.resize import fit_image
 from univitar_ds.errors import DataError, SampleError
 
 ROOM = 10**8
-HELD = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
-"""What the camera did to the image, by the EXIF orientation it then wrote (its inverse brings it upright)."""
 
 
 def kind_of_error(call, *arguments, **options) -> str:
@@ -40,7 +30,7 @@ def test_a_sample_error_keeps_its_kind_when_it_travels_between_processes():
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_stored_in_any_orientation_comes_out_as_it_was_taken(form, orientation):
     taken = media.quarters(40, 64)
-    stored = taken if orientation == 1 else taken.transpose(HELD[orientation])
+    stored = taken if orientation == 1 else taken.transpose(media.HELD[orientation])
     pixels = decode_image(media.encoded(stored, form, exif=media.exif(orientation), quality=95), max_px=ROOM)
     assert pixels.shape == (40, 64, 3)
     assert pixels.dtype == np.uint8

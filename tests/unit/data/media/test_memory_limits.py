@@ -1,4 +1,4 @@
-"""Images that would take too much while they are decoded are refused, and those allowed take no more than told."""
+"""Images that would take too much while they are decoded are refused, and those allowed take no more than announced."""
 
 import struct
 import sys
