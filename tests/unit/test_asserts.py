@@ -70,7 +70,7 @@ server = ForkServer(ring)
 size = len(open(sys.argv[1], "rb").read())
 item = DecodeItem(sys.argv[1], 0, size, (1, 2, 3), 1)
 failures = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0)).decode_pack(
-    0, DecodeJob("image", UNIFORM, DecodeLimits(10**6, 30.0, 60.0), [item]), "a pack"
+    0, DecodeJob("image", UNIFORM, DecodeLimits(10**6, 30.0, 60.0), [item])
 )
 print(sys.flags.optimize, failures, bytes(ring.view(0)[: 28 * 42 * 3]) == np.asarray(image).tobytes())
 server.close()

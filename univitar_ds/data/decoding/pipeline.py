@@ -219,7 +219,7 @@ class Pipeline(Generic[Plan]):
         """Whatever decoding raises comes in the pack's place, so that it always comes after the same packs."""
         try:
             job = self._job_of(plan)
-            return slot, job, DecodedPack(plan, np.empty(0, np.uint8), supervisor.decode_pack(slot, job, job.name))
+            return slot, job, DecodedPack(plan, np.empty(0, np.uint8), supervisor.decode_pack(slot, job))
         except Closed:
             raise
         except BaseException as error:

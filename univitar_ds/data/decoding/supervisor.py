@@ -85,8 +85,8 @@ class WorkerSupervisor:
         self._pid = 0
         self._channel: Connection | None = None
 
-    def decode_pack(self, slot: int, job: DecodeJob, name: str) -> list[Failure]:
-        """The job done into a slot of the ring, as `decode_job.decode_pack` does it; `name` is the pack's in messages.
+    def decode_pack(self, slot: int, job: DecodeJob) -> list[Failure]:
+        """The job done into a slot of the ring, as `decode_job.decode_pack` does it.
 
         Raises: DataError if a shard cannot be read or the processes end too often; RuntimeError, with its traceback,
         for a fault of the program; Closed.
@@ -95,9 +95,9 @@ class WorkerSupervisor:
             try:
                 return self._ask(slot, 0, job)
             except _Ended as end:
-                self._restarts.spend(f"{end} while it had {name}")
-        _log.warning("decoding %s item by item", name)
-        return self._one_by_one(slot, job, name)
+                self._restarts.spend(f"{end} while it had {job.name}")
+        _log.warning("decoding %s item by item", job.name)
+        return self._one_by_one(slot, job)
 
     def start(self) -> None:
         """Start the process unless it runs."""
@@ -111,7 +111,7 @@ class WorkerSupervisor:
         """To be called before the server is closed: a thread that waits for the process then gets `Closed`."""
         self._stopped = True
 
-    def _one_by_one(self, slot: int, job: DecodeJob, name: str) -> list[Failure]:
+    def _one_by_one(self, slot: int, job: DecodeJob) -> list[Failure]:
         failures: list[Failure] = []
         start, spent = 0, _TRIES
         for index, item in enumerate(job.items):
@@ -122,7 +122,7 @@ class WorkerSupervisor:
                     failed = self._ask(slot, start, replace(job, items=[item]))
                     break
                 except _Ended as end:
-                    self._restarts.spend(f"{end} while it had item {index} of {name}")
+                    self._restarts.spend(f"{end} while it had item {index} of {job.name}")
                     ends.append(end)
             spent += len(ends)
             if len(ends) == _TRIES:

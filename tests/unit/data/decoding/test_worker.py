@@ -73,11 +73,11 @@ def greeted(channel):
 def test_pixels_come_through_the_ring_from_a_process_that_was_killed_before(server, ring, job):
     attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(1))
     expected = fit_image(np.asarray(media.noise(50, 70)), GRID)
-    assert attendant.decode_pack(1, job, "x") == []
+    assert attendant.decode_pack(1, job) == []
     assert (drawn(ring)[0] == expected).all()
     ring.view(1)[:] = 0
     os.kill(attendant._pid, signal.SIGKILL)
-    assert attendant.decode_pack(1, job, "x") == []
+    assert attendant.decode_pack(1, job) == []
     assert (drawn(ring)[0] == expected).all()
     assert not drawn(ring)[1:].any()
     assert ring.done.tolist() == [0, 2]
@@ -88,8 +88,8 @@ def test_items_done_one_by_one_stand_where_the_whole_pack_puts_them(server, ring
     good = job.items[0]
     items = [good, replace(good, length=20), replace(good, grid=(1, 1, 1)), good]
     attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
-    whole = attendant.decode_pack(0, replace(job, items=items), "x")
-    alone = attendant._one_by_one(1, replace(job, items=items), "x")
+    whole = attendant.decode_pack(0, replace(job, items=items))
+    alone = attendant._one_by_one(1, replace(job, items=items))
     assert [(index, kind) for index, kind, _ in whole] == [(1, "unreadable")]
     assert alone == whole
     assert (ring.view(0) == ring.view(1)).all()
@@ -111,13 +111,13 @@ def test_a_process_for_images_holds_no_library_for_videos_and_can_still_decode_o
     server = ForkServer(ring, ["image"])
     attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
     try:
-        assert attendant.decode_pack(0, job, "x") == []
+        assert attendant.decode_pack(0, job) == []
         assert "simplejpeg" in mapped(attendant._pid)
         assert "libavcodec" not in mapped(attendant._pid)
         video = tmp_path / "clip"
         video.write_bytes(media.video(media.moving_frames(3)))
         item = DecodeItem(str(video), 0, video.stat().st_size, GRID, 2)
-        assert attendant.decode_pack(1, replace(job, modality="video", items=[item]), "x") == []
+        assert attendant.decode_pack(1, replace(job, modality="video", items=[item])) == []
         assert drawn(ring)[:2].any()
     finally:
         server.close()
@@ -146,7 +146,7 @@ def test_a_process_for_videos_shares_their_library_with_the_one_it_was_forked_fr
 
 def test_large_images_leave_no_memory_behind(server, ring, job, tmp_path):
     attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
-    attendant.decode_pack(0, job, "x")
+    attendant.decode_pack(0, job)
     before = private_mb(attendant._pid)
     items = []
     for side in (
@@ -163,14 +163,14 @@ def test_large_images_leave_no_memory_behind(server, ring, job, tmp_path):
         items.append(DecodeItem(str(path), 0, path.stat().st_size, GRID, 1))
     limits = replace(job.limits, max_image_px=10**7)
     for item in items:
-        assert attendant.decode_pack(0, replace(job, limits=limits, items=[item]), "x") == []
+        assert attendant.decode_pack(0, replace(job, limits=limits, items=[item])) == []
     assert (left := private_mb(attendant._pid) - before) < 8, left
 
 
 def test_a_decoding_process_is_held_to_the_memory_that_decoding_may_take(server, ring, job):
     attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
     attendant.start()
-    assert attendant.decode_pack(0, job, "the pack") == []
+    assert attendant.decode_pack(0, job) == []
     (line,) = [text for text in Path(f"/proc/{attendant._pid}/limits").read_text().splitlines() if "data size" in text]
     soft = int(line.split()[3])
     attendant.stop()
@@ -197,15 +197,15 @@ def test_processes_end_with_their_channel_and_tell_how(server):
 
 def test_when_the_server_is_killed_its_processes_go_and_the_next_call_starts_another(server, ring, job, stuck):
     attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(1))
-    assert attendant.decode_pack(0, job, "x") == []
+    assert attendant.decode_pack(0, job) == []
     pid, channel = server.fork()
     greeted(channel)
     channel.send_bytes(json.dumps({"slot": 1, "start": 0, "job": stuck.to_json()}).encode())
     server._process.kill()
     assert gone(pid)
-    assert attendant.decode_pack(0, job, "x") == []
+    assert attendant.decode_pack(0, job) == []
     assert server.end(pid, hangs=True) is None
-    assert attendant.decode_pack(0, job, "x") == []
+    assert attendant.decode_pack(0, job) == []
     assert server.end(os.getpid(), hangs=True) is None
 
 
