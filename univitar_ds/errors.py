@@ -30,8 +30,8 @@ class SampleError(DataError):
     """One sample that cannot be read. The loader counts it and goes on as far as `data.on_bad` allows.
 
     `kind` is the one word it is counted under, such as "unreadable" (no media we know), "corrupt" (damaged or
-    cut off), "too_large" (beyond a limit), "no_video" (a container without images), "timeout"; all of them are
-    `data.health.KINDS`.
+    cut off), "too_large" (beyond a limit), "no_video" (a container without images), "wrong_size" (not as its
+    metadata says), "timeout"; all of them are `data.sampler.bad_samples.KINDS`.
     """
 
     def __init__(self, kind: str, message: str) -> None:

@@ -54,17 +54,14 @@ def ours(task: Task) -> Generator[int]:
     """The training loader with everything on: shuffle, pool, packing, cursor, checksums, workers, ring."""
     from univitar_ds.config.data import DataConfig, S3Config, SourceConfig
     from univitar_ds.config.stage import StageConfig
-    from univitar_ds.data.loader import PackLoader
+    from univitar_ds.data.loader import LaneSet, PackLoader
 
     sources = [SourceConfig(path=task.shards)]
     sizes = {"min_tokens": task.min_tokens, "max_tokens": task.max_tokens, "divisor_px": task.divisor_px}
     loader = PackLoader(
-        sources,
-        data=DataConfig(sources=sources, workers=task.workers, s3=S3Config(endpoint_url=task.endpoint)),
-        stage=StageConfig(name="native", samples=10**9, image=sizes, token_budget=task.budget, lr=1e-3),
-        lanes_of_rank=range(task.lanes),
-        lanes=4,
-        seed=0,
+        DataConfig(sources=sources, workers=task.workers, s3=S3Config(endpoint_url=task.endpoint)),
+        StageConfig(name="native", samples=10**9, image=sizes, token_budget=task.budget, lr=1e-3),
+        LaneSet(range(task.lanes), 4, 0),
         modality_of=lambda step: "image",
         tokenizer=None,
         context_length=64,

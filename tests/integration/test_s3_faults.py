@@ -9,7 +9,7 @@ from tests.support.loading import STAGE
 from tests.support.s3 import BUCKET, faulty, s3_server, some_of
 from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
-from univitar_ds.data.loader import PackLoader, eval_packs
+from univitar_ds.data.loader import LaneSet, PackLoader, eval_packs
 from univitar_ds.data.storage import retry
 from univitar_ds.errors import DataError
 
@@ -46,9 +46,9 @@ def config(path, endpoint=None, *, workers=0, cache=None, give_up_s=300.0) -> Da
 
 
 def packs_of(data, steps=STEPS):
-    given = {"lanes": 2, "lanes_of_rank": (0, 1), "seed": 3, "tokenizer": None, "context_length": 16}
+    given = {"tokenizer": None, "context_length": 16}
     modality_of = lambda step: "video" if step % 4 == 3 else "image"  # noqa: E731
-    with PackLoader(data.sources, data=data, stage=STAGE, modality_of=modality_of, **given) as packs:
+    with PackLoader(data, STAGE, LaneSet((0, 1), 2, 3), modality_of=modality_of, **given) as packs:
         return [pack for _ in range(steps) for pack in next(packs)]
 
 

@@ -7,7 +7,7 @@ import torch
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.loader import PackLoader
+from univitar_ds.data.loader import LaneSet, PackLoader
 from univitar_ds.geometry import Modality
 
 STAGE = StageConfig(
@@ -25,12 +25,9 @@ STAGE = StageConfig(
 def only_lane(data: DataConfig, stage: StageConfig, modality: Modality) -> PackLoader:
     """The loader of a run with one lane, all of whose steps are of `modality`; batches carry no token ids."""
     return PackLoader(
-        data.sources,
-        data=data,
-        stage=stage,
-        lanes_of_rank=[0],
-        lanes=1,
-        seed=0,
+        data,
+        stage,
+        LaneSet([0], 1, 0),
         modality_of=lambda step: modality,
         tokenizer=None,
         context_length=8,

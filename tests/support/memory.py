@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tests.support.shards import Sample, image
 from univitar_ds.data.sampler.bad_samples import BadPolicy
 from univitar_ds.data.sampler.cursor import ReadPosition, StreamCursor
-from univitar_ds.data.sampler.lanes import Item, Stream
+from univitar_ds.data.sampler.lanes import Stream
 from univitar_ds.data.sampler.reader import Reader
 from univitar_ds.data.sampler.stream_config import StreamConfig
+from univitar_ds.data.shards.samples import Sample as Read
 from univitar_ds.data.shards.samples import SizeRule
 from univitar_ds.data.shards.sources import EVERYTHING, SourceShard, groups_of
 from univitar_ds.geometry import Modality, Resolution
@@ -29,11 +30,11 @@ wounds = st.lists(st.tuples(st.integers(0, 5), st.floats(0, 0.99), st.booleans()
 
 
 class MemoryStorage:
-    """The storage interface over a dictionary; counts the ranges that were read and keeps the hints it was given."""
+    """The storage interface over a dictionary; counts what was read by ranges and keeps the hints it was given."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        self.ranges_read = 0
+        self.ranges_read = self.bytes_read = 0
         self.hints: list[list[str]] = []
 
     def open(self, path: str) -> io.BytesIO:
@@ -41,6 +42,7 @@ class MemoryStorage:
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         self.ranges_read += 1
+        self.bytes_read += length
         return self.files[path][offset : offset + length]
 
     def read(self, path: str) -> bytes:
@@ -71,9 +73,11 @@ def tar_bytes(samples: Sequence[Sample]) -> bytes:
 
 
 def sized_sample(key: str, index: int, captions: int = 1) -> Sample:
-    """A small image whose size varies with `index`."""
-    content = tiny_image(14 * (1 + index % 5), 14 * (1 + index // 5 % 4))
-    return key, {"png": content, "json": json.dumps({"captions": [f"{key} {n}" for n in range(captions)]}).encode()}
+    """A small image whose size varies with `index`, and metadata as `data pack` writes it of what matters here."""
+    height, width = 14 * (1 + index % 5), 14 * (1 + index // 5 % 4)
+    about = {"kind": "image", "width": width, "height": height, "frames": 1}
+    about["captions"] = [f"{key} {n}" for n in range(captions)]
+    return key, {"png": tiny_image(height, width), "json": json.dumps(about).encode()}
 
 
 def memory_shards(counts: Sequence[int], modality: Modality | None = "image", **told) -> list[SourceShard]:
@@ -121,9 +125,9 @@ def small_rules(shards: Sequence[SourceShard], *, lanes: int = 1, seed: int = 0,
     return StreamConfig(shards=shards, lanes=lanes, seed=seed, size=size, **fields)
 
 
-def keys(items: Sequence[Item]) -> list[str]:
+def keys(samples: Sequence[Read]) -> list[str]:
     """The names of the samples."""
-    return [item.sample.key for item in items]
+    return [sample.key for sample in samples]
 
 
 def epoch_of(cursor: StreamCursor) -> int:
@@ -133,7 +137,7 @@ def epoch_of(cursor: StreamCursor) -> int:
 
 def packs_of(
     rules: StreamConfig, lane: int, n: int, start: StreamCursor | None = None
-) -> tuple[list[tuple[list[Item], dict[str, int]]], StreamCursor]:
+) -> tuple[list[tuple[list[Read], dict[str, int]]], StreamCursor]:
     """The next packs of a lane, each with what was left out on the way, and where they end."""
     stream = Stream(rules, lane, start or StreamCursor())
     return [stream.next_pack() for _ in range(n)], stream.cursor()
@@ -142,7 +146,7 @@ def packs_of(
 def reader_of(rules: StreamConfig, lane: int, place: ReadPosition = START) -> Reader:
     """What reads the samples of a lane, from a place on."""
     (group,) = groups_of(rules.shards, "image", rules.weights)
-    return Reader(rules.shards, group, "image", lanes=rules.lanes, lane=lane, seed=rules.seed, place=place)
+    return Reader(rules, group, lane, place)
 
 
 def damaged(sizes: Sequence[int], wounds: Sequence[tuple[int, float, bool]]) -> list[SourceShard]:

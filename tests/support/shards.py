@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from univitar_ds.data.media.probe import probe
+
 Sample = tuple[str, Mapping[str, bytes]]
 """(key, {extension: content})."""
 
@@ -44,11 +46,10 @@ def video(height: int, width: int, frames: int = 8, seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def sidecar(captions: list[str], label: str | None, kind: str, size: tuple[int, int, int], name: str) -> bytes:
-    """The JSON member of a packed sample; `size` is (height, width, frames)."""
-    height, width, frames = size
-    fields = {"captions": captions, "label": label, "kind": kind}
-    return json.dumps({**fields, "width": width, "height": height, "frames": frames, "file": name}).encode()
+def sidecar(captions: list[str], label: str | None, kind: str, size: tuple[float, ...], name: str) -> bytes:
+    """The JSON member of a packed sample; `size` is (height, width, frames) and of a video the seconds."""
+    fields = {"captions": captions, "label": label, "kind": kind, "file": name}
+    return json.dumps(fields | dict(zip(("height", "width", "frames", "duration_s"), size, strict=False))).encode()
 
 
 def write_tar(path: Path, samples: Iterable[Sample]) -> Path:
@@ -76,11 +77,11 @@ def image_sample(index: int, rng: np.random.Generator, prefix: str = "i") -> Sam
 def video_sample(index: int, rng: np.random.Generator, prefix: str = "v") -> Sample:
     height, width = (2 * int(side) for side in rng.integers(24, 60, 2))
     label = ("left", "right")[index % 2]
-    frames = 6 + index % 5
-    text = sidecar(
-        [f"a bar moves {label} in video {index}"], label, "video", (height, width, frames), f"{prefix}{index:05d}.mp4"
-    )
-    return f"{prefix}{index:05d}", {"mp4": video(height, width, frames, index), "json": text}
+    frames, name = 6 + index % 5, f"{prefix}{index:05d}.mp4"
+    content = video(height, width, frames, index)
+    size = height, width, frames, probe(content, "mp4").duration_s
+    text = sidecar([f"a bar moves {label} in video {index}"], label, "video", size, name)
+    return f"{prefix}{index:05d}", {"mp4": content, "json": text}
 
 
 def write_demo_shards(folder: Path, images: int = 64, videos: int = 16, shards: int = 4, seed: int = 0) -> Path:

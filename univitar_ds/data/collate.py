@@ -13,10 +13,10 @@ from univitar_ds import tokenization
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data.batch import PackedBatch, rows
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits
-from univitar_ds.data.decoding.pipeline import DecodedPack, Pipeline, decoded_inline
+from univitar_ds.data.decoding.pipeline import DecodedPack, Pipeline, PipelineConfig, PlansOf, decoded_inline
 from univitar_ds.data.sampler.bad_samples import INITIAL_STATE, BadPolicy, BadSampleMonitor
-from univitar_ds.data.sampler.lanes import Item, Plan
-from univitar_ds.data.shards.samples import SizeRule
+from univitar_ds.data.sampler.lanes import Plan
+from univitar_ds.data.shards.samples import Sample, SizeRule
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import TUBELET, Modality, item_bytes
@@ -27,7 +27,7 @@ while the trainer holds the most it may, at no cost in samples per second."""
 
 
 def decoded(
-    plans: Iterator[Plan],
+    plans_of: PlansOf[Plan],
     data: DataConfig,
     sizes: Mapping[Modality, SizeRule],
     token_budget: int,
@@ -36,9 +36,9 @@ def decoded(
     prefetch_full_step: bool = False,
     from_s3: bool = False,
 ) -> Pipeline[Plan] | Generator[DecodedPack[Plan]]:
-    """The decoded packs of `plans`, by `data.workers` processes or, with 0, in line. Both have `close`.
+    """The decoded packs of the plans, by `data.workers` processes or, with 0, in line. Both have `close`.
 
-    `sizes` are the rules of the modalities in `plans`; `token_budget` the most tokens of a plan; `packs_of_step` how
+    `sizes` are the rules of the modalities in the plans; `token_budget` the most tokens of a plan; `packs_of_step` how
     many are taken at a time: as many, or 2, are held without being copied; `prefetch_full_step` decodes as many ahead;
     `from_s3`: shards lie there.
     """
@@ -46,23 +46,23 @@ def decoded(
     settings = StorageSettings.of(data)
 
     def job_of(plan: Plan) -> DecodeJob:
-        items = list(map(_decode_item, plan.items))
+        items = list(map(_decode_item, plan.samples))
         return DecodeJob(plan.modality, sizes[plan.modality].sampling, limits, items, plan.name)
 
     if data.workers == 0:
-        return decoded_inline(plans, job_of, settings)
-    return Pipeline(
-        plans,
-        job_of,
+        return decoded_inline(plans_of, job_of, settings)
+    config = PipelineConfig(
         workers=data.workers,
         prefetch_packs=data.prefetch_packs or (max(AHEAD, packs_of_step) if prefetch_full_step else AHEAD),
         slot_bytes=max(_bytes_of_a_token(modality) for modality in sizes) * token_budget,
+        max_image_px=data.max_image_px,
         max_held_slots=max(packs_of_step, 2),
         shared_slots=0 if data.prefetch_packs or prefetch_full_step else 1,
         restarts=data.worker_restarts,
-        settings=settings.shared(),
         needs=[*sizes, "s3"] if from_s3 else [*sizes],
+        settings=settings.shared(),
     )
+    return Pipeline(plans_of, job_of, config)
 
 
 def _bytes_of_a_token(modality: Modality) -> int:
@@ -70,8 +70,7 @@ def _bytes_of_a_token(modality: Modality) -> int:
     return item_bytes((1, 1, 1), TUBELET if modality == "video" else 1)
 
 
-def _decode_item(item: Item) -> DecodeItem:
-    sample = item.sample
+def _decode_item(sample: Sample) -> DecodeItem:
     return DecodeItem(
         sample.shard.path,
         sample.media_offset,
@@ -79,7 +78,8 @@ def _decode_item(item: Item) -> DecodeItem:
         sample.grid,
         sample.frames,
         sample.crc32,
-        item.draw,
+        sample.draw,
+        None if sample.probed else (sample.size.height, sample.size.width),
     )
 
 
@@ -101,12 +101,12 @@ class DecodingHealth:
         plan = pack.plan
         health = self._of(plan)
         reasons = {index: SampleError(kind, message) for index, kind, message in pack.failures}
-        for index, item in enumerate(plan.items):
+        for index, sample in enumerate(plan.samples):
             error = reasons.get(index)
             if error is None:
                 health.good()
             else:
-                health.bad(f"{item.sample.name} at byte {item.sample.media_offset}", error)
+                health.bad(f"{sample.name} at byte {sample.media_offset}", error)
         if plan.cursor is None:
             return pack
         lane = {name: tuple(each.to_json()) for (lane, name), each in self._monitors.items() if lane == plan.lane}
@@ -126,42 +126,41 @@ def tokenized(plans: Iterator[Plan], tokenizer: Tokenizer | None, context_length
     """The plans with the token ids of their captions, made in the thread that plans and not in the trainer's."""
     for plan in plans:
         if tokenizer is not None:
-            captions = [item.caption for item in plan.items]
+            captions = [sample.caption for sample in plan.samples]
             plan = replace(plan, token_rows=tokenization.token_rows(tokenizer, captions, context_length))
         yield plan
 
 
-def collate(rendered: DecodedPack, tokenizer: Tokenizer | None) -> PackedBatch:
+def collate(decoded: DecodedPack[Plan], tokenizer: Tokenizer | None) -> PackedBatch:
     """The batch of a decoded plan that was `tokenized`, without the items that failed; no tokenizer, (N, 0) ids."""
-    plan = rendered.plan
-    failed = {index for index, _, _ in rendered.failures}
-    kept = [index for index in range(len(plan.items)) if index not in failed]
-    items = [plan.items[index] for index in kept]
-    captions = [item.caption for item in items]
+    plan = decoded.plan
+    failed = {index for index, _, _ in decoded.failures}
+    kept = [index for index in range(len(plan.samples)) if index not in failed]
+    samples = [plan.samples[index] for index in kept]
+    captions = [sample.caption for sample in samples]
     if tokenizer is None:
-        token_ids, lengths = torch.zeros(len(items), 0, dtype=torch.int64), torch.zeros(len(items), dtype=torch.int64)
+        token_ids, lengths = torch.zeros(len(kept), 0, dtype=torch.int64), torch.zeros(len(kept), dtype=torch.int64)
     else:
         assert plan.token_rows is not None, "the plan has not been tokenized"
         token_ids, lengths = tokenization.padded(tokenizer, [plan.token_rows[index] for index in kept])
-    grids = [item.sample.grid for item in items]
-    bad = Counter(plan.bad) + Counter(kind for _, kind, _ in rendered.failures)
+    bad = Counter(plan.bad) + Counter(kind for _, kind, _ in decoded.failures)
     return PackedBatch(
-        pixels=torch.from_numpy(rendered.pixels),
-        frames=rows([item.sample.frames for item in items]),
-        grid_thw=rows(grids, 3),
+        pixels=torch.from_numpy(decoded.pixels),
+        frames=rows([sample.frames for sample in samples]),
+        grid_thw=rows([sample.grid for sample in samples], 3),
         token_ids=token_ids,
         text_lengths=lengths,
         caption_ids=rows([tokenization.caption_id(caption) for caption in captions]),
         captions=captions,
-        labels=[item.sample.label for item in items],
-        sets=[item.sample.set for item in items],
-        keys=[item.sample.name for item in items],
+        labels=[sample.label for sample in samples],
+        sets=[sample.set for sample in samples],
+        keys=[sample.name for sample in samples],
         modality=plan.modality,
         lane=plan.lane,
         index=plan.index,
         cursor=plan.cursor,
         bad=dict(bad),
-        downscaled=sum(item.sample.downscaled for item in items),
+        downscaled=sum(sample.downscaled for sample in samples),
         ignored=dict(plan.ignored),
-        other_captions=[item.others for item in items],
+        other_captions=[sample.other_captions for sample in samples],
     )

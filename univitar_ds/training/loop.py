@@ -16,7 +16,7 @@ from univitar_ds.config.run_folder import CHECKPOINTS, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.loader import PackLoader
+from univitar_ds.data.loader import LaneSet, PackLoader
 from univitar_ds.data.shards.sources import content_of, validate_sources
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import DataError
@@ -208,23 +208,24 @@ class _Trainer:
     def _loader(self, stage: StageConfig) -> Iterator[PackLoader]:
         progress = self.state.progress
         first = progress.step - progress.step_in_stage
-        content = self._content(stage)
+        lanes = LaneSet(
+            owned=self.lanes,
+            count=self.cfg.data.lanes,
+            seed=self.cfg.seed,
+            cursors=self.state.cursors or None,
+            first_step=progress.step,
+            content=self._content(stage),
+        )
         with all_ranks_or_none(self.world):
             loader = PackLoader(
-                self.cfg.data.sources,
-                data=self.cfg.data,
-                stage=stage,
-                lanes_of_rank=self.lanes,
-                lanes=self.cfg.data.lanes,
-                seed=self.cfg.seed,
+                self.cfg.data,
+                stage,
+                lanes,
                 modality_of=lambda step: modality_at(stage.video_ratio, step - first),
                 tokenizer=self.run / TOKENIZER,
                 context_length=self.cfg.model.text.context_length,
                 cost=self.cost,
-                cursors=self.state.cursors or None,
-                first_step=progress.step,
                 prefetch_full_step=self.world.device.type == "cuda",
-                content=content,
             )
         with loader:
             found = gather_json(loader.fingerprint, self.world)

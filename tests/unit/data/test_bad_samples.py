@@ -3,7 +3,6 @@
 import json
 import logging
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -28,10 +27,10 @@ from tests.support.memory import (
 from univitar_ds.data.sampler.bad_samples import BadPolicy
 from univitar_ds.data.sampler.cursor import LaneCursor, ReadPosition, StreamCursor, parse
 from univitar_ds.data.sampler.lanes import Stream
-from univitar_ds.data.sampler.reader import read_entry
+from univitar_ds.data.sampler.reader import BadSample, read_entries
 from univitar_ds.data.shards.index_cache import shard_samples
-from univitar_ds.data.shards.tar_index import Damage
-from univitar_ds.errors import DataError, SampleError
+from univitar_ds.data.shards.samples import Sample
+from univitar_ds.errors import DataError
 
 
 def cursor_of(stream):
@@ -80,7 +79,7 @@ def test_a_pool_that_the_next_stage_does_not_allow_is_left_out_and_counted():
     ((items, bad),), after = packs_of(tighter, 0, 1, cursor)
     too_large = [row for row in cursor.pool if (1 + row.ordinal % 5) * (1 + row.ordinal // 5 % 4) > 10]
     assert bad["too_large"] >= len(too_large) > 0
-    assert max(item.sample.tokens for item in items) <= 10
+    assert max(item.tokens for item in items) <= 10
     assert after.reading[1] == bad["too_large"] - len(too_large), "the stage's choice counts as bad data"
 
 
@@ -93,8 +92,9 @@ def test_through_damage_and_over_all_lanes_what_is_left_comes_once_and_the_same_
     entries = [(index, entry) for index, shard in enumerate(rules.shards) for entry in shard_samples(shard, "image")]
     sound = set()
     for index, entry in entries:
-        with suppress(SampleError):
-            sound.add(read_entry(rules.shards[index], entry, rules.size).key)
+        ((_, _, found),) = read_entries(rules.shards[index], [(entry, 0)], rules.size)
+        if isinstance(found, Sample):
+            sound.add(found.key)
     if not sound:
         return
     seen, bad = Counter(), Counter()
@@ -104,7 +104,7 @@ def test_through_damage_and_over_all_lanes_what_is_left_comes_once_and_the_same_
             if stream.cursor().packs == before:
                 stream = Stream(rules, lane, parse(json.loads(json.dumps(cursor_of(stream)))).streams["image"])
             items, told = stream.next_pack()
-            seen.update((item.sample.key, item.address.epoch) for item in items if item.address.epoch < 2)
+            seen.update((item.key, item.address.epoch) for item in items if item.address.epoch < 2)
             bad.update(told)
     assert seen == Counter({(key, epoch): 1 for key in sound for epoch in range(2)})
     assert sum(bad.values()) >= 2 * (len(entries) - len(sound))
@@ -117,7 +117,7 @@ def test_damage_is_counted_once_in_an_epoch_however_many_lanes_share_the_shard(l
     rules = small_rules(damaged([40], [(0, at[5], 0), (0, at[20], 0), (0, at[38], 1)]), lanes=lanes)
     found = [reader_of(rules, lane) for lane in range(lanes)]
     entries = [entry for reader in found for entry in iter(reader.next, None)]
-    assert sum(isinstance(entry.entry, Damage) for entry in entries) == 3
+    assert sum(isinstance(entry, BadSample) and entry.kind in ("damaged", "cut") for entry in entries) == 3
     assert all(reader.place == ReadPosition(1) for reader in found)
 
 
@@ -130,8 +130,7 @@ def test_a_stretch_of_damage_tells_how_many_samples_it_has_likely_held():
     def lost(content, samples=None, lanes=1):
         rules = small_rules([replace(shard, samples=samples) for shard in raw_shards([content])], lanes=lanes)
         found = [found for lane in range(lanes) for found in iter(reader_of(rules, lane).next, None)]
-        assert all(each.samples == 1 for each in found if not isinstance(each.entry, Damage))
-        return [each.samples for each in found if isinstance(each.entry, Damage)]
+        return [each.samples for each in found if isinstance(each, BadSample)]
 
     assert lost(hole) == [pytest.approx(12, rel=0.35)]  # sizes differ by a factor of two
     assert lost(hole, lanes=3) == lost(hole)  # told by one of the lanes that share the shard
@@ -149,7 +148,7 @@ def test_the_metrics_count_what_damage_has_swallowed_whoever_shares_the_shard(la
     shards = [replace(shard, samples=60) for shard in raw_shards([whole.storage.files[whole.path][: at[20]]] * 3)]
     rules = small_rules(shards, lanes=lanes)
     found = [each for lane in range(lanes) for each in iter(reader_of(rules, lane).next, None)]
-    assert sum(each.samples for each in found if isinstance(each.entry, Damage)) == 3 * 40
+    assert sum(each.samples for each in found if isinstance(each, BadSample)) == 3 * 40
     bad = Counter()
     for lane in range(lanes):
         stream = Stream(rules, lane, StreamCursor())

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.open_files import open_below
 from univitar_ds.data.decoding.forkserver import ForkServer
-from univitar_ds.data.decoding.pipeline import Pipeline
+from univitar_ds.data.decoding.pipeline import Pipeline, PipelineConfig
 from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.decoding.supervisor import Closed, RestartBudget, WorkerSupervisor
 from univitar_ds.data.decoding.task_pool import Task, TaskPool
@@ -201,8 +201,8 @@ def test_an_attendant_that_is_stopped_while_it_gives_a_process_up_blames_nobody(
 
 
 def pipe_line(plans=(), **changed):
-    fields = {"workers": 2, "prefetch_packs": 2, "slot_bytes": 588, **changed}
-    return Pipeline(iter(plans), None, **fields)
+    config = PipelineConfig(**{"workers": 2, "prefetch_packs": 2, "slot_bytes": 588, "max_image_px": 10**6, **changed})
+    return Pipeline(lambda probe: iter(plans), None, config)
 
 
 def test_a_fault_of_the_data_is_what_ends_a_run_whose_decoders_are_still_starting(started):

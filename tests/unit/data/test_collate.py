@@ -27,8 +27,8 @@ def packs(n, start=None):
 
 
 def decoded(plan, *failed):
-    kept = [item for index, item in enumerate(plan.items) if index not in failed]
-    pixels = np.zeros(sum(item.sample.tokens for item in kept) * 588, np.uint8)
+    kept = [item for index, item in enumerate(plan.samples) if index not in failed]
+    pixels = np.zeros(sum(item.tokens for item in kept) * 588, np.uint8)
     return DecodedPack(plan, pixels, [(index, "corrupt", f"item {index} is broken") for index in failed])
 
 
@@ -37,21 +37,21 @@ def test_failures_are_counted_in_the_cursor_that_travels_with_the_pack():
     one, two = packs(2)
     first = collate(health.check(decoded(one, 1)), None)
     second = collate(health.check(decoded(two, 0, 1)), None)
-    assert first.cursor.decoding == {"image": (len(one.items), 1, 0 if len(one.items) > 2 else 1)}
-    assert second.cursor.decoding["image"][:2] == (len(one.items) + len(two.items), 3)
+    assert first.cursor.decoding == {"image": (len(one.samples), 1, 0 if len(one.samples) > 2 else 1)}
+    assert second.cursor.decoding["image"][:2] == (len(one.samples) + len(two.samples), 3)
     assert second.bad["corrupt"] == 2
-    assert [len(first), len(second)] == [len(one.items) - 1, len(two.items) - 2]
+    assert [len(first), len(second)] == [len(one.samples) - 1, len(two.samples) - 2]
 
 
 def test_captions_are_encoded_while_planning_and_those_of_failed_items_left_out():
     (plan,) = packs(1)
-    tokenizer = tokenization.train_tokenizer([item.caption for item in plan.items], 300)
+    tokenizer = tokenization.train_tokenizer([item.caption for item in plan.samples], 300)
     (plan,) = tokenized(iter([plan]), tokenizer, 12)
     batch = collate(decoded(plan, 1), tokenizer)
     ids, lengths = tokenization.encode(tokenizer, batch.captions, 12)
     assert torch.equal(batch.token_ids, ids)
     assert torch.equal(batch.text_lengths, lengths)
-    assert len(batch) == len(plan.items) - 1
+    assert len(batch) == len(plan.samples) - 1
 
 
 @pytest.mark.parametrize(
@@ -59,12 +59,15 @@ def test_captions_are_encoded_while_planning_and_those_of_failed_items_left_out(
     [(None, False, 3, 1), (None, True, 8, 0), (2, True, 2, 0), (5, False, 5, 0)],
 )
 def test_as_many_packs_are_decoded_ahead_as_the_trainer_can_use(monkeypatch, asked, prefetch_full_step, ahead, shared):
-    made = {}
-    monkeypatch.setattr(collate_module, "Pipeline", lambda *_, **given: made.update(given))
+    made = []
+    monkeypatch.setattr(collate_module, "Pipeline", lambda plans_of, job_of, config: made.append(config))
     data = DataConfig(sources=[SourceConfig(path="x")], workers=1, prefetch_packs=asked)
-    decoded_plans(iter([]), data, {"image": None}, 100, packs_of_step=8, prefetch_full_step=prefetch_full_step)
-    assert made["prefetch_packs"] == ahead
-    assert (made["max_held_slots"], made["shared_slots"]) == (8, shared)
+    decoded_plans(
+        lambda probe: iter([]), data, {"image": None}, 100, packs_of_step=8, prefetch_full_step=prefetch_full_step
+    )
+    assert [(config.prefetch_packs, config.max_held_slots, config.shared_slots) for config in made] == [
+        (ahead, 8, shared)
+    ]
 
 
 def test_a_resumed_run_ends_at_the_same_sample_as_one_that_was_never_interrupted():
@@ -73,13 +76,13 @@ def test_a_resumed_run_ends_at_the_same_sample_as_one_that_was_never_interrupted
     def until_it_ends(plans, health):
         for plan in plans:
             try:
-                health.check(decoded(plan, *range(len(plan.items))))
+                health.check(decoded(plan, *range(len(plan.samples))))
             except DataError as error:
                 return plan.index, str(error)
         pytest.fail("it did not end")
 
     whole = until_it_ends(packs(9), DecodingHealth(policy))
-    middle = DecodingHealth(policy).check(decoded(packs(1)[0], *range(len(packs(1)[0].items))))
+    middle = DecodingHealth(policy).check(decoded(packs(1)[0], *range(len(packs(1)[0].samples))))
     resumed = until_it_ends(packs(9, parse(middle.plan.cursor.to_json())), DecodingHealth(policy))
     assert whole == resumed
     assert "13 samples in a row cannot be used" in whole[1]
@@ -93,7 +96,7 @@ def test_a_lane_and_a_modality_are_counted_apart():
     for lane in range(3):
         for modality in ("image", "video"):
             cursor = replace(plan.cursor, lane=lane)
-            one = replace(plan, items=plan.items[:1], lane=lane, modality=modality, cursor=cursor)
+            one = replace(plan, samples=plan.samples[:1], lane=lane, modality=modality, cursor=cursor)
             checked = health.check(decoded(one, 0))
             assert checked.plan.cursor.decoding[modality] == (1, 1, 1)
     with pytest.raises(DataError, match=r"lane 1, image, decoding: 2 samples in a row"):
@@ -102,15 +105,13 @@ def test_a_lane_and_a_modality_are_counted_apart():
 
 def test_where_one_failure_ends_the_run_it_names_shard_key_and_byte():
     plan = packs(1)[0]
-    item = plan.items[1].sample
+    item = plan.samples[1]
     with pytest.raises(DataError, match=f"{item.name} at byte {item.media_offset}: item 1 is broken"):
         DecodingHealth(BadPolicy("fail")).check(decoded(plan, 1))
 
 
 def test_items_that_were_made_smaller_are_counted():
     plan = packs(1)[0]
-    items = [
-        replace(item, sample=replace(item.sample, downscaled=index % 2 == 0)) for index, item in enumerate(plan.items)
-    ]
-    assert collate(decoded(replace(plan, items=items), 0), None).downscaled == (len(items) - 1) // 2
+    items = [replace(sample, downscaled=index % 2 == 0) for index, sample in enumerate(plan.samples)]
+    assert collate(decoded(replace(plan, samples=items), 0), None).downscaled == (len(items) - 1) // 2
     assert collate(decoded(plan), None).downscaled == 0

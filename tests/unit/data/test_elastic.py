@@ -11,7 +11,7 @@ import pytest
 from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.data.loader import PackLoader
+from univitar_ds.data.loader import LaneSet, PackLoader
 from univitar_ds.data.sampler.cursor import parse
 
 LANES, STEPS, LEGS = 4, 64, 24
@@ -68,17 +68,12 @@ def leg(sources, *, ranks, workers, first, steps, cursors):
     for rank in range(ranks):
         lanes = range(rank * LANES // ranks, (rank + 1) * LANES // ranks)
         loader = PackLoader(
-            sources,
-            data=data,
-            stage=stage,
-            lanes_of_rank=lanes,
-            lanes=LANES,
-            seed=5,
+            data,
+            stage,
+            LaneSet(lanes, LANES, 5, cursors and {lane: cursors[lane] for lane in lanes}, first),
             modality_of=lambda step: "video" if stage.video_ratio and step % 4 == 3 else "image",
             tokenizer=None,
             context_length=8,
-            cursors=cursors and {lane: cursors[lane] for lane in lanes},
-            first_step=first,
         )
         with loader:
             for step in range(first, first + steps):

@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 from tests.support.progress import output_of, run_watched, runs, wait_until
 from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
-from univitar_ds.data.loader import PackLoader
+from univitar_ds.data.loader import LaneSet, PackLoader
 from univitar_ds.data.sampler.cursor import parse
 from univitar_ds.data.sampler.lanes import Lane
 from univitar_ds.data.shards.sources import stage_modalities
@@ -47,8 +47,10 @@ def tokenizer(tmp_path_factory):
 def loader(folder, *, workers=0, lanes_of_rank=(0, 1), stage=STAGE, tokenizer=None, limits=None, **given):
     sources = [SourceConfig(path=str(folder))]
     data = DataConfig(sources=sources, workers=workers, pool_samples=24, **(limits or {}))
-    fields = {"lanes": 2, "seed": 3, "modality_of": schedule, "context_length": 16, **given}
-    return PackLoader(sources, data=data, stage=stage, lanes_of_rank=lanes_of_rank, tokenizer=tokenizer, **fields)
+    about = {"count": given.pop("lanes", 2), "seed": 3}
+    about |= {name: given.pop(name) for name in ("seed", "cursors", "first_step", "content") if name in given}
+    fields = {"modality_of": schedule, "context_length": 16, **given}
+    return PackLoader(data, stage, LaneSet(lanes_of_rank, **about), tokenizer=tokenizer, **fields)
 
 
 def take(steps, *args, **kwargs):
@@ -173,12 +175,9 @@ def test_a_rank_with_many_lanes_and_sources_may_open_more_files_than_systems_beg
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
     try:
         loader = PackLoader(
-            sources,
-            data=data,
-            stage=stage,
-            lanes_of_rank=range(8),
-            lanes=8,
-            seed=0,
+            data,
+            stage,
+            LaneSet(range(8), 8, 0),
             modality_of=lambda _: "image",
             tokenizer=None,
             context_length=16,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from univitar_ds.geometry import PATCH, Modality, item_bytes
 
 Failure = tuple[int, str, str]
 """(index of the item in the pack, kind, message)."""
+_BUSY_FACTOR = 4
+"""`data.decode_timeout_s` is CPU time; on the clock a busy machine may take so many times as long."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class DecodeLimits:
 class DecodeItem:
     """Where the media of one item lies and what it becomes: `frames` frames (1 for an image) on a grid.
 
-    `crc32` of its bytes where known; `draw`, a number from which a video's jittered frames follow.
+    `crc32` of its bytes where known; `draw`, a number from which a video's jittered frames follow; `size`, (height,
+    width) as its metadata says, to be compared with the file; None where they were read from its header.
     """
 
     path: str
@@ -44,6 +47,7 @@ class DecodeItem:
     frames: int
     crc32: int | None = None
     draw: int = 0
+    size: tuple[int, int] | None = None
 
     @property
     def bytes(self) -> int:
@@ -55,12 +59,22 @@ class DecodeItem:
 class DecodeJob:
     """One pack to decode."""
 
+    kind: ClassVar = "decode"
     modality: Modality
     sampling: Sampling
     limits: DecodeLimits
     items: Sequence[DecodeItem]
     name: str = ""
     """Of the pack, for messages of the trainer; decoding processes do not get it."""
+
+    @property
+    def max_image_px(self) -> int:
+        return self.limits.max_image_px
+
+    @property
+    def slow_item_s(self) -> float:
+        """Seconds that an item may take on a busy machine beyond what any item may."""
+        return _BUSY_FACTOR * self.limits.timeout_s if self.modality == "video" else 0.0
 
     @property
     def bytes(self) -> int:
@@ -73,7 +87,7 @@ class DecodeJob:
             "sampling": tuple(vars(self.sampling).values()),  # `astuple` copies deeply, for ten times the time
             "limits": tuple(vars(self.limits).values()),
             "items": [
-                (item.path, item.offset, item.length, item.grid, item.frames, item.crc32, item.draw)
+                (item.path, item.offset, item.length, item.grid, item.frames, item.crc32, item.draw, item.size)
                 for item in self.items
             ],
         }
@@ -81,8 +95,8 @@ class DecodeJob:
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> DecodeJob:
         items = [
-            DecodeItem(path, offset, length, tuple(grid), *rest)
-            for path, offset, length, grid, *rest in document["items"]
+            DecodeItem(path, offset, length, tuple(grid), *rest, size=None if size is None else tuple(size))
+            for path, offset, length, grid, *rest, size in document["items"]
         ]
         sampling = Sampling(*document["sampling"])
         return cls(document["modality"], sampling, DecodeLimits(*document["limits"]), items)
@@ -130,7 +144,7 @@ def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: S
     height, width = item.grid[1] * PATCH, item.grid[2] * PATCH
     out = room.reshape(item.frames, height, width, 3)
     if job.modality == "image":
-        pixels, extent = decode_near(data, max_px=limits.max_image_px, target=(height, width))
+        pixels, extent = decode_near(data, max_px=limits.max_image_px, target=(height, width), size=item.size)
         fit_image(pixels, item.grid, out[0], extent)
     else:
         from univitar_ds.data.media.video_decode import decode_video  # see `worker.PRELOADED`
@@ -143,5 +157,6 @@ def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: S
             sampling=job.sampling,
             draw=item.draw,
             max_video_s=limits.max_video_s,
+            size=item.size,
             fit=lambda frame: fit_image(frame, item.grid),
         )

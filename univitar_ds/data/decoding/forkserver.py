@@ -24,16 +24,16 @@ _CLOSE_S = 10.0
 
 
 class ForkServer:
-    """Starts and ends decoding processes that write into `ring`. For any number of threads.
+    """Starts and ends decoding processes that write into `slots`. For any number of threads.
 
     `_talk` is held by the thread that starts the server or waits for its answer, for up to `_ANSWER_S`. `_state` is
     held for moments, whenever the four fields below it change or are used: so `close` can end the server, and thereby
     wake the thread that waits for it, at any moment of a start. Once `_closed` is set nothing is started any more.
     """
 
-    def __init__(self, ring: SharedSlots, needs: Collection[worker.Need] = ("image", "video")) -> None:
+    def __init__(self, slots: SharedSlots, needs: Collection[worker.Need] = ("image", "video")) -> None:
         """Nothing is started yet. `needs` is what processes can do right after they start."""
-        self._ring = ring
+        self._slots = slots
         self._needs = sorted(needs)
         self._talk = threading.RLock()  # reentrant as `_state` is: a collection may close the pipeline inside a call
         self._state = threading.RLock()
@@ -121,7 +121,7 @@ class ForkServer:
 
     def _launch(self, control: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", "-m", "univitar_ds.data.decoding.worker"]
-        numbers = (self._ring.descriptor, self._ring.slots, self._ring.slot_bytes, control)
+        numbers = (self._slots.descriptor, self._slots.slots, self._slots.slot_bytes, control)
         # One thread each: there are as many processes as the user wants cores to be busy.
         environment = {
             **safe_environment(os.environ),
@@ -133,7 +133,7 @@ class ForkServer:
             return subprocess.Popen(
                 [*command, *map(str, numbers), *self._needs],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(self._ring.descriptor, control),
+                pass_fds=(self._slots.descriptor, control),
                 env=environment,
             )
 

@@ -1,6 +1,6 @@
 """Plans in, decoded packs out, in the order of the plans, with decoding in processes ahead of the trainer.
 
-A planner thread draws plans; one thread per decoding process hands it a plan and a free slot of the ring and waits for
+A planner thread draws plans; one thread per decoding process hands it a plan and a free slot and waits for
 its answer. Delivery lends the slot itself: it is free again when nobody holds the pixels any more. A trainer that
 holds many packs at a time gets copies of the later ones, so that decoding never waits for a pack to be dropped.
 """
@@ -12,7 +12,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
@@ -20,13 +20,19 @@ import numpy as np
 
 from univitar_ds.data.decoding.decode_job import DecodeJob, Failure, decode_pack
 from univitar_ds.data.decoding.forkserver import ForkServer
+from univitar_ds.data.decoding.probe_job import ProbeItem, ProbeJob
 from univitar_ds.data.decoding.shared_slots import SharedSlots
-from univitar_ds.data.decoding.supervisor import Closed, RestartBudget, WorkerSupervisor
+from univitar_ds.data.decoding.supervisor import PATIENCE_S, Closed, RestartBudget, WorkerSupervisor
 from univitar_ds.data.decoding.worker import Need
+from univitar_ds.data.media.probe import probe_each
+from univitar_ds.data.media.types import MediaAddress, MediaSize, Prober
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
+from univitar_ds.errors import SampleError
 
 Plan = TypeVar("Plan")
-"""What is to be decoded, whatever planned it; a function makes a job of it."""
+"""What is to be decoded; a function makes a job of it."""
+PlansOf = Callable[[Prober], Iterator[Plan]]
+"""Makes the plans, given what reads the sizes of files."""
 
 
 @dataclass(frozen=True)
@@ -42,63 +48,76 @@ _Outcome = tuple[int, DecodeJob, DecodedPack[Any]] | BaseException
 
 
 def decoded_inline(
-    plans: Iterator[Plan], job_of: Callable[[Plan], DecodeJob], settings: StorageSettings = LOCAL
-) -> Iterator[DecodedPack[Plan]]:
-    """The same packs as `Pipeline` gives, decoded in the calling thread when asked for."""
-    for plan in plans:
+    plans_of: PlansOf[Plan], job_of: Callable[[Plan], DecodeJob], settings: StorageSettings = LOCAL
+) -> Generator[DecodedPack[Plan]]:
+    """The same packs as `Pipeline` gives, decoded in the calling thread when asked for; headers are read there too."""
+    for plan in plans_of(probe_each):
         job = job_of(plan)
         buffer = np.empty(job.bytes, np.uint8)
         failures = decode_pack(job, buffer, settings)
         yield DecodedPack(plan, buffer[: _used(job, failures)], failures)
 
 
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How many packs and processes a `Pipeline` has, and what they need.
+
+    `slot_bytes` are the most that a plan's pixels take. Of `max_held_slots` packs the trainer may hold the slots, those
+    beyond are copied; while it holds as many, `shared_slots` fewer are decoded ahead. `restarts` is how often a process
+    that died may be replaced, `patience_s` after how long without a finished item one has hung. `needs`: what the plans
+    need, see `worker.PRELOADED`. `settings`: how the processes reach the shards.
+    """
+
+    workers: int
+    prefetch_packs: int
+    slot_bytes: int
+    max_image_px: int
+    max_held_slots: int = 4
+    shared_slots: int = 0
+    restarts: int = 0
+    patience_s: float = PATIENCE_S
+    needs: Collection[Need] = ("image", "video")
+    settings: StorageSettings = LOCAL
+
+    def __post_init__(self) -> None:
+        assert min(self.workers, self.prefetch_packs, self.max_held_slots) >= 1, self
+        assert 0 <= self.shared_slots < self.ahead, self
+
+    @property
+    def ahead(self) -> int:
+        """Packs that are decoded before they are asked for."""
+        return max(self.prefetch_packs, self.workers)
+
+    @property
+    def slots(self) -> int:
+        return self.ahead + self.max_held_slots - self.shared_slots
+
+
 class Pipeline(Generic[Plan]):
     """An iterator over decoded packs. Close it, or use it as a context manager."""
 
-    def __init__(
-        self,
-        plans: Iterator[Plan],
-        job_of: Callable[[Plan], DecodeJob],
-        *,
-        workers: int,
-        prefetch_packs: int,
-        slot_bytes: int,
-        max_held_slots: int = 4,
-        shared_slots: int = 0,
-        restarts: int = 0,
-        settings: StorageSettings = LOCAL,
-        needs: Collection[Need] = ("image", "video"),
-    ) -> None:
-        """Start `workers` >= 1 processes.
-
-        Args: the most bytes that a plan's pixels take; `max_held_slots`, of how many packs the trainer may hold the
-            slots, those beyond are copied; `shared_slots`, how many fewer are decoded ahead while it holds as many;
-            `restarts`, how often a process that died may be replaced; `settings`, how the processes reach the shards;
-            `needs`, what the plans need, see `worker.PRELOADED`.
-        """
-        assert min(workers, prefetch_packs, max_held_slots) >= 1, (workers, prefetch_packs, max_held_slots)
-        self._plans = plans
+    def __init__(self, plans_of: PlansOf[Plan], job_of: Callable[[Plan], DecodeJob], config: PipelineConfig) -> None:
+        """Start the decoding processes, and one more once the plans need the size of a file."""
+        self._config = config
         self._job_of = job_of
         self._changed = threading.Condition()
         self._waiting: deque[tuple[int, Plan]] = deque()
-        self._ahead = max(prefetch_packs, workers)
         self._done: dict[int, _Outcome] = {}
         self._next = 0
         self._failure: BaseException | None = None
         self._stopped = False
         self._undelivered = self._lent = 0
-        self._most_lent = max_held_slots
-        assert 0 <= shared_slots < self._ahead, (shared_slots, self._ahead)
-        slots = self._ahead + max_held_slots - shared_slots
-        self._ring = SharedSlots.create(slots, slot_bytes)
-        self._free = list(range(slots))
-        allowed = RestartBudget(restarts)
-        self._server = ForkServer(self._ring, needs)
+        self._slots = SharedSlots.create(config.slots + 1, config.slot_bytes)
+        self._free = list(range(config.slots))
+        self._server = ForkServer(self._slots, config.needs)
+        allowed = RestartBudget(config.restarts)
         self._supervisors = [
-            WorkerSupervisor(number, self._server, self._ring, settings, allowed) for number in range(workers)
+            WorkerSupervisor(number, self._server, self._slots, config.settings, allowed, config.patience_s)
+            for number in range(config.workers + 1)
         ]
+        self._plans = plans_of(self._probe)
         self._threads = [threading.Thread(target=self._draw_plans, name="planner", daemon=True)]
-        for supervisor in self._supervisors:
+        for supervisor in self._supervisors[: config.workers]:
             serving = threading.Thread(target=self._keep_busy, args=[supervisor], name="decoder", daemon=True)
             self._threads.append(serving)
         atexit.register(self.close)
@@ -136,10 +155,10 @@ class Pipeline(Generic[Plan]):
                 raise outcome
             del self._done[self._next]
             self._next += 1
-            lend = self._lent < self._most_lent
+            lend = self._lent < self._config.max_held_slots
             self._lent += lend
         slot, job, rendered = outcome
-        room = self._ring.view(slot)
+        room = self._slots.view(slot)
         pixels = room[: _used(job, rendered.failures)]
         if lend:
             weakref.finalize(room, self._take_back, slot).atexit = False  # every view of it keeps `room` alive
@@ -153,7 +172,7 @@ class Pipeline(Generic[Plan]):
         return DecodedPack(rendered.plan, pixels, rendered.failures)
 
     def close(self) -> None:
-        """End the processes and threads and free the ring. Safe to call from any thread, at any time and again."""
+        """End the processes and threads and free their memory. Safe to call from any thread, at any time and again."""
         with self._changed:
             if self._stopped:
                 return
@@ -168,7 +187,15 @@ class Pipeline(Generic[Plan]):
                 if thread.ident is not None and thread is not threading.current_thread():  # it has started
                     thread.join(timeout=10)
         finally:
-            self._ring.close()
+            self._slots.close()
+
+    def _probe(self, media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
+        """A `Prober` for the planner, in a process of its own: a header may do to it what an image may do to a decoder.
+
+        It counts what it has read at a slot that no pack gets.
+        """
+        items = [ProbeItem(*address[1:]) for address in media]
+        return self._supervisors[-1].probe(self._config.slots, ProbeJob(items, self._config.max_image_px))
 
     def _take_back(self, slot: int) -> None:
         with self._changed:
@@ -184,7 +211,7 @@ class Pipeline(Generic[Plan]):
                 self._finish(number, error)
                 return
             with self._changed:
-                self._changed.wait_for(lambda: self._stopped or len(self._waiting) < self._ahead)
+                self._changed.wait_for(lambda: self._stopped or len(self._waiting) < self._config.ahead)
                 if self._stopped:
                     return
                 self._waiting.append((number, plan))
@@ -193,7 +220,7 @@ class Pipeline(Generic[Plan]):
     def _keep_busy(self, supervisor: WorkerSupervisor) -> None:
         """Keep one process busy. Slot and plan are taken together, so that the oldest plan has a slot or gets the next.
 
-        One is free whenever none is undelivered, because there are more than `_most_lent`: who waits is served.
+        One is free whenever none is undelivered, because there are more than `max_held_slots`.
         """
         try:
             supervisor.start()
@@ -213,7 +240,7 @@ class Pipeline(Generic[Plan]):
             self._fail(error)
 
     def _may_decode(self) -> bool:
-        return bool(self._waiting) and bool(self._free) and self._undelivered < self._ahead
+        return bool(self._waiting) and bool(self._free) and self._undelivered < self._config.ahead
 
     def _decode(self, supervisor: WorkerSupervisor, slot: int, plan: Plan) -> _Outcome:
         """Whatever decoding raises comes in the pack's place, so that it always comes after the same packs."""

@@ -23,7 +23,7 @@ class SharedSlots:
     """
 
     def __init__(self, descriptor: int, slots: int, slot_bytes: int) -> None:
-        """Map an existing file; the ring then owns the descriptor, unless mapping fails."""
+        """Map an existing file; the object then owns the descriptor, unless mapping fails."""
         self.slots = slots
         self.slot_bytes = slot_bytes
         self._map: mmap.mmap | None = mmap.mmap(descriptor, _total(slots, slot_bytes))
@@ -31,7 +31,7 @@ class SharedSlots:
 
     @classmethod
     def create(cls, slots: int, slot_bytes: int) -> Self:
-        """A new ring; pages take memory when they are first written."""
+        """New memory; pages take memory when they are first written."""
         assert min(slots, slot_bytes) > 0, (slots, slot_bytes)
         descriptor = _anonymous_file()
         try:
@@ -44,19 +44,19 @@ class SharedSlots:
     @property
     def descriptor(self) -> int:
         """To hand to another process, which maps it with the same sizes."""
-        assert self._descriptor is not None, "the ring is closed"
+        assert self._descriptor is not None, "the memory is closed"
         return self._descriptor
 
     def view(self, slot: int) -> np.ndarray:
         """(slot_bytes,) uint8 over the slot itself, not a copy."""
-        assert self._map is not None, "the ring is closed"
+        assert self._map is not None, "the memory is closed"
         assert 0 <= slot < self.slots, slot
         return np.frombuffer(self._map, np.uint8, self.slot_bytes, _start(self.slots) + slot * self.slot_bytes)
 
     @property
     def done(self) -> np.ndarray:
         """(slots,) int64 over the counters themselves: items of the slot that are done, never falling."""
-        assert self._map is not None, "the ring is closed"
+        assert self._map is not None, "the memory is closed"
         return np.frombuffer(self._map, _COUNTER, self.slots)
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ def _total(slots: int, slot_bytes: int) -> int:
 
 def _anonymous_file() -> int:
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("univitar-ring", os.MFD_CLOEXEC)
-    descriptor, path = tempfile.mkstemp(prefix="univitar-ring-")
+        return os.memfd_create("univitar-slots", os.MFD_CLOEXEC)
+    descriptor, path = tempfile.mkstemp(prefix="univitar-slots-")
     os.unlink(path)
     return descriptor

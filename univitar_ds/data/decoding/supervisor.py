@@ -1,6 +1,6 @@
 """One decoding process and all that can happen to it: it dies, it hangs, it is started again.
 
-A pack whose process ends twice is decoded item by item; an item that ends its process twice more is a bad sample.
+Items whose process ends twice are gone through one by one; an item that ends its process twice more is a bad sample.
 So one image that crashes its decoder costs one sample, and it is the same sample on every run.
 """
 
@@ -11,22 +11,24 @@ import logging
 import signal
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
+from typing import Any
 
 from univitar_ds.data.decoding import worker
 from univitar_ds.data.decoding.decode_job import DecodeJob, Failure
 from univitar_ds.data.decoding.forkserver import ForkServer
+from univitar_ds.data.decoding.probe_job import ProbeItem, ProbeJob
 from univitar_ds.data.decoding.shared_slots import SharedSlots
+from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.storage.base import StorageSettings
-from univitar_ds.errors import DataError
+from univitar_ds.errors import DataError, SampleError
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE_S = 60.0
-"""Seconds without a finished item after which a process counts as hung. A video may take its own limit on top, of CPU
-time on a machine that may be busy, and a remote shard what `data.s3.give_up_s` allows."""
-_VIDEO_FACTOR = 4
+PATIENCE_S = 60.0
+"""Seconds without a finished item after which a process counts as hung. A video may take its own limit on top, and a
+remote shard what `data.s3.give_up_s` allows."""
 _START_S = 120.0
 _TRIES = 2
 
@@ -69,34 +71,67 @@ class _Ended(Exception):
         self.kind, self.what = kind, what
 
 
+Job = DecodeJob | ProbeJob
+_Size = Sequence[Any] | None
+"""The fields of a `MediaSize`; None where it could not be read."""
+
+
+@dataclass
+class _Answer:
+    """The items that failed, and of a `ProbeJob` the size of each item."""
+
+    failures: list[Failure] = field(default_factory=list)
+    sizes: list[_Size] = field(default_factory=list)
+
+
 class WorkerSupervisor:
     """Gives work to one process and gets an answer whatever becomes of the process. For one thread, but for `stop`."""
 
     def __init__(
-        self, number: int, server: ForkServer, ring: SharedSlots, settings: StorageSettings, restarts: RestartBudget
+        self,
+        number: int,
+        server: ForkServer,
+        slots: SharedSlots,
+        settings: StorageSettings,
+        restarts: RestartBudget,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """The process, called by its `number`, starts with `start` or the first work."""
         self._number = number
         self._server = server
-        self._ring = ring
+        self._slots = slots
         self._settings = settings
         self._restarts = restarts
+        self._patience_s = patience_s
         self._stopped = False
         self._pid = 0
         self._channel: Connection | None = None
 
     def decode_pack(self, slot: int, job: DecodeJob) -> list[Failure]:
-        """The job done into a slot of the ring, as `decode_job.decode_pack` does it.
+        """The job done into a slot, as `decode_job.decode_pack` does it.
 
         Raises: DataError if a shard cannot be read or the processes end too often; RuntimeError, with its traceback,
         for a fault of the program; Closed.
         """
+        return self._run(slot, job).failures
+
+    def probe(self, slot: int, job: ProbeJob) -> list[MediaSize | SampleError]:
+        """The size of each file, as `probe_job.probe_items` finds it; the slot only counts them.
+
+        Raises: as `decode_pack`.
+        """
+        answer = self._run(slot, job)
+        failed = {index: SampleError(kind, message) for index, kind, message in answer.failures}
+        sizes = enumerate(answer.sizes)
+        return [failed[index] if size is None else MediaSize(*size) for index, size in sizes]
+
+    def _run(self, slot: int, job: Job) -> _Answer:
         for _ in range(_TRIES):
             try:
                 return self._ask(slot, 0, job)
             except _Ended as end:
                 self._restarts.spend(f"{end} while it had {job.name}")
-        _log.warning("decoding %s item by item", job.name)
+        _log.warning("going through %s one by one", job.name)
         return self._one_by_one(slot, job)
 
     def start(self) -> None:
@@ -111,15 +146,15 @@ class WorkerSupervisor:
         """To be called before the server is closed: a thread that waits for the process then gets `Closed`."""
         self._stopped = True
 
-    def _one_by_one(self, slot: int, job: DecodeJob) -> list[Failure]:
-        failures: list[Failure] = []
+    def _one_by_one(self, slot: int, job: Job) -> _Answer:
+        whole = _Answer()
         start, spent = 0, _TRIES
         for index, item in enumerate(job.items):
             ends: list[_Ended] = []
-            failed: Sequence[Failure] = []
+            answer = _Answer()
             while len(ends) < _TRIES:
                 try:
-                    failed = self._ask(slot, start, replace(job, items=[item]))
+                    answer = self._ask(slot, start, replace(job, items=[item]))
                     break
                 except _Ended as end:
                     self._restarts.spend(f"{end} while it had item {index} of {job.name}")
@@ -127,23 +162,25 @@ class WorkerSupervisor:
             spent += len(ends)
             if len(ends) == _TRIES:
                 last = ends[-1]
-                failed = [(0, last.kind, f"its decoding process {last.what}, {_TRIES} times with this item alone")]
+                message = f"its decoding process {last.what}, {_TRIES} times with this item alone"
+                answer = _Answer([(0, last.kind, message)], [None])
                 self._restarts.give_back(spent)
                 spent = 0
-            failures += [(index, kind, message) for _, kind, message in failed]
-            start += 0 if failed else item.bytes
-        return failures
+            whole.failures += [(index, kind, message) for _, kind, message in answer.failures]
+            whole.sizes += answer.sizes
+            start += 0 if answer.failures or isinstance(item, ProbeItem) else item.bytes
+        return whole
 
-    def _ask(self, slot: int, start: int, job: DecodeJob) -> list[Failure]:
+    def _ask(self, slot: int, start: int, job: Job) -> _Answer:
         self.start()
         assert self._channel is not None
         patience = self._patience(job)
-        request = json.dumps({"slot": slot, "start": start, "job": job.to_json()}).encode()
+        request = json.dumps({"slot": slot, "start": start, job.kind: job.to_json()}).encode()
         try:
             self._channel.send_bytes(request)
             done = -1
             while not self._channel.poll(patience):
-                if done == (done := int(self._ring.done[slot])):
+                if done == (done := int(self._slots.done[slot])):
                     raise self._end("timeout", f"finished no item in {patience:g} s")
             answer = json.loads(self._channel.recv_bytes())
         except (EOFError, OSError) as error:
@@ -152,7 +189,8 @@ class WorkerSupervisor:
             raise DataError(answer["data_error"])
         if "fault" in answer:
             raise RuntimeError(f"decoding process {self._number} failed:\n{answer['fault']}")
-        return [(index, kind, message) for index, kind, message in answer["failures"]]
+        failures = [(index, kind, message) for index, kind, message in answer["failures"]]
+        return _Answer(failures, answer.get("sizes", []))
 
     def _start(self) -> None:
         try:
@@ -172,10 +210,9 @@ class WorkerSupervisor:
             raise self._end("crash", f"said {word[:40]!r} where it should have said that it is ready")
         _log.info("decoding process %d (pid %d) is up", self._number, self._pid)
 
-    def _patience(self, job: DecodeJob) -> float:
-        video = _VIDEO_FACTOR * job.limits.timeout_s if job.modality == "video" else 0.0
+    def _patience(self, job: Job) -> float:
         remote = self._settings.give_up_s if any("://" in item.path for item in job.items) else 0.0
-        return _PATIENCE_S + video + remote
+        return self._patience_s + job.slow_item_s + remote
 
     def _end(self, kind: str, what: str = "") -> _Ended:
         """Leave no trace of the process; the next work starts another.

@@ -4,8 +4,8 @@ It is a program of its own, not a copy of the trainer: it imports what decoding 
 images), whatever the trainer's main module is, and starts no thread. The processes it forks share its memory, two
 thirds of what each of them uses, and start within milliseconds. `forkserver.ForkServer` is the trainer's side of it.
 
-Messages to decoding processes are JSON; pixels go through the ring. They end when the trainer closes its end of their
-channel. When the trainer is gone, all of them end, even in the middle of an image.
+Messages to decoding processes are JSON; pixels go through shared memory. The processes end when the trainer closes its
+end of their channel. When the trainer is gone, all of them end, even in the middle of an image.
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ NOT_MINE = 1 << 16
 """The process was forked by an earlier one of these, and is gone with it."""
 Need = Modality | Literal["s3"]
 PRELOADED: Mapping[Need, Sequence[str]] = {
-    "image": ("univitar_ds.data.decoding.decode_job",),
-    "video": ("univitar_ds.data.decoding.decode_job", "univitar_ds.data.media.video_decode"),
+    "image": ("univitar_ds.data.decoding.decode_job", "univitar_ds.data.decoding.probe_job"),
+    "video": (
+        "univitar_ds.data.decoding.decode_job",
+        "univitar_ds.data.decoding.probe_job",
+        "univitar_ds.data.media.video_decode",
+    ),
     "s3": ("univitar_ds.data.storage.s3",),
 }
 """What decoding each modality and reading from S3 need: imported before forking, it is in memory once."""
@@ -49,19 +53,21 @@ _FAREWELL_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-def serve(ring: SharedSlots, channel: Connection) -> None:
+def serve(slots: SharedSlots, channel: Connection) -> None:
     """Answer jobs until the channel closes.
 
-    The first message says how shards are reached. A request is {"slot", "start", "job"}: the slot and the byte in it
-    where the pixels go. The answer is {"failures"}, {"data_error"} for a shard that cannot be read, or {"fault"}, a
-    traceback, for a fault of the program.
+    The first message says how shards are reached. A request is {"slot", "start", "decode"}, the slot and the byte in it
+    where the pixels of a `DecodeJob` go, or {"slot", "start", "probe"} with a `ProbeJob`. The answer is {"failures"}
+    and for a `ProbeJob` "sizes", {"data_error"} for a shard that cannot be read, or {"fault"}, a traceback, for a fault
+    of the program.
     """
     from univitar_ds.data.decoding.decode_job import DecodeJob, decode_pack
+    from univitar_ds.data.decoding.probe_job import ProbeJob, probe_items
     from univitar_ds.data.media.memory_limits import confine
     from univitar_ds.errors import DataError
 
     settings = StorageSettings.from_json(json.loads(channel.recv_bytes()))
-    done = ring.done
+    done = slots.done
     channel.send_bytes(READY)
     while True:
         request = json.loads(channel.recv_bytes())
@@ -71,10 +77,16 @@ def serve(ring: SharedSlots, channel: Connection) -> None:
             done[slot] += 1
 
         try:
-            room = ring.view(slot)[request["start"] :]
-            job = DecodeJob.from_json(request["job"])
-            confine(job.limits.max_image_px, max((item.length for item in job.items), default=0))
-            answer = {"failures": decode_pack(job, room, settings, count)}
+            if "probe" in request:
+                probing = ProbeJob.from_json(request["probe"])
+                confine(probing.max_image_px, probing.bytes_held)
+                failures, sizes = probe_items(probing, settings, count)
+                answer = {"failures": failures, "sizes": sizes}
+            else:
+                room = slots.view(slot)[request["start"] :]
+                decoding = DecodeJob.from_json(request["decode"])
+                confine(decoding.max_image_px, max((item.length for item in decoding.items), default=0))
+                answer = {"failures": decode_pack(decoding, room, settings, count)}
         except DataError as error:
             answer = {"data_error": str(error)}
         except Exception:
@@ -82,7 +94,7 @@ def serve(ring: SharedSlots, channel: Connection) -> None:
         channel.send_bytes(json.dumps(answer).encode())
 
 
-def breed(ring: SharedSlots, control: socket.socket, needs: Sequence[Need]) -> None:
+def breed(slots: SharedSlots, control: socket.socket, needs: Sequence[Need]) -> None:
     """Fork and end decoding processes as the control socket says, until it closes; then end those there are."""
     for need in needs:
         for module in PRELOADED[need]:
@@ -104,7 +116,7 @@ def breed(ring: SharedSlots, control: socket.socket, needs: Sequence[Need]) -> N
             pid = os.fork()
             if pid == 0:
                 control.close()
-                _decode(ring, descriptor)
+                _decode(slots, descriptor)
             os.close(descriptor)
             alive.add(pid)
             answer = pid
@@ -118,12 +130,12 @@ def breed(ring: SharedSlots, control: socket.socket, needs: Sequence[Need]) -> N
         _end(pid, 0.0)
 
 
-def _decode(ring: SharedSlots, descriptor: int) -> None:
+def _decode(slots: SharedSlots, descriptor: int) -> None:
     """The life of a decoding process; does not return."""
     code = 0
     try:
         _die_with_parent()
-        serve(ring, Connection(descriptor))
+        serve(slots, Connection(descriptor))
     except (EOFError, ConnectionError):
         pass
     except BaseException:

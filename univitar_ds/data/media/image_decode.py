@@ -14,7 +14,7 @@ from univitar_ds.data.media.memory_limits import check_memory
 from univitar_ds.data.media.png import ICON, without_large_texts
 from univitar_ds.data.media.probe import open_image, orientation_of
 from univitar_ds.data.media.resize import Extent
-from univitar_ds.data.media.types import check_area, reason
+from univitar_ds.data.media.types import check_area, check_size, reason
 from univitar_ds.errors import SampleError
 from univitar_ds.image_ops import rgb_pixels, upright
 
@@ -41,9 +41,11 @@ def decode_image(data: bytes, *, max_px: int) -> np.ndarray:
     return decode_near(data, max_px=max_px, target=None)[0]
 
 
-def decode_near(data: bytes, *, max_px: int, target: tuple[int, int] | None) -> tuple[np.ndarray, Extent]:
+def decode_near(
+    data: bytes, *, max_px: int, target: tuple[int, int] | None, size: tuple[int, int] | None = None
+) -> tuple[np.ndarray, Extent]:
     """The same for an image that will be resized to `target`, (height, width): a much larger JPEG is decoded at a
-    smaller scale, never below twice the target.
+    smaller scale, never below twice the target. `size`, where given, is the (height, width) that the image must have.
 
     Returns: (H, W, 3) uint8, and how much of them the image takes: at a smaller scale it may end within its last
         pixels.
@@ -53,6 +55,7 @@ def decode_near(data: bytes, *, max_px: int, target: tuple[int, int] | None) -> 
     if jpeg_header.is_jpeg(data):
         header = jpeg_header.read_header(data)
         check_area(header.height, header.width, max_px)
+        check_size(size, header.display_size)
         if header.progressive and data.count(_SCAN) > MOST_SCANS:
             raise SampleError("too_large", f"the JPEG has more than {MOST_SCANS} scans; store it with fewer")
         orientation = header.orientation
@@ -61,6 +64,7 @@ def decode_near(data: bytes, *, max_px: int, target: tuple[int, int] | None) -> 
             if found is not None:
                 return found
     pixels = _pillow(data, max_px, orientation)
+    check_size(size, pixels.shape[:2])
     return pixels, pixels.shape[:2]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from univitar_ds.data.storage.base import Storage
 from univitar_ds.errors import SampleError
 
 # fmt: off
@@ -38,6 +40,21 @@ class MediaSize:
     duration_s: float = 0.0
 
 
+class MediaAddress(NamedTuple):
+    """The bytes of a media file in a shard, and the extension of its name."""
+
+    storage: Storage
+    path: str
+    offset: int
+    length: int
+    extension: str
+
+
+Prober = Callable[[Sequence[MediaAddress]], "list[MediaSize | SampleError]"]
+"""Reads the sizes of media files from their headers, in the order given. An error is returned, not raised: a
+SampleError, for a file whose header cannot be read. Raises: DataError for a shard that cannot be read."""
+
+
 def check_area(height: int, width: int, max_px: int) -> None:
     """Raises: SampleError for a frame of more than `max_px` pixels, or of a side that no camera has."""
     if max(height, width) > MAX_SIDE_PX:
@@ -52,6 +69,17 @@ def check_duration(seconds: float, max_video_s: float) -> None:
     """Raises: SampleError for a video of more than `max_video_s` seconds."""
     if seconds > max_video_s:
         raise SampleError("too_large", f"the video lasts {seconds:.1f} s, above data.max_video_s = {max_video_s:g}")
+
+
+def check_size(expected: tuple[int, int] | None, found: tuple[int, ...]) -> None:
+    """Args: (height, width) by the sample's metadata, None if there is none, and of the file.
+
+    Raises: SampleError if they differ.
+    """
+    if expected is not None and expected != tuple(found):
+        (height, width), (own_height, own_width) = expected, found
+        detail = f"its metadata says {width} x {height} px, the file has {own_width} x {own_height}"
+        raise SampleError("wrong_size", f"{detail}; pack the folder again")
 
 
 def reason(error: Exception) -> str:

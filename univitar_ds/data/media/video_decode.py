@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 
 import av
 import numpy as np
@@ -18,10 +19,10 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from univitar_ds.data.media import keyframes
-from univitar_ds.data.media.containers import Matrix, swaps_sides
+from univitar_ds.data.media.containers import Matrix, swaps_sides, video_demuxer
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, by_count, by_time, places
-from univitar_ds.data.media.types import check_area, check_duration, reason
-from univitar_ds.data.media.video_probe import open_video
+from univitar_ds.data.media.types import check_area, check_duration, check_size, reason
+from univitar_ds.data.media.video_probe import open_video, probe_video
 from univitar_ds.errors import SampleError
 
 Fit = Callable[[np.ndarray], np.ndarray]
@@ -39,6 +40,7 @@ def decode_video(
     sampling: Sampling = UNIFORM,
     draw: int = 0,
     max_video_s: float = float("inf"),
+    size: tuple[int, int] | None = None,
     fit: Fit | None = None,
 ) -> np.ndarray:
     """Frames of a video in order of display, turned upright: one from each of `frames` equal parts.
@@ -50,8 +52,8 @@ def decode_video(
 
     Args: frames, how many to return; max_px, most pixels of one frame; timeout_s, CPU seconds of this thread (not
         time on the clock: a busy machine must not decide which samples are good); draw, the item's number, from which
-        jitter follows; max_video_s, longest video; fit, applied to each (H, W, 3) uint8 frame as soon as it is there,
-        so that only one is held at its own size.
+        jitter follows; max_video_s, longest video; size, (height, width) that the video must have; fit, applied to each
+        (H, W, 3) uint8 frame as soon as it is there, so that only one is held at its own size.
     Returns: (frames, H, W, 3) uint8, or (frames, ...) of what `fit` makes.
     Raises: SampleError, also for damage in whatever has to be decoded.
     """
@@ -59,6 +61,8 @@ def decode_video(
     where = places(sampling, frames, draw)
     deadline = time.thread_time() + timeout_s
     reel = _FrameCollector(frames, max_px, fit)
+    if size is not None:
+        reel.before_first = partial(_check_size, data, size)
     container, stream = open_video(data)
     with container:
         check_area(stream.codec_context.height, stream.codec_context.width, max_px)
@@ -83,6 +87,7 @@ class _FrameCollector:
 
     def __init__(self, frames: int, max_px: int, fit: Fit | None) -> None:
         self.pixels = np.empty(0, np.uint8)
+        self.before_first: Callable[[np.ndarray], None] = lambda pixels: None
         self._frames = frames
         self._max_px = max_px
         self._fit = fit
@@ -92,15 +97,28 @@ class _FrameCollector:
     def put(self, frame: av.VideoFrame, at: Sequence[int]) -> None:
         """Raises: SampleError for a frame above the limit."""
         check_area(frame.height, frame.width, self._max_px)
-        self._size = self._size or (frame.width, frame.height)  # a stream may change its size midway
+        first, self._size = self._size is None, self._size or (frame.width, frame.height)  # it may change midway
         rgb = self._reformatter.reformat(frame, *self._size, format="rgb24", threads=1).to_ndarray()
         pixels = _turned(rgb, _matrix(frame))
+        if first:
+            self.before_first(pixels)
         if self._fit is not None:
             pixels = self._fit(pixels)
         if self.pixels.shape[1:] != pixels.shape:
             self.pixels = np.empty((self._frames, *pixels.shape), pixels.dtype)
         for place in at:
             self.pixels[place] = pixels
+
+
+def _check_size(data: bytes, size: tuple[int, int], pixels: np.ndarray) -> None:
+    """Raises: SampleError for a first frame of another size, unless the header has the size that metadata has.
+
+    A rotation may come with the frames only, so `data pack` writes what the frames have if it decodes them.
+    """
+    if pixels.shape[:2] != size:
+        found = probe_video(data, video_demuxer(data) or "")
+        if (found.height, found.width) != size:
+            check_size(size, pixels.shape[:2])
 
 
 def _packets(container: av.container.InputContainer, stream: VideoStream, deadline: float) -> list[av.Packet]:

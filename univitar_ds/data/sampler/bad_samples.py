@@ -32,6 +32,7 @@ KINDS = (
     "unreadable",
     "corrupt",
     "no_video",
+    "wrong_size",
     "checksum",
     "timeout",
     "crash",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from univitar_ds.data.sampler.bad_samples import INITIAL_STATE
 from univitar_ds.data.shards.listing import warn_once
+from univitar_ds.data.shards.samples import SampleAddress
 from univitar_ds.data.shards.tar_index import BLOCK
 from univitar_ds.errors import DataError
 
@@ -20,18 +21,6 @@ draw alike; the same one in every lane, whose epochs end at different packs."""
 _RESTART = 1 << 10
 """Generations that are left out where sources have changed: more than there are groups."""
 MODALITIES = ("image", "video")
-
-
-class BufferedSample(NamedTuple):
-    """A sample in the pool, by address: index of its shard, first byte, length in bytes, number within the shard,
-    epoch it belongs to, packs of its stream that had left when it came."""
-
-    shard: int
-    offset: int
-    length: int
-    ordinal: int
-    epoch: int
-    since: int
 
 
 class ReadPosition(NamedTuple):
@@ -59,7 +48,7 @@ class StreamCursor:
 
     packs: int = 0
     places: Mapping[str, ReadPosition] = field(default_factory=dict)
-    pool: tuple[BufferedSample, ...] = ()
+    pool: tuple[SampleAddress, ...] = ()
     reading: tuple[int, ...] = INITIAL_STATE
     empty: tuple[str, ...] = ()
 
@@ -176,7 +165,7 @@ _MOST_BYTES = 1 << 26
 _SMALL = [bytes([number]) for number in range(0x80)]
 
 
-def write_pool(rows: Sequence[BufferedSample], packs: int) -> str:
+def write_pool(rows: Sequence[SampleAddress], packs: int) -> str:
     """The pool as text: what each row adds to the one before, column by column, as varints, deflated, in base 85.
 
     About 4 bytes a row, where a list of numbers takes 40. Of a row's `since` it holds how many packs of `packs` have
@@ -189,7 +178,7 @@ def write_pool(rows: Sequence[BufferedSample], packs: int) -> str:
     return base64.b85encode(check + zlib.compress(packed, wbits=_BARE)).decode()
 
 
-def read_pool(text: str, packs: int) -> tuple[BufferedSample, ...]:
+def read_pool(text: str, packs: int) -> tuple[SampleAddress, ...]:
     """The rows that `write_pool` wrote. Raises: ValueError or zlib.error if the text is damaged."""
     data = base64.b85decode(text)
     inflating = zlib.decompressobj(_BARE)
@@ -198,7 +187,7 @@ def read_pool(text: str, packs: int) -> tuple[BufferedSample, ...]:
     if not whole or zlib.crc32(packed).to_bytes(_CHECK_BYTES) != data[:_CHECK_BYTES]:
         raise ValueError("the pool's checksum does not fit")
     numbers = list(_varints(packed))
-    width = len(BufferedSample._fields)
+    width = len(SampleAddress._fields)
     if len(numbers) % width:
         raise ValueError(f"{len(numbers)} numbers in rows of {width}")
     n = len(numbers) // width
@@ -206,7 +195,7 @@ def read_pool(text: str, packs: int) -> tuple[BufferedSample, ...]:
     return tuple(_rows(zip(*columns, strict=True), packs))
 
 
-def _steps(rows: Iterable[BufferedSample], packs: int) -> Iterator[tuple[int, ...]]:
+def _steps(rows: Iterable[SampleAddress], packs: int) -> Iterator[tuple[int, ...]]:
     """Rows of a shard follow one another in its bytes, whatever comes between: most steps are small."""
     shard = epoch = waited = 0
     last: dict[int, tuple[int, int]] = {}
@@ -220,7 +209,7 @@ def _steps(rows: Iterable[BufferedSample], packs: int) -> Iterator[tuple[int, ..
         shard, epoch, waited = row.shard, row.epoch, waited + longer
 
 
-def _rows(steps: Iterable[tuple[int, ...]], packs: int) -> Iterator[BufferedSample]:
+def _rows(steps: Iterable[tuple[int, ...]], packs: int) -> Iterator[SampleAddress]:
     shard = epoch = waited = 0
     last: dict[int, tuple[int, int]] = {}
     for length, *unsigned in steps:
@@ -229,7 +218,7 @@ def _rows(steps: Iterable[tuple[int, ...]], packs: int) -> Iterator[BufferedSamp
         before, ordinal = last.get(shard, (0, 0))
         block, ordinal = before + signed[1], ordinal + signed[2]
         numbers = (shard, block * BLOCK, length * BLOCK, ordinal, epoch, packs - _count(waited))
-        yield BufferedSample(*map(_count, numbers))
+        yield SampleAddress(*map(_count, numbers))
         last[shard] = block + length, ordinal
 
 

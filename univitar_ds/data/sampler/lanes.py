@@ -11,16 +11,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from univitar_ds.data.sampler import packing
 from univitar_ds.data.sampler.bad_samples import BadSampleMonitor
-from univitar_ds.data.sampler.cursor import EPOCH_STRIDE, BufferedSample, LaneCursor, ReadPosition, StreamCursor
+from univitar_ds.data.sampler.cursor import EPOCH_STRIDE, LaneCursor, ReadPosition, StreamCursor
 from univitar_ds.data.sampler.mixture import WeightedRoundRobin
-from univitar_ds.data.sampler.reader import Reader, read_again, read_entry, scattered, where_is
+from univitar_ds.data.sampler.reader import BadSample, Held, Reader, held_by, read_again, scattered
 from univitar_ds.data.sampler.stream_config import StreamConfig
-from univitar_ds.data.shards.index_cache import IndexCache
-from univitar_ds.data.shards.samples import Sample
+from univitar_ds.data.shards.samples import Sample, SampleAddress
 from univitar_ds.data.shards.sources import EVERYTHING, ShardGroup
 from univitar_ds.data.shards.tar_index import SORT_HINT
 from univitar_ds.errors import DataError, SampleError
@@ -39,21 +37,6 @@ POOL_BUDGETS = 2
 
 
 @dataclass(frozen=True)
-class Item:
-    """A sample chosen for a pack: what it is, its caption in this epoch, its address and since when it waited.
-
-    `draw` is a 64-bit number of its own in this epoch, for whatever decoding leaves to chance. `others`: more captions
-    that an evaluation counts as right.
-    """
-
-    sample: Sample
-    caption: str
-    address: BufferedSample
-    draw: int = 0
-    others: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Plan:
     """A pack before decoding. `bad` counts unreadable samples met while planning, `ignored` readable ones of which a
     text was ignored, by kind.
@@ -61,7 +44,7 @@ class Plan:
     `token_rows` are the token ids of the captions, where a tokenizer has added them.
     """
 
-    items: Sequence[Item]
+    samples: Sequence[Sample]
     modality: Modality
     lane: int
     index: int
@@ -73,29 +56,17 @@ class Plan:
     @property
     def name(self) -> str:
         """For messages."""
-        names = [item.sample.name for item in self.items]
+        names = [sample.name for sample in self.samples]
         which = f", {names[0]} to {names[-1]}" if names else ""  # bad samples at the end of a sweep come without others
         return f"the pack of lane {self.lane}, step {self.index} ({len(names)} samples{which})"
-
-
-class _Pooled(NamedTuple):
-    """A sample that waits, with a number of its own in this epoch."""
-
-    row: BufferedSample
-    sample: Sample
-    number: int
 
 
 class Lane:
     """One lane: a stream of packs for each modality, of which each step takes the schedule's."""
 
-    def __init__(
-        self, rules: Mapping[Modality, StreamConfig], cursor: LaneCursor, scans: IndexCache | None = None
-    ) -> None:
-        """`scans` are those of all lanes in this thread."""
+    def __init__(self, rules: Mapping[Modality, StreamConfig], cursor: LaneCursor) -> None:
         self._rules = rules
         self._cursor = cursor
-        self._scans = scans or IndexCache()
         self._streams: dict[Modality, Stream] = {}
 
     def begin(self, modality: Modality) -> None:
@@ -105,7 +76,7 @@ class Lane:
         """
         if modality not in self._streams:
             start = self._cursor.streams.get(modality, StreamCursor())
-            self._streams[modality] = Stream(self._rules[modality], self._cursor.lane, start, self._scans)
+            self._streams[modality] = Stream(self._rules[modality], self._cursor.lane, start)
 
     def next_plan(self, modality: Modality, index: int) -> Plan:
         """The next pack of this modality; `index` is its number in the lane.
@@ -114,11 +85,11 @@ class Lane:
         """
         self.begin(modality)
         stream = self._streams[modality]
-        items, bad = stream.next_pack()
+        samples, bad = stream.next_pack()
         ignored = stream.take_ignored()
         streams = {**self._cursor.streams, modality: stream.cursor()}
         self._cursor = replace(self._cursor, packs=self._cursor.packs + 1, streams=streams)
-        return Plan(items, modality, self._cursor.lane, index, self._cursor, bad, ignored=ignored)
+        return Plan(samples, modality, self._cursor.lane, index, self._cursor, bad, ignored=ignored)
 
 
 class Stream:
@@ -133,7 +104,7 @@ class Stream:
     leaves. A group that was never read begins with an epoch of which nothing has been drawn.
     """
 
-    def __init__(self, rules: StreamConfig, lane: int, start: StreamCursor, scans: IndexCache | None = None) -> None:
+    def __init__(self, rules: StreamConfig, lane: int, start: StreamCursor) -> None:
         self._rules = rules
         self._lane = lane
         self._packs = start.packs
@@ -144,17 +115,7 @@ class Stream:
         fresh = ReadPosition(len(start.places) * EPOCH_STRIDE)
         self._places = dict(start.places)
         self._readers = {
-            group.name: Reader(
-                rules.shards,
-                group,
-                rules.modality,
-                lanes=rules.lanes,
-                lane=lane,
-                seed=rules.seed,
-                place=start.places.get(group.name, fresh),
-                scans=scans,
-            )
-            for group in groups
+            group.name: Reader(rules, group, lane, start.places.get(group.name, fresh)) for group in groups
         }
         self._turns = self._turns_of({name: place.credit for name, place in start.places.items()})
         self._health = BadSampleMonitor(rules.policy, f"lane {lane}, {rules.modality}", start.reading)
@@ -165,11 +126,11 @@ class Stream:
             reader.announce()
         self._pool = list(self._restore(start.pool))
 
-    def next_pack(self) -> tuple[list[Item], dict[str, int]]:
-        """Items of the next pack and the bad samples met on the way."""
+    def next_pack(self) -> tuple[list[Sample], dict[str, int]]:
+        """Samples of the next pack and the bad ones met on the way."""
         starved = self._fill()
         candidates = self._candidates(starved)
-        tokens = [self._pool[index].sample.tokens for index in candidates]
+        tokens = [self._pool[index].tokens for index in candidates]
         chosen = packing.choose(
             tokens,
             [packing.item_cost(count, self._rules.cost) for count in tokens],
@@ -178,13 +139,13 @@ class Stream:
         )
         leaving = [candidates[number] for number in chosen]
         if starved is not None:
-            self._tell_starved(starved, sum(tokens[number] for number in chosen))
-        items = [_item(self._pool[index]) for index in leaving]
+            self._warn_starved(starved, sum(tokens[number] for number in chosen))
+        samples = [self._pool[index] for index in leaving]
         for index in sorted(leaving, reverse=True):
             del self._pool[index]
         self._packs += 1
         bad, self._bad = dict(self._bad), Counter()
-        return items, bad
+        return samples, bad
 
     def take_ignored(self) -> dict[str, int]:
         """Readable samples of which a text was ignored, by kind, since this was asked before."""
@@ -194,7 +155,7 @@ class Stream:
     def cursor(self) -> StreamCursor:
         """Where the stream stands after the last pack."""
         read = {name: reader.place._replace(credit=self._turns.credits[name]) for name, reader in self._readers.items()}
-        pool = tuple([one.row for one in self._pool])
+        pool = tuple([sample.address for sample in self._pool])
         return StreamCursor(self._packs, {**self._places, **read}, pool, tuple(self._health.to_json()), self._empty)
 
     def _turns_of(self, credits: Mapping[str, int]) -> WeightedRoundRobin:
@@ -206,29 +167,29 @@ class Stream:
         Returns: the group whose turn it is and that has no more samples to give, if that ended it.
         """
         rules = self._rules
-        tokens = sum([one.sample.tokens for one in self._pool])
+        tokens = sum([sample.tokens for sample in self._pool])
         oldest: dict[str, int] = {}
-        for row, _, _ in self._pool:
+        for sample in self._pool:
             if len(oldest) == len(self._readers):
                 break
-            name = rules.group_of.get(row.shard)
-            # Rows of a stage with other groups say nothing of how far this one has come.
-            if name in self._readers and row.epoch // EPOCH_STRIDE == self._readers[name].place.epoch // EPOCH_STRIDE:
-                oldest.setdefault(name, row.epoch)
+            name, epoch = rules.group_of.get(sample.address.shard), sample.address.epoch
+            # Samples of a stage with other groups say nothing of how far this one has come.
+            if name in self._readers and epoch // EPOCH_STRIDE == self._readers[name].place.epoch // EPOCH_STRIDE:
+                oldest.setdefault(name, epoch)
         while len(self._pool) < rules.pool_samples or tokens < POOL_BUDGETS * rules.token_budget:
             name = self._turns.next()
             reader = self._readers[name]
             if reader.place.epoch > oldest.get(name, reader.place.epoch) + 1:
                 return name
-            one = self._read(reader)
-            if one is not None:
-                self._pool.append(one)
+            sample = self._read(reader)
+            if sample is not None:
+                self._pool.append(sample)
                 self._turns.taken()
-                tokens += one.sample.tokens
-                oldest.setdefault(name, one.row.epoch)
+                tokens += sample.tokens
+                oldest.setdefault(name, sample.address.epoch)
         return None
 
-    def _tell_starved(self, group: str, tokens: int) -> None:
+    def _warn_starved(self, group: str, tokens: int) -> None:
         """A pack holds a sample once and weights hold, so a few samples cannot fill it nor let others do so."""
         share = tokens / self._rules.token_budget
         if share >= WELL_FILLED or self._rules.cost_budget is not None:
@@ -247,27 +208,22 @@ class Stream:
             why,
         )
 
-    def _read(self, reader: Reader) -> _Pooled | None:
+    def _read(self, reader: Reader) -> Sample | None:
         """The next sample of a group; None where there is none, after counting what was bad."""
         found = reader.next()
         if found is None:
             self._close_epoch(reader.group)
             return None
-        shard, entry = self._rules.shards[found.shard], found.entry
-        try:
-            sample = read_entry(shard, entry, self._rules.size)
-        except SampleError as error:
-            self._bad[error.kind] += found.samples
-            self._health.bad(where_is(shard, entry), error, found.samples)
+        if isinstance(found, BadSample):
+            self._bad[found.kind] += found.samples
+            self._health.bad(found.where, SampleError(found.kind, found.message), found.samples)
             return None
         self._health.good()
-        if sample.ignored:
-            self._ignored.update(one.kind for one in sample.ignored)
-            self._health.ignored(where_is(shard, entry), sample.ignored)
+        if found.ignored:
+            self._ignored.update(one.kind for one in found.ignored)
+            self._health.ignored(f"{found.name} at byte {found.address.offset}", found.ignored)
         self._seen_this_epoch.add(reader.group.name)
-        length = entry.end - entry.offset
-        row = BufferedSample(found.shard, entry.offset, length, found.ordinal, found.epoch, self._packs)
-        return self._pooled(row, sample)
+        return self._drawn(found, found.address._replace(since=self._packs))
 
     def _candidates(self, starved: str | None) -> list[int]:
         """The pool in the order in which it should leave: the oldest, then the rest as drawn for this pack.
@@ -278,29 +234,32 @@ class Stream:
         # Multiplying by an odd number draws anew from one number a sample, for a tenth of a hash's time.
         factor = draw(self._rules.seed, "pool", self._rules.modality, self._lane, self._packs) | 1
         soon = 1 + self._packs
-        turns = [(number * factor & _64_BITS) / (soon - row.since) ** 2 for row, _, number in self._pool]
+        turns = [(one.draw * factor & _64_BITS) / (soon - one.address.since) ** 2 for one in self._pool]
         waiting = self._without_twins()
         heads = [waiting[0]]
-        if starved is not None and self._packs - self._pool[waiting[0]].row.since <= LONG_WAIT:
+        if starved is not None and self._packs - self._pool[waiting[0]].address.since <= LONG_WAIT:
             heads.insert(0, next((index for index in waiting if self._group_at(index) == starved), waiting[0]))
         rest = [index for index in waiting if index not in heads]
         return [*dict.fromkeys(heads), *sorted(rest, key=turns.__getitem__)]
 
     def _without_twins(self) -> Sequence[int]:
         """Places in the pool, of a sample that waits for two epochs only that of the older."""
-        if len({row.epoch for row, _, _ in self._pool}) == 1:
+        if len({sample.address.epoch for sample in self._pool}) == 1:
             return range(len(self._pool))
         first: dict[tuple[int, int], int] = {}
-        for index, (row, _, _) in enumerate(self._pool):
-            first.setdefault((row.shard, row.offset), index)
+        for index, sample in enumerate(self._pool):
+            first.setdefault((sample.address.shard, sample.address.offset), index)
         return list(first.values())
 
     def _group_at(self, index: int) -> str | None:
         """The group of a sample in the pool; None if the stage reads it no more."""
-        return self._rules.group_of.get(self._pool[index].row.shard)
+        return self._rules.group_of.get(self._pool[index].address.shard)
 
-    def _pooled(self, row: BufferedSample, sample: Sample) -> _Pooled:
-        return _Pooled(row, sample, draw(self._rules.seed, "item", row.shard, row.offset, row.epoch))
+    def _drawn(self, sample: Sample, address: SampleAddress) -> Sample:
+        """The sample with its address and its number in this epoch."""
+        sample.address = address
+        sample.draw = draw(self._rules.seed, "item", address.shard, address.offset, address.epoch)
+        return sample
 
     def _close_epoch(self, group: ShardGroup) -> None:
         """A lane may go an epoch without a sample where samples are few, but not if there are none at all.
@@ -310,7 +269,7 @@ class Stream:
         if group.name in self._seen_this_epoch:
             self._seen_this_epoch.discard(group.name)
             return
-        held = self._rules.holds(group)
+        held = self._holds(group)
         if held == "readable":
             return
         if held == "unreadable" or len(self._readers) == 1:
@@ -321,18 +280,25 @@ class Stream:
         self._empty = tuple(sorted({*self._empty, group.name}))
         self._turns = self._turns_of(self._turns.credits)
 
-    def _restore(self, rows: Sequence[BufferedSample]) -> Iterator[_Pooled]:
+    def _holds(self, group: ShardGroup) -> Held:
+        """What a group holds, found once for all lanes: to know that it is nothing, all of its shards are scanned."""
+        known = self._rules.held
+        if group.name not in known:
+            known[group.name] = held_by(self._rules, group)
+        return known[group.name]
+
+    def _restore(self, rows: Sequence[SampleAddress]) -> Iterator[Sample]:
         """The saved pool; what the rules of this stage do not allow is counted, but no sign of bad data."""
         rules = self._rules
         for row in rows:
             if row.shard >= len(rules.shards):
                 raise _changed(f"number {row.shard}", row)
-        for row, found in zip(rows, read_again(rules.shards, rows, rules.size), strict=True):
+        for row, found in zip(rows, read_again(rules, rows), strict=True):
             shard = rules.shards[row.shard]
             if found is None:
                 raise _changed(shard.name, row)
             if not isinstance(found, SampleError):
-                yield self._pooled(row, found)
+                yield self._drawn(found, row)
                 continue
             self._bad[found.kind] += 1
             if rules.warns_first(f"left out: {found.kind}"):
@@ -340,12 +306,7 @@ class Stream:
                 _log.warning("samples left out by this stage (%s), the first: %s: %s", found.kind, where, found)
 
 
-def _item(one: _Pooled) -> Item:
-    captions = one.sample.captions
-    return Item(one.sample, captions[(one.number >> 32) % len(captions)], one.row, one.number)
-
-
-def _changed(shard: str, row: BufferedSample) -> DataError:
+def _changed(shard: str, row: SampleAddress) -> DataError:
     return DataError(
         f"shard {shard}: the sample that the data cursor has at byte {row.offset} is not there any more; "
         "restore the shards this run was started with, or start a new run"

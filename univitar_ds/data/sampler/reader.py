@@ -3,89 +3,70 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from univitar_ds.data.sampler.cursor import BufferedSample, ReadPosition
+from univitar_ds.data.media.probe import probe_each
+from univitar_ds.data.media.types import Prober
+from univitar_ds.data.sampler.cursor import ReadPosition
 from univitar_ds.data.sampler.shard_assignment import ShardSlice, units_of_lane
+from univitar_ds.data.sampler.stream_config import Held, StreamConfig
 from univitar_ds.data.shards import tar_index
 from univitar_ds.data.shards.captions import resolve
-from univitar_ds.data.shards.index_cache import Entry, IndexCache, shard_samples
+from univitar_ds.data.shards.index_cache import Entry, shard_samples
 from univitar_ds.data.shards.listing import Shard
-from univitar_ds.data.shards.samples import Sample, SizeRule, read_sample, read_sample_again
+from univitar_ds.data.shards.samples import Sample, SampleAddress, SizeRule, read_samples, read_samples_again
 from univitar_ds.data.shards.sources import ShardGroup, SourceShard
-from univitar_ds.data.storage.parallel import AT_ONCE, at_once
-from univitar_ds.errors import SampleError
+from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Modality
 
-Held = Literal["readable", "unreadable", "nothing"]
-"""Of a group of shards: whether it has a readable sample of a modality, or none that is, or none at all."""
 HINTED = 4
 """Shards that a storage is asked to prefetch; how many of them it fetches ahead is its own business."""
-
-
+BATCH = 32
+"""Samples of a shard whose texts are read together."""
 FILES_OF_A_GROUP = 2
 """Most files that a `Reader` keeps open: its shard, and once more where a part of it is scanned."""
 _MOST_AGAIN = 256 << 20
 """Bytes of saved samples that are read at a time."""
 
 
-class Found(NamedTuple):
-    """A sample by address, before its content is looked at, or bytes that hold none any more.
+class BadSample(NamedTuple):
+    """A sample that is left out, or a stretch of damage: where it is, why, and how many `samples` that likely costs."""
 
-    `shard` is an index into the run's shards; `samples` see `samples_in`.
-    """
-
-    shard: int
-    entry: Entry
-    ordinal: int
-    epoch: int
+    where: str
+    kind: str
+    message: str
     samples: int
 
 
 class Reader:
     """The samples of one group of shards that belong to one lane, in its order.
 
-    `place` is where it stands: a reader that starts there gives what this one gives next.
+    `place` is the position after the last sample: a reader that starts there gives what this one gives next.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        group: ShardGroup,
-        modality: Modality,
-        *,
-        lanes: int,
-        lane: int,
-        seed: int,
-        place: ReadPosition,
-        scans: IndexCache | None = None,
-    ) -> None:
-        """`scans` are those of all readers in this thread."""
+    def __init__(self, config: StreamConfig, group: ShardGroup, lane: int, place: ReadPosition) -> None:
         self.group = group
         self.place = place
-        self._shards = shards
-        self._modality: Modality = modality
-        self._lanes, self._lane, self._seed = lanes, lane, seed
-        self._scans = scans or IndexCache()
-        self._entries = self._walk(place)
+        self._config = config
+        self._lane = lane
+        self._samples = self._walk(place)
 
-    def next(self) -> Found | None:
-        """The next sample or stretch of damage; None at the end of an epoch.
+    def next(self) -> Sample | BadSample | None:
+        """The next sample or what is left out; None at the end of an epoch.
 
         Raises: DataError if a shard cannot be read at all.
         """
-        entry, self.place = next(self._entries)
-        return entry
+        found, self.place = next(self._samples)
+        return found
 
     def announce(self) -> None:
-        """Announce the shard that is read first to its storage, before anybody waits for it."""
+        """Announce the shard that is read first to its storage, before anything waits for it."""
         units = self._units(self.place.epoch)[self.place.unit :]
         self._announce(-1, iter(units[:1]))
 
-    def _walk(self, start: ReadPosition) -> Iterator[tuple[Found | None, ReadPosition]]:
+    def _walk(self, start: ReadPosition) -> Iterator[tuple[Sample | BadSample | None, ReadPosition]]:
         """Everything from `start` on, each with the place after it."""
         first, offset, ordinal = start.unit, start.offset, start.ordinal
         units = self._units(start.epoch)
@@ -98,37 +79,45 @@ class Reader:
             units, first, offset, ordinal = following, 0, 0, 0
             yield None, ReadPosition(epoch + 1)
 
-    def _unit(self, unit: ShardSlice, start: ReadPosition) -> Iterator[tuple[Found, ReadPosition]]:
-        """Of all who read the shard, the owner of the sample after some damage is the one that reports it."""
-        shard = self._shards[unit.shard]
-        for entry, ordinal in self._own_entries(shard, unit, start):
+    def _unit(self, unit: ShardSlice, start: ReadPosition) -> Iterator[tuple[Sample | BadSample, ReadPosition]]:
+        """Of all lanes that read the shard, the owner of the sample after some damage is the one that reports it."""
+        shard = self._config.shards[unit.shard]
+        entries = self._own_entries(shard, unit, start)
+        for entry, ordinal, found in read_entries(shard, entries, self._config.size, self._config.probe):
             place = ReadPosition(start.epoch, start.unit, entry.end, ordinal + isinstance(entry, tar_index.Group))
             if isinstance(entry, tar_index.Damage) and entry.end >= shard.size:
                 place = ReadPosition(start.epoch, start.unit + 1)  # the same would be reported again from this byte on
-            yield Found(unit.shard, entry, ordinal, start.epoch, samples_in(shard, entry, ordinal)), place
+            if isinstance(found, SampleError):
+                cost = samples_in(shard, entry, ordinal)
+                yield BadSample(where_is(shard, entry), found.kind, str(found), cost), place
+                continue
+            length = entry.end - entry.offset
+            found.address = SampleAddress(unit.shard, entry.offset, length, ordinal, start.epoch)
+            yield found, place
 
     def _own_entries(self, shard: Shard, unit: ShardSlice, start: ReadPosition) -> Iterator[tuple[Entry, int]]:
         """The unit's samples and damage from `start` on, with the number of the sample that it is or that follows.
 
         Units that are parts of a shard share a scan of it. One that was left in the middle goes on from that byte.
         """
+        modality = self._config.modality
         if unit.parts > 1 and not start.offset:
-            yield from self._scans.part(shard, self._modality, unit.part, unit.parts)
+            yield from self._config.index_cache.part(shard, modality, unit.part, unit.parts)
             return
         ordinal = start.ordinal
-        for entry in shard_samples(shard, self._modality, start.offset, ordinal):
+        for entry in shard_samples(shard, modality, start.offset, ordinal):
             if ordinal % unit.parts == unit.part:
                 yield entry, ordinal
             ordinal += isinstance(entry, tar_index.Group)
 
     def _units(self, epoch: int) -> list[ShardSlice]:
-        name, shards = self.group.name, self.group.shards
-        return units_of_lane(shards, self._lanes, self._lane, self._seed, self._modality, epoch, name)
+        config, group = self._config, self.group
+        return units_of_lane(group.shards, config.lanes, self._lane, config.seed, config.modality, epoch, group.name)
 
     def _announce(self, current: int, units: Iterator[ShardSlice]) -> None:
         """Announce to the storages which shards come after `current`."""
         coming = dict.fromkeys(unit.shard for unit in itertools.islice(units, HINTED) if unit.shard != current)
-        announce([self._shards[index] for index in coming])
+        announce([self._config.shards[index] for index in coming])
 
 
 def announce(shards: Sequence[Shard]) -> None:
@@ -137,18 +126,58 @@ def announce(shards: Sequence[Shard]) -> None:
         storage.prefetch([shard.path for shard in shards if shard.storage is storage])
 
 
-def read_entry(shard: SourceShard, entry: Entry, rule: SizeRule, *, label_is_enough: bool = False) -> Sample:
-    """The sample that was found, with at least one thing to say of it.
+def read_entries(
+    shard: SourceShard,
+    entries: Iterable[tuple[Entry, int]],
+    rule: SizeRule,
+    probe: Prober = probe_each,
+    *,
+    label_is_enough: bool = False,
+) -> Iterator[tuple[Entry, int, Sample | SampleError]]:
+    """Each entry of a shard with its number and what it is: a sample with a caption or label, or why it is left out.
 
-    `label_is_enough`: without made-up captions, so that one with a label only has none, as an evaluation needs it.
-    Raises: SampleError for one to leave out, which all damage is; DataError if the shard itself cannot be read.
+    Entries are read `BATCH` at a time, so that sizes that have to be probed cost one message to another process.
+    `label_is_enough`: without captions made from a label, as an evaluation needs it.
+    Raises: DataError if the shard cannot be read, after the samples before that place.
     """
-    if isinstance(entry, tar_index.Damage):
-        raise SampleError(entry.kind, entry.message)
-    sample = with_captions(shard, read_sample(shard, entry, rule), label_is_enough=label_is_enough)
-    if shard.watch is not None:
-        shard.watch.see(sample.several_lines)
-    return sample
+    for batch in _batches(entries):
+        groups = [(shard, entry) for entry, _ in batch if isinstance(entry, tar_index.Group)]
+        samples = iter(read_samples(groups, rule, probe))
+        for entry, number in batch:
+            if isinstance(entry, tar_index.Damage):
+                yield entry, number, SampleError(entry.kind, entry.message)
+                continue
+            found = next(samples)
+            if isinstance(found, Sample):
+                found = with_captions(shard, found, label_is_enough=label_is_enough)
+            if isinstance(found, Sample) and shard.watch is not None:
+                shard.watch.see(found.several_lines)
+            yield entry, number, found
+
+
+def _batches(entries: Iterable[tuple[Entry, int]]) -> Iterator[list[tuple[Entry, int]]]:
+    """Lists of at most `BATCH`. Where the entries end by an error, it comes after those before it."""
+    entries = iter(entries)
+    failure: DataError | None = None
+    while failure is None:
+        batch: list[tuple[Entry, int]] = []
+        try:
+            batch.extend(itertools.islice(entries, BATCH))
+        except DataError as error:
+            failure = error
+        if batch:
+            yield batch
+        elif failure is None:
+            return
+    raise failure
+
+
+def numbered(entries: Iterable[Entry]) -> Iterator[tuple[Entry, int]]:
+    """Entries of a whole shard with the number of the sample that each is or that follows."""
+    number = 0
+    for entry in entries:
+        yield entry, number
+        number += isinstance(entry, tar_index.Group)
 
 
 def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
@@ -166,37 +195,35 @@ def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
     return max(1, held)
 
 
-def read_again(
-    shards: Sequence[SourceShard], rows: Sequence[BufferedSample], rule: SizeRule
-) -> Iterator[Sample | SampleError | None]:
-    """What each row of a cursor's pool is, in order; from a remote store many at a time.
+def read_again(config: StreamConfig, rows: Sequence[SampleAddress]) -> Iterator[Sample | SampleError | None]:
+    """The samples of a cursor's addresses, in order; from a remote store many at a time.
 
     None where the address does not hold one sample any more, an error where the rule leaves the sample out.
     """
-
-    def again(row: BufferedSample) -> Sample | SampleError | None:
-        shard = shards[row.shard]
-        try:
-            sample = read_sample_again(shard, row.offset, row.length, rule)
-            return None if sample is None else with_captions(shard, sample)
-        except SampleError as error:
-            return error
-
-    most = min(AT_ONCE, _MOST_AGAIN // max([row.length for row in rows], default=1))
-    return at_once(again, rows, [shards[row.shard].storage for row in rows], most)
+    most = max(1, min(BATCH, _MOST_AGAIN // max([row.length for row in rows], default=1)))
+    for begin in range(0, len(rows), most):
+        some = rows[begin : begin + most]
+        ranges = [(config.shards[row.shard], row.offset, row.length) for row in some]
+        for row, found in zip(some, read_samples_again(ranges, config.size, config.probe), strict=True):
+            yield with_captions(config.shards[row.shard], found) if isinstance(found, Sample) else found
 
 
-def with_captions(shard: SourceShard, sample: Sample, *, label_is_enough: bool = False) -> Sample:
+def with_captions(shard: SourceShard, sample: Sample, *, label_is_enough: bool = False) -> Sample | SampleError:
     """The sample with its label's name and its captions, made from its source's templates where it has none.
 
-    `label_is_enough`: none are made. Raises: SampleError if nothing can be said of it.
+    `label_is_enough`: none are made, and where each line of a text is a caption, those after the first are
+    `other_captions`. An error if it has neither a caption nor a label.
     """
     templates = None if label_is_enough else shard.templates
-    said, label, ignored = resolve(
-        sample.captions, sample.label, sample.ignored, class_names=shard.class_names, templates=templates
-    )
-    kept = said is sample.captions and label is sample.label and ignored is sample.ignored
-    return sample if kept else replace(sample, captions=said, label=label, ignored=ignored)
+    try:
+        said, label, ignored = resolve(
+            sample.captions, sample.label, sample.ignored, class_names=shard.class_names, templates=templates
+        )
+    except SampleError as error:
+        return error
+    others = said[1:] if label_is_enough and shard.caption_lines else ()
+    same = said is sample.captions and label is sample.label and ignored is sample.ignored and not others
+    return sample if same else replace(sample, captions=said, label=label, ignored=ignored, other_captions=others)
 
 
 def scattered(shard: Shard, modality: Modality) -> str | None:
@@ -210,13 +237,13 @@ def scattered(shard: Shard, modality: Modality) -> str | None:
     return None
 
 
-def probe_group(shards: Sequence[SourceShard], group: ShardGroup, rule: SizeRule) -> Held:
-    """What a group holds of the rule's modality; stops at the first sample that can be read."""
+def held_by(config: StreamConfig, group: ShardGroup) -> Held:
+    """What a group holds of the modality; stops at the first sample that can be read."""
     held: Held = "nothing"
-    for shard in (shards[index] for index in group.shards):
-        for entry in shard_samples(shard, rule.modality):
-            with suppress(SampleError):
-                read_entry(shard, entry, rule)
+    for shard in (config.shards[index] for index in group.shards):
+        entries = numbered(shard_samples(shard, config.modality))
+        for entry, _, found in read_entries(shard, entries, config.size, config.probe):
+            if isinstance(found, Sample):
                 return "readable"
             if isinstance(entry, tar_index.Group):
                 held = "unreadable"

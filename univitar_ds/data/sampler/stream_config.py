@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.media.frame_sampling import Sampling
+from univitar_ds.data.media.probe import probe_each
+from univitar_ds.data.media.types import Prober
 from univitar_ds.data.sampler.bad_samples import BadPolicy
 from univitar_ds.data.sampler.packing import scale_for_dropout
-from univitar_ds.data.sampler.reader import Held, probe_group
+from univitar_ds.data.shards.index_cache import IndexCache
 from univitar_ds.data.shards.samples import SizeRule
 from univitar_ds.data.shards.sources import ShardGroup, SourceShard, groups_of, stage_modalities
 from univitar_ds.geometry import Modality
+
+Held = Literal["readable", "unreadable", "nothing"]
+"""Of a group of shards: whether it has a readable sample of a modality, or none that is, or none at all."""
 
 
 @dataclass(frozen=True)
 class StreamConfig:
     """Everything that decides the packs of one modality, but for the lane.
 
-    `weights` are the stage's, by source; `cost` are packing's coefficients; `warned` holds what one of the lanes
-    has warned of, so that hundreds do not. What is learned about the shards is learned once for all lanes too.
+    `weights` are the stage's, by source; `cost` are packing's coefficients; `probe` reads sizes that no metadata has.
+    All lanes share the last three: indexes of shards, what one of them has warned of, so that hundreds do not, and what
+    is known of groups of shards by name.
     """
 
     shards: Sequence[SourceShard]
@@ -35,8 +42,10 @@ class StreamConfig:
     weights: Mapping[str, float] = field(default_factory=dict)
     cost: tuple[float, float] = (0.0, 0.0)
     cost_budget: float | None = None
+    probe: Prober = probe_each
+    index_cache: IndexCache = field(default_factory=IndexCache, compare=False)
     warned: set[str] = field(default_factory=set, compare=False)
-    _held: dict[str, Held] = field(default_factory=dict, init=False, compare=False)
+    held: dict[str, Held] = field(default_factory=dict, compare=False)
 
     @property
     def modality(self) -> Modality:
@@ -56,12 +65,6 @@ class StreamConfig:
         first = what not in self.warned
         self.warned.add(what)
         return first
-
-    def holds(self, group: ShardGroup) -> Held:
-        """What a group holds; to know that it holds nothing, all of its shards have to be scanned."""
-        if group.name not in self._held:
-            self._held[group.name] = probe_group(self.shards, group, self.size)
-        return self._held[group.name]
 
 
 def stream_config(

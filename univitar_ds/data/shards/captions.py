@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.shards.class_names import named
 from univitar_ds.errors import SampleError
 
@@ -51,13 +53,14 @@ class Ignored(NamedTuple):
 
 class Texts(NamedTuple):
     """Captions, none empty, and at least one unless there is a label; the label where there is one; the data set that
-    the label belongs to; the CRC-32 of the media member, where `data pack` wrote one; what was ignored, each kind once;
-    whether its caption is from a .txt of several lines that are read as one caption."""
+    the label belongs to; the CRC-32 and the size of the media member, where `data pack` wrote them; what was ignored,
+    each kind once; whether its caption is from a .txt of several lines that are read as one caption."""
 
     captions: tuple[str, ...]
     label: str | None
     set: str | None = None
     crc32: int | None = None
+    size: MediaSize | None = None
     ignored: tuple[Ignored, ...] = ()
     several_lines: bool = False
 
@@ -84,8 +87,10 @@ def read_texts(members: Mapping[str, bytes], *, lines: bool = False, packed: boo
         for kind, message in aside.items():
             raise SampleError(kind, message)
         raise SampleError("no_caption", "neither captions nor caption in its .json nor a .txt member, and no label")
-    data_set, crc32 = _set(fields, aside), _crc32(fields, packed, aside)
-    return Texts(captions, label, data_set, crc32, tuple(map(Ignored._make, aside.items())) if aside else (), several)
+    own = packed or fields.keys() >= _OWN_FIELDS
+    data_set, crc32, size = _set(fields, aside), _crc32(fields, own, packed, aside), _size(fields) if own else None
+    ignored = tuple(map(Ignored._make, aside.items())) if aside else ()
+    return Texts(captions, label, data_set, crc32, size, ignored, several)
 
 
 def resolve(
@@ -226,12 +231,27 @@ def _set(fields: Mapping[str, Any], aside: _Aside) -> str | None:
     return None
 
 
-def _crc32(fields: Mapping[str, Any], packed: bool, aside: _Aside) -> int | None:
-    """Raises: SampleError for a checksum that `data pack` wrote and that has been damaged since."""
+def _size(fields: Mapping[str, Any]) -> MediaSize | None:
+    """The size that `data pack` wrote; None where it is not whole: layout 2 has no duration of a video."""
+    kind, height, width, frames = (fields.get(name) for name in ("kind", "height", "width", "frames"))
+    if not all(type(number) is int and number >= 1 for number in (height, width, frames)):
+        return None
+    if kind == "image":
+        return MediaSize("image", height, width, 1)
+    seconds = fields.get("duration_s")
+    if kind == "video" and isinstance(seconds, float) and 0 <= seconds < math.inf:
+        return MediaSize("video", height, width, frames, seconds)
+    return None
+
+
+def _crc32(fields: Mapping[str, Any], own: bool, packed: bool, aside: _Aside) -> int | None:
+    """`own`: the sample is one of `data pack`; `packed`: so is its shard, by a manifest.
+
+    Raises: SampleError for a checksum that `data pack` wrote and that has been damaged since.
+    """
     value = fields.get("crc32")
     if value is None:
         return None
-    own = packed or fields.keys() >= _OWN_FIELDS
     fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32
     if own and fits:
         return value

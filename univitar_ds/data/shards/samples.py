@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
+from typing import Any, NamedTuple
 
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, frames_of
-from univitar_ds.data.media.probe import probe
-from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize, check_area, check_duration
+from univitar_ds.data.media.probe import probe_each
+from univitar_ds.data.media.types import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    MediaAddress,
+    MediaSize,
+    Prober,
+    check_area,
+    check_duration,
+)
 from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.listing import Shard
+from univitar_ds.data.storage.parallel import at_once
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import PATCH, Modality, Resolution, smart_resize, token_count
+
+_NEAR_BYTES = 1 << 16
+"""Text members that lie within so many bytes of each other are read together."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +79,31 @@ class SizeRule:
         return own > min(token_count(grid) if fixed else self.resolution.max_tokens, self.most_tokens)
 
 
-@dataclass(frozen=True)
+class SampleAddress(NamedTuple):
+    """Where a sample lies and when it came: index of its shard, first byte, length in bytes, number within the shard,
+    epoch it belongs to, packs of its stream that had left when it came."""
+
+    shard: int
+    offset: int
+    length: int
+    ordinal: int
+    epoch: int = 0
+    since: int = 0
+
+
+_NOWHERE = SampleAddress(0, 0, 0, 0)
+
+
+@dataclass
 class Sample:
-    """A readable sample before decoding: addresses, texts and the size that its header promises.
+    """A readable sample before decoding: addresses, texts and the size it will have. The stream that reads it sets
+    `address` and `draw`; nothing changes it later.
 
     `media_offset` and `media_length` are bytes of the shard. `captions` may be none only where there is a label.
-    `frames` are those stored in its pixels, 1 for an image. `downscaled`: see `SizeRule.shrinks`; `ignored` and
-    `several_lines`: see `captions.Texts`.
+    `size` is what its metadata says, or what its header says where it was `probed`. `frames` are those stored in its
+    pixels, 1 for an image. `downscaled`: see `SizeRule.shrinks`; `ignored` and `several_lines`: see `captions.Texts`.
+    `draw` is a 64-bit number of this sample in this epoch, for what is left to chance. `other_captions`: more that an
+    evaluation counts as right.
     """
 
     shard: Shard
@@ -84,11 +115,16 @@ class Sample:
     label: str | None
     set: str | None
     crc32: int | None
+    size: MediaSize
+    probed: bool
     grid: tuple[int, int, int]
     frames: int
     downscaled: bool = False
     ignored: tuple[captions.Ignored, ...] = ()
     several_lines: bool = False
+    address: SampleAddress = _NOWHERE
+    draw: int = 0
+    other_captions: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -97,6 +133,11 @@ class Sample:
     @cached_property
     def tokens(self) -> int:
         return token_count(self.grid)
+
+    @property
+    def caption(self) -> str:
+        """The caption of this epoch, "" where there is only a label."""
+        return self.captions[(self.draw >> 32) % len(self.captions)] if self.captions else ""
 
 
 def modality_of(group: tar_index.Group) -> Modality | None:
@@ -116,25 +157,72 @@ def belongs(group: tar_index.Group, shard: Shard, modality: Modality) -> bool:
     return (shard.modality or modality_of(group) or "image") == modality
 
 
-def read_sample(shard: Shard, group: tar_index.Group, rule: SizeRule) -> Sample:
-    """Fetch a sample by its address in the shard and check everything but its pixels.
+class _Entry(NamedTuple):
+    """A sample whose texts have been read: all that is known before its size."""
 
-    Raises: SampleError for a sample to leave out; DataError if the shard itself cannot be read.
+    shard: Shard
+    key: str
+    media: MediaAddress
+    texts: captions.Texts
+
+
+def read_samples(
+    groups: Sequence[tuple[Shard, tar_index.Group]],
+    rule: SizeRule,
+    probe: Prober = probe_each,
+    *,
+    trust_metadata: bool = True,
+) -> list[Sample | SampleError]:
+    """Samples by their addresses in shards, everything checked but the pixels; an error for a sample to leave out.
+
+    Of a sample of `data pack` only the texts are read: its metadata says how large it is, and decoding compares that
+    with the file. The sizes of others, or of all if metadata is not to be trusted, come from `probe`.
+    Raises: DataError if a shard cannot be read.
     """
-    _check_length(group.length, rule)
-    data = shard.storage.read_range(shard.path, group.offset, group.length)
-    return _parse(shard, group.key, group.members, data, group.offset, group.offset, rule)
+    return _sized([_read_texts(shard, group, rule) for shard, group in groups], rule, probe, trust_metadata)
 
 
-def read_sample_again(shard: Shard, offset: int, length: int, rule: SizeRule) -> Sample | None:
-    """A sample by the address that a cursor kept. None if the address does not hold one sample any more.
+def read_samples_again(
+    ranges: Sequence[tuple[Shard, int, int]], rule: SizeRule, probe: Prober = probe_each
+) -> list[Sample | SampleError | None]:
+    """Samples by shard, first byte and length, as a cursor has kept them.
 
-    Raises: SampleError if it is not readable under this rule; another stage's may have allowed more.
+    None if these bytes are not one sample any more, an error for a sample to leave out under this rule; that of another
+    stage may have allowed more.
     """
-    _check_length(length, rule)
-    data = shard.storage.read_range(shard.path, offset, length)
-    group = tar_index.group_of_range(BytesIO(data), shard.name, length, offset)
-    return None if group is None else _parse(shard, group.key, group.members, data, offset, 0, rule)
+    entries = at_once(lambda where: _read_texts_again(*where, rule), ranges, [shard.storage for shard, _, _ in ranges])
+    return _sized(list(entries), rule, probe)
+
+
+def _read_texts(shard: Shard, group: tar_index.Group, rule: SizeRule) -> _Entry | SampleError:
+    def contents_of(members: Sequence[tar_index.Member]) -> list[bytes]:
+        read = partial(shard.storage.read_range, shard.path)
+        first, end = members[0].offset, members[-1].offset + members[-1].length
+        if end - first > _NEAR_BYTES:
+            return [read(member.offset, member.length) for member in members]
+        data = read(first, end - first)
+        return [data[member.offset - first : member.offset - first + member.length] for member in members]
+
+    try:
+        _check_length(group.length, rule)
+        return _entry(shard, group, contents_of, 0, rule)
+    except SampleError as error:
+        return error
+
+
+def _read_texts_again(shard: Shard, offset: int, length: int, rule: SizeRule) -> _Entry | SampleError | None:
+    """With one read of all bytes: of a remote shard that is one request."""
+
+    def contents_of(members: Sequence[tar_index.Member]) -> list[bytes]:
+        return [data[member.offset : member.offset + member.length] for member in members]
+
+    try:
+        _check_length(length, rule)
+        data = shard.storage.read_range(shard.path, offset, length)
+        group = tar_index.group_of_range(BytesIO(data), shard.name, length, offset)
+        return None if group is None else _entry(shard, group, contents_of, offset, rule)
+    except SampleError as error:
+        return error
 
 
 def _check_length(length: int, rule: SizeRule) -> None:
@@ -155,17 +243,16 @@ def _hint(members: Sequence[tar_index.Member], wanted: Collection[str]) -> str:
     return f"; {tar_index.SORT_HINT}" if len(members) == 1 else ""
 
 
-def _parse(
-    shard: Shard, key: str, members: Sequence[tar_index.Member], data: bytes, origin: int, counted: int, rule: SizeRule
-) -> Sample:
-    """`data` begins at byte `origin` of the shard, which members' offsets call byte `counted`."""
-
-    def content_of(member: tar_index.Member) -> bytes:
-        start = member.offset - counted
-        return data[start : start + member.length]
-
-    by_extension = {member.extension: member for member in members}
-    if len(by_extension) < len(members):
+def _entry(
+    shard: Shard,
+    group: tar_index.Group,
+    contents_of: Callable[[Sequence[tar_index.Member]], list[bytes]],
+    origin: int,
+    rule: SizeRule,
+) -> _Entry:
+    """Offsets of the group's members count from byte `origin` of the shard. Raises: SampleError."""
+    members = group.members
+    if len({member.extension for member in members}) < len(members):
         raise SampleError("duplicate", "two members have the same name")
     if linked := [member.extension for member in members if member.link]:
         remedy = "pack with tar --dereference --hard-dereference"
@@ -175,23 +262,66 @@ def _parse(
     if media is None:
         names = ", ".join(member.extension or "one without an extension" for member in members)
         raise SampleError("no_media", f"no {rule.modality} among its members ({names}){_hint(members, known)}")
-    content = content_of(media)
-    contents = {member.extension: content_of(member) for member in members if member.extension in captions.EXTENSIONS}
+    named = [member for member in members if member.extension in captions.EXTENSIONS]
+    texts = contents_of(named) if named else []
+    contents = {member.extension: content for member, content in zip(named, texts, strict=True)}
     try:
-        texts = captions.read_texts(contents, lines=shard.caption_lines, packed=shard.modality is not None)
+        said = captions.read_texts(contents, lines=shard.caption_lines, packed=shard.modality is not None)
     except SampleError as error:
         hint = _hint(members, captions.EXTENSIONS) if error.kind == "no_caption" else ""
         raise SampleError(error.kind, f"{error}{hint}") from error
-    size = probe(content, media.extension)
+    address = MediaAddress(shard.storage, shard.path, origin + media.offset, media.length, media.extension)
+    return _Entry(shard, group.key, address, said)
+
+
+def _sized(
+    entries: Sequence[_Entry | SampleError | None], rule: SizeRule, probe: Prober, trust_metadata: bool = True
+) -> list[Any]:
+    """The entries with their sizes; what is no entry stays as it is."""
+
+    def known(entry: _Entry) -> MediaSize | None:
+        return entry.texts.size if trust_metadata else None
+
+    unknown = [entry.media for entry in entries if isinstance(entry, _Entry) and known(entry) is None]
+    probed = iter(probe(unknown) if unknown else ())
+    found: list[Sample | SampleError | None] = []
+    for entry in entries:
+        if not isinstance(entry, _Entry):
+            found.append(entry)
+            continue
+        size = known(entry) or next(probed)
+        try:
+            found.append(size if isinstance(size, SampleError) else _sample(entry, size, known(entry) is None, rule))
+        except SampleError as error:
+            found.append(error)
+    return found
+
+
+def _sample(entry: _Entry, size: MediaSize, probed: bool, rule: SizeRule) -> Sample:
+    """Raises: SampleError for a size that the rule does not allow."""
+    media = entry.media
     if size.kind != rule.modality:
         raise SampleError("wrong_kind", f"its .{media.extension} holds {size.kind} data, not {rule.modality}")
     check_area(size.height, size.width, rule.max_image_px)
     check_duration(size.duration_s, rule.max_video_s)
     frames = rule.frames_of(size)
     grid = rule.grid(size.height, size.width, frames)
-    downscaled = rule.shrinks(size.height, size.width, grid)
-    offset = origin + media.offset - counted
-    *said, ignored, several_lines = texts
+    texts = entry.texts
     return Sample(
-        shard, key, offset, media.length, media.extension, *said, grid, frames, downscaled, ignored, several_lines
+        shard=entry.shard,
+        key=entry.key,
+        media_offset=media.offset,
+        media_length=media.length,
+        extension=media.extension,
+        captions=texts.captions,
+        label=texts.label,
+        set=texts.set,
+        crc32=texts.crc32,
+        size=size,
+        probed=probed,
+        grid=grid,
+        frames=frames,
+        downscaled=rule.shrinks(size.height, size.width, grid),
+        ignored=texts.ignored,
+        several_lines=texts.several_lines,
     )

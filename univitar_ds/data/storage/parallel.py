@@ -21,7 +21,7 @@ def at_once(
 
     Those answer at once, and every thread would leave a heap of its own behind.
     """
-    if most <= 1 or all(isinstance(storage, LocalStorage) for storage in storages):
+    if min(most, len(pieces)) <= 1 or all(isinstance(storage, LocalStorage) for storage in storages):
         yield from map(work, pieces)
         return
     with ThreadPoolExecutor(most) as threads:

@@ -12,7 +12,7 @@ from typing import Any
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.loader import PackLoader
+from univitar_ds.data.loader import LaneSet, PackLoader
 from univitar_ds.data.sampler.packing import item_cost, scale_for_dropout
 from univitar_ds.data.shards.contents import faults_of_stages
 from univitar_ds.data.shards.sources import fingerprint, stage_modalities, validate_sources
@@ -151,12 +151,9 @@ def _steps(
     """As many steps as hold `packs` packs; of the lanes no more than there are packs to draw."""
     lanes = min(config.data.lanes, packs)
     with PackLoader(
-        config.data.sources,
-        data=config.data,
-        stage=stage,
-        lanes_of_rank=range(lanes),
-        lanes=config.data.lanes,
-        seed=config.seed,
+        config.data,
+        stage,
+        LaneSet(range(lanes), config.data.lanes, config.seed),
         modality_of=lambda step: modality,
         tokenizer=None,
         context_length=config.model.text.context_length,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,14 +14,11 @@ from typing import Any
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.collate import decoded
-from univitar_ds.data.media.probe import probe
-from univitar_ds.data.media.types import MediaSize
-from univitar_ds.data.sampler.cursor import BufferedSample
-from univitar_ds.data.sampler.lanes import Item, Plan
-from univitar_ds.data.sampler.reader import read_entry
+from univitar_ds.data.media.types import MediaAddress, MediaSize, Prober
+from univitar_ds.data.sampler.lanes import Plan
 from univitar_ds.data.sampler.stream_config import stream_config
 from univitar_ds.data.shards.captions import EXTENSIONS
-from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of
+from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_samples
 from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.data.shards.tar_index import scan
 from univitar_ds.data.storage.address import storage_for
@@ -84,8 +81,8 @@ class _Header:
 def report(paths: Iterable[Path], data: DataConfig, stage: StageConfig) -> Iterator[MediaReport]:
     """What a run with these settings would make of each file, in order.
 
-    Headers are read here and pixels decoded in `data.workers` processes, at least one, as the trainer does it. The
-    files are copied into temporary shards one after the other.
+    Headers and pixels are read by `data.workers` processes, at least one, as in training. The files are copied into
+    temporary shards one after the other.
     """
     data = data.model_copy(update={"workers": max(data.workers, 1)})
     # The stage may read one modality only; files are of both.
@@ -94,13 +91,17 @@ def report(paths: Iterable[Path], data: DataConfig, stage: StageConfig) -> Itera
     sizes = {modality: rule.size for modality, rule in rules.items()}
     waiting: deque[_Header] = deque()
     with TemporaryDirectory(prefix="univitar-probe-") as folder:
-        packs = decoded(_plans(paths, Path(folder), sizes, waiting), data, sizes, stage.token_budget)
+
+        def plans_of(probe: Prober) -> Iterator[Plan]:
+            return _plans(paths, Path(folder), sizes, waiting, probe)
+
+        packs = decoded(plans_of, data, sizes, stage.token_budget)
         try:
             for pack in packs:
                 while waiting[0].sample is None:
                     yield _result(waiting.popleft(), None)
                 header = waiting.popleft()
-                assert header.sample is pack.plan.items[0].sample
+                assert header.sample is pack.plan.samples[0]
                 Path(header.sample.shard.path).unlink()
                 failed = next((SampleError(kind, message) for _, kind, message in pack.failures), None)
                 yield _result(header, failed)
@@ -111,19 +112,29 @@ def report(paths: Iterable[Path], data: DataConfig, stage: StageConfig) -> Itera
 
 
 def _plans(
-    paths: Iterable[Path], folder: Path, sizes: Mapping[Modality, SizeRule], waiting: deque[_Header]
+    paths: Iterable[Path],
+    folder: Path,
+    sizes: Mapping[Modality, SizeRule],
+    waiting: deque[_Header],
+    probe: Prober,
 ) -> Iterator[Plan]:
     for number, path in enumerate(paths):
-        header = _header(path, folder / f"{number}.tar", sizes)
+        header = _header(path, folder / f"{number}.tar", sizes, probe)
         waiting.append(header)
         if header.sample is not None:
-            item = Item(header.sample, header.sample.captions[0], BufferedSample(0, 0, 0, 0, 0, 0))
-            modality: Modality = "video" if header.size is not None and header.size.kind == "video" else "image"
-            yield Plan([item], modality, 0, number, None, {})
+            yield Plan([header.sample], header.sample.size.kind, 0, number, None, {})
 
 
-def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule]) -> _Header:
-    size = sample = None
+def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule], probe: Prober) -> _Header:
+    size: MediaSize | None = None
+
+    def noted(media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
+        """What is found of the file stays known where the stage's rule refuses the sample."""
+        nonlocal size
+        (found,) = probe(media)
+        size = found if isinstance(found, MediaSize) else None
+        return [found]
+
     try:
         most_mb = max(rule.max_sample_mb for rule in sizes.values())
         content = read_file(path, most_mb << 20, f", above data.max_sample_mb = {most_mb} (MiB)")
@@ -134,12 +145,13 @@ def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule]) -> _Hea
         source = SourceShard(_KEY, str(shard), storage_for(str(shard)), shard.stat().st_size)
         with source.storage.open(source.path) as stream:
             (group,) = scan(stream, source.name, source.size)
-        sample = read_entry(source, group, sizes[modality_of(group) or "image"])
-        size = probe(content, extension)
+        (found,) = read_samples([(source, group)], sizes[modality_of(group) or "image"], noted)
     except SampleError as error:
+        found = error
+    if isinstance(found, SampleError):
         shard.unlink(missing_ok=True)
-        return _Header(path, size, None, error)
-    return _Header(path, size, sample, None)
+        return _Header(path, size, None, found)
+    return _Header(path, size, found, None)
 
 
 def _write_shard(path: Path, extension: str, content: bytes) -> None:

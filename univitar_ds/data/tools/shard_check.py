@@ -14,9 +14,9 @@ from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLi
 from univitar_ds.data.decoding.task_pool import At, Bad, Event, Hashed, Noted, Read, Scattered, SeveralLines, Task
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.memory_limits import confine
-from univitar_ds.data.sampler.reader import read_entry
+from univitar_ds.data.sampler.reader import with_captions
 from univitar_ds.data.shards import tar_index
-from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of
+from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_samples
 from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import StorageSettings
@@ -99,7 +99,12 @@ def check_sample(shard: SourceShard, group: tar_index.Group, job: ShardCheck) ->
         raise SampleError("wrong_kind", f"is {kind} in a shard whose manifest says {shard.modality}; pack it again")
     if job.confined:
         confine(job.data.max_image_px, group.length)
-    sample = read_entry(shard, group, _rule(kind, job.data))
+    (found,) = read_samples([(shard, group)], _rule(kind, job.data), trust_metadata=False)
+    if isinstance(found, Sample):
+        found = with_captions(shard, found)
+    if isinstance(found, SampleError):
+        raise found
+    sample = found
     if job.decode:
         _decode(sample, kind, job)
     elif sample.crc32 is not None:

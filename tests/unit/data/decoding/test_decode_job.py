@@ -8,9 +8,10 @@ import pytest
 
 from tests.support import media, shards
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits, decode_pack
-from univitar_ds.data.media import image_decode
+from univitar_ds.data.media import image_decode, video_decode
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.resize import fit_image
+from univitar_ds.data.media.types import MediaSize
 from univitar_ds.errors import DataError
 
 LIMITS = DecodeLimits(10**6, 30.0, 60.0)
@@ -95,3 +96,35 @@ def test_a_shard_that_is_gone_is_no_bad_sample(place):
     (item,) = place(b"abc")
     with pytest.raises(DataError, match="cannot be read"):
         decode_pack(job_of([DecodeItem(item.path + "x", 0, 3, item.grid, 1)]), np.empty(item.bytes, np.uint8))
+
+
+def outcome(item, modality="image"):
+    """The kind and message under which the item fails; None if it is decoded."""
+    failures = decode_pack(job_of([item], modality), np.empty(item.bytes, np.uint8))
+    return failures[0][1:] if failures else None
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_an_image_of_another_size_than_its_metadata_says_is_a_bad_sample(place, form, orientation):
+    content = media.encoded(media.noise(200, 302), form, exif=media.exif(orientation))
+    size = (302, 200) if orientation == 6 else (200, 302)
+    assert outcome(*place(content, size=size)) is None
+    for wrong in (size[::-1], (200, 303), (25, 38)):
+        kind, message = outcome(*place(content, size=wrong))
+        assert kind == "wrong_size"
+        assert f"{wrong[1]} x {wrong[0]}" in message
+        assert f"{size[1]} x {size[0]}" in message
+
+
+def test_a_video_may_have_the_size_of_its_header_or_of_its_frames(place, monkeypatch):
+    content = shards.video(48, 64, 8)
+    given = {"grid": (1, 2, 3), "frames": 2}
+    assert outcome(*place(content, size=(48, 64), **given), "video") is None
+    kind, message = outcome(*place(content, size=(64, 48), **given), "video")
+    assert (kind, "48 x 64" in message, "64 x 48" in message) == ("wrong_size", True, True)
+    # A rotation that comes with the frames: the header does not know it.
+    monkeypatch.setattr(video_decode, "probe_video", lambda data, demuxer: MediaSize("video", 64, 48, 8, 0.3))
+    assert outcome(*place(content, size=(64, 48), **given), "video") is None
+    assert outcome(*place(content, size=(48, 64), **given), "video") is None
+    assert outcome(*place(content, size=(48, 48), **given), "video")[0] == "wrong_size"

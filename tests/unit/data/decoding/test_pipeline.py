@@ -14,9 +14,9 @@ import torch
 
 from tests.support.memory import memory_shards, small_rules
 from tests.support.progress import run_watched
-from univitar_ds.data.decoding import pipeline, supervisor
+from univitar_ds.data.decoding import pipeline
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits
-from univitar_ds.data.decoding.pipeline import Pipeline
+from univitar_ds.data.decoding.pipeline import Pipeline, PipelineConfig
 from univitar_ds.data.media.frame_sampling import UNIFORM
 from univitar_ds.data.sampler.cursor import LaneCursor
 from univitar_ds.data.sampler.lanes import Lane
@@ -38,14 +38,14 @@ def job():
 def draw(r):
     "Every item becomes pixels of the last byte of its address."
     room = ring.view(r["slot"])[r["start"]:]
-    for path, offset, length, (_, h, w), *_ in r["job"]["items"]:
+    for path, offset, length, (_, h, w), *_ in r["decode"]["items"]:
         room[:h * w * 588] = offset // 512 % 251
         room = room[h * w * 588:]
         ring.done[r["slot"]] += 1
 def answer(r, **what):
     c.send_bytes(json.dumps({"failures": [], **what}).encode())
 def offsets(r):
-    return [item[1] for item in r["job"]["items"]]
+    return [item[1] for item in r["decode"]["items"]]
 """
 HONEST = """
 ready()
@@ -99,22 +99,21 @@ def plans(n=6):
 
 
 def job_of(plan):
-    items = [
-        DecodeItem("m0", item.sample.media_offset, item.sample.media_length, item.sample.grid, 1) for item in plan.items
-    ]
+    items = [DecodeItem("m0", one.media_offset, one.media_length, one.grid, 1) for one in plan.samples]
     return DecodeJob("image", UNIFORM, DecodeLimits(10**6, 0.1, 60.0), items, plan.name)
 
 
 def run(given=None, **changed):
-    fields = {"workers": 1, "prefetch_packs": 2, "slot_bytes": SLOT, **changed}
-    return Pipeline(plans() if given is None else given, job_of, **fields)
+    config = {"workers": 1, "prefetch_packs": 2, "slot_bytes": SLOT, "max_image_px": 10**6, **changed}
+    given = plans() if given is None else given
+    return Pipeline(lambda probe: given, job_of, PipelineConfig(**config))
 
 
 def expected(plan, failures=()):
     """The pixels that an honest process draws."""
     without = {index for index, _, _ in failures}
-    kept = [item for index, item in enumerate(plan.items) if index not in without]
-    parts = [np.full(item.sample.tokens * 588, item.sample.media_offset // 512 % 251, np.uint8) for item in kept]
+    kept = [item for index, item in enumerate(plan.samples) if index not in without]
+    parts = [np.full(item.tokens * 588, item.media_offset // 512 % 251, np.uint8) for item in kept]
     return np.concatenate(parts) if parts else np.empty(0, np.uint8)
 
 
@@ -130,7 +129,7 @@ while True:
 
 
 def offset_of(step, index):
-    return list(plans())[step].items[index].sample.media_offset
+    return list(plans())[step].samples[index].media_offset
 
 
 def test_packs_come_in_the_order_of_the_plans_whoever_is_faster(monkeypatch):
@@ -178,10 +177,9 @@ def test_processes_that_are_killed_at_random_lose_nothing(monkeypatch):
     ],
 )
 def test_an_item_that_ends_its_process_again_and_again_is_one_bad_sample(monkeypatch, death, kind, words):
-    if kind == "timeout":  # not so short that an honest process on a busy machine is taken for hung
-        monkeypatch.setattr(supervisor, "_PATIENCE_S", 1.5)
     play(monkeypatch, deadly(f"o == {offset_of(1, 1)}").replace("DIE", death))
-    with run(plans(3), restarts=4) as packs:
+    # Not so short that an honest process on a busy machine is taken for hung.
+    with run(plans(3), restarts=4, patience_s=1.5 if kind == "timeout" else 600.0) as packs:
         outcomes = list(packs)
     assert [pack.plan.index for pack in outcomes] == [0, 1, 2]
     assert [len(pack.failures) for pack in outcomes] == [0, 1, 0]
@@ -222,10 +220,9 @@ def test_a_process_that_cannot_even_start_ends_the_run(monkeypatch):
 
 
 def test_a_process_that_goes_on_finishing_items_is_not_taken_for_hung(monkeypatch):
-    monkeypatch.setattr(supervisor, "_PATIENCE_S", 2.0)
     slow = "\nfor _ in range(5): time.sleep(0.5); ring.done[r['slot']] += 1\n"
     started = play(monkeypatch, f"ready(); r = job(){slow}draw(r); answer(r); job()")
-    with run(plans(1)) as packs:
+    with run(plans(1), patience_s=2.0) as packs:
         assert np.array_equal(next(packs).pixels, expected(next(plans())))
     assert len(started) == 1
 

@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,12 +85,41 @@ def test_pixels_come_through_the_ring_from_a_process_that_was_killed_before(serv
     assert not ring.view(0).any()
 
 
+class Dying:
+    """A server of which the first processes die once they have their work."""
+
+    def __init__(self, server, deaths):
+        self.server, self.left = server, deaths
+
+    def fork(self):
+        pid, channel = self.server.fork()
+        if self.left:
+            self.left -= 1
+            send, sent = channel.send_bytes, []
+
+            def killed_at_the_second(message):
+                sent.append(message)
+                if len(sent) == 2:
+                    os.kill(pid, signal.SIGKILL)
+                send(message)
+
+            return pid, SimpleNamespace(
+                send_bytes=killed_at_the_second, poll=channel.poll, recv_bytes=channel.recv_bytes, close=channel.close
+            )
+        return pid, channel
+
+    def end(self, pid, *, hangs):
+        return self.server.end(pid, hangs=hangs)
+
+
 def test_items_done_one_by_one_stand_where_the_whole_pack_puts_them(server, ring, job):
     good = job.items[0]
     items = [good, replace(good, length=20), replace(good, grid=(1, 1, 1)), good]
     attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
     whole = attendant.decode_pack(0, replace(job, items=items))
-    alone = attendant._one_by_one(1, replace(job, items=items))
+    dying = Dying(server, 2)
+    alone = WorkerSupervisor(1, dying, ring, LOCAL, RestartBudget(2)).decode_pack(1, replace(job, items=items))
+    assert dying.left == 0
     assert [(index, kind) for index, kind, _ in whole] == [(1, "unreadable")]
     assert alone == whole
     assert (ring.view(0) == ring.view(1)).all()
@@ -200,7 +230,7 @@ def test_when_the_server_is_killed_its_processes_go_and_the_next_call_starts_ano
     assert attendant.decode_pack(0, job) == []
     pid, channel = server.fork()
     greeted(channel)
-    channel.send_bytes(json.dumps({"slot": 1, "start": 0, "job": stuck.to_json()}).encode())
+    channel.send_bytes(json.dumps({"slot": 1, "start": 0, "decode": stuck.to_json()}).encode())
     server._process.kill()
     assert gone(pid)
     assert attendant.decode_pack(0, job) == []
@@ -213,7 +243,7 @@ def test_closing_ends_a_process_in_the_middle_of_its_work_and_is_safe_again(serv
     monkeypatch.setattr(forkserver, "_CLOSE_S", WHOLE_S)  # on a busy machine the server may need longer than 10 s
     pid, channel = server.fork()
     greeted(channel)
-    channel.send_bytes(json.dumps({"slot": 0, "start": 0, "job": stuck.to_json()}).encode())
+    channel.send_bytes(json.dumps({"slot": 0, "start": 0, "decode": stuck.to_json()}).encode())
     main = server._process
     server.close()
     server.close()
@@ -234,7 +264,7 @@ server = ForkServer(SharedSlots.create(1, 9999))
 pid, channel = server.fork()
 channel.send_bytes(json.dumps(LOCAL.to_json()).encode())
 channel.recv_bytes()
-channel.send_bytes({json.dumps({"slot": 0, "start": 0, "job": stuck.to_json()}).encode()!r})
+channel.send_bytes({json.dumps({"slot": 0, "start": 0, "decode": stuck.to_json()}).encode()!r})
 print(pid, server._process.pid, flush=True)
 {end}
 """

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from tests.support.memory import memory_shards, shards_of, sized_sample, small_rules
 from univitar_ds.data.sampler.cursor import (
-    BufferedSample,
     LaneCursor,
     ReadPosition,
     StreamCursor,
@@ -21,13 +20,14 @@ from univitar_ds.data.sampler.cursor import (
     write_pool,
 )
 from univitar_ds.data.sampler.lanes import Stream
+from univitar_ds.data.shards.samples import SampleAddress
 from univitar_ds.data.shards.sources import fingerprint
 from univitar_ds.errors import DataError
 
 PACKS = 1 << 40
 counts = st.integers(0, PACKS)
 rows = st.builds(
-    lambda shard, block, blocks, *rest: BufferedSample(shard, 512 * block, 512 * blocks, *rest),
+    lambda shard, block, blocks, *rest: SampleAddress(shard, 512 * block, 512 * blocks, *rest),
     *[st.one_of(st.integers(0, 5), counts)] * 6,
 )
 places = st.builds(ReadPosition, counts, counts, counts, counts, st.integers(-(1 << 40), 1 << 40))
@@ -126,7 +126,7 @@ def test_a_damaged_cursor_is_refused(change, said):
 @pytest.mark.parametrize("since", [-1, 6])
 def test_nobody_waits_longer_than_there_were_packs_or_less_than_not_at_all(since):
     document = LaneCursor(
-        0, 1, 0, "f", 5, {"image": StreamCursor(5, pool=(BufferedSample(0, 0, 512, 0, 0, since),))}
+        0, 1, 0, "f", 5, {"image": StreamCursor(5, pool=(SampleAddress(0, 0, 512, 0, 0, since),))}
     ).to_json()
     with pytest.raises(DataError, match="is damaged"):
         parse(document)
@@ -179,7 +179,7 @@ def test_changed_data_that_are_accepted_begin_their_next_epoch_and_keep_what_was
     stream = Stream(after, 0, cursor.streams["image"])
     seen = []
     while stream.cursor().places[""].epoch == epoch or any(row.epoch == epoch for row in stream.cursor().pool):
-        seen += [item.sample.key for item in stream.next_pack()[0] if item.address.epoch == epoch]
+        seen += [item.key for item in stream.next_pack()[0] if item.address.epoch == epoch]
     assert sorted(seen) == sorted(f"{s}-{i}" for s, n in enumerate([30, 12, 5]) for i in range(n))
 
 

@@ -28,7 +28,6 @@ from tests.support.shards import video
 from univitar_ds.data.sampler import reader
 from univitar_ds.data.sampler.cursor import LaneCursor, StreamCursor, parse
 from univitar_ds.data.sampler.lanes import Lane, Stream
-from univitar_ds.data.shards.index_cache import IndexCache
 from univitar_ds.errors import DataError
 
 
@@ -41,7 +40,7 @@ def drained(rules, lane, epochs):
         assert len(set(keys(items))) == len(items), "a pack holds a sample twice"
         waiting = [row.epoch for row in stream.cursor().pool]
         assert max(waiting, default=0) - min(waiting, default=0) <= 1, "the pool holds more than two epochs"
-        given_out += [(item.sample.key, item.address.epoch) for item in items]
+        given_out += [(item.key, item.address.epoch) for item in items]
     return given_out
 
 
@@ -144,13 +143,11 @@ def test_what_the_shards_hold_is_found_out_once_for_all_lanes():
     storage = shards[-1].storage
     open_shard = storage.open
     storage.open = lambda path: opened.update([path]) or open_shard(path)
-    scans = IndexCache()
-    streams = [Stream(rules, lane, StreamCursor(), scans) for lane in range(8)]
+    streams = [Stream(rules, lane, StreamCursor()) for lane in range(8)]
     for stream in streams:
         stream.next_pack()
         assert stream.cursor().empty == ("b",)
     assert opened == Counter({shard.path: 2 for shard in shards[32:]})
-    assert all(stream._rules.group_of is rules.group_of for stream in streams)
 
 
 def test_a_lane_does_not_know_how_many_lanes_a_rank_runs():
@@ -159,10 +156,9 @@ def test_a_lane_does_not_know_how_many_lanes_a_rank_runs():
     rules = {"image": small_rules(shards, lanes=4)}
 
     def run(owned):
-        scans = IndexCache()
-        lanes = [Lane(rules, LaneCursor(lane, 4, 0, "f"), scans) for lane in owned]
+        lanes = [Lane(rules, LaneCursor(lane, 4, 0, "f")) for lane in owned]
         plans = [lane.next_plan("image", step) for step in range(8) for lane in lanes]
-        return {(plan.index, plan.lane): (keys(plan.items), plan.cursor) for plan in plans}
+        return {(plan.index, plan.lane): (keys(plan.samples), plan.cursor) for plan in plans}
 
     assert run([0, 1, 2, 3]) == run([0, 1]) | run([2, 3])
 
@@ -175,7 +171,7 @@ def test_each_modality_of_a_lane_goes_on_where_it_was():
     videos = small_rules(memory_shards([40]), seed=9)  # stands in for a second, independent stream
     lane = Lane({"image": rules, "video": videos}, LaneCursor(0, 1, 0, "f"))
     mixed = [lane.next_plan(modality, n) for n, modality in enumerate(["image", "video", "video", "image", "image"])]
-    assert [(list(p.items), p.bad) for p in mixed if p.modality == "image"] == alone[:3]
+    assert [(list(p.samples), p.bad) for p in mixed if p.modality == "image"] == alone[:3]
     cursor = mixed[-1].cursor
     assert (cursor.packs, cursor.streams["image"].packs, cursor.streams["video"].packs) == (5, 3, 2)
     resumed = Lane({"image": rules, "video": videos}, parse(json.loads(json.dumps(cursor.to_json()))))
@@ -218,14 +214,14 @@ def test_packs_stay_full_across_the_end_of_an_epoch():
     rules = small_rules(memory_shards([60]), pool_samples=32)
     packs, end = packs_of(rules, 0, 60)
     assert epoch_of(end) >= 3
-    fills = [sum(item.sample.tokens for item in items) / 40 for items, _ in packs]
+    fills = [sum(item.tokens for item in items) / 40 for items, _ in packs]
     assert min(fills) >= 0.95
 
 
 def test_the_caption_of_an_epoch_is_drawn_and_stays_the_same_on_a_rerun():
     rules = small_rules(memory_shards([8], captions=4))
-    chosen = [{i.sample.key: i.caption for i in items} for items, _ in packs_of(rules, 0, 40)[0]]
-    assert chosen == [{i.sample.key: i.caption for i in items} for items, _ in packs_of(rules, 0, 40)[0]]
+    chosen = [{i.key: i.caption for i in items} for items, _ in packs_of(rules, 0, 40)[0]]
+    assert chosen == [{i.key: i.caption for i in items} for items, _ in packs_of(rules, 0, 40)[0]]
     assert len({caption for pack in chosen for caption in pack.values()}) == 8 * 4
 
 
@@ -264,7 +260,7 @@ def test_the_order_does_not_hang_on_the_process():
     code = (
         "from tests.support.memory import *; from univitar_ds.data.sampler.lanes import *;"
         "s = Stream(small_rules(memory_shards([30, 9]), lanes=3), 1, StreamCursor());"
-        "print([[i.sample.key for i in s.next_pack()[0]] for _ in range(9)])"
+        "print([[i.key for i in s.next_pack()[0]] for _ in range(9)])"
     )
     environment = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     there = run_watched([sys.executable, "-c", code], env=environment, check=True)

@@ -58,7 +58,7 @@ def drawn(rules, packs, start=None, lane=0):
     """(source, key, epoch) of every item, and the cursor at the end."""
     stream = Stream(rules, lane, start or StreamCursor())
     items = [item for _ in range(packs) for item in stream.next_pack()[0]]
-    return [(item.sample.shard.source, item.sample.key, item.address.epoch) for item in items], stream.cursor()
+    return [(item.shard.source, item.key, item.address.epoch) for item in items], stream.cursor()
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
@@ -110,8 +110,8 @@ def test_every_source_has_epochs_of_its_own_in_which_each_sample_comes_once(coun
                 saved = LaneCursor(lane, lanes, 0, "f", 0, {"image": stream.cursor()}).to_json()
                 stream = Stream(rules, lane, parse(json.loads(json.dumps(saved))).streams["image"])
             items, _ = stream.next_pack()
-            assert len({item.sample.key for item in items}) == len(items), "a pack holds a sample twice"
-            seen.update((item.sample.key, item.address.epoch) for item in items)
+            assert len({item.key for item in items}) == len(items), "a pack holds a sample twice"
+            seen.update((item.key, item.address.epoch) for item in items)
             cursor = stream.cursor()
             if pack > resumed_after and done(rules, cursor, 2):
                 break
@@ -228,7 +228,7 @@ def test_a_source_that_a_later_stage_adds_comes_once_an_epoch_though_lanes_stand
 def fills(rules, packs, start=None, lane=0):
     stream = Stream(rules, lane, start or StreamCursor())
     drawn_packs = [stream.next_pack()[0] for _ in range(packs)]
-    return [sum(item.sample.tokens for item in pack) / rules.token_budget for pack in drawn_packs]
+    return [sum(item.tokens for item in pack) / rules.token_budget for pack in drawn_packs]
 
 
 def test_a_stage_without_the_weights_of_the_last_one_fills_its_packs():
@@ -279,9 +279,9 @@ def test_a_label_alone_is_put_into_a_template_that_changes_from_epoch_to_epoch()
         stream = Stream(rules, 0, start)
         for _ in range(30):
             for item in stream.next_pack()[0]:
-                told = captions.setdefault((item.sample.key, item.address.epoch), item.caption)
+                told = captions.setdefault((item.key, item.address.epoch), item.caption)
                 assert told == item.caption, "another caption on the rerun"
-                assert told in [template.replace("{}", item.sample.label) for template in templates]
+                assert told in [template.replace("{}", item.label) for template in templates]
     assert len({caption for (key, _), caption in captions.items() if key == "k3"}) == 3
 
 

@@ -214,7 +214,7 @@ def packs_of_two_epochs(rules, number):
     lane = Lane({"image": rules}, LaneCursor(number, rules.lanes, rules.seed, "f"))
     for index in itertools.count():
         plan = lane.next_plan("image", index)
-        yield plan.items
+        yield plan.samples
         stream = plan.cursor.streams["image"]
         if min([stream.places[EVERYTHING].epoch, *(row.epoch for row in stream.pool)]) >= 2:
             return
@@ -231,14 +231,14 @@ def test_lanes_that_read_shards_fill_packs_alike_and_give_every_sample_once_an_e
     rules = replace(rules, size=size, cost_budget=None if share is None else share * full)
     lanes = [list(packs_of_two_epochs(rules, number)) for number in range(4)]
 
-    seen = Counter((item.sample.key, item.address.epoch) for lane in lanes for items in lane for item in items)
+    seen = Counter((item.key, item.address.epoch) for lane in lanes for items in lane for item in items)
     first_two = {entry: times for entry, times in seen.items() if entry[1] < 2}
     assert first_two == {(str(number), epoch): 1 for number in range(len(sizes)) for epoch in range(2)}
 
-    tokens = [sum(item.sample.tokens for item in items) for lane in lanes for items in lane]
+    tokens = [sum(item.tokens for item in items) for lane in lanes for items in lane]
     assert 0.985 * (share or 1) <= sum(tokens) / len(tokens) / 512
     assert max(tokens) <= 512
-    costs = [[sum(item_cost(item.sample.tokens, cost) for item in items) for items in lane] for lane in lanes]
+    costs = [[sum(item_cost(item.tokens, cost) for item in items) for items in lane] for lane in lanes]
     if share is not None:  # else they are not alike: about eight times further apart
         assert max(map(max, costs)) <= rules.cost_budget
         imbalance = [max(step) * len(step) / sum(step) - 1 for step in zip(*costs, strict=False)]

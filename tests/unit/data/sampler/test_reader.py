@@ -1,5 +1,7 @@
 """Which units a lane reads and in which order, from any place on."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,10 +68,11 @@ def test_an_order_is_drawn_once_for_all_lanes_however_far_apart_they_are():
 
 def test_two_groups_of_the_same_number_of_shards_are_read_in_orders_of_their_own():
     shards = memory_shards([1] * 24, sources=["a"] * 12 + ["b"] * 12)
+    rules = small_rules(shards)
     orders = {}
     for group in groups_of(shards, "image", {"a": 1, "b": 1}):
-        reader = Reader(shards, group, "image", lanes=1, lane=0, seed=0, place=ReadPosition())
-        orders[group.name] = [found.shard - group.shards[0] for found in iter(reader.next, None)]
+        reader = Reader(replace(rules, weights={"a": 1, "b": 1}), group, 0, ReadPosition())
+        orders[group.name] = [found.address.shard - group.shards[0] for found in iter(reader.next, None)]
     assert sorted(orders["a"]) == sorted(orders["b"]) == list(range(12))
     assert orders["a"] != orders["b"]
 
@@ -99,8 +102,8 @@ def test_the_storage_hears_which_shards_come_next():
     read = []
     while reader.place.epoch < 1:
         found = reader.next()
-        if found is not None and (not read or read[-1] != f"m{found.shard}"):
-            read.append(f"m{found.shard}")
+        if found is not None and (not read or read[-1] != f"m{found.address.shard}"):
+            read.append(f"m{found.address.shard}")
     following = [f"m{unit.shard}" for unit in units_of_lane(range(9), 1, 0, 0, "image", 1)]
     assert len(set(read)) == 9
     hints = rules.shards[0].storage.hints

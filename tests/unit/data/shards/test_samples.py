@@ -16,14 +16,31 @@ from tests.support.shards import image, video
 from univitar_ds.cli.main import main
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data.media.frame_sampling import Sampling
+from univitar_ds.data.media.probe import probe, probe_each
+from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.sampler.bad_samples import KINDS
 from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.captions import read_texts
 from univitar_ds.data.shards.index_cache import shard_samples
-from univitar_ds.data.shards.samples import SizeRule, belongs, read_sample, read_sample_again
+from univitar_ds.data.shards.samples import SizeRule, belongs, read_samples, read_samples_again
 from univitar_ds.data.shards.tar_index import SORT_HINT
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Resolution
+
+
+def read_sample(shard, group, rule):
+    (found,) = read_samples([(shard, group)], rule)
+    if isinstance(found, SampleError):
+        raise found
+    return found
+
+
+def read_sample_again(shard, offset, length, rule):
+    (found,) = read_samples_again([(shard, offset, length)], rule)
+    if isinstance(found, SampleError):
+        raise found
+    return found
+
 
 IMAGE = SizeRule("image", Resolution(1, 100, 14), 1, 100, 10**6)
 VIDEO = SizeRule("video", Resolution(1, 100, 14), 4, 100, 10**6)
@@ -289,3 +306,97 @@ def test_dots_in_the_names_of_members_get_the_rule_for_keys(tmp_path):
         read_sample(*shard_and_group({"png": PNG, "npy": b"t"}), IMAGE)
     assert "first dot" not in str(caught.value)
     assert SORT_HINT not in str(caught.value)
+
+
+OWN = {"captions": ["c"], "label": None, "set": None, "file": "f", "crc32": 7}
+
+
+def own_sample(media, **size):
+    extension = "mp4" if size["kind"] == "video" else "png"
+    return {extension: media, "json": json.dumps({**OWN, **size}).encode()}
+
+
+def read_with(members, modality, *, packed, rule=None, **given):
+    """What is found, and the addresses that were probed."""
+    (shard,) = shards_of([[("k", members)]], modality if packed else None)
+    (group,) = shard_samples(shard, modality)
+    asked = []
+    (found,) = read_samples([(shard, group)], rule or (VIDEO if modality == "video" else IMAGE), noted(asked), **given)
+    return found, asked, shard
+
+
+def noted(asked):
+    def probe(media):
+        asked.extend(media)
+        return probe_each(media)
+
+    return probe
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"kind": "image", "width": 42, "height": 28, "frames": 1},
+        {"kind": "video", "width": 42, "height": 28, "frames": 9, "duration_s": 0.36},
+    ],
+)
+def test_of_a_sample_of_our_own_only_the_texts_are_read(packed, size):
+    found, asked, shard = read_with(own_sample(b"never looked at", **size), size["kind"], packed=packed)
+    assert (found.size, found.probed) == (MediaSize(**size), False)
+    assert found.grid[1:] == (2, 3)
+    assert not asked
+    assert shard.storage.bytes_read == len(own_sample(b"", **size)["json"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "modality"),
+    [
+        ({"duration_s": None}, "video"),
+        ({"duration_s": float("nan")}, "video"),
+        ({"duration_s": -1.0}, "video"),
+        ({"duration_s": "0.36"}, "video"),
+        ({"width": 0}, "image"),
+        ({"width": True}, "image"),
+        ({"height": 28.0}, "image"),
+        ({"height": -28}, "image"),
+        ({"frames": "1"}, "image"),
+        ({"kind": "clip"}, "image"),
+    ],
+)
+def test_metadata_that_is_not_whole_gives_way_to_the_header(changed, modality):
+    """Shards of layout 2 have no durations."""
+    size = {"kind": modality, "width": 99, "height": 99, "frames": 1}
+    size |= {"duration_s": 0.3} if modality == "video" else {}
+    media = video(28, 42, 6) if modality == "video" else PNG
+    members = own_sample(media, **size)
+    members["json"] = json.dumps({**json.loads(members["json"]), **changed}).encode()
+    found, asked, shard = read_with(members, modality, packed=True)
+    assert (found.size, found.probed) == (probe(media, next(iter(members))), True)
+    (address,) = asked
+    assert address == (shard.storage, shard.path, found.media_offset, len(media), next(iter(members)))
+
+
+def test_sizes_that_others_wrote_are_not_taken_for_ours():
+    """In img2dataset's shards width and height are those before it resized the image."""
+    about = json.dumps({"caption": "c", "width": 990, "height": 880, "kind": "image", "frames": 1}).encode()
+    found, asked, _ = read_with({"png": PNG, "json": about}, "image", packed=False)
+    assert (found.size.height, found.size.width, found.probed, len(asked)) == (28, 42, True, 1)
+
+
+def test_metadata_is_left_aside_where_it_is_to_be_checked():
+    members = own_sample(PNG, kind="image", width=990, height=880, frames=1)
+    found, asked, _ = read_with(members, "image", packed=True, trust_metadata=False)
+    assert (found.size.height, found.size.width, found.probed, len(asked)) == (28, 42, True, 1)
+
+
+def test_limits_hold_for_metadata_too():
+    long = {"kind": "video", "width": 42, "height": 28, "frames": 9, "duration_s": 3601.0}
+    found, asked, _ = read_with(own_sample(b"v", **long), "video", packed=True)
+    assert (found.kind, asked) == ("too_large", [])
+    wide = {"kind": "image", "width": 10**7, "height": 28, "frames": 1}
+    found, asked, _ = read_with(own_sample(b"i", **wide), "image", packed=True)
+    assert (found.kind, asked) == ("too_large", [])
+    moving = own_sample(PNG, kind="video", width=42, height=28, frames=9, duration_s=1.0)
+    found, _, _ = read_with({"png": PNG, "json": moving["json"]}, "image", packed=True)
+    assert found.kind == "wrong_kind"

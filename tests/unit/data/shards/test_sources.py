@@ -15,7 +15,7 @@ from tests.support.s3 import faulty, s3_server
 from tests.support.shards import image, video, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.data.loader import PackLoader
+from univitar_ds.data.loader import LaneSet, PackLoader
 from univitar_ds.data.shards import sources
 from univitar_ds.data.shards.class_names import read_class_names
 from univitar_ds.data.shards.listing import Shard, expand_braces
@@ -121,8 +121,7 @@ def test_shards_of_one_name_in_several_folders_are_told_apart_and_all_their_samp
     stage = StageConfig(name="s", samples=10**6, lr=1e-3, token_budget=64, image=sizes)
     seen = Counter()
     with PackLoader(
-        [given], data=data, stage=stage, lanes_of_rank=range(4), lanes=4, seed=0, modality_of=lambda step: "image",
-        tokenizer=None, context_length=8,
+        data, stage, LaneSet(range(4), 4, 0), modality_of=lambda step: "image", tokenizer=None, context_length=8
     ) as packs:  # fmt: skip
         for _ in range(30):
             seen.update(key for pack in next(packs) for key in pack.keys)

@@ -1,0 +1,111 @@
+"""Sizes from headers, read by a process that may die of what it reads."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support import media
+from univitar_ds.data.decoding.forkserver import ForkServer
+from univitar_ds.data.decoding.probe_job import ProbeItem, ProbeJob
+from univitar_ds.data.decoding.shared_slots import SharedSlots
+from univitar_ds.data.decoding.supervisor import RestartBudget, WorkerSupervisor
+from univitar_ds.data.media.probe import probe_each
+from univitar_ds.data.media.types import MediaAddress
+from univitar_ds.data.storage.base import LOCAL
+from univitar_ds.data.storage.local import LocalStorage
+from univitar_ds.errors import DataError, SampleError
+
+MAX_PX = 10**6
+
+
+@pytest.fixture
+def slots():
+    slots = SharedSlots.create(1, 9)
+    yield slots
+    slots.close()
+
+
+@pytest.fixture
+def server(slots):
+    server = ForkServer(slots)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def items(tmp_path):
+    """An image, a video, something else, an empty file and a turned image, one after another in a file."""
+    turned = media.encoded(media.noise(40, 60), exif=media.exif(6))
+    contents = {
+        "png": media.encoded(media.noise(50, 70), "PNG"),
+        "mp4": media.video(media.moving_frames(5)),
+        "jpg": b"no image at all",
+        "webp": b"",
+        "jpeg": turned,
+    }
+    path = tmp_path / "shard"
+    path.write_bytes(b"".join(contents.values()))
+    found, start = [], 0
+    for extension, content in contents.items():
+        found.append(ProbeItem(str(path), start, len(content), extension))
+        start += len(content)
+    return found
+
+
+def told(found):
+    return [(one.kind, str(one)) if isinstance(one, SampleError) else one for one in found]
+
+
+def test_a_process_finds_what_this_process_would(slots, server, items):
+    supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
+    here = probe_each([MediaAddress(LocalStorage(), *item) for item in items])
+    assert [type(one).__name__ for one in here] == ["MediaSize", "MediaSize", "SampleError", "SampleError", "MediaSize"]
+    assert (here[4].height, here[4].width) == (60, 40)
+    assert here[1].duration_s > 0
+    assert told(supervisor.probe(0, ProbeJob(items, MAX_PX))) == told(here)
+    assert slots.done.tolist() == [len(items)]
+
+
+def test_the_file_that_ends_its_process_is_a_bad_sample_and_the_others_have_sizes(slots, server, items):
+    supervisor = WorkerSupervisor(0, Deadly(server, items[1]), slots, LOCAL, RestartBudget(4))
+    found = supervisor.probe(0, ProbeJob(items, MAX_PX))
+    here = probe_each([MediaAddress(LocalStorage(), *item) for item in items])
+    assert (found[1].kind, "SIGKILL" in str(found[1])) == ("crash", True)
+    assert told(found[:1] + found[2:]) == told(here[:1] + here[2:])
+
+
+class Deadly:
+    """A server whose processes are killed when they are given a certain file."""
+
+    def __init__(self, server, item):
+        self.server, self.item = server, list(item)
+
+    def fork(self):
+        pid, channel = self.server.fork()
+
+        def send(message):
+            if self.item in json.loads(message).get("probe", {}).get("items", []):
+                os.kill(pid, signal.SIGKILL)
+            channel.send_bytes(message)
+
+        return pid, SimpleNamespace(
+            send_bytes=send, poll=channel.poll, recv_bytes=channel.recv_bytes, close=channel.close
+        )
+
+    def end(self, pid, *, hangs):
+        return self.server.end(pid, hangs=hangs)
+
+
+def test_a_shard_that_is_gone_is_no_bad_sample(slots, server, items):
+    supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
+    gone = items[0]._replace(path=items[0].path + "x")
+    with pytest.raises(DataError, match="cannot be read"):
+        supervisor.probe(0, ProbeJob([gone], MAX_PX))
+
+
+def test_a_job_is_the_same_after_its_way_through_json(items):
+    job = ProbeJob(items, MAX_PX)
+    assert ProbeJob.from_json(json.loads(json.dumps(job.to_json()))) == job
