@@ -12,7 +12,7 @@ from tests.support.progress import run_watched
 
 LAYERS = [
     {"errors", "geometry", "import_path", "processes", "randomness", "screen"},
-    {"identity", "image_ops", "kernels", "owned", "tokenization"},
+    {"atomic_write", "identity", "image_ops", "kernels", "owned", "tokenization"},
     {"config", "run_lock", "data.storage", "data.media"},
     {"preprocessing", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},
     {"model.teacher", "data.sampler", "data.writing", "training.engine"},

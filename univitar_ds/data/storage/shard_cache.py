@@ -189,7 +189,7 @@ class _Download(threading.Thread):
                 with self._grown:
                     self._have += written
                     self._grown.notify_all()
-            self._cache_dir.finish(self._version, part)
+            self._cache_dir.finish(self._version)
         except OSError as error:
             self._error = self._cache_dir.failed(error)
         except Exception as error:

@@ -233,8 +233,6 @@ def _write_shard(folder: Path, path: Path, shard: _Shard) -> dict[str, Any]:
                 content = _unchanged(folder / row.file, found)
                 _add(tar, f"{key}.{found.extension}", content)
                 _add(tar, f"{key}.json", _described(row, found, zlib.crc32(content)))
-        stream.flush()
-        os.fsync(stream.fileno())
     return {"bytes": hashing.size, "sha256": hashing.state.hexdigest()}
 
 
