@@ -11,11 +11,23 @@ import numpy as np
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import ResolutionConfig, StageConfig, VideoSampling
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits, check_crc32, decode_pack
-from univitar_ds.data.decoding.task_pool import At, Bad, Event, Hashed, Noted, Read, Scattered, SeveralLines, Task
+from univitar_ds.data.decoding.task_pool import (
+    At,
+    Bad,
+    Event,
+    Hashed,
+    Noted,
+    Read,
+    Scattered,
+    SeveralLines,
+    Task,
+    Unread,
+)
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.memory_limits import confine
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from univitar_ds.data.sampler.reader import read_entry
-from univitar_ds.data.shards import tar_index
+from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of
 from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.data.storage.address import storage_for
@@ -68,6 +80,8 @@ def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
                 tell(Bad(found.kind, "", found.offset, found.message))
             else:
                 tell(At(found.offset, found.end, found.key))
+                if others := _unread(found):
+                    tell(Unread(others))
                 known = hash(found.key) in keys
                 if len(keys) < _MOST_KEYS:
                     keys.add(hash(found.key))
@@ -83,6 +97,14 @@ def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
             tell(Read(found.end - position))
             position = found.end
     tell(Read(shard.size - position))
+
+
+def _unread(group: tar_index.Group) -> tuple[str, ...]:
+    """Extensions of the members that are neither the media nor a text; the loader never looks into them."""
+    known = VIDEO_EXTENSIONS if modality_of(group) == "video" else IMAGE_EXTENSIONS
+    media = next((member for member in group.members if member.extension in known), None)
+    others = (member for member in group.members if member is not media)
+    return tuple(member.extension for member in others if member.extension not in captions.EXTENSIONS)
 
 
 def _report_texts(sample: Sample, group: tar_index.Group, tell: Callable[[Event], None]) -> None:
