@@ -7,7 +7,7 @@ SHARDS is a folder from `univitar-ds data pack`; at least four shards, so that o
 Each contender of `loader_contenders.py` runs in a process of its own, all of them in turn in every round, so that the
 rows of a round met the same machine. Rows have CPU seconds per 1,000 samples over whole epochs after warming up, of
 the process and all it started; samples per second; memory; and for ours the seconds from the decoding processes being
-up to the first pack. Ratios are medians over the rounds. webdataset comes with `pip install -e '.[bench]'`, energon
+up to the first pack. Ratios are medians over the rounds. psutil comes with `pip install -e '.[bench]'`, energon
 with `pip install -e '.[energon]'` and --contenders ours bare webdataset energon; --peer-python names the Python of
 another environment that has them. --s3 adds a row for ours that reads the same shards from a store on this machine
 (moto), whose own CPU time is not counted. --curve MINUTES writes the memory of ours over time, with --s3 from such a

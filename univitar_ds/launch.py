@@ -17,11 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, EXPORT, SUMMARY
 from univitar_ds.errors import StorageError, UserError, storage_error
 from univitar_ds.import_path import safe_environment
-from univitar_ds.owned import replace_text
 from univitar_ds.processes import SIGNALS, Process, children, signals_held
 from univitar_ds.run import create_run, reopen_run
 from univitar_ds.run_lock import VARIABLE, RunLock, release_all, still_ours

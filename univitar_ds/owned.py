@@ -11,11 +11,12 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Union
 
+from univitar_ds.atomic_write import replace_text
 from univitar_ds.errors import ConfigError, writing
 
 MARK = ".univitar-ds"
@@ -100,13 +101,6 @@ def remove(folder: Path, names: Names) -> bool:
     return True
 
 
-def replace_text(path: Path, text: str) -> Path:
-    """Write a file whole: readers and a crash see the earlier one or this one. Raises: StorageError."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return path
-
-
 def check_result(path: Path, ours: Callable[[Path], bool]) -> None:
     """Before the work whose result goes to a file that the user named.
 
@@ -136,25 +130,6 @@ def write_result(path: Path, text: str) -> None:
             path.write_text(text, encoding="utf-8")
     else:
         replace_text(path, text)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` for what is to be written; it becomes `path` when the body is done.
-
-    Raises: StorageError for what the storage refuses; then `path` is as it was.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        try:
-            with suppress(FileNotFoundError):
-                os.unlink(partial)
-            yield partial
-            os.replace(partial, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(partial)
-            raise
 
 
 class _Nothing(dict):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from univitar_ds.atomic_write import replace_text, replacing
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import changed_result, dump_config, dumped, load_config
 from univitar_ds.config.places import anchored
@@ -31,7 +32,7 @@ from univitar_ds.config.run_folder import (
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.unused import unused_parts
 from univitar_ds.errors import ConfigError, DataError, writing
-from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link, replace_text, replacing
+from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link
 from univitar_ds.run_lock import RunLock
 from univitar_ds.training.checkpoint import atomic_dir
 

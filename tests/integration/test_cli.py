@@ -273,7 +273,7 @@ def test_verify_checks_the_split_that_the_run_reads_unless_it_is_told_another(ca
 
 def test_verify_reaches_s3_as_the_run_file_says_and_options_come_first(monkeypatch, labelled, tmp_path):
     seen = []
-    sound = {"sound": True, "samples": 0, "sources": [], "shards": []}
+    sound = {"sound": True, "samples": 0, "unread": {}, "sources": [], "shards": []}
     monkeypatch.setattr(
         "univitar_ds.data.tools.verify.verify", lambda sources, settings, **rest: seen.append(settings) or sound
     )

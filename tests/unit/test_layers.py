@@ -12,7 +12,7 @@ from tests.support.progress import run_watched
 
 LAYERS = [
     {"errors", "geometry", "import_path", "processes", "randomness", "screen"},
-    {"identity", "image_ops", "kernels", "owned", "tokenization"},
+    {"atomic_write", "identity", "image_ops", "kernels", "owned", "tokenization"},
     {"config", "run_lock", "data.storage", "data.media"},
     {"preprocessing", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},
     {"model.teacher", "data.sampler", "data.writing", "training.engine"},
@@ -36,6 +36,7 @@ LIBRARIES = {
     "transformers": {"univitar_ds.model.towers", "univitar_ds.model.teacher.teacher"},
     "boto3": {"univitar_ds.data.storage.s3_client"},
     "botocore": {"univitar_ds.data.storage.s3_client"},
+    "webdataset": {"univitar_ds.data.writing.writer"},
 }
 """The only modules that import them."""
 MOST_FILES, MOST_LINES = 15, 2000
@@ -153,7 +154,7 @@ def test_no_package_is_a_crowd():
 
 
 def test_importing_the_package_and_its_command_line_loads_no_heavy_library():
-    heavy = ["torch", "deepspeed", "transformers", "triton", "av", "PIL", "boto3"]
+    heavy = ["torch", "deepspeed", "transformers", "triton", "av", "PIL", "boto3", "webdataset"]
     code = f"import sys, univitar_ds, univitar_ds.cli.main; print([m for m in {heavy} if m in sys.modules])"
     result = run_watched([sys.executable, "-c", code], check=True)
     assert result.stdout.strip() == "[]"

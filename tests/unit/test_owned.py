@@ -1,13 +1,12 @@
 """What the program may remove: files of its own names, nothing else, and nothing behind a link."""
 
 import os
-import stat
 from pathlib import Path
 
 import pytest
 
 from univitar_ds import owned
-from univitar_ds.errors import ConfigError, StorageError
+from univitar_ds.errors import ConfigError
 from univitar_ds.owned import check_result, write_result
 
 NAMES = {r"a\.txt": None, r"log-\d+": None, "inner": {r"b\.txt": None}}
@@ -84,31 +83,6 @@ def test_a_mark_is_of_its_kind_and_a_regular_file(tmp_path):
     for content in ("", "mine", '{"program": "other", "kind": "run"}', "[]"):
         (tmp_path / owned.MARK).write_text(content)
         assert not owned.is_marked(tmp_path, "run")
-
-
-def test_a_file_is_replaced_whole_or_not_at_all_with_the_rights_of_any_new_file(tmp_path):
-    before = os.umask(0o027)
-    try:
-        owned.replace_text(tmp_path / "a.txt", "first")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
-    with pytest.raises(TypeError), owned.replacing(tmp_path / "a.txt") as partial:
-        partial.write_text(3)
-    assert left(tmp_path) == ["a.txt"]
-    assert (tmp_path / "a.txt").read_text() == "first"
-
-
-@pytest.mark.parametrize(
-    ("path", "said"),
-    [("f" * 300, "File name too long; choose a shorter name"), ("file/x", "Not a directory; a part of this path is"),
-     ("folder", "Is a directory; there is a folder of this name")],
-)  # fmt: skip
-def test_what_the_storage_refuses_is_a_sentence(tmp_path, path, said):
-    fill(tmp_path, "file", "folder/x")
-    with pytest.raises(StorageError, match=said):
-        owned.replace_text(tmp_path / path, "x")
-    assert left(tmp_path) == ["file", "folder/x"]
 
 
 def test_a_result_goes_into_a_pipe_and_the_pipe_stays(tmp_path):

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from univitar_ds.data.storage.base import StorageSettings
 
 
+_MOST_NAMED = 10
+"""Extensions that `data verify` prints; its report has them all."""
+
+
 def add_data(commands) -> None:
     data = commands.add_parser("data", help="pack, verify, inspect and make data").add_subparsers(
         metavar="WHAT", required=True
@@ -181,6 +185,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     for name, what in (("faults", "left out:"), ("ignored", "texts ignored:")):
         if kinds := Counter(one["kind"] for shard in shards for one in shard[name]):
             counts.append(" ".join((what, ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))))
+    if report["unread"]:
+        unread = Counter(report["unread"]).most_common()
+        named = ", ".join(f"{count} {extension}" for extension, count in unread[:_MOST_NAMED])
+        more = f" and {len(unread) - _MOST_NAMED} more kinds" if len(unread) > _MOST_NAMED else ""
+        counts.append(f"members that are not read: {named}{more}")
     _say("; ".join([*counts, f"report in {arguments.report}"]))
     return 0 if report["sound"] else 1
 

@@ -15,12 +15,12 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.paths import expand
 from univitar_ds.config.places import unite_paths
 from univitar_ds.config.renamed import present_key, rename_keys
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
-from univitar_ds.owned import replace_text
 
 DEEPSPEED_KEYS = ("zero_optimization", "bf16", "fp16", "data_types", "zero_allow_untested_optimizer")
 """Keys that people look for in the run file and that belong to the DeepSpeed JSON."""

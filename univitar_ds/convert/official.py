@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from univitar_ds import UniViTAR
+from univitar_ds.atomic_write import move_into_place
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.run_folder import CHECKPOINTS, EXPORT, EXPORT_FILES
 from univitar_ds.config.run_folder import CONFIG as RUN_CONFIG
@@ -129,9 +130,12 @@ def _refuse_foreign(out: Path, own: bool) -> None:
 
 
 def _put_in_place(partial: Path, out: Path, earlier: Path) -> None:
-    """Renames, over an earlier export too; between the two renames the earlier one has another name."""
+    """Renames, over an earlier export too; between the two renames the earlier one has another name.
+
+    The system refuses to rename over a folder that holds something.
+    """
     remove(earlier, EXPORT_FILES)
     if not is_empty(out):
         os.rename(out, earlier)
-    os.rename(partial, out)
+    move_into_place(partial, out)
     remove(earlier, EXPORT_FILES)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from univitar_ds.atomic_write import replace_text
 from univitar_ds.data.decoding import children
 from univitar_ds.demo.draw import encode_image, encode_mp4
 from univitar_ds.demo.scenes import image_scene, render, video_scene
 from univitar_ds.errors import DataError, writing
-from univitar_ds.owned import is_empty, replace_text
+from univitar_ds.owned import is_empty
 
 FORMAT = 1
 """Version of the scenes: another number gives other files for the same seed."""

@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from univitar_ds.atomic_write import replacing
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.model.contrastive import ContrastiveModel
-from univitar_ds.owned import replacing
 from univitar_ds.viz.sheet import component_colours, raster_order, spread_frames, to_size
 
 ROWS, PER_PACK = 10, 5

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from univitar_ds.atomic_write import replace_text, replacing
 from univitar_ds.config.encoder import CONFIG_FILE, read_object
 from univitar_ds.errors import CheckpointError, writing
-from univitar_ds.owned import replace_text, replacing
 
 SAFE = "model.safetensors"
 BIN = "pytorch_model.bin"

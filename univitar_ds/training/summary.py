@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.load import config_fingerprint
 from univitar_ds.config.run_folder import CHECKPOINTS, SUMMARY
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.owned import replace_text
 from univitar_ds.run_lock import still_ours
 from univitar_ds.training.checkpoint import atomic_dir
 from univitar_ds.training.engine.engine import Engine, versions

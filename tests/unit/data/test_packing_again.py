@@ -93,7 +93,7 @@ for point in points:
         left = [int(point)]
         progress_log.ProgressLog._add = dying(progress_log.ProgressLog._add, left)
         writer._add = dying(writer._add, left)
-        destination.write_atomically = dying(destination.write_atomically, left)
+        destination.replace_bytes = dying(destination.replace_bytes, left)
         writer.pack_folder(folder, out, shard_mb=0.02, workers=1, progress=False)
         os._exit(0)
     _, status = os.waitpid(child, 0)

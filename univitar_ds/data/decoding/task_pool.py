@@ -62,6 +62,12 @@ class Noted(NamedTuple):
     message: str
 
 
+class Unread(NamedTuple):
+    """Extensions of a sample's members that nothing reads."""
+
+    extensions: tuple[str, ...]
+
+
 class SeveralLines(NamedTuple):
     """The .txt of a sample has several lines, which are read as one caption."""
 
@@ -85,7 +91,7 @@ class _Fault(NamedTuple):
     detail: str
 
 
-Event = Read | Hashed | At | Bad | Noted | SeveralLines | Scattered | Done
+Event = Read | Hashed | At | Bad | Noted | Unread | SeveralLines | Scattered | Done
 
 
 @dataclass(frozen=True)

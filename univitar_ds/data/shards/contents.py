@@ -7,7 +7,6 @@ the run cannot work and is refused; where there was more than the bound allows, 
 
 from __future__ import annotations
 
-import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -21,8 +20,6 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.shards import tar_index
 from univitar_ds.data.shards.samples import modality_of
 from univitar_ds.data.shards.sources import (
-    PIECE,
-    Pieces,
     SourceShard,
     find_shards,
     groups_of,
@@ -32,6 +29,7 @@ from univitar_ds.data.shards.sources import (
 )
 from univitar_ds.data.storage.base import S3, StorageSettings
 from univitar_ds.data.storage.parallel import AT_ONCE, at_once
+from univitar_ds.data.storage.streams import RangeReader
 from univitar_ds.errors import DataError
 from univitar_ds.geometry import Modality
 
@@ -195,8 +193,8 @@ def _look(shard: SourceShard, most_samples: int, most_fetched: int, enough: Call
     """What the samples of a shard are, from its beginning on up to a bound, or until they are `enough`."""
     counts: Counter[str] = Counter()
     remote = shard.path.startswith(S3)
-    pieces = Pieces(shard) if remote else None  # opening a remote shard would fetch all of it
-    with shard.storage.open(shard.path) if pieces is None else io.BufferedReader(pieces, PIECE) as stream:
+    ranges = RangeReader(shard.storage, shard.path, shard.size) if remote else None  # opening it would fetch all of it
+    with shard.storage.open(shard.path) if ranges is None else ranges.buffered() as stream:
         samples, fetched = 0, 0
         for found in tar_index.scan(stream, shard.name, shard.size):
             if samples >= most_samples or fetched >= most_fetched or enough(counts):
@@ -204,5 +202,5 @@ def _look(shard: SourceShard, most_samples: int, most_fetched: int, enough: Call
             if isinstance(found, tar_index.Group):
                 samples += 1
                 counts[modality_of(found) or NO_MEDIA] += 1
-            fetched = 0 if pieces is None else pieces.fetched
+            fetched = 0 if ranges is None else ranges.fetched
     return _Look(counts, samples, fetched, whole=True)

@@ -167,19 +167,15 @@ class _Entry(NamedTuple):
 
 
 def read_samples(
-    groups: Sequence[tuple[Shard, tar_index.Group]],
-    rule: SizeRule,
-    probe: Prober = probe_each,
-    *,
-    trust_metadata: bool = True,
+    groups: Sequence[tuple[Shard, tar_index.Group]], rule: SizeRule, probe: Prober = probe_each
 ) -> list[Sample | SampleError]:
     """Samples by their addresses in shards, everything checked but the pixels; an error for a sample to leave out.
 
     Of a sample of `data pack` only the texts are read: its metadata says how large it is, and decoding compares that
-    with the file. The sizes of others, or of all if metadata is not to be trusted, come from `probe`.
+    with the file. The sizes of others come from `probe`.
     Raises: DataError if a shard cannot be read.
     """
-    return _sized([_read_texts(shard, group, rule) for shard, group in groups], rule, probe, trust_metadata)
+    return _sized([_read_texts(shard, group, rule) for shard, group in groups], rule, probe)
 
 
 def read_samples_again(
@@ -274,30 +270,24 @@ def _entry(
     return _Entry(shard, group.key, address, said)
 
 
-def _sized(
-    entries: Sequence[_Entry | SampleError | None], rule: SizeRule, probe: Prober, trust_metadata: bool = True
-) -> list[Any]:
+def _sized(entries: Sequence[_Entry | SampleError | None], rule: SizeRule, probe: Prober) -> list[Any]:
     """The entries with their sizes; what is no entry stays as it is."""
-
-    def known(entry: _Entry) -> MediaSize | None:
-        return entry.texts.size if trust_metadata else None
-
-    unknown = [entry.media for entry in entries if isinstance(entry, _Entry) and known(entry) is None]
+    unknown = [entry.media for entry in entries if isinstance(entry, _Entry) and entry.texts.size is None]
     probed = iter(probe(unknown) if unknown else ())
     found: list[Sample | SampleError | None] = []
     for entry in entries:
         if not isinstance(entry, _Entry):
             found.append(entry)
             continue
-        size = known(entry) or next(probed)
+        size = entry.texts.size or next(probed)
         try:
-            found.append(size if isinstance(size, SampleError) else _sample(entry, size, known(entry) is None, rule))
+            found.append(size if isinstance(size, SampleError) else _sample(entry, size, rule))
         except SampleError as error:
             found.append(error)
     return found
 
 
-def _sample(entry: _Entry, size: MediaSize, probed: bool, rule: SizeRule) -> Sample:
+def _sample(entry: _Entry, size: MediaSize, rule: SizeRule) -> Sample:
     """Raises: SampleError for a size that the rule does not allow."""
     media = entry.media
     if size.kind != rule.modality:
@@ -318,7 +308,7 @@ def _sample(entry: _Entry, size: MediaSize, probed: bool, rule: SizeRule) -> Sam
         set=texts.set,
         crc32=texts.crc32,
         size=size,
-        probed=probed,
+        probed=entry.texts.size is None,
         grid=grid,
         frames=frames,
         downscaled=rule.shrinks(size.height, size.width, grid),

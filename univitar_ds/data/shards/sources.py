@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from univitar_ds.data.shards.listing import PACK_HINT, Shard, list_shards, place
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import LOCAL, S3, StorageSettings
 from univitar_ds.data.storage.parallel import AT_ONCE, at_once
+from univitar_ds.data.storage.streams import RangeReader
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Modality
 
@@ -35,9 +35,6 @@ CAPTION_BYTES = 4 << 30
 SPOT_CHECKS, SPOT_BYTES = 512, 4096
 """Shards without a hash whose first bytes count as their content, and how many bytes: the header of the first member,
 which has its time, and what it begins with. A remote store answers so many within a second or two."""
-PIECE = 512 << 10
-"""Bytes of one read: a few images, so that little is asked for twice, and a part of a video, most of which is
-skipped."""
 
 
 @dataclass(frozen=True)
@@ -232,44 +229,10 @@ def _lacking(
     )
 
 
-class Pieces(io.RawIOBase):
-    """A shard by range reads, for one who skips most of it: opening a remote one would fetch all of it.
-
-    `fetched`: bytes read so far.
-    """
-
-    def __init__(self, shard: Shard) -> None:
-        super().__init__()
-        self.fetched = 0
-        self._shard = shard
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._shard.size}[whence]
-        self._position = max(base + offset, 0)
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:
-        n = max(0, min(len(buffer), self._shard.size - self._position))
-        buffer[:n] = self._shard.storage.read_range(self._shard.path, self._position, n) if n else b""
-        self._position += n
-        self.fetched += n
-        return n
-
-
 def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
     """In order, until so many bytes have been read."""
-    pieces = Pieces(shard)
-    with io.BufferedReader(pieces, PIECE) as stream:
+    ranges = RangeReader(shard.storage, shard.path, shard.size)
+    with ranges.buffered() as stream:
         for found in tar_index.scan(stream, shard.name, shard.size):
             if isinstance(found, tar_index.Damage):
                 continue  # training counts and reports it
@@ -282,7 +245,7 @@ def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
                 said = captions.read_texts(texts, lines=shard.caption_lines)
                 about = {"class_names": shard.class_names, "templates": shard.templates}
                 yield from captions.resolve(said.captions, said.label, said.ignored, **about)[0]
-            if pieces.fetched >= most_bytes:
+            if ranges.fetched >= most_bytes:
                 return
 
 

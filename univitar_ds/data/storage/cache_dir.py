@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from univitar_ds.atomic_write import move_into_place
 from univitar_ds.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -90,10 +91,9 @@ class CacheDir:
             return None
         return part, lock
 
-    def finish(self, version: Version, part: int) -> None:
+    def finish(self, version: Version) -> None:
         """The part has all bytes: from now on it is the copy."""
-        os.fsync(part)  # a whole copy is trusted after a power cut, a part is not
-        os.rename(self._part(version), self._whole(version))
+        move_into_place(self._part(version), self._whole(version), durable=True)  # trusted after a power cut too
 
     def used(self, copy: int) -> None:
         """The copy is being used: it will be among the last to go."""

@@ -1,6 +1,12 @@
 """Files to S3: large ones in parts at once, every part checked by the store, all of a file or nothing of it.
 
 The SHA-256 of a file is kept with its object, so that a later run knows that it is there without reading it.
+
+boto3's `upload_file` would lose four things (tried with boto3 1.44.5 on the store of the tests, benchmarks/LOG.md). It
+refuses Content-MD5 and compares no ETag; its own checksums, CRC32 or SHA256, bind only a store that knows them: a byte
+that was flipped on the way gave a damaged object and no error. It gives up after a number of attempts, not after
+`give_up_s` without an answer. It calls an upload failed whose last answer was lost, while the object is whole. Parts
+that a killed process has left stay.
 """
 
 from __future__ import annotations

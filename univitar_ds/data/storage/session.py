@@ -18,6 +18,8 @@ from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
+from univitar_ds.atomic_write import replacing
+
 _PREFIX = "univitar-ds-"
 _LOCK = "owner.lock"
 _REMOVALS = 3
@@ -56,9 +58,8 @@ class Pins:
         if url in self._shared:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._folder / f".{os.getpid()}-{threading.get_ident()}-{_name(url)}"
-        partial.write_text(json.dumps(self._known[url]), encoding="utf-8")
-        partial.replace(self._path(url))
+        with replacing(self._path(url), shared=True) as partial:
+            partial.write_text(json.dumps(self._known[url]), encoding="utf-8")
         self._shared.add(url)
 
     def forget(self, url: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from univitar_ds.data.storage.cache_dir import CacheDir, Version
+from univitar_ds.data.storage.streams import SeekableStream
 from univitar_ds.errors import DataError
 
 NEAR = 4 << 20
@@ -189,7 +190,7 @@ class _Download(threading.Thread):
                 with self._grown:
                     self._have += written
                     self._grown.notify_all()
-            self._cache_dir.finish(self._version, part)
+            self._cache_dir.finish(self._version)
         except OSError as error:
             self._error = self._cache_dir.failed(error)
         except Exception as error:
@@ -210,34 +211,19 @@ class _Download(threading.Thread):
             self._grown.wait_for(lambda: self._have > position or self._over)
 
 
-class _GrowingFile(io.RawIOBase):
+class _GrowingFile(SeekableStream):
     """A copy as a file that is as long as the object from the start."""
 
     def __init__(self, shard_cache: ShardCache, version: Version, copy: int) -> None:
-        super().__init__()
+        super().__init__(version.size)
         self._shard_cache, self._version, self._copy = shard_cache, version, copy
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._version.size}[whence]
-        self._position = max(base + offset, 0)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
 
     def readinto(self, buffer: memoryview) -> int:
-        if self._position >= self._version.size:
+        if self.position >= self.size:
             return 0
-        have = self._shard_cache.wait(self._version, self._copy, self._position)
-        n = os.preadv(self._copy, [memoryview(buffer)[: have - self._position]], self._position)
-        self._position += n
+        have = self._shard_cache.wait(self._version, self._copy, self.position)
+        n = os.preadv(self._copy, [memoryview(buffer)[: have - self.position]], self.position)
+        self.position += n
         return n
 
     def close(self) -> None:

@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from univitar_ds.atomic_write import replacing
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.tools.inspect import Inspection, Stream
 from univitar_ds.geometry import PATCH, TUBELET, cumulative
 from univitar_ds.image_ops import resize_rgb
-from univitar_ds.owned import replacing
 
 _DPI = 110
 _WIDTH_IN = 15.0

@@ -11,11 +11,24 @@ import numpy as np
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import ResolutionConfig, StageConfig, VideoSampling
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits, check_crc32, decode_pack
-from univitar_ds.data.decoding.task_pool import At, Bad, Event, Hashed, Noted, Read, Scattered, SeveralLines, Task
+from univitar_ds.data.decoding.task_pool import (
+    At,
+    Bad,
+    Event,
+    Hashed,
+    Noted,
+    Read,
+    Scattered,
+    SeveralLines,
+    Task,
+    Unread,
+)
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.memory_limits import confine
+from univitar_ds.data.media.probe import probe_each
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaAddress, check_size
 from univitar_ds.data.sampler.reader import with_captions
-from univitar_ds.data.shards import tar_index
+from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_samples
 from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.data.storage.address import storage_for
@@ -68,6 +81,8 @@ def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
                 tell(Bad(found.kind, "", found.offset, found.message))
             else:
                 tell(At(found.offset, found.end, found.key))
+                if others := _unread(found):
+                    tell(Unread(others))
                 known = hash(found.key) in keys
                 if len(keys) < _MOST_KEYS:
                     keys.add(hash(found.key))
@@ -85,6 +100,14 @@ def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
     tell(Read(shard.size - position))
 
 
+def _unread(group: tar_index.Group) -> tuple[str, ...]:
+    """Extensions of the members that are neither the media nor a text; the loader never looks into them."""
+    known = VIDEO_EXTENSIONS if modality_of(group) == "video" else IMAGE_EXTENSIONS
+    media = next((member for member in group.members if member.extension in known), None)
+    others = (member for member in group.members if member is not media)
+    return tuple(member.extension for member in others if member.extension not in captions.EXTENSIONS)
+
+
 def _report_texts(sample: Sample, group: tar_index.Group, tell: Callable[[Event], None]) -> None:
     for kind, message in sample.ignored:
         tell(Noted(kind, group.key, group.offset, message))
@@ -99,17 +122,33 @@ def check_sample(shard: SourceShard, group: tar_index.Group, job: ShardCheck) ->
         raise SampleError("wrong_kind", f"is {kind} in a shard whose manifest says {shard.modality}; pack it again")
     if job.confined:
         confine(job.data.max_image_px, group.length)
-    (found,) = read_samples([(shard, group)], _rule(kind, job.data), trust_metadata=False)
+    (found,) = read_samples([(shard, group)], _rule(kind, job.data))
     if isinstance(found, Sample):
         found = with_captions(shard, found)
     if isinstance(found, SampleError):
         raise found
     sample = found
+    if not sample.probed:
+        _check_metadata(sample)
     if job.decode:
         _decode(sample, kind, job)
     elif sample.crc32 is not None:
         check_crc32(shard.storage.read_range(shard.path, sample.media_offset, sample.media_length), sample.crc32)
     return sample
+
+
+def _check_metadata(sample: Sample) -> None:
+    """Raises: SampleError for a file that its metadata does not describe. What decoding finds is compared there."""
+    address = MediaAddress(
+        sample.shard.storage, sample.shard.path, sample.media_offset, sample.media_length, sample.extension
+    )
+    (header,) = probe_each([address])
+    if isinstance(header, SampleError):
+        raise header
+    if header.kind != sample.size.kind:
+        raise SampleError("wrong_kind", f"its .{sample.extension} holds {header.kind} data, not {sample.size.kind}")
+    if header.kind == "image":
+        check_size((sample.size.height, sample.size.width), (header.height, header.width))
 
 
 def _rule(kind: Modality, data: DataConfig) -> SizeRule:
@@ -127,7 +166,13 @@ def _rule(kind: Modality, data: DataConfig) -> SizeRule:
 
 def _decode(sample: Sample, kind: Modality, job: ShardCheck) -> None:
     item = DecodeItem(
-        sample.shard.path, sample.media_offset, sample.media_length, sample.grid, sample.frames, sample.crc32
+        sample.shard.path,
+        sample.media_offset,
+        sample.media_length,
+        sample.grid,
+        sample.frames,
+        sample.crc32,
+        size=None if sample.probed else (sample.size.height, sample.size.width),
     )
     limits = DecodeLimits(job.data.max_image_px, job.data.decode_timeout_s, job.data.max_video_s)
     work = DecodeJob(kind, _SAMPLING, limits, [item])

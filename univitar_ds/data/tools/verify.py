@@ -24,6 +24,7 @@ from univitar_ds.data.decoding.task_pool import (
     SeveralLines,
     Task,
     TaskPool,
+    Unread,
 )
 from univitar_ds.data.shards.line_watch import several_lines_warning
 from univitar_ds.data.shards.listing import Shard, expand_braces, place_of
@@ -35,6 +36,8 @@ from univitar_ds.data.tools.shard_check import DEFAULTS, ShardCheck, check_shard
 from univitar_ds.errors import DataError
 
 VERSION = 1
+_MOST_EXTENSIONS, _LONGEST_EXTENSION = 50, 40
+"""Extensions of a shard that are counted by name, and letters of each: keys with dots make an extension each."""
 _MOSTLY = 0.9
 """Share of a source's samples with several lines in their .txt that makes it look like one of a caption a line."""
 
@@ -48,6 +51,7 @@ class _Found:
     samples: int = 0
     faults: list[Bad] = field(default_factory=list)
     ignored: list[Noted] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
     several_lines: int = 0
     scattered: Scattered | None = None
     sha256: str | None = None
@@ -60,6 +64,11 @@ class _Found:
             self.faults.append(event)
         elif isinstance(event, Noted):
             self.ignored.append(event)
+        elif isinstance(event, Unread):
+            for extension in event.extensions:
+                name = f".{extension[:_LONGEST_EXTENSION]}" if extension else "without an extension"
+                known = name in self.unread or len(self.unread) < _MOST_EXTENSIONS
+                self.unread[name if known else "others"] += 1
         elif isinstance(event, SeveralLines):
             self.several_lines += 1
         elif isinstance(event, Scattered):
@@ -82,6 +91,7 @@ class _Found:
             "bad": _by_kind(self.faults),
             "faults": list(map(_located, self.faults)),
             "ignored": list(map(_located, self.ignored)),
+            "unread": dict(sorted(self.unread.items())),
             "scattered": None if self.scattered is None else self.scattered._asdict(),
         }
 
@@ -102,11 +112,12 @@ def verify(
 
     Args: decode, decode every sample instead of trusting headers and checksums; progress, a bar on stderr;
         limits, the data section of a run file (default: one that sets none).
-    Returns: {"version", "decoded", "sound", "samples", "bad": {kind: n}, "ignored": {kind: n}, "sources", "shards"}. A
-        source has path, split, shards, missing (shards of its manifest), error and warning; a shard what
-        `_Found.to_json` has: for each fault, and each text that was ignored in a sample that can be used, its kind, key
-        ("" for bytes without samples), byte and a sentence; the first sample whose members lie apart; sha256 is
-        "matches" or "differs", None where no manifest has one.
+    Returns: {"version", "decoded", "sound", "samples", "bad": {kind: n}, "ignored": {kind: n}, "unread": {".npy": n},
+        "sources", "shards"}. A source has path, split, shards, missing (shards of its manifest), error and warning; a
+        shard what `_Found.to_json` has: for each fault, and each text that was ignored in a sample that can be used,
+        its kind, key ("" for bytes without samples), byte and a sentence; the first sample whose members lie apart;
+        sha256 is "matches" or "differs", None where no manifest has one. "unread" counts members that the loader does
+        not look into, by extension.
     """
     settings, limits = settings.shared(), limits or DEFAULTS
     listed: list[dict[str, Any]] = []
@@ -143,10 +154,11 @@ def verify(
 
 
 def _report(sources: list[dict[str, Any]], shards: list[dict[str, Any]], decode: bool) -> dict[str, Any]:
-    bad, ignored = Counter[str](), Counter[str]()
+    bad, ignored, unread = Counter[str](), Counter[str](), Counter[str]()
     for shard in shards:
         bad.update(shard["bad"])
         ignored.update(one["kind"] for one in shard["ignored"])
+        unread.update(shard["unread"])
     return {
         "version": VERSION,
         "decoded": decode,
@@ -154,6 +166,7 @@ def _report(sources: list[dict[str, Any]], shards: list[dict[str, Any]], decode:
         "samples": sum(shard["samples"] for shard in shards),
         "bad": dict(sorted(bad.items())),
         "ignored": dict(sorted(ignored.items())),
+        "unread": dict(sorted(unread.items())),
         "sources": sources,
         "shards": shards,
     }

@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from univitar_ds.atomic_write import move_into_place, replace_bytes
 from univitar_ds.data.shards.manifest import JOURNAL, read_manifest
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import S3, SCHEMES, Storage, StorageSettings
-from univitar_ds.data.writing.progress_log import SHARD_NAME, write_atomically
+from univitar_ds.data.writing.progress_log import SHARD_NAME
 from univitar_ds.errors import DataError
 
 
@@ -72,10 +73,10 @@ class LocalFolder:
             return False
 
     def publish(self, partial: Path, name: str, entry: dict[str, Any]) -> None:
-        partial.replace(self.workspace / name)
+        move_into_place(partial, self.workspace / name, durable=True)
 
     def write(self, name: str, content: bytes) -> None:
-        write_atomically(self.workspace / name, content)
+        replace_bytes(self.workspace / name, content, durable=True)
 
     def remove(self, name: str) -> None:
         (self.workspace / name).unlink(missing_ok=True)

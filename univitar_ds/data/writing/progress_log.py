@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from univitar_ds.atomic_write import replace_bytes
 from univitar_ds.data.shards.manifest import JOURNAL
 from univitar_ds.data.writing.examine import MediaInfo
 from univitar_ds.data.writing.source_folder import Row
@@ -80,7 +80,7 @@ class ProgressLog:
     def _rewritten(self) -> TextIO:
         """The journal written anew, without a torn last line, and open at its end."""
         lines = [json.dumps(self._header), *(json.dumps([key, entry]) for key, entry in self._entries.items())]
-        write_atomically(self._path, "".join(line + "\n" for line in lines).encode())
+        replace_bytes(self._path, "".join(line + "\n" for line in lines).encode(), durable=True)
         return self._path.open("a", encoding="utf-8")
 
 
@@ -114,16 +114,6 @@ def open_journal(out: Path, folder: Path) -> Iterator[ProgressLog]:
             yield journal
         finally:
             journal.close()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The whole file or nothing, whenever the machine stops."""
-    partial = path.with_name(f".{path.name.lstrip('.')}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
 
 
 def _decoders() -> dict[str, str]:

@@ -7,17 +7,15 @@ rows and the files' contents. A shard appears under its name only when it is who
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
-import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from tqdm import tqdm
 
@@ -30,10 +28,15 @@ from univitar_ds.data.writing.progress_log import ProgressLog, open_journal
 from univitar_ds.data.writing.source_folder import Row, read_folder
 from univitar_ds.errors import DataError, writing
 
+if TYPE_CHECKING:
+    from webdataset import TarWriter
+
 __all__ = ["pack_folder", "read_manifest"]
 
 _LAYOUT = 2
 """Of the members of a shard. Another number: what was packed before is packed anew."""
+_NOBODYS: dict[str, Any] = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
+"""Members of no user, group and time, so that the same samples are the same bytes; uid and gid are 0 anyway."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FILES_PER_WORKER = 128
 
@@ -224,17 +227,17 @@ def _write_all(
 
 def _write_shard(folder: Path, path: Path, shard: _Shard) -> dict[str, Any]:
     """Write one shard. Returns size and hash."""
+    from webdataset import TarWriter  # which imports torch: not before there is something to write
+
     with path.open("wb") as stream:
         hashing = _Hashing(stream)
-        with tarfile.open(fileobj=hashing, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+        with TarWriter(hashing, **_NOBODYS) as tar:
             for ordinal, (row, found) in enumerate(shard.samples, shard.first):
                 stem = _UNSAFE.sub("_", PurePosixPath(row.file).stem)[:60]
                 key = f"{ordinal:08d}-{stem}"
                 content = _unchanged(folder / row.file, found)
-                _add(tar, f"{key}.{found.extension}", content)
-                _add(tar, f"{key}.json", _described(row, found, zlib.crc32(content)))
-        stream.flush()
-        os.fsync(stream.fileno())
+                _add(tar, key, found.extension, content)
+                _add(tar, key, "json", _described(row, found, zlib.crc32(content)))
     return {"bytes": hashing.size, "sha256": hashing.state.hexdigest()}
 
 
@@ -250,10 +253,9 @@ class _Hashing:
         return self._stream.write(data)
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its defaults are nobody's: mtime, uid and gid 0, mode 0644
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
+def _add(tar: TarWriter, key: str, extension: str, content: bytes) -> None:
+    """One member; of several in one call `TarWriter` would put a .json before a .png."""
+    tar.write({"__key__": key, extension: content})
 
 
 def _unchanged(path: Path, found: MediaInfo) -> bytes:

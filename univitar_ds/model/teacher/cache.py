@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from univitar_ds.atomic_write import replacing
+from univitar_ds.errors import StorageError
 from univitar_ds.geometry import token_count
 from univitar_ds.model.weights import save_tensors
 
@@ -50,14 +49,11 @@ class FeatureCache:
         if not self.writes:
             return
         path = self._path(video, grid)
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors({"patches": patches.cpu().contiguous(), "pooled": pooled.cpu().contiguous()}, partial)
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                partial.unlink()
+            with replacing(path, shared=True) as partial:
+                save_tensors({"patches": patches.cpu().contiguous(), "pooled": pooled.cpu().contiguous()}, partial)
+        except (OSError, StorageError, SafetensorError) as error:
             self.writes = False
             logger.warning("objective.teacher.cache %s cannot be written any more, going on without: %s", path, error)
 

@@ -5,7 +5,8 @@
     checkpoints/.tmp-*                                                 being written, or left by a crash
 
 `manifest.json` has the size and sha256 of every other file. A process that is killed at any byte leaves the
-folders that were complete before, and `latest` naming one of them.
+folders that were complete before, and `latest` naming one of them. The names of what is unfinished are those that
+`_sweep` removes, also after an earlier version; the renames are `atomic_write`'s.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from univitar_ds.atomic_write import move_into_place, sync
 from univitar_ds.config.run_folder import CHECKPOINT_FILES
 from univitar_ds.errors import CheckpointError, writing
 from univitar_ds.owned import clear, foreign, remove
@@ -62,7 +64,7 @@ def _commit(
     entries: dict[str, dict[str, Any]] = {}
     with all_ranks_or_none(world), writing(temporary):
         for path in write(temporary):
-            _sync(path)
+            sync(path)
             entries[path.name] = _entry(path)
     by_rank = gather_json(entries, world)
     # Each rank reads its neighbour's files: there is one disk for all, and it holds what was meant.
@@ -81,17 +83,13 @@ def _commit(
 
 def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any], keep: int) -> None:
     write_json(temporary / MANIFEST, {"version": 1, "files": entries})
-    _sync(temporary)
     if target.is_symlink() or (target.exists() and not _remove(target)):  # complete, but `latest` had not named it
         raise CheckpointError(f"{target} holds files that no checkpoint writes; move them elsewhere and resume")
-    os.rename(temporary, target)
-    _sync(root)
+    move_into_place(temporary, target, durable=True)
     pointer = root / f"{TEMPORARY}{LATEST}"
     pointer.unlink(missing_ok=True)
     pointer.write_text(target.name + "\n", encoding="utf-8")
-    _sync(pointer)
-    os.replace(pointer, root / LATEST)
-    _sync(root)
+    move_into_place(pointer, root / LATEST, durable=True)
     for old in complete(root)[:-keep]:
         if old != target:
             _remove(old)
@@ -139,7 +137,7 @@ def remedy(folder: Path) -> str:
 
 def write_json(path: Path, value: Any) -> Path:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    _sync(path)
+    sync(path)
     return path
 
 
@@ -163,15 +161,6 @@ def _entry(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flushes a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> bool:

@@ -15,11 +15,11 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 
+from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.run_folder import BOARD, EVENTS, METRICS
 from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.errors import writing
-from univitar_ds.owned import replace_text
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.shards import contents
 from univitar_ds.data.shards.contents import check_contents, contents_of, faults_of_stages
 from univitar_ds.data.shards.sources import find_shards
+from univitar_ds.data.storage import streams
 from univitar_ds.errors import DataError
 
 NOT_THERE = r"stage both needs {} samples, but its sources hold none \({}, all of them looked at\)"
@@ -158,7 +159,7 @@ def remote(tmp_path, monkeypatch, *kinds, shards=1):
     made = [
         local.__class__(**{**vars(local), "path": f"s3://b/{number}.tar", "storage": store}) for number in range(shards)
     ]
-    monkeypatch.setattr(contents, "PIECE", 4096)
+    monkeypatch.setattr(streams, "PIECE", 4096)
     return made, store
 
 

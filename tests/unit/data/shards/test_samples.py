@@ -316,12 +316,12 @@ def own_sample(media, **size):
     return {extension: media, "json": json.dumps({**OWN, **size}).encode()}
 
 
-def read_with(members, modality, *, packed, rule=None, **given):
+def read_with(members, modality, *, packed, rule=None):
     """What is found, and the addresses that were probed."""
     (shard,) = shards_of([[("k", members)]], modality if packed else None)
     (group,) = shard_samples(shard, modality)
     asked = []
-    (found,) = read_samples([(shard, group)], rule or (VIDEO if modality == "video" else IMAGE), noted(asked), **given)
+    (found,) = read_samples([(shard, group)], rule or (VIDEO if modality == "video" else IMAGE), noted(asked))
     return found, asked, shard
 
 
@@ -381,12 +381,6 @@ def test_sizes_that_others_wrote_are_not_taken_for_ours():
     """In img2dataset's shards width and height are those before it resized the image."""
     about = json.dumps({"caption": "c", "width": 990, "height": 880, "kind": "image", "frames": 1}).encode()
     found, asked, _ = read_with({"png": PNG, "json": about}, "image", packed=False)
-    assert (found.size.height, found.size.width, found.probed, len(asked)) == (28, 42, True, 1)
-
-
-def test_metadata_is_left_aside_where_it_is_to_be_checked():
-    members = own_sample(PNG, kind="image", width=990, height=880, frames=1)
-    found, asked, _ = read_with(members, "image", packed=True, trust_metadata=False)
     assert (found.size.height, found.size.width, found.probed, len(asked)) == (28, 42, True, 1)
 
 

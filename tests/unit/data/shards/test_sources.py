@@ -30,6 +30,7 @@ from univitar_ds.data.shards.sources import (
     of_modality,
     validate_sources,
 )
+from univitar_ds.data.storage import streams
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.tools.verify import verify
 from univitar_ds.errors import DataError
@@ -326,7 +327,7 @@ def test_captions_come_from_a_bounded_number_of_shards_all_over_the_list(tmp_pat
 
 
 def test_captions_come_from_a_bounded_number_of_bytes_of_each_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 4096)
+    monkeypatch.setattr(streams, "PIECE", 4096)
     monkeypatch.setattr(sources, "CAPTION_BYTES", 2 * 20 * 4096)
     for name in ("a", "b"):
         samples = [(f"{name}{n}", {"jpg": bytes(50_000), "txt": f"{name} {n}".encode()}) for n in range(50)]
@@ -336,7 +337,7 @@ def test_captions_come_from_a_bounded_number_of_bytes_of_each_shard(tmp_path, mo
 
 
 def test_captions_of_remote_shards_are_those_of_local_ones_and_cost_no_whole_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 4096)
+    monkeypatch.setattr(streams, "PIECE", 4096)
     for name in ("a", "b"):
         media = [os.urandom(50_000) for _ in range(12)]
         samples = [(f"{name}{n}", {"jpg": jpg, "txt": f"{name} {n}".encode()}) for n, jpg in enumerate(media)]

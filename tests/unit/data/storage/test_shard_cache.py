@@ -238,13 +238,13 @@ def test_a_copy_that_becomes_whole_while_room_is_made_counts(tmp_path, monkeypat
         parts[name], lock = one.begin(version(name))
         os.write(parts[name], content(version(name)))
         os.close(lock)
-    one.finish(version("a"), parts["a"])
+    one.finish(version("a"))
     held = [one.open(version(name)) for name in "ab"]  # nobody removes them
     truth = os.listdir
 
     def then_whole(folder):
         names = truth(folder)
-        one.finish(version("b"), parts["b"])
+        one.finish(version("b"))
         return names
 
     monkeypatch.setattr(cache_dir.os, "listdir", then_whole)

@@ -34,7 +34,7 @@ def outcome(path, decode=True, **source):
 
 
 def with_checksum(content: bytes, packed: bytes) -> dict[str, bytes]:
-    fields = json.loads(sidecar(["a"], None, "image", (48, 64, 1), "a.jpg")) | {"set": None}
+    fields = json.loads(sidecar(["a"], None, "image", (120, 160, 1), "a.jpg")) | {"set": None}
     return {"jpg": content, "json": json.dumps(fields | {"crc32": zlib.crc32(packed)}).encode()}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from univitar_ds import owned
+from univitar_ds import atomic_write, owned
 from univitar_ds.errors import CheckpointError, StorageError
 from univitar_ds.training.checkpoint import atomic_dir
 from univitar_ds.training.distributed.process_group import World
@@ -18,7 +18,7 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 @pytest.fixture(autouse=True)
 def no_waiting_for_disks(monkeypatch):
     """Processes are killed here, machines are not."""
-    monkeypatch.setattr(atomic_dir.os, "fsync", lambda _: None)
+    monkeypatch.setattr(atomic_write.os, "fsync", lambda _: None)
 
 
 def write_two(content: str):
@@ -62,7 +62,7 @@ def killed_at_line(root: Path, step: int, line: int) -> bool:
         left = [line]
 
         def trace(frame, event, _):
-            if frame.f_code.co_filename not in (atomic_dir.__file__, owned.__file__):
+            if frame.f_code.co_filename not in (atomic_dir.__file__, atomic_write.__file__, owned.__file__):
                 return None
             if event == "line":
                 left[0] -= 1
