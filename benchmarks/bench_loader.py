@@ -1,6 +1,7 @@
 """What does the loader cost beside a bare loop, webdataset with a DataLoader, and megatron-energon?
 
     python benchmarks/bench_loader.py SHARDS [--rounds 3] [--peer-python PYTHON] [--s3]
+    python benchmarks/bench_loader.py SHARDS --before CHECKOUT --contenders ours bare
     python benchmarks/bench_loader.py SHARDS --curve 30 [--s3] [--sizes native_8k]
 
 SHARDS is a folder from `univitar-ds data pack`; at least four shards, so that others can share them among workers.
@@ -10,7 +11,8 @@ the process and all it started; samples per second; memory; and for ours the sec
 up to the first pack. Ratios are medians over the rounds. psutil comes with `pip install -e '.[bench]'`, energon
 with `pip install -e '.[energon]'` and --contenders ours bare webdataset energon; --peer-python names the Python of
 another environment that has them. --s3 adds a row for ours that reads the same shards from a store on this machine
-(moto), whose own CPU time is not counted. --curve MINUTES writes the memory of ours over time, with --s3 from such a
+(moto), whose own CPU time is not counted. --before adds rows of another checkout of this project, run by its own
+.venv. --curve MINUTES writes the memory of ours over time, with --s3 from such a
 store, to results/bench_loader_pages.csv.
 
 Memory is the proportional set size (a page shared by n processes counts 1/n in each) of the trainer's process and
@@ -162,12 +164,15 @@ def _take(batches: Iterator[int], samples: int) -> int:
     return taken
 
 
-def run(name: str, task: Task, epoch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a fresh process."""
-    python = arguments.peer_python if name in ("webdataset", "energon") else sys.executable
+def run(title: str, name: str, task: Task, epoch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`measure` in a fresh process, of another checkout where the title says "before"."""
+    python, root = arguments.peer_python if name in ("webdataset", "energon") else sys.executable, ROOT
+    if title.startswith("before"):
+        root = arguments.before.resolve()
+        python = root / ".venv" / "bin" / "python"
     request = json.dumps({"name": name, "task": asdict(task), "epoch": epoch, "epochs": arguments.epochs})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [python, __file__, task.shards, "--request", request]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [str(python), str(root / "benchmarks" / "bench_loader.py"), task.shards, "--request", request]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     if result.returncode:
         raise SystemExit(f"{name} failed:\n{result.stderr[-3000:]}")
@@ -193,9 +198,12 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             remote = Task(address, endpoint, arguments.workers, *SIZES[sizes])
             tasks = [(name, name, local) for name in arguments.contenders]
             tasks += [("ours_s3", "ours", remote)] if arguments.s3 else []
+            if arguments.before:
+                tasks.insert(1, ("before", "ours", local))
+                tasks += [("before_s3", "ours", remote)] if arguments.s3 else []
             for number in range(arguments.rounds):
                 for title, name, task in tasks:
-                    row = run(name, task, epoch, arguments)
+                    row = run(title, name, task, epoch, arguments)
                     rows.append({"sizes": sizes, "contender": title, "round": number, **row})
                     print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -265,6 +273,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=["ours", "bare", "webdataset"], choices=CONTENDERS)
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--s3", action="store_true")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT")
     parser.add_argument("--curve", type=float, default=0.0, metavar="MINUTES")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between packs of the curve")
     parser.add_argument("--request", help=argparse.SUPPRESS)
