@@ -1,4 +1,4 @@
-"""The loader on small shards: a stage that fits them, and one lane of one modality."""
+"""Helpers for tests of the loader: a small stage, and a loader with one lane of one modality."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STAGE = StageConfig(
 
 
 def only_lane(data: DataConfig, stage: StageConfig, modality: Modality) -> PackLoader:
-    """The loader of a run with one lane, all of whose steps are of `modality`; batches carry no token ids."""
+    """A loader with one lane in which every step has `modality`; without a tokenizer."""
     return PackLoader(
         data,
         stage,
@@ -35,7 +35,7 @@ def only_lane(data: DataConfig, stage: StageConfig, modality: Modality) -> PackL
 
 
 def same(one: PackedBatch, other: PackedBatch) -> bool:
-    """Whether two packs are equal in everything that a trainer sees."""
+    """Whether two packs have the same tensors, texts, counts and cursor."""
     if (one.keys, one.captions, one.labels, one.bad) != (other.keys, other.captions, other.labels, other.bad):
         return False
     if (one.modality, one.lane, one.index, one.cursor) != (other.modality, other.lane, other.index, other.cursor):

@@ -1,4 +1,4 @@
-"""What the trainer receives: one pack of items of one modality, and where its lane stands after it."""
+"""The batch that the trainer receives: one pack of one modality and the cursor of its lane."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from univitar_ds.geometry import PATCH, Modality, item_bytes
 
 @dataclass
 class PackedBatch:
-    """The micro-batch of one lane at one step. `N` may be 0: every item of the pack failed to decode.
+    """The micro-batch of one lane at one step. `N` is 0 if every item of the pack failed to decode.
 
-    Shapes: N items, S text positions, B bytes. Item i owns `frames[i] * h*14 * w*14 * 3` bytes of `pixels`,
-    with (t, h, w) = `grid_thw[i]`: its frames one after another, each rows x columns x RGB.
+    Shapes: N items, S text positions, B bytes. Item i has `frames[i] * h*14 * w*14 * 3` bytes of `pixels`,
+    with (t, h, w) = `grid_thw[i]`: its frames in order, each rows x columns x RGB.
     """
 
     pixels: torch.Tensor
-    """(B,) uint8; owned by the batch, nothing overwrites it later."""
+    """(B,) uint8, never overwritten while the batch exists."""
     frames: torch.Tensor
     """(N,) int64, frames stored in `pixels`: 1 for an image, `video_frames` for a video."""
     grid_thw: torch.Tensor
@@ -29,29 +29,29 @@ class PackedBatch:
     token_ids: torch.Tensor
     """(N, S) int64, padded captions."""
     text_lengths: torch.Tensor
-    """(N,) int64, real tokens of each caption."""
+    """(N,) int64, number of tokens of each caption without padding."""
     caption_ids: torch.Tensor
     """(N,) int64, equal for equal captions."""
     captions: list[str]
     labels: list[str | None]
     sets: list[str | None]
-    """The data set that each label belongs to, where the sources hold several."""
+    """The data set that each label belongs to; None if the sample does not name one."""
     keys: list[str]
     """"{shard}/{key}" of every item, the same name in every run over the same sources."""
     modality: Modality
     lane: int
     index: int
-    """Number of the pack in its lane, which is the step of the run."""
+    """Number of the pack in its lane; equal to the step of the run."""
     cursor: LaneCursor | None = None
-    """Where the lane stands after this pack; None for packs of an evaluation."""
+    """The lane's position after this pack; None for packs of an evaluation."""
     bad: dict[str, int] = field(default_factory=dict)
-    """Unreadable samples met since the lane's previous pack, by kind."""
+    """Unreadable samples since the lane's previous pack, by kind (`bad_samples.KINDS`)."""
     downscaled: int = 0
-    """Items that had more tokens at their own size than the stage allows, and were made smaller."""
+    """Items that were resized to fewer tokens than their original size has, because of the stage's limits."""
     ignored: dict[str, int] = field(default_factory=dict)
-    """Readable samples of which a text was ignored, by kind of `captions.IGNORED`."""
+    """Readable samples with an ignored text, by kind (`captions.IGNORED`)."""
     other_captions: list[tuple[str, ...]] = field(default_factory=list)
-    """In an evaluation: what else may be said of each item, where its source's captions are lines. May be empty."""
+    """In an evaluation, further correct captions of each item if its source has one caption per line; may be empty."""
 
     @property
     def tokens(self) -> int:
@@ -62,7 +62,7 @@ class PackedBatch:
         return len(self.keys)
 
     def images(self) -> Iterator[torch.Tensor]:
-        """Views of the pixels, item by item: (frames, h*14, w*14, 3) uint8."""
+        """Yields a view of each item's pixels: (frames, h*14, w*14, 3) uint8."""
         start = 0
         for frames, grid in zip(self.frames.tolist(), self.grid_thw.tolist(), strict=True):
             size = item_bytes(grid, frames)
@@ -71,6 +71,6 @@ class PackedBatch:
 
 
 def rows(values: Sequence[Sequence[int]] | Sequence[int], width: int | None = None) -> torch.Tensor:
-    """An int64 tensor of shape (N,) or (N, width), also where N is 0."""
+    """An int64 tensor of shape (N,) or (N, width); N may be 0."""
     array = np.array(values, dtype=np.int64)
     return torch.from_numpy(array.reshape(len(values)) if width is None else array.reshape(len(values), width))

@@ -1,4 +1,4 @@
-"""What stands between plans and the trainer: decoding set up from the configuration, failures counted, batches made."""
+"""From plans to batches: sets up decoding from the configuration, counts decoding failures and collates packs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from univitar_ds.errors import SampleError
 from univitar_ds.geometry import TUBELET, Modality, item_bytes
 
 AHEAD = 3
-"""Packs decoded ahead where the run file says nothing and the decoders have the trainer's cores; it is one fewer
-while the trainer holds the most it may, at no cost in samples per second."""
+"""Packs decoded ahead if `data.prefetch_packs` is not set and the workers share the CPU cores with the trainer. One
+fewer while the trainer holds as many packs as it may, which costs no samples per second."""
 
 
 def decoded(
@@ -36,11 +36,15 @@ def decoded(
     prefetch_full_step: bool = False,
     from_s3: bool = False,
 ) -> Pipeline[Plan] | Generator[DecodedPack[Plan]]:
-    """The decoded packs of the plans, by `data.workers` processes or, with 0, in line. Both have `close`.
+    """Iterates over the decoded packs of the plans; decodes in `data.workers` processes, or in this thread if 0.
 
-    `sizes` are the rules of the modalities in the plans; `token_budget` the most tokens of a plan; `packs_of_step` how
-    many are taken at a time: as many, or 2, are held without being copied; `prefetch_full_step` decodes as many ahead;
-    `from_s3`: shards lie there.
+    Args:
+        sizes: size rule of each modality in the plans.
+        token_budget: most tokens of a plan.
+        packs_of_step: packs that the trainer takes at a time. It may hold max(this, 2) packs without a copy.
+        prefetch_full_step: decode at least `packs_of_step` packs ahead.
+        from_s3: whether shards are on S3.
+    Returns: an iterator with a method `close`.
     """
     limits = DecodeLimits(data.max_image_px, data.decode_timeout_s, data.max_video_s)
     settings = StorageSettings.of(data)
@@ -66,7 +70,7 @@ def decoded(
 
 
 def _bytes_of_a_token(modality: Modality) -> int:
-    """A video stores TUBELET frames a token, an image one."""
+    """Bytes of pixels per token: of TUBELET frames for a video, of one frame for an image."""
     return item_bytes((1, 1, 1), TUBELET if modality == "video" else 1)
 
 
@@ -83,10 +87,10 @@ def _decode_item(sample: Sample) -> DecodeItem:
     )
 
 
-class DecodingHealth:
-    """Samples that fail in decoding, counted in the order of delivery: the policy's second phase.
+class DecodingMonitor:
+    """Applies the policy for bad samples to samples that fail to decode, in the order of the packs.
 
-    Its state travels in the cursors of the packs, and is taken up from the first pack of each lane.
+    The state is stored in the cursor of every pack and restored from the first pack of each lane.
     """
 
     def __init__(self, policy: BadPolicy) -> None:
@@ -94,19 +98,19 @@ class DecodingHealth:
         self._monitors: dict[tuple[int, Modality], BadSampleMonitor] = {}
 
     def check(self, pack: DecodedPack) -> DecodedPack:
-        """The pack, with the state after it in its cursor.
+        """Count the samples of a pack and return it with the new state in its cursor.
 
-        Raises: DataError where the policy has the run end.
+        Raises: DataError if the policy ends the run.
         """
         plan = pack.plan
-        health = self._of(plan)
+        monitor = self._of(plan)
         reasons = {index: SampleError(kind, message) for index, kind, message in pack.failures}
         for index, sample in enumerate(plan.samples):
             error = reasons.get(index)
             if error is None:
-                health.good()
+                monitor.good()
             else:
-                health.bad(f"{sample.name} at byte {sample.media_offset}", error)
+                monitor.bad(f"{sample.name} at byte {sample.media_offset}", error)
         if plan.cursor is None:
             return pack
         lane = {name: tuple(each.to_json()) for (lane, name), each in self._monitors.items() if lane == plan.lane}
@@ -123,7 +127,7 @@ class DecodingHealth:
 
 
 def tokenized(plans: Iterator[Plan], tokenizer: Tokenizer | None, context_length: int) -> Iterator[Plan]:
-    """The plans with the token ids of their captions, made in the thread that plans and not in the trainer's."""
+    """The plans with the token ids of their captions; tokenizes in the planner's thread, not in the trainer's."""
     for plan in plans:
         if tokenizer is not None:
             captions = [sample.caption for sample in plan.samples]
@@ -132,7 +136,7 @@ def tokenized(plans: Iterator[Plan], tokenizer: Tokenizer | None, context_length
 
 
 def collate(decoded: DecodedPack[Plan], tokenizer: Tokenizer | None) -> PackedBatch:
-    """The batch of a decoded plan that was `tokenized`, without the items that failed; no tokenizer, (N, 0) ids."""
+    """The batch of a decoded and `tokenized` plan, without failed items. Without a tokenizer, `token_ids` is (N, 0)."""
     plan = decoded.plan
     failed = {index for index, _, _ in decoded.failures}
     kept = [index for index in range(len(plan.samples)) if index not in failed]

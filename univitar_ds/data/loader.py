@@ -1,4 +1,4 @@
-"""From sources to packs: the training loader of a rank and the single sweep of an evaluation."""
+"""From sources to packs: the training loader of a rank, and one pass over the data for an evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from univitar_ds import tokenization
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.collate import DecodingHealth, collate, decoded, tokenized
+from univitar_ds.data.collate import DecodingMonitor, collate, decoded, tokenized
 from univitar_ds.data.media.probe import probe_each
 from univitar_ds.data.media.types import Prober
 from univitar_ds.data.sampler.bad_samples import BadPolicy, BadSampleMonitor
@@ -47,10 +47,10 @@ from univitar_ds.geometry import Modality, Resolution, token_count
 
 @dataclass(frozen=True)
 class LaneSet:
-    """The lanes that a rank owns, of `count` in all, and where they begin.
+    """The lanes that a rank owns, of `count` in all, and their start positions.
 
-    `cursors` has the cursor of each owned lane, from `PackedBatch.cursor` (None: at the beginning); `first_step` is the
-    number of the first step; `content` is `content_of` the sources' shards where it is known.
+    `cursors` maps each owned lane to its saved `PackedBatch.cursor`; None starts at the beginning. `first_step` is the
+    number of the first step. `content` is `content_of` the sources' shards if already computed.
     """
 
     owned: Sequence[int]
@@ -61,7 +61,7 @@ class LaneSet:
     content: str | None = None
 
     def starts(self, fingerprint: str, accept_changed_sources: bool) -> list[LaneCursor]:
-        """Where each owned lane begins, in ascending order of lane. Raises: DataError for cursors of other data."""
+        """The start of each owned lane, in ascending order of lane. Raises: DataError if a cursor is of other data."""
         starts = []
         for lane in sorted(self.owned):
             if self.cursors is None:
@@ -81,12 +81,12 @@ class LaneSet:
 
 
 class PackLoader:
-    """An endless iterator over steps: for each, the packs of this rank's lanes in ascending order of lane.
+    """An endless iterator over steps; each step is the packs of this rank's lanes in ascending order of lane.
 
-    A context manager. Iteration raises DataError when the data cannot go on (a shard that cannot be read, more
-    unreadable samples than the policy allows, decoding processes that die too often) and never waits for something
-    that will not come. What it gives depends on seed, sources, lanes and stage; the split of lanes over ranks and
-    `data.workers` change nothing.
+    Use it as a context manager. Iteration raises DataError if a shard cannot be read, if more samples are unreadable
+    than the policy allows, or if decoding processes die too often; it never blocks forever. The packs of a lane depend
+    on seed, sources, number of lanes and stage; they do not depend on the assignment of lanes to ranks or on
+    `data.workers`.
     """
 
     def __init__(
@@ -101,30 +101,32 @@ class PackLoader:
         cost: tuple[float, float] = (0.0, 0.0),
         prefetch_full_step: bool = False,
     ) -> None:
-        """Look the sources up and start planning and decoding ahead.
+        """List the shards of the sources and start planning and decoding ahead.
 
-        Args: the modality of every step; tokenizer.json (None: batches carry no token ids); coefficients of an item's
-        cost in FLOPs, (a, b) of a*tokens + b*tokens**2; whether to decode a whole step ahead, for a trainer that leaves
-        the CPU free meanwhile.
-        Raises: DataError, also for cursors of other data; ConfigError for a tokenizer that does not load.
+        Args:
+            modality_of: modality of a step.
+            tokenizer: path of tokenizer.json; None for batches without token ids.
+            cost: coefficients (a, b) of an item's FLOPs, a*tokens + b*tokens**2.
+            prefetch_full_step: decode a whole step ahead, for a trainer that leaves the CPU cores idle.
+        Raises: DataError for unusable sources or cursors of other data; ConfigError for an unusable tokenizer.
         """
         shards = validate_sources(data.sources, [stage], StorageSettings.of(data))
-        rules = stream_config(shards, data=data, stage=stage, lanes=lanes.count, seed=lanes.seed, cost=cost)
+        configs = stream_config(shards, data=data, stage=stage, lanes=lanes.count, seed=lanes.seed, cost=cost)
         self.fingerprint = fingerprint(shards, lanes.content)
         self._starts = lanes.starts(self.fingerprint, data.accept_changed_sources)
-        allow_open_files(FILES_OF_A_GROUP * len(self._starts) * sum(len(rule.groups) for rule in rules.values()))
+        allow_open_files(FILES_OF_A_GROUP * len(self._starts) * sum(len(config.groups) for config in configs.values()))
         self._tokenizer = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)
-        self._health = DecodingHealth(bad_policy(data))
+        self._monitor = DecodingMonitor(bad_policy(data))
 
         def plans_of(probe: Prober) -> Iterator[Plan]:
-            probing = {modality: replace(rule, probe=probe) for modality, rule in rules.items()}
+            probing = {modality: replace(config, probe=probe) for modality, config in configs.items()}
             plans = _plans([Lane(probing, start) for start in self._starts], modality_of, lanes.first_step)
             return tokenized(plans, self._tokenizer, context_length)
 
         self._packs = decoded(
             plans_of,
             data,
-            {modality: rule.size for modality, rule in rules.items()},
+            {modality: config.size for modality, config in configs.items()},
             stage.token_budget,
             packs_of_step=len(self._starts),
             prefetch_full_step=prefetch_full_step,
@@ -143,19 +145,19 @@ class PackLoader:
     def __next__(self) -> list[PackedBatch]:
         step = []
         for _ in self._starts:
-            pack = self._health.check(next(self._packs))
+            pack = self._monitor.check(next(self._packs))
             step.append(collate(pack, self._tokenizer))
         return step
 
     def close(self) -> None:
-        """End the decoding processes. Safe to call again."""
+        """End the decoding processes. May be called more than once."""
         self._packs.close()
 
 
 def _plans(lanes: Sequence[Lane], modality_of: Callable[[int], Modality], first_step: int) -> Iterator[Plan]:
     for step in itertools.count(first_step):
         modality = modality_of(step)
-        for lane in lanes:  # all storages are asked for all first shards before a lane waits for its own
+        for lane in lanes:  # request the first shards of all lanes before waiting for any
             lane.begin(modality)
         for lane in lanes:
             yield lane.next_plan(modality, step)
@@ -172,12 +174,12 @@ def eval_packs(
     context_length: int,
     data: DataConfig,
 ) -> Generator[PackedBatch]:
-    """Every readable sample of the sources once, in the order of the shards, with its first caption; the other lines of
-    a source whose `captions` are lines come beside it.
+    """Yields every readable sample of one modality once, in the order of the shards, with its first caption.
 
-    A sample with a label only has the caption "": templates of the sources are for training.
-    Packs are filled in order up to `token_budget`; a larger item travels alone. Of `data` the limits, `workers` and
-    `prefetch_packs` count. Nothing if the sources hold no sample of the modality. `lane` is 0, `cursor` None.
+    If a source has one caption per line, the other lines are in `PackedBatch.other_captions`. A sample with only a
+    label has the caption "", because templates of sources are used in training only.
+    Packs are filled in order up to `token_budget`; a larger item has a pack to itself. Only the limits, `workers` and
+    `prefetch_packs` of `data` are used. `lane` is 0 and `cursor` None. Yields nothing if there is no such sample.
     Raises: DataError as `PackLoader` does.
     """
     shards = find_shards(sources, StorageSettings.of(data))
@@ -199,11 +201,11 @@ def eval_packs(
     def plans_of(probe: Prober) -> Iterator[Plan]:
         return tokenized(_sweep(shards, size, token_budget, bad_policy(data), probe), loaded, context_length)
 
-    health = DecodingHealth(bad_policy(data))
+    monitor = DecodingMonitor(bad_policy(data))
     packs = decoded(plans_of, data, {modality: size}, size.most_tokens, from_s3=on_s3(shards))
     try:
         for pack in packs:
-            yield collate(health.check(pack), loaded)
+            yield collate(monitor.check(pack), loaded)
     finally:
         packs.close()
 
@@ -211,9 +213,9 @@ def eval_packs(
 def _sweep(
     shards: Sequence[SourceShard], size: SizeRule, token_budget: int, policy: BadPolicy, probe: Prober = probe_each
 ) -> Iterator[Plan]:
-    """Packs of consecutive samples; bad samples at the end come with a last, empty pack."""
+    """Plans of consecutive samples. Bad samples at the end are reported in a last, empty plan."""
     numbers = itertools.count()
-    health = BadSampleMonitor(policy, f"evaluation, {size.modality}")
+    monitor = BadSampleMonitor(policy, f"evaluation, {size.modality}")
     samples: list[Sample] = []
     tokens = 0
     bad: Counter[str] = Counter()
@@ -231,15 +233,15 @@ def _sweep(
             if isinstance(found, SampleError):
                 cost = samples_in(shard, entry, ordinal)
                 bad[found.kind] += cost
-                health.bad(where_is(shard, entry), found, cost)
+                monitor.bad(where_is(shard, entry), found, cost)
                 continue
-            health.good()
+            monitor.good()
             if samples and tokens + found.tokens > token_budget:
                 yield plan()
                 samples, tokens, bad, ignored = [], 0, Counter(), Counter()
             if found.ignored:
                 ignored.update(one.kind for one in found.ignored)
-                health.ignored(where_is(shard, entry), found.ignored)
+                monitor.ignored(where_is(shard, entry), found.ignored)
             samples.append(found)
             tokens += found.tokens
     if samples or bad:

@@ -1,4 +1,4 @@
-"""Closing that meets a start: at every point of it, twice, and after a start that failed."""
+"""Objects with processes and threads can be closed at any point of their start, twice, and after a failed start."""
 
 import io
 import multiprocessing.connection
@@ -25,11 +25,11 @@ from univitar_ds.data.storage.shard_cache import ShardCache
 from univitar_ds.errors import DataError
 
 PATIENCE_S = 60
-"""How long a test waits for what must come; only one that fails waits so long."""
+"""Longest wait for an event; reached only if a test fails."""
 
 
 class Gate:
-    """A place in a thread's way: `reached` by it, which then waits until it is `opened`."""
+    """Stops a thread in `pass_through`, which sets `reached` and waits for `opened`."""
 
     def __init__(self):
         self.reached, self.opened = threading.Event(), threading.Event()
@@ -40,7 +40,7 @@ class Gate:
 
 
 class Thread(threading.Thread):
-    """What its target raised or returned, after `result`."""
+    """Runs `target`; `result` returns what `target` returned or raised."""
 
     def __init__(self, target):
         super().__init__(daemon=True)
@@ -60,15 +60,15 @@ class Thread(threading.Thread):
 
 
 @pytest.fixture
-def ring():
-    ring = SharedSlots.create(2, 1 << 12)
-    yield ring
-    ring.close()
+def slots():
+    slots = SharedSlots.create(2, 1 << 12)
+    yield slots
+    slots.close()
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """All processes that are started from here on, as soon as they are there."""
+    """A list to which every process is appended when it is started."""
     processes = []
 
     class Noted(subprocess.Popen):
@@ -84,7 +84,7 @@ def closed(server):
     return Thread(server.close).result()
 
 
-def test_closing_while_the_process_is_being_made_waits_for_it_and_ends_it(monkeypatch, ring, started):
+def test_close_during_the_start_of_the_process_waits_for_it_and_ends_it(monkeypatch, slots, started):
     gate, popen = Gate(), subprocess.Popen
 
     def slow(*given, **named):
@@ -92,7 +92,7 @@ def test_closing_while_the_process_is_being_made_waits_for_it_and_ends_it(monkey
         return popen(*given, **named)
 
     monkeypatch.setattr(subprocess, "Popen", slow)
-    server = ForkServer(ring)
+    server = ForkServer(slots)
     asking = Thread(server.fork)
     assert gate.reached.wait(PATIENCE_S)
     closing = Thread(server.close)
@@ -102,10 +102,10 @@ def test_closing_while_the_process_is_being_made_waits_for_it_and_ends_it(monkey
     assert [process.poll() for process in started] == [-signal.SIGKILL]
 
 
-def test_closing_wakes_whoever_waits_for_a_process_that_never_becomes_ready(monkeypatch, ring, started):
+def test_close_wakes_a_thread_that_waits_for_a_process_that_never_becomes_ready(monkeypatch, slots, started):
     popen, idle = subprocess.Popen, [sys.executable, "-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(subprocess, "Popen", lambda command, **named: popen(idle, **named))
-    server = ForkServer(ring)
+    server = ForkServer(slots)
     asking = Thread(server.fork)
     while server._process is None:
         time.sleep(0.005)
@@ -114,9 +114,9 @@ def test_closing_wakes_whoever_waits_for_a_process_that_never_becomes_ready(monk
     assert started[0].poll() == -signal.SIGKILL
 
 
-def test_closing_beside_a_start_that_fails_in_that_moment_finds_nothing_left_to_end(monkeypatch, ring, started):
-    """Between any two lines of `close` the other thread may give the process up."""
-    server = ForkServer(ring, ["image"])
+def test_close_works_while_another_thread_forgets_the_process_after_a_failed_start(monkeypatch, slots, started):
+    """The other thread may do so between any two lines of `close`."""
+    server = ForkServer(slots, ["image"])
     server.fork()
     (process,) = started
     gate, wait = Gate(), process.wait
@@ -128,7 +128,7 @@ def test_closing_beside_a_start_that_fails_in_that_moment_finds_nothing_left_to_
     monkeypatch.setattr(process, "wait", slow)
     closing = Thread(server.close)
     assert gate.reached.wait(PATIENCE_S)
-    asking = Thread(server.fork)  # finds the socket at its end, and forgets the process
+    asking = Thread(server.fork)  # finds the socket closed, and forgets the process
     while server._process is not None:
         time.sleep(0.005)
     gate.opened.set()
@@ -138,11 +138,11 @@ def test_closing_beside_a_start_that_fails_in_that_moment_finds_nothing_left_to_
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_closing_again_or_after_a_failed_start_does_nothing(monkeypatch, ring, times):
+def test_close_does_nothing_if_repeated_or_after_a_failed_start(monkeypatch, slots, times):
     def failing(*given, **named):
         raise OSError(12, "Cannot allocate memory")
 
-    server = ForkServer(ring)
+    server = ForkServer(slots)
     monkeypatch.setattr(subprocess, "Popen", failing)
     with pytest.raises(OSError, match="Cannot allocate"):
         server.fork()
@@ -155,12 +155,12 @@ def test_closing_again_or_after_a_failed_start_does_nothing(monkeypatch, ring, t
 
 
 @pytest.mark.parametrize("turn", range(8))
-def test_closing_while_it_starts_raises_nothing_in_either_thread(monkeypatch, ring, started, turn):
-    """What a run does that ends at once of a data fault, at 8 moments of the start."""
+def test_close_during_a_start_raises_nothing_in_either_thread(monkeypatch, slots, started, turn):
+    """A run that ends at once because of its data closes the server during the start; tried at 8 points of it."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        server = ForkServer(ring)
+        server = ForkServer(slots)
         outcomes = []
 
         def ask():
@@ -183,20 +183,20 @@ def test_closing_while_it_starts_raises_nothing_in_either_thread(monkeypatch, ri
         server.fork()
 
 
-def test_an_attendant_that_is_stopped_while_it_gives_a_process_up_blames_nobody(ring, caplog):
+def test_a_supervisor_that_is_stopped_while_it_ends_a_process_logs_no_failure(slots, caplog):
     class Ended:
-        """A server whose process is gone, and that is closed while it looks for the reason."""
+        """A server whose process has ended; the supervisor is stopped while it asks for the exit code."""
 
         def fork(self):
-            raise AssertionError("nothing is started any more")
+            raise AssertionError("no process may be started")
 
         def end(self, pid, *, hangs):
-            attendant.stop()
+            supervisor.stop()
 
-    attendant = WorkerSupervisor(0, Ended(), ring, LOCAL, RestartBudget(0))
-    attendant._channel = io.BytesIO()  # only closed
+    supervisor = WorkerSupervisor(0, Ended(), slots, LOCAL, RestartBudget(0))
+    supervisor._channel = io.BytesIO()  # only closed
     with pytest.raises(Closed):
-        raise attendant._end("crash")
+        raise supervisor._end("crash")
     assert not caplog.records
 
 
@@ -205,7 +205,7 @@ def pipe_line(plans=(), **changed):
     return Pipeline(lambda probe: iter(plans), None, config)
 
 
-def test_a_fault_of_the_data_is_what_ends_a_run_whose_decoders_are_still_starting(started):
+def test_a_data_error_is_raised_while_decoding_processes_are_still_starting(started):
     def plans():
         raise DataError("none of the 1 shards has a readable image sample")
         yield
@@ -216,7 +216,7 @@ def test_a_fault_of_the_data_is_what_ends_a_run_whose_decoders_are_still_startin
     assert all(process.poll() is not None for process in started)
 
 
-def test_whoever_waits_for_a_pack_is_woken_when_another_thread_closes(monkeypatch):
+def test_a_thread_that_waits_for_a_pack_is_woken_when_another_thread_closes(monkeypatch):
     gate = Gate()
 
     def plans():
@@ -235,7 +235,7 @@ def test_whoever_waits_for_a_pack_is_woken_when_another_thread_closes(monkeypatc
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 2])
-def test_a_pipeline_that_may_not_start_all_its_threads_ends_those_that_run(monkeypatch, allowed):
+def test_a_pipeline_that_cannot_start_all_its_threads_ends_the_running_ones(monkeypatch, allowed):
     start, began = threading.Thread.start, []
 
     def limited(thread):
@@ -254,7 +254,7 @@ def test_a_pipeline_that_may_not_start_all_its_threads_ends_those_that_run(monke
 
 
 def test_a_pipeline_can_be_closed_by_one_of_its_own_threads():
-    """A collection may find it there."""
+    """The garbage collector may run `close` in any thread."""
     made, closing = threading.Event(), []
 
     def plans():
@@ -273,8 +273,8 @@ def test_a_pipeline_can_be_closed_by_one_of_its_own_threads():
     assert closing == [None]
 
 
-def test_a_ring_that_cannot_be_mapped_leaves_no_file_open(monkeypatch, tmp_path):
-    monkeypatch.delattr(os, "memfd_create")  # its file is then one of a folder
+def test_shared_slots_that_cannot_be_mapped_leave_no_file_open(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "memfd_create")  # a temporary file is used instead
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     made = SharedSlots.create(2, 4096)
     assert open_below(tmp_path)
@@ -288,38 +288,42 @@ def test_a_ring_that_cannot_be_mapped_leaves_no_file_open(monkeypatch, tmp_path)
 VERSION = Version("s3://b/a.tar", "e", 4)
 
 
-def test_a_download_whose_thread_cannot_start_is_no_download(monkeypatch, tmp_path):
-    spool = ShardCache(tmp_path / "copies", 1 << 20, lambda version, start, end: iter([memoryview(b"abcd")]), 20.0)
+def test_a_download_whose_thread_cannot_start_can_be_tried_again(monkeypatch, tmp_path):
+    shard_cache = ShardCache(
+        tmp_path / "copies", 1 << 20, lambda version, start, end: iter([memoryview(b"abcd")]), 20.0
+    )
 
     def refused(thread):
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refused)
-        spool.prefetch([VERSION])  # a hint: the reader that comes hears of it
-        with spool.open(VERSION) as stream, pytest.raises(RuntimeError, match="new thread"):
+        shard_cache.prefetch([VERSION])  # raises nothing; the reader that opens the shard gets the error
+        with shard_cache.open(VERSION) as stream, pytest.raises(RuntimeError, match="new thread"):
             stream.read()
     assert open_below(tmp_path) == []
-    with spool.open(VERSION) as stream:
+    with shard_cache.open(VERSION) as stream:
         assert Thread(stream.read).result() == b"abcd"
 
 
-def test_readers_are_woken_by_a_download_that_ends_where_the_next_cannot_be_started(monkeypatch, tmp_path):
-    spool = ShardCache(tmp_path / "copies", 1 << 20, lambda version, start, end: iter([memoryview(b"abcd")]), 20.0)
+def test_readers_are_woken_by_a_finished_download_if_the_next_one_cannot_start(monkeypatch, tmp_path):
+    shard_cache = ShardCache(
+        tmp_path / "copies", 1 << 20, lambda version, start, end: iter([memoryview(b"abcd")]), 20.0
+    )
 
     def broken():
         raise ValueError("cannot start the next")
 
-    monkeypatch.setattr(spool, "_follow_hints", broken)
-    monkeypatch.setattr(threading, "excepthook", lambda told: None)
-    with spool.open(VERSION) as stream:
+    monkeypatch.setattr(shard_cache, "_follow_hints", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    with shard_cache.open(VERSION) as stream:
         assert Thread(stream.read).result() == b"abcd"
-    for download in list(spool._downloads.values()):
+    for download in list(shard_cache._downloads.values()):
         download.join(PATIENCE_S)
         assert download._over
 
 
-def test_threads_that_ask_for_the_session_at_the_same_time_get_one_folder(monkeypatch):
+def test_threads_that_call_session_folder_at_the_same_time_get_one_folder(monkeypatch):
     made, gate = [], threading.Barrier(4)
     mkdtemp = session.tempfile.mkdtemp
 
@@ -340,11 +344,11 @@ def test_threads_that_ask_for_the_session_at_the_same_time_get_one_folder(monkey
     assert len(made) == 1
 
 
-def nothing(task, tell):
-    """Work of a crew."""
+def nothing(task, report):
+    """The work function of a task pool."""
 
 
-def test_a_crew_whose_process_cannot_start_says_why_and_leaves_no_pipe_open(monkeypatch):
+def test_a_task_pool_whose_process_cannot_start_raises_and_leaves_no_pipe_open(monkeypatch):
     pipes = []
 
     def recorded(duplex=True):
@@ -357,6 +361,6 @@ def test_a_crew_whose_process_cannot_start_says_why_and_leaves_no_pipe_open(monk
     pipe = multiprocessing.connection.Pipe
     monkeypatch.setattr(multiprocessing.connection, "Pipe", recorded)
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refused)
-    with pytest.raises(OSError, match="temporarily unavailable"), TaskPool(nothing, 1, 30.0) as crew:
-        list(crew.run([Task(0, None)]))
+    with pytest.raises(OSError, match="temporarily unavailable"), TaskPool(nothing, 1, 30.0) as pool:
+        list(pool.run([Task(0, None)]))
     assert [[end.closed for end in ends] for ends in pipes] == [[True, True]]

@@ -1,4 +1,4 @@
-"""What happens to decoded packs on their way to the trainer."""
+"""Decoded packs become batches; decoding failures are counted."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from tests.support.memory import memory_shards, small_rules
 from univitar_ds import tokenization
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data import collate as collate_module
-from univitar_ds.data.collate import DecodingHealth, collate, tokenized
+from univitar_ds.data.collate import DecodingMonitor, collate, tokenized
 from univitar_ds.data.collate import decoded as decoded_plans
 from univitar_ds.data.decoding.pipeline import DecodedPack
 from univitar_ds.data.sampler.bad_samples import BadPolicy
@@ -20,7 +20,7 @@ from univitar_ds.errors import DataError
 
 
 def packs(n, start=None):
-    """Packs of one lane as a pipeline gives them; of each, the items that `bad` (step, index) names have failed."""
+    """The next `n` plans of one lane, from the beginning or from the cursor `start`."""
     lane = Lane({"image": small_rules(memory_shards([40]))}, start or LaneCursor(0, 1, 0, "f"))
     first = 0 if start is None else start.packs
     return [lane.next_plan("image", first + index) for index in range(n)]
@@ -32,18 +32,18 @@ def decoded(plan, *failed):
     return DecodedPack(plan, pixels, [(index, "corrupt", f"item {index} is broken") for index in failed])
 
 
-def test_failures_are_counted_in_the_cursor_that_travels_with_the_pack():
-    health = DecodingHealth(BadPolicy())
+def test_decoding_failures_are_counted_in_the_cursor_of_the_pack():
+    monitor = DecodingMonitor(BadPolicy())
     one, two = packs(2)
-    first = collate(health.check(decoded(one, 1)), None)
-    second = collate(health.check(decoded(two, 0, 1)), None)
+    first = collate(monitor.check(decoded(one, 1)), None)
+    second = collate(monitor.check(decoded(two, 0, 1)), None)
     assert first.cursor.decoding == {"image": (len(one.samples), 1, 0 if len(one.samples) > 2 else 1)}
     assert second.cursor.decoding["image"][:2] == (len(one.samples) + len(two.samples), 3)
     assert second.bad["corrupt"] == 2
     assert [len(first), len(second)] == [len(one.samples) - 1, len(two.samples) - 2]
 
 
-def test_captions_are_encoded_while_planning_and_those_of_failed_items_left_out():
+def test_captions_are_tokenized_while_planning_and_those_of_failed_items_are_omitted():
     (plan,) = packs(1)
     tokenizer = tokenization.train_tokenizer([item.caption for item in plan.samples], 300)
     (plan,) = tokenized(iter([plan]), tokenizer, 12)
@@ -58,7 +58,7 @@ def test_captions_are_encoded_while_planning_and_those_of_failed_items_left_out(
     ("asked", "prefetch_full_step", "ahead", "shared"),
     [(None, False, 3, 1), (None, True, 8, 0), (2, True, 2, 0), (5, False, 5, 0)],
 )
-def test_as_many_packs_are_decoded_ahead_as_the_trainer_can_use(monkeypatch, asked, prefetch_full_step, ahead, shared):
+def test_number_of_packs_decoded_ahead(monkeypatch, asked, prefetch_full_step, ahead, shared):
     made = []
     monkeypatch.setattr(collate_module, "Pipeline", lambda plans_of, job_of, config: made.append(config))
     data = DataConfig(sources=[SourceConfig(path="x")], workers=1, prefetch_packs=asked)
@@ -70,47 +70,47 @@ def test_as_many_packs_are_decoded_ahead_as_the_trainer_can_use(monkeypatch, ask
     ]
 
 
-def test_a_resumed_run_ends_at_the_same_sample_as_one_that_was_never_interrupted():
+def test_a_resumed_run_ends_at_the_same_bad_sample_as_an_uninterrupted_one():
     policy = BadPolicy(max_in_a_row=12, max_per_thousand=1000)
 
-    def until_it_ends(plans, health):
+    def until_it_ends(plans, monitor):
         for plan in plans:
             try:
-                health.check(decoded(plan, *range(len(plan.samples))))
+                monitor.check(decoded(plan, *range(len(plan.samples))))
             except DataError as error:
                 return plan.index, str(error)
         pytest.fail("it did not end")
 
-    whole = until_it_ends(packs(9), DecodingHealth(policy))
-    middle = DecodingHealth(policy).check(decoded(packs(1)[0], *range(len(packs(1)[0].samples))))
-    resumed = until_it_ends(packs(9, parse(middle.plan.cursor.to_json())), DecodingHealth(policy))
+    whole = until_it_ends(packs(9), DecodingMonitor(policy))
+    middle = DecodingMonitor(policy).check(decoded(packs(1)[0], *range(len(packs(1)[0].samples))))
+    resumed = until_it_ends(packs(9, parse(middle.plan.cursor.to_json())), DecodingMonitor(policy))
     assert whole == resumed
     assert "13 samples in a row cannot be used" in whole[1]
     assert "m0/0-" in whole[1]
 
 
-def test_a_lane_and_a_modality_are_counted_apart():
+def test_failures_are_counted_per_lane_and_modality():
     policy = BadPolicy(max_in_a_row=1)
-    health = DecodingHealth(policy)
+    monitor = DecodingMonitor(policy)
     plan = packs(1)[0]
     for lane in range(3):
         for modality in ("image", "video"):
             cursor = replace(plan.cursor, lane=lane)
             one = replace(plan, samples=plan.samples[:1], lane=lane, modality=modality, cursor=cursor)
-            checked = health.check(decoded(one, 0))
+            checked = monitor.check(decoded(one, 0))
             assert checked.plan.cursor.decoding[modality] == (1, 1, 1)
     with pytest.raises(DataError, match=r"lane 1, image, decoding: 2 samples in a row"):
-        health.check(decoded(replace(plan, lane=1), 0))
+        monitor.check(decoded(replace(plan, lane=1), 0))
 
 
-def test_where_one_failure_ends_the_run_it_names_shard_key_and_byte():
+def test_the_error_of_on_bad_fail_names_shard_key_and_byte():
     plan = packs(1)[0]
     item = plan.samples[1]
     with pytest.raises(DataError, match=f"{item.name} at byte {item.media_offset}: item 1 is broken"):
-        DecodingHealth(BadPolicy("fail")).check(decoded(plan, 1))
+        DecodingMonitor(BadPolicy("fail")).check(decoded(plan, 1))
 
 
-def test_items_that_were_made_smaller_are_counted():
+def test_downscaled_items_are_counted():
     plan = packs(1)[0]
     items = [replace(sample, downscaled=index % 2 == 0) for index, sample in enumerate(plan.samples)]
     assert collate(decoded(replace(plan, samples=items), 0), None).downscaled == (len(items) - 1) // 2

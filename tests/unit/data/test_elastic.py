@@ -1,4 +1,4 @@
-"""A run that is stopped again and again, and goes on with other ranks and other decoding processes, is the same run."""
+"""Packs stay the same if a run is stopped and resumed many times with other numbers of ranks and workers."""
 
 import json
 import random
@@ -29,7 +29,7 @@ STAGES = [
     StageConfig(name="clips", weights={"demo": 2, "broken": 1}, video_ratio=0.25, **SIZES),
 ]
 ENDS = [20, 44, STEPS]
-"""The step at which each stage is over."""
+"""The step after the last one of each stage."""
 
 
 def stage_at(step):
@@ -39,7 +39,7 @@ def stage_at(step):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A sound source with videos, and one with cut images, missing captions, a damaged shard and a cut one."""
+    """An intact source with videos; one with truncated images, missing captions, a damaged and a truncated shard."""
     folder = tmp_path_factory.mktemp("elastic")
     write_demo_shards(folder / "demo", images=90, videos=16, shards=3)
     for shard in range(3):
@@ -58,7 +58,7 @@ def sources(tmp_path_factory):
 
 
 def leg(sources, *, ranks, workers, first, steps, cursors):
-    """`steps` steps from `first` on, on so many ranks one after the other in this process: packs by (step, lane)."""
+    """Run `steps` steps from `first` on, the ranks one after another in this process; returns packs by (step, lane)."""
     stage, end = stage_at(first)
     assert first + steps <= end
     data = DataConfig(
@@ -77,11 +77,11 @@ def leg(sources, *, ranks, workers, first, steps, cursors):
         )
         with loader:
             for step in range(first, first + steps):
-                given.update({(step, pack.lane): told(pack) for pack in next(loader)})
+                given.update({(step, pack.lane): summary(pack) for pack in next(loader)})
     return given
 
 
-def told(pack):
+def summary(pack):
     return SimpleNamespace(
         modality=pack.modality,
         keys=pack.keys,
@@ -109,8 +109,8 @@ def whole(sources):
     return packs
 
 
-def test_the_run_meets_what_it_is_meant_to_meet(whole):
-    """Else the test below would show little."""
+def test_the_run_contains_the_intended_damage_modalities_and_sources(whole):
+    """Otherwise the next test would prove little."""
     kinds = {kind for pack in whole.values() for kind in pack.bad}
     assert {"corrupt", "no_caption", "cut", "damaged"} <= kinds
     assert {pack.modality for pack in whole.values()} == {"image", "video"}
@@ -121,7 +121,7 @@ def test_the_run_meets_what_it_is_meant_to_meet(whole):
 
 
 @pytest.mark.parametrize("seed", [0])
-def test_stopped_at_random_steps_and_resumed_on_other_ranks_with_other_workers_it_is_the_same_run(sources, whole, seed):
+def test_packs_are_the_same_after_resumes_at_random_steps_with_other_ranks_and_workers(sources, whole, seed):
     chance = random.Random(seed)
     step, cursors, visited = 0, None, set()
     for number in range(LEGS):
@@ -133,7 +133,7 @@ def test_stopped_at_random_steps_and_resumed_on_other_ranks_with_other_workers_i
         packs = leg(sources, ranks=ranks, workers=workers, first=step, steps=steps, cursors=cursors)
         for place, pack in packs.items():
             assert pack == whole[place], f"step and lane {place}, {ranks} ranks, {workers} workers, leg {number}"
-        saved = step + chance.randint(1, steps) - 1  # what came after the last checkpoint is done again
+        saved = step + chance.randint(1, steps) - 1  # steps after the last checkpoint are repeated
         cursors, step = cursors_after(packs, saved), saved + 1
         if step >= STEPS:
             step, cursors = 0, None

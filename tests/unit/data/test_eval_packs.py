@@ -1,4 +1,4 @@
-"""The single sweep of an evaluation: every readable sample once, in the order of the shards."""
+"""The packs of an evaluation: every readable sample once, in the order of the shards."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def sweep(folder, modality="image", *, workers=0, token_budget=100, split="test"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_evaluation_without_a_readable_sample_counts_them_and_ends(tmp_path, workers):
+def test_an_evaluation_without_a_readable_sample_counts_the_bad_samples_and_ends(tmp_path, workers):
     write_tar(tmp_path / "a.tar", [(f"k{n}", {"jpg": image(40, 40)}) for n in range(3)])
     assert [(len(pack), pack.bad) for pack in sweep(tmp_path, workers=workers)] == [(0, {"no_caption": 3})]
 
@@ -55,12 +55,12 @@ def test_an_evaluation_sees_every_sample_once_in_order(folder, tokenizer):
     assert all(set(pack.frames.tolist()) == {4} for pack in videos)
 
 
-def test_an_evaluation_is_the_same_with_processes(folder, tokenizer):
+def test_evaluation_packs_are_the_same_with_and_without_workers(folder, tokenizer):
     inline, decoded = (sweep(folder, tokenizer=tokenizer, workers=n) for n in (0, 1))
     assert all(same(a, b) for a, b in zip(inline, decoded, strict=True))
 
 
-def test_an_item_above_the_evaluation_budget_travels_alone(folder):
+def test_an_item_above_the_token_budget_has_a_pack_to_itself(folder):
     packs = sweep(folder, token_budget=10, workers=1)
     assert sum(len(pack) for pack in packs) == 15
     assert max(pack.tokens for pack in packs) > 10
@@ -68,7 +68,7 @@ def test_an_item_above_the_evaluation_budget_travels_alone(folder):
     assert all(len(pack) == 1 for pack in packs if pack.tokens > 10)
 
 
-def test_bad_samples_of_an_evaluation_are_counted_also_at_the_end(tmp_path):
+def test_bad_samples_at_the_end_of_an_evaluation_are_counted_too(tmp_path):
     samples = [("a", {"png": image(28, 28, form="PNG"), "txt": b"t"}), ("b", {"png": b"junk", "txt": b"t"})]
     folder = write_tar(tmp_path / "t" / "a.tar", samples).parent
     (pack,) = sweep(folder)

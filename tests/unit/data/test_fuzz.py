@@ -1,4 +1,4 @@
-"""Thousands of damaged shards: nothing raises, loops or leaves the shard, and no sound sample is lost."""
+"""Thousands of damaged shards: scans neither raise nor loop nor exceed the shard, and find every intact sample."""
 
 import io
 import random
@@ -23,14 +23,14 @@ FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 @dataclass
 class Mutant:
-    """A damaged shard; `untouched` are the samples whose bytes are all there, as {key: new offset}."""
+    """A damaged shard; `untouched` maps the key of each sample with all its bytes to its new offset."""
 
     data: bytes
     untouched: dict[str, int] = field(default_factory=dict)
 
 
 class Counting(io.BytesIO):
-    """A shard that counts what is read of it."""
+    """A stream that counts the bytes read from it."""
 
     read_bytes = 0
 
@@ -41,7 +41,7 @@ class Counting(io.BytesIO):
 
 
 def content(rng: random.Random) -> bytes:
-    """Noise, zeros or what looks like headers at first glance."""
+    """Random bytes, zeros, or bytes that contain the magic of a tar header."""
     body = bytearray(rng.randbytes(rng.choice((0, 30, 512, 900, 2000, 4096))))
     if rng.random() < 0.2:
         body = bytearray(len(body))
@@ -88,7 +88,7 @@ def zeroed(rng: random.Random, data: bytes, samples: list[Group]) -> Mutant:
 
 
 def removed(rng: random.Random, data: bytes, samples: list[Group], step: int = BLOCK) -> Mutant:
-    """Without some blocks; a sample moves forward by as much as was removed before it."""
+    """Removes some blocks; later samples move towards the beginning by the removed length."""
     low = rng.randrange(len(data) // step) * step
     high = min(len(data), low + step * rng.choice((1, 1, 2, 3, 10, 40)))
     kept = {g.key: g.offset - (high - low) * (g.offset >= high) for g in samples if g.end <= low or g.offset >= high}
@@ -101,7 +101,7 @@ def removed_bytes(rng: random.Random, data: bytes, samples: list[Group]) -> Muta
 
 
 def duplicated(rng: random.Random, data: bytes, samples: list[Group]) -> Mutant:
-    """Some blocks once more, anywhere. What is in them is touched, and so is what they fall into."""
+    """Inserts a copy of some blocks anywhere. Samples in the copied blocks and around the insertion are touched."""
     low = rng.randrange(len(data) // BLOCK) * BLOCK
     high = min(len(data), low + BLOCK * rng.choice((1, 1, 2, 5, 20)))
     at = rng.randrange(len(data) // BLOCK) * BLOCK
@@ -114,7 +114,7 @@ def duplicated(rng: random.Random, data: bytes, samples: list[Group]) -> Mutant:
 
 
 def swapped(rng: random.Random, data: bytes, samples: list[Group]) -> Mutant:
-    """Two members, headers and all, in each other's place."""
+    """Swaps two members with their headers."""
     spans = []
     for sample in samples:
         start = sample.offset
@@ -132,7 +132,7 @@ def swapped(rng: random.Random, data: bytes, samples: list[Group]) -> Mutant:
 
 
 def several(rng: random.Random, data: bytes, samples: list[Group]) -> Mutant:
-    """One damage upon another; only the promises about order and bounds remain."""
+    """Several damages in sequence; only order and bounds can be checked."""
     for _ in range(4):
         change = rng.choice((flipped, zeroed, removed, removed_bytes, duplicated, swapped))
         data = change(rng, data, samples).data
@@ -150,7 +150,9 @@ def scanned(data: bytes, start: int = 0) -> list[Group | Damage]:
     stream = Counting(data)
     found = list(scan(stream, "s", len(data), start))
     damages = sum(isinstance(one, Damage) for one in found)
-    assert stream.read_bytes <= 2 * len(data) + (damages + 1) * (TAIL_LIMIT + 8192), "the shard is read over and over"
+    assert stream.read_bytes <= 2 * len(data) + (damages + 1) * (TAIL_LIMIT + 8192), (
+        "the shard is read several times"
+    )
     return found
 
 
@@ -171,13 +173,13 @@ def check_order(found: list[Group | Damage], size: int) -> None:
 
 
 def claimed(found: list[Group | Damage], low: int, high: int) -> bool:
-    """Whether a member says that these bytes are its own: it lost blocks, and ends at another header by chance."""
+    """Whether a member overlaps these bytes: one that lost blocks and, by chance, ends at another header."""
     members = [member for one in found if isinstance(one, Group) for member in one.members]
     return any(member.offset < high and low < member.offset + member.length for member in members)
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda one: one.__name__)
-def test_a_damaged_shard_gives_its_sound_samples_and_says_what_is_lost(mutate):
+def test_scanning_a_damaged_shard_yields_its_intact_samples_and_the_damage(mutate):
     rng = random.Random(f"{mutate.__name__} 7")
     promised = excused = noticed = 0
     for number in range(SHARDS_EACH):
@@ -204,7 +206,7 @@ def test_a_damaged_shard_gives_its_sound_samples_and_says_what_is_lost(mutate):
     assert noticed >= SHARDS_EACH // 20 or mutate is swapped
 
 
-def test_whatever_comes_out_of_a_damaged_shard_is_a_sample_or_a_counted_error(tmp_path):
+def test_reading_a_damaged_shard_yields_samples_or_counted_errors(tmp_path):
     rng = random.Random(11)
     rule = SizeRule("image", Resolution(16, 400, 28, None), 1, 400, 10**7)
     images = [image(40 + 9 * n, 60, n, form) for n, form in enumerate(("JPEG", "PNG", "WEBP", "GIF", "BMP"))]

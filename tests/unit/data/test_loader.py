@@ -1,4 +1,4 @@
-"""The loader end to end: the same packs however they are made, and a sentence instead of a hang."""
+"""The loader end to end: packs do not depend on ranks and workers, and failures are errors instead of hangs."""
 
 import gc
 import json
@@ -64,7 +64,7 @@ def drain(packs, steps=200):
 
 
 def broken_image(tmp_path):
-    """Shards in which every third image has a sound header and cut data."""
+    """A shard in which every third image has a valid header and truncated data."""
     samples = []
     for index in range(30):
         content = image(80, 60, index)
@@ -73,7 +73,7 @@ def broken_image(tmp_path):
     return write_tar(tmp_path / "broken" / "a.tar", samples).parent
 
 
-def test_a_step_has_one_pack_of_every_lane_with_fitting_shapes(folder, tokenizer):
+def test_a_step_has_one_pack_of_every_lane_with_the_documented_shapes(folder, tokenizer):
     for step, packs in enumerate(take(8, folder, tokenizer=tokenizer)):
         assert [(pack.lane, pack.index, pack.modality) for pack in packs] == [(n, step, schedule(step)) for n in (0, 1)]
         for pack in packs:
@@ -93,7 +93,7 @@ def test_a_step_has_one_pack_of_every_lane_with_fitting_shapes(folder, tokenizer
             assert (pack.pixels.dtype, dtypes) == (torch.uint8, {torch.int64})
 
 
-def test_the_pixels_of_an_item_are_the_image_of_its_key(tmp_path):
+def test_the_pixels_of_an_item_belong_to_its_key(tmp_path):
     colours = {f"k{n}": (n * 20, 255 - n * 20, n * 7) for n in range(10)}
     samples = []
     for n, (key, colour) in enumerate(colours.items()):
@@ -114,13 +114,13 @@ def test_the_pixels_of_an_item_are_the_image_of_its_key(tmp_path):
             assert start == len(pack.pixels)
 
 
-def test_workers_change_nothing_bit_for_bit(folder, tokenizer):
+def test_packs_are_bitwise_equal_with_and_without_workers(folder, tokenizer):
     inline = take(12, folder, tokenizer=tokenizer)
     decoded = take(12, folder, tokenizer=tokenizer, workers=2)
     assert all(same(a, b) for x, y in zip(inline, decoded, strict=True) for a, b in zip(x, y, strict=True))
 
 
-def test_the_split_of_lanes_over_ranks_and_a_resume_change_nothing(folder):
+def test_packs_do_not_depend_on_the_assignment_of_lanes_or_on_a_resume(folder):
     whole = take(10, folder)
     cursors = {pack.lane: pack.cursor for pack in whole[5]}
     resumed = {
@@ -131,7 +131,7 @@ def test_the_split_of_lanes_over_ranks_and_a_resume_change_nothing(folder):
             assert same(resumed[lane][step][0], whole[6 + step][lane])
 
 
-def test_packs_that_were_prefetched_and_thrown_away_are_not_lost(folder):
+def test_a_resume_repeats_packs_that_were_prefetched_but_not_used(folder):
     whole = take(6, folder)
     first = take(2, folder, workers=1, limits={"prefetch_packs": 8})
     rest = take(4, folder, cursors={pack.lane: pack.cursor for pack in first[-1]}, first_step=2)
@@ -139,7 +139,7 @@ def test_packs_that_were_prefetched_and_thrown_away_are_not_lost(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_decoded_is_counted_and_leaves_its_pack_shorter(tmp_path, workers, caplog):
+def test_an_image_that_cannot_be_decoded_is_counted_and_missing_from_its_pack(tmp_path, workers, caplog):
     folder = broken_image(tmp_path)
     packs = [pack for step in take(4, folder, workers=workers, modality_of=lambda _: "image") for pack in step]
     assert sum(pack.bad.get("corrupt", 0) for pack in packs) >= 4
@@ -150,8 +150,8 @@ def test_an_image_that_cannot_be_decoded_is_counted_and_leaves_its_pack_shorter(
     assert "sample left out (corrupt, number 1; lane 0, image, decoding): a/k" in caplog.text
 
 
-def test_all_lanes_of_a_rank_begin_before_the_first_of_them_is_read(folder, monkeypatch):
-    """What one announces is on its way while another is waited for."""
+def test_all_lanes_of_a_rank_begin_before_the_first_lane_is_read(folder, monkeypatch):
+    """So the first shards of all lanes are fetched concurrently."""
     order = []
     begin, next_plan = Lane.begin, Lane.next_plan
     monkeypatch.setattr(Lane, "begin", lambda lane, modality: order.append("begin") or begin(lane, modality))
@@ -161,8 +161,8 @@ def test_all_lanes_of_a_rank_begin_before_the_first_of_them_is_read(folder, monk
 
 
 @pytest.mark.parametrize("shards", [1, 64])
-def test_a_rank_with_many_lanes_and_sources_may_open_more_files_than_systems_begin_with(tmp_path, shards):
-    """Cut or whole: each of 8 lanes keeps a shard of each of 10 sources open."""
+def test_the_limit_of_open_files_is_raised_for_many_lanes_and_sources(tmp_path, shards):
+    """Each of 8 lanes keeps a shard of each of 10 sources open, whether shards are divided among lanes or not."""
     samples = [(f"k{n:02d}", {"jpg": image(80, 60), "txt": b"t"}) for n in range(16)]
     sources = []
     for name in map(str, range(10)):
@@ -188,7 +188,7 @@ def test_a_rank_with_many_lanes_and_sources_may_open_more_files_than_systems_beg
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_pack_of_which_nothing_can_be_decoded_is_empty_and_whole(tmp_path, tokenizer):
+def test_a_pack_without_a_decodable_item_is_empty_and_well_formed(tmp_path, tokenizer):
     cut = image(80, 60)[:-200]
     folder = write_tar(tmp_path / "t" / "a.tar", [(f"k{n}", {"jpg": cut, "txt": b"t"}) for n in range(4)]).parent
     ((pack,),) = take(1, folder, lanes_of_rank=[0], lanes=1, tokenizer=tokenizer)
@@ -199,7 +199,7 @@ def test_a_pack_of_which_nothing_can_be_decoded_is_empty_and_whole(tmp_path, tok
     assert pack.cursor.packs == 1
 
 
-def test_too_many_failures_of_decoding_in_a_row_end_the_run(tmp_path):
+def test_too_many_decoding_failures_in_a_row_end_the_run(tmp_path):
     cut = image(80, 60)[:-200]
     folder = write_tar(tmp_path / "t" / "a.tar", [(f"k{n}", {"jpg": cut, "txt": b"t"}) for n in range(4)]).parent
     with pytest.raises(
@@ -208,24 +208,24 @@ def test_too_many_failures_of_decoding_in_a_row_end_the_run(tmp_path):
         take(4, folder, lanes_of_rank=[0], lanes=1, limits={"max_bad_in_a_row": 6})
 
 
-def test_failures_of_decoding_with_good_samples_between_them_are_not_in_a_row(tmp_path):
+def test_decoding_failures_with_good_samples_in_between_are_not_in_a_row(tmp_path):
     limits = {"max_bad_in_a_row": 8, "max_bad_per_thousand": 1000}
     steps = take(12, broken_image(tmp_path), modality_of=lambda _: "image", limits=limits)
     assert min(sum(step[lane].bad.get("corrupt", 0) for step in steps) for lane in (0, 1)) > 8
 
 
-def test_failures_of_decoding_are_counted_on_where_a_resumed_run_takes_over(tmp_path):
+def test_a_resumed_run_continues_the_count_of_decoding_failures(tmp_path):
     folder, given = broken_image(tmp_path), {"modality_of": lambda _: "image", "lanes_of_rank": [0], "lanes": 1}
     limits = {"max_bad_per_thousand": 18}
-    whole, story = until_the_end(folder, limits=limits, **given)
-    assert "19 of the last" in story
+    whole, message = until_the_end(folder, limits=limits, **given)
+    assert "19 of the last" in message
     resumed, again = until_the_end(folder, limits=limits, cursors={0: whole[1][0].cursor}, first_step=2, **given)
-    assert again == story
+    assert again == message
     assert [step[0].keys for step in resumed] == [step[0].keys for step in whole[2:]]
 
 
 def until_the_end(folder, **given):
-    """All steps until the data end the run, and why."""
+    """All steps until a DataError, and its message."""
     steps = []
     with loader(folder, **given) as packs, pytest.raises(DataError) as caught:
         steps.extend(packs)
@@ -233,7 +233,7 @@ def until_the_end(folder, **given):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_cut_tar_is_counted_or_reaches_the_trainer_as_the_sentence_it_is(tmp_path, workers):
+def test_a_truncated_tar_is_counted_or_raised_in_the_trainer(tmp_path, workers):
     samples = [(f"k{n}", {"png": image(28, 28, n, "PNG"), "txt": b"t"}) for n in range(20)]
     path = write_tar(tmp_path / "t" / "a.tar", samples)
     size = path.read_bytes().index(b"k17.png") + 700
@@ -246,7 +246,7 @@ def test_a_cut_tar_is_counted_or_reaches_the_trainer_as_the_sentence_it_is(tmp_p
         take(1, path.parent, workers=workers, limits={"on_bad": "fail"})
 
 
-def test_a_shard_that_vanishes_while_it_is_decoded_is_a_sentence(tmp_path):
+def test_a_shard_that_is_deleted_during_decoding_is_a_data_error(tmp_path):
     samples = [(f"k{n}", {"png": image(28, 28, n, "PNG"), "txt": b"t"}) for n in range(8)]
     path = write_tar(tmp_path / "t" / "a.tar", samples)
     with loader(path.parent, workers=1, modality_of=lambda _: "image", limits={"prefetch_packs": 1}) as packs:
@@ -270,7 +270,7 @@ def children(pid):
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
-def test_killed_decoding_processes_are_started_again_and_change_nothing(folder):
+def test_killed_decoding_processes_are_restarted_and_packs_stay_the_same(folder):
     whole = take(12, folder)
     with loader(folder, workers=2) as packs:
         steps = []
@@ -282,7 +282,7 @@ def test_killed_decoding_processes_are_started_again_and_change_nothing(folder):
     assert not servers()
 
 
-def test_a_killed_decoding_process_that_may_not_be_started_again_is_an_error_and_no_hang(folder):
+def test_a_killed_decoding_process_without_restarts_left_is_an_error_and_no_hang(folder):
     with loader(folder, workers=2, limits={"worker_restarts": 0}) as packs:
         next(packs)
         pids = decoders()
@@ -294,7 +294,7 @@ def test_a_killed_decoding_process_that_may_not_be_started_again_is_an_error_and
     assert not servers()
 
 
-def test_closing_ends_the_processes_and_keeps_what_was_delivered(folder):
+def test_close_ends_the_processes_and_delivered_packs_stay_valid(folder):
     with loader(folder, workers=2) as packs:
         step = next(packs)
         pids = [*servers(), *decoders()]
@@ -323,7 +323,7 @@ def gone(pid):
 
 
 @pytest.mark.parametrize("end", ["", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
-def test_a_trainer_that_ends_without_closing_leaves_no_process_behind(folder, end):
+def test_no_process_survives_a_trainer_that_ends_without_close(folder, end):
     script = SCRIPT.format(root=str(ROOT), folder=str(folder), end=end)
     result = run_watched([sys.executable, "-c", script])
     pids = result.stdout.split()
@@ -334,7 +334,7 @@ def test_a_trainer_that_ends_without_closing_leaves_no_process_behind(folder, en
 
 
 def test_ctrl_c_interrupts_a_trainer_that_waits_for_data(folder):
-    end = "packs._packs._next = 10**9\n    next(packs)".replace("\n    ", "\n")  # waits for what never comes
+    end = "packs._packs._next = 10**9\n    next(packs)".replace("\n    ", "\n")  # waits for a pack that never comes
     script = SCRIPT.format(root=str(ROOT), folder=str(folder), end=end)
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -342,7 +342,7 @@ def test_ctrl_c_interrupts_a_trainer_that_waits_for_data(folder):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores SIGINT
     )
     pids = process.stdout.readline().split()
     time.sleep(0.5)
@@ -363,7 +363,7 @@ def test_decoding_processes_import_neither_the_engine_nor_the_text_libraries():
     assert result.stdout.strip() == "[]"
 
 
-def test_cursors_of_other_data_or_of_too_few_lanes_are_refused(folder, tmp_path):
+def test_cursors_of_other_data_and_missing_cursors_are_refused(folder, tmp_path):
     cursors = {pack.lane: pack.cursor for pack in take(1, folder)[0]}
     other = write_demo_shards(tmp_path, images=30, videos=8, shards=2)
     with pytest.raises(DataError, match="the sources have changed since the data cursor was saved"):
@@ -372,7 +372,7 @@ def test_cursors_of_other_data_or_of_too_few_lanes_are_refused(folder, tmp_path)
         loader(folder, cursors={0: cursors[0]})
 
 
-def test_a_missing_tokenizer_or_modality_is_told_before_anything_starts(folder, tmp_path):
+def test_a_missing_tokenizer_or_modality_is_an_error_before_processes_start(folder, tmp_path):
     with pytest.raises(ConfigError, match="no tokenizer at"):
         loader(folder, tokenizer=tmp_path / "none.json", workers=1)
     images = write_demo_shards(tmp_path / "images", images=8, videos=0, shards=1)

@@ -1,4 +1,4 @@
-"""A folder packed twice, after changes and damage, killed on the way and by several processes: the same bytes."""
+"""Packing a folder again gives the same bytes: after changes, damage and kills, and with several processes."""
 
 import json
 import textwrap
@@ -26,7 +26,7 @@ def test_packing_again_opens_no_media_and_writes_no_shard(folder, tmp_path, monk
     assert contents(tmp_path / "out") == before
 
 
-def test_a_change_in_the_folder_renews_what_it_touches(folder, tmp_path):
+def test_a_change_in_the_folder_rewrites_only_the_affected_shards(folder, tmp_path):
     out = tmp_path / "out"
     pack(folder, out)
     (folder / "images/7.jpg").write_bytes(media.encoded(media.noise(99, 99)))
@@ -41,7 +41,7 @@ def test_a_change_in_the_folder_renews_what_it_touches(folder, tmp_path):
     assert json.loads(samples_of(out, again)["images/8.jpg"]["json"])["captions"] == ["another caption"]
 
 
-def test_another_shard_size_leaves_no_old_shards_behind(folder, tmp_path):
+def test_old_shards_are_removed_if_the_shard_size_changes(folder, tmp_path):
     pack(folder, tmp_path / "out", shard_mb=0.005)
     pack(folder, tmp_path / "out")
     pack(folder, tmp_path / "fresh")
@@ -49,7 +49,7 @@ def test_another_shard_size_leaves_no_old_shards_behind(folder, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", None])
-def test_a_damaged_or_lost_shard_is_written_anew(folder, tmp_path, damage):
+def test_a_damaged_or_missing_shard_is_written_again(folder, tmp_path, damage):
     pack(folder, tmp_path / "out")
     before = contents(tmp_path / "out")
     shard = tmp_path / "out/train-image-000000.tar"
@@ -61,7 +61,7 @@ def test_a_damaged_or_lost_shard_is_written_anew(folder, tmp_path, damage):
     assert contents(tmp_path / "out") == before
 
 
-def test_a_file_that_changes_between_looking_and_writing_is_noticed(folder, tmp_path, monkeypatch):
+def test_a_file_that_changes_between_examination_and_writing_is_an_error(folder, tmp_path, monkeypatch):
     truth = writer.examine_all
 
     def then_changed(jobs, workers):
@@ -102,11 +102,11 @@ for point in points:
 """
 
 
-def test_a_packing_killed_anywhere_ends_in_the_same_bytes(folder, tmp_path):
+def test_packing_gives_the_same_bytes_after_a_kill_at_any_point(folder, tmp_path):
     expected = pack(folder, tmp_path / "whole", shard_mb=0.02)
     assert len(expected["shards"]) > 3
     out = tmp_path / "out"
-    # Counted from each restart: files looked at, members written, shards done; the last one is the manifest itself.
+    # Counted from each restart: examined files, written members, finished shards; the last one is the manifest.
     run_script("-c", KILLED, str(folder), str(out), "0", "10", "40", "15", "30", "31", "17", "0", "0")
     with (out / ".pack.jsonl").open("a") as journal:
         journal.write('["file images/0.jpg", {"stam')  # a line that was being written
@@ -147,7 +147,7 @@ def test_an_image_that_kills_its_decoder_is_left_out(folder, tmp_path):
     assert sum(shard["samples"] for shard in manifest["shards"]) == 31
 
 
-def test_worker_processes_find_the_same_as_one(folder, tmp_path):
+def test_several_workers_write_the_same_shards_as_one(folder, tmp_path):
     script = tmp_path / "packing.py"
     script.write_text(
         textwrap.dedent(
