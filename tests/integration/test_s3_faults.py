@@ -126,7 +126,7 @@ def test_an_object_that_is_replaced_during_the_run_ends_it_with_a_sentence(serve
 
     with faulty(server, replaced) as proxy:
         data = config(url, proxy.url, workers=workers)
-        with pytest.raises(DataError, match=r"replaced/a\.tar: the object was replaced while this run was reading it"):
+        with pytest.raises(DataError, match=r"replaced/a\.tar: the object was replaced during this run"):
             swept(data)
 
 
@@ -136,6 +136,6 @@ def test_a_store_that_answers_503_for_ever_ends_the_run_within_the_stated_time(s
         late = len([one for one in proxy.requests if one.key.endswith(".tar")]) > 6
         return "throttle" if late and request.key.endswith(".tar") else None
 
-    told = r"nothing came for .*the store answered 503.*data\.s3\.give_up_s is 3"
+    told = r"nothing received in .*the store answered 503.*data\.s3\.give_up_s is 3"
     with faulty(server, broken) as proxy, pytest.raises(DataError, match=told):
         packs_of(config(f"s3://{BUCKET}/demo", proxy.url, workers=workers, give_up_s=3.0), steps=100)

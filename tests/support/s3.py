@@ -1,4 +1,4 @@
-"""An S3 store on loopback, and a proxy before it that does to requests what networks and stores do.
+"""An S3 store on loopback, and a proxy that causes the faults of networks and stores.
 
     with s3_server() as server:
         url = server.upload(folder, "some/prefix")                  # s3://shards/some/prefix
@@ -6,8 +6,8 @@
         with faulty(server, some_of(["drop", "throttle"], 0.2)) as proxy:
             settings = StorageSettings(endpoint_url=proxy.url, idle_timeout_s=0.3, give_up_s=20)
 
-The store is moto's server in a process of its own, so that its CPU time is nobody's here. While it runs, this
-process and its children have credentials for it in their environment.
+The store is moto's server in a separate process. While it runs, the environment of this process and its children has
+credentials for it.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ server.serve_forever()
 """
 
 Plan = Callable[["Request"], str | None]
-"""What happens to a request: None, one of `FAULTS`, or "status N"."""
+"""The fault for a request: None, one of `FAULTS`, or "status N"."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request as the proxy sees it. `number` counts from 0 in order of arrival; `key` is without the bucket."""
+    """A request to the proxy. `number` counts from 0 in order of arrival; `key` is without the bucket."""
 
     number: int
     method: str
@@ -68,7 +68,7 @@ class Request:
 
 
 class S3Server:
-    """A store with one bucket. Everything here goes past any proxy."""
+    """A store with one bucket. The methods do not use the proxy."""
 
     def __init__(self, url: str) -> None:
         import boto3
@@ -106,7 +106,7 @@ class S3Server:
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """A fresh store in a process of its own; ready in about a second."""
+    """Starts an empty store in a separate process; ready in about a second."""
     saved = {name: os.environ.get(name) for name in (*ENVIRONMENT, "AWS_PROFILE", "AWS_SESSION_TOKEN")}
     process = subprocess.Popen([sys.executable, "-c", _SERVE], stdout=subprocess.PIPE, text=True)
     try:
@@ -131,20 +131,20 @@ FAULTS = {
     "refuse": "429 with Retry-After instead of an answer",
     "error": "500 instead of an answer",
     "gone": "404 NoSuchUpload instead of an answer",
-    "hang": "no answer at all until the client goes",
+    "hang": "no answer until the client closes the connection",
     "drop": "half of the body, then the connection is reset",
-    "cut": "half of the body, then the connection is closed in good order",
-    "stall": "half of the body, then silence until the client goes",
+    "cut": "half of the body, then the connection is closed normally",
+    "stall": "half of the body, then nothing until the client closes the connection",
     "trickle": "half of the body, then a byte every 20 ms",
-    "short": "half of the body with a length that says it is all",
+    "short": "half of the body, with a Content-Length of that half",
     "reset": "the connection is reset before any answer",
-    "lost": "the store does it, the client never hears of it",
-    "flip": "one byte of what is sent to the store arrives wrong",
+    "lost": "the store executes the request, but the connection is reset before the answer",
+    "flip": "one bit of the request's body is changed",
 }
 
 
 def some_of(kinds: Sequence[str], rate: float, seed: int = 0, only: Callable[[Request], bool] | None = None) -> Plan:
-    """A fault of one of the kinds for a share of the requests; the same requests every time for one seed."""
+    """A fault of one of the kinds for a share of the requests, chosen by `seed` and the request's number."""
 
     def plan(request: Request) -> str | None:
         rng = random.Random(f"{seed} {request.number}")
@@ -155,7 +155,7 @@ def some_of(kinds: Sequence[str], rate: float, seed: int = 0, only: Callable[[Re
 
 
 def first_of(kind: str, times: int = 1, only: Callable[[Request], bool] | None = None) -> Plan:
-    """The fault for the first so many requests (of those that `only` picks), then none."""
+    """The fault for the first `times` requests (of those that `only` selects), then none."""
     left = [times]
 
     def plan(request: Request) -> str | None:
@@ -169,7 +169,7 @@ def first_of(kind: str, times: int = 1, only: Callable[[Request], bool] | None =
 
 @dataclass
 class FaultProxy:
-    """What came through: every request, and how many of each fault were done."""
+    """Records every request and counts the faults."""
 
     url: str
     requests: list[Request] = field(default_factory=list)
@@ -182,7 +182,7 @@ class FaultProxy:
 
 @contextmanager
 def faulty(server: S3Server, plan: Plan) -> Iterator[FaultProxy]:
-    """A proxy to the store that does what `plan` says. It ends with the block."""
+    """Runs a proxy to the store that causes the faults of `plan`."""
     listener = socket.create_server(("127.0.0.1", 0))
     proxy = FaultProxy(f"http://127.0.0.1:{listener.getsockname()[1]}")
     open_sockets: set[socket.socket] = set()
@@ -207,7 +207,7 @@ def faulty(server: S3Server, plan: Plan) -> Iterator[FaultProxy]:
 
 
 def _serve(client: socket.socket, upstream: str, plan: Plan, proxy: FaultProxy, lock: threading.Lock) -> None:
-    """The requests of one connection, one after another."""
+    """Serves the requests of one connection in order."""
     store = http.client.HTTPConnection(urlsplit(upstream).netloc)
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with suppress(OSError, http.client.HTTPException), client, client.makefile("rb") as stream:
@@ -238,19 +238,19 @@ def _headers(stream: Any) -> Iterator[tuple[str, str]]:
 
 
 def _answer(client: socket.socket, store: http.client.HTTPConnection, fault: str | None, asked: tuple) -> bool:
-    """Answer one request, well or ill; True if the connection goes on."""
+    """Answer one request with or without a fault; returns whether the connection stays open."""
     if fault == "throttle":
-        return _say(client, "503 Slow Down", b"<Error><Code>SlowDown</Code><Message>Slow down.</Message></Error>")
+        return _send(client, "503 Slow Down", b"<Error><Code>SlowDown</Code><Message>Slow down.</Message></Error>")
     if fault == "refuse":
-        return _say(client, "429 Too Many Requests\r\nRetry-After: 0", b"<Error><Code>TooMany</Code></Error>")
+        return _send(client, "429 Too Many Requests\r\nRetry-After: 0", b"<Error><Code>TooMany</Code></Error>")
     if fault == "error":
-        return _say(client, "500 Internal Server Error", b"<Error><Code>InternalError</Code></Error>")
+        return _send(client, "500 Internal Server Error", b"<Error><Code>InternalError</Code></Error>")
     if fault is not None and fault.startswith("status "):
-        return _say(client, f"{fault.removeprefix('status ')} Odd", b"")
+        return _send(client, f"{fault.removeprefix('status ')} Odd", b"")
     if fault == "gone":
-        return _say(client, "404 Not Found", b"<Error><Code>NoSuchUpload</Code></Error>")
+        return _send(client, "404 Not Found", b"<Error><Code>NoSuchUpload</Code></Error>")
     if fault == "hang":
-        return _until_it_goes(client)
+        return _wait_for_close(client)
     if fault == "reset":
         return _reset(client)
     method, target, body, headers = asked
@@ -269,7 +269,7 @@ def _answer(client: socket.socket, store: http.client.HTTPConnection, fault: str
     if fault == "drop":
         return _reset(client)
     if fault == "stall":
-        return _until_it_goes(client)
+        return _wait_for_close(client)
     if fault == "trickle":
         return _slowly(client, content[half:])
     return fault != "cut"
@@ -285,20 +285,20 @@ def _head(response: http.client.HTTPResponse, length: int) -> bytes:
     return f"HTTP/1.1 {response.status} {response.reason}\r\n{''.join(kept)}{length_line}\r\n".encode("latin-1")
 
 
-def _say(client: socket.socket, status: str, body: bytes) -> bool:
+def _send(client: socket.socket, status: str, body: bytes) -> bool:
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
     client.sendall(head.encode() + body)
     return True
 
 
-def _until_it_goes(client: socket.socket) -> bool:
-    select.select([client], [], [])  # readable once the client closes, or the block ends
+def _wait_for_close(client: socket.socket) -> bool:
+    select.select([client], [], [])  # readable once the client closes or `faulty` shuts the socket down
     return False
 
 
 def _slowly(client: socket.socket, content: bytes) -> bool:
     for byte in content:
-        if select.select([client], [], [], 0.02)[0]:  # the client has gone
+        if select.select([client], [], [], 0.02)[0]:  # the client closed the connection
             return False
         client.sendall(bytes([byte]))
     return True

@@ -1,3 +1,3 @@
-"""Files by address, local or on S3, with local copies of remote shards."""
+"""Reading files from local paths and S3, with a local cache of remote shards; uploading files to S3."""
 
 __all__ = ["address", "base", "local", "parallel", "s3", "s3_upload", "streams"]

@@ -1,4 +1,4 @@
-"""Which storage serves an address. Only this module knows what kind of place a path points to."""
+"""Selects the storage for a path or URL."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from univitar_ds.errors import DataError
 _ELSEWHERE = (
     (("file",), ": leave file:// out"),
     (("hf",), "; download the data set first (hf download) and give the folder"),
-    (("http", "https"), "; download the shards first, or give the s3:// address of what lies in an S3 store"),
-    (("gs", "gcs", "az", "abfs", "abfss", "wasb", "wasbs"), "; copy the shards to a disk or to a store that speaks S3"),
+    (("http", "https"), "; download the shards first, or give the s3:// address if they are in an S3 store"),
+    (
+        ("gs", "gcs", "az", "abfs", "abfss", "wasb", "wasbs"),
+        "; copy the shards to a disk or to an S3-compatible store",
+    ),
 )
-"""Schemes of other places, and what to do."""
-
+"""Schemes that cannot be read, and the remedy for the error message."""
 
 
 def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
-    """The storage that serves `url`; its methods take the same url. One object per process and settings.
+    """The storage for `url`, whose methods take the same url. For S3 one object per process and settings.
 
-    Raises: DataError for a scheme that nothing here reads.
+    Raises: DataError for an unsupported scheme.
     """
     if url.startswith(S3):
         from univitar_ds.data.storage.s3 import shared_storage  # boto3 takes a second
@@ -34,16 +36,16 @@ def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
 
 
 def check_address(url: str) -> None:
-    """Raises: DataError for what is neither a local path nor on S3; it names what it is and what to do instead."""
-    if os.path.exists(url):  # a colon is as good as any letter
+    """Raises: DataError, with a remedy, if `url` is neither a local path nor an s3:// address."""
+    if os.path.exists(url):  # the name of a local file may contain a colon
         return
     if url.startswith("pipe:"):
         address = re.search(r"s3://\S+", url)
-        remedy = f"give {address[0]}" if address else "copy the shards to a disk or an S3 store, and give that"
-        raise DataError(f"{url}: pipe: is a command to webdataset, but shards are read at any byte here; {remedy}")
+        remedy = f"give {address[0]}" if address else "copy the shards to a disk or an S3 store, and give its path"
+        raise DataError(f"{url}: WebDataset's pipe: cannot be used, because shards are read by random access; {remedy}")
     if "::" in url:
         raise DataError(
-            f"{url}: :: joins several shards for webdataset; here each is a source of its own, or one source names "
+            f"{url}: WebDataset's :: between shards cannot be used; give each shard as a separate source, or name "
             "them by braces, {a,b}.tar or {000..127}.tar"
         )
     scheme, separator, _ = url.partition("://")

@@ -1,4 +1,4 @@
-"""What a place of files is to everything that reads shards: one interface, and how remote places are reached."""
+"""The interface for reading files, and the settings for access to remote files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SCHEMES = "a local path or an s3:// address"
 
 @dataclass(frozen=True)
 class StorageSettings:
-    """How remote files are reached and kept; `config.data.S3Config` and `CacheConfig` say what each means.
+    """Settings for access to remote files and for their local cache; see `config.data.S3Config` and `CacheConfig`.
 
-    `session` is a folder that the processes of one run share, see `shared`.
+    `session` is a folder that the processes of one run share; see `shared`.
     """
 
     endpoint_url: str | None = None
@@ -32,7 +32,7 @@ class StorageSettings:
 
     @classmethod
     def of(cls, data: Any) -> StorageSettings:
-        """Those of the `data` section of a run file."""
+        """The settings in the `data` section of a run file."""
         s3, cache = data.s3, data.cache
         return cls(
             s3.endpoint_url,
@@ -46,9 +46,9 @@ class StorageSettings:
         )
 
     def shared(self) -> StorageSettings:
-        """The same for other processes of this run: they find the local copies that this one makes.
+        """The same settings for other processes of this run, which then use the local copies of this process.
 
-        Makes a temporary folder, which is removed when this process ends.
+        Creates a temporary folder that is removed when this process ends.
         """
         return self if self.session else replace(self, session=session_folder())
 
@@ -61,29 +61,29 @@ class StorageSettings:
 
 
 LOCAL = StorageSettings()
-"""Enough for local files, and for S3 where boto3 finds everything by itself."""
+"""Defaults: enough for local files, and for S3 if boto3 finds its own configuration."""
 
 
 class Storage(Protocol):
-    """Read-only access to files. Every failure is a DataError that names the file."""
+    """Read-only access to files. Every failure is a DataError with the path of the file."""
 
     def open(self, path: str) -> BinaryIO:
-        """A readable and seekable stream from the first byte on, made for reading forward."""
+        """A readable and seekable stream at byte 0, optimized for sequential reads."""
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`."""
 
     def read(self, path: str) -> bytes:
-        """A whole small file."""
+        """The content of a small file."""
 
     def size(self, path: str) -> int:
         """Size in bytes."""
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file, or a folder, of this name."""
+        """Whether there is a file or folder at this path."""
 
     def list(self, prefix: str) -> Sequence[str]:
         """Paths of the files directly in the folder `prefix`, sorted by name."""
 
     def prefetch(self, paths: Sequence[str]) -> None:
-        """A hint that these will be opened next, in this order."""
+        """A hint that these files will be opened next, in this order."""

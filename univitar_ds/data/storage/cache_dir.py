@@ -1,9 +1,9 @@
-"""A folder of local copies of remote files, shared by processes and kept below a size.
+"""A folder of local copies of remote files, shared by processes and limited in size.
 
-A copy is {id}-{bytes}.tar.part while it is fetched and {id}-{bytes}.tar when it is whole; the id follows from
-address and version, so another version is another file. Processes agree through locks that end with their holder:
-{id}-{bytes}.tar.lock belongs to the process that fetches, and who goes on after it has been killed; a shared lock on
-the copy itself says that somebody is reading it. A part is only ever appended to, so its size says how far it is.
+A copy is named {id}-{bytes}.tar.part during its download and {id}-{bytes}.tar when it is complete; the id is a hash of
+address and version. The downloading process holds the lock {id}-{bytes}.tar.lock; if it is killed, the lock is
+released and another process continues the download. A reader holds a shared lock on the copy itself. Data is only
+appended to a part, so its size is the position of the download.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _log = logging.getLogger(__name__)
 
 _COPY = re.compile(r"([0-9a-f]{32}-(\d+)\.tar)(\.part)?")
 _KEPT_FREE = 0.1
-"""Share of the free space that is left to others, whatever the limit is."""
+"""Share of the free disk space that is never used, even if the limit is larger."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of one object, `size` in bytes; `store` distinguishes stores that use the same names."""
+    """One version of one object, `size` in bytes; `store` distinguishes stores with the same object names."""
 
     url: str
     etag: str
@@ -45,22 +45,22 @@ class Version:
 
 
 class CacheDir:
-    """The copies in `folder`, at most `limit_bytes` of them unless more are in use at once.
+    """The copies in `folder`, of `limit_bytes` in total, or more if copies in use need more.
 
-    Whatever the system refuses is an OSError here; `failed` makes a sentence of it.
+    Methods raise OSError; `failed` converts it to a DataError.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder, self._limit = folder, limit_bytes
-        self._told = False
+        self._warned = False
 
     def whole(self, version: Version) -> bool:
         return os.path.exists(self._whole(version))
 
     def open(self, version: Version) -> int | None:
-        """A descriptor of the copy, whole or growing; while it is open, nobody removes the copy."""
+        """A descriptor of the copy, complete or not; None if there is none. An open copy is not removed."""
         whole, part = self._whole(version), self._part(version)
-        for path in (whole, part, whole):  # a part may become whole between the first look and the second
+        for path in (whole, part, whole):  # a part may become complete between two attempts
             try:
                 copy = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
@@ -73,11 +73,11 @@ class CacheDir:
         return None
 
     def begin(self, version: Version, *, needed: bool = True) -> tuple[int, int] | None:
-        """Descriptors of a part to append to and of the lock that comes with it; the caller closes both, part first.
+        """Descriptors of the part to append to and of its lock; the caller closes both, the part first.
 
-        None if the copy is whole, or another process is fetching it, or it is not `needed` yet and there is no room.
+        None if the copy is complete, if another process downloads it, or if it is not `needed` yet and has no room.
         """
-        self._folder.mkdir(exist_ok=True)  # but not what it lies in, which goes with the session
+        self._folder.mkdir(exist_ok=True)  # without parents: the session folder must not be created again
         lock = _try_lock(self._lock(version.name))
         if lock is None:
             return None
@@ -92,21 +92,21 @@ class CacheDir:
         return part, lock
 
     def finish(self, version: Version) -> None:
-        """The part has all bytes: from now on it is the copy."""
-        move_into_place(self._part(version), self._whole(version), durable=True)  # trusted after a power cut too
+        """Rename a part that has all bytes to the complete copy."""
+        move_into_place(self._part(version), self._whole(version), durable=True)  # must survive a power failure
 
     def used(self, copy: int) -> None:
-        """The copy is being used: it will be among the last to go."""
+        """Record that the copy is in use now, so that it is among the last to be removed."""
         with suppress(PermissionError):  # another user's copy
             os.utime(copy, ns=(time.time_ns(), os.fstat(copy).st_mtime_ns))
 
     def failed(self, error: OSError) -> DataError:
         return DataError(
-            f"{self._folder}: local copies cannot be kept there ({error.strerror or error}); "
-            "give data.cache.folder another place, or lower data.cache.limit_gb"
+            f"{self._folder}: local copies cannot be stored there ({error.strerror or error}); "
+            "set data.cache.folder to another folder, or lower data.cache.limit_gb"
         )
 
-    # Asked for with every piece that is read. Text, because a Path keeps its parts in Python's table of all names.
+    # Strings, because these are built at every read and a Path would intern its parts.
     def _whole(self, version: Version) -> str:
         return f"{self._folder}/{version.name}"
 
@@ -117,14 +117,14 @@ class CacheDir:
         return f"{self._folder}/{name}.lock"
 
     def _begun(self, version: Version, needed: bool) -> int | None:
-        """The file to append to, after making room for it; None if the copy is whole, or may wait and has no room."""
+        """The part to append to, after making room; None if the copy is complete, or not `needed` and without room."""
         whole, part = self._whole(version), self._part(version)
         with suppress(FileNotFoundError):
             if not _torn(whole, os.stat(whole), version.size):
                 return None
             os.unlink(whole)
-        with open(self._folder / "room.lock", "a", encoding="utf-8") as everybody:
-            fcntl.flock(everybody, fcntl.LOCK_EX)
+        with open(self._folder / "room.lock", "a", encoding="utf-8") as room_lock:
+            fcntl.flock(room_lock, fcntl.LOCK_EX)
             if os.path.exists(part) and _torn(part, os.stat(part), version.size):
                 os.unlink(part)
             if not os.path.exists(part) and not self._make_room(version.size, needed) and not needed:
@@ -132,7 +132,7 @@ class CacheDir:
             return os.open(part, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
 
     def _make_room(self, wanted: int, needed: bool) -> bool:
-        """Remove copies that nobody reads, those unused for longest first; whether `wanted` more bytes then fit."""
+        """Remove copies without readers, least recently used first; returns whether `wanted` more bytes then fit."""
         copies = self._kept()
         kept = sum(promised for _, _, promised, _ in copies.values())
         on_disk = sum(blocks for _, _, _, blocks in copies.values())
@@ -143,10 +143,10 @@ class CacheDir:
             if self._evicted(name):
                 kept -= promised
         fits = kept + wanted <= limit
-        if not fits and needed and not self._told:
-            self._told = True
+        if not fits and needed and not self._warned:
+            self._warned = True
             _log.warning(
-                "%s: the shards being read at once take %.2f GB, above the limit of %.2f GB; raise "
+                "%s: the shards in use take %.2f GB, above the limit of %.2f GB; raise "
                 "data.cache.limit_gb or free some space",
                 self._folder,
                 (kept + wanted) / 1e9,
@@ -155,14 +155,14 @@ class CacheDir:
         return fits
 
     def _kept(self) -> dict[str, tuple[int, str, int, int]]:
-        """By the name of the whole copy: when it was last used, its name now, its bytes when whole and now."""
+        """By name of the complete copy: (time of last use, present name, bytes when complete, bytes on disk)."""
         copies = {}
         for found in os.listdir(self._folder):
             match = _COPY.fullmatch(found)
             if match is None:
                 continue
             whole, promised, _ = match.groups()
-            for name in dict.fromkeys((found, whole)):  # a part may have become whole since its name was read
+            for name in dict.fromkeys((found, whole)):  # a part may have become complete since `listdir`
                 with suppress(FileNotFoundError):
                     state = os.stat(f"{self._folder}/{name}")
                     copies[whole] = (state.st_atime_ns, name, int(promised), state.st_blocks * 512)
@@ -170,7 +170,7 @@ class CacheDir:
         return copies
 
     def _evicted(self, name: str) -> bool:
-        """Remove a copy unless somebody reads or fetches it."""
+        """Remove a copy unless a process reads or downloads it; returns whether it was removed."""
         path, lock_path = f"{self._folder}/{name}", self._lock(name.removesuffix(".part"))
         lock = _try_lock(lock_path)
         if lock is None:
@@ -191,7 +191,7 @@ class CacheDir:
 
 
 def _torn(path: str, state: os.stat_result, size: int) -> bool:
-    """Whether a copy cannot be trusted: of a wrong size, or a part from before the machine was started."""
+    """Whether a copy is invalid: it has a wrong size, or is a part that was written before the last boot."""
     if path.endswith(".part"):
         started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         return state.st_size > size or state.st_mtime < started
@@ -199,11 +199,11 @@ def _torn(path: str, state: os.stat_result, size: int) -> bool:
 
 
 def _try_lock(path: str) -> int | None:
-    """A descriptor that holds the lock; None if somebody else does."""
+    """A descriptor that holds the lock; None if another process holds it."""
     lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_nlink:  # else its last holder has removed it, and there may be a new one
+        if os.fstat(lock).st_nlink:  # otherwise its last holder removed the file, and there may be a new one
             return lock
     except BlockingIOError:
         pass

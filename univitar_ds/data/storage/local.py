@@ -13,7 +13,7 @@ from typing import BinaryIO
 from univitar_ds.errors import DataError, SampleError
 
 _FILES_OF_OTHERS = 512
-"""What is left to the rest of the process, which opens files, sockets and pipes later."""
+"""Open files reserved for the rest of the process: files, sockets and pipes."""
 
 
 class LocalStorage:
@@ -56,17 +56,17 @@ class LocalStorage:
 
     def list(self, prefix: str) -> Sequence[str]:
         try:
-            with os.scandir(prefix) as entries:  # it knows what is a file: no question for each of 40,000
+            with os.scandir(prefix) as entries:  # returns file types without a stat call per file
                 return sorted([str(Path(prefix, entry.name)) for entry in entries if entry.is_file()])
         except OSError as error:
             raise _unreadable(prefix, error) from error
 
     def prefetch(self, paths: Sequence[str]) -> None:
-        """The system reads ahead by itself."""
+        """Does nothing: the operating system reads ahead."""
 
 
 def allow_open_files(count: int) -> None:
-    """Let this process have so many more files open, as far as its hard limit goes; many systems begin with 1,024."""
+    """Raise this process's limit of open files by `count`, up to the hard limit; the usual default is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + len(os.listdir("/proc/self/fd")) + _FILES_OF_OTHERS
     if hard != resource.RLIM_INFINITY:
@@ -76,12 +76,15 @@ def allow_open_files(count: int) -> None:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A local file for reading. Raises: OSError, also for pipes and devices: they may have no end or never answer."""
+    """Open a local file for reading. Raises: OSError, also for pipes and devices, whose reads may never end."""
     return open(path, "rb", opener=_regular)
 
 
 def read_file(path: Path, most_bytes: int, limit: str) -> bytes:
-    """A whole regular file; `limit` ends the sentence about one with more than `most_bytes`. Raises: SampleError."""
+    """The content of a regular file.
+
+    Raises: SampleError, also for more than `most_bytes`; `limit` is then the end of the message.
+    """
     try:
         with open_regular(path) as stream:
             length = os.fstat(stream.fileno()).st_size
@@ -93,8 +96,8 @@ def read_file(path: Path, most_bytes: int, limit: str) -> bytes:
 
 
 def _regular(path: str | Path, flags: int) -> int:
-    """A descriptor, as an opener gives it. Raises: OSError for what is neither a regular file nor a folder."""
-    file = os.open(path, flags | os.O_NONBLOCK)  # else opening a pipe waits for one who writes into it
+    """An opener for `open`. Raises: OSError if the path is neither a regular file nor a folder."""
+    file = os.open(path, flags | os.O_NONBLOCK)  # otherwise opening a pipe waits for a writer
     try:
         _check_regular(path, os.fstat(file))
     except OSError:
@@ -104,13 +107,13 @@ def _regular(path: str | Path, flags: int) -> int:
 
 
 def _check_regular(path: str | Path, state: os.stat_result) -> None:
-    """Folders pass: reading one is an error with a name of its own."""
+    """Raises: OSError. Folders pass, because the system's own error for reading a folder is clear."""
     if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
 def _exactly(file: int, path: str, offset: int, length: int) -> bytes:
-    """One read may return less than asked for; the end of the file before `length` bytes is an error."""
+    """Read exactly `length` bytes; one `pread` may return fewer. Raises: DataError if the file ends earlier."""
     parts = []
     missing = length
     while missing:
@@ -118,7 +121,7 @@ def _exactly(file: int, path: str, offset: int, length: int) -> bytes:
         if not part:
             raise DataError(
                 f"{path}: ends at byte {offset + length - missing}, but {length} bytes were expected from byte "
-                f"{offset} on; the file was cut or replaced while it was in use: restore it or pack it again"
+                f"{offset} on; the file was truncated or replaced while it was in use: restore it or pack it again"
             )
         parts.append(part)
         missing -= len(part)

@@ -1,4 +1,4 @@
-"""Many small questions to a storage: at the same time where each answer is a journey, else one after another."""
+"""Runs many small requests to storages: concurrently for remote storages, sequentially for local ones."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from univitar_ds.data.storage.base import Storage
 from univitar_ds.data.storage.local import LocalStorage
 
 AT_ONCE = 16
-"""Pieces asked for at a time: a remote store answers late, but many at once."""
-_Asked, _Answered = TypeVar("_Asked"), TypeVar("_Answered")
+"""Concurrent requests: hides the latency of a remote store."""
+_Argument, _Result = TypeVar("_Argument"), TypeVar("_Result")
 
 
 def at_once(
-    work: Callable[[_Asked], _Answered], pieces: Sequence[_Asked], storages: Iterable[Storage], most: int = AT_ONCE
-) -> Iterator[_Answered]:
-    """What `work` makes of each piece, in order: up to `most` at a time unless all storages are local.
+    work: Callable[[_Argument], _Result], pieces: Sequence[_Argument], storages: Iterable[Storage], most: int = AT_ONCE
+) -> Iterator[_Result]:
+    """Maps `work` over `pieces` in order, in up to `most` threads; without threads if all storages are local.
 
-    Those answer at once, and every thread would leave a heap of its own behind.
+    Local storages have little latency, and every thread would keep its own malloc arena.
     """
     if min(most, len(pieces)) <= 1 or all(isinstance(storage, LocalStorage) for storage in storages):
         yield from map(work, pieces)

@@ -1,4 +1,4 @@
-"""How fast and how long a process asks a remote store that refuses, fails or falls silent."""
+"""Rate limits and retries of requests to a remote store."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _log = logging.getLogger(__name__)
 FIRST_GAP_S, LONGEST_GAP_S = 0.02, 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 UNREACHED_S = 30.0
-"""A store that has never answered this process is a wrong address rather than a fault: give up sooner."""
+"""Limit for a store that has never answered this process: its address is probably wrong."""
 SLOW_BYTES_PER_S = 64 << 10
-"""A connection that gives less for as long as it may be silent is replaced by another, which is mostly faster."""
+"""A connection that is slower than this for `idle_timeout_s` is replaced by a new one, which is usually faster."""
 LEAST_BYTES_PER_S = 4096
-"""A store that gives less for `give_up_s`, over all connections, is as good as silent: 1.2 MB in 300 s."""
+"""A store that sends less than this for `give_up_s`, over all connections, counts as silent: 1.2 MB in 300 s."""
 _LEAST_WINDOW_S = 1.0
 _LOG_EVERY_S = 10.0
 
 
 class Failure(NamedTuple):
-    """Why a request has to be made again. `retry_after_s`: the store said how long to wait."""
+    """Why a request must be repeated. `retry_after_s`: the wait that the store asked for."""
 
     reason: str
     throttled: bool = False
@@ -33,9 +33,9 @@ class Failure(NamedTuple):
 
 
 class RateLimiter:
-    """Spaces the requests of a process out once the store asks for fewer; all threads share one.
+    """Limits the request rate of a process once the store throttles it; all threads share one object.
 
-    A refusal doubles the gap between the starts of two requests, an answer shortens it by a tenth.
+    A throttled request doubles the gap between the starts of two requests, a successful one shortens it by a tenth.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class RateLimiter:
         self.reached = False
 
     def wait(self) -> None:
-        """Until the next request may start."""
+        """Block until the next request may start."""
         with self._lock:
             now = time.monotonic()
             start = max(now, self._next)
@@ -60,15 +60,15 @@ class RateLimiter:
                 self.gap_s = self.gap_s * 0.9 if self.gap_s > FIRST_GAP_S / 2 else 0.0
 
     def throttled(self) -> None:
-        """Requests that were under way together are refused together: they count once."""
+        """Double the gap. Concurrent requests that are throttled together count once."""
         with self._lock:
             now = time.monotonic()
             if now - self._slowed >= self.gap_s:
                 self._slowed = now
                 self.gap_s = min(max(2 * self.gap_s, FIRST_GAP_S), LONGEST_GAP_S)
 
-    def tell(self, message: str, *values: object) -> None:
-        """A warning, unless there was one a moment ago: a store in trouble would fill the log."""
+    def warn(self, message: str, *values: object) -> None:
+        """Log a warning, at most one every `_LOG_EVERY_S`."""
         with self._lock:
             now = time.monotonic()
             if self._logged and now - self._logged < _LOG_EVERY_S:
@@ -78,28 +78,28 @@ class RateLimiter:
 
 
 class RetryPolicy:
-    """Repeats of one piece of work: longer pauses after each failure, an error when too little comes for too long.
+    """Retries of one request or download: pauses grow with each failure, and too little data for too long is an error.
 
-    `idle_timeout_s`: longest silence of a connection. A longer gap between two calls is the whole process's, which
-    was suspended, and not the store's.
+    `idle_timeout_s`: longest silence of a connection. A longer gap between two calls means that the process was
+    suspended, so the rest of the gap is not counted.
     """
 
-    def __init__(self, url: str, give_up_s: float, pace: RateLimiter, idle_timeout_s: float) -> None:
-        self._url, self._give_up_s, self._pace = url, give_up_s, pace
+    def __init__(self, url: str, give_up_s: float, limiter: RateLimiter, idle_timeout_s: float) -> None:
+        self._url, self._give_up_s, self._limiter = url, give_up_s, limiter
         self._window_s = max(idle_timeout_s, _LEAST_WINDOW_S)
         self._last = self._opened = time.monotonic()
         self._waited = 0.0
         self._failures = self._came = self._window = 0
 
     def connected(self) -> None:
-        """A connection has begun to answer."""
+        """Record that a connection has begun to answer."""
         self._opened = time.monotonic()
         self._window = 0
 
     def progress(self, count: int) -> None:
-        """So many bytes came; with enough of them the clock starts anew.
+        """Record `count` received bytes; enough of them restart the clock for `give_up_s`.
 
-        Raises: OSError if the connection is too slow: try another.
+        Raises: OSError if the connection is too slow and should be replaced.
         """
         now = self._tick()
         self._failures = 0
@@ -114,32 +114,32 @@ class RetryPolicy:
                 raise OSError(f"the connection gave {came} bytes in {seconds:.0f} s")
 
     def _tick(self) -> float:
-        """Count the time since the last call, but not what nobody waits for at a stretch; returns the time."""
+        """Add the time since the last call to the waited time, up to a bound; returns the present time."""
         now = time.monotonic()
         self._waited += min(now - self._last, self._window_s + 2 * LONGEST_PAUSE_S)
         self._last = now
         return now
 
     def failed(self, failure: Failure) -> None:
-        """Pause, then return to try again.
+        """Sleep before the next attempt.
 
-        Raises: DataError if nothing, or too little, has come for `give_up_s` seconds.
+        Raises: DataError if nothing, or too little, was received for `give_up_s` seconds.
         """
         self._failures += 1
         if failure.throttled:
-            self._pace.throttled()
-        limit = self._give_up_s if self._pace.reached else min(self._give_up_s, UNREACHED_S)
+            self._limiter.throttled()
+        limit = self._give_up_s if self._limiter.reached else min(self._give_up_s, UNREACHED_S)
         self._tick()
         waited = self._waited
         if waited >= limit:
             came = f"only {self._came} bytes" if self._came else "nothing"
-            reached = "" if self._pace.reached else "; the store has never answered: check data.s3.endpoint_url"
+            reached = "" if self._limiter.reached else "; the store has never answered: check data.s3.endpoint_url"
             raise DataError(
-                f"{self._url}: {came} came for {waited:.0f} s and {self._failures} attempts, the last one: "
+                f"{self._url}: {came} received in {waited:.0f} s and {self._failures} attempts, the last one: "
                 f"{failure.reason} (data.s3.give_up_s is {self._give_up_s:g}){reached}"
                 + ("; wait until the store recovers and resume, or raise data.s3.give_up_s" if not reached else "")
             )
-        self._pace.tell("%s: %s; trying again (attempt %d)", self._url, failure.reason, self._failures + 1)
+        self._limiter.warn("%s: %s; trying again (attempt %d)", self._url, failure.reason, self._failures + 1)
         pause = random.uniform(0, min(FIRST_PAUSE_S * 2 ** min(self._failures, 20), LONGEST_PAUSE_S))
         pause = max(pause, min(failure.retry_after_s, LONGEST_PAUSE_S))
         time.sleep(min(pause, max(limit - waited, 0.0)))

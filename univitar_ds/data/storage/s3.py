@@ -1,4 +1,4 @@
-"""Objects of S3 as storage: which version of each a run reads, through local copies or directly."""
+"""Storage of objects on S3: reads one version of each object, from local copies or with range requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from univitar_ds.errors import DataError
 
 
 class S3Storage:
-    """Reads objects: shards by local copies (`shard_cache`); pieces that are not there, and small files, directly."""
+    """Reads shards from local copies (`ShardCache`), and small files and ranges without a local copy from the store."""
 
     def __init__(self, settings: StorageSettings) -> None:
         session = settings.session or session_folder()
@@ -43,7 +43,7 @@ class S3Storage:
         if offset + length > version.size:
             raise DataError(
                 f"{path}: ends at byte {version.size}, but {length} bytes were expected from byte {offset} on; "
-                "the object was cut or replaced while it was in use: restore it or pack it again"
+                "the object was truncated or replaced while it was in use: restore it or pack it again"
             )
         found = self._shard_cache.read(version, offset, length)
         return self._directly(version, offset, length) if found is None else found
@@ -56,7 +56,7 @@ class S3Storage:
         return self._found(path)[1]
 
     def exists(self, path: str) -> bool:
-        """Asks for what lies below first: many who may read a folder may not ask for the object of its name."""
+        """Lists the prefix first: credentials for a folder often do not allow HEAD on an object of the same name."""
         where = address(path.rstrip("/") + "/")
         below = {"Bucket": where["Bucket"], "Prefix": where["Key"], "MaxKeys": 1}
         may_list = True
@@ -72,12 +72,12 @@ class S3Storage:
         try:
             return self.head(path) is not None
         except DataError as error:
-            if may_list and status_of(error) == 403:  # absent objects are hidden from who may not list all
+            if may_list and status_of(error) == 403:  # S3 answers 403 for absent objects without ListBucket
                 return False
             raise
 
     def list(self, prefix: str) -> Sequence[str]:
-        """One request for a thousand names; it also says which version of each object this run reads."""
+        """Makes one request per thousand names; also pins the version of each object."""
         where = address(prefix.rstrip("/") + "/")
         bucket, folder = where["Bucket"], where["Key"]
         paths: list[str] = []
@@ -99,7 +99,7 @@ class S3Storage:
         self._shard_cache.prefetch([self._version(path) for path in coming if self._pins.get(path) is not None])
 
     def head(self, path: str) -> dict[str, Any] | None:
-        """What the store says of an object; None if there is none."""
+        """The answer to a HEAD request; None if there is no such object."""
         try:
             return self.connection.call("head_object", path, **address(path))
         except DataError as error:
@@ -108,11 +108,11 @@ class S3Storage:
             raise
 
     def forget(self, path: str) -> None:
-        """The object has been written or removed by this program: its version is looked up anew."""
+        """Unpin the version of an object that this program wrote or removed."""
         self._pins.forget(path)
 
     def _version(self, path: str) -> Version:
-        """The version this run reads, which its other processes read too."""
+        """The version that all processes of this run read."""
         found = self._found(path)
         self._pins.share(path)
         return Version(path, *found, self._settings.endpoint_url or "")
@@ -128,10 +128,12 @@ class S3Storage:
         return found
 
     def _pin(self, path: str, etag: str, size: int) -> tuple[str, int]:
-        """Raises: DataError if it is another version than the one this run has been reading."""
+        """Pin the version. Raises: DataError if another version is pinned already."""
         version = (etag.strip('"'), size)
         if not version[0]:
-            raise DataError(f"{path}: the store gives no ETag, so a replaced object could not be noticed; use another")
+            raise DataError(
+                f"{path}: the store returns no ETag, so replaced objects cannot be detected; use another store"
+            )
         known = self._pins.get(path)
         if known is not None and known != version:
             raise changed(path)
@@ -143,7 +145,7 @@ class S3Storage:
 
 
 def shared_storage(settings: StorageSettings) -> S3Storage:
-    """One object per process and settings: a forked process must not use its parent's connections."""
+    """One object per process and settings, because a forked process must not use its parent's connections."""
     return _storage_of(settings, os.getpid())
 
 

@@ -1,4 +1,4 @@
-"""Requests to S3 and to stores that speak its language. The only door to boto3, which is imported when first needed."""
+"""Requests to S3 and compatible stores. The only module that imports boto3, at the first request."""
 
 from __future__ import annotations
 
@@ -14,71 +14,72 @@ from univitar_ds.data.storage.retry import Failure, RateLimiter, RetryPolicy
 from univitar_ds.errors import DataError
 
 CHUNK = 64 * 1024
-"""Most bytes taken from a connection at a time."""
+"""Most bytes of one read from a connection."""
 _CONNECT_S = 10.0
 _POOL = 64
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _AGAIN, _NOT_AGAIN = {408, 429}, {501, 505}
-"""Beside all that say that the store, or something before it, has failed."""
+"""Statuses below 500 that are retried, and statuses from 500 on that are not."""
 _THROTTLED = {429, 503, 509, 529}
 _AGAIN_CODES = {"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "BadDigest", "IncompleteBody"}
 _OTHER_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 
 
 class Connection:
-    """Requests to one store, repeated until they are answered: see `pace`. For all threads of one process."""
+    """Requests to one store with retries (`RetryPolicy`). Thread-safe; one object per process."""
 
     def __init__(self, settings: StorageSettings) -> None:
         self._settings = settings
-        self._pace = RateLimiter()
+        self._limiter = RateLimiter()
         self._lock = threading.Lock()
         self._client: Any = None
 
     def call(self, operation: str, url: str, **parameters: Any) -> dict[str, Any]:
-        """The answer to one request, such as "head_object"; `url` is what messages call it.
+        """The answer to one request, such as "head_object"; `url` is for messages.
 
-        Raises: DataError for a request that will never succeed or did not for `give_up_s`. `__cause__` is boto3's.
+        Raises: DataError for a request that cannot succeed or did not within `give_up_s`; `__cause__` is boto3's error.
         """
-        patience = self._patience(url)
+        retry = self._retry(url)
         while True:
             try:
                 return self._request(operation, url, parameters)
             except _transport_errors() as error:
-                patience.failed(self._failure(error, url))
+                retry.failed(self._failure(error, url))
 
     def stream(self, version: Version, start: int, end: int) -> Iterator[memoryview]:
-        """Bytes [start, end) of an object in pieces, whatever happens on the way.
+        """Yields bytes [start, end) of an object in pieces.
 
-        Goes on at the byte that it has come to, and with this version of the object or not at all.
+        After a failure it continues at the next byte of the same version.
+        Raises: DataError as `call` does, and if the object was replaced.
         """
-        patience = self._patience(version.url)
+        retry = self._retry(version.url)
         while start < end:
             try:
                 with closing(self._body(version, start, end)) as body, body as raw:
-                    patience.connected()
+                    retry.connected()
                     while start < end:
-                        piece = raw.read1(min(CHUNK, end - start))  # `read` waits until all of it has come
+                        piece = raw.read1(min(CHUNK, end - start))  # `read` would wait for all of it
                         if not piece:
                             raise OSError(f"the answer ended at byte {start} of {end}")
                         start += len(piece)
                         yield memoryview(piece)
                         if start < end:
-                            patience.progress(len(piece))  # may end this connection: all that it gave is delivered
+                            retry.progress(len(piece))  # may raise, so only after the piece was yielded
             except _transport_errors() as error:
-                patience.failed(self._failure(error, version.url))
+                retry.failed(self._failure(error, version.url))
 
-    def _patience(self, url: str) -> RetryPolicy:
-        return RetryPolicy(url, self._settings.give_up_s, self._pace, self._settings.idle_timeout_s)
+    def _retry(self, url: str) -> RetryPolicy:
+        return RetryPolicy(url, self._settings.give_up_s, self._limiter, self._settings.idle_timeout_s)
 
     def _request(self, operation: str, url: str, parameters: dict[str, Any]) -> dict[str, Any]:
         client = self._connected(url)
-        self._pace.wait()
+        self._limiter.wait()
         answer = getattr(client, operation)(**parameters)
-        self._pace.answered()
+        self._limiter.answered()
         return answer
 
     def _body(self, version: Version, start: int, end: int) -> Any:
-        """The answer to a range request, after making sure that it is one to this range of this version."""
+        """The body of a range request. Raises: DataError if the answer is of another version or range."""
         parameters = {**address(version.url), "Range": f"bytes={start}-{end - 1}", "IfMatch": f'"{version.etag}"'}
         answer = self._request("get_object", version.url, parameters)
         found = answer.get("ContentRange", f"bytes 0-{end - 1}/{answer['ContentLength']}")
@@ -89,7 +90,7 @@ class Connection:
         if first.partition("-")[0] != str(start):
             answer["Body"].close()
             raise DataError(
-                f"{version.url}: the store answered bytes {first} to a request from byte {start} on; use another"
+                f"{version.url}: the store answered bytes {first} to a request from byte {start} on; use another store"
             )
         return answer["Body"]
 
@@ -107,9 +108,9 @@ class Connection:
                     read_timeout=settings.idle_timeout_s,
                     tcp_keepalive=True,
                     max_pool_connections=_POOL,
-                    retries={"total_max_attempts": 1, "mode": "standard"},  # `RetryPolicy` repeats
+                    retries={"total_max_attempts": 1, "mode": "standard"},  # `RetryPolicy` retries instead
                     s3={"addressing_style": "path"} if custom else {},
-                    request_checksum_calculation="when_required",  # other stores do not know the new ones
+                    request_checksum_calculation="when_required",  # other stores do not support the new checksums
                     response_checksum_validation="when_required",
                 )
                 try:
@@ -120,15 +121,15 @@ class Connection:
             return self._client
 
     def _failure(self, error: Exception, url: str) -> Failure:
-        """What to report and how long to wait before trying again.
+        """The reason for a retry, and the wait that the store asked for.
 
-        Raises: DataError where trying again cannot help. Messages hold no text of the store's, which could quote
-        what was sent to it.
+        Raises: DataError if a retry cannot help. Messages contain no text from the store, which could quote
+        credentials.
         """
         from botocore.exceptions import BotoCoreError, ClientError
 
         if isinstance(error, ClientError):
-            self._pace.reached = True
+            self._limiter.reached = True
             code, status = error.response["Error"].get("Code", ""), _status(error)
             if status in _AGAIN or code in _AGAIN_CODES or (status >= 500 and status not in _NOT_AGAIN):
                 after = error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("retry-after", "0")
@@ -142,7 +143,7 @@ class Connection:
 
 
 def address(url: str) -> dict[str, str]:
-    """s3://bucket/some/key as parameters of a request."""
+    """The request parameters `Bucket` and `Key` of s3://bucket/some/key."""
     bucket, _, key = url.removeprefix(S3).partition("/")
     if not bucket:
         raise DataError(f"{url} names no bucket; write s3://BUCKET/PREFIX")
@@ -151,13 +152,13 @@ def address(url: str) -> dict[str, str]:
 
 def changed(url: str) -> DataError:
     return DataError(
-        f"{url}: the object was replaced while this run was reading it; restore the shard this run was started with, "
-        "or start a new run"
+        f"{url}: the object was replaced during this run; restore the shard that this run was started with, or start "
+        "a new run"
     )
 
 
 def refused(url: str, status: int, code: str) -> DataError:
-    """A sentence for an answer that will stay the same."""
+    """The error for an answer that a retry would not change."""
     detail = f"the store answered {status} {code}".rstrip()
     if status == 412:
         return changed(url)
@@ -165,9 +166,9 @@ def refused(url: str, status: int, code: str) -> DataError:
         what = {"NoSuchBucket": "bucket", "NoSuchKey": "object"}.get(code, "object or bucket")
         return DataError(f"{url}: there is no such {what}; check the address")
     if code == "InvalidObjectState":
-        return DataError(f"{url}: the object lies in an archive ({detail}); restore it to a class that can be read")
+        return DataError(f"{url}: the object is archived ({detail}); restore it to a storage class that can be read")
     if code in _OTHER_REGION or status in (301, 307):
-        return DataError(f"{url}: the bucket lies in another region ({detail}); set data.s3.region to it")
+        return DataError(f"{url}: the bucket is in another region ({detail}); set data.s3.region to that region")
     if status in (401, 403):
         return DataError(
             f"{url}: access was refused ({detail}); check the credentials, data.s3.profile and the bucket's policy"
@@ -176,19 +177,19 @@ def refused(url: str, status: int, code: str) -> DataError:
 
 
 def _unusable(url: str, error: Exception) -> DataError:
-    """No request can be made with these settings. Of boto3's messages those without credentials are passed on."""
+    """The error for settings that allow no request. Includes boto3's message only if it contains no credentials."""
     from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
-    if not isinstance(error, BotoCoreError):  # a ValueError for an address that is none
-        return DataError(f"{url}: the store has no such address; write data.s3.endpoint_url as http://HOST:PORT")
+    if not isinstance(error, BotoCoreError):  # a ValueError for an invalid address
+        return DataError(f"{url}: the store's address is invalid; write data.s3.endpoint_url as http://HOST:PORT")
     if isinstance(error, NoCredentialsError):
         return DataError(f"{url}: no credentials were found; set data.s3.profile, or log in as boto3 expects it")
     detail = str(error) if isinstance(error, PartialCredentialsError | ProfileNotFound) else type(error).__name__
-    return DataError(f"{url}: the store cannot be asked ({detail}); check data.s3 and the credentials")
+    return DataError(f"{url}: no request can be sent ({detail}); check data.s3 and the credentials")
 
 
 def status_of(error: DataError) -> int:
-    """The HTTP status that the store answered with; 0 if that is not what the error is about."""
+    """The HTTP status of the answer that caused the error; 0 if it had another cause."""
     return _status(error.__cause__)
 
 
@@ -198,7 +199,7 @@ def _status(error: BaseException | None) -> int:
 
 
 def _passing_errors() -> tuple[type[Exception], ...]:
-    """Those of boto3 that may not come again."""
+    """Errors of boto3 that a retry may resolve."""
     from botocore.exceptions import ConnectionError as BotoConnectionError
     from botocore.exceptions import CredentialRetrievalError, HTTPClientError, IncompleteReadError
 
@@ -206,7 +207,7 @@ def _passing_errors() -> tuple[type[Exception], ...]:
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """Everything that a request can end with, but faults of the program."""
+    """All errors of a request that are not bugs of this program."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError

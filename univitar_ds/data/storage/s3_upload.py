@@ -1,12 +1,13 @@
-"""Files to S3: large ones in parts at once, every part checked by the store, all of a file or nothing of it.
+"""Uploads files to S3 atomically; large files in concurrent parts, with a checksum of every part.
 
-The SHA-256 of a file is kept with its object, so that a later run knows that it is there without reading it.
+The SHA-256 of a file is stored in the metadata of its object, so that a later run can skip the upload.
 
-boto3's `upload_file` would lose four things (tried with boto3 1.44.5 on the store of the tests, benchmarks/LOG.md). It
-refuses Content-MD5 and compares no ETag; its own checksums, CRC32 or SHA256, bind only a store that knows them: a byte
-that was flipped on the way gave a damaged object and no error. It gives up after a number of attempts, not after
-`give_up_s` without an answer. It calls an upload failed whose last answer was lost, while the object is whole. Parts
-that a killed process has left stay.
+boto3's `upload_file` has four disadvantages (tried with boto3 1.44.5 on the store of the tests, benchmarks/LOG.md):
+- It rejects Content-MD5 and compares no ETag. Stores that do not support its checksums (CRC32, SHA256) ignore them: a
+  byte flipped in transit gave a damaged object and no error.
+- It gives up after a number of attempts, not after `give_up_s` without an answer.
+- It reports a failure if the last answer is lost, although the object is complete.
+- It does not remove the parts of uploads whose process was killed.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ PART_BYTES = 16 << 20
 _MOST_PARTS = 10_000
 _THREADS = 4
 _ATTEMPTS = 3
-"""How often a part is sent that arrives wrong."""
+"""Most attempts for a part that arrives damaged."""
 
 
 def put_file(storage: S3Storage, url: str, path: Path, sha256: str) -> None:
-    """Write a local file to `url`; returns once the store has all of it.
+    """Upload a local file to `url`; returns once the object is complete.
 
-    Args: sha256, of its content, in hex.
-    Raises: DataError if the store refuses, is silent for too long, or does not hold what was sent.
+    Args:
+        sha256: SHA-256 of the file, in hex.
+    Raises: DataError if the store refuses, does not answer in time, or does not hold the uploaded bytes.
     """
     size = path.stat().st_size
     part_bytes = max(PART_BYTES, -(-size // _MOST_PARTS))
@@ -52,14 +54,14 @@ def put_file(storage: S3Storage, url: str, path: Path, sha256: str) -> None:
             parts = list(threads.map(send, range(-(-size // part_bytes))))
         _complete(storage, url, upload, parts, size, sha256)
     except BaseException:
-        with suppress(DataError):  # what has gone wrong before is what the user should hear of
+        with suppress(DataError):  # report the first error
             storage.connection.call("abort_multipart_upload", url, **upload)
         raise
     _abort_abandoned(storage, url)
 
 
 def put_bytes(storage: S3Storage, url: str, content: bytes, sha256: str | None = None) -> None:
-    """Write an object of a few megabytes. Raises: as `put_file`."""
+    """Upload an object of a few megabytes. Raises: as `put_file`."""
     digest = sha256 or hashlib.sha256(content).hexdigest()
     _send(storage, "put_object", url, content, {**address(url), "Metadata": {"sha256": digest}})
     if not holds(storage, url, len(content), digest):
@@ -67,19 +69,19 @@ def put_bytes(storage: S3Storage, url: str, content: bytes, sha256: str | None =
 
 
 def holds(storage: S3Storage, url: str, size: int, sha256: str) -> bool:
-    """Whether the store has an object of this size in bytes that was written with this SHA-256."""
+    """Whether the store has an object of this size in bytes with this SHA-256 in its metadata."""
     storage.forget(url)
     try:
         found = storage.head(url)
     except DataError as error:
         if status_of(error) != 403:
             raise
-        found = None  # absent objects are hidden from who may not list all
+        found = None  # S3 answers 403 for absent objects without ListBucket
     return found is not None and found["ContentLength"] == size and found["Metadata"].get("sha256") == sha256
 
 
 def remove(storage: S3Storage, url: str) -> None:
-    """Remove an object; one that is not there is no error."""
+    """Remove an object. An absent object is not an error."""
     storage.forget(url)
     storage.connection.call("delete_object", url, **address(url))
 
@@ -95,7 +97,7 @@ def _send_part(
 
 
 def _send(storage: S3Storage, operation: str, url: str, content: bytes, parameters: dict[str, Any]) -> str:
-    """Send bytes with their MD5, which every store checks; those that answer with it are checked in turn."""
+    """Send bytes with their MD5, which every store checks, and compare it with the ETag unless that is encrypted."""
     digest = hashlib.md5(content, usedforsecurity=False)
     parameters = {**parameters, "Body": content, "ContentMD5": b64encode(digest.digest()).decode()}
     for _ in range(_ATTEMPTS):
@@ -116,16 +118,16 @@ def _complete(
     failure: DataError | None = None
     try:
         storage.connection.call("complete_multipart_upload", url, **upload, MultipartUpload={"Parts": parts})
-    except DataError as error:  # a repeat after a lost answer finds no such upload: it is complete already
+    except DataError as error:  # if the answer was lost, a retry finds no such upload, because it is complete
         failure = error
     if not holds(storage, url, size, sha256):
         raise failure or _not_there(url, size)
 
 
 def _abort_abandoned(storage: S3Storage, url: str) -> None:
-    """Uploads of this object that were begun by a run that was killed: their parts are stored and paid for."""
+    """Abort uploads of this object that a killed process began: their parts cost storage."""
     where = address(url)
-    with suppress(DataError):  # it may be forbidden, and nothing depends on it
+    with suppress(DataError):  # optional, and may be forbidden
         found = storage.connection.call("list_multipart_uploads", url, Bucket=where["Bucket"], Prefix=where["Key"])
         for row in found.get("Uploads", ()):
             if row["Key"] == where["Key"]:

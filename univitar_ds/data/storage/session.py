@@ -1,7 +1,6 @@
-"""The temporary folder of a run: local copies of remote shards, and which version of each the run reads.
+"""The temporary folder of a run: local copies of remote shards, and the pinned version of each remote file.
 
-A folder belongs to the process that made it, which holds a lock for as long as it lives. What a killed process has
-left behind is removed by the next one.
+The process that created the folder holds a lock on it. The folder of a killed process is removed by the next process.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ _making = threading.Lock()
 
 
 def session_folder() -> str:
-    """This process's folder, made at the first call and removed when the process ends. One for all threads."""
+    """This process's folder, created at the first call and removed when the process ends. Thread-safe."""
     with _making:
         return _folder_of(os.getpid())
 
 
 class Pins:
-    """Which version of each remote file a run reads, known to all its processes: the first one found is kept."""
+    """The version of each remote file that all processes of a run read: the first one found."""
 
     def __init__(self, session: str) -> None:
         self._folder = Path(session, "pins")
@@ -41,7 +40,7 @@ class Pins:
         self._shared: set[str] = set()
 
     def get(self, url: str) -> tuple[str, int] | None:
-        """ETag and size in bytes."""
+        """ETag and size in bytes; None if no version is pinned."""
         found = self._known.get(url)
         if found is None:
             with suppress(FileNotFoundError):
@@ -54,7 +53,7 @@ class Pins:
         self._known[url] = (etag, size)
 
     def share(self, url: str) -> None:
-        """Share it with the other processes; done when a file is read, as most of a listing may never be."""
+        """Share the version with other processes. Called at the first read: most listed files are never read."""
         if url in self._shared:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +82,7 @@ def _folder_of(process: int) -> str:
         lock = os.open(os.path.join(folder, _LOCK), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process took it for abandoned in this very moment and removes it
+        except BlockingIOError:  # another process considers it abandoned and removes it
             os.close(lock)
             continue
         atexit.register(_remove, folder, process)
@@ -91,7 +90,7 @@ def _folder_of(process: int) -> str:
 
 
 def remove_abandoned() -> None:
-    """Remove the folders of processes that are gone."""
+    """Remove the folders of processes that no longer run."""
     for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
         with suppress(OSError):
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
@@ -103,7 +102,7 @@ def remove_abandoned() -> None:
 
 
 def _remove(folder: str, owner: int) -> None:
-    if os.getpid() != owner:  # a forked process inherits the duty, but not the folder
+    if os.getpid() != owner:  # a forked process inherits the `atexit` handler
         return
-    for _ in range(_REMOVALS):  # a download that is still running may put a file where one was removed
+    for _ in range(_REMOVALS):  # a running download may create files during the removal
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Remote shards through local copies: one download for each shard and machine, in order, read while it grows."""
+"""Local copies of remote shards: one sequential download per shard and machine, readable while it runs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from univitar_ds.data.storage.streams import SeekableStream
 from univitar_ds.errors import DataError
 
 NEAR = 4 << 20
-"""A piece at most so many bytes beyond the end of a growing copy is waited for; one further on is fetched by itself."""
+"""A range that begins at most so many bytes after the end of a growing copy is waited for, not requested separately."""
 AHEAD = 4
-"""Most downloads at once that hints may add to."""
+"""Most concurrent downloads up to which `prefetch` starts further ones."""
 _BUFFER = 16 * 1024
 _POLL_S = 0.01
 
 Fetch = Callable[[Version, int, int], Iterator[memoryview]]
-"""Bytes [start, end) of an object, in pieces that are valid until the next one. Raises DataError."""
+"""Yields bytes [start, end) of an object in pieces; each is valid until the next one. Raises DataError."""
 
 
 class ShardCache:
-    """Objects as files. Any process that reads a shard fetches it, unless it is there or another one does.
+    """Opens remote objects as local files. A reader downloads the object unless it is present or being downloaded.
 
-    `patience_s`: an error if another process that fetches a shard gets nothing for so long.
+    `patience_s`: it is an error if another process's download of a needed shard makes no progress for so long.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, fetch: Fetch, patience_s: float) -> None:
@@ -41,13 +41,13 @@ class ShardCache:
         self._hints: dict[Version, None] = {}
 
     def open(self, version: Version) -> BinaryIO:
-        """A stream of the object that waits for what has not come yet.
+        """A stream of the object; reads wait for bytes that are not downloaded yet.
 
         Raises: DataError, also while reading.
         """
         if not version.size:
             return io.BytesIO()
-        self._failures.pop(version, None)  # who comes anew tries anew
+        self._failures.pop(version, None)  # a new reader tries again
         deadline = time.monotonic() + self._patience_s
         while True:
             copy = self._opened(version)
@@ -58,7 +58,7 @@ class ShardCache:
                 self._expect(version, deadline)
 
     def read(self, version: Version, offset: int, length: int) -> bytes | None:
-        """A piece, waited for if it is about to come; None if it is not here."""
+        """A range of the copy; waits if the download is near it (`NEAR`). None if it is not available locally."""
         copy = self._opened(version)
         if copy is None:
             return None
@@ -77,13 +77,13 @@ class ShardCache:
             os.close(copy)
 
     def prefetch(self, versions: Sequence[Version]) -> None:
-        """Fetch these too, in this order, a few at a time; a reader need not wait for its turn."""
+        """Download these too, in this order, up to `AHEAD` at a time. A reader starts its own download at once."""
         with self._mutex:
             self._hints.update({version: None for version in versions if version.size})
             self._follow_hints()
 
     def wait(self, version: Version, copy: int, position: int) -> int:
-        """Until the byte at `position` is in the copy; returns how many there are."""
+        """Block until the copy has the byte at `position`; returns the number of bytes in the copy."""
         have = os.fstat(copy).st_size
         deadline = time.monotonic() + self._patience_s
         while have <= position:
@@ -95,7 +95,7 @@ class ShardCache:
             state = os.fstat(copy)
             if not state.st_nlink:
                 raise DataError(
-                    f"{version.url}: its local copy in {self._folder} was removed by somebody while it was read; resume"
+                    f"{version.url}: its local copy in {self._folder} was removed while it was read; resume the run"
                 )
             if state.st_size > have:
                 deadline = time.monotonic() + self._patience_s
@@ -103,11 +103,11 @@ class ShardCache:
         return have
 
     def _expect(self, version: Version, deadline: float) -> None:
-        """A moment for the process that is fetching."""
+        """Sleep a moment while another process downloads."""
         if time.monotonic() > deadline:
             raise DataError(
-                f"{version.url}: the process that fetches it into {self._folder} got nothing for "
-                f"{self._patience_s:.0f} s; stop that process, or give this run another data.cache.folder"
+                f"{version.url}: the process that downloads it into {self._folder} received nothing for "
+                f"{self._patience_s:.0f} s; stop that process, or set another data.cache.folder for this run"
             )
         time.sleep(_POLL_S)
 
@@ -118,10 +118,10 @@ class ShardCache:
             raise self._cache_dir.failed(error) from error
 
     def _download(self, version: Version, *, needed: bool = True) -> _Download | None:
-        """The download of a shard, started if need be; None if another process is at it or it is done.
+        """The download of a shard, started if necessary; None if another process downloads it or it is complete.
 
         None also if it is not `needed` yet and has no room in the folder.
-        Raises: the error that has ended it since the shard was opened.
+        Raises: the error that ended the download since the shard was opened.
         """
         with self._mutex:
             running = self._downloads.get(version)
@@ -138,7 +138,7 @@ class ShardCache:
             try:
                 started = _Download(version, files, self._cache_dir, self._fetch, self._ended)
                 started.start()
-            except BaseException:  # no more threads, as while the process ends: no reader may wait for this one
+            except BaseException:  # no thread could be started: do not let readers wait for this download
                 for file in files:
                     os.close(file)
                 raise
@@ -153,28 +153,28 @@ class ShardCache:
             self._follow_hints()
 
     def _follow_hints(self) -> None:
-        """Start what was hinted at; a failure is raised for the reader that opens the shard."""
+        """Start hinted downloads. The reader that opens a shard gets the error of its download."""
         while self._hints and len(self._downloads) < AHEAD:
             version = next(iter(self._hints))
             del self._hints[version]
             if not self._cache_dir.whole(version):
-                with suppress(DataError, RuntimeError):  # the latter where no thread can be started any more
+                with suppress(DataError, RuntimeError):  # RuntimeError: no thread can be started
                     self._download(version, needed=False)
 
 
 class _Download(threading.Thread):
-    """Appends to a part until the copy is whole. `files`: the part and its lock, closed at the end."""
+    """Appends to a part until the copy is complete. `files`: the part and its lock, closed at the end."""
 
     def __init__(
         self,
         version: Version,
         files: tuple[int, int],
-        copies: CacheDir,
+        cache_dir: CacheDir,
         fetch: Fetch,
         ended: Callable[[Version, Exception | None], None],
     ) -> None:
         super().__init__(name=f"fetch {version.url}", daemon=True)
-        self._version, self._files, self._cache_dir, self._fetch, self._ended = version, files, copies, fetch, ended
+        self._version, self._files, self._cache_dir, self._fetch, self._ended = version, files, cache_dir, fetch, ended
         self._grown = threading.Condition()
         self._have = os.fstat(files[0]).st_size
         self._error: Exception | None = None
@@ -200,19 +200,19 @@ class _Download(threading.Thread):
             os.close(lock)
             try:
                 self._ended(self._version, self._error)
-            finally:  # whatever the next downloads meet, those who wait for this one are woken
+            finally:  # wake waiting readers even if starting the next downloads fails
                 with self._grown:
                     self._over = True
                     self._grown.notify_all()
 
     def wait(self, position: int) -> None:
-        """Until the byte at `position` is there or nothing more comes."""
+        """Block until the byte at `position` is downloaded or the download has ended."""
         with self._grown:
             self._grown.wait_for(lambda: self._have > position or self._over)
 
 
 class _GrowingFile(SeekableStream):
-    """A copy as a file that is as long as the object from the start."""
+    """A file over a growing copy; its size is that of the complete object."""
 
     def __init__(self, shard_cache: ShardCache, version: Version, copy: int) -> None:
         super().__init__(version.size)

@@ -1,8 +1,8 @@
 """Remote files as seekable streams.
 
-There are two. `RangeReader` asks the store for each stretch that is read and keeps nothing: for a reader that skips
-most of a file. A stream of `shard_cache` reads a local copy, whole or growing, and waits for the bytes that have not
-come yet: for a reader that wants all of it, forward, for which one request fetches it.
+There are two kinds. `RangeReader` makes a range request per read and caches nothing; it is for readers that skip most
+of a file. The streams of `shard_cache` read a local copy, complete or growing, which one request downloads; they are
+for readers that read the whole file sequentially.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import io
 from univitar_ds.data.storage.base import Storage
 
 PIECE = 512 << 10
-"""Bytes of one range read: a few images, so that little is asked for twice, and a part of a video, most of which is
-skipped."""
+"""Bytes of one range request: enough for a few images, and a small part of a video, most of which is skipped."""
 
 
 class SeekableStream(io.RawIOBase):
-    """A stream of known size in bytes, read from `position` on. A subclass has `readinto`, which moves it."""
+    """A stream of `size` bytes. A subclass defines `readinto`, which reads at `position` and advances it."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -39,7 +38,7 @@ class SeekableStream(io.RawIOBase):
 
 
 class RangeReader(SeekableStream):
-    """A file by range reads, one for each `readinto`: read through `buffered`. `fetched`: bytes read so far.
+    """A file read by range requests, one per `readinto`; use it through `buffered`. `fetched`: bytes read so far.
 
     Raises: DataError while reading, as `Storage.read_range` does.
     """

@@ -1,4 +1,4 @@
-"""Writing to a store on loopback: whole or not at all, through faults and kills."""
+"""Uploads to a store on loopback are atomic and survive faults and kills."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from univitar_ds.data.writing import writer
 from univitar_ds.data.writing.writer import pack_folder
 from univitar_ds.errors import DataError
 
-PART = 5 << 20  # the least that a store takes
+PART = 5 << 20  # the minimum of S3
 CONTENT = random.Random(0).randbytes(2 * PART + 1234)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
@@ -57,7 +57,7 @@ def uploads(server) -> list[str]:
     return [row["Key"] for row in server.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ())]
 
 
-def test_a_large_file_goes_in_parts_and_a_small_one_at_once(server, file, tmp_path):
+def test_a_large_file_is_uploaded_in_parts_and_a_small_one_in_one_request(server, file, tmp_path):
     with faulty(server, lambda request: None) as proxy:
         storage = S3Storage(settings(proxy.url, tmp_path))
         s3_upload.put_file(storage, f"s3://{BUCKET}/large", file, SHA256)
@@ -74,10 +74,10 @@ def test_a_large_file_goes_in_parts_and_a_small_one_at_once(server, file, tmp_pa
 
 
 @pytest.mark.parametrize("fault", ["throttle", "error", "reset", "lost", "flip"])
-def test_a_file_arrives_whole_whatever_happens_on_the_way(server, file, tmp_path, fault):
+def test_an_upload_is_complete_after_faults(server, file, tmp_path, fault):
     url = f"s3://{BUCKET}/through/{fault}"
     writes = some_of([fault], 0.5, seed=2, only=lambda request: request.method != "GET")
-    if fault == "flip":  # three in a row would be given up
+    if fault == "flip":  # three in a row are an error
         writes = first_of("flip", 2, only=lambda request: request.method == "PUT")
     with faulty(server, writes) as proxy:
         s3_upload.put_file(S3Storage(settings(proxy.url, tmp_path)), url, file, SHA256)
@@ -86,12 +86,12 @@ def test_a_file_arrives_whole_whatever_happens_on_the_way(server, file, tmp_path
     assert uploads(server) == []
 
 
-def test_a_lost_answer_to_the_last_request_is_no_failure(server, file, tmp_path):
-    """A store may have forgotten a finished upload when it is asked to finish it again."""
-    coming = iter(["lost", "gone"])
+def test_a_lost_answer_to_the_last_request_is_not_an_error(server, file, tmp_path):
+    """The store may no longer know a completed upload when the request is repeated."""
+    faults = iter(["lost", "gone"])
 
     def finishing(request):
-        return next(coming, None) if request.method == "POST" and "uploadId" in request.query else None
+        return next(faults, None) if request.method == "POST" and "uploadId" in request.query else None
 
     with faulty(server, finishing) as proxy:
         s3_upload.put_file(S3Storage(settings(proxy.url, tmp_path)), f"s3://{BUCKET}/answer", file, SHA256)
@@ -99,7 +99,7 @@ def test_a_lost_answer_to_the_last_request_is_no_failure(server, file, tmp_path)
     assert server.get("answer") == CONTENT
 
 
-def test_bytes_that_always_arrive_damaged_are_an_error_and_leave_no_object(server, file, tmp_path):
+def test_parts_that_always_arrive_damaged_are_an_error_and_leave_no_object(server, file, tmp_path):
     with faulty(server, lambda request: "flip" if request.method == "PUT" else None) as proxy:
         storage = S3Storage(settings(proxy.url, tmp_path))
         with pytest.raises(DataError, match=r"arrived damaged 3 times; check the network"):
@@ -108,20 +108,20 @@ def test_bytes_that_always_arrive_damaged_are_an_error_and_leave_no_object(serve
     assert uploads(server) == []
 
 
-def test_a_store_whose_etags_tell_nothing_refuses_what_is_not_as_its_md5_says(server, file, tmp_path, monkeypatch):
-    """Where a store encrypts, its check of Content-MD5 is all that shows damage; here every part arrives wrong once."""
+def test_damaged_parts_are_sent_again_to_a_store_that_encrypts(server, file, tmp_path, monkeypatch):
+    """Its ETags are not MD5 sums, so only its check of Content-MD5 detects damage. Every part arrives damaged once."""
     request = s3.Connection._request
-    met = []
+    sent = []
 
     def encrypting(connection, operation, url, parameters):
         if "Body" not in parameters:
             return request(connection, operation, url, parameters)
         arrived = parameters["Body"]
-        if (url, parameters.get("PartNumber")) not in met:
-            met.append((url, parameters.get("PartNumber")))
+        if (url, parameters.get("PartNumber")) not in sent:
+            sent.append((url, parameters.get("PartNumber")))
             arrived = bytes([arrived[0] ^ 1]) + arrived[1:]
-        told = parameters.get("ContentMD5")
-        if told is not None and told != b64encode(hashlib.md5(arrived).digest()).decode():
+        expected = parameters.get("ContentMD5")
+        if expected is not None and expected != b64encode(hashlib.md5(arrived).digest()).decode():
             answer = {"Error": {"Code": "BadDigest"}, "ResponseMetadata": {"HTTPStatusCode": 400}}
             raise ClientError(answer, operation)
         kept = {name: value for name, value in parameters.items() if name != "ContentMD5"}
@@ -132,12 +132,12 @@ def test_a_store_whose_etags_tell_nothing_refuses_what_is_not_as_its_md5_says(se
     storage = S3Storage(settings(server.url, tmp_path))
     s3_upload.put_file(storage, f"s3://{BUCKET}/encrypted/large", file, SHA256)
     s3_upload.put_bytes(storage, f"s3://{BUCKET}/encrypted/small", b"abc")
-    assert len(met) == 4
+    assert len(sent) == 4
     assert server.get("encrypted/large") == CONTENT
     assert server.get("encrypted/small") == b"abc"
 
 
-def test_what_a_killed_upload_has_left_is_removed_with_the_next(server, file, tmp_path):
+def test_the_next_upload_aborts_an_unfinished_one_of_the_same_object(server, file, tmp_path):
     for key in ("again", "again-not-this"):
         server.client.create_multipart_upload(Bucket=BUCKET, Key=key)
     s3_upload.put_file(S3Storage(settings(server.url, tmp_path)), f"s3://{BUCKET}/again", file, SHA256)
@@ -167,7 +167,7 @@ def local_contents(folder, tmp_path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")}
 
 
-def test_packing_to_a_bucket_gives_the_bytes_of_packing_to_a_folder(server, folder, tmp_path):
+def test_packing_to_a_bucket_and_to_a_folder_gives_the_same_bytes(server, folder, tmp_path):
     with faulty(server, some_of(["throttle", "reset", "lost", "error"], 0.4, seed=5)) as proxy:
         manifest = pack(folder, f"s3://{BUCKET}/packed/", tmp_path, proxy.url)
         assert sum(proxy.faults.values()) > 5
@@ -184,7 +184,7 @@ def test_packing_to_a_bucket_gives_the_bytes_of_packing_to_a_folder(server, fold
     assert [shard.sha256 for shard in shards] == [row["sha256"] for row in manifest["shards"]]
 
 
-def test_packing_again_sends_nothing_but_what_has_changed(server, folder, tmp_path, monkeypatch):
+def test_packing_again_uploads_only_changed_shards(server, folder, tmp_path, monkeypatch):
     out = f"s3://{BUCKET}/again/"
     pack(folder, out, tmp_path, server.url)
 
@@ -196,7 +196,7 @@ def test_packing_again_sends_nothing_but_what_has_changed(server, folder, tmp_pa
     with monkeypatch.context() as patched:
         patched.setattr(writer, "_write_shard", None)
         pack(folder, out, tmp_path, server.url)
-    # The state is lost: shards are written anew, found to be there, and not sent.
+    # Without the local state shards are written again, found in the bucket, and not uploaded.
     assert sent(state=tmp_path / "lost") == ["PUT again/manifest.json"]
     (folder / "3.jpg").write_bytes(media.encoded(media.noise(99, 99)))
     changed = sent(state=tmp_path / "lost")
@@ -208,7 +208,7 @@ def test_packing_again_sends_nothing_but_what_has_changed(server, folder, tmp_pa
     assert there == local_contents(folder, tmp_path)
 
 
-def test_old_shards_are_removed_and_what_others_put_there_stays(server, folder, tmp_path):
+def test_old_shards_are_removed_and_foreign_objects_are_kept(server, folder, tmp_path):
     out = f"s3://{BUCKET}/resized"
     pack(folder, out, tmp_path, server.url)
     server.put("resized/README.txt", b"mine")
@@ -222,7 +222,7 @@ def test_old_shards_are_removed_and_what_others_put_there_stays(server, folder, 
     ]
 
 
-def test_a_prefix_that_is_not_ours_is_left_alone(server, folder, tmp_path):
+def test_packing_to_a_prefix_with_other_content_is_an_error(server, folder, tmp_path):
     server.put("thesis/chapter.doc", b"years of work")
     with pytest.raises(DataError, match=r"thesis is not empty and was not packed here \(chapter\.doc\)"):
         pack(folder, f"s3://{BUCKET}/thesis", tmp_path, server.url)
@@ -260,7 +260,7 @@ for point in points:
 """
 
 
-def test_a_packing_killed_at_any_request_ends_in_the_same_bytes(server, folder, tmp_path):
+def test_packing_gives_the_same_bytes_after_a_kill_at_any_request(server, folder, tmp_path):
     out = f"s3://{BUCKET}/killed"
     points = [str(random.Random(number).randrange(4, 12)) for number in range(5)]
     command = [sys.executable, "-c", _KILLED, server.url, str(folder), out, str(tmp_path / "state"), "0", "1", *points]

@@ -1,4 +1,4 @@
-"""Local copies of remote shards, with a source that needs no network."""
+"""Local copies of remote shards, with a fake download that needs no network."""
 
 import io
 import logging
@@ -27,7 +27,7 @@ def content(version: Version) -> bytes:
 
 
 class Source:
-    """Gives an object in pieces of 1000 bytes and writes down what was asked; `gate` stops it after so many bytes."""
+    """Yields an object in pieces of 1000 bytes, records the calls, and stops at byte `gate` until `opened` is set."""
 
     def __init__(self, gate: int | None = None) -> None:
         self.asked: list[tuple[str, int]] = []
@@ -47,12 +47,12 @@ def version(name: str = "a", size: int = 10_000, etag: str = "1") -> Version:
     return Version(f"s3://b/{name}.tar", etag, size)
 
 
-def spool(folder, source, limit=1 << 30, patience_s=600.0) -> ShardCache:
+def shard_cache(folder, source, limit=1 << 30, patience_s=600.0) -> ShardCache:
     return ShardCache(Path(folder), limit, source, patience_s)
 
 
 def settled(one: ShardCache) -> None:
-    """Until nothing is being fetched and no hint is left."""
+    """Block until no download is running and no hint is left."""
     while True:
         with one._mutex:  # the end of one download starts the next
             running = list(one._downloads.values())
@@ -66,9 +66,9 @@ def kept(folder) -> set[str]:
     return {path.name for path in Path(folder).iterdir() if path.suffix == ".tar"}
 
 
-def test_many_readers_of_a_shard_cost_one_download(tmp_path):
+def test_concurrent_readers_of_a_shard_share_one_download(tmp_path):
     source = Source()
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     found = []
 
     def read():
@@ -83,13 +83,13 @@ def test_many_readers_of_a_shard_cost_one_download(tmp_path):
     assert found == [content(version())] * 8
     settled(one)
     assert one.read(version(), 3, 5) == content(version())[3:8]
-    assert spool(tmp_path, source).open(version()).read() == content(version())
+    assert shard_cache(tmp_path, source).open(version()).read() == content(version())
     assert source.asked == [("s3://b/a.tar", 0)]
 
 
-def test_a_reader_waits_for_the_bytes_it_needs_and_not_for_the_whole(tmp_path):
+def test_a_reader_waits_only_for_the_bytes_it_reads(tmp_path):
     source = Source(gate=50_000)
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     shard = version(size=100_000)
     with one.open(shard) as stream:
         stream.seek(20_000)
@@ -108,15 +108,15 @@ def test_a_reader_waits_for_the_bytes_it_needs_and_not_for_the_whole(tmp_path):
 def test_a_stream_reads_like_a_file(tmp_path_factory, steps, size):
     shard = version(size=size)
     truth = io.BytesIO(content(shard))
-    with spool(tmp_path_factory.mktemp("s"), Source()).open(shard) as stream:
+    with shard_cache(tmp_path_factory.mktemp("s"), Source()).open(shard) as stream:
         for position, n in steps:
             assert stream.seek(position) == truth.seek(position)
             assert stream.read(n) == truth.read(n)
 
 
-def test_what_is_not_here_is_none_and_what_is_about_to_come_is_waited_for(tmp_path):
+def test_read_returns_none_for_a_missing_range_and_waits_for_one_near_the_download(tmp_path):
     source = Source(gate=10_000)
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     shard = version(size=NEAR + 100_000)
     assert one.read(shard, 0, 10) is None
     assert source.asked == []
@@ -127,23 +127,23 @@ def test_what_is_not_here_is_none_and_what_is_about_to_come_is_waited_for(tmp_pa
         assert one.read(shard, 20_000, 10) == content(shard)[20_000:20_010]
 
 
-def test_another_version_is_another_file(tmp_path):
-    one = spool(tmp_path, Source())
+def test_each_version_has_its_own_copy(tmp_path):
+    one = shard_cache(tmp_path, Source())
     for etag in "12":
         one.open(version(etag=etag)).read()
     settled(one)
     assert len(kept(tmp_path)) == 2
 
 
-def test_hints_are_followed_in_order_and_a_few_at_a_time(tmp_path):
+def test_prefetch_downloads_in_order_and_a_few_at_a_time(tmp_path):
     source = Source(gate=0)
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     shards = [version(str(number)) for number in range(AHEAD + 3)]
     one.prefetch(shards)
     one.prefetch(shards)
     assert len(one._downloads) == AHEAD
     late = threading.Thread(target=lambda: one.open(shards[-1]).read())
-    late.start()  # a reader need not wait for its turn
+    late.start()  # a reader's download starts at once
     while shards[-1] not in one._downloads:
         time.sleep(0.001)
     source.opened.set()
@@ -154,10 +154,10 @@ def test_hints_are_followed_in_order_and_a_few_at_a_time(tmp_path):
     assert first == {shard.url for shard in [*shards[:AHEAD], shards[-1]]}
 
 
-def test_later_hints_come_after_earlier_ones_and_none_twice(tmp_path, monkeypatch):
+def test_later_hints_follow_earlier_ones_without_duplicates(tmp_path, monkeypatch):
     monkeypatch.setattr("univitar_ds.data.storage.shard_cache.AHEAD", 1)
     source = Source(gate=0)
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     d, a, c, b = (version(name) for name in "dacb")
     one.prefetch([d, a, version("nothing", size=0), c])
     one.prefetch([c, b, a])
@@ -166,7 +166,7 @@ def test_later_hints_come_after_earlier_ones_and_none_twice(tmp_path, monkeypatc
     assert [url for url, _ in source.asked] == [shard.url for shard in (d, a, c, b)]
 
 
-def test_the_error_of_a_source_comes_to_its_readers_and_the_next_one_goes_on(tmp_path):
+def test_readers_get_the_error_of_a_download_and_the_next_download_continues_it(tmp_path):
     left = [1]
 
     def failing(shard, start, end):
@@ -176,18 +176,18 @@ def test_the_error_of_a_source_comes_to_its_readers_and_the_next_one_goes_on(tmp
             left[0] -= 1
             yield piece
 
-    one = spool(tmp_path, failing)
+    one = shard_cache(tmp_path, failing)
     with one.open(version()) as stream, pytest.raises(DataError, match="the store is gone"):
         stream.read()
     settled(one)
     source = Source()
-    assert spool(tmp_path, source).open(version()).read() == content(version())
+    assert shard_cache(tmp_path, source).open(version()).read() == content(version())
     assert source.asked == [("s3://b/a.tar", 1000)]
 
 
-def test_copies_unused_for_longest_go_first_and_those_being_read_stay(tmp_path):
+def test_the_least_recently_used_copies_are_evicted_but_not_those_being_read(tmp_path):
     source = Source()
-    one = spool(tmp_path, source, limit=35_000)
+    one = shard_cache(tmp_path, source, limit=35_000)
     shards = [version(str(number)) for number in range(5)]
     reading = one.open(shards[0])
     for shard in shards[1:3]:
@@ -207,31 +207,31 @@ def test_copies_unused_for_longest_go_first_and_those_being_read_stay(tmp_path):
     assert kept(tmp_path) == {shards[number].name for number in (1, 2, 3)}
 
 
-def test_a_limit_below_what_is_read_at_once_is_told_and_stops_nothing(tmp_path, caplog):
-    one = spool(tmp_path, Source(), limit=15_000)
+def test_a_limit_below_the_size_of_the_copies_in_use_is_only_a_warning(tmp_path, caplog):
+    one = shard_cache(tmp_path, Source(), limit=15_000)
     streams = [one.open(version(str(number))) for number in range(3)]
     assert [stream.read() for stream in streams] == [content(version(str(number))) for number in range(3)]
-    told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == 1
-    assert "raise data.cache.limit_gb" in told[0]
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "raise data.cache.limit_gb" in warnings[0]
 
 
-def test_what_is_fetched_ahead_never_goes_above_the_limit(tmp_path, caplog):
+def test_prefetch_does_not_exceed_the_limit(tmp_path, caplog):
     source = Source()
-    one = spool(tmp_path, source, limit=25_000)
+    one = shard_cache(tmp_path, source, limit=25_000)
     with one.open(version("a")) as first, one.open(version("b")) as second:
         first.read(), second.read()
         one.prefetch([version("c")])
         settled(one)
         assert [name for name, _ in source.asked] == ["s3://b/a.tar", "s3://b/b.tar"]
-    one.prefetch([version("c")])  # now another one may go
+    one.prefetch([version("c")])  # now another copy can be evicted
     settled(one)
     assert len(kept(tmp_path)) == 2
     assert version("c").name in kept(tmp_path)
     assert not caplog.records
 
 
-def test_a_copy_that_becomes_whole_while_room_is_made_counts(tmp_path, monkeypatch):
+def test_a_copy_that_becomes_complete_while_room_is_made_is_counted(tmp_path, monkeypatch):
     one = CacheDir(tmp_path, 25_000)
     parts = {}
     for name in "ab":
@@ -239,7 +239,7 @@ def test_a_copy_that_becomes_whole_while_room_is_made_counts(tmp_path, monkeypat
         os.write(parts[name], content(version(name)))
         os.close(lock)
     one.finish(version("a"))
-    held = [one.open(version(name)) for name in "ab"]  # nobody removes them
+    held = [one.open(version(name)) for name in "ab"]  # open copies are not evicted
     truth = os.listdir
 
     def then_whole(folder):
@@ -255,8 +255,8 @@ def test_a_copy_that_becomes_whole_while_room_is_made_counts(tmp_path, monkeypat
         os.close(descriptor)
 
 
-def test_the_limit_leaves_others_some_of_the_disk(tmp_path, monkeypatch):
-    one = spool(tmp_path, Source())
+def test_some_free_disk_space_is_never_used(tmp_path, monkeypatch):
+    one = shard_cache(tmp_path, Source())
     one.open(version("0")).read()
     settled(one)
     usage = os.statvfs(tmp_path).f_frsize
@@ -267,22 +267,22 @@ def test_the_limit_leaves_others_some_of_the_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("age_s", [0, 10**9])
-def test_a_part_is_gone_on_with_unless_it_is_from_before_the_machine_was_started(tmp_path, age_s):
+def test_a_part_is_continued_unless_it_was_written_before_the_last_boot(tmp_path, age_s):
     part = tmp_path / f"{version().name}.part"
     part.write_bytes(content(version())[:4000] if age_s == 0 else bytes(4000))
     os.utime(part, (time.time() - age_s, time.time() - age_s))
     source = Source()
-    assert spool(tmp_path, source).open(version()).read() == content(version())
+    assert shard_cache(tmp_path, source).open(version()).read() == content(version())
     assert source.asked == [("s3://b/a.tar", 4000 if age_s == 0 else 0)]
 
 
-def test_a_copy_of_a_wrong_size_is_fetched_anew(tmp_path):
+def test_a_copy_of_a_wrong_size_is_downloaded_again(tmp_path):
     (tmp_path / version().name).write_bytes(b"cut")
-    assert spool(tmp_path, Source()).open(version()).read() == content(version())
+    assert shard_cache(tmp_path, Source()).open(version()).read() == content(version())
 
 
-def test_a_copy_that_becomes_whole_while_it_is_looked_for_is_found(tmp_path, monkeypatch):
-    one = spool(tmp_path, Source())
+def test_a_copy_that_becomes_complete_during_the_lookup_is_found(tmp_path, monkeypatch):
+    one = shard_cache(tmp_path, Source())
     one.open(version()).read()
     settled(one)
     whole, part = tmp_path / version().name, tmp_path / f"{version().name}.part"
@@ -300,15 +300,15 @@ def test_a_copy_that_becomes_whole_while_it_is_looked_for_is_found(tmp_path, mon
     assert one.read(version(), 0, 10) == content(version())[:10]
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match=r"file: local copies cannot be kept there \(.*\); give data.cache.folder"):
-        spool(tmp_path / "file", Source()).open(version())
+    with pytest.raises(DataError, match=r"file: local copies cannot be stored there \(.*\); set data.cache.folder"):
+        shard_cache(tmp_path / "file", Source()).open(version())
 
 
 def _stuck_at(folder, gate, ready):
-    """A process that fetches a shard up to a byte and no further."""
-    one = spool(folder, Source(gate=gate))
+    """The main function of a process whose download stops at byte `gate`."""
+    one = shard_cache(folder, Source(gate=gate))
     with one.open(version()) as stream:
         stream.read(gate)
         ready.set()
@@ -326,32 +326,32 @@ def stuck(tmp_path):
     process.join()
 
 
-def test_who_reads_with_a_process_that_is_killed_goes_on_where_it_was(tmp_path, stuck):
+def test_a_reader_continues_the_download_of_a_killed_process(tmp_path, stuck):
     source = Source()
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     with one.open(version()) as stream:
         assert stream.read(5000) == content(version())[:5000]
-        assert source.asked == []  # the other process is at it
+        assert source.asked == []  # the other process downloads it
         threading.Timer(0.05, os.kill, (stuck.pid, signal.SIGKILL)).start()
         assert stream.read() == content(version())[5000:]
     assert source.asked == [("s3://b/a.tar", 5000)]
 
 
-def test_a_process_that_fetches_and_gets_nothing_is_not_waited_for_for_ever(tmp_path, stuck):
-    one = spool(tmp_path, Source(), patience_s=0.2)
-    with one.open(version()) as stream, pytest.raises(DataError, match=r"got nothing for 0 s; stop that process"):
+def test_a_download_of_another_process_without_progress_is_an_error(tmp_path, stuck):
+    one = shard_cache(tmp_path, Source(), patience_s=0.2)
+    with one.open(version()) as stream, pytest.raises(DataError, match=r"received nothing for 0 s; stop that process"):
         stream.read()
 
 
-def test_nothing_that_another_process_fetches_is_evicted(tmp_path, stuck):
-    one = spool(tmp_path, Source(), limit=1)
+def test_a_copy_that_another_process_downloads_is_not_evicted(tmp_path, stuck):
+    one = shard_cache(tmp_path, Source(), limit=1)
     one.open(version("other")).read()
     assert (tmp_path / f"{version().name}.part").exists()
 
 
 def _read_all(folder, seed, failures):
     try:
-        one = spool(folder, Source(), limit=45_000)
+        one = shard_cache(folder, Source(), limit=45_000)
         for number in random.Random(seed).sample(range(8), 8) * 2:
             shard = version(str(number), 10_000 + number)
             with one.open(shard) as stream:
@@ -363,7 +363,7 @@ def _read_all(folder, seed, failures):
         raise
 
 
-def test_processes_share_a_folder_that_is_too_small_for_all(tmp_path):
+def test_processes_can_share_a_folder_with_a_limit_below_the_total_size(tmp_path):
     failures = FORK.SimpleQueue()
     processes = [FORK.Process(target=_read_all, args=(tmp_path, seed, failures)) for seed in range(4)]
     for process in processes:

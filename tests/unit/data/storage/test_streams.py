@@ -1,4 +1,4 @@
-"""Streams by range reads: the bytes of the file wherever one seeks, and only those that are near what is read."""
+"""A `RangeReader` returns the bytes of the file at any position, and requests only the ranges around them."""
 
 import io
 import random
@@ -19,7 +19,7 @@ def path(tmp_path):
     return str(tmp_path / "file")
 
 
-def test_a_stream_by_ranges_is_the_file(path, monkeypatch):
+def test_a_range_reader_seeks_and_reads_like_a_file(path, monkeypatch):
     monkeypatch.setattr(streams, "PIECE", 64)
     rng = random.Random(1)
     with RangeReader(LocalStorage(), path, len(CONTENT)).buffered() as stream, io.BytesIO(CONTENT) as truth:
@@ -33,7 +33,7 @@ def test_a_stream_by_ranges_is_the_file(path, monkeypatch):
             assert stream.read(length) == truth.read(length)
 
 
-def test_what_is_skipped_is_not_fetched(path, monkeypatch):
+def test_skipped_bytes_are_not_requested(path, monkeypatch):
     monkeypatch.setattr(streams, "PIECE", 64)
     ranges = RangeReader(LocalStorage(), path, len(CONTENT))
     with ranges.buffered() as stream:
@@ -43,7 +43,7 @@ def test_what_is_skipped_is_not_fetched(path, monkeypatch):
     assert ranges.fetched == 10 * 64
 
 
-def test_a_file_that_is_shorter_than_was_said_is_an_error(path):
+def test_a_file_that_is_shorter_than_the_given_size_is_an_error(path):
     with RangeReader(LocalStorage(), path, 20_000).buffered() as stream:
         stream.seek(9_990)
         with pytest.raises(DataError, match="ends at byte 10000"):
