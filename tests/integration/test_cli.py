@@ -234,7 +234,7 @@ def test_a_source_without_what_the_stages_of_the_run_file_read_is_not_sound_and_
     folder, run_file = labelled
     arguments = ["--report", str(tmp_path / "report.json"), "--workers", "1", "--no-decode"]
     run_file.write_text(run_file.read_text().replace("video_ratio: 0.0", "video_ratio: 0.5"))
-    said = "stage both needs video samples, but its sources hold none (3 images in 1 shard, all of them looked at)"
+    said = "stage both needs video samples, but its sources hold none (3 images in 1 shard, all of them scanned)"
     for source in ([], [str(folder)]):
         assert main(["data", "verify", "--config", str(run_file), *source, *arguments]) == 1
         assert said in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Shards: which a run reads, where each sample lies in its tar, and what its texts say."""
+"""Shards: listing the shards of a run, finding the samples in each tar, and reading captions and labels."""
 
 __all__ = [
     "captions",

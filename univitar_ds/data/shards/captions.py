@@ -1,7 +1,7 @@
 """The text members of a sample: captions, label and set, from .json, .txt and .cls.
 
-Other producers write other things under the same names. What cannot be used is ignored and counted; it costs a sample
-only where nothing else says what is in it.
+Shards of other producers may have other content in members of these names. Unusable content is ignored and counted; a
+sample is left out only if it then has neither a caption nor a label.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from univitar_ds.errors import SampleError
 
 EXTENSIONS = ("json", "txt", "cls")
 BYTES_LIMIT = 1 << 20
-"""Longest text member that is parsed. The texts of a pool of samples lie in the trainer's memory."""
+"""Longest text member that is parsed. The trainer's memory holds the texts of all samples in the shuffle buffer."""
 IGNORED = ("bad_caption", "bad_label", "bad_set", "bad_checksum", "bad_json", "too_large")
-"""Kinds of texts that are ignored in samples that are used."""
+"""Kinds of ignored content in samples that are used."""
 
 _OWN_FIELDS = {"captions", "label", "set", "kind", "width", "height", "frames", "file", "crc32"}
-"""What only `univitar-ds data pack` writes, of every sample: these mark a sample of a shard that has been copied away
-from its manifest."""
+"""Fields that `univitar-ds data pack` writes for every sample. They identify them in a shard without a manifest."""
 _UNMARKED = ("text", "TEXT")
-"""Fields that hold a caption where nothing else does, as in LAION's tables."""
+"""Fields that are used as caption if there is no other, as in LAION's tables."""
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -36,25 +35,25 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-"""Those of UTF-32 first: one of them begins like one of UTF-16."""
-_BEGINS_OF_MARKS = frozenset(mark[:1] for mark, _ in _BYTE_ORDER_MARKS)
+"""UTF-32 before UTF-16, because a mark of UTF-32 begins with one of UTF-16."""
+_FIRST_BYTES_OF_MARKS = frozenset(mark[:1] for mark, _ in _BYTE_ORDER_MARKS)
 _SHOWN = 60
 
-_Aside = dict[str, str]
-"""What was ignored so far: of each kind the first message."""
+_Ignored = dict[str, str]
+"""The first message of each kind of ignored content."""
 
 
 class Ignored(NamedTuple):
-    """A text that cannot be used, in a sample that is used without it: one of `IGNORED` and a sentence."""
+    """Unusable content of a sample that is used without it: one of `IGNORED` and a message."""
 
     kind: str
     message: str
 
 
 class Texts(NamedTuple):
-    """Captions, none empty, and at least one unless there is a label; the label where there is one; the data set that
-    the label belongs to; the CRC-32 and the size of the media member, where `data pack` wrote them; what was ignored,
-    each kind once; whether its caption is from a .txt of several lines that are read as one caption."""
+    """The usable texts of a sample: non-empty captions, at least one unless there is a label; the label and its data
+    set; CRC-32 and size of the media member if `data pack` wrote them; each kind of ignored content at most once;
+    whether the caption is a .txt of several lines."""
 
     captions: tuple[str, ...]
     label: str | None
@@ -66,31 +65,31 @@ class Texts(NamedTuple):
 
 
 def read_texts(members: Mapping[str, bytes], *, lines: bool = False, packed: bool = False) -> Texts:
-    """Captions and label: the fields captions, caption, label and set of .json first, else .txt and .cls.
+    """Read the fields captions, caption, label and set of .json; .txt and .cls are used for missing ones.
 
-    Args: contents of the text members by extension; whether each line of .txt is a caption; whether the shard is known
-        to be one of `data pack`.
-    Raises: SampleError if there is neither a caption nor a label that can be used.
+    Args: contents of the text members by extension; whether each line of .txt is a caption; whether a manifest shows
+        that `data pack` wrote the shard.
+    Raises: SampleError if there is neither a usable caption nor a usable label.
     """
-    aside: _Aside = {}
-    fields = _json_object(members["json"], aside) if "json" in members else {}
-    captions = _of_fields(fields, ("captions", "caption"), aside)
+    ignored: _Ignored = {}
+    fields = _json_object(members["json"], ignored) if "json" in members else {}
+    captions = _of_fields(fields, ("captions", "caption"), ignored)
     several = False
     if not captions and "txt" in members:
-        captions = _of_txt(members["txt"], aside)
+        captions = _of_txt(members["txt"], ignored)
         several = len(captions) > 1 and not lines
         if several:
             captions = (_visible(decoded(members["txt"])),)
     captions = captions or _of_fields(fields, _UNMARKED, {})
-    label = _label(fields, members.get("cls"), aside)
+    label = _label(fields, members.get("cls"), ignored)
     if not captions and not label:
-        for kind, message in aside.items():
+        for kind, message in ignored.items():
             raise SampleError(kind, message)
         raise SampleError("no_caption", "neither captions nor caption in its .json nor a .txt member, and no label")
     own = packed or fields.keys() >= _OWN_FIELDS
-    data_set, crc32, size = _set(fields, aside), _crc32(fields, own, packed, aside), _size(fields) if own else None
-    ignored = tuple(map(Ignored._make, aside.items())) if aside else ()
-    return Texts(captions, label, data_set, crc32, size, ignored, several)
+    data_set, crc32, size = _set(fields, ignored), _crc32(fields, own, packed, ignored), _size(fields) if own else None
+    kinds = tuple(map(Ignored._make, ignored.items())) if ignored else ()
+    return Texts(captions, label, data_set, crc32, size, kinds, several)
 
 
 def resolve(
@@ -101,10 +100,11 @@ def resolve(
     class_names: Sequence[str],
     templates: Sequence[str] | None,
 ) -> tuple[tuple[str, ...], str | None, tuple[Ignored, ...]]:
-    """What its source makes of a sample: its captions, its label's name, and what was ignored.
+    """Apply the class names and templates of a source; returns captions, label name and ignored content.
 
-    A sample without a caption gets `templates` with its label, or none at all where that is None.
-    Raises: SampleError if it has neither; a captioned sample only loses a label that has no name.
+    A sample without captions gets `templates` filled with its label; if `templates` is None, it gets no caption.
+    Raises: SampleError if it then has neither caption nor label. A label without a class name is ignored if there is a
+    caption.
     """
     try:
         label = named(label, class_names)
@@ -121,17 +121,17 @@ def resolve(
     return tuple(template.replace("{}", label) for template in templates), label, ignored
 
 
-def _json_object(content: bytes, aside: _Aside) -> dict[str, Any]:
+def _json_object(content: bytes, ignored: _Ignored) -> dict[str, Any]:
     if len(content) > BYTES_LIMIT:
-        aside.setdefault("too_large", f"its .json has {len(content)} bytes (limit {BYTES_LIMIT})")
+        ignored.setdefault("too_large", f"its .json has {len(content)} bytes (limit {BYTES_LIMIT})")
         return {}
     try:
         fields = _parsed(content)
     except (ValueError, RecursionError) as error:
-        aside.setdefault("bad_json", f"its .json does not parse: {str(error)[:120]}")
+        ignored.setdefault("bad_json", f"its .json does not parse: {str(error)[:120]}")
         return {}
     if not isinstance(fields, dict):
-        aside.setdefault("bad_json", f"its .json holds a {type(fields).__name__}, not an object")
+        ignored.setdefault("bad_json", f"its .json holds a {type(fields).__name__}, not an object")
         return {}
     return fields
 
@@ -141,7 +141,7 @@ def _parsed(content: bytes) -> Any:
         return json.loads(content)
     except UnicodeDecodeError:
         raise
-    except ValueError:  # once more with control characters in texts and numbers of thousands of digits
+    except ValueError:  # try again and accept control characters in strings and integers of thousands of digits
         return json.loads(content, strict=False, parse_int=_whole_number)
 
 
@@ -149,15 +149,15 @@ def _whole_number(digits: str) -> int | float:
     return int(digits) if len(digits) < 20 else float(digits)
 
 
-def _of_fields(fields: Mapping[str, Any], names: Iterable[str], aside: _Aside) -> tuple[str, ...]:
-    """The captions of the first of these fields that has any: a text, or a list of texts or objects with a caption."""
+def _of_fields(fields: Mapping[str, Any], names: Iterable[str], ignored: _Ignored) -> tuple[str, ...]:
+    """The captions of the first field that has any: a string, or a list of strings or objects with a caption."""
     for name in names:
         value = fields.get(name)
         if value is None:
             continue
         if not isinstance(value, str | list):
             message = f"{name} is {_brief(value)} ({type(value).__name__}), not a text and not a list of texts"
-            aside.setdefault("bad_caption", message)
+            ignored.setdefault("bad_caption", message)
             continue
         found = []
         for one in [value] if isinstance(value, str) else value:
@@ -167,28 +167,28 @@ def _of_fields(fields: Mapping[str, Any], names: Iterable[str], aside: _Aside) -
             if isinstance(one, dict):
                 one = one.get("caption", one)
             if not isinstance(one, str):
-                aside.setdefault("bad_caption", f"a caption is {_brief(one)} ({type(one).__name__}), not text")
+                ignored.setdefault("bad_caption", f"a caption is {_brief(one)} ({type(one).__name__}), not text")
             elif caption := _visible(one):
                 found.append(caption)
             else:
-                aside.setdefault("bad_caption", "a caption is empty")
+                ignored.setdefault("bad_caption", "a caption is empty")
         if found:
             return tuple(found)
     return ()
 
 
-def _of_txt(content: bytes, aside: _Aside) -> tuple[str, ...]:
-    """Its lines that are not empty."""
+def _of_txt(content: bytes, ignored: _Ignored) -> tuple[str, ...]:
+    """The lines of a .txt that are not empty."""
     if len(content) > BYTES_LIMIT:
-        aside.setdefault("too_large", f"its .txt has {len(content)} bytes (limit {BYTES_LIMIT})")
+        ignored.setdefault("too_large", f"its .txt has {len(content)} bytes (limit {BYTES_LIMIT})")
         return ()
     try:
         captions = caption_lines(decoded(content))
     except UnicodeError as error:
-        aside.setdefault("bad_caption", f"its .txt is not UTF-8 text ({_where(error)})")
+        ignored.setdefault("bad_caption", f"its .txt is not UTF-8 text ({_where(error)})")
         return ()
     if not captions:
-        aside.setdefault("bad_caption", "a caption is empty: its .txt holds no text")
+        ignored.setdefault("bad_caption", "a caption is empty: its .txt holds no text")
     return captions
 
 
@@ -198,41 +198,41 @@ def caption_lines(text: str) -> tuple[str, ...]:
     return tuple([caption for line in lines if (caption := _visible(line))])
 
 
-def _label(fields: Mapping[str, Any], cls: bytes | None, aside: _Aside) -> str | None:
+def _label(fields: Mapping[str, Any], cls: bytes | None, ignored: _Ignored) -> str | None:
     label = fields.get("label")
     if type(label) is str and label.strip():
         return label
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if isinstance(label, bool) or not isinstance(label, str | int | None):
-        aside.setdefault("bad_label", f"label is {_brief(label)} ({type(label).__name__}), not text")
+        ignored.setdefault("bad_label", f"label is {_brief(label)} ({type(label).__name__}), not text")
         label = None
     if label is not None and (label := str(label)).strip():
         return label
-    return None if cls is None else _of_cls(cls, aside)
+    return None if cls is None else _of_cls(cls, ignored)
 
 
-def _of_cls(content: bytes, aside: _Aside) -> str | None:
+def _of_cls(content: bytes, ignored: _Ignored) -> str | None:
     if len(content) > BYTES_LIMIT:
-        aside.setdefault("too_large", f"its .cls has {len(content)} bytes (limit {BYTES_LIMIT})")
+        ignored.setdefault("too_large", f"its .cls has {len(content)} bytes (limit {BYTES_LIMIT})")
         return None
     try:
         return decoded(content).strip() or None
     except UnicodeError as error:
-        aside.setdefault("bad_label", f"its .cls is not UTF-8 text ({_where(error)})")
+        ignored.setdefault("bad_label", f"its .cls is not UTF-8 text ({_where(error)})")
         return None
 
 
-def _set(fields: Mapping[str, Any], aside: _Aside) -> str | None:
+def _set(fields: Mapping[str, Any], ignored: _Ignored) -> str | None:
     name = fields.get("set")
     if isinstance(name, str | None):
         return name
-    aside.setdefault("bad_set", f"set is {_brief(name)} ({type(name).__name__}), not text")
+    ignored.setdefault("bad_set", f"set is {_brief(name)} ({type(name).__name__}), not text")
     return None
 
 
 def _size(fields: Mapping[str, Any]) -> MediaSize | None:
-    """The size that `data pack` wrote; None where it is not whole: layout 2 has no duration of a video."""
+    """The size that `data pack` wrote; None if it is incomplete: layout 2 has no duration of videos."""
     kind, height, width, frames = (fields.get(name) for name in ("kind", "height", "width", "frames"))
     if not all(type(number) is int and number >= 1 for number in (height, width, frames)):
         return None
@@ -244,10 +244,10 @@ def _size(fields: Mapping[str, Any]) -> MediaSize | None:
     return None
 
 
-def _crc32(fields: Mapping[str, Any], own: bool, packed: bool, aside: _Aside) -> int | None:
-    """`own`: the sample is one of `data pack`; `packed`: so is its shard, by a manifest.
+def _crc32(fields: Mapping[str, Any], own: bool, packed: bool, ignored: _Ignored) -> int | None:
+    """The checksum, if `data pack` wrote the sample (`own`). `packed`: a manifest shows that it wrote the shard.
 
-    Raises: SampleError for a checksum that `data pack` wrote and that has been damaged since.
+    Raises: SampleError for an invalid checksum in a packed shard.
     """
     value = fields.get("crc32")
     if value is None:
@@ -257,15 +257,14 @@ def _crc32(fields: Mapping[str, Any], own: bool, packed: bool, aside: _Aside) ->
         return value
     if own and packed:
         raise SampleError("bad_json", f"crc32 is {_brief(value)}, not a number of 32 bits")
-    aside.setdefault(
+    ignored.setdefault(
         "bad_checksum", f"crc32 is {_brief(value)}, which data pack did not write; nothing is compared with it"
     )
     return None
 
 
 def _visible(text: str) -> str:
-    """A caption without blanks around it; "" where nothing in it can be seen. Halves of surrogate pairs are replaced:
-    they have no bytes."""
+    """A caption without surrounding whitespace, "" if nothing is visible; lone surrogates, having no bytes, are "?"."""
     text = text.strip()
     if text.isascii() and text.isprintable():
         return text
@@ -274,9 +273,9 @@ def _visible(text: str) -> str:
 
 
 def decoded(content: bytes) -> str:
-    """UTF-8, or what a byte order mark says. Raises: UnicodeError, also for zero bytes, which no text has."""
+    """Decode UTF-8, or the encoding of a byte order mark. Raises: UnicodeError, also for zero bytes."""
     encoding = "utf-8"
-    if content[:1] in _BEGINS_OF_MARKS:
+    if content[:1] in _FIRST_BYTES_OF_MARKS:
         encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), encoding)
     text = content.decode(encoding)
     if "\0" in text:
@@ -289,7 +288,7 @@ def _where(error: UnicodeError) -> str:
 
 
 def _brief(value: object) -> str:
-    """The beginning of a value; of one that has no short text, such as very deep lists, its type."""
+    """The beginning of a value's text, or its type if it cannot be converted, as a very deep list."""
     try:
         return repr(str(value)[:_SHOWN])
     except (RecursionError, ValueError):

@@ -1,4 +1,4 @@
-"""What the numbers stand for that many data sets have as labels: line 0 of a text file names class 0."""
+"""Names for labels that are class numbers, read from a file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FORM = "give a class name per line, line 1 for class 0, or lines of an index, a
 
 
 def read_class_names(path: str, settings: StorageSettings) -> tuple[str, ...]:
-    """The names of classes 0, 1, ..., from a local file or one on S3: UTF-8 lines of a name or of an index and a name,
-    or JSON, a list of names or an object of index and name.
+    """Read the names of classes 0, 1, ... from a local file or from S3: UTF-8 lines of a name, or of an index and a
+    name, or JSON: a list of names, or an object that maps indices to names or names to indices.
 
-    Raises: DataError if it cannot be read, a line is empty, or its indices are not 0 to the number of classes less 1.
+    Raises: DataError if it cannot be read, a line is empty, or the indices of n classes are not 0 to n - 1.
     """
     check_address(path)
     storage = storage_for(path, settings)
@@ -31,19 +31,19 @@ def read_class_names(path: str, settings: StorageSettings) -> tuple[str, ...]:
     try:
         text = storage.read(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is no UTF-8 text; give a class name per line") from error
+        raise DataError(f"{path}: byte {error.start} is not UTF-8 text; give a class name per line") from error
     document = _json(text)
     return _of_lines(path, text) if document is None else _of_json(path, document)
 
 
 def shared_names(names: Sequence[str]) -> str | None:
-    """What is to say of names that several classes have; None if all differ."""
+    """A warning about names that several classes share; None if all differ."""
     shared = [name for name, count in Counter(names).items() if count > 1]
     if not shared:
         return None
     classes = " and ".join(str(index) for index, name in enumerate(names) if name == shared[0])
     more = f" ({len(shared)} such names)" if len(shared) > 1 else ""
-    return f"classes {classes} have the same name, {shared[0]!r}{more}, and count as one; give each a name of its own"
+    return f"classes {classes} have the same name, {shared[0]!r}{more}, and count as one; give each its own name"
 
 
 def _json(text: str) -> list[Any] | dict[str, Any] | None:
@@ -52,7 +52,7 @@ def _json(text: str) -> list[Any] | dict[str, Any] | None:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        return None  # a list of names may begin so
+        return None  # the first name of a text file may begin with a bracket
 
 
 def _of_json(path: str, document: list[Any] | dict[str, Any]) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ def _of_lines(path: str, text: str) -> tuple[str, ...]:
 
 
 def _ordered(path: str, numbered: Sequence[tuple[int, str]]) -> tuple[str, ...]:
-    """Names by their index. Raises: DataError unless each of 0 to n - 1 comes once."""
+    """The names in the order of their indices. Raises: DataError unless each of 0 to n - 1 occurs once."""
     counts = Counter(index for index, _ in numbered)
     twice = next((index for index, count in counts.items() if count > 1), None)
     if twice is not None:
@@ -95,20 +95,20 @@ def _ordered(path: str, numbered: Sequence[tuple[int, str]]) -> tuple[str, ...]:
     if missing is not None:
         raise DataError(
             f"{path}: its {len(numbered)} lines are numbered, but not from 0 to {len(numbered) - 1} (there is no "
-            f"{missing}): number them so, or, where the numbers belong to the names, put an index and a tab before each"
+            f"{missing}): number them so, or, if the numbers belong to the names, put an index and a tab before each"
         )
     by_index: Mapping[int, str] = dict(numbered)
     return tuple(by_index[index].strip() for index in range(len(numbered)))
 
 
 def named(label: str | None, names: Sequence[str]) -> str | None:
-    """The name of a label that is a number; one that is a name already stays.
+    """The class name of a label that is a number or a class name. Without `names` the label is returned unchanged.
 
-    Raises: SampleError for a label that has no name; nothing has where there are no names at all.
+    Raises: SampleError for any other label.
     """
     if label is None or not names:
         return label
-    if label.isascii() and label.isdigit() and len(label) < 20:  # Python converts no number of thousands of digits
+    if label.isascii() and label.isdigit() and len(label) < 20:  # `int` fails for thousands of digits
         if int(label) < len(names):
             return names[int(label)]
     elif label in names:

@@ -1,8 +1,7 @@
-"""Whether the sources hold what a run reads, images or videos, found out before the first step.
+"""Checks before the first step that the sources hold the modalities that a run reads.
 
-A manifest says it. Tars without one are looked at by the headers of their members: first the beginning of a few, which
-finds what there is almost always; then all of them, within a bound. Where everything was looked at and nothing found
-the run cannot work and is refused; where there was more than the bound allows, a warning is all that can be given.
+A manifest lists them. Tars without one are scanned: first the beginning of a few, which is nearly always enough, then
+all of them up to a limit. If a modality is missing in all of them, the check fails; at the limit it only warns.
 """
 
 from __future__ import annotations
@@ -36,19 +35,19 @@ from univitar_ds.geometry import Modality
 _log = logging.getLogger(__name__)
 
 FIRST_SHARDS, FIRST_SAMPLES = 64, 32
-"""Shards all over the list, and samples of each, that are looked at first: of remote ones a request or two each."""
+"""Evenly spaced shards, and samples of each, that are scanned first: one or two requests per remote shard."""
 MOST_SAMPLES = 500_000
-"""Samples that are looked at in all, ten seconds of CPU on a local disk."""
+"""Most samples that are scanned: ten seconds of CPU time on a local disk."""
 MOST_REMOTE_BYTES = 256 << 20
-"""Bytes that are fetched in all: headers lie between the media, so that most of a remote tar is fetched for them."""
+"""Most bytes that are fetched. Headers are between the media, so scanning a remote tar fetches most of it."""
 NO_MEDIA = "without media"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """How many samples were found by "image", "video" and `NO_MEDIA`, in so many shards.
+    """The number of samples found in `shards` shards, by "image", "video" and `NO_MEDIA`.
 
-    `whole`: these are all there are; else the look ended at a bound, or once it had found what it was for.
+    `whole`: all samples were counted. Otherwise the scan ended at a limit or when it had found the wanted modalities.
     """
 
     shards: int
@@ -56,7 +55,7 @@ class Contents:
     whole: bool
 
     def sentence(self) -> str:
-        """What was found, for a message."""
+        """The counts as text for a message."""
         found = ", ".join(
             f"{count} {kind}{'s' if count > 1 and kind != NO_MEDIA else ''}" for kind, count in self._sorted()
         )
@@ -66,7 +65,7 @@ class Contents:
         return sorted((kind, count) for kind, count in self.counts.items() if count)
 
 
-class _Look(NamedTuple):
+class _Scan(NamedTuple):
     counts: Counter[str]
     samples: int
     fetched: int
@@ -76,7 +75,7 @@ class _Look(NamedTuple):
 def contents_of(
     shards: Sequence[SourceShard], wanted: Collection[Modality], *, one_is_enough: bool = False
 ) -> Contents:
-    """Looks until a sample of each of the `wanted` modalities was seen, or with `one_is_enough` of any of them.
+    """Scan until a sample of each `wanted` modality is found; with `one_is_enough`, of any of them.
 
     Raises: DataError if a shard cannot be read.
     """
@@ -96,13 +95,13 @@ def contents_of(
     bounds = {"most_samples": FIRST_SAMPLES, "most_fetched": MOST_REMOTE_BYTES // FIRST_SHARDS, "enough": enough}
     for begin in range(0, len(first), AT_ONCE):
         some = first[begin : begin + AT_ONCE]
-        for found in at_once(partial(_look, **bounds), some, [shard.storage for shard in some]):
+        for found in at_once(partial(_scan, **bounds), some, [shard.storage for shard in some]):
             counts += found.counts
         if enough(counts):
             return Contents(len(shards), counts, whole=False)
     counts, samples, fetched = listed.copy(), 0, 0
     for shard in unknown:
-        found = _look(shard, MOST_SAMPLES - samples, MOST_REMOTE_BYTES - fetched, enough)
+        found = _scan(shard, MOST_SAMPLES - samples, MOST_REMOTE_BYTES - fetched, enough)
         counts += found.counts
         samples, fetched = samples + found.samples, fetched + found.fetched
         if enough(counts) or not found.whole:
@@ -111,7 +110,7 @@ def contents_of(
 
 
 def faults_of_stages(shards: Sequence[SourceShard], stages: Sequence[StageConfig]) -> list[str]:
-    """A sentence for each modality of each stage that the shards certainly do not hold; warns of what is uncertain.
+    """An error message for each modality that a stage reads and the shards do not hold; warns if that is uncertain.
 
     Raises: DataError if a shard cannot be read.
     """
@@ -133,19 +132,19 @@ def faults_of_stages(shards: Sequence[SourceShard], stages: Sequence[StageConfig
         if found.whole:
             faults.append(
                 f"stage {stage.name} needs {modality} samples, but its sources hold none ({found.sentence()}, all of "
-                f"them looked at); add a source with {modality}s or set its video_ratio to {ratio}"
+                f"them scanned); add a source with {modality}s or set its video_ratio to {ratio}"
             )
         else:
             _log.warning(
-                "stage %s needs %s samples, and none was found yet (%s were looked at, there are more); if there is "
-                "none the run will end at the first step that needs one: set its video_ratio to %d then",
+                "stage %s needs %s samples, and none was found yet (%s were scanned, there are more); if there is "
+                "none, the run will end at the first step that needs one; in that case set its video_ratio to %d",
                 *(stage.name, modality, found.sentence(), ratio),
             )
     return faults
 
 
 def fault_of_evaluation(shards: Sequence[SourceShard], stages: Sequence[StageConfig]) -> str | None:
-    """A sentence if the evaluation's shards certainly hold nothing that a run with these stages can be measured on.
+    """An error message if the evaluation's shards hold no sample of a modality that the stages read, else None.
 
     Raises: DataError if a shard cannot be read.
     """
@@ -162,7 +161,7 @@ def fault_of_evaluation(shards: Sequence[SourceShard], stages: Sequence[StageCon
 
 
 def check_contents(config: RunConfig, shards: Sequence[SourceShard], evaluation: Sequence[SourceShard]) -> None:
-    """Before anything starts. Raises: DataError if the shards do not hold what the run reads."""
+    """Check the shards of training and evaluation. Raises: DataError if they lack a modality that the run reads."""
     faults = faults_of_stages(shards, config.stages)
     if (fault := fault_of_evaluation(evaluation, config.stages)) is not None:
         faults.append(fault)
@@ -171,10 +170,7 @@ def check_contents(config: RunConfig, shards: Sequence[SourceShard], evaluation:
 
 
 def faults_of_run(config: RunConfig, settings: StorageSettings) -> list[str]:
-    """What the stages and the evaluation need and the sources that can be found do not hold, a sentence each.
-
-    Of sources that cannot be found nothing is said here.
-    """
+    """An error message for each modality that stages or evaluation need and the sources, those that exist, lack."""
     faults: list[str] = []
     with suppress(DataError):
         shards = find_shards(config.data.sources, settings)
@@ -189,18 +185,18 @@ def faults_of_run(config: RunConfig, settings: StorageSettings) -> list[str]:
     return faults
 
 
-def _look(shard: SourceShard, most_samples: int, most_fetched: int, enough: Callable[[Counter[str]], bool]) -> _Look:
-    """What the samples of a shard are, from its beginning on up to a bound, or until they are `enough`."""
+def _scan(shard: SourceShard, most_samples: int, most_fetched: int, enough: Callable[[Counter[str]], bool]) -> _Scan:
+    """Count the samples of a shard by modality, from its beginning until a limit or until the counts are `enough`."""
     counts: Counter[str] = Counter()
     remote = shard.path.startswith(S3)
-    ranges = RangeReader(shard.storage, shard.path, shard.size) if remote else None  # opening it would fetch all of it
+    ranges = RangeReader(shard.storage, shard.path, shard.size) if remote else None  # `open` would download all of it
     with shard.storage.open(shard.path) if ranges is None else ranges.buffered() as stream:
         samples, fetched = 0, 0
         for found in tar_index.scan(stream, shard.name, shard.size):
             if samples >= most_samples or fetched >= most_fetched or enough(counts):
-                return _Look(counts, samples, fetched, whole=False)
+                return _Scan(counts, samples, fetched, whole=False)
             if isinstance(found, tar_index.Group):
                 samples += 1
                 counts[modality_of(found) or NO_MEDIA] += 1
             fetched = 0 if ranges is None else ranges.fetched
-    return _Look(counts, samples, fetched, whole=True)
+    return _Scan(counts, samples, fetched, whole=True)

@@ -1,4 +1,4 @@
-"""Where the samples of a shard lie: found by scanning it, and once for all lanes of a process that read parts of it."""
+"""Finds the samples of a shard by scanning it. Lanes that read parts of the same shard share one scan per process."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from univitar_ds.errors import DataError
 from univitar_ds.geometry import Modality
 
 MOST_KEPT = 1 << 19
-"""Samples of which the places are kept, at 8 bytes each."""
+"""Samples whose offsets are kept, at 8 bytes each."""
 
 Entry = tar_index.Group | tar_index.Damage
 
 
 def shard_samples(shard: Shard, modality: Modality, offset: int = 0, number: int = 0) -> Iterator[Entry]:
-    """The samples of a shard that belong to a modality, in order, and the damage between them.
+    """Yields the samples of a modality in a shard, in order, and the damage between them.
 
-    Args: the byte to start at and the number of the sample that follows.
-    A shard that ends soundly with fewer samples than its manifest says is damage at its end. Where it is damaged to its
-    end that is reported already.
-    Raises: DataError if the shard cannot be read at all.
+    An intact shard with fewer samples than its manifest lists yields damage at its end, unless there is damage already.
+    Args: the byte to start at; the number of the next sample.
+    Raises: DataError if the shard cannot be read.
     """
-    detail = False
+    damaged_end = False
     with shard.storage.open(shard.path) as stream:
         for found in tar_index.scan(stream, shard.name, shard.size, offset):
             if isinstance(found, tar_index.Damage):
-                detail = found.end >= shard.size
+                damaged_end = found.end >= shard.size
                 yield found
             elif belongs(found, shard, modality):
                 number += 1
                 yield found
-    if shard.samples is not None and number < shard.samples and not detail:
+    if shard.samples is not None and number < shard.samples and not damaged_end:
         message = (
             f"shard {shard.name}: ends after {number} samples, its manifest says {shard.samples}; "
             "restore the shard or pack it again"
@@ -45,20 +44,17 @@ def shard_samples(shard: Shard, modality: Modality, offset: int = 0, number: int
 
 
 class IndexCache:
-    """Indexes of shards, each read on when more of it is asked for; those unused for longest are dropped.
-
-    For one thread.
-    """
+    """Indexes of shards, scanned as far as needed; the least recently used are dropped. Not thread-safe."""
 
     def __init__(self, most_kept: int = MOST_KEPT) -> None:
         self._most_kept = most_kept
         self._scans: OrderedDict[tuple[Any, ...], _Scan] = OrderedDict()
 
     def part(self, shard: Shard, modality: Modality, part: int, parts: int) -> Iterator[tuple[Entry, int]]:
-        """Every `parts`-th sample of `shard_samples` from number `part` on, each after the damage before it.
+        """Yields every `parts`-th sample of `shard_samples` from number `part` on, and the damage before each.
 
-        With each comes the number of the sample that it is or that follows. One that another part has come by before
-        is read again by its place: what lies between is not looked at.
+        Each entry comes with the number of the sample that it is or that follows it. A sample that is in the index is
+        read at its offset without scanning the samples before it.
         Raises: DataError if the shard cannot be read, or has changed.
         """
         scan = self._of(shard, modality)
@@ -66,7 +62,7 @@ class IndexCache:
             yield from scan.part(stream, part, parts)
 
     def _of(self, shard: Shard, modality: Modality) -> _Scan:
-        key = shard.path, shard.modality, shard.samples, modality  # what a manifest says decides whose samples they are
+        key = shard.path, shard.modality, shard.samples, modality  # the manifest's entries determine the result
         scan = self._scans.get(key)
         if scan is None or scan.failure is not None:
             scan = self._scans[key] = _Scan(shard, modality)
@@ -79,7 +75,7 @@ class IndexCache:
 
 
 class _Scan:
-    """One shard, as far as it has been scanned. Places are in blocks: 4 bytes reach to 2 TiB."""
+    """The index of one shard as far as it is scanned. Offsets are in blocks: 4 bytes are enough for 2 TiB."""
 
     def __init__(self, shard: Shard, modality: Modality) -> None:
         self.failure: Exception | None = None
@@ -105,8 +101,8 @@ class _Scan:
             number += parts
 
     def _scan_to(self, number: int) -> tar_index.Group | None:
-        """The sample with this number, which has not been reached yet; None if there are not so many."""
-        if self.failure is not None:  # else it would look like the end of the shard
+        """Continue the scan to the sample with this number; None if the shard has fewer samples."""
+        if self.failure is not None:  # otherwise this would look like the end of the shard
             raise self.failure
         try:
             for found in self._coming:
@@ -128,6 +124,6 @@ class _Scan:
         if found is None:
             raise DataError(
                 f"shard {self._shard.name}: the sample at byte {begin} is not there any more; the shard was replaced "
-                "while this run was reading it: restore the one that this run was started with, or start a new run"
+                "during this run: restore the shard that this run was started with, or start a new run"
             )
         return found

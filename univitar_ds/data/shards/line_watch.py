@@ -1,4 +1,4 @@
-"""Sources whose .txt members seem to hold a caption a line, and which do not say so."""
+"""A warning for sources whose .txt members seem to have one caption per line although `captions: lines` is not set."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.shards.listing import warn_once
 
 SEVERAL_IN_A_ROW = 4
-"""Samples one after another with several lines in their .txt that make a source look like one of a caption a line."""
+"""Consecutive samples with several lines in their .txt after which the warning is logged."""
 
 
 class LineWatch:
-    """Warns once of a source whose .txt members seem to hold a caption a line, and which says nothing of that."""
+    """Warns once per source if its .txt members seem to have one caption per line."""
 
     def __init__(self, source: SourceConfig) -> None:
         self._source = source
         self._in_a_row = 0
 
     def see(self, several_lines: bool) -> None:
-        """Whether the caption of the next sample is a .txt of several lines."""
+        """Count the next sample. `several_lines`: its caption is a .txt of several lines."""
         self._in_a_row = self._in_a_row + 1 if several_lines else 0
         if self._in_a_row == SEVERAL_IN_A_ROW:
             warn_once(several_lines_warning(self._source))

@@ -1,4 +1,4 @@
-"""The shards of one source: a packed folder, a folder of tars, one tar or a brace range of tars; local or on S3."""
+"""Lists the shards of a source: a packed folder, a folder of tars, one tar or a brace range of tars; local or on S3."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ PACK_HINT = "pack the folder first: univitar-ds data pack FOLDER OUT"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. `name` is unique within the run and says where a sample came from; `size` in bytes.
+    """One tar. `name` is unique within the run and identifies the shard in keys and messages; `size` is in bytes.
 
-    `modality` None: what is in it is unknown, both kinds of stream read it and skip what is not theirs. `samples` and
-    `sha256` where a manifest has them. `caption_lines`: each line of a .txt is a caption.
+    `modality` is None if unknown: streams of both modalities then read the shard and skip each other's samples.
+    `samples` and `sha256` come from a manifest. `caption_lines`: each line of a .txt is a caption.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Shard:
 
 
 def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = LOCAL) -> list[Shard]:
-    """Shards in the order of the manifest or of their names; `prefix` goes before every name.
+    """The shards in the order of the manifest or of their names; `prefix` is prepended to every name.
 
-    Names and sizes come from listings of folders, so that thousands of shards cost a few requests.
-    Raises: DataError if the source is not there, has no such split, or has a missing or cut shard.
+    Names and sizes come from folder listings, so that thousands of shards need few requests.
+    Raises: DataError if the source or its split does not exist, or a shard is missing or truncated.
     """
     path = place_of(source)
     storage = storage_for(path, settings)
@@ -67,7 +67,7 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
         raise DataError(f"source {source.path}: is neither a folder nor a .tar file; {PACK_HINT}")
     files = storage.list(path)
     names = set(map(os.path.basename, files))
-    _tell_left_out(source, names)
+    _warn_left_out(source, names)
     if names & {MANIFEST, JOURNAL}:
         return _packed(source, path, names, storage, prefix)
     tars = [file for file in files if file.endswith(".tar")]
@@ -80,8 +80,8 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     return [Shard(prefix + names_of[file], file, storage, storage.size(file)) for file in tars]
 
 
-def _tell_left_out(source: SourceConfig, names: Iterable[str]) -> None:
-    """What a copy that was broken off, or another system, has left under a name that is no shard's."""
+def _warn_left_out(source: SourceConfig, names: Iterable[str]) -> None:
+    """Warn of files such as `.tar.part` or `.TAR`, which interrupted copies or other systems may have written."""
     odd = sorted(name for name in names if _ODD_TAR.search(name) and not name.endswith(".tar"))
     if odd:
         warn_once(f"source {source.path}: {odd[0]} ({len(odd)} in all) do not end in .tar and are left out")
@@ -89,13 +89,13 @@ def _tell_left_out(source: SourceConfig, names: Iterable[str]) -> None:
 
 @cache
 def warn_once(message: str) -> None:
-    """Once: a source is listed before training, by every stage and for the tokenizer."""
+    """Log a warning once per process: a source is listed before training, by every stage and for the tokenizer."""
     _log.warning("%s", message)
 
 
 def place_of(source: SourceConfig) -> str:
-    """The folder or tars of a source; it may be named by its manifest. Raises: DataError for an address that cannot
-    be read, or names no bucket of S3."""
+    """The path of a source's folder or tars; for a manifest, that of its folder. Raises: DataError for an unsupported
+    scheme or an s3:// address without a bucket."""
     path = source.path.removesuffix(f"/{MANIFEST}")
     check_address(path)
     if path.startswith(S3) and path[len(S3) : len(S3) + 1] in ("", "/"):
@@ -104,12 +104,12 @@ def place_of(source: SourceConfig) -> str:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{000..002}.tar` -> three names, zeros kept; `{x,y}` lists too. A name without braces is itself.
+    """Expand ranges (`a-{000..002}.tar`, with leading zeros) and lists (`{x,y}`); other names are returned unchanged.
 
-    `braceexpand`, which webdataset uses, makes every name before it returns one: `{0..99999999999}` filled 4 GB in 20 s
-    and ended in a MemoryError. It takes `{5..1}` backwards, keeps `{x}` as it stands and drops backslashes.
+    `braceexpand`, which webdataset uses, creates all names first: `{0..99999999999}` filled 4 GB in 20 s and ended in a
+    MemoryError. It also expands `{5..1}` in descending order, does not reject `{x}`, and drops backslashes.
 
-    Raises: DataError for braces with neither, a range that runs backwards or expands to more than a million names.
+    Raises: DataError for braces that are neither, a descending range, or more than a million names.
     """
     pieces: list[list[str]] = []
     last = 0
@@ -144,7 +144,7 @@ def _alternatives(text: str, pattern: str) -> list[str]:
 
 
 def _listed(paths: Sequence[str], storage: Storage, prefix: str, source: str) -> list[Shard]:
-    if len(paths) == 1:  # it may lie among a million others
+    if len(paths) == 1:  # do not list the folder, which may have a million files
         missing = [path for path in paths if not storage.exists(path)]
     else:
         folders = {os.path.dirname(path) for path in paths}
@@ -152,7 +152,7 @@ def _listed(paths: Sequence[str], storage: Storage, prefix: str, source: str) ->
         missing = [path for path in paths if os.path.basename(path) not in present[os.path.dirname(path)]]
     if missing and (pattern := re.search(r"[*?\[]", missing[0])):
         raise DataError(
-            f"source {source}: {pattern[0]} is no pattern here; name the folder, or a range such as {{000..127}}.tar"
+            f"source {source}: {pattern[0]} cannot be used as a pattern; name the folder, or a range {{000..127}}.tar"
         )
     if missing:
         raise DataError(
@@ -161,7 +161,7 @@ def _listed(paths: Sequence[str], storage: Storage, prefix: str, source: str) ->
         )
     twice = next((path for path, count in Counter(paths).items() if count > 1), None)
     if twice is not None:
-        raise DataError(f"source {source}: names shard {twice} more than once; its samples would come as often")
+        raise DataError(f"source {source}: names shard {twice} more than once; name each shard once")
     names_of = _names(paths)
     return [Shard(prefix + names_of[path], path, storage, storage.size(path)) for path in paths]
 
@@ -175,7 +175,7 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
     rows = [row for row in manifest["shards"] if source.split in (None, row["split"])]
     if others := sorted({n for n in names if n.endswith(".tar")} - {row["file"] for row in manifest["shards"]}):
         warn_once(
-            f"source {source.path}: its manifest does not have {others[0]} ({len(others)} in all), which are left out"
+            f"source {source.path}: its manifest does not list {others[0]} ({len(others)} in all), which are left out"
         )
     if not rows:
         present = sorted({row["split"] for row in manifest["shards"]})
@@ -193,14 +193,14 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
         if size != row["bytes"]:
             raise DataError(
                 f"shard {path}: has {size} bytes, its manifest says {row['bytes']}; "
-                "it was cut or replaced: restore it or pack the folder again"
+                "it was truncated or replaced: restore it or pack the folder again"
             )
         shards.append(Shard(prefix + _stem(path), path, storage, size, row["kind"], row.get("sha256"), row["samples"]))
     return shards
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
-    """What each shard of a source is called: its file's name, with folders where the names alone are not unique."""
+    """The name of each shard by path: its file name, with folders if file names are not unique."""
     names = {path: _stem(path) for path in paths}
     if len(set(names.values())) == len(paths):
         return names

@@ -1,4 +1,4 @@
-"""manifest.json: what a packed folder holds, for people and for the loader."""
+"""Reads manifest.json, which lists the shards of a packed folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from univitar_ds.errors import DataError
 
 MANIFEST = "manifest.json"
 JOURNAL = ".pack.jsonl"
-"""What is packed so far, while packing goes on."""
+"""Progress log of `data pack`, from which an interrupted packing continues."""
 VERSION = 1
 _SHARD_FIELDS = {"file": str, "split": str, "kind": str, "samples": int, "bytes": int, "sha256": str}
 
 
 def read_manifest(folder: str | Path, storage: Storage | None = None) -> dict[str, Any]:
-    """The manifest of a packed folder, its shard list checked; `storage` where the folder is not local.
+    """The manifest of a packed folder, with a checked list of shards; `storage` defaults to `storage_for` the path.
 
-    Raises: DataError if there is none, or none that this version can read.
+    Raises: DataError if there is no manifest that this version can read.
     """
     path = os.path.join(folder, MANIFEST)
     storage = storage or storage_for(path)

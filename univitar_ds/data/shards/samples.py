@@ -1,4 +1,4 @@
-"""One sample of a shard: which member is the media, what its caption and label are, how large it will be."""
+"""Reads a sample of a shard before decoding: its media member, captions, label, and size in tokens."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from univitar_ds.errors import SampleError
 from univitar_ds.geometry import PATCH, Modality, Resolution, smart_resize, token_count
 
 _NEAR_BYTES = 1 << 16
-"""Text members that lie within so many bytes of each other are read together."""
+"""Text members within a range of so many bytes are read with one read."""
 
 
 @dataclass(frozen=True)
 class SizeRule:
-    """How large an item of one modality enters the encoder. `frames` is the most a video gives, 1 for images.
+    """The size at which an item of one modality enters the encoder.
 
-    `most_tokens` is the largest item that a pack has room for; the `max_` fields are limits of the data section.
+    `frames` is the most frames of a video, 1 for images; `most_tokens` the most tokens of an item in a pack; the `max_`
+    fields are limits of the data section.
     """
 
     modality: Modality
@@ -46,14 +47,14 @@ class SizeRule:
     max_sample_mb: int = 1024
 
     def frames_of(self, size: MediaSize) -> int:
-        """Frames stored of an item: 1 of an image, of a video what the sampling takes."""
+        """Number of stored frames: 1 for an image, the number of sampled frames for a video."""
         return frames_of(self.sampling, self.frames, size.duration_s) if size.kind == "video" else 1
 
     def grid(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
-        """Tokens along time, height and width of an item of `frames` frames; never above `most_tokens`.
+        """Tokens along time, height and width of an item of `frames` frames; in total at most `most_tokens`.
 
-        Rounding up to whole `divisor_px` can go above max_tokens where min_tokens is close to it. What a pack has no
-        room for is then resized again, from the size it was given first.
+        If min_tokens is close to max_tokens, rounding up to multiples of `divisor_px` can exceed max_tokens. An item
+        with more than `most_tokens` is then resized again, from its first size.
         Raises: SampleError if not even one `divisor_px` square per tubelet fits.
         """
         steps, h, w = self.resolution.grid(height, width, frames)
@@ -72,7 +73,7 @@ class SizeRule:
         return steps, height // PATCH, width // PATCH
 
     def shrinks(self, height: int, width: int, grid: tuple[int, int, int]) -> bool:
-        """Whether an item has more tokens at its own size, in whole `divisor_px`, than the rule and a pack allow."""
+        """Whether an item at its original size, rounded to `divisor_px`, exceeds the tokens of rule or pack."""
         divisor = self.resolution.divisor_px
         own = grid[0] * max(round(height / divisor), 1) * max(round(width / divisor), 1) * (divisor // PATCH) ** 2
         fixed = self.resolution.fixed_px is not None
@@ -80,8 +81,8 @@ class SizeRule:
 
 
 class SampleAddress(NamedTuple):
-    """Where a sample lies and when it came: index of its shard, first byte, length in bytes, number within the shard,
-    epoch it belongs to, packs of its stream that had left when it came."""
+    """The location of a sample and when it was read: index of its shard, first byte, length in bytes, number within the
+    shard, epoch, and number of packs of its stream at the time it was read."""
 
     shard: int
     offset: int
@@ -96,14 +97,13 @@ _NOWHERE = SampleAddress(0, 0, 0, 0)
 
 @dataclass
 class Sample:
-    """A readable sample before decoding: addresses, texts and the size it will have. The stream that reads it sets
-    `address` and `draw`; nothing changes it later.
+    """A readable sample before decoding: location, texts and size. The stream that reads it sets `address` and `draw`;
+    it does not change later.
 
-    `media_offset` and `media_length` are bytes of the shard. `captions` may be none only where there is a label.
-    `size` is what its metadata says, or what its header says where it was `probed`. `frames` are those stored in its
-    pixels, 1 for an image. `downscaled`: see `SizeRule.shrinks`; `ignored` and `several_lines`: see `captions.Texts`.
-    `draw` is a 64-bit number of this sample in this epoch, for what is left to chance. `other_captions`: more that an
-    evaluation counts as right.
+    `media_offset` and `media_length` are in bytes of the shard. `captions` is empty only if there is a label. `size`
+    comes from the metadata, or from the media header if `probed`. `frames` is the number of decoded frames, 1 for an
+    image. `downscaled`: see `SizeRule.shrinks`; `ignored` and `several_lines`: see `captions.Texts`. `draw` is a 64-bit
+    random number of this sample in this epoch. `other_captions`: further captions that an evaluation counts as correct.
     """
 
     shard: Shard
@@ -136,12 +136,12 @@ class Sample:
 
     @property
     def caption(self) -> str:
-        """The caption of this epoch, "" where there is only a label."""
+        """The caption of this epoch, "" if there is only a label."""
         return self.captions[(self.draw >> 32) % len(self.captions)] if self.captions else ""
 
 
 def modality_of(group: tar_index.Group) -> Modality | None:
-    """What a sample is by its members' names: a video with an image beside it is a video. None without media."""
+    """The modality by the members' extensions: "video" if any is a video, else "image"; None without media."""
     extensions = {member.extension for member in group.members}
     if extensions & VIDEO_EXTENSIONS:
         return "video"
@@ -149,16 +149,16 @@ def modality_of(group: tar_index.Group) -> Modality | None:
 
 
 def belongs(group: tar_index.Group, shard: Shard, modality: Modality) -> bool:
-    """Whether a stream of this modality owns the sample; every sample of a shard has exactly one owner.
+    """Whether streams of this modality read the sample; each sample belongs to exactly one modality.
 
-    A shard whose manifest says what it holds owns all that is in it: a video among images is a bad sample, not a lost
-    one. Else the members decide, and where they say nothing it is an image.
+    All samples of a shard with a known modality belong to it, so a video among images counts as a bad sample and is
+    not silently skipped. Otherwise the extensions decide; samples without media belong to images.
     """
     return (shard.modality or modality_of(group) or "image") == modality
 
 
 class _Entry(NamedTuple):
-    """A sample whose texts have been read: all that is known before its size."""
+    """A sample whose texts have been read and whose size may still be unknown."""
 
     shard: Shard
     key: str
@@ -169,10 +169,10 @@ class _Entry(NamedTuple):
 def read_samples(
     groups: Sequence[tuple[Shard, tar_index.Group]], rule: SizeRule, probe: Prober = probe_each
 ) -> list[Sample | SampleError]:
-    """Samples by their addresses in shards, everything checked but the pixels; an error for a sample to leave out.
+    """Read and check samples, all but the pixels; returns a SampleError for each sample to leave out.
 
-    Of a sample of `data pack` only the texts are read: its metadata says how large it is, and decoding compares that
-    with the file. The sizes of others come from `probe`.
+    The size of a sample of `data pack` is in its metadata, so only its texts are read, and decoding compares the size
+    with the file. Other sizes come from `probe`.
     Raises: DataError if a shard cannot be read.
     """
     return _sized([_read_texts(shard, group, rule) for shard, group in groups], rule, probe)
@@ -181,10 +181,10 @@ def read_samples(
 def read_samples_again(
     ranges: Sequence[tuple[Shard, int, int]], rule: SizeRule, probe: Prober = probe_each
 ) -> list[Sample | SampleError | None]:
-    """Samples by shard, first byte and length, as a cursor has kept them.
+    """Read samples at addresses of a cursor: shard, first byte and length.
 
-    None if these bytes are not one sample any more, an error for a sample to leave out under this rule; that of another
-    stage may have allowed more.
+    Returns None for bytes that are no longer a single sample, and a SampleError for a sample that this rule does not
+    allow, for example because it was read in a stage with other limits.
     """
     entries = at_once(lambda where: _read_texts_again(*where, rule), ranges, [shard.storage for shard, _, _ in ranges])
     return _sized(list(entries), rule, probe)
@@ -207,7 +207,7 @@ def _read_texts(shard: Shard, group: tar_index.Group, rule: SizeRule) -> _Entry 
 
 
 def _read_texts_again(shard: Shard, offset: int, length: int, rule: SizeRule) -> _Entry | SampleError | None:
-    """With one read of all bytes: of a remote shard that is one request."""
+    """Read all bytes of the sample at once, which is one request for a remote shard."""
 
     def contents_of(members: Sequence[tar_index.Member]) -> list[bytes]:
         return [data[member.offset : member.offset + member.length] for member in members]
@@ -229,7 +229,7 @@ def _check_length(length: int, rule: SizeRule) -> None:
 
 
 def _hint(members: Sequence[tar_index.Member], wanted: Collection[str]) -> str:
-    """What may be the cause of a missing member: a name with dots in it, or a tar that is not sorted."""
+    """A likely cause of a missing member, for the message: a name with several dots, or a tar that is not sorted."""
     dotted = next((m.extension for m in members if "." in m.extension and m.extension.split(".")[-1] in wanted), None)
     if dotted is not None:
         return (
@@ -246,7 +246,7 @@ def _entry(
     origin: int,
     rule: SizeRule,
 ) -> _Entry:
-    """Offsets of the group's members count from byte `origin` of the shard. Raises: SampleError."""
+    """Read the texts of a sample. Offsets of its members count from byte `origin` of the shard. Raises: SampleError."""
     members = group.members
     if len({member.extension for member in members}) < len(members):
         raise SampleError("duplicate", "two members have the same name")
@@ -271,7 +271,7 @@ def _entry(
 
 
 def _sized(entries: Sequence[_Entry | SampleError | None], rule: SizeRule, probe: Prober) -> list[Any]:
-    """The entries with their sizes; what is no entry stays as it is."""
+    """Replace each `_Entry` by its sample, or by an error if its size cannot be used; keeps other elements."""
     unknown = [entry.media for entry in entries if isinstance(entry, _Entry) and entry.texts.size is None]
     probed = iter(probe(unknown) if unknown else ())
     found: list[Sample | SampleError | None] = []
@@ -288,7 +288,7 @@ def _sized(entries: Sequence[_Entry | SampleError | None], rule: SizeRule, probe
 
 
 def _sample(entry: _Entry, size: MediaSize, rule: SizeRule) -> Sample:
-    """Raises: SampleError for a size that the rule does not allow."""
+    """The sample of an entry with this size. Raises: SampleError for a size that the rule does not allow."""
     media = entry.media
     if size.kind != rule.modality:
         raise SampleError("wrong_kind", f"its .{media.extension} holds {size.kind} data, not {rule.modality}")

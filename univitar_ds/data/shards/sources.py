@@ -1,4 +1,4 @@
-"""Which shards a run reads: the sources of its configuration, looked up and checked before anything starts."""
+"""Finds and checks the shards of a run's sources before training starts."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Modality
 
 EVERYTHING = ""
-"""Name of the only group where a stage has no weights: all shards of all sources."""
+"""Name of the single group of a stage without weights: all shards of all sources."""
 WHOLE = 1_000_000
 """Shares of groups are in millionths."""
 CAPTION_SHARDS = 200
-"""Most shards that captions are drawn from: a run of 11,000 remote ones shall start within a minute."""
+"""Most shards whose captions are read, so that a run with 11,000 remote shards starts within a minute."""
 CAPTION_BYTES = 4 << 30
-"""Most bytes that are read for captions, about 40,000 samples of 100 kB; each of the shards has its part of them."""
+"""Most bytes that are read for captions, about 40,000 samples of 100 kB; divided evenly among the shards."""
 SPOT_CHECKS, SPOT_BYTES = 512, 4096
-"""Shards without a hash whose first bytes count as their content, and how many bytes: the header of the first member,
-which has its time, and what it begins with. A remote store answers so many within a second or two."""
+"""The fingerprint covers the first SPOT_BYTES of up to SPOT_CHECKS shards without a hash: the first member's header
+with its time, and the beginning of its content. A remote store answers so many requests within a second or two."""
 
 
 @dataclass(frozen=True)
 class SourceShard(Shard):
-    """A shard of a run's source: what `stages.N.weights` calls the source, its captions for bare labels, and the names
-    of labels that are numbers. `watch`, which the shards of a source share, looks at their captions."""
+    """A shard with the settings of its source: its name in `stages.N.weights`, the caption templates for samples with
+    only a label, and the names of labels that are numbers. The shards of a source share `watch`."""
 
     source: str = ""
     watch: LineWatch | None = field(default=None, compare=False)
@@ -52,9 +52,9 @@ AnyShard = TypeVar("AnyShard", bound=Shard)
 
 
 class ShardGroup(NamedTuple):
-    """Shards that are read as one: each of their samples once in an epoch of the group's own.
+    """Shards that a stage reads with one weight. Each group has its own epochs; an epoch has each sample once.
 
-    `shards` are indices into the run's shards, `share` is in millionths of the samples.
+    `shards` are indices into the run's shards. `share` is the group's share of all samples, in millionths.
     """
 
     name: str
@@ -63,7 +63,7 @@ class ShardGroup(NamedTuple):
 
 
 def stage_modalities(stage: StageConfig) -> set[Modality]:
-    """What a stage reads."""
+    """The modalities that a stage reads."""
     used: dict[Modality, bool] = {"image": stage.video_ratio < 1, "video": stage.video_ratio > 0}
     return {modality for modality, wanted in used.items() if wanted}
 
@@ -71,11 +71,11 @@ def stage_modalities(stage: StageConfig) -> set[Modality]:
 def validate_sources(
     sources: Sequence[SourceConfig], stages: Sequence[StageConfig], settings: StorageSettings = LOCAL
 ) -> list[SourceShard]:
-    """All shards of the sources in reading order, after checking that every modality of every stage has some.
+    """All shards of the sources, after checking that each modality of each stage has shards.
 
-    Cheap (names and sizes only); call it before starting processes.
-    Raises: DataError if a source has no shard, lacks its split, has a missing or cut shard, or nothing that a stage
-    reads holds one of its modalities.
+    Cheap, because it uses names and sizes only; call it before starting processes.
+    Raises: DataError if a source has no shard or lacks its split, if a shard is missing or truncated, or if a stage has
+    no shards for one of its modalities.
     """
     shards = find_shards(sources, settings)
     for stage in stages:
@@ -86,10 +86,10 @@ def validate_sources(
 
 
 def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOCAL) -> list[SourceShard]:
-    """All shards of the sources, each source's in the order of its manifest or of the names.
+    """All shards of the sources in order; within a source in the order of its manifest or of the names.
 
-    Shard names carry the position of their source when there are several, so that keys stay unique.
-    Raises: DataError.
+    With several sources, shard names begin with the position of their source, so that keys are unique.
+    Raises: DataError as `list_shards` does, or if a source has no shard.
     """
 
     def listed(position: int) -> list[Shard]:
@@ -100,13 +100,13 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
     for source, shards in zip(sources, at_once(listed, range(len(sources)), storages), strict=True):
         if not shards:
             raise DataError(
-                f"source {source.path}: no shard found (*.tar) in the folder itself; shards in folders below it are "
-                f"sources of their own, or named by braces; images and videos are packed first: {PACK_HINT}"
+                f"source {source.path}: no shard found (*.tar) in this folder; give subfolders with shards as separate "
+                f"sources or name them by braces; if it holds images and videos, {PACK_HINT}"
             )
         found += of_source(shards, source, settings)
     counts = Counter(shard.path for shard in found)
     if shared := [path for path, count in counts.items() if count > 1]:
-        warn_once(f"{len(shared)} shards are in several sources, such as {shared[0]}: their samples come as often")
+        warn_once(f"{len(shared)} shards are in several sources, such as {shared[0]}; each source reads their samples")
     return found
 
 
@@ -122,8 +122,8 @@ def on_s3(shards: Sequence[Shard]) -> bool:
 def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mapping[str, float]) -> list[ShardGroup]:
     """The groups that a stage with these weights reads for a modality, in the order of the sources.
 
-    A source without a weight, or with weight 0, is left out; one without the modality drops out and the others share
-    what is left. No weights at all: one group of everything.
+    Sources with no weight, weight 0 or no shard of the modality are left out, and the shares of the others are
+    normalized. Without any weights there is one group of all shards.
     """
     indices = of_modality(shards, modality)
     if not weights:
@@ -136,10 +136,9 @@ def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mappin
 
 
 def fingerprint(shards: Sequence[SourceShard], content: str | None = None) -> str:
-    """Identity of the data, in two parts: names, sizes and, where a manifest has them, hashes of all shards in order;
-    then `content`, absent: `content_of` the shards.
+    """A hash of the data in two parts separated by ":": names, sizes and manifest hashes of all shards in order, and
+    `content`, by default `content_of` the shards. It does not depend on the location of the shards.
 
-    Not where they lie: the data may move.
     Raises: DataError as `content_of` does.
     """
     state = hashlib.blake2b(digest_size=16)
@@ -149,12 +148,12 @@ def fingerprint(shards: Sequence[SourceShard], content: str | None = None) -> st
 
 
 def content_of(shards: Sequence[SourceShard]) -> str:
-    """Identity of class names and, of shards without a hash, of the first bytes of `SPOT_CHECKS` all over the list.
+    """A hash of the class names and of the first bytes of up to `SPOT_CHECKS` evenly spaced shards without a hash.
 
-    Raises: DataError if one of those cannot be read.
+    Raises: DataError if one of these shards cannot be read.
     """
     content = hashlib.blake2b(digest_size=16)
-    of_sources = {(shard.source, id(shard.class_names)): shard.class_names for shard in shards}  # compared once each
+    of_sources = {(shard.source, id(shard.class_names)): shard.class_names for shard in shards}  # one entry per source
     for place, (_, names) in enumerate(dict.fromkeys((name, names) for (name, _), names in of_sources.items())):
         content.update("\n".join((str(place), *names)).encode() if names else b"")
     unknown = spread([shard for shard in shards if shard.sha256 is None], SPOT_CHECKS)
@@ -170,15 +169,15 @@ def _beginning(shard: Shard) -> bytes:
 def iterate_captions(
     sources: Sequence[SourceConfig], *, limit: int, settings: StorageSettings = LOCAL
 ) -> Iterator[str]:
-    """Up to about `limit` captions, as many from each shard, of at most `CAPTION_SHARDS` shards all over the list.
+    """Yields up to about `limit` captions, equally many from each of at most `CAPTION_SHARDS` evenly spaced shards.
 
-    The same wherever the shards lie. Samples whose texts are unreadable have none.
+    They do not depend on the location of the shards. Samples with unusable texts are skipped.
     Raises: DataError as `find_shards` does, or if a shard cannot be read.
     """
     chosen = spread(find_shards(sources, settings), CAPTION_SHARDS)
     share = -(-limit // len(chosen))
     bytes_share = CAPTION_BYTES // len(chosen)
-    by_path: dict[str, list[SourceShard]] = {}  # one that several sources name is read by one thread at a time
+    by_path: dict[str, list[SourceShard]] = {}  # a shard in several sources is read by one thread
     for shard in chosen:
         by_path.setdefault(shard.path, []).append(shard)
 
@@ -191,13 +190,13 @@ def iterate_captions(
 
 
 def spread(shards: Sequence[AnyShard], most: int) -> list[AnyShard]:
-    """At most so many of them, evenly from first to last."""
+    """At most `most` of the shards, evenly spaced."""
     count = min(most, len(shards))
     return [shards[index * len(shards) // count] for index in range(count)]
 
 
 def of_source(shards: Sequence[Shard], source: SourceConfig, settings: StorageSettings) -> list[SourceShard]:
-    """Shards with what their source says of them. Raises: DataError if its class names cannot be read."""
+    """The shards with the settings of their source. Raises: DataError if its class names cannot be read."""
     names = read_class_names(source.class_names, settings) if source.class_names else ()
     if shared := shared_names(names):
         warn_once(f"{source.class_names}: {shared}")
@@ -230,12 +229,12 @@ def _lacking(
 
 
 def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
-    """In order, until so many bytes have been read."""
+    """The captions of a shard in order, until `most_bytes` have been read."""
     ranges = RangeReader(shard.storage, shard.path, shard.size)
     with ranges.buffered() as stream:
         for found in tar_index.scan(stream, shard.name, shard.size):
             if isinstance(found, tar_index.Damage):
-                continue  # training counts and reports it
+                continue  # the training loader counts and reports damage
             texts = {
                 member.extension: _content(stream, member)
                 for member in found.members
@@ -255,6 +254,6 @@ def _content(stream: BinaryIO, member: tar_index.Member) -> bytes:
 
 
 def shares_of(weights: Mapping[str, float]) -> dict[str, int]:
-    """The groups with a weight above 0, each with its share of all of them."""
+    """The share of each group with a weight above 0, in millionths."""
     total = sum(weights.values())
     return {name: max(1, round(weight / total * WHOLE)) for name, weight in weights.items() if weight > 0}

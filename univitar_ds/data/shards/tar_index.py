@@ -1,9 +1,9 @@
-"""Tar shards read by address: where every sample begins and ends, and nothing of its content.
+"""Finds the samples of a tar shard: their offsets and members, without reading content.
 
-A sample is a run of members that share a key: the name up to the first dot after the last slash
-(WebDataset). Its bytes are one range of the shard, so it can be fetched again without reading what
-comes before. What is damaged or cut off is reported with its bytes, never taken for a short shard; reading goes on
-at the next header. Formats: ustar, GNU (long names, large numbers) and pax.
+A sample is a run of consecutive members with the same key: the name up to the first dot after the last slash
+(WebDataset). Its bytes are one range of the shard, so it can be read again without reading the bytes before it.
+Damaged and truncated parts are reported with their range, and the scan continues at the next header. Formats: ustar,
+GNU (long names, large numbers) and pax.
 """
 
 from __future__ import annotations
@@ -18,26 +18,19 @@ from univitar_ds.errors import DataError
 
 BLOCK = 512
 HEADER_TEXT_LIMIT = 1 << 20
-"""Longest extended header (pax records, GNU long name) that is believed."""
+"""Longest extended header (pax records, GNU long name) that is accepted."""
 TAIL_LIMIT = 1 << 16
-"""Longest end marker with its padding. Packers pad to 10 KiB; more zeros are a hole where samples were."""
+"""Longest end marker with its padding. Tar programs pad to 10 KiB; more zeros are a hole that replaced samples."""
 
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-_WITHOUT_CONTENT = (
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-    tarfile.DIRTYPE,
-    tarfile.FIFOTYPE,
-)
+_WITHOUT_CONTENT = (*_LINKS, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 _LONG_NAME, _PAX = (tarfile.GNUTYPE_LONGNAME,), (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _EXTENDED = (*_LONG_NAME, *_PAX, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE)
 _ZERO_BLOCK = bytes(BLOCK)
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _SEARCH_BYTES = (4 << 10, 1 << 20)
-"""The first and the largest read of a search: the next header mostly is near."""
+"""The first and the largest read of a search for a header; the next header is usually near."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 _RESTORE = "restore the shard or pack it again"
 SORT_HINT = "the members of a sample must follow one another: write the tar sorted by name (tar --sort=name)"
@@ -45,9 +38,9 @@ SORT_HINT = "the members of a sample must follow one another: write the tar sort
 
 @dataclass(frozen=True)
 class Member:
-    """One file: its extension in lower case, "" where it has none, and where its content lies, in bytes of the shard.
+    """One file: its extension in lower case ("" if none), and offset and length of its content in bytes.
 
-    `link`: it has none, but is a hard or symbolic link to another file.
+    `link`: it is a hard or symbolic link and has no content.
     """
 
     extension: str
@@ -58,7 +51,7 @@ class Member:
 
 @dataclass
 class Group:
-    """The members of one sample. `offset` is where its first header begins, `end` where the next sample may begin."""
+    """The members of one sample. `offset` is the byte of its first header, `end` the byte after its last member."""
 
     key: str
     offset: int
@@ -72,9 +65,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Damage:
-    """Bytes [offset, end) of a shard that give no sample. `message` names the shard and the byte.
+    """Bytes [offset, end) of a shard that contain no readable sample. `message` names the shard and the byte.
 
-    `kind` is "cut" where the shard ends too early, else "damaged".
+    `kind` is "cut" if the shard ends too early, else "damaged".
     """
 
     kind: str
@@ -94,7 +87,7 @@ class _Entry:
 
 
 class _Lost(Exception):
-    """No member can be read. The next header may follow at byte `search`; None: anywhere in the member before too."""
+    """A member cannot be read. `search` is the first byte where the next header may be; None: in the member before."""
 
     def __init__(self, kind: str, message: str, search: int | None) -> None:
         super().__init__(message)
@@ -102,26 +95,24 @@ class _Lost(Exception):
 
 
 def scan(stream: BinaryIO, name: str, size: int, start: int = 0) -> Iterator[Group | Damage]:
-    """The samples of a shard in order, content skipped, and the damage between them.
+    """Yields the samples of a shard in order, and the damage between them. Content is skipped.
 
-    After damage the scan goes on at the next header (on the grid of blocks, right in checksum and magic). A sample
-    that is known to have lost a member belongs to the damage; one beside it comes as it stands, and its members show
+    After damage the scan continues at the next header (at a multiple of BLOCK, with valid checksum and magic). A sample
+    that certainly lost a member is part of the damage. A sample next to the damage is yielded with the members that
+    were found, although some may be missing. A scan from any `Group.end` or `Damage.end` yields the same as the
+    rest of the whole scan. Nothing follows damage that reaches the end of the shard.
 
-    whether it is whole. A scan from any `Group.end` or `Damage.end` gives what the whole scan gives from there on;
-    behind damage that ends with the shard nothing follows.
-
-    Args: a seekable stream of the shard whose reads are full; its name for messages; its size in bytes; the byte to
-    start at (0, a `Group.end` or a `Damage.end`).
-    Raises: nothing but what the stream raises.
+    Args: a seekable stream whose `read` returns all requested bytes; the shard's name, for messages; its size in bytes;
+        the byte to start at: 0, a `Group.end` or a `Damage.end`.
+    Raises: only errors of the stream.
     """
     return _grouped(_events(stream, name, size, start, whole=True))
 
 
 def groups(stream: BinaryIO, name: str, size: int, start: int = 0) -> Iterator[Group]:
-    """The samples of a shard that must be whole; see `scan`.
+    """Yields the samples of a shard that must be intact; see `scan`.
 
-    Raises: DataError with shard and byte if the shard is cut (in a header, in content, before the end
-    marker) or a header is damaged.
+    Raises: DataError with shard and byte if the shard is truncated or a header is damaged.
     """
     for found in scan(stream, name, size, start):
         if isinstance(found, Damage):
@@ -130,15 +121,13 @@ def groups(stream: BinaryIO, name: str, size: int, start: int = 0) -> Iterator[G
 
 
 def group_of_range(stream: BinaryIO, name: str, size: int, origin: int) -> Group | None:
-    """The single sample that a range fetched from byte `origin` holds, with offsets relative to the range.
-
-    None if the range holds no sample or several: it is not what its address says.
-    """
+    """The sample in a range that was read from byte `origin`, with offsets relative to the range; None if the range is
+    not exactly one sample."""
     return group_between(stream, f"{name} (range from byte {origin})", 0, size)
 
 
 def group_between(stream: BinaryIO, name: str, begin: int, end: int) -> Group | None:
-    """The single sample that bytes [begin, end) of a stream hold; None if they hold none or several."""
+    """The single sample in bytes [begin, end) of a stream; None if they are not exactly one sample."""
     found = list(_grouped(_events(stream, name, end, begin, whole=False)))
     if len(found) == 1 and isinstance(found[0], Group) and (found[0].offset, found[0].end) == (begin, end):
         return found[0]
@@ -146,17 +135,14 @@ def group_between(stream: BinaryIO, name: str, begin: int, end: int) -> Group | 
 
 
 def split_name(path: str) -> tuple[str, str] | None:
-    """(key, extension) of a member; None for a name that begins with a dot, as hidden files do.
-
-    One that has lost its extension, "", still belongs to its sample.
-    """
+    """(key, extension) of a member, extension "" if it has none; None for a hidden file, which begins with a dot."""
     folder, slash, name = path.rpartition("/")
     stem, _, extension = name.partition(".")
     return (folder + slash + stem, extension.lower()) if stem else None
 
 
 def _grouped(events: Iterator[_Entry | Damage]) -> Iterator[Group | Damage]:
-    """Members by key. `damage` lies behind `current`; of the sample `lost` a member is in it, so all of it is."""
+    """Group members by key. `damage` follows `current`. It contains a member of the sample `lost`, and so all of it."""
     current: Group | None = None
     damage: Damage | None = None
     lost: str | None = None
@@ -194,10 +180,10 @@ def _grouped(events: Iterator[_Entry | Damage]) -> Iterator[Group | Damage]:
 
 
 def _events(stream: BinaryIO, name: str, size: int, start: int, *, whole: bool) -> Iterator[_Entry | Damage]:
-    """Members from `start` on. A `whole` shard must close with the end marker, a range ends with its last member.
+    """Yields members from `start` on. A `whole` shard must end with the end marker, a range with its last member.
 
-    A member is given before anything is known of what follows it. Damage that begins where it begins takes it back:
-    where a member does not end at a header but has one inside it, it has lost some of its content.
+    A member is yielded before the next header is read. If there is no header at its end but one inside it, the member
+    lost some of its content; the damage that is then yielded begins at the member's offset and so replaces it.
     """
     last: _Entry | None = None
     begin = start
@@ -216,7 +202,7 @@ def _events(stream: BinaryIO, name: str, size: int, start: int, *, whole: bool) 
             kind, offset, message = fault.kind, begin, fault.message
             if found is not None and (found < begin or kind == "cut"):
                 kind, offset = "damaged", last.start if last is not None and found < begin else begin
-                message = _message(name, offset, f"that member is not whole, another begins inside it at byte {found}")
+                message = _message(name, offset, f"that member is incomplete, another begins inside it at byte {found}")
             yield Damage(kind, offset, size if found is None else found, message)
             if found is None:
                 return
@@ -224,7 +210,7 @@ def _events(stream: BinaryIO, name: str, size: int, start: int, *, whole: bool) 
 
 
 def _read_entry(stream: BinaryIO, name: str, size: int, begin: int) -> _Entry | None:
-    """The member that begins at `begin`, with the extended headers before it; None at a sound end marker.
+    """The member that begins at `begin`, after its extended headers; None at a valid end marker.
 
     Raises: _Lost.
     """
@@ -262,7 +248,7 @@ def _read_entry(stream: BinaryIO, name: str, size: int, begin: int) -> _Entry | 
 
 
 class _PlainHeader(NamedTuple):
-    """What is read of a `tarfile.TarInfo`."""
+    """The fields of a `tarfile.TarInfo` that are used."""
 
     name: str
     type: bytes
@@ -270,11 +256,11 @@ class _PlainHeader(NamedTuple):
 
 
 _plain_fields = Struct("100s24x12s12x8ss100x8s80xB").unpack_from
-"""Name, size, checksum, type, magic and version; the first byte of a prefix to the name."""
+"""Name, size, checksum, type, magic with version, and the first byte of the name prefix."""
 
 
 def _plain_header(block: bytes) -> _PlainHeader | None:
-    """The header of a regular file as nearly all are, for a sixth of tarfile's time; None: let tarfile see."""
+    """Parse the header of a regular file in a sixth of tarfile's time; None if tarfile must parse it."""
     name, size, checksum, kind, magic, prefix = _plain_fields(block)
     digits, detail = size[:11], checksum[:6]
     if kind != tarfile.REGTYPE or magic != b"ustar\x0000" or prefix or checksum[6:] != b"\0 ":
@@ -300,12 +286,12 @@ def _header(block: bytes, name: str, position: int, search: int | None) -> tarfi
         what = f"no valid tar header there ({error})"
         packed = next((by for magic, by in _COMPRESSED.items() if not position and block.startswith(magic)), None)
         if packed is not None:
-            what = f"it is compressed by {packed}, but shards are read at any byte; decompress it"
+            what = f"it is compressed with {packed}, but shards are read by random access; decompress it"
         _damaged(name, position, what, search)
 
 
 def _check_end(stream: BinaryIO, name: str, size: int, position: int) -> None:
-    """The end marker is two blocks of zeros and padding; archives glued together would hide all but the first."""
+    """Check that only zeros follow: at least two blocks. In concatenated archives there is data after the marker."""
     rest = stream.read(min(size - position, TAIL_LIMIT) - BLOCK)
     if any(rest[:BLOCK]):
         _damaged(name, position, "a block of zeros in the middle of the shard", None)
@@ -318,7 +304,7 @@ def _check_end(stream: BinaryIO, name: str, size: int, position: int) -> None:
 
 
 def _next_header(stream: BinaryIO, size: int, start: int) -> int | None:
-    """The first byte from `start` on, by whole blocks, where a header begins."""
+    """The byte of the first header at `start` or a whole number of blocks after it."""
     stream.seek(start)
     length, longest = _SEARCH_BYTES
     while start < size:
@@ -344,7 +330,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _pax_records(text: bytes, name: str, position: int) -> dict[str, str]:
-    """Records of the form b"LENGTH KEY=VALUE newline", LENGTH counting the whole record."""
+    """Parse records of the form b"LENGTH KEY=VALUE newline"; LENGTH is that of the whole record."""
     records = {}
     while text.strip(b"\0"):
         digits, space, _ = text.partition(b" ")

@@ -1,4 +1,4 @@
-"""Texts of other producers: a captioned sample is used, and what cannot be used is counted by kind."""
+"""Texts of other producers: a sample with a caption is used, and unusable content is counted by kind."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ from univitar_ds.training.logging.metrics import IGNORED_OF_KIND
 RED = b"a red square"
 PNG = image(28, 28, form="PNG")
 DEEP = b'{"exif": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-# What is ignored of a .json beside a .txt that says "a red square".
+# (content of a .json next to a .txt with "a red square", kinds of ignored content)
 BESIDE_TXT = [
     (b'{"captions": []}', {}),
     (b'{"captions": null, "caption": null, "status": "success", "exif": "{}", "sha256": "ab"}', {}),
@@ -62,7 +62,7 @@ BESIDE_TXT = [
 
 
 @pytest.mark.parametrize(("content", "ignored"), BESIDE_TXT, ids=[str(content)[:40] for content, _ in BESIDE_TXT])
-def test_a_caption_in_the_txt_is_used_whatever_the_json_beside_it_is(content, ignored):
+def test_the_caption_of_the_txt_is_used_with_any_unusable_json(content, ignored):
     found = read_texts({"json": content, "txt": RED})
     assert (found.captions, found.label, found.set, found.crc32) == (("a red square",), None, None, None)
     assert {one.kind for one in found.ignored} == set(ignored) <= set(IGNORED)
@@ -88,7 +88,7 @@ def test_a_caption_in_the_txt_is_used_whatever_the_json_beside_it_is(content, ig
         (b'{"text": "no caption", "caption": "one"}', ("one",), 0),
     ],
 )
-def test_what_can_be_used_of_a_json_is(content, captions, ignored):
+def test_usable_captions_of_a_json_are_used(content, captions, ignored):
     found = read_texts({"json": content})
     assert found.captions == captions
     assert len(found.ignored) == ignored
@@ -106,11 +106,11 @@ def test_what_can_be_used_of_a_json_is(content, captions, ignored):
         (b"one\ntwo", ("one\ntwo",)),
     ],
 )
-def test_a_txt_is_utf_8_or_what_its_byte_order_mark_says(content, captions):
+def test_a_txt_is_utf_8_or_has_the_encoding_of_its_byte_order_mark(content, captions):
     assert read_texts({"txt": content}).captions == captions
 
 
-def test_a_bad_txt_or_cls_costs_no_sample_that_has_a_caption_in_its_json():
+def test_a_sample_with_a_caption_in_its_json_is_used_despite_a_bad_txt_or_cls():
     for members in ({"txt": b""}, {"txt": b"caf\xe9"}, {"txt": b"x" * (BYTES_LIMIT + 1)}, {"cls": b"\xff\xfe\xfd"}):
         assert read_texts({"json": b'{"caption": "c"}', **members}).captions == ("c",)
 
@@ -128,11 +128,11 @@ def test_a_bad_txt_or_cls_costs_no_sample_that_has_a_caption_in_its_json():
         ("-1", "-1"),
     ],
 )
-def test_a_label_that_is_none_leaves_the_word_to_the_cls(fields, label):
+def test_the_cls_is_used_if_the_label_of_the_json_is_unusable(fields, label):
     assert read_texts({"json": f'{{"label": {fields}}}'.encode(), "cls": b"2\n"}).label == label
 
 
-def test_a_sample_that_nothing_can_be_said_of_is_left_out_for_what_is_wrong_with_its_texts():
+def test_a_sample_without_usable_texts_is_left_out_with_the_kind_of_the_first_problem():
     for members, kind in (
         ({"json": b'{"captions": []}'}, "no_caption"),
         ({"json": b'{"caption": NaN}'}, "bad_caption"),
@@ -144,7 +144,7 @@ def test_a_sample_that_nothing_can_be_said_of_is_left_out_for_what_is_wrong_with
         assert caught.value.kind == kind
 
 
-def test_a_checksum_counts_where_data_pack_wrote_it():
+def test_a_checksum_is_used_only_if_data_pack_wrote_it():
     own = json.loads(sidecar(["a"], None, "image", (28, 28, 1), "a.png")) | {"set": None, "crc32": 7}
     assert read_texts({"json": json.dumps(own).encode()}).crc32 == 7
     assert read_texts({"json": b'{"caption": "a", "crc32": 7}'}, packed=True).crc32 == 7
@@ -154,7 +154,7 @@ def test_a_checksum_counts_where_data_pack_wrote_it():
 
 
 def tar_of_others(folder):
-    """Two good samples of another producer, one of whose label, set and checksum are not ours, and one that is lost."""
+    """A tar of another producer: "a" has an unusable label, set and checksum; "c" has no usable caption."""
     odd = b'{"caption": ["a", ""], "label": [1, 2], "set": 3, "crc32": "00ff"}'
     samples = [
         ("a", {"png": PNG, "json": odd}),
@@ -184,7 +184,7 @@ def swept(source, workers=0):
     )
 
 
-def test_an_evaluation_a_training_and_the_tokenizer_use_the_same_samples_and_count_the_same(tmp_path, caplog):
+def test_evaluation_training_and_tokenizer_use_the_same_samples_and_counts(tmp_path, caplog):
     source = tar_of_others(tmp_path)
     with caplog.at_level(logging.WARNING):
         (pack,) = swept(source)
@@ -209,7 +209,7 @@ def test_an_evaluation_a_training_and_the_tokenizer_use_the_same_samples_and_cou
         }
 
 
-def test_verify_says_what_was_ignored_and_that_the_rest_is_sound(tmp_path, capsys):
+def test_verify_reports_ignored_content(tmp_path, capsys):
     source = tar_of_others(tmp_path)
     report = verify([source], progress=False)
     assert (report["bad"], report["ignored"], report["sound"]) == (
@@ -225,7 +225,7 @@ def test_verify_says_what_was_ignored_and_that_the_rest_is_sound(tmp_path, capsy
     assert json.loads((tmp_path / "verify.json").read_text())["shards"][0]["ignored"][0]["kind"] == "bad_label"
 
 
-def test_a_packed_sample_whose_bytes_have_changed_is_still_left_out(tmp_path):
+def test_a_packed_sample_with_a_wrong_checksum_is_left_out_without_a_manifest(tmp_path):
     own = json.loads(sidecar(["a"], None, "image", (28, 28, 1), "a.png")) | {"set": None}
     samples = [
         (key, {"png": PNG, "json": json.dumps(own | {"crc32": zlib.crc32(PNG) + wrong}).encode()})
@@ -235,7 +235,7 @@ def test_a_packed_sample_whose_bytes_have_changed_is_still_left_out(tmp_path):
     assert [(fault["kind"], fault["key"]) for fault in report["shards"][0]["faults"]] == [("checksum", "wrong")]
 
 
-def test_a_shard_of_data_pack_keeps_its_checksums_away_from_its_manifest(tmp_path):
+def test_checksums_of_a_packed_shard_are_compared_without_its_manifest(tmp_path):
     folder = media.write_folder(tmp_path / "folder", {"images/0.jpg": image(48, 64)}, [image_row(0)])
     pack(folder, tmp_path / "out")
     alone = tmp_path / "alone.tar"
@@ -247,21 +247,21 @@ def test_a_shard_of_data_pack_keeps_its_checksums_away_from_its_manifest(tmp_pat
     assert verify([SourceConfig(path=str(alone))], progress=False)["bad"] == {"checksum": 1}
 
 
-def test_inspect_counts_them_too():
+def test_inspect_counts_ignored_content():
     stream = Stream(STAGE, "image")
     stream.ignored.update({"bad_label": 2})
     assert stream.to_json()["ignored"] == {"bad_label": 2}
 
 
 def tar_of_lines(folder, count=6, name="lines.tar"):
-    """As CLIP_benchmark writes retrieval data: several captions in a .txt, one a line."""
+    """A tar as CLIP_benchmark writes retrieval data: several captions in a .txt, one per line."""
     samples = [
         (f"k{n}", {"txt": f"first {n}\nsecond {n}\r\n\n third {n} \n".encode(), "png": PNG}) for n in range(count)
     ]
     return str(write_tar(folder / name, samples))
 
 
-def test_a_txt_of_a_caption_a_line_is_several_captions_where_the_source_says_so(tmp_path, caplog):
+def test_each_line_of_a_txt_is_a_caption_if_the_source_sets_captions_lines(tmp_path, caplog):
     source = SourceConfig(path=tar_of_lines(tmp_path), captions="lines")
     packs = swept(source)
     assert [caption for pack in packs for caption in pack.captions] == [f"first {n}" for n in range(6)]
@@ -278,7 +278,7 @@ def test_a_txt_of_a_caption_a_line_is_several_captions_where_the_source_says_so(
     assert read_texts({"json": b'{"caption": "a\\nb"}', "txt": b"c\nd"}, lines=True).captions == ("a\nb",)
 
 
-def test_a_txt_of_a_caption_a_line_is_warned_of_once_where_the_source_does_not_say_so(tmp_path, capsys, caplog):
+def test_txts_of_several_lines_cause_one_warning_if_the_source_does_not_set_captions_lines(tmp_path, capsys, caplog):
     path = tar_of_lines(tmp_path, name="unsaid.tar")
     source = SourceConfig(path=path)
     with caplog.at_level(logging.WARNING):
@@ -286,14 +286,14 @@ def test_a_txt_of_a_caption_a_line_is_warned_of_once_where_the_source_does_not_s
         list(iterate_captions([source], limit=100))
     assert packs[0].captions[0].split("\r\n")[0] == "first 0\nsecond 0"
     assert not any(pack.other_captions[0] for pack in packs)
-    told = [record.getMessage() for record in caplog.records]
-    assert [f"source {path}: its .txt members have several lines" in one for one in told] == [True], told
-    assert "set captions: lines in the source" in told[0]
+    warnings = [record.getMessage() for record in caplog.records]
+    assert [f"source {path}: its .txt members have several lines" in one for one in warnings] == [True], warnings
+    assert "set captions: lines in the source" in warnings[0]
     assert main(["data", "verify", path, "--report", str(tmp_path / "verify.json")]) == 0
     assert capsys.readouterr().out.count("set captions: lines in the source") == 1
 
 
-def test_captions_of_a_line_now_and_then_of_several_are_no_reason_to_warn(tmp_path, caplog):
+def test_occasional_txts_of_several_lines_cause_no_warning(tmp_path, caplog):
     texts = [b"one\ntwo", b"one", b"one\ntwo", b"one\ntwo", b"one"]
     samples = [(f"k{n}", {"png": PNG, "txt": text}) for n, text in enumerate(texts)]
     samples += [(f"j{n}", {"png": PNG, "json": b'{"caption": "a paragraph\\n\\nand another"}'}) for n in range(9)]
@@ -304,7 +304,7 @@ def test_captions_of_a_line_now_and_then_of_several_are_no_reason_to_warn(tmp_pa
     assert verify([source], progress=False)["sources"][0]["warning"] is None
 
 
-def test_verify_reads_the_captions_of_a_run_file_as_the_run_would(tmp_path, capsys):
+def test_verify_uses_the_captions_setting_of_a_run_file(tmp_path, capsys):
     path = tar_of_lines(tmp_path)
     run = {
         "name": "r",
@@ -326,7 +326,7 @@ def test_verify_reads_the_captions_of_a_run_file_as_the_run_would(tmp_path, caps
         assert "captions: lines" not in capsys.readouterr().out
 
 
-def test_how_a_txt_is_read_decides_the_result_of_a_run():
+def test_the_captions_setting_counts_as_a_change_of_the_result():
     one, lines = (
         check_config(
             {

@@ -1,4 +1,4 @@
-"""Labels that are numbers get their names, the same wherever samples are read."""
+"""Labels that are numbers get their class names wherever samples are read."""
 
 import logging
 import re
@@ -16,22 +16,22 @@ from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Resolution
 
 
-def labelled(folder, labels, names="cat\r\ntabby dog\n", **told) -> SourceConfig:
-    """A source whose samples have a label only, and the names of the labels beside it."""
+def labelled(folder, labels, names="cat\r\ntabby dog\n", **fields) -> SourceConfig:
+    """A source whose samples have only a label, with a file of class names next to it."""
     (folder / "classes.txt").write_bytes(names.encode())
     samples = [(f"k{n}", {"png": image(28, 28, form="PNG"), "cls": label.encode()}) for n, label in enumerate(labels)]
     path = write_tar(folder / "a.tar", samples)
-    return SourceConfig(path=str(path), templates=["a {}", "the {}"], class_names=str(folder / "classes.txt"), **told)
+    return SourceConfig(path=str(path), templates=["a {}", "the {}"], class_names=str(folder / "classes.txt"), **fields)
 
 
-def test_a_number_becomes_its_line_and_a_name_stays():
+def test_a_number_becomes_its_class_name_and_a_name_is_kept():
     names = ("cat", "dog", "7")
     assert [named(label, names) for label in ("0", "1", "02", "dog", None)] == ["cat", "dog", "7", "dog", None]
     assert named("12", ()) == "12"
     for label in ("3", "-1", "bird", "1.0", "²", "9" * 5000):
-        with pytest.raises(SampleError, match="is none of the 3 of its source's class_names") as told:
+        with pytest.raises(SampleError, match="is none of the 3 of its source's class_names") as caught:
             named(label, names)
-        assert told.value.kind == "bad_label"
+        assert caught.value.kind == "bad_label"
 
 
 @pytest.mark.parametrize(
@@ -47,18 +47,18 @@ def test_a_number_becomes_its_line_and_a_name_stays():
         b'{"cat": 0, "7-eleven": 2, "tabby dog": 1}',
     ],
 )
-def test_names_are_read_in_every_form_that_says_which_is_which(tmp_path, content):
+def test_class_names_are_read_in_all_supported_formats(tmp_path, content):
     (tmp_path / "names").write_bytes(content)
     assert read_class_names(str(tmp_path / "names"), LOCAL) == ("cat", "tabby dog", "7-eleven")
 
 
-def test_names_that_only_look_like_numbers_or_json_stay(tmp_path):
+def test_names_that_look_like_numbers_or_json_are_kept(tmp_path):
     for names in (("0", "1", "2"), ("3 d printer", "cat"), ("[MASK]", "cat")):
         (tmp_path / "names").write_text("\n".join(names))
         assert read_class_names(str(tmp_path / "names"), LOCAL) == names
 
 
-def test_a_name_of_two_classes_is_warned_of_once(tmp_path, caplog):
+def test_a_name_of_two_classes_causes_one_warning(tmp_path, caplog):
     source = labelled(tmp_path, ["1"], names="crane\ndog\ncrane\n")
     with caplog.at_level(logging.WARNING):
         find_shards([source])
@@ -66,7 +66,7 @@ def test_a_name_of_two_classes_is_warned_of_once(tmp_path, caplog):
     assert caplog.text.count("classes 0 and 2 have the same name, 'crane', and count as one") == 1
 
 
-def test_packs_captions_and_labels_have_the_names(tmp_path):
+def test_labels_of_packs_and_captions_use_the_class_names(tmp_path):
     source = labelled(tmp_path, ["1", "0", "9", "cat"])
     resolution = Resolution(min_tokens=1, max_tokens=64, divisor_px=14)
     packs = list(
@@ -82,15 +82,19 @@ def test_packs_captions_and_labels_have_the_names(tmp_path):
         )
     )
     assert [label for pack in packs for label in pack.labels] == ["tabby dog", "cat", "cat"]
-    assert [caption for pack in packs for caption in pack.captions] == ["", "", ""]  # templates are for training
+    assert [caption for pack in packs for caption in pack.captions] == [
+        "",
+        "",
+        "",
+    ]  # templates are used in training only
     assert packs[0].bad == {"bad_label": 1}
-    said = ["a tabby dog", "the tabby dog", "a cat", "the cat", "a cat", "the cat"]
-    assert list(iterate_captions([source], limit=100)) == said
+    expected = ["a tabby dog", "the tabby dog", "a cat", "the cat", "a cat", "the cat"]
+    assert list(iterate_captions([source], limit=100)) == expected
     report = verify([source], progress=False)
     assert [(fault["kind"], fault["key"]) for fault in report["shards"][0]["faults"]] == [("bad_label", "k2")]
 
 
-def test_other_names_are_other_data(tmp_path):
+def test_the_fingerprint_depends_on_the_class_names(tmp_path):
     source = labelled(tmp_path, ["1"])
     before = fingerprint(find_shards([source]))
     (tmp_path / "moved.txt").write_text("cat\ntabby dog")
@@ -100,12 +104,12 @@ def test_other_names_are_other_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "cannot be read"),
         (b"", "line 1 is empty"),
         (b"cat\n\ndog", "line 2 is empty; line 1 names class 0"),
-        (b"caf\xe9", "byte 3 is no UTF-8 text"),
+        (b"caf\xe9", "byte 3 is not UTF-8 text"),
         (b"1\tcat\n2\tdog", r"its 2 lines are numbered, but not from 0 to 1 \(there is no 0\)"),
         (b"0 cat\n2 dog\n3 bird", r"not from 0 to 2 \(there is no 1\)"),
         (b"0\tcat\n0\tdog", "index 0 is given 2 times"),
@@ -119,11 +123,11 @@ def test_other_names_are_other_data(tmp_path):
         (b"{}", "names no class"),
     ],
 )
-def test_a_file_without_names_is_refused_in_a_sentence(tmp_path, content, told):
+def test_an_unusable_file_of_class_names_is_an_error(tmp_path, content, message):
     path = tmp_path / "names.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"names\.txt: .*{told}"):
+    with pytest.raises(DataError, match=rf"names\.txt: .*{message}"):
         read_class_names(str(path), LOCAL)
     source = SourceConfig(path=str(write_tar(tmp_path / "a.tar", [])), class_names=str(path))
-    assert re.search(told, verify([source], progress=False)["sources"][0]["error"])
+    assert re.search(message, verify([source], progress=False)["sources"][0]["error"])

@@ -1,4 +1,4 @@
-"""What the sources hold, found out before the first step, at a bounded cost."""
+"""The check before the first step that the sources hold the modalities that a run reads, at a bounded cost."""
 
 import io
 import tarfile
@@ -14,11 +14,11 @@ from univitar_ds.data.shards.sources import find_shards
 from univitar_ds.data.storage import streams
 from univitar_ds.errors import DataError
 
-NOT_THERE = r"stage both needs {} samples, but its sources hold none \({}, all of them looked at\)"
+NOT_THERE = r"stage both needs {} samples, but its sources hold none \({}, all of them scanned\)"
 
 
 def write(path, *kinds):
-    """A tar of samples of these extensions beside a caption; a look never goes into their content."""
+    """A tar of samples, each with a caption and a member of one extension; content is zeros, since scans skip it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index, kind in enumerate(kinds):
@@ -58,7 +58,7 @@ def check(config):
         ([], 0.0, "image", "no sample in 1 shard"),
     ],
 )
-def test_bare_tars_without_what_a_stage_reads_are_refused(tmp_path, kinds, video_ratio, lacks, found):
+def test_tars_without_a_modality_that_a_stage_reads_are_refused(tmp_path, kinds, video_ratio, lacks, found):
     path = write(tmp_path / "a.tar", *kinds)
     with pytest.raises(DataError, match=NOT_THERE.format(lacks, found)):
         check(config_of(path, video_ratio=video_ratio))
@@ -73,11 +73,11 @@ def test_bare_tars_without_what_a_stage_reads_are_refused(tmp_path, kinds, video
         (["", "gifv", "png"], 0.01),
     ],
 )
-def test_one_sample_of_each_modality_is_enough_wherever_it_is(tmp_path, kinds, video_ratio):
+def test_one_sample_of_each_modality_is_enough(tmp_path, kinds, video_ratio):
     check(config_of(write(tmp_path / "a.tar", *kinds), video_ratio=video_ratio))
 
 
-def test_all_tars_of_all_sources_are_looked_at_before_a_run_is_refused(tmp_path):
+def test_all_tars_of_all_sources_are_scanned_before_a_run_is_refused(tmp_path):
     many = [write(tmp_path / "many" / f"{number:03d}.tar", *["jpg"] * 40) for number in range(70)]
     with pytest.raises(DataError, match=NOT_THERE.format("video", "2800 images in 70 shards")):
         check(config_of(tmp_path / "many"))
@@ -94,24 +94,24 @@ def test_sources_without_a_weight_do_not_count(tmp_path):
         check(config_of(images, videos, weights={"s0": 1, "s1": 0}))
 
 
-def test_what_a_manifest_says_is_believed_without_a_look(tmp_path, monkeypatch):
+def test_a_packed_folder_is_not_scanned(tmp_path, monkeypatch):
     folder = write_demo_shards(tmp_path / "packed", images=8, videos=4, shards=1)
-    monkeypatch.setattr(contents, "_look", None)
+    monkeypatch.setattr(contents, "_scan", None)
     check(config_of(folder))
     found = contents_of(shards_of(folder), ["image", "video"])
     assert (found.counts, found.whole) == ({"image": 8, "video": 4}, True)
 
 
 @pytest.mark.parametrize("bound", ["MOST_SAMPLES", "FIRST"])
-def test_where_there_is_more_than_the_bound_the_run_begins_with_a_warning(tmp_path, monkeypatch, caplog, bound):
+def test_a_scan_that_reaches_its_limit_only_warns(tmp_path, monkeypatch, caplog, bound):
     path = write(tmp_path / "a.tar", *["jpg"] * 60, "mp4")
     if bound == "MOST_SAMPLES":
         monkeypatch.setattr(contents, bound, 50)
         check(config_of(path))
         (record,) = caplog.records
-        said = record.getMessage()
-        assert said.startswith("stage both needs video samples, and none was found yet (50 images in 1 shard were")
-        assert "set its video_ratio to 0" in said
+        message = record.getMessage()
+        assert message.startswith("stage both needs video samples, and none was found yet (50 images in 1 shard were")
+        assert "set its video_ratio to 0" in message
     else:
         check(config_of(path))
         assert not caplog.records
@@ -127,7 +127,7 @@ def test_where_there_is_more_than_the_bound_the_run_begins_with_a_warning(tmp_pa
         (["mp4"], 0.5, None),
     ],
 )
-def test_an_evaluation_that_could_measure_nothing_is_refused_before_training(tmp_path, kinds, video_ratio, refused):
+def test_an_evaluation_without_usable_samples_is_refused_before_training(tmp_path, kinds, video_ratio, refused):
     train, held_out = write(tmp_path / "a.tar", "jpg", "mp4"), write(tmp_path / "b.tar", *kinds)
     config = config_of(train, video_ratio=video_ratio, evaluation=[held_out])
     if refused is None:
@@ -138,7 +138,7 @@ def test_an_evaluation_that_could_measure_nothing_is_refused_before_training(tmp
 
 
 class Remote:
-    """A store that counts what is fetched of one shard; opening it would fetch all."""
+    """A store with one shard that counts requests and bytes. `open` fails, because it would download the shard."""
 
     def __init__(self, content):
         self.content, self.fetched, self.requests = content, 0, 0
@@ -163,18 +163,18 @@ def remote(tmp_path, monkeypatch, *kinds, shards=1):
     return made, store
 
 
-def test_of_thousands_of_remote_tars_a_request_finds_what_is_there(tmp_path, monkeypatch):
+def test_thousands_of_remote_tars_need_few_requests(tmp_path, monkeypatch):
     shards, store = remote(tmp_path, monkeypatch, "jpg", "mp4", *["jpg"] * 200, shards=5000)
     assert faults_of_stages(shards, [run_config().stages[0]]) == []
     assert store.requests <= 3 * contents.AT_ONCE
 
 
-def test_of_remote_tars_no_more_is_fetched_than_the_bound(tmp_path, monkeypatch, caplog):
+def test_a_scan_of_remote_tars_fetches_no_more_than_the_limit(tmp_path, monkeypatch, caplog):
     shards, store = remote(tmp_path, monkeypatch, *["jpg"] * 400, shards=50)
     monkeypatch.setattr(contents, "MOST_REMOTE_BYTES", 3 * shards[0].size)
     assert faults_of_stages(shards, [run_config().stages[0]]) == []
     assert "none was found yet" in caplog.text
-    assert store.fetched <= 2 * contents.MOST_REMOTE_BYTES + 66 * 4096  # a piece more for each look
+    assert store.fetched <= 2 * contents.MOST_REMOTE_BYTES + 66 * 4096  # one more piece per scan
     shards, store = remote(tmp_path, monkeypatch, *["jpg"] * 4, shards=3)
     (fault,) = faults_of_stages(shards, [run_config().stages[0]])
-    assert "12 images in 3 shards, all of them looked at" in fault
+    assert "12 images in 3 shards, all of them scanned" in fault

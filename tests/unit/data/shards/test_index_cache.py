@@ -1,4 +1,4 @@
-"""Lanes that share a shard share its scan, and each still gets what it would find alone."""
+"""Lanes that read parts of a shard share its scan, and each gets the same entries as from a scan of its own."""
 
 import io
 from dataclasses import replace
@@ -27,14 +27,14 @@ class Counted(io.BytesIO):
 
 
 def counted(shard):
-    """The number of reads from the shard's streams from now on, in a list."""
+    """A list whose only element is the number of reads from the shard's streams from now on."""
     reads = [0]
     shard.storage.open = lambda path: Counted(shard.storage.files[path], reads)
     return reads
 
 
 def alone(shard, part, parts):
-    """What a part of a shard holds, by a scan of all of it."""
+    """The entries of a part of a shard, by a scan of the whole shard."""
     owned, number = [], 0
     for entry in shard_samples(shard, "image"):
         if number % parts == part:
@@ -62,16 +62,16 @@ shares = st.lists(st.floats(0, 0.99), max_size=3)
     st.sampled_from([0, 5, 1000]),
     st.data(),
 )
-def test_a_part_is_the_same_whoever_reads_the_others_and_whenever(contents, parts, most_kept, data):
+def test_the_entries_of_a_part_do_not_depend_on_the_readers_of_other_parts(contents, parts, most_kept, data):
     shards = raw_shards([wounded(*content) for content in contents])
-    scans = IndexCache(most_kept)
+    index_cache = IndexCache(most_kept)
     waiting = [(shard, part) for shard in shards for part in range(parts)] * 2
     running, found = [], []
     while waiting or running:
         if waiting and (not running or data.draw(st.booleans())):
             shard, part = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
             found.append((shard, part, []))
-            running.append((scans.part(shard, "image", part, parts), found[-1][2]))
+            running.append((index_cache.part(shard, "image", part, parts), found[-1][2]))
         entries, got = running[data.draw(st.integers(0, len(running) - 1))]
         more = list(islice(entries, 2))
         got += more
@@ -86,45 +86,45 @@ def test_a_shard_is_scanned_once_for_all_its_parts():
     reads = counted(shard)
     list(shard_samples(shard, "image"))
     once, reads[0] = reads[0], 0
-    scans = IndexCache()
+    index_cache = IndexCache()
     for part in range(8):
-        list(scans.part(shard, "image", part, 8))
-    assert reads[0] < 2 * once  # every part but the first of a sample's readers reads its own headers again
+        list(index_cache.part(shard, "image", part, 8))
+    assert reads[0] < 2 * once  # samples in the index are read once more at their offset
     reads[0] = 0
-    list(scans.part(shard, "image", 3, 8))
+    list(index_cache.part(shard, "image", 3, 8))
     assert reads[0] <= once / 8
 
 
-def test_the_first_sample_comes_before_the_rest_is_scanned():
+def test_the_first_sample_is_yielded_before_the_rest_is_scanned():
     (shard,) = memory_shards([100])
     reads = counted(shard)
     next(IndexCache().part(shard, "image", 0, 4))
     assert reads[0] < 8
 
 
-def test_a_scan_that_is_let_go_is_done_again():
+def test_a_dropped_index_is_scanned_again():
     shards = memory_shards([20, 20])
-    scans = IndexCache(most_kept=10)
-    list(scans.part(shards[0], "image", 0, 2))
-    list(scans.part(shards[1], "image", 0, 2))
+    index_cache = IndexCache(most_kept=10)
+    list(index_cache.part(shards[0], "image", 0, 2))
+    list(index_cache.part(shards[1], "image", 0, 2))
     reads = counted(shards[0])
-    list(scans.part(shards[0], "image", 1, 2))
+    list(index_cache.part(shards[0], "image", 1, 2))
     assert reads[0] > 40
 
 
-def test_a_shard_that_was_replaced_is_refused_with_its_byte():
+def test_the_error_for_a_replaced_shard_names_the_byte():
     (shard,) = memory_shards([20])
-    scans = IndexCache()
-    list(scans.part(shard, "image", 0, 2))
+    index_cache = IndexCache()
+    list(index_cache.part(shard, "image", 0, 2))
     content = shard.storage.files[shard.path]
     _, (second, _) = alone(shard, 1, 2)[:2]
     begin = second.offset
     shard.storage.files[shard.path] = content[:begin] + bytes(512) + content[begin + 512 :]
     with pytest.raises(DataError, match=f"shard m0: the sample at byte {begin} is not there any more"):
-        list(scans.part(shard, "image", 1, 2))
+        list(index_cache.part(shard, "image", 1, 2))
 
 
-def test_a_shard_that_could_not_be_read_is_not_taken_for_a_short_one():
+def test_a_read_error_is_raised_for_all_parts_and_not_treated_as_the_end_of_the_shard():
     (shard,) = memory_shards([20])
     whole = shard.storage.open
 
@@ -135,27 +135,29 @@ def test_a_shard_that_could_not_be_read_is_not_taken_for_a_short_one():
             return super().read(*size)
 
     shard.storage.open = lambda path: Failing(shard.storage.files[path])
-    scans = IndexCache()
-    other = scans.part(shard, "image", 1, 2)
+    index_cache = IndexCache()
+    other = index_cache.part(shard, "image", 1, 2)
     next(other)
     with pytest.raises(DataError, match="the store is gone"):
-        list(scans.part(shard, "image", 0, 2))
+        list(index_cache.part(shard, "image", 0, 2))
     with pytest.raises(DataError, match="the store is gone"):
         list(other)
     shard.storage.open = whole
-    assert list(scans.part(shard, "image", 0, 2)) == alone(shard, 0, 2)
+    assert list(index_cache.part(shard, "image", 0, 2)) == alone(shard, 0, 2)
 
 
 def test_damage_belongs_to_the_part_of_the_sample_that_follows():
     (whole,) = memory_shards([9])
     at = [(entry.offset + 1) / whole.size for entry in shard_samples(whole, "image")]
     (shard,) = raw_shards([wounded(9, [at[2], at[7]])])
-    scans = IndexCache()
-    told = {part: [n for e, n in scans.part(shard, "image", part, 3) if isinstance(e, Damage)] for part in range(3)}
-    assert told == {0: [], 1: [7], 2: [2]}  # what is left of those samples still counts as one each
+    index_cache = IndexCache()
+    damage = {
+        part: [n for e, n in index_cache.part(shard, "image", part, 3) if isinstance(e, Damage)] for part in range(3)
+    }
+    assert damage == {0: [], 1: [7], 2: [2]}  # the remaining members of those samples still count as one sample each
 
 
-def test_a_shard_with_fewer_samples_than_its_manifest_says_is_damaged_at_its_end():
+def test_a_shard_with_fewer_samples_than_in_its_manifest_is_damaged_at_its_end():
     (shard,) = memory_shards([5])
     short = replace(shard, samples=8)
     *groups, damage = shard_samples(short, "image")
@@ -164,12 +166,12 @@ def test_a_shard_with_fewer_samples_than_its_manifest_says_is_damaged_at_its_end
     assert "ends after 5 samples, its manifest says 8" in damage.message
     assert list(shard_samples(short, "image", groups[1].end, 2)) == [*groups[2:], damage]
     assert list(shard_samples(replace(shard, samples=5), "image")) == groups
-    scans = IndexCache()
-    told = [entry for part in range(3) for entry, _ in scans.part(short, "image", part, 3) if entry == damage]
-    assert told == [damage]
+    index_cache = IndexCache()
+    found = [entry for part in range(3) for entry, _ in index_cache.part(short, "image", part, 3) if entry == damage]
+    assert found == [damage]
 
 
-def test_a_shard_that_is_damaged_to_its_end_is_told_once():
+def test_damage_at_the_end_of_a_shard_is_reported_once():
     (shard,) = memory_shards([5])
     half = shard.size // 2
     shard.storage.files[shard.path] = shard.storage.files[shard.path][:half]

@@ -1,4 +1,4 @@
-"""Sources on S3; those of local folders are in test_sources."""
+"""Listing the shards of sources on S3; tests of local sources are in test_sources."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def listed(path, settings, split="train"):
 
 
 @pytest.mark.parametrize("path", ["deep/packed", "deep/packed/", "deep/packed/manifest.json"])
-def test_a_packed_prefix_gives_what_its_manifest_says(settings, path):
+def test_the_shards_of_a_packed_prefix_are_those_of_its_manifest(settings, path):
     shards = listed(path, settings)
     assert [(shard.name, shard.modality) for shard in shards] == [
         ("1:train-image-000000", "image"),
@@ -44,7 +44,7 @@ def test_a_packed_prefix_gives_what_its_manifest_says(settings, path):
     assert all(shard.sha256 and len(shard.storage.read(shard.path)) == shard.size for shard in shards)
 
 
-def test_prefixes_braces_and_single_tars_give_their_shards(settings):
+def test_prefixes_brace_ranges_and_single_tars_are_listed(settings):
     everything = [f"1:a-{index:06d}" for index in range(12)]
     assert [shard.name for shard in listed("bare", settings)] == everything
     assert [shard.name for shard in listed("bare/a-{000000..000011}.tar", settings)] == everything
@@ -52,13 +52,13 @@ def test_prefixes_braces_and_single_tars_give_their_shards(settings):
     assert [shard.name for shard in listed("bare/a-000005.tar", settings)] == [everything[5]]
 
 
-def test_a_range_of_shards_costs_a_listing_and_not_a_request_each(server, tmp_path):
+def test_a_brace_range_needs_one_listing_and_no_request_per_shard(server, tmp_path):
     with faulty(server, lambda request: None) as proxy:
         assert len(listed("bare/a-{000000..000011}.tar", StorageSettings(proxy.url, session=str(tmp_path)))) == 12
         assert len(proxy.requests) <= 3
 
 
-def test_what_is_not_there_is_named(server, settings):
+def test_errors_name_missing_shards_folders_and_splits(server, settings):
     with pytest.raises(DataError, match=r"shard s3://shards/bare/a-000012\.tar is missing \(1 of 3 are\)"):
         listed("bare/a-{000010..000012}.tar", settings)
     with pytest.raises(DataError, match=r"shard s3://shards/bare/b\.tar is missing \(1 of 1 are\)"):
@@ -75,7 +75,7 @@ def test_what_is_not_there_is_named(server, settings):
         listed("unfinished", settings)
 
 
-def test_a_shard_that_is_cut_or_missing_is_noticed_before_anything_starts(server, settings, tmp_path):
+def test_a_truncated_or_missing_shard_is_an_error_of_the_listing(server, settings, tmp_path):
     folder = write_demo_shards(tmp_path / "cut", images=4, videos=0, shards=1)
     size = (folder / "train-image-000000.tar").stat().st_size
     server.upload(folder, "cut")

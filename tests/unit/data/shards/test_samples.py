@@ -1,4 +1,4 @@
-"""One sample: its media, caption, label and size; everything that can be wrong with it has a kind."""
+"""Reading one sample: media, caption, label and size; each error has a kind."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def kind_of(members, rule=IMAGE):
     return caught.value.kind
 
 
-def test_an_image_with_its_caption_label_address_and_grid():
+def test_an_image_has_captions_label_offset_and_grid():
     shard, group = shard_and_group({"png": PNG, "json": b'{"captions": [" one ", "two"], "label": "cat"}'})
     found = read_sample(shard, group, IMAGE)
     assert (found.name, found.captions, found.label, found.grid, found.tokens) == (
@@ -71,13 +71,13 @@ def test_an_image_with_its_caption_label_address_and_grid():
     assert shard.storage.read_range("m0", found.media_offset, found.media_length) == PNG
 
 
-def test_a_video_takes_the_frames_of_the_rule_whatever_it_has():
+def test_a_video_has_the_number_of_frames_of_the_rule():
     shard, group = shard_and_group({"mp4": video(28, 56, frames=9), "txt": b"moves", "cls": b"left\n"}, "video")
     found = read_sample(shard, group, VIDEO)
     assert (found.captions, found.label, found.grid) == (("moves",), "left", (2, 2, 4))
 
 
-def test_reading_again_by_address_gives_the_same_sample():
+def test_reading_a_sample_again_by_address_returns_the_same_sample():
     shard, group = shard_and_group({"png": PNG, "txt": b"t"})
     assert read_sample_again(shard, group.offset, group.length, IMAGE) == read_sample(shard, group, IMAGE)
     assert read_sample_again(shard, group.offset + 512, group.length, IMAGE) is None
@@ -85,7 +85,7 @@ def test_reading_again_by_address_gives_the_same_sample():
         read_sample_again(shard, group.offset, group.length, VIDEO)
 
 
-def test_a_video_takes_as_many_frames_as_its_duration_gives():
+def test_with_fps_sampling_the_number_of_frames_depends_on_the_duration():
     shard, group = shard_and_group({"mp4": video(28, 56, frames=12), "txt": b"moves"}, "video")  # 8 frames a second
     for rate, most, frames in ((1.0, 16, 2), (3.0, 16, 4), (4.0, 16, 6), (8.0, 16, 12), (30.0, 16, 16), (30.0, 8, 8)):
         found = read_sample(shard, group, replace(VIDEO, frames=most, sampling=Sampling("fps", rate)))
@@ -97,7 +97,7 @@ sides = st.integers(1, 4000)
 
 
 @given(sides, sides, st.integers(1, 32), st.integers(1, 600), st.integers(0, 3000), st.sampled_from([14, 28]))
-def test_token_limits_hold_for_the_whole_video(height, width, tubelets, least, more, divisor):
+def test_token_limits_apply_to_the_whole_video(height, width, tubelets, least, more, divisor):
     resolution = Resolution(least, max(least + more, 4 * tubelets), divisor)
     rule = SizeRule("video", resolution, 64, resolution.max_tokens, 10**8)
     steps, h, w = rule.grid(height, width, 2 * tubelets)
@@ -107,7 +107,7 @@ def test_token_limits_hold_for_the_whole_video(height, width, tubelets, least, m
 
 
 @given(sides, sides, st.integers(4, 3000), st.integers(0, 400), st.sampled_from([14, 28, 112]))
-def test_what_a_pack_has_no_room_for_is_resized_again(height, width, most, below, divisor):
+def test_an_item_above_the_tokens_of_a_pack_is_resized_again(height, width, most, below, divisor):
     cell = (divisor // 14) ** 2
     resolution = Resolution(max(most - below, 1), max(most, cell), divisor)
     rule = SizeRule("image", resolution, 1, max(most, cell), 10**8)
@@ -119,12 +119,12 @@ def test_what_a_pack_has_no_room_for_is_resized_again(height, width, most, below
         assert grid[1] <= first[1] or grid[2] <= first[2]
 
 
-def test_a_square_that_is_too_large_for_a_pack_stays_a_square():
+def test_a_fixed_square_that_is_too_large_for_a_pack_stays_square():
     rule = SizeRule("video", Resolution(1, 1, 14, 112), 8, 4 * 8 * 8 - 1, 10**8)
     assert rule.grid(300, 200, 8) == (4, 7, 7)
 
 
-def test_items_larger_than_the_rule_allows_are_marked():
+def test_items_larger_than_the_rule_allows_are_marked_as_downscaled():
     rule = SizeRule("image", Resolution(4, 24, 14), 1, 100, 10**6)
     marks = [
         (rule.grid(height, width, 1), rule.shrinks(height, width, rule.grid(height, width, 1)))
@@ -142,7 +142,7 @@ def test_items_larger_than_the_rule_allows_are_marked():
     assert not read_sample(shard, group, replace(rule, resolution=Resolution(4, 400, 14), most_tokens=400)).downscaled
 
 
-def test_a_whole_video_is_measured_and_a_small_pack_or_square_counts_too():
+def test_downscaling_of_videos_fixed_squares_and_small_packs_is_detected():
     videos = SizeRule("video", Resolution(1, 24, 14), 8, 100, 10**6)
     assert not videos.shrinks(28, 42, videos.grid(28, 42, 8))
     assert videos.shrinks(42, 42, videos.grid(42, 42, 8))
@@ -154,7 +154,7 @@ def test_a_whole_video_is_measured_and_a_small_pack_or_square_counts_too():
     assert small_pack.shrinks(70, 70, small_pack.grid(70, 70, 1))
 
 
-def test_each_fault_of_a_sample_has_its_kind():
+def test_each_error_of_a_sample_has_its_kind():
     assert kind_of({"txt": b"alone"}) == "no_media"
     assert kind_of({"png": PNG}) == "no_caption"
     assert kind_of({"png": PNG, "json": b"{}"}) == "no_caption"
@@ -168,7 +168,7 @@ def test_each_fault_of_a_sample_has_its_kind():
     assert read_sample(*shard_and_group(moving, "video"), replace(VIDEO, max_video_s=1.5)).frames == 4
 
 
-def test_a_sample_with_too_many_bytes_is_refused_unread():
+def test_a_sample_with_too_many_bytes_is_refused_without_reading_it():
     shard, group = shard_and_group({"png": PNG + bytes(1 << 20), "txt": b"t"})
     small = replace(IMAGE, max_sample_mb=1)
     before = shard.storage.ranges_read
@@ -182,7 +182,7 @@ def test_a_sample_with_too_many_bytes_is_refused_unread():
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
-def test_a_sample_whose_members_are_links_is_a_bad_sample_and_no_lost_one(kind):
+def test_a_sample_whose_members_are_links_is_a_bad_sample(kind):
     (shard,) = shards_of([[("k", {"png": PNG, "txt": b"t"})]])
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -199,12 +199,12 @@ def test_a_sample_whose_members_are_links_is_a_bad_sample_and_no_lost_one(kind):
     assert caught.value.kind in KINDS
 
 
-def test_a_text_above_the_limit_is_a_fault():
+def test_a_text_above_the_limit_is_an_error():
     assert kind_of({"png": PNG, "txt": b"x" * (captions.BYTES_LIMIT + 1)}) == "too_large"
-    assert captions.BYTES_LIMIT <= 1 << 20, "a pool of samples holds its texts in the trainer's memory"
+    assert captions.BYTES_LIMIT <= 1 << 20, "the trainer's memory holds the texts of the shuffle buffer"
 
 
-def test_two_members_of_one_name_are_a_fault():
+def test_two_members_of_one_name_are_an_error():
     shard, group = shard_and_group({"png": PNG, "txt": b"t"})
     group.members.append(group.members[0])
     with pytest.raises(SampleError, match="two members have the same name") as caught:
@@ -222,12 +222,12 @@ def test_two_members_of_one_name_are_a_fault():
         ({"json": b'{"caption": "c", "label": "x", "set": "s"}'}, (("c",), "x", "s")),
     ],
 )
-def test_texts_come_from_json_first_and_then_from_their_own_members(members, expected):
+def test_texts_of_the_json_take_precedence_over_txt_and_cls(members, expected):
     assert read_texts(members)[:3] == expected
 
 
 @pytest.mark.parametrize(
-    ("members", "kind", "said"),
+    ("members", "kind", "message"),
     [
         ({"json": b'{"captions": [3]}'}, "bad_caption", "a caption is '3' (int), not text"),
         ({"json": b'{"captions": [null]}'}, "bad_caption", "a caption is 'None' (NoneType), not text"),
@@ -246,11 +246,11 @@ def test_texts_come_from_json_first_and_then_from_their_own_members(members, exp
         ({"json": json.dumps(["c"]).encode()}, "bad_json", "its .json holds a list, not an object"),
     ],
 )
-def test_a_text_that_is_none_is_told_in_a_sentence(members, kind, said):
+def test_the_error_for_an_unusable_text_names_it(members, kind, message):
     with pytest.raises(SampleError) as caught:
         read_texts(members)
     assert caught.value.kind == kind
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_a_text_that_is_none_is_told_in_a_sentence(members, kind, said):
         ({"png": b""}, "video", "video"),
     ],
 )
-def test_every_sample_has_one_owner(members, modality, owner):
+def test_every_sample_belongs_to_exactly_one_modality(members, modality, owner):
     (shard,) = shards_of([[("k", members)]], modality)
     with shard.storage.open("m0") as stream:
         (group,) = tar_index.groups(stream, "m0", shard.size)
@@ -284,7 +284,7 @@ def apart(folder):
     return str(folder / "apart.tar")
 
 
-def test_members_that_lie_apart_get_a_hint_at_their_order_wherever_they_are_read(tmp_path, capsys, caplog):
+def test_errors_about_an_unsorted_tar_contain_a_hint(tmp_path, capsys, caplog):
     path = apart(tmp_path)
     assert main(["data", "verify", path, "--report", str(tmp_path / "verify.json")]) == 1
     out = capsys.readouterr().out
@@ -292,13 +292,13 @@ def test_members_that_lie_apart_get_a_hint_at_their_order_wherever_they_are_read
     assert "no_media: apart/0 at byte 3072: no image among its members (txt); the members of a sample must" in out
     assert f"shard apart: more of 0 at byte 3072; {SORT_HINT}" in out
     data = DataConfig(sources=[{"path": path}], lanes=1, workers=0)
-    told = r"none of the 1 shards has a readable image.* in shard apart the members of 0"
-    with pytest.raises(DataError, match=told), only_lane(data, STAGE, "image") as loader:
+    message = r"none of the 1 shards has a readable image.* in shard apart the members of 0"
+    with pytest.raises(DataError, match=message), only_lane(data, STAGE, "image") as loader:
         next(loader)
     assert SORT_HINT in caplog.text
 
 
-def test_dots_in_the_names_of_members_get_the_rule_for_keys(tmp_path):
+def test_errors_about_names_with_several_dots_explain_keys(tmp_path):
     for members, named in (({"v2.png": PNG, "v2.txt": b"t"}, "v2.png"), ({"png": PNG, "en.txt": b"t"}, "en.txt")):
         with pytest.raises(SampleError, match=f"a key ends at the first dot of a name.*'{named}' is read as an ext"):
             read_sample(*shard_and_group(members), IMAGE)
@@ -317,17 +317,17 @@ def own_sample(media, **size):
 
 
 def read_with(members, modality, *, packed, rule=None):
-    """What is found, and the addresses that were probed."""
+    """The sample or error, the addresses that were probed, and the shard."""
     (shard,) = shards_of([[("k", members)]], modality if packed else None)
     (group,) = shard_samples(shard, modality)
-    asked = []
-    (found,) = read_samples([(shard, group)], rule or (VIDEO if modality == "video" else IMAGE), noted(asked))
-    return found, asked, shard
+    probed = []
+    (found,) = read_samples([(shard, group)], rule or (VIDEO if modality == "video" else IMAGE), recorded(probed))
+    return found, probed, shard
 
 
-def noted(asked):
+def recorded(probed):
     def probe(media):
-        asked.extend(media)
+        probed.extend(media)
         return probe_each(media)
 
     return probe
@@ -341,8 +341,8 @@ def noted(asked):
         {"kind": "video", "width": 42, "height": 28, "frames": 9, "duration_s": 0.36},
     ],
 )
-def test_of_a_sample_of_our_own_only_the_texts_are_read(packed, size):
-    found, asked, shard = read_with(own_sample(b"never looked at", **size), size["kind"], packed=packed)
+def test_only_the_texts_of_a_packed_sample_are_read(packed, size):
+    found, asked, shard = read_with(own_sample(b"not read", **size), size["kind"], packed=packed)
     assert (found.size, found.probed) == (MediaSize(**size), False)
     assert found.grid[1:] == (2, 3)
     assert not asked
@@ -364,7 +364,7 @@ def test_of_a_sample_of_our_own_only_the_texts_are_read(packed, size):
         ({"kind": "clip"}, "image"),
     ],
 )
-def test_metadata_that_is_not_whole_gives_way_to_the_header(changed, modality):
+def test_the_header_is_read_if_the_metadata_is_incomplete(changed, modality):
     """Shards of layout 2 have no durations."""
     size = {"kind": modality, "width": 99, "height": 99, "frames": 1}
     size |= {"duration_s": 0.3} if modality == "video" else {}
@@ -377,14 +377,14 @@ def test_metadata_that_is_not_whole_gives_way_to_the_header(changed, modality):
     assert address == (shard.storage, shard.path, found.media_offset, len(media), next(iter(members)))
 
 
-def test_sizes_that_others_wrote_are_not_taken_for_ours():
-    """In img2dataset's shards width and height are those before it resized the image."""
+def test_sizes_in_metadata_of_other_producers_are_not_used():
+    """In shards of img2dataset, width and height are those of the image before resizing."""
     about = json.dumps({"caption": "c", "width": 990, "height": 880, "kind": "image", "frames": 1}).encode()
     found, asked, _ = read_with({"png": PNG, "json": about}, "image", packed=False)
     assert (found.size.height, found.size.width, found.probed, len(asked)) == (28, 42, True, 1)
 
 
-def test_limits_hold_for_metadata_too():
+def test_limits_apply_to_sizes_from_metadata():
     long = {"kind": "video", "width": 42, "height": 28, "frames": 9, "duration_s": 3601.0}
     found, asked, _ = read_with(own_sample(b"v", **long), "video", packed=True)
     assert (found.kind, asked) == ("too_large", [])

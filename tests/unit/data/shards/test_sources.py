@@ -1,4 +1,4 @@
-"""Sources: what is found, and one sentence for each way in which nothing is."""
+"""Finding the shards of local sources, and the errors for sources without usable shards."""
 
 import itertools
 import json
@@ -41,12 +41,12 @@ def packed(tmp_path_factory):
     return write_demo_shards(tmp_path_factory.mktemp("packed"), images=9, videos=3, shards=2)
 
 
-def source(path, split="train", **told):
-    return SourceConfig(path=str(path), split=split, **told)
+def source(path, split="train", **fields):
+    return SourceConfig(path=str(path), split=split, **fields)
 
 
-def stage(video_ratio=0.0, **told):
-    return StageConfig(name="s", samples=10, lr=1e-3, video_ratio=video_ratio, **told)
+def stage(video_ratio=0.0, **fields):
+    return StageConfig(name="s", samples=10, lr=1e-3, video_ratio=video_ratio, **fields)
 
 
 def bare(folder, n):
@@ -56,7 +56,7 @@ def bare(folder, n):
     return folder
 
 
-def test_a_packed_folder_gives_the_shards_of_its_split_with_kind_and_size(packed):
+def test_a_packed_folder_lists_the_shards_of_its_split_with_modality_and_size(packed):
     shards = find_shards([source(packed)])
     assert [(shard.name, shard.modality) for shard in shards] == [
         ("train-image-000000", "image"),
@@ -69,7 +69,7 @@ def test_a_packed_folder_gives_the_shards_of_its_split_with_kind_and_size(packed
     assert len(find_shards([source(packed, None)])) == 6
 
 
-def test_bare_tars_may_hold_either_modality(tmp_path):
+def test_tars_without_a_manifest_may_hold_either_modality(tmp_path):
     bare(tmp_path, 3)
     for path in (tmp_path, tmp_path / "a-{000..002}.tar"):
         shards = find_shards([source(path)])
@@ -78,7 +78,7 @@ def test_bare_tars_may_hold_either_modality(tmp_path):
     assert [shard.name for shard in find_shards([source(tmp_path / "a-001.tar")])] == ["a-001"]
 
 
-def test_shards_of_several_sources_keep_different_names(packed):
+def test_shards_of_several_sources_have_different_names(packed):
     shards = find_shards([source(packed), source(packed)])
     assert len({shard.name for shard in shards}) == 8
     assert shards[4].name == "1:train-image-000000"
@@ -93,25 +93,25 @@ def test_shards_of_several_sources_keep_different_names(packed):
         ("{x,y}-{0..1}", ["x-0", "x-1", "y-0", "y-1"]),
     ],
 )
-def test_brace_ranges_expand_with_their_zeros(pattern, names):
+def test_brace_ranges_expand_with_leading_zeros(pattern, names):
     assert expand_braces(pattern) == names
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"), [("a-{3..1}", r"runs backwards; write \{1..3\}"), ("{0..999}{0..9999}", "narrow the range")]
+    ("pattern", "message"), [("a-{3..1}", r"runs backwards; write \{1..3\}"), ("{0..999}{0..9999}", "narrow the range")]
 )
-def test_a_range_that_cannot_be_meant_is_refused(pattern, said):
-    with pytest.raises(DataError, match=said):
+def test_a_descending_or_too_large_range_is_an_error(pattern, message):
+    with pytest.raises(DataError, match=message):
         expand_braces(pattern)
 
 
 @pytest.mark.parametrize("typo", ["{000...001}", "{0..}", "{a..c}", "{000..010..2}", "{0}"])
-def test_braces_that_are_neither_a_range_nor_a_list_are_told_with_how_to_write_one(typo):
+def test_the_error_for_invalid_braces_shows_valid_ones(typo):
     with pytest.raises(DataError, match=r"is neither a range nor a list; write \{000\.\.127\}"):
         expand_braces(f"s3://b/{typo}.tar")
 
 
-def test_shards_of_one_name_in_several_folders_are_told_apart_and_all_their_samples_come(tmp_path):
+def test_shards_with_the_same_file_name_in_several_folders_get_different_names(tmp_path):
     for folder, count in (("a", 30), ("b", 50)):
         samples = [(f"k{n}", {"png": image(30, 30, n, "PNG"), "txt": folder.encode()}) for n in range(count)]
         write_tar(tmp_path / folder / "000.tar", samples)
@@ -129,7 +129,7 @@ def test_shards_of_one_name_in_several_folders_are_told_apart_and_all_their_samp
     assert set(seen) == {f"a/000/k{n}" for n in range(30)} | {f"b/000/k{n}" for n in range(50)}
 
 
-def test_a_shard_that_is_named_twice_is_refused_and_one_in_two_sources_told(tmp_path, caplog):
+def test_a_shard_twice_in_a_source_is_an_error_and_one_in_two_sources_a_warning(tmp_path, caplog):
     write_tar(tmp_path / "000.tar", [("k", {"txt": b"x"})])
     with pytest.raises(DataError, match=r"names shard .*000\.tar more than once"):
         find_shards([SourceConfig(path=f"{tmp_path}/{{000,000}}.tar")])
@@ -137,23 +137,23 @@ def test_a_shard_that_is_named_twice_is_refused_and_one_in_two_sources_told(tmp_
     assert "1 shards are in several sources" in caplog.text
 
 
-def test_a_missing_shard_of_a_range_is_named(tmp_path):
+def test_the_error_for_a_missing_shard_of_a_range_names_it(tmp_path):
     bare(tmp_path, 3)
     with pytest.raises(DataError, match=r"shard .*a-003.tar is missing \(2 of 5 are\)"):
         find_shards([source(tmp_path / "a-{000..004}.tar")])
 
 
-def test_an_absent_split_is_told_with_the_ones_there_are(packed):
+def test_the_error_for_an_absent_split_lists_the_existing_ones(packed):
     with pytest.raises(DataError, match="has no split 'val'; it has test, train"):
         find_shards([source(packed, "val")])
 
 
-def test_an_empty_folder_says_how_to_pack(tmp_path):
-    with pytest.raises(DataError, match=r"no shard found .*univitar-ds data pack"):
+def test_the_error_for_an_empty_folder_mentions_data_pack(tmp_path):
+    with pytest.raises(DataError, match=r"no shard .*univitar-ds data pack"):
         find_shards([source(tmp_path)])
 
 
-def test_files_that_look_like_shards_and_are_left_out_are_told(tmp_path, caplog, packed):
+def test_files_that_look_like_shards_but_are_left_out_cause_warnings(tmp_path, caplog, packed):
     bare(tmp_path, 2)
     for name in ("b.TAR", "c.tar.part", "notes.txt", "a.tar.json"):
         (tmp_path / name).write_bytes(b"")
@@ -162,23 +162,23 @@ def test_files_that_look_like_shards_and_are_left_out_are_told(tmp_path, caplog,
     other = write_demo_shards(tmp_path / "packed", images=4, videos=0, shards=1)
     (other / "stray.tar").write_bytes(b"")
     find_shards([source(other)])
-    assert "its manifest does not have stray.tar (1 in all), which are left out" in caplog.text
+    assert "its manifest does not list stray.tar (1 in all), which are left out" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
-    [("s3://", "names no bucket"), ("s3:///x", "names no bucket"), ("a/*.tar", "is no pattern here; name the folder")],
+    ("path", "message"),
+    [("s3://", "names no bucket"), ("s3:///x", "names no bucket"), ("a/*.tar", "cannot be used as a pattern; name")],
 )
-def test_addresses_that_name_nothing_are_told(path, told):
-    with pytest.raises(DataError, match=told):
+def test_addresses_without_a_bucket_and_wildcards_are_errors(path, message):
+    with pytest.raises(DataError, match=message):
         find_shards([source(path)])
 
 
-def test_slashes_too_many_at_the_end_change_nothing(packed):
+def test_additional_slashes_at_the_end_of_a_path_are_ignored(packed):
     assert len(find_shards([source(f"{packed}//")])) == len(find_shards([source(packed)]))
 
 
-def test_compressed_tars_are_refused_or_told_where_others_are(tmp_path, caplog):
+def test_compressed_tars_are_an_error_or_a_warning_if_there_are_others(tmp_path, caplog):
     (tmp_path / "a.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match=r"1 tars are compressed, such as a\.tar\.gz; .*: decompress first"):
         find_shards([source(tmp_path)])
@@ -189,14 +189,14 @@ def test_compressed_tars_are_refused_or_told_where_others_are(tmp_path, caplog):
     assert "a.tar.gz; samples are read from the middle of shards: decompress first; they are left out" in caplog.text
 
 
-def test_a_folder_whose_packing_was_interrupted_is_not_taken_for_a_folder_of_tars(tmp_path):
+def test_a_folder_whose_packing_was_not_completed_is_an_error(tmp_path):
     bare(tmp_path, 2)
     (tmp_path / JOURNAL).write_text("")
     with pytest.raises(DataError, match="its packing never ended"):
         find_shards([source(tmp_path)])
 
 
-def test_a_path_that_is_nothing_or_no_tar_is_named(tmp_path):
+def test_the_error_for_a_missing_path_or_another_file_names_it(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"")
     with pytest.raises(DataError, match="nowhere: there is no such file or folder"):
         find_shards([source(tmp_path / "nowhere")])
@@ -206,7 +206,7 @@ def test_a_path_that_is_nothing_or_no_tar_is_named(tmp_path):
         find_shards([source(tmp_path / "a-{0..1}")])
 
 
-def test_a_shard_that_is_missing_or_cut_is_noticed_before_anything_starts(tmp_path):
+def test_a_missing_or_truncated_shard_is_an_error_of_the_listing(tmp_path):
     folder = write_demo_shards(tmp_path, images=4, videos=0, shards=1)
     path = folder / "train-image-000000.tar"
     size = path.stat().st_size
@@ -228,7 +228,7 @@ def test_a_run_with_videos_needs_a_source_with_videos(tmp_path):
         validate_sources([source(folder)], [stage(), stage(0.5)])
 
 
-def test_the_weights_of_a_stage_must_leave_it_a_source_of_every_modality(tmp_path, packed):
+def test_the_sources_with_a_weight_must_hold_every_modality_of_the_stage(tmp_path, packed):
     images = write_demo_shards(tmp_path / "images", images=4, videos=0, shards=1)
     sources = [source(images, name="images"), source(packed, name="packed")]
     validate_sources(sources, [stage(0.5), stage(0.5, weights={"images": 1, "packed": 1})])
@@ -238,16 +238,16 @@ def test_the_weights_of_a_stage_must_leave_it_a_source_of_every_modality(tmp_pat
         validate_sources(sources, [stage(weights={"images": 1}), stage(0.5, weights={"images": 1, "packed": 0})])
 
 
-def test_a_shard_knows_its_source_and_its_templates(packed):
+def test_shards_have_the_name_and_templates_of_their_source(packed):
     shards = find_shards([source(packed), source(packed, name="again", templates=["a {}", "the {}"])])
-    told = {(shard.source, shard.templates) for shard in shards}
-    assert told == {(packed.name, ()), ("again", ("a {}", "the {}"))}
-    image, clip_ = (groups_of(shards, modality, {"again": 3}) for modality in ("image", "video"))
-    assert [(group.name, group.shards) for group in image + clip_] == [("again", (4, 5)), ("again", (6, 7))]
+    found = {(shard.source, shard.templates) for shard in shards}
+    assert found == {(packed.name, ()), ("again", ("a {}", "the {}"))}
+    images, videos = (groups_of(shards, modality, {"again": 3}) for modality in ("image", "video"))
+    assert [(group.name, group.shards) for group in images + videos] == [("again", (4, 5)), ("again", (6, 7))]
     assert groups_of(shards, "video", {}) == [ShardGroup("", 1, (2, 3, 6, 7))]
 
 
-def test_many_remote_sources_are_listed_at_once(monkeypatch):
+def test_remote_sources_are_listed_concurrently(monkeypatch):
     together = threading.Barrier(4)
 
     def listed(source, prefix, settings):
@@ -261,7 +261,7 @@ def test_many_remote_sources_are_listed_at_once(monkeypatch):
     ]
 
 
-def test_the_fingerprint_follows_names_sizes_and_hashes_but_not_the_place(tmp_path, packed):
+def test_the_fingerprint_depends_on_names_sizes_and_hashes_but_not_on_the_location(tmp_path, packed):
     here = fingerprint(find_shards([source(packed)]))
     moved = tmp_path / "moved"
     moved.symlink_to(packed)
@@ -275,7 +275,7 @@ def test_the_fingerprint_follows_names_sizes_and_hashes_but_not_the_place(tmp_pa
     assert fingerprint(find_shards([source(other)])) != here
 
 
-def test_the_fingerprint_of_tars_without_a_manifest_follows_how_they_begin(tmp_path, monkeypatch):
+def test_the_fingerprint_of_tars_without_a_manifest_depends_on_their_first_bytes(tmp_path, monkeypatch):
     folder = bare(tmp_path, 5)
     here = fingerprint(find_shards([source(folder)]))
     shard = folder / "a-003.tar"
@@ -291,10 +291,10 @@ def test_the_fingerprint_of_tars_without_a_manifest_follows_how_they_begin(tmp_p
     assert fingerprint(find_shards([source(folder)])) == here
     for path in folder.iterdir():
         path.unlink() if path != shard else path.write_bytes(b"")
-    fingerprint(find_shards([source(folder)]))  # an empty shard has no beginning, which is no error here
+    fingerprint(find_shards([source(folder)]))  # an empty shard is no error
 
 
-def test_a_damaged_shard_still_gives_its_captions_and_labels_come_in_their_templates(tmp_path):
+def test_captions_are_read_from_damaged_shards_and_labels_are_put_into_templates(tmp_path):
     samples = [(f"k{n}", {"png": b"", "cls": f"thing{n}".encode()}) for n in range(6)]
     path = write_tar(tmp_path / "a.tar", [*samples, ("own", {"png": b"", "txt": b"own words", "cls": b"x"})])
     content = path.read_bytes()
@@ -306,7 +306,7 @@ def test_a_damaged_shard_still_gives_its_captions_and_labels_come_in_their_templ
     assert list(iterate_captions([source(tmp_path)], limit=100)) == ["own words"]
 
 
-def test_captions_come_evenly_from_all_shards_and_broken_samples_have_none(tmp_path):
+def test_captions_are_read_evenly_from_all_shards_and_unusable_texts_are_skipped(tmp_path):
     def texts(prefix, n):
         return [(f"{prefix}{i}", {"png": b"", "txt": f"{prefix} {i}".encode()}) for i in range(n)]
 
@@ -316,7 +316,7 @@ def test_captions_come_evenly_from_all_shards_and_broken_samples_have_none(tmp_p
     assert found == ["a 0", "a 1", "a 2", "a 3", "b one", "b two"]
 
 
-def test_captions_come_from_a_bounded_number_of_shards_all_over_the_list(tmp_path):
+def test_captions_are_read_from_a_limited_number_of_evenly_spaced_shards(tmp_path):
     bare(tmp_path, 2 * CAPTION_SHARDS + 50)
     found = list(iterate_captions([source(tmp_path)], limit=1_000_000))
     numbers = [int(caption.removeprefix("caption ")) for caption in found]
@@ -326,17 +326,19 @@ def test_captions_come_from_a_bounded_number_of_shards_all_over_the_list(tmp_pat
     assert list(iterate_captions([source(tmp_path)], limit=1_000_000)) == found
 
 
-def test_captions_come_from_a_bounded_number_of_bytes_of_each_shard(tmp_path, monkeypatch):
+def test_captions_are_read_from_a_limited_number_of_bytes_of_each_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "PIECE", 4096)
     monkeypatch.setattr(sources, "CAPTION_BYTES", 2 * 20 * 4096)
     for name in ("a", "b"):
         samples = [(f"{name}{n}", {"jpg": bytes(50_000), "txt": f"{name} {n}".encode()}) for n in range(50)]
         write_tar(tmp_path / f"{name}.tar", samples)
     found = list(iterate_captions([source(tmp_path)], limit=1000))
-    assert found == [f"{name} {n}" for name in ("a", "b") for n in range(19)]  # a piece each, and one before the first
+    assert found == [
+        f"{name} {n}" for name in ("a", "b") for n in range(19)
+    ]  # 20 pieces per shard: one per sample, and one before the first
 
 
-def test_captions_of_remote_shards_are_those_of_local_ones_and_cost_no_whole_shard(tmp_path, monkeypatch):
+def test_captions_of_remote_shards_are_read_without_downloading_whole_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "PIECE", 4096)
     for name in ("a", "b"):
         media = [os.urandom(50_000) for _ in range(12)]
@@ -356,31 +358,31 @@ def test_captions_of_remote_shards_are_those_of_local_ones_and_cost_no_whole_sha
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
-        ("a.tar::b.tar", "a.tar::b.tar: :: joins several shards for webdataset.* each is a source of its own"),
-        ("s3://b/a.tar::s3://b/c.tar", ":: joins several shards for webdataset"),
-        ("pipe:curl -s https://h/a.tar", "pipe: is a command to webdataset.*copy the shards to a disk or an S3 store"),
-        ("pipe:aws s3 cp s3://b/a.tar -", "pipe: is a command to webdataset.*; give s3://b/a.tar"),
-        ("pipe:gunzip < a.tar.gz", "pipe: is a command to webdataset"),
-        ("gs://bucket/a.tar", "cannot read from gs://.*store that speaks S3"),
+        ("a.tar::b.tar", "a.tar::b.tar: WebDataset's :: between shards cannot be used; .*separate source"),
+        ("s3://b/a.tar::s3://b/c.tar", "WebDataset's :: between shards cannot be used"),
+        ("pipe:curl -s https://h/a.tar", "WebDataset's pipe: cannot be used.*copy the shards to a disk or an S3 store"),
+        ("pipe:aws s3 cp s3://b/a.tar -", "WebDataset's pipe: cannot be used.*; give s3://b/a.tar"),
+        ("pipe:gunzip < a.tar.gz", "WebDataset's pipe: cannot be used"),
+        ("gs://bucket/a.tar", "cannot read from gs://.*S3-compatible store"),
         ("hf://datasets/a/b/{000..003}.tar", "cannot read from hf://.*hf download"),
         ("https://host/a.tar", "cannot read from https://.*download the shards first"),
         ("file:///data/a.tar", "cannot read from file://.*leave file:// out"),
     ],
 )
-def test_what_only_other_loaders_read_is_named_for_what_it_is(path, told):
-    with pytest.raises(DataError, match=told):
+def test_addresses_that_only_other_loaders_support_are_errors_with_a_remedy(path, message):
+    with pytest.raises(DataError, match=message):
         find_shards([SourceConfig(path=path)])
     report = verify([SourceConfig(path=path)], progress=False)
-    assert re.search(told, report["sources"][0]["error"])
+    assert re.search(message, report["sources"][0]["error"])
     assert not report["sound"]
     if "::" not in path:
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             read_class_names(path, LOCAL)
 
 
-def test_a_colon_in_the_name_of_a_file_that_is_there_is_a_letter(tmp_path, monkeypatch):
+def test_names_of_existing_files_may_contain_colons(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a::b.tar", "pipe:c.tar"):
         write_tar(Path(name), [("k", {"txt": b"t"})])

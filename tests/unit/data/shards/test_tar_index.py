@@ -1,4 +1,4 @@
-"""Samples of a tar by address; every kind of damage is told with shard and byte."""
+"""Scanning tar shards: offsets of samples, and damage reported with shard and byte."""
 
 import gzip
 import io
@@ -34,7 +34,7 @@ def content(data, group):
     return {member.extension: data[member.offset : member.offset + member.length] for member in group.members}
 
 
-def test_neighbours_with_the_same_key_are_one_sample():
+def test_consecutive_members_with_the_same_key_are_one_sample():
     data = make(MEMBERS)
     found = scan(data)
     assert [group.key for group in found] == ["a/x", "a/y", "b/x"]
@@ -55,7 +55,7 @@ names = st.lists(st.text("abcdé", min_size=1, max_size=80), min_size=1, max_siz
     ),
     form=st.sampled_from(FORMATS),
 )
-def test_long_names_of_every_tar_dialect_are_read_as_the_standard_library_reads_them(members, form):
+def test_long_names_of_all_tar_formats_are_read(members, form):
     if form == tarfile.USTAR_FORMAT:
         members = [(name.replace("é", "e")[-90:].strip("/") or "x", *rest) for name, *rest in members]
     data = make([(f"{name}.{extension}", body) for name, extension, body in members], form)
@@ -72,7 +72,7 @@ def test_long_names_of_every_tar_dialect_are_read_as_the_standard_library_reads_
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_scan_may_begin_where_any_sample_ended(form):
+def test_a_scan_can_start_at_the_end_of_any_sample(form):
     data = make([(f"{'long' * 30}/{name}", body) for name, body in MEMBERS], form)
     whole = scan(data)
     for index, group in enumerate(whole):
@@ -80,7 +80,7 @@ def test_a_scan_may_begin_where_any_sample_ended(form):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_range_of_a_sample_alone_holds_all_of_it(form):
+def test_a_sample_can_be_read_from_its_range_alone(form):
     data = make([(f"{'long' * 30}/{name}", body) for name, body in MEMBERS], form)
     for group in scan(data):
         part = data[group.offset : group.end]
@@ -89,7 +89,7 @@ def test_the_range_of_a_sample_alone_holds_all_of_it(form):
         assert content(part, again) == content(data, group)
 
 
-def test_a_range_that_is_no_single_sample_is_refused():
+def test_group_of_range_returns_none_unless_the_range_is_one_sample():
     data = make(MEMBERS)
     folder = tarfile.TarInfo("d")
     folder.type = tarfile.DIRTYPE
@@ -103,7 +103,7 @@ def test_a_range_that_is_no_single_sample_is_refused():
 
 @settings(max_examples=150, deadline=None)
 @given(cut=st.integers(0, 10**6), form=st.sampled_from(FORMATS))
-def test_a_cut_tar_is_reported_with_shard_and_byte_wherever_it_is_cut(cut, form):
+def test_a_truncated_tar_is_reported_with_shard_and_byte(cut, form):
     data = make([(f"{'long' * 30}/{name}", body) for name, body in MEMBERS], form)
     marker = scan(data)[-1].end + 2 * BLOCK
     cut %= marker
@@ -111,13 +111,13 @@ def test_a_cut_tar_is_reported_with_shard_and_byte_wherever_it_is_cut(cut, form)
         scan(data[:cut])
 
 
-def test_two_blocks_of_zeros_are_a_whole_end_marker():
+def test_two_blocks_of_zeros_are_a_complete_end_marker():
     data = make(MEMBERS)
     end = scan(data)[-1].end
     assert len(scan(data[: end + 2 * BLOCK])) == 3
 
 
-def test_every_damaged_byte_of_a_header_is_noticed():
+def test_every_damaged_byte_of_a_header_is_detected():
     data = make(MEMBERS)
     second = scan(data)[0].members[1].offset - BLOCK
     for byte in range(0, 345, 7):
@@ -127,7 +127,7 @@ def test_every_damaged_byte_of_a_header_is_noticed():
             scan(bytes(damaged))
 
 
-def test_a_zeroed_block_in_the_middle_is_not_taken_for_the_end():
+def test_a_block_of_zeros_in_the_middle_is_damage():
     data = bytearray(make(MEMBERS))
     second = scan(bytes(data))[1].offset
     data[second : second + BLOCK] = bytes(BLOCK)
@@ -135,20 +135,20 @@ def test_a_zeroed_block_in_the_middle_is_not_taken_for_the_end():
         scan(bytes(data))
 
 
-def test_tars_glued_together_are_an_error_and_not_their_first_part():
+def test_concatenated_tars_are_an_error():
     data = make(MEMBERS)
     end = scan(data)[-1].end + 2 * BLOCK
     with pytest.raises(DataError, match="more data after the end marker"):
         scan(data[:end] + data)
 
 
-def test_a_file_that_is_no_tar_is_damaged_at_its_first_byte():
+def test_a_file_that_is_not_a_tar_is_damaged_at_byte_0():
     with pytest.raises(DataError, match="damaged at byte 0: no valid tar header"):
         scan(b"z" * 2000)
 
 
-def test_a_compressed_tar_is_called_so():
-    with pytest.raises(DataError, match=r"damaged at byte 0: it is compressed by gzip, .* decompress it"):
+def test_the_error_for_a_compressed_tar_names_the_compression():
+    with pytest.raises(DataError, match=r"damaged at byte 0: it is compressed with gzip, .* decompress it"):
         scan(gzip.compress(make(MEMBERS)) + bytes(BLOCK))
 
 
@@ -166,7 +166,7 @@ def test_links_are_members_without_content():
     ]  # fmt: skip
 
 
-def test_folders_and_hidden_files_are_passed_over_but_nothing_that_lost_its_extension():
+def test_folders_and_hidden_files_are_skipped_but_not_files_without_an_extension():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         info = tarfile.TarInfo("d.x")
@@ -181,7 +181,7 @@ def test_folders_and_hidden_files_are_passed_over_but_nothing_that_lost_its_exte
     assert (group.key, content(data, group)) == ("x", {"jpg": b"abc", "": b"abc"})
 
 
-def test_a_sparse_member_is_refused():
+def test_a_sparse_member_is_damage():
     info = tarfile.TarInfo("x.jpg")
     info.type = tarfile.GNUTYPE_SPARSE
     with pytest.raises(DataError, match=r"damaged at byte 0: a sparse member 'x\.jpg'"):
@@ -189,7 +189,7 @@ def test_a_sparse_member_is_refused():
 
 
 @pytest.mark.parametrize("record", [b"99 path=x\n", b"abc", b"10 nothing\n", b"13 size=-5\n\n\n", b"14 size=9999\n"])
-def test_a_broken_pax_header_is_refused(record):
+def test_an_invalid_pax_header_is_damage(record):
     header = tarfile.TarInfo("p")
     header.type, header.size = tarfile.XHDTYPE, len(record)
     member = tarfile.TarInfo("x.jpg")
@@ -212,7 +212,7 @@ def ruined(data, *starts):
     return bytes(body)
 
 
-def test_behind_a_damaged_header_the_next_samples_are_read():
+def test_samples_after_a_damaged_header_are_found():
     data = make(MEMBERS)
     first, second, third = scan(data)
     text = second.members[1].offset
@@ -221,7 +221,7 @@ def test_behind_a_damaged_header_the_next_samples_are_read():
     assert outline(ruined(data, first.offset))[0] == ("damaged", 0, first.members[1].offset - BLOCK)
 
 
-def test_a_sample_with_damage_between_its_members_is_lost_as_a_whole():
+def test_a_sample_with_damage_between_its_members_is_part_of_the_damage():
     data = make([("x.jpg", b"1"), ("x.txt", b"2"), ("x.cls", b"3"), ("x.json", b"4"), ("y.jpg", b"5")])
     sample, after = scan(data)
     middle = sample.members[1].offset - BLOCK
@@ -229,26 +229,26 @@ def test_a_sample_with_damage_between_its_members_is_lost_as_a_whole():
     assert outline(ruined(data, middle, middle + 2 * BLOCK)) == [("damaged", 0, after.offset), "y"]
 
 
-def test_a_member_that_lost_blocks_does_not_swallow_the_next_sample():
+def test_the_sample_after_a_member_that_lost_blocks_is_found():
     data = make([("x.jpg", b"1" * 3000), ("x.json", b"{}"), ("y.jpg", b"2" * 3000), ("y.json", b"{}")])
     second = scan(data)[1]
     image = scan(data)[0].members[0]
     shorter = data[: image.offset + BLOCK] + data[image.offset + 2 * BLOCK :]
-    message = f"byte 0: that member is not whole, another begins inside it at byte {image.offset + 5 * BLOCK}"
+    message = f"byte 0: that member is incomplete, another begins inside it at byte {image.offset + 5 * BLOCK}"
     found = list(module.scan(io.BytesIO(shorter), "s", len(shorter)))
     assert isinstance(found[0], Damage)
     assert message in found[0].message
     assert outline(shorter) == [("damaged", 0, second.offset - BLOCK), "y"]
 
 
-def test_a_sample_whose_last_member_is_cut_off_is_no_sample():
+def test_a_sample_with_a_truncated_last_member_is_damage():
     data = make(MEMBERS)
     second = scan(data)[1]
     end = second.members[1].offset + 100
     assert outline(data[:end]) == ["a/x", ("cut", second.offset, end)]
 
 
-def test_a_length_beyond_the_end_with_samples_inside_is_damage_and_not_a_cut():
+def test_a_length_beyond_the_end_is_damage_and_not_a_cut_if_a_sample_follows():
     header = tarfile.TarInfo("x.jpg")
     header.size = 1 << 40
     data = header.tobuf(tarfile.GNU_FORMAT) + make([("y.jpg", b"2")])
@@ -256,14 +256,14 @@ def test_a_length_beyond_the_end_with_samples_inside_is_damage_and_not_a_cut():
     assert outline(header.tobuf(tarfile.GNU_FORMAT) + b"z" * 600) == [("cut", 0, BLOCK + 600)]
 
 
-def test_samples_of_tars_glued_together_are_all_read_whatever_the_padding():
+def test_samples_of_all_concatenated_tars_are_found():
     data = make(MEMBERS)
     end = scan(data)[-1].end
     assert len(data) > end + 3 * BLOCK
     assert outline(data + data) == ["a/x", "a/y", "b/x", ("damaged", end, len(data)), "a/x", "a/y", "b/x"]
 
 
-def test_a_hole_of_zeros_is_damage_also_where_nothing_follows_it():
+def test_a_hole_of_zeros_at_the_end_is_damage():
     data = make(MEMBERS)
     end = scan(data)[-1].end
     assert outline(data[:end] + bytes(TAIL_LIMIT)) == ["a/x", "a/y", "b/x"]
@@ -272,7 +272,7 @@ def test_a_hole_of_zeros_is_damage_also_where_nothing_follows_it():
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_damage_in_a_long_name_costs_the_sample_that_has_it(form):
+def test_damage_in_a_long_name_affects_only_its_sample(form):
     data = make([(f"{'long' * 30}/{name}", body) for name, body in MEMBERS], form)
     first, second, third = scan(data)
     found = outline(ruined(data, second.offset))
@@ -280,7 +280,7 @@ def test_damage_in_a_long_name_costs_the_sample_that_has_it(form):
     assert found[1][:2] == ("damaged", second.offset)
 
 
-def test_a_scan_reads_headers_and_no_content():
+def test_a_scan_reads_headers_but_no_content():
     class Counting(io.BytesIO):
         total = 0
 
