@@ -1,4 +1,4 @@
-"""Shards that live in memory, for tests of what is done with them."""
+"""Shards in memory, for tests of reading and planning."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from univitar_ds.geometry import Modality, Resolution
 START = ReadPosition()
 tiny_image = functools.lru_cache(functools.partial(image, form="PNG"))
 counts = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda some: sum(some) > 0)
-"""Samples of each of some shards."""
+"""Numbers of samples per shard."""
 wounds = st.lists(st.tuples(st.integers(0, 5), st.floats(0, 0.99), st.booleans()), max_size=4)
-"""For `damaged`."""
+"""(shard, share of its bytes, whether to truncate there), for `damaged`."""
 
 
 class MemoryStorage:
-    """The storage interface over a dictionary; counts what was read by ranges and keeps the hints it was given."""
+    """The storage interface over a dictionary; counts range reads and records prefetch hints."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -73,21 +73,21 @@ def tar_bytes(samples: Sequence[Sample]) -> bytes:
 
 
 def sized_sample(key: str, index: int, captions: int = 1) -> Sample:
-    """A small image whose size varies with `index`, and metadata as `data pack` writes it of what matters here."""
+    """A small image whose size varies with `index`, and a subset of the metadata that `data pack` writes."""
     height, width = 14 * (1 + index % 5), 14 * (1 + index // 5 % 4)
     about = {"kind": "image", "width": width, "height": height, "frames": 1}
     about["captions"] = [f"{key} {n}" for n in range(captions)]
     return key, {"png": tiny_image(height, width), "json": json.dumps(about).encode()}
 
 
-def memory_shards(counts: Sequence[int], modality: Modality | None = "image", **told) -> list[SourceShard]:
+def memory_shards(counts: Sequence[int], modality: Modality | None = "image", **fields) -> list[SourceShard]:
     """One shard for each count, with so many images of 1 to 20 tokens.
 
-    `told`: captions for each, `sources` as in `shards_of`.
+    `fields`: `captions`, the number of captions per sample; others as in `shards_of`.
     """
-    captions = told.pop("captions", 1)
+    captions = fields.pop("captions", 1)
     contents = [[sized_sample(f"{s}-{i}", 7 * s + i, captions) for i in range(n)] for s, n in enumerate(counts)]
-    return shards_of(contents, modality, **told)
+    return shards_of(contents, modality, **fields)
 
 
 def shards_of(
@@ -97,7 +97,7 @@ def shards_of(
     sources: Sequence[str] | None = None,
     templates: Sequence[str] = (),
 ) -> list[SourceShard]:
-    """A shard for each content; `sources` names the source of each."""
+    """A shard for each list of samples; `sources` are the names of their sources."""
     return raw_shards([tar_bytes(samples) for samples in contents], modality, sources=sources, templates=templates)
 
 
@@ -108,7 +108,7 @@ def raw_shards(
     sources: Sequence[str] | None = None,
     templates: Sequence[str] = (),
 ) -> list[SourceShard]:
-    """The same from bytes that need not be sound tars."""
+    """A shard for each content, which need not be a valid tar."""
     storage = MemoryStorage()
     storage.files = {f"m{number}": content for number, content in enumerate(contents)}
     return [
@@ -117,8 +117,8 @@ def raw_shards(
     ]
 
 
-def small_rules(shards: Sequence[SourceShard], *, lanes: int = 1, seed: int = 0, **changed) -> StreamConfig:
-    """Native images of 1 to 20 tokens, 40 tokens a pack; 6 bad samples in a row are an error, however many are."""
+def small_config(shards: Sequence[SourceShard], *, lanes: int = 1, seed: int = 0, **changed) -> StreamConfig:
+    """Images of 1 to 20 tokens at their own size, 40 tokens per pack. 6 bad samples in a row are an error."""
     size = SizeRule(changed.pop("modality", "image"), Resolution(1, 20, 14), changed.pop("frames", 1), 40, 10**6)
     policy = BadPolicy("skip", 1000, changed.pop("max_bad_in_a_row", 5))
     fields = {"token_budget": 40, "pool_samples": 16, "policy": policy, **changed}
@@ -126,31 +126,31 @@ def small_rules(shards: Sequence[SourceShard], *, lanes: int = 1, seed: int = 0,
 
 
 def keys(samples: Sequence[Read]) -> list[str]:
-    """The names of the samples."""
+    """The keys of the samples."""
     return [sample.key for sample in samples]
 
 
 def epoch_of(cursor: StreamCursor) -> int:
-    """Of a stage without weights."""
+    """The epoch of the only group of a stage without weights."""
     return cursor.places[EVERYTHING].epoch
 
 
 def packs_of(
-    rules: StreamConfig, lane: int, n: int, start: StreamCursor | None = None
+    config: StreamConfig, lane: int, n: int, start: StreamCursor | None = None
 ) -> tuple[list[tuple[list[Read], dict[str, int]]], StreamCursor]:
-    """The next packs of a lane, each with what was left out on the way, and where they end."""
-    stream = Stream(rules, lane, start or StreamCursor())
+    """The next `n` packs of a lane, each with its bad samples, and the cursor after them."""
+    stream = Stream(config, lane, start or StreamCursor())
     return [stream.next_pack() for _ in range(n)], stream.cursor()
 
 
-def reader_of(rules: StreamConfig, lane: int, place: ReadPosition = START) -> Reader:
-    """What reads the samples of a lane, from a place on."""
-    (group,) = groups_of(rules.shards, "image", rules.weights)
-    return Reader(rules, group, lane, place)
+def reader_of(config: StreamConfig, lane: int, place: ReadPosition = START) -> Reader:
+    """The reader of a lane from a position on."""
+    (group,) = groups_of(config.shards, "image", config.weights)
+    return Reader(config, group, lane, place)
 
 
 def damaged(sizes: Sequence[int], wounds: Sequence[tuple[int, float, bool]]) -> list[SourceShard]:
-    """Shards of so many samples; a wound (shard, share of its bytes, cut) makes the block there zero or cuts there."""
+    """Shards of so many samples. Each wound (shard, share of its bytes, cut) zeroes a block or truncates the shard."""
     contents = [tar_bytes([sized_sample(f"{s}-{i}", 7 * s + i) for i in range(n)]) for s, n in enumerate(sizes)]
     for shard, share, cut in wounds:
         content = contents[shard % len(sizes)]

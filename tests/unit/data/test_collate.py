@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.memory import memory_shards, small_rules
+from tests.support.memory import memory_shards, small_config
 from univitar_ds import tokenization
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data import collate as collate_module
@@ -21,7 +21,7 @@ from univitar_ds.errors import DataError
 
 def packs(n, start=None):
     """The next `n` plans of one lane, from the beginning or from the cursor `start`."""
-    lane = Lane({"image": small_rules(memory_shards([40]))}, start or LaneCursor(0, 1, 0, "f"))
+    lane = Lane({"image": small_config(memory_shards([40]))}, start or LaneCursor(0, 1, 0, "f"))
     first = 0 if start is None else start.packs
     return [lane.next_plan("image", first + index) for index in range(n)]
 

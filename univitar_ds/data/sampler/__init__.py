@@ -1,3 +1,3 @@
-"""Which samples come in which pack of which lane: a pure function of seed, lane and the shards."""
+"""Chooses the samples of every pack of every lane: a pure function of seed, lane, stage and shards."""
 
 __all__ = ["bad_samples", "cursor", "lanes", "packing", "reader", "stream_config"]

@@ -1,7 +1,7 @@
-"""What an unreadable sample does to a run: counted, logged with its address, and a reason to end where there are many.
+"""Counts and logs unreadable samples, and ends the run if there are too many.
 
-A decision depends on the samples alone, in the order in which a lane reads them. Its state is three small numbers
-that travel in the cursor, so a resumed run ends at the same sample as one that was never interrupted.
+The decision depends only on the samples in the order in which a lane reads them. Its state is three integers in the
+cursor, so a resumed run ends at the same sample as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ KINDS = (
     "timeout",
     "crash",
 )
-"""Every word that something unreadable is counted under: those of `tar.Damage`, then those of SampleError."""
+"""All kinds of unreadable samples: those of `tar_index.Damage`, then those of SampleError."""
 
 WINDOW = 1000
-"""Samples over which `max_per_thousand` counts; then counting begins again."""
+"""Samples over which `max_per_thousand` counts; then counting starts again from 0."""
 INITIAL_STATE = (0, 0, 0)
 """The state of a `BadSampleMonitor` that has counted nothing yet."""
 REMEDY = "univitar-ds data verify SOURCE lists what is bad"
@@ -50,7 +50,7 @@ REMEDY = "univitar-ds data verify SOURCE lists what is bad"
 class BadPolicy:
     """`data.on_bad`, `data.max_bad_per_thousand` and `data.max_bad_in_a_row`.
 
-    `logged` counts by kind what all who follow this policy have left out, so that a hundred lanes log no more than one.
+    `logged` counts the log messages of all monitors with this policy by kind, so that many lanes log no more than one.
     """
 
     on_bad: Literal["skip", "fail"] = "skip"
@@ -60,13 +60,13 @@ class BadPolicy:
 
 
 class BadSampleMonitor:
-    """The samples of one lane and modality as one phase meets them: reading of headers, or decoding.
+    """Counts the samples of one lane and modality in one phase: reading headers, or decoding.
 
-    A stretch of damage in a shard counts as one bad sample, so that one lost shard among many ends no run.
+    Contiguous damage in a shard counts as one bad sample, so that one lost shard among many does not end the run.
     """
 
     def __init__(self, policy: BadPolicy, name: str, state: Iterable[int] = INITIAL_STATE) -> None:
-        """`name` says whose samples these are, such as "lane 3, image"; `state` is what `to_json` gave."""
+        """`name` identifies the samples in messages, e.g. "lane 3, image"; `state` is a saved result of `to_json`."""
         self._policy, self._name = policy, name
         self._seen, self._bad, self._in_a_row = state
 
@@ -76,10 +76,10 @@ class BadSampleMonitor:
         self._step()
 
     def bad(self, where: str, error: SampleError, samples: int = 1) -> None:
-        """Count and log one that is left out; `where` is its shard, key and byte.
+        """Count and log a sample that is left out; `where` is its shard, key and byte.
 
-        The log says how many `samples` a stretch of damage has likely held.
-        Raises: DataError if the policy has the run end here.
+        `samples` is the estimated number of samples in damage, for the log.
+        Raises: DataError if the policy ends the run.
         """
         assert error.kind in KINDS, error.kind
         self._bad += 1
@@ -91,7 +91,7 @@ class BadSampleMonitor:
         self._step()
 
     def ignored(self, where: str, texts: Iterable[Ignored]) -> None:
-        """Log what was ignored in a readable sample: no reason to end, whatever it is."""
+        """Log the ignored content of a readable sample. It never ends the run."""
         for kind, message in texts:
             assert kind in IGNORED, kind
             number = self._log_now(f"ignored {kind}")
@@ -99,7 +99,7 @@ class BadSampleMonitor:
                 _log.warning("%s ignored (number %d; %s): %s: %s", kind, number, self._name, where, message)
 
     def to_json(self) -> list[int]:
-        """Samples and bad ones of the present thousand, and bad ones in a row."""
+        """[samples of the present window, bad ones among them, bad ones in a row]."""
         return [self._seen, self._bad, self._in_a_row]
 
     def _step(self) -> None:
@@ -130,9 +130,9 @@ class BadSampleMonitor:
             _log.warning("%s left out (%s, number %d; %s): %s: %s", what, error.kind, number, self._name, where, error)
 
     def _log_now(self, what: str) -> int:
-        """The number of this one, or 0 for one that is not logged.
+        """Count one message of a kind; returns its number, or 0 if it must not be logged.
 
-        Of each kind: the first ten, then every tenth, from a hundred on every hundredth, and so on.
+        The first ten of each kind are logged, then every tenth, from a hundred on every hundredth, and so on.
         """
         logged = self._policy.logged
         logged[what] += 1

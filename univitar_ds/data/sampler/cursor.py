@@ -1,4 +1,4 @@
-"""Where a lane stands: small JSON that a checkpoint keeps, from which the lane goes on without replaying anything."""
+"""The position of a lane as small JSON for checkpoints. A lane continues from it without reading samples again."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from univitar_ds.errors import DataError
 
 VERSION = 3
 EPOCH_STRIDE = 1 << 20
-"""A group of shards numbers its epochs from a multiple of this on, so that no two groups that hold the same samples
-draw alike; the same one in every lane, whose epochs end at different packs."""
+"""The epochs of a group are numbered from a multiple of this, so that two groups with the same samples do not draw the
+same random numbers. The multiple is the same in all lanes."""
 _RESTART = 1 << 10
-"""Generations that are left out where sources have changed: more than there are groups."""
+"""Multiples of EPOCH_STRIDE that are skipped if the sources have changed: more than there are groups."""
 MODALITIES = ("image", "video")
 
 
 class ReadPosition(NamedTuple):
-    """The next sample that a lane reads of one group of shards.
+    """The position of a lane in one group of shards.
 
-    `unit` counts within the lane's units of the epoch; `offset` is a byte of its shard, `ordinal` the number
-    there of the next sample of the modality. `credit` is what the group has in `mixture.WeightedRoundRobin`.
+    `unit` is an index into the lane's units of the epoch, `offset` a byte of its shard, `ordinal` the number of the
+    next sample of the modality in that shard, `credit` the group's credit in `mixture.WeightedRoundRobin`.
     """
 
     epoch: int = 0
@@ -39,11 +39,11 @@ class ReadPosition(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamCursor:
-    """One modality of a lane: the packs given out, where each group of shards is read, the samples read but not given
-    out, oldest first, the state of the reading `BadSampleMonitor`, and groups that turned out to hold no sample of the
-    modality.
+    """The position of one modality of a lane after `packs` packs.
 
-    Groups that a stage leaves out keep their place.
+    `places` maps each group to its position, also groups that the present stage does not read. `pool` has the samples
+    in the shuffle buffer, oldest first. `reading` is the state of the `BadSampleMonitor` for reading. `empty` lists
+    groups that were found to have no sample of the modality.
     """
 
     packs: int = 0
@@ -53,7 +53,7 @@ class StreamCursor:
     empty: tuple[str, ...] = ()
 
     def restarted(self) -> StreamCursor:
-        """Every group at another epoch and nothing in the pool: what is left when addresses mean nothing any more."""
+        """The cursor for changed sources: every group at a new epoch, and an empty shuffle buffer."""
         places = {
             name: ReadPosition((place.epoch // EPOCH_STRIDE + _RESTART) * EPOCH_STRIDE)
             for name, place in self.places.items()
@@ -63,9 +63,9 @@ class StreamCursor:
 
 @dataclass(frozen=True)
 class LaneCursor:
-    """A lane after `packs` packs. Streams that never gave a pack have no entry.
+    """The position of a lane after `packs` packs. Streams without packs have no entry.
 
-    `decoding` is the state of the decoding `BadSampleMonitor` of each modality; who delivers the packs fills it in.
+    `decoding` is the state of the decoding `BadSampleMonitor` of each modality; `collate.DecodingMonitor` sets it.
     """
 
     lane: int
@@ -77,7 +77,7 @@ class LaneCursor:
     decoding: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """About 1 KB with a pool of 192 samples."""
+        """About 1 KB with 192 samples in the shuffle buffer."""
         head = {"version": VERSION, "lane": self.lane, "lanes": self.lanes, "seed": self.seed}
         streams = {name: _stream_to_json(self.streams[name]) for name in MODALITIES if name in self.streams}
         decoding = {name: list(self.decoding[name]) for name in MODALITIES if name in self.decoding}
@@ -86,26 +86,26 @@ class LaneCursor:
     def expect(
         self, *, lane: int, lanes: int, seed: int, fingerprint: str, accept_changed_sources: bool = False
     ) -> LaneCursor:
-        """The cursor, if it belongs to this run; for changed sources that are accepted, one at the next epoch.
+        """Check that the cursor belongs to this run. If changed sources are accepted, returns it at the next epoch.
 
-        Raises: DataError that names what differs and what to do.
+        Raises: DataError with the difference and the remedy.
         """
-        detail = {"lane": (self.lane, lane), "data.lanes": (self.lanes, lanes), "seed": (self.seed, seed)}
-        for name, (saved, given) in detail.items():
+        pairs = {"lane": (self.lane, lane), "data.lanes": (self.lanes, lanes), "seed": (self.seed, seed)}
+        for name, (saved, given) in pairs.items():
             if saved != given:
                 raise DataError(f"the saved data cursor has {name} {saved}, this run {given}; resume with {saved}")
-        # One that was saved before the content of shards was looked at has the first part alone.
+        # Cursors of earlier versions have only the first part of the fingerprint.
         if self.fingerprint in (fingerprint, fingerprint.partition(":")[0]):
             return replace(self, fingerprint=fingerprint)
         if not accept_changed_sources:
             raise DataError(
                 f"the sources have changed since the data cursor was saved (fingerprint {self.fingerprint}, now "
-                f"{fingerprint}): restore the same shards in the same order, set data.accept_changed_sources to go on "
-                "with the next epoch of the new ones, or start a new run"
+                f"{fingerprint}): restore the same shards in the same order, set data.accept_changed_sources to "
+                "continue with the next epoch of the new ones, or start a new run"
             )
-        warn_once(  # not by each of a hundred lanes
+        warn_once(  # instead of once per lane
             f"the sources have changed since the data cursors were saved (fingerprint {self.fingerprint}, now "
-            f"{fingerprint}); the rest of the epoch is left out and the next begins (data.accept_changed_sources)"
+            f"{fingerprint}); the rest of the epoch is skipped and the next begins (data.accept_changed_sources)"
         )
         streams = {name: stream.restarted() for name, stream in self.streams.items()}
         return replace(self, fingerprint=fingerprint, streams=streams)
@@ -114,7 +114,7 @@ class LaneCursor:
 def parse(document: Any) -> LaneCursor:
     """The cursor in a JSON document.
 
-    Raises: DataError if it is not one or has another version.
+    Raises: DataError if the document is not a cursor or has another version.
     """
     version = document.get("version") if isinstance(document, dict) else None
     if version != VERSION:
@@ -124,7 +124,7 @@ def parse(document: Any) -> LaneCursor:
         )
     try:
         streams = {_modality(name): _stream_from_json(part) for name, part in document["streams"].items()}
-        decoding = {_modality(name): _health(part) for name, part in document["decoding"].items()}
+        decoding = {_modality(name): _monitor_state(part) for name, part in document["decoding"].items()}
         numbers = {name: _count(document[name]) for name in ("lane", "lanes", "seed", "packs")}
         return LaneCursor(**numbers, fingerprint=str(document["fingerprint"]), streams=streams, decoding=decoding)
     except (AttributeError, KeyError, TypeError, ValueError, zlib.error) as error:
@@ -152,40 +152,39 @@ def _stream_from_json(document: Mapping[str, Any]) -> StreamCursor:
         packs,
         places,
         read_pool(document["pool"], packs),
-        _health(document["reading"]),
+        _monitor_state(document["reading"]),
         tuple(map(str, document["empty"])),
     )
 
 
 _BARE = -15
-"""Deflate without zlib's frame."""
+"""`wbits` for deflate without zlib's header and checksum."""
 _CHECK_BYTES = 4
 _MOST_BYTES = 1 << 26
-"""Of an inflated pool; what wants to be more is no cursor."""
+"""Limit of a decompressed shuffle buffer; a larger one is not a valid cursor."""
 _SMALL = [bytes([number]) for number in range(0x80)]
 
 
 def write_pool(rows: Sequence[SampleAddress], packs: int) -> str:
-    """The pool as text: what each row adds to the one before, column by column, as varints, deflated, in base 85.
+    """Encode the samples of the shuffle buffer: differences between rows, by column, as varints, deflated, in base 85.
 
-    About 4 bytes a row, where a list of numbers takes 40. Of a row's `since` it holds how many packs of `packs` have
-    left without it.
+    Takes about 4 bytes per row; a list of numbers takes 40. `since` is stored as `packs - since`.
     """
     columns = zip(*_steps(rows, packs), strict=True)
     numbers = [number for column in columns for number in column]
     packed = b"".join([_SMALL[number] if number < 0x80 else _varint(number) for number in numbers])
-    check = zlib.crc32(packed).to_bytes(_CHECK_BYTES)  # deflate's own sum misses changes in so few bytes
+    check = zlib.crc32(packed).to_bytes(_CHECK_BYTES)  # zlib's Adler-32 is weak for so few bytes
     return base64.b85encode(check + zlib.compress(packed, wbits=_BARE)).decode()
 
 
 def read_pool(text: str, packs: int) -> tuple[SampleAddress, ...]:
-    """The rows that `write_pool` wrote. Raises: ValueError or zlib.error if the text is damaged."""
+    """Decode a result of `write_pool`. Raises: ValueError or zlib.error if the text is damaged."""
     data = base64.b85decode(text)
     inflating = zlib.decompressobj(_BARE)
     packed = inflating.decompress(data[_CHECK_BYTES:], _MOST_BYTES)
     whole = inflating.eof and not inflating.unused_data
     if not whole or zlib.crc32(packed).to_bytes(_CHECK_BYTES) != data[:_CHECK_BYTES]:
-        raise ValueError("the pool's checksum does not fit")
+        raise ValueError("the checksum of the shuffle buffer is wrong")
     numbers = list(_varints(packed))
     width = len(SampleAddress._fields)
     if len(numbers) % width:
@@ -196,7 +195,7 @@ def read_pool(text: str, packs: int) -> tuple[SampleAddress, ...]:
 
 
 def _steps(rows: Iterable[SampleAddress], packs: int) -> Iterator[tuple[int, ...]]:
-    """Rows of a shard follow one another in its bytes, whatever comes between: most steps are small."""
+    """The differences between rows. Offsets and ordinals refer to the last row of the same shard, so most are small."""
     shard = epoch = waited = 0
     last: dict[int, tuple[int, int]] = {}
     for row in rows:
@@ -210,6 +209,7 @@ def _steps(rows: Iterable[SampleAddress], packs: int) -> Iterator[tuple[int, ...
 
 
 def _rows(steps: Iterable[tuple[int, ...]], packs: int) -> Iterator[SampleAddress]:
+    """The inverse of `_steps`."""
     shard = epoch = waited = 0
     last: dict[int, tuple[int, int]] = {}
     for length, *unsigned in steps:
@@ -223,12 +223,12 @@ def _rows(steps: Iterable[tuple[int, ...]], packs: int) -> Iterator[SampleAddres
 
 
 def _blocks(value: int) -> int:
-    assert value % BLOCK == 0, f"byte {value} of a shard begins no block"
+    assert value % BLOCK == 0, f"byte {value} of a shard is not at the start of a block"
     return value // BLOCK
 
 
 def _unsigned(value: int) -> int:
-    """0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
+    """Maps 0, -1, 1, -2, ... to 0, 1, 2, 3, ..."""
     return 2 * value if value >= 0 else -2 * value - 1
 
 
@@ -237,7 +237,7 @@ def _signed(value: int) -> int:
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the top bit says that more follow."""
+    """Seven bits per byte, lowest first; the top bit is set if another byte follows."""
     parts = bytearray()
     while value > 0x7F:
         parts.append(value & 0x7F | 0x80)
@@ -255,28 +255,28 @@ def _varints(data: bytes) -> Iterator[int]:
             yield value
             value = shift = 0
     if shift:
-        raise ValueError("its last number is cut")
+        raise ValueError("the last number is truncated")
 
 
 def _modality(name: str) -> str:
     if name not in MODALITIES:
-        raise ValueError(f"{name!r} is no modality")
+        raise ValueError(f"{name!r} is not a modality")
     return name
 
 
-def _health(state: Sequence[Any]) -> tuple[int, ...]:
+def _monitor_state(state: Sequence[Any]) -> tuple[int, ...]:
     if len(state) != len(INITIAL_STATE):
-        raise ValueError(f"{state!r} is no state of health")
+        raise ValueError(f"{state!r} is not a state of a BadSampleMonitor")
     return tuple(map(_count, state))
 
 
 def _integer(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{value!r} is no whole number")
+        raise ValueError(f"{value!r} is not an integer")
     return value
 
 
 def _count(value: Any) -> int:
     if _integer(value) < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is negative")
     return value

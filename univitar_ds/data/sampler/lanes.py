@@ -1,8 +1,7 @@
-"""Lanes: deterministic, endless streams of packs. No pixels, no processes: a lane plans, others decode.
+"""Lanes: deterministic, endless streams of plans, which are packs before decoding.
 
-Which samples a lane gives, and in which packs, depends on the seed, the sources, the number of lanes and the
-stage's rules. The number of ranks, of decoding processes and their timing have no part in it, so any rank can
-take up any lane where its cursor says.
+The plans of a lane depend on the seed, the sources, the number of lanes and the stage. They do not depend on the number
+of ranks or decoding processes or on their timing, so any rank can continue any lane from its cursor.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ _log = logging.getLogger(__name__)
 
 _64_BITS = (1 << 64) - 1
 WELL_FILLED = 0.9
-"""A pack emptier than this because of weights is reported."""
+"""A warning is logged if a pack has less than this share of the token budget because of source weights."""
 LONG_WAIT = 64
-"""Packs after which a sample leaves before those that keep their source from reading on."""
+"""Packs after which the oldest sample takes precedence over the oldest sample of a starved group."""
 POOL_BUDGETS = 2
-"""The pool also holds at least so many token budgets, so that small items fill a pack too."""
+"""The shuffle buffer also holds at least so many token budgets, so that packs of small items are full too."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A pack before decoding. `bad` counts unreadable samples met while planning, `ignored` readable ones of which a
-    text was ignored, by kind.
+    """A pack before decoding.
 
-    `token_rows` are the token ids of the captions, where a tokenizer has added them.
+    `bad` counts the unreadable samples found while planning, `ignored` the readable samples with ignored content, by
+    kind. `token_rows` are the token ids of the captions, if they were tokenized.
     """
 
     samples: Sequence[Sample]
@@ -55,33 +54,35 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """A name for messages."""
         names = [sample.name for sample in self.samples]
-        which = f", {names[0]} to {names[-1]}" if names else ""  # bad samples at the end of a sweep come without others
+        which = f", {names[0]} to {names[-1]}" if names else ""  # the last plan of an evaluation may have no samples
         return f"the pack of lane {self.lane}, step {self.index} ({len(names)} samples{which})"
 
 
 class Lane:
-    """One lane: a stream of packs for each modality, of which each step takes the schedule's."""
+    """One lane: a stream per modality. Each step takes a plan from the stream of its modality."""
 
-    def __init__(self, rules: Mapping[Modality, StreamConfig], cursor: LaneCursor) -> None:
-        self._rules = rules
+    def __init__(self, configs: Mapping[Modality, StreamConfig], cursor: LaneCursor) -> None:
+        self._configs = configs
         self._cursor = cursor
         self._streams: dict[Modality, Stream] = {}
 
     def begin(self, modality: Modality) -> None:
-        """Fetch what waits in this modality and announce what is read first; does nothing when called again.
+        """Create the stream of a modality: read its saved shuffle buffer and prefetch its first shards.
 
-        Raises: DataError if that cannot be read.
+        Does nothing when called again.
+        Raises: DataError if the samples cannot be read.
         """
         if modality not in self._streams:
             start = self._cursor.streams.get(modality, StreamCursor())
-            self._streams[modality] = Stream(self._rules[modality], self._cursor.lane, start)
+            self._streams[modality] = Stream(self._configs[modality], self._cursor.lane, start)
 
     def next_plan(self, modality: Modality, index: int) -> Plan:
-        """The next pack of this modality; `index` is its number in the lane.
+        """The next plan of this modality; `index` is its number in the lane.
 
-        Raises: DataError if a shard cannot be read, nothing readable is left or the policy for bad samples says so.
+        Raises: DataError if a shard cannot be read, if there is no readable sample, or if the policy for bad samples
+        ends the run.
         """
         self.begin(modality)
         stream = self._streams[modality]
@@ -93,32 +94,32 @@ class Lane:
 
 
 class Stream:
-    """One modality of one lane: reads its groups of shards in turn into a pool and chooses packs from it.
+    """One modality of one lane: reads samples of its groups into a shuffle buffer and chooses packs from it.
 
-    The pool is what shuffles: the oldest sample leaves with every pack (where a source has too few samples for its
-    weight, once it has waited `LONG_WAIT` packs), the others in an order drawn anew for each
-    pack. It never holds more than two epochs of a group, and a pack never holds a sample twice; so where a lane has
-    fewer samples an epoch than fit a pack, packs are smaller than the budget.
+    Every pack contains the oldest sample of the buffer; if a group is starved (it has too few samples for its weight),
+    only once that sample has waited `LONG_WAIT` packs. The order of the others is drawn for each pack. The buffer holds
+    samples of at most two epochs of a group, and a pack never contains a sample twice; so packs are smaller than the
+    budget if an epoch of a lane has fewer samples than fit into a pack.
 
-    When the rules change with the stage, every group goes on where it was last read and what waits in the pool still
-    leaves. A group that was never read begins with an epoch of which nothing has been drawn.
+    In a new stage, every group continues at its last position, and samples in the buffer are still used. A new group
+    begins with an epoch that no other group has.
     """
 
-    def __init__(self, rules: StreamConfig, lane: int, start: StreamCursor) -> None:
-        self._rules = rules
+    def __init__(self, config: StreamConfig, lane: int, start: StreamCursor) -> None:
+        self._config = config
         self._lane = lane
         self._packs = start.packs
         self._empty = start.empty
-        groups = [group for group in rules.groups if group.name not in start.empty]
+        groups = [group for group in config.groups if group.name not in start.empty]
         if not groups:
-            raise _nothing_readable(rules, rules.groups[0] if rules.groups else ShardGroup(EVERYTHING, 1, ()), {})
+            raise _nothing_readable(config, config.groups[0] if config.groups else ShardGroup(EVERYTHING, 1, ()), {})
         fresh = ReadPosition(len(start.places) * EPOCH_STRIDE)
         self._places = dict(start.places)
         self._readers = {
-            group.name: Reader(rules, group, lane, start.places.get(group.name, fresh)) for group in groups
+            group.name: Reader(config, group, lane, start.places.get(group.name, fresh)) for group in groups
         }
-        self._turns = self._turns_of({name: place.credit for name, place in start.places.items()})
-        self._health = BadSampleMonitor(rules.policy, f"lane {lane}, {rules.modality}", start.reading)
+        self._round_robin = self._round_robin_of({name: place.credit for name, place in start.places.items()})
+        self._monitor = BadSampleMonitor(config.policy, f"lane {lane}, {config.modality}", start.reading)
         self._seen_this_epoch: set[str] = set()
         self._bad: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
@@ -127,15 +128,15 @@ class Stream:
         self._pool = list(self._restore(start.pool))
 
     def next_pack(self) -> tuple[list[Sample], dict[str, int]]:
-        """Samples of the next pack and the bad ones met on the way."""
+        """The samples of the next pack, and the number of bad samples since the previous one by kind."""
         starved = self._fill()
         candidates = self._candidates(starved)
         tokens = [self._pool[index].tokens for index in candidates]
         chosen = packing.choose(
             tokens,
-            [packing.item_cost(count, self._rules.cost) for count in tokens],
-            self._rules.token_budget,
-            self._rules.cost_budget,
+            [packing.item_cost(count, self._config.cost) for count in tokens],
+            self._config.token_budget,
+            self._config.cost_budget,
         )
         leaving = [candidates[number] for number in chosen]
         if starved is not None:
@@ -148,102 +149,103 @@ class Stream:
         return samples, bad
 
     def take_ignored(self) -> dict[str, int]:
-        """Readable samples of which a text was ignored, by kind, since this was asked before."""
+        """Return and reset the number of readable samples with ignored content, by kind."""
         ignored, self._ignored = dict(self._ignored), Counter()
         return ignored
 
     def cursor(self) -> StreamCursor:
-        """Where the stream stands after the last pack."""
-        read = {name: reader.place._replace(credit=self._turns.credits[name]) for name, reader in self._readers.items()}
+        """The position of the stream after the last pack."""
+        credits = self._round_robin.credits
+        read = {name: reader.place._replace(credit=credits[name]) for name, reader in self._readers.items()}
         pool = tuple([sample.address for sample in self._pool])
-        return StreamCursor(self._packs, {**self._places, **read}, pool, tuple(self._health.to_json()), self._empty)
+        return StreamCursor(self._packs, {**self._places, **read}, pool, tuple(self._monitor.to_json()), self._empty)
 
-    def _turns_of(self, credits: Mapping[str, int]) -> WeightedRoundRobin:
+    def _round_robin_of(self, credits: Mapping[str, int]) -> WeightedRoundRobin:
         return WeightedRoundRobin({name: reader.group.share for name, reader in self._readers.items()}, credits)
 
     def _fill(self) -> str | None:
-        """Top the pool up; what is read here is fixed by the pool and the places alone.
+        """Fill the shuffle buffer. The samples read depend only on the buffer and the positions of the groups.
 
-        Returns: the group whose turn it is and that has no more samples to give, if that ended it.
+        Returns: the starved group, if filling ended because the next group already has two epochs in the buffer.
         """
-        rules = self._rules
+        config = self._config
         tokens = sum([sample.tokens for sample in self._pool])
         oldest: dict[str, int] = {}
         for sample in self._pool:
             if len(oldest) == len(self._readers):
                 break
-            name, epoch = rules.group_of.get(sample.address.shard), sample.address.epoch
-            # Samples of a stage with other groups say nothing of how far this one has come.
+            name, epoch = config.group_of.get(sample.address.shard), sample.address.epoch
+            # Epochs of a stage with other groups cannot be compared with those of this stage.
             if name in self._readers and epoch // EPOCH_STRIDE == self._readers[name].place.epoch // EPOCH_STRIDE:
                 oldest.setdefault(name, epoch)
-        while len(self._pool) < rules.pool_samples or tokens < POOL_BUDGETS * rules.token_budget:
-            name = self._turns.next()
+        while len(self._pool) < config.pool_samples or tokens < POOL_BUDGETS * config.token_budget:
+            name = self._round_robin.next()
             reader = self._readers[name]
             if reader.place.epoch > oldest.get(name, reader.place.epoch) + 1:
                 return name
             sample = self._read(reader)
             if sample is not None:
                 self._pool.append(sample)
-                self._turns.taken()
+                self._round_robin.taken()
                 tokens += sample.tokens
                 oldest.setdefault(name, sample.address.epoch)
         return None
 
     def _warn_starved(self, group: str, tokens: int) -> None:
-        """A pack holds a sample once and weights hold, so a few samples cannot fill it nor let others do so."""
-        share = tokens / self._rules.token_budget
-        if share >= WELL_FILLED or self._rules.cost_budget is not None:
+        """Warn of a pack that is not full, because a group has few samples, each at most once, and others must wait."""
+        share = tokens / self._config.token_budget
+        if share >= WELL_FILLED or self._config.cost_budget is not None:
             return
-        if not self._rules.warns_first(f"starved: {group}"):
+        if not self._config.is_first_warning(f"starved: {group}"):
             return
         why = f"source {group} has too few samples in a lane for its weight; lower its weight, data.lanes"
         if len(self._readers) == 1:
-            why = "a lane has too few of them and a pack holds each once; lower data.lanes"
+            why = "a lane has too few of them and a pack contains each at most once; lower data.lanes"
         _log.warning(
-            "a pack of %s samples is filled to %.0f %% only (lane %d, others may be no fuller), because %s or "
+            "a pack of %s samples is filled to only %.0f %% (lane %d; other packs may be no fuller), because %s or "
             "token_budget",
-            self._rules.modality,
+            self._config.modality,
             100 * share,
             self._lane,
             why,
         )
 
     def _read(self, reader: Reader) -> Sample | None:
-        """The next sample of a group; None where there is none, after counting what was bad."""
+        """The next sample of a group; None for a bad sample, which is counted, or at the end of an epoch."""
         found = reader.next()
         if found is None:
             self._close_epoch(reader.group)
             return None
         if isinstance(found, BadSample):
             self._bad[found.kind] += found.samples
-            self._health.bad(found.where, SampleError(found.kind, found.message), found.samples)
+            self._monitor.bad(found.where, SampleError(found.kind, found.message), found.samples)
             return None
-        self._health.good()
+        self._monitor.good()
         if found.ignored:
             self._ignored.update(one.kind for one in found.ignored)
-            self._health.ignored(f"{found.name} at byte {found.address.offset}", found.ignored)
+            self._monitor.ignored(f"{found.name} at byte {found.address.offset}", found.ignored)
         self._seen_this_epoch.add(reader.group.name)
         return self._drawn(found, found.address._replace(since=self._packs))
 
     def _candidates(self, starved: str | None) -> list[int]:
-        """The pool in the order in which it should leave: the oldest, then the rest as drawn for this pack.
+        """Indices of the shuffle buffer in the order of preference: the oldest sample, then the rest in random order.
 
-        Where a group is `starved`, before that the oldest of the group, which keeps it from reading on.
-        Who has waited long draws better, so that sizes that fit badly do not pile up until they make a poor pack.
+        If a group is `starved`, its oldest sample comes first, because it keeps the group from reading on.
+        Samples that have waited longer tend to come earlier, so that sizes that fit badly do not accumulate.
         """
-        # Multiplying by an odd number draws anew from one number a sample, for a tenth of a hash's time.
-        factor = draw(self._rules.seed, "pool", self._rules.modality, self._lane, self._packs) | 1
+        # Multiplying by an odd number gives a new random number per sample in a tenth of a hash's time.
+        factor = draw(self._config.seed, "pool", self._config.modality, self._lane, self._packs) | 1
         soon = 1 + self._packs
-        turns = [(one.draw * factor & _64_BITS) / (soon - one.address.since) ** 2 for one in self._pool]
-        waiting = self._without_twins()
+        ranks = [(one.draw * factor & _64_BITS) / (soon - one.address.since) ** 2 for one in self._pool]
+        waiting = self._deduplicated()
         heads = [waiting[0]]
         if starved is not None and self._packs - self._pool[waiting[0]].address.since <= LONG_WAIT:
             heads.insert(0, next((index for index in waiting if self._group_at(index) == starved), waiting[0]))
         rest = [index for index in waiting if index not in heads]
-        return [*dict.fromkeys(heads), *sorted(rest, key=turns.__getitem__)]
+        return [*dict.fromkeys(heads), *sorted(rest, key=ranks.__getitem__)]
 
-    def _without_twins(self) -> Sequence[int]:
-        """Places in the pool, of a sample that waits for two epochs only that of the older."""
+    def _deduplicated(self) -> Sequence[int]:
+        """Indices of the shuffle buffer; of a sample that is there for two epochs only the older one."""
         if len({sample.address.epoch for sample in self._pool}) == 1:
             return range(len(self._pool))
         first: dict[tuple[int, int], int] = {}
@@ -252,19 +254,20 @@ class Stream:
         return list(first.values())
 
     def _group_at(self, index: int) -> str | None:
-        """The group of a sample in the pool; None if the stage reads it no more."""
-        return self._rules.group_of.get(self._pool[index].address.shard)
+        """The group of a sample in the shuffle buffer; None if the stage does not read it."""
+        return self._config.group_of.get(self._pool[index].address.shard)
 
     def _drawn(self, sample: Sample, address: SampleAddress) -> Sample:
-        """The sample with its address and its number in this epoch."""
+        """Set the sample's address and its random number for this epoch."""
         sample.address = address
-        sample.draw = draw(self._rules.seed, "item", address.shard, address.offset, address.epoch)
+        sample.draw = draw(self._config.seed, "item", address.shard, address.offset, address.epoch)
         return sample
 
     def _close_epoch(self, group: ShardGroup) -> None:
-        """A lane may go an epoch without a sample where samples are few, but not if there are none at all.
+        """Handle the end of an epoch of a group, in which a lane may have no sample if the group has few.
 
-        A source of which it was not known that it lacks the modality drops out here.
+        Removes the group if it turns out to have no sample of the modality.
+        Raises: DataError if all its samples are unreadable, or if it is the only group.
         """
         if group.name in self._seen_this_epoch:
             self._seen_this_epoch.discard(group.name)
@@ -273,35 +276,38 @@ class Stream:
         if held == "readable":
             return
         if held == "unreadable" or len(self._readers) == 1:
-            raise _nothing_readable(self._rules, group, self._bad)
-        if self._rules.warns_first(f"nothing: {group.name}"):
-            _log.info("source %s holds no %s sample", group.name, self._rules.modality)
+            raise _nothing_readable(self._config, group, self._bad)
+        if self._config.is_first_warning(f"nothing: {group.name}"):
+            _log.info("source %s holds no %s sample", group.name, self._config.modality)
         self._places[group.name] = self._readers.pop(group.name).place
         self._empty = tuple(sorted({*self._empty, group.name}))
-        self._turns = self._turns_of(self._turns.credits)
+        self._round_robin = self._round_robin_of(self._round_robin.credits)
 
     def _holds(self, group: ShardGroup) -> Held:
-        """What a group holds, found once for all lanes: to know that it is nothing, all of its shards are scanned."""
-        known = self._rules.held
+        """`held_by` the group, cached for all lanes, because it may scan all shards of the group."""
+        known = self._config.held
         if group.name not in known:
-            known[group.name] = held_by(self._rules, group)
+            known[group.name] = held_by(self._config, group)
         return known[group.name]
 
     def _restore(self, rows: Sequence[SampleAddress]) -> Iterator[Sample]:
-        """The saved pool; what the rules of this stage do not allow is counted, but no sign of bad data."""
-        rules = self._rules
+        """The samples of the saved shuffle buffer.
+
+        Those that this stage does not allow are counted, but not as bad samples of the policy.
+        """
+        config = self._config
         for row in rows:
-            if row.shard >= len(rules.shards):
+            if row.shard >= len(config.shards):
                 raise _changed(f"number {row.shard}", row)
-        for row, found in zip(rows, read_again(rules, rows), strict=True):
-            shard = rules.shards[row.shard]
+        for row, found in zip(rows, read_again(config, rows), strict=True):
+            shard = config.shards[row.shard]
             if found is None:
                 raise _changed(shard.name, row)
             if not isinstance(found, SampleError):
                 yield self._drawn(found, row)
                 continue
             self._bad[found.kind] += 1
-            if rules.warns_first(f"left out: {found.kind}"):
+            if config.is_first_warning(f"left out: {found.kind}"):
                 where = f"{shard.name}, number {row.ordinal} at byte {row.offset}"
                 _log.warning("samples left out by this stage (%s), the first: %s: %s", found.kind, where, found)
 
@@ -313,14 +319,14 @@ def _changed(shard: str, row: SampleAddress) -> DataError:
     )
 
 
-def _nothing_readable(rules: StreamConfig, group: ShardGroup, bad: Mapping[str, int]) -> DataError:
+def _nothing_readable(config: StreamConfig, group: ShardGroup, bad: Mapping[str, int]) -> DataError:
     source = f" of source {group.name}" if group.name else ""
     cause = f" (left out: {', '.join(f'{n} {kind}' for kind, n in sorted(bad.items()))})" if bad else ""
-    first = rules.shards[group.shards[0]] if group.shards else None
-    apart = None if first is None else scattered(first, rules.modality)
+    first = config.shards[group.shards[0]] if group.shards else None
+    apart = None if first is None else scattered(first, config.modality)
     if first is not None and apart is not None:
-        cause += f"; in shard {first.name} the members of {apart} lie apart, but {SORT_HINT}"
+        cause += f"; in shard {first.name} the members of {apart} are not consecutive, but {SORT_HINT}"
     return DataError(
-        f"none of the {len(group.shards)} shards{source} has a readable {rules.modality} sample{cause}; "
+        f"none of the {len(group.shards)} shards{source} has a readable {config.modality} sample{cause}; "
         "univitar-ds data verify SOURCE lists what is wrong with each"
     )

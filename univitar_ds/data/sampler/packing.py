@@ -1,8 +1,8 @@
-"""Which of the waiting samples make the next pack. Pure functions of sizes; nothing is padded, cut or dropped.
+"""Chooses the samples of the next pack from the shuffle buffer: pure functions of sizes, without padding or truncation.
 
-The first sample always leaves. An exact subset sum over the others (reachable totals as the bits of one big integer)
-fills the rest, to the token without a cost budget; with one, to the pair of tokens and cost that lets all packs take
-the same time. Of the ways to get there it takes one with the earliest samples.
+The pack always contains the first sample. The others are chosen by subset sum, with the reachable totals as the bits of
+one big integer. Without a cost budget the pack has the most tokens possible; with one, it has tokens and cost with
+which all packs take the same time. Of several solutions, one with the earliest samples is taken.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-TAKEN_AS_THEY_COME = (0.6, 0.3)
-"""Share of the budgets that is filled in order before the search for a pair, which is the finer the less it has to
-fill; the second is for sizes so alike that the first leaves no way to fill the rest."""
-MOST_AS_THEY_COME = 0.85
-"""A sample that would fill more waits for the search, which needs room."""
+FILLED_IN_ORDER = (0.6, 0.3)
+"""Share of the budgets that is filled in order before the search for a (tokens, cost) pair; the search is more precise
+the less it has to fill. The second value is tried if sizes are so similar that the first leaves a poor rest."""
+MOST_IN_ORDER = 0.85
+"""A sample that would fill more than this is left to the search, which needs room."""
 CLOSE = 0.005
-"""A pack this near to its aim, in shares of the budgets, is not searched for again."""
-PULL = 0.5
-"""How far a pack's cost per token may be above that of what waits, in standard deviations of what waits."""
-MANY_ENOUGH = 1.06
-"""So many times the tokens that what waits has for the cost budget are aimed at where that binds: packs are fuller, and
-the dear samples that this leaves meet cheap ones later (measured: `benchmarks/LOG.md`)."""
+"""A pack this near to its aim, in shares of the budgets, ends the search."""
+MOST_EXCESS = 0.5
+"""How far the aimed cost per token may be above the mean of the candidates, in their standard deviations."""
+EXTRA_TOKENS = 1.06
+"""If the cost budget binds, the pack aims at so many times the tokens that the candidates on average have for that
+cost. Packs are fuller, and the expensive samples that remain are combined with cheap ones later (measured:
+`benchmarks/LOG.md`)."""
 _NEGLIGIBLE = 1e-9
-"""Costs that all together are a smaller share of their budget never bind; sums of the tiniest floats round to 0."""
+"""If all costs together are a smaller share of the budget, it never binds; sums of the smallest floats round to 0."""
 _TOKEN_UNITS, _COST_UNITS = 64, 256
-"""Resolution of the search for a pair; an item is rounded to it and the sums are then checked in full."""
+"""Resolution of the search for a pair. Items are rounded to it, and the totals of the result are checked exactly."""
 _ROWS = 12
-"""Different costs that are tried, nearest first; each with the two nearest numbers of tokens."""
+"""Costs that are tried, nearest first, each with the two nearest numbers of tokens."""
 _TRIES = 32
 """Pairs that are tried, nearest first."""
 
@@ -49,7 +50,7 @@ def item_cost(tokens: int, coefficients: tuple[float, float]) -> float:
 
 
 def scale_for_dropout(coefficients: tuple[float, float], dropout: float) -> tuple[float, float]:
-    """Coefficients by an item's whole tokens where the encoder sees all but `dropout` of them, to rounding."""
+    """The coefficients for an encoder that drops the share `dropout` of an item's tokens; exact up to rounding."""
     linear, square = coefficients
     return (1 - dropout) * linear, (1 - dropout) ** 2 * square
 
@@ -57,12 +58,14 @@ def scale_for_dropout(coefficients: tuple[float, float], dropout: float) -> tupl
 def choose(
     tokens: Sequence[int], costs: Sequence[float], token_budget: int, cost_budget: float | None = None
 ) -> list[int]:
-    """Indices of the samples that make the next pack, in the order given.
+    """Choose the samples of the next pack.
 
-    Args: tokens and cost of every waiting sample, in the order in which they should leave; the most tokens of a
-    pack; the most cost of a pack (None: no limit).
-    Returns: at least the first sample, so that nothing waits for ever. The totals stay within both budgets,
-    unless the first sample alone exceeds the cost budget: it then travels alone.
+    Args:
+        tokens, costs: of every candidate, in the order of preference.
+        token_budget: most tokens of a pack.
+        cost_budget: most cost of a pack; None for no limit.
+    Returns: ascending indices that include 0, so that no sample waits forever. The totals are within both budgets; if
+    the first sample exceeds the cost budget, it is alone.
     """
     assert len(tokens) == len(costs) > 0, (len(tokens), len(costs))
     assert 0 < max(tokens) <= token_budget, f"an item of {max(tokens)} tokens in a budget of {token_budget}"
@@ -73,7 +76,7 @@ def choose(
     aim = _aim(items, budget)
     best: list[int] = []
     best_miss = math.inf
-    for share in TAKEN_AS_THEY_COME:
+    for share in FILLED_IN_ORDER:
         chosen = _towards(items, aim, budget, share)
         miss = _miss(_total(items, chosen), aim, budget)
         if miss < best_miss:
@@ -84,28 +87,28 @@ def choose(
 
 
 def _aim(items: Sequence[Totals], budget: Totals) -> Totals:
-    """What the pack should come to so that the next ones can come to the same.
+    """The totals that the pack should have, so that later packs can have the same.
 
-    Where what waits is dear, the cost budget binds: the pack takes the waiting samples' tokens for that cost, and some
-    more. Where it is cheap, the token budget binds; the pack then gets more than its share of dear samples, within
-    reason, because all lanes aim at the same cost budget and what waits in each differs by chance.
+    If the candidates are expensive, the cost budget binds: the aim is slightly more tokens than they have on average
+    for that cost. If they are cheap, the token budget binds: the aim is then a higher cost per token than their mean,
+    up to a limit, because all lanes aim at the same cost and their candidates differ by chance.
     """
     tokens, cost = _total(items, range(len(items)))
     mean = cost / tokens
     if mean * budget.tokens >= budget.cost:
-        return Totals(min(budget.tokens, MANY_ENOUGH * budget.cost / mean), budget.cost)
+        return Totals(min(budget.tokens, EXTRA_TOKENS * budget.cost / mean), budget.cost)
     variance = sum(item.tokens * (item.cost / item.tokens - mean) ** 2 for item in items) / tokens
-    return Totals(budget.tokens, min(budget.cost, (mean + PULL * math.sqrt(variance)) * budget.tokens))
+    return Totals(budget.tokens, min(budget.cost, (mean + MOST_EXCESS * math.sqrt(variance)) * budget.tokens))
 
 
 def _towards(items: Sequence[Totals], aim: Totals, budget: Totals, share: float) -> list[int]:
-    """A pack within the budgets near `aim`, of which `share` is filled in order and the rest by search."""
+    """A pack within the budgets near `aim`; `share` of it is filled in order and the rest by search."""
     chosen, used = [0], items[0]
     for index, item in enumerate(items[1:], 1):
         if _filled(used, aim) >= share:
             break
         more = Totals(used.tokens + item.tokens, used.cost + item.cost)
-        if _filled(more, aim) <= MOST_AS_THEY_COME:
+        if _filled(more, aim) <= MOST_IN_ORDER:
             chosen.append(index)
             used = more
     taken = set(chosen)
@@ -137,7 +140,7 @@ def _total(items: Sequence[Totals], indices: Iterable[int]) -> Totals:
 
 
 def _fullest(tokens: Sequence[int], left: int) -> list[int]:
-    """Indices of the subset with the most tokens within what is left; exact."""
+    """Indices of the subset with the most tokens up to `left`; exact."""
     fitting = [index for index, size in enumerate(tokens) if size <= left]
     if not fitting:
         return []
@@ -147,10 +150,10 @@ def _fullest(tokens: Sequence[int], left: int) -> list[int]:
 
 
 def _nearest(items: Sequence[Totals], left: Totals, aim: Totals, budget: Totals) -> list[int]:
-    """Indices of the subset within what is left whose tokens and cost are nearest to `aim`, among those tried.
+    """Indices of the subset within `left` whose tokens and cost are nearest to `aim`, among those tried.
 
-    A pair of totals is one bit of the big integer: a row of bits for each cost, in it a bit for each number of tokens.
-    A row has twice the room, so that a sum beyond the last token falls into the unused half.
+    Each pair of totals is one bit of a big integer: a row of bits for each cost, with a bit for each number of tokens.
+    Rows have twice the needed width, so that sums above the most tokens fall into the unused half.
     """
     if not items or left.cost <= 0:
         return []
@@ -164,7 +167,7 @@ def _nearest(items: Sequence[Totals], left: Totals, aim: Totals, budget: Totals)
         for cost, tokens in _pairs(reach[-1], *goal)
     )
     subsets = [_trace(weights, reach, pair) for _, pair in pairs[:_TRIES]]
-    # Rounding may leave none of those within the limits.
+    # Because of rounding, none of those may be within the limits.
     subsets += [[], _fullest([item.tokens for item in items], left.tokens)]
     best: list[int] = []
     best_miss = math.inf
@@ -177,7 +180,7 @@ def _nearest(items: Sequence[Totals], left: Totals, aim: Totals, budget: Totals)
 
 
 def _pairs(reachable: int, goal_cost: int, goal_tokens: int) -> Iterator[tuple[int, int]]:
-    """Reachable pairs (cost, tokens) in units: of the rows nearest to the goal the tokens nearest to it."""
+    """Reachable pairs (cost, tokens) in units: in the rows nearest to the goal, the tokens nearest to it."""
     row_mask = (1 << (_TOKEN_UNITS + 1)) - 1
     rows = 0
     for cost in sorted(range(_COST_UNITS + 1), key=lambda cost: abs(cost - goal_cost)):
@@ -199,7 +202,7 @@ def _clipped(value: float, most: int) -> int:
 
 
 def _reachable(weights: Sequence[int], mask: int, goal: int) -> list[int]:
-    """Sums of subsets of the first 0, 1, 2, ... weights, as bits; ends with the first that reaches the goal."""
+    """Sums of subsets of the first 0, 1, 2, ... weights, as bits; ends as soon as the goal is reachable."""
     reach = [1]
     for weight in weights:
         reach.append((reach[-1] | reach[-1] << weight) & mask)
@@ -209,7 +212,7 @@ def _reachable(weights: Sequence[int], mask: int, goal: int) -> list[int]:
 
 
 def _trace(weights: Sequence[int], reach: Sequence[int], target: int) -> list[int]:
-    """The members of a subset with sum `target`; a later item is taken only where the earlier ones cannot do it."""
+    """The members of a subset with sum `target`; a later item is used only if earlier ones cannot reach the sum."""
     subset = []
     for index in range(len(reach) - 2, -1, -1):
         if not reach[index] >> target & 1:
@@ -220,4 +223,4 @@ def _trace(weights: Sequence[int], reach: Sequence[int], target: int) -> list[in
 
 
 _MASK = sum(((1 << (_TOKEN_UNITS + 1)) - 1) << (cost * 2 * _TOKEN_UNITS) for cost in range(_COST_UNITS + 1))
-"""The bits of `_nearest` that mean something: rows up to the last cost, in each row up to the last token."""
+"""The used bits of `_nearest`: rows up to the most cost, in each row up to the most tokens."""

@@ -1,4 +1,4 @@
-"""Reading a group of shards for one lane: sample after sample by address, epoch after epoch, from any place on."""
+"""Reads the samples of a group for one lane, epoch after epoch, from any position on."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Modality
 
 HINTED = 4
-"""Shards that a storage is asked to prefetch; how many of them it fetches ahead is its own business."""
+"""Next shards in a prefetch hint; `data.s3.prefetch_shards` limits how many of them are downloaded."""
 BATCH = 32
 """Samples of a shard whose texts are read together."""
 FILES_OF_A_GROUP = 2
-"""Most files that a `Reader` keeps open: its shard, and once more where a part of it is scanned."""
+"""Most files that a `Reader` keeps open: its shard, and a second time for the scan of a divided shard."""
 _MOST_AGAIN = 256 << 20
-"""Bytes of saved samples that are read at a time."""
+"""Most bytes of saved samples that are read at a time."""
 
 
 class BadSample(NamedTuple):
-    """A sample that is left out, or a stretch of damage: where it is, why, and how many `samples` that likely costs."""
+    """A sample that is left out, or damage: its location, the reason, and the estimated number of lost `samples`."""
 
     where: str
     kind: str
@@ -41,9 +41,9 @@ class BadSample(NamedTuple):
 
 
 class Reader:
-    """The samples of one group of shards that belong to one lane, in its order.
+    """The samples of one group that belong to one lane, in reading order.
 
-    `place` is the position after the last sample: a reader that starts there gives what this one gives next.
+    `place` is the position after the last sample; a new reader that starts there continues with the next sample.
     """
 
     def __init__(self, config: StreamConfig, group: ShardGroup, lane: int, place: ReadPosition) -> None:
@@ -54,20 +54,20 @@ class Reader:
         self._samples = self._walk(place)
 
     def next(self) -> Sample | BadSample | None:
-        """The next sample or what is left out; None at the end of an epoch.
+        """The next sample or bad sample; None at the end of an epoch.
 
-        Raises: DataError if a shard cannot be read at all.
+        Raises: DataError if a shard cannot be read.
         """
         found, self.place = next(self._samples)
         return found
 
     def announce(self) -> None:
-        """Announce the shard that is read first to its storage, before anything waits for it."""
+        """Prefetch the first shard before it is needed."""
         units = self._units(self.place.epoch)[self.place.unit :]
         self._announce(-1, iter(units[:1]))
 
     def _walk(self, start: ReadPosition) -> Iterator[tuple[Sample | BadSample | None, ReadPosition]]:
-        """Everything from `start` on, each with the place after it."""
+        """Yields everything from `start` on, each with the position after it."""
         first, offset, ordinal = start.unit, start.offset, start.ordinal
         units = self._units(start.epoch)
         for epoch in itertools.count(start.epoch):
@@ -80,13 +80,13 @@ class Reader:
             yield None, ReadPosition(epoch + 1)
 
     def _unit(self, unit: ShardSlice, start: ReadPosition) -> Iterator[tuple[Sample | BadSample, ReadPosition]]:
-        """Of all lanes that read the shard, the owner of the sample after some damage is the one that reports it."""
+        """Yields the samples of a unit. If lanes share the shard, the lane with the sample after damage reports it."""
         shard = self._config.shards[unit.shard]
         entries = self._own_entries(shard, unit, start)
         for entry, ordinal, found in read_entries(shard, entries, self._config.size, self._config.probe):
             place = ReadPosition(start.epoch, start.unit, entry.end, ordinal + isinstance(entry, tar_index.Group))
             if isinstance(entry, tar_index.Damage) and entry.end >= shard.size:
-                place = ReadPosition(start.epoch, start.unit + 1)  # the same would be reported again from this byte on
+                place = ReadPosition(start.epoch, start.unit + 1)  # a scan from this byte would report the damage again
             if isinstance(found, SampleError):
                 cost = samples_in(shard, entry, ordinal)
                 yield BadSample(where_is(shard, entry), found.kind, str(found), cost), place
@@ -96,9 +96,9 @@ class Reader:
             yield found, place
 
     def _own_entries(self, shard: Shard, unit: ShardSlice, start: ReadPosition) -> Iterator[tuple[Entry, int]]:
-        """The unit's samples and damage from `start` on, with the number of the sample that it is or that follows.
+        """Yields the unit's samples and damage from `start` on, with the number of the present or following sample.
 
-        Units that are parts of a shard share a scan of it. One that was left in the middle goes on from that byte.
+        Units of a divided shard share its scan. A unit that is resumed in the middle is scanned from that byte.
         """
         modality = self._config.modality
         if unit.parts > 1 and not start.offset:
@@ -115,13 +115,13 @@ class Reader:
         return units_of_lane(group.shards, config.lanes, self._lane, config.seed, config.modality, epoch, group.name)
 
     def _announce(self, current: int, units: Iterator[ShardSlice]) -> None:
-        """Announce to the storages which shards come after `current`."""
+        """Prefetch the shards after `current`."""
         coming = dict.fromkeys(unit.shard for unit in itertools.islice(units, HINTED) if unit.shard != current)
         announce([self._config.shards[index] for index in coming])
 
 
 def announce(shards: Sequence[Shard]) -> None:
-    """Announce to the storages that these shards come next."""
+    """Send prefetch hints for the next shards to their storages."""
     for storage in {id(shard.storage): shard.storage for shard in shards}.values():
         storage.prefetch([shard.path for shard in shards if shard.storage is storage])
 
@@ -134,11 +134,11 @@ def read_entries(
     *,
     label_is_enough: bool = False,
 ) -> Iterator[tuple[Entry, int, Sample | SampleError]]:
-    """Each entry of a shard with its number and what it is: a sample with a caption or label, or why it is left out.
+    """Yields each entry of a shard with its number, and its sample or the reason why it is left out.
 
-    Entries are read `BATCH` at a time, so that sizes that have to be probed cost one message to another process.
-    `label_is_enough`: without captions made from a label, as an evaluation needs it.
-    Raises: DataError if the shard cannot be read, after the samples before that place.
+    Entries are read `BATCH` at a time, so that probing their sizes takes one message to another process.
+    `label_is_enough`: do not make captions from labels; for an evaluation.
+    Raises: DataError if the shard cannot be read, after yielding the samples before that byte.
     """
     for batch in _batches(entries):
         groups = [(shard, entry) for entry, _ in batch if isinstance(entry, tar_index.Group)]
@@ -156,7 +156,7 @@ def read_entries(
 
 
 def _batches(entries: Iterable[tuple[Entry, int]]) -> Iterator[list[tuple[Entry, int]]]:
-    """Lists of at most `BATCH`. Where the entries end by an error, it comes after those before it."""
+    """Yields lists of at most `BATCH` entries. An error of the iterator is raised after the entries before it."""
     entries = iter(entries)
     failure: DataError | None = None
     while failure is None:
@@ -173,7 +173,7 @@ def _batches(entries: Iterable[tuple[Entry, int]]) -> Iterator[list[tuple[Entry,
 
 
 def numbered(entries: Iterable[Entry]) -> Iterator[tuple[Entry, int]]:
-    """Entries of a whole shard with the number of the sample that each is or that follows."""
+    """Yields the entries of a whole shard with the number of the sample that each is or that follows it."""
     number = 0
     for entry in entries:
         yield entry, number
@@ -181,10 +181,10 @@ def numbered(entries: Iterable[Entry]) -> Iterator[tuple[Entry, int]]:
 
 
 def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
-    """How many samples this is: of damage how many it has likely held, at least 1.
+    """The number of samples of an entry: 1 for a sample; for damage an estimate, at least 1.
 
-    A manifest says at the shard's end how many are missing in all. Else those before the damage, `ordinal` of them,
-    give it by their mean size.
+    With a manifest, the estimate for damage at the end of the shard is the number of missing samples, and 1 elsewhere.
+    Without one, it follows from the mean size of the `ordinal` samples before the damage.
     """
     if isinstance(entry, tar_index.Group):
         return 1
@@ -196,9 +196,10 @@ def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
 
 
 def read_again(config: StreamConfig, rows: Sequence[SampleAddress]) -> Iterator[Sample | SampleError | None]:
-    """The samples of a cursor's addresses, in order; from a remote store many at a time.
+    """Yields the samples at a cursor's addresses, in order; reads many at a time from a remote store.
 
-    None where the address does not hold one sample any more, an error where the rule leaves the sample out.
+    Yields None for an address that no longer is a single sample, and an error for a sample that the stage does not
+    allow.
     """
     most = max(1, min(BATCH, _MOST_AGAIN // max([row.length for row in rows], default=1)))
     for begin in range(0, len(rows), most):
@@ -209,25 +210,25 @@ def read_again(config: StreamConfig, rows: Sequence[SampleAddress]) -> Iterator[
 
 
 def with_captions(shard: SourceShard, sample: Sample, *, label_is_enough: bool = False) -> Sample | SampleError:
-    """The sample with its label's name and its captions, made from its source's templates where it has none.
+    """The sample with the class name of its label, and with captions from its source's templates if it has none.
 
-    `label_is_enough`: none are made, and where each line of a text is a caption, those after the first are
-    `other_captions`. An error if it has neither a caption nor a label.
+    `label_is_enough`: no captions are made from labels, and with one caption per line the lines after the first are
+    `other_captions`. Returns an error if the sample has neither a caption nor a label.
     """
     templates = None if label_is_enough else shard.templates
     try:
-        said, label, ignored = resolve(
+        texts, label, ignored = resolve(
             sample.captions, sample.label, sample.ignored, class_names=shard.class_names, templates=templates
         )
     except SampleError as error:
         return error
-    others = said[1:] if label_is_enough and shard.caption_lines else ()
-    same = said is sample.captions and label is sample.label and ignored is sample.ignored and not others
-    return sample if same else replace(sample, captions=said, label=label, ignored=ignored, other_captions=others)
+    others = texts[1:] if label_is_enough and shard.caption_lines else ()
+    same = texts is sample.captions and label is sample.label and ignored is sample.ignored and not others
+    return sample if same else replace(sample, captions=texts, label=label, ignored=ignored, other_captions=others)
 
 
 def scattered(shard: Shard, modality: Modality) -> str | None:
-    """A sample of the shard whose members lie apart, so that each part looks like a sample of its own; else None."""
+    """The key of a sample whose members are not consecutive, so that its parts look like several samples; else None."""
     keys: set[str] = set()
     for entry in shard_samples(shard, modality):
         if isinstance(entry, tar_index.Group):
@@ -238,7 +239,7 @@ def scattered(shard: Shard, modality: Modality) -> str | None:
 
 
 def held_by(config: StreamConfig, group: ShardGroup) -> Held:
-    """What a group holds of the modality; stops at the first sample that can be read."""
+    """Whether a group has samples of the modality; stops at the first readable one."""
     held: Held = "nothing"
     for shard in (config.shards[index] for index in group.shards):
         entries = numbered(shard_samples(shard, config.modality))

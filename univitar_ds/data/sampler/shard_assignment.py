@@ -1,8 +1,8 @@
-"""How a group of shards of one modality is dealt out to lanes: pure functions of integers.
+"""Assigns the shards of a group to lanes: pure functions of integers.
 
-Every shard is cut into `parts` interleaved units; the units of an epoch are permuted and lane l takes those at
-positions l, l + L, ... Each unit has one owner per epoch, so each sample is read once per epoch. Who reads a part goes
-over the whole shard for it, so shards are cut as little as lanes of about the same length allow.
+Every shard is divided into `parts` interleaved units. The units of an epoch are permuted, and lane l of L gets those at
+positions l, l + L, ... Each unit belongs to one lane per epoch, so each sample is read once per epoch. Reading a unit
+scans the whole shard, so shards are divided no more than needed for lanes of about the same length.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import NamedTuple
 from univitar_ds.randomness import permutation
 
 PLENTY = 8
-"""With this many units a lane, nothing is cut further: lanes then differ by at most one unit in `PLENTY`."""
+"""Shards are not divided further if each lane has this many units; lanes then differ by at most one in `PLENTY`."""
 _ORDERS = 1024
-"""Orders that are kept, 4 bytes a unit. Lanes of a rank are in two epochs of a large group, but in hundreds of a group
-of which many lanes find nothing in an epoch; that one has few units."""
+"""Cached permutations, 4 bytes per unit. The lanes of a rank are in two epochs of a large group. In a group with so few
+samples that many lanes get none in an epoch, they may be hundreds of epochs apart, but such a group has few units."""
 
 
 class ShardSlice(NamedTuple):
-    """The samples of a shard whose number within it leaves remainder `part` when divided by `parts`."""
+    """A unit: the samples of a shard whose number within it is `part` modulo `parts`."""
 
     shard: int
     part: int
@@ -31,7 +31,7 @@ class ShardSlice(NamedTuple):
 
 
 def parts_per_shard(shards: int, lanes: int) -> int:
-    """Into how many parts each shard is cut so that every lane gets the same number of units, or nearly."""
+    """The number of parts per shard with which all lanes get the same, or nearly the same, number of units."""
     if shards >= PLENTY * lanes:
         return 1
     return min(lanes // math.gcd(shards, lanes), math.ceil(PLENTY * lanes / shards))
@@ -40,9 +40,9 @@ def parts_per_shard(shards: int, lanes: int) -> int:
 def units_of_lane(
     shards: Sequence[int], lanes: int, lane: int, seed: int, modality: str, epoch: int, group: str = ""
 ) -> list[ShardSlice]:
-    """The units of one lane in one epoch of a group of shards, in reading order; `shards` are indices into the run's.
+    """The units of one lane in one epoch of a group, in reading order; `shards` are indices into the run's shards.
 
-    `group` is the name of the group: each has an order of its own.
+    Groups with different names have different permutations.
     """
     parts = parts_per_shard(len(shards), lanes)
     own = _order(parts * len(shards), seed, modality, group, epoch)[lane::lanes]
@@ -51,5 +51,5 @@ def units_of_lane(
 
 @lru_cache(_ORDERS)
 def _order(units: int, seed: int, modality: str, group: str, epoch: int) -> array[int]:
-    """Drawn once for all lanes: of a hundred thousand units it takes a third of a second."""
+    """The permutation for all lanes; cached, because 100,000 units take a third of a second."""
     return array("I", permutation(units, seed, "units", modality, group, epoch))

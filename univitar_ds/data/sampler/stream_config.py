@@ -1,4 +1,4 @@
-"""What decides the packs of a stream beside its lane: sizes, budgets, weights, and what bad samples may cost."""
+"""The configuration of a stream: shards, sizes, budgets, weights and the policy for bad samples."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from univitar_ds.data.shards.sources import ShardGroup, SourceShard, groups_of, 
 from univitar_ds.geometry import Modality
 
 Held = Literal["readable", "unreadable", "nothing"]
-"""Of a group of shards: whether it has a readable sample of a modality, or none that is, or none at all."""
+"""Whether a group has a readable sample of a modality, only unreadable ones, or none."""
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Everything that decides the packs of one modality, but for the lane.
+    """Everything except the lane that determines the packs of one modality.
 
-    `weights` are the stage's, by source; `cost` are packing's coefficients; `probe` reads sizes that no metadata has.
-    All lanes share the last three: indexes of shards, what one of them has warned of, so that hundreds do not, and what
-    is known of groups of shards by name.
+    `weights` are the stage's weights by source, `cost` the coefficients of `packing.item_cost`. `probe` reads sizes
+    that are not in metadata. All lanes share the last three fields: the indexes of shards, the warnings logged so far,
+    and what groups are known to hold, by name.
     """
 
     shards: Sequence[SourceShard]
@@ -60,8 +60,8 @@ class StreamConfig:
         """The name of each shard's group."""
         return {shard: group.name for group in self.groups for shard in group.shards}
 
-    def warns_first(self, what: str) -> bool:
-        """Whether no lane has warned of this yet."""
+    def is_first_warning(self, what: str) -> bool:
+        """Whether no lane has logged this warning yet; records that it is logged now."""
         first = what not in self.warned
         self.warned.add(what)
         return first
@@ -76,7 +76,7 @@ def stream_config(
     seed: int,
     cost: tuple[float, float] = (0.0, 0.0),
 ) -> dict[Modality, StreamConfig]:
-    """The rules of each modality that a stage reads."""
+    """The configuration of each modality that a stage reads."""
     tflops = stage.cost_budget_tflops
     return {
         modality: StreamConfig(

@@ -1,4 +1,4 @@
-"""The policy for bad samples: the same decision at the same sample, interrupted or not."""
+"""The policy for bad samples: an interrupted and an uninterrupted run end at the same sample."""
 
 import ast
 import json
@@ -16,41 +16,41 @@ PACKAGE = ROOT / "univitar_ds"
 CORRUPT = SampleError("corrupt", "half of it is gone")
 
 
-def feed(health, outcomes) -> int | None:
-    """Number of the sample at which the run ends; None if it does not."""
+def feed(monitor, outcomes) -> int | None:
+    """The number of the sample at which the run ends; None if it does not."""
     for number, good in enumerate(outcomes):
         try:
             if good:
-                health.good()
+                monitor.good()
             else:
-                health.bad(f"s/{number} at byte {512 * number}", CORRUPT)
+                monitor.bad(f"s/{number} at byte {512 * number}", CORRUPT)
         except DataError:
             return number
     return None
 
 
-def test_with_fail_the_first_bad_sample_ends_the_run_and_is_named():
-    health = BadSampleMonitor(BadPolicy(on_bad="fail"), "lane 3, image")
-    health.good()
+def test_with_on_bad_fail_the_first_bad_sample_ends_the_run_and_is_named():
+    monitor = BadSampleMonitor(BadPolicy(on_bad="fail"), "lane 3, image")
+    monitor.good()
     with pytest.raises(DataError, match=r"lane 3, image: .*data.on_bad is fail.* s/7 at byte 1024: half of it is gone"):
-        health.bad("s/7 at byte 1024", CORRUPT)
+        monitor.bad("s/7 at byte 1024", CORRUPT)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5])
-def test_one_more_in_a_row_than_allowed_ends_the_run(limit):
+def test_more_bad_samples_in_a_row_than_allowed_end_the_run(limit):
     outcomes = [True, *[False] * limit, True, *[False] * (limit + 1)]
     assert feed(BadSampleMonitor(BadPolicy(max_in_a_row=limit), "l"), outcomes) == 2 * limit + 2
     assert feed(BadSampleMonitor(BadPolicy(max_in_a_row=limit), "l"), outcomes[:-1]) is None
 
 
-def test_one_more_of_a_thousand_than_allowed_ends_the_run_and_says_of_how_many():
-    health = BadSampleMonitor(BadPolicy(max_per_thousand=2), "lane 0, video")
-    assert feed(health, [False, True, False, True, True]) is None
+def test_more_bad_samples_per_thousand_than_allowed_end_the_run():
+    monitor = BadSampleMonitor(BadPolicy(max_per_thousand=2), "lane 0, video")
+    assert feed(monitor, [False, True, False, True, True]) is None
     with pytest.raises(DataError, match=r"3 of the last 6 samples .*data.max_bad_per_thousand is 2"):
-        health.bad("s/5 at byte 0", CORRUPT)
+        monitor.bad("s/5 at byte 0", CORRUPT)
 
 
-def test_every_thousand_is_counted_anew():
+def test_counting_restarts_after_every_thousand():
     thousand = [True] * (WINDOW - 2) + [False] * 2
     assert feed(BadSampleMonitor(BadPolicy(max_per_thousand=2), "l"), thousand * 5) is None
     assert feed(BadSampleMonitor(BadPolicy(max_per_thousand=1), "l"), thousand * 5) == WINDOW - 1
@@ -75,18 +75,18 @@ def test_a_run_resumed_anywhere_ends_at_the_same_sample(outcomes, cut, seen, pol
     assert ended == whole
 
 
-def test_the_log_names_the_first_of_a_kind_and_then_ever_fewer(caplog):
-    health = BadSampleMonitor(BadPolicy(max_per_thousand=WINDOW, max_in_a_row=WINDOW), "lane 1, image")
+def test_the_first_bad_samples_of_a_kind_are_logged_and_later_ones_less_often(caplog):
+    monitor = BadSampleMonitor(BadPolicy(max_per_thousand=WINDOW, max_in_a_row=WINDOW), "lane 1, image")
     with caplog.at_level(logging.WARNING):
-        feed(health, [False] * 250)
-        health.bad("t/x at byte 9", SampleError("timeout", "too slow"))
-    told = [record.getMessage() for record in caplog.records]
-    assert told[0] == "sample left out (corrupt, number 1; lane 1, image): s/0 at byte 0: half of it is gone"
-    assert len(told) == 10 + 9 + 1 + 1
-    assert told[-1] == "sample left out (timeout, number 1; lane 1, image): t/x at byte 9: too slow"
+        feed(monitor, [False] * 250)
+        monitor.bad("t/x at byte 9", SampleError("timeout", "too slow"))
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == "sample left out (corrupt, number 1; lane 1, image): s/0 at byte 0: half of it is gone"
+    assert len(messages) == 10 + 9 + 1 + 1
+    assert messages[-1] == "sample left out (timeout, number 1; lane 1, image): t/x at byte 9: too slow"
 
 
-def test_lanes_that_follow_one_policy_log_as_much_as_one(caplog):
+def test_all_lanes_together_log_no_more_than_one(caplog):
     policy = BadPolicy(max_per_thousand=WINDOW, max_in_a_row=WINDOW)
     with caplog.at_level(logging.WARNING):
         for lane in range(25):
@@ -96,7 +96,7 @@ def test_lanes_that_follow_one_policy_log_as_much_as_one(caplog):
 
 
 def kinds_raised() -> dict[str, str]:
-    """Every literal kind that the package gives to a SampleError, with the file that does."""
+    """Maps every literal kind of a SampleError in the package to the name of a file that raises it."""
     raised = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -107,7 +107,7 @@ def kinds_raised() -> dict[str, str]:
     return raised
 
 
-def test_every_kind_that_can_be_raised_has_a_place_in_the_metrics():
+def test_every_kind_of_sample_error_is_in_kinds():
     raised = kinds_raised()
     assert {"corrupt", "no_caption", "timeout"} <= set(raised)
     assert {kind: name for kind, name in raised.items() if kind not in KINDS} == {}

@@ -1,4 +1,4 @@
-"""The cursor as a checkpoint keeps it: small, exact, and refused in a sentence where it does not belong."""
+"""Cursors in checkpoints are small and exact, and are refused if damaged or of another run."""
 
 import base64
 import json
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.memory import memory_shards, shards_of, sized_sample, small_rules
+from tests.support.memory import memory_shards, shards_of, sized_sample, small_config
 from univitar_ds.data.sampler.cursor import (
     LaneCursor,
     ReadPosition,
@@ -46,28 +46,28 @@ def through_json(cursor):
 
 
 @given(st.dictionaries(modalities, streams), st.dictionaries(modalities, st.tuples(counts, counts, counts)), counts)
-def test_a_cursor_survives_its_journey_through_a_checkpoint(streams, decoding, packs):
+def test_a_cursor_survives_json(streams, decoding, packs):
     cursor = LaneCursor(1, 4, 7, "f", packs, streams, decoding)
     assert through_json(cursor) == cursor
 
 
-def test_a_cursor_from_before_the_content_of_shards_counted_is_taken_by_the_rest_of_its_fingerprint():
-    told = {"lane": 0, "lanes": 1, "seed": 0}
-    assert LaneCursor(0, 1, 0, "ab").expect(**told, fingerprint="ab:cd") == LaneCursor(0, 1, 0, "ab:cd")
+def test_an_old_cursor_with_only_the_first_part_of_the_fingerprint_is_accepted():
+    expected = {"lane": 0, "lanes": 1, "seed": 0}
+    assert LaneCursor(0, 1, 0, "ab").expect(**expected, fingerprint="ab:cd") == LaneCursor(0, 1, 0, "ab:cd")
     for saved, now in (("ab", "ac:cd"), ("ab:cd", "ab:ce"), ("ab:cd", "ab")):
         with pytest.raises(DataError, match="the sources have changed"):
-            LaneCursor(0, 1, 0, saved).expect(**told, fingerprint=now)
+            LaneCursor(0, 1, 0, saved).expect(**expected, fingerprint=now)
 
 
 def lane_of_photos(n, pool_samples, sources=1):
-    """A stream over shards of so many samples as large as photos, after 50 packs."""
+    """The cursor of a stream over samples with the size of photos, after 50 packs."""
     contents = [
         [(f"{s}-{i}", {**sized_sample("k", i)[1], "raw": bytes(20_000 + 977 * (i * 31 % 53))}) for i in range(n)]
         for s in range(sources)
     ]
     shards = shards_of(contents, sources=[f"source{s}" for s in range(sources)])
     weights = {f"source{s}": 4 + s for s in range(sources)} if sources > 1 else {}
-    stream = Stream(small_rules(shards, lanes=4, pool_samples=pool_samples, weights=weights), 0, StreamCursor())
+    stream = Stream(small_config(shards, lanes=4, pool_samples=pool_samples, weights=weights), 0, StreamCursor())
     for _ in range(50):
         stream.next_pack()
     return stream.cursor()
@@ -75,7 +75,7 @@ def lane_of_photos(n, pool_samples, sources=1):
 
 @pytest.mark.parametrize("sources", [1, 3])
 def test_the_cursor_of_a_lane_is_small(sources, record_property, capsys):
-    """192 samples in the pool is the default: 0.3 KB and 4 bytes a sample."""
+    """With the default of 192 samples in the shuffle buffer: 0.3 KB, and 4 bytes per sample."""
     cursor = lane_of_photos(2000 // sources, 192, sources)
     size = len(json.dumps(LaneCursor(0, 4, 0, "f" * 32, 50, {"image": cursor}).to_json()))
     plain = len(json.dumps([list(row) for row in cursor.pool]))
@@ -86,7 +86,7 @@ def test_the_cursor_of_a_lane_is_small(sources, record_property, capsys):
 
 
 @given(st.lists(rows, min_size=1, max_size=20), st.data())
-def test_a_pool_with_one_wrong_letter_is_never_taken_for_another_pool(some, data):
+def test_a_shuffle_buffer_with_one_wrong_letter_is_refused(some, data):
     text = write_pool(some, PACKS)
     at = data.draw(st.integers(0, len(text) - 1))
     letter = data.draw(st.sampled_from("09azAZ!~ "))
@@ -94,13 +94,13 @@ def test_a_pool_with_one_wrong_letter_is_never_taken_for_another_pool(some, data
     document = LaneCursor(0, 1, 0, "f", 0, {"image": StreamCursor(PACKS, pool=tuple(some))}).to_json()
     document["streams"]["image"]["pool"] = wrong
     pool = tuple(some)
-    with suppress(DataError):  # a few last letters mean the same
+    with suppress(DataError):  # some changes of the last letter do not change the decoded bytes
         pool = parse(document).streams["image"].pool
     assert pool == tuple(some)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"version": 2}, "has version 2, this program reads 3"),
         ({"packs": -1}, "is damaged"),
@@ -116,15 +116,15 @@ def test_a_pool_with_one_wrong_letter_is_never_taken_for_another_pool(some, data
         ({"decoding": {"image": ["x", 0, 0]}}, "is damaged"),
     ],
 )
-def test_a_damaged_cursor_is_refused(change, said):
-    with pytest.raises(DataError, match=said):
+def test_a_damaged_cursor_is_refused(change, message):
+    with pytest.raises(DataError, match=message):
         parse({**LaneCursor(0, 4, 0, "f").to_json(), **change})
     with pytest.raises(DataError, match="has version None"):
         parse([])
 
 
 @pytest.mark.parametrize("since", [-1, 6])
-def test_nobody_waits_longer_than_there_were_packs_or_less_than_not_at_all(since):
+def test_a_sample_with_an_impossible_waiting_time_is_damage(since):
     document = LaneCursor(
         0, 1, 0, "f", 5, {"image": StreamCursor(5, pool=(SampleAddress(0, 0, 512, 0, 0, since),))}
     ).to_json()
@@ -133,23 +133,24 @@ def test_nobody_waits_longer_than_there_were_packs_or_less_than_not_at_all(since
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said"), [(bytes([1] * 13), "13 numbers in rows of 6"), (bytes([1, 2, 0x80]), "its last number is cut")]
+    ("numbers", "message"),
+    [(bytes([1] * 13), "13 numbers in rows of 6"), (bytes([1, 2, 0x80]), "the last number is truncated")],
 )
-def test_a_pool_that_ends_too_early_is_refused(numbers, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_truncated_shuffle_buffer_is_refused(numbers, message):
+    with pytest.raises(ValueError, match=message):
         read_pool(base64.b85encode(zlib.crc32(numbers).to_bytes(4) + zlib.compress(numbers, wbits=-15)).decode(), 9)
 
 
 @pytest.mark.parametrize(
     ("name", "given"), [("data.lanes", {"lanes": 8}), ("seed", {"seed": 1}), ("lane", {"lane": 1})]
 )
-def test_a_cursor_of_another_run_is_refused_by_the_name_of_what_differs(name, given):
+def test_the_error_for_a_cursor_of_another_run_names_the_difference(name, given):
     expected = {"lane": 0, "lanes": 4, "seed": 0, "fingerprint": "f", "accept_changed_sources": True, **given}
     with pytest.raises(DataError, match=rf"the saved data cursor has {name} \d, this run \d; resume with \d"):
         LaneCursor(0, 4, 0, "f").expect(**expected)
 
 
-def test_a_cursor_of_changed_data_is_refused_and_says_how_to_go_on_all_the_same():
+def test_the_error_for_changed_sources_names_the_remedies():
     saved = LaneCursor(0, 1, 0, fingerprint(memory_shards([20, 20])))
     with pytest.raises(
         DataError,
@@ -158,13 +159,13 @@ def test_a_cursor_of_changed_data_is_refused_and_says_how_to_go_on_all_the_same(
         saved.expect(lane=0, lanes=1, seed=0, fingerprint=fingerprint(memory_shards([20, 30])))
 
 
-def test_changed_data_that_are_accepted_begin_their_next_epoch_and_keep_what_was_counted(caplog):
-    before = small_rules(memory_shards([20, 20]))
+def test_accepted_changed_sources_begin_at_the_next_epoch_and_keep_the_counts(caplog):
+    before = small_config(memory_shards([20, 20]))
     stream = Stream(before, 0, StreamCursor())
     for _ in range(3):
         stream.next_pack()
     saved = LaneCursor(0, 1, 0, fingerprint(before.shards), 3, {"image": stream.cursor()}, {"image": (9, 2, 1)})
-    after = small_rules(memory_shards([30, 12, 5]))
+    after = small_config(memory_shards([30, 12, 5]))
     with caplog.at_level(logging.WARNING):
         for _ in range(9):
             cursor = saved.expect(
@@ -183,7 +184,7 @@ def test_changed_data_that_are_accepted_begin_their_next_epoch_and_keep_what_was
     assert sorted(seen) == sorted(f"{s}-{i}" for s, n in enumerate([30, 12, 5]) for i in range(n))
 
 
-def test_the_same_data_elsewhere_are_the_same_data():
+def test_a_cursor_is_accepted_for_the_same_data_in_another_location():
     shards = memory_shards([3, 4])
     assert through_json(LaneCursor(0, 1, 0, fingerprint(shards))).expect(
         lane=0, lanes=1, seed=0, fingerprint=fingerprint(memory_shards([3, 4]))

@@ -1,4 +1,4 @@
-"""Choosing a pack: never above the budgets, the oldest always leaves, nothing is lost, hardly any room is wasted."""
+"""Choosing packs: within the budgets, with the first sample, without losing samples, and nearly full."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.support.memory import shards_of, small_rules, tiny_image
+from tests.support.memory import shards_of, small_config, tiny_image
 from univitar_ds.data.sampler.cursor import LaneCursor
 from univitar_ds.data.sampler.lanes import Lane
 from univitar_ds.data.sampler.packing import choose, item_cost
@@ -24,7 +24,7 @@ COEFFICIENTS = (2.0e9, 1.0e5)
 
 
 @given(items)
-def test_a_pack_stays_within_the_token_budget_and_takes_the_first_along(tokens):
+def test_a_pack_is_within_the_token_budget_and_contains_the_first_sample(tokens):
     chosen = choose(tokens, [0.0] * len(tokens), BUDGET)
     assert chosen[0] == 0
     assert chosen == sorted(set(chosen))
@@ -34,7 +34,7 @@ def test_a_pack_stays_within_the_token_budget_and_takes_the_first_along(tokens):
 @given(costed)
 @example(pairs=[(1, 0.0), (1, 5e-324)])  # their mean rounds to 0
 @example(pairs=[(1, 0.0), (1, 0.0), (4, 201.0), (1000, 0.0)])  # costs differ so much that the aim might pass the budget
-def test_a_pack_stays_within_both_budgets_unless_its_only_item_cannot(pairs):
+def test_a_pack_is_within_both_budgets_unless_its_only_item_exceeds_one(pairs):
     tokens, costs = zip(*pairs, strict=True)
     chosen = choose(tokens, costs, BUDGET, 200.0)
     assert chosen[0] == 0
@@ -44,20 +44,20 @@ def test_a_pack_stays_within_both_budgets_unless_its_only_item_cannot(pairs):
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(60, 200))
-def test_no_other_pack_with_the_first_sample_would_be_fuller(tokens, budget):
+def test_no_other_pack_with_the_first_sample_has_more_tokens(tokens, budget):
     chosen = choose(tokens, [0.0] * len(tokens), budget)
     first, *rest = tokens
     sums = {first + sum(some) for n in range(len(rest) + 1) for some in itertools.combinations(rest, n)}
     assert sum(tokens[index] for index in chosen) == max(value for value in sums if value <= budget)
 
 
-def test_of_equally_full_packs_the_one_with_the_earliest_samples_leaves():
+def test_of_equally_full_packs_the_one_with_the_earliest_samples_is_chosen():
     assert choose([40, 10, 20, 30, 20, 60, 10], [0.0] * 7, 100) == [0, 1, 2, 3]
     assert choose([40, 20, 20, 40], [0.0] * 4, 100) == [0, 1, 3]
 
 
 @given(items, st.sampled_from([None, 0.2, 1.0]), st.randoms(use_true_random=False))
-def test_every_sample_leaves_exactly_once(tokens, share, shuffler):
+def test_every_sample_is_in_exactly_one_pack(tokens, share, shuffler):
     cost_budget = None if share is None else share * item_cost(BUDGET, (1.0, 1.0))
     waiting = list(enumerate(tokens))
     left = []
@@ -73,12 +73,12 @@ def test_every_sample_leaves_exactly_once(tokens, share, shuffler):
 
 
 def native(rng):
-    """An image of the release's training range: sides divisible by 112 px."""
+    """Tokens of an image within the training range of the release: sides divisible by 112 px."""
     return 64 * rng.randint(3, 9) * rng.randint(3, 10)
 
 
 def log_normal(rng, most=8192):
-    """Anything up to half the budget, mostly small."""
+    """Tokens of an image, up to half the budget and mostly few."""
     while True:
         size = round(1500 * math.exp(rng.gauss(0, 0.8)))
         if 1 <= size <= most:
@@ -86,12 +86,12 @@ def log_normal(rng, most=8192):
 
 
 def alike(rng):
-    """An image shrunk to at most 144 tokens, as most are; times 8, so that 15 or 16 fit the budget."""
+    """Tokens of an image resized to at most 144 tokens, as most are; times 8, so that 15 or 16 fit the budget."""
     return 8 * rng.choice([126] * 5 + [130] * 5 + [132] * 4 + [135, 140] * 2 + [144])
 
 
 def stream(size, cost_budget=None, packs=80, seed=0, budget=16384):
-    """(tokens, cost) of every pack out of a pool of 192 samples, and the longest wait in packs."""
+    """(tokens, cost) of every pack from a shuffle buffer of 192 samples, and the longest wait in packs."""
     rng = random.Random(seed)
     pool = [(size(rng), 0) for _ in range(192)]
     totals, longest = [], 0
@@ -102,14 +102,14 @@ def stream(size, cost_budget=None, packs=80, seed=0, budget=16384):
         chosen = set(choose([tokens for tokens, _ in order], costs, budget, cost_budget))
         totals.append((sum(order[index][0] for index in chosen), sum(costs[index] for index in chosen)))
         longest = max([longest, *(number - order[index][1] for index in chosen)])
-        # Oldest first again: the order above was drawn for this pack alone.
+        # Sort by age again: the order above was random for this pack.
         pool = sorted((entry for index, entry in enumerate(order) if index not in chosen), key=lambda entry: entry[1])
         pool += [(size(rng), number) for _ in chosen]
     return totals, longest
 
 
 @pytest.mark.parametrize("size", [native, log_normal])
-def test_a_realistic_mix_fills_the_token_budget_and_nobody_starves(size):
+def test_packs_of_a_realistic_mix_are_full_and_no_sample_waits_too_long(size):
     totals, longest = stream(size)
     fills = [tokens / 16384 for tokens, _ in totals]
     assert sum(fills) / len(fills) >= 0.9999
@@ -128,8 +128,8 @@ def test_a_realistic_mix_fills_the_token_budget_and_nobody_starves(size):
         (alike, 1.0, 0.01),
     ],
 )
-def test_with_a_cost_budget_the_packs_of_a_step_take_equally_long(size, share, most):
-    """`share` is the cost budget over what a pack full of tokens costs on average; four lanes, 80 steps."""
+def test_with_a_cost_budget_the_packs_of_a_step_have_equal_cost(size, share, most):
+    """`share` is the cost budget over the mean cost of a pack with the full token budget; four lanes, 80 steps."""
     rng = random.Random(5)
     sizes = [size(rng) for _ in range(20_000)]
     full = 16384 * sum(item_cost(tokens, COEFFICIENTS) for tokens in sizes) / sum(sizes)
@@ -143,7 +143,7 @@ def test_with_a_cost_budget_the_packs_of_a_step_take_equally_long(size, share, m
 
 
 def first_packs(size, share):
-    """(tokens, costs, chosen) of 30 pools; the cost budget is `share` of a full pack's at the mean of the pool."""
+    """(tokens, costs, chosen) of 30 buffers; the cost budget is `share` of a full pack's cost at the buffer's mean."""
     for seed in range(30):
         rng = random.Random(seed)
         tokens = [size(rng) for _ in range(192)]
@@ -152,24 +152,24 @@ def first_packs(size, share):
 
 
 @pytest.mark.parametrize("size", [native, log_normal])
-def test_where_what_waits_is_cheap_a_pack_takes_more_than_its_share_of_what_is_dear_within_reason(size):
-    """Half a standard deviation of the cost per token of what waits, on average."""
-    pulls = []
+def test_if_the_candidates_are_cheap_the_cost_per_token_of_a_pack_is_moderately_above_their_mean(size):
+    """On average half a standard deviation of the candidates' cost per token."""
+    excesses = []
     for tokens, costs, chosen in first_packs(size, 1.1):
         mean = sum(costs) / sum(tokens)
         spread = math.sqrt(sum(n * (cost / n - mean) ** 2 for n, cost in zip(tokens, costs, strict=True)) / sum(tokens))
-        pulls.append((sum(costs[i] for i in chosen) / sum(tokens[i] for i in chosen) - mean) / spread)
-    assert 0.25 <= sum(pulls) / len(pulls) <= 0.75
+        excesses.append((sum(costs[i] for i in chosen) / sum(tokens[i] for i in chosen) - mean) / spread)
+    assert 0.25 <= sum(excesses) / len(excesses) <= 0.75
 
 
 @pytest.mark.parametrize("size", [native, log_normal])
-def test_where_what_waits_is_dear_a_pack_takes_a_little_more_than_its_share_of_what_is_cheap(size):
-    """A twentieth more tokens for the cost budget than the mean of what waits would give."""
+def test_if_the_candidates_are_expensive_a_pack_has_slightly_more_tokens_than_their_mean_cost_gives(size):
+    """One twentieth more tokens for the cost budget."""
     ratios = [sum(tokens[i] for i in chosen) / (0.9 * 16384) for tokens, _, chosen in first_packs(size, 0.9)]
     assert 1.03 <= sum(ratios) / len(ratios) <= 1.08
 
 
-def test_a_cost_budget_that_never_binds_wastes_hardly_any_tokens():
+def test_packs_are_nearly_full_with_a_cost_budget_that_never_binds():
     totals, _ = stream(native, 2 * item_cost(16384, COEFFICIENTS))
     fills = [tokens / 16384 for tokens, _ in totals]
     assert sum(fills) / len(fills) >= 0.985
@@ -186,18 +186,18 @@ def test_the_cost_of_attention_grows_with_the_square():
 
 
 @pytest.mark.skipif(not __debug__, reason="python -O leaves asserts out")
-def test_an_item_above_the_budget_is_a_fault_of_the_program():
+def test_an_item_above_the_token_budget_is_an_assertion_error():
     with pytest.raises(AssertionError):
         choose([11], [0.0], 10)
 
 
-def test_an_item_above_the_cost_budget_travels_alone():
+def test_an_item_above_the_cost_budget_has_a_pack_to_itself():
     assert choose([5, 1, 1], [9.0, 1.0, 1.0], 10, 8.0) == [0]
 
 
 @pytest.fixture(scope="module")
 def images():
-    """The tokens of 1600 log-normal images of up to 256, and 16 shards of them: the mix from above over 32."""
+    """The tokens of 1600 images, the `log_normal` mix divided by 32, and 16 shards of them."""
     rng = random.Random(0)
     tokens, samples = [], []
     for number in range(1600):
@@ -209,9 +209,9 @@ def images():
     return tokens, shards_of([samples[shard::16] for shard in range(16)])
 
 
-def packs_of_two_epochs(rules, number):
-    """The items of each pack of a lane until all samples of its first two epochs have left."""
-    lane = Lane({"image": rules}, LaneCursor(number, rules.lanes, rules.seed, "f"))
+def packs_of_two_epochs(config, number):
+    """The items of each pack of a lane until all samples of its first two epochs are in packs."""
+    lane = Lane({"image": config}, LaneCursor(number, config.lanes, config.seed, "f"))
     for index in itertools.count():
         plan = lane.next_plan("image", index)
         yield plan.samples
@@ -221,15 +221,15 @@ def packs_of_two_epochs(rules, number):
 
 
 @pytest.mark.parametrize("share", [None, 1.0, 0.9])
-def test_lanes_that_read_shards_fill_packs_alike_and_give_every_sample_once_an_epoch(images, share):
-    """What the pools above promise, of four lanes; `share` as above."""
+def test_lanes_over_shards_yield_full_packs_of_equal_cost_with_every_sample_once_per_epoch(images, share):
+    """As in the tests above, with four lanes; `share` as above."""
     sizes, shards = images
     cost = (COEFFICIENTS[0], 32 * COEFFICIENTS[1])
     full = 512 * sum(item_cost(tokens, cost) for tokens in sizes) / sum(sizes)
-    rules = small_rules(shards, lanes=4, token_budget=512, pool_samples=96, cost=cost)
-    size = replace(rules.size, resolution=Resolution(1, 256, 14), most_tokens=512)
-    rules = replace(rules, size=size, cost_budget=None if share is None else share * full)
-    lanes = [list(packs_of_two_epochs(rules, number)) for number in range(4)]
+    config = small_config(shards, lanes=4, token_budget=512, pool_samples=96, cost=cost)
+    size = replace(config.size, resolution=Resolution(1, 256, 14), most_tokens=512)
+    config = replace(config, size=size, cost_budget=None if share is None else share * full)
+    lanes = [list(packs_of_two_epochs(config, number)) for number in range(4)]
 
     seen = Counter((item.key, item.address.epoch) for lane in lanes for items in lane for item in items)
     first_two = {entry: times for entry, times in seen.items() if entry[1] < 2}
@@ -239,7 +239,7 @@ def test_lanes_that_read_shards_fill_packs_alike_and_give_every_sample_once_an_e
     assert 0.985 * (share or 1) <= sum(tokens) / len(tokens) / 512
     assert max(tokens) <= 512
     costs = [[sum(item_cost(item.tokens, cost) for item in items) for items in lane] for lane in lanes]
-    if share is not None:  # else they are not alike: about eight times further apart
-        assert max(map(max, costs)) <= rules.cost_budget
+    if share is not None:  # otherwise the imbalance is about eight times larger
+        assert max(map(max, costs)) <= config.cost_budget
         imbalance = [max(step) * len(step) / sum(step) - 1 for step in zip(*costs, strict=False)]
         assert sum(imbalance) / len(imbalance) <= 0.01

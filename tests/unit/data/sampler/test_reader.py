@@ -1,4 +1,4 @@
-"""Which units a lane reads and in which order, from any place on."""
+"""The units of a lane and their order, and reading from any position on."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.memory import counts, damaged, memory_shards, reader_of, small_rules, wounds
+from tests.support.memory import counts, damaged, memory_shards, reader_of, small_config, wounds
 from univitar_ds.data.loader import _sweep
 from univitar_ds.data.sampler.cursor import ReadPosition
 from univitar_ds.data.sampler.reader import Reader
@@ -15,14 +15,14 @@ from univitar_ds.data.shards.sources import groups_of
 
 
 @given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 3), st.integers(0, 5))
-def test_the_units_of_all_lanes_are_every_part_of_every_shard_once(shards, lanes, seed, epoch):
+def test_the_units_of_all_lanes_cover_every_part_of_every_shard_once(shards, lanes, seed, epoch):
     indices = [3 * index for index in range(shards)]
-    dealt = [units_of_lane(indices, lanes, lane, seed, "image", epoch) for lane in range(lanes)]
+    lane_units = [units_of_lane(indices, lanes, lane, seed, "image", epoch) for lane in range(lanes)]
     parts = parts_per_shard(shards, lanes)
-    assert sorted(unit for units in dealt for unit in units) == [
+    assert sorted(unit for units in lane_units for unit in units) == [
         ShardSlice(s, p, parts) for s in indices for p in range(parts)
     ]
-    sizes = [len(units) for units in dealt]
+    sizes = [len(units) for units in lane_units]
     assert max(sizes) - min(sizes) <= (1 if min(sizes) >= 8 else 0)
 
 
@@ -40,12 +40,12 @@ def test_the_units_of_all_lanes_are_every_part_of_every_shard_once(shards, lanes
         (3, 256, 256),
     ],
 )
-def test_a_shard_is_cut_no_more_often_than_lanes_of_about_the_same_length_need(shards, lanes, parts):
-    """Whoever reads a part goes over the whole shard: 1,243 shards in 256 parts each would be read 256 times."""
+def test_shards_are_divided_no_more_than_needed_for_lanes_of_similar_length(shards, lanes, parts):
+    """Reading a part scans the whole shard: with 256 parts each, 1,243 shards would be scanned 256 times."""
     assert parts_per_shard(shards, lanes) == parts
 
 
-def test_units_change_their_order_and_owner_from_epoch_to_epoch_and_seed_to_seed():
+def test_units_and_their_order_depend_on_epoch_seed_and_modality():
     first = units_of_lane(range(16), 2, 0, 0, "image", 0)
     assert first == units_of_lane(range(16), 2, 0, 0, "image", 0)
     others = [
@@ -56,8 +56,8 @@ def test_units_change_their_order_and_owner_from_epoch_to_epoch_and_seed_to_seed
     assert all(set(other) != set(first) for other in others)
 
 
-def test_an_order_is_drawn_once_for_all_lanes_however_far_apart_they_are():
-    """Where samples are few, lanes are hundreds of epochs apart."""
+def test_a_permutation_is_computed_once_for_all_lanes():
+    """With few samples, lanes may be hundreds of epochs apart."""
     for epoch in range(200):
         units_of_lane(range(3), 4, 0, 0, "image", epoch, "drawn once")
     before = _order.cache_info().misses
@@ -66,12 +66,12 @@ def test_an_order_is_drawn_once_for_all_lanes_however_far_apart_they_are():
     assert _order.cache_info().misses == before
 
 
-def test_two_groups_of_the_same_number_of_shards_are_read_in_orders_of_their_own():
+def test_two_groups_with_the_same_number_of_shards_have_different_orders():
     shards = memory_shards([1] * 24, sources=["a"] * 12 + ["b"] * 12)
-    rules = small_rules(shards)
+    config = small_config(shards)
     orders = {}
     for group in groups_of(shards, "image", {"a": 1, "b": 1}):
-        reader = Reader(replace(rules, weights={"a": 1, "b": 1}), group, 0, ReadPosition())
+        reader = Reader(replace(config, weights={"a": 1, "b": 1}), group, 0, ReadPosition())
         orders[group.name] = [found.address.shard - group.shards[0] for found in iter(reader.next, None)]
     assert sorted(orders["a"]) == sorted(orders["b"]) == list(range(12))
     assert orders["a"] != orders["b"]
@@ -79,26 +79,26 @@ def test_two_groups_of_the_same_number_of_shards_are_read_in_orders_of_their_own
 
 @settings(max_examples=30, deadline=None)
 @given(counts, wounds, st.integers(1, 3))
-def test_a_reader_that_starts_at_any_place_of_another_gives_the_rest(sizes, wounds, lanes):
-    rules = small_rules(damaged(sizes, wounds), lanes=lanes)
-    reader = reader_of(rules, lanes - 1)
+def test_a_reader_continues_from_any_position_of_another_reader(sizes, wounds, lanes):
+    config = small_config(damaged(sizes, wounds), lanes=lanes)
+    reader = reader_of(config, lanes - 1)
     passed = [(reader.next(), reader.place) for _ in range(40)]
     for number, (_, place) in enumerate(passed[:-1]):
-        again = reader_of(rules, lanes - 1, place)
+        again = reader_of(config, lanes - 1, place)
         assert again.next() == passed[number + 1][0]
 
 
-def test_an_evaluation_tells_the_storage_what_comes_next_too():
-    rules = small_rules(memory_shards([2] * 5))
-    for _ in _sweep(rules.shards, rules.size, 40, rules.policy):
+def test_an_evaluation_prefetches_the_next_shards():
+    config = small_config(memory_shards([2] * 5))
+    for _ in _sweep(config.shards, config.size, 40, config.policy):
         pass
-    hints = rules.shards[0].storage.hints
+    hints = config.shards[0].storage.hints
     assert hints[:2] == [["m1", "m2", "m3", "m4"], ["m2", "m3", "m4"]]
 
 
-def test_the_storage_hears_which_shards_come_next():
-    rules = small_rules(memory_shards([2] * 9))
-    reader = reader_of(rules, 0)
+def test_a_reader_prefetches_the_next_shards():
+    config = small_config(memory_shards([2] * 9))
+    reader = reader_of(config, 0)
     read = []
     while reader.place.epoch < 1:
         found = reader.next()
@@ -106,7 +106,7 @@ def test_the_storage_hears_which_shards_come_next():
             read.append(f"m{found.address.shard}")
     following = [f"m{unit.shard}" for unit in units_of_lane(range(9), 1, 0, 0, "image", 1)]
     assert len(set(read)) == 9
-    hints = rules.shards[0].storage.hints
+    hints = config.shards[0].storage.hints
     assert len(hints) >= 9
     for number, hint in enumerate(hints[:9]):
         expected = [name for name in (read + following)[number + 1 : number + 5] if name != read[number]]
