@@ -1,3 +1,3 @@
-"""Decoding in other processes, which may die or hang of what they read, into memory that the trainer shares."""
+"""Decoding in other processes, which media files may crash or hang, into memory shared with the trainer."""
 
 __all__ = ["children", "decode_job", "pipeline", "task_pool"]

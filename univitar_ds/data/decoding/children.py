@@ -1,4 +1,4 @@
-"""How a command starts processes for its files, and what each of them does first."""
+"""Starts the worker processes of commands such as `data pack`."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from univitar_ds.processes import SIGNALS, signals_held
 
 
 def context(preload: Sequence[str]) -> ForkServerContext:
-    """Starts processes that have these modules already and that leave Ctrl-C to this process, from their birth on."""
+    """A context whose processes have the modules `preload` imported and ignore Ctrl-C from their start on."""
     started = get_context("forkserver")
     started.set_forkserver_preload(list(preload))
-    resource_tracker.ensure_running()  # it takes care of itself, and would unblock the signals again
-    with signals_held():  # the server would end by a traceback while it imports, and a process before it calls `begin`
+    resource_tracker.ensure_running()  # before `signals_held`, because starting it unblocks the signals
+    with signals_held():  # Ctrl-C would end the server during its imports, or a process before it calls `begin`
         forkserver.ensure_running()
     return started
 
 
 @contextmanager
 def pool(workers: int, preload: Sequence[str]) -> Iterator[ProcessPoolExecutor]:
-    """A pool of such processes. Ctrl-C or an error inside ends what they are at, which may take minutes, at once."""
+    """A pool of processes of `context`. On Ctrl-C or an error inside, kills them instead of waiting for their tasks."""
     with ProcessPoolExecutor(workers, mp_context=context(preload), initializer=begin) as executor:
         try:
             yield executor
         except BrokenProcessPool:
             raise
         except BaseException:
-            running = list((executor._processes or {}).values())  # its own methods only wait for them
+            running = list((executor._processes or {}).values())  # there is no public way to kill them
             executor.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 process.kill()
@@ -42,9 +42,9 @@ def pool(workers: int, preload: Sequence[str]) -> Iterator[ProcessPoolExecutor]:
 
 
 def begin() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it: a killed parent cannot stop a child that hangs."""
+    """Initialize a process: ignore Ctrl-C, and exit when the parent exits, which may be killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a pool ends its processes by SIGTERM
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a pool ends its processes with SIGTERM
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""The addresses of a pack to its pixels. The same function runs in the trainer and in decoding processes."""
+"""Decodes the pixels of a pack from the addresses of its items, in the trainer or in a decoding process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from univitar_ds.geometry import PATCH, Modality, item_bytes
 Failure = tuple[int, str, str]
 """(index of the item in the pack, kind, message)."""
 _BUSY_FACTOR = 4
-"""`data.decode_timeout_s` is CPU time; on the clock a busy machine may take so many times as long."""
+"""`data.decode_timeout_s` is CPU time; wall time may be so many times longer on a busy machine."""
 
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Pixels of a frame, seconds of decoding a video, seconds that a video lasts."""
+    """Most pixels of a frame, most CPU seconds for decoding a video, longest duration of a video in seconds."""
 
     max_image_px: int
     timeout_s: float
@@ -34,10 +34,10 @@ class DecodeLimits:
 
 @dataclass(frozen=True)
 class DecodeItem:
-    """Where the media of one item lies and what it becomes: `frames` frames (1 for an image) on a grid.
+    """The location of one item's media, and its decoded form: `frames` frames (1 for an image) on a grid.
 
-    `crc32` of its bytes where known; `draw`, a number from which a video's jittered frames follow; `size`, (height,
-    width) as its metadata says, to be compared with the file; None where they were read from its header.
+    `crc32` is that of its bytes if known. `draw` seeds the jitter of a video's frames. `size` is (height, width) from
+    metadata, which decoding compares with the file; None if it was read from the media header.
     """
 
     path: str
@@ -51,7 +51,7 @@ class DecodeItem:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its pixels."""
+        """Bytes of the decoded pixels."""
         return item_bytes(self.grid, self.frames)
 
 
@@ -65,7 +65,7 @@ class DecodeJob:
     limits: DecodeLimits
     items: Sequence[DecodeItem]
     name: str = ""
-    """Of the pack, for messages of the trainer; decoding processes do not get it."""
+    """The name of the pack, for messages of the trainer; not sent to decoding processes."""
 
     @property
     def max_image_px(self) -> int:
@@ -73,18 +73,18 @@ class DecodeJob:
 
     @property
     def slow_item_s(self) -> float:
-        """Seconds that an item may take on a busy machine beyond what any item may."""
+        """Additional seconds that an item of this job may take on a busy machine."""
         return _BUSY_FACTOR * self.limits.timeout_s if self.modality == "video" else 0.0
 
     @property
     def bytes(self) -> int:
-        """Bytes of all pixels if every item can be decoded."""
+        """Bytes of all decoded pixels if no item fails."""
         return sum(item.bytes for item in self.items)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "modality": self.modality,
-            "sampling": tuple(vars(self.sampling).values()),  # `astuple` copies deeply, for ten times the time
+            "sampling": tuple(vars(self.sampling).values()),  # `astuple` makes deep copies and is ten times slower
             "limits": tuple(vars(self.limits).values()),
             "items": [
                 (item.path, item.offset, item.length, item.grid, item.frames, item.crc32, item.draw, item.size)
@@ -108,9 +108,11 @@ def decode_pack(
     settings: StorageSettings = LOCAL,
     after_item: Callable[[], None] = lambda: None,
 ) -> list[Failure]:
-    """Decode every item into `buffer` (uint8, at least `job.bytes`), one after another; a failed one takes no room.
+    """Decode the items into `buffer` (uint8, at least `job.bytes`), one after another, without gaps for failed ones.
 
-    Args: how shards are reached; what to call after each item.
+    Args:
+        settings: access to shards.
+        after_item: called after each item.
     Returns: the items that could not be decoded.
     Raises: DataError if a shard cannot be read.
     """
@@ -131,7 +133,7 @@ def decode_pack(
 
 
 def check_crc32(data: bytes, packed: int | None) -> None:
-    """Raises: SampleError if the bytes are not those that were packed; `packed` None: their sum is not known."""
+    """Raises: SampleError if the CRC-32 of the bytes is not `packed`, the one at packing; None if that is unknown."""
     if packed is not None and (found := zlib.crc32(data)) != packed:
         detail = f"its bytes have the CRC-32 {found:08x}, {packed:08x} when they were packed"
         raise SampleError("checksum", f"{detail}; restore the shard")

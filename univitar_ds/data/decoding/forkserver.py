@@ -1,4 +1,4 @@
-"""The trainer's side of `worker`: decoding processes on demand, and how they ended."""
+"""The trainer's side of `worker`: starts and ends decoding processes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from univitar_ds.import_path import safe_environment
 from univitar_ds.processes import signals_held
 
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), "MALLOC_TRIM_THRESHOLD_": str(6 << 20)}
-"""Of glibc, for a decoding process: large images go back to the system at once, and at most 6 MiB are kept for the
-next ones. By itself glibc would keep twice the largest image's bytes for good; lower values cost page faults."""
+"""glibc settings for decoding processes: memory of large images is returned to the system at once, and at most 6 MiB
+are kept. By default glibc would keep twice the largest image; lower values cost page faults."""
 _ANSWER_S = 120.0
 _CLOSE_S = 10.0
 
 
 class ForkServer:
-    """Starts and ends decoding processes that write into `slots`. For any number of threads.
+    """Starts and ends decoding processes that write into `slots`. Thread-safe.
 
-    `_talk` is held by the thread that starts the server or waits for its answer, for up to `_ANSWER_S`. `_state` is
-    held for moments, whenever the four fields below it change or are used: so `close` can end the server, and thereby
-    wake the thread that waits for it, at any moment of a start. Once `_closed` is set nothing is started any more.
+    A thread holds `_talk` while it starts the server or waits for its answer, for up to `_ANSWER_S`. `_state` protects
+    the four fields below it and is held only briefly, so `close` can end the server at any time; this wakes the thread
+    that waits for an answer. Once `_closed` is set, no process is started.
     """
 
     def __init__(self, slots: SharedSlots, needs: Collection[worker.Need] = ("image", "video")) -> None:
-        """Nothing is started yet. `needs` is what processes can do right after they start."""
+        """The server starts at the first `fork`. `needs`: keys of `worker.PRELOADED`, imported before forking."""
         self._slots = slots
         self._needs = sorted(needs)
-        self._talk = threading.RLock()  # reentrant as `_state` is: a collection may close the pipeline inside a call
+        self._talk = threading.RLock()  # both reentrant: garbage collection may call `close` inside another method
         self._state = threading.RLock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -45,7 +45,7 @@ class ForkServer:
     def fork(self) -> tuple[int, Connection]:
         """Start a decoding process; returns its id and the trainer's end of its channel.
 
-        Raises: OSError or EOFError if it cannot be started; the next call tries everything anew.
+        Raises: OSError or EOFError if it cannot be started. The next call starts a new server.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -57,9 +57,9 @@ class ForkServer:
         return pid, Connection(ours.detach())
 
     def end(self, pid: int, *, hangs: bool) -> int | None:
-        """End a process that has closed its channel or `hangs`.
+        """End a process that has closed its channel, or kill one that `hangs`.
 
-        Returns: its exit code, negative for a signal; None if it went down with the server.
+        Returns: its exit code, negative for a signal; None if it ended with its server.
         """
         try:
             code = self._ask(worker.KILL if hangs else worker.END, pid)
@@ -68,15 +68,15 @@ class ForkServer:
             return None
 
     def close(self) -> None:
-        """End the server and all processes it has started. Safe to call from any thread, at any time and again."""
+        """End the server and its processes. May be called from any thread, at any time and repeatedly."""
         with self._state:
             self._closed = True
             process = self._process
             if process is not None and not self._ready:
-                process.kill()  # it has no children yet, and would look at its socket only after its imports
+                process.kill()  # it has no children yet, and reads its socket only after its imports
             if self._control is not None:
                 with suppress(OSError):
-                    self._control.shutdown(socket.SHUT_RDWR)  # a thread that waits for an answer wakes too
+                    self._control.shutdown(socket.SHUT_RDWR)  # also wakes a thread that waits for an answer
         if process is not None:
             try:
                 process.wait(_CLOSE_S)
@@ -105,7 +105,7 @@ class ForkServer:
                 raise
 
     def _start(self) -> socket.socket:
-        """A server that is ready. Raises: EOFError or OSError, also if it was closed meanwhile."""
+        """Start the server and wait until it is ready. Raises: EOFError or OSError, also if it is closed meanwhile."""
         with self._state:
             if self._closed:
                 raise EOFError("the server is closed")
@@ -122,7 +122,7 @@ class ForkServer:
     def _launch(self, control: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", "-m", "univitar_ds.data.decoding.worker"]
         numbers = (self._slots.descriptor, self._slots.slots, self._slots.slot_bytes, control)
-        # One thread each: there are as many processes as the user wants cores to be busy.
+        # One thread each, because `data.workers` is the number of cores to use.
         environment = {
             **safe_environment(os.environ),
             **_MEMORY,
@@ -138,7 +138,7 @@ class ForkServer:
             )
 
     def _forget(self) -> None:
-        """Whatever is left of the server goes, with all its processes. For the thread that holds `_talk`."""
+        """End what remains of the server and its processes. The caller holds `_talk`."""
         with self._state:
             control, process = self._control, self._process
             self._control, self._process, self._ready = None, None, False
@@ -152,5 +152,5 @@ class ForkServer:
 def _receive(control: socket.socket, size: int) -> bytes:
     data = control.recv(size, socket.MSG_WAITALL)
     if len(data) < size:
-        raise EOFError("it has ended")
+        raise EOFError("the server has ended")
     return data

@@ -1,8 +1,8 @@
-"""Plans in, decoded packs out, in the order of the plans, with decoding in processes ahead of the trainer.
+"""Decodes plans in processes ahead of the trainer, and yields the packs in the order of the plans.
 
-A planner thread draws plans; one thread per decoding process hands it a plan and a free slot and waits for
-its answer. Delivery lends the slot itself: it is free again when nobody holds the pixels any more. A trainer that
-holds many packs at a time gets copies of the later ones, so that decoding never waits for a pack to be dropped.
+A planner thread iterates over the plans. For each decoding process, a thread sends it a plan and a free slot of shared
+memory and waits for its answer. A delivered pack is a view of its slot, which is free again once no view of it exists.
+If the trainer holds many packs, later ones are copied, so that decoding never waits until the trainer drops a pack.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.errors import SampleError
 
 Plan = TypeVar("Plan")
-"""What is to be decoded; a function makes a job of it."""
+"""A pack before decoding; `job_of` makes a DecodeJob of it."""
 PlansOf = Callable[[Prober], Iterator[Plan]]
-"""Makes the plans, given what reads the sizes of files."""
+"""Returns the plans, given a function that reads the sizes of files."""
 
 
 @dataclass(frozen=True)
 class DecodedPack(Generic[Plan]):
-    """A decoded pack: `pixels` (B,) uint8, without the items in `failures`; nothing overwrites them while held."""
+    """A decoded pack: `pixels` (B,) uint8 without the items in `failures`; not overwritten while referenced."""
 
     plan: Plan
     pixels: np.ndarray
@@ -50,7 +50,7 @@ _Outcome = tuple[int, DecodeJob, DecodedPack[Any]] | BaseException
 def decoded_inline(
     plans_of: PlansOf[Plan], job_of: Callable[[Plan], DecodeJob], settings: StorageSettings = LOCAL
 ) -> Generator[DecodedPack[Plan]]:
-    """The same packs as `Pipeline` gives, decoded in the calling thread when asked for; headers are read there too."""
+    """Yields the same packs as `Pipeline`, but probes and decodes in the calling thread."""
     for plan in plans_of(probe_each):
         job = job_of(plan)
         buffer = np.empty(job.bytes, np.uint8)
@@ -60,12 +60,12 @@ def decoded_inline(
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How many packs and processes a `Pipeline` has, and what they need.
+    """The sizes and limits of a `Pipeline`.
 
-    `slot_bytes` are the most that a plan's pixels take. Of `max_held_slots` packs the trainer may hold the slots, those
-    beyond are copied; while it holds as many, `shared_slots` fewer are decoded ahead. `restarts` is how often a process
-    that died may be replaced, `patience_s` after how long without a finished item one has hung. `needs`: what the plans
-    need, see `worker.PRELOADED`. `settings`: how the processes reach the shards.
+    `slot_bytes` is the most bytes of a plan's pixels. The trainer may hold the slots of `max_held_slots` packs; further
+    packs are copied. While it holds that many, `shared_slots` fewer packs are decoded ahead. `restarts` is the number
+    of processes that may be replaced, `patience_s` the time without a finished item after which one counts as hung.
+    `needs`: see `worker.PRELOADED`. `settings`: access to shards.
     """
 
     workers: int
@@ -85,7 +85,7 @@ class PipelineConfig:
 
     @property
     def ahead(self) -> int:
-        """Packs that are decoded before they are asked for."""
+        """Number of packs that are decoded ahead."""
         return max(self.prefetch_packs, self.workers)
 
     @property
@@ -94,10 +94,10 @@ class PipelineConfig:
 
 
 class Pipeline(Generic[Plan]):
-    """An iterator over decoded packs. Close it, or use it as a context manager."""
+    """An iterator over decoded packs. Call `close`, or use it as a context manager."""
 
     def __init__(self, plans_of: PlansOf[Plan], job_of: Callable[[Plan], DecodeJob], config: PipelineConfig) -> None:
-        """Start the decoding processes, and one more once the plans need the size of a file."""
+        """Start the decoding processes. One for probing starts when the planner first needs the size of a file."""
         self._config = config
         self._job_of = job_of
         self._changed = threading.Condition()
@@ -106,7 +106,7 @@ class Pipeline(Generic[Plan]):
         self._next = 0
         self._failure: BaseException | None = None
         self._stopped = False
-        self._undelivered = self._lent = 0
+        self._undelivered = self._held = 0
         self._slots = SharedSlots.create(config.slots + 1, config.slot_bytes)
         self._free = list(range(config.slots))
         self._server = ForkServer(self._slots, config.needs)
@@ -118,13 +118,13 @@ class Pipeline(Generic[Plan]):
         self._plans = plans_of(self._probe)
         self._threads = [threading.Thread(target=self._draw_plans, name="planner", daemon=True)]
         for supervisor in self._supervisors[: config.workers]:
-            serving = threading.Thread(target=self._keep_busy, args=[supervisor], name="decoder", daemon=True)
-            self._threads.append(serving)
+            thread = threading.Thread(target=self._keep_busy, args=[supervisor], name="decoder", daemon=True)
+            self._threads.append(thread)
         atexit.register(self.close)
         try:
             for thread in self._threads:
                 thread.start()
-        except BaseException:  # no more threads are allowed: those that run would wait for ever
+        except BaseException:  # no thread can be started: those that run would wait forever
             self.close()
             raise
 
@@ -138,11 +138,11 @@ class Pipeline(Generic[Plan]):
         return self
 
     def __next__(self) -> DecodedPack[Plan]:
-        """The next pack in order.
+        """The next pack in the order of the plans.
 
-        Raises: when its turn comes, StopIteration after the last plan and whatever planning or decoding raised, such as
-        DataError for a shard that cannot be read or for decoding processes that end too often; RuntimeError if the
-        pipeline is closed, or gets closed by another thread meanwhile.
+        Raises: StopIteration after the last plan. In the place of a pack, the error of its planning or decoding, such
+        as DataError if a shard cannot be read or decoding processes die too often. RuntimeError if the pipeline is
+        closed, also by another thread meanwhile.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._failure is not None or self._next in self._done)
@@ -155,24 +155,24 @@ class Pipeline(Generic[Plan]):
                 raise outcome
             del self._done[self._next]
             self._next += 1
-            lend = self._lent < self._config.max_held_slots
-            self._lent += lend
-        slot, job, rendered = outcome
+            held = self._held < self._config.max_held_slots
+            self._held += held
+        slot, job, pack = outcome
         room = self._slots.view(slot)
-        pixels = room[: _used(job, rendered.failures)]
-        if lend:
+        pixels = room[: _used(job, pack.failures)]
+        if held:
             weakref.finalize(room, self._take_back, slot).atexit = False  # every view of it keeps `room` alive
         else:
             pixels = pixels.copy()
         with self._changed:
             self._undelivered -= 1
-            if not lend:
+            if not held:
                 self._free.append(slot)
             self._changed.notify_all()
-        return DecodedPack(rendered.plan, pixels, rendered.failures)
+        return DecodedPack(pack.plan, pixels, pack.failures)
 
     def close(self) -> None:
-        """End the processes and threads and free their memory. Safe to call from any thread, at any time and again."""
+        """End the processes and threads and free their memory. May be called repeatedly from any thread at any time."""
         with self._changed:
             if self._stopped:
                 return
@@ -190,16 +190,16 @@ class Pipeline(Generic[Plan]):
             self._slots.close()
 
     def _probe(self, media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
-        """A `Prober` for the planner, in a process of its own: a header may do to it what an image may do to a decoder.
+        """A `Prober` for the planner, which runs in a separate process, because a header may crash or hang it.
 
-        It counts what it has read at a slot that no pack gets.
+        It counts finished items in an additional slot that no pack uses.
         """
         items = [ProbeItem(*address[1:]) for address in media]
         return self._supervisors[-1].probe(self._config.slots, ProbeJob(items, self._config.max_image_px))
 
     def _take_back(self, slot: int) -> None:
         with self._changed:
-            self._lent -= 1
+            self._held -= 1
             self._free.append(slot)
             self._changed.notify_all()
 
@@ -207,7 +207,7 @@ class Pipeline(Generic[Plan]):
         for number in itertools.count():
             try:
                 plan = next(self._plans)
-            except BaseException as error:  # StopIteration too: whatever ends the plans ends the packs
+            except BaseException as error:  # also StopIteration: it ends the packs as well
                 self._finish(number, error)
                 return
             with self._changed:
@@ -218,9 +218,9 @@ class Pipeline(Generic[Plan]):
                 self._changed.notify_all()
 
     def _keep_busy(self, supervisor: WorkerSupervisor) -> None:
-        """Keep one process busy. Slot and plan are taken together, so that the oldest plan has a slot or gets the next.
+        """Keep one process busy. Takes slot and plan together, so that the oldest plan always gets the next free slot.
 
-        One is free whenever none is undelivered, because there are more than `max_held_slots`.
+        A slot is free whenever no pack is undelivered, because there are more than `max_held_slots` slots.
         """
         try:
             supervisor.start()
@@ -243,7 +243,7 @@ class Pipeline(Generic[Plan]):
         return bool(self._waiting) and bool(self._free) and self._undelivered < self._config.ahead
 
     def _decode(self, supervisor: WorkerSupervisor, slot: int, plan: Plan) -> _Outcome:
-        """Whatever decoding raises comes in the pack's place, so that it always comes after the same packs."""
+        """Decode a plan. Returns an error instead of raising it, so that it is raised in the place of this pack."""
         try:
             job = self._job_of(plan)
             return slot, job, DecodedPack(plan, np.empty(0, np.uint8), supervisor.decode_pack(slot, job))

@@ -1,4 +1,4 @@
-"""Sizes of media files, read from their headers by a process that may die of what it reads."""
+"""Reads the sizes of media files from their headers, in a separate process, because a header may crash it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from univitar_ds.errors import SampleError
 
 
 class ProbeItem(NamedTuple):
-    """Where the media of one sample lies, and the extension of its name."""
+    """The location of one sample's media, and the extension of its name."""
 
     path: str
     offset: int
@@ -25,7 +25,7 @@ class ProbeItem(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """Files of which the sizes are wanted. `max_image_px` limits memory as it does where they are decoded."""
+    """Files whose sizes are to be read. `max_image_px` limits memory as in decoding."""
 
     kind: ClassVar = "probe"
     slow_item_s: ClassVar = 0.0
@@ -34,13 +34,13 @@ class ProbeJob:
 
     @property
     def name(self) -> str:
-        """For messages of the trainer."""
+        """A name for messages of the trainer."""
         first = self.items[0]
         return f"the headers of {len(self.items)} files, the first at byte {first.offset} of {first.path}"
 
     @property
     def bytes_held(self) -> int:
-        """Most bytes of files at a time: remote ones are read together."""
+        """Most bytes of files in memory at a time: remote files are read concurrently."""
         lengths = [item.length for item in self.items]
         return sum(lengths) if any("://" in item.path for item in self.items) else max(lengths)
 
@@ -55,7 +55,7 @@ class ProbeJob:
 def probe_items(
     job: ProbeJob, settings: StorageSettings, after_item: Callable[[], None]
 ) -> tuple[list[Failure], list[tuple[Any, ...] | None]]:
-    """The files that cannot be used, and of each file the fields of its `MediaSize`, None for one of those.
+    """Returns the failed files, and for each file the fields of its `MediaSize`, or None if it failed.
 
     Raises: DataError if a shard cannot be read.
     """

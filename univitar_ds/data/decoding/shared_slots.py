@@ -1,7 +1,7 @@
 """Memory shared by the trainer and its decoding processes: a fixed number of slots for the pixels of packs.
 
-The memory is an anonymous file. It has no name that could be left behind, it is gone with the last process that
-holds it however that process ends, and its size is not bounded by what is mounted on /dev/shm.
+The memory is an anonymous file. It is freed when the last process that maps it ends for any reason, and the size of
+/dev/shm does not limit it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ _COUNTER = np.dtype(np.int64)
 
 
 class SharedSlots:
-    """`slots` pieces of `slot_bytes` bytes each, and a counter for each.
-
-    Who may write to which slot is the pipeline's business.
-    """
+    """`slots` slots of `slot_bytes` bytes with a counter each. The pipeline assigns slots to processes."""
 
     def __init__(self, descriptor: int, slots: int, slot_bytes: int) -> None:
-        """Map an existing file; the object then owns the descriptor, unless mapping fails."""
+        """Map an existing file. The object owns the descriptor, unless mapping fails."""
         self.slots = slots
         self.slot_bytes = slot_bytes
         self._map: mmap.mmap | None = mmap.mmap(descriptor, _total(slots, slot_bytes))
@@ -31,7 +28,7 @@ class SharedSlots:
 
     @classmethod
     def create(cls, slots: int, slot_bytes: int) -> Self:
-        """New memory; pages take memory when they are first written."""
+        """Allocate new memory. Pages take physical memory when they are first written."""
         assert min(slots, slot_bytes) > 0, (slots, slot_bytes)
         descriptor = _anonymous_file()
         try:
@@ -43,32 +40,32 @@ class SharedSlots:
 
     @property
     def descriptor(self) -> int:
-        """To hand to another process, which maps it with the same sizes."""
+        """The file descriptor for another process, which maps it with the same sizes."""
         assert self._descriptor is not None, "the memory is closed"
         return self._descriptor
 
     def view(self, slot: int) -> np.ndarray:
-        """(slot_bytes,) uint8 over the slot itself, not a copy."""
+        """(slot_bytes,) uint8 view of the slot."""
         assert self._map is not None, "the memory is closed"
         assert 0 <= slot < self.slots, slot
         return np.frombuffer(self._map, np.uint8, self.slot_bytes, _start(self.slots) + slot * self.slot_bytes)
 
     @property
     def done(self) -> np.ndarray:
-        """(slots,) int64 over the counters themselves: items of the slot that are done, never falling."""
+        """(slots,) int64 view of the counters: the number of items finished in each slot, which never decreases."""
         assert self._map is not None, "the memory is closed"
         return np.frombuffer(self._map, _COUNTER, self.slots)
 
     def close(self) -> None:
-        """Give the memory back once the last view is gone. Safe to call again."""
+        """Free the memory once no view of it exists. May be called repeatedly."""
         self._map = None
-        descriptor, self._descriptor = self._descriptor, None  # taken first: its number may soon be another file's
+        descriptor, self._descriptor = self._descriptor, None  # first, because the number is reused after `os.close`
         if descriptor is not None:
             os.close(descriptor)
 
 
 def _start(slots: int) -> int:
-    """The byte where the first slot begins, behind the counters."""
+    """The offset of the first slot, after the counters."""
     return -(-slots * _COUNTER.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
 
 

@@ -1,7 +1,7 @@
-"""One decoding process and all that can happen to it: it dies, it hangs, it is started again.
+"""Supervises one decoding process, which may crash or hang, and restarts it.
 
-Items whose process ends twice are gone through one by one; an item that ends its process twice more is a bad sample.
-So one image that crashes its decoder costs one sample, and it is the same sample on every run.
+If a process ends twice during a job, its items are decoded one by one. An item during which the process ends twice more
+is a bad sample. So an image that crashes its decoder costs one sample, the same one in every run.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from univitar_ds.errors import DataError, SampleError
 _log = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
-"""Seconds without a finished item after which a process counts as hung. A video may take its own limit on top, and a
-remote shard what `data.s3.give_up_s` allows."""
+"""Seconds without a finished item after which a process counts as hung. The time limit of a video, and for remote
+shards `data.s3.give_up_s`, are added."""
 _START_S = 120.0
 _TRIES = 2
 
 
 class RestartBudget:
-    """How often all decoding processes of a run together may be started again; `data.worker_restarts`."""
+    """The number of restarts that all decoding processes of a run share; `data.worker_restarts`."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -42,19 +42,19 @@ class RestartBudget:
         self._lock = threading.Lock()
 
     def spend(self, reason: str) -> None:
-        """Raises: DataError if there is none left."""
+        """Count and log a restart. Raises: DataError if there is none left."""
         with self._lock:
             self._spent += 1
             left = self._limit - self._spent
         if left < 0:
             raise DataError(
                 f"{reason}, and data.worker_restarts = {self._limit} decoding processes have been started again; if "
-                "memory ran out lower data.workers or data.prefetch_packs, then resume the run"
+                "memory ran out, lower data.workers or data.prefetch_packs, then resume the run"
             )
         _log.warning("%s; starting it again (%d more times)", reason, left)
 
     def give_back(self, count: int) -> None:
-        """What a bad sample has cost is not held against the processes."""
+        """Do not count restarts that a bad sample caused."""
         with self._lock:
             self._spent -= count
 
@@ -64,28 +64,28 @@ class Closed(Exception):
 
 
 class _Ended(Exception):
-    """The process is gone. `kind` is what an item that does this again and again counts as; `who` names the process."""
+    """The process has ended. `kind` is the kind of bad sample if an item causes this repeatedly."""
 
-    def __init__(self, kind: str, who: str, what: str) -> None:
-        super().__init__(f"{who} {what}")
+    def __init__(self, kind: str, process: str, what: str) -> None:
+        super().__init__(f"{process} {what}")
         self.kind, self.what = kind, what
 
 
 Job = DecodeJob | ProbeJob
 _Size = Sequence[Any] | None
-"""The fields of a `MediaSize`; None where it could not be read."""
+"""The fields of a `MediaSize`; None if it could not be read."""
 
 
 @dataclass
 class _Answer:
-    """The items that failed, and of a `ProbeJob` the size of each item."""
+    """The failed items, and for a `ProbeJob` the size of each item."""
 
     failures: list[Failure] = field(default_factory=list)
     sizes: list[_Size] = field(default_factory=list)
 
 
 class WorkerSupervisor:
-    """Gives work to one process and gets an answer whatever becomes of the process. For one thread, but for `stop`."""
+    """Runs jobs in one process and restarts it if it ends. Not thread-safe, except `stop`."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class WorkerSupervisor:
         restarts: RestartBudget,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """The process, called by its `number`, starts with `start` or the first work."""
+        """The process starts with `start` or the first job. `number` is for messages."""
         self._number = number
         self._server = server
         self._slots = slots
@@ -108,15 +108,15 @@ class WorkerSupervisor:
         self._channel: Connection | None = None
 
     def decode_pack(self, slot: int, job: DecodeJob) -> list[Failure]:
-        """The job done into a slot, as `decode_job.decode_pack` does it.
+        """Decode a job into a slot; see `decode_job.decode_pack`.
 
-        Raises: DataError if a shard cannot be read or the processes end too often; RuntimeError, with its traceback,
-        for a fault of the program; Closed.
+        Raises: DataError if a shard cannot be read or the processes end too often; RuntimeError with a traceback for a
+        bug; Closed after `stop`.
         """
         return self._run(slot, job).failures
 
     def probe(self, slot: int, job: ProbeJob) -> list[MediaSize | SampleError]:
-        """The size of each file, as `probe_job.probe_items` finds it; the slot only counts them.
+        """The size of each file; see `probe_job.probe_items`. Only the counter of the slot is used.
 
         Raises: as `decode_pack`.
         """
@@ -131,11 +131,11 @@ class WorkerSupervisor:
                 return self._ask(slot, 0, job)
             except _Ended as end:
                 self._restarts.spend(f"{end} while it had {job.name}")
-        _log.warning("going through %s one by one", job.name)
+        _log.warning("processing %s one by one", job.name)
         return self._one_by_one(slot, job)
 
     def start(self) -> None:
-        """Start the process unless it runs."""
+        """Start the process unless it is running."""
         while self._channel is None:
             try:
                 self._start()
@@ -143,7 +143,7 @@ class WorkerSupervisor:
                 self._restarts.spend(str(end))
 
     def stop(self) -> None:
-        """To be called before the server is closed: a thread that waits for the process then gets `Closed`."""
+        """Make the thread that waits for the process raise `Closed`. Call it before closing the server."""
         self._stopped = True
 
     def _one_by_one(self, slot: int, job: Job) -> _Answer:
@@ -207,7 +207,7 @@ class WorkerSupervisor:
         except (EOFError, OSError) as error:
             raise self._end("crash") from error
         if word != worker.READY:
-            raise self._end("crash", f"said {word[:40]!r} where it should have said that it is ready")
+            raise self._end("crash", f"sent {word[:40]!r} instead of {worker.READY!r}")
         _log.info("decoding process %d (pid %d) is up", self._number, self._pid)
 
     def _patience(self, job: Job) -> float:
@@ -215,9 +215,9 @@ class WorkerSupervisor:
         return self._patience_s + job.slow_item_s + remote
 
     def _end(self, kind: str, what: str = "") -> _Ended:
-        """Leave no trace of the process; the next work starts another.
+        """End the process; the next job starts another. Returns the reason.
 
-        Without `what` it ended by itself, which is reported in the same words on every run.
+        Without `what` the process ended by itself, and the reason depends only on its exit code.
         """
         assert self._channel is not None
         self._channel.close()
@@ -225,10 +225,10 @@ class WorkerSupervisor:
         if self._stopped:
             raise Closed
         code = self._server.end(self._pid, hangs=bool(what))
-        if self._stopped:  # meanwhile: no failure of the process
+        if self._stopped:  # `stop` was called meanwhile: not a failure
             raise Closed
         if code is None:
-            what = what or "went down with the process it was forked from"
+            what = what or "ended with the process that it was forked from"
         elif code < 0:
             what = what or f"was ended by {signal.Signals(-code).name}"
         else:

@@ -1,7 +1,7 @@
-"""Work on many shards in processes that may die or hang of what they read, with nothing lost but the sample at fault.
+"""A pool of processes that work on shards, in which samples may crash or hang a process.
 
-A process works on one shard and reports every sample before it touches it. Where it dies or falls silent, that
-sample is to blame, and another process goes on behind it.
+A process works on one shard and reports every sample before it reads it. If the process dies or stops reporting, that
+sample is reported as bad, and another process continues with the next sample.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from univitar_ds.errors import DataError
 
 _LOOK_EVERY_S = 1.0
 _START_S = 60.0
-"""What a process may take to start, beside the silence it is allowed afterwards."""
+"""Seconds that a process may take to start, in addition to `silence_s`."""
 
 
 class Read(NamedTuple):
-    """So many bytes have been gone through since the last event."""
+    """So many bytes have been processed since the last event."""
 
     bytes: int
 
@@ -37,7 +37,7 @@ class Hashed(NamedTuple):
 
 
 class At(NamedTuple):
-    """The sample at bytes [offset, end) comes next; what is wrong with it follows."""
+    """The sample at bytes [offset, end) is read next; events about it follow."""
 
     offset: int
     end: int
@@ -45,7 +45,7 @@ class At(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """A sample that cannot be used, or with key "" a stretch of the shard without samples."""
+    """A sample that cannot be used; with key "", damage in the shard."""
 
     kind: str
     key: str
@@ -54,7 +54,7 @@ class Bad(NamedTuple):
 
 
 class Noted(NamedTuple):
-    """A text of a sample that can be used was ignored."""
+    """Content of a usable sample was ignored."""
 
     kind: str
     key: str
@@ -63,7 +63,7 @@ class Noted(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """Extensions of a sample's members that nothing reads."""
+    """Extensions of a sample's members that the loader does not read."""
 
     extensions: tuple[str, ...]
 
@@ -73,20 +73,20 @@ class SeveralLines(NamedTuple):
 
 
 class Scattered(NamedTuple):
-    """The members of a sample do not follow one another: some come again at this byte."""
+    """The members of a sample are not consecutive: there are more at this byte."""
 
     key: str
     offset: int
 
 
 class Done(NamedTuple):
-    """The shard is finished; with an error, as far as it could be read."""
+    """The shard is finished. `error`: why the rest of it could not be read."""
 
     error: str | None = None
 
 
 class _Fault(NamedTuple):
-    """An error of the program."""
+    """A bug; `detail` is its traceback."""
 
     detail: str
 
@@ -96,7 +96,7 @@ Event = Read | Hashed | At | Bad | Noted | Unread | SeveralLines | Scattered | D
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to work on: `number` among all of them, `start`, the byte of a header; `job` is the work's own."""
+    """A shard to work on: its number, data for the work function (`job`), and the byte of a header to start at."""
 
     number: int
     job: Any
@@ -105,28 +105,29 @@ class Task:
 
 
 Work = Callable[[Task, Callable[[Event], None]], None]
+"""Works on a task and reports events through the callback. Raises: DataError if the shard cannot be read."""
 
 
 @dataclass
 class _Worker:
-    """A process, what it works on and the last sample that it reported."""
+    """A process, the time of its last event, its task and the last sample that it reported."""
 
     process: BaseProcess
     channel: Connection
-    heard: float
+    last_event: float
     task: Task | None = None
     at: At | None = None
 
 
 class TaskPool:
-    """A context manager around the processes; they end with it."""
+    """A context manager that owns the processes and ends them on exit."""
 
     def __init__(self, work: Work, workers: int, silence_s: float) -> None:
-        """Args: a function of a module; how many processes; seconds without an event after which one has hung."""
+        """Args: a module-level function; number of processes; seconds without an event after which one has hung."""
         assert workers >= 1, workers
         self._work, self._workers, self._silence_s = work, workers, silence_s
         self._running: list[_Worker] = []
-        self._barren: set[int] = set()
+        self._failed_at_start: set[int] = set()
 
     def __enter__(self) -> TaskPool:
         return self
@@ -139,9 +140,9 @@ class TaskPool:
         self._running.clear()
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Event]]:
-        """Every event with the number of its task; the last of each task is `Done`.
+        """Yields every event with the number of its task; the last event of each task is `Done`.
 
-        Raises: RuntimeError for an error of the program in a process.
+        Raises: RuntimeError for a bug in a process.
         """
         waiting = deque(tasks)
         while waiting or any(worker.task for worker in self._running):
@@ -162,17 +163,17 @@ class TaskPool:
                     raise RuntimeError(f"shard number {number}:\n{event.detail}")
                 self._follow(worker, event)
                 yield number, event
-            silent = [it for it in busy.values() if it.task and monotonic() - it.heard > self._silence_s]
+            silent = [it for it in busy.values() if it.task and monotonic() - it.last_event > self._silence_s]
             for worker in silent:
-                detail = f"nothing was heard of its process for {self._silence_s:g} seconds"
+                detail = f"its process reported nothing for {self._silence_s:g} seconds"
                 yield from self._lost(worker, "timeout", detail, waiting)
 
     def _assign(self, waiting: deque[Task]) -> None:
         idle = [worker for worker in self._running if worker.task is None]
         while waiting and (idle or len(self._running) < self._workers):
             worker = idle.pop() if idle else self._start()
-            worker.task, worker.at, worker.heard = waiting.popleft(), None, max(worker.heard, monotonic())
-            with suppress(ConnectionError):  # it died idle: waiting for its first event finds out
+            worker.task, worker.at, worker.last_event = waiting.popleft(), None, max(worker.last_event, monotonic())
+            with suppress(ConnectionError):  # it died while idle, which `run` detects when it reads the next event
                 worker.channel.send(worker.task)
 
     def _start(self) -> _Worker:
@@ -192,7 +193,7 @@ class TaskPool:
 
     def _follow(self, worker: _Worker, event: Event) -> None:
         assert worker.task is not None
-        worker.heard = monotonic()
+        worker.last_event = monotonic()
         if isinstance(event, At):
             worker.at = event
         elif isinstance(event, Hashed):
@@ -201,7 +202,7 @@ class TaskPool:
             worker.task = None
 
     def _lost(self, worker: _Worker, kind: str, detail: str, waiting: deque[Task]) -> Iterator[tuple[int, Event]]:
-        """The end of a process: its sample is bad. A shard that ends two before its first sample is given up."""
+        """Handle the end of a process: its sample is bad. A shard is given up if two end before reporting a sample."""
         assert worker.task is not None
         self._running.remove(worker)
         worker.process.kill()
@@ -211,15 +212,18 @@ class TaskPool:
         if at is not None:
             yield task.number, Bad(kind, at.key, at.offset, detail)
             waiting.appendleft(replace(task, start=at.end))
-        elif task.number in self._barren:
-            yield task.number, Done(f"{detail}, twice, before any sample from byte {task.start} on; nothing follows it")
+        elif task.number in self._failed_at_start:
+            yield (
+                task.number,
+                Done(f"{detail}, twice, before any sample from byte {task.start} on; the rest is skipped"),
+            )
         else:
-            self._barren.add(task.number)
+            self._failed_at_start.add(task.number)
             waiting.appendleft(task)
 
 
 def _serve(channel: Connection, work: Work) -> None:
-    """Work off tasks until the other end closes."""
+    """Work on tasks until the other end of the channel closes."""
     children.begin()
     try:
         while True:

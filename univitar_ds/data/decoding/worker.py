@@ -1,11 +1,11 @@
-"""The process that decoding processes are forked from; its arguments are descriptors, sizes and needs, see `main`.
+"""The main program of the process that decoding processes are forked from; for its arguments see `main`.
 
-It is a program of its own, not a copy of the trainer: it imports what decoding needs and nothing else (no FFmpeg for
-images), whatever the trainer's main module is, and starts no thread. The processes it forks share its memory, two
-thirds of what each of them uses, and start within milliseconds. `forkserver.ForkServer` is the trainer's side of it.
+It is not a copy of the trainer: it imports only what decoding needs (no FFmpeg for images) and starts no thread. The
+forked processes start within milliseconds and share its memory, which is two thirds of what each of them uses.
+`forkserver.ForkServer` is the trainer's side.
 
-Messages to decoding processes are JSON; pixels go through shared memory. The processes end when the trainer closes its
-end of their channel. When the trainer is gone, all of them end, even in the middle of an image.
+Messages to decoding processes are JSON; pixels are written to shared memory. A process ends when the trainer closes its
+end of the channel. When the trainer ends, all processes end, even in the middle of an image.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from univitar_ds.processes import SIGNALS
 
 READY = b"ready"
 MESSAGE = Struct("<cq")
-"""On the control socket: what is wanted and a process, answered by the same with a number."""
+"""A message on the control socket: a command and a process id. The answer is the same command and a number."""
 FORK, END, KILL = b"F", b"E", b"K"
-"""Fork a process for the channel whose descriptor comes along: its id. End a process that has closed its channel, or
-kill one that hangs: its exit code, negative for a signal, or `NOT_MINE`."""
+"""FORK forks a process for the channel whose descriptor is sent along; the answer is its id. END ends a process that
+has closed its channel, KILL one that hangs; the answer is the exit code, negative for a signal, or `NOT_MINE`."""
 NOT_MINE = 1 << 16
-"""The process was forked by an earlier one of these, and is gone with it."""
+"""The process was forked by an earlier server and ended with it."""
 Need = Modality | Literal["s3"]
 PRELOADED: Mapping[Need, Sequence[str]] = {
     "image": ("univitar_ds.data.decoding.decode_job", "univitar_ds.data.decoding.probe_job"),
@@ -48,18 +48,17 @@ PRELOADED: Mapping[Need, Sequence[str]] = {
     ),
     "s3": ("univitar_ds.data.storage.s3",),
 }
-"""What decoding each modality and reading from S3 need: imported before forking, it is in memory once."""
+"""Modules for decoding each modality and for reading from S3. Imported before forking, they are in memory once."""
 _FAREWELL_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
 def serve(slots: SharedSlots, channel: Connection) -> None:
-    """Answer jobs until the channel closes.
+    """Process jobs until the channel closes.
 
-    The first message says how shards are reached. A request is {"slot", "start", "decode"}, the slot and the byte in it
-    where the pixels of a `DecodeJob` go, or {"slot", "start", "probe"} with a `ProbeJob`. The answer is {"failures"}
-    and for a `ProbeJob` "sizes", {"data_error"} for a shard that cannot be read, or {"fault"}, a traceback, for a fault
-    of the program.
+    The first message is a `StorageSettings`. A request is {"slot", "start", "decode"}: a slot, the byte in it where the
+    pixels begin, and a `DecodeJob`; or {"slot", "start", "probe"} with a `ProbeJob`. The answer is {"failures"}, for a
+    `ProbeJob` also "sizes"; {"data_error"} if a shard cannot be read; or {"fault"} with the traceback of a bug.
     """
     from univitar_ds.data.decoding.decode_job import DecodeJob, decode_pack
     from univitar_ds.data.decoding.probe_job import ProbeJob, probe_items
@@ -94,8 +93,8 @@ def serve(slots: SharedSlots, channel: Connection) -> None:
         channel.send_bytes(json.dumps(answer).encode())
 
 
-def breed(slots: SharedSlots, control: socket.socket, needs: Sequence[Need]) -> None:
-    """Fork and end decoding processes as the control socket says, until it closes; then end those there are."""
+def run_server(slots: SharedSlots, control: socket.socket, needs: Sequence[Need]) -> None:
+    """Fork and end decoding processes on commands from the control socket, until it closes; then end all of them."""
     for need in needs:
         for module in PRELOADED[need]:
             importlib.import_module(module)
@@ -103,7 +102,7 @@ def breed(slots: SharedSlots, control: socket.socket, needs: Sequence[Need]) -> 
 
     resize.load()
     gc.collect()
-    gc.freeze()  # a collection in a child would touch, and so copy, every object
+    gc.freeze()  # otherwise garbage collection in a child writes to, and so copies, all memory pages
     alive: set[int] = set()
     control.sendall(READY)
     while True:
@@ -131,7 +130,7 @@ def breed(slots: SharedSlots, control: socket.socket, needs: Sequence[Need]) -> 
 
 
 def _decode(slots: SharedSlots, descriptor: int) -> None:
-    """The life of a decoding process; does not return."""
+    """The main function of a decoding process; does not return."""
     code = 0
     try:
         _die_with_parent()
@@ -145,7 +144,7 @@ def _decode(slots: SharedSlots, descriptor: int) -> None:
 
 
 def _end(pid: int, patience_s: float) -> int:
-    """Its exit code. Nobody else waits for it, so that `pid` is no other process's meanwhile."""
+    """Wait for a process, then kill it; returns its exit code. `pid` is not reused, as only this function waits."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -157,20 +156,20 @@ def _end(pid: int, patience_s: float) -> int:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel end a decoder that hangs when the process it was forked from was killed."""
+    """Have the kernel kill this process when its parent dies, even if it hangs."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(arguments: list[str]) -> None:
-    # Ctrl-C goes to the whole foreground group, Slurm's signals to all processes of a step; the trainer decides when
-    # its workers end.
+    # Ctrl-C is sent to the whole foreground group, and Slurm's signals to all processes of a step; but the trainer
+    # decides when its workers end.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     descriptor, slots, slot_bytes, control = map(int, arguments[:4])
     needs = [need for need in PRELOADED if need in arguments[4:]]
     try:
-        breed(SharedSlots(descriptor, slots, slot_bytes), socket.socket(fileno=control), needs)
+        run_server(SharedSlots(descriptor, slots, slot_bytes), socket.socket(fileno=control), needs)
     except ConnectionError:
         return
 

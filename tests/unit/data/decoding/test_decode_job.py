@@ -1,4 +1,4 @@
-"""From addresses to pixels: the same in the trainer and in a decoding process."""
+"""Decoding of a pack from the addresses of its items."""
 
 import json
 import zlib
@@ -19,7 +19,7 @@ LIMITS = DecodeLimits(10**6, 30.0, 60.0)
 
 @pytest.fixture
 def place(tmp_path):
-    """Puts contents one after another into a file; returns an item for each."""
+    """A function that writes contents one after another to a file and returns an item for each."""
 
     def put(*contents, grid=(1, 2, 3), frames=1, **given):
         path = tmp_path / "shard"
@@ -37,10 +37,10 @@ def job_of(items, modality="image"):
     return DecodeJob(modality, Sampling(), LIMITS, items)
 
 
-def test_images_stand_one_after_another_and_a_bad_one_takes_no_room(place):
+def test_images_are_decoded_one_after_another_without_a_gap_for_a_failed_one(place):
     images = [media.noise(50, 70, seed) for seed in range(3)]
     first, third = (media.encoded(images[seed], "PNG") for seed in (0, 2))
-    items = place(first, b"no image at all", third)
+    items = place(first, b"not an image", third)
     buffer = np.full(3 * 28 * 42 * 3, 9, np.uint8)
     seen = []
     failures = decode_pack(job_of(items), buffer, after_item=lambda: seen.append(1))
@@ -52,7 +52,7 @@ def test_images_stand_one_after_another_and_a_bad_one_takes_no_room(place):
     assert len(seen) == 3
 
 
-def test_an_image_whose_decoder_gets_no_memory_is_a_bad_sample(place, monkeypatch):
+def test_an_image_whose_decoder_runs_out_of_memory_is_a_bad_sample(place, monkeypatch):
     def refused(*_, **__):
         raise MemoryError
 
@@ -64,7 +64,7 @@ def test_an_image_whose_decoder_gets_no_memory_is_a_bad_sample(place, monkeypatc
     assert "more memory than data.max_image_px = 1000000 allows" in failures[0][2]
 
 
-def test_a_flipped_bit_that_still_decodes_is_found_by_its_checksum(place):
+def test_the_checksum_detects_a_flipped_bit_in_an_image_that_can_be_decoded(place):
     content = bytearray(media.encoded(media.noise(50, 70), "BMP"))
     packed = zlib.crc32(content)
     buffer = np.empty(28 * 42 * 3, np.uint8)
@@ -76,7 +76,7 @@ def test_a_flipped_bit_that_still_decodes_is_found_by_its_checksum(place):
     assert f"{packed:08x} when they were packed" in message
 
 
-def test_a_video_is_drawn_frame_by_frame_at_its_grid(place):
+def test_the_frames_of_a_video_are_decoded_in_order_at_the_size_of_its_grid(place):
     (item,) = place(shards.video(48, 64, 8), grid=(2, 2, 3), frames=4)
     buffer = np.empty(item.bytes, np.uint8)
     assert decode_pack(job_of([item], "video"), buffer) == []
@@ -86,27 +86,27 @@ def test_a_video_is_drawn_frame_by_frame_at_its_grid(place):
     assert bright[0] < bright[-1]
 
 
-def test_a_job_is_the_same_after_its_way_through_json(place):
+def test_a_job_survives_json(place):
     items = place(b"abc", b"de", crc32=7, draw=2**63)
     job = DecodeJob("video", Sampling("fps", 3.0, True), LIMITS, items)
     assert DecodeJob.from_json(json.loads(json.dumps(job.to_json()))) == job
 
 
-def test_a_shard_that_is_gone_is_no_bad_sample(place):
+def test_a_missing_shard_is_a_data_error_and_not_a_bad_sample(place):
     (item,) = place(b"abc")
     with pytest.raises(DataError, match="cannot be read"):
         decode_pack(job_of([DecodeItem(item.path + "x", 0, 3, item.grid, 1)]), np.empty(item.bytes, np.uint8))
 
 
 def outcome(item, modality="image"):
-    """The kind and message under which the item fails; None if it is decoded."""
+    """The kind and message with which the item fails; None if it is decoded."""
     failures = decode_pack(job_of([item], modality), np.empty(item.bytes, np.uint8))
     return failures[0][1:] if failures else None
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_an_image_of_another_size_than_its_metadata_says_is_a_bad_sample(place, form, orientation):
+def test_an_image_whose_size_differs_from_its_metadata_is_a_bad_sample(place, form, orientation):
     content = media.encoded(media.noise(200, 302), form, exif=media.exif(orientation))
     size = (302, 200) if orientation == 6 else (200, 302)
     assert outcome(*place(content, size=size)) is None
@@ -117,13 +117,13 @@ def test_an_image_of_another_size_than_its_metadata_says_is_a_bad_sample(place, 
         assert f"{size[1]} x {size[0]}" in message
 
 
-def test_a_video_may_have_the_size_of_its_header_or_of_its_frames(place, monkeypatch):
+def test_the_metadata_of_a_video_may_have_the_size_of_its_header_or_of_its_frames(place, monkeypatch):
     content = shards.video(48, 64, 8)
     given = {"grid": (1, 2, 3), "frames": 2}
     assert outcome(*place(content, size=(48, 64), **given), "video") is None
     kind, message = outcome(*place(content, size=(64, 48), **given), "video")
     assert (kind, "48 x 64" in message, "64 x 48" in message) == ("wrong_size", True, True)
-    # A rotation that comes with the frames: the header does not know it.
+    # A rotation that is stored in the frames but not in the header.
     monkeypatch.setattr(video_decode, "probe_video", lambda data, demuxer: MediaSize("video", 64, 48, 8, 0.3))
     assert outcome(*place(content, size=(64, 48), **given), "video") is None
     assert outcome(*place(content, size=(48, 64), **given), "video") is None

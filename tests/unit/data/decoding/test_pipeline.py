@@ -1,4 +1,4 @@
-"""Decoding processes that misbehave, played by small programs that speak the worker's protocol."""
+"""The pipeline with small programs, which use the worker's protocol, in place of decoding processes."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.memory import memory_shards, small_rules
+from tests.support.memory import memory_shards, small_config
 from tests.support.progress import run_watched
 from univitar_ds.data.decoding import pipeline
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits
@@ -29,19 +29,19 @@ from multiprocessing.connection import Connection
 import numpy as np
 from univitar_ds.data.decoding.shared_slots import SharedSlots
 c = Connection(int(sys.argv[1]))
-ring = SharedSlots(*map(int, sys.argv[2:]))
+slots = SharedSlots(*map(int, sys.argv[2:]))
 settings = c.recv_bytes()
 def ready():
     c.send_bytes(b"ready")
 def job():
     return json.loads(c.recv_bytes())
 def draw(r):
-    "Every item becomes pixels of the last byte of its address."
-    room = ring.view(r["slot"])[r["start"]:]
+    "Fill the pixels of every item with a byte that depends on its offset."
+    room = slots.view(r["slot"])[r["start"]:]
     for path, offset, length, (_, h, w), *_ in r["decode"]["items"]:
         room[:h * w * 588] = offset // 512 % 251
         room = room[h * w * 588:]
-        ring.done[r["slot"]] += 1
+        slots.done[r["slot"]] += 1
 def answer(r, **what):
     c.send_bytes(json.dumps({"failures": [], **what}).encode())
 def offsets(r):
@@ -54,24 +54,24 @@ while True:
 """
 
 
-class Players:
-    """In place of a ForkServer: every process runs `program`."""
+class FakeServer:
+    """Replaces ForkServer: every process runs `program`."""
 
     def __init__(self, program):
         self.program = program
         self.started = []
 
-    def __call__(self, ring, needs):
-        self._ring = ring
+    def __call__(self, slots, needs):
+        self._slots = slots
         return self
 
     def fork(self):
         ours, theirs = socketpair()
         with theirs:
-            ring = self._ring
-            numbers = (theirs.fileno(), ring.descriptor, ring.slots, ring.slot_bytes)
+            slots = self._slots
+            numbers = (theirs.fileno(), slots.descriptor, slots.slots, slots.slot_bytes)
             command = [sys.executable, "-c", PREAMBLE + self.program, *map(str, numbers)]
-            self.started.append(subprocess.Popen(command, pass_fds=[theirs.fileno(), ring.descriptor]))
+            self.started.append(subprocess.Popen(command, pass_fds=[theirs.fileno(), slots.descriptor]))
         return self.started[-1].pid, Connection(ours.detach())
 
     def end(self, pid, *, hangs):
@@ -87,14 +87,14 @@ class Players:
 
 
 def play(monkeypatch, program):
-    """Let `program` be what decodes; returns the processes started."""
-    players = Players(program)
-    monkeypatch.setattr(pipeline, "ForkServer", players)
-    return players.started
+    """Let the pipeline run `program` as decoding process; returns the list of started processes."""
+    server = FakeServer(program)
+    monkeypatch.setattr(pipeline, "ForkServer", server)
+    return server.started
 
 
 def plans(n=6):
-    lane = Lane({"image": small_rules(memory_shards([40]))}, LaneCursor(0, 1, 0, "f"))
+    lane = Lane({"image": small_config(memory_shards([40]))}, LaneCursor(0, 1, 0, "f"))
     return iter([lane.next_plan("image", index) for index in range(n)])
 
 
@@ -110,7 +110,7 @@ def run(given=None, **changed):
 
 
 def expected(plan, failures=()):
-    """The pixels that an honest process draws."""
+    """The pixels that the program HONEST writes."""
     without = {index for index, _, _ in failures}
     kept = [item for index, item in enumerate(plan.samples) if index not in without]
     parts = [np.full(item.tokens * 588, item.media_offset // 512 % 251, np.uint8) for item in kept]
@@ -118,7 +118,7 @@ def expected(plan, failures=()):
 
 
 def deadly(condition):
-    """A process that does what it should but for items at offsets that fulfil a condition on `o`."""
+    """A program that decodes like HONEST, but runs DIE for items whose offset `o` satisfies a condition."""
     return f"""
 ready()
 while True:
@@ -132,20 +132,20 @@ def offset_of(step, index):
     return list(plans())[step].samples[index].media_offset
 
 
-def test_packs_come_in_the_order_of_the_plans_whoever_is_faster(monkeypatch):
+def test_packs_come_in_the_order_of_the_plans(monkeypatch):
     play(monkeypatch, "import random; ready()\nwhile True:\n  r = job(); time.sleep(0.02 * random.random()); answer(r)")
     with run(workers=3, prefetch_packs=4) as packs:
         assert [pack.plan.index for pack in packs] == list(range(6))
 
 
-def test_a_process_that_died_is_started_again_and_its_pack_comes_whole(monkeypatch, tmp_path):
+def test_a_process_that_died_is_restarted_and_its_pack_is_complete(monkeypatch, tmp_path):
     died = tmp_path / "died"
     once = f"""
 ready()
 while True:
     r = job()
     if {offset_of(2, 0)} in offsets(r) and not os.path.exists({str(died)!r}):
-        open({str(died)!r}, "w"); ring.view(r["slot"])[:] = 7; os.kill(os.getpid(), 9)
+        open({str(died)!r}, "w"); slots.view(r["slot"])[:] = 7; os.kill(os.getpid(), 9)
     draw(r); answer(r)
 """
     started = play(monkeypatch, once)
@@ -156,7 +156,7 @@ while True:
     assert len(started) == 2
 
 
-def test_processes_that_are_killed_at_random_lose_nothing(monkeypatch):
+def test_no_item_is_lost_if_processes_are_killed(monkeypatch):
     started = play(monkeypatch, HONEST.replace("draw(r)", "draw(r); time.sleep(0.01)"))
     with run(plans(24), workers=2, prefetch_packs=3, restarts=100) as packs:
         for number, pack in enumerate(packs):
@@ -176,9 +176,9 @@ def test_processes_that_are_killed_at_random_lose_nothing(monkeypatch):
         ("time.sleep(600)", "timeout", "finished no item in 1.5 s, 2 times"),
     ],
 )
-def test_an_item_that_ends_its_process_again_and_again_is_one_bad_sample(monkeypatch, death, kind, words):
+def test_an_item_that_repeatedly_ends_its_process_is_one_bad_sample(monkeypatch, death, kind, words):
     play(monkeypatch, deadly(f"o == {offset_of(1, 1)}").replace("DIE", death))
-    # Not so short that an honest process on a busy machine is taken for hung.
+    # Long enough that a working process on a busy machine does not count as hung.
     with run(plans(3), restarts=4, patience_s=1.5 if kind == "timeout" else 600.0) as packs:
         outcomes = list(packs)
     assert [pack.plan.index for pack in outcomes] == [0, 1, 2]
@@ -190,7 +190,7 @@ def test_an_item_that_ends_its_process_again_and_again_is_one_bad_sample(monkeyp
         assert np.array_equal(pack.pixels, expected(pack.plan, pack.failures))
 
 
-def test_what_bad_samples_cost_in_processes_is_not_counted_against_the_limit(monkeypatch):
+def test_restarts_caused_by_bad_samples_do_not_count_for_the_limit(monkeypatch):
     wanted = [offset_of(step, 0) for step in range(2)]
     started = play(monkeypatch, deadly(f"o in {wanted}").replace("DIE", "os._exit(1)"))
     with run(plans(3), restarts=4) as packs:
@@ -198,7 +198,7 @@ def test_what_bad_samples_cost_in_processes_is_not_counted_against_the_limit(mon
     assert len(started) == 9
 
 
-def test_processes_that_die_more_often_than_allowed_end_the_run_with_what_they_had(monkeypatch):
+def test_the_error_for_processes_that_die_too_often_names_the_pack(monkeypatch):
     play(monkeypatch, "ready(); r = job(); draw(r); answer(r); r = job(); os.kill(os.getpid(), 9)")
     with run(restarts=1) as packs:
         assert np.array_equal(next(packs).pixels, expected(next(plans())))
@@ -207,27 +207,27 @@ def test_processes_that_die_more_often_than_allowed_end_the_run_with_what_they_h
             with pytest.raises(
                 DataError,
                 match=r"decoding process 0 \(pid \d+\) was ended by SIGKILL while it had the pack of lane 0, step 2 "
-                r"\(\d+ samples, m0/0-.*\), and data.worker_restarts = 1 .* if memory ran out lower data.workers",
+                r"\(\d+ samples, m0/0-.*\), and data.worker_restarts = 1 .* if memory ran out, lower data.workers",
             ):
                 next(packs)
 
 
-def test_a_process_that_cannot_even_start_ends_the_run(monkeypatch):
+def test_processes_that_cannot_start_end_the_run(monkeypatch):
     started = play(monkeypatch, "sys.exit(4)")
     with run(restarts=2) as packs, pytest.raises(DataError, match=r"ended with exit code 4, and data\."):
         next(packs)
     assert len(started) == 3
 
 
-def test_a_process_that_goes_on_finishing_items_is_not_taken_for_hung(monkeypatch):
-    slow = "\nfor _ in range(5): time.sleep(0.5); ring.done[r['slot']] += 1\n"
+def test_a_process_that_keeps_finishing_items_does_not_count_as_hung(monkeypatch):
+    slow = "\nfor _ in range(5): time.sleep(0.5); slots.done[r['slot']] += 1\n"
     started = play(monkeypatch, f"ready(); r = job(){slow}draw(r); answer(r); job()")
     with run(plans(1), patience_s=2.0) as packs:
         assert np.array_equal(next(packs).pixels, expected(next(plans())))
     assert len(started) == 1
 
 
-def test_a_fault_of_the_program_keeps_its_traceback_and_its_turn(monkeypatch):
+def test_a_bug_in_a_process_is_raised_with_its_traceback_in_the_place_of_its_pack(monkeypatch):
     play(monkeypatch, "ready(); answer(job()); answer(job(), fault='Traceback: ValueError'); job()")
     with run() as packs:
         assert next(packs).plan.index == 0
@@ -236,7 +236,7 @@ def test_a_fault_of_the_program_keeps_its_traceback_and_its_turn(monkeypatch):
                 next(packs)
 
 
-def test_a_shard_that_cannot_be_read_is_told_when_its_pack_is_due(monkeypatch):
+def test_the_error_for_an_unreadable_shard_is_raised_in_the_place_of_its_pack(monkeypatch):
     play(monkeypatch, "ready(); answer(job()); answer(job(), data_error='shard x: gone'); job()")
     with run() as packs:
         assert next(packs).plan.index == 0
@@ -244,7 +244,7 @@ def test_a_shard_that_cannot_be_read_is_told_when_its_pack_is_due(monkeypatch):
             next(packs)
 
 
-def test_what_the_planner_raises_comes_after_the_packs_it_planned(monkeypatch):
+def test_an_error_of_the_planner_is_raised_after_the_packs_it_planned(monkeypatch):
     play(monkeypatch, HONEST)
 
     def cut():
@@ -258,7 +258,7 @@ def test_what_the_planner_raises_comes_after_the_packs_it_planned(monkeypatch):
                 next(packs)
 
 
-def test_no_more_is_planned_ahead_than_the_ring_and_the_queue_hold(monkeypatch):
+def test_no_more_is_planned_ahead_than_slots_and_queue_hold(monkeypatch):
     play(monkeypatch, HONEST)
     drawn = []
 
@@ -275,7 +275,7 @@ def test_no_more_is_planned_ahead_than_the_ring_and_the_queue_hold(monkeypatch):
 
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("held", [0, 1, 3, 12])
-def test_packs_that_are_held_keep_their_pixels_and_decoding_goes_on(monkeypatch, held, shared):
+def test_held_packs_keep_their_pixels_while_decoding_continues(monkeypatch, held, shared):
     play(monkeypatch, HONEST)
     kept = []
     with run(plans(30), workers=2, shared_slots=shared) as packs:
@@ -289,23 +289,23 @@ def test_packs_that_are_held_keep_their_pixels_and_decoding_goes_on(monkeypatch,
 
 
 @pytest.mark.parametrize("max_held_slots", [1, 2, 4])
-def test_a_slot_is_used_again_once_the_last_view_of_its_pixels_is_gone(monkeypatch, max_held_slots):
+def test_a_slot_is_reused_once_no_view_of_its_pixels_exists(monkeypatch, max_held_slots):
     play(monkeypatch, HONEST)
     with run(plans(30), max_held_slots=max_held_slots) as packs:
         views = [next(packs).pixels[5:][2:] for _ in range(max_held_slots)]
-        assert packs._lent == max_held_slots
+        assert packs._held == max_held_slots
         slots = {view.__array_interface__["data"][0] for view in views}
         assert next(packs).pixels.flags.owndata
         views.pop()
         pixels = next(packs).pixels
-        assert packs._lent == max_held_slots
+        assert packs._held == max_held_slots
         assert not pixels.flags.owndata
         del pixels, views
-        assert packs._lent == 0
+        assert packs._held == 0
         assert len(slots) == max_held_slots
 
 
-def test_fewer_packs_are_decoded_ahead_while_the_trainer_holds_its_most_and_a_shared_slot_goes_to_either(monkeypatch):
+def test_with_a_shared_slot_fewer_packs_are_decoded_ahead_while_the_trainer_holds_the_most(monkeypatch):
     play(monkeypatch, HONEST)
     with run(plans(30), prefetch_packs=3, max_held_slots=2, shared_slots=1) as packs:
 
@@ -315,7 +315,7 @@ def test_fewer_packs_are_decoded_ahead_while_the_trainer_holds_its_most_and_a_sh
 
             with packs._changed:
                 done = packs._changed.wait_for(reached)
-            time.sleep(0.1)  # the thread that has decoded the last one waits for the next
+            time.sleep(0.1)  # until the thread that decoded the last one waits for the next
             return done
 
         assert soon(3)
@@ -328,7 +328,7 @@ def test_fewer_packs_are_decoded_ahead_while_the_trainer_holds_its_most_and_a_sh
 
 
 @pytest.mark.parametrize("program", ["time.sleep(600)", "ready(); job(); time.sleep(600)", HONEST])
-def test_closing_ends_processes_in_any_state_at_once(monkeypatch, program):
+def test_close_ends_processes_in_any_state(monkeypatch, program):
     started = play(monkeypatch, program)
     packs = run(workers=2)
     while len(started) < 2:
@@ -339,7 +339,7 @@ def test_closing_ends_processes_in_any_state_at_once(monkeypatch, program):
     assert not [thread for thread in threading.enumerate() if thread.name in ("planner", "decoder")]
 
 
-def test_a_trainer_of_images_imports_no_library_for_videos():
+def test_pipeline_and_lanes_import_no_library_for_videos():
     code = (
         "import sys; from univitar_ds.data.decoding import pipeline; from univitar_ds.data.sampler import lanes;"
         "print([name for name in ('av', 'torch') if name in sys.modules])"

@@ -1,4 +1,4 @@
-"""Sizes from headers, read by a process that may die of what it reads."""
+"""Sizes read from headers in a separate process, which a header may crash."""
 
 import json
 import os
@@ -37,12 +37,12 @@ def server(slots):
 
 @pytest.fixture
 def items(tmp_path):
-    """An image, a video, something else, an empty file and a turned image, one after another in a file."""
+    """An image, a video, other bytes, an empty file and a rotated image, one after another in a file."""
     turned = media.encoded(media.noise(40, 60), exif=media.exif(6))
     contents = {
         "png": media.encoded(media.noise(50, 70), "PNG"),
         "mp4": media.video(media.moving_frames(5)),
-        "jpg": b"no image at all",
+        "jpg": b"not an image",
         "webp": b"",
         "jpeg": turned,
     }
@@ -55,30 +55,30 @@ def items(tmp_path):
     return found
 
 
-def told(found):
+def comparable(found):
     return [(one.kind, str(one)) if isinstance(one, SampleError) else one for one in found]
 
 
-def test_a_process_finds_what_this_process_would(slots, server, items):
+def test_a_process_returns_the_same_sizes_as_probe_each(slots, server, items):
     supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
     here = probe_each([MediaAddress(LocalStorage(), *item) for item in items])
     assert [type(one).__name__ for one in here] == ["MediaSize", "MediaSize", "SampleError", "SampleError", "MediaSize"]
     assert (here[4].height, here[4].width) == (60, 40)
     assert here[1].duration_s > 0
-    assert told(supervisor.probe(0, ProbeJob(items, MAX_PX))) == told(here)
+    assert comparable(supervisor.probe(0, ProbeJob(items, MAX_PX))) == comparable(here)
     assert slots.done.tolist() == [len(items)]
 
 
-def test_the_file_that_ends_its_process_is_a_bad_sample_and_the_others_have_sizes(slots, server, items):
+def test_a_file_that_ends_its_process_is_a_bad_sample_and_the_others_have_sizes(slots, server, items):
     supervisor = WorkerSupervisor(0, Deadly(server, items[1]), slots, LOCAL, RestartBudget(4))
     found = supervisor.probe(0, ProbeJob(items, MAX_PX))
     here = probe_each([MediaAddress(LocalStorage(), *item) for item in items])
     assert (found[1].kind, "SIGKILL" in str(found[1])) == ("crash", True)
-    assert told(found[:1] + found[2:]) == told(here[:1] + here[2:])
+    assert comparable(found[:1] + found[2:]) == comparable(here[:1] + here[2:])
 
 
 class Deadly:
-    """A server whose processes are killed when they are given a certain file."""
+    """A server whose processes are killed when they get a job with a certain file."""
 
     def __init__(self, server, item):
         self.server, self.item = server, list(item)
@@ -99,13 +99,13 @@ class Deadly:
         return self.server.end(pid, hangs=hangs)
 
 
-def test_a_shard_that_is_gone_is_no_bad_sample(slots, server, items):
+def test_a_missing_shard_is_a_data_error_and_not_a_bad_sample(slots, server, items):
     supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
     gone = items[0]._replace(path=items[0].path + "x")
     with pytest.raises(DataError, match="cannot be read"):
         supervisor.probe(0, ProbeJob([gone], MAX_PX))
 
 
-def test_a_job_is_the_same_after_its_way_through_json(items):
+def test_a_job_survives_json(items):
     job = ProbeJob(items, MAX_PX)
     assert ProbeJob.from_json(json.loads(json.dumps(job.to_json()))) == job

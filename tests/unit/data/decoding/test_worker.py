@@ -1,4 +1,4 @@
-"""Real decoding processes: started, ended, killed, and gone when the trainer is."""
+"""Real decoding processes: they start, end, can be killed, and do not outlive the trainer."""
 
 import json
 import os
@@ -32,15 +32,15 @@ def gone(pid):
 
 
 @pytest.fixture
-def ring():
-    ring = SharedSlots.create(2, 3 * 28 * 42 * 3)
-    yield ring
-    ring.close()
+def slots():
+    slots = SharedSlots.create(2, 3 * 28 * 42 * 3)
+    yield slots
+    slots.close()
 
 
 @pytest.fixture
-def server(ring):
-    server = ForkServer(ring)
+def server(slots):
+    server = ForkServer(slots)
     yield server
     server.close()
 
@@ -56,14 +56,14 @@ def job(tmp_path):
 
 @pytest.fixture
 def stuck(job, tmp_path):
-    """A job that never ends: opening a pipe waits for a writer, deaf to signals that can be handled."""
+    """A job that never ends: opening a pipe waits for a writer, and handled signals do not interrupt it."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
     return DecodeJob("image", UNIFORM, job.limits, [DecodeItem(str(path), 0, 9, GRID, 1)])
 
 
-def drawn(ring):
-    return ring.view(1).reshape(3, 28, 42, 3)
+def drawn(slots):
+    return slots.view(1).reshape(3, 28, 42, 3)
 
 
 def greeted(channel):
@@ -71,22 +71,22 @@ def greeted(channel):
     assert channel.recv_bytes() == b"ready"
 
 
-def test_pixels_come_through_the_ring_from_a_process_that_was_killed_before(server, ring, job):
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(1))
+def test_a_supervisor_decodes_into_its_slot_also_after_its_process_was_killed(server, slots, job):
+    supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(1))
     expected = fit_image(np.asarray(media.noise(50, 70)), GRID)
-    assert attendant.decode_pack(1, job) == []
-    assert (drawn(ring)[0] == expected).all()
-    ring.view(1)[:] = 0
-    os.kill(attendant._pid, signal.SIGKILL)
-    assert attendant.decode_pack(1, job) == []
-    assert (drawn(ring)[0] == expected).all()
-    assert not drawn(ring)[1:].any()
-    assert ring.done.tolist() == [0, 2]
-    assert not ring.view(0).any()
+    assert supervisor.decode_pack(1, job) == []
+    assert (drawn(slots)[0] == expected).all()
+    slots.view(1)[:] = 0
+    os.kill(supervisor._pid, signal.SIGKILL)
+    assert supervisor.decode_pack(1, job) == []
+    assert (drawn(slots)[0] == expected).all()
+    assert not drawn(slots)[1:].any()
+    assert slots.done.tolist() == [0, 2]
+    assert not slots.view(0).any()
 
 
 class Dying:
-    """A server of which the first processes die once they have their work."""
+    """A server whose first `deaths` processes die when they get their first job."""
 
     def __init__(self, server, deaths):
         self.server, self.left = server, deaths
@@ -112,20 +112,20 @@ class Dying:
         return self.server.end(pid, hangs=hangs)
 
 
-def test_items_done_one_by_one_stand_where_the_whole_pack_puts_them(server, ring, job):
+def test_items_decoded_one_by_one_have_the_same_offsets_as_in_a_whole_pack(server, slots, job):
     good = job.items[0]
     items = [good, replace(good, length=20), replace(good, grid=(1, 1, 1)), good]
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
-    whole = attendant.decode_pack(0, replace(job, items=items))
+    supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
+    whole = supervisor.decode_pack(0, replace(job, items=items))
     dying = Dying(server, 2)
-    alone = WorkerSupervisor(1, dying, ring, LOCAL, RestartBudget(2)).decode_pack(1, replace(job, items=items))
+    alone = WorkerSupervisor(1, dying, slots, LOCAL, RestartBudget(2)).decode_pack(1, replace(job, items=items))
     assert dying.left == 0
     assert [(index, kind) for index, kind, _ in whole] == [(1, "unreadable")]
     assert alone == whole
-    assert (ring.view(0) == ring.view(1)).all()
+    assert (slots.view(0) == slots.view(1)).all()
     used = 2 * 28 * 42 * 3 + 588
-    assert ring.view(0)[used - 100 : used].any()
-    assert not ring.view(0)[used:].any()
+    assert slots.view(0)[used - 100 : used].any()
+    assert not slots.view(0)[used:].any()
 
 
 def mapped(pid):
@@ -137,47 +137,47 @@ def private_mb(pid):
     return sum(int(row.split()[1]) for row in rows if row.startswith("Private")) / 1024
 
 
-def test_a_process_for_images_holds_no_library_for_videos_and_can_still_decode_one(ring, job, tmp_path):
-    server = ForkServer(ring, ["image"])
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
+def test_a_process_for_images_does_not_preload_the_video_library_but_can_decode_a_video(slots, job, tmp_path):
+    server = ForkServer(slots, ["image"])
+    supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
     try:
-        assert attendant.decode_pack(0, job) == []
-        assert "simplejpeg" in mapped(attendant._pid)
-        assert "libavcodec" not in mapped(attendant._pid)
+        assert supervisor.decode_pack(0, job) == []
+        assert "simplejpeg" in mapped(supervisor._pid)
+        assert "libavcodec" not in mapped(supervisor._pid)
         video = tmp_path / "clip"
         video.write_bytes(media.video(media.moving_frames(3)))
         item = DecodeItem(str(video), 0, video.stat().st_size, GRID, 2)
-        assert attendant.decode_pack(1, replace(job, modality="video", items=[item])) == []
-        assert drawn(ring)[:2].any()
+        assert supervisor.decode_pack(1, replace(job, modality="video", items=[item])) == []
+        assert drawn(slots)[:2].any()
     finally:
         server.close()
 
 
 @pytest.mark.parametrize(("needs", "found"), [(["image"], False), (["image", "s3"], True)])
-def test_what_reads_from_s3_is_imported_once_and_only_where_shards_lie_there(monkeypatch, capfd, ring, needs, found):
+def test_the_s3_storage_is_preloaded_only_for_shards_on_s3(monkeypatch, capfd, slots, needs, found):
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
-    server = ForkServer(ring, needs)
+    server = ForkServer(slots, needs)
     try:
         server.fork()
         imported = capfd.readouterr().err
         assert "univitar_ds.data.media.image_decode\n" in imported
         assert ("univitar_ds.data.storage.s3_client\n" in imported) == found
-        assert "boto" not in imported  # a decoder makes a request only for what no local copy has
+        assert "boto" not in imported  # a decoder makes requests only for shards without a local copy
     finally:
         server.close()
 
 
-def test_a_process_for_videos_shares_their_library_with_the_one_it_was_forked_from(server, ring, job):
+def test_the_video_library_is_loaded_before_forking(server, slots, job):
     pid, channel = server.fork()
     greeted(channel)
     assert "libavcodec" in mapped(pid)
     channel.close()
 
 
-def test_large_images_leave_no_memory_behind(server, ring, job, tmp_path):
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
-    attendant.decode_pack(0, job)
-    before = private_mb(attendant._pid)
+def test_the_memory_of_large_images_is_returned_to_the_system(server, slots, job, tmp_path):
+    supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
+    supervisor.decode_pack(0, job)
+    before = private_mb(supervisor._pid)
     items = []
     for side in (
         1500,
@@ -187,27 +187,27 @@ def test_large_images_leave_no_memory_behind(server, ring, job, tmp_path):
         1800,
         2400,
         1000,
-    ):  # up to 18 MiB decoded; glibc by itself keeps 13 MiB of them
+    ):  # up to 18 MiB decoded, of which glibc keeps 13 MiB by default
         path = tmp_path / f"{side}.png"
         path.write_bytes(media.encoded(Image.new("RGB", (side, side)), "PNG"))
         items.append(DecodeItem(str(path), 0, path.stat().st_size, GRID, 1))
     limits = replace(job.limits, max_image_px=10**7)
     for item in items:
-        assert attendant.decode_pack(0, replace(job, limits=limits, items=[item])) == []
-    assert (left := private_mb(attendant._pid) - before) < 8, left
+        assert supervisor.decode_pack(0, replace(job, limits=limits, items=[item])) == []
+    assert (left := private_mb(supervisor._pid) - before) < 8, left
 
 
-def test_a_decoding_process_is_held_to_the_memory_that_decoding_may_take(server, ring, job):
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
-    attendant.start()
-    assert attendant.decode_pack(0, job) == []
-    (line,) = [text for text in Path(f"/proc/{attendant._pid}/limits").read_text().splitlines() if "data size" in text]
+def test_the_memory_of_a_decoding_process_is_limited(server, slots, job):
+    supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
+    supervisor.start()
+    assert supervisor.decode_pack(0, job) == []
+    (line,) = [text for text in Path(f"/proc/{supervisor._pid}/limits").read_text().splitlines() if "data size" in text]
     soft = int(line.split()[3])
-    attendant.stop()
+    supervisor.stop()
     assert 1 << 30 < soft < 3 << 29
 
 
-def test_processes_end_with_their_channel_and_tell_how(server):
+def test_processes_end_with_their_channel_and_their_exit_code_is_returned(server):
     pid, channel = server.fork()
     greeted(channel)
     channel.close()
@@ -225,21 +225,21 @@ def test_processes_end_with_their_channel_and_tell_how(server):
     assert gone(pid)
 
 
-def test_when_the_server_is_killed_its_processes_go_and_the_next_call_starts_another(server, ring, job, stuck):
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(1))
-    assert attendant.decode_pack(0, job) == []
+def test_processes_end_with_a_killed_server_and_the_next_call_starts_another(server, slots, job, stuck):
+    supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(1))
+    assert supervisor.decode_pack(0, job) == []
     pid, channel = server.fork()
     greeted(channel)
     channel.send_bytes(json.dumps({"slot": 1, "start": 0, "decode": stuck.to_json()}).encode())
     server._process.kill()
     assert gone(pid)
-    assert attendant.decode_pack(0, job) == []
+    assert supervisor.decode_pack(0, job) == []
     assert server.end(pid, hangs=True) is None
-    assert attendant.decode_pack(0, job) == []
+    assert supervisor.decode_pack(0, job) == []
     assert server.end(os.getpid(), hangs=True) is None
 
 
-def test_closing_ends_a_process_in_the_middle_of_its_work_and_is_safe_again(server, stuck, monkeypatch):
+def test_close_ends_a_process_in_the_middle_of_its_job_and_may_be_repeated(server, stuck, monkeypatch):
     monkeypatch.setattr(forkserver, "_CLOSE_S", WHOLE_S)  # on a busy machine the server may need longer than 10 s
     pid, channel = server.fork()
     greeted(channel)
@@ -254,7 +254,7 @@ def test_closing_ends_a_process_in_the_middle_of_its_work_and_is_safe_again(serv
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "sys.exit()"])
-def test_a_decoder_in_the_middle_of_its_work_does_not_outlive_the_trainer(stuck, end):
+def test_a_process_in_the_middle_of_its_job_does_not_outlive_the_trainer(stuck, end):
     script = f"""
 import json, os, signal, sys
 from univitar_ds.data.decoding.forkserver import ForkServer
