@@ -1,27 +1,27 @@
-"""When two results of floating-point sums are the same: one rule, with one number.
+"""Comparison of results of floating-point sums: one rule with one constant.
 
     |got - wanted| <= C * eps(dtype) * sqrt(terms) * scale        for every entry
 
-`eps` is of the type in which the sums run, `scale` the largest absolute value of the whole tensor that is wanted, and
-`terms` how many numbers an entry is summed of: where sums follow on sums, as through the layers of a model, all of them
-on the longest way. Which order a sum takes depends on the processor, its instruction set and the number of threads; a
-bound by this rule depends on none of them.
+`eps` is that of the type in which the sums are accumulated, `scale` the largest absolute value of the expected tensor,
+and `terms` the number of summands of an entry; for sums of sums, as in the layers of a model, the number on the longest
+path. The order of summation depends on the processor, its instruction set and the number of threads; the bound does
+not.
 
-Why C is 4. A rounding is an error between -eps/2 and eps/2 of a partial sum: 0.29 eps in the root mean square. A sum of
-n terms makes n of them, which are independent: 0.29 eps sqrt(n). Of ten thousand entries the worst is at 4 deviations,
-and the difference of two results is sqrt(2) of one: 1.6 eps sqrt(n) of a partial sum, which is at most about as large
-as `scale`. The rest, a factor of 2.5, is for what lies between the sums of a model (norms, softmaxes, activations, each
-of which may make a relative error larger) and for terms that cancel. Measured, with vectors of 16, 8 and 1 numbers and
-1 to 4 threads: at most 1.1 where a handful of terms is summed and 0.5 in models, whose sums are taken in parts.
+Why C is 4. A rounding error is between -eps/2 and eps/2 of a partial sum: 0.29 eps in the root mean square. A sum of
+n terms has n independent ones: 0.29 eps sqrt(n). The largest of ten thousand entries is at 4 standard deviations, and
+the difference of two results is sqrt(2) times as large: 1.6 eps sqrt(n) of a partial sum, which is at most about as
+large as `scale`. The remaining factor of 2.5 is for operations between the sums of a model (norms, softmaxes,
+activations, which may increase a relative error) and for terms that cancel. Measured, with vectors of 16, 8 and 1
+numbers and 1 to 4 threads: at most 1.1 for a few terms and 0.5 in models, whose sums are computed in parts.
 
-bfloat16 and float16 are types of storage here: sums run in float32, so `eps` is that of float32, and the entry is
-rounded once when it is stored, by `rounding(dtype)` of itself. Only where every tensor on the way is stored so (a model
-in bfloat16) stored tensors are what rounds: dtype=torch.bfloat16, and `terms` counts those on the longest way, divided
-by how many entries with errors of their own the result is a mean of. Then one entry may be several percent off. But
-errors are independent, so along the whole tensor they cancel: |<got - wanted, wanted>| is at most the 2-norm of the
-bounds times `wanted`, entry by entry, which sees an error that all entries share.
+bfloat16 and float16 are storage types: sums are accumulated in float32, so `eps` is that of float32, and an entry is
+rounded once, by `rounding(dtype)`, when it is stored. If all intermediate tensors are stored in such a type (a model in
+bfloat16), storing them causes most of the error: then dtype=torch.bfloat16, and `terms` is the number of tensors on the
+longest path, divided by the number of entries with independent errors of which the result is a mean. One entry may then
+be wrong by several percent. But the errors are independent, so they cancel over the whole tensor:
+|<got - wanted, wanted>| is at most the 2-norm of bounds * wanted, which detects an error that all entries share.
 
-Every comparison proves that it can fail: the same bound must refuse the wanted values made larger or smaller by 1 %.
+Every comparison checks that it can fail: the bound must reject the expected values scaled by 1.01 and by 0.99.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from univitar_ds.config.encoder import EncoderConfig
 
 C = 4.0
 SEEN = 0.01
-"""An error that every comparison must see."""
+"""A relative error that every comparison must detect."""
 HALF = (torch.bfloat16, torch.float16)
 Values = Tensor | float | Sequence[float]
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """What storing a value loses of it: half of eps; Triton's interpreter cuts bfloat16 off, which is all of it."""
-    cut = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
-    return torch.finfo(dtype).eps / (1 if cut else 2)
+    """Relative error of storing a value: eps / 2, or eps for bfloat16 in Triton's interpreter, which truncates."""
+    truncates = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.finfo(dtype).eps / (1 if truncates else 2)
 
 
 def entry_bound(terms: float, scale: float, dtype: torch.dtype) -> float:
@@ -63,15 +63,15 @@ def assert_sums_close(
     scale: float | None = None,
     reach: Tensor | float = 0.0,
 ) -> None:
-    """`got` is `wanted` but for the order of sums of `terms` numbers, and an error of 1 % would be seen.
+    """Check that `got` equals `wanted` up to the order of sums of `terms` numbers.
 
     Args:
-        dtype: in which the sums run; that of `got` where it is wider than 16 bits, else float32.
-        scale: where it is not the largest absolute value of `wanted`, because what is wanted is a small difference of
-            large numbers: the largest of those.
-        reach: what an entry may miss besides, e.g. by `adam_reach`; of the shape of `wanted` or one for all.
+        dtype: type in which the sums are accumulated; default: that of `got`, or float32 if `got` has 16 bits.
+        scale: default: the largest absolute value of `wanted`. If `wanted` is a small difference of large numbers, the
+            largest of those.
+        reach: additional tolerance, e.g. `adam_reach`; a scalar or of the shape of `wanted`.
 
-    Raises: AssertionError, also where the bound is too wide to see an error of 1 %.
+    Raises: AssertionError, also if the bound is too wide to detect an error of 1 %.
     """
     given = got.dtype if isinstance(got, Tensor) else torch.float32
     dtype = dtype or (torch.float32 if given in HALF else given)
@@ -86,7 +86,7 @@ def assert_sums_close(
 
     def fault(values: Tensor) -> str | None:
         error = (values - wanted).abs()
-        if not (error <= limit).all():  # in this form for values that are not numbers
+        if not (error <= limit).all():  # also true for NaN
             place = (error / limit).nan_to_num(torch.inf).argmax()
             found, right = values.flatten()[place].item(), wanted.flatten()[place].item()
             times = (error / limit).flatten()[place].item()
@@ -96,11 +96,11 @@ def assert_sums_close(
             return f"all entries together are wrong by {along / wanted.square().sum().item():.2%}"
         return None
 
-    said = fault(got)
-    assert said is None, f"{what}: {said}"
+    found = fault(got)
+    assert found is None, f"{what}: {found}"
     if largest > 0:
         for factor in (1 + SEEN, 1 - SEEN):
-            assert fault(wanted * factor), f"{what}: the bound is too wide to see an error of {SEEN:.0%}"
+            assert fault(wanted * factor), f"{what}: the bound is too wide to detect an error of {SEEN:.0%}"
 
 
 def assert_all_close(
@@ -118,13 +118,13 @@ def assert_all_close(
 
 
 def adam_reach(square: Tensor, lr: float, error: float) -> Tensor:
-    """How far rounding in a gradient may move each weight when Adam takes a step at the rate `lr`.
+    """Bound on the change of each weight by rounding errors of its gradient in a step of Adam with learning rate `lr`.
 
-    Adam divides a mean of gradients by the root of a mean of their squares. Where the gradient of an entry is itself
-    little more than the rounding of its tensor's (the K part of a qkv bias is nothing else, softmax cancels it), the
-    quotient is noise and moves the weight by up to `lr`, either way. Numerator and denominator are off by `error` each
-    at most, and two results that both moved by the whole rate may be 2 apart: lr * min(2, 2 * error / sqrt(square)).
-    An entry that never had a gradient has no rounding either.
+    Adam divides a mean of gradients by the root of a mean of their squares. If the gradient of an entry is not much
+    larger than the rounding error of its tensor (the K part of a qkv bias is only rounding error, because softmax
+    cancels it), the quotient is noise and moves the weight by up to `lr` in either direction. Numerator and denominator
+    are each wrong by at most `error`, and two results can differ by 2 * lr: lr * min(2, 2 * error / sqrt(square)).
+    An entry that never had a gradient has no rounding error.
 
     Args: square: second moments, bias-corrected; error: `entry_bound` of the gradient.
     """
@@ -132,10 +132,10 @@ def adam_reach(square: Tensor, lr: float, error: float) -> Tensor:
 
 
 class AdamReach:
-    """`adam_reach` over the steps of a training, by name.
+    """`adam_reach` accumulated over the steps of a training, by parameter name.
 
-    In float32 every step builds on the sums of all before it, and what it moves comes on top. In bfloat16 what a step
-    inherits is little beside its own roundings, which are independent of those of other steps: the root of the squares.
+    In float32 the errors of all steps add up, because each step continues from the results of the previous ones. In
+    bfloat16 a step's own rounding errors dominate, which are independent, so the root of the sum of squares is used.
     """
 
     def __init__(self, model: nn.Module, terms: float, dtype: torch.dtype) -> None:
@@ -145,7 +145,7 @@ class AdamReach:
         self._largest: dict[str, float] = {}
 
     def step(self, optimizer: torch.optim.AdamW, lr: float) -> None:
-        """After an update, while its gradients are there."""
+        """Call it after an optimizer step, before its gradients are cleared."""
         self.steps += 1
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -164,7 +164,7 @@ def _wide(values: Values) -> Tensor:
 
 
 def transformer_terms(*, width: int, inner: int, head: int, layers: int, longest: int) -> int:
-    """`terms` through the blocks of a transformer: norms, products and attention over `longest` tokens of one item."""
+    """`terms` of the blocks of a transformer: norms, products and attention over `longest` tokens of one item."""
     return layers * (6 * width + head + 2 * longest + 2 * inner)
 
 
@@ -176,10 +176,10 @@ def encoder_terms(config: EncoderConfig, longest: int) -> int:
 
 
 STORED = 12
-"""Tensors that a block stores one after another: norm, qkv, q and k, attention, projection, residual; norm, both parts
-of the feed-forward, gated norm, projection, residual."""
+"""Tensors that a block stores in sequence: norm, qkv, q and k, attention, projection, residual; norm, both parts of the
+feed-forward, gated norm, projection, residual."""
 
 
 def gradient_terms(forward: int, rows: int) -> int:
-    """`terms` of a parameter's gradient: the way there, the same sums on the way back, and the sum over all rows."""
+    """`terms` of a parameter's gradient: the forward pass, the same sums in the backward pass, the sum over rows."""
     return 2 * forward + rows

@@ -1,4 +1,4 @@
-"""The contrastive losses as their formulas say, and a plain loop that trains: what the trainer is measured against."""
+"""Reference implementations for comparison with the trainer: contrastive losses and a plain training loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from univitar_ds.training.engine.optim import parameter_groups
 
 
 def dense_sigmoid(vision: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None = None) -> Tensor:
-    """Mean over items of the sum over all pairs; with `ids`, equal ids belong together."""
+    """Mean over items of the sum over all pairs; with `ids`, items with equal ids are positive pairs."""
     n = vision.shape[0]
     together = torch.eye(n, dtype=torch.bool) if ids is None else ids[:, None] == ids[None]
     sign = torch.where(together, 1.0, -1.0).to(vision.dtype)
@@ -34,7 +34,7 @@ def dense_softmax(vision: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids
 
 @dataclass(frozen=True)
 class Trained:
-    """What plain torch makes of a model: (loss, gradient norm) of every step, the weights, and their `AdamReach`."""
+    """A result of `dense_training`: (loss, gradient norm) of every step, the weights, and their `AdamReach`."""
 
     curve: list[tuple[float, float]]
     weights: dict[str, Tensor]
@@ -44,8 +44,8 @@ class Trained:
 def dense_training(
     model: nn.Module, steps: int, *, lr, clip: float, terms: float = STANDIN_TERMS, dtype: torch.dtype = torch.float32
 ) -> Trained:
-    """Trains `model` on the packs of all lanes at once with plain torch; `terms` of a gradient and `dtype` of what is
-    compared with it."""
+    """Train `model` on the packs of all lanes at once with plain torch. `terms` of a gradient and `dtype` are those of
+    the result that is compared with it."""
     reach = AdamReach(model, terms, dtype)
     optimizer = torch.optim.AdamW(parameter_groups(model, OptimizerConfig()), lr=0.0, betas=(0.9, 0.98), eps=1e-8)
     curve = []

@@ -1,8 +1,8 @@
-"""Runs a function on several gloo ranks of this machine and brings back what each returned.
+"""Runs a function on several gloo ranks of this machine and returns the result of each.
 
-The ranks are forked from one server process that has imported torch and DeepSpeed, so a run costs tenths of a second
-to start. A rank that fails ends the others and shows its traceback; a run that makes no progress is ended whole and
-shows where each of its ranks was.
+The ranks are forked from a server process that has imported torch and DeepSpeed, so they start in tenths of a second.
+If a rank fails, the others are ended and its traceback is shown. If a run makes no progress, it is ended and the stacks
+of its ranks are shown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from tests.support.progress import IDLE_S, LOOK_S, WHOLE_S, Stalled, Watch, end_tree
 
 THREADS = os.environ.get("UNIVITAR_TEST_THREADS", "1")
-"""Of a rank."""
+"""Threads of a rank."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _SERVER = forkserver.ForkServer()
 _SERVER.set_forkserver_preload(["tests.support.preload"])
@@ -38,24 +38,23 @@ class RankFailed(AssertionError):
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, **limits: Any) -> list[Any]:
-    """`fn(*args)` on `world_size` ranks; what each returned, by rank.
+    """Run `fn(*args)` on `world_size` ranks; returns the results by rank.
 
-    `fn` is a module's function; it finds RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* in its environment, as under
-    a launcher. Arguments and results travel between processes. `limits` are those of `Watch`; only tests of the
-    limits give any.
+    `fn` is a module-level function; its environment has RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, as under a launcher.
+    Arguments and results are pickled. `limits` are those of `Watch`, for tests of the limits only.
 
-    Raises: RankFailed with the traceback of the first rank that failed, or with the stacks of all ranks where none
-    makes progress.
+    Raises: RankFailed with the traceback of the first rank that failed, or with the stacks of all ranks if there is no
+    progress.
     """
     environment = {"OMP_NUM_THREADS": THREADS, "DS_ACCELERATOR": "cpu"}
     saved = {key: os.environ.get(key) for key in environment}
-    os.environ.update(environment)  # the server is started here and hands its environment down
+    os.environ.update(environment)  # inherited by the server, which starts here
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks: list[tuple[multiprocessing.Process, Connection]] = []
         try:
             try:
-                patience = timedelta(seconds=WHOLE_S)  # on a busy machine the first rank may be up long before the last
-                store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
+                timeout = timedelta(seconds=WHOLE_S)  # on a busy machine ranks may start at very different times
+                store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
                 for rank in range(world_size):
                     ranks.append(_start(fn, args, rank, world_size, store.port, Path(folder)))
             finally:
@@ -73,8 +72,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, **limit
 
 @contextmanager
 def _own_server() -> Iterator[None]:
-    """multiprocessing has one server a process: what starts it first decides what it imports and which signals it
-    blocks."""
+    """Use a separate fork server. multiprocessing has one per process, and its first use decides what it imports and
+    which signals it blocks."""
     shared = forkserver.connect_to_new_process
     forkserver.connect_to_new_process = _SERVER.connect_to_new_process
     try:
@@ -98,14 +97,14 @@ def _stack_file(folder: Path, rank: int) -> Path:
 
 
 def _rank_main(fn, args, rank: int, world_size: int, port: int, results: Connection, stacks: Path) -> None:
-    faulthandler.enable(stacks.open("w"))  # the stacks of all threads, at a crash or at the end of a stalled run
+    faulthandler.enable(stacks.open("w"))  # writes all stacks at a crash or when a stalled run is ended
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_RANK=str(rank),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",  # the test's process holds the store: no port to race for
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the test's process holds the store, so ranks open no port
     )
     import torch
 
@@ -114,9 +113,9 @@ def _rank_main(fn, args, rank: int, world_size: int, port: int, results: Connect
         answer = True, fn(*args)
     except BaseException:
         answer = False, traceback.format_exc()
-    results.send_bytes(pickle.dumps(answer))  # by value: a tensor's shared memory would end with this process
+    results.send_bytes(pickle.dumps(answer))  # by value, because a tensor's shared memory is freed with this process
     results.close()
-    os._exit(0)  # destructors of process groups wait for ranks that may be dead
+    os._exit(0)  # destructors of process groups would wait for ranks that may be dead
 
 
 def _collect(ranks: list, folder: Path, limits: dict[str, Any]) -> list[Any]:
@@ -136,11 +135,11 @@ def _collect(ranks: list, folder: Path, limits: dict[str, Any]) -> list[Any]:
         except Stalled as stalled:
             raise RankFailed(f"{stalled}\n{_end_with_stacks(of(), folder)}") from None
     if failures:
-        settle = time.monotonic() + 1.0  # others fail in consequence: the first story may be in their shadow
+        settle = time.monotonic() + 1.0  # other ranks fail as a consequence: collect the tracebacks of all of them
         while pending and (ready := wait(list(pending), timeout=max(settle - time.monotonic(), 0))):
             for connection in ready:
                 _receive(connection, pending.pop(connection), ranks, folder, answers, failures)
-        raise RankFailed("\n".join(f"rank {rank} of {len(ranks)}:\n{story}" for rank, story in failures.items()))
+        raise RankFailed("\n".join(f"rank {rank} of {len(ranks)}:\n{text}" for rank, text in failures.items()))
     return answers
 
 
@@ -166,5 +165,5 @@ def _receive(
         process = ranks[rank][0]
         process.join(IDLE_S)
         failures[rank] = value or (
-            f"the process ended with exit code {process.exitcode} and said nothing\n{_stacks(folder, rank)}"
+            f"the process ended with exit code {process.exitcode} and no result\n{_stacks(folder, rank)}"
         )

@@ -1,4 +1,4 @@
-"""A finished run's folder without training and without DeepSpeed: config, tokenizer and one real checkpoint."""
+"""Writes the folder of a finished run without training and DeepSpeed: config, tokenizer and a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPTIONS = ["a red image", "a green image", "a blue video moving left", "a grey 
 
 
 def run_config(shards: Path | str = "nowhere", **changes: Any) -> RunConfig:
-    """One stage of images and videos; evaluated on the test split of `shards`. `changes` replace whole sections."""
+    """One stage of images and videos, evaluated on the test split of `shards`. `changes` replace whole sections."""
     source = str(shards)
     content = {
         "name": "tried",
@@ -47,7 +47,7 @@ def run_config(shards: Path | str = "nowhere", **changes: Any) -> RunConfig:
 
 
 class _Untrained:
-    """What `save_checkpoint` asks of an engine, for a model that no engine has seen."""
+    """The attributes of an engine that `save_checkpoint` uses, for an untrained model."""
 
     def __init__(self, model: ContrastiveModel) -> None:
         self.module = model
@@ -64,7 +64,7 @@ class _Untrained:
 
 
 def write_run(folder: Path, config: RunConfig) -> ContrastiveModel:
-    """Writes the folder and returns the model whose weights its checkpoint, step-00000007, holds."""
+    """Write the folder; returns the model whose weights are in its checkpoint, step-00000007."""
     folder.mkdir(parents=True)
     dump_config(config, folder / "config.yaml")
     tokenizer = train_tokenizer(CAPTIONS, config.model.text.vocab_size)

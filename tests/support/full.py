@@ -1,4 +1,4 @@
-"""A disk of a few megabytes that is really full when it is full."""
+"""A file system of a few megabytes, for tests of a full disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
-    """A file system of so many megabytes at `folder`; the test is skipped where none can be mounted."""
+    """Mount a file system of so many megabytes at `folder`; skips the test if that is not possible."""
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
@@ -25,5 +25,5 @@ def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
 
 
 def resize(folder: Path, megabytes: float) -> None:
-    """The same disk with another size."""
+    """Change the size of the file system."""
     subprocess.run(["mount", "-o", f"remount,size={int(megabytes * 1024)}k", str(folder)], check=True)

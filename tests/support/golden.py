@@ -1,4 +1,4 @@
-"""The released encoder's numbers, as the tests read them; tests/golden/README.md says how they were made."""
+"""Reads the reference results of the released encoder; tests/golden/README.md describes how they were made."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Golden:
 
     @property
     def terms(self) -> int:
-        """Summed on the way to an entry of `last_hidden_state`."""
+        """`terms` of an entry of `last_hidden_state`; see `closeness`."""
         return encoder_terms(read_encoder_config(self.folder), int(self.grid_thw.prod(1).max()))
 
     @property
@@ -63,14 +63,14 @@ def golden(case: str) -> Golden:
 
 
 def assert_loss_close(loss: float, numbers: Golden) -> None:
-    """The loss is a mean of products of either sign; they leave about as much as their 2-norm by their number."""
+    """Check the loss. It is a mean of n products of both signs, so its scale is their 2-norm divided by n."""
     products = numbers.last_hidden_state * numbers.loss_weight
     scale = (products.norm() / products.numel()).item()
     assert_sums_close(loss, numbers.loss, numbers.terms + products.numel(), "loss", scale=scale)
 
 
 def resize_rows() -> list[list[int]]:
-    """height, width, factor, min_pixels, max_pixels, resized height, resized width."""
+    """Rows of height, width, factor, min_pixels, max_pixels, resized height, resized width."""
     return json.loads((FOLDER / "smart_resize.json").read_text())["rows"]
 
 

@@ -1,4 +1,4 @@
-"""Packs of grey items, for tests of what is drawn of a pack."""
+"""Packs of grey items, for tests of plots."""
 
 import torch
 
@@ -7,7 +7,7 @@ from univitar_ds.geometry import PATCH
 
 
 def grey_pack(*grids, frames=1, modality="image") -> PackedBatch:
-    """The pixels of item i are all 50 * (i + 1), its caption says so."""
+    """A pack in which all pixels of item i are 50 * (i + 1) and its caption is "grey {that number}"."""
     values = [torch.full((frames * h * w * PATCH * PATCH * 3,), 50 * (i + 1)) for i, (_, h, w) in enumerate(grids)]
     n = len(grids)
     return PackedBatch(

@@ -1,4 +1,4 @@
-"""Images and videos made in memory, of known content."""
+"""Creates images and videos of known content in memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ HELD = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""What the camera did to the image, by the EXIF orientation it then wrote (its inverse brings it upright)."""
+"""The transposition of the stored image by EXIF orientation; its inverse makes the image upright."""
 
 
 def quarters(height: int = 40, width: int = 64) -> Image.Image:
-    """Red and green above blue and yellow: every turn and mirror of it looks different."""
+    """Red and green above blue and yellow, so that all rotations and reflections differ."""
     pixels = np.zeros((height, width, 3), np.uint8)
     half_h, half_w = height // 2, width // 2
     pixels[:half_h, :half_w], pixels[:half_h, half_w:] = RED, GREEN
@@ -56,15 +56,15 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A smooth random image: compressible, and different for each seed."""
+    """A smooth random image, which is compressible and differs for each seed."""
     small = np.random.default_rng(seed).integers(0, 256, (max(height // 8, 2), max(width // 8, 2), 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @contextmanager
 def same_scheduling() -> Iterator[None]:
-    """SVT-AV1 gives the thread that calls it real-time priority where root does, and all that the thread starts later
-    inherits it: two busy processes of that kind stop every other one of the machine."""
+    """Restore the scheduling policy. If root calls SVT-AV1, it gives the calling thread real-time priority, which later
+    threads and processes inherit, and two busy processes of this kind block all others on the machine."""
     before = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         yield
@@ -82,7 +82,7 @@ def video(
     options: dict[str, str] | None = None,
     settings: dict[str, str] | None = None,
 ) -> bytes:
-    """A video file of (H, W, 3) uint8 frames; `pts` in frames of `rate` per second, `settings` are the encoder's."""
+    """A video file of (H, W, 3) uint8 frames. `pts` are in units of 1 / `rate` s; `settings` are for the encoder."""
     stream = io.BytesIO()
     with same_scheduling(), av.open(stream, "w", format=form, options=options or {}) as container:
         track = container.add_stream(codec, rate=rate, options=settings or {})
@@ -99,13 +99,13 @@ def video(
 
 
 def moving_frames(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """A window that slides over an image: frames that a codec predicts from each other, all different."""
+    """Different frames that a codec can predict from each other: a window that moves over an image."""
     scene = np.asarray(noise(height + 2 * count, width + 3 * count))
     return [np.ascontiguousarray(scene[2 * i : 2 * i + height, 3 * i : 3 * i + width]) for i in range(count)]
 
 
 def retimed_mp4(data: bytes) -> bytes:
-    """The packets of an MP4 in another one that says each frame is shown when it is decoded."""
+    """Copies the packets of an MP4 into another one in which the presentation times equal the decoding times."""
     stream = io.BytesIO()
     with av.open(io.BytesIO(data)) as source, av.open(stream, "w", format="mp4") as container:
         track = container.add_stream_from_template(source.streams.video[0])
@@ -119,7 +119,7 @@ def retimed_mp4(data: bytes) -> bytes:
 
 
 def grey_frames(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """Frame i of n is plain grey of a level that tells i; see `frame_numbers`."""
+    """Uniformly grey frames; the level of each identifies its index, see `frame_numbers`."""
     return [np.full((height, width, 3), grey_level(i, count), np.uint8) for i in range(count)]
 
 
@@ -128,7 +128,7 @@ def grey_level(index: int, count: int) -> int:
 
 
 def frame_numbers(pixels: np.ndarray, count: int) -> list[int]:
-    """Which of `grey_frames(count)` each frame of (F, H, W, 3) is."""
+    """The index in `grey_frames(count)` of each frame of (F, H, W, 3)."""
     levels = np.array([grey_level(i, count) for i in range(count)])
     return [int(np.abs(levels - frame.mean()).argmin()) for frame in pixels]
 
@@ -153,7 +153,7 @@ def sound() -> bytes:
 
 
 def write_folder(folder: Path, files: dict[str, bytes], rows: Sequence[dict | str]) -> Path:
-    """Media files and their metadata.jsonl; a row that is a string is written as it is."""
+    """Write media files and their metadata.jsonl; a row that is a string is written unchanged."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)

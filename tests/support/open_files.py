@@ -1,6 +1,6 @@
-"""Which files of a place this process has open.
+"""Lists the open files of this process below a folder.
 
-A count of all its files would also count those of the threads that other tests have started.
+A count of all open files would include those of threads that other tests have started.
 """
 
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def open_below(place: str | Path) -> list[str]:
-    """What this process has open of this file or below this folder, deleted files too."""
+    """Paths of open files that are `place` or below it, including deleted files."""
     targets = []
     for descriptor in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # closed since: the listing's own, or one of another thread
+        with suppress(OSError):  # closed meanwhile: that of the listing, or one of another thread
             targets.append(os.readlink(f"/proc/self/fd/{descriptor}"))
     whole = str(place)
     return [target for target in targets if target.split(" (deleted)")[0] == whole or target.startswith(f"{whole}/")]

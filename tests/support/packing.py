@@ -1,4 +1,4 @@
-"""Folders of media to pack, packing them in this process or another, and what came of it."""
+"""Helpers for tests of packing: source folders, packing in this process or another, and reading the result."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def image_row(index: int, **fields) -> dict:
 
 
 def numbers_folder(tmp_path: Path) -> Path:
-    """30 images of two labels, every fifth for test, and 4 videos."""
+    """A source folder of 30 images with two labels, every fifth in the test split, and 4 videos."""
     files = {f"images/{i}.jpg": media.encoded(media.noise(40 + i, 60, i)) for i in range(30)}
     files |= {f"clips/video {i}.mp4": media.video(media.grey_frames(4 + i)) for i in range(4)}
     rows = [
@@ -33,7 +33,7 @@ def numbers_folder(tmp_path: Path) -> Path:
 
 
 def run_script(*command: str) -> str:
-    """Python in a process of its own, where workers and kills concern nobody else. Returns its stderr."""
+    """Run Python in a separate process, for tests with workers and kills. Returns its stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = run_watched([sys.executable, *command], env=environment)
     assert ended.returncode == 0, ended.stderr
@@ -45,7 +45,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def samples_of(out: Path, manifest: dict) -> dict[str, dict]:
-    """Every sample by its file name: members by extension, and the shard it lies in."""
+    """Maps the file name of every sample to its members by extension and its "shard"."""
     found = {}
     for shard in manifest["shards"]:
         with tarfile.open(out / shard["file"]) as tar:

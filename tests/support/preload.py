@@ -1,4 +1,4 @@
-"""Imported by the server that test ranks are forked from: what every rank would otherwise import for many seconds."""
+"""Preloaded by the server that test ranks are forked from; importing these in every rank would take many seconds."""
 
 import gc
 
@@ -12,5 +12,5 @@ __all__ = ["transformers", "univitar_ds"]
 
 load_deepspeed()
 torch.optim.AdamW([torch.zeros(1)])  # imports torch's compiler
-torch.compile(len)  # and its back end, which DeepSpeed touches while it starts
-gc.freeze()  # ranks need not look through all that again
+torch.compile(len)  # imports its back end, which DeepSpeed uses at its start
+gc.freeze()  # garbage collection in the ranks then skips these objects

@@ -1,4 +1,4 @@
-"""Programs in a terminal of their own, and all processes that they start, found by a mark in their environment."""
+"""Runs programs in a separate terminal, and finds all their processes by a variable in the environment."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ CLEARED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SET_UP = """
 import fcntl, os, signal, sys, termios
 os.setsid()
-fcntl.ioctl(int(sys.argv[1]), termios.TIOCSCTTY, 0)  # what is typed there reaches the foreground group as from a shell
+fcntl.ioctl(int(sys.argv[1]), termios.TIOCSCTTY, 0)  # Ctrl-C there is sent to the foreground group, as in a shell
 for number in (signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, signal.SIG_DFL)  # whatever started the tests may ignore them
+    signal.signal(number, signal.SIG_DFL)  # the process that started the tests may ignore them
 os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
 class Program:
-    """A command whose controlling terminal is ours, with its stderr and stdout in a file. A context manager."""
+    """Runs a command in a pseudo-terminal of the test, with stdout and stderr in a file. A context manager."""
 
     def __init__(self, command: Sequence[str], folder: Path, **environment: str) -> None:
         self.log = folder / f"{uuid.uuid4().hex}.log"
@@ -55,10 +55,11 @@ class Program:
         os.write(self._keys, b"\x03")
 
     def said(self) -> str:
+        """The output so far."""
         return self.log.read_text(errors="replace")
 
     def ends(self) -> int:
-        """Its exit code, once it has ended."""
+        """Wait for the end of the command; returns its exit code."""
         self.wait_for(lambda: self.process.poll() is not None, running=False)
         return self.process.returncode
 
@@ -71,12 +72,12 @@ class Program:
         wait_until(met, f"{self.log}", of=lambda: marked(self._mark.decode()))
 
     def pids(self, **environment: str) -> list[int]:
-        """All its processes that are alive, those with these variables if some are given."""
+        """Running processes of the command that have these variables in their environment."""
         wanted = {self._mark, *(f"{name}={value}".encode() for name, value in environment.items())}
         return [pid for pid, variables in _environments() if wanted <= variables]
 
 
 def _environments() -> Iterator[tuple[int, set[bytes]]]:
     for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda folder: int(folder.name)):
-        with suppress(OSError):  # gone meanwhile
+        with suppress(OSError):  # the process has ended meanwhile
             yield int(folder.name), set((folder / "environ").read_bytes().split(b"\0"))

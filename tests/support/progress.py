@@ -1,18 +1,17 @@
-"""Waits that end what makes no progress, and nothing that is only slow.
+"""Waits that fail without progress, but not for slow progress.
 
     done = run_watched([sys.executable, "-m", "univitar_ds", "train", ...])     # as subprocess.run, output captured
     wait_until(lambda: path.exists(), "the first checkpoint", of={"the run": process.pid})
     code = ended(process, "the run")                                            # of a Popen
     out, err = output_of(process, "the run")
 
-Progress is CPU time of the watched process trees (children that have ended count), or a heartbeat: any change of
-what a function of the test returns, for work that is done elsewhere. Without either for `IDLE_S` a wait ends in
-`Stalled`, which says who had used how much CPU time; `WHOLE_S` ends what spins for ever. Both are far above what any
-test needs on a machine with many more busy processes than cores: a process that wants to run gets its share of CPU
-time there, if a small one.
+Progress is CPU time of the watched process trees (including ended children), or a heartbeat: any change of the result
+of a function of the test, for work in other processes. Without progress for `IDLE_S` a wait raises `Stalled` with the
+CPU time of each process; `WHOLE_S` ends endless loops. Both limits are far above the needs of any test, also on a
+machine with many more busy processes than cores, where each process still gets a share of CPU time.
 
-What no such wait watches, a lock or a thread that is joined, tests/conftest.py does: it watches every test as a whole
-with the same measure, so a test sets no limits of its own.
+tests/conftest.py watches every test as a whole in the same way, for example while it waits for a lock or joins a
+thread. So tests set no limits.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from typing import Any, ClassVar, NamedTuple
 IDLE_S = 60.0
 WHOLE_S = 900.0
 LOOK_S = 0.2
-_POLLS = 0.01  # of a core: what polls or beats its heart uses less, what computes under any load more
+_POLLS = 0.01  # share of a core: a process that only polls uses less, one that computes uses more under any load
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 Roots = Mapping[str, int] | Callable[[], Mapping[str, int]]
-"""Names of processes and their ids, or what returns them now: a job's processes come and go."""
+"""Names of processes and their ids, or a function that returns the present ones."""
 
 
 class Stalled(AssertionError):
-    """What was waited for makes no progress."""
+    """A wait made no progress."""
 
 
 class _Process(NamedTuple):
@@ -50,7 +49,7 @@ def _processes() -> dict[int, _Process]:
     found = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
-            with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:  # it may be gone
+            with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:  # it may have ended
                 fields = file.read().rpartition(b")")[2].split()
                 found[int(name)] = _Process(int(fields[1]), sum(map(int, fields[11:15])) / _TICKS)
     return found
@@ -71,13 +70,13 @@ def _tree(roots: Iterable[int], processes: Mapping[int, _Process]) -> set[int]:
 
 
 def cpu_seconds(*roots: int) -> float:
-    """CPU seconds of these processes, of their descendants and of those that have ended and were waited for."""
+    """CPU seconds of these processes and their descendants, including ended children that were waited for."""
     processes = _processes()
     return sum(processes[pid].cpu_s for pid in _tree(roots, processes))
 
 
 def marked(mark: str) -> dict[str, int]:
-    """All processes with this NAME=value in their environment, by name and id; also those with another parent."""
+    """Names and ids of all processes with this NAME=value in their environment, whatever their parent is."""
     found = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
@@ -87,12 +86,12 @@ def marked(mark: str) -> dict[str, int]:
 
 
 class Watch:
-    """Looks at processes and a heartbeat, as often as it is asked to."""
+    """Checks processes and a heartbeat for progress when `check` is called."""
 
     beats: ClassVar[int] = 0
-    """How often a heartbeat of any watch has moved."""
+    """Number of changes of the heartbeats of all watches."""
     _looking: ClassVar[dict[int, float]] = {}
-    """CPU seconds that each thread has spent on looks."""
+    """CPU seconds that each thread has spent on checks."""
 
     def __init__(
         self,
@@ -109,17 +108,17 @@ class Watch:
         self._used, self._beat = self._cpu_s(), self._pulse()
 
     def check(self) -> None:
-        """Raises: Stalled, if nothing has moved for `idle_s` or the whole has taken `whole_s`."""
+        """Raises: Stalled without progress for `idle_s`, or if the wait has taken `whole_s`."""
         now = time.monotonic()
         if now - self._looked < self._idle_s / 60:
             return
         gap, self._looked = now - self._looked, now
         used, beat = self._cpu_s(), self._pulse()
         Watch.beats += beat != self._beat
-        if gap > max(self._idle_s / 2, 1.0):  # this process itself did not run: nothing can be said of others
+        if gap > max(self._idle_s / 2, 1.0):  # this process did not run, so others may not have run either
             self._moved = now
         if used < self._used or used - self._used >= _POLLS * self._idle_s or beat != self._beat:
-            self._used, self._beat, self._moved = used, beat, now  # less: one has left the tree with its time
+            self._used, self._beat, self._moved = used, beat, now  # less: a process left the tree
         if now - self._moved >= self._idle_s:
             raise Stalled(f"{self._what}: no progress for {self._idle_s:g} s ({self._account()})")
         if now - self._start >= self._whole_s:
@@ -130,7 +129,7 @@ class Watch:
         start, used = time.thread_time(), cpu_seconds(*roots)
         me, now = threading.get_ident(), time.thread_time()
         self._looking[me] = self._looking.get(me, 0.0) + now - start
-        if os.getpid() in roots:  # looking is no progress, and neither is waiting in this thread
+        if os.getpid() in roots:  # checking and waiting in this process are not progress
             used -= now + sum(spent for thread, spent in self._looking.items() if thread != me)
         return used
 
@@ -144,7 +143,7 @@ class Watch:
 
 
 def wait_until(condition: Callable[[], object], what: str, *, of: Roots | None = None, **limits: Any) -> None:
-    """Returns as soon as the condition holds. `of`: who works at it, or this process; `limits`: as of `Watch`.
+    """Block until the condition holds. `of`: the processes that work on it, by default this one; `limits`: see `Watch`.
 
     Raises: Stalled
     """
@@ -157,7 +156,7 @@ def wait_until(condition: Callable[[], object], what: str, *, of: Roots | None =
 
 
 def ended(process: subprocess.Popen, what: str, **limits: Any) -> int:
-    """The exit code of a process, which is left alone if it stalls.
+    """Wait for the end of a process; returns its exit code. A stalled process is not ended.
 
     Raises: Stalled
     """
@@ -174,9 +173,9 @@ def run_watched(
     limits: Mapping[str, Any] | None = None,
     **popen: Any,
 ) -> subprocess.CompletedProcess:
-    """As `subprocess.run`, with captured output; `limits` as of `Watch`. One that stalls is ended with its descendants.
+    """`subprocess.run` with captured output; `limits`: see `Watch`. A stalled process is ended with its descendants.
 
-    Raises: Stalled with the stacks of its Python processes and what it wrote last; CalledProcessError
+    Raises: Stalled with the stacks of its Python processes and the end of its output; CalledProcessError
     """
     environment = {**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"}
     process = subprocess.Popen(
@@ -189,9 +188,9 @@ def run_watched(
 
 
 def output_of(process: subprocess.Popen, what: str, **limits: Any) -> tuple[Any, Any]:
-    """What a process wrote until its end. One that stalls is ended with all its descendants.
+    """Wait for the end of a process; returns (stdout, stderr). A stalled process is ended with its descendants.
 
-    Raises: Stalled with what it wrote last
+    Raises: Stalled with the end of its output
     """
     watch = Watch(what, {"its processes": process.pid}, **limits)
     try:
@@ -204,7 +203,7 @@ def output_of(process: subprocess.Popen, what: str, **limits: Any) -> tuple[Any,
         end_tree(process.pid)
         try:
             out, err = process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:  # a process that has another parent by now holds the pipes
+        except subprocess.TimeoutExpired:  # a process with another parent still holds the pipes
             raise stalled from None
         raise Stalled(f"{stalled}\n{(out or '')[-2000:]}\n{(err or '')[-8000:]}") from None
     finally:
@@ -214,12 +213,12 @@ def output_of(process: subprocess.Popen, what: str, **limits: Any) -> tuple[Any,
 
 
 def end_tree(*roots: int, stacks: bool = True) -> None:
-    """Ends processes and all their descendants; with `stacks` Python processes write where they were, if they can."""
+    """End processes and their descendants. With `stacks`, Python processes write their stacks to stderr first."""
     tree = _tree(roots, _processes())
     for pid in tree if stacks else ():
         with suppress(OSError):
             resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
-            os.kill(pid, signal.SIGABRT)  # whose handler is faulthandler's: it reports from within any call
+            os.kill(pid, signal.SIGABRT)  # handled by faulthandler, which works inside any call
     settle = time.monotonic() + (5.0 if stacks else 0.0)
     while time.monotonic() < settle and any(runs(pid) for pid in tree):
         time.sleep(0.02)
@@ -229,7 +228,7 @@ def end_tree(*roots: int, stacks: bool = True) -> None:
 
 
 def runs(pid: int) -> bool:
-    """Whether the process is there and has not ended: one that nobody has waited for yet has."""
+    """Whether the process exists and has not ended (a zombie has ended)."""
     with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
         return file.read().rpartition(b")")[2].split()[0] != b"Z"
     return False

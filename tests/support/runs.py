@@ -1,4 +1,4 @@
-"""Whole runs of the trainer on small shards, as `univitar-ds train` starts them but without evaluation."""
+"""Complete runs of the trainer on small shards, as with `univitar-ds train` but without evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from univitar_ds.model.config import PRESETS
 
 
 def small_config(shards: Path, output: Path, **changes: Any) -> RunConfig:
-    """Two stages of a few steps, the second with videos; 4 lanes, all logs, a checkpoint every other step."""
+    """A run of two stages of a few steps, the second with videos; 4 lanes, all logs, a checkpoint every other step."""
     sizes = {"min_tokens": 4, "max_tokens": 24, "divisor_px": 14}
     stage = {"image": sizes, "video": {**sizes, "max_tokens": 48}, "video_frames": 4, "token_budget": 96, "lr": 1e-3}
     content = {
@@ -44,12 +44,12 @@ def small_config(shards: Path, output: Path, **changes: Any) -> RunConfig:
 TERMS = gradient_terms(
     encoder_terms(PRESETS["tiny"], 48) + transformer_terms(width=192, inner=64, head=64, layers=2, longest=48), 4 * 96
 )
-"""Summed on the way to a gradient of `small_config`'s model in one step: encoder, pool or text tower, heads; the last
-sums run over the tokens of four lanes."""
+"""`terms` of a gradient of `small_config`'s model in one step: encoder, pooling or text tower, and heads; the last sums
+are over the tokens of four lanes."""
 
 
 def reach_of(run: Path) -> dict[str, Tensor]:
-    """`adam_reach` of a whole run by the second moments in its checkpoints, each for the steps since the last."""
+    """`adam_reach` of a whole run, from the second moments in each checkpoint for the steps since the previous one."""
     lines = {line["step"]: line for line in metrics(run)}
     reach: dict[str, Tensor] = {}
     before = 0
@@ -77,7 +77,7 @@ def _second_moments(folder: Path) -> dict[str, Tensor]:
 
 
 def train_rank(run: Path) -> bool:
-    """One rank of the run; to be called by `run_distributed`."""
+    """Train as one rank of the run; for `run_distributed`."""
     from univitar_ds.training.distributed.process_group import start_world
     from univitar_ds.training.loop import train
 
@@ -85,21 +85,21 @@ def train_rank(run: Path) -> bool:
 
 
 def train_without_launcher(run: Path) -> bool:
-    """The only rank, in the environment of a plain `python`."""
+    """Train as the only rank, without the variables of a launcher."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     return train_rank(run)
 
 
 def rewound(run: Path, step: int, to: Path) -> Path:
-    """A copy of a run as a crash after `step`, before the next checkpoint, would have left it: logs run ahead."""
+    """A copy of a run as after a crash between the checkpoint of `step` and the next one; logs have later steps."""
     shutil.copytree(run, to)
     for folder in (to / CHECKPOINTS).glob("step-*"):
         if int(folder.name.removeprefix("step-")) > step:
             shutil.rmtree(folder)
     (to / CHECKPOINTS / "latest").write_text(f"step-{step:08d}\n")
     with (to / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 99, "lo')  # cut by the crash
+        file.write('{"step": 99, "lo')  # truncated by the crash
     return to
 
 
@@ -108,7 +108,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def samples(run: Path) -> dict[tuple[int, int], list[str]]:
-    """What each lane saw at each step, however the lanes were spread over ranks; an entry twice is an error."""
+    """Modality and keys by (step, lane), from the logs of all ranks. Duplicates are an error."""
     seen: dict[tuple[int, int], list[str]] = {}
     for path in run.glob("samples-rank*.jsonl"):
         for line in path.read_text().splitlines():

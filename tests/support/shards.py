@@ -1,4 +1,4 @@
-"""Small synthetic shards for tests: real images and real videos, written straight as tars with a manifest."""
+"""Small synthetic shards for tests: encoded images and videos in tars with a manifest."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def video(height: int, width: int, frames: int = 8, seed: int = 0) -> bytes:
 
 
 def sidecar(captions: list[str], label: str | None, kind: str, size: tuple[float, ...], name: str) -> bytes:
-    """The JSON member of a packed sample; `size` is (height, width, frames) and of a video the seconds."""
+    """The JSON member of a packed sample. `size` is (height, width, frames), for a video also the duration in s."""
     fields = {"captions": captions, "label": label, "kind": kind, "file": name}
     return json.dumps(fields | dict(zip(("height", "width", "frames", "duration_s"), size, strict=False))).encode()
 
 
 def write_tar(path: Path, samples: Iterable[Sample]) -> Path:
-    """A tar of {key}.{extension} members in the order given; without an extension, {key}."""
+    """Write a tar of members {key}.{extension} in the given order; the name is {key} if the extension is empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, members in samples:
@@ -85,7 +85,7 @@ def video_sample(index: int, rng: np.random.Generator, prefix: str = "v") -> Sam
 
 
 def write_demo_shards(folder: Path, images: int = 64, videos: int = 16, shards: int = 4, seed: int = 0) -> Path:
-    """A packed folder: `images` and `videos` for training in `shards` shards each, a quarter as many more for test."""
+    """Write a packed folder: `images` and `videos` for training in `shards` shards each, a quarter as many for test."""
     folder = Path(folder)
     rng = np.random.default_rng(seed)
     rows = []

@@ -1,7 +1,7 @@
-"""A real Slurm cluster of two nodes on this machine: controller, two node daemons and munge, all on loopback.
+"""A Slurm cluster of two nodes on this machine: controller, two node daemons and munge, all on loopback.
 
-Everything it writes lies in one scratch folder, but for the nodes' names in /etc/hosts; the end of the context takes
-both away. It needs root and Debian's `slurm-wlm` and `munge`.
+It writes only to a temporary folder and, for the names of the nodes, to /etc/hosts; the end of the context removes
+both. It needs root and Debian's `slurm-wlm` and `munge`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scont
 DAEMONS = ("slurmd-univitar-a", "slurmd-univitar-b", "slurmctld", "munged")
 ENDS_S = 30
 
-# cred_expire is also how long a requeued job waits before it starts again: 120 s by default.
-# WaitTime is how long a task may run on after another one has ended, where a step does not say it itself.
-# GraceTime is what a pre-empted job has between SIGTERM and SIGKILL; KillWait, one that was cancelled or requeued.
+# cred_expire is also the wait of a requeued job before it starts again; the default is 120 s.
+# WaitTime is the default time that a task may continue after another task of its step has ended.
+# GraceTime is the time between SIGTERM and SIGKILL of a preempted job, KillWait that of a cancelled or requeued one.
 CONF = """\
 ClusterName=univitar
 SlurmctldHost={host}(127.0.0.1)
@@ -76,7 +76,7 @@ PartitionName=urgent Nodes={first},{second} State=UP PriorityTier=10 PreemptMode
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here; None if there can."""
+    """Why a cluster cannot be started here; None if it can."""
     if os.geteuid() != 0:
         return "Slurm's daemons need root"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -85,28 +85,28 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster. `environment` is what Slurm's commands need."""
+    """A running cluster. `environment` is for Slurm's commands."""
 
     folder: Path
     environment: dict[str, str]
 
     def run(self, *command: str, check: bool = True) -> str:
-        """Standard output of one of Slurm's commands, run in the root of the checkout."""
+        """Run a command of Slurm in the root of the checkout; returns its standard output."""
         done = run_watched(command, env=self.environment, cwd=ROOT)
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
     def submit(self, script: Path, *options: str, arguments: tuple[str, ...] = (), **variables: str) -> str:
-        """The number of a new job, which gets `variables` in its environment."""
+        """Submit a job with `variables` in its environment; returns its number."""
         export = ",".join(["ALL", *(f"{name}={value}" for name, value in variables.items())])
         return self.run("sbatch", "--parsable", f"--export={export}", *options, str(script), *arguments).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows of a job: JobState, Restarts, ExitCode and so on."""
+        """Slurm's fields of a job: JobState, Restarts, ExitCode and so on."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "-o", number)))
 
     def wait(self, number: str, condition: Callable[[dict[str, str]], bool], *written: Path) -> dict[str, str]:
-        """The job as soon as it meets the condition. Its state and what it writes into some files is a heartbeat.
+        """Wait until the job meets the condition; returns it. Its state and the sizes of `written` are the heartbeat.
 
         Raises: Stalled
         """
@@ -127,7 +127,7 @@ class Cluster:
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
-    """A cluster of the two NODES with the partitions `train`, whose jobs may be pre-empted, and `urgent`."""
+    """Start a cluster of the two NODES with the partitions `train`, whose jobs can be preempted, and `urgent`."""
     folder = Path(tempfile.mkdtemp(prefix="univitar-slurm-"))
     hosts = HOSTS.read_text()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
@@ -167,7 +167,7 @@ def _configure(folder: Path) -> None:
 
 def _start(here: Cluster) -> None:
     folder = here.folder
-    folder.chmod(0o755)  # munge asks that nobody else can write on the way to its socket, and everybody read
+    folder.chmod(0o755)  # munge requires folders that all users can read but only the owner can write
     here.run(
         "munged",
         "--force",
@@ -182,7 +182,7 @@ def _start(here: Cluster) -> None:
         here.run("slurmd", "-N", node)
     step = ["srun", "--nodes=2", "--ntasks-per-node=1", "--immediate=5", "--quiet", "true"]
 
-    def ready() -> bool:  # a real step is the proof: sinfo says "idle" before the first ping
+    def ready() -> bool:  # run a step, because sinfo reports "idle" before the first ping
         with suppress(Stalled):
             return run_watched(step, env=here.environment, limits={"idle_s": 20}).returncode == 0
         return False
@@ -202,7 +202,7 @@ def _stop(here: Cluster) -> None:
 
 
 def _end(pid_file: Path) -> None:
-    """Stops the daemon, and waits until it is gone."""
+    """Stop the daemon and wait until it has ended."""
     with suppress(OSError, ValueError):
         pid = int(pid_file.read_text())
         os.kill(pid, signal.SIGTERM)

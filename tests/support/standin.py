@@ -1,4 +1,4 @@
-"""Small models with the forward of ContrastiveModel, and packs from a seed: the trainer without towers and files."""
+"""Small models with the forward signature of ContrastiveModel, and random packs, for tests without towers and files."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from univitar_ds.model.encoder import UniViTAR
 HIDDEN, HEADS, JOINT, VOCAB = 24, 4, 16, 53
 LANES = 4
 ITEMS, TOKENS = 5, 9
-"""Of a lane's pack, and of an item, at most."""
+"""Most items of a lane's pack, most tokens of an item."""
 _FORWARD = 588 + transformer_terms(width=HIDDEN, inner=64, head=HIDDEN // 2, layers=2, longest=TOKENS) + TOKENS + JOINT
 STANDIN_TERMS = gradient_terms(_FORWARD, LANES * ITEMS * TOKENS + (LANES * ITEMS) ** 2)
-"""Summed on the way to a gradient of either model below, by their widest parts: see `tests.support.closeness`. The last
-sums run over the tokens of all lanes, and the loss over all pairs of items."""
+"""`terms` of a gradient of either model below, with their largest sizes; see `tests.support.closeness`. The last sums
+are over the tokens of all lanes, and that of the loss over all pairs of items."""
 HALF_TERMS = 2 * STORED / (LANES * 2 * 4)
-"""The same in bfloat16: a gradient is a mean over the tokens of two or more items a lane, of 4 tokens in the mean."""
+"""`terms` of a gradient in bfloat16, which is a mean over the tokens of at least two items per lane, with 4 tokens on
+average."""
 HALF_NUMBER_TERMS = 2 * STORED / (LANES * 2 * HIDDEN)
-"""Of a number of a whole step, as the loss is, to which every entry of every item's vector adds."""
+"""`terms` in bfloat16 of a scalar of a step, such as the loss, which depends on all entries of all items' vectors."""
 HALF_NORM_TERMS = 3 * HALF_NUMBER_TERMS
-"""Of a gradient's norm: the way there, the way back, and the gradients themselves, all stored."""
+"""`terms` in bfloat16 of a gradient's norm: the tensors of forward and backward pass, and the gradients."""
 
 
 @dataclass
@@ -62,9 +63,9 @@ class Block(nn.Module):
 
 
 class StandIn(nn.Module):
-    """Tokens are patch means. Every module runs once whatever the pack holds, as ZeRO-3 wants it.
+    """A small model whose tokens are patch means. Every module runs once for any pack, as ZeRO-3 requires.
 
-    `spare` takes part only where `use_spare` is set, `fixed` never learns.
+    `spare` is used only if `use_spare` is set; `fixed` is frozen.
     """
 
     def __init__(self, *, depth: int = 2, checkpointing: bool = False, seed: int = 0) -> None:
@@ -107,7 +108,7 @@ class StandIn(nn.Module):
 
 
 class WithEncoder(nn.Module):
-    """The real encoder with the mean of an item's tokens as its feature, and a bag of words for captions."""
+    """The real encoder with mean pooling over the tokens of an item, and a bag of words for captions."""
 
     def __init__(self, *, checkpoint_every: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class WithEncoder(nn.Module):
 
 
 def pack(step: int, lane: int, *, empty: bool = False) -> Pack:
-    """The pack of a lane at a step: 0 or 2 to 5 images with a caption each."""
+    """The pack of a lane at a step: 2 to 5 images with a caption each, or none if `empty`."""
     g = torch.Generator().manual_seed(1_000_003 * step + lane + 17)
     n = 0 if empty else int(torch.randint(2, 6, (1,), generator=g))
     grid = torch.cat([torch.ones(n, 1, dtype=torch.int64), torch.randint(1, 4, (n, 2), generator=g)], dim=1)

@@ -1,4 +1,4 @@
-"""Small teachers with drawn weights, saved as a user's folder would be, and packs for them."""
+"""Small teachers with random weights, saved to a folder as a user would, and packs for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def image_model(kind: str, **changes) -> nn.Module:
-    """A transformers vision model by its `model_type`, whose position table has 4 x 4 places."""
+    """A transformers vision model by its `model_type`, with 4 x 4 position embeddings."""
     import transformers as t
 
     patch = changes.pop("patch_size", PATCH)
@@ -40,7 +40,7 @@ def image_model(kind: str, **changes) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = made[kind]().eval()
-        for parameter in model.parameters():  # transformers starts with nearly nothing: positions would not count
+        for parameter in model.parameters():  # the initial weights are so small that positions would have no effect
             parameter.data += 0.1 * torch.randn(parameter.shape)
     return model
 
@@ -53,14 +53,14 @@ def own_encoder(**changes) -> UniViTAR:
 
 
 def teacher_of(model: nn.Module, folder: Path, *, merge: int = 1, **settings) -> Teacher:
-    """`model` saved to `folder` and read as a teacher, in fp32 unless told otherwise."""
+    """Save `model` to `folder` and load it as a teacher, by default in fp32."""
     model.save_pretrained(folder)
     config = TeacherConfig(path=str(folder), **{"dtype": "fp32", **settings})
     return build_teacher(config, merge=merge, device=CPU)
 
 
 def drawn_pack(grids: list[tuple[int, int, int]], *, videos: bool = False, seed: int = 0) -> tuple[Tensor, ...]:
-    """(pixels, frames, grid_thw) of drawn items; of videos two frames a step, else one."""
+    """(pixels, frames, grid_thw) of random items; `videos` have two frames per token along time, images one frame."""
     frames = [2 * t if videos else 1 for t, _, _ in grids]
     size = sum(n * h * w * PATCH * PATCH * 3 for n, (_, h, w) in zip(frames, grids, strict=True))
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A stand-in under the real engine, on the ranks of a test."""
+"""Training of a stand-in model with the real engine, on the ranks of a test."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lr(step: int) -> float:
 def ds_config(
     gas: int, *, stage: int = 3, bf16: bool = False, offload: bool = False, kept_whole: int = 50
 ) -> dict[str, Any]:
-    """Small buckets, so that a small model crosses their borders; parameters up to `kept_whole` elements stay whole."""
+    """A DeepSpeed config with small buckets, which parameters cross; those up to `kept_whole` elements stay whole."""
     zero = {
         "stage": stage,
         "overlap_comm": False,
@@ -60,7 +60,7 @@ def steps(engine: Engine, first: int, last: int, **options: Any) -> list[StepRes
 
 
 def norm_of_parts(engine: Engine) -> float:
-    """Of the last gradient that was read, from the shares of all ranks."""
+    """The norm of the last gradient, from the parts of all ranks."""
     return math.sqrt(gather_numbers(list(engine.gradient_squares.values()), engine.world).sum().item())
 
 
@@ -69,5 +69,5 @@ def losses(results: list[StepResult]) -> list[float]:
 
 
 def weights(engine: Engine, folder) -> dict[str, torch.Tensor]:
-    """Whole weights by name, through a checkpoint in `folder`."""
+    """All weights by name, saved to and read from a checkpoint in `folder`."""
     return read_full(save_checkpoint(engine, folder, 1, {}, {}, keep=1))

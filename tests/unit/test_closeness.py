@@ -49,7 +49,7 @@ def test_errors_of_a_model_in_bfloat16_pass_where_they_cancel_and_not_where_all_
 )
 def test_a_bound_that_cannot_see_1_percent_is_refused_even_where_nothing_is_wrong(loose):
     wanted = torch.tensor([1.0, 2.0])
-    with pytest.raises(AssertionError, match="too wide to see an error of 1%"):
+    with pytest.raises(AssertionError, match="too wide to detect an error of 1%"):
         assert_sums_close(wanted, wanted, 100, **loose)
 
 
