@@ -68,7 +68,7 @@ class LaneSet:
                 starts.append(LaneCursor(lane, self.count, self.seed, fingerprint))
                 continue
             if lane not in self.cursors:
-                raise DataError(f"no saved data cursor for lane {lane} of {self.count}; resume from a whole checkpoint")
+                raise DataError(f"no saved data cursor for lane {lane} of {self.count}; resume from another checkpoint")
             cursor = self.cursors[lane].expect(
                 lane=lane,
                 lanes=self.count,

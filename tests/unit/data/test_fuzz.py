@@ -150,9 +150,7 @@ def scanned(data: bytes, start: int = 0) -> list[Group | Damage]:
     stream = Counting(data)
     found = list(scan(stream, "s", len(data), start))
     damages = sum(isinstance(one, Damage) for one in found)
-    assert stream.read_bytes <= 2 * len(data) + (damages + 1) * (TAIL_LIMIT + 8192), (
-        "the shard is read several times"
-    )
+    assert stream.read_bytes <= 2 * len(data) + (damages + 1) * (TAIL_LIMIT + 8192), "the shard is read several times"
     return found
 
 

@@ -50,7 +50,7 @@ REMEDY = "univitar-ds data verify SOURCE lists what is bad"
 class BadPolicy:
     """`data.on_bad`, `data.max_bad_per_thousand` and `data.max_bad_in_a_row`.
 
-    `logged` counts the log messages of all monitors with this policy by kind, so that many lanes log no more than one.
+    All monitors with this policy share `logged`, their counts by kind, so that many lanes log no more than one.
     """
 
     on_bad: Literal["skip", "fail"] = "skip"

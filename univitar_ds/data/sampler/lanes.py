@@ -31,7 +31,7 @@ WELL_FILLED = 0.9
 """A warning is logged if a pack has less than this share of the token budget because of source weights."""
 LONG_WAIT = 64
 """Packs after which the oldest sample takes precedence over the oldest sample of a starved group."""
-POOL_BUDGETS = 2
+BUFFER_BUDGETS = 2
 """The shuffle buffer also holds at least so many token budgets, so that packs of small items are full too."""
 
 
@@ -125,13 +125,13 @@ class Stream:
         self._ignored: Counter[str] = Counter()
         for reader in self._readers.values():
             reader.announce()
-        self._pool = list(self._restore(start.pool))
+        self._buffer = list(self._restore(start.pool))
 
     def next_pack(self) -> tuple[list[Sample], dict[str, int]]:
         """The samples of the next pack, and the number of bad samples since the previous one by kind."""
         starved = self._fill()
         candidates = self._candidates(starved)
-        tokens = [self._pool[index].tokens for index in candidates]
+        tokens = [self._buffer[index].tokens for index in candidates]
         chosen = packing.choose(
             tokens,
             [packing.item_cost(count, self._config.cost) for count in tokens],
@@ -141,9 +141,9 @@ class Stream:
         leaving = [candidates[number] for number in chosen]
         if starved is not None:
             self._warn_starved(starved, sum(tokens[number] for number in chosen))
-        samples = [self._pool[index] for index in leaving]
+        samples = [self._buffer[index] for index in leaving]
         for index in sorted(leaving, reverse=True):
-            del self._pool[index]
+            del self._buffer[index]
         self._packs += 1
         bad, self._bad = dict(self._bad), Counter()
         return samples, bad
@@ -157,7 +157,7 @@ class Stream:
         """The position of the stream after the last pack."""
         credits = self._round_robin.credits
         read = {name: reader.place._replace(credit=credits[name]) for name, reader in self._readers.items()}
-        pool = tuple([sample.address for sample in self._pool])
+        pool = tuple([sample.address for sample in self._buffer])
         return StreamCursor(self._packs, {**self._places, **read}, pool, tuple(self._monitor.to_json()), self._empty)
 
     def _round_robin_of(self, credits: Mapping[str, int]) -> WeightedRoundRobin:
@@ -169,23 +169,23 @@ class Stream:
         Returns: the starved group, if filling ended because the next group already has two epochs in the buffer.
         """
         config = self._config
-        tokens = sum([sample.tokens for sample in self._pool])
+        tokens = sum([sample.tokens for sample in self._buffer])
         oldest: dict[str, int] = {}
-        for sample in self._pool:
+        for sample in self._buffer:
             if len(oldest) == len(self._readers):
                 break
             name, epoch = config.group_of.get(sample.address.shard), sample.address.epoch
             # Epochs of a stage with other groups cannot be compared with those of this stage.
             if name in self._readers and epoch // EPOCH_STRIDE == self._readers[name].place.epoch // EPOCH_STRIDE:
                 oldest.setdefault(name, epoch)
-        while len(self._pool) < config.pool_samples or tokens < POOL_BUDGETS * config.token_budget:
+        while len(self._buffer) < config.pool_samples or tokens < BUFFER_BUDGETS * config.token_budget:
             name = self._round_robin.next()
             reader = self._readers[name]
             if reader.place.epoch > oldest.get(name, reader.place.epoch) + 1:
                 return name
             sample = self._read(reader)
             if sample is not None:
-                self._pool.append(sample)
+                self._buffer.append(sample)
                 self._round_robin.taken()
                 tokens += sample.tokens
                 oldest.setdefault(name, sample.address.epoch)
@@ -236,26 +236,26 @@ class Stream:
         # Multiplying by an odd number gives a new random number per sample in a tenth of a hash's time.
         factor = draw(self._config.seed, "pool", self._config.modality, self._lane, self._packs) | 1
         soon = 1 + self._packs
-        ranks = [(one.draw * factor & _64_BITS) / (soon - one.address.since) ** 2 for one in self._pool]
+        ranks = [(one.draw * factor & _64_BITS) / (soon - one.address.since) ** 2 for one in self._buffer]
         waiting = self._deduplicated()
         heads = [waiting[0]]
-        if starved is not None and self._packs - self._pool[waiting[0]].address.since <= LONG_WAIT:
+        if starved is not None and self._packs - self._buffer[waiting[0]].address.since <= LONG_WAIT:
             heads.insert(0, next((index for index in waiting if self._group_at(index) == starved), waiting[0]))
         rest = [index for index in waiting if index not in heads]
         return [*dict.fromkeys(heads), *sorted(rest, key=ranks.__getitem__)]
 
     def _deduplicated(self) -> Sequence[int]:
         """Indices of the shuffle buffer; of a sample that is there for two epochs only the older one."""
-        if len({sample.address.epoch for sample in self._pool}) == 1:
-            return range(len(self._pool))
+        if len({sample.address.epoch for sample in self._buffer}) == 1:
+            return range(len(self._buffer))
         first: dict[tuple[int, int], int] = {}
-        for index, sample in enumerate(self._pool):
+        for index, sample in enumerate(self._buffer):
             first.setdefault((sample.address.shard, sample.address.offset), index)
         return list(first.values())
 
     def _group_at(self, index: int) -> str | None:
         """The group of a sample in the shuffle buffer; None if the stage does not read it."""
-        return self._config.group_of.get(self._pool[index].address.shard)
+        return self._config.group_of.get(self._buffer[index].address.shard)
 
     def _drawn(self, sample: Sample, address: SampleAddress) -> Sample:
         """Set the sample's address and its random number for this epoch."""

@@ -29,7 +29,7 @@ class StreamConfig:
 
     `weights` are the stage's weights by source, `cost` the coefficients of `packing.item_cost`. `probe` reads sizes
     that are not in metadata. All lanes share the last three fields: the indexes of shards, the warnings logged so far,
-    and what groups are known to hold, by name.
+    and the cached results of `held_by`, by group.
     """
 
     shards: Sequence[SourceShard]

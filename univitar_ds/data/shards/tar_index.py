@@ -87,7 +87,7 @@ class _Entry:
 
 
 class _Lost(Exception):
-    """A member cannot be read. `search` is the first byte where the next header may be; None: in the member before."""
+    """A member cannot be read. The next header is at `search` or later; None: maybe inside the previous member."""
 
     def __init__(self, kind: str, message: str, search: int | None) -> None:
         super().__init__(message)
@@ -304,7 +304,7 @@ def _check_end(stream: BinaryIO, name: str, size: int, position: int) -> None:
 
 
 def _next_header(stream: BinaryIO, size: int, start: int) -> int | None:
-    """The byte of the first header at `start` or a whole number of blocks after it."""
+    """The byte of the first header at `start` or any number of blocks after it; None if there is none."""
     stream.seek(start)
     length, longest = _SEARCH_BYTES
     while start < size:
