@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch
 from tests.support.loading import STAGE, same
 from tests.support.paths import ROOT
 from tests.support.progress import output_of, run_watched, runs, wait_until
-from tests.support.shards import image, write_demo_shards, write_tar
+from tests.support.shards import image, video, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.loader import LaneSet, PackLoader
+from univitar_ds.data.media import probe
 from univitar_ds.data.sampler.cursor import parse
 from univitar_ds.data.sampler.lanes import Lane
 from univitar_ds.data.shards.sources import stage_modalities
@@ -380,3 +382,44 @@ def test_a_missing_tokenizer_or_modality_is_told_before_anything_starts(folder, 
         loader(images, workers=1)
     assert not servers()
     assert stage_modalities(STAGE) == {"image", "video"}
+
+
+def test_headers_of_other_shards_are_read_by_a_decoding_process_and_packs_are_the_same(tmp_path, monkeypatch):
+    samples = [(f"k{n:02d}", {"jpg": image(40 + 3 * n, 60, n), "txt": b"t"}) for n in range(20)]
+    samples += [(f"v{n}", {"mp4": video(48, 64, 6 + n), "txt": b"v"}) for n in range(4)]
+    samples.insert(7, ("junk", {"jpg": b"no image", "txt": b"t"}))
+    foreign = write_tar(tmp_path / "foreign" / "a.tar", samples).parent
+    expected = take(6, foreign)
+    assert sum(pack.bad.get("unreadable", 0) for step in expected for pack in step) >= 1
+
+    def refused(data, extension):
+        raise AssertionError(f"the trainer reads the header of a .{extension}")
+
+    monkeypatch.setattr(probe, "probe", refused)
+    with pytest.raises(AssertionError, match=r"the header of a \.jpg"):
+        take(1, foreign)
+    for ours, theirs in zip(take(6, foreign, workers=1), expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert same(one, other)
+
+
+def test_packs_are_the_same_whether_sizes_come_from_metadata_or_headers(folder, tmp_path):
+    """The same shards without what `data pack` knows of the files."""
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}
+        for name in [name for name in members if name.endswith(".json")]:
+            fields = json.loads(members[name])
+            assert {"width", "height", "frames"} <= fields.keys()
+            texts = json.dumps({key: fields[key] for key in ("captions", "label")})
+            members[name] = texts.ljust(len(members[name])).encode()  # a sample's draws follow from its first byte
+        write_tar(tmp_path / path.name, [(name, {"": content}) for name, content in members.items()])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for row in manifest["shards"]:
+        row["bytes"] = (tmp_path / row["file"]).stat().st_size
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for ours, theirs in zip(take(8, tmp_path), take(8, folder), strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.keys, one.captions, one.bad) == (other.keys, other.captions, other.bad)
+            assert torch.equal(one.pixels, other.pixels)
+            assert torch.equal(one.grid_thw, other.grid_thw)
