@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.loading import STAGE, same
+from tests.support.loading import STAGE, only_lane, same
 from tests.support.paths import ROOT
 from tests.support.progress import output_of, run_watched, runs, wait_until
-from tests.support.shards import image, video, write_demo_shards, write_tar
+from tests.support.shards import image, sidecar, video, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.loader import LaneSet, PackLoader
 from univitar_ds.data.media import probe
@@ -423,3 +423,18 @@ def test_packs_are_the_same_whether_sizes_come_from_metadata_or_headers(folder, 
             assert (one.keys, one.captions, one.bad) == (other.keys, other.captions, other.bad)
             assert torch.equal(one.pixels, other.pixels)
             assert torch.equal(one.grid_thw, other.grid_thw)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_its_metadata_does_not_describe_is_a_bad_sample(tmp_path, workers):
+    samples = []
+    for number in range(20):
+        size = (80, 61, 1) if number % 4 == 0 else (80, 60, 1)
+        about = json.loads(sidecar([f"caption {number}"], None, "image", size, "f.jpg"))
+        own = json.dumps({**about, "set": None, "crc32": None}).encode()
+        samples.append((f"k{number:02d}", {"jpg": image(80, 60, number), "json": own}))
+    write_tar(tmp_path / "a.tar", samples)
+    with only_lane(DataConfig(sources=[SourceConfig(path=str(tmp_path))], workers=workers), STAGE, "image") as packs:
+        steps = [next(packs)[0] for _ in range(4)]
+    assert sum(pack.bad.get("wrong_size", 0) for pack in steps) >= 3
+    assert all(int(key[-2:]) % 4 for pack in steps for key in pack.keys)

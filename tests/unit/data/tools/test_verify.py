@@ -335,3 +335,21 @@ def test_a_shard_that_kills_two_processes_before_its_first_sample_is_given_up():
 def test_an_error_of_the_program_is_not_taken_for_bad_data():
     with pytest.raises(RuntimeError, match=r"(?s)shard number 0:.*KeyError: 'odd'"):
         played({30: "faults"})
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_metadata_that_does_not_describe_its_file_is_reported(tmp_path, decode):
+    def own(media, kind, size):
+        about = json.loads(sidecar(["a"], None, kind, size, "f")) | {"set": None, "crc32": None}
+        return {"jpg" if kind == "image" else "mp4": media, "json": json.dumps(about).encode()}
+
+    moving = video(48, 64, 6)
+    samples = [
+        ("right", own(JPEG, "image", (120, 160, 1))),
+        ("turned", own(JPEG, "image", (160, 120, 1))),
+        ("swapped", own(moving, "image", (120, 160, 1))),
+        ("video", own(moving, "video", (48, 64, 6, 0.3))),
+        ("large", own(moving, "video", (480, 640, 6, 0.3))),
+    ]
+    expected = {"turned": "wrong_size", "swapped": "wrong_kind"} | ({"large": "wrong_size"} if decode else {})
+    assert outcome(write_tar(tmp_path / "a.tar", samples), decode) == expected
