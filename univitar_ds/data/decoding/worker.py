@@ -39,13 +39,10 @@ kill one that hangs: its exit code, negative for a signal, or `NOT_MINE`."""
 NOT_MINE = 1 << 16
 """The process was forked by an earlier one of these, and is gone with it."""
 Need = Modality | Literal["s3"]
+_JOBS = ("univitar_ds.data.decoding.decode_job", "univitar_ds.data.decoding.probe_job", "univitar_ds.data.media.probe")
 PRELOADED: Mapping[Need, Sequence[str]] = {
-    "image": ("univitar_ds.data.decoding.decode_job", "univitar_ds.data.decoding.probe_job"),
-    "video": (
-        "univitar_ds.data.decoding.decode_job",
-        "univitar_ds.data.decoding.probe_job",
-        "univitar_ds.data.media.video_decode",
-    ),
+    "image": (*_JOBS, "univitar_ds.data.media.image_decode"),
+    "video": (*_JOBS, "univitar_ds.data.media.video_decode"),
     "s3": ("univitar_ds.data.storage.s3",),
 }
 """What decoding each modality and reading from S3 need: imported before forking, it is in memory once."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Sequence
 from contextlib import suppress
 
 from PIL import GifImagePlugin, Image, UnidentifiedImageError
@@ -17,8 +16,7 @@ from PIL import GifImagePlugin, Image, UnidentifiedImageError
 from univitar_ds.data.media import jpeg_header
 from univitar_ds.data.media.containers import video_demuxer
 from univitar_ds.data.media.png import without_large_texts
-from univitar_ds.data.media.types import VIDEO_EXTENSIONS, MediaAddress, MediaSize, reason
-from univitar_ds.data.storage.parallel import at_once
+from univitar_ds.data.media.types import VIDEO_EXTENSIONS, MediaSize, reason
 from univitar_ds.errors import SampleError
 from univitar_ds.image_ops import ORIENTATION_TAG
 
@@ -65,21 +63,6 @@ def probe(data: bytes, extension: str) -> MediaSize:
         raise SampleError("unreadable", "the bytes are no video container we read")
     with open_image(data) as image:
         return MediaSize("image", *_image_size(image), 1)
-
-
-def probe_each(media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
-    """A `Prober` that reads headers in this process: one that is there to decode, or that reads trusted files."""
-    return list(at_once(probe_at, media, [one.storage for one in media]))
-
-
-def probe_at(media: MediaAddress) -> MediaSize | SampleError:
-    """The size of one file, or why it cannot be used. Raises: DataError if its shard cannot be read."""
-    try:
-        return probe(media.storage.read_range(media.path, media.offset, media.length), media.extension)
-    except SampleError as error:
-        return error
-    except MemoryError:
-        return SampleError("too_large", "its header takes more memory than data.max_image_px allows; replace the file")
 
 
 def open_image(data: bytes) -> Image.Image:

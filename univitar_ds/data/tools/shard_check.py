@@ -25,8 +25,8 @@ from univitar_ds.data.decoding.task_pool import (
 )
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.memory_limits import confine
-from univitar_ds.data.media.probe import probe_each
-from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaAddress, check_size
+from univitar_ds.data.media.prober import MediaAddress, probe_each
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, check_size
 from univitar_ds.data.sampler.reader import with_captions
 from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_samples

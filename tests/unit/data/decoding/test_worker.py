@@ -160,7 +160,7 @@ def test_what_reads_from_s3_is_imported_once_and_only_where_shards_lie_there(mon
     try:
         server.fork()
         imported = capfd.readouterr().err
-        assert "univitar_ds.data.media.image_decode\n" in imported
+        assert "univitar_ds.data.media.jpeg_header\n" in imported
         assert ("univitar_ds.data.storage.s3_client\n" in imported) == found
         assert "boto" not in imported  # a decoder makes a request only for what no local copy has
     finally:
