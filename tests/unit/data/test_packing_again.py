@@ -48,6 +48,21 @@ def test_another_shard_size_leaves_no_old_shards_behind(folder, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_a_folder_packed_by_an_earlier_program_is_packed_anew(folder, tmp_path):
+    """Its findings have no duration, and its shards other members."""
+    out = tmp_path / "out"
+    pack(folder, out)
+    whole = contents(out)
+    lines = [json.loads(line) for line in (out / ".pack.jsonl").read_text().splitlines()]
+    for line in lines:
+        line[1].get("finding", {}).pop("duration_s", None) if isinstance(line, list) else line.update(version=1)
+    (out / ".pack.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out / "manifest.json").unlink()  # it was stopped halfway
+    (out / "train-image-000000.tar").write_bytes(b"members of another layout")
+    pack(folder, out)
+    assert contents(out) == whole
+
+
 @pytest.mark.parametrize("damage", [b"", b"short", None])
 def test_a_damaged_or_lost_shard_is_written_anew(folder, tmp_path, damage):
     pack(folder, tmp_path / "out")

@@ -48,7 +48,10 @@ class Job:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a file is. With a `fault` it is left out; `extension` is one that says its kind to every reader."""
+    """What a file is. With a `fault` it is left out; `extension` is one that says its kind to every reader.
+
+    `frames` and `duration_s` are those of `probe.probe`.
+    """
 
     fault: str | None
     bytes: int = 0
@@ -58,6 +61,7 @@ class MediaInfo:
     height: int = 0
     width: int = 0
     frames: int = 0
+    duration_s: float = 0.0
 
 
 def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[MediaInfo]:
@@ -112,6 +116,7 @@ def examine(job: Job) -> MediaInfo:
         height,
         width,
         size.frames,
+        size.duration_s,
     )
 
 

@@ -32,7 +32,7 @@ from univitar_ds.errors import DataError, writing
 
 __all__ = ["pack_folder", "read_manifest"]
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Of the members of a shard. Another number: what was packed before is packed anew."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FILES_PER_WORKER = 128
@@ -73,8 +73,8 @@ def pack_folder(
     another, and what is known so far lies in a local folder. No two machines may pack to one prefix at once.
 
     A sample is {key}.{ext}, the file as it is, and {key}.json with captions, label, set, kind, width, height, frames,
-    file, and crc32 of the file's bytes. Samples lie in an order drawn from a hash of their file names, so that every
-    shard is a fair mix.
+    duration_s (of a video by its header, 0.0 for an image), file, and crc32 of the file's bytes. Samples lie in an
+    order drawn from a hash of their file names, so that every shard is a fair mix.
     Media that cannot be read are left out and listed under `skipped`.
 
     Args: shard_mb, size of a shard in 10^6 bytes (a larger sample gets a shard for itself); workers, processes
@@ -275,6 +275,7 @@ def _described(row: Row, found: MediaInfo, crc32: int) -> bytes:
         "width": found.width,
         "height": found.height,
         "frames": found.frames,
+        "duration_s": found.duration_s,
         "file": row.file,
         "crc32": crc32,
     }
@@ -283,7 +284,7 @@ def _described(row: Row, found: MediaInfo, crc32: int) -> bytes:
 
 def _identity(row: Row, found: MediaInfo) -> Iterator[Any]:
     yield from (row.file, row.split, row.captions, row.label, row.set)
-    yield from (found.kind, found.extension, found.sha256, found.height, found.width, found.frames)
+    yield from (found.kind, found.extension, found.sha256, found.height, found.width, found.frames, found.duration_s)
 
 
 def _digest(value: Any) -> str:
