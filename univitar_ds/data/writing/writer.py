@@ -131,7 +131,8 @@ def _examine(
     most = len(unknown) // _FILES_PER_WORKER + 1
     jobs = [Job(folder / row.file, row.kind, verify) for row in unknown]
     with tqdm(total=len(rows), initial=len(findings), desc="examine", unit="file", disable=not progress) as bar:
-        for row, finding in zip(unknown, examine_all(jobs, min(workers or os.cpu_count() or 1, most)), strict=True):
+        for index, finding in examine_all(jobs, min(workers or os.cpu_count() or 1, most)):
+            row = unknown[index]
             if row.file in stamps:
                 journal.add_finding(row, stamps[row.file], verify, finding)
             findings[row.file] = finding
