@@ -104,12 +104,6 @@ def missing_bytes(data: bytes, demuxer: str) -> int:
     return max(0, max(ends, default=0) - len(data))
 
 
-def swaps_sides(matrix: Matrix) -> bool:
-    """True for a turn by a quarter: height and width change places."""
-    a, b, c, d = matrix
-    return abs(b) + abs(c) > abs(a) + abs(d)
-
-
 def _boxes(data: bytes, start: int, end: int, name: bytes) -> Iterator[tuple[int, int]]:
     """(start, end) of the contents of the boxes called `name` between two offsets, not looking inside others."""
     return ((inner, stop) for found, inner, stop in boxes_between(data, start, end) if found == name)

@@ -13,12 +13,12 @@ from univitar_ds.data.media.containers import (
     matroska_matrix,
     missing_bytes,
     mp4_matrices,
-    swaps_sides,
     video_demuxer,
 )
 from univitar_ds.data.media.mp4_tables import check_mp4_tables
 from univitar_ds.data.media.types import MediaSize, reason
 from univitar_ds.errors import SampleError
+from univitar_ds.image_ops import display_size, orientation_of_matrix
 
 
 def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputContainer, VideoStream]:
@@ -60,9 +60,8 @@ def probe_video(data: bytes, demuxer: str) -> MediaSize:
     """What `probe.probe` returns for a video. Raises: SampleError."""
     container, stream = open_video(data)
     with container:
-        height, width = stream.codec_context.height, stream.codec_context.width
-        if swaps_sides(_matrix(data, demuxer, stream.id)):
-            height, width = width, height
+        turned = orientation_of_matrix(_matrix(data, demuxer, stream.id))
+        height, width = display_size(stream.codec_context.height, stream.codec_context.width, turned)
         seconds = Fraction(0)
         if stream.duration is not None and stream.time_base is not None:
             seconds = stream.duration * stream.time_base
