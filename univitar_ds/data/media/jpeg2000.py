@@ -6,9 +6,11 @@ a few kilobytes may name 65,535 tiles, or blocks of 4 x 4 pixels in an image of 
 
 from __future__ import annotations
 
+import itertools
 import struct
 from typing import NamedTuple
 
+from univitar_ds.data.media.containers import boxes
 from univitar_ds.errors import SampleError
 
 _BYTES_A_TILE = 8700
@@ -55,17 +57,8 @@ def _codestream(data: bytes) -> int:
     """Where the codestream begins: at once or, in the boxes of a JP2, in the first box of its kind."""
     at = 0
     if not data.startswith(b"\xff\x4f"):
-        for _ in range(_MOST_BOXES):
-            length, kind = struct.unpack(">I4s", data[at : at + 8].ljust(8, b"\0"))
-            start = at + 8
-            if length == 1:
-                length, start = int.from_bytes(data[start : start + 8], "big"), start + 8
-            if kind == b"jp2c":
-                at = start
-                break
-            if length < start - at:
-                break
-            at += length
+        inside = itertools.islice(boxes(data, 0, len(data)), _MOST_BOXES)
+        at = next((start for kind, start, _ in inside if kind == b"jp2c"), len(data))
     if not data.startswith(b"\xff\x4f\xff\x51", at):
         raise SampleError("corrupt", "the JPEG 2000 has no codestream")
     return at

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from univitar_ds.data.media.containers import boxes_between
+from univitar_ds.data.media.containers import boxes
 from univitar_ds.errors import SampleError
 
 _HOLDERS = frozenset(
@@ -138,8 +137,10 @@ def _implausible(what: str) -> SampleError:
 
 
 def _all_boxes(data: bytes, start: int, end: int, depth: int) -> Iterator[tuple[bytes, int, int]]:
-    """`boxes_between` and theirs, each after its parent: what FFmpeg comes across while it opens an MP4 or MOV file."""
-    for name, inner, stop in boxes_between(data, start, end):
+    """`boxes` as far as they are there, and theirs, each after its parent: what FFmpeg comes across while it opens an
+    MP4 or MOV file."""
+    for name, inner, stop in boxes(data, start, end):
+        inner, stop = min(inner, end), min(stop, end)
         if name in (b"free", b"hoov") and data[inner + 4 : inner + 8] in (b"mvhd", b"cmov"):
             name = b"moov"  # a header set aside by an editor, which FFmpeg takes if there is no other
         yield name, inner, stop
@@ -168,7 +169,8 @@ def _strewn_tables(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, i
     for table in _TABLES:
         at = data.find(table, start + 4, end)
         while at >= 0:
-            yield from itertools.islice(boxes_between(data, at - 4, end), 1)
+            name, inner, stop = next(boxes(data, at - 4, end), (b"", end, end))
+            yield name, min(inner, end), min(stop, end)
             at = data.find(table, at + 4, end)
 
 
