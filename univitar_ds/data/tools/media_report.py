@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import tarfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.collate import decoded
+from univitar_ds.data.decoding.task_pool import Done, Lost, Next, Task, TaskPool
+from univitar_ds.data.media.memory_limits import confine
 from univitar_ds.data.media.probe import probe
 from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.sampler.cursor import BufferedSample
@@ -26,12 +29,15 @@ from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.data.shards.tar_index import scan
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.local import read_file
-from univitar_ds.errors import SampleError
+from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Modality
 
 _KEY = "file"
 _LONGEST_EXTENSION = 80
 """A name in a tar has room for no more; none that we know is so long."""
+_SILENCE_S = 600.0
+"""Seconds that a header may take, on the clock: what takes longer has hung."""
+_PRELOAD = ("univitar_ds.data.media.video_decode",)
 _CAPTION = b"a caption, for a sample needs one"
 
 
@@ -81,11 +87,20 @@ class _Header:
     error: SampleError | None
 
 
+class _HeaderJob(NamedTuple):
+    """A file, the shard that is made of it, and the rules of a run."""
+
+    path: Path
+    shard: Path
+    max_px: int
+    sizes: Mapping[Modality, SizeRule]
+
+
 def report(paths: Iterable[Path], data: DataConfig, stage: StageConfig) -> Iterator[MediaReport]:
     """What a run with these settings would make of each file, in order.
 
-    Headers are read here and pixels decoded in `data.workers` processes, at least one, as the trainer does it. The
-    files are copied into temporary shards one after the other.
+    Headers are read in a process of its own with the memory of a decoding one, and pixels decoded in `data.workers`
+    processes, at least one, as the trainer does it. The files are copied into temporary shards one after the other.
     """
     data = data.model_copy(update={"workers": max(data.workers, 1)})
     # The stage may read one modality only; files are of both.
@@ -94,7 +109,7 @@ def report(paths: Iterable[Path], data: DataConfig, stage: StageConfig) -> Itera
     sizes = {modality: rule.size for modality, rule in rules.items()}
     waiting: deque[_Header] = deque()
     with TemporaryDirectory(prefix="univitar-probe-") as folder:
-        packs = decoded(_plans(paths, Path(folder), sizes, waiting), data, sizes, stage.token_budget)
+        packs = decoded(_plans(paths, Path(folder), data, sizes, waiting), data, sizes, stage.token_budget)
         try:
             for pack in packs:
                 while waiting[0].sample is None:
@@ -111,21 +126,50 @@ def report(paths: Iterable[Path], data: DataConfig, stage: StageConfig) -> Itera
 
 
 def _plans(
-    paths: Iterable[Path], folder: Path, sizes: Mapping[Modality, SizeRule], waiting: deque[_Header]
+    paths: Iterable[Path],
+    folder: Path,
+    data: DataConfig,
+    sizes: Mapping[Modality, SizeRule],
+    waiting: deque[_Header],
 ) -> Iterator[Plan]:
-    for number, path in enumerate(paths):
-        header = _header(path, folder / f"{number}.tar", sizes)
-        waiting.append(header)
-        if header.sample is not None:
-            item = Item(header.sample, header.sample.captions[0], BufferedSample(0, 0, 0, 0, 0, 0))
-            modality: Modality = "video" if header.size is not None and header.size.kind == "video" else "image"
-            yield Plan([item], modality, 0, number, None, {})
+    tasks = (
+        Task(number, _HeaderJob(path, folder / f"{number}.tar", data.max_image_px, sizes), start=0)
+        for number, path in enumerate(paths)
+    )
+    with TaskPool(_read_header, 1, _SILENCE_S, _PRELOAD) as pool:
+        for number, event in pool.run(tasks):
+            if isinstance(event, Done) and event.error is not None:
+                raise DataError(f"headers cannot be read: {event.error}; free memory and try again")
+            header = _lost(event) if isinstance(event, Lost) else event
+            if not isinstance(header, _Header):
+                continue
+            waiting.append(header)
+            if header.sample is not None:
+                item = Item(header.sample, header.sample.captions[0], BufferedSample(0, 0, 0, 0, 0, 0))
+                modality: Modality = "video" if header.size is not None and header.size.kind == "video" else "image"
+                yield Plan([item], modality, 0, number, None, {})
 
 
-def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule]) -> _Header:
+def _read_header(task: Task, tell: Callable[[Any], None]) -> None:
+    if task.start == 0:
+        job: _HeaderJob = task.job
+        tell(Next(job, 1))
+        tell(_header(job))
+
+
+def _lost(event: Lost) -> _Header:
+    event.item.shard.unlink(missing_ok=True)
+    return _Header(event.item.path, None, None, SampleError(event.kind, event.detail))
+
+
+def _header(job: _HeaderJob) -> _Header:
+    """In a process that is there for headers: its memory is limited."""
+    path, shard, max_px, sizes = job
     size = sample = None
     try:
         most_mb = max(rule.max_sample_mb for rule in sizes.values())
+        with suppress(OSError):  # reading it says what is wrong
+            confine(max_px, min(path.stat().st_size, most_mb << 20))
         content = read_file(path, most_mb << 20, f", above data.max_sample_mb = {most_mb} (MiB)")
         extension = path.suffix.lower().lstrip(".")[:_LONGEST_EXTENSION]
         if not extension or extension in EXTENSIONS:
@@ -139,6 +183,10 @@ def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule]) -> _Hea
     except SampleError as error:
         shard.unlink(missing_ok=True)
         return _Header(path, size, None, error)
+    except MemoryError:
+        shard.unlink(missing_ok=True)
+        detail = f"its header takes more memory than data.max_image_px = {max_px} allows; store the file anew"
+        return _Header(path, size, None, SampleError("too_large", detail))
     return _Header(path, size, sample, None)
 
 
