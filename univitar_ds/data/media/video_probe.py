@@ -15,7 +15,6 @@ from univitar_ds.data.media.containers import (
     mp4_matrices,
     video_demuxer,
 )
-from univitar_ds.data.media.mp4_tables import check_mp4_tables
 from univitar_ds.data.media.types import MediaSize, reason
 from univitar_ds.errors import SampleError
 from univitar_ds.image_ops import display_size, orientation_of_matrix
@@ -28,18 +27,21 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
     of order. That takes 20 to 200 ms for large frames and is done only if `thorough`, or if the size is not found
     without. Who wants every frame in order needs it; sizes, durations and packets are the same without.
 
-    Raises: SampleError.
+    FFmpeg believes a header before it has read a frame: 72 bytes for each frame that an MP4 claims. Who opens what may
+    be hostile calls `memory_limits.confine` before.
+
+    Raises: SampleError, or MemoryError where the header takes more than there is.
     """
     demuxer = video_demuxer(data)
     if demuxer is None:
         raise SampleError("unreadable", "the bytes are no video container we read")
     if missing := missing_bytes(data, demuxer):
         raise SampleError("corrupt", f"the video is cut off: {missing} bytes are missing at its end")
-    if demuxer == "mov":
-        check_mp4_tables(data)
     options = {} if thorough else {"skip_frame": "all"}
     try:
         container = av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore", options=options)
+    except MemoryError:
+        raise
     except (av.FFmpegError, ValueError, EOFError) as error:
         raise SampleError("corrupt", f"the {demuxer} container cannot be opened: {reason(error)}") from error
     images = av.stream.Disposition.attached_pic
@@ -57,7 +59,7 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
 
 
 def probe_video(data: bytes, demuxer: str) -> MediaSize:
-    """What `probe.probe` returns for a video. Raises: SampleError."""
+    """What `probe.probe` returns for a video. Raises: see `open_video`."""
     container, stream = open_video(data)
     with container:
         turned = orientation_of_matrix(_matrix(data, demuxer, stream.id))
