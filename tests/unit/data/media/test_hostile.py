@@ -9,6 +9,7 @@ import sys
 import zlib
 
 import pytest
+from PIL import Image
 
 from tests.support import media
 from tests.support.progress import run_watched
@@ -117,6 +118,20 @@ FILES = {
 ORDINARY = {
     "ordinary.mp4": lambda: media.video(media.grey_frames(8)),
     "ordinary.png": lambda: media.encoded(media.quarters(), "PNG"),
+}
+
+
+def jpeg2000(width: int, height: int, tile: tuple[int, int], mode: str = "L", **options) -> bytes:
+    """A small image whose header says another size."""
+    data = bytearray(media.encoded(Image.new(mode, (64, 64)), "JPEG2000", no_jp2=True, **options))
+    struct.pack_into(">8I", data, 8, width, height, 0, 0, *tile, 0, 0)
+    return bytes(data)
+
+
+FILES |= {
+    "blocks.j2k": lambda: jpeg2000(10_000, 10_000, (10_000, 10_000), codeblock_size=(4, 4)),
+    "tiles.j2k": lambda: jpeg2000(9984, 9984, (39, 39), "RGBA"),
+    "one tile.j2k": lambda: jpeg2000(10_000, 10_000, (10_000, 10_000), "RGB"),
 }
 
 
