@@ -128,7 +128,7 @@ def test_an_image_converted_in_blocks_equals_one_converted_whole_and_turned_afte
     whole = Image.fromarray(rgb_pixels(image))
     exif = image.getexif()
     exif[0x0112] = orientation
-    turned = whole if orientation == 1 else whole.transpose(image_ops.TURNS[orientation])
+    turned = whole if orientation == 1 else whole.transpose(image_ops.ORIENTATIONS[orientation].transpose)
     monkeypatch.setattr(image_ops, "_BLOCK", 10)
     pixels = rgb_pixels(image)
     assert pixels.flags.c_contiguous

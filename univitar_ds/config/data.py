@@ -68,7 +68,9 @@ class DataConfig(Section):
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
     lanes: Positive = Field(4, description="independent streams of packs; the world size must divide it")
-    workers: Annotated[int, Field(ge=0)] = Field(1, description="decoding processes per rank; 0 decodes in line")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        1, description="decoding processes per rank; 0 decodes in line, where nothing limits what a hostile file takes"
+    )
     prefetch_packs: Positive | None = Field(
         None, description="packs decoded ahead per rank; absent: about 3, where a GPU trains at least those of a step"
     )

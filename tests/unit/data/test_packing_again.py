@@ -48,6 +48,21 @@ def test_another_shard_size_leaves_no_old_shards_behind(folder, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_a_folder_packed_by_an_earlier_program_is_packed_anew(folder, tmp_path):
+    """Its findings have no duration, and its shards other members."""
+    out = tmp_path / "out"
+    pack(folder, out)
+    whole = contents(out)
+    lines = [json.loads(line) for line in (out / ".pack.jsonl").read_text().splitlines()]
+    for line in lines:
+        line[1].get("finding", {}).pop("duration_s", None) if isinstance(line, list) else line.update(version=1)
+    (out / ".pack.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out / "manifest.json").unlink()  # it was stopped halfway
+    (out / "train-image-000000.tar").write_bytes(b"members of another layout")
+    pack(folder, out)
+    assert contents(out) == whole
+
+
 @pytest.mark.parametrize("damage", [b"", b"short", None])
 def test_a_damaged_or_lost_shard_is_written_anew(folder, tmp_path, damage):
     pack(folder, tmp_path / "out")
@@ -116,8 +131,9 @@ def test_a_packing_killed_anywhere_ends_in_the_same_bytes(folder, tmp_path):
 
 
 CRASHING = """
-import os, sys
+import os, sys, time
 from multiprocessing import get_context
+import numpy as np
 from univitar_ds.data.decoding import children
 from univitar_ds.data.writing import examine, writer
 
@@ -126,25 +142,34 @@ truth = examine.decode_image
 def fragile(data, **limits):
     if data.endswith(b"poison"):
         os.abort()
+    if data.endswith(b"greed"):
+        np.ones(2 << 30, np.uint8)
+    if data.endswith(b"sloth"):
+        time.sleep(600)
     return truth(data, **limits)
 
 examine.decode_image = fragile
 children.context = lambda preload: get_context("fork")  # so that the workers have the fragile decoder too
+examine._SILENCE_S = 5.0
 writer._FILES_PER_WORKER = 4
-writer.pack_folder(sys.argv[1], sys.argv[2], workers=2, progress=False)
+writer.pack_folder(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]), progress=False)
 """
 
 
-def test_an_image_that_kills_its_decoder_is_left_out(folder, tmp_path):
-    for name in ("images/4.jpg", "images/5.jpg", "images/20.jpg"):
-        (folder / name).write_bytes((folder / name).read_bytes() + b"poison")
-    run_script("-c", CRASHING, str(folder), str(tmp_path / "out"))
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_image_that_kills_its_decoder_or_makes_it_hang_or_take_all_memory_is_left_out(folder, tmp_path, workers):
+    died = "corrupt: the decoder's process died of this file"
+    ends = {4: ("poison", died), 5: ("poison", died), 7: ("greed", "too_large: "), 9: ("sloth", "timeout: ")}
+    for number, (end, _) in ends.items():
+        with (folder / f"images/{number}.jpg").open("ab") as image:
+            image.write(end.encode())
+    run_script("-c", CRASHING, str(folder), str(tmp_path / "out"), str(workers))
     manifest = read_manifest(tmp_path / "out")
-    assert [skipped["file"] for skipped in manifest["skipped"]] == ["images/4.jpg", "images/5.jpg", "images/20.jpg"]
-    assert {skipped["reason"] for skipped in manifest["skipped"]} == {
-        "corrupt: the decoder's process died of this file"
-    }
-    assert sum(shard["samples"] for shard in manifest["shards"]) == 31
+    reasons = {skipped["file"]: skipped["reason"] for skipped in manifest["skipped"]}
+    assert list(reasons) == [f"images/{number}.jpg" for number in ends]
+    for number, (_, expected) in ends.items():
+        assert reasons[f"images/{number}.jpg"].startswith(expected)
+    assert sum(shard["samples"] for shard in manifest["shards"]) == 30
 
 
 def test_worker_processes_find_the_same_as_one(folder, tmp_path):

@@ -1,86 +1,52 @@
-"""Work on many shards in processes that may die or hang of what they read, with nothing lost but the sample at fault.
+"""Work in processes that may die or hang of what they read, with nothing lost but the item at fault.
 
-A process works on one shard and reports every sample before it touches it. Where it dies or falls silent, that
-sample is to blame, and another process goes on behind it.
+A process works on one task and reports every item before it touches it. Where it dies or falls silent, that item is to
+blame, and another process goes on behind it.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from univitar_ds.data.decoding import children
-from univitar_ds.errors import DataError
+from univitar_ds.errors import UserError
 
 _LOOK_EVERY_S = 1.0
 _START_S = 60.0
 """What a process may take to start, beside the silence it is allowed afterwards."""
 
 
-class Read(NamedTuple):
-    """So many bytes have been gone through since the last event."""
+class Next(NamedTuple):
+    """This item comes next. If its process ends over it, another begins at `resume`."""
 
-    bytes: int
-
-
-class Hashed(NamedTuple):
-    """The whole shard has been read."""
-
-    sha256: str
+    item: Any
+    resume: Any
 
 
-class At(NamedTuple):
-    """The sample at bytes [offset, end) comes next; what is wrong with it follows."""
+class Reached(NamedTuple):
+    """If the process ends before its next item, another begins at `resume`. The pool does not pass it on."""
 
-    offset: int
-    end: int
-    key: str
+    resume: Any
 
 
-class Bad(NamedTuple):
-    """A sample that cannot be used, or with key "" a stretch of the shard without samples."""
+class Lost(NamedTuple):
+    """The process of this item died, or nothing was heard of it for too long and it was ended."""
 
-    kind: str
-    key: str
-    offset: int
-    message: str
-
-
-class Noted(NamedTuple):
-    """A text of a sample that can be used was ignored."""
-
-    kind: str
-    key: str
-    offset: int
-    message: str
-
-
-class Unread(NamedTuple):
-    """Extensions of a sample's members that nothing reads."""
-
-    extensions: tuple[str, ...]
-
-
-class SeveralLines(NamedTuple):
-    """The .txt of a sample has several lines, which are read as one caption."""
-
-
-class Scattered(NamedTuple):
-    """The members of a sample do not follow one another: some come again at this byte."""
-
-    key: str
-    offset: int
+    item: Any
+    kind: Literal["crash", "timeout"]
+    detail: str
 
 
 class Done(NamedTuple):
-    """The shard is finished; with an error, as far as it could be read."""
+    """The task is finished; with an error, as far as it could be."""
 
     error: str | None = None
 
@@ -91,40 +57,40 @@ class _Fault(NamedTuple):
     detail: str
 
 
-Event = Read | Hashed | At | Bad | Noted | Unread | SeveralLines | Scattered | Done
-
-
 @dataclass(frozen=True)
 class Task:
-    """A shard to work on: `number` among all of them, `start`, the byte of a header; `job` is the work's own."""
+    """Something to work on: `number` among all tasks; `job` and `start`, where to begin, are the work's own."""
 
     number: int
     job: Any
-    start: int = 0
-    hashed: bool = False
+    start: Any = None
 
 
-Work = Callable[[Task, Callable[[Event], None]], None]
+Work = Callable[[Task, Callable[[Any], None]], None]
+"""Called with a task and what takes its events: `Next`, `Reached` and results of its own, which can be pickled. It may
+raise a UserError for a task that cannot be finished."""
 
 
 @dataclass
 class _Worker:
-    """A process, what it works on and the last sample that it reported."""
+    """A process, what it works on and the last item that it reported."""
 
     process: BaseProcess
     channel: Connection
     heard: float
     task: Task | None = None
-    at: At | None = None
+    at: Next | None = None
 
 
 class TaskPool:
     """A context manager around the processes; they end with it."""
 
-    def __init__(self, work: Work, workers: int, silence_s: float) -> None:
-        """Args: a function of a module; how many processes; seconds without an event after which one has hung."""
+    def __init__(self, work: Work, workers: int, silence_s: float, preload: Sequence[str] = ()) -> None:
+        """Args: a function of a module; how many processes; seconds without an event after which one has hung;
+        modules that the work imports late, to have them in memory once."""
         assert workers >= 1, workers
         self._work, self._workers, self._silence_s = work, workers, silence_s
+        self._preload = [work.__module__, *preload]
         self._running: list[_Worker] = []
         self._barren: set[int] = set()
 
@@ -138,14 +104,13 @@ class TaskPool:
             worker.channel.close()
         self._running.clear()
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Event]]:
-        """Every event with the number of its task; the last of each task is `Done`.
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Any]]:
+        """Every event with the number of its task, as they come; the last of each task is `Done`.
 
         Raises: RuntimeError for an error of the program in a process.
         """
-        waiting = deque(tasks)
-        while waiting or any(worker.task for worker in self._running):
-            self._assign(waiting)
+        coming, again = iter(tasks), deque[Task]()
+        while self._assign(coming, again):
             busy = {worker.channel: worker for worker in self._running if worker.task}
             for channel in wait(list(busy), timeout=min(_LOOK_EVERY_S, self._silence_s / 2)):
                 worker = busy[channel]
@@ -156,27 +121,34 @@ class TaskPool:
                 except (EOFError, ConnectionError):
                     worker.process.join()
                     detail = f"the process that worked on it died (exit code {worker.process.exitcode})"
-                    yield from self._lost(worker, "crash", detail, waiting)
+                    yield from ((number, event) for event in self._lost(worker, "crash", detail, again))
                     continue
                 if isinstance(event, _Fault):
-                    raise RuntimeError(f"shard number {number}:\n{event.detail}")
+                    raise RuntimeError(f"task number {number}:\n{event.detail}")
                 self._follow(worker, event)
-                yield number, event
+                if not isinstance(event, Reached):
+                    yield number, event
             silent = [it for it in busy.values() if it.task and monotonic() - it.heard > self._silence_s]
             for worker in silent:
                 detail = f"nothing was heard of its process for {self._silence_s:g} seconds"
-                yield from self._lost(worker, "timeout", detail, waiting)
+                number = worker.task.number
+                yield from ((number, event) for event in self._lost(worker, "timeout", detail, again))
 
-    def _assign(self, waiting: deque[Task]) -> None:
+    def _assign(self, coming: Iterator[Task], again: deque[Task]) -> bool:
+        """Give tasks to idle processes, starting as many as may be. Returns False if there is nothing left to do."""
         idle = [worker for worker in self._running if worker.task is None]
-        while waiting and (idle or len(self._running) < self._workers):
+        while idle or len(self._running) < self._workers:
+            task = again.popleft() if again else next(coming, None)
+            if task is None:
+                break
             worker = idle.pop() if idle else self._start()
-            worker.task, worker.at, worker.heard = waiting.popleft(), None, max(worker.heard, monotonic())
+            worker.task, worker.at, worker.heard = task, None, max(worker.heard, monotonic())
             with suppress(ConnectionError):  # it died idle: waiting for its first event finds out
                 worker.channel.send(worker.task)
+        return any(worker.task for worker in self._running)
 
     def _start(self) -> _Worker:
-        context = children.context([self._work.__module__])
+        context = children.context(self._preload)
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
         try:
@@ -190,32 +162,34 @@ class TaskPool:
         self._running.append(worker)
         return worker
 
-    def _follow(self, worker: _Worker, event: Event) -> None:
+    def _follow(self, worker: _Worker, event: Any) -> None:
         assert worker.task is not None
         worker.heard = monotonic()
-        if isinstance(event, At):
+        if isinstance(event, Next):
             worker.at = event
-        elif isinstance(event, Hashed):
-            worker.task = replace(worker.task, hashed=True)
+        elif isinstance(event, Reached):
+            worker.task = replace(worker.task, start=event.resume)
         elif isinstance(event, Done):
             worker.task = None
 
-    def _lost(self, worker: _Worker, kind: str, detail: str, waiting: deque[Task]) -> Iterator[tuple[int, Event]]:
-        """The end of a process: its sample is bad. A shard that ends two before its first sample is given up."""
+    def _lost(
+        self, worker: _Worker, kind: Literal["crash", "timeout"], detail: str, again: deque[Task]
+    ) -> Iterator[Lost | Done]:
+        """The end of a process: its item is lost. A task that ends two before its first item is given up."""
         assert worker.task is not None
         self._running.remove(worker)
         worker.process.kill()
         worker.process.join()
         worker.channel.close()
-        task, at = worker.task, worker.at
+        task, at, worker.task = worker.task, worker.at, None
         if at is not None:
-            yield task.number, Bad(kind, at.key, at.offset, detail)
-            waiting.appendleft(replace(task, start=at.end))
+            again.append(replace(task, start=at.resume))
+            yield Lost(at.item, kind, detail)
         elif task.number in self._barren:
-            yield task.number, Done(f"{detail}, twice, before any sample from byte {task.start} on; nothing follows it")
+            yield Done(f"{detail}, twice, before its first item; the rest of it is left out")
         else:
             self._barren.add(task.number)
-            waiting.appendleft(task)
+            again.append(task)
 
 
 def _serve(channel: Connection, work: Work) -> None:
@@ -224,10 +198,10 @@ def _serve(channel: Connection, work: Work) -> None:
     try:
         while True:
             task = channel.recv()
-            channel.send(Read(0))
+            channel.send(Reached(task.start))
             try:
                 work(task, channel.send)
-            except DataError as error:
+            except UserError as error:
                 channel.send(Done(str(error)))
             except ConnectionError:
                 return

@@ -16,7 +16,7 @@ from univitar_ds.data.media.probe import open_image, orientation_of
 from univitar_ds.data.media.resize import Extent
 from univitar_ds.data.media.types import check_area, check_size, reason
 from univitar_ds.errors import SampleError
-from univitar_ds.image_ops import rgb_pixels, upright
+from univitar_ds.image_ops import display_size, rgb_pixels, upright
 
 # Found by the turbo decoder in the image's own data: Pillow would go on and fill in grey or garbage.
 _DAMAGED_SCAN = re.compile("bad Huffman code|bad arithmetic|premature end of data|resync|RST", re.IGNORECASE)
@@ -74,7 +74,7 @@ def _turbo(
     """The image through libjpeg-turbo; None if Pillow should have a look at it."""
     scale = {}
     if target is not None and _may_shrink(header):
-        height, width = target[::-1] if header.orientation >= 5 else target
+        height, width = display_size(*target, header.orientation)
         height, width = _SPARE * height, _SPARE * width
         if 2 * height <= header.height and 2 * width <= header.width:
             scale = {"min_height": height, "min_width": width, "min_factor": 2}

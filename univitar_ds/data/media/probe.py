@@ -18,7 +18,7 @@ from univitar_ds.data.media.containers import video_demuxer
 from univitar_ds.data.media.png import without_large_texts
 from univitar_ds.data.media.types import VIDEO_EXTENSIONS, MediaSize, reason
 from univitar_ds.errors import SampleError
-from univitar_ds.image_ops import ORIENTATION_TAG
+from univitar_ds.image_ops import ORIENTATION_TAG, ORIENTATIONS, display_size
 
 _PILLOW_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "PSD", "JPEG2000", "AVIF", "PPM", "QOI", "JPEG")
 _TIFF_TABLES = (273, 279, 324, 325)
@@ -120,10 +120,9 @@ def orientation_of(image: Image.Image) -> int | None:
         found = Image.Image.getexif(image).get(ORIENTATION_TAG)
     except Exception:  # a broken EXIF block says nothing about the pixels
         return 1
-    return int(found) if found in range(1, 9) else 1
+    return int(found) if found in ORIENTATIONS else 1
 
 
 def _image_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) after EXIF orientation."""
-    turned = (orientation_of(image) or 1) >= 5
-    return (image.width, image.height) if turned else (image.height, image.width)
+    return display_size(image.height, image.width, orientation_of(image) or 1)

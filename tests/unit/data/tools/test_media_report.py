@@ -141,3 +141,9 @@ def test_nothing_is_left_behind(files, tmp_path, monkeypatch):
             break
     assert list(scratch.glob("univitar-probe-*")) == []
     assert json.dumps([row.to_json() for row in report([], settings(), STAGE)]) == "[]"
+
+
+def test_headers_are_read_in_a_process_of_their_own(files, monkeypatch):
+    """Of hostile ones it may take this process's memory, or end it."""
+    monkeypatch.setattr("univitar_ds.data.media.probe.probe", None)
+    assert [row.ok for row in report(files[1:3], settings(), STAGE)] == [True, True]

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import tarfile
-import time
 import zlib
 
 import pytest
@@ -14,10 +13,10 @@ from tests.support.progress import run_watched
 from tests.support.s3 import s3_server
 from tests.support.shards import image, sidecar, video, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
-from univitar_ds.data.decoding.task_pool import At, Bad, Done, Hashed, Read, Task, TaskPool
+from univitar_ds.data.decoding.task_pool import Done, Next, Task, TaskPool
 from univitar_ds.data.shards.sources import find_shards
 from univitar_ds.data.storage.base import LOCAL
-from univitar_ds.data.tools.shard_check import ShardCheck, check_shard
+from univitar_ds.data.tools.shard_check import Bad, Place, Read, ShardCheck, check_shard
 from univitar_ds.data.tools.verify import verify
 
 JPEG = image(120, 160)
@@ -28,7 +27,7 @@ def outcome(path, decode=True, **source):
     """{key: kind} of the faults of one shard, checked in this process."""
     (shard,) = find_shards([SourceConfig(path=str(path), **source)])
     events = []
-    check_shard(Task(0, ShardCheck(shard, LOCAL, decode)), events.append)
+    check_shard(Task(0, ShardCheck(shard, LOCAL, decode), Place()), events.append)
     assert sum(event.bytes for event in events if isinstance(event, Read)) == shard.size
     return {event.key: event.kind for event in events if isinstance(event, Bad)}
 
@@ -269,72 +268,25 @@ def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tm
     assert crews == [(check_shard, hired)]
 
 
-def play(task: Task, tell) -> None:
-    """Work by a script: {offset: what happens at the sample there}."""
-    if task.job.get("hash") and not task.hashed:
-        tell(Hashed("f00"))
-    if task.job.get("start") == "dies":
-        os._exit(3)
-    for offset in range(task.start, 50, 10):
-        tell(At(offset, offset + 10, f"k{offset}"))
-        happening = task.job.get(offset)
-        if happening == "dies":
+def dying(task: Task, tell) -> None:
+    """As `check_shard`, by a process that a sample kills."""
+
+    def told(event):
+        tell(event)
+        if isinstance(event, Next) and event.item.key == "b":
             os.kill(os.getpid(), signal.SIGKILL)
-        if happening == "hangs":
-            time.sleep(600)
-        if happening == "faults":
-            raise KeyError("odd")
-        if happening == "bad":
-            tell(Bad("corrupt", f"k{offset}", offset, "half"))
+
+    check_shard(task, told)
 
 
-def played(*jobs, workers=2, silence_s=60.0):
-    told = [[] for _ in jobs]
-    with TaskPool(play, workers, silence_s) as crew:
-        for number, event in crew.run([Task(number, job) for number, job in enumerate(jobs)]):
-            told[number].append(event)
-        hands = [worker.process for worker in crew._running]
-    assert not any(process.is_alive() for process in hands)
-    return told
-
-
-@pytest.mark.parametrize(("tasks", "started"), [(1, 1), (3, 3), (7, 3)])
-def test_a_crew_starts_its_processes_at_once_and_no_more_than_there_is_work_for(tasks, started):
-    with TaskPool(play, 3, 60.0) as crew:
-        events = crew.run([Task(number, {}) for number in range(tasks)])
-        next(events)
-        assert len(crew._running) == started
-        assert sum(event == Done() for _, event in events) == tasks
-        assert len(crew._running) == started
-
-
-def test_a_process_that_dies_costs_its_sample_and_no_other():
-    told = played({"hash": True, 10: "dies", 20: "dies", 40: "bad"}, {}, {40: "dies"})
-    for number, dead in enumerate([[10, 20], [], [40]]):
-        offsets = [event.offset for event in told[number] if isinstance(event, At)]
-        assert offsets == [0, 10, 20, 30, 40]
-        assert [event.offset for event in told[number] if isinstance(event, Bad) and event.kind == "crash"] == dead
-        assert told[number][-1] == Done()
-    assert told[0].count(Hashed("f00")) == 1
-    assert Bad("crash", "k10", 10, "the process that worked on it died (exit code -9)") in told[0]
-
-
-def test_a_process_that_hangs_costs_its_sample():
-    (told,) = played({20: "hangs"}, silence_s=3.0)
-    assert [(event.kind, event.offset) for event in told if isinstance(event, Bad)] == [("timeout", 20)]
-    assert told[-1] == Done()
-
-
-def test_a_shard_that_kills_two_processes_before_its_first_sample_is_given_up():
-    first, second = played({"start": "dies"}, {})
-    assert "died (exit code 3), twice" in first[-1].error
-    assert not any(isinstance(event, At | Bad) for event in first)
-    assert second[-1] == Done()
-
-
-def test_an_error_of_the_program_is_not_taken_for_bad_data():
-    with pytest.raises(RuntimeError, match=r"(?s)shard number 0:.*KeyError: 'odd'"):
-        played({30: "faults"})
+def test_a_sample_that_kills_its_process_is_bad_and_no_other_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("univitar_ds.data.tools.verify.check_shard", dying)
+    path = write_tar(tmp_path / "a.tar", [(key, {"jpg": JPEG, "json": TEXT}) for key in "abc"])
+    found = report(path)
+    (shard,) = found["shards"]
+    assert (shard["samples"], shard["bad"]) == (3, {"crash": 1})
+    (fault,) = shard["faults"]
+    assert (fault["key"], fault["message"]) == ("b", "the process that worked on it died (exit code -9)")
 
 
 @pytest.mark.parametrize("decode", [True, False])
