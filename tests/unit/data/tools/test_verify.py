@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 
-from tests.support.progress import run_watched
+from tests.support.progress import run_watched, runs
 from tests.support.s3 import s3_server
 from tests.support.shards import image, sidecar, video, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
@@ -38,7 +38,7 @@ def with_checksum(content: bytes, packed: bytes) -> dict[str, bytes]:
     return {"jpg": content, "json": json.dumps(fields | {"crc32": zlib.crc32(packed)}).encode()}
 
 
-def test_every_kind_of_bad_sample_is_told_under_its_key(tmp_path):
+def test_every_kind_of_bad_sample_is_reported_under_its_key(tmp_path):
     half = JPEG[: len(JPEG) // 2]
     samples = [
         ("good", {"jpg": JPEG, "json": TEXT}),
@@ -112,7 +112,7 @@ def test_a_sound_source_is_called_sound(tmp_path):
     assert [row["samples"] for row in found["shards"]] == [row["samples_in_manifest"] for row in found["shards"]]
 
 
-def test_damage_is_told_with_its_byte_and_the_rest_of_the_shard_is_checked(tmp_path):
+def test_damage_is_reported_with_its_byte_and_the_rest_of_the_shard_is_checked(tmp_path):
     folder = folder_of(tmp_path)
     name = "train-image-000001.tar"
     with tarfile.open(folder / name) as tar:
@@ -165,7 +165,7 @@ def test_a_sample_that_was_taken_out_cleanly_is_missed_where_there_is_a_manifest
     assert row["faults"] == []
 
 
-def test_a_manifest_that_counts_other_samples_is_told_though_the_bytes_are_its_own(tmp_path):
+def test_a_manifest_that_counts_other_samples_is_reported_though_the_bytes_are_its_own(tmp_path):
     folder = folder_of(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0]["samples"] += 1
@@ -195,7 +195,7 @@ def test_a_source_on_s3_gives_the_report_of_the_same_files_here(tmp_path):
     assert there["sound"]
 
 
-def test_a_video_in_a_shard_of_images_is_told_as_no_lane_reads_it(tmp_path):
+def test_a_video_in_a_shard_of_images_is_reported_as_no_lane_reads_it(tmp_path):
     folder = folder_of(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     for shard in manifest["shards"]:
@@ -252,11 +252,11 @@ def test_the_report_depends_on_the_data_alone(tmp_path, capsys):
 
 @pytest.mark.parametrize(("workers", "hired"), [(1, 1), (4, 4), (9, 6)])
 def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tmp_path, monkeypatch, workers, hired):
-    crews = []
+    pools = []
 
     class Idle(TaskPool):
         def __init__(self, work, workers, silence_s):
-            crews.append((work, workers))
+            pools.append((work, workers))
 
         def run(self, tasks):
             return ((task.number, Done()) for task in tasks)
@@ -266,17 +266,17 @@ def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tm
 
     monkeypatch.setattr("univitar_ds.data.tools.verify.TaskPool", Idle)
     assert len(report(folder_of(tmp_path), workers=workers)["shards"]) == 6
-    assert crews == [(check_shard, hired)]
+    assert pools == [(check_shard, hired)]
 
 
-def play(task: Task, tell) -> None:
+def play(task: Task, report) -> None:
     """Work by a script: {offset: what happens at the sample there}."""
     if task.job.get("hash") and not task.hashed:
-        tell(Hashed("f00"))
+        report(Hashed("f00"))
     if task.job.get("start") == "dies":
         os._exit(3)
     for offset in range(task.start, 50, 10):
-        tell(At(offset, offset + 10, f"k{offset}"))
+        report(At(offset, offset + 10, f"k{offset}"))
         happening = task.job.get(offset)
         if happening == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -285,44 +285,48 @@ def play(task: Task, tell) -> None:
         if happening == "faults":
             raise KeyError("odd")
         if happening == "bad":
-            tell(Bad("corrupt", f"k{offset}", offset, "half"))
+            report(Bad("corrupt", f"k{offset}", offset, "half"))
 
 
 def played(*jobs, workers=2, silence_s=60.0):
-    told = [[] for _ in jobs]
-    with TaskPool(play, workers, silence_s) as crew:
-        for number, event in crew.run([Task(number, job) for number, job in enumerate(jobs)]):
-            told[number].append(event)
-        hands = [worker.process for worker in crew._running]
-    assert not any(process.is_alive() for process in hands)
-    return told
+    events = [[] for _ in jobs]
+    with TaskPool(play, workers, silence_s) as pool:
+        for number, event in pool.run([Task(number, job) for number, job in enumerate(jobs)]):
+            events[number].append(event)
+    return events
+
+
+def name_process(task: Task, report) -> None:
+    """Work that reports only which process does it."""
+    report(Hashed(str(os.getpid())))
 
 
 @pytest.mark.parametrize(("tasks", "started"), [(1, 1), (3, 3), (7, 3)])
-def test_a_crew_starts_its_processes_at_once_and_no_more_than_there_is_work_for(tasks, started):
-    with TaskPool(play, 3, 60.0) as crew:
-        events = crew.run([Task(number, {}) for number in range(tasks)])
-        next(events)
-        assert len(crew._running) == started
-        assert sum(event == Done() for _, event in events) == tasks
-        assert len(crew._running) == started
+def test_a_pool_starts_no_more_processes_than_there_is_work_for_and_ends_them(tasks, started):
+    with TaskPool(name_process, 3, 60.0) as pool:
+        events = [event for _, event in pool.run([Task(number, {}) for number in range(tasks)])]
+        processes = {int(event.sha256) for event in events if isinstance(event, Hashed)}
+        assert len(processes) == started
+        assert all(map(runs, processes)), "a process ended before the pool"
+    assert events.count(Done()) == tasks
+    assert not any(map(runs, processes))
 
 
 def test_a_process_that_dies_costs_its_sample_and_no_other():
-    told = played({"hash": True, 10: "dies", 20: "dies", 40: "bad"}, {}, {40: "dies"})
+    events = played({"hash": True, 10: "dies", 20: "dies", 40: "bad"}, {}, {40: "dies"})
     for number, dead in enumerate([[10, 20], [], [40]]):
-        offsets = [event.offset for event in told[number] if isinstance(event, At)]
+        offsets = [event.offset for event in events[number] if isinstance(event, At)]
         assert offsets == [0, 10, 20, 30, 40]
-        assert [event.offset for event in told[number] if isinstance(event, Bad) and event.kind == "crash"] == dead
-        assert told[number][-1] == Done()
-    assert told[0].count(Hashed("f00")) == 1
-    assert Bad("crash", "k10", 10, "the process that worked on it died (exit code -9)") in told[0]
+        assert [event.offset for event in events[number] if isinstance(event, Bad) and event.kind == "crash"] == dead
+        assert events[number][-1] == Done()
+    assert events[0].count(Hashed("f00")) == 1
+    assert Bad("crash", "k10", 10, "the process that worked on it died (exit code -9)") in events[0]
 
 
 def test_a_process_that_hangs_costs_its_sample():
-    (told,) = played({20: "hangs"}, silence_s=3.0)
-    assert [(event.kind, event.offset) for event in told if isinstance(event, Bad)] == [("timeout", 20)]
-    assert told[-1] == Done()
+    (events,) = played({20: "hangs"}, silence_s=3.0)
+    assert [(event.kind, event.offset) for event in events if isinstance(event, Bad)] == [("timeout", 20)]
+    assert events[-1] == Done()
 
 
 def test_a_shard_that_kills_two_processes_before_its_first_sample_is_given_up():
