@@ -24,7 +24,7 @@ WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 
 _INVERSE = {6: 8, 8: 6}
 """Which orientation undoes another; all but these two undo themselves."""
-_BLOCK = 512
+BLOCK = 512
 """An image is converted in squares of this side: what a conversion needs beside its result then stays in the cache."""
 
 
@@ -98,9 +98,9 @@ def _orientation(image: Image.Image) -> int:
 
 def _blocks(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
     """Left, top, right and bottom of the squares that cover an image as it is stored."""
-    for top in range(0, image.height, _BLOCK):
-        for left in range(0, image.width, _BLOCK):
-            yield left, top, min(left + _BLOCK, image.width), min(top + _BLOCK, image.height)
+    for top in range(0, image.height, BLOCK):
+        for left in range(0, image.width, BLOCK):
+            yield left, top, min(left + BLOCK, image.width), min(top + BLOCK, image.height)
 
 
 def _opaque(image: Image.Image) -> np.ndarray:

@@ -31,8 +31,10 @@ VARIABLE = "UNIVITAR_DS_RUN_LOCK"
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 _TRIES = 20
-_PAUSE_S = 0.1
-_RECENT_S = 1.0
+PAUSE_S = 0.1
+"""Between two tries to take a lock that others are taking."""
+RECENT_S = 1.0
+"""`check(recently=True)` looks at the file again after so long."""
 _NAME = re.compile(r"\.lock-(\d{8})")
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class RunLock:
             reason = None if found is None else self._why_over(*found)
             if self._make(1 if found is None else found[0] + 1):
                 break
-            time.sleep(_PAUSE_S)
+            time.sleep(PAUSE_S)
         else:
             raise RunLocked(f"{self.run} is being taken by other starts at this moment; start one run at a time")
         if reason:
@@ -134,7 +136,7 @@ class RunLock:
         Seconds count while the machine sleeps, too.
         """
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        if not self.number or (recently and now - self._seen < _RECENT_S):
+        if not self.number or (recently and now - self._seen < RECENT_S):
             return
         try:
             with open(self._path(self.number), "rb") as file:  # opening asks the file server, where there is one
@@ -155,7 +157,7 @@ class RunLock:
         _known.pop(os.path.realpath(self.run), None)
         file, self._file, self.number = self._file, None, 0
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(_RECENT_S)  # a disk that hangs does not delay the end
+            self._thread.join(RECENT_S)  # a disk that hangs does not delay the end
         if file is not None:
             with suppress(OSError):  # nor does a full one: the process is gone soon
                 if not self._joined:
@@ -230,7 +232,7 @@ class RunLock:
                 return max(numbers), record, 0.0 if over else self._now() - touched
             if (age_s := self._now() - touched) > STALE_S:
                 return max(numbers), record, age_s
-            time.sleep(_PAUSE_S)  # it is being written
+            time.sleep(PAUSE_S)  # it is being written
         return max(numbers, default=0), {}, 0.0
 
     def _now(self) -> float:

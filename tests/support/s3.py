@@ -53,6 +53,9 @@ print(server.server_port, flush=True)
 server.serve_forever()
 """
 
+_ENCRYPTED = b"-encrypted"
+"""Makes an ETag that is no MD5."""
+
 Plan = Callable[["Request"], str | None]
 """What happens to a request: None, one of `FAULTS`, "status N", or "etag E".
 
@@ -275,9 +278,11 @@ def _answer(client: socket.socket, store: http.client.HTTPConnection, fault: str
     etag = fault.removeprefix("etag ") if fault is not None and fault.startswith("etag ") else None
     if fault in ("flip", "encrypt flip") and body:
         body = bytes([body[0] ^ 1]) + body[1:]
-    if encrypts:
-        if headers.pop("content-md5", None) not in (None, b64encode(hashlib.md5(body).digest()).decode()):
-            return _say(client, "400 Bad Request", b"<Error><Code>BadDigest</Code></Error>")
+    if encrypts and headers.pop("content-md5", None) not in (None, b64encode(hashlib.md5(body).digest()).decode()):
+        return _say(client, "400 Bad Request", b"<Error><Code>BadDigest</Code></Error>")
+    if encrypts and method == "POST":  # the parts of an upload, by the ETags that were given out for them
+        body = body.replace(_ENCRYPTED, b"")
+        headers["content-length"] = str(len(body))
     if fault == "unpinned" or etag is not None:
         headers.pop("if-match", None)
     store.request(method, target, body, headers)
@@ -291,6 +296,8 @@ def _answer(client: socket.socket, store: http.client.HTTPConnection, fault: str
         promised = int(response.headers.get("content-length", 0))
     if encrypts:
         response.headers["x-amz-server-side-encryption"] = "aws:kms"
+        if method == "PUT":
+            etag = response.headers.get("etag", "").replace('"', "") + _ENCRYPTED.decode()
     if etag is not None:
         del response.headers["etag"]
         if etag:

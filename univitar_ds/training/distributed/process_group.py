@@ -25,10 +25,10 @@ PEER_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up: a dead peer must not hold a machine for ever."""
 FIRST_TIMEOUT = timedelta(hours=1)
 """How long the others wait for what rank 0 does alone, such as reading remote shards."""
-_HEARD_TIMEOUT = timedelta(seconds=30)
-_SLICE = timedelta(seconds=10)
+HEARD_TIMEOUT = timedelta(seconds=30)
+SLICE = timedelta(seconds=10)
 """A wait is repeated so often: each time a request finds out whether the store still is there."""
-_DEVICES = Path("/dev")
+DEVICES = Path("/dev")
 _turns = itertools.count()
 """Numbers the calls of `rank_zero_first`, alike on all ranks: each has keys of its own in the store."""
 
@@ -199,7 +199,7 @@ def rank_zero_first(world: World, work: Callable[[], object], timeout: timedelta
     except Exception as failure:
         store.set("word", json.dumps(str(failure)))
         with suppress(dist.DistError):  # a rank that is gone keeps nobody
-            store.wait(["heard"], _HEARD_TIMEOUT)  # the store may end with this process
+            store.wait(["heard"], HEARD_TIMEOUT)  # the store may end with this process
         raise
     store.set("word", json.dumps(None))
 
@@ -209,7 +209,7 @@ def _word_of_first(store: dist.Store, timeout: timedelta) -> str | None:
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
         try:
-            store.wait(["word"], min(_SLICE, timeout))
+            store.wait(["word"], min(SLICE, timeout))
             return json.loads(store.get("word"))
         except dist.DistNetworkError as error:
             raise UserError("rank 0 ended without a word while it prepared the run; see what it printed") from error
@@ -230,7 +230,7 @@ def _sign_of_gpus() -> str | None:
         return f"SLURM_GPUS_ON_NODE is {os.environ['SLURM_GPUS_ON_NODE']}"
     if os.environ.get("SLURM_JOB_GPUS"):  # numbers of GPUs: 0 is one
         return f"SLURM_JOB_GPUS is {os.environ['SLURM_JOB_GPUS']}"
-    node = min(_DEVICES.glob("nvidia[0-9]*"), default=None)
+    node = min(DEVICES.glob("nvidia[0-9]*"), default=None)
     return None if node is None else f"{node} is there"
 
 

@@ -134,7 +134,7 @@ def _patch_torch(elsewhere: list[Path]) -> None:
                 ) from error
             if acquired:
                 with suppress(OSError):
-                    Path(self.lock_file_path).write_text(json.dumps(_signature(os.getpid())), encoding="utf-8")
+                    Path(self.lock_file_path).write_text(json.dumps(signature(os.getpid())), encoding="utf-8")
             return acquired
 
         def wait(self) -> None:
@@ -166,7 +166,7 @@ def compiled(name: str, folders: list[Path]) -> ModuleType | None:
     return None
 
 
-def _signature(pid: int) -> dict[str, Any] | None:
+def signature(pid: int) -> dict[str, Any] | None:
     """What names a process for all times; None if it is gone or cannot be seen."""
     process, machine = Process.of(pid), this_machine()
     if process is None or not machine["namespace"]:
@@ -177,10 +177,10 @@ def _signature(pid: int) -> dict[str, Any] | None:
 def _owner(lock: Path) -> int | None:
     """The process that holds a lock: its id, `_DEAD` if it is gone, None if that cannot be known from here."""
     try:
-        signed = json.loads(lock.read_text(encoding="utf-8"))
-        here = _signature(os.getpid())
-        if here and (signed["host"], signed["pids"]) == (here["host"], here["pids"]):
-            return signed["pid"] if _signature(signed["pid"]) == signed else _DEAD
+        written = json.loads(lock.read_text(encoding="utf-8"))
+        here = signature(os.getpid())
+        if here and (written["host"], written["pids"]) == (here["host"], here["pids"]):
+            return written["pid"] if signature(written["pid"]) == written else _DEAD
         return None
     except (OSError, ValueError, KeyError, TypeError):  # unsigned, as torch leaves it
         return _holder(lock)

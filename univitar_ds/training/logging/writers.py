@@ -62,7 +62,7 @@ class MetricLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes the line everywhere; floats keep all their digits in metrics.jsonl."""
-        _append(self._file, line)
+        append_line(self._file, line)
         if self._board is not None:
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
@@ -119,7 +119,7 @@ class SampleLog:
 
     def write(self, step: int, batches: Sequence[PackedBatch]) -> None:
         for batch in batches:
-            _append(self._file, {"step": step, "lane": batch.lane, "modality": batch.modality, "keys": batch.keys})
+            append_line(self._file, {"step": step, "lane": batch.lane, "modality": batch.modality, "keys": batch.keys})
 
     def close(self) -> None:
         self._file.close()
@@ -193,7 +193,7 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
-def _append(file: TextIO, line: dict[str, Any]) -> None:
+def append_line(file: TextIO, line: dict[str, Any]) -> None:
     with writing(file.name):
         file.write(json.dumps(line) + "\n")
         file.flush()

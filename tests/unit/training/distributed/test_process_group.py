@@ -25,7 +25,7 @@ def machine(monkeypatch, tmp_path):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(process_group, "_DEVICES", tmp_path)
+        monkeypatch.setattr(process_group, "DEVICES", tmp_path)
 
     return like
 
