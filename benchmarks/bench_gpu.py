@@ -88,9 +88,9 @@ def main() -> int:
     timer = Timer(device, arguments.seconds)
     failures: list[str] = []
     if arguments.only != "step":
-        _kernels(plan, timer, failures, keep=not arguments.tiny)
+        measure_kernels(plan, timer, failures, keep=not arguments.tiny)
     if arguments.only != "kernels":
-        _steps(plan, timer, failures, keep=not arguments.tiny)
+        measure_steps(plan, timer, failures, keep=not arguments.tiny)
     for failure in failures:
         sys.stderr.write(f"failed: {failure}\n")
     return 1 if failures else 0
@@ -111,7 +111,7 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _kernels(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> None:
+def measure_kernels(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> None:
     copy = copy_gb_s(timer, plan.copy_bytes)
     for config in plan.encoders.values():
         for tokens in plan.kernel_tokens:
@@ -122,7 +122,7 @@ def _kernels(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> No
                 torch._dynamo.reset()
 
 
-def _steps(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> None:
+def measure_steps(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> None:
     peak = max(matmul_tflops(timer, *shape, plan.dtype) for shape in plan.matmuls)
     for name, config in plan.encoders.items():
         model = bench_step.build(config, timer.device, plan.dtype)

@@ -114,7 +114,7 @@ def measure(case: Case, timer: Timer, copy: float, backend: str) -> list[dict[st
     ways = {"ours": case.ours, "eager": case.eager, "compiled": compiled(case, backend)}
     times = {way: _times(timer, run, case.inputs) for way, run in ways.items()}
     kind = next(x.dtype for x in case.inputs if x.requires_grad)
-    return [_row(case, direction, times, timer, copy, kind) for direction in counts.PASSES]
+    return [row(case, direction, times, timer, copy, kind) for direction in counts.PASSES]
 
 
 def _times(timer: Timer, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> dict[str, float]:
@@ -133,7 +133,7 @@ def _times(timer: Timer, run: Callable[..., Any], inputs: tuple[Tensor, ...]) ->
     return {"forward": timer.median_ms(forward), "backward": timer.median_ms(backward)}
 
 
-def _row(
+def row(
     case: Case, direction: str, times: dict[str, dict[str, float]], timer: Timer, copy: float, dtype: torch.dtype
 ) -> dict[str, Any]:
     ours = times["ours"][direction]

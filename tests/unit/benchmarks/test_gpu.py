@@ -73,7 +73,7 @@ def test_torchs_product_has_rows_of_whole_16_bytes_and_only_the_operations_flops
     moved = {"forward": 1000, "backward": 3000}
     case = bench_kernels.Case("patch_embed", "images", 64, 32, (), None, None, moved, product)
     times = dict.fromkeys(("ours", "eager", "compiled"), dict.fromkeys(counts.PASSES, 2.0))
-    rows = [bench_kernels._row(case, name, times, None, 100.0, torch.bfloat16) for name in counts.PASSES]
+    rows = [bench_kernels.row(case, name, times, None, 100.0, torch.bfloat16) for name in counts.PASSES]
     assert asked == [500, (64, 592, 32, torch.bfloat16), 1500, (32, 64, 592, torch.bfloat16)]
     for row, size in zip(rows, moved.values(), strict=True):
         assert row["matmul_tflops"] == 588
@@ -98,7 +98,7 @@ def test_only_the_encoders_asked_for_are_measured(monkeypatch):
     monkeypatch.setattr(graphs, "donated_buffer", graphs.donated_buffer)  # as it was, afterwards
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--encoders", "1b", "0.3b"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for part in ("_kernels", "_steps"):
+    for part in ("measure_kernels", "measure_steps"):
         monkeypatch.setattr(bench_gpu, part, lambda plan, *_, **__: measured.append(list(plan.encoders)))
     assert bench_gpu.main() == 0
     assert measured == [["1b", "0.3b"]] * 2
