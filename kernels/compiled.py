@@ -170,7 +170,10 @@ def _rope_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor,
     k_weight: Tensor, q_inverse: Tensor, k_inverse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The norm sees x turned; turned back, its gradient is that of a norm of x itself, for turning keeps lengths."""
+    """The norm sees x turned; turned back, its gradient is that of a norm of x itself, for turning keeps lengths.
+
+    Many arguments because a `Region` detaches each tensor that it is given, and does not look into containers.
+    """
     dx, dw = [], []
     for part, grad, weight, inverse in ((0, grad_q, q_weight, q_inverse), (1, grad_k, k_weight, k_inverse)):
         x, grad, inverse = _wide(qkv[:, part]), _wide(grad), inverse[:, None, None]
