@@ -118,7 +118,7 @@ def measure_kernels(plan: Plan, timer: Timer, failures: list[str], *, keep: bool
             for case in bench_kernels.cases(config, tokens, timer.device, plan.dtype):
                 name = f"{case.op} of {case.pack}, {tokens} tokens, width {case.width}"
                 rows = _guarded(failures, name, partial(bench_kernels.measure, case, timer, copy, plan.compiler))
-                _tell(rows or [], timer.device, "bench_gpu_kernels.csv", keep)
+                _report(rows or [], timer.device, "bench_gpu_kernels.csv", keep)
                 torch._dynamo.reset()
 
 
@@ -129,7 +129,7 @@ def measure_steps(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) 
         for items, grids in bench_step.lengths(plan.step_tokens, plan.step_lengths).items():
             run = partial(bench_step.measure, name, model, items, grids, timer, peak)
             row = _guarded(failures, f"step of {name}, items of {items}", run)
-            _tell([row] if row else [], timer.device, "bench_gpu_step.csv", keep)
+            _report([row] if row else [], timer.device, "bench_gpu_step.csv", keep)
 
 
 def _guarded(failures: list[str], name: str, run: Callable[[], Any]) -> Any:
@@ -145,7 +145,7 @@ def _guarded(failures: list[str], name: str, run: Callable[[], Any]) -> Any:
             torch.cuda.empty_cache()
 
 
-def _tell(rows: list[dict[str, Any]], device: torch.device, file: str, keep: bool) -> None:
+def _report(rows: list[dict[str, Any]], device: torch.device, file: str, keep: bool) -> None:
     for row in rows:
         sys.stderr.write("  ".join(f"{name} {value}" for name, value in row.items() if value is not None) + "\n")
     if rows and keep:

@@ -14,7 +14,7 @@ another environment that has them. --s3 adds a row for ours that reads the same 
 store, to results/bench_loader_pages.csv.
 
 Memory is the proportional set size (a page shared by n processes counts 1/n in each) of the trainer's process and
-the decoding processes, ring included; `base_mb` is the same process after importing the loader, before it starts.
+the decoding processes, shared slots included; `base_mb` is the same process after importing the loader.
 Where other programs on the machine use torch too, that counts too little; --curve also counts distinct pages.
 """
 
@@ -220,7 +220,7 @@ def _names(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def curve(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Memory of ours every ten seconds, seen from outside, at a pace that may leave the machine to others."""
+    """Memory of ours every ten seconds, seen from outside, at a rate that may leave the machine to others."""
     (sizes,) = arguments.sizes
     with store(arguments.shards) if arguments.s3 else nullcontext((arguments.shards, None)) as (address, endpoint):
         context = multiprocessing.get_context("spawn")

@@ -61,7 +61,7 @@ def cases(config: EncoderConfig, tokens: int, device: torch.device, dtype: torch
         ours, eager = partial(getattr(dispatch, op), **rule), partial(getattr(reference, op), **rule)
         yield Case(op, "rows", tokens, wide, inputs, ours, eager, moved)
     del rows, inputs
-    for name, grids in (("images", packs.mixed_images(tokens)), ("clips", packs.videos(tokens))):
+    for name, grids in (("images", packs.mixed_images(tokens)), ("videos", packs.videos(tokens))):
         yield patch_embed_case(name, grids, width, device, dtype)
 
 
@@ -105,7 +105,7 @@ def compiled(case: Case, backend: str) -> Callable[..., Any]:
 
 
 def _pack_of(case: Case) -> tuple[list[int], list[packs.Grid]]:
-    grids = packs.videos(case.tokens) if case.pack == "clips" else packs.mixed_images(case.tokens)
+    grids = packs.videos(case.tokens) if case.pack == "videos" else packs.mixed_images(case.tokens)
     return packs.frames_of(grids), grids
 
 

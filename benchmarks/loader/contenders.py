@@ -51,7 +51,7 @@ class Task:
 
 
 def ours(task: Task) -> Generator[int]:
-    """The training loader with everything on: shuffle, pool, packing, cursor, checksums, workers, ring."""
+    """The training loader with everything on: shuffle buffer, packing, cursor, checksums, workers, shared slots."""
     from univitar_ds.config.data import DataConfig, S3Config, SourceConfig
     from univitar_ds.config.stage import StageConfig
     from univitar_ds.data.loader import PackLoader

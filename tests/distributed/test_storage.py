@@ -86,7 +86,7 @@ def test_a_disk_that_is_full_while_saving_ends_all_ranks_and_leaves_the_last_che
         assert sorted([first[0], second[0]]) in (["PeerFailure", "StorageError"], ["StorageError", "StorageError"])
         said = first[1] if first[0] == "StorageError" else second[1]
         assert "cannot be written: No space left on device; free some space there" in said
-        assert whole(run) == "step-00000003"  # of the hand-over to the second stage
+        assert whole(run) == "step-00000003"  # of the stage transition to the second stage
         assert sorted(path.name for path in (run / CHECKPOINTS).iterdir()) == [
             "latest", "step-00000002", "step-00000003",
         ], "the part of a checkpoint that did not fit is removed"  # fmt: skip

@@ -157,7 +157,7 @@ def test_inspect_prints_json_and_nothing_else_when_asked_to(capsys, run_file, tm
     assert [stream["packs"] for stream in json.loads(capsys.readouterr().out)["streams"]] == [2, 2]
 
 
-def test_a_result_that_cannot_be_written_is_told_before_the_work(capsys, run_file, tmp_path):
+def test_a_result_that_cannot_be_written_is_reported_before_the_work(capsys, run_file, tmp_path):
     nowhere = tmp_path / "gone" / "a"
     assert "make it first" in fails(capsys, "data", "inspect", "--config", run_file, "--png", nowhere)
     assert "make it first" in fails(capsys, "data", "verify", tmp_path, "--report", nowhere)
@@ -201,7 +201,7 @@ def test_of_thousands_of_bad_shards_verify_prints_the_first(capsys, tmp_path):
     assert "... and 40 more" in printed
 
 
-def test_a_source_to_verify_that_is_not_there_is_told(capsys, tmp_path):
+def test_a_source_to_verify_that_is_not_there_is_reported(capsys, tmp_path):
     report = tmp_path / "report.json"
     assert main(["data", "verify", str(tmp_path / "nowhere"), "--report", str(report)]) == 1
     assert "there is no such file or folder" in capsys.readouterr().out
@@ -263,7 +263,7 @@ def test_verify_has_the_limits_of_the_run_file(capsys, labelled, tmp_path):
     assert capsys.readouterr().out.count("too_large: a/k") == 3
 
 
-def test_verify_checks_the_split_that_the_run_reads_unless_it_is_told_another(capsys, run_file, tmp_path):
+def test_verify_checks_the_split_that_the_run_reads_unless_it_is_reported_another(capsys, run_file, tmp_path):
     arguments = ["--config", str(run_file), "--report", str(tmp_path / "report.json"), "--workers", "1", "--no-decode"]
     assert main(["data", "verify", *arguments]) == 0
     assert "24 samples" in capsys.readouterr().out
@@ -307,7 +307,7 @@ def test_names_from_outside_are_printed_with_escapes(tmp_path):
             assert r"\udce9.jpg: " in printed
 
 
-def test_probe_tells_of_each_file_what_a_run_would_make_of_it(capsys, run_file, tmp_path):
+def test_probe_reports_of_each_file_what_a_run_would_make_of_it(capsys, run_file, tmp_path):
     (tmp_path / "a.jpg").write_bytes(image(60, 120))
     (tmp_path / "b.jpg").write_bytes(b"junk")
     files = [str(tmp_path / name) for name in ("a.jpg", "b.jpg")]

@@ -102,7 +102,7 @@ def rewritten(folder: Path, **changes: object) -> None:
     max(folder.glob(".lock-0*")).write_text(json.dumps(record(folder) | changes))
 
 
-def test_a_second_start_is_refused_and_told_host_process_and_job(started, tmp_path):
+def test_a_second_start_is_refused_and_reported_host_process_and_job(started, tmp_path):
     holder = started(HOLDER, tmp_path, SLURM_JOB_ID="7042")
     holder.stdout.readline()
     with pytest.raises(RunLocked) as refused:

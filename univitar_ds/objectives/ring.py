@@ -102,9 +102,9 @@ def positive_mask(own_ids: Tensor | None, ids: Tensor, start: int, rows: int, ow
     Args: own_ids, ids: captions of rows and columns, compared unless `own_ids` is None; start: position of the chunk
     in its block; own_block: whether the block is this rank's, whose diagonal belongs together.
     """
-    together = torch.zeros(rows, len(ids), dtype=torch.bool, device=ids.device)
+    positive = torch.zeros(rows, len(ids), dtype=torch.bool, device=ids.device)
     if own_block and start < rows:
-        together.diagonal(-start).fill_(True)
+        positive.diagonal(-start).fill_(True)
     if own_ids is not None:
-        together |= own_ids[:, None] == ids[None, :]
-    return together
+        positive |= own_ids[:, None] == ids[None, :]
+    return positive

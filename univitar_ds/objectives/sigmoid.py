@@ -47,9 +47,9 @@ def ring_sigmoid(
     for owner in ring.owners():
         for start in range(0, len(ids), chunk):
             part = slice(start, start + chunk)
-            together = positive_mask(own_ids, ids[part], start, len(vision), owner == ring.rank)
+            positive = positive_mask(own_ids, ids[part], start, len(vision), owner == ring.rank)
             similarity = vision @ visiting[part].T
-            sign = together.float() * 2 - 1
+            sign = positive.float() * 2 - 1
             agreement = sign * (similarity * scale + bias)
             totals[0] -= F.logsigmoid(agreement).sum(dtype=torch.float64)
             logit_grad = -sign * torch.sigmoid(-agreement) / items

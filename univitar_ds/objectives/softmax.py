@@ -38,7 +38,7 @@ def ring_softmax(
     ids = caption_ids.to(vision.device)
     own_ids = ids if same_caption_positive else None
 
-    def together(part: slice, owner: int) -> Tensor:
+    def positives(part: slice, owner: int) -> Tensor:
         return positive_mask(own_ids, ids[part], part.start, len(vision), owner == ring.rank).float()
 
     row_norm = vision.new_full((len(vision),), -torch.inf)
@@ -47,7 +47,7 @@ def ring_softmax(
     for owner in ring.owners():
         for part in _chunks(len(ids), chunk):
             logits = scale * (vision @ visiting[part].T)
-            positive = together(part, owner)
+            positive = positives(part, owner)
             row_norm = torch.logaddexp(row_norm, logits.logsumexp(1))
             column_norm[part] = torch.logaddexp(column_norm[part], logits.logsumexp(0))
             partners += positive.sum(1)
@@ -63,7 +63,7 @@ def ring_softmax(
             similarity = vision @ visiting[part].T
             logits = scale * similarity
             chosen = (logits - row_norm[:, None]).exp() + (logits - column_norm[None, part]).exp()
-            logit_grad = (chosen - 2 * together(part, owner) / partners[:, None]) / (2 * items)
+            logit_grad = (chosen - 2 * positives(part, owner) / partners[:, None]) / (2 * items)
             scale_grad += (logit_grad * similarity).sum(dtype=torch.float64)
             vision_grad += scale * (logit_grad @ visiting[part])
             visiting_grad[part] += scale * (logit_grad.T @ vision)

@@ -1,4 +1,5 @@
-"""A run's model under DeepSpeed, with its last checkpoint in it: at a start, at a hand-over and after a rollback."""
+"""A run's model under DeepSpeed, with its last checkpoint in it: at a start, at a stage transition and after a
+rollback."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
         raise
     state.began = began
     if world.is_main:
-        _tell(folder, saved["threads"])
+        _report_resume(folder, saved["threads"])
     return engine, state
 
 
@@ -92,7 +93,7 @@ def _read_saved(cfg: RunConfig, run: Path, folder: Path) -> dict:
     return saved
 
 
-def _tell(folder: Path, threads: int) -> None:
+def _report_resume(folder: Path, threads: int) -> None:
     logger.info("resuming from %s", folder)
     if threads != torch.get_num_threads():
         logger.warning(

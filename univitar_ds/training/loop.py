@@ -116,7 +116,7 @@ class _Trainer:
                 logger.info("asked to leave: step %d, the last one, is saved; exit code %d", self.saved_step, SAVED)
 
     def close(self) -> None:
-        """Safe to call again, and after a rollback or hand-over that failed between two engines."""
+        """Safe to call again, and after a rollback or stage transition that failed between two engines."""
         try:
             self.logs.close()
         finally:
@@ -141,13 +141,13 @@ class _Trainer:
                 if trouble := self._step(stage, batches, start, waited):
                     self._roll_back(trouble, batches)
                     return
-                del batches  # their slots in the ring are free for the next step's
+                del batches  # their shared slots are free for the next step's
                 if self.state.progress.step % self.cfg.checkpoint.every_steps == 0:
                     self._save()
         if not self.state.progress.finished(self.cfg.stages):
-            self._hand_over()
+            self._stage_transition()
 
-    def _hand_over(self) -> None:
+    def _stage_transition(self) -> None:
         """Into the next stage. What starts or ceases to learn needs another optimizer, so the engine is built anew.
 
         The save keeps rollbacks within a stage.
@@ -155,7 +155,7 @@ class _Trainer:
         self._save()
         stage = self.cfg.stages[self.state.progress.stage]
         if set(trained_parts(self.cfg, stage)) != self.state.began.keys():
-            self._reassemble()
+            self._rebuild()
 
     def _note_stage(self) -> None:
         """Writes down that the stage of the next step begins."""
@@ -168,7 +168,7 @@ class _Trainer:
         self.state.events.append(event)
         self.logs.write_event(self.state.events)
 
-    def _reassemble(self) -> None:
+    def _rebuild(self) -> None:
         self.engine.close()  # before there is another: two would not fit
         self.engine, self.state = build_training(self.cfg, self.run, self.world)
 
@@ -186,7 +186,7 @@ class _Trainer:
             )
         events, seconds = self.state.events, self.state.seconds
         self.logs.close()
-        self._reassemble()
+        self._rebuild()
         back = self.state.progress.step
         self.state.cursors = {batch.lane: batch.cursor for batch in batches}
         self.state.events, self.state.seconds, self.saved_step = events, seconds, back

@@ -83,14 +83,14 @@ def test_torchs_product_has_rows_of_whole_16_bytes_and_only_the_operations_flops
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [(["--encoders", "2b"], "choose from"), (["--tiny", "--encoders", "1b"], "chooses among the full shapes")],
 )
-def test_encoders_are_those_of_the_full_shapes(options, told, capsys, monkeypatch):
+def test_encoders_are_those_of_the_full_shapes(options, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *options])
     with pytest.raises(SystemExit):
         bench_gpu.main()
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_only_the_encoders_asked_for_are_measured(monkeypatch):
@@ -182,9 +182,9 @@ def test_the_dry_run_needs_only_torch_and_triton_and_writes_no_rows():
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # shapes this small only wait for each other
     run = run_watched(command, env=one_thread)
     assert run.returncode == 0, run.stderr
-    told = [line.split("  ")[0] for line in run.stderr.splitlines() if line.startswith(("op ", "encoder "))]
+    written = [line.split("  ")[0] for line in run.stderr.splitlines() if line.startswith(("op ", "encoder "))]
     ops = [*counts.ROWS_MOVED, "patch_embed", "patch_embed"]
-    assert told == [f"op {op}" for op in ops for _ in counts.PASSES] + ["encoder two layers"] * 2
+    assert written == [f"op {op}" for op in ops for _ in counts.PASSES] + ["encoder two layers"] * 2
     assert _results() == before
 
 

@@ -62,17 +62,17 @@ class Thread(threading.Thread):
 
 
 @pytest.fixture
-def ring():
-    ring = SharedSlots.create(2, 1 << 12)
-    yield ring
-    ring.close()
+def slots():
+    slots = SharedSlots.create(2, 1 << 12)
+    yield slots
+    slots.close()
 
 
 def closed(server):
     return Thread(server.close).result()
 
 
-def test_closing_while_the_process_is_being_made_waits_for_it_and_ends_it(monkeypatch, ring, started):
+def test_closing_while_the_process_is_being_made_waits_for_it_and_ends_it(monkeypatch, slots, started):
     gate, popen = Gate(), subprocess.Popen
 
     def slow(*given, **named):
@@ -80,7 +80,7 @@ def test_closing_while_the_process_is_being_made_waits_for_it_and_ends_it(monkey
         return popen(*given, **named)
 
     monkeypatch.setattr(subprocess, "Popen", slow)
-    server = ForkServer(ring)
+    server = ForkServer(slots)
     asking = Thread(server.fork)
     assert gate.reached.wait(PATIENCE_S)
     closing = Thread(server.close)
@@ -90,10 +90,10 @@ def test_closing_while_the_process_is_being_made_waits_for_it_and_ends_it(monkey
     assert [process.poll() for process in started] == [-signal.SIGKILL]
 
 
-def test_closing_wakes_whoever_waits_for_a_process_that_never_becomes_ready(monkeypatch, ring, started):
+def test_closing_wakes_whoever_waits_for_a_process_that_never_becomes_ready(monkeypatch, slots, started):
     popen, idle = subprocess.Popen, [sys.executable, "-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(subprocess, "Popen", lambda command, **named: popen(idle, **named))
-    server = ForkServer(ring)
+    server = ForkServer(slots)
     asking = Thread(server.fork)
     wait_until(lambda: started, "the process of the server")
     assert closed(server) is None
@@ -101,9 +101,9 @@ def test_closing_wakes_whoever_waits_for_a_process_that_never_becomes_ready(monk
     assert started[0].poll() == -signal.SIGKILL
 
 
-def test_closing_beside_a_start_that_fails_in_that_moment_finds_nothing_left_to_end(monkeypatch, ring, started):
+def test_closing_beside_a_start_that_fails_in_that_moment_finds_nothing_left_to_end(monkeypatch, slots, started):
     """Between any two lines of `close` the other thread may give the process up."""
-    server = ForkServer(ring, ["image"])
+    server = ForkServer(slots, ["image"])
     server.fork()
     (process,) = started
     gate, wait, waiting = Gate(), process.wait, []
@@ -125,11 +125,11 @@ def test_closing_beside_a_start_that_fails_in_that_moment_finds_nothing_left_to_
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_closing_again_or_after_a_failed_start_does_nothing(monkeypatch, ring, times):
+def test_closing_again_or_after_a_failed_start_does_nothing(monkeypatch, slots, times):
     def failing(*given, **named):
         raise OSError(12, "Cannot allocate memory")
 
-    server = ForkServer(ring)
+    server = ForkServer(slots)
     monkeypatch.setattr(subprocess, "Popen", failing)
     with pytest.raises(OSError, match="Cannot allocate"):
         server.fork()
@@ -142,12 +142,12 @@ def test_closing_again_or_after_a_failed_start_does_nothing(monkeypatch, ring, t
 
 
 @pytest.mark.parametrize("turn", range(8))
-def test_closing_while_it_starts_raises_nothing_in_either_thread(monkeypatch, ring, started, turn):
+def test_closing_while_it_starts_raises_nothing_in_either_thread(monkeypatch, slots, started, turn):
     """What a run does that ends at once of a data fault, at 8 moments of the start."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        server = ForkServer(ring)
+        server = ForkServer(slots)
         outcomes = []
 
         def ask():
@@ -169,7 +169,7 @@ def test_closing_while_it_starts_raises_nothing_in_either_thread(monkeypatch, ri
         server.fork()
 
 
-def test_a_supervisor_that_is_stopped_while_it_gives_a_process_up_blames_no_process(ring, caplog):
+def test_a_supervisor_that_is_stopped_while_it_gives_a_process_up_blames_no_process(slots, caplog):
     class Ended:
         """A server whose process is gone at once, and that is closed while it looks for the reason."""
 
@@ -181,7 +181,7 @@ def test_a_supervisor_that_is_stopped_while_it_gives_a_process_up_blames_no_proc
         def end(self, pid, *, hangs):
             supervisor.stop()
 
-    supervisor = WorkerSupervisor(0, Ended(), ring, LOCAL, RestartBudget(0))
+    supervisor = WorkerSupervisor(0, Ended(), slots, LOCAL, RestartBudget(0))
     with pytest.raises(Closed):
         supervisor.start()
     assert not caplog.records
@@ -262,7 +262,7 @@ def test_a_pipeline_can_be_closed_by_one_of_its_own_threads():
     assert closing == [None]
 
 
-def test_a_ring_that_cannot_be_mapped_leaves_no_file_open(monkeypatch, tmp_path):
+def test_shared_slots_that_cannot_be_mapped_leaves_no_file_open(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "memfd_create")  # its file is then one of a folder
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     made = SharedSlots.create(2, 4096)

@@ -108,8 +108,8 @@ def test_a_packing_killed_anywhere_ends_in_the_same_bytes(folder, tmp_path):
     out = tmp_path / "out"
     # Counted from each restart: files looked at, members written, shards done; the last one is the manifest itself.
     run_script("-c", KILLED, str(folder), str(out), "0", "10", "40", "15", "30", "31", "17", "0", "0")
-    with (out / ".pack.jsonl").open("a") as journal:
-        journal.write('["file images/0.jpg", {"stam')  # a line that was being written
+    with (out / ".pack.jsonl").open("a") as progress_log:
+        progress_log.write('["file images/0.jpg", {"stam')  # a line that was being written
     (out / ".train-image-000009.tar.partial").write_bytes(b"half a shard")
     assert pack(folder, out, shard_mb=0.02) == expected
     assert contents(out) == contents(tmp_path / "whole")

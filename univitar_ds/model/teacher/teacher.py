@@ -81,13 +81,13 @@ class TeacherShape:
 class TeacherFeatures(NamedTuple):
     """Features of a pack, in the precision and on the device of the teacher, tokens in the student's order.
 
-    Rows of items that the teacher cannot take are 0 and not valid.
+    Rows of items that the teacher does not support are 0 and not valid.
     """
 
     patches: Tensor  # (T, Dt)
     pooled: Tensor  # (N, Dt)
     valid: Tensor  # (T,) bool
-    taken: Tensor  # (N,) bool
+    supported: Tensor  # (N,) bool
 
 
 class Teacher:
@@ -99,13 +99,13 @@ class Teacher:
         parameter = next(tower.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
-    def takes(self, grid_thw: Tensor) -> list[bool]:
+    def supports(self, grid_thw: Tensor) -> list[bool]:
         """Which items of a pack it can see, from their grids (N, 3) alone."""
-        return [self.tower.takes(grid) for grid in grid_thw.tolist()]
+        return [self.tower.supports(grid) for grid in grid_thw.tolist()]
 
-    def calls(self, grid_thw: Tensor) -> int:
+    def num_forwards(self, grid_thw: Tensor) -> int:
         """How often its model runs for a pack of these grids; with a cache, at most so often."""
-        return self.tower.calls([grid for grid in grid_thw.tolist() if self.tower.takes(grid)])
+        return self.tower.num_forwards([grid for grid in grid_thw.tolist() if self.tower.supports(grid)])
 
     @torch.no_grad()
     def __call__(
@@ -114,7 +114,7 @@ class Teacher:
         frames: Tensor,
         grid_thw: Tensor,
         *,
-        calls: int = 0,
+        min_forwards: int = 0,
         device_pixels: Tensor | None = None,
     ) -> TeacherFeatures:
         """Features of one pack; N may be 0.
@@ -122,13 +122,14 @@ class Teacher:
         Args:
             pixels: (B,) uint8, see `kernels.reference.patchify`, on any device.
             frames: (N,) frames stored per item; grid_thw: (N, 3) tokens per item; both on the host.
-            calls: how often the model has to run at least. A partitioned teacher must run equally often on all ranks.
+            min_forwards: how often the model has to run at least. A partitioned teacher must run equally often on all
+            ranks.
             device_pixels: the same pixels on the teacher's device, where they lie there already.
         """
-        grids, taken = grid_thw.tolist(), self.takes(grid_thw)
+        grids, taken = grid_thw.tolist(), self.supports(grid_thw)
         seen = [index for index, good in enumerate(taken) if good]
         found = self._features(pixels, device_pixels, frames.tolist(), grids, seen)
-        for _ in range(self.calls(grid_thw), calls):
+        for _ in range(self.num_forwards(grid_thw), min_forwards):
             self.tower.idle()
         return self._joined(grids, taken, dict(zip(seen, found, strict=True)))
 
@@ -221,7 +222,8 @@ def read_teacher(config: TeacherConfig) -> TeacherShape:
 def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) -> Teacher:
     """The teacher, frozen, on `device`; partitioned over all ranks of torch.distributed if asked for.
 
-    Partitioned, every rank must build it, and call it equally often (`calls`); each reads the whole weights once.
+    Partitioned, every rank must build it, and call it equally often (`num_forwards`); each reads the whole weights
+    once.
     Args: merge: spatial_merge_size of the student.
     Raises: CheckpointError if its weights cannot be used; what `read_teacher` raises.
     """

@@ -29,17 +29,18 @@ class Tower(Protocol):
 
     model: nn.Module
 
-    def takes(self, grid: Grid) -> bool:
+    def supports(self, grid: Grid) -> bool:
         """Whether it can see an item of this grid."""
 
-    def calls(self, grids: Sequence[Grid]) -> int:
+    def num_forwards(self, grids: Sequence[Grid]) -> int:
         """How often the model runs for these items."""
 
     def idle(self) -> None:
         """Runs the model once for nothing, where other ranks wait for this one's share of the weights."""
 
     def __call__(self, videos: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
-        """Features of items, each (frames, h * 14, w * 14, 3) uint8 where the model lies; all of them ones it takes."""
+        """Features of items, each (frames, h * 14, w * 14, 3) uint8 where the model lies; all of them ones that it
+        supports."""
 
 
 class FrameTower:
@@ -57,10 +58,10 @@ class FrameTower:
         self.device = next(model.parameters()).device
         self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (mean, std))
 
-    def takes(self, grid: Grid) -> bool:
+    def supports(self, grid: Grid) -> bool:
         return True
 
-    def calls(self, grids: Sequence[Grid]) -> int:
+    def num_forwards(self, grids: Sequence[Grid]) -> int:
         return len({(h, w) for _, h, w in grids})
 
     def idle(self) -> None:
@@ -113,10 +114,10 @@ class PackTower:
         self.merge = model.config.spatial_merge_size
         self.device = next(model.parameters()).device
 
-    def takes(self, grid: Grid) -> bool:
+    def supports(self, grid: Grid) -> bool:
         return not (grid[1] % self.merge or grid[2] % self.merge)
 
-    def calls(self, grids: Sequence[Grid]) -> int:
+    def num_forwards(self, grids: Sequence[Grid]) -> int:
         return 1 if grids else 0
 
     def idle(self) -> None:

@@ -56,7 +56,8 @@ def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
         model.load_state_dict(read_full(checkpoint, averaged=averaged))
     except RuntimeError as error:
         raise CheckpointError(
-            f"{checkpoint} does not fit the model of {run / CONFIG} ({_told(error)}); restore the run's own config.yaml"
+            f"{checkpoint} does not fit the model of {run / CONFIG} ({_reason(error)}); restore the run's own "
+            "config.yaml"
         ) from error
     return Trained(run, checkpoint, config, tokenizer, model.eval(), averaged)
 
@@ -76,7 +77,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     )
 
 
-def _told(error: RuntimeError) -> str:
+def _reason(error: RuntimeError) -> str:
     """torch lists every key on a line of its own; the first few are enough."""
     lines = [line.strip() for line in str(error).splitlines()[1:4]]
     return " ".join(lines)[:300]

@@ -32,6 +32,7 @@ from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.training.distributed.process_group import World, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
+from univitar_ds.training.engine.free_engine import free_engine
 from univitar_ds.training.engine.optim import (
     GRADIENT_PARTS,
     build_optimizer,
@@ -40,7 +41,6 @@ from univitar_ds.training.engine.optim import (
     set_learning_rate,
     settings,
 )
-from univitar_ds.training.engine.release import release
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -233,7 +233,7 @@ class Engine:
         return {"updates": updates.pop(), "groups": groups, "global_steps": self.global_steps}
 
     def restore_optimizer_state(self, state: dict[str, Any], *, stage_transition: bool = False) -> None:
-        """What `optimizer_state` said; at a hand-over the groups keep their own settings, they are others."""
+        """What `optimizer_state` said; at a stage transition the groups keep their own settings, they are others."""
         if not stage_transition:
             for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
                 group.update({k: tuple(v) if isinstance(v, list) else v for k, v in settings(saved).items()})
@@ -246,11 +246,11 @@ class Engine:
         """Releases hooks and all memory; the engine and its model are useless afterwards. Safe to call again."""
         if self._closed:
             return
-        self._closed = True  # first: a release that fails half-way cannot be repeated
+        self._closed = True  # first: freeing that fails half-way cannot be repeated
         module, owners = self.module, (self._engine, self._optimizer, self._optimizer.optimizer)
         self._engine.destroy()
         self._forget_forwards()
-        release(module, *owners)
+        free_engine(module, *owners)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -71,20 +71,20 @@ class MetricLog:
         if self._bar is not None:
             with self._terminal():
                 self._bar.set_description(f"{line['stage']} step {line['step']}")
-                self._bar.set_postfix_str(f"{shown}, {told_mfu(line)}")
+                self._bar.set_postfix_str(f"{shown}, {mfu_text(line)}")
         else:
             logger.info(
                 "step %d, %s %s, %s, %.1f samples/s, %s, fill %.0f %%, data wait %.0f %%",
                 *(line[name] for name in ("step", "stage", "modality")),
                 shown,
                 line["samples_per_s"],
-                told_mfu(line),
+                mfu_text(line),
                 *(line[name] for name in ("fill_pct", "data_wait_pct")),
             )
 
     def mark(self, event: dict[str, Any]) -> None:
         """Shows an event on the screen and, as a text, in TensorBoard."""
-        detail = told_event(event)
+        detail = event_text(event)
         if self._board is not None:
             self._board.add_text("events", detail, event["step"])
         if self._bar is not None:
@@ -138,13 +138,13 @@ def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None
         _open_after(path, step).close()
 
 
-def told_mfu(line: dict[str, Any]) -> str:
+def mfu_text(line: dict[str, Any]) -> str:
     """The MFU of a line, with what speaks against it."""
     note = f" ({line['mfu_note']})" if "mfu_note" in line else ""
     return f"mfu {line['mfu_pct']:.0f} %{note}"
 
 
-def told_event(event: dict[str, Any]) -> str:
+def event_text(event: dict[str, Any]) -> str:
     """An entry of events.jsonl as a sentence."""
     if event["event"] == "rollback":
         return (

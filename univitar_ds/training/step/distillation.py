@@ -59,17 +59,17 @@ class Distillation:
         taken = [
             length
             for pack, dropped in zip(packs, drops, strict=True)
-            for length, good in zip(_lengths(pack, dropped), teacher.takes(pack.grid_thw), strict=True)
+            for length, good in zip(_lengths(pack, dropped), teacher.supports(pack.grid_thw), strict=True)
             if good
         ]
-        calls = [teacher.calls(pack.grid_thw) for pack in packs]
-        table = gather_numbers([sum(taken), len(taken), *calls], world)
+        forwards = [teacher.num_forwards(pack.grid_thw) for pack in packs]
+        table = gather_numbers([sum(taken), len(taken), *forwards], world)
         self.tokens, self.items = (max(int(n), 1) for n in table[:, :2].sum(0))
-        self.calls = [int(n) for n in table[:, 2:].amax(0)]
+        self.num_forwards = [int(n) for n in table[:, 2:].amax(0)]
         self.patch_weight, self.pooled_weight = weight * config.patch_weight, weight * config.pooled_weight
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # of patches, of pooled, of agreement
 
-    def look(self, index: int, device_pixels: Tensor | None = None) -> TeacherFeatures:
+    def features(self, index: int, device_pixels: Tensor | None = None) -> TeacherFeatures:
         """Runs the teacher over a whole pack; features of the tokens that the student sees, and of all items.
 
         Before the student runs: what the teacher needed is free again by then.
@@ -77,7 +77,7 @@ class Distillation:
         """
         pack, dropped = self.packs[index], self.drops[index]
         seen = self.teacher(
-            pack.pixels, pack.frames, pack.grid_thw, calls=self.calls[index], device_pixels=device_pixels
+            pack.pixels, pack.frames, pack.grid_thw, min_forwards=self.num_forwards[index], device_pixels=device_pixels
         )
         if dropped is None or dropped.kept is None:
             return seen
@@ -87,7 +87,7 @@ class Distillation:
     def loss(self, student: Distilled, teacher: TeacherFeatures) -> Tensor:
         """What a pack adds to the loss of the step, ()."""
         patch, agreement = distill(student.patches, teacher.patches, teacher.valid, self.config.patch_loss)
-        pooled, _ = distill(student.pooled, teacher.pooled, teacher.taken, self.config.pooled_loss)
+        pooled, _ = distill(student.pooled, teacher.pooled, teacher.supported, self.config.pooled_loss)
         self.sums += torch.stack((patch.detach(), pooled.detach(), agreement)).double()
         return self.patch_weight / self.tokens * patch + self.pooled_weight / self.items * pooled
 

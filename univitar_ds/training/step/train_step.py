@@ -118,7 +118,7 @@ def train_step(
     counts = [len(batch.caption_ids) for batch in batches]
     gradients = zip(result.vision_grad.split(counts), result.text_grad.split(counts), strict=True)
     for index, (pack, wanted) in enumerate(zip(inputs, gradients, strict=True)):
-        seen = distillation.look(index, pack[0]) if distillation else None
+        seen = distillation.features(index, pack[0]) if distillation else None
         output = outputs[0] if once else engine(*pack)
         loss = settings.contrastive_weight * _surrogate(output[:4], *wanted, result, len(batches))
         engine.backward(loss + distillation.loss(output[4], seen) if distillation else loss)

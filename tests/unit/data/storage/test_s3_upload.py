@@ -106,7 +106,7 @@ def test_bytes_that_always_arrive_damaged_are_an_error_and_leave_no_object(serve
     assert uploads(server) == []
 
 
-def test_a_store_whose_etags_tell_nothing_refuses_what_is_not_as_its_md5_says(server, file, tmp_path):
+def test_a_store_whose_etags_are_no_checksums_refuses_what_is_not_as_its_md5_says(server, file, tmp_path):
     """Where a store encrypts, its check of Content-MD5 is all that shows damage; here every part arrives wrong once."""
     met = set()
 

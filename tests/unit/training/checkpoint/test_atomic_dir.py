@@ -146,7 +146,7 @@ def test_without_the_folder_that_latest_names_the_newest_complete_one_counts(tmp
     assert atomic_dir.latest(tmp_path / "nothing") is None
 
 
-def test_a_write_that_fails_changes_nothing_and_tells_why(tmp_path):
+def test_a_write_that_fails_changes_nothing_and_its_reason_is_reported(tmp_path):
     save(tmp_path, 1)
 
     def full(folder: Path):

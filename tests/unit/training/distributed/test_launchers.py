@@ -45,9 +45,9 @@ def test_a_step_of_several_tasks_makes_a_rank():
 @pytest.mark.parametrize("names", [["RANK"], ["WORLD_SIZE"], ["RANK", "WORLD_SIZE"], ["MASTER_ADDR", "MASTER_PORT"],
                                    [name for name in FIVE if name != "LOCAL_RANK"]])  # fmt: skip
 def test_a_part_of_the_five_is_refused_with_the_list_and_how_to_unset_them(names):
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as refused:
         is_rank({**ELSE, **{name: FIVE[name] for name in names}})
-    text = str(told.value)
+    text = str(refused.value)
     present, absent = text.split(" set and ")
     assert all(name in present for name in names)
     assert all(name in absent.split(" not, ")[0] for name in FIVE if name not in names)
@@ -71,10 +71,10 @@ def test_a_part_of_the_five_is_refused_with_the_list_and_how_to_unset_them(names
      ({"OMPI_COMM_WORLD_SIZE": "4"}, "WORLD_SIZE is 2 and OMPI_COMM_WORLD_SIZE 4")],
 )  # fmt: skip
 def test_values_that_cannot_be_are_refused_in_a_sentence(changed, said):
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as refused:
         is_rank({**FIVE, **changed})
-    assert said in str(told.value)
-    assert "env -u " in str(told.value)
+    assert said in str(refused.value)
+    assert "env -u " in str(refused.value)
 
 
 @pytest.mark.parametrize("sizes", [{"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def release(model: nn.Module, *owners: object) -> None:
+def free_engine(model: nn.Module, *owners: object) -> None:
     """Empties every tensor of a model and of other objects' attributes, even where something still holds them.
 
     A cache of ZeRO-3's class holds the model, whose parameters hold the optimizer: masters, moments and gradients
