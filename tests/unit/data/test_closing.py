@@ -310,10 +310,11 @@ def test_readers_are_woken_by_a_download_that_ends_where_the_next_cannot_be_star
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     cache.prefetch([VERSION, Version("s3://b/next.tar", "e", 4)])
     monkeypatch.setattr(CacheDir, "whole", broken)
-    with cache.open(VERSION) as stream:
-        reading = Thread(stream.read)
-        gate.opened.set()
-        error = reading.result()
+    stream = cache.open(VERSION)
+    reading = Thread(stream.read)
+    gate.opened.set()
+    error = reading.result()
+    stream.close()  # not before: it would wait for a reader that hangs
     assert isinstance(error, DataError)
     assert "the store is gone" in str(error)
 

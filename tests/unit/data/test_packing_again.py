@@ -6,8 +6,8 @@ import textwrap
 import pytest
 
 from tests.support import media
-from tests.support.packing import contents, numbers_folder, pack, run_script, samples_of
-from univitar_ds.data.writing import examine, writer
+from tests.support.packing import contents, numbers_folder, pack, run_script, samples_of, spoil
+from univitar_ds.data.writing import writer
 from univitar_ds.data.writing.writer import read_manifest
 from univitar_ds.errors import DataError
 
@@ -17,11 +17,10 @@ def folder(tmp_path):
     return numbers_folder(tmp_path)
 
 
-def test_packing_again_opens_no_media_and_writes_no_shard(folder, tmp_path, monkeypatch):
+def test_packing_again_opens_no_media_and_writes_no_shard(folder, tmp_path):
     first = pack(folder, tmp_path / "out")
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(examine, "examine", None)
-    monkeypatch.setattr(writer, "_write_shard", None)
+    spoil(folder)
     assert pack(folder, tmp_path / "out") == first
     assert contents(tmp_path / "out") == before
 

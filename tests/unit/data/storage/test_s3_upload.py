@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import sys
 
 import pytest
 
 from tests.support import media
+from tests.support.packing import spoil
 from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 from tests.support.s3 import BUCKET, faulty, first_of, s3_server, some_of
@@ -17,7 +19,6 @@ from univitar_ds.data.shards.listing import list_shards
 from univitar_ds.data.storage import retry, s3_upload
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.data.storage.s3 import S3Storage
-from univitar_ds.data.writing import writer
 from univitar_ds.data.writing.writer import pack_folder
 from univitar_ds.errors import DataError
 
@@ -173,18 +174,21 @@ def test_packing_to_a_bucket_gives_the_bytes_of_packing_to_a_folder(server, fold
     assert [shard.sha256 for shard in shards] == [row["sha256"] for row in manifest["shards"]]
 
 
-def test_packing_again_sends_nothing_but_what_has_changed(server, folder, tmp_path, monkeypatch):
+def test_packing_again_sends_nothing_but_what_has_changed(server, folder, tmp_path):
     out = f"s3://{BUCKET}/again/"
-    pack(folder, out, tmp_path, server.url)
+    first = pack(folder, out, tmp_path, server.url)
 
     def sent(**more):
         with faulty(server, lambda request: None) as proxy:
             pack(folder, out, tmp_path, proxy.url, **more)
             return [f"{r.method} {r.key}" for r in proxy.requests if r.method in ("PUT", "POST", "DELETE")]
 
-    with monkeypatch.context() as patched:
-        patched.setattr(writer, "_write_shard", None)
-        pack(folder, out, tmp_path, server.url)
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    before = contents(server, "again")
+    spoil(folder)
+    assert pack(folder, out, tmp_path, server.url) == first
+    assert contents(server, "again") == before
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
     # The state is lost: shards are written anew, found to be there, and not sent.
     assert sent(state=tmp_path / "lost") == ["PUT again/manifest.json"]
     (folder / "3.jpg").write_bytes(media.encoded(media.noise(99, 99)))
