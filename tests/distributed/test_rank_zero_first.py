@@ -90,7 +90,7 @@ def rank_0_goes(port: int) -> str:
 
 
 def test_the_others_do_not_wait_for_a_rank_0_that_is_gone():
-    assert "rank 0 ended without a word" in run_distributed(rank_0_goes, 2, free_port())[1]
+    assert "rank 0 ended without a message" in run_distributed(rank_0_goes, 2, free_port())[1]
 
 
 def endless_work() -> str:

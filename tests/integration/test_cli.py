@@ -51,7 +51,7 @@ def test_every_command_has_help(capsys, command):
 
 def test_a_run_file_with_faults_lists_them(capsys, run_file):
     message = fails(capsys, "train", "--config", run_file, "data.lnes=4", "seed=-1")
-    assert "2 faults" in message
+    assert "2 errors" in message
     assert "did you mean 'lanes'" in message
 
 
@@ -103,7 +103,7 @@ def test_an_empty_folder_cannot_be_packed(capsys, tmp_path):
 
 
 def test_a_folder_that_is_no_run_cannot_be_resumed_evaluated_or_exported(capsys, tmp_path):
-    assert "so it is no run" in fails(capsys, "train", "--resume", tmp_path)
+    assert "so it is not a run" in fails(capsys, "train", "--resume", tmp_path)
     assert "neither a run's folder" in fails(capsys, "eval", tmp_path)
     assert "neither a run's folder" in fails(capsys, "convert", "export", tmp_path, tmp_path / "out")
 
@@ -178,7 +178,7 @@ def test_verify_says_sound_or_what_is_wrong_and_writes_it_down(capsys, tmp_path)
     assert main(["data", "verify", str(folder), "--report", str(report), "--workers", "1", "--split", "train"]) == 1
     printed = capsys.readouterr().out
     assert "unreadable: train-image-000000/i0000" in printed
-    assert "its SHA-256 is not the manifest's" in printed
+    assert "its SHA-256 differs from the manifest" in printed
     assert "20 samples in 2 shards: NOT sound" in printed
     assert json.loads(report.read_text())["bad"] == {"unreadable": 1}
 
@@ -196,7 +196,7 @@ def test_of_thousands_of_bad_shards_verify_prints_the_first(capsys, tmp_path):
     report = tmp_path / "report.json"
     assert main(["data", "verify", str(path.parent), "--report", str(report), "--workers", "1", "--no-decode"]) == 1
     printed = capsys.readouterr().out.splitlines()
-    assert sum("its SHA-256 is not" in line for line in printed) == 10
+    assert sum("its SHA-256 differs" in line for line in printed) == 10
     assert len(printed) == 20 + 1 + 1
     assert "... and 40 more" in printed
 

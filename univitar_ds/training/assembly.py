@@ -1,4 +1,4 @@
-"""A run's model under DeepSpeed, with its last checkpoint in it: at a start, at a stage transition and after a
+"""Builds a run's model under DeepSpeed and loads its last checkpoint: at a start, at a stage transition and after a
 rollback."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, State]:
-    """The engine of the stage that the run is in, and the state of its last checkpoint or, without one, the first.
+    """The engine of the run's current stage, and the state of the last checkpoint or, without one, the initial state.
 
     All ranks call it; the caller closes the engine.
     Raises: CheckpointError, on all ranks, if the checkpoint is damaged or of another configuration.
@@ -72,7 +72,7 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
 
 
 def _last_checkpoint(run: Path, world: World) -> Path | None:
-    """Rank 0 says which one: shared disks do not all know at once."""
+    """Rank 0 decides which one, since a shared disk may not show it to all ranks at once."""
     name = None
     with all_ranks_or_none(world):
         if world.is_main and (folder := atomic_dir.latest(run / CHECKPOINTS)):
@@ -82,7 +82,8 @@ def _last_checkpoint(run: Path, world: World) -> Path | None:
 
 
 def _read_saved(cfg: RunConfig, run: Path, folder: Path) -> dict:
-    """The run's part of a checkpoint. Raises: CheckpointError, also for one that makes another result than `cfg`."""
+    """The run's part of a checkpoint. Raises: CheckpointError, also for a configuration that gives another result than
+    `cfg`."""
     saved = read_state(folder)
     changed = changed_result(check_config(saved["config"], str(folder)), cfg)
     if changed:

@@ -75,7 +75,7 @@ def test_all_faults_are_reported_at_once(run_file):
     with pytest.raises(ConfigError) as error:
         load_config(run_file, ["data.lanes=0", "modell={}", "stages.0.lr=-1", "optimizer.betas=[2, 0.9]"])
     message = str(error.value)
-    assert "has 4 faults" in message
+    assert "has 4 errors" in message
     for place in ("data.lanes", "modell", "stages.0.lr", "optimizer.betas.0"):
         assert place in message
     assert "got -1" in message

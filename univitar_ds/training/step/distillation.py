@@ -20,7 +20,7 @@ from univitar_ds.training.distributed.process_group import World, gather_numbers
 
 
 class Images(Protocol):
-    """What a teacher sees of a pack."""
+    """The input of a teacher."""
 
     pixels: Tensor
     frames: Tensor
@@ -29,8 +29,8 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class DistillResult:
-    """The same on every rank: what was added to the loss, its parts as means before their weights, and the mean cosine
-    similarity of the patch features (None: no teacher)."""
+    """The same on every rank: the term that was added to the loss, its parts as means before their weights, and the
+    mean cosine similarity of the patch features (None: no teacher)."""
 
     loss: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
@@ -41,9 +41,9 @@ NO_DISTILLATION = DistillResult()
 
 
 class Distillation:
-    """Counts first, for each pack's sum is divided by the tokens and items of all; then pack by pack; then the result.
+    """First counts over all packs, since the sum of each pack is divided by them; then each pack; then the result.
 
-    Every rank makes it, and calls the same methods in the same order.
+    Every rank creates it, and calls the same methods in the same order.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Distillation:
     def features(self, index: int, device_pixels: Tensor | None = None) -> TeacherFeatures:
         """Runs the teacher over a whole pack; features of the tokens that the student sees, and of all items.
 
-        Before the student runs: what the teacher needed is free again by then.
-        Args: device_pixels: the pack's pixels on the device, where they lie there already.
+        Call it before the student runs, so that the teacher's memory is free again by then.
+        Args: device_pixels: the pack's pixels on the device, if they are there already.
         """
         pack, dropped = self.packs[index], self.drops[index]
         seen = self.teacher(
@@ -85,7 +85,7 @@ class Distillation:
         return seen._replace(patches=seen.patches[kept], valid=seen.valid[kept])
 
     def loss(self, student: Distilled, teacher: TeacherFeatures) -> Tensor:
-        """What a pack adds to the loss of the step, ()."""
+        """The term of a pack in the loss of the step, ()."""
         patch, agreement = distill(student.patches, teacher.patches, teacher.valid, self.config.patch_loss)
         pooled, _ = distill(student.pooled, teacher.pooled, teacher.supported, self.config.pooled_loss)
         self.sums += torch.stack((patch.detach(), pooled.detach(), agreement)).double()

@@ -275,7 +275,7 @@ def test_normalisation_is_what_the_preprocessor_file_says_or_else_the_familys(pr
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"model_type": "bert"}, "holds a bert model; able to teach: dinov2"),
+        ({"model_type": "bert"}, "holds a bert model; supported are: dinov2"),
         ({"model_type": "siglip_text_model"}, "holds a siglip_text_model model"),
         ({"model_type": "dinov3_convnext"}, "holds a dinov3_convnext model"),
         ({"model_type": "dinov2", "patch_size": None}, "Validation error for field 'patch_size'"),
