@@ -1,18 +1,18 @@
-"""How near do the fused operations come to the memory and the matrix units of a GPU, and a training step to its peak?
+"""Fused operations compared with the memory and the matrix units of a GPU, and a training step compared with its peak.
 
     python benchmarks/bench_gpu.py [--only kernels | step] [--encoders 0.3b 0.6b 1b] [--seconds 0.3]
     python benchmarks/bench_gpu.py --device cpu --tiny
 
-Needs torch and triton beside the project, gcc and the headers of Python (python3-dev), with which triton compiles its
-launcher, and one GPU with 80 GB. Rows of the operations go to results/bench_gpu_kernels.csv: milliseconds against
-plain torch and torch.compile, GB/s (bytes counted by hand, `gpu/counts.py`) against copies on the device, a
+Needs torch and triton in addition to the project, gcc and the headers of Python (python3-dev), with which triton
+compiles its launcher, and one GPU with 80 GB. Rows of the operations go to results/bench_gpu_kernels.csv: milliseconds
+against plain torch and torch.compile, GB/s (bytes counted by hand, `gpu/counts.py`) against copies on the device, a
 large one (copy_) and one of as many bytes (copy_same_), and TFLOP/s of patch_embed against torch's product of the same
 size, whose rows are filled up to 16 bytes. Rows of the step go to results/bench_gpu_step.csv. A case that fails is
 reported at the end, and the exit code is 1. All of it may take more than ten minutes; `--only` and `--encoders` take
 parts of it, which add their rows to the same files.
 
-The second form is a dry run: every line of the first on small shapes on the CPU, by the clock, torch.compile without
-a compiler behind it. It writes no rows, for its figures mean nothing.
+The second form is a dry run: every line of the first on small shapes on the CPU, with wall-clock times and
+torch.compile without a compiler. It writes no rows, since its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def main() -> int:
     plan, device = TINY if arguments.tiny else FULL, torch.device(arguments.device)
     if arguments.encoders:
         plan = replace(plan, encoders={name: plan.encoders[name] for name in arguments.encoders})
-    from torch._functorch import config as graphs  # slow to load, and of no use without a GPU
+    from torch._functorch import config as graphs  # slow to load, and not used without a GPU
 
-    # Backward passes are timed again and again over one graph, which compiled ones forbid by default.
+    # Backward passes are timed repeatedly over one graph, which compiled ones do not allow by default.
     graphs.donated_buffer = False
     timer = Timer(device, arguments.seconds)
     failures: list[str] = []
@@ -105,7 +105,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.3, help="time spent on runs of one case and one way")
     arguments = parser.parse_args()
     if arguments.device == "cpu" and not arguments.tiny:
-        parser.error("--device cpu goes with --tiny: the full shapes would take a CPU days")
+        parser.error("--device cpu needs --tiny: the full shapes would take a CPU days")
     if arguments.encoders and arguments.tiny:
         parser.error("--encoders chooses among the full shapes, which --tiny leaves out")
     return arguments

@@ -1,4 +1,4 @@
-"""What do the frames of a video cost, compared with the plainest correct PyAV loop for the same frames?
+"""The cost of the frames of a video, compared with the simplest correct PyAV loop for the same frames.
 
     python benchmarks/bench_video_decode.py [--videos FOLDER] [--frames 8]
 
@@ -7,8 +7,8 @@ the plain loop take turns in one process; a row has the least CPU time of either
 are the same to the bit. The plain loop is given the frames to take, decodes up to the last of them in one thread,
 converts and turns those alone, and stacks them. Rows go to results/bench_video_decode.csv.
 
-A second table, results/bench_video_scaling.csv, answers whether swscale may scale on the way to RGB: how far its
-pixels are from antialiased bicubic resizing of the RGB frame, in levels of 255.
+A second table, results/bench_video_scaling.csv, shows whether swscale may scale during the conversion to RGB: the
+difference of its pixels to antialiased bicubic resizing of the RGB frame, in levels of 255.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def synthetic(form: str, codec: str, size: tuple[int, int], count: int, settings
             frame.pts = index
             container.mux(track.encode(frame))
         container.mux(track.encode(None))
-    os.sched_setscheduler(0, *before)  # SVT-AV1 has given this thread real-time priority where root runs it
+    os.sched_setscheduler(0, *before)  # SVT-AV1 gives this thread real-time priority if root runs it
     return stream.getvalue()
 
 
 def plain(data: bytes, numbers: list[int]) -> np.ndarray:
-    """The plainest correct loop: (frames, H, W, 3) uint8 of the frames with these numbers."""
+    """The simplest correct loop: (frames, H, W, 3) uint8 of the frames with these numbers."""
     taken: dict[int, np.ndarray] = {}
     with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
         stream = container.streams.video[0]
@@ -175,7 +175,7 @@ def scaling(name: str, data: bytes, share: float, rounds: int = 7) -> Iterator[d
 
 
 def circumstances() -> dict[str, str]:
-    """What a row needs to be compared with another day's."""
+    """The conditions of a measurement."""
     versions = f"av {av.__version__}, numpy {np.__version__}, python {platform.python_version()}"
     return {"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "cpu": processor(), "versions": versions}
 

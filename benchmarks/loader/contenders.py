@@ -1,7 +1,7 @@
 """Four ways to read the same images at the same sizes; each yields how many samples every batch has.
 
-`bench_loader.py` runs one of them in a process of its own. All resize to the grid that `Resolution` gives for the
-image's size, keep uint8, forget what they made, and never end.
+`bench_loader.py` runs each of them in its own process. All resize to the grid that `Resolution` gives for the
+image's size, keep uint8, discard their batches, and never end.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def test_a_warning_while_a_trained_and_exported_run_is_evaluated_does_not_take_t
     both_up(job)
     job.warn()
     assert job.ends() == ("FAILED", 0, "138:0")
-    assert f"only its evaluation was cut: univitar-ds eval {job.run}, on one GPU" in job.log.read_text()
+    assert f"only its evaluation was interrupted: univitar-ds eval {job.run}, on one GPU" in job.log.read_text()
 
 
 @pytest.mark.parametrize("end", ["early", "saves"])
