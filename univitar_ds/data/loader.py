@@ -170,7 +170,9 @@ def eval_packs(
         packs.close()
 
 
-def _start_cursor(cursors: Mapping[int, LaneCursor] | None, lane: int, belonging: Mapping[str, Any]) -> LaneCursor:
+def _start_cursor(
+    cursors: Mapping[int, LaneCursor] | None, lane: int, belonging: Mapping[str, Any]
+) -> LaneCursor:
     """The lane's saved cursor, or its beginning; `belonging` are the arguments of `LaneCursor.expect`."""
     if cursors is None:
         return LaneCursor(lane, belonging["lanes"], belonging["seed"], belonging["fingerprint"])

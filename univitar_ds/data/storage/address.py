@@ -18,6 +18,7 @@ _ELSEWHERE = (
 """Schemes of other places, and what to do."""
 
 
+
 def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
     """The storage that serves `url`; its methods take the same url. One object per process and settings.
 
