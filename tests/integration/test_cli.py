@@ -337,7 +337,7 @@ def test_a_file_to_probe_that_is_not_there_costs_none_of_the_others(capsys, tmp_
 
 
 def test_a_stage_to_probe_for_that_is_not_there_names_those_that_are(capsys, run_file):
-    assert "no stage 'last'; there is both" in fails(
+    assert "no stage 'last'; the stages are both" in fails(
         capsys, "data", "probe", "x.jpg", "--config", run_file, "--stage", "last"
     )
 
