@@ -53,7 +53,7 @@ def own_encoder(**changes) -> UniViTAR:
 
 
 def teacher_of(model: nn.Module, folder: Path, *, merge: int = 1, **settings) -> Teacher:
-    """`model` saved to `folder` and read as a teacher, in fp32 unless told otherwise."""
+    """`model` saved to `folder` and read as a teacher, in fp32 unless asked otherwise."""
     model.save_pretrained(folder)
     config = TeacherConfig(path=str(folder), **{"dtype": "fp32", **settings})
     return build_teacher(config, merge=merge, device=CPU)

@@ -21,7 +21,7 @@ FORMAT = 1
 """Version of the scenes: another number gives other files for the same seed."""
 MARKER = "scenes.json"
 TEST_SHARE = 8
-"""One scene in so many is a test scene."""
+"""One of this many scenes is a test scene."""
 
 _BATCH = 32
 _SILENCE_S = 600.0
@@ -44,7 +44,7 @@ def write_scenes(folder: str | Path, *, images: int, videos: int, seed: int = 0,
         return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / MARKER, json.dumps(wanted) + "\n")  # first: the folder is ours from here on
+        replace_text(folder / MARKER, json.dumps(wanted) + "\n")  # first: it marks the folder as ours
         for name in ("images", "videos"):
             (folder / name).mkdir(exist_ok=True)
         rows = _write_files(folder, _jobs(images, videos, seed), progress)

@@ -1,4 +1,4 @@
-"""What damage and unusable samples cost a lane: themselves, counted and told, the same on every run."""
+"""What damage and unusable samples cost a lane: themselves, counted and reported, the same on every run."""
 
 import json
 import logging
@@ -53,8 +53,8 @@ def test_a_bad_sample_is_counted_by_kind_and_logged_with_shard_key_and_byte(capl
 def test_too_many_bad_samples_in_a_row_end_the_run():
     samples = [sized_sample(f"g{n}", n) for n in range(60)]
     samples[40:40] = [(f"x{n}", {"png": b"junk", "txt": b"t"}) for n in range(6)]
-    told = r"lane 0, image: 6 samples in a row cannot be used \(data.max_bad_in_a_row is 5\).*: m0/x5 at byte \d+: the"
-    with pytest.raises(DataError, match=told):
+    limit = r"lane 0, image: 6 samples in a row .*data.max_bad_in_a_row is 5\).*: m0/x5 at byte \d+: the"
+    with pytest.raises(DataError, match=limit):
         packs_of(small_rules(shards_of([samples])), 0, 30)
 
 
@@ -103,9 +103,9 @@ def test_through_damage_and_over_all_lanes_what_is_left_comes_once_and_the_same_
         while epoch_of(stream.cursor()) < 2 or any(row.epoch < 2 for row in stream.cursor().pool):
             if stream.cursor().packs == before:
                 stream = Stream(rules, lane, parse(json.loads(json.dumps(cursor_of(stream)))).streams["image"])
-            items, told = stream.next_pack()
+            items, counts = stream.next_pack()
             seen.update((item.key, item.address.epoch) for item in items if item.address.epoch < 2)
-            bad.update(told)
+            bad.update(counts)
     assert seen == Counter({(key, epoch): 1 for key in sound for epoch in range(2)})
     assert sum(bad.values()) >= 2 * (len(entries) - len(sound))
 
@@ -121,7 +121,7 @@ def test_damage_is_counted_once_in_an_epoch_however_many_lanes_share_the_shard(l
     assert all(reader.place == ReadPosition(1) for reader in found)
 
 
-def test_a_stretch_of_damage_tells_how_many_samples_it_has_likely_held():
+def test_a_stretch_of_damage_says_how_many_samples_it_has_likely_held():
     (whole,) = memory_shards([60])
     at = [entry.offset for entry in shard_samples(whole, "image")]
     content = whole.storage.files[whole.path]
@@ -133,7 +133,7 @@ def test_a_stretch_of_damage_tells_how_many_samples_it_has_likely_held():
         return [each.samples for each in found if isinstance(each, BadSample)]
 
     assert lost(hole) == [pytest.approx(12, rel=0.35)]  # sizes differ by a factor of two
-    assert lost(hole, lanes=3) == lost(hole)  # told by one of the lanes that share the shard
+    assert lost(hole, lanes=3) == lost(hole)  # reported by one of the lanes that share the shard
     assert lost(cut) == [1]  # there is no telling what came behind
     assert lost(content[: at[2]] + bytes(at[3] - at[2]) + content[at[3] :]) == [1]
     assert lost(hole, 60) == [1, 12]  # at its place, and at the shard's end what is missing

@@ -10,11 +10,11 @@ import sys
 import tarfile
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.decoding import decoders, servers
 from tests.support.loading import STAGE, only_lane, same
 from tests.support.paths import ROOT
 from tests.support.progress import output_of, run_watched, runs, wait_until
@@ -258,20 +258,6 @@ def test_a_shard_that_vanishes_while_it_is_decoded_is_a_sentence(tmp_path):
             drain(packs)
 
 
-def servers():
-    """The processes that decoding processes are forked from."""
-    return [pid for pid in children(os.getpid()) if b"decoding.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def decoders():
-    return [pid for server in servers() for pid in children(server)]
-
-
-def children(pid):
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
 def test_killed_decoding_processes_are_started_again_and_change_nothing(folder):
     whole = take(12, folder)
     with loader(folder, workers=2) as packs:
@@ -311,7 +297,8 @@ SCRIPT = textwrap.dedent("""
     import sys
     sys.path.insert(0, {root!r})
     from pathlib import Path
-    from tests.unit.data.test_loader import decoders, loader, servers
+    from tests.support.decoding import decoders, servers
+    from tests.unit.data.test_loader import loader
     packs = loader(Path({folder!r}), workers=1)
     next(packs)
     print(*servers(), *decoders(), flush=True)
@@ -336,7 +323,7 @@ def test_a_trainer_that_ends_without_closing_leaves_no_process_behind(folder, en
 
 
 def test_ctrl_c_interrupts_a_trainer_that_waits_for_data(folder):
-    end = "packs._packs._next = 10**9\n    next(packs)".replace("\n    ", "\n")  # waits for what never comes
+    end = "import os, signal\nos.kill(decoders()[0], signal.SIGSTOP)\nwhile True: next(packs)"  # what never comes
     script = SCRIPT.format(root=str(ROOT), folder=str(folder), end=end)
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -374,7 +361,7 @@ def test_cursors_of_other_data_or_of_too_few_lanes_are_refused(folder, tmp_path)
         loader(folder, cursors={0: cursors[0]})
 
 
-def test_a_missing_tokenizer_or_modality_is_told_before_anything_starts(folder, tmp_path):
+def test_a_missing_tokenizer_or_modality_is_reported_before_anything_starts(folder, tmp_path):
     with pytest.raises(ConfigError, match="no tokenizer at"):
         loader(folder, tokenizer=tmp_path / "none.json", workers=1)
     images = write_demo_shards(tmp_path / "images", images=8, videos=0, shards=1)

@@ -6,8 +6,8 @@ import textwrap
 import pytest
 
 from tests.support import media
-from tests.support.packing import contents, numbers_folder, pack, run_script, samples_of
-from univitar_ds.data.writing import examine, writer
+from tests.support.packing import contents, numbers_folder, pack, run_script, samples_of, spoil
+from univitar_ds.data.writing import writer
 from univitar_ds.data.writing.writer import read_manifest
 from univitar_ds.errors import DataError
 
@@ -17,11 +17,10 @@ def folder(tmp_path):
     return numbers_folder(tmp_path)
 
 
-def test_packing_again_opens_no_media_and_writes_no_shard(folder, tmp_path, monkeypatch):
+def test_packing_again_opens_no_media_and_writes_no_shard(folder, tmp_path):
     first = pack(folder, tmp_path / "out")
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(examine, "examine", None)
-    monkeypatch.setattr(writer, "_write_shard", None)
+    spoil(folder)
     assert pack(folder, tmp_path / "out") == first
     assert contents(tmp_path / "out") == before
 
@@ -123,8 +122,8 @@ def test_a_packing_killed_anywhere_ends_in_the_same_bytes(folder, tmp_path):
     out = tmp_path / "out"
     # Counted from each restart: files looked at, members written, shards done; the last one is the manifest itself.
     run_script("-c", KILLED, str(folder), str(out), "0", "10", "40", "15", "30", "31", "17", "0", "0")
-    with (out / ".pack.jsonl").open("a") as journal:
-        journal.write('["file images/0.jpg", {"stam')  # a line that was being written
+    with (out / ".pack.jsonl").open("a") as progress_log:
+        progress_log.write('["file images/0.jpg", {"stam')  # a line that was being written
     (out / ".train-image-000009.tar.partial").write_bytes(b"half a shard")
     assert pack(folder, out, shard_mb=0.02) == expected
     assert contents(out) == contents(tmp_path / "whole")

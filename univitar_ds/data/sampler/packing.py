@@ -19,11 +19,11 @@ MOST_AS_THEY_COME = 0.85
 """A sample that would fill more waits for the search, which needs room."""
 CLOSE = 0.005
 """A pack this near to its aim, in shares of the budgets, is not searched for again."""
-PULL = 0.5
+MAX_COST_EXCESS_STDS = 0.5
 """How far a pack's cost per token may be above that of what waits, in standard deviations of what waits."""
 MANY_ENOUGH = 1.06
 """So many times the tokens that what waits has for the cost budget are aimed at where that binds: packs are fuller, and
-the dear samples that this leaves meet cheap ones later (measured: `benchmarks/LOG.md`)."""
+the expensive samples that this leaves meet cheap ones later (measured: `benchmarks/LOG.md`)."""
 _NEGLIGIBLE = 1e-9
 """Costs that all together are a smaller share of their budget never bind; sums of the tiniest floats round to 0."""
 _TOKEN_UNITS, _COST_UNITS = 64, 256
@@ -86,16 +86,16 @@ def choose(
 def _aim(items: Sequence[Totals], budget: Totals) -> Totals:
     """What the pack should come to so that the next ones can come to the same.
 
-    Where what waits is dear, the cost budget binds: the pack takes the waiting samples' tokens for that cost, and some
-    more. Where it is cheap, the token budget binds; the pack then gets more than its share of dear samples, within
-    reason, because all lanes aim at the same cost budget and what waits in each differs by chance.
+    Where what waits is expensive, the cost budget binds: the pack takes the waiting samples' tokens for that cost,
+    and some more. Where it is cheap, the token budget binds; the pack then gets more than its share of expensive
+    samples, within reason, because all lanes aim at the same cost budget and what waits in each differs by chance.
     """
     tokens, cost = _total(items, range(len(items)))
     mean = cost / tokens
     if mean * budget.tokens >= budget.cost:
         return Totals(min(budget.tokens, MANY_ENOUGH * budget.cost / mean), budget.cost)
     variance = sum(item.tokens * (item.cost / item.tokens - mean) ** 2 for item in items) / tokens
-    return Totals(budget.tokens, min(budget.cost, (mean + PULL * math.sqrt(variance)) * budget.tokens))
+    return Totals(budget.tokens, min(budget.cost, (mean + MAX_COST_EXCESS_STDS * math.sqrt(variance)) * budget.tokens))
 
 
 def _towards(items: Sequence[Totals], aim: Totals, budget: Totals, share: float) -> list[int]:

@@ -67,7 +67,7 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
         raise DataError(f"source {source.path}: is neither a folder nor a .tar file; {PACK_HINT}")
     files = storage.list(path)
     names = set(map(os.path.basename, files))
-    _tell_left_out(source, names)
+    _warn_left_out(source, names)
     if names & {MANIFEST, JOURNAL}:
         return _packed(source, path, names, storage, prefix)
     tars = [file for file in files if file.endswith(".tar")]
@@ -80,7 +80,7 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     return [Shard(prefix + names_of[file], file, storage, storage.size(file)) for file in tars]
 
 
-def _tell_left_out(source: SourceConfig, names: Iterable[str]) -> None:
+def _warn_left_out(source: SourceConfig, names: Iterable[str]) -> None:
     """What a copy that was broken off, or another system, has left under a name that is no shard's."""
     odd = sorted(name for name in names if _ODD_TAR.search(name) and not name.endswith(".tar"))
     if odd:

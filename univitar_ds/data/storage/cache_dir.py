@@ -52,7 +52,7 @@ class CacheDir:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder, self._limit = folder, limit_bytes
-        self._told = False
+        self._warned = False
 
     def whole(self, version: Version) -> bool:
         return os.path.exists(self._whole(version))
@@ -143,8 +143,8 @@ class CacheDir:
             if self._evicted(name):
                 kept -= promised
         fits = kept + wanted <= limit
-        if not fits and needed and not self._told:
-            self._told = True
+        if not fits and needed and not self._warned:
+            self._warned = True
             _log.warning(
                 "%s: the shards being read at once take %.2f GB, above the limit of %.2f GB; raise "
                 "data.cache.limit_gb or free some space",

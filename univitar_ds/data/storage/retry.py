@@ -67,7 +67,7 @@ class RateLimiter:
                 self._slowed = now
                 self.gap_s = min(max(2 * self.gap_s, FIRST_GAP_S), LONGEST_GAP_S)
 
-    def tell(self, message: str, *values: object) -> None:
+    def warn(self, message: str, *values: object) -> None:
         """A warning, unless there was one a moment ago: a store in trouble would fill the log."""
         with self._lock:
             now = time.monotonic()
@@ -84,8 +84,8 @@ class RetryPolicy:
     was suspended, and not the store's.
     """
 
-    def __init__(self, url: str, give_up_s: float, pace: RateLimiter, idle_timeout_s: float) -> None:
-        self._url, self._give_up_s, self._pace = url, give_up_s, pace
+    def __init__(self, url: str, give_up_s: float, limiter: RateLimiter, idle_timeout_s: float) -> None:
+        self._url, self._give_up_s, self._limiter = url, give_up_s, limiter
         self._window_s = max(idle_timeout_s, _LEAST_WINDOW_S)
         self._last = self._opened = time.monotonic()
         self._waited = 0.0
@@ -127,19 +127,19 @@ class RetryPolicy:
         """
         self._failures += 1
         if failure.throttled:
-            self._pace.throttled()
-        limit = self._give_up_s if self._pace.reached else min(self._give_up_s, UNREACHED_S)
+            self._limiter.throttled()
+        limit = self._give_up_s if self._limiter.reached else min(self._give_up_s, UNREACHED_S)
         self._tick()
         waited = self._waited
         if waited >= limit:
             came = f"only {self._came} bytes" if self._came else "nothing"
-            reached = "" if self._pace.reached else "; the store has never answered: check data.s3.endpoint_url"
+            reached = "" if self._limiter.reached else "; the store has never answered: check data.s3.endpoint_url"
             raise DataError(
                 f"{self._url}: {came} came for {waited:.0f} s and {self._failures} attempts, the last one: "
                 f"{failure.reason} (data.s3.give_up_s is {self._give_up_s:g}){reached}"
                 + ("; wait until the store recovers and resume, or raise data.s3.give_up_s" if not reached else "")
             )
-        self._pace.tell("%s: %s; trying again (attempt %d)", self._url, failure.reason, self._failures + 1)
+        self._limiter.warn("%s: %s; trying again (attempt %d)", self._url, failure.reason, self._failures + 1)
         pause = random.uniform(0, min(FIRST_PAUSE_S * 2 ** min(self._failures, 20), LONGEST_PAUSE_S))
         pause = max(pause, min(failure.retry_after_s, LONGEST_PAUSE_S))
         time.sleep(min(pause, max(limit - waited, 0.0)))

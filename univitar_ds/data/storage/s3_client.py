@@ -26,11 +26,11 @@ _OTHER_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLo
 
 
 class Connection:
-    """Requests to one store, repeated until they are answered: see `pace`. For all threads of one process."""
+    """Requests to one store, repeated until they are answered: see `retry`. For all threads of one process."""
 
     def __init__(self, settings: StorageSettings) -> None:
         self._settings = settings
-        self._pace = RateLimiter()
+        self._limiter = RateLimiter()
         self._lock = threading.Lock()
         self._client: Any = None
 
@@ -39,23 +39,23 @@ class Connection:
 
         Raises: DataError for a request that will never succeed or did not for `give_up_s`. `__cause__` is boto3's.
         """
-        patience = self._patience(url)
+        policy = self._policy(url)
         while True:
             try:
                 return self._request(operation, url, parameters)
             except _transport_errors() as error:
-                patience.failed(self._failure(error, url))
+                policy.failed(self._failure(error, url))
 
     def stream(self, version: Version, start: int, end: int) -> Iterator[memoryview]:
         """Bytes [start, end) of an object in pieces, whatever happens on the way.
 
         Goes on at the byte that it has come to, and with this version of the object or not at all.
         """
-        patience = self._patience(version.url)
+        policy = self._policy(version.url)
         while start < end:
             try:
                 with closing(self._body(version, start, end)) as body, body as raw:
-                    patience.connected()
+                    policy.connected()
                     while start < end:
                         piece = raw.read1(min(CHUNK, end - start))  # `read` waits until all of it has come
                         if not piece:
@@ -63,18 +63,18 @@ class Connection:
                         start += len(piece)
                         yield memoryview(piece)
                         if start < end:
-                            patience.progress(len(piece))  # may end this connection: all that it gave is delivered
+                            policy.progress(len(piece))  # may end this connection: all that it gave is delivered
             except _transport_errors() as error:
-                patience.failed(self._failure(error, version.url))
+                policy.failed(self._failure(error, version.url))
 
-    def _patience(self, url: str) -> RetryPolicy:
-        return RetryPolicy(url, self._settings.give_up_s, self._pace, self._settings.idle_timeout_s)
+    def _policy(self, url: str) -> RetryPolicy:
+        return RetryPolicy(url, self._settings.give_up_s, self._limiter, self._settings.idle_timeout_s)
 
     def _request(self, operation: str, url: str, parameters: dict[str, Any]) -> dict[str, Any]:
         client = self._connected(url)
-        self._pace.wait()
+        self._limiter.wait()
         answer = getattr(client, operation)(**parameters)
-        self._pace.answered()
+        self._limiter.answered()
         return answer
 
     def _body(self, version: Version, start: int, end: int) -> Any:
@@ -128,7 +128,7 @@ class Connection:
         from botocore.exceptions import BotoCoreError, ClientError
 
         if isinstance(error, ClientError):
-            self._pace.reached = True
+            self._limiter.reached = True
             code, status = error.response["Error"].get("Code", ""), _status(error)
             if status in _AGAIN or code in _AGAIN_CODES or (status >= 500 and status not in _NOT_AGAIN):
                 after = error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("retry-after", "0")

@@ -6,13 +6,13 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.support import media
+from tests.support.decoding import decoders, servers
 from tests.support.progress import WHOLE_S, run_watched, runs, wait_until
 from univitar_ds.data.decoding import forkserver
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits
@@ -72,54 +72,60 @@ def greeted(channel):
 
 
 def test_pixels_come_through_the_ring_from_a_process_that_was_killed_before(server, ring, job):
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(1))
+    supervisor = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(1))
     expected = fit_image(np.asarray(media.noise(50, 70)), GRID)
-    assert attendant.decode_pack(1, job) == []
+    assert supervisor.decode_pack(1, job) == []
     assert (drawn(ring)[0] == expected).all()
     ring.view(1)[:] = 0
-    os.kill(attendant._pid, signal.SIGKILL)
-    assert attendant.decode_pack(1, job) == []
+    os.kill(*decoders(), signal.SIGKILL)
+    assert supervisor.decode_pack(1, job) == []
     assert (drawn(ring)[0] == expected).all()
     assert not drawn(ring)[1:].any()
     assert ring.done.tolist() == [0, 2]
     assert not ring.view(0).any()
 
 
-class Dying:
-    """A server of which the first processes die once they have their work."""
+class FragileServer:
+    """A server whose first processes die of their first job."""
 
-    def __init__(self, server, deaths):
-        self.server, self.left = server, deaths
+    def __init__(self, server, dying):
+        self.server, self.dying = server, dying
 
     def fork(self):
         pid, channel = self.server.fork()
-        if self.left:
-            self.left -= 1
-            send, sent = channel.send_bytes, []
-
-            def killed_at_the_second(message):
-                sent.append(message)
-                if len(sent) == 2:
-                    os.kill(pid, signal.SIGKILL)
-                send(message)
-
-            return pid, SimpleNamespace(
-                send_bytes=killed_at_the_second, poll=channel.poll, recv_bytes=channel.recv_bytes, close=channel.close
-            )
-        return pid, channel
+        self.dying -= 1
+        return pid, FragileChannel(pid, channel) if self.dying >= 0 else channel
 
     def end(self, pid, *, hangs):
         return self.server.end(pid, hangs=hangs)
 
 
-def test_items_done_one_by_one_stand_where_the_whole_pack_puts_them(server, ring, job):
+class FragileChannel:
+    def __init__(self, pid, channel):
+        self.pid, self.channel, self.ready = pid, channel, False
+
+    def send_bytes(self, message):
+        if self.ready:
+            os.kill(self.pid, signal.SIGKILL)
+            gone(self.pid)
+        self.channel.send_bytes(message)
+
+    def recv_bytes(self):
+        answer = self.channel.recv_bytes()
+        self.ready = True
+        return answer
+
+    def __getattr__(self, name):
+        return getattr(self.channel, name)
+
+
+def test_items_done_one_by_one_are_written_where_the_whole_pack_puts_them(server, ring, job, caplog):
     good = job.items[0]
     items = [good, replace(good, length=20), replace(good, grid=(1, 1, 1)), good]
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
-    whole = attendant.decode_pack(0, replace(job, items=items))
-    dying = Dying(server, 2)
-    alone = WorkerSupervisor(1, dying, ring, LOCAL, RestartBudget(2)).decode_pack(1, replace(job, items=items))
-    assert dying.left == 0
+    whole = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0)).decode_pack(0, replace(job, items=items))
+    after_crashes = WorkerSupervisor(1, FragileServer(server, 2), ring, LOCAL, RestartBudget(2))
+    alone = after_crashes.decode_pack(1, replace(job, items=items))
+    assert "one by one" in caplog.text
     assert [(index, kind) for index, kind, _ in whole] == [(1, "unreadable")]
     assert alone == whole
     assert (ring.view(0) == ring.view(1)).all()
@@ -139,15 +145,16 @@ def private_mb(pid):
 
 def test_a_process_for_images_holds_no_library_for_videos_and_can_still_decode_one(ring, job, tmp_path):
     server = ForkServer(ring, ["image"])
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
+    supervisor = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
     try:
-        assert attendant.decode_pack(0, job) == []
-        assert "simplejpeg" in mapped(attendant._pid)
-        assert "libavcodec" not in mapped(attendant._pid)
+        assert supervisor.decode_pack(0, job) == []
+        (pid,) = decoders()
+        assert "simplejpeg" in mapped(pid)
+        assert "libavcodec" not in mapped(pid)
         video = tmp_path / "clip"
         video.write_bytes(media.video(media.moving_frames(3)))
         item = DecodeItem(str(video), 0, video.stat().st_size, GRID, 2)
-        assert attendant.decode_pack(1, replace(job, modality="video", items=[item])) == []
+        assert supervisor.decode_pack(1, replace(job, modality="video", items=[item])) == []
         assert drawn(ring)[:2].any()
     finally:
         server.close()
@@ -175,9 +182,10 @@ def test_a_process_for_videos_shares_their_library_with_the_one_it_was_forked_fr
 
 
 def test_large_images_leave_no_memory_behind(server, ring, job, tmp_path):
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
-    attendant.decode_pack(0, job)
-    before = private_mb(attendant._pid)
+    supervisor = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
+    supervisor.decode_pack(0, job)
+    (pid,) = decoders()
+    before = private_mb(pid)
     items = []
     for side in (
         1500,
@@ -193,21 +201,22 @@ def test_large_images_leave_no_memory_behind(server, ring, job, tmp_path):
         items.append(DecodeItem(str(path), 0, path.stat().st_size, GRID, 1))
     limits = replace(job.limits, max_image_px=10**7)
     for item in items:
-        assert attendant.decode_pack(0, replace(job, limits=limits, items=[item])) == []
-    assert (left := private_mb(attendant._pid) - before) < 8, left
+        assert supervisor.decode_pack(0, replace(job, limits=limits, items=[item])) == []
+    assert (left := private_mb(pid) - before) < 8, left
 
 
 def test_a_decoding_process_is_held_to_the_memory_that_decoding_may_take(server, ring, job):
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
-    attendant.start()
-    assert attendant.decode_pack(0, job) == []
-    (line,) = [text for text in Path(f"/proc/{attendant._pid}/limits").read_text().splitlines() if "data size" in text]
+    supervisor = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0))
+    supervisor.start()
+    assert supervisor.decode_pack(0, job) == []
+    (pid,) = decoders()
+    (line,) = [text for text in Path(f"/proc/{pid}/limits").read_text().splitlines() if "data size" in text]
     soft = int(line.split()[3])
-    attendant.stop()
+    supervisor.stop()
     assert 1 << 30 < soft < 3 << 29
 
 
-def test_processes_end_with_their_channel_and_tell_how(server):
+def test_processes_end_with_their_channel_and_their_exit_code_is_known(server):
     pid, channel = server.fork()
     greeted(channel)
     channel.close()
@@ -226,28 +235,27 @@ def test_processes_end_with_their_channel_and_tell_how(server):
 
 
 def test_when_the_server_is_killed_its_processes_go_and_the_next_call_starts_another(server, ring, job, stuck):
-    attendant = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(1))
-    assert attendant.decode_pack(0, job) == []
+    supervisor = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(1))
+    assert supervisor.decode_pack(0, job) == []
     pid, channel = server.fork()
     greeted(channel)
     channel.send_bytes(json.dumps({"slot": 1, "start": 0, "decode": stuck.to_json()}).encode())
-    server._process.kill()
+    os.kill(*servers(), signal.SIGKILL)
     assert gone(pid)
-    assert attendant.decode_pack(0, job) == []
+    assert supervisor.decode_pack(0, job) == []
     assert server.end(pid, hangs=True) is None
-    assert attendant.decode_pack(0, job) == []
+    assert supervisor.decode_pack(0, job) == []
     assert server.end(os.getpid(), hangs=True) is None
 
 
-def test_closing_ends_a_process_in_the_middle_of_its_work_and_is_safe_again(server, stuck, monkeypatch):
-    monkeypatch.setattr(forkserver, "_CLOSE_S", WHOLE_S)  # on a busy machine the server may need longer than 10 s
+def test_closing_ends_a_process_in_the_middle_of_its_work_and_is_safe_again(started, server, stuck, monkeypatch):
+    monkeypatch.setattr(forkserver, "CLOSE_S", WHOLE_S)  # on a busy machine the server may need longer than 10 s
     pid, channel = server.fork()
     greeted(channel)
     channel.send_bytes(json.dumps({"slot": 0, "start": 0, "decode": stuck.to_json()}).encode())
-    main = server._process
     server.close()
     server.close()
-    assert main.returncode == 0
+    assert [process.returncode for process in started] == [0]
     assert not Path(f"/proc/{pid}").exists()
     with pytest.raises((EOFError, OSError)):
         server.fork()
@@ -260,12 +268,13 @@ import json, os, signal, sys
 from univitar_ds.data.decoding.forkserver import ForkServer
 from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.storage.base import LOCAL
+from univitar_ds.processes import children
 server = ForkServer(SharedSlots.create(1, 9999))
 pid, channel = server.fork()
 channel.send_bytes(json.dumps(LOCAL.to_json()).encode())
 channel.recv_bytes()
 channel.send_bytes({json.dumps({"slot": 0, "start": 0, "decode": stuck.to_json()}).encode()!r})
-print(pid, server._process.pid, flush=True)
+print(pid, *children(os.getpid()), flush=True)
 {end}
 """
     result = run_watched([sys.executable, "-c", script])

@@ -220,7 +220,7 @@ def test_verify_says_what_was_ignored_and_that_the_rest_is_sound(tmp_path, capsy
     path = write_tar(tmp_path / "good.tar", [("a", {"png": PNG, "txt": b"a", "json": b'{"label": [1, 2]}'})])
     assert main(["data", "verify", str(path), "--report", str(tmp_path / "verify.json")]) == 0
     out = capsys.readouterr().out
-    assert "used all the same, bad_label: good/a at byte 0: label is '[1, 2]' (list), not text" in out
+    assert "used anyway, bad_label: good/a at byte 0: label is '[1, 2]' (list), not text" in out
     assert "1 samples in 1 shards: sound; texts ignored: 1 bad_label; report in" in out
     assert json.loads((tmp_path / "verify.json").read_text())["shards"][0]["ignored"][0]["kind"] == "bad_label"
 
@@ -286,9 +286,9 @@ def test_a_txt_of_a_caption_a_line_is_warned_of_once_where_the_source_does_not_s
         list(iterate_captions([source], limit=100))
     assert packs[0].captions[0].split("\r\n")[0] == "first 0\nsecond 0"
     assert not any(pack.other_captions[0] for pack in packs)
-    told = [record.getMessage() for record in caplog.records]
-    assert [f"source {path}: its .txt members have several lines" in one for one in told] == [True], told
-    assert "set captions: lines in the source" in told[0]
+    warnings = [record.getMessage() for record in caplog.records]
+    assert [f"source {path}: its .txt members have several lines" in one for one in warnings] == [True], warnings
+    assert "set captions: lines in the source" in warnings[0]
     assert main(["data", "verify", path, "--report", str(tmp_path / "verify.json")]) == 0
     assert capsys.readouterr().out.count("set captions: lines in the source") == 1
 

@@ -16,12 +16,14 @@ from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Resolution
 
 
-def labelled(folder, labels, names="cat\r\ntabby dog\n", **told) -> SourceConfig:
+def labelled(folder, labels, names="cat\r\ntabby dog\n", **options) -> SourceConfig:
     """A source whose samples have a label only, and the names of the labels beside it."""
     (folder / "classes.txt").write_bytes(names.encode())
     samples = [(f"k{n}", {"png": image(28, 28, form="PNG"), "cls": label.encode()}) for n, label in enumerate(labels)]
     path = write_tar(folder / "a.tar", samples)
-    return SourceConfig(path=str(path), templates=["a {}", "the {}"], class_names=str(folder / "classes.txt"), **told)
+    return SourceConfig(
+        path=str(path), templates=["a {}", "the {}"], class_names=str(folder / "classes.txt"), **options
+    )
 
 
 def test_a_number_becomes_its_line_and_a_name_stays():
@@ -29,9 +31,9 @@ def test_a_number_becomes_its_line_and_a_name_stays():
     assert [named(label, names) for label in ("0", "1", "02", "dog", None)] == ["cat", "dog", "7", "dog", None]
     assert named("12", ()) == "12"
     for label in ("3", "-1", "bird", "1.0", "²", "9" * 5000):
-        with pytest.raises(SampleError, match="is none of the 3 of its source's class_names") as told:
+        with pytest.raises(SampleError, match="is none of the 3 of its source's class_names") as refused:
             named(label, names)
-        assert told.value.kind == "bad_label"
+        assert refused.value.kind == "bad_label"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_other_names_are_other_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "cannot be read"),
         (b"", "line 1 is empty"),
@@ -119,11 +121,11 @@ def test_other_names_are_other_data(tmp_path):
         (b"{}", "names no class"),
     ],
 )
-def test_a_file_without_names_is_refused_in_a_sentence(tmp_path, content, told):
+def test_a_file_without_names_is_refused_in_a_sentence(tmp_path, content, message):
     path = tmp_path / "names.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"names\.txt: .*{told}"):
+    with pytest.raises(DataError, match=rf"names\.txt: .*{message}"):
         read_class_names(str(path), LOCAL)
     source = SourceConfig(path=str(write_tar(tmp_path / "a.tar", [])), class_names=str(path))
-    assert re.search(told, verify([source], progress=False)["sources"][0]["error"])
+    assert re.search(message, verify([source], progress=False)["sources"][0]["error"])

@@ -151,8 +151,8 @@ def test_damage_belongs_to_the_part_of_the_sample_that_follows():
     at = [(entry.offset + 1) / whole.size for entry in shard_samples(whole, "image")]
     (shard,) = raw_shards([wounded(9, [at[2], at[7]])])
     scans = IndexCache()
-    told = {part: [n for e, n in scans.part(shard, "image", part, 3) if isinstance(e, Damage)] for part in range(3)}
-    assert told == {0: [], 1: [7], 2: [2]}  # what is left of those samples still counts as one each
+    reported = {part: [n for e, n in scans.part(shard, "image", part, 3) if isinstance(e, Damage)] for part in range(3)}
+    assert reported == {0: [], 1: [7], 2: [2]}  # what is left of those samples still counts as one each
 
 
 def test_a_shard_with_fewer_samples_than_its_manifest_says_is_damaged_at_its_end():
@@ -165,11 +165,11 @@ def test_a_shard_with_fewer_samples_than_its_manifest_says_is_damaged_at_its_end
     assert list(shard_samples(short, "image", groups[1].end, 2)) == [*groups[2:], damage]
     assert list(shard_samples(replace(shard, samples=5), "image")) == groups
     scans = IndexCache()
-    told = [entry for part in range(3) for entry, _ in scans.part(short, "image", part, 3) if entry == damage]
-    assert told == [damage]
+    reported = [entry for part in range(3) for entry, _ in scans.part(short, "image", part, 3) if entry == damage]
+    assert reported == [damage]
 
 
-def test_a_shard_that_is_damaged_to_its_end_is_told_once():
+def test_a_shard_that_is_damaged_to_its_end_is_reported_once():
     (shard,) = memory_shards([5])
     half = shard.size // 2
     shard.storage.files[shard.path] = shard.storage.files[shard.path][:half]

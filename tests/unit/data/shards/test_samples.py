@@ -247,7 +247,7 @@ def test_texts_come_from_json_first_and_then_from_their_own_members(members, exp
         ({"json": json.dumps(["c"]).encode()}, "bad_json", "its .json holds a list, not an object"),
     ],
 )
-def test_a_text_that_is_none_is_told_in_a_sentence(members, kind, said):
+def test_a_text_that_is_none_is_reported_in_a_sentence(members, kind, said):
     with pytest.raises(SampleError) as caught:
         read_texts(members)
     assert caught.value.kind == kind
@@ -293,8 +293,8 @@ def test_members_that_lie_apart_get_a_hint_at_their_order_wherever_they_are_read
     assert "no_media: apart/0 at byte 3072: no image among its members (txt); the members of a sample must" in out
     assert f"shard apart: more of 0 at byte 3072; {SORT_HINT}" in out
     data = DataConfig(sources=[{"path": path}], lanes=1, workers=0)
-    told = r"none of the 1 shards has a readable image.* in shard apart the members of 0"
-    with pytest.raises(DataError, match=told), only_lane(data, STAGE, "image") as loader:
+    message = r"none of the 1 shards has a readable image.* in shard apart the members of 0"
+    with pytest.raises(DataError, match=message), only_lane(data, STAGE, "image") as loader:
         next(loader)
     assert SORT_HINT in caplog.text
 

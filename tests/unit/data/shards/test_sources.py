@@ -41,12 +41,12 @@ def packed(tmp_path_factory):
     return write_demo_shards(tmp_path_factory.mktemp("packed"), images=9, videos=3, shards=2)
 
 
-def source(path, split="train", **told):
-    return SourceConfig(path=str(path), split=split, **told)
+def source(path, split="train", **options):
+    return SourceConfig(path=str(path), split=split, **options)
 
 
-def stage(video_ratio=0.0, **told):
-    return StageConfig(name="s", samples=10, lr=1e-3, video_ratio=video_ratio, **told)
+def stage(video_ratio=0.0, **options):
+    return StageConfig(name="s", samples=10, lr=1e-3, video_ratio=video_ratio, **options)
 
 
 def bare(folder, n):
@@ -106,12 +106,12 @@ def test_a_range_that_cannot_be_meant_is_refused(pattern, said):
 
 
 @pytest.mark.parametrize("typo", ["{000...001}", "{0..}", "{a..c}", "{000..010..2}", "{0}"])
-def test_braces_that_are_neither_a_range_nor_a_list_are_told_with_how_to_write_one(typo):
+def test_braces_that_are_neither_a_range_nor_a_list_are_reported_with_how_to_write_one(typo):
     with pytest.raises(DataError, match=r"is neither a range nor a list; write \{000\.\.127\}"):
         expand_braces(f"s3://b/{typo}.tar")
 
 
-def test_shards_of_one_name_in_several_folders_are_told_apart_and_all_their_samples_come(tmp_path):
+def test_shards_of_one_name_in_several_folders_are_reported_apart_and_all_their_samples_come(tmp_path):
     for folder, count in (("a", 30), ("b", 50)):
         samples = [(f"k{n}", {"png": image(30, 30, n, "PNG"), "txt": folder.encode()}) for n in range(count)]
         write_tar(tmp_path / folder / "000.tar", samples)
@@ -129,7 +129,7 @@ def test_shards_of_one_name_in_several_folders_are_told_apart_and_all_their_samp
     assert set(seen) == {f"a/000/k{n}" for n in range(30)} | {f"b/000/k{n}" for n in range(50)}
 
 
-def test_a_shard_that_is_named_twice_is_refused_and_one_in_two_sources_told(tmp_path, caplog):
+def test_a_shard_that_is_named_twice_is_refused_and_one_in_two_sources_reported(tmp_path, caplog):
     write_tar(tmp_path / "000.tar", [("k", {"txt": b"x"})])
     with pytest.raises(DataError, match=r"names shard .*000\.tar more than once"):
         find_shards([SourceConfig(path=f"{tmp_path}/{{000,000}}.tar")])
@@ -143,7 +143,7 @@ def test_a_missing_shard_of_a_range_is_named(tmp_path):
         find_shards([source(tmp_path / "a-{000..004}.tar")])
 
 
-def test_an_absent_split_is_told_with_the_ones_there_are(packed):
+def test_an_absent_split_is_reported_with_the_ones_there_are(packed):
     with pytest.raises(DataError, match="has no split 'val'; it has test, train"):
         find_shards([source(packed, "val")])
 
@@ -153,7 +153,7 @@ def test_an_empty_folder_says_how_to_pack(tmp_path):
         find_shards([source(tmp_path)])
 
 
-def test_files_that_look_like_shards_and_are_left_out_are_told(tmp_path, caplog, packed):
+def test_files_that_look_like_shards_and_are_left_out_are_reported(tmp_path, caplog, packed):
     bare(tmp_path, 2)
     for name in ("b.TAR", "c.tar.part", "notes.txt", "a.tar.json"):
         (tmp_path / name).write_bytes(b"")
@@ -166,11 +166,11 @@ def test_files_that_look_like_shards_and_are_left_out_are_told(tmp_path, caplog,
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [("s3://", "names no bucket"), ("s3:///x", "names no bucket"), ("a/*.tar", "is no pattern here; name the folder")],
 )
-def test_addresses_that_name_nothing_are_told(path, told):
-    with pytest.raises(DataError, match=told):
+def test_addresses_that_name_nothing_are_reported(path, message):
+    with pytest.raises(DataError, match=message):
         find_shards([source(path)])
 
 
@@ -178,7 +178,7 @@ def test_slashes_too_many_at_the_end_change_nothing(packed):
     assert len(find_shards([source(f"{packed}//")])) == len(find_shards([source(packed)]))
 
 
-def test_compressed_tars_are_refused_or_told_where_others_are(tmp_path, caplog):
+def test_compressed_tars_are_refused_or_reported_where_others_are(tmp_path, caplog):
     (tmp_path / "a.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match=r"1 tars are compressed, such as a\.tar\.gz; .*: decompress first"):
         find_shards([source(tmp_path)])
@@ -240,8 +240,8 @@ def test_the_weights_of_a_stage_must_leave_it_a_source_of_every_modality(tmp_pat
 
 def test_a_shard_knows_its_source_and_its_templates(packed):
     shards = find_shards([source(packed), source(packed, name="again", templates=["a {}", "the {}"])])
-    told = {(shard.source, shard.templates) for shard in shards}
-    assert told == {(packed.name, ()), ("again", ("a {}", "the {}"))}
+    found = {(shard.source, shard.templates) for shard in shards}
+    assert found == {(packed.name, ()), ("again", ("a {}", "the {}"))}
     image, clip_ = (groups_of(shards, modality, {"again": 3}) for modality in ("image", "video"))
     assert [(group.name, group.shards) for group in image + clip_] == [("again", (4, 5)), ("again", (6, 7))]
     assert groups_of(shards, "video", {}) == [ShardGroup("", 1, (2, 3, 6, 7))]
@@ -356,7 +356,7 @@ def test_captions_of_remote_shards_are_those_of_local_ones_and_cost_no_whole_sha
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("a.tar::b.tar", "a.tar::b.tar: :: joins several shards for webdataset.* each is a source of its own"),
         ("s3://b/a.tar::s3://b/c.tar", ":: joins several shards for webdataset"),
@@ -369,14 +369,14 @@ def test_captions_of_remote_shards_are_those_of_local_ones_and_cost_no_whole_sha
         ("file:///data/a.tar", "cannot read from file://.*leave file:// out"),
     ],
 )
-def test_what_only_other_loaders_read_is_named_for_what_it_is(path, told):
-    with pytest.raises(DataError, match=told):
+def test_what_only_other_loaders_read_is_named_for_what_it_is(path, message):
+    with pytest.raises(DataError, match=message):
         find_shards([SourceConfig(path=path)])
     report = verify([SourceConfig(path=path)], progress=False)
-    assert re.search(told, report["sources"][0]["error"])
+    assert re.search(message, report["sources"][0]["error"])
     assert not report["sound"]
     if "::" not in path:
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             read_class_names(path, LOCAL)
 
 

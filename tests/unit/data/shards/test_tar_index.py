@@ -1,4 +1,4 @@
-"""Samples of a tar by address; every kind of damage is told with shard and byte."""
+"""Samples of a tar by address; every kind of damage is reported with shard and byte."""
 
 import gzip
 import io

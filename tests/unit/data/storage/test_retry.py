@@ -14,29 +14,29 @@ def test_a_process_that_was_suspended_does_not_hold_the_time_against_the_store(m
     monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     reached = retry.RateLimiter()
     reached.reached = True
-    patience = retry.RetryPolicy("s3://b/x", 300.0, reached, 20.0)
+    policy = retry.RetryPolicy("s3://b/x", 300.0, reached, 20.0)
     now[0] = 5000.0
-    patience.failed(retry.Failure("the connection failed"))
+    policy.failed(retry.Failure("the connection failed"))
     for second in range(5020, 5260, 20):
         now[0] = float(second)
-        patience.failed(retry.Failure("the connection failed"))
+        policy.failed(retry.Failure("the connection failed"))
     now[0] = 5260.0
     with pytest.raises(DataError, match="nothing came for 300 s and 14 attempts"):
-        patience.failed(retry.Failure("the connection failed"))
+        policy.failed(retry.Failure("the connection failed"))
 
 
-def test_what_comes_fast_enough_starts_the_clock_anew_and_a_slow_connection_is_told(monkeypatch):
+def test_what_comes_fast_enough_starts_the_clock_anew_and_a_slow_connection_is_reported(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
-    patience = retry.RetryPolicy("s3://b/x", 300.0, retry.RateLimiter(), 20.0)
-    patience.connected()
+    policy = retry.RetryPolicy("s3://b/x", 300.0, retry.RateLimiter(), 20.0)
+    policy.connected()
     for second in range(1, 100):
         now[0] = float(second)
-        patience.progress(retry.SLOW_BYTES_PER_S)
-    patience.connected()
+        policy.progress(retry.SLOW_BYTES_PER_S)
+    policy.connected()
     now[0] = 120.0
     with pytest.raises(OSError, match="the connection gave 1310719 bytes in 21 s"):
-        patience.progress(20 * retry.SLOW_BYTES_PER_S - 1)
+        policy.progress(20 * retry.SLOW_BYTES_PER_S - 1)
 
 
 def test_refusals_slow_down_all_requests_of_a_process_and_answers_speed_them_up_again(monkeypatch):
@@ -74,9 +74,9 @@ def test_pauses_grow_are_jittered_and_heed_what_the_store_asks_for(monkeypatch):
     reached = retry.RateLimiter()
     reached.reached = True
     for _ in range(200):
-        patience = retry.RetryPolicy("s3://b/x", 300.0, reached, 20.0)
+        policy = retry.RetryPolicy("s3://b/x", 300.0, reached, 20.0)
         for _ in range(10):
-            patience.failed(retry.Failure("busy"))
+            policy.failed(retry.Failure("busy"))
     longest = [max(slept[number::10]) for number in range(10)]
     assert longest[:6] == sorted(longest[:6])
     assert 0.1 < longest[0] <= 0.2
@@ -87,8 +87,8 @@ def test_pauses_grow_are_jittered_and_heed_what_the_store_asks_for(monkeypatch):
     assert slept == [7.0]
 
 
-def test_the_log_tells_of_trouble_but_does_not_fill_with_it(caplog):
+def test_the_log_warns_of_trouble_but_does_not_fill_with_it(caplog):
     one = retry.RateLimiter()
     for number in range(50):
-        one.tell("failure %d", number)
+        one.warn("failure %d", number)
     assert [record.getMessage() for record in caplog.records] == ["failure 0"]

@@ -7,13 +7,14 @@ import os
 import random
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.fetches import fetches_ended
+from tests.support.progress import wait_until
 from univitar_ds.data.storage import cache_dir
 from univitar_ds.data.storage.cache_dir import CacheDir, Version
 from univitar_ds.data.storage.shard_cache import AHEAD, NEAR, ShardCache
@@ -47,19 +48,8 @@ def version(name: str = "a", size: int = 10_000, etag: str = "1") -> Version:
     return Version(f"s3://b/{name}.tar", etag, size)
 
 
-def spool(folder, source, limit=1 << 30, patience_s=600.0) -> ShardCache:
+def shard_cache(folder, source, limit=1 << 30, patience_s=600.0) -> ShardCache:
     return ShardCache(Path(folder), limit, source, patience_s)
-
-
-def settled(one: ShardCache) -> None:
-    """Until nothing is being fetched and no hint is left."""
-    while True:
-        with one._mutex:  # the end of one download starts the next
-            running = list(one._downloads.values())
-        if not running:
-            return
-        for download in running:
-            download.join()
 
 
 def kept(folder) -> set[str]:
@@ -68,7 +58,7 @@ def kept(folder) -> set[str]:
 
 def test_many_readers_of_a_shard_cost_one_download(tmp_path):
     source = Source()
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     found = []
 
     def read():
@@ -81,15 +71,15 @@ def test_many_readers_of_a_shard_cost_one_download(tmp_path):
     for thread in threads:
         thread.join()
     assert found == [content(version())] * 8
-    settled(one)
+    fetches_ended()
     assert one.read(version(), 3, 5) == content(version())[3:8]
-    assert spool(tmp_path, source).open(version()).read() == content(version())
+    assert shard_cache(tmp_path, source).open(version()).read() == content(version())
     assert source.asked == [("s3://b/a.tar", 0)]
 
 
 def test_a_reader_waits_for_the_bytes_it_needs_and_not_for_the_whole(tmp_path):
     source = Source(gate=50_000)
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     shard = version(size=100_000)
     with one.open(shard) as stream:
         stream.seek(20_000)
@@ -108,7 +98,7 @@ def test_a_reader_waits_for_the_bytes_it_needs_and_not_for_the_whole(tmp_path):
 def test_a_stream_reads_like_a_file(tmp_path_factory, steps, size):
     shard = version(size=size)
     truth = io.BytesIO(content(shard))
-    with spool(tmp_path_factory.mktemp("s"), Source()).open(shard) as stream:
+    with shard_cache(tmp_path_factory.mktemp("s"), Source()).open(shard) as stream:
         for position, n in steps:
             assert stream.seek(position) == truth.seek(position)
             assert stream.read(n) == truth.read(n)
@@ -116,7 +106,7 @@ def test_a_stream_reads_like_a_file(tmp_path_factory, steps, size):
 
 def test_what_is_not_here_is_none_and_what_is_about_to_come_is_waited_for(tmp_path):
     source = Source(gate=10_000)
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     shard = version(size=NEAR + 100_000)
     assert one.read(shard, 0, 10) is None
     assert source.asked == []
@@ -128,27 +118,26 @@ def test_what_is_not_here_is_none_and_what_is_about_to_come_is_waited_for(tmp_pa
 
 
 def test_another_version_is_another_file(tmp_path):
-    one = spool(tmp_path, Source())
+    one = shard_cache(tmp_path, Source())
     for etag in "12":
         one.open(version(etag=etag)).read()
-    settled(one)
+    fetches_ended()
     assert len(kept(tmp_path)) == 2
 
 
 def test_hints_are_followed_in_order_and_a_few_at_a_time(tmp_path):
     source = Source(gate=0)
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     shards = [version(str(number)) for number in range(AHEAD + 3)]
     one.prefetch(shards)
     one.prefetch(shards)
-    assert len(one._downloads) == AHEAD
+    assert len(list(tmp_path.glob("*.part"))) == AHEAD
     late = threading.Thread(target=lambda: one.open(shards[-1]).read())
     late.start()  # a reader need not wait for its turn
-    while shards[-1] not in one._downloads:
-        time.sleep(0.001)
+    wait_until(lambda: (shards[-1].url, 0) in source.asked, "the request of the reader")
     source.opened.set()
     late.join()
-    settled(one)
+    fetches_ended()
     assert sorted(url for url, _ in source.asked) == [shard.url for shard in shards]
     first = {url for url, _ in source.asked[: AHEAD + 1]}
     assert first == {shard.url for shard in [*shards[:AHEAD], shards[-1]]}
@@ -157,12 +146,12 @@ def test_hints_are_followed_in_order_and_a_few_at_a_time(tmp_path):
 def test_later_hints_come_after_earlier_ones_and_none_twice(tmp_path, monkeypatch):
     monkeypatch.setattr("univitar_ds.data.storage.shard_cache.AHEAD", 1)
     source = Source(gate=0)
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     d, a, c, b = (version(name) for name in "dacb")
     one.prefetch([d, a, version("nothing", size=0), c])
     one.prefetch([c, b, a])
     source.opened.set()
-    settled(one)
+    fetches_ended()
     assert [url for url, _ in source.asked] == [shard.url for shard in (d, a, c, b)]
 
 
@@ -176,26 +165,26 @@ def test_the_error_of_a_source_comes_to_its_readers_and_the_next_one_goes_on(tmp
             left[0] -= 1
             yield piece
 
-    one = spool(tmp_path, failing)
+    one = shard_cache(tmp_path, failing)
     with one.open(version()) as stream, pytest.raises(DataError, match="the store is gone"):
         stream.read()
-    settled(one)
+    fetches_ended()
     source = Source()
-    assert spool(tmp_path, source).open(version()).read() == content(version())
+    assert shard_cache(tmp_path, source).open(version()).read() == content(version())
     assert source.asked == [("s3://b/a.tar", 1000)]
 
 
 def test_copies_unused_for_longest_go_first_and_those_being_read_stay(tmp_path):
     source = Source()
-    one = spool(tmp_path, source, limit=35_000)
+    one = shard_cache(tmp_path, source, limit=35_000)
     shards = [version(str(number)) for number in range(5)]
     reading = one.open(shards[0])
     for shard in shards[1:3]:
         one.open(shard).read()
-    settled(one)
+    fetches_ended()
     one.open(shards[1]).read()
     one.open(shards[3]).read()
-    settled(one)
+    fetches_ended()
     assert kept(tmp_path) == {shards[number].name for number in (0, 1, 3)}
     assert one.read(shards[2], 0, 10) is None
     assert reading.read() == content(shards[0])
@@ -203,29 +192,29 @@ def test_copies_unused_for_longest_go_first_and_those_being_read_stay(tmp_path):
     for number in (1, 3):
         one.open(shards[number]).close()
     assert one.open(shards[2]).read() == content(shards[2])
-    settled(one)
+    fetches_ended()
     assert kept(tmp_path) == {shards[number].name for number in (1, 2, 3)}
 
 
-def test_a_limit_below_what_is_read_at_once_is_told_and_stops_nothing(tmp_path, caplog):
-    one = spool(tmp_path, Source(), limit=15_000)
+def test_a_limit_below_what_is_read_at_once_is_reported_and_stops_nothing(tmp_path, caplog):
+    one = shard_cache(tmp_path, Source(), limit=15_000)
     streams = [one.open(version(str(number))) for number in range(3)]
     assert [stream.read() for stream in streams] == [content(version(str(number))) for number in range(3)]
-    told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == 1
-    assert "raise data.cache.limit_gb" in told[0]
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "above the limit of 0.00 GB" in warning
+    assert "raise data.cache.limit_gb" in warning
 
 
 def test_what_is_fetched_ahead_never_goes_above_the_limit(tmp_path, caplog):
     source = Source()
-    one = spool(tmp_path, source, limit=25_000)
+    one = shard_cache(tmp_path, source, limit=25_000)
     with one.open(version("a")) as first, one.open(version("b")) as second:
         first.read(), second.read()
         one.prefetch([version("c")])
-        settled(one)
+        fetches_ended()
         assert [name for name, _ in source.asked] == ["s3://b/a.tar", "s3://b/b.tar"]
     one.prefetch([version("c")])  # now another one may go
-    settled(one)
+    fetches_ended()
     assert len(kept(tmp_path)) == 2
     assert version("c").name in kept(tmp_path)
     assert not caplog.records
@@ -256,35 +245,35 @@ def test_a_copy_that_becomes_whole_while_room_is_made_counts(tmp_path, monkeypat
 
 
 def test_the_limit_leaves_others_some_of_the_disk(tmp_path, monkeypatch):
-    one = spool(tmp_path, Source())
+    one = shard_cache(tmp_path, Source())
     one.open(version("0")).read()
-    settled(one)
+    fetches_ended()
     usage = os.statvfs(tmp_path).f_frsize
     monkeypatch.setattr(cache_dir.shutil, "disk_usage", lambda _: type("Usage", (), {"free": usage})())
     one.open(version("1")).read()
-    settled(one)
+    fetches_ended()
     assert kept(tmp_path) == {version("1").name}
 
 
-@pytest.mark.parametrize("age_s", [0, 10**9])
-def test_a_part_is_gone_on_with_unless_it_is_from_before_the_machine_was_started(tmp_path, age_s):
+@pytest.mark.parametrize(("written_at", "asked_from"), [(None, 4000), ((0.0, 0.0), 0)], ids=["now", "in 1970"])
+def test_a_part_is_continued_unless_it_is_from_before_the_machine_was_started(tmp_path, written_at, asked_from):
     part = tmp_path / f"{version().name}.part"
-    part.write_bytes(content(version())[:4000] if age_s == 0 else bytes(4000))
-    os.utime(part, (time.time() - age_s, time.time() - age_s))
+    part.write_bytes(content(version())[:asked_from] or bytes(4000))
+    os.utime(part, written_at)
     source = Source()
-    assert spool(tmp_path, source).open(version()).read() == content(version())
-    assert source.asked == [("s3://b/a.tar", 4000 if age_s == 0 else 0)]
+    assert shard_cache(tmp_path, source).open(version()).read() == content(version())
+    assert source.asked == [("s3://b/a.tar", asked_from)]
 
 
 def test_a_copy_of_a_wrong_size_is_fetched_anew(tmp_path):
     (tmp_path / version().name).write_bytes(b"cut")
-    assert spool(tmp_path, Source()).open(version()).read() == content(version())
+    assert shard_cache(tmp_path, Source()).open(version()).read() == content(version())
 
 
 def test_a_copy_that_becomes_whole_while_it_is_looked_for_is_found(tmp_path, monkeypatch):
-    one = spool(tmp_path, Source())
+    one = shard_cache(tmp_path, Source())
     one.open(version()).read()
-    settled(one)
+    fetches_ended()
     whole, part = tmp_path / version().name, tmp_path / f"{version().name}.part"
     whole.rename(part)
 
@@ -300,15 +289,15 @@ def test_a_copy_that_becomes_whole_while_it_is_looked_for_is_found(tmp_path, mon
     assert one.read(version(), 0, 10) == content(version())[:10]
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match=r"file: local copies cannot be kept there \(.*\); give data.cache.folder"):
-        spool(tmp_path / "file", Source()).open(version())
+    with pytest.raises(DataError, match=r"/file: .*give data\.cache\.folder another place"):
+        shard_cache(tmp_path / "file", Source()).open(version())
 
 
 def _stuck_at(folder, gate, ready):
     """A process that fetches a shard up to a byte and no further."""
-    one = spool(folder, Source(gate=gate))
+    one = shard_cache(folder, Source(gate=gate))
     with one.open(version()) as stream:
         stream.read(gate)
         ready.set()
@@ -326,9 +315,9 @@ def stuck(tmp_path):
     process.join()
 
 
-def test_who_reads_with_a_process_that_is_killed_goes_on_where_it_was(tmp_path, stuck):
+def test_a_reader_continues_the_download_of_a_process_that_was_killed(tmp_path, stuck):
     source = Source()
-    one = spool(tmp_path, source)
+    one = shard_cache(tmp_path, source)
     with one.open(version()) as stream:
         assert stream.read(5000) == content(version())[:5000]
         assert source.asked == []  # the other process is at it
@@ -338,20 +327,20 @@ def test_who_reads_with_a_process_that_is_killed_goes_on_where_it_was(tmp_path, 
 
 
 def test_a_process_that_fetches_and_gets_nothing_is_not_waited_for_for_ever(tmp_path, stuck):
-    one = spool(tmp_path, Source(), patience_s=0.2)
-    with one.open(version()) as stream, pytest.raises(DataError, match=r"got nothing for 0 s; stop that process"):
+    one = shard_cache(tmp_path, Source(), patience_s=0.2)
+    with one.open(version()) as stream, pytest.raises(DataError, match=r"a\.tar: .* for 0 s; stop that process"):
         stream.read()
 
 
 def test_nothing_that_another_process_fetches_is_evicted(tmp_path, stuck):
-    one = spool(tmp_path, Source(), limit=1)
+    one = shard_cache(tmp_path, Source(), limit=1)
     one.open(version("other")).read()
     assert (tmp_path / f"{version().name}.part").exists()
 
 
 def _read_all(folder, seed, failures):
     try:
-        one = spool(folder, Source(), limit=45_000)
+        one = shard_cache(folder, Source(), limit=45_000)
         for number in random.Random(seed).sample(range(8), 8) * 2:
             shard = version(str(number), 10_000 + number)
             with one.open(shard) as stream:

@@ -37,7 +37,7 @@ def with_checksum(content: bytes, packed: bytes) -> dict[str, bytes]:
     return {"jpg": content, "json": json.dumps(fields | {"crc32": zlib.crc32(packed)}).encode()}
 
 
-def test_every_kind_of_bad_sample_is_told_under_its_key(tmp_path):
+def test_every_kind_of_bad_sample_is_reported_under_its_key(tmp_path):
     half = JPEG[: len(JPEG) // 2]
     samples = [
         ("good", {"jpg": JPEG, "json": TEXT}),
@@ -111,7 +111,7 @@ def test_a_sound_source_is_called_sound(tmp_path):
     assert [row["samples"] for row in found["shards"]] == [row["samples_in_manifest"] for row in found["shards"]]
 
 
-def test_damage_is_told_with_its_byte_and_the_rest_of_the_shard_is_checked(tmp_path):
+def test_damage_is_reported_with_its_byte_and_the_rest_of_the_shard_is_checked(tmp_path):
     folder = folder_of(tmp_path)
     name = "train-image-000001.tar"
     with tarfile.open(folder / name) as tar:
@@ -164,7 +164,7 @@ def test_a_sample_that_was_taken_out_cleanly_is_missed_where_there_is_a_manifest
     assert row["faults"] == []
 
 
-def test_a_manifest_that_counts_other_samples_is_told_though_the_bytes_are_its_own(tmp_path):
+def test_a_manifest_that_counts_other_samples_is_reported_though_the_bytes_are_its_own(tmp_path):
     folder = folder_of(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0]["samples"] += 1
@@ -194,7 +194,7 @@ def test_a_source_on_s3_gives_the_report_of_the_same_files_here(tmp_path):
     assert there["sound"]
 
 
-def test_a_video_in_a_shard_of_images_is_told_as_no_lane_reads_it(tmp_path):
+def test_a_video_in_a_shard_of_images_is_reported_as_no_lane_reads_it(tmp_path):
     folder = folder_of(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     for shard in manifest["shards"]:
@@ -251,11 +251,11 @@ def test_the_report_depends_on_the_data_alone(tmp_path, capsys):
 
 @pytest.mark.parametrize(("workers", "hired"), [(1, 1), (4, 4), (9, 6)])
 def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tmp_path, monkeypatch, workers, hired):
-    crews = []
+    pools = []
 
     class Idle(TaskPool):
         def __init__(self, work, workers, silence_s):
-            crews.append((work, workers))
+            pools.append((work, workers))
 
         def run(self, tasks):
             return ((task.number, Done()) for task in tasks)
@@ -265,7 +265,7 @@ def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tm
 
     monkeypatch.setattr("univitar_ds.data.tools.verify.TaskPool", Idle)
     assert len(report(folder_of(tmp_path), workers=workers)["shards"]) == 6
-    assert crews == [(check_shard, hired)]
+    assert pools == [(check_shard, hired)]
 
 
 def dying(task: Task, tell) -> None:
