@@ -4,19 +4,14 @@ No such process takes more than its limit, none hangs, and the file is a bad sam
 """
 
 import json
-import struct
 import sys
-import zlib
 
 import pytest
-from PIL import Image
 
 from tests.support import media
+from tests.support.hostile import FILES, MIB, ORDINARY, claiming
 from tests.support.progress import run_watched
 from tests.support.shards import write_tar
-
-MANY = 60_000_000
-MIB = 1 << 20
 
 READER = """
 import json, os, sys
@@ -55,85 +50,6 @@ for path in sys.argv[1:]:
     print(json.dumps([status, json.loads(answer or "null"), used.ru_maxrss >> 10]))
 print(json.dumps(int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) >> 10))
 """
-
-
-def box(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", 8 + len(content)) + name + content
-
-
-def words(*numbers: int) -> bytes:
-    return struct.pack(f">{len(numbers)}I", *numbers)
-
-
-def track(*tables: bytes, handler: bytes = b"vide") -> bytes:
-    holders = box(b"minf", box(b"stbl", b"".join(tables)))
-    return box(b"trak", box(b"mdia", box(b"hdlr", words(0, 0) + handler + bytes(13)) + holders))
-
-
-def movie(*boxes: bytes, bulk: int = 0) -> bytes:
-    return box(b"ftyp", b"isom" + words(0)) + box(b"moov", b"".join(boxes)) + box(b"mdat", bytes(bulk))
-
-
-def altered(data: bytes, table: bytes, at: int, *numbers: int) -> bytes:
-    """With other numbers from an offset on in the contents of the only box of that name."""
-    assert data.count(table) == 1
-    begin = data.index(table) + 4 + at
-    return data[:begin] + words(*numbers) + data[begin + 4 * len(numbers) :]
-
-
-def claiming(samples: int) -> bytes:
-    """A whole video of some hundred bytes whose tables claim many samples of one byte."""
-    data = altered(media.video(media.grey_frames(8)), b"stsz", 4, 1, samples)
-    return altered(altered(data, b"stts", 8, samples), b"stsc", 12, samples)
-
-
-def sound(count: int, chunk: int) -> bytes:
-    tables = [(b"stts", words(0, 1, count, 1)), (b"stsz", words(0, 1, count)), (b"stco", words(0, 2, 0, 0)),
-              (b"stsc", words(0, 1, 1, chunk, 1))]  # fmt: skip
-    return track(*[box(name, content) for name, content in tables], handler=b"soun")
-
-
-def packed_header(header: bytes) -> bytes:
-    return box(b"cmov", box(b"dcom", b"zlib") + box(b"cmvd", words(len(header)) + zlib.compress(header)))
-
-
-CLAIM = box(b"stsz", words(0, 1, MANY))
-FILES = {
-    "12 million frames.mp4": lambda: claiming(12_000_000),
-    "60 million frames.mp4": lambda: claiming(MANY),
-    "2 billion frames.mp4": lambda: claiming(2**31 - 1),
-    "times.mp4": lambda: movie(track(box(b"stts", words(0, MANY, 1, 1)))),
-    "offsets.mp4": lambda: movie(track(box(b"ctts", words(0, MANY, 1, 1))), bulk=100),
-    "keyframes.mp4": lambda: movie(track(box(b"stss", words(0, MANY)))),
-    "fragment.mp4": lambda: movie() + box(b"moof", box(b"traf", box(b"trun", words(0, MANY)))),
-    "packed.mp4": lambda: movie(packed_header(box(b"moov", track(CLAIM)))),
-    "flood.mp4": lambda: movie(packed_header(bytes(1 << 26))),
-    "inside.mp4": lambda: movie(track(box(b"stsd", words(0, 1) + box(b"avc1", bytes(78) + CLAIM)))),
-    "aside.mp4": lambda: movie() + box(b"free", box(b"mvhd", bytes(100)) + track(CLAIM)),
-    "boxes.mp4": lambda: movie(box(b"free", b"") * 500_000),
-    "amplitudes.mp4": lambda: movie(sound(2**31 - 1, 2**31 - 1), bulk=1000),
-    "many tracks.mp4": lambda: movie(*[track(CLAIM)] * 300),
-}
-
-
-ORDINARY = {
-    "ordinary.mp4": lambda: media.video(media.grey_frames(8)),
-    "ordinary.png": lambda: media.encoded(media.quarters(), "PNG"),
-}
-
-
-def jpeg2000(width: int, height: int, tile: tuple[int, int], mode: str = "L", **options) -> bytes:
-    """A small image whose header says another size."""
-    data = bytearray(media.encoded(Image.new(mode, (64, 64)), "JPEG2000", no_jp2=True, **options))
-    struct.pack_into(">8I", data, 8, width, height, 0, 0, *tile, 0, 0)
-    return bytes(data)
-
-
-FILES |= {
-    "blocks.j2k": lambda: jpeg2000(10_000, 10_000, (10_000, 10_000), codeblock_size=(4, 4)),
-    "tiles.j2k": lambda: jpeg2000(9984, 9984, (39, 39), "RGBA"),
-    "one tile.j2k": lambda: jpeg2000(10_000, 10_000, (10_000, 10_000), "RGB"),
-}
 
 
 @pytest.fixture(scope="module")

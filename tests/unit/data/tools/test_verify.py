@@ -9,6 +9,7 @@ import zlib
 
 import pytest
 
+from tests.support import hostile
 from tests.support.progress import run_watched
 from tests.support.s3 import s3_server
 from tests.support.shards import image, sidecar, video, write_demo_shards, write_tar
@@ -305,3 +306,12 @@ def test_metadata_that_does_not_describe_its_file_is_reported(tmp_path, decode):
     ]
     expected = {"turned": "wrong_size", "swapped": "wrong_kind"} | ({"large": "wrong_size"} if decode else {})
     assert outcome(write_tar(tmp_path / "a.tar", samples), decode) == expected
+
+
+def test_hostile_media_are_bad_samples_and_the_others_are_sound(tmp_path):
+    names = ["60 million frames.mp4", "flood.mp4", "screen.gif", "tile.tif", "profile.png"]
+    samples = [(str(number), {name[-3:]: hostile.FILES[name](), "json": TEXT}) for number, name in enumerate(names)]
+    (shard,) = report(write_tar(tmp_path / "a.tar", [*samples, ("good", {"jpg": JPEG, "json": TEXT})]))["shards"]
+    assert shard["samples"] == 6
+    assert {fault["key"] for fault in shard["faults"]} == set("01234")
+    assert set(shard["bad"]) <= {"corrupt", "too_large", "no_video"}
