@@ -16,7 +16,7 @@ help:
 	@echo "make test-all   the long tests that make test leaves out"
 	@echo "make test-numerics  tests of numbers, as other processors would run them (about 6 minutes)"
 	@echo "make lint       ruff"
-	@echo "make bench-cpu  a training step of the encoder on the CPU beside other ways to run it (about 10 minutes)"
+	@echo "make bench-cpu  a training step of the encoder on the CPU, and other ways to run it (about 10 minutes)"
 	@echo "make bench-gpu  the fused kernels and a training step on a GPU"
 	@echo "make clean      remove the environment and what the demo wrote in its folder"
 

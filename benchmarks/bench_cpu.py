@@ -1,25 +1,26 @@
-"""What does a training step of the encoder cost on a CPU, beside other ways to run the same model, and the floor?
+"""The cost of a training step of the encoder on a CPU, compared with other ways to run the same model, and with the
+floor.
 
     make bench-cpu          (python benchmarks/bench_cpu.py [--turns 12] [--layers 1] [--dtypes fp32 bf16])
 
 One fixed workload: 40 images of 72 to 900 tokens, 12,043 in all, in six packs of about 2,000 (fp32 buffers of larger
-packs exceed what malloc keeps, and every one is then paid for in page faults). Contenders that cannot pack get the
+packs exceed what malloc keeps, so each causes page faults). Contenders that cannot pack get the
 images of a pack as a batch, padded to the longest of all, as a batch of the 40 would be; `near lengths` means that
 they are sorted by length and padded to the longest of six or seven. `released way, one batch` gets all 40 at once: the
-release knows no packs. `timm NaFlexViT, its lengths` gets what timm's training loader would make of images that must
+release has no packs. `timm NaFlexViT, its lengths` gets what timm's training loader would make of images that must
 not be resized: each in the shortest of its five sequence lengths (`NaFlexMapDatasetWrapper`), a batch a length.
 A measurement is forward and backward of one pack, in CPU seconds of this process with one thread; the contenders take
-turns pack by pack, in an order that rotates, so that what else the machine does meets all alike. A figure is the
-median over packs of the ratio within a turn; where the images are grouped in another way, the ratio of sums over
+turns pack by pack, in an order that rotates, so that other load of the machine affects all equally. A figure is the
+median over packs of the ratio within a turn; if the images are grouped in another way, the ratio of sums over
 whole rounds.
 
-transformers is a requirement of the project. timm is not, and goes into a folder of its own, benchmarks/.peers:
+transformers is a requirement of the project. timm is not, and is installed in a separate folder, benchmarks/.peers:
 
     .venv/bin/python -m pip install --no-deps --target benchmarks/.peers timm torchvision==0.28.0
 
 In the project's environment a torchvision whose build does not fit torch would keep transformers from being imported;
 from that folder only timm's contender imports (its own torchvision operators are not needed). Without it timm's rows
-are left out and that is said. Rows go to results/bench_cpu.csv.
+are left out, which is reported. Rows go to results/bench_cpu.csv.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def group(grids: list[tuple[int, int]], dtype: torch.dtype, padded_to: int | Non
 
 
 def otherwise() -> dict[str, list[tuple[list[tuple[int, int]], int | None]]]:
-    """What the contenders that do not get the packs get in a round instead: images, and what they are padded to."""
+    """The batches of contenders that do not use the packs: images, and the length to which they are padded."""
     alike = [(grids, None) for grids in near()]
     return {
         "released way, one batch": [(list(GRIDS), None)],

@@ -1,18 +1,18 @@
-"""How near do the fused operations come to the memory and the matrix units of a GPU, and a training step to its peak?
+"""Fused operations compared with the memory and the matrix units of a GPU, and a training step compared with its peak.
 
     python benchmarks/bench_gpu.py [--only kernels | step] [--encoders 0.3b 0.6b 1b] [--seconds 0.3]
     python benchmarks/bench_gpu.py --device cpu --tiny
 
-Needs torch and triton beside the project, gcc and the headers of Python (python3-dev), with which triton compiles its
-launcher, and one GPU with 80 GB. Rows of the operations go to results/bench_gpu_kernels.csv: milliseconds against
-plain torch and torch.compile, GB/s (bytes counted by hand, `gpu/counts.py`) against copies on the device, a
+Needs torch and triton in addition to the project, gcc and the headers of Python (python3-dev), with which triton
+compiles its launcher, and one GPU with 80 GB. Rows of the operations go to results/bench_gpu_kernels.csv: milliseconds
+against plain torch and torch.compile, GB/s (bytes counted by hand, `gpu/counts.py`) against copies on the device, a
 large one (copy_) and one of as many bytes (copy_same_), and TFLOP/s of patch_embed against torch's product of the same
 size, whose rows are filled up to 16 bytes. Rows of the step go to results/bench_gpu_step.csv. A case that fails is
 reported at the end, and the exit code is 1. All of it may take more than ten minutes; `--only` and `--encoders` take
 parts of it, which add their rows to the same files.
 
-The second form is a dry run: every line of the first on small shapes on the CPU, by the clock, torch.compile without
-a compiler behind it. It writes no rows, for its figures mean nothing.
+The second form is a dry run: every line of the first on small shapes on the CPU, with wall-clock times and
+torch.compile without a compiler. It writes no rows, since its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -81,16 +81,16 @@ def main() -> int:
     plan, device = TINY if arguments.tiny else FULL, torch.device(arguments.device)
     if arguments.encoders:
         plan = replace(plan, encoders={name: plan.encoders[name] for name in arguments.encoders})
-    from torch._functorch import config as graphs  # slow to load, and of no use without a GPU
+    from torch._functorch import config as graphs  # slow to load, and not used without a GPU
 
-    # Backward passes are timed again and again over one graph, which compiled ones forbid by default.
+    # Backward passes are timed repeatedly over one graph, which compiled ones do not allow by default.
     graphs.donated_buffer = False
     timer = Timer(device, arguments.seconds)
     failures: list[str] = []
     if arguments.only != "step":
-        _kernels(plan, timer, failures, keep=not arguments.tiny)
+        measure_kernels(plan, timer, failures, keep=not arguments.tiny)
     if arguments.only != "kernels":
-        _steps(plan, timer, failures, keep=not arguments.tiny)
+        measure_steps(plan, timer, failures, keep=not arguments.tiny)
     for failure in failures:
         sys.stderr.write(f"failed: {failure}\n")
     return 1 if failures else 0
@@ -105,31 +105,31 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.3, help="time spent on runs of one case and one way")
     arguments = parser.parse_args()
     if arguments.device == "cpu" and not arguments.tiny:
-        parser.error("--device cpu goes with --tiny: the full shapes would take a CPU days")
+        parser.error("--device cpu needs --tiny: the full shapes would take a CPU days")
     if arguments.encoders and arguments.tiny:
         parser.error("--encoders chooses among the full shapes, which --tiny leaves out")
     return arguments
 
 
-def _kernels(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> None:
+def measure_kernels(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> None:
     copy = copy_gb_s(timer, plan.copy_bytes)
     for config in plan.encoders.values():
         for tokens in plan.kernel_tokens:
             for case in bench_kernels.cases(config, tokens, timer.device, plan.dtype):
                 name = f"{case.op} of {case.pack}, {tokens} tokens, width {case.width}"
                 rows = _guarded(failures, name, partial(bench_kernels.measure, case, timer, copy, plan.compiler))
-                _tell(rows or [], timer.device, "bench_gpu_kernels.csv", keep)
+                _report(rows or [], timer.device, "bench_gpu_kernels.csv", keep)
                 torch._dynamo.reset()
 
 
-def _steps(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> None:
+def measure_steps(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) -> None:
     peak = max(matmul_tflops(timer, *shape, plan.dtype) for shape in plan.matmuls)
     for name, config in plan.encoders.items():
         model = bench_step.build(config, timer.device, plan.dtype)
         for items, grids in bench_step.lengths(plan.step_tokens, plan.step_lengths).items():
             run = partial(bench_step.measure, name, model, items, grids, timer, peak)
             row = _guarded(failures, f"step of {name}, items of {items}", run)
-            _tell([row] if row else [], timer.device, "bench_gpu_step.csv", keep)
+            _report([row] if row else [], timer.device, "bench_gpu_step.csv", keep)
 
 
 def _guarded(failures: list[str], name: str, run: Callable[[], Any]) -> Any:
@@ -145,7 +145,7 @@ def _guarded(failures: list[str], name: str, run: Callable[[], Any]) -> Any:
             torch.cuda.empty_cache()
 
 
-def _tell(rows: list[dict[str, Any]], device: torch.device, file: str, keep: bool) -> None:
+def _report(rows: list[dict[str, Any]], device: torch.device, file: str, keep: bool) -> None:
     for row in rows:
         sys.stderr.write("  ".join(f"{name} {value}" for name, value in row.items() if value is not None) + "\n")
     if rows and keep:

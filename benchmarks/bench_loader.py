@@ -1,13 +1,13 @@
-"""What does the loader cost beside a bare loop, webdataset with a DataLoader, and megatron-energon?
+"""The cost of the loader, compared with a bare loop, webdataset with a DataLoader, and megatron-energon.
 
     python benchmarks/bench_loader.py SHARDS [--rounds 3] [--peer-python PYTHON] [--s3]
     python benchmarks/bench_loader.py SHARDS --before CHECKOUT --contenders ours bare
     python benchmarks/bench_loader.py SHARDS --curve 30 [--s3] [--sizes native_8k]
 
 SHARDS is a folder from `univitar-ds data pack`; at least four shards, so that others can share them among workers.
-Each contender of `loader_contenders.py` runs in a process of its own, all of them in turn in every round, so that the
-rows of a round met the same machine. Rows have CPU seconds per 1,000 samples over whole epochs after warming up, of
-the process and all it started; samples per second; memory; and for ours the seconds from the decoding processes being
+Each contender of `loader_contenders.py` runs in its own process, all of them in turn in every round, so that the rows
+of a round have the same conditions. Rows have CPU seconds per 1,000 samples over whole epochs after warming up, of the
+process and all its descendants; samples per second; memory; and for ours the seconds from the decoding processes being
 up to the first pack. Ratios are medians over the rounds. psutil comes with `pip install -e '.[bench]'`, energon
 with `pip install -e '.[energon]'` and --contenders ours bare webdataset energon; --peer-python names the Python of
 another environment that has them. --s3 adds a row for ours that reads the same shards from a store on this machine
@@ -16,7 +16,7 @@ another environment that has them. --s3 adds a row for ours that reads the same 
 store, to results/bench_loader_pages.csv.
 
 Memory is the proportional set size (a page shared by n processes counts 1/n in each) of the trainer's process and
-the decoding processes, ring included; `base_mb` is the same process after importing the loader, before it starts.
+the decoding processes, shared slots included; `base_mb` is the same process after importing the loader.
 Where other programs on the machine use torch too, that counts too little; --curve also counts distinct pages.
 """
 
@@ -62,7 +62,7 @@ _MAPPED, _FRAME = 1 << 63, (1 << 55) - 1
 
 
 def family(pid: int | None = None) -> list[psutil.Process]:
-    """A process, by default this one, and all it started."""
+    """A process, by default this one, and its descendants."""
     first = psutil.Process(pid)
     return [first, *first.children(recursive=True)]
 
@@ -83,7 +83,7 @@ def memory_mb(pid: int | None = None) -> tuple[float, float]:
 
 
 def distinct_mb(pid: int) -> float:
-    """Memory pages that the family has mapped, each counted once: does not hang on who else runs. Needs root.
+    """Memory pages that the family has mapped, each counted once: independent of other programs. Needs root.
 
     For another process than this: counting takes 9 MB.
     """
@@ -105,7 +105,7 @@ def distinct_mb(pid: int) -> float:
 
 
 class Times(logging.Handler):
-    """When each decoding process said that it is up."""
+    """The time at which each decoding process reported that it is up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,8 @@ def measure(name: str, task: Task, epoch: int, epochs: int) -> dict[str, Any]:
 
 
 def first_pack(name: str, task: Task) -> tuple[float, float | None]:
-    """Seconds from nothing, and from all decoding processes being up, to the first pack of a rank with one lane."""
+    """Seconds from the start, and from the time when all decoding processes are up, to the first pack of a rank with
+    one lane."""
     times = Times()
     logger = logging.getLogger("univitar_ds.data.decoding.supervisor")
     logger.setLevel(logging.INFO)
@@ -210,7 +211,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def detail(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The medians over rounds of what a contender costs and of what ours costs beside it."""
+    """The medians over rounds of the cost of a contender and of ours in the same round."""
     for sizes in dict.fromkeys(row["sizes"] for row in rows):
         of = {name: [row for row in rows if (row["sizes"], row["contender"]) == (sizes, name)] for name in _names(rows)}
         for name, own in of.items() if "ours" in of else ():
@@ -228,7 +229,7 @@ def _names(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def curve(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Memory of ours every ten seconds, seen from outside, at a pace that may leave the machine to others."""
+    """Memory of ours every ten seconds, measured from outside, at a limited rate of packs."""
     (sizes,) = arguments.sizes
     with store(arguments.shards) if arguments.s3 else nullcontext((arguments.shards, None)) as (address, endpoint):
         context = multiprocessing.get_context("spawn")

@@ -1,9 +1,9 @@
-"""How full are the packs, how equal their cost within a step, how long does a sample wait, what does choosing cost?
+"""The fill of packs, the differences of cost within a step, the waiting time of samples, and the cost of packing.
 
     python benchmarks/bench_packing.py [--photos FOLDER] [--steps 200]
 
 Four real lanes plan packs from shards; nothing is decoded. The photos are packed first, with their sizes as they are.
-Every other mix is made here: images that are nothing but a JPEG header. A cost budget is given as a share of what a
+Every other mix is made here: images that consist of a JPEG header only. A cost budget is given as a share of what a
 pack full of tokens costs on average, for the 0.3B encoder. Rows go to results/bench_packing.csv.
 """
 
@@ -98,7 +98,7 @@ def most_possible(sizes: list[int], budget: int) -> float:
     """A bound on the fill of an epoch in which items are nearly alike, so that packs have n or n + 1 of them.
 
     Packs of n + 1 can only hold as many items as are small enough on average; all others have at most n.
-    1 where even n + 2 of the smallest fit (of two epochs: a pack may hold both), for then it says nothing.
+    1 where even n + 2 of the smallest fit (of two epochs: a pack may hold both), since the bound is not useful then.
     """
     sizes = sorted(sizes)
     few = int(budget / (sum(sizes) / len(sizes)))

@@ -1,16 +1,16 @@
-"""Does the recipe help? Fixed size, curriculum, and curriculum with distillation, with equal samples, over seeds.
+"""The effect of the recipe: fixed size, curriculum, and curriculum with distillation, with equal samples, over seeds.
 
     python benchmarks/bench_recipe.py WORK [--samples 3000] [--seeds 0 1 2]
 
 Everything happens in the folder WORK: the demo's scenes, other scenes from another seed for the teacher, which is an
-encoder of the same size trained on them, and a run for each arm and seed. What is there already is used again, so an
-interrupted call goes on where it was. Each run is evaluated at a quarter, half, three quarters and the whole of its
-samples on compositions of colour and shape that no arm has seen. Rows go to results/bench_recipe.csv.
+encoder of the same size trained on them, and a run for each arm and seed. Existing results are used again, so an
+interrupted call continues where it stopped. Each run is evaluated at a quarter, half, three quarters and the whole of
+its samples on compositions of colour and shape that no arm has seen. Rows go to results/bench_recipe.csv.
 
 Runs have one process and one lane: half the demo's batch. All arms have the same share of steps with videos and the
 same largest number of tokens an item. `fixed` resizes everything to one square; `curriculum` goes from small squares
-to native images to native images and videos; `distilled` is the curriculum with the teacher's features beside the
-contrastive loss, their weight falling.
+to native images to native images and videos; `distilled` is the curriculum with a distillation loss of decreasing
+weight.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from univitar_ds.training.checkpoint.sharded import read_state
 ARMS = ("fixed", "curriculum", "distilled")
 IMAGES, VIDEOS = 1600, 1600
 TEACHER_SCENES = 100
-"""Seed of the scenes that the teacher was trained on: the same kind of data, none of it the same."""
+"""Seed of the scenes that the teacher was trained on: the same kind of data, but no common samples."""
 VIDEO_SHARE = 0.4
 SHARES = (0.2, 0.2, 0.6)
 """Of the samples, by stage of the curriculum; the last has all videos."""
@@ -62,7 +62,7 @@ def main() -> None:
     teacher = None
     if "distilled" in arguments.arms:
         teacher = provide_teacher(work, samples)
-    for seed in arguments.seeds:  # seeds first: what is measured when time runs out is complete for some seeds
+    for seed in arguments.seeds:  # all arms of a seed first: if time runs out, the results of some seeds are complete
         for arm in arguments.arms:
             config = run_of(arm, work, shards, samples, seed, teacher)
             train(config, work)
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def provide_shards(work: Path, name: str, seed: int) -> Path:
-    """The demo's kind of scenes, packed."""
+    """Scenes like those of the demo, packed."""
     shards = work / f"{name}-shards"
     if not (shards / "manifest.json").is_file():
         write_scenes(work / name, images=IMAGES, videos=VIDEOS, seed=seed, progress=True)
@@ -87,7 +87,7 @@ def provide_teacher(work: Path, samples: int) -> Path:
 
 
 def run_of(arm: str, work: Path, shards: Path, samples: int, seed: int, teacher: Path | None) -> dict[str, Any]:
-    """The run file of an arm: the demo's but for its stages."""
+    """The run file of an arm: that of the demo with other stages."""
     config = read_yaml(recipe_path("demo"))
     (demo_stage,) = config["stages"]
     common = {key: demo_stage[key] for key in ("video_frames", "token_budget", "lr", "final_lr_ratio")}
@@ -128,7 +128,7 @@ def stages_of(arm: str, samples: int, common: dict[str, Any]) -> Iterator[dict[s
 
 
 def train(config: dict[str, Any], work: Path) -> None:
-    """Unless its run is there, whole; one that was interrupted goes on."""
+    """Trains an arm unless its run is complete; continues one that was interrupted."""
     run = work / "runs" / config["name"]
     if (run / "export/config.json").is_file():
         return

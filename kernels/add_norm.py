@@ -35,7 +35,7 @@ def forward_kernel(
     for tile in tl.static_range(TILES):
         at = tile * BLOCK + lane
         total = load_rows(X, row, at, T, N) + load_rows(BRANCH, row, at, T, N) * load_vector(S, at, N, R)
-        # The sum as it is stored is what is normed, here and in the backward.
+        # The stored (rounded) sum is normed, here and in the backward.
         total = total.to(SUM.dtype.element_ty).to(tl.float32)
         store_rows(SUM, total, row, at, T, N)
         squares += total * total

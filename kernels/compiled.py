@@ -1,12 +1,13 @@
 """The token-wise operations on a CPU, each forward and each backward one loop made by torch.compile.
 
-Names, shapes and precision are `kernels.reference`'s. Forward and backward are written by hand here and compiled apart,
-so that the code of an operation is the same with and without gradients and under activation checkpointing, and so that
-only its inputs and one reciprocal root mean square a token are kept in between. Sizes are symbols: packs of any
-length run the same code. The angles are the exception to one pass: cosines and sines of a pack are computed once and
-shared by its layers, for in the loop over heads they would be computed H times.
+Names, shapes and precision are `kernels.reference`'s. Forward and backward are written by hand here and compiled
+separately, so that the code of an operation is the same with and without gradients and under activation checkpointing,
+and so that only its inputs and one reciprocal root mean square a token are kept in between. Sizes are symbolic: packs
+of any length run the same code. Only the angles are not computed in the same loop: cosines and sines of a pack are
+computed once and shared by its layers, since the loop over heads would compute them H times.
 
-Where the compiler fails, the same functions run as plain torch, and one message says why. Shape legend: `reference`.
+If the compiler fails, the same functions run as plain torch, and one message reports the reason. Shape legend:
+`reference`.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from univitar_ds.kernels import reference
-from univitar_ds.kernels.reference import patch_embed as patch_embed  # compiling gains it nothing: a product and a copy
+from univitar_ds.kernels.reference import patch_embed as patch_embed  # compiling gains nothing here
 
 log = logging.getLogger(__name__)
 
 
 class Region:
-    """A function of tensors whose first has the pack's T as first size; compiled when it is first called.
+    """A function of tensors, the first of which has T rows; compiled at its first call.
 
-    One token or none runs as plain torch, since torch.compile makes sizes 0 and 1 cases of their own.
+    One token or none runs as plain torch, since torch.compile specialises on sizes 0 and 1.
     """
 
     failed = False
@@ -45,14 +46,14 @@ class Region:
         )
 
     def __call__(self, *inputs: Any) -> Any:
-        # Detached: whether a weight is trained is nothing that another code is to be compiled for.
+        # Detached, so that no other code is compiled for frozen weights.
         inputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
         if Region.failed or len(inputs[0]) < 2:
             return self.plain(*inputs)
         try:
             return self.compiled(*inputs)
         except Exception as error:  # of many classes, from dynamo, inductor, the C++ compiler and the linker
-            result = self.plain(*inputs)  # a fault of the inputs is raised again here, by plain torch
+            result = self.plain(*inputs)  # an error in the inputs is raised here again by plain torch
             Region.failed = True
             log.warning(
                 "torch.compile failed, the token-wise operations run as plain torch (%s); a C++ compiler such as g++ "
@@ -170,7 +171,10 @@ def _rope_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor,
     k_weight: Tensor, q_inverse: Tensor, k_inverse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The norm sees x turned; turned back, its gradient is that of a norm of x itself, for turning keeps lengths."""
+    """The gradient of the norm of the rotated x, rotated back; a rotation preserves the norm.
+
+    Many arguments because a `Region` detaches each tensor that it is given, and does not look into containers.
+    """
     dx, dw = [], []
     for part, grad, weight, inverse in ((0, grad_q, q_weight, q_inverse), (1, grad_k, k_weight, k_inverse)):
         x, grad, inverse = _wide(qkv[:, part]), _wide(grad), inverse[:, None, None]
@@ -182,14 +186,14 @@ def _rope_backward(
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(T, H, K), (T, K/2) -> (T, H, K): planes (i, i + K/2) turned."""
+    """(T, H, K), (T, K/2) -> (T, H, K): planes (i, i + K/2) rotated."""
     first, second = x.chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Per tensor of positions: {(K, theta): cosines and sines}, for as long as the positions live."""
+"""Per tensor of positions: {(K, theta): cosines and sines}, as long as the positions exist."""
 
 
 def _table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:

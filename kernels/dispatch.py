@@ -2,8 +2,8 @@
 
 Chosen once for each kind of device and type, and logged with the reason. An implementation is a module of this
 package with the functions of `OPERATIONS`, the names and signatures of `kernels.reference`; it is imported when it is
-first chosen, so that a process without a GPU never loads triton. `UNIVITAR_DS_KERNELS` names one to be taken
-whatever the device, for the search of a fault.
+first chosen, so that a process without a GPU never loads triton. `UNIVITAR_DS_KERNELS` forces one on every
+device, for debugging.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def patch_embed(
 
 
 def compile_on_cpu(wanted: bool) -> None:
-    """Says for this process whether the operations on a CPU run compiled; before it is said, they do not."""
+    """Sets for this process whether the operations on a CPU run compiled; the default is not compiled."""
     global _compile
     _compile = wanted
     implementation.cache_clear()
@@ -86,7 +86,7 @@ _compile = False
 
 @cache
 def implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
-    """The module whose functions run on such tensors.
+    """The module whose functions run on tensors of this kind.
 
     Raises: ConfigError if `UNIVITAR_DS_KERNELS` names none, or triton without its package.
     """
@@ -100,7 +100,7 @@ def choose(device_type: str, dtype: torch.dtype, asked: str = "auto") -> tuple[s
     if asked != "auto":
         return _forced(asked), f"{VARIABLE} asks for it"
     if device_type == "cpu" and _compile and dtype != torch.float64:
-        return "compiled", "the run gains more by it than compiling costs"
+        return "compiled", "the run gains more than compiling costs"
     if device_type != "cuda":
         return "reference", f"no kernels for {device_type}"
     if dtype == torch.float64:
@@ -111,7 +111,7 @@ def choose(device_type: str, dtype: torch.dtype, asked: str = "auto") -> tuple[s
 
 
 def _lacking() -> str | None:
-    """What Triton would fail for: it compiles a module of Python in C when a process first launches a kernel."""
+    """The reason why Triton would fail: at its first launch in a process it compiles a C extension of Python."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     compilers = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")

@@ -1,4 +1,4 @@
-"""What the launchers know of the GPU they launch on, and the launch itself."""
+"""Properties of the GPU, and the launch of kernels on it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 WIDE_CAPABILITIES = (9, 10)
-"""Hopper and the data centre's Blackwell: their tensor cores take 256 columns at once, and a program may have 227 KB of
-shared memory. Blackwell in workstations (12) has neither, and works as Ampere does."""
+"""Hopper and data-centre Blackwell: their tensor cores take 256 columns at once, and a program may have 227 KB of
+shared memory. Workstation Blackwell (12) has neither, and is treated like Ampere."""
 SYSTEM_BYTES = 1024
-"""Of the shared memory of a multiprocessor, for every program."""
+"""Shared memory of a multiprocessor that is reserved per program."""
 
 
 class Limits(NamedTuple):
@@ -23,7 +23,7 @@ class Limits(NamedTuple):
 
 
 INTERPRETER = Limits(3, 163 * 1024, wide=False)
-"""Off the GPU: an A100, but with so few multiprocessors that the programs of a backward do walk."""
+"""Without a GPU: an A100, but with so few multiprocessors that the programs of a backward loop over rows."""
 
 
 @cache
@@ -36,6 +36,6 @@ def limits(device: torch.device) -> Limits:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Runs `kernel` on the GPU of its first argument, a tensor; Triton alone would take the current one."""
+    """Runs `kernel` on the GPU of its first argument, a tensor; Triton itself would use the current one."""
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **options)

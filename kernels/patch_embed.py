@@ -1,18 +1,18 @@
-"""Patch embedding straight from bytes: tokens (T, D) out of packed uint8 frames, with nothing unfolded in memory.
+"""Patch embedding directly from bytes: tokens (T, D) from packed uint8 frames, without unfolded patches in memory.
 
-A patch of one frame is 14 runs of 42 bytes, each at an even address whatever the sizes around it, so pixels are read
-as 294 words of 16 bits. Bytes minus 128 are exact in bfloat16 and meet weights that have the normalisation in them, in
-the order of the bytes (frame, row, column, channel). Three launches forward:
-    prepare   weights folded and turned to (bytes, D), the bias with what 128 and the means leave, a place per token
+A patch of one frame is 14 runs of 42 bytes, each at an even address for any image size, so pixels are read as 294
+words of 16 bits. Bytes minus 128 are exact in bfloat16 and are multiplied with weights that include the normalisation,
+in the order of the bytes (frame, row, column, channel). Three launches forward:
+    prepare   weights folded and transposed to (bytes, D), the bias including 128 and the means, an address per token
     embed     gathers words, splits them into bytes, multiplies (tensor cores, float32 sums), adds the bias
 Two backward:
-    gradient  the same gather against the gradient of the tokens, in splits over T, float32 parts of their own
-    unfold    sums the parts in a fixed order, and takes the folding out again
-A pack of stills alone meets the sum of the two temporal kernels (588 bytes a token); a pack with a video in it the pair
-(1176), and a still in it is read twice. Every sum has a fixed order: the same inputs give the same bits.
+    gradient  the same gather against the gradient of the tokens, in splits over T, each with its float32 part
+    unfold    sums the parts in a fixed order, and reverses the folding
+A pack of stills only is multiplied with the sum of the two temporal kernels (588 bytes per token); a pack with a video
+with both (1176), where a still is read twice. Every sum has a fixed order: the same inputs give the same bits.
 
 Error in bfloat16: pixels are exact, folded weights rounded once (2^-8 of each product), sums in float32, the result
-rounded once. The float path rounds normalised pixels instead. The gradient has no rounding but that of its result.
+rounded once. The float path rounds normalised pixels instead. In the gradient only the result is rounded.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ FRAME_PIXELS = tl.constexpr(PATCH * PATCH)
 VALUES = tl.constexpr(PATCH_VALUES)
 MIDDLE = tl.constexpr(CENTRE)
 ONES = tl.constexpr(CENTRE + 1)
-"""Stands past a patch's last byte: minus 128 it is 1, so the row of the product that belongs to it sums the tokens."""
+"""The byte after a patch's last one: minus 128 it is 1, so its row of the product sums the tokens."""
 PREPARE_KEYS = tl.constexpr(64)
 PREPARE_WIDTH = tl.constexpr(32)
 PREPARE_BIASES = tl.constexpr(4)
 PREPARE_TOKENS = tl.constexpr(256)
 WAVE = 132
-"""Programs that run at once on the GPUs this is made for (SMs of an H100 or H200)."""
+"""Programs that run at once on the target GPUs (SMs of an H100 or H200)."""
 SPLITS = 8
-"""Of the sum over tokens at the most, where they are more than one wave of programs."""
+"""Most splits of the sum over tokens, if they are more than one wave of programs."""
 PART_TOKENS = 384
 """Tokens whose products take as long as a split's part takes to be written and read (derived, not measured: 128 x 256
 float32, twice, at an SM's share of 4.8 TB/s, and products at 47 % of 989 TFLOP/s)."""
 LONGEST = 2**20
-"""Tokens whose words lie within 2^31 of each other: 588 words a token, and what their first and last items add."""
+"""Tokens whose words are within 2^31 of each other: 588 words per token, plus the rest of their first and last
+items."""
 
 
 @triton.jit
@@ -141,8 +142,8 @@ def prepare_kernel(
 
 @triton.jit
 def _where(places, strides, t, tokens, first, STILL: tl.constexpr):
-    """Of tokens `t`: where they start, in words from `first`, and their strides (see `_locate`). All tokens of a
-    program lie so near to each other that 32 bits hold what is added to the address of the first one."""
+    """Of tokens `t`: where they start, in words from `first`, and their strides (see `_locate`). All tokens of
+    a program are so near to each other that the offset to the first one fits into 32 bits."""
     inside = t < tokens
     start = (tl.load(places + t, mask=inside, other=first) - first).to(tl.int32)
     line = tl.load(strides + t, mask=inside, other=0)
@@ -152,7 +153,7 @@ def _where(places, strides, t, tokens, first, STILL: tl.constexpr):
 
 @triton.jit
 def _words(pixels, start, line, frame, k, STILL: tl.constexpr, PAST: tl.constexpr):
-    """Words `k` of patches: (tokens, words). `PAST` (None: there is no such word) stands after the last one."""
+    """Words `k` of patches: (tokens, words). `PAST` (None: there is no such word) follows the last one."""
     run = k % FRAME_WORDS
     place = start[:, None] + (run // RUN_WORDS)[None, :] * line[:, None] + (run % RUN_WORDS)[None, :]
     if not STILL:
@@ -173,7 +174,7 @@ def _centred(words, TOKENS: tl.constexpr, WORDS: tl.constexpr, TYPE: tl.constexp
 
 @triton.jit
 def _dot(a, b, total, UPCAST: tl.constexpr):
-    # The interpreter multiplies the bits of bfloat16 as if they were integers.
+    # The interpreter multiplies the bits of bfloat16 like integers.
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
@@ -192,7 +193,7 @@ def embed_kernel(
     first = tl.load(places + tl.program_id(0) // across * TOKENS)
     start, line, frame = _where(places, strides, t, tokens, first, STILL)
     pixels += first
-    # The short step comes first: its words would wait in registers through all others.
+    # The short step comes first: otherwise its words would occupy registers during all other steps.
     k = STEPS * WORDS + tl.arange(0, TAIL)
     tail = _words(pixels, start, line, frame, k, STILL, 0)
     keys = STEPS * 2 * WORDS + tl.arange(0, 2 * TAIL)
@@ -203,9 +204,9 @@ def embed_kernel(
     total = _dot(_centred(tail, TOKENS, TAIL, folded.dtype.element_ty), tail_values, total, UPCAST)
     left = _centred(ahead, TOKENS, WORDS, folded.dtype.element_ty)
     for step in range(STEPS):
-        # The words of the next step are on their way while these are multiplied. They are converted at the end: a
-        # left side made in the step of its product stays in registers, and Triton 3.7 overwrites those of Hopper's
-        # asynchronous products while they are read. Carried through the loop it goes through shared memory.
+        # The words of the next step are loaded while these are multiplied. They are converted at the end: a left
+        # operand computed in the step of its product stays in registers, and Triton 3.7 overwrites registers of
+        # Hopper's asynchronous products while they are read. Carried through the loop it goes to shared memory.
         ahead = _words(pixels, start, line, frame, tl.minimum(step + 1, STEPS - 1) * WORDS + k, STILL, None)
         values = tl.load(folded + (step * 2 * WORDS + keys)[:, None] * width + d[None, :], mask=known, other=0)
         total = _dot(left, values, total, UPCAST)
@@ -223,7 +224,8 @@ def gradient_kernel(
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     known = (d < width)[None, :]
     t = tl.program_id(2) * span + tl.arange(0, TOKENS)
-    # Words are read one step ahead, where they lie two steps ahead. Past the end any pixel does: its gradient is 0.
+    # Words are loaded one step ahead, their addresses two steps ahead. Beyond the end any pixel may be read, since
+    # its gradient is 0.
     first = tl.load(places + tl.program_id(2) * span)
     start, line, frame = _where(places, strides, t, tokens, first, STILL)
     pixels += first
@@ -282,8 +284,8 @@ class Tiles(NamedTuple):
 
 
 def forward_tiles(half: bool, wide: bool) -> Tiles:
-    """Wide tiles for tensor cores: a byte is split and converted once for all products across one. With `wide` (see
-    `kernels.gpu`) two warp groups hold 128 x 256 sums, which others have no registers for. Small tiles in float32."""
+    """Wide tiles for tensor cores: a byte is split and converted once for all products of its row. With `wide` (see
+    `kernels.gpu`) two warp groups hold 128 x 256 sums, for which other GPUs lack registers. Small tiles in float32."""
     if not half:
         return Tiles(64, 64, 16, 4, 2)
     return Tiles(128, 256, 32, 8, 4) if wide else Tiles(128, 128, 32, 8, 3)
@@ -297,14 +299,14 @@ def gradient_tiles(half: bool, wide: bool) -> Tiles:
 
 
 def cdiv(a: int, b: int) -> int:
-    """As triton.cdiv, which takes a microsecond and more outside kernels."""
+    """Like triton.cdiv, which takes more than a microsecond outside kernels."""
     return -(-a // b)
 
 
 def split_span(tokens: int, tiles: int, step: int) -> int:
-    """Tokens of one of the splits of `tiles` tiles, a multiple of `step`, none so long that its offsets leave 32 bits.
+    """Tokens of one of the splits of `tiles` tiles, a multiple of `step`, limited so that its offsets fit into 32 bits.
 
-    Programs run in waves of `WAVE`. Of the counts of splits the one is taken whose waves end first, and the least of
+    Programs run in waves of `WAVE`. The number of splits is chosen whose waves end first, and the smallest of
     those: 80 tiles leave 52 SMs of one wave idle, but in three splits they fill 1.8 of two waves.
     """
     least = cdiv(tokens, LONGEST)
@@ -314,7 +316,7 @@ def split_span(tokens: int, tiles: int, step: int) -> int:
 
 
 def loop(still: bool, words: int) -> tuple[int, int]:
-    """(full steps, words of a last short one) over the words of a patch; 16 bytes are the least a product takes."""
+    """(full steps, words of a last short one) over the words of a patch; a product takes at least 16 bytes."""
     steps, rest = divmod(FRAME_WORDS.value * (1 if still else 2), words)
     return steps, triton.next_power_of_2(max(rest, 8))
 

@@ -1,4 +1,4 @@
-"""Every fused operation written once in plain torch: the truth that kernels and tests are measured against.
+"""Every fused operation in plain torch: the reference for kernels and tests.
 
 Arithmetic runs in float32 for half-precision inputs, in the input's own precision otherwise; results have
 the dtype of the input. Shape legend
@@ -22,9 +22,9 @@ TUBELET = 2
 CHANNELS = 3
 PATCH_VALUES = CHANNELS * TUBELET * PATCH * PATCH
 CENTRE = 128
-"""Bytes minus this are exact in bfloat16, and half as large as the bytes: so are the errors of rounded weights."""
+"""Bytes minus this are exact in bfloat16 and half as large, which halves the errors of rounded weights."""
 BATCH = 2048
-"""Tokens multiplied at once on the CPU: their bytes as floats stay in its caches."""
+"""Tokens multiplied at once on the CPU, whose bytes as floats fit into its caches."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -36,7 +36,7 @@ def rope2d(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotates heads by the token's row and column, rotate-half layout (UniViTAR release).
 
     A head of K values makes K/2 planes (i, i + K/2). The first K/4 planes turn by row * theta^(-2j/(K/2)),
-    the other K/4 by column times the same frequencies. Time does not turn anything.
+    the other K/4 by column times the same frequencies. Time does not rotate anything.
 
     Args: x (T, H, K) with K divisible by 4; positions (T, 2) integer rows and columns.
     Returns: (T, H, K) in float32 or wider.
@@ -49,7 +49,7 @@ def rope2d(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 
 
 def rope2d_angles(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """By how much each plane of a head of `width` = K values turns: (T, 2) -> (T, K/2), in `dtype`."""
+    """The rotation angle of each plane of a head of `width` = K values: (T, 2) -> (T, K/2), in `dtype`."""
     half = width // 2
     exponents = torch.arange(0, half, 2, device=positions.device, dtype=dtype) / half
     return (positions.to(dtype)[:, :, None] * theta**-exponents).flatten(1)
@@ -70,7 +70,7 @@ def rope2d_norm(x: Tensor, positions: Tensor, weight: Tensor | None, *, theta: f
 def rope2d_qk_norm(
     qkv: Tensor, positions: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *, theta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rope2d_norm` of queries and keys out of one projection; values pass through untouched.
+    """`rope2d_norm` of queries and keys of one projection; values are returned unchanged.
 
     Args: qkv (T, 3, H, K); positions (T, 2) integers; weights (H * K,) or None.
     Returns: q, k, v, each (T, H, K).
@@ -99,14 +99,12 @@ def add_norm(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: floa
     return total, rms_norm(total, weight, eps)
 
 
-def patchify(
-    pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[tuple[int, int, int]], merge: int
-) -> Tensor:
+def patchify(pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[tuple[int, int, int]], merge: int) -> Tensor:
     """Cuts packed images and videos into the rows the patch embedding takes; nothing is padded.
 
     Args:
         pixels: (B,) uint8. Items one after another, each `frames[i]` frames of (h * 14, w * 14, 3) in raster order.
-        frames: frames stored per item; one frame is a still image and stands for both frames of its tokens.
+        frames: frames stored per item; one frame is a still image and is used for both frames of its tokens.
         grid_thw: tokens per item along time, height, width.
         merge: tokens come in blocks of merge x merge neighbours: order (t, h/merge, w/merge, merge, merge).
     Returns: (T, 1176) uint8, each row ordered (channel, frame, row, column).
@@ -145,9 +143,9 @@ def patch_embed(
 ) -> Tensor:
     """`patchify`, `normalise` and the linear map in one: bytes to tokens, with gradients for weight and bias.
 
-    Normalisation is folded into the weights, and a still image meets the sum of its two temporal kernels. No
-    (T, 1176) tensor exists; the backward pass reads the bytes again. In bfloat16 the bytes are exact, the folded
-    weights are rounded once: products with a relative error of 2^-8, as where normalised pixels are rounded.
+    Normalisation is folded into the weights, and a still image is multiplied with the sum of the two temporal kernels.
+    No (T, 1176) tensor exists; the backward pass reads the bytes again. In bfloat16 the bytes are exact, the folded
+    weights are rounded once: products have a relative error of 2^-8, as with rounded normalised pixels.
 
     Args:
         pixels, frames, grid_thw, merge: see `patchify`. mean, std: see `normalise`.
@@ -159,7 +157,7 @@ def patch_embed(
 
 
 def check_frames(pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[Sequence[int]]) -> int:
-    """Tokens of a pack whose bytes, frames and grids fit each other. Raises: ValueError for any other."""
+    """The number of tokens of a pack. Raises: ValueError if bytes, frames and grids do not match."""
     byte = tokens = 0
     for count, (t, h, w) in zip(frames, grid_thw, strict=True):
         if not (count == 1 == t or count == TUBELET * t):

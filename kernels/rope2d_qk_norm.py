@@ -1,9 +1,9 @@
-"""2-D rotary embedding of q and k out of one projection and RMSNorm over all their heads, forward and backward.
+"""2-D rotary embedding of q and k of one projection and RMSNorm over all their heads, forward and backward.
 
 A rotation keeps the norm, so the norm's scale comes from the values as they are read, and one pass over q and k does
-both. The angles are made in registers from a token's row and column; q and k and all heads that a thread holds share
-them. v is a view of the projection. Saved for the backward: the projection, positions and weights; its one pass reads
-q, k and the three gradients, and writes the gradient of the whole projection, that of v included.
+both. The angles are computed in registers from a token's row and column; q and k and all heads that a thread holds
+share them. v is a view of the projection. Saved for the backward: the projection, positions and weights; its one pass
+reads q, k and the three gradients, and writes the gradient of the whole projection, including v.
 
 Pair i of a head is its values i and i + K/2, see `kernels.reference.rope2d`. A tile is (R tokens, BLOCK heads, HALF
 pairs). PIECES holds (first pair, HALF, BLOCK, tiles, tiles before) of `kernels.tiling.Piece`; `turns`, `values` and
@@ -25,14 +25,14 @@ from univitar_ds.kernels.rows import sums_of_rows
 from univitar_ds.kernels.tiling import dense_rows, head_tiling, programs, stages
 
 READ = 5
-"""q, k and the three gradients: what the backward reads of a token."""
+"""Tensors that the backward reads per token: q, k and the three gradients."""
 
 
 @triton.jit
 def sine_cosine(quarters):
     """Sine and cosine of an angle in quarter turns, each within 2^-24 (terms of the series that are left out).
 
-    For angles of any size without a branch: libdevice has one for large angles, which takes local memory.
+    For angles of any size without a branch: libdevice has one for large angles, which needs local memory.
     """
     whole = tl.floor(quarters + 0.5)
     part = (quarters - whole) * 1.5707963267948966  # within an eighth of a turn; the difference is exact
@@ -60,7 +60,7 @@ def sine_cosine_of(POSITIONS, token, T, slope, K: tl.constexpr, R: tl.constexpr,
 
 @triton.jit
 def place(token, tile, T, H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr):
-    """Where the first values of a tile's pairs lie in a row, and which of the tile (R, BLOCK, HALF) there are."""
+    """Offsets of the first values of a tile's pairs in a row, and the mask of the tile (R, BLOCK, HALF)."""
     FIRST: tl.constexpr = PIECES[p][0]
     HALF: tl.constexpr = PIECES[p][1]
     BLOCK: tl.constexpr = PIECES[p][2]
@@ -164,10 +164,8 @@ def forward_kernel(
 
 
 @triton.jit
-def vectors(
-    W, H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, WANTED: tl.constexpr
-):
-    """Tiles that a backward program holds while it walks: of the weight W as it is stored, or zeros without W."""
+def vectors(W, H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, WANTED: tl.constexpr):
+    """Tiles that a backward program keeps during its loop: of the stored weight W, or zeros without W."""
     tiles = ()
     if WANTED:
         for p in tl.static_range(len(PIECES)):
@@ -186,7 +184,7 @@ def read_grads(
     X, DY, row, grad_row, token, T, weights, turned, grads, sin, cos,
     H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """Appends a piece's turned values and gradients; sums (R, 1) of the squares and of value * gradient * weight."""
+    """Appends a piece's rotated values and gradients; sums (R, 1) of the squares and of value * gradient * weight."""
     n: tl.constexpr = 2 * PIECES[p][4]
     squares = zero_tile(R, PIECES, p)
     dots = zero_tile(R, PIECES, p)
@@ -343,7 +341,7 @@ def launch_backward(qkv, positions, weights, grads, theta: float, eps: float) ->
 
 
 def _slope(theta: float, width: int) -> float:
-    """Plane i of the K/4 of an axis turns by 2^(slope * i) a cell: theta^(-2i / (K/2))."""
+    """Plane i of the K/4 of an axis rotates by 2^(slope * i) per cell: theta^(-2i / (K/2))."""
     return -math.log2(theta) * 4 / width
 
 

@@ -1,6 +1,6 @@
-"""What the kernels over whole rows share: tiles of R rows by BLOCK values, see `kernels.tiling`.
+"""Shared by the kernels over whole rows: tiles of R rows by BLOCK values, see `kernels.tiling`.
 
-A forward program takes R rows and ends. A backward program walks over its rows with a stride, so that it can keep its
+A forward program processes R rows. A backward program loops over rows with a stride, so that it can keep its
 part of the weights' gradients in registers; the parts are summed at the end in a fixed order, without atomics.
 """
 
@@ -32,8 +32,8 @@ def store_rows(X, values, row, at, T, N: tl.constexpr):
 def load_vector(W, at, N: tl.constexpr, R: tl.constexpr):
     """Values `at` of a vector (N,) for each of R rows, in float32; zeros beyond its end.
 
-    Every row reads it for itself: the values lie in the threads that need them, out of the L1 cache, and nothing is
-    passed round through shared memory.
+    Every row loads it separately: each thread gets its values from the L1 cache, without an exchange through shared
+    memory.
     """
     at = tl.broadcast_to(at, (R, at.shape[1]))
     return tl.load(W + at, mask=at < N, other=0.0).to(tl.float32)
@@ -41,7 +41,7 @@ def load_vector(W, at, N: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def held_vector(W, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """All tiles of a vector (N,) for R rows, as they are stored: what a backward program keeps while it walks."""
+    """All tiles of a vector (N,) for R rows in its stored type, which a backward program keeps during its loop."""
     tiles = ()
     for tile in tl.static_range(TILES):
         at = tl.broadcast_to(tile * BLOCK + tl.arange(0, BLOCK)[None, :], (R, BLOCK))
@@ -51,7 +51,7 @@ def held_vector(W, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES:
 
 @triton.jit
 def zeros(R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """What a vector's gradient starts with."""
+    """The initial value of a vector's gradient."""
     tiles = ()
     for _ in tl.static_range(TILES):
         tiles += (tl.zeros((R, BLOCK), tl.float32),)
@@ -60,7 +60,7 @@ def zeros(R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit
 def sums_of_rows(a, b):
-    """The sums of both (R, BLOCK) over each row, each (R, 1), behind one barrier."""
+    """The sums of both (R, BLOCK) over each row, each (R, 1), with one barrier."""
     a, b = tl.split(tl.sum(tl.join(a, b), 1))
     return a[:, None], b[:, None]
 

@@ -1,6 +1,6 @@
 """RMSNorm(silu(gate) * up), forward and backward.
 
-Saved for the backward: gate, up and the weight. The product is made again there, it costs less than reading it.
+Saved for the backward: gate, up and the weight. The product is computed again there, which costs less than reading it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def sigmoid(x):
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward_kernel(
-    GATE, UP, W, Y, T, eps, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
-):
+def forward_kernel(GATE, UP, W, Y, T, eps, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
     products = ()

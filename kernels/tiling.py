@@ -1,10 +1,10 @@
-"""How the fused kernels cut their rows, as pure functions of widths: no kernel has an autotuner.
+"""Tiling of the rows of fused kernels, as pure functions of widths: no kernel has an autotuner.
 
 A row is D or F values of a token; few of the model's widths are powers of two, and Triton's blocks always are. One
 block over the next power of two would leave 37 % of the lanes idle at 1280 or 5120. So a row is covered by equal
-tiles, and the rest of the last tile is all that is masked. Every thread loads 16 bytes of a tile at once. The more of
-a row a thread holds, the fewer warps share its sum: one warp needs no shared memory and no barrier at all. What bounds
-it is registers, so the fewest warps are taken that keep a thread's share within what its kernel says.
+tiles, and only the rest of the last tile is masked. Every thread loads 16 bytes of a tile at once. The more of a row
+a thread holds, the fewer warps share its sum: one warp needs neither shared memory nor a barrier. Registers limit this,
+so the number of warps is the smallest that keeps a thread's share within the limit of its kernel.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor
 WARP = 32
 VECTOR_BYTES = 16
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
-"""Warps of one program; rows too short to fill them stand in it side by side."""
+"""Warps of one program; several rows that are too short to fill them share it."""
 FORWARD_VALUES, BACKWARD_VALUES = 64, 24
 """Values of one input that a thread may hold. A backward keeps four or five such sets (values, gradients, the weight
 and its gradient), so this many let 8 warps share the 65,536 registers of an SM without spilling."""
 UNDER_WAY = 32 * 1024
-"""Bytes that an SM must have on their way to it to keep the memory busy, however few warps wait for them: what comes
+"""Bytes that an SM must have in flight to keep the memory busy, for any number of warps: those that arrive
 in 0.9 us at 4.8 TB/s shared by 132 SMs (derived, not measured)."""
 SCRATCH_BYTES = 1024
-"""More than the sums of rows take of a backward's shared memory beside the rows."""
+"""Upper bound of a backward's shared memory for the sums of rows."""
 PROGRAMS_PER_SM = 1
-"""Of a backward. Each ends in one partial row of the weights' gradient, so they are few, and long-lived."""
+"""Programs of a backward. Each writes one partial row of the weights' gradient, so there are few, which run long."""
 
 
 class Tiling(NamedTuple):
-    """`rows` rows a program, each covered by `tiles` tiles of `block` values."""
+    """`rows` rows per program, each covered by `tiles` tiles of `block` values."""
 
     rows: int
     block: int
@@ -58,7 +58,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadTiling:
-    """`rows` tokens a program, the pairs of their heads in `pieces`."""
+    """`rows` tokens per program, the pairs of their heads in `pieces`."""
 
     rows: int
     pieces: tuple[tuple[int, ...], ...]
@@ -82,9 +82,9 @@ def row_tiling(width: int, itemsize: int, *, backward: bool) -> Tiling:
 
 @cache
 def head_tiling(heads: int, head_width: int, itemsize: int, *, backward: bool) -> HeadTiling:
-    """For rows of `heads` heads of K values, of which the rotation takes value i and value i + K/2 together.
+    """For rows of `heads` heads of K values, where the rotation combines value i and value i + K/2.
 
-    K/2 is cut in two where one power of two would waste more than an eighth: 40 = 32 + 8, 48 = 32 + 16, but 60 of 64.
+    K/2 is split in two if one power of two would waste more than an eighth: 40 = 32 + 8, 48 = 32 + 16, but 60 of 64.
     """
     most, limit = _bounds(backward)
     half = head_width // 2
@@ -102,22 +102,22 @@ def head_tiling(heads: int, head_width: int, itemsize: int, *, backward: bool) -
 
 
 def stages(round_bytes: int, shared_bytes: int) -> int:
-    """Of a backward's loop, which reads `round_bytes` a round, in `shared_bytes` of shared memory.
+    """Pipeline stages of a backward's loop, which reads `round_bytes` per round, in `shared_bytes` of shared memory.
 
-    A loop of n stages has n - 1 rounds in shared memory: the one it works on and n - 2 under way meanwhile. Two
-    stages read the next round only when this one is done with, and one keeps nothing but registers.
+    A loop of n stages has n - 1 rounds in shared memory: the current one and n - 2 in flight. Two stages
+    read the next round only after the current one, and one stage uses only registers.
     """
     wanted = 1 + -(-UNDER_WAY // round_bytes)
     return 1 + min(wanted, (shared_bytes - SCRATCH_BYTES) // round_bytes)
 
 
 def programs(rows: int, rows_of_a_program: int, processors: int) -> int:
-    """Of a backward that walks over its rows."""
+    """Programs of a backward, which loop over its rows."""
     return min(-(-rows // rows_of_a_program), PROGRAMS_PER_SM * processors)
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """`x` (T, ...) itself if its rows are dense, whatever lies between them; a copy otherwise."""
+    """`x` (T, ...) itself if its rows are dense, with any stride between them; a copy otherwise."""
     return x if x[:1].is_contiguous() else x.contiguous()
 
 

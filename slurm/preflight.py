@@ -1,7 +1,7 @@
 """One rank of the preflight: `python slurm/preflight.py RUN CONFIG [KEY=VALUE ...]`, started by preflight.sbatch.
 
-All ranks meet, compare what they are, read what another rank has written, read the run file, find its data, and time
-a large all-reduce. The first thing that is wrong ends it with a sentence and exit code 2.
+All ranks join, compare their versions, read a file that another rank has written, read the run file, find its data, and
+time a large all-reduce. The first error ends it with a sentence and exit code 2.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _check(world: World, run: Path, recipe: str, overrides: list[str]) -> None:
 
 
 def _share(world: World, folder: Path, nodes: list[str]) -> None:
-    """Raises: UserError if the disk of a rank is not that of the next one."""
+    """Raises: UserError if two ranks do not share the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     neighbour = (world.rank + 1) % world.size
     own, other = (folder / f".preflight-{rank}" for rank in (world.rank, neighbour))
@@ -77,14 +77,14 @@ def _share(world: World, folder: Path, nodes: list[str]) -> None:
             if not other.exists() or other.read_text(encoding="utf-8") != nodes[neighbour]:
                 raise UserError(
                     f"{nodes[world.rank]} does not see the file that rank {neighbour} on {nodes[neighbour]} wrote to "
-                    f"{folder}; RUN must lie on a disk that all nodes share"
+                    f"{folder}; RUN must be on a disk that all nodes share"
                 )
     finally:
         own.unlink()
 
 
 def _all_reduce_gbs(world: World) -> float:
-    """Gigabytes (1e9 bytes) of gradient that one rank has summed over all ranks in a second."""
+    """Gigabytes (1e9 bytes) of gradient per second that one rank sums over all ranks."""
     numbers = torch.ones((256 if world.device.type == "cuda" else 8) * 2**20 // 4, device=world.device)
     dist.all_reduce(numbers)
     start = time.perf_counter()

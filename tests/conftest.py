@@ -30,14 +30,14 @@ STOP = pytest.StashKey[threading.Event]()
 def pytest_timeout_set_timer(item: pytest.Item) -> Generator[None, Any, Any]:
     """Ends the test, too, when none of its processes makes progress; pytest-timeout ends it after half an hour."""
     done = yield
-    overdue, stop, told = signal.getsignal(signal.SIGALRM), threading.Event(), []
+    overdue, stop, stalls = signal.getsignal(signal.SIGALRM), threading.Event(), []
 
     def ring(number: int, frame: Any) -> None:
-        if not told:
+        if not stalls:
             overdue(number, frame)
         elif not pytest_timeout.is_debugging():
             faulthandler.dump_traceback(sys.__stderr__)
-            pytest.fail(told[0])
+            pytest.fail(stalls[0])
 
     def look() -> None:
         watch = Watch(
@@ -47,7 +47,7 @@ def pytest_timeout_set_timer(item: pytest.Item) -> Generator[None, Any, Any]:
             try:
                 watch.check()
             except Stalled as stalled:
-                told.append(str(stalled))
+                stalls.append(str(stalled))
                 return signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
 
     if callable(overdue):  # not so in a debugger's thread

@@ -1,10 +1,10 @@
 """UniViTAR: native-resolution vision transformers for images and videos, trained with DeepSpeed.
 
-The public face is `UniViTAR` (the encoder) and `Preprocessor` (images and videos to its input). Both are
-imported when first asked for, so that importing the package costs nothing.
+The public names are `UniViTAR` (the encoder) and `Preprocessor` (images and videos to its input). Both are
+imported when they are first used, so that importing the package is fast.
 """
 
-TYPE_CHECKING = False  # as type checkers understand it: `typing` would be one import before `__main__` is on its feet
+TYPE_CHECKING = False  # `typing.TYPE_CHECKING` would import `typing` before `__main__` has cleaned `sys.path`
 if TYPE_CHECKING:
     from univitar_ds.model.encoder import UniViTAR
     from univitar_ds.preprocessing import Preprocessor

@@ -1,8 +1,8 @@
-"""`python -m univitar_ds` is the command `univitar-ds`: the form that launchers start."""
+"""`python -m univitar_ds` is the command `univitar-ds`: the form in which launchers start it."""
 
 from univitar_ds.import_path import drop_current_folder
 
-drop_current_folder()  # before anything is imported that could lie there
+drop_current_folder()  # before any import that could find a module there
 
 import sys  # noqa: E402
 

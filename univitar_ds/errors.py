@@ -1,6 +1,6 @@
 """The errors a user can cause. Each message says what was found, what is allowed and what to do next.
 
-The command line prints the message alone and exits with `exit_code`; any other exception is a fault of
+The command line prints the message alone and exits with `exit_code`; any other exception is a bug in
 the program and keeps its traceback.
 """
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something outside the program is wrong and its user can mend it."""
+    """Something outside the program is wrong and its user can correct it."""
 
     exit_code = 2
 
@@ -27,11 +27,11 @@ class DataError(UserError):
 
 
 class SampleError(DataError):
-    """One sample that cannot be read. The loader counts it and goes on as far as `data.on_bad` allows.
+    """One sample that cannot be read. The loader counts it and continues as far as `data.on_bad` allows.
 
-    `kind` is the one word it is counted under, such as "unreadable" (no media we know), "corrupt" (damaged or
-    cut off), "too_large" (beyond a limit), "no_video" (a container without images), "wrong_size" (not as its
-    metadata says), "timeout"; all of them are `data.sampler.bad_samples.KINDS`.
+    `kind` is the word under which it is counted, such as "unreadable" (no known media), "corrupt" (damaged or
+    cut off), "too_large" (beyond a limit), "no_video" (a container without images), "wrong_size" (unlike its
+    metadata), "timeout"; all of them are `univitar_ds.data.sampler.bad_samples.KINDS`.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -51,7 +51,7 @@ class InstallationError(UserError):
 
 
 class StorageError(UserError):
-    """A file or folder that cannot be written: a full or read-only disk, a missing right, an impossible name."""
+    """A file or folder that cannot be written: a full or read-only disk, a missing permission, an impossible name."""
 
 
 _REMEDIES = {
@@ -72,9 +72,9 @@ _REMEDIES = {
 
 
 def storage_error(error: OSError, path: object = None, done: str = "used") -> StorageError | None:
-    """What the storage has refused as a sentence; None for an error that is of another kind.
+    """A sentence for an error of the storage; None for an error of another kind.
 
-    Args: path: the file or folder, for an error that does not say so itself; done: what it cannot be.
+    Args: path: the file or folder, for an error that does not name it; done: the participle in "cannot be ...".
     """
     remedy = _REMEDIES.get(error.errno)
     if error.errno == errno.ENOENT and done == "written":
@@ -88,7 +88,7 @@ def storage_error(error: OSError, path: object = None, done: str = "used") -> St
 
 @contextmanager
 def writing(path: object) -> Iterator[None]:
-    """Around code that writes `path`. Raises: StorageError for what the storage refuses."""
+    """Wraps code that writes `path`. Raises: StorageError for errors of the storage."""
     try:
         yield
     except OSError as error:

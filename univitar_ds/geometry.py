@@ -55,7 +55,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 @dataclass(frozen=True)
 class Resolution:
-    """How large an item enters the encoder.
+    """The size with which an item enters the encoder.
 
     Native (`fixed_px` None): the aspect ratio is kept, the whole item has between `min_tokens` and
     `max_tokens` tokens. Fixed: every frame becomes a `fixed_px` square. Sides are divisible by `divisor_px`.

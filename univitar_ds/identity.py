@@ -1,4 +1,4 @@
-"""Which process this is among those of a cluster, and whether another one still lives."""
+"""The identity of this process in a cluster, and whether another process is still alive."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from univitar_ds.processes import Process
 
 JOBS = {"slurm": "Slurm job", "torchrun": "torchrun"}
-"""What messages call the jobs of `this_job`."""
+"""Names of the jobs of `this_job` in messages."""
 
 
 def this_machine() -> dict[str, str]:
-    """Within one boot and one PID namespace a number means one process; containers may share a host's name."""
+    """A process id is unique within one boot and one PID namespace; containers may share a host's name."""
     machine = {"host": socket.gethostname(), "boot": "", "namespace": ""}
     with suppress(OSError):
         machine["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
@@ -26,26 +26,26 @@ def this_machine() -> dict[str, str]:
 
 
 def this_process() -> list[int | None]:
-    """The fields of its `Process`, for JSON; its start is None where the system does not say it."""
+    """The fields of its `Process`, for JSON; its start is None if the system does not give it."""
     process = Process.of(os.getpid())
     return [os.getpid(), None if process is None else process.started]
 
 
 def this_job(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The jobs that this process belongs to, Slurm's and torchrun's, each with the number of its restarts."""
+    """The Slurm and torchrun jobs that this process belongs to, each with the number of its restarts."""
     jobs: dict[str, dict[str, Any]] = {}
     if job := environment.get("SLURM_JOB_ID"):
         jobs["slurm"] = {"id": job, "restarts": _number(environment.get("SLURM_RESTART_COUNT"))}
     if "TORCHELASTIC_RESTART_COUNT" in environment:
         name = environment.get("TORCHELASTIC_RUN_ID", "none")
-        if name in ("", "none"):  # torchrun's default: two of them differ by their address only
+        if name in ("", "none"):  # torchrun's default name: two such jobs differ only by their address
             name = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
         jobs["torchrun"] = {"id": name, "restarts": _number(environment["TORCHELASTIC_RESTART_COUNT"])}
     return jobs
 
 
 def restarted(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
-    """Which job of `before` is one of `now` that was started again since, in words; None if none is."""
+    """A sentence on a job of `before` that was restarted since and is one of `now`; None if there is none."""
     for kind, job in now.items():
         earlier = before.get(kind)
         if earlier and earlier["id"] == job["id"] and job["restarts"] > earlier["restarts"]:

@@ -9,23 +9,37 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+
+class Orientation(NamedTuple):
+    """What brings an image upright: first its sides change places, then its rows or columns are reversed.
+
+    `transpose` is the same for Pillow; `inverse` the number of the orientation that undoes this one.
+    """
+
+    swaps_sides: bool
+    reverses_rows: bool
+    reverses_columns: bool
+    transpose: Image.Transpose | None
+    inverse: int
+
+
 ORIENTATION_TAG = 0x0112
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+ORIENTATIONS = {
+    1: Orientation(False, False, False, None, 1),
+    2: Orientation(False, False, True, Image.Transpose.FLIP_LEFT_RIGHT, 2),
+    3: Orientation(False, True, True, Image.Transpose.ROTATE_180, 3),
+    4: Orientation(False, True, False, Image.Transpose.FLIP_TOP_BOTTOM, 4),
+    5: Orientation(True, False, False, Image.Transpose.TRANSPOSE, 5),
+    6: Orientation(True, False, True, Image.Transpose.ROTATE_270, 8),
+    7: Orientation(True, True, True, Image.Transpose.TRANSVERSE, 7),
+    8: Orientation(True, True, False, Image.Transpose.ROTATE_90, 6),
 }
-"""What brings an EXIF orientation upright."""
+"""By the number that EXIF has for them. The display matrix of a video is one of them too."""
+_NUMBERS = {one[:3]: number for number, one in ORIENTATIONS.items()}
 WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 
-_INVERSE = {6: 8, 8: 6}
-"""Which orientation undoes another; all but these two undo themselves."""
-_BLOCK = 512
-"""An image is converted in squares of this side: what a conversion needs beside its result then stays in the cache."""
+BLOCK = 512
+"""An image is converted in squares of this side, so that the temporary memory of a conversion stays in the cache."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -33,14 +47,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises: see `rgb_pixels`.
     """
-    _load(image)  # some formats turn themselves upright while loading, and drop their tag then
+    _load(image)  # some formats rotate the image while loading and then drop the tag
     if image.mode == "RGB" and "transparency" not in image.info and _orientation(image) == 1:
         return image
     return Image.fromarray(rgb_pixels(image))
 
 
 def _load(image: Image.Image) -> None:
-    """Decode an image. A PNG may have a text after its pixels that Pillow refuses when it has decoded them all."""
+    """Decode an image. Pillow may reject a text after the pixels of a PNG when it has decoded all pixels."""
     try:
         image.load()
     except ValueError as error:
@@ -52,34 +66,47 @@ def rgb_pixels(image: Image.Image, orientation: int | None = None) -> np.ndarray
     """The upright RGB pixels of an image in any Pillow mode: (H, W, 3) uint8.
 
     EXIF orientation is applied, transparency is laid on white (release), and greys deeper than 8 bit are
-    scaled to 8 bit rather than cut off. Beside the loaded image and the result it takes a few MB.
+    scaled to 8 bit rather than clipped. Needs a few MB in addition to the loaded image and the result.
 
     Args: orientation, 1 to 8, where it is known already.
 
-    Raises: whatever Pillow raises for pixels it cannot decode (OSError, SyntaxError, ValueError ...).
+    Raises: what Pillow raises for pixels that it cannot decode (OSError, SyntaxError, ValueError ...).
     """
     image.load()
     orientation = orientation or _orientation(image)
     height, width = image.height, image.width
-    pixels = np.empty((width, height, 3) if orientation >= 5 else (height, width, 3), np.uint8)
-    as_stored = upright(pixels, _INVERSE.get(orientation, orientation))
+    pixels = np.empty((*display_size(height, width, orientation), 3), np.uint8)
+    as_stored = upright(pixels, ORIENTATIONS[orientation].inverse)
     span = _GreySpan.of(image) if image.mode in ("I", "F") or image.mode.startswith("I;") else None
     for left, top, right, bottom in _blocks(image):
         block = image.crop((left, top, right, bottom))
-        if orientation > 1:  # turned by Pillow, which is faster than numpy's copy between different strides
-            block = block.transpose(TURNS[orientation])
+        # Pillow transposes faster than numpy copies between different strides.
+        if (turn := ORIENTATIONS[orientation].transpose) is not None:
+            block = block.transpose(turn)
         place = upright(as_stored[top:bottom, left:right], orientation)
         place[...] = _opaque(block) if span is None else span.to_8_bit(_greys(block))
     return pixels
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """A view of (H, W, C) with its EXIF orientation, 1 to 8, undone."""
-    if orientation >= 5:
+    """A view of (H, W, ...) with its orientation, a key of `ORIENTATIONS`, undone."""
+    swaps, rows, columns, *_ = ORIENTATIONS[orientation]
+    if swaps:
         pixels = pixels.swapaxes(0, 1)
-    rows = -1 if orientation in (3, 4, 7, 8) else 1
-    columns = -1 if orientation in (2, 3, 6, 7) else 1
-    return pixels[::rows, ::columns]
+    return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
+
+
+def display_size(height: int, width: int, orientation: int) -> tuple[int, int]:
+    """(height, width) of an image of this orientation as a viewer shows it."""
+    return (width, height) if ORIENTATIONS[orientation].swaps_sides else (height, width)
+
+
+def orientation_of_matrix(matrix: tuple[int, int, int, int]) -> int:
+    """The key of `ORIENTATIONS` next to (a, b, c, d) of a display matrix: x' = a*x + c*y and y' = b*x + d*y."""
+    a, b, c, d = matrix
+    swaps = abs(b) + abs(c) > abs(a) + abs(d)
+    across, down = (c, b) if swaps else (a, d)
+    return _NUMBERS[swaps, down < 0, across < 0]
 
 
 def resize_rgb(image: Image.Image, height: int, width: int) -> np.ndarray:
@@ -88,19 +115,19 @@ def resize_rgb(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8; 1, upright, where the image does not say."""
+    """1 to 8; 1, upright, if the image has no tag."""
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
-        return 1  # broken metadata says nothing about the pixels
-    return int(orientation) if orientation in range(1, 9) else 1
+        return 1  # the pixels may be sound although the metadata is broken
+    return int(orientation) if orientation in ORIENTATIONS else 1
 
 
 def _blocks(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
     """Left, top, right and bottom of the squares that cover an image as it is stored."""
-    for top in range(0, image.height, _BLOCK):
-        for left in range(0, image.width, _BLOCK):
-            yield left, top, min(left + _BLOCK, image.width), min(top + _BLOCK, image.height)
+    for top in range(0, image.height, BLOCK):
+        for left in range(0, image.width, BLOCK):
+            yield left, top, min(left + BLOCK, image.width), min(top + BLOCK, image.height)
 
 
 def _opaque(image: Image.Image) -> np.ndarray:
@@ -114,13 +141,13 @@ def _opaque(image: Image.Image) -> np.ndarray:
 
 
 def _greys(image: Image.Image) -> np.ndarray:
-    """The values of a grey of more than 8 bit, 0 where one is no number: (H, W, 1)."""
+    """The values of a grey of more than 8 bit, 0 for NaN: (H, W, 1)."""
     values = np.asarray(image)[..., None]
     return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0) if values.dtype.kind == "f" else values
 
 
 class _GreySpan(NamedTuple):
-    """What has to be known of a whole image before a part of it can be scaled; `whole`: it has no fractions."""
+    """Statistics of a whole image that are needed to scale a part of it; `whole`: it has no fractions."""
 
     low: float
     high: float
@@ -136,7 +163,8 @@ class _GreySpan(NamedTuple):
         return cls(float(min(lows)), float(max(highs)), all(wholes))
 
     def to_8_bit(self, values: np.ndarray) -> np.ndarray:
-        """Greys of more than 8 bit as 8 bit: by their format's range where they keep to one, else by their own."""
+        """Greys of more than 8 bit as 8 bit: scaled by the range of their format if they have one, else by their own
+        range."""
         values = values.astype(np.float64)
         if self.low < 0 or self.high > 65535:
             values = (values - self.low) * (255 / max(self.high - self.low, 1e-12))

@@ -1,6 +1,6 @@
-"""Where Python looks for modules: never in the folder in which a command happens to be started.
+"""Where Python looks for modules: never in the current folder.
 
-A user's `random.py`, `types.py` or `tokenizers/` there would be imported in the place of the real one. Imports nothing
+A user's `random.py`, `types.py` or `tokenizers/` there would be imported instead of the real one. Imports nothing
 that is not in memory when Python has started: `__main__` calls this before everything else.
 """
 
@@ -12,10 +12,10 @@ PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def drop_current_folder() -> None:
-    """Takes the current folder off `sys.path`, unless this package lies in it: then it is a checkout that is tried.
+    """Takes the current folder off `sys.path`, unless this package is in it: then the user runs a checkout.
 
-    `python -m` puts it there first, an empty entry of PYTHONPATH anywhere, and DeepSpeed's launcher of several machines
-    into PYTHONPATH.
+    `python -m` adds it at the beginning, an empty entry of PYTHONPATH anywhere, and DeepSpeed's launcher of several
+    machines adds it to PYTHONPATH.
     """
     try:
         here = os.path.realpath(os.getcwd())
@@ -32,9 +32,9 @@ def drop_current_folder() -> None:
 
 
 def safe_environment(environment: "os._Environ[str] | dict[str, str]") -> dict[str, str]:
-    """`environment` for a Python process that this one starts, and for what that starts in turn.
+    """`environment` for a Python process that this one starts, and for its children.
 
-    The current folder is not on its `sys.path`; this package is found as it was found here.
+    The current folder is not on its `sys.path`; this package is found in the same place.
     """
     entries = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     if PACKAGE_PARENT in map(os.path.abspath, sys.path) and not PACKAGE_PARENT.endswith("-packages"):
@@ -46,7 +46,7 @@ def safe_environment(environment: "os._Environ[str] | dict[str, str]") -> dict[s
 
 
 def protect_children() -> None:
-    """Gives this process the environment that `safe_environment` makes of it, for whatever libraries start."""
+    """Applies `safe_environment` to this process, for processes that libraries start."""
     safe = safe_environment(os.environ)
     for name in [name for name in os.environ if name not in safe]:
         del os.environ[name]

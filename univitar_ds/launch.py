@@ -34,15 +34,15 @@ from univitar_ds.training.distributed.preemption import SAVED, Stop
 logger = logging.getLogger(__name__)
 _CAUSES = {
     "SIGKILL": " (by a person or, where memory ran out, by the system: see `dmesg`)",
-    "SIGBUS": " (a disk or /dev/shm is full, or a file that was mapped has been cut)",
+    "SIGBUS": " (a disk or /dev/shm is full, or a mapped file was truncated)",
 }
 
 
 def train(recipe: str, nproc: int | None, overrides: Sequence[str]) -> int:
     """Start a run from a run file; returns the exit status.
 
-    Under a launcher, `srun` included, this process is one rank. `nproc`, where it is given, starts so many processes
-    here, whatever variables launchers have left in the environment.
+    Under a launcher, `srun` included, this process is one rank. If `nproc` is given, it starts that many
+    processes here and ignores the variables of launchers in the environment.
     """
     config = load_config(recipe, overrides)
     run = Path(config.output, config.name)
@@ -55,7 +55,8 @@ def resume(run: Path, nproc: int | None, overrides: Sequence[str]) -> int:
 
 
 def _ranks(run: Path, nproc: int | None, prepare: Callable[[int, RunLock], Path]) -> int:
-    """Be one rank under a launcher, else start the ranks; `prepare` makes or reopens the folder for so many of them."""
+    """Run as one rank under a launcher, else start the ranks; `prepare` makes or reopens the folder for their
+    number."""
     with RunLock(run) as lock:
         if _is_rank(nproc):
             return _join(lambda: prepare(int(os.environ["WORLD_SIZE"]), lock), run, lock)
@@ -69,7 +70,7 @@ def run_rank(run: Path, stop: Stop, lock: RunLock) -> int:
 
     Args: lock: of the run's folder, as rank 0 has it.
     Returns: the exit status, 0 or SAVED if `stop` of any rank was requested.
-    Raises: UserError; StorageError says which checkpoint is whole.
+    Raises: UserError; StorageError names the last whole checkpoint.
     """
     try:
         return _train_and_finish(run, stop, lock)
@@ -92,7 +93,7 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
     word = gather_json(lock.word, world)[0]
     if not world.is_main:
         lock.watch(word)
-        # Hundreds of ranks that say what the first one says would hide its lines.
+        # The same lines from hundreds of ranks would hide those of the first one.
         logging.getLogger("univitar_ds").setLevel(logging.WARNING)
     completed = train_rank(load_config(run / CONFIG), run, world, stop)
     stop_world()
@@ -104,12 +105,12 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
 
 
 def finish_run(run: Path) -> None:
-    """What follows training, on one process: the exported encoder, and evaluation on held-out data.
+    """After training, on one process: export of the encoder, and evaluation on held-out data.
 
-    The export comes first: an evaluation may take longer than a job may run. Neither needs the other to succeed, and
-    the summary none of them.
-    Raises: UserError, after all that could be written was, where one of them failed; an evaluation that measured
-        nothing has.
+    The export comes first, since an evaluation may take longer than a job may run. Export, evaluation and summary do
+    not depend on each other's success.
+    Raises: UserError if one of them failed, after everything else was written; an evaluation that measured
+        nothing counts as failed.
     """
     from univitar_ds.convert.official import export_encoder
     from univitar_ds.evaluation.run import evaluate_run
@@ -134,7 +135,7 @@ def finish_run(run: Path) -> None:
 
 
 def _note_seconds(run: Path, seconds: dict[str, float]) -> None:
-    """Into the summary that training has written, if it has."""
+    """Adds entries to the summary that training has written, if there is one."""
     if not (run / SUMMARY).is_file():
         return
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
@@ -145,7 +146,7 @@ def _note_seconds(run: Path, seconds: dict[str, float]) -> None:
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Store under `name` how many seconds the body took."""
+    """Store the seconds that the body took under `name`."""
     start = time.monotonic()
     try:
         yield
@@ -170,14 +171,14 @@ def _start(run: Path, nproc: int, lock: RunLock) -> int:
     this = Process.of(os.getpid())
     if this is not None:
         environment[orphans.STARTED_BY] = this.text
-    with signals_held():  # DeepSpeed's launcher would die of one, or end the ranks before they have saved
+    with signals_held():  # a signal would kill DeepSpeed's launcher, or make it end the ranks before they have saved
         launcher = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     stop = preemption.listen(Stop(first=lambda: _ask_ranks(launcher, stop), leaving=lambda: _kill(launcher)))
     return _result(launcher.wait(), stop)
 
 
 def _ask_ranks(launcher: subprocess.Popen[bytes], stop: Stop) -> None:
-    """Hands a first signal on; where there are no ranks yet, nothing has been trained."""
+    """Passes a first signal to the ranks; if there are none yet, nothing has been trained."""
     ranks = children(launcher.pid)
     if not ranks:
         stop.leave(stop.number)
@@ -187,7 +188,7 @@ def _ask_ranks(launcher: subprocess.Popen[bytes], stop: Stop) -> None:
 
 
 def _kill(launcher: subprocess.Popen[bytes]) -> None:
-    """The launcher before its ranks, of which it would otherwise report."""
+    """Ends the launcher before its ranks; otherwise it would report their end."""
     ranks = children(launcher.pid)
     for process in (launcher.pid, *ranks):
         with suppress(ProcessLookupError):
@@ -196,14 +197,14 @@ def _kill(launcher: subprocess.Popen[bytes]) -> None:
 
 
 def _result(code: int, stop: Stop) -> int:
-    """The exit status of the run from that of DeepSpeed's launcher, which is the first rank's that failed."""
-    if stop.leaves:  # it was ended for that, in the thread that hears signals
+    """The exit status of the run from that of DeepSpeed's launcher, which is that of the first rank that failed."""
+    if stop.leaves:  # the thread that handles signals ended it
         threading.Event().wait()
     if code - 128 in SIGNALS:
         number = code - 128
         if stop.requested:  # while the ranks were not training
             stop.leave(stop.number)
-    else:  # it exits with a negative number where a signal ended a rank
+    else:  # it exits with a negative number if a signal ended a rank
         number = -code if code < 0 else 256 - code
     if number not in list(signal.Signals):
         return code
@@ -214,7 +215,7 @@ def _result(code: int, stop: Stop) -> int:
 
 
 def _join(prepare, run: Path, lock: RunLock) -> int:
-    """Be one rank under a launcher: rank 0 prepares the folder while the others wait for its word."""
+    """Run as one rank under a launcher: rank 0 prepares the folder while the others wait."""
     stop = preemption.listen()
     orphans.end_with_launchers(stop)
     from univitar_ds.training.distributed.process_group import rank_zero_first, start_world
@@ -237,20 +238,21 @@ def _is_rank(nproc: int | None) -> bool:
 
 
 def _check_gpus(nproc: int) -> None:
-    """Before anything of an earlier start is replaced for a run that cannot start."""
+    """Called before anything is replaced: a run that cannot start replaces nothing."""
     from univitar_ds.training.distributed.process_group import check_gpus
 
     check_gpus(nproc)
 
 
 def _devices(nproc: int) -> list[str] | list[int]:
-    """What DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES to: as many as are needed of those the user shows."""
+    """The value of CUDA_VISIBLE_DEVICES for DeepSpeed's launcher: the first ones of those that the user has made
+    visible."""
     from univitar_ds.training.distributed.process_group import uses_cuda
 
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown and uses_cuda():
         return [name.strip() for name in shown.split(",")][:nproc]
-    return list(range(nproc))  # on the CPU nothing but their number counts
+    return list(range(nproc))  # on the CPU only their number counts
 
 
 def _free_port() -> int:
@@ -260,7 +262,7 @@ def _free_port() -> int:
 
 
 def leave(error: UserError) -> NoReturn:
-    """End a rank on a user's fault: one rank reports it, and neither threads nor peers keep the process alive."""
+    """End a rank after a user's error: one rank reports it, and neither threads nor peers keep the process alive."""
     from univitar_ds.training.distributed.process_group import PeerFailure
     from univitar_ds.training.step.train_step import DivergedError
 
@@ -268,13 +270,13 @@ def leave(error: UserError) -> NoReturn:
     if not isinstance(error, PeerFailure) and not everybody_knows:
         with suppress(OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-    preemption.ignore()  # launchers end the other ranks when the first one is gone; the exit code shall be ours
+    preemption.ignore()  # launchers end the other ranks when the first one is gone; this sets the exit code
     release_all()
     os._exit(error.exit_code)
 
 
 def _refused(error: OSError) -> UserError:
-    """What the storage has refused. Raises: the error itself if it is of another kind."""
+    """The error of the storage as a StorageError. Raises: the error itself if it is of another kind."""
     sentence = storage_error(error)
     if sentence is None:
         raise error
@@ -286,7 +288,7 @@ def _main(arguments: Sequence[str]) -> int:
     prepare_screen()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     stop = preemption.listen()
-    stop.quiet = True  # the process that started the ranks speaks
+    stop.quiet = True  # the process that started the ranks reports
     orphans.end_with_launchers(stop)
     try:
         lock = RunLock(Path(arguments[0]))

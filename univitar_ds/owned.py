@@ -1,8 +1,8 @@
-"""What the program itself has written, and may therefore replace or remove; nothing else is ever deleted.
+"""Files that the program itself has written and may replace or remove; nothing else is ever deleted.
 
-A folder that the program makes carries a mark, a small file. What it writes there is a tree of names: a pattern of a
-whole name leads to None for a file, to another tree for a folder. Only regular files and folders of those names are
-removed, one by one; a link is never followed and counts, like any other name, as something of the user's.
+A folder that the program makes contains a small file as a mark. What it writes there is described by a tree: patterns
+of whole names, each with None for a file or another tree for a folder. Only regular files and folders of those names
+are removed, one by one; a link is never followed and, like any other name, belongs to the user.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Names = Mapping[str, Union["Names", None]]
 
 
 def mark(folder: Path, kind: str) -> None:
-    """Say that the program has made this folder: `kind` is "run", "export" or "demo"."""
+    """Mark this folder as made by the program: `kind` is "run", "export" or "demo"."""
     if not is_marked(folder, kind):
         replace_text(folder / MARK, json.dumps({"program": _PROGRAM, "kind": kind}) + "\n")
 
 
 def is_marked(folder: Path, kind: str) -> bool:
-    """Whether the folder carries the mark of this kind."""
+    """Whether the folder has the mark of this kind."""
     try:
         if not stat.S_ISREG(os.lstat(folder / MARK).st_mode):
             return False
@@ -44,7 +44,7 @@ def is_marked(folder: Path, kind: str) -> bool:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether there is nothing of this name, or a folder without entries."""
+    """Whether nothing has this name, or it is a folder without entries."""
     try:
         with os.scandir(folder) as entries:
             return next(entries, None) is None
@@ -53,7 +53,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def refuse_link(folder: Path) -> None:
-    """Raises: ConfigError for a link to a place that holds something, which must not be cleared through it."""
+    """Raises: ConfigError for a link to a folder that is not empty, which must not be cleared through the link."""
     if folder.is_symlink() and not is_empty(folder):
         raise ConfigError(
             f"{folder} is a link to {os.path.realpath(folder)}, and nothing is replaced through a link; name the "
@@ -73,7 +73,7 @@ def foreign(folder: Path, names: Names) -> str | None:
 
 
 def clear(folder: Path, names: Names) -> None:
-    """Remove every file of these names below `folder`, and the folders among them that are empty then."""
+    """Remove every file of these names below `folder`, and then the empty folders among them."""
     for entry in _entries(folder):
         inner = _fitting(entry, names)
         if inner is _NOTHING:
@@ -86,7 +86,7 @@ def clear(folder: Path, names: Names) -> None:
 
 
 def remove(folder: Path, names: Names) -> bool:
-    """`clear` it, and remove it if nothing is left; whether it is gone. A link is not followed."""
+    """`clear` the folder and remove it if nothing is left; returns whether it is gone. A link is not followed."""
     if folder.is_symlink():
         return False
     try:
@@ -102,10 +102,10 @@ def remove(folder: Path, names: Names) -> bool:
 
 
 def check_result(path: Path, ours: Callable[[Path], bool]) -> None:
-    """Before the work whose result goes to a file that the user named.
+    """Checks a file that the user named for a result, before the work is done.
 
-    Args: ours: whether a file that is there was written by the same command, and may be replaced.
-    Raises: ConfigError for a file that is not, or that cannot be written.
+    Args: ours: whether an existing file was written by the same command, and may be replaced.
+    Raises: ConfigError for a file that was not, or that cannot be written.
     """
     parent = path.absolute().parent
     if not os.path.isdir(parent):
@@ -124,7 +124,7 @@ def check_result(path: Path, ours: Callable[[Path], bool]) -> None:
 
 
 def write_result(path: Path, text: str) -> None:
-    """Into a file that `check_result` has allowed; /dev/stdout or a pipe stays what it is. Raises: StorageError."""
+    """Writes a file that `check_result` has allowed; /dev/stdout or a pipe is not replaced. Raises: StorageError."""
     if path.exists() and not path.is_file():
         with writing(path):
             path.write_text(text, encoding="utf-8")
@@ -133,7 +133,7 @@ def write_result(path: Path, text: str) -> None:
 
 
 class _Nothing(dict):
-    """What a name that the program does not write leads to."""
+    """The entry of a name that the program does not write."""
 
 
 _NOTHING: Names = _Nothing()

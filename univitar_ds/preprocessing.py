@@ -44,7 +44,8 @@ class Preprocessor:
     def pixels(
         self, items: Sequence[Image.Image | Sequence[Image.Image]]
     ) -> tuple[Tensor, list[int], list[tuple[int, int, int]]]:
-        """The same pack as bytes, for `model(pixels, grids, frames=frames)`: an eighth of the memory, videos a quarter.
+        """The same pack as bytes, for `model(pixels, grids, frames=frames)`: an eighth of the memory, for videos a
+        quarter.
 
         Returns: (B,) uint8, see `kernels.reference.patchify`; frames and grids of the items.
         Raises: UserError as above.

@@ -1,4 +1,4 @@
-"""Processes of this machine: which of them still is the one that was meant, and what reaches those that we start."""
+"""Processes of this machine: identified beyond their process id, and the signals that reach those that we start."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""By which a terminal, Slurm, a launcher or a person ask a program to leave, often all its processes at once."""
+"""Signals by which a terminal, Slurm, a launcher or a person ask a program to end, often sent to all its processes."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of this machine, by its number and its start in clock ticks since the boot: numbers are used again."""
+    """A process of this machine, by its id and its start in clock ticks since the boot, since ids are reused."""
 
     pid: int
     started: int
 
     @classmethod
     def of(cls, pid: int) -> Process | None:
-        """None if there is none, or only what it left for its parent to collect."""
+        """None if there is none, or only a zombie."""
         status = _status(pid)
         return None if status is None or status[0] in "ZX" else cls(pid, int(status[19]))
 
@@ -47,13 +47,13 @@ def parent(pid: int) -> int:
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of the children of a process, those that have ended and wait to be collected too."""
+    """Process ids of the children of a process, zombies included."""
     others = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
     return [other for other in others if parent(other) == pid]
 
 
 def command(pid: int) -> bytes:
-    """The command line of a process, its words ended by zero bytes; empty without one."""
+    """The command line of a process, its words separated by zero bytes; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -62,9 +62,9 @@ def command(pid: int) -> bytes:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Processes that this thread starts inside, and theirs, get none of `SIGNALS` unless they unblock them.
+    """Processes that this thread starts inside, and their children, get none of `SIGNALS` unless they unblock them.
 
-    So what is sent to all processes reaches the one that decides when the others end, also while they start.
+    So a signal to all processes reaches only the one that ends the others, also while they start.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -74,9 +74,9 @@ def signals_held() -> Iterator[None]:
 
 
 def _status(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the state on; None without such a process, or without /proc."""
+    """The fields of /proc/PID/stat, beginning with the state; None without such a process, or without /proc."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return text.rpartition(")")[2].split()  # the name in front may hold anything
+    return text.rpartition(")")[2].split()  # the name before it may contain anything

@@ -1,7 +1,7 @@
 """Counter-based randomness: a draw depends on its key alone, so there is no generator whose state could be lost.
 
 Keys are (seed, purpose, counters...). The numbers come from BLAKE2b, many at once from SHAKE128, and stay the same on
-every machine and with every version of every library: the order of a run's samples rests on them.
+every machine and with every version of every library: the order of a run's samples depends on them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def draw(*key: int | str) -> int:
 
 
 def draws(n: int, *key: int | str) -> np.ndarray:
-    """`n` uniform 64-bit numbers for this key, (n,) uint64; fewer are the first of more."""
+    """`n` uniform 64-bit numbers for this key, (n,) uint64; a smaller `n` gives the first of them."""
     return np.frombuffer(hashlib.shake_128(_bytes(key)).digest(8 * n), dtype="<u8")
 
 

@@ -1,7 +1,7 @@
 """The folder of a run: made once from a run file, and reopened by every later start.
 
 The process that the user started makes it, or rank 0 under a launcher; the ranks then read everything from it.
-Only the folder's content is the state of a run.
+The folder's content is the only state of a run.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ logger = logging.getLogger(__name__)
 CAPTIONS_FOR_TOKENIZER = 200_000
 """Most captions that a tokenizer is trained on; more change it little."""
 KIND = "run"
-"""Of the mark that a run's folder carries."""
+"""Kind of the mark in a run's folder."""
 
 
 def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | None = None) -> Path:
     """Make the run's folder: resolved config, DeepSpeed JSON and tokenizer. Returns the folder.
 
-    What an earlier start has left there without a checkpoint is replaced, and nothing else. A job that its launcher
+    Only what an earlier start without a checkpoint has left there is replaced. A job that its launcher
     has started again continues what it has saved.
 
     Args: lock: of the folder; taken here and kept. None: taken and released.
@@ -69,7 +69,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         _check_teacher(config)
         run.mkdir(parents=True, exist_ok=True)
         lock.take()
-        _refuse_filled(run, recipe)  # another start may have been here since
+        _refuse_filled(run, recipe)  # another start may have written here since
         clear(run, RUN_ENTRIES)
         mark(run, KIND)
         dump_config(anchored(config), run / CONFIG)
@@ -83,10 +83,10 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int, lock: RunLo
 
     Args: lock: as of `create_run`.
     Raises: ConfigError for a folder without a run, or an override that would change the run's result; RunLocked while
-        another start has the folder; DataError for sources that are not there any more; StorageError.
+        another start has the folder; DataError for sources that no longer exist; StorageError.
     """
     if not (run / CONFIG).is_file():
-        raise ConfigError(f"{run} holds no {CONFIG}, so it is no run; give the folder that an earlier run wrote")
+        raise ConfigError(f"{run} holds no {CONFIG}, so it is not a run; give the folder that an earlier run wrote")
     with writing(run), _held(run, lock) as lock:
         lock.take()
         before, after = load_config(run / CONFIG), load_config(run / CONFIG, overrides)
@@ -109,7 +109,7 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int, lock: RunLo
 
 @contextmanager
 def _held(run: Path, lock: RunLock | None) -> Iterator[RunLock]:
-    """The caller's lock, which stays with it, or one for the body."""
+    """The caller's lock, which is kept, or a new one for the body."""
     if lock is not None:
         yield lock
         return
@@ -118,7 +118,7 @@ def _held(run: Path, lock: RunLock | None) -> Iterator[RunLock]:
 
 
 def _refuse_filled(run: Path, recipe: str) -> None:
-    """Raises: ConfigError for a folder that holds more than a start which came to nothing has left."""
+    """Raises: ConfigError for a folder that holds more than what a start without a checkpoint leaves."""
     if run.is_symlink() and not run.exists():
         raise ConfigError(f"{run} is a link to nothing; remove the link, or choose another name=...")
     if run.exists() and not run.is_dir():
@@ -139,7 +139,7 @@ def _refuse_filled(run: Path, recipe: str) -> None:
     file = Path(recipe)
     if file.is_file() and file.resolve().is_relative_to(run.resolve()):
         raise ConfigError(
-            f"the run file {recipe} lies in the folder of its run, {run}, whose files are replaced; copy it elsewhere"
+            f"the run file {recipe} is in the folder of its run, {run}, whose files are replaced; copy it elsewhere"
         )
     known = RUN_ENTRIES | LOCKS if is_marked(run, KIND) or _is_earlier(run) else LOCKS
     found = foreign(run, known)
@@ -151,7 +151,7 @@ def _refuse_filled(run: Path, recipe: str) -> None:
 
 
 def _is_earlier(run: Path) -> bool:
-    """Whether a folder without a mark is that of a run of an earlier version, by its config.yaml, as dumped."""
+    """Whether a folder without a mark was made by an earlier version, judged by its config.yaml."""
     try:
         text = (run / CONFIG).read_text(encoding="utf-8")
         return dumped(yaml.safe_load(text)) == text and load_config(run / CONFIG).name == run.name
@@ -172,7 +172,7 @@ def _provide_tokenizer(config: RunConfig, target: Path) -> None:
     text = config.model.text
     given = Path(text.tokenizer) if text.tokenizer else Path(text.path, TOKENIZER) if text.path else None
     if given:
-        load_tokenizer(given)  # refuses a file that is none before anything starts
+        load_tokenizer(given)  # refuses a missing or broken file before anything starts
         with replacing(target) as partial:
             shutil.copyfile(given, partial)
         return
@@ -187,7 +187,7 @@ def _report_unused(config: RunConfig) -> None:
 
 
 def _check_sources(config: RunConfig) -> None:
-    """Raises: DataError if a source of training or of the evaluation after it is not there, or holds nothing for it."""
+    """Raises: DataError if a source of training or evaluation is missing, or holds nothing for it."""
     from univitar_ds.data.shards.contents import check_contents
     from univitar_ds.data.shards.sources import find_shards, validate_sources
     from univitar_ds.data.storage.base import StorageSettings
@@ -202,7 +202,7 @@ def _check_sources(config: RunConfig) -> None:
 
 
 def _check_teacher(config: RunConfig) -> None:
-    """Its configuration is read before anything starts: a model that cannot teach is refused here."""
+    """Reads the teacher's configuration before anything starts, so that an unsupported model is refused here."""
     if config.objective.teacher is not None:
         from univitar_ds.model.teacher.teacher import read_teacher
 

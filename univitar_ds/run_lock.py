@@ -1,11 +1,12 @@
-"""One start at a time writes a run's folder.
+"""Only one start at a time writes a run's folder.
 
-    .lock-00000003        the lock: host, processes, jobs and token of the start that has it, or that it was released
+    .lock-00000003        the lock: host, processes, jobs and token of the start that holds it, or a note that it was
+    released
 
-A start takes the lock by making the file of the next number, exclusively: only one can. So a lock that is dead is not
-removed but succeeded, which works on every file system and cannot go wrong between several that try; the file of the
-last start stays, released. The start that has the lock touches its file every 10 s; others compare that time with the
-time of a file that they make themselves, so that only the file server's clock counts.
+A start takes the lock by creating the file of the next number exclusively, which only one start can do. So a dead lock
+is not removed but superseded, which works on every file system and is free of races between several starts; the file of
+the last start stays, released. The start that holds the lock touches its file every 10 s; others compare that time with
+the time of a file that they create themselves, so that only the file server's clock counts.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from univitar_ds.identity import JOBS, restarted, this_job, this_machine, this_p
 from univitar_ds.processes import Process
 
 VARIABLE = "UNIVITAR_DS_RUN_LOCK"
-"""Carries `RunLock.word` to the processes that are started under the lock."""
+"""Passes `RunLock.word` to the processes that are started under the lock."""
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 _TRIES = 20
-_PAUSE_S = 0.1
-_RECENT_S = 1.0
+PAUSE_S = 0.1
+"""Between two tries to take a lock that others are taking."""
+RECENT_S = 1.0
+"""`check(recently=True)` looks at the file again after so long."""
 _NAME = re.compile(r"\.lock-(\d{8})")
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ class LockLost(UserError):
 
 
 class RunLock:
-    """The lock of the folder `run`. As a context manager it releases at its end what was taken meanwhile."""
+    """The lock of the folder `run`. A context manager that releases the lock if it was taken."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -70,22 +73,22 @@ class RunLock:
 
     @property
     def word(self) -> str:
-        """What another process needs to work under this lock; empty while it is not taken."""
+        """The text with which another process works under this lock; empty while it is not taken."""
         return f"{self.number}:{self._record['token']}" if self.number else ""
 
     def refuse(self) -> None:
-        """Raises: RunLocked if another start has the lock and lives. Writes nothing but a file for a moment."""
+        """Raises: RunLocked if another live start has the lock. Writes only a temporary file."""
         found = self._last()
         if found is not None:
             self._why_over(*found)
 
     def continues(self) -> bool:
-        """Whether the last start in this folder was one of the same job, which has been started again since."""
+        """Whether the last start in this folder was of the same job, which was restarted since."""
         found = self._last()
         return found is not None and restarted(this_job(os.environ), found[1].get("jobs", {})) is not None
 
     def take(self) -> None:
-        """Take the lock; the folder is there. Dead ones are taken over, with a line in the log.
+        """Take the lock of an existing folder. Dead locks are taken over, with a line in the log.
 
         Raises: RunLocked if another start has it.
         """
@@ -96,7 +99,7 @@ class RunLock:
             reason = None if found is None else self._why_over(*found)
             if self._make(1 if found is None else found[0] + 1):
                 break
-            time.sleep(_PAUSE_S)
+            time.sleep(PAUSE_S)
         else:
             raise RunLocked(f"{self.run} is being taken by other starts at this moment; start one run at a time")
         if reason:
@@ -108,7 +111,7 @@ class RunLock:
         self._begin()
 
     def join(self, word: str) -> None:
-        """Be one more process that has the lock which its parent took: it lives as long as either of them."""
+        """Share the lock that the parent process took: it is held as long as either process lives."""
         self.watch(word)
         if not self.number:
             return
@@ -129,15 +132,16 @@ class RunLock:
             _known[os.path.realpath(self.run)] = self
 
     def check(self, *, recently: bool = False) -> None:
-        """Raises: LockLost if another start has taken the run over. `recently`: having looked a second ago is enough.
+        """Raises: LockLost if another start has taken the run over. `recently`: a check within the last second is
+        enough.
 
-        Seconds count while the machine sleeps, too.
+        Time while the machine is suspended counts, too.
         """
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        if not self.number or (recently and now - self._seen < _RECENT_S):
+        if not self.number or (recently and now - self._seen < RECENT_S):
             return
         try:
-            with open(self._path(self.number), "rb") as file:  # opening asks the file server, where there is one
+            with open(self._path(self.number), "rb") as file:  # opening asks the file server, if there is one
                 record = _parsed(file.read())
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
@@ -150,14 +154,14 @@ class RunLock:
         self._seen = now
 
     def release(self) -> None:
-        """The file stays and says that it is released. For every end, also of a lock that was lost or never taken."""
+        """Writes into the file that the lock is released. Also for a lock that was lost or never taken."""
         self._ended.set()
         _known.pop(os.path.realpath(self.run), None)
         file, self._file, self.number = self._file, None, 0
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(_RECENT_S)  # a disk that hangs does not delay the end
+            self._thread.join(RECENT_S)  # a disk that hangs does not delay the end
         if file is not None:
-            with suppress(OSError):  # nor does a full one: the process is gone soon
+            with suppress(OSError):  # nor does a full one: the process ends soon
                 if not self._joined:
                     os.pwrite(file, _line({**self._record, "released": True}), 0)
             os.close(file)
@@ -170,11 +174,11 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
-            with suppress(OSError, TypeError):  # released this moment
+            with suppress(OSError, TypeError):  # it was released at this moment
                 os.utime(self._file)  # without a time: the file server's own
 
     def _make(self, number: int) -> bool:
-        """The file of this number; whether it is ours and the last one."""
+        """Create the file of this number; returns whether it is ours and the last one."""
         record = {"token": uuid.uuid4().hex, **this_machine(), "processes": [this_process()]}
         record |= {"jobs": this_job(os.environ), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "released": False}
         with writing(self._path(number)):
@@ -187,7 +191,7 @@ class RunLock:
                 if max(self._numbers(), default=0) == number:
                     self.number, self._record, self._file = number, record, file
                     return True
-                os.unlink(self._path(number))  # others were quicker by more than one
+                os.unlink(self._path(number))  # other starts have taken later numbers
             except OSError:
                 os.unlink(self._path(number))
                 raise
@@ -197,7 +201,7 @@ class RunLock:
         return False
 
     def _why_over(self, number: int, record: dict[str, Any], age_s: float) -> str:
-        """Why the lock no longer holds, empty if it was released. Raises: RunLocked if it does hold."""
+        """Why the lock is no longer valid, empty if it was released. Raises: RunLocked if it is valid."""
         if record.get("released"):
             return ""
         if again := restarted(this_job(os.environ), record.get("jobs", {})):
@@ -223,18 +227,18 @@ class RunLock:
             try:
                 with open(self._path(max(numbers)), "rb") as file:
                     record, touched = _parsed(file.read()), os.fstat(file.fileno()).st_mtime
-            except FileNotFoundError:  # succeeded this moment
+            except FileNotFoundError:  # superseded at this moment
                 continue
             if record:
                 over = record.get("released")
                 return max(numbers), record, 0.0 if over else self._now() - touched
             if (age_s := self._now() - touched) > STALE_S:
                 return max(numbers), record, age_s
-            time.sleep(_PAUSE_S)  # it is being written
+            time.sleep(PAUSE_S)  # it is being written
         return max(numbers, default=0), {}, 0.0
 
     def _now(self) -> float:
-        """The file server's clock: when a file that is made now was made."""
+        """The file server's clock: the modification time of a new file."""
         probe = self.run / f".lock-probe-{uuid.uuid4().hex}"
         with writing(probe):
             file = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -263,9 +267,9 @@ class RunLock:
 
 
 def still_ours(run: Path, *, recently: bool = False) -> None:
-    """To be called before something is written into a run's folder. Raises: LockLost.
+    """Called before something is written into a run's folder. Raises: LockLost.
 
-    A process that works under no lock of this folder, such as `univitar-ds eval`, is not stopped.
+    A process without a lock of this folder, such as `univitar-ds eval`, passes.
     """
     lock = _known.get(os.path.realpath(run))
     if lock is not None:
@@ -273,7 +277,7 @@ def still_ours(run: Path, *, recently: bool = False) -> None:
 
 
 def release_all(within_s: float = 2.0) -> None:
-    """Before the process ends without its context managers; it does not wait for a disk that hangs."""
+    """Called before the process ends without its context managers; does not wait for a disk that hangs."""
     locks = list(_known.values())
     if locks:
         thread = threading.Thread(target=lambda: [lock.release() for lock in locks], daemon=True)
@@ -282,7 +286,7 @@ def release_all(within_s: float = 2.0) -> None:
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    """Longer than any earlier one: it is written over it at once, and blanks are no part of JSON."""
+    """Padded with blanks, which JSON allows, so that one write replaces any earlier record."""
     return json.dumps(record).ljust(4096).encode() + b"\n"
 
 

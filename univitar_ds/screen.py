@@ -1,6 +1,6 @@
-"""stdout and stderr as they may be: of another encoding, closed, a pipe whose reader has left, a file on a full disk.
+"""stdout and stderr with another encoding, closed, as a pipe without a reader, or as a file on a full disk.
 
-What is printed is also in files, or was asked for only to be read: none of these ends a run.
+What is printed is also in files, or only for reading, so no such failure ends a run.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ lost: list[OSError] = []
 
 
 def prepare_screen() -> None:
-    """Makes stdout and stderr escape the letters that they cannot show, and opens them where they were closed.
+    """Makes stdout and stderr escape characters that they cannot encode, and opens them if they were closed.
 
-    A closed descriptor would be given to the next file that is opened, and what libraries print would go into it.
+    Otherwise the next file that is opened would get the closed descriptor, and libraries would print into it.
     """
     lost.clear()
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False))
-        elif hasattr(stream, "reconfigure"):  # not what a notebook or a test puts there
+        elif hasattr(stream, "reconfigure"):  # but not a replacement by a notebook or a test
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -48,7 +48,7 @@ def show(text: str) -> None:
 
 
 def silence_stdout() -> None:
-    """Lets the rest of this process print into nothing: Python writes what is left when it ends, or complains."""
+    """Discards what the rest of this process prints: at its end Python flushes the rest, or reports an error."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Captions to token ids: a byte-level BPE trained on the captions, or somebody's tokenizer.json."""
+"""Captions to token ids: a byte-level BPE trained on the captions, or a given tokenizer.json."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SMALLEST_VOCAB = 256 + len(_SPECIAL)
 _BEGINS = ("[BOS]", "<|startoftext|>", "<s>", "<bos>", "[CLS]")
 _ENDS = ("[EOS]", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
 _MOST_CHARACTERS = 256
-"""Of a caption for each id of a row; what follows is not looked at. The library takes 350 bytes for every character."""
+"""Characters of a caption per id of a row; the rest is ignored. The library takes 350 bytes for every character."""
 _PADS = ("[PAD]", "<pad>", "<|pad|>")
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids with a meaning. `bos_id` is None for a tokenizer without one; a missing pad is the end id, as in CLIP."""
+    """Ids of special tokens. `bos_id` is None for a tokenizer without one; a missing pad is the end id, as in CLIP."""
 
     pad_id: int
     bos_id: int | None
@@ -33,7 +33,7 @@ class SpecialIds:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` ids: any text has a code, case does not matter.
+    """A byte-level BPE of at most `vocab_size` ids: any text can be encoded, case does not matter.
 
     The same captions, in any order, give the same tokenizer. [PAD] is 0, [BOS] 1, [EOS] 2, [UNK] 3.
 
@@ -74,7 +74,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for a file it cannot parse
-        raise ConfigError(f"{path} is no tokenizer.json that the tokenizers library reads: {error}") from error
+        raise ConfigError(f"{path} is no tokenizer.json that the tokenizers library can read: {error}") from error
     special_ids(tokenizer, str(path))
     return _plain(tokenizer)
 
@@ -102,7 +102,8 @@ def _marks(tokenizer: Tokenizer) -> tuple[int | None, int | None, int | None]:
 
 
 def encode(tokenizer: Tokenizer, captions: Sequence[str], context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of captions, each from begin to end token; one that is too long loses words, never its end.
+    """Token ids of captions, each from begin to end token; a caption that is too long is truncated but keeps its end
+    token.
 
     Args: captions N; context_length, most ids of a row.
     Returns: ids (N, S) int64, padded to the longest row (S is 1 for N = 0); lengths (N,) int64.
@@ -111,7 +112,7 @@ def encode(tokenizer: Tokenizer, captions: Sequence[str], context_length: int) -
 
 
 def token_rows(tokenizer: Tokenizer, captions: Sequence[str], context_length: int) -> list[list[int]]:
-    """The first half of `encode`: the work, which other threads may do meanwhile."""
+    """The first half of `encode`: the expensive part, which other threads may run."""
     _, bos_id, eos_id = _marks(tokenizer)  # `special_ids` also makes a dictionary of the whole vocabulary
     assert eos_id is not None, "load_tokenizer refuses a tokenizer without one"
     begin = [] if bos_id is None else [bos_id]
@@ -138,12 +139,12 @@ def caption_id(caption: str) -> int:
 
 
 def _encodable(caption: str) -> str:
-    """Halves of surrogate pairs, which JSON can smuggle in, replaced: they have no bytes."""
+    """Replaces halves of surrogate pairs, which JSON may contain but UTF-8 cannot encode."""
     return caption.encode("utf-8", "replace").decode()
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Lengths are our business, and a caption that spells "[EOS]" is text."""
+    """Truncation and padding are done here, and "[EOS]" in a caption is plain text."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

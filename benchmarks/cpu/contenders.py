@@ -1,4 +1,4 @@
-"""What `bench_cpu.py` measures beside our encoder: other ways to run its shape on the same images, and the floor.
+"""Contenders of our encoder in `bench_cpu.py`: other ways to run its shape on the same images, and the floor.
 
 All have the 0.3B's width (1024), heads (16), feed-forward FLOPs and patches of 1176 values, random weights and LAYERS
 blocks. A contender is built for a type and takes a `Group` of images: forward, then backward from a given gradient.
@@ -23,7 +23,7 @@ from univitar_ds.kernels import dispatch
 from univitar_ds.model.encoder import UniViTAR
 
 PEERS = Path(__file__).parents[1] / ".peers"
-"""Where packages lie that only contenders need."""
+"""Folder of packages that only contenders need."""
 WIDTH, HEADS, HEAD, INNER, PLAIN_INNER, PATCH_VALUES = 1024, 16, 64, 2816, 4224, 1176
 
 
@@ -41,7 +41,7 @@ class Group:
         return [h * w for h, w in self.grids]
 
     def padded(self, rows: Tensor) -> Tensor:
-        """(T, X) -> (N, padded_to, X), zeros behind each image."""
+        """(T, X) -> (N, padded_to, X), zeros after each image."""
         out = rows.new_zeros(len(self.grids), self.padded_to, rows.shape[1])
         for place, piece in zip(out, rows.split(self.lengths), strict=True):
             place[: len(piece)] = piece

@@ -61,7 +61,7 @@ def cases(config: EncoderConfig, tokens: int, device: torch.device, dtype: torch
         ours, eager = partial(getattr(dispatch, op), **rule), partial(getattr(reference, op), **rule)
         yield Case(op, "rows", tokens, wide, inputs, ours, eager, moved)
     del rows, inputs
-    for name, grids in (("images", packs.mixed_images(tokens)), ("clips", packs.videos(tokens))):
+    for name, grids in (("images", packs.mixed_images(tokens)), ("videos", packs.videos(tokens))):
         yield patch_embed_case(name, grids, width, device, dtype)
 
 
@@ -105,7 +105,7 @@ def compiled(case: Case, backend: str) -> Callable[..., Any]:
 
 
 def _pack_of(case: Case) -> tuple[list[int], list[packs.Grid]]:
-    grids = packs.videos(case.tokens) if case.pack == "clips" else packs.mixed_images(case.tokens)
+    grids = packs.videos(case.tokens) if case.pack == "videos" else packs.mixed_images(case.tokens)
     return packs.frames_of(grids), grids
 
 
@@ -114,7 +114,7 @@ def measure(case: Case, timer: Timer, copy: float, backend: str) -> list[dict[st
     ways = {"ours": case.ours, "eager": case.eager, "compiled": compiled(case, backend)}
     times = {way: _times(timer, run, case.inputs) for way, run in ways.items()}
     kind = next(x.dtype for x in case.inputs if x.requires_grad)
-    return [_row(case, direction, times, timer, copy, kind) for direction in counts.PASSES]
+    return [row(case, direction, times, timer, copy, kind) for direction in counts.PASSES]
 
 
 def _times(timer: Timer, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> dict[str, float]:
@@ -133,7 +133,7 @@ def _times(timer: Timer, run: Callable[..., Any], inputs: tuple[Tensor, ...]) ->
     return {"forward": timer.median_ms(forward), "backward": timer.median_ms(backward)}
 
 
-def _row(
+def row(
     case: Case, direction: str, times: dict[str, dict[str, float]], timer: Timer, copy: float, dtype: torch.dtype
 ) -> dict[str, Any]:
     ours = times["ours"][direction]

@@ -88,7 +88,7 @@ def patch_embed_cases() -> Iterator[Case]:
         heads, width, _ = SIZES[size]
         weight = torch.zeros(heads * width, 3, 2, 14, 14, dtype=dtype, requires_grad=True)
         bias = torch.zeros(heads * width, dtype=dtype, requires_grad=True)
-        for kind, frames, grid in (("stills", 1, (1, 6, 8)), ("clips", 4, (2, 6, 4))):
+        for kind, frames, grid in (("stills", 1, (1, 6, 8)), ("videos", 4, (2, 6, 4))):
             pixels = torch.zeros(frames * grid[1] * grid[2] * 588, dtype=torch.uint8)
             yield Case(
                 f"patch_embed {kind}", size, dtype,

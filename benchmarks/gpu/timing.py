@@ -46,8 +46,8 @@ class Timer:
 def _device_held_back() -> Iterator[None]:
     """Inside, do_bench's clearing of the cache also keeps the device busy until Python has launched what comes next.
 
-    The launches of a small operation take Python longer than the device takes to run it; in training they hide behind
-    what the device still has to do.
+    The launches of a small operation take Python longer than the device takes to run it; in training this is hidden by
+    work that the device still has to do.
     """
     from triton.runtime import driver
 

@@ -1,7 +1,7 @@
 """Four ways to read the same images at the same sizes; each yields how many samples every batch has.
 
-`bench_loader.py` runs one of them in a process of its own. All resize to the grid that `Resolution` gives for the
-image's size, keep uint8, forget what they made, and never end.
+`bench_loader.py` runs each of them in its own process. All resize to the grid that `Resolution` gives for the
+image's size, keep uint8, discard their batches, and never end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Task:
 
 
 def ours(task: Task) -> Generator[int]:
-    """The training loader with everything on: shuffle, pool, packing, cursor, checksums, workers, ring."""
+    """The training loader with everything on: shuffle buffer, packing, cursor, checksums, workers, shared slots."""
     from univitar_ds.config.data import DataConfig, S3Config, SourceConfig
     from univitar_ds.config.stage import StageConfig
     from univitar_ds.data.loader import LaneSet, PackLoader

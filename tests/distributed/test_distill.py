@@ -34,7 +34,7 @@ GRIDS = [
     [],
     [(1, 4, 4), (1, 1, 2), (1, 2, 1)],
 ]
-"""Items of each lane: ranks see different numbers of them, of sizes and of items that a merging teacher takes."""
+"""Items of each lane: ranks see different numbers of them, of sizes and of items that a merging teacher supports."""
 VIDEOS = [[(2, 2, 3)], [(1, 2, 2), (3, 2, 2)], [(2, 4, 2)], [(1, 1, 4)]]
 CASES = {
     "cosine": (GRIDS, {"model": "dinov2"}),
@@ -92,7 +92,7 @@ def dense(folder, items, settings, dropping):
     vision, text = (torch.cat([output[i] for output in outputs]) for i in (0, 1))
     contrastive = dense_sigmoid(vision, text, outputs[0].scale, outputs[0].bias)
     found = [teacher(batch.pixels, batch.frames, batch.grid_thw) for batch in batches]
-    valid, taken = torch.cat([f.valid for f in found]), torch.cat([f.taken for f in found])
+    valid, taken = torch.cat([f.valid for f in found]), torch.cat([f.supported for f in found])
     patches = torch.cat([f.patches for f in found])
     if dropping is not NO_DROPPING:
         starts = [sum(map(token_count, (g for grids in items[:lane] for g in grids))) for lane in range(LANES)]

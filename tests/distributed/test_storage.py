@@ -41,7 +41,7 @@ def with_failing_log(run: Path, fault: int) -> list[str]:
     """As `end_of`, but the fifth line of metrics.jsonl cannot be written."""
     from univitar_ds.training.logging import writers
 
-    append, lines = writers._append, []
+    append, lines = writers.append_line, []
 
     def failing(file, line):
         if "lr" in line:
@@ -50,25 +50,26 @@ def with_failing_log(run: Path, fault: int) -> list[str]:
                 raise OSError(fault, os.strerror(fault))
         append(file, line)
 
-    writers._append = failing
+    writers.append_line = failing
     return end_of(run)
 
 
 def under_lock(run: Path, word: str) -> list[str]:
     """As `end_of`, under a lock of the test; the first line of the metrics that is written loses it."""
+    from univitar_ds import run_lock
     from univitar_ds.training.logging import writers
 
+    run_lock.RECENT_S = 0.0  # the lock is looked at before every line
     lock = RunLock(run)
     lock.watch(word)
-    append = writers._append
+    append = writers.append_line
 
     def losing(file, line):
         append(file, line)
         if "lr" in line and line["step"] == 3:
             (run / f".lock-{lock.number + 1:08d}").write_text("{}")
-            lock._seen = 0.0  # a second has passed
 
-    writers._append = losing
+    writers.append_line = losing
     return end_of(run)
 
 
@@ -85,7 +86,7 @@ def test_a_disk_that_is_full_while_saving_ends_all_ranks_and_leaves_the_last_che
         assert sorted([first[0], second[0]]) in (["PeerFailure", "StorageError"], ["StorageError", "StorageError"])
         said = first[1] if first[0] == "StorageError" else second[1]
         assert "cannot be written: No space left on device; free some space there" in said
-        assert whole(run) == "step-00000003"  # of the hand-over to the second stage
+        assert whole(run) == "step-00000003"  # of the stage transition to the second stage
         assert sorted(path.name for path in (run / CHECKPOINTS).iterdir()) == [
             "latest", "step-00000002", "step-00000003",
         ], "the part of a checkpoint that did not fit is removed"  # fmt: skip

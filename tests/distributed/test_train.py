@@ -246,8 +246,8 @@ def story_of_other_shards(run):
 
 def test_ranks_that_see_other_shards_end_the_run_and_the_first_alone_looks_into_them(whole, tmp_path):
     run = create_run(small_config(whole.shards, tmp_path), "test", 2)
-    told = "rank 1 finds other shards than rank 0; all must see the same data.sources"
-    assert run_distributed(story_of_other_shards, 2, run) == [("DataError", told)] * 2
+    message = "rank 1 finds other shards than rank 0; all must see the same data.sources"
+    assert run_distributed(story_of_other_shards, 2, run) == [("DataError", message)] * 2
 
 
 def test_another_configuration_is_refused(whole, tmp_path):

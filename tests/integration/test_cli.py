@@ -51,7 +51,7 @@ def test_every_command_has_help(capsys, command):
 
 def test_a_run_file_with_faults_lists_them(capsys, run_file):
     message = fails(capsys, "train", "--config", run_file, "data.lnes=4", "seed=-1")
-    assert "2 faults" in message
+    assert "2 errors" in message
     assert "did you mean 'lanes'" in message
 
 
@@ -103,7 +103,7 @@ def test_an_empty_folder_cannot_be_packed(capsys, tmp_path):
 
 
 def test_a_folder_that_is_no_run_cannot_be_resumed_evaluated_or_exported(capsys, tmp_path):
-    assert "so it is no run" in fails(capsys, "train", "--resume", tmp_path)
+    assert "so it is not a run" in fails(capsys, "train", "--resume", tmp_path)
     assert "neither a run's folder" in fails(capsys, "eval", tmp_path)
     assert "neither a run's folder" in fails(capsys, "convert", "export", tmp_path, tmp_path / "out")
 
@@ -157,7 +157,7 @@ def test_inspect_prints_json_and_nothing_else_when_asked_to(capsys, run_file, tm
     assert [stream["packs"] for stream in json.loads(capsys.readouterr().out)["streams"]] == [2, 2]
 
 
-def test_a_result_that_cannot_be_written_is_told_before_the_work(capsys, run_file, tmp_path):
+def test_a_result_that_cannot_be_written_is_reported_before_the_work(capsys, run_file, tmp_path):
     nowhere = tmp_path / "gone" / "a"
     assert "make it first" in fails(capsys, "data", "inspect", "--config", run_file, "--png", nowhere)
     assert "make it first" in fails(capsys, "data", "verify", tmp_path, "--report", nowhere)
@@ -178,7 +178,7 @@ def test_verify_says_sound_or_what_is_wrong_and_writes_it_down(capsys, tmp_path)
     assert main(["data", "verify", str(folder), "--report", str(report), "--workers", "1", "--split", "train"]) == 1
     printed = capsys.readouterr().out
     assert "unreadable: train-image-000000/i0000" in printed
-    assert "its SHA-256 is not the manifest's" in printed
+    assert "its SHA-256 differs from the manifest" in printed
     assert "20 samples in 2 shards: NOT sound" in printed
     assert json.loads(report.read_text())["bad"] == {"unreadable": 1}
 
@@ -196,12 +196,12 @@ def test_of_thousands_of_bad_shards_verify_prints_the_first(capsys, tmp_path):
     report = tmp_path / "report.json"
     assert main(["data", "verify", str(path.parent), "--report", str(report), "--workers", "1", "--no-decode"]) == 1
     printed = capsys.readouterr().out.splitlines()
-    assert sum("its SHA-256 is not" in line for line in printed) == 10
+    assert sum("its SHA-256 differs" in line for line in printed) == 10
     assert len(printed) == 20 + 1 + 1
     assert "... and 40 more" in printed
 
 
-def test_a_source_to_verify_that_is_not_there_is_told(capsys, tmp_path):
+def test_a_source_to_verify_that_is_not_there_is_reported(capsys, tmp_path):
     report = tmp_path / "report.json"
     assert main(["data", "verify", str(tmp_path / "nowhere"), "--report", str(report)]) == 1
     assert "there is no such file or folder" in capsys.readouterr().out
@@ -263,7 +263,7 @@ def test_verify_has_the_limits_of_the_run_file(capsys, labelled, tmp_path):
     assert capsys.readouterr().out.count("too_large: a/k") == 3
 
 
-def test_verify_checks_the_split_that_the_run_reads_unless_it_is_told_another(capsys, run_file, tmp_path):
+def test_verify_checks_the_split_that_the_run_reads_unless_it_is_reported_another(capsys, run_file, tmp_path):
     arguments = ["--config", str(run_file), "--report", str(tmp_path / "report.json"), "--workers", "1", "--no-decode"]
     assert main(["data", "verify", *arguments]) == 0
     assert "24 samples" in capsys.readouterr().out
@@ -307,7 +307,7 @@ def test_names_from_outside_are_printed_with_escapes(tmp_path):
             assert r"\udce9.jpg: " in printed
 
 
-def test_probe_tells_of_each_file_what_a_run_would_make_of_it(capsys, run_file, tmp_path):
+def test_probe_reports_of_each_file_what_a_run_would_make_of_it(capsys, run_file, tmp_path):
     (tmp_path / "a.jpg").write_bytes(image(60, 120))
     (tmp_path / "b.jpg").write_bytes(b"junk")
     files = [str(tmp_path / name) for name in ("a.jpg", "b.jpg")]
@@ -337,7 +337,7 @@ def test_a_file_to_probe_that_is_not_there_costs_none_of_the_others(capsys, tmp_
 
 
 def test_a_stage_to_probe_for_that_is_not_there_names_those_that_are(capsys, run_file):
-    assert "no stage 'last'; there is both" in fails(
+    assert "no stage 'last'; the stages are both" in fails(
         capsys, "data", "probe", "x.jpg", "--config", run_file, "--stage", "last"
     )
 

@@ -182,7 +182,7 @@ def after_some_steps(run: Path, launchers: list[subprocess.Popen], log: Path | N
     wait_until(reached, "the third step", of={f"launcher {number}": one.pid for number, one in enumerate(launchers)})
 
 
-def told_to_leave(run: Path) -> None:
+def ask_to_leave(run: Path) -> None:
     """The run has its only checkpoint at its last step."""
     (saved,) = atomic_dir.complete(run / CHECKPOINTS)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -195,14 +195,14 @@ SOME_STEPS = ["data.lanes=2", "stages.0.samples=250", "logging.every_steps=1", "
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", TWO_HOSTS)
-def test_one_rank_told_to_leave_makes_all_hosts_save_and_the_run_goes_on(launcher, run_file, two_hosts):
-    run = run_file.parent / "runs" / f"told-{launcher}"
+def test_one_rank_asked_to_leave_makes_all_hosts_save_and_the_run_goes_on(launcher, run_file, two_hosts):
+    run = run_file.parent / "runs" / f"asked-{launcher}"
     hosts = two_hosts(launcher, "--config", str(run_file), f"name={run.name}", *SOME_STEPS)
     after_some_steps(run, hosts.started, hosts.log)
     os.kill(hosts.rank(1), signal.SIGUSR1)
     codes = {"deepspeed": SAVED, "torchrun": 1}  # torchrun has one code for all failures
     assert hosts.ends() == [codes[launcher]] * 2, hosts.log.read_text()[-3000:]
-    told_to_leave(run)
+    ask_to_leave(run)
     hosts = two_hosts(launcher, "--resume", str(run))
     assert hosts.ends() == [0, 0], hosts.log.read_text()[-3000:]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -211,7 +211,7 @@ def test_one_rank_told_to_leave_makes_all_hosts_save_and_the_run_goes_on(launche
 
 @pytest.mark.slow
 def test_the_own_launcher_hands_a_signal_on_to_the_ranks(run_file):
-    run = run_file.parent / "runs" / "told-own"
+    run = run_file.parent / "runs" / "asked-own"
     start = [*LAUNCHERS["own"], "--config", str(run_file), f"name={run.name}", *SOME_STEPS]
     process = subprocess.Popen(
         start, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -223,7 +223,7 @@ def test_the_own_launcher_hands_a_signal_on_to_the_ranks(run_file):
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    told_to_leave(run)
+    ask_to_leave(run)
 
 
 def test_a_fault_that_rank_0_finds_before_training_ends_all_ranks_with_one_sentence(run_file):

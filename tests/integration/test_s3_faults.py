@@ -136,6 +136,6 @@ def test_a_store_that_answers_503_for_ever_ends_the_run_within_the_stated_time(s
         late = len([one for one in proxy.requests if one.key.endswith(".tar")]) > 6
         return "throttle" if late and request.key.endswith(".tar") else None
 
-    told = r"nothing received in .*the store answered 503.*data\.s3\.give_up_s is 3"
-    with faulty(server, broken) as proxy, pytest.raises(DataError, match=told):
+    message = r"nothing received in .*the store answered 503.*data\.s3\.give_up_s is 3"
+    with faulty(server, broken) as proxy, pytest.raises(DataError, match=message):
         packs_of(config(f"s3://{BUCKET}/demo", proxy.url, workers=workers, give_up_s=3.0), steps=100)

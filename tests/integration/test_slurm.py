@@ -23,7 +23,7 @@ pytestmark = [
 TRAIN = ROOT / "slurm" / "train.sbatch"
 PREFLIGHT = ROOT / "slurm" / "preflight.sbatch"
 THIRTY_STEPS = ["data.lanes=2", "stages.0.samples=270", "stages.1.samples=30"]
-"""The hand-over, which saves too, comes after all that the tests do to a run."""
+"""The stage transition, which saves too, comes after all that the tests do to a run."""
 STEPS_OF_A_START = 2
 
 
@@ -93,7 +93,7 @@ exit 0
 
 @pytest.fixture
 def stub(slurm, tmp_path):
-    """Starts train.sbatch with a trainer that ends as it is told."""
+    """Starts train.sbatch with a trainer whose end is given."""
     (tmp_path / "stub").write_text(STUB)
     (tmp_path / "stub").chmod(0o755)
 
@@ -139,7 +139,7 @@ def test_a_warning_while_a_trained_and_exported_run_is_evaluated_does_not_take_t
     both_up(job)
     job.warn()
     assert job.ends() == ("FAILED", 0, "138:0")
-    assert f"only its evaluation was cut: univitar-ds eval {job.run}, on one GPU" in job.log.read_text()
+    assert f"only its evaluation was interrupted: univitar-ds eval {job.run}, on one GPU" in job.log.read_text()
 
 
 @pytest.mark.parametrize("end", ["early", "saves"])
@@ -190,7 +190,7 @@ def last_step(run: Path) -> int:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Those of checkpoints but for the one at the hand-over from the first stage."""
+    """Those of checkpoints but for the one at the stage transition from the first stage."""
     handed_over = {json.loads(line)["step"] for line in (run / "events.jsonl").read_text().splitlines()}
     steps = {int(folder.name.removeprefix("step-")) for folder in atomic_dir.complete(run / CHECKPOINTS)}
     return sorted(steps - handed_over)
@@ -236,7 +236,7 @@ def test_a_fault_of_the_user_ends_the_job_with_its_sentence(slurm, tmp_path):
     assert "absent.yaml" in job.log.read_text()
 
 
-def test_the_preflight_tells_what_it_found(slurm, tmp_path):
+def test_the_preflight_reports_what_it_found(slurm, tmp_path):
     write_demo_shards(tmp_path / "shards")
     dump_config(small_config(tmp_path / "shards", tmp_path), tmp_path / "run.yaml")
     job = Job(slurm, tmp_path / "checked", PREFLIGHT, CONFIG=str(tmp_path / "run.yaml"))

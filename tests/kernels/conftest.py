@@ -1,7 +1,7 @@
 """Tests marked `kernels` run Triton's kernels: compiled where there is a GPU, in Triton's interpreter elsewhere.
 
 Triton chooses its interpreter when it is imported, once for a process. So one process of its own runs all of these
-tests that were asked for, started by the first of them, and every outcome is told here under the test's own name;
+tests that were asked for, started by the first of them, and every outcome is reported here under the test's own name;
 under pytest-xdist there is one for each file.
 """
 

@@ -1,5 +1,6 @@
 """The operations compiled for the CPU: against the reference in float64, over pack lengths, without a compiler."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -114,14 +115,28 @@ def test_without_norms_of_q_and_k_only_the_reference_turns():
     assert all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
 
 
-def test_tables_are_shared_by_the_layers_of_a_pack_and_go_with_it():
-    positions = torch.arange(6).view(3, 2)
-    first = compiled._table(positions, 8, THETA)
-    assert compiled._table(positions, 8, THETA) is first
-    assert compiled._table(positions, 8, 100.0) is not first
-    known = len(compiled._tables)
+def test_tables_are_shared_by_the_layers_of_a_pack_and_go_with_it(monkeypatch, uncompiled):
+    qkv, positions = draw(7, 3, HEADS, HEAD, seed=1).float(), torch.arange(14).view(7, 2)
+    weight = torch.ones(WIDTH)
+    made = []
+
+    def angles(positions, width, theta, dtype, real=reference.rope2d_angles):
+        made.append(real(positions, width, theta, dtype))
+        return made[-1]
+
+    def kept():
+        gc.collect()
+        tensors = (one for one in gc.get_objects() if type(one) is torch.Tensor)
+        return sum(one.shape == made[0].shape and not any(one is other for other in made) for one in tensors)
+
+    monkeypatch.setattr(reference, "rope2d_angles", angles)
+    for theta, tables in ((THETA, 1), (THETA, 1), (100.0, 2)):
+        with torch.no_grad():
+            compiled.rope2d_qk_norm(qkv, positions, weight, weight, theta=theta, eps=EPS)
+        assert len(made) == tables
+    before = kept()
     del positions
-    assert len(compiled._tables) == known - 1
+    assert kept() == before - 4, "cosines and sines for two values of theta"
 
 
 @pytest.mark.numeric

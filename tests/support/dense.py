@@ -17,16 +17,16 @@ from univitar_ds.training.engine.optim import parameter_groups
 def dense_sigmoid(vision: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None = None) -> Tensor:
     """Mean over items of the sum over all pairs; with `ids`, items with equal ids are positive pairs."""
     n = vision.shape[0]
-    together = torch.eye(n, dtype=torch.bool) if ids is None else ids[:, None] == ids[None]
-    sign = torch.where(together, 1.0, -1.0).to(vision.dtype)
+    positive = torch.eye(n, dtype=torch.bool) if ids is None else ids[:, None] == ids[None]
+    sign = torch.where(positive, 1.0, -1.0).to(vision.dtype)
     return -F.logsigmoid(sign * (vision @ text.T * scale + bias)).sum() / max(n, 1)
 
 
 def dense_softmax(vision: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None = None) -> Tensor:
     """Cross-entropy of rows and of columns, averaged; with `ids`, equal ids share the target evenly."""
     n = vision.shape[0]
-    together = torch.eye(n, dtype=torch.bool) if ids is None else ids[:, None] == ids[None]
-    target = together.to(vision.dtype) / together.sum(1, keepdim=True)
+    positive = torch.eye(n, dtype=torch.bool) if ids is None else ids[:, None] == ids[None]
+    target = positive.to(vision.dtype) / positive.sum(1, keepdim=True)
     logits = vision @ text.T * scale
     entropies = -(target * logits.log_softmax(1)).sum() - (target.T * logits.log_softmax(0)).sum()
     return entropies / (2 * max(n, 1)) + 0.0 * bias.sum()

@@ -80,14 +80,14 @@ def sized_sample(key: str, index: int, captions: int = 1) -> Sample:
     return key, {"png": tiny_image(height, width), "json": json.dumps(about).encode()}
 
 
-def memory_shards(counts: Sequence[int], modality: Modality | None = "image", **fields) -> list[SourceShard]:
+def memory_shards(counts: Sequence[int], modality: Modality | None = "image", **options) -> list[SourceShard]:
     """One shard for each count, with so many images of 1 to 20 tokens.
 
-    `fields`: `captions`, the number of captions per sample; others as in `shards_of`.
+    `options`: `captions`, the number of captions per sample; others as in `shards_of`.
     """
-    captions = fields.pop("captions", 1)
+    captions = options.pop("captions", 1)
     contents = [[sized_sample(f"{s}-{i}", 7 * s + i, captions) for i in range(n)] for s, n in enumerate(counts)]
-    return shards_of(contents, modality, **fields)
+    return shards_of(contents, modality, **options)
 
 
 def shards_of(

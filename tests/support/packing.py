@@ -32,6 +32,15 @@ def numbers_folder(tmp_path: Path) -> Path:
     return media.write_folder(tmp_path / "folder", files, rows)
 
 
+def spoil(folder: Path) -> None:
+    """Overwrite all media but keep sizes and times, so that only reading a file reveals it."""
+    for path in folder.rglob("*"):
+        if path.suffix in (".jpg", ".mp4"):
+            before = path.stat()
+            path.write_bytes(b"x" * before.st_size)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def run_script(*command: str) -> str:
     """Run Python in a separate process, for tests with workers and kills. Returns its stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

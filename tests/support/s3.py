@@ -12,6 +12,7 @@ credentials for it.
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
 import random
@@ -22,6 +23,7 @@ import struct
 import subprocess
 import sys
 import threading
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -51,8 +53,14 @@ print(server.server_port, flush=True)
 server.serve_forever()
 """
 
+_ENCRYPTED = b"-encrypted"
+"""Suffix of an ETag that is not an MD5 sum."""
+
 Plan = Callable[["Request"], str | None]
-"""The fault for a request: None, one of `FAULTS`, or "status N"."""
+"""The fault for a request: None, one of `FAULTS`, "status N", or "etag E".
+
+"etag E": the store ignores If-Match and returns the ETag E, or none if E is empty.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class Request:
     query: str
     range: str | None
     if_match: str | None = None
+    region: str | None = None
+    """The region for which the request is signed."""
 
 
 class S3Server:
@@ -140,6 +150,9 @@ FAULTS = {
     "reset": "the connection is reset before any answer",
     "lost": "the store executes the request, but the connection is reset before the answer",
     "flip": "one bit of the request's body is changed",
+    "unpinned": "the store ignores If-Match",
+    "encrypt": "the store encrypts: it checks Content-MD5 and returns an ETag that is not an MD5 sum",
+    "encrypt flip": "the store encrypts, and one bit of the request's body is changed",
 }
 
 
@@ -220,8 +233,15 @@ def _serve(client: socket.socket, upstream: str, plan: Plan, proxy: FaultProxy, 
             path, _, query = target.partition("?")
             with lock:
                 key = path.removeprefix(f"/{BUCKET}").removeprefix("/")
+                scope = re.search(r"Credential=[^/]+/\d+/([^/]+)/s3/", headers.get("authorization", ""))
                 request = Request(
-                    len(proxy.requests), method, key, query, headers.get("range"), headers.get("if-match")
+                    len(proxy.requests),
+                    method,
+                    key,
+                    query,
+                    headers.get("range"),
+                    headers.get("if-match"),
+                    scope and scope[1],
                 )
                 proxy.requests.append(request)
                 fault = plan(request)
@@ -254,8 +274,17 @@ def _answer(client: socket.socket, store: http.client.HTTPConnection, fault: str
     if fault == "reset":
         return _reset(client)
     method, target, body, headers = asked
-    if fault == "flip" and body:
+    encrypts = fault in ("encrypt", "encrypt flip")
+    etag = fault.removeprefix("etag ") if fault is not None and fault.startswith("etag ") else None
+    if fault in ("flip", "encrypt flip") and body:
         body = bytes([body[0] ^ 1]) + body[1:]
+    if encrypts and headers.pop("content-md5", None) not in (None, b64encode(hashlib.md5(body).digest()).decode()):
+        return _send(client, "400 Bad Request", b"<Error><Code>BadDigest</Code></Error>")
+    if encrypts and method == "POST":  # the parts of an upload, by the ETags that were given out for them
+        body = body.replace(_ENCRYPTED, b"")
+        headers["content-length"] = str(len(body))
+    if fault == "unpinned" or etag is not None:
+        headers.pop("if-match", None)
     store.request(method, target, body, headers)
     response = store.getresponse()
     content = response.read()
@@ -265,6 +294,14 @@ def _answer(client: socket.socket, store: http.client.HTTPConnection, fault: str
     promised = half if fault == "short" else len(content)
     if method == "HEAD":
         promised = int(response.headers.get("content-length", 0))
+    if encrypts:
+        response.headers["x-amz-server-side-encryption"] = "aws:kms"
+        if method == "PUT":
+            etag = response.headers.get("etag", "").replace('"', "") + _ENCRYPTED.decode()
+    if etag is not None:
+        del response.headers["etag"]
+        if etag:
+            response.headers["etag"] = etag
     client.sendall(_head(response, promised) + content[:half])
     if fault == "drop":
         return _reset(client)

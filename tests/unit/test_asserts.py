@@ -65,14 +65,14 @@ from PIL import Image
 import numpy as np
 image = Image.fromarray(np.arange(28 * 42 * 3, dtype=np.uint8).reshape(28, 42, 3))
 image.save(sys.argv[1], "PNG")
-ring = SharedSlots.create(1, 28 * 42 * 3)
-server = ForkServer(ring)
+slots = SharedSlots.create(1, 28 * 42 * 3)
+server = ForkServer(slots)
 size = len(open(sys.argv[1], "rb").read())
 item = DecodeItem(sys.argv[1], 0, size, (1, 2, 3), 1)
-failures = WorkerSupervisor(0, server, ring, LOCAL, RestartBudget(0)).decode_pack(
+failures = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0)).decode_pack(
     0, DecodeJob("image", UNIFORM, DecodeLimits(10**6, 30.0, 60.0), [item])
 )
-print(sys.flags.optimize, failures, bytes(ring.view(0)[: 28 * 42 * 3]) == np.asarray(image).tobytes())
+print(sys.flags.optimize, failures, bytes(slots.view(0)[: 28 * 42 * 3]) == np.asarray(image).tobytes())
 server.close()
 """
     command = [sys.executable, "-c", code, str(tmp_path / "image")]

@@ -10,7 +10,7 @@ from tests.support.closeness import AdamReach, assert_all_close, assert_sums_clo
 
 pytestmark = pytest.mark.numeric
 TESTS = Path(__file__).parents[1]
-LEFT_OUT = {f"distributed/test_{name}.py" for name in ("train", "hand_over", "train_teacher")}
+LEFT_OUT = {f"distributed/test_{name}.py" for name in ("train", "stage_transition", "train_teacher")}
 """Whole runs of the trainer: minutes for the sums that the engine's tests have."""
 TYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 

@@ -128,8 +128,8 @@ def test_an_image_converted_in_blocks_equals_one_converted_whole_and_turned_afte
     whole = Image.fromarray(rgb_pixels(image))
     exif = image.getexif()
     exif[0x0112] = orientation
-    turned = whole if orientation == 1 else whole.transpose(image_ops.TURNS[orientation])
-    monkeypatch.setattr(image_ops, "_BLOCK", 10)
+    turned = whole if orientation == 1 else whole.transpose(image_ops.ORIENTATIONS[orientation].transpose)
+    monkeypatch.setattr(image_ops, "BLOCK", 10)
     pixels = rgb_pixels(image)
     assert pixels.flags.c_contiguous
     assert np.array_equal(pixels, np.asarray(turned))
@@ -138,7 +138,7 @@ def test_an_image_converted_in_blocks_equals_one_converted_whole_and_turned_afte
 
 
 def test_a_fraction_in_the_last_block_alone_scales_all(monkeypatch):
-    monkeypatch.setattr(image_ops, "_BLOCK", 2)
+    monkeypatch.setattr(image_ops, "BLOCK", 2)
     values = np.array([[0, 1, 0, 1, 0, 0.5]], np.float32)
     assert rgb_pixels(Image.fromarray(values))[0, :, 0].tolist() == [0, 255, 0, 255, 0, 128]
 

@@ -4,19 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+from tests.support.progress import wait_until
 from univitar_ds.processes import SIGNALS, Process, children, command, parent, signals_held
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_process_is_known_until_it_ends_even_if_nobody_collects_it():
@@ -27,10 +20,10 @@ def test_a_process_is_known_until_it_ends_even_if_nobody_collects_it():
         assert Process.from_text(process.text) == process
         assert parent(started.pid) == os.getpid()
         assert started.pid in children(os.getpid())
-        until(lambda: b"time.sleep(600)" in command(started.pid))
+        wait_until(lambda: b"time.sleep(600)" in command(started.pid), "the command of the process")
     finally:
         started.kill()
-    until(lambda: not process.alive)  # a zombie: its parent has not asked for it
+    wait_until(lambda: not process.alive, "the end of the process")  # a zombie: its parent has not asked for it
     assert Process.of(started.pid) is None
     assert started.pid in children(os.getpid())
     started.wait()

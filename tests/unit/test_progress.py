@@ -46,10 +46,8 @@ def test_a_command_that_uses_no_cpu_time_is_ended_with_its_stack_and_what_it_wro
 
 @pytest.mark.parametrize("code", [SPINS, CHILD_SPINS], ids=["itself", "a child"])
 def test_a_command_that_computes_for_longer_than_the_limit_is_left_alone(code):
-    start = time.monotonic()
-    done = run_watched(python(code, "2.5"), check=True, limits=SHORT)
+    done = run_watched(python(code, "2.5"), check=True, limits=SHORT)  # of CPU time, so no less by the clock
     assert done.stdout == "done\n"
-    assert time.monotonic() - start > SHORT["idle_s"]
 
 
 def test_the_time_of_children_that_have_ended_counts():
@@ -78,19 +76,17 @@ def test_a_stalled_command_takes_its_descendants_along():
 
 
 def test_a_heartbeat_counts_and_its_end_does_not():
-    beats = iter(range(8))  # a beat at every look: 8 of them outlast the limit
+    beats = iter(range(12))  # a beat at every look: 12 of them outlast the limit twice
     last = [0]
 
     def heartbeat() -> int:
         last[0] = next(beats, last[0])
         return last[0]
 
-    start = time.monotonic()
     process = started(SLEEPS)
-    with pytest.raises(Stalled, match="no progress for 2 s"):
-        output_of(process, "a sleeper", idle_s=2.0, heartbeat=heartbeat)
-    assert last == [7]
-    assert time.monotonic() - start > 2.0
+    with pytest.raises(Stalled, match="no progress for 1 s"):
+        output_of(process, "a sleeper", idle_s=1.0, heartbeat=heartbeat)
+    assert last == [11]
 
 
 def test_waiting_is_no_progress_of_the_process_that_waits():

@@ -10,7 +10,6 @@ import yaml
 
 from tests.support.finished import run_config, write_run
 from tests.support.shards import write_demo_shards
-from univitar_ds import run as module
 from univitar_ds.config.load import changed_result, check_config, dump_config, load_config
 from univitar_ds.config.places import PATHS, anchored
 from univitar_ds.config.run_folder import RUN_ENTRIES
@@ -164,19 +163,19 @@ def test_a_folder_in_use_is_refused_before_anything_else_is_said_of_it(config, t
     assert contents(run) == before
 
 
-def test_a_run_that_another_start_made_meanwhile_is_left_alone(config, monkeypatch, tmp_path):
+def test_a_run_that_another_start_made_meanwhile_is_left_alone(config, tmp_path):
     """Both saw no folder; this one is the slower."""
     run = tmp_path / config.name
 
-    def quicker(_):
-        monkeypatch.undo()
-        create_run(config, "test", 1)
-        (run / "checkpoints" / "step-00000002").mkdir(parents=True)
-        (run / "checkpoints" / "step-00000002" / "manifest.json").write_text("{}")
+    class Slow(RunLock):
+        def take(self):
+            create_run(config, "test", 1)
+            (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+            (run / "checkpoints" / "step-00000002" / "manifest.json").write_text("{}")
+            super().take()
 
-    monkeypatch.setattr(module, "_check_teacher", quicker)
-    with pytest.raises(ConfigError, match="holds the checkpoints of an earlier run"):
-        create_run(config, "test", 1)
+    with Slow(run) as lock, pytest.raises(ConfigError, match=f"{config.name} holds the checkpoints of an earlier run"):
+        create_run(config, "test", 1, lock)
     assert (run / "checkpoints" / "step-00000002" / "manifest.json").is_file()
 
 

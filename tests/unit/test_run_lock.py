@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.progress import wait_until
 from univitar_ds import identity, run_lock
 from univitar_ds.processes import Process
 from univitar_ds.run_lock import LockLost, RunLock, RunLocked, still_ours
@@ -87,9 +88,9 @@ def started():
 
 
 def aged(folder: Path, seconds: float) -> None:
-    """The heartbeat is so old by the clock of the files."""
+    """The heartbeat is older by so much."""
     lock = max(folder.glob(".lock-0*"))
-    then = time.time() - seconds
+    then = lock.stat().st_mtime - seconds
     os.utime(lock, (then, then))
 
 
@@ -101,7 +102,7 @@ def rewritten(folder: Path, **changes: object) -> None:
     max(folder.glob(".lock-0*")).write_text(json.dumps(record(folder) | changes))
 
 
-def test_a_second_start_is_refused_and_told_host_process_and_job(started, tmp_path):
+def test_a_second_start_is_refused_and_reported_host_process_and_job(started, tmp_path):
     holder = started(HOLDER, tmp_path, SLURM_JOB_ID="7042")
     holder.stdout.readline()
     with pytest.raises(RunLocked) as refused:
@@ -166,9 +167,9 @@ def test_the_heartbeat_goes_on_while_the_lock_is_held(tmp_path, monkeypatch):
     with RunLock(tmp_path) as lock:
         lock.take()
         path = max(tmp_path.glob(".lock-0*"))
+        taken = path.stat().st_mtime
         aged(tmp_path, 1000)
-        while time.time() - path.stat().st_mtime > 500:
-            time.sleep(0.01)
+        wait_until(lambda: path.stat().st_mtime >= taken, "the next heartbeat")
 
 
 JOB = {
@@ -272,7 +273,7 @@ def test_a_lock_shared_with_a_child_lives_as_long_as_either(started, tmp_path):
 
 
 def test_a_lock_that_is_being_written_is_held_until_it_is_old(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(run_lock, "PAUSE_S", 0.001)
     (tmp_path / ".lock-00000001").touch()
     with pytest.raises(RunLocked, match="a start that has only just begun"):
         RunLock(tmp_path).take()

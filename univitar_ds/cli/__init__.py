@@ -1,3 +1,3 @@
-"""The command `univitar-ds`: one file a group of commands."""
+"""The command `univitar-ds`: one file per group of commands."""
 
 __all__ = ["main"]

@@ -1,4 +1,4 @@
-"""What the commands of `univitar-ds` share."""
+"""Helpers of the commands of `univitar-ds`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 def add_command(
     commands, name: str, run, help_text: str, description: str = "", *, leaves_files: bool = True
 ) -> argparse.ArgumentParser:
-    """A command of `commands`; `run` is what its arguments are given to.
+    """Adds a command to `commands`; `run` is called with its arguments.
 
-    Args: leaves_files: whether its results are in files as well, so that it has done its work where stdout fails.
+    Args: leaves_files: whether its results are in files as well, so that it succeeds even if stdout fails.
     """
     parser = commands.add_parser(
         name,
@@ -26,33 +26,33 @@ def add_command(
 def add_overrides(
     parser: argparse.ArgumentParser, help_text: str = "dotted keys of the run file, such as stages.0.lr=5e-4"
 ) -> None:
-    """What may follow: any key of the run file."""
+    """The help for overrides: any key of the run file."""
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=help_text)
 
 
 def shown(text: str) -> str:
-    """Text for a terminal: what is no printable character becomes its escape.
+    """Text for a terminal: characters that are not printable are escaped.
 
-    Names come from outside. They may hold bytes that are no UTF-8, which cannot be printed at all, and control
-    characters, which would act on the terminal.
+    Names come from outside. They may contain bytes that are not UTF-8, which cannot be printed, and control
+    characters, which would control the terminal.
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def expand(text: str) -> Path:
-    """A path as it is meant in a run file too, see `config/paths.py`. Raises: ConfigError."""
+    """A path, expanded as in a run file, see `config/paths.py`. Raises: ConfigError."""
     return Path(expand_place(text))
 
 
 def expand_place(text: str) -> str:
-    """The same where an s3:// address may be, too."""
-    from univitar_ds.config import paths  # needs pydantic, which `--help` can do without
+    """The same for a path that may be an s3:// address."""
+    from univitar_ds.config import paths  # needs pydantic, which `--help` does not need
 
     return paths.expand(text)
 
 
 def positive(text: str) -> int:
-    """A number of at least 1, as argparse wants it read."""
+    """An integer of at least 1, as a type of argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")

@@ -37,17 +37,17 @@ def add_data(commands) -> None:
         _pack,
         "turn a folder of images and videos into shards",
         "Turn a folder of images and videos into WebDataset shards and a manifest.\n\n"
-        "FOLDER holds either metadata.jsonl, a line a file:\n"
+        "FOLDER holds either metadata.jsonl, one line per file:\n"
         '  {"file": "a/b.jpg", "kind": "image", "caption": "...", "label": "cat", "split": "train"}\n'
-        "(`captions` takes a list; `label` and `split` may be absent), or files with their caption beside them\n"
+        "(`captions` takes a list; `label` and `split` may be absent), or files with their caption in a .txt\n"
         "(a/b.jpg and a/b.txt); links to folders are followed, each folder is packed once. Unreadable files are left\n"
-        "out and listed in the manifest. Interrupted, it continues where it was when started again.",
+        "out and listed in the manifest. After an interruption the same command continues where it stopped.",
     )
     pack.add_argument("folder", type=expand)
     pack.add_argument(
         "out",
         type=expand_place,
-        help="a folder, or s3://bucket/prefix; there shards are uploaded one by one and verified",
+        help="a folder, or s3://bucket/prefix, to which shards are uploaded one by one and verified",
     )
     pack.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard (default 64)")
     pack.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check the files")
@@ -55,7 +55,7 @@ def add_data(commands) -> None:
         "--captions",
         choices=("one", "lines"),
         default="one",
-        help="what a .txt beside a file holds: one caption (default), or one a line",
+        help="content of a .txt: one caption (default), or one per line",
     )
     pack.add_argument("--no-verify", action="store_true", help="read headers only; do not decode every file once")
     _add_storage(pack)
@@ -65,9 +65,9 @@ def add_data(commands) -> None:
         data,
         "inspect",
         _inspect,
-        "print and draw what a run would feed to the model",
-        "Draw packs as the run would, print what is in them and draw an image (PNG): how large the items are,\n"
-        "how full the packs are, and one pack item by item.",
+        "print and draw the packs that a run would read",
+        "Draw packs as the run would, print their content and draw an image (PNG): the sizes of the items,\n"
+        "the fill of the packs, and one pack item by item.",
         leaves_files=False,
     )
     inspect.add_argument("--config", required=True, help="a run file or the name of a shipped recipe")
@@ -88,12 +88,12 @@ def _add_verify(data) -> None:
         "verify",
         _verify,
         "check whole sources: every shard, every sample",
-        "Read every byte of every shard, compare it with its manifest and decode every sample. All that is wrong\n"
-        "goes into a report (JSON) with shard, key, byte and a sentence. Exit status 1 if anything is.\n\n"
-        "With --config the limits of the run file's data section and its data.s3 count, and so do the templates of\n"
-        "its sources, for each SOURCE that is one of them or lies in its folder; without a SOURCE its data.sources\n"
-        "are checked, each with its own split. Where all sources of the run file are checked, what its stages need\n"
-        "and they do not hold (no videos where video_ratio is above 0, say) is wrong too.",
+        "Read every byte of every shard, compare it with its manifest and decode every sample. All errors are\n"
+        "listed in a report (JSON) with shard, key, byte and a sentence. Exit status 1 if there are any.\n\n"
+        "With --config the limits of the run file's data section and its data.s3 are used, and the templates of\n"
+        "its sources, for each SOURCE that is one of them or in its folder; without a SOURCE its data.sources\n"
+        "are checked, each with its own split. If all sources of the run file are checked, modalities that its\n"
+        "stages read and the sources lack (no videos though video_ratio is above 0) are errors too.",
     )
     verify.add_argument(
         "sources",
@@ -105,9 +105,9 @@ def _add_verify(data) -> None:
     verify.add_argument(
         "--config", help="a run file or the name of a shipped recipe, for its sources, limits and data.s3"
     )
-    verify.add_argument("--split", help="of packed folders (default: all of them, or what the run file says)")
+    verify.add_argument("--split", help="split of packed folders (default: all, or that of the run file)")
     verify.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check shards")
-    verify.add_argument("--no-decode", action="store_true", help="trust headers and checksums for the pixels")
+    verify.add_argument("--no-decode", action="store_true", help="check headers and checksums only, do not decode")
     verify.add_argument("--report", type=expand, default=Path("verify.json"), help="default verify.json")
     _add_storage(verify)
 
@@ -117,21 +117,23 @@ def _add_probe(data) -> None:
         data,
         "probe",
         _probe,
-        "say what a run would make of single files",
-        "Take each file through the loader as a sample of its own and print what comes of it.\n\n"
-        "With --json a line a file: file, ok, kind (image, video), width, height, frames, grid (time, height and\n"
-        "width in tokens), tokens, downscaled; and error and message of what would be left out.\n"
-        "The exit status is 1 if there is no such file, and 0 whatever is in it.",
+        "report how a run would read single files",
+        "Read each file with the loader as one sample and print the result.\n\n"
+        "With --json one line per file: file, ok, kind (image, video), width, height, frames, grid (time, height and\n"
+        "width in tokens), tokens, downscaled; and error and message for files that would be left out.\n"
+        "The exit status is 1 if a file does not exist, and 0 for any content.",
         leaves_files=False,
     )
     probe.add_argument("files", nargs="+", type=expand, metavar="FILE")
     probe.add_argument("--config", help="a run file or the name of a shipped recipe, for its limits and sizes")
     probe.add_argument("--stage", help="name of the stage whose sizes count (default: the first)")
-    probe.add_argument("--json", action="store_true", help="print a line of JSON a file")
+    probe.add_argument("--json", action="store_true", help="print one line of JSON per file")
 
 
 def _add_storage(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--s3-endpoint", metavar="URL", help="of a store other than AWS, e.g. http://127.0.0.1:9000")
+    parser.add_argument(
+        "--s3-endpoint", metavar="URL", help="address of a store other than AWS, e.g. http://127.0.0.1:9000"
+    )
     parser.add_argument("--s3-profile", metavar="NAME", help="a profile of ~/.aws/config")
     parser.add_argument("--s3-region", metavar="NAME")
 
@@ -195,7 +197,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _say_first(found: Sequence[Any], sentence: Callable[[Any], str], most: int = 20) -> None:
-    """As much as a terminal can take: the report has it all."""
+    """The first lines only: the report has all of them."""
     for one in found[:most]:
         _say(sentence(one))
     if len(found) > most:
@@ -203,7 +205,7 @@ def _say_first(found: Sequence[Any], sentence: Callable[[Any], str], most: int =
 
 
 def _ignored_sentence(found: tuple[str, dict[str, Any]]) -> str:
-    return f"used all the same, {_fault_sentence(found)}"
+    return f"used anyway, {_fault_sentence(found)}"
 
 
 def _fault_sentence(found: tuple[str, dict[str, Any]]) -> str:
@@ -217,7 +219,7 @@ def _shard_sentences(shard: dict[str, Any]) -> Iterator[str]:
     if shard["error"]:
         yield f"{name}: {shard['error']}"
     if shard["sha256"] == "differs":
-        yield f"{name}: its SHA-256 is not the manifest's"
+        yield f"{name}: its SHA-256 differs from the manifest"
     if shard["scattered"]:
         from univitar_ds.data.shards.tar_index import SORT_HINT
 
@@ -242,7 +244,7 @@ def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -
 
 
 def _about(named: SourceConfig, sources: Sequence[SourceConfig]) -> dict[str, Any]:
-    """Templates and class names of the source that is this place or whose folder holds it; else nothing."""
+    """Templates and class names of the source at this path or in whose folder it is; else none."""
     place = _place(named)
     for known, source in ((_place(source), source) for source in sources):
         if place == known or place.startswith(f"{known}/"):
@@ -251,7 +253,7 @@ def _about(named: SourceConfig, sources: Sequence[SourceConfig]) -> dict[str, An
 
 
 def _place(source: SourceConfig) -> str:
-    """One spelling for every way to name a folder or tars."""
+    """A canonical spelling of the path of a folder or of tars."""
     from univitar_ds.data.shards.listing import place_of
 
     place = place_of(source)
@@ -272,7 +274,7 @@ def _probe(arguments: argparse.Namespace) -> int:
         stages = {"default": StageConfig(name="default", samples=1, lr=1.0)}
     stage = stages.get(arguments.stage or next(iter(stages)))
     if stage is None:
-        raise ConfigError(f"there is no stage {arguments.stage!r}; there is {', '.join(stages)}")
+        raise ConfigError(f"there is no stage {arguments.stage!r}; the stages are {', '.join(stages)}")
     for found in report(arguments.files, data, stage):
         _say(json.dumps(found.to_json()) if arguments.json else found.sentence())
     return 0 if all(map(os.path.isfile, arguments.files)) else 1
@@ -305,14 +307,14 @@ def _is_report(path: Path) -> bool:
 
 
 def _say(line: str) -> None:
-    """Print a line that may hold names of files and keys."""
+    """Print a line that may contain names of files and keys."""
     show(shown(line))
 
 
 def _storage_settings(arguments: argparse.Namespace, data: DataConfig | None = None) -> StorageSettings:
-    """Those of the run file where there is one; options come first.
+    """The settings of the run file if there is one; options take precedence.
 
-    Not its cache: what is checked is the store, and a look at everything must not push out what a run needs.
+    Not its cache: the store itself is checked, and reading everything must not evict what a run needs.
     """
     from univitar_ds.config.data import CacheConfig
     from univitar_ds.data.storage.base import StorageSettings

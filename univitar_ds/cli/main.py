@@ -19,8 +19,8 @@ DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision t
 EXAMPLES = """examples:
   univitar-ds data pack PHOTOS data/photos             shards and a manifest from a folder of files
   univitar-ds data verify data/photos                  every shard and sample checked, a report written
-  univitar-ds data probe *.jpg video.mp4                what a run would make of single files
-  univitar-ds data inspect --config photos             what the run would feed: fill, tokens, bad samples, an image
+  univitar-ds data probe *.jpg video.mp4                how a run would read single files
+  univitar-ds data inspect --config photos             the packs of a run: fill, tokens, bad samples, an image
   univitar-ds train --config photos --nproc 2          train, evaluate and export on two local processes
   univitar-ds train --config run.yaml seed=3 stages.0.lr=5e-4
   univitar-ds train --resume runs/photos --nproc 1     continue, here on another number of processes
@@ -32,10 +32,10 @@ EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0 done, 1 what `data verify` and `data probe` looked at is not sound or not there, 2 a fault of the user's, 85 a run
-    that was asked to leave and has saved, 130 interrupted.
+    0 done, 1 `data verify` or `data probe` found something damaged or missing, 2 an error of the user, 85 a run that
+    was asked to stop and has saved, 130 interrupted.
 
-    A command that was only to print, and could not: 141 where the reader of a pipe has left, as by SIGPIPE, else 2.
+    A command that only prints and could not: 141 if the reader of a pipe has closed it, as by SIGPIPE, else 2.
     """
     prepare_screen()
     drop_current_folder()  # `__main__` has done it, the console script has not
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except UserError as error:
         return _failed(error)
-    except OSError as error:  # what no place has put in better words
+    except OSError as error:  # storage errors that were not reported more precisely
         sentence = storage_error(error)
         if sentence is None:
             raise
@@ -67,7 +67,7 @@ def _failed(error: UserError) -> int:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """As argparse does, but overrides may stand on both sides of options; it takes those on one side only."""
+    """Like argparse, but overrides may be before and after options; argparse accepts only one of these."""
     parsed, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(parsed, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    # DeepSpeed's launcher puts it before everything else; the environment says the same.
+    # DeepSpeed's launcher inserts it as the first argument; the environment has the same value.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
@@ -101,7 +101,7 @@ def _add_train(commands) -> None:
         _train,
         "train a run, then evaluate and export it",
         "Train a run, then evaluate it on held-out data and export the encoder.\n\n"
-        "Starts --nproc processes on this machine through DeepSpeed's launcher. Started by a launcher itself\n"
+        "Starts --nproc processes on this machine through DeepSpeed's launcher. If a launcher starts it\n"
         "(deepspeed --module univitar_ds train ..., torchrun -m univitar_ds train ...) it is one of the ranks.\n"
         "The run's folder holds everything: config.yaml, deepspeed.json, tokenizer.json, metrics.jsonl, tb/,\n"
         "checkpoints/, evaluation.json, export/ and summary.json.",
@@ -114,7 +114,7 @@ def _add_train(commands) -> None:
     parser.add_argument(
         "--nproc",
         type=positive,
-        help="processes to start on this machine (default 1); given, variables of launchers (RANK, ...) are ignored",
+        help="processes to start on this machine (default 1); with it, variables of launchers (RANK, ...) are ignored",
     )
     add_overrides(parser)
 
@@ -130,11 +130,11 @@ def _add_after_training(commands) -> None:
         "  univitar-ds eval runs/photos evaluation.sources.0.path=data/other --out other.json\n"
         "  univitar-ds eval runs/photos 'evaluation.sources=[{path: 0.tar, class_names: names.txt}]' \\\n"
         "      'evaluation.image_templates=[\"a photo of a {}\"]'\n"
-        "Results on other data or with other templates are printed, and go to --out FILE only: the run's own stay.\n"
-        "An evaluation that can measure nothing is an error.",
+        "Results on other data or with other templates are only printed and written to --out FILE; those of RUN stay.\n"
+        "An evaluation without anything to measure is an error.",
     )
     evaluate.add_argument("folder", type=expand, metavar="RUN", help="a run's folder, or one of its checkpoints")
-    evaluate.add_argument("--out", type=expand, metavar="FILE", help="where the results (JSON) go, in place of RUN")
+    evaluate.add_argument("--out", type=expand, metavar="FILE", help="file for the results (JSON), instead of RUN")
     _add_weights(evaluate)
     add_overrides(evaluate, "dotted keys of the run file, such as evaluation.sources.0.path=data/other")
     report = add_command(commands, "report", _report, "print the results of a run", leaves_files=False)
@@ -150,15 +150,17 @@ def _add_after_training(commands) -> None:
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", choices=("trained", "averaged"), help="default: averaged where the run has optimizer.ema_decay"
+        "--weights", choices=("trained", "averaged"), help="default: averaged if the run has optimizer.ema_decay"
     )
 
 
 def _add_demo(commands) -> None:
-    demo = add_command(commands, "demo", _demo, "the whole way on rendered scenes: data, training, evaluation, export")
+    demo = add_command(commands, "demo", _demo, "data, training, evaluation and export on rendered scenes")
     demo.add_argument("--folder", type=expand, default=Path("demo"))
     demo.add_argument("--nproc", type=positive, default=2)
-    demo.add_argument("--install-seconds", type=float, help="how long the installation took, for the table of times")
+    demo.add_argument(
+        "--install-seconds", type=float, help="seconds that the installation took, for the table of times"
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: precision, ZeRO, buckets and offload. Everything else has its owner in the run file."""
+"""The DeepSpeed JSON: precision, ZeRO, buckets and offload. Everything else belongs to the run file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ OWNED_BY_RUN = {
     "scheduler": "stages.*.lr",
     "activation_checkpointing": "model.checkpoint_every",
 }
-"""DeepSpeed sections that the run file replaces, and the key that does."""
+"""DeepSpeed sections that the run file replaces, and the key that replaces each."""
 
 
 def deepspeed_path(name: str) -> Path:
-    """Path of a DeepSpeed JSON: a path as it stands, or a name from `ds_configs/`."""
+    """Path of a DeepSpeed JSON: the given path if it exists, else a name from `ds_configs/`."""
     path = Path(name)
     if path.is_file():
         return path
@@ -43,7 +43,7 @@ def read_deepspeed(name: str) -> dict[str, Any]:
 
 
 def lanes_per_rank(lanes: int, world_size: int) -> int:
-    """How many lanes every rank gets. Raises: ConfigError unless all get the same number."""
+    """The number of lanes of each rank. Raises: ConfigError unless it is the same for all."""
     if lanes % world_size:
         divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         raise ConfigError(
@@ -60,8 +60,8 @@ def resolve_deepspeed(
 
     Args:
         content: the DeepSpeed JSON as read.
-        names: how to call the run file and the JSON in a message.
-    Raises: ConfigError when a key has an owner in the run file and another value here, or the lanes
+        names: names of the run file and the JSON in messages.
+    Raises: ConfigError when a key belongs to the run file and has another value here, or the lanes
         cannot be shared by the ranks.
     """
     owned = {
@@ -77,7 +77,7 @@ def resolve_deepspeed(
         if content.get(key, value) not in (value, "auto")
     ]
     faults += [
-        f"{key} stands in {json_file} but belongs to {run_file} ({owner}); remove it from {json_file}"
+        f"{key} is set in {json_file} but belongs to {run_file} ({owner}); remove it from {json_file}"
         for key, owner in OWNED_BY_RUN.items()
         if key in content
     ]

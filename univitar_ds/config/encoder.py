@@ -23,7 +23,7 @@ REQUIRED = {
     "patch_size": PATCH,
     "temporal_patch_size": TUBELET,
 }
-"""Fields of the release that name a different architecture when they have another value."""
+"""Fields of the release with the only value that this architecture supports."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EncoderConfig:
     item. `resize_factor` and `spatial_merge_size` are in patches, `relarge_ratio` multiplies the sides before
     resizing, `resolution_mode` is "native" or the side of a square in pixels.
 
-    Raises: CheckpointError if a value has the wrong type or cannot be.
+    Raises: CheckpointError if a value has the wrong type or is impossible.
     """
 
     hidden_size: int = 1024
@@ -60,7 +60,7 @@ class EncoderConfig:
         faults = [fault for field in dataclasses.fields(self) if (fault := self._type_fault(field))]
         faults = faults or self._value_faults()
         if faults:
-            raise CheckpointError("this encoder cannot be: " + "; ".join(faults) + ". Mend its config.json.")
+            raise CheckpointError("this encoder is impossible: " + "; ".join(faults) + ". Correct its config.json.")
 
     @property
     def head_width(self) -> int:
@@ -69,7 +69,7 @@ class EncoderConfig:
 
     @property
     def inner_width(self) -> int:
-        """F: width of the feed-forward part; two thirds of `intermediate_size`, for SwiGLU has three matrices."""
+        """F: width of the feed-forward part; two thirds of `intermediate_size`, since SwiGLU has three matrices."""
         return int(self.intermediate_size * 2 / 3)
 
     @property
@@ -90,7 +90,7 @@ class EncoderConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
-        """Reads the release's `config.json`. Absent fields take its defaults; fields that do not bear on this
+        """Reads the release's `config.json`. Absent fields take its defaults; fields that do not affect this
         model's arithmetic (dropout, attention implementation, library versions) are left out."""
         values = values.get("vision_config", values)
         if not isinstance(values, Mapping):
@@ -115,7 +115,7 @@ class EncoderConfig:
         return {**REQUIRED, **own}
 
     def architecture(self) -> dict[str, Any]:
-        """The fields that decide which weights fit and what they compute; not preprocessing, not first values."""
+        """The fields that decide which weights fit and what they compute; not preprocessing, not initial values."""
         names = (
             "hidden_size",
             "num_hidden_layers",
@@ -163,7 +163,7 @@ class EncoderConfig:
         elif self.head_width % 4:
             faults.append(f"head width {self.head_width} is not divisible by 4, which 2-D rotary embedding needs")
         if self.inner_width < 1:
-            faults.append(f"intermediate_size {self.intermediate_size} leaves no feed-forward width; 2 is the least")
+            faults.append(f"intermediate_size {self.intermediate_size} leaves no feed-forward width; at least 2")
         if self.min_tokens > self.max_tokens:
             faults.append(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
         if min(self.image_std) <= 0:

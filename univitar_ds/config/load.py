@@ -1,4 +1,4 @@
-"""Reading a run file: YAML, dotted overrides, and every fault reported at once in words."""
+"""Reading a run file: YAML, dotted overrides, and one report of all errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
 
 DEEPSPEED_KEYS = ("zero_optimization", "bf16", "fp16", "data_types", "zero_allow_untested_optimizer")
-"""Keys that people look for in the run file and that belong to the DeepSpeed JSON."""
+"""Keys that users may expect in the run file but that belong to the DeepSpeed JSON."""
 
 RESULT_FREE = (
     "output",
@@ -68,7 +68,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def recipe_path(name: str) -> Path:
-    """Path of a run file: a path as it stands, or the name of a shipped recipe (`demo`, `photos`)."""
+    """Path of a run file: the given path if it exists, else the name of a shipped recipe (`demo`, `photos`)."""
     path = Path(expand(name))
     if path.is_file():
         return path
@@ -97,7 +97,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `content` with `a.b.0.c=value` entries set; values are read as YAML.
 
-    Raises ConfigError for an entry without `=` or one that walks through something that is no section.
+    Raises ConfigError for an entry without `=` or one whose path leads through a value.
     """
     content = json.loads(json.dumps(content))
     for entry in overrides:
@@ -125,14 +125,14 @@ def _child(node: Any, section: str, entry: str) -> Any:
     if isinstance(node, list):
         return node[_index(node, section, entry)]
     if not isinstance(node, dict):
-        raise ConfigError(f"override {entry!r}: nothing lies below the value before {section!r}")
+        raise ConfigError(f"override {entry!r}: the part before {section!r} is a value and has no keys")
     if node.get(section) is None:
         node[section] = {}
     return node[section]
 
 
 def _index(items: list, text: str, entry: str) -> int:
-    """The place in a list; the one after its last entry is made, so that an empty list can be begun."""
+    """The index in a list; the index after the last entry appends one, so that an empty list can be filled."""
     if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) > len(items):
         raise ConfigError(
             f"override {entry!r}: {text!r} is no index of a list of {len(items)}; "
@@ -146,7 +146,7 @@ def _index(items: list, text: str, entry: str) -> int:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The checked run file at `path` (or the shipped recipe of that name) with overrides applied.
 
-    Raises ConfigError that lists every fault, each with its place, its value and the remedy.
+    Raises ConfigError that lists every error with its key, its value and the remedy.
     """
     file = recipe_path(str(path))
     content = read_yaml(file)
@@ -155,14 +155,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def check_config(content: dict[str, Any], where: str) -> RunConfig:
-    """`content`, which may hold earlier names, as a RunConfig. Raises ConfigError that lists all faults of `where`."""
+    """`content`, which may hold earlier names, as a RunConfig. Raises ConfigError that lists all errors of `where`."""
     content = copy.deepcopy(content)
     rename_keys(content, where)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
         lines = [_sentence(fault) for fault in error.errors()]
-    head = f"{where} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:"
+    head = f"{where} has {len(lines)} error{'s' if len(lines) > 1 else ''}:"
     raise ConfigError("\n  - ".join([head, *lines])) from None
 
 
@@ -221,18 +221,19 @@ def dumped(content: dict[str, Any]) -> str:
 
 
 def result_part(config: RunConfig) -> dict[str, Any]:
-    """What of a run file decides the result: all of it but the keys in RESULT_FREE and where the sources lie."""
+    """The part of a run file that determines the result: all but the keys in RESULT_FREE and the paths of the
+    sources."""
     content = config.model_dump(mode="json")
     weighted = any(stage.weights for stage in config.stages)
     for entry, source in zip(content["data"]["sources"], config.data.sources, strict=True):
-        del entry["path"], entry["class_names"]  # data may move: the cursors know whether they are still the same
+        del entry["path"], entry["class_names"]  # data may move: the cursors detect whether they are still the same
         entry["name"] = source.label if weighted else None
     for dotted in RESULT_FREE:
         *sections, last = dotted.split(".")
         node = content
         for section in sections:
             node = None if node is None else node[section]
-        if node is not None:  # a section that is left out holds nothing to leave out
+        if node is not None:  # the section is absent
             node.pop(last)
     for stage in content["stages"]:
         del stage["checkpoint_every"]
@@ -240,7 +241,7 @@ def result_part(config: RunConfig) -> dict[str, Any]:
 
 
 def config_fingerprint(config: RunConfig) -> str:
-    """Hash of what decides the result; a checkpoint carries it."""
+    """Hash of what determines the result; stored in each checkpoint."""
     return hashlib.sha256(json.dumps(result_part(config), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""The model, and what it learns from."""
+"""The model and its training objective."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TextConfig(Section):
     intermediate_size: Positive = 1024
     context_length: Annotated[int, Field(ge=4)] = Field(48, description="longest caption in text tokens")
     vocab_size: Annotated[int, Field(ge=260)] = Field(
-        8192, description="upper limit when the tokenizer is trained; 256 bytes and 4 marks are the least"
+        8192, description="upper limit when the tokenizer is trained; at least 260: 256 bytes and 4 special tokens"
     )
     tokenizer: PathText | None = Field(None, description="tokenizer.json; trained on the captions when absent")
     frozen: bool = False
@@ -33,7 +33,7 @@ class TextConfig(Section):
 
 
 class ModelConfig(Section):
-    """Both towers and what joins them."""
+    """Both towers and their joint embedding."""
 
     encoder: EncoderSize = "tiny"
     init_from: PathText | None = Field(None, description="folder of a released or exported encoder to start from")
@@ -66,7 +66,7 @@ class TeacherConfig(Section):
     pooled_loss: Literal["cosine", "smooth_l1"] = "cosine"
     patch_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
     pooled_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
-    partitioned: bool = Field(False, description="each rank holds its share of the weights; else all of them")
+    partitioned: bool = Field(False, description="shard the weights over the ranks; else each rank holds all")
     cache: PathText | None = Field(
         None, description="folder for features, 2 to 4 bytes times the teacher's width a token; nothing is evicted"
     )
@@ -75,7 +75,7 @@ class TeacherConfig(Section):
     def _consistent(self) -> TeacherConfig:
         if self.partitioned and self.cache is not None:
             raise ValueError(
-                f"cache {self.cache} lets ranks skip the teacher at different steps, which partitioned cannot follow; "
+                f"cache {self.cache} lets ranks skip the teacher at different steps, which partitioned cannot do; "
                 "choose one"
             )
         if not self.patch_weight and not self.pooled_weight:
@@ -84,7 +84,7 @@ class TeacherConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """The contrastive objective, and the distillation beside it."""
+    """The contrastive objective and the distillation."""
 
     kind: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="sigmoid for the recipe; softmax settles faster with a few dozen items a step"

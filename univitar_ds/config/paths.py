@@ -1,4 +1,4 @@
-"""What a path means, in a run file as in a command: `~`, `$VARIABLES` and the folder that a relative one starts in."""
+"""How paths of run files and commands are read: `~`, `$VARIABLES` and the folder in which a relative path starts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _DOLLAR = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9
 
 
 def expanded(path: str) -> str:
-    """The path that is meant: `~` and `~user` at its beginning, `$NAME` and `${NAME}` anywhere, `$$` for a dollar.
+    """The expanded path: `~` and `~user` at its beginning, `$NAME` and `${NAME}` anywhere, `$$` for a dollar.
 
-    The same for local paths and s3:// addresses. A local path that is there under the very name stays as it is.
+    The same for local paths and s3:// addresses. A local path that exists under exactly this name stays as it is.
 
     Raises: ValueError that names a variable that is not set, or a user that is not known.
     """
@@ -39,12 +39,12 @@ def expand(path: str | Path) -> str:
 
 
 def absolute(path: str) -> str:
-    """The path from the root on, its parts as they are; what has a scheme (s3://) stays."""
+    """The absolute path, without resolving its parts; a path with a scheme (s3://) stays."""
     return path if "://" in path else os.path.join(os.getcwd(), path)
 
 
 def written(path: str) -> str:
-    """As it is written to a run file, for `expanded` to read it as it is."""
+    """The path escaped for a run file, so that `expanded` returns it unchanged."""
     return path.replace("$", "$$")
 
 

@@ -1,4 +1,4 @@
-"""Which keys of a run file are paths, and what keeps them true wherever and from wherever a run is resumed."""
+"""Which keys of a run file are paths; they stay valid from whichever folder a run is resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from univitar_ds.config.paths import absolute, written
 from univitar_ds.config.schema import RunConfig
 
 NAMES_OR_PATHS = ("deepspeed", "model.init_from", "model.text.path", "objective.teacher.path")
-"""Where a name may be that is no path; a path is what exists."""
+"""Keys that may hold a name instead of a path; it is a path if that exists."""
 PATHS = (
     "output",
     "data.sources.*.path",
@@ -26,7 +26,7 @@ _OF_THE_RESULT = ("model.init_from", "model.text.path", "model.text.tokenizer", 
 
 
 def anchored(config: RunConfig) -> RunConfig:
-    """The same with absolute paths: they then mean what they mean now from every folder."""
+    """The same with absolute paths, which mean the same from every folder."""
     content = config.model_dump(mode="json")
     for dotted in PATHS:
         for section, key, value in _values(content, dotted):
@@ -37,9 +37,9 @@ def anchored(config: RunConfig) -> RunConfig:
 
 
 def unite_paths(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Gives two results (`load.result_part`) one spelling of paths that may name one place.
+    """Gives two results (`load.result_part`) one spelling for paths that may name the same file.
 
-    Runs of earlier versions have kept relative paths, in their config.yaml and in every checkpoint.
+    Earlier versions stored relative paths in config.yaml and in every checkpoint.
     """
     for dotted in _OF_THE_RESULT:
         for (_, _, old), (section, key, new) in zip(_values(before, dotted), _values(after, dotted), strict=False):
@@ -53,7 +53,7 @@ def _ends_with(short: str, long: str) -> bool:
 
 
 def _values(content: Any, dotted: str) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Section, key and value of what a dotted name leads to and is not null; `*` is every item of a list."""
+    """Section, key and value for each value under a dotted name that is not null; `*` is every item of a list."""
     *names, key = dotted.split(".")
     for section in _sections(content, names):
         if section.get(key) is not None:

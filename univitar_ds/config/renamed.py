@@ -22,7 +22,7 @@ METRICS = {"shrunk": "downscaled"}
 
 
 def present_key(dotted: str) -> str:
-    """The present name of a key as an override gives it, which may lie below a renamed one."""
+    """The present name of a key of an override, also if it is below a renamed section."""
     parts = dotted.split(".")
     for old, new in KEYS.items():
         wanted = old.split(".")
@@ -33,7 +33,7 @@ def present_key(dotted: str) -> str:
 
 
 def rename_keys(content: dict[str, Any], where: str) -> None:
-    """Gives the keys of a run file's content their present names, with one log line if there is any.
+    """Renames the earlier keys in a run file's content, with one log line if there are any.
 
     Raises: ConfigError for a key that is given under both names.
     """

@@ -1,4 +1,4 @@
-"""Names in a run's folder, for all who write or read one: single ones, and the trees of all that a run writes."""
+"""Names in a run's folder: single files, and the trees of everything that a run writes."""
 
 import re
 
@@ -38,4 +38,4 @@ RUN_ENTRIES: Names = {
     CHECKPOINTS: CHECKPOINT_ROOT,
     rf"{EXPORT}|\.{EXPORT}\.(partial|earlier)": EXPORT_FILES,
 }
-"""All but the locks, which outlive what a new start replaces."""
+"""All but the locks, which a new start does not replace."""

@@ -1,7 +1,7 @@
 """The run file: everything that changes the result of a run, checked where it is declared.
 
 One YAML is one run. What changes only how fast or in how much memory it runs (ZeRO stage, precision,
-buckets, offload) lives in the DeepSpeed JSON that `deepspeed` names; see `config/deepspeed.py`.
+buckets, offload) belongs to the DeepSpeed JSON that `deepspeed` names; see `config/deepspeed.py`.
 The unit of a number is the suffix of its name: `_samples`, `_steps`, `_px`, `_tokens`. Paths may hold `~` and
 `$VARIABLES`; a relative one starts in the folder where the run was started. See `config/paths.py`.
 """
@@ -30,21 +30,22 @@ class OptimizerConfig(Section):
     )
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="of an average of the weights, e.g. 0.9999; it is evaluated and exported in their place"
+        None,
+        description="decay of an average of the weights, e.g. 0.9999, which is evaluated and exported instead",
     )
 
 
 class GuardConfig(Section):
-    """What is done about a step that went wrong: back to the last checkpoint, and on behind the data that did it."""
+    """How a bad step is handled: the run returns to the last checkpoint and continues after the data that caused it."""
 
-    max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="in a run; one more ends it")
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="per run; one more ends the run")
     spike_deviations: Annotated[float, Field(gt=0)] | None = Field(
         20.0, description="a loss or gradient norm so many robust deviations above its recent median; null: never"
     )
     window_steps: Annotated[int, Field(ge=8)] = Field(
-        64, description="steps of the same stage and modality that a median is taken of"
+        64, description="steps of the same stage and modality over which the median is taken"
     )
-    min_steps: Annotated[int, Field(ge=4)] = Field(32, description="of them, before anything counts as a spike")
+    min_steps: Annotated[int, Field(ge=4)] = Field(32, description="steps before anything counts as a spike")
 
     @model_validator(mode="after")
     def _window_holds_enough(self) -> GuardConfig:
@@ -54,19 +55,19 @@ class GuardConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When state is saved and how many saves are kept."""
+    """When checkpoints are written and how many are kept."""
 
     every_steps: Positive = 200
     keep: Positive = 2
 
 
 class EvaluationConfig(Section):
-    """What is measured on held-out data once training has ended."""
+    """What is measured on held-out data after training."""
 
     sources: list[SourceConfig] = Field(default_factory=list, description="empty: nothing is evaluated")
     token_budget: Positive = 8192
     image_templates: Annotated[list[str], Field(min_length=1)] = Field(
-        default_factory=lambda: ["{}"], description="sentences that zero-shot puts an image's label in, at {}"
+        default_factory=lambda: ["{}"], description="sentences for zero-shot; an image's label replaces {}"
     )
     video_templates: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["{}"], description="the same for the label of a video"
@@ -84,10 +85,10 @@ class LoggingConfig(Section):
     every_steps: Positive = 10
     tensorboard: bool = True
     images_every_steps: Annotated[int, Field(ge=0)] = Field(
-        200, description="items of a pack and their patch features as colours, in TensorBoard; 0: none"
+        200, description="interval of TensorBoard images of a pack and its patch features as colours; 0: none"
     )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of one rank, for MFU; measured once at the start when absent"
+        None, description="peak of one rank, for MFU; absent: measured once at the start"
     )
 
 
@@ -98,7 +99,7 @@ class RunConfig(Section):
     output: PathText = Field("runs", description="folder that holds the run's folder")
     seed: Annotated[int, Field(ge=0)] = 0
     deterministic: bool = Field(
-        False, description="on GPUs, too, the same step gives the same bits; attention's backward pass is slower"
+        False, description="the same step gives the same bits on GPUs too; attention's backward pass is slower"
     )
     deepspeed: PathText = Field("zero3_cpu", description="a name from ds_configs/ or the path of a JSON")
     model: ModelConfig = ModelConfig()
@@ -122,7 +123,7 @@ class RunConfig(Section):
     def _distillation_has_a_teacher(self) -> RunConfig:
         names = [stage.name for stage in self.stages if stage.distill.ever]
         if names and self.objective.teacher is None:
-            raise ValueError(f"stages {names} distill, but from whom? set objective.teacher.path or remove distill")
+            raise ValueError(f"stages {names} distill without a teacher; set objective.teacher.path or remove distill")
         return self
 
     @model_validator(mode="after")

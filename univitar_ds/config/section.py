@@ -14,13 +14,13 @@ Part = Literal["text", "vision", "patch_embedding"]
 
 
 class Section(BaseModel):
-    """A part of the run file: unknown keys are faults, values never change after reading, numbers are finite."""
+    """A part of the run file: unknown keys are errors, values never change after reading, numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def check_templates(templates: list[str]) -> None:
-    """Raises: ValueError for sentences without one place for the label."""
+    """Raises: ValueError for templates that do not have exactly one {}."""
     bad = [text for text in templates if text.count("{}") != 1]
     if bad:
         raise ValueError(f"a template holds the label once, as {{}}; these do not: {bad}")

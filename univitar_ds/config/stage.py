@@ -1,4 +1,4 @@
-"""The legs of the curriculum."""
+"""The stages of the curriculum."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ResolutionConfig(Section):
         return Resolution(self.min_tokens, self.max_tokens, self.divisor_px, self.size_px)
 
     def largest_item(self, frames: int) -> int:
-        """Most tokens an item of `frames` frames can have."""
+        """The most tokens that an item of `frames` frames can have."""
         steps = -(-frames // TUBELET)
         if self.size_px is not None:
             return steps * (self.size_px // PATCH) ** 2
@@ -44,13 +44,15 @@ class ResolutionConfig(Section):
 
 
 class VideoSampling(Section):
-    """Which frames of a video are seen."""
+    """Which frames of a video are used."""
 
     kind: Literal["uniform", "fps"] = Field(
         "uniform", description="uniform: video_frames over the whole video; fps: so many a second, at most video_frames"
     )
     fps: Annotated[float, Field(gt=0)] = Field(2.0, description="frames a second when kind is fps")
-    jitter: bool = Field(False, description="each frame is drawn within its part of the video, not its middle")
+    jitter: bool = Field(
+        False, description="each frame is drawn at random within its part of the video instead of at its middle"
+    )
 
 
 class Schedule(Section):
@@ -59,7 +61,7 @@ class Schedule(Section):
     kind: Literal["constant", "linear", "cosine"] = "constant"
     start: Annotated[float, Field(ge=0)] = 0.0
     end: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="what linear and cosine have reached when the stage is over"
+        None, description="value of linear and cosine at the end of the stage"
     )
 
     @model_validator(mode="after")
@@ -72,47 +74,50 @@ class Schedule(Section):
 
     @property
     def ever(self) -> bool:
-        """Whether the weight is above 0 at some time of the stage."""
+        """Whether the weight is above 0 at any step of the stage."""
         return self.start > 0 or bool(self.end)
 
 
 class StageConfig(Section):
-    """One leg of the curriculum. Its length is counted in items over all ranks and lanes."""
+    """One stage of the curriculum. Its length is counted in items over all ranks and lanes."""
 
     name: str
     samples: Positive
     image: ResolutionConfig = ResolutionConfig()
     video: ResolutionConfig = ResolutionConfig()
-    video_ratio: Fraction = Field(0.0, description="share of steps that are all videos")
+    video_ratio: Fraction = Field(0.0, description="share of steps in which all packs hold videos")
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="share of samples by source name; empty: every sample once an epoch"
     )
     video_frames: Annotated[int, Field(ge=2)] = Field(8, description="most frames taken from a video; even")
     video_sampling: VideoSampling = VideoSampling()
-    token_budget: Positive = Field(16384, description="most tokens in a pack, those of patch_dropout too: memory")
+    token_budget: Positive = Field(
+        16384, description="most tokens in a pack, including those that patch_dropout drops; limits memory"
+    )
     cost_budget_tflops: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="most forward+backward TFLOP of the encoder in a pack: time"
+        None, description="most forward+backward TFLOP of the encoder in a pack; limits time"
     )
     lr: Annotated[float, Field(gt=0)]
     warmup_samples: Annotated[int, Field(ge=0)] = 0
     lr_schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="after the warm-up; wsd: constant, then linear over decay_samples to final_lr_ratio"
     )
-    decay_samples: Annotated[int, Field(ge=0)] = Field(0, description="length of the fall when lr_schedule is wsd")
-    final_lr_ratio: Fraction = Field(0.0, description="learning rate at the stage's end, of its peak")
+    decay_samples: Annotated[int, Field(ge=0)] = Field(0, description="length of the decay when lr_schedule is wsd")
+    final_lr_ratio: Fraction = Field(0.0, description="learning rate at the stage's end as a share of its peak")
     contrastive: Schedule = Field(Schedule(start=1.0), description="weight of the contrastive loss")
     distill: Schedule = Field(Schedule(), description="weight of the distillation; 0: the teacher is not run")
     frozen: list[Part] = Field(
-        default_factory=list, description="parts that do not learn in this stage; vision is the whole encoder"
+        default_factory=list, description="parts that are not trained in this stage; vision is the whole encoder"
     )
     checkpoint_every: Annotated[int, Field(ge=0)] | None = Field(
         None, description="activation checkpointing in this stage; absent: model.checkpoint_every"
     )
     patch_dropout: DropRate = Field(
-        0.0, description="share of each item's tokens that the encoder does not see in training; one always stays"
+        0.0, description="share of each item's tokens that the encoder drops in training; at least one stays"
     )
     stochastic_depth: DropRate = Field(
-        0.0, description="how probably the last block adds nothing to an item in training; 0 at the first, even between"
+        0.0,
+        description="probability that an item skips a branch of the last block in training; linear from 0 at the first",
     )
 
     @model_validator(mode="after")
@@ -133,7 +138,7 @@ class StageConfig(Section):
                 f"samples {self.samples}"
             )
         if not self.contrastive.ever and not self.distill.ever:
-            faults.append("contrastive and distill both weigh 0 throughout: nothing is learned; raise one")
+            faults.append("contrastive and distill have weight 0 in the whole stage, so nothing is learned; raise one")
         used = {"image": self.video_ratio < 1, "video": self.video_ratio > 0}
         for modality, frames in (("image", 1), ("video", self.video_frames)):
             rule: ResolutionConfig = getattr(self, modality)

@@ -1,7 +1,7 @@
-"""Keys of a run file that were set and that the run never reads, because another key says so.
+"""Keys of a run file that were set but have no effect because of another key.
 
-Only what somebody set to another value than the default's is reported; what depends on the data or the machine is not
-known here. One function for each section, each finding is (key, why).
+Only keys whose value differs from the default are reported; what depends on the data or the machine is not known here.
+There is one function for each section; each finding is (key, reason).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Found = Iterator[tuple[str, str]]
 
 
 def unused_parts(config: RunConfig) -> list[str]:
-    """A sentence for each key that was set and changes nothing, in the order of the run file."""
+    """A sentence for each key that was set without effect, in the order of the run file."""
     found = [
         *_model(config),
         *_data(config),
@@ -32,7 +32,7 @@ def unused_parts(config: RunConfig) -> list[str]:
 
 
 def _given(place: str, section: Section, *names: str) -> Iterator[str]:
-    """Those of the keys that were set to something else than their default, with their place."""
+    """The keys whose value differs from the default, as dotted names."""
     for name in names:
         default = type(section).model_fields[name].get_default(call_default_factory=True)
         if name in section.model_fields_set and getattr(section, name) != default:
@@ -53,12 +53,12 @@ def _model(config: RunConfig) -> Found:
     if model.init_from is not None:
         yield from _because(_given("model", model, "layer_scale_init"), "model.init_from brings its own values")
     if all(stage.checkpoint_every is not None for stage in config.stages):
-        yield from _because(_given("model", model, "checkpoint_every"), "every stage has a checkpoint_every of its own")
+        yield from _because(_given("model", model, "checkpoint_every"), "every stage sets its own checkpoint_every")
     if config.objective.kind == "softmax":
         yield from _because(_given("model", model, "logit_bias_init"), "a bias cancels under objective.kind softmax")
     if text.path is not None:
         shape = _given("model.text", text, "hidden_size", "layers", "heads", "intermediate_size")
-        yield from _because(shape, "model.text.path brings a text tower of its own shape")
+        yield from _because(shape, "model.text.path brings its own text tower")
     if text.tokenizer is not None or text.path is not None:
         name = "path" if text.tokenizer is None else "tokenizer"
         yield from _because(_given("model.text", text, "vocab_size"), f"model.text.{name} brings the tokenizer")
@@ -70,8 +70,8 @@ def _data(config: RunConfig) -> Found:
     places = [place for source in sources for place in (source.path, source.class_names) if place is not None]
     if not any("://" in place for place in places):
         names = type(data.s3).model_fields
-        yield from _because(_given("data.s3", data.s3, *names), "no source lies at s3://")
-        yield from _because(_given("data.cache", data.cache, *type(data.cache).model_fields), "no source lies at s3://")
+        yield from _because(_given("data.s3", data.s3, *names), "no source is at s3://")
+        yield from _because(_given("data.cache", data.cache, *type(data.cache).model_fields), "no source is at s3://")
     for number, source in enumerate(data.sources):
         yield from _split(f"data.sources.{number}", source)
     if data.workers == 0:
@@ -111,10 +111,10 @@ def _stage(place: str, stage: StageConfig) -> Found:
     if "vision" in stage.frozen and stage.distill.ever:
         yield (
             f"{place}.distill",
-            "the encoder is frozen in this stage, so only the heads beside it learn from a teacher",
+            "the encoder is frozen in this stage, so only its heads would learn from a teacher",
         )
     if "vision" in stage.frozen and "patch_embedding" in stage.frozen:
-        yield f"{place}.frozen patch_embedding", "vision is frozen too, and holds it"
+        yield f"{place}.frozen patch_embedding", "vision is frozen too and contains it"
 
 
 def _objective(objective: ObjectiveConfig, stages: Sequence[StageConfig]) -> Found:

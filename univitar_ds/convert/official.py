@@ -26,17 +26,17 @@ from univitar_ds.preprocessing import Preprocessor
 from univitar_ds.training.checkpoint.offline import Weights, open_trained
 
 KIND = "export"
-"""Of the mark that an exported folder carries; without it a folder is not replaced."""
+"""Kind of the mark in an exported folder; a folder without it is not replaced."""
 
 
 def export_encoder(source: str | Path, out: str | Path, weights: Weights | None = None) -> Path:
     """Writes the encoder of a run (or of one of its checkpoints) to the folder `out` and reads it back.
 
     `config.json` has the size rule of the run's last stage, so that `Preprocessor` prepares images as the
-    encoder last saw them. The folder appears whole: an export that fails leaves what was there before.
+    encoder last saw them. The folder appears atomically: an export that fails leaves the previous content.
 
     Args: weights: see `open_trained`.
-    Raises: CheckpointError if the source is no run, is damaged, or `out` holds other files.
+    Raises: CheckpointError if the source is not a run, is damaged, or `out` holds other files.
     """
     out = Path(out)
     own = _is_run(out.parent) and out.name == EXPORT
@@ -64,7 +64,7 @@ def export_encoder(source: str | Path, out: str | Path, weights: Weights | None 
 def with_size_rule(config: EncoderConfig, stage: StageConfig) -> EncoderConfig:
     """The encoder's config with the size rule of a stage: its images', or its videos' if it has no images.
 
-    The release has one rule for both. Raises: CheckpointError if the rule cannot be said in its terms.
+    The release has one rule for both. Raises: CheckpointError if that cannot express the stage's rule.
     """
     rule = stage.video if stage.video_ratio == 1 else stage.image
     if rule.size_px is not None:
@@ -72,7 +72,7 @@ def with_size_rule(config: EncoderConfig, stage: StageConfig) -> EncoderConfig:
     block = PATCH * config.spatial_merge_size
     if rule.divisor_px % block:
         raise CheckpointError(
-            f"stage {stage.name} has divisor_px {rule.divisor_px}, config.json can only say multiples of {block} px; "
+            f"stage {stage.name} has divisor_px {rule.divisor_px}, config.json can only hold multiples of {block} px; "
             "end the run with a stage that has one"
         )
     return dataclasses.replace(
@@ -86,16 +86,18 @@ def with_size_rule(config: EncoderConfig, stage: StageConfig) -> EncoderConfig:
 
 
 def verify_export(folder: Path, encoder: nn.Module) -> None:
-    """Reads the folder through the public face and compares its output with the encoder's, bit for bit.
+    """Reads the folder with the public API and compares its output with the encoder's, bit for bit.
 
-    Raises: CheckpointError if they differ, which means a faulty disk: what was written is what was trained.
+    Raises: CheckpointError if they differ, which indicates a faulty disk.
     """
     read = UniViTAR.from_pretrained(folder)
     pixel_values, grid_thw = Preprocessor.from_pretrained(folder)([_test_image()])
     with torch.no_grad():
         same = torch.equal(read(pixel_values, grid_thw), encoder.eval()(pixel_values, grid_thw))
     if not same or read.config != encoder.config:
-        raise CheckpointError(f"the encoder read back from {folder} is not the one written; check the disk and repeat")
+        raise CheckpointError(
+            f"the encoder read back from {folder} is not the one that was written; check the disk and repeat"
+        )
 
 
 def _test_image() -> Image.Image:
@@ -108,10 +110,10 @@ def _is_run(folder: Path) -> bool:
 
 
 def _refuse_foreign(out: Path, own: bool) -> None:
-    """Raises: CheckpointError for what no export has written.
+    """Raises: CheckpointError for a folder that no export has written.
 
-    Args: own: `out` is the place of the export in a run's folder; there those of earlier versions, which have no mark,
-    are replaced too.
+    Args: own: `out` is the export in a run's folder, where exports of earlier versions, which have no mark, are
+    replaced too.
     """
     if out.is_symlink():
         raise CheckpointError(f"{out} is a link, and nothing is replaced through a link; name the folder itself")
@@ -124,7 +126,7 @@ def _refuse_foreign(out: Path, own: bool) -> None:
         raise CheckpointError(f"{out} holds {other}, which no export wrote; name another folder or empty it")
     if not own and not is_marked(out, KIND):
         raise CheckpointError(
-            f"{out} holds an encoder and not the mark of an export ({MARK}), so it may be another's; name another "
+            f"{out} holds an encoder without the mark of an export ({MARK}), so it may be another's; name another "
             "folder, or remove this one"
         )
 

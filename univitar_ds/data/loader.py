@@ -14,8 +14,7 @@ from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.collate import DecodingMonitor, collate, decoded, tokenized
-from univitar_ds.data.media.probe import probe_each
-from univitar_ds.data.media.types import Prober
+from univitar_ds.data.media.prober import Prober, probe_each
 from univitar_ds.data.sampler.bad_samples import BadPolicy, BadSampleMonitor
 from univitar_ds.data.sampler.cursor import LaneCursor
 from univitar_ds.data.sampler.lanes import Lane, Plan

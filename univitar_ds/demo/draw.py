@@ -1,7 +1,7 @@
-"""How the synthetic scenes look: anti-aliased shapes on quiet backgrounds, as uint8 arrays and as files.
+"""Drawing of the synthetic scenes: anti-aliased shapes on smooth backgrounds, as uint8 arrays and as files.
 
-Positions and sizes are whole quarters of a pixel: a shape is drawn four times too large and averaged, so a
-video played backwards is to the bit the video of the opposite motion.
+Positions and sizes are whole quarters of a pixel: a shape is drawn at four times its size and averaged, so a
+video played backwards equals the video of the opposite motion bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent")
 X264 = {"crf": "10", "preset": "veryfast", "x264-params": "asm=0:mbtree=0"}
-"""Its vector code reads past the edge of small images: the bytes then differ from call to call (measured)."""
+"""The encoder's vector code reads past the edge of small images, so the bytes differ between calls (measured)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Background:
-    """A tint running into another along a direction, with grain of `noise` grey levels of deviation."""
+    """A gradient between two colours along a direction, with noise of `noise` grey levels standard deviation."""
 
     first: tuple[int, int, int]
     second: tuple[int, int, int]
@@ -79,7 +79,8 @@ def draw_background(background: Background, height: int, width: int) -> np.ndarr
 
 
 def draw_thing(canvas: np.ndarray, thing: Thing) -> np.ndarray:
-    """A copy of `canvas` (height, width, 3) with the shape on it; what leaves at one edge comes in at the other."""
+    """A copy of `canvas` (height, width, 3) with the shape on it; parts that leave at one edge enter at the opposite
+    one."""
     height, width = canvas.shape[:2]
     column, phase_x = divmod(thing.left_q, QUARTER)
     row, phase_y = divmod(thing.top_q, QUARTER)
@@ -168,7 +169,7 @@ def encode_mp4(frames: list[np.ndarray], rate: int) -> bytes:
             stream = container.add_stream("mpeg4", rate=Fraction(rate), options={"qmin": "2", "qmax": "3"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1  # more threads cut the image differently: other bytes
+        stream.codec_context.thread_count = 1  # more threads split the image differently and give other bytes
         for pixels in frames:
             for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
                 container.mux(packet)

@@ -18,13 +18,13 @@ IMAGES, VIDEOS = 1600, 1600
 
 
 def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
-    """Run the whole way in `folder` and print the results with the time of every part.
+    """Run all parts in `folder` and print the results with the time of each part.
 
-    Scenes and shards that are there are used again; the run starts anew. Returns the exit status.
+    Existing scenes and shards are used again; the run is started from scratch. Returns the exit status.
     Raises: ConfigError if the folder holds anything that no demo writes.
     """
     claim(folder)
-    os.environ["DS_ACCELERATOR"] = "cpu"  # so that it runs anywhere, whatever GPUs there are
+    os.environ["DS_ACCELERATOR"] = "cpu"  # so that it runs on every machine
     times: dict[str, float] = {} if install_seconds is None else {"installation": install_seconds}
     shards, runs = folder / "shards", folder / "runs"
     with launch.timed(times, "rendering the scenes"):

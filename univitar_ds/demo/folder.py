@@ -1,6 +1,6 @@
-"""The folder of `make demo`: what the demo writes in it, and removing just that (`make clean`).
+"""The folder of `make demo`: the names that the demo writes in it, and their removal (`make clean`).
 
-Needs nothing but Python, since `make clean` also works where the environment is gone.
+Needs only Python, since `make clean` must also work without the environment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENTRIES: Names = {
 
 
 def claim(folder: Path) -> None:
-    """Make the demo's folder, or take it again; what an earlier demo trained there is removed.
+    """Create or reuse the demo's folder; the run of an earlier demo there is removed.
 
     Raises: ConfigError if it holds anything that no demo writes; RunLocked if a demo is training there.
     """
@@ -54,17 +54,17 @@ def claim(folder: Path) -> None:
 
 
 def remove_demo(folder: Path) -> str:
-    """Remove what the demo has written in its folder; what was done, in words. Anything else stays."""
+    """Remove what the demo has written in its folder; returns a sentence. Anything else stays."""
     if is_empty(folder):
         return f"{folder}: nothing to remove"
     if folder.is_symlink() or not is_marked(folder, KIND):
-        return f"{folder} stays: it does not carry the demo's mark ({MARK})"
+        return f"{folder} stays: it does not have the demo's mark ({MARK})"
     run = folder / RUN
     if run.is_dir():
         RunLock(run).refuse()
     if remove(folder, _ENTRIES):
         return f"{folder}: removed"
-    mark(folder, KIND)  # what stays there may be looked at and `make clean` called again
+    mark(folder, KIND)  # the user may look at the rest and call `make clean` again
     return f"{folder} stays: it holds {foreign(folder, _ENTRIES)}, which the demo did not write"
 
 

@@ -1,10 +1,10 @@
-"""What the demo's scenes are: coloured shapes with captions that compose, and videos in which one of them moves.
+"""The demo's scenes: coloured shapes with compositional captions, and videos in which one shape moves.
 
-What is held out is a set of (colour, shape) pairs; every colour and every shape is seen in training, so the
-test split asks for compositions. In a video the shape runs at constant speed and comes in again where it
-leaves, from a start that is uniform over the image: the places of the shape in any single frame have the
-same distribution for all four directions, and a video of a motion played backwards is one of the opposite
-motion. The direction is in the order of the frames and nowhere else.
+A set of (colour, shape) pairs is held out; every colour and every shape occurs in training, so the test split measures
+compositions. In a video the shape moves at constant speed from a uniformly random start and enters again at the edge
+opposite to that where it leaves: the positions of the shape in any single frame have the same distribution for all four
+directions, and a video of a motion played backwards is one of the opposite motion. Only the order of the frames shows
+the direction.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ RELATIONS = {
     "to the left of": "to the right of",
     "to the right of": "to the left of",
 }
-"""How the first shape lies to the second, and how the second lies to the first."""
+"""The relation of the first shape to the second, and of the second to the first."""
 VIDEO_GROUND = 20
-"""Brightest ground of a video. On dark grounds the side a shape moves to always turns brighter, a cue that an encoder
-of a few million parameters finds within minutes; on grounds of any brightness it takes three times as many videos."""
+"""Brightest background of a video. On dark backgrounds the side to which a shape moves always becomes brighter, a cue
+that an encoder of a few million parameters learns within minutes; with any brightness it needs three times as many
+videos."""
 VIDEO_FRAMES = (16, 24)
 STEP_PX = (4, 10)
-"""Motion between two frames of eight sampled evenly: what one token of the encoder gets to see."""
+"""Motion between two frames of eight sampled evenly: the motion within one token of the encoder."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One row of the set and all that is needed to draw it. An image has one frame and no direction."""
+    """One row of the set with everything needed to draw it. An image has one frame and no direction."""
 
     name: str
     split: str
@@ -66,7 +67,7 @@ class Scene:
         return "image" if self.direction is None else "video"
 
     def row(self) -> dict[str, object]:
-        """Line of metadata.jsonl; the first caption is the one to evaluate with."""
+        """Line of metadata.jsonl; evaluation uses the first caption."""
         attributes: dict[str, object] = {"things": [thing.name for thing in self.things]}
         if self.direction is not None:
             attributes["direction"] = self.direction
@@ -90,7 +91,7 @@ def compositions(split: str) -> list[tuple[str, str]]:
 
 
 def image_scene(seed: int, split: str, index: int) -> Scene:
-    """Image number `index` of a split: six in ten show one shape, the others two and how they lie."""
+    """Image number `index` of a split: six in ten show one shape, the others two and their relation."""
     random = _random(seed, "image", split, index)
     width, height = _sides(random, median=140, spread=0.5, least=40, most=400, longest_ratio=3.0)
     pairs = compositions(split)
@@ -115,13 +116,13 @@ def image_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def video_scene(seed: int, split: str, index: int) -> Scene:
-    """Video number `index` of a split: directions take turns, and within them the compositions."""
+    """Video number `index` of a split: it cycles through the directions, and within each through the compositions."""
     random = _random(seed, "video", split, index)
     direction = list(DIRECTIONS)[index % len(DIRECTIONS)]
     pairs = compositions(split)
     colour, shape = pairs[index // len(DIRECTIONS) % len(pairs)]
     width, height = _sides(random, median=80, spread=0.3, least=40, most=160, longest_ratio=2.0)
-    width, height = width // 2 * 2, height // 2 * 2  # chroma of H.264 is halved along both sides
+    width, height = width // 2 * 2, height // 2 * 2  # H.264 subsamples chroma by two along both sides
     diameter_q = max(round(random.uniform(0.28, 0.46) * min(width, height) * QUARTER), 14 * QUARTER)
     thing = Thing(
         colour,
@@ -140,7 +141,7 @@ def video_scene(seed: int, split: str, index: int) -> Scene:
         height=height,
         background=_background(random, (thing,), brightest=VIDEO_GROUND),
         things=(thing,),
-        # Captions name nothing but the motion: colour and shape alone would let a model pass most videos.
+        # Captions name only the motion: colour and shape alone would identify most videos.
         captions=(f"something moving {direction}",),
         label=f"moving {direction}",
         frames=frames,
@@ -151,7 +152,7 @@ def video_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def thing_at(scene: Scene, frame: int) -> Thing:
-    """The moving shape of a video in a frame; it comes in again where it leaves."""
+    """The moving shape of a video in a frame; it wraps around the edges."""
     assert scene.direction is not None, "images do not move"
     (thing,) = scene.things
     right, down = DIRECTIONS[scene.direction]
@@ -173,7 +174,7 @@ def render(scene: Scene) -> list[np.ndarray]:
 
 
 def _random(seed: int, kind: str, split: str, index: int) -> np.random.Generator:
-    """Numbers of one scene, the same whichever process draws it."""
+    """Random numbers of one scene, the same in every process."""
     digest = hashlib.blake2b(f"scenes/{seed}/{kind}/{split}/{index}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
@@ -195,7 +196,7 @@ def _shade(random: np.random.Generator, colour: str) -> tuple[int, int, int]:
 
 
 def _background(random: np.random.Generator, things: tuple[Thing, ...], brightest: int = 235) -> Background:
-    """A tint well apart in brightness from every shape, so that a shape always stands out."""
+    """A background colour whose brightness differs from every shape, so that shapes are always visible."""
     greys = range(min(20, brightest), brightest + 1, 5)
     apart = [grey for grey in greys if all(abs(grey - luminance(t.rgb)) >= 45 for t in things)]
     grey = apart[random.integers(len(apart))]
@@ -229,7 +230,7 @@ def _one(random: np.random.Generator, pair: tuple[str, str], width: int, height:
 def _two(
     random: np.random.Generator, first: tuple[str, str], second: tuple[str, str], width: int, height: int
 ) -> _Content:
-    """`first` lies above, below, left or right of `second`, clear of it and within 45 degrees of the axis."""
+    """`first` is above, below, left or right of `second`, without overlap and within 45 degrees of the axis."""
     relation = list(RELATIONS)[random.integers(len(RELATIONS))]
     upright = relation in ("above", "below")
     along, across = (height, width) if upright else (width, height)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from itertools import repeat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from univitar_ds.atomic_write import replace_text
-from univitar_ds.data.decoding import children
+from univitar_ds.data.decoding.task_pool import Done, Task, TaskPool
 from univitar_ds.demo.draw import encode_image, encode_mp4
 from univitar_ds.demo.scenes import image_scene, render, video_scene
 from univitar_ds.errors import DataError, writing
@@ -20,7 +21,11 @@ FORMAT = 1
 """Version of the scenes: another number gives other files for the same seed."""
 MARKER = "scenes.json"
 TEST_SHARE = 8
-"""One scene in so many is a test scene."""
+"""One of this many scenes is a test scene."""
+
+_BATCH = 32
+_SILENCE_S = 600.0
+"""Seconds that a scene may take, on the clock."""
 
 
 def write_scenes(folder: str | Path, *, images: int, videos: int, seed: int = 0, progress: bool = False) -> None:
@@ -39,7 +44,7 @@ def write_scenes(folder: str | Path, *, images: int, videos: int, seed: int = 0,
         return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / MARKER, json.dumps(wanted) + "\n")  # first: the folder is ours from here on
+        replace_text(folder / MARKER, json.dumps(wanted) + "\n")  # first: it marks the folder as ours
         for name in ("images", "videos"):
             (folder / name).mkdir(exist_ok=True)
         rows = _write_files(folder, _jobs(images, videos, seed), progress)
@@ -73,12 +78,33 @@ def _jobs(images: int, videos: int, seed: int) -> list[tuple[int, str, str, int]
 
 
 def _write_files(folder: Path, jobs: list[tuple[int, str, str, int]], progress: bool) -> list[dict[str, object]]:
+    """The rows of `metadata.jsonl`, in the order of the jobs."""
     workers = min(len(os.sched_getaffinity(0)), len(jobs))
-    bar = {"total": len(jobs), "desc": "scenes", "unit": "scene", "disable": not progress}
-    if workers == 1:
-        return list(tqdm(map(_write_one, repeat(folder), jobs), **bar))
-    with children.pool(workers, [__name__]) as pool:
-        return list(tqdm(pool.map(_write_one, repeat(folder), jobs, chunksize=32), **bar))
+    rows: dict[int, dict[str, object]] = {}
+    with tqdm(total=len(jobs), desc="scenes", unit="scene", disable=not progress) as bar:
+        if workers == 1:
+            for number, job in enumerate(jobs):
+                rows[number] = _write_one(folder, job)
+                bar.update()
+            return list(rows.values())
+        tasks = [Task(first, (folder, jobs[first : first + _BATCH])) for first in range(0, len(jobs), _BATCH)]
+        with TaskPool(_write_batch, workers, _SILENCE_S) as pool:
+            for _, event in pool.run(tasks):
+                if isinstance(event, Done):
+                    if event.error is not None:
+                        raise DataError(f"{folder} lacks scenes: {event.error}; repeat the command when that is mended")
+                else:
+                    number, row = event
+                    rows[number] = row
+                    bar.update()
+    return [rows[number] for number in sorted(rows)]
+
+
+def _write_batch(task: Task, tell: Callable[[Any], None]) -> None:
+    folder, jobs = task.job
+    with writing(folder):
+        for number, job in enumerate(jobs, task.number):
+            tell((number, _write_one(folder, job)))
 
 
 def _write_one(folder: Path, job: tuple[int, str, str, int]) -> dict[str, object]:

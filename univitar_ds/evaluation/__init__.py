@@ -1,3 +1,3 @@
-"""What an encoder has learned: zero-shot classes and retrieval on held-out sources."""
+"""Evaluation of an encoder: zero-shot classification and retrieval on held-out sources."""
 
 __all__ = ["report", "run"]

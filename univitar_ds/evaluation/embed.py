@@ -1,4 +1,4 @@
-"""Every item of a data set and its caption as unit vectors, one process, no gradient."""
+"""Embeddings of all items of a data set and of their captions, in one process and without gradients."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TEXTS_AT_ONCE = 256
 class Embeddings:
     """n items of one modality, in the order of the data; row i of everything belongs to item i.
 
-    `vision` and `text` (n, E) float32 on the host, rows of length 1; a row of `text` is 0 and its caption "" where an
-    item has a label only. Equal `caption_ids` mean equal captions; `sets` are names of the data sets that the items
-    come from, where the data says so. `others` are more captions of each item; none at all: (). `bad` counts by kind
-    what was left out.
+    `vision` and `text` (n, E) float32 on the host, rows of length 1; a row of `text` is 0 and its caption "" if an
+    item has only a label. Equal `caption_ids` mean equal captions; `sets` are names of the data sets that the items
+    come from, if the data has them. `others` are further captions of each item, or () without any. `bad` counts by
+    kind what was left out.
     """
 
     vision: Tensor

@@ -1,4 +1,4 @@
-"""A sheet of held-out examples: what the encoder saw, what its tokens distinguish, which captions it chose."""
+"""A sheet of held-out examples: the encoder's input, its tokens as colours, and the nearest captions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Kept:
 
 
 def keep_some(packs: Iterable[PackedBatch], kept: list[Kept]) -> Iterator[PackedBatch]:
-    """Passes packs through and puts a few of their items into `kept`, no two with the same caption or, without one,
+    """Yields the packs and puts a few of their items into `kept`, no two with the same caption or, without one,
     the same label."""
     seen: set[int | str | None] = set()
     for pack in packs:
@@ -49,7 +49,7 @@ def keep_some(packs: Iterable[PackedBatch], kept: list[Kept]) -> Iterator[Packed
 
 
 def draw_sheet(model: ContrastiveModel, kept: list[Kept], found: Embeddings, path: Path) -> None:
-    """Writes a PNG with a row an item: its frames, the first three principal components of its tokens as
+    """Writes a PNG with one row per item: its frames, the first three principal components of its tokens as
     colours (one basis for the sheet), and the nearest captions of the data set, the right one in green."""
     colours = component_colours([token_features(model, item) for item in kept])
     rows = []

@@ -1,4 +1,4 @@
-"""What one modality's embeddings say of a model, and in words what they cannot say and why."""
+"""Figures of one modality's embeddings, and sentences on what could not be measured and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from univitar_ds.evaluation.zero_shot import Texts, zero_shot
 from univitar_ds.geometry import Modality
 
 DAMAGE = frozenset({"cut", "damaged"})
-"""Kinds of bad samples that are bytes of a shard: what they were is not known."""
+"""Kinds of bad samples that are bytes of a shard: their modality is unknown."""
 LOOK_CLOSER = "univitar-ds data verify SOURCE lists them"
 
 
@@ -40,21 +40,19 @@ def measure(
     if not found.captioned:
         notes.append(f"Retrieval of {kind}s: no item has a caption.")
     elif not ranked:
-        notes.append(
-            f"Retrieval of {kind}s: there is nothing to choose from, all {kind}s with a caption have the same."
-        )
+        notes.append(f"Retrieval of {kind}s: all {kind}s with a caption have the same one, so there is no choice.")
     if left_out:
         notes.append(f"Some {kind}s were {left_out}.")
     return [*figures, *ranked], notes
 
 
 def nothing_measured(found: Sequence[Embeddings], unmet: Sequence[tuple[Modality, int]]) -> str:
-    """The sentence for an evaluation without a single figure: what was asked for and what there was.
+    """The sentence for an evaluation without any figure: what was requested and what was found.
 
     `unmet` are samples of modalities that no stage of the run reads.
     """
     asked = " and ".join(f"{one.modality}s" for one in found)
-    parts = [f"the evaluation measured nothing: asked for retrieval and zero-shot classification of {asked}"]
+    parts = [f"the evaluation measured nothing: it asks for retrieval and zero-shot classification of {asked}"]
     for one in found:
         labels = {label for label in one.labels if label is not None}
         sentence = (

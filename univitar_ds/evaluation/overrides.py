@@ -12,19 +12,19 @@ from univitar_ds.errors import ConfigError
 
 SECTIONS = ("evaluation", "data", "logging")
 OF_TRAINING = ("data.sources", "data.lanes", "data.pool_samples", "data.accept_changed_sources", "data.log_samples")
-"""Keys of those sections that only training reads: overriding one would change nothing, in silence."""
+"""Keys of those sections that only training reads: overriding one would silently change nothing."""
 
 
 def overridden(path: Path, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The run's `config`, which lies at `path`, with overrides of what an evaluation reads.
+    """The run's `config`, read from `path`, with overrides of keys that an evaluation reads.
 
-    Raises: ConfigError for an override of anything else, or one that makes no sound run file.
+    Raises: ConfigError for an override of anything else, or one that makes the run file invalid.
     """
     for entry in overrides:
         key = entry.partition("=")[0]
         if key.split(".")[0] not in SECTIONS:
             raise ConfigError(
-                f"{key} is a key of the training, which is over for the checkpoint that is evaluated; override keys of "
+                f"{key} is a key of the training, which has no effect on a finished checkpoint; override keys of "
                 f"{', '.join(SECTIONS[:-1])} and {SECTIONS[-1]}, or train another run"
             )
         if any(key == own or key.startswith(f"{own}.") or own.startswith(f"{key}.") for own in OF_TRAINING):
@@ -36,7 +36,7 @@ def overridden(path: Path, config: RunConfig, overrides: Sequence[str]) -> RunCo
 
 
 def same_evaluation(before: RunConfig, after: RunConfig) -> bool:
-    """Whether both measure the same on the same data."""
+    """Whether both evaluations measure the same on the same data."""
     return all(
         getattr(before.evaluation, name) == getattr(after.evaluation, name)
         for name in ("sources", "image_templates", "video_templates")

@@ -1,4 +1,4 @@
-"""Results for people: Markdown tables that a terminal shows as well, chance beside every figure."""
+"""Results as Markdown tables, readable in a terminal too, with the chance level next to every figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from univitar_ds.errors import UserError
 
 
 def render_run(run: str | Path) -> str:
-    """What a run's folder holds: its results, its training in figures and how long each part took.
+    """The results of a run, the figures of its training and the time of each part.
 
     Raises: UserError if the folder holds neither an evaluation nor a summary.
     """
@@ -50,7 +50,7 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> str:
 
 
 def render_summary(summary: Mapping[str, Any]) -> str:
-    """The plain entries of `summary.json`, and its times as a table of their own."""
+    """The plain entries of `summary.json`, and its times as a separate table."""
     plain = [(key, _number(value)) for key, value in summary.items() if isinstance(value, str | int | float)]
     last = summary.get("last") or {}
     if "mfu_pct" in last:
@@ -63,13 +63,13 @@ def render_summary(summary: Mapping[str, Any]) -> str:
 
 
 def render_times(seconds: Mapping[str, float]) -> str:
-    """How long each part took, and all of them together."""
+    """The time of each part and the total."""
     rows = [(name, _duration(value)) for name, value in seconds.items()]
     return table(("part", "time"), [*rows, ("all together", _duration(sum(seconds.values())))], left=1)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """A Markdown table with even columns; the first `left` of them to the left, the others to the right."""
+    """A Markdown table with even columns; the first `left` of them are aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """Retrieval both ways: recall at 1, 5 and 10 of captions for items and of items for captions.
 
-Captions that are the same are one caption. An item's right answers are its captions, among all distinct ones, and a
-caption's right answers are all items that carry it; one of them among the first k is enough. An item has the one
-caption that was embedded with it or, where its source's captions are lines, all of them.
+Equal captions count as one. The right answers for an item are its captions, among all distinct ones; those for a
+caption are all items that have it. One of them among the first k is enough. An item has the caption that was embedded
+with it or, if its source's captions are lines, all of them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ KS = (1, 5, 10)
 
 
 def retrieval(found: Embeddings, texts: Texts | None = None) -> list[Figure]:
-    """R@k of both directions, among the items that have a caption. A k that takes in every candidate is left out.
+    """R@k of both directions, among the items that have a caption. A k that includes every candidate is left out.
 
-    Args: texts: embeds the items' other captions, where there are some.
+    Args: texts: embeds the items' other captions, if there are any.
     """
     rows = found.captioned
     if not rows:
@@ -47,7 +47,7 @@ def retrieval(found: Embeddings, texts: Texts | None = None) -> list[Figure]:
 
 
 def _captions(found: Embeddings, rows: Sequence[int], texts: Texts | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors of the m distinct captions (m, E), and the pairs of an item and a caption that belong together, each
+    """Vectors of the m distinct captions (m, E), and the matching pairs of an item and a caption, each
     once, in the order of the items: two (p,) of indices, those of items into `rows`."""
     first: dict[int, int] = {}
     for row in rows:
@@ -64,7 +64,7 @@ def _captions(found: Embeddings, rows: Sequence[int], texts: Texts | None) -> tu
             pairs[item, column] = None
     vectors = found.text[list(first.values())]
     if more:
-        assert texts is not None, "the items have other captions, and nothing embeds them"
+        assert texts is not None, "the items have other captions, but no function embeds them"
         vectors = torch.cat([vectors, texts(more)])
     items, captions = torch.tensor(list(pairs)).T.contiguous()
     return vectors, items, captions

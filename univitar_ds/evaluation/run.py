@@ -52,15 +52,15 @@ def evaluate_run(
     out: Path | None = None,
     progress: bool = True,
 ) -> str:
-    """Evaluates a run's last checkpoint (or the checkpoint `run` is); returns the table of results.
+    """Evaluates a run's last checkpoint (or the checkpoint at `run`); returns the table of results.
 
-    Writes `evaluation.json` and sheets of examples into the run's folder, unless `overrides` make it another
-    evaluation than the run's own or there is an `out`, the file that the results then go to. The run's configuration
-    stays as it is. On the GPU where there is one for the run, on the host where that lacks the memory.
+    Writes `evaluation.json` and sheets of examples into the run's folder, unless `overrides` change the
+    run's evaluation or `out` is given, the file for the results. The run's configuration does not change. Runs on the
+    GPU if the run uses one, and on the host if the GPU lacks the memory.
 
     Args: weights: see `open_trained`; overrides: see `overridden`.
-    Raises: CheckpointError, ConfigError or DataError if something is missing, or nothing could be measured; what the
-        folder or `out` holds then stays.
+    Raises: CheckpointError, ConfigError or DataError if something is missing, or nothing could be measured; the
+        folder and `out` are unchanged then.
     """
     folder, _ = find_checkpoint(Path(run))
     before = load_config(folder / CONFIG)
@@ -85,7 +85,7 @@ def evaluate_run(
 
 @dataclass(frozen=True)
 class _Sheet:
-    """What a sheet of examples of one modality is drawn from."""
+    """The data of a sheet of examples of one modality."""
 
     kept: list[Kept]
     found: Embeddings
@@ -96,26 +96,26 @@ def _draw(trained: Trained, sheets: Sequence[_Sheet]) -> None:
         path = trained.run / f"examples-{sheet.found.modality}.png"
         try:
             draw_sheet(trained.model, sheet.kept, sheet.found, path)
-        except Exception as error:  # whatever it is, the figures count
+        except Exception as error:  # the figures matter more than the sheet
             logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
 
 
 def _on_gpu_or_host(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_Sheet]]:
     if uses_cuda():
-        gc.collect()  # after training in this process: what lies in reference cycles holds memory of the GPU
+        gc.collect()  # after training in this process, reference cycles may hold memory of the GPU
         try:
             trained.model.to("cuda")
             return _evaluate(trained, progress)
         except torch.OutOfMemoryError as error:
-            logger.warning("the GPU has no room for the evaluation, it runs on the host: %s", error)
-        # Only here, where the error's frames and their tensors are gone.
+            logger.warning("the GPU lacks the memory for the evaluation, it runs on the host: %s", error)
+        # Only here, after the error's frames and their tensors were freed.
         trained.model.to("cpu")
         torch.cuda.empty_cache()
     return _evaluate(trained, progress)
 
 
 def evaluate(trained: Trained, *, progress: bool = False) -> dict[str, Any]:
-    """All figures of `config.evaluation`, as JSON. Runs where the model lies.
+    """All figures of `config.evaluation`, as JSON. Runs on the model's device.
 
     Raises: ConfigError if the configuration names no data to evaluate on; DataError if nothing could be measured.
     """
@@ -162,14 +162,14 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
 
 
 def _unmet(shards: Sequence[SourceShard], looked: Sequence[Embeddings]) -> list[tuple[Modality, int]]:
-    """What the sources hold of modalities that were not looked at, as far as a bounded look finds it."""
+    """Samples of the modalities that are not evaluated, as far as a bounded scan of the sources finds them."""
     others = [modality for modality in MODALITIES if modality not in {found.modality for found in looked}]
     counts = contents_of(shards, MODALITIES).counts if others else {}
     return [(modality, counts[modality]) for modality in others if counts[modality]]
 
 
 def _last_stage(config: RunConfig, modality: Modality) -> StageConfig | None:
-    """The stage whose size rule the model knows best for this modality; None if it never met it."""
+    """The stage whose size rule the model knows best for this modality; None if it was not trained on it."""
     return next((stage for stage in reversed(config.stages) if modality in stage_modalities(stage)), None)
 
 

@@ -1,8 +1,8 @@
-"""A figure and what guessing gives; ranks in which equal scores are a draw.
+"""A figure and its chance level; ranks with ties between equal scores.
 
 Equal scores (closer than `TIE`, the rounding of a float32 cosine) are ordered at random and the expectation
-over that order is taken. So a model that gives everything the same embedding gets the chance level exactly,
-and no order of the data can help or harm.
+over that order is taken. So a model that gives everything the same embedding gets exactly the chance level,
+and the order of the data has no effect.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 TIE = 1e-6
 """Cosines closer than this are equal."""
 CHUNK, CELLS = 1024, 1 << 26
-"""Most queries compared at a time, and most scores of them, about 1.7 GB; they bound the memory and change nothing
-else."""
+"""Most queries compared at a time, and most scores of them, about 1.7 GB; they limit the memory and do not change
+results."""
 
 
 @dataclass(frozen=True)
 class Figure:
     """One measured share.
 
-    `value` and `chance` lie in 0..1; `n` queries were averaged, each choosing among `candidates`.
+    `value` and `chance` are in 0..1; `n` queries were averaged, each choosing among `candidates`.
     """
 
     task: str
@@ -71,7 +71,7 @@ def rank_counts(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _none_drawn(draws: Tensor, wrong: Tensor, right: Tensor) -> Tensor:
-    """Probability that `draws` without putting back, from `wrong` + `right`, are all wrong; (n,) float64."""
+    """Probability that `draws` without replacement from `wrong` + `right` are all wrong; (n,) float64."""
     draws, wrong, right = draws.double(), wrong.double(), right.double()
     possible = draws <= wrong
     left = (wrong - draws).clamp(min=0)

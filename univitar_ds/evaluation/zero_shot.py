@@ -1,6 +1,6 @@
-"""Zero-shot classification: an item belongs to the class whose sentences are nearest to it.
+"""Zero-shot classification: an item is assigned to the class whose sentences are nearest to it.
 
-A class is a label of the data set; its vector is the mean of its sentences' unit vectors, made a unit vector
+A class is a label of the data set; its vector is the normalised mean of its sentences' unit vectors
 (CLIP's prompt ensemble). Items without a label are not scored.
 """
 
@@ -26,8 +26,8 @@ Texts = Callable[[Sequence[str]], Tensor]
 def zero_shot(found: Embeddings, templates: Sequence[str], texts: Texts) -> tuple[list[Figure], list[str]]:
     """Top-1 and top-5 accuracy over the scored items of each data set, and top-1 averaged over classes.
 
-    The last one is fair where classes differ in size: naming the largest class always gives 1/classes there.
-    The classes of a data set are the labels that occur in it; a k that takes in all of them is left out.
+    The last one is not biased by the sizes of classes: always naming the largest class gives 1/classes.
+    The classes of a data set are the labels that occur in it; a k that includes all of them is left out.
 
     Args: templates: sentences with {} for the label.
     Returns: figures, and a sentence for each data set with fewer than two labels, which is not scored.
@@ -43,7 +43,9 @@ def zero_shot(found: Embeddings, templates: Sequence[str], texts: Texts) -> tupl
         classes = sorted({found.labels[row] for row in rows})
         if len(classes) < 2:
             where = f" in {name}" if name else ""
-            notes.append(f"Zero-shot of {found.modality}s{where}: only one label, {classes[0]!r}; two are the least.")
+            notes.append(
+                f"Zero-shot of {found.modality}s{where}: only one label, {classes[0]!r}; at least two are needed."
+            )
             continue
         figures += _one_set(found, rows, classes, class_vectors(classes, templates, texts), name)
     return figures, notes

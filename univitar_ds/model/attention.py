@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CuSeqlens:
-    """Where the items of a pack lie along its tokens.
+    """Boundaries of the items of a pack along its tokens.
 
     `lengths` and `max_length` stay on the host, so that nothing waits for the device; `cu_seqlens` (N + 1,)
-    int32 lies where the tokens lie.
+    int32 is on the device of the tokens.
     """
 
     lengths: tuple[int, ...]
@@ -76,7 +76,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqle
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
     """The back end that runs for heads of `width`: sdpa, varlen, flash2, flash3 or flash4.
 
-    `backend` is one of them, flash for the best flash-attn that is installed, or auto for the fastest of all.
+    `backend` is one of them, flash for the best flash-attn that is installed, or auto for the fastest one.
     Raises: ConfigError if it cannot run here.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -93,7 +93,7 @@ def _chosen(backend: str, device: str, capability: tuple[int, int], dtype: torch
 def select(backend: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> tuple[str, str]:
     """(the back end, the reason in words). `capability` is that of the GPU, `width` the head's K.
 
-    Raises: ConfigError if `backend` cannot run there, with what would help.
+    Raises: ConfigError if `backend` cannot run there, with a remedy.
     """
     obstacles = {name: _obstacle(name, device, capability, dtype, width) for name in _order(capability)}
     able = [name for name, obstacle in obstacles.items() if not obstacle]
@@ -111,13 +111,14 @@ def select(backend: str, device: str, capability: tuple[int, int], dtype: torch.
 
 
 def _order(capability: tuple[int, int]) -> tuple[str, ...]:
-    """Fastest first: each generation of flash-attn is made for one of GPUs (2 Ampere, 3 Hopper, 4 Blackwell)."""
+    """Fastest first: each generation of flash-attn is made for one generation of GPUs (2 Ampere, 3 Hopper, 4
+    Blackwell)."""
     flash = {9: ("flash3", "flash4", "flash2"), 8: ("flash2", "flash4", "flash3")}
     return (*flash.get(capability[0], ("flash4", "flash2", "flash3")), "varlen", "sdpa")
 
 
 def _obstacle(name: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> str:
-    """Why a back end cannot run, with what would help; empty if it can."""
+    """Why a back end cannot run, with a remedy; empty if it can."""
     if name == "sdpa":
         return ""
     if device != "cuda":
@@ -153,7 +154,8 @@ def _load(name: str) -> Callable[..., Any]:
 def _flash(
     function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens
 ) -> Tensor:
-    """flash-attn 2, 3 and 4 agree on these names, not on their order, nor on whether more than the output returns."""
+    """flash-attn 2, 3 and 4 agree on these names, but not on their order, nor on whether they return more than the
+    output."""
     result = function(
         q,
         k,

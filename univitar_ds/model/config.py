@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from univitar_ds.config.encoder import EncoderConfig
 
-if TYPE_CHECKING:  # it needs pydantic, the encoder alone does not
+if TYPE_CHECKING:  # needs pydantic, which the encoder alone does not need
     from univitar_ds.config.model import ModelConfig
 
 __all__ = ["PRESETS", "EncoderConfig", "compiles"]
@@ -24,7 +24,7 @@ PRESETS = {
 def compiles(config: ModelConfig) -> bool:
     """Whether a run on a CPU compiles its token-wise operations.
 
-    Of itself from the 0.3b on, whose compiling (about half a minute once, seconds a start after that) is paid back
-    within some ten packs; `tiny` would need hundreds (benchmarks/LOG.md).
+    With "auto" from the 0.3b on, which make up for the compilation (about half a minute once, seconds at later starts)
+    within about ten packs; `tiny` would need hundreds (benchmarks/LOG.md).
     """
     return config.compile == "on" or (config.compile == "auto" and PRESETS[config.encoder].hidden_size >= 1024)

@@ -1,4 +1,4 @@
-"""Both towers, their pooling and projections: images and captions to unit vectors of one space."""
+"""Both towers with pooling and projections: images and captions to unit vectors of one space."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from univitar_ds.model.weights import load_into
 
 
 class AttentionPool(nn.Module):
-    """One learned query looks at all tokens of an item; normed first, for the encoder ends without a norm."""
+    """One learned query attends to all tokens of an item, which are normed first since the encoder has no final
+    norm."""
 
     def __init__(self, width: int, heads: int, eps: float, backend: str) -> None:
         super().__init__()
@@ -52,8 +53,8 @@ class AttentionPool(nn.Module):
 
 
 class Embedded(NamedTuple):
-    """What forward says of a pack of N items: `vision`, `text` (N, E) float32 of length 1, `scale`, `bias` (1,) of the
-    logits, and features for a teacher where they were asked for."""
+    """Output of forward for a pack of N items: `vision`, `text` (N, E) float32 of length 1, `scale`, `bias` (1,) of the
+    logits, and features for a teacher if they were requested."""
 
     vision: Tensor
     text: Tensor
@@ -63,10 +64,10 @@ class Embedded(NamedTuple):
 
 
 class ContrastiveModel(nn.Module):
-    """The trained whole. Under DeepSpeed it is called through the engine only; evaluation calls `encode_*`.
+    """The model that is trained. Under DeepSpeed it is called only through the engine; evaluation calls `encode_*`.
 
-    With `teacher_width` it has heads that face a teacher; without, it reads weights that were saved with such heads
-    and leaves them aside: they are scaffolding of the training.
+    With `teacher_width` it has heads for the teacher's features. Without, weights of such heads are ignored when a
+    state is loaded, since they are used in training only.
     """
 
     def __init__(
@@ -101,11 +102,11 @@ class ContrastiveModel(nn.Module):
     ) -> Embedded:
         """Embeds one pack; N may be 0.
 
-        Args: see `encode_vision` and `encode_text`; distill: also features for the teacher, by the heads for it;
+        Args: see `encode_vision` and `encode_text`; distill: also features for the teacher;
         drops: what the encoder drops. Features for the teacher are of the tokens that stay.
         """
         tokens, pooled = self._features(pixels, frames, grid_thw, drops)
-        # Scale and bias leave as new tensors: ZeRO-3 takes a parameter's storage away once forward has ended.
+        # Scale and bias are returned as new tensors: ZeRO-3 frees a parameter's storage after forward.
         return Embedded(
             F.normalize(self.vision_proj(pooled).float(), dim=-1),
             self.encode_text(token_ids, text_lengths),
@@ -128,7 +129,7 @@ class ContrastiveModel(nn.Module):
     def _features(
         self, pixels: Tensor, frames: Tensor, grid_thw: Tensor, drops: DropPlan | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (T, D), those that stay, and pooled (N, D) of a pack."""
+        """Tokens (T, D), without dropped ones, and pooled features (N, D) of a pack."""
         grids = grid_thw.tolist()
         tokens = self.vision(pixels, grids, frames=frames, drops=drops)
         lengths = [token_count(grid) for grid in grids] if drops is None else drops.lengths
@@ -151,9 +152,10 @@ def _leave_heads_aside(model: ContrastiveModel, state: dict[str, Any], prefix: s
 def build_contrastive(
     config: ModelConfig, *, vocab_size: int, eos_id: int, pad_id: int, seed: int, teacher_width: int | None = None
 ) -> ContrastiveModel:
-    """The model of a run, on the CPU in float32. The same arguments give the same bits; no random state outside moves.
+    """The model of a run, on the CPU in float32. The same arguments give the same bits; the global random state does
+    not change.
 
-    Args: teacher_width: Dt of the teacher, where the run has one; None: no heads for it.
+    Args: teacher_width: Dt of the teacher, if the run has one; None: no heads for it.
     Raises: ConfigError if the parts do not fit each other, CheckpointError if weights to start from do not fit.
     """
     shape = _encoder_shape(config)
@@ -168,7 +170,7 @@ def build_contrastive(
         load_into(vision, config.init_from)
     with _seeded(seed, "text"):
         text = build_text_tower(config.text, vocab_size=vocab_size, eos_id=eos_id, pad_id=pad_id)
-    with _seeded(seed, "heads"):  # those for a teacher are drawn last: the others stay as they are without one
+    with _seeded(seed, "heads"):  # the heads for a teacher are drawn last: the other values are the same without one
         return ContrastiveModel(vision, text, config, teacher_width)
 
 
@@ -192,7 +194,7 @@ def _encoder_shape(config: ModelConfig) -> EncoderConfig:
 
 @contextmanager
 def _seeded(seed: int, part: str) -> Iterator[None]:
-    # Each part has a seed of its own: changing one tower leaves the first values of the others as they were.
+    # Each part has its own seed: a change in one tower does not change the initial values of the others.
     own = int.from_bytes(hashlib.blake2b(f"{seed}/{part}".encode(), digest_size=7).digest())
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(own)

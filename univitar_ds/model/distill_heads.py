@@ -1,4 +1,4 @@
-"""What the student shows its teacher: features mapped into the teacher's space. Used in training only."""
+"""The student's features mapped into the teacher's space. Used in training only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Distilled(NamedTuple):
 
 
 class DistillHeads(nn.Module):
-    """One linear map for tokens, normed first, for the encoder ends without a norm, and one for the pooled feature."""
+    """A linear map for tokens, which are normed first since the encoder has no final norm, and one for the pooled
+    feature."""
 
     def __init__(self, width: int, teacher_width: int, eps: float) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""What a training step leaves out of a pack: tokens (patch dropout, arXiv:2212.00794) and, for single items, what a
-block adds (stochastic depth, arXiv:1603.09382).
+"""What a training step drops: tokens (patch dropout, arXiv:2212.00794) and, for single items, branches of a block
+(stochastic depth, arXiv:1603.09382).
 
-A pack may run twice in a step and its blocks more often, on any number of ranks, before or after a resume, and every
-time the same must be missing. So nothing is drawn in a forward pass: what a pack drops is drawn before, on the
-host, from the seed, the step, the lane and the item alone.
+A pack may run twice in a step and its blocks more often, on any number of ranks, before or after a resume, and must
+drop the same every time. So no forward pass draws random numbers: what a pack drops is drawn before, on the host, from
+the seed, the step, the lane and the item alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from univitar_ds.geometry import cumulative, token_count
 from univitar_ds.model.transfer import to_device
 from univitar_ds.randomness import draws
 
-if TYPE_CHECKING:  # it needs pydantic, the encoder alone does not
+if TYPE_CHECKING:  # needs pydantic, which the encoder alone does not need
     from univitar_ds.config.stage import StageConfig
 
 
@@ -30,12 +30,12 @@ class DropPlan:
     """What one pack of N items drops. The tensors are on the host."""
 
     lengths: tuple[int, ...]
-    """Tokens that stay, of each item."""
+    """Number of tokens of each item that stay."""
     kept: Tensor | None
     """(Tk,) int64, ascending: the tokens that stay; None: all."""
     factors: Tensor | None
-    """(blocks, 2, N) float32: what attention and feed-forward of a block add to an item is multiplied by these; None:
-    by 1."""
+    """(blocks, 2, N) float32: factors of the attention and feed-forward branches of a block for each item; None: all
+    1."""
 
     def token_factors(self, device: torch.device) -> Tensor | None:
         """`factors` for the tokens that stay, (blocks, 2, Tk, 1) on `device`."""
@@ -49,8 +49,8 @@ class DropPlan:
 class DropConfig:
     """The rule of one step.
 
-    `patches`: share of an item's tokens that is dropped. `depth`: how probably the last block adds nothing to an item;
-    from there down to the first block the probability falls evenly to 0. `merge`: tokens go in blocks of merge x merge.
+    `patches`: share of an item's tokens that is dropped. `depth`: the probability that the last block skips a branch
+    for an item; it decreases linearly to 0 at the first block. `merge`: tokens are dropped in blocks of merge x merge.
     """
 
     patches: float = 0.0
@@ -62,12 +62,12 @@ class DropConfig:
 
     @classmethod
     def of(cls, stage: StageConfig, encoder: EncoderConfig, *, seed: int, step: int) -> DropConfig:
-        """Of a step of a run, counted from its beginning."""
+        """The rule of a step of a run, counted from the beginning of the run."""
         shape = encoder.num_hidden_layers, encoder.spatial_merge_size
         return cls(stage.patch_dropout, stage.stochastic_depth, *shape, seed, step)
 
     def kept(self, tokens: int) -> int:
-        """How many of an item's tokens stay: whole merge blocks, at least one."""
+        """The number of an item's tokens that stay: whole merge blocks, at least one."""
         cell = self.merge**2
         return max(1, round(tokens // cell * (1 - self.patches))) * cell
 

@@ -38,11 +38,11 @@ class UniViTAR(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, attention: str = "auto", checkpoint_every: int = 0) -> Self:
-        """Reads a folder in the release's layout, in the precision it was stored in; in evaluation mode.
+        """Reads a folder in the release's layout, in its stored precision and in evaluation mode.
 
         Raises: CheckpointError if the folder is incomplete, damaged or does not fit.
         """
-        from univitar_ds.model.weights import load_into  # safetensors: the encoder itself runs without it
+        from univitar_ds.model.weights import load_into  # needs safetensors, which the encoder alone does not need
 
         with torch.device("meta"):
             model = cls(read_encoder_config(folder), attention=attention, checkpoint_every=checkpoint_every)
@@ -73,7 +73,8 @@ class UniViTAR(nn.Module):
             frames: (N,) frames stored per item of pixels, 1 for a still image; on the host.
             output_hidden_states: also return the input of every block and the last output.
             drops: what the pack drops in training.
-        Returns: (T, D), or with hidden states a pair ((T, D), list of layers + 1 times (T, D)); T without what drops.
+        Returns: (T, D), or with hidden states a pair ((T, D), list of layers + 1 times (T, D)); T without dropped
+        tokens.
         """
         grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]
         lengths: Sequence[int] = [token_count(grid) for grid in grids]
@@ -94,7 +95,7 @@ class UniViTAR(nn.Module):
         for index, block in enumerate(self.encoder["layers"]):
             arguments = (x, positions, spans, None if factors is None else factors[index])
             if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                # No block draws random numbers, so their state is neither kept nor put back.
+                # No block draws random numbers, so their state need not be saved and restored.
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
@@ -120,7 +121,7 @@ def grid_positions(grids: Sequence[Sequence[int]], merge: int) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _step_positions(h: int, w: int, merge: int) -> np.ndarray:
-    """Of the tokens of one step, (h * w, 2). An array that cannot be written: all packs read the same one."""
+    """Positions of the tokens of one time step, (h * w, 2). A read-only array, which all packs share."""
     cells = np.indices((h, w), dtype=np.int32).reshape(2, h // merge, merge, w // merge, merge)
     positions = cells.transpose(1, 3, 2, 4, 0).reshape(h * w, 2)
     positions.flags.writeable = False

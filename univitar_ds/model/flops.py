@@ -1,4 +1,4 @@
-"""How much arithmetic an item costs. Multiplications and additions count one each; norms and rotations are left out."""
+"""FLOPs of an item. Multiplications and additions count one each; norms and rotations are left out."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The parts of an encoder block. Key names and arithmetic are the release's.
 
 A weight is used only in the forward of the module that owns it: ZeRO-3 gathers a module's weights when the
-module is called, and another module would find them empty. A module that needs others' weights as well names them
-in `external_parameters`, and `training/engine/engine.py` has them gathered with its own.
+module is called, and another module would find them empty. A module that also needs weights of other modules lists
+them in `external_parameters`, and `training/engine/engine.py` gathers them together with its own.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class PatchEmbedding(nn.Module):
 class Attention(nn.Module):
     """Self-attention within each item, with rotary positions and normed q and k.
 
-    `q_norm` and `k_norm` only hold their weights: one operation turns and norms both out of one projection.
+    `q_norm` and `k_norm` only hold their weights: one operation rotates and norms both parts of one projection.
     """
 
     def __init__(self, config: EncoderConfig, backend: str) -> None:
@@ -114,7 +114,7 @@ class SwiGLU(nn.Module):
 def scale_branch(branch: Tensor, factors: Tensor | None) -> Tensor:
     """(T, D), (T, 1) float32 or None for all 1 -> (T, D).
 
-    The product is rounded, not the factors: theirs is one number, whose error no mean over draws would take away.
+    The product is rounded, not the factor: a rounded factor would have an error that does not average out over draws.
     """
     return branch if factors is None else (branch * factors).to(branch.dtype)
 
@@ -135,7 +135,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, spans: CuSeqlens, factors: Tensor | None = None) -> Tensor:
         """(T, D), (T, 2), factors of both branches (2, T, 1) -> (T, D).
 
-        Both branches always run: under ZeRO-3 no rank may leave a module out.
+        Both branches always run: under ZeRO-3 no rank may skip a module.
         """
         first, second = (None, None) if factors is None else factors.unbind()
         x, normed = self.norm2(x, scale_branch(self.attn(self.norm1(x), positions, spans), first), self.ls1)

@@ -1,4 +1,4 @@
-"""Libraries that other libraries import: which of them is broken, in a sentence instead of pages of traceback."""
+"""Libraries that other libraries import: a broken one is reported in a sentence instead of pages of traceback."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from univitar_ds.errors import InstallationError
 
 _REQUIRED = {"huggingface_hub", "numpy", "PIL", "regex", "safetensors", "tokenizers", "torch", "transformers", "yaml"}
-"""What transformers cannot do without."""
+"""Packages that transformers requires."""
 _BESIDE_TORCH = {"torchvision", "torchaudio", "torchcodec"}
 """Each release and build of these fits one of torch only."""
 
 
 @contextmanager
 def working_imports(library: str) -> Iterator[None]:
-    """For imports out of `library`, and nothing else.
+    """Wraps imports from `library`, and nothing else.
 
     transformers imports every optional package that is installed, and its own errors hide why one of them failed.
-    Raises: InstallationError that names the broken package, its version and the way out.
+    Raises: InstallationError that names the broken package, its version and the remedy.
     """
     try:
         yield
@@ -43,7 +43,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _culprit(error: BaseException) -> str | None:
-    """The optional package whose import failed: the innermost one that called what raised; else a required one."""
+    """The optional package whose import failed: the innermost one in the traceback; else a required one."""
     packages = [module.partition(".")[0] for module in _modules(error.__traceback__)]
     foreign = [name for name in packages if name not in sys.stdlib_module_names | {"univitar_ds"}]
     missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None

@@ -1,4 +1,4 @@
-"""Text towers out of transformers. The library is imported when a tower is built, not before."""
+"""Text towers of transformers. The library is imported when a tower is built, not before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAMILIES = {"clip": "clip", "clip_text_model": "clip", "siglip": "siglip", "sigl
 
 
 class CausalTextTower(nn.Module):
-    """CLIP's text transformer, pooled at the last real token, which under a causal mask has seen all others."""
+    """CLIP's text transformer, pooled at the last real token, which attends to all others under a causal mask."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class CausalTextTower(nn.Module):
 
 
 class PaddedTextTower(nn.Module):
-    """SigLIP's text transformer: trained without a mask on rows padded to full length, pooled at the last place."""
+    """SigLIP's text transformer: trained without a mask on rows padded to full length, pooled at the last position."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def _from_folder(folder: Path) -> nn.Module:
         raise CheckpointError(f"model.text.path {folder} has no readable config.json: {first_line(error)}") from error
     if kind not in FAMILIES:
         raise CheckpointError(
-            f"model.text.path {folder} holds a {kind} model; able to use: {', '.join(sorted(FAMILIES))}"
+            f"model.text.path {folder} holds a {kind} model; supported are: {', '.join(sorted(FAMILIES))}"
         )
     loader, tower = {
         "clip": (CLIPTextModel, CausalTextTower),
@@ -128,7 +128,7 @@ def _from_folder(folder: Path) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    # The image half of a CLIP folder is "unexpected" to its text half: no news, yet a screen full of it.
+    # transformers lists every weight of CLIP's image tower as unexpected for the text tower.
     with working_imports("transformers"):
         from transformers.utils import logging
 
@@ -157,7 +157,7 @@ def _check_fit(config: TextConfig, built: object, vocab_size: int) -> None:
 
 
 def _never_empty(token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    # transformers cannot run an empty batch: a pack without items sends one token through, and drops its row.
+    # transformers cannot run an empty batch: for a pack without items one token is run and its row dropped.
     if len(token_ids):
         return token_ids, lengths
     return token_ids.new_zeros(1, 1), lengths.new_ones(1)

@@ -1,4 +1,4 @@
-"""Small tensors on their way to the device."""
+"""Copies of small tensors to the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`, without waiting for what was launched there before."""
+    """A tensor of the host on `device`, without a synchronization."""
     if device.type == "cuda":
-        host = host.pin_memory()  # from other memory the copy does wait
+        host = host.pin_memory()  # a copy from pageable memory would synchronize
     return host.to(device, non_blocking=True)

@@ -1,6 +1,6 @@
-"""Encoders on disk, in the release's layout: `config.json` beside `model.safetensors` or `pytorch_model.bin`.
+"""Encoders on disk, in the release's layout: `config.json` and `model.safetensors` or `pytorch_model.bin`.
 
-Nothing is unpickled but tensors. Either file may be split into shards with an `.index.json`.
+Only tensors are unpickled. Either file may be split into shards with an `.index.json`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from univitar_ds.errors import CheckpointError, writing
 SAFE = "model.safetensors"
 BIN = "pytorch_model.bin"
 NAMED_AT_MOST = 8
-"""Keys listed per kind of complaint; a wrong model would otherwise fill the screen."""
+"""Most keys listed per kind of error; a wrong model would otherwise fill the screen."""
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -50,13 +50,13 @@ def load_into(model: nn.Module, folder: str | Path, *, assign: bool = False) -> 
     if complaint:
         raise CheckpointError(
             f"the weights in {folder} do not fit the encoder of its {CONFIG_FILE}: {complaint}. "
-            f"Bring the two files of one model together."
+            f"Use the two files of one model."
         )
     model.load_state_dict(state, assign=assign)
 
 
 def describe_misfit(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    """What keeps `found` from filling `wanted`, by key; empty if nothing does."""
+    """The differences between `found` and `wanted` by key; empty if there are none."""
     misshapen = [
         f"{name} is {_form(found[name])} instead of {_form(tensor)}"
         for name, tensor in wanted.items()
@@ -86,12 +86,13 @@ def save_encoder(folder: str | Path, model: nn.Module, *, safe: bool = True) -> 
         with replacing(folder / BIN) as path:
             torch.save(state, path)
     replace_text(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2) + "\n")
-    # The loader prefers safetensors: an older file of the other kind must not win, nor stay as a second truth.
+    # The loader prefers safetensors: an older file of the other kind must not be read instead, so it is removed.
     (folder / (BIN if safe else SAFE)).unlink(missing_ok=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> Path:
-    """`save_file` of safetensors with the rights of any new file (the library's are 0600), and its faults as OSError.
+    """`save_file` of safetensors with the permissions of any new file (the library sets 0600), and with its errors as
+    OSError.
 
     Raises: OSError with the system's number.
     """
@@ -131,7 +132,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}; shards must lie in its own folder")
+            raise CheckpointError(f"{index} names {name!r}; shards must be in its own folder")
         state.update(_read_file(folder / name))
     return state
 

@@ -1,4 +1,4 @@
-"""Distillation: features of the student are to match those of a frozen teacher, row by row."""
+"""Distillation: losses between features of the student and those of a frozen teacher, row by row."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def distill(student: Tensor, teacher: Tensor, valid: Tensor, kind: str) -> tuple
 
     Args:
         student: (R, Dt), carries the gradient; teacher: (R, Dt), does not. Any precision: computed in float32.
-        valid: (R,) bool; rows of the others, whatever they hold, add nothing and get the gradient 0.
+        valid: (R,) bool; other rows, with any content, add nothing and get the gradient 0.
         kind: a name of DISTANCES.
     Returns: sum of the distances of the valid rows (), and of their cosine similarities (), which has no gradient.
     """
-    # Both sides are cleaned, not only the distances: 0 times a NaN of a masked row would be a NaN gradient.
+    # Both inputs are masked, not only the distances: 0 times a NaN of a masked row would be a NaN gradient.
     student, teacher = (rows.float().where(valid[:, None], 0.0) for rows in (student, teacher.detach()))
     distances = DISTANCES[kind](student, teacher).where(valid, 0.0)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""What the contrastive losses share: the texts of a step travel round a ring of ranks, and their gradient with them.
+"""Shared by the contrastive losses: the texts of a step and their gradients travel round a ring of ranks.
 
-A rank holds its own embeddings and one visiting block of texts, whatever the number of ranks, and compares `chunk`
-texts at a time. The losses therefore do not know how the items of a step are spread over ranks.
+A rank holds its own embeddings and one visiting block of texts for any number of ranks, and compares `chunk` texts at a
+time. The losses therefore do not depend on how the items of a step are distributed over ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ContrastiveResult:
-    """Loss of a step and what each input of this rank has to do with it.
+    """Loss of a step and its gradients with respect to the inputs of this rank.
 
     `loss` is the mean over all items of the step and the same number on every rank, as is `items`.
     `scale_grad` and `bias_grad` are this rank's share: their sum over ranks is the gradient. The embedding
@@ -35,12 +35,12 @@ class ContrastiveResult:
 class Ring:
     """The ranks of a group in a circle; without torch.distributed, a circle of one.
 
-    Making it waits for the device. Made before the embeddings are, a loss round it waits for nothing until it is
-    known: a GPU has all messages of all hops before it in the queue while it still embeds.
+    Creating it synchronizes with the device. If it is created before the embeddings, the loss does not synchronize
+    until its value is read: all messages of all hops are enqueued while the GPU still embeds.
     """
 
     def __init__(self, items: int, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
-        """`items` of this rank; they differ between ranks and may be 0. Every rank must make its ring."""
+        """`items` of this rank; they differ between ranks and may be 0. Every rank must create its ring."""
         self.group = group
         self.size = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if self.size > 1 else 0
@@ -57,15 +57,15 @@ class Ring:
         return sum(self.counts)
 
     def owners(self) -> Iterator[int]:
-        """Whose texts visit, hop by hop; the own ones first. After each the block is to be passed on."""
+        """The owner of the visiting texts at each hop, this rank first. After each hop `ring_shift` must be called."""
         for hop in range(self.size):
             yield (self.rank - hop) % self.size
 
     def ring_shift(self, block: Sequence[Tensor], owner: int) -> list[Tensor]:
         """Sends the block of `owner` to the next rank and receives the one that visits next.
 
-        The tensors of a block have one row per text. After the last hop every block is home again. One message
-        carries them all as bytes, so that they can never be matched wrongly.
+        The tensors of a block have one row per text. After the last hop every block is back at its owner. One message
+        carries all tensors as bytes, so that they cannot be mismatched.
         """
         if self.size == 1:
             return list(block)
@@ -85,12 +85,12 @@ class Ring:
             for work in dist.batch_isend_irecv(exchanges):
                 work.wait()
         widths = [part.shape[1] * part.element_size() for part in flat]
-        # A copy each, not a view: a view as wider numbers must begin at a multiple of their size.
+        # Copies, not views: a view with a wider type must begin at a multiple of its size.
         copies = (columns.clone(memory_format=torch.contiguous_format) for columns in received.split(widths, dim=1))
         return [copy.view(part.dtype).view(incoming, *part.shape[1:]) for copy, part in zip(copies, block, strict=True)]
 
     def total(self, value: Tensor) -> float:
-        """Sum over ranks. A device sync: whether a loss is finite decides whether there is a backward at all."""
+        """Sum over ranks. Synchronizes with the device, since the backward pass runs only if the loss is finite."""
         if self.size > 1:
             dist.all_reduce(value, group=self.group)
         return value.item()
@@ -102,9 +102,9 @@ def positive_mask(own_ids: Tensor | None, ids: Tensor, start: int, rows: int, ow
     Args: own_ids, ids: captions of rows and columns, compared unless `own_ids` is None; start: position of the chunk
     in its block; own_block: whether the block is this rank's, whose diagonal belongs together.
     """
-    together = torch.zeros(rows, len(ids), dtype=torch.bool, device=ids.device)
+    positive = torch.zeros(rows, len(ids), dtype=torch.bool, device=ids.device)
     if own_block and start < rows:
-        together.diagonal(-start).fill_(True)
+        positive.diagonal(-start).fill_(True)
     if own_ids is not None:
-        together |= own_ids[:, None] == ids[None, :]
-    return together
+        positive |= own_ids[:, None] == ids[None, :]
+    return positive

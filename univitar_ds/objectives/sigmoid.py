@@ -1,7 +1,7 @@
 """Sigmoid contrastive loss (SigLIP, arXiv:2303.15343) over all pairs of a step, over all ranks.
 
-Every pair of an image i and a text j costs  -log sigmoid(z_ij * (scale * <v_i, t_j> + bias)),  z_ij = +1 for a
-pair that belongs together and -1 for every other; the sum is divided by the number of items of the step.
+The cost of a pair of an image i and a text j is  -log sigmoid(z_ij * (scale * <v_i, t_j> + bias)),  z_ij = +1 for a
+positive pair and -1 for every other; the sum is divided by the number of items of the step.
 The gradient is written out, not recorded: g_ij = dL/dlogit_ij = -z_ij * sigmoid(-z_ij * logit_ij) / items.
 """
 
@@ -33,8 +33,8 @@ def ring_sigmoid(
         scale, bias: (1,) or () fp32, the same on all ranks; the scale itself, not its logarithm.
         caption_ids: (n,) int64, equal for equal captions. Only read with `same_caption_positive`.
         chunk: texts compared at a time.
-        same_caption_positive: pairs of equal captions belong together too, wherever their items are.
-        ring: of as many items as `vision` has rows; absent: of all ranks, made here.
+        same_caption_positive: pairs of equal captions are positive too, on whichever ranks their items are.
+        ring: of as many items as `vision` has rows; absent: one of all ranks, created here.
     """
     ring = ring or Ring(len(vision), vision.device)
     items = max(ring.items, 1)
@@ -47,9 +47,9 @@ def ring_sigmoid(
     for owner in ring.owners():
         for start in range(0, len(ids), chunk):
             part = slice(start, start + chunk)
-            together = positive_mask(own_ids, ids[part], start, len(vision), owner == ring.rank)
+            positive = positive_mask(own_ids, ids[part], start, len(vision), owner == ring.rank)
             similarity = vision @ visiting[part].T
-            sign = together.float() * 2 - 1
+            sign = positive.float() * 2 - 1
             agreement = sign * (similarity * scale + bias)
             totals[0] -= F.logsigmoid(agreement).sum(dtype=torch.float64)
             logit_grad = -sign * torch.sigmoid(-agreement) / items

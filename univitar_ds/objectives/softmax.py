@@ -5,8 +5,8 @@ Image i should choose its text among all texts of the step and text j its image:
     L = 1/(2 items) * [ sum_i (log sum_j exp l_ij - mean_{j in P(i)} l_ij)
                       + sum_j (log sum_i exp l_ij - mean_{i in P(j)} l_ij) ]
 
-with l_ij = scale * <v_i, t_j> and P the partners of an item. A bias would cancel: its gradient is zero.
-Texts go round twice: first every row and column collects its normaliser, then the gradients
+with l_ij = scale * <v_i, t_j> and P the positives of an item. A bias would cancel: its gradient is zero.
+The texts travel round the ring twice: first every row and column collects its normaliser, then the gradients
 g_ij = (softmax over row i + softmax over column j - 2 * [j in P(i)] / |P(i)|) / (2 items).
 """
 
@@ -38,23 +38,23 @@ def ring_softmax(
     ids = caption_ids.to(vision.device)
     own_ids = ids if same_caption_positive else None
 
-    def together(part: slice, owner: int) -> Tensor:
+    def positives(part: slice, owner: int) -> Tensor:
         return positive_mask(own_ids, ids[part], part.start, len(vision), owner == ring.rank).float()
 
     row_norm = vision.new_full((len(vision),), -torch.inf)
     column_norm = visiting.new_full((len(visiting),), -torch.inf)
-    partners, agreement = torch.zeros_like(row_norm), torch.zeros_like(row_norm)
+    positive_counts, agreement = torch.zeros_like(row_norm), torch.zeros_like(row_norm)
     for owner in ring.owners():
         for part in _chunks(len(ids), chunk):
             logits = scale * (vision @ visiting[part].T)
-            positive = together(part, owner)
+            positive = positives(part, owner)
             row_norm = torch.logaddexp(row_norm, logits.logsumexp(1))
             column_norm[part] = torch.logaddexp(column_norm[part], logits.logsumexp(0))
-            partners += positive.sum(1)
+            positive_counts += positive.sum(1)
             agreement += (positive * logits).sum(1)
         visiting, column_norm, ids = ring.ring_shift((visiting, column_norm, ids), owner)
-    # Partners are mutual, so the means over rows and over columns have the same sum.
-    loss = (row_norm.double() + column_norm.double() - 2 * (agreement / partners).double()).sum() / (2 * items)
+    # Positives are mutual, so the means over rows and over columns have the same sum.
+    loss = (row_norm.double() + column_norm.double() - 2 * (agreement / positive_counts).double()).sum() / (2 * items)
 
     vision_grad, visiting_grad = torch.zeros_like(vision), torch.zeros_like(visiting)
     scale_grad = torch.zeros(1, dtype=torch.float64, device=vision.device)
@@ -63,7 +63,7 @@ def ring_softmax(
             similarity = vision @ visiting[part].T
             logits = scale * similarity
             chosen = (logits - row_norm[:, None]).exp() + (logits - column_norm[None, part]).exp()
-            logit_grad = (chosen - 2 * together(part, owner) / partners[:, None]) / (2 * items)
+            logit_grad = (chosen - 2 * positives(part, owner) / positive_counts[:, None]) / (2 * items)
             scale_grad += (logit_grad * similarity).sum(dtype=torch.float64)
             vision_grad += scale * (logit_grad @ visiting[part])
             visiting_grad[part] += scale * (logit_grad.T @ vision)

@@ -1,4 +1,5 @@
-"""A run's model under DeepSpeed, with its last checkpoint in it: at a start, at a hand-over and after a rollback."""
+"""Builds a run's model under DeepSpeed and loads its last checkpoint: at a start, at a stage transition and after a
+rollback."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, State]:
-    """The engine of the stage that the run is in, and the state of its last checkpoint or, without one, the first.
+    """The engine of the run's current stage, and the state of the last checkpoint or, without one, the initial state.
 
     All ranks call it; the caller closes the engine.
     Raises: CheckpointError, on all ranks, if the checkpoint is damaged or of another configuration.
@@ -66,12 +67,12 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
         raise
     state.began = began
     if world.is_main:
-        _tell(folder, saved["threads"])
+        _report_resume(folder, saved["threads"])
     return engine, state
 
 
 def _last_checkpoint(run: Path, world: World) -> Path | None:
-    """Rank 0 says which one: shared disks do not all know at once."""
+    """Rank 0 decides which one, since a shared disk may not show it to all ranks at once."""
     name = None
     with all_ranks_or_none(world):
         if world.is_main and (folder := atomic_dir.latest(run / CHECKPOINTS)):
@@ -81,7 +82,8 @@ def _last_checkpoint(run: Path, world: World) -> Path | None:
 
 
 def _read_saved(cfg: RunConfig, run: Path, folder: Path) -> dict:
-    """The run's part of a checkpoint. Raises: CheckpointError, also for one that makes another result than `cfg`."""
+    """The run's part of a checkpoint. Raises: CheckpointError, also for a configuration that gives another result than
+    `cfg`."""
     saved = read_state(folder)
     changed = changed_result(check_config(saved["config"], str(folder)), cfg)
     if changed:
@@ -92,7 +94,7 @@ def _read_saved(cfg: RunConfig, run: Path, folder: Path) -> dict:
     return saved
 
 
-def _tell(folder: Path, threads: int) -> None:
+def _report_resume(folder: Path, threads: int) -> None:
     logger.info("resuming from %s", folder)
     if threads != torch.get_num_threads():
         logger.warning(

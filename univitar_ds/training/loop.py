@@ -1,4 +1,4 @@
-"""The training of a run, from one rank's point of view."""
+"""The training loop of one rank."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
     `run` is the run's folder with deepspeed.json and tokenizer.json; everything is written there. When `stop` of any
     rank is requested, all ranks end after the same step and save.
 
-    Returns: whether all stages are done and no rank was asked to leave; the same on all ranks.
-    Raises: UserError, on all ranks, for whatever ends the run early.
+    Returns: whether all stages are done and no rank was asked to stop; the same on all ranks.
+    Raises: UserError, on all ranks, for any error that ends the run early.
     """
     set_deterministic(cfg.deterministic)
     trainer = _Trainer(cfg, run, world, stop)
@@ -66,7 +66,7 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
 
 @contextmanager
 def closed_after(close: Callable[[], None]) -> Iterator[None]:
-    """Calls `close` after the body. An error of the body is what is raised: one of `close` is only logged then."""
+    """Calls `close` after the body. If the body raises, its error is raised and one of `close` is only logged."""
     try:
         yield
     except BaseException:
@@ -79,7 +79,7 @@ def closed_after(close: Callable[[], None]) -> Iterator[None]:
 
 
 class _Trainer:
-    """One start of a run: goes from stage to stage, steps, logs, saves, and goes back where a step went wrong."""
+    """One start of a run: trains the stages, logs, saves, and rolls back after a bad step."""
 
     def __init__(self, cfg: RunConfig, run: Path, world: World, stop: Stop) -> None:
         self.cfg, self.run, self.world = cfg, run, world
@@ -93,7 +93,7 @@ class _Trainer:
         self.saved_step = self.state.progress.step
 
     def start(self) -> None:
-        """Open the logs; from here on there is something to close."""
+        """Open the logs; `close` must be called afterwards."""
         self.logs.open(self.state.progress, self.state.events)
         if not self.state.events:  # a new run
             self._note_stage()
@@ -107,7 +107,7 @@ class _Trainer:
             logger.info("asked to leave: saving step %d, then exit code %d; a second time leaves at once", step, SAVED)
         self._save()
         self.logs.close()
-        with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:  # what follows takes its time too
+        with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:  # the following takes time too
             self.logs.raise_unwritten()
         self.leaving |= vote.yes
         if self.leaving:
@@ -116,14 +116,14 @@ class _Trainer:
                 logger.info("asked to leave: step %d, the last one, is saved; exit code %d", self.saved_step, SAVED)
 
     def close(self) -> None:
-        """Safe to call again, and after a rollback or hand-over that failed between two engines."""
+        """Safe to call again, and after a rollback or stage transition that failed between two engines."""
         try:
             self.logs.close()
         finally:
             self.engine.close()
 
     def _train_stage(self, stage: StageConfig) -> None:
-        """To the stage's end, or until the ranks are asked to leave or a step is undone."""
+        """Trains until the stage ends, the ranks are asked to stop, or a step is undone."""
         number = self.state.progress.stage
         self._prepare_teacher()
         every = stage.checkpoint_every
@@ -141,24 +141,25 @@ class _Trainer:
                 if trouble := self._step(stage, batches, start, waited):
                     self._roll_back(trouble, batches)
                     return
-                del batches  # their slots in the ring are free for the next step's
+                del batches  # their shared slots are free for the next step's
                 if self.state.progress.step % self.cfg.checkpoint.every_steps == 0:
                     self._save()
         if not self.state.progress.finished(self.cfg.stages):
-            self._hand_over()
+            self._stage_transition()
 
-    def _hand_over(self) -> None:
-        """Into the next stage. What starts or ceases to learn needs another optimizer, so the engine is built anew.
+    def _stage_transition(self) -> None:
+        """Continues with the next stage. If other parts are trained there, the engine is built again, with another
+        optimizer.
 
-        The save keeps rollbacks within a stage.
+        The checkpoint keeps rollbacks within a stage.
         """
         self._save()
         stage = self.cfg.stages[self.state.progress.stage]
         if set(trained_parts(self.cfg, stage)) != self.state.began.keys():
-            self._reassemble()
+            self._rebuild()
 
     def _note_stage(self) -> None:
-        """Writes down that the stage of the next step begins."""
+        """Logs that the stage of the next step begins."""
         progress = self.state.progress
         stage = self.cfg.stages[progress.stage]
         event = {"step": progress.step, "event": "stage", "stage": stage.name, "samples_seen": progress.samples}
@@ -168,25 +169,26 @@ class _Trainer:
         self.state.events.append(event)
         self.logs.write_event(self.state.events)
 
-    def _reassemble(self) -> None:
-        self.engine.close()  # before there is another: two would not fit
+    def _rebuild(self) -> None:
+        self.engine.close()  # before the next one is built: two would not fit into memory
         self.engine, self.state = build_training(self.cfg, self.run, self.world)
 
     def _roll_back(self, trouble: str, batches: list[PackedBatch]) -> None:
-        """To the last checkpoint, and on behind the data that were read since. All ranks call it at the same step.
+        """Returns to the last checkpoint and continues after the data that were read since. All ranks call it at the
+        same step.
 
-        Raises: DivergedError if the run has gone back often enough.
+        Raises: DivergedError if the run has already had the most rollbacks allowed.
         """
         step, most = self.state.progress.step + 1, self.cfg.guard.max_rollbacks
         if self.state.rollbacks >= most:
             raise DivergedError(
-                f"step {step}: {trouble}; the run has gone back {self.state.rollbacks} times, guard.max_rollbacks is "
-                f"{most}. Its last checkpoint stays: resume with a higher limit, or start anew with a lower lr or "
+                f"step {step}: {trouble}; the run was rolled back {self.state.rollbacks} times, guard.max_rollbacks is "
+                f"{most}. Its last checkpoint stays: resume with a higher limit, or start a new run with a lower lr or "
                 "optimizer.clip_norm"
             )
         events, seconds = self.state.events, self.state.seconds
         self.logs.close()
-        self._reassemble()
+        self._rebuild()
         back = self.state.progress.step
         self.state.cursors = {batch.lane: batch.cursor for batch in batches}
         self.state.events, self.state.seconds, self.saved_step = events, seconds, back
@@ -194,13 +196,13 @@ class _Trainer:
         self._note({"step": back, "event": "rollback", "undone_step": step, "reason": trouble})
 
     def _prepare_teacher(self) -> None:
-        """Have it while this stage or a later one distills, and no longer."""
+        """Build the teacher if this stage or a later one distills; free it otherwise."""
         config = self.cfg.objective.teacher
         if config is None or not distills_later(self.cfg.stages, self.state.progress):
             self.teacher = None
         elif self.teacher is None:
             merge = self.engine.module.vision.config.spatial_merge_size
-            # Partitioning is a collective, which `all_ranks_or_none` does not allow: a failure there ends by time-out.
+            # Partitioning is a collective, which `all_ranks_or_none` does not allow; a failure there ends by a timeout.
             with nullcontext() if config.partitioned else all_ranks_or_none(self.world):
                 self.teacher = build_teacher(config, merge=merge, device=self.world.device)
 
@@ -235,7 +237,8 @@ class _Trainer:
             yield loader
 
     def _content(self, stage: StageConfig) -> str | None:
-        """How the shards begin, looked at by the first rank: a store that hundreds ask at once would throttle them."""
+        """The fingerprint of the shards' content, read by rank 0 only, since a store would throttle hundreds of
+        ranks."""
         if self.world.size == 1:
             return None
         with all_ranks_or_none(self.world):
@@ -244,7 +247,7 @@ class _Trainer:
         return gather_json(found, self.world)[0]
 
     def _step(self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float) -> str | None:
-        """One update; returns what is wrong with it, the same on all ranks, if it has to be undone."""
+        """One update; returns the reason, the same on all ranks, if it has to be undone."""
         state, progress = self.state, self.state.progress
         modality = batches[0].modality
         settings = self._settings(stage)
@@ -275,7 +278,7 @@ class _Trainer:
         return None
 
     def _settings(self, stage: StageConfig) -> StepSettings:
-        """What the schedules of the stage give at the next step."""
+        """The values of the stage's schedules at the next step."""
         progress = self.state.progress
         done = progress.samples_in_stage
         return StepSettings(
@@ -289,7 +292,7 @@ class _Trainer:
     def _advance(
         self, batches: list[PackedBatch], settings: StepSettings, result: StepResult, joined: dict[str, float]
     ) -> None:
-        """Takes a good step into the state and the logs; `joined` are its metrics over all ranks."""
+        """Adds a good step to the state and the logs; `joined` are its metrics over all ranks."""
         state, progress, modality = self.state, self.state.progress, batches[0].modality
         state.history.add(progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard.window_steps)
         state.progress = advance(
@@ -330,7 +333,7 @@ class _Trainer:
         state.window = state.window.next()
 
     def _save(self) -> None:
-        """Unless the state is saved already."""
+        """Saves a checkpoint unless this step is saved already."""
         state = self.state
         if self.saved_step == state.progress.step:
             return

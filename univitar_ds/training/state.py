@@ -1,4 +1,4 @@
-"""What changes while a run trains, beside the tensors."""
+"""The training state without the tensors."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from univitar_ds.training.step.guard import History
 
 @dataclass
 class State:
-    """All of it is in the checkpoint."""
+    """The state; all of it is in the checkpoint."""
 
     progress: Progress = field(default_factory=Progress)
     window: Window = field(default_factory=Window)
     cursors: dict[int, LaneCursor] = field(default_factory=dict)
-    """By lane: of all at the start, then of this rank's."""
+    """By lane: of all lanes at the start, later of this rank's lanes."""
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-    """Spent training, over all starts of the run."""
+    """Seconds spent in training, over all starts of the run."""
     began: dict[str, int] = field(default_factory=dict)
-    """Parts that learn now, and the updates that were done when they began to."""
+    """Parts that are trained now, with the number of updates before they were first trained."""
     history: History = field(default_factory=History)
     events: list[dict[str, Any]] = field(default_factory=list)
-    """Stages that began and rollbacks, each with the step after which it came."""
+    """Stages that began and rollbacks, each with the step after which it occurred."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the cursors, which belong to ranks."""
@@ -61,5 +61,5 @@ class State:
 
     @property
     def rollbacks(self) -> int:
-        """How often the guard has sent the run back."""
+        """The number of rollbacks."""
         return sum(event["event"] == "rollback" for event in self.events)

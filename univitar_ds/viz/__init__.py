@@ -1,3 +1,3 @@
-"""Images for people: sheets of items beside their patch features as colours."""
+"""Images to look at: sheets of items and their patch features as colours."""
 
 __all__ = ["sheet", "training_images"]

@@ -1,4 +1,4 @@
-"""Pieces of sheets to look at: patch features as colours, images brought to a size, captions in lines."""
+"""Parts of image sheets: patch features as colours, resized images, wrapped captions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageFont
 from torch import Tensor
 
 FITTED_TOKENS = 4096
-"""Most tokens that principal components are computed from."""
+"""Most tokens from which principal components are computed."""
 DIRECTIONS, ROUNDS = 8, 16
 
 
@@ -19,7 +19,7 @@ def component_colours(features: Sequence[Tensor]) -> list[Tensor]:
     centred = torch.cat(list(features)).float()
     centred -= centred.mean(dim=0)
     basis = _principal(centred[:: -(-len(centred) // FITTED_TOKENS)], 3)
-    basis = basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()  # the sign is open
+    basis = basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()  # the sign is arbitrary
     values = centred @ basis
     low, high = values.quantile(0.02, dim=0), values.quantile(0.98, dim=0)
     scaled = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
@@ -29,7 +29,8 @@ def component_colours(features: Sequence[Tensor]) -> list[Tensor]:
 def _principal(centred: Tensor, count: int) -> Tensor:
     """The first `count` principal directions of rows (n, D), (D, count), by subspace iteration.
 
-    Exact to what a colour shows, and training waits for it: at D 1920 an eigendecomposition took 12 times as long.
+    Exact enough for colours, and fast, since training waits for it: at D 1920 an eigendecomposition took 12 times as
+    long.
     """
     start = torch.Generator().manual_seed(0)
     basis = torch.randn(centred.shape[1], min(DIRECTIONS, centred.shape[1]), generator=start)
@@ -48,12 +49,13 @@ def raster_order(tokens: Tensor, grid: Sequence[int], merge: int) -> Tensor:
 
 
 def spread_frames(count: int, shown: int) -> list[int]:
-    """At most `shown` of the numbers below `count`, from the first to the last at even distances."""
+    """At most `shown` of the numbers below `count`, evenly spaced from the first to the last."""
     return sorted({round((count - 1) * part / (shown - 1)) for part in range(shown)})
 
 
 def to_size(pixels: Tensor | np.ndarray, height: int, most_width: int, *, smooth: bool) -> Image.Image:
-    """(h, w, 3) uint8 as an image of `height`, or lower where it would be wider than `most_width`; never stretched."""
+    """(h, w, 3) uint8 as an image of `height`, or lower if it would be wider than `most_width`; the aspect ratio is
+    kept."""
     image = Image.fromarray(np.asarray(pixels))
     scale = min(height / image.height, most_width / image.width)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -61,7 +63,7 @@ def to_size(pixels: Tensor | np.ndarray, height: int, most_width: int, *, smooth
 
 
 def wrapped(text: str, width: int, lines: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """`text` in at most `lines` lines of `width` pixels; what does not fit ends in three dots."""
+    """`text` in at most `lines` lines of `width` pixels; text that does not fit ends in three dots."""
     words, found = " ".join(text.split()), []
     while words and len(found) < lines:
         last = len(found) == lines - 1
@@ -78,7 +80,7 @@ def wrapped(text: str, width: int, lines: int, font: ImageFont.FreeTypeFont) -> 
 
 
 def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> int:
-    """How many of the first characters fit into `width` pixels; at least one."""
+    """The number of first characters that fit into `width` pixels; at least one."""
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2

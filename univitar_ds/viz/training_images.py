@@ -1,4 +1,4 @@
-"""A sheet of one pack of a training step: its items, and what the encoder's tokens distinguish in them."""
+"""A sheet of one pack of a training step: its items, and the encoder's tokens as colours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ PAPER, INK, FAINT, BLANK = (242, 242, 242), (30, 30, 30), (120, 120, 120), 255
 def draw_pack(batch: PackedBatch, items: int, tokens: Tensor, kept: Tensor, merge: int) -> Image.Image:
     """A sheet of the first `items` of a pack: pixels, tokens as colours (one basis for all), captions.
 
-    Args: tokens (Tk, D) float32; kept (Tk,) int64, their places among all tokens of these items; merge, the side of the
+    Args: tokens (Tk, D) float32; kept (Tk,) int64, their indices among all tokens of these items; merge, the side of
+    the
         square of patches that become one token.
     """
     grids = batch.grid_thw.tolist()[:items]
@@ -42,7 +43,7 @@ def draw_pack(batch: PackedBatch, items: int, tokens: Tensor, kept: Tensor, merg
 
 
 def _card(frames: Tensor, colours: Tensor, caption: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One item: an image beside its colours, or frames of a video above theirs, and the caption beneath."""
+    """One item: an image next to its colours, or frames of a video above theirs, and the caption below."""
     t, h, w, _ = colours.shape
     if len(frames) == 1:
         rows = [[to_size(frames[0], *IMAGE, smooth=True), to_size(colours[0], *IMAGE, smooth=False)]]
@@ -73,7 +74,7 @@ def _card(frames: Tensor, colours: Tensor, caption: str, font: ImageFont.FreeTyp
 
 
 def _flow(cards: Sequence[Image.Image]) -> Image.Image:
-    """Cards in rows, from left to right, like words."""
+    """Arranges the cards in rows from left to right, like words."""
     rows: list[list[Image.Image]] = [[]]
     for card in cards:
         if rows[-1] and sum(other.width + 2 * GAP for other in rows[-1]) + card.width > WIDTH:

@@ -73,7 +73,7 @@ def test_torchs_product_has_rows_of_whole_16_bytes_and_only_the_operations_flops
     moved = {"forward": 1000, "backward": 3000}
     case = bench_kernels.Case("patch_embed", "images", 64, 32, (), None, None, moved, product)
     times = dict.fromkeys(("ours", "eager", "compiled"), dict.fromkeys(counts.PASSES, 2.0))
-    rows = [bench_kernels._row(case, name, times, None, 100.0, torch.bfloat16) for name in counts.PASSES]
+    rows = [bench_kernels.row(case, name, times, None, 100.0, torch.bfloat16) for name in counts.PASSES]
     assert asked == [500, (64, 592, 32, torch.bfloat16), 1500, (32, 64, 592, torch.bfloat16)]
     for row, size in zip(rows, moved.values(), strict=True):
         assert row["matmul_tflops"] == 588
@@ -83,14 +83,14 @@ def test_torchs_product_has_rows_of_whole_16_bytes_and_only_the_operations_flops
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [(["--encoders", "2b"], "choose from"), (["--tiny", "--encoders", "1b"], "chooses among the full shapes")],
 )
-def test_encoders_are_those_of_the_full_shapes(options, told, capsys, monkeypatch):
+def test_encoders_are_those_of_the_full_shapes(options, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *options])
     with pytest.raises(SystemExit):
         bench_gpu.main()
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_only_the_encoders_asked_for_are_measured(monkeypatch):
@@ -98,7 +98,7 @@ def test_only_the_encoders_asked_for_are_measured(monkeypatch):
     monkeypatch.setattr(graphs, "donated_buffer", graphs.donated_buffer)  # as it was, afterwards
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--encoders", "1b", "0.3b"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for part in ("_kernels", "_steps"):
+    for part in ("measure_kernels", "measure_steps"):
         monkeypatch.setattr(bench_gpu, part, lambda plan, *_, **__: measured.append(list(plan.encoders)))
     assert bench_gpu.main() == 0
     assert measured == [["1b", "0.3b"]] * 2
@@ -182,9 +182,9 @@ def test_the_dry_run_needs_only_torch_and_triton_and_writes_no_rows():
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # shapes this small only wait for each other
     run = run_watched(command, env=one_thread)
     assert run.returncode == 0, run.stderr
-    told = [line.split("  ")[0] for line in run.stderr.splitlines() if line.startswith(("op ", "encoder "))]
+    written = [line.split("  ")[0] for line in run.stderr.splitlines() if line.startswith(("op ", "encoder "))]
     ops = [*counts.ROWS_MOVED, "patch_embed", "patch_embed"]
-    assert told == [f"op {op}" for op in ops for _ in counts.PASSES] + ["encoder two layers"] * 2
+    assert written == [f"op {op}" for op in ops for _ in counts.PASSES] + ["encoder two layers"] * 2
     assert _results() == before
 
 

@@ -36,7 +36,7 @@ def test_the_same_value_on_both_sides_is_no_fault(config):
     assert resolve_deepspeed(config, 2, {"gradient_clipping": 1.0}, NAMES)["gradient_clipping"] == 1.0
 
 
-def test_all_ownership_faults_are_told_at_once(config):
+def test_all_ownership_faults_are_reported_at_once(config):
     content = {"optimizer": {}, "scheduler": {}, "train_batch_size": 99, "fp16": {"enabled": True}}
     with pytest.raises(ConfigError) as error:
         resolve_deepspeed(config, 2, content, NAMES)

@@ -1,4 +1,4 @@
-"""The run file: overrides, and faults told all at once in words."""
+"""The run file: overrides, and all errors reported at once."""
 
 from pathlib import Path
 
@@ -71,11 +71,11 @@ def test_a_deepspeed_key_in_the_run_file_is_sent_to_its_owner(run_file):
         load_config(run_file, ["zero_optimization={stage: 3}"])
 
 
-def test_all_faults_are_told_at_once(run_file):
+def test_all_faults_are_reported_at_once(run_file):
     with pytest.raises(ConfigError) as error:
         load_config(run_file, ["data.lanes=0", "modell={}", "stages.0.lr=-1", "optimizer.betas=[2, 0.9]"])
     message = str(error.value)
-    assert "has 4 faults" in message
+    assert "has 4 errors" in message
     for place in ("data.lanes", "modell", "stages.0.lr", "optimizer.betas.0"):
         assert place in message
     assert "got -1" in message

@@ -14,7 +14,7 @@ def run(teacher=None, **stage):
 
 
 def test_a_stage_that_distills_needs_a_teacher():
-    with pytest.raises(ConfigError, match=r"stages \['a'\] distill, but from whom\? set objective.teacher.path"):
+    with pytest.raises(ConfigError, match=r"stages \['a'\] distill without a teacher; set objective.teacher.path"):
         run(distill={"start": 0.5})
     assert run({"path": "t"}, distill={"start": 0.5}).objective.teacher.dtype == "bf16"
     assert run().objective.teacher is None
@@ -23,7 +23,7 @@ def test_a_stage_that_distills_needs_a_teacher():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"partitioned": True, "cache": "c"}, "which partitioned cannot follow; choose one"),
+        ({"partitioned": True, "cache": "c"}, "which partitioned cannot do; choose one"),
         ({"patch_weight": 0, "pooled_weight": 0}, "are both 0; raise one or remove the teacher"),
         ({"patch_loss": "l2"}, "patch_loss"),
     ],

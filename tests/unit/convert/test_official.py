@@ -174,7 +174,7 @@ def test_a_failing_export_leaves_the_earlier_one_whole(
         save_file(state, folder / "model.safetensors")
 
     monkeypatch.setattr(official, "save_encoder", damaging)
-    with pytest.raises(CheckpointError, match="is not the one written"):
+    with pytest.raises(CheckpointError, match="check the disk and repeat"):
         export_encoder(run, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

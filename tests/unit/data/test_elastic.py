@@ -77,11 +77,11 @@ def leg(sources, *, ranks, workers, first, steps, cursors):
         )
         with loader:
             for step in range(first, first + steps):
-                given.update({(step, pack.lane): summary(pack) for pack in next(loader)})
+                given.update({(step, pack.lane): content_of(pack) for pack in next(loader)})
     return given
 
 
-def summary(pack):
+def content_of(pack):
     return SimpleNamespace(
         modality=pack.modality,
         keys=pack.keys,

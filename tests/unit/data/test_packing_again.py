@@ -6,8 +6,8 @@ import textwrap
 import pytest
 
 from tests.support import media
-from tests.support.packing import contents, numbers_folder, pack, run_script, samples_of
-from univitar_ds.data.writing import examine, writer
+from tests.support.packing import contents, numbers_folder, pack, run_script, samples_of, spoil
+from univitar_ds.data.writing import writer
 from univitar_ds.data.writing.writer import read_manifest
 from univitar_ds.errors import DataError
 
@@ -17,11 +17,10 @@ def folder(tmp_path):
     return numbers_folder(tmp_path)
 
 
-def test_packing_again_opens_no_media_and_writes_no_shard(folder, tmp_path, monkeypatch):
+def test_packing_again_opens_no_media_and_writes_no_shard(folder, tmp_path):
     first = pack(folder, tmp_path / "out")
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(examine, "examine", None)
-    monkeypatch.setattr(writer, "_write_shard", None)
+    spoil(folder)
     assert pack(folder, tmp_path / "out") == first
     assert contents(tmp_path / "out") == before
 
@@ -46,6 +45,21 @@ def test_old_shards_are_removed_if_the_shard_size_changes(folder, tmp_path):
     pack(folder, tmp_path / "out")
     pack(folder, tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_folder_packed_by_an_earlier_version_is_packed_again(folder, tmp_path):
+    """The results of its examination have no duration, and its shards other members."""
+    out = tmp_path / "out"
+    pack(folder, out)
+    whole = contents(out)
+    lines = [json.loads(line) for line in (out / ".pack.jsonl").read_text().splitlines()]
+    for line in lines:
+        line[1].get("finding", {}).pop("duration_s", None) if isinstance(line, list) else line.update(version=1)
+    (out / ".pack.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out / "manifest.json").unlink()  # as if it had been interrupted
+    (out / "train-image-000000.tar").write_bytes(b"members of another layout")
+    pack(folder, out)
+    assert contents(out) == whole
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", None])
@@ -108,16 +122,17 @@ def test_packing_gives_the_same_bytes_after_a_kill_at_any_point(folder, tmp_path
     out = tmp_path / "out"
     # Counted from each restart: examined files, written members, finished shards; the last one is the manifest.
     run_script("-c", KILLED, str(folder), str(out), "0", "10", "40", "15", "30", "31", "17", "0", "0")
-    with (out / ".pack.jsonl").open("a") as journal:
-        journal.write('["file images/0.jpg", {"stam')  # a line that was being written
+    with (out / ".pack.jsonl").open("a") as progress_log:
+        progress_log.write('["file images/0.jpg", {"stam')  # a line that was being written
     (out / ".train-image-000009.tar.partial").write_bytes(b"half a shard")
     assert pack(folder, out, shard_mb=0.02) == expected
     assert contents(out) == contents(tmp_path / "whole")
 
 
 CRASHING = """
-import os, sys
+import os, sys, time
 from multiprocessing import get_context
+import numpy as np
 from univitar_ds.data.decoding import children
 from univitar_ds.data.writing import examine, writer
 
@@ -126,25 +141,34 @@ truth = examine.decode_image
 def fragile(data, **limits):
     if data.endswith(b"poison"):
         os.abort()
+    if data.endswith(b"greed"):
+        np.ones(2 << 30, np.uint8)
+    if data.endswith(b"sloth"):
+        time.sleep(600)
     return truth(data, **limits)
 
 examine.decode_image = fragile
 children.context = lambda preload: get_context("fork")  # so that the workers have the fragile decoder too
+examine._SILENCE_S = 5.0
 writer._FILES_PER_WORKER = 4
-writer.pack_folder(sys.argv[1], sys.argv[2], workers=2, progress=False)
+writer.pack_folder(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]), progress=False)
 """
 
 
-def test_an_image_that_kills_its_decoder_is_left_out(folder, tmp_path):
-    for name in ("images/4.jpg", "images/5.jpg", "images/20.jpg"):
-        (folder / name).write_bytes((folder / name).read_bytes() + b"poison")
-    run_script("-c", CRASHING, str(folder), str(tmp_path / "out"))
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_image_that_kills_its_decoder_or_makes_it_hang_or_take_all_memory_is_left_out(folder, tmp_path, workers):
+    died = "corrupt: the decoder's process died of this file"
+    ends = {4: ("poison", died), 5: ("poison", died), 7: ("greed", "too_large: "), 9: ("sloth", "timeout: ")}
+    for number, (end, _) in ends.items():
+        with (folder / f"images/{number}.jpg").open("ab") as image:
+            image.write(end.encode())
+    run_script("-c", CRASHING, str(folder), str(tmp_path / "out"), str(workers))
     manifest = read_manifest(tmp_path / "out")
-    assert [skipped["file"] for skipped in manifest["skipped"]] == ["images/4.jpg", "images/5.jpg", "images/20.jpg"]
-    assert {skipped["reason"] for skipped in manifest["skipped"]} == {
-        "corrupt: the decoder's process died of this file"
-    }
-    assert sum(shard["samples"] for shard in manifest["shards"]) == 31
+    reasons = {skipped["file"]: skipped["reason"] for skipped in manifest["skipped"]}
+    assert list(reasons) == [f"images/{number}.jpg" for number in ends]
+    for number, (_, expected) in ends.items():
+        assert reasons[f"images/{number}.jpg"].startswith(expected)
+    assert sum(shard["samples"] for shard in manifest["shards"]) == 30
 
 
 def test_several_workers_write_the_same_shards_as_one(folder, tmp_path):

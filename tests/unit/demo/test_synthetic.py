@@ -43,7 +43,7 @@ def test_held_out_compositions_are_new_but_their_colours_and_shapes_are_not():
     for axis, names in ((0, COLOURS), (1, SHAPES)):
         for name in names:
             assert sum(pair[axis] == name for pair in train) == 6
-            assert sum(pair[axis] == name for pair in test) == 2, "one alone would be told by its colour"
+            assert sum(pair[axis] == name for pair in test) == 2, "one alone would be known by its colour"
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -113,7 +113,7 @@ def test_sizes_and_aspect_ratios_spread_over_the_stated_range():
     assert all(40 <= side <= 160 and side % 2 == 0 for video in videos for side in (video.width, video.height))
 
 
-def test_no_single_frame_tells_the_direction():
+def test_no_single_frame_shows_the_direction():
     """Places in the first, middle and last frame, as shares of the sides, are uniform for each direction alone."""
     places: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for index in range(4000):

@@ -66,7 +66,7 @@ def version_2(
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
     block_table=None,
 ):  # fmt: skip
-    return told(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
+    return packed_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
 
 
 def version_3(
@@ -75,7 +75,7 @@ def version_3(
     attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
     return_attn_probs=False,
 ):  # fmt: skip
-    return told(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
+    return packed_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
 
 
 def version_4(
@@ -86,11 +86,11 @@ def version_4(
     return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False,
     gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
 ):  # fmt: skip
-    return told(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic), None
+    return packed_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic), None
 
 
-def told(q, k, v, bounds_q, bounds_k, longest_q, longest_k, deterministic=False):
-    """What a packed kernel computes from what it is told."""
+def packed_kernel(q, k, v, bounds_q, bounds_k, longest_q, longest_k, deterministic=False):
+    """What a packed kernel computes from its arguments."""
     assert bounds_q.dtype == bounds_k.dtype == torch.int32
     lengths_q, lengths_k = bounds_q.diff().tolist(), bounds_k.diff().tolist()
     assert (longest_q, longest_k) == (max(lengths_q), max(lengths_k))
@@ -101,7 +101,7 @@ def told(q, k, v, bounds_q, bounds_k, longest_q, longest_k, deterministic=False)
 
 def torchs_own(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
     assert not options
-    return told(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+    return packed_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
 
 
 PACKED = {"flash2": version_2, "flash3": version_3, "flash4": version_4, "varlen": torchs_own}
@@ -127,7 +127,7 @@ def install(monkeypatch):
 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("width", [64, 80, 120])
-def test_a_packed_back_end_is_told_the_pack(name, width, install, monkeypatch):
+def test_a_packed_back_end_is_reported_the_pack(name, width, install, monkeypatch):
     if name == "varlen":
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torchs_own)
     else:
@@ -219,10 +219,9 @@ def test_a_back_end_that_cannot_run_here_is_refused(backend):
 
 
 def test_the_choice_is_logged_once_with_its_reason(caplog):
-    module._chosen.cache_clear()
     with caplog.at_level("INFO"):
         for _ in range(3):
-            choose_backend("auto", CPU, BF16, 72)
+            choose_backend("auto", CPU, BF16, 104)  # a width that no other test has
     assert len(caplog.messages) == 1
-    assert "attention on cpu in bfloat16, heads of 72: sdpa (" in caplog.text
+    assert "attention on cpu in bfloat16, heads of 104: sdpa (" in caplog.text
     assert "varlen needs a GPU" in caplog.text

@@ -79,7 +79,7 @@ def test_a_config_that_cannot_be_is_refused_by_name_and_value(values, complaint)
         EncoderConfig.from_dict(values)
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_reported_at_once():
     with pytest.raises(CheckpointError, match=r"hidden_size.*qkv_bias"):
         EncoderConfig(hidden_size=None, qkv_bias="no")
 

@@ -9,6 +9,7 @@ import torch
 from tests.support.closeness import assert_sums_close, encoder_terms, transformer_terms
 from univitar_ds.config.model import ModelConfig, TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.geometry import token_count
 from univitar_ds.model import contrastive
 from univitar_ds.model.attention import attention
 from univitar_ds.model.config import PRESETS
@@ -221,7 +222,8 @@ def test_a_pack_without_items_goes_without_nothing():
 @pytest.mark.numeric
 def test_what_a_teacher_is_shown_is_linear_in_the_normed_tokens_and_in_the_pooled_feature():
     model = build_contrastive(CONFIG, **VOCAB, seed=0, teacher_width=24)
-    tokens, pooled = model._features(drawn_pixels(), FRAMES, GRIDS)
+    tokens = model.vision(drawn_pixels(), GRIDS.tolist(), frames=FRAMES)
+    pooled = model.pool(tokens, [token_count(grid) for grid in GRIDS.tolist()])
     shown = model(drawn_pixels(), FRAMES, GRIDS, CAPTIONS, LENGTHS, True).distilled
     heads = model.distill
     assert_sums_close(shown.pooled, pooled @ heads.pooled.weight.T + heads.pooled.bias, 64)

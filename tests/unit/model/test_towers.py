@@ -104,7 +104,7 @@ def test_a_missing_folder_is_named_and_never_looked_up_elsewhere(tmp_path):
 
 def test_another_kind_of_model_is_refused_by_name(tmp_path):
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a bert model; able to use: clip, clip_text_model, siglip"):
+    with pytest.raises(CheckpointError, match="holds a bert model; supported are: clip, clip_text_model, siglip"):
         build_text_tower(SMALL.model_copy(update={"path": str(tmp_path)}), **VOCAB)
 
 

@@ -1,20 +1,27 @@
 """The end of a run that something has ended: all is closed, and that something is what the user reads."""
 
 import logging
+import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from univitar_ds.config.run_folder import METRICS
 from univitar_ds.config.schema import LoggingConfig
-from univitar_ds.errors import CheckpointError
+from univitar_ds.errors import CheckpointError, DataError, StorageError
 from univitar_ds.training import loop
-from univitar_ds.training.logging.run_logs import RunLogs
+from univitar_ds.training.distributed.process_group import World
+from univitar_ds.training.logging import run_logs
 from univitar_ds.training.logging.writers import MetricLog
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 class Part:
-    """Something to close, that cannot be closed where it is told so."""
+    """Something to close; closing it fails if it is `broken`."""
 
     def __init__(self, broken=False):
         self.broken, self.closings = broken, 0
@@ -42,44 +49,99 @@ def test_an_error_of_closing_alone_is_raised():
         pass
 
 
-@pytest.mark.parametrize("broken", ["_file", "_board", "_bar"])
-def test_of_a_log_all_parts_are_closed_though_one_cannot_be(tmp_path, broken):
-    log = MetricLog(tmp_path, LoggingConfig(tensorboard=False), step=0, samples=0, total_samples=1)
-    log._file.close()
-    parts = {name: Part(broken=name == broken) for name in ("_file", "_board", "_bar")}
-    vars(log).update(parts)
-    with nullcontext() if broken == "_bar" else pytest.raises(OSError, match="No space left"):  # a terminal may be gone
+class BrokenFile(Part):
+    """An open file."""
+
+    def __init__(self, file, broken):
+        super().__init__(broken)
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+@pytest.mark.parametrize("broken", ["file", "board", "bar"])
+def test_of_a_log_all_parts_are_closed_though_one_cannot_be(tmp_path, monkeypatch, broken):
+    parts = {name: Part(broken=name == broken) for name in ("board", "bar")}
+
+    def opened(path, mode="r", *given, real=Path.open, **named):
+        file = real(path, mode, *given, **named)
+        if (path.name, mode) == (METRICS, "a"):
+            file = parts["file"] = BrokenFile(file, broken == "file")
+        return file
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: parts["board"])
+    monkeypatch.setattr("tqdm.tqdm", lambda *_, **__: parts["bar"])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    log = MetricLog(tmp_path, LoggingConfig(tensorboard=True), step=0, samples=0, total_samples=1)
+    with nullcontext() if broken == "bar" else pytest.raises(OSError, match="No space left"):  # a terminal may be gone
         log.close()
-    assert [part.closings for part in parts.values()] == [1, 1, 1]
+    assert {name: part.closings for name, part in parts.items()} == {"board": 1, "bar": 1, "file": 1}
 
 
-def trainer(**changed):
-    made = object.__new__(loop._Trainer)
-    parts = {"_metrics": Part(), "_samples": Part(), "engine": Part(), **changed}
-    made.engine, made.logs = parts["engine"], RunLogs(None, Path("nowhere"), None)
-    vars(made.logs).update({name: parts[name] for name in ("_metrics", "_samples")})
-    return made, parts
+@pytest.fixture
+def parts(monkeypatch):
+    """What a trainer of `train` has to close, and its configuration."""
+    made = SimpleNamespace(engine=Part(), metrics=Part(), samples=Part(), reached=[])
+
+    def finished(stages):
+        made.reached.append("training")
+        raise DataError("no shard is left")
+
+    vision = SimpleNamespace(config=None)
+    made.engine.module, made.engine.dtype = SimpleNamespace(vision=vision), None
+    progress = SimpleNamespace(step=0, samples=0, finished=finished)
+    state = SimpleNamespace(progress=progress, events=["stage"])
+    monkeypatch.setattr(loop, "set_deterministic", lambda wanted: None)
+    monkeypatch.setattr(loop, "build_training", lambda cfg, run, world: (made.engine, state))
+    monkeypatch.setattr(loop, "cost_coefficients", lambda config: None)
+    monkeypatch.setattr(loop, "find_peak", lambda peak, dtype, world: None)
+    monkeypatch.setattr(run_logs, "MetricLog", lambda *_, **__: made.metrics)
+    monkeypatch.setattr(run_logs, "SampleLog", lambda *_: made.samples)
+    made.config = SimpleNamespace(
+        deterministic=False,
+        data=SimpleNamespace(lanes=1, log_samples=True),
+        logging=SimpleNamespace(peak_tflops=None, tensorboard=False),
+        stages=[],
+    )
+    return made
 
 
-@pytest.mark.parametrize("broken", ["_metrics", "_samples"])
-def test_the_engine_and_the_other_log_are_closed_though_a_log_cannot_be_and_again_is_nothing(broken):
-    made, parts = trainer(**{broken: Part(broken=True)})
-    made.close()
-    assert "No space left" in str(made.logs.unwritten)  # what ends the run, where it had not ended
-    assert [parts[name].closings for name in ("_metrics", "_samples", "engine")] == [1, 1, 1]
-    made.close()
-    assert parts[broken].closings == 1
+def closings(parts):
+    return [part.closings for part in (parts.engine, parts.metrics, parts.samples)]
 
 
-def test_a_trainer_whose_start_fails_is_closed(monkeypatch, tmp_path):
-    made, parts = trainer()
+@pytest.mark.parametrize("broken", ["metrics", "samples"])
+def test_the_engine_and_the_other_log_are_closed_though_a_log_cannot_be(parts, tmp_path, broken):
+    getattr(parts, broken).broken = True
+    with pytest.raises(DataError, match="no shard is left"):
+        loop.train(parts.config, tmp_path, ALONE)
+    assert closings(parts) == [1, 1, 1]
 
-    def start():
+
+@pytest.mark.parametrize("broken", ["metrics", "samples"])
+def test_a_log_that_cannot_be_closed_ends_the_run_and_closing_again_is_nothing(parts, tmp_path, broken):
+    getattr(parts, broken).broken = True
+    logs = run_logs.RunLogs(parts.config, tmp_path, ALONE)
+    logs.open(SimpleNamespace(step=0, samples=0), [])
+    logs.close()
+    logs.close()
+    assert closings(parts) == [0, 1, 1]
+    with pytest.raises(StorageError, match="No space left on device"):
+        logs.raise_unwritten()
+
+
+def test_a_trainer_whose_start_fails_is_closed(parts, monkeypatch, tmp_path):
+    def failing(*_, **__):
         raise CheckpointError("the logs cannot be cut")
 
-    made.start = start
-    monkeypatch.setattr(loop, "set_deterministic", lambda wanted: None)
-    monkeypatch.setattr(loop, "_Trainer", lambda *given: made)
+    monkeypatch.setattr(run_logs, "cut_sample_logs", failing)
     with pytest.raises(CheckpointError, match="cannot be cut"):
-        loop.train(type("Config", (), {"deterministic": False}), tmp_path, None)
-    assert parts["engine"].closings == 1
+        loop.train(parts.config, tmp_path, ALONE)
+    assert closings(parts) == [1, 0, 0]
+    assert not parts.reached

@@ -13,7 +13,7 @@ from univitar_ds.viz.sheet import component_colours, raster_order, spread_frames
 FONT = ImageFont.load_default(14)
 
 
-def test_colours_tell_groups_of_tokens_apart_and_agree_between_items():
+def test_colours_distinguish_groups_of_tokens_and_agree_between_items():
     groups = torch.tensor([[9.0, 0, 0, 0], [0, 9, 0, 0], [0, 0, 9, 0]])
     noise = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     one = groups.repeat_interleave(20, 0) + 0.01 * noise

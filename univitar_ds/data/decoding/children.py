@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.context import ForkServerContext
 
@@ -23,22 +20,6 @@ def context(preload: Sequence[str]) -> ForkServerContext:
     with signals_held():  # Ctrl-C would end the server during its imports, or a process before it calls `begin`
         forkserver.ensure_running()
     return started
-
-
-@contextmanager
-def pool(workers: int, preload: Sequence[str]) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes of `context`. On Ctrl-C or an error inside, kills them instead of waiting for their tasks."""
-    with ProcessPoolExecutor(workers, mp_context=context(preload), initializer=begin) as executor:
-        try:
-            yield executor
-        except BrokenProcessPool:
-            raise
-        except BaseException:
-            running = list((executor._processes or {}).values())  # there is no public way to kill them
-            executor.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                process.kill()
-            raise
 
 
 def begin() -> None:

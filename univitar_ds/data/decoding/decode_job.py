@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from univitar_ds.data.media.frame_sampling import Sampling
-from univitar_ds.data.media.image_decode import decode_near
-from univitar_ds.data.media.resize import fit_image
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.errors import SampleError
@@ -140,16 +138,21 @@ def check_crc32(data: bytes, packed: int | None) -> None:
 
 
 def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: StorageSettings) -> None:
+    # A trainer makes jobs and does not decode: it needs none of these libraries. See `worker.PRELOADED`.
+    from univitar_ds.data.media.resize import fit_image
+
     data = storage_for(item.path, settings).read_range(item.path, item.offset, item.length)
     check_crc32(data, item.crc32)
     limits = job.limits
     height, width = item.grid[1] * PATCH, item.grid[2] * PATCH
     out = room.reshape(item.frames, height, width, 3)
     if job.modality == "image":
+        from univitar_ds.data.media.image_decode import decode_near
+
         pixels, extent = decode_near(data, max_px=limits.max_image_px, target=(height, width), size=item.size)
         fit_image(pixels, item.grid, out[0], extent)
     else:
-        from univitar_ds.data.media.video_decode import decode_video  # see `worker.PRELOADED`
+        from univitar_ds.data.media.video_decode import decode_video
 
         out[:] = decode_video(
             data,

@@ -20,7 +20,7 @@ _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), "MALLOC_TRIM_THRESHOLD_": str
 """glibc settings for decoding processes: memory of large images is returned to the system at once, and at most 6 MiB
 are kept. By default glibc would keep twice the largest image; lower values cost page faults."""
 _ANSWER_S = 120.0
-_CLOSE_S = 10.0
+CLOSE_S = 10.0
 
 
 class ForkServer:
@@ -79,11 +79,11 @@ class ForkServer:
                     self._control.shutdown(socket.SHUT_RDWR)  # also wakes a thread that waits for an answer
         if process is not None:
             try:
-                process.wait(_CLOSE_S)
+                process.wait(CLOSE_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if self._talk.acquire(timeout=_CLOSE_S):
+        if self._talk.acquire(timeout=CLOSE_S):
             try:
                 self._forget()
             finally:

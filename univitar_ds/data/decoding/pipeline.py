@@ -24,8 +24,8 @@ from univitar_ds.data.decoding.probe_job import ProbeItem, ProbeJob
 from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.decoding.supervisor import PATIENCE_S, Closed, RestartBudget, WorkerSupervisor
 from univitar_ds.data.decoding.worker import Need
-from univitar_ds.data.media.probe import probe_each
-from univitar_ds.data.media.types import MediaAddress, MediaSize, Prober
+from univitar_ds.data.media.prober import MediaAddress, Prober, probe_each
+from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.errors import SampleError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from univitar_ds.data.decoding.decode_job import Failure
-from univitar_ds.data.media.types import MediaAddress
+from univitar_ds.data.media.prober import MediaAddress, probe_at
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.data.storage.parallel import at_once
@@ -59,7 +59,6 @@ def probe_items(
 
     Raises: DataError if a shard cannot be read.
     """
-    from univitar_ds.data.media.probe import probe_at
 
     failures: list[Failure] = []
     sizes: list[tuple[Any, ...] | None] = []

@@ -1,86 +1,52 @@
-"""A pool of processes that work on shards, in which samples may crash or hang a process.
+"""A pool of processes that work on tasks made of items, in which an item may crash or hang a process.
 
-A process works on one shard and reports every sample before it reads it. If the process dies or stops reporting, that
-sample is reported as bad, and another process continues with the next sample.
+A process works on one task and reports every item before it reads it. If the process dies or stops reporting, that item
+is reported as lost, and another process continues with the next item.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from univitar_ds.data.decoding import children
-from univitar_ds.errors import DataError
+from univitar_ds.errors import UserError
 
 _LOOK_EVERY_S = 1.0
 _START_S = 60.0
 """Seconds that a process may take to start, in addition to `silence_s`."""
 
 
-class Read(NamedTuple):
-    """So many bytes have been processed since the last event."""
+class Next(NamedTuple):
+    """This item is processed next. If the process ends during it, another one continues at `resume`."""
 
-    bytes: int
-
-
-class Hashed(NamedTuple):
-    """The whole shard has been read."""
-
-    sha256: str
+    item: Any
+    resume: Any
 
 
-class At(NamedTuple):
-    """The sample at bytes [offset, end) is read next; events about it follow."""
+class Reached(NamedTuple):
+    """If the process ends before its next item, another one continues at `resume`. `TaskPool.run` does not yield it."""
 
-    offset: int
-    end: int
-    key: str
+    resume: Any
 
 
-class Bad(NamedTuple):
-    """A sample that cannot be used; with key "", damage in the shard."""
+class Lost(NamedTuple):
+    """The process died during this item, or was ended because it reported nothing for too long."""
 
-    kind: str
-    key: str
-    offset: int
-    message: str
-
-
-class Noted(NamedTuple):
-    """Content of a usable sample was ignored."""
-
-    kind: str
-    key: str
-    offset: int
-    message: str
-
-
-class Unread(NamedTuple):
-    """Extensions of a sample's members that the loader does not read."""
-
-    extensions: tuple[str, ...]
-
-
-class SeveralLines(NamedTuple):
-    """The .txt of a sample has several lines, which are read as one caption."""
-
-
-class Scattered(NamedTuple):
-    """The members of a sample are not consecutive: there are more at this byte."""
-
-    key: str
-    offset: int
+    item: Any
+    kind: Literal["crash", "timeout"]
+    detail: str
 
 
 class Done(NamedTuple):
-    """The shard is finished. `error`: why the rest of it could not be read."""
+    """The task is finished. `error`: why the rest of it could not be processed."""
 
     error: str | None = None
 
@@ -91,41 +57,40 @@ class _Fault(NamedTuple):
     detail: str
 
 
-Event = Read | Hashed | At | Bad | Noted | Unread | SeveralLines | Scattered | Done
-
-
 @dataclass(frozen=True)
 class Task:
-    """A shard to work on: its number, data for the work function (`job`), and the byte of a header to start at."""
+    """A task: its number, and for the work function the data (`job`) and the position to start at."""
 
     number: int
     job: Any
-    start: int = 0
-    hashed: bool = False
+    start: Any = None
 
 
-Work = Callable[[Task, Callable[[Event], None]], None]
-"""Works on a task and reports events through the callback. Raises: DataError if the shard cannot be read."""
+Work = Callable[[Task, Callable[[Any], None]], None]
+"""Works on a task and reports events through the callback: `Next`, `Reached`, and its own results, which are pickled.
+Raises: UserError if the task cannot be finished."""
 
 
 @dataclass
 class _Worker:
-    """A process, the time of its last event, its task and the last sample that it reported."""
+    """A process, the time of its last event, its task and the last item that it reported."""
 
     process: BaseProcess
     channel: Connection
     last_event: float
     task: Task | None = None
-    at: At | None = None
+    at: Next | None = None
 
 
 class TaskPool:
     """A context manager that owns the processes and ends them on exit."""
 
-    def __init__(self, work: Work, workers: int, silence_s: float) -> None:
-        """Args: a module-level function; number of processes; seconds without an event after which one has hung."""
+    def __init__(self, work: Work, workers: int, silence_s: float, preload: Sequence[str] = ()) -> None:
+        """Args: a module-level function; number of processes; seconds without an event after which one has hung;
+        modules to import before forking, so that they are in memory once."""
         assert workers >= 1, workers
         self._work, self._workers, self._silence_s = work, workers, silence_s
+        self._preload = [work.__module__, *preload]
         self._running: list[_Worker] = []
         self._failed_at_start: set[int] = set()
 
@@ -139,14 +104,13 @@ class TaskPool:
             worker.channel.close()
         self._running.clear()
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Event]]:
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Any]]:
         """Yields every event with the number of its task; the last event of each task is `Done`.
 
         Raises: RuntimeError for a bug in a process.
         """
-        waiting = deque(tasks)
-        while waiting or any(worker.task for worker in self._running):
-            self._assign(waiting)
+        coming, again = iter(tasks), deque[Task]()
+        while self._assign(coming, again):
             busy = {worker.channel: worker for worker in self._running if worker.task}
             for channel in wait(list(busy), timeout=min(_LOOK_EVERY_S, self._silence_s / 2)):
                 worker = busy[channel]
@@ -157,27 +121,34 @@ class TaskPool:
                 except (EOFError, ConnectionError):
                     worker.process.join()
                     detail = f"the process that worked on it died (exit code {worker.process.exitcode})"
-                    yield from self._lost(worker, "crash", detail, waiting)
+                    yield from ((number, event) for event in self._lost(worker, "crash", detail, again))
                     continue
                 if isinstance(event, _Fault):
-                    raise RuntimeError(f"shard number {number}:\n{event.detail}")
+                    raise RuntimeError(f"task number {number}:\n{event.detail}")
                 self._follow(worker, event)
-                yield number, event
+                if not isinstance(event, Reached):
+                    yield number, event
             silent = [it for it in busy.values() if it.task and monotonic() - it.last_event > self._silence_s]
             for worker in silent:
                 detail = f"its process reported nothing for {self._silence_s:g} seconds"
-                yield from self._lost(worker, "timeout", detail, waiting)
+                number = worker.task.number
+                yield from ((number, event) for event in self._lost(worker, "timeout", detail, again))
 
-    def _assign(self, waiting: deque[Task]) -> None:
+    def _assign(self, coming: Iterator[Task], again: deque[Task]) -> bool:
+        """Give tasks to idle processes, starting processes up to the limit; returns False if all tasks are finished."""
         idle = [worker for worker in self._running if worker.task is None]
-        while waiting and (idle or len(self._running) < self._workers):
+        while idle or len(self._running) < self._workers:
+            task = again.popleft() if again else next(coming, None)
+            if task is None:
+                break
             worker = idle.pop() if idle else self._start()
-            worker.task, worker.at, worker.last_event = waiting.popleft(), None, max(worker.last_event, monotonic())
+            worker.task, worker.at, worker.last_event = task, None, max(worker.last_event, monotonic())
             with suppress(ConnectionError):  # it died while idle, which `run` detects when it reads the next event
                 worker.channel.send(worker.task)
+        return any(worker.task for worker in self._running)
 
     def _start(self) -> _Worker:
-        context = children.context([self._work.__module__])
+        context = children.context(self._preload)
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
         try:
@@ -191,35 +162,34 @@ class TaskPool:
         self._running.append(worker)
         return worker
 
-    def _follow(self, worker: _Worker, event: Event) -> None:
+    def _follow(self, worker: _Worker, event: Any) -> None:
         assert worker.task is not None
         worker.last_event = monotonic()
-        if isinstance(event, At):
+        if isinstance(event, Next):
             worker.at = event
-        elif isinstance(event, Hashed):
-            worker.task = replace(worker.task, hashed=True)
+        elif isinstance(event, Reached):
+            worker.task = replace(worker.task, start=event.resume)
         elif isinstance(event, Done):
             worker.task = None
 
-    def _lost(self, worker: _Worker, kind: str, detail: str, waiting: deque[Task]) -> Iterator[tuple[int, Event]]:
-        """Handle the end of a process: its sample is bad. A shard is given up if two end before reporting a sample."""
+    def _lost(
+        self, worker: _Worker, kind: Literal["crash", "timeout"], detail: str, again: deque[Task]
+    ) -> Iterator[Lost | Done]:
+        """Handle the end of a process: its item is lost. A task is given up if two end before reporting an item."""
         assert worker.task is not None
         self._running.remove(worker)
         worker.process.kill()
         worker.process.join()
         worker.channel.close()
-        task, at = worker.task, worker.at
+        task, at, worker.task = worker.task, worker.at, None
         if at is not None:
-            yield task.number, Bad(kind, at.key, at.offset, detail)
-            waiting.appendleft(replace(task, start=at.end))
+            again.append(replace(task, start=at.resume))
+            yield Lost(at.item, kind, detail)
         elif task.number in self._failed_at_start:
-            yield (
-                task.number,
-                Done(f"{detail}, twice, before any sample from byte {task.start} on; the rest is skipped"),
-            )
+            yield Done(f"{detail}, twice, before its first item; the rest of it is left out")
         else:
             self._failed_at_start.add(task.number)
-            waiting.appendleft(task)
+            again.append(task)
 
 
 def _serve(channel: Connection, work: Work) -> None:
@@ -228,10 +198,10 @@ def _serve(channel: Connection, work: Work) -> None:
     try:
         while True:
             task = channel.recv()
-            channel.send(Read(0))
+            channel.send(Reached(task.start))
             try:
                 work(task, channel.send)
-            except DataError as error:
+            except UserError as error:
                 channel.send(Done(str(error)))
             except ConnectionError:
                 return

@@ -39,13 +39,10 @@ has closed its channel, KILL one that hangs; the answer is the exit code, negati
 NOT_MINE = 1 << 16
 """The process was forked by an earlier server and ended with it."""
 Need = Modality | Literal["s3"]
+_JOBS = ("univitar_ds.data.decoding.decode_job", "univitar_ds.data.decoding.probe_job", "univitar_ds.data.media.probe")
 PRELOADED: Mapping[Need, Sequence[str]] = {
-    "image": ("univitar_ds.data.decoding.decode_job", "univitar_ds.data.decoding.probe_job"),
-    "video": (
-        "univitar_ds.data.decoding.decode_job",
-        "univitar_ds.data.decoding.probe_job",
-        "univitar_ds.data.media.video_decode",
-    ),
+    "image": (*_JOBS, "univitar_ds.data.media.image_decode"),
+    "video": (*_JOBS, "univitar_ds.data.media.video_decode"),
     "s3": ("univitar_ds.data.storage.s3",),
 }
 """Modules for decoding each modality and for reading from S3. Imported before forking, they are in memory once."""

@@ -66,9 +66,9 @@ def video_demuxer(data: bytes) -> str | None:
 def mp4_matrices(data: bytes) -> dict[int, Matrix]:
     """Display matrix of each track id of an MP4 or MOV file; empty where the boxes make no sense."""
     matrices = {}
-    for moov in _boxes(data, 0, len(data), b"moov"):
-        for trak in _boxes(data, *moov, b"trak"):
-            for start, end in _boxes(data, *trak, b"tkhd"):
+    for moov in _called(b"moov", data, 0, len(data)):
+        for trak in _called(b"trak", data, *moov):
+            for start, end in _called(b"tkhd", data, *trak):
                 wide = data[start] == 1 if end > start else False  # version 1: 64-bit times
                 track_at, matrix_at = (20, 52) if wide else (12, 40)
                 if start + matrix_at + 36 > end:
@@ -97,22 +97,16 @@ def missing_bytes(data: bytes, demuxer: str) -> int:
     """How many bytes the outermost boxes of an MP4, MOV, Matroska or WebM file promise beyond its end."""
     ends: Iterator[int] = iter(())
     if demuxer == "mov":
-        boxes = itertools.islice(_told_boxes(data, 0, len(data)), _MOST_BOXES)
-        ends = (end for name, _, end in boxes if name in (b"moov", b"mdat", b"moof"))
+        outermost = itertools.islice(boxes(data, 0, len(data)), _MOST_BOXES)
+        ends = (end for name, _, end in outermost if name in (b"moov", b"mdat", b"moof"))
     elif demuxer == "matroska":
         ends = (end for name, _, end in _told_elements(data, 0, len(data)) if name == _SEGMENT)
     return max(0, max(ends, default=0) - len(data))
 
 
-def swaps_sides(matrix: Matrix) -> bool:
-    """True for a turn by a quarter: height and width change places."""
-    a, b, c, d = matrix
-    return abs(b) + abs(c) > abs(a) + abs(d)
-
-
-def _boxes(data: bytes, start: int, end: int, name: bytes) -> Iterator[tuple[int, int]]:
-    """(start, end) of the contents of the boxes called `name` between two offsets, not looking inside others."""
-    return ((inner, stop) for found, inner, stop in boxes_between(data, start, end) if found == name)
+def _called(name: bytes, data: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the contents of the boxes of a name, as far as they are there."""
+    return ((min(inner, end), min(stop, end)) for found, inner, stop in boxes(data, start, end) if found == name)
 
 
 def _inside(data: bytes, path: Sequence[int], within: tuple[int, int] | None = None) -> Iterator[tuple[int, int]]:
@@ -155,19 +149,14 @@ def _vint(data: bytes, at: int, keep_length: bool = False) -> tuple[int, int]:
     return value if keep_length else value & ((1 << 7 * length) - 1), at + length
 
 
-def boxes_between(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Name and (start, end) of the contents of the boxes between two offsets, not looking inside."""
-    for name, inner, stop in _told_boxes(data, start, end):
-        yield name, min(inner, end), min(stop, end)
-
-
-def _told_boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """The same, ended where the boxes say, which may be beyond what is there."""
+def boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Name and (start, end) of the contents of the boxes between two offsets, not looking inside: those of MP4, MOV and
+    JP2. They end where they say, which may be beyond what is there."""
     while start + 8 <= end:
         size, header = int.from_bytes(data[start : start + 4], "big"), 8
         if size == 1:
             size, header = int.from_bytes(data[start + 8 : start + 16], "big"), 16
-        elif size == 0:
+        if size == 0:
             size = end - start
         if size < header:
             return

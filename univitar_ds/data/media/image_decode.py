@@ -11,12 +11,11 @@ from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin
 
 from univitar_ds.data.media import jpeg_header
 from univitar_ds.data.media.memory_limits import check_memory
-from univitar_ds.data.media.png import ICON, without_large_texts
 from univitar_ds.data.media.probe import open_image, orientation_of
 from univitar_ds.data.media.resize import Extent
 from univitar_ds.data.media.types import check_area, check_size, reason
 from univitar_ds.errors import SampleError
-from univitar_ds.image_ops import rgb_pixels, upright
+from univitar_ds.image_ops import display_size, rgb_pixels, upright
 
 # Found by the turbo decoder in the image's own data: Pillow would go on and fill in grey or garbage.
 _DAMAGED_SCAN = re.compile("bad Huffman code|bad arithmetic|premature end of data|resync|RST", re.IGNORECASE)
@@ -74,7 +73,7 @@ def _turbo(
     """The image through libjpeg-turbo; None if Pillow should have a look at it."""
     scale = {}
     if target is not None and _may_shrink(header):
-        height, width = target[::-1] if header.orientation >= 5 else target
+        height, width = display_size(*target, header.orientation)
         height, width = _SPARE * height, _SPARE * width
         if 2 * height <= header.height and 2 * width <= header.width:
             scale = {"min_height": height, "min_width": width, "min_factor": 2}
@@ -97,8 +96,6 @@ def _may_shrink(header: jpeg_header.JpegHeader) -> bool:
 
 
 def _pillow(data: bytes, max_px: int, orientation: int | None) -> np.ndarray:
-    if data.startswith(ICON):  # Pillow opens what is inside later
-        data = without_large_texts(data)
     with open_image(data) as image:
         check_area(image.height, image.width, max_px)
         if isinstance(image, IcoImagePlugin.IcoImageFile):
@@ -109,8 +106,6 @@ def _pillow(data: bytes, max_px: int, orientation: int | None) -> np.ndarray:
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise whatever damaged data runs them into
-            if (shorter := without_large_texts(data)) is not data:
-                return _pillow(shorter, max_px, orientation)
             raise SampleError("corrupt", f"the {image.format} image cannot be decoded: {reason(error)}") from error
 
 
@@ -125,5 +120,7 @@ def _icon_size(data: bytes, icon: IcoImagePlugin.IcoImageFile) -> tuple[int, int
             return inner.height, inner.width
         inner = BmpImagePlugin.DibImageFile(stream)
         return inner.height // 2, inner.width  # the mask lies below the image
+    except MemoryError:
+        raise
     except Exception as error:
         raise SampleError("corrupt", f"the ICO image cannot be decoded: {reason(error)}") from error

@@ -12,6 +12,7 @@ import struct
 from typing import NamedTuple
 
 from univitar_ds.errors import SampleError
+from univitar_ds.image_ops import ORIENTATION_TAG, ORIENTATIONS, display_size
 
 _SOI = b"\xff\xd8"
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -19,7 +20,6 @@ _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 _APP1, _SCAN, _END = 0xE1, 0xDA, 0xD9
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
-_ORIENTATION_TAG = 0x0112
 
 
 # Two bytes of marker and two of length; markers that say nothing of size or orientation: APP0, APP2 to APP15,
@@ -45,7 +45,7 @@ class JpegHeader(NamedTuple):
     @property
     def display_size(self) -> tuple[int, int]:
         """(height, width) as a viewer shows it."""
-        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+        return display_size(self.height, self.width, self.orientation)
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -117,6 +117,6 @@ def _exif_orientation(tiff: bytes) -> int:
     (entries,) = struct.unpack_from(order + "H", tiff, start)
     for entry in range(start + 2, min(start + 2 + 12 * entries, len(tiff) - 11), 12):
         tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, entry)
-        if tag == _ORIENTATION_TAG:
-            return value if kind == 3 and count == 1 and 1 <= value <= 8 else 0
+        if tag == ORIENTATION_TAG:
+            return value if kind == 3 and count == 1 and value in ORIENTATIONS else 0
     return 0

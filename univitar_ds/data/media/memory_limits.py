@@ -1,9 +1,8 @@
-"""Files that would take too much memory while they are decoded: images refused by their headers, and a limit of the
-system for the decoding processes, where headers do not say.
+"""Memory of decoding: a limit of the system for the processes that read media, and sound images that would need more.
 
-The image that Pillow has loaded and the RGB that is made of it take 7 bytes a pixel, and most decoders
-little beside: 10.1 at most (measured, as all numbers here, with Pillow 13.0 on images of 2.5 to 100 Mpx). Those
-named here take more. The file's own bytes come on top.
+The limit is what hostile files meet, whatever their headers say. A sound image that Pillow has loaded and the RGB that
+is made of it take 7 bytes a pixel, and most decoders little beside: 10.1 at most (measured, as all numbers here, with
+Pillow 13.0 on images of 2.5 to 100 Mpx). Those named here take more. The file's own bytes come on top.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from __future__ import annotations
 import math
 import mmap
 import resource
+import struct
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from PIL import Image
 
-from univitar_ds.data.media import jpeg2000
 from univitar_ds.errors import SampleError
 from univitar_ds.image_ops import ORIENTATION_TAG
 
@@ -36,10 +35,19 @@ _CMYK_JPEG = 12.0
 """If progressive, 7 if not; files of several scans are not distinguished."""
 _DEEP_PPM = 13.2
 """Made by Python in two copies; 7 if the highest value is 65535."""
+_CODESTREAM = b"\xff\x4f\xff\x51"
+_JPEG2000_SAMPLE, _JPEG2000_ACCOUNTS = 4, 0.2
+"""Of a tile, which OpenJPEG holds whole: 32 bit integers and the accounts of code blocks, beside the samples."""
 
 
 def check_memory(image: Image.Image, data: bytes, max_px: int) -> None:
-    """Args: the opened image, not yet decoded; its file's bytes; data.max_image_px.
+    """Refuse a sound image that decoding in `confine` may end, by its header.
+
+    There it would depend on the process which images are bad: what it has decoded before leaves it up to half of the
+    limit (measured). And some decoders call an image damaged when they get no memory: those of JPEG 2000 and of
+    progressive CMYK JPEG.
+
+    Args: the opened image, not yet decoded; its file's bytes; data.max_image_px.
 
     Raises: SampleError where decoding may take more than `max_px` allows.
     """
@@ -90,7 +98,7 @@ def _bytes_needed(image: Image.Image, data: bytes) -> float:
         case "PPM" if image.mode == "I":
             return pixels * _DEEP_PPM
         case "JPEG2000":
-            return jpeg2000.bytes_needed(data, _stored(image.mode))
+            return _jpeg2000_bytes(image, data)
         case "TIFF":
             return _tiff_bytes(image)
     return 0.0
@@ -110,6 +118,19 @@ def _tiff_bytes(image: Image.Image) -> float:
         unit = max(width * min(rows, height), height * min(rows, width))  # sides may have changed places
     bits = _number(tags.get(_BITS), 1) * _number(tags.get(_SAMPLES), 1)
     return width * height * _stored(image.mode) * (1 + turned) + unit * bits / 8
+
+
+def _jpeg2000_bytes(image: Image.Image, data: bytes) -> float:
+    """The image and its largest tile; 0 where the file does not say, which its decoder reports."""
+    try:
+        at = data.index(_CODESTREAM) + 8
+        right, bottom, left, top, tile_width, tile_height, _, _, components = struct.unpack_from(">8IH", data, at)
+        bits = max(((data[at + 34 + 3 * number] & 127) + 1 for number in range(components)), default=8)
+    except (ValueError, IndexError, struct.error):
+        return 0.0
+    tile = min(tile_width, max(right - left, 0)) * min(tile_height, max(bottom - top, 0)) * components
+    sample = 1 if bits <= 8 else 2 if bits <= 16 else 4
+    return image.width * image.height * _stored(image.mode) + tile * (_JPEG2000_SAMPLE + sample + _JPEG2000_ACCOUNTS)
 
 
 def _number(value: object, default: int) -> int:

@@ -9,18 +9,15 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Sequence
 from contextlib import suppress
 
-from PIL import GifImagePlugin, Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from univitar_ds.data.media import jpeg_header
 from univitar_ds.data.media.containers import video_demuxer
-from univitar_ds.data.media.png import without_large_texts
-from univitar_ds.data.media.types import VIDEO_EXTENSIONS, MediaAddress, MediaSize, reason
-from univitar_ds.data.storage.parallel import at_once
+from univitar_ds.data.media.types import VIDEO_EXTENSIONS, MediaSize, reason
 from univitar_ds.errors import SampleError
-from univitar_ds.image_ops import ORIENTATION_TAG
+from univitar_ds.image_ops import ORIENTATION_TAG, ORIENTATIONS, display_size
 
 _PILLOW_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "PSD", "JPEG2000", "AVIF", "PPM", "QOI", "JPEG")
 _TIFF_TABLES = (273, 279, 324, 325)
@@ -36,12 +33,8 @@ _TIFF_TEXT = (1, 2, 6, 7)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # Pillow's own limit of 178,956,970 pixels would override a higher data.max_image_px.
 Image.MAX_IMAGE_PIXELS = None
-
-
-class _FirstFrame(GifImagePlugin.GifImageFile):
-    """A GIF without what clears the screen for its second frame: up to 4 GB, which Pillow allocates when it opens."""
-
-    dispose_extent = property(lambda image: None, lambda image, extent: None)
+# Pillow refuses an image for a text or colour profile of more than 1 MiB; here the process has a limit.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
 
 
 def probe(data: bytes, extension: str) -> MediaSize:
@@ -67,46 +60,29 @@ def probe(data: bytes, extension: str) -> MediaSize:
         return MediaSize("image", *_image_size(image), 1)
 
 
-def probe_each(media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
-    """A `Prober` that reads headers in this process: one that is there to decode, or that reads trusted files."""
-    return list(at_once(probe_at, media, [one.storage for one in media]))
-
-
-def probe_at(media: MediaAddress) -> MediaSize | SampleError:
-    """The size of one file, or why it cannot be used. Raises: DataError if its shard cannot be read."""
-    try:
-        return probe(media.storage.read_range(media.path, media.offset, media.length), media.extension)
-    except SampleError as error:
-        return error
-    except MemoryError:
-        return SampleError("too_large", "its header takes more memory than data.max_image_px allows; replace the file")
-
-
 def open_image(data: bytes) -> Image.Image:
     """Pillow's lazily opened image, nothing decoded; formats that run programs or open files are left out.
 
-    Its size is whatever the header says: who decodes it calls `check_area` before.
+    Its size is whatever the header says: who decodes it calls `check_area` before. Some is unpacked already:
+    texts of a PNG, the area that the first frame of a GIF leaves to the second.
 
-    Raises: SampleError.
+    Raises: SampleError, or MemoryError where that takes more than there is.
     """
     try:
-        if data.startswith(b"GIF8"):
-            return _FirstFrame(io.BytesIO(data))
         if data.startswith((b"II", b"MM")):
             _check_tiff_tables(data)
         return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except UnidentifiedImageError as error:
         raise SampleError("unreadable", "the bytes are no image of a format we read") from error
-    except SampleError:
+    except (SampleError, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins raise whatever a malformed header runs them into
-        if (shorter := without_large_texts(data)) is not data:
-            return open_image(shorter)
         raise SampleError("unreadable", f"the image cannot be opened: {reason(error)}") from error
 
 
 def _check_tiff_tables(data: bytes) -> None:
-    """Pillow makes a Python object of 360 bytes (measured) of each strip or tile when it opens a TIFF.
+    """Pillow makes a Python object of each strip or tile when it opens a TIFF. Where so many small ones meet the limit
+    of the process, it does not end but crawls: 2.5 million take 8 s, 4 million (32 MB) more than 3 minutes (measured).
 
     Raises: SampleError for tables that no image needs.
     """
@@ -135,12 +111,13 @@ def orientation_of(image: Image.Image) -> int | None:
     try:
         # The PNG plugin's own getexif decodes the image to look for late chunks.
         found = Image.Image.getexif(image).get(ORIENTATION_TAG)
+    except MemoryError:
+        raise
     except Exception:  # a broken EXIF block says nothing about the pixels
         return 1
-    return int(found) if found in range(1, 9) else 1
+    return int(found) if found in ORIENTATIONS else 1
 
 
 def _image_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) after EXIF orientation."""
-    turned = (orientation_of(image) or 1) >= 5
-    return (image.width, image.height) if turned else (image.height, image.width)
+    return display_size(image.height, image.width, orientation_of(image) or 1)

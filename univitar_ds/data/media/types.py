@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from univitar_ds.data.storage.base import Storage
 from univitar_ds.errors import SampleError
 
 # fmt: off
@@ -38,21 +36,6 @@ class MediaSize:
     width: int
     frames: int
     duration_s: float = 0.0
-
-
-class MediaAddress(NamedTuple):
-    """The bytes of a media file in a shard, and the extension of its name."""
-
-    storage: Storage
-    path: str
-    offset: int
-    length: int
-    extension: str
-
-
-Prober = Callable[[Sequence[MediaAddress]], "list[MediaSize | SampleError]"]
-"""Reads the sizes of media files from their headers, in the order given. An error is returned, not raised: a
-SampleError, for a file whose header cannot be read. Raises: DataError for a shard that cannot be read."""
 
 
 def check_area(height: int, width: int, max_px: int) -> None:

@@ -19,11 +19,12 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from univitar_ds.data.media import keyframes
-from univitar_ds.data.media.containers import Matrix, swaps_sides, video_demuxer
+from univitar_ds.data.media.containers import Matrix, video_demuxer
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, by_count, by_time, places
 from univitar_ds.data.media.types import check_area, check_duration, check_size, reason
 from univitar_ds.data.media.video_probe import open_video, probe_video
 from univitar_ds.errors import SampleError
+from univitar_ds.image_ops import orientation_of_matrix, upright
 
 Fit = Callable[[np.ndarray], np.ndarray]
 
@@ -269,9 +270,6 @@ def _matrix(frame: av.VideoFrame) -> Matrix:
 
 def _turned(rgb: np.ndarray, matrix: Matrix) -> np.ndarray:
     """(H, W, 3) after a display matrix, to the nearest quarter turn, mirrors included; contiguous."""
-    a, b, c, d = matrix
     whole = rgb.view("V3")[..., 0]  # a pixel moves as one element: half the time of a copy byte by byte
-    if swaps_sides(matrix):
-        whole, (a, d) = whole.T, (c, b)
-    turned = np.ascontiguousarray(whole[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+    turned = np.ascontiguousarray(upright(whole, orientation_of_matrix(matrix)))
     return turned.view(np.uint8).reshape(*turned.shape, 3)

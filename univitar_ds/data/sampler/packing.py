@@ -19,7 +19,7 @@ MOST_IN_ORDER = 0.85
 """A sample that would fill more than this is left to the search, which needs room."""
 CLOSE = 0.005
 """A pack this near to its aim, in shares of the budgets, ends the search."""
-MOST_EXCESS = 0.5
+MAX_COST_EXCESS_STDS = 0.5
 """How far the aimed cost per token may be above the mean of the candidates, in their standard deviations."""
 EXTRA_TOKENS = 1.06
 """If the cost budget binds, the pack aims at so many times the tokens that the candidates on average have for that
@@ -98,7 +98,7 @@ def _aim(items: Sequence[Totals], budget: Totals) -> Totals:
     if mean * budget.tokens >= budget.cost:
         return Totals(min(budget.tokens, EXTRA_TOKENS * budget.cost / mean), budget.cost)
     variance = sum(item.tokens * (item.cost / item.tokens - mean) ** 2 for item in items) / tokens
-    return Totals(budget.tokens, min(budget.cost, (mean + MOST_EXCESS * math.sqrt(variance)) * budget.tokens))
+    return Totals(budget.tokens, min(budget.cost, (mean + MAX_COST_EXCESS_STDS * math.sqrt(variance)) * budget.tokens))
 
 
 def _towards(items: Sequence[Totals], aim: Totals, budget: Totals, share: float) -> list[int]:

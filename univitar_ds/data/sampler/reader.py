@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from univitar_ds.data.media.probe import probe_each
-from univitar_ds.data.media.types import Prober
+from univitar_ds.data.media.prober import Prober, probe_each
 from univitar_ds.data.sampler.cursor import ReadPosition
 from univitar_ds.data.sampler.shard_assignment import ShardSlice, units_of_lane
 from univitar_ds.data.sampler.stream_config import Held, StreamConfig

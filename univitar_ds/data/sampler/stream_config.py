@@ -10,8 +10,7 @@ from typing import Literal
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.media.frame_sampling import Sampling
-from univitar_ds.data.media.probe import probe_each
-from univitar_ds.data.media.types import Prober
+from univitar_ds.data.media.prober import Prober, probe_each
 from univitar_ds.data.sampler.bad_samples import BadPolicy
 from univitar_ds.data.sampler.packing import scale_for_dropout
 from univitar_ds.data.shards.index_cache import IndexCache

@@ -9,16 +9,8 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, frames_of
-from univitar_ds.data.media.probe import probe_each
-from univitar_ds.data.media.types import (
-    IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
-    MediaAddress,
-    MediaSize,
-    Prober,
-    check_area,
-    check_duration,
-)
+from univitar_ds.data.media.prober import MediaAddress, Prober, probe_each
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize, check_area, check_duration
 from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.listing import Shard
 from univitar_ds.data.storage.parallel import at_once

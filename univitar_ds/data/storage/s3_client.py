@@ -39,12 +39,12 @@ class Connection:
 
         Raises: DataError for a request that cannot succeed or did not within `give_up_s`; `__cause__` is boto3's error.
         """
-        retry = self._retry(url)
+        policy = self._policy(url)
         while True:
             try:
                 return self._request(operation, url, parameters)
             except _transport_errors() as error:
-                retry.failed(self._failure(error, url))
+                policy.failed(self._failure(error, url))
 
     def stream(self, version: Version, start: int, end: int) -> Iterator[memoryview]:
         """Yields bytes [start, end) of an object in pieces.
@@ -52,11 +52,11 @@ class Connection:
         After a failure it continues at the next byte of the same version.
         Raises: DataError as `call` does, and if the object was replaced.
         """
-        retry = self._retry(version.url)
+        policy = self._policy(version.url)
         while start < end:
             try:
                 with closing(self._body(version, start, end)) as body, body as raw:
-                    retry.connected()
+                    policy.connected()
                     while start < end:
                         piece = raw.read1(min(CHUNK, end - start))  # `read` would wait for all of it
                         if not piece:
@@ -64,11 +64,11 @@ class Connection:
                         start += len(piece)
                         yield memoryview(piece)
                         if start < end:
-                            retry.progress(len(piece))  # may raise, so only after the piece was yielded
+                            policy.progress(len(piece))  # may raise, so only after the piece was yielded
             except _transport_errors() as error:
-                retry.failed(self._failure(error, version.url))
+                policy.failed(self._failure(error, version.url))
 
-    def _retry(self, url: str) -> RetryPolicy:
+    def _policy(self, url: str) -> RetryPolicy:
         return RetryPolicy(url, self._settings.give_up_s, self._limiter, self._settings.idle_timeout_s)
 
     def _request(self, operation: str, url: str, parameters: dict[str, Any]) -> dict[str, Any]:

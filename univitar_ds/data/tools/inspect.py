@@ -32,7 +32,7 @@ class Stream:
     modality: Modality
     packs: list[list[int]] = field(default_factory=list)
     imbalances: list[float] = field(default_factory=list)
-    """Of each whole step: the cost of its dearest pack over the mean, less 1."""
+    """Of each whole step: the cost of its most expensive pack over the mean, less 1."""
     bad: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
     downscaled: int = 0

@@ -14,7 +14,8 @@ from typing import Any
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.collate import decoded
-from univitar_ds.data.media.types import MediaAddress, MediaSize, Prober
+from univitar_ds.data.media.prober import MediaAddress, Prober
+from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.sampler.lanes import Plan
 from univitar_ds.data.sampler.stream_config import stream_config
 from univitar_ds.data.shards.captions import EXTENSIONS

@@ -5,28 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import ResolutionConfig, StageConfig, VideoSampling
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits, check_crc32, decode_pack
-from univitar_ds.data.decoding.task_pool import (
-    At,
-    Bad,
-    Event,
-    Hashed,
-    Noted,
-    Read,
-    Scattered,
-    SeveralLines,
-    Task,
-    Unread,
-)
+from univitar_ds.data.decoding.task_pool import Next, Reached, Task
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.memory_limits import confine
-from univitar_ds.data.media.probe import probe_each
-from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaAddress, check_size
+from univitar_ds.data.media.prober import MediaAddress, probe_each
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, check_size
 from univitar_ds.data.sampler.reader import with_captions
 from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_samples
@@ -45,6 +35,70 @@ _MOST_KEYS = 1 << 20
 """Keys of a shard that are remembered, to see whether members of a sample lie apart."""
 
 
+class Read(NamedTuple):
+    """So many bytes have been gone through since the last event."""
+
+    bytes: int
+
+
+class Hashed(NamedTuple):
+    """The whole shard has been read."""
+
+    sha256: str
+
+
+class Address(NamedTuple):
+    """The item of `Next`, a sample: what is wrong with it follows."""
+
+    key: str
+    offset: int
+
+
+class Bad(NamedTuple):
+    """A sample that cannot be used, or with key "" a stretch of the shard without samples."""
+
+    kind: str
+    key: str
+    offset: int
+    message: str
+
+
+class Noted(NamedTuple):
+    """A text of a sample that can be used was ignored."""
+
+    kind: str
+    key: str
+    offset: int
+    message: str
+
+
+class Unread(NamedTuple):
+    """Extensions of a sample's members that nothing reads."""
+
+    extensions: tuple[str, ...]
+
+
+class SeveralLines(NamedTuple):
+    """The .txt of a sample has several lines, which are read as one caption."""
+
+
+class Scattered(NamedTuple):
+    """The members of a sample do not follow one another: some come again at this byte."""
+
+    key: str
+    offset: int
+
+
+Event = Next | Reached | Read | Hashed | Bad | Noted | Unread | SeveralLines | Scattered
+
+
+class Place(NamedTuple):
+    """Where the check of a shard begins: the byte of a header, and whether the hash is known already."""
+
+    offset: int = 0
+    hashed: bool = False
+
+
 @dataclass(frozen=True)
 class ShardCheck:
     """A shard (without its storage, which does not travel), how it is reached and whether every sample is decoded.
@@ -60,27 +114,29 @@ class ShardCheck:
 
 
 def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
-    """Hash the shard if its manifest has a hash, then check its samples from `task.start` on.
+    """Hash the shard if its manifest has a hash, then check its samples from `task.start`, a `Place`, on.
 
     Raises: DataError if the shard cannot be read.
     """
     job: ShardCheck = task.job
+    start: Place = task.start
     storage = storage_for(job.shard.path, job.settings)
     shard = replace(job.shard, storage=storage, watch=None)
-    if shard.sha256 is not None and not task.hashed:
+    if shard.sha256 is not None and not start.hashed:
         with storage.open(shard.path) as stream:
             state = hashlib.sha256()
             while part := stream.read(_HASHED_AT_ONCE):
                 state.update(part)
                 tell(Read(len(part)))
         tell(Hashed(state.hexdigest()))
-    position, keys, scattered = task.start, set[int](), False
+        tell(Reached(start._replace(hashed=True)))
+    position, keys, scattered = start.offset, set[int](), False
     with storage.open(shard.path) as stream:
-        for found in tar_index.scan(stream, shard.name, shard.size, task.start):
+        for found in tar_index.scan(stream, shard.name, shard.size, start.offset):
             if isinstance(found, tar_index.Damage):
                 tell(Bad(found.kind, "", found.offset, found.message))
             else:
-                tell(At(found.offset, found.end, found.key))
+                tell(Next(Address(found.key, found.offset), Place(found.end, hashed=True)))
                 if others := _unread(found):
                     tell(Unread(others))
                 known = hash(found.key) in keys

@@ -12,27 +12,27 @@ from typing import Any
 from tqdm import tqdm
 
 from univitar_ds.config.data import DataConfig, SourceConfig
-from univitar_ds.data.decoding.task_pool import (
-    At,
-    Bad,
-    Done,
-    Event,
-    Hashed,
-    Noted,
-    Read,
-    Scattered,
-    SeveralLines,
-    Task,
-    TaskPool,
-    Unread,
-)
+from univitar_ds.data.decoding.task_pool import Done, Lost, Next, Task, TaskPool
 from univitar_ds.data.shards.line_watch import several_lines_warning
 from univitar_ds.data.shards.listing import Shard, expand_braces, place_of
 from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
 from univitar_ds.data.shards.sources import SourceShard, find_shards, of_source
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
-from univitar_ds.data.tools.shard_check import DEFAULTS, ShardCheck, check_shard
+from univitar_ds.data.tools.shard_check import (
+    DEFAULTS,
+    Bad,
+    Event,
+    Hashed,
+    Noted,
+    Place,
+    Read,
+    Scattered,
+    SeveralLines,
+    ShardCheck,
+    Unread,
+    check_shard,
+)
 from univitar_ds.errors import DataError
 
 VERSION = 1
@@ -57,9 +57,11 @@ class _Found:
     sha256: str | None = None
     error: str | None = None
 
-    def add(self, event: Event) -> None:
-        if isinstance(event, At):
+    def add(self, event: Event | Lost | Done) -> None:
+        if isinstance(event, Next):
             self.samples += 1
+        elif isinstance(event, Lost):
+            self.faults.append(Bad(event.kind, *event.item, event.detail))
         elif isinstance(event, Bad):
             self.faults.append(event)
         elif isinstance(event, Noted):
@@ -130,7 +132,7 @@ def verify(
         found += by_source[-1]
         listed.append(about)
     tasks = [
-        Task(number, ShardCheck(replace(one.shard, storage=None), settings, decode, limits, confined=True))
+        Task(number, ShardCheck(replace(one.shard, storage=None), settings, decode, limits, confined=True), Place())
         for number, one in enumerate(found)
     ]
     total = sum(one.shard.size * (1 if one.shard.sha256 is None else 2) for one in found)

@@ -1,40 +1,40 @@
 """Looking at every media file once: its hash, kind and size, and whether its pixels can be had.
 
-Runs in processes of its own, because decoders work hard and, on hostile bytes, may take their process with them.
+Always in processes of its own: decoders work hard and, on hostile bytes, may take all memory or their process with
+them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from univitar_ds.config.data import DataConfig
-from univitar_ds.data.decoding import children
+from univitar_ds.data.decoding.task_pool import Done, Lost, Next, Task, TaskPool
 from univitar_ds.data.media.containers import VIDEO_EXTENSION_OF, video_demuxer
 from univitar_ds.data.media.image_decode import decode_image
 from univitar_ds.data.media.jpeg_header import is_jpeg
+from univitar_ds.data.media.memory_limits import confine
 from univitar_ds.data.media.probe import probe
 from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize
 from univitar_ds.data.storage.local import read_file
-from univitar_ds.errors import SampleError
+from univitar_ds.errors import DataError, SampleError
 
 _BATCH = 4
-_AHEAD = 64
-"""Batches for each process that are handed over ahead: a video that takes minutes holds nobody else up meanwhile."""
-_PRELOAD = (__name__, "univitar_ds.data.media.video_decode")
+_PRELOAD = ("univitar_ds.data.media.video_decode",)
 _MOST_BYTES = 1_000_000_000
 _MAX_PX: int = DataConfig.model_fields["max_image_px"].default
 _VIDEO_FRAMES = 16
 _VIDEO_TIMEOUT_S = 10 * DataConfig.model_fields["decode_timeout_s"].default
+_SILENCE_S = 2 * _VIDEO_TIMEOUT_S
+"""Seconds that a file may take, on the clock: what takes longer has hung."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,10 @@ class Job:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a file is. With a `fault` it is left out; `extension` is one that says its kind to every reader."""
+    """What a file is. With a `fault` it is left out; `extension` is one that says its kind to every reader.
+
+    `frames` and `duration_s` are those of `probe.probe`.
+    """
 
     fault: str | None
     bytes: int = 0
@@ -58,32 +61,47 @@ class MediaInfo:
     height: int = 0
     width: int = 0
     frames: int = 0
+    duration_s: float = 0.0
 
 
-def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[MediaInfo]:
-    """A finding for each job, in order. With one worker everything happens in this process."""
-    if workers <= 1:
-        yield from map(examine, jobs)
-        return
-    batches = [jobs[start : start + _BATCH] for start in range(0, len(jobs), _BATCH)]
-    done = 0
-    while done < len(batches):
-        with suppress(BrokenProcessPool), children.pool(workers, _PRELOAD) as pool:
-            for findings in _in_order(pool, batches[done:], _AHEAD * workers):
-                yield from findings
-                done += 1
-        if done < len(batches):
-            yield from map(_examine_apart, batches[done])
-            done += 1
+class _Examined(NamedTuple):
+    """What the file with this index in its batch is."""
+
+    index: int
+    found: MediaInfo
 
 
-def _in_order(pool: ProcessPoolExecutor, batches: Sequence[Sequence[Job]], ahead: int) -> Iterator[list[MediaInfo]]:
-    """Of millions of files only so many batches are handed over at a time, and again after a process has died."""
-    coming = iter(batches)
-    waiting = deque(pool.submit(_examine_batch, batch) for batch in islice(coming, ahead))
-    while waiting:
-        yield waiting.popleft().result()
-        waiting.extend(pool.submit(_examine_batch, batch) for batch in islice(coming, 1))
+def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, MediaInfo]]:
+    """The index of each job with its finding, in the order in which `workers` processes come to them.
+
+    A file that kills its process, makes it hang or takes more memory than an image may has a fault that says so.
+
+    Raises: DataError if the processes end without a file to blame.
+    """
+    batches = (Task(first, jobs[first : first + _BATCH], start=0) for first in range(0, len(jobs), _BATCH))
+    with TaskPool(_examine_batch, workers, _SILENCE_S, _PRELOAD) as pool:
+        for first, event in pool.run(batches):
+            if isinstance(event, Lost):
+                died = "corrupt: the decoder's process died of this file"
+                yield first + event.item, MediaInfo(died if event.kind == "crash" else f"timeout: {event.detail}")
+            elif isinstance(event, Done) and event.error is not None:
+                raise DataError(
+                    f"{jobs[first].path} cannot be examined: {event.error}; free memory or pack with fewer --workers"
+                )
+            elif isinstance(event, _Examined):
+                yield first + event.index, event.found
+
+
+def _examine_batch(task: Task, tell: Callable[[Any], None]) -> None:
+    """Look at files one after another, from `task.start` on."""
+    for index in range(task.start, len(task.job)):
+        tell(Next(index, index + 1))
+        job: Job = task.job[index]
+        size = 0
+        with suppress(OSError):  # examining it says what is wrong
+            size = min(os.stat(job.path).st_size, _MOST_BYTES)
+        confine(_MAX_PX, size)
+        tell(_Examined(index, examine(job)))
 
 
 def examine(job: Job) -> MediaInfo:
@@ -102,7 +120,7 @@ def examine(job: Job) -> MediaInfo:
     except SampleError as error:
         return MediaInfo(f"{error.kind}: {error}")
     except MemoryError:
-        return MediaInfo("too_large: decoding it takes more memory than there is")
+        return MediaInfo(f"too_large: decoding it takes more memory than {_MAX_PX} pixels may; store it smaller")
     return MediaInfo(
         None,
         len(data),
@@ -112,6 +130,7 @@ def examine(job: Job) -> MediaInfo:
         height,
         width,
         size.frames,
+        size.duration_s,
     )
 
 
@@ -140,14 +159,3 @@ def _telling_extension(data: bytes, extension: str, kind: str) -> str:
     demuxer = video_demuxer(data)
     assert demuxer is not None
     return VIDEO_EXTENSION_OF[demuxer]
-
-
-def _examine_batch(jobs: Sequence[Job]) -> list[MediaInfo]:
-    return [examine(job) for job in jobs]
-
-
-def _examine_apart(job: Job) -> MediaInfo:
-    """One file in a process of its own, for a batch that lost its process."""
-    with suppress(BrokenProcessPool), children.pool(1, _PRELOAD) as pool:
-        return pool.submit(examine, job).result()
-    return MediaInfo("corrupt: the decoder's process died of this file")

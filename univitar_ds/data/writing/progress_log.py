@@ -24,7 +24,8 @@ from univitar_ds.errors import DataError, writing
 LOCK = ".pack.lock"
 SHARD_NAME = re.compile(r".+-(image|video)-\d{6}\.tar")
 _PARTIAL = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|pack\.jsonl)\.partial")
-_VERSION = 1
+_VERSION = 2
+"""Of the findings. Another number: every file is examined again."""
 
 
 class ProgressLog:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["pack_folder", "read_manifest"]
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Of the members of a shard. Another number: what was packed before is packed anew."""
 _NOBODYS: dict[str, Any] = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
 """Members of no user, group and time, so that the same samples are the same bytes; uid and gid are 0 anyway."""
@@ -76,8 +76,8 @@ def pack_folder(
     another, and what is known so far lies in a local folder. No two machines may pack to one prefix at once.
 
     A sample is {key}.{ext}, the file as it is, and {key}.json with captions, label, set, kind, width, height, frames,
-    file, and crc32 of the file's bytes. Samples lie in an order drawn from a hash of their file names, so that every
-    shard is a fair mix.
+    duration_s (of a video by its header, 0.0 for an image), file, and crc32 of the file's bytes. Samples lie in an
+    order drawn from a hash of their file names, so that every shard is a fair mix.
     Media that cannot be read are left out and listed under `skipped`.
 
     Args: shard_mb, size of a shard in 10^6 bytes (a larger sample gets a shard for itself); workers, processes
@@ -134,7 +134,8 @@ def _examine(
     most = len(unknown) // _FILES_PER_WORKER + 1
     jobs = [Job(folder / row.file, row.kind, verify) for row in unknown]
     with tqdm(total=len(rows), initial=len(findings), desc="examine", unit="file", disable=not progress) as bar:
-        for row, finding in zip(unknown, examine_all(jobs, min(workers or os.cpu_count() or 1, most)), strict=True):
+        for index, finding in examine_all(jobs, min(workers or os.cpu_count() or 1, most)):
+            row = unknown[index]
             if row.file in stamps:
                 journal.add_finding(row, stamps[row.file], verify, finding)
             findings[row.file] = finding
@@ -277,6 +278,7 @@ def _described(row: Row, found: MediaInfo, crc32: int) -> bytes:
         "width": found.width,
         "height": found.height,
         "frames": found.frames,
+        "duration_s": found.duration_s,
         "file": row.file,
         "crc32": crc32,
     }
@@ -285,7 +287,7 @@ def _described(row: Row, found: MediaInfo, crc32: int) -> bytes:
 
 def _identity(row: Row, found: MediaInfo) -> Iterator[Any]:
     yield from (row.file, row.split, row.captions, row.label, row.set)
-    yield from (found.kind, found.extension, found.sha256, found.height, found.width, found.frames)
+    yield from (found.kind, found.extension, found.sha256, found.height, found.width, found.frames, found.duration_s)
 
 
 def _digest(value: Any) -> str:

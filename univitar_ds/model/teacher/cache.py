@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 class FeatureCache:
     """Features by content: the name of a file is the hash of the pixels, that of its folder the hash of the teacher.
 
-    So ranks, runs and stages may share one folder, and whatever changes a pixel or a weight finds nothing instead of
-    something wrong. It is a help only: a file that cannot be read is made again, a disk that cannot be written is
-    reported once and left alone.
+    So ranks, runs and stages may share one folder, and a change in a pixel or a weight leads to a miss instead of wrong
+    features. The cache is optional: a file that cannot be read is computed again, and a disk that cannot be written is
+    reported once and no longer used.
     """
 
     def __init__(self, folder: Path, model: nn.Module, *settings: object) -> None:
-        """`settings`: whatever beside the weights decides the features."""
+        """`settings`: everything but the weights that determines the features."""
         self.folder = folder / _fingerprint(model, settings)
         self.writes = True
 
@@ -55,7 +55,9 @@ class FeatureCache:
                 save_tensors({"patches": patches.cpu().contiguous(), "pooled": pooled.cpu().contiguous()}, partial)
         except (OSError, StorageError, SafetensorError) as error:
             self.writes = False
-            logger.warning("objective.teacher.cache %s cannot be written any more, going on without: %s", path, error)
+            logger.warning(
+                "objective.teacher.cache %s cannot be written any more, continuing without it: %s", path, error
+            )
 
     def _path(self, video: Tensor, grid: Sequence[int]) -> Path:
         digest = hashlib.blake2b(repr((tuple(video.shape), tuple(grid))).encode(), digest_size=16)

@@ -1,7 +1,8 @@
-"""The frozen teacher: a vision model out of transformers, or an encoder of our own, whose features the student matches.
+"""The frozen teacher: a vision model of transformers, or an encoder of this project, whose features the student
+matches.
 
-The library is imported when a teacher is read, not before. A teacher stands outside of the engine: it has no
-gradient, no optimizer state and no place in checkpoints.
+The library is imported when a teacher is read, not before. A teacher is not part of the engine: it has no
+gradient and no optimizer state, and is not in checkpoints.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Family:
-    """Models that are called alike: the class in transformers, how it runs, its mean and std where no file says."""
+    """Models with the same interface: the class in transformers, how it runs, its default mean and std."""
 
     loader: str
     run: ImageModel
@@ -64,12 +65,12 @@ FAMILIES = {
     "siglip2": _SIGLIP2,
     "siglip2_vision_model": _SIGLIP2,
 }
-"""By transformers' `model_type`. SigLIP 2 of a fixed size calls itself siglip there."""
+"""By transformers' `model_type`. SigLIP 2 of a fixed size has the type siglip."""
 
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """What is known of a teacher from its small files: enough to build the student, and to refuse it in time."""
+    """What a teacher's small files contain: enough to build the student, and to refuse the teacher early."""
 
     kind: str  # a key of FAMILIES, or OWN
     width: int  # Dt
@@ -81,17 +82,17 @@ class TeacherShape:
 class TeacherFeatures(NamedTuple):
     """Features of a pack, in the precision and on the device of the teacher, tokens in the student's order.
 
-    Rows of items that the teacher cannot take are 0 and not valid.
+    Rows of items that the teacher does not support are 0 and not valid.
     """
 
     patches: Tensor  # (T, Dt)
     pooled: Tensor  # (N, Dt)
     valid: Tensor  # (T,) bool
-    taken: Tensor  # (N,) bool
+    supported: Tensor  # (N,) bool
 
 
 class Teacher:
-    """A frozen model and how it sees packs. Built by `build_teacher`."""
+    """A frozen model that computes features of packs. Built by `build_teacher`."""
 
     def __init__(self, tower: Tower, width: int, *, merge: int, cache: FeatureCache | None = None) -> None:
         """`merge`: spatial_merge_size of the student, which decides the order of tokens."""
@@ -99,13 +100,13 @@ class Teacher:
         parameter = next(tower.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
-    def takes(self, grid_thw: Tensor) -> list[bool]:
-        """Which items of a pack it can see, from their grids (N, 3) alone."""
-        return [self.tower.takes(grid) for grid in grid_thw.tolist()]
+    def supports(self, grid_thw: Tensor) -> list[bool]:
+        """Which items of a pack the model supports, by their grids (N, 3)."""
+        return [self.tower.supports(grid) for grid in grid_thw.tolist()]
 
-    def calls(self, grid_thw: Tensor) -> int:
-        """How often its model runs for a pack of these grids; with a cache, at most so often."""
-        return self.tower.calls([grid for grid in grid_thw.tolist() if self.tower.takes(grid)])
+    def num_forwards(self, grid_thw: Tensor) -> int:
+        """The number of forward passes for a pack of these grids; with a cache, the maximum."""
+        return self.tower.num_forwards([grid for grid in grid_thw.tolist() if self.tower.supports(grid)])
 
     @torch.no_grad()
     def __call__(
@@ -114,7 +115,7 @@ class Teacher:
         frames: Tensor,
         grid_thw: Tensor,
         *,
-        calls: int = 0,
+        min_forwards: int = 0,
         device_pixels: Tensor | None = None,
     ) -> TeacherFeatures:
         """Features of one pack; N may be 0.
@@ -122,13 +123,13 @@ class Teacher:
         Args:
             pixels: (B,) uint8, see `kernels.reference.patchify`, on any device.
             frames: (N,) frames stored per item; grid_thw: (N, 3) tokens per item; both on the host.
-            calls: how often the model has to run at least. A partitioned teacher must run equally often on all ranks.
-            device_pixels: the same pixels on the teacher's device, where they lie there already.
+            min_forwards: the least number of forward passes. A partitioned teacher must run equally often on all ranks.
+            device_pixels: the same pixels on the teacher's device, if they are there already.
         """
-        grids, taken = grid_thw.tolist(), self.takes(grid_thw)
+        grids, taken = grid_thw.tolist(), self.supports(grid_thw)
         seen = [index for index, good in enumerate(taken) if good]
         found = self._features(pixels, device_pixels, frames.tolist(), grids, seen)
-        for _ in range(self.calls(grid_thw), calls):
+        for _ in range(self.num_forwards(grid_thw), min_forwards):
             self.tower.idle()
         return self._joined(grids, taken, dict(zip(seen, found, strict=True)))
 
@@ -140,7 +141,7 @@ class Teacher:
         grids: Sequence[Sequence[int]],
         seen: Sequence[int],
     ) -> list[tuple[Tensor, Tensor]]:
-        """Of the items `seen` of a pack in raster order, out of the cache where it has them."""
+        """Features of the items `seen` of a pack in raster order, from the cache if it has them."""
         shown = [grids[i] for i in seen]
         if self.cache is None:
             whole = pixels if device_pixels is None else device_pixels
@@ -186,9 +187,9 @@ def _videos(
 
 
 def read_teacher(config: TeacherConfig) -> TeacherShape:
-    """What the teacher's configuration says; no weights are read.
+    """Reads the teacher's configuration, but no weights.
 
-    Raises: CheckpointError if it cannot be read, ConfigError if such a model cannot teach.
+    Raises: CheckpointError if it cannot be read, ConfigError if such a model is not supported.
     """
     own = _own_config(config.path)
     if own is not None:
@@ -210,7 +211,7 @@ def read_teacher(config: TeacherConfig) -> TeacherShape:
     kind = whole.model_type
     if kind not in FAMILIES:
         raise ConfigError(
-            f"objective.teacher.path {config.path} holds a {kind} model; able to teach: {', '.join(sorted(FAMILIES))} "
+            f"objective.teacher.path {config.path} holds a {kind} model; supported are: {', '.join(sorted(FAMILIES))} "
             "and the folder of an exported encoder"
         )
     _loader(kind)
@@ -219,9 +220,11 @@ def read_teacher(config: TeacherConfig) -> TeacherShape:
 
 
 def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) -> Teacher:
-    """The teacher, frozen, on `device`; partitioned over all ranks of torch.distributed if asked for.
+    """The teacher, frozen, on `device`; partitioned over all ranks of torch.distributed if the configuration asks for
+    it.
 
-    Partitioned, every rank must build it, and call it equally often (`calls`); each reads the whole weights once.
+    If it is partitioned, every rank must build it and call it equally often (`num_forwards`); each rank reads the whole
+    weights once.
     Args: merge: spatial_merge_size of the student.
     Raises: CheckpointError if its weights cannot be used; what `read_teacher` raises.
     """
@@ -239,7 +242,7 @@ def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) ->
 
 
 def partition(model: nn.Module) -> None:
-    """Leaves each rank its share of the weights; a block is gathered when it runs and freed after it."""
+    """Partitions the weights over the ranks; a block is gathered before it runs and freed afterwards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -255,7 +258,7 @@ def _frame_tower(model: nn.Module, shape: TeacherShape) -> FrameTower:
 
 
 def _own_config(path: str) -> EncoderConfig | None:
-    """The shape of an encoder of our own; None if the path names something else."""
+    """The shape of an encoder of this project; None if the path names another model."""
     try:
         values = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -271,7 +274,7 @@ def _own_encoder(path: str, dtype: torch.dtype) -> UniViTAR:
 
 
 def _loader(kind: str) -> Any:
-    """The class of transformers. Raises: InstallationError if this environment cannot import it."""
+    """The class in transformers. Raises: InstallationError if this environment cannot import it."""
     with working_imports("transformers"):
         import transformers
 
@@ -285,7 +288,7 @@ def _image_model(path: str, shape: TeacherShape, dtype: torch.dtype) -> nn.Modul
                 path,
                 local_files_only=Path(path).is_dir(),
                 attn_implementation="sdpa",
-                dtype=dtype,  # not .to(): that would round the frequencies of rotary embeddings too
+                dtype=dtype,  # not .to(), which would round the frequencies of rotary embeddings too
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -310,7 +313,7 @@ def _patch_of(vision: Any, path: str) -> int:
 
 
 def _normalisation(detail: dict[str, Any], kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the channels, as far as the content of the model's preprocessor file says."""
+    """Mean and std of the channels in the content of the model's preprocessor file, if it has them."""
     if detail.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean, std = FAMILIES[kind].normalisation

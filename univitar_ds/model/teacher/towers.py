@@ -1,4 +1,4 @@
-"""How a frozen vision model looks at items: image models frame by frame, an encoder of our own as it was trained.
+"""Forward passes of frozen vision models: image models frame by frame, an encoder of this project as it was trained.
 
 Shape legend: B frames of one batch, Dt width of the teacher. Features of an item are in raster order (t, h, w).
 """
@@ -25,25 +25,25 @@ ImageModel = Callable[[nn.Module, Tensor], Features]
 
 
 class Tower(Protocol):
-    """A teacher's model as the rest of the project calls it."""
+    """The interface of a teacher's model."""
 
     model: nn.Module
 
-    def takes(self, grid: Grid) -> bool:
-        """Whether it can see an item of this grid."""
+    def supports(self, grid: Grid) -> bool:
+        """Whether the model supports an item of this grid."""
 
-    def calls(self, grids: Sequence[Grid]) -> int:
-        """How often the model runs for these items."""
+    def num_forwards(self, grids: Sequence[Grid]) -> int:
+        """The number of forward passes for these items."""
 
     def idle(self) -> None:
-        """Runs the model once for nothing, where other ranks wait for this one's share of the weights."""
+        """Runs the model once and discards the result, while other ranks need this rank's share of the weights."""
 
     def __call__(self, videos: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
-        """Features of items, each (frames, h * 14, w * 14, 3) uint8 where the model lies; all of them ones it takes."""
+        """Features of supported items, each (frames, h * 14, w * 14, 3) uint8 on the model's device."""
 
 
 class FrameTower:
-    """An image model. A video goes through it frame by frame; each token's features are the mean over its frames.
+    """An image model. It runs on each frame of a video; each token's features are the mean over its frames.
 
     With patches of 14 pixels it sees the student's pixels, with patches of p the frames resized (bilinear, antialiased)
     to h * p x w * p, so that its grid is the student's. Its position table is interpolated, by transformers, to the
@@ -57,10 +57,10 @@ class FrameTower:
         self.device = next(model.parameters()).device
         self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (mean, std))
 
-    def takes(self, grid: Grid) -> bool:
+    def supports(self, grid: Grid) -> bool:
         return True
 
-    def calls(self, grids: Sequence[Grid]) -> int:
+    def num_forwards(self, grids: Sequence[Grid]) -> int:
         return len({(h, w) for _, h, w in grids})
 
     def idle(self) -> None:
@@ -94,7 +94,7 @@ class FrameTower:
 def _over_time(steps: int, patches: Tensor, pooled: Tensor) -> Features:
     """Means of what the frames of an item showed, in the model's precision: (frames, h * w, Dt), (frames, Dt).
 
-    Of a still image, views: one frame is its own mean.
+    A still image has one frame, so views are returned.
     """
     if len(patches) == 1:
         return patches[0], pooled[0]
@@ -103,9 +103,9 @@ def _over_time(steps: int, patches: Tensor, pooled: Tensor) -> Features:
 
 
 class PackTower:
-    """An encoder of our own, run on whole packs. It pools by the mean, since it is exported without a pool.
+    """An encoder of this project, run on whole packs. It pools by the mean, since it is exported without a pool.
 
-    Items whose height or width its `spatial_merge_size` does not divide are not for it.
+    Items whose height or width is not divisible by its `spatial_merge_size` are not supported.
     """
 
     def __init__(self, model: UniViTAR) -> None:
@@ -113,10 +113,10 @@ class PackTower:
         self.merge = model.config.spatial_merge_size
         self.device = next(model.parameters()).device
 
-    def takes(self, grid: Grid) -> bool:
+    def supports(self, grid: Grid) -> bool:
         return not (grid[1] % self.merge or grid[2] % self.merge)
 
-    def calls(self, grids: Sequence[Grid]) -> int:
+    def num_forwards(self, grids: Sequence[Grid]) -> int:
         return 1 if grids else 0
 
     def idle(self) -> None:
@@ -149,14 +149,14 @@ def to_raster(rows: Tensor, grid: Grid, merge: int) -> Tensor:
 
 
 def run_with_prefix(model: nn.Module, frames: Tensor) -> Features:
-    """DINOv2 and DINOv3: a class token, which is the pooled feature, and registers stand before the patches."""
+    """DINOv2 and DINOv3: a class token, which is the pooled feature, and registers precede the patches."""
     out = model(pixel_values=frames)
     first = 1 + getattr(model.config, "num_register_tokens", 0)
     return out.last_hidden_state[:, first:], out.pooler_output
 
 
 def run_siglip(model: nn.Module, frames: Tensor) -> Features:
-    """SigLIP: no class token; pooled by its attention head, by the mean where it has none."""
+    """SigLIP: no class token; pooled by its attention head, or by the mean if it has none."""
     return _pooled(model(pixel_values=frames, interpolate_pos_encoding=True))
 
 

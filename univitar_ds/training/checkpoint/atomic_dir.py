@@ -1,12 +1,12 @@
-"""A folder of files from many ranks that appears whole or not at all.
+"""A folder of files from many ranks that appears atomically.
 
-    checkpoints/step-00000200/{files of the ranks, manifest.json}      complete: only ever made by a rename
+    checkpoints/step-00000200/{files of the ranks, manifest.json}      complete: made only by a rename
     checkpoints/latest                                                 text, the name of one of them
     checkpoints/.tmp-*                                                 being written, or left by a crash
 
-`manifest.json` has the size and sha256 of every other file. A process that is killed at any byte leaves the
-folders that were complete before, and `latest` naming one of them. The names of what is unfinished are those that
-`_sweep` removes, also after an earlier version; the renames are `atomic_write`'s.
+`manifest.json` has the size and sha256 of every other file. If a process is killed at any byte, the
+complete folders stay, and `latest` names one of them. The names of unfinished folders are those that
+`_sweep` removes, also after an earlier version; the renames are those of `atomic_write`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}({LATEST}|(gone-)?step-\d{
 
 
 def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world: World, keep: int) -> Path:
-    """Makes `root/step-<step>` from the files that each rank writes, and then forgets all but the newest `keep`.
+    """Creates `root/step-<step>` from the files that each rank writes, and then removes all but the newest `keep`.
 
     All ranks call it. `write` gets a folder shared by all ranks and returns the files of this rank.
 
-    Raises: the rank's own error, or PeerFailure on the others, if any rank fails, for want of space for
-        example; then nothing has changed.
+    Raises: the rank's own error, or PeerFailure on the others, if any rank fails, for example on a
+        full disk; nothing has changed then.
     """
     target = root / f"step-{step:08d}"
     temporary = root / f"{TEMPORARY}{target.name}"
@@ -52,7 +52,7 @@ def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world
         return _commit(root, temporary, target, write, world, keep)
     except Exception:
         if world.is_main:
-            with suppress(Exception):  # a full disk, or one that is gone, or another start's by now
+            with suppress(Exception):  # the disk is full or gone, or another start has the run
                 still_ours(root.parent)
                 _sweep(root)
         raise
@@ -67,7 +67,7 @@ def _commit(
             sync(path)
             entries[path.name] = _entry(path)
     by_rank = gather_json(entries, world)
-    # Each rank reads its neighbour's files: there is one disk for all, and it holds what was meant.
+    # Each rank reads its neighbour's files, which verifies the content and that all ranks share one disk.
     with all_ranks_or_none(world):
         faults = _faults(temporary, by_rank[(world.rank + 1) % world.size])
         if faults:
@@ -83,7 +83,7 @@ def _commit(
 
 def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any], keep: int) -> None:
     write_json(temporary / MANIFEST, {"version": 1, "files": entries})
-    if target.is_symlink() or (target.exists() and not _remove(target)):  # complete, but `latest` had not named it
+    if target.is_symlink() or (target.exists() and not _remove(target)):  # complete, but not named by `latest`
         raise CheckpointError(f"{target} holds files that no checkpoint writes; move them elsewhere and resume")
     move_into_place(temporary, target, durable=True)
     pointer = root / f"{TEMPORARY}{LATEST}"
@@ -102,7 +102,7 @@ def complete(root: Path) -> list[Path]:
 
 
 def latest(root: Path) -> Path | None:
-    """The folder that `latest` names; the newest complete one if that is gone; None without any."""
+    """The folder that `latest` names; the newest complete one if that is gone; None if there is none."""
     if (root / LATEST).is_file():
         folder = root / (root / LATEST).read_text(encoding="utf-8").strip()
         if folder.is_dir() and folder != root:
@@ -121,7 +121,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def verify(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Raises: CheckpointError that names every file of `entries` that is missing, cut or altered, and the way out."""
+    """Raises: CheckpointError that names every file of `entries` that is missing, truncated or altered, and the
+    remedy."""
     faults = _faults(folder, entries)
     if faults:
         raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)}; {remedy(folder)}")
@@ -132,7 +133,7 @@ def remedy(folder: Path) -> str:
     others = [other for other in complete(folder.parent) if other != folder]
     if others:
         return f"remove that folder and resume again, {others[-1]} is the one before"
-    return "no other checkpoint is there, start the run anew"
+    return "no other checkpoint is there, start the run again from scratch"
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -164,14 +165,14 @@ def _sha256(path: Path) -> str:
 
 
 def _remove(folder: Path) -> bool:
-    """Removes a complete folder; renamed first, so that a crash leaves no half of it under a valid name.
+    """Removes a complete folder; it is renamed first, so that a crash leaves no partial folder under a valid name.
 
-    Returns: whether it is gone. What somebody else put there stays, under the folder's name.
+    Returns: whether it is gone. Files of others stay, under the folder's name.
     """
     if folder.is_symlink():
         return False
     gone = folder.with_name(f"{TEMPORARY}gone-{folder.name}")
-    if os.path.lexists(gone):  # somebody else's
+    if os.path.lexists(gone):  # of others
         clear(folder, {re.escape(MANIFEST): None})
         return _cleared(folder)
     os.rename(folder, gone)
@@ -179,7 +180,7 @@ def _remove(folder: Path) -> bool:
 
 
 def _sweep(root: Path) -> None:
-    """Removes what a crash has left, by the names that are written here; files of others stay where they were."""
+    """Removes files that a crash has left, by the names that are written here; files of others stay."""
     for left in root.glob(f"{TEMPORARY}*"):
         if left.is_symlink() or not re.fullmatch(_TEMPORARY_NAME, left.name):
             continue
@@ -192,7 +193,7 @@ def _sweep(root: Path) -> None:
 
 
 def _cleared(folder: Path) -> bool:
-    """Whether nothing is left of a temporary folder; of a complete one, what is left has its name again."""
+    """Clears a temporary folder; returns whether nothing is left. The rest of a complete folder gets its name back."""
     names = dict(CHECKPOINT_FILES)
     with suppress(CheckpointError):
         names |= {re.escape(name): None for name in read_manifest(folder)}  # also those of an earlier format

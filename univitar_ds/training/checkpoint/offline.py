@@ -1,4 +1,4 @@
-"""The model of a run at a checkpoint, whole, on one process: for evaluation and export."""
+"""The whole model of a checkpoint on one process, for evaluation and export."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Weights = Literal["trained", "averaged"]
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model in evaluation mode, float32, on the host, with what belongs to it."""
+    """A run's model in evaluation mode, float32, on the host, with its run, checkpoint, configuration and tokenizer."""
 
     run: Path
     checkpoint: Path
@@ -36,7 +36,7 @@ class Trained:
 def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
     """Reads the last checkpoint of a run's folder, or the checkpoint whose folder `path` is.
 
-    Args: weights: those that were trained, or their average; absent: the average where the run keeps one.
+    Args: weights: those that were trained, or their average; absent: the average if the run keeps one.
     Raises: CheckpointError if there is none, or it is damaged or of another model than the run's.
     """
     run, checkpoint = find_checkpoint(Path(path))
@@ -47,7 +47,7 @@ def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
     averaged = kept if weights is None else weights == "averaged"
     tokenizer = load_tokenizer(run / TOKENIZER)
     special = special_ids(tokenizer)
-    # Whatever back end the run names: those for attention in half precision refuse float32.
+    # Not the back end of the run: those for attention in half precision do not support float32.
     shape = config.model.model_copy(update={"attention": "auto"})
     model = build_contrastive(
         shape, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=config.seed
@@ -56,13 +56,14 @@ def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
         model.load_state_dict(read_full(checkpoint, averaged=averaged))
     except RuntimeError as error:
         raise CheckpointError(
-            f"{checkpoint} does not fit the model of {run / CONFIG} ({_told(error)}); restore the run's own config.yaml"
+            f"{checkpoint} does not fit the model of {run / CONFIG} ({_reason(error)}); restore the run's own "
+            "config.yaml"
         ) from error
     return Trained(run, checkpoint, config, tokenizer, model.eval(), averaged)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """The run's folder and the checkpoint's, from either of them. Raises: CheckpointError."""
+    """The folders of the run and of the checkpoint, from either of them. Raises: CheckpointError."""
     if (path / CONFIG).is_file():
         checkpoint = atomic_dir.latest(path / CHECKPOINTS)
         if checkpoint is None:
@@ -76,7 +77,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     )
 
 
-def _told(error: RuntimeError) -> str:
-    """torch lists every key on a line of its own; the first few are enough."""
+def _reason(error: RuntimeError) -> str:
+    """torch lists each key on a separate line; the first few are enough."""
     lines = [line.strip() for line in str(error).splitlines()[1:4]]
     return " ".join(lines)[:300]

@@ -1,11 +1,12 @@
-"""Elastic checkpoints: every rank writes the flat pieces it owns, any number of ranks reads the ranges it needs.
+"""Elastic checkpoints: every rank writes the flat shards that it owns, and any number of ranks reads the ranges that it
+needs.
 
     rank00000.safetensors   "<parameter>/<kind>": 1-D; kind is fp32, exp_avg, exp_avg_sq, ema, or frozen
     rank00000.json          pieces: {<parameter>: {shape, start, length, kinds: {<kind>: dtype}}}, cursors of its lanes
     buffers.safetensors     buffers of the model, by name
     state.json              progress and settings of the run, optimizer, number of ranks, versions
 
-DeepSpeed's own formats are not used: the native one loads on the same number of ranks only, the universal
+DeepSpeed's own formats are not used: the native one loads only on the same number of ranks, the universal
 one restores wrong settings with several optimizer groups and drops frozen parameters and buffers. Nothing
 here is pickled and no rank ever holds a whole model; `read_full` does, for export and evaluation.
 """
@@ -41,7 +42,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds beside the tensors."""
+    """The content of a checkpoint except the tensors."""
 
     state: dict[str, Any]
     cursors: dict[int, dict[str, Any]]
@@ -51,7 +52,8 @@ class Saved:
 def save_checkpoint(
     engine: Engine, root: Path, step: int, state: dict[str, Any], cursors: dict[int, dict[str, Any]], keep: int
 ) -> Path:
-    """Writes the training state of all ranks to `root/step-<step>`; see `commit.commit` for what a crash leaves.
+    """Writes the training state of all ranks to `root/step-<step>`; see `atomic_dir.commit` for the state after a
+    crash.
 
     Args:
         state: of the run, as JSON; the same on all ranks.
@@ -101,10 +103,9 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Reader:
-    """The pieces of a checkpoint, of whatever number of ranks.
+    """The shards of a checkpoint of any number of ranks.
 
-    A file of tensors is opened when something of it is needed: as many ranks as have written need one file each, not
-    all of them all.
+    A file of tensors is opened only when it is needed: on the same number of ranks, each rank opens one file.
     """
 
     def __init__(self, folder: Path, open_files: ExitStack) -> None:
@@ -159,8 +160,8 @@ class _Reader:
 def load_checkpoint(engine: Engine, folder: Path, *, stage_transition: bool = False) -> Saved:
     """Puts a checkpoint of any number of ranks and any ZeRO stage into `engine`; all ranks call it.
 
-    Args: stage_transition: the engine may train what the checkpoint has frozen, and the other way round. What begins to
-    learn has moments of 0, and its average begins at its value.
+    Args: stage_transition: the engine may train what the checkpoint has frozen, and the other way round. Parameters
+    that start to learn have moments of 0, and their average starts at their value.
     Raises: CheckpointError, on all ranks, if a file is damaged or the checkpoint is of another model.
     """
     world = engine.world
@@ -185,7 +186,7 @@ def load_checkpoint(engine: Engine, folder: Path, *, stage_transition: bool = Fa
 
 
 def _source(kind: str, saved: Collection[str]) -> str | None:
-    """The kind to read for `kind`; None: there is none, and it begins at 0."""
+    """The kind to read for `kind`; None: there is none, and it starts at 0."""
     if kind in saved or not saved:
         return kind
     if kind == FROZEN:
@@ -196,7 +197,7 @@ def _source(kind: str, saved: Collection[str]) -> str | None:
 def read_full(folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
     """Whole parameters and buffers by name, floats as fp32, on one process and without an engine.
 
-    Args: averaged: the average of the weights over updates, where the run has kept one.
+    Args: averaged: the average of the weights over updates, if the run keeps one.
     Raises: CheckpointError if a file is damaged.
     """
     atomic_dir.verify(folder, atomic_dir.read_manifest(folder))
@@ -213,24 +214,24 @@ def read_full(folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`. Raises: CheckpointError if it cannot be read."""
+    """The `state` that was passed to `save_checkpoint`. Raises: CheckpointError if it cannot be read."""
     return _read_json(folder / STATE)["run"]
 
 
 def _verify_shared(folder: Path, world: World) -> None:
-    """Each rank reads its share of the files; the manifest is rank 0's, whatever the others' disks say yet."""
+    """Each rank reads its share of the files; the manifest is read by rank 0, since other ranks may not see it yet."""
     manifest: dict[str, dict[str, Any]] = {}
     with all_ranks_or_none(world):
         if world.is_main:
             manifest = atomic_dir.read_manifest(folder)
     manifest = gather_json(manifest, world)[0]
     with all_ranks_or_none(world):
-        by_size = sorted(manifest, key=lambda name: (manifest[name]["bytes"], name))  # dealt out: shares alike
+        by_size = sorted(manifest, key=lambda name: (manifest[name]["bytes"], name))  # shares of about the same size
         atomic_dir.verify(folder, {name: manifest[name] for name in by_size[world.rank :: world.size]})
 
 
 def _check_model(engine: Engine, reader: _Reader, stage_transition: bool) -> None:
-    """Raises: CheckpointError that names what the checkpoint lacks, has too much or has in another shape."""
+    """Raises: CheckpointError that names missing and unexpected parameters and those with another shape."""
     pieces = {piece.name: piece for piece in engine.pieces()}
     buffers = {name: tuple(b.shape) for name, b in _buffers(engine.module).items()}
     saved_buffers = {name: tuple(b.shape) for name, b in reader.buffers().items()}

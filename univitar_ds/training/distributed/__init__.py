@@ -1,3 +1,3 @@
-"""The ranks of a run: who started them, how they find each other, agree, and end together."""
+"""The ranks of a run: their launchers, their rendezvous, their agreement, and their common end."""
 
 __all__ = ["launchers", "orphans", "preemption", "process_group"]

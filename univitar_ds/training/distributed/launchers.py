@@ -1,7 +1,7 @@
-"""What launchers' variables say of this process: whether it is one rank of several, and which.
+"""Whether this process is one rank of several, and which, by the variables of launchers.
 
-They may be left in a shell (`salloc`, an earlier `export`, `mpirun` around everything), so they count only where they
-are complete and agree.
+They may be left in a shell (`salloc`, an earlier `export`, `mpirun` around everything), so they count only if they
+are complete and consistent.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from univitar_ds.errors import ConfigError
 from univitar_ds.training.distributed.slurm import adopt_ranks
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun and DeepSpeed's launcher set, all of them."""
+"""Variables that torchrun and DeepSpeed's launcher set, always all of them."""
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
-"""Set by torchrun and by DeepSpeed's launcher, beside the five, in what they start."""
+"""Set by torchrun and by DeepSpeed's launcher in the processes that they start, in addition to the five."""
 _MPI = re.compile(r"(OMPI_COMM_WORLD|OMPI_UNIVERSE|PMI|PMI2|PMIX|MV2_COMM_WORLD|PALS)_.*|MPI_LOCAL(RANKID|NRANKS)")
 _OTHERS = re.compile(
     r"(LOCAL_WORLD|LOCAL|GROUP_WORLD|ROLE_WORLD|CROSS)_SIZE|(GROUP|ROLE|NODE|CROSS)_RANK|ROLE_NAME|TORCHELASTIC_.*|"
@@ -27,7 +27,7 @@ _OTHERS = re.compile(
 def forget_launchers(environment: MutableMapping[str, str]) -> list[str]:
     """Removes all variables by which launchers number processes; returns the names of those that were set.
 
-    For a process that starts its own ranks: DeepSpeed and torch would read them in those.
+    For a process that starts its own ranks, in which DeepSpeed and torch would read them.
     """
     names = sorted(n for n in environment if n in RANK_NAMES or _MPI.fullmatch(n) or _OTHERS.fullmatch(n))
     for name in names:
@@ -38,8 +38,8 @@ def forget_launchers(environment: MutableMapping[str, str]) -> list[str]:
 def is_rank(environment: MutableMapping[str, str]) -> bool:
     """Whether a launcher, `srun` included, started this process as one of its ranks. RANK_NAMES are set then.
 
-    MPI's numbers are removed in either case: DeepSpeed compares them with its own.
-    Raises: ConfigError if the variables are incomplete, contradict each other or are no numbers.
+    MPI's numbers are always removed, since DeepSpeed compares them with its own.
+    Raises: ConfigError if the variables are incomplete, contradict each other or are not numbers.
     """
     for name in RANK_NAMES:
         if environment.get(name) == "":
@@ -47,7 +47,7 @@ def is_rank(environment: MutableMapping[str, str]) -> bool:
     adopt_ranks(environment)
     found = [name for name in RANK_NAMES if name in environment]
     absent = [name for name in RANK_NAMES if name not in environment]
-    # A batch script sets where rank 0 is for all its steps, those of a single task too.
+    # A batch script sets the address of rank 0 for all its steps, including those of a single task.
     alone = "SLURM_STEP_NUM_TASKS" in environment and not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(found)
     if found and absent and not alone:
         raise ConfigError(
@@ -60,14 +60,14 @@ def is_rank(environment: MutableMapping[str, str]) -> bool:
         size = int(environment["WORLD_SIZE"])
         if size < tasks and not any(name in environment for name in LAUNCHED):
             raise ConfigError(
-                f"WORLD_SIZE is {size} and {source} {tasks}, so that several processes would take themselves for rank "
+                f"WORLD_SIZE is {size} and {source} {tasks}, so several processes would act as rank "
                 f"{environment['RANK']}; {left_behind(RANK_NAMES)}"
             )
     elif tasks > 1:
         names = [name for name in environment if _MPI.fullmatch(name)]
         raise ConfigError(
-            f"{source} is {tasks}: mpirun numbers processes in a way that is not read here, and each would train a run "
-            f"of its own; start them with torchrun, deepspeed or srun, or, if that is what an earlier mpirun left in "
+            f"{source} is {tasks}: mpirun numbers processes in a way that is not read here, and each would train a "
+            f"separate run; start them with torchrun, deepspeed or srun, or, if that is what an earlier mpirun left in "
             f"the shell, {_unset(names)}"
         )
     for name in [name for name in environment if _MPI.fullmatch(name)]:
@@ -76,7 +76,7 @@ def is_rank(environment: MutableMapping[str, str]) -> bool:
 
 
 def left_behind(names: Iterable[str]) -> str:
-    """What to do about variables that no launcher of this run has set."""
+    """The remedy for variables that no launcher of this run has set."""
     return f"if an earlier job left them in the shell, {_unset(names)}"
 
 
@@ -101,7 +101,7 @@ def _whole(environment: MutableMapping[str, str], name: str, absent: str = "") -
     try:
         return int(value)
     except ValueError:
-        raise ConfigError(f"{name} is {value!r}, which is no whole number; {left_behind([name])}") from None
+        raise ConfigError(f"{name} is {value!r}, which is not an integer; {left_behind([name])}") from None
 
 
 def _listed(names: list[str]) -> str:

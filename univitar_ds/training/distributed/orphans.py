@@ -1,6 +1,6 @@
-"""Ranks end with the process that started them: `kill -9` on it sends them nothing.
+"""Ranks end with the process that started them, also after `kill -9`, which sends them no signal.
 
-Every rank watches that process itself, so it does not matter what was killed, nor in which order.
+Every rank watches that process itself, so any process may be killed, in any order.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from univitar_ds.training.distributed.launchers import LAUNCHED
 from univitar_ds.training.distributed.preemption import Stop, say
 
 STARTED_BY = "UNIVITAR_DS_STARTED_BY"
-"""In the environment of our own ranks: the process that the user started, as `Process.text` gives it."""
+"""Environment variable of ranks that we start: the process that the user started, as `Process.text` gives it."""
 _RUNNER = b"deepspeed"
-"""In the command of DeepSpeed's own parents, which do not end their child either."""
+"""Part of the command of DeepSpeed's parent processes, which do not end their child either."""
 _LOOK_EVERY_S = 0.5
 _SIGNAL_S = 1.0
-"""What ended the launcher may have been sent to this rank too, as when a terminal closes: then the rank saves."""
+"""The signal that ended the launcher may have been sent to this rank too, as when a terminal closes; then the rank
+saves."""
 _SAVE_S = 30.0
-"""For a rank that was asked to leave before its launcher was gone; launchers give as much."""
+"""For a rank that was asked to stop before its launcher was gone; launchers wait as long."""
 
 
 def end_with_launchers(stop: Stop) -> None:
-    """From now on this rank ends when a process that it was started by is gone."""
+    """From now on this rank ends when a process that started it is gone."""
     launchers = list(_launchers())
     if launchers:
         threading.Thread(target=_watch, args=(launchers, stop), name="launchers", daemon=True).start()
 
 
 def _launchers() -> Iterator[Process]:
-    """The processes that this rank must not outlive. A shell or a person's script is none of them."""
+    """The processes that this rank must not outlive; not a shell or a user's script."""
     own = os.environ.get(STARTED_BY)
     if own is not None:
         yield Process.from_text(own)

@@ -1,9 +1,8 @@
-"""Being asked to leave: Ctrl-C, SIGTERM or SIGUSR1 from Slurm, a launcher or a person, or a terminal that closes.
+"""Stop requests: Ctrl-C, SIGTERM or SIGUSR1 from Slurm, a launcher or a person, or a terminal that closes.
 
-While a run trains, the first signal is only noted. The ranks exchange their notes once per step, so all of them end
-after the same step, save, and exit with `SAVED`. At any other time, and at a second signal, the process leaves at
-once, with the code that the signal would have given without us; a checkpoint appears by one rename, so that harms
-nothing.
+While a run trains, the first signal only sets a flag. The ranks exchange their flags once per step, so all of them end
+after the same step, save, and exit with `SAVED`. At any other time, and at a second signal, the process exits at once
+with the code that the signal gives by default. This does no harm, since a checkpoint appears by one rename.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ from univitar_ds.processes import SIGNALS
 from univitar_ds.run_lock import release_all
 
 SAVED = 85
-"""Exit code of a run that was asked to leave and has saved: start it again and it continues. No other end has it."""
+"""Exit code of a run that was asked to stop and has saved, and of no other: start it again and it continues."""
 _LEFT_ALONE_WHERE_IGNORED = (signal.SIGINT, signal.SIGHUP)
-"""A shell has processes in the background ignore Ctrl-C, and `nohup` the end of the terminal."""
+"""A shell lets background processes ignore Ctrl-C, and `nohup` lets them ignore the end of the terminal."""
 ECHO_S = 1.0
-"""Seconds in which signals after the first one count as the same wish: Slurm, launchers and `timeout` signal a process
-directly and through its group or its parent."""
+"""Seconds in which signals after the first one count as the same request: Slurm, launchers and `timeout` signal a
+process directly and through its group or its parent."""
 KEY_ECHO_S = 0.3
-"""The same for SIGINT after SIGINT: keys that follow each other so quickly mean one."""
+"""The same for SIGINT after SIGINT: presses within this time count as one."""
 
 
 class Stop:
-    """Whether this process was asked to leave, and what it does about that."""
+    """Whether this process was asked to stop, and how it responds."""
 
     def __init__(self, first: Callable[[], None] | None = None, leaving: Callable[[], None] | None = None) -> None:
-        """Args: first, what to do at a first signal, which then is always noted; leaving, before the process exits."""
+        """Args: first, called at a first signal, which is always recorded; leaving, called before the process exits."""
         self.requested = False
         self.number = 0
         """Of the first signal; 0 without one."""
         self.leaves = False
-        """Whether the process ends now, whatever other threads find."""
-        self.quiet = os.environ.get("RANK", "0") != "0"  # one rank is enough to say what all do
+        """Whether the process is ending now; errors of other threads do not matter then."""
+        self.quiet = os.environ.get("RANK", "0") != "0"  # one rank reports for all
         self._first, self._leaving = first, leaving
         self._deferred = first is not None
         self._since = 0.0
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a first signal only sets `requested`, and the code inside looks at it."""
+        """Inside, a first signal only sets `requested`, which the body checks."""
         self._deferred = True
         try:
             yield
@@ -54,7 +53,7 @@ class Stop:
             self._deferred = False
 
     def tell(self, number: int) -> None:
-        """What a signal does."""
+        """Responds to a signal."""
         now = time.monotonic()
         if self.requested and number == signal.SIGHUP:  # a user who pressed Ctrl-C may close the terminal then
             return
@@ -68,7 +67,7 @@ class Stop:
             self._first()
 
     def leave(self, number: int) -> None:
-        """Does not return: ends the process at once, as the signal would have without us."""
+        """Does not return: ends the process at once, as the signal would by default."""
         self.leaves = True
         if self._leaving is not None:
             self._leaving()
@@ -79,14 +78,14 @@ class Stop:
 
 
 NEVER = Stop()
-"""For a process that listens to no signals."""
+"""For a process that handles no signals."""
 
 
 def listen(stop: Stop | None = None) -> Stop:
-    """From now on `SIGNALS` reach `stop`, by default a new one; returns it. For the main thread.
+    """From now on `SIGNALS` are passed to `stop`, by default a new one, which is returned. For the main thread.
 
-    A thread acts on them and not the handler: Python runs handlers in the main thread between two lines of Python,
-    which never comes while a collective operation waits for a rank that is gone.
+    A thread responds to them instead of a handler: Python runs handlers in the main thread between two instructions,
+    which never happens while a collective waits for a rank that is gone.
     """
     stop = stop or Stop()
     read, write = os.pipe()
@@ -95,20 +94,20 @@ def listen(stop: Stop | None = None) -> Stop:
     for number in _heard():
         signal.signal(number, _nothing)
     threading.Thread(target=_hear, args=(read, stop), name="signals", daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a parent that used `signals_held` handed its mask down
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a parent with `signals_held` blocks them
     return stop
 
 
 def ignore() -> None:
-    """From now on all of them do nothing: this process is on its way out, with the exit code that it has."""
+    """From now on all of them are ignored: this process ends with the exit code that it has."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def say(sentence: str) -> None:
-    """A line on stderr, from any thread and wherever the others are.
+    """Writes a line to stderr, from any thread and without a lock.
 
-    os.write takes no lock: the main thread may hold that of stderr for as long as it hangs.
+    os.write takes no lock: the main thread may hold the lock of stderr while it hangs.
     """
     with contextlib.suppress(OSError):  # the terminal is closed
         os.write(2, f"{sentence}\n".encode())
@@ -123,7 +122,7 @@ def _heard() -> list[signal.Signals]:
 
 
 def _nothing(number: int, frame: object) -> None:
-    """A signal with a handler of Python's reaches the pipe, and does not end the process."""
+    """A no-op handler: with it, Python writes the signal to the pipe, and the process does not end."""
 
 
 def _hear(read: int, stop: Stop) -> None:

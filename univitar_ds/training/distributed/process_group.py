@@ -1,4 +1,4 @@
-"""The ranks of a run: how they find each other, agree and fail together. Knows torch.distributed only."""
+"""The ranks of a run: rendezvous, agreement and common failure. Uses only torch.distributed."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from univitar_ds.errors import ConfigError, UserError
 from univitar_ds.training.distributed.rendezvous import meet
 
 PEER_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others before it gives up: a dead peer must not hold a machine for ever."""
+"""How long a rank waits for the others before it gives up: a dead peer must not block a machine indefinitely."""
 FIRST_TIMEOUT = timedelta(hours=1)
-"""How long the others wait for what rank 0 does alone, such as reading remote shards."""
-_HEARD_TIMEOUT = timedelta(seconds=30)
-_SLICE = timedelta(seconds=10)
-"""A wait is repeated so often: each time a request finds out whether the store still is there."""
-_DEVICES = Path("/dev")
+"""How long the others wait for work that rank 0 does alone, such as reading remote shards."""
+HEARD_TIMEOUT = timedelta(seconds=30)
+SLICE = timedelta(seconds=10)
+"""A wait is repeated at this interval: each request detects whether the store still exists."""
+DEVICES = Path("/dev")
 _turns = itertools.count()
-"""Numbers the calls of `rank_zero_first`, alike on all ranks: each has keys of its own in the store."""
+"""Numbers the calls of `rank_zero_first`, equally on all ranks: each call has its own keys in the store."""
 
 
 class PeerFailure(UserError):
-    """Another rank cannot go on. That rank reports why; this one only ends in good order."""
+    """Another rank cannot continue. That rank reports why; this one only ends in an orderly way."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class World:
 
 
 def uses_cuda() -> bool:
-    """Whether this run computes on GPUs: DS_ACCELERATOR=cpu keeps torch off them as it does DeepSpeed."""
+    """Whether this run computes on GPUs: DS_ACCELERATOR=cpu keeps both torch and DeepSpeed off them."""
     return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
 def check_gpus(processes: int) -> None:
-    """Refuses so many processes of a run on this machine if its GPUs are too few or torch cannot use them.
+    """Refuses this number of processes on this machine if it has too few GPUs or torch cannot use them.
 
     Raises: ConfigError.
     """
@@ -86,7 +86,7 @@ def check_gpus(processes: int) -> None:
 def start_world(timeout: timedelta = PEER_TIMEOUT) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; one rank without them.
 
-    Raises: ConfigError if this rank has no GPU although it should, see `check_gpus`; UserError if not all ranks come,
+    Raises: ConfigError if this rank has no GPU although it should, see `check_gpus`; UserError if not all ranks join,
         see `rendezvous.meet`.
     """
     rank = int(os.environ.get("RANK", "0"))
@@ -99,14 +99,14 @@ def start_world(timeout: timedelta = PEER_TIMEOUT) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
-        store = dist.HashStore() if size == 1 else meet(rank, size)  # one in memory needs no free port
+        store = dist.HashStore() if size == 1 else meet(rank, size)  # a store in memory needs no free port
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("default_pg", store),
             rank=rank,
             world_size=size,
             timeout=timeout,
-            device_id=device if cuda else None,  # else NCCL guesses it from the rank, wrong where nodes differ
+            device_id=device if cuda else None,  # else NCCL guesses it from the rank, which is wrong if nodes differ
         )
     return World(rank, size, local_rank, device)
 
@@ -117,7 +117,7 @@ def stop_world() -> None:
 
 
 def gather_json(value: Any, world: World) -> list[Any]:
-    """What every rank gave, by rank. Small values only: each rank receives all of them."""
+    """The values of all ranks, by rank. Small values only, since each rank receives all of them."""
     if world.size == 1:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
@@ -144,18 +144,18 @@ def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
 
 @dataclass
 class Vote:
-    """`yes`: whether any rank said so at the end of a `all_ranks_or_none`; the same on all ranks."""
+    """`yes`: whether `ask` was true on any rank at the end of an `all_ranks_or_none`; the same on all ranks."""
 
     yes: bool = False
 
 
 @contextmanager
 def all_ranks_or_none(world: World, ask: Callable[[], bool] | None = None) -> Iterator[Vote]:
-    """A part that all ranks finish or none: a failure on one rank ends it on all, and nobody waits for ever.
+    """A block that either all ranks finish or none: a failure on one rank raises on all, and no rank waits forever.
 
-    The body must not talk to other ranks where it can fail. It also is a barrier, and a vote on `ask`, which each
-    rank answers when its body is done; all ranks ask or none.
-    Raises: the body's own exception; PeerFailure on the ranks that were fine.
+    The body must not communicate with other ranks if it can fail. The block is also a barrier, and a vote on `ask`,
+    which each rank evaluates after its body; either all ranks pass `ask` or none.
+    Raises: the body's own exception; PeerFailure on the ranks that succeeded.
     """
     failure: Exception | None = None
     vote = Vote()
@@ -178,10 +178,10 @@ def all_ranks_or_none(world: World, ask: Callable[[], bool] | None = None) -> It
 
 
 def rank_zero_first(world: World, work: Callable[[], object], timeout: timedelta = FIRST_TIMEOUT) -> None:
-    """Rank 0 does `work` while the others wait for its word; if it fails, all end.
+    """Rank 0 does `work` while the others wait; if it fails, all ranks raise.
 
-    They wait at the store of the process group, since a collective must end within the group's own timeout.
-    Raises: the work's own exception on rank 0; on the others PeerFailure, or UserError if no word comes.
+    They wait at the store of the process group, since a collective must end within the group's timeout.
+    Raises: the work's own exception on rank 0; on the others PeerFailure, or UserError without an answer of rank 0.
     """
     if world.size == 1:
         work()
@@ -198,31 +198,31 @@ def rank_zero_first(world: World, work: Callable[[], object], timeout: timedelta
         work()
     except Exception as failure:
         store.set("word", json.dumps(str(failure)))
-        with suppress(dist.DistError):  # a rank that is gone keeps nobody
-            store.wait(["heard"], _HEARD_TIMEOUT)  # the store may end with this process
+        with suppress(dist.DistError):  # a rank that is gone does not block the others
+            store.wait(["heard"], HEARD_TIMEOUT)  # the store may end with this process
         raise
     store.set("word", json.dumps(None))
 
 
 def _word_of_first(store: dist.Store, timeout: timedelta) -> str | None:
-    """What rank 0 failed of; None if it did not."""
+    """The error of rank 0; None if it did not fail."""
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
         try:
-            store.wait(["word"], min(_SLICE, timeout))
+            store.wait(["word"], min(SLICE, timeout))
             return json.loads(store.get("word"))
         except dist.DistNetworkError as error:
-            raise UserError("rank 0 ended without a word while it prepared the run; see what it printed") from error
+            raise UserError("rank 0 ended without a message while it prepared the run; see its output") from error
         except dist.DistStoreError as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"rank 0 has prepared the run for {timeout} (limit); see what it waits for, or prepare less: "
+                    f"rank 0 has prepared the run for {timeout} (limit); see what it is waiting for, or prepare less: "
                     "name a tokenizer in model.text.tokenizer"
                 ) from error
 
 
 def _sign_of_gpus() -> str | None:
-    """What says that this run is meant to have GPUs; None if nothing does or somebody has hidden them."""
+    """A sign that this run should use GPUs; None if there is none or the GPUs are hidden."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown is not None and "CROSS_SIZE" not in os.environ:  # DeepSpeed's launcher sets both, without GPUs too
         return f"CUDA_VISIBLE_DEVICES is {shown}" if re.match(r"\d|GPU-|MIG-", shown) else None
@@ -230,11 +230,11 @@ def _sign_of_gpus() -> str | None:
         return f"SLURM_GPUS_ON_NODE is {os.environ['SLURM_GPUS_ON_NODE']}"
     if os.environ.get("SLURM_JOB_GPUS"):  # numbers of GPUs: 0 is one
         return f"SLURM_JOB_GPUS is {os.environ['SLURM_JOB_GPUS']}"
-    node = min(_DEVICES.glob("nvidia[0-9]*"), default=None)
+    node = min(DEVICES.glob("nvidia[0-9]*"), default=None)
     return None if node is None else f"{node} is there"
 
 
 def _cuda_remedy() -> str:
     if torch.version.cuda is None:
         return "it was built without CUDA: install a CUDA build of torch"
-    return f"it needs a driver for CUDA {torch.version.cuda}: compare what nvidia-smi says"
+    return f"it needs a driver for CUDA {torch.version.cuda}: compare nvidia-smi"

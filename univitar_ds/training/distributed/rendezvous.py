@@ -1,4 +1,4 @@
-"""Where the ranks of a run find each other, and what is said where they do not."""
+"""The rendezvous of a run's ranks, and the messages if it fails."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from univitar_ds.training.distributed.launchers import RANK_NAMES, left_behind
 MEET_TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for all others to appear."""
 _SLACK = timedelta(seconds=30)
-"""How much later than rank 0 the others give up: it knows who is missing."""
+"""How much later than rank 0 the others give up, since rank 0 knows which ranks are missing."""
 _HEARD_TIMEOUT = timedelta(seconds=10)
 _POLL_S = 0.5
 _NAMED = 8
 
 
 def meet(rank: int, size: int, timeout: timedelta = MEET_TIMEOUT) -> dist.Store:
-    """The store of the process group that RANK_NAMES describe, when all of its ranks have appeared there.
+    """The store of the process group that RANK_NAMES describe, once all of its ranks have joined.
 
-    Raises: UserError on every rank that is there, if one does not come within `timeout` or rank 0 cannot be reached.
+    Raises: UserError on every rank that joined, if one does not join within `timeout` or rank 0 cannot be reached.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     try:
@@ -43,7 +43,7 @@ def meet(rank: int, size: int, timeout: timedelta = MEET_TIMEOUT) -> dist.Store:
             store.wait(["all met"], timeout + _SLACK)
             missing = json.loads(store.get("all met"))
             store.set(f"heard/{rank}", "")
-    except (dist.DistError, TimeoutError) as error:  # torch follows its reason with a stack of C++
+    except (dist.DistError, TimeoutError) as error:  # torch appends a C++ stack to its reason
         raise UserError(_message(rank, size, _reason(error, timeout))) from error
     if missing:
         named = ", ".join(map(str, missing[:_NAMED])) + (", ..." if len(missing) > _NAMED else "")
@@ -53,7 +53,7 @@ def meet(rank: int, size: int, timeout: timedelta = MEET_TIMEOUT) -> dist.Store:
 
 
 def _store(rank: int, size: int, timeout: timedelta, deadline: float) -> dist.Store:
-    """Rank 0 makes it, where torchrun has not made one for all of them; the others connect to it."""
+    """Rank 0 creates it, unless torchrun has created one; the others connect to it."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return dist.TCPStore(host, port, size, True, timeout=timeout, wait_for_workers=False, multi_tenant=True)
@@ -62,7 +62,7 @@ def _store(rank: int, size: int, timeout: timedelta, deadline: float) -> dist.St
 
 
 def _wait_for_port(host: str, port: int, deadline: float) -> None:
-    """Until somebody listens there: torch waits as well, but with pages of warnings. Raises: TimeoutError."""
+    """Waits until the port is open: torch waits as well, but with pages of warnings. Raises: TimeoutError."""
     while True:
         try:
             socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), _POLL_S)).close()

@@ -1,3 +1,3 @@
-"""DeepSpeed behind a small interface: the only room that knows it."""
+"""DeepSpeed behind a small interface: the only package that uses it."""
 
 __all__ = ["determinism", "engine", "optim"]

@@ -1,8 +1,8 @@
-"""Where DeepSpeed's compiled operations are, and the locks of their builds.
+"""The folders of DeepSpeed's compiled operations, and the locks of their builds.
 
-torch locks the folder of an operation with an empty file, also where the operation is compiled already, and waits for
-that file silently and for ever. So the folder must be one that can be written, and a lock needs an owner that can be
-looked for.
+torch locks the folder of an operation with an empty file, even if the operation is compiled already, and waits for
+that file silently and without a limit. So the folder must be writable, and a lock must name an owner that can be
+checked.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from univitar_ds.identity import this_machine
 from univitar_ds.processes import Process
 
 STALE_AFTER_S = 120.0
-"""A lock without a known owner is stale once its folder has been still for so long.
+"""A lock without a known owner is stale once nothing in its folder has changed for so long.
 
-The age spares a build that another machine runs in the same folder; a file of that build is written
-more often than this.
+The age protects a build that another machine runs in the same folder, which writes files more often.
 """
 REPORT_AFTER_S = 5.0
 _DEAD = -1
-"""In the place of the id of an owner that has ended."""
+"""Returned instead of a process id if the owner has ended."""
 _FOLDER = "TORCH_EXTENSIONS_DIR"
 
 logger = logging.getLogger(__name__)
@@ -42,11 +41,11 @@ logger = logging.getLogger(__name__)
 def prepare_extensions(
     poll_s: float = 0.5, stale_after_s: float = STALE_AFTER_S, report_after_s: float = REPORT_AFTER_S
 ) -> Path:
-    """Gives the operations a folder that can be written: that of this environment, or else of the user's cache.
+    """Gives the operations a writable folder: that of this environment, else one in the user's cache.
 
-    Waits for, or clears, the locks in it. From then on, operations that are compiled in a folder that cannot be written
-    are used from there without a lock, and locks say whose they are. Also makes the environment's `ninja` findable
-    where the environment was not activated.
+    Waits for, or clears, the locks in it. From then on, operations compiled in a read-only folder are loaded from there
+    without a lock, and locks contain their owner. Also adds the environment's `ninja` to PATH if the environment is not
+    activated.
 
     Returns: the folder.
     """
@@ -57,7 +56,7 @@ def prepare_extensions(
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join(filter(None, [tools, os.environ.get("PATH")]))
     if folder != named:
-        logger.info("%s cannot be written: operations that it lacks are compiled in %s", named, folder)
+        logger.info("%s cannot be written: missing operations are compiled in %s", named, folder)
     for lock in folder.glob("*/lock"):
         wait_for(lock, poll_s, stale_after_s, report_after_s)
     _patch_torch([place for place in (named, _own_folder()) if place != folder])
@@ -70,7 +69,7 @@ def wait_for(
     stale_after_s: float = STALE_AFTER_S,
     report_after_s: float = REPORT_AFTER_S,
 ) -> None:
-    """Until the lock is gone: its build has ended, or nothing lives that could end it, and then it is removed."""
+    """Waits until the lock is gone. A lock that no live process could end is removed."""
     start, reported = time.monotonic(), False
     while lock.exists():
         owner = _owner(lock)
@@ -95,7 +94,7 @@ def _cache_folder() -> Path:
 
 
 def _temporary_folder() -> Path:
-    """For a user without a home. Another user could have made it, and what is compiled there is run."""
+    """For a user without a home. Code from this folder is run, so it must not belong to another user."""
     own = Path(tempfile.gettempdir()) / f"univitar_ds-{os.getuid()}"
     with suppress(FileExistsError):
         own.mkdir(mode=0o700)
@@ -105,7 +104,7 @@ def _temporary_folder() -> Path:
 
 
 def _build() -> str:
-    """What a compiled operation fits: a cache outlives environments."""
+    """The versions that a compiled operation depends on, since a cache outlives environments."""
     versions = (f"{name}{importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
     return "-".join([f"python{platform.python_version()}", *versions])
 
@@ -120,7 +119,7 @@ def _writable(folder: Path) -> bool:
 
 
 def _patch_torch(elsewhere: list[Path]) -> None:
-    """Makes torch load what is compiled in these folders, and sign its locks."""
+    """Makes torch load compiled operations from these folders, and write its owner into each lock."""
     from torch.utils import cpp_extension
 
     class Baton(cpp_extension.FileBaton):
@@ -134,7 +133,7 @@ def _patch_torch(elsewhere: list[Path]) -> None:
                 ) from error
             if acquired:
                 with suppress(OSError):
-                    Path(self.lock_file_path).write_text(json.dumps(_signature(os.getpid())), encoding="utf-8")
+                    Path(self.lock_file_path).write_text(json.dumps(signature(os.getpid())), encoding="utf-8")
             return acquired
 
         def wait(self) -> None:
@@ -150,7 +149,7 @@ def _patch_torch(elsewhere: list[Path]) -> None:
 
 
 def compiled(name: str, folders: list[Path]) -> ModuleType | None:
-    """An operation out of the first of these folders in which its build has ended and that fits this torch."""
+    """An operation from the first of these folders with a finished build that fits this torch."""
     for folder in folders:
         library = folder / name / f"{name}.so"
         if not library.is_file() or (folder / name / "lock").exists():
@@ -160,14 +159,14 @@ def compiled(name: str, folders: list[Path]) -> ModuleType | None:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         except ImportError as error:
-            logger.warning("%s does not fit this environment, and is compiled anew: %s", library, error)
+            logger.warning("%s does not fit this environment, and is compiled again: %s", library, error)
             continue
         return module
     return None
 
 
-def _signature(pid: int) -> dict[str, Any] | None:
-    """What names a process for all times; None if it is gone or cannot be seen."""
+def signature(pid: int) -> dict[str, Any] | None:
+    """A unique identification of a process; None if it is gone or not visible."""
     process, machine = Process.of(pid), this_machine()
     if process is None or not machine["namespace"]:
         return None
@@ -175,12 +174,12 @@ def _signature(pid: int) -> dict[str, Any] | None:
 
 
 def _owner(lock: Path) -> int | None:
-    """The process that holds a lock: its id, `_DEAD` if it is gone, None if that cannot be known from here."""
+    """The id of the process that holds a lock; `_DEAD` if it is gone, None if it is unknown."""
     try:
-        signed = json.loads(lock.read_text(encoding="utf-8"))
-        here = _signature(os.getpid())
-        if here and (signed["host"], signed["pids"]) == (here["host"], here["pids"]):
-            return signed["pid"] if _signature(signed["pid"]) == signed else _DEAD
+        written = json.loads(lock.read_text(encoding="utf-8"))
+        here = signature(os.getpid())
+        if here and (written["host"], written["pids"]) == (here["host"], here["pids"]):
+            return written["pid"] if signature(written["pid"]) == written else _DEAD
         return None
     except (OSError, ValueError, KeyError, TypeError):  # unsigned, as torch leaves it
         return _holder(lock)
@@ -192,7 +191,7 @@ def _holder(lock: Path) -> int | None:
         try:
             if any(os.path.realpath(fd) == str(lock.resolve()) for fd in descriptors.iterdir()):
                 return int(descriptors.parent.name)
-        except OSError:  # gone meanwhile, or of another user
+        except OSError:  # ended since, or of another user
             continue
     return None
 
@@ -210,7 +209,7 @@ def _still(lock: Path, stale_after_s: float) -> bool:
 def _reason(owner: int | None, stale_after_s: float) -> str:
     if owner is None:
         return (
-            "no process of yours on this machine holds it; it is removed when its folder has been still for "
+            "no process of yours on this machine holds it; it is removed once its folder is unchanged for "
             f"{stale_after_s:g} s, since another machine may build there; if none does, remove it now"
         )
     return f"process {owner} is compiling this operation of DeepSpeed"

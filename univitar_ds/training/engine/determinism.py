@@ -1,4 +1,4 @@
-"""The same bits from the same step on a GPU, where some libraries add in whatever order threads arrive."""
+"""The same bits from the same step on a GPU, where some libraries add in the order in which threads arrive."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import torch
 
 
 def set_deterministic(wanted: bool) -> None:
-    """For this process, from now on. The project's own kernels always do; attention's backward pass is slower so.
+    """Applies to this process from now on. The project's own kernels are always deterministic; attention's backward
+    pass is slower with it.
 
-    Before the first matrix product: cuBLAS reads its setting once. What has no repeatable form warns.
+    Call it before the first matrix product: cuBLAS reads its setting once. Operations without a deterministic form
+    warn.
     """
     torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over all new memory that finds faults only
+    torch.utils.deterministic.fill_uninitialized_memory = False  # fills all new memory, which only helps to find bugs
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

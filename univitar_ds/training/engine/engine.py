@@ -1,15 +1,15 @@
-"""DeepSpeed behind a small interface: the only file of the trainer that knows it.
+"""DeepSpeed behind a small interface: the only file of the trainer that uses it.
 
-Five of its habits are handled here, none of which it reports:
+Five of its behaviours are handled here, none of which it reports:
 - it averages gradients over ranks and over accumulation; the loss is a sum over a global count already,
   so `backward` undoes both;
-- under ZeRO-3 a parameter that took no part in a step is updated again with its previous gradient, so
+- under ZeRO-3 a parameter that was not used in a step is updated again with its previous gradient, so
   `zero_grad` clears what the last step left;
-- under ZeRO-3 a weight is whole only while the module that owns it runs: what modules name in `external_parameters`
-  is gathered with their own weights, in forward and in backward;
+- under ZeRO-3 a weight is whole only while the module that owns it runs: `external_parameters` of modules are
+  gathered with their own weights, in forward and in backward;
 - through `module(...)` instead of `engine(...)` a second pack overwrites the gradients of the first;
-- its own checkpoints load on the same number of ranks only, so `pieces` shows what this rank owns and
-  `training/checkpoint/sharded.py` writes that.
+- its own checkpoints load only on the same number of ranks, so `training/checkpoint/sharded.py` writes the shards of
+  this rank, which `pieces` returns.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.training.distributed.process_group import World, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
+from univitar_ds.training.engine.free_engine import free_engine
 from univitar_ds.training.engine.optim import (
     GRADIENT_PARTS,
     build_optimizer,
@@ -40,28 +41,27 @@ from univitar_ds.training.engine.optim import (
     set_learning_rate,
     settings,
 )
-from univitar_ds.training.engine.release import release
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 FROZEN = "frozen"
 OWN_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-"""torch's AdamW, also where the optimizer is offloaded: the numbers of a run do not depend on that."""
+"""torch's AdamW even if the optimizer is offloaded, so that the results of a run do not depend on that."""
 
 UNUSED_OPERATION = "deepspeed_shm_comm"
-"""What DeepSpeed compiles and starts on CPU ranks for its tensor-parallel inference alone.
+"""An operation that DeepSpeed compiles and starts on CPU ranks only for its tensor-parallel inference.
 
-It leaves 67 MB a rank in /dev/shm at every end of a run, and ranks die of SIGBUS where these do not fit.
+It leaves 67 MB per rank in /dev/shm at the end of each run, and ranks die of SIGBUS if that is full.
 """
 
 
 @dataclass(frozen=True)
 class ParamShard:
-    """The part of one parameter that a rank owns: flat views from `start` on, all of the same length.
+    """The part of one parameter that a rank owns: flat views that begin at `start`, all of the same length.
 
-    The views are alive: writing into them changes the training state, but for the working copy, which
-    `Engine.refresh_params` refreshes. Keys: `fp32`, the moments and, where one is kept, `ema`; or `frozen` alone.
+    Writing into the views changes the training state except the working copy, which `Engine.refresh_params`
+    updates. Keys: `fp32`, the moments and, if an average is kept, `ema`; or only `frozen`.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Engine:
         self.gradient_squares: dict[str, float] = {}
         """Sums of squares of the last gradient that was read, before clipping: of this rank's share, by GRADIENT_PARTS.
 
-        The shares of all ranks make up the gradient: their sum is the square of `grad_norm`.
+        Their sum over all ranks is the square of `grad_norm`.
         """
         self._read_gradient = False
         self._closed = False
@@ -95,7 +95,7 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The model, for its names and buffers. Forward passes go through the engine itself."""
+        """The model, for its names and buffers. Forward passes must call the engine."""
         return self._engine.module
 
     @property
@@ -107,25 +107,26 @@ class Engine:
         return self._engine(*inputs)
 
     def zero_grad(self, lr: float, *, read_gradient: bool = False) -> None:
-        """Sets the learning rate and forgets all gradients; before the first backward of every step.
+        """Sets the learning rate and clears all gradients. Call it before the first backward pass of every step.
 
         Args: read_gradient: whether this step fills `gradient_squares`, a pass over this rank's share.
         """
         self._read_gradient = read_gradient
         set_learning_rate(self._optimizer.param_groups, lr)
         if not self._sharded:
-            return  # stages 1 and 2 build their gradients anew, an absent one as zeros
+            return  # stages 1 and 2 rebuild their gradients, an absent one as zeros
         self._optimizer.grad_partitions_flat_buffer.zero_()
         for flat in self._optimizer.fp32_partitioned_groups_flat:
-            if flat.grad is not None:  # partitions of an offloaded optimizer live on
+            if flat.grad is not None:  # partitions of an offloaded optimizer persist
                 flat.grad.zero_()
 
     def backward(self, surrogate: Tensor) -> None:
-        """Adds the gradient of `surrogate`, one pack's part of the step, as it is: summed over packs and ranks."""
+        """Adds the gradient of `surrogate`, one pack's part of the step, unscaled: gradients are summed over packs and
+        ranks."""
         self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """After every pack. The last one of a step updates the parameters, and their average."""
+        """Call it after every pack. The last call of a step updates the parameters and their average."""
         last = self._engine.is_gradient_accumulation_boundary()
         if last and self._read_gradient:
             self.gradient_squares = self._squares_by_part()
@@ -141,16 +142,16 @@ class Engine:
         return float(self._engine.get_global_grad_norm())
 
     def _squares_by_part(self) -> dict[str, float]:
-        """Between the last backward and the update, which takes gradients away or scales them where they lie."""
+        """Called between the last backward pass and the update, which frees gradients or scales them in place."""
         sums = {part: torch.zeros((), dtype=torch.float64, device=self.world.device) for part in GRADIENT_PARTS}
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad and (share := self._gradient_share(parameter)) is not None:
-                norm = torch.linalg.vector_norm(share, dtype=torch.float32)  # one copy at a time where it is offloaded
+                norm = torch.linalg.vector_norm(share, dtype=torch.float32)  # one copy at a time if it is offloaded
                 sums[part_of(name, GRADIENT_PARTS)] += norm.double().square().to(self.world.device)
         return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
     def _gradient_share(self, parameter: nn.Parameter) -> Tensor | None:
-        """What this rank owns of a parameter's gradient, flat; None if that is nothing."""
+        """This rank's share of a parameter's gradient, flat; None if it has none."""
         if self._sharded:
             return self._optimizer.get_local_fp32_grad_for_param(parameter)  # the padding at its end is 0
         mapping = parameter._hp_mapping
@@ -171,7 +172,7 @@ class Engine:
         return self._engine.global_steps
 
     def pieces(self) -> Iterator[ParamShard]:
-        """What this rank owns of every parameter, in the order of the model; tied parameters once.
+        """This rank's share of every parameter, in the order of the model; tied parameters once.
 
         All ranks together own every element; under stages 1 and 2 a frozen parameter is whole on every
         rank and all of them own it.
@@ -208,13 +209,13 @@ class Engine:
         )
 
     def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """(start, length) of this rank's part; the padding that evens the last parts out is not in it."""
+        """(start, length) of this rank's part; without the padding of the last parts."""
         whole, part = parameter.ds_numel, parameter.partition_numel()
         start = min(self.world.rank * part, whole)
         return start, min(part, whole - start)
 
     def refresh_params(self) -> None:
-        """After pieces were written: makes the weights of the forward pass follow them."""
+        """Call it after writing into pieces: updates the weights of the forward pass."""
         if not self._sharded:
             self._optimizer.update_lp_params()
             return
@@ -222,10 +223,10 @@ class Engine:
         for piece, parameter in zip(self.pieces(), self.module.parameters(), strict=True):
             if MASTER in piece.tensors:
                 parameter.ds_tensor.data.view(-1)[: piece.length].copy_(piece.tensors[MASTER])
-        self._optimizer.checkpoint_event_epilogue()  # also renews what hpZ and persistent parameters keep whole
+        self._optimizer.checkpoint_event_epilogue()  # also updates the whole copies of hpZ and of persistent parameters
 
     def optimizer_state(self) -> dict[str, Any]:
-        """What of the optimizer is not per element: updates done and the settings of the groups."""
+        """The state of the optimizer that is not per element: number of updates and settings of the groups."""
         state = self._optimizer.optimizer.state
         updates = {float(state[flat]["step"]) + group["began"] for flat, group in self._masters_and_groups()}
         assert len(updates) == 1, f"parameter groups disagree on the number of updates: {updates}"
@@ -233,7 +234,7 @@ class Engine:
         return {"updates": updates.pop(), "groups": groups, "global_steps": self.global_steps}
 
     def restore_optimizer_state(self, state: dict[str, Any], *, stage_transition: bool = False) -> None:
-        """What `optimizer_state` said; at a hand-over the groups keep their own settings, they are others."""
+        """Restores `optimizer_state`; at a stage transition the groups differ and keep their own settings."""
         if not stage_transition:
             for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
                 group.update({k: tuple(v) if isinstance(v, list) else v for k, v in settings(saved).items()})
@@ -246,18 +247,18 @@ class Engine:
         """Releases hooks and all memory; the engine and its model are useless afterwards. Safe to call again."""
         if self._closed:
             return
-        self._closed = True  # first: a release that fails half-way cannot be repeated
+        self._closed = True  # first: freeing that fails midway cannot be repeated
         module, owners = self.module, (self._engine, self._optimizer, self._optimizer.optimizer)
         self._engine.destroy()
         self._forget_forwards()
-        release(module, *owners)
+        free_engine(module, *owners)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _forget_forwards(self, but: nn.Module | None = None) -> None:
-        """Takes this model's modules off ZeRO-3's list of those in forward, which is one for the whole process.
+        """Removes this model's modules from ZeRO-3's list of modules in forward, which is global to the process.
 
-        Recomputing a block stops before the block's forward ends, and so leaves the block there with every step.
+        The recomputation of a block stops before the block's forward ends, and so leaves the block there at every step.
         """
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK as running
 
@@ -269,23 +270,24 @@ class Engine:
         return next(list(getattr(self._optimizer, name)) for name in names if hasattr(self._optimizer, name))
 
     def _masters_and_groups(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Each flat master with the parameter group it is of; ZeRO-3 cuts large groups into several."""
+        """Each flat master with its parameter group; ZeRO-3 splits large groups into several."""
         for index, flat in enumerate(self._flat_masters()):
             group = self._optimizer.sub_group_to_group_id[index] if self._sharded else index
             yield flat, self._optimizer.param_groups[group]
 
     @torch.no_grad()
     def _update_average(self, decay: float) -> None:
-        """Each rank averages the masters it owns: exact, and no communication. Early updates count for more."""
+        """Each rank averages the masters that it owns, exactly and without communication. Early updates have more
+        weight."""
         state = self._optimizer.optimizer.state
         for flat, _ in self._masters_and_groups():
             done = float(state[flat]["step"])
             state[flat][EMA].lerp_(flat.data, 1 - min(decay, (1 + done) / (10 + done)))
 
     def _make_moments(self) -> None:
-        """Adam makes its state at the first update; a checkpoint is loaded, or saved, before that.
+        """Adam creates its state at the first update, but a checkpoint may be loaded or saved before that.
 
-        The average of the weights lies there too: DeepSpeed finds and moves it like a moment, Adam leaves it alone.
+        The average of the weights is stored there too: DeepSpeed moves it like a moment, Adam ignores it.
         """
         for flat, group in self._masters_and_groups():
             state = self._optimizer.optimizer.state[flat]
@@ -306,7 +308,7 @@ def build_engine(
     world: World,
     began: Mapping[str, int] | None = None,
 ) -> Engine:
-    """Hands `model` to DeepSpeed. What is frozen must have `requires_grad` False already, and stays so.
+    """Wraps `model` with DeepSpeed. Frozen parameters must have `requires_grad` False already, and keep it.
 
     The model must not draw random numbers in its forward pass: the step runs it twice. `began`: see
     `optim.parameter_groups`.
@@ -316,7 +318,7 @@ def build_engine(
     if stage not in (1, 2, 3):
         raise ConfigError(f"zero_optimization.stage is {stage}; stages 1, 2 and 3 can be checkpointed, choose one")
     deepspeed = load_deepspeed()
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists, also where no launcher is at work
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # required even without a launcher
     for module, parameter in borrowings(model):
         deepspeed.zero.register_external_parameter(module, parameter)
     with _silence():
@@ -330,24 +332,24 @@ def build_engine(
 
 
 def borrowings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Modules and the weights of others that their forward uses, as their method `external_parameters` says."""
+    """Modules and the weights of other modules that their forward uses, by their method `external_parameters`."""
     for module in model.modules():
         if hasattr(module, "external_parameters"):
             yield from ((module, parameter) for parameter in module.external_parameters())
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the bits of a run."""
+    """Versions of the libraries that determine the bits of a run."""
     return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")} | {
         "python": platform.python_version()
     }
 
 
 def load_deepspeed() -> Any:
-    """The module `deepspeed`: quiet, with a folder for what it compiles, and without what training never calls."""
+    """Imports `deepspeed`: without its output, with a folder for compiled operations, and without unused parts."""
     prepare_extensions()
     if not uses_cuda():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns where it has to find that out by itself
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns if it has to detect this by itself
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names it calls by
     import deepspeed
 
@@ -359,7 +361,7 @@ def load_deepspeed() -> Any:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """DeepSpeed prints while it starts; what it had printed is shown if it fails."""
+    """Captures what DeepSpeed prints while it starts; the output is shown if it fails."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):

@@ -1,6 +1,6 @@
-"""What is measured while training: from one rank's numbers of a step to one line over ranks and steps.
+"""Training metrics: from the numbers of one rank at a step to one line over ranks and steps.
 
-Each number declares how it is joined over ranks. The numbers of a step travel in one small exchange; they
+Each number declares how it is reduced over ranks. The numbers of a step travel in one small exchange; they
 are summed over the steps of a line in `Window`, which is part of the checkpoint, so a resumed run writes
 the lines of the uninterrupted one.
 """
@@ -28,11 +28,11 @@ from univitar_ds.training.step.peak_flops import Peak
 from univitar_ds.training.step.train_step import StepResult
 
 BAD_OF_KIND = {f"bad_{kind.removeprefix('bad_')}": kind for kind in KINDS}
-"""Name of a kind's count in lines: the kind."""
+"""Kinds of bad samples by the name of their count in lines."""
 IGNORED_OF_KIND = {f"ignored_{kind.removeprefix('bad_')}": kind for kind in IGNORED}
-"""The same of texts that were ignored in samples that were used."""
+"""The same for texts that were ignored in samples that were used."""
 SQUARES = {part: f"grad_square_{part}" for part in GRADIENT_PARTS}
-"""Part of the model: name of its gradient's sum of squares."""
+"""Names of the gradient's sum of squares, by part of the model."""
 OVER_RANKS = {
     "tokens": "sum",
     "token_budget": "sum",
@@ -47,8 +47,8 @@ OVER_RANKS = {
     "alarm": "max",
     **dict.fromkeys(SQUARES.values(), "sum"),
 }
-"""Numbers of a rank at a step, and how ranks join them. Every kind of bad sample has a place, met or not: ranks that
-met different ones exchange the same number of values."""
+"""Numbers of a rank at a step, and how they are reduced over ranks. Every kind of bad sample is included, so that all
+ranks exchange the same number of values."""
 JOIN = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}
 
 
@@ -65,8 +65,8 @@ def local_metrics(
 ) -> dict[str, float]:
     """The numbers of this rank at a step, by the names of OVER_RANKS.
 
-    Args: cost: FLOPs a token, FLOPs a token squared; alarm: whether this rank's guard wants the step undone; dropping:
-    of the step, FLOPs are those of the tokens that stay; squares: `Engine.gradient_squares` of a step that read its
+    Args: cost: FLOPs a token, FLOPs a token squared; alarm: whether this rank's guard rejects the step; dropping:
+    of the step; FLOPs are those of the tokens that stay; squares: `Engine.gradient_squares` of a step that read its
     gradient.
     """
     bad, ignored = Counter[str](), Counter[str]()
@@ -96,7 +96,7 @@ def local_metrics(
 
 
 def reduce_metrics(numbers: dict[str, float], world: World) -> dict[str, float]:
-    """The numbers of all ranks as one; the same on every rank, which all call it."""
+    """The reduced numbers of all ranks, the same on every rank; all ranks call it."""
     table = gather_numbers([float(numbers[name]) for name in OVER_RANKS], world)
     return {name: JOIN[how](table[:, column]).item() for column, (name, how) in enumerate(OVER_RANKS.items())}
 
@@ -111,7 +111,7 @@ class Window:
     """Sums over the steps since the last line; `bad`, those over the whole run by the names of BAD_OF_KIND and
     IGNORED_OF_KIND.
 
-    What is a mean over the steps that had it, losses and their weights, has their number beside it: `<name>_steps`.
+    Losses and their weights are means over the steps that had them; `<name>_steps` is the number of these steps.
     """
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -121,7 +121,7 @@ class Window:
     def add(
         self, result: StepResult, joined: dict[str, float], modality: Modality, weights: Mapping[str, float]
     ) -> None:
-        """Takes a step in. `weights`: of the losses, by the names of the stage's schedules."""
+        """Adds a step. `weights`: of the losses, by the names of the stage's schedules."""
         means = {"loss": result.loss, f"loss_{modality}": result.loss}
         for part, value in result.losses.items():
             means |= {f"loss_{part}": value, f"loss_{part}_{modality}": value}
@@ -133,7 +133,7 @@ class Window:
             if name in SQUARES.values():
                 continue  # of the line's last step only, see `part_norms`
             if name in BAD_OF_KIND or name in IGNORED_OF_KIND:
-                if value:  # a kind that was never met takes no room in lines and checkpoints
+                if value:  # kinds that did not occur are left out of lines and checkpoints
                     self.bad[name] = self.bad.get(name, 0) + value
             elif name == "memory_gb":
                 self.sums[name] = max(self.sums.get(name, 0.0), value)
@@ -142,7 +142,7 @@ class Window:
         self.modality = modality if self.modality in (None, modality) else "mixed"
 
     def next(self) -> Window:
-        """An empty window for the steps after a line; the counts of the run go on."""
+        """An empty window for the steps after a line; the counts of the run are kept."""
         return Window(bad=self.bad)
 
     def line(
@@ -159,7 +159,7 @@ class Window:
     ) -> dict[str, Any]:
         """One line of metrics, names with units.
 
-        Args: `stage` (index, name), `result`, `lr`, `norms` (of parts, where they were read): of the last step;
+        Args: `stage` (index, name), `result`, `lr`, `norms` (of parts, if they were read): of the last step;
         `peak`: of all ranks; `rollbacks`: in the run so far.
         """
         sums = self.sums

@@ -1,4 +1,4 @@
-"""What a rank writes while a run trains, beside the checkpoints: metrics, events, keys of samples, images of packs."""
+"""The logs of a rank during training: metrics, events, keys of samples, images of packs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageSchedule:
-    """When to draw: whenever another `every` steps are full, at the next step of each modality. 0: never."""
+    """When to draw: at the first step of each modality after every `every` steps. 0: never."""
 
     every: int
     start: int
@@ -40,8 +40,8 @@ class ImageSchedule:
 class RunLogs:
     """The logs of one rank: all of them on the first rank, on the others only those of samples. Closed until `open`.
 
-    A log that cannot be written raises nothing at that place, where the other ranks would wait for this one: the error
-    is kept until all ranks call `raise_unwritten` in an exchange.
+    An error while writing a log is not raised immediately, since the other ranks would wait for this one. It is kept
+    until all ranks call `raise_unwritten` in an exchange.
     """
 
     def __init__(self, cfg: RunConfig, run: Path, world: World) -> None:
@@ -52,10 +52,10 @@ class RunLogs:
         self._schedule: ImageSchedule | None = None
 
     def open(self, progress: Progress, events: Sequence[dict[str, Any]], keep_as: str | None = None) -> None:
-        """Continue at the step of `progress`. What the files hold beyond it is dropped; of samples it is kept apart
-        under the name `keep_as`, where that is given. All ranks call it.
+        """Continue at the step of `progress`. Later lines of the files are dropped; those of samples are moved to files
+        of the name `keep_as`, if that is given. All ranks call it.
 
-        Raises: StorageError or LockLost, also for what was not written before.
+        Raises: StorageError or LockLost, also for an earlier error while writing.
         """
         cfg = self._cfg
         with all_ranks_or_none(self._world), writing(self._run):
@@ -74,7 +74,7 @@ class RunLogs:
                 self._samples = SampleLog(self._run, self._world.rank)
 
     def close(self) -> None:
-        """Safe to call again. What the logs cannot write any more ends the run at the next exchange."""
+        """Safe to call again. An error while closing ends the run at the next exchange."""
         logs = (self._metrics, self._samples)
         self._metrics = self._samples = self._schedule = None
         with ExitStack() as closing:
@@ -83,12 +83,12 @@ class RunLogs:
                     closing.callback(self._attempt, log.close)
 
     def raise_unwritten(self) -> None:
-        """Within `all_ranks_or_none`. Raises: what kept a log from being written."""
+        """Call it within `all_ranks_or_none`. Raises: the first error while writing a log."""
         if self.unwritten is not None:
             raise self.unwritten
 
     def write_event(self, events: Sequence[dict[str, Any]]) -> None:
-        """The last of all `events` of the run is new."""
+        """Writes the last of `events`, which are all of the run."""
         if self._metrics is not None:
             self._write(lambda: write_events(self._run, events))
             self._write(lambda: self._metrics.mark(events[-1]))
@@ -99,7 +99,7 @@ class RunLogs:
             self._write(lambda: self._samples.write(step, batches))
 
     def advance(self, items: int) -> None:
-        """Move the progress line on by so many items of all ranks."""
+        """Advance the progress line by this number of items of all ranks."""
         if self._metrics is not None:
             self._metrics.advance(items)
 
@@ -112,11 +112,11 @@ class RunLogs:
         return self._schedule is not None and self._schedule.due(step, modality)
 
     def draw(self, step: int, batch: PackedBatch, snapshot: FeatureSnapshot, merge: int) -> None:
-        """The pack of a step that `draws`, into TensorBoard."""
+        """Draws the pack of a step for which `draws` is true into TensorBoard."""
         try:
             sheet = draw_pack(batch, snapshot.items, snapshot.tokens, snapshot.kept, merge)
             self._write(lambda: self._metrics.image(f"pack_{batch.modality}", sheet, step))
-        except Exception as error:  # only the first rank draws, and it is not worth the run
+        except Exception as error:  # only the first rank draws, and an image must not end the run
             logger.warning("no images of packs from here on: step %d: %s: %s", step, type(error).__name__, error)
             self._schedule = None
             return

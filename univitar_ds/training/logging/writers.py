@@ -1,4 +1,4 @@
-"""The files and the line on the screen that a run leaves while it trains."""
+"""The log files and the progress line of a run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from univitar_ds.errors import writing
 logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 16
-"""Bytes that are read at a time where a file is read from its end."""
+"""Bytes that are read at a time when a file is read from its end."""
 SKIPPED = "skipped"
-"""What the logs of samples begin with that hold the steps which a rollback undid."""
+"""Prefix of the sample logs that hold the steps which a rollback undid."""
 
 
 class MetricLog:
     """metrics.jsonl, TensorBoard and the progress line, all with the same names. Of rank 0 only."""
 
     def __init__(self, run: Path, cfg: LoggingConfig, *, step: int, samples: int, total_samples: int) -> None:
-        """Goes on after `step` of an earlier start, if there was one: what is beyond it in the files is dropped."""
+        """Continues after `step` of an earlier start, if there was one; later lines of the files are dropped."""
         self._file = _open_after(run / METRICS, step)
         self._board = None
         if cfg.tensorboard:
@@ -54,7 +54,7 @@ class MetricLog:
 
     @contextmanager
     def _terminal(self) -> Iterator[None]:
-        """A terminal that is gone ends the progress line, not the run."""
+        """If the terminal is gone, only the progress line ends."""
         try:
             yield
         except OSError:
@@ -62,7 +62,7 @@ class MetricLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes the line everywhere; floats keep all their digits in metrics.jsonl."""
-        _append(self._file, line)
+        append_line(self._file, line)
         if self._board is not None:
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
@@ -71,20 +71,20 @@ class MetricLog:
         if self._bar is not None:
             with self._terminal():
                 self._bar.set_description(f"{line['stage']} step {line['step']}")
-                self._bar.set_postfix_str(f"{shown}, {told_mfu(line)}")
+                self._bar.set_postfix_str(f"{shown}, {mfu_text(line)}")
         else:
             logger.info(
                 "step %d, %s %s, %s, %.1f samples/s, %s, fill %.0f %%, data wait %.0f %%",
                 *(line[name] for name in ("step", "stage", "modality")),
                 shown,
                 line["samples_per_s"],
-                told_mfu(line),
+                mfu_text(line),
                 *(line[name] for name in ("fill_pct", "data_wait_pct")),
             )
 
     def mark(self, event: dict[str, Any]) -> None:
         """Shows an event on the screen and, as a text, in TensorBoard."""
-        detail = told_event(event)
+        detail = event_text(event)
         if self._board is not None:
             self._board.add_text("events", detail, event["step"])
         if self._bar is not None:
@@ -98,7 +98,7 @@ class MetricLog:
         self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        """All of them, also where closing one fails, as it does on a full disk. Safe to call again."""
+        """Closes all of them even if closing one fails, as on a full disk. Safe to call again."""
         with ExitStack() as closing:
             closing.callback(self._close_bar)
             if self._board is not None:
@@ -119,16 +119,16 @@ class SampleLog:
 
     def write(self, step: int, batches: Sequence[PackedBatch]) -> None:
         for batch in batches:
-            _append(self._file, {"step": step, "lane": batch.lane, "modality": batch.modality, "keys": batch.keys})
+            append_line(self._file, {"step": step, "lane": batch.lane, "modality": batch.modality, "keys": batch.keys})
 
     def close(self) -> None:
         self._file.close()
 
 
 def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None:
-    """DropPlan what the logs of all ranks, however many there were, have beyond `step`.
+    """Drops the lines after `step` from the sample logs of all ranks of earlier starts.
 
-    With `keep_as` it goes to the end of files of that name instead: `samples-rank0.jsonl` to `<keep_as>-rank0.jsonl`.
+    With `keep_as` they are appended to files of that name: `samples-rank0.jsonl` to `<keep_as>-rank0.jsonl`.
     """
     for path in run.glob("samples-rank*.jsonl"):
         if keep_as is not None:
@@ -138,13 +138,13 @@ def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None
         _open_after(path, step).close()
 
 
-def told_mfu(line: dict[str, Any]) -> str:
-    """The MFU of a line, with what speaks against it."""
+def mfu_text(line: dict[str, Any]) -> str:
+    """The MFU of a line, with a note if it is not reliable."""
     note = f" ({line['mfu_note']})" if "mfu_note" in line else ""
     return f"mfu {line['mfu_pct']:.0f} %{note}"
 
 
-def told_event(event: dict[str, Any]) -> str:
+def event_text(event: dict[str, Any]) -> str:
     """An entry of events.jsonl as a sentence."""
     if event["event"] == "rollback":
         return (
@@ -154,7 +154,7 @@ def told_event(event: dict[str, Any]) -> str:
 
 
 def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:
-    """events.jsonl, whole: stages that began and rollbacks, a line each."""
+    """Writes events.jsonl: stages that began and rollbacks, one per line."""
     replace_text(run / EVENTS, "".join(json.dumps(event) + "\n" for event in events))
 
 
@@ -168,10 +168,10 @@ def _open_after(path: Path, step: int) -> TextIO:
 def _end_of(path: Path, step: int) -> int:
     """Bytes of a file up to the end of its last line of a step up to `step`.
 
-    Steps rise along a file, so it is looked for from the end: a long run's logs hold gigabytes, and all ranks wait.
+    Steps increase along a file, so it is read from the end: a long run's logs hold gigabytes, and all ranks wait.
     """
     with path.open("rb") as file:
-        start, text = file.seek(0, os.SEEK_END), b""  # `text` lies in the file from `start` on
+        start, text = file.seek(0, os.SEEK_END), b""  # `text` begins at `start` in the file
         while start or text:
             last = text.rfind(b"\n", 0, -1) + 1  # where the last line begins
             if start and not last:
@@ -186,21 +186,21 @@ def _end_of(path: Path, step: int) -> int:
 
 
 def _step_of(line: bytes) -> float:
-    """Of a whole line; infinite for one that a crash has cut."""
+    """The step of a whole line; infinite for a line that a crash has truncated."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
 
-def _append(file: TextIO, line: dict[str, Any]) -> None:
+def append_line(file: TextIO, line: dict[str, Any]) -> None:
     with writing(file.name):
         file.write(json.dumps(line) + "\n")
         file.flush()
 
 
 def _quiet_board() -> None:
-    """What TensorBoard's thread cannot write it raises again at the next call; its own traceback says no more."""
+    """TensorBoard raises an error of its thread again at the next call, so the thread's traceback is not printed."""
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:

@@ -1,3 +1,3 @@
-"""One optimizer update, and the pure functions that say what it is made of and whether it went wrong."""
+"""One optimizer update, and the pure functions for its settings and for the detection of bad steps."""
 
 __all__ = ["curriculum", "feature_snapshot", "guard", "peak_flops", "train_step"]

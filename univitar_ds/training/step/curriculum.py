@@ -1,4 +1,4 @@
-"""Where a run stands and what follows from it: pure functions of progress, no state, no clocks."""
+"""The schedules of a run: pure functions of its progress, without state or clocks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def advance(
 ) -> Progress:
     """Progress after one more step of `samples` items and `tokens` tokens over all ranks.
 
-    A stage ends with the step that reaches its `samples`; what that step has beyond them is not carried over.
+    A stage ends with the step that reaches its `samples`; surplus items of that step are not carried over.
     """
     after = replace(
         progress,
@@ -77,12 +77,13 @@ def weight_at(schedule: Schedule, samples_done: int, samples: int) -> float:
 
 
 def distills_later(stages: Sequence[StageConfig], progress: Progress) -> bool:
-    """Whether any step from here on may weigh the distillation above 0: whether the teacher is still needed."""
+    """Whether any later step may have a distillation weight above 0, so that the teacher is still needed."""
     return any(stage.distill.ever for stage in stages[progress.stage :])
 
 
 def modality_at(video_ratio: float, step_in_stage: int) -> Modality:
-    """Modality of a step: error diffusion, so any n steps in a row have n * video_ratio videos steps, give or take one.
+    """Modality of a step: error diffusion, so any n consecutive steps have n * video_ratio video steps, plus or minus
+    one.
 
     A pure function of the stage and the step: all ranks run the same modules in the same order.
     """

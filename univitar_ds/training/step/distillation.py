@@ -20,7 +20,7 @@ from univitar_ds.training.distributed.process_group import World, gather_numbers
 
 
 class Images(Protocol):
-    """What a teacher sees of a pack."""
+    """The input of a teacher."""
 
     pixels: Tensor
     frames: Tensor
@@ -29,8 +29,8 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class DistillResult:
-    """The same on every rank: what was added to the loss, its parts as means before their weights, and the mean cosine
-    similarity of the patch features (None: no teacher)."""
+    """The same on every rank: the term that was added to the loss, its parts as means before their weights, and the
+    mean cosine similarity of the patch features (None: no teacher)."""
 
     loss: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
@@ -41,9 +41,9 @@ NO_DISTILLATION = DistillResult()
 
 
 class Distillation:
-    """Counts first, for each pack's sum is divided by the tokens and items of all; then pack by pack; then the result.
+    """First counts over all packs, since the sum of each pack is divided by them; then each pack; then the result.
 
-    Every rank makes it, and calls the same methods in the same order.
+    Every rank creates it, and calls the same methods in the same order.
     """
 
     def __init__(
@@ -59,25 +59,25 @@ class Distillation:
         taken = [
             length
             for pack, dropped in zip(packs, drops, strict=True)
-            for length, good in zip(_lengths(pack, dropped), teacher.takes(pack.grid_thw), strict=True)
+            for length, good in zip(_lengths(pack, dropped), teacher.supports(pack.grid_thw), strict=True)
             if good
         ]
-        calls = [teacher.calls(pack.grid_thw) for pack in packs]
-        table = gather_numbers([sum(taken), len(taken), *calls], world)
+        forwards = [teacher.num_forwards(pack.grid_thw) for pack in packs]
+        table = gather_numbers([sum(taken), len(taken), *forwards], world)
         self.tokens, self.items = (max(int(n), 1) for n in table[:, :2].sum(0))
-        self.calls = [int(n) for n in table[:, 2:].amax(0)]
+        self.num_forwards = [int(n) for n in table[:, 2:].amax(0)]
         self.patch_weight, self.pooled_weight = weight * config.patch_weight, weight * config.pooled_weight
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # of patches, of pooled, of agreement
 
-    def look(self, index: int, device_pixels: Tensor | None = None) -> TeacherFeatures:
+    def features(self, index: int, device_pixels: Tensor | None = None) -> TeacherFeatures:
         """Runs the teacher over a whole pack; features of the tokens that the student sees, and of all items.
 
-        Before the student runs: what the teacher needed is free again by then.
-        Args: device_pixels: the pack's pixels on the device, where they lie there already.
+        Call it before the student runs, so that the teacher's memory is free again by then.
+        Args: device_pixels: the pack's pixels on the device, if they are there already.
         """
         pack, dropped = self.packs[index], self.drops[index]
         seen = self.teacher(
-            pack.pixels, pack.frames, pack.grid_thw, calls=self.calls[index], device_pixels=device_pixels
+            pack.pixels, pack.frames, pack.grid_thw, min_forwards=self.num_forwards[index], device_pixels=device_pixels
         )
         if dropped is None or dropped.kept is None:
             return seen
@@ -85,9 +85,9 @@ class Distillation:
         return seen._replace(patches=seen.patches[kept], valid=seen.valid[kept])
 
     def loss(self, student: Distilled, teacher: TeacherFeatures) -> Tensor:
-        """What a pack adds to the loss of the step, ()."""
+        """The term of a pack in the loss of the step, ()."""
         patch, agreement = distill(student.patches, teacher.patches, teacher.valid, self.config.patch_loss)
-        pooled, _ = distill(student.pooled, teacher.pooled, teacher.taken, self.config.pooled_loss)
+        pooled, _ = distill(student.pooled, teacher.pooled, teacher.supported, self.config.pooled_loss)
         self.sums += torch.stack((patch.detach(), pooled.detach(), agreement)).double()
         return self.patch_weight / self.tokens * patch + self.pooled_weight / self.items * pooled
 

@@ -1,7 +1,7 @@
-"""Some of the encoder's tokens of a training step, for the images that a run writes while it trains.
+"""Some of the encoder's tokens of a training step, for the images in the logs.
 
-The tokens are those of the step itself. A hook on the encoder of rank 0 copies some that pass by: no forward pass is
-added, no rank does anything that the others do not, and no number of the training changes.
+The tokens are those of the step itself. A hook on the encoder of rank 0 copies some of them: there is no additional
+forward pass or communication, and the results of the training do not change.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class FeatureSnapshot:
     items: int
     tokens: Tensor
     kept: Tensor
-    """(Tk,) int64: the places of these tokens among all of the items; some are missing where patches are dropped."""
+    """(Tk,) int64: the indices of these tokens among all tokens of the items; dropped ones are missing."""
 
 
 @contextmanager
 def capture_features(vision: nn.Module, batch: PackedBatch | None) -> Iterator[list[FeatureSnapshot]]:
-    """Within it, the first pack that goes through `vision`, which must be `batch`, adds a `FeatureSnapshot`.
+    """Inside, the first pack that `vision` encodes, which must be `batch`, adds a `FeatureSnapshot` to the list.
 
     For None, or a pack without items, the list stays empty.
     """
@@ -59,7 +59,7 @@ def capture_features(vision: nn.Module, batch: PackedBatch | None) -> Iterator[l
 
 
 def _fitting_items(lengths: Sequence[int]) -> int:
-    """How many of the first items to show: few, and of so many tokens that looking at them costs little."""
+    """The number of first items to show: few, with so few tokens that copying them is cheap."""
     items = min(len(lengths), MOST_ITEMS)
     while items > 1 and sum(lengths[:items]) > MOST_TOKENS:
         items -= 1

@@ -1,8 +1,8 @@
-"""Whether a step went wrong: a pure rule on the numbers of the steps before it.
+"""Detection of bad steps: a pure rule on the numbers of the preceding steps.
 
 A spike is a value far above the median of the last steps of the same kind, in robust deviations (1.4826 times the
-median absolute deviation, the standard deviation of a normal distribution). Losses are compared as they are, gradient
-norms by their logarithm: they are skewed, and healthy ones differ by factors.
+median absolute deviation, the standard deviation of a normal distribution). Losses are compared directly, gradient
+norms by their logarithm, since their distribution is skewed and normal values differ by factors.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from univitar_ds.config.schema import GuardConfig
 NORMAL = 1.4826
 """Standard deviations in a median absolute deviation."""
 LEAST_LOSS_DEVIATION = 0.02
-"""Of the median: below it, a loss that hardly moves would make a spike of everything."""
+"""Least deviation as a share of the median: otherwise any change of a nearly constant loss would be a spike."""
 LEAST_NORM_DEVIATION = 0.1
-"""In natural logarithms, for the same reason."""
+"""Least deviation of natural logarithms, for the same reason."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class History:
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> History:
-        """From JSON, which knows no tuples."""
+        """Reads JSON, which has no tuples."""
         values = {modality: [(loss, norm) for loss, norm in rows] for modality, rows in content["values"].items()}
         return cls(content["stage"], values)
 
@@ -39,7 +39,7 @@ class History:
         return {"stage": self.stage, "values": self.values}
 
     def add(self, stage: int, modality: str, loss: float, norm: float, window: int) -> None:
-        """Notes a good step; another stage begins anew."""
+        """Adds a good step; another stage starts with an empty history."""
         if stage != self.stage:
             self.stage, self.values = stage, {}
         rows = self.values.setdefault(modality, [])
@@ -48,7 +48,7 @@ class History:
 
 
 def spike(history: History, stage: int, modality: str, loss: float, norm: float, cfg: GuardConfig) -> str | None:
-    """What is wrong with a step of finite `loss` and gradient `norm`, in words; None if nothing is."""
+    """The reason why a step of finite `loss` and gradient `norm` is a spike; None if it is not."""
     rows = history.values.get(modality, []) if history.stage == stage else []
     if cfg.spike_deviations is None or len(rows) < cfg.min_steps:
         return None

@@ -1,4 +1,4 @@
-"""What MFU is a share of: the FLOP/s that a rank can reach, given in the run file or measured at the start."""
+"""The peak for MFU: the FLOP/s that a rank can reach, given in the run file or measured at the start."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from univitar_ds.training.distributed.process_group import World, gather_numbers
 
 MEASUREMENTS, SECONDS = 5, 2.0
-"""The peak is the best of so many measurements, which take so long together: another program's load comes and goes."""
+"""The number of measurements and their total time. The peak is the best of them, since the load of other programs
+varies."""
 STEADY = 0.10
 """Measurements that differ by more than this share of the best were made under load."""
 PLAUSIBLE_PCT = 90.0
-"""No training reaches more of the speed of a large matrix product."""
+"""Most MFU that is plausible, as a share of the speed of a large matrix product."""
 UNDER_LOAD = "peak measured under load"
 TOO_LOW = "logging.peak_tflops may be too low"
 
@@ -28,7 +29,7 @@ class Peak:
     steady: bool | None = None
 
     def note(self, mfu_pct: float) -> str | None:
-        """Why an MFU cannot be relied on; None if nothing speaks against it."""
+        """The reason why an MFU is not reliable; None if it is."""
         if self.steady is None:
             return TOO_LOW if mfu_pct > PLAUSIBLE_PCT else None
         return None if self.steady and mfu_pct <= PLAUSIBLE_PCT else UNDER_LOAD
@@ -50,7 +51,7 @@ def best(rates: Sequence[float]) -> tuple[float, bool]:
 def matrix_products(
     device: torch.device, dtype: torch.dtype, *, measurements: int = MEASUREMENTS, seconds: float = SECONDS
 ) -> list[float]:
-    """TFLOP/s of large matrix products in this process as it is: its threads, what other ranks use meanwhile."""
+    """TFLOP/s of large matrix products in this process with its threads, while other ranks measure too."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 
@@ -66,7 +67,7 @@ def matrix_products(
 def repeats_per_s(
     work: Callable[[], None], measurements: int, seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> list[float]:
-    """How often a second `work` runs: that many measurements, each over its share of `seconds` and one run at least."""
+    """Runs of `work` per second in each of the measurements, each over its share of `seconds` and at least one run."""
     rates = []
     for _ in range(measurements):
         done, start = 0, clock()

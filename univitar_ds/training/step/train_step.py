@@ -1,11 +1,11 @@
-"""One optimizer update over one pack from every lane, whatever the number of ranks (GradCache, arXiv:2101.06983).
+"""One optimizer update over one pack from every lane, for any number of ranks (GradCache, arXiv:2101.06983).
 
 The loss compares all items of the step, but a rank has memory for the activations of one pack. So the
 packs are embedded without gradient, the loss gives the gradient of every embedding, and then each pack
-runs again, with gradient, and is fed what the loss wants of its embeddings. A rank with a single pack
-runs it once. The two ways are the same numbers because the model draws no random numbers: what a step
-leaves out of a pack is drawn before (`model.dropping`).
-A teacher's part is a sum over tokens and items: it rides on the passes with gradient, a pack at a time.
+runs again with gradient and is backpropagated with the gradient of its embeddings. A rank with a single pack
+runs it once. Both ways give the same numbers because the model draws no random numbers: dropped tokens and
+branches are drawn before (`model.dropping`).
+The distillation loss is a sum over tokens and items: it is computed in the passes with gradient, pack by pack.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
 LOSSES = {"sigmoid": ring_sigmoid, "softmax": ring_softmax}
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-"""The first of the model's outputs: `model.contrastive.Embedded` without what a teacher is shown."""
+"""The first of the model's outputs: `model.contrastive.Embedded` without the features for a teacher."""
 
 
 class Batch(Protocol):
-    """What a step reads of a pack; `data.batch.PackedBatch` has it."""
+    """The fields of a pack that a step reads; `data.batch.PackedBatch` has them."""
 
     pixels: Tensor
     frames: Tensor
@@ -55,8 +55,8 @@ class DivergedError(UserError):
 class StepResult:
     """What a step reports, the same numbers on every rank.
 
-    `loss` is what the step lowered. `losses` are its parts: contrastive, and where a teacher took part distill_patch
-    and distill_pooled, means before their weights; then `agreement` is the mean cosine similarity of the teacher's
+    `loss` is the training loss. `losses` are its parts: contrastive and, with a teacher, distill_patch and
+    distill_pooled, means before their weights; then `agreement` is the mean cosine similarity of the teacher's
     patch features and the student's.
     """
 
@@ -71,8 +71,8 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What decides a step beside its packs: learning rate, weights of the losses, what the encoder drops (by lane,
-    whichever rank has the lane), and whether the gradient's parts are read (`Engine.zero_grad`).
+    """Settings of a step: learning rate, weights of the losses, what the encoder drops (by lane, on any rank), and
+    whether the gradient's parts are read (`Engine.zero_grad`).
 
     With `single_pass` a rank that has one pack runs it once.
     """
@@ -94,7 +94,7 @@ def train_step(
 ) -> StepResult:
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
-    Args: teacher: of `objective.teacher`; neither it nor the heads that face it run at a `distill_weight` of 0.
+    Args: teacher: of `objective.teacher`; neither it nor its heads run at a `distill_weight` of 0.
     Raises: DivergedError, on all ranks, if the loss or the gradient is not finite; the parameters keep
     their last finite values.
     """
@@ -110,7 +110,7 @@ def train_step(
     caption_ids = to_device(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
     ring = Ring(len(caption_ids), engine.world.device)  # ranks exchange their numbers of items while they embed
     once = settings.single_pass and len(batches) == 1
-    with torch.set_grad_enabled(once):  # what a teacher is shown is large: kept of a single pack only
+    with torch.set_grad_enabled(once):  # features for a teacher are large: kept only for a single pack
         outputs = [output if once else output[:4] for output in (engine(*pack) for pack in inputs)]
     result = _contrastive(outputs, caption_ids, ring, objective)
     if not math.isfinite(result.loss):
@@ -118,7 +118,7 @@ def train_step(
     counts = [len(batch.caption_ids) for batch in batches]
     gradients = zip(result.vision_grad.split(counts), result.text_grad.split(counts), strict=True)
     for index, (pack, wanted) in enumerate(zip(inputs, gradients, strict=True)):
-        seen = distillation.look(index, pack[0]) if distillation else None
+        seen = distillation.features(index, pack[0]) if distillation else None
         output = outputs[0] if once else engine(*pack)
         loss = settings.contrastive_weight * _surrogate(output[:4], *wanted, result, len(batches))
         engine.backward(loss + distillation.loss(output[4], seen) if distillation else loss)
@@ -169,9 +169,9 @@ def _inputs(batch: Batch, device: torch.device, distill: bool, drops: DropPlan |
 def _surrogate(
     output: Outputs, vision_grad: Tensor, text_grad: Tensor, result: ContrastiveResult, packs: int
 ) -> Tensor:
-    """A scalar whose gradient is the loss's: each output times what the loss wants of it.
+    """A scalar with the gradient of the loss: the sum of each output times its gradient.
 
-    Scale and bias come out of every pack, each passes on its share of the rank's gradient.
+    Scale and bias are outputs of every pack, each of which gets its share of the rank's gradient.
     """
     vision, text, scale, bias = output
     shared = (scale * result.scale_grad).sum() + (bias * result.bias_grad).sum()

@@ -12,8 +12,7 @@ from univitar_ds.data.decoding.forkserver import ForkServer
 from univitar_ds.data.decoding.probe_job import ProbeItem, ProbeJob
 from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.decoding.supervisor import RestartBudget, WorkerSupervisor
-from univitar_ds.data.media.probe import probe_each
-from univitar_ds.data.media.types import MediaAddress
+from univitar_ds.data.media.prober import MediaAddress, probe_each
 from univitar_ds.data.storage.base import LOCAL
 from univitar_ds.data.storage.local import LocalStorage
 from univitar_ds.errors import DataError, SampleError

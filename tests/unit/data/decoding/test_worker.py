@@ -6,13 +6,13 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.support import media
+from tests.support.decoding import decoders, servers
 from tests.support.progress import WHOLE_S, run_watched, runs, wait_until
 from univitar_ds.data.decoding import forkserver
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits
@@ -77,7 +77,7 @@ def test_a_supervisor_decodes_into_its_slot_also_after_its_process_was_killed(se
     assert supervisor.decode_pack(1, job) == []
     assert (drawn(slots)[0] == expected).all()
     slots.view(1)[:] = 0
-    os.kill(supervisor._pid, signal.SIGKILL)
+    os.kill(*decoders(), signal.SIGKILL)
     assert supervisor.decode_pack(1, job) == []
     assert (drawn(slots)[0] == expected).all()
     assert not drawn(slots)[1:].any()
@@ -85,41 +85,47 @@ def test_a_supervisor_decodes_into_its_slot_also_after_its_process_was_killed(se
     assert not slots.view(0).any()
 
 
-class Dying:
-    """A server whose first `deaths` processes die when they get their first job."""
+class FragileServer:
+    """A server whose first `dying` processes die when they get their first job."""
 
-    def __init__(self, server, deaths):
-        self.server, self.left = server, deaths
+    def __init__(self, server, dying):
+        self.server, self.dying = server, dying
 
     def fork(self):
         pid, channel = self.server.fork()
-        if self.left:
-            self.left -= 1
-            send, sent = channel.send_bytes, []
-
-            def killed_at_the_second(message):
-                sent.append(message)
-                if len(sent) == 2:
-                    os.kill(pid, signal.SIGKILL)
-                send(message)
-
-            return pid, SimpleNamespace(
-                send_bytes=killed_at_the_second, poll=channel.poll, recv_bytes=channel.recv_bytes, close=channel.close
-            )
-        return pid, channel
+        self.dying -= 1
+        return pid, FragileChannel(pid, channel) if self.dying >= 0 else channel
 
     def end(self, pid, *, hangs):
         return self.server.end(pid, hangs=hangs)
 
 
-def test_items_decoded_one_by_one_have_the_same_offsets_as_in_a_whole_pack(server, slots, job):
+class FragileChannel:
+    def __init__(self, pid, channel):
+        self.pid, self.channel, self.ready = pid, channel, False
+
+    def send_bytes(self, message):
+        if self.ready:
+            os.kill(self.pid, signal.SIGKILL)
+            gone(self.pid)
+        self.channel.send_bytes(message)
+
+    def recv_bytes(self):
+        answer = self.channel.recv_bytes()
+        self.ready = True
+        return answer
+
+    def __getattr__(self, name):
+        return getattr(self.channel, name)
+
+
+def test_items_decoded_one_by_one_have_the_same_offsets_as_in_a_whole_pack(server, slots, job, caplog):
     good = job.items[0]
     items = [good, replace(good, length=20), replace(good, grid=(1, 1, 1)), good]
-    supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
-    whole = supervisor.decode_pack(0, replace(job, items=items))
-    dying = Dying(server, 2)
-    alone = WorkerSupervisor(1, dying, slots, LOCAL, RestartBudget(2)).decode_pack(1, replace(job, items=items))
-    assert dying.left == 0
+    whole = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0)).decode_pack(0, replace(job, items=items))
+    after_crashes = WorkerSupervisor(1, FragileServer(server, 2), slots, LOCAL, RestartBudget(2))
+    alone = after_crashes.decode_pack(1, replace(job, items=items))
+    assert "one by one" in caplog.text
     assert [(index, kind) for index, kind, _ in whole] == [(1, "unreadable")]
     assert alone == whole
     assert (slots.view(0) == slots.view(1)).all()
@@ -142,8 +148,9 @@ def test_a_process_for_images_does_not_preload_the_video_library_but_can_decode_
     supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
     try:
         assert supervisor.decode_pack(0, job) == []
-        assert "simplejpeg" in mapped(supervisor._pid)
-        assert "libavcodec" not in mapped(supervisor._pid)
+        (pid,) = decoders()
+        assert "simplejpeg" in mapped(pid)
+        assert "libavcodec" not in mapped(pid)
         video = tmp_path / "clip"
         video.write_bytes(media.video(media.moving_frames(3)))
         item = DecodeItem(str(video), 0, video.stat().st_size, GRID, 2)
@@ -160,7 +167,7 @@ def test_the_s3_storage_is_preloaded_only_for_shards_on_s3(monkeypatch, capfd, s
     try:
         server.fork()
         imported = capfd.readouterr().err
-        assert "univitar_ds.data.media.image_decode\n" in imported
+        assert "univitar_ds.data.media.jpeg_header\n" in imported
         assert ("univitar_ds.data.storage.s3_client\n" in imported) == found
         assert "boto" not in imported  # a decoder makes requests only for shards without a local copy
     finally:
@@ -177,7 +184,8 @@ def test_the_video_library_is_loaded_before_forking(server, slots, job):
 def test_the_memory_of_large_images_is_returned_to_the_system(server, slots, job, tmp_path):
     supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
     supervisor.decode_pack(0, job)
-    before = private_mb(supervisor._pid)
+    (pid,) = decoders()
+    before = private_mb(pid)
     items = []
     for side in (
         1500,
@@ -194,20 +202,21 @@ def test_the_memory_of_large_images_is_returned_to_the_system(server, slots, job
     limits = replace(job.limits, max_image_px=10**7)
     for item in items:
         assert supervisor.decode_pack(0, replace(job, limits=limits, items=[item])) == []
-    assert (left := private_mb(supervisor._pid) - before) < 8, left
+    assert (left := private_mb(pid) - before) < 8, left
 
 
 def test_the_memory_of_a_decoding_process_is_limited(server, slots, job):
     supervisor = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0))
     supervisor.start()
     assert supervisor.decode_pack(0, job) == []
-    (line,) = [text for text in Path(f"/proc/{supervisor._pid}/limits").read_text().splitlines() if "data size" in text]
+    (pid,) = decoders()
+    (line,) = [text for text in Path(f"/proc/{pid}/limits").read_text().splitlines() if "data size" in text]
     soft = int(line.split()[3])
     supervisor.stop()
     assert 1 << 30 < soft < 3 << 29
 
 
-def test_processes_end_with_their_channel_and_their_exit_code_is_returned(server):
+def test_processes_end_with_their_channel_and_their_exit_code_is_known(server):
     pid, channel = server.fork()
     greeted(channel)
     channel.close()
@@ -231,7 +240,7 @@ def test_processes_end_with_a_killed_server_and_the_next_call_starts_another(ser
     pid, channel = server.fork()
     greeted(channel)
     channel.send_bytes(json.dumps({"slot": 1, "start": 0, "decode": stuck.to_json()}).encode())
-    server._process.kill()
+    os.kill(*servers(), signal.SIGKILL)
     assert gone(pid)
     assert supervisor.decode_pack(0, job) == []
     assert server.end(pid, hangs=True) is None
@@ -239,15 +248,14 @@ def test_processes_end_with_a_killed_server_and_the_next_call_starts_another(ser
     assert server.end(os.getpid(), hangs=True) is None
 
 
-def test_close_ends_a_process_in_the_middle_of_its_job_and_may_be_repeated(server, stuck, monkeypatch):
-    monkeypatch.setattr(forkserver, "_CLOSE_S", WHOLE_S)  # on a busy machine the server may need longer than 10 s
+def test_close_ends_a_process_in_the_middle_of_its_job_and_may_be_repeated(started, server, stuck, monkeypatch):
+    monkeypatch.setattr(forkserver, "CLOSE_S", WHOLE_S)  # on a busy machine the server may need longer than 10 s
     pid, channel = server.fork()
     greeted(channel)
     channel.send_bytes(json.dumps({"slot": 0, "start": 0, "decode": stuck.to_json()}).encode())
-    main = server._process
     server.close()
     server.close()
-    assert main.returncode == 0
+    assert [process.returncode for process in started] == [0]
     assert not Path(f"/proc/{pid}").exists()
     with pytest.raises((EOFError, OSError)):
         server.fork()
@@ -260,12 +268,13 @@ import json, os, signal, sys
 from univitar_ds.data.decoding.forkserver import ForkServer
 from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.storage.base import LOCAL
+from univitar_ds.processes import children
 server = ForkServer(SharedSlots.create(1, 9999))
 pid, channel = server.fork()
 channel.send_bytes(json.dumps(LOCAL.to_json()).encode())
 channel.recv_bytes()
 channel.send_bytes({json.dumps({"slot": 0, "start": 0, "decode": stuck.to_json()}).encode()!r})
-print(pid, server._process.pid, flush=True)
+print(pid, *children(os.getpid()), flush=True)
 {end}
 """
     result = run_watched([sys.executable, "-c", script])

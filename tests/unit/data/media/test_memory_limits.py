@@ -44,12 +44,28 @@ def tiff(*tags: tuple[int, int], body: bytes) -> bytes:
         (media.encoded(Image.merge("RGBA", [GREY] * 4), "AVIF"), 24),
         (media.encoded(GREY.convert("CMYK"), "JPEG"), 12),
         (media.encoded(DEEP, "PPM"), 13.2),
+        (media.encoded(GREY.convert("RGB"), "JPEG2000"), 4 + 3 * 5.2),
+        (media.encoded(GREY.convert("RGB"), "JPEG2000", no_jp2=True, tile_size=(30, 20)), 4 + 3 * 5.2 / 10),
+        (media.encoded(GREY.convert("I;16"), "JPEG2000"), 2 + 6.2),
         (media.encoded(GREY, "TIFF", **LZW), 2),
         (media.encoded(FLOAT, "TIFF", **LZW), 8),
         (media.encoded(GREY.convert("RGBA"), "TIFF", compression="tiff_lzw", tiffinfo={278: 6}), 4.4),
         (media.encoded(GREY.convert("RGB"), "TIFF", compression="tiff_lzw", tiffinfo={278: 60, 274: 6}), 11),
     ],
-    ids=["webp", "avif", "avif alpha", "cmyk", "deep ppm", "tiff", "float tiff", "strips", "turned tiff"],
+    ids=[
+        "webp",
+        "avif",
+        "avif alpha",
+        "cmyk",
+        "deep ppm",
+        "jpeg 2000",
+        "tiled jpeg 2000",
+        "deep jpeg 2000",
+        "tiff",
+        "float tiff",
+        "strips",
+        "turned tiff",
+    ],
 )
 def test_what_a_format_takes_is_held_to_the_limit(data, bytes_a_pixel, monkeypatch):
     with open_image(data) as image:
@@ -118,7 +134,7 @@ print((peak() - before) / (height * width))
         ("PNG", Image.new("I;16", (4000, 2000)), {"compress_level": 1}, 5),
         ("TIFF", Image.new("F", (4000, 2000)), {"compression": "tiff_lzw", "tiffinfo": {278: 2000}}, 8),
         ("WEBP", Image.new("RGB", (4000, 2000)), {"method": 0}, 16.4),
-        ("JPEG2000", Image.new("RGB", (4000, 2000)), {}, 19.3),
+        ("JPEG2000", Image.new("RGB", (4000, 2000)), {}, 19.6),
     ],
     ids=["transparent", "deep", "float", "webp", "jpeg 2000"],
 )

@@ -220,7 +220,7 @@ def test_verify_reports_ignored_content(tmp_path, capsys):
     path = write_tar(tmp_path / "good.tar", [("a", {"png": PNG, "txt": b"a", "json": b'{"label": [1, 2]}'})])
     assert main(["data", "verify", str(path), "--report", str(tmp_path / "verify.json")]) == 0
     out = capsys.readouterr().out
-    assert "used all the same, bad_label: good/a at byte 0: label is '[1, 2]' (list), not text" in out
+    assert "used anyway, bad_label: good/a at byte 0: label is '[1, 2]' (list), not text" in out
     assert "1 samples in 1 shards: sound; texts ignored: 1 bad_label; report in" in out
     assert json.loads((tmp_path / "verify.json").read_text())["shards"][0]["ignored"][0]["kind"] == "bad_label"
 

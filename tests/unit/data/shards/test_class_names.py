@@ -16,12 +16,14 @@ from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Resolution
 
 
-def labelled(folder, labels, names="cat\r\ntabby dog\n", **fields) -> SourceConfig:
+def labelled(folder, labels, names="cat\r\ntabby dog\n", **options) -> SourceConfig:
     """A source whose samples have only a label, with a file of class names next to it."""
     (folder / "classes.txt").write_bytes(names.encode())
     samples = [(f"k{n}", {"png": image(28, 28, form="PNG"), "cls": label.encode()}) for n, label in enumerate(labels)]
     path = write_tar(folder / "a.tar", samples)
-    return SourceConfig(path=str(path), templates=["a {}", "the {}"], class_names=str(folder / "classes.txt"), **fields)
+    return SourceConfig(
+        path=str(path), templates=["a {}", "the {}"], class_names=str(folder / "classes.txt"), **options
+    )
 
 
 def test_a_number_becomes_its_class_name_and_a_name_is_kept():
@@ -29,9 +31,9 @@ def test_a_number_becomes_its_class_name_and_a_name_is_kept():
     assert [named(label, names) for label in ("0", "1", "02", "dog", None)] == ["cat", "dog", "7", "dog", None]
     assert named("12", ()) == "12"
     for label in ("3", "-1", "bird", "1.0", "²", "9" * 5000):
-        with pytest.raises(SampleError, match="is none of the 3 of its source's class_names") as caught:
+        with pytest.raises(SampleError, match="is none of the 3 of its source's class_names") as refused:
             named(label, names)
-        assert caught.value.kind == "bad_label"
+        assert refused.value.kind == "bad_label"
 
 
 @pytest.mark.parametrize(

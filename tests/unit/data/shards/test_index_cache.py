@@ -167,8 +167,8 @@ def test_a_shard_with_fewer_samples_than_in_its_manifest_is_damaged_at_its_end()
     assert list(shard_samples(short, "image", groups[1].end, 2)) == [*groups[2:], damage]
     assert list(shard_samples(replace(shard, samples=5), "image")) == groups
     index_cache = IndexCache()
-    found = [entry for part in range(3) for entry, _ in index_cache.part(short, "image", part, 3) if entry == damage]
-    assert found == [damage]
+    reported = [entry for part in range(3) for entry, _ in index_cache.part(short, "image", part, 3) if entry == damage]
+    assert reported == [damage]
 
 
 def test_damage_at_the_end_of_a_shard_is_reported_once():

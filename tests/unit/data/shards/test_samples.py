@@ -16,7 +16,8 @@ from tests.support.shards import image, video
 from univitar_ds.cli.main import main
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data.media.frame_sampling import Sampling
-from univitar_ds.data.media.probe import probe, probe_each
+from univitar_ds.data.media.probe import probe
+from univitar_ds.data.media.prober import probe_each
 from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.sampler.bad_samples import KINDS
 from univitar_ds.data.shards import captions, tar_index

@@ -41,12 +41,12 @@ def packed(tmp_path_factory):
     return write_demo_shards(tmp_path_factory.mktemp("packed"), images=9, videos=3, shards=2)
 
 
-def source(path, split="train", **fields):
-    return SourceConfig(path=str(path), split=split, **fields)
+def source(path, split="train", **options):
+    return SourceConfig(path=str(path), split=split, **options)
 
 
-def stage(video_ratio=0.0, **fields):
-    return StageConfig(name="s", samples=10, lr=1e-3, video_ratio=video_ratio, **fields)
+def stage(video_ratio=0.0, **options):
+    return StageConfig(name="s", samples=10, lr=1e-3, video_ratio=video_ratio, **options)
 
 
 def bare(folder, n):
@@ -167,7 +167,11 @@ def test_files_that_look_like_shards_but_are_left_out_cause_warnings(tmp_path, c
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("s3://", "names no bucket"), ("s3:///x", "names no bucket"), ("a/*.tar", "cannot be used as a pattern; name")],
+    [
+        ("s3://", "names no bucket"),
+        ("s3:///x", "names no bucket"),
+        ("a/*.tar", "cannot be used as a pattern; name the folder"),
+    ],
 )
 def test_addresses_without_a_bucket_and_wildcards_are_errors(path, message):
     with pytest.raises(DataError, match=message):

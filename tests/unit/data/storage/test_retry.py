@@ -87,7 +87,7 @@ def test_pauses_grow_are_jittered_and_respect_retry_after(monkeypatch):
     assert slept == [7.0]
 
 
-def test_the_rate_of_warnings_is_limited(caplog):
+def test_the_log_warns_of_trouble_but_does_not_fill_with_it(caplog):
     one = retry.RateLimiter()
     for number in range(50):
         one.warn("failure %d", number)

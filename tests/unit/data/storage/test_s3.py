@@ -5,14 +5,15 @@ import logging
 import os
 import pickle
 import random
+import re
 import sys
 import threading
-import time
 from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
 
+from tests.support.fetches import fetches_ended
 from tests.support.progress import run_watched
 from tests.support.s3 import BUCKET, SECRET, faulty, first_of, s3_server, some_of
 from univitar_ds.data.storage import retry, session, shard_cache
@@ -99,7 +100,7 @@ def test_an_object_that_is_replaced_during_a_read_is_an_error(server, tmp_path):
     with faulty(server, replaced) as proxy:
         stream = storage(proxy.url, tmp_path).open(url)
         half = stream.read(len(BLOB) // 2)
-        with pytest.raises(DataError, match=r"b\.tar: the object was replaced during this run; restore"):
+        with pytest.raises(DataError, match=r"b\.tar: .*replaced.*; restore the shard"):
             stream.read()
     assert half == BLOB[: len(BLOB) // 2]
 
@@ -109,63 +110,58 @@ def test_a_run_reads_only_the_version_that_it_listed(server, tmp_path):
     one = storage(server.url, tmp_path)
     one.list("s3://shards/pinned")
     server.put("pinned/c.tar", BLOB[::-1])
-    message = "the object was replaced"
-    with pytest.raises(DataError, match=message):
-        one.open(url).read()
-    with pytest.raises(DataError, match=message):
-        one.read_range(url, 0, 10)
-    with pytest.raises(DataError, match=message):
-        one.list("s3://shards/pinned")
+    for act in (
+        lambda: one.open(url).read(),
+        lambda: one.read_range(url, 0, 10),
+        lambda: one.list("s3://shards/pinned"),
+    ):
+        with pytest.raises(DataError, match=r"c\.tar: .*replaced.*; restore the shard"):
+            act()
     assert storage(server.url, tmp_path / "another").open(url).read() == BLOB[::-1]
 
 
 @pytest.mark.parametrize("differs", ["ETag", "size"])
 def test_another_version_from_a_store_that_ignores_if_match_is_an_error(server, tmp_path, differs):
     url = server.put("ignored.tar", BLOB)
-    one = storage(server.url, tmp_path)
-    etag = one.head(url)["ETag"]
-    assert one.size(url) == len(BLOB)
-    events = one.connection._connected(url).meta.events
-    ignored = []
-    events.register("before-call.s3.GetObject", lambda params, **_: ignored.append(params["headers"].pop("If-Match")))
-    another = BLOB[::-1]
-    if differs == "size":  # not every store computes the ETag from the content
-        another = another[1:]
-        events.register("after-call.s3.GetObject", lambda parsed, **_: parsed.update(ETag=etag))
-    server.put("ignored.tar", another)
-    for act in (one.read, lambda path: one.read_range(path, 0, 10), lambda path: one.open(path).read(10)):
-        with pytest.raises(DataError, match=r"ignored\.tar: the object was replaced during this run"):
-            act(url)
-    assert ignored == [etag] * 3
+    etag = server.client.head_object(Bucket=BUCKET, Key="ignored.tar")["ETag"]
+    fault = "unpinned" if differs == "ETag" else f"etag {etag}"  # not every store makes the ETag of the content
+    with faulty(server, lambda request: fault if gets(request) else None) as proxy:
+        one = storage(proxy.url, tmp_path)
+        assert one.size(url) == len(BLOB)
+        server.put("ignored.tar", BLOB[::-1] if differs == "ETag" else BLOB[:0:-1])
+        for act in (one.read, lambda path: one.read_range(path, 0, 10), lambda path: one.open(path).read(10)):
+            with pytest.raises(DataError, match=r"ignored\.tar: the object was replaced.*; restore the shard"):
+                act(url)
+        assert [request.if_match for request in proxy.bodies("ignored.tar")] == [etag] * 3
 
 
-def test_requests_go_to_the_region_of_the_settings(server, tmp_path, monkeypatch):
-    """Checks the client's address; no request is made."""
+@pytest.mark.parametrize(("region", "asked"), [("eu-north-1", "eu-north-1"), (None, "us-west-2")])
+def test_requests_are_signed_for_the_region_of_the_settings(server, tmp_path, monkeypatch, region, asked):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
-        monkeypatch.delenv(name, raising=False)
-    for region, asked in (("eu-north-1", "eu-north-1"), (None, "us-west-2")):
-        client = storage(None, tmp_path, region=region).connection._connected("s3://b/a.tar")
-        assert client.meta.endpoint_url == f"https://s3.{asked}.amazonaws.com"
+    url = server.put("region.tar", BLOB)
+    with faulty(server, lambda request: None) as proxy:
+        assert storage(proxy.url, tmp_path, region=region).size(url) == len(BLOB)
+        assert [request.region for request in proxy.requests] == [asked]
 
 
 def test_a_store_that_always_throttles_is_an_error_after_give_up_s(server, tmp_path):
     url = server.put("d.tar", BLOB)
     with faulty(server, lambda request: "throttle") as proxy:
         one = storage(proxy.url, tmp_path, give_up_s=3.0)
-        start = time.monotonic()
-        message = r"d\.tar: nothing received in \d+ s and \d+ attempts, .* the store answered 503.*give_up_s is 3"
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=r"d\.tar: .*503.*give_up_s is 3\b.*or raise data\.s3\.give_up_s") as caught:
             one.size(url)
-        assert time.monotonic() - start >= 3.0
-        assert len(proxy.requests) > 1
+        waited_s, attempts = map(int, re.search(r"in (\d+) s and (\d+) attempts", str(caught.value)).groups())
+        assert waited_s >= 3
+        assert attempts == len(proxy.requests) > 1
 
 
 def test_the_reader_gets_the_error_of_a_download_without_an_answer(server, tmp_path):
     url = server.put("e.tar", BLOB)
     with faulty(server, lambda request: "throttle" if gets(request) else None) as proxy:
         stream = storage(proxy.url, tmp_path, give_up_s=0.2).open(url)
-        with pytest.raises(DataError, match="nothing received in"):
+        with pytest.raises(
+            DataError, match=r"e\.tar: nothing received .*give_up_s is 0\.2\b.*or raise data\.s3\.give_up_s"
+        ):
             stream.read(1)
 
 
@@ -183,8 +179,9 @@ def test_a_store_that_is_too_slow_is_an_error_after_give_up_s(server, tmp_path):
     with faulty(server, lambda request: "trickle" if gets(request) else None) as proxy:
         stream = storage(proxy.url, tmp_path, give_up_s=0.5, idle_timeout_s=SILENCE_S).open(url)
         assert stream.read(8 * CHUNK) == BLOB[: 8 * CHUNK]
-        message = r"only \d+ bytes received in \d+ s and \d+ attempts, .* the connection gave \d+ bytes in \d+ s"
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(
+            DataError, match=r"slow\.tar: only \d+ bytes .*give_up_s is 0\.5\b.*or raise data\.s3\.give_up_s"
+        ):
             stream.read()
 
 
@@ -196,7 +193,7 @@ def test_a_slow_connection_is_replaced_by_a_new_one(server, tmp_path):
 
 
 @pytest.mark.parametrize("status", [507, 520, 529])
-def test_unusual_statuses_of_server_failures_are_retried(server, tmp_path, status, monkeypatch):
+def test_unusual_statuses_of_server_failures_are_retried(server, tmp_path, status):
     url = server.put("odd.tar", BLOB)
     with faulty(server, first_of(f"status {status}", 2, gets)) as proxy:
         assert storage(proxy.url, tmp_path).open(url).read() == BLOB
@@ -221,33 +218,29 @@ def test_permission_to_read_and_list_one_prefix_is_enough(server, tmp_path):
         assert one.exists(url)
         assert not one.exists("s3://shards/team/one/manifest.json")
         assert not holds(one, "s3://shards/team/one/b.tar", 1, "0")
-        with pytest.raises(DataError, match="access was refused"):
+        with pytest.raises(DataError, match=r"s3://shards/others: .*403.*; check the credentials"):
             one.exists("s3://shards/others")
 
 
-def test_a_store_without_etags_is_an_error(server, tmp_path, monkeypatch):
+def test_a_store_without_etags_is_an_error(server, tmp_path):
     url = server.put("bare/a.tar", BLOB)
-    one = storage(server.url, tmp_path)
-    request = one.connection._request
-    monkeypatch.setattr(
-        one.connection, "_request", lambda *asked: {k: v for k, v in request(*asked).items() if k != "ETag"}
-    )
-    with pytest.raises(DataError, match=r"a\.tar: the store returns no ETag"):
-        one.open(url)
+    no_etag = pytest.raises(DataError, match=r"a\.tar: .* no ETag.*; use another")
+    with faulty(server, lambda request: "etag ") as proxy, no_etag:
+        storage(proxy.url, tmp_path).open(url)
 
 
 def test_a_store_that_never_answers_is_an_error_sooner(tmp_path, monkeypatch):
     monkeypatch.setattr(retry, "UNREACHED_S", 0.1)
-    with pytest.raises(DataError, match=r"the store has never answered: check data\.s3\.endpoint_url"):
+    with pytest.raises(DataError, match=r"x\.tar: .*; .*check data\.s3\.endpoint_url"):
         storage("http://127.0.0.1:9", tmp_path, give_up_s=300).size("s3://b/x.tar")
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("s3://shards/none.tar", r"none\.tar: there is no such object or bucket; check the address"),
-        ("s3://nowhere/none.tar", r"nowhere/none\.tar: there is no such object or bucket"),
-        ("s3://", "names no bucket; write s3://BUCKET/PREFIX"),
+        ("s3://shards/none.tar", r"none\.tar: .*; check the address"),
+        ("s3://nowhere/none.tar", r"nowhere/none\.tar: .*; check the address"),
+        ("s3://", "no bucket; write s3://BUCKET/PREFIX"),
     ],
 )
 def test_absent_objects_and_buckets_are_errors_without_retries(server, tmp_path, url, message):
@@ -255,24 +248,26 @@ def test_absent_objects_and_buckets_are_errors_without_retries(server, tmp_path,
     for act in (one.size, one.open, one.read, lambda path: one.read_range(path, 0, 1)):
         with pytest.raises(DataError, match=message):
             act(url)
-    with pytest.raises(DataError, match="no such bucket"):
+    with pytest.raises(DataError, match=r"s3://nowhere/folder: .* bucket; check the address"):
         one.list("s3://nowhere/folder")
 
 
 def test_a_range_beyond_the_end_is_an_error_that_names_the_end_of_the_object(server, tmp_path):
     url = server.put("g.tar", BLOB)
-    with pytest.raises(DataError, match=f"ends at byte {len(BLOB)}, but 20 bytes were expected from byte 1385"):
-        storage(server.url, tmp_path).read_range(url, 1385000, 20 if len(BLOB) < 1385020 else 1 << 30)
+    one = storage(server.url, tmp_path)
+    assert one.read_range(url, len(BLOB) - 20, 20) == BLOB[-20:]
+    with pytest.raises(DataError, match=f"g.tar: ends at byte {len(BLOB)}, .*: restore it or pack it again"):
+        one.read_range(url, len(BLOB) - 19, 20)
 
 
 def test_unusable_settings_are_data_errors(server, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"profile \(nobody\) could not be found.*check data\.s3"):
+    with pytest.raises(DataError, match=r"nobody.*check data\.s3"):
         storage(server.url, tmp_path, profile="nobody").size("s3://shards/a")
-    with pytest.raises(DataError, match=r"write data.s3.endpoint_url as http"):
+    with pytest.raises(DataError, match=r"write data\.s3\.endpoint_url as http"):
         storage("no url at all", tmp_path).size("s3://shards/a")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(DataError, match="no credentials were found"):
+    with pytest.raises(DataError, match=r"no credentials.*set data\.s3\.profile"):
         storage(server.url, tmp_path).size("s3://shards/a")
 
 
@@ -288,16 +283,16 @@ def test_the_credentials_of_a_profile_are_used(server, tmp_path, monkeypatch):
 def test_errors_and_logs_contain_no_credentials(server, tmp_path, caplog):
     url = server.put("i.tar", BLOB)
     caplog.set_level(logging.INFO)
-    messages = []
+    lines = []
     for number, fault in enumerate(("throttle", "reset", "hang", "error")):
         with faulty(server, lambda request, fault=fault: fault) as proxy:
             with_password = proxy.url.replace("http://", f"http://user:{SECRET}@")
             with pytest.raises(DataError) as caught:
                 storage(with_password, tmp_path / str(number), give_up_s=0.1, idle_timeout_s=0.1).size(url)
-            messages.append(str(caught.value))
-    messages += [record.getMessage() for record in caplog.records]
-    assert len(messages) >= 8
-    assert not [line for line in messages if SECRET in line or "loopback-key-id" in line or "Authorization" in line]
+            lines.append(str(caught.value))
+    lines += [record.getMessage() for record in caplog.records]
+    assert len(lines) >= 8
+    assert not [line for line in lines if SECRET in line or "loopback-key-id" in line or "Authorization" in line]
 
 
 def test_a_listing_requests_all_pages_and_holds_files_only(server, tmp_path):
@@ -341,9 +336,9 @@ def test_a_decoding_process_imports_boto3_only_if_there_is_no_local_copy(server)
         assert one.open(url).read() == BLOB
         for copy, heavy in ((True, []), (False, ["boto3"])):
             if not copy:
-                fetched_ahead(one)
-                for settled in Path(shared.session, "shards").glob("*.tar"):  # other tests' copies too
-                    settled.unlink()
+                fetches_ended()
+                for copied in Path(shared.session, "shards").glob("*.tar"):  # other tests' copies too
+                    copied.unlink()
             ran = run_watched([sys.executable, "-c", _WORKER, json.dumps(shared.to_json()), url], check=True)
             assert json.loads(ran.stdout) == [BLOB[1000:1050].hex(), heavy]
             assert [request.range for request in proxy.bodies("worker.tar")][1:] == (
@@ -391,19 +386,10 @@ def test_the_configured_number_of_shards_is_prefetched_in_order(server, tmp_path
             one.list("s3://shards/ahead")
             one.prefetch(urls)
             one.prefetch([unlisted])  # ignored: a request for its version would delay the reader
-            fetched_ahead(one)
+            fetches_ended()
             assert [request.key for request in proxy.requests[1:]] == [f"ahead/{name}.tar" for name in "dacbe"[:ahead]]
             assert [one.open(url).read() for url in urls[:ahead]] == [BLOB] * ahead
             assert len(proxy.requests) == 1 + ahead, "a shard was fetched twice"
-
-
-def fetched_ahead(one: S3Storage) -> None:
-    """Block until no download is running and no hint is left."""
-    busy = True
-    while busy:
-        time.sleep(0.001)
-        with one._shard_cache._mutex:  # the end of one download starts the next
-            busy = bool(one._shard_cache._downloads)
 
 
 def test_concurrent_threads_read_the_right_bytes(server, tmp_path):

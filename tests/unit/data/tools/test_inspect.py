@@ -91,6 +91,6 @@ def test_the_longest_wait_is_what_the_cursors_say(folder):
     assert 5 <= stream.longest_wait <= 20
 
 
-def test_sources_that_cannot_feed_the_run_are_told_as_training_would(tmp_path):
+def test_sources_that_cannot_feed_the_run_are_reported_as_training_would(tmp_path):
     with pytest.raises(DataError, match="no shard found"):
         inspect(run(tmp_path))

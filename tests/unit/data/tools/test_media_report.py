@@ -47,23 +47,23 @@ def files(tmp_path):
     return [tmp_path / name for name in contents]
 
 
-def test_every_file_is_told_in_order_with_its_size_or_its_error(files, tmp_path):
+def test_every_file_is_reported_in_order_with_its_size_or_its_error(files, tmp_path):
     rows = list(report([*files, tmp_path / "gone.jpg", tmp_path], settings(), STAGE))
     assert [row.file for row in rows] == [str(path) for path in [*files, tmp_path / "gone.jpg", tmp_path]]
-    told = {os.path.basename(row.file): row for row in rows}
-    good = [name for name, row in told.items() if row.ok]
+    found = {os.path.basename(row.file): row for row in rows}
+    good = [name for name, row in found.items() if row.ok]
     assert good == ["wide.jpg", "small.png", "named.png", "clip.mp4"]
-    assert [(told[n].kind, told[n].width, told[n].height, told[n].frames) for n in good] == [
+    assert [(found[n].kind, found[n].width, found[n].height, found[n].frames) for n in good] == [
         ("image", 120, 60, 1),
         ("image", 42, 42, 1),
         ("image", 42, 42, 1),
         ("video", 48, 64, 9),
     ]
-    assert told["small.png"].grid == (1, 3, 3)
-    assert told["small.png"].tokens == 9
-    assert told["clip.mp4"].grid[0] == 2, "4 frames, 2 a token"
-    assert told["clip.mp4"].tokens <= 60
-    assert {name: row.error for name, row in told.items() if not row.ok} == {
+    assert found["small.png"].grid == (1, 3, 3)
+    assert found["small.png"].tokens == 9
+    assert found["clip.mp4"].grid[0] == 2, "4 frames, 2 a token"
+    assert found["clip.mp4"].tokens <= 60
+    assert {name: row.error for name, row in found.items() if not row.ok} == {
         "first.jpg": "unreadable",
         "cut.jpg": "corrupt",
         "clip.jpg": "wrong_kind",
@@ -75,7 +75,7 @@ def test_every_file_is_told_in_order_with_its_size_or_its_error(files, tmp_path)
         "gone.jpg": "unreadable",
         tmp_path.name: "unreadable",
     }
-    assert told["cut.jpg"].kind == "image", "its header was good"
+    assert found["cut.jpg"].kind == "image", "its header was good"
     assert all((row.message is None) == row.ok == (row.error is None) for row in rows)
 
 
@@ -141,3 +141,9 @@ def test_nothing_is_left_behind(files, tmp_path, monkeypatch):
             break
     assert list(scratch.glob("univitar-probe-*")) == []
     assert json.dumps([row.to_json() for row in report([], settings(), STAGE)]) == "[]"
+
+
+def test_headers_are_read_in_a_process_of_their_own(files, monkeypatch):
+    """Of hostile ones it may take this process's memory, or end it."""
+    monkeypatch.setattr("univitar_ds.data.media.probe.probe", None)
+    assert [row.ok for row in report(files[1:3], settings(), STAGE)] == [True, True]

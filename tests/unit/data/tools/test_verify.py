@@ -5,19 +5,19 @@ import os
 import signal
 import sys
 import tarfile
-import time
 import zlib
 
 import pytest
 
+from tests.support import hostile
 from tests.support.progress import run_watched
 from tests.support.s3 import s3_server
 from tests.support.shards import image, sidecar, video, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
-from univitar_ds.data.decoding.task_pool import At, Bad, Done, Hashed, Read, Task, TaskPool
+from univitar_ds.data.decoding.task_pool import Done, Next, Task, TaskPool
 from univitar_ds.data.shards.sources import find_shards
 from univitar_ds.data.storage.base import LOCAL
-from univitar_ds.data.tools.shard_check import ShardCheck, check_shard
+from univitar_ds.data.tools.shard_check import Bad, Place, Read, ShardCheck, check_shard
 from univitar_ds.data.tools.verify import verify
 
 JPEG = image(120, 160)
@@ -28,7 +28,7 @@ def outcome(path, decode=True, **source):
     """{key: kind} of the faults of one shard, checked in this process."""
     (shard,) = find_shards([SourceConfig(path=str(path), **source)])
     events = []
-    check_shard(Task(0, ShardCheck(shard, LOCAL, decode)), events.append)
+    check_shard(Task(0, ShardCheck(shard, LOCAL, decode), Place()), events.append)
     assert sum(event.bytes for event in events if isinstance(event, Read)) == shard.size
     return {event.key: event.kind for event in events if isinstance(event, Bad)}
 
@@ -38,7 +38,7 @@ def with_checksum(content: bytes, packed: bytes) -> dict[str, bytes]:
     return {"jpg": content, "json": json.dumps(fields | {"crc32": zlib.crc32(packed)}).encode()}
 
 
-def test_every_kind_of_bad_sample_is_told_under_its_key(tmp_path):
+def test_every_kind_of_bad_sample_is_reported_under_its_key(tmp_path):
     half = JPEG[: len(JPEG) // 2]
     samples = [
         ("good", {"jpg": JPEG, "json": TEXT}),
@@ -112,7 +112,7 @@ def test_a_sound_source_is_called_sound(tmp_path):
     assert [row["samples"] for row in found["shards"]] == [row["samples_in_manifest"] for row in found["shards"]]
 
 
-def test_damage_is_told_with_its_byte_and_the_rest_of_the_shard_is_checked(tmp_path):
+def test_damage_is_reported_with_its_byte_and_the_rest_of_the_shard_is_checked(tmp_path):
     folder = folder_of(tmp_path)
     name = "train-image-000001.tar"
     with tarfile.open(folder / name) as tar:
@@ -165,7 +165,7 @@ def test_a_sample_that_was_taken_out_cleanly_is_missed_where_there_is_a_manifest
     assert row["faults"] == []
 
 
-def test_a_manifest_that_counts_other_samples_is_told_though_the_bytes_are_its_own(tmp_path):
+def test_a_manifest_that_counts_other_samples_is_reported_though_the_bytes_are_its_own(tmp_path):
     folder = folder_of(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0]["samples"] += 1
@@ -195,7 +195,7 @@ def test_a_source_on_s3_gives_the_report_of_the_same_files_here(tmp_path):
     assert there["sound"]
 
 
-def test_a_video_in_a_shard_of_images_is_told_as_no_lane_reads_it(tmp_path):
+def test_a_video_in_a_shard_of_images_is_reported_as_no_lane_reads_it(tmp_path):
     folder = folder_of(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     for shard in manifest["shards"]:
@@ -252,11 +252,11 @@ def test_the_report_depends_on_the_data_alone(tmp_path, capsys):
 
 @pytest.mark.parametrize(("workers", "hired"), [(1, 1), (4, 4), (9, 6)])
 def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tmp_path, monkeypatch, workers, hired):
-    crews = []
+    pools = []
 
     class Idle(TaskPool):
         def __init__(self, work, workers, silence_s):
-            crews.append((work, workers))
+            pools.append((work, workers))
 
         def run(self, tasks):
             return ((task.number, Done()) for task in tasks)
@@ -266,72 +266,52 @@ def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tm
 
     monkeypatch.setattr("univitar_ds.data.tools.verify.TaskPool", Idle)
     assert len(report(folder_of(tmp_path), workers=workers)["shards"]) == 6
-    assert crews == [(check_shard, hired)]
+    assert pools == [(check_shard, hired)]
 
 
-def play(task: Task, tell) -> None:
-    """Work by a script: {offset: what happens at the sample there}."""
-    if task.job.get("hash") and not task.hashed:
-        tell(Hashed("f00"))
-    if task.job.get("start") == "dies":
-        os._exit(3)
-    for offset in range(task.start, 50, 10):
-        tell(At(offset, offset + 10, f"k{offset}"))
-        happening = task.job.get(offset)
-        if happening == "dies":
+def dying(task: Task, tell) -> None:
+    """As `check_shard`, by a process that a sample kills."""
+
+    def told(event):
+        tell(event)
+        if isinstance(event, Next) and event.item.key == "b":
             os.kill(os.getpid(), signal.SIGKILL)
-        if happening == "hangs":
-            time.sleep(600)
-        if happening == "faults":
-            raise KeyError("odd")
-        if happening == "bad":
-            tell(Bad("corrupt", f"k{offset}", offset, "half"))
+
+    check_shard(task, told)
 
 
-def played(*jobs, workers=2, silence_s=60.0):
-    told = [[] for _ in jobs]
-    with TaskPool(play, workers, silence_s) as crew:
-        for number, event in crew.run([Task(number, job) for number, job in enumerate(jobs)]):
-            told[number].append(event)
-        hands = [worker.process for worker in crew._running]
-    assert not any(process.is_alive() for process in hands)
-    return told
+def test_a_sample_that_kills_its_process_is_bad_and_no_other_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("univitar_ds.data.tools.verify.check_shard", dying)
+    path = write_tar(tmp_path / "a.tar", [(key, {"jpg": JPEG, "json": TEXT}) for key in "abc"])
+    found = report(path)
+    (shard,) = found["shards"]
+    assert (shard["samples"], shard["bad"]) == (3, {"crash": 1})
+    (fault,) = shard["faults"]
+    assert (fault["key"], fault["message"]) == ("b", "the process that worked on it died (exit code -9)")
 
 
-@pytest.mark.parametrize(("tasks", "started"), [(1, 1), (3, 3), (7, 3)])
-def test_a_crew_starts_its_processes_at_once_and_no_more_than_there_is_work_for(tasks, started):
-    with TaskPool(play, 3, 60.0) as crew:
-        events = crew.run([Task(number, {}) for number in range(tasks)])
-        next(events)
-        assert len(crew._running) == started
-        assert sum(event == Done() for _, event in events) == tasks
-        assert len(crew._running) == started
+@pytest.mark.parametrize("decode", [True, False])
+def test_metadata_that_does_not_describe_its_file_is_reported(tmp_path, decode):
+    def own(media, kind, size):
+        about = json.loads(sidecar(["a"], None, kind, size, "f")) | {"set": None, "crc32": None}
+        return {"jpg" if kind == "image" else "mp4": media, "json": json.dumps(about).encode()}
+
+    moving = video(48, 64, 6)
+    samples = [
+        ("right", own(JPEG, "image", (120, 160, 1))),
+        ("turned", own(JPEG, "image", (160, 120, 1))),
+        ("swapped", own(moving, "image", (120, 160, 1))),
+        ("video", own(moving, "video", (48, 64, 6, 0.3))),
+        ("large", own(moving, "video", (480, 640, 6, 0.3))),
+    ]
+    expected = {"turned": "wrong_size", "swapped": "wrong_kind"} | ({"large": "wrong_size"} if decode else {})
+    assert outcome(write_tar(tmp_path / "a.tar", samples), decode) == expected
 
 
-def test_a_process_that_dies_costs_its_sample_and_no_other():
-    told = played({"hash": True, 10: "dies", 20: "dies", 40: "bad"}, {}, {40: "dies"})
-    for number, dead in enumerate([[10, 20], [], [40]]):
-        offsets = [event.offset for event in told[number] if isinstance(event, At)]
-        assert offsets == [0, 10, 20, 30, 40]
-        assert [event.offset for event in told[number] if isinstance(event, Bad) and event.kind == "crash"] == dead
-        assert told[number][-1] == Done()
-    assert told[0].count(Hashed("f00")) == 1
-    assert Bad("crash", "k10", 10, "the process that worked on it died (exit code -9)") in told[0]
-
-
-def test_a_process_that_hangs_costs_its_sample():
-    (told,) = played({20: "hangs"}, silence_s=3.0)
-    assert [(event.kind, event.offset) for event in told if isinstance(event, Bad)] == [("timeout", 20)]
-    assert told[-1] == Done()
-
-
-def test_a_shard_that_kills_two_processes_before_its_first_sample_is_given_up():
-    first, second = played({"start": "dies"}, {})
-    assert "died (exit code 3), twice" in first[-1].error
-    assert not any(isinstance(event, At | Bad) for event in first)
-    assert second[-1] == Done()
-
-
-def test_an_error_of_the_program_is_not_taken_for_bad_data():
-    with pytest.raises(RuntimeError, match=r"(?s)shard number 0:.*KeyError: 'odd'"):
-        played({30: "faults"})
+def test_hostile_media_are_bad_samples_and_the_others_are_sound(tmp_path):
+    names = ["60 million frames.mp4", "flood.mp4", "screen.gif", "tile.tif", "profile.png"]
+    samples = [(str(number), {name[-3:]: hostile.FILES[name](), "json": TEXT}) for number, name in enumerate(names)]
+    (shard,) = report(write_tar(tmp_path / "a.tar", [*samples, ("good", {"jpg": JPEG, "json": TEXT})]))["shards"]
+    assert shard["samples"] == 6
+    assert {fault["key"] for fault in shard["faults"]} == set("01234")
+    assert set(shard["bad"]) <= {"corrupt", "too_large", "no_video"}

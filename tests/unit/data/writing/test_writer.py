@@ -46,10 +46,29 @@ def test_everything_arrives_as_it_was(folder, tmp_path):
             "width": size.width,
             "height": size.height,
             "frames": size.frames,
+            "duration_s": size.duration_s,
             "file": row["file"],
             "crc32": zlib.crc32(data),
         }
         assert sample["shard"] == f"{row.get('split', 'train')}-{row['kind']}-000000.tar"
+
+
+def test_a_sample_says_how_long_it_lasts_as_its_header_does_to_the_last_bit(tmp_path):
+    frames = media.grey_frames(7)
+    files = {
+        "a.mp4": media.video(frames, rate=30),
+        "b.webm": media.video(frames, "webm", "libvpx", rate=24),
+        "c.jpg": media.encoded(media.noise(20, 20)),
+        "d.png": media.encoded(media.noise(20, 20), "PNG"),
+    }
+    rows = [{"file": name, "caption": "x"} for name in files]
+    out = tmp_path / "out"
+    manifest = pack(media.write_folder(tmp_path / "folder", files, rows), out)
+    packed = {file: json.loads(sample["json"])["duration_s"] for file, sample in samples_of(out, manifest).items()}
+    assert packed == {file: probe(data, file.partition(".")[2]).duration_s for file, data in files.items()}
+    assert packed["a.mp4"] == pytest.approx(7 / 30, abs=0.01)
+    assert packed["b.webm"] == pytest.approx(7 / 24, abs=0.05)
+    assert (packed["c.jpg"], packed["d.png"]) == (0.0, 0.0)
 
 
 def test_the_manifest_counts_what_is_there(folder, tmp_path):

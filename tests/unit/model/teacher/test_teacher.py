@@ -68,7 +68,7 @@ def test_images_have_the_features_of_the_model_called_by_hand(kind, tmp_path):
     close(found.pooled, torch.cat([pooled for _, pooled in wanted]))
     assert teacher.width == found.patches.shape[1] == found.pooled.shape[1] == WIDTH
     assert found.valid.all()
-    assert found.taken.all()
+    assert found.supported.all()
     assert len(found.valid) == len(found.patches)
     assert found.patches.std() > 0.1, "features without life prove nothing"
 
@@ -125,7 +125,7 @@ def test_images_of_one_size_run_as_one_batch(tmp_path):
     pack = drawn_pack(STILLS)
     teacher(*pack)
     assert sorted(runs) == [1, 1, 2]
-    assert teacher.calls(pack[2]) == 3
+    assert teacher.num_forwards(pack[2]) == 3
 
 
 class Operations(TorchDispatchMode):
@@ -194,37 +194,37 @@ def test_items_whose_grid_the_teacher_cannot_take_are_masked_and_the_others_stay
     grids = [(1, 2, 3), (1, 4, 2), (1, 3, 4), (1, 2, 2)]
     pack = drawn_pack(grids)
     found = teacher(*pack)
-    assert found.taken.tolist() == teacher.takes(pack[2]) == [False, True, False, True]
+    assert found.supported.tolist() == teacher.supports(pack[2]) == [False, True, False, True]
     assert found.valid.tolist() == [False] * 6 + [True] * 8 + [False] * 12 + [True] * 4
     assert not found.patches[~found.valid].any()
-    assert not found.pooled[~found.taken].any()
+    assert not found.pooled[~found.supported].any()
     items = frames_of(*pack)
     alone = teacher(torch.cat([items[1].flatten(), items[3].flatten()]), torch.ones(2).long(), pack[2][[1, 3]])
     close(found.patches[found.valid], alone.patches)
-    assert teacher.calls(pack[2]) == 1
-    assert teacher.calls(pack[2][:1]) == 0
+    assert teacher.num_forwards(pack[2]) == 1
+    assert teacher.num_forwards(pack[2][:1]) == 0
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "own"])
 def test_a_pack_without_items_has_no_features(kind, tmp_path):
     model = own_encoder() if kind == "own" else image_model(kind)
     found = teacher_of(model, tmp_path)(*drawn_pack([]))
-    assert found.patches.shape[0] == found.pooled.shape[0] == len(found.valid) == len(found.taken) == 0
+    assert found.patches.shape[0] == found.pooled.shape[0] == len(found.valid) == len(found.supported) == 0
 
 
 @pytest.mark.parametrize("kind", ["siglip2_vision_model", "own"])
-def test_a_rank_with_fewer_sizes_runs_as_often_as_it_is_told_for_the_same_features(kind, tmp_path):
+def test_a_rank_with_fewer_sizes_runs_as_often_as_it_is_reported_for_the_same_features(kind, tmp_path):
     teacher = teacher_of(own_encoder(spatial_merge_size=2) if kind == "own" else image_model(kind), tmp_path)
     runs, pack = counted(teacher), drawn_pack([(1, 2, 2)])
-    plain, more = teacher(*pack), teacher(*pack, calls=4)
+    plain, more = teacher(*pack), teacher(*pack, min_forwards=4)
     assert len(runs) == 1 + 4
     assert all(torch.equal(a, b) for a, b in zip(plain, more, strict=True))
-    teacher(*drawn_pack([]), calls=2)
+    teacher(*drawn_pack([]), min_forwards=2)
     assert len(runs) == 1 + 4 + 2
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "own"])
-def test_a_teacher_is_frozen_and_runs_in_bf16_unless_told_otherwise(kind, tmp_path):
+def test_a_teacher_is_frozen_and_runs_in_bf16_unless_asked_otherwise(kind, tmp_path):
     model = own_encoder() if kind == "own" else image_model(kind)
     pack = drawn_pack(STILLS)
     wide = teacher_of(model, tmp_path)(*pack)
@@ -257,17 +257,17 @@ def test_the_vision_half_of_a_two_tower_folder_teaches(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "mean", "std"),
+    ("preprocessor", "mean", "std"),
     [
         (None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ({"image_mean": [0.1, 0.2, 0.3]}, (0.1, 0.2, 0.3), (0.229, 0.224, 0.225)),
         ({"do_normalize": False, "image_mean": [0.1, 0.2, 0.3]}, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     ],
 )
-def test_normalisation_is_what_the_preprocessor_file_says_or_else_the_familys(told, mean, std, tmp_path):
+def test_normalisation_is_what_the_preprocessor_file_says_or_else_the_familys(preprocessor, mean, std, tmp_path):
     image_model("dinov2").save_pretrained(tmp_path)
-    if told is not None:
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    if preprocessor is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     shape = read_teacher(TeacherConfig(path=str(tmp_path)))
     assert (shape.mean, shape.std, shape.width, shape.patch) == (mean, std, WIDTH, PATCH)
 
@@ -275,7 +275,7 @@ def test_normalisation_is_what_the_preprocessor_file_says_or_else_the_familys(to
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"model_type": "bert"}, "holds a bert model; able to teach: dinov2"),
+        ({"model_type": "bert"}, "holds a bert model; supported are: dinov2"),
         ({"model_type": "siglip_text_model"}, "holds a siglip_text_model model"),
         ({"model_type": "dinov3_convnext"}, "holds a dinov3_convnext model"),
         ({"model_type": "dinov2", "patch_size": None}, "Validation error for field 'patch_size'"),

@@ -146,7 +146,7 @@ def test_without_the_folder_that_latest_names_the_newest_complete_one_counts(tmp
     assert atomic_dir.latest(tmp_path / "nothing") is None
 
 
-def test_a_write_that_fails_changes_nothing_and_tells_why(tmp_path):
+def test_a_write_that_fails_changes_nothing_and_its_reason_is_reported(tmp_path):
     save(tmp_path, 1)
 
     def full(folder: Path):
@@ -161,17 +161,15 @@ def test_a_write_that_fails_changes_nothing_and_tells_why(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001", "step-00000002"]
 
 
-def test_a_file_that_changes_after_it_was_written_is_noticed_before_it_counts(tmp_path, monkeypatch):
-    entry = atomic_dir._entry
+def test_a_file_that_changes_after_it_was_written_is_noticed_before_it_counts(tmp_path):
+    def write_and_damage(folder: Path):
+        path = folder / "rank00000.json"
+        path.write_text("sound")
+        yield path
+        path.write_text("rot")  # by now its size and hash are known
 
-    def entry_then_damage(path):
-        result = entry(path)
-        path.write_text("rotten")
-        return result
-
-    monkeypatch.setattr(atomic_dir, "_entry", entry_then_damage)
-    with pytest.raises(CheckpointError, match="sound disk"):
-        save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"rank00000\.json has 3 bytes instead of 5 .*same sound disk"):
+        atomic_dir.commit(tmp_path, 1, write_and_damage, ALONE, 2)
     assert atomic_dir.latest(tmp_path) is None
 
 

@@ -45,9 +45,9 @@ def test_a_step_of_several_tasks_makes_a_rank():
 @pytest.mark.parametrize("names", [["RANK"], ["WORLD_SIZE"], ["RANK", "WORLD_SIZE"], ["MASTER_ADDR", "MASTER_PORT"],
                                    [name for name in FIVE if name != "LOCAL_RANK"]])  # fmt: skip
 def test_a_part_of_the_five_is_refused_with_the_list_and_how_to_unset_them(names):
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as refused:
         is_rank({**ELSE, **{name: FIVE[name] for name in names}})
-    text = str(told.value)
+    text = str(refused.value)
     present, absent = text.split(" set and ")
     assert all(name in present for name in names)
     assert all(name in absent.split(" not, ")[0] for name in FIVE if name not in names)
@@ -57,24 +57,24 @@ def test_a_part_of_the_five_is_refused_with_the_list_and_how_to_unset_them(names
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"RANK": "abc"}, "RANK is 'abc', which is no whole number"),
+    [({"RANK": "abc"}, "RANK is 'abc', which is not an integer"),
      ({"RANK": "2"}, "RANK is 2, allowed is 0 to 1 where WORLD_SIZE is 2"),
      ({"RANK": "-1"}, "RANK is -1, allowed is 0 to 1"),
      ({"LOCAL_RANK": "5"}, "LOCAL_RANK is 5, allowed is 0 to 1"),
      ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0, allowed is 1 or more"),
-     ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0', which is no whole number"),
+     ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0', which is not an integer"),
      ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999, allowed is 1 to 65535"),
-     ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', which is no whole number"),
-     ({"SLURM_STEP_NUM_TASKS": "abc"}, "SLURM_STEP_NUM_TASKS is 'abc', which is no whole number"),
-     ({"OMPI_COMM_WORLD_SIZE": "abc"}, "OMPI_COMM_WORLD_SIZE is 'abc', which is no whole number"),
+     ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', which is not an integer"),
+     ({"SLURM_STEP_NUM_TASKS": "abc"}, "SLURM_STEP_NUM_TASKS is 'abc', which is not an integer"),
+     ({"OMPI_COMM_WORLD_SIZE": "abc"}, "OMPI_COMM_WORLD_SIZE is 'abc', which is not an integer"),
      (STEP, "WORLD_SIZE is 2 and SLURM_STEP_NUM_TASKS 8"),
      ({"OMPI_COMM_WORLD_SIZE": "4"}, "WORLD_SIZE is 2 and OMPI_COMM_WORLD_SIZE 4")],
 )  # fmt: skip
 def test_values_that_cannot_be_are_refused_in_a_sentence(changed, said):
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as refused:
         is_rank({**FIVE, **changed})
-    assert said in str(told.value)
-    assert "env -u " in str(told.value)
+    assert said in str(refused.value)
+    assert "env -u " in str(refused.value)
 
 
 @pytest.mark.parametrize("sizes", [{"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},

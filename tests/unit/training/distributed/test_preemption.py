@@ -113,7 +113,7 @@ def test_one_rank_speaks_for_all(monkeypatch):
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, "")
 
 
-def test_one_wish_told_twice_is_one_wish():
+def test_one_request_made_twice_is_one_request():
     code = "with stop.deferred():\n sent('SIGUSR1'); until(lambda: stop.requested)\n sent('SIGTERM'); time.sleep({})"
     assert listened(code.format(0.2), echo_s=3600.0).returncode == 0
     assert listened(code.format(600), echo_s=0.0).returncode == 128 + signal.SIGTERM
@@ -144,7 +144,7 @@ def vote_of_rank_1() -> list[bool]:
 
 
 @pytest.mark.distributed
-def test_what_one_rank_is_told_all_ranks_know():
+def test_what_one_rank_is_reported_all_ranks_know():
     assert run_distributed(vote_of_rank_1, 2) == [[False, True], [False, True]]
 
 
@@ -175,7 +175,7 @@ def test_what_is_no_task_among_others_keeps_its_environment(environment):
     assert environment == before
 
 
-def test_tasks_that_do_not_know_where_rank_0_is_are_told_how_to_say_it():
+def test_tasks_that_do_not_know_where_rank_0_is_are_reported_how_to_say_it():
     with pytest.raises(ConfigError, match=r"8 tasks and MASTER_PORT is not set; export .* as slurm/train.sbatch does"):
         adopt_ranks({**TASK, "MASTER_ADDR": "node1"})
 

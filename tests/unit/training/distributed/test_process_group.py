@@ -25,7 +25,7 @@ def machine(monkeypatch, tmp_path):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(process_group, "_DEVICES", tmp_path)
+        monkeypatch.setattr(process_group, "DEVICES", tmp_path)
 
     return like
 
@@ -39,7 +39,7 @@ def test_a_number_of_ranks_that_does_not_divide_the_lanes_is_refused_with_those_
         world(0, 4).lanes(6)
 
 
-def test_a_run_uses_gpus_where_there_are_some_unless_deepspeed_is_told_to_take_the_cpu(machine):
+def test_a_run_uses_gpus_where_there_are_some_unless_deepspeed_is_reported_to_take_the_cpu(machine):
     machine(2)
     assert uses_cuda()
     machine(2, DS_ACCELERATOR="cuda")
@@ -66,7 +66,7 @@ def test_a_rank_without_a_gpu_is_refused_before_it_waits_for_the_others(machine)
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "reported"),
     [
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, "CUDA_VISIBLE_DEVICES is 0,1"),
         ({"CUDA_VISIBLE_DEVICES": "GPU-8f2e"}, "CUDA_VISIBLE_DEVICES is GPU-8f2e"),
@@ -74,9 +74,9 @@ def test_a_rank_without_a_gpu_is_refused_before_it_waits_for_the_others(machine)
         ({"SLURM_JOB_GPUS": "0"}, "SLURM_JOB_GPUS is 0"),
     ],
 )
-def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu_in_silence(machine, environment, told):
+def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu_in_silence(machine, environment, reported):
     machine(0, **environment)
-    with pytest.raises(ConfigError, match=rf"{told}, but torch .* or set DS_ACCELERATOR=cpu to train on the CPU"):
+    with pytest.raises(ConfigError, match=rf"{reported}, but torch .* or set DS_ACCELERATOR=cpu to train on the CPU"):
         start_world()
     machine(0, **environment, DS_ACCELERATOR="cpu")
     check_gpus(1)
@@ -112,7 +112,7 @@ def test_the_remedy_for_a_gpu_that_cannot_be_used_depends_on_how_torch_was_built
 
 
 @pytest.mark.parametrize("ranks", [{}, {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}])
-def test_nccl_is_told_which_gpu_is_this_ranks(machine, monkeypatch, ranks):
+def test_nccl_is_reported_which_gpu_is_this_ranks(machine, monkeypatch, ranks):
     machine(2, **ranks)
     chosen, given = [], {}
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)

@@ -1,5 +1,6 @@
 """Folders of compiled operations: read-only ones, locks of builds that live, are dead, or run elsewhere."""
 
+import errno
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,14 @@ def locked(folder, age_s: float, signature=None):
     lock = folder / "op" / "lock"
     for path in (folder / "op" / "build.ninja", lock):
         path.write_text("" if signature is None else json.dumps(signature))
-        os.utime(path, (time.time() - age_s,) * 2)
+        os.utime(path, (path.stat().st_mtime - age_s,) * 2)
     return lock
 
 
 def gone() -> dict:
     """The signature of a process that has ended."""
     with subprocess.Popen(["sleep", "600"]) as process:
-        signature = compiled_ops._signature(process.pid)
+        signature = compiled_ops.signature(process.pid)
         process.kill()
     return signature
 
@@ -92,7 +93,7 @@ def test_a_lock_whose_owner_is_dead_is_removed_at_once_and_reported(tmp_path, mo
     ids=["unsigned", "of another machine", "alive"],
 )  # fmt: skip
 def test_a_wait_is_reported_after_five_seconds_with_who_is_waited_for(tmp_path, monkeypatch, caplog, signature, said):
-    lock = locked(tmp_path, 0, compiled_ops._signature(os.getpid()) if signature == "own" else signature)
+    lock = locked(tmp_path, 0, compiled_ops.signature(os.getpid()) if signature == "own" else signature)
     now, seen = [100.0], []
 
     def sleep(seconds):
@@ -136,11 +137,16 @@ needs_python_headers = pytest.mark.skipif(
 @pytest.fixture
 def read_only(tmp_path, monkeypatch):
     """The environment's folder on a mount that nobody can write to, and a cache of the user's."""
-    real = compiled_ops._writable
-    folder = tmp_path / "environment"
-    folder.mkdir()
-    monkeypatch.setattr(compiled_ops, "_own_folder", lambda: folder)
-    monkeypatch.setattr(compiled_ops, "_writable", lambda place: place != folder and real(place))
+    folder = tmp_path / "environment" / "var" / "torch_extensions"
+    folder.mkdir(parents=True)
+
+    def temporary_file(*, dir, real=tempfile.TemporaryFile):  # also root, who may write anywhere, runs this
+        if dir == folder:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(dir=dir)
+
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "environment"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary_file)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
 
@@ -181,7 +187,7 @@ def test_a_build_signs_its_lock(tmp_path, monkeypatch):
     prepare_extensions()
     baton = cpp_extension.FileBaton(str(tmp_path / "lock"))
     assert baton.try_acquire()
-    assert compiled_ops._owner(tmp_path / "lock") == os.getpid()
+    assert json.loads((tmp_path / "lock").read_text()) == compiled_ops.signature(os.getpid())
     assert not cpp_extension.FileBaton(str(tmp_path / "lock")).try_acquire()
     baton.release()
     assert not (tmp_path / "lock").exists()
@@ -199,9 +205,8 @@ def test_no_home_and_no_writable_environment_lead_to_a_folder_of_the_users(read_
 
 MOUNTED = """
 import os, sys
-from pathlib import Path
 from univitar_ds.training.engine import compiled_ops
-compiled_ops._own_folder = lambda: Path(sys.argv[1])
+sys.prefix = sys.argv[1]
 folder = compiled_ops.prepare_extensions()
 from torch.utils import cpp_extension
 print(folder, cpp_extension.load("tried_op", ["nowhere.cpp"]).value)
@@ -211,7 +216,7 @@ print(folder, cpp_extension.load("tried_op", ["nowhere.cpp"]).value)
 @needs_python_headers
 def test_a_real_read_only_mount(tmp_path):
     environment = tmp_path / "environment"
-    build_module(environment / "tried_op", "tried_op", 43)
+    build_module(environment / "var" / "torch_extensions" / "tried_op", "tried_op", 43)
     (tmp_path / "script.py").write_text(MOUNTED)
     mount = f"mount --bind {environment} {environment} && mount -o remount,bind,ro {environment}"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:

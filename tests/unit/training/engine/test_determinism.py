@@ -16,7 +16,7 @@ def as_before(monkeypatch):
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def test_attention_and_matrix_products_are_told_to_repeat_their_bits():
+def test_attention_and_matrix_products_are_reported_to_repeat_their_bits():
     set_deterministic(True)
     assert torch.are_deterministic_algorithms_enabled()  # what the attention back ends look at
     assert torch.is_deterministic_algorithms_warn_only_enabled()

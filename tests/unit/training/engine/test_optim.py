@@ -55,7 +55,7 @@ def test_settings_are_what_decides_the_result_and_not_how_a_machine_computes():
     assert not kept.keys() & {"params", "fused", "foreach", "capturable"}
 
 
-def test_the_gradient_is_told_by_the_parts_that_freeze_and_the_rest_in_two():
+def test_the_gradient_is_reported_by_the_parts_that_freeze_and_the_rest_in_two():
     names = {
         "vision.embeddings.patch_embedding.weight": "patch_embedding",
         "vision.encoder.layers.0.ls1": "blocks",

@@ -28,7 +28,7 @@ def test_an_ordinary_step_is_none(seed):
     assert spike(history(seed=seed), 0, "image", loss, norm, CFG) is None
 
 
-def test_a_loss_or_gradient_norm_far_above_its_median_is_told_with_its_numbers():
+def test_a_loss_or_gradient_norm_far_above_its_median_is_reported_with_its_numbers():
     story = spike(history(), 0, "image", 6.0, 0.5, CFG)
     assert "the loss is 6, " in story
     assert "of 32 image steps" in story

@@ -35,13 +35,13 @@ class Written:
 
 
 @pytest.mark.parametrize("kind", train_step.LOSSES)
-def test_ranks_tell_their_numbers_of_items_before_they_embed_and_only_then(monkeypatch, kind):
+def test_ranks_exchange_their_numbers_of_items_before_they_embed_and_only_then(monkeypatch, kind):
     calls: list[str] = []
-    tell = ring.Ring.__init__
-    monkeypatch.setattr(ring.Ring, "__init__", lambda *args: calls.append("tell") or tell(*args))
+    exchange = ring.Ring.__init__
+    monkeypatch.setattr(ring.Ring, "__init__", lambda *args: calls.append("exchange") or exchange(*args))
     packs = [pack(0, 0), pack(0, 1)]
     result = train_step.train_step(
         Written(calls), packs, train_step.StepSettings(0.1), ObjectiveConfig(kind=kind, chunk=5)
     )
-    assert calls == ["begin", "tell", "embed", "embed", *["embed", "backward", "step"] * 2]
+    assert calls == ["begin", "exchange", "embed", "embed", *["embed", "backward", "step"] * 2]
     assert result.items == sum(len(pack.caption_ids) for pack in packs) > 0

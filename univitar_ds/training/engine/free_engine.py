@@ -1,4 +1,4 @@
-"""The memory of an engine that is done with. DeepSpeed (0.19) keeps modules and optimizer reachable for good."""
+"""Frees the memory of an engine that is no longer used. DeepSpeed (0.19) keeps modules and optimizer reachable."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def release(model: nn.Module, *owners: object) -> None:
+def free_engine(model: nn.Module, *owners: object) -> None:
     """Empties every tensor of a model and of other objects' attributes, even where something still holds them.
 
     A cache of ZeRO-3's class holds the model, whose parameters hold the optimizer: masters, moments and gradients
     would stay on the device until the process ends.
     """
     for parameter in model.parameters():
-        _empty(vars(parameter))  # what ZeRO-3 has of it on this rank
+        _empty(vars(parameter))  # ZeRO-3's share on this rank
     for owner in (*owners, *model.modules()):
         _empty(vars(owner))
 

@@ -1,14 +1,14 @@
-"""What do the frames of a video cost, compared with the plainest correct PyAV loop for the same frames?
+"""The cost of the frames of a video, compared with the simplest correct PyAV loop for the same frames.
 
-    python benchmarks/bench_clips.py [--clips FOLDER] [--frames 8]
+    python benchmarks/bench_video_decode.py [--videos FOLDER] [--frames 8]
 
-Videos are those of a folder (mp4, mkv, webm ... below it) and synthetic ones made here. For each, `decode_clip` and the
-plain loop take turns in one process; a row has the least CPU time of either over the rounds, and whether the pixels
+Videos are those of a folder (mp4, mkv, webm ... below it) and synthetic ones made here. For each, `decode_video` and
+the plain loop take turns in one process; a row has the least CPU time of either over the rounds, and whether the pixels
 are the same to the bit. The plain loop is given the frames to take, decodes up to the last of them in one thread,
-converts and turns those alone, and stacks them. Rows go to results/bench_clips.csv.
+converts and turns those alone, and stacks them. Rows go to results/bench_video_decode.csv.
 
-A second table, results/bench_clip_scaling.csv, answers whether swscale may scale on the way to RGB: how far its
-pixels are from antialiased bicubic resizing of the RGB frame, in levels of 255.
+A second table, results/bench_video_scaling.csv, shows whether swscale may scale during the conversion to RGB: the
+difference of its pixels to antialiased bicubic resizing of the RGB frame, in levels of 255.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def synthetic(form: str, codec: str, size: tuple[int, int], count: int, settings
             frame.pts = index
             container.mux(track.encode(frame))
         container.mux(track.encode(None))
-    os.sched_setscheduler(0, *before)  # SVT-AV1 has given this thread real-time priority where root runs it
+    os.sched_setscheduler(0, *before)  # SVT-AV1 gives this thread real-time priority if root runs it
     return stream.getvalue()
 
 
 def plain(data: bytes, numbers: list[int]) -> np.ndarray:
-    """The plainest correct loop: (frames, H, W, 3) uint8 of the frames with these numbers."""
+    """The simplest correct loop: (frames, H, W, 3) uint8 of the frames with these numbers."""
     taken: dict[int, np.ndarray] = {}
     with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
         stream = container.streams.video[0]
@@ -121,7 +121,7 @@ def measure(data: bytes, frames: int, rounds: int) -> dict[str, object]:
         "size_px": size,
         "video_frames": count,
         "frames": frames,
-        "decode_clip_cpu_ms": round(1e3 * min(ours), 2),
+        "decode_video_cpu_ms": round(1e3 * min(ours), 2),
         "plain_cpu_ms": round(1e3 * min(theirs), 2),
         "ratio": round(min(ours) / min(theirs), 3),
         "same_pixels": np.array_equal(mine, truth),
@@ -162,7 +162,7 @@ def scaling(name: str, data: bytes, share: float, rounds: int = 7) -> Iterator[d
         seconds, pixels = min((cpu_seconds(scaled) for _ in range(rounds)), key=lambda pair: pair[0])
         difference = np.abs(pixels.astype(int) - truth)
         yield {
-            "clip": name,
+            "video": name,
             "from_px": f"{frame.width}x{frame.height}",
             "to_px": f"{width}x{height}",
             "way": way,
@@ -175,14 +175,14 @@ def scaling(name: str, data: bytes, share: float, rounds: int = 7) -> Iterator[d
 
 
 def circumstances() -> dict[str, str]:
-    """What a row needs to be compared with another day's."""
+    """The conditions of a measurement."""
     versions = f"av {av.__version__}, numpy {np.__version__}, python {platform.python_version()}"
     return {"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "cpu": processor(), "versions": versions}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=Path, help="a folder of videos")
+    parser.add_argument("--videos", type=Path, help="a folder of videos")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -190,7 +190,7 @@ def main() -> None:
     rows, scaled = [], []
     for group, name, data in videos(options.videos):
         try:
-            rows.append({"set": group, "clip": name, **measure(data, options.frames, options.rounds)})
+            rows.append({"set": group, "video": name, **measure(data, options.frames, options.rounds)})
         except (SampleError, av.FFmpegError, KeyError) as error:
             print(f"{name}: left out: {error}", file=sys.stderr)
             continue
@@ -200,10 +200,10 @@ def main() -> None:
     for group in ("folder", "synthetic"):
         of_group = [row for row in rows if row["set"] == group]
         if of_group:
-            total = sum(row["decode_clip_cpu_ms"] for row in of_group) / sum(row["plain_cpu_ms"] for row in of_group)
+            total = sum(row["decode_video_cpu_ms"] for row in of_group) / sum(row["plain_cpu_ms"] for row in of_group)
             worst = max(of_group, key=lambda row: row["ratio"])
-            print(f"{group}: {len(of_group)} videos, {total:.3f} in all, worst {worst['ratio']} ({worst['clip']})")
-    for name, table in (("bench_clips.csv", rows), ("bench_clip_scaling.csv", scaled)):
+            print(f"{group}: {len(of_group)} videos, {total:.3f} in all, worst {worst['ratio']} ({worst['video']})")
+    for name, table in (("bench_video_decode.csv", rows), ("bench_video_scaling.csv", scaled)):
         write_rows(RESULTS / name, [{**row, **circumstances()} for row in table])
 
 

@@ -60,7 +60,7 @@ def test_the_others_wait_for_longer_than_a_collective_may_take():
 
 def failing_work(port: int) -> tuple[str, str]:
     world = start_with_store_at_rank_0(port)
-    process_group._HEARD_TIMEOUT = PEER_TIMEOUT  # a busy machine may keep a rank from hearing for long
+    process_group.HEARD_TIMEOUT = PEER_TIMEOUT  # a busy machine may keep a rank from hearing for long
 
     def work() -> None:
         raise DataError("shard-7.tar is cut at byte 512")
@@ -90,12 +90,12 @@ def rank_0_goes(port: int) -> str:
 
 
 def test_the_others_do_not_wait_for_a_rank_0_that_is_gone():
-    assert "rank 0 ended without a word" in run_distributed(rank_0_goes, 2, free_port())[1]
+    assert "rank 0 ended without a message" in run_distributed(rank_0_goes, 2, free_port())[1]
 
 
 def endless_work() -> str:
     world = start_world()
-    process_group._SLICE = timedelta(seconds=0.2)
+    process_group.SLICE = timedelta(seconds=0.2)
     store = distributed_c10d._get_default_store()
     try:  # rank 0 works until the other has given up, and then ends as if it had never been waited for
         rank_zero_first(world, lambda: store.wait(["gave up"], PEER_TIMEOUT), timeout=timedelta(seconds=1))

@@ -86,9 +86,17 @@ def test_the_average_of_a_thawed_part_starts_at_its_value(whole):
     assert not torch.equal(weights(whole, later)[name], weights(whole, later, averaged=True)[name])
 
 
-@pytest.mark.parametrize("where", ["inside the first", "at the first hand-over", "at the second hand-over"])
-def test_resumed_inside_a_stage_or_at_a_hand_over_it_is_the_uninterrupted_run_bit_for_bit(whole, tmp_path, where):
-    step = {"inside the first": 1, "at the first hand-over": whole.ends[0], "at the second hand-over": whole.ends[1]}
+@pytest.mark.parametrize(
+    "where", ["inside the first", "at the first stage transition", "at the second stage transition"]
+)
+def test_resumed_inside_a_stage_or_at_a_stage_transition_it_is_the_uninterrupted_run_bit_for_bit(
+    whole, tmp_path, where
+):
+    step = {
+        "inside the first": 1,
+        "at the first stage transition": whole.ends[0],
+        "at the second stage transition": whole.ends[1],
+    }
     again = rewound(whole.run, step[where], tmp_path / "again")
     assert run_distributed(train_rank, 2, again) == [True, True]
     assert [line["loss"] for line in metrics(again)] == [line["loss"] for line in metrics(whole.run)]
@@ -108,7 +116,7 @@ def test_on_another_number_of_ranks_the_losses_follow(whole, tmp_path):
         assert_sums_close(theirs["loss"], ours["loss"], ours["step"] * TERMS, f"loss of step {ours['step']}")
 
 
-def test_the_stages_are_told(whole):
+def test_the_stages_are_reported(whole):
     events = [json.loads(line) for line in (whole.run / "events.jsonl").read_text().splitlines()]
     assert [(event["event"], event["stage"], event["step"]) for event in events] == [
         ("stage", "locked", 0),

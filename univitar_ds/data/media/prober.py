@@ -1,0 +1,43 @@
+"""Sizes of media files in shards: where their bytes are, and what reads their headers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from univitar_ds.data.media.types import MediaSize
+from univitar_ds.data.storage.base import Storage
+from univitar_ds.data.storage.parallel import at_once
+from univitar_ds.errors import SampleError
+
+
+class MediaAddress(NamedTuple):
+    """The bytes of a media file in a shard, and the extension of its name."""
+
+    storage: Storage
+    path: str
+    offset: int
+    length: int
+    extension: str
+
+
+Prober = Callable[[Sequence[MediaAddress]], "list[MediaSize | SampleError]"]
+"""Reads the sizes of media files from their headers, in the order given. An error is returned, not raised: a
+SampleError, for a file whose header cannot be read. Raises: DataError for a shard that cannot be read."""
+
+
+def probe_each(media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
+    """A `Prober` that reads headers in this process: one that is there to decode, or that reads trusted files."""
+    return list(at_once(probe_at, media, [one.storage for one in media]))
+
+
+def probe_at(media: MediaAddress) -> MediaSize | SampleError:
+    """The size of one file, or why it cannot be used. Raises: DataError if its shard cannot be read."""
+    from univitar_ds.data.media.probe import probe  # a trainer whose headers are read elsewhere needs no Pillow
+
+    try:
+        return probe(media.storage.read_range(media.path, media.offset, media.length), media.extension)
+    except SampleError as error:
+        return error
+    except MemoryError:
+        return SampleError("too_large", "its header takes more memory than data.max_image_px allows; replace the file")
