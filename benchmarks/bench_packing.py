@@ -36,7 +36,7 @@ from univitar_ds.data.sampler.cursor import LaneCursor
 from univitar_ds.data.sampler.lanes import Lane, Plan
 from univitar_ds.data.sampler.stream_config import stream_config
 from univitar_ds.data.shards.sources import fingerprint, validate_sources
-from univitar_ds.data.writing.writer import pack_folder
+from univitar_ds.data.writing.writer import PackOptions, pack_folder
 from univitar_ds.geometry import PATCH
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.flops import cost_coefficients
@@ -168,7 +168,7 @@ def _cost(plan: Plan) -> float:
 def mixes(folder: Path, photos: Path | None) -> list[Mix]:
     made = []
     if photos is not None:
-        pack_folder(photos, folder / "photos", verify=False, progress=False)
+        pack_folder(photos, folder / "photos", PackOptions(verify=False, progress=False))
         recipe = load_config("photos", []).stages[0]
         rule, budget = recipe.image.model_dump(include=set(ANY)), recipe.token_budget
         shards = str(folder / "photos")

@@ -30,11 +30,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.rows import RESULTS, git_commit, processor, write_rows
 from univitar_ds.data.media.frame_sampling import UNIFORM, by_count, places
-from univitar_ds.data.media.types import VIDEO_EXTENSIONS
+from univitar_ds.data.media.types import VIDEO_EXTENSIONS, DecodeLimits
 from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import SampleError
 
-LIMITS = {"max_px": 10**8, "timeout_s": 600.0}
+LIMITS = DecodeLimits(10**8, 600.0)
 
 X264 = "bframes=3:b-pyramid=normal:log-level=none"
 SYNTHETIC = {
@@ -112,7 +112,7 @@ def measure(data: bytes, frames: int, rounds: int) -> dict[str, object]:
     numbers = by_count(places(UNIFORM, frames, 0), count)
     ours, theirs = [], []
     for _ in range(rounds):
-        seconds, mine = cpu_seconds(lambda: decode_video(data, frames=frames, **LIMITS))
+        seconds, mine = cpu_seconds(lambda: decode_video(data, frames=frames, limits=LIMITS))
         ours.append(seconds)
         seconds, truth = cpu_seconds(lambda: plain(data, numbers))
         theirs.append(seconds)

@@ -19,6 +19,7 @@ from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import ResolutionConfig, StageConfig
 from univitar_ds.data.loader import eval_packs
 from univitar_ds.data.media.image_decode import decode_image
+from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.data.sampler.bad_samples import KINDS
 
@@ -154,7 +155,7 @@ def pixels(name):
     """What is decoded of a file, at its own size."""
     data = (CORPUS / name).read_bytes()
     if name.startswith("videos"):
-        return decode_video(data, frames=4, max_px=100_000_000, timeout_s=30.0)
+        return decode_video(data, frames=4, limits=DecodeLimits(100_000_000, 30.0))
     return decode_image(data, max_px=100_000_000)
 
 

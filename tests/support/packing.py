@@ -9,11 +9,12 @@ from pathlib import Path
 from tests.support import media
 from tests.support.paths import ROOT
 from tests.support.progress import run_watched
-from univitar_ds.data.writing.writer import pack_folder
+from univitar_ds.data.writing.writer import PackOptions, pack_folder
 
 
 def pack(folder, out, **options):
-    return pack_folder(folder, out, **{"workers": 1, "progress": False, **options})
+    where = {name: options.pop(name) for name in ("settings", "state") if name in options}
+    return pack_folder(folder, out, PackOptions(**{"workers": 1, "progress": False, **options}), **where)
 
 
 def image_row(index: int, **fields) -> dict:

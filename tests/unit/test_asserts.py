@@ -56,7 +56,8 @@ def test_a_decoding_process_answers_under_python_O(tmp_path):
 import sys
 from univitar_ds.data.decoding.supervisor import WorkerSupervisor, RestartBudget
 from univitar_ds.data.decoding.forkserver import ForkServer
-from univitar_ds.data.decoding.decode_job import DecodeLimits, DecodeItem, DecodeJob
+from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob
+from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.media.frame_sampling import UNIFORM
 from univitar_ds.data.storage.base import LOCAL

@@ -10,12 +10,6 @@ from tests.support.paths import ROOT
 MOST_LINES, MOST_ARGUMENTS = 60, 8
 LONG, MANY = "Long because", "Many arguments because"
 """A sentence of the docstring that begins so gives the reason."""
-TO_BE_SPLIT = {
-    "univitar_ds/data/decoding/pipeline.py:Pipeline.__init__",
-    "univitar_ds/data/loader.py:PackLoader.__init__",
-    "univitar_ds/data/writing/writer.py:pack_folder",
-}
-"""Too many arguments, and no reason yet: an entry goes when its function is split. None is added."""
 FILES = [
     path for pattern in ("univitar_ds/**/*.py", "kernels/*.py", "benchmarks/**/*.py") for path in ROOT.glob(pattern)
 ]
@@ -73,8 +67,7 @@ def test_functions_are_short_and_take_few_arguments_or_say_why_not():
     for path in FILES:
         for name, fault in faults(path.read_text(encoding="utf-8")):
             found[f"{path.resolve().relative_to(ROOT.resolve())}:{name}"] = fault
-    assert {name: fault for name, fault in found.items() if name not in TO_BE_SPLIT} == {}
-    assert found.keys() >= TO_BE_SPLIT, "an entry of TO_BE_SPLIT is not needed any more"
+    assert found == {}
 
 
 ARGUMENTS = ", ".join(f"a{number}" for number in range(MOST_ARGUMENTS))

@@ -139,16 +139,18 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    from univitar_ds.data.writing.writer import pack_folder
+    from univitar_ds.data.writing.writer import PackOptions, pack_folder
 
     manifest = pack_folder(
         arguments.folder,
         arguments.out,
-        shard_mb=arguments.shard_mb,
-        workers=arguments.workers,
-        verify=not arguments.no_verify,
+        PackOptions(
+            shard_mb=arguments.shard_mb,
+            workers=arguments.workers,
+            verify=not arguments.no_verify,
+            captions=arguments.captions,
+        ),
         settings=_storage_settings(arguments),
-        captions=arguments.captions,
     )
     for split, kinds in manifest["counts"].items():
         _say(f"{split}: " + ", ".join(f"{count} {kind}s" for kind, count in kinds.items()))

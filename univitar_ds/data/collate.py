@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 from univitar_ds import tokenization
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data.batch import PackedBatch, rows
-from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits
+from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob
 from univitar_ds.data.decoding.pipeline import DecodedPack, Pipeline, PipelineConfig, PlansOf, decoded_inline
+from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.sampler.bad_samples import INITIAL_STATE, BadPolicy, BadSampleMonitor
 from univitar_ds.data.sampler.lanes import Plan
 from univitar_ds.data.shards.samples import Sample, SizeRule

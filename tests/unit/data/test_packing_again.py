@@ -108,7 +108,7 @@ for point in points:
         progress_log.ProgressLog._add = dying(progress_log.ProgressLog._add, left)
         writer._add = dying(writer._add, left)
         destination.replace_bytes = dying(destination.replace_bytes, left)
-        writer.pack_folder(folder, out, shard_mb=0.02, workers=1, progress=False)
+        writer.pack_folder(folder, out, writer.PackOptions(shard_mb=0.02, workers=1, progress=False))
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), f"packing had ended before point {point}"
@@ -151,7 +151,7 @@ examine.decode_image = fragile
 children.context = lambda preload: get_context("fork")  # so that the workers have the fragile decoder too
 examine._SILENCE_S = 5.0
 writer._FILES_PER_WORKER = 4
-writer.pack_folder(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]), progress=False)
+writer.pack_folder(sys.argv[1], sys.argv[2], writer.PackOptions(workers=int(sys.argv[3]), progress=False))
 """
 
 
@@ -180,7 +180,7 @@ def test_several_workers_write_the_same_shards_as_one(folder, tmp_path):
             from univitar_ds.data.writing import writer
             writer._FILES_PER_WORKER = 4
             if __name__ == "__main__":
-                writer.pack_folder(sys.argv[1], sys.argv[2], workers=2)
+                writer.pack_folder(sys.argv[1], sys.argv[2], writer.PackOptions(workers=2))
             """
         )
     )

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from univitar_ds.data.media.frame_sampling import Sampling
+from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.errors import SampleError
@@ -19,15 +20,6 @@ Failure = tuple[int, str, str]
 """(index of the item in the pack, kind, message)."""
 _BUSY_FACTOR = 4
 """`data.decode_timeout_s` is CPU time; wall time may be so many times longer on a busy machine."""
-
-
-@dataclass(frozen=True)
-class DecodeLimits:
-    """Most pixels of a frame, most CPU seconds for decoding a video, longest duration of a video in seconds."""
-
-    max_image_px: int
-    timeout_s: float
-    max_video_s: float
 
 
 @dataclass(frozen=True)
@@ -157,11 +149,9 @@ def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: S
         out[:] = decode_video(
             data,
             frames=item.frames,
-            max_px=limits.max_image_px,
-            timeout_s=limits.timeout_s,
+            limits=limits,
             sampling=job.sampling,
             draw=item.draw,
-            max_video_s=limits.max_video_s,
             size=item.size,
             fit=lambda frame: fit_image(frame, item.grid),
         )

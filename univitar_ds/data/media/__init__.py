@@ -10,6 +10,7 @@ __all__ = [
     "jpeg_header",
     "memory_limits",
     "probe",
+    "prober",
     "resize",
     "types",
     "video_decode",

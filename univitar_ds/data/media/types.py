@@ -18,6 +18,18 @@ VIDEO_EXTENSIONS = frozenset(
 )
 # fmt: on
 
+@dataclass(frozen=True)
+class DecodeLimits:
+    """Most pixels of a frame; for a video, CPU seconds that decoding takes and seconds that it lasts.
+
+    The CPU time is that of the thread: how busy the machine is must not decide which samples are good.
+    """
+
+    max_image_px: int
+    timeout_s: float
+    max_video_s: float = float("inf")
+
+
 MAX_SIDE_PX = 1 << 20
 """Decoders keep accounts of every row, the resizing kernel weights of every row and column: 3 GB for 100 million."""
 

@@ -21,7 +21,7 @@ from av.video.stream import VideoStream
 from univitar_ds.data.media import keyframes
 from univitar_ds.data.media.containers import Matrix, video_demuxer
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, by_count, by_time, places
-from univitar_ds.data.media.types import check_area, check_duration, check_size, reason
+from univitar_ds.data.media.types import DecodeLimits, check_area, check_duration, check_size, reason
 from univitar_ds.data.media.video_probe import open_video, probe_video
 from univitar_ds.errors import SampleError
 from univitar_ds.image_ops import orientation_of_matrix, upright
@@ -36,11 +36,9 @@ def decode_video(
     data: bytes,
     *,
     frames: int,
-    max_px: int,
-    timeout_s: float,
+    limits: DecodeLimits,
     sampling: Sampling = UNIFORM,
     draw: int = 0,
-    max_video_s: float = float("inf"),
     size: tuple[int, int] | None = None,
     fit: Fit | None = None,
 ) -> np.ndarray:
@@ -51,28 +49,27 @@ def decode_video(
     number of frames in the packets or, where a wanted one does not come, what can be decoded; never what the header
     claims.
 
-    Args: frames, how many to return; max_px, most pixels of one frame; timeout_s, CPU seconds of this thread (not
-        time on the clock: a busy machine must not decide which samples are good); draw, the item's number, from which
-        jitter follows; max_video_s, longest video; size, (height, width) that the video must have; fit, applied to each
-        (H, W, 3) uint8 frame as soon as it is there, so that only one is held at its own size.
+    Args: frames, how many to return; draw, the number of the item, from which jitter follows; size, (height, width)
+        that the video must have; fit, applied to each (H, W, 3) uint8 frame as soon as it is decoded, so that only one
+        is held at its own size.
     Returns: (frames, H, W, 3) uint8, or (frames, ...) of what `fit` makes.
     Raises: SampleError, also for damage in whatever has to be decoded.
     """
     assert frames >= 1
     where = places(sampling, frames, draw)
-    deadline = time.thread_time() + timeout_s
-    reel = _FrameCollector(frames, max_px, fit)
+    deadline = time.thread_time() + limits.timeout_s
+    reel = _FrameCollector(frames, limits.max_image_px, fit)
     if size is not None:
         reel.before_first = partial(_check_size, data, size)
     container, stream = open_video(data)
     with container:
-        check_area(stream.codec_context.height, stream.codec_context.width, max_px)
+        check_area(stream.codec_context.height, stream.codec_context.width, limits.max_image_px)
         packets = _packets(container, stream, deadline)
         shown = _in_order_of_display(container.format.name, stream.codec_context.name, packets)
         if shown:
             times = [packets[i].pts for i in shown]
             end = times[-1] + (packets[shown[-1]].duration or (times[-1] - times[0]) // max(len(times) - 1, 1))
-            check_duration(float((end - times[0]) * (stream.time_base or Fraction(0))), max_video_s)
+            check_duration(float((end - times[0]) * (stream.time_base or Fraction(0))), limits.max_video_s)
             indices = by_count(where, len(shown)) if sampling.kind == "uniform" else by_time(where, times, end)
             if _take_at(stream, packets, [shown[i] for i in indices], reel, deadline):
                 return reel.pixels

@@ -11,12 +11,12 @@ import numpy as np
 
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import ResolutionConfig, StageConfig, VideoSampling
-from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits, check_crc32, decode_pack
+from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, check_crc32, decode_pack
 from univitar_ds.data.decoding.task_pool import Next, Reached, Task
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.memory_limits import confine
 from univitar_ds.data.media.prober import MediaAddress, probe_each
-from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, check_size
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, DecodeLimits, check_size
 from univitar_ds.data.sampler.reader import with_captions
 from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_samples

@@ -23,7 +23,7 @@ from univitar_ds.data.media.image_decode import decode_image
 from univitar_ds.data.media.jpeg_header import is_jpeg
 from univitar_ds.data.media.memory_limits import confine
 from univitar_ds.data.media.probe import probe
-from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, DecodeLimits, MediaSize
 from univitar_ds.data.storage.local import read_file
 from univitar_ds.errors import DataError, SampleError
 
@@ -142,7 +142,7 @@ def _decoded_size(data: bytes, size: MediaSize) -> tuple[int, int]:
         decode_video,  # trainers know this module too, and may read images only
     )
 
-    sides = decode_video(data, frames=_VIDEO_FRAMES, max_px=_MAX_PX, timeout_s=_VIDEO_TIMEOUT_S, fit=_sides)[0]
+    sides = decode_video(data, frames=_VIDEO_FRAMES, limits=DecodeLimits(_MAX_PX, _VIDEO_TIMEOUT_S), fit=_sides)[0]
     return int(sides[0]), int(sides[1])
 
 

@@ -58,17 +58,29 @@ class _Shard:
         return _digest([[_LAYOUT, self.first], [[*_identity(row, found)] for row, found in self.samples]])
 
 
+@dataclass(frozen=True)
+class PackOptions:
+    """How a folder is packed.
+
+    `shard_mb`: size of a shard in 10^6 bytes; a larger sample gets its own shard. `workers`: processes that examine
+    files (None: as many as are useful). `verify`: decode every file once instead of trusting headers. `progress`: show
+    bars on stderr. `captions`: whether the .txt of a file holds one caption, or one per line.
+    """
+
+    shard_mb: float = 64.0
+    workers: int | None = None
+    verify: bool = True
+    progress: bool = True
+    captions: Literal["one", "lines"] = "one"
+
+
 def pack_folder(
     folder: str | Path,
     out: str | Path,
+    options: PackOptions | None = None,
     *,
-    shard_mb: float = 64.0,
-    workers: int | None = None,
-    verify: bool = True,
-    progress: bool = True,
     settings: StorageSettings = LOCAL,
     state: Path | None = None,
-    captions: Literal["one", "lines"] = "one",
 ) -> dict[str, Any]:
     """Pack a folder into `out`: {split}-{kind}-{000000}.tar and manifest.json. Can be killed and run again.
 
@@ -80,26 +92,23 @@ def pack_folder(
     order drawn from a hash of their file names, so that every shard is a fair mix.
     Media that cannot be read are left out and listed under `skipped`.
 
-    Args: shard_mb, size of a shard in 10^6 bytes (a larger sample gets a shard for itself); workers, processes
-        that examine files (None: as many as are worth it); verify, decode every file once instead of trusting
-        headers; progress, show bars on stderr; settings, how S3 is reached; state, the folder for what is known
-        of packings to S3 (None: ~/.local/state/univitar_ds/pack); captions, whether a .txt beside a file holds one
-        caption, or one a line.
+    Args: options (None: the defaults); settings, how S3 is reached; state, the folder for the progress of packings to
+        S3 (None: ~/.local/state/univitar_ds/pack).
     Returns: the manifest.
     Raises: DataError for a folder with faulty descriptions or nothing to pack, and for an `out` that is in use
         or not ours.
     """
-    folder = Path(folder)
-    if shard_mb <= 0:
-        raise DataError(f"shards of {shard_mb} MB hold nothing; use a size above 0")
-    listing = read_folder(folder, captions)
+    folder, options = Path(folder), options or PackOptions()
+    if options.shard_mb <= 0:
+        raise DataError(f"shards of {options.shard_mb} MB hold nothing; use a size above 0")
+    listing = read_folder(folder, options.captions)
     destination = destination_of(out, folder, settings, state)
     workspace = destination.workspace
     if workspace.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{workspace} lies inside {folder}, which is being packed; choose a folder outside of it")
     with writing(workspace), open_journal(workspace, folder) as journal:
         destination.claim()
-        found = _examine(folder, listing.rows, journal, workers, verify, progress)
+        found = _examine(folder, listing.rows, journal, options)
         samples = [(row, finding) for row, finding in found if finding.fault is None]
         skipped = [{"file": row.file, "reason": finding.fault} for row, finding in found if finding.fault is not None]
         if not samples:
@@ -108,14 +117,12 @@ def pack_folder(
                 f"{skipped[0]['file']}: {skipped[0]['reason']}"
             )
         skipped += [{"file": file, "reason": reason} for file, reason in listing.left_out.items()]
-        shards = _planned(samples, shard_mb)
-        return _write_all(folder, destination, shards, samples, skipped, shard_mb, journal, progress)
+        return _write_all(folder, destination, samples, skipped, journal, options)
 
 
-def _examine(
-    folder: Path, rows: Sequence[Row], journal: ProgressLog, workers: int | None, verify: bool, progress: bool
-) -> list[Sample]:
+def _examine(folder: Path, rows: Sequence[Row], journal: ProgressLog, options: PackOptions) -> list[Sample]:
     """Every row with its finding; files that have not changed since an earlier packing are not opened again."""
+    verify, workers = options.verify, options.workers or os.cpu_count() or 1
     findings: dict[str, MediaInfo] = {}
     stamps: dict[str, list[int]] = {}
     unknown = []
@@ -133,8 +140,8 @@ def _examine(
             findings[row.file] = known
     most = len(unknown) // _FILES_PER_WORKER + 1
     jobs = [Job(folder / row.file, row.kind, verify) for row in unknown]
-    with tqdm(total=len(rows), initial=len(findings), desc="examine", unit="file", disable=not progress) as bar:
-        for index, finding in examine_all(jobs, min(workers or os.cpu_count() or 1, most)):
+    with tqdm(total=len(rows), initial=len(findings), desc="examine", unit="file", disable=not options.progress) as bar:
+        for index, finding in examine_all(jobs, min(workers, most)):
             row = unknown[index]
             if row.file in stamps:
                 journal.add_finding(row, stamps[row.file], verify, finding)
@@ -177,16 +184,15 @@ def _runs(samples: Sequence[Sample], most_bytes: float) -> Iterator[list[Sample]
 def _write_all(
     folder: Path,
     destination: Destination,
-    shards: Sequence[_Shard],
     samples: Sequence[Sample],
     skipped: list[dict[str, str]],
-    shard_mb: float,
     journal: ProgressLog,
-    progress: bool,
+    options: PackOptions,
 ) -> dict[str, Any]:
     """Shards that are not there yet, then the manifest, then nothing that belongs to an earlier packing."""
+    shards = _planned(samples, options.shard_mb)
     identities = [[*_identity(row, found)] for row, found in samples]
-    fingerprint = _digest([_LAYOUT, shard_mb, sorted(identities, key=lambda one: one[0]), skipped])
+    fingerprint = _digest([_LAYOUT, options.shard_mb, sorted(identities, key=lambda one: one[0]), skipped])
     names = {shard.name for shard in shards}
     known = journal.shards | destination.shards()
     if destination.fingerprint() != fingerprint:
@@ -195,7 +201,7 @@ def _write_all(
     for stale in sorted((there & known) - names):
         destination.remove(stale)
     rows = []
-    with tqdm(total=len(samples), desc="write", unit="sample", disable=not progress) as bar:
+    with tqdm(total=len(samples), desc="write", unit="sample", disable=not options.progress) as bar:
         for shard in shards:
             plan = shard.plan()
             entry = journal.shard(shard.name, plan)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tests.support import media, shards
-from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits, decode_pack
+from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, decode_pack
 from univitar_ds.data.media import image_decode, video_decode
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.resize import fit_image
-from univitar_ds.data.media.types import MediaSize
+from univitar_ds.data.media.types import DecodeLimits, MediaSize
 from univitar_ds.errors import DataError
 
 LIMITS = DecodeLimits(10**6, 30.0, 60.0)

@@ -15,9 +15,10 @@ import torch
 from tests.support.memory import memory_shards, small_config
 from tests.support.progress import run_watched
 from univitar_ds.data.decoding import pipeline
-from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits
+from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob
 from univitar_ds.data.decoding.pipeline import Pipeline, PipelineConfig
 from univitar_ds.data.media.frame_sampling import UNIFORM
+from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.sampler.cursor import LaneCursor
 from univitar_ds.data.sampler.lanes import Lane
 from univitar_ds.errors import DataError

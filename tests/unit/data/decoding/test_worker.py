@@ -15,12 +15,13 @@ from tests.support import media
 from tests.support.decoding import decoders, servers
 from tests.support.progress import WHOLE_S, run_watched, runs, wait_until
 from univitar_ds.data.decoding import forkserver
-from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, DecodeLimits
+from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob
 from univitar_ds.data.decoding.forkserver import ForkServer
 from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.decoding.supervisor import RestartBudget, WorkerSupervisor
 from univitar_ds.data.media.frame_sampling import UNIFORM
 from univitar_ds.data.media.resize import fit_image
+from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.storage.base import LOCAL
 
 GRID = (1, 2, 3)

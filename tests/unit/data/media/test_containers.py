@@ -8,6 +8,7 @@ import pytest
 from tests.support import media
 from univitar_ds.data.media.containers import matroska_matrix, missing_bytes, video_demuxer
 from univitar_ds.data.media.probe import probe
+from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import SampleError
 from univitar_ds.image_ops import orientation_of_matrix
@@ -31,7 +32,7 @@ def test_a_video_copied_into_matroska_keeps_its_turn(matrix, turned):
     size = probe(data, "mkv")
     assert (orientation_of_matrix(matroska_matrix(data)) >= 5) == bool(turned)
     assert (size.height, size.width) == ((64, 48) if turned else (48, 64))
-    assert decode_video(data, frames=2, max_px=10**6, timeout_s=60.0).shape[1:3] == (size.height, size.width)
+    assert decode_video(data, frames=2, limits=DecodeLimits(10**6, 60.0)).shape[1:3] == (size.height, size.width)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import json, os, sys
 from univitar_ds.data.media.image_decode import decode_image
 from univitar_ds.data.media.memory_limits import confine
 from univitar_ds.data.media.probe import probe
-from univitar_ds.data.media.types import VIDEO_EXTENSIONS
+from univitar_ds.data.media.types import VIDEO_EXTENSIONS, DecodeLimits
 from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import SampleError
 
@@ -35,7 +35,7 @@ def look(path):
     confine(10**8, len(data))
     yield said(lambda: probe(data, extension))
     if extension in VIDEO_EXTENSIONS:
-        yield said(lambda: decode_video(data, frames=2, max_px=10**8, timeout_s=60.0).shape)
+        yield said(lambda: decode_video(data, frames=2, limits=DecodeLimits(10**8, 60.0)).shape)
     else:
         yield said(lambda: decode_image(data, max_px=10**8).shape)
 

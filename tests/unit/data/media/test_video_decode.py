@@ -12,14 +12,16 @@ from PIL import Image
 from tests.support import media
 from univitar_ds.data.media import video_decode
 from univitar_ds.data.media.frame_sampling import Sampling
+from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import SampleError
 
-ROOM = 10**8
+ROOM = {"max_image_px": 10**8, "timeout_s": 60.0}
 
 
 def video_of(data: bytes, frames: int, **limits) -> np.ndarray:
-    return decode_video(data, frames=frames, **{"max_px": ROOM, "timeout_s": 60.0, **limits})
+    given = {name: limits.pop(name) for name in ("sampling", "draw", "fit") if name in limits}
+    return decode_video(data, frames=frames, limits=DecodeLimits(**{**ROOM, **limits}), **given)
 
 
 def kind_of_error(call, *arguments, **options) -> str:
@@ -294,7 +296,7 @@ def test_a_video_with_damaged_frames_is_refused():
 def test_a_video_above_the_pixel_limit_is_refused_from_its_header(monkeypatch):
     data = media.video(media.grey_frames(4, 48, 64))
     monkeypatch.setattr(video_decode, "_decoded", None)
-    assert kind_of_error(video_of, data, 2, max_px=48 * 64 - 1) == "too_large"
+    assert kind_of_error(video_of, data, 2, max_image_px=48 * 64 - 1) == "too_large"
 
 
 def test_a_video_longer_than_the_limit_is_refused_before_decoding(monkeypatch):
@@ -346,7 +348,7 @@ def test_a_mutated_video_is_read_or_refused_and_the_same_again(form, codec):
 
     def outcome(data: bytes):
         try:
-            return video_of(data, 4, max_px=10**6, sampling=FPS).tobytes()
+            return video_of(data, 4, max_image_px=10**6, sampling=FPS).tobytes()
         except SampleError as error:
             return error.kind, str(error)
 

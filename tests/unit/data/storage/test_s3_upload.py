@@ -19,9 +19,10 @@ from univitar_ds.data.shards.listing import list_shards
 from univitar_ds.data.storage import retry, s3_upload
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.data.storage.s3 import S3Storage
-from univitar_ds.data.writing.writer import pack_folder
+from univitar_ds.data.writing.writer import PackOptions, pack_folder
 from univitar_ds.errors import DataError
 
+PACKING = {"workers": 1, "progress": False, "shard_mb": 0.01}
 PART = 5 << 20  # the minimum of S3
 CONTENT = random.Random(0).randbytes(2 * PART + 1234)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -143,8 +144,9 @@ def folder(tmp_path):
 
 
 def pack(folder, out, tmp_path, url, **more):
-    options = {"workers": 1, "progress": False, "shard_mb": 0.01, "state": tmp_path / "state"}
-    return pack_folder(folder, out, settings=settings(url, tmp_path), **{**options, **more})
+    given = {"settings": settings(url, tmp_path), "state": tmp_path / "state"}
+    given |= {name: more.pop(name) for name in given if name in more}
+    return pack_folder(folder, out, PackOptions(**{**PACKING, **more}), **given)
 
 
 def contents(server, prefix) -> dict[str, bytes]:
@@ -153,7 +155,7 @@ def contents(server, prefix) -> dict[str, bytes]:
 
 def local_contents(folder, tmp_path) -> dict[str, bytes]:
     out = tmp_path / "local"
-    pack_folder(folder, out, workers=1, progress=False, shard_mb=0.01)
+    pack_folder(folder, out, PackOptions(**PACKING))
     return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")}
 
 
@@ -246,7 +248,8 @@ for point in points:
             return call(*arguments, **parameters)
         s3_client.Connection.call = dying
         settings = StorageSettings(url)
-        writer.pack_folder(folder, out, shard_mb=0.01, workers=1, progress=False, settings=settings, state=Path(state))
+        options = writer.PackOptions(shard_mb=0.01, workers=1, progress=False)
+        writer.pack_folder(folder, out, options, settings=settings, state=Path(state))
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), f"packing had ended before request {point}"
