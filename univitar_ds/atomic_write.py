@@ -1,6 +1,6 @@
 """Files and folders that appear under their name only when they are whole.
 
-Readers, and whatever comes after a crash, see the earlier file or the new one. Every module that promises this does
+Readers, also after a crash, see the earlier file or the new one. Every module that promises this does
 it here.
 """
 
@@ -23,7 +23,7 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
     The name is `.{name}.partial`, which `owned` recognises as the program's own.
 
     Args: durable: see `move_into_place`; shared: processes that know nothing of each other may write `path` at the same
-        time, so each has a name of its own.
+        time, so each has its own name.
     Raises: StorageError for what the storage refuses; then `path` is as it was.
     """
     own = f".{uuid.uuid4().hex}" if shared else ""

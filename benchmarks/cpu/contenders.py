@@ -56,7 +56,7 @@ Step = Callable[[Group], None]
 
 
 def trained(model: nn.Module, forward: Callable[[Group], tuple[Tensor, Tensor]]) -> Step:
-    """A step: `forward` gives the output and the gradient it gets; gradients of weights are made anew each time."""
+    """A step: `forward` gives the output and the gradient it gets; the gradients of the weights are new tensors each time."""
 
     def step(group: Group) -> None:
         model.zero_grad(set_to_none=True)
@@ -117,7 +117,7 @@ class PlainRMS(nn.Module):
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """(T, H, K), (T, K/2) -> (T, H, K); the tables are made anew for each of q and k of each layer."""
+    """(T, H, K), (T, K/2) -> (T, H, K); the tables are computed for q and for k in each layer."""
     cos, sin = (table.repeat(1, 2)[:, None] for table in (angles.cos(), angles.sin()))
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
