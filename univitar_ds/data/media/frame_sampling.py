@@ -11,7 +11,7 @@ from univitar_ds.geometry import TUBELET
 from univitar_ds.randomness import draw as draw_number
 
 _WHOLE = 1 << 64
-"""Length of one part of a video in the units of `places`. These are integers, so that all machines round alike."""
+"""Length of one part of a video in the units of `sample_positions`: integers, so that all machines round alike."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ UNIFORM = Sampling()
 def frames_of(sampling: Sampling, most: int, duration_s: float) -> int:
     """Number of frames to sample from a video: a multiple of the tubelet size, at least one tubelet, at most `most`.
 
-    Uniform sampling takes `most` frames from every video, fps sampling a number proportional to the duration. If the
-    header has no duration (0), it takes `most` too.
+    Uniform sampling takes `most` frames from every video, fps sampling a number proportional to the duration, or `most`
+    if the header has no duration (0).
     """
     assert most >= TUBELET
     most -= most % TUBELET
@@ -39,7 +39,7 @@ def frames_of(sampling: Sampling, most: int, duration_s: float) -> int:
     return TUBELET * max(1, min(round(duration_s * sampling.fps / TUBELET), most // TUBELET))
 
 
-def places(sampling: Sampling, frames: int, draw: int) -> list[int]:
+def sample_positions(sampling: Sampling, frames: int, draw: int) -> list[int]:
     """Ascending positions in a video at which frames are sampled, as numerators over frames * 2**64.
 
     The video is divided into `frames` equal parts. The position is the middle of each part or, with jitter, a point in
@@ -50,15 +50,15 @@ def places(sampling: Sampling, frames: int, draw: int) -> list[int]:
     return [i * _WHOLE + _WHOLE // 2 for i in range(frames)]
 
 
-def by_count(where: Sequence[int], total: int) -> list[int]:
+def by_count(positions: Sequence[int], total: int) -> list[int]:
     """Indices of the frames at these positions of a video of `total` frames that have the same duration."""
-    return [place * total // (len(where) * _WHOLE) for place in where]
+    return [at * total // (len(positions) * _WHOLE) for at in positions]
 
 
-def by_time(where: Sequence[int], times: Sequence[int], end: int) -> list[int]:
+def by_time(positions: Sequence[int], times: Sequence[int], end: int) -> list[int]:
     """Indices of the frames displayed at these positions of a video.
 
     `times` are the strictly ascending start times of all frames, `end` is the end of the last one.
     """
     length = max(end, times[-1] + 1) - times[0]
-    return [bisect_right(times, times[0] + place * length // (len(where) * _WHOLE)) - 1 for place in where]
+    return [bisect_right(times, times[0] + at * length // (len(positions) * _WHOLE)) - 1 for at in positions]

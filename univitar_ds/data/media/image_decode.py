@@ -94,7 +94,8 @@ def _turbo(
 def _may_shrink(header: jpeg_header.JpegHeader) -> bool:
     """Whether the image may be decoded at a smaller scale.
 
-    There, a side that is not a multiple of 8 ends within a pixel, which rotation could move to the first row or column.
+    At that scale, a side that is not a multiple of 8 ends within a pixel, and rotation may move this pixel to the first
+    row or column.
     """
     return header.orientation == 1 or (header.height % 8 == 0 and header.width % 8 == 0)
 

@@ -1,7 +1,7 @@
 """Finds the packets of a video stream at which decoding may begin, without decoding.
 
 A container's key frame flag is not enough: it also marks pictures after which some frames still refer to earlier ones.
-Here, a packet is used only if the coded data proves that no later frame refers to a frame before it.
+Here, a packet is used only if the coded data proves that no later frame refers to one before the packet.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 `check_memory` rejects valid images that need more.
 
 `confine` stops hostile files, independently of their headers. A valid image loaded by Pillow and its RGB copy take 7
-bytes per pixel, and with most decoders 10.1 at most (all numbers here are measured with Pillow 13.0 on images of 2.5 to
-100 Mpx). The formats named here take more. The bytes of the file are added.
+bytes per pixel. Most decoders need little more, at most 10.1 in total (all numbers here are measured with Pillow 13.0
+on images of 2.5 to 100 Mpx). The formats named here need more. The size of the file is added.
 """
 
 from __future__ import annotations

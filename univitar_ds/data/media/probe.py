@@ -83,7 +83,7 @@ def open_image(data: bytes) -> Image.Image:
 def _check_tiff_tables(data: bytes) -> None:
     """Check the number of strips and tiles, for each of which Pillow creates a Python object when it opens a TIFF.
 
-    Close to the memory limit of the process, this does not fail but becomes slow: 2.5 million take 8 s, 4 million
+    Close to the memory limit of the process, opening does not fail but becomes slow: 2.5 million take 8 s, 4 million
     (32 MB) more than 3 minutes (measured).
 
     Raises: SampleError for tables larger than any image needs.

@@ -21,7 +21,7 @@ VIDEO_EXTENSIONS = frozenset(
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Maximum number of pixels of a frame; for a video, maximum CPU seconds of decoding and maximum duration.
+    """Limits of decoding: pixels of a frame; for a video, CPU seconds of decoding, and duration in seconds.
 
     The CPU time is that of the thread, so that the load of the machine does not affect which samples are good.
     """
@@ -32,7 +32,7 @@ class DecodeLimits:
 
 
 MAX_SIDE_PX = 1 << 20
-"""Decoders allocate tables per row, the resizing kernel weights per row and column: 3 GB for 100 million."""
+"""Decoders allocate tables per row, and the resizing kernel weights per row and column: 3 GB for 100 million."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from av.video.stream import VideoStream
 
 from univitar_ds.data.media import keyframes
 from univitar_ds.data.media.containers import Matrix, video_demuxer
-from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, by_count, by_time, places
+from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, by_count, by_time, sample_positions
 from univitar_ds.data.media.types import DecodeLimits, check_area, check_duration, check_size, reason
 from univitar_ds.data.media.video_probe import open_video, probe_video
 from univitar_ds.errors import SampleError
@@ -57,7 +57,7 @@ def decode_video(
     Raises: SampleError, also for damage in packets that have to be decoded.
     """
     assert frames >= 1
-    where = places(sampling, frames, draw)
+    positions = sample_positions(sampling, frames, draw)
     deadline = time.thread_time() + limits.timeout_s
     collector = _FrameCollector(frames, limits.max_image_px, fit)
     if size is not None:
@@ -71,18 +71,18 @@ def decode_video(
             times = [packets[i].pts for i in shown]
             end = times[-1] + (packets[shown[-1]].duration or (times[-1] - times[0]) // max(len(times) - 1, 1))
             check_duration(float((end - times[0]) * (stream.time_base or Fraction(0))), limits.max_video_s)
-            indices = by_count(where, len(shown)) if sampling.kind == "uniform" else by_time(where, times, end)
+            indices = by_count(positions, len(shown)) if sampling.kind == "uniform" else by_time(positions, times, end)
             if _collect_packets(stream, packets, [shown[i] for i in indices], collector, deadline):
                 return collector.pixels
     del packets  # they are a copy of the file
     container, stream = open_video(data, thorough=True)
     with container:
-        _collect_by_count(container, stream, where, collector, deadline, stop_early=not shown)
+        _collect_by_count(container, stream, positions, collector, deadline, stop_early=not shown)
     return collector.pixels
 
 
 class _FrameCollector:
-    """Converts the wanted frames as they are decoded. `pixels` is complete once every position has been set."""
+    """Converts the wanted frames as they are decoded. `pixels` is complete once every index has been set."""
 
     def __init__(self, frames: int, max_px: int, fit: Fit | None) -> None:
         self.pixels = np.empty(0, np.uint8)
@@ -94,7 +94,7 @@ class _FrameCollector:
         self._reformatter = VideoReformatter()
 
     def put(self, frame: av.VideoFrame, at: Sequence[int]) -> None:
-        """Convert a frame and store it at these positions. Raises: SampleError for a frame above the pixel limit."""
+        """Convert a frame and store it at these indices. Raises: SampleError for a frame above the pixel limit."""
         check_area(frame.height, frame.width, self._max_px)
         first, self._size = self._size is None, self._size or (frame.width, frame.height)  # it may change midway
         rgb = self._reformatter.reformat(frame, *self._size, format="rgb24", threads=1).to_ndarray()
@@ -200,7 +200,7 @@ def _run(
 def _collect_by_count(
     container: av.container.InputContainer,
     stream: VideoStream,
-    where: Sequence[int],
+    positions: Sequence[int],
     collector: _FrameCollector,
     deadline: float,
     stop_early: bool,
@@ -211,12 +211,12 @@ def _collect_by_count(
     total = sum(keyframes.is_shown(stream.codec_context.name, packet) for packet in packets)
     stop_early = stop_early and stream.frames == total
     stream.codec_context.thread_count = 1
-    seen = _collect_numbers(stream, packets, by_count(where, total), stop_early, collector, deadline)
+    seen = _collect_numbers(stream, packets, by_count(positions, total), stop_early, collector, deadline)
     if seen is not None and 2 * seen < total:  # two packets may be the fields of one frame
         raise SampleError("corrupt", f"the video is damaged: {total} packets give {seen} frames")
     if seen is not None and seen != total:
         stream.codec_context.flush_buffers()
-        _collect_numbers(stream, packets, by_count(where, seen), False, collector, deadline)
+        _collect_numbers(stream, packets, by_count(positions, seen), False, collector, deadline)
 
 
 def _collect_numbers(
