@@ -46,7 +46,7 @@ def read_sidecars(folder: Path, lines: bool) -> Sidecars:
                 continue
             file = path.relative_to(folder).as_posix()
             if path.stem not in texts:
-                found.left_out[file] = "no_caption: there is no .txt beside it"
+                found.left_out[file] = "no_caption: there is no .txt of the same name"
                 continue
             try:
                 captions = _captions(path.with_name(texts[path.stem]))

@@ -79,7 +79,7 @@ def read_folder(folder: Path, captions: Literal["one", "lines"] = "one") -> List
         why = f" ({len(left_out)} left out{first})" if left_out else ""
         raise DataError(
             f"{folder} has nothing to pack{why}; it needs a {METADATA} with a row per file, "
-            "or a .txt caption beside each media file"
+            "or a .txt of the same name for each media file"
         )
     return Listing(rows, left_out)
 

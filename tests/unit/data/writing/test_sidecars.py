@@ -84,7 +84,7 @@ def test_texts_are_found_for_extensions_in_any_case_and_names_with_dots(tmp_path
         "photo.v3.JPG": "of photo.v3.JPG",
         "both.jpg": "the plain name",
     }
-    assert manifest["skipped"] == [{"file": "photo.v4.jpg", "reason": "no_caption: there is no .txt beside it"}]
+    assert manifest["skipped"] == [{"file": "photo.v4.jpg", "reason": "no_caption: there is no .txt of the same name"}]
 
 
 def test_lines_are_captions_if_the_option_is_given_and_cause_a_warning_otherwise(tmp_path, caplog, capsys):

@@ -190,7 +190,7 @@ def test_a_folder_without_metadata_takes_its_captions_from_texts(tmp_path):
         "deep/b.png": ["日本"],
     }
     assert manifest["counts"] == {"train": {"image": 2}}
-    assert manifest["skipped"] == [{"file": "lonely.jpg", "reason": "no_caption: there is no .txt beside it"}]
+    assert manifest["skipped"] == [{"file": "lonely.jpg", "reason": "no_caption: there is no .txt of the same name"}]
 
 
 def test_a_broken_link_and_a_pipe_are_left_out_with_the_reason(tmp_path):
