@@ -29,7 +29,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.rows import RESULTS, git_commit, processor, write_rows
-from univitar_ds.data.media.frame_sampling import UNIFORM, by_count, places
+from univitar_ds.data.media.frame_sampling import UNIFORM, by_count, sample_positions
 from univitar_ds.data.media.types import VIDEO_EXTENSIONS, DecodeLimits
 from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import SampleError
@@ -109,7 +109,7 @@ def cpu_seconds(work: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
 def measure(data: bytes, frames: int, rounds: int) -> dict[str, object]:
     """One row of the first table."""
     codec, count, size = frame_count(data)
-    numbers = by_count(places(UNIFORM, frames, 0), count)
+    numbers = by_count(sample_positions(UNIFORM, frames, 0), count)
     ours, theirs = [], []
     for _ in range(rounds):
         seconds, mine = cpu_seconds(lambda: decode_video(data, frames=frames, limits=LIMITS))

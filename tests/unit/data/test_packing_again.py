@@ -157,8 +157,8 @@ writer.pack_folder(sys.argv[1], sys.argv[2], writer.PackOptions(workers=int(sys.
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_image_that_kills_its_decoder_or_makes_it_hang_or_take_all_memory_is_left_out(folder, tmp_path, workers):
-    died = "corrupt: the decoder's process died of this file"
-    ends = {4: ("poison", died), 5: ("poison", died), 7: ("greed", "too_large: "), 9: ("sloth", "timeout: ")}
+    crashed = "corrupt: the decoding process crashed on this file"
+    ends = {4: ("poison", crashed), 5: ("poison", crashed), 7: ("greed", "too_large: "), 9: ("sloth", "timeout: ")}
     for number, (end, _) in ends.items():
         with (folder / f"images/{number}.jpg").open("ab") as image:
             image.write(end.encode())

@@ -1,7 +1,4 @@
-"""Images and videos as bytes: what their headers say, and their pixels.
-
-What only reads images never imports FFmpeg.
-"""
+"""Reads the headers of images and videos, and decodes them. Code that reads only images never imports FFmpeg."""
 
 __all__ = [
     "containers",

@@ -1,7 +1,6 @@
-"""Which kind of file some bytes are, by their content; how a video file wants to be turned; whether it is whole.
+"""Detects the container format of a video file, its display matrix, and missing bytes at its end.
 
-The name of the demuxer is decided here and never by FFmpeg's own guessing: that would also take playlists
-and scripts, which open other files and addresses.
+FFmpeg's own format detection is not used: it also accepts playlists and scripts, which open other files and addresses.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 Matrix = tuple[int, int, int, int]
 """(a, b, c, d) of a display matrix: x' = a*x + c*y and y' = b*x + d*y, in units of 1/65536."""
 
-_PICTURE_BRANDS = frozenset({b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"})
+_IMAGE_BRANDS = frozenset({b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"})
 _MP4_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp", b"sidx"})
 _PREFIXES = (
     (b"\x1a\x45\xdf\xa3", "matroska"),
@@ -29,7 +28,7 @@ _TS_PACKET = 188
 _SEGMENT, _TRACKS, _TRACK, _VIDEO, _PROJECTION, _ROLL = (
     0x18538067, 0x1654AE6B, 0xAE, 0xE0, 0x7670, 0x7675,
 )  # fmt: skip
-"""Elements of Matroska and WebM."""
+"""IDs of elements of Matroska and WebM."""
 _MOST_ELEMENTS = _MOST_BOXES = 1 << 16
 
 VIDEO_EXTENSION_OF = {
@@ -44,16 +43,16 @@ VIDEO_EXTENSION_OF = {
     "mpegts": "ts",
     "gif": "gifv",
 }
-"""An extension that fits, for each answer of `video_demuxer`."""
+"""A file extension for each demuxer that `video_demuxer` returns."""
 
 
 def video_demuxer(data: bytes) -> str | None:
-    """FFmpeg's name of the demuxer for a video file, None if the bytes are no video container we read.
+    """FFmpeg's name of the demuxer for a video file; None if the bytes are not a supported video container.
 
-    "gif" is an answer too: whether a GIF is meant as an image or as a video, its bytes do not say.
+    Returns "gif" for every GIF: its bytes do not show whether it is meant as an image or as a video.
     """
     if data[4:8] in _MP4_BOXES:
-        return None if data[4:8] == b"ftyp" and data[8:12] in _PICTURE_BRANDS else "mov"
+        return None if data[4:8] == b"ftyp" and data[8:12] in _IMAGE_BRANDS else "mov"
     if data[:4] == b"RIFF" and data[8:12] in (b"AVI ", b"AVIX"):
         return "avi"
     for prefix, demuxer in _PREFIXES:
@@ -64,11 +63,11 @@ def video_demuxer(data: bytes) -> str | None:
 
 
 def mp4_matrices(data: bytes) -> dict[int, Matrix]:
-    """Display matrix of each track id of an MP4 or MOV file; empty where the boxes make no sense."""
+    """Display matrix of each track id of an MP4 or MOV file; empty if the boxes are invalid."""
     matrices = {}
-    for moov in _called(b"moov", data, 0, len(data)):
-        for trak in _called(b"trak", data, *moov):
-            for start, end in _called(b"tkhd", data, *trak):
+    for moov in _boxes_named(b"moov", data, 0, len(data)):
+        for trak in _boxes_named(b"trak", data, *moov):
+            for start, end in _boxes_named(b"tkhd", data, *trak):
                 wide = data[start] == 1 if end > start else False  # version 1: 64-bit times
                 track_at, matrix_at = (20, 52) if wide else (12, 40)
                 if start + matrix_at + 36 > end:
@@ -80,11 +79,11 @@ def mp4_matrices(data: bytes) -> dict[int, Matrix]:
 
 
 def matroska_matrix(data: bytes) -> Matrix:
-    """Display matrix of the first video track of a Matroska or WebM file: its roll, to the nearest quarter turn."""
-    for track in _inside(data, [_SEGMENT, _TRACKS, _TRACK]):
-        if not list(_elements(data, *track, _VIDEO)):
+    """Display matrix of the first video track of a Matroska or WebM file: its roll, rounded to 90 degrees."""
+    for track in _elements_at(data, [_SEGMENT, _TRACKS, _TRACK]):
+        if not list(_elements_named(data, *track, _VIDEO)):
             continue
-        for start, end in _inside(data, [_VIDEO, _PROJECTION, _ROLL], track):
+        for start, end in _elements_at(data, [_VIDEO, _PROJECTION, _ROLL], track):
             if end - start in (4, 8):
                 (degrees,) = struct.unpack_from(">f" if end - start == 4 else ">d", data, start)
                 if math.isfinite(degrees) and round(degrees / 90) % 2:
@@ -94,38 +93,38 @@ def matroska_matrix(data: bytes) -> Matrix:
 
 
 def missing_bytes(data: bytes, demuxer: str) -> int:
-    """How many bytes the outermost boxes of an MP4, MOV, Matroska or WebM file promise beyond its end."""
+    """Number of bytes by which the top-level boxes of an MP4, MOV, Matroska or WebM file extend beyond its end."""
     ends: Iterator[int] = iter(())
     if demuxer == "mov":
         outermost = itertools.islice(boxes(data, 0, len(data)), _MOST_BOXES)
         ends = (end for name, _, end in outermost if name in (b"moov", b"mdat", b"moof"))
     elif demuxer == "matroska":
-        ends = (end for name, _, end in _told_elements(data, 0, len(data)) if name == _SEGMENT)
+        ends = (end for name, _, end in _all_elements(data, 0, len(data)) if name == _SEGMENT)
     return max(0, max(ends, default=0) - len(data))
 
 
-def _called(name: bytes, data: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the contents of the boxes of a name, as far as they are there."""
+def _boxes_named(name: bytes, data: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the contents of the boxes with this name, clipped to `end`."""
     return ((min(inner, end), min(stop, end)) for found, inner, stop in boxes(data, start, end) if found == name)
 
 
-def _inside(data: bytes, path: Sequence[int], within: tuple[int, int] | None = None) -> Iterator[tuple[int, int]]:
-    """(start, end) of the contents of elements at a path of names."""
+def _elements_at(data: bytes, path: Sequence[int], within: tuple[int, int] | None = None) -> Iterator[tuple[int, int]]:
+    """(start, end) of the contents of the elements at a path of IDs."""
     first, *rest = path
-    for found in _elements(data, *(within or (0, len(data))), first):
+    for found in _elements_named(data, *(within or (0, len(data))), first):
         if rest:
-            yield from _inside(data, rest, found)
+            yield from _elements_at(data, rest, found)
         else:
             yield found
 
 
-def _elements(data: bytes, start: int, end: int, name: int) -> Iterator[tuple[int, int]]:
-    return ((inner, min(stop, end)) for found, inner, stop in _told_elements(data, start, end) if found == name)
+def _elements_named(data: bytes, start: int, end: int, name: int) -> Iterator[tuple[int, int]]:
+    return ((inner, min(stop, end)) for found, inner, stop in _all_elements(data, start, end) if found == name)
 
 
-def _told_elements(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Name and (start, end) of the contents of the elements between two offsets, ended where they say, which may be
-    beyond what is there; one of unknown size takes the rest."""
+def _all_elements(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """ID and (start, end) of the contents of the elements between two offsets. `end` follows from the stored size and
+    may be beyond the data; an element of unknown size extends to the end."""
     for _ in range(_MOST_ELEMENTS):
         if start >= end:
             return
@@ -140,7 +139,10 @@ def _told_elements(data: bytes, start: int, end: int) -> Iterator[tuple[int, int
 
 
 def _vint(data: bytes, at: int, keep_length: bool = False) -> tuple[int, int]:
-    """A number of EBML's, whose first set bit gives its length, and where it ends; (0, 0) where there is none."""
+    """A variable-length integer of EBML and the offset after it; (0, 0) if there is none.
+
+    The position of its first set bit gives its length.
+    """
     first = data[at] if at < len(data) else 0
     length = 9 - first.bit_length()
     if length > 8 or at + length > len(data):
@@ -150,8 +152,8 @@ def _vint(data: bytes, at: int, keep_length: bool = False) -> tuple[int, int]:
 
 
 def boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Name and (start, end) of the contents of the boxes between two offsets, not looking inside: those of MP4, MOV and
-    JP2. They end where they say, which may be beyond what is there."""
+    """Name and (start, end) of the contents of the boxes of MP4, MOV or JP2 between two offsets, without nested boxes.
+    `end` follows from the stored size and may be beyond the data."""
     while start + 8 <= end:
         size, header = int.from_bytes(data[start : start + 4], "big"), 8
         if size == 1:

@@ -1,4 +1,4 @@
-"""Which frames of a video are seen: pure functions of counts, times and a number that was drawn for the item."""
+"""Chooses the frames of a video: pure functions of counts, times and a random number of the item."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from univitar_ds.geometry import TUBELET
 from univitar_ds.randomness import draw as draw_number
 
 _WHOLE = 1 << 64
-"""A part of a video in the units of `places`: integers, so that no rounding differs between machines."""
+"""Length of one part of a video in the units of `sample_positions`: integers, so that all machines round alike."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The rule of a stage; see `config.stage.VideoSampling`."""
+    """How a stage samples frames; see `config.stage.VideoSampling`."""
 
     kind: Literal["uniform", "fps"] = "uniform"
     fps: float = 2.0
@@ -27,10 +27,10 @@ UNIFORM = Sampling()
 
 
 def frames_of(sampling: Sampling, most: int, duration_s: float) -> int:
-    """How many frames are taken from a video: whole tubelets, at most `most`, at least one tubelet.
+    """Number of frames to sample from a video: a multiple of the tubelet size, at least one tubelet, at most `most`.
 
-    Uniform sampling takes `most` from every video, fps sampling as many as the duration gives. A video whose header
-    has no duration (0) gives `most` too.
+    Uniform sampling takes `most` frames from every video, fps sampling a number proportional to the duration, or `most`
+    if the header has no duration (0).
     """
     assert most >= TUBELET
     most -= most % TUBELET
@@ -39,23 +39,26 @@ def frames_of(sampling: Sampling, most: int, duration_s: float) -> int:
     return TUBELET * max(1, min(round(duration_s * sampling.fps / TUBELET), most // TUBELET))
 
 
-def places(sampling: Sampling, frames: int, draw: int) -> list[int]:
-    """Where in a video its frames are taken, ascending, as numerators over frames * 2**64.
+def sample_positions(sampling: Sampling, frames: int, draw: int) -> list[int]:
+    """Ascending positions in a video at which frames are sampled, as numerators over frames * 2**64.
 
-    The video is cut into `frames` equal parts. Each gives the frame at its middle or, with jitter, at a point of it
-    that follows from `draw` and the number of the part.
+    The video is divided into `frames` equal parts. The position is the middle of each part or, with jitter, a point in
+    it that depends on `draw` and the number of the part.
     """
     if sampling.jitter:
         return [i * _WHOLE + draw_number(draw, "frame", i) for i in range(frames)]
     return [i * _WHOLE + _WHOLE // 2 for i in range(frames)]
 
 
-def by_count(where: Sequence[int], total: int) -> list[int]:
-    """The frames at these places of a video of `total` frames, all shown equally long."""
-    return [place * total // (len(where) * _WHOLE) for place in where]
+def by_count(positions: Sequence[int], total: int) -> list[int]:
+    """Indices of the frames at these positions of a video of `total` frames that have the same duration."""
+    return [at * total // (len(positions) * _WHOLE) for at in positions]
 
 
-def by_time(where: Sequence[int], times: Sequence[int], end: int) -> list[int]:
-    """The frames on show at these places of a video; `times`, strictly ascending, are when each comes, until `end`."""
+def by_time(positions: Sequence[int], times: Sequence[int], end: int) -> list[int]:
+    """Indices of the frames displayed at these positions of a video.
+
+    `times` are the strictly ascending start times of all frames, `end` is the end of the last one.
+    """
     length = max(end, times[-1] + 1) - times[0]
-    return [bisect_right(times, times[0] + place * length // (len(where) * _WHOLE)) - 1 for place in where]
+    return [bisect_right(times, times[0] + at * length // (len(positions) * _WHOLE)) - 1 for at in positions]

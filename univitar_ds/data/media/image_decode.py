@@ -1,4 +1,4 @@
-"""Images to raw pixels. Whatever is wrong with the bytes is a SampleError; nothing is half read in silence."""
+"""Decodes images to pixels. Raises SampleError for every fault of the data; never returns a partly decoded image."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from univitar_ds.data.media.types import check_area, check_size, reason
 from univitar_ds.errors import SampleError
 from univitar_ds.image_ops import display_size, rgb_pixels, upright
 
-# Found by the turbo decoder in the image's own data: Pillow would go on and fill in grey or garbage.
+# Errors of libjpeg-turbo for damaged image data, for which Pillow would return grey or garbage pixels.
 _DAMAGED_SCAN = re.compile("bad Huffman code|bad arithmetic|premature end of data|resync|RST", re.IGNORECASE)
 
 _SCAN = b"\xff\xda"
 MOST_SCANS = 500
-"""Every scan of a progressive JPEG goes over all pixels; images have 10, and 2,000 fit into a megabyte."""
-_SPARE = 2
-"""A reduced decode keeps this many times the target's sides. After resizing it then differs from a full decode by
-1 level of 255 on average; decoded straight to the target by 2 to 4, most in print and fine texture."""
+"""Each scan of a progressive JPEG decodes all pixels. Ordinary images have 10 scans; 2,000 fit into a megabyte."""
+_MIN_SCALE = 2
+"""A JPEG decoded at a smaller scale has at least this many times the target's height and width. After resizing, it
+differs from a full decode by 1 level of 255 on average; if decoded to the target size, by 2 to 4, most in printed text
+and fine texture."""
 
 
 def decode_image(data: bytes, *, max_px: int) -> np.ndarray:
-    """An image, the first frame of an animated one, as it is meant to be seen.
+    """Decode an image, of an animated one the first frame.
 
-    EXIF orientation is applied and transparency laid on white.
+    EXIF orientation is applied, and transparent pixels are composited on white.
 
-    Args: max_px, most pixels allowed.
+    Args: max_px, maximum number of pixels.
     Returns: (H, W, 3) uint8.
     Raises: SampleError.
     """
@@ -43,11 +44,11 @@ def decode_image(data: bytes, *, max_px: int) -> np.ndarray:
 def decode_near(
     data: bytes, *, max_px: int, target: tuple[int, int] | None, size: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, Extent]:
-    """The same for an image that will be resized to `target`, (height, width): a much larger JPEG is decoded at a
-    smaller scale, never below twice the target. `size`, where given, is the (height, width) that the image must have.
+    """Decode an image that will be resized to `target`, (height, width). A much larger JPEG is decoded at a smaller
+    scale, at least twice the target. `size`: the (height, width) that the image must have, None for any.
 
-    Returns: (H, W, 3) uint8, and how much of them the image takes: at a smaller scale it may end within its last
-        pixels.
+    Returns: (H, W, 3) uint8, and the extent of the image in these pixels: at a smaller scale, it may end within the
+        last row or column.
     Raises: SampleError.
     """
     orientation = None
@@ -70,11 +71,11 @@ def decode_near(
 def _turbo(
     data: bytes, header: jpeg_header.JpegHeader, target: tuple[int, int] | None
 ) -> tuple[np.ndarray, Extent] | None:
-    """The image through libjpeg-turbo; None if Pillow should have a look at it."""
+    """Decode with libjpeg-turbo. Returns None for errors after which Pillow is tried."""
     scale = {}
     if target is not None and _may_shrink(header):
         height, width = display_size(*target, header.orientation)
-        height, width = _SPARE * height, _SPARE * width
+        height, width = _MIN_SCALE * height, _MIN_SCALE * width
         if 2 * height <= header.height and 2 * width <= header.width:
             scale = {"min_height": height, "min_width": width, "min_factor": 2}
     try:
@@ -84,14 +85,18 @@ def _turbo(
             raise SampleError("corrupt", f"the JPEG is damaged: {error}") from error
         return None
     eighths = round(8 * pixels.shape[0] / header.height)
-    turned = np.ascontiguousarray(upright(pixels, header.orientation))
+    rotated = np.ascontiguousarray(upright(pixels, header.orientation))
     if header.orientation > 1:
-        return turned, turned.shape[:2]
-    return turned, (header.height * eighths / 8, header.width * eighths / 8)
+        return rotated, rotated.shape[:2]
+    return rotated, (header.height * eighths / 8, header.width * eighths / 8)
 
 
 def _may_shrink(header: jpeg_header.JpegHeader) -> bool:
-    """At a smaller scale a side that is no multiple of 8 ends within a pixel, which a turn would bring to the front."""
+    """Whether the image may be decoded at a smaller scale.
+
+    At that scale, a side that is not a multiple of 8 ends within a pixel, and rotation may move this pixel to the first
+    row or column.
+    """
     return header.orientation == 1 or (header.height % 8 == 0 and header.width % 8 == 0)
 
 
@@ -105,12 +110,12 @@ def _pillow(data: bytes, max_px: int, orientation: int | None) -> np.ndarray:
             return rgb_pixels(image, orientation or orientation_of(image))
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's decoders raise whatever damaged data runs them into
+        except Exception as error:  # Pillow's decoders raise many types for damaged data
             raise SampleError("corrupt", f"the {image.format} image cannot be decoded: {reason(error)}") from error
 
 
 def _icon_size(data: bytes, icon: IcoImagePlugin.IcoImageFile) -> tuple[int, int]:
-    """(height, width) of the image inside an icon that is decoded; the icon's directory may say another size."""
+    """(height, width) of the image in an icon that Pillow decodes. The size in the icon's directory may differ."""
     stream = io.BytesIO(data)
     inner: Image.Image
     try:
@@ -119,7 +124,7 @@ def _icon_size(data: bytes, icon: IcoImagePlugin.IcoImageFile) -> tuple[int, int
             inner = PngImagePlugin.PngImageFile(stream)
             return inner.height, inner.width
         inner = BmpImagePlugin.DibImageFile(stream)
-        return inner.height // 2, inner.width  # the mask lies below the image
+        return inner.height // 2, inner.width  # the height includes the mask
     except MemoryError:
         raise
     except Exception as error:

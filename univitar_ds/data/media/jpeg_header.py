@@ -1,7 +1,7 @@
-"""What a JPEG says about itself before its first scan: size, channels and EXIF orientation.
+"""Reads the size, channels and EXIF orientation of a JPEG from the markers before its first scan.
 
-Written here because the loader asks for every image it plans: a walk over the markers costs a microsecond, a
-library's open a hundred times that, and the frame header may lie hundreds of kilobytes into the file, behind colour
+The loader reads the header of every image that it plans. A walk over the markers takes a microsecond, opening the image
+with a library a hundred times that. The frame header may be at an offset of hundreds of kilobytes, after colour
 profiles and thumbnails.
 """
 
@@ -22,8 +22,8 @@ _APP1, _SCAN, _END = 0xE1, 0xDA, 0xD9
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
-# Two bytes of marker and two of length; markers that say nothing of size or orientation: APP0, APP2 to APP15,
-# comments, tables of quantization and of Huffman codes, restart intervals.
+# Two bytes of marker and two of length. `_PASSED`: markers without size or orientation, i.e. APP0, APP2 to APP15,
+# comments, quantization tables, Huffman tables and restart intervals.
 _segment = struct.Struct(">HH").unpack_from
 _PASSED = frozenset({0xFFE0, *range(0xFFE2, 0xFFF0), 0xFFFE, 0xFFDB, 0xFFC4, 0xFFDD})
 _frame_start = struct.Struct(">BHHB").unpack_from
@@ -44,7 +44,7 @@ class JpegHeader(NamedTuple):
 
     @property
     def display_size(self) -> tuple[int, int]:
-        """(height, width) as a viewer shows it."""
+        """(height, width) after the orientation is applied."""
         return display_size(self.height, self.width, self.orientation)
 
 
@@ -53,9 +53,9 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def read_header(data: bytes) -> JpegHeader:
-    """The frame header and the orientation. Junk between markers is passed over, as decoders do.
+    """Read the frame header and the orientation. Like decoders, skips other bytes between markers.
 
-    Raises: SampleError if there is no frame header, or one without pixels.
+    Raises: SampleError if there is no frame header, or if its height or width is 0.
     """
     position = 2
     try:
@@ -73,7 +73,7 @@ def read_header(data: bytes) -> JpegHeader:
 
 
 def _read_slowly(data: bytes) -> JpegHeader:
-    """The same for any file: with EXIF or XMP, junk, padding, odd markers or damage."""
+    """`read_header` for files with EXIF or XMP, with padding or other bytes between markers, or with damage."""
     from_exif = from_xmp = 0
     position = 2
     while True:
@@ -102,12 +102,12 @@ def _frame(body: bytes, orientation: int, progressive: bool) -> JpegHeader:
         raise SampleError("corrupt", "the JPEG ends inside its frame header")
     precision, height, width, channels = struct.unpack(">BHHB", body[:6])
     if not height or not width:
-        raise SampleError("corrupt", f"the JPEG's frame header says {width} x {height} pixels")
+        raise SampleError("corrupt", f"the JPEG's frame header has {width} x {height} pixels")
     return JpegHeader(height, width, channels, precision, orientation, progressive)
 
 
 def _exif_orientation(tiff: bytes) -> int:
-    """Orientation 1 to 8 of a TIFF block's first directory, 0 where it has none that makes sense."""
+    """Orientation 1 to 8 of a TIFF block's first directory, 0 if there is no valid one."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None or len(tiff) < 8:
         return 0

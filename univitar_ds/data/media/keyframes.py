@@ -1,7 +1,7 @@
-"""What the packets of a video stream say of themselves before they are decoded: where decoding may begin.
+"""Finds the packets of a video stream at which decoding may begin, without decoding.
 
-A container's key frame flag is not enough: it also marks pictures after which some frames still refer to what came
-before. Here a packet counts only if the coded data itself proves that nothing after it looks back across it.
+A container's key frame flag is not enough: it also marks pictures after which some frames still refer to earlier ones.
+Here, a packet is used only if the coded data proves that no later frame refers to one before the packet.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ _START_CODE = b"\0\0\1"
 
 
 def drops_exactly(codec: str) -> bool:
-    """Whether FFmpeg's NONREF leaves out only frames that no other frame refers to.
+    """Whether FFmpeg's NONREF skips only frames to which no other frame refers.
 
-    Not for HEVC: what is no reference within its temporal layer may be one for a higher layer.
+    False for HEVC: a frame that is not a reference in its temporal layer may be one for a higher layer.
     """
     return codec in _DROPS_EXACTLY
 
 
 def is_shown(codec: str, packet: av.Packet) -> bool:
-    """Whether a packet gives a frame on show; VP8's alternate references are packets of their own."""
+    """Whether the frame of a packet is displayed. VP8 stores alternate reference frames, which are not, as packets."""
     return not packet.is_discard and (codec != "vp8" or bool(memoryview(packet)[0] & 0x10))
 
 
 def restarts(codec: str, extradata: bytes | None, packets: Sequence[av.Packet]) -> list[int]:
-    """Ascending indices of the packets that decoding may begin with, without any packet before them.
+    """Ascending indices of the packets at which decoding may begin, except the first packet.
 
-    Every frame that follows such a packet both in order of decoding and of display then comes out as it does in a
-    decode from the start. The first packet is left out: decoding begins there anyway.
+    Every frame that follows such a packet in decoding order and in display order is then identical to that of a decode
+    from the first packet.
     """
     if codec in _INTRA_ONLY:
         return list(range(1, len(packets)))
@@ -50,7 +50,7 @@ def restarts(codec: str, extradata: bytes | None, packets: Sequence[av.Packet]) 
 
 
 def _parameterised(codec: str, extradata: bytes, packets: Sequence[av.Packet], keys: set[int]) -> list[int]:
-    """H.264 and HEVC: an IDR picture that brings its parameter sets along, or finds them in the header."""
+    """H.264 and HEVC: IDR pictures whose parameter sets are in the same packet or in the extradata."""
     found = []
     sets_in_band = False
     for index, packet in enumerate(packets):
@@ -64,7 +64,7 @@ def _parameterised(codec: str, extradata: bytes, packets: Sequence[av.Packet], k
 
 
 def _length_bytes(codec: str, extradata: bytes) -> int:
-    """Bytes of the length before each unit; 0 where start codes part them."""
+    """Size in bytes of the length field before each NAL unit; 0 if start codes separate the units."""
     at = 4 if codec == "h264" else 21
     return (extradata[at] & 3) + 1 if extradata[:1] == b"\1" and len(extradata) > at else 0
 
@@ -75,7 +75,7 @@ def _unit_types(codec: str, data: bytes, length_bytes: int) -> Iterator[int]:
 
 
 def _units(data: bytes, length_bytes: int) -> Iterator[int]:
-    """Where each unit of a packet begins."""
+    """Offset of each NAL unit of a packet."""
     at = 0
     if not length_bytes:
         while 0 <= (at := data.find(_START_CODE, at)) < len(data) - 3:
@@ -99,7 +99,7 @@ def _vp9_key(data: bytes) -> bool:
 
 
 def _mpeg_intra(data: bytes) -> bool:
-    """MPEG-1 and 2: an I picture behind a sequence header, which sets all tables anew."""
+    """MPEG-1 and 2: an I picture after a sequence header, which resets all tables."""
     picture = data.find(b"\0\0\1\0")
     return b"\0\0\1\xb3" in data[: max(picture, 0)] and len(data) > picture + 5 and data[picture + 5] >> 3 & 7 == 1
 

@@ -1,8 +1,9 @@
-"""Memory of decoding: a limit of the system for the processes that read media, and sound images that would need more.
+"""Limits the memory of decoding: `confine` sets a limit of the operating system for a process that reads media, and
+`check_memory` rejects valid images that need more.
 
-The limit is what hostile files meet, whatever their headers say. A sound image that Pillow has loaded and the RGB that
-is made of it take 7 bytes a pixel, and most decoders little beside: 10.1 at most (measured, as all numbers here, with
-Pillow 13.0 on images of 2.5 to 100 Mpx). Those named here take more. The file's own bytes come on top.
+`confine` stops hostile files, independently of their headers. A valid image loaded by Pillow and its RGB copy take 7
+bytes per pixel. Most decoders need little more, at most 10.1 in total (all numbers here are measured with Pillow 13.0
+on images of 2.5 to 100 Mpx). The formats named here need more. The size of the file is added.
 """
 
 from __future__ import annotations
@@ -22,34 +23,35 @@ from univitar_ds.image_ops import ORIENTATION_TAG
 
 LEAST_LIMIT = 2**30
 BYTES_A_PIXEL = LEAST_LIMIT / 10**8
-"""Decoding may take 1 GiB, and more where `data.max_image_px` is raised above its default."""
+"""Decoding may take 1 GiB, and more if `data.max_image_px` is raised above its default."""
 
 _MARGIN = 1.02
 _BITS, _SAMPLES, _STRIP_ROWS, _TILE_WIDTH, _TILE_LENGTH = 258, 277, 278, 322, 323
-"""Tags of a TIFF."""
+"""TIFF tags."""
 _AVIF = {"L": 10.0, "RGB": 21.0, "RGBA": 24.0}
-"""9.5 measured for RGB of 8 bit and 4:2:0, 11.7 for RGBA. 10 bit, 4:4:4 and film grain are added: Pillow names none."""
+"""9.5 measured for RGB of 8 bit and 4:2:0, 11.7 for RGBA. The rest is for 10 bit, 4:4:4 and
+film grain, which Pillow does not report."""
 _WEBP = 16.4
-"""Two canvases of 4, the frame as bytes and the loaded image."""
+"""Two canvases of 4 bytes per pixel, the frame as bytes and the loaded image."""
 _CMYK_JPEG = 12.0
-"""If progressive, 7 if not; files of several scans are not distinguished."""
+"""For progressive files; others take 7, but all are treated alike."""
 _DEEP_PPM = 13.2
-"""Made by Python in two copies; 7 if the highest value is 65535."""
+"""Decoded in Python with two copies; 7 if the maximum value is 65535."""
 _CODESTREAM = b"\xff\x4f\xff\x51"
-_JPEG2000_SAMPLE, _JPEG2000_ACCOUNTS = 4, 0.2
-"""Of a tile, which OpenJPEG holds whole: 32 bit integers and the accounts of code blocks, beside the samples."""
+_JPEG2000_SAMPLE, _JPEG2000_TABLES = 4, 0.2
+"""Bytes per sample of a tile, which OpenJPEG keeps in memory: 32-bit integers and code block tables, in
+addition to the samples."""
 
 
 def check_memory(image: Image.Image, data: bytes, max_px: int) -> None:
-    """Refuse a sound image that decoding in `confine` may end, by its header.
+    """Reject a valid image, by its header, if decoding it may exceed the limit that `confine` sets.
 
-    There it would depend on the process which images are bad: what it has decoded before leaves it up to half of the
-    limit (measured). And some decoders call an image damaged when they get no memory: those of JPEG 2000 and of
-    progressive CMYK JPEG.
+    If only `confine` rejected it, the result would depend on the process: earlier images leave as little as half of the
+    limit (measured). Also, the decoders of JPEG 2000 and of progressive CMYK JPEG report a failed allocation as damage.
 
     Args: the opened image, not yet decoded; its file's bytes; data.max_image_px.
 
-    Raises: SampleError where decoding may take more than `max_px` allows.
+    Raises: SampleError if decoding may take more memory than `max_px` allows.
     """
     needed = _MARGIN * _bytes_needed(image, data)
     limit = _limit(max_px)
@@ -63,11 +65,11 @@ def check_memory(image: Image.Image, data: bytes, max_px: int) -> None:
 
 
 def confine(max_px: int, file_bytes: int) -> None:
-    """Let this process, which is there to decode, take no more memory beside what it had at first than decoding may,
-    whatever a file makes its decoder want: an allocation beyond fails, and the file is a bad sample.
+    """Limit the memory that this decoding process may allocate, in addition to its memory at the first call.
 
-    Args: data.max_image_px; size of the file, which decoders may copy. Where the system does not count so (it is
-    Linux that does), nothing happens.
+    An allocation above the limit fails, and the file counts as a bad sample. Has an effect on Linux only.
+
+    Args: data.max_image_px; size in bytes of the file, which decoders may copy.
     """
     with suppress(OSError, ValueError):
         most = int(_data_bytes_at_first() + _limit(max_px) + 2 * file_bytes)
@@ -77,7 +79,7 @@ def confine(max_px: int, file_bytes: int) -> None:
 
 @cache
 def _data_bytes_at_first() -> int:
-    """Private memory that this process may write to, at the first call."""
+    """Size in bytes of the private writable memory of this process at the first call."""
     return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[5]) * mmap.PAGESIZE
 
 
@@ -86,11 +88,11 @@ def _limit(max_px: int) -> float:
 
 
 def _bytes_needed(image: Image.Image, data: bytes) -> float:
-    """0 for what stays below `BYTES_A_PIXEL` anyway."""
+    """Bytes that decoding may take; 0 for images that need less than `BYTES_A_PIXEL`."""
     pixels = image.width * image.height
     match image.format:
         case "WEBP":
-            return pixels * _WEBP + len(data)  # its decoder has a copy of the file
+            return pixels * _WEBP + len(data)  # its decoder copies the file
         case "AVIF":
             return pixels * _AVIF.get(image.mode, max(_AVIF.values())) + len(data)
         case "JPEG" | "MPO" if image.mode == "CMYK":
@@ -105,23 +107,23 @@ def _bytes_needed(image: Image.Image, data: bytes) -> float:
 
 
 def _tiff_bytes(image: Image.Image) -> float:
-    """The image, once more if it is turned, and a strip or tile, which may be larger than the image."""
+    """The image, a copy if it is rotated, and a strip or tile, which may be larger than the image."""
     if not image.tile or image.tile[0].codec_name != "libtiff":
         return 0.0
     tags = image.tag_v2
     width, height = image.width, image.height
-    turned = _number(tags.get(ORIENTATION_TAG), 1) > 1
+    rotated = _number(tags.get(ORIENTATION_TAG), 1) > 1
     if _TILE_WIDTH in tags:
         unit = _number(tags.get(_TILE_WIDTH), width) * _number(tags.get(_TILE_LENGTH), height)
     else:
         rows = _number(tags.get(_STRIP_ROWS), height)
-        unit = max(width * min(rows, height), height * min(rows, width))  # sides may have changed places
+        unit = max(width * min(rows, height), height * min(rows, width))  # sides may be swapped
     bits = _number(tags.get(_BITS), 1) * _number(tags.get(_SAMPLES), 1)
-    return width * height * _stored(image.mode) * (1 + turned) + unit * bits / 8
+    return width * height * _stored(image.mode) * (1 + rotated) + unit * bits / 8
 
 
 def _jpeg2000_bytes(image: Image.Image, data: bytes) -> float:
-    """The image and its largest tile; 0 where the file does not say, which its decoder reports."""
+    """The image and its largest tile; 0 if the header is incomplete, which the decoder reports."""
     try:
         at = data.index(_CODESTREAM) + 8
         right, bottom, left, top, tile_width, tile_height, _, _, components = struct.unpack_from(">8IH", data, at)
@@ -130,15 +132,15 @@ def _jpeg2000_bytes(image: Image.Image, data: bytes) -> float:
         return 0.0
     tile = min(tile_width, max(right - left, 0)) * min(tile_height, max(bottom - top, 0)) * components
     sample = 1 if bits <= 8 else 2 if bits <= 16 else 4
-    return image.width * image.height * _stored(image.mode) + tile * (_JPEG2000_SAMPLE + sample + _JPEG2000_ACCOUNTS)
+    return image.width * image.height * _stored(image.mode) + tile * (_JPEG2000_SAMPLE + sample + _JPEG2000_TABLES)
 
 
 def _number(value: object, default: int) -> int:
-    """The largest of a tag's values."""
+    """The largest value of a tag."""
     values = value if isinstance(value, tuple) else (value,)
     return max((int(each) for each in values if isinstance(each, int)), default=default)
 
 
 def _stored(mode: str) -> int:
-    """Bytes a pixel of a loaded image."""
+    """Bytes per pixel of a loaded image."""
     return 1 if mode in ("1", "L", "P") else 2 if mode.startswith("I;16") else 4

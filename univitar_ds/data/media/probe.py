@@ -1,7 +1,7 @@
-"""The size of an image or video from its header, before anything is decoded.
+"""Reads the size of an image or video from its header, without decoding.
 
-The content decides what a file is; its name is only asked where the content leaves it open: an animated GIF
-is an image, unless it is called .gifv (or by another name of a video), which makes it a video.
+The content determines the kind of a file. The extension is used only for GIFs: an animated GIF is an image, unless it
+has the extension .gifv or another one of a video.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from univitar_ds.image_ops import ORIENTATION_TAG, ORIENTATIONS, display_size
 
 _PILLOW_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "PSD", "JPEG2000", "AVIF", "PPM", "QOI", "JPEG")
 _TIFF_TABLES = (273, 279, 324, 325)
-"""Where its strips and tiles lie and how long they are: numbers, whatever type the file gives them."""
+"""Offsets and lengths of strips and tiles. Pillow reads them as numbers, even if the file gives them another type."""
 _MOST_TIFF_VALUES = 1 << 20
 _PRIVATE_TAGS, _TIFF_DIRECTORIES = 1 << 15, (34665, 34675, 34853)
-"""Of tags from the first on, which anybody may define, Pillow keeps the bytes alone, but of these: EXIF, colour profile
-and place."""
+"""Pillow keeps private tags, which begin at the first number, as bytes, except for these directories: EXIF, colour
+profile and GPS."""
 _TIFF_TEXT = (1, 2, 6, 7)
-"""Types of a tag whose values stay bytes."""
+"""Types of tags whose values Pillow keeps as bytes."""
 
-# Pillow comments on every odd tag of a file; whatever matters about a sample is raised.
+# Pillow warns of every invalid tag; faults that matter for a sample are raised.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # Pillow's own limit of 178,956,970 pixels would override a higher data.max_image_px.
 Image.MAX_IMAGE_PIXELS = None
-# Pillow refuses an image for a text or colour profile of more than 1 MiB; here the process has a limit.
+# Pillow rejects images with a text or colour profile above 1 MiB; here, the memory of the process is limited instead.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
 
 
@@ -41,7 +41,7 @@ def probe(data: bytes, extension: str) -> MediaSize:
     """Kind and size of a media file.
 
     Args: the whole file; the extension of its name, with or without dot.
-    Raises: SampleError if the header is no header of an image or video.
+    Raises: SampleError if the header is not that of a supported image or video.
     """
     if not data:
         raise SampleError("unreadable", "the file is empty")
@@ -51,45 +51,47 @@ def probe(data: bytes, extension: str) -> MediaSize:
     demuxer = video_demuxer(data)
     named_video = extension.lower().lstrip(".") in VIDEO_EXTENSIONS
     if demuxer is not None and (demuxer != "gif" or named_video):
-        from univitar_ds.data.media.video_probe import probe_video  # FFmpeg's libraries take 17 MB
+        from univitar_ds.data.media.video_probe import probe_video  # FFmpeg takes 17 MB of memory
 
         return probe_video(data, demuxer)
     if named_video:
-        raise SampleError("unreadable", "the bytes are no video container we read")
+        raise SampleError("unreadable", "the bytes are no video container that can be read")
     with open_image(data) as image:
         return MediaSize("image", *_image_size(image), 1)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Pillow's lazily opened image, nothing decoded; formats that run programs or open files are left out.
+    """Open an image with Pillow without decoding it. Formats that run programs or open other files are not supported.
 
-    Its size is whatever the header says: who decodes it calls `check_area` before. Some is unpacked already:
-    texts of a PNG, the area that the first frame of a GIF leaves to the second.
+    The size comes from the header and is not checked: call `check_area` before decoding. Opening decompresses the texts
+    of a PNG and allocates the area that the first frame of a GIF leaves for the second.
 
-    Raises: SampleError, or MemoryError where that takes more than there is.
+    Raises: SampleError, or MemoryError if opening takes too much memory.
     """
     try:
         if data.startswith((b"II", b"MM")):
             _check_tiff_tables(data)
         return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except UnidentifiedImageError as error:
-        raise SampleError("unreadable", "the bytes are no image of a format we read") from error
+        raise SampleError("unreadable", "the bytes are no image of a format that can be read") from error
     except (SampleError, MemoryError):
         raise
-    except Exception as error:  # Pillow's plugins raise whatever a malformed header runs them into
+    except Exception as error:  # Pillow's plugins raise many types for malformed headers
         raise SampleError("unreadable", f"the image cannot be opened: {reason(error)}") from error
 
 
 def _check_tiff_tables(data: bytes) -> None:
-    """Pillow makes a Python object of each strip or tile when it opens a TIFF. Where so many small ones meet the limit
-    of the process, it does not end but crawls: 2.5 million take 8 s, 4 million (32 MB) more than 3 minutes (measured).
+    """Check the number of strips and tiles, for each of which Pillow creates a Python object when it opens a TIFF.
 
-    Raises: SampleError for tables that no image needs.
+    Close to the memory limit of the process, opening does not fail but becomes slow: 2.5 million take 8 s, 4 million
+    (32 MB) more than 3 minutes (measured).
+
+    Raises: SampleError for tables larger than any image needs.
     """
-    big = data[2:3] == b"+"  # which of them is big: as Pillow has it
+    big = data[2:3] == b"+"  # Pillow's test for BigTIFF
     order = "<" if data.startswith(b"II") else ">"
     entry = struct.Struct(order + ("HHQ8x" if big else "HHI4x"))
-    with suppress(struct.error):  # no TIFF: Pillow says so
+    with suppress(struct.error):  # not a TIFF, which Pillow reports
         (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
         (entries,) = struct.unpack_from(order + ("Q" if big else "H"), data, start)
         start += 8 if big else 2
@@ -102,18 +104,18 @@ def _check_tiff_tables(data: bytes) -> None:
 
 
 def orientation_of(image: Image.Image) -> int | None:
-    """EXIF orientation, 1 to 8, by what stands before the pixels; None for a TIFF, which Pillow turns by itself.
+    """EXIF orientation, 1 to 8, from the metadata before the pixels; None for a TIFF, which Pillow rotates itself.
 
-    Planning and decoding both ask here, so that they agree.
+    Planning and decoding both use this function, so that they agree.
     """
     if image.format == "TIFF":
         return None
     try:
-        # The PNG plugin's own getexif decodes the image to look for late chunks.
+        # The getexif of the PNG plugin would decode the image to find chunks after the pixels.
         found = Image.Image.getexif(image).get(ORIENTATION_TAG)
     except MemoryError:
         raise
-    except Exception:  # a broken EXIF block says nothing about the pixels
+    except Exception:  # the pixels are valid even if the EXIF block is not
         return 1
     return int(found) if found in ORIENTATIONS else 1
 

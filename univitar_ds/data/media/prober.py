@@ -1,4 +1,4 @@
-"""Sizes of media files in shards: where their bytes are, and what reads their headers."""
+"""Addresses of media files in shards, and functions that read their sizes."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class MediaAddress(NamedTuple):
 
 
 Prober = Callable[[Sequence[MediaAddress]], "list[MediaSize | SampleError]"]
-"""Reads the sizes of media files from their headers, in the order given. An error is returned, not raised: a
-SampleError, for a file whose header cannot be read. Raises: DataError for a shard that cannot be read."""
+"""Reads the sizes of media files from their headers, in the same order. For a file whose header cannot be read, it
+returns a SampleError instead of raising it. Raises: DataError for a shard that cannot be read."""
 
 
 def probe_each(media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
-    """A `Prober` that reads headers in this process: one that is there to decode, or that reads trusted files."""
+    """A `Prober` that reads headers in this process. Use it in decoding processes, or for trusted files."""
     return list(at_once(probe_at, media, [one.storage for one in media]))
 
 
 def probe_at(media: MediaAddress) -> MediaSize | SampleError:
-    """The size of one file, or why it cannot be used. Raises: DataError if its shard cannot be read."""
-    from univitar_ds.data.media.probe import probe  # a trainer whose headers are read elsewhere needs no Pillow
+    """The size of one file, or a SampleError if it cannot be used. Raises: DataError if its shard cannot be read."""
+    from univitar_ds.data.media.probe import probe  # imports Pillow, which trainers do not need
 
     try:
         return probe(media.storage.read_range(media.path, media.offset, media.length), media.extension)

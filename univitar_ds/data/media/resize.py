@@ -1,8 +1,9 @@
-"""Antialiased bicubic resizing of uint8 images by torch's own kernel, called without Python's torch.
+"""Resizes uint8 images with torch's antialiased bicubic kernel, without importing torch.
 
-`import torch` costs a decoding process a second of CPU and 190 MB, 130 of them its own. The kernel alone needs
-torch's C++ library and a tenth of the time; it is called through torch's stable C interface (`torch/csrc/stable`)
-and reads and writes the caller's memory. Where torch is imported already, the same library is used.
+`import torch` takes a second of CPU and 190 MB in each decoding process, of which 130 MB are not shared. The kernel
+needs only torch's C++ library and a tenth of the time. It is called through torch's stable C interface
+(`torch/csrc/stable`) and reads and writes the memory of the caller. If torch is already imported, the same library is
+used.
 """
 
 from __future__ import annotations
@@ -24,31 +25,31 @@ _OPERATOR = b"aten::_upsample_bicubic2d_aa"
 
 
 Extent = tuple[float, float]
-"""Height and width in pixels of an image that need not end where its last pixels do."""
+"""Height and width in pixels of an image, which may end within its last row or column."""
 
 
 def resize(source: np.ndarray, out: np.ndarray, extent: Extent | None = None) -> None:
-    """An image resized into `out`, with bicubic weights that cover every source pixel (antialiased).
+    """Resize an image into `out`, with bicubic weights that cover every source pixel (antialiased).
 
-    Within 1 level of Pillow's bicubic, but for 2 levels in 3 values of a million on photographs (10 on black and white
-    edges). Columns and rows are two passes with 8 bits between them. The weights here have 15 bits, Pillow's 22, so
-    either pass differs by 1 level in 0.2 % of its values and never by more; 2 come where the second meets several such
-    values of the first. No call of the kernel takes finer weights. The order of passes shows by up to 20 levels; it is
-    Pillow 13's.
+    The result differs from Pillow's bicubic by at most 1 level, except by 2 levels in 3 of a million values on
+    photographs (10 on black and white edges). Columns and rows are resized in two passes, with 8 bits between them. The
+    weights have 15 bits, those of Pillow 22, so each pass differs by at most 1 level, in 0.2 % of its values; a
+    difference of 2 occurs if several such values of the first pass contribute to one of the second. The kernel does not
+    support finer weights. The order of the passes, which changes values by up to 20 levels, is that of Pillow 13.
 
-    Args: source (H, W, 3) and out (h, w, 3), both uint8 and C-contiguous; extent, how much of the source the image
-    takes, counted from its first pixel (default: all).
+    Args: source (H, W, 3) and out (h, w, 3), both uint8 and C-contiguous; extent, the size of the image within the
+    source, from its first pixel (default: all of it).
     """
     (height, width, _), (rows, columns, _) = source.shape, out.shape
-    tall, wide = extent or (height, width)
+    image_height, image_width = extent or (height, width)
     if rows < height and 2 * (width - columns) < height - rows and width != columns:
         between = np.empty((rows, width, 3), np.uint8)
-        _call(source, between, tall, width)
-        source, tall = between, rows
-    _call(source, out, tall, wide)
+        _call(source, between, image_height, width)
+        source, image_height = between, rows
+    _call(source, out, image_height, image_width)
 
 
-def _call(source: np.ndarray, out: np.ndarray, tall: float, wide: float) -> None:
+def _call(source: np.ndarray, out: np.ndarray, image_height: float, image_width: float) -> None:
     assert all(pixels.dtype == np.uint8 and pixels.flags.c_contiguous for pixels in (source, out))
     library, release = load()
     size = c_void_p()
@@ -57,9 +58,9 @@ def _call(source: np.ndarray, out: np.ndarray, tall: float, wide: float) -> None
         library.torch_list_push_back(size, c_uint64(side))
     scales = [
         _optional(library, None if whole == side else new / side)
-        for new, side, whole in zip(out.shape, (tall, wide), source.shape, strict=False)
+        for new, side, whole in zip(out.shape, (image_height, image_width), source.shape, strict=False)
     ]
-    # input, output size, align_corners, two scales (none: from the sizes), out. The call takes over what it is given.
+    # input, output size, align_corners, two scales (0: from the sizes), out. The call takes ownership of its arguments.
     stack = (c_uint64 * 6)(_tensor(library, source), size.value, 0, *scales, _tensor(library, out))
     if library.torch_call_dispatcher(_OPERATOR, b"out", stack, release):
         raise RuntimeError(library.torch_exception_get_what_without_backtrace().decode(errors="replace"))
@@ -67,7 +68,7 @@ def _call(source: np.ndarray, out: np.ndarray, tall: float, wide: float) -> None
 
 
 def _tensor(library: ctypes.CDLL, pixels: np.ndarray) -> int:
-    """A tensor (1, 3, H, W), channels last, over the array's memory."""
+    """A tensor (1, 3, H, W), channels last, that shares the memory of the array."""
     height, width, channels = pixels.shape
     sizes = (c_int64 * 4)(1, channels, height, width)
     strides = (c_int64 * 4)(height * width * channels, 1, width * channels, channels)
@@ -79,12 +80,12 @@ def _tensor(library: ctypes.CDLL, pixels: np.ndarray) -> int:
         data, c_int64(4), sizes, strides, no_offset, uint8, cpu, any_device, byref(handle)
     )
     if failed or handle.value is None:
-        raise RuntimeError(f"torch makes no tensor of shape {pixels.shape}")
+        raise RuntimeError(f"torch cannot create a tensor of shape {pixels.shape}")
     return handle.value
 
 
 def _optional(library: ctypes.CDLL, value: float | None) -> int:
-    """A number, or none, as the C interface wants it: a pointer to memory of C++, which the call frees."""
+    """An optional number for the C interface: 0 or a pointer to memory of C++, which the call frees."""
     if value is None:
         return 0
     address = library._Znwm(c_size_t(8))  # operator new
@@ -94,7 +95,7 @@ def _optional(library: ctypes.CDLL, value: float | None) -> int:
 
 @cache
 def load() -> tuple[ctypes.CDLL, c_uint64]:
-    """torch's C++ library and its release as its C interface wants it."""
+    """torch's C++ library, and its version number for the C interface."""
     found = importlib.util.find_spec("torch")
     if found is None:
         raise ImportError("torch is not installed in this environment; install it, see requirements.txt")
@@ -102,7 +103,7 @@ def load() -> tuple[ctypes.CDLL, c_uint64]:
     path = str(Path(str(found.origin)).parent / "lib" / f"libtorch_cpu.{suffix}")
     try:
         library = ctypes.CDLL(path)
-    except OSError:  # some builds find their own parts only after torch's set-up
+    except OSError:  # some builds find their dependencies only after `import torch`
         importlib.import_module("torch")
         library = ctypes.CDLL(path)
     library.torch_exception_get_what_without_backtrace.restype = c_char_p
@@ -114,11 +115,11 @@ def load() -> tuple[ctypes.CDLL, c_uint64]:
 def fit_image(
     pixels: np.ndarray, grid_thw: Sequence[int], out: np.ndarray | None = None, extent: Extent | None = None
 ) -> np.ndarray:
-    """An image resized to its grid, bicubic and antialiased; `resize` says how near the release's it is.
+    """Resize an image to its grid, bicubic and antialiased. See `resize` for the difference to the release.
 
-    Args: pixels (H, W, 3) uint8; grid (t, h, w) in tokens; out, where to put the result instead of new memory;
+    Args: pixels (H, W, 3) uint8; grid (t, h, w) in tokens; out, an array for the result (default: a new one);
         extent, see `resize`.
-    Returns: (h * 14, w * 14, 3) uint8; `pixels` itself where it fits already and there is no `out`.
+    Returns: (h * 14, w * 14, 3) uint8; `pixels` itself if it has this size and `out` is None.
     """
     _, h, w = grid_thw
     shape = (h * PATCH, w * PATCH, 3)

@@ -1,4 +1,4 @@
-"""What is known of an image or video before it is decoded, the limits on it, and the names of its files."""
+"""File extensions of images and videos, their sizes before decoding, and limits of decoding."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ VIDEO_EXTENSIONS = frozenset(
 )
 # fmt: on
 
+
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Most pixels of a frame; for a video, CPU seconds that decoding takes and seconds that it lasts.
+    """Limits of decoding: pixels of a frame; for a video, CPU seconds of decoding, and duration in seconds.
 
-    The CPU time is that of the thread: how busy the machine is must not decide which samples are good.
+    The CPU time is that of the thread, so that the load of the machine does not affect which samples are good.
     """
 
     max_image_px: int
@@ -31,16 +32,16 @@ class DecodeLimits:
 
 
 MAX_SIDE_PX = 1 << 20
-"""Decoders keep accounts of every row, the resizing kernel weights of every row and column: 3 GB for 100 million."""
+"""Decoders allocate tables per row, and the resizing kernel weights per row and column: 3 GB for 100 million."""
 
 
 @dataclass(frozen=True)
 class MediaSize:
-    """Sides in pixels as shown, i.e. after EXIF orientation or display matrix.
+    """Height and width in pixels after EXIF orientation or display matrix.
 
-    `frames` is 1 for an image. For a video it is what the header says or, where that says nothing, duration
-    times frame rate, and at least 1: good for planning; decoding finds out the truth. `duration_s` is 0 for an
-    image and where the header does not say.
+    `frames` is 1 for an image. For a video, it is the number in the header or, if there is none, duration times frame
+    rate, and at least 1. It is used for planning only and may differ from the number of decoded frames. `duration_s` is
+    0 for an image, and if the header has no duration.
     """
 
     kind: Literal["image", "video"]
@@ -51,7 +52,7 @@ class MediaSize:
 
 
 def check_area(height: int, width: int, max_px: int) -> None:
-    """Raises: SampleError for a frame of more than `max_px` pixels, or of a side that no camera has."""
+    """Raises: SampleError for a frame of more than `max_px` pixels, or with a side above `MAX_SIDE_PX`."""
     if max(height, width) > MAX_SIDE_PX:
         raise SampleError("too_large", f"{width} x {height} has a side of more than {MAX_SIDE_PX} pixels")
     if height * width > max_px:
@@ -67,7 +68,7 @@ def check_duration(seconds: float, max_video_s: float) -> None:
 
 
 def check_size(expected: tuple[int, int] | None, found: tuple[int, ...]) -> None:
-    """Args: (height, width) by the sample's metadata, None if there is none, and of the file.
+    """Args: (height, width) in the metadata of the sample, None if there is none; (height, width) of the file.
 
     Raises: SampleError if they differ.
     """
@@ -78,6 +79,6 @@ def check_size(expected: tuple[int, int] | None, found: tuple[int, ...]) -> None
 
 
 def reason(error: Exception) -> str:
-    """A library's error in one line, the same on every machine."""
+    """The error of a library as one line that is the same on every machine."""
     text = getattr(error, "strerror", None) or str(error)
     return f"{type(error).__name__}: {text.strip().splitlines()[0]}" if text.strip() else type(error).__name__

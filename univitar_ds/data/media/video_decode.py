@@ -1,8 +1,9 @@
-"""Videos to frames. Whatever is wrong with the bytes is a SampleError; nothing is half read in silence.
+"""Decodes frames of videos. Raises SampleError for every fault of the data; never returns a partly decoded frame.
 
-Only what the wanted frames need is decoded. Where the container says when each frame is shown, the frames are known
-before decoding: it begins at the last packet that needs none before it, leaves out frames that no other refers to, and
-ends with the last wanted frame. Where it does not say so, or is wrong, all frames are decoded and counted.
+If the container has the presentation time of every frame, the wanted frames are known before decoding, and only the
+packets that they need are decoded: decoding begins at the last packet that does not depend on earlier ones, skips
+frames to which no other frame refers, and ends with the last wanted frame. If times are missing or wrong, all frames
+are decoded and counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from av.video.stream import VideoStream
 
 from univitar_ds.data.media import keyframes
 from univitar_ds.data.media.containers import Matrix, video_demuxer
-from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, by_count, by_time, places
+from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, by_count, by_time, sample_positions
 from univitar_ds.data.media.types import DecodeLimits, check_area, check_duration, check_size, reason
 from univitar_ds.data.media.video_probe import open_video, probe_video
 from univitar_ds.errors import SampleError
@@ -28,7 +29,7 @@ from univitar_ds.image_ops import orientation_of_matrix, upright
 
 Fit = Callable[[np.ndarray], np.ndarray]
 
-# They keep times of decoding, or none at all; FFmpeg's guess at times of display is wrong with reordered frames.
+# These have decoding times or none. FFmpeg derives presentation times, which are wrong for reordered frames.
 _WITHOUT_TIMES = frozenset({"avi", "asf", "mpegvideo"})
 
 
@@ -42,46 +43,46 @@ def decode_video(
     size: tuple[int, int] | None = None,
     fit: Fit | None = None,
 ) -> np.ndarray:
-    """Frames of a video in order of display, turned upright: one from each of `frames` equal parts.
+    """Decode upright frames of a video in display order: one from each of `frames` equal parts.
 
-    Uniform sampling takes parts of equally many frames (without jitter, of n frames those at
-    floor((i + 0.5) * n / frames)), fps sampling parts of equal time. A video with fewer frames repeats some. n is the
-    number of frames in the packets or, where a wanted one does not come, what can be decoded; never what the header
-    claims.
+    Uniform sampling uses parts with the same number of frames (without jitter, of n frames those at
+    floor((i + 0.5) * n / frames)), fps sampling parts of the same duration. A video with fewer frames repeats some. n
+    is the number of frames in the packets or, if a wanted frame is not decoded, the number of frames that are; the
+    number in the header is not used.
 
-    Args: frames, how many to return; draw, the number of the item, from which jitter follows; size, (height, width)
-        that the video must have; fit, applied to each (H, W, 3) uint8 frame as soon as it is decoded, so that only one
-        is held at its own size.
-    Returns: (frames, H, W, 3) uint8, or (frames, ...) of what `fit` makes.
-    Raises: SampleError, also for damage in whatever has to be decoded.
+    Args: frames, number of frames to return; draw, the random number of the item that determines jitter; size, the
+        (height, width) that the video must have; fit, a function applied to each (H, W, 3) uint8 frame as soon as it is
+        decoded, so that only one frame at its original size is in memory.
+    Returns: (frames, H, W, 3) uint8, or (frames, ...) of the results of `fit`.
+    Raises: SampleError, also for damage in packets that have to be decoded.
     """
     assert frames >= 1
-    where = places(sampling, frames, draw)
+    positions = sample_positions(sampling, frames, draw)
     deadline = time.thread_time() + limits.timeout_s
-    reel = _FrameCollector(frames, limits.max_image_px, fit)
+    collector = _FrameCollector(frames, limits.max_image_px, fit)
     if size is not None:
-        reel.before_first = partial(_check_size, data, size)
+        collector.before_first = partial(_check_size, data, size)
     container, stream = open_video(data)
     with container:
         check_area(stream.codec_context.height, stream.codec_context.width, limits.max_image_px)
         packets = _packets(container, stream, deadline)
-        shown = _in_order_of_display(container.format.name, stream.codec_context.name, packets)
+        shown = _display_order(container.format.name, stream.codec_context.name, packets)
         if shown:
             times = [packets[i].pts for i in shown]
             end = times[-1] + (packets[shown[-1]].duration or (times[-1] - times[0]) // max(len(times) - 1, 1))
             check_duration(float((end - times[0]) * (stream.time_base or Fraction(0))), limits.max_video_s)
-            indices = by_count(where, len(shown)) if sampling.kind == "uniform" else by_time(where, times, end)
-            if _take_at(stream, packets, [shown[i] for i in indices], reel, deadline):
-                return reel.pixels
-    del packets  # they hold the file once more
+            indices = by_count(positions, len(shown)) if sampling.kind == "uniform" else by_time(positions, times, end)
+            if _collect_packets(stream, packets, [shown[i] for i in indices], collector, deadline):
+                return collector.pixels
+    del packets  # they are a copy of the file
     container, stream = open_video(data, thorough=True)
     with container:
-        _take_counted(container, stream, where, reel, deadline, stop_early=not shown)
-    return reel.pixels
+        _collect_by_count(container, stream, positions, collector, deadline, stop_early=not shown)
+    return collector.pixels
 
 
 class _FrameCollector:
-    """The frames that are wanted, converted as they come; `pixels` is complete once each place was put."""
+    """Converts the wanted frames as they are decoded. `pixels` is complete once every index has been set."""
 
     def __init__(self, frames: int, max_px: int, fit: Fit | None) -> None:
         self.pixels = np.empty(0, np.uint8)
@@ -93,11 +94,11 @@ class _FrameCollector:
         self._reformatter = VideoReformatter()
 
     def put(self, frame: av.VideoFrame, at: Sequence[int]) -> None:
-        """Raises: SampleError for a frame above the limit."""
+        """Convert a frame and store it at these indices. Raises: SampleError for a frame above the pixel limit."""
         check_area(frame.height, frame.width, self._max_px)
         first, self._size = self._size is None, self._size or (frame.width, frame.height)  # it may change midway
         rgb = self._reformatter.reformat(frame, *self._size, format="rgb24", threads=1).to_ndarray()
-        pixels = _turned(rgb, _matrix(frame))
+        pixels = _oriented(rgb, _matrix(frame))
         if first:
             self.before_first(pixels)
         if self._fit is not None:
@@ -109,9 +110,9 @@ class _FrameCollector:
 
 
 def _check_size(data: bytes, size: tuple[int, int], pixels: np.ndarray) -> None:
-    """Raises: SampleError for a first frame of another size, unless the header has the size that metadata has.
+    """Raises: SampleError if the first frame has another size than the metadata, unless the header has that size.
 
-    A rotation may come with the frames only, so `data pack` writes what the frames have if it decodes them.
+    Some videos store a rotation only with their frames; `data pack` writes the size of the frames if it decodes them.
     """
     if pixels.shape[:2] != size:
         found = probe_video(data, video_demuxer(data) or "")
@@ -120,7 +121,7 @@ def _check_size(data: bytes, size: tuple[int, int], pixels: np.ndarray) -> None:
 
 
 def _packets(container: av.container.InputContainer, stream: VideoStream, deadline: float) -> list[av.Packet]:
-    """All packets of the stream that hold something."""
+    """All packets of the stream that are not empty."""
     packets = []
     try:
         for packet in container.demux(stream):
@@ -134,8 +135,8 @@ def _packets(container: av.container.InputContainer, stream: VideoStream, deadli
     return packets
 
 
-def _in_order_of_display(container: str, codec: str, packets: Sequence[av.Packet]) -> list[int]:
-    """Indices of the packets that are shown, as they are shown; empty where their times are unknown."""
+def _display_order(container: str, codec: str, packets: Sequence[av.Packet]) -> list[int]:
+    """Indices of the displayed packets in display order; empty if their times are unknown."""
     shown = [i for i, packet in enumerate(packets) if keyframes.is_shown(codec, packet)]
     times = {packets[i].pts for i in shown}
     if container in _WITHOUT_TIMES or None in times or len(times) < len(shown):
@@ -143,15 +144,19 @@ def _in_order_of_display(container: str, codec: str, packets: Sequence[av.Packet
     return sorted(shown, key=lambda i: packets[i].pts)
 
 
-def _take_at(
-    stream: VideoStream, packets: Sequence[av.Packet], wanted: Sequence[int], reel: _FrameCollector, deadline: float
+def _collect_packets(
+    stream: VideoStream,
+    packets: Sequence[av.Packet],
+    wanted: Sequence[int],
+    collector: _FrameCollector,
+    deadline: float,
 ) -> bool:
-    """Put the frames of the packets `wanted` on the reel. False if some do not come or times prove wrong."""
+    """Collect the frames of the packets `wanted`. Returns False if some are not decoded or times are wrong."""
     at: dict[int, list[int]] = {}
     for place, index in enumerate(wanted):
         at.setdefault(packets[index].pts, []).append(place)
     context = stream.codec_context
-    context.thread_count = 1  # the processes around this one have the other cores
+    context.thread_count = 1  # other decoding processes use the other cores
     starts = keyframes.restarts(context.name, context.extradata, packets)
     drops = keyframes.drops_exactly(context.name)
     for start, stop in _runs([packet.pts for packet in packets], sorted(set(wanted)), starts):
@@ -161,12 +166,12 @@ def _take_at(
                 return False
             before = frame.pts
             if before in at:
-                reel.put(frame, at.pop(before))
+                collector.put(frame, at.pop(before))
     return not at
 
 
 def _runs(times: Sequence[int | None], wanted: Sequence[int], starts: Sequence[int]) -> list[tuple[int, int]]:
-    """[start, stop) of the packets to decode for the wanted ones, given where decoding may start."""
+    """Ranges [start, stop) of packets to decode for the wanted ones; `starts`: packets at which decoding may begin."""
     needs = []
     for index in wanted:
         usable = (i for i in reversed(starts) if i <= index and times[i] is not None and times[i] <= times[index])
@@ -182,7 +187,7 @@ def _runs(times: Sequence[int | None], wanted: Sequence[int], starts: Sequence[i
 def _run(
     stream: VideoStream, packets: Sequence[av.Packet], wanted: dict[int, list[int]] | None, deadline: float
 ) -> Iterator[av.VideoFrame]:
-    """The frames of consecutive packets; given what is wanted, the others only where something refers to them."""
+    """The frames of consecutive packets. With `wanted`, other frames to which no frame refers are skipped."""
     context = stream.codec_context
     context.flush_buffers()
     for packet in packets:
@@ -192,37 +197,37 @@ def _run(
     yield from _decoded(stream, None, deadline)
 
 
-def _take_counted(
+def _collect_by_count(
     container: av.container.InputContainer,
     stream: VideoStream,
-    where: Sequence[int],
-    reel: _FrameCollector,
+    positions: Sequence[int],
+    collector: _FrameCollector,
     deadline: float,
     stop_early: bool,
 ) -> None:
-    """Put the frames at these places of the video on the reel, all frames taken as equally long."""
+    """Collect the frames at these positions of the video, as if all frames had the same duration."""
     packets = _packets(container, stream, deadline)
-    # One packet is one frame for nearly all files; where the header says so too, the tail need not be decoded.
+    # In nearly all files, a packet is one frame. If the header has the same number, the rest need not be decoded.
     total = sum(keyframes.is_shown(stream.codec_context.name, packet) for packet in packets)
     stop_early = stop_early and stream.frames == total
     stream.codec_context.thread_count = 1
-    seen = _take_numbers(stream, packets, by_count(where, total), stop_early, reel, deadline)
-    if seen is not None and 2 * seen < total:  # two fields may make one frame
+    seen = _collect_numbers(stream, packets, by_count(positions, total), stop_early, collector, deadline)
+    if seen is not None and 2 * seen < total:  # two packets may be the fields of one frame
         raise SampleError("corrupt", f"the video is damaged: {total} packets give {seen} frames")
     if seen is not None and seen != total:
         stream.codec_context.flush_buffers()
-        _take_numbers(stream, packets, by_count(where, seen), False, reel, deadline)
+        _collect_numbers(stream, packets, by_count(positions, seen), False, collector, deadline)
 
 
-def _take_numbers(
+def _collect_numbers(
     stream: VideoStream,
     packets: Sequence[av.Packet],
     wanted: Sequence[int],
     stop_early: bool,
-    reel: _FrameCollector,
+    collector: _FrameCollector,
     deadline: float,
 ) -> int | None:
-    """Put the frames with these numbers, ascending, on the reel. Returns how many there are (None: stopped early)."""
+    """Collect the frames with these ascending numbers. Returns the number of all frames, None if stopped early."""
     at: dict[int, list[int]] = {}
     for place, number in enumerate(wanted):
         at.setdefault(number, []).append(place)
@@ -230,7 +235,7 @@ def _take_numbers(
     frames = (frame for packet in [*packets, None] for frame in _decoded(stream, packet, deadline))
     for number, frame in enumerate(frames):
         if number in at:
-            reel.put(frame, at[number])
+            collector.put(frame, at[number])
         if stop_early and number == wanted[-1]:
             return None
     if number < 0:
@@ -239,7 +244,7 @@ def _take_numbers(
 
 
 def _decoded(stream: VideoStream, packet: av.Packet | None, deadline: float) -> list[av.VideoFrame]:
-    """The frames that come out after a packet; None drains the decoder."""
+    """The frames that the decoder returns for a packet; None flushes the decoder."""
     _check_time(deadline)
     try:
         frames = stream.codec_context.decode(packet)
@@ -265,8 +270,8 @@ def _matrix(frame: av.VideoFrame) -> Matrix:
     return a, b, c, d
 
 
-def _turned(rgb: np.ndarray, matrix: Matrix) -> np.ndarray:
-    """(H, W, 3) after a display matrix, to the nearest quarter turn, mirrors included; contiguous."""
-    whole = rgb.view("V3")[..., 0]  # a pixel moves as one element: half the time of a copy byte by byte
-    turned = np.ascontiguousarray(upright(whole, orientation_of_matrix(matrix)))
-    return turned.view(np.uint8).reshape(*turned.shape, 3)
+def _oriented(rgb: np.ndarray, matrix: Matrix) -> np.ndarray:
+    """Apply a display matrix, rounded to 90 degrees, with reflections. Returns (H, W, 3), contiguous."""
+    pixels = rgb.view("V3")[..., 0]  # copies each pixel as one element, in half the time of copying bytes
+    oriented = np.ascontiguousarray(upright(pixels, orientation_of_matrix(matrix)))
+    return oriented.view(np.uint8).reshape(*oriented.shape, 3)

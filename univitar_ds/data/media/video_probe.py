@@ -1,4 +1,4 @@
-"""Videos as containers: opened, and their size without decoding. What only reads images never imports this."""
+"""Opens video containers and reads their size without decoding. Code that reads only images never imports this."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from univitar_ds.image_ops import display_size, orientation_of_matrix
 
 
 def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputContainer, VideoStream]:
-    """An opened container and its main video stream; cover art of audio files is no video stream.
+    """Open a container. Returns it with its first video stream; cover art of audio files does not count.
 
-    FFmpeg decodes up to 20 frames to learn what a header may not say: the pixel format and how many frames arrive out
-    of order. That takes 20 to 200 ms for large frames and is done only if `thorough`, or if the size is not found
-    without. Who wants every frame in order needs it; sizes, durations and packets are the same without.
+    With `thorough`, FFmpeg decodes up to 20 frames to find the pixel format and the number of reordered frames, which
+    the header may not have; this takes 20 to 200 ms for large frames. It is needed to decode all frames in order, and
+    also happens if the size is not found otherwise. Sizes, durations and packets do not depend on it.
 
-    FFmpeg believes a header before it has read a frame: 72 bytes for each frame that an MP4 claims. Who opens what may
-    be hostile calls `memory_limits.confine` before.
+    FFmpeg allocates memory by the header before it reads a frame: 72 bytes for each frame that an MP4 claims to have.
+    Call `memory_limits.confine` before opening untrusted files.
 
-    Raises: SampleError, or MemoryError where the header takes more than there is.
+    Raises: SampleError, or MemoryError if the header takes too much memory.
     """
     demuxer = video_demuxer(data)
     if demuxer is None:
-        raise SampleError("unreadable", "the bytes are no video container we read")
+        raise SampleError("unreadable", "the bytes are no video container that can be read")
     if missing := missing_bytes(data, demuxer):
         raise SampleError("corrupt", f"the video is cut off: {missing} bytes are missing at its end")
     options = {} if thorough else {"skip_frame": "all"}
@@ -54,16 +54,16 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
         container.close()
         if not thorough:
             return open_video(data, thorough=True)
-        raise SampleError("corrupt", f"the {demuxer} container does not say the size of its video")
+        raise SampleError("corrupt", f"the {demuxer} container does not have the size of its video")
     return container, stream
 
 
 def probe_video(data: bytes, demuxer: str) -> MediaSize:
-    """What `probe.probe` returns for a video. Raises: see `open_video`."""
+    """The size of a video for `probe.probe`. Raises: see `open_video`."""
     container, stream = open_video(data)
     with container:
-        turned = orientation_of_matrix(_matrix(data, demuxer, stream.id))
-        height, width = display_size(stream.codec_context.height, stream.codec_context.width, turned)
+        orientation = orientation_of_matrix(_matrix(data, demuxer, stream.id))
+        height, width = display_size(stream.codec_context.height, stream.codec_context.width, orientation)
         seconds = Fraction(0)
         if stream.duration is not None and stream.time_base is not None:
             seconds = stream.duration * stream.time_base
@@ -75,7 +75,7 @@ def probe_video(data: bytes, demuxer: str) -> MediaSize:
 
 
 def _matrix(data: bytes, demuxer: str, track: int) -> Matrix:
-    """How the frames are turned when they are shown; FFmpeg gives it with the frames only."""
+    """The display matrix, which FFmpeg returns only with decoded frames."""
     if demuxer == "matroska":
         return matroska_matrix(data)
     return mp4_matrices(data).get(track, (1, 0, 0, 1)) if demuxer == "mov" else (1, 0, 0, 1)

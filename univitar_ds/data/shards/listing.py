@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from univitar_ds.config.data import SourceConfig
-from univitar_ds.data.shards.manifest import JOURNAL, MANIFEST, read_manifest
+from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE, read_manifest
 from univitar_ds.data.storage.address import check_address, storage_for
 from univitar_ds.data.storage.base import LOCAL, S3, Storage, StorageSettings
 from univitar_ds.errors import DataError
@@ -68,7 +68,7 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     files = storage.list(path)
     names = set(map(os.path.basename, files))
     _warn_left_out(source, names)
-    if names & {MANIFEST, JOURNAL}:
+    if names & {MANIFEST, PROGRESS_FILE}:
         return _packed(source, path, names, storage, prefix)
     tars = [file for file in files if file.endswith(".tar")]
     if compressed := [os.path.basename(file) for file in files if file.endswith(COMPRESSED)]:

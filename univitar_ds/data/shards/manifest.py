@@ -12,7 +12,7 @@ from univitar_ds.data.storage.base import Storage
 from univitar_ds.errors import DataError
 
 MANIFEST = "manifest.json"
-JOURNAL = ".pack.jsonl"
+PROGRESS_FILE = ".pack.jsonl"
 """Progress log of `data pack`, from which an interrupted packing continues."""
 VERSION = 1
 _SHARD_FIELDS = {"file": str, "split": str, "kind": str, "samples": int, "bytes": int, "sha256": str}

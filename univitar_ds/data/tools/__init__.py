@@ -1,3 +1,3 @@
-"""What the commands `univitar-ds data ...` show of shards and of what a run would read from them."""
+"""The commands `univitar-ds data inspect`, `probe` and `verify`."""
 
 __all__ = ["inspect", "inspect_plot", "media_report", "verify"]

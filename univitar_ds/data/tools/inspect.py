@@ -1,4 +1,4 @@
-"""What a run would feed to the model, measured by drawing packs: fill, sizes, balance, unreadable samples, speed."""
+"""Measures the packs that a run would train on: fill, sizes, balance, unreadable samples and speed."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _BAR = 40
 
 @dataclass
 class Stream:
-    """The packs drawn from one modality of one stage, in order. Tokens are those of the items of each pack."""
+    """The packs of one modality of one stage, in order. `packs` has the number of tokens of each item."""
 
     stage: StageConfig
     modality: Modality
     packs: list[list[int]] = field(default_factory=list)
     imbalances: list[float] = field(default_factory=list)
-    """Of each whole step: the cost of its most expensive pack over the mean, less 1."""
+    """For each complete step: the cost of its most expensive pack divided by the mean, minus 1."""
     bad: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
     downscaled: int = 0
     longest_wait: int = 0
     samples_per_s: float = 0.0
     shown: PackedBatch | None = None
-    """The first pack with anything in it."""
+    """The first pack that is not empty."""
 
     @property
     def name(self) -> str:
@@ -47,12 +47,12 @@ class Stream:
 
     @property
     def tokens(self) -> list[int]:
-        """Of all items."""
+        """Number of tokens of each item of all packs."""
         return [tokens for pack in self.packs for tokens in pack]
 
     @property
     def fills(self) -> list[float]:
-        """Of each pack, its share of the token budget."""
+        """Share of the token budget that each pack uses."""
         return [sum(pack) / self.stage.token_budget for pack in self.packs]
 
     def to_json(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found: the sources as a whole and one stream for each stage and modality."""
+    """The result of `inspect`: totals of the sources, and a stream for each stage and modality."""
 
     run: str
     shards: int
@@ -96,10 +96,11 @@ class Inspection:
 
 
 def inspect(config: RunConfig, *, packs: int = 50, cost: tuple[float, float] = (0.0, 0.0)) -> Inspection:
-    """Draw and decode `packs` packs of each stage and modality, as the run would from its beginning.
+    """Load and decode the first `packs` packs of each stage and modality of a run.
 
-    `cost` are the coefficients of an item's FLOPs (see `packing.item_cost`); without them cost budgets do not bind.
-    Raises: DataError as training would.
+    `cost` are the coefficients of the FLOPs of an item (see `packing.item_cost`); without them, cost budgets have no
+    effect.
+    Raises: DataError for the same sources as training.
     """
     shards = validate_sources(config.data.sources, config.stages, StorageSettings.of(config.data))
     if faults := faults_of_stages(shards, config.stages):
@@ -119,26 +120,26 @@ def inspect(config: RunConfig, *, packs: int = 50, cost: tuple[float, float] = (
 
 
 def render(inspection: Inspection) -> str:
-    """What was found as text."""
+    """The result as text."""
     size = f"{inspection.bytes / 1e6:.1f} MB"
     lines = [f"{inspection.shards} shards, {size}, fingerprint {inspection.fingerprint}"]
     for stream in inspection.streams:
         lines += ["", *_table(stream.to_json())]
-        lines.append(f"  {stream.samples_per_s:.0f} samples/s read and decoded by {_hands(inspection.workers)}")
+        lines.append(f"  {stream.samples_per_s:.0f} samples/s read and decoded by {_processes(inspection.workers)}")
     return "\n".join(lines)
 
 
 def _draw(config: RunConfig, stage: StageConfig, modality: Modality, packs: int, cost: tuple[float, float]) -> Stream:
-    stream, seen = Stream(stage, modality), scale_for_dropout(cost, stage.patch_dropout)
+    stream, scaled_cost = Stream(stage, modality), scale_for_dropout(cost, stage.patch_dropout)
     started, first = time.perf_counter(), 0
     with closing(_steps(config, stage, modality, packs, cost)) as steps:
         for number, step in enumerate(steps):
-            if number == 1:  # the first step waits for the processes to start and the pools to fill
+            if number == 1:  # the first step includes starting processes and filling shuffle buffers
                 started, first = time.perf_counter(), len(stream.tokens)
             costs = []
             for batch in step[: packs - len(stream.packs)]:
                 _count(stream, batch)
-                costs.append(sum(item_cost(tokens, seen) for tokens in stream.packs[-1]))
+                costs.append(sum(item_cost(tokens, scaled_cost) for tokens in stream.packs[-1]))
             if len(costs) == len(step) > 1 and sum(costs) > 0:
                 stream.imbalances.append(max(costs) * len(costs) / sum(costs) - 1)
     stream.samples_per_s = round((len(stream.tokens) - first) / (time.perf_counter() - started), 1)
@@ -148,7 +149,7 @@ def _draw(config: RunConfig, stage: StageConfig, modality: Modality, packs: int,
 def _steps(
     config: RunConfig, stage: StageConfig, modality: Modality, packs: int, cost: tuple[float, float]
 ) -> Iterator[list[PackedBatch]]:
-    """As many steps as hold `packs` packs; of the lanes no more than there are packs to draw."""
+    """Steps that contain `packs` packs in total, from at most that many lanes."""
     lanes = min(config.data.lanes, packs)
     with PackLoader(
         config.data,
@@ -169,7 +170,7 @@ def _count(stream: Stream, batch: PackedBatch) -> None:
     stream.ignored.update(batch.ignored)
     stream.downscaled += batch.downscaled
     cursor = batch.cursor.streams[batch.modality]
-    # A sample that waited at all was in an earlier cursor.
+    # A sample that waited was in an earlier cursor.
     stream.longest_wait = max([stream.longest_wait, *(cursor.packs - row.since for row in cursor.pool)])
     if stream.shown is None and len(batch):
         stream.shown = batch
@@ -182,7 +183,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _histogram(tokens: Sequence[int]) -> list[dict[str, int]]:
-    """At most `_BINS` bins of equal width from the smallest to the largest item; `to` belongs to the bin."""
+    """At most `_BINS` bins of equal width from the smallest to the largest item; `to` is inclusive."""
     if not tokens:
         return []
     low, high = min(tokens), max(tokens)
@@ -219,5 +220,5 @@ def _table(stream: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _hands(workers: int) -> str:
+def _processes(workers: int) -> str:
     return f"{workers} decoding process{'es' if workers > 1 else ''}" if workers else "this process"

@@ -1,6 +1,6 @@
-"""What `data inspect` found as one image: sizes of the items, fill of the packs, and one pack as the model sees it.
+"""Draws the result of `data inspect` as an image: sizes of the items, fill of the packs, and the items of one pack.
 
-One colour scale runs through all three: the colour of an item is its number of tokens.
+All three use the same colour scale: the colour of an item shows its number of tokens.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ _WIDTH_IN = 15.0
 _MARGIN_IN = 0.7
 _PLOTS_IN = 2.5
 _GAP_IN = 0.85
-"""Between the plots and the pack below them: the plots' own labels and the heading of the pack."""
+"""Space between the plots and the pack below them, for the labels of the plots and the heading of the pack."""
 _REST_IN = 0.4
 _HEAD_IN = 0.8
 _MOST_PACK_IN = 14.0
 _LABEL_PT = 7.5
 _LABEL_IN = 2.7 * _LABEL_PT / 72
-"""Room for two lines under every item."""
+"""Height of two lines of text below each item."""
 _CHARACTER_IN = 0.56 * _LABEL_PT / 72
 _BETWEEN_IN = 0.08
 _BINS = 40
 _ROWS = 200
-"""Resolution of the column that stands for a pack; no finer than the screen, so that no line between items is lost."""
+"""Pixels of the column of a pack; no more than on the screen, so that no line between items is lost."""
 _EMPTY = "#d62728"
 _COLOURS = colormaps["viridis"]
 _SOFTWARE = "univitar_ds data inspect"
 
 
-class ReadPosition(NamedTuple):
-    """Where an item lies in the image of a pack: its upper left corner and its size, in inches."""
+class Box(NamedTuple):
+    """Upper left corner and size of an item in the image of a pack, in inches."""
 
     left: float
     top: float
@@ -59,12 +59,12 @@ class ReadPosition(NamedTuple):
 
 @dataclass(frozen=True)
 class Gallery:
-    """The items of a pack laid out in rows, all at one scale. Sizes in inches."""
+    """Boxes of the items of a pack, arranged in rows at the same scale. Sizes are in inches."""
 
-    places: list[ReadPosition]
+    boxes: list[Box]
     height: float
     scale: float
-    """Inches of a pixel that the model gets."""
+    """Inches per pixel of the model's input."""
 
 
 def draw(inspection: Inspection, path: Path) -> None:
@@ -76,7 +76,7 @@ def draw(inspection: Inspection, path: Path) -> None:
     figure.text(
         _MARGIN_IN / _WIDTH_IN,
         1 - 0.3 / total,
-        f"{inspection.run}: what the model is fed",
+        f"{inspection.run}: the input of the model",
         fontsize=15,
         weight="bold",
         va="top",
@@ -87,7 +87,7 @@ def draw(inspection: Inspection, path: Path) -> None:
         _draw_stream(figure, total, top, stream, page)
         top += height
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # captions come in every script
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # captions may be in any script
         if path.exists() and not path.is_file():  # /dev/stdout, a pipe
             figure.savefig(path, format="png")
             return
@@ -96,7 +96,7 @@ def draw(inspection: Inspection, path: Path) -> None:
 
 
 def is_drawn(path: Path) -> bool:
-    """Whether a file is such an image."""
+    """Whether `draw` wrote this file."""
     with path.open("rb") as file:
         return b"tEXtSoftware\0" + _SOFTWARE.encode() in file.read(1024)
 
@@ -128,7 +128,7 @@ def _headline(stream: Stream) -> str:
 
 
 def _sizes(axes: Axes, stream: Stream, scale: Normalize) -> None:
-    """The histogram of tokens."""
+    """Draw the histogram of tokens."""
     tokens = stream.tokens
     _, edges, bars = axes.hist(tokens, bins=min(_BINS, len(set(tokens)) or 1), rwidth=0.94)
     for axis in (axes.xaxis, axes.yaxis):
@@ -140,7 +140,7 @@ def _sizes(axes: Axes, stream: Stream, scale: Normalize) -> None:
 
 
 def _fills(axes: Axes, stream: Stream, scale: Normalize) -> None:
-    """Every pack as a column of its items, the largest at the bottom; what is red is empty."""
+    """Draw each pack as a column of its items, the largest at the bottom; the unused budget is red."""
     budget = stream.stage.token_budget
     columns = np.stack([_column(pack, budget, scale) for pack in stream.packs], axis=1)
     count = len(stream.packs)
@@ -157,58 +157,58 @@ def _fills(axes: Axes, stream: Stream, scale: Normalize) -> None:
 
 
 def _column(pack: Sequence[int], budget: int, scale: Normalize) -> np.ndarray:
-    """(rows, 3) colours between 0 and 1, from the bottom."""
+    """Colours of the column of a pack from the bottom: (rows, 3), between 0 and 1."""
     empty = tuple(int(_EMPTY[index : index + 2], 16) / 255 for index in (1, 3, 5))
     column = np.tile(np.array(empty), (_ROWS, 1))
     bounds = [round(_ROWS * tokens / budget) for tokens in cumulative(sorted(pack, reverse=True))]
     for tokens, start, end in zip(sorted(pack, reverse=True), bounds[:-1], bounds[1:], strict=True):
         column[start:end] = _COLOURS(scale(tokens))[:3]
         if end - start > 3:
-            column[end - 1] = 1.0  # a line between one item and the next
+            column[end - 1] = 1.0  # a line between items
     return column
 
 
 def _pack(axes: Axes, batch: PackedBatch | None, page: Gallery, scale: Normalize) -> None:
-    """The items themselves, at one scale."""
+    """Draw the items at the same scale."""
     axes.set(xlim=(0, _WIDTH_IN - 2 * _MARGIN_IN), ylim=(page.height, 0))
     axes.axis("off")
     if batch is None:
         axes.set_title("No item could be decoded.", loc="left")
         return
-    videos = " A video shows a frame for each step of time." if batch.modality == "video" else ""
+    videos = " A video has one frame per tubelet." if batch.modality == "video" else ""
     axes.set_title(
-        f"One pack, item by item: {len(batch)} items, {batch.tokens} tokens, at the size the model gets them; "
-        f"an item's area is its number of tokens.{videos}",
+        f"One pack: {len(batch)} items, {batch.tokens} tokens, at the size of the model's input; "
+        f"the area of an item is proportional to its number of tokens.{videos}",
         loc="left",
         fontsize=10,
     )
-    for index, (place, strip) in enumerate(zip(page.places, strips(batch), strict=True)):
+    for index, (box, strip) in enumerate(zip(page.boxes, strips(batch), strict=True)):
         t, h, w = batch.grid_thw[index].tolist()
-        sharp = [max(1, round(side * _DPI)) for side in (place.height, place.width)]
-        if sharp[0] < strip.shape[0]:
-            strip = resize_rgb(Image.fromarray(strip), *sharp)
-        right, bottom = place.left + place.width, place.top + place.height
-        axes.imshow(strip, extent=(place.left, right, bottom, place.top), aspect="auto", interpolation="antialiased")
+        sides = [max(1, round(side * _DPI)) for side in (box.height, box.width)]
+        if sides[0] < strip.shape[0]:
+            strip = resize_rgb(Image.fromarray(strip), *sides)
+        right, bottom = box.left + box.width, box.top + box.height
+        axes.imshow(strip, extent=(box.left, right, bottom, box.top), aspect="auto", interpolation="antialiased")
         size = f"{t} x {h} x {w}" if batch.modality == "video" else f"{h} x {w}"
         for line, words in enumerate((f"{size} = {t * h * w}", " ".join(batch.captions[index].split()))):
             axes.text(
-                place.left,
+                box.left,
                 bottom + 0.03 + line * 1.25 * _LABEL_PT / 72,
-                _fitting(words, place.width),
+                _fitting(words, box.width),
                 fontsize=_LABEL_PT,
                 va="top",
                 weight="bold" if line == 0 else "normal",
                 parse_math=False,
             )
-        corner = (place.left, place.top)
+        corner = (box.left, box.top)
         axes.add_patch(
-            Rectangle(corner, place.width, place.height, fill=False, edgecolor=_COLOURS(scale(t * h * w)), linewidth=2)
+            Rectangle(corner, box.width, box.height, fill=False, edgecolor=_COLOURS(scale(t * h * w)), linewidth=2)
         )
     axes.set(xlim=(0, _WIDTH_IN - 2 * _MARGIN_IN), ylim=(page.height, 0))
 
 
 def strips(batch: PackedBatch) -> list[np.ndarray]:
-    """Each item as one image (H, W, 3) uint8: of a video the first frame of each token side by side."""
+    """Each item as one image (H, W, 3) uint8; for a video, the first frames of its tubelets side by side."""
     pixels = batch.pixels.numpy()
     frames, grids = batch.frames.tolist(), batch.grid_thw.tolist()
     sizes = [count * h * w * PATCH * PATCH * 3 for count, (_, h, w) in zip(frames, grids, strict=True)]
@@ -220,13 +220,13 @@ def strips(batch: PackedBatch) -> list[np.ndarray]:
 
 
 def gallery(batch: PackedBatch | None) -> Gallery:
-    """The items in rows, in the order of the pack, at the largest scale at which they stay within the page."""
+    """Arrange the items in rows, at a scale at which they fit on the page. Boxes are in the order of the pack."""
     if batch is None:
         return Gallery([], 0.3, 0.0)
     sizes = [(h * PATCH, t * w * PATCH) for t, h, w in batch.grid_thw.tolist()]
     inner = _WIDTH_IN - 2 * _MARGIN_IN
     area = sum(height * width for height, width in sizes)
-    # A quarter of the page's width as height, if nothing were lost between items; never larger than life.
+    # Without space between items, their height is a quarter of the page's width. A pixel is at most one screen pixel.
     scale = min(math.sqrt(inner * inner / 4 / area), 1 / _DPI, inner / max(width for _, width in sizes))
     while (page := _rows(sizes, scale, inner)).height > _MOST_PACK_IN:
         scale *= 0.9
@@ -234,7 +234,7 @@ def gallery(batch: PackedBatch | None) -> Gallery:
 
 
 def _rows(sizes: Sequence[tuple[int, int]], scale: float, inner: float) -> Gallery:
-    """From the highest item to the lowest, each into the first row with room."""
+    """Place the items by decreasing height, each in the first row with enough space."""
     rows: list[tuple[float, list[int]]] = []  # height, members
     ends: list[float] = []
     lefts = {}
@@ -247,16 +247,16 @@ def _rows(sizes: Sequence[tuple[int, int]], scale: float, inner: float) -> Galle
         rows[number][1].append(index)
         lefts[index] = ends[number]
         ends[number] += width + _BETWEEN_IN
-    places, top = {}, 0.0
+    boxes, top = {}, 0.0
     for height, members in rows:
         for index in members:
-            places[index] = ReadPosition(lefts[index], top, scale * sizes[index][1], scale * sizes[index][0])
+            boxes[index] = Box(lefts[index], top, scale * sizes[index][1], scale * sizes[index][0])
         top += height + _LABEL_IN
-    return Gallery([places[index] for index in range(len(sizes))], top, scale)
+    return Gallery([boxes[index] for index in range(len(sizes))], top, scale)
 
 
 def _fitting(words: str, width: float) -> str:
-    """As much of the words as fits `width` inches; nothing where that would be a letter or two."""
+    """The text, cut to `width` inches; "" if only a few letters fit."""
     most = int(width / _CHARACTER_IN)
     if len(words) <= most:
         return words

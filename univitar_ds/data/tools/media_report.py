@@ -1,4 +1,4 @@
-"""What the loader would make of single files, found out by letting it: each file becomes a shard of one sample."""
+"""Reports how the loader would read single files, by loading each file from a shard of one sample."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ from univitar_ds.geometry import Modality
 
 _KEY = "file"
 _LONGEST_EXTENSION = 80
-"""A name in a tar has room for no more; none that we know is so long."""
-_CAPTION = b"a caption, for a sample needs one"
+"""Limit of names in a tar; all known extensions are shorter."""
+_CAPTION = b"a sample needs a caption"
 
 
 @dataclass(frozen=True)
 class MediaReport:
-    """One file. Sides in pixels as shown and frames as its header has them; `grid` and `tokens` are what a run gets.
+    """The report of one file. Width and height are in pixels after rotation; `frames` is the number in its header.
 
-    What was not found out is None. `downscaled`: it has more tokens at its own size than the stage allows.
-    With `ok` false the loader would count it under `error` and log `message`.
+    `grid` and `tokens` are the size in a pack. Unknown values are None. `downscaled`: whether the original size has
+    more tokens than the stage allows. If `ok` is false, the loader would count the file under `error` and log
+    `message`.
     """
 
     file: str
@@ -71,7 +72,7 @@ class MediaReport:
 
 @dataclass(frozen=True)
 class _Header:
-    """What was found of a file before decoding; without `sample` it is left out already."""
+    """The result for a file before decoding. Without `sample`, it is left out."""
 
     path: Path
     size: MediaSize | None
@@ -80,13 +81,13 @@ class _Header:
 
 
 def report(paths: Iterable[Path], data: DataConfig, stage: StageConfig) -> Iterator[MediaReport]:
-    """What a run with these settings would make of each file, in order.
+    """Report in order how a run with these settings would read each file.
 
-    Headers and pixels are read by `data.workers` processes, at least one, as in training. The files are copied into
-    temporary shards one after the other.
+    As in training, `data.workers` processes, at least one, read headers and pixels. The files are copied to temporary
+    shards one after another.
     """
     data = data.model_copy(update={"workers": max(data.workers, 1)})
-    # The stage may read one modality only; files are of both.
+    # The stage may have only one modality, but files may have either.
     stage = stage.model_copy(update={"video_ratio": 0.5})
     rules = stream_config([], data=data, stage=stage, lanes=1, seed=0)
     sizes = {modality: rule.size for modality, rule in rules.items()}
@@ -129,8 +130,8 @@ def _plans(
 def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule], probe: Prober) -> _Header:
     size: MediaSize | None = None
 
-    def noted(media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
-        """What is found of the file stays known where the stage's rule refuses the sample."""
+    def remember_size(media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
+        """Keep the size for the report even if the rule of the stage rejects the sample."""
         nonlocal size
         (found,) = probe(media)
         size = found if isinstance(found, MediaSize) else None
@@ -141,12 +142,14 @@ def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule], probe: 
         content = read_file(path, most_mb << 20, f", above data.max_sample_mb = {most_mb} (MiB)")
         extension = path.suffix.lower().lstrip(".")[:_LONGEST_EXTENSION]
         if not extension or extension in EXTENSIONS:
-            raise SampleError("no_media", f"a file of pixels has an extension that says so; this is {path.name!r}")
+            raise SampleError(
+                "no_media", f"the name {path.name!r} has no extension of an image or video; rename the file"
+            )
         _write_shard(shard, extension, content)
         source = SourceShard(_KEY, str(shard), storage_for(str(shard)), shard.stat().st_size)
         with source.storage.open(source.path) as stream:
             (group,) = scan(stream, source.name, source.size)
-        (found,) = read_samples([(source, group)], sizes[modality_of(group) or "image"], noted)
+        (found,) = read_samples([(source, group)], sizes[modality_of(group) or "image"], remember_size)
     except SampleError as error:
         found = error
     if isinstance(found, SampleError):

@@ -1,4 +1,4 @@
-"""One shard looked at from its first byte to its last: what the loader would make of every sample in it."""
+"""Checks one shard from its first byte to its last, and every sample as the loader would read it."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ from univitar_ds.errors import SampleError
 from univitar_ds.geometry import Modality
 
 _STAGE = StageConfig.model_fields
-"""The rules are those of a run file that says nothing else."""
+"""The limits are the defaults of a run file."""
 DEFAULTS = DataConfig(sources=[SourceConfig(path="none")])
 _SAMPLING = Sampling(**VideoSampling().model_dump())
 _HASHED_AT_ONCE = 8 << 20
 _MOST_KEYS = 1 << 20
-"""Keys of a shard that are remembered, to see whether members of a sample lie apart."""
+"""Maximum number of keys of a shard kept to detect samples whose members are not consecutive."""
 
 
 class Read(NamedTuple):
-    """So many bytes have been gone through since the last event."""
+    """Number of bytes checked since the last event."""
 
     bytes: int
 
 
 class Hashed(NamedTuple):
-    """The whole shard has been read."""
+    """The hash of the whole shard."""
 
     sha256: str
 
 
 class Address(NamedTuple):
-    """The item of `Next`, a sample: what is wrong with it follows."""
+    """The item of `Next`: a sample. Events with its faults follow."""
 
     key: str
     offset: int
 
 
 class Bad(NamedTuple):
-    """A sample that cannot be used, or with key "" a stretch of the shard without samples."""
+    """A sample that cannot be used or, with key "", a range of the shard without samples."""
 
     kind: str
     key: str
@@ -63,8 +63,8 @@ class Bad(NamedTuple):
     message: str
 
 
-class Noted(NamedTuple):
-    """A text of a sample that can be used was ignored."""
+class IgnoredText(NamedTuple):
+    """An ignored text of a sample that can be used."""
 
     kind: str
     key: str
@@ -72,8 +72,8 @@ class Noted(NamedTuple):
     message: str
 
 
-class Unread(NamedTuple):
-    """Extensions of a sample's members that nothing reads."""
+class UnreadMembers(NamedTuple):
+    """Extensions of the members of a sample that the loader does not read."""
 
     extensions: tuple[str, ...]
 
@@ -83,17 +83,17 @@ class SeveralLines(NamedTuple):
 
 
 class Scattered(NamedTuple):
-    """The members of a sample do not follow one another: some come again at this byte."""
+    """The members of a sample are not consecutive: more of them are at this byte."""
 
     key: str
     offset: int
 
 
-Event = Next | Reached | Read | Hashed | Bad | Noted | Unread | SeveralLines | Scattered
+Event = Next | Reached | Read | Hashed | Bad | IgnoredText | UnreadMembers | SeveralLines | Scattered
 
 
-class Place(NamedTuple):
-    """Where the check of a shard begins: the byte of a header, and whether the hash is known already."""
+class StartPosition(NamedTuple):
+    """The position at which the check of a shard begins: the byte of a header, and whether the hash is known."""
 
     offset: int = 0
     hashed: bool = False
@@ -101,9 +101,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """A shard (without its storage, which does not travel), how it is reached and whether every sample is decoded.
+    """A shard (without its storage, which is not pickled), its storage settings, and whether to decode every sample.
 
-    `data` has the limits of a sample; `confined`: this is a process of its own, whose memory may be limited.
+    `data` has the limits of a sample. `confined`: whether to limit the memory of the process, which then must
+    only check shards.
     """
 
     shard: SourceShard
@@ -113,13 +114,13 @@ class ShardCheck:
     confined: bool = False
 
 
-def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
-    """Hash the shard if its manifest has a hash, then check its samples from `task.start`, a `Place`, on.
+def check_shard(task: Task, report: Callable[[Event], None]) -> None:
+    """Hash the shard if its manifest has a hash, then check its samples from the `StartPosition` `task.start`.
 
     Raises: DataError if the shard cannot be read.
     """
     job: ShardCheck = task.job
-    start: Place = task.start
+    start: StartPosition = task.start
     storage = storage_for(job.shard.path, job.settings)
     shard = replace(job.shard, storage=storage, watch=None)
     if shard.sha256 is not None and not start.hashed:
@@ -127,55 +128,55 @@ def check_shard(task: Task, tell: Callable[[Event], None]) -> None:
             state = hashlib.sha256()
             while part := stream.read(_HASHED_AT_ONCE):
                 state.update(part)
-                tell(Read(len(part)))
-        tell(Hashed(state.hexdigest()))
-        tell(Reached(start._replace(hashed=True)))
+                report(Read(len(part)))
+        report(Hashed(state.hexdigest()))
+        report(Reached(start._replace(hashed=True)))
     position, keys, scattered = start.offset, set[int](), False
     with storage.open(shard.path) as stream:
         for found in tar_index.scan(stream, shard.name, shard.size, start.offset):
             if isinstance(found, tar_index.Damage):
-                tell(Bad(found.kind, "", found.offset, found.message))
+                report(Bad(found.kind, "", found.offset, found.message))
             else:
-                tell(Next(Address(found.key, found.offset), Place(found.end, hashed=True)))
+                report(Next(Address(found.key, found.offset), StartPosition(found.end, hashed=True)))
                 if others := _unread(found):
-                    tell(Unread(others))
+                    report(UnreadMembers(others))
                 known = hash(found.key) in keys
                 if len(keys) < _MOST_KEYS:
                     keys.add(hash(found.key))
                 try:
                     sample = check_sample(shard, found, job)
                 except SampleError as error:
-                    tell(Bad(error.kind, found.key, found.offset, str(error)))
+                    report(Bad(error.kind, found.key, found.offset, str(error)))
                     if known and not scattered:
-                        tell(Scattered(found.key, found.offset))
+                        report(Scattered(found.key, found.offset))
                         scattered = True
                 else:
-                    _report_texts(sample, found, tell)
-            tell(Read(found.end - position))
+                    _report_texts(sample, found, report)
+            report(Read(found.end - position))
             position = found.end
-    tell(Read(shard.size - position))
+    report(Read(shard.size - position))
 
 
 def _unread(group: tar_index.Group) -> tuple[str, ...]:
-    """Extensions of the members that are neither the media nor a text; the loader never looks into them."""
+    """Extensions of the members that are neither the media nor a text, which the loader does not read."""
     known = VIDEO_EXTENSIONS if modality_of(group) == "video" else IMAGE_EXTENSIONS
     media = next((member for member in group.members if member.extension in known), None)
     others = (member for member in group.members if member is not media)
     return tuple(member.extension for member in others if member.extension not in captions.EXTENSIONS)
 
 
-def _report_texts(sample: Sample, group: tar_index.Group, tell: Callable[[Event], None]) -> None:
+def _report_texts(sample: Sample, group: tar_index.Group, report: Callable[[Event], None]) -> None:
     for kind, message in sample.ignored:
-        tell(Noted(kind, group.key, group.offset, message))
+        report(IgnoredText(kind, group.key, group.offset, message))
     if sample.several_lines:
-        tell(SeveralLines())
+        report(SeveralLines())
 
 
 def check_sample(shard: SourceShard, group: tar_index.Group, job: ShardCheck) -> Sample:
-    """A sample that the loader would use. Raises: SampleError for a sample that the loader would leave out."""
+    """Read a sample as the loader would. Raises: SampleError for a sample that the loader would leave out."""
     kind = modality_of(group) or shard.modality or "image"
     if shard.modality not in (None, kind):
-        raise SampleError("wrong_kind", f"is {kind} in a shard whose manifest says {shard.modality}; pack it again")
+        raise SampleError("wrong_kind", f"is {kind} in a shard of {shard.modality} by its manifest; pack it again")
     if job.confined:
         confine(job.data.max_image_px, group.length)
     (found,) = read_samples([(shard, group)], _rule(kind, job.data))
@@ -194,7 +195,7 @@ def check_sample(shard: SourceShard, group: tar_index.Group, job: ShardCheck) ->
 
 
 def _check_metadata(sample: Sample) -> None:
-    """Raises: SampleError for a file that its metadata does not describe. What decoding finds is compared there."""
+    """Raises: SampleError if the header of the file differs from its metadata. Decoding compares the rest."""
     address = MediaAddress(
         sample.shard.storage, sample.shard.path, sample.media_offset, sample.media_length, sample.extension
     )
@@ -232,5 +233,5 @@ def _decode(sample: Sample, kind: Modality, job: ShardCheck) -> None:
     )
     limits = DecodeLimits(job.data.max_image_px, job.data.decode_timeout_s, job.data.max_video_s)
     work = DecodeJob(kind, _SAMPLING, limits, [item])
-    for _, word, message in decode_pack(work, np.empty(work.bytes, np.uint8), job.settings):
-        raise SampleError(word, message)
+    for _, error_kind, message in decode_pack(work, np.empty(work.bytes, np.uint8), job.settings):
+        raise SampleError(error_kind, message)

@@ -1,4 +1,4 @@
-"""Whole sources checked before a run meets them: every shard, every sample, all that is wrong in one report."""
+"""Checks every shard and every sample of sources before a run, and reports all faults."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from univitar_ds.data.tools.shard_check import (
     Bad,
     Event,
     Hashed,
-    Noted,
-    Place,
+    IgnoredText,
     Read,
     Scattered,
     SeveralLines,
     ShardCheck,
-    Unread,
+    StartPosition,
+    UnreadMembers,
     check_shard,
 )
 from univitar_ds.errors import DataError
 
 VERSION = 1
 _MOST_EXTENSIONS, _LONGEST_EXTENSION = 50, 40
-"""Extensions of a shard that are counted by name, and letters of each: keys with dots make an extension each."""
+"""Maximum number and length of the extensions of a shard that are counted by name: each key with dots adds one."""
 _MOSTLY = 0.9
-"""Share of a source's samples with several lines in their .txt that makes it look like one of a caption a line."""
+"""If at least this share of the samples of a source have a .txt with several lines, a warning is reported."""
 
 
 @dataclass
 class _Found:
-    """What is known of a shard so far; `expected` is its number of samples by the manifest."""
+    """The results for a shard so far. `expected` is its number of samples in the manifest."""
 
     shard: SourceShard
     expected: int | None
     samples: int = 0
     faults: list[Bad] = field(default_factory=list)
-    ignored: list[Noted] = field(default_factory=list)
+    ignored: list[IgnoredText] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     several_lines: int = 0
     scattered: Scattered | None = None
@@ -64,9 +64,9 @@ class _Found:
             self.faults.append(Bad(event.kind, *event.item, event.detail))
         elif isinstance(event, Bad):
             self.faults.append(event)
-        elif isinstance(event, Noted):
+        elif isinstance(event, IgnoredText):
             self.ignored.append(event)
-        elif isinstance(event, Unread):
+        elif isinstance(event, UnreadMembers):
             for extension in event.extensions:
                 name = f".{extension[:_LONGEST_EXTENSION]}" if extension else "without an extension"
                 known = name in self.unread or len(self.unread) < _MOST_EXTENSIONS
@@ -109,30 +109,31 @@ def verify(
 ) -> dict[str, Any]:
     """Check every shard of the sources in `workers` processes, each sample with the limits of `limits`.
 
-    What can be read is checked, whatever else is missing or damaged. A sample that kills its process or hangs is bad
-    too, of kind "crash" or "timeout". The report depends on the data alone.
+    If data are missing or damaged, the rest is still checked. A sample that crashes its process or makes it hang is a
+    bad sample of kind "crash" or "timeout". The report depends only on the data.
 
-    Args: decode, decode every sample instead of trusting headers and checksums; progress, a bar on stderr;
-        limits, the data section of a run file (default: one that sets none).
+    Args: decode, decode every sample instead of checking only headers and checksums; progress, show a bar on stderr;
+        limits, the data section of a run file (default: one without any limits set).
     Returns: {"version", "decoded", "sound", "samples", "bad": {kind: n}, "ignored": {kind: n}, "unread": {".npy": n},
-        "sources", "shards"}. A source has path, split, shards, missing (shards of its manifest), error and warning; a
-        shard what `_Found.to_json` has: for each fault, and each text that was ignored in a sample that can be used,
-        its kind, key ("" for bytes without samples), byte and a sentence; the first sample whose members lie apart;
-        sha256 is "matches" or "differs", None where no manifest has one. "unread" counts members that the loader does
-        not look into, by extension.
+        "sources", "shards"}. A source has path, split, shards, missing (shards of its manifest), error and warning. For
+        a shard, see `_Found.to_json`. Each fault, and each ignored text of a sample that can be used, has a kind, key
+        ("" for bytes without samples), byte and message. "scattered" is the first sample whose members are not
+        consecutive. "sha256" is "matches" or "differs", None without one in a manifest. "unread" counts the members
+        that the loader does not read, by extension.
     """
     settings, limits = settings.shared(), limits or DEFAULTS
     listed: list[dict[str, Any]] = []
     found: list[_Found] = []
     by_source: list[list[_Found]] = []
     for position, source in enumerate(sources):
-        about, shards = _looked_up(source, settings)
+        about, shards = _find(source, settings)
         prefix = f"{position}:" if len(sources) > 1 else ""
         by_source.append([replace(one, shard=replace(one.shard, name=prefix + one.shard.name)) for one in shards])
         found += by_source[-1]
         listed.append(about)
+    start = StartPosition()
     tasks = [
-        Task(number, ShardCheck(replace(one.shard, storage=None), settings, decode, limits, confined=True), Place())
+        Task(number, ShardCheck(replace(one.shard, storage=None), settings, decode, limits, confined=True), start)
         for number, one in enumerate(found)
     ]
     total = sum(one.shard.size * (1 if one.shard.sha256 is None else 2) for one in found)
@@ -185,7 +186,7 @@ def _compared(found: str | None, expected: str | None) -> str | None:
     return "matches" if found == expected else "differs"
 
 
-def _located(found: Bad | Noted) -> dict[str, Any]:
+def _located(found: Bad | IgnoredText) -> dict[str, Any]:
     return {"kind": found.kind, "key": found.key, "byte": found.offset, "message": found.message}
 
 
@@ -193,8 +194,8 @@ def _by_kind(faults: Sequence[Bad]) -> dict[str, int]:
     return dict(sorted(Counter(fault.kind for fault in faults).items()))
 
 
-def _looked_up(source: SourceConfig, settings: StorageSettings) -> tuple[dict[str, Any], list[_Found]]:
-    """What a source should have and what there is of it; a run would end at the error."""
+def _find(source: SourceConfig, settings: StorageSettings) -> tuple[dict[str, Any], list[_Found]]:
+    """The expected and existing shards of a source. A run would end with its error."""
     about: dict[str, Any] = {"path": source.path, "split": source.split, "missing": [], "error": None, "warning": None}
     rows: dict[str, dict[str, Any]] = {}
     shards: Sequence[SourceShard] = []
@@ -203,7 +204,7 @@ def _looked_up(source: SourceConfig, settings: StorageSettings) -> tuple[dict[st
         shards = find_shards([source], settings)
     except DataError as error:
         about["error"] = str(error)
-        shards, about["missing"] = _what_is_there(source, rows, settings)
+        shards, about["missing"] = _existing_shards(source, rows, settings)
     found = []
     for shard in shards:
         row = rows.get(os.path.basename(shard.path))
@@ -212,7 +213,7 @@ def _looked_up(source: SourceConfig, settings: StorageSettings) -> tuple[dict[st
 
 
 def _manifest_rows(source: SourceConfig, settings: StorageSettings) -> dict[str, dict[str, Any]]:
-    """The shards of the source's manifest and split by file name; none where there is no manifest."""
+    """The shards in the manifest for the split of the source, by file name; {} without a manifest."""
     folder = place_of(source)
     storage = storage_for(folder, settings)
     if folder.endswith(".tar") or not storage.exists(os.path.join(folder, MANIFEST)):
@@ -221,10 +222,10 @@ def _manifest_rows(source: SourceConfig, settings: StorageSettings) -> dict[str,
     return {row["file"]: row for row in rows if source.split in (None, row["split"])}
 
 
-def _what_is_there(
+def _existing_shards(
     source: SourceConfig, rows: dict[str, dict[str, Any]], settings: StorageSettings
 ) -> tuple[list[SourceShard], list[str]]:
-    """The shards of a source that is not whole, and the names of those that are missing."""
+    """The existing shards of an incomplete source, and the names of the missing ones."""
     try:
         path = place_of(source)
         storage = storage_for(path, settings)
@@ -235,11 +236,11 @@ def _what_is_there(
         else:
             wanted = [file for file in storage.list(path) if file.endswith(".tar")]
         present = [file for file in wanted if storage.exists(file)]
-    except DataError:  # the source's own error says it already
+    except DataError:  # already reported as the error of the source
         return [], []
     sizes: dict[str, int] = {}
     for file in present:
-        with suppress(DataError):  # a pipe or a device: no shard
+        with suppress(DataError):  # a pipe or a device is not a shard
             sizes[file] = storage.size(file)
     shards = []
     for file, size in sizes.items():
@@ -248,6 +249,6 @@ def _what_is_there(
         shards.append(Shard(name, file, storage, size, row.get("kind"), row.get("sha256")))
     try:
         detail = of_source(shards, source, settings)
-    except DataError:  # its own error says it already
+    except DataError:  # already reported as the error of the source
         detail = of_source(shards, source.model_copy(update={"class_names": None}), settings)
     return detail, [os.path.basename(file) for file in wanted if file not in sizes]

@@ -1,3 +1,3 @@
-"""A folder of images and videos to shards: `writer.pack_folder`."""
+"""Packs a folder of images and videos into shards: `writer.pack_folder`."""
 
 __all__ = ["writer"]

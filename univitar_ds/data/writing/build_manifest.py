@@ -1,4 +1,4 @@
-"""The manifest of a packed folder: counts and histograms of what was packed."""
+"""Builds the manifest of a packed folder: counts and histograms of its samples."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ def build_manifest(
     skipped: list[dict[str, str]],
     fingerprint: str,
 ) -> dict[str, Any]:
-    """Counts and histograms of what was packed. Tokens are those of a frame at native size: pixels / 196.
+    """The manifest: shards, skipped files, and counts and histograms of the samples.
 
-    The buckets of a histogram are named by their first and last value.
+    Tokens are those of a frame at native size: pixels / 196. The buckets of a histogram are named by their first and
+    last value.
     """
     counts: dict[str, Counter[str]] = {}
     labels: dict[str, Counter[str]] = {}
-    for row, finding in samples:
-        counts.setdefault(row.split, Counter())[finding.kind] += 1
+    for row, info in samples:
+        counts.setdefault(row.split, Counter())[info.kind] += 1
         if row.label is not None:
             labels.setdefault(row.split, Counter())[row.label] += 1
-    kinds = sorted({finding.kind for _, finding in samples})
-    of_kind = {kind: [finding for _, finding in samples if finding.kind == kind] for kind in kinds}
+    kinds = sorted({info.kind for _, info in samples})
+    of_kind = {kind: [info for _, info in samples if info.kind == kind] for kind in kinds}
     return {
         "version": VERSION,
         "fingerprint": fingerprint,
@@ -37,11 +38,10 @@ def build_manifest(
         "captions": sum(len(row.captions) for row, _ in samples),
         "shards": shards,
         "long_side_px_histogram": {
-            kind: _histogram(max(finding.height, finding.width) for finding in of_kind[kind]) for kind in kinds
+            kind: _histogram(max(info.height, info.width) for info in of_kind[kind]) for kind in kinds
         },
         "token_histogram": {
-            kind: _histogram(round(finding.height * finding.width / PATCH**2) for finding in of_kind[kind])
-            for kind in kinds
+            kind: _histogram(round(info.height * info.width / PATCH**2) for info in of_kind[kind]) for kind in kinds
         },
         "labels": {split: dict(sorted(labels[split].items())) for split in sorted(labels)},
         "skipped": skipped,
@@ -49,7 +49,7 @@ def build_manifest(
 
 
 def _histogram(values: Iterable[int]) -> dict[str, int]:
-    """Counts in buckets that double: 0, 1, 2-3, 4-7, ..."""
+    """Counts in buckets of doubling size: 0, 1, 2-3, 4-7, ..."""
     counts = Counter(value.bit_length() for value in values)
     names = {bits: f"{1 << bits - 1}-{(1 << bits) - 1}" if bits > 1 else str(bits) for bits in counts}
     return {names[bits]: counts[bits] for bits in sorted(counts)}

@@ -1,4 +1,4 @@
-"""Where shards are packed to: a local folder, or a prefix on S3 with a local folder for what is not done yet."""
+"""The destination of packing: a local folder, or a prefix on S3 with a local folder for unfinished shards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from univitar_ds.atomic_write import move_into_place, replace_bytes
-from univitar_ds.data.shards.manifest import JOURNAL, read_manifest
+from univitar_ds.data.shards.manifest import PROGRESS_FILE, read_manifest
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import S3, SCHEMES, Storage, StorageSettings
 from univitar_ds.data.writing.progress_log import SHARD_NAME
@@ -17,47 +17,47 @@ from univitar_ds.errors import DataError
 
 
 class Destination(Protocol):
-    """A place of shards and a manifest. `workspace` is a local folder: the journal's and that of unfinished shards.
+    """The location of shards and a manifest. `workspace` is a local folder for the progress log and unfinished shards.
 
-    An entry is {"bytes", "sha256"} of a shard.
+    An entry of a shard is {"bytes", "sha256"}.
     """
 
     workspace: Path
     place: str
 
     def claim(self) -> None:
-        """Take the place. Raises: DataError if it holds something else."""
+        """Mark the location as used for this folder. Raises: DataError if it has other content."""
 
     def names(self) -> set[str]:
-        """The files that are there."""
+        """Names of the files at the location."""
 
     def holds(self, name: str, entry: dict[str, Any]) -> bool:
-        """Whether a file is there and whole."""
+        """Whether a file exists and is complete."""
 
     def publish(self, partial: Path, name: str, entry: dict[str, Any]) -> None:
-        """Move a finished file of the workspace to its place under its name."""
+        """Move a finished file from the workspace to the location under this name."""
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file, all of it or nothing."""
+        """Write a small file atomically."""
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
 
     def fingerprint(self) -> str | None:
-        """That of the manifest which is there."""
+        """The fingerprint in the manifest at the location, None without one."""
 
     def shards(self) -> set[str]:
-        """The files that it lists."""
+        """Names of the shards that the manifest lists."""
 
 
 class LocalFolder:
-    """Shards beside their journal. `open_journal` claims it."""
+    """A local folder of shards and their progress log. `open_progress_log` claims it."""
 
     def __init__(self, folder: Path) -> None:
         self.workspace, self.place = folder, str(folder)
 
     def claim(self) -> None:
-        """The journal lies in the folder itself and has done it."""
+        """Does nothing: the progress log is in the folder, and opening it claims the folder."""
 
     def names(self) -> set[str]:
         return {path.name for path in self.workspace.iterdir()}
@@ -89,9 +89,10 @@ class LocalFolder:
 
 
 class S3Prefix:
-    """Objects under a prefix. A shard is written locally, uploaded, and removed here once the store has it.
+    """Objects under a prefix. A shard is written locally, uploaded, and removed locally after the upload.
 
-    An object named as the journal says which folder the prefix belongs to, and that a packing may be under way.
+    An object with the name of the progress log has a hash of the path of the packed folder. It also shows that packing
+    may be in progress.
     """
 
     def __init__(self, url: str, folder: Path, settings: StorageSettings, state: Path | None) -> None:
@@ -107,14 +108,14 @@ class S3Prefix:
 
     def claim(self) -> None:
         names = self.names()
-        if JOURNAL not in names:
+        if PROGRESS_FILE not in names:
             if names:
                 raise DataError(
                     f"{self._url} is not empty and was not packed here ({min(names)}); choose another prefix"
                 )
-            self.write(JOURNAL, json.dumps({"origin": self._origin}).encode())
+            self.write(PROGRESS_FILE, json.dumps({"origin": self._origin}).encode())
         elif self._claimed_by() != self._origin:
-            raise DataError(f"{self._url} holds what was packed from another folder; choose another prefix")
+            raise DataError(f"{self._url} holds shards packed from another folder; choose another prefix")
 
     def names(self) -> set[str]:
         return {path.rpartition("/")[2] for path in self._storage.list(self._url)}
@@ -127,7 +128,7 @@ class S3Prefix:
     def publish(self, partial: Path, name: str, entry: dict[str, Any]) -> None:
         from univitar_ds.data.storage.s3_upload import put_file
 
-        if not self.holds(name, entry):  # the journal may be lost, or the last run ended just before its line
+        if not self.holds(name, entry):  # uploaded already if the log is lost or the last run ended before its entry
             put_file(self._storage, self._path(name), partial, entry["sha256"])
         partial.unlink()
 
@@ -149,7 +150,7 @@ class S3Prefix:
 
     def _claimed_by(self) -> str | None:
         try:
-            return json.loads(self._storage.read(self._path(JOURNAL)))["origin"]
+            return json.loads(self._storage.read(self._path(PROGRESS_FILE)))["origin"]
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -160,9 +161,9 @@ class S3Prefix:
 def destination_of(
     out: str | Path, folder: Path, settings: StorageSettings, state: Path | None
 ) -> LocalFolder | S3Prefix:
-    """The place that `out` names; `state`: the folder of all workspaces, ~/.local/state when None.
+    """The destination at `out`. `state`: the folder of all workspaces (None: in ~/.local/state).
 
-    Raises: DataError for an address that names no bucket, or nothing that this program writes to.
+    Raises: DataError for an address without a bucket or with an unsupported scheme.
     """
     scheme, separator, rest = str(out).partition("://")
     if not separator:
@@ -180,7 +181,7 @@ def _state_folder() -> Path:
 
 
 def _manifest(folder: str | Path, storage: Storage | None = None) -> dict[str, Any]:
-    """Of this program's `data pack`; empty without one."""
+    """The manifest in a folder, {} without one that can be read."""
     try:
         return read_manifest(folder, storage)
     except DataError:

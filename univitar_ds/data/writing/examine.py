@@ -1,7 +1,7 @@
-"""Looking at every media file once: its hash, kind and size, and whether its pixels can be had.
+"""Examines every media file once: its hash, kind and size, and whether it can be decoded.
 
-Always in processes of its own: decoders work hard and, on hostile bytes, may take all memory or their process with
-them.
+This always runs in other processes: decoding takes much CPU time, and a hostile file may exhaust the memory or crash
+the process.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _MAX_PX: int = DataConfig.model_fields["max_image_px"].default
 _VIDEO_FRAMES = 16
 _VIDEO_TIMEOUT_S = 10 * DataConfig.model_fields["decode_timeout_s"].default
 _SILENCE_S = 2 * _VIDEO_TIMEOUT_S
-"""Seconds that a file may take, on the clock: what takes longer has hung."""
+"""Wall-clock seconds after which the process of a file counts as hung."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A file to look at. `kind` is what its row says it is, None if the row leaves it to the content."""
+    """A file to examine. `kind` is the kind in its row, None if the row has none."""
 
     path: Path
     kind: str | None
@@ -48,9 +48,10 @@ class Job:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a file is. With a `fault` it is left out; `extension` is one that says its kind to every reader.
+    """The result for a file. A file with a `fault` is left out.
 
-    `frames` and `duration_s` are those of `probe.probe`.
+    `extension` is the file's own if it matches the kind, else another one that does. `frames` and `duration_s` are
+    those of `probe.probe`.
     """
 
     fault: str | None
@@ -65,43 +66,43 @@ class MediaInfo:
 
 
 class _Examined(NamedTuple):
-    """What the file with this index in its batch is."""
+    """The result for the file with this index in its batch."""
 
     index: int
-    found: MediaInfo
+    info: MediaInfo
 
 
 def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, MediaInfo]]:
-    """The index of each job with its finding, in the order in which `workers` processes come to them.
+    """Examine files in `workers` processes. Yields the index of each job with its result, in order of completion.
 
-    A file that kills its process, makes it hang or takes more memory than an image may has a fault that says so.
+    A file that crashes its process, makes it hang or exceeds the memory limit of an image has a fault with this reason.
 
-    Raises: DataError if the processes end without a file to blame.
+    Raises: DataError if the processes end and no file is the cause.
     """
     batches = (Task(first, jobs[first : first + _BATCH], start=0) for first in range(0, len(jobs), _BATCH))
     with TaskPool(_examine_batch, workers, _SILENCE_S, _PRELOAD) as pool:
         for first, event in pool.run(batches):
             if isinstance(event, Lost):
-                died = "corrupt: the decoder's process died of this file"
-                yield first + event.item, MediaInfo(died if event.kind == "crash" else f"timeout: {event.detail}")
+                crashed = "corrupt: the decoding process crashed on this file"
+                yield first + event.item, MediaInfo(crashed if event.kind == "crash" else f"timeout: {event.detail}")
             elif isinstance(event, Done) and event.error is not None:
                 raise DataError(
                     f"{jobs[first].path} cannot be examined: {event.error}; free memory or pack with fewer --workers"
                 )
             elif isinstance(event, _Examined):
-                yield first + event.index, event.found
+                yield first + event.index, event.info
 
 
-def _examine_batch(task: Task, tell: Callable[[Any], None]) -> None:
-    """Look at files one after another, from `task.start` on."""
+def _examine_batch(task: Task, report: Callable[[Any], None]) -> None:
+    """Examine the files of a batch in order, beginning at `task.start`."""
     for index in range(task.start, len(task.job)):
-        tell(Next(index, index + 1))
+        report(Next(index, index + 1))
         job: Job = task.job[index]
         size = 0
-        with suppress(OSError):  # examining it says what is wrong
+        with suppress(OSError):  # `examine` reports it
             size = min(os.stat(job.path).st_size, _MOST_BYTES)
         confine(_MAX_PX, size)
-        tell(_Examined(index, examine(job)))
+        report(_Examined(index, examine(job)))
 
 
 def examine(job: Job) -> MediaInfo:
@@ -125,7 +126,7 @@ def examine(job: Job) -> MediaInfo:
         None,
         len(data),
         hashlib.sha256(data).hexdigest(),
-        _telling_extension(data, extension, size.kind),
+        _matching_extension(data, extension, size.kind),
         size.kind,
         height,
         width,
@@ -135,12 +136,10 @@ def examine(job: Job) -> MediaInfo:
 
 
 def _decoded_size(data: bytes, size: MediaSize) -> tuple[int, int]:
-    """(height, width) of the pixels themselves: some containers do not state a rotation in their header."""
+    """(height, width) of the decoded pixels: some containers have no rotation in their header."""
     if size.kind == "image":
         return decode_image(data, max_px=_MAX_PX).shape[:2]
-    from univitar_ds.data.media.video_decode import (
-        decode_video,  # trainers know this module too, and may read images only
-    )
+    from univitar_ds.data.media.video_decode import decode_video  # trainers import this module, but may need no FFmpeg
 
     sides = decode_video(data, frames=_VIDEO_FRAMES, limits=DecodeLimits(_MAX_PX, _VIDEO_TIMEOUT_S), fit=_sides)[0]
     return int(sides[0]), int(sides[1])
@@ -150,8 +149,8 @@ def _sides(frame: np.ndarray) -> np.ndarray:
     return np.array(frame.shape[:2])
 
 
-def _telling_extension(data: bytes, extension: str, kind: str) -> str:
-    """The file's own extension where it fits the kind, else one that does."""
+def _matching_extension(data: bytes, extension: str, kind: str) -> str:
+    """The file's own extension if it matches the kind, else another one that does."""
     if kind == "image":
         return extension if extension in IMAGE_EXTENSIONS else "jpg" if is_jpeg(data) else "png"
     if extension in VIDEO_EXTENSIONS:

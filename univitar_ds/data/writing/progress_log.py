@@ -1,6 +1,7 @@
-"""The memory of a packing that may be killed at any moment: a line for each file seen and each shard written.
+"""The progress log of packing: a line for each examined file and each written shard.
 
-It stays beside the shards, so that packing again looks only at files that have changed since.
+An interrupted packing continues from it. It stays with the shards, so that packing again examines only files that have
+changed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from univitar_ds.atomic_write import replace_bytes
-from univitar_ds.data.shards.manifest import JOURNAL
+from univitar_ds.data.shards.manifest import PROGRESS_FILE
 from univitar_ds.data.writing.examine import MediaInfo
 from univitar_ds.data.writing.source_folder import Row
 from univitar_ds.errors import DataError, writing
@@ -25,37 +26,37 @@ LOCK = ".pack.lock"
 SHARD_NAME = re.compile(r".+-(image|video)-\d{6}\.tar")
 _PARTIAL = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|pack\.jsonl)\.partial")
 _VERSION = 2
-"""Of the findings. Another number: every file is examined again."""
+"""Version of the entries. If it differs, every file is examined again."""
 
 
 class ProgressLog:
-    """Findings and shards of one output folder. Open with `open_journal`."""
+    """Results of files and shards of one output folder. Open with `open_progress_log`."""
 
     def __init__(
         self, path: Path, header: dict[str, Any], entries: dict[str, dict[str, Any]], shards: set[str] | None = None
     ) -> None:
         self._path, self._header, self._entries = path, header, entries
         self.shards = shards or set()
-        """Names of all shards that were written here or begun, also by another version of the decoders."""
+        """Names of all shards written here or begun, also with other versions of the decoders."""
         self._stream: TextIO = self._rewritten()
 
-    def finding(self, row: Row, stamp: list[int], verify: bool) -> MediaInfo | None:
-        """What was found in a file that still has this stamp (size, modification time)."""
+    def info(self, row: Row, stamp: list[int], verify: bool) -> MediaInfo | None:
+        """The result for a file, None if it is not known or if its stamp (size, modification time) has changed."""
         entry = self._entries.get(f"file {row.file}")
         if entry is None or [entry["stamp"], entry["kind"], entry["verify"]] != [stamp, row.kind, verify]:
             return None
         return MediaInfo(**entry["finding"])
 
-    def add_finding(self, row: Row, stamp: list[int], verify: bool, finding: MediaInfo) -> None:
-        self._add(f"file {row.file}", {"stamp": stamp, "kind": row.kind, "verify": verify, "finding": asdict(finding)})
+    def add_info(self, row: Row, stamp: list[int], verify: bool, info: MediaInfo) -> None:
+        self._add(f"file {row.file}", {"stamp": stamp, "kind": row.kind, "verify": verify, "finding": asdict(info)})
 
     def shard(self, name: str, plan: str) -> dict[str, Any] | None:
-        """Size and hash of a shard that was written to this plan."""
+        """Size and hash of a shard written by this plan, None if there is none."""
         entry = self._entries.get(f"shard {name}")
         return entry if entry is not None and entry["plan"] == plan else None
 
     def begin_shard(self, name: str) -> None:
-        """Before a shard gets its name: from here on it is ours, whenever the process ends."""
+        """Record the name of a shard before it is published, so that it is recognized if the process ends."""
         if name not in self.shards:
             self.shards.add(name)
             self._add(f"name {name}", {})
@@ -63,8 +64,8 @@ class ProgressLog:
     def add_shard(self, name: str, entry: dict[str, Any]) -> None:
         self._add(f"shard {name}", entry)
 
-    def tidy(self, files: set[str], shards: set[str]) -> None:
-        """Forget everything else, and put the rest in order: the same packing leaves the same journal."""
+    def compact(self, files: set[str], shards: set[str]) -> None:
+        """Remove other entries and sort the rest, so that the same packing results in the same file."""
         wanted = {f"file {file}" for file in files} | {f"shard {shard}" for shard in shards}
         self._entries = {key: self._entries[key] for key in sorted(self._entries) if key in wanted}
         self.close()
@@ -79,22 +80,22 @@ class ProgressLog:
         self._stream.flush()
 
     def _rewritten(self) -> TextIO:
-        """The journal written anew, without a torn last line, and open at its end."""
+        """Rewrite the file, without an incomplete last line. Returns it open for appending."""
         lines = [json.dumps(self._header), *(json.dumps([key, entry]) for key, entry in self._entries.items())]
         replace_bytes(self._path, "".join(line + "\n" for line in lines).encode(), durable=True)
         return self._path.open("a", encoding="utf-8")
 
 
 @contextmanager
-def open_journal(out: Path, folder: Path) -> Iterator[ProgressLog]:
-    """Take `out` for a packing of `folder`: made if missing, locked against others, leftovers removed.
+def open_progress_log(out: Path, folder: Path) -> Iterator[ProgressLog]:
+    """Open the progress log in `out` for packing `folder`. Creates `out`, locks it and removes partial files.
 
-    Raises: DataError if somebody else is packing there, or what is there was not packed from this folder.
+    Raises: DataError if another process packs there, or if the content was not packed from this folder.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         foreign = {entry.name for entry in out.iterdir()} - {LOCK}
-        if foreign and JOURNAL not in foreign:
+        if foreign and PROGRESS_FILE not in foreign:
             raise DataError(f"{out} is not empty and was not packed here ({min(foreign)}); choose another folder")
         lock = (out / LOCK).open("a", encoding="utf-8")
     except OSError as error:
@@ -106,31 +107,31 @@ def open_journal(out: Path, folder: Path) -> Iterator[ProgressLog]:
             raise DataError(f"{out} is being packed by another process; wait for it or stop it") from error
         header = {"version": _VERSION, "folder": str(folder.resolve()), "decoders": _decoders()}
         with writing(out):
-            entries, shards = _entries_of(out / JOURNAL, header, out)
+            entries, shards = _entries_of(out / PROGRESS_FILE, header, out)
             for leftover in out.glob(".*.partial"):
                 if _PARTIAL.fullmatch(leftover.name) and not leftover.is_dir():
                     leftover.unlink()
-            journal = ProgressLog(out / JOURNAL, header, entries, shards)
+            log = ProgressLog(out / PROGRESS_FILE, header, entries, shards)
         try:
-            yield journal
+            yield log
         finally:
-            journal.close()
+            log.close()
 
 
 def _decoders() -> dict[str, str]:
-    """Findings hold for these versions: another one may read more, or less."""
+    """Versions of the decoders. With another version, every file is examined again."""
     return {name: version(name) for name in ("av", "pillow", "simplejpeg")}
 
 
 def _entries_of(path: Path, header: dict[str, Any], out: Path) -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """What is known still, and the names of all shards ever written."""
+    """The entries that are still valid, and the names of all shards ever written."""
     if not path.exists():
         return {}, set()
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     found = _parsed(lines[0]) if lines else None
     if not isinstance(found, dict) or found.get("folder") != header["folder"]:
         origin = found.get("folder") if isinstance(found, dict) else "an unknown folder"
-        raise DataError(f"{out} holds what was packed from {origin}; choose another folder, or remove it first")
+        raise DataError(f"{out} holds shards packed from {origin}; choose another folder, or remove it first")
     entries = {}
     for line in lines[1:]:
         pair = _parsed(line)
@@ -143,7 +144,7 @@ def _entries_of(path: Path, header: dict[str, Any], out: Path) -> tuple[dict[str
 
 
 def _parsed(line: str) -> Any:
-    """A line's JSON; None for the torn last line of a killed packing."""
+    """The JSON of a line; None for an incomplete last line."""
     try:
         return json.loads(line)
     except ValueError:

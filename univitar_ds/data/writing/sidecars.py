@@ -1,6 +1,6 @@
-"""Media files of a folder with the captions beside them: a/b.jpg and a/b.txt.
+"""Reads the captions of a folder with a .txt for each media file: a/b.jpg and a/b.txt.
 
-A file that cannot be taken is left out with its reason, and costs itself alone.
+A file whose caption cannot be read is left out with the reason; other files are not affected.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from univitar_ds.errors import SampleError
 
 _log = logging.getLogger(__name__)
 _MEDIA = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
-_LINK = "link: the folder is packed under another name, or holds this one"
+_LINK = "link: the folder is packed under another name, or contains this one"
 _MOSTLY = 0.9
-"""Share of the .txt with several lines that makes them look like ones of a caption a line."""
+"""If at least this share of the .txt files have several lines, a warning says that each line may be a caption."""
 
 
 @dataclass
 class Sidecars:
-    """Captions by media file, and the reason of each file or folder that is left out; paths relative to the folder."""
+    """Captions by media file, and the reason for each file or folder left out; paths are relative to the folder."""
 
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
 def read_sidecars(folder: Path, lines: bool) -> Sidecars:
-    """All media files, hidden ones left out, in an order that depends on their names alone.
+    """Read the captions of all media files except hidden ones, in an order that depends only on their names.
 
-    Args: lines: whether each line of a .txt is a caption; else all of it is one.
+    Args: lines: whether each line of a .txt is a caption; else the whole file is one.
     """
     found = Sidecars()
     several = 0
@@ -46,7 +46,7 @@ def read_sidecars(folder: Path, lines: bool) -> Sidecars:
                 continue
             file = path.relative_to(folder).as_posix()
             if path.stem not in texts:
-                found.left_out[file] = "no_caption: there is no .txt beside it"
+                found.left_out[file] = "no_caption: there is no .txt of the same name"
                 continue
             try:
                 captions = _captions(path.with_name(texts[path.stem]))
@@ -57,15 +57,15 @@ def read_sidecars(folder: Path, lines: bool) -> Sidecars:
             found.captions[file] = captions if lines else (" ".join(captions),)
     if several and not lines and several >= _MOSTLY * len(found.captions):
         _log.warning(
-            "%s: the .txt beside the files have several lines, and each is read as one caption; if every line is a "
-            "caption, pack with --captions lines",
+            "%s: most .txt files have several lines, and each file is read as one caption; if every line is a caption, "
+            "pack with --captions lines",
             folder,
         )
     return found
 
 
 def _folders(folder: Path, left_out: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """Every folder and the names of its files: real folders first, then what links lead to, each folder once."""
+    """Every folder once, with the names of its files: first without links, then the targets of links."""
 
     def unreadable(error: OSError) -> None:
         left_out[_relative(error.filename, folder)] = f"unreadable: the folder cannot be read: {error.strerror}"
@@ -97,7 +97,7 @@ def _relative(path: str, folder: Path) -> str:
 
 
 def _texts_by_stem(names: list[str]) -> dict[str, str]:
-    """The .txt of each stem, in whatever case; one that is called just so comes first."""
+    """The .txt of each stem, in upper or lower case; lower case takes precedence."""
     texts: dict[str, str] = {}
     for name in names:
         stem, dot, extension = name.rpartition(".")
@@ -107,7 +107,7 @@ def _texts_by_stem(names: list[str]) -> dict[str, str]:
 
 
 def _captions(path: Path) -> tuple[str, ...]:
-    """The lines of a .txt with something in them, blanks joined. Raises: SampleError if there is none."""
+    """The lines of a .txt that are not blank, with runs of white space joined. Raises: SampleError if there is none."""
     content = read_file(path, BYTES_LIMIT, f" (limit {BYTES_LIMIT})")
     try:
         captions = caption_lines(decoded(content))

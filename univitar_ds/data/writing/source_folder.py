@@ -1,7 +1,7 @@
-"""What a folder says it holds: the rows of its metadata.jsonl, or media files with a caption beside them.
+"""Lists the media files of a folder with their texts: from its metadata.jsonl, or from a .txt for each file.
 
-Nothing is opened but the texts. A fault in a metadata.jsonl is its author's to correct: all are looked for, then
-reported at once. A .txt with a fault costs the file that it is of.
+No media file is opened. All faults of a metadata.jsonl are reported together, and packing ends. If a .txt has a fault,
+its media file is left out.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from univitar_ds.errors import DataError
 METADATA = "metadata.jsonl"
 _KINDS = (None, "image", "video")
 _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_TOLD = 5
+_MAX_REPORTED = 5
 
 
 @dataclass(frozen=True)
 class Row:
-    """One media file. `file` is relative to the folder, with slashes; `kind` None leaves it to the content.
+    """One media file. `file` is relative to the folder, with slashes; if `kind` is None, the content determines it.
 
-    `set` names the data set that a label belongs to, where a folder holds several.
+    `set` names the data set of the label, if a folder holds several.
     """
 
     file: str
@@ -38,20 +38,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Listing:
-    """The rows in the folder's own order, and files and folders that are left out, with the reason."""
+    """The rows in the order of the folder, and the reason for each file or folder left out."""
 
     rows: list[Row]
     left_out: dict[str, str]
 
 
 class _Fault(Exception):
-    """What is wrong with one row."""
+    """A fault of one row."""
 
 
 def read_folder(folder: Path, captions: Literal["one", "lines"] = "one") -> Listing:
-    """All rows of a folder; `captions`: whether a .txt beside a file holds one, or one a line.
+    """Read all rows of a folder. `captions`: whether a .txt has one caption, or one per line.
 
-    Raises: DataError if there is no folder, nothing in it, or any row with a fault; it names the first few.
+    Raises: DataError if the folder is missing or has no media file, or for the faults of its rows, of which it names 5.
     """
     if not folder.is_dir():
         tar = " (a tar needs no packing: give it as a source)" if folder.suffix.lower() == ".tar" else ""
@@ -64,14 +64,14 @@ def read_folder(folder: Path, captions: Literal["one", "lines"] = "one") -> List
             raise DataError(f"{metadata} lists captions itself; --captions lines is for folders of .txt, leave it out")
         rows = _from_metadata(folder, metadata, faults)
     else:
-        beside = read_sidecars(folder, lines=captions == "lines")
-        rows = [Row(file, None, texts, None, "train") for file, texts in beside.captions.items()]
-        left_out = beside.left_out
+        sidecars = read_sidecars(folder, lines=captions == "lines")
+        rows = [Row(file, None, texts, None, "train") for file, texts in sidecars.captions.items()]
+        left_out = sidecars.left_out
     if faults:
-        rest = f" (and {len(faults) - _TOLD} more)" if len(faults) > _TOLD else ""
+        rest = f" (and {len(faults) - _MAX_REPORTED} more)" if len(faults) > _MAX_REPORTED else ""
         raise DataError(
             f"{folder}: {len(faults)} faults in its descriptions, nothing was packed; correct or remove: "
-            + "; ".join(faults[:_TOLD])
+            + "; ".join(faults[:_MAX_REPORTED])
             + rest
         )
     if not rows:
@@ -79,7 +79,7 @@ def read_folder(folder: Path, captions: Literal["one", "lines"] = "one") -> List
         why = f" ({len(left_out)} left out{first})" if left_out else ""
         raise DataError(
             f"{folder} has nothing to pack{why}; it needs a {METADATA} with a row per file, "
-            "or a .txt caption beside each media file"
+            "or a .txt of the same name for each media file"
         )
     return Listing(rows, left_out)
 
@@ -145,12 +145,12 @@ def _captions(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _inside(folder: Path, file: Any) -> str:
-    """The path of an existing file within the folder, normalised."""
+    """The normalized path of an existing file in the folder."""
     if not isinstance(file, str) or not file or "\0" in file:
         raise _Fault(f"file {_short(file)} is no path")
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts:
-        raise _Fault(f"file {file!r} leads out of the folder")
+        raise _Fault(f"file {file!r} is outside of the folder")
     try:
         found = (folder / path).is_file()
     except (OSError, UnicodeError):

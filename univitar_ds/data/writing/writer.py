@@ -1,7 +1,7 @@
-"""A folder of media files to WebDataset shards and a manifest.
+"""Packs a folder of media files into WebDataset shards and a manifest.
 
-The same folder gives the same bytes, however often packing was interrupted: every decision is a function of the
-rows and the files' contents. A shard appears under its name only when it is whole, the manifest only when all are.
+The output depends only on the rows and the contents of the files, and not on interruptions. A shard gets its final name
+only when it is complete, and the manifest is written when all shards are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.writing.build_manifest import build_manifest
 from univitar_ds.data.writing.destination import Destination, destination_of
 from univitar_ds.data.writing.examine import Job, MediaInfo, examine_all
-from univitar_ds.data.writing.progress_log import ProgressLog, open_journal
+from univitar_ds.data.writing.progress_log import ProgressLog, open_progress_log
 from univitar_ds.data.writing.source_folder import Row, read_folder
 from univitar_ds.errors import DataError, writing
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["pack_folder", "read_manifest"]
 
 _LAYOUT = 3
-"""Of the members of a shard. Another number: what was packed before is packed anew."""
-_NOBODYS: dict[str, Any] = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
-"""Members of no user, group and time, so that the same samples are the same bytes; uid and gid are 0 anyway."""
+"""Version of the layout of a shard. If it changes, folders are packed again."""
+_TAR_FIELDS: dict[str, Any] = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
+"""Members have no user, group or time, so that the same samples are the same bytes; uid and gid are always 0."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FILES_PER_WORKER = 128
 
@@ -45,7 +45,7 @@ Sample = tuple[Row, MediaInfo]
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard to be: `first` is the ordinal of its first sample within its split and kind."""
+    """A planned shard. `first` is the number of its first sample within its split and kind."""
 
     name: str
     split: str
@@ -54,7 +54,7 @@ class _Shard:
     samples: Sequence[Sample]
 
     def plan(self) -> str:
-        """Fingerprint of everything that its bytes depend on."""
+        """Hash of everything that the bytes of the shard depend on."""
         return _digest([[_LAYOUT, self.first], [[*_identity(row, found)] for row, found in self.samples]])
 
 
@@ -63,8 +63,8 @@ class PackOptions:
     """How a folder is packed.
 
     `shard_mb`: size of a shard in 10^6 bytes; a larger sample gets its own shard. `workers`: processes that examine
-    files (None: as many as are useful). `verify`: decode every file once instead of trusting headers. `progress`: show
-    bars on stderr. `captions`: whether the .txt of a file holds one caption, or one per line.
+    files (None: as many as are useful). `verify`: decode every file once, instead of reading only headers. `progress`:
+    show bars on stderr. `captions`: whether a .txt has one caption, or one per line.
     """
 
     shard_mb: float = 64.0
@@ -82,21 +82,21 @@ def pack_folder(
     settings: StorageSettings = LOCAL,
     state: Path | None = None,
 ) -> dict[str, Any]:
-    """Pack a folder into `out`: {split}-{kind}-{000000}.tar and manifest.json. Can be killed and run again.
+    """Pack a folder into `out`: {split}-{kind}-{000000}.tar and manifest.json. Can be interrupted and run again.
 
-    `out` is a local folder or s3://bucket/prefix; there a shard is written locally, uploaded and removed, one after
-    another, and what is known so far lies in a local folder. No two machines may pack to one prefix at once.
+    `out` is a local folder or s3://bucket/prefix. For S3, each shard is written locally, uploaded and removed before
+    the next one, and the progress log is in a local folder. Two machines must not pack to the same prefix at once.
 
-    A sample is {key}.{ext}, the file as it is, and {key}.json with captions, label, set, kind, width, height, frames,
-    duration_s (of a video by its header, 0.0 for an image), file, and crc32 of the file's bytes. Samples lie in an
-    order drawn from a hash of their file names, so that every shard is a fair mix.
+    A sample is {key}.{ext}, the unchanged file, and {key}.json with captions, label, set, kind, width, height, frames,
+    duration_s (of a video from its header, 0.0 for an image), file, and crc32 of the file's bytes. Samples are sorted
+    by a hash of their file names, so that every shard is a representative mix.
     Media that cannot be read are left out and listed under `skipped`.
 
-    Args: options (None: the defaults); settings, how S3 is reached; state, the folder for the progress of packings to
-        S3 (None: ~/.local/state/univitar_ds/pack).
+    Args: options (None: the defaults); settings, for access to S3; state, the folder for the progress logs of packing
+        to S3 (None: ~/.local/state/univitar_ds/pack).
     Returns: the manifest.
-    Raises: DataError for a folder with faulty descriptions or nothing to pack, and for an `out` that is in use
-        or not ours.
+    Raises: DataError for a folder with faulty rows or nothing to pack, and for an `out` that is in use or has other
+        content.
     """
     folder, options = Path(folder), options or PackOptions()
     if options.shard_mb <= 0:
@@ -105,62 +105,62 @@ def pack_folder(
     destination = destination_of(out, folder, settings, state)
     workspace = destination.workspace
     if workspace.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{workspace} lies inside {folder}, which is being packed; choose a folder outside of it")
-    with writing(workspace), open_journal(workspace, folder) as journal:
+        raise DataError(f"{workspace} is inside {folder}, which is being packed; choose a folder outside of it")
+    with writing(workspace), open_progress_log(workspace, folder) as progress_log:
         destination.claim()
-        found = _examine(folder, listing.rows, journal, options)
-        samples = [(row, finding) for row, finding in found if finding.fault is None]
-        skipped = [{"file": row.file, "reason": finding.fault} for row, finding in found if finding.fault is not None]
+        found = _examine(folder, listing.rows, progress_log, options)
+        samples = [(row, info) for row, info in found if info.fault is None]
+        skipped = [{"file": row.file, "reason": info.fault} for row, info in found if info.fault is not None]
         if not samples:
             raise DataError(
                 f"{folder}: none of its {len(skipped)} media files can be read; the first: "
                 f"{skipped[0]['file']}: {skipped[0]['reason']}"
             )
         skipped += [{"file": file, "reason": reason} for file, reason in listing.left_out.items()]
-        return _write_all(folder, destination, samples, skipped, journal, options)
+        return _write_all(folder, destination, samples, skipped, progress_log, options)
 
 
-def _examine(folder: Path, rows: Sequence[Row], journal: ProgressLog, options: PackOptions) -> list[Sample]:
-    """Every row with its finding; files that have not changed since an earlier packing are not opened again."""
+def _examine(folder: Path, rows: Sequence[Row], progress_log: ProgressLog, options: PackOptions) -> list[Sample]:
+    """Every row with its result. Files that have not changed since an earlier packing are not opened again."""
     verify, workers = options.verify, options.workers or os.cpu_count() or 1
-    findings: dict[str, MediaInfo] = {}
+    infos: dict[str, MediaInfo] = {}
     stamps: dict[str, list[int]] = {}
     unknown = []
     for row in rows:
         try:
             state = os.stat(folder / row.file)
-        except OSError:  # a link to nothing: examined like the others, which says so, but not remembered
+        except OSError:  # a broken link: `examine_all` reports it, but it is not logged
             unknown.append(row)
             continue
         stamps[row.file] = [state.st_size, state.st_mtime_ns]
-        known = journal.finding(row, stamps[row.file], verify)
+        known = progress_log.info(row, stamps[row.file], verify)
         if known is None:
             unknown.append(row)
         else:
-            findings[row.file] = known
+            infos[row.file] = known
     most = len(unknown) // _FILES_PER_WORKER + 1
     jobs = [Job(folder / row.file, row.kind, verify) for row in unknown]
-    with tqdm(total=len(rows), initial=len(findings), desc="examine", unit="file", disable=not options.progress) as bar:
-        for index, finding in examine_all(jobs, min(workers, most)):
+    with tqdm(total=len(rows), initial=len(infos), desc="examine", unit="file", disable=not options.progress) as bar:
+        for index, info in examine_all(jobs, min(workers, most)):
             row = unknown[index]
             if row.file in stamps:
-                journal.add_finding(row, stamps[row.file], verify, finding)
-            findings[row.file] = finding
+                progress_log.add_info(row, stamps[row.file], verify, info)
+            infos[row.file] = info
             bar.update()
-    return [(row, findings[row.file]) for row in rows]
+    return [(row, infos[row.file]) for row in rows]
 
 
 def _planned(samples: Sequence[Sample], shard_mb: float) -> list[_Shard]:
-    """Samples of each split and kind in their drawn order, cut into shards by size."""
+    """Samples of each split and kind in the order of their hashes, divided into shards by size."""
 
     def group(sample: Sample) -> tuple[str, str]:
         return sample[0].split, sample[1].kind
 
-    def drawn(sample: Sample) -> bytes:
+    def hashed(sample: Sample) -> bytes:
         return hashlib.blake2b(sample[0].file.encode("utf-8", "surrogateescape")).digest()
 
     shards = []
-    for (split, kind), members in groupby(sorted(samples, key=lambda one: (group(one), drawn(one))), group):
+    for (split, kind), members in groupby(sorted(samples, key=lambda one: (group(one), hashed(one))), group):
         first = 0
         for number, run in enumerate(_runs(list(members), shard_mb * 1e6)):
             shards.append(_Shard(f"{split}-{kind}-{number:06d}.tar", split, kind, first, run))
@@ -169,7 +169,7 @@ def _planned(samples: Sequence[Sample], shard_mb: float) -> list[_Shard]:
 
 
 def _runs(samples: Sequence[Sample], most_bytes: float) -> Iterator[list[Sample]]:
-    """Consecutive samples of at most so many bytes of media, at least one sample each."""
+    """Runs of consecutive samples with at most this many bytes of media, at least one sample each."""
     run: list[Sample] = []
     room = most_bytes
     for sample in samples:
@@ -186,17 +186,17 @@ def _write_all(
     destination: Destination,
     samples: Sequence[Sample],
     skipped: list[dict[str, str]],
-    journal: ProgressLog,
+    progress_log: ProgressLog,
     options: PackOptions,
 ) -> dict[str, Any]:
-    """Shards that are not there yet, then the manifest, then nothing that belongs to an earlier packing."""
+    """Remove the shards of an earlier packing, write missing shards, then the manifest."""
     shards = _planned(samples, options.shard_mb)
     identities = [[*_identity(row, found)] for row, found in samples]
     fingerprint = _digest([_LAYOUT, options.shard_mb, sorted(identities, key=lambda one: one[0]), skipped])
     names = {shard.name for shard in shards}
-    known = journal.shards | destination.shards()
+    known = progress_log.shards | destination.shards()
     if destination.fingerprint() != fingerprint:
-        destination.remove(MANIFEST)  # from here on it would describe shards that change
+        destination.remove(MANIFEST)  # it would describe shards that change now
     there = destination.names()
     for stale in sorted((there & known) - names):
         destination.remove(stale)
@@ -204,7 +204,7 @@ def _write_all(
     with tqdm(total=len(samples), desc="write", unit="sample", disable=not options.progress) as bar:
         for shard in shards:
             plan = shard.plan()
-            entry = journal.shard(shard.name, plan)
+            entry = progress_log.shard(shard.name, plan)
             if entry is None or not destination.holds(shard.name, entry):
                 partial = destination.workspace / f".{shard.name}.partial"
                 entry = {"plan": plan, **_write_shard(folder, partial, shard)}
@@ -212,9 +212,9 @@ def _write_all(
                     raise DataError(
                         f"{destination.place} holds {shard.name}, which was not packed there; move it elsewhere"
                     )
-                journal.begin_shard(shard.name)
+                progress_log.begin_shard(shard.name)
                 destination.publish(partial, shard.name, entry)
-                journal.add_shard(shard.name, entry)
+                progress_log.add_shard(shard.name, entry)
             rows.append(
                 {
                     "file": shard.name,
@@ -228,17 +228,17 @@ def _write_all(
             bar.update(len(shard.samples))
     manifest = build_manifest(samples, rows, skipped, fingerprint)
     destination.write(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-    journal.tidy({row.file for row, _ in samples} | {row["file"] for row in skipped}, names)
+    progress_log.compact({row.file for row, _ in samples} | {row["file"] for row in skipped}, names)
     return manifest
 
 
 def _write_shard(folder: Path, path: Path, shard: _Shard) -> dict[str, Any]:
-    """Write one shard. Returns size and hash."""
-    from webdataset import TarWriter  # which imports torch: not before there is something to write
+    """Write one shard. Returns its size and hash."""
+    from webdataset import TarWriter  # imports torch, so only if there is a shard to write
 
     with path.open("wb") as stream:
         hashing = _Hashing(stream)
-        with TarWriter(hashing, **_NOBODYS) as tar:
+        with TarWriter(hashing, **_TAR_FIELDS) as tar:
             for ordinal, (row, found) in enumerate(shard.samples, shard.first):
                 stem = _UNSAFE.sub("_", PurePosixPath(row.file).stem)[:60]
                 key = f"{ordinal:08d}-{stem}"
@@ -249,7 +249,7 @@ def _write_shard(folder: Path, path: Path, shard: _Shard) -> dict[str, Any]:
 
 
 class _Hashing:
-    """A file that is hashed as it is written."""
+    """A file that hashes the bytes written to it."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.state, self.size = stream, hashlib.sha256(), 0
@@ -261,7 +261,7 @@ class _Hashing:
 
 
 def _add(tar: TarWriter, key: str, extension: str, content: bytes) -> None:
-    """One member; of several in one call `TarWriter` would put a .json before a .png."""
+    """Write one member. With several in one call, `TarWriter` would write a .json before a .png."""
     tar.write({"__key__": key, extension: content})
 
 

@@ -1,4 +1,4 @@
-"""Which frames of a video are seen: how many, and which, from counts, times and a draw."""
+"""The number and the indices of the frames that are sampled from a video."""
 
 from bisect import bisect_right
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, by_count, by_time, frames_of, places
+from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, by_count, by_time, frames_of, sample_positions
 
 JITTER = Sampling(jitter=True)
 draws = st.integers(0, 2**64 - 1)
@@ -17,7 +17,7 @@ def fps(rate: float, jitter: bool = False) -> Sampling:
 
 
 @given(st.floats(-10, 10**9), st.integers(2, 64), st.floats(0.01, 240))
-def test_frames_are_whole_tubelets_between_one_and_the_most(seconds, most, rate):
+def test_the_number_of_frames_is_a_multiple_of_the_tubelet_size_up_to_the_maximum(seconds, most, rate):
     for sampling in (UNIFORM, fps(rate)):
         frames = frames_of(sampling, most, seconds)
         assert frames % 2 == 0
@@ -27,39 +27,41 @@ def test_frames_are_whole_tubelets_between_one_and_the_most(seconds, most, rate)
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(0.1, 2), (1.0, 2), (2.0, 4), (4.6, 10), (7.9, 16), (8.0, 16), (3600.0, 16), (0.0, 16)]
 )
-def test_fps_takes_what_the_duration_gives_and_the_most_where_it_is_not_known(seconds, expected):
+def test_fps_sampling_takes_frames_by_duration_and_the_maximum_if_it_is_unknown(seconds, expected):
     assert frames_of(fps(2.0), 16, seconds) == expected
 
 
-def test_uniform_takes_the_same_number_from_every_video():
+def test_uniform_sampling_takes_the_same_number_from_every_video():
     assert [frames_of(UNIFORM, 8, seconds) for seconds in (0.0, 0.1, 5.0, 1e6)] == [8, 8, 8, 8]
 
 
 @given(st.integers(1, 10**6), st.integers(1, 64))
-def test_without_jitter_frames_lie_in_the_middle_of_equal_parts(total, frames):
-    assert by_count(places(UNIFORM, frames, 7), total) == [(2 * i + 1) * total // (2 * frames) for i in range(frames)]
+def test_without_jitter_frames_are_in_the_middle_of_equal_parts(total, frames):
+    assert by_count(sample_positions(UNIFORM, frames, 7), total) == [
+        (2 * i + 1) * total // (2 * frames) for i in range(frames)
+    ]
 
 
 @given(st.integers(1, 10**6), st.integers(1, 64), draws)
-def test_with_jitter_each_frame_lies_in_its_own_part_and_follows_from_the_draw(total, frames, draw):
-    seen = by_count(places(JITTER, frames, draw), total)
+def test_with_jitter_each_frame_is_in_its_own_part_and_depends_only_on_the_draw(total, frames, draw):
+    seen = by_count(sample_positions(JITTER, frames, draw), total)
     assert all(i * total // frames <= number <= (i + 1) * total / frames for i, number in enumerate(seen))
     assert max(seen) < total
     assert seen == sorted(seen)
-    assert seen == by_count(places(JITTER, frames, draw), total)
+    assert seen == by_count(sample_positions(JITTER, frames, draw), total)
 
 
-def test_jitter_reaches_every_frame_of_a_part_about_equally_often():
+def test_jitter_chooses_all_frames_of_a_part_about_equally_often():
     counts = [0] * 40
     for draw in range(2000):
-        for number in by_count(places(JITTER, 4, draw), 40):
+        for number in by_count(sample_positions(JITTER, 4, draw), 40):
             counts[number] += 1
     assert sum(counts) == 8000
     assert all(140 <= count <= 260 for count in counts), counts  # 200 each; 60 is more than 4 standard deviations
 
 
 def test_parts_of_one_video_and_videos_are_jittered_independently():
-    first, second = (places(JITTER, 8, draw) for draw in (1, 2))
+    first, second = (sample_positions(JITTER, 8, draw) for draw in (1, 2))
     within = [place % 2**64 for place in first]
     assert len(set(within)) == 8
     assert not set(within) & {place % 2**64 for place in second}
@@ -69,24 +71,24 @@ times = st.lists(st.integers(-(10**6), 10**9), min_size=1, max_size=50, unique=T
 
 
 @given(times, st.integers(0, 10**6), st.integers(1, 32), draws, st.booleans())
-def test_by_time_the_frame_on_show_is_taken(shown, last, frames, draw, jitter):
+def test_sampling_by_time_takes_the_frame_displayed_at_that_time(shown, last, frames, draw, jitter):
     end = shown[-1] + last
-    where = places(fps(2.0, jitter), frames, draw)
-    seen = by_time(where, shown, end)
+    positions = sample_positions(fps(2.0, jitter), frames, draw)
+    seen = by_time(positions, shown, end)
     length = max(end, shown[-1] + 1) - shown[0]
     assert seen == sorted(seen)
-    for place, number in zip(where, seen, strict=True):
+    for place, number in zip(positions, seen, strict=True):
         at = shown[0] + place * length / (frames * 2**64)
-        assert abs(number - (bisect_right(shown, at) - 1)) <= 1, "one off only where a float cannot tell"
+        assert abs(number - (bisect_right(shown, at) - 1)) <= 1, "differs by one only because of float rounding"
         assert 0 <= number < len(shown)
 
 
 @given(st.integers(1, 400), st.integers(1, 32), draws)
-def test_at_a_constant_rate_time_and_count_agree(total, frames, draw):
+def test_at_a_constant_frame_rate_sampling_by_time_and_by_count_agree(total, frames, draw):
     for sampling in (fps(2.0), fps(2.0, jitter=True)):
-        where = places(sampling, frames, draw)
-        assert by_time(where, [512 * i for i in range(total)], 512 * total) == by_count(where, total)
+        positions = sample_positions(sampling, frames, draw)
+        assert by_time(positions, [512 * i for i in range(total)], 512 * total) == by_count(positions, total)
 
 
-def test_a_long_still_frame_is_seen_as_often_as_it_lasts():
-    assert by_time(places(fps(1.0), 8, 0), [0, 10, 20, 30], 80) == [0, 1, 2, 3, 3, 3, 3, 3]
+def test_a_frame_with_a_long_duration_is_sampled_several_times():
+    assert by_time(sample_positions(fps(1.0), 8, 0), [0, 10, 20, 30], 80) == [0, 1, 2, 3, 3, 3, 3, 3]

@@ -1,6 +1,6 @@
-"""Files made to take all memory or time, read as they are everywhere: in a process with `memory_limits.confine`.
+"""Files made to exhaust memory or time, read in a process with `memory_limits.confine` as in every command.
 
-No such process takes more than its limit, none hangs, and the file is a bad sample with a sentence.
+Such a process does not exceed its limit or hang, and the file is a bad sample with a message.
 """
 
 import json
@@ -22,7 +22,7 @@ from univitar_ds.data.media.types import VIDEO_EXTENSIONS, DecodeLimits
 from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import SampleError
 
-def said(read):
+def outcome(read):
     try:
         return "read", str(read())
     except SampleError as error:
@@ -30,19 +30,19 @@ def said(read):
     except MemoryError:
         return "too_large", "more memory than allowed"
 
-def look(path):
+def read_file(path):
     data, extension = open(path, "rb").read(), path.rpartition(".")[2]
     confine(10**8, len(data))
-    yield said(lambda: probe(data, extension))
+    yield outcome(lambda: probe(data, extension))
     if extension in VIDEO_EXTENSIONS:
-        yield said(lambda: decode_video(data, frames=2, limits=DecodeLimits(10**8, 60.0)).shape)
+        yield outcome(lambda: decode_video(data, frames=2, limits=DecodeLimits(10**8, 60.0)).shape)
     else:
-        yield said(lambda: decode_image(data, max_px=10**8).shape)
+        yield outcome(lambda: decode_image(data, max_px=10**8).shape)
 
 for path in sys.argv[1:]:
     out, into = os.pipe()
     if os.fork() == 0:
-        os.write(into, json.dumps(list(look(path))).encode())
+        os.write(into, json.dumps(list(read_file(path))).encode())
         os._exit(0)
     os.close(into)
     answer = os.read(out, 1 << 16)
@@ -54,8 +54,8 @@ print(json.dumps(int(next(line for line in open("/proc/self/status") if line.sta
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory):
-    """{name: (exit status, [(kind, sentence) of probing and decoding], MiB of the process, MiB of the file)}, and the
-    MiB of the process around them."""
+    """{name: (exit status, [(kind, message) of probing and decoding], MiB of the process, MiB of the file)}, and the
+    MiB of the parent process."""
     folder = tmp_path_factory.mktemp("hostile")
     for name, make in (ORDINARY | FILES).items():
         (folder / name).write_bytes(make())
@@ -66,17 +66,17 @@ def read(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_hostile_file_costs_a_bounded_process_and_is_a_bad_sample(name, read):
+def test_a_hostile_file_is_a_bad_sample_and_its_process_stays_within_the_limit(name, read):
     status, outcomes, process_mib, file_mib = read[0][name]
     assert status == 0, outcomes
-    kind, sentence = outcomes[1]
+    kind, message = outcomes[1]
     assert kind in ("corrupt", "unreadable", "no_video", "too_large"), outcomes
-    assert sentence
+    assert message
     least = min(read[0][ordinary][2] for ordinary in ORDINARY)
     assert process_mib < least + 1024 + 2 * file_mib
 
 
-def test_the_process_around_them_holds_no_more_than_for_ordinary_files(read):
+def test_the_parent_process_takes_no_more_memory_than_for_ordinary_files(read):
     rows, parent_mib = read
     assert [(rows[name][0], rows[name][1][1][0]) for name in ORDINARY] == [(0, "read")] * 2
     assert parent_mib < min(rows[name][2] for name in ORDINARY) + 50
@@ -104,8 +104,8 @@ print(bad, peak_mib())
 
 
 @pytest.mark.parametrize(("modality", "extension"), [("video", "mp4"), ("image", "j2k")])
-def test_a_trainer_meets_them_in_shards_of_others_and_holds_no_more_memory(tmp_path, modality, extension):
-    """Each would take half a gibibyte of the process that reads its header, and a second."""
+def test_a_trainer_takes_no_more_memory_for_shards_with_hostile_files(tmp_path, modality, extension):
+    """Reading the header of each hostile file would take half a gibibyte and a second."""
     ordinary = ORDINARY["ordinary.mp4" if modality == "video" else "ordinary.png"]()
     hostile = [make() for name, make in FILES.items() if name.endswith(extension)]
     kind = "mp4" if modality == "video" else "png"
@@ -150,7 +150,7 @@ print(*sorted(outcomes))
 """
 
 
-def test_whatever_the_bytes_of_a_video_are_its_process_lives_and_says_what_is_wrong(tmp_path):
+def test_a_process_that_reads_random_changes_of_a_video_survives_and_reports_errors(tmp_path):
     whole = [claiming(1000), media.video(media.grey_frames(8), options={"movflags": "frag_keyframe+empty_moov"})]
     whole += [make() for name, make in FILES.items() if name in ("packed.mp4", "inside.mp4", "aside.mp4")]
     paths = [tmp_path / f"{number}.mp4" for number in range(len(whole))]

@@ -20,7 +20,7 @@ def kind_of_error(call, *arguments, **options) -> str:
     return caught.value.kind
 
 
-def test_a_sample_error_keeps_its_kind_when_it_travels_between_processes():
+def test_a_sample_error_keeps_its_kind_when_pickled():
     error = pickle.loads(pickle.dumps(SampleError("corrupt", "half of it is gone")))
     assert (error.kind, str(error)) == ("corrupt", "half of it is gone")
     assert isinstance(error, DataError)
@@ -28,7 +28,7 @@ def test_a_sample_error_keeps_its_kind_when_it_travels_between_processes():
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_stored_in_any_orientation_comes_out_as_it_was_taken(form, orientation):
+def test_an_image_stored_in_any_orientation_is_decoded_upright(form, orientation):
     taken = media.quarters(40, 64)
     stored = taken if orientation == 1 else taken.transpose(media.HELD[orientation])
     pixels = decode_image(media.encoded(stored, form, exif=media.exif(orientation), quality=95), max_px=ROOM)
@@ -39,7 +39,7 @@ def test_an_image_stored_in_any_orientation_comes_out_as_it_was_taken(form, orie
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "F", "CMYK"])
-def test_every_mode_becomes_rgb(mode):
+def test_every_mode_is_converted_to_rgb(mode):
     form = {"CMYK": "JPEG", "F": "TIFF", "I": "TIFF"}.get(mode, "PNG")
     grey = Image.linear_gradient("L").resize((64, 40))
     if mode == "I;16":
@@ -55,12 +55,12 @@ def test_every_mode_becomes_rgb(mode):
     assert bottom > 195
 
 
-def test_transparency_lies_on_white():
+def test_transparent_pixels_are_composited_on_white():
     image = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
     assert (decode_image(media.encoded(image, "PNG"), max_px=ROOM) == 255).all()
 
 
-def test_a_grey_jpeg_and_a_turbo_decode_equal_what_pillow_sees():
+def test_grey_and_colour_jpegs_are_decoded_as_by_pillow():
     for image in (media.noise(101, 67), media.noise(101, 67).convert("L")):
         data = media.encoded(image, quality=90)
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -77,12 +77,12 @@ def test_the_first_frame_of_an_animated_image_is_taken():
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.95])
-def test_a_truncated_image_is_refused_not_filled_with_grey(form, kept):
+def test_a_truncated_image_is_rejected_and_not_filled_with_grey(form, kept):
     data = media.encoded(media.noise(300, 200), form)
     assert kind_of_error(decode_image, data[: int(len(data) * kept)], max_px=ROOM) in ("corrupt", "unreadable")
 
 
-def test_a_jpeg_with_damage_in_its_scan_is_refused():
+def test_a_jpeg_with_a_damaged_scan_is_rejected():
     data = media.encoded(media.noise(300, 200), quality=95)
     for seed in range(20):
         at = np.random.default_rng(seed).integers(1000, len(data) - 300)
@@ -90,7 +90,7 @@ def test_a_jpeg_with_damage_in_its_scan_is_refused():
         assert kind_of_error(decode_image, damaged, max_px=ROOM) == "corrupt"
 
 
-def test_a_jpeg_of_more_scans_than_any_image_has_is_refused_unread(monkeypatch):
+def test_a_jpeg_with_too_many_scans_is_rejected_before_decoding(monkeypatch):
     data = media.encoded(media.noise(100, 60), progressive=True)
     assert decode_image(data, max_px=ROOM).shape == (100, 60, 3)
     monkeypatch.setattr(image_decode, "MOST_SCANS", data.count(b"\xff\xda") - 1)
@@ -99,13 +99,13 @@ def test_a_jpeg_of_more_scans_than_any_image_has_is_refused_unread(monkeypatch):
     assert decode_image(baseline, max_px=ROOM).shape == (100, 60, 3)
 
 
-def test_garbage_after_the_end_of_a_jpeg_does_no_harm():
+def test_bytes_after_the_end_of_a_jpeg_are_ignored():
     data = media.encoded(media.noise(100, 60))
     assert (decode_image(data + b"x" * 20000, max_px=ROOM) == decode_image(data, max_px=ROOM)).all()
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_an_image_above_the_pixel_limit_is_refused_from_its_header(form, monkeypatch):
+def test_an_image_above_the_pixel_limit_is_rejected_by_its_header(form, monkeypatch):
     data = media.encoded(media.noise(100, 60), form)
     monkeypatch.setattr(image_decode.simplejpeg, "decode_jpeg", None)
     monkeypatch.setattr(image_decode, "rgb_pixels", None)
@@ -115,13 +115,13 @@ def test_an_image_above_the_pixel_limit_is_refused_from_its_header(form, monkeyp
 
 
 @pytest.mark.parametrize(("height", "width"), [(800, 1200), (801, 1201), (805, 1207)])
-def test_a_jpeg_is_decoded_smaller_only_for_a_much_smaller_target_and_looks_the_same(height, width):
+def test_a_jpeg_is_decoded_at_a_smaller_scale_for_a_much_smaller_target_with_nearly_the_same_result(height, width):
     image = media.noise(height, width)
     for orientation, target in ((1, (98, 154)), (6, (154, 98))):
         data = media.encoded(image, quality=95, exif=media.exif(orientation))
         whole = decode_image(data, max_px=ROOM)
         reduced, extent = decode_near(data, max_px=ROOM, target=target)
-        if orientation > 1 and height % 8:  # the turn would bring the last, cut pixel to the front
+        if orientation > 1 and height % 8:  # rotation would move the last, partial pixel to the first row or column
             assert reduced.shape == whole.shape
             continue
         assert reduced.shape[0] * 2 <= whole.shape[0]

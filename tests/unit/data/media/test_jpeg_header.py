@@ -1,4 +1,4 @@
-"""JPEG headers: the quick walk and the careful one say the same."""
+"""JPEG headers: the fast path and the general one give the same result."""
 
 import io
 import struct
@@ -34,7 +34,7 @@ def xmp(orientation):
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_the_header_of_a_real_file_is_what_pillow_says(mode, progressive):
+def test_the_header_of_a_real_file_is_the_same_as_with_pillow(mode, progressive):
     data = media.encoded(media.noise(67, 101).convert(mode), quality=90, progressive=progressive)
     header = jpeg_header.read_header(data)
     with Image.open(io.BytesIO(data)) as image:
@@ -44,21 +44,21 @@ def test_the_header_of_a_real_file_is_what_pillow_says(mode, progressive):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_orientation_turns_the_size_that_is_shown(orientation):
+def test_the_orientation_swaps_the_sides_of_the_display_size(orientation):
     data = media.encoded(media.noise(30, 50), exif=media.exif(orientation))
     assert jpeg_header.read_header(data).orientation == orientation
     assert jpeg_header.read_header(data).display_size == ((50, 30) if orientation >= 5 else (30, 50))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_files_as_nearly_all_are_take_the_quick_walk(mode, monkeypatch):
+def test_ordinary_files_take_the_fast_path(mode, monkeypatch):
     monkeypatch.setattr(jpeg_header, "_read_slowly", None)
     for progressive in (False, True):
         data = media.encoded(media.noise(67, 101).convert(mode), quality=90, progressive=progressive)
         assert jpeg_header.read_header(data).display_size == Image.open(io.BytesIO(data)).size[::-1]
 
 
-def test_a_frame_header_far_into_the_file_is_found_and_a_thumbnail_is_not_taken_for_it():
+def test_a_frame_header_after_large_segments_is_found_and_that_of_a_thumbnail_is_not_used():
     thumbnail = b"\xff\xd8" + frame(1, 2)
     before = [segment(0xE2, thumbnail + bytes(60000)) for _ in range(4)]
     data = b"\xff\xd8" + b"".join(before) + frame()
@@ -73,12 +73,12 @@ def test_a_frame_header_far_into_the_file_is_found_and_a_thumbnail_is_not_taken_
         (b"\xff\xd8\xff", "ends after 3 bytes"),
         (b"\xff\xd8" + segment(0xE0, b"x" * 30)[:-3], "ends after"),
         (b"\xff\xd8" + frame()[:9], "ends inside its frame header"),
-        (b"\xff\xd8" + frame(height=0), "says 40 x 0 pixels"),
+        (b"\xff\xd8" + frame(height=0), "has 40 x 0 pixels"),
         (b"\xff\xd8" + segment(0xDA, b"") + frame(), "no frame header before byte 2"),
         (b"\xff\xd8" + segment(0xC0, b"\x08\x00") + frame(), "ends inside its frame header"),
     ],
 )
-def test_a_header_that_makes_no_sense_is_a_bad_sample(data, message):
+def test_an_invalid_header_is_a_bad_sample(data, message):
     with pytest.raises(SampleError, match=message):
         jpeg_header.read_header(data)
 
@@ -103,7 +103,7 @@ PIECES = st.one_of(
 
 
 @given(st.lists(PIECES, max_size=6), st.integers(0, 60))
-def test_the_quick_walk_says_what_the_careful_one_says(pieces, cut):
+def test_the_fast_path_and_the_general_one_give_the_same_result(pieces, cut):
     data = b"\xff\xd8" + b"".join(pieces)
     for given_data in (data, data[: max(2, len(data) - cut)]):
         assert outcome(jpeg_header.read_header, given_data) == outcome(jpeg_header._read_slowly, given_data)

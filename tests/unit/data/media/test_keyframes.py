@@ -1,4 +1,4 @@
-"""Where decoding may begin: read from the coded data, not from a container's flags."""
+"""Packets at which decoding may begin, found from the coded data and not from a container's flags."""
 
 import av
 import pytest
@@ -29,36 +29,36 @@ def starts(codec: str, *contents: bytes, extradata: bytes | None = None, keys: b
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_with_parameter_sets_in_the_header_every_idr_picture_is_a_start(size):
+def test_with_parameter_sets_in_the_extradata_decoding_may_begin_at_every_idr_picture(size):
     header = bytes([1, 0, 0, 0, 0xFC | (size - 1)])
     contents = [with_lengths(*names, size=size) for names in (["sei", "idr"], ["slice"], ["sei", "idr"], ["idr"])]
     assert starts("h264", *contents, extradata=header) == [2, 3]
 
 
-def test_a_key_frame_flag_alone_proves_nothing():
+def test_a_key_frame_flag_alone_is_not_enough():
     recovery_point = with_lengths("sei", "slice")
     assert starts("h264", with_lengths("idr"), recovery_point, extradata=b"\1\0\0\0\xff") == []
     assert starts("h264", with_lengths("idr"), with_lengths("idr"), extradata=b"\1\0\0\0\xff", keys=False) == []
 
 
-def test_an_idr_picture_that_relies_on_sets_between_the_packets_is_no_start():
+def test_decoding_cannot_begin_at_an_idr_picture_that_needs_parameter_sets_of_other_packets():
     whole = in_band(H264, "aud", "sps", "pps", "idr")
     bare = in_band(H264, "aud", "idr")
     plain = in_band(H264, "aud", "slice")
     changes = in_band(H264, "aud", "pps", "slice")
-    assert starts("h264", bare, plain, bare) == [2], "all sets are in the header"
+    assert starts("h264", bare, plain, bare) == [2], "all parameter sets are in the extradata"
     assert starts("h264", whole, plain, bare) == []
     assert starts("h264", whole, plain, whole) == [2]
     assert starts("h264", bare, changes, bare, whole) == [3]
 
 
-def test_in_hevc_only_idr_pictures_count():
+def test_in_hevc_decoding_may_begin_only_at_idr_pictures():
     whole = in_band(HEVC, "vps", "sps", "pps", "idr")
     clean_random_access = in_band(HEVC, "vps", "sps", "pps", "cra")
     assert starts("hevc", whole, clean_random_access, whole, in_band(HEVC, "sps", "pps", "idr")) == [2]
 
 
-def test_vp8_and_vp9_tell_key_frames_in_their_first_byte():
+def test_in_vp8_and_vp9_the_first_byte_marks_key_frames():
     assert starts("vp8", b"\x10", b"\x11", b"\x10", b"\x31") == [2]
     key, inter, repeated = b"\x82", b"\x86", b"\x8a"
     assert starts("vp9", key, inter, key, repeated, b"\x00") == [2]
@@ -69,26 +69,26 @@ def test_in_mpeg_2_an_intra_picture_needs_its_sequence_header():
     assert starts("mpeg2video", header + intra, header + predicted, intra, header + intra, header) == [3]
 
 
-def test_of_pictures_coded_alone_each_is_a_start_and_of_unknown_codecs_none():
+def test_decoding_may_begin_at_every_packet_of_intra_only_codecs_and_at_none_of_unknown_codecs():
     assert starts("mjpeg", b"a", b"b", b"c", keys=False) == [1, 2]
     assert starts("mpeg4", b"a", b"b", b"c") == []
 
 
 @pytest.mark.parametrize("codec", ["h264", "hevc", "vp8", "vp9", "mpeg2video"])
 @pytest.mark.parametrize("junk", [b"\0", b"\0\0\1", b"\0\0\0\1", b"\xff" * 9, b"\0\0\1\0", b"\0" * 40])
-def test_junk_is_read_without_fault(codec, junk):
+def test_random_bytes_raise_no_error(codec, junk):
     for header in (None, b"", b"\1", b"\1" * 30):
         found = starts(codec, junk, junk, extradata=header)
         assert set(found) <= {1}
 
 
-def test_a_hidden_vp8_frame_is_not_on_show():
+def test_a_hidden_vp8_frame_is_not_displayed():
     assert is_shown("vp8", packet(b"\x11"))
     assert not is_shown("vp8", packet(b"\x01"))
     assert is_shown("h264", packet(b"\x01"))
 
 
-def test_frames_are_dropped_only_where_non_reference_means_that_none_refers_to_them():
+def test_frames_are_skipped_only_for_codecs_whose_non_reference_frames_are_never_referenced():
     assert {codec for codec in ("h264", "hevc", "vp8", "vp9", "mpeg2video", "mpeg4") if drops_exactly(codec)} == {
         "h264",
         "mpeg2video",

@@ -1,4 +1,4 @@
-"""Images that would take too much while they are decoded are refused, and those allowed take no more than announced."""
+"""Images that would take too much memory are rejected, and others take no more than the estimate."""
 
 import struct
 import sys
@@ -23,7 +23,7 @@ LZW = {"compression": "tiff_lzw", "tiffinfo": {278: 60}}
 
 
 def lossless_webp_of(width: int, height: int) -> bytes:
-    """A WebP whose header says these sides, of at most 16384 pixels."""
+    """A WebP whose header has these sides, of at most 16384 pixels."""
     data = bytearray(media.encoded(GREY.convert("RGB"), "WEBP", lossless=True))
     bits = struct.unpack_from("<I", data, 21)[0]
     struct.pack_into("<I", data, 21, bits >> 28 << 28 | (height - 1) << 14 | (width - 1))
@@ -31,7 +31,7 @@ def lossless_webp_of(width: int, height: int) -> bytes:
 
 
 def tiff(*tags: tuple[int, int], body: bytes) -> bytes:
-    """A grey TIFF with a body right behind its header and whole-number tags."""
+    """A grey TIFF with a body directly after its header and integer tags."""
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags))
     return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + struct.pack("<H", len(tags)) + entries + bytes(4)
 
@@ -64,10 +64,10 @@ def tiff(*tags: tuple[int, int], body: bytes) -> bytes:
         "tiff",
         "float tiff",
         "strips",
-        "turned tiff",
+        "rotated tiff",
     ],
 )
-def test_what_a_format_takes_is_held_to_the_limit(data, bytes_a_pixel, monkeypatch):
+def test_the_estimate_of_each_format_is_compared_with_the_limit(data, bytes_a_pixel, monkeypatch):
     with open_image(data) as image:
         file = len(data) if image.format in ("WEBP", "AVIF") else 0
         needed = 1.02 * (6000 * bytes_a_pixel + file)
@@ -80,12 +80,12 @@ def test_what_a_format_takes_is_held_to_the_limit(data, bytes_a_pixel, monkeypat
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "GIF", "TIFF", "PPM", "JPEG"])
-def test_formats_that_take_little_are_held_to_their_pixels_only(form, monkeypatch):
+def test_formats_that_take_little_memory_are_limited_by_pixels_only(form, monkeypatch):
     monkeypatch.setattr(memory_limits, "LEAST_LIMIT", 0)
     assert decode_image(media.encoded(GREY.convert("RGB"), form), max_px=6000).shape == (60, 100, 3)
 
 
-def test_an_image_is_refused_before_it_is_decoded_and_told_what_would_allow_it(monkeypatch):
+def test_an_image_is_rejected_before_decoding_with_the_limit_that_would_allow_it(monkeypatch):
     data = lossless_webp_of(8200, 8000)
     monkeypatch.setattr(image_decode, "rgb_pixels", lambda image, _: pytest.fail("decoded"))
     with pytest.raises(
@@ -99,11 +99,11 @@ def test_an_image_is_refused_before_it_is_decoded_and_told_what_would_allow_it(m
     assert decode_image(lossless_webp_of(8000, 8000), max_px=10**8).shape == (1, 1, 3)
 
 
-def test_a_low_pixel_limit_does_not_forbid_formats_that_take_more_a_pixel():
+def test_a_low_pixel_limit_does_not_reject_formats_that_take_more_bytes_per_pixel():
     assert decode_image(media.encoded(GREY.convert("RGB"), "WEBP"), max_px=6000).shape == (60, 100, 3)
 
 
-def test_a_tile_larger_than_its_image_is_not_unpacked():
+def test_a_tile_larger_than_its_image_is_not_decoded():
     body = zlib.compress(bytes(1000))
     shape = ((256, 100), (257, 60), (258, 8), (259, 8), (262, 1), (277, 1))
     place = ((324, 8), (325, len(body)))
@@ -117,7 +117,7 @@ import sys
 from univitar_ds.data.media.image_decode import decode_image
 from tests.support import media
 from PIL import Image
-def peak():  # unlike ru_maxrss, nothing of the process that started this one
+def peak():  # unlike ru_maxrss, without the memory of the parent process
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 data = open(sys.argv[1], "rb").read()
 decode_image(media.encoded(Image.new("RGB", (64, 64)), sys.argv[2]), max_px=10**8)
@@ -128,7 +128,7 @@ print((peak() - before) / (height * width))
 
 
 @pytest.mark.parametrize(
-    ("form", "image", "options", "told"),
+    ("form", "image", "options", "estimate"),
     [
         ("PNG", Image.new("RGBA", (4000, 2000)), {"compress_level": 1}, 7),
         ("PNG", Image.new("I;16", (4000, 2000)), {"compress_level": 1}, 5),
@@ -138,12 +138,12 @@ print((peak() - before) / (height * width))
     ],
     ids=["transparent", "deep", "float", "webp", "jpeg 2000"],
 )
-def test_decoding_takes_as_many_bytes_a_pixel_as_told(form, image, options, told, tmp_path):
+def test_decoding_takes_as_many_bytes_per_pixel_as_estimated(form, image, options, estimate, tmp_path):
     path = tmp_path / "image"
     path.write_bytes(media.encoded(image, form, **options))
     command = [sys.executable, "-c", PEAK, str(path), form]
     taken = float(run_watched(command, check=True).stdout)
-    assert 0.7 * told < taken < told + 1, "8 MB of accounts and allocators are 1 byte a pixel"
+    assert 0.7 * estimate < taken < estimate + 1, "8 MB of tables and allocators are 1 byte per pixel"
 
 
 CONFINED = """
@@ -159,6 +159,6 @@ for file_bytes in (0, 1 << 28):
 """
 
 
-def test_a_confined_process_gets_what_decoding_may_take_and_no_more():
+def test_a_confined_process_can_allocate_the_limit_and_no_more():
     found = run_watched([sys.executable, "-c", CONFINED], check=True)
     assert found.stdout.split() == ["refused", "refused"]

@@ -1,4 +1,4 @@
-"""A PNG with a text or colour profile above Pillow's own limits has good pixels, and they are what is read."""
+"""The pixels of a PNG with a text or colour profile above Pillow's own limits are read."""
 
 import io
 import json
@@ -35,14 +35,14 @@ def before_pixels(*chunks: bytes) -> bytes:
     return PLAIN[:BODY] + b"".join(chunks) + PLAIN[BODY:]
 
 
-def behind_pixels(*chunks: bytes) -> bytes:
+def after_pixels(*chunks: bytes) -> bytes:
     end = PLAIN.index(b"IEND") - 4
     return PLAIN[:end] + b"".join(chunks) + PLAIN[end:]
 
 
 PROFILE = chunk(b"iCCP", b"name\0\0" + LARGE)
-PACKED_TEXT = chunk(b"zTXt", b"Comment\0\0" + LARGE)
-WORLD_TEXT = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LARGE)
+ZTXT = chunk(b"zTXt", b"Comment\0\0" + LARGE)
+ITXT = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LARGE)
 EXIF = chunk(b"eXIf", media.exif(6).tobytes()[6:])
 
 
@@ -55,12 +55,12 @@ def icon(png: bytes) -> bytes:
     "data",
     [
         before_pixels(PROFILE),
-        before_pixels(PACKED_TEXT),
-        before_pixels(WORLD_TEXT, PROFILE, PACKED_TEXT),
-        behind_pixels(PACKED_TEXT),
-        behind_pixels(WORLD_TEXT, chunk(b"tEXt", b"a\0b")),
+        before_pixels(ZTXT),
+        before_pixels(ITXT, PROFILE, ZTXT),
+        after_pixels(ZTXT),
+        after_pixels(ITXT, chunk(b"tEXt", b"a\0b")),
         icon(before_pixels(PROFILE)),
-        icon(behind_pixels(PACKED_TEXT)),
+        icon(after_pixels(ZTXT)),
     ],
     ids=["profile", "text", "all", "behind", "both behind", "icon", "icon behind"],
 )
@@ -69,10 +69,10 @@ def test_the_pixels_of_an_image_with_a_large_text_are_read(data):
     assert np.array_equal(decode_image(data, max_px=10**5), PIXELS)
 
 
-def test_what_says_how_an_image_is_turned_stays():
+def test_the_orientation_of_an_image_with_large_texts_is_read():
     xmp = chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>')
-    for turned in (EXIF, xmp):
-        for data in (before_pixels(turned, PROFILE, PACKED_TEXT), before_pixels(PACKED_TEXT, turned)):
+    for orientation in (EXIF, xmp):
+        for data in (before_pixels(orientation, PROFILE, ZTXT), before_pixels(ZTXT, orientation)):
             assert probe(data, "png") == MediaSize("image", 64, 48, 1)
             assert np.array_equal(decode_image(data, max_px=10**5), np.rot90(PIXELS, -1))
 
@@ -87,8 +87,8 @@ def test_a_damaged_text_makes_a_bad_sample():
         decode_image(cut, max_px=10**5)
 
 
-def test_probe_verify_and_the_preprocessor_take_them_too(tmp_path, capsys, monkeypatch):
-    good = {"front.png": before_pixels(PROFILE), "back.png": behind_pixels(PACKED_TEXT)}
+def test_probe_verify_and_the_preprocessor_read_images_with_large_texts(tmp_path, capsys, monkeypatch):
+    good = {"front.png": before_pixels(PROFILE), "back.png": after_pixels(ZTXT)}
     for name, data in good.items():
         (tmp_path / name).write_bytes(data)
     assert main(["data", "probe", "--json", *(str(tmp_path / name) for name in good)]) == 0
@@ -96,7 +96,7 @@ def test_probe_verify_and_the_preprocessor_take_them_too(tmp_path, capsys, monke
     assert [(line["ok"], line["width"], line["height"]) for line in lines] == [(True, 64, 48)] * 2
     samples = [(name[:-4], {"png": data, "txt": b"t"}) for name, data in good.items()]
     assert verify([SourceConfig(path=str(write_tar(tmp_path / "a.tar", samples)))], progress=False)["sound"]
-    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 1 << 20)  # as where nothing but the preprocessor is imported
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 1 << 20)  # as if only the preprocessor were imported
     prepare = Preprocessor(EncoderConfig(min_tokens=4, max_tokens=64, resize_factor=1))
     late, plain = (prepare([Image.open(io.BytesIO(data))])[0] for data in (good["back.png"], PLAIN))
     assert np.array_equal(late.numpy(), plain.numpy())

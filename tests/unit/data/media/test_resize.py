@@ -19,7 +19,7 @@ def pillow(pixels, grid):
 
 
 @pytest.mark.parametrize("grid", [(1, 2, 3), (1, 8, 4), (1, 40, 40), (1, 7, 15)])
-def test_an_image_is_resized_as_the_release_does(grid):
+def test_an_image_is_resized_as_in_the_release(grid):
     pixels = np.asarray(media.noise(101, 203))
     fitted = fit_image(pixels, grid)
     assert fitted.shape == (grid[1] * 14, grid[2] * 14, 3)
@@ -32,7 +32,7 @@ def test_an_image_is_resized_as_the_release_does(grid):
 
 @settings(max_examples=150)
 @given(SIDES, SIDES, st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1))
-def test_the_sharpest_edges_at_any_size_differ_from_pillow_by_2_levels_at_most_and_rarely_by_more_than_1(
+def test_black_and_white_edges_differ_from_pillow_by_at_most_2_levels_and_rarely_by_more_than_1(
     height, width, h, w, seed
 ):
     cells = np.random.default_rng(seed).integers(0, 2, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8) * 255
@@ -42,7 +42,7 @@ def test_the_sharpest_edges_at_any_size_differ_from_pillow_by_2_levels_at_most_a
     assert (difference > 1).mean() < 0.01
 
 
-def test_an_image_of_the_right_size_is_left_alone():
+def test_an_image_of_the_right_size_is_not_changed():
     pixels = np.asarray(media.noise(28, 42))
     assert fit_image(pixels, (1, 2, 3)) is pixels
     out = np.zeros_like(pixels)
@@ -50,29 +50,29 @@ def test_an_image_of_the_right_size_is_left_alone():
     assert (out == pixels).all()
 
 
-def test_the_result_goes_where_it_is_wanted_and_nowhere_else():
+def test_the_result_is_written_only_to_the_output_array():
     pixels = np.asarray(media.noise(50, 70))
-    room = np.full(10 + 28 * 42 * 3 + 10, 7, np.uint8)
-    out = room[10:-10].reshape(28, 42, 3)
+    buffer = np.full(10 + 28 * 42 * 3 + 10, 7, np.uint8)
+    out = buffer[10:-10].reshape(28, 42, 3)
     fit_image(pixels, (1, 2, 3), out)
     assert (out == fit_image(pixels, (1, 2, 3))).all()
-    assert (room[:10] == 7).all()
-    assert (room[-10:] == 7).all()
+    assert (buffer[:10] == 7).all()
+    assert (buffer[-10:] == 7).all()
 
 
-def test_turned_and_mirrored_views_are_resized_like_their_copies():
+def test_transposed_and_flipped_views_are_resized_like_their_copies():
     pixels = np.asarray(media.noise(50, 70))
     for view in (pixels[::-1], pixels[:, ::-1], pixels.swapaxes(0, 1)):
         assert (fit_image(view, (1, 2, 3)) == fit_image(view.copy(), (1, 2, 3))).all()
 
 
-def test_fine_stripes_average_out_instead_of_flickering():
+def test_fine_stripes_are_averaged():
     stripes = np.zeros((560, 560, 3), np.uint8)
     stripes[:, ::2] = 255
     assert np.abs(fit_image(stripes, (1, 2, 2)).astype(int) - 127).max() <= 4
 
 
-def test_resizing_does_without_pythons_torch_and_keeps_no_memory():
+def test_resizing_does_not_import_torch_and_leaks_no_memory():
     code = (
         "import sys, numpy as np; from univitar_ds.data.media.resize import fit_image;"
         "pages = lambda: int(open('/proc/self/statm').read().split()[1]);"

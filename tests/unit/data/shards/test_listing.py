@@ -6,7 +6,7 @@ from tests.support.s3 import BUCKET, faulty, s3_server
 from tests.support.shards import write_demo_shards, write_tar
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.shards.listing import list_shards
-from univitar_ds.data.shards.manifest import JOURNAL
+from univitar_ds.data.shards.manifest import PROGRESS_FILE
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import DataError
 
@@ -69,7 +69,7 @@ def test_errors_name_missing_shards_folders_and_splits(server, settings):
         listed("nowhere", settings)
     with pytest.raises(DataError, match="has no split 'val'; it has test, train"):
         listed("deep/packed", settings, "val")
-    server.put("unfinished/" + JOURNAL, b"{}")
+    server.put("unfinished/" + PROGRESS_FILE, b"{}")
     server.put("unfinished/train-image-000000.tar", b"")
     with pytest.raises(DataError, match="its packing never ended"):
         listed("unfinished", settings)

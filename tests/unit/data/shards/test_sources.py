@@ -19,7 +19,7 @@ from univitar_ds.data.loader import LaneSet, PackLoader
 from univitar_ds.data.shards import sources
 from univitar_ds.data.shards.class_names import read_class_names
 from univitar_ds.data.shards.listing import Shard, expand_braces
-from univitar_ds.data.shards.manifest import JOURNAL
+from univitar_ds.data.shards.manifest import PROGRESS_FILE
 from univitar_ds.data.shards.sources import (
     CAPTION_SHARDS,
     ShardGroup,
@@ -195,7 +195,7 @@ def test_compressed_tars_are_an_error_or_a_warning_if_there_are_others(tmp_path,
 
 def test_a_folder_whose_packing_was_not_completed_is_an_error(tmp_path):
     bare(tmp_path, 2)
-    (tmp_path / JOURNAL).write_text("")
+    (tmp_path / PROGRESS_FILE).write_text("")
     with pytest.raises(DataError, match="its packing never ended"):
         find_shards([source(tmp_path)])
 

@@ -222,7 +222,7 @@ def test_packing_to_a_prefix_with_other_content_is_an_error(server, folder, tmp_
     with pytest.raises(DataError, match=r"thesis is not empty.*chapter\.doc"):
         pack(folder, f"s3://{BUCKET}/thesis", tmp_path, server.url)
     server.put("other/.pack.jsonl", json.dumps({"origin": "another folder"}).encode())
-    with pytest.raises(DataError, match="other holds what was packed from another folder"):
+    with pytest.raises(DataError, match="other holds shards packed from another folder"):
         pack(folder, f"s3://{BUCKET}/other", tmp_path, server.url)
     assert sorted(server.keys("thesis") + server.keys("other")) == ["other/.pack.jsonl", "thesis/chapter.doc"]
 

@@ -1,4 +1,4 @@
-"""What `data inspect` says is what a run is fed."""
+"""`data inspect` reports the packs that a run would train on."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     return write_demo_shards(tmp_path_factory.mktemp("demo"), images=60, videos=8, shards=2)
 
 
-def test_the_figures_add_up(folder):
+def test_the_figures_are_consistent(folder):
     result = inspect(
         run(folder, video_ratio=0.5, video={"min_tokens": 8, "max_tokens": 60, "divisor_px": 14}), packs=12
     ).to_json()
@@ -47,7 +47,7 @@ def test_the_text_has_every_figure(folder):
     assert "samples/s read and decoded by this process" in text
 
 
-def test_bad_samples_are_counted_by_kind_from_the_header_and_from_the_pixels(tmp_path):
+def test_bad_samples_found_in_headers_and_pixels_are_counted_by_kind(tmp_path):
     samples = [(f"k{n}", {"jpg": image(60, 40, n), "txt": b"t"}) for n in range(12)]
     samples[4] = ("k4", {"jpg": b"junk", "txt": b"t"})
     samples[7] = ("k7", {"jpg": image(60, 40)[:-200], "txt": b"t"})
@@ -60,7 +60,7 @@ def test_bad_samples_are_counted_by_kind_from_the_header_and_from_the_pixels(tmp
     assert "left out       " + ", ".join(f"{n} {kind}" for kind, n in sorted(stream["bad"].items())) in render(result)
 
 
-def test_the_imbalance_of_a_step_is_its_dearest_pack_against_the_mean(folder):
+def test_the_imbalance_of_a_step_compares_its_most_expensive_pack_with_the_mean(folder):
     (stream,) = inspect(run(folder), packs=6, cost=(0.0, 1.0)).streams
     costs = [sum(tokens**2 for tokens in pack) for pack in stream.packs]
     steps = [costs[start : start + 2] for start in (0, 2, 4)]  # two lanes
@@ -68,7 +68,7 @@ def test_the_imbalance_of_a_step_is_its_dearest_pack_against_the_mean(folder):
     assert inspect(run(folder), packs=2).streams[0].imbalances == []
 
 
-def test_a_cost_budget_is_of_the_tokens_that_the_encoder_sees(folder):
+def test_a_cost_budget_counts_tokens_after_patch_dropout(folder):
     def packs(budget, **stage):
         return inspect(run(folder, cost_budget_tflops=budget, **stage), packs=6, cost=(0.0, 1.0)).streams[0].packs
 
@@ -76,21 +76,21 @@ def test_a_cost_budget_is_of_the_tokens_that_the_encoder_sees(folder):
     assert packs(budget, patch_dropout=0.5) == packs(4 * budget) != packs(budget)
 
 
-def test_as_many_packs_as_asked_for_are_drawn_whatever_the_lanes(folder):
+def test_the_requested_number_of_packs_is_drawn_for_any_number_of_lanes(folder):
     assert [len(inspect(run(folder), packs=packs).streams[0].packs) for packs in (1, 3)] == [1, 3]
 
 
-def test_items_larger_than_the_rule_are_counted(folder):
+def test_downscaled_items_are_counted(folder):
     wide = {"min_tokens": 1, "max_tokens": 4, "divisor_px": 14}
     (stream,) = inspect(run(folder, image=wide), packs=2).streams
     assert stream.downscaled == len(stream.tokens) > 0
 
 
-def test_the_longest_wait_is_what_the_cursors_say(folder):
+def test_the_longest_wait_is_read_from_the_cursors(folder):
     (stream,) = inspect(run(folder), packs=20).streams
     assert 5 <= stream.longest_wait <= 20
 
 
-def test_sources_that_cannot_feed_the_run_are_reported_as_training_would(tmp_path):
+def test_a_source_without_shards_is_an_error_as_in_training(tmp_path):
     with pytest.raises(DataError, match="no shard found"):
         inspect(run(tmp_path))

@@ -1,4 +1,4 @@
-"""The image of `data inspect`: every item once, to scale, in reach of the eye; and a PNG for whatever was drawn."""
+"""The image of `data inspect`: every item once, at the same scale, on the page; and a PNG for every input."""
 
 import numpy as np
 import pytest
@@ -48,34 +48,34 @@ def inspection(packs, shown, modality="image"):
 
 
 @given(grids)
-def test_items_lie_apart_on_the_page_and_to_scale(grids):
+def test_items_do_not_overlap_and_have_the_same_scale(grids):
     page = gallery(batch([(1, h, w) for _, h, w in grids]))
-    for place, (_, h, w) in zip(page.places, grids, strict=True):
-        assert place.height == pytest.approx(h * 14 * page.scale)
-        assert place.width == pytest.approx(w * 14 * page.scale)
-        assert min(place.left, place.top) >= 0
-        assert place.left + place.width <= 13.61
-        assert place.top + place.height < page.height
-    for number, one in enumerate(page.places):
-        for other in page.places[number + 1 :]:
-            beside = one.left + one.width < other.left + 1e-9 or other.left + other.width < one.left + 1e-9
-            above = one.top + one.height < other.top + 1e-9 or other.top + other.height < one.top + 1e-9
-            assert beside or above
+    for box, (_, h, w) in zip(page.boxes, grids, strict=True):
+        assert box.height == pytest.approx(h * 14 * page.scale)
+        assert box.width == pytest.approx(w * 14 * page.scale)
+        assert min(box.left, box.top) >= 0
+        assert box.left + box.width <= 13.61
+        assert box.top + box.height < page.height
+    for number, one in enumerate(page.boxes):
+        for other in page.boxes[number + 1 :]:
+            apart_x = one.left + one.width < other.left + 1e-9 or other.left + other.width < one.left + 1e-9
+            apart_y = one.top + one.height < other.top + 1e-9 or other.top + other.height < one.top + 1e-9
+            assert apart_x or apart_y
 
 
-def test_a_pack_of_very_many_items_stays_on_the_page():
+def test_a_pack_of_2000_items_fits_on_the_page():
     assert gallery(batch([(1, 6, 6)] * 2000)).height <= 14
 
 
-def test_a_video_is_a_strip_of_the_first_frames_of_its_tokens():
+def test_a_video_is_drawn_as_the_first_frames_of_its_tubelets():
     first, second = strips(batch([(2, 3, 1), (1, 1, 2)], "video"))
     assert first.shape == (42, 28, 3)
     assert second.shape == (14, 28, 3)
-    assert (first == 0).all(), "no second frame of a token"
+    assert (first == 0).all(), "no second frame of a tubelet"
     assert (second == 1).all()
 
 
-def test_the_image_shows_the_items_themselves(tmp_path):
+def test_the_image_shows_the_pixels_of_the_items(tmp_path):
     shown = batch([(1, 20, 20), (1, 10, 30)])
     shown.pixels[:] = torch.tensor([255, 0, 255], dtype=torch.uint8).repeat(len(shown.pixels) // 3)
     draw(inspection([[400, 300]], shown), tmp_path / "a.png")
@@ -93,14 +93,14 @@ def test_the_image_shows_the_items_themselves(tmp_path):
         ([[1] * 500, [8192, 8192], []], batch([(1, 1, 1)] * 300), "image"),
         ([[64, 64]], batch([(4, 4, 4), (4, 2, 8)], "video"), "video"),
     ],
-    ids=["nothing decoded", "odd caption", "many items", "clips"],
+    ids=["nothing decoded", "odd caption", "many items", "videos"],
 )
-def test_whatever_was_drawn_gives_an_image(tmp_path, recwarn, packs, shown, modality):
+def test_every_kind_of_pack_is_drawn_without_warnings(tmp_path, recwarn, packs, shown, modality):
     draw(inspection(packs, shown, modality), tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert image.format == "PNG"
         assert image.width == 1650
         assert 400 < image.height < 2500
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 3
-    # UserWarning is what matplotlib says of glyphs and layouts; what other tests left open warns when it is collected.
+    # matplotlib warns of glyphs and layouts with UserWarning; other warnings may be of files left open by other tests.
     assert not [warning.message for warning in recwarn.list if issubclass(warning.category, UserWarning)]

@@ -1,4 +1,4 @@
-"""What `data probe` says of a file is what a run would do with it."""
+"""`data probe` reports how a run would read a file."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_every_file_is_reported_in_order_with_its_size_or_its_error(files, tmp_p
     assert all((row.message is None) == row.ok == (row.error is None) for row in rows)
 
 
-def test_an_item_that_the_rule_makes_smaller_is_said_to_be(tmp_path):
+def test_a_downscaled_item_is_reported_as_such(tmp_path):
     (tmp_path / "large.jpg").write_bytes(image(300, 500))
     (tmp_path / "small.jpg").write_bytes(image(42, 42))
     rows = list(report([tmp_path / "large.jpg", tmp_path / "small.jpg"], settings(), STAGE))
@@ -97,14 +97,14 @@ def test_an_item_that_the_rule_makes_smaller_is_said_to_be(tmp_path):
         ({"max_sample_mb": 1}, "a.jpg", b"\xff" * (1 << 20) + b"\xff"),
     ],
 )
-def test_the_limits_of_the_run_hold(tmp_path, limit, name, content):
+def test_the_limits_of_the_run_apply(tmp_path, limit, name, content):
     (tmp_path / name).write_bytes(content)
     (row,) = report([tmp_path / name], settings(**limit), STAGE)
     assert row.error == "too_large"
     assert next(iter(limit)) in row.message
 
 
-def test_the_tokens_are_those_that_a_run_packs(files, tmp_path):
+def test_the_grid_is_the_same_as_in_a_pack_of_a_run(files, tmp_path):
     rows = [row for row in report(files[1:4], settings(), STAGE) if row.ok]
     samples = [(path.stem, {path.suffix[1:]: path.read_bytes(), "txt": b"t"}) for path in files[1:4]]
     shard = write_tar(tmp_path / "shards" / "a.tar", samples)
@@ -115,14 +115,14 @@ def test_the_tokens_are_those_that_a_run_packs(files, tmp_path):
     assert packed == {os.path.basename(row.file).partition(".")[0]: row.grid for row in rows}
 
 
-def test_a_file_larger_than_any_sample_is_not_even_read(tmp_path):
+def test_a_file_above_the_sample_size_limit_is_not_read(tmp_path):
     with (tmp_path / "a.jpg").open("wb") as stream:
         stream.truncate(1 << 31)
     (row,) = report([tmp_path / "a.jpg"], settings(max_sample_mb=1), STAGE)
     assert row.message == "the file has 2147483648 bytes, above data.max_sample_mb = 1 (MiB)"
 
 
-def test_a_pipe_or_a_device_is_left_out_at_once(tmp_path):
+def test_pipes_and_devices_are_left_out_without_being_read(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").symlink_to("/dev/zero")
     rows = list(report([tmp_path / "a.jpg", tmp_path / "b.jpg"], settings(), STAGE))
@@ -131,19 +131,19 @@ def test_a_pipe_or_a_device_is_left_out_at_once(tmp_path):
     }
 
 
-def test_nothing_is_left_behind(files, tmp_path, monkeypatch):
+def test_temporary_files_are_removed(files, tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     for row in report(files, settings(), STAGE):
         if row.ok:
-            assert list(scratch.glob("*/1.tar")) == [], "a copy lives as long as it is needed"
+            assert list(scratch.glob("*/1.tar")) == [], "a copy is removed when it is no longer needed"
             break
     assert list(scratch.glob("univitar-probe-*")) == []
     assert json.dumps([row.to_json() for row in report([], settings(), STAGE)]) == "[]"
 
 
-def test_headers_are_read_in_a_process_of_their_own(files, monkeypatch):
-    """Of hostile ones it may take this process's memory, or end it."""
+def test_headers_are_read_in_another_process(files, monkeypatch):
+    """A hostile header could exhaust the memory of this process or crash it."""
     monkeypatch.setattr("univitar_ds.data.media.probe.probe", None)
     assert [row.ok for row in report(files[1:3], settings(), STAGE)] == [True, True]

@@ -1,4 +1,4 @@
-"""A report of whole sources: everything wrong is in it, once, with shard, key and byte, and nothing stops it."""
+"""The report of `verify` has every fault once, with shard, key and byte, and no fault ends it."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.decoding.task_pool import Done, Next, Task, TaskPool
 from univitar_ds.data.shards.sources import find_shards
 from univitar_ds.data.storage.base import LOCAL
-from univitar_ds.data.tools.shard_check import Bad, Place, Read, ShardCheck, check_shard
+from univitar_ds.data.tools.shard_check import Bad, Read, ShardCheck, StartPosition, check_shard
 from univitar_ds.data.tools.verify import verify
 
 JPEG = image(120, 160)
@@ -28,7 +28,7 @@ def outcome(path, decode=True, **source):
     """{key: kind} of the faults of one shard, checked in this process."""
     (shard,) = find_shards([SourceConfig(path=str(path), **source)])
     events = []
-    check_shard(Task(0, ShardCheck(shard, LOCAL, decode), Place()), events.append)
+    check_shard(Task(0, ShardCheck(shard, LOCAL, decode), StartPosition()), events.append)
     assert sum(event.bytes for event in events if isinstance(event, Read)) == shard.size
     return {event.key: event.kind for event in events if isinstance(event, Bad)}
 
@@ -81,7 +81,7 @@ def test_every_kind_of_bad_sample_is_reported_under_its_key(tmp_path):
         ({"max_sample_mb": 1}, "jpg", JPEG + bytes(1 << 20)),
     ],
 )
-def test_the_limits_of_a_run_hold(tmp_path, limit, extension, content):
+def test_the_limits_of_a_run_apply(tmp_path, limit, extension, content):
     source = SourceConfig(path=str(write_tar(tmp_path / "a.tar", [("k", {extension: content, "json": TEXT})])))
     assert verify([source], progress=False)["sound"]
     limits = DataConfig(sources=[source], **limit)
@@ -103,7 +103,7 @@ def rows(folder, found):
     return {os.path.relpath(row["path"], folder): row for row in found["shards"]}
 
 
-def test_a_sound_source_is_called_sound(tmp_path):
+def test_a_source_without_faults_is_sound(tmp_path):
     found = report(folder_of(tmp_path))
     assert found["sound"]
     assert found["bad"] == {}
@@ -133,7 +133,7 @@ def test_damage_is_reported_with_its_byte_and_the_rest_of_the_shard_is_checked(t
     assert all(one["sha256"] == "matches" and not one["faults"] for one in others)
 
 
-def test_a_source_that_is_not_whole_is_checked_as_far_as_it_is_there(tmp_path):
+def test_the_existing_shards_of_an_incomplete_source_are_checked(tmp_path):
     folder = folder_of(tmp_path)
     (folder / "train-image-000000.tar").unlink()
     cut = folder / "train-video-000001.tar"
@@ -153,7 +153,7 @@ def test_a_source_that_is_not_whole_is_checked_as_far_as_it_is_there(tmp_path):
     assert row["samples"] == row["samples_in_manifest"] - 1
 
 
-def test_a_sample_that_was_taken_out_cleanly_is_missed_where_there_is_a_manifest(tmp_path):
+def test_a_sample_removed_from_a_shard_is_detected_with_the_manifest(tmp_path):
     folder = folder_of(tmp_path)
     path = folder / "train-image-000000.tar"
     with tarfile.open(path) as tar:
@@ -165,7 +165,7 @@ def test_a_sample_that_was_taken_out_cleanly_is_missed_where_there_is_a_manifest
     assert row["faults"] == []
 
 
-def test_a_manifest_that_counts_other_samples_is_reported_though_the_bytes_are_its_own(tmp_path):
+def test_a_wrong_sample_count_in_the_manifest_is_reported_even_if_the_hash_matches(tmp_path):
     folder = folder_of(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0]["samples"] += 1
@@ -175,7 +175,7 @@ def test_a_manifest_that_counts_other_samples_is_reported_though_the_bytes_are_i
     assert (found["bad"], {row["sha256"] for row in found["shards"]}) == ({}, {"matches"})
 
 
-def test_a_source_on_s3_gives_the_report_of_the_same_files_here(tmp_path):
+def test_the_report_of_a_source_on_s3_is_that_of_the_same_local_files(tmp_path):
     folder = folder_of(tmp_path)
     code = (
         "import json, sys; from univitar_ds.config.schema import SourceConfig;"
@@ -185,7 +185,7 @@ def test_a_source_on_s3_gives_the_report_of_the_same_files_here(tmp_path):
     )
     with s3_server() as server:
         url = server.upload(folder, "some/prefix")
-        # A process of its own: helpers of this one may have started without credentials.
+        # In another process, because child processes of this one may have started without credentials.
         run = run_watched([sys.executable, "-c", code, url, server.url])
     assert run.returncode == 0, run.stderr
     here, there = report(folder), json.loads(run.stdout)
@@ -195,7 +195,7 @@ def test_a_source_on_s3_gives_the_report_of_the_same_files_here(tmp_path):
     assert there["sound"]
 
 
-def test_a_video_in_a_shard_of_images_is_reported_as_no_lane_reads_it(tmp_path):
+def test_a_video_in_a_shard_of_images_is_reported(tmp_path):
     folder = folder_of(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     for shard in manifest["shards"]:
@@ -215,7 +215,7 @@ def test_a_source_without_shards_is_an_error_of_the_source(tmp_path, path):
     assert found["shards"] == []
 
 
-def test_shards_without_a_sample_are_not_called_sound(tmp_path):
+def test_a_source_without_a_sample_is_not_sound(tmp_path):
     write_tar(tmp_path / "a0.tar", [])
     found = verify([SourceConfig(path=str(tmp_path))], progress=False)
     assert not found["sound"]
@@ -224,19 +224,19 @@ def test_shards_without_a_sample_are_not_called_sound(tmp_path):
     assert verify([SourceConfig(path=str(tmp_path))], progress=False)["sound"]
 
 
-def test_a_pipe_is_no_shard_and_those_beside_it_are_checked(tmp_path):
+def test_a_pipe_is_reported_and_the_other_shards_are_checked(tmp_path):
     write_tar(tmp_path / "a0.tar", [("k", {"jpg": JPEG, "cls": b"cat"})])
     os.mkfifo(tmp_path / "a1.tar")
     alone = verify([SourceConfig(path=str(tmp_path / "a1.tar"))], progress=False)
     assert "a1.tar: cannot be read (is not a regular file)" in alone["sources"][0]["error"]
     both = verify([SourceConfig(path=str(tmp_path / "a{0..1}.tar"), templates=["a {}"])], progress=False)
     assert not both["sound"]
-    assert both["bad"] == {}, "the templates count here too"
+    assert both["bad"] == {}, "the templates are used"
     assert both["sources"][0]["missing"] == ["a1.tar"]
     assert both["samples"] == 1
 
 
-def test_the_report_depends_on_the_data_alone(tmp_path, capsys):
+def test_the_report_depends_only_on_the_data(tmp_path, capsys):
     folder = folder_of(tmp_path)
     first = folder / "train-image-000000.tar"
     first.write_bytes(first.read_bytes()[:-700] + bytes(700))
@@ -250,8 +250,8 @@ def test_the_report_depends_on_the_data_alone(tmp_path, capsys):
     assert [row["shard"] for row in one["shards"]][-1] == "1:test-video-000000"
 
 
-@pytest.mark.parametrize(("workers", "hired"), [(1, 1), (4, 4), (9, 6)])
-def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tmp_path, monkeypatch, workers, hired):
+@pytest.mark.parametrize(("workers", "started"), [(1, 1), (4, 4), (9, 6)])
+def test_the_requested_number_of_processes_is_used_but_at_most_one_per_shard(tmp_path, monkeypatch, workers, started):
     pools = []
 
     class Idle(TaskPool):
@@ -266,22 +266,22 @@ def test_as_many_processes_as_asked_for_check_the_shards_but_none_for_nothing(tm
 
     monkeypatch.setattr("univitar_ds.data.tools.verify.TaskPool", Idle)
     assert len(report(folder_of(tmp_path), workers=workers)["shards"]) == 6
-    assert pools == [(check_shard, hired)]
+    assert pools == [(check_shard, started)]
 
 
-def dying(task: Task, tell) -> None:
-    """As `check_shard`, by a process that a sample kills."""
+def crashing(task: Task, report) -> None:
+    """`check_shard` in a process that a sample crashes."""
 
-    def told(event):
-        tell(event)
+    def report_or_crash(event):
+        report(event)
         if isinstance(event, Next) and event.item.key == "b":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    check_shard(task, told)
+    check_shard(task, report_or_crash)
 
 
-def test_a_sample_that_kills_its_process_is_bad_and_no_other_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("univitar_ds.data.tools.verify.check_shard", dying)
+def test_only_the_sample_that_crashes_its_process_is_bad(tmp_path, monkeypatch):
+    monkeypatch.setattr("univitar_ds.data.tools.verify.check_shard", crashing)
     path = write_tar(tmp_path / "a.tar", [(key, {"jpg": JPEG, "json": TEXT}) for key in "abc"])
     found = report(path)
     (shard,) = found["shards"]
@@ -291,24 +291,24 @@ def test_a_sample_that_kills_its_process_is_bad_and_no_other_is(tmp_path, monkey
 
 
 @pytest.mark.parametrize("decode", [True, False])
-def test_metadata_that_does_not_describe_its_file_is_reported(tmp_path, decode):
-    def own(media, kind, size):
+def test_metadata_that_differs_from_its_file_is_reported(tmp_path, decode):
+    def packed(media, kind, size):
         about = json.loads(sidecar(["a"], None, kind, size, "f")) | {"set": None, "crc32": None}
         return {"jpg" if kind == "image" else "mp4": media, "json": json.dumps(about).encode()}
 
     moving = video(48, 64, 6)
     samples = [
-        ("right", own(JPEG, "image", (120, 160, 1))),
-        ("turned", own(JPEG, "image", (160, 120, 1))),
-        ("swapped", own(moving, "image", (120, 160, 1))),
-        ("video", own(moving, "video", (48, 64, 6, 0.3))),
-        ("large", own(moving, "video", (480, 640, 6, 0.3))),
+        ("right", packed(JPEG, "image", (120, 160, 1))),
+        ("turned", packed(JPEG, "image", (160, 120, 1))),
+        ("swapped", packed(moving, "image", (120, 160, 1))),
+        ("video", packed(moving, "video", (48, 64, 6, 0.3))),
+        ("large", packed(moving, "video", (480, 640, 6, 0.3))),
     ]
     expected = {"turned": "wrong_size", "swapped": "wrong_kind"} | ({"large": "wrong_size"} if decode else {})
     assert outcome(write_tar(tmp_path / "a.tar", samples), decode) == expected
 
 
-def test_hostile_media_are_bad_samples_and_the_others_are_sound(tmp_path):
+def test_hostile_media_are_bad_samples_and_others_are_not(tmp_path):
     names = ["60 million frames.mp4", "flood.mp4", "screen.gif", "tile.tif", "profile.png"]
     samples = [(str(number), {name[-3:]: hostile.FILES[name](), "json": TEXT}) for number, name in enumerate(names)]
     (shard,) = report(write_tar(tmp_path / "a.tar", [*samples, ("good", {"jpg": JPEG, "json": TEXT})]))["shards"]

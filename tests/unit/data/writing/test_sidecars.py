@@ -1,4 +1,4 @@
-"""What is found of a folder whose captions lie beside the files: links, odd names, several lines."""
+"""Folders with a .txt for each media file: links, unusual names, several lines."""
 
 import json
 import logging
@@ -14,11 +14,11 @@ from univitar_ds.data.writing.sidecars import read_sidecars
 from univitar_ds.errors import DataError
 
 IMAGE = media.encoded(media.noise(20, 30))
-LINK = "link: the folder is packed under another name, or holds this one"
+LINK = "link: the folder is packed under another name, or contains this one"
 
 
 def put(folder, *names, text=b"a caption"):
-    """Images, each with a text beside it that has this name and "txt"."""
+    """Write images, each with a .txt of the same name."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(IMAGE)
@@ -26,7 +26,7 @@ def put(folder, *names, text=b"a caption"):
     return folder
 
 
-def test_folders_behind_links_are_packed_once_and_cycles_end(tmp_path):
+def test_linked_folders_are_packed_once_and_cycles_are_not_followed(tmp_path):
     folder, elsewhere = put(tmp_path / "folder", "own/a.jpg"), put(tmp_path / "elsewhere", "b.jpg", "deep/c.jpg")
     (folder / "away").symlink_to(elsewhere)
     (folder / "again").symlink_to(elsewhere / "deep")
@@ -62,7 +62,7 @@ def test_a_folder_that_cannot_be_read_is_reported(tmp_path, monkeypatch):
     assert found.left_out == {"closed": "unreadable: the folder cannot be read: Permission denied"}
 
 
-def test_extensions_in_any_case_and_dotted_names_belong_together(tmp_path):
+def test_texts_are_found_for_extensions_in_any_case_and_names_with_dots(tmp_path):
     for media_name, text_name in (
         ("A.JPG", "A.TXT"),
         ("b.Jpeg", "b.Txt"),
@@ -84,10 +84,10 @@ def test_extensions_in_any_case_and_dotted_names_belong_together(tmp_path):
         "photo.v3.JPG": "of photo.v3.JPG",
         "both.jpg": "the plain name",
     }
-    assert manifest["skipped"] == [{"file": "photo.v4.jpg", "reason": "no_caption: there is no .txt beside it"}]
+    assert manifest["skipped"] == [{"file": "photo.v4.jpg", "reason": "no_caption: there is no .txt of the same name"}]
 
 
-def test_lines_are_captions_where_the_packer_is_told_so_and_else_warned_of(tmp_path, caplog, capsys):
+def test_lines_are_captions_if_the_option_is_given_and_cause_a_warning_otherwise(tmp_path, caplog, capsys):
     folder = put(tmp_path / "folder", "a.jpg", "b.jpg", text=b"one  caption\r\n\nanother\n")
     with caplog.at_level(logging.WARNING):
         joined = read_sidecars(folder, lines=False)

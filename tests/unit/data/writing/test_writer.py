@@ -1,4 +1,4 @@
-"""What packing a folder writes, leaves out and refuses."""
+"""Packing a folder: what it writes, leaves out and rejects."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from univitar_ds.data.media.probe import probe
 from univitar_ds.data.shards.captions import BYTES_LIMIT
 from univitar_ds.data.storage import local
 from univitar_ds.data.writing import writer
-from univitar_ds.data.writing.progress_log import open_journal
+from univitar_ds.data.writing.progress_log import open_progress_log
 from univitar_ds.data.writing.writer import read_manifest
 from univitar_ds.errors import DataError, StorageError
 
@@ -27,7 +27,7 @@ def folder(tmp_path):
     return numbers_folder(tmp_path)
 
 
-def test_everything_arrives_as_it_was(folder, tmp_path):
+def test_shards_contain_every_file_unchanged_with_its_metadata(folder, tmp_path):
     manifest = pack(folder, tmp_path / "out")
     samples = samples_of(tmp_path / "out", manifest)
     assert len(samples) == 34
@@ -53,7 +53,7 @@ def test_everything_arrives_as_it_was(folder, tmp_path):
         assert sample["shard"] == f"{row.get('split', 'train')}-{row['kind']}-000000.tar"
 
 
-def test_a_sample_says_how_long_it_lasts_as_its_header_does_to_the_last_bit(tmp_path):
+def test_the_duration_of_a_sample_is_exactly_that_of_its_header(tmp_path):
     frames = media.grey_frames(7)
     files = {
         "a.mp4": media.video(frames, rate=30),
@@ -71,7 +71,7 @@ def test_a_sample_says_how_long_it_lasts_as_its_header_does_to_the_last_bit(tmp_
     assert (packed["c.jpg"], packed["d.png"]) == (0.0, 0.0)
 
 
-def test_the_manifest_counts_what_is_there(folder, tmp_path):
+def test_the_manifest_counts_the_samples(folder, tmp_path):
     manifest = pack(folder, tmp_path / "out")
     assert manifest == read_manifest(tmp_path / "out")
     assert manifest["counts"] == {"test": {"image": 6}, "train": {"image": 24, "video": 4}}
@@ -86,7 +86,7 @@ def test_the_manifest_counts_what_is_there(folder, tmp_path):
         assert data.endswith(bytes(1024))
 
 
-def test_packing_twice_gives_the_same_bytes(folder, tmp_path):
+def test_packing_twice_writes_the_same_bytes(folder, tmp_path):
     pack(folder, tmp_path / "one", shard_mb=0.01)
     pack(folder, tmp_path / "two", shard_mb=0.01, verify=False)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
@@ -95,7 +95,7 @@ def test_packing_twice_gives_the_same_bytes(folder, tmp_path):
     assert one == two
 
 
-def test_shards_keep_their_size_and_mix_the_classes(tmp_path):
+def test_shards_stay_within_their_size_and_mix_the_classes(tmp_path):
     files = {f"{i:03d}.png": media.encoded(Image.new("RGB", (i + 1, 5)), "PNG") + bytes(900) for i in range(200)}
     rows = [{"file": f"{i:03d}.png", "caption": "x", "label": "early" if i < 100 else "late"} for i in range(200)]
     manifest = pack(media.write_folder(tmp_path / "folder", files, rows), tmp_path / "out", shard_mb=0.05)
@@ -109,7 +109,7 @@ def test_shards_keep_their_size_and_mix_the_classes(tmp_path):
             assert all((m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) == (0, 0, 0, "", "", 0o644) for m in members)
 
 
-def test_keys_are_unique_and_plain_whatever_the_files_are_called(tmp_path):
+def test_keys_are_unique_ascii_names_for_all_file_names(tmp_path):
     names = [
         "a/same.jpg",
         "b/same.jpg",
@@ -154,7 +154,7 @@ def test_without_verifying_only_headers_are_read(folder, tmp_path):
     assert pack(folder, tmp_path / "out", verify=False)["skipped"] == []
 
 
-def test_an_animated_gif_that_its_row_calls_a_video_becomes_a_video(tmp_path):
+def test_an_animated_gif_with_kind_video_in_its_row_is_packed_as_a_video(tmp_path):
     frames = [Image.fromarray(frame) for frame in media.grey_frames(6, 40, 64)]
     data = media.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
     rows = [{"file": "a.gif", "kind": "video", "caption": "x"}, {"file": "b.gif", "caption": "x"}]
@@ -166,7 +166,7 @@ def test_an_animated_gif_that_its_row_calls_a_video_becomes_a_video(tmp_path):
     assert probe(samples["b.gif"]["gif"], "gif").kind == "image"
 
 
-def test_a_member_gets_an_extension_that_tells_its_kind(tmp_path):
+def test_a_member_gets_an_extension_that_matches_its_kind(tmp_path):
     files = {"a.bin": media.encoded(media.noise(20, 20)), "b.jpg": media.video(media.grey_frames(3), "matroska")}
     rows = [{"file": name, "caption": "x"} for name in files]
     manifest = pack(media.write_folder(tmp_path / "folder", files, rows), tmp_path / "out")
@@ -175,7 +175,7 @@ def test_a_member_gets_an_extension_that_tells_its_kind(tmp_path):
     assert {"mkv", "json", "shard"} == samples["b.jpg"].keys()
 
 
-def test_a_plain_folder_takes_its_captions_from_the_texts_beside_the_files(tmp_path):
+def test_a_folder_without_metadata_takes_its_captions_from_texts(tmp_path):
     plain = tmp_path / "plain"
     (plain / "deep").mkdir(parents=True)
     (plain / ".hidden").mkdir()
@@ -190,10 +190,10 @@ def test_a_plain_folder_takes_its_captions_from_the_texts_beside_the_files(tmp_p
         "deep/b.png": ["日本"],
     }
     assert manifest["counts"] == {"train": {"image": 2}}
-    assert manifest["skipped"] == [{"file": "lonely.jpg", "reason": "no_caption: there is no .txt beside it"}]
+    assert manifest["skipped"] == [{"file": "lonely.jpg", "reason": "no_caption: there is no .txt of the same name"}]
 
 
-def test_a_link_to_nothing_and_a_pipe_are_left_out_with_their_reason(tmp_path):
+def test_a_broken_link_and_a_pipe_are_left_out_with_the_reason(tmp_path):
     plain, out = tmp_path / "plain", tmp_path / "out"
     plain.mkdir()
     (plain / "a.jpg").write_bytes(media.encoded(media.noise(20, 30)))
@@ -215,7 +215,7 @@ def test_a_link_to_nothing_and_a_pipe_are_left_out_with_their_reason(tmp_path):
     assert pack(plain, out)["counts"] == {"train": {"image": 2}}
 
 
-def test_texts_that_cannot_be_read_are_told(tmp_path, monkeypatch):
+def test_texts_that_cannot_be_read_are_reported(tmp_path, monkeypatch):
     def refused(path, *_):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -230,7 +230,7 @@ def test_texts_that_cannot_be_read_are_told(tmp_path, monkeypatch):
         pack(tmp_path, tmp_path.parent / "out")
 
 
-def test_a_sidecar_that_is_no_text_or_empty_costs_its_file_alone(tmp_path):
+def test_only_the_file_of_an_invalid_or_empty_text_is_left_out(tmp_path):
     plain = tmp_path / "plain"
     plain.mkdir()
     texts = {"a": b"caf\xe9", "b": b" \n", "c": b"", "d": b"fine", "e": b"x" * (BYTES_LIMIT + 1), "f": b"n\0u\0l\0"}
@@ -252,7 +252,7 @@ def test_a_sidecar_that_is_no_text_or_empty_costs_its_file_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ('{"file": "images/0.jpg", "caption"', "no JSON"),
         ("[1, 2]", "a list, not an object"),
@@ -264,9 +264,9 @@ def test_a_sidecar_that_is_no_text_or_empty_costs_its_file_alone(tmp_path):
         (image_row(0, captions="text"), "captions 'text' is no list"),
         ({"file": "images/0.jpg"}, "captions \\[\\] is no list"),
         ({"caption": "x"}, "file None is no path"),
-        (image_row(0, file="../secret.jpg"), "'../secret.jpg' leads out of the folder"),
-        (image_row(0, file="images/../../secret.jpg"), "leads out of the folder"),
-        (image_row(0, file="/etc/passwd"), "'/etc/passwd' leads out of the folder"),
+        (image_row(0, file="../secret.jpg"), "'../secret.jpg' is outside of the folder"),
+        (image_row(0, file="images/../../secret.jpg"), "is outside of the folder"),
+        (image_row(0, file="/etc/passwd"), "'/etc/passwd' is outside of the folder"),
         (image_row(0, file="images/none.jpg"), "'images/none.jpg' is missing"),
         (image_row(0, file="images"), "'images' is missing"),
         (image_row(0, file="a\0b"), "is no path"),
@@ -278,28 +278,28 @@ def test_a_sidecar_that_is_no_text_or_empty_costs_its_file_alone(tmp_path):
         (image_row(1), r"'images/1\.jpg' is in line 1 too"),
     ],
 )
-def test_a_row_with_a_fault_ends_packing_before_anything_is_written(tmp_path, row, told):
+def test_a_row_with_a_fault_ends_packing_before_anything_is_written(tmp_path, row, message):
     files = {f"images/{i}.jpg": media.encoded(media.noise(20, 20)) for i in range(2)}
     folder = media.write_folder(tmp_path / "folder", files, [image_row(1), row])
-    with pytest.raises(DataError, match=r"1 faults.*metadata\.jsonl:2: .*" + told):
+    with pytest.raises(DataError, match=r"1 faults.*metadata\.jsonl:2: .*" + message):
         pack(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_first_five_faults_are_told_with_their_number(tmp_path):
+def test_the_first_five_faults_are_reported_with_their_number(tmp_path):
     rows = [image_row(i) for i in range(12)]
     with pytest.raises(DataError, match=r"12 faults.*jsonl:1:.*jsonl:5:.*and 7 more") as caught:
         pack(media.write_folder(tmp_path / "folder", {"x.jpg": b""}, rows), tmp_path / "out")
     assert "jsonl:6:" not in str(caught.value)
 
 
-def test_blank_lines_and_a_byte_order_mark_are_no_faults(folder, tmp_path):
+def test_blank_lines_and_a_byte_order_mark_are_ignored(folder, tmp_path):
     text = (folder / "metadata.jsonl").read_text()
     (folder / "metadata.jsonl").write_text("\ufeff" + text.replace("\n", "\n\n"), encoding="utf-8")
     assert sum(pack(folder, tmp_path / "out")["counts"]["train"].values()) == 28
 
 
-def test_a_folder_with_nothing_to_pack_is_refused(tmp_path):
+def test_a_folder_with_nothing_to_pack_is_rejected(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has nothing to pack"):
         pack(tmp_path / "empty", tmp_path / "out")
@@ -318,9 +318,9 @@ def test_a_folder_with_nothing_to_pack_is_refused(tmp_path):
     assert not list((tmp_path / "out2").glob("*.tar"))
 
 
-def test_an_output_folder_that_is_not_ours_is_left_alone(folder, tmp_path):
+def test_an_output_folder_with_other_content_is_not_changed(folder, tmp_path):
     for inside in (folder, folder / "images" / "out"):
-        with pytest.raises(DataError, match="lies inside"):
+        with pytest.raises(DataError, match="is inside"):
             pack(folder, inside)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.doc").write_text("years of work")
@@ -332,12 +332,12 @@ def test_an_output_folder_that_is_not_ours_is_left_alone(folder, tmp_path):
     )
     pack(other, tmp_path / "out")
     before = contents(tmp_path / "out")
-    with pytest.raises(DataError, match=r"holds what was packed from .*other"):
+    with pytest.raises(DataError, match=r"holds shards packed from .*other"):
         pack(folder, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
 
-def test_files_of_the_user_s_beside_packed_shards_survive_every_packing(folder, tmp_path):
+def test_files_of_the_user_in_the_output_folder_are_kept(folder, tmp_path):
     out = tmp_path / "out"
     pack(folder, out, shard_mb=0.01)
     mine = ["mine-image-000000.tar", "notes.txt", ".notes.txt.partial", ".thesis.partial/chapter.txt"]
@@ -352,7 +352,7 @@ def test_files_of_the_user_s_beside_packed_shards_survive_every_packing(folder, 
     assert sum(path.name.startswith("train-image") for path in out.glob("*.tar")) == 1
 
 
-def test_a_file_of_the_user_s_with_the_name_of_a_shard_is_not_replaced(folder, tmp_path):
+def test_a_file_of_the_user_with_the_name_of_a_shard_is_not_replaced(folder, tmp_path):
     out = tmp_path / "out"
     pack(folder, out, shard_mb=1.0)
     mine = out / "train-image-000001.tar"
@@ -366,26 +366,26 @@ def test_a_file_of_the_user_s_with_the_name_of_a_shard_is_not_replaced(folder, t
 
 
 @pytest.mark.parametrize(
-    ("out", "told"),
+    ("out", "message"),
     [
         ("s3://", "s3:// names no bucket; write s3://BUCKET/PREFIX"),
         ("s3:///prefix/", "names no bucket"),
         ("gs://bucket/prefix", "cannot write to gs://; give a local path or an s3:// address"),
     ],
 )
-def test_an_address_that_cannot_be_written_to_is_refused_and_no_folder_of_that_name_appears(
-    folder, tmp_path, monkeypatch, out, told
+def test_an_address_that_cannot_be_written_is_rejected_and_no_folder_is_created(
+    folder, tmp_path, monkeypatch, out, message
 ):
     monkeypatch.chdir(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(DataError, match=re.escape(told)):
+    with pytest.raises(DataError, match=re.escape(message)):
         pack(folder, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_two_cannot_pack_into_one_folder_at_once(folder, tmp_path):
+def test_two_processes_cannot_pack_into_one_folder_at_once(folder, tmp_path):
     out = tmp_path / "out"
-    with open_journal(out, folder), pytest.raises(DataError, match="is being packed by another process"):
+    with open_progress_log(out, folder), pytest.raises(DataError, match="is being packed by another process"):
         pack(folder, out)
     pack(folder, out)
 
@@ -407,7 +407,7 @@ def test_a_full_disk_leaves_no_manifest_that_describes_other_shards(folder, tmp_
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "has no manifest.json, its packing never ended"),
         (b"{", "cannot be read"),
@@ -428,8 +428,8 @@ def test_a_full_disk_leaves_no_manifest_that_describes_other_shards(folder, tmp_
         ),
     ],
 )
-def test_a_manifest_that_cannot_be_trusted_is_refused(tmp_path, content, told):
+def test_an_invalid_manifest_is_rejected(tmp_path, content, message):
     if content is not None:
         (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read_manifest(tmp_path)
