@@ -56,7 +56,7 @@ Step = Callable[[Group], None]
 
 
 def trained(model: nn.Module, forward: Callable[[Group], tuple[Tensor, Tensor]]) -> Step:
-    """A step: `forward` gives the output and the gradient it gets; the gradients of the weights are new tensors each time."""
+    """Makes a step of `forward`, which returns the output and its gradient. Gradients of weights are new tensors."""
 
     def step(group: Group) -> None:
         model.zero_grad(set_to_none=True)
