@@ -36,7 +36,7 @@ from univitar_ds.training.logging.run_logs import RunLogs
 from univitar_ds.training.logging.writers import SKIPPED
 from univitar_ds.training.step.curriculum import advance, distills_later, lr_at, modality_at, weight_at
 from univitar_ds.training.step.feature_snapshot import capture_features
-from univitar_ds.training.step.guard import spike
+from univitar_ds.training.step.guard import spike_reason
 from univitar_ds.training.step.peak_flops import find_peak
 from univitar_ds.training.step.train_step import DivergedError, StepResult, StepSettings, train_step
 from univitar_ds.training.summary import write_summary
@@ -257,7 +257,7 @@ class _Trainer:
                 result = train_step(self.engine, batches, settings, self.cfg.objective, self.teacher)
         except DivergedError as error:
             return str(error)
-        trouble = spike(state.history, progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard)
+        trouble = spike_reason(state.history, progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard)
         numbers = local_metrics(
             batches,
             cost=self.cost,

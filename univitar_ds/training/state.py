@@ -55,7 +55,7 @@ class State:
             content["last"],
             content["seconds"],
             content["began"],
-            History.of(content["history"]),
+            History.from_dict(content["history"]),
             content["events"],
         )
 
