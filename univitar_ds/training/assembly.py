@@ -62,7 +62,8 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
     if folder is None:
         return engine, State(began=began)
     try:
-        state = State.of(load_checkpoint(engine, folder, stage_transition=saved["began"].keys() != began.keys()))
+        stage_transition = saved["began"].keys() != began.keys()
+        state = State.from_checkpoint(load_checkpoint(engine, folder, stage_transition=stage_transition))
     except Exception:
         engine.close()
         raise
