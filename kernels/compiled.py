@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from univitar_ds.kernels import reference
-from univitar_ds.kernels.reference import patch_embed as patch_embed  # compiling gains nothing here
+from univitar_ds.kernels.reference import patch_embed as patch_embed  # compiling it saves no time
 
 log = logging.getLogger(__name__)
 

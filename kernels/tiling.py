@@ -130,7 +130,7 @@ def _bounds(backward: bool) -> tuple[int, int]:
 
 
 def _pairs_per_thread(heads: int, pairs: int, vector: int, warps: int) -> int:
-    """Returns the number of a piece's pairs in one thread: whole vectors, or an even share if a tile is larger."""
+    """Returns the number of a piece's pairs in one thread: whole vectors, or an even share of a small piece."""
     pairs, threads = _power_of_two(pairs), WARP * warps
     whole = -(-heads * pairs // (threads * vector)) * vector
     return min(whole, max(1, _power_of_two(heads) * pairs // threads))

@@ -15,7 +15,7 @@ import torch
 from benchmarks.rows import git_commit
 
 HELD_BACK_CYCLES = 4_000_000
-"""About 2 ms: longer than Python takes to launch any of the operations."""
+"""GPU cycles of about 2 ms, more than Python needs to launch any of the operations."""
 
 
 class Timer:

@@ -239,7 +239,7 @@ def _verify_shared(folder: Path, world: World) -> None:
 def _check_model(engine: Engine, reader: _Reader, stage_transition: bool) -> None:
     """Compares the parameters and buffers of the engine's model with those of the checkpoint.
 
-    Raises: CheckpointError with missing and unexpected parameters and those with another shape or use."""
+    Raises: CheckpointError that lists missing, unexpected, misshapen and differently frozen parameters."""
     pieces = {piece.name: piece for piece in engine.pieces()}
     buffers = {name: tuple(b.shape) for name, b in _buffers(engine.module).items()}
     saved_buffers = {name: tuple(b.shape) for name, b in reader.buffers().items()}

@@ -93,7 +93,7 @@ def _check_numbers(environment: MutableMapping[str, str]) -> None:
         value = _integer(environment, name)
         if value < minimum or (maximum is not None and value > maximum):
             allowed = f"{minimum} or more" if maximum is None else f"{minimum} to {maximum}"
-            condition = f" where WORLD_SIZE is {size}" if maximum == size - 1 else ""
+            condition = f" if WORLD_SIZE is {size}" if maximum == size - 1 else ""
             raise ConfigError(f"{name} is {value}, allowed is {allowed}{condition}; {left_behind(RANK_NAMES)}")
 
 

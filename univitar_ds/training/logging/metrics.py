@@ -135,7 +135,7 @@ class Window:
         counts = {"steps": 1, "samples": result.items, **{f"{name}_steps": 1 for name in means}}
         for name, value in (reduced | counts | means).items():
             if name in SQUARES.values():
-                continue  # a line has only those of its last step, see `part_norms`
+                continue  # not summed: a line has the norms of its last step, see `part_norms`
             if name in BAD_OF_KIND or name in IGNORED_OF_KIND:
                 if value:  # lines and checkpoints omit kinds that did not occur
                     self.bad[name] = self.bad.get(name, 0) + value
