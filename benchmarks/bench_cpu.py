@@ -1,26 +1,25 @@
-"""The cost of a training step of the encoder on a CPU, compared with other ways to run the same model, and with the
-floor.
+"""Compares a training step of the encoder on a CPU with other implementations of the same model, and with the floor.
 
     make bench-cpu          (python benchmarks/bench_cpu.py [--turns 12] [--layers 1] [--dtypes fp32 bf16])
 
-One fixed workload: 40 images of 72 to 900 tokens, 12,043 in all, in six packs of about 2,000 (fp32 buffers of larger
-packs exceed what malloc keeps, so each causes page faults). Contenders that cannot pack get the
-images of a pack as a batch, padded to the longest of all, as a batch of the 40 would be; `near lengths` means that
-they are sorted by length and padded to the longest of six or seven. `released way, one batch` gets all 40 at once: the
-release has no packs. `timm NaFlexViT, its lengths` gets what timm's training loader would make of images that must
-not be resized: each in the shortest of its five sequence lengths (`NaFlexMapDatasetWrapper`), a batch a length.
-A measurement is forward and backward of one pack, in CPU seconds of this process with one thread; the contenders take
-turns pack by pack, in an order that rotates, so that other load of the machine affects all equally. A figure is the
-median over packs of the ratio within a turn; if the images are grouped in another way, the ratio of sums over
-whole rounds.
+The workload is 40 images of 72 to 900 tokens, 12,043 tokens in all, in six packs of about 2,000 tokens (the fp32
+buffers of larger packs exceed the memory that malloc keeps, so each buffer causes page faults). Contenders without
+packs get the images of a pack as a batch, padded to the longest of the 40 images. With `near lengths` the images are
+sorted by length, and a batch of six or seven images is padded to its longest image. `released way, one batch` gets all
+40 images at once, since the release has no packs. `timm NaFlexViT, its lengths` gets the batches of timm's training
+loader for images that must not be resized: each image in the shortest of five sequence lengths
+(`NaFlexMapDatasetWrapper`), one batch per length. A measurement is forward and backward of one pack, in CPU seconds of
+this process with one thread. The contenders alternate pack by pack, in an order that rotates, so that other load of the
+machine affects all contenders equally. The result is the median over packs of the ratio within a turn, or the ratio of
+sums over whole rounds if the images are grouped in another way.
 
 transformers is a requirement of the project. timm is not, and is installed in a separate folder, benchmarks/.peers:
 
     .venv/bin/python -m pip install --no-deps --target benchmarks/.peers timm torchvision==0.28.0
 
-In the project's environment a torchvision whose build does not fit torch would keep transformers from being imported;
-from that folder only timm's contender imports (its own torchvision operators are not needed). Without it timm's rows
-are left out, which is reported. Rows go to results/bench_cpu.csv.
+In the project's environment a torchvision whose build does not fit torch would make the import of transformers fail.
+Only timm's contender imports from the separate folder, and needs no operators of torchvision. Without timm its rows are
+left out, which is reported. Rows are added to results/bench_cpu.csv.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from benchmarks.rows import RESULTS, add_rows, git_commit, processor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKS = 6
-"""Fewer, larger packs are not better: see above."""
+"""Number of packs. Larger packs are slower, see above."""
 GRIDS = (
     (16, 12), (18, 27), (13, 6), (13, 16), (17, 13), (12, 12), (17, 17), (10, 10), (26, 25), (13, 10), (9, 8),
     (14, 10), (14, 21), (22, 29), (8, 12), (36, 18), (19, 29), (13, 17), (11, 9), (8, 10), (10, 10), (21, 30),
@@ -72,6 +71,7 @@ CONTENDERS: dict[str, Callable[[int, torch.dtype], Step]] = {
     "padded ViT, near lengths": contenders.padded,
 }
 TIMM_LENGTHS = (128, 256, 576, 784, 1024)
+"""Sequence lengths of timm's training loader."""
 
 
 def main() -> None:
@@ -86,22 +86,22 @@ def main() -> None:
 
 
 def packed() -> list[list[tuple[int, int]]]:
-    """The images in packs of nearly equal tokens: the longest first, each to the pack with the fewest."""
+    """Returns the images in packs of similar numbers of tokens: the longest image first, each to the smallest pack."""
     packs: list[list[tuple[int, int]]] = [[] for _ in range(PACKS)]
     for grid in sorted(GRIDS, key=lambda grid: -grid[0] * grid[1]):
         min(packs, key=lambda pack: sum(h * w for h, w in pack)).append(grid)
     return packs
 
 
-def near() -> list[list[tuple[int, int]]]:
-    """The images in as many batches, of like lengths."""
+def by_length() -> list[list[tuple[int, int]]]:
+    """Returns the images in PACKS batches of similar lengths."""
     ordered = sorted(GRIDS, key=lambda grid: grid[0] * grid[1])
     bounds = [round(len(ordered) * i / PACKS) for i in range(PACKS + 1)]
     return [ordered[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def by_timm() -> dict[int, list[tuple[int, int]]]:
-    """The images by the shortest of timm's sequence lengths that holds them."""
+    """Returns the images by the shortest of timm's sequence lengths that is long enough."""
     fitting: dict[int, list[tuple[int, int]]] = {length: [] for length in TIMM_LENGTHS}
     for h, w in GRIDS:
         fitting[next(length for length in TIMM_LENGTHS if h * w <= length)].append((h, w))
@@ -109,6 +109,7 @@ def by_timm() -> dict[int, list[tuple[int, int]]]:
 
 
 def group(grids: list[tuple[int, int]], dtype: torch.dtype, padded_to: int | None = None) -> Group:
+    """Returns a group of random images, the same at every call. Args: padded_to: default: the longest image."""
     generator = torch.Generator().manual_seed(0)
     lengths = [h * w for h, w in grids]
     patches = torch.randn(sum(lengths), contenders.PATCH_VALUES, generator=generator).to(dtype)
@@ -116,19 +117,21 @@ def group(grids: list[tuple[int, int]], dtype: torch.dtype, padded_to: int | Non
     return Group(tuple(grids), patches, grad, padded_to or max(lengths))
 
 
-def otherwise() -> dict[str, list[tuple[list[tuple[int, int]], int | None]]]:
-    """The batches of contenders that do not use the packs: images, and the length to which they are padded."""
-    alike = [(grids, None) for grids in near()]
+def other_batches() -> dict[str, list[tuple[list[tuple[int, int]], int | None]]]:
+    """Returns the batches of contenders that do not use the packs: images, and the length to which they are padded.
+
+    With the length None a batch is padded to its longest image."""
+    similar = [(grids, None) for grids in by_length()]
     return {
         "released way, one batch": [(list(GRIDS), None)],
         "timm NaFlexViT, its lengths": [(grids, length) for length, grids in by_timm().items()],
-        "timm NaFlexViT, near lengths": alike,
-        "padded ViT, near lengths": alike,
+        "timm NaFlexViT, near lengths": similar,
+        "padded ViT, near lengths": similar,
     }
 
 
 def measure(dtype: torch.dtype, layers: int, turns: int) -> dict[str, list[float]]:
-    """CPU seconds of each contender in each turn."""
+    """Returns the CPU seconds of each contender in each turn."""
     longest = max(h * w for h, w in GRIDS)
     steps = {}
     for name, build in CONTENDERS.items():
@@ -137,36 +140,36 @@ def measure(dtype: torch.dtype, layers: int, turns: int) -> dict[str, list[float
         except ImportError as error:
             print(f"left out: {name} ({error})")
     packs = [group(grids, dtype, longest) for grids in packed()]
-    fed = dict.fromkeys(steps, packs)
-    for name, parts in otherwise().items():
+    groups = dict.fromkeys(steps, packs)
+    for name, parts in other_batches().items():
         if name in steps:
-            fed[name] = [group(grids, dtype, length) for grids, length in parts]
+            groups[name] = [group(grids, dtype, length) for grids, length in parts]
     for name, step in steps.items():
-        step(fed[name][0])
+        step(groups[name][0])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for turn in range(turns):
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
             gc.collect()
             start = time.process_time()
-            for given in fed[name][turn % PACKS :: PACKS]:
-                steps[name](given)
+            for images in groups[name][turn % PACKS :: PACKS]:
+                steps[name](images)
             seconds[name].append(time.process_time() - start)
         detail = ", ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items())
         print(f"turn {turn}: {detail}", flush=True)
     return seconds
 
 
-def over(seconds: list[float], base: list[float], whole_rounds: bool) -> float:
-    """How many times `base`: the median over packs; of sums over whole rounds where images are grouped otherwise."""
+def ratio(seconds: list[float], base: list[float], whole_rounds: bool) -> float:
+    """Returns the ratio of `seconds` to `base`: the median over packs, or the ratio of sums over whole rounds."""
     if whole_rounds:
-        whole = len(base) // PACKS * PACKS
-        return sum(seconds[:whole]) / sum(base[:whole])
+        turns = len(base) // PACKS * PACKS
+        return sum(seconds[:turns]) / sum(base[:turns])
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
 def write(dtype: str, layers: int, seconds: dict[str, list[float]]) -> None:
-    apart = otherwise().keys()
+    regrouped = other_batches().keys()
     rows = [
         {
             "contender": name,
@@ -174,19 +177,20 @@ def write(dtype: str, layers: int, seconds: dict[str, list[float]]) -> None:
             "layers": layers,
             "turns": len(values),
             "cpu_s_per_pack": round(statistics.mean(values), 3),
-            "over_floor": round(over(values, seconds[FLOOR], name in apart), 3),
-            "over_ours": round(over(values, seconds[OURS], name in apart), 3),
-            **where(),
+            "over_floor": round(ratio(values, seconds[FLOOR], name in regrouped), 3),
+            "over_ours": round(ratio(values, seconds[OURS], name in regrouped), 3),
+            **machine_columns(),
         }
         for name, values in seconds.items()
-        if name not in apart or len(values) >= PACKS
+        if name not in regrouped or len(values) >= PACKS
     ]
     add_rows(RESULTS / "bench_cpu.csv", rows)
     for row in rows:
         print(f"{row['contender']:32} {dtype}  {row['over_floor']:5.2f} x floor  {row['over_ours']:5.2f} x ours")
 
 
-def where() -> dict[str, str | int]:
+def machine_columns() -> dict[str, str | int]:
+    """Returns the columns for the machine, the versions, the commit and the date."""
     return {
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),

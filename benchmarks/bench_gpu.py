@@ -1,18 +1,18 @@
-"""Fused operations compared with the memory and the matrix units of a GPU, and a training step compared with its peak.
+"""Compares fused operations with the memory and the matrix units of a GPU, and a training step with the GPU's peak.
 
     python benchmarks/bench_gpu.py [--only kernels | step] [--encoders 0.3b 0.6b 1b] [--seconds 0.3]
     python benchmarks/bench_gpu.py --device cpu --tiny
 
-Needs torch and triton in addition to the project, gcc and the headers of Python (python3-dev), with which triton
-compiles its launcher, and one GPU with 80 GB. Rows of the operations go to results/bench_gpu_kernels.csv: milliseconds
-against plain torch and torch.compile, GB/s (bytes counted by hand, `gpu/counts.py`) against copies on the device, a
-large one (copy_) and one of as many bytes (copy_same_), and TFLOP/s of patch_embed against torch's product of the same
-size, whose rows are filled up to 16 bytes. Rows of the step go to results/bench_gpu_step.csv. A case that fails is
-reported at the end, and the exit code is 1. All of it may take more than ten minutes; `--only` and `--encoders` take
-parts of it, which add their rows to the same files.
+Needs the project with torch and triton, gcc and the headers of Python (python3-dev), with which triton compiles its
+launcher, and one GPU with 80 GB. Rows of the operations are added to results/bench_gpu_kernels.csv: milliseconds
+against plain torch and torch.compile; GB/s (bytes counted by hand in `gpu/counts.py`) against a large copy (copy_) and
+a copy of as many bytes (copy_same_) on the device; TFLOP/s of patch_embed against torch's product of the same size,
+with rows padded to 16 bytes. Rows of the step are added to results/bench_gpu_step.csv. A case that fails is reported at
+the end, and the exit code is 1. The benchmark may take more than ten minutes; `--only` and `--encoders` select parts,
+whose rows are added to the same files.
 
-The second form is a dry run: every line of the first on small shapes on the CPU, with wall-clock times and
-torch.compile without a compiler. It writes no rows, since its figures mean nothing.
+The second form is a dry run of the same code on small shapes on the CPU, with wall-clock times and torch.compile
+without a compiler. A dry run writes no rows, since its times mean nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from univitar_ds.model.config import PRESETS  # noqa: E402
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: encoders by name, tokens of packs, and the shapes of the yardsticks."""
+    """The measured encoders by name, the tokens of packs, and the sizes of copies and matrix products to compare."""
 
     encoders: dict[str, EncoderConfig]
     kernel_tokens: tuple[int, ...]
@@ -81,9 +81,9 @@ def main() -> int:
     plan, device = TINY if arguments.tiny else FULL, torch.device(arguments.device)
     if arguments.encoders:
         plan = replace(plan, encoders={name: plan.encoders[name] for name in arguments.encoders})
-    from torch._functorch import config as graphs  # slow to load, and not used without a GPU
+    from torch._functorch import config as graphs  # slow to import, and not used without a GPU
 
-    # Backward passes are timed repeatedly over one graph, which compiled ones do not allow by default.
+    # A backward pass is timed repeatedly on one graph, which compiled graphs do not allow by default.
     graphs.donated_buffer = False
     timer = Timer(device, arguments.seconds)
     failures: list[str] = []
@@ -100,9 +100,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, no rows; needed with --device cpu")
-    parser.add_argument("--only", choices=("kernels", "step"), help="one half of the benchmark")
-    parser.add_argument("--encoders", nargs="+", choices=FULL.encoders, help="some of the full shapes")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time spent on runs of one case and one way")
+    parser.add_argument("--only", choices=("kernels", "step"), help="only this half of the benchmark")
+    parser.add_argument("--encoders", nargs="+", choices=FULL.encoders, help="only these encoders")
+    parser.add_argument("--seconds", type=float, default=0.3, help="seconds spent on the runs of one operation")
     arguments = parser.parse_args()
     if arguments.device == "cpu" and not arguments.tiny:
         parser.error("--device cpu needs --tiny: the full shapes would take a CPU days")
@@ -133,7 +133,7 @@ def measure_steps(plan: Plan, timer: Timer, failures: list[str], *, keep: bool) 
 
 
 def _guarded(failures: list[str], name: str, run: Callable[[], Any]) -> Any:
-    """What `run` returns; a failure (out of memory, a back end that is missing) costs this case only."""
+    """Returns `run()`. After a failure (out of memory, a missing back end) adds it to `failures` and returns None."""
     try:
         return run()
     except Exception as error:

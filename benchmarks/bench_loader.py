@@ -1,23 +1,23 @@
-"""The cost of the loader, compared with a bare loop, webdataset with a DataLoader, and megatron-energon.
+"""Compares the cost of the loader with a bare loop, webdataset with a DataLoader, and megatron-energon.
 
     python benchmarks/bench_loader.py SHARDS [--rounds 3] [--peer-python PYTHON] [--s3]
     python benchmarks/bench_loader.py SHARDS --before CHECKOUT --contenders ours bare
     python benchmarks/bench_loader.py SHARDS --curve 30 [--s3] [--sizes native_8k]
 
-SHARDS is a folder from `univitar-ds data pack`; at least four shards, so that others can share them among workers.
-Each contender of `loader_contenders.py` runs in its own process, all of them in turn in every round, so that the rows
-of a round have the same conditions. Rows have CPU seconds per 1,000 samples over whole epochs after warming up, of the
-process and all its descendants; samples per second; memory; and for ours the seconds from the decoding processes being
-up to the first pack. Ratios are medians over the rounds. psutil comes with `pip install -e '.[bench]'`, energon
-with `pip install -e '.[energon]'` and --contenders ours bare webdataset energon; --peer-python names the Python of
-another environment that has them. --s3 adds a row for ours that reads the same shards from a store on this machine
-(moto), whose own CPU time is not counted. --before adds rows of another checkout of this project, run by its own
-.venv. --curve MINUTES writes the memory of ours over time, with --s3 from such a
-store, to results/bench_loader_pages.csv.
+SHARDS is a folder written by `univitar-ds data pack`, with at least four shards, so that all contenders can split the
+shards among workers. Each contender of `loader/contenders.py` runs in a separate process. All contenders run once per
+round, so that the rows of a round have the same conditions. A row has: CPU seconds per 1,000 samples of the process and
+all its descendants, over whole epochs after warm-up; samples per second; memory; and for ours the seconds from the
+start of all decoding processes to the first pack. Ratios are medians over the rounds. `pip install -e '.[bench]'`
+installs psutil, `pip install -e '.[energon]'` installs energon for --contenders ours bare webdataset energon.
+--peer-python is the Python of another environment with these packages. --s3 adds a row for ours that reads the same
+shards from a store on this machine (moto), whose CPU time is not counted. --before adds rows of another checkout of
+this project, run by the .venv of that checkout. --curve MINUTES writes the memory of ours over time to
+results/bench_loader_pages.csv, with --s3 for shards in such a store.
 
-Memory is the proportional set size (a page shared by n processes counts 1/n in each) of the trainer's process and
-the decoding processes, shared slots included; `base_mb` is the same process after importing the loader.
-Where other programs on the machine use torch too, that counts too little; --curve also counts distinct pages.
+Memory is the proportional set size (a page shared by n processes counts 1/n in each) of the trainer's process and the
+decoding processes, shared slots included. `base_mb` is the memory of the process after importing the loader. If other
+programs on the machine use torch, the proportional set size is too small; --curve also counts distinct pages.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SIZES = {
     "native_8k": (576, 5832, 112, 8192, 880),
     "small": (64, 256, 28, 16384, 220),
 }
-"""Least and most tokens, divisor in px, token budget, mean tokens of the photos."""
+"""(minimum tokens, maximum tokens, divisor in px, token budget, mean tokens of the photos)."""
 
 
 _KERNEL_PAGES = 1 << 51
@@ -62,13 +62,13 @@ _MAPPED, _FRAME = 1 << 63, (1 << 55) - 1
 
 
 def family(pid: int | None = None) -> list[psutil.Process]:
-    """A process, by default this one, and its descendants."""
+    """Returns a process (default: this process) and its descendants."""
     first = psutil.Process(pid)
     return [first, *first.children(recursive=True)]
 
 
 def cpu_seconds() -> float:
-    """Of this process and those it started that are alive."""
+    """Returns the CPU seconds of this process and its live descendants."""
     total = 0.0
     for process in family():
         times = process.cpu_times()
@@ -77,15 +77,15 @@ def cpu_seconds() -> float:
 
 
 def memory_mb(pid: int | None = None) -> tuple[float, float]:
-    """Proportional and resident set size of the family."""
+    """Returns the proportional and the resident set size of the family in MB."""
     infos = [process.memory_full_info() for process in family(pid)]
     return sum(info.pss for info in infos) / 2**20, sum(info.rss for info in infos) / 2**20
 
 
 def distinct_mb(pid: int) -> float:
-    """Memory pages that the family has mapped, each counted once: independent of other programs. Needs root.
+    """Returns the MB of memory pages that the family has mapped, each page counted once. Needs root.
 
-    For another process than this: counting takes 9 MB.
+    Must be called from outside of the family, since counting needs 9 MB.
     """
     frames: set[int] = set()
     for process in family(pid):
@@ -105,7 +105,7 @@ def distinct_mb(pid: int) -> float:
 
 
 class Times(logging.Handler):
-    """The time at which each decoding process reported that it is up."""
+    """Records the time at which each decoding process reports that it is up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,9 @@ class Times(logging.Handler):
 
 
 def measure(name: str, task: Task, epoch: int, epochs: int) -> dict[str, Any]:
-    """Run a contender for half an epoch and then for `epochs`."""
+    """Runs a contender for half an epoch to warm up, then for `epochs`. Returns the row of the measurement.
+
+    Args: epoch: number of samples of an epoch."""
     if name == "ours":
         import univitar_ds.data.loader  # noqa: F401
     base, _ = memory_mb()
@@ -143,8 +145,8 @@ def measure(name: str, task: Task, epoch: int, epochs: int) -> dict[str, Any]:
 
 
 def first_pack(name: str, task: Task) -> tuple[float, float | None]:
-    """Seconds from the start, and from the time when all decoding processes are up, to the first pack of a rank with
-    one lane."""
+    """Returns the seconds to the first pack of a rank with one lane: from the start of the loader, and from the time at
+    which all decoding processes are up (None: no such processes)."""
     times = Times()
     logger = logging.getLogger("univitar_ds.data.decoding.supervisor")
     logger.setLevel(logging.INFO)
@@ -159,14 +161,14 @@ def first_pack(name: str, task: Task) -> tuple[float, float | None]:
 
 
 def _take(batches: Iterator[int], samples: int) -> int:
-    taken = 0
-    while taken < samples:
-        taken += next(batches)
-    return taken
+    count = 0
+    while count < samples:
+        count += next(batches)
+    return count
 
 
 def run(title: str, name: str, task: Task, epoch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a fresh process, of another checkout where the title says "before"."""
+    """Runs `measure` in a new process, in the checkout --before if the title begins with "before"."""
     python, root = arguments.peer_python if name in ("webdataset", "energon") else sys.executable, ROOT
     if title.startswith("before"):
         root = arguments.before.resolve()
@@ -182,7 +184,7 @@ def run(title: str, name: str, task: Task, epoch: int, arguments: argparse.Names
 
 @contextmanager
 def store(shards: str) -> Iterator[tuple[str, str]]:
-    """The shards in a store on this machine: their address and the store's."""
+    """Uploads the shards to a store on this machine. Yields the address of the shards and of the store."""
     from tests.support.s3 import s3_server
 
     with s3_server() as server:
@@ -211,12 +213,13 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def detail(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The medians over rounds of the cost of a contender and of ours in the same round."""
+    """Yields a line per contender: the median over rounds of its cost, and of the ratios to ours in the same round."""
     for sizes in dict.fromkeys(row["sizes"] for row in rows):
-        of = {name: [row for row in rows if (row["sizes"], row["contender"]) == (sizes, name)] for name in _names(rows)}
-        for name, own in of.items() if "ours" in of else ():
-            ratios = [a["cpu_s_per_1000"] / b["cpu_s_per_1000"] for a, b in zip(own, of["ours"], strict=True)]
-            speeds = [b["samples_per_s"] / a["samples_per_s"] for a, b in zip(own, of["ours"], strict=True)]
+        of_sizes = [row for row in rows if row["sizes"] == sizes]
+        by_name = {name: [row for row in of_sizes if row["contender"] == name] for name in _names(rows)}
+        for name, own in by_name.items() if "ours" in by_name else ():
+            ratios = [a["cpu_s_per_1000"] / b["cpu_s_per_1000"] for a, b in zip(own, by_name["ours"], strict=True)]
+            speeds = [b["samples_per_s"] / a["samples_per_s"] for a, b in zip(own, by_name["ours"], strict=True)]
             cost = statistics.median(row["cpu_s_per_1000"] for row in own)
             yield (
                 f"{sizes:7} {name:11} {cost:6.3f} CPU s per 1,000 samples, {statistics.median(ratios):.2f} times ours; "
@@ -229,13 +232,15 @@ def _names(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def curve(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Memory of ours every ten seconds, measured from outside, at a limited rate of packs."""
+    """Returns rows of the memory of ours every ten seconds, measured from another process.
+
+    --pause limits the rate of packs."""
     (sizes,) = arguments.sizes
     with store(arguments.shards) if arguments.s3 else nullcontext((arguments.shards, None)) as (address, endpoint):
         context = multiprocessing.get_context("spawn")
         samples = context.Value("q", 0)
         task = Task(address, endpoint, arguments.workers, *SIZES[sizes])
-        loading = context.Process(target=load_for_ever, args=(task, arguments.pause, samples), daemon=True)
+        loading = context.Process(target=load_forever, args=(task, arguments.pause, samples), daemon=True)
         loading.start()
         rows: list[dict[str, Any]] = []
         while not samples.value:
@@ -252,7 +257,7 @@ def curve(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def load_for_ever(task: Task, pause: float, samples: Synchronized[int]) -> None:
+def load_forever(task: Task, pause: float, samples: Synchronized[int]) -> None:
     for count in CONTENDERS["ours"](task):
         samples.value += count
         time.sleep(pause)
@@ -283,7 +288,7 @@ def main() -> None:
         request = json.loads(arguments.request)
         row = measure(request["name"], Task(**request["task"]), request["epoch"], request["epochs"])
         print(json.dumps(row), flush=True)
-        os._exit(0)  # the contenders never end, and some of their processes not either
+        os._exit(0)  # contenders and some of their processes never end
     if arguments.curve and len(arguments.sizes) > 1:
         parser.error("--curve takes one of --sizes")
     if arguments.curve:

@@ -1,10 +1,10 @@
-"""The fill of packs, the differences of cost within a step, the waiting time of samples, and the cost of packing.
+"""Measures the fill of packs, the differences of cost within a step, the wait of samples, and the cost of packing.
 
     python benchmarks/bench_packing.py [--photos FOLDER] [--steps 200]
 
-Four real lanes plan packs from shards; nothing is decoded. The photos are packed first, with their sizes as they are.
-Every other mix is made here: images that consist of a JPEG header only. A cost budget is given as a share of what a
-pack full of tokens costs on average, for the 0.3B encoder. Rows go to results/bench_packing.csv.
+Four lanes of the training loader plan packs from shards; nothing is decoded. The photos are written to shards first, at
+their original sizes. The images of every other mix are synthetic and consist of a JPEG header only. A cost budget is a
+share of the average cost of a pack full of tokens, for the 0.3B encoder. Rows are written to results/bench_packing.csv.
 """
 
 from __future__ import annotations
@@ -50,35 +50,38 @@ ANY = {"min_tokens": 1, "max_tokens": 8192, "divisor_px": PATCH}
 
 @dataclass(frozen=True)
 class Mix:
-    """Shards and how their images are sized."""
+    """Shards, the sizes at which their images enter the encoder, and the token budget of a pack."""
 
     name: str
     shards: str
-    rule: dict[str, int]
+    size: dict[str, int]
     token_budget: int
 
     def stage(self, cost_budget: float | None) -> StageConfig:
         tflops = None if cost_budget is None else cost_budget / 1e12
         return StageConfig(
-            name="s", samples=1, lr=1.0, image=self.rule, token_budget=self.token_budget, cost_budget_tflops=tflops
+            name="s", samples=1, lr=1.0, image=self.size, token_budget=self.token_budget, cost_budget_tflops=tflops
         )
 
 
-def log_normal(median: float, sigma: float, most: int) -> Callable[[random.Random], tuple[int, int]]:
-    """Sides in patches of an image whose tokens are log-normal, at most `most`, of any shape up to 2 : 1."""
+def log_normal(median: float, sigma: float, max_tokens: int) -> Callable[[random.Random], tuple[int, int]]:
+    """Returns a function that draws an image's height and width in patches.
+
+    The number of tokens is log-normal and at most `max_tokens`; the aspect ratio is at most 2 : 1.
+    """
 
     def sides(rng: random.Random) -> tuple[int, int]:
         while True:
             tokens, aspect = median * math.exp(rng.gauss(0, sigma)), 2 ** rng.uniform(-1, 1)
             h, w = max(1, round(math.sqrt(tokens * aspect))), max(1, round(math.sqrt(tokens / aspect)))
-            if h * w <= most:
+            if h * w <= max_tokens:
                 return h, w
 
     return sides
 
 
 def write_headers(folder: Path, sides: Callable[[random.Random], tuple[int, int]], samples: int = 24_000) -> str:
-    """Shards of images that have a header and no pixels."""
+    """Writes shards of images that have a header and no pixels. Returns their folder."""
     folder.mkdir()
     rng = random.Random(0)
     for shard in range(8):
@@ -94,11 +97,12 @@ def write_headers(folder: Path, sides: Callable[[random.Random], tuple[int, int]
     return str(folder)
 
 
-def most_possible(sizes: list[int], budget: int) -> float:
-    """A bound on the fill of an epoch in which items are nearly alike, so that packs have n or n + 1 of them.
+def max_fill(sizes: list[int], budget: int) -> float:
+    """Returns an upper bound on the fill of an epoch of items of similar sizes, where packs have n or n + 1 items.
 
-    Packs of n + 1 can only hold as many items as are small enough on average; all others have at most n.
-    1 where even n + 2 of the smallest fit (of two epochs: a pack may hold both), since the bound is not useful then.
+    Packs of n + 1 items can only contain the smallest items, as many as fit on average; all other packs have at most n.
+    Returns 1, since the bound is not useful, if n + 2 of the smallest items fit, counting each item twice: a pack may
+    contain samples of two epochs.
     """
     sizes = sorted(sizes)
     few = int(budget / (sum(sizes) / len(sizes)))
@@ -109,7 +113,7 @@ def most_possible(sizes: list[int], budget: int) -> float:
 
 
 def measure(mix: Mix, steps: int, cost_budget: float | None) -> dict[str, Any]:
-    """Packs of all lanes over `steps` steps."""
+    """Returns the row of a mix: the packs of all lanes over `steps` steps."""
     stage = mix.stage(cost_budget)
     data = DataConfig(sources=[SourceConfig(path=mix.shards)], lanes=LANES)
     shards = validate_sources(data.sources, [stage])
@@ -118,32 +122,32 @@ def measure(mix: Mix, steps: int, cost_budget: float | None) -> dict[str, Any]:
     clock = _Clock()
     with clock:
         plans = [[lane.next_plan("image", step) for lane in lanes] for step in range(steps)]
-    every = [plan for step in plans for plan in step]
-    sizes = [[item.sample.tokens for item in plan.items] for plan in every]
+    flat_plans = [plan for step in plans for plan in step]
+    sizes = [[sample.tokens for sample in plan.samples] for plan in flat_plans]
     fills = [sum(pack) / mix.token_budget for pack in sizes]
-    costs = [_cost(plan) for plan in every]
+    costs = [_cost(plan) for plan in flat_plans]
     imbalances = [max(step) * LANES / sum(step) - 1 for step in zip(*[iter(costs)] * LANES, strict=True)]
     items = sum(map(len, sizes))
-    epoch = {item.sample.name: item.sample.tokens for plan in every for item in plan.items}
+    tokens_by_name = {sample.name: sample.tokens for plan in flat_plans for sample in plan.samples}
     return {
         "steps": steps,
         "lanes": LANES,
-        "items_per_pack": round(items / len(every), 2),
+        "items_per_pack": round(items / len(flat_plans), 2),
         "largest_item_share": round(max(max(pack) for pack in sizes) / mix.token_budget, 3),
         "fill_mean_pct": round(100 * sum(fills) / len(fills), 3),
         "fill_min_pct": round(100 * min(fills), 2),
-        "fill_bound_pct": round(100 * most_possible(list(epoch.values()), mix.token_budget), 2),
+        "fill_bound_pct": round(100 * max_fill(list(tokens_by_name.values()), mix.token_budget), 2),
         "cost_fill_mean_pct": None if cost_budget is None else round(100 * sum(costs) / len(costs) / cost_budget, 2),
         "flop_imbalance_mean_pct": round(100 * sum(imbalances) / len(imbalances), 3),
         "flop_imbalance_max_pct": round(100 * max(imbalances), 2),
-        "longest_wait_packs": max(plan.index - item.address.since for plan in every for item in plan.items),
+        "longest_wait_packs": max(plan.index - s.address.since for plan in flat_plans for s in plan.samples),
         "choose_cpu_us_per_sample": round(1e6 * clock.seconds / items, 1),
         "mean_full_pack_cost": sum(costs) / sum(map(sum, sizes)) * mix.token_budget,
     }
 
 
 class _Clock:
-    """CPU time within `packing.choose` while entered."""
+    """Measures the CPU time of `packing.choose` in a `with` block."""
 
     def __enter__(self) -> _Clock:
         self.seconds = 0.0
@@ -162,28 +166,28 @@ class _Clock:
 
 
 def _cost(plan: Plan) -> float:
-    return sum(packing.item_cost(item.sample.tokens, COST) for item in plan.items)
+    return sum(packing.item_cost(sample.tokens, COST) for sample in plan.samples)
 
 
 def mixes(folder: Path, photos: Path | None) -> list[Mix]:
-    made = []
+    all_mixes = []
     if photos is not None:
         pack_folder(photos, folder / "photos", PackOptions(verify=False, progress=False))
         recipe = load_config("photos", []).stages[0]
-        rule, budget = recipe.image.model_dump(include=set(ANY)), recipe.token_budget
+        resolution, budget = recipe.image.model_dump(include=set(ANY)), recipe.token_budget
         shards = str(folder / "photos")
-        made += [Mix(f"photos, recipe, {tokens}", shards, rule, tokens) for tokens in (budget, 2 * budget)]
-        made.append(Mix("photos, release sizes", shards, RELEASE, 16384))
-        made.append(Mix("photos, own sizes", shards, {**ANY, "max_tokens": 4096}, 16384))
+        all_mixes += [Mix(f"photos, recipe, {tokens}", shards, resolution, tokens) for tokens in (budget, 2 * budget)]
+        all_mixes.append(Mix("photos, release sizes", shards, RELEASE, 16384))
+        all_mixes.append(Mix("photos, own sizes", shards, {**ANY, "max_tokens": 4096}, 16384))
     for median, sigma in ((400, 1.0), (1500, 0.8), (3000, 1.0)):
         shards = write_headers(folder / f"{median}", log_normal(median, sigma, 8192))
-        made.append(Mix(f"log-normal, median {median}, sigma {sigma}", shards, ANY, 16384))
-    return made
+        all_mixes.append(Mix(f"log-normal, median {median}, sigma {sigma}", shards, ANY, 16384))
+    return all_mixes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="a folder that data pack can pack; left out when absent")
+    parser.add_argument("--photos", type=Path, help="folder for `data pack`; default: synthetic mixes only")
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     about = {
@@ -200,8 +204,8 @@ def main() -> None:
                 row = measure(mix, arguments.steps, None if share is None else share * full)
                 full = full or row["mean_full_pack_cost"]
                 del row["mean_full_pack_cost"]
-                named = {"mix": mix.name, "token_budget": mix.token_budget, "cost_budget_share": share}
-                rows.append({**named, **row, **about})
+                settings = {"mix": mix.name, "token_budget": mix.token_budget, "cost_budget_share": share}
+                rows.append({**settings, **row, **about})
                 sys.stderr.write(f"{rows[-1]}\n")
     write_rows(RESULTS / "bench_packing.csv", rows)
 

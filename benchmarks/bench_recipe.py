@@ -1,16 +1,16 @@
-"""The effect of the recipe: fixed size, curriculum, and curriculum with distillation, with equal samples, over seeds.
+"""Compares fixed size, curriculum, and curriculum with distillation, with equal samples and several seeds.
 
     python benchmarks/bench_recipe.py WORK [--samples 3000] [--seeds 0 1 2]
 
-Everything happens in the folder WORK: the demo's scenes, other scenes from another seed for the teacher, which is an
-encoder of the same size trained on them, and a run for each arm and seed. Existing results are used again, so an
-interrupted call continues where it stopped. Each run is evaluated at a quarter, half, three quarters and the whole of
-its samples on compositions of colour and shape that no arm has seen. Rows go to results/bench_recipe.csv.
+The folder WORK gets the demo's scenes, scenes from another seed, a teacher (an encoder of the same size, trained on the
+scenes from the other seed), and a run for each arm and seed. Existing results are used again, so an interrupted call
+continues where it stopped. Each run is evaluated after a quarter, half, three quarters and all of its samples, on
+compositions of colour and shape that no arm has seen. Rows are added to results/bench_recipe.csv.
 
 Runs have one process and one lane: half the demo's batch. All arms have the same share of steps with videos and the
-same largest number of tokens an item. `fixed` resizes everything to one square; `curriculum` goes from small squares
-to native images to native images and videos; `distilled` is the curriculum with a distillation loss of decreasing
-weight.
+same maximum number of tokens per item. `fixed` resizes all items to one square size. `curriculum` trains on small
+squares, then on native images, then on native images and videos. `distilled` is the curriculum with a distillation loss
+of decreasing weight.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ from univitar_ds.training.checkpoint.sharded import read_state
 ARMS = ("fixed", "curriculum", "distilled")
 IMAGES, VIDEOS = 1600, 1600
 TEACHER_SCENES = 100
-"""Seed of the scenes that the teacher was trained on: the same kind of data, but no common samples."""
+"""Seed of the scenes that the teacher is trained on: similar data, but no common samples."""
 VIDEO_SHARE = 0.4
 SHARES = (0.2, 0.2, 0.6)
-"""Of the samples, by stage of the curriculum; the last has all videos."""
+"""Share of the samples in each stage of the curriculum. The last stage has all videos."""
 POINTS = (0.25, 0.5, 0.75, 1.0)
+"""Shares of a run's samples after which the run is evaluated."""
 NATIVE_IMAGE = {"min_tokens": 16, "max_tokens": 100, "divisor_px": 14}
 NATIVE_VIDEO = {"min_tokens": 32, "max_tokens": 144, "divisor_px": 14}
 FIXED_IMAGE, FIXED_VIDEO, SMALL_IMAGE = (({"kind": "fixed", "size_px": px}) for px in (140, 84, 84))
@@ -53,7 +54,7 @@ FIXED_IMAGE, FIXED_VIDEO, SMALL_IMAGE = (({"kind": "fixed", "size_px": px}) for 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--samples", type=int, default=3000, help="of a run, over all its stages (default 3000)")
+    parser.add_argument("--samples", type=int, default=3000, help="samples of a run, over all stages (default 3000)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     arguments = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def provide_shards(work: Path, name: str, seed: int) -> Path:
-    """Scenes like those of the demo, packed."""
+    """Writes scenes like those of the demo, unless they exist. Returns the folder of their shards."""
     shards = work / f"{name}-shards"
     if not (shards / "manifest.json").is_file():
         write_scenes(work / name, images=IMAGES, videos=VIDEOS, seed=seed, progress=True)
@@ -79,7 +80,7 @@ def provide_shards(work: Path, name: str, seed: int) -> Path:
 
 
 def provide_teacher(work: Path, samples: int) -> Path:
-    """The exported encoder of a run on other scenes, in the fixed arm's way."""
+    """Trains a teacher like the fixed arm, on other scenes. Returns the folder of the exported encoder."""
     shards = provide_shards(work, "teacher-scenes", seed=TEACHER_SCENES)
     config = run_of("fixed", work, shards, samples, TEACHER_SCENES, None) | {"name": "teacher"}
     train(config, work)
@@ -87,7 +88,7 @@ def provide_teacher(work: Path, samples: int) -> Path:
 
 
 def run_of(arm: str, work: Path, shards: Path, samples: int, seed: int, teacher: Path | None) -> dict[str, Any]:
-    """The run file of an arm: that of the demo with other stages."""
+    """Returns the configuration of an arm: that of the demo with other stages."""
     config = read_yaml(recipe_path("demo"))
     (demo_stage,) = config["stages"]
     common = {key: demo_stage[key] for key in ("video_frames", "token_budget", "lr", "final_lr_ratio")}
@@ -106,20 +107,21 @@ def run_of(arm: str, work: Path, shards: Path, samples: int, seed: int, teacher:
 
 
 def stages_of(arm: str, samples: int, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the stages of an arm. Args: samples: of all stages. common: settings of every stage."""
     warmup = samples // 10
     native = {"image": NATIVE_IMAGE, "video": NATIVE_VIDEO}
     if arm == "fixed":
-        rule = {"image": FIXED_IMAGE, "video": FIXED_VIDEO}
+        sizes = {"image": FIXED_IMAGE, "video": FIXED_VIDEO}
         yield {
-            "name": "fixed", "samples": samples, "video_ratio": VIDEO_SHARE, "warmup_samples": warmup, **rule, **common
+            "name": "fixed", "samples": samples, "video_ratio": VIDEO_SHARE, "warmup_samples": warmup, **sizes, **common
         }  # fmt: skip
         return
     first, second, third = (int(samples * share) for share in SHARES)
-    flat = {**common, "lr_schedule": "constant"}
-    flat.pop("final_lr_ratio")
+    constant_lr = {**common, "lr_schedule": "constant"}
+    constant_lr.pop("final_lr_ratio")
     stages = [
-        {"name": "small", "samples": first, "warmup_samples": warmup, "image": SMALL_IMAGE, **flat},
-        {"name": "native", "samples": second, **native, **flat},
+        {"name": "small", "samples": first, "warmup_samples": warmup, "image": SMALL_IMAGE, **constant_lr},
+        {"name": "native", "samples": second, **native, **constant_lr},
         {"name": "video", "samples": third, "video_ratio": round(VIDEO_SHARE / SHARES[2], 3), **native, **common},
     ]
     weights = [{"start": 1.0}, {"start": 0.5}, {"kind": "cosine", "start": 0.5, "end": 0.0}]
@@ -128,38 +130,38 @@ def stages_of(arm: str, samples: int, common: dict[str, Any]) -> Iterator[dict[s
 
 
 def train(config: dict[str, Any], work: Path) -> None:
-    """Trains an arm unless its run is complete; continues one that was interrupted."""
+    """Trains a run unless it is complete. Continues an interrupted run."""
     run = work / "runs" / config["name"]
     if (run / "export/config.json").is_file():
         return
     file = work / f"{config['name']}.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    what = ["--resume", str(run)] if (run / CHECKPOINTS / "latest").is_file() else ["--config", str(file)]
-    command = [sys.executable, "-m", "univitar_ds", "train", *what]
+    source = ["--resume", str(run)] if (run / CHECKPOINTS / "latest").is_file() else ["--config", str(file)]
+    command = [sys.executable, "-m", "univitar_ds", "train", *source]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True)
 
 
 def rows_of(arm: str, seed: int, samples: int, run: Path) -> Iterator[dict[str, Any]]:
-    """The figures of the checkpoints nearest to POINTS."""
+    """Yields a row for each score of the checkpoints nearest to POINTS."""
     folders = atomic_dir.complete(run / CHECKPOINTS)
     seen = [read_state(folder)["progress"]["samples"] for folder in folders]
     for point in POINTS:
         nearest = min(range(len(folders)), key=lambda index: abs(seen[index] - point * samples))
         state = read_state(folders[nearest])
-        for figure in evaluate(open_trained(folders[nearest]))["figures"]:
+        for score in evaluate(open_trained(folders[nearest]))["figures"]:
             yield {
                 "arm": arm,
                 "seed": seed,
                 "samples_seen": seen[nearest],
                 "tokens_seen": state["progress"]["tokens"],
                 "train_s": round(state["seconds"], 1),
-                "task": figure["task"],
-                "modality": figure.get("modality", ""),
-                "measure": figure["measure"],
-                "value": round(figure["value"], 4),
-                "chance": round(figure["chance"], 4),
-                "n": figure["n"],
+                "task": score["task"],
+                "modality": score.get("modality", ""),
+                "measure": score["measure"],
+                "value": round(score["value"], 4),
+                "chance": round(score["chance"], 4),
+                "n": score["n"],
                 "date": date.today().isoformat(),
                 "commit": git_commit(),
                 "cpu": processor(),
@@ -167,7 +169,7 @@ def rows_of(arm: str, seed: int, samples: int, run: Path) -> Iterator[dict[str, 
 
 
 def append_rows(rows: Iterator[dict[str, Any]]) -> None:
-    """Of one run, all at once."""
+    """Adds the rows of one run to the results at once, and prints the last eight rows."""
     rows = list(rows)
     add_rows(RESULTS / "bench_recipe.csv", rows)
     for row in rows[-8:]:

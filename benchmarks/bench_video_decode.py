@@ -1,14 +1,15 @@
-"""The cost of the frames of a video, compared with the simplest correct PyAV loop for the same frames.
+"""CPU time of decoding some frames of a video, compared with the simplest correct PyAV loop for the same frames.
 
     python benchmarks/bench_video_decode.py [--videos FOLDER] [--frames 8]
 
-Videos are those of a folder (mp4, mkv, webm ... below it) and synthetic ones made here. For each, `decode_video` and
-the plain loop take turns in one process; a row has the least CPU time of either over the rounds, and whether the pixels
-are the same to the bit. The plain loop is given the frames to take, decodes up to the last of them in one thread,
-converts and turns those alone, and stacks them. Rows go to results/bench_video_decode.csv.
+The videos are all videos below a folder (mp4, mkv, webm ...) and synthetic videos that this script encodes. For each
+video, `decode_video` and the plain loop alternate in one process. A row has the minimum CPU time of each over the
+rounds, and whether the pixels are bitwise equal. The plain loop is called with frame numbers, decodes up to the last of
+these frames in one thread, converts and rotates only these frames, and stacks them. Rows are written to
+results/bench_video_decode.csv.
 
-A second table, results/bench_video_scaling.csv, shows whether swscale may scale during the conversion to RGB: the
-difference of its pixels to antialiased bicubic resizing of the RGB frame, in levels of 255.
+A second table, results/bench_video_scaling.csv, shows whether swscale may scale during the conversion to RGB: it has
+the difference between swscale's pixels and antialiased bicubic resizing of the RGB frame, in levels of 255.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ SYNTHETIC = {
     "mjpeg_mov": ("mov", "mjpeg", (360, 640), 100, {}),
     "one_frame": ("mp4", "libx264", (360, 640), 1, {"x264-params": X264}),
 }
-"""Container, encoder, (height, width), frames, settings."""
+"""Synthetic videos by name: (container, encoder, (height, width), number of frames, settings of the encoder)."""
 
 
 def synthetic(form: str, codec: str, size: tuple[int, int], count: int, settings: dict[str, str]) -> bytes:
-    """A window that slides over a textured image."""
+    """Encodes a video of a window that slides over a textured image. The arguments are those of `SYNTHETIC`."""
     height, width = size
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (height // 6, width // 6, 3), np.uint8))
@@ -79,21 +80,21 @@ def synthetic(form: str, codec: str, size: tuple[int, int], count: int, settings
 
 
 def plain(data: bytes, numbers: list[int]) -> np.ndarray:
-    """The simplest correct loop: (frames, H, W, 3) uint8 of the frames with these numbers."""
-    taken: dict[int, np.ndarray] = {}
+    """Decodes the frames with these numbers in the simplest correct loop. Returns (frames, H, W, 3) uint8."""
+    decoded: dict[int, np.ndarray] = {}
     with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         for number, frame in enumerate(container.decode(stream)):
             if number in numbers:
-                taken[number] = np.rot90(frame.to_ndarray(format="rgb24", threads=1), frame.rotation // 90)
+                decoded[number] = np.rot90(frame.to_ndarray(format="rgb24", threads=1), frame.rotation // 90)
             if number == numbers[-1]:
                 break
-    return np.stack([taken[number] for number in numbers])
+    return np.stack([decoded[number] for number in numbers])
 
 
 def frame_count(data: bytes) -> tuple[str, int, str]:
-    """Codec, frames that can be decoded, size."""
+    """Returns the codec, the number of frames that can be decoded, and the size as "WIDTHxHEIGHT"."""
     with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
         context = container.streams.video[0].codec_context
         count = sum(1 for _ in container.decode(video=0))
@@ -101,35 +102,36 @@ def frame_count(data: bytes) -> tuple[str, int, str]:
 
 
 def cpu_seconds(work: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
+    """Returns the CPU time of `work()` in seconds, and its result."""
     began = time.process_time()
     result = work()
     return time.process_time() - began, result
 
 
 def measure(data: bytes, frames: int, rounds: int) -> dict[str, object]:
-    """One row of the first table."""
+    """Returns one row of the first table."""
     codec, count, size = frame_count(data)
     numbers = by_count(sample_positions(UNIFORM, frames, 0), count)
-    ours, theirs = [], []
+    our_seconds, plain_seconds = [], []
     for _ in range(rounds):
-        seconds, mine = cpu_seconds(lambda: decode_video(data, frames=frames, limits=LIMITS))
-        ours.append(seconds)
-        seconds, truth = cpu_seconds(lambda: plain(data, numbers))
-        theirs.append(seconds)
+        seconds, our_pixels = cpu_seconds(lambda: decode_video(data, frames=frames, limits=LIMITS))
+        our_seconds.append(seconds)
+        seconds, plain_pixels = cpu_seconds(lambda: plain(data, numbers))
+        plain_seconds.append(seconds)
     return {
         "codec": codec,
         "size_px": size,
         "video_frames": count,
         "frames": frames,
-        "decode_video_cpu_ms": round(1e3 * min(ours), 2),
-        "plain_cpu_ms": round(1e3 * min(theirs), 2),
-        "ratio": round(min(ours) / min(theirs), 3),
-        "same_pixels": np.array_equal(mine, truth),
+        "decode_video_cpu_ms": round(1e3 * min(our_seconds), 2),
+        "plain_cpu_ms": round(1e3 * min(plain_seconds), 2),
+        "ratio": round(min(our_seconds) / min(plain_seconds), 3),
+        "same_pixels": np.array_equal(our_pixels, plain_pixels),
     }
 
 
 def videos(folder: Path | None) -> Iterator[tuple[str, str, bytes]]:
-    """(set, name, bytes) of every video."""
+    """Yields (set, name, bytes) of every video: those below `folder` if given, then the synthetic videos."""
     for path in sorted(folder.rglob("*")) if folder else []:
         if path.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS:
             yield "folder", path.name, path.read_bytes()
@@ -138,7 +140,9 @@ def videos(folder: Path | None) -> Iterator[tuple[str, str, bytes]]:
 
 
 def scaling(name: str, data: bytes, share: float, rounds: int = 7) -> Iterator[dict[str, object]]:
-    """Rows of the second table: one frame scaled by swscale in several ways, against bicubic resizing of its RGB."""
+    """Yields rows of the second table: the first frame scaled by swscale, against bicubic resizing of its RGB pixels.
+
+    Args: share: the size of the scaled frame as a share of the video's size."""
     with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
         frame = next(container.decode(video=0))
     width, height = (int(side * share) // 14 * 14 for side in (frame.width, frame.height))
@@ -151,23 +155,23 @@ def scaling(name: str, data: bytes, share: float, rounds: int = 7) -> Iterator[d
     exact = (
         Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
     )
-    ways = {"bilinear": Interpolation.BILINEAR, "bicubic": Interpolation.BICUBIC, "bicubic_exact": exact}
-    cost, truth = min((cpu_seconds(resized) for _ in range(rounds)), key=lambda pair: pair[0])
-    for way, flags in {**ways, "area": Interpolation.AREA}.items():
+    methods = {"bilinear": Interpolation.BILINEAR, "bicubic": Interpolation.BICUBIC, "bicubic_exact": exact}
+    resize_seconds, resized_pixels = min((cpu_seconds(resized) for _ in range(rounds)), key=lambda pair: pair[0])
+    for method, flags in {**methods, "area": Interpolation.AREA}.items():
 
         def scaled(flags: int = flags) -> np.ndarray:
-            scaled = reformatter.reformat(frame, width, height, "rgb24", interpolation=flags, threads=1)
-            return scaled.to_ndarray()
+            rgb = reformatter.reformat(frame, width, height, "rgb24", interpolation=flags, threads=1)
+            return rgb.to_ndarray()
 
         seconds, pixels = min((cpu_seconds(scaled) for _ in range(rounds)), key=lambda pair: pair[0])
-        difference = np.abs(pixels.astype(int) - truth)
+        difference = np.abs(pixels.astype(int) - resized_pixels)
         yield {
             "video": name,
             "from_px": f"{frame.width}x{frame.height}",
             "to_px": f"{width}x{height}",
-            "way": way,
+            "way": method,
             "swscale_cpu_ms": round(1e3 * seconds, 2),
-            "rgb_then_pillow_cpu_ms": round(1e3 * cost, 2),
+            "rgb_then_pillow_cpu_ms": round(1e3 * resize_seconds, 2),
             "mean_levels": round(float(difference.mean()), 2),
             "p99_levels": int(np.percentile(difference, 99)),
             "max_levels": int(difference.max()),
@@ -175,7 +179,7 @@ def scaling(name: str, data: bytes, share: float, rounds: int = 7) -> Iterator[d
 
 
 def circumstances() -> dict[str, str]:
-    """The conditions of a measurement."""
+    """Returns the columns for the date, the commit, the processor and the versions."""
     versions = f"av {av.__version__}, numpy {np.__version__}, python {platform.python_version()}"
     return {"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "cpu": processor(), "versions": versions}
 
@@ -192,7 +196,7 @@ def main() -> None:
         try:
             rows.append({"set": group, "video": name, **measure(data, options.frames, options.rounds)})
         except (SampleError, av.FFmpegError, KeyError) as error:
-            print(f"{name}: left out: {error}", file=sys.stderr)
+            print(f"{name}: skipped: {error}", file=sys.stderr)
             continue
         if len(scaled) < 24 or group == "synthetic":
             scaled += [row for share in (0.6, 0.3) for row in scaling(name, data, share)]

@@ -1,4 +1,4 @@
-"""Rows of the benchmarks: what they were measured on, and the CSV files in results/ that keep them."""
+"""Columns for the machine and the commit of a measurement, and writing of rows to the CSV files in results/."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @functools.cache
 def git_commit() -> str:
-    """The commit that is checked out; "unknown" outside a repository."""
+    """Returns the commit that is checked out; "unknown" outside of a repository or without git."""
     if shutil.which("git") is None:
         return "unknown"
-    detail = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return detail.stdout.strip() or "unknown"
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
 
 
 def processor() -> str:
-    """The CPU by the name that it gives itself."""
+    """Returns the model name of the CPU, or the machine type if /proc/cpuinfo has no name."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def add_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Adds rows to a CSV file; those of other machines and commits stay.
+    """Adds rows to a CSV file; existing rows stay.
 
-    Raises: SystemExit if its columns are others.
+    Raises: SystemExit if the file has other columns.
     """
     new = not path.exists()
     if not new:
@@ -46,7 +46,7 @@ def add_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A CSV file of these rows alone."""
+    """Writes a CSV file of these rows; existing rows are lost."""
     _write(path, "w", rows, header=True)
 
 
@@ -60,5 +60,5 @@ def _write(path: Path, mode: str, rows: Sequence[dict[str, Any]], *, header: boo
 
 
 def rounded(value: float | None, digits: int = 4) -> float | None:
-    """To significant digits."""
+    """Rounds to `digits` significant digits; None stays None."""
     return None if value is None else float(f"{value:.{digits}g}")

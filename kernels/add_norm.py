@@ -1,6 +1,6 @@
-"""Residual sum with LayerScale and the RMSNorm of it, forward and backward.
+"""Residual sum with LayerScale and RMSNorm of the sum, forward and backward.
 
-Saved for the backward: the sum, which the next residual keeps anyway, the branch and both vectors.
+The backward saves the sum, which the next residual saves anyway, the branch and both vectors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def forward_kernel(
     for tile in tl.static_range(TILES):
         at = tile * BLOCK + lane
         total = load_rows(X, row, at, T, N) + load_rows(BRANCH, row, at, T, N) * load_vector(S, at, N, R)
-        # The stored (rounded) sum is normed, here and in the backward.
+        # The norm uses the stored, rounded sum, as in the backward.
         total = total.to(SUM.dtype.element_ty).to(tl.float32)
         store_rows(SUM, total, row, at, T, N)
         squares += total * total
@@ -73,18 +73,18 @@ def backward_kernel(
         square, dot = sums_of_rows(squares, dots)
         scale = tl.rsqrt(square / N + eps)
         pull = dot / N * scale * scale
-        more_scales = ()
-        more_weights = ()
+        new_scale_sums = ()
+        new_weight_sums = ()
         for tile in tl.static_range(TILES):
             at = tile * BLOCK + lane
             dx = (gs[tile] * weights[tile].to(tl.float32) - totals[tile] * pull) * scale
             dx += load_rows(DSUM, row, at, T, N)
             store_rows(DX, dx, row, at, T, N)
             store_rows(DBRANCH, dx * scales[tile].to(tl.float32), row, at, T, N)
-            more_scales += (scale_sums[tile] + dx * load_rows(BRANCH, row, at, T, N),)
-            more_weights += (weight_sums[tile] + gs[tile] * totals[tile] * scale,)
-        scale_sums = more_scales
-        weight_sums = more_weights
+            new_scale_sums += (scale_sums[tile] + dx * load_rows(BRANCH, row, at, T, N),)
+            new_weight_sums += (weight_sums[tile] + gs[tile] * totals[tile] * scale,)
+        scale_sums = new_scale_sums
+        weight_sums = new_weight_sums
     store_partial(DS, scale_sums, N, BLOCK, TILES)
     store_partial(DW, weight_sums, N, BLOCK, TILES)
 
@@ -112,5 +112,5 @@ class AddNorm(torch.autograd.Function):
 
 
 def add_norm(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `kernels.reference.add_norm`; on a GPU."""
+    """Computes `kernels.reference.add_norm` on a GPU."""
     return AddNorm.apply(x, branch, scale, weight, eps)

@@ -1,13 +1,13 @@
-"""The token-wise operations on a CPU, each forward and each backward one loop made by torch.compile.
+"""The token-wise operations on a CPU, with torch.compile making one loop of each forward and of each backward.
 
-Names, shapes and precision are `kernels.reference`'s. Forward and backward are written by hand here and compiled
-separately, so that the code of an operation is the same with and without gradients and under activation checkpointing,
-and so that only its inputs and one reciprocal root mean square a token are kept in between. Sizes are symbolic: packs
-of any length run the same code. Only the angles are not computed in the same loop: cosines and sines of a pack are
-computed once and shared by its layers, since the loop over heads would compute them H times.
+Names, shapes and precision are those of `kernels.reference`. Forward and backward are written by hand and compiled
+separately: the code of an operation is the same with and without gradients and under activation checkpointing, and only
+the inputs and one reciprocal root mean square per token are saved for the backward. Sizes are symbolic, so packs of any
+length run the same code. The cosines and sines of a pack are computed outside of the loops, once for all layers, since
+the loop over heads would compute them H times.
 
-If the compiler fails, the same functions run as plain torch, and one message reports the reason. Shape legend:
-`reference`.
+If the compiler fails, the same functions run as plain torch, and one message reports the reason. The letters of shapes
+are those of `kernels.reference`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from univitar_ds.kernels import reference
-from univitar_ds.kernels.reference import patch_embed as patch_embed  # compiling gains nothing here
+from univitar_ds.kernels.reference import patch_embed as patch_embed  # compiling it saves no time
 
 log = logging.getLogger(__name__)
 
 
 class Region:
-    """A function of tensors, the first of which has T rows; compiled at its first call.
+    """A function of tensors that is compiled at its first call. The first tensor has T rows.
 
-    One token or none runs as plain torch, since torch.compile specialises on sizes 0 and 1.
+    Packs of at most one token run as plain torch, since torch.compile specialises on sizes 0 and 1.
     """
 
     failed = False
-    """Whether the compiler failed in this process; then nothing is compiled any more."""
+    """Whether the compiler has failed in this process. After a failure nothing is compiled."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.plain = function
@@ -42,7 +42,7 @@ class Region:
             function,
             dynamic=True,
             fullgraph=True,
-            options={"compile_threads": 1},  # one loop, one compiler
+            options={"compile_threads": 1},  # a function is one loop, which one compiler compiles
         )
 
     def __call__(self, *inputs: Any) -> Any:
@@ -52,7 +52,7 @@ class Region:
             return self.plain(*inputs)
         try:
             return self.compiled(*inputs)
-        except Exception as error:  # of many classes, from dynamo, inductor, the C++ compiler and the linker
+        except Exception as error:  # dynamo, inductor, the C++ compiler and the linker raise errors of many classes
             result = self.plain(*inputs)  # an error in the inputs is raised here again by plain torch
             Region.failed = True
             log.warning(
@@ -60,7 +60,7 @@ class Region:
                 "is needed, or model.compile off",
                 _first_line(error),
             )
-            log.debug("what failed", exc_info=error)
+            log.debug("torch.compile failed", exc_info=error)
             return result
 
 
@@ -72,7 +72,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rope2d_qk_norm(
     qkv: Tensor, positions: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *, theta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.reference.rope2d_qk_norm`, which also runs here for encoders without norms of q and k."""
+    """See `kernels.reference.rope2d_qk_norm`, which is called for encoders without norms of q and k."""
     if q_weight is None or k_weight is None:
         return reference.rope2d_qk_norm(qkv, positions, q_weight, k_weight, theta=theta, eps=eps)
     return _RopeNorm.apply(qkv, *_table(positions, qkv.shape[-1], theta), q_weight, k_weight, eps)
@@ -93,13 +93,13 @@ def add_norm(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: floa
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(T, D) wide -> y wide, and 1/r (T,)."""
+    """Returns y (T, D) in x's dtype, which is float32 or wider, and 1/r (T,)."""
     inverse = torch.rsqrt(x.square().mean(-1) + eps)
     return x * inverse[:, None] * weight.to(x.dtype), inverse
 
 
 def _normed_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """grad, x (T, D) wide -> dx wide, dw (D,)."""
+    """Returns dx (T, D) in x's dtype, which is float32 or wider, and dw (D,) in the weight's dtype."""
     scaled, inverse = grad * weight.to(x.dtype), inverse[:, None]
     along = (scaled * x).mean(-1, keepdim=True)
     return inverse * (scaled - x * (inverse * inverse * along)), (grad * x * inverse).sum(0).to(weight.dtype)
@@ -160,9 +160,9 @@ def _rope_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results = []
     for part, weight in ((0, q_weight), (1, k_weight)):
-        turned = _turn(_wide(qkv[:, part]), cos, sin)
-        y, inverse = _normed(turned.flatten(1), weight, eps)
-        results += [y.view_as(turned).to(qkv.dtype), inverse]
+        rotated = _rotate(_wide(qkv[:, part]), cos, sin)
+        y, inverse = _normed(rotated.flatten(1), weight, eps)
+        results += [y.view_as(rotated).to(qkv.dtype), inverse]
     return tuple(results)
 
 
@@ -171,38 +171,39 @@ def _rope_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor,
     k_weight: Tensor, q_inverse: Tensor, k_inverse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradient of the norm of the rotated x, rotated back; a rotation preserves the norm.
+    """Returns the gradients of the projection and of both weights.
 
-    Many arguments because a `Region` detaches each tensor that it is given, and does not look into containers.
+    The gradient of the rotated q (or k) is rotated back, which preserves the norm.
+    Many arguments because a `Region` detaches each tensor argument, and does not look into containers.
     """
     dx, dw = [], []
     for part, grad, weight, inverse in ((0, grad_q, q_weight, q_inverse), (1, grad_k, k_weight, k_inverse)):
         x, grad, inverse = _wide(qkv[:, part]), _wide(grad), inverse[:, None, None]
-        dw.append((grad * _turn(x, cos, sin) * inverse).sum(0).flatten().to(weight.dtype))
-        scaled = _turn(grad * weight.to(x.dtype).view(grad.shape[1:]), cos, -sin)
+        dw.append((grad * _rotate(x, cos, sin) * inverse).sum(0).flatten().to(weight.dtype))
+        scaled = _rotate(grad * weight.to(x.dtype).view(grad.shape[1:]), cos, -sin)
         along = (scaled * x).mean((1, 2), keepdim=True)
         dx.append((inverse * (scaled - x * (inverse * inverse * along))).to(qkv.dtype))
     return torch.stack((*dx, grad_v), 1), *dw
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(T, H, K), (T, K/2) -> (T, H, K): planes (i, i + K/2) rotated."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the planes (i, i + K/2) of every head: (T, H, K), (T, K/2), (T, K/2) -> (T, H, K)."""
     first, second = x.chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Per tensor of positions: {(K, theta): cosines and sines}, as long as the positions exist."""
+"""{(K, theta): (cosines, sines)} for each tensor of positions, as long as the tensor exists."""
 
 
 def _table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a pack, each (T, K/2) float32."""
-    known = _tables.setdefault(positions, {})
-    if (width, theta) not in known:
+    """Returns the cosines and sines of a pack, each (T, K/2) float32."""
+    cached = _tables.setdefault(positions, {})
+    if (width, theta) not in cached:
         angles = reference.rope2d_angles(positions, width, theta, torch.float32)
-        known[width, theta] = angles.cos(), angles.sin()
-    return known[width, theta]
+        cached[width, theta] = angles.cos(), angles.sin()
+    return cached[width, theta]
 
 
 class _Norm(torch.autograd.Function):
@@ -263,6 +264,7 @@ class _RopeNorm(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
+    """Converts half precision to float32; wider tensors keep their dtype."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -1,9 +1,9 @@
-"""Which implementation of the token-wise operations runs: Triton on CUDA, plain or compiled torch on a CPU.
+"""Chooses the implementation of the token-wise operations: Triton on CUDA, plain or compiled torch on a CPU.
 
-Chosen once for each kind of device and type, and logged with the reason. An implementation is a module of this
-package with the functions of `OPERATIONS`, the names and signatures of `kernels.reference`; it is imported when it is
-first chosen, so that a process without a GPU never loads triton. `UNIVITAR_DS_KERNELS` forces one on every
-device, for debugging.
+The implementation is chosen once for each device type and dtype, and logged with the reason. An implementation is a
+module of this package with the functions of `OPERATIONS`, with the signatures of `kernels.reference`. The module is
+imported when it is first chosen, so that a process without a GPU never loads triton. For debugging,
+`UNIVITAR_DS_KERNELS` forces one implementation on every device.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def patch_embed(
 
 
 def compile_on_cpu(wanted: bool) -> None:
-    """Sets for this process whether the operations on a CPU run compiled; the default is not compiled."""
+    """Sets whether the operations on a CPU run compiled in this process; the default is not compiled."""
     global _compile
     _compile = wanted
     implementation.cache_clear()
@@ -86,9 +86,9 @@ _compile = False
 
 @cache
 def implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
-    """The module whose functions run on tensors of this kind.
+    """Returns the module whose functions run on tensors of this device type and dtype.
 
-    Raises: ConfigError if `UNIVITAR_DS_KERNELS` names none, or triton without its package.
+    Raises: ConfigError if the value of `UNIVITAR_DS_KERNELS` is unknown, or is triton and triton is not installed.
     """
     name, reason = choose(device_type, dtype, os.environ.get(VARIABLE, "auto"))
     log.info("token-wise operations on %s in %s: %s (%s)", device_type, _plain(dtype), name, reason)
@@ -96,7 +96,9 @@ def implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
 
 
 def choose(device_type: str, dtype: torch.dtype, asked: str = "auto") -> tuple[str, str]:
-    """(a key of `IMPLEMENTATIONS`, the reason in words)."""
+    """Returns a key of `IMPLEMENTATIONS`, and the reason for it in words.
+
+    Args: asked: the value of `UNIVITAR_DS_KERNELS`. Raises: ConfigError as `implementation`."""
     if asked != "auto":
         return _forced(asked), f"{VARIABLE} asks for it"
     if device_type == "cpu" and _compile and dtype != torch.float64:
@@ -105,13 +107,15 @@ def choose(device_type: str, dtype: torch.dtype, asked: str = "auto") -> tuple[s
         return "reference", f"no kernels for {device_type}"
     if dtype == torch.float64:
         return "reference", "the kernels compute in float32"
-    if lacking := _lacking():
-        return "reference", lacking
+    if reason := _missing_requirement():
+        return "reference", reason
     return "triton", "the fused kernels are made for it"
 
 
-def _lacking() -> str | None:
-    """The reason why Triton would fail: at its first launch in a process it compiles a C extension of Python."""
+def _missing_requirement() -> str | None:
+    """Returns the reason why Triton would fail, None if nothing is missing.
+
+    Triton compiles a C extension of Python at the first launch of a kernel in a process."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     compilers = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")

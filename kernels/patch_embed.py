@@ -2,17 +2,20 @@
 
 A patch of one frame is 14 runs of 42 bytes, each at an even address for any image size, so pixels are read as 294
 words of 16 bits. Bytes minus 128 are exact in bfloat16 and are multiplied with weights that include the normalisation,
-in the order of the bytes (frame, row, column, channel). Three launches forward:
-    prepare   weights folded and transposed to (bytes, D), the bias including 128 and the means, an address per token
+in the order of the bytes (frame, row, column, channel). The forward launches two kernels:
+    prepare   folds and transposes the weights to (bytes, D), adds 128 and the means to the bias, computes an address
+              per token
     embed     gathers words, splits them into bytes, multiplies (tensor cores, float32 sums), adds the bias
-Two backward:
-    gradient  the same gather against the gradient of the tokens, in splits over T, each with its float32 part
+The backward launches two kernels:
+    gradient  gathers the same words and multiplies them with the gradient of the tokens, in splits over T, each of
+              which writes a float32 part
     unfold    sums the parts in a fixed order, and reverses the folding
-A pack of stills only is multiplied with the sum of the two temporal kernels (588 bytes per token); a pack with a video
-with both (1176), where a still is read twice. Every sum has a fixed order: the same inputs give the same bits.
+A pack of still images only is multiplied with the sum of the two temporal kernels (588 bytes per token). A pack with a
+video is multiplied with both temporal kernels (1176 bytes), and still images are read twice. Every sum has a fixed
+order: the same inputs give the same bits.
 
-Error in bfloat16: pixels are exact, folded weights rounded once (2^-8 of each product), sums in float32, the result
-rounded once. The float path rounds normalised pixels instead. In the gradient only the result is rounded.
+In bfloat16 the pixels are exact, the folded weights are rounded once (2^-8 of each product), the sums are float32, and
+the result is rounded once. The float path rounds normalised pixels instead. In the gradient only the result is rounded.
 """
 
 from __future__ import annotations
@@ -38,21 +41,21 @@ FRAME_PIXELS = tl.constexpr(PATCH * PATCH)
 VALUES = tl.constexpr(PATCH_VALUES)
 MIDDLE = tl.constexpr(CENTRE)
 ONES = tl.constexpr(CENTRE + 1)
-"""The byte after a patch's last one: minus 128 it is 1, so its row of the product sums the tokens."""
+"""The byte that follows a patch's bytes. The byte minus 128 is 1, so its row of the product sums the gradients."""
 PREPARE_KEYS = tl.constexpr(64)
 PREPARE_WIDTH = tl.constexpr(32)
 PREPARE_BIASES = tl.constexpr(4)
 PREPARE_TOKENS = tl.constexpr(256)
 WAVE = 132
-"""Programs that run at once on the target GPUs (SMs of an H100 or H200)."""
-SPLITS = 8
-"""Most splits of the sum over tokens, if they are more than one wave of programs."""
+"""The number of programs that run at once on the target GPUs (SMs of an H100 or H200)."""
+MAX_SPLITS = 8
+"""Maximum number of splits of the sum over tokens, if these splits are more than one wave of programs."""
 PART_TOKENS = 384
-"""Tokens whose products take as long as a split's part takes to be written and read (derived, not measured: 128 x 256
-float32, twice, at an SM's share of 4.8 TB/s, and products at 47 % of 989 TFLOP/s)."""
-LONGEST = 2**20
-"""Tokens whose words are within 2^31 of each other: 588 words per token, plus the rest of their first and last
-items."""
+"""The number of tokens whose products take as long as writing and reading one split's part. Derived, not measured:
+128 x 256 float32, twice, at an SM's share of 4.8 TB/s, and products at 47 % of 989 TFLOP/s."""
+MAX_SPLIT_TOKENS = 2**20
+"""Maximum number of tokens of one split: their words are within 2^31 of each other (588 words per token, plus the rest
+of the first and the last item)."""
 
 
 @triton.jit
@@ -62,7 +65,7 @@ def _of_channel(channel, red, green, blue):
 
 @triton.jit
 def _fold_weights(weight, folded, block, width, rows, red, green, blue, STILL: tl.constexpr):
-    """(D, channel, frame, pixel) to (frame, pixel, channel | padding, D), times the channel's scale."""
+    """Transposes (D, channel, frame, pixel) to (frame, pixel, channel | padding, D), times the channel's scale."""
     across = tl.cdiv(width, PREPARE_WIDTH)
     k = block // across * PREPARE_KEYS + tl.arange(0, PREPARE_KEYS)
     d = block % across * PREPARE_WIDTH + tl.arange(0, PREPARE_WIDTH)
@@ -79,7 +82,7 @@ def _fold_weights(weight, folded, block, width, rows, red, green, blue, STILL: t
 
 @triton.jit
 def _fold_bias(weight, bias, offset, block, width, red, green, blue, HAS_BIAS: tl.constexpr):
-    """The bias plus each channel's weights times its shift, (D,) float32."""
+    """Writes to `offset` (D,) float32 the bias plus the sum of each channel's weights times the channel's shift."""
     d = block * PREPARE_BIASES + tl.arange(0, PREPARE_BIASES)
     v = tl.arange(0, 512)
     mask = (d < width)[:, None] & (v < 2 * FRAME_PIXELS)[None, :]
@@ -94,14 +97,15 @@ def _fold_bias(weight, bias, offset, block, width, red, green, blue, HAS_BIAS: t
 
 @triton.jit
 def _locate(items, places, strides, block, tokens, count, reach, merge):
-    """Of every token: the word its patch starts at, words from one row of pixels to the next, and to the next frame.
+    """Writes the first word of each token's patch to `places`. Writes to `strides` the number of words from one row of
+    pixels to the next, and from one frame to the next.
 
-    `items` (N, 5) int64: first token, first word, h, w, 1 for a video. `reach`: a power of two, at least N / 2.
+    Args: items: (N, 5) int64, see `item_table`. reach: a power of two, at least N / 2.
     """
     t = block * PREPARE_TOKENS + tl.arange(0, PREPARE_TOKENS)
     low = tl.zeros((PREPARE_TOKENS,), tl.int32)
     step = reach
-    while step > 0:  # the last item that starts at or before the token
+    while step > 0:  # searches the last item that starts at or before the token
         probe = low + step
         inside = probe < count
         start = tl.load(items + probe * 5, mask=inside, other=0)
@@ -142,8 +146,9 @@ def prepare_kernel(
 
 @triton.jit
 def _where(places, strides, t, tokens, first, STILL: tl.constexpr):
-    """Of tokens `t`: where they start, in words from `first`, and their strides (see `_locate`). All tokens of
-    a program are so near to each other that the offset to the first one fits into 32 bits."""
+    """Returns the starts of the patches of tokens `t`, in words from `first`, and their strides (see `_locate`).
+
+    All tokens of a program are so near to each other that the offset from the first token fits into 32 bits."""
     inside = t < tokens
     start = (tl.load(places + t, mask=inside, other=first) - first).to(tl.int32)
     line = tl.load(strides + t, mask=inside, other=0)
@@ -153,7 +158,8 @@ def _where(places, strides, t, tokens, first, STILL: tl.constexpr):
 
 @triton.jit
 def _words(pixels, start, line, frame, k, STILL: tl.constexpr, PAST: tl.constexpr):
-    """Words `k` of patches: (tokens, words). `PAST` (None: there is no such word) follows the last one."""
+    """Returns words `k` of the patches, (tokens, words). Words beyond the patch have the value `PAST`; with PAST None,
+    no word of `k` is beyond the patch."""
     run = k % FRAME_WORDS
     place = start[:, None] + (run // RUN_WORDS)[None, :] * line[:, None] + (run % RUN_WORDS)[None, :]
     if not STILL:
@@ -165,7 +171,7 @@ def _words(pixels, start, line, frame, k, STILL: tl.constexpr, PAST: tl.constexp
 
 @triton.jit
 def _centred(words, TOKENS: tl.constexpr, WORDS: tl.constexpr, TYPE: tl.constexpr):
-    """(tokens, words) to (tokens, 2 * words): bytes minus 128."""
+    """Splits words (tokens, words) into bytes minus 128 (tokens, 2 * words)."""
     wide = words.to(tl.int32)
     low = ((wide & 255).to(tl.float32) - MIDDLE).to(TYPE)
     high = ((wide >> 8 & 255).to(tl.float32) - MIDDLE).to(TYPE)
@@ -174,7 +180,7 @@ def _centred(words, TOKENS: tl.constexpr, WORDS: tl.constexpr, TYPE: tl.constexp
 
 @triton.jit
 def _dot(a, b, total, UPCAST: tl.constexpr):
-    # The interpreter multiplies the bits of bfloat16 like integers.
+    # The interpreter would multiply the bits of bfloat16 as integers.
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
@@ -186,7 +192,7 @@ def embed_kernel(
     STILL: tl.constexpr, STEPS: tl.constexpr, TAIL: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(width, WIDTH)  # neighbours share the pixels; the weights stay in L2
+    across = tl.cdiv(width, WIDTH)  # neighbouring programs share the pixels; the weights stay in L2
     t = tl.program_id(0) // across * TOKENS + tl.arange(0, TOKENS)
     d = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
     inside, known = t < tokens, (d < width)[None, :]
@@ -204,9 +210,10 @@ def embed_kernel(
     total = _dot(_centred(tail, TOKENS, TAIL, folded.dtype.element_ty), tail_values, total, UPCAST)
     left = _centred(ahead, TOKENS, WORDS, folded.dtype.element_ty)
     for step in range(STEPS):
-        # The words of the next step are loaded while these are multiplied. They are converted at the end: a left
-        # operand computed in the step of its product stays in registers, and Triton 3.7 overwrites registers of
-        # Hopper's asynchronous products while they are read. Carried through the loop it goes to shared memory.
+        # The words of the next step are loaded while those of this step are multiplied, and converted at the end. A
+        # left operand that is computed in the step of its product stays in registers, and Triton 3.7 overwrites the
+        # registers of Hopper's asynchronous products while they are read. An operand carried through the loop goes to
+        # shared memory.
         ahead = _words(pixels, start, line, frame, tl.minimum(step + 1, STEPS - 1) * WORDS + k, STILL, None)
         values = tl.load(folded + (step * 2 * WORDS + keys)[:, None] * width + d[None, :], mask=known, other=0)
         total = _dot(left, values, total, UPCAST)
@@ -224,13 +231,13 @@ def gradient_kernel(
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     known = (d < width)[None, :]
     t = tl.program_id(2) * span + tl.arange(0, TOKENS)
-    # Words are loaded one step ahead, their addresses two steps ahead. Beyond the end any pixel may be read, since
-    # its gradient is 0.
+    # Words are loaded one step ahead, and their addresses two steps ahead. Beyond the last token any pixel may be read,
+    # since the gradient there is 0.
     first = tl.load(places + tl.program_id(2) * span)
     start, line, frame = _where(places, strides, t, tokens, first, STILL)
     pixels += first
     ahead = _words(pixels, start, line, frame, k, STILL, ONES)
-    left = _centred(ahead, TOKENS, WORDS, grad.dtype.element_ty)  # carried, as in `embed_kernel`
+    left = _centred(ahead, TOKENS, WORDS, grad.dtype.element_ty)  # carried through the loop as in `embed_kernel`
     start, line, frame = _where(places, strides, t + TOKENS, tokens, first, STILL)
     total = tl.zeros((2 * WORDS, WIDTH), tl.float32)
     for _ in range(tl.cdiv(span, TOKENS)):
@@ -252,7 +259,7 @@ def unfold_kernel(
     red, green, blue, red_shift, green_shift, blue_shift,
     STILL: tl.constexpr, HAS_BIAS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    v = tl.program_id(0) * KEYS + tl.arange(0, KEYS)  # (channel, frame, pixel), as the module has them
+    v = tl.program_id(0) * KEYS + tl.arange(0, KEYS)  # (channel, frame, pixel), the order of the module's weight
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     channel, frame, pixel = v // (2 * FRAME_PIXELS), v // FRAME_PIXELS % 2, v % FRAME_PIXELS
     k, ones = pixel * 3 + channel, FRAME_BYTES
@@ -273,8 +280,10 @@ def unfold_kernel(
 
 
 class Tiles(NamedTuple):
-    """One program's share: `tokens` x `width` values of the result, `words` of the patches at a time (forward);
-    2 * `words` rows x `width` of the gradient, `tokens` at a time (backward)."""
+    """Tile sizes of one program, and its numbers of warps and pipeline stages.
+
+    A forward program computes `tokens` x `width` values of the result, from `words` words of the patches per step. A
+    backward program computes 2 * `words` rows x `width` of the gradient, from `tokens` tokens per step."""
 
     tokens: int
     width: int
@@ -284,45 +293,52 @@ class Tiles(NamedTuple):
 
 
 def forward_tiles(half: bool, wide: bool) -> Tiles:
-    """Wide tiles for tensor cores: a byte is split and converted once for all products of its row. With `wide` (see
-    `kernels.gpu`) two warp groups hold 128 x 256 sums, for which other GPUs lack registers. Small tiles in float32."""
+    """Returns the tiles of `embed_kernel`: wide tiles for tensor cores if `half`, small tiles in float32.
+
+    In a wide tile a byte is split and converted once for all products of its row. With `wide` (see `kernels.gpu`) two
+    warp groups store 128 x 256 sums, for which other GPUs lack registers."""
     if not half:
         return Tiles(64, 64, 16, 4, 2)
     return Tiles(128, 256, 32, 8, 4) if wide else Tiles(128, 128, 32, 8, 3)
 
 
 def gradient_tiles(half: bool, wide: bool) -> Tiles:
-    """As `forward_tiles`; a tile is 128 bytes of the patch high."""
+    """Returns the tiles of `gradient_kernel`; the arguments are those of `forward_tiles`.
+
+    A tile has 128 bytes of the patch if `half`, 64 in float32."""
     if not half:
         return Tiles(32, 64, 32, 4, 2)
     return Tiles(64, 256, 64, 8, 3) if wide else Tiles(64, 128, 64, 8, 3)
 
 
 def cdiv(a: int, b: int) -> int:
-    """Like triton.cdiv, which takes more than a microsecond outside kernels."""
+    """Returns a / b rounded up. triton.cdiv takes more than a microsecond outside kernels."""
     return -(-a // b)
 
 
 def split_span(tokens: int, tiles: int, step: int) -> int:
-    """Tokens of one of the splits of `tiles` tiles, a multiple of `step`, limited so that its offsets fit into 32 bits.
+    """Returns the number of tokens of one split, a multiple of `step`, small enough for offsets of 32 bits.
 
-    Programs run in waves of `WAVE`. The number of splits is chosen whose waves end first, and the smallest of
-    those: 80 tiles leave 52 SMs of one wave idle, but in three splits they fill 1.8 of two waves.
+    Each split runs `tiles` programs, and programs run in waves of `WAVE`. The chosen number of splits is the one whose
+    waves end first, and the smallest of several: 80 tiles leave 52 SMs of one wave idle, but three splits of 80 tiles
+    fill 1.8 of two waves.
     """
-    least = cdiv(tokens, LONGEST)
-    counts = range(least, max(least, SPLITS, WAVE // tiles) + 1)
+    min_splits = cdiv(tokens, MAX_SPLIT_TOKENS)
+    counts = range(min_splits, max(min_splits, MAX_SPLITS, WAVE // tiles) + 1)
     spans = [cdiv(cdiv(tokens, splits), step) * step for splits in counts]
     return min(spans, key=lambda span: cdiv(tiles * cdiv(tokens, span), WAVE) * (span + PART_TOKENS))
 
 
 def loop(still: bool, words: int) -> tuple[int, int]:
-    """(full steps, words of a last short one) over the words of a patch; a product takes at least 16 bytes."""
+    """Returns the number of full steps over the words of a patch, and the number of words of the short step.
+
+    The words of the short step are a power of two and at least 8, since a product needs at least 16 bytes."""
     steps, rest = divmod(FRAME_WORDS.value * (1 if still else 2), words)
     return steps, triton.next_power_of_2(max(rest, 8))
 
 
 def item_table(frames: Sequence[int], grid_thw: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Of every item: first token, first word, h, w, 1 for a video."""
+    """Returns one row per item: first token, first word, h, w, and 1 for a video or 0 for a still image."""
     table, token, word = [], 0, 0
     for count, (t, h, w) in zip(frames, grid_thw, strict=True):
         table.append([token, word, h, w, int(count > 1)])
@@ -405,12 +421,12 @@ def patch_embed(
     std: Sequence[float],
     merge: int,
 ) -> Tensor:
-    """See `kernels.reference.patch_embed`; the weight in bfloat16, float16 or float32."""
+    """Computes `kernels.reference.patch_embed` on a GPU; the weight is bfloat16, float16 or float32."""
     tokens = check_frames(pixels, frames, grid_thw)
     if not tokens:
         return F.linear(weight.new_empty(0, PATCH_VALUES), weight.flatten(1), bias)
     scales, shifts = fold_constants(mean, std)
-    even = pixels if pixels.data_ptr() % 2 == 0 else pixels.clone()  # a slice may start at an odd address
+    even = pixels if pixels.data_ptr() % 2 == 0 else pixels.clone()  # a slice of a tensor may start at an odd address
     table = torch.tensor(item_table(frames, grid_thw), pin_memory=pixels.is_cuda)  # pinned: the host does not wait
     items = table.to(pixels.device, non_blocking=True)
     still = all(count == 1 for count in frames)

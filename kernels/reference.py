@@ -1,7 +1,7 @@
 """Every fused operation in plain torch: the reference for kernels and tests.
 
-Arithmetic runs in float32 for half-precision inputs, in the input's own precision otherwise; results have
-the dtype of the input. Shape legend
+Arithmetic is in float32 for half-precision inputs, and in the input's precision otherwise. Results have the dtype of
+the input. The letters of shapes are
     T tokens of a pack      H heads     K head width    D = H * K hidden width
     F feed-forward width    B pixel bytes of a pack     1176 = 3 channels * 2 frames * 14 * 14 pixels
 """
@@ -22,21 +22,21 @@ TUBELET = 2
 CHANNELS = 3
 PATCH_VALUES = CHANNELS * TUBELET * PATCH * PATCH
 CENTRE = 128
-"""Bytes minus this are exact in bfloat16 and half as large, which halves the errors of rounded weights."""
+"""Bytes minus 128 are exact in bfloat16 and half as large as bytes, which halves the errors of rounded weights."""
 BATCH = 2048
-"""Tokens multiplied at once on the CPU, whose bytes as floats fit into its caches."""
+"""Number of tokens that are multiplied at once on the CPU: their bytes as floats fit into the caches."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension; the mean of squares and the scaling are in float32."""
+    """Computes RMSNorm over the last dimension; the mean of squares and the scaling are in float32 or wider."""
     return F.rms_norm(x.to(_wide(x)), weight.shape, weight.to(_wide(x)), eps).to(x.dtype)
 
 
 def rope2d(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotates heads by the token's row and column, rotate-half layout (UniViTAR release).
 
-    A head of K values makes K/2 planes (i, i + K/2). The first K/4 planes turn by row * theta^(-2j/(K/2)),
-    the other K/4 by column times the same frequencies. Time does not rotate anything.
+    A head of K values has K/2 planes (i, i + K/2). Plane j of the first K/4 planes is rotated by
+    row * theta^(-2j/(K/2)), and plane j of the other K/4 planes by column * theta^(-2j/(K/2)). Time rotates nothing.
 
     Args: x (T, H, K) with K divisible by 4; positions (T, 2) integer rows and columns.
     Returns: (T, H, K) in float32 or wider.
@@ -49,28 +49,28 @@ def rope2d(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 
 
 def rope2d_angles(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """The rotation angle of each plane of a head of `width` = K values: (T, 2) -> (T, K/2), in `dtype`."""
+    """Returns the rotation angle of each plane of a head of `width` = K values: (T, 2) -> (T, K/2), in `dtype`."""
     half = width // 2
     exponents = torch.arange(0, half, 2, device=positions.device, dtype=dtype) / half
     return (positions.to(dtype)[:, :, None] * theta**-exponents).flatten(1)
 
 
 def rope2d_norm(x: Tensor, positions: Tensor, weight: Tensor | None, *, theta: float, eps: float) -> Tensor:
-    """Rotary embedding, then RMSNorm over all heads together (not per head); no norm without `weight`.
+    """Computes the rotary embedding, then RMSNorm over all heads together (not per head); no norm without `weight`.
 
     Args: x (T, H, K); positions (T, 2) integers; weight (H * K,) or None.
     Returns: (T, H, K) in the dtype of x.
     """
-    turned = rope2d(x, positions, theta)
+    rotated = rope2d(x, positions, theta)
     if weight is not None:
-        turned = rms_norm(turned.flatten(1), weight, eps).view_as(x)
-    return turned.to(x.dtype)
+        rotated = rms_norm(rotated.flatten(1), weight, eps).view_as(x)
+    return rotated.to(x.dtype)
 
 
 def rope2d_qk_norm(
     qkv: Tensor, positions: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *, theta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rope2d_norm` of queries and keys of one projection; values are returned unchanged.
+    """Computes `rope2d_norm` of the queries and keys of one projection; the values are returned unchanged.
 
     Args: qkv (T, 3, H, K); positions (T, 2) integers; weights (H * K,) or None.
     Returns: q, k, v, each (T, H, K).
@@ -84,30 +84,31 @@ def rope2d_qk_norm(
 
 
 def swiglu_norm(gate: Tensor, up: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm(silu(gate) * up): (T, F), (T, F) -> (T, F)."""
+    """Computes RMSNorm(silu(gate) * up): (T, F), (T, F) -> (T, F)."""
     wide = _wide(gate)
     return rms_norm(F.silu(gate.to(wide)) * up.to(wide), weight, eps).to(gate.dtype)
 
 
 def add_norm(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual sum with LayerScale, and its RMSNorm for the next branch.
+    """Computes the residual sum with LayerScale, and the RMSNorm of the sum for the next branch.
 
     Args: x, branch (T, D); scale, weight (D,).
-    Returns: (x + scale * branch, RMSNorm of it), both (T, D).
+    Returns: the sum x + scale * branch, and the RMSNorm of the sum, both (T, D).
     """
     total = torch.addcmul(x, branch, scale)
     return total, rms_norm(total, weight, eps)
 
 
 def patchify(pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[tuple[int, int, int]], merge: int) -> Tensor:
-    """Cuts packed images and videos into the rows the patch embedding takes; nothing is padded.
+    """Cuts packed images and videos into the rows of the patch embedding's input, without padding.
 
     Args:
-        pixels: (B,) uint8. Items one after another, each `frames[i]` frames of (h * 14, w * 14, 3) in raster order.
-        frames: frames stored per item; one frame is a still image and is used for both frames of its tokens.
-        grid_thw: tokens per item along time, height, width.
-        merge: tokens come in blocks of merge x merge neighbours: order (t, h/merge, w/merge, merge, merge).
+        pixels: (B,) uint8, the items one after another; item i has `frames[i]` frames (h * 14, w * 14, 3), row by row.
+        frames: number of stored frames per item. An item of one frame is a still image; the frame is used twice.
+        grid_thw: number of tokens per item along time, height, width.
+        merge: tokens are in blocks of merge x merge neighbours: order (t, h/merge, w/merge, merge, merge).
     Returns: (T, 1176) uint8, each row ordered (channel, frame, row, column).
+    Raises: ValueError as `check_frames`.
     """
     patches = pixels.new_empty(check_frames(pixels, frames, grid_thw), PATCH_VALUES)
     byte = token = 0
@@ -124,7 +125,7 @@ def patchify(pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[tuple[int
 
 
 def normalise(patches: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Bytes to zero-mean values: (T, 1176) uint8 -> (T, 1176) float32, (x / 255 - mean) / std per channel."""
+    """Computes (x / 255 - mean) / std per channel: (T, 1176) uint8 -> (T, 1176) float32."""
     values = patches.to(torch.float32).div_(255).unflatten(1, (CHANNELS, -1))
     shift, scale = (torch.tensor(v, dtype=torch.float32, device=patches.device)[:, None] for v in (mean, std))
     return values.sub_(shift).div_(scale).flatten(1)
@@ -141,23 +142,24 @@ def patch_embed(
     std: Sequence[float],
     merge: int,
 ) -> Tensor:
-    """`patchify`, `normalise` and the linear map in one: bytes to tokens, with gradients for weight and bias.
+    """Computes `patchify`, `normalise` and the linear map in one operation, with gradients for weight and bias.
 
-    Normalisation is folded into the weights, and a still image is multiplied with the sum of the two temporal kernels.
-    No (T, 1176) tensor exists; the backward pass reads the bytes again. In bfloat16 the bytes are exact, the folded
-    weights are rounded once: products have a relative error of 2^-8, as with rounded normalised pixels.
+    The normalisation is folded into the weights, and a still image is multiplied with the sum of the two temporal
+    kernels. No (T, 1176) tensor exists; the backward pass reads the bytes again. In bfloat16 the bytes are exact and
+    the folded weights are rounded once: products have a relative error of 2^-8, as with rounded normalised pixels.
 
     Args:
         pixels, frames, grid_thw, merge: see `patchify`. mean, std: see `normalise`.
-        weight: (D, 3, 2, 14, 14), channel, frame, row, column; bias: (D,) or None.
+        weight: (D, 3, 2, 14, 14), the order channel, frame, row, column. bias: (D,) or None.
     Returns: (T, D) in the dtype of the weight.
+    Raises: ValueError as `check_frames`.
     """
     count = check_frames(pixels, frames, grid_thw)
     return _PatchEmbed.apply(weight, bias, pixels, frames, grid_thw, count, tuple(mean), tuple(std), merge)
 
 
 def check_frames(pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[Sequence[int]]) -> int:
-    """The number of tokens of a pack. Raises: ValueError if bytes, frames and grids do not match."""
+    """Returns the number of tokens of a pack. Raises: ValueError if bytes, frames and grids do not match."""
     byte = tokens = 0
     for count, (t, h, w) in zip(frames, grid_thw, strict=True):
         if not (count == 1 == t or count == TUBELET * t):
@@ -170,7 +172,7 @@ def check_frames(pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[Seque
 
 
 def fold_constants(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """(scales, shifts) per channel with (x / 255 - mean) / std = (x - 128) * scale + shift."""
+    """Returns (scales, shifts) per channel, for which (x / 255 - mean) / std = (x - 128) * scale + shift."""
     scales = [1 / (255 * s) for s in std]
     return scales, [(CENTRE / 255 - m) / s for m, s in zip(mean, std, strict=True)]
 
@@ -190,17 +192,17 @@ class _PatchEmbed(torch.autograd.Function):
         merge: int,
     ) -> Tensor:
         ctx.save_for_backward(pixels)
-        ctx.pack, ctx.rule = (frames, grid_thw, merge), (mean, std)
+        ctx.pack, ctx.mean_std = (frames, grid_thw, merge), (mean, std)
         ctx.bias_dtype = None if bias is None else bias.dtype
         scale, shift = (weight.new_tensor(v, dtype=_wide(weight)).view(3, 1, 1, 1) for v in fold_constants(mean, std))
         wide = weight.to(_wide(weight))
         folded = (wide * scale).permute(2, 3, 4, 1, 0).flatten(1, 3)  # (frame, (row, column, channel), D)
-        kinds = {1: folded.sum(0).to(weight.dtype), TUBELET: folded.flatten(0, 1).to(weight.dtype)}
+        weights = {1: folded.sum(0).to(weight.dtype), TUBELET: folded.flatten(0, 1).to(weight.dtype)}
         offset = (wide * shift).sum((1, 2, 3, 4))
         offset = (offset if bias is None else offset + bias).to(weight.dtype)
         out = weight.new_empty(tokens, weight.shape[0])
         for span, rows in _byte_rows(pixels, *ctx.pack, weight.dtype):
-            torch.addmm(offset, rows, kinds[rows.shape[1] // folded.shape[1]], out=out[span])
+            torch.addmm(offset, rows, weights[rows.shape[1] // folded.shape[1]], out=out[span])
         return out
 
     @staticmethod
@@ -211,8 +213,8 @@ class _PatchEmbed(torch.autograd.Function):
         frame = PATCH_VALUES // TUBELET
         folded = grad.new_zeros(width, TUBELET, frame, dtype=wide)
         for span, rows in _byte_rows(pixels, *ctx.pack, grad.dtype):
-            folded += (grad[span].T @ rows).unflatten(1, (-1, frame))  # a still adds to both frames
-        scale, shift = (grad.new_tensor(v, dtype=wide).view(3, 1, 1, 1) for v in fold_constants(*ctx.rule))
+            folded += (grad[span].T @ rows).unflatten(1, (-1, frame))  # a still image adds to both frames
+        scale, shift = (grad.new_tensor(v, dtype=wide).view(3, 1, 1, 1) for v in fold_constants(*ctx.mean_std))
         total = grad.sum(0, dtype=wide)
         weight = folded.view(width, TUBELET, PATCH, PATCH, CHANNELS).permute(0, 4, 1, 2, 3) * scale
         weight += total.view(-1, 1, 1, 1, 1) * shift
@@ -226,9 +228,10 @@ class _PatchEmbed(torch.autograd.Function):
 def _byte_rows(
     pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[Sequence[int]], merge: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The tokens of a pack in batches: which ones, and their bytes minus 128 as rows (frame, row, column, channel).
+    """Yields the tokens of a pack in batches: their slice of the tokens, and rows of their bytes minus 128.
 
-    Rows have 588 values for stills, 1176 for videos. One buffer serves all batches.
+    A row is ordered (frame, row, column, channel), with 588 values for still images and 1176 for videos. All batches
+    use the same buffer.
     """
     room = max([BATCH * PATCH_VALUES // TUBELET, *(merge * w * PATCH_VALUES for _, _, w in grid_thw)])
     buffer = torch.empty(room, dtype=dtype, device=pixels.device)
@@ -249,8 +252,9 @@ def _byte_rows(
 def _cells(
     pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[Sequence[int]], merge: int, room: int
 ) -> Iterator[Tensor]:
-    """Views of at most `room` bytes, in the order of the tokens: (block rows, block columns, merge, merge, frames, 14,
-    42)."""
+    """Yields views of the pixels in the order of the tokens, (block rows, block columns, merge, merge, frames, 14, 42).
+
+    A view has at most `room` bytes."""
     byte = 0
     for count, (t, h, w) in zip(frames, grid_thw, strict=True):
         size = count * h * w * PATCH * PATCH * CHANNELS
@@ -262,4 +266,5 @@ def _cells(
 
 
 def _wide(x: Tensor) -> torch.dtype:
+    """Returns float32, or the dtype of x if it is wider."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""RMSNorm of rows, forward and backward. Saved for the backward: x and the weight; the scale of a row is cheap."""
+"""RMSNorm of rows, forward and backward. The backward saves x and the weight, and computes the scale of a row again."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def backward_kernel(
         square, dot = sums_of_rows(squares, dots)
         scale = tl.rsqrt(square / N + eps)
         pull = dot / N * scale * scale
-        added = ()
+        new_sums = ()
         for tile in tl.static_range(TILES):
             at = tile * BLOCK + lane
             dx = (gs[tile] * weights[tile].to(tl.float32) - xs[tile] * pull) * scale
             store_rows(DX, dx, row, at, T, N)
-            added += (sums[tile] + gs[tile] * xs[tile] * scale,)
-        sums = added
+            new_sums += (sums[tile] + gs[tile] * xs[tile] * scale,)
+        sums = new_sums
     store_partial(DW, sums, N, BLOCK, TILES)
 
 
@@ -91,5 +91,5 @@ class RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `kernels.reference.rms_norm`; x (..., N) on a GPU."""
+    """Computes `kernels.reference.rms_norm` on a GPU; x is (..., N)."""
     return RMSNorm.apply(x.flatten(0, -2), weight, eps).view(x.shape)

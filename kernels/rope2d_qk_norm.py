@@ -1,13 +1,13 @@
 """2-D rotary embedding of q and k of one projection and RMSNorm over all their heads, forward and backward.
 
-A rotation keeps the norm, so the norm's scale comes from the values as they are read, and one pass over q and k does
-both. The angles are computed in registers from a token's row and column; q and k and all heads that a thread holds
-share them. v is a view of the projection. Saved for the backward: the projection, positions and weights; its one pass
-reads q, k and the three gradients, and writes the gradient of the whole projection, including v.
+A rotation preserves the root mean square, so it is computed from the unrotated values, and one pass over q and k does
+the rotation and the norm. The angles are computed in registers from a token's row and column; q and k and all heads in
+a thread share the angles. v is a view of the projection. The backward saves the projection, the positions and the
+weights. Its one pass reads q, k and the three gradients, and writes the gradient of the projection, including v.
 
 Pair i of a head is its values i and i + K/2, see `kernels.reference.rope2d`. A tile is (R tokens, BLOCK heads, HALF
-pairs). PIECES holds (first pair, HALF, BLOCK, tiles, tiles before) of `kernels.tiling.Piece`; `turns`, `values` and
-so on are flat tuples over pieces or over the tiles of all pieces, two entries each.
+pairs). PIECES contains (first pair, HALF, BLOCK, tiles, tiles before) of each `kernels.tiling.Piece`. `rotations` is a
+flat tuple with two entries per piece; `values`, `rotated`, `grads`, `weights` and `sums` have two entries per tile.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from univitar_ds.kernels.rows import sums_of_rows
 from univitar_ds.kernels.tiling import dense_rows, head_tiling, programs, stages
 
 READ = 5
-"""Tensors that the backward reads per token: q, k and the three gradients."""
+"""The number of tensors that the backward reads: q, k and the three gradients."""
 
 
 @triton.jit
 def sine_cosine(quarters):
-    """Sine and cosine of an angle in quarter turns, each within 2^-24 (terms of the series that are left out).
+    """Returns the sine and cosine of an angle in quarter turns. The truncated series have an error below 2^-24.
 
-    For angles of any size without a branch: libdevice has one for large angles, which needs local memory.
+    Takes angles of any size without a branch: libdevice has a branch for large angles, which needs local memory.
     """
-    whole = tl.floor(quarters + 0.5)
-    part = (quarters - whole) * 1.5707963267948966  # within an eighth of a turn; the difference is exact
-    z = part * part
-    sine = part + part * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
+    nearest = tl.floor(quarters + 0.5)
+    rest = (quarters - nearest) * 1.5707963267948966  # within an eighth of a turn; the difference is exact
+    z = rest * rest
+    sine = rest + rest * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
     cosine = 1.0 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320))))
-    quadrant = whole.to(tl.int32)
+    quadrant = nearest.to(tl.int32)
     swapped = (quadrant & 1) != 0
     s = tl.where(swapped, cosine, sine)
     c = tl.where(swapped, sine, cosine)
@@ -48,19 +48,22 @@ def sine_cosine(quarters):
 
 @triton.jit
 def sine_cosine_of(POSITIONS, token, T, slope, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr):
-    """Of the pairs of a piece, each (R, 1, HALF): row * 2^(slope * i), columns for the second half of all pairs."""
-    token = tl.reshape(token, (R,))  # loaded as a vector: as (R, 1, 1) every register of a thread would load it
+    """Returns the sines and cosines of a piece's pairs, each (R, 1, HALF).
+
+    The angle of pair i is row * 2^(slope * i) for i < K/4, and column * 2^(slope * (i - K/4)) for the other pairs.
+    """
+    token = tl.reshape(token, (R,))  # positions are loaded as a vector: as (R, 1, 1) every register would load them
     row = tl.load(POSITIONS + 2 * token, mask=token < T, other=0).to(tl.float32)[:, None, None]
     column = tl.load(POSITIONS + 2 * token + 1, mask=token < T, other=0).to(tl.float32)[:, None, None]
     pair = PIECES[p][0] + tl.arange(0, PIECES[p][1])[None, None, :]
     of_rows = pair < K // 4
-    plane = tl.where(of_rows, pair, pair - K // 4).to(tl.float32)
-    return sine_cosine(tl.where(of_rows, row, column) * tl.exp2(plane * slope) * 0.6366197723675814)
+    frequency = tl.where(of_rows, pair, pair - K // 4).to(tl.float32)
+    return sine_cosine(tl.where(of_rows, row, column) * tl.exp2(frequency * slope) * 0.6366197723675814)
 
 
 @triton.jit
 def place(token, tile, T, H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr):
-    """Offsets of the first values of a tile's pairs in a row, and the mask of the tile (R, BLOCK, HALF)."""
+    """Returns each pair's first value as an offset in the row, and the mask of the tile, both (R, BLOCK, HALF)."""
     FIRST: tl.constexpr = PIECES[p][0]
     HALF: tl.constexpr = PIECES[p][1]
     BLOCK: tl.constexpr = PIECES[p][2]
@@ -89,7 +92,7 @@ def zero_tile(R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr):
 
 @triton.jit
 def flat(x, R: tl.constexpr):
-    """(R, BLOCK, HALF) as rows."""
+    """Reshapes (R, BLOCK, HALF) to (R, BLOCK * HALF)."""
     return tl.reshape(x, (R, x.shape[1] * x.shape[2]))
 
 
@@ -97,7 +100,7 @@ def flat(x, R: tl.constexpr):
 def read_piece(
     X, row, token, T, values, H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr
 ):  # fmt: skip
-    """Appends the pairs of a piece to `values`; the sum of their squares (R,)."""
+    """Returns `values` with a piece's pairs appended, and the sum of the squares of these pairs (R,)."""
     squares = zero_tile(R, PIECES, p)
     for tile in tl.static_range(tl.constexpr(PIECES[p][3])):
         at, inside = place(token, tile, T, H, K, R, PIECES, p)
@@ -128,11 +131,11 @@ def write_piece(
 
 
 @triton.jit
-def turn_and_norm(
-    X, W, Y, row, token, T, turns, eps,
+def rotate_and_norm(
+    X, W, Y, row, token, T, rotations, eps,
     H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """One of q and k: reads its heads of the projection at X + row, writes them to Y (T, H * K)."""
+    """Reads the heads of q (or of k) at X + row, and writes the rotated and normed heads to Y (T, H * K)."""
     values = ()
     square = tl.zeros((R,), tl.float32)
     for p in tl.static_range(len(PIECES)):
@@ -142,8 +145,8 @@ def turn_and_norm(
     if NORMED:
         scale = tl.rsqrt(square / (H * K) + eps)[:, None, None]
     for p in tl.static_range(len(PIECES)):
-        sin = turns[2 * p] * scale  # scaled here once for all heads
-        cos = turns[2 * p + 1] * scale
+        sin = rotations[2 * p] * scale  # scaled once for all heads
+        cos = rotations[2 * p + 1] * scale
         write_piece(Y, W, token, T, values, sin, cos, H, K, R, PIECES, p, NORMED)
 
 
@@ -155,17 +158,20 @@ def forward_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None, None]
     row = token * (3 * H * K)
-    turns = ()
+    rotations = ()
     for p in tl.static_range(len(PIECES)):
         sin, cos = sine_cosine_of(POSITIONS, token, T, slope, K, R, PIECES, p)
-        turns += (sin, cos)
-    turn_and_norm(QKV, WQ, Q, row, token, T, turns, eps, H, K, R, PIECES, Q_NORMED)
-    turn_and_norm(QKV + H * K, WK, KEYS, row, token, T, turns, eps, H, K, R, PIECES, K_NORMED)
+        rotations += (sin, cos)
+    rotate_and_norm(QKV, WQ, Q, row, token, T, rotations, eps, H, K, R, PIECES, Q_NORMED)
+    rotate_and_norm(QKV + H * K, WK, KEYS, row, token, T, rotations, eps, H, K, R, PIECES, K_NORMED)
 
 
 @triton.jit
 def vectors(W, H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, WANTED: tl.constexpr):
-    """Tiles that a backward program keeps during its loop: of the stored weight W, or zeros without W."""
+    """Returns the tiles that a backward program keeps during its loop: of the weight W, or zeros if W is None.
+
+    The tuple is empty if WANTED is false.
+    """
     tiles = ()
     if WANTED:
         for p in tl.static_range(len(PIECES)):
@@ -181,10 +187,13 @@ def vectors(W, H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.con
 
 @triton.jit
 def read_grads(
-    X, DY, row, grad_row, token, T, weights, turned, grads, sin, cos,
+    X, DY, row, grad_row, token, T, weights, rotated, grads, sin, cos,
     H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """Appends a piece's rotated values and gradients; sums (R, 1) of the squares and of value * gradient * weight."""
+    """Returns `rotated` and `grads` with a piece's rotated values and gradients appended, and two sums, each (R, 1).
+
+    The first sum is of the squares of the values, the second of value * gradient * weight.
+    """
     n: tl.constexpr = 2 * PIECES[p][4]
     squares = zero_tile(R, PIECES, p)
     dots = zero_tile(R, PIECES, p)
@@ -200,18 +209,21 @@ def read_grads(
             second = b * cos + a * sin
             dots += first * g_first * weights[n + 2 * tile].to(tl.float32)
             dots += second * g_second * weights[n + 2 * tile + 1].to(tl.float32)
-            turned += (first, second)
+            rotated += (first, second)
         grads += (g_first, g_second)
     square, dot = sums_of_rows(flat(squares, R), flat(dots, R))
-    return turned, grads, square, dot
+    return rotated, grads, square, dot
 
 
 @triton.jit
 def write_grads(
-    DX, row, token, T, weights, turned, grads, sums, more, sin, cos, scale, pull,
+    DX, row, token, T, weights, rotated, grads, sums, new_sums, sin, cos, scale, pull,
     H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, p: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """Writes a piece's gradient; appends its part of the weight's gradient to `more`."""
+    """Writes a piece's gradient. Returns `new_sums` with the running sums of the weight's gradient appended.
+
+    The running sums of a tile are its entries of `sums` plus this round's part.
+    """
     n: tl.constexpr = 2 * PIECES[p][4]
     sin *= scale
     cos *= scale
@@ -220,45 +232,45 @@ def write_grads(
         first = grads[n + 2 * tile]
         second = grads[n + 2 * tile + 1]
         if NORMED:
-            a = turned[n + 2 * tile]
-            b = turned[n + 2 * tile + 1]
-            more += (sums[n + 2 * tile] + first * a * scale, sums[n + 2 * tile + 1] + second * b * scale)
+            a = rotated[n + 2 * tile]
+            b = rotated[n + 2 * tile + 1]
+            new_sums += (sums[n + 2 * tile] + first * a * scale, sums[n + 2 * tile + 1] + second * b * scale)
             first = first * weights[n + 2 * tile].to(tl.float32) - a * pull
             second = second * weights[n + 2 * tile + 1].to(tl.float32) - b * pull
         store_heads(DX, first * cos + second * sin, row, at, inside)
         store_heads(DX, second * cos - first * sin, row, at + K // 2, inside)
-    return more
+    return new_sums
 
 
 @triton.jit
-def turn_back(
-    X, DY, DX, row, grad_row, token, T, turns, weights, sums, eps,
+def rotate_back(
+    X, DY, DX, row, grad_row, token, T, rotations, weights, sums, eps,
     H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """One of q and k: writes its part of the projection's gradient to DX + row; `sums` and its weight's gradient."""
-    turned = ()
+    """Writes the gradient of q (or of k) to DX + row. Returns the running sums of the weight's gradient."""
+    rotated = ()
     grads = ()
     square = tl.zeros((R, 1), tl.float32)
     dot = tl.zeros((R, 1), tl.float32)
     for p in tl.static_range(len(PIECES)):
-        turned, grads, more_square, more_dot = read_grads(
-            X, DY, row, grad_row, token, T, weights, turned, grads, turns[2 * p], turns[2 * p + 1],
+        rotated, grads, square_part, dot_part = read_grads(
+            X, DY, row, grad_row, token, T, weights, rotated, grads, rotations[2 * p], rotations[2 * p + 1],
             H, K, R, PIECES, p, NORMED,
         )  # fmt: skip
-        square += more_square
-        dot += more_dot
+        square += square_part
+        dot += dot_part
     scale = tl.full((R, 1, 1), 1.0, tl.float32)
     pull = tl.zeros((R, 1, 1), tl.float32)
     if NORMED:
         scale = tl.rsqrt(square / (H * K) + eps)[:, :, None]
         pull = dot[:, :, None] / (H * K) * scale * scale
-    more = ()
+    new_sums = ()
     for p in tl.static_range(len(PIECES)):
-        more = write_grads(
-            DX, row, token, T, weights, turned, grads, sums, more, turns[2 * p], turns[2 * p + 1], scale, pull,
-            H, K, R, PIECES, p, NORMED,
+        new_sums = write_grads(
+            DX, row, token, T, weights, rotated, grads, sums, new_sums, rotations[2 * p], rotations[2 * p + 1],
+            scale, pull, H, K, R, PIECES, p, NORMED,
         )  # fmt: skip
-    return more
+    return new_sums
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -274,16 +286,16 @@ def backward_kernel(
     for start in tl.range(tl.program_id(0) * R, T, tl.num_programs(0) * R, num_stages=STAGES):
         token = tl.cast(start, tl.int64) + tl.arange(0, R)[:, None, None]
         row = token * (3 * H * K)
-        turns = ()
+        rotations = ()
         for p in tl.static_range(len(PIECES)):
             sin, cos = sine_cosine_of(POSITIONS, token, T, slope, K, R, PIECES, p)
-            turns += (sin, cos)
-        q_sums = turn_back(
-            QKV, DQ, DQKV, row, token * dq_row, token, T, turns, q_weights, q_sums, eps,
+            rotations += (sin, cos)
+        q_sums = rotate_back(
+            QKV, DQ, DQKV, row, token * dq_row, token, T, rotations, q_weights, q_sums, eps,
             H, K, R, PIECES, Q_NORMED,
         )  # fmt: skip
-        k_sums = turn_back(
-            QKV + H * K, DK, DQKV + H * K, row, token * dk_row, token, T, turns, k_weights, k_sums, eps,
+        k_sums = rotate_back(
+            QKV + H * K, DK, DQKV + H * K, row, token * dk_row, token, T, rotations, k_weights, k_sums, eps,
             H, K, R, PIECES, K_NORMED,
         )  # fmt: skip
         for p in tl.static_range(len(PIECES)):
@@ -300,7 +312,10 @@ def backward_kernel(
 
 @triton.jit
 def store_sums(PARTIAL, sums, H: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr):
-    """Sums over this program's tokens into its row of PARTIAL (programs, 2, H * K)."""
+    """Sums each tile of `sums` over its R rows, and writes the result to this program's row of PARTIAL.
+
+    PARTIAL (programs, 2, H * K) starts at the half of q, or of k.
+    """
     row = tl.program_id(0).to(tl.int64) * (2 * H * K)
     for p in tl.static_range(len(PIECES)):
         for tile in tl.static_range(tl.constexpr(PIECES[p][3])):
@@ -324,7 +339,7 @@ def launch_forward(qkv, positions, weights, theta: float, eps: float) -> tuple[T
 
 
 def launch_backward(qkv, positions, weights, grads, theta: float, eps: float) -> tuple[Tensor, Tensor]:
-    """The gradients of the projection and of both weights, (T, 3, H, K) and (2, H * K) float32."""
+    """Returns the gradients of the projection (T, 3, H, K), in its dtype, and of both weights (2, H * K), float32."""
     count, _, heads, width = qkv.shape
     dqkv = torch.empty_like(qkv)
     tiling, limits = head_tiling(heads, width, qkv.element_size(), backward=True), gpu.limits(qkv.device)
@@ -341,7 +356,7 @@ def launch_backward(qkv, positions, weights, grads, theta: float, eps: float) ->
 
 
 def _slope(theta: float, width: int) -> float:
-    """Plane i of the K/4 of an axis rotates by 2^(slope * i) per cell: theta^(-2i / (K/2))."""
+    """Returns `slope`: plane i of the K/4 planes of an axis rotates by 2^(slope * i) = theta^(-4i / K) per cell."""
     return -math.log2(theta) * 4 / width
 
 
@@ -373,5 +388,5 @@ class Rope2dQkNorm(torch.autograd.Function):
 def rope2d_qk_norm(
     qkv: Tensor, positions: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *, theta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.reference.rope2d_qk_norm`; on a GPU."""
+    """Computes `kernels.reference.rope2d_qk_norm` on a GPU."""
     return Rope2dQkNorm.apply(qkv, positions, q_weight, k_weight, theta, eps)

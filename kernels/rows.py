@@ -1,7 +1,7 @@
-"""Shared by the kernels over whole rows: tiles of R rows by BLOCK values, see `kernels.tiling`.
+"""Functions of the kernels over whole rows, in tiles of R rows by BLOCK values (see `kernels.tiling`).
 
-A forward program processes R rows. A backward program loops over rows with a stride, so that it can keep its
-part of the weights' gradients in registers; the parts are summed at the end in a fixed order, without atomics.
+A forward program processes R rows. A backward program loops over rows with a stride and keeps its part of the weights'
+gradients in registers. The parts are summed at the end in a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from univitar_ds.kernels.tiling import Tiling, programs, row_tiling, stages
 
 @triton.jit
 def load_rows(X, row, at, T, N: tl.constexpr):
-    """Values `at` (1, BLOCK) of the rows `row` (R, 1) of X (T, N) in float32; zeros beyond its ends."""
+    """Loads values `at` (1, BLOCK) of the rows `row` (R, 1) of X (T, N) as float32; zeros beyond the ends of X."""
     return tl.load(X + row * N + at, mask=(row < T) & (at < N), other=0.0).to(tl.float32)
 
 
@@ -30,10 +30,9 @@ def store_rows(X, values, row, at, T, N: tl.constexpr):
 
 @triton.jit
 def load_vector(W, at, N: tl.constexpr, R: tl.constexpr):
-    """Values `at` of a vector (N,) for each of R rows, in float32; zeros beyond its end.
+    """Loads values `at` of a vector W (N,) for each of R rows as float32; zeros beyond the end of W.
 
-    Every row loads it separately: each thread gets its values from the L1 cache, without an exchange through shared
-    memory.
+    Every row loads the vector separately: each thread reads the L1 cache, without an exchange through shared memory.
     """
     at = tl.broadcast_to(at, (R, at.shape[1]))
     return tl.load(W + at, mask=at < N, other=0.0).to(tl.float32)
@@ -41,7 +40,7 @@ def load_vector(W, at, N: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def held_vector(W, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """All tiles of a vector (N,) for R rows in its stored type, which a backward program keeps during its loop."""
+    """Loads all tiles of a vector W (N,) for R rows in W's dtype, which a backward program keeps during its loop."""
     tiles = ()
     for tile in tl.static_range(TILES):
         at = tl.broadcast_to(tile * BLOCK + tl.arange(0, BLOCK)[None, :], (R, BLOCK))
@@ -51,7 +50,7 @@ def held_vector(W, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES:
 
 @triton.jit
 def zeros(R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """The initial value of a vector's gradient."""
+    """Returns the zero tiles with which the sums of a vector's gradient begin."""
     tiles = ()
     for _ in tl.static_range(TILES):
         tiles += (tl.zeros((R, BLOCK), tl.float32),)
@@ -60,21 +59,21 @@ def zeros(R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit
 def sums_of_rows(a, b):
-    """The sums of both (R, BLOCK) over each row, each (R, 1), with one barrier."""
+    """Returns the sums of `a` and of `b` (R, BLOCK) over each row, each (R, 1), with one barrier for both."""
     a, b = tl.split(tl.sum(tl.join(a, b), 1))
     return a[:, None], b[:, None]
 
 
 @triton.jit
 def store_partial(P, sums, N: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """One program's part of a vector's gradient: the tiles `sums` (R, BLOCK) summed over its rows, to its row of P."""
+    """Sums each tile of `sums` (R, BLOCK) over rows, and writes the result to this program's row of P (programs, N)."""
     for tile in tl.static_range(TILES):
         at = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
         tl.store(P + tl.program_id(0).to(tl.int64) * N + at, tl.sum(sums[tile], 0)[None, :], mask=at < N)
 
 
 def launch_forward(kernel: Any, rows: Tensor, *arguments: Any) -> None:
-    """Runs `kernel(*arguments, T, eps)` over all rows of `rows` (T, N); the last of `arguments` is eps."""
+    """Launches `kernel(*tensors, T, eps)` over all rows of `rows` (T, N); `arguments` are the tensors, then eps."""
     tiling = row_tiling(rows.shape[1], rows.element_size(), backward=False)
     grid = -(-rows.shape[0] // tiling.rows)
     if grid:
@@ -83,8 +82,12 @@ def launch_forward(kernel: Any, rows: Tensor, *arguments: Any) -> None:
 
 
 def launch_backward(kernel: Any, rows: Tensor, *arguments: Any, read: int, weights: int) -> list[Tensor]:
-    """Runs `kernel(*tensors, *partials, T, eps)`, which reads `read` tensors like `rows`; the gradients (N,) float32 of
-    its `weights` vectors."""
+    """Launches `kernel(*tensors, *partials, T, eps)` over all rows of `rows` (T, N).
+
+    Args: arguments: the tensors, then eps. read: the number of tensors (T, N) that the kernel reads. weights: the
+    number of vectors (N,) that get a gradient.
+    Returns: the gradients of these vectors, (N,) float32.
+    """
     (count, width), itemsize = rows.shape, rows.element_size()
     tiling, limits = row_tiling(width, itemsize, backward=True), gpu.limits(rows.device)
     grid = programs(count, tiling.rows, limits.processors)

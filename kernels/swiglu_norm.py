@@ -1,6 +1,6 @@
 """RMSNorm(silu(gate) * up), forward and backward.
 
-Saved for the backward: gate, up and the weight. The product is computed again there, which costs less than reading it.
+The backward saves gate, up and the weight. It computes the product again, which costs less than reading it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from univitar_ds.kernels.rows import (
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x) within 2^-21; the square of a reciprocal root is a quarter of the instructions of a division."""
+    """Returns 1 / (1 + e^-x) with an error below 2^-21. A division would need four times the instructions of the square
+    of a reciprocal root."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
     return root * root
 
@@ -78,17 +79,17 @@ def backward_kernel(
         square, dot = sums_of_rows(squares, dots)
         scale = tl.rsqrt(square / N + eps)
         pull = dot / N * scale * scale
-        more = ()
+        new_sums = ()
         for tile in tl.static_range(TILES):
             at = tile * BLOCK + lane
-            open_ = sigmoid(gates[tile])
-            silu = gates[tile] * open_
+            gate_sigmoid = sigmoid(gates[tile])
+            silu = gates[tile] * gate_sigmoid
             product = silu * ups[tile]
             dproduct = (gs[tile] * weights[tile].to(tl.float32) - product * pull) * scale
             store_rows(DUP, dproduct * silu, row, at, T, N)
-            store_rows(DGATE, dproduct * ups[tile] * (open_ + silu * (1.0 - open_)), row, at, T, N)
-            more += (sums[tile] + gs[tile] * product * scale,)
-        sums = more
+            store_rows(DGATE, dproduct * ups[tile] * (gate_sigmoid + silu * (1.0 - gate_sigmoid)), row, at, T, N)
+            new_sums += (sums[tile] + gs[tile] * product * scale,)
+        sums = new_sums
     store_partial(DW, sums, N, BLOCK, TILES)
 
 
@@ -114,5 +115,5 @@ class SwiGLUNorm(torch.autograd.Function):
 
 
 def swiglu_norm(gate: Tensor, up: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `kernels.reference.swiglu_norm`; on a GPU."""
+    """Computes `kernels.reference.swiglu_norm` on a GPU."""
     return SwiGLUNorm.apply(gate, up, weight, eps)

@@ -1,10 +1,10 @@
 """Tiling of the rows of fused kernels, as pure functions of widths: no kernel has an autotuner.
 
-A row is D or F values of a token; few of the model's widths are powers of two, and Triton's blocks always are. One
-block over the next power of two would leave 37 % of the lanes idle at 1280 or 5120. So a row is covered by equal
-tiles, and only the rest of the last tile is masked. Every thread loads 16 bytes of a tile at once. The more of a row
-a thread holds, the fewer warps share its sum: one warp needs neither shared memory nor a barrier. Registers limit this,
-so the number of warps is the smallest that keeps a thread's share within the limit of its kernel.
+A row is D or F values of a token. Few of the model's widths are powers of two, and Triton's blocks always are: one
+block of the next power of two would leave 37 % of the lanes idle at 1280 or 5120. A row is therefore covered by equal
+tiles, and only the rest of the last tile is masked. Every thread loads 16 bytes of a tile at once. Fewer warps per row
+make the sum of a row cheaper: one warp needs neither shared memory nor a barrier. The number of warps is the smallest
+that keeps a thread's values within the register limit of its kernel.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from torch import Tensor
 WARP = 32
 VECTOR_BYTES = 16
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
-"""Warps of one program; several rows that are too short to fill them share it."""
+"""Number of warps of one program. Several rows share a program if one row is too short for all warps."""
 FORWARD_VALUES, BACKWARD_VALUES = 64, 24
-"""Values of one input that a thread may hold. A backward keeps four or five such sets (values, gradients, the weight
-and its gradient), so this many let 8 warps share the 65,536 registers of an SM without spilling."""
-UNDER_WAY = 32 * 1024
-"""Bytes that an SM must have in flight to keep the memory busy, for any number of warps: those that arrive
-in 0.9 us at 4.8 TB/s shared by 132 SMs (derived, not measured)."""
+"""Maximum number of values of one input in a thread. A backward keeps four or five such sets (values, gradients, the
+weight and its gradient); with 24 values 8 warps share the 65,536 registers of an SM without spilling."""
+BYTES_IN_FLIGHT = 32 * 1024
+"""Bytes that an SM must have in flight to keep the memory busy, for any number of warps: the bytes that arrive in
+0.9 us at 4.8 TB/s shared by 132 SMs (derived, not measured)."""
 SCRATCH_BYTES = 1024
-"""Upper bound of a backward's shared memory for the sums of rows."""
+"""Upper bound on the bytes of shared memory that a backward uses for the sums of rows."""
 PROGRAMS_PER_SM = 1
-"""Programs of a backward. Each writes one partial row of the weights' gradient, so there are few, which run long."""
+"""Number of programs of a backward per SM. Each program writes a partial row of the weights' gradient, so a backward
+runs few programs with long loops."""
 
 
 class Tiling(NamedTuple):
@@ -42,7 +43,7 @@ class Tiling(NamedTuple):
 
     @property
     def values(self) -> int:
-        """Of one input, masked ones included."""
+        """Number of values of one input in a program, including masked values."""
         return self.rows * self.block * self.tiles
 
 
@@ -58,7 +59,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadTiling:
-    """`rows` tokens per program, the pairs of their heads in `pieces`."""
+    """`rows` tokens per program; `pieces` are the fields of each `Piece` as a tuple."""
 
     rows: int
     pieces: tuple[tuple[int, ...], ...]
@@ -66,78 +67,83 @@ class HeadTiling:
 
     @property
     def values(self) -> int:
-        """Of one input, masked ones included."""
+        """Number of values of one input in a program, including masked values."""
         return self.rows * sum(2 * pairs * block * tiles for _, pairs, block, tiles, _ in self.pieces)
 
 
 @cache
 def row_tiling(width: int, itemsize: int, *, backward: bool) -> Tiling:
-    """For rows of `width` values of `itemsize` bytes."""
-    most, limit = _bounds(backward)
+    """Returns the tiling of rows of `width` values of `itemsize` bytes."""
+    max_warps, max_values = _bounds(backward)
     vector = VECTOR_BYTES // itemsize
-    warps = _fewest(most, lambda warps: -(-width // (WARP * vector * warps)) * vector <= limit)
+    warps = _fewest(max_warps, lambda warps: -(-width // (WARP * vector * warps)) * vector <= max_values)
     block = min(WARP * vector * warps, _power_of_two(width))
-    return Tiling(most // warps, block, -(-width // block), most)
+    return Tiling(max_warps // warps, block, -(-width // block), max_warps)
 
 
 @cache
 def head_tiling(heads: int, head_width: int, itemsize: int, *, backward: bool) -> HeadTiling:
-    """For rows of `heads` heads of K values, where the rotation combines value i and value i + K/2.
+    """Returns the tiling of rows of `heads` heads of K values, where the rotation combines values i and i + K/2.
 
-    K/2 is split in two if one power of two would waste more than an eighth: 40 = 32 + 8, 48 = 32 + 16, but 60 of 64.
+    K/2 is split into two pieces if one power of two would waste more than an eighth: 40 = 32 + 8, 48 = 32 + 16, but 60
+    is one piece of 64.
     """
-    most, limit = _bounds(backward)
+    max_warps, max_values = _bounds(backward)
     half = head_width // 2
     cut = _power_of_two(half) // 2 if 8 * half < 7 * _power_of_two(half) else half
     spans = [(first, end) for first, end in ((0, cut), (cut, half)) if end > first]
     vector = min(VECTOR_BYTES // itemsize, half & -half)
-    held = lambda warps: sum(2 * _held(heads, end - first, vector, warps) for first, end in spans)  # noqa: E731
-    warps = _fewest(most, lambda warps: held(warps) <= limit)
+    pairs_held = lambda warps: sum(_pairs_per_thread(heads, end - first, vector, warps) for first, end in spans)  # noqa: E731
+    warps = _fewest(max_warps, lambda warps: 2 * pairs_held(warps) <= max_values)
     pieces: list[Piece] = []
     for first, end in spans:
         pairs = _power_of_two(end - first)
         block = min(max(1, WARP * vector * warps // pairs), _power_of_two(heads))
         pieces.append(Piece(first, pairs, block, -(-heads // block), sum(piece.tiles for piece in pieces)))
-    return HeadTiling(most // warps, tuple(tuple(piece) for piece in pieces), most)
+    return HeadTiling(max_warps // warps, tuple(tuple(piece) for piece in pieces), max_warps)
 
 
 def stages(round_bytes: int, shared_bytes: int) -> int:
-    """Pipeline stages of a backward's loop, which reads `round_bytes` per round, in `shared_bytes` of shared memory.
+    """Returns the pipeline stages of a backward's loop that reads `round_bytes` per round, for `shared_bytes` of shared
+    memory.
 
-    A loop of n stages has n - 1 rounds in shared memory: the current one and n - 2 in flight. Two stages
-    read the next round only after the current one, and one stage uses only registers.
+    A loop of n stages has n - 1 rounds in shared memory: the current round and n - 2 rounds in flight. With two stages
+    the next round is read only after the current round. One stage uses only registers.
     """
-    wanted = 1 + -(-UNDER_WAY // round_bytes)
+    wanted = 1 + -(-BYTES_IN_FLIGHT // round_bytes)
     return 1 + min(wanted, (shared_bytes - SCRATCH_BYTES) // round_bytes)
 
 
 def programs(rows: int, rows_of_a_program: int, processors: int) -> int:
-    """Programs of a backward, which loop over its rows."""
+    """Returns the number of programs of a backward, which loop over the rows."""
     return min(-(-rows // rows_of_a_program), PROGRAMS_PER_SM * processors)
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """`x` (T, ...) itself if its rows are dense, with any stride between them; a copy otherwise."""
+    """Returns `x` (T, ...) if its rows are dense, with any stride between rows; a contiguous copy otherwise."""
     return x if x[:1].is_contiguous() else x.contiguous()
 
 
 def _bounds(backward: bool) -> tuple[int, int]:
+    """Returns the maximum number of warps of a program and of values of one input in a thread."""
     return (BACKWARD_WARPS, BACKWARD_VALUES) if backward else (FORWARD_WARPS, FORWARD_VALUES)
 
 
-def _held(heads: int, pairs: int, vector: int, warps: int) -> int:
-    """Pairs of a piece in one thread: whole vectors of a full tile, or an even share of a piece smaller than that."""
+def _pairs_per_thread(heads: int, pairs: int, vector: int, warps: int) -> int:
+    """Returns the number of a piece's pairs in one thread: whole vectors, or an even share of a small piece."""
     pairs, threads = _power_of_two(pairs), WARP * warps
     whole = -(-heads * pairs // (threads * vector)) * vector
     return min(whole, max(1, _power_of_two(heads) * pairs // threads))
 
 
-def _fewest(most: int, fits: Callable[[int], bool]) -> int:
+def _fewest(max_warps: int, fits: Callable[[int], bool]) -> int:
+    """Returns the smallest power of two that fits, at most `max_warps`."""
     warps = 1
-    while warps < most and not fits(warps):
+    while warps < max_warps and not fits(warps):
         warps *= 2
     return warps
 
 
 def _power_of_two(n: int) -> int:
+    """Returns the smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length()

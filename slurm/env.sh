@@ -1,8 +1,8 @@
-# Settings of every job before it starts Python. Lines that are commented out are for clusters that need them.
+# Settings of every job before it starts Python. Some clusters need the lines that are commented out.
 
 # module load cuda            # the driver is enough: torch brings its own CUDA libraries
 
-# Threads of one rank. A checkpoint stores the number: with another one results agree to rounding, not bit for bit.
+# Threads of one rank. A checkpoint stores this number: with another number results are equal up to rounding only.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 # The log shows lines immediately, and the stack of a process that a fatal signal ends.
@@ -15,15 +15,15 @@ export PYTHONSAFEPATH=1
 # Packs have another size in every step; expandable segments avoid fragmentation of GPU memory.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
-# Hundreds of ranks that write one cache in a shared home wait for each other.
+# A cache per node: hundreds of ranks that write one cache in a shared home would wait for each other.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -u)}
 
 # NCCL logs its errors; INFO also logs which network it uses.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# Nodes with several networks: the one that connects the nodes, for NCCL's bootstrap and for CPU ranks (gloo). Needed when
-# the start hangs or gloo connects to 127.0.0.1; `ip -brief address` shows the names.
+# The network that connects nodes with several networks, for NCCL's bootstrap and for CPU ranks (gloo). Needed if the
+# launch hangs or gloo connects to 127.0.0.1; `ip -brief address` shows the names.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# InfiniBand cards that carry storage and not training are left out like this.
+# Excludes an InfiniBand card that is used for storage and not for training.
 # export NCCL_IB_HCA=^mlx5_2

@@ -1,7 +1,7 @@
 """One rank of the preflight: `python slurm/preflight.py RUN CONFIG [KEY=VALUE ...]`, started by preflight.sbatch.
 
-All ranks join, compare their versions, read a file that another rank has written, read the run file, find its data, and
-time a large all-reduce. The first error ends it with a sentence and exit code 2.
+All ranks join, compare their versions, read a file that another rank has written, read the run file, find the data, and
+time a large all-reduce. The first error ends the preflight with a sentence and exit code 2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROUNDS = 5
 def main(arguments: list[str]) -> None:
     run, recipe, *overrides = arguments
     try:
-        is_rank(os.environ)  # sets the numbers of the rank
+        is_rank(os.environ)  # sets RANK, WORLD_SIZE and LOCAL_RANK
         world = start_world()
         _check(world, Path(run), recipe, overrides)
         stop_world()
@@ -45,28 +45,30 @@ def main(arguments: list[str]) -> None:
 
 
 def _check(world: World, run: Path, recipe: str, overrides: list[str]) -> None:
-    tell = print if world.is_main else lambda *_: None
+    report = print if world.is_main else lambda *_: None
     nodes = gather_json(os.uname().nodename, world)
-    tell(f"{world.size} ranks on {len(set(nodes))} nodes")
+    report(f"{world.size} ranks on {len(set(nodes))} nodes")
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    alike = gather_json({"device": device, "package": str(Path(__file__).parents[1]), **versions()}, world)
+    machines = gather_json({"device": device, "package": str(Path(__file__).parents[1]), **versions()}, world)
     with all_ranks_or_none(world):
-        for rank, other in enumerate(alike):
-            if other != alike[0]:
-                raise UserError(f"rank {rank} on {nodes[rank]} has {other}, rank 0 {alike[0]}; make the nodes alike")
-    tell(f"all alike: {alike[0]}")
-    _share(world, run.parent, nodes)
-    tell(f"every rank reads in {run.parent} what another one has written")
+        for rank, machine in enumerate(machines):
+            if machine != machines[0]:
+                raise UserError(
+                    f"rank {rank} on {nodes[rank]} has {machine}, rank 0 has {machines[0]}; make the nodes equal"
+                )
+    report(f"all ranks are equal: {machines[0]}")
+    _check_shared_disk(world, run.parent, nodes)
+    report(f"every rank reads files in {run.parent} that another rank has written")
     with all_ranks_or_none(world):
         config = load_config(recipe, overrides)
         resolve_deepspeed(config, world.size, read_deepspeed(config.deepspeed), (recipe, config.deepspeed))
         shards = validate_sources(config.data.sources, config.stages, StorageSettings.of(config.data))
-    tell(f"every rank finds {len(shards)} shards; data.lanes = {config.data.lanes} fits {world.size} ranks")
-    tell(f"all-reduce: {_all_reduce_gbs(world):.1f} GB/s")
+    report(f"every rank finds {len(shards)} shards; data.lanes = {config.data.lanes} fits {world.size} ranks")
+    report(f"all-reduce: {_all_reduce_gbs(world):.1f} GB/s")
 
 
-def _share(world: World, folder: Path, nodes: list[str]) -> None:
-    """Raises: UserError if two ranks do not share the disk."""
+def _check_shared_disk(world: World, folder: Path, nodes: list[str]) -> None:
+    """Reads a file that another rank has written. Raises: UserError if two ranks do not share the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     neighbour = (world.rank + 1) % world.size
     own, other = (folder / f".preflight-{rank}" for rank in (world.rank, neighbour))
@@ -84,13 +86,13 @@ def _share(world: World, folder: Path, nodes: list[str]) -> None:
 
 
 def _all_reduce_gbs(world: World) -> float:
-    """Gigabytes (1e9 bytes) of gradient per second that one rank sums over all ranks."""
+    """Returns the gigabytes (1e9 bytes) per second of one rank's tensor that an all-reduce sums."""
     numbers = torch.ones((256 if world.device.type == "cuda" else 8) * 2**20 // 4, device=world.device)
     dist.all_reduce(numbers)
     start = time.perf_counter()
     for _ in range(ROUNDS):
         dist.all_reduce(numbers)
-    numbers.sum().item()  # waits for a GPU
+    numbers.sum().item()  # waits until a GPU has finished
     return ROUNDS * numbers.numel() * 4 / (time.perf_counter() - start) / 1e9
 
 

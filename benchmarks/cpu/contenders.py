@@ -1,7 +1,8 @@
-"""Contenders of our encoder in `bench_cpu.py`: other ways to run its shape on the same images, and the floor.
+"""The contenders of `bench_cpu.py`: our encoder, other implementations of the same shape, and the floor.
 
-All have the 0.3B's width (1024), heads (16), feed-forward FLOPs and patches of 1176 values, random weights and LAYERS
-blocks. A contender is built for a type and takes a `Group` of images: forward, then backward from a given gradient.
+All contenders have the 0.3B's width (1024), heads (16), feed-forward FLOPs and patches of 1176 values (Siglip2: 588),
+random weights and `layers` blocks. A contender is built for a dtype. Each call runs forward on a `Group` of images, and
+backward from the group's gradient.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from univitar_ds.kernels import dispatch
 from univitar_ds.model.encoder import UniViTAR
 
 PEERS = Path(__file__).parents[1] / ".peers"
-"""Folder of packages that only contenders need."""
+"""Folder of packages that only these contenders need."""
 WIDTH, HEADS, HEAD, INNER, PLAIN_INNER, PATCH_VALUES = 1024, 16, 64, 2816, 4224, 1176
 
 
 @dataclass(frozen=True)
 class Group:
-    """Images that run together. `patches` (T, 1176), `grad` (T, D) of the output; `padded_to` tokens an image."""
+    """Images that run together: `patches` (T, 1176), and the gradient of the output `grad` (T, D).
+
+    `padded_to` is the number of tokens to which an image is padded."""
 
     grids: tuple[tuple[int, int], ...]
     patches: Tensor
@@ -41,14 +44,14 @@ class Group:
         return [h * w for h, w in self.grids]
 
     def padded(self, rows: Tensor) -> Tensor:
-        """(T, X) -> (N, padded_to, X), zeros after each image."""
+        """Pads each image with zeros: (T, X) -> (N, padded_to, X)."""
         out = rows.new_zeros(len(self.grids), self.padded_to, rows.shape[1])
-        for place, piece in zip(out, rows.split(self.lengths), strict=True):
-            place[: len(piece)] = piece
+        for row, piece in zip(out, rows.split(self.lengths), strict=True):
+            row[: len(piece)] = piece
         return out
 
     def valid(self) -> Tensor:
-        """(N, padded_to) bool: where an image is."""
+        """Returns the mask of tokens that are not padding, (N, padded_to) bool."""
         return torch.arange(self.padded_to) < torch.tensor(self.lengths)[:, None]
 
 
@@ -56,7 +59,7 @@ Step = Callable[[Group], None]
 
 
 def trained(model: nn.Module, forward: Callable[[Group], tuple[Tensor, Tensor]]) -> Step:
-    """Makes a step of `forward`, which returns the output and its gradient. Gradients of weights are new tensors."""
+    """Returns a step of `forward`, which returns the output and the output's gradient, and of the backward pass."""
 
     def step(group: Group) -> None:
         model.zero_grad(set_to_none=True)
@@ -67,7 +70,7 @@ def trained(model: nn.Module, forward: Callable[[Group], tuple[Tensor, Tensor]])
 
 
 def ours(layers: int, dtype: torch.dtype, compiled: bool) -> Step:
-    """The encoder of this project on packs."""
+    """Returns the encoder of this project, which runs a group as a pack."""
     model = UniViTAR(EncoderConfig(num_hidden_layers=layers)).to(dtype)
 
     def forward(group: Group) -> tuple[Tensor, Tensor]:
@@ -78,7 +81,8 @@ def ours(layers: int, dtype: torch.dtype, compiled: bool) -> Step:
 
 
 class TablesBlock(nn.Module):
-    """The block as the release computes it, in plain eager operations: tables, rotation by halves, item after item."""
+    """A block like that of the release, in plain eager operations: tables of angles, rotation by halves, attention item
+    by item."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +121,7 @@ class PlainRMS(nn.Module):
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """(T, H, K), (T, K/2) -> (T, H, K); the tables are computed for q and for k in each layer."""
+    """Rotates heads: (T, H, K), (T, K/2) -> (T, H, K). The tables are computed for q and for k in each layer."""
     cos, sin = (table.repeat(1, 2)[:, None] for table in (angles.cos(), angles.sin()))
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
@@ -125,14 +129,14 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def tables(layers: int, dtype: torch.dtype) -> Step:
-    """The released way: see TablesBlock."""
+    """Returns an encoder of `TablesBlock`s, which runs a group as a pack."""
     embed = nn.Linear(PATCH_VALUES, WIDTH)
     model = nn.ModuleList([embed, *(TablesBlock() for _ in range(layers))]).to(dtype)
 
     def forward(group: Group) -> tuple[Tensor, Tensor]:
-        places = torch.cat([torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in group.grids])
-        speeds = 1 / 10000 ** (torch.arange(0, HEAD // 2, 2) / (HEAD // 2))
-        angles, x = (places[:, :, None] * speeds).flatten(1), model[0](group.patches)
+        positions = torch.cat([torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in group.grids])
+        frequencies = 1 / 10000 ** (torch.arange(0, HEAD // 2, 2) / (HEAD // 2))
+        angles, x = (positions[:, :, None] * frequencies).flatten(1), model[0](group.patches)
         for block in model[1:]:
             x = block(x, angles, group.lengths)
         return x, group.grad
@@ -141,7 +145,7 @@ def tables(layers: int, dtype: torch.dtype) -> Step:
 
 
 class PlainBlock(nn.Module):
-    """LayerNorm, masked attention, GELU of the same FLOPs as our SwiGLU."""
+    """A block of LayerNorm, masked attention, and GELU with the FLOPs of our SwiGLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,14 +161,14 @@ class PlainBlock(nn.Module):
 
 
 def padded(layers: int, dtype: torch.dtype) -> Step:
-    """A plain ViT with learned positions on padded images and a mask."""
+    """Returns a plain ViT with learned positions, on padded images with a mask."""
     parts = {"embed": nn.Linear(PATCH_VALUES, WIDTH), "blocks": nn.ModuleList(PlainBlock() for _ in range(layers))}
     model = nn.ModuleDict(parts)
-    model.places = nn.Parameter(torch.randn(1024, WIDTH) * 0.02)
+    model.positions = nn.Parameter(torch.randn(1024, WIDTH) * 0.02)
     model.to(dtype)
 
     def forward(group: Group) -> tuple[Tensor, Tensor]:
-        x = model["embed"](group.padded(group.patches)) + model.places[: group.padded_to]
+        x = model["embed"](group.padded(group.patches)) + model.positions[: group.padded_to]
         mask = group.valid()[:, None, None, :]
         for block in model["blocks"]:
             x = block(x, mask)
@@ -174,7 +178,7 @@ def padded(layers: int, dtype: torch.dtype) -> Step:
 
 
 def siglip2(layers: int, dtype: torch.dtype) -> Step:
-    """transformers' Siglip2 NaFlex vision model of this shape, its patches of one frame (588 values)."""
+    """Returns transformers' Siglip2 NaFlex vision model of this shape, with patches of one frame (588 values)."""
     from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
     config = Siglip2VisionConfig(
@@ -193,7 +197,7 @@ def siglip2(layers: int, dtype: torch.dtype) -> Step:
 
 @contextmanager
 def peers_first(folder: Path = PEERS) -> Iterator[None]:
-    """Inside, imports look into `folder` first; outside, nothing finds what lies there."""
+    """Makes imports search `folder` first in this context; `folder` is not searched outside of the context."""
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
@@ -203,11 +207,11 @@ def peers_first(folder: Path = PEERS) -> Iterator[None]:
 
 
 def timm_naflex(layers: int, dtype: torch.dtype) -> Step:
-    """timm's NaFlexViT with rotary positions, normed q and k, SwiGLU with its norm and LayerScale.
+    """Returns timm's NaFlexViT with rotary positions, normed q and k, SwiGLU with a norm, and LayerScale.
 
-    Raises: ImportError without timm.
+    Raises: ImportError if timm is not installed.
     """
-    if "torchvision" not in sys.modules:  # its operators are not built for a CPU torch, and not used here
+    if "torchvision" not in sys.modules:  # torchvision's operators do not fit a CPU torch and are not used
         sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
     with peers_first():
         from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
@@ -220,8 +224,8 @@ def timm_naflex(layers: int, dtype: torch.dtype) -> Step:
     model = NaFlexVit(config, in_chans=6, num_classes=0).to(dtype)
 
     def forward(group: Group) -> tuple[Tensor, Tensor]:
-        places = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in group.grids]
-        coordinates = group.padded(torch.cat(places))
+        positions = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in group.grids]
+        coordinates = group.padded(torch.cat(positions))
         output = model(group.padded(group.patches), coordinates, group.valid())
         return output, group.padded(group.grad)
 
@@ -229,7 +233,7 @@ def timm_naflex(layers: int, dtype: torch.dtype) -> Step:
 
 
 def floor(layers: int, dtype: torch.dtype) -> Step:
-    """The same matrix products and attention calls, and one pass over memory for the rest; nothing else."""
+    """Returns a step with only the matrix products, the attention calls, and one pass over memory for the rest."""
     shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER)]
     weights = [[torch.randn(shape, dtype=dtype) * 0.02 for shape in shapes] for _ in range(layers)]
     embed = torch.randn(WIDTH, PATCH_VALUES, dtype=dtype)
@@ -264,16 +268,18 @@ def floor(layers: int, dtype: torch.dtype) -> Step:
 
 
 class Memory:
-    """What the rest of a block reads and writes, as copies: each reads one value a token and channel and writes one.
+    """Copies that read and write as many values as the rest of a block. A copy reads and writes one value per token and
+    channel.
 
-    Values of D read and written, forward, backward: norm 1+1, 3+1; rotation and norm of q, k 2+2, 5+3; residual and
-    norm 2+2, 4+2; residual 2+1, 2+1: 34, so 17 copies. Of F, SiLU gate and norm: 2+1, 3+2: 8, so 4 copies.
+    Values per token and channel of D, read + written, forward and backward: norm 1+1, 3+1; rotation and norm of q, k
+    2+2, 5+3; residual and norm 2+2, 4+2; residual 2+1, 2+1. The sum is 34, so 17 copies. Of F: SiLU gate and norm 2+1,
+    3+2. The sum is 8, so 4 copies.
     """
 
-    MOST_TOKENS = 4096
+    MAX_TOKENS = 4096
 
     def __init__(self, copies: int, width: int, dtype: torch.dtype) -> None:
-        self.sources, self.targets = torch.ones(2, copies, self.MOST_TOKENS, width, dtype=dtype)
+        self.sources, self.targets = torch.ones(2, copies, self.MAX_TOKENS, width, dtype=dtype)
 
     def copy(self, tokens: int) -> None:
         for source, target in zip(self.sources, self.targets, strict=True):

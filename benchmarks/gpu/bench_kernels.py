@@ -1,4 +1,4 @@
-"""The fused operations one by one: ours, plain torch and torch.compile of it, on the packs and widths of the family."""
+"""Times each fused operation against plain torch and against torch.compile of plain torch, at the encoders' widths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "merg
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on one pack. `ours` and `eager` take `inputs`; gradients are taken for those that need one."""
+    """One operation on one pack. `ours` and `eager` are called with `inputs`.
+
+    Inputs with `requires_grad` get gradients. `bytes` is the number of bytes that each pass moves."""
 
     op: str
     pack: str
@@ -36,16 +38,16 @@ class Case:
     eager: Callable[..., Any]
     bytes: dict[str, int]
     product: tuple[int, int, int] | None = None
-    """(m, k, n) of the matrix product of its size."""
+    """(m, k, n) of the operation's matrix product; None if the operation has no matrix product."""
 
 
 def cases(config: EncoderConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """All operations at the widths of `config` on packs of `tokens` tokens."""
+    """Yields all operations at the widths of `config`, on packs of `tokens` tokens."""
     draw = partial(torch.randn, dtype=dtype, device=device, requires_grad=True)
     width, inner, heads = config.hidden_size, config.inner_width, config.num_attention_heads
     grids = packs.mixed_images(tokens)
-    places = torch.cartesian_prod(torch.arange(64, device=device), torch.arange(64, device=device))
-    positions = places.repeat(-(-tokens // len(places)), 1)[:tokens].contiguous()
+    cells = torch.cartesian_prod(torch.arange(64, device=device), torch.arange(64, device=device))
+    positions = cells.repeat(-(-tokens // len(cells)), 1)[:tokens].contiguous()
     rows = {
         "rms_norm": (width, (draw(tokens, width), draw(width)), {"eps": EPS}),
         "add_norm": (width, (draw(tokens, width), draw(tokens, width), draw(width), draw(width)), {"eps": EPS}),
@@ -56,10 +58,10 @@ def cases(config: EncoderConfig, tokens: int, device: torch.device, dtype: torch
             {"theta": THETA, "eps": EPS},
         ),
     }
-    for op, (wide, inputs, rule) in rows.items():
-        moved = {name: counts.moved_bytes(op, name, tokens, wide, dtype.itemsize) for name in counts.PASSES}
-        ours, eager = partial(getattr(dispatch, op), **rule), partial(getattr(reference, op), **rule)
-        yield Case(op, "rows", tokens, wide, inputs, ours, eager, moved)
+    for op, (op_width, inputs, kwargs) in rows.items():
+        moved = {name: counts.moved_bytes(op, name, tokens, op_width, dtype.itemsize) for name in counts.PASSES}
+        ours, eager = partial(getattr(dispatch, op), **kwargs), partial(getattr(reference, op), **kwargs)
+        yield Case(op, "rows", tokens, op_width, inputs, ours, eager, moved)
     del rows, inputs
     for name, grids in (("images", packs.mixed_images(tokens)), ("videos", packs.videos(tokens))):
         yield patch_embed_case(name, grids, width, device, dtype)
@@ -68,7 +70,7 @@ def cases(config: EncoderConfig, tokens: int, device: torch.device, dtype: torch
 def patch_embed_case(
     name: str, grids: Sequence[packs.Grid], width: int, device: torch.device, dtype: torch.dtype
 ) -> Case:
-    """Pixels to tokens; plain torch cuts and normalises patches as the public face's float path does."""
+    """Returns the case of the patch embedding. Plain torch uses the float path of the public API."""
     frames, tokens = packs.frames_of(grids), sum(map(math.prod, grids))
     size = packs.pixel_bytes(grids)
     pixels = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
@@ -85,8 +87,8 @@ def patch_embed_case(
     moved = counts.patch_embed_bytes(size, tokens, width, dtype.itemsize)
     product = counts.patch_embed_product(tokens, width, still=all(count == 1 for count in frames))
     inputs = (pixels, weight, bias)
-    both = dict.fromkeys(counts.PASSES, moved)
-    return Case("patch_embed", name, tokens, width, inputs, ours, eager, both, product)
+    moved_by_pass = dict.fromkeys(counts.PASSES, moved)
+    return Case("patch_embed", name, tokens, width, inputs, ours, eager, moved_by_pass, product)
 
 
 def embed_patches(patches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -95,13 +97,14 @@ def embed_patches(patches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def compiled(case: Case, backend: str) -> Callable[..., Any]:
-    """torch.compile of the plain operation. Cutting patches item by item stays as it is: it would be unrolled."""
+    """Returns the plain operation under torch.compile, except the loop that cuts patches item by item, which
+    torch.compile would unroll."""
     if case.op != "patch_embed":
         return torch.compile(case.eager, backend=backend, dynamic=False)
     embed = torch.compile(embed_patches, backend=backend, dynamic=False)
-    cut = torch.compiler.disable(reference.patchify)
+    patchify = torch.compiler.disable(reference.patchify)
     frames, grids = _pack_of(case)
-    return lambda pixels, weight, bias: embed(cut(pixels, frames, grids, 1), weight, bias)
+    return lambda pixels, weight, bias: embed(patchify(pixels, frames, grids, 1), weight, bias)
 
 
 def _pack_of(case: Case) -> tuple[list[int], list[packs.Grid]]:
@@ -110,11 +113,13 @@ def _pack_of(case: Case) -> tuple[list[int], list[packs.Grid]]:
 
 
 def measure(case: Case, timer: Timer, copy: float, backend: str) -> list[dict[str, Any]]:
-    """A row for each direction. `copy`: GB/s of a large copy on this device in this run."""
-    ways = {"ours": case.ours, "eager": case.eager, "compiled": compiled(case, backend)}
-    times = {way: _times(timer, run, case.inputs) for way, run in ways.items()}
-    kind = next(x.dtype for x in case.inputs if x.requires_grad)
-    return [row(case, direction, times, timer, copy, kind) for direction in counts.PASSES]
+    """Returns one row for each pass.
+
+    Args: copy: GB/s of a large copy on this device in this run. backend: torch.compile's."""
+    contenders = {"ours": case.ours, "eager": case.eager, "compiled": compiled(case, backend)}
+    times = {name: _times(timer, run, case.inputs) for name, run in contenders.items()}
+    dtype = next(x.dtype for x in case.inputs if x.requires_grad)
+    return [row(case, direction, times, timer, copy, dtype) for direction in counts.PASSES]
 
 
 def _times(timer: Timer, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> dict[str, float]:
@@ -124,11 +129,11 @@ def _times(timer: Timer, run: Callable[..., Any], inputs: tuple[Tensor, ...]) ->
 
     outputs = run(*inputs)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    wanted = [x for x in inputs if x.requires_grad]
+    differentiable = [x for x in inputs if x.requires_grad]
     grads = [torch.randn_like(output) for output in outputs]
 
     def backward() -> Any:
-        return torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
+        return torch.autograd.grad(outputs, differentiable, grads, retain_graph=True)
 
     return {"forward": timer.median_ms(forward), "backward": timer.median_ms(backward)}
 
@@ -138,13 +143,13 @@ def row(
 ) -> dict[str, Any]:
     ours = times["ours"][direction]
     speed = case.bytes[direction] / ours / 1e6
-    same = copy_gb_s(timer, case.bytes[direction] // 2)  # a copy moves every byte twice
+    same_size_copy = copy_gb_s(timer, case.bytes[direction] // 2)  # a copy reads and writes every byte
     tflops = product = None
     if case.product is not None:
         m, k, n = case.product
-        whole = counts.aligned(k, dtype.itemsize)  # torch's product at its best; what the padding adds counts for none
-        shape = (m, whole, n) if direction == "forward" else (n, m, whole)
-        tflops, product = 2 * m * k * n / ours / 1e9, matmul_tflops(timer, *shape, dtype) * k / whole
+        padded_k = counts.aligned(k, dtype.itemsize)  # torch is fastest at this size; padding is not counted as work
+        shape = (m, padded_k, n) if direction == "forward" else (n, m, padded_k)
+        tflops, product = 2 * m * k * n / ours / 1e9, matmul_tflops(timer, *shape, dtype) * k / padded_k
     return {
         "op": case.op,
         "pass": direction,
@@ -161,8 +166,8 @@ def row(
         "gb_s": rounded(speed),
         "copy_gb_s": rounded(copy),
         "copy_pct": rounded(100 * speed / copy, 3),
-        "copy_same_gb_s": rounded(same),
-        "copy_same_pct": rounded(100 * speed / same, 3),
+        "copy_same_gb_s": rounded(same_size_copy),
+        "copy_same_pct": rounded(100 * speed / same_size_copy, 3),
         "tflops": rounded(tflops),
         "matmul_tflops": rounded(product),
         "matmul_pct": None if product is None else rounded(100 * tflops / product, 3),

@@ -1,8 +1,8 @@
-"""A training step of the encoder, forward and backward, from bytes: images of equal and of mixed lengths.
+"""Times a training step of the encoder, forward and backward, from bytes: images of equal and of mixed lengths.
 
-MFU is the arithmetic of the matrix products and the attention (`univitar_ds.model.flops`) over what the device could
-have multiplied in that time, by the fastest matrix product measured in the same run. The padded baseline is the same
-code on the same items, each filled up to the longest of them, in batches of as many tokens; only real tokens count.
+MFU is the FLOP of the matrix products and the attention (`univitar_ds.model.flops`), divided by the FLOP that the
+fastest matrix product of the same run computes in the same time. The padded baseline is the same code on the same
+items, each padded to the longest item, in batches of as many tokens; only real tokens are counted.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from univitar_ds.model.flops import BACKWARD, flops_per_item
 
 
 def lengths(tokens: int, equal: Sequence[int]) -> dict[str, list[packs.Grid]]:
-    """Packs of about `tokens` tokens by the name of their lengths."""
-    named = {str(length): packs.equal_images(tokens, length) for length in equal}
-    return {**named, "mixed": packs.mixed_images(tokens)}
+    """Returns packs of about `tokens` tokens: one per length in `equal`, by that length, and one named "mixed"."""
+    packs_by_name = {str(length): packs.equal_images(tokens, length) for length in equal}
+    return {**packs_by_name, "mixed": packs.mixed_images(tokens)}
 
 
 def build(config: EncoderConfig, device: torch.device, dtype: torch.dtype) -> UniViTAR:
-    """An encoder with random weights."""
+    """Builds an encoder with random weights, in training mode."""
     with torch.device(device):
         return UniViTAR(config).to(dtype).train()
 
@@ -38,7 +38,10 @@ def build(config: EncoderConfig, device: torch.device, dtype: torch.dtype) -> Un
 def measure(
     name: str, model: UniViTAR, items: str, grids: list[packs.Grid], timer: Timer, peak_tflops: float
 ) -> dict[str, Any]:
-    """The row of one encoder on one pack."""
+    """Returns the row of one encoder on one pack.
+
+    Args: name: of the encoder. items: the name of the pack. peak_tflops: of the fastest matrix product of this run.
+    """
     tokens = sum(map(math.prod, grids))
     ours_ms, ours_gb = _step(model, [grids], timer)
     batches = packs.padded_batches(grids, max(tokens, max(map(math.prod, grids))))
@@ -68,7 +71,7 @@ def measure(
 
 
 def _step(model: UniViTAR, batches: list[list[packs.Grid]], timer: Timer) -> tuple[float, float | None]:
-    """(milliseconds, most GB allocated) of forward and backward over all batches."""
+    """Returns the milliseconds of forward and backward over all batches, and the peak memory in GB (None on a CPU)."""
     on_gpu = timer.device.type == "cuda"
     inputs = [(batch, _pixels(batch, timer.device)) for batch in batches]
     run = _forward_backward(model, inputs)
@@ -76,8 +79,8 @@ def _step(model: UniViTAR, batches: list[list[packs.Grid]], timer: Timer) -> tup
         return timer.median_ms(run), None
     torch.cuda.reset_peak_memory_stats(timer.device)
     run()
-    most = torch.cuda.max_memory_allocated(timer.device) / 1e9
-    return timer.median_ms(run), most
+    peak_gb = torch.cuda.max_memory_allocated(timer.device) / 1e9
+    return timer.median_ms(run), peak_gb
 
 
 def _forward_backward(model: UniViTAR, inputs: list[tuple[list[packs.Grid], Tensor]]) -> Callable[[], None]:

@@ -1,13 +1,14 @@
-"""What the compiler makes of every Triton kernel, without a GPU: registers, stack, shared memory, width of the loads.
+"""Resource usage of every compiled Triton kernel, without a GPU: registers, stack, shared memory, width of the loads.
 
     python benchmarks/gpu/kernel_resources.py [--out FILE] [--sizes 0.6b ...] [--ptx FOLDER]
 
-The launchers are called with tensors of the real widths; instead of being run, what they launch is compiled for Ampere
-and Hopper. Rows go to results/kernel_resources.csv, which a test compares with what it gets. `stack_bytes` is what
-spilled. `instructions` is what a warp issues for the `rows` of its program, in a backward per round of its loop. Loads
-are instructions too, `loads_ahead` those that fetch the next rows into shared memory while these are worked on
-(cp.async). `resident_warps` is how many of the 64 warps of an SM the registers and the shared memory leave room for.
-Must be a process without TRITON_INTERPRET.
+The launchers are called with tensors of the real widths; their kernels are compiled for Ampere and Hopper instead of
+being run. Rows are written to results/kernel_resources.csv, and a test compares that file with a new compilation.
+`stack_bytes` is the size of spilled registers. `instructions` is the number of instructions that a warp issues for the
+`rows` of its program, in a backward per round of its loop. The columns `loads_*` count load instructions;
+`loads_ahead` counts loads that fetch the next rows into shared memory during the current round (cp.async).
+`resident_warps` is the number of warps, of the 64 of an SM, for which registers and shared memory suffice.
+TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ from univitar_ds.kernels import fused, gpu
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_BYTES_PER_SM = {80: 164 * 1024, 90: 228 * 1024}  # CUDA programming guide, compute capabilities
-PROCESSORS = {80: 108, 90: 132}
+SM_COUNT = {80: 108, 90: 132}
 REGISTERS_PER_SM, WARPS_PER_SM, REGISTER_UNIT = 65536, 64, 256
 TOKENS = 48
 ARCHITECTURES = tuple(SHARED_BYTES_PER_SM)
 SIZES = {"0.3b": (16, 64, 2816), "0.6b": (16, 80, 3456), "1b": (24, 80, 5120), "1b-16": (16, 120, 5120)}
-"""Heads, head width and feed-forward width; the 1B once more with the 16 heads that would also make 1920."""
+"""(heads, head width, feed-forward width); "1b-16" is the 1B encoder with 16 heads instead of 24, also 1920 wide."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a public function, forward and backward; `size` names its shape."""
+    """One call of a public function, forward and backward; `size` is a key of `SIZES`."""
 
     operation: str
     size: str
@@ -68,30 +69,30 @@ def token_wise_cases() -> Iterator[Case]:
     for dtype, sizes in ((torch.bfloat16, list(SIZES)), (torch.float32, ["0.3b"])):
         for size in sizes:
             heads, width, inner = SIZES[size]
-            made = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, requires_grad=True)  # noqa: E731
-            x, d, f = made(TOKENS, heads * width), made(heads * width), made(inner)
-            wide, qkv = made(TOKENS, inner), made(TOKENS, 3, heads, width)
-            places = torch.zeros(TOKENS, 2, dtype=torch.int64)
+            zeros = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, requires_grad=True)  # noqa: E731
+            x, d, f = zeros(TOKENS, heads * width), zeros(heads * width), zeros(inner)
+            wide, qkv = zeros(TOKENS, inner), zeros(TOKENS, 3, heads, width)
+            positions = torch.zeros(TOKENS, 2, dtype=torch.int64)
             yield Case(
                 "rope2d_qk_norm", size, dtype,
-                lambda q=qkv, p=places, d=d: fused.rope2d_qk_norm(q, p, d, d, theta=1e4, eps=1e-6),
+                lambda q=qkv, p=positions, d=d: fused.rope2d_qk_norm(q, p, d, d, theta=1e4, eps=1e-6),
             )  # fmt: skip
             yield Case("swiglu_norm", size, dtype, lambda wide=wide, f=f: fused.swiglu_norm(wide, wide, f, 1e-6))
-            if size != "1b-16":  # the same rows as those of the 1b
+            if size != "1b-16":  # the rows are the same as those of 1b
                 yield Case("add_norm", size, dtype, lambda x=x, d=d: fused.add_norm(x, x, d, d, 1e-6))
                 yield Case("rms_norm", size, dtype, lambda x=x, d=d: fused.rms_norm(x, d, 1e-6))
 
 
 def patch_embed_cases() -> Iterator[Case]:
-    """Its tiles are the same at every width."""
+    """Yields one width per dtype, since the tiles are the same at every width."""
     for dtype, size in ((torch.bfloat16, "0.6b"), (torch.float32, "0.3b")):
         heads, width, _ = SIZES[size]
         weight = torch.zeros(heads * width, 3, 2, 14, 14, dtype=dtype, requires_grad=True)
         bias = torch.zeros(heads * width, dtype=dtype, requires_grad=True)
-        for kind, frames, grid in (("stills", 1, (1, 6, 8)), ("videos", 4, (2, 6, 4))):
+        for media, frames, grid in (("stills", 1, (1, 6, 8)), ("videos", 4, (2, 6, 4))):
             pixels = torch.zeros(frames * grid[1] * grid[2] * 588, dtype=torch.uint8)
             yield Case(
-                f"patch_embed {kind}", size, dtype,
+                f"patch_embed {media}", size, dtype,
                 lambda p=pixels, f=frames, g=grid, w=weight, b=bias: fused.patch_embed(
                     p, [f], [g], w, b, mean=(0.5,) * 3, std=(0.2,) * 3, merge=1
                 ),
@@ -99,29 +100,29 @@ def patch_embed_cases() -> Iterator[Case]:
 
 
 def launches_of(case: Case, arch: int) -> list[Launch]:
-    """What the forward and the backward of a case would have run."""
-    found = []
+    """Returns the kernel launches of the forward and the backward of a case, without running them."""
+    launches = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         names = [name for name in kernel.arg_names if name not in kwargs]
         arguments = dict(zip(names, args, strict=True)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
         options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
-        found.append(Launch(kernel, {name: arguments[name] for name in kernel.arg_names}, options))
+        launches.append(Launch(kernel, {name: arguments[name] for name in kernel.arg_names}, options))
 
     original, JITFunction.run = JITFunction.run, record
     shared = SHARED_BYTES_PER_SM[arch] - gpu.SYSTEM_BYTES
-    limits, gpu.limits = gpu.limits, lambda device: gpu.Limits(PROCESSORS[arch], shared, wide=arch >= 90)
+    limits, gpu.limits = gpu.limits, lambda device: gpu.Limits(SM_COUNT[arch], shared, wide=arch >= 90)
     try:
         outputs = case.outputs()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     finally:
         JITFunction.run, gpu.limits = original, limits
-    return found
+    return launches
 
 
 def compiled(launch: Launch, arch: int) -> Any:
-    """The launch as Triton would specialise it at run time, by Triton's own means."""
+    """Compiles a launch with Triton's own functions, specialised as at run time."""
     target, kernel = GPUTarget("cuda", arch, 32), launch.kernel
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -131,7 +132,7 @@ def compiled(launch: Launch, arch: int) -> Any:
 
 
 def resources(case: Case, launch: Launch, arch: int, ptx_folder: Path | None = None) -> dict[str, Any]:
-    """One row of the table; its PTX to a file of `ptx_folder`."""
+    """Returns one row of the table. Writes the kernel's PTX to a file in `ptx_folder` if given."""
     kernel = compiled(launch, arch)
     if ptx_folder is not None:
         names = (case.operation.replace(" ", "_"), launch.name, case.size, str(case.dtype), f"sm_{arch}.ptx")
@@ -164,14 +165,15 @@ def resources(case: Case, launch: Launch, arch: int, ptx_folder: Path | None = N
         "loads_narrower": sum(width < 8 for width in loads),
         "instructions": _instructions(code),
         "rows": launch.arguments.get("R", launch.arguments.get("TOKENS")),
-        "loads_ahead": ptx.count("cp.async.c"),
+        "loads_ahead": len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
         "barriers": ptx.count("bar.sync"),
         "triton": triton.__version__,
     }
 
 
 def _instructions(code: str) -> int:
-    """Machine instructions that a warp issues for its program's rows: of the largest loop, or of all without one."""
+    """Returns the number of machine instructions of the largest loop, or of the whole kernel if no loop has more than
+    50."""
     count, labels, loops = 0, {}, [0]
     for line in code.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
@@ -193,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "kernel_resources.csv")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--ptx", type=Path, help="a folder that gets the PTX of every kernel")
+    parser.add_argument("--ptx", type=Path, help="folder for the PTX of every kernel")
     options = parser.parse_args()
     if options.ptx:
         options.ptx.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Times, yardsticks and circumstances of the GPU's benchmarks."""
+"""The timer of the GPU benchmarks, the speeds that they are compared with, and the columns for machine and versions."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ import torch
 from benchmarks.rows import git_commit
 
 HELD_BACK_CYCLES = 4_000_000
-"""About 2 ms: longer than Python takes to launch any of the operations."""
+"""GPU cycles of about 2 ms, more than Python needs to launch any of the operations."""
 
 
 class Timer:
-    """Medians in milliseconds. On the CPU (a dry run) one run by the clock, which says nothing."""
+    """Measures medians in milliseconds on a GPU. On a CPU (a dry run) the result is the time of a single run."""
 
-    def __init__(self, device: torch.device, seconds: float = 0.3, least: int = 10) -> None:
-        """Args: what is spent on runs of one operation, and how many there are even if they take longer."""
+    def __init__(self, device: torch.device, seconds: float = 0.3, min_runs: int = 10) -> None:
+        """Args: seconds: spent on the runs of one operation. min_runs: the minimum number of runs, also if they take
+        longer than `seconds`."""
         self.device = device
         self.seconds = seconds
-        self.least = least
+        self.min_runs = min_runs
 
     def median_ms(self, run: Callable[[], object]) -> float:
-        """By `triton.testing.do_bench`: events around each run, the L2 cache overwritten before it."""
+        """Returns the median of `triton.testing.do_bench`, which overwrites the L2 cache before each run."""
         if self.device.type != "cuda":
             began = time.perf_counter()
             run()
             return 1e3 * (time.perf_counter() - began)
         from triton.testing import do_bench
 
-        run()  # compiles and allocates, so that the next one tells how long a run is
+        run()  # compiles and allocates, so that the estimate does not include it
         with _device_held_back():
             estimate = do_bench(run, warmup=0, rep=0)
-            milliseconds = max(1e3 * self.seconds, self.least * (estimate + HELD_BACK_CYCLES / 1e6))
+            milliseconds = max(1e3 * self.seconds, self.min_runs * (estimate + HELD_BACK_CYCLES / 1e6))
             return do_bench(run, warmup=25, rep=milliseconds, return_mode="median")
 
 
 @contextmanager
 def _device_held_back() -> Iterator[None]:
-    """Inside, do_bench's clearing of the cache also keeps the device busy until Python has launched what comes next.
+    """Makes do_bench also keep the device busy after it clears the cache, until Python has launched the next run.
 
-    The launches of a small operation take Python longer than the device takes to run it; in training this is hidden by
-    work that the device still has to do.
+    Python needs more time to launch a small operation than the device needs to run it. In training this time is hidden:
+    the device still has earlier work to do.
     """
     from triton.runtime import driver
 
@@ -62,20 +63,20 @@ def _device_held_back() -> Iterator[None]:
 
 
 def copy_gb_s(timer: Timer, size: int) -> float:
-    """GB/s of a copy on the device, bytes read and written, of a tensor of `size` bytes."""
+    """Returns the GB/s, read and written, of a copy of a tensor of `size` bytes on the device."""
     source = torch.zeros(size, dtype=torch.uint8, device=timer.device)
     target = torch.empty_like(source)
     return 2 * size / timer.median_ms(lambda: target.copy_(source)) / 1e6
 
 
 def matmul_tflops(timer: Timer, m: int, k: int, n: int, dtype: torch.dtype) -> float:
-    """TFLOP/s of torch's (m, k) times (k, n)."""
+    """Returns the TFLOP/s of torch's matrix product (m, k) times (k, n)."""
     a, b = (torch.randn(*shape, dtype=dtype, device=timer.device) for shape in ((m, k), (k, n)))
     return 2 * m * k * n / timer.median_ms(lambda: a @ b) / 1e9
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """What a row is of: the device, versions, commit."""
+    """Returns the columns for the device, the versions, the commit and the date of a row."""
     import triton
 
     return {

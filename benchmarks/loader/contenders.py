@@ -1,7 +1,7 @@
-"""Four ways to read the same images at the same sizes; each yields how many samples every batch has.
+"""Four loaders of the same images at the same sizes. Each loader yields the number of samples of every batch.
 
-`bench_loader.py` runs each of them in its own process. All resize to the grid that `Resolution` gives for the
-image's size, keep uint8, discard their batches, and never end.
+`bench_loader.py` runs each loader in a separate process. All loaders resize to the grid of `Resolution` for the size of
+the image, keep uint8, discard their batches, and never end.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import numpy as np
 
 from univitar_ds.geometry import PATCH, Resolution
 
-POOL = 192
+BUFFER_SIZE = 192
+"""Number of samples in the shuffle and packing buffers of webdataset and energon."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to read: a folder packed by `data pack` or its s3:// address; how; sizes of items and of packs in tokens."""
+    """The shards to read (a folder written by `data pack`, or its s3:// address), and the settings of a loader.
+
+    `endpoint` is the address of the S3 store. `budget` is the number of tokens of a pack."""
 
     shards: str
     endpoint: str | None
@@ -34,7 +37,7 @@ class Task:
     budget: int
     mean_tokens: int
     lanes: int = 4
-    """Of 4, those of this rank."""
+    """Number of this rank's lanes, of 4 lanes in all."""
 
     @property
     def resolution(self) -> Resolution:
@@ -46,12 +49,12 @@ class Task:
 
     @property
     def batch(self) -> int:
-        """Samples in a padded batch of about the tokens of a pack."""
+        """Number of samples in a padded batch with about as many tokens as a pack."""
         return max(1, self.budget // self.mean_tokens)
 
 
 def ours(task: Task) -> Generator[int]:
-    """The training loader with everything on: shuffle buffer, packing, cursor, checksums, workers, shared slots."""
+    """Runs the training loader with all features: shuffle buffer, packing, cursor, checksums, workers, shared slots."""
     from univitar_ds.config.data import DataConfig, S3Config, SourceConfig
     from univitar_ds.config.stage import StageConfig
     from univitar_ds.data.loader import LaneSet, PackLoader
@@ -74,7 +77,7 @@ def ours(task: Task) -> Generator[int]:
 
 
 def bare(task: Task) -> Generator[int]:
-    """Read, decode and resize, one after another in one process; addresses are known beforehand."""
+    """Reads, decodes and resizes image after image in one process. The addresses are read beforehand."""
     from univitar_ds.data.media.image_decode import decode_near
     from univitar_ds.data.media.jpeg_header import is_jpeg, read_header
     from univitar_ds.data.media.probe import probe
@@ -102,25 +105,25 @@ def bare(task: Task) -> Generator[int]:
 
 
 def webdataset(task: Task) -> Generator[int]:
-    """webdataset and torch's DataLoader, Pillow, batches padded to their largest image."""
+    """Runs webdataset with torch's DataLoader and Pillow, with batches padded to their largest image."""
     import webdataset as wds
     from torch.utils.data import DataLoader
 
     dataset = (
         wds.WebDataset(task.tars, shardshuffle=100, resampled=False, empty_check=False)
         .repeat()
-        .shuffle(POOL)
+        .shuffle(BUFFER_SIZE)
         .map(_Decode(task.resolution))
         .batched(task.batch, collation_fn=_padded)
     )
-    # With fewer workers the prefetching of either is the same number of batches.
+    # 2 batches per worker are prefetched.
     loader = DataLoader(dataset, batch_size=None, num_workers=task.workers, prefetch_factor=2)
     for batch in loader:
         yield len(batch["captions"])
 
 
 def energon(task: Task) -> Generator[int]:
-    """megatron-energon with its sequence packing: sizes from headers, best fit over a buffer, Pillow."""
+    """Runs megatron-energon with sequence packing: sizes from headers, best fit over a buffer, Pillow."""
     from megatron.energon import WorkerConfig, get_loader, get_train_dataset
     from torch.multiprocessing import set_sharing_strategy
 
@@ -131,8 +134,8 @@ def energon(task: Task) -> Generator[int]:
         prepare(task),
         worker_config=WorkerConfig(rank=0, world_size=1, num_workers=task.workers),
         batch_size=1,
-        packing_buffer_size=POOL,
-        shuffle_buffer_size=POOL,
+        packing_buffer_size=BUFFER_SIZE,
+        shuffle_buffer_size=BUFFER_SIZE,
         max_samples_per_sequence=100,
         task_encoder=PackingTask(task.resolution, task.budget),
     )
@@ -149,7 +152,7 @@ CONTENDERS: Mapping[str, Callable[[Task], Generator[int]]] = {
 
 
 def pillow(data: bytes, resolution: Resolution) -> np.ndarray:
-    """(h * 14, w * 14, 3) uint8 in the way that most loaders do it."""
+    """Decodes and resizes an image with Pillow, like most loaders. Returns (h * 14, w * 14, 3) uint8."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as opened:
@@ -159,7 +162,7 @@ def pillow(data: bytes, resolution: Resolution) -> np.ndarray:
 
 
 class _Decode:
-    """One raw sample of webdataset to pixels and a caption."""
+    """Converts a raw sample of webdataset to pixels and a caption."""
 
     def __init__(self, resolution: Resolution) -> None:
         self._resolution = resolution

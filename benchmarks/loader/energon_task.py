@@ -1,4 +1,4 @@
-"""megatron-energon set up for `loader_contenders.energon`. Apart, because its classes need the package at import."""
+"""The task encoder of megatron-energon for `contenders.energon`. Importing this module needs megatron-energon."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DATASET = "__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors
 
 @dataclass
 class CaptionedImage(Sample):
-    """An image still encoded, with the tokens it will have."""
+    """An encoded image, with the number of tokens after resizing."""
 
     data: bytes
     caption: str
@@ -32,14 +32,14 @@ class CaptionedImage(Sample):
 
 @dataclass
 class Pack(Sample):
-    """Images one after another, nothing padded."""
+    """The pixels of several images one after another, without padding."""
 
     pixels: torch.Tensor
     captions: list[str]
 
 
 def prepare(task: Task) -> Path:
-    """The folder with energon's index of its shards, made once."""
+    """Writes energon's index of the shards unless it exists. Returns the folder of the shards."""
     folder = Path(task.shards)
     if not (folder / ".nv-meta" / "dataset.yaml").exists():
         names = [Path(path).name for path in task.tars]
@@ -56,7 +56,7 @@ def _cook(raw: dict[str, Any]) -> CaptionedImage:
 
 
 class PackingTask(DefaultTaskEncoder):
-    """Packs by the sizes in the headers and decodes what was packed."""
+    """Packs images by the sizes in their headers, then decodes the packed images."""
 
     decoder = None
     cookers = (Cooker(_cook),)
@@ -72,7 +72,7 @@ class PackingTask(DefaultTaskEncoder):
         return sample
 
     def select_samples_to_pack(self, samples: list[CaptionedImage]) -> list[list[CaptionedImage]]:
-        """Best fit, largest first."""
+        """Packs samples by best fit, the largest first."""
         packs: list[list[CaptionedImage]] = []
         room: list[int] = []
         for sample in sorted(samples, key=lambda one: -one.tokens):

@@ -216,7 +216,7 @@ def test_a_checkpoint_whose_ranges_have_a_hole_is_damaged(base, straight, tmp_pa
     content = (folder / "rank00001.json").read_bytes()
     manifest["files"]["rank00001.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     atomic_dir.write_json(folder / atomic_dir.MANIFEST, manifest)
-    with pytest.raises(CheckpointError, match=r"holds fp32 of spare\.weight up to element 288 only, 576 are needed"):
+    with pytest.raises(CheckpointError, match=r"has fp32 of spare\.weight up to element 288 only, 576 are needed"):
         read_full(folder)
 
 

@@ -4,9 +4,9 @@ import pytest
 
 from univitar_ds.kernels.tiling import (
     BACKWARD_WARPS,
+    BYTES_IN_FLIGHT,
     FORWARD_WARPS,
     SCRATCH_BYTES,
-    UNDER_WAY,
     head_tiling,
     row_tiling,
     stages,
@@ -70,9 +70,9 @@ def test_a_backward_reads_ahead_as_far_as_it_must_and_its_gpu_has_room(read, ite
         depth = stages(size, kilobytes * 1024)
         room = kilobytes * 1024 - SCRATCH_BYTES
         assert (depth - 1) * size <= room
-        enough = (depth - 2) * size >= UNDER_WAY
+        enough = (depth - 2) * size >= BYTES_IN_FLIGHT
         assert enough or depth * size > room, "another round has room"
-        assert (depth - 3) * size < UNDER_WAY, "one round less is enough"
+        assert (depth - 3) * size < BYTES_IN_FLIGHT, "one round less is enough"
         if kilobytes == 227 or (itemsize == 2 and kilobytes == 163):
             assert enough
 

@@ -1,3 +1,3 @@
-"""Losses over the embeddings of all ranks, and of distillation."""
+"""Contrastive losses over the embeddings of all ranks, and distillation losses."""
 
 __all__ = ["distill", "ring", "sigmoid", "softmax"]

@@ -1,4 +1,4 @@
-"""Distillation: losses between features of the student and those of a frozen teacher, row by row."""
+"""Distillation losses between the features of a student and of a frozen teacher, row by row."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor
 
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine similarity of every row: (R, Dt), (R, Dt) -> (R,)."""
+    """Computes 1 - cosine similarity of every row: (R, Dt), (R, Dt) -> (R,)."""
     return 1 - F.cosine_similarity(student, teacher, dim=-1)
 
 
 def smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
-    """Huber's distance, quadratic up to a difference of 1 and linear beyond, mean over Dt: (R, Dt), (R, Dt) -> (R,)."""
+    """Computes the smooth L1 distance of every row, mean over Dt: (R, Dt), (R, Dt) -> (R,).
+
+    The distance is quadratic up to a difference of 1, and linear above."""
     return F.smooth_l1_loss(student, teacher, reduction="none").mean(-1)
 
 
@@ -23,13 +25,15 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "s
 
 
 def distill(student: Tensor, teacher: Tensor, valid: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Sum of the distances between the rows of two feature sets; a caller divides by the rows of all packs and ranks.
+    """Sums the distances between the rows of student and teacher. Callers divide by the rows of all packs and ranks.
 
+    Distances are computed in float32 for any precision of the features.
     Args:
-        student: (R, Dt), carries the gradient; teacher: (R, Dt), does not. Any precision: computed in float32.
-        valid: (R,) bool; other rows, with any content, add nothing and get the gradient 0.
-        kind: a name of DISTANCES.
-    Returns: sum of the distances of the valid rows (), and of their cosine similarities (), which has no gradient.
+        student: (R, Dt), gets a gradient.
+        teacher: (R, Dt), gets no gradient.
+        valid: (R,) bool. Invalid rows add nothing and get a gradient of 0, whatever they contain.
+        kind: a key of DISTANCES.
+    Returns: the sum of the distances of the valid rows (), and the sum of their cosine similarities (), no gradient.
     """
     # Both inputs are masked, not only the distances: 0 times a NaN of a masked row would be a NaN gradient.
     student, teacher = (rows.float().where(valid[:, None], 0.0) for rows in (student, teacher.detach()))

@@ -1,7 +1,7 @@
-"""Shared by the contrastive losses: the texts of a step and their gradients travel round a ring of ranks.
+"""The ring of ranks on which the contrastive losses send the texts of a step and their gradients.
 
-A rank holds its own embeddings and one visiting block of texts for any number of ranks, and compares `chunk` texts at a
-time. The losses therefore do not depend on how the items of a step are distributed over ranks.
+For any number of ranks, a rank stores its own embeddings and one visiting block of texts, and compares `chunk` texts at
+a time. Every pair is compared once, so the losses do not depend on the distribution of a step's items over ranks.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ContrastiveResult:
-    """Loss of a step and its gradients with respect to the inputs of this rank.
+    """The loss of a step, and the gradients of the loss with respect to the inputs of this rank.
 
-    `loss` is the mean over all items of the step and the same number on every rank, as is `items`.
-    `scale_grad` and `bias_grad` are this rank's share: their sum over ranks is the gradient. The embedding
-    gradients are complete for this rank's rows.
+    `loss` is the mean over all items of the step. `loss` and `items` are the same on every rank. `scale_grad` and
+    `bias_grad` are this rank's share of the gradient, which is the sum over ranks. The gradients of the embeddings are
+    complete for this rank's rows.
     """
 
     loss: float
@@ -33,19 +33,21 @@ class ContrastiveResult:
 
 
 class Ring:
-    """The ranks of a group in a circle; without torch.distributed, a circle of one.
+    """The ranks of a group in a circle; one rank without torch.distributed.
 
-    Creating it synchronizes with the device. If it is created before the embeddings, the loss does not synchronize
-    until its value is read: all messages of all hops are enqueued while the GPU still embeds.
+    Creating a ring synchronizes with the device. If the ring is created before the embeddings, the loss does not
+    synchronize until its value is read: the messages of all hops are enqueued while the GPU still computes embeddings.
     """
 
     def __init__(self, items: int, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
-        """`items` of this rank; they differ between ranks and may be 0. Every rank must create its ring."""
+        """Exchanges the numbers of items of all ranks. Every rank of the group must create a ring.
+
+        Args: items: number of items of this rank, which may differ between ranks and may be 0."""
         self.group = group
         self.size = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if self.size > 1 else 0
         self.counts = [items]
-        if self.size > 1:  # on the host: they are sizes of messages
+        if self.size > 1:  # read on the host, since the counts are sizes of messages
             counts = torch.empty(self.size, dtype=torch.int64, device=device)
             mine = torch.tensor([items], dtype=torch.int64, device=device)
             dist.all_gather_into_tensor(counts, mine, group=group)
@@ -53,19 +55,19 @@ class Ring:
 
     @property
     def items(self) -> int:
-        """Items of the step."""
+        """Number of items of the step, over all ranks."""
         return sum(self.counts)
 
     def owners(self) -> Iterator[int]:
-        """The owner of the visiting texts at each hop, this rank first. After each hop `ring_shift` must be called."""
+        """Yields the owner of the visiting texts at each hop, this rank first. After each hop, call `ring_shift`."""
         for hop in range(self.size):
             yield (self.rank - hop) % self.size
 
     def ring_shift(self, block: Sequence[Tensor], owner: int) -> list[Tensor]:
-        """Sends the block of `owner` to the next rank and receives the one that visits next.
+        """Sends the block of `owner` to the next rank, and returns the block received from the previous rank.
 
         The tensors of a block have one row per text. After the last hop every block is back at its owner. One message
-        carries all tensors as bytes, so that they cannot be mismatched.
+        contains all tensors of a block as bytes, so that tensors cannot be mismatched.
         """
         if self.size == 1:
             return list(block)
@@ -90,17 +92,22 @@ class Ring:
         return [copy.view(part.dtype).view(incoming, *part.shape[1:]) for copy, part in zip(copies, block, strict=True)]
 
     def total(self, value: Tensor) -> float:
-        """Sum over ranks. Synchronizes with the device, since the backward pass runs only if the loss is finite."""
+        """Returns the sum over ranks. Synchronizes with the device, since backward runs only if the loss is finite."""
         if self.size > 1:
             dist.all_reduce(value, group=self.group)
         return value.item()
 
 
 def positive_mask(own_ids: Tensor | None, ids: Tensor, start: int, rows: int, own_block: bool) -> Tensor:
-    """Which pairs of this rank's items (rows) with a chunk of visiting texts (columns) are positives, (rows, c) bool.
+    """Returns which pairs of this rank's items (rows) and a chunk of visiting texts (columns) are positive.
 
-    Args: own_ids, ids: captions of rows and columns, compared unless `own_ids` is None; start: position of the chunk
-    in its block; own_block: whether the block is this rank's, whose diagonal belongs together.
+    Args:
+        own_ids: (rows,) caption ids of the rows; None: equal captions are not positive.
+        ids: (c,) caption ids of the chunk.
+        start: position of the chunk in its block.
+        rows: number of items of this rank.
+        own_block: whether the block is this rank's, so that row i and text i are a pair.
+    Returns: (rows, c) bool.
     """
     positive = torch.zeros(rows, len(ids), dtype=torch.bool, device=ids.device)
     if own_block and start < rows:

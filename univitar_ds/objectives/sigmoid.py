@@ -1,8 +1,8 @@
 """Sigmoid contrastive loss (SigLIP, arXiv:2303.15343) over all pairs of a step, over all ranks.
 
-The cost of a pair of an image i and a text j is  -log sigmoid(z_ij * (scale * <v_i, t_j> + bias)),  z_ij = +1 for a
-positive pair and -1 for every other; the sum is divided by the number of items of the step.
-The gradient is written out, not recorded: g_ij = dL/dlogit_ij = -z_ij * sigmoid(-z_ij * logit_ij) / items.
+The loss of a pair of image i and text j is  -log sigmoid(z_ij * (scale * <v_i, t_j> + bias)),  with z_ij = +1 for a
+positive pair and -1 for a negative pair. The sum over pairs is divided by the number of items of the step.
+The gradient is computed explicitly, without autograd: g_ij = dL/dlogit_ij = -z_ij * sigmoid(-z_ij * logit_ij) / items.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ def ring_sigmoid(
     same_caption_positive: bool = False,
     ring: Ring | None = None,
 ) -> ContrastiveResult:
-    """Loss and gradients; every rank of the ring must call it. Row i of `vision` belongs to row i of `text`.
+    """Computes the loss and the gradients. Every rank of the ring must call it.
 
     Args:
-        vision, text: (n, E) fp32; n differs between ranks and may be 0, also on all of them (loss 0).
-        scale, bias: (1,) or () fp32, the same on all ranks; the scale itself, not its logarithm.
-        caption_ids: (n,) int64, equal for equal captions. Only read with `same_caption_positive`.
-        chunk: texts compared at a time.
-        same_caption_positive: pairs of equal captions are positive too, on whichever ranks their items are.
-        ring: of as many items as `vision` has rows; absent: one of all ranks, created here.
+        vision, text: (n, E), computed in float32; row i of both is a pair. n may differ between ranks and may be 0. If
+            n is 0 on all ranks, the loss is 0.
+        scale, bias: (1,) or (), the same on all ranks. `scale` is not a logarithm.
+        caption_ids: (n,) int64, equal for equal captions. Only compared with `same_caption_positive`.
+        chunk: number of texts that are compared at a time.
+        same_caption_positive: whether pairs with equal captions are positive too, on any ranks.
+        ring: ring whose number of items is n; None: a ring of all ranks is created.
     """
     ring = ring or Ring(len(vision), vision.device)
     items = max(ring.items, 1)

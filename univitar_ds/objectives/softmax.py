@@ -1,12 +1,13 @@
 """Softmax contrastive loss (CLIP, arXiv:2103.00020; InfoNCE) over all pairs of a step, over all ranks.
 
-Image i should choose its text among all texts of the step and text j its image:
+The loss is a cross entropy: each image selects its text among all texts of the step, and each text its image:
 
     L = 1/(2 items) * [ sum_i (log sum_j exp l_ij - mean_{j in P(i)} l_ij)
                       + sum_j (log sum_i exp l_ij - mean_{i in P(j)} l_ij) ]
 
-with l_ij = scale * <v_i, t_j> and P the positives of an item. A bias would cancel: its gradient is zero.
-The texts travel round the ring twice: first every row and column collects its normaliser, then the gradients
+with l_ij = scale * <v_i, t_j> and P the positives of an item. A bias would cancel, and its gradient is 0.
+The texts pass all ranks twice: the first round computes the normaliser of every row and column, the second round
+computes the gradients
 g_ij = (softmax over row i + softmax over column j - 2 * [j in P(i)] / |P(i)|) / (2 items).
 """
 
@@ -30,7 +31,7 @@ def ring_softmax(
     same_caption_positive: bool = False,
     ring: Ring | None = None,
 ) -> ContrastiveResult:
-    """Loss and gradients; arguments and result as of `ring_sigmoid`, `bias` not used."""
+    """Computes the loss and the gradients. Arguments and result are those of `ring_sigmoid`; `bias` is not used."""
     ring = ring or Ring(len(vision), vision.device)
     items = max(ring.items, 1)
     vision, visiting = vision.float(), text.float()
@@ -53,7 +54,7 @@ def ring_softmax(
             positive_counts += positive.sum(1)
             agreement += (positive * logits).sum(1)
         visiting, column_norm, ids = ring.ring_shift((visiting, column_norm, ids), owner)
-    # Positives are mutual, so the means over rows and over columns have the same sum.
+    # The relation of positives is symmetric, so the means over rows and over columns have the same sum.
     loss = (row_norm.double() + column_norm.double() - 2 * (agreement / positive_counts).double()).sum() / (2 * items)
 
     vision_grad, visiting_grad = torch.zeros_like(vision), torch.zeros_like(visiting)
@@ -62,8 +63,8 @@ def ring_softmax(
         for part in _chunks(len(ids), chunk):
             similarity = vision @ visiting[part].T
             logits = scale * similarity
-            chosen = (logits - row_norm[:, None]).exp() + (logits - column_norm[None, part]).exp()
-            logit_grad = (chosen - 2 * positives(part, owner) / positive_counts[:, None]) / (2 * items)
+            probabilities = (logits - row_norm[:, None]).exp() + (logits - column_norm[None, part]).exp()
+            logit_grad = (probabilities - 2 * positives(part, owner) / positive_counts[:, None]) / (2 * items)
             scale_grad += (logit_grad * similarity).sum(dtype=torch.float64)
             vision_grad += scale * (logit_grad @ visiting[part])
             visiting_grad[part] += scale * (logit_grad.T @ vision)

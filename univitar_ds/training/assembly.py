@@ -1,4 +1,4 @@
-"""Builds a run's model under DeepSpeed and loads its last checkpoint: at a start, at a stage transition and after a
+"""Builds a run's model under DeepSpeed and loads the last checkpoint: at launch, at a stage transition, and after a
 rollback."""
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, State]:
-    """The engine of the run's current stage, and the state of the last checkpoint or, without one, the initial state.
+    """Returns the engine of the run's current stage, and the state of the last checkpoint (the initial state without a
+    checkpoint).
 
     All ranks call it; the caller closes the engine.
-    Raises: CheckpointError, on all ranks, if the checkpoint is damaged or of another configuration.
+    Raises: CheckpointError on all ranks if the checkpoint is damaged or was written with another configuration.
     """
     folder = _last_checkpoint(run, world)
     with all_ranks_or_none(world):
@@ -61,7 +62,8 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
     if folder is None:
         return engine, State(began=began)
     try:
-        state = State.of(load_checkpoint(engine, folder, stage_transition=saved["began"].keys() != began.keys()))
+        stage_transition = saved["began"].keys() != began.keys()
+        state = State.from_checkpoint(load_checkpoint(engine, folder, stage_transition=stage_transition))
     except Exception:
         engine.close()
         raise
@@ -72,7 +74,9 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
 
 
 def _last_checkpoint(run: Path, world: World) -> Path | None:
-    """Rank 0 decides which one, since a shared disk may not show it to all ranks at once."""
+    """Returns the folder of the last checkpoint, None without a checkpoint.
+
+    Rank 0 chooses the checkpoint for all ranks, since a shared disk may not show it to all ranks at the same time."""
     name = None
     with all_ranks_or_none(world):
         if world.is_main and (folder := atomic_dir.latest(run / CHECKPOINTS)):
@@ -82,8 +86,9 @@ def _last_checkpoint(run: Path, world: World) -> Path | None:
 
 
 def _read_saved(cfg: RunConfig, run: Path, folder: Path) -> dict:
-    """The run's part of a checkpoint. Raises: CheckpointError, also for a configuration that gives another result than
-    `cfg`."""
+    """Returns the run's part of a checkpoint.
+
+    Raises: CheckpointError if it cannot be read, or its configuration gives another result than `cfg`."""
     saved = read_state(folder)
     changed = changed_result(check_config(saved["config"], str(folder)), cfg)
     if changed:
@@ -98,7 +103,7 @@ def _report_resume(folder: Path, threads: int) -> None:
     logger.info("resuming from %s", folder)
     if threads != torch.get_num_threads():
         logger.warning(
-            "%d threads now, %d when the checkpoint was written: results will follow to rounding, not bit for bit",
+            "%d threads now, %d when the checkpoint was written: results will be equal up to rounding, not bitwise",
             torch.get_num_threads(),
             threads,
         )

@@ -36,7 +36,7 @@ from univitar_ds.training.logging.run_logs import RunLogs
 from univitar_ds.training.logging.writers import SKIPPED
 from univitar_ds.training.step.curriculum import advance, distills_later, lr_at, modality_at, weight_at
 from univitar_ds.training.step.feature_snapshot import capture_features
-from univitar_ds.training.step.guard import spike
+from univitar_ds.training.step.guard import spike_reason
 from univitar_ds.training.step.peak_flops import find_peak
 from univitar_ds.training.step.train_step import DivergedError, StepResult, StepSettings, train_step
 from univitar_ds.training.summary import write_summary
@@ -45,13 +45,12 @@ logger = logging.getLogger(__name__)
 
 
 def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
-    """Trains a run to its end, from its last checkpoint if it has one; every rank of `world` calls it.
+    """Trains a run to its end, from the last checkpoint if the run has one. Every rank of `world` calls it.
 
-    `run` is the run's folder with deepspeed.json and tokenizer.json; everything is written there. When `stop` of any
-    rank is requested, all ranks end after the same step and save.
-
+    Args: run: the run's folder, which contains deepspeed.json and tokenizer.json and gets all output. stop: if a rank
+    is asked to stop, all ranks save and end after the same step.
     Returns: whether all stages are done and no rank was asked to stop; the same on all ranks.
-    Raises: UserError, on all ranks, for any error that ends the run early.
+    Raises: UserError on all ranks if an error ends the run early.
     """
     set_deterministic(cfg.deterministic)
     trainer = _Trainer(cfg, run, world, stop)
@@ -66,7 +65,7 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
 
 @contextmanager
 def closed_after(close: Callable[[], None]) -> Iterator[None]:
-    """Calls `close` after the body. If the body raises, its error is raised and one of `close` is only logged."""
+    """Calls `close` after the body. If the body raises, that error is raised and an error of `close` is only logged."""
     try:
         yield
     except BaseException:
@@ -79,7 +78,7 @@ def closed_after(close: Callable[[], None]) -> Iterator[None]:
 
 
 class _Trainer:
-    """One start of a run: trains the stages, logs, saves, and rolls back after a bad step."""
+    """One process of a run: trains the stages, logs, saves, and rolls back after a bad step."""
 
     def __init__(self, cfg: RunConfig, run: Path, world: World, stop: Stop) -> None:
         self.cfg, self.run, self.world = cfg, run, world
@@ -93,7 +92,7 @@ class _Trainer:
         self.saved_step = self.state.progress.step
 
     def start(self) -> None:
-        """Open the logs; `close` must be called afterwards."""
+        """Opens the logs; `close` must be called afterwards."""
         self.logs.open(self.state.progress, self.state.events)
         if not self.state.events:  # a new run
             self._note_stage()
@@ -107,23 +106,23 @@ class _Trainer:
             logger.info("asked to leave: saving step %d, then exit code %d; a second time leaves at once", step, SAVED)
         self._save()
         self.logs.close()
-        with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:  # the following takes time too
+        with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:  # asked again: saving takes time
             self.logs.raise_unwritten()
         self.leaving |= vote.yes
         if self.leaving:
-            preemption.ignore()  # launchers end the other ranks when the first one is gone
+            preemption.ignore()  # launchers end the other ranks after the first rank has ended
             if self.world.is_main and not announced:
                 logger.info("asked to leave: step %d, the last one, is saved; exit code %d", self.saved_step, SAVED)
 
     def close(self) -> None:
-        """Safe to call again, and after a rollback or stage transition that failed between two engines."""
+        """Closes the logs and the engine. Can be called again, and after a failed rollback or stage transition."""
         try:
             self.logs.close()
         finally:
             self.engine.close()
 
     def _train_stage(self, stage: StageConfig) -> None:
-        """Trains until the stage ends, the ranks are asked to stop, or a step is undone."""
+        """Trains until the stage ends, a rank is asked to stop, or a step is undone."""
         number = self.state.progress.stage
         self._prepare_teacher()
         every = stage.checkpoint_every
@@ -141,17 +140,17 @@ class _Trainer:
                 if trouble := self._step(stage, batches, start, waited):
                     self._roll_back(trouble, batches)
                     return
-                del batches  # their shared slots are free for the next step's
+                del batches  # frees the shared slots for the batches of the next step
                 if self.state.progress.step % self.cfg.checkpoint.every_steps == 0:
                     self._save()
         if not self.state.progress.finished(self.cfg.stages):
             self._stage_transition()
 
     def _stage_transition(self) -> None:
-        """Continues with the next stage. If other parts are trained there, the engine is built again, with another
-        optimizer.
+        """Saves a checkpoint and continues with the next stage. If the next stage trains other parts, the engine is
+        built again with another optimizer.
 
-        The checkpoint keeps rollbacks within a stage.
+        With this checkpoint a rollback never returns to the previous stage.
         """
         self._save()
         stage = self.cfg.stages[self.state.progress.stage]
@@ -159,7 +158,7 @@ class _Trainer:
             self._rebuild()
 
     def _note_stage(self) -> None:
-        """Logs that the stage of the next step begins."""
+        """Logs the begin of the next step's stage."""
         progress = self.state.progress
         stage = self.cfg.stages[progress.stage]
         event = {"step": progress.step, "event": "stage", "stage": stage.name, "samples_seen": progress.samples}
@@ -170,39 +169,38 @@ class _Trainer:
         self.logs.write_event(self.state.events)
 
     def _rebuild(self) -> None:
-        self.engine.close()  # before the next one is built: two would not fit into memory
+        self.engine.close()  # before the next engine is built: two engines would not fit into memory
         self.engine, self.state = build_training(self.cfg, self.run, self.world)
 
     def _roll_back(self, trouble: str, batches: list[PackedBatch]) -> None:
-        """Returns to the last checkpoint and continues after the data that were read since. All ranks call it at the
-        same step.
+        """Returns to the last checkpoint, and skips the data that were read since. All ranks call it at the same step.
 
-        Raises: DivergedError if the run has already had the most rollbacks allowed.
+        Raises: DivergedError if the run has already had `guard.max_rollbacks` rollbacks.
         """
-        step, most = self.state.progress.step + 1, self.cfg.guard.max_rollbacks
-        if self.state.rollbacks >= most:
+        step, max_rollbacks = self.state.progress.step + 1, self.cfg.guard.max_rollbacks
+        if self.state.rollbacks >= max_rollbacks:
             raise DivergedError(
                 f"step {step}: {trouble}; the run was rolled back {self.state.rollbacks} times, guard.max_rollbacks is "
-                f"{most}. Its last checkpoint stays: resume with a higher limit, or start a new run with a lower lr or "
-                "optimizer.clip_norm"
+                f"{max_rollbacks}. Its last checkpoint stays: resume with a higher limit, or start a new run with a "
+                "lower lr or optimizer.clip_norm"
             )
         events, seconds = self.state.events, self.state.seconds
         self.logs.close()
         self._rebuild()
-        back = self.state.progress.step
+        last_saved = self.state.progress.step
         self.state.cursors = {batch.lane: batch.cursor for batch in batches}
-        self.state.events, self.state.seconds, self.saved_step = events, seconds, back
+        self.state.events, self.state.seconds, self.saved_step = events, seconds, last_saved
         self.logs.open(self.state.progress, events, keep_as=SKIPPED)
-        self._note({"step": back, "event": "rollback", "undone_step": step, "reason": trouble})
+        self._note({"step": last_saved, "event": "rollback", "undone_step": step, "reason": trouble})
 
     def _prepare_teacher(self) -> None:
-        """Build the teacher if this stage or a later one distills; free it otherwise."""
+        """Builds the teacher if this stage or a later stage distills; frees the teacher otherwise."""
         config = self.cfg.objective.teacher
         if config is None or not distills_later(self.cfg.stages, self.state.progress):
             self.teacher = None
         elif self.teacher is None:
             merge = self.engine.module.vision.config.spatial_merge_size
-            # Partitioning is a collective, which `all_ranks_or_none` does not allow; a failure there ends by a timeout.
+            # Partitioning is a collective, which `all_ranks_or_none` does not allow; after a failure ranks time out.
             with nullcontext() if config.partitioned else all_ranks_or_none(self.world):
                 self.teacher = build_teacher(config, merge=merge, device=self.world.device)
 
@@ -230,34 +228,38 @@ class _Trainer:
                 prefetch_full_step=self.world.device.type == "cuda",
             )
         with loader:
-            found = gather_json(loader.fingerprint, self.world)
-            other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+            fingerprints = gather_json(loader.fingerprint, self.world)
+            other = next((rank for rank, one in enumerate(fingerprints) if one != fingerprints[0]), None)
             if other is not None:
                 raise DataError(f"rank {other} finds other shards than rank 0; all must see the same data.sources")
             yield loader
 
     def _content(self, stage: StageConfig) -> str | None:
-        """The fingerprint of the shards' content, read by rank 0 only, since a store would throttle hundreds of
-        ranks."""
+        """Returns the fingerprint of the shards' content; None on a single rank.
+
+        Only rank 0 reads it, since a store would throttle hundreds of ranks."""
         if self.world.size == 1:
             return None
         with all_ranks_or_none(self.world):
             settings = StorageSettings.of(self.cfg.data)
-            found = content_of(validate_sources(self.cfg.data.sources, [stage], settings)) if self.world.is_main else ""
-        return gather_json(found, self.world)[0]
+            main = self.world.is_main
+            content = content_of(validate_sources(self.cfg.data.sources, [stage], settings)) if main else ""
+        return gather_json(content, self.world)[0]
 
     def _step(self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float) -> str | None:
-        """One update; returns the reason, the same on all ranks, if it has to be undone."""
+        """Updates the parameters once. Returns the reason if the step must be undone, else None.
+
+        All ranks return either a reason or None."""
         state, progress = self.state, self.state.progress
         modality = batches[0].modality
         settings = self._settings(stage)
-        shown = batches[0] if self.logs.draws(progress.step + 1, modality) else None
+        drawn_batch = batches[0] if self.logs.draws(progress.step + 1, modality) else None
         try:
-            with capture_features(self.engine.module.vision, shown) as snapshots:
+            with capture_features(self.engine.module.vision, drawn_batch) as snapshots:
                 result = train_step(self.engine, batches, settings, self.cfg.objective, self.teacher)
         except DivergedError as error:
             return str(error)
-        trouble = spike(state.history, progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard)
+        trouble = spike_reason(state.history, progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard)
         numbers = local_metrics(
             batches,
             cost=self.cost,
@@ -268,17 +270,17 @@ class _Trainer:
             dropping=settings.dropping,
             squares=self.engine.gradient_squares if settings.read_gradient else None,
         )
-        joined = reduce_metrics(numbers, self.world)
-        if joined["alarm"]:
+        reduced = reduce_metrics(numbers, self.world)
+        if reduced["alarm"]:
             return trouble or "another rank saw a spike"
-        self._advance(batches, settings, result, joined)
+        self._advance(batches, settings, result, reduced)
         if snapshots:
             merge = self.engine.module.vision.config.spatial_merge_size
             self.logs.draw(state.progress.step, batches[0], snapshots[0], merge)
         return None
 
     def _settings(self, stage: StageConfig) -> StepSettings:
-        """The values of the stage's schedules at the next step."""
+        """Returns the settings of the next step, from the schedules of the stage."""
         progress = self.state.progress
         done = progress.samples_in_stage
         return StepSettings(
@@ -290,28 +292,28 @@ class _Trainer:
         )
 
     def _advance(
-        self, batches: list[PackedBatch], settings: StepSettings, result: StepResult, joined: dict[str, float]
+        self, batches: list[PackedBatch], settings: StepSettings, result: StepResult, reduced: dict[str, float]
     ) -> None:
-        """Adds a good step to the state and the logs; `joined` are its metrics over all ranks."""
+        """Adds a good step to the state and the logs. `reduced` are the metrics of the step over all ranks."""
         state, progress, modality = self.state, self.state.progress, batches[0].modality
         state.history.add(progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard.window_steps)
         state.progress = advance(
             progress,
             self.cfg.stages,
             samples=result.items,
-            tokens=int(joined["tokens"]),
-            bad_samples=int(joined["bad_samples"]),
+            tokens=int(reduced["tokens"]),
+            bad_samples=int(reduced["bad_samples"]),
         )
         if state.progress.stage != progress.stage and not state.progress.finished(self.cfg.stages):
             self._note_stage()
         state.cursors = {batch.lane: batch.cursor for batch in batches}
         weights = {"contrastive": settings.contrastive_weight, "distill": settings.distill_weight}
-        state.window.add(result, joined, modality, weights)
-        state.seconds += joined["step_s"]
+        state.window.add(result, reduced, modality, weights)
+        state.seconds += reduced["step_s"]
         self.logs.write_samples(state.progress.step, batches)
         self.logs.advance(result.items)
         if settings.read_gradient or state.progress.finished(self.cfg.stages):
-            norms = part_norms(joined) if settings.read_gradient else None
+            norms = part_norms(reduced) if settings.read_gradient else None
             self._log(progress.stage, result, settings.lr, norms)
 
     def _log(self, stage: int, result: StepResult, lr: float, norms: dict[str, float] | None) -> None:
@@ -333,7 +335,7 @@ class _Trainer:
         state.window = state.window.next()
 
     def _save(self) -> None:
-        """Saves a checkpoint unless this step is saved already."""
+        """Saves a checkpoint unless this step is already saved."""
         state = self.state
         if self.saved_step == state.progress.step:
             return

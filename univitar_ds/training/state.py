@@ -1,4 +1,4 @@
-"""The training state without the tensors."""
+"""The state of a training run, except the tensors."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from univitar_ds.training.step.guard import History
 
 @dataclass
 class State:
-    """The state; all of it is in the checkpoint."""
+    """The state of a run except the tensors. The checkpoint contains all fields."""
 
     progress: Progress = field(default_factory=Progress)
     window: Window = field(default_factory=Window)
     cursors: dict[int, LaneCursor] = field(default_factory=dict)
-    """By lane: of all lanes at the start, later of this rank's lanes."""
+    """Data cursors by lane: of all lanes after loading, of this rank's lanes after the first step."""
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-    """Seconds spent in training, over all starts of the run."""
+    """Seconds spent in training steps, over all launches of the run."""
     began: dict[str, int] = field(default_factory=dict)
-    """Parts that are trained now, with the number of updates before they were first trained."""
+    """The parts that the stage trains, with the number of updates before each part was first trained."""
     history: History = field(default_factory=History)
     events: list[dict[str, Any]] = field(default_factory=list)
-    """Stages that began and rollbacks, each with the step after which it occurred."""
+    """Begins of stages and rollbacks. `step` is the step after which a stage began or to which a rollback returned."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the cursors, which belong to ranks."""
+        """Returns all fields except the cursors, which each rank saves separately."""
         return {
             "progress": self.progress.to_dict(),
             "window": asdict(self.window),
@@ -45,7 +45,8 @@ class State:
         }
 
     @classmethod
-    def of(cls, saved: Saved) -> State:
+    def from_checkpoint(cls, saved: Saved) -> State:
+        """Converts the content of a checkpoint."""
         content = saved.state
         return cls(
             Progress(**content["progress"]),
@@ -55,11 +56,11 @@ class State:
             content["last"],
             content["seconds"],
             content["began"],
-            History.of(content["history"]),
+            History.from_dict(content["history"]),
             content["events"],
         )
 
     @property
     def rollbacks(self) -> int:
-        """The number of rollbacks."""
+        """The number of rollbacks of the run."""
         return sum(event["event"] == "rollback" for event in self.events)

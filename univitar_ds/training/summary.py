@@ -1,4 +1,4 @@
-"""summary.json: totals of a run, and its machine and versions."""
+"""Writes summary.json: totals of a run, and its machine and versions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from univitar_ds.training.state import State
 
 
 def write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> None:
-    """Writes it when training has ended or was stopped; entries of later steps stay."""
+    """Writes summary.json after training has ended or was stopped. Entries that evaluation and export added stay."""
     content: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         content = json.loads((run / SUMMARY).read_text(encoding="utf-8"))

@@ -153,7 +153,7 @@ def test_a_time_is_the_median_of_many_runs_without_what_comes_before_each(monkey
 
 def test_runs_that_take_long_are_still_many(monkeypatch):
     device = StandInDevice(monkeypatch)
-    Timer(torch.device("cuda"), seconds=0.001, least=12).median_ms(device.run)
+    Timer(torch.device("cuda"), seconds=0.001, min_runs=12).median_ms(device.run)
     assert device.runs >= 12
 
 

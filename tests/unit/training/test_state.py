@@ -22,4 +22,4 @@ def test_everything_that_changes_while_training_survives_a_checkpoint():
     )
     content = json.loads(json.dumps(state.to_dict()))
     cursors = {lane: json.loads(json.dumps(cursor.to_json())) for lane, cursor in state.cursors.items()}
-    assert State.of(Saved(content, cursors)) == state
+    assert State.from_checkpoint(Saved(content, cursors)) == state

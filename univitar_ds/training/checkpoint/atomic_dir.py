@@ -1,12 +1,12 @@
 """A folder of files from many ranks that appears atomically.
 
-    checkpoints/step-00000200/{files of the ranks, manifest.json}      complete: made only by a rename
-    checkpoints/latest                                                 text, the name of one of them
+    checkpoints/step-00000200/{files of the ranks, manifest.json}      complete: created only by a rename
+    checkpoints/latest                                                 text: the name of a complete folder
     checkpoints/.tmp-*                                                 being written, or left by a crash
 
-`manifest.json` has the size and sha256 of every other file. If a process is killed at any byte, the
-complete folders stay, and `latest` names one of them. The names of unfinished folders are those that
-`_sweep` removes, also after an earlier version; the renames are those of `atomic_write`.
+`manifest.json` has the size and sha256 of every other file. If a process is killed at any time, the complete folders
+stay, and `latest` has the name of a complete folder. `_sweep` removes unfinished folders by their names, also those of
+earlier versions. The renames are those of `atomic_write`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}({LATEST}|(gone-)?step-\d{
 
 
 def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world: World, keep: int) -> Path:
-    """Creates `root/step-<step>` from the files that each rank writes, and then removes all but the newest `keep`.
+    """Creates `root/step-<step>` from the files that each rank writes, then removes all but the newest `keep` folders.
 
-    All ranks call it. `write` gets a folder shared by all ranks and returns the files of this rank.
+    All ranks call it. `write` is called with a folder that all ranks share, and returns the files of this rank.
 
-    Raises: the rank's own error, or PeerFailure on the others, if any rank fails, for example on a
-        full disk; nothing has changed then.
+    Raises: the rank's own error, or PeerFailure on other ranks, if a rank fails, for example on a full disk. No
+        complete folder has changed then.
     """
     target = root / f"step-{step:08d}"
     temporary = root / f"{TEMPORARY}{target.name}"
@@ -52,7 +52,7 @@ def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world
         return _commit(root, temporary, target, write, world, keep)
     except Exception:
         if world.is_main:
-            with suppress(Exception):  # the disk is full or gone, or another start has the run
+            with suppress(Exception):  # the disk is full or gone, or another launch has the run
                 still_ours(root.parent)
                 _sweep(root)
         raise
@@ -83,8 +83,8 @@ def _commit(
 
 def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any], keep: int) -> None:
     write_json(temporary / MANIFEST, {"version": 1, "files": entries})
-    if target.is_symlink() or (target.exists() and not _remove(target)):  # complete, but not named by `latest`
-        raise CheckpointError(f"{target} holds files that no checkpoint writes; move them elsewhere and resume")
+    if target.is_symlink() or (target.exists() and not _remove(target)):  # complete, but not in `latest`
+        raise CheckpointError(f"{target} contains files that no checkpoint writes; move them elsewhere and resume")
     move_into_place(temporary, target, durable=True)
     pointer = root / f"{TEMPORARY}{LATEST}"
     pointer.unlink(missing_ok=True)
@@ -96,13 +96,13 @@ def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any],
 
 
 def complete(root: Path) -> list[Path]:
-    """Complete folders, oldest first."""
+    """Returns the complete folders, oldest first."""
     folders = (folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name))
     return sorted(folder for folder in folders if (folder / MANIFEST).is_file())
 
 
 def latest(root: Path) -> Path | None:
-    """The folder that `latest` names; the newest complete one if that is gone; None if there is none."""
+    """Returns the folder in `latest`, or the newest complete folder if that one is missing; None without a folder."""
     if (root / LATEST).is_file():
         folder = root / (root / LATEST).read_text(encoding="utf-8").strip()
         if folder.is_dir() and folder != root:
@@ -112,7 +112,9 @@ def latest(root: Path) -> Path | None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Files of a complete folder: name -> {bytes, sha256}. Raises CheckpointError if it has no sound manifest."""
+    """Returns {name: {bytes, sha256}} of the files of a complete folder.
+
+    Raises: CheckpointError if the manifest is missing or cannot be read."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
@@ -121,15 +123,16 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def verify(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Raises: CheckpointError that names every file of `entries` that is missing, truncated or altered, and the
-    remedy."""
+    """Compares files with their entries of a manifest.
+
+    Raises: CheckpointError with every file of `entries` that is missing, truncated or altered, and the remedy."""
     faults = _faults(folder, entries)
     if faults:
         raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)}; {remedy(folder)}")
 
 
 def remedy(folder: Path) -> str:
-    """What to do about a damaged folder."""
+    """Returns the remedy for a damaged folder."""
     others = [other for other in complete(folder.parent) if other != folder]
     if others:
         return f"remove that folder and resume again, {others[-1]} is the one before"
@@ -137,6 +140,7 @@ def remedy(folder: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> Path:
+    """Writes `value` as JSON to the disk. Returns `path`."""
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
     sync(path)
     return path
@@ -165,14 +169,14 @@ def _sha256(path: Path) -> str:
 
 
 def _remove(folder: Path) -> bool:
-    """Removes a complete folder; it is renamed first, so that a crash leaves no partial folder under a valid name.
+    """Removes a complete folder. The folder is renamed first, so that a crash leaves no partial folder under its name.
 
-    Returns: whether it is gone. Files of others stay, under the folder's name.
+    Returns: whether the whole folder is removed. Files that no checkpoint writes stay, under the folder's name.
     """
     if folder.is_symlink():
         return False
     gone = folder.with_name(f"{TEMPORARY}gone-{folder.name}")
-    if os.path.lexists(gone):  # of others
+    if os.path.lexists(gone):  # not written by this program
         clear(folder, {re.escape(MANIFEST): None})
         return _cleared(folder)
     os.rename(folder, gone)
@@ -180,7 +184,7 @@ def _remove(folder: Path) -> bool:
 
 
 def _sweep(root: Path) -> None:
-    """Removes files that a crash has left, by the names that are written here; files of others stay."""
+    """Removes temporary files and folders that a crash has left, by their names; all other files stay."""
     for left in root.glob(f"{TEMPORARY}*"):
         if left.is_symlink() or not re.fullmatch(_TEMPORARY_NAME, left.name):
             continue
@@ -188,19 +192,19 @@ def _sweep(root: Path) -> None:
             left.unlink(missing_ok=True)
         elif not _cleared(left) and not left.name.startswith(f"{TEMPORARY}gone-"):
             raise CheckpointError(
-                f"{left} holds {foreign(left, CHECKPOINT_FILES)}, which no checkpoint writes; move it elsewhere"
+                f"{left} contains {foreign(left, CHECKPOINT_FILES)}, which no checkpoint writes; move it elsewhere"
             )
 
 
 def _cleared(folder: Path) -> bool:
-    """Clears a temporary folder; returns whether nothing is left. The rest of a complete folder gets its name back."""
+    """Clears a temporary folder, and returns whether it is removed. A folder with other files gets its name back."""
     names = dict(CHECKPOINT_FILES)
     with suppress(CheckpointError):
         names |= {re.escape(name): None for name in read_manifest(folder)}  # also those of an earlier format
     clear(folder, {f"(?!{re.escape(MANIFEST)}$)({name})": None for name in names})
     if remove(folder, names):
         return True
-    before = folder.with_name(folder.name.removeprefix(f"{TEMPORARY}gone-"))
-    if not os.path.lexists(before):
-        os.rename(folder, before)
+    original = folder.with_name(folder.name.removeprefix(f"{TEMPORARY}gone-"))
+    if not os.path.lexists(original):
+        os.rename(folder, original)
     return False

@@ -1,4 +1,4 @@
-"""The whole model of a checkpoint on one process, for evaluation and export."""
+"""Reads the whole model of a checkpoint in one process, for evaluation and export."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Weights = Literal["trained", "averaged"]
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model in evaluation mode, float32, on the host, with its run, checkpoint, configuration and tokenizer."""
+    """A run's model in evaluation mode (float32, on the host), with the files and settings that it was read from."""
 
     run: Path
     checkpoint: Path
@@ -30,27 +30,29 @@ class Trained:
     tokenizer: Tokenizer
     model: ContrastiveModel
     averaged: bool
-    """Whether these are the averaged weights (`optimizer.ema_decay`)."""
+    """Whether the model has the averaged weights (`optimizer.ema_decay`)."""
 
 
 def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
-    """Reads the last checkpoint of a run's folder, or the checkpoint whose folder `path` is.
+    """Reads the last checkpoint of a run's folder, or one checkpoint.
 
-    Args: weights: those that were trained, or their average; absent: the average if the run keeps one.
-    Raises: CheckpointError if there is none, or it is damaged or of another model than the run's.
+    Args: path: folder of a run or of a checkpoint. weights: the trained or the averaged weights; None: the average if
+    the run keeps one.
+    Raises: CheckpointError if the checkpoint or the average is missing, or the checkpoint is damaged or from another
+    model.
     """
     run, checkpoint = find_checkpoint(Path(path))
     config = load_config(run / CONFIG)
-    kept = config.optimizer.ema_decay is not None
-    if weights == "averaged" and not kept:
+    has_average = config.optimizer.ema_decay is not None
+    if weights == "averaged" and not has_average:
         raise CheckpointError(f"{run} keeps no averaged weights, optimizer.ema_decay is null; take the trained ones")
-    averaged = kept if weights is None else weights == "averaged"
+    averaged = has_average if weights is None else weights == "averaged"
     tokenizer = load_tokenizer(run / TOKENIZER)
     special = special_ids(tokenizer)
-    # Not the back end of the run: those for attention in half precision do not support float32.
-    shape = config.model.model_copy(update={"attention": "auto"})
+    # The run's attention back end may support half precision only.
+    model_config = config.model.model_copy(update={"attention": "auto"})
     model = build_contrastive(
-        shape, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=config.seed
+        model_config, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=config.seed
     )
     try:
         model.load_state_dict(read_full(checkpoint, averaged=averaged))
@@ -63,11 +65,13 @@ def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """The folders of the run and of the checkpoint, from either of them. Raises: CheckpointError."""
+    """Returns the folders of the run and of the checkpoint. Args: path: folder of a run or of a checkpoint.
+
+    Raises: CheckpointError if `path` is neither, or the run has no complete checkpoint."""
     if (path / CONFIG).is_file():
         checkpoint = atomic_dir.latest(path / CHECKPOINTS)
         if checkpoint is None:
-            raise CheckpointError(f"{path} holds no complete checkpoint; train it first, or name another run")
+            raise CheckpointError(f"{path} has no complete checkpoint; train it first, or name another run")
         return path, checkpoint
     run = path.resolve().parent.parent
     if (path / atomic_dir.MANIFEST).is_file() and (run / CONFIG).is_file():
@@ -78,6 +82,6 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 
 def _reason(error: RuntimeError) -> str:
-    """torch lists each key on a separate line; the first few are enough."""
+    """Returns the first lines of torch's message, which lists each key on a separate line."""
     lines = [line.strip() for line in str(error).splitlines()[1:4]]
     return " ".join(lines)[:300]

@@ -1,14 +1,14 @@
-"""Elastic checkpoints: every rank writes the flat shards that it owns, and any number of ranks reads the ranges that it
-needs.
+"""Elastic checkpoints: every rank writes the flat shards that it owns, and any number of ranks reads the ranges that
+each rank needs.
 
     rank00000.safetensors   "<parameter>/<kind>": 1-D; kind is fp32, exp_avg, exp_avg_sq, ema, or frozen
     rank00000.json          pieces: {<parameter>: {shape, start, length, kinds: {<kind>: dtype}}}, cursors of its lanes
     buffers.safetensors     buffers of the model, by name
     state.json              progress and settings of the run, optimizer, number of ranks, versions
 
-DeepSpeed's own formats are not used: the native one loads only on the same number of ranks, the universal
-one restores wrong settings with several optimizer groups and drops frozen parameters and buffers. Nothing
-here is pickled and no rank ever holds a whole model; `read_full` does, for export and evaluation.
+DeepSpeed's own formats are not used: the native format loads only on the same number of ranks, and the universal format
+restores wrong settings with several optimizer groups and drops frozen parameters and buffers. No file is pickled. Only
+`read_full` reads a whole model into one process, for export and evaluation.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from univitar_ds.training.engine.engine import EMA, FROZEN, MASTER, Engine
 FORMAT = 2
 STATE = "state.json"
 BUFFERS = "buffers.safetensors"
-SHOWN = 5
-"""Most names of parameters that an error lists."""
+MAX_LISTED = 5
+"""Maximum number of parameter names that an error lists."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,19 @@ class Saved:
 
     state: dict[str, Any]
     cursors: dict[int, dict[str, Any]]
-    """Of all lanes, by lane."""
+    """Data cursors of all lanes, by lane."""
 
 
 def save_checkpoint(
     engine: Engine, root: Path, step: int, state: dict[str, Any], cursors: dict[int, dict[str, Any]], keep: int
 ) -> Path:
-    """Writes the training state of all ranks to `root/step-<step>`; see `atomic_dir.commit` for the state after a
-    crash.
+    """Writes the training state of all ranks to `root/step-<step>`, and returns that folder. All ranks call it.
 
     Args:
-        state: of the run, as JSON; the same on all ranks.
-        cursors: of the lanes of this rank.
+        state: state of the run, as JSON; the same on all ranks.
+        cursors: data cursors of the lanes of this rank.
+        keep: number of newest checkpoints to keep.
+    Raises: as `atomic_dir.commit`, which also says what a crash leaves.
     """
     world = engine.world
 
@@ -75,8 +76,9 @@ def _write_rank(engine: Engine, folder: Path, cursors: dict[int, dict[str, Any]]
     tensors: dict[str, Tensor] = {}
     index: dict[str, dict[str, Any]] = {}
     for piece in engine.pieces():
-        whole = piece.length == math.prod(piece.shape)
-        length = 0 if whole and FROZEN in piece.tensors and engine.world.rank else piece.length  # one copy is enough
+        complete = piece.length == math.prod(piece.shape)
+        # Only rank 0 writes a frozen parameter that every rank has in full.
+        length = 0 if complete and FROZEN in piece.tensors and engine.world.rank else piece.length
         index[piece.name] = {
             "shape": list(piece.shape),
             "start": piece.start,
@@ -93,7 +95,7 @@ def _write_rank(engine: Engine, folder: Path, cursors: dict[int, dict[str, Any]]
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Persistent buffers by name, on the CPU and without shared storage."""
+    """Returns copies of the persistent buffers on the CPU, by name."""
     state = module.state_dict(keep_vars=True)
     return {
         name: value.detach().to("cpu", copy=True)
@@ -103,9 +105,9 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Reader:
-    """The shards of a checkpoint of any number of ranks.
+    """Reads the shards of a checkpoint that any number of ranks has written.
 
-    A file of tensors is opened only when it is needed: on the same number of ranks, each rank opens one file.
+    A file of tensors is opened when it is first needed: on the same number of ranks, each rank opens one file.
     """
 
     def __init__(self, folder: Path, open_files: ExitStack) -> None:
@@ -121,7 +123,7 @@ class _Reader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.kinds: dict[str, dict[str, str]] = {}
         self._parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
-        """By parameter: start and length of a part, and the rank whose file holds it."""
+        """(start, length, rank that wrote it) of each part, by parameter."""
         self._files: dict[int, Any] = {}
         for rank in range(self.content["world_size"]):
             index = _read_json(folder / f"rank{rank:05d}.json")
@@ -133,7 +135,9 @@ class _Reader:
                     self._parts[name].append((entry["start"], entry["length"], rank))
 
     def fill(self, name: str, kind: str, start: int, target: Tensor) -> None:
-        """Writes elements start, start + 1, ... of a flattened parameter into the 1-D `target`."""
+        """Copies elements start, start + 1, ... of a flattened parameter to the 1-D `target`.
+
+        Raises: CheckpointError if elements are missing."""
         stop, filled = start + target.numel(), 0
         for begin, length, rank in sorted(self._parts[name]):
             low, high = max(begin, start + filled), min(begin + length, stop)
@@ -143,7 +147,7 @@ class _Reader:
                 filled = high - start
         if filled < target.numel():
             raise CheckpointError(
-                f"{self.folder} holds {kind} of {name} up to element {start + filled} only, {stop} are needed; "
+                f"{self.folder} has {kind} of {name} up to element {start + filled} only, {stop} are needed; "
                 f"{atomic_dir.remedy(self.folder)}"
             )
 
@@ -158,11 +162,11 @@ class _Reader:
 
 
 def load_checkpoint(engine: Engine, folder: Path, *, stage_transition: bool = False) -> Saved:
-    """Puts a checkpoint of any number of ranks and any ZeRO stage into `engine`; all ranks call it.
+    """Loads a checkpoint of any number of ranks and any ZeRO stage into `engine`. All ranks call it.
 
-    Args: stage_transition: the engine may train what the checkpoint has frozen, and the other way round. Parameters
-    that start to learn have moments of 0, and their average starts at their value.
-    Raises: CheckpointError, on all ranks, if a file is damaged or the checkpoint is of another model.
+    Args: stage_transition: whether trained and frozen parameters may differ between engine and checkpoint. Parameters
+    that are newly trained get moments of 0, and their average starts at their value.
+    Raises: CheckpointError on all ranks if a file is damaged or the checkpoint is from another model.
     """
     world = engine.world
     _verify_shared(folder, world)
@@ -186,7 +190,7 @@ def load_checkpoint(engine: Engine, folder: Path, *, stage_transition: bool = Fa
 
 
 def _source(kind: str, saved: Collection[str]) -> str | None:
-    """The kind to read for `kind`; None: there is none, and it starts at 0."""
+    """Returns the saved kind from which `kind` is loaded; None if `kind` starts at 0."""
     if kind in saved or not saved:
         return kind
     if kind == FROZEN:
@@ -195,9 +199,9 @@ def _source(kind: str, saved: Collection[str]) -> str | None:
 
 
 def read_full(folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
-    """Whole parameters and buffers by name, floats as fp32, on one process and without an engine.
+    """Returns all parameters and buffers in full, by name, floats as float32. Needs no engine and no other rank.
 
-    Args: averaged: the average of the weights over updates, if the run keeps one.
+    Args: averaged: whether to read the average of the weights over updates, if the run keeps one.
     Raises: CheckpointError if a file is damaged.
     """
     atomic_dir.verify(folder, atomic_dir.read_manifest(folder))
@@ -214,24 +218,28 @@ def read_full(folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` that was passed to `save_checkpoint`. Raises: CheckpointError if it cannot be read."""
+    """Returns the `state` that was passed to `save_checkpoint`. Raises: CheckpointError if it cannot be read."""
     return _read_json(folder / STATE)["run"]
 
 
 def _verify_shared(folder: Path, world: World) -> None:
-    """Each rank reads its share of the files; the manifest is read by rank 0, since other ranks may not see it yet."""
+    """Verifies the files of a checkpoint, each rank a share of the files.
+
+    Rank 0 reads the manifest, since other ranks may not see it yet. Raises: CheckpointError, PeerFailure."""
     manifest: dict[str, dict[str, Any]] = {}
     with all_ranks_or_none(world):
         if world.is_main:
             manifest = atomic_dir.read_manifest(folder)
     manifest = gather_json(manifest, world)[0]
     with all_ranks_or_none(world):
-        by_size = sorted(manifest, key=lambda name: (manifest[name]["bytes"], name))  # shares of about the same size
+        by_size = sorted(manifest, key=lambda name: (manifest[name]["bytes"], name))  # shares of similar sizes
         atomic_dir.verify(folder, {name: manifest[name] for name in by_size[world.rank :: world.size]})
 
 
 def _check_model(engine: Engine, reader: _Reader, stage_transition: bool) -> None:
-    """Raises: CheckpointError that names missing and unexpected parameters and those with another shape."""
+    """Compares the parameters and buffers of the engine's model with those of the checkpoint.
+
+    Raises: CheckpointError that lists missing, unexpected, misshapen and differently frozen parameters."""
     pieces = {piece.name: piece for piece in engine.pieces()}
     buffers = {name: tuple(b.shape) for name, b in _buffers(engine.module).items()}
     saved_buffers = {name: tuple(b.shape) for name, b in reader.buffers().items()}
@@ -258,8 +266,8 @@ def _check_model(engine: Engine, reader: _Reader, stage_transition: bool) -> Non
 
 
 def _names(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    rest = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + rest
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Whether this process is one rank of several, and which, by the variables of launchers.
+"""Determines from the variables of launchers whether this process is a rank of several, and its number.
 
-They may be left in a shell (`salloc`, an earlier `export`, `mpirun` around everything), so they count only if they
-are complete and consistent.
+The variables may be left over in a shell (`salloc`, an earlier `export`, `mpirun` around everything), so they count
+only if they are complete and consistent.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from univitar_ds.errors import ConfigError
 from univitar_ds.training.distributed.slurm import adopt_ranks
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that torchrun and DeepSpeed's launcher set, always all of them."""
+"""The variables that torchrun and DeepSpeed's launcher always set together."""
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+"""Variables with the number of processes that an MPI launcher has started."""
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
-"""Set by torchrun and by DeepSpeed's launcher in the processes that they start, in addition to the five."""
+"""Variables that torchrun and DeepSpeed's launcher set in their processes in addition to RANK_NAMES."""
 _MPI = re.compile(r"(OMPI_COMM_WORLD|OMPI_UNIVERSE|PMI|PMI2|PMIX|MV2_COMM_WORLD|PALS)_.*|MPI_LOCAL(RANKID|NRANKS)")
 _OTHERS = re.compile(
     r"(LOCAL_WORLD|LOCAL|GROUP_WORLD|ROLE_WORLD|CROSS)_SIZE|(GROUP|ROLE|NODE|CROSS)_RANK|ROLE_NAME|TORCHELASTIC_.*|"
@@ -25,9 +26,9 @@ _OTHERS = re.compile(
 
 
 def forget_launchers(environment: MutableMapping[str, str]) -> list[str]:
-    """Removes all variables by which launchers number processes; returns the names of those that were set.
+    """Removes all variables by which launchers number processes. Returns the names of the removed variables.
 
-    For a process that starts its own ranks, in which DeepSpeed and torch would read them.
+    Called by a process that starts its own ranks, since DeepSpeed and torch would read the variables in these ranks.
     """
     names = sorted(n for n in environment if n in RANK_NAMES or _MPI.fullmatch(n) or _OTHERS.fullmatch(n))
     for name in names:
@@ -36,25 +37,25 @@ def forget_launchers(environment: MutableMapping[str, str]) -> list[str]:
 
 
 def is_rank(environment: MutableMapping[str, str]) -> bool:
-    """Whether a launcher, `srun` included, started this process as one of its ranks. RANK_NAMES are set then.
+    """Returns whether a launcher, `srun` included, started this process as a rank. If so, all RANK_NAMES are set.
 
-    MPI's numbers are always removed, since DeepSpeed compares them with its own.
+    MPI's variables are always removed, since DeepSpeed compares them with RANK_NAMES.
     Raises: ConfigError if the variables are incomplete, contradict each other or are not numbers.
     """
     for name in RANK_NAMES:
         if environment.get(name) == "":
             del environment[name]
     adopt_ranks(environment)
-    found = [name for name in RANK_NAMES if name in environment]
+    present = [name for name in RANK_NAMES if name in environment]
     absent = [name for name in RANK_NAMES if name not in environment]
-    # A batch script sets the address of rank 0 for all its steps, including those of a single task.
-    alone = "SLURM_STEP_NUM_TASKS" in environment and not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(found)
-    if found and absent and not alone:
+    # A batch script sets the address of rank 0 for all its steps, including steps of a single task.
+    one_task = "SLURM_STEP_NUM_TASKS" in environment and not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(present)
+    if present and absent and not one_task:
         raise ConfigError(
-            f"{_listed(found)} {'is' if len(found) == 1 else 'are'} set and {_listed(absent)} not, while a launcher "
-            f"sets all five; {left_behind(found)}, or start all processes with torchrun, deepspeed or srun"
+            f"{_listed(present)} {'is' if len(present) == 1 else 'are'} set and {_listed(absent)} not, while a "
+            f"launcher sets all five; {left_behind(present)}, or start all processes with torchrun, deepspeed or srun"
         )
-    tasks, source = max((_whole(environment, name, "1"), name) for name in ("SLURM_STEP_NUM_TASKS", *MPI_SIZES))
+    tasks, source = max((_integer(environment, name, "1"), name) for name in ("SLURM_STEP_NUM_TASKS", *MPI_SIZES))
     if not absent:
         _check_numbers(environment)
         size = int(environment["WORLD_SIZE"])
@@ -66,8 +67,8 @@ def is_rank(environment: MutableMapping[str, str]) -> bool:
     elif tasks > 1:
         names = [name for name in environment if _MPI.fullmatch(name)]
         raise ConfigError(
-            f"{source} is {tasks}: mpirun numbers processes in a way that is not read here, and each would train a "
-            f"separate run; start them with torchrun, deepspeed or srun, or, if that is what an earlier mpirun left in "
+            f"{source} is {tasks}: the ranks that mpirun sets are not read, and each process would train a separate "
+            f"run; start the processes with torchrun, deepspeed or srun, or, if an earlier mpirun left the variable in "
             f"the shell, {_unset(names)}"
         )
     for name in [name for name in environment if _MPI.fullmatch(name)]:
@@ -76,7 +77,7 @@ def is_rank(environment: MutableMapping[str, str]) -> bool:
 
 
 def left_behind(names: Iterable[str]) -> str:
-    """The remedy for variables that no launcher of this run has set."""
+    """Returns the remedy for variables `names` that no launcher of this run has set."""
     return f"if an earlier job left them in the shell, {_unset(names)}"
 
 
@@ -86,18 +87,18 @@ def _unset(names: Iterable[str]) -> str:
 
 
 def _check_numbers(environment: MutableMapping[str, str]) -> None:
-    size = _whole(environment, "WORLD_SIZE")
+    size = _integer(environment, "WORLD_SIZE")
     limits = {"WORLD_SIZE": (1, None), "RANK": (0, size - 1), "LOCAL_RANK": (0, size - 1), "MASTER_PORT": (1, 65535)}
-    for name, (least, most) in limits.items():
-        value = _whole(environment, name)
-        if value < least or (most is not None and value > most):
-            allowed = f"{least} or more" if most is None else f"{least} to {most}"
-            of = f" where WORLD_SIZE is {size}" if most == size - 1 else ""
-            raise ConfigError(f"{name} is {value}, allowed is {allowed}{of}; {left_behind(RANK_NAMES)}")
+    for name, (minimum, maximum) in limits.items():
+        value = _integer(environment, name)
+        if value < minimum or (maximum is not None and value > maximum):
+            allowed = f"{minimum} or more" if maximum is None else f"{minimum} to {maximum}"
+            condition = f" if WORLD_SIZE is {size}" if maximum == size - 1 else ""
+            raise ConfigError(f"{name} is {value}, allowed is {allowed}{condition}; {left_behind(RANK_NAMES)}")
 
 
-def _whole(environment: MutableMapping[str, str], name: str, absent: str = "") -> int:
-    value = environment.get(name, absent)
+def _integer(environment: MutableMapping[str, str], name: str, default: str = "") -> int:
+    value = environment.get(name, default)
     try:
         return int(value)
     except ValueError:

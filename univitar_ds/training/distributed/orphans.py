@@ -1,6 +1,6 @@
-"""Ranks end with the process that started them, also after `kill -9`, which sends them no signal.
+"""Ends a rank when the process that started it has ended, also after `kill -9`, which sends no signal to the ranks.
 
-Every rank watches that process itself, so any process may be killed, in any order.
+Every rank watches its launchers itself, so any process may be killed, in any order.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ from univitar_ds.training.distributed.launchers import LAUNCHED
 from univitar_ds.training.distributed.preemption import Stop, say
 
 STARTED_BY = "UNIVITAR_DS_STARTED_BY"
-"""Environment variable of ranks that we start: the process that the user started, as `Process.text` gives it."""
+"""Variable in the ranks that `univitar-ds` starts, with the `Process.text` of the process that the user started."""
 _RUNNER = b"deepspeed"
-"""Part of the command of DeepSpeed's parent processes, which do not end their child either."""
-_LOOK_EVERY_S = 0.5
+"""Part of the command of DeepSpeed's parent processes, which do not end their child processes either."""
+_POLL_S = 0.5
 _SIGNAL_S = 1.0
-"""The signal that ended the launcher may have been sent to this rank too, as when a terminal closes; then the rank
-saves."""
+"""Seconds in which a signal to the launcher may also reach this rank (a terminal that closes); the rank then saves."""
 _SAVE_S = 30.0
-"""For a rank that was asked to stop before its launcher was gone; launchers wait as long."""
+"""Seconds in which a rank that was asked to stop may save after its launcher has ended; launchers wait as long."""
 
 
 def end_with_launchers(stop: Stop) -> None:
-    """From now on this rank ends when a process that started it is gone."""
+    """Starts a thread that ends this rank after a process that started it has ended."""
     launchers = list(_launchers())
     if launchers:
         threading.Thread(target=_watch, args=(launchers, stop), name="launchers", daemon=True).start()
 
 
 def _launchers() -> Iterator[Process]:
-    """The processes that this rank must not outlive; not a shell or a user's script."""
+    """Yields the processes that this rank must not outlive, except a shell or a user's script."""
     own = os.environ.get(STARTED_BY)
     if own is not None:
         yield Process.from_text(own)
@@ -50,7 +49,7 @@ def _launchers() -> Iterator[Process]:
 
 def _watch(launchers: list[Process], stop: Stop) -> None:
     while all(process.alive for process in launchers):
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_S)
     time.sleep(_SIGNAL_S)
     if stop.requested:
         time.sleep(_SAVE_S)

@@ -1,8 +1,8 @@
 """Stop requests: Ctrl-C, SIGTERM or SIGUSR1 from Slurm, a launcher or a person, or a terminal that closes.
 
-While a run trains, the first signal only sets a flag. The ranks exchange their flags once per step, so all of them end
+While a run trains, the first signal only sets a flag. The ranks exchange their flags once per step, so all ranks end
 after the same step, save, and exit with `SAVED`. At any other time, and at a second signal, the process exits at once
-with the code that the signal gives by default. This does no harm, since a checkpoint appears by one rename.
+with the signal's default exit code. No checkpoint is damaged, since a checkpoint appears by one rename.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from univitar_ds.processes import SIGNALS
 from univitar_ds.run_lock import release_all
 
 SAVED = 85
-"""Exit code of a run that was asked to stop and has saved, and of no other: start it again and it continues."""
-_LEFT_ALONE_WHERE_IGNORED = (signal.SIGINT, signal.SIGHUP)
-"""A shell lets background processes ignore Ctrl-C, and `nohup` lets them ignore the end of the terminal."""
+"""Exit code of a run that was asked to stop and has saved, and of no other run. A new launch continues the run."""
+_KEPT_IGNORED = (signal.SIGINT, signal.SIGHUP)
+"""Signals that stay ignored if they are ignored at launch: a shell makes background processes ignore Ctrl-C, and
+`nohup` makes a process ignore the end of the terminal."""
 ECHO_S = 1.0
-"""Seconds in which signals after the first one count as the same request: Slurm, launchers and `timeout` signal a
+"""Seconds in which signals after the first signal count as the same request: Slurm, launchers and `timeout` signal a
 process directly and through its group or its parent."""
 KEY_ECHO_S = 0.3
-"""The same for SIGINT after SIGINT: presses within this time count as one."""
+"""Seconds in which a SIGINT after a SIGINT counts as the same request."""
 
 
 class Stop:
-    """Whether this process was asked to stop, and how it responds."""
+    """Whether this process was asked to stop, and its response to signals."""
 
     def __init__(self, first: Callable[[], None] | None = None, leaving: Callable[[], None] | None = None) -> None:
-        """Args: first, called at a first signal, which is always recorded; leaving, called before the process exits."""
+        """Args: first: called at the first signal; with it, the first signal never ends the process. leaving: called
+        before the process exits."""
         self.requested = False
         self.number = 0
-        """Of the first signal; 0 without one."""
+        """Number of the first signal; 0 without a signal."""
         self.leaves = False
-        """Whether the process is ending now; errors of other threads do not matter then."""
+        """Whether the process is ending; errors of other threads are then ignored."""
         self.quiet = os.environ.get("RANK", "0") != "0"  # one rank reports for all
         self._first, self._leaving = first, leaving
         self._deferred = first is not None
@@ -45,7 +47,7 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a first signal only sets `requested`, which the body checks."""
+        """In this context a first signal only sets `requested`, which the body checks."""
         self._deferred = True
         try:
             yield
@@ -55,7 +57,7 @@ class Stop:
     def tell(self, number: int) -> None:
         """Responds to a signal."""
         now = time.monotonic()
-        if self.requested and number == signal.SIGHUP:  # a user who pressed Ctrl-C may close the terminal then
+        if self.requested and number == signal.SIGHUP:  # after Ctrl-C a user may close the terminal
             return
         if self.requested and now - self._since < (KEY_ECHO_S if number == self.number == signal.SIGINT else ECHO_S):
             return
@@ -67,7 +69,7 @@ class Stop:
             self._first()
 
     def leave(self, number: int) -> None:
-        """Does not return: ends the process at once, as the signal would by default."""
+        """Ends the process at once with the signal's default exit code; does not return."""
         self.leaves = True
         if self._leaving is not None:
             self._leaving()
@@ -78,54 +80,50 @@ class Stop:
 
 
 NEVER = Stop()
-"""For a process that handles no signals."""
+"""The `Stop` of a process that handles no signals."""
 
 
 def listen(stop: Stop | None = None) -> Stop:
-    """From now on `SIGNALS` are passed to `stop`, by default a new one, which is returned. For the main thread.
+    """Passes `SIGNALS` to `stop` (default: a new `Stop`) from now on, and returns `stop`. Called in the main thread.
 
-    A thread responds to them instead of a handler: Python runs handlers in the main thread between two instructions,
-    which never happens while a collective waits for a rank that is gone.
+    A thread responds to signals instead of a handler: Python runs handlers in the main thread between two instructions,
+    which never happens while a collective waits for a rank that has ended.
     """
     stop = stop or Stop()
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in _heard():
-        signal.signal(number, _nothing)
-    threading.Thread(target=_hear, args=(read, stop), name="signals", daemon=True).start()
+    for number in _handled_signals():
+        signal.signal(number, _no_op)
+    threading.Thread(target=_read_signals, args=(read, stop), name="signals", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a parent with `signals_held` blocks them
     return stop
 
 
 def ignore() -> None:
-    """From now on all of them are ignored: this process ends with the exit code that it has."""
+    """Ignores all `SIGNALS` from now on, so that they do not change the exit code of a process that is ending."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def say(sentence: str) -> None:
-    """Writes a line to stderr, from any thread and without a lock.
+    """Writes a line to stderr, from any thread.
 
-    os.write takes no lock: the main thread may hold the lock of stderr while it hangs.
+    os.write acquires no lock: the main thread may hold the lock of stderr while it hangs.
     """
     with contextlib.suppress(OSError):  # the terminal is closed
         os.write(2, f"{sentence}\n".encode())
 
 
-def _heard() -> list[signal.Signals]:
-    return [
-        number
-        for number in SIGNALS
-        if number not in _LEFT_ALONE_WHERE_IGNORED or signal.getsignal(number) != signal.SIG_IGN
-    ]
+def _handled_signals() -> list[signal.Signals]:
+    return [number for number in SIGNALS if number not in _KEPT_IGNORED or signal.getsignal(number) != signal.SIG_IGN]
 
 
-def _nothing(number: int, frame: object) -> None:
-    """A no-op handler: with it, Python writes the signal to the pipe, and the process does not end."""
+def _no_op(number: int, frame: object) -> None:
+    """Does nothing. With this handler Python writes the signal to the pipe, and the process does not end."""
 
 
-def _hear(read: int, stop: Stop) -> None:
+def _read_signals(read: int, stop: Stop) -> None:
     while numbers := os.read(read, 64):
         for number in numbers:
             if number in SIGNALS:

@@ -1,4 +1,4 @@
-"""The ranks of a run: rendezvous, agreement and common failure. Uses only torch.distributed."""
+"""The process group of a run: start, exchanges between ranks, and common failure. Uses only torch.distributed."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from univitar_ds.errors import ConfigError, UserError
 from univitar_ds.training.distributed.rendezvous import meet
 
 PEER_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others before it gives up: a dead peer must not block a machine indefinitely."""
+"""Maximum time that a rank waits for other ranks: a dead rank must not block a machine indefinitely."""
 FIRST_TIMEOUT = timedelta(hours=1)
-"""How long the others wait for work that rank 0 does alone, such as reading remote shards."""
+"""Maximum time that other ranks wait for work that rank 0 does alone, such as reading remote shards."""
 HEARD_TIMEOUT = timedelta(seconds=30)
+"""Maximum time that rank 0 waits after a failure until the other ranks have read it."""
 SLICE = timedelta(seconds=10)
-"""A wait is repeated at this interval: each request detects whether the store still exists."""
+"""Interval at which a wait is repeated, since each request detects whether the store still exists."""
 DEVICES = Path("/dev")
-_turns = itertools.count()
-"""Numbers the calls of `rank_zero_first`, equally on all ranks: each call has its own keys in the store."""
+_calls = itertools.count()
+"""Number of calls of `rank_zero_first`, the same on all ranks: each call has its own keys in the store."""
 
 
 class PeerFailure(UserError):
-    """Another rank cannot continue. That rank reports why; this one only ends in an orderly way."""
+    """Raised on a rank that ends because another rank failed. The other rank reports the reason."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class World:
         return self.rank == 0
 
     def lanes(self, count: int) -> list[int]:
-        """The lanes of this rank, a contiguous range of `count` lanes.
+        """Returns the lanes of this rank, a contiguous range of the `count` lanes.
 
         Raises: ConfigError if the number of ranks does not divide the number of lanes.
         """
@@ -60,14 +61,14 @@ class World:
 
 
 def uses_cuda() -> bool:
-    """Whether this run computes on GPUs: DS_ACCELERATOR=cpu keeps both torch and DeepSpeed off them."""
+    """Returns whether this run computes on GPUs. With DS_ACCELERATOR=cpu neither torch nor DeepSpeed uses them."""
     return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
 def check_gpus(processes: int) -> None:
-    """Refuses this number of processes on this machine if it has too few GPUs or torch cannot use them.
+    """Checks that this machine has a usable GPU for each of `processes` processes, if the run uses GPUs.
 
-    Raises: ConfigError.
+    Raises: ConfigError if there are too few GPUs, or torch cannot use the GPUs of this machine.
     """
     if uses_cuda():
         gpus = torch.cuda.device_count()
@@ -76,18 +77,18 @@ def check_gpus(processes: int) -> None:
                 f"{processes} processes on this machine need a GPU each and torch sees {gpus}; start at most {gpus} "
                 f"(--nproc {gpus}), or set DS_ACCELERATOR=cpu to train on the CPU"
             )
-    elif os.environ.get("DS_ACCELERATOR") != "cpu" and (sign := _sign_of_gpus()):
+    elif os.environ.get("DS_ACCELERATOR") != "cpu" and (evidence := _evidence_of_gpus()):
         raise ConfigError(
-            f"{sign}, but torch {torch.__version__} finds no GPU that it can use; {_cuda_remedy()}, or set "
+            f"{evidence}, but torch {torch.__version__} finds no GPU that it can use; {_cuda_remedy()}, or set "
             "DS_ACCELERATOR=cpu to train on the CPU"
         )
 
 
 def start_world(timeout: timedelta = PEER_TIMEOUT) -> World:
-    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; one rank without them.
+    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe, one rank without the variables.
 
-    Raises: ConfigError if this rank has no GPU although it should, see `check_gpus`; UserError if not all ranks join,
-        see `rendezvous.meet`.
+    Raises: ConfigError if this rank has no usable GPU, see `check_gpus`; UserError if not all ranks join, see
+        `rendezvous.meet`.
     """
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -106,7 +107,7 @@ def start_world(timeout: timedelta = PEER_TIMEOUT) -> World:
             rank=rank,
             world_size=size,
             timeout=timeout,
-            device_id=device if cuda else None,  # else NCCL guesses it from the rank, which is wrong if nodes differ
+            device_id=device if cuda else None,  # NCCL would guess it from the rank, wrongly if nodes differ
         )
     return World(rank, size, local_rank, device)
 
@@ -117,7 +118,7 @@ def stop_world() -> None:
 
 
 def gather_json(value: Any, world: World) -> list[Any]:
-    """The values of all ranks, by rank. Small values only, since each rank receives all of them."""
+    """Returns the values of all ranks, by rank. Values should be small, since each rank receives all values."""
     if world.size == 1:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
@@ -133,7 +134,7 @@ def gather_json(value: Any, world: World) -> list[Any]:
 
 
 def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
-    """(size, len(numbers)) fp64 on the host: the numbers of every rank, in one exchange."""
+    """Returns the numbers of every rank as (size, len(numbers)) float64 on the host, with one exchange."""
     mine = torch.tensor(numbers, dtype=torch.float64, device=world.device)
     if world.size == 1:
         return mine.cpu()[None]
@@ -144,18 +145,18 @@ def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
 
 @dataclass
 class Vote:
-    """`yes`: whether `ask` was true on any rank at the end of an `all_ranks_or_none`; the same on all ranks."""
+    """The result of `ask` in `all_ranks_or_none`. `yes`: whether `ask` was true on any rank; the same on all ranks."""
 
     yes: bool = False
 
 
 @contextmanager
 def all_ranks_or_none(world: World, ask: Callable[[], bool] | None = None) -> Iterator[Vote]:
-    """A block that either all ranks finish or none: a failure on one rank raises on all, and no rank waits forever.
+    """Runs a block that either all ranks finish or no rank: a failure on one rank raises on all ranks.
 
     The body must not communicate with other ranks if it can fail. The block is also a barrier, and a vote on `ask`,
-    which each rank evaluates after its body; either all ranks pass `ask` or none.
-    Raises: the body's own exception; PeerFailure on the ranks that succeeded.
+    which each rank calls after its body. Either all ranks pass `ask` or no rank does.
+    Raises: the body's exception on ranks that failed; PeerFailure on ranks that succeeded.
     """
     failure: Exception | None = None
     vote = Vote()
@@ -163,49 +164,50 @@ def all_ranks_or_none(world: World, ask: Callable[[], bool] | None = None) -> It
         yield vote
     except Exception as error:
         failure = error
-    words = [failure is not None, ask is not None and ask()]
-    heard = torch.tensor(words, dtype=torch.int32, device=world.device)
+    flags = [failure is not None, ask is not None and ask()]
+    totals = torch.tensor(flags, dtype=torch.int32, device=world.device)
     if world.size > 1:
-        dist.all_reduce(heard)
-    failed, yes = heard.tolist()
+        dist.all_reduce(totals)
+    failed, yes = totals.tolist()
     vote.yes = bool(yes)
     if failed:
-        stories = gather_json(str(failure) if failure is not None else None, world)
+        messages = gather_json(str(failure) if failure is not None else None, world)
         if failure is not None:
             raise failure
-        rank = next(r for r, story in enumerate(stories) if story is not None)
-        raise PeerFailure(f"rank {rank} ended the run: {stories[rank]}")
+        rank = next(r for r, message in enumerate(messages) if message is not None)
+        raise PeerFailure(f"rank {rank} ended the run: {messages[rank]}")
 
 
 def rank_zero_first(world: World, work: Callable[[], object], timeout: timedelta = FIRST_TIMEOUT) -> None:
-    """Rank 0 does `work` while the others wait; if it fails, all ranks raise.
+    """Runs `work` on rank 0 while the other ranks wait. If `work` fails, all ranks raise.
 
-    They wait at the store of the process group, since a collective must end within the group's timeout.
-    Raises: the work's own exception on rank 0; on the others PeerFailure, or UserError without an answer of rank 0.
+    The ranks wait at the store of the process group, since a collective must end within the group's timeout.
+    Raises: the exception of `work` on rank 0. On other ranks PeerFailure if `work` fails, UserError if rank 0 does not
+    answer within `timeout` or has ended.
     """
     if world.size == 1:
         work()
         return
-    store = dist.PrefixStore(f"rank_zero_first/{next(_turns)}", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore(f"rank_zero_first/{next(_calls)}", dist.distributed_c10d._get_default_store())
     if not world.is_main:
-        story = _word_of_first(store, timeout)
-        if story is not None:
+        message = _error_of_rank_zero(store, timeout)
+        if message is not None:
             if store.add("listeners", 1) == world.size - 1:
                 store.set("heard", "")
-            raise PeerFailure(f"rank 0 ended the run: {story}")
+            raise PeerFailure(f"rank 0 ended the run: {message}")
         return
     try:
         work()
     except Exception as failure:
         store.set("word", json.dumps(str(failure)))
-        with suppress(dist.DistError):  # a rank that is gone does not block the others
+        with suppress(dist.DistError):  # a rank that has ended does not block the others
             store.wait(["heard"], HEARD_TIMEOUT)  # the store may end with this process
         raise
     store.set("word", json.dumps(None))
 
 
-def _word_of_first(store: dist.Store, timeout: timedelta) -> str | None:
-    """The error of rank 0; None if it did not fail."""
+def _error_of_rank_zero(store: dist.Store, timeout: timedelta) -> str | None:
+    """Waits for rank 0. Returns the message of rank 0's error, None without one. Raises: as `rank_zero_first`."""
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
         try:
@@ -221,17 +223,17 @@ def _word_of_first(store: dist.Store, timeout: timedelta) -> str | None:
                 ) from error
 
 
-def _sign_of_gpus() -> str | None:
-    """A sign that this run should use GPUs; None if there is none or the GPUs are hidden."""
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown is not None and "CROSS_SIZE" not in os.environ:  # DeepSpeed's launcher sets both, without GPUs too
-        return f"CUDA_VISIBLE_DEVICES is {shown}" if re.match(r"\d|GPU-|MIG-", shown) else None
+def _evidence_of_gpus() -> str | None:
+    """Returns a phrase with the evidence that this machine has GPUs for the run; None if it has none or hides them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and "CROSS_SIZE" not in os.environ:  # DeepSpeed's launcher sets both, without GPUs too
+        return f"CUDA_VISIBLE_DEVICES is {visible}" if re.match(r"\d|GPU-|MIG-", visible) else None
     if os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0"):
         return f"SLURM_GPUS_ON_NODE is {os.environ['SLURM_GPUS_ON_NODE']}"
-    if os.environ.get("SLURM_JOB_GPUS"):  # numbers of GPUs: 0 is one
+    if os.environ.get("SLURM_JOB_GPUS"):  # indices of GPUs: "0" is one GPU
         return f"SLURM_JOB_GPUS is {os.environ['SLURM_JOB_GPUS']}"
     node = min(DEVICES.glob("nvidia[0-9]*"), default=None)
-    return None if node is None else f"{node} is there"
+    return None if node is None else f"{node} exists"
 
 
 def _cuda_remedy() -> str:

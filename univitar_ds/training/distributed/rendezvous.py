@@ -1,4 +1,4 @@
-"""The rendezvous of a run's ranks, and the messages if it fails."""
+"""The rendezvous of a run's ranks, and the error messages of a failed rendezvous."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from univitar_ds.errors import UserError
 from univitar_ds.training.distributed.launchers import RANK_NAMES, left_behind
 
 MEET_TIMEOUT = timedelta(minutes=5)
-"""How long a rank waits for all others to appear."""
+"""Maximum time that a rank waits for all other ranks to join."""
 _SLACK = timedelta(seconds=30)
-"""How much later than rank 0 the others give up, since rank 0 knows which ranks are missing."""
+"""Additional time that other ranks wait for rank 0, which knows the missing ranks."""
 _HEARD_TIMEOUT = timedelta(seconds=10)
+"""Maximum time that rank 0 waits after a failure until the other ranks have read it."""
 _POLL_S = 0.5
-_NAMED = 8
+_MAX_LISTED = 8
+"""Maximum number of missing ranks that a message lists."""
 
 
 def meet(rank: int, size: int, timeout: timedelta = MEET_TIMEOUT) -> dist.Store:
-    """The store of the process group that RANK_NAMES describe, once all of its ranks have joined.
+    """Waits until all ranks have joined the process group that RANK_NAMES describe. Returns the group's store.
 
-    Raises: UserError on every rank that joined, if one does not join within `timeout` or rank 0 cannot be reached.
+    Raises: UserError on every rank that joined if a rank does not join within `timeout` or rank 0 cannot be reached.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     try:
@@ -46,14 +48,14 @@ def meet(rank: int, size: int, timeout: timedelta = MEET_TIMEOUT) -> dist.Store:
     except (dist.DistError, TimeoutError) as error:  # torch appends a C++ stack to its reason
         raise UserError(_message(rank, size, _reason(error, timeout))) from error
     if missing:
-        named = ", ".join(map(str, missing[:_NAMED])) + (", ..." if len(missing) > _NAMED else "")
+        listed = ", ".join(map(str, missing[:_MAX_LISTED])) + (", ..." if len(missing) > _MAX_LISTED else "")
         ranks = "rank" if len(missing) == 1 else "ranks"
-        raise UserError(_message(rank, size, f"{ranks} {named} did not answer within {_duration(timeout)}"))
+        raise UserError(_message(rank, size, f"{ranks} {listed} did not answer within {_duration(timeout)}"))
     return store
 
 
 def _store(rank: int, size: int, timeout: timedelta, deadline: float) -> dist.Store:
-    """Rank 0 creates it, unless torchrun has created one; the others connect to it."""
+    """Returns the store. Rank 0 creates the store unless torchrun has created one; other ranks connect to it."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return dist.TCPStore(host, port, size, True, timeout=timeout, wait_for_workers=False, multi_tenant=True)
@@ -62,7 +64,9 @@ def _store(rank: int, size: int, timeout: timedelta, deadline: float) -> dist.St
 
 
 def _wait_for_port(host: str, port: int, deadline: float) -> None:
-    """Waits until the port is open: torch waits as well, but with pages of warnings. Raises: TimeoutError."""
+    """Waits until the port is open, since torch would print pages of warnings while it waits.
+
+    Raises: TimeoutError if the port is not open at the deadline."""
     while True:
         try:
             socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), _POLL_S)).close()
@@ -74,6 +78,7 @@ def _wait_for_port(host: str, port: int, deadline: float) -> None:
 
 
 def _missing(store: dist.Store, size: int, deadline: float) -> list[int]:
+    """Waits for all ranks until the deadline. Returns the ranks that have not joined."""
     for rank in range(size):
         left = max(deadline - time.monotonic(), 0.01)
         try:
@@ -84,19 +89,17 @@ def _missing(store: dist.Store, size: int, deadline: float) -> list[int]:
 
 
 def _reason(error: Exception, timeout: timedelta) -> str:
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if "EADDRINUSE" in str(error):
-        return f"MASTER_PORT is in use on this machine already ({place}), give another free one"
+        return f"MASTER_PORT is already in use on this machine ({address}), give another free port"
     if isinstance(error, TimeoutError):
-        return f"nothing answered at MASTER_ADDR:MASTER_PORT, {place}, within {_duration(timeout)}"
-    return f"the connection to MASTER_ADDR:MASTER_PORT, {place}, broke or answered nothing within {_duration(timeout)}"
+        return f"nothing answered at MASTER_ADDR:MASTER_PORT, {address}, within {_duration(timeout)}"
+    return f"the connection to MASTER_ADDR:MASTER_PORT, {address}, broke or had no answer within {_duration(timeout)}"
 
 
 def _message(rank: int, size: int, reason: str) -> str:
     values = ", ".join(f"{name}={os.environ.get(name)}" for name in RANK_NAMES)
-    return (
-        f"{reason}; {values} make this process rank {rank} of {size}: start all of them, or, {left_behind(RANK_NAMES)}"
-    )
+    return f"{reason}; {values} make this process rank {rank} of {size}: start all ranks, or, {left_behind(RANK_NAMES)}"
 
 
 def _duration(limit: timedelta) -> str:

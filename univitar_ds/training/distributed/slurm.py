@@ -1,4 +1,4 @@
-"""The ranks of `srun`'s tasks, under the names that torch and DeepSpeed read."""
+"""Sets the variables that torch and DeepSpeed read from the variables of `srun`'s tasks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from univitar_ds.errors import ConfigError
 
 
 def tasks_of_step(environment: Mapping[str, str]) -> int:
-    """The number of tasks that `srun` started with this process; 1 outside of a step. Raises: ConfigError if it is
-    invalid."""
+    """Returns the number of tasks that `srun` started, including this process; 1 outside of a step.
+
+    Raises: ConfigError if SLURM_STEP_NUM_TASKS is not an integer."""
     value = environment.get("SLURM_STEP_NUM_TASKS") or "1"
     if not value.isdecimal():
         raise ConfigError(
@@ -20,12 +21,12 @@ def tasks_of_step(environment: Mapping[str, str]) -> int:
 
 
 def adopt_ranks(environment: MutableMapping[str, str]) -> None:
-    """Sets RANK, WORLD_SIZE and LOCAL_RANK in a task that `srun` started together with others.
+    """Sets RANK, WORLD_SIZE and LOCAL_RANK in a task of a `srun` step with several tasks.
 
-    Nothing changes if a launcher has set them, in a batch script, or in a step of a single task, which is a shell or
+    Nothing changes if a launcher has set RANK, in a batch script, or in a step of a single task, which is a shell or
     the parent of local processes.
 
-    Raises: ConfigError if no variable has the address of rank 0 or the number of this task.
+    Raises: ConfigError if the variables with the address of rank 0 or with the number of this task are not set.
     """
     tasks = tasks_of_step(environment)
     if "RANK" in environment or tasks == 1:
@@ -36,10 +37,10 @@ def adopt_ranks(environment: MutableMapping[str, str]) -> None:
             f"srun started {tasks} tasks and {' and '.join(absent)} is not set; export the name of the first node and "
             "a free port before srun, as slurm/train.sbatch does, or give --nproc to start processes on this machine"
         )
-    # Slurm may show each task only one GPU, which then has number 0 in all of them.
-    shown = environment.get("CUDA_VISIBLE_DEVICES", "")
-    alone = bool(shown) and "," not in shown
-    numbers = ("SLURM_PROCID",) if alone else ("SLURM_PROCID", "SLURM_LOCALID")
+    # Slurm may make only one GPU visible to each task; that GPU has index 0 in every task.
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    one_gpu = bool(visible) and "," not in visible
+    numbers = ("SLURM_PROCID",) if one_gpu else ("SLURM_PROCID", "SLURM_LOCALID")
     absent = [name for name in numbers if name not in environment]
     if absent:
         raise ConfigError(
@@ -48,4 +49,4 @@ def adopt_ranks(environment: MutableMapping[str, str]) -> None:
         )
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = str(tasks)
-    environment["LOCAL_RANK"] = "0" if alone else environment["SLURM_LOCALID"]
+    environment["LOCAL_RANK"] = "0" if one_gpu else environment["SLURM_LOCALID"]

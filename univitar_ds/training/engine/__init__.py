@@ -1,3 +1,3 @@
-"""DeepSpeed behind a small interface: the only package that uses it."""
+"""DeepSpeed behind a small interface. No other package imports DeepSpeed."""
 
 __all__ = ["determinism", "engine", "optim"]

@@ -1,8 +1,8 @@
 """The folders of DeepSpeed's compiled operations, and the locks of their builds.
 
-torch locks the folder of an operation with an empty file, even if the operation is compiled already, and waits for
-that file silently and without a limit. So the folder must be writable, and a lock must name an owner that can be
-checked.
+torch locks the folder of an operation with an empty file, even if the operation is already compiled, and waits silently
+and without a limit until this file is removed. The folder must therefore be writable, and a lock must contain its owner
+in a form that can be checked.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from univitar_ds.identity import this_machine
 from univitar_ds.processes import Process
 
 STALE_AFTER_S = 120.0
-"""A lock without a known owner is stale once nothing in its folder has changed for so long.
+"""Seconds without a change in the folder of a lock after which a lock without a known owner is stale.
 
-The age protects a build that another machine runs in the same folder, which writes files more often.
+The limit protects a build on another machine in the same folder, which writes files more often.
 """
 REPORT_AFTER_S = 5.0
+"""Seconds of waiting for a lock after which the wait is logged."""
 _DEAD = -1
 """Returned instead of a process id if the owner has ended."""
-_FOLDER = "TORCH_EXTENSIONS_DIR"
+_VARIABLE = "TORCH_EXTENSIONS_DIR"
+"""Environment variable of torch with the folder of compiled operations."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,25 +43,27 @@ logger = logging.getLogger(__name__)
 def prepare_extensions(
     poll_s: float = 0.5, stale_after_s: float = STALE_AFTER_S, report_after_s: float = REPORT_AFTER_S
 ) -> Path:
-    """Gives the operations a writable folder: that of this environment, else one in the user's cache.
+    """Selects a writable folder for compiled operations: that of the environment, else one in the user's cache, else a
+    temporary one.
 
-    Waits for, or clears, the locks in it. From then on, operations compiled in a read-only folder are loaded from there
-    without a lock, and locks contain their owner. Also adds the environment's `ninja` to PATH if the environment is not
-    activated.
+    Waits for the locks in the folder, and removes stale locks. From then on torch loads operations that are compiled in
+    a read-only folder from there without a lock, and locks contain their owner. Also adds the environment's `ninja` to
+    PATH, which an environment that is not activated lacks.
 
     Returns: the folder.
+    Raises: InstallationError if only the temporary folder is left and belongs to another user.
     """
-    named = Path(os.environ.get(_FOLDER) or _own_folder())
-    folder = next(filter(_writable, (named, _cache_folder())), None) or _temporary_folder()
-    os.environ[_FOLDER] = str(folder)
+    preferred = Path(os.environ.get(_VARIABLE) or _environment_folder())
+    folder = next(filter(_writable, (preferred, _cache_folder())), None) or _temporary_folder()
+    os.environ[_VARIABLE] = str(folder)
     tools = str(Path(sys.executable).parent)
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join(filter(None, [tools, os.environ.get("PATH")]))
-    if folder != named:
-        logger.info("%s cannot be written: missing operations are compiled in %s", named, folder)
+    if folder != preferred:
+        logger.info("%s is not writable: missing operations are compiled in %s", preferred, folder)
     for lock in folder.glob("*/lock"):
         wait_for(lock, poll_s, stale_after_s, report_after_s)
-    _patch_torch([place for place in (named, _own_folder()) if place != folder])
+    _patch_torch([other for other in (preferred, _environment_folder()) if other != folder])
     return folder
 
 
@@ -69,12 +73,12 @@ def wait_for(
     stale_after_s: float = STALE_AFTER_S,
     report_after_s: float = REPORT_AFTER_S,
 ) -> None:
-    """Waits until the lock is gone. A lock that no live process could end is removed."""
+    """Waits until the lock is removed, and removes it if the owner has ended or the lock is stale (STALE_AFTER_S)."""
     start, reported = time.monotonic(), False
     while lock.exists():
         owner = _owner(lock)
-        if owner == _DEAD or (owner is None and _still(lock, stale_after_s)):
-            logger.warning("%s was left by a build that was killed, and is removed", lock)
+        if owner == _DEAD or (owner is None and _unchanged(lock, stale_after_s)):
+            logger.warning("%s was left by a killed build and is removed", lock)
             lock.unlink(missing_ok=True)
             return
         if not reported and time.monotonic() - start >= report_after_s:
@@ -84,27 +88,29 @@ def wait_for(
         time.sleep(poll_s)
 
 
-def _own_folder() -> Path:
+def _environment_folder() -> Path:
     return Path(sys.prefix) / "var" / "torch_extensions"
 
 
 def _cache_folder() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "univitar_ds" / "torch_extensions" / _build()
+    return Path(cache) / "univitar_ds" / "torch_extensions" / _build_versions()
 
 
 def _temporary_folder() -> Path:
-    """For a user without a home. Code from this folder is run, so it must not belong to another user."""
+    """Returns a folder for a user without a writable home.
+
+    Code from this folder is run. Raises: InstallationError if the folder belongs to another user."""
     own = Path(tempfile.gettempdir()) / f"univitar_ds-{os.getuid()}"
     with suppress(FileExistsError):
         own.mkdir(mode=0o700)
     if own.is_symlink() or own.stat().st_uid != os.getuid():
-        raise InstallationError(f"{own} belongs to another user; set {_FOLDER} to a folder for compiled operations")
-    return own / "torch_extensions" / _build()
+        raise InstallationError(f"{own} belongs to another user; set {_VARIABLE} to a folder for compiled operations")
+    return own / "torch_extensions" / _build_versions()
 
 
-def _build() -> str:
-    """The versions that a compiled operation depends on, since a cache outlives environments."""
+def _build_versions() -> str:
+    """Returns a folder name with the versions that a compiled operation depends on: a cache outlives environments."""
     versions = (f"{name}{importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
     return "-".join([f"python{platform.python_version()}", *versions])
 
@@ -118,8 +124,8 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def _patch_torch(elsewhere: list[Path]) -> None:
-    """Makes torch load compiled operations from these folders, and write its owner into each lock."""
+def _patch_torch(other_folders: list[Path]) -> None:
+    """Makes torch load compiled operations from `other_folders`, and write the owner into each lock."""
     from torch.utils import cpp_extension
 
     class Baton(cpp_extension.FileBaton):
@@ -129,7 +135,7 @@ def _patch_torch(elsewhere: list[Path]) -> None:
             except OSError as error:
                 raise InstallationError(
                     f"{Path(self.lock_file_path).parent} cannot be written ({error.strerror}) and an operation of "
-                    f"DeepSpeed has to be compiled; set {_FOLDER} to a folder that can"
+                    f"DeepSpeed has to be compiled; set {_VARIABLE} to a writable folder"
                 ) from error
             if acquired:
                 with suppress(OSError):
@@ -142,14 +148,14 @@ def _patch_torch(elsewhere: list[Path]) -> None:
     build = getattr(cpp_extension.load, "build", cpp_extension.load)
 
     def load(name: str, *arguments: Any, **options: Any) -> Any:
-        return compiled(name, elsewhere) or build(name, *arguments, **options)
+        return compiled(name, other_folders) or build(name, *arguments, **options)
 
     load.build = build
     cpp_extension.FileBaton, cpp_extension.load = Baton, load
 
 
 def compiled(name: str, folders: list[Path]) -> ModuleType | None:
-    """An operation from the first of these folders with a finished build that fits this torch."""
+    """Loads an operation from the first of `folders` with a finished build that fits this torch; None without one."""
     for folder in folders:
         library = folder / name / f"{name}.so"
         if not library.is_file() or (folder / name / "lock").exists():
@@ -166,7 +172,7 @@ def compiled(name: str, folders: list[Path]) -> ModuleType | None:
 
 
 def signature(pid: int) -> dict[str, Any] | None:
-    """A unique identification of a process; None if it is gone or not visible."""
+    """Returns the content of a lock of process `pid`, unique to the process; None if it has ended or is not visible."""
     process, machine = Process.of(pid), this_machine()
     if process is None or not machine["namespace"]:
         return None
@@ -174,34 +180,35 @@ def signature(pid: int) -> dict[str, Any] | None:
 
 
 def _owner(lock: Path) -> int | None:
-    """The id of the process that holds a lock; `_DEAD` if it is gone, None if it is unknown."""
+    """Returns the id of the process that holds a lock; `_DEAD` if the process has ended, None if it is unknown."""
     try:
         written = json.loads(lock.read_text(encoding="utf-8"))
         here = signature(os.getpid())
         if here and (written["host"], written["pids"]) == (here["host"], here["pids"]):
             return written["pid"] if signature(written["pid"]) == written else _DEAD
         return None
-    except (OSError, ValueError, KeyError, TypeError):  # unsigned, as torch leaves it
-        return _holder(lock)
+    except (OSError, ValueError, KeyError, TypeError):  # a lock of torch itself has no owner
+        return _process_with_open(lock)
 
 
-def _holder(lock: Path) -> int | None:
-    """A process of this machine and user that has the file open."""
+def _process_with_open(lock: Path) -> int | None:
+    """Returns the id of a process of this machine and user that has the file open; None without one."""
     for descriptors in Path("/proc").glob("[0-9]*/fd"):
         try:
             if any(os.path.realpath(fd) == str(lock.resolve()) for fd in descriptors.iterdir()):
                 return int(descriptors.parent.name)
-        except OSError:  # ended since, or of another user
+        except OSError:  # the process has ended or belongs to another user
             continue
     return None
 
 
-def _still(lock: Path, stale_after_s: float) -> bool:
+def _unchanged(lock: Path, stale_after_s: float) -> bool:
+    """Returns whether no file in the folder of the lock has changed for `stale_after_s` seconds."""
     newest = 0.0
     try:
         for path in lock.parent.iterdir():
             newest = max(newest, path.stat().st_mtime)
-    except FileNotFoundError:  # a temporary file of a build that is alive
+    except FileNotFoundError:  # a live build has removed a temporary file
         return False
     return time.time() - newest > stale_after_s
 
@@ -209,7 +216,7 @@ def _still(lock: Path, stale_after_s: float) -> bool:
 def _reason(owner: int | None, stale_after_s: float) -> str:
     if owner is None:
         return (
-            "no process of yours on this machine holds it; it is removed once its folder is unchanged for "
-            f"{stale_after_s:g} s, since another machine may build there; if none does, remove it now"
+            "none of your processes on this machine holds this lock; it is removed once its folder is unchanged for "
+            f"{stale_after_s:g} s, since another machine may build there; if no machine does, remove the lock now"
         )
     return f"process {owner} is compiling this operation of DeepSpeed"

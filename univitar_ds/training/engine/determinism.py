@@ -1,4 +1,4 @@
-"""The same bits from the same step on a GPU, where some libraries add in the order in which threads arrive."""
+"""Bitwise reproducible steps on a GPU, where some libraries add in the order in which threads finish."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 
 def set_deterministic(wanted: bool) -> None:
-    """Applies to this process from now on. The project's own kernels are always deterministic; attention's backward
-    pass is slower with it.
+    """Sets whether torch uses deterministic operations in this process. The project's own kernels are always
+    deterministic; the deterministic backward pass of attention is slower.
 
-    Call it before the first matrix product: cuBLAS reads its setting once. Operations without a deterministic form
-    warn.
+    Must be called before the first matrix product, since cuBLAS reads its setting once. torch warns about operations
+    that have no deterministic form.
     """
     torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # fills all new memory, which only helps to find bugs
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling new memory only helps to find bugs
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

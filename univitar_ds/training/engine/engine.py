@@ -1,15 +1,15 @@
-"""DeepSpeed behind a small interface: the only file of the trainer that uses it.
+"""DeepSpeed behind a small interface: the only file of the trainer that uses DeepSpeed.
 
-Five of its behaviours are handled here, none of which it reports:
-- it averages gradients over ranks and over accumulation; the loss is a sum over a global count already,
-  so `backward` undoes both;
-- under ZeRO-3 a parameter that was not used in a step is updated again with its previous gradient, so
-  `zero_grad` clears what the last step left;
-- under ZeRO-3 a weight is whole only while the module that owns it runs: `external_parameters` of modules are
-  gathered with their own weights, in forward and in backward;
-- through `module(...)` instead of `engine(...)` a second pack overwrites the gradients of the first;
-- its own checkpoints load only on the same number of ranks, so `training/checkpoint/sharded.py` writes the shards of
-  this rank, which `pieces` returns.
+This file handles five behaviours that DeepSpeed does not report:
+- DeepSpeed averages gradients over ranks and over accumulation. The loss is already divided by a global count, so
+  `backward` undoes both averages.
+- Under ZeRO-3 a parameter that a step does not use is updated again with its previous gradient, so `zero_grad` clears
+  the gradients of the last step.
+- Under ZeRO-3 a weight is gathered only while the module that owns it runs. The `external_parameters` of a module are
+  gathered with the module's own weights, in forward and in backward.
+- After `module(...)` instead of `engine(...)` a second pack overwrites the gradients of the first pack.
+- DeepSpeed's checkpoints load only on the same number of ranks, so `training/checkpoint/sharded.py` writes the shards
+  of this rank, which `pieces` returns.
 """
 
 from __future__ import annotations
@@ -47,21 +47,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 FROZEN = "frozen"
 OWN_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-"""torch's AdamW even if the optimizer is offloaded, so that the results of a run do not depend on that."""
+"""Settings that keep torch's AdamW if the optimizer is offloaded, so that results do not depend on offloading."""
 
 UNUSED_OPERATION = "deepspeed_shm_comm"
-"""An operation that DeepSpeed compiles and starts on CPU ranks only for its tensor-parallel inference.
+"""An operation that DeepSpeed compiles and starts on CPU ranks, although only tensor-parallel inference needs it.
 
-It leaves 67 MB per rank in /dev/shm at the end of each run, and ranks die of SIGBUS if that is full.
+The operation leaves 67 MB per rank in /dev/shm after each run, and ranks die of SIGBUS if /dev/shm is full.
 """
 
 
 @dataclass(frozen=True)
 class ParamShard:
-    """The part of one parameter that a rank owns: flat views that begin at `start`, all of the same length.
+    """The part of one parameter that a rank owns, as flat views of the same length that begin at element `start`.
 
-    Writing into the views changes the training state except the working copy, which `Engine.refresh_params`
-    updates. Keys: `fp32`, the moments and, if an average is kept, `ema`; or only `frozen`.
+    `tensors` has the keys `fp32`, the moments and, if an average is kept, `ema`; a frozen parameter has only `frozen`.
+    Writing into the views changes the training state, except the working copy of the weights, which
+    `Engine.refresh_params` updates.
     """
 
     name: str
@@ -85,9 +86,9 @@ class Engine:
         self._sharded = engine.zero_optimization_stage() == 3
         self.world = world
         self.gradient_squares: dict[str, float] = {}
-        """Sums of squares of the last gradient that was read, before clipping: of this rank's share, by GRADIENT_PARTS.
+        """Sums of squares by GRADIENT_PARTS of this rank's share of the last gradient that was read, before clipping.
 
-        Their sum over all ranks is the square of `grad_norm`.
+        The sum over all parts and ranks is the square of `grad_norm`.
         """
         self._read_gradient = False
         self._closed = False
@@ -100,33 +101,32 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the forward pass."""
+        """The dtype of the forward pass."""
         return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
 
     def __call__(self, *inputs: Tensor) -> Any:
         return self._engine(*inputs)
 
     def zero_grad(self, lr: float, *, read_gradient: bool = False) -> None:
-        """Sets the learning rate and clears all gradients. Call it before the first backward pass of every step.
+        """Sets the learning rate and clears all gradients. Must be called before the first backward pass of every step.
 
-        Args: read_gradient: whether this step fills `gradient_squares`, a pass over this rank's share.
+        Args: read_gradient: whether this step fills `gradient_squares`, which reads this rank's share once more.
         """
         self._read_gradient = read_gradient
         set_learning_rate(self._optimizer.param_groups, lr)
         if not self._sharded:
-            return  # stages 1 and 2 rebuild their gradients, an absent one as zeros
+            return  # stages 1 and 2 build new gradients, zeros for unused parameters
         self._optimizer.grad_partitions_flat_buffer.zero_()
         for flat in self._optimizer.fp32_partitioned_groups_flat:
             if flat.grad is not None:  # partitions of an offloaded optimizer persist
                 flat.grad.zero_()
 
     def backward(self, surrogate: Tensor) -> None:
-        """Adds the gradient of `surrogate`, one pack's part of the step, unscaled: gradients are summed over packs and
-        ranks."""
+        """Adds the gradient of `surrogate`, one pack's part of the step. Gradients are summed over packs and ranks."""
         self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """Call it after every pack. The last call of a step updates the parameters and their average."""
+        """Must be called after every pack. The last call of a step updates the parameters and their average."""
         last = self._engine.is_gradient_accumulation_boundary()
         if last and self._read_gradient:
             self.gradient_squares = self._squares_by_part()
@@ -138,33 +138,37 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """2-norm of the whole gradient of the last update before clipping, the same on all ranks; inf if not finite."""
+        """2-norm of the last update's gradient before clipping, the same on all ranks; inf if it is not finite."""
         return float(self._engine.get_global_grad_norm())
 
     def _squares_by_part(self) -> dict[str, float]:
-        """Called between the last backward pass and the update, which frees gradients or scales them in place."""
+        """Returns `gradient_squares`.
+
+        Must be called between the last backward pass and the update, which frees or scales the gradients."""
         sums = {part: torch.zeros((), dtype=torch.float64, device=self.world.device) for part in GRADIENT_PARTS}
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad and (share := self._gradient_share(parameter)) is not None:
-                norm = torch.linalg.vector_norm(share, dtype=torch.float32)  # one copy at a time if it is offloaded
+                # An offloaded share is copied, one share at a time.
+                norm = torch.linalg.vector_norm(share, dtype=torch.float32)
                 sums[part_of(name, GRADIENT_PARTS)] += norm.double().square().to(self.world.device)
         return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
     def _gradient_share(self, parameter: nn.Parameter) -> Tensor | None:
-        """This rank's share of a parameter's gradient, flat; None if it has none."""
+        """Returns this rank's flat share of a parameter's gradient; None if the rank has no share."""
         if self._sharded:
-            return self._optimizer.get_local_fp32_grad_for_param(parameter)  # the padding at its end is 0
+            return self._optimizer.get_local_fp32_grad_for_param(parameter)  # padded with zeros
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
-        place = mapping.lp_fragment_address
+        fragment = mapping.lp_fragment_address
         # bf16 with ZeRO 1 has the whole gradient on every rank.
-        return gradient if gradient.numel() == place.numel else gradient.narrow(0, place.start, place.numel)
+        start, length = fragment.start, fragment.numel
+        return gradient if gradient.numel() == length else gradient.narrow(0, start, length)
 
     @property
     def updated(self) -> bool:
-        """Whether the last `step` changed the parameters; all ranks skip it when a gradient is not finite."""
+        """Whether the last `step` changed the parameters. All ranks skip an update if a gradient is not finite."""
         return self._engine.was_step_applied()
 
     @property
@@ -172,10 +176,9 @@ class Engine:
         return self._engine.global_steps
 
     def pieces(self) -> Iterator[ParamShard]:
-        """This rank's share of every parameter, in the order of the model; tied parameters once.
+        """Yields this rank's shard of every parameter, in the order of the model. Tied parameters are yielded once.
 
-        All ranks together own every element; under stages 1 and 2 a frozen parameter is whole on every
-        rank and all of them own it.
+        All ranks together own every element. Under stages 1 and 2 every rank owns all elements of a frozen parameter.
         """
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
@@ -209,13 +212,13 @@ class Engine:
         )
 
     def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """(start, length) of this rank's part; without the padding of the last parts."""
-        whole, part = parameter.ds_numel, parameter.partition_numel()
-        start = min(self.world.rank * part, whole)
-        return start, min(part, whole - start)
+        """Returns (start, length) of this rank's part, without the padding of the last parts."""
+        total, part = parameter.ds_numel, parameter.partition_numel()
+        start = min(self.world.rank * part, total)
+        return start, min(part, total - start)
 
     def refresh_params(self) -> None:
-        """Call it after writing into pieces: updates the weights of the forward pass."""
+        """Updates the weights of the forward pass. Must be called after writing into the tensors of `pieces`."""
         if not self._sharded:
             self._optimizer.update_lp_params()
             return
@@ -223,10 +226,10 @@ class Engine:
         for piece, parameter in zip(self.pieces(), self.module.parameters(), strict=True):
             if MASTER in piece.tensors:
                 parameter.ds_tensor.data.view(-1)[: piece.length].copy_(piece.tensors[MASTER])
-        self._optimizer.checkpoint_event_epilogue()  # also updates the whole copies of hpZ and of persistent parameters
+        self._optimizer.checkpoint_event_epilogue()  # also updates the full copies of hpZ and of persistent parameters
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The state of the optimizer that is not per element: number of updates and settings of the groups."""
+        """Returns the optimizer's state without tensors: the number of updates and the settings of the groups."""
         state = self._optimizer.optimizer.state
         updates = {float(state[flat]["step"]) + group["began"] for flat, group in self._masters_and_groups()}
         assert len(updates) == 1, f"parameter groups disagree on the number of updates: {updates}"
@@ -234,7 +237,7 @@ class Engine:
         return {"updates": updates.pop(), "groups": groups, "global_steps": self.global_steps}
 
     def restore_optimizer_state(self, state: dict[str, Any], *, stage_transition: bool = False) -> None:
-        """Restores `optimizer_state`; at a stage transition the groups differ and keep their own settings."""
+        """Restores the result of `optimizer_state`. At a stage transition the groups keep their own settings."""
         if not stage_transition:
             for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
                 group.update({k: tuple(v) if isinstance(v, list) else v for k, v in settings(saved).items()})
@@ -244,10 +247,10 @@ class Engine:
         self._engine.global_steps = state["global_steps"]
 
     def close(self) -> None:
-        """Releases hooks and all memory; the engine and its model are useless afterwards. Safe to call again."""
+        """Releases hooks and all memory. The engine and the model cannot be used afterwards. Can be called again."""
         if self._closed:
             return
-        self._closed = True  # first: freeing that fails midway cannot be repeated
+        self._closed = True  # set first: after a failure close cannot be repeated
         module, owners = self.module, (self._engine, self._optimizer, self._optimizer.optimizer)
         self._engine.destroy()
         self._forget_forwards()
@@ -258,7 +261,7 @@ class Engine:
     def _forget_forwards(self, but: nn.Module | None = None) -> None:
         """Removes this model's modules from ZeRO-3's list of modules in forward, which is global to the process.
 
-        The recomputation of a block stops before the block's forward ends, and so leaves the block there at every step.
+        The recomputation of a block stops before the block's forward ends, and so leaves the block in the list.
         """
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK as running
 
@@ -270,24 +273,23 @@ class Engine:
         return next(list(getattr(self._optimizer, name)) for name in names if hasattr(self._optimizer, name))
 
     def _masters_and_groups(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Each flat master with its parameter group; ZeRO-3 splits large groups into several."""
+        """Yields each flat master tensor with its parameter group. ZeRO-3 splits large groups into several tensors."""
         for index, flat in enumerate(self._flat_masters()):
             group = self._optimizer.sub_group_to_group_id[index] if self._sharded else index
             yield flat, self._optimizer.param_groups[group]
 
     @torch.no_grad()
     def _update_average(self, decay: float) -> None:
-        """Each rank averages the masters that it owns, exactly and without communication. Early updates have more
-        weight."""
+        """Updates the average of the master weights that this rank owns. Early updates have more weight."""
         state = self._optimizer.optimizer.state
         for flat, _ in self._masters_and_groups():
             done = float(state[flat]["step"])
             state[flat][EMA].lerp_(flat.data, 1 - min(decay, (1 + done) / (10 + done)))
 
     def _make_moments(self) -> None:
-        """Adam creates its state at the first update, but a checkpoint may be loaded or saved before that.
+        """Creates Adam's state. Adam creates it at the first update, but a checkpoint may be loaded or saved earlier.
 
-        The average of the weights is stored there too: DeepSpeed moves it like a moment, Adam ignores it.
+        The average of the weights is stored in the same state: DeepSpeed moves it like a moment, and Adam ignores it.
         """
         for flat, group in self._masters_and_groups():
             state = self._optimizer.optimizer.state[flat]
@@ -310,16 +312,16 @@ def build_engine(
 ) -> Engine:
     """Wraps `model` with DeepSpeed. Frozen parameters must have `requires_grad` False already, and keep it.
 
-    The model must not draw random numbers in its forward pass: the step runs it twice. `began`: see
-    `optim.parameter_groups`.
-    Raises: ConfigError if the DeepSpeed configuration asks for ZeRO stage 0.
+    The model must not draw random numbers in its forward pass, since a step runs the forward pass twice.
+    Args: began: see `optim.parameter_groups`.
+    Raises: ConfigError if the ZeRO stage of the DeepSpeed configuration is not 1, 2 or 3.
     """
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ConfigError(f"zero_optimization.stage is {stage}; stages 1, 2 and 3 can be checkpointed, choose one")
     deepspeed = load_deepspeed()
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # required even without a launcher
-    for module, parameter in borrowings(model):
+    for module, parameter in external_parameters(model):
         deepspeed.zero.register_external_parameter(module, parameter)
     with _silence():
         deepspeed.init_distributed(verbose=False)
@@ -331,26 +333,26 @@ def build_engine(
     return Engine(engine, world, cfg.ema_decay)
 
 
-def borrowings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Modules and the weights of other modules that their forward uses, by their method `external_parameters`."""
+def external_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Yields (module, parameter) for each weight of another module in a module's `external_parameters()`."""
     for module in model.modules():
         if hasattr(module, "external_parameters"):
             yield from ((module, parameter) for parameter in module.external_parameters())
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that determine the bits of a run."""
+    """Returns the versions of Python and of the libraries that determine the results of a run."""
     return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")} | {
         "python": platform.python_version()
     }
 
 
 def load_deepspeed() -> Any:
-    """Imports `deepspeed`: without its output, with a folder for compiled operations, and without unused parts."""
+    """Imports `deepspeed` with a writable folder for compiled operations, without log output and unused operations."""
     prepare_extensions()
     if not uses_cuda():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns if it has to detect this by itself
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names it calls by
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns if it has to detect the CPU
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed uses old names
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -361,7 +363,7 @@ def load_deepspeed() -> Any:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Captures what DeepSpeed prints while it starts; the output is shown if it fails."""
+    """Captures the output of the block. If the block raises, the output becomes a note of the error."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):

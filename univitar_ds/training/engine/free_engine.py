@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 def free_engine(model: nn.Module, *owners: object) -> None:
-    """Empties every tensor of a model and of other objects' attributes, even where something still holds them.
+    """Empties every tensor of a model and of the attributes of `owners`, also tensors that are still referenced.
 
-    A cache of ZeRO-3's class holds the model, whose parameters hold the optimizer: masters, moments and gradients
-    would stay on the device until the process ends.
+    A cache of a ZeRO-3 class references the model, and the parameters reference the optimizer: without this, master
+    weights, moments and gradients would stay on the device until the process ends.
     """
     for parameter in model.parameters():
-        _empty(vars(parameter))  # ZeRO-3's share on this rank
+        _empty(vars(parameter))  # ZeRO-3's shard on this rank is an attribute
     for owner in (*owners, *model.modules()):
         _empty(vars(owner))
 

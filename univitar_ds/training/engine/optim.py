@@ -15,7 +15,7 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.training.distributed.process_group import uses_cuda
 
 PARTS = {"patch_embedding": "vision.embeddings.", "blocks": "vision.", "text": "text.", "rest": ""}
-"""Parts that are trained or frozen as a whole, with prefixes of their parameters' names. The first match counts."""
+"""Parts that are trained or frozen as a whole, with the prefix of their parameters' names. The first match counts."""
 GRADIENT_PARTS = {
     "patch_embedding": "vision.embeddings.",
     "blocks": "vision.",
@@ -23,28 +23,29 @@ GRADIENT_PARTS = {
     "logits": "logit_",
     "heads": "",
 }
-"""Parts whose gradient norm is logged, by the same rule: PARTS, and the rest in two parts."""
+"""Parts whose gradient norm is logged, with prefixes as in PARTS; "rest" is split into "logits" and "heads"."""
 _NAMED = {"vision": ("patch_embedding", "blocks")}
-"""Names in the run file that mean several parts."""
+"""Names in the run file, each for several parts."""
 _BLOCK = re.compile(r"vision\.encoder\.layers\.(\d+)\.")
-_INLET = "vision.embeddings."
-_OF_THE_MACHINE = ("params", "fused", "foreach", "capturable", "differentiable")
+_PATCH_EMBEDDING = "vision.embeddings."
+_NOT_SAVED = ("params", "fused", "foreach", "capturable", "differentiable")
+"""Entries of a parameter group that depend on the machine or are the parameters themselves."""
 
 
 def part_of(name: str, parts: Mapping[str, str] = PARTS) -> str:
-    """The part that a parameter belongs to."""
+    """Returns the part of a parameter. Args: name: of the parameter. parts: prefixes by part."""
     return next(part for part, prefix in parts.items() if name.startswith(prefix))
 
 
 def trained_parts(cfg: RunConfig, stage: StageConfig) -> list[str]:
-    """Parts that are trained in a stage, in the order of PARTS."""
-    frozen = [*stage.frozen, *(["text"] if cfg.model.text.frozen else [])]
-    resting = {part for name in frozen for part in _NAMED.get(name, (name,))}
-    return [part for part in PARTS if part not in resting]
+    """Returns the parts that a stage trains, in the order of PARTS."""
+    names = [*stage.frozen, *(["text"] if cfg.model.text.frozen else [])]
+    frozen = {part for name in names for part in _NAMED.get(name, (name,))}
+    return [part for part in PARTS if part not in frozen]
 
 
 def freeze_but(model: nn.Module, parts: Collection[str]) -> None:
-    """Disables the gradient of every parameter outside of `parts`. Call it only before DeepSpeed wraps the model."""
+    """Disables the gradient of every parameter outside of `parts`. Must be called before DeepSpeed wraps the model."""
     for name, parameter in model.named_parameters():
         if part_of(name) not in parts:
             parameter.requires_grad_(False)
@@ -53,13 +54,15 @@ def freeze_but(model: nn.Module, parts: Collection[str]) -> None:
 def parameter_groups(
     model: nn.Module, cfg: OptimizerConfig, began: Mapping[str, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Trained parameters in groups: matrices have weight decay, vectors do not; each layer has its learning rate.
+    """Returns the trained parameters in groups: only matrices have weight decay, and layers differ in `lr_scale`.
 
     Vectors are norms, biases, LayerScale and the learned scale and bias of the logits. `lr_scale` multiplies the
-    stage's rate: with `layer_decay` d below 1 it is d for the encoder's last block, d * d for the one before it and so
-    on down to the patch embedding (BEiT, arXiv:2106.08254); it is 1 for everything else. `began`: the number of updates
-    before a part was first trained, if that was not at the start; Adam's bias correction of such a group counts from
-    there. Groups without parameters are left out, since DeepSpeed cannot partition them.
+    stage's learning rate: with `layer_decay` d below 1 it is d for the encoder's last block, d * d for the block before
+    the last and so on down to the patch embedding (BEiT, arXiv:2106.08254); it is 1 for all other parameters. No group
+    is empty, since DeepSpeed cannot partition empty groups.
+
+    Args: began: the number of updates before a part was first trained, 0 if absent. Adam's bias correction of the
+    part's groups counts from there.
     """
     began = began or {}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -68,7 +71,7 @@ def parameter_groups(
     for name, parameter in named:
         decay = cfg.weight_decay if parameter.ndim > 1 else 0.0
         since = began.get(part_of(name), 0)
-        grouped[since, cfg.layer_decay ** _below_top(name, blocks), decay].append(parameter)
+        grouped[since, cfg.layer_decay ** _layers_above(name, blocks), decay].append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale, "began": since}
         for (since, scale, decay), parameters in sorted(grouped.items(), key=lambda group: group[0], reverse=True)
@@ -78,7 +81,7 @@ def parameter_groups(
 def build_optimizer(
     model: nn.Module, cfg: OptimizerConfig, began: Mapping[str, int] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW whose learning rate is set before every update. Fused on GPUs."""
+    """Builds AdamW, fused on GPUs. The learning rate is set before every update, see `set_learning_rate`."""
     return torch.optim.AdamW(
         parameter_groups(model, cfg, began),
         lr=0.0,
@@ -90,24 +93,24 @@ def build_optimizer(
 
 
 def counted_updates(done: float, master: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
-    """AdamW's `step` of one master, on the device for the fused implementation and on the host for others."""
+    """Returns AdamW's `step` of one master tensor: on its device for the fused implementation, else on the host."""
     device = master.device if group["fused"] else torch.device("cpu")
     return torch.tensor(done, dtype=torch.float32, device=device)
 
 
 def settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a parameter group that determine the result: not its parameters, nor settings of this machine."""
-    return {key: value for key, value in group.items() if key not in _OF_THE_MACHINE}
+    """Returns the settings of a parameter group that determine the result."""
+    return {key: value for key, value in group.items() if key not in _NOT_SAVED}
 
 
 def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:
-    """Sets the learning rate of every group from the stage's rate."""
+    """Sets the learning rate of every group to `lr`, the stage's learning rate, times the group's `lr_scale`."""
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
 
 
-def _below_top(name: str, blocks: int) -> int:
-    """The number of layers between a parameter and the heads: 0 for everything outside of the encoder."""
+def _layers_above(name: str, blocks: int) -> int:
+    """Returns the power of `layer_decay`: 1 for the last block, blocks + 1 for the patch embedding, 0 for the rest."""
     if match := _BLOCK.match(name):
         return blocks - int(match[1])
-    return blocks + 1 if name.startswith(_INLET) else 0
+    return blocks + 1 if name.startswith(_PATCH_EMBEDDING) else 0

@@ -1,3 +1,3 @@
-"""What a run writes while it trains: metrics, events, keys of samples, images."""
+"""Logs of a run during training: metrics, events, keys of samples, images."""
 
 __all__ = ["metrics", "run_logs", "writers"]

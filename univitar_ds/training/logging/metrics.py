@@ -1,8 +1,8 @@
 """Training metrics: from the numbers of one rank at a step to one line over ranks and steps.
 
-Each number declares how it is reduced over ranks. The numbers of a step travel in one small exchange; they
-are summed over the steps of a line in `Window`, which is part of the checkpoint, so a resumed run writes
-the lines of the uninterrupted one.
+`OVER_RANKS` declares how each number is reduced over ranks. One small exchange sends all numbers of a step. `Window`
+sums the numbers over the steps of a line, and is part of the checkpoint, so a resumed run writes the same lines as an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from univitar_ds.training.step.peak_flops import Peak
 from univitar_ds.training.step.train_step import StepResult
 
 BAD_OF_KIND = {f"bad_{kind.removeprefix('bad_')}": kind for kind in KINDS}
-"""Kinds of bad samples by the name of their count in lines."""
+"""Kinds of bad samples, by the name of their count in a line."""
 IGNORED_OF_KIND = {f"ignored_{kind.removeprefix('bad_')}": kind for kind in IGNORED}
-"""The same for texts that were ignored in samples that were used."""
+"""Kinds of texts that were ignored in samples that were used, by the name of their count in a line."""
 SQUARES = {part: f"grad_square_{part}" for part in GRADIENT_PARTS}
-"""Names of the gradient's sum of squares, by part of the model."""
+"""Names of the sums of squares of the gradient, by part of the model."""
 OVER_RANKS = {
     "tokens": "sum",
     "token_budget": "sum",
@@ -47,9 +47,9 @@ OVER_RANKS = {
     "alarm": "max",
     **dict.fromkeys(SQUARES.values(), "sum"),
 }
-"""Numbers of a rank at a step, and how they are reduced over ranks. Every kind of bad sample is included, so that all
-ranks exchange the same number of values."""
-JOIN = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}
+"""Names of a rank's numbers at a step, with their reduction over ranks. All kinds of bad samples are included, so that
+all ranks exchange the same number of values."""
+REDUCTIONS = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}
 
 
 def local_metrics(
@@ -63,11 +63,13 @@ def local_metrics(
     dropping: DropConfig = NO_DROPPING,
     squares: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """The numbers of this rank at a step, by the names of OVER_RANKS.
+    """Returns the numbers of this rank at a step, by the names of OVER_RANKS.
 
-    Args: cost: FLOPs a token, FLOPs a token squared; alarm: whether this rank's guard rejects the step; dropping:
-    of the step; FLOPs are those of the tokens that stay; squares: `Engine.gradient_squares` of a step that read its
-    gradient.
+    Args:
+        cost: FLOPs per token, and FLOPs per squared number of tokens of an item.
+        alarm: whether this rank's guard rejects the step.
+        dropping: dropping of the step; FLOPs count only the tokens that are kept.
+        squares: `Engine.gradient_squares` if the step read its gradient.
     """
     bad, ignored = Counter[str](), Counter[str]()
     for batch in batches:
@@ -96,22 +98,24 @@ def local_metrics(
 
 
 def reduce_metrics(numbers: dict[str, float], world: World) -> dict[str, float]:
-    """The reduced numbers of all ranks, the same on every rank; all ranks call it."""
+    """Returns the numbers reduced over all ranks, the same on every rank. All ranks call it."""
     table = gather_numbers([float(numbers[name]) for name in OVER_RANKS], world)
-    return {name: JOIN[how](table[:, column]).item() for column, (name, how) in enumerate(OVER_RANKS.items())}
+    return {name: REDUCTIONS[how](table[:, column]).item() for column, (name, how) in enumerate(OVER_RANKS.items())}
 
 
-def part_norms(joined: Mapping[str, float]) -> dict[str, float]:
-    """2-norms of the parts of a gradient that was read, over all ranks, by their names in lines."""
-    return {f"grad_norm_{part}": math.sqrt(joined[name]) for part, name in SQUARES.items()}
+def part_norms(reduced: Mapping[str, float]) -> dict[str, float]:
+    """Returns the 2-norms of the gradient's parts over all ranks, by their names in a line.
+
+    Args: reduced: metrics over all ranks of a step that read its gradient."""
+    return {f"grad_norm_{part}": math.sqrt(reduced[name]) for part, name in SQUARES.items()}
 
 
 @dataclass
 class Window:
-    """Sums over the steps since the last line; `bad`, those over the whole run by the names of BAD_OF_KIND and
-    IGNORED_OF_KIND.
+    """Sums over the steps since the last line, and counts of bad samples over the whole run.
 
-    Losses and their weights are means over the steps that had them; `<name>_steps` is the number of these steps.
+    The keys of `bad` are names of BAD_OF_KIND and IGNORED_OF_KIND. A line has the means of losses and loss weights over
+    the steps with this loss; `<name>_steps` counts these steps.
     """
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -119,9 +123,9 @@ class Window:
     bad: dict[str, float] = field(default_factory=dict)
 
     def add(
-        self, result: StepResult, joined: dict[str, float], modality: Modality, weights: Mapping[str, float]
+        self, result: StepResult, reduced: dict[str, float], modality: Modality, weights: Mapping[str, float]
     ) -> None:
-        """Adds a step. `weights`: of the losses, by the names of the stage's schedules."""
+        """Adds a step. Args: reduced: metrics over all ranks. weights: loss weights by the names of the schedules."""
         means = {"loss": result.loss, f"loss_{modality}": result.loss}
         for part, value in result.losses.items():
             means |= {f"loss_{part}": value, f"loss_{part}_{modality}": value}
@@ -129,11 +133,11 @@ class Window:
         if result.agreement is not None:
             means["teacher_agreement"] = result.agreement
         counts = {"steps": 1, "samples": result.items, **{f"{name}_steps": 1 for name in means}}
-        for name, value in (joined | counts | means).items():
+        for name, value in (reduced | counts | means).items():
             if name in SQUARES.values():
-                continue  # of the line's last step only, see `part_norms`
+                continue  # not summed: a line has the norms of its last step, see `part_norms`
             if name in BAD_OF_KIND or name in IGNORED_OF_KIND:
-                if value:  # kinds that did not occur are left out of lines and checkpoints
+                if value:  # lines and checkpoints omit kinds that did not occur
                     self.bad[name] = self.bad.get(name, 0) + value
             elif name == "memory_gb":
                 self.sums[name] = max(self.sums.get(name, 0.0), value)
@@ -142,7 +146,7 @@ class Window:
         self.modality = modality if self.modality in (None, modality) else "mixed"
 
     def next(self) -> Window:
-        """An empty window for the steps after a line; the counts of the run are kept."""
+        """Returns an empty window for the steps after a line, with the counts of the whole run."""
         return Window(bad=self.bad)
 
     def line(
@@ -157,10 +161,16 @@ class Window:
         rollbacks: int = 0,
         norms: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
-        """One line of metrics, names with units.
+        """Returns one line of metrics, by names with units.
 
-        Args: `stage` (index, name), `result`, `lr`, `norms` (of parts, if they were read): of the last step;
-        `peak`: of all ranks; `rollbacks`: in the run so far.
+        Args:
+            progress: progress after the last step.
+            stage: (index, name) of the last step's stage.
+            result, lr: of the last step.
+            peak: of all ranks.
+            ranks: number of ranks.
+            rollbacks: number of rollbacks of the run so far.
+            norms: result of `part_norms` if the last step read its gradient.
         """
         sums = self.sums
         seconds, steps = max(sums["step_s"], 1e-9), sums["steps"]
@@ -199,7 +209,7 @@ class Window:
 
 
 def memory_gb() -> float:
-    """Most memory this rank has held so far: of its GPU if it has one, else of the process."""
+    """Returns the peak memory of this rank so far in GB: of its GPU on CUDA, else of the process."""
     if uses_cuda():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

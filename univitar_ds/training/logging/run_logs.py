@@ -25,23 +25,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageSchedule:
-    """When to draw: at the first step of each modality after every `every` steps. 0: never."""
+    """Schedule of drawn packs: one of each modality in every `every` steps; never if `every` is 0."""
 
     every: int
     start: int
-    """The step after which the run continues."""
+    """The step after which the logs were opened."""
     drawn: dict[str, int] = field(default_factory=dict)
-    """By modality: the step of the last image."""
+    """The step of the last image, by modality."""
 
     def due(self, step: int, modality: Modality) -> bool:
         return self.every > 0 and step // self.every > self.drawn.get(modality, self.start) // self.every
 
 
 class RunLogs:
-    """The logs of one rank: all of them on the first rank, on the others only those of samples. Closed until `open`.
+    """The logs of one rank: all logs on rank 0, only the sample log on other ranks. The logs are closed until `open`.
 
-    An error while writing a log is not raised immediately, since the other ranks would wait for this one. It is kept
-    until all ranks call `raise_unwritten` in an exchange.
+    An error while writing a log is not raised immediately, since other ranks would wait for this rank. It is kept
+    until all ranks call `raise_unwritten` in `all_ranks_or_none`.
     """
 
     def __init__(self, cfg: RunConfig, run: Path, world: World) -> None:
@@ -52,10 +52,10 @@ class RunLogs:
         self._schedule: ImageSchedule | None = None
 
     def open(self, progress: Progress, events: Sequence[dict[str, Any]], keep_as: str | None = None) -> None:
-        """Continue at the step of `progress`. Later lines of the files are dropped; those of samples are moved to files
-        of the name `keep_as`, if that is given. All ranks call it.
+        """Opens the logs after the step of `progress`, and drops later lines of existing files. All ranks call it.
 
-        Raises: StorageError or LockLost, also for an earlier error while writing.
+        Args: keep_as: prefix of the files to which later lines of the sample logs are moved; None to drop these lines.
+        Raises: StorageError or LockLost if a log cannot be written, or could not be written earlier.
         """
         cfg = self._cfg
         with all_ranks_or_none(self._world), writing(self._run):
@@ -74,7 +74,7 @@ class RunLogs:
                 self._samples = SampleLog(self._run, self._world.rank)
 
     def close(self) -> None:
-        """Safe to call again. An error while closing ends the run at the next exchange."""
+        """Closes the logs; can be called again. `raise_unwritten` raises an error while closing."""
         logs = (self._metrics, self._samples)
         self._metrics = self._samples = self._schedule = None
         with ExitStack() as closing:
@@ -83,23 +83,23 @@ class RunLogs:
                     closing.callback(self._attempt, log.close)
 
     def raise_unwritten(self) -> None:
-        """Call it within `all_ranks_or_none`. Raises: the first error while writing a log."""
+        """Raises the first error while writing a log, if any. Must be called within `all_ranks_or_none`."""
         if self.unwritten is not None:
             raise self.unwritten
 
     def write_event(self, events: Sequence[dict[str, Any]]) -> None:
-        """Writes the last of `events`, which are all of the run."""
+        """Writes the last event. `events` are all events of the run, since events.jsonl is written as a whole."""
         if self._metrics is not None:
             self._write(lambda: write_events(self._run, events))
             self._write(lambda: self._metrics.mark(events[-1]))
 
     def write_samples(self, step: int, batches: Sequence[PackedBatch]) -> None:
-        """The keys of the samples of a step."""
+        """Writes the keys of the samples of a step."""
         if self._samples is not None:
             self._write(lambda: self._samples.write(step, batches))
 
     def advance(self, items: int) -> None:
-        """Advance the progress line by this number of items of all ranks."""
+        """Advances the progress line by `items`, the number of items of all ranks."""
         if self._metrics is not None:
             self._metrics.advance(items)
 
@@ -108,16 +108,16 @@ class RunLogs:
             self._write(lambda: self._metrics.write(line))
 
     def draws(self, step: int, modality: Modality) -> bool:
-        """Whether a pack of this step is to be drawn."""
+        """Returns whether a pack of this step should be drawn."""
         return self._schedule is not None and self._schedule.due(step, modality)
 
     def draw(self, step: int, batch: PackedBatch, snapshot: FeatureSnapshot, merge: int) -> None:
-        """Draws the pack of a step for which `draws` is true into TensorBoard."""
+        """Writes an image of a pack to TensorBoard. Called for steps for which `draws` returns True."""
         try:
             sheet = draw_pack(batch, snapshot.items, snapshot.tokens, snapshot.kept, merge)
             self._write(lambda: self._metrics.image(f"pack_{batch.modality}", sheet, step))
-        except Exception as error:  # only the first rank draws, and an image must not end the run
-            logger.warning("no images of packs from here on: step %d: %s: %s", step, type(error).__name__, error)
+        except Exception as error:  # only rank 0 draws, and an image must not end the run
+            logger.warning("no images of packs after step %d: %s: %s", step, type(error).__name__, error)
             self._schedule = None
             return
         self._schedule.drawn[batch.modality] = step

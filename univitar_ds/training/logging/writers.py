@@ -24,16 +24,16 @@ from univitar_ds.errors import writing
 logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 16
-"""Bytes that are read at a time when a file is read from its end."""
+"""Size in bytes of the blocks in which a file is read from its end."""
 SKIPPED = "skipped"
-"""Prefix of the sample logs that hold the steps which a rollback undid."""
+"""Prefix of the sample logs that contain the steps that a rollback undid."""
 
 
 class MetricLog:
-    """metrics.jsonl, TensorBoard and the progress line, all with the same names. Of rank 0 only."""
+    """metrics.jsonl, TensorBoard and the progress line, with the same names of metrics; only on rank 0."""
 
     def __init__(self, run: Path, cfg: LoggingConfig, *, step: int, samples: int, total_samples: int) -> None:
-        """Continues after `step` of an earlier start, if there was one; later lines of the files are dropped."""
+        """Opens the files after `step`, and drops later lines, which an earlier launch or a rollback left behind."""
         self._file = _open_after(run / METRICS, step)
         self._board = None
         if cfg.tensorboard:
@@ -54,36 +54,36 @@ class MetricLog:
 
     @contextmanager
     def _terminal(self) -> Iterator[None]:
-        """If the terminal is gone, only the progress line ends."""
+        """Disables the progress line if the terminal has closed."""
         try:
             yield
         except OSError:
             self._bar.disable, self._bar = True, None
 
     def write(self, line: dict[str, Any]) -> None:
-        """Writes the line everywhere; floats keep all their digits in metrics.jsonl."""
+        """Writes a line to metrics.jsonl (with all digits), TensorBoard, and the progress line or the log."""
         append_line(self._file, line)
         if self._board is not None:
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(name, value, line["step"])
-        shown = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, grad norm {line['grad_norm']:.2f}"
+        text = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, grad norm {line['grad_norm']:.2f}"
         if self._bar is not None:
             with self._terminal():
                 self._bar.set_description(f"{line['stage']} step {line['step']}")
-                self._bar.set_postfix_str(f"{shown}, {mfu_text(line)}")
+                self._bar.set_postfix_str(f"{text}, {mfu_text(line)}")
         else:
             logger.info(
                 "step %d, %s %s, %s, %.1f samples/s, %s, fill %.0f %%, data wait %.0f %%",
                 *(line[name] for name in ("step", "stage", "modality")),
-                shown,
+                text,
                 line["samples_per_s"],
                 mfu_text(line),
                 *(line[name] for name in ("fill_pct", "data_wait_pct")),
             )
 
     def mark(self, event: dict[str, Any]) -> None:
-        """Shows an event on the screen and, as a text, in TensorBoard."""
+        """Writes an event as text to TensorBoard, and to the terminal or the log."""
         detail = event_text(event)
         if self._board is not None:
             self._board.add_text("events", detail, event["step"])
@@ -94,11 +94,11 @@ class MetricLog:
             logger.log(logging.WARNING if event["event"] == "rollback" else logging.INFO, "%s", detail)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        """Puts an image into TensorBoard."""
+        """Writes an image to TensorBoard."""
         self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Closes all of them even if closing one fails, as on a full disk. Safe to call again."""
+        """Closes all files, also if closing one fails, as on a full disk. Can be called again."""
         with ExitStack() as closing:
             closing.callback(self._close_bar)
             if self._board is not None:
@@ -112,7 +112,7 @@ class MetricLog:
 
 
 class SampleLog:
-    """samples-rank*.jsonl: which samples each step of each lane of this rank has seen."""
+    """samples-rank*.jsonl: the keys of the samples of each step, per lane of this rank."""
 
     def __init__(self, run: Path, rank: int) -> None:
         self._file = (run / f"samples-rank{rank}.jsonl").open("a", encoding="utf-8")
@@ -126,9 +126,9 @@ class SampleLog:
 
 
 def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None:
-    """Drops the lines after `step` from the sample logs of all ranks of earlier starts.
+    """Removes the lines after `step` from the sample logs of all ranks.
 
-    With `keep_as` they are appended to files of that name: `samples-rank0.jsonl` to `<keep_as>-rank0.jsonl`.
+    With `keep_as` the lines of `samples-rank0.jsonl` are appended to `<keep_as>-rank0.jsonl`, and so on.
     """
     for path in run.glob("samples-rank*.jsonl"):
         if keep_as is not None:
@@ -139,13 +139,13 @@ def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None
 
 
 def mfu_text(line: dict[str, Any]) -> str:
-    """The MFU of a line, with a note if it is not reliable."""
+    """Returns the MFU of a line as text, with a note if the MFU is not reliable."""
     note = f" ({line['mfu_note']})" if "mfu_note" in line else ""
     return f"mfu {line['mfu_pct']:.0f} %{note}"
 
 
 def event_text(event: dict[str, Any]) -> str:
-    """An entry of events.jsonl as a sentence."""
+    """Returns an entry of events.jsonl as a sentence."""
     if event["event"] == "rollback":
         return (
             f"step {event['undone_step']}: {event['reason']}; back to step {event['step']}, the data since are skipped"
@@ -159,21 +159,21 @@ def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:
 
 
 def _open_after(path: Path, step: int) -> TextIO:
-    """Opens a file of JSON lines for appending, after those up to `step`; a line cut by a crash is dropped too."""
+    """Opens a file of JSON lines for appending after `step`. Removes later lines and a line truncated by a crash."""
     if path.exists():
         os.truncate(path, _end_of(path, step))
     return path.open("a", encoding="utf-8")
 
 
 def _end_of(path: Path, step: int) -> int:
-    """Bytes of a file up to the end of its last line of a step up to `step`.
+    """Returns the number of bytes up to the end of the last line with a step of at most `step`.
 
-    Steps increase along a file, so it is read from the end: a long run's logs hold gigabytes, and all ranks wait.
+    Steps increase in a file, so it is read from the end: the logs of a long run have gigabytes, and all ranks wait.
     """
     with path.open("rb") as file:
         start, text = file.seek(0, os.SEEK_END), b""  # `text` begins at `start` in the file
         while start or text:
-            last = text.rfind(b"\n", 0, -1) + 1  # where the last line begins
+            last = text.rfind(b"\n", 0, -1) + 1  # start of the last line
             if start and not last:
                 size = min(max(BLOCK, len(text)), start)
                 start = file.seek(start - size)
@@ -186,7 +186,7 @@ def _end_of(path: Path, step: int) -> int:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a whole line; infinite for a line that a crash has truncated."""
+    """Returns the step of a line; infinity for a line that a crash has truncated."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
@@ -200,7 +200,7 @@ def append_line(file: TextIO, line: dict[str, Any]) -> None:
 
 
 def _quiet_board() -> None:
-    """TensorBoard raises an error of its thread again at the next call, so the thread's traceback is not printed."""
+    """Suppresses the traceback of an OSError in TensorBoard's thread, since the next call raises the error again."""
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:

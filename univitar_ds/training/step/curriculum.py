@@ -1,4 +1,4 @@
-"""The schedules of a run: pure functions of its progress, without state or clocks."""
+"""The schedules of a run, as pure functions of the run's progress."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Progress:
 def advance(
     progress: Progress, stages: Sequence[StageConfig], *, samples: int, tokens: int, bad_samples: int
 ) -> Progress:
-    """Progress after one more step of `samples` items and `tokens` tokens over all ranks.
+    """Returns the progress after one more step of `samples` items and `tokens` tokens over all ranks.
 
     A stage ends with the step that reaches its `samples`; surplus items of that step are not carried over.
     """
@@ -52,23 +52,23 @@ def advance(
 
 
 def lr_at(stage: StageConfig, samples_done: int) -> float:
-    """Learning rate of the step that follows `samples_done` items of the stage: warm-up from 0, then its schedule.
+    """Returns the learning rate of the step after `samples_done` items of the stage: warm-up from 0, then the schedule.
 
-    The first step of a stage with warm-up has rate 0: it only fills the moments of the optimizer.
+    The first step of a stage with warm-up has a learning rate of 0, and only fills the moments of the optimizer.
     """
     if samples_done < stage.warmup_samples:
         return stage.lr * samples_done / stage.warmup_samples
     if stage.lr_schedule == "constant":
         return stage.lr
-    falling = stage.decay_samples if stage.lr_schedule == "wsd" else stage.samples - stage.warmup_samples
-    done = min(max(samples_done - (stage.samples - falling), 0) / falling, 1.0)
+    decay_samples = stage.decay_samples if stage.lr_schedule == "wsd" else stage.samples - stage.warmup_samples
+    done = min(max(samples_done - (stage.samples - decay_samples), 0) / decay_samples, 1.0)
     left = 1 - done if stage.lr_schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * done))
     floor = stage.final_lr_ratio
     return stage.lr * (floor + (1 - floor) * left)
 
 
 def weight_at(schedule: Schedule, samples_done: int, samples: int) -> float:
-    """Weight of a loss at the step that follows `samples_done` of the `samples` items of a stage."""
+    """Returns the weight of a loss at the step after `samples_done` of the `samples` items of a stage."""
     if schedule.kind == "constant":
         return schedule.start
     done = min(samples_done / samples, 1.0)
@@ -77,15 +77,15 @@ def weight_at(schedule: Schedule, samples_done: int, samples: int) -> float:
 
 
 def distills_later(stages: Sequence[StageConfig], progress: Progress) -> bool:
-    """Whether any later step may have a distillation weight above 0, so that the teacher is still needed."""
+    """Returns whether the next step or a later one may have a distillation weight above 0, which needs the teacher."""
     return any(stage.distill.ever for stage in stages[progress.stage :])
 
 
 def modality_at(video_ratio: float, step_in_stage: int) -> Modality:
-    """Modality of a step: error diffusion, so any n consecutive steps have n * video_ratio video steps, plus or minus
-    one.
+    """Returns the modality of a step by error diffusion: any n consecutive steps have n * video_ratio video steps, plus
+    or minus one.
 
-    A pure function of the stage and the step: all ranks run the same modules in the same order.
+    The modality depends only on the stage and the step, so all ranks run the same modules in the same order.
     """
     ratio = Fraction(video_ratio).limit_denominator(10**6)  # 0.29 * 100 is 28.999999999999996 in floats
     before, after = math.floor(step_in_stage * ratio), math.floor((step_in_stage + 1) * ratio)

@@ -1,4 +1,4 @@
-"""The teacher's part of one step, over all packs and ranks."""
+"""The distillation loss of one step, over all packs and ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from univitar_ds.training.distributed.process_group import World, gather_numbers
 
 
 class Images(Protocol):
-    """The input of a teacher."""
+    """The fields of a pack that a teacher reads."""
 
     pixels: Tensor
     frames: Tensor
@@ -29,8 +29,11 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class DistillResult:
-    """The same on every rank: the term that was added to the loss, its parts as means before their weights, and the
-    mean cosine similarity of the patch features (None: no teacher)."""
+    """The distillation result of a step, the same on every rank.
+
+    `loss` is the term that was added to the loss. `losses` are the parts of the term, as means without weights.
+    `agreement` is the mean cosine similarity of the patch features, None without a teacher.
+    """
 
     loss: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
@@ -41,9 +44,10 @@ NO_DISTILLATION = DistillResult()
 
 
 class Distillation:
-    """First counts over all packs, since the sum of each pack is divided by them; then each pack; then the result.
+    """The distillation loss of one step: counts tokens and items over all packs, adds each pack, returns the result.
 
-    Every rank creates it, and calls the same methods in the same order.
+    The counts come first because each pack's sum is divided by them. Every rank creates a `Distillation` and calls the
+    same methods in the same order.
     """
 
     def __init__(
@@ -56,43 +60,44 @@ class Distillation:
         world: World,
     ) -> None:
         self.teacher, self.config, self.packs, self.drops, self.world = teacher, config, packs, drops, world
-        taken = [
+        supported_lengths = [
             length
             for pack, dropped in zip(packs, drops, strict=True)
-            for length, good in zip(_lengths(pack, dropped), teacher.supports(pack.grid_thw), strict=True)
-            if good
+            for length, supported in zip(_lengths(pack, dropped), teacher.supports(pack.grid_thw), strict=True)
+            if supported
         ]
         forwards = [teacher.num_forwards(pack.grid_thw) for pack in packs]
-        table = gather_numbers([sum(taken), len(taken), *forwards], world)
+        table = gather_numbers([sum(supported_lengths), len(supported_lengths), *forwards], world)
         self.tokens, self.items = (max(int(n), 1) for n in table[:, :2].sum(0))
         self.num_forwards = [int(n) for n in table[:, 2:].amax(0)]
         self.patch_weight, self.pooled_weight = weight * config.patch_weight, weight * config.pooled_weight
-        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # of patches, of pooled, of agreement
+        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # patch loss, pooled loss, agreement
 
     def features(self, index: int, device_pixels: Tensor | None = None) -> TeacherFeatures:
-        """Runs the teacher over a whole pack; features of the tokens that the student sees, and of all items.
+        """Runs the teacher on a whole pack. Returns the features of the tokens that the student encodes, and the pooled
+        features of all items.
 
-        Call it before the student runs, so that the teacher's memory is free again by then.
-        Args: device_pixels: the pack's pixels on the device, if they are there already.
+        Must be called before the student runs, so that the memory of the teacher's forward is free by then.
+        Args: device_pixels: the pack's pixels if they are already on the device; otherwise the teacher copies them.
         """
         pack, dropped = self.packs[index], self.drops[index]
-        seen = self.teacher(
+        features = self.teacher(
             pack.pixels, pack.frames, pack.grid_thw, min_forwards=self.num_forwards[index], device_pixels=device_pixels
         )
         if dropped is None or dropped.kept is None:
-            return seen
-        kept = to_device(dropped.kept, seen.patches.device)
-        return seen._replace(patches=seen.patches[kept], valid=seen.valid[kept])
+            return features
+        kept = to_device(dropped.kept, features.patches.device)
+        return features._replace(patches=features.patches[kept], valid=features.valid[kept])
 
     def loss(self, student: Distilled, teacher: TeacherFeatures) -> Tensor:
-        """The term of a pack in the loss of the step, ()."""
+        """Returns a pack's term of the step's loss, a scalar, and adds the pack to the sums of the result."""
         patch, agreement = distill(student.patches, teacher.patches, teacher.valid, self.config.patch_loss)
         pooled, _ = distill(student.pooled, teacher.pooled, teacher.supported, self.config.pooled_loss)
         self.sums += torch.stack((patch.detach(), pooled.detach(), agreement)).double()
         return self.patch_weight / self.tokens * patch + self.pooled_weight / self.items * pooled
 
     def result(self) -> DistillResult:
-        """Over all ranks, after the last pack."""
+        """Returns the result over all ranks; called after the last pack."""
         patch, pooled, agreement = gather_numbers(self.sums.tolist(), self.world).sum(0).tolist()
         patch, pooled = patch / self.tokens, pooled / self.items
         return DistillResult(
@@ -103,5 +108,5 @@ class Distillation:
 
 
 def _lengths(pack: Images, dropped: DropPlan | None) -> Sequence[int]:
-    """Tokens of each item that the student sees."""
+    """Returns the number of tokens of each item that the student encodes."""
     return [token_count(grid) for grid in pack.grid_thw.tolist()] if dropped is None else dropped.lengths

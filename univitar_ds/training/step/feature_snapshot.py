@@ -1,7 +1,7 @@
-"""Some of the encoder's tokens of a training step, for the images in the logs.
+"""Copies of some of the encoder's tokens in a training step, for the images in the logs.
 
-The tokens are those of the step itself. A hook on the encoder of rank 0 copies some of them: there is no additional
-forward pass or communication, and the results of the training do not change.
+A hook on the encoder of rank 0 copies tokens of the step itself: no additional forward pass or communication is needed,
+and the results of the training do not change.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from torch import Tensor, nn
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.geometry import token_count
 
-MOST_ITEMS, MOST_TOKENS = 8, 8192
+MAX_ITEMS, MAX_TOKENS = 8, 8192
+"""Maximum number of items and of tokens in a snapshot."""
 
 
 @dataclass(frozen=True)
 class FeatureSnapshot:
-    """Tokens of a pack's first items as they left the encoder: (Tk, D) float32 on the host."""
+    """The encoder's output for the first `items` items of a pack: `tokens` (Tk, D) float32 on the host."""
 
     items: int
     tokens: Tensor
     kept: Tensor
-    """(Tk,) int64: the indices of these tokens among all tokens of the items; dropped ones are missing."""
+    """(Tk,) int64: the indices of `tokens` among all tokens of the items. Dropped tokens have no entry."""
 
 
 @contextmanager
 def capture_features(vision: nn.Module, batch: PackedBatch | None) -> Iterator[list[FeatureSnapshot]]:
-    """Inside, the first pack that `vision` encodes, which must be `batch`, adds a `FeatureSnapshot` to the list.
+    """Adds a `FeatureSnapshot` of the first pack that `vision` encodes in the context to the list that it yields.
 
-    For None, or a pack without items, the list stays empty.
+    Args: batch: the first pack that `vision` encodes. The list stays empty if the batch is None or has no items.
     """
     snapshots: list[FeatureSnapshot] = []
     if not batch:
@@ -59,8 +60,8 @@ def capture_features(vision: nn.Module, batch: PackedBatch | None) -> Iterator[l
 
 
 def _fitting_items(lengths: Sequence[int]) -> int:
-    """The number of first items to show: few, with so few tokens that copying them is cheap."""
-    items = min(len(lengths), MOST_ITEMS)
-    while items > 1 and sum(lengths[:items]) > MOST_TOKENS:
+    """Returns the number of items to copy: at most MAX_ITEMS with at most MAX_TOKENS tokens, but at least one item."""
+    items = min(len(lengths), MAX_ITEMS)
+    while items > 1 and sum(lengths[:items]) > MAX_TOKENS:
         items -= 1
     return items

@@ -1,8 +1,9 @@
-"""Detection of bad steps: a pure rule on the numbers of the preceding steps.
+"""Detection of bad steps from the losses and gradient norms of the preceding steps.
 
-A spike is a value far above the median of the last steps of the same kind, in robust deviations (1.4826 times the
-median absolute deviation, the standard deviation of a normal distribution). Losses are compared directly, gradient
-norms by their logarithm, since their distribution is skewed and normal values differ by factors.
+A spike is a value far above the median of the last steps of the same modality. The distance from the median is measured
+in deviations of 1.4826 times the median absolute deviation, which estimates the standard deviation of a normal
+distribution. Losses are compared directly. Gradient norms are compared by their logarithms, since their distribution is
+skewed and usual norms differ by multiples.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ from typing import Any
 
 from univitar_ds.config.schema import GuardConfig
 
-NORMAL = 1.4826
-"""Standard deviations in a median absolute deviation."""
-LEAST_LOSS_DEVIATION = 0.02
-"""Least deviation as a share of the median: otherwise any change of a nearly constant loss would be a spike."""
-LEAST_NORM_DEVIATION = 0.1
-"""Least deviation of natural logarithms, for the same reason."""
+MAD_TO_STD = 1.4826
+"""The standard deviation of a normal distribution divided by its median absolute deviation."""
+MIN_LOSS_DEVIATION = 0.02
+"""Minimum deviation as a share of the median: otherwise any change of a nearly constant loss would be a spike."""
+MIN_NORM_DEVIATION = 0.1
+"""Minimum deviation of the natural logarithm of the norm: otherwise any change of a nearly constant norm would be a
+spike."""
 
 
 @dataclass
 class History:
-    """Losses and gradient norms of the last good steps of the current stage, by modality. Part of the checkpoint."""
+    """Losses and gradient norms of the last good steps of the current stage, by modality, saved in the checkpoint."""
 
     stage: int = 0
     values: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, content: dict[str, Any]) -> History:
-        """Reads JSON, which has no tuples."""
+    def from_dict(cls, content: dict[str, Any]) -> History:
+        """Converts parsed JSON, in which (loss, norm) pairs are lists."""
         values = {modality: [(loss, norm) for loss, norm in rows] for modality, rows in content["values"].items()}
         return cls(content["stage"], values)
 
@@ -39,7 +41,7 @@ class History:
         return {"stage": self.stage, "values": self.values}
 
     def add(self, stage: int, modality: str, loss: float, norm: float, window: int) -> None:
-        """Adds a good step; another stage starts with an empty history."""
+        """Adds a good step and keeps the last `window` steps of its modality. A new stage empties the history first."""
         if stage != self.stage:
             self.stage, self.values = stage, {}
         rows = self.values.setdefault(modality, [])
@@ -47,23 +49,23 @@ class History:
         del rows[:-window]
 
 
-def spike(history: History, stage: int, modality: str, loss: float, norm: float, cfg: GuardConfig) -> str | None:
-    """The reason why a step of finite `loss` and gradient `norm` is a spike; None if it is not."""
+def spike_reason(history: History, stage: int, modality: str, loss: float, norm: float, cfg: GuardConfig) -> str | None:
+    """Returns the reason why a step of finite `loss` and gradient `norm` is a spike; None if the step is no spike."""
     rows = history.values.get(modality, []) if history.stage == stage else []
     if cfg.spike_deviations is None or len(rows) < cfg.min_steps:
         return None
     losses, norms = [row[0] for row in rows], [_log(row[1]) for row in rows]
     checks = (
-        ("loss", loss, loss, losses, LEAST_LOSS_DEVIATION * abs(median(losses))),
-        ("gradient norm", norm, _log(norm), norms, LEAST_NORM_DEVIATION),
+        ("loss", loss, loss, losses, MIN_LOSS_DEVIATION * abs(median(losses))),
+        ("gradient norm", norm, _log(norm), norms, MIN_NORM_DEVIATION),
     )
-    for what, detail, value, before, least in checks:
+    for what, reported, value, before, min_deviation in checks:
         middle = median(before)
-        deviation = max(NORMAL * median(abs(other - middle) for other in before), least)
+        deviation = max(MAD_TO_STD * median(abs(other - middle) for other in before), min_deviation)
         if value - middle > cfg.spike_deviations * deviation:
             usual = middle if what == "loss" else math.exp(middle)
             return (
-                f"the {what} is {detail:.4g}, {(value - middle) / deviation:.0f} deviations above its median "
+                f"the {what} is {reported:.4g}, {(value - middle) / deviation:.0f} deviations above its median "
                 f"{usual:.4g} of {len(rows)} {modality} steps (guard.spike_deviations {cfg.spike_deviations:g})"
             )
     return None

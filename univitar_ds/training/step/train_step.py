@@ -1,11 +1,11 @@
 """One optimizer update over one pack from every lane, for any number of ranks (GradCache, arXiv:2101.06983).
 
-The loss compares all items of the step, but a rank has memory for the activations of one pack. So the
-packs are embedded without gradient, the loss gives the gradient of every embedding, and then each pack
-runs again with gradient and is backpropagated with the gradient of its embeddings. A rank with a single pack
-runs it once. Both ways give the same numbers because the model draws no random numbers: dropped tokens and
-branches are drawn before (`model.dropping`).
-The distillation loss is a sum over tokens and items: it is computed in the passes with gradient, pack by pack.
+The loss compares all items of the step, but a rank has memory for the activations of one pack only. The packs are
+first embedded without gradient, and the loss gives the gradient of every embedding. Then each pack runs again with
+gradient, and the gradient of its embeddings is backpropagated. A rank with a single pack runs the pack only once. One
+and two passes give the same numbers because the model draws no random numbers: dropped tokens and branches are drawn
+before the passes (`model.dropping`). The distillation loss is a sum over tokens and items, and is computed pack by pack
+in the passes with gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
 LOSSES = {"sigmoid": ring_sigmoid, "softmax": ring_softmax}
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-"""The first of the model's outputs: `model.contrastive.Embedded` without the features for a teacher."""
+"""The first four outputs of the model: `model.contrastive.Embedded` without the features for a teacher."""
 
 
 class Batch(Protocol):
@@ -48,16 +48,16 @@ class Batch(Protocol):
 
 
 class DivergedError(UserError):
-    """A loss or gradient that is not finite, or a spike; the same on all ranks."""
+    """Raised on all ranks if a loss or gradient is not finite, or if a spike cannot be rolled back."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports, the same numbers on every rank.
+    """The numbers that a step reports, the same on every rank.
 
-    `loss` is the training loss. `losses` are its parts: contrastive and, with a teacher, distill_patch and
-    distill_pooled, means before their weights; then `agreement` is the mean cosine similarity of the teacher's
-    patch features and the student's.
+    `loss` is the training loss. `losses` are the parts of the loss, as means without weights: contrastive and, with a
+    teacher, distill_patch and distill_pooled. `agreement` is the mean cosine similarity of the teacher's and the
+    student's patch features, None without a teacher.
     """
 
     loss: float
@@ -71,10 +71,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Settings of a step: learning rate, weights of the losses, what the encoder drops (by lane, on any rank), and
-    whether the gradient's parts are read (`Engine.zero_grad`).
+    """Settings of a step.
 
-    With `single_pass` a rank that has one pack runs it once.
+    `dropping` are the tokens and branches that the encoder drops, by lane. With `read_gradient` the norms of the
+    gradient's parts are computed (`Engine.zero_grad`). With `single_pass` a rank with one pack runs the pack once.
     """
 
     lr: float
@@ -94,9 +94,9 @@ def train_step(
 ) -> StepResult:
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
-    Args: teacher: of `objective.teacher`; neither it nor its heads run at a `distill_weight` of 0.
-    Raises: DivergedError, on all ranks, if the loss or the gradient is not finite; the parameters keep
-    their last finite values.
+    Args: teacher: that of `objective.teacher`. With a `distill_weight` of 0 neither the teacher nor its heads run.
+    Raises: DivergedError on all ranks if the loss or the gradient is not finite. The parameters keep their last finite
+    values.
     """
     engine.zero_grad(settings.lr, read_gradient=settings.read_gradient)
     drops = [settings.dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
@@ -108,40 +108,40 @@ def train_step(
         for batch, dropped in zip(batches, drops, strict=True)
     ]
     caption_ids = to_device(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
-    ring = Ring(len(caption_ids), engine.world.device)  # ranks exchange their numbers of items while they embed
+    ring = Ring(len(caption_ids), engine.world.device)  # ranks exchange their numbers of items during the embedding
     once = settings.single_pass and len(batches) == 1
-    with torch.set_grad_enabled(once):  # features for a teacher are large: kept only for a single pack
+    with torch.set_grad_enabled(once):  # the features for a teacher are large, and kept only for a single pack
         outputs = [output if once else output[:4] for output in (engine(*pack) for pack in inputs)]
     result = _contrastive(outputs, caption_ids, ring, objective)
     if not math.isfinite(result.loss):
         raise DivergedError(f"the loss is {result.loss} at learning rate {settings.lr:g}")
     counts = [len(batch.caption_ids) for batch in batches]
     gradients = zip(result.vision_grad.split(counts), result.text_grad.split(counts), strict=True)
-    for index, (pack, wanted) in enumerate(zip(inputs, gradients, strict=True)):
-        seen = distillation.features(index, pack[0]) if distillation else None
+    for index, (pack, pack_grads) in enumerate(zip(inputs, gradients, strict=True)):
+        features = distillation.features(index, pack[0]) if distillation else None
         output = outputs[0] if once else engine(*pack)
-        loss = settings.contrastive_weight * _surrogate(output[:4], *wanted, result, len(batches))
-        engine.backward(loss + distillation.loss(output[4], seen) if distillation else loss)
+        loss = settings.contrastive_weight * _surrogate(output[:4], *pack_grads, result, len(batches))
+        engine.backward(loss + distillation.loss(output[4], features) if distillation else loss)
         engine.step()
     norm = engine.grad_norm
     if not engine.updated or not math.isfinite(norm):
         raise DivergedError(f"the gradient is not finite at loss {result.loss:.6g} and learning rate {settings.lr:g}")
-    added = distillation.result() if distillation else NO_DISTILLATION
+    distilled = distillation.result() if distillation else NO_DISTILLATION
     return StepResult(
-        loss=settings.contrastive_weight * result.loss + added.loss,
+        loss=settings.contrastive_weight * result.loss + distilled.loss,
         items=result.items,
         grad_norm=norm,
         logit_scale=float(outputs[0][2].detach()),
         logit_bias=float(outputs[0][3].detach()),
-        losses={"contrastive": result.loss, **added.losses},
-        agreement=added.agreement,
+        losses={"contrastive": result.loss, **distilled.losses},
+        agreement=distilled.agreement,
     )
 
 
 def _contrastive(
     outputs: Sequence[Sequence[Tensor]], caption_ids: Tensor, ring: Ring, objective: ObjectiveConfig
 ) -> ContrastiveResult:
-    """Loss and gradients of the embeddings over all items of the step, of all ranks."""
+    """Returns the loss over all items of the step on all ranks, and the gradients of this rank's embeddings."""
     return LOSSES[objective.kind](
         torch.cat([output[0].detach() for output in outputs]),
         torch.cat([output[1].detach() for output in outputs]),
@@ -155,7 +155,7 @@ def _contrastive(
 
 
 def _inputs(batch: Batch, device: torch.device, distill: bool, drops: DropPlan | None) -> tuple[Any, ...]:
-    """Arguments of the model's forward. `frames` and `grid_thw` stay on the host: they are sizes."""
+    """Returns the arguments of the model's forward. `frames` and `grid_thw` stay on the host, since they are sizes."""
     pack = (
         batch.pixels.to(device, non_blocking=True),
         batch.frames,
@@ -169,9 +169,9 @@ def _inputs(batch: Batch, device: torch.device, distill: bool, drops: DropPlan |
 def _surrogate(
     output: Outputs, vision_grad: Tensor, text_grad: Tensor, result: ContrastiveResult, packs: int
 ) -> Tensor:
-    """A scalar with the gradient of the loss: the sum of each output times its gradient.
+    """Returns a scalar whose gradient is that of the loss: the sum of each output times the output's gradient.
 
-    Scale and bias are outputs of every pack, each of which gets its share of the rank's gradient.
+    Scale and bias are outputs of every pack, and each pack gets an equal share of the rank's gradient.
     """
     vision, text, scale, bias = output
     shared = (scale * result.scale_grad).sum() + (bias * result.bias_grad).sum()

@@ -58,7 +58,7 @@ def test_a_part_of_the_five_is_refused_with_the_list_and_how_to_unset_them(names
 @pytest.mark.parametrize(
     ("changed", "said"),
     [({"RANK": "abc"}, "RANK is 'abc', which is not an integer"),
-     ({"RANK": "2"}, "RANK is 2, allowed is 0 to 1 where WORLD_SIZE is 2"),
+     ({"RANK": "2"}, "RANK is 2, allowed is 0 to 1 if WORLD_SIZE is 2"),
      ({"RANK": "-1"}, "RANK is -1, allowed is 0 to 1"),
      ({"LOCAL_RANK": "5"}, "LOCAL_RANK is 5, allowed is 0 to 1"),
      ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0, allowed is 1 or more"),

@@ -86,7 +86,7 @@ def test_a_device_file_shows_a_gpu_that_torch_cannot_use_unless_it_is_hidden(mac
     (tmp_path / "nvidia3").touch()
     (tmp_path / "nvidiactl").touch()
     machine(0)
-    with pytest.raises(ConfigError, match=r"nvidia3 is there, but torch"):
+    with pytest.raises(ConfigError, match=r"nvidia3 exists, but torch"):
         check_gpus(1)
     for hidden in ("", "-1", "NoDevFiles"):
         machine(0, CUDA_VISIBLE_DEVICES=hidden)

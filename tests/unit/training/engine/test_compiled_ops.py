@@ -82,13 +82,14 @@ def test_a_lock_whose_owner_is_dead_is_removed_at_once_and_reported(tmp_path, mo
     lock = locked(tmp_path, age_s=0, signature=gone())
     wait_for(lock)
     assert not lock.exists()
-    assert f"{lock} was left by a build that was killed" in caplog.text
+    assert f"{lock} was left by a killed build" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("signature", "said"),
-    [(None, "no process of yours on this machine holds it"),
-     ({"host": "elsewhere", "pids": "pid:[1]", "pid": 7, "began": "1"}, "no process of yours on this machine holds it"),
+    [(None, "none of your processes on this machine holds this lock"),
+     ({"host": "elsewhere", "pids": "pid:[1]", "pid": 7, "began": "1"},
+      "none of your processes on this machine holds this lock"),
      ("own", f"process {os.getpid()} is compiling")],
     ids=["unsigned", "of another machine", "alive"],
 )  # fmt: skip
@@ -200,7 +201,7 @@ def test_no_home_and_no_writable_environment_lead_to_a_folder_of_the_users(read_
         folder = prepare_extensions()
     assert tmp_path / f"univitar_ds-{os.getuid()}" in folder.parents
     assert (tmp_path / f"univitar_ds-{os.getuid()}").stat().st_mode & 0o777 == 0o700
-    assert f"{read_only} cannot be written" in caplog.text
+    assert f"{read_only} is not writable" in caplog.text
 
 
 MOUNTED = """

@@ -51,8 +51,8 @@ def test_without_a_pack_or_items_there_is_nothing_to_see(nothing):
 
 
 def test_only_so_many_items_are_kept_as_cost_little(monkeypatch):
-    monkeypatch.setattr(feature_snapshot, "MOST_ITEMS", 3)
-    monkeypatch.setattr(feature_snapshot, "MOST_TOKENS", 10)
+    monkeypatch.setattr(feature_snapshot, "MAX_ITEMS", 3)
+    monkeypatch.setattr(feature_snapshot, "MAX_TOKENS", 10)
     for grids, items in (([(1, 1, 2)] * 5, 3), ([(1, 2, 3), (1, 2, 2), (1, 1, 1)], 2), ([(1, 3, 4), (1, 1, 1)], 1)):
         pack = grey_pack(*grids)
         with capture_features(encoder := Encoder(), pack) as snapshots:
@@ -62,7 +62,7 @@ def test_only_so_many_items_are_kept_as_cost_little(monkeypatch):
 
 
 def test_the_places_of_tokens_that_were_not_dropped_are_known(monkeypatch):
-    monkeypatch.setattr(feature_snapshot, "MOST_ITEMS", 1)
+    monkeypatch.setattr(feature_snapshot, "MAX_ITEMS", 1)
     with capture_features(encoder := Encoder(), grey_pack((1, 2, 4), (1, 1, 2))) as snapshots:
         encoder(10, drops=SimpleNamespace(kept=torch.tensor([0, 1, 2, 3, 5, 8])))
     assert snapshots[0].items == 1

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from univitar_ds.config.schema import GuardConfig
-from univitar_ds.training.step.guard import History, spike
+from univitar_ds.training.step.guard import History, spike_reason
 
 CFG = GuardConfig(spike_deviations=10.0, window_steps=32, min_steps=8)
 
@@ -25,35 +25,35 @@ def history(steps=32, stage=0, modality="image", seed=0):
 def test_an_ordinary_step_is_none(seed):
     draw = random.Random(100 + seed)
     loss, norm = 1.7 + draw.gauss(0, 0.05), 0.5 * 1.3 ** draw.gauss(0, 1)
-    assert spike(history(seed=seed), 0, "image", loss, norm, CFG) is None
+    assert spike_reason(history(seed=seed), 0, "image", loss, norm, CFG) is None
 
 
 def test_a_loss_or_gradient_norm_far_above_its_median_is_reported_with_its_numbers():
-    story = spike(history(), 0, "image", 6.0, 0.5, CFG)
+    story = spike_reason(history(), 0, "image", 6.0, 0.5, CFG)
     assert "the loss is 6, " in story
     assert "of 32 image steps" in story
     assert "guard.spike_deviations 10" in story
-    assert "the gradient norm is 50" in spike(history(), 0, "image", 1.8, 50.0, CFG)
+    assert "the gradient norm is 50" in spike_reason(history(), 0, "image", 1.8, 50.0, CFG)
 
 
 def test_a_step_far_below_its_median_is_no_spike():
-    assert spike(history(), 0, "image", 0.01, 1e-4, CFG) is None
+    assert spike_reason(history(), 0, "image", 0.01, 1e-4, CFG) is None
 
 
 def test_another_stage_another_modality_or_too_few_steps_know_no_spikes():
-    assert spike(history(), 1, "image", 1e6, 1e6, CFG) is None
-    assert spike(history(), 0, "video", 1e6, 1e6, CFG) is None
-    assert spike(history(steps=7), 0, "image", 1e6, 1e6, CFG) is None
-    assert spike(history(steps=8), 0, "image", 1e6, 1e6, CFG) is not None
-    assert spike(history(), 0, "image", 1e6, 1e6, CFG.model_copy(update={"spike_deviations": None})) is None
+    assert spike_reason(history(), 1, "image", 1e6, 1e6, CFG) is None
+    assert spike_reason(history(), 0, "video", 1e6, 1e6, CFG) is None
+    assert spike_reason(history(steps=7), 0, "image", 1e6, 1e6, CFG) is None
+    assert spike_reason(history(steps=8), 0, "image", 1e6, 1e6, CFG) is not None
+    assert spike_reason(history(), 0, "image", 1e6, 1e6, CFG.model_copy(update={"spike_deviations": None})) is None
 
 
 def test_a_loss_that_hardly_moves_does_not_make_a_spike_of_a_small_change():
     past = History()
     for _ in range(16):
         past.add(0, "image", 2.0, 1.0, CFG.window_steps)
-    assert spike(past, 0, "image", 2.3, 2.0, CFG) is None
-    assert spike(past, 0, "image", 2.5, 1.0, CFG) is not None
+    assert spike_reason(past, 0, "image", 2.3, 2.0, CFG) is None
+    assert spike_reason(past, 0, "image", 2.5, 1.0, CFG) is not None
 
 
 def test_the_window_slides_and_a_new_stage_empties_it():
@@ -65,4 +65,4 @@ def test_the_window_slides_and_a_new_stage_empties_it():
 
 def test_it_survives_a_checkpoint():
     past = history()
-    assert History.of(json.loads(json.dumps(past.to_dict()))) == past
+    assert History.from_dict(json.loads(json.dumps(past.to_dict()))) == past
