@@ -8,6 +8,7 @@ import pytest
 from tests.support import media
 from tests.support.packing import contents, numbers_folder, pack, run_script, samples_of, spoil
 from univitar_ds.data.writing import writer
+from univitar_ds.data.writing.examine import MediaInfo
 from univitar_ds.data.writing.writer import read_manifest
 from univitar_ds.errors import DataError
 
@@ -189,3 +190,21 @@ def test_several_workers_write_the_same_shards_as_one(folder, tmp_path):
     assert "write: 100%" in bars
     pack(folder, tmp_path / "one")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_file_whose_processes_were_killed_is_examined_again_by_the_next_packing(tmp_path, monkeypatch):
+    folder = numbers_folder(tmp_path)
+    expected = pack(folder, tmp_path / "whole")
+    examine_all = writer.examine_all
+
+    def killed_at_the_third(jobs, workers):
+        for index, info in examine_all(jobs, workers):
+            yield index, MediaInfo("corrupt: killed", repeatable=False) if index == 2 else info
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "examine_all", killed_at_the_third)
+        first = pack(folder, tmp_path / "out")
+    assert [one["reason"] for one in first["skipped"]] == ["corrupt: killed"]
+    again = pack(folder, tmp_path / "out")
+    assert again["skipped"] == []
+    assert [shard["sha256"] for shard in again["shards"]] == [shard["sha256"] for shard in expected["shards"]]

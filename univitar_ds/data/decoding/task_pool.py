@@ -10,7 +10,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from time import monotonic
@@ -25,9 +25,13 @@ _START_S = 60.0
 
 
 class Next(NamedTuple):
-    """This item is processed next. If the process ends during it, another one continues at `resume`."""
+    """This item is processed next. If the process ends during it, another one begins at `retry`, with this item; if
+    that process ends during it too, the item is lost, and a third one continues at `resume`.
+
+    The system may kill any process, for example if memory runs out: the item is blamed only after two."""
 
     item: Any
+    retry: Any
     resume: Any
 
 
@@ -38,7 +42,7 @@ class Reached(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """The process died during this item, or was ended because it reported nothing for too long."""
+    """Two processes died during this item, or were ended because they reported nothing for too long."""
 
     item: Any
     kind: Literal["crash", "timeout"]
@@ -73,13 +77,16 @@ Raises: UserError if the task cannot be finished."""
 
 @dataclass
 class _Worker:
-    """A process, the time of its last event, its task and the last item that it reported."""
+    """A process, the time of its last event, its task, the last item that it reported and the events since then.
+
+    These events are dropped if the process ends, since they are reported again."""
 
     process: BaseProcess
     channel: Connection
     last_event: float
     task: Task | None = None
     at: Next | None = None
+    events: list[Any] = field(default_factory=list)
 
 
 class TaskPool:
@@ -92,7 +99,8 @@ class TaskPool:
         self._work, self._workers, self._silence_s = work, workers, silence_s
         self._preload = [work.__module__, *preload]
         self._running: list[_Worker] = []
-        self._failed_at_start: set[int] = set()
+        self._failed_at: dict[int, Any] = {}
+        """By number of the task: `Next.retry` of the item during which a process ended, or None before the first."""
 
     def __enter__(self) -> TaskPool:
         return self
@@ -125,9 +133,7 @@ class TaskPool:
                     continue
                 if isinstance(event, _Fault):
                     raise RuntimeError(f"task number {number}:\n{event.detail}")
-                self._follow(worker, event)
-                if not isinstance(event, Reached):
-                    yield number, event
+                yield from ((number, finished) for finished in self._follow(worker, event))
             silent = [it for it in busy.values() if it.task and monotonic() - it.last_event > self._silence_s]
             for worker in silent:
                 detail = f"its process reported nothing for {self._silence_s:g} seconds"
@@ -143,6 +149,7 @@ class TaskPool:
                 break
             worker = idle.pop() if idle else self._start()
             worker.task, worker.at, worker.last_event = task, None, max(worker.last_event, monotonic())
+            worker.events = []
             with suppress(ConnectionError):  # it died while idle, which `run` detects when it reads the next event
                 worker.channel.send(worker.task)
         return any(worker.task for worker in self._running)
@@ -162,34 +169,47 @@ class TaskPool:
         self._running.append(worker)
         return worker
 
-    def _follow(self, worker: _Worker, event: Any) -> None:
+    def _follow(self, worker: _Worker, event: Any) -> list[Any]:
+        """Updates the worker. Returns the events that are final: those of an item, once the next one begins."""
         assert worker.task is not None
         worker.last_event = monotonic()
         if isinstance(event, Next):
-            worker.at = event
-        elif isinstance(event, Reached):
+            final, worker.events, worker.at = worker.events, [event], event
+            return final
+        if isinstance(event, Reached):
             worker.task = replace(worker.task, start=event.resume)
-        elif isinstance(event, Done):
+            final, worker.events = worker.events, []
+            return final
+        worker.events.append(event)
+        if worker.at is not None and not isinstance(event, Done):
+            return []
+        if isinstance(event, Done):
             worker.task = None
+        final, worker.events = worker.events, []
+        return final
 
     def _lost(
         self, worker: _Worker, kind: Literal["crash", "timeout"], detail: str, again: deque[Task]
-    ) -> Iterator[Lost | Done]:
-        """Handle the end of a process: its item is lost. A task is given up if two end before reporting an item."""
+    ) -> Iterator[Next | Lost | Done]:
+        """Handles the end of a process. If it is the second one at this place, its item is lost, or the rest of the
+        task if no item was reported."""
         assert worker.task is not None
         self._running.remove(worker)
         worker.process.kill()
         worker.process.join()
         worker.channel.close()
         task, at, worker.task = worker.task, worker.at, None
-        if at is not None:
+        place = None if at is None else at.retry
+        first = task.number not in self._failed_at or self._failed_at[task.number] != place
+        self._failed_at[task.number] = place
+        if first:
+            again.append(task if at is None else replace(task, start=at.retry))
+        elif at is not None:
             again.append(replace(task, start=at.resume))
+            yield at
             yield Lost(at.item, kind, detail)
-        elif task.number in self._failed_at_start:
-            yield Done(f"{detail}, twice, before its first item; the rest of it is left out")
         else:
-            self._failed_at_start.add(task.number)
-            again.append(task)
+            yield Done(f"{detail}, twice, before its first item; the rest of it is left out")
 
 
 def _serve(channel: Connection, work: Work) -> None:

@@ -137,7 +137,8 @@ def check_shard(task: Task, report: Callable[[Event], None]) -> None:
             if isinstance(found, tar_index.Damage):
                 report(Bad(found.kind, "", found.offset, found.message))
             else:
-                report(Next(Address(found.key, found.offset), StartPosition(found.end, hashed=True)))
+                here, behind = (StartPosition(byte, hashed=True) for byte in (found.offset, found.end))
+                report(Next(Address(found.key, found.offset), here, behind))
                 if others := _unread(found):
                     report(UnreadMembers(others))
                 known = hash(found.key) in keys

@@ -51,7 +51,7 @@ class MediaInfo:
     """The result for a file. A file with a `fault` is left out.
 
     `extension` is the file's own if it matches the kind, else another one that does. `frames` and `duration_s` are
-    those of `probe.probe`.
+    those of `probe.probe`. `repeatable` is False if processes ended during the file: a later packing examines it again.
     """
 
     fault: str | None
@@ -63,6 +63,7 @@ class MediaInfo:
     width: int = 0
     frames: int = 0
     duration_s: float = 0.0
+    repeatable: bool = True
 
 
 class _Examined(NamedTuple):
@@ -84,7 +85,8 @@ def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, MediaI
         for first, event in pool.run(batches):
             if isinstance(event, Lost):
                 crashed = "corrupt: the decoding process crashed on this file"
-                yield first + event.item, MediaInfo(crashed if event.kind == "crash" else f"timeout: {event.detail}")
+                fault = crashed if event.kind == "crash" else f"timeout: {event.detail}"
+                yield first + event.item, MediaInfo(fault, repeatable=False)
             elif isinstance(event, Done) and event.error is not None:
                 raise DataError(
                     f"{jobs[first].path} cannot be examined: {event.error}; free memory or pack with fewer --workers"
@@ -96,7 +98,7 @@ def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, MediaI
 def _examine_batch(task: Task, report: Callable[[Any], None]) -> None:
     """Examine the files of a batch in order, beginning at `task.start`."""
     for index in range(task.start, len(task.job)):
-        report(Next(index, index + 1))
+        report(Next(index, index, index + 1))
         job: Job = task.job[index]
         size = 0
         with suppress(OSError):  # `examine` reports it

@@ -143,7 +143,7 @@ def _examine(folder: Path, rows: Sequence[Row], progress_log: ProgressLog, optio
     with tqdm(total=len(rows), initial=len(infos), desc="examine", unit="file", disable=not options.progress) as bar:
         for index, info in examine_all(jobs, min(workers, most)):
             row = unknown[index]
-            if row.file in stamps:
+            if row.file in stamps and info.repeatable:
                 progress_log.add_info(row, stamps[row.file], verify, info)
             infos[row.file] = info
             bar.update()

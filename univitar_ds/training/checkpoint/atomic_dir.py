@@ -39,7 +39,7 @@ def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world
     All ranks call it. `write` is called with a folder that all ranks share, and returns the files of this rank.
 
     Raises: the rank's own error, or PeerFailure on other ranks, if a rank fails, for example on a full disk. No
-        complete folder has changed then.
+        complete folder has changed if that is before the new folder has its name.
     """
     target = root / f"step-{step:08d}"
     temporary = root / f"{TEMPORARY}{target.name}"
@@ -83,8 +83,10 @@ def _commit(
 
 def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any], keep: int) -> None:
     write_json(temporary / MANIFEST, {"version": 1, "files": entries})
-    if target.is_symlink() or (target.exists() and not _remove(target)):  # complete, but not in `latest`
-        raise CheckpointError(f"{target} contains files that no checkpoint writes; move them elsewhere and resume")
+    if target.is_symlink():
+        raise CheckpointError(f"{target} is a symbolic link; remove it and resume")
+    if target.exists() and not _remove(target):  # complete, but not in `latest`
+        raise CheckpointError(f"{target} contains files that are not part of a checkpoint; move them and resume")
     move_into_place(temporary, target, durable=True)
     pointer = root / f"{TEMPORARY}{LATEST}"
     pointer.unlink(missing_ok=True)
@@ -135,8 +137,8 @@ def remedy(folder: Path) -> str:
     """Returns the remedy for a damaged folder."""
     others = [other for other in complete(folder.parent) if other != folder]
     if others:
-        return f"remove that folder and resume again, {others[-1]} is the one before"
-    return "no other checkpoint is there, start the run again from scratch"
+        return f"remove that folder and resume again; the newest other checkpoint is {others[-1]}"
+    return "there is no other checkpoint; restart the run from scratch"
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -192,7 +194,8 @@ def _sweep(root: Path) -> None:
             left.unlink(missing_ok=True)
         elif not _cleared(left) and not left.name.startswith(f"{TEMPORARY}gone-"):
             raise CheckpointError(
-                f"{left} contains {foreign(left, CHECKPOINT_FILES)}, which no checkpoint writes; move it elsewhere"
+                f"{left} contains {foreign(left, CHECKPOINT_FILES)}, which is not part of a checkpoint; move that file "
+                "elsewhere"
             )
 
 

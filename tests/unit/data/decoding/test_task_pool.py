@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -23,9 +24,13 @@ def play(task: Task, tell) -> None:
     if task.job.get("before") == "refuses":
         raise DataError("no such file; name another")
     for item in range(int(start), 5):
-        tell(Next(f"item {item}", item + 1))
+        tell(Next(f"item {item}", item, item + 1))
         happening = task.job.get(item)
         if happening == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if isinstance(happening, Path) and not happening.exists():
+            tell("half of an item")
+            happening.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if happening == "hangs":
             time.sleep(600)
@@ -73,6 +78,16 @@ def test_only_the_present_item_of_a_process_that_dies_is_lost():
         assert results(events) == [item for item in range(5) if item not in dead]
         lost = [event for event in events if isinstance(event, Lost)]
         assert lost == [Lost(f"item {item}", "crash", detail) for item in dead]
+        assert events[-1] == Done()
+
+
+def test_an_item_whose_first_process_was_killed_is_tried_again_and_reported_once(tmp_path):
+    """The system may kill any process."""
+    told = played({0: tmp_path / "a", 3: tmp_path / "b"}, {4: tmp_path / "c"})
+    for events in told:
+        assert results(events) == [0, 1, 2, 3, 4]
+        assert [event.item for event in events if isinstance(event, Next)] == [f"item {item}" for item in range(5)]
+        assert "half of an item" not in events
         assert events[-1] == Done()
 
 
