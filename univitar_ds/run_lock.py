@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from univitar_ds.errors import UserError, writing
-from univitar_ds.identity import JOBS, restarted, this_job, this_machine, this_process
+from univitar_ds.identity import JOB_LABELS, restart_message, this_job, this_machine, this_process
 from univitar_ds.processes import Process
 
 VARIABLE = "UNIVITAR_DS_RUN_LOCK"
@@ -85,7 +85,7 @@ class RunLock:
     def continues(self) -> bool:
         """Whether the last start in this folder was of the same job, which was restarted since."""
         found = self._last()
-        return found is not None and restarted(this_job(os.environ), found[1].get("jobs", {})) is not None
+        return found is not None and restart_message(this_job(os.environ), found[1].get("jobs", {})) is not None
 
     def take(self) -> None:
         """Take the lock of an existing folder. Dead locks are taken over, with a line in the log.
@@ -204,7 +204,7 @@ class RunLock:
         """Why the lock is no longer valid, empty if it was released. Raises: RunLocked if it is valid."""
         if record.get("released"):
             return ""
-        if again := restarted(this_job(os.environ), record.get("jobs", {})):
+        if again := restart_message(this_job(os.environ), record.get("jobs", {})):
             return again
         machine = this_machine()
         processes = record.get("processes", [])
@@ -303,6 +303,6 @@ def _in_words(record: dict[str, Any]) -> str:
     if not record:
         return "a start that has only just begun"
     numbers = [str(pid) for pid, _ in record["processes"]]
-    jobs = "".join(f", {JOBS[kind]} {job['id']}" for kind, job in record.get("jobs", {}).items())
+    jobs = "".join(f", {JOB_LABELS[kind]} {job['id']}" for kind, job in record.get("jobs", {}).items())
     plural = "es" if len(numbers) > 1 else ""
     return f"process{plural} {' and '.join(numbers)} on host {record['host']}{jobs} (since {record['since']})"
