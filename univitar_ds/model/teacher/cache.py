@@ -28,7 +28,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, model: nn.Module, *settings: object) -> None:
-        """`settings`: all values except the weights of `model` that determine the features."""
+        """Args: settings: all values except the weights of `model` that determine the features."""
         self.folder = folder / _fingerprint(model, settings)
         self.writes = True
 

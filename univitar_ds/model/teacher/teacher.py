@@ -95,7 +95,7 @@ class Teacher:
     """A frozen model that computes features of packs. `build_teacher` builds it."""
 
     def __init__(self, tower: Tower, width: int, *, merge: int, cache: FeatureCache | None = None) -> None:
-        """`merge`: spatial_merge_size of the student, which determines the order of tokens."""
+        """Args: merge: spatial_merge_size of the student, which determines the order of tokens."""
         self.tower, self.width, self.merge, self.cache = tower, width, merge, cache
         parameter = next(tower.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype

@@ -143,7 +143,7 @@ def from_raster(rows: Tensor, grid: Grid, merge: int) -> Tensor:
 
 
 def to_raster(rows: Tensor, grid: Grid, merge: int) -> Tensor:
-    """The inverse of `from_raster`."""
+    """Reorders rows to raster order, as the inverse of `from_raster`."""
     t, h, w = grid
     cells = rows.view(t, h // merge, w // merge, merge, merge, rows.shape[-1])
     return cells.transpose(2, 3).reshape(rows.shape)
