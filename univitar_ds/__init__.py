@@ -1,7 +1,7 @@
 """UniViTAR: native-resolution vision transformers for images and videos, trained with DeepSpeed.
 
-The public names are `UniViTAR` (the encoder) and `Preprocessor` (images and videos to its input). Both are
-imported when they are first used, so that importing the package is fast.
+The public names are `UniViTAR` (the encoder) and `Preprocessor` (converts images and videos to its input). They are
+imported on first use, so that importing the package is fast.
 """
 
 TYPE_CHECKING = False  # `typing.TYPE_CHECKING` would import `typing` before `__main__` has cleaned `sys.path`

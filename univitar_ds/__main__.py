@@ -1,8 +1,8 @@
-"""`python -m univitar_ds` is the command `univitar-ds`: the form in which launchers start it."""
+"""`python -m univitar_ds` runs the command `univitar-ds`. Launchers start it in this form."""
 
 from univitar_ds.import_path import drop_current_folder
 
-drop_current_folder()  # before any import that could find a module there
+drop_current_folder()  # before any import that could find a module in the current folder
 
 import sys  # noqa: E402
 

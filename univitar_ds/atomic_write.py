@@ -1,7 +1,6 @@
-"""Files and folders that appear under their name only when they are whole.
+"""Writes files and folders atomically: they get their name only when they are complete.
 
-Readers, also after a crash, see the earlier file or the new one. Every module that promises this does
-it here.
+Readers, also after a crash, see the earlier file or the new file. Every module that promises this uses this module.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from univitar_ds.errors import writing
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
-    """A name beside `path` for the file that is to be written; it becomes `path` when the body is done.
+    """Yields a path beside `path` for the body to write. Renames the written file to `path` after the body.
 
-    The name is `.{name}.partial`, which `owned` recognises as the program's own.
+    The name is `.{name}.partial`, which `owned` recognises as a file of the program.
 
-    Args: durable: see `move_into_place`; shared: processes that know nothing of each other may write `path` at the same
-        time, so each has its own name.
-    Raises: StorageError for what the storage refuses; then `path` is as it was.
+    Args: durable: see `move_into_place`; shared: whether independent processes may write `path` at the same time, so
+        that each needs another partial file.
+    Raises: StorageError if the storage fails; `path` is unchanged then, as after any error.
     """
     own = f".{uuid.uuid4().hex}" if shared else ""
     partial = path.with_name(f".{path.name.lstrip('.')}{own}.partial")
     with writing(path):
         try:
             with suppress(FileNotFoundError):
-                os.unlink(partial)  # it may be a link, which must not be written through
+                os.unlink(partial)  # an earlier partial file may be a link, which must not be written through
             yield partial
             move_into_place(partial, path, durable=durable)
         except BaseException:
@@ -41,23 +40,23 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
 
 
 def replace_bytes(path: Path, content: bytes, *, durable: bool = False) -> Path:
-    """Write a file whole, see `replacing`. Raises: StorageError."""
+    """Writes a file atomically, see `replacing`. Returns `path`. Raises: StorageError."""
     with replacing(path, durable=durable) as partial:
         partial.write_bytes(content)
     return path
 
 
 def replace_text(path: Path, text: str) -> Path:
-    """Write a file whole, as UTF-8. Raises: StorageError."""
+    """Writes a file atomically, as UTF-8. Returns `path`. Raises: StorageError."""
     return replace_bytes(path, text.encode("utf-8"))
 
 
 def move_into_place(partial: str | Path, path: str | Path, *, durable: bool = False) -> None:
-    """Rename a finished file over `path`, or a finished folder to a name that is free or an empty folder's.
+    """Renames a finished file to `path`, or a finished folder to a free name or over an empty folder.
 
-    Args: durable: the content is on the disk before the name is, and the name when this returns, so that a power cut
-        leaves no half of it. A folder's files are synced by the one who writes them.
-    Raises: OSError.
+    Args: durable: whether to sync the content before the renaming and the name after it, so that `path` is complete
+        even after a power failure. The caller must sync the files in a folder.
+    Raises: OSError if the storage fails.
     """
     if durable:
         sync(partial)
@@ -67,12 +66,12 @@ def move_into_place(partial: str | Path, path: str | Path, *, durable: bool = Fa
 
 
 def sync(path: str | Path) -> None:
-    """Flush a file or folder to the disk. Raises: OSError."""
+    """Flushes a file or folder to the disk. Raises: OSError if the storage fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL or not os.path.isdir(path):  # some network file systems sync no folder
+        if error.errno != errno.EINVAL or not os.path.isdir(path):  # some network file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)

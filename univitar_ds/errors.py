@@ -1,7 +1,7 @@
-"""The errors a user can cause. Each message says what was found, what is allowed and what to do next.
+"""Errors that a user can cause. Each message gives the value found, the limit and the remedy.
 
-The command line prints the message alone and exits with `exit_code`; any other exception is a bug in
-the program and keeps its traceback.
+The command line prints only the message and exits with `exit_code`. Any other exception is a bug in the program and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something outside the program is wrong and its user can correct it."""
+    """An error outside the program that the user can correct."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be run."""
+    """An error in a configuration, a command line or a folder that it names."""
 
 
 class DataError(UserError):
-    """A source, shard or sample that cannot be used."""
+    """An error in a source, shard or sample."""
 
 
 class SampleError(DataError):
-    """One sample that cannot be read. The loader counts it and continues as far as `data.on_bad` allows.
+    """An error in one sample. The loader counts such samples and continues as far as `data.on_bad` allows.
 
-    `kind` is the word under which it is counted, such as "unreadable" (no known media), "corrupt" (damaged or
-    cut off), "too_large" (beyond a limit), "no_video" (a container without images), "wrong_size" (unlike its
-    metadata), "timeout"; all of them are `univitar_ds.data.sampler.bad_samples.KINDS`.
+    `kind` is one of `univitar_ds.data.sampler.bad_samples.KINDS`, such as "unreadable" (no known media), "corrupt"
+    (damaged or truncated), "too_large" (above a limit), "no_video" (a container without images), "wrong_size" (differs
+    from the metadata) or "timeout".
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -43,15 +43,15 @@ class SampleError(DataError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint or a set of weights that is damaged or belongs to another model."""
+    """An error in a checkpoint or in weights: missing, damaged or of another model."""
 
 
 class InstallationError(UserError):
-    """A library of this environment that does not work."""
+    """An error in a library of this environment, which cannot be imported."""
 
 
 class StorageError(UserError):
-    """A file or folder that cannot be written: a full or read-only disk, a missing permission, an impossible name."""
+    """An error of the storage: a full or read-only disk, a missing permission, an impossible name."""
 
 
 _REMEDIES = {
@@ -72,9 +72,9 @@ _REMEDIES = {
 
 
 def storage_error(error: OSError, path: object = None, done: str = "used") -> StorageError | None:
-    """A sentence for an error of the storage; None for an error of another kind.
+    """Returns a StorageError for an error of the storage; None for other errors.
 
-    Args: path: the file or folder, for an error that does not name it; done: the participle in "cannot be ...".
+    Args: path: file or folder in the message if `error` has none; done: the participle in "cannot be ...".
     """
     remedy = _REMEDIES.get(error.errno)
     if error.errno == errno.ENOENT and done == "written":
@@ -88,7 +88,7 @@ def storage_error(error: OSError, path: object = None, done: str = "used") -> St
 
 @contextmanager
 def writing(path: object) -> Iterator[None]:
-    """Wraps code that writes `path`. Raises: StorageError for errors of the storage."""
+    """Wraps code that writes `path`. Raises: StorageError instead of an OSError of the storage."""
     try:
         yield
     except OSError as error:

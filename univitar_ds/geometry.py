@@ -1,6 +1,6 @@
-"""Integer arithmetic of native resolution: sizes, grids and positions. No pixels, no devices.
+"""Integer arithmetic of native resolution: sizes and grids of items.
 
-Shape legend of the project
+Symbols in shapes throughout the project
     T tokens of a pack      N items of a pack     D hidden width     H heads       K head width
     P patch values (1176)   F feed-forward width  L lanes            E joint width of the two towers
 """
@@ -15,21 +15,20 @@ from typing import Literal
 PATCH = 14
 """Side of a patch in pixels (release)."""
 TUBELET = 2
-"""Frames per token (release); a still image is its own second frame."""
+"""Frames per token (release). An image is used as both frames of its tokens."""
 Modality = Literal["image", "video"]
-"""A pack holds images or videos, never both."""
+"""Modality of an item and of a pack, whose items have one modality."""
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size nearest to (height, width) with sides divisible by `factor` and an area within the limits.
+    """Returns the size nearest to (height, width) with sides divisible by `factor` and an area within the limits.
 
-    Follows the release to the pixel, except where the release returns a side of 0 (extreme aspect ratios):
-    there each side keeps at least one `factor` and the longer one is cut so that the area stays within
-    `max_pixels`.
+    Gives the same size as the release, unless the release returns a side of 0 (extreme aspect ratios). Then each side
+    is at least `factor`, and the longer side is reduced so that the area is at most `max_pixels`.
 
-    Args: sides and factor in pixels; min_pixels and max_pixels in pixels of one frame.
+    Args: height, width, factor: in pixels; min_pixels, max_pixels: limits of the area of one frame.
     Returns: (height, width) in pixels.
-    Raises: ValueError if a side or the factor is not positive, or not even one factor x factor fits.
+    Raises: ValueError if a side or `factor` is below 1, or `max_pixels` is below factor * factor.
     """
     if min(height, width, factor) < 1:
         raise ValueError(f"sides and factor must be at least 1, got {height} x {width}, factor {factor}")
@@ -44,9 +43,9 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     if area > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         rows, columns = math.floor(height / shrink / factor), math.floor(width / shrink / factor)
-        most = max_pixels // (factor * factor)  # the release stops above and may return a side of 0
-        rows = min(max(rows, 1), most)
-        columns = min(max(columns, 1), most // rows)
+        cells = max_pixels // (factor * factor)  # the release lacks these limits and may return a side of 0
+        rows = min(max(rows, 1), cells)
+        columns = min(max(columns, 1), cells // rows)
     elif area < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
@@ -55,10 +54,10 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 @dataclass(frozen=True)
 class Resolution:
-    """The size with which an item enters the encoder.
+    """Rule for the size with which items enter the encoder.
 
-    Native (`fixed_px` None): the aspect ratio is kept, the whole item has between `min_tokens` and
-    `max_tokens` tokens. Fixed: every frame becomes a `fixed_px` square. Sides are divisible by `divisor_px`.
+    Native (`fixed_px` is None): the aspect ratio is kept, sides are divisible by `divisor_px`, and the whole item has
+    `min_tokens` to `max_tokens` tokens. Fixed: every frame becomes a square of `fixed_px`.
     """
 
     min_tokens: int
@@ -67,7 +66,10 @@ class Resolution:
     fixed_px: int | None = None
 
     def grid(self, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
-        """Tokens along time, height and width of an item of `frames` frames of height x width pixels."""
+        """Returns the numbers of tokens along time, height and width of an item of height x width pixels.
+
+        Raises: ValueError as `smart_resize`, for a native size.
+        """
         steps = math.ceil(frames / TUBELET)
         if self.fixed_px is not None:
             side = self.fixed_px // PATCH
@@ -80,12 +82,12 @@ class Resolution:
 
 
 def token_count(grid_thw: Sequence[int]) -> int:
-    """Tokens of one item."""
+    """Returns the number of tokens of one item."""
     return math.prod(grid_thw)
 
 
 def cumulative(lengths: Sequence[int]) -> list[int]:
-    """Boundaries of consecutive runs: [0, l0, l0 + l1, ...]."""
+    """Returns the boundaries of consecutive parts: [0, l0, l0 + l1, ...]."""
     bounds = [0]
     for length in lengths:
         bounds.append(bounds[-1] + length)
@@ -93,6 +95,6 @@ def cumulative(lengths: Sequence[int]) -> list[int]:
 
 
 def item_bytes(grid_thw: Sequence[int], frames: int) -> int:
-    """Bytes of one item's uint8 pixels: `frames` frames of h*14 x w*14 RGB."""
+    """Returns the number of bytes of one item's pixels: `frames` frames of h*14 x w*14 RGB, uint8."""
     _, h, w = grid_thw
     return frames * h * w * PATCH * PATCH * 3

@@ -1,4 +1,4 @@
-"""The identity of this process in a cluster, and whether another process is still alive."""
+"""The identity of this machine, process and job, and the detection of jobs that were restarted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Any
 
 from univitar_ds.processes import Process
 
-JOBS = {"slurm": "Slurm job", "torchrun": "torchrun"}
-"""Names of the jobs of `this_job` in messages."""
+JOB_LABELS = {"slurm": "Slurm job", "torchrun": "torchrun"}
+"""Name of each kind of job of `this_job` in messages."""
 
 
 def this_machine() -> dict[str, str]:
-    """A process id is unique within one boot and one PID namespace; containers may share a host's name."""
+    """Returns the host name, boot id and PID namespace; the last two are empty if the system does not give them.
+
+    A process id is unique only within one boot and one PID namespace, and containers may share a host name.
+    """
     machine = {"host": socket.gethostname(), "boot": "", "namespace": ""}
     with suppress(OSError):
         machine["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
@@ -26,13 +29,13 @@ def this_machine() -> dict[str, str]:
 
 
 def this_process() -> list[int | None]:
-    """The fields of its `Process`, for JSON; its start is None if the system does not give it."""
+    """Returns the id and start of this process as in `Process`; the start is None if the system does not give it."""
     process = Process.of(os.getpid())
     return [os.getpid(), None if process is None else process.started]
 
 
 def this_job(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The Slurm and torchrun jobs that this process belongs to, each with the number of its restarts."""
+    """Returns id and number of restarts of the Slurm and torchrun jobs that this process belongs to."""
     jobs: dict[str, dict[str, Any]] = {}
     if job := environment.get("SLURM_JOB_ID"):
         jobs["slurm"] = {"id": job, "restarts": _number(environment.get("SLURM_RESTART_COUNT"))}
@@ -44,12 +47,15 @@ def this_job(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return jobs
 
 
-def restarted(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
-    """A sentence on a job of `before` that was restarted since and is one of `now`; None if there is none."""
+def restart_message(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
+    """Returns a sentence on the first job that is in `now` and `before` and was restarted in between; None without one.
+
+    Args: now, before: results of `this_job`.
+    """
     for kind, job in now.items():
         earlier = before.get(kind)
         if earlier and earlier["id"] == job["id"] and job["restarts"] > earlier["restarts"]:
-            return f"{JOBS[kind]} {job['id']} has restarted"
+            return f"{JOB_LABELS[kind]} {job['id']} has restarted"
     return None
 
 

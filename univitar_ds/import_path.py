@@ -1,46 +1,46 @@
-"""Where Python looks for modules: never in the current folder.
+"""Removes the current folder from Python's search path for modules.
 
-A user's `random.py`, `types.py` or `tokenizers/` there would be imported instead of the real one. Imports nothing
-that is not in memory when Python has started: `__main__` calls this before everything else.
+A user's `random.py`, `types.py` or `tokenizers/` there would be imported instead of the real module. This file imports
+only modules that are loaded when Python starts, because `__main__` calls it first.
 """
 
 import os
 import sys
 
 PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-"""The folder that holds this package: of a checkout, or `site-packages`."""
+"""The folder that contains this package: a checkout or `site-packages`."""
 
 
 def drop_current_folder() -> None:
-    """Takes the current folder off `sys.path`, unless this package is in it: then the user runs a checkout.
+    """Removes the current folder from `sys.path`, unless it contains this package, as in a checkout.
 
-    `python -m` adds it at the beginning, an empty entry of PYTHONPATH anywhere, and DeepSpeed's launcher of several
-    machines adds it to PYTHONPATH.
+    `python -m` adds the current folder at the beginning, an empty entry of PYTHONPATH at any position, and DeepSpeed's
+    launcher for several machines adds it to PYTHONPATH.
     """
     try:
         here = os.path.realpath(os.getcwd())
-    except OSError:  # it has been removed
+    except OSError:  # the current folder was removed
         return
     if os.path.realpath(PACKAGE_PARENT) == here:
         return
-    asked = {os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", os.sep).split(os.pathsep)}
+    from_environment = {os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", os.sep).split(os.pathsep)}
     sys.path[:] = [
         entry
         for index, entry in enumerate(sys.path)
-        if os.path.realpath(entry) != here or not (index == 0 or os.path.abspath(entry) in asked)
+        if os.path.realpath(entry) != here or not (index == 0 or os.path.abspath(entry) in from_environment)
     ]
 
 
 def safe_environment(environment: "os._Environ[str] | dict[str, str]") -> dict[str, str]:
-    """`environment` for a Python process that this one starts, and for its children.
+    """Returns `environment` changed for a Python process that this process starts, and for its children.
 
-    The current folder is not on its `sys.path`; this package is found in the same place.
+    Their `sys.path` does not have the current folder, and they import this package from the same folder.
     """
     entries = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     if PACKAGE_PARENT in map(os.path.abspath, sys.path) and not PACKAGE_PARENT.endswith("-packages"):
         entries = [PACKAGE_PARENT, *(entry for entry in entries if os.path.abspath(entry) != PACKAGE_PARENT)]
     safe = {**environment, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(entries)}
-    if not entries:  # an empty one would be the current folder
+    if not entries:  # an empty PYTHONPATH would mean the current folder
         del safe["PYTHONPATH"]
     return safe
 

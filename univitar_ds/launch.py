@@ -1,4 +1,4 @@
-"""From a run file to a finished run: starting the ranks, being one, and what follows training."""
+"""Starts the ranks of a run, trains as one of them, and exports and evaluates after training."""
 
 from __future__ import annotations
 
@@ -33,16 +33,19 @@ from univitar_ds.training.distributed.preemption import SAVED, Stop
 
 logger = logging.getLogger(__name__)
 _CAUSES = {
-    "SIGKILL": " (by a person or, where memory ran out, by the system: see `dmesg`)",
+    "SIGKILL": " (by a user, or by the system if memory ran out: see `dmesg`)",
     "SIGBUS": " (a disk or /dev/shm is full, or a mapped file was truncated)",
 }
 
 
 def train(recipe: str, nproc: int | None, overrides: Sequence[str]) -> int:
-    """Start a run from a run file; returns the exit status.
+    """Starts a run from a run file. Returns the exit status.
 
-    Under a launcher, `srun` included, this process is one rank. If `nproc` is given, it starts that many
-    processes here and ignores the variables of launchers in the environment.
+    Under a launcher, `srun` included, this process becomes one rank. If `nproc` is given, this process starts that many
+    ranks on this machine and ignores the variables of launchers in the environment.
+
+    Args: recipe: path of the run file, or the name of a shipped recipe.
+    Raises: UserError as `create_run` and `run_rank`.
     """
     config = load_config(recipe, overrides)
     run = Path(config.output, config.name)
@@ -50,13 +53,18 @@ def train(recipe: str, nproc: int | None, overrides: Sequence[str]) -> int:
 
 
 def resume(run: Path, nproc: int | None, overrides: Sequence[str]) -> int:
-    """Continue the run in folder `run` from its last checkpoint; returns the exit status. `nproc`: see `train`."""
+    """Continues the run in folder `run` from its last checkpoint. Returns the exit status. `nproc`: see `train`.
+
+    Raises: UserError as `reopen_run` and `run_rank`.
+    """
     return _ranks(run, nproc, lambda size, lock: reopen_run(run, overrides, size, lock))
 
 
 def _ranks(run: Path, nproc: int | None, prepare: Callable[[int, RunLock], Path]) -> int:
-    """Run as one rank under a launcher, else start the ranks; `prepare` makes or reopens the folder for their
-    number."""
+    """Runs as one rank under a launcher, else starts the ranks.
+
+    Args: prepare: creates or reopens the folder, given the number of ranks and the lock.
+    """
     with RunLock(run) as lock:
         if _is_rank(nproc):
             return _join(lambda: prepare(int(os.environ["WORLD_SIZE"]), lock), run, lock)
@@ -66,11 +74,11 @@ def _ranks(run: Path, nproc: int | None, prepare: Callable[[int, RunLock], Path]
 
 
 def run_rank(run: Path, stop: Stop, lock: RunLock) -> int:
-    """Train as one rank of the process group that the environment describes; rank 0 then finishes the run.
+    """Trains as one rank of the process group that the environment describes. Rank 0 then finishes the run.
 
-    Args: lock: of the run's folder, as rank 0 has it.
-    Returns: the exit status, 0 or SAVED if `stop` of any rank was requested.
-    Raises: UserError; StorageError names the last whole checkpoint.
+    Args: stop: requests to stop this rank; lock: lock of the run's folder, held by rank 0.
+    Returns: the exit status: 0, or SAVED if `stop` of any rank was requested.
+    Raises: UserError; a StorageError also names the last complete checkpoint.
     """
     try:
         return _train_and_finish(run, stop, lock)
@@ -93,7 +101,7 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
     word = gather_json(lock.word, world)[0]
     if not world.is_main:
         lock.watch(word)
-        # The same lines from hundreds of ranks would hide those of the first one.
+        # Equal lines from hundreds of ranks would hide the lines of rank 0.
         logging.getLogger("univitar_ds").setLevel(logging.WARNING)
     completed = train_rank(load_config(run / CONFIG), run, world, stop)
     stop_world()
@@ -105,12 +113,11 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
 
 
 def finish_run(run: Path) -> None:
-    """After training, on one process: export of the encoder, and evaluation on held-out data.
+    """Exports the encoder and evaluates it on held-out data, after training, in one process.
 
-    The export comes first, since an evaluation may take longer than a job may run. Export, evaluation and summary do
-    not depend on each other's success.
-    Raises: UserError if one of them failed, after everything else was written; an evaluation that measured
-        nothing counts as failed.
+    The export is first, because an evaluation may exceed the time limit of a job. Each of export, evaluation and
+    summary is tried even if another one fails.
+    Raises: UserError if one of them fails, after the others are written. An evaluation that measures nothing fails.
     """
     from univitar_ds.convert.official import export_encoder
     from univitar_ds.evaluation.run import evaluate_run
@@ -135,7 +142,7 @@ def finish_run(run: Path) -> None:
 
 
 def _note_seconds(run: Path, seconds: dict[str, float]) -> None:
-    """Adds entries to the summary that training has written, if there is one."""
+    """Adds durations to the summary that training has written, if there is one."""
     if not (run / SUMMARY).is_file():
         return
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
@@ -146,7 +153,7 @@ def _note_seconds(run: Path, seconds: dict[str, float]) -> None:
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Store the seconds that the body took under `name`."""
+    """Stores the duration of the body in `seconds[name]`."""
     start = time.monotonic()
     try:
         yield
@@ -155,7 +162,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _start(run: Path, nproc: int, lock: RunLock) -> int:
-    """Train the prepared run: in this process when it is the only one, else through DeepSpeed's launcher."""
+    """Trains the prepared run: in this process if `nproc` is 1, else through DeepSpeed's launcher."""
     if nproc == 1:
         return run_rank(run, preemption.listen(), lock)
     from univitar_ds.training.distributed.process_group import uses_cuda
@@ -171,14 +178,14 @@ def _start(run: Path, nproc: int, lock: RunLock) -> int:
     this = Process.of(os.getpid())
     if this is not None:
         environment[orphans.STARTED_BY] = this.text
-    with signals_held():  # a signal would kill DeepSpeed's launcher, or make it end the ranks before they have saved
+    with signals_held():  # otherwise a signal may end DeepSpeed's launcher, or the ranks before they have saved
         launcher = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     stop = preemption.listen(Stop(first=lambda: _ask_ranks(launcher, stop), leaving=lambda: _kill(launcher)))
     return _result(launcher.wait(), stop)
 
 
 def _ask_ranks(launcher: subprocess.Popen[bytes], stop: Stop) -> None:
-    """Passes a first signal to the ranks; if there are none yet, nothing has been trained."""
+    """Sends the first signal on to the ranks. Ends this process if there are no ranks yet."""
     ranks = children(launcher.pid)
     if not ranks:
         stop.leave(stop.number)
@@ -188,7 +195,7 @@ def _ask_ranks(launcher: subprocess.Popen[bytes], stop: Stop) -> None:
 
 
 def _kill(launcher: subprocess.Popen[bytes]) -> None:
-    """Ends the launcher before its ranks; otherwise it would report their end."""
+    """Kills the launcher before its ranks. Otherwise the launcher would report the end of the ranks."""
     ranks = children(launcher.pid)
     for process in (launcher.pid, *ranks):
         with suppress(ProcessLookupError):
@@ -197,14 +204,14 @@ def _kill(launcher: subprocess.Popen[bytes]) -> None:
 
 
 def _result(code: int, stop: Stop) -> int:
-    """The exit status of the run from that of DeepSpeed's launcher, which is that of the first rank that failed."""
-    if stop.leaves:  # the thread that handles signals ended it
+    """Returns the exit status of the run. `code`: exit status of DeepSpeed's launcher or of the first failed rank."""
+    if stop.leaves:  # the thread that handles signals ended the launcher and ends this process
         threading.Event().wait()
     if code - 128 in SIGNALS:
         number = code - 128
-        if stop.requested:  # while the ranks were not training
+        if stop.requested:  # the request came while the ranks were not training
             stop.leave(stop.number)
-    else:  # it exits with a negative number if a signal ended a rank
+    else:  # the launcher exits with a negative number if a signal ended a rank
         number = -code if code < 0 else 256 - code
     if number not in list(signal.Signals):
         return code
@@ -215,7 +222,7 @@ def _result(code: int, stop: Stop) -> int:
 
 
 def _join(prepare, run: Path, lock: RunLock) -> int:
-    """Run as one rank under a launcher: rank 0 prepares the folder while the others wait."""
+    """Runs as one rank under a launcher: rank 0 prepares the folder while the other ranks wait."""
     stop = preemption.listen()
     orphans.end_with_launchers(stop)
     from univitar_ds.training.distributed.process_group import rank_zero_first, start_world
@@ -226,10 +233,11 @@ def _join(prepare, run: Path, lock: RunLock) -> int:
     except UserError as error:
         leave(error)
     except OSError as error:
-        leave(_refused(error))
+        leave(_storage_error(error))
 
 
 def _is_rank(nproc: int | None) -> bool:
+    """Whether this process is a rank of a launcher. With `nproc`, variables of launchers are removed."""
     if nproc is None:
         return is_rank(os.environ)
     if ignored := forget_launchers(os.environ):
@@ -238,21 +246,20 @@ def _is_rank(nproc: int | None) -> bool:
 
 
 def _check_gpus(nproc: int) -> None:
-    """Called before anything is replaced: a run that cannot start replaces nothing."""
+    """Raises: ConfigError if there are too few GPUs. Called before files are replaced."""
     from univitar_ds.training.distributed.process_group import check_gpus
 
     check_gpus(nproc)
 
 
 def _devices(nproc: int) -> list[str] | list[int]:
-    """The value of CUDA_VISIBLE_DEVICES for DeepSpeed's launcher: the first ones of those that the user has made
-    visible."""
+    """Returns the devices for DeepSpeed's launcher: the first `nproc` of those in CUDA_VISIBLE_DEVICES."""
     from univitar_ds.training.distributed.process_group import uses_cuda
 
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown and uses_cuda():
-        return [name.strip() for name in shown.split(",")][:nproc]
-    return list(range(nproc))  # on the CPU only their number counts
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible and uses_cuda():
+        return [name.strip() for name in visible.split(",")][:nproc]
+    return list(range(nproc))  # on the CPU only the length counts
 
 
 def _free_port() -> int:
@@ -262,7 +269,10 @@ def _free_port() -> int:
 
 
 def leave(error: UserError) -> NoReturn:
-    """End a rank after a user's error: one rank reports it, and neither threads nor peers keep the process alive."""
+    """Ends this rank after a user's error, without waiting for threads or other ranks.
+
+    Only rank 0 reports an error that occurs on all ranks. A PeerFailure is not reported here.
+    """
     from univitar_ds.training.distributed.process_group import PeerFailure
     from univitar_ds.training.step.train_step import DivergedError
 
@@ -270,13 +280,13 @@ def leave(error: UserError) -> NoReturn:
     if not isinstance(error, PeerFailure) and not everybody_knows:
         with suppress(OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-    preemption.ignore()  # launchers end the other ranks when the first one is gone; this sets the exit code
+    preemption.ignore()  # a launcher's signal must not change the exit code
     release_all()
     os._exit(error.exit_code)
 
 
-def _refused(error: OSError) -> UserError:
-    """The error of the storage as a StorageError. Raises: the error itself if it is of another kind."""
+def _storage_error(error: OSError) -> UserError:
+    """Returns an error of the storage as a StorageError. Raises: the error itself if it has another cause."""
     sentence = storage_error(error)
     if sentence is None:
         raise error
@@ -284,7 +294,7 @@ def _refused(error: OSError) -> UserError:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    """One rank started by `_start`."""
+    """Runs one rank that `_start` has started."""
     prepare_screen()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     stop = preemption.listen()
@@ -298,7 +308,7 @@ def _main(arguments: Sequence[str]) -> int:
     except UserError as error:
         leave(error)
     except OSError as error:
-        leave(_refused(error))
+        leave(_storage_error(error))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Files that the program itself has written and may replace or remove; nothing else is ever deleted.
+"""Recognises the files that the program has written, which it may replace or remove. Nothing else is ever deleted.
 
-A folder that the program makes contains a small file as a mark. What it writes there is described by a tree: patterns
-of whole names, each with None for a file or another tree for a folder. Only regular files and folders of those names
-are removed, one by one; a link is never followed and, like any other name, belongs to the user.
+A folder that the program creates contains a marker file. A tree describes the entries that the program writes there:
+regular expressions for whole names, each with None for a file or another tree for a folder. Only regular files and
+folders with these names are removed, one by one. Links are never followed; they belong to the user, as do all other
+names.
 """
 
 from __future__ import annotations
@@ -20,20 +21,22 @@ from univitar_ds.atomic_write import replace_text
 from univitar_ds.errors import ConfigError, writing
 
 MARK = ".univitar-ds"
+"""Name of the marker file."""
 _PROGRAM = "univitar_ds"
 _PARTIAL = re.compile(r"\.(.+)\.partial", re.DOTALL)
 
 Names = Mapping[str, Union["Names", None]]
+"""A tree of the entries that the program writes."""
 
 
 def mark(folder: Path, kind: str) -> None:
-    """Mark this folder as made by the program: `kind` is "run", "export" or "demo"."""
+    """Writes the marker file of a folder that the program creates. `kind`: "run", "export" or "demo"."""
     if not is_marked(folder, kind):
         replace_text(folder / MARK, json.dumps({"program": _PROGRAM, "kind": kind}) + "\n")
 
 
 def is_marked(folder: Path, kind: str) -> bool:
-    """Whether the folder has the mark of this kind."""
+    """Whether the folder has a marker file of this kind."""
     try:
         if not stat.S_ISREG(os.lstat(folder / MARK).st_mode):
             return False
@@ -44,7 +47,7 @@ def is_marked(folder: Path, kind: str) -> bool:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing has this name, or it is a folder without entries."""
+    """Whether `folder` does not exist or has no entries. A broken symbolic link is not empty."""
     try:
         with os.scandir(folder) as entries:
             return next(entries, None) is None
@@ -53,7 +56,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def refuse_link(folder: Path) -> None:
-    """Raises: ConfigError for a link to a folder that is not empty, which must not be cleared through the link."""
+    """Raises: ConfigError if `folder` is a link to a folder that is not empty, because links are not followed."""
     if folder.is_symlink() and not is_empty(folder):
         raise ConfigError(
             f"{folder} is a link to {os.path.realpath(folder)}, and nothing is replaced through a link; name the "
@@ -62,7 +65,7 @@ def refuse_link(folder: Path) -> None:
 
 
 def foreign(folder: Path, names: Names) -> str | None:
-    """The first entry, as a path below `folder`, that the program does not write; None if there is none."""
+    """Returns the path, relative to `folder`, of the first entry that the program does not write; None without one."""
     for entry in _entries(folder):
         inner = _fitting(entry, names)
         if inner is _NOTHING:
@@ -73,7 +76,7 @@ def foreign(folder: Path, names: Names) -> str | None:
 
 
 def clear(folder: Path, names: Names) -> None:
-    """Remove every file of these names below `folder`, and then the empty folders among them."""
+    """Removes every file with one of these names below `folder`, and then every named folder that is empty."""
     for entry in _entries(folder):
         inner = _fitting(entry, names)
         if inner is _NOTHING:
@@ -86,7 +89,7 @@ def clear(folder: Path, names: Names) -> None:
 
 
 def remove(folder: Path, names: Names) -> bool:
-    """`clear` the folder and remove it if nothing is left; returns whether it is gone. A link is not followed."""
+    """Clears the folder (`clear`) and removes it if it is empty. Returns whether it is removed; False for a link."""
     if folder.is_symlink():
         return False
     try:
@@ -102,10 +105,10 @@ def remove(folder: Path, names: Names) -> bool:
 
 
 def check_result(path: Path, ours: Callable[[Path], bool]) -> None:
-    """Checks a file that the user named for a result, before the work is done.
+    """Checks that a result can be written to `path`, before the result is computed.
 
-    Args: ours: whether an existing file was written by the same command, and may be replaced.
-    Raises: ConfigError for a file that was not, or that cannot be written.
+    Args: ours: returns whether the same command wrote an existing file, which may then be replaced.
+    Raises: ConfigError if another program wrote the file, or if the file cannot be written.
     """
     parent = path.absolute().parent
     if not os.path.isdir(parent):
@@ -124,7 +127,7 @@ def check_result(path: Path, ours: Callable[[Path], bool]) -> None:
 
 
 def write_result(path: Path, text: str) -> None:
-    """Writes a file that `check_result` has allowed; /dev/stdout or a pipe is not replaced. Raises: StorageError."""
+    """Writes a file that `check_result` accepted, into /dev/stdout or a pipe if it is one. Raises: StorageError."""
     if path.exists() and not path.is_file():
         with writing(path):
             path.write_text(text, encoding="utf-8")
@@ -133,7 +136,7 @@ def write_result(path: Path, text: str) -> None:
 
 
 class _Nothing(dict):
-    """The entry of a name that the program does not write."""
+    """The type of `_NOTHING`, which marks an entry that the program does not write."""
 
 
 _NOTHING: Names = _Nothing()
@@ -145,7 +148,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _fitting(entry: os.DirEntry[str], names: Names) -> Names | None:
-    """The tree of a folder that the program writes, None for such a file, else `_NOTHING`."""
+    """Returns the tree of a folder that the program writes, None for a file that it writes, else `_NOTHING`."""
     folder = entry.is_dir(follow_symlinks=False)
     if not folder and not entry.is_file(follow_symlinks=False):
         return _NOTHING

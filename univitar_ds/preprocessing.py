@@ -1,4 +1,4 @@
-"""Images and videos to the encoder's input, as the release prepares them."""
+"""Converts images and videos to the encoder's input, as the release does."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from univitar_ds.kernels.reference import normalise, patchify
 
 
 class Preprocessor:
-    """Turns images and videos into the encoder's `pixel_values` and `grid_thw`, as its release did."""
+    """Preprocessor that converts images and videos to the encoder's `pixel_values` and `grid_thw`."""
 
     def __init__(self, config: EncoderConfig) -> None:
         self.config = config
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Reads the rule from an encoder's `config.json`. Raises: CheckpointError if there is no valid one."""
+        """Reads an encoder's `config.json`. Raises: CheckpointError if the file is missing or invalid."""
         return cls(read_encoder_config(folder))
 
     def __call__(self, items: Sequence[Image.Image | Sequence[Image.Image]]) -> tuple[Tensor, Tensor]:
         """Prepares a pack.
 
-        Args: items: images, and videos as lists of frames (one, or an even number, all of one size).
+        Args: items: images, and videos as lists of frames (one, or an even number, of equal size).
         Returns: `pixel_values` (T, 1176) float32 and `grid_thw` (N, 3) int64.
-        Raises: UserError for anything else.
+        Raises: UserError if `items` is empty, has other content, or a video has too many frames.
         """
         pixels, frames, grids = self.pixels(items)
         patches = patchify(pixels, frames, grids, self.config.spatial_merge_size)
@@ -44,11 +44,12 @@ class Preprocessor:
     def pixels(
         self, items: Sequence[Image.Image | Sequence[Image.Image]]
     ) -> tuple[Tensor, list[int], list[tuple[int, int, int]]]:
-        """The same pack as bytes, for `model(pixels, grids, frames=frames)`: an eighth of the memory, for videos a
-        quarter.
+        """Prepares a pack as bytes for `model(pixels, grids, frames=frames)`.
 
-        Returns: (B,) uint8, see `kernels.reference.patchify`; frames and grids of the items.
-        Raises: UserError as above.
+        Bytes need an eighth of the memory of `pixel_values`, for videos a quarter.
+
+        Returns: pixels (B,) uint8, see `kernels.reference.patchify`; number of frames and grid of each item.
+        Raises: UserError as `__call__`.
         """
         if isinstance(items, Image.Image) or not items:
             raise UserError("the preprocessor takes a list of at least one image or video; put a single one in a list")

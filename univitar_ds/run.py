@@ -1,7 +1,7 @@
-"""The folder of a run: made once from a run file, and reopened by every later start.
+"""The folder of a run: created once from a run file, and reopened by every later launch.
 
-The process that the user started makes it, or rank 0 under a launcher; the ranks then read everything from it.
-The folder's content is the only state of a run.
+The process that the user started creates the folder, or rank 0 under a launcher; all ranks then read from it.
+The content of the folder is the only state of a run.
 """
 
 from __future__ import annotations
@@ -39,28 +39,29 @@ from univitar_ds.training.checkpoint import atomic_dir
 logger = logging.getLogger(__name__)
 
 CAPTIONS_FOR_TOKENIZER = 200_000
-"""Most captions that a tokenizer is trained on; more change it little."""
+"""Maximum number of captions that a tokenizer is trained on; more captions change it little."""
 KIND = "run"
-"""Kind of the mark in a run's folder."""
+"""Kind of the marker file in the folder of a run."""
 
 
 def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | None = None) -> Path:
-    """Make the run's folder: resolved config, DeepSpeed JSON and tokenizer. Returns the folder.
+    """Creates the run's folder with resolved config, DeepSpeed JSON and tokenizer. Returns the folder.
 
-    Only what an earlier start without a checkpoint has left there is replaced. A job that its launcher
-    has started again continues what it has saved.
+    Replaces only files that an earlier launch without a checkpoint left in the folder. If the folder has a checkpoint
+    of the same job before its launcher restarted it, the run is reopened.
 
-    Args: lock: of the folder; taken here and kept. None: taken and released.
-    Raises: ConfigError when the folder holds checkpoints or results, or anything that no run writes, or the
-        configurations contradict each other; RunLocked while another start has the folder; DataError when the sources
-        cannot feed the stages; StorageError.
+    Args: lock: lock of the folder, acquired here and kept. None: a lock is acquired and released here.
+    Raises: ConfigError if the folder contains checkpoints, results or files that no run writes, or if the
+        configurations contradict each other; CheckpointError if the teacher cannot be used; RunLocked if another
+        launch has the lock; DataError if the sources cannot feed the stages; InstallationError if the text tower
+        cannot be built in this environment; StorageError if the folder cannot be written.
     """
     run = Path(config.output, config.name)
     with writing(run), _held(run, lock) as lock:
         lock.refuse()
         if atomic_dir.latest(run / CHECKPOINTS) is not None and lock.continues():
             return reopen_run(run, (), world_size, lock)
-        _refuse_filled(run, recipe)
+        _check_unused(run, recipe)
         deepspeed = read_deepspeed(config.deepspeed)
         resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
         _check_text_library()
@@ -69,7 +70,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         _check_teacher(config)
         run.mkdir(parents=True, exist_ok=True)
         lock.take()
-        _refuse_filled(run, recipe)  # another start may have written here since
+        _check_unused(run, recipe)  # another launch may have written here since
         clear(run, RUN_ENTRIES)
         mark(run, KIND)
         dump_config(anchored(config), run / CONFIG)
@@ -79,11 +80,12 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
 
 
 def reopen_run(run: Path, overrides: Sequence[str], world_size: int, lock: RunLock | None = None) -> Path:
-    """Check that the run in folder `run` can continue with `overrides`, and store them. Returns the folder.
+    """Checks that the run in folder `run` can continue with `overrides`, and stores them. Returns the folder.
 
-    Args: lock: as of `create_run`.
-    Raises: ConfigError for a folder without a run, or an override that would change the run's result; RunLocked while
-        another start has the folder; DataError for sources that no longer exist; StorageError.
+    Args: lock: as in `create_run`.
+    Raises: ConfigError if the folder has no run or an override would change the run's result; RunLocked if another
+        launch has the lock; DataError if a source no longer exists; InstallationError if the text tower cannot be
+        built in this environment; StorageError if the folder cannot be written.
     """
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run} holds no {CONFIG}, so it is not a run; give the folder that an earlier run wrote")
@@ -101,7 +103,7 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int, lock: RunLo
         _check_text_library()
         _report_unused(after)
         _check_sources(after)
-        mark(run, KIND)  # those of earlier versions have none
+        mark(run, KIND)  # folders of earlier versions have no marker file
         dump_config(anchored(after), run / CONFIG)
         _write_deepspeed(run, deepspeed)
     return run
@@ -109,7 +111,7 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int, lock: RunLo
 
 @contextmanager
 def _held(run: Path, lock: RunLock | None) -> Iterator[RunLock]:
-    """The caller's lock, which is kept, or a new one for the body."""
+    """Yields the caller's lock, which is kept, or a new one that is released after the body."""
     if lock is not None:
         yield lock
         return
@@ -117,10 +119,10 @@ def _held(run: Path, lock: RunLock | None) -> Iterator[RunLock]:
         yield own
 
 
-def _refuse_filled(run: Path, recipe: str) -> None:
-    """Raises: ConfigError for a folder that holds more than what a start without a checkpoint leaves."""
+def _check_unused(run: Path, recipe: str) -> None:
+    """Raises: ConfigError if the folder contains more than files of a launch without a checkpoint."""
     if run.is_symlink() and not run.exists():
-        raise ConfigError(f"{run} is a link to nothing; remove the link, or choose another name=...")
+        raise ConfigError(f"{run} is a broken symbolic link; remove the link, or choose another name=...")
     if run.exists() and not run.is_dir():
         raise ConfigError(f"{run} is a file; choose another name=... or output=...")
     if not run.exists() or foreign(run, LOCKS) is None:
@@ -151,7 +153,7 @@ def _refuse_filled(run: Path, recipe: str) -> None:
 
 
 def _is_earlier(run: Path) -> bool:
-    """Whether a folder without a mark was made by an earlier version, judged by its config.yaml."""
+    """Whether an earlier version created this folder without a marker file, judged by its config.yaml."""
     try:
         text = (run / CONFIG).read_text(encoding="utf-8")
         return dumped(yaml.safe_load(text)) == text and load_config(run / CONFIG).name == run.name
@@ -164,7 +166,7 @@ def _write_deepspeed(run: Path, content: dict) -> None:
 
 
 def _provide_tokenizer(config: RunConfig, target: Path) -> None:
-    """The run's tokenizer: the given one, the text tower's own, or one trained on the captions."""
+    """Writes the run's tokenizer: the configured one, that of the text tower's folder, or one trained on captions."""
     from univitar_ds.data.shards.sources import iterate_captions
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.tokenization import load_tokenizer, train_tokenizer
@@ -172,7 +174,7 @@ def _provide_tokenizer(config: RunConfig, target: Path) -> None:
     text = config.model.text
     given = Path(text.tokenizer) if text.tokenizer else Path(text.path, TOKENIZER) if text.path else None
     if given:
-        load_tokenizer(given)  # refuses a missing or broken file before anything starts
+        load_tokenizer(given)  # rejects a missing or broken file before the training starts
         with replacing(target) as partial:
             shutil.copyfile(given, partial)
         return
@@ -187,7 +189,7 @@ def _report_unused(config: RunConfig) -> None:
 
 
 def _check_sources(config: RunConfig) -> None:
-    """Raises: DataError if a source of training or evaluation is missing, or holds nothing for it."""
+    """Raises: DataError if a source of training or evaluation is missing or has no usable samples."""
     from univitar_ds.data.shards.contents import check_contents
     from univitar_ds.data.shards.sources import find_shards, validate_sources
     from univitar_ds.data.storage.base import StorageSettings
@@ -202,7 +204,7 @@ def _check_sources(config: RunConfig) -> None:
 
 
 def _check_teacher(config: RunConfig) -> None:
-    """Reads the teacher's configuration before anything starts, so that an unsupported model is refused here."""
+    """Reads the teacher's configuration, so that an unsupported model is rejected before the training starts."""
     if config.objective.teacher is not None:
         from univitar_ds.model.teacher.teacher import read_teacher
 
@@ -210,7 +212,7 @@ def _check_teacher(config: RunConfig) -> None:
 
 
 def _check_text_library() -> None:
-    """Raises: InstallationError if this environment cannot build the text tower, before a folder is made for a run."""
+    """Raises: InstallationError if this environment cannot build the text tower."""
     from univitar_ds.model.towers import check_text_library
 
     check_text_library()

@@ -1,12 +1,12 @@
-"""Only one start at a time writes a run's folder.
+"""Locks the folder of a run, so that only one launch at a time writes it.
 
-    .lock-00000003        the lock: host, processes, jobs and token of the start that holds it, or a note that it was
+    .lock-00000003        the lock: host, processes, jobs and token of the launch that holds it, and whether it was
     released
 
-A start takes the lock by creating the file of the next number exclusively, which only one start can do. So a dead lock
-is not removed but superseded, which works on every file system and is free of races between several starts; the file of
-the last start stays, released. The start that holds the lock touches its file every 10 s; others compare that time with
-the time of a file that they create themselves, so that only the file server's clock counts.
+A launch acquires the lock by exclusively creating the file with the next number, which only one launch can do. So a
+dead lock is not removed but superseded, which works on every file system and without races between launches. The file
+of the last launch stays, marked as released. The launch that holds the lock touches its file every 10 s. Other launches
+compare that time with the time of a file that they create, so that only the clock of the file server counts.
 """
 
 from __future__ import annotations
@@ -24,40 +24,42 @@ from pathlib import Path
 from typing import Any
 
 from univitar_ds.errors import UserError, writing
-from univitar_ds.identity import JOBS, restarted, this_job, this_machine, this_process
+from univitar_ds.identity import JOB_LABELS, restart_message, this_job, this_machine, this_process
 from univitar_ds.processes import Process
 
 VARIABLE = "UNIVITAR_DS_RUN_LOCK"
-"""Passes `RunLock.word` to the processes that are started under the lock."""
+"""Environment variable that passes `RunLock.word` to processes that are started under the lock."""
 HEARTBEAT_S = 10.0
+"""Seconds between two updates of the time of the lock's file."""
 STALE_S = 60.0
+"""Seconds without an update after which the lock is dead."""
 _TRIES = 20
 PAUSE_S = 0.1
-"""Between two tries to take a lock that others are taking."""
+"""Seconds between two attempts to acquire a lock that other launches are acquiring."""
 RECENT_S = 1.0
-"""`check(recently=True)` looks at the file again after so long."""
+"""Seconds after which `check(recently=True)` reads the file again."""
 _NAME = re.compile(r"\.lock-(\d{8})")
 
 logger = logging.getLogger(__name__)
 _known: dict[str, RunLock] = {}
-"""By the real path of a run's folder: the lock that this process works under."""
+"""The lock under which this process works, by the real path of the run's folder."""
 
 
 class RunLocked(UserError):
-    """Another start is writing the run's folder."""
+    """The error that another launch is writing the run's folder."""
 
 
 class LockLost(UserError):
-    """Another start has taken the run's folder over."""
+    """The error that another launch has taken over the run's folder."""
 
 
 class RunLock:
-    """The lock of the folder `run`. A context manager that releases the lock if it was taken."""
+    """The lock of the folder `run`. As a context manager, it releases the lock at the end."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
         self.number = 0
-        """0: not taken."""
+        """Number of the lock's file; 0: not acquired."""
         self._record: dict[str, Any] = {}
         self._file: int | None = None
         self._ended = threading.Event()
@@ -73,24 +75,24 @@ class RunLock:
 
     @property
     def word(self) -> str:
-        """The text with which another process works under this lock; empty while it is not taken."""
+        """The text with which another process works under this lock; empty if the lock is not acquired."""
         return f"{self.number}:{self._record['token']}" if self.number else ""
 
     def refuse(self) -> None:
-        """Raises: RunLocked if another live start has the lock. Writes only a temporary file."""
+        """Raises: RunLocked if another live launch has the lock. Writes only a temporary file."""
         found = self._last()
         if found is not None:
             self._why_over(*found)
 
     def continues(self) -> bool:
-        """Whether the last start in this folder was of the same job, which was restarted since."""
+        """Whether the last launch in this folder belongs to the same job, which was restarted since."""
         found = self._last()
-        return found is not None and restarted(this_job(os.environ), found[1].get("jobs", {})) is not None
+        return found is not None and restart_message(this_job(os.environ), found[1].get("jobs", {})) is not None
 
     def take(self) -> None:
-        """Take the lock of an existing folder. Dead locks are taken over, with a line in the log.
+        """Acquires the lock of an existing folder. Dead locks are taken over, with a line in the log.
 
-        Raises: RunLocked if another start has it.
+        Raises: RunLocked if another launch has the lock; StorageError.
         """
         if self.number:
             return
@@ -101,9 +103,9 @@ class RunLock:
                 break
             time.sleep(PAUSE_S)
         else:
-            raise RunLocked(f"{self.run} is being taken by other starts at this moment; start one run at a time")
+            raise RunLocked(f"{self.run} is being taken by other launches at this moment; start one run at a time")
         if reason:
-            logger.warning("%s: the lock of an earlier start is taken over: %s", self.run, reason)
+            logger.warning("%s: the lock of an earlier launch is taken over: %s", self.run, reason)
         for number in self._numbers():
             if number < self.number:
                 with suppress(FileNotFoundError):
@@ -111,7 +113,7 @@ class RunLock:
         self._begin()
 
     def join(self, word: str) -> None:
-        """Share the lock that the parent process took: it is held as long as either process lives."""
+        """Shares the lock of the parent process. The lock is held as long as one of the two processes lives."""
         self.watch(word)
         if not self.number:
             return
@@ -125,23 +127,22 @@ class RunLock:
         self._begin()
 
     def watch(self, word: str) -> None:
-        """Work under the lock that another process of this run has taken; `check` then knows it. Empty: no lock."""
+        """Works under the lock that another process of this run has acquired. `word`: see `word`; empty: no lock."""
         number, _, token = word.partition(":")
         if number:
             self.number, self._record = int(number), {"token": token}
             _known[os.path.realpath(self.run)] = self
 
     def check(self, *, recently: bool = False) -> None:
-        """Raises: LockLost if another start has taken the run over. `recently`: a check within the last second is
-        enough.
+        """Raises: LockLost if another launch has taken the run over.
 
-        Time while the machine is suspended counts, too.
+        Args: recently: whether a check within the last second, suspension of the machine included, is enough.
         """
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         if not self.number or (recently and now - self._seen < RECENT_S):
             return
         try:
-            with open(self._path(self.number), "rb") as file:  # opening asks the file server, if there is one
+            with open(self._path(self.number), "rb") as file:  # opening asks the file server
                 record = _parsed(file.read())
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
@@ -149,19 +150,19 @@ class RunLock:
             record = {}
         if record.get("token") != self._record["token"] or os.path.exists(self._path(self.number + 1)):
             raise LockLost(
-                f"{self.run} was taken over by another start{self._successor()}; this one stops before it writes"
+                f"{self.run} was taken over by another launch{self._successor()}; this one stops before it writes"
             )
         self._seen = now
 
     def release(self) -> None:
-        """Writes into the file that the lock is released. Also for a lock that was lost or never taken."""
+        """Marks the lock as released. May also be called if the lock was lost or never acquired."""
         self._ended.set()
         _known.pop(os.path.realpath(self.run), None)
         file, self._file, self.number = self._file, None, 0
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(RECENT_S)  # a disk that hangs does not delay the end
         if file is not None:
-            with suppress(OSError):  # nor does a full one: the process ends soon
+            with suppress(OSError):  # a full disk does not delay it either: the process ends soon
                 if not self._joined:
                     os.pwrite(file, _line({**self._record, "released": True}), 0)
             os.close(file)
@@ -174,11 +175,11 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
-            with suppress(OSError, TypeError):  # it was released at this moment
-                os.utime(self._file)  # without a time: the file server's own
+            with suppress(OSError, TypeError):  # the lock was released at this moment
+                os.utime(self._file)  # without a time, the file server's clock is used
 
     def _make(self, number: int) -> bool:
-        """Create the file of this number; returns whether it is ours and the last one."""
+        """Creates the file with this number. Returns whether this launch created it and it is the last file."""
         record = {"token": uuid.uuid4().hex, **this_machine(), "processes": [this_process()]}
         record |= {"jobs": this_job(os.environ), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "released": False}
         with writing(self._path(number)):
@@ -191,7 +192,7 @@ class RunLock:
                 if max(self._numbers(), default=0) == number:
                     self.number, self._record, self._file = number, record, file
                     return True
-                os.unlink(self._path(number))  # other starts have taken later numbers
+                os.unlink(self._path(number))  # other launches have later numbers
             except OSError:
                 os.unlink(self._path(number))
                 raise
@@ -201,10 +202,10 @@ class RunLock:
         return False
 
     def _why_over(self, number: int, record: dict[str, Any], age_s: float) -> str:
-        """Why the lock is no longer valid, empty if it was released. Raises: RunLocked if it is valid."""
+        """Returns why the lock is dead; empty if it was released. Raises: RunLocked if the lock is valid."""
         if record.get("released"):
             return ""
-        if again := restarted(this_job(os.environ), record.get("jobs", {})):
+        if again := restart_message(this_job(os.environ), record.get("jobs", {})):
             return again
         machine = this_machine()
         processes = record.get("processes", [])
@@ -215,11 +216,11 @@ class RunLock:
             return f"{_in_words(record)} was last heard of {age_s:.0f} s ago (limit {STALE_S:.0f} s)"
         raise RunLocked(
             f"{self.run} is in use by {_in_words(record)}, last heard of {max(age_s, 0):.0f} s ago; wait for it or "
-            f"stop it, or start another run under another name=... (a dead start counts for {STALE_S:.0f} s at most)"
+            f"stop it, or start another run under another name=... (a dead launch counts for {STALE_S:.0f} s at most)"
         )
 
     def _last(self) -> tuple[int, dict[str, Any], float] | None:
-        """Number and record of the last lock, and the seconds since its heartbeat; None if there was none."""
+        """Returns number and record of the last lock, and the seconds since its heartbeat; None without a lock."""
         for _ in range(_TRIES):
             numbers = self._numbers()
             if not numbers:
@@ -227,18 +228,18 @@ class RunLock:
             try:
                 with open(self._path(max(numbers)), "rb") as file:
                     record, touched = _parsed(file.read()), os.fstat(file.fileno()).st_mtime
-            except FileNotFoundError:  # superseded at this moment
+            except FileNotFoundError:  # the file was superseded at this moment
                 continue
             if record:
                 over = record.get("released")
                 return max(numbers), record, 0.0 if over else self._now() - touched
             if (age_s := self._now() - touched) > STALE_S:
                 return max(numbers), record, age_s
-            time.sleep(PAUSE_S)  # it is being written
+            time.sleep(PAUSE_S)  # the record is being written
         return max(numbers, default=0), {}, 0.0
 
     def _now(self) -> float:
-        """The file server's clock: the modification time of a new file."""
+        """Returns the time of the file server's clock: the modification time of a new file."""
         probe = self.run / f".lock-probe-{uuid.uuid4().hex}"
         with writing(probe):
             file = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -267,9 +268,9 @@ class RunLock:
 
 
 def still_ours(run: Path, *, recently: bool = False) -> None:
-    """Called before something is written into a run's folder. Raises: LockLost.
+    """Raises: LockLost if another launch has taken over the folder. Must be called before writing into the folder.
 
-    A process without a lock of this folder, such as `univitar-ds eval`, passes.
+    Does nothing in a process without a lock of this folder, such as `univitar-ds eval`.
     """
     lock = _known.get(os.path.realpath(run))
     if lock is not None:
@@ -277,7 +278,7 @@ def still_ours(run: Path, *, recently: bool = False) -> None:
 
 
 def release_all(within_s: float = 2.0) -> None:
-    """Called before the process ends without its context managers; does not wait for a disk that hangs."""
+    """Releases all locks, for a process that ends without its context managers. Waits at most `within_s`."""
     locks = list(_known.values())
     if locks:
         thread = threading.Thread(target=lambda: [lock.release() for lock in locks], daemon=True)
@@ -286,7 +287,7 @@ def release_all(within_s: float = 2.0) -> None:
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    """Padded with blanks, which JSON allows, so that one write replaces any earlier record."""
+    """Returns a record as JSON, padded with blanks so that one write replaces any earlier record."""
     return json.dumps(record).ljust(4096).encode() + b"\n"
 
 
@@ -299,10 +300,10 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _in_words(record: dict[str, Any]) -> str:
-    """A start in words: host, processes, jobs."""
+    """Describes a launch in words: host, processes, jobs."""
     if not record:
-        return "a start that has only just begun"
+        return "a launch that has only just begun"
     numbers = [str(pid) for pid, _ in record["processes"]]
-    jobs = "".join(f", {JOBS[kind]} {job['id']}" for kind, job in record.get("jobs", {}).items())
+    jobs = "".join(f", {JOB_LABELS[kind]} {job['id']}" for kind, job in record.get("jobs", {}).items())
     plural = "es" if len(numbers) > 1 else ""
     return f"process{plural} {' and '.join(numbers)} on host {record['host']}{jobs} (since {record['since']})"

@@ -1,4 +1,4 @@
-"""Captions to token ids: a byte-level BPE trained on the captions, or a given tokenizer.json."""
+"""Encodes captions as token ids, with a byte-level BPE trained on the captions or a given tokenizer.json."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ _SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[UNK]")
 _SMALLEST_VOCAB = 256 + len(_SPECIAL)
 _BEGINS = ("[BOS]", "<|startoftext|>", "<s>", "<bos>", "[CLS]")
 _ENDS = ("[EOS]", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
-_MOST_CHARACTERS = 256
-"""Characters of a caption per id of a row; the rest is ignored. The library takes 350 bytes for every character."""
+_MAX_CHARACTERS = 256
+"""Maximum characters of a caption per id of `context_length`. The library needs 350 bytes for every character."""
 _PADS = ("[PAD]", "<pad>", "<|pad|>")
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of special tokens. `bos_id` is None for a tokenizer without one; a missing pad is the end id, as in CLIP."""
+    """Ids of special tokens, and the size of the vocabulary.
+
+    `bos_id` is None if the tokenizer has no begin token. `pad_id` is `eos_id` if it has no pad token, as in CLIP.
+    """
 
     pad_id: int
     bos_id: int | None
@@ -33,11 +36,11 @@ class SpecialIds:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` ids: any text can be encoded, case does not matter.
+    """Trains a byte-level BPE with at most `vocab_size` ids, which encodes any text and ignores case.
 
-    The same captions, in any order, give the same tokenizer. [PAD] is 0, [BOS] 1, [EOS] 2, [UNK] 3.
+    The tokenizer does not depend on the order of the captions. [PAD] is 0, [BOS] 1, [EOS] 2, [UNK] 3.
 
-    Raises: ConfigError if the vocabulary cannot hold all bytes; DataError without captions.
+    Raises: ConfigError if `vocab_size` is too small for all bytes and special tokens; DataError without captions.
     """
     if vocab_size < _SMALLEST_VOCAB:
         raise ConfigError(
@@ -65,35 +68,36 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer.json, ready for `encode`.
+    """Reads a tokenizer.json for `encode`.
 
-    Raises: ConfigError if the file is missing, broken or has no end-of-text token.
+    Raises: ConfigError if the file is missing, cannot be read or has no end-of-text token.
     """
     if not Path(path).is_file():
         raise ConfigError(f"no tokenizer at {path}; name a tokenizer.json, or leave it out to have one trained")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for a file it cannot parse
+    except Exception as error:  # the library raises a plain Exception for a file that it cannot parse
         raise ConfigError(f"{path} is no tokenizer.json that the tokenizers library can read: {error}") from error
     special_ids(tokenizer, str(path))
     return _plain(tokenizer)
 
 
 def special_ids(tokenizer: Tokenizer, name: str = "the tokenizer") -> SpecialIds:
-    """The ids that padding, pooling and the text tower need.
+    """Returns the ids that padding, pooling and the text tower need.
 
-    Raises: ConfigError without an end-of-text token.
+    Args: name: name of the tokenizer in the message.
+    Raises: ConfigError if the tokenizer has no end-of-text token.
     """
 
-    pad, begin, end = _marks(tokenizer)
+    pad, begin, end = _special_token_ids(tokenizer)
     if end is None:
         raise ConfigError(f"{name} has none of the end-of-text tokens {', '.join(_ENDS)}; add one of them to it")
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     return SpecialIds(end if pad is None else pad, begin, end, vocab_size)
 
 
-def _marks(tokenizer: Tokenizer) -> tuple[int | None, int | None, int | None]:
-    """Ids of pad, begin and end."""
+def _special_token_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None, int | None]:
+    """Returns the ids of pad, begin and end; None for a missing token."""
 
     def first(candidates: tuple[str, ...]) -> int | None:
         return next((i for i in map(tokenizer.token_to_id, candidates) if i is not None), None)
@@ -102,30 +106,29 @@ def _marks(tokenizer: Tokenizer) -> tuple[int | None, int | None, int | None]:
 
 
 def encode(tokenizer: Tokenizer, captions: Sequence[str], context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of captions, each from begin to end token; a caption that is too long is truncated but keeps its end
-    token.
+    """Encodes captions, each with begin and end token. Long captions are truncated but keep the end token.
 
-    Args: captions N; context_length, most ids of a row.
-    Returns: ids (N, S) int64, padded to the longest row (S is 1 for N = 0); lengths (N,) int64.
+    Args: captions: N texts; context_length: maximum number of ids of a row.
+    Returns: ids (N, S) int64, padded to the longest row (S is 1 if N is 0); lengths (N,) int64.
     """
     return padded(tokenizer, token_rows(tokenizer, captions, context_length))
 
 
 def token_rows(tokenizer: Tokenizer, captions: Sequence[str], context_length: int) -> list[list[int]]:
-    """The first half of `encode`: the expensive part, which other threads may run."""
-    _, bos_id, eos_id = _marks(tokenizer)  # `special_ids` also makes a dictionary of the whole vocabulary
+    """Returns the ids of each caption, without padding. This is the expensive part of `encode`, safe in any thread."""
+    _, bos_id, eos_id = _special_token_ids(tokenizer)  # `special_ids` would copy the vocabulary
     assert eos_id is not None, "load_tokenizer refuses a tokenizer without one"
     begin = [] if bos_id is None else [bos_id]
     room = context_length - len(begin) - 1
     assert room >= 0
-    most = _MOST_CHARACTERS * context_length
-    encoded = tokenizer.encode_batch([_encodable(caption[:most]) for caption in captions], add_special_tokens=False)
+    limit = _MAX_CHARACTERS * context_length
+    encoded = tokenizer.encode_batch([_encodable(caption[:limit]) for caption in captions], add_special_tokens=False)
     return [[*begin, *one.ids[:room], eos_id] for one in encoded]
 
 
 def padded(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The second half of `encode`."""
-    pad_id, _, eos_id = _marks(tokenizer)
+    """Pads rows of ids. Returns ids (N, S) and lengths (N,) as `encode` does."""
+    pad_id, _, eos_id = _special_token_ids(tokenizer)
     longest = max(map(len, rows), default=1)
     padding = [eos_id if pad_id is None else pad_id] * longest
     token_ids = torch.tensor([[*row, *padding[len(row) :]] for row in rows], dtype=torch.int64)
@@ -133,7 +136,7 @@ def padded(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> tuple[torch.T
 
 
 def caption_id(caption: str) -> int:
-    """A 63-bit number for a caption, the same on every machine; case and runs of blanks do not count."""
+    """Returns a 63-bit hash of a caption, equal on every machine. Case and runs of blanks do not count."""
     words = " ".join(unicodedata.normalize("NFC", _encodable(caption)).lower().split())
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -144,7 +147,7 @@ def _encodable(caption: str) -> str:
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Truncation and padding are done here, and "[EOS]" in a caption is plain text."""
+    """Turns off the library's truncation and padding, and special tokens in captions. Returns the tokenizer."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

@@ -113,7 +113,7 @@ def test_a_run_that_was_taken_over_stops_on_all_ranks_before_it_saves(shards, tm
         first, second = run_distributed(under_lock, 2, run, lock.word)
     for kind, said in (first, second):
         assert kind in ("LockLost", "PeerFailure")
-        assert "was taken over by another start" in said
+        assert "was taken over by another launch" in said
     assert whole(run) == "step-00000002"
     assert [line["step"] for line in metrics(run)] == [1, 2, 3]
 

@@ -191,7 +191,7 @@ def test_a_job_that_torchrun_has_started_again_continues_what_it_saved(config, m
         with RunLock(run) as second:
             assert create_run(config, "test", 1, second) == run
             assert contents(run) == before
-            with pytest.raises(UserError, match="taken over by another start"):
+            with pytest.raises(UserError, match="taken over by another launch"):
                 lock.check()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     with pytest.raises(ConfigError, match="holds the checkpoints of an earlier run"):

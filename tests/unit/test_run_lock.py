@@ -215,7 +215,7 @@ def test_a_run_whose_lock_was_taken_over_stops_before_it_writes(tmp_path):
     rewritten(tmp_path, host="elsewhere")
     aged(tmp_path, 100)
     second.take()
-    with pytest.raises(LockLost, match=rf"taken over by another start, process {os.getpid()} on host .* stops before"):
+    with pytest.raises(LockLost, match=rf"taken over by another launch, process {os.getpid()} on host .* stops before"):
         first.check()
     second.check()
     first.release()
@@ -275,7 +275,7 @@ def test_a_lock_shared_with_a_child_lives_as_long_as_either(started, tmp_path):
 def test_a_lock_that_is_being_written_is_held_until_it_is_old(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "PAUSE_S", 0.001)
     (tmp_path / ".lock-00000001").touch()
-    with pytest.raises(RunLocked, match="a start that has only just begun"):
+    with pytest.raises(RunLocked, match="a launch that has only just begun"):
         RunLock(tmp_path).take()
     aged(tmp_path, 70)
     with RunLock(tmp_path) as lock:

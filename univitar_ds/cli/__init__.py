@@ -1,3 +1,3 @@
-"""The command `univitar-ds`: one file per group of commands."""
+"""The command `univitar-ds`, with one file per group of subcommands."""
 
 __all__ = ["main"]

@@ -9,9 +9,10 @@ from pathlib import Path
 def add_command(
     commands, name: str, run, help_text: str, description: str = "", *, leaves_files: bool = True
 ) -> argparse.ArgumentParser:
-    """Adds a command to `commands`; `run` is called with its arguments.
+    """Adds a command to `commands`. Returns the command's parser.
 
-    Args: leaves_files: whether its results are in files as well, so that it succeeds even if stdout fails.
+    Args: run: called with the parsed arguments, returns the exit status or None; leaves_files: whether the results are
+        also in files, so that the command succeeds even if stdout fails.
     """
     parser = commands.add_parser(
         name,
@@ -26,33 +27,33 @@ def add_command(
 def add_overrides(
     parser: argparse.ArgumentParser, help_text: str = "dotted keys of the run file, such as stages.0.lr=5e-4"
 ) -> None:
-    """The help for overrides: any key of the run file."""
+    """Adds the arguments KEY=VALUE, which override keys of the run file."""
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=help_text)
 
 
 def shown(text: str) -> str:
-    """Text for a terminal: characters that are not printable are escaped.
+    """Returns `text` with escapes for characters that are not printable.
 
-    Names come from outside. They may contain bytes that are not UTF-8, which cannot be printed, and control
-    characters, which would control the terminal.
+    Names of files and keys may contain bytes that are not UTF-8, which cannot be printed, and control characters, which
+    would control the terminal.
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def expand(text: str) -> Path:
-    """A path, expanded as in a run file, see `config/paths.py`. Raises: ConfigError."""
+    """Returns a path, expanded as in a run file (`config.paths`). Raises: ConfigError if it cannot be expanded."""
     return Path(expand_place(text))
 
 
 def expand_place(text: str) -> str:
-    """The same for a path that may be an s3:// address."""
+    """Returns a path or s3:// address, expanded as in a run file. Raises: ConfigError if it cannot be expanded."""
     from univitar_ds.config import paths  # needs pydantic, which `--help` does not need
 
     return paths.expand(text)
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1, as a type of argparse."""
+    """Parses an integer of at least 1, for argparse. Raises: ArgumentTypeError or ValueError for any other text."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")

@@ -1,4 +1,4 @@
-"""`univitar-ds data ...`: pack, verify, probe, inspect, and the demo's scenes."""
+"""The commands `univitar-ds data`: pack, verify, probe, inspect and scenes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from univitar_ds.data.storage.base import StorageSettings
 
 
-_MOST_NAMED = 10
-"""Extensions that `data verify` prints; its report has them all."""
+_MAX_NAMED = 10
+"""Maximum number of extensions that `data verify` prints; the report lists all."""
 
 
 def add_data(commands) -> None:
+    """Adds `data` and its subcommands to `commands`."""
     data = commands.add_parser("data", help="pack, verify, inspect and make data").add_subparsers(
         metavar="WHAT", required=True
     )
@@ -37,9 +38,9 @@ def add_data(commands) -> None:
         _pack,
         "turn a folder of images and videos into shards",
         "Turn a folder of images and videos into WebDataset shards and a manifest.\n\n"
-        "FOLDER holds either metadata.jsonl, one line per file:\n"
+        "FOLDER contains either metadata.jsonl, one line per file:\n"
         '  {"file": "a/b.jpg", "kind": "image", "caption": "...", "label": "cat", "split": "train"}\n'
-        "(`captions` takes a list; `label` and `split` may be absent), or files with their caption in a .txt\n"
+        "(`captions` gives a list; `label` and `split` may be absent), or files with their caption in a .txt\n"
         "(a/b.jpg and a/b.txt); links to folders are followed, each folder is packed once. Unreadable files are left\n"
         "out and listed in the manifest. After an interruption the same command continues where it stopped.",
     )
@@ -47,7 +48,7 @@ def add_data(commands) -> None:
     pack.add_argument(
         "out",
         type=expand_place,
-        help="a folder, or s3://bucket/prefix, to which shards are uploaded one by one and verified",
+        help="a folder, or s3://bucket/prefix; shards are uploaded one by one and verified",
     )
     pack.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard (default 64)")
     pack.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check the files")
@@ -66,14 +67,14 @@ def add_data(commands) -> None:
         "inspect",
         _inspect,
         "print and draw the packs that a run would read",
-        "Draw packs as the run would, print their content and draw an image (PNG): the sizes of the items,\n"
+        "Read packs as the run would, print statistics and plot an image (PNG): the sizes of the items,\n"
         "the fill of the packs, and one pack item by item.",
         leaves_files=False,
     )
     inspect.add_argument("--config", required=True, help="a run file or the name of a shipped recipe")
-    inspect.add_argument("--packs", type=positive, default=50, help="packs of each modality to draw (default 50)")
+    inspect.add_argument("--packs", type=positive, default=50, help="packs of each modality to read (default 50)")
     inspect.add_argument("--png", type=expand, default=Path("inspect.png"), help="the image (default inspect.png)")
-    inspect.add_argument("--json", action="store_true", help="print the figures as JSON")
+    inspect.add_argument("--json", action="store_true", help="print the numbers as JSON")
     add_overrides(inspect)
     scenes = add_command(data, "scenes", _scenes, "render the demo's scenes and moving shapes")
     scenes.add_argument("out", type=expand)
@@ -90,10 +91,10 @@ def _add_verify(data) -> None:
         "check whole sources: every shard, every sample",
         "Read every byte of every shard, compare it with its manifest and decode every sample. All errors are\n"
         "listed in a report (JSON) with shard, key, byte and a sentence. Exit status 1 if there are any.\n\n"
-        "With --config the limits of the run file's data section and its data.s3 are used, and the templates of\n"
-        "its sources, for each SOURCE that is one of them or in its folder; without a SOURCE its data.sources\n"
-        "are checked, each with its own split. If all sources of the run file are checked, modalities that its\n"
-        "stages read and the sources lack (no videos though video_ratio is above 0) are errors too.",
+        "--config applies the limits and data.s3 of the run file, and the templates of its sources to each SOURCE\n"
+        "that is one of them or in the folder of one. Without a SOURCE, the data.sources of the run file are\n"
+        "checked, each with its own split. If all sources of the run file are checked, modalities that the\n"
+        "stages read but the sources lack (no videos although video_ratio is above 0) are errors too.",
     )
     verify.add_argument(
         "sources",
@@ -105,7 +106,7 @@ def _add_verify(data) -> None:
     verify.add_argument(
         "--config", help="a run file or the name of a shipped recipe, for its sources, limits and data.s3"
     )
-    verify.add_argument("--split", help="split of packed folders (default: all, or that of the run file)")
+    verify.add_argument("--split", help="split of packed folders (default: all splits, or the split of the run file)")
     verify.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check shards")
     verify.add_argument("--no-decode", action="store_true", help="check headers and checksums only, do not decode")
     verify.add_argument("--report", type=expand, default=Path("verify.json"), help="default verify.json")
@@ -126,7 +127,7 @@ def _add_probe(data) -> None:
     )
     probe.add_argument("files", nargs="+", type=expand, metavar="FILE")
     probe.add_argument("--config", help="a run file or the name of a shipped recipe, for its limits and sizes")
-    probe.add_argument("--stage", help="name of the stage whose sizes count (default: the first)")
+    probe.add_argument("--stage", help="name of the stage whose size rules are used (default: the first stage)")
     probe.add_argument("--json", action="store_true", help="print one line of JSON per file")
 
 
@@ -191,27 +192,27 @@ def _verify(arguments: argparse.Namespace) -> int:
             counts.append(" ".join((what, ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))))
     if report["unread"]:
         unread = Counter(report["unread"]).most_common()
-        named = ", ".join(f"{count} {extension}" for extension, count in unread[:_MOST_NAMED])
-        more = f" and {len(unread) - _MOST_NAMED} more kinds" if len(unread) > _MOST_NAMED else ""
+        named = ", ".join(f"{count} {extension}" for extension, count in unread[:_MAX_NAMED])
+        more = f" and {len(unread) - _MAX_NAMED} more kinds" if len(unread) > _MAX_NAMED else ""
         counts.append(f"members that are not read: {named}{more}")
     _say("; ".join([*counts, f"report in {arguments.report}"]))
     return 0 if report["sound"] else 1
 
 
-def _say_first(found: Sequence[Any], sentence: Callable[[Any], str], most: int = 20) -> None:
-    """The first lines only: the report has all of them."""
-    for one in found[:most]:
-        _say(sentence(one))
-    if len(found) > most:
-        _say(f"... and {len(found) - most} more")
+def _say_first(entries: Sequence[Any], sentence: Callable[[Any], str], limit: int = 20) -> None:
+    """Prints the sentences of the first `limit` entries; the report lists all entries."""
+    for entry in entries[:limit]:
+        _say(sentence(entry))
+    if len(entries) > limit:
+        _say(f"... and {len(entries) - limit} more")
 
 
-def _ignored_sentence(found: tuple[str, dict[str, Any]]) -> str:
-    return f"used anyway, {_fault_sentence(found)}"
+def _ignored_sentence(entry: tuple[str, dict[str, Any]]) -> str:
+    return f"used anyway, {_fault_sentence(entry)}"
 
 
-def _fault_sentence(found: tuple[str, dict[str, Any]]) -> str:
-    shard, fault = found
+def _fault_sentence(entry: tuple[str, dict[str, Any]]) -> str:
+    shard, fault = entry
     name = f"{shard}/{fault['key']}" if fault["key"] else shard
     return f"{fault['kind']}: {name} at byte {fault['byte']}: {fault['message']}"
 
@@ -231,7 +232,7 @@ def _shard_sentences(shard: dict[str, Any]) -> Iterator[str]:
 
 
 def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -> list[SourceConfig]:
-    """Raises: ConfigError if neither the command line nor a run file names any."""
+    """Returns the sources to check. Raises: ConfigError if neither the command line nor a run file names a source."""
     from univitar_ds.config.data import SourceConfig
     from univitar_ds.config.paths import written
 
@@ -246,7 +247,7 @@ def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -
 
 
 def _about(named: SourceConfig, sources: Sequence[SourceConfig]) -> dict[str, Any]:
-    """Templates and class names of the source at this path or in whose folder it is; else none."""
+    """Returns templates, class names and captions of the source of the run file at or above the path of `named`."""
     place = _place(named)
     for known, source in ((_place(source), source) for source in sources):
         if place == known or place.startswith(f"{known}/"):
@@ -255,7 +256,7 @@ def _about(named: SourceConfig, sources: Sequence[SourceConfig]) -> dict[str, An
 
 
 def _place(source: SourceConfig) -> str:
-    """A canonical spelling of the path of a folder or of tars."""
+    """Returns a canonical spelling of the path of a folder or of tars."""
     from univitar_ds.data.shards.listing import place_of
 
     place = place_of(source)
@@ -277,8 +278,8 @@ def _probe(arguments: argparse.Namespace) -> int:
     stage = stages.get(arguments.stage or next(iter(stages)))
     if stage is None:
         raise ConfigError(f"there is no stage {arguments.stage!r}; the stages are {', '.join(stages)}")
-    for found in report(arguments.files, data, stage):
-        _say(json.dumps(found.to_json()) if arguments.json else found.sentence())
+    for result in report(arguments.files, data, stage):
+        _say(json.dumps(result.to_json()) if arguments.json else result.sentence())
     return 0 if all(map(os.path.isfile, arguments.files)) else 1
 
 
@@ -300,7 +301,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _is_report(path: Path) -> bool:
-    """Whether a file is a report of `data verify`."""
+    """Whether a file is a report of `data verify`. Raises: OSError if it cannot be read."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError:
@@ -309,14 +310,14 @@ def _is_report(path: Path) -> bool:
 
 
 def _say(line: str) -> None:
-    """Print a line that may contain names of files and keys."""
+    """Prints a line that may contain names of files and keys."""
     show(shown(line))
 
 
 def _storage_settings(arguments: argparse.Namespace, data: DataConfig | None = None) -> StorageSettings:
-    """The settings of the run file if there is one; options take precedence.
+    """Returns the settings of the run file, if there is one, overridden by the options.
 
-    Not its cache: the store itself is checked, and reading everything must not evict what a run needs.
+    The run file's cache is not used: the store itself must be read, and reading all data would evict shards of a run.
     """
     from univitar_ds.config.data import CacheConfig
     from univitar_ds.data.storage.base import StorageSettings

@@ -1,4 +1,4 @@
-"""The command `univitar-ds`. Each command imports what it needs when it runs, so that `--help` is quick."""
+"""The command `univitar-ds`. Each subcommand imports its modules when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from univitar_ds.screen import lost, prepare_screen, show
 DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision transformer for images and video."
 EXAMPLES = """examples:
   univitar-ds data pack PHOTOS data/photos             shards and a manifest from a folder of files
-  univitar-ds data verify data/photos                  every shard and sample checked, a report written
+  univitar-ds data verify data/photos                  check every shard and sample, write a report
   univitar-ds data probe *.jpg video.mp4                how a run would read single files
   univitar-ds data inspect --config photos             the packs of a run: fill, tokens, bad samples, an image
   univitar-ds train --config photos --nproc 2          train, evaluate and export on two local processes
   univitar-ds train --config run.yaml seed=3 stages.0.lr=5e-4
   univitar-ds train --resume runs/photos --nproc 1     continue, here on another number of processes
   univitar-ds eval runs/photos evaluation.sources.0.path=data/other
-  univitar-ds report runs/photos                       results and figures of a run
+  univitar-ds report runs/photos                       results and metrics of a run
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status.
+    """Runs one command. Returns the exit status.
 
-    0 done, 1 `data verify` or `data probe` found something damaged or missing, 2 an error of the user, 85 a run that
-    was asked to stop and has saved, 130 interrupted.
+    0: success; 1: `data verify` or `data probe` found damaged or missing files; 2: an error of the user; 85: a run was
+    asked to stop and has saved a checkpoint; 130: interrupted.
 
-    A command that only prints and could not: 141 if the reader of a pipe has closed it, as by SIGPIPE, else 2.
+    If a command that only prints cannot print: 141 if the reader of a pipe has closed it, as after SIGPIPE, else 2.
     """
     prepare_screen()
-    drop_current_folder()  # `__main__` has done it, the console script has not
+    drop_current_folder()  # also here, because the console script does not run `__main__`
     protect_children()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     try:
@@ -67,7 +67,7 @@ def _failed(error: UserError) -> int:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Like argparse, but overrides may be before and after options; argparse accepts only one of these."""
+    """Parses arguments with overrides both before and after options, which argparse alone rejects."""
     parsed, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(parsed, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -77,14 +77,14 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Returns the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="univitar-ds",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    # DeepSpeed's launcher inserts it as the first argument; the environment has the same value.
+    # DeepSpeed's launcher inserts --local_rank as the first argument; the environment has the same value.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
@@ -101,9 +101,9 @@ def _add_train(commands) -> None:
         _train,
         "train a run, then evaluate and export it",
         "Train a run, then evaluate it on held-out data and export the encoder.\n\n"
-        "Starts --nproc processes on this machine through DeepSpeed's launcher. If a launcher starts it\n"
-        "(deepspeed --module univitar_ds train ..., torchrun -m univitar_ds train ...) it is one of the ranks.\n"
-        "The run's folder holds everything: config.yaml, deepspeed.json, tokenizer.json, metrics.jsonl, tb/,\n"
+        "Starts --nproc processes on this machine through DeepSpeed's launcher. Under another launcher\n"
+        "(deepspeed --module univitar_ds train ..., torchrun -m univitar_ds train ...) this process is a rank.\n"
+        "The run's folder contains all results: config.yaml, deepspeed.json, tokenizer.json, metrics.jsonl, tb/,\n"
         "checkpoints/, evaluation.json, export/ and summary.json.",
     )
     which = parser.add_mutually_exclusive_group(required=True)
@@ -130,8 +130,8 @@ def _add_after_training(commands) -> None:
         "  univitar-ds eval runs/photos evaluation.sources.0.path=data/other --out other.json\n"
         "  univitar-ds eval runs/photos 'evaluation.sources=[{path: 0.tar, class_names: names.txt}]' \\\n"
         "      'evaluation.image_templates=[\"a photo of a {}\"]'\n"
-        "Results on other data or with other templates are only printed and written to --out FILE; those of RUN stay.\n"
-        "An evaluation without anything to measure is an error.",
+        "Results on other data or with other templates are printed and written to --out FILE; results in RUN stay.\n"
+        "An evaluation that cannot measure anything is an error.",
     )
     evaluate.add_argument("folder", type=expand, metavar="RUN", help="a run's folder, or one of its checkpoints")
     evaluate.add_argument("--out", type=expand, metavar="FILE", help="file for the results (JSON), instead of RUN")
@@ -139,7 +139,7 @@ def _add_after_training(commands) -> None:
     add_overrides(evaluate, "dotted keys of the run file, such as evaluation.sources.0.path=data/other")
     report = add_command(commands, "report", _report, "print the results of a run", leaves_files=False)
     report.add_argument("folder", type=expand, metavar="RUN")
-    convert = commands.add_parser("convert", help="carry weights elsewhere").add_subparsers(metavar="TO", required=True)
+    convert = commands.add_parser("convert", help="convert weights").add_subparsers(metavar="TO", required=True)
     export = add_command(
         convert, "export", _export, "write a run's encoder in the release's layout (config.json, model.safetensors)"
     )

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: precision, ZeRO, buckets and offload. Everything else belongs to the run file."""
+"""Reads the DeepSpeed JSON: precision, ZeRO, buckets and offload. All other settings belong to the run file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ OWNED_BY_RUN = {
 
 
 def deepspeed_path(name: str) -> Path:
-    """Path of a DeepSpeed JSON: the given path if it exists, else a name from `ds_configs/`."""
+    """Returns the path of a DeepSpeed JSON: `name` if that file exists, else the file of that name in `ds_configs/`.
+
+    Raises: ConfigError if neither file exists.
+    """
     path = Path(name)
     if path.is_file():
         return path
@@ -31,7 +34,7 @@ def deepspeed_path(name: str) -> Path:
 
 
 def read_deepspeed(name: str) -> dict[str, Any]:
-    """The content of a DeepSpeed JSON. Raises ConfigError when it is missing or no JSON object."""
+    """Returns the content of a DeepSpeed JSON. Raises: ConfigError if the file is missing or has no JSON object."""
     path = deepspeed_path(name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -43,7 +46,7 @@ def read_deepspeed(name: str) -> dict[str, Any]:
 
 
 def lanes_per_rank(lanes: int, world_size: int) -> int:
-    """The number of lanes of each rank. Raises: ConfigError unless it is the same for all."""
+    """Returns the number of lanes per rank. Raises: ConfigError if `world_size` does not divide `lanes`."""
     if lanes % world_size:
         divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         raise ConfigError(
@@ -56,13 +59,13 @@ def lanes_per_rank(lanes: int, world_size: int) -> int:
 def resolve_deepspeed(
     config: RunConfig, world_size: int, content: dict[str, Any], names: tuple[str, str]
 ) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of a run on `world_size` ranks.
+    """Returns the complete DeepSpeed configuration of a run on `world_size` ranks.
 
     Args:
         content: the DeepSpeed JSON as read.
         names: names of the run file and the JSON in messages.
-    Raises: ConfigError when a key belongs to the run file and has another value here, or the lanes
-        cannot be shared by the ranks.
+    Raises: ConfigError if `content` sets a key that belongs to the run file to another value or enables fp16, or if
+        `world_size` does not divide the lanes.
     """
     owned = {
         "train_micro_batch_size_per_gpu": 1,
@@ -88,7 +91,7 @@ def resolve_deepspeed(
     quiet = {
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device before every forward
+        "timers": {"throughput": {"enabled": False}},  # DeepSpeed's timer waits for the device before every forward
         "zero_allow_untested_optimizer": True,
     }
     return {**quiet, **content, **owned}

@@ -1,4 +1,4 @@
-"""The shape of an encoder: the fields of the release's `config.json`, checked."""
+"""The configuration of an encoder: the fields of the release's `config.json`, checked."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ REQUIRED = {
     "patch_size": PATCH,
     "temporal_patch_size": TUBELET,
 }
-"""Fields of the release with the only value that this architecture supports."""
+"""Fields of the release and the only value of each that this architecture supports."""
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """Architecture and preprocessing of one encoder, with the field names and defaults of the release (0.3B).
 
-    `initializer_factor` is the first value of LayerScale. `min_tokens` and `max_tokens` hold for a whole
-    item. `resize_factor` and `spatial_merge_size` are in patches, `relarge_ratio` multiplies the sides before
-    resizing, `resolution_mode` is "native" or the side of a square in pixels.
+    `initializer_factor` is the initial value of LayerScale. `min_tokens` and `max_tokens` limit a whole item.
+    `resize_factor` and `spatial_merge_size` are in patches, `relarge_ratio` multiplies the sides before resizing,
+    `resolution_mode` is "native" or the side of a square in pixels.
 
     Raises: CheckpointError if a value has the wrong type or is impossible.
     """
@@ -64,23 +64,23 @@ class EncoderConfig:
 
     @property
     def head_width(self) -> int:
-        """K: values per head."""
+        """K: number of values per head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def inner_width(self) -> int:
-        """F: width of the feed-forward part; two thirds of `intermediate_size`, since SwiGLU has three matrices."""
+        """F: width of the feed-forward layer, two thirds of `intermediate_size` because SwiGLU has three matrices."""
         return int(self.intermediate_size * 2 / 3)
 
     @property
     def resolution(self) -> Resolution:
-        """The size rule with which the encoder was released."""
+        """The size rule of the encoder's preprocessing."""
         divisor = PATCH * self.spatial_merge_size * self.resize_factor
         fixed = None if self.resolution_mode == "native" else int(self.resolution_mode)
         return Resolution(self.min_tokens, self.max_tokens, divisor, fixed)
 
     def parameter_count(self) -> int:
-        """Parameters of the encoder."""
+        """Returns the number of parameters of the encoder."""
         d, f = self.hidden_size, self.inner_width
         attention = 4 * d * d + d + 3 * d * self.qkv_bias + 2 * d * self.qk_normalization
         feed_forward = 3 * d * f + 2 * f + d + f
@@ -90,8 +90,11 @@ class EncoderConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
-        """Reads the release's `config.json`. Absent fields take its defaults; fields that do not affect this
-        model's arithmetic (dropout, attention implementation, library versions) are left out."""
+        """Returns the configuration in the content of a release's `config.json`. Absent fields get the defaults.
+
+        Ignores fields that do not affect this model's arithmetic (dropout, attention back end, library versions).
+        Raises: CheckpointError if a field is impossible, or has a value that this architecture does not support.
+        """
         values = values.get("vision_config", values)
         if not isinstance(values, Mapping):
             raise CheckpointError(f"vision_config must be an object, got {values!r}")
@@ -108,14 +111,14 @@ class EncoderConfig:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a `config.json` in the release's layout."""
+        """Returns the content of a `config.json` in the release's layout."""
         own = {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
         return {**REQUIRED, **own}
 
     def architecture(self) -> dict[str, Any]:
-        """The fields that decide which weights fit and what they compute; not preprocessing, not initial values."""
+        """Returns the fields that determine the weights' shapes and the arithmetic, without preprocessing."""
         names = (
             "hidden_size",
             "num_hidden_layers",
@@ -180,15 +183,15 @@ def _is_number(value: Any) -> bool:
 
 
 def read_encoder_config(folder: str | Path) -> EncoderConfig:
-    """The shape of the encoder in `folder`.
+    """Returns the configuration of the encoder in `folder`.
 
-    Raises: CheckpointError if its `config.json` is missing, unreadable or impossible.
+    Raises: CheckpointError if the folder's `config.json` is missing, unreadable or impossible.
     """
     return EncoderConfig.from_dict(read_object(Path(folder) / CONFIG_FILE))
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises: CheckpointError if it is missing, unreadable or something else."""
+    """Returns the JSON object in a file. Raises: CheckpointError if the file is unreadable or has no JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

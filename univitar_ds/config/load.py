@@ -1,4 +1,4 @@
-"""Reading a run file: YAML, dotted overrides, and one report of all errors."""
+"""Reads run files: YAML, dotted overrides, and one report of all errors."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ RESULT_FREE = (
     "evaluation",
     "logging",
 )
-"""What a resumed run may change: these leave the samples and the mathematics of the run as they are."""
+"""Keys that a resumed run may change, because they change neither the samples nor the arithmetic of the run."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, which YAML would silently resolve to the last one."""
+    """A SafeLoader that rejects duplicate keys. PyYAML would silently use the last of them."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
@@ -68,7 +68,10 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def recipe_path(name: str) -> Path:
-    """Path of a run file: the given path if it exists, else the name of a shipped recipe (`demo`, `photos`)."""
+    """Returns the path of a run file: `name` if that file exists, else the shipped recipe of that name.
+
+    Raises: ConfigError if there is neither.
+    """
     path = Path(expand(name))
     if path.is_file():
         return path
@@ -80,7 +83,7 @@ def recipe_path(name: str) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError when the file cannot be read or is no mapping."""
+    """Returns the mapping in a YAML file. Raises: ConfigError if the file cannot be read or has no mapping."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -95,9 +98,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `content` with `a.b.0.c=value` entries set; values are read as YAML.
+    """Returns a copy of `content` with `a.b.0.c=value` entries set. Values are read as YAML.
 
-    Raises ConfigError for an entry without `=` or one whose path leads through a value.
+    Raises: ConfigError if an entry has no `=`, a value that is not YAML, a path through a value, or a wrong index.
     """
     content = json.loads(json.dumps(content))
     for entry in overrides:
@@ -132,7 +135,10 @@ def _child(node: Any, section: str, entry: str) -> Any:
 
 
 def _index(items: list, text: str, entry: str) -> int:
-    """The index in a list; the index after the last entry appends one, so that an empty list can be filled."""
+    """Returns the index in `items` that `text` gives. The index after the last one appends an empty section.
+
+    Raises: ConfigError for any other text.
+    """
     if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) > len(items):
         raise ConfigError(
             f"override {entry!r}: {text!r} is no index of a list of {len(items)}; "
@@ -144,9 +150,9 @@ def _index(items: list, text: str, entry: str) -> int:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The checked run file at `path` (or the shipped recipe of that name) with overrides applied.
+    """Returns the checked run file at `path` (or the shipped recipe of that name) with overrides applied.
 
-    Raises ConfigError that lists every error with its key, its value and the remedy.
+    Raises: ConfigError that lists every error with its key, its value and the remedy.
     """
     file = recipe_path(str(path))
     content = read_yaml(file)
@@ -155,7 +161,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def check_config(content: dict[str, Any], where: str) -> RunConfig:
-    """`content`, which may hold earlier names, as a RunConfig. Raises ConfigError that lists all errors of `where`."""
+    """Returns `content`, which may have earlier names of keys, as a RunConfig.
+
+    Raises: ConfigError that lists all errors and begins with `where`.
+    """
     content = copy.deepcopy(content)
     rename_keys(content, where)
     try:
@@ -192,7 +201,7 @@ def _unknown_key(location: tuple) -> str:
 
 
 def _model_at(sections: Sequence[Any]) -> type[BaseModel] | None:
-    """The section class that a path of field names and list indices leads to."""
+    """Returns the class of the section at a path of field names and list indices; None if there is none."""
     model: Any = RunConfig
     for section in sections:
         if isinstance(section, int):
@@ -211,29 +220,34 @@ def _section_class(annotation: Any) -> type[BaseModel] | None:
 
 
 def dump_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved run file: every key with the value that the run uses."""
+    """Writes the resolved run file: every key with the value that the run uses."""
     replace_text(path, dumped(config.model_dump(mode="json")))
 
 
 def dumped(content: dict[str, Any]) -> str:
-    """A mapping as the YAML that `dump_config` writes."""
+    """Returns `content` as the YAML that `dump_config` writes."""
     return yaml.safe_dump(content, sort_keys=False, width=110)
 
 
 def result_part(config: RunConfig) -> dict[str, Any]:
-    """The part of a run file that determines the result: all but the keys in RESULT_FREE and the paths of the
-    sources."""
+    """Returns the part of a run file that determines the result of the run.
+
+    Leaves out the keys in RESULT_FREE, the checkpointing of stages, and paths and class names of sources.
+    """
     content = config.model_dump(mode="json")
     weighted = any(stage.weights for stage in config.stages)
     for entry, source in zip(content["data"]["sources"], config.data.sources, strict=True):
-        del entry["path"], entry["class_names"]  # data may move: the cursors detect whether they are still the same
+        del (
+            entry["path"],
+            entry["class_names"],
+        )  # data may move: the cursors detect whether the shards are still the same
         entry["name"] = source.label if weighted else None
     for dotted in RESULT_FREE:
         *sections, last = dotted.split(".")
         node = content
         for section in sections:
             node = None if node is None else node[section]
-        if node is not None:  # the section is absent
+        if node is not None:  # None: the section is absent
             node.pop(last)
     for stage in content["stages"]:
         del stage["checkpoint_every"]
@@ -241,12 +255,15 @@ def result_part(config: RunConfig) -> dict[str, Any]:
 
 
 def config_fingerprint(config: RunConfig) -> str:
-    """Hash of what determines the result; stored in each checkpoint."""
+    """Returns a hash of `result_part`, which is stored in each checkpoint."""
     return hashlib.sha256(json.dumps(result_part(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def changed_result(before: RunConfig, after: RunConfig) -> list[str]:
-    """Dotted names of the keys that make another result; not those of sources where changed ones are accepted."""
+    """Returns dotted names of the keys that change the result.
+
+    Leaves out data.sources if `after` accepts changed sources.
+    """
     old, new = result_part(before), result_part(after)
     unite_paths(old, new)
     changed = changed_keys(old, new)
@@ -254,7 +271,10 @@ def changed_result(before: RunConfig, after: RunConfig) -> list[str]:
 
 
 def changed_keys(before: Any, after: Any, place: str = "") -> list[str]:
-    """Dotted names of the leaves in which two configurations, as plain mappings, differ."""
+    """Returns dotted names of the leaves in which two configurations, as plain mappings, differ.
+
+    Args: place: dotted name of both.
+    """
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted(before.keys() | after.keys())
         return [

@@ -1,4 +1,4 @@
-"""The model and its training objective."""
+"""Configuration of the model and of the training objective."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from univitar_ds.config.section import EncoderSize, Positive, Section
 
 
 class TextConfig(Section):
-    """The text tower: a CLIP-style causal transformer from scratch, or weights from a local folder."""
+    """Settings of the text tower: a CLIP-style causal transformer from scratch, or weights from a local folder."""
 
-    path: PathText | None = Field(None, description="folder of a transformers text model and its tokenizer.json")
+    path: PathText | None = Field(None, description="folder of a transformers text model with tokenizer.json")
     hidden_size: Positive = 256
     layers: Positive = 4
     heads: Positive = 4
     intermediate_size: Positive = 1024
-    context_length: Annotated[int, Field(ge=4)] = Field(48, description="longest caption in text tokens")
+    context_length: Annotated[int, Field(ge=4)] = Field(48, description="maximum length of a caption in tokens")
     vocab_size: Annotated[int, Field(ge=260)] = Field(
-        8192, description="upper limit when the tokenizer is trained; at least 260: 256 bytes and 4 special tokens"
+        8192, description="maximum size of a trained vocabulary; at least 260: 256 bytes and 4 special tokens"
     )
-    tokenizer: PathText | None = Field(None, description="tokenizer.json; trained on the captions when absent")
+    tokenizer: PathText | None = Field(
+        None, description="tokenizer.json; absent: that of path, else one trained on the captions"
+    )
     frozen: bool = False
 
     @model_validator(mode="after")
@@ -33,17 +35,18 @@ class TextConfig(Section):
 
 
 class ModelConfig(Section):
-    """Both towers and their joint embedding."""
+    """Settings of both towers and of their joint embedding."""
 
     encoder: EncoderSize = "tiny"
     init_from: PathText | None = Field(None, description="folder of a released or exported encoder to start from")
     layer_scale_init: Annotated[float, Field(gt=0)] = 0.1
     attention: Literal["auto", "flash", "flash2", "flash3", "flash4", "varlen", "sdpa"] = Field(
-        "auto", description="flash: the best flash-attn installed, or its version; varlen: torch; sdpa: item by item"
+        "auto",
+        description="flash: best installed flash-attn; flash2 to 4: that version; varlen: torch; sdpa: item by item",
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="token-wise operations compiled on a CPU; auto: for encoders that gain more than compiling costs",
+        description="compile token-wise operations on a CPU; auto: for encoders that gain more than compiling costs",
     )
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(
         0, description="activation checkpointing: 0 none, 1 every block, k every k-th block"
@@ -56,7 +59,7 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(Section):
-    """A frozen vision model whose features the encoder is to match, and how."""
+    """Settings of the teacher, a frozen vision model whose features the encoder learns to match."""
 
     path: PathText = Field(
         description="folder or hub name of a DINOv2, DINOv3, SigLIP or SigLIP 2 model, or folder of an exported encoder"
@@ -66,9 +69,9 @@ class TeacherConfig(Section):
     pooled_loss: Literal["cosine", "smooth_l1"] = "cosine"
     patch_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
     pooled_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
-    partitioned: bool = Field(False, description="shard the weights over the ranks; else each rank holds all")
+    partitioned: bool = Field(False, description="shard the weights over the ranks; else each rank has all weights")
     cache: PathText | None = Field(
-        None, description="folder for features, 2 to 4 bytes times the teacher's width a token; nothing is evicted"
+        None, description="folder for features, 2 to 4 bytes per token and feature; nothing is evicted"
     )
 
     @model_validator(mode="after")
@@ -84,11 +87,13 @@ class TeacherConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """The contrastive objective and the distillation."""
+    """Settings of the contrastive loss and of the distillation."""
 
     kind: Literal["sigmoid", "softmax"] = Field(
-        "sigmoid", description="sigmoid for the recipe; softmax settles faster with a few dozen items a step"
+        "sigmoid", description="sigmoid: the recipe's loss; softmax converges faster with a few dozen items per step"
     )
-    chunk: Positive = Field(1024, description="texts compared at a time: memory of the loss")
+    chunk: Positive = Field(1024, description="texts compared at a time; limits the memory of the loss")
     same_caption_positive: bool = Field(False, description="identical captions in one step count as positives")
-    teacher: TeacherConfig | None = Field(None, description="what stages.N.distill weighs")
+    teacher: TeacherConfig | None = Field(
+        None, description="teacher of the distillation loss, whose weight is stages.N.distill"
+    )

@@ -1,4 +1,4 @@
-"""How paths of run files and commands are read: `~`, `$VARIABLES` and the folder in which a relative path starts."""
+"""Expands `~` and `$VARIABLES` in paths of run files and commands, and makes paths absolute."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _DOLLAR = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9
 
 
 def expanded(path: str) -> str:
-    """The expanded path: `~` and `~user` at its beginning, `$NAME` and `${NAME}` anywhere, `$$` for a dollar.
+    """Expands `~` and `~user` at the beginning of `path`, and `$NAME`, `${NAME}` and `$$` (a dollar sign) anywhere.
 
-    The same for local paths and s3:// addresses. A local path that exists under exactly this name stays as it is.
+    Also for s3:// addresses. The dollar signs of a local path that exists under exactly this name are not expanded.
 
-    Raises: ValueError that names a variable that is not set, or a user that is not known.
+    Raises: ValueError if a variable is not set or a user is unknown.
     """
     if "$" in path and not ("://" not in path and os.path.exists(os.path.expanduser(path))):
         path = _DOLLAR.sub(lambda match: _value(match, path), path)
@@ -31,7 +31,7 @@ def expanded(path: str) -> str:
 
 
 def expand(path: str | Path) -> str:
-    """`expanded` for a path of a command. Raises: ConfigError."""
+    """Returns `expanded` of a command's path. Raises: ConfigError if a variable is not set or a user is unknown."""
     try:
         return expanded(str(path))
     except ValueError as error:
@@ -39,12 +39,12 @@ def expand(path: str | Path) -> str:
 
 
 def absolute(path: str) -> str:
-    """The absolute path, without resolving its parts; a path with a scheme (s3://) stays."""
+    """Returns the absolute path, without resolving links; a path with a scheme (s3://) unchanged."""
     return path if "://" in path else os.path.join(os.getcwd(), path)
 
 
 def written(path: str) -> str:
-    """The path escaped for a run file, so that `expanded` returns it unchanged."""
+    """Returns `path` escaped for a run file, so that `expanded` restores it."""
     return path.replace("$", "$$")
 
 
@@ -59,4 +59,4 @@ def _value(match: re.Match[str], path: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(expanded), PlainSerializer(written)]
-"""A path in a run file."""
+"""The type of a path in a run file."""

@@ -1,4 +1,4 @@
-"""Which keys of a run file are paths; they stay valid from whichever folder a run is resumed."""
+"""The keys of a run file that are paths, made absolute so that a run can be resumed from any folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from univitar_ds.config.paths import absolute, written
 from univitar_ds.config.schema import RunConfig
 
 NAMES_OR_PATHS = ("deepspeed", "model.init_from", "model.text.path", "objective.teacher.path")
-"""Keys that may hold a name instead of a path; it is a path if that exists."""
+"""Keys whose value is a path if that path exists, else a name."""
 PATHS = (
     "output",
     "data.sources.*.path",
@@ -22,11 +22,12 @@ PATHS = (
     "evaluation.sources.*.class_names",
     *NAMES_OR_PATHS,
 )
-_OF_THE_RESULT = ("model.init_from", "model.text.path", "model.text.tokenizer", "objective.teacher.path")
+"""Keys whose value is a path; `*` is every item of a list."""
+_RESULT_PATHS = ("model.init_from", "model.text.path", "model.text.tokenizer", "objective.teacher.path")
 
 
 def anchored(config: RunConfig) -> RunConfig:
-    """The same with absolute paths, which mean the same from every folder."""
+    """Returns the configuration with absolute paths."""
     content = config.model_dump(mode="json")
     for dotted in PATHS:
         for section, key, value in _values(content, dotted):
@@ -37,23 +38,25 @@ def anchored(config: RunConfig) -> RunConfig:
 
 
 def unite_paths(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Gives two results (`load.result_part`) one spelling for paths that may name the same file.
+    """Replaces paths in `after` that may name the same file as in `before` by the spelling in `before`.
 
     Earlier versions stored relative paths in config.yaml and in every checkpoint.
+
+    Args: before, after: results of `load.result_part`.
     """
-    for dotted in _OF_THE_RESULT:
+    for dotted in _RESULT_PATHS:
         for (_, _, old), (section, key, new) in zip(_values(before, dotted), _values(after, dotted), strict=False):
             if os.path.isabs(old) != os.path.isabs(new) and _ends_with(*sorted((old, new), key=os.path.isabs)):
                 section[key] = old
 
 
 def _ends_with(short: str, long: str) -> bool:
-    """Whether a relative path may be this absolute one."""
+    """Whether the relative path `short` may name the same file as the absolute path `long`."""
     return os.path.normpath(long).endswith(os.sep + os.path.normpath(short).lstrip("./"))
 
 
 def _values(content: Any, dotted: str) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Section, key and value for each value under a dotted name that is not null; `*` is every item of a list."""
+    """Yields section, key and value of each value with this dotted name that is not null; `*` is every list item."""
     *names, key = dotted.split(".")
     for section in _sections(content, names):
         if section.get(key) is not None:

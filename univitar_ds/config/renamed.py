@@ -1,4 +1,4 @@
-"""Earlier names of keys: run files, overrides and checkpoints that hold them stay readable."""
+"""Earlier names of keys, so that run files, overrides and checkpoints of earlier versions remain readable."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ KEYS = {
     "stages.*.clip_sampling": "stages.*.video_sampling",
     "logging.pictures_every_steps": "logging.images_every_steps",
 }
-"""Earlier and present name; `*` is any place in a list. Only the last part differs."""
+"""Earlier and present names of keys; `*` is any index of a list. Only the last part differs."""
 METRICS = {"shrunk": "downscaled"}
-"""The same of the sums over steps that a checkpoint holds."""
+"""Earlier and present names of the sums over steps in a checkpoint."""
 
 
 def present_key(dotted: str) -> str:
-    """The present name of a key of an override, also if it is below a renamed section."""
+    """Returns the present name of an override's key, also if the key is below a renamed section."""
     parts = dotted.split(".")
     for old, new in KEYS.items():
         wanted = old.split(".")
@@ -33,9 +33,10 @@ def present_key(dotted: str) -> str:
 
 
 def rename_keys(content: dict[str, Any], where: str) -> None:
-    """Renames the earlier keys in a run file's content, with one log line if there are any.
+    """Renames the earlier keys in a run file's content in place, and logs one line if there are any.
 
-    Raises: ConfigError for a key that is given under both names.
+    Args: where: name of the run file in messages.
+    Raises: ConfigError if a key is given under both names.
     """
     renamed = []
     for old, new in KEYS.items():
@@ -57,12 +58,12 @@ def rename_keys(content: dict[str, Any], where: str) -> None:
 
 
 def present_sums(sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums of a checkpoint under their present names."""
+    """Returns the sums of a checkpoint under their present names."""
     return {METRICS.get(name, name): value for name, value in sums.items()}
 
 
 def _sections(content: Any, parts: list[str], place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The mappings that a path leads to, each with its dotted name."""
+    """Yields the mappings at a path, each with its dotted name and a final dot."""
     if not parts:
         if isinstance(content, dict):
             yield place, content

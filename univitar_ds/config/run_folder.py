@@ -1,4 +1,4 @@
-"""Names in a run's folder: single files, and the trees of everything that a run writes."""
+"""Names of entries in a run's folder, and trees (`owned.Names`) of all entries that a run writes."""
 
 import re
 
@@ -17,7 +17,7 @@ EXPORT = "export"
 
 CHECKPOINT_FILES: Names = {
     r"rank\d{5,}\.(safetensors|json)|buffers\.safetensors|state\.json|manifest\.json": None,
-    r"\.tmp[0-9A-Za-z]{6}": None,  # what safetensors is writing
+    r"\.tmp[0-9A-Za-z]{6}": None,  # partial files of safetensors
 }
 CHECKPOINT_ROOT: Names = {
     r"latest|\.tmp-latest": None,
@@ -26,7 +26,7 @@ CHECKPOINT_ROOT: Names = {
 }
 EXPORT_FILES: Names = {
     re.escape(MARK): None,
-    r"(config\.json|model\.safetensors|pytorch_model\.bin)(\.partial)?": None,  # .partial: of earlier versions
+    r"(config\.json|model\.safetensors|pytorch_model\.bin)(\.partial)?": None,  # earlier versions wrote .partial
     r"\.tmp[0-9A-Za-z]{6}": None,
 }
 LOCKS: Names = {r"\.lock-\d{8}|\.lock-probe-[0-9a-f]{32}": None}
@@ -38,4 +38,4 @@ RUN_ENTRIES: Names = {
     CHECKPOINTS: CHECKPOINT_ROOT,
     rf"{EXPORT}|\.{EXPORT}\.(partial|earlier)": EXPORT_FILES,
 }
-"""All but the locks, which a new start does not replace."""
+"""All entries except the locks, which a new launch does not replace."""

@@ -1,9 +1,9 @@
-"""The run file: everything that changes the result of a run, checked where it is declared.
+"""The schema of the run file: all settings of a run except those of DeepSpeed. Each section checks its own values.
 
-One YAML is one run. What changes only how fast or in how much memory it runs (ZeRO stage, precision,
-buckets, offload) belongs to the DeepSpeed JSON that `deepspeed` names; see `config/deepspeed.py`.
-The unit of a number is the suffix of its name: `_samples`, `_steps`, `_px`, `_tokens`. Paths may hold `~` and
-`$VARIABLES`; a relative one starts in the folder where the run was started. See `config/paths.py`.
+One YAML file describes one run. Settings of DeepSpeed that change only speed and memory (ZeRO stage, precision,
+buckets, offload) belong to the JSON that `deepspeed` names; see `config/deepspeed.py`.
+The suffix of a number's name is its unit: `_samples`, `_steps`, `_px`, `_tokens`. Paths may contain `~` and
+`$VARIABLES`; a relative path starts in the folder where the run was started. See `config/paths.py`.
 """
 
 from __future__ import annotations
@@ -20,32 +20,35 @@ from univitar_ds.config.stage import StageConfig
 
 
 class OptimizerConfig(Section):
-    """AdamW; the learning rate belongs to the stage."""
+    """Settings of AdamW. The learning rate is a setting of the stage."""
 
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="each block of the encoder learns at this share of the rate of the block above it"
+        1.0, description="learning rate of each encoder block as a share of that of the block above it"
     )
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
-        description="decay of an average of the weights, e.g. 0.9999, which is evaluated and exported instead",
+        description="decay of a moving average of the weights, e.g. 0.9999, which is evaluated and exported",
     )
 
 
 class GuardConfig(Section):
-    """How a bad step is handled: the run returns to the last checkpoint and continues after the data that caused it."""
+    """Handling of bad steps: the run returns to the last checkpoint and continues after the data of the bad step."""
 
-    max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="per run; one more ends the run")
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="maximum per run; one more ends the run")
     spike_deviations: Annotated[float, Field(gt=0)] | None = Field(
-        20.0, description="a loss or gradient norm so many robust deviations above its recent median; null: never"
+        20.0,
+        description="a loss or gradient norm so many robust deviations above its recent median is a spike; null: off",
     )
     window_steps: Annotated[int, Field(ge=8)] = Field(
         64, description="steps of the same stage and modality over which the median is taken"
     )
-    min_steps: Annotated[int, Field(ge=4)] = Field(32, description="steps before anything counts as a spike")
+    min_steps: Annotated[int, Field(ge=4)] = Field(
+        32, description="minimum number of steps before a value counts as a spike"
+    )
 
     @model_validator(mode="after")
     def _window_holds_enough(self) -> GuardConfig:
@@ -55,22 +58,22 @@ class GuardConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and how many are kept."""
+    """Interval and number of checkpoints."""
 
     every_steps: Positive = 200
     keep: Positive = 2
 
 
 class EvaluationConfig(Section):
-    """What is measured on held-out data after training."""
+    """Settings of the evaluation on held-out data after training."""
 
-    sources: list[SourceConfig] = Field(default_factory=list, description="empty: nothing is evaluated")
+    sources: list[SourceConfig] = Field(default_factory=list, description="empty: no evaluation")
     token_budget: Positive = 8192
     image_templates: Annotated[list[str], Field(min_length=1)] = Field(
-        default_factory=lambda: ["{}"], description="sentences for zero-shot; an image's label replaces {}"
+        default_factory=lambda: ["{}"], description="zero-shot sentences; the label of an image replaces {}"
     )
     video_templates: Annotated[list[str], Field(min_length=1)] = Field(
-        default_factory=lambda: ["{}"], description="the same for the label of a video"
+        default_factory=lambda: ["{}"], description="zero-shot sentences; the label of a video replaces {}"
     )
 
     @model_validator(mode="after")
@@ -80,26 +83,26 @@ class EvaluationConfig(Section):
 
 
 class LoggingConfig(Section):
-    """What is written while training."""
+    """Settings of the logs that are written during training."""
 
     every_steps: Positive = 10
     tensorboard: bool = True
     images_every_steps: Annotated[int, Field(ge=0)] = Field(
-        200, description="interval of TensorBoard images of a pack and its patch features as colours; 0: none"
+        200, description="interval of TensorBoard images of a pack and of its patch features as colours; 0: none"
     )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="peak of one rank, for MFU; absent: measured once at the start"
+        None, description="peak TFLOP/s of one rank, for MFU; absent: measured when training starts"
     )
 
 
 class RunConfig(Section):
-    """A whole run."""
+    """All settings of a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    output: PathText = Field("runs", description="folder that holds the run's folder")
+    output: PathText = Field("runs", description="folder in which the run's folder is created")
     seed: Annotated[int, Field(ge=0)] = 0
     deterministic: bool = Field(
-        False, description="the same step gives the same bits on GPUs too; attention's backward pass is slower"
+        False, description="bitwise reproducible steps on GPUs too; attention's backward pass is slower"
     )
     deepspeed: PathText = Field("zero3_cpu", description="a name from ds_configs/ or the path of a JSON")
     model: ModelConfig = ModelConfig()

@@ -1,4 +1,4 @@
-"""What all sections of the run file share."""
+"""The base class and the value types of all sections of the run file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Part = Literal["text", "vision", "patch_embedding"]
 
 
 class Section(BaseModel):
-    """A part of the run file: unknown keys are errors, values never change after reading, numbers are finite."""
+    """Base class of the sections: unknown keys are errors, values are immutable, numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def check_templates(templates: list[str]) -> None:
-    """Raises: ValueError for templates that do not have exactly one {}."""
+    """Raises: ValueError if a template does not have exactly one {}."""
     bad = [text for text in templates if text.count("{}") != 1]
     if bad:
         raise ValueError(f"a template holds the label once, as {{}}; these do not: {bad}")

@@ -1,4 +1,4 @@
-"""The stages of the curriculum."""
+"""Configuration of the stages of the curriculum."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from univitar_ds.geometry import PATCH, TUBELET, Modality, Resolution
 
 
 class ResolutionConfig(Section):
-    """Size rule of one modality. `min_tokens` and `max_tokens` hold for a whole item, videos included."""
+    """Size rule of one modality. `min_tokens` and `max_tokens` limit a whole item, for videos over all frames."""
 
     kind: Literal["native", "fixed"] = "native"
     min_tokens: Positive = 576
@@ -33,10 +33,11 @@ class ResolutionConfig(Section):
         return self
 
     def rule(self) -> Resolution:
+        """Returns these settings as a `Resolution`."""
         return Resolution(self.min_tokens, self.max_tokens, self.divisor_px, self.size_px)
 
     def largest_item(self, frames: int) -> int:
-        """The most tokens that an item of `frames` frames can have."""
+        """Returns the maximum number of tokens of an item with `frames` frames."""
         steps = -(-frames // TUBELET)
         if self.size_px is not None:
             return steps * (self.size_px // PATCH) ** 2
@@ -44,19 +45,19 @@ class ResolutionConfig(Section):
 
 
 class VideoSampling(Section):
-    """Which frames of a video are used."""
+    """Selection of the frames of a video."""
 
     kind: Literal["uniform", "fps"] = Field(
-        "uniform", description="uniform: video_frames over the whole video; fps: so many a second, at most video_frames"
+        "uniform", description="uniform: video_frames over the whole video; fps: `fps` per second, at most video_frames"
     )
-    fps: Annotated[float, Field(gt=0)] = Field(2.0, description="frames a second when kind is fps")
+    fps: Annotated[float, Field(gt=0)] = Field(2.0, description="frames per second if kind is fps")
     jitter: bool = Field(
-        False, description="each frame is drawn at random within its part of the video instead of at its middle"
+        False, description="draw each frame at random within its part of the video, instead of the middle frame"
     )
 
 
 class Schedule(Section):
-    """The weight of a loss over a stage."""
+    """Weight of a loss over a stage."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     start: Annotated[float, Field(ge=0)] = 0.0
@@ -79,41 +80,41 @@ class Schedule(Section):
 
 
 class StageConfig(Section):
-    """One stage of the curriculum. Its length is counted in items over all ranks and lanes."""
+    """One stage of the curriculum. `samples` counts the items of all ranks and lanes."""
 
     name: str
     samples: Positive
     image: ResolutionConfig = ResolutionConfig()
     video: ResolutionConfig = ResolutionConfig()
-    video_ratio: Fraction = Field(0.0, description="share of steps in which all packs hold videos")
+    video_ratio: Fraction = Field(0.0, description="share of steps whose packs contain videos")
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=dict, description="share of samples by source name; empty: every sample once an epoch"
+        default_factory=dict, description="share of samples by source name; empty: every sample once per epoch"
     )
-    video_frames: Annotated[int, Field(ge=2)] = Field(8, description="most frames taken from a video; even")
+    video_frames: Annotated[int, Field(ge=2)] = Field(8, description="maximum number of frames of a video; even")
     video_sampling: VideoSampling = VideoSampling()
     token_budget: Positive = Field(
-        16384, description="most tokens in a pack, including those that patch_dropout drops; limits memory"
+        16384, description="maximum number of tokens in a pack before patch_dropout; limits memory"
     )
     cost_budget_tflops: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="most forward+backward TFLOP of the encoder in a pack; limits time"
+        None, description="maximum forward+backward TFLOP of the encoder for a pack; limits time"
     )
     lr: Annotated[float, Field(gt=0)]
     warmup_samples: Annotated[int, Field(ge=0)] = 0
     lr_schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="after the warm-up; wsd: constant, then linear over decay_samples to final_lr_ratio"
     )
-    decay_samples: Annotated[int, Field(ge=0)] = Field(0, description="length of the decay when lr_schedule is wsd")
-    final_lr_ratio: Fraction = Field(0.0, description="learning rate at the stage's end as a share of its peak")
+    decay_samples: Annotated[int, Field(ge=0)] = Field(0, description="length of the decay if lr_schedule is wsd")
+    final_lr_ratio: Fraction = Field(0.0, description="final learning rate of the stage as a share of lr")
     contrastive: Schedule = Field(Schedule(start=1.0), description="weight of the contrastive loss")
-    distill: Schedule = Field(Schedule(), description="weight of the distillation; 0: the teacher is not run")
+    distill: Schedule = Field(Schedule(), description="weight of the distillation loss; 0: the teacher is not run")
     frozen: list[Part] = Field(
-        default_factory=list, description="parts that are not trained in this stage; vision is the whole encoder"
+        default_factory=list, description="parts that are not trained in this stage; vision: the whole encoder"
     )
     checkpoint_every: Annotated[int, Field(ge=0)] | None = Field(
         None, description="activation checkpointing in this stage; absent: model.checkpoint_every"
     )
     patch_dropout: DropRate = Field(
-        0.0, description="share of each item's tokens that the encoder drops in training; at least one stays"
+        0.0, description="share of each item's tokens that the encoder drops in training; at least one token remains"
     )
     stochastic_depth: DropRate = Field(
         0.0,

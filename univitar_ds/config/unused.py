@@ -1,7 +1,7 @@
-"""Keys of a run file that were set but have no effect because of another key.
+"""Finds keys of a run file that were set but have no effect because of another key.
 
-Only keys whose value differs from the default are reported; what depends on the data or the machine is not known here.
-There is one function for each section; each finding is (key, reason).
+Reports only keys whose value differs from the default, and no effects of the data or the machine.
+Each section has a function, which yields (key, reason).
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.section import Section
 from univitar_ds.config.stage import StageConfig
 
-Found = Iterator[tuple[str, str]]
+UnusedKeys = Iterator[tuple[str, str]]
+"""Yields (key, reason) of keys without effect."""
 
 
 def unused_parts(config: RunConfig) -> list[str]:
-    """A sentence for each key that was set without effect, in the order of the run file."""
+    """Returns a sentence for each key that was set without effect, section by section."""
     found = [
         *_model(config),
         *_data(config),
@@ -32,14 +33,14 @@ def unused_parts(config: RunConfig) -> list[str]:
 
 
 def _given(place: str, section: Section, *names: str) -> Iterator[str]:
-    """The keys whose value differs from the default, as dotted names."""
+    """Yields the keys `names` that were set to another value than the default, as dotted names below `place`."""
     for name in names:
         default = type(section).model_fields[name].get_default(call_default_factory=True)
         if name in section.model_fields_set and getattr(section, name) != default:
             yield f"{place}.{name}" if place else name
 
 
-def _because(keys: Iterator[str], why: str) -> Found:
+def _because(keys: Iterator[str], why: str) -> UnusedKeys:
     return ((key, why) for key in keys)
 
 
@@ -47,7 +48,7 @@ def _reads(stages: Sequence[StageConfig], modality: str) -> bool:
     return any(stage.video_ratio > 0 if modality == "video" else stage.video_ratio < 1 for stage in stages)
 
 
-def _model(config: RunConfig) -> Found:
+def _model(config: RunConfig) -> UnusedKeys:
     model: ModelConfig = config.model
     text = model.text
     if model.init_from is not None:
@@ -64,7 +65,7 @@ def _model(config: RunConfig) -> Found:
         yield from _because(_given("model.text", text, "vocab_size"), f"model.text.{name} brings the tokenizer")
 
 
-def _data(config: RunConfig) -> Found:
+def _data(config: RunConfig) -> UnusedKeys:
     data = config.data
     sources = [*data.sources, *config.evaluation.sources]
     places = [place for source in sources for place in (source.path, source.class_names) if place is not None]
@@ -85,12 +86,12 @@ def _data(config: RunConfig) -> Found:
         yield from _because(_given("data", data, *names), "video_ratio is 0 in every stage")
 
 
-def _split(place: str, source: SourceConfig) -> Found:
+def _split(place: str, source: SourceConfig) -> UnusedKeys:
     if source.path.endswith(".tar"):
         yield from _because(_given(place, source, "split"), "only a folder packed by data pack has splits, not a tar")
 
 
-def _stage(place: str, stage: StageConfig) -> Found:
+def _stage(place: str, stage: StageConfig) -> UnusedKeys:
     if stage.video_ratio == 0:
         names = ("video", "video_frames", "video_sampling")
         yield from _because(_given(place, stage, *names), "the stage's video_ratio is 0")
@@ -117,7 +118,7 @@ def _stage(place: str, stage: StageConfig) -> Found:
         yield f"{place}.frozen patch_embedding", "vision is frozen too and contains it"
 
 
-def _objective(objective: ObjectiveConfig, stages: Sequence[StageConfig]) -> Found:
+def _objective(objective: ObjectiveConfig, stages: Sequence[StageConfig]) -> UnusedKeys:
     teacher = objective.teacher
     if not any(stage.contrastive.ever for stage in stages):
         names = ("kind", "chunk", "same_caption_positive")
@@ -133,16 +134,18 @@ def _objective(objective: ObjectiveConfig, stages: Sequence[StageConfig]) -> Fou
             yield from _because(loss, f"objective.teacher.{part}_weight is 0")
 
 
-def _optimizer(config: RunConfig) -> Found:
+def _optimizer(config: RunConfig) -> UnusedKeys:
     if all("vision" in stage.frozen for stage in config.stages):
         decay = _given("optimizer", config.optimizer, "layer_decay")
         yield from _because(decay, "the encoder is frozen in every stage")
     if config.guard.spike_deviations is None:
         names = ("window_steps", "min_steps")
-        yield from _because(_given("guard", config.guard, *names), "guard.spike_deviations null looks for no spikes")
+        yield from _because(
+            _given("guard", config.guard, *names), "guard.spike_deviations is null, so nothing counts as a spike"
+        )
 
 
-def _evaluation(config: RunConfig) -> Found:
+def _evaluation(config: RunConfig) -> UnusedKeys:
     evaluation = config.evaluation
     if not evaluation.sources:
         names = ("token_budget", "image_templates", "video_templates")
@@ -159,7 +162,7 @@ def _evaluation(config: RunConfig) -> Found:
         yield from _because(templates, "they make captions for training; zero-shot takes evaluation.image_templates")
 
 
-def _logging(config: RunConfig) -> Found:
+def _logging(config: RunConfig) -> UnusedKeys:
     if not config.logging.tensorboard:
         shown = _given("logging", config.logging, "images_every_steps")
         yield from _because(shown, "images are shown in TensorBoard, and logging.tensorboard is false")

@@ -1,4 +1,4 @@
-"""A run's encoder in the release's layout: `config.json` and `model.safetensors`, for any reader of the release."""
+"""Exports a run's encoder in the release's layout: `config.json` and `model.safetensors`."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ from univitar_ds.preprocessing import Preprocessor
 from univitar_ds.training.checkpoint.offline import Weights, open_trained
 
 KIND = "export"
-"""Kind of the mark in an exported folder; a folder without it is not replaced."""
+"""Kind of the marker file in an exported folder. A folder without the file is not replaced."""
 
 
 def export_encoder(source: str | Path, out: str | Path, weights: Weights | None = None) -> Path:
     """Writes the encoder of a run (or of one of its checkpoints) to the folder `out` and reads it back.
 
-    `config.json` has the size rule of the run's last stage, so that `Preprocessor` prepares images as the
-    encoder last saw them. The folder appears atomically: an export that fails leaves the previous content.
+    `config.json` has the size rule of the run's last stage, so that `Preprocessor` prepares images as in
+    that stage. The folder is replaced atomically: an export that fails leaves the previous content.
 
     Args: weights: see `open_trained`.
-    Raises: CheckpointError if the source is not a run, is damaged, or `out` holds other files.
+    Returns: `out`.
+    Raises: CheckpointError if the source is not a run or is damaged, if `out` contains other files, or if the release
+        cannot express the size rule; StorageError if `out` cannot be written.
     """
     out = Path(out)
     own = _is_run(out.parent) and out.name == EXPORT
@@ -62,9 +64,9 @@ def export_encoder(source: str | Path, out: str | Path, weights: Weights | None 
 
 
 def with_size_rule(config: EncoderConfig, stage: StageConfig) -> EncoderConfig:
-    """The encoder's config with the size rule of a stage: its images', or its videos' if it has no images.
+    """Returns `config` with the size rule of a stage: the rule for images, or for videos if the stage has no images.
 
-    The release has one rule for both. Raises: CheckpointError if that cannot express the stage's rule.
+    The release has one rule for images and videos. Raises: CheckpointError if it cannot express the stage's rule.
     """
     rule = stage.video if stage.video_ratio == 1 else stage.image
     if rule.size_px is not None:
@@ -86,7 +88,7 @@ def with_size_rule(config: EncoderConfig, stage: StageConfig) -> EncoderConfig:
 
 
 def verify_export(folder: Path, encoder: nn.Module) -> None:
-    """Reads the folder with the public API and compares its output with the encoder's, bit for bit.
+    """Reads the folder with the public API and compares its output with the encoder's, bitwise.
 
     Raises: CheckpointError if they differ, which indicates a faulty disk.
     """
@@ -110,10 +112,10 @@ def _is_run(folder: Path) -> bool:
 
 
 def _refuse_foreign(out: Path, own: bool) -> None:
-    """Raises: CheckpointError for a folder that no export has written.
+    """Raises: CheckpointError if `out` is not a folder that an export wrote.
 
-    Args: own: `out` is the export in a run's folder, where exports of earlier versions, which have no mark, are
-    replaced too.
+    Args: own: whether `out` is the export in a run's folder, where exports of earlier versions without a marker file
+        may be replaced.
     """
     if out.is_symlink():
         raise CheckpointError(f"{out} is a link, and nothing is replaced through a link; name the folder itself")
@@ -126,15 +128,15 @@ def _refuse_foreign(out: Path, own: bool) -> None:
         raise CheckpointError(f"{out} holds {other}, which no export wrote; name another folder or empty it")
     if not own and not is_marked(out, KIND):
         raise CheckpointError(
-            f"{out} holds an encoder without the mark of an export ({MARK}), so it may be another's; name another "
-            "folder, or remove this one"
+            f"{out} holds an encoder without the marker file of an export ({MARK}), so it may be another's; name "
+            "another folder, or remove this one"
         )
 
 
 def _put_in_place(partial: Path, out: Path, earlier: Path) -> None:
-    """Renames, over an earlier export too; between the two renames the earlier one has another name.
+    """Renames `partial` to `out`. An earlier export is renamed to `earlier` first and removed at the end.
 
-    The system refuses to rename over a folder that holds something.
+    The system cannot rename a folder over a folder that is not empty.
     """
     remove(earlier, EXPORT_FILES)
     if not is_empty(out):

@@ -16,46 +16,47 @@ from univitar_ds.geometry import PATCH, Modality, item_bytes
 class PackedBatch:
     """The micro-batch of one lane at one step. `N` is 0 if every item of the pack failed to decode.
 
-    Shapes: N items, S text positions, B bytes. Item i has `frames[i] * h*14 * w*14 * 3` bytes of `pixels`,
-    with (t, h, w) = `grid_thw[i]`: its frames in order, each rows x columns x RGB.
+    Shapes: N items, S text positions, B bytes. `pixels` has the items in order; item i takes
+    `frames[i] * h*14 * w*14 * 3` bytes with (t, h, w) = `grid_thw[i]`, in the order frames, rows, columns, RGB.
     """
 
     pixels: torch.Tensor
     """(B,) uint8, never overwritten while the batch exists."""
     frames: torch.Tensor
-    """(N,) int64, frames stored in `pixels`: 1 for an image, `video_frames` for a video."""
+    """(N,) int64, number of frames of each item in `pixels`: 1 for an image."""
     grid_thw: torch.Tensor
-    """(N, 3) int64, tokens along time, height and width."""
+    """(N, 3) int64, numbers of tokens along time, height and width."""
     token_ids: torch.Tensor
-    """(N, S) int64, padded captions."""
+    """(N, S) int64, token ids of the captions, padded."""
     text_lengths: torch.Tensor
     """(N,) int64, number of tokens of each caption without padding."""
     caption_ids: torch.Tensor
     """(N,) int64, equal for equal captions."""
     captions: list[str]
+    """The caption of each item; empty if the item has none."""
     labels: list[str | None]
     sets: list[str | None]
-    """The data set that each label belongs to; None if the sample does not name one."""
+    """The data set of each label; None if the sample does not name a data set."""
     keys: list[str]
-    """"{shard}/{key}" of every item, the same name in every run over the same sources."""
+    """"{shard}/{key}" of every item, equal in all runs over the same sources."""
     modality: Modality
     lane: int
     index: int
-    """Number of the pack in its lane; equal to the step of the run."""
+    """Index of the pack in its lane."""
     cursor: LaneCursor | None = None
     """The lane's position after this pack; None for packs of an evaluation."""
     bad: dict[str, int] = field(default_factory=dict)
     """Unreadable samples since the lane's previous pack, by kind (`bad_samples.KINDS`)."""
     downscaled: int = 0
-    """Items that were resized to fewer tokens than their original size has, because of the stage's limits."""
+    """Number of items that the stage's limits resized to fewer tokens than their original size has."""
     ignored: dict[str, int] = field(default_factory=dict)
-    """Readable samples with an ignored text, by kind (`captions.IGNORED`)."""
+    """Readable samples with ignored content, by kind (`captions.IGNORED`)."""
     other_captions: list[tuple[str, ...]] = field(default_factory=list)
-    """In an evaluation, further correct captions of each item if its source has one caption per line; may be empty."""
+    """Further correct captions of each item, in an evaluation of a source with one caption per line; may be empty."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of all items."""
+        """Number of tokens of all items."""
         return int(self.grid_thw.prod(dim=1).sum())
 
     def __len__(self) -> int:
@@ -71,6 +72,6 @@ class PackedBatch:
 
 
 def rows(values: Sequence[Sequence[int]] | Sequence[int], width: int | None = None) -> torch.Tensor:
-    """An int64 tensor of shape (N,) or (N, width); N may be 0."""
+    """Returns `values` as an int64 tensor of shape (N,), or (N, width) if `width` is given; N may be 0."""
     array = np.array(values, dtype=np.int64)
     return torch.from_numpy(array.reshape(len(values)) if width is None else array.reshape(len(values), width))

@@ -1,4 +1,4 @@
-"""From plans to batches: sets up decoding from the configuration, counts decoding failures and collates packs."""
+"""Turns plans into batches: sets up decoding from the configuration, counts failures and collates packs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from univitar_ds.errors import SampleError
 from univitar_ds.geometry import TUBELET, Modality, item_bytes
 
 AHEAD = 3
-"""Packs decoded ahead if `data.prefetch_packs` is not set and the workers share the CPU cores with the trainer. One
-fewer while the trainer holds as many packs as it may, which costs no samples per second."""
+"""Number of packs decoded ahead if `data.prefetch_packs` is not set and workers share the CPU cores with the trainer.
+One fewer while the trainer holds its maximum number of packs, which costs no samples per second."""
 
 
 def decoded(
@@ -41,9 +41,9 @@ def decoded(
 
     Args:
         sizes: size rule of each modality in the plans.
-        token_budget: most tokens of a plan.
-        packs_of_step: packs that the trainer takes at a time. It may hold max(this, 2) packs without a copy.
-        prefetch_full_step: decode at least `packs_of_step` packs ahead.
+        token_budget: maximum number of tokens of a plan.
+        packs_of_step: packs of one step. The trainer may hold max(packs_of_step, 2) packs without a copy.
+        prefetch_full_step: whether to decode at least `packs_of_step` packs ahead.
         from_s3: whether shards are on S3.
     Returns: an iterator with a method `close`.
     """
@@ -71,7 +71,7 @@ def decoded(
 
 
 def _bytes_of_a_token(modality: Modality) -> int:
-    """Bytes of pixels per token: of TUBELET frames for a video, of one frame for an image."""
+    """Returns the bytes of pixels per token: of TUBELET frames for a video, of one frame for an image."""
     return item_bytes((1, 1, 1), TUBELET if modality == "video" else 1)
 
 
@@ -99,7 +99,7 @@ class DecodingMonitor:
         self._monitors: dict[tuple[int, Modality], BadSampleMonitor] = {}
 
     def check(self, pack: DecodedPack) -> DecodedPack:
-        """Count the samples of a pack and return it with the new state in its cursor.
+        """Counts the samples of a pack. Returns the pack with the new state in its cursor.
 
         Raises: DataError if the policy ends the run.
         """
@@ -128,7 +128,7 @@ class DecodingMonitor:
 
 
 def tokenized(plans: Iterator[Plan], tokenizer: Tokenizer | None, context_length: int) -> Iterator[Plan]:
-    """The plans with the token ids of their captions; tokenizes in the planner's thread, not in the trainer's."""
+    """Yields the plans with the token ids of their captions. Runs in the planner's thread, not in the trainer's."""
     for plan in plans:
         if tokenizer is not None:
             captions = [sample.caption for sample in plan.samples]
@@ -137,7 +137,7 @@ def tokenized(plans: Iterator[Plan], tokenizer: Tokenizer | None, context_length
 
 
 def collate(decoded: DecodedPack[Plan], tokenizer: Tokenizer | None) -> PackedBatch:
-    """The batch of a decoded and `tokenized` plan, without failed items. Without a tokenizer, `token_ids` is (N, 0)."""
+    """Returns the batch of a decoded and `tokenized` plan without failed items; without a tokenizer, no token ids."""
     plan = decoded.plan
     failed = {index for index, _, _ in decoded.failures}
     kept = [index for index in range(len(plan.samples)) if index not in failed]

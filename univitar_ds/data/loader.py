@@ -1,4 +1,4 @@
-"""From sources to packs: the training loader of a rank, and one pass over the data for an evaluation."""
+"""Loads packs from sources: the training loader of a rank, and one pass over the data for an evaluation."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ from univitar_ds.geometry import Modality, Resolution, token_count
 
 @dataclass(frozen=True)
 class LaneSet:
-    """The lanes that a rank owns, of `count` in all, and their start positions.
+    """The lanes that a rank owns, the number of lanes of the run (`count`), and the start positions.
 
-    `cursors` maps each owned lane to its saved `PackedBatch.cursor`; None starts at the beginning. `first_step` is the
-    number of the first step. `content` is `content_of` the sources' shards if already computed.
+    `cursors` maps each owned lane to its saved `PackedBatch.cursor`; None: lanes start at the beginning. `first_step`
+    is the number of the first step. `content` is `content_of` the sources' shards if already computed.
     """
 
     owned: Sequence[int]
@@ -60,7 +60,10 @@ class LaneSet:
     content: str | None = None
 
     def starts(self, fingerprint: str, accept_changed_sources: bool) -> list[LaneCursor]:
-        """The start of each owned lane, in ascending order of lane. Raises: DataError if a cursor is of other data."""
+        """Returns the start of each owned lane, in ascending order of lane.
+
+        Raises: DataError if a cursor is missing or belongs to other data.
+        """
         starts = []
         for lane in sorted(self.owned):
             if self.cursors is None:
@@ -100,14 +103,15 @@ class PackLoader:
         cost: tuple[float, float] = (0.0, 0.0),
         prefetch_full_step: bool = False,
     ) -> None:
-        """List the shards of the sources and start planning and decoding ahead.
+        """Lists the shards of the sources and starts planning and decoding ahead.
 
         Args:
             modality_of: modality of a step.
             tokenizer: path of tokenizer.json; None for batches without token ids.
             cost: coefficients (a, b) of an item's FLOPs, a*tokens + b*tokens**2.
-            prefetch_full_step: decode a whole step ahead, for a trainer that leaves the CPU cores idle.
-        Raises: DataError for unusable sources or cursors of other data; ConfigError for an unusable tokenizer.
+            prefetch_full_step: whether to decode a whole step ahead, for a trainer that leaves the CPU cores idle.
+        Raises: DataError if sources are unusable or cursors belong to other data; ConfigError if the tokenizer is
+            unusable.
         """
         shards = validate_sources(data.sources, [stage], StorageSettings.of(data))
         configs = stream_config(shards, data=data, stage=stage, lanes=lanes.count, seed=lanes.seed, cost=cost)
@@ -149,14 +153,14 @@ class PackLoader:
         return step
 
     def close(self) -> None:
-        """End the decoding processes. May be called more than once."""
+        """Ends the decoding processes. May be called more than once."""
         self._packs.close()
 
 
 def _plans(lanes: Sequence[Lane], modality_of: Callable[[int], Modality], first_step: int) -> Iterator[Plan]:
     for step in itertools.count(first_step):
         modality = modality_of(step)
-        for lane in lanes:  # request the first shards of all lanes before waiting for any
+        for lane in lanes:  # requests the first shards of all lanes before waiting for a shard
             lane.begin(modality)
         for lane in lanes:
             yield lane.next_plan(modality, step)
@@ -177,9 +181,9 @@ def eval_packs(
 
     If a source has one caption per line, the other lines are in `PackedBatch.other_captions`. A sample with only a
     label has the caption "", because templates of sources are used in training only.
-    Packs are filled in order up to `token_budget`; a larger item has a pack to itself. Only the limits, `workers` and
-    `prefetch_packs` of `data` are used. `lane` is 0 and `cursor` None. Yields nothing if there is no such sample.
-    Raises: DataError as `PackLoader` does.
+    Packs are filled in order up to `token_budget`; a larger item is alone in its pack. Of `data`, only limits,
+    storage, `workers` and `prefetch_packs` are used. `lane` is 0 and `cursor` None. Yields nothing without samples.
+    Raises: DataError or ConfigError as `PackLoader` does.
     """
     shards = find_shards(sources, StorageSettings.of(data))
     frames = video_frames if modality == "video" else 1
@@ -212,7 +216,7 @@ def eval_packs(
 def _sweep(
     shards: Sequence[SourceShard], size: SizeRule, token_budget: int, policy: BadPolicy, probe: Prober = probe_each
 ) -> Iterator[Plan]:
-    """Plans of consecutive samples. Bad samples at the end are reported in a last, empty plan."""
+    """Yields plans of consecutive samples. Bad samples at the end are reported in a last, empty plan."""
     numbers = itertools.count()
     monitor = BadSampleMonitor(policy, f"evaluation, {size.modality}")
     samples: list[Sample] = []

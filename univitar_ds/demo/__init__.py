@@ -1,3 +1,3 @@
-"""`make demo`: rendered scenes, a training run on them, and the folder that holds both."""
+"""The demo (`make demo`): rendered scenes and a training run on them, in one folder."""
 
 __all__ = ["end_to_end", "synthetic"]

@@ -1,7 +1,7 @@
-"""Drawing of the synthetic scenes: anti-aliased shapes on smooth backgrounds, as uint8 arrays and as files.
+"""Draws the synthetic scenes: anti-aliased shapes on smooth backgrounds, as uint8 arrays and as files.
 
-Positions and sizes are whole quarters of a pixel: a shape is drawn at four times its size and averaged, so a
-video played backwards equals the video of the opposite motion bit for bit.
+Positions and sizes are integers in quarters of a pixel. A shape is drawn at four times its size and averaged, so the
+frames of a video in reverse order are bitwise equal to those of the opposite motion.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 QUARTER = 4
-"""Sub-pixels per pixel: unit of positions and sizes of a shape."""
+"""Sub-pixels per pixel, the unit of positions and sizes of shapes."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 38, 38),
@@ -29,12 +29,12 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent")
 X264 = {"crf": "10", "preset": "veryfast", "x264-params": "asm=0:mbtree=0"}
-"""The encoder's vector code reads past the edge of small images, so the bytes differ between calls (measured)."""
+"""Options of x264. asm=0, because its vector code reads past the edge of small images and the bytes then vary."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a scene. `left_q`, `top_q` and `diameter_q` are quarters of a pixel."""
+    """A shape of a scene. `left_q`, `top_q` and `diameter_q` are in quarters of a pixel."""
 
     colour: str
     shape: str
@@ -45,12 +45,13 @@ class Thing:
 
     @property
     def name(self) -> str:
+        """The shape in words, such as "red circle"."""
         return f"{self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Background:
-    """A gradient between two colours along a direction, with noise of `noise` grey levels standard deviation."""
+    """A gradient between two colours, with noise. `angle`: radians; `noise`: standard deviation in grey levels."""
 
     first: tuple[int, int, int]
     second: tuple[int, int, int]
@@ -60,12 +61,12 @@ class Background:
 
 
 def luminance(rgb: tuple[int, int, int]) -> float:
-    """Perceived brightness of an 8-bit colour, 0 to 255 (Rec. 601)."""
+    """Returns the luminance of an 8-bit colour, 0 to 255 (Rec. 601)."""
     return 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
 
 
 def draw_background(background: Background, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) float32, 0 to 255."""
+    """Draws a background: (height, width, 3) float32, 0 to 255."""
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
     across = (columns / max(width - 1, 1) - 0.5) * math.cos(background.angle)
     down = (rows / max(height - 1, 1) - 0.5) * math.sin(background.angle)
@@ -79,8 +80,7 @@ def draw_background(background: Background, height: int, width: int) -> np.ndarr
 
 
 def draw_thing(canvas: np.ndarray, thing: Thing) -> np.ndarray:
-    """A copy of `canvas` (height, width, 3) with the shape on it; parts that leave at one edge enter at the opposite
-    one."""
+    """Draws a shape on a copy of `canvas` (height, width, 3). The shape wraps around the edges."""
     height, width = canvas.shape[:2]
     column, phase_x = divmod(thing.left_q, QUARTER)
     row, phase_y = divmod(thing.top_q, QUARTER)
@@ -95,11 +95,12 @@ def draw_thing(canvas: np.ndarray, thing: Thing) -> np.ndarray:
 
 
 def to_uint8(canvas: np.ndarray) -> np.ndarray:
+    """Rounds `canvas` to uint8."""
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
 
 def _coverage(shape: str, diameter: int, phase_x: int, phase_y: int) -> np.ndarray:
-    """Share of each pixel that the shape covers, (rows, columns) float32, 0 to 1."""
+    """Returns the share of each pixel that the shape covers, (rows, columns) float32, 0 to 1."""
     columns, rows = -(-(diameter + phase_x) // QUARTER), -(-(diameter + phase_y) // QUARTER)
     mask = Image.new("L", (columns * QUARTER, rows * QUARTER), 0)
     pen = ImageDraw.Draw(mask)
@@ -130,25 +131,25 @@ def _trace(pen: ImageDraw.ImageDraw, shape: str, left: int, top: int, size: int)
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a polygon in the unit square, y downwards."""
+    """Returns the corners of a polygon in the unit square, with y downwards."""
     if shape == "triangle":
         return [(0.5, 0.04), (1.0, 0.92), (0.0, 0.92)]
     if shape == "star":
-        turns = [math.pi * k / 5 for k in range(10)]
-        return [(0.5 + r * math.sin(a), 0.54 - r * math.cos(a)) for a, r in zip(turns, (0.53, 0.22) * 5, strict=True)]
+        angles = [math.pi * k / 5 for k in range(10)]
+        return [(0.5 + r * math.sin(a), 0.54 - r * math.cos(a)) for a, r in zip(angles, (0.53, 0.22) * 5, strict=True)]
     assert shape == "heart", shape
-    turns = [2 * math.pi * k / 48 for k in range(48)]
+    angles = [2 * math.pi * k / 48 for k in range(48)]
     return [
         (
             0.5 + math.sin(a) ** 3 / 2,
             0.45 - (13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 32,
         )
-        for a in turns
+        for a in angles
     ]
 
 
 def encode_image(pixels: np.ndarray, *, extension: str, quality: int) -> bytes:
-    """A (height, width, 3) uint8 image as JPEG (`jpg`) or PNG (`png`) bytes."""
+    """Encodes a (height, width, 3) uint8 image as JPEG (`jpg`) or PNG (`png`)."""
     out = io.BytesIO()
     if extension == "png":
         Image.fromarray(pixels).save(out, format="PNG", compress_level=3)
@@ -158,7 +159,7 @@ def encode_image(pixels: np.ndarray, *, extension: str, quality: int) -> bytes:
 
 
 def encode_mp4(frames: list[np.ndarray], rate: int) -> bytes:
-    """Frames (height, width, 3) uint8 with even sides as MP4 bytes: H.264, or MPEG-4 where x264 is not built in."""
+    """Encodes frames (height, width, 3) uint8 with even sides as MP4: H.264, or MPEG-4 if PyAV lacks x264."""
     import av
 
     out = io.BytesIO()

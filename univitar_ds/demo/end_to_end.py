@@ -1,4 +1,4 @@
-"""`make demo`: rendered scenes, shards, ZeRO-3 training on local processes, evaluation, export, one table."""
+"""Runs the demo: renders scenes, packs shards, trains with ZeRO-3 on local processes, evaluates and exports."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from univitar_ds.evaluation.report import render_times
 from univitar_ds.screen import show
 
 IMAGES, VIDEOS = 1600, 1600
+"""Number of scenes of each kind."""
 
 
 def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
-    """Run all parts in `folder` and print the results with the time of each part.
+    """Runs all parts in `folder` and prints the results with the duration of each part. Returns the exit status.
 
-    Existing scenes and shards are used again; the run is started from scratch. Returns the exit status.
-    Raises: ConfigError if the folder holds anything that no demo writes.
+    Reuses existing scenes and shards; the run starts from scratch.
+    Args: nproc: number of ranks; install_seconds: duration of the installation for the table, if known.
+    Raises: UserError; ConfigError if the folder contains files that no demo writes.
     """
     claim(folder)
-    os.environ["DS_ACCELERATOR"] = "cpu"  # so that it runs on every machine
+    os.environ["DS_ACCELERATOR"] = "cpu"  # so that the demo runs on every machine
     times: dict[str, float] = {} if install_seconds is None else {"installation": install_seconds}
     shards, runs = folder / "shards", folder / "runs"
     with launch.timed(times, "rendering the scenes"):

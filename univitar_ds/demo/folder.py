@@ -1,6 +1,6 @@
-"""The folder of `make demo`: the names that the demo writes in it, and their removal (`make clean`).
+"""The folder of `make demo`: creates or reuses it, and removes the files that the demo wrote (`make clean`).
 
-Needs only Python, since `make clean` must also work without the environment.
+Needs no installed packages, because `make clean` must also work without the environment.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from univitar_ds.owned import MARK, Names, clear, foreign, is_empty, is_marked, 
 from univitar_ds.run_lock import RunLock
 
 KIND = "demo"
+"""Kind of the marker file in the folder of a demo."""
 RUN = Path("runs", "demo")
 _RUN: Names = RUN_ENTRIES | LOCKS
 _SCENE = r"(train|test)-\d{6}\.(png|jpg|mp4)"
@@ -27,13 +28,13 @@ _ENTRIES: Names = {
 
 
 def claim(folder: Path) -> None:
-    """Create or reuse the demo's folder; the run of an earlier demo there is removed.
+    """Creates or reuses the demo's folder. Removes the run of an earlier demo in it.
 
-    Raises: ConfigError if it holds anything that no demo writes; RunLocked if a demo is training there.
+    Raises: ConfigError if the folder contains files that no demo writes; RunLocked if a demo is training in it.
     """
     refuse_link(folder)
     if not is_marked(folder, KIND) and not is_empty(folder):
-        found = foreign(folder, _ENTRIES)  # also the folder of an earlier version, which has no mark
+        found = foreign(folder, _ENTRIES)  # None also for the folder of an earlier version, which has no marker file
         if found is None and not (folder / "scenes" / "scenes.json").is_file():
             found = "something, but no scenes.json"
         if found is not None:
@@ -54,11 +55,14 @@ def claim(folder: Path) -> None:
 
 
 def remove_demo(folder: Path) -> str:
-    """Remove what the demo has written in its folder; returns a sentence. Anything else stays."""
+    """Removes the files that the demo wrote in its folder, and no others. Returns a sentence on the result.
+
+    Raises: RunLocked if a demo is training in the folder.
+    """
     if is_empty(folder):
         return f"{folder}: nothing to remove"
     if folder.is_symlink() or not is_marked(folder, KIND):
-        return f"{folder} stays: it does not have the demo's mark ({MARK})"
+        return f"{folder} stays: it does not have the demo's marker file ({MARK})"
     run = folder / RUN
     if run.is_dir():
         RunLock(run).refuse()
@@ -69,7 +73,7 @@ def remove_demo(folder: Path) -> str:
 
 
 def main(folder: str) -> None:
-    """For `make clean`."""
+    """Removes the demo in `folder` and prints the result, for `make clean`."""
     try:
         print(remove_demo(Path(folder)))
     except UserError as error:

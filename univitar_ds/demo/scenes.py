@@ -1,10 +1,9 @@
-"""The demo's scenes: coloured shapes with compositional captions, and videos in which one shape moves.
+"""Scenes of the demo: coloured shapes with compositional captions, and videos in which one shape moves.
 
-A set of (colour, shape) pairs is held out; every colour and every shape occurs in training, so the test split measures
-compositions. In a video the shape moves at constant speed from a uniformly random start and enters again at the edge
-opposite to that where it leaves: the positions of the shape in any single frame have the same distribution for all four
-directions, and a video of a motion played backwards is one of the opposite motion. Only the order of the frames shows
-the direction.
+Some (colour, shape) pairs occur only in the test split; every colour and every shape occurs in training, so the test
+split measures composition. In a video, the shape moves at constant speed from a uniformly random position and wraps
+around the edges. So the position in a single frame has the same distribution for all four directions, and a video in
+reverse order is a video of the opposite motion. Only the order of the frames shows the direction.
 """
 
 from __future__ import annotations
@@ -34,19 +33,20 @@ RELATIONS = {
     "to the left of": "to the right of",
     "to the right of": "to the left of",
 }
-"""The relation of the first shape to the second, and of the second to the first."""
+"""The inverse of each relation between two shapes."""
 VIDEO_GROUND = 20
-"""Brightest background of a video. On dark backgrounds the side to which a shape moves always becomes brighter, a cue
-that an encoder of a few million parameters learns within minutes; with any brightness it needs three times as many
-videos."""
+"""Maximum brightness of the background of a video. On a dark background the side to which a shape moves always becomes
+brighter. An encoder of a few million parameters learns this cue within minutes; with backgrounds of any brightness it
+needs three times as many videos."""
 VIDEO_FRAMES = (16, 24)
+"""Minimum and maximum number of frames of a video."""
 STEP_PX = (4, 10)
-"""Motion between two frames of eight sampled evenly: the motion within one token of the encoder."""
+"""Minimum and maximum motion in pixels between neighbours of eight evenly sampled frames."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One row of the set with everything needed to draw it. An image has one frame and no direction."""
+    """One image or video with all parameters for drawing it. An image has one frame and no direction."""
 
     name: str
     split: str
@@ -64,10 +64,11 @@ class Scene:
 
     @property
     def kind(self) -> str:
+        """image or video."""
         return "image" if self.direction is None else "video"
 
     def row(self) -> dict[str, object]:
-        """Line of metadata.jsonl; evaluation uses the first caption."""
+        """Returns the scene's line of metadata.jsonl. Evaluation uses the first caption."""
         attributes: dict[str, object] = {"things": [thing.name for thing in self.things]}
         if self.direction is not None:
             attributes["direction"] = self.direction
@@ -82,7 +83,7 @@ class Scene:
 
 
 def compositions(split: str) -> list[tuple[str, str]]:
-    """The (colour, shape) pairs of a split: 16 of 64 are test, two of every colour and two of every shape."""
+    """Returns the (colour, shape) pairs of a split. 16 of 64 are test pairs, two of each colour and of each shape."""
     colours = list(COLOURS)
     held_out = {
         (colours[(column + shift) % len(colours)], shape) for column, shape in enumerate(SHAPES) for shift in (0, 3)
@@ -91,7 +92,7 @@ def compositions(split: str) -> list[tuple[str, str]]:
 
 
 def image_scene(seed: int, split: str, index: int) -> Scene:
-    """Image number `index` of a split: six in ten show one shape, the others two and their relation."""
+    """Returns image number `index` of a split. 60 % of the images show one shape, the others two and their relation."""
     random = _random(seed, "image", split, index)
     width, height = _sides(random, median=140, spread=0.5, least=40, most=400, longest_ratio=3.0)
     pairs = compositions(split)
@@ -116,7 +117,7 @@ def image_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def video_scene(seed: int, split: str, index: int) -> Scene:
-    """Video number `index` of a split: it cycles through the directions, and within each through the compositions."""
+    """Returns video number `index` of a split. Directions alternate; each cycles through the compositions."""
     random = _random(seed, "video", split, index)
     direction = list(DIRECTIONS)[index % len(DIRECTIONS)]
     pairs = compositions(split)
@@ -152,7 +153,7 @@ def video_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def thing_at(scene: Scene, frame: int) -> Thing:
-    """The moving shape of a video in a frame; it wraps around the edges."""
+    """Returns the moving shape of a video in frame number `frame`."""
     assert scene.direction is not None, "images do not move"
     (thing,) = scene.things
     right, down = DIRECTIONS[scene.direction]
@@ -164,7 +165,7 @@ def thing_at(scene: Scene, frame: int) -> Thing:
 
 
 def render(scene: Scene) -> list[np.ndarray]:
-    """The frames of a scene, each (height, width, 3) uint8."""
+    """Draws the frames of a scene, each (height, width, 3) uint8."""
     canvas = draw_background(scene.background, scene.height, scene.width)
     if scene.direction is not None:
         return [to_uint8(draw_thing(canvas, thing_at(scene, frame))) for frame in range(scene.frames)]
@@ -174,7 +175,7 @@ def render(scene: Scene) -> list[np.ndarray]:
 
 
 def _random(seed: int, kind: str, split: str, index: int) -> np.random.Generator:
-    """Random numbers of one scene, the same in every process."""
+    """Returns the random generator of one scene, equal in every process."""
     digest = hashlib.blake2b(f"scenes/{seed}/{kind}/{split}/{index}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
@@ -182,7 +183,7 @@ def _random(seed: int, kind: str, split: str, index: int) -> np.random.Generator
 def _sides(
     random: np.random.Generator, *, median: float, spread: float, least: int, most: int, longest_ratio: float
 ) -> tuple[int, int]:
-    """Width and height: area and aspect ratio are log-normal, within the limits."""
+    """Draws width and height: area and aspect ratio are log-normal, clipped to the limits."""
     side = median * math.exp(random.normal(0, spread))
     tilt = math.exp(float(np.clip(random.normal(0, 0.42), -math.log(longest_ratio), math.log(longest_ratio))) / 2)
     width, height = (round(float(np.clip(value, least, most))) for value in (side * tilt, side / tilt))
@@ -196,7 +197,7 @@ def _shade(random: np.random.Generator, colour: str) -> tuple[int, int, int]:
 
 
 def _background(random: np.random.Generator, things: tuple[Thing, ...], brightest: int = 235) -> Background:
-    """A background colour whose brightness differs from every shape, so that shapes are always visible."""
+    """Draws a background whose brightness differs from that of every shape, so that all shapes are visible."""
     greys = range(min(20, brightest), brightest + 1, 5)
     apart = [grey for grey in greys if all(abs(grey - luminance(t.rgb)) >= 45 for t in things)]
     grey = apart[random.integers(len(apart))]
@@ -230,7 +231,7 @@ def _one(random: np.random.Generator, pair: tuple[str, str], width: int, height:
 def _two(
     random: np.random.Generator, first: tuple[str, str], second: tuple[str, str], width: int, height: int
 ) -> _Content:
-    """`first` is above, below, left or right of `second`, without overlap and within 45 degrees of the axis."""
+    """Draws `first` above, below, left or right of `second`, without overlap and within 45 degrees of the axis."""
     relation = list(RELATIONS)[random.integers(len(RELATIONS))]
     upright = relation in ("above", "below")
     along, across = (height, width) if upright else (width, height)

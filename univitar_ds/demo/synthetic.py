@@ -1,4 +1,4 @@
-"""The demo's scene set as a folder of files: images, MP4 videos and `metadata.jsonl`, ready to be packed."""
+"""Writes the scenes of the demo to a folder for packing: images, MP4 videos and `metadata.jsonl`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from univitar_ds.errors import DataError, writing
 from univitar_ds.owned import is_empty
 
 FORMAT = 1
-"""Version of the scenes: another number gives other files for the same seed."""
+"""Version of the scenes. Versions differ in the files for the same seed."""
 MARKER = "scenes.json"
+"""Name of the marker file in a folder of scenes."""
 TEST_SHARE = 8
 """One of this many scenes is a test scene."""
 
 _BATCH = 32
+"""Number of scenes per task of a process."""
 _SILENCE_S = 600.0
-"""Seconds that a scene may take, on the clock."""
+"""Maximum seconds of wall time for a scene."""
 
 
 def write_scenes(folder: str | Path, *, images: int, videos: int, seed: int = 0, progress: bool = False) -> None:
-    """Write `images` images and `videos` videos, an eighth of each for test, with `metadata.jsonl` in `folder`.
+    """Writes `images` images and `videos` videos, an eighth of each for test, and `metadata.jsonl` to `folder`.
 
-    The files depend on the arguments and the versions of the encoders alone. `metadata.jsonl` is written last;
-    a folder that has it for the same arguments is left as it is, so an interrupted call can be repeated.
+    The files depend only on the arguments and the versions of the encoders. `metadata.jsonl` is written last. A folder
+    with `metadata.jsonl` for the same arguments is not changed, so an interrupted call can be repeated.
 
-    Raises: DataError if the folder holds something else, or a count is negative or both are 0.
+    Raises: DataError if the folder has other content, or if a count is negative or both counts are 0; StorageError.
     """
     folder = Path(folder)
     if min(images, videos) < 0 or images + videos == 0:
@@ -44,7 +46,7 @@ def write_scenes(folder: str | Path, *, images: int, videos: int, seed: int = 0,
         return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / MARKER, json.dumps(wanted) + "\n")  # first: it marks the folder as ours
+        replace_text(folder / MARKER, json.dumps(wanted) + "\n")  # first, because it marks the folder as a scene set
         for name in ("images", "videos"):
             (folder / name).mkdir(exist_ok=True)
         rows = _write_files(folder, _jobs(images, videos, seed), progress)
@@ -78,7 +80,7 @@ def _jobs(images: int, videos: int, seed: int) -> list[tuple[int, str, str, int]
 
 
 def _write_files(folder: Path, jobs: list[tuple[int, str, str, int]], progress: bool) -> list[dict[str, object]]:
-    """The rows of `metadata.jsonl`, in the order of the jobs."""
+    """Writes the scenes of `jobs`. Returns the rows of `metadata.jsonl`, in the order of the jobs."""
     workers = min(len(os.sched_getaffinity(0)), len(jobs))
     rows: dict[int, dict[str, object]] = {}
     with tqdm(total=len(jobs), desc="scenes", unit="scene", disable=not progress) as bar:

@@ -1,4 +1,4 @@
-"""Embeddings of all items of a data set and of their captions, in one process and without gradients."""
+"""Embeds all items of a data set and their captions, in one process and without gradients."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.tokenization import encode
 
 TEXTS_AT_ONCE = 256
+"""Number of sentences that `embed_texts` embeds at a time."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """n items of one modality, in the order of the data; row i of everything belongs to item i.
+    """Embeddings of n items of one modality, in the order of the data. Row i of each field belongs to item i.
 
-    `vision` and `text` (n, E) float32 on the host, rows of length 1; a row of `text` is 0 and its caption "" if an
-    item has only a label. Equal `caption_ids` mean equal captions; `sets` are names of the data sets that the items
-    come from, if the data has them. `others` are further captions of each item, or () without any. `bad` counts by
-    kind what was left out.
+    `vision` and `text` are (n, E) float32 on the host, with rows of length 1. An item that has only a label has a row
+    of zeros in `text` and the caption "". Equal `caption_ids` mean equal captions. `sets` are the names of the items'
+    data sets, if the data has them. `others` are further captions of each item, () without any. `bad` counts the
+    samples that were left out, by kind.
     """
 
     vision: Tensor
@@ -50,9 +51,9 @@ class Embeddings:
 
 
 def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modality, *, progress: bool) -> Embeddings:
-    """Embeds all packs, which are of one modality; on the model's device, with the model in evaluation mode.
+    """Embeds all packs, which have one modality, on the model's device. The model must be in evaluation mode.
 
-    Returns: empty Embeddings (n = 0) if there are no items.
+    Returns: Embeddings, with n = 0 if there are no items.
     """
     device = next(model.parameters()).device
     width = model.vision_proj.out_features
@@ -79,7 +80,7 @@ def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modal
 
 
 def _texts(model: ContrastiveModel, pack: PackedBatch, width: int, device: torch.device) -> Tensor:
-    """(items, width), 0 where an item has no caption."""
+    """Returns the text embeddings of a pack, (items, width); 0 for an item without a caption."""
     vectors = torch.zeros(len(pack), width)
     rows = [row for row, caption in enumerate(pack.captions) if caption]
     if rows:
@@ -89,7 +90,7 @@ def _texts(model: ContrastiveModel, pack: PackedBatch, width: int, device: torch
 
 
 def embed_texts(model: ContrastiveModel, tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> Tensor:
-    """Sentences as unit vectors: (len(texts), E) float32 on the host."""
+    """Embeds sentences. Returns unit vectors (len(texts), E) float32 on the host."""
     device = next(model.parameters()).device
     rows = []
     with torch.no_grad():

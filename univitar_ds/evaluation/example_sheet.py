@@ -1,4 +1,4 @@
-"""A sheet of held-out examples: the encoder's input, its tokens as colours, and the nearest captions."""
+"""Draws a sheet of held-out examples: the encoder's input, its output tokens as colours, and the nearest captions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.viz.sheet import component_colours, raster_order, spread_frames, to_size
 
 ROWS, PER_PACK = 10, 5
-HEIGHT, MOST_WIDTH, MARGIN = 150, 260, 8
+"""Maximum number of items on the sheet, and from one pack."""
+HEIGHT, MAX_WIDTH, MARGIN = 150, 260, 8
+"""Height and maximum width of an image, and the margin around it, in pixels."""
 SHOWN_FRAMES, SHOWN_CAPTIONS = 3, 3
 TEXT_WIDTH = 380
 RIGHT, WRONG, INK = (24, 120, 48), (170, 40, 40), (30, 30, 30)
@@ -26,7 +28,7 @@ RIGHT, WRONG, INK = (24, 120, 48), (170, 40, 40), (30, 30, 30)
 
 @dataclass(frozen=True)
 class Kept:
-    """One item as it entered the encoder: `pixels` (frames, h*14, w*14, 3) uint8."""
+    """An item of the sheet as it entered the encoder: `pixels` (frames, h*14, w*14, 3) uint8, `grid` (t, h, w)."""
 
     key: str
     pixels: Tensor
@@ -34,8 +36,10 @@ class Kept:
 
 
 def keep_some(packs: Iterable[PackedBatch], kept: list[Kept]) -> Iterator[PackedBatch]:
-    """Yields the packs and puts a few of their items into `kept`, no two with the same caption or, without one,
-    the same label."""
+    """Yields the packs and appends up to `ROWS` of their items to `kept`, with distinct captions.
+
+    Items without a caption are compared by label.
+    """
     seen: set[int | str | None] = set()
     for pack in packs:
         taken = 0
@@ -48,19 +52,22 @@ def keep_some(packs: Iterable[PackedBatch], kept: list[Kept]) -> Iterator[Packed
         yield pack
 
 
-def draw_sheet(model: ContrastiveModel, kept: list[Kept], found: Embeddings, path: Path) -> None:
-    """Writes a PNG with one row per item: its frames, the first three principal components of its tokens as
-    colours (one basis for the sheet), and the nearest captions of the data set, the right one in green."""
+def draw_sheet(model: ContrastiveModel, kept: list[Kept], embeddings: Embeddings, path: Path) -> None:
+    """Writes a PNG to `path` with one row per item of `kept`.
+
+    A row shows the item's frames, the first three principal components of its tokens as colours (one basis for the
+    sheet), and the nearest captions among `embeddings`, the item's own caption in green.
+    """
     colours = component_colours([token_features(model, item) for item in kept])
     rows = []
     for item, tokens in zip(kept, colours, strict=True):
         t, h, w = item.grid
         middle = tokens.view(t, h, w, 3)[t // 2]
         chosen = spread_frames(len(item.pixels), SHOWN_FRAMES)
-        strips = [to_size(item.pixels[frame], HEIGHT, MOST_WIDTH, smooth=True) for frame in chosen]
-        strips.append(to_size(middle, HEIGHT, MOST_WIDTH, smooth=False))
-        row = found.keys.index(item.key)
-        rows.append((strips, nearest_captions(found, row), found.labels[row]))
+        strips = [to_size(item.pixels[frame], HEIGHT, MAX_WIDTH, smooth=True) for frame in chosen]
+        strips.append(to_size(middle, HEIGHT, MAX_WIDTH, smooth=False))
+        row = embeddings.keys.index(item.key)
+        rows.append((strips, nearest_captions(embeddings, row), embeddings.labels[row]))
     across = max(sum(strip.width + MARGIN for strip in strips) for strips, *_ in rows)
     sheet = Image.new("RGB", (across + MARGIN + TEXT_WIDTH, len(rows) * (HEIGHT + MARGIN) + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
@@ -78,7 +85,7 @@ def draw_sheet(model: ContrastiveModel, kept: list[Kept], found: Embeddings, pat
 
 
 def token_features(model: ContrastiveModel, item: Kept) -> Tensor:
-    """Tokens of one item in raster order of the grid, (t*h*w, D) float32 on the host."""
+    """Returns the tokens of one item in raster order of its grid: (t*h*w, D) float32 on the host."""
     device = next(model.parameters()).device
     with torch.no_grad():
         pixels = item.pixels.flatten().to(device)
@@ -86,20 +93,21 @@ def token_features(model: ContrastiveModel, item: Kept) -> Tensor:
     return raster_order(tokens, item.grid, model.vision.config.spatial_merge_size).flatten(0, 2)
 
 
-def nearest_captions(found: Embeddings, row: int) -> list[tuple[str, bool, float]]:
-    """The captions nearest to an item among the distinct ones: (caption, whether it is its own, cosine).
+def nearest_captions(embeddings: Embeddings, row: int) -> list[tuple[str, bool, float]]:
+    """Returns the distinct captions nearest to item `row`: (caption, whether it is the item's own, cosine).
 
-    None for an item without a caption.
+    The list is empty for an item without a caption.
     """
-    if not found.captions[row]:
+    if not embeddings.captions[row]:
         return []
-    first = {found.caption_ids[index]: index for index in reversed(found.captioned)}
-    places = sorted(first.values())
-    scores = found.text[places] @ found.vision[row]
-    best = scores.topk(min(SHOWN_CAPTIONS, len(places)))
+    first = {embeddings.caption_ids[index]: index for index in reversed(embeddings.captioned)}
+    candidates = sorted(first.values())
+    scores = embeddings.text[candidates] @ embeddings.vision[row]
+    best = scores.topk(min(SHOWN_CAPTIONS, len(candidates)))
+    own = embeddings.caption_ids[row]
     return [
-        (found.captions[places[place]], found.caption_ids[places[place]] == found.caption_ids[row], score)
-        for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        (embeddings.captions[candidates[index]], embeddings.caption_ids[candidates[index]] == own, score)
+        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
 
 

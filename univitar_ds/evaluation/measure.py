@@ -1,4 +1,4 @@
-"""Figures of one modality's embeddings, and sentences on what could not be measured and why."""
+"""Computes the scores of one modality's embeddings, and sentences that explain missing scores."""
 
 from __future__ import annotations
 
@@ -11,33 +11,36 @@ from univitar_ds.evaluation.zero_shot import Texts, zero_shot
 from univitar_ds.geometry import Modality
 
 DAMAGE = frozenset({"cut", "damaged"})
-"""Kinds of bad samples that are bytes of a shard: their modality is unknown."""
-LOOK_CLOSER = "univitar-ds data verify SOURCE lists them"
+"""Kinds of bad samples that are damaged bytes of a shard, whose modality is unknown."""
+VERIFY_HINT = "univitar-ds data verify SOURCE lists them"
+"""Hint in sentences about bad samples."""
 
 
 def measure(
-    found: Embeddings, templates: Sequence[str], texts: Texts, *, expected: bool, named: bool
+    embeddings: Embeddings, templates: Sequence[str], texts: Texts, *, expected: bool, named: bool
 ) -> tuple[list[Figure], list[str]]:
-    """Figures of one modality, and a sentence for each thing that could not be measured.
+    """Returns the scores of one modality, and notes: sentences about missing scores and about samples left out.
 
-    Zero-shot needs labels and `templates`, retrieval captions. `expected`: the sources are known to hold the modality;
-    `named`: a source has class names.
+    Zero-shot classification needs labels, retrieval needs captions.
+
+    Args: templates: sentences with {} for the label; texts: embeds sentences; expected: whether the sources are known
+        to contain the modality; named: whether a source has class names.
     """
-    kind = found.modality
-    left_out = f"left out: {_counted(found)}; {LOOK_CLOSER}" if found.bad else ""
-    if not len(found):
-        if expected or set(found.bad) - DAMAGE:
+    kind = embeddings.modality
+    left_out = f"left out: {_counted(embeddings)}; {VERIFY_HINT}" if embeddings.bad else ""
+    if not len(embeddings):
+        if expected or set(embeddings.bad) - DAMAGE:
             return [], [f"No {kind} that can be read in the evaluation data ({left_out or 'it holds none'})."]
         return [], []
-    figures, notes = zero_shot(found, templates, texts)
-    labels = {label for label in found.labels if label is not None}
+    figures, notes = zero_shot(embeddings, templates, texts)
+    labels = {label for label in embeddings.labels if label is not None}
     if labels and not named and all(label.isdecimal() for label in labels):
         notes.append(
             f"Zero-shot of {kind}s: labels are numbers, such as {min(labels)!r}; if they are not the names themselves, "
             "name them by class_names of the source."
         )
-    ranked = retrieval(found, texts)
-    if not found.captioned:
+    ranked = retrieval(embeddings, texts)
+    if not embeddings.captioned:
         notes.append(f"Retrieval of {kind}s: no item has a caption.")
     elif not ranked:
         notes.append(f"Retrieval of {kind}s: all {kind}s with a caption have the same one, so there is no choice.")
@@ -47,9 +50,9 @@ def measure(
 
 
 def nothing_measured(found: Sequence[Embeddings], unmet: Sequence[tuple[Modality, int]]) -> str:
-    """The sentence for an evaluation without any figure: what was requested and what was found.
+    """Returns the error message of an evaluation without scores: the requested scores and the samples found.
 
-    `unmet` are samples of modalities that no stage of the run reads.
+    Args: found: embeddings of the evaluated modalities; unmet: numbers of samples of other modalities.
     """
     asked = " and ".join(f"{one.modality}s" for one in found)
     parts = [f"the evaluation measured nothing: it asks for retrieval and zero-shot classification of {asked}"]

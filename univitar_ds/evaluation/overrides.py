@@ -1,4 +1,4 @@
-"""Which keys of a run file an evaluation may override, and which files it may replace."""
+"""The keys of a run file that an evaluation may override, and the files that it may replace."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
 
 SECTIONS = ("evaluation", "data", "logging")
-OF_TRAINING = ("data.sources", "data.lanes", "data.pool_samples", "data.accept_changed_sources", "data.log_samples")
-"""Keys of those sections that only training reads: overriding one would silently change nothing."""
+"""Sections that an evaluation reads."""
+TRAINING_ONLY = ("data.sources", "data.lanes", "data.pool_samples", "data.accept_changed_sources", "data.log_samples")
+"""Keys of `SECTIONS` that only training reads. Overriding one would have no effect, so it is an error."""
 
 
 def overridden(path: Path, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The run's `config`, read from `path`, with overrides of keys that an evaluation reads.
+    """Returns the configuration in the file `path` with overrides of keys that an evaluation reads.
 
-    Raises: ConfigError for an override of anything else, or one that makes the run file invalid.
+    Args: config: the configuration in `path`, returned if there are no overrides.
+    Raises: ConfigError if an override has another key or makes the run file invalid.
     """
     for entry in overrides:
         key = entry.partition("=")[0]
@@ -27,7 +29,7 @@ def overridden(path: Path, config: RunConfig, overrides: Sequence[str]) -> RunCo
                 f"{key} is a key of the training, which has no effect on a finished checkpoint; override keys of "
                 f"{', '.join(SECTIONS[:-1])} and {SECTIONS[-1]}, or train another run"
             )
-        if any(key == own or key.startswith(f"{own}.") or own.startswith(f"{key}.") for own in OF_TRAINING):
+        if any(key == own or key.startswith(f"{own}.") or own.startswith(f"{key}.") for own in TRAINING_ONLY):
             raise ConfigError(
                 f"{key} is read by training only, an evaluation reads evaluation.sources: override "
                 "evaluation.sources.0.path, for example"
@@ -36,7 +38,7 @@ def overridden(path: Path, config: RunConfig, overrides: Sequence[str]) -> RunCo
 
 
 def same_evaluation(before: RunConfig, after: RunConfig) -> bool:
-    """Whether both evaluations measure the same on the same data."""
+    """Whether both configurations evaluate the same data with the same templates."""
     return all(
         getattr(before.evaluation, name) == getattr(after.evaluation, name)
         for name in ("sources", "image_templates", "video_templates")
@@ -44,9 +46,9 @@ def same_evaluation(before: RunConfig, after: RunConfig) -> bool:
 
 
 def is_result(path: Path) -> bool:
-    """Whether a file holds the results of an evaluation."""
+    """Whether a file contains the results of an evaluation. Raises: OSError if it cannot be read."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except ValueError:
         return False
-    return isinstance(found, dict) and found.keys() >= {"format", "checkpoint", "figures"}
+    return isinstance(content, dict) and content.keys() >= {"format", "checkpoint", "figures"}

@@ -1,4 +1,4 @@
-"""Results as Markdown tables, readable in a terminal too, with the chance level next to every figure."""
+"""Renders results as Markdown tables that are also readable in a terminal, with the chance level of every score."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from univitar_ds.errors import UserError
 
 
 def render_run(run: str | Path) -> str:
-    """The results of a run, the figures of its training and the time of each part.
+    """Returns the evaluation of a run, the metrics of its training and the duration of each part.
 
-    Raises: UserError if the folder holds neither an evaluation nor a summary.
+    Raises: UserError if the folder contains neither an evaluation nor a summary, or if one of them is not JSON.
     """
     run = Path(run)
     parts = []
@@ -30,7 +30,7 @@ def render_run(run: str | Path) -> str:
 
 
 def render_evaluation(evaluation: Mapping[str, Any]) -> str:
-    """The content of `evaluation.json` as a table, with a sentence for what could not be measured."""
+    """Returns the content of `evaluation.json` as a table, followed by its notes."""
     heads = ("task", "measure", "result", "chance", "x chance", "n", "among")
     rows = [
         (
@@ -50,7 +50,7 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> str:
 
 
 def render_summary(summary: Mapping[str, Any]) -> str:
-    """The plain entries of `summary.json`, and its times as a separate table."""
+    """Returns the numbers and strings of `summary.json` as a table, and its durations as a second table."""
     plain = [(key, _number(value)) for key, value in summary.items() if isinstance(value, str | int | float)]
     last = summary.get("last") or {}
     if "mfu_pct" in last:
@@ -63,13 +63,13 @@ def render_summary(summary: Mapping[str, Any]) -> str:
 
 
 def render_times(seconds: Mapping[str, float]) -> str:
-    """The time of each part and the total."""
+    """Returns a table of the duration of each part and of their total."""
     rows = [(name, _duration(value)) for name, value in seconds.items()]
     return table(("part", "time"), [*rows, ("all together", _duration(sum(seconds.values())))], left=1)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """A Markdown table with even columns; the first `left` of them are aligned left, the others right."""
+    """Returns a Markdown table with padded columns: the first `left` aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

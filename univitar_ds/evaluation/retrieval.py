@@ -1,8 +1,8 @@
-"""Retrieval both ways: recall at 1, 5 and 10 of captions for items and of items for captions.
+"""Retrieval in both directions: recall at 1, 5 and 10 of captions for items and of items for captions.
 
-Equal captions count as one. The right answers for an item are its captions, among all distinct ones; those for a
-caption are all items that have it. One of them among the first k is enough. An item has the caption that was embedded
-with it or, if its source's captions are lines, all of them.
+Equal captions count as one. The right answers for an item are its captions among all distinct captions; the right
+answers for a caption are all items with this caption. A query is a hit if one right answer is among the first k. An
+item has the caption that was embedded with it and, if its source has one caption per line, all other lines.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from univitar_ds.evaluation.zero_shot import Texts
 from univitar_ds.tokenization import caption_id
 
 KS = (1, 5, 10)
+"""Values of k for which R@k is computed."""
 
 
-def retrieval(found: Embeddings, texts: Texts | None = None) -> list[Figure]:
-    """R@k of both directions, among the items that have a caption. A k that includes every candidate is left out.
+def retrieval(embeddings: Embeddings, texts: Texts | None = None) -> list[Figure]:
+    """Computes R@k in both directions among the items with a caption. Leaves out k of at least the candidates' number.
 
-    Args: texts: embeds the items' other captions, if there are any.
+    Args: texts: embeds sentences; needed only if items have other captions.
+    Returns: scores; empty if no item has a caption.
     """
-    rows = found.captioned
+    rows = embeddings.captioned
     if not rows:
         return []
-    vision = found.vision[rows]
-    vectors, items, captions = _captions(found, rows, texts)
+    vision = embeddings.vision[rows]
+    vectors, items, captions = _captions(embeddings, rows, texts)
     order = torch.argsort(captions, stable=True)
     carried, carriers = torch.bincount(items).tolist(), torch.bincount(captions).tolist()
-    kind = found.modality
+    kind = embeddings.modality
     figures = []
     for task, hits, right, candidates in (
         (f"{kind} to text", _hits(vision, vectors, items, captions), carried, len(vectors)),
@@ -46,42 +48,44 @@ def retrieval(found: Embeddings, texts: Texts | None = None) -> list[Figure]:
     return figures
 
 
-def _captions(found: Embeddings, rows: Sequence[int], texts: Texts | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors of the m distinct captions (m, E), and the matching pairs of an item and a caption, each
-    once, in the order of the items: two (p,) of indices, those of items into `rows`."""
+def _captions(embeddings: Embeddings, rows: Sequence[int], texts: Texts | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the vectors of the m distinct captions (m, E), and the p distinct pairs of an item and its caption.
+
+    The pairs are two (p,) index tensors, in the order of the items: positions in `rows`, and rows of the vectors.
+    """
     first: dict[int, int] = {}
     for row in rows:
-        first.setdefault(found.caption_ids[row], row)
-    place = {caption: column for column, caption in enumerate(first)}
-    more: list[str] = []
+        first.setdefault(embeddings.caption_ids[row], row)
+    column_of = {caption: column for column, caption in enumerate(first)}
+    other_captions: list[str] = []
     pairs: dict[tuple[int, int], None] = {}
     for item, row in enumerate(rows):
-        pairs[item, place[found.caption_ids[row]]] = None
-        for other in found.others[row] if found.others else ():
-            column = place.setdefault(caption_id(other), len(place))
-            if column == len(first) + len(more):
-                more.append(other)
+        pairs[item, column_of[embeddings.caption_ids[row]]] = None
+        for other in embeddings.others[row] if embeddings.others else ():
+            column = column_of.setdefault(caption_id(other), len(column_of))
+            if column == len(first) + len(other_captions):
+                other_captions.append(other)
             pairs[item, column] = None
-    vectors = found.text[list(first.values())]
-    if more:
+    vectors = embeddings.text[list(first.values())]
+    if other_captions:
         assert texts is not None, "the items have other captions, but no function embeds them"
-        vectors = torch.cat([vectors, texts(more)])
+        vectors = torch.cat([vectors, texts(other_captions)])
     items, captions = torch.tensor(list(pairs)).T.contiguous()
     return vectors, items, captions
 
 
 def _hits(queries: Tensor, gallery: Tensor, asked: Tensor, right: Tensor) -> dict[int, Tensor]:
-    """For each k the (n,) probability that a query finds a right candidate among its first k.
+    """Returns, for each k, the (n,) probability that a query finds a right candidate among the first k.
 
-    Args: asked, right (p,): that candidate right[i] is right for query asked[i], in ascending order of queries.
+    Args: asked, right: (p,) indices, ascending in asked; candidate right[i] is right for query asked[i].
     """
     gallery = gallery.double()
-    found: dict[int, list[Tensor]] = {k: [] for k in KS}
+    hits: dict[int, list[Tensor]] = {k: [] for k in KS}
     for rows in chunks(len(queries), len(gallery)):
         begin, end = torch.searchsorted(asked, torch.stack([rows[0], rows[-1] + 1])).tolist()
         is_right = torch.zeros(len(rows), len(gallery), dtype=torch.bool)
         is_right[asked[begin:end] - rows[0], right[begin:end]] = True
         counts = rank_counts(queries[rows].double() @ gallery.T, is_right)
         for k in KS:
-            found[k].append(hit_at(k, *counts))
-    return {k: torch.cat(parts) for k, parts in found.items()}
+            hits[k].append(hit_at(k, *counts))
+    return {k: torch.cat(parts) for k, parts in hits.items()}

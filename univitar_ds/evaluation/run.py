@@ -1,4 +1,4 @@
-"""Everything that is measured on a run's held-out data, kept in `evaluation.json` and printed as a table."""
+"""Evaluates a run on held-out data: writes `evaluation.json` and returns the scores as a table."""
 
 from __future__ import annotations
 
@@ -52,15 +52,16 @@ def evaluate_run(
     out: Path | None = None,
     progress: bool = True,
 ) -> str:
-    """Evaluates a run's last checkpoint (or the checkpoint at `run`); returns the table of results.
+    """Evaluates the last checkpoint of a run, or the checkpoint at `run`. Returns the table of results.
 
-    Writes `evaluation.json` and sheets of examples into the run's folder, unless `overrides` change the
-    run's evaluation or `out` is given, the file for the results. The run's configuration does not change. Runs on the
-    GPU if the run uses one, and on the host if the GPU lacks the memory.
+    Writes `evaluation.json` and sheets of examples into the run's folder, unless `overrides` change the run's
+    evaluation or `out` is given. The run's configuration does not change. Runs on the GPU if training would use
+    it, or on the host if the GPU has too little memory.
 
-    Args: weights: see `open_trained`; overrides: see `overridden`.
-    Raises: CheckpointError, ConfigError or DataError if something is missing, or nothing could be measured; the
-        folder and `out` are unchanged then.
+    Args: weights: see `open_trained`; overrides: see `overridden`; out: file for the results instead of
+        `evaluation.json`; progress: whether to show a progress bar.
+    Raises: CheckpointError, ConfigError or DataError if a part is missing or nothing could be measured, without
+        changes in the folder and `out`; LockLost if another launch has taken the run over; StorageError.
     """
     folder, _ = find_checkpoint(Path(run))
     before = load_config(folder / CONFIG)
@@ -85,18 +86,18 @@ def evaluate_run(
 
 @dataclass(frozen=True)
 class _Sheet:
-    """The data of a sheet of examples of one modality."""
+    """Data of a sheet of examples of one modality."""
 
     kept: list[Kept]
-    found: Embeddings
+    embeddings: Embeddings
 
 
 def _draw(trained: Trained, sheets: Sequence[_Sheet]) -> None:
     for sheet in sheets:
-        path = trained.run / f"examples-{sheet.found.modality}.png"
+        path = trained.run / f"examples-{sheet.embeddings.modality}.png"
         try:
-            draw_sheet(trained.model, sheet.kept, sheet.found, path)
-        except Exception as error:  # the figures matter more than the sheet
+            draw_sheet(trained.model, sheet.kept, sheet.embeddings, path)
+        except Exception as error:  # an error in the sheet must not lose the scores
             logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
 
 
@@ -108,16 +109,17 @@ def _on_gpu_or_host(trained: Trained, progress: bool) -> tuple[dict[str, Any], l
             return _evaluate(trained, progress)
         except torch.OutOfMemoryError as error:
             logger.warning("the GPU lacks the memory for the evaluation, it runs on the host: %s", error)
-        # Only here, after the error's frames and their tensors were freed.
+        # Outside of the except clause, because the error's frames hold tensors.
         trained.model.to("cpu")
         torch.cuda.empty_cache()
     return _evaluate(trained, progress)
 
 
 def evaluate(trained: Trained, *, progress: bool = False) -> dict[str, Any]:
-    """All figures of `config.evaluation`, as JSON. Runs on the model's device.
+    """Computes all scores of `config.evaluation`, on the model's device. Returns the content of
+    `evaluation.json` without the sources.
 
-    Raises: ConfigError if the configuration names no data to evaluate on; DataError if nothing could be measured.
+    Raises: ConfigError if evaluation.sources is empty; DataError if sources cannot be read or nothing is measured.
     """
     return _evaluate(trained, progress)[0]
 
@@ -134,22 +136,22 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
     figures: list[Figure] = []
     notes: list[str] = []
     sheets: list[_Sheet] = []
-    looked: list[Embeddings] = []
+    evaluated: list[Embeddings] = []
     for modality in MODALITIES:
         stage = _last_stage(trained.config, modality)
         if stage is None:
             continue
         kept: list[Kept] = []
         with closing(_packs(trained, stage, modality)) as packs:
-            found = embed(trained.model, keep_some(packs, kept), modality, progress=progress)
-        looked.append(found)
-        measured, detail = _measure(trained, found, shards)
+            embeddings = embed(trained.model, keep_some(packs, kept), modality, progress=progress)
+        evaluated.append(embeddings)
+        measured, detail = _measure(trained, embeddings, shards)
         figures += measured
         notes += detail
         if kept:
-            sheets.append(_Sheet(kept, found))
+            sheets.append(_Sheet(kept, embeddings))
     if not figures:
-        raise DataError(nothing_measured(looked, _unmet(shards, looked)))
+        raise DataError(nothing_measured(evaluated, _unmet(shards, evaluated)))
     result = {
         "format": FORMAT,
         "checkpoint": trained.checkpoint.name,
@@ -161,15 +163,15 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
     return result, sheets
 
 
-def _unmet(shards: Sequence[SourceShard], looked: Sequence[Embeddings]) -> list[tuple[Modality, int]]:
-    """Samples of the modalities that are not evaluated, as far as a bounded scan of the sources finds them."""
-    others = [modality for modality in MODALITIES if modality not in {found.modality for found in looked}]
+def _unmet(shards: Sequence[SourceShard], evaluated: Sequence[Embeddings]) -> list[tuple[Modality, int]]:
+    """Counts the samples of the modalities that are not evaluated, in a bounded scan of the sources."""
+    others = [modality for modality in MODALITIES if modality not in {embeddings.modality for embeddings in evaluated}]
     counts = contents_of(shards, MODALITIES).counts if others else {}
     return [(modality, counts[modality]) for modality in others if counts[modality]]
 
 
 def _last_stage(config: RunConfig, modality: Modality) -> StageConfig | None:
-    """The stage whose size rule the model knows best for this modality; None if it was not trained on it."""
+    """Returns the last stage that trains on this modality; None if no stage does."""
     return next((stage for stage in reversed(config.stages) if modality in stage_modalities(stage)), None)
 
 
@@ -187,13 +189,13 @@ def _packs(trained: Trained, stage: StageConfig, modality: Modality) -> Generato
     )
 
 
-def _measure(trained: Trained, found: Embeddings, shards: Sequence[SourceShard]) -> tuple[list[Figure], list[str]]:
+def _measure(trained: Trained, embeddings: Embeddings, shards: Sequence[SourceShard]) -> tuple[list[Figure], list[str]]:
     config = trained.config.evaluation
     return measure(
-        found,
-        config.image_templates if found.modality == "image" else config.video_templates,
+        embeddings,
+        config.image_templates if embeddings.modality == "image" else config.video_templates,
         partial(_embed_texts, trained),
-        expected=any(shard.modality == found.modality for shard in shards),
+        expected=any(shard.modality == embeddings.modality for shard in shards),
         named=any(shard.class_names for shard in shards),
     )
 

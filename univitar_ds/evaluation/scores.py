@@ -1,8 +1,8 @@
-"""A figure and its chance level; ranks with ties between equal scores.
+"""Results with their chance levels, and ranks that allow ties between similarity scores.
 
-Equal scores (closer than `TIE`, the rounding of a float32 cosine) are ordered at random and the expectation
-over that order is taken. So a model that gives everything the same embedding gets exactly the chance level,
-and the order of the data has no effect.
+Scores closer than `TIE`, the rounding of a float32 cosine, are tied. The result is the expectation over random orders
+of tied scores. So a model with one embedding for all items gets exactly the chance level, and the order of the data
+has no effect.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 TIE = 1e-6
-"""Cosines closer than this are equal."""
+"""Maximum difference of tied cosines."""
 CHUNK, CELLS = 1024, 1 << 26
-"""Most queries compared at a time, and most scores of them, about 1.7 GB; they limit the memory and do not change
-results."""
+"""Maximum numbers of queries and of scores that are compared at a time: about 1.7 GB. They do not change results."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured share.
+    """One result: `value` and its `chance` level, in 0..1.
 
-    `value` and `chance` are in 0..1; `n` queries were averaged, each choosing among `candidates`.
+    `value` is the mean over `n` queries with `candidates` each. `set` is the data set, if the data names it.
     """
 
     task: str
@@ -37,19 +36,20 @@ class Figure:
     set: str | None = None
 
     def to_dict(self) -> dict[str, object]:
+        """Returns the fields that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def chunks(queries: int, candidates: int) -> tuple[Tensor, ...]:
-    """Rows of the queries to compare at a time, in order."""
+    """Returns the rows of the queries to compare at a time, in order."""
     return torch.arange(queries).split(max(1, min(CHUNK, CELLS // max(candidates, 1))))
 
 
 def hit_at(k: int, better: Tensor, tied: Tensor, right: Tensor) -> Tensor:
-    """Probability that one of the first `k` results is right, over random orders of equal scores.
+    """Returns the probability that one of the first `k` results is right, over random orders of tied scores.
 
-    Args, each (n,) integer: wrong candidates that score `better` than the best right one, wrong ones `tied`
-    with it, and `right` ones tied with it, itself included.
+    Args, each (n,) integer: better: wrong candidates with a higher score than the best right candidate; tied: wrong
+        candidates tied with it; right: right candidates tied with it, itself included.
     Returns: (n,) float64.
     """
     free = (k - better).clamp(min=0)
@@ -57,12 +57,15 @@ def hit_at(k: int, better: Tensor, tied: Tensor, right: Tensor) -> Tensor:
 
 
 def chance_at(k: int, right: int, candidates: int) -> float:
-    """Probability that a random order of `candidates` has one of `right` right ones among its first `k`."""
+    """Returns the probability that one of `right` right candidates is among the first `k` in a random order."""
     return 1 - math.comb(candidates - right, k) / math.comb(candidates, k) if k < candidates else 1.0
 
 
 def rank_counts(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `hit_at` needs, from scores (n, m) and a mask of the right candidates (n, m), at least one a row."""
+    """Returns the arguments `better`, `tied` and `right` of `hit_at`, each (n,).
+
+    Args: scores: (n, m); is_right: (n, m) mask of the right candidates, at least one per row.
+    """
     assert bool(is_right.any(dim=1).all()), "a query without a right answer cannot be scored"
     best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
     near = (scores - best).abs() <= TIE
@@ -71,7 +74,7 @@ def rank_counts(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _none_drawn(draws: Tensor, wrong: Tensor, right: Tensor) -> Tensor:
-    """Probability that `draws` without replacement from `wrong` + `right` are all wrong; (n,) float64."""
+    """Returns the (n,) probability that `draws` draws without replacement from `wrong` + `right` are all wrong."""
     draws, wrong, right = draws.double(), wrong.double(), right.double()
     possible = draws <= wrong
     left = (wrong - draws).clamp(min=0)

@@ -1,6 +1,6 @@
-"""Zero-shot classification: an item is assigned to the class whose sentences are nearest to it.
+"""Zero-shot classification: each item is assigned to the class with the nearest class vector.
 
-A class is a label of the data set; its vector is the normalised mean of its sentences' unit vectors
+A class is a label of the data set. The class vector is the normalised mean of the unit vectors of the class's sentences
 (CLIP's prompt ensemble). Items without a label are not scored.
 """
 
@@ -16,44 +16,45 @@ from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.evaluation.scores import Figure, chance_at, chunks, hit_at, rank_counts
 
 KS = (1, 5)
-SENTENCES = 1 << 16
-"""Most sentences whose vectors are held at a time, unless one class has more."""
+"""Values of k for which top-k accuracy is computed."""
+MAX_SENTENCES = 1 << 16
+"""Maximum number of sentences that are embedded at a time, unless one class has more."""
 
 Texts = Callable[[Sequence[str]], Tensor]
-"""Sentences -> (n, E) unit vectors."""
+"""Embeds n sentences: returns (n, E) unit vectors."""
 
 
-def zero_shot(found: Embeddings, templates: Sequence[str], texts: Texts) -> tuple[list[Figure], list[str]]:
-    """Top-1 and top-5 accuracy over the scored items of each data set, and top-1 averaged over classes.
+def zero_shot(embeddings: Embeddings, templates: Sequence[str], texts: Texts) -> tuple[list[Figure], list[str]]:
+    """Computes top-1 and top-5 accuracy over the scored items of each data set, and top-1 averaged over classes.
 
-    The last one is not biased by the sizes of classes: always naming the largest class gives 1/classes.
-    The classes of a data set are the labels that occur in it; a k that includes all of them is left out.
+    The average over classes is not biased by class sizes: always predicting the largest class gives 1/classes.
+    The classes of a data set are the labels that occur in it. A k of at least the number of classes is left out.
 
-    Args: templates: sentences with {} for the label.
-    Returns: figures, and a sentence for each data set with fewer than two labels, which is not scored.
+    Args: templates: sentences with {} for the label; texts: embeds sentences.
+    Returns: scores, and notes: one for each data set with only one label, or a single one if no item has a label.
     """
     rows_of: dict[str | None, list[int]] = {}
-    for row, label in enumerate(found.labels):
+    for row, label in enumerate(embeddings.labels):
         if label is not None:
-            rows_of.setdefault(found.sets[row], []).append(row)
+            rows_of.setdefault(embeddings.sets[row], []).append(row)
     figures: list[Figure] = []
-    notes = [] if rows_of else [f"Zero-shot of {found.modality}s: no item has a label."]
+    notes = [] if rows_of else [f"Zero-shot of {embeddings.modality}s: no item has a label."]
     for name in sorted(rows_of, key=lambda name: name or ""):
         rows = rows_of[name]
-        classes = sorted({found.labels[row] for row in rows})
+        classes = sorted({embeddings.labels[row] for row in rows})
         if len(classes) < 2:
             where = f" in {name}" if name else ""
             notes.append(
-                f"Zero-shot of {found.modality}s{where}: only one label, {classes[0]!r}; at least two are needed."
+                f"Zero-shot of {embeddings.modality}s{where}: only one label, {classes[0]!r}; at least two are needed."
             )
             continue
-        figures += _one_set(found, rows, classes, class_vectors(classes, templates, texts), name)
+        figures += _one_set(embeddings, rows, classes, class_vectors(classes, templates, texts), name)
     return figures, notes
 
 
 def class_vectors(classes: Sequence[str], templates: Sequence[str], texts: Texts) -> Tensor:
-    """(classes, E) unit vectors."""
-    at_once = max(1, SENTENCES // len(templates))
+    """Returns the class vectors: (classes, E) unit vectors."""
+    at_once = max(1, MAX_SENTENCES // len(templates))
     means = []
     for start in range(0, len(classes), at_once):
         part = classes[start : start + at_once]
@@ -62,21 +63,23 @@ def class_vectors(classes: Sequence[str], templates: Sequence[str], texts: Texts
     return F.normalize(torch.cat(means), dim=-1)
 
 
-def _one_set(found: Embeddings, rows: list[int], classes: list[str], vectors: Tensor, name: str | None) -> list[Figure]:
+def _one_set(
+    embeddings: Embeddings, rows: list[int], classes: list[str], vectors: Tensor, name: str | None
+) -> list[Figure]:
     column_of = {label: column for column, label in enumerate(classes)}
-    truth = torch.tensor([column_of[found.labels[row]] for row in rows])
+    truth = torch.tensor([column_of[embeddings.labels[row]] for row in rows])
     columns, items, vectors = torch.arange(len(classes)), torch.tensor(rows), vectors.double()
     hits: dict[int, list[Tensor]] = {k: [] for k in KS}
     for part in chunks(len(rows), len(classes)):
-        counts = rank_counts(found.vision[items[part]].double() @ vectors.T, truth[part, None] == columns)
+        counts = rank_counts(embeddings.vision[items[part]].double() @ vectors.T, truth[part, None] == columns)
         for k in KS:
             hits[k].append(hit_at(k, *counts))
 
     def figure(measure: str, value: Tensor, k: int) -> Figure:
         chance = chance_at(k, 1, len(classes))
-        return Figure("zero-shot", measure, found.modality, value.item(), chance, len(rows), len(classes), name)
+        return Figure("zero-shot", measure, embeddings.modality, value.item(), chance, len(rows), len(classes), name)
 
     top = {k: torch.cat(parts) for k, parts in hits.items()}
     figures = [figure(f"top-{k}", top[k].mean(), k) for k in KS if k < len(classes)]
-    per_class = torch.bincount(truth, top[1]) / torch.bincount(truth)  # no class is without an item
+    per_class = torch.bincount(truth, top[1]) / torch.bincount(truth)  # every class has an item
     return [*figures, figure("top-1, mean of classes", per_class.mean(), 1)]

@@ -1,4 +1,4 @@
-"""Attention over packed items: every item attends to itself, nothing is padded."""
+"""Attention over packed items: tokens attend only to tokens of the same item, without padding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from univitar_ds.model.transfer import to_device
 
 HALF = (torch.float16, torch.bfloat16)
 FLASH = ("flash2", "flash3", "flash4")
-FUNCTIONS = {
+FUNCTIONS = {  # module and function of each back end that is imported
     "flash2": ("flash_attn", "flash_attn_varlen_func"),
     "flash3": ("flash_attn_interface", "flash_attn_varlen_func"),
     "flash4": ("flash_attn.cute", "flash_attn_varlen_func"),
@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CuSeqlens:
-    """Boundaries of the items of a pack along its tokens.
+    """Boundaries of the N items of a pack along its tokens.
 
-    `lengths` and `max_length` stay on the host, so that nothing waits for the device; `cu_seqlens` (N + 1,)
+    `lengths` and `max_length` stay on the host, so that the host never waits for the device; `cu_seqlens` (N + 1,)
     int32 is on the device of the tokens.
     """
 
@@ -48,20 +48,22 @@ class CuSeqlens:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> CuSeqlens:
+        """Returns the boundaries of items with these numbers of tokens, on `device`."""
         bounds = torch.tensor(cumulative(lengths), dtype=torch.int32)
         return cls(tuple(lengths), to_device(bounds, device))
 
     @property
     def max_length(self) -> int:
+        """The maximum number of tokens of an item; 0 without items."""
         return max(self.lengths, default=0)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens, backend: str = "auto") -> Tensor:
-    """Softmax attention of the queries of each item over the keys of the same item.
+    """Computes softmax attention of the queries of each item over the keys of the same item.
 
     Args:
         q: (Tq, H, K); k, v: (T, H, K).
-        queries, keys: spans of the items in q and in k, v; the same number of items.
+        queries, keys: boundaries of the items in q and in k, v; the numbers of items are equal.
         backend: see `choose_backend`.
     Returns: (Tq, H * K).
     Raises: ConfigError if `backend` cannot run here.
@@ -74,10 +76,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqle
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
-    """The back end that runs for heads of `width`: sdpa, varlen, flash2, flash3 or flash4.
+    """Returns the back end for heads of `width`: sdpa, varlen, flash2, flash3 or flash4.
 
-    `backend` is one of them, flash for the best flash-attn that is installed, or auto for the fastest one.
-    Raises: ConfigError if it cannot run here.
+    Args: backend: a back end, flash for the best installed flash-attn, or auto for the fastest back end.
+    Raises: ConfigError if `backend` cannot run here.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     return _chosen(backend, device.type, capability, dtype, width)
@@ -91,9 +93,10 @@ def _chosen(backend: str, device: str, capability: tuple[int, int], dtype: torch
 
 
 def select(backend: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> tuple[str, str]:
-    """(the back end, the reason in words). `capability` is that of the GPU, `width` the head's K.
+    """Returns the back end and the reason for it in words.
 
-    Raises: ConfigError if `backend` cannot run there, with a remedy.
+    Args: capability: compute capability of the GPU; width: number of values per head.
+    Raises: ConfigError if `backend` cannot run there.
     """
     obstacles = {name: _obstacle(name, device, capability, dtype, width) for name in _order(capability)}
     able = [name for name, obstacle in obstacles.items() if not obstacle]
@@ -111,14 +114,13 @@ def select(backend: str, device: str, capability: tuple[int, int], dtype: torch.
 
 
 def _order(capability: tuple[int, int]) -> tuple[str, ...]:
-    """Fastest first: each generation of flash-attn is made for one generation of GPUs (2 Ampere, 3 Hopper, 4
-    Blackwell)."""
+    """Returns the back ends, fastest first. flash-attn 2 is made for Ampere, 3 for Hopper and 4 for Blackwell."""
     flash = {9: ("flash3", "flash4", "flash2"), 8: ("flash2", "flash4", "flash3")}
     return (*flash.get(capability[0], ("flash4", "flash2", "flash3")), "varlen", "sdpa")
 
 
 def _obstacle(name: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> str:
-    """Why a back end cannot run, with a remedy; empty if it can."""
+    """Returns why a back end cannot run, with a remedy; empty if it can run."""
     if name == "sdpa":
         return ""
     if device != "cuda":
@@ -128,7 +130,7 @@ def _obstacle(name: str, device: str, capability: tuple[int, int], dtype: torch.
     if dtype not in HALF:
         return "needs bfloat16 or float16"
     widest = 256 if name != "flash4" or capability[0] == 9 else 128
-    if width > widest or (width % 8 and name != "flash2"):  # flash2 pads by itself
+    if width > widest or (width % 8 and name != "flash2"):  # flash2 pads the heads
         return f"takes heads that are a multiple of 8 wide, at most {widest}"
     try:
         _load(name)
@@ -138,12 +140,12 @@ def _obstacle(name: str, device: str, capability: tuple[int, int], dtype: torch.
 
 
 def _absent(error: ImportError) -> bool:
-    # flash_attn without its function is the folder that versions 2 and 4 share, with the other one in it.
+    # Versions 2 and 4 share the folder flash_attn, which lacks the function if only the other one is installed.
     return isinstance(error, ModuleNotFoundError) or "flash_attn_varlen_func" in str(error)
 
 
 def _load(name: str) -> Callable[..., Any]:
-    """The function of a back end. Raises: ImportError."""
+    """Returns the function of a back end. Raises: ImportError."""
     module, function = FUNCTIONS[name]
     try:
         return getattr(importlib.import_module(module), function)
@@ -154,8 +156,7 @@ def _load(name: str) -> Callable[..., Any]:
 def _flash(
     function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens
 ) -> Tensor:
-    """flash-attn 2, 3 and 4 agree on these names, but not on their order, nor on whether they return more than the
-    output."""
+    """Calls flash-attn 2, 3 or 4. They have these argument names in different orders, and some return a tuple."""
     result = function(
         q,
         k,
@@ -180,7 +181,7 @@ def _plain(dtype: torch.dtype) -> str:
 
 
 def _by_item(q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens) -> Tensor:
-    # An empty pack becomes one empty item, so that gradients still reach everything that made q, k and v.
+    # An empty pack becomes one empty item, so that gradients reach the weights that q, k and v were computed from.
     pieces = zip(
         q.split(queries.lengths or (0,)), k.split(keys.lengths or (0,)), v.split(keys.lengths or (0,)), strict=True
     )

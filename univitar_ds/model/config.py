@@ -1,4 +1,4 @@
-"""The sizes of the family."""
+"""The presets of the encoder."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PRESETS = {
     "0.6b": EncoderConfig(1280, 32, 16, 5184),
     "1b": EncoderConfig(1920, 32, 24, 7680),
 }
-"""The family. Parameters: tiny 3,344,064 (ours, for demonstrations and tests), 0.3b 309,885,952 (released),
-0.6b 636,554,496 (published as 637M) and 1b 1,418,820,480; the 1b's shape is inferred from its published 1419M."""
+"""Encoders by name. Parameters: tiny 3,344,064 (ours, for demonstrations and tests), 0.3b 309,885,952 (released),
+0.6b 636,554,496 (published as 637M) and 1b 1,418,820,480; the shape of 1b is inferred from the published 1419M."""
 
 
 def compiles(config: ModelConfig) -> bool:
     """Whether a run on a CPU compiles its token-wise operations.
 
-    With "auto" from the 0.3b on, which make up for the compilation (about half a minute once, seconds at later starts)
-    within about ten packs; `tiny` would need hundreds (benchmarks/LOG.md).
+    "auto" compiles 0.3b and larger encoders, which gain the time of compilation (about half a minute once, seconds at
+    later launches) within about ten packs; `tiny` would need hundreds of packs (benchmarks/LOG.md).
     """
     return config.compile == "on" or (config.compile == "auto" and PRESETS[config.encoder].hidden_size >= 1024)

@@ -1,4 +1,4 @@
-"""Both towers with pooling and projections: images and captions to unit vectors of one space."""
+"""The contrastive model: both towers with pooling and projections, which map images and captions to unit vectors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ from univitar_ds.model.weights import load_into
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to all tokens of an item, which are normed first since the encoder has no final
-    norm."""
+    """Attention pooling: one learned query attends to all tokens of an item.
+
+    The tokens are normed first, because the encoder has no final norm.
+    """
 
     def __init__(self, width: int, heads: int, eps: float, backend: str) -> None:
         super().__init__()
@@ -43,18 +45,18 @@ class AttentionPool(nn.Module):
         nn.init.zeros_(self.kv.bias)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """(T, D), tokens per item -> (N, D)."""
+        """Returns (N, D) pooled features. Args: tokens: (T, D); lengths: number of tokens of each item."""
         count, width = len(lengths), tokens.shape[1] // self.heads
         k, v = self.kv(self.norm(tokens)).view(-1, 2, self.heads, width).unbind(1)
-        # Copied for each item: the descriptors by which flash-attn 3 and 4 read q may refuse a stride of 0.
+        # The query is copied for each item: flash-attn 3 and 4 may reject a stride of 0 in q.
         q = self.query.view(1, self.heads, width).expand(count, -1, -1).contiguous()
         queries, keys = (CuSeqlens.of(spans, tokens.device) for spans in ([1] * count, lengths))
         return attention(q, k, v, queries, keys, self.backend)
 
 
 class Embedded(NamedTuple):
-    """Output of forward for a pack of N items: `vision`, `text` (N, E) float32 of length 1, `scale`, `bias` (1,) of the
-    logits, and features for a teacher if they were requested."""
+    """Output for a pack of N items: `vision` and `text`, (N, E) float32 unit vectors; `scale` and `bias` of the logits,
+    (1,); features in the teacher's width if requested."""
 
     vision: Tensor
     text: Tensor
@@ -64,10 +66,10 @@ class Embedded(NamedTuple):
 
 
 class ContrastiveModel(nn.Module):
-    """The model that is trained. Under DeepSpeed it is called only through the engine; evaluation calls `encode_*`.
+    """The trained model. Training calls `forward` through the DeepSpeed engine; evaluation calls `encode_*`.
 
-    With `teacher_width` it has heads for the teacher's features. Without, weights of such heads are ignored when a
-    state is loaded, since they are used in training only.
+    With `teacher_width` the model has heads for distillation. Without `teacher_width`, it ignores the weights of such
+    heads in a loaded state, because only training uses them.
     """
 
     def __init__(
@@ -102,8 +104,8 @@ class ContrastiveModel(nn.Module):
     ) -> Embedded:
         """Embeds one pack; N may be 0.
 
-        Args: see `encode_vision` and `encode_text`; distill: also features for the teacher;
-        drops: what the encoder drops. Features for the teacher are of the tokens that stay.
+        Args: see `encode_vision` and `encode_text`; distill: whether to return `distilled`, for the tokens that remain;
+            drops: tokens and branches that the encoder drops.
         """
         tokens, pooled = self._features(pixels, frames, grid_thw, drops)
         # Scale and bias are returned as new tensors: ZeRO-3 frees a parameter's storage after forward.
@@ -116,11 +118,11 @@ class ContrastiveModel(nn.Module):
         )
 
     def encode_vision(self, pixels: Tensor, frames: Tensor, grid_thw: Tensor) -> Tensor:
-        """Images and videos to unit vectors.
+        """Embeds images and videos as unit vectors.
 
         Args:
             pixels: (B,) uint8, see `kernels.reference.patchify`; on the model's device.
-            frames: (N,) frames stored per item; grid_thw: (N, 3) tokens per item; both on the host.
+            frames: (N,) number of frames per item; grid_thw: (N, 3) tokens along time, height, width; on the host.
         Returns: (N, E) float32.
         """
         _, pooled = self._features(pixels, frames, grid_thw)
@@ -129,16 +131,16 @@ class ContrastiveModel(nn.Module):
     def _features(
         self, pixels: Tensor, frames: Tensor, grid_thw: Tensor, drops: DropPlan | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (T, D), without dropped ones, and pooled features (N, D) of a pack."""
+        """Returns tokens (T, D), without dropped tokens, and pooled features (N, D) of a pack."""
         grids = grid_thw.tolist()
         tokens = self.vision(pixels, grids, frames=frames, drops=drops)
         lengths = [token_count(grid) for grid in grids] if drops is None else drops.lengths
         return tokens, self.pool(tokens, lengths)
 
     def encode_text(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
-        """Captions to unit vectors.
+        """Embeds captions as unit vectors.
 
-        Args: token_ids (N, S), padded after the end of text; text_lengths (N,) real tokens per row.
+        Args: token_ids: (N, S), padded after the end of text; text_lengths: (N,) number of real tokens per row.
         Returns: (N, E) float32.
         """
         return F.normalize(self.text_proj(self.text(token_ids, text_lengths)).float(), dim=-1)
@@ -152,11 +154,13 @@ def _leave_heads_aside(model: ContrastiveModel, state: dict[str, Any], prefix: s
 def build_contrastive(
     config: ModelConfig, *, vocab_size: int, eos_id: int, pad_id: int, seed: int, teacher_width: int | None = None
 ) -> ContrastiveModel:
-    """The model of a run, on the CPU in float32. The same arguments give the same bits; the global random state does
-    not change.
+    """Builds the model of a run, on the CPU in float32. Equal arguments give bitwise equal weights.
 
-    Args: teacher_width: Dt of the teacher, if the run has one; None: no heads for it.
-    Raises: ConfigError if the parts do not fit each other, CheckpointError if weights to start from do not fit.
+    The global random state does not change.
+
+    Args: teacher_width: Dt of the teacher, if the run has a teacher; None: no heads for distillation.
+    Raises: ConfigError if the parts do not fit each other; CheckpointError if weights to start from do not fit;
+        InstallationError if transformers cannot be imported.
     """
     shape = _encoder_shape(config)
     if shape.hidden_size % config.pool_heads:
@@ -170,7 +174,7 @@ def build_contrastive(
         load_into(vision, config.init_from)
     with _seeded(seed, "text"):
         text = build_text_tower(config.text, vocab_size=vocab_size, eos_id=eos_id, pad_id=pad_id)
-    with _seeded(seed, "heads"):  # the heads for a teacher are drawn last: the other values are the same without one
+    with _seeded(seed, "heads"):  # distillation heads come last, so that the other values do not depend on them
         return ContrastiveModel(vision, text, config, teacher_width)
 
 
@@ -178,18 +182,18 @@ def _encoder_shape(config: ModelConfig) -> EncoderConfig:
     named = dataclasses.replace(PRESETS[config.encoder], initializer_factor=config.layer_scale_init)
     if config.init_from is None:
         return named
-    found = read_encoder_config(config.init_from)
+    stored = read_encoder_config(config.init_from)
     differences = [
-        f"{name} is {found.architecture()[name]} instead of {value}"
+        f"{name} is {stored.architecture()[name]} instead of {value}"
         for name, value in named.architecture().items()
-        if found.architecture()[name] != value
+        if stored.architecture()[name] != value
     ]
     if differences:
         raise CheckpointError(
             f"model.init_from {Path(config.init_from)} holds another encoder than {config.encoder}: "
             f"{'; '.join(differences)}. Name the encoder that fits model.encoder."
         )
-    return found
+    return stored
 
 
 @contextmanager

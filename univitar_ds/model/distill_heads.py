@@ -1,4 +1,4 @@
-"""The student's features mapped into the teacher's space. Used in training only."""
+"""Heads that map the student's features to the teacher's width. Only training uses them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ class Distilled(NamedTuple):
 
 
 class DistillHeads(nn.Module):
-    """A linear map for tokens, which are normed first since the encoder has no final norm, and one for the pooled
-    feature."""
+    """Linear maps for the tokens and the pooled feature.
+
+    The tokens are normed first, because the encoder has no final norm.
+    """
 
     def __init__(self, width: int, teacher_width: int, eps: float) -> None:
         super().__init__()
@@ -30,5 +32,5 @@ class DistillHeads(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, tokens: Tensor, pooled: Tensor) -> Distilled:
-        """(T, D), (N, D) -> (T, Dt), (N, Dt)."""
+        """Maps `tokens` (T, D) and `pooled` (N, D) to the teacher's width."""
         return Distilled(self.patches(self.norm(tokens)), self.pooled(pooled))

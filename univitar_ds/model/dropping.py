@@ -1,9 +1,9 @@
-"""What a training step drops: tokens (patch dropout, arXiv:2212.00794) and, for single items, branches of a block
-(stochastic depth, arXiv:1603.09382).
+"""Plans what a training step drops: tokens (patch dropout, arXiv:2212.00794) and, for single items, branches of
+blocks (stochastic depth, arXiv:1603.09382).
 
-A pack may run twice in a step and its blocks more often, on any number of ranks, before or after a resume, and must
-drop the same every time. So no forward pass draws random numbers: what a pack drops is drawn before, on the host, from
-the seed, the step, the lane and the item alone.
+A pack may run twice in a step and its blocks more often, on any number of ranks and after a resume, and each time the
+same parts must be dropped. So no forward pass draws random numbers. The plan of a pack is drawn earlier on the host and
+depends only on seed, step, lane and item.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ if TYPE_CHECKING:  # needs pydantic, which the encoder alone does not need
 
 @dataclass(frozen=True)
 class DropPlan:
-    """What one pack of N items drops. The tensors are on the host."""
+    """The dropped parts of one pack of N items. The tensors are on the host."""
 
     lengths: tuple[int, ...]
-    """Number of tokens of each item that stay."""
+    """Number of remaining tokens of each item."""
     kept: Tensor | None
-    """(Tk,) int64, ascending: the tokens that stay; None: all."""
+    """(Tk,) int64, ascending indices of the remaining tokens; None: all tokens."""
     factors: Tensor | None
-    """(blocks, 2, N) float32: factors of the attention and feed-forward branches of a block for each item; None: all
-    1."""
+    """(blocks, 2, N) float32, factors of the attention and feed-forward branches for each item; None: all are 1."""
 
     def token_factors(self, device: torch.device) -> Tensor | None:
-        """`factors` for the tokens that stay, (blocks, 2, Tk, 1) on `device`."""
+        """Returns `factors` of the remaining tokens, (blocks, 2, Tk, 1) on `device`; None: all are 1."""
         if self.factors is None:
             return None
         items = torch.repeat_interleave(torch.tensor(self.lengths, dtype=torch.int64))
@@ -47,10 +46,11 @@ class DropPlan:
 
 @dataclass(frozen=True)
 class DropConfig:
-    """The rule of one step.
+    """Rates and random key of the dropping in one step.
 
-    `patches`: share of an item's tokens that is dropped. `depth`: the probability that the last block skips a branch
-    for an item; it decreases linearly to 0 at the first block. `merge`: tokens are dropped in blocks of merge x merge.
+    `patches`: share of an item's tokens that is dropped. `depth`: probability that the last block skips a branch for an
+    item; decreases linearly to 0 at the first block. `blocks`: number of encoder blocks. `merge`: tokens are dropped in
+    groups of merge x merge.
     """
 
     patches: float = 0.0
@@ -62,17 +62,17 @@ class DropConfig:
 
     @classmethod
     def of(cls, stage: StageConfig, encoder: EncoderConfig, *, seed: int, step: int) -> DropConfig:
-        """The rule of a step of a run, counted from the beginning of the run."""
+        """Returns the settings of a step of the run. `step` counts from the beginning of the run."""
         shape = encoder.num_hidden_layers, encoder.spatial_merge_size
         return cls(stage.patch_dropout, stage.stochastic_depth, *shape, seed, step)
 
     def kept(self, tokens: int) -> int:
-        """The number of an item's tokens that stay: whole merge blocks, at least one."""
+        """Returns the number of remaining tokens of an item with `tokens` tokens: whole merge groups, at least one."""
         cell = self.merge**2
         return max(1, round(tokens // cell * (1 - self.patches))) * cell
 
     def of_pack(self, grids: Sequence[Sequence[int]], lane: int) -> DropPlan | None:
-        """What the pack of a lane drops; None: nothing. `grids`: (t, h, w) of each item."""
+        """Returns the plan for the pack of a lane; None: nothing is dropped. `grids`: (t, h, w) of each item."""
         if not self.patches and not self.depth:
             return None
         counts = [token_count(grid) for grid in grids]

@@ -1,4 +1,4 @@
-"""The encoder: packed patches in, packed tokens out."""
+"""The encoder, which maps packed patches to packed tokens."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from univitar_ds.model.transfer import to_device
 class UniViTAR(nn.Module):
     """A native-resolution vision transformer for images and videos (arXiv 2504.01792).
 
-    No class token, no learned positions, no final norm: the last block's output is the result.
-    `attention` picks the back end, `checkpoint_every` recomputes every k-th block in the backward pass (0: none).
+    The encoder has no class token, learned positions or final norm: the output of the last block is the result.
+    `attention` selects the back end. `checkpoint_every` k recomputes every k-th block in the backward pass (0: none).
     """
 
     def __init__(self, config: EncoderConfig, *, attention: str = "auto", checkpoint_every: int = 0) -> None:
@@ -38,9 +38,9 @@ class UniViTAR(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, attention: str = "auto", checkpoint_every: int = 0) -> Self:
-        """Reads a folder in the release's layout, in its stored precision and in evaluation mode.
+        """Returns the encoder in a folder with the release's layout, in the stored precision and in evaluation mode.
 
-        Raises: CheckpointError if the folder is incomplete, damaged or does not fit.
+        Raises: CheckpointError if the folder is incomplete or damaged, or if weights and configuration do not fit.
         """
         from univitar_ds.model.weights import load_into  # needs safetensors, which the encoder alone does not need
 
@@ -50,7 +50,7 @@ class UniViTAR(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors` in the release's layout."""
+        """Writes `config.json` and `model.safetensors` in the release's layout. Raises: StorageError."""
         from univitar_ds.model.weights import save_encoder
 
         save_encoder(folder, self)
@@ -67,14 +67,15 @@ class UniViTAR(nn.Module):
         """Encodes a pack.
 
         Args:
-            pixel_values: (T, 1176) normalised patches, items one after another; with `frames` the pixels themselves,
-                (B,) uint8, see `kernels.reference.patchify`: the same result to rounding for less time and memory.
-            grid_thw: (N, 3) tokens per item along time, height, width; on the host.
-            frames: (N,) frames stored per item of pixels, 1 for a still image; on the host.
-            output_hidden_states: also return the input of every block and the last output.
-            drops: what the pack drops in training.
-        Returns: (T, D), or with hidden states a pair ((T, D), list of layers + 1 times (T, D)); T without dropped
-        tokens.
+            pixel_values: (T, 1176) normalised patches of all items in order; or, with `frames`, pixels (B,) uint8, see
+                `kernels.reference.patchify`, which need less time and memory and give the same result to rounding.
+            grid_thw: (N, 3) numbers of tokens along time, height, width; on the host.
+            frames: (N,) number of frames per item in the pixels, 1 for an image; on the host.
+            output_hidden_states: whether to return the inputs of all blocks and the last output as well.
+            drops: tokens and branches that are dropped in training.
+        Returns: (T, D), or with hidden states a pair of (T, D) and a list of layers + 1 tensors (T, D); T without
+        dropped tokens.
+        Raises: ValueError if the number of patches does not fit the grids.
         """
         grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]
         lengths: Sequence[int] = [token_count(grid) for grid in grids]
@@ -95,7 +96,7 @@ class UniViTAR(nn.Module):
         for index, block in enumerate(self.encoder["layers"]):
             arguments = (x, positions, spans, None if factors is None else factors[index])
             if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                # No block draws random numbers, so their state need not be saved and restored.
+                # No block draws random numbers, so the random state is not saved and restored.
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
@@ -112,7 +113,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def grid_positions(grids: Sequence[Sequence[int]], merge: int) -> Tensor:
-    """Row and column of every token of a pack, (T, 2) int64, in the order of `kernels.reference.patchify`."""
+    """Returns row and column of every token of a pack, (T, 2) int64, in the order of `kernels.reference.patchify`."""
     steps = [np.empty((0, 2), dtype=np.int32)]
     for t, h, w in grids:
         steps += [_step_positions(h, w, merge)] * t
@@ -121,7 +122,7 @@ def grid_positions(grids: Sequence[Sequence[int]], merge: int) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _step_positions(h: int, w: int, merge: int) -> np.ndarray:
-    """Positions of the tokens of one time step, (h * w, 2). A read-only array, which all packs share."""
+    """Returns the positions of the tokens of one time step, (h * w, 2), in a read-only array that packs share."""
     cells = np.indices((h, w), dtype=np.int32).reshape(2, h // merge, merge, w // merge, merge)
     positions = cells.transpose(1, 3, 2, 4, 0).reshape(h * w, 2)
     positions.flags.writeable = False

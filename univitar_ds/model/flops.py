@@ -1,4 +1,4 @@
-"""FLOPs of an item. Multiplications and additions count one each; norms and rotations are left out."""
+"""FLOPs of an item. A multiplication and an addition count one each; norms and rotary positions are left out."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import PATCH, TUBELET, token_count
 
 BACKWARD = 2
-"""A backward pass multiplies every matrix twice: once for the input's gradient, once for the weight's."""
+"""FLOPs of the backward pass per FLOP of the forward pass: gradients of the input and of the weight."""
 
 
 def flops_per_item(config: EncoderConfig, grid_thw: Sequence[int]) -> int:
-    """Floating-point operations of the encoder's forward pass over one item of the given grid."""
+    """Returns the FLOPs of the encoder's forward pass over one item with the grid (t, h, w)."""
     linear, square = _forward(config)
     tokens = token_count(grid_thw)
     return linear * tokens + square * tokens**2
 
 
 def cost_coefficients(config: EncoderConfig) -> tuple[float, float]:
-    """(a, b) of forward plus backward FLOPs of a pack: a * tokens + b * sum over items of tokens^2.
+    """Returns (a, b): forward plus backward FLOPs of a pack are a * tokens + b * sum over items of tokens^2.
 
     Recomputation by activation checkpointing is not counted, as is usual for MFU.
     """

@@ -1,8 +1,8 @@
-"""The parts of an encoder block. Key names and arithmetic are the release's.
+"""The layers of the encoder, with the key names and the arithmetic of the release.
 
-A weight is used only in the forward of the module that owns it: ZeRO-3 gathers a module's weights when the
-module is called, and another module would find them empty. A module that also needs weights of other modules lists
-them in `external_parameters`, and `training/engine/engine.py` gathers them together with its own.
+A weight is used only in the forward of the module that owns it: ZeRO-3 gathers the weights of a module when the module
+is called; for other modules they are empty. A module that needs weights of other modules lists them in
+`external_parameters`, and `training/engine/engine.py` gathers them when it is called.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from univitar_ds.model.attention import CuSeqlens, attention
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension."""
+    """Root mean square norm: x / rms(x) * weight over the last dimension."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -28,31 +28,33 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of `x`, with the same shape."""
         return rms_norm(x, self.weight, self.eps)
 
 
 class AddNorm(RMSNorm):
-    """Residual sum with LayerScale, and its norm."""
+    """Residual sum with LayerScale, followed by an RMSNorm."""
 
     def forward(self, x: Tensor, branch: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, D), (T, D), (D,) -> the sum and its norm, both (T, D)."""
+        """Returns x + scale * branch and its norm, both (T, D). Args: x, branch: (T, D); scale: (D,)."""
         return add_norm(x, branch, scale, self.weight, self.eps)
 
 
 class GatedNorm(RMSNorm):
-    """RMSNorm(silu(gate) * up)."""
+    """The gated activation of SwiGLU with a norm: RMSNorm(silu(gate) * up)."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns the norm, with the shape of `gate` and `up`."""
         return swiglu_norm(gate, up, self.weight, self.eps)
 
 
 class PatchEmbedding(nn.Module):
-    """A linear map of whole patches; its weight keeps the shape of the release's convolution."""
+    """Linear map of whole patches. The weight has the shape of the release's convolution."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         width, bias = config.hidden_size, config.patch_embedding_bias
-        self.rule = {"mean": config.image_mean, "std": config.image_std, "merge": config.spatial_merge_size}
+        self.options = {"mean": config.image_mean, "std": config.image_std, "merge": config.spatial_merge_size}
         self.weight = nn.Parameter(torch.empty(width, 3, TUBELET, PATCH, PATCH))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         nn.init.xavier_uniform_(self.weight.data.view(width, PATCH_VALUES))
@@ -60,16 +62,16 @@ class PatchEmbedding(nn.Module):
     def forward(
         self, patches: Tensor, frames: Sequence[int] | None = None, grids: Sequence[Sequence[int]] = ()
     ) -> Tensor:
-        """Normalised patches (T, 1176), or with `frames` the bytes of `kernels.reference.patch_embed` -> (T, D)."""
+        """Returns (T, D). `patches`: (T, 1176) normalised, or with `frames` the pixels, see `patch_embed`."""
         if frames is not None:
-            return patch_embed(patches, frames, grids, self.weight, self.bias, **self.rule)
+            return patch_embed(patches, frames, grids, self.weight, self.bias, **self.options)
         return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class Attention(nn.Module):
     """Self-attention within each item, with rotary positions and normed q and k.
 
-    `q_norm` and `k_norm` only hold their weights: one operation rotates and norms both parts of one projection.
+    `q_norm` and `k_norm` only own their weights: one operation norms and rotates q and k together.
     """
 
     def __init__(self, config: EncoderConfig, backend: str) -> None:
@@ -84,11 +86,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width, eps) if config.qk_normalization else None
 
     def external_parameters(self) -> list[nn.Parameter]:
-        """Weights of other modules that the forward uses."""
+        """Returns weights of other modules that the forward uses."""
         return [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None]
 
     def forward(self, x: Tensor, positions: Tensor, spans: CuSeqlens) -> Tensor:
-        """(T, D), (T, 2) -> (T, D)."""
+        """Returns (T, D). Args: x: (T, D); positions: (T, 2) rows and columns; spans: boundaries of the items."""
         qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)
         q_weight, k_weight = self.external_parameters() or (None, None)
         q, k, v = rope2d_qk_norm(qkv, positions, q_weight, k_weight, theta=self.theta, eps=self.eps)
@@ -96,7 +98,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """fc2(RMSNorm(silu(fc1 x) * fc3 x))."""
+    """SwiGLU with a norm: fc2(RMSNorm(silu(fc1 x) * fc3 x))."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -107,20 +109,20 @@ class SwiGLU(nn.Module):
         self.norm = GatedNorm(inner, config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, D) -> (T, D)."""
+        """Maps (T, D) to (T, D)."""
         return self.fc2(self.norm(self.fc1(x), self.fc3(x)))
 
 
 def scale_branch(branch: Tensor, factors: Tensor | None) -> Tensor:
-    """(T, D), (T, 1) float32 or None for all 1 -> (T, D).
+    """Returns branch * factors, (T, D). Args: branch: (T, D); factors: (T, 1) float32; None: all are 1.
 
-    The product is rounded, not the factor: a rounded factor would have an error that does not average out over draws.
+    The product is rounded, not the factor: errors of rounded factors would not average out over random draws.
     """
     return branch if factors is None else (branch * factors).to(branch.dtype)
 
 
 class Block(nn.Module):
-    """x + ls1 * attn(norm1 x), then x + ls2 * mlp(norm2 x)."""
+    """An encoder block: x + ls1 * attn(norm1 x), then x + ls2 * mlp(norm2 x)."""
 
     def __init__(self, config: EncoderConfig, backend: str) -> None:
         super().__init__()
@@ -133,8 +135,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, positions: Tensor, spans: CuSeqlens, factors: Tensor | None = None) -> Tensor:
-        """(T, D), (T, 2), factors of both branches (2, T, 1) -> (T, D).
+        """Returns (T, D).
 
+        Args: x: (T, D); positions: (T, 2); spans: boundaries of the items; factors: (2, T, 1) of both branches.
         Both branches always run: under ZeRO-3 no rank may skip a module.
         """
         first, second = (None, None) if factors is None else factors.unbind()

@@ -1,4 +1,4 @@
-"""Libraries that other libraries import: a broken one is reported in a sentence instead of pages of traceback."""
+"""Reports a broken library that another library imports in one sentence instead of a long traceback."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from univitar_ds.errors import InstallationError
 _REQUIRED = {"huggingface_hub", "numpy", "PIL", "regex", "safetensors", "tokenizers", "torch", "transformers", "yaml"}
 """Packages that transformers requires."""
 _BESIDE_TORCH = {"torchvision", "torchaudio", "torchcodec"}
-"""Each release and build of these fits one of torch only."""
+"""Packages of which each release and build fits only one of torch."""
 
 
 @contextmanager
 def working_imports(library: str) -> Iterator[None]:
-    """Wraps imports from `library`, and nothing else.
+    """Wraps statements that only import from `library`.
 
-    transformers imports every optional package that is installed, and its own errors hide why one of them failed.
+    transformers imports every installed optional package, and its errors hide why an import failed.
     Raises: InstallationError that names the broken package, its version and the remedy.
     """
     try:
         yield
-    except Exception as error:  # a broken package raises anything: RuntimeError, OSError, AttributeError
+    except Exception as error:  # broken packages raise any error: RuntimeError, OSError, AttributeError
         root = _root(error)
         package = _culprit(root) or library
         raise InstallationError(
@@ -43,7 +43,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _culprit(error: BaseException) -> str | None:
-    """The optional package whose import failed: the innermost one in the traceback; else a required one."""
+    """Returns the innermost optional package in the traceback, else the missing or innermost package; None without."""
     packages = [module.partition(".")[0] for module in _modules(error.__traceback__)]
     foreign = [name for name in packages if name not in sys.stdlib_module_names | {"univitar_ds"}]
     missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None

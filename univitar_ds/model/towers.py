@@ -1,4 +1,4 @@
-"""Text towers of transformers. The library is imported when a tower is built, not before."""
+"""Text towers from transformers. The library is imported only when a tower is built or the library is checked."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.model.libraries import working_imports
 
 FAMILIES = {"clip": "clip", "clip_text_model": "clip", "siglip": "siglip", "siglip_text_model": "siglip"}
-"""transformers' `model_type` of a folder -> the way its text part is used."""
+"""The family of text tower for each supported `model_type` of transformers."""
 
 
 class CausalTextTower(nn.Module):
-    """CLIP's text transformer, pooled at the last real token, which attends to all others under a causal mask."""
+    """CLIP's text transformer with a causal mask, pooled at the last real token, which attends to all tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -26,7 +26,10 @@ class CausalTextTower(nn.Module):
         self.width: int = model.config.hidden_size
 
     def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        """(N, S) ids, (N,) real tokens per row, end of text included -> (N, Dt)."""
+        """Returns (N, Dt) features.
+
+        Args: token_ids: (N, S); lengths: (N,) real tokens of each row, end of text included.
+        """
         rows = len(token_ids)
         token_ids, lengths = _never_empty(token_ids, lengths)
         states = self.model(input_ids=token_ids).last_hidden_state
@@ -42,7 +45,10 @@ class PaddedTextTower(nn.Module):
         self.width: int = model.config.projection_size
 
     def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        """(N, S) ids, (N,) real tokens per row -> (N, Dt)."""
+        """Returns (N, Dt) features.
+
+        Args: token_ids: (N, S); lengths: (N,) real tokens of each row.
+        """
         rows = len(token_ids)
         token_ids, lengths = _never_empty(token_ids, lengths)
         config = self.model.config
@@ -53,10 +59,11 @@ class PaddedTextTower(nn.Module):
 
 
 def build_text_tower(config: TextConfig, *, vocab_size: int, eos_id: int, pad_id: int) -> nn.Module:
-    """A text tower: from `config.path`, or CLIP-style from scratch with torch's current random state.
+    """Builds a text tower: from `config.path`, or CLIP-style from scratch with torch's current random state.
 
     Returns: a module with `width` (Dt) and forward(token_ids (N, S), lengths (N,)) -> (N, Dt); N may be 0.
-    Raises: CheckpointError if the folder cannot be used, ConfigError if it does not fit the tokenizer.
+    Raises: CheckpointError if the folder cannot be used; ConfigError if the model does not fit the tokenizer or
+        `config.context_length`; InstallationError if transformers cannot be imported.
     """
     if config.path is None:
         tower: nn.Module = CausalTextTower(_clip_from_scratch(config, vocab_size, eos_id, pad_id))
@@ -67,14 +74,14 @@ def build_text_tower(config: TextConfig, *, vocab_size: int, eos_id: int, pad_id
 
 
 def check_text_library() -> None:
-    """Whether text towers can be built in this environment. Raises: InstallationError."""
+    """Raises: InstallationError if text towers cannot be built in this environment."""
     with working_imports("transformers"):
         from transformers import AutoModel, CLIPTextModel, SiglipTextModel  # noqa: F401
 
 
 def _clip_from_scratch(config: TextConfig, vocab_size: int, eos_id: int, pad_id: int) -> nn.Module:
     with working_imports("transformers"):
-        from transformers import AutoModel, CLIPTextConfig, CLIPTextModel  # noqa: F401, what AutoModel imports then
+        from transformers import AutoModel, CLIPTextConfig, CLIPTextModel  # noqa: F401, AutoModel imports it later
 
     shape = CLIPTextConfig(
         vocab_size=vocab_size,
@@ -128,6 +135,7 @@ def _from_folder(folder: Path) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
+    """Silences transformers' warnings and progress bars for the body."""
     # transformers lists every weight of CLIP's image tower as unexpected for the text tower.
     with working_imports("transformers"):
         from transformers.utils import logging
@@ -146,7 +154,7 @@ def quiet() -> Iterator[None]:
 def _check_fit(config: TextConfig, built: object, vocab_size: int) -> None:
     if vocab_size > built.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {vocab_size} tokens but the text model in {config.path} knows {built.vocab_size}; "
+            f"the tokenizer has {vocab_size} tokens but the text model in {config.path} has {built.vocab_size}; "
             f"set model.text.tokenizer to the tokenizer.json of that model"
         )
     if config.context_length > built.max_position_embeddings:
@@ -157,12 +165,12 @@ def _check_fit(config: TextConfig, built: object, vocab_size: int) -> None:
 
 
 def _never_empty(token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    # transformers cannot run an empty batch: for a pack without items one token is run and its row dropped.
+    # transformers cannot run an empty batch: for a pack without items, one row of one token is run and then dropped.
     if len(token_ids):
         return token_ids, lengths
     return token_ids.new_zeros(1, 1), lengths.new_ones(1)
 
 
 def first_line(error: Exception) -> str:
-    """A library's error without the pages that follow."""
+    """Returns the first line of an error's message, or the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

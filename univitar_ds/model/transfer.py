@@ -1,4 +1,4 @@
-"""Copies of small tensors to the device."""
+"""Copies small tensors to the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`, without a synchronization."""
+    """Copies a tensor from the host to `device` without a synchronization."""
     if device.type == "cuda":
         host = host.pin_memory()  # a copy from pageable memory would synchronize
     return host.to(device, non_blocking=True)

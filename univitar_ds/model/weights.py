@@ -1,6 +1,6 @@
-"""Encoders on disk, in the release's layout: `config.json` and `model.safetensors` or `pytorch_model.bin`.
+"""Reads and writes encoders in the release's layout: `config.json` and `model.safetensors` or `pytorch_model.bin`.
 
-Only tensors are unpickled. Either file may be split into shards with an `.index.json`.
+Only tensors are unpickled. Weights may be split into shards with an `.index.json`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from univitar_ds.errors import CheckpointError, writing
 
 SAFE = "model.safetensors"
 BIN = "pytorch_model.bin"
-NAMED_AT_MOST = 8
-"""Most keys listed per kind of error; a wrong model would otherwise fill the screen."""
+MAX_NAMED = 8
+"""Maximum number of keys listed per kind of error; a wrong model would otherwise fill the screen."""
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of the folder by name, as stored. Raises: CheckpointError if there are none or a file is damaged."""
+    """Returns all tensors in `folder` by name. Raises: CheckpointError if there are none or a file is damaged."""
     folder = Path(folder)
     for name in (SAFE, BIN):
         if (folder / name).is_file():
@@ -40,10 +40,11 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def load_into(model: nn.Module, folder: str | Path, *, assign: bool = False) -> None:
-    """Fills `model` with the weights of `folder`.
+    """Loads the weights in `folder` into `model`.
 
-    Args: assign: take the stored tensors themselves, with their precision, instead of copying their values.
-    Raises: CheckpointError that names missing, unexpected and misshapen keys; `model` is untouched then.
+    Args: assign: whether to use the stored tensors, in the stored precision, instead of copying their values.
+    Raises: CheckpointError that lists missing, unexpected and misshapen keys, without changing `model`; or if the
+        weights cannot be read.
     """
     state = read_weights(folder)
     complaint = describe_misfit(model.state_dict(), state)
@@ -56,7 +57,7 @@ def load_into(model: nn.Module, folder: str | Path, *, assign: bool = False) -> 
 
 
 def describe_misfit(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    """The differences between `found` and `wanted` by key; empty if there are none."""
+    """Returns the keys of `found` that differ from `wanted`, in words; empty if there are none."""
     misshapen = [
         f"{name} is {_form(found[name])} instead of {_form(tensor)}"
         for name, tensor in wanted.items()
@@ -73,7 +74,8 @@ def describe_misfit(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str:
 def save_encoder(folder: str | Path, model: nn.Module, *, safe: bool = True) -> None:
     """Writes an encoder (`model.config`, `model.state_dict()`) in the release's layout.
 
-    Args: safe: `model.safetensors`, else `pytorch_model.bin`.
+    Args: safe: whether to write `model.safetensors` instead of `pytorch_model.bin`.
+    Raises: StorageError if the folder cannot be written.
     """
     folder = Path(folder)
     with writing(folder):
@@ -86,15 +88,14 @@ def save_encoder(folder: str | Path, model: nn.Module, *, safe: bool = True) -> 
         with replacing(folder / BIN) as path:
             torch.save(state, path)
     replace_text(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2) + "\n")
-    # The loader prefers safetensors: an older file of the other kind must not be read instead, so it is removed.
+    # An older file of the other format is removed, so that the loader cannot read it instead.
     (folder / (BIN if safe else SAFE)).unlink(missing_ok=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> Path:
-    """`save_file` of safetensors with the permissions of any new file (the library sets 0600), and with its errors as
-    OSError.
+    """Writes a safetensors file with the permissions of any new file (the library would set 0600). Returns `path`.
 
-    Raises: OSError with the system's number.
+    Raises: OSError with the system's error number.
     """
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -126,11 +127,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
-    places = read_object(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+    file_of = read_object(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
         raise CheckpointError(f"{index} has no weight_map from names to files; fetch it again")
     state: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(file_of.values())):
         if Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}; shards must be in its own folder")
         state.update(_read_file(folder / name))
@@ -143,5 +144,5 @@ def _form(tensor: Tensor) -> str:
 
 
 def _some(names: list[str]) -> str:
-    more = len(names) - NAMED_AT_MOST
-    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+    hidden = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {hidden} more" if hidden > 0 else "")

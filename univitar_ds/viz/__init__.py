@@ -1,3 +1,3 @@
-"""Images to look at: sheets of items and their patch features as colours."""
+"""Sheets of items and of their patch features as colours."""
 
 __all__ = ["sheet", "training_images"]

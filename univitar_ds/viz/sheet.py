@@ -1,4 +1,4 @@
-"""Parts of image sheets: patch features as colours, resized images, wrapped captions."""
+"""Computes the parts of image sheets: patch features as colours, resized images, wrapped captions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from PIL import Image, ImageFont
 from torch import Tensor
 
 FITTED_TOKENS = 4096
-"""Most tokens from which principal components are computed."""
+"""Maximum number of tokens from which principal components are computed."""
 DIRECTIONS, ROUNDS = 8, 16
+"""Number of directions and of iterations of the subspace iteration."""
 
 
 def component_colours(features: Sequence[Tensor]) -> list[Tensor]:
-    """The first three principal components over all items, each (T_i, D), as (T_i, 3) uint8 colours."""
+    """Maps features of items, each (T_i, D), to the first three principal components as colours, (T_i, 3) uint8."""
     centred = torch.cat(list(features)).float()
     centred -= centred.mean(dim=0)
     basis = _principal(centred[:: -(-len(centred) // FITTED_TOKENS)], 3)
@@ -27,60 +28,61 @@ def component_colours(features: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _principal(centred: Tensor, count: int) -> Tensor:
-    """The first `count` principal directions of rows (n, D), (D, count), by subspace iteration.
+    """Computes the first `count` principal directions of rows (n, D) by subspace iteration. Returns (D, count).
 
-    Exact enough for colours, and fast, since training waits for it: at D 1920 an eigendecomposition took 12 times as
+    The result is exact enough for colours. Training waits for it, and at D 1920 an eigendecomposition took 12 times as
     long.
     """
-    start = torch.Generator().manual_seed(0)
-    basis = torch.randn(centred.shape[1], min(DIRECTIONS, centred.shape[1]), generator=start)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(centred.shape[1], min(DIRECTIONS, centred.shape[1]), generator=generator)
     for _ in range(ROUNDS):
         basis = torch.linalg.qr(centred.T @ (centred @ basis)).Q
-    seen = centred @ basis
-    _, vectors = torch.linalg.eigh(seen.T @ seen)
+    projected = centred @ basis
+    _, vectors = torch.linalg.eigh(projected.T @ projected)
     return basis @ vectors[:, -count:].flip(1)
 
 
 def raster_order(tokens: Tensor, grid: Sequence[int], merge: int) -> Tensor:
-    """Tokens of one item, (t*h*w, D) in the encoder's order of `merge` x `merge` blocks, row by row: (t, h, w, D)."""
+    """Reorders tokens of one item, (t*h*w, D) in `merge` x `merge` blocks, to raster order (t, h, w, D)."""
     t, h, w = grid
     blocks = tokens.view(t, h // merge, w // merge, merge, merge, -1)
     return blocks.transpose(2, 3).reshape(t, h, w, -1)
 
 
 def spread_frames(count: int, shown: int) -> list[int]:
-    """At most `shown` of the numbers below `count`, evenly spaced from the first to the last."""
+    """Returns at most `shown` (2 or more) of the indices below `count`, evenly spaced from first to last."""
     return sorted({round((count - 1) * part / (shown - 1)) for part in range(shown)})
 
 
-def to_size(pixels: Tensor | np.ndarray, height: int, most_width: int, *, smooth: bool) -> Image.Image:
-    """(h, w, 3) uint8 as an image of `height`, or lower if it would be wider than `most_width`; the aspect ratio is
-    kept."""
+def to_size(pixels: Tensor | np.ndarray, height: int, max_width: int, *, smooth: bool) -> Image.Image:
+    """Resizes (h, w, 3) uint8 to `height`, or less if the width would exceed `max_width`. Keeps the aspect ratio."""
     image = Image.fromarray(np.asarray(pixels))
-    scale = min(height / image.height, most_width / image.width)
+    scale = min(height / image.height, max_width / image.width)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
 
 
 def wrapped(text: str, width: int, lines: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """`text` in at most `lines` lines of `width` pixels; text that does not fit ends in three dots."""
-    words, found = " ".join(text.split()), []
-    while words and len(found) < lines:
-        last = len(found) == lines - 1
+    """Wraps `text` to at most `lines` lines of `width` pixels. Text that does not fit ends with three dots."""
+    words, wrapped_lines = " ".join(text.split()), []
+    while words and len(wrapped_lines) < lines:
+        last = len(wrapped_lines) == lines - 1
         fits = _fitting(words, width, font)
         if fits < len(words):
             if last:
-                found.append(words[: _fitting(words, width - round(font.getlength("...")), font)].rstrip() + "...")
+                wrapped_lines.append(
+                    words[: _fitting(words, width - round(font.getlength("...")), font)].rstrip() + "..."
+                )
                 break
             space = words.rfind(" ", 0, fits + 1)
             fits = space if space > 0 else fits
-        found.append(words[:fits].rstrip())
+        wrapped_lines.append(words[:fits].rstrip())
         words = words[fits:].lstrip()
-    return found
+    return wrapped_lines
 
 
 def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> int:
-    """The number of first characters that fit into `width` pixels; at least one."""
+    """Returns the length of the longest prefix that fits into `width` pixels; at least 1."""
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2

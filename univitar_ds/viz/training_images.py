@@ -1,4 +1,4 @@
-"""A sheet of one pack of a training step: its items, and the encoder's tokens as colours."""
+"""Draws a sheet of one pack of a training step: the items, and the encoder's tokens as colours."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from univitar_ds.geometry import token_count
 from univitar_ds.viz.sheet import component_colours, raster_order, spread_frames, to_size, wrapped
 
 WIDTH, GAP, LINE, FONT_PX = 1120, 10, 18, 14
+"""Width of the sheet, margin, line height and font size, in pixels."""
 IMAGE = (150, 260)
-"""Height and most width of an image on the sheet, in pixels."""
+"""Height and maximum width of an image on the sheet, in pixels."""
 FRAME = (104, 174)
-"""The same of a frame of a video."""
-SHOWN_FRAMES, CAPTION_LINES, LEAST_CAPTION_PX = 3, 3, 170
+"""Height and maximum width of a frame of a video on the sheet, in pixels."""
+SHOWN_FRAMES, CAPTION_LINES, MIN_CAPTION_PX = 3, 3, 170
 PAPER, INK, FAINT, BLANK = (242, 242, 242), (30, 30, 30), (120, 120, 120), 255
 
 
 def draw_pack(batch: PackedBatch, items: int, tokens: Tensor, kept: Tensor, merge: int) -> Image.Image:
-    """A sheet of the first `items` of a pack: pixels, tokens as colours (one basis for all), captions.
+    """Draws the first `items` items of a pack: pixels, tokens as colours (one basis for all items) and captions.
 
-    Args: tokens (Tk, D) float32; kept (Tk,) int64, their indices among all tokens of these items; merge, the side of
-    the
-        square of patches that become one token.
+    Args: tokens: (Tk, D) float32, tokens that were not dropped; kept: (Tk,) int64, indices of `tokens` among all tokens
+        of these items; merge: the encoder's `spatial_merge_size`, which determines the order of tokens.
     """
     grids = batch.grid_thw.tolist()[:items]
     lengths = [token_count(grid) for grid in grids]
@@ -43,7 +43,7 @@ def draw_pack(batch: PackedBatch, items: int, tokens: Tensor, kept: Tensor, merg
 
 
 def _card(frames: Tensor, colours: Tensor, caption: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One item: an image next to its colours, or frames of a video above theirs, and the caption below."""
+    """Draws one item: an image beside its token colours, or frames of a video above them, and the caption below."""
     t, h, w, _ = colours.shape
     if len(frames) == 1:
         rows = [[to_size(frames[0], *IMAGE, smooth=True), to_size(colours[0], *IMAGE, smooth=False)]]
@@ -55,7 +55,7 @@ def _card(frames: Tensor, colours: Tensor, caption: str, font: ImageFont.FreeTyp
         ]
     across = sum(part.width for part in rows[0]) + 2 * (len(rows[0]) - 1)
     down = sum(row[0].height + 2 for row in rows) - 2
-    width = max(across, LEAST_CAPTION_PX)
+    width = max(across, MIN_CAPTION_PX)
     lines = wrapped(caption, width, CAPTION_LINES, font)
     card = Image.new("RGB", (width, down + LINE * (len(lines) + 1) + 4), PAPER)
     top = 0

@@ -148,7 +148,7 @@ def test_make_clean_keeps_what_it_did_not_make(demo):
 
 def test_make_clean_keeps_a_folder_that_is_only_called_demo(tmp_path):
     fill(tmp_path, "demo/scenes/scenes.json", "demo/runs/demo/config.yaml")
-    assert "demo stays: it does not have the demo's mark" in make_clean(tmp_path)
+    assert "demo stays: it does not have the demo's marker file" in make_clean(tmp_path)
     assert files(tmp_path / "demo") == {"scenes/scenes.json", "runs/demo/config.yaml"}
 
 

@@ -106,7 +106,7 @@ def test_classes_are_embedded_in_parts_that_give_the_same_vectors_and_figures(mo
     found = _made(random_rows(40, 8), labels)
     whole = zero_shot(found, ["a {}", "the {}"], texts)
     asked: list[int] = []
-    monkeypatch.setattr(module, "SENTENCES", 5)
+    monkeypatch.setattr(module, "MAX_SENTENCES", 5)
     monkeypatch.setattr(scores, "CELLS", 13)
     assert zero_shot(found, ["a {}", "the {}"], lambda some: asked.append(len(some)) or texts(some)) == whole
     assert asked == [4, 4, 4]

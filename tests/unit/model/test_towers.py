@@ -124,7 +124,7 @@ def test_a_folder_without_weights_or_with_some_missing_is_refused(tmp_path):
 def test_a_tokenizer_or_context_too_large_for_the_folder_is_refused(tmp_path):
     save_clip(tmp_path)
     config = SMALL.model_copy(update={"path": str(tmp_path)})
-    with pytest.raises(ConfigError, match=r"tokenizer has 51 tokens but the text model in .* knows 50"):
+    with pytest.raises(ConfigError, match=r"tokenizer has 51 tokens but the text model in .* has 50"):
         build_text_tower(config, **{**VOCAB, "vocab_size": 51})
     with pytest.raises(ConfigError, match="context_length 13 exceeds the 12 positions"):
         build_text_tower(config.model_copy(update={"context_length": 13}), **VOCAB)

@@ -1,3 +1,3 @@
-"""Decoding in other processes, which media files may crash or hang, into memory shared with the trainer."""
+"""Decodes media in other processes, which a file may crash or hang, into memory shared with the trainer."""
 
 __all__ = ["decode_job", "pipeline", "task_pool"]

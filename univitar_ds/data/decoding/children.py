@@ -13,7 +13,7 @@ from univitar_ds.processes import SIGNALS, signals_held
 
 
 def context(preload: Sequence[str]) -> ForkServerContext:
-    """A context whose processes have the modules `preload` imported and ignore Ctrl-C from their start on."""
+    """Returns a context whose processes have the modules `preload` imported and ignore Ctrl-C from the start."""
     started = get_context("forkserver")
     started.set_forkserver_preload(list(preload))
     resource_tracker.ensure_running()  # before `signals_held`, because starting it unblocks the signals
@@ -23,7 +23,7 @@ def context(preload: Sequence[str]) -> ForkServerContext:
 
 
 def begin() -> None:
-    """Initialize a process: ignore Ctrl-C, and exit when the parent exits, which may be killed."""
+    """Initializes a process, which ignores Ctrl-C and exits when the parent exits or is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a pool ends its processes with SIGTERM
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -19,15 +19,15 @@ from univitar_ds.geometry import PATCH, Modality, item_bytes
 Failure = tuple[int, str, str]
 """(index of the item in the pack, kind, message)."""
 _BUSY_FACTOR = 4
-"""`data.decode_timeout_s` is CPU time; wall time may be so many times longer on a busy machine."""
+"""Maximum ratio of wall time to CPU time on a busy machine. `data.decode_timeout_s` is CPU time."""
 
 
 @dataclass(frozen=True)
 class DecodeItem:
-    """The location of one item's media, and its decoded form: `frames` frames (1 for an image) on a grid.
+    """Location of one item's media, and its decoded form: `frames` frames (1 for an image) on a grid.
 
-    `crc32` is that of its bytes if known. `draw` seeds the jitter of a video's frames. `size` is (height, width) from
-    metadata, which decoding compares with the file; None if it was read from the media header.
+    `crc32` is the checksum of the bytes if known. `draw` seeds the jitter of a video's frames. `size` is (height,
+    width) from metadata, which decoding compares with the file; None if the size was read from the media header.
     """
 
     path: str
@@ -41,13 +41,13 @@ class DecodeItem:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the decoded pixels."""
+        """Number of bytes of the decoded pixels."""
         return item_bytes(self.grid, self.frames)
 
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """One pack to decode."""
+    """A pack to decode."""
 
     kind: ClassVar = "decode"
     modality: Modality
@@ -55,7 +55,7 @@ class DecodeJob:
     limits: DecodeLimits
     items: Sequence[DecodeItem]
     name: str = ""
-    """The name of the pack, for messages of the trainer; not sent to decoding processes."""
+    """Name of the pack in messages of the trainer; not sent to decoding processes."""
 
     @property
     def max_image_px(self) -> int:
@@ -68,7 +68,7 @@ class DecodeJob:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all decoded pixels if no item fails."""
+        """Number of bytes of all decoded pixels if no item fails."""
         return sum(item.bytes for item in self.items)
 
     def to_json(self) -> dict[str, Any]:
@@ -98,10 +98,10 @@ def decode_pack(
     settings: StorageSettings = LOCAL,
     after_item: Callable[[], None] = lambda: None,
 ) -> list[Failure]:
-    """Decode the items into `buffer` (uint8, at least `job.bytes`), one after another, without gaps for failed ones.
+    """Decodes the items into `buffer` (uint8, at least `job.bytes`), in order and without gaps for failed items.
 
     Args:
-        settings: access to shards.
+        settings: settings of the storage of the shards.
         after_item: called after each item.
     Returns: the items that could not be decoded.
     Raises: DataError if a shard cannot be read.
@@ -123,14 +123,14 @@ def decode_pack(
 
 
 def check_crc32(data: bytes, packed: int | None) -> None:
-    """Raises: SampleError if the CRC-32 of the bytes is not `packed`, the one at packing; None if that is unknown."""
+    """Raises: SampleError if the CRC-32 of `data` is not `packed`, the CRC-32 at packing; None if unknown."""
     if packed is not None and (found := zlib.crc32(data)) != packed:
         detail = f"its bytes have the CRC-32 {found:08x}, {packed:08x} when they were packed"
         raise SampleError("checksum", f"{detail}; restore the shard")
 
 
 def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: StorageSettings) -> None:
-    # A trainer makes jobs and does not decode: it needs none of these libraries. See `worker.PRELOADED`.
+    # Imported here, because a trainer makes jobs but does not decode. See `worker.PRELOADED`.
     from univitar_ds.data.media.resize import fit_image
 
     data = storage_for(item.path, settings).read_range(item.path, item.offset, item.length)

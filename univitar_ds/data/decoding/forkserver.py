@@ -1,4 +1,4 @@
-"""The trainer's side of `worker`: starts and ends decoding processes."""
+"""Starts and ends decoding processes from the trainer. The server's own code is in `worker`."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from univitar_ds.import_path import safe_environment
 from univitar_ds.processes import signals_held
 
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), "MALLOC_TRIM_THRESHOLD_": str(6 << 20)}
-"""glibc settings for decoding processes: memory of large images is returned to the system at once, and at most 6 MiB
-are kept. By default glibc would keep twice the largest image; lower values cost page faults."""
+"""glibc settings for decoding processes: they return memory of large images to the system at once and keep at most
+6 MiB. By default glibc would keep twice the size of the largest image; lower values cost page faults."""
 _ANSWER_S = 120.0
+"""Maximum seconds to wait for an answer of the server."""
 CLOSE_S = 10.0
+"""Seconds after which `close` kills the server."""
 
 
 class ForkServer:
-    """Starts and ends decoding processes that write into `slots`. Thread-safe.
+    """A server process that forks decoding processes, which write into `slots`. Thread-safe.
 
-    A thread holds `_talk` while it starts the server or waits for its answer, for up to `_ANSWER_S`. `_state` protects
-    the four fields below it and is held only briefly, so `close` can end the server at any time; this wakes the thread
-    that waits for an answer. Once `_closed` is set, no process is started.
+    A thread holds `_talk` while it starts the server or waits up to `_ANSWER_S` for an answer. `_state` protects the
+    four fields assigned after it and is held only briefly, so `close` can end the server at any time and thereby wake
+    the waiting thread. Once `_closed` is set, no process is started.
     """
 
     def __init__(self, slots: SharedSlots, needs: Collection[worker.Need] = ("image", "video")) -> None:
-        """The server starts at the first `fork`. `needs`: keys of `worker.PRELOADED`, imported before forking."""
+        """The server starts at the first `fork`. `needs`: keys of `worker.PRELOADED`; their modules are preloaded."""
         self._slots = slots
         self._needs = sorted(needs)
-        self._talk = threading.RLock()  # both reentrant: garbage collection may call `close` inside another method
+        self._talk = threading.RLock()  # reentrant: garbage collection may call `close` inside another method
         self._state = threading.RLock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -43,9 +45,9 @@ class ForkServer:
         self._closed = False
 
     def fork(self) -> tuple[int, Connection]:
-        """Start a decoding process; returns its id and the trainer's end of its channel.
+        """Starts a decoding process. Returns its process id and the trainer's end of its channel.
 
-        Raises: OSError or EOFError if it cannot be started. The next call starts a new server.
+        Raises: OSError or EOFError if it cannot be started; the next call then starts a new server.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -57,9 +59,9 @@ class ForkServer:
         return pid, Connection(ours.detach())
 
     def end(self, pid: int, *, hangs: bool) -> int | None:
-        """End a process that has closed its channel, or kill one that `hangs`.
+        """Waits for the end of a process that has closed its channel, or kills the process if it `hangs`.
 
-        Returns: its exit code, negative for a signal; None if it ended with its server.
+        Returns: the exit code, negative for a signal; None if the process ended with its server.
         """
         try:
             code = self._ask(worker.KILL if hangs else worker.END, pid)
@@ -68,12 +70,12 @@ class ForkServer:
             return None
 
     def close(self) -> None:
-        """End the server and its processes. May be called from any thread, at any time and repeatedly."""
+        """Ends the server and its processes. May be called from any thread, at any time and repeatedly."""
         with self._state:
             self._closed = True
             process = self._process
             if process is not None and not self._ready:
-                process.kill()  # it has no children yet, and reads its socket only after its imports
+                process.kill()  # it has no children before it is ready, and its imports precede its first read
             if self._control is not None:
                 with suppress(OSError):
                     self._control.shutdown(socket.SHUT_RDWR)  # also wakes a thread that waits for an answer
@@ -105,7 +107,7 @@ class ForkServer:
                 raise
 
     def _start(self) -> socket.socket:
-        """Start the server and wait until it is ready. Raises: EOFError or OSError, also if it is closed meanwhile."""
+        """Starts the server and waits until it is ready. Raises: EOFError or OSError, also if `close` is called."""
         with self._state:
             if self._closed:
                 raise EOFError("the server is closed")
@@ -122,7 +124,7 @@ class ForkServer:
     def _launch(self, control: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", "-m", "univitar_ds.data.decoding.worker"]
         numbers = (self._slots.descriptor, self._slots.slots, self._slots.slot_bytes, control)
-        # One thread each, because `data.workers` is the number of cores to use.
+        # One thread per process, because `data.workers` is the number of cores to use.
         environment = {
             **safe_environment(os.environ),
             **_MEMORY,
@@ -138,7 +140,7 @@ class ForkServer:
             )
 
     def _forget(self) -> None:
-        """End what remains of the server and its processes. The caller holds `_talk`."""
+        """Kills the server, which ends its processes, and closes the socket. The caller holds `_talk`."""
         with self._state:
             control, process = self._control, self._process
             self._control, self._process, self._ready = None, None, False

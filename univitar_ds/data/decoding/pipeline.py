@@ -1,8 +1,8 @@
 """Decodes plans in processes ahead of the trainer, and yields the packs in the order of the plans.
 
-A planner thread iterates over the plans. For each decoding process, a thread sends it a plan and a free slot of shared
-memory and waits for its answer. A delivered pack is a view of its slot, which is free again once no view of it exists.
-If the trainer holds many packs, later ones are copied, so that decoding never waits until the trainer drops a pack.
+A planner thread iterates over the plans. For each decoding process, a thread sends a plan and a free slot of shared
+memory to the process and waits for the answer. A delivered pack is a view of its slot, which is free again once no view
+of it exists. If the trainer holds many packs, later packs are copied, so that decoding never waits for the trainer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.errors import SampleError
 
 Plan = TypeVar("Plan")
-"""A pack before decoding; `job_of` makes a DecodeJob of it."""
+"""A pack before decoding, from which `job_of` makes a DecodeJob."""
 PlansOf = Callable[[Prober], Iterator[Plan]]
 """Returns the plans, given a function that reads the sizes of files."""
 
@@ -60,11 +60,11 @@ def decoded_inline(
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """The sizes and limits of a `Pipeline`.
+    """Sizes and limits of a `Pipeline`.
 
-    `slot_bytes` is the most bytes of a plan's pixels. The trainer may hold the slots of `max_held_slots` packs; further
+    `slot_bytes` is the maximum size of a plan's pixels. The trainer may hold the slots of `max_held_slots` packs; more
     packs are copied. While it holds that many, `shared_slots` fewer packs are decoded ahead. `restarts` is the number
-    of processes that may be replaced, `patience_s` the time without a finished item after which one counts as hung.
+    of processes that may be replaced, `patience_s` the time without a finished item after which a process has hung.
     `needs`: see `worker.PRELOADED`. `settings`: access to shards.
     """
 
@@ -97,7 +97,7 @@ class Pipeline(Generic[Plan]):
     """An iterator over decoded packs. Call `close`, or use it as a context manager."""
 
     def __init__(self, plans_of: PlansOf[Plan], job_of: Callable[[Plan], DecodeJob], config: PipelineConfig) -> None:
-        """Start the decoding processes. One for probing starts when the planner first needs the size of a file."""
+        """Starts the decoding processes. One for probing starts when the planner first needs the size of a file."""
         self._config = config
         self._job_of = job_of
         self._changed = threading.Condition()
@@ -124,7 +124,7 @@ class Pipeline(Generic[Plan]):
         try:
             for thread in self._threads:
                 thread.start()
-        except BaseException:  # no thread can be started: those that run would wait forever
+        except BaseException:  # no thread can be started: the running threads would wait forever
             self.close()
             raise
 
@@ -138,11 +138,11 @@ class Pipeline(Generic[Plan]):
         return self
 
     def __next__(self) -> DecodedPack[Plan]:
-        """The next pack in the order of the plans.
+        """Returns the next pack in the order of the plans.
 
-        Raises: StopIteration after the last plan. In the place of a pack, the error of its planning or decoding, such
-        as DataError if a shard cannot be read or decoding processes die too often. RuntimeError if the pipeline is
-        closed, also by another thread meanwhile.
+        Raises: StopIteration after the last plan. Instead of a pack, the error of its planning or decoding, such as
+        DataError if a shard cannot be read or decoding processes die too often. RuntimeError if the pipeline is
+        closed, also by another thread during the call.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._failure is not None or self._next in self._done)
@@ -172,7 +172,7 @@ class Pipeline(Generic[Plan]):
         return DecodedPack(pack.plan, pixels, pack.failures)
 
     def close(self) -> None:
-        """End the processes and threads and free their memory. May be called repeatedly from any thread at any time."""
+        """Ends the processes and threads and frees their memory. May be called repeatedly from any thread."""
         with self._changed:
             if self._stopped:
                 return
@@ -190,9 +190,9 @@ class Pipeline(Generic[Plan]):
             self._slots.close()
 
     def _probe(self, media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
-        """A `Prober` for the planner, which runs in a separate process, because a header may crash or hang it.
+        """Reads sizes for the planner, as a `Prober`, in a separate process, because a header may crash or hang it.
 
-        It counts finished items in an additional slot that no pack uses.
+        The process counts finished items in an additional slot that no pack uses.
         """
         items = [ProbeItem(*address[1:]) for address in media]
         return self._supervisors[-1].probe(self._config.slots, ProbeJob(items, self._config.max_image_px))
@@ -207,7 +207,7 @@ class Pipeline(Generic[Plan]):
         for number in itertools.count():
             try:
                 plan = next(self._plans)
-            except BaseException as error:  # also StopIteration: it ends the packs as well
+            except BaseException as error:  # also StopIteration, which ends the packs
                 self._finish(number, error)
                 return
             with self._changed:
@@ -218,7 +218,7 @@ class Pipeline(Generic[Plan]):
                 self._changed.notify_all()
 
     def _keep_busy(self, supervisor: WorkerSupervisor) -> None:
-        """Keep one process busy. Takes slot and plan together, so that the oldest plan always gets the next free slot.
+        """Keeps one process busy. Gets slot and plan together, so that the oldest plan always gets the next free slot.
 
         A slot is free whenever no pack is undelivered, because there are more than `max_held_slots` slots.
         """
@@ -243,7 +243,7 @@ class Pipeline(Generic[Plan]):
         return bool(self._waiting) and bool(self._free) and self._undelivered < self._config.ahead
 
     def _decode(self, supervisor: WorkerSupervisor, slot: int, plan: Plan) -> _Outcome:
-        """Decode a plan. Returns an error instead of raising it, so that it is raised in the place of this pack."""
+        """Decodes a plan. Returns an error instead of raising it, so that it is raised in the place of this pack."""
         try:
             job = self._job_of(plan)
             return slot, job, DecodedPack(plan, np.empty(0, np.uint8), supervisor.decode_pack(slot, job))

@@ -1,4 +1,4 @@
-"""Reads the sizes of media files from their headers, in a separate process, because a header may crash it."""
+"""Reads the sizes of media files from their headers, in a process that a header may crash."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from univitar_ds.errors import SampleError
 
 
 class ProbeItem(NamedTuple):
-    """The location of one sample's media, and the extension of its name."""
+    """Location of one sample's media, and the extension of its name."""
 
     path: str
     offset: int
@@ -40,7 +40,7 @@ class ProbeJob:
 
     @property
     def bytes_held(self) -> int:
-        """Most bytes of files in memory at a time: remote files are read concurrently."""
+        """Maximum bytes of files in memory at a time. Remote files are read concurrently."""
         lengths = [item.length for item in self.items]
         return sum(lengths) if any("://" in item.path for item in self.items) else max(lengths)
 

@@ -17,10 +17,10 @@ _COUNTER = np.dtype(np.int64)
 
 
 class SharedSlots:
-    """`slots` slots of `slot_bytes` bytes with a counter each. The pipeline assigns slots to processes."""
+    """Shared memory of `slots` slots of `slot_bytes` bytes, each with a counter. The pipeline assigns the slots."""
 
     def __init__(self, descriptor: int, slots: int, slot_bytes: int) -> None:
-        """Map an existing file. The object owns the descriptor, unless mapping fails."""
+        """Maps an existing file. The object owns the descriptor, unless mapping fails."""
         self.slots = slots
         self.slot_bytes = slot_bytes
         self._map: mmap.mmap | None = mmap.mmap(descriptor, _total(slots, slot_bytes))
@@ -28,7 +28,7 @@ class SharedSlots:
 
     @classmethod
     def create(cls, slots: int, slot_bytes: int) -> Self:
-        """Allocate new memory. Pages take physical memory when they are first written."""
+        """Allocates new memory. Pages use physical memory from the first write on."""
         assert min(slots, slot_bytes) > 0, (slots, slot_bytes)
         descriptor = _anonymous_file()
         try:
@@ -45,19 +45,19 @@ class SharedSlots:
         return self._descriptor
 
     def view(self, slot: int) -> np.ndarray:
-        """(slot_bytes,) uint8 view of the slot."""
+        """Returns a (slot_bytes,) uint8 view of the slot."""
         assert self._map is not None, "the memory is closed"
         assert 0 <= slot < self.slots, slot
         return np.frombuffer(self._map, np.uint8, self.slot_bytes, _start(self.slots) + slot * self.slot_bytes)
 
     @property
     def done(self) -> np.ndarray:
-        """(slots,) int64 view of the counters: the number of items finished in each slot, which never decreases."""
+        """A (slots,) int64 view of the counters: the number of finished items in each slot, which never decreases."""
         assert self._map is not None, "the memory is closed"
         return np.frombuffer(self._map, _COUNTER, self.slots)
 
     def close(self) -> None:
-        """Free the memory once no view of it exists. May be called repeatedly."""
+        """Frees the memory once no view of it exists. May be called repeatedly."""
         self._map = None
         descriptor, self._descriptor = self._descriptor, None  # first, because the number is reused after `os.close`
         if descriptor is not None:
@@ -65,7 +65,7 @@ class SharedSlots:
 
 
 def _start(slots: int) -> int:
-    """The offset of the first slot, after the counters."""
+    """Returns the offset of the first slot, after the counters."""
     return -(-slots * _COUNTER.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
 
 

@@ -1,7 +1,7 @@
 """Supervises one decoding process, which may crash or hang, and restarts it.
 
-If a process ends twice during a job, its items are decoded one by one. An item during which the process ends twice more
-is a bad sample. So an image that crashes its decoder costs one sample, the same one in every run.
+If a process ends twice during a job, the items of the job are decoded one by one. An item during which the process ends
+twice more is a bad sample. So an image that crashes its decoder costs one sample, the same sample in every run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RestartBudget:
         self._lock = threading.Lock()
 
     def spend(self, reason: str) -> None:
-        """Count and log a restart. Raises: DataError if there is none left."""
+        """Counts and logs a restart. Raises: DataError if no restart is left."""
         with self._lock:
             self._spent += 1
             left = self._limit - self._spent
@@ -54,7 +54,7 @@ class RestartBudget:
         _log.warning("%s; starting it again (%d more times)", reason, left)
 
     def give_back(self, count: int) -> None:
-        """Do not count restarts that a bad sample caused."""
+        """Returns `count` restarts that a bad sample caused to the budget."""
         with self._lock:
             self._spent -= count
 
@@ -64,7 +64,7 @@ class Closed(Exception):
 
 
 class _Ended(Exception):
-    """The process has ended. `kind` is the kind of bad sample if an item causes this repeatedly."""
+    """The process has ended. `kind`: kind of bad sample if an item ends the process repeatedly."""
 
     def __init__(self, kind: str, process: str, what: str) -> None:
         super().__init__(f"{process} {what}")
@@ -96,7 +96,7 @@ class WorkerSupervisor:
         restarts: RestartBudget,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """The process starts with `start` or the first job. `number` is for messages."""
+        """The process starts with `start` or the first job. `number`: number of the process in messages."""
         self._number = number
         self._server = server
         self._slots = slots
@@ -108,7 +108,7 @@ class WorkerSupervisor:
         self._channel: Connection | None = None
 
     def decode_pack(self, slot: int, job: DecodeJob) -> list[Failure]:
-        """Decode a job into a slot; see `decode_job.decode_pack`.
+        """Decodes a job into a slot; see `decode_job.decode_pack`.
 
         Raises: DataError if a shard cannot be read or the processes end too often; RuntimeError with a traceback for a
         bug; Closed after `stop`.
@@ -116,7 +116,7 @@ class WorkerSupervisor:
         return self._run(slot, job).failures
 
     def probe(self, slot: int, job: ProbeJob) -> list[MediaSize | SampleError]:
-        """The size of each file; see `probe_job.probe_items`. Only the counter of the slot is used.
+        """Returns the size of each file; see `probe_job.probe_items`. Only the counter of the slot is used.
 
         Raises: as `decode_pack`.
         """
@@ -135,7 +135,7 @@ class WorkerSupervisor:
         return self._one_by_one(slot, job)
 
     def start(self) -> None:
-        """Start the process unless it is running."""
+        """Starts the process unless it is running."""
         while self._channel is None:
             try:
                 self._start()
@@ -143,7 +143,7 @@ class WorkerSupervisor:
                 self._restarts.spend(str(end))
 
     def stop(self) -> None:
-        """Make the thread that waits for the process raise `Closed`. Call it before closing the server."""
+        """Makes the thread that waits for the process raise `Closed`. Must be called before closing the server."""
         self._stopped = True
 
     def _one_by_one(self, slot: int, job: Job) -> _Answer:
@@ -215,9 +215,9 @@ class WorkerSupervisor:
         return self._patience_s + job.slow_item_s + remote
 
     def _end(self, kind: str, what: str = "") -> _Ended:
-        """End the process; the next job starts another. Returns the reason.
+        """Ends the process and returns the reason. The next job starts another process.
 
-        Without `what` the process ended by itself, and the reason depends only on its exit code.
+        Without `what`, the process ended by itself, and the reason depends only on the exit code.
         """
         assert self._channel is not None
         self._channel.close()

@@ -1,7 +1,7 @@
 """A pool of processes that work on tasks made of items, in which an item may crash or hang a process.
 
-A process works on one task and reports every item before it reads it. If the process dies or stops reporting, that item
-is reported as lost, and another process continues with the next item.
+A process works on one task and reports every item before reading it. If the process dies or stops reporting, the last
+reported item is lost, and another process continues with the next item.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from univitar_ds.errors import UserError
 
 _LOOK_EVERY_S = 1.0
 _START_S = 60.0
-"""Seconds that a process may take to start, in addition to `silence_s`."""
+"""Maximum seconds for the start of a process, in addition to `silence_s`."""
 
 
 class Next(NamedTuple):
-    """This item is processed next. If the process ends during it, another one begins at `retry`, with this item; if
+    """The event that an item is processed next. If the process ends during it, another one begins at `retry`, with this item; if
     that process ends during it too, the item is lost, and a third one continues at `resume`.
 
     The system may kill any process, for example if memory runs out: the item is blamed only after two."""
@@ -36,13 +36,13 @@ class Next(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """If the process ends before its next item, another one continues at `resume`. `TaskPool.run` does not yield it."""
+    """The event that work has reached `resume`, where another process would continue. Not yielded by `TaskPool.run`."""
 
     resume: Any
 
 
 class Lost(NamedTuple):
-    """Two processes died during this item, or were ended because they reported nothing for too long."""
+    """The event that two processes died during an item, or were ended because they reported nothing for too long."""
 
     item: Any
     kind: Literal["crash", "timeout"]
@@ -50,13 +50,13 @@ class Lost(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The task is finished. `error`: why the rest of it could not be processed."""
+    """The event that a task is finished. `error`: why the rest of the task could not be processed."""
 
     error: str | None = None
 
 
 class _Fault(NamedTuple):
-    """A bug; `detail` is its traceback."""
+    """The event of a bug. `detail`: the traceback."""
 
     detail: str
 
@@ -93,8 +93,8 @@ class TaskPool:
     """A context manager that owns the processes and ends them on exit."""
 
     def __init__(self, work: Work, workers: int, silence_s: float, preload: Sequence[str] = ()) -> None:
-        """Args: a module-level function; number of processes; seconds without an event after which one has hung;
-        modules to import before forking, so that they are in memory once."""
+        """Args: work: a module-level function; workers: number of processes; silence_s: seconds without an event after
+        which a process counts as hung; preload: modules to import before forking, so that they are in memory once."""
         assert workers >= 1, workers
         self._work, self._workers, self._silence_s = work, workers, silence_s
         self._preload = [work.__module__, *preload]
@@ -141,7 +141,7 @@ class TaskPool:
                 yield from ((number, event) for event in self._lost(worker, "timeout", detail, again))
 
     def _assign(self, coming: Iterator[Task], again: deque[Task]) -> bool:
-        """Give tasks to idle processes, starting processes up to the limit; returns False if all tasks are finished."""
+        """Gives tasks to idle processes, of which it starts more if needed. Returns False if all tasks are finished."""
         idle = [worker for worker in self._running if worker.task is None]
         while idle or len(self._running) < self._workers:
             task = again.popleft() if again else next(coming, None)
@@ -213,7 +213,7 @@ class TaskPool:
 
 
 def _serve(channel: Connection, work: Work) -> None:
-    """Work on tasks until the other end of the channel closes."""
+    """Works on tasks until the other end of the channel closes."""
     children.begin()
     try:
         while True:

@@ -1,7 +1,7 @@
 """The main program of the process that decoding processes are forked from; for its arguments see `main`.
 
-It is not a copy of the trainer: it imports only what decoding needs (no FFmpeg for images) and starts no thread. The
-forked processes start within milliseconds and share its memory, which is two thirds of what each of them uses.
+The process is not a copy of the trainer: it imports only modules that decoding needs (no FFmpeg for images) and starts
+no thread. Forked processes start within milliseconds and share its memory, two thirds of the memory that each uses.
 `forkserver.ForkServer` is the trainer's side.
 
 Messages to decoding processes are JSON; pixels are written to shared memory. A process ends when the trainer closes its
@@ -32,10 +32,10 @@ from univitar_ds.processes import SIGNALS
 
 READY = b"ready"
 MESSAGE = Struct("<cq")
-"""A message on the control socket: a command and a process id. The answer is the same command and a number."""
+"""A message on the control socket: a command and a process id. The answer is the command and a number."""
 FORK, END, KILL = b"F", b"E", b"K"
 """FORK forks a process for the channel whose descriptor is sent along; the answer is its id. END ends a process that
-has closed its channel, KILL one that hangs; the answer is the exit code, negative for a signal, or `NOT_MINE`."""
+has closed its channel, KILL a process that hangs; the answer is the exit code, negative for a signal, or `NOT_MINE`."""
 NOT_MINE = 1 << 16
 """The process was forked by an earlier server and ended with it."""
 Need = Modality | Literal["s3"]
@@ -51,7 +51,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def serve(slots: SharedSlots, channel: Connection) -> None:
-    """Process jobs until the channel closes.
+    """Processes jobs until the channel closes.
 
     The first message is a `StorageSettings`. A request is {"slot", "start", "decode"}: a slot, the byte in it where the
     pixels begin, and a `DecodeJob`; or {"slot", "start", "probe"} with a `ProbeJob`. The answer is {"failures"}, for a
@@ -91,7 +91,7 @@ def serve(slots: SharedSlots, channel: Connection) -> None:
 
 
 def run_server(slots: SharedSlots, control: socket.socket, needs: Sequence[Need]) -> None:
-    """Fork and end decoding processes on commands from the control socket, until it closes; then end all of them."""
+    """Forks and ends decoding processes on commands from the control socket. Ends all of them when it closes."""
     for need in needs:
         for module in PRELOADED[need]:
             importlib.import_module(module)
@@ -99,7 +99,7 @@ def run_server(slots: SharedSlots, control: socket.socket, needs: Sequence[Need]
 
     resize.load()
     gc.collect()
-    gc.freeze()  # otherwise garbage collection in a child writes to, and so copies, all memory pages
+    gc.freeze()  # otherwise garbage collection in a child would copy all memory pages
     alive: set[int] = set()
     control.sendall(READY)
     while True:
@@ -127,7 +127,7 @@ def run_server(slots: SharedSlots, control: socket.socket, needs: Sequence[Need]
 
 
 def _decode(slots: SharedSlots, descriptor: int) -> None:
-    """The main function of a decoding process; does not return."""
+    """Runs a decoding process and does not return."""
     code = 0
     try:
         _die_with_parent()
@@ -141,7 +141,7 @@ def _decode(slots: SharedSlots, descriptor: int) -> None:
 
 
 def _end(pid: int, patience_s: float) -> int:
-    """Wait for a process, then kill it; returns its exit code. `pid` is not reused, as only this function waits."""
+    """Waits up to `patience_s` for a process, then kills it. Returns the exit code. `pid` cannot be reused before."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -153,14 +153,14 @@ def _end(pid: int, patience_s: float) -> int:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, even if it hangs."""
+    """Makes the kernel kill this process when its parent dies, even if this process hangs."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(arguments: list[str]) -> None:
-    # Ctrl-C is sent to the whole foreground group, and Slurm's signals to all processes of a step; but the trainer
-    # decides when its workers end.
+    # Ctrl-C is sent to the whole foreground group, and Slurm sends signals to all processes of a step, but the trainer
+    # decides when the workers end.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     descriptor, slots, slot_bytes, control = map(int, arguments[:4])

@@ -1,7 +1,7 @@
 """Counts and logs unreadable samples, and ends the run if there are too many.
 
-The decision depends only on the samples in the order in which a lane reads them. Its state is three integers in the
-cursor, so a resumed run ends at the same sample as an uninterrupted one.
+The decision depends only on the samples in the order in which a lane reads them. The state is three integers in the
+cursor, so a resumed run ends at the same sample as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ KINDS = (
     "timeout",
     "crash",
 )
-"""All kinds of unreadable samples: those of `tar_index.Damage`, then those of SampleError."""
+"""All kinds of unreadable samples: the kinds of `tar_index.Damage`, then the kinds of SampleError."""
 
 WINDOW = 1000
-"""Samples over which `max_per_thousand` counts; then counting starts again from 0."""
+"""Number of samples after which the count for `max_per_thousand` restarts from 0."""
 INITIAL_STATE = (0, 0, 0)
 """The state of a `BadSampleMonitor` that has counted nothing yet."""
 REMEDY = "univitar-ds data verify SOURCE lists what is bad"
@@ -50,7 +50,8 @@ REMEDY = "univitar-ds data verify SOURCE lists what is bad"
 class BadPolicy:
     """`data.on_bad`, `data.max_bad_per_thousand` and `data.max_bad_in_a_row`.
 
-    All monitors with this policy share `logged`, their counts by kind, so that many lanes log no more than one.
+    All monitors with this policy share `logged`, the number of messages by kind, so that many lanes log as little as
+    one lane.
     """
 
     on_bad: Literal["skip", "fail"] = "skip"
@@ -60,25 +61,25 @@ class BadPolicy:
 
 
 class BadSampleMonitor:
-    """Counts the samples of one lane and modality in one phase: reading headers, or decoding.
+    """Counter of the samples of one lane and modality in one phase: reading headers, or decoding.
 
     Contiguous damage in a shard counts as one bad sample, so that one lost shard among many does not end the run.
     """
 
     def __init__(self, policy: BadPolicy, name: str, state: Iterable[int] = INITIAL_STATE) -> None:
-        """`name` identifies the samples in messages, e.g. "lane 3, image"; `state` is a saved result of `to_json`."""
+        """Args: name: identifies the samples in messages, e.g. "lane 3, image"; state: a saved result of `to_json`."""
         self._policy, self._name = policy, name
         self._seen, self._bad, self._in_a_row = state
 
     def good(self) -> None:
-        """Count a readable sample."""
+        """Counts a readable sample."""
         self._in_a_row = 0
         self._step()
 
     def bad(self, where: str, error: SampleError, samples: int = 1) -> None:
-        """Count and log a sample that is left out; `where` is its shard, key and byte.
+        """Counts and logs a sample that is left out.
 
-        `samples` is the estimated number of samples in damage, for the log.
+        Args: where: shard, key and byte; samples: estimated number of samples in damage, for the log.
         Raises: DataError if the policy ends the run.
         """
         assert error.kind in KINDS, error.kind
@@ -91,7 +92,7 @@ class BadSampleMonitor:
         self._step()
 
     def ignored(self, where: str, texts: Iterable[Ignored]) -> None:
-        """Log the ignored content of a readable sample. It never ends the run."""
+        """Logs the ignored content of a readable sample, which never ends the run."""
         for kind, message in texts:
             assert kind in IGNORED, kind
             number = self._log_now(f"ignored {kind}")
@@ -99,7 +100,7 @@ class BadSampleMonitor:
                 _log.warning("%s ignored (number %d; %s): %s: %s", kind, number, self._name, where, message)
 
     def to_json(self) -> list[int]:
-        """[samples of the present window, bad ones among them, bad ones in a row]."""
+        """Returns [samples of the present window, bad samples in the window, bad samples in a row]."""
         return [self._seen, self._bad, self._in_a_row]
 
     def _step(self) -> None:
@@ -130,7 +131,7 @@ class BadSampleMonitor:
             _log.warning("%s left out (%s, number %d; %s): %s: %s", what, error.kind, number, self._name, where, error)
 
     def _log_now(self, what: str) -> int:
-        """Count one message of a kind; returns its number, or 0 if it must not be logged.
+        """Counts one message of a kind. Returns its number, or 0 if it must not be logged.
 
         The first ten of each kind are logged, then every tenth, from a hundred on every hundredth, and so on.
         """

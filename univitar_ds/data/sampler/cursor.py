@@ -16,18 +16,18 @@ from univitar_ds.errors import DataError
 
 VERSION = 3
 EPOCH_STRIDE = 1 << 20
-"""The epochs of a group are numbered from a multiple of this, so that two groups with the same samples do not draw the
-same random numbers. The multiple is the same in all lanes."""
+"""The first epoch of each group is another multiple of this number, equal in all lanes, so that groups with the same
+samples draw different random numbers."""
 _RESTART = 1 << 10
-"""Multiples of EPOCH_STRIDE that are skipped if the sources have changed: more than there are groups."""
+"""Number of multiples of EPOCH_STRIDE skipped if the sources have changed; larger than the number of groups."""
 MODALITIES = ("image", "video")
 
 
 class ReadPosition(NamedTuple):
     """The position of a lane in one group of shards.
 
-    `unit` is an index into the lane's units of the epoch, `offset` a byte of its shard, `ordinal` the number of the
-    next sample of the modality in that shard, `credit` the group's credit in `mixture.WeightedRoundRobin`.
+    `unit` is an index into the lane's units of the epoch, `offset` a byte of the unit's shard, `ordinal` the number of
+    the next sample of the modality in the shard, `credit` the group's credit in `mixture.WeightedRoundRobin`.
     """
 
     epoch: int = 0
@@ -41,7 +41,7 @@ class ReadPosition(NamedTuple):
 class StreamCursor:
     """The position of one modality of a lane after `packs` packs.
 
-    `places` maps each group to its position, also groups that the present stage does not read. `pool` has the samples
+    `places` maps each group to its position, also groups that the present stage does not read. `pool` lists the samples
     in the shuffle buffer, oldest first. `reading` is the state of the `BadSampleMonitor` for reading. `empty` lists
     groups that were found to have no sample of the modality.
     """
@@ -53,7 +53,7 @@ class StreamCursor:
     empty: tuple[str, ...] = ()
 
     def restarted(self) -> StreamCursor:
-        """The cursor for changed sources: every group at a new epoch, and an empty shuffle buffer."""
+        """Returns the cursor for changed sources: every group at a new epoch, and an empty shuffle buffer."""
         places = {
             name: ReadPosition((place.epoch // EPOCH_STRIDE + _RESTART) * EPOCH_STRIDE)
             for name, place in self.places.items()
@@ -77,7 +77,7 @@ class LaneCursor:
     decoding: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """About 1 KB with 192 samples in the shuffle buffer."""
+        """Returns the cursor as JSON, about 1 KB with 192 samples in the shuffle buffer."""
         head = {"version": VERSION, "lane": self.lane, "lanes": self.lanes, "seed": self.seed}
         streams = {name: _stream_to_json(self.streams[name]) for name in MODALITIES if name in self.streams}
         decoding = {name: list(self.decoding[name]) for name in MODALITIES if name in self.decoding}
@@ -86,7 +86,7 @@ class LaneCursor:
     def expect(
         self, *, lane: int, lanes: int, seed: int, fingerprint: str, accept_changed_sources: bool = False
     ) -> LaneCursor:
-        """Check that the cursor belongs to this run. If changed sources are accepted, returns it at the next epoch.
+        """Checks that the cursor belongs to this run. Returns it, at a new epoch if sources have changed.
 
         Raises: DataError with the difference and the remedy.
         """
@@ -103,7 +103,7 @@ class LaneCursor:
                 f"{fingerprint}): restore the same shards in the same order, set data.accept_changed_sources to "
                 "continue with the next epoch of the new ones, or start a new run"
             )
-        warn_once(  # instead of once per lane
+        warn_once(  # once, not per lane
             f"the sources have changed since the data cursors were saved (fingerprint {self.fingerprint}, now "
             f"{fingerprint}); the rest of the epoch is skipped and the next begins (data.accept_changed_sources)"
         )
@@ -112,7 +112,7 @@ class LaneCursor:
 
 
 def parse(document: Any) -> LaneCursor:
-    """The cursor in a JSON document.
+    """Returns the cursor in a JSON document.
 
     Raises: DataError if the document is not a cursor or has another version.
     """
@@ -160,15 +160,15 @@ def _stream_from_json(document: Mapping[str, Any]) -> StreamCursor:
 _BARE = -15
 """`wbits` for deflate without zlib's header and checksum."""
 _CHECK_BYTES = 4
-_MOST_BYTES = 1 << 26
-"""Limit of a decompressed shuffle buffer; a larger one is not a valid cursor."""
+_MAX_BYTES = 1 << 26
+"""Maximum size in bytes of a decompressed shuffle buffer in a valid cursor."""
 _SMALL = [bytes([number]) for number in range(0x80)]
 
 
 def write_pool(rows: Sequence[SampleAddress], packs: int) -> str:
-    """Encode the samples of the shuffle buffer: differences between rows, by column, as varints, deflated, in base 85.
+    """Encodes the samples of the shuffle buffer: differences between rows, by column, as varints, deflated, base 85.
 
-    Takes about 4 bytes per row; a list of numbers takes 40. `since` is stored as `packs - since`.
+    The text has about 4 bytes per row; a list of numbers would have 40. `since` is stored as `packs - since`.
     """
     columns = zip(*_steps(rows, packs), strict=True)
     numbers = [number for column in columns for number in column]
@@ -178,10 +178,10 @@ def write_pool(rows: Sequence[SampleAddress], packs: int) -> str:
 
 
 def read_pool(text: str, packs: int) -> tuple[SampleAddress, ...]:
-    """Decode a result of `write_pool`. Raises: ValueError or zlib.error if the text is damaged."""
+    """Decodes a result of `write_pool`. Raises: ValueError or zlib.error if the text is damaged."""
     data = base64.b85decode(text)
     inflating = zlib.decompressobj(_BARE)
-    packed = inflating.decompress(data[_CHECK_BYTES:], _MOST_BYTES)
+    packed = inflating.decompress(data[_CHECK_BYTES:], _MAX_BYTES)
     whole = inflating.eof and not inflating.unused_data
     if not whole or zlib.crc32(packed).to_bytes(_CHECK_BYTES) != data[:_CHECK_BYTES]:
         raise ValueError("the checksum of the shuffle buffer is wrong")
@@ -195,7 +195,7 @@ def read_pool(text: str, packs: int) -> tuple[SampleAddress, ...]:
 
 
 def _steps(rows: Iterable[SampleAddress], packs: int) -> Iterator[tuple[int, ...]]:
-    """The differences between rows. Offsets and ordinals refer to the last row of the same shard, so most are small."""
+    """Yields the differences between rows. Offsets and ordinals are relative to the last row of the same shard."""
     shard = epoch = waited = 0
     last: dict[int, tuple[int, int]] = {}
     for row in rows:
@@ -209,7 +209,7 @@ def _steps(rows: Iterable[SampleAddress], packs: int) -> Iterator[tuple[int, ...
 
 
 def _rows(steps: Iterable[tuple[int, ...]], packs: int) -> Iterator[SampleAddress]:
-    """The inverse of `_steps`."""
+    """Yields the rows with these differences, as the inverse of `_steps`."""
     shard = epoch = waited = 0
     last: dict[int, tuple[int, int]] = {}
     for length, *unsigned in steps:
@@ -237,7 +237,7 @@ def _signed(value: int) -> int:
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits per byte, lowest first; the top bit is set if another byte follows."""
+    """Encodes a number with seven bits per byte, lowest first. The top bit is set if another byte follows."""
     parts = bytearray()
     while value > 0x7F:
         parts.append(value & 0x7F | 0x80)

@@ -30,9 +30,9 @@ _64_BITS = (1 << 64) - 1
 WELL_FILLED = 0.9
 """A warning is logged if a pack has less than this share of the token budget because of source weights."""
 LONG_WAIT = 64
-"""Packs after which the oldest sample takes precedence over the oldest sample of a starved group."""
+"""Number of packs after which the oldest sample has precedence over the oldest sample of a starved group."""
 BUFFER_BUDGETS = 2
-"""The shuffle buffer also holds at least so many token budgets, so that packs of small items are full too."""
+"""Minimum number of token budgets in the shuffle buffer, so that packs of small items are full too."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Plan:
 
 
 class Lane:
-    """One lane: a stream per modality. Each step takes a plan from the stream of its modality."""
+    """A lane, with a stream per modality. Each step uses a plan of the stream of the step's modality."""
 
     def __init__(self, configs: Mapping[Modality, StreamConfig], cursor: LaneCursor) -> None:
         self._configs = configs
@@ -69,7 +69,7 @@ class Lane:
         self._streams: dict[Modality, Stream] = {}
 
     def begin(self, modality: Modality) -> None:
-        """Create the stream of a modality: read its saved shuffle buffer and prefetch its first shards.
+        """Creates the stream of a modality, reads its saved shuffle buffer and prefetches its first shards.
 
         Does nothing when called again.
         Raises: DataError if the samples cannot be read.
@@ -79,7 +79,7 @@ class Lane:
             self._streams[modality] = Stream(self._configs[modality], self._cursor.lane, start)
 
     def next_plan(self, modality: Modality, index: int) -> Plan:
-        """The next plan of this modality; `index` is its number in the lane.
+        """Returns the next plan of this modality. `index`: number of the plan in the lane.
 
         Raises: DataError if a shard cannot be read, if there is no readable sample, or if the policy for bad samples
         ends the run.
@@ -94,15 +94,15 @@ class Lane:
 
 
 class Stream:
-    """One modality of one lane: reads samples of its groups into a shuffle buffer and chooses packs from it.
+    """One modality of one lane: reads samples of its groups into a shuffle buffer and chooses packs from the buffer.
 
     Every pack contains the oldest sample of the buffer; if a group is starved (it has too few samples for its weight),
-    only once that sample has waited `LONG_WAIT` packs. The order of the others is drawn for each pack. The buffer holds
-    samples of at most two epochs of a group, and a pack never contains a sample twice; so packs are smaller than the
-    budget if an epoch of a lane has fewer samples than fit into a pack.
+    only after this sample has waited `LONG_WAIT` packs. The order of the other samples is drawn for each pack. The
+    buffer has samples of at most two epochs of a group, and a pack never contains a sample twice. So packs are smaller
+    than the budget if an epoch of a lane has fewer samples than fit into a pack.
 
     In a new stage, every group continues at its last position, and samples in the buffer are still used. A new group
-    begins with an epoch that no other group has.
+    begins with an epoch number that no other group uses.
     """
 
     def __init__(self, config: StreamConfig, lane: int, start: StreamCursor) -> None:
@@ -128,7 +128,7 @@ class Stream:
         self._buffer = list(self._restore(start.pool))
 
     def next_pack(self) -> tuple[list[Sample], dict[str, int]]:
-        """The samples of the next pack, and the number of bad samples since the previous one by kind."""
+        """Returns the samples of the next pack, and bad samples since the previous pack, by kind."""
         starved = self._fill()
         candidates = self._candidates(starved)
         tokens = [self._buffer[index].tokens for index in candidates]
@@ -149,12 +149,12 @@ class Stream:
         return samples, bad
 
     def take_ignored(self) -> dict[str, int]:
-        """Return and reset the number of readable samples with ignored content, by kind."""
+        """Returns the number of readable samples with ignored content, by kind, and resets it."""
         ignored, self._ignored = dict(self._ignored), Counter()
         return ignored
 
     def cursor(self) -> StreamCursor:
-        """The position of the stream after the last pack."""
+        """Returns the position of the stream after the last pack."""
         credits = self._round_robin.credits
         read = {name: reader.place._replace(credit=credits[name]) for name, reader in self._readers.items()}
         pool = tuple([sample.address for sample in self._buffer])
@@ -164,7 +164,7 @@ class Stream:
         return WeightedRoundRobin({name: reader.group.share for name, reader in self._readers.items()}, credits)
 
     def _fill(self) -> str | None:
-        """Fill the shuffle buffer. The samples read depend only on the buffer and the positions of the groups.
+        """Fills the shuffle buffer. The samples read depend only on the buffer and the positions of the groups.
 
         Returns: the starved group, if filling ended because the next group already has two epochs in the buffer.
         """
@@ -192,7 +192,7 @@ class Stream:
         return None
 
     def _warn_starved(self, group: str, tokens: int) -> None:
-        """Warn of a pack that is not full, because a group has few samples, each at most once, and others must wait."""
+        """Warns of a pack that is not full, because a group has few samples and the others must wait."""
         share = tokens / self._config.token_budget
         if share >= WELL_FILLED or self._config.cost_budget is not None:
             return
@@ -211,7 +211,7 @@ class Stream:
         )
 
     def _read(self, reader: Reader) -> Sample | None:
-        """The next sample of a group; None for a bad sample, which is counted, or at the end of an epoch."""
+        """Returns the next sample of a group; None for a bad sample, which is counted, or at the end of an epoch."""
         found = reader.next()
         if found is None:
             self._close_epoch(reader.group)
@@ -228,10 +228,10 @@ class Stream:
         return self._drawn(found, found.address._replace(since=self._packs))
 
     def _candidates(self, starved: str | None) -> list[int]:
-        """Indices of the shuffle buffer in the order of preference: the oldest sample, then the rest in random order.
+        """Returns indices of the shuffle buffer in order of preference: the oldest sample, then a random order.
 
-        If a group is `starved`, its oldest sample comes first, because it keeps the group from reading on.
-        Samples that have waited longer tend to come earlier, so that sizes that fit badly do not accumulate.
+        If a group is `starved`, its oldest sample is first, because no new sample of the group is read before.
+        Samples that have waited longer tend to be earlier, so that sizes that fit badly do not accumulate.
         """
         # Multiplying by an odd number gives a new random number per sample in a tenth of a hash's time.
         factor = draw(self._config.seed, "pool", self._config.modality, self._lane, self._packs) | 1
@@ -245,7 +245,7 @@ class Stream:
         return [*dict.fromkeys(heads), *sorted(rest, key=ranks.__getitem__)]
 
     def _deduplicated(self) -> Sequence[int]:
-        """Indices of the shuffle buffer; of a sample that is there for two epochs only the older one."""
+        """Returns indices of the shuffle buffer. Of a sample that is in it for two epochs, only the older index."""
         if len({sample.address.epoch for sample in self._buffer}) == 1:
             return range(len(self._buffer))
         first: dict[tuple[int, int], int] = {}
@@ -254,20 +254,20 @@ class Stream:
         return list(first.values())
 
     def _group_at(self, index: int) -> str | None:
-        """The group of a sample in the shuffle buffer; None if the stage does not read it."""
+        """Returns the group of a sample in the shuffle buffer; None if the stage does not read it."""
         return self._config.group_of.get(self._buffer[index].address.shard)
 
     def _drawn(self, sample: Sample, address: SampleAddress) -> Sample:
-        """Set the sample's address and its random number for this epoch."""
+        """Sets the sample's address and its random number for this epoch."""
         sample.address = address
         sample.draw = draw(self._config.seed, "item", address.shard, address.offset, address.epoch)
         return sample
 
     def _close_epoch(self, group: ShardGroup) -> None:
-        """Handle the end of an epoch of a group, in which a lane may have no sample if the group has few.
+        """Handles the end of an epoch of a group, in which a lane may have no sample if the group has few.
 
         Removes the group if it turns out to have no sample of the modality.
-        Raises: DataError if all its samples are unreadable, or if it is the only group.
+        Raises: DataError if all samples of the group are unreadable, or if the group is the only one.
         """
         if group.name in self._seen_this_epoch:
             self._seen_this_epoch.discard(group.name)
@@ -284,16 +284,16 @@ class Stream:
         self._round_robin = self._round_robin_of(self._round_robin.credits)
 
     def _holds(self, group: ShardGroup) -> Held:
-        """`held_by` the group, cached for all lanes, because it may scan all shards of the group."""
+        """Returns `held_by` of the group, cached for all lanes, because it may scan all shards of the group."""
         known = self._config.held
         if group.name not in known:
             known[group.name] = held_by(self._config, group)
         return known[group.name]
 
     def _restore(self, rows: Sequence[SampleAddress]) -> Iterator[Sample]:
-        """The samples of the saved shuffle buffer.
+        """Yields the samples of the saved shuffle buffer.
 
-        Those that this stage does not allow are counted, but not as bad samples of the policy.
+        Samples that this stage does not allow are counted, but not by the policy for bad samples.
         """
         config = self._config
         for row in rows:

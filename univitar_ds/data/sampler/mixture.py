@@ -1,8 +1,8 @@
 """Mixes samples of several groups in given shares by smooth weighted round robin.
 
-For each sample taken, every group's credit grows by its share, and the credit of the sample's group falls by the sum of
-all shares. So after any number of samples, each group has had its share of them to within two samples. All numbers are
-integers.
+For each sample, the credit of every group grows by the group's share, and the credit of the sample's group falls by the
+sum of all shares. So after any number of samples, the number from each group differs from its share by at most two. All
+numbers are integers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class WeightedRoundRobin:
     """Chooses the group of each sample. The state is one integer per group, its credit."""
 
     def __init__(self, shares: Mapping[str, int], credits: Mapping[str, int]) -> None:
-        """Args: the share of every group, at least 1; saved credits, 0 for groups without one."""
+        """Args: shares: share of every group, at least 1; credits: saved credits; 0 for other groups."""
         assert shares, "no group to take from"
         assert min(shares.values()) >= 1, shares
         self._shares = dict(shares)
@@ -22,13 +22,13 @@ class WeightedRoundRobin:
         self.credits = {name: credits.get(name, 0) for name in shares}
 
     def next(self) -> str:
-        """The group of the next sample; does not change until `taken` is called."""
+        """Returns the group of the next sample. The result does not change until `taken` is called."""
         if len(self._shares) == 1:
             return next(iter(self._shares))
         return max(self._shares, key=lambda name: self.credits[name] + self._shares[name])
 
     def taken(self) -> None:
-        """Update the credits after a sample of the group `next()` was taken."""
+        """Updates the credits after a sample of the group `next()` was used."""
         name = self.next()
         for other, share in self._shares.items():
             self.credits[other] += share

@@ -1,8 +1,8 @@
 """Chooses the samples of the next pack from the shuffle buffer: pure functions of sizes, without padding or truncation.
 
 The pack always contains the first sample. The others are chosen by subset sum, with the reachable totals as the bits of
-one big integer. Without a cost budget the pack has the most tokens possible; with one, it has tokens and cost with
-which all packs take the same time. Of several solutions, one with the earliest samples is taken.
+one big integer. Without a cost budget, the pack has the maximum number of tokens; with a cost budget, tokens
+and cost with which all packs take the same time. Of several solutions, one with the earliest samples is chosen.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ FILLED_IN_ORDER = (0.6, 0.3)
 """Share of the budgets that is filled in order before the search for a (tokens, cost) pair; the search is more precise
 the less it has to fill. The second value is tried if sizes are so similar that the first leaves a poor rest."""
 MOST_IN_ORDER = 0.85
-"""A sample that would fill more than this is left to the search, which needs room."""
+"""The part that is filled in order has at most this share of the aim, because the search needs room."""
 CLOSE = 0.005
-"""A pack this near to its aim, in shares of the budgets, ends the search."""
+"""Distance from the aim, in shares of the budgets, at which the search ends."""
 MAX_COST_EXCESS_STDS = 0.5
-"""How far the aimed cost per token may be above the mean of the candidates, in their standard deviations."""
+"""Maximum excess of the aimed cost per token over the mean of the candidates, in their standard deviations."""
 EXTRA_TOKENS = 1.06
-"""If the cost budget binds, the pack aims at so many times the tokens that the candidates on average have for that
-cost. Packs are fuller, and the expensive samples that remain are combined with cheap ones later (measured:
+"""If the cost budget binds, the pack aims at this multiple of the mean number of tokens of candidates at that cost.
+Packs are fuller, and the expensive samples that remain are combined with cheap ones later (measured:
 `benchmarks/LOG.md`)."""
 _NEGLIGIBLE = 1e-9
-"""If all costs together are a smaller share of the budget, it never binds; sums of the smallest floats round to 0."""
+"""A budget of which all costs together are a smaller share never binds; sums of the smallest floats round to 0."""
 _TOKEN_UNITS, _COST_UNITS = 64, 256
-"""Resolution of the search for a pair. Items are rounded to it, and the totals of the result are checked exactly."""
+"""Resolution of the search for a pair. Items are rounded to units; the totals of the result are checked exactly."""
 _ROWS = 12
-"""Costs that are tried, nearest first, each with the two nearest numbers of tokens."""
+"""Number of costs that are tried, nearest first, each with the two nearest numbers of tokens."""
 _TRIES = 32
-"""Pairs that are tried, nearest first."""
+"""Number of pairs that are tried, nearest first."""
 
 
 class Totals(NamedTuple):
-    """Tokens and cost (FLOPs) of one or several samples, or limits on both."""
+    """Tokens and cost (FLOPs) of one or several samples, or limits of tokens and cost."""
 
     tokens: float
     cost: float
@@ -44,13 +44,13 @@ class Totals(NamedTuple):
 
 @lru_cache(1 << 14)
 def item_cost(tokens: int, coefficients: tuple[float, float]) -> float:
-    """FLOPs of one item: a * tokens + b * tokens**2 (dense layers, attention)."""
+    """Returns the FLOPs of one item: a * tokens + b * tokens**2 (dense layers, attention)."""
     linear, square = coefficients
     return linear * tokens + square * tokens * tokens
 
 
 def scale_for_dropout(coefficients: tuple[float, float], dropout: float) -> tuple[float, float]:
-    """The coefficients for an encoder that drops the share `dropout` of an item's tokens; exact up to rounding."""
+    """Returns the coefficients for an encoder that drops the share `dropout` of tokens, exact up to rounding."""
     linear, square = coefficients
     return (1 - dropout) * linear, (1 - dropout) ** 2 * square
 
@@ -58,12 +58,12 @@ def scale_for_dropout(coefficients: tuple[float, float], dropout: float) -> tupl
 def choose(
     tokens: Sequence[int], costs: Sequence[float], token_budget: int, cost_budget: float | None = None
 ) -> list[int]:
-    """Choose the samples of the next pack.
+    """Chooses the samples of the next pack.
 
     Args:
-        tokens, costs: of every candidate, in the order of preference.
-        token_budget: most tokens of a pack.
-        cost_budget: most cost of a pack; None for no limit.
+        tokens, costs: tokens and cost of every candidate, in order of preference.
+        token_budget: maximum number of tokens of a pack.
+        cost_budget: maximum cost of a pack; None for no limit.
     Returns: ascending indices that include 0, so that no sample waits forever. The totals are within both budgets; if
     the first sample exceeds the cost budget, it is alone.
     """
@@ -87,7 +87,7 @@ def choose(
 
 
 def _aim(items: Sequence[Totals], budget: Totals) -> Totals:
-    """The totals that the pack should have, so that later packs can have the same.
+    """Returns the totals that the pack should have, so that later packs can have the same.
 
     If the candidates are expensive, the cost budget binds: the aim is slightly more tokens than they have on average
     for that cost. If they are cheap, the token budget binds: the aim is then a higher cost per token than their mean,
@@ -102,7 +102,7 @@ def _aim(items: Sequence[Totals], budget: Totals) -> Totals:
 
 
 def _towards(items: Sequence[Totals], aim: Totals, budget: Totals, share: float) -> list[int]:
-    """A pack within the budgets near `aim`; `share` of it is filled in order and the rest by search."""
+    """Returns a pack within the budgets near `aim`; `share` of it is filled in order and the rest by search."""
     chosen, used = [0], items[0]
     for index, item in enumerate(items[1:], 1):
         if _filled(used, aim) >= share:
@@ -140,7 +140,7 @@ def _total(items: Sequence[Totals], indices: Iterable[int]) -> Totals:
 
 
 def _fullest(tokens: Sequence[int], left: int) -> list[int]:
-    """Indices of the subset with the most tokens up to `left`; exact."""
+    """Returns the indices of the subset with the maximum number of tokens up to `left`, exactly."""
     fitting = [index for index, size in enumerate(tokens) if size <= left]
     if not fitting:
         return []
@@ -150,7 +150,7 @@ def _fullest(tokens: Sequence[int], left: int) -> list[int]:
 
 
 def _nearest(items: Sequence[Totals], left: Totals, aim: Totals, budget: Totals) -> list[int]:
-    """Indices of the subset within `left` whose tokens and cost are nearest to `aim`, among those tried.
+    """Returns indices of the subset within `left` whose tokens and cost are nearest to `aim`, among those tried.
 
     Each pair of totals is one bit of a big integer: a row of bits for each cost, with a bit for each number of tokens.
     Rows have twice the needed width, so that sums above the most tokens fall into the unused half.
@@ -167,7 +167,7 @@ def _nearest(items: Sequence[Totals], left: Totals, aim: Totals, budget: Totals)
         for cost, tokens in _pairs(reach[-1], *goal)
     )
     subsets = [_trace(weights, reach, pair) for _, pair in pairs[:_TRIES]]
-    # Because of rounding, none of those may be within the limits.
+    # Because of rounding, all pairs may exceed the limits.
     subsets += [[], _fullest([item.tokens for item in items], left.tokens)]
     best: list[int] = []
     best_miss = math.inf
@@ -180,7 +180,7 @@ def _nearest(items: Sequence[Totals], left: Totals, aim: Totals, budget: Totals)
 
 
 def _pairs(reachable: int, goal_cost: int, goal_tokens: int) -> Iterator[tuple[int, int]]:
-    """Reachable pairs (cost, tokens) in units: in the rows nearest to the goal, the tokens nearest to it."""
+    """Yields reachable pairs (cost, tokens) in units: in the rows nearest to the goal, the nearest tokens."""
     row_mask = (1 << (_TOKEN_UNITS + 1)) - 1
     rows = 0
     for cost in sorted(range(_COST_UNITS + 1), key=lambda cost: abs(cost - goal_cost)):
@@ -202,7 +202,7 @@ def _clipped(value: float, most: int) -> int:
 
 
 def _reachable(weights: Sequence[int], mask: int, goal: int) -> list[int]:
-    """Sums of subsets of the first 0, 1, 2, ... weights, as bits; ends as soon as the goal is reachable."""
+    """Returns the sums of subsets of the first 0, 1, 2, ... weights as bits, up to where the goal is reachable."""
     reach = [1]
     for weight in weights:
         reach.append((reach[-1] | reach[-1] << weight) & mask)
@@ -212,7 +212,7 @@ def _reachable(weights: Sequence[int], mask: int, goal: int) -> list[int]:
 
 
 def _trace(weights: Sequence[int], reach: Sequence[int], target: int) -> list[int]:
-    """The members of a subset with sum `target`; a later item is used only if earlier ones cannot reach the sum."""
+    """Returns the members of a subset with sum `target`, with a later item only if earlier items cannot reach it."""
     subset = []
     for index in range(len(reach) - 2, -1, -1):
         if not reach[index] >> target & 1:
@@ -223,4 +223,4 @@ def _trace(weights: Sequence[int], reach: Sequence[int], target: int) -> list[in
 
 
 _MASK = sum(((1 << (_TOKEN_UNITS + 1)) - 1) << (cost * 2 * _TOKEN_UNITS) for cost in range(_COST_UNITS + 1))
-"""The used bits of `_nearest`: rows up to the most cost, in each row up to the most tokens."""
+"""The used bits of `_nearest`: rows up to the maximum cost, in each row up to the maximum tokens."""

@@ -1,4 +1,4 @@
-"""Reads the samples of a group for one lane, epoch after epoch, from any position on."""
+"""Reads the samples of a group for one lane, epoch by epoch, from any position."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Modality
 
 HINTED = 4
-"""Next shards in a prefetch hint; `data.s3.prefetch_shards` limits how many of them are downloaded."""
+"""Number of next shards in a prefetch hint; `data.s3.prefetch_shards` limits the downloads."""
 BATCH = 32
-"""Samples of a shard whose texts are read together."""
+"""Number of samples of a shard whose texts are read together."""
 FILES_OF_A_GROUP = 2
-"""Most files that a `Reader` keeps open: its shard, and a second time for the scan of a divided shard."""
+"""Maximum number of files that a `Reader` keeps open: the shard, and again for the scan of a divided shard."""
 _MOST_AGAIN = 256 << 20
-"""Most bytes of saved samples that are read at a time."""
+"""Maximum bytes of saved samples that are read at a time."""
 
 
 class BadSample(NamedTuple):
-    """A sample that is left out, or damage: its location, the reason, and the estimated number of lost `samples`."""
+    """A sample that is left out, or damage: location, reason, and estimated number of lost `samples`."""
 
     where: str
     kind: str
@@ -40,9 +40,9 @@ class BadSample(NamedTuple):
 
 
 class Reader:
-    """The samples of one group that belong to one lane, in reading order.
+    """Reader of the samples of one group that belong to one lane.
 
-    `place` is the position after the last sample; a new reader that starts there continues with the next sample.
+    `place` is the position after the last sample. A new reader that starts there continues with the next sample.
     """
 
     def __init__(self, config: StreamConfig, group: ShardGroup, lane: int, place: ReadPosition) -> None:
@@ -53,7 +53,7 @@ class Reader:
         self._samples = self._walk(place)
 
     def next(self) -> Sample | BadSample | None:
-        """The next sample or bad sample; None at the end of an epoch.
+        """Returns the next sample or bad sample; None at the end of an epoch.
 
         Raises: DataError if a shard cannot be read.
         """
@@ -61,12 +61,12 @@ class Reader:
         return found
 
     def announce(self) -> None:
-        """Prefetch the first shard before it is needed."""
+        """Prefetches the first shard."""
         units = self._units(self.place.epoch)[self.place.unit :]
         self._announce(-1, iter(units[:1]))
 
     def _walk(self, start: ReadPosition) -> Iterator[tuple[Sample | BadSample | None, ReadPosition]]:
-        """Yields everything from `start` on, each with the position after it."""
+        """Yields samples, bad samples and ends of epochs (None) from `start` on, each with the position after it."""
         first, offset, ordinal = start.unit, start.offset, start.ordinal
         units = self._units(start.epoch)
         for epoch in itertools.count(start.epoch):
@@ -114,13 +114,13 @@ class Reader:
         return units_of_lane(group.shards, config.lanes, self._lane, config.seed, config.modality, epoch, group.name)
 
     def _announce(self, current: int, units: Iterator[ShardSlice]) -> None:
-        """Prefetch the shards after `current`."""
+        """Prefetches the shards after `current`."""
         coming = dict.fromkeys(unit.shard for unit in itertools.islice(units, HINTED) if unit.shard != current)
         announce([self._config.shards[index] for index in coming])
 
 
 def announce(shards: Sequence[Shard]) -> None:
-    """Send prefetch hints for the next shards to their storages."""
+    """Sends prefetch hints for the next shards to their storages."""
     for storage in {id(shard.storage): shard.storage for shard in shards}.values():
         storage.prefetch([shard.path for shard in shards if shard.storage is storage])
 
@@ -136,7 +136,7 @@ def read_entries(
     """Yields each entry of a shard with its number, and its sample or the reason why it is left out.
 
     Entries are read `BATCH` at a time, so that probing their sizes takes one message to another process.
-    `label_is_enough`: do not make captions from labels; for an evaluation.
+    `label_is_enough`: whether no captions are made from labels, for an evaluation.
     Raises: DataError if the shard cannot be read, after yielding the samples before that byte.
     """
     for batch in _batches(entries):
@@ -172,7 +172,7 @@ def _batches(entries: Iterable[tuple[Entry, int]]) -> Iterator[list[tuple[Entry,
 
 
 def numbered(entries: Iterable[Entry]) -> Iterator[tuple[Entry, int]]:
-    """Yields the entries of a whole shard with the number of the sample that each is or that follows it."""
+    """Yields the entries of a whole shard, each with the number of its sample, or of the sample after damage."""
     number = 0
     for entry in entries:
         yield entry, number
@@ -180,7 +180,7 @@ def numbered(entries: Iterable[Entry]) -> Iterator[tuple[Entry, int]]:
 
 
 def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
-    """The number of samples of an entry: 1 for a sample; for damage an estimate, at least 1.
+    """Returns the number of samples of an entry: 1 for a sample; for damage an estimate, at least 1.
 
     With a manifest, the estimate for damage at the end of the shard is the number of missing samples, and 1 elsewhere.
     Without one, it follows from the mean size of the `ordinal` samples before the damage.
@@ -195,7 +195,7 @@ def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
 
 
 def read_again(config: StreamConfig, rows: Sequence[SampleAddress]) -> Iterator[Sample | SampleError | None]:
-    """Yields the samples at a cursor's addresses, in order; reads many at a time from a remote store.
+    """Yields the samples at a cursor's addresses, in order. Reads many samples at a time from a remote store.
 
     Yields None for an address that no longer is a single sample, and an error for a sample that the stage does not
     allow.
@@ -209,7 +209,7 @@ def read_again(config: StreamConfig, rows: Sequence[SampleAddress]) -> Iterator[
 
 
 def with_captions(shard: SourceShard, sample: Sample, *, label_is_enough: bool = False) -> Sample | SampleError:
-    """The sample with the class name of its label, and with captions from its source's templates if it has none.
+    """Returns the sample with the class name of its label, and captions from its source's templates if needed.
 
     `label_is_enough`: no captions are made from labels, and with one caption per line the lines after the first are
     `other_captions`. Returns an error if the sample has neither a caption nor a label.
@@ -227,7 +227,7 @@ def with_captions(shard: SourceShard, sample: Sample, *, label_is_enough: bool =
 
 
 def scattered(shard: Shard, modality: Modality) -> str | None:
-    """The key of a sample whose members are not consecutive, so that its parts look like several samples; else None."""
+    """Returns the key of a sample whose members are not consecutive, so that it looks like several; else None."""
     keys: set[str] = set()
     for entry in shard_samples(shard, modality):
         if isinstance(entry, tar_index.Group):
@@ -238,7 +238,7 @@ def scattered(shard: Shard, modality: Modality) -> str | None:
 
 
 def held_by(config: StreamConfig, group: ShardGroup) -> Held:
-    """Whether a group has samples of the modality; stops at the first readable one."""
+    """Returns whether a group has samples of the modality (`Held`). Reads up to the first readable sample."""
     held: Held = "nothing"
     for shard in (config.shards[index] for index in group.shards):
         entries = numbered(shard_samples(shard, config.modality))
@@ -251,6 +251,6 @@ def held_by(config: StreamConfig, group: ShardGroup) -> Held:
 
 
 def where_is(shard: Shard, entry: Entry) -> str:
-    """Shard, key and byte, for messages."""
+    """Returns shard, key and byte of an entry, for messages."""
     key = f"/{entry.key}" if isinstance(entry, tar_index.Group) else ""
     return f"{shard.name}{key} at byte {entry.offset}"

@@ -1,8 +1,8 @@
 """Assigns the shards of a group to lanes: pure functions of integers.
 
-Every shard is divided into `parts` interleaved units. The units of an epoch are permuted, and lane l of L gets those at
-positions l, l + L, ... Each unit belongs to one lane per epoch, so each sample is read once per epoch. Reading a unit
-scans the whole shard, so shards are divided no more than needed for lanes of about the same length.
+Every shard is divided into `parts` interleaved units. The units of an epoch are permuted, and lane l of L gets the
+units at positions l, l + L, ... Each unit belongs to one lane per epoch, so each sample is read once per epoch. Reading
+a unit scans the whole shard, so shards are divided no more than needed for lanes of about equal length.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import NamedTuple
 from univitar_ds.randomness import permutation
 
 PLENTY = 8
-"""Shards are not divided further if each lane has this many units; lanes then differ by at most one in `PLENTY`."""
+"""Number of units per lane from which shards are not divided further. Lanes then differ by at most 1 in `PLENTY`."""
 _ORDERS = 1024
-"""Cached permutations, 4 bytes per unit. The lanes of a rank are in two epochs of a large group. In a group with so few
-samples that many lanes get none in an epoch, they may be hundreds of epochs apart, but such a group has few units."""
+"""Number of cached permutations, 4 bytes per unit. The lanes of a rank are in two epochs of a large group. In a group
+with so few samples that many lanes get none, lanes may be hundreds of epochs apart, but such a group has few units."""
 
 
 class ShardSlice(NamedTuple):
-    """A unit: the samples of a shard whose number within it is `part` modulo `parts`."""
+    """A unit: the samples of a shard whose number in the shard is `part` modulo `parts`."""
 
     shard: int
     part: int
@@ -31,7 +31,7 @@ class ShardSlice(NamedTuple):
 
 
 def parts_per_shard(shards: int, lanes: int) -> int:
-    """The number of parts per shard with which all lanes get the same, or nearly the same, number of units."""
+    """Returns the number of parts per shard with which the lanes get equal or nearly equal numbers of units."""
     if shards >= PLENTY * lanes:
         return 1
     return min(lanes // math.gcd(shards, lanes), math.ceil(PLENTY * lanes / shards))
@@ -40,7 +40,7 @@ def parts_per_shard(shards: int, lanes: int) -> int:
 def units_of_lane(
     shards: Sequence[int], lanes: int, lane: int, seed: int, modality: str, epoch: int, group: str = ""
 ) -> list[ShardSlice]:
-    """The units of one lane in one epoch of a group, in reading order; `shards` are indices into the run's shards.
+    """Returns the units of one lane in one epoch of a group, in reading order. `shards`: indices of the run's shards.
 
     Groups with different names have different permutations.
     """
@@ -51,5 +51,5 @@ def units_of_lane(
 
 @lru_cache(_ORDERS)
 def _order(units: int, seed: int, modality: str, group: str, epoch: int) -> array[int]:
-    """The permutation for all lanes; cached, because 100,000 units take a third of a second."""
+    """Returns the permutation for all lanes, cached, because 100,000 units take a third of a second."""
     return array("I", permutation(units, seed, "units", modality, group, epoch))

@@ -1,4 +1,4 @@
-"""The configuration of a stream: shards, sizes, budgets, weights and the policy for bad samples."""
+"""The configuration of a stream: shards, sizes, budgets, weights and policy for bad samples."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Held = Literal["readable", "unreadable", "nothing"]
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Everything except the lane that determines the packs of one modality.
+    """All settings, except the lane, that determine the packs of one modality.
 
     `weights` are the stage's weights by source, `cost` the coefficients of `packing.item_cost`. `probe` reads sizes
-    that are not in metadata. All lanes share the last three fields: the indexes of shards, the warnings logged so far,
-    and the cached results of `held_by`, by group.
+    that are not in metadata. All lanes share the last three fields: indexes of shards, warnings logged so far, and
+    cached results of `held_by` by group.
     """
 
     shards: Sequence[SourceShard]
@@ -60,7 +60,7 @@ class StreamConfig:
         return {shard: group.name for group in self.groups for shard in group.shards}
 
     def is_first_warning(self, what: str) -> bool:
-        """Whether no lane has logged this warning yet; records that it is logged now."""
+        """Returns whether no lane has logged this warning yet, and records that it is logged now."""
         first = what not in self.warned
         self.warned.add(what)
         return first
@@ -75,7 +75,7 @@ def stream_config(
     seed: int,
     cost: tuple[float, float] = (0.0, 0.0),
 ) -> dict[Modality, StreamConfig]:
-    """The configuration of each modality that a stage reads."""
+    """Returns the configuration of each modality that a stage reads."""
     tflops = stage.cost_budget_tflops
     return {
         modality: StreamConfig(

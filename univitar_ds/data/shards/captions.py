@@ -1,7 +1,7 @@
-"""The text members of a sample: captions, label and set, from .json, .txt and .cls.
+"""Reads the text members of a sample: captions, label and set, from .json, .txt and .cls.
 
-Shards of other producers may have other content in members of these names. Unusable content is ignored and counted; a
-sample is left out only if it then has neither a caption nor a label.
+Shards of other producers may have other content in members with these names. Unusable content is ignored and counted.
+A sample is left out only if it then has neither a caption nor a label.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from univitar_ds.errors import SampleError
 
 EXTENSIONS = ("json", "txt", "cls")
 BYTES_LIMIT = 1 << 20
-"""Longest text member that is parsed. The trainer's memory holds the texts of all samples in the shuffle buffer."""
+"""Maximum size in bytes of a text member. The trainer's memory holds the texts of the whole shuffle buffer."""
 IGNORED = ("bad_caption", "bad_label", "bad_set", "bad_checksum", "bad_json", "too_large")
-"""Kinds of ignored content in samples that are used."""
+"""Kinds of ignored content."""
 
 _OWN_FIELDS = {"captions", "label", "set", "kind", "width", "height", "frames", "file", "crc32"}
-"""Fields that `univitar-ds data pack` writes for every sample. They identify them in a shard without a manifest."""
+"""Fields that `univitar-ds data pack` writes for every sample, which identify its samples without a manifest."""
 _UNMARKED = ("text", "TEXT")
-"""Fields that are used as caption if there is no other, as in LAION's tables."""
+"""Fields that are used as caption if there is no other caption, as in LAION's tables."""
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -35,25 +35,25 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-"""UTF-32 before UTF-16, because a mark of UTF-32 begins with one of UTF-16."""
+"""Byte order marks and their encodings; UTF-32 first, because its marks begin with one of UTF-16."""
 _FIRST_BYTES_OF_MARKS = frozenset(mark[:1] for mark, _ in _BYTE_ORDER_MARKS)
-_SHOWN = 60
+_MAX_SHOWN = 60
 
 _Ignored = dict[str, str]
 """The first message of each kind of ignored content."""
 
 
 class Ignored(NamedTuple):
-    """Unusable content of a sample that is used without it: one of `IGNORED` and a message."""
+    """Unusable content of a sample. `kind`: one of `IGNORED`; the rest of the sample is used."""
 
     kind: str
     message: str
 
 
 class Texts(NamedTuple):
-    """The usable texts of a sample: non-empty captions, at least one unless there is a label; the label and its data
-    set; CRC-32 and size of the media member if `data pack` wrote them; each kind of ignored content at most once;
-    whether the caption is a .txt of several lines."""
+    """Usable texts of a sample: `captions`, empty only if there is a `label`; the data `set` of the label; `crc32` and
+    `size` of the media member if `data pack` wrote them; each kind of `ignored` content at most once; `several_lines`:
+    whether the caption is a .txt with several lines."""
 
     captions: tuple[str, ...]
     label: str | None
@@ -65,11 +65,11 @@ class Texts(NamedTuple):
 
 
 def read_texts(members: Mapping[str, bytes], *, lines: bool = False, packed: bool = False) -> Texts:
-    """Read the fields captions, caption, label and set of .json; .txt and .cls are used for missing ones.
+    """Reads captions, label and set from .json. A .txt replaces missing captions, a .cls a missing label.
 
-    Args: contents of the text members by extension; whether each line of .txt is a caption; whether a manifest shows
-        that `data pack` wrote the shard.
-    Raises: SampleError if there is neither a usable caption nor a usable label.
+    Args: members: contents by extension; lines: whether each line of .txt is a caption; packed: whether a manifest
+        shows that `data pack` wrote the shard.
+    Raises: SampleError without a usable caption or label, or if `packed` and the checksum is invalid.
     """
     ignored: _Ignored = {}
     fields = _json_object(members["json"], ignored) if "json" in members else {}
@@ -100,11 +100,11 @@ def resolve(
     class_names: Sequence[str],
     templates: Sequence[str] | None,
 ) -> tuple[tuple[str, ...], str | None, tuple[Ignored, ...]]:
-    """Apply the class names and templates of a source; returns captions, label name and ignored content.
+    """Applies the class names and templates of a source. Returns captions, label name and ignored content.
 
-    A sample without captions gets `templates` filled with its label; if `templates` is None, it gets no caption.
-    Raises: SampleError if it then has neither caption nor label. A label without a class name is ignored if there is a
-    caption.
+    If there are no captions, `templates` filled with the label are the captions; no caption if `templates` is None.
+    A label without a class name is ignored if there is a caption.
+    Raises: SampleError if there is no caption and `label` has no class name, or `templates` or `label` is empty.
     """
     try:
         label = named(label, class_names)
@@ -141,7 +141,7 @@ def _parsed(content: bytes) -> Any:
         return json.loads(content)
     except UnicodeDecodeError:
         raise
-    except ValueError:  # try again and accept control characters in strings and integers of thousands of digits
+    except ValueError:  # accepts control characters in strings and integers of thousands of digits
         return json.loads(content, strict=False, parse_int=_whole_number)
 
 
@@ -150,7 +150,7 @@ def _whole_number(digits: str) -> int | float:
 
 
 def _of_fields(fields: Mapping[str, Any], names: Iterable[str], ignored: _Ignored) -> tuple[str, ...]:
-    """The captions of the first field that has any: a string, or a list of strings or objects with a caption."""
+    """Returns the captions of the first field that has any: a string, or a list of strings or objects with caption."""
     for name in names:
         value = fields.get(name)
         if value is None:
@@ -178,7 +178,7 @@ def _of_fields(fields: Mapping[str, Any], names: Iterable[str], ignored: _Ignore
 
 
 def _of_txt(content: bytes, ignored: _Ignored) -> tuple[str, ...]:
-    """The lines of a .txt that are not empty."""
+    """Returns the lines of a .txt that are not empty; none if the .txt is unusable."""
     if len(content) > BYTES_LIMIT:
         ignored.setdefault("too_large", f"its .txt has {len(content)} bytes (limit {BYTES_LIMIT})")
         return ()
@@ -193,7 +193,7 @@ def _of_txt(content: bytes, ignored: _Ignored) -> tuple[str, ...]:
 
 
 def caption_lines(text: str) -> tuple[str, ...]:
-    """The lines of a text that are not empty."""
+    """Returns the lines of a text that are not empty."""
     lines = _LINE_ENDS.split(text) if "\n" in text or "\r" in text else (text,)
     return tuple([caption for line in lines if (caption := _visible(line))])
 
@@ -232,7 +232,7 @@ def _set(fields: Mapping[str, Any], ignored: _Ignored) -> str | None:
 
 
 def _size(fields: Mapping[str, Any]) -> MediaSize | None:
-    """The size that `data pack` wrote; None if it is incomplete: layout 2 has no duration of videos."""
+    """Returns the size that `data pack` wrote; None if it is incomplete, as for videos in layout 2 (no duration)."""
     kind, height, width, frames = (fields.get(name) for name in ("kind", "height", "width", "frames"))
     if not all(type(number) is int and number >= 1 for number in (height, width, frames)):
         return None
@@ -245,9 +245,9 @@ def _size(fields: Mapping[str, Any]) -> MediaSize | None:
 
 
 def _crc32(fields: Mapping[str, Any], own: bool, packed: bool, ignored: _Ignored) -> int | None:
-    """The checksum, if `data pack` wrote the sample (`own`). `packed`: a manifest shows that it wrote the shard.
+    """Returns the checksum if `data pack` wrote the sample (`own`), else None.
 
-    Raises: SampleError for an invalid checksum in a packed shard.
+    Raises: SampleError for an invalid checksum in a shard that `data pack` wrote according to a manifest (`packed`).
     """
     value = fields.get("crc32")
     if value is None:
@@ -264,7 +264,7 @@ def _crc32(fields: Mapping[str, Any], own: bool, packed: bool, ignored: _Ignored
 
 
 def _visible(text: str) -> str:
-    """A caption without surrounding whitespace, "" if nothing is visible; lone surrogates, having no bytes, are "?"."""
+    """Returns a caption without surrounding whitespace, "" if it is invisible. Lone surrogates become "?"."""
     text = text.strip()
     if text.isascii() and text.isprintable():
         return text
@@ -273,7 +273,7 @@ def _visible(text: str) -> str:
 
 
 def decoded(content: bytes) -> str:
-    """Decode UTF-8, or the encoding of a byte order mark. Raises: UnicodeError, also for zero bytes."""
+    """Decodes UTF-8, or the encoding of a byte order mark. Raises: UnicodeError, also if there is a zero byte."""
     encoding = "utf-8"
     if content[:1] in _FIRST_BYTES_OF_MARKS:
         encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), encoding)
@@ -288,8 +288,8 @@ def _where(error: UnicodeError) -> str:
 
 
 def _brief(value: object) -> str:
-    """The beginning of a value's text, or its type if it cannot be converted, as a very deep list."""
+    """Returns the beginning of a value's text, or its type if it cannot be converted, such as a very deep list."""
     try:
-        return repr(str(value)[:_SHOWN])
+        return repr(str(value)[:_MAX_SHOWN])
     except (RecursionError, ValueError):
         return f"a {type(value).__name__}"

@@ -12,22 +12,22 @@ from univitar_ds.data.storage.address import check_address, storage_for
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import DataError, SampleError
 
-_MOST_BYTES = 16 << 20
+_MAX_BYTES = 16 << 20
 _NUMBERED = re.compile(r"(\d{1,9})\s*[\t ,;:]\s*(\S.*)")
 _WORDNET = re.compile(r"n\d{8}[\t ,;:]")
 _FORM = "give a class name per line, line 1 for class 0, or lines of an index, a tab and a name"
 
 
 def read_class_names(path: str, settings: StorageSettings) -> tuple[str, ...]:
-    """Read the names of classes 0, 1, ... from a local file or from S3: UTF-8 lines of a name, or of an index and a
-    name, or JSON: a list of names, or an object that maps indices to names or names to indices.
+    """Reads the names of classes 0, 1, ... from a local file or from S3. Each UTF-8 line is a name, or an index and a
+    name. JSON is a list of names, or an object that maps indices to names or names to indices.
 
-    Raises: DataError if it cannot be read, a line is empty, or the indices of n classes are not 0 to n - 1.
+    Raises: DataError if the file cannot be read, a line is empty, or the indices of n classes are not 0 to n - 1.
     """
     check_address(path)
     storage = storage_for(path, settings)
-    if (size := storage.size(path)) > _MOST_BYTES:
-        raise DataError(f"{path}: has {size} bytes (limit {_MOST_BYTES}); give a text file with a class name per line")
+    if (size := storage.size(path)) > _MAX_BYTES:
+        raise DataError(f"{path}: has {size} bytes (limit {_MAX_BYTES}); give a text file with a class name per line")
     try:
         text = storage.read(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -37,7 +37,7 @@ def read_class_names(path: str, settings: StorageSettings) -> tuple[str, ...]:
 
 
 def shared_names(names: Sequence[str]) -> str | None:
-    """A warning about names that several classes share; None if all differ."""
+    """Returns a warning about names that several classes share; None if all names differ."""
     shared = [name for name, count in Counter(names).items() if count > 1]
     if not shared:
         return None
@@ -84,7 +84,7 @@ def _of_lines(path: str, text: str) -> tuple[str, ...]:
 
 
 def _ordered(path: str, numbered: Sequence[tuple[int, str]]) -> tuple[str, ...]:
-    """The names in the order of their indices. Raises: DataError unless each of 0 to n - 1 occurs once."""
+    """Returns the names in the order of their indices. Raises: DataError unless all of 0 to n - 1 occur once."""
     counts = Counter(index for index, _ in numbered)
     twice = next((index for index, count in counts.items() if count > 1), None)
     if twice is not None:
@@ -102,7 +102,7 @@ def _ordered(path: str, numbered: Sequence[tuple[int, str]]) -> tuple[str, ...]:
 
 
 def named(label: str | None, names: Sequence[str]) -> str | None:
-    """The class name of a label that is a number or a class name. Without `names` the label is returned unchanged.
+    """Returns the class name of a label that is a number or a class name. Without `names`, returns `label`.
 
     Raises: SampleError for any other label.
     """

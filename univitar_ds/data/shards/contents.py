@@ -1,7 +1,7 @@
-"""Checks before the first step that the sources hold the modalities that a run reads.
+"""Checks before the first step that the sources contain the modalities that a run reads.
 
-A manifest lists them. Tars without one are scanned: first the beginning of a few, which is nearly always enough, then
-all of them up to a limit. If a modality is missing in all of them, the check fails; at the limit it only warns.
+Manifests list the modalities. Tars without a manifest are scanned: first the beginning of a few tars, which is nearly
+always enough, then all up to a limit. The check fails if a modality is missing in all tars; at the limit it only warns.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from univitar_ds.geometry import Modality
 _log = logging.getLogger(__name__)
 
 FIRST_SHARDS, FIRST_SAMPLES = 64, 32
-"""Evenly spaced shards, and samples of each, that are scanned first: one or two requests per remote shard."""
-MOST_SAMPLES = 500_000
-"""Most samples that are scanned: ten seconds of CPU time on a local disk."""
-MOST_REMOTE_BYTES = 256 << 20
-"""Most bytes that are fetched. Headers are between the media, so scanning a remote tar fetches most of it."""
+"""Numbers of evenly spaced shards, and of samples of each, that are scanned first, in 1 or 2 requests per shard."""
+MAX_SAMPLES = 500_000
+"""Maximum number of samples that are scanned: ten seconds of CPU time on a local disk."""
+MAX_REMOTE_BYTES = 256 << 20
+"""Maximum number of bytes fetched. Headers are between the media, so scanning a remote tar fetches most of it."""
 NO_MEDIA = "without media"
 
 
@@ -47,7 +47,7 @@ NO_MEDIA = "without media"
 class Contents:
     """The number of samples found in `shards` shards, by "image", "video" and `NO_MEDIA`.
 
-    `whole`: all samples were counted. Otherwise the scan ended at a limit or when it had found the wanted modalities.
+    `whole`: whether all samples were counted, because the scan ended neither at a limit nor with the wanted modalities.
     """
 
     shards: int
@@ -55,7 +55,7 @@ class Contents:
     whole: bool
 
     def sentence(self) -> str:
-        """The counts as text for a message."""
+        """Returns the counts as text for a message."""
         found = ", ".join(
             f"{count} {kind}{'s' if count > 1 and kind != NO_MEDIA else ''}" for kind, count in self._sorted()
         )
@@ -75,7 +75,7 @@ class _Scan(NamedTuple):
 def contents_of(
     shards: Sequence[SourceShard], wanted: Collection[Modality], *, one_is_enough: bool = False
 ) -> Contents:
-    """Scan until a sample of each `wanted` modality is found; with `one_is_enough`, of any of them.
+    """Scans until a sample of each `wanted` modality is found; with `one_is_enough`, of one of them.
 
     Raises: DataError if a shard cannot be read.
     """
@@ -92,7 +92,7 @@ def contents_of(
         return Contents(len(shards), listed, whole=not unknown)
     first = spread(unknown, FIRST_SHARDS)
     counts = listed.copy()
-    bounds = {"most_samples": FIRST_SAMPLES, "most_fetched": MOST_REMOTE_BYTES // FIRST_SHARDS, "enough": enough}
+    bounds = {"most_samples": FIRST_SAMPLES, "most_fetched": MAX_REMOTE_BYTES // FIRST_SHARDS, "enough": enough}
     for begin in range(0, len(first), AT_ONCE):
         some = first[begin : begin + AT_ONCE]
         for found in at_once(partial(_scan, **bounds), some, [shard.storage for shard in some]):
@@ -101,7 +101,7 @@ def contents_of(
             return Contents(len(shards), counts, whole=False)
     counts, samples, fetched = listed.copy(), 0, 0
     for shard in unknown:
-        found = _scan(shard, MOST_SAMPLES - samples, MOST_REMOTE_BYTES - fetched, enough)
+        found = _scan(shard, MAX_SAMPLES - samples, MAX_REMOTE_BYTES - fetched, enough)
         counts += found.counts
         samples, fetched = samples + found.samples, fetched + found.fetched
         if enough(counts) or not found.whole:
@@ -110,7 +110,7 @@ def contents_of(
 
 
 def faults_of_stages(shards: Sequence[SourceShard], stages: Sequence[StageConfig]) -> list[str]:
-    """An error message for each modality that a stage reads and the shards do not hold; warns if that is uncertain.
+    """Returns an error message for each modality that a stage reads and no shard has; warns if that is uncertain.
 
     Raises: DataError if a shard cannot be read.
     """
@@ -144,7 +144,7 @@ def faults_of_stages(shards: Sequence[SourceShard], stages: Sequence[StageConfig
 
 
 def fault_of_evaluation(shards: Sequence[SourceShard], stages: Sequence[StageConfig]) -> str | None:
-    """An error message if the evaluation's shards hold no sample of a modality that the stages read, else None.
+    """Returns an error message if the evaluation's shards have no sample that the stages could read, else None.
 
     Raises: DataError if a shard cannot be read.
     """
@@ -161,7 +161,7 @@ def fault_of_evaluation(shards: Sequence[SourceShard], stages: Sequence[StageCon
 
 
 def check_contents(config: RunConfig, shards: Sequence[SourceShard], evaluation: Sequence[SourceShard]) -> None:
-    """Check the shards of training and evaluation. Raises: DataError if they lack a modality that the run reads."""
+    """Checks the shards of training and evaluation. Raises: DataError if they lack a modality that the run reads."""
     faults = faults_of_stages(shards, config.stages)
     if (fault := fault_of_evaluation(evaluation, config.stages)) is not None:
         faults.append(fault)
@@ -170,7 +170,7 @@ def check_contents(config: RunConfig, shards: Sequence[SourceShard], evaluation:
 
 
 def faults_of_run(config: RunConfig, settings: StorageSettings) -> list[str]:
-    """An error message for each modality that stages or evaluation need and the sources, those that exist, lack."""
+    """Returns an error message for each modality that the run reads and the existing sources lack."""
     faults: list[str] = []
     with suppress(DataError):
         shards = find_shards(config.data.sources, settings)
@@ -186,10 +186,10 @@ def faults_of_run(config: RunConfig, settings: StorageSettings) -> list[str]:
 
 
 def _scan(shard: SourceShard, most_samples: int, most_fetched: int, enough: Callable[[Counter[str]], bool]) -> _Scan:
-    """Count the samples of a shard by modality, from its beginning until a limit or until the counts are `enough`."""
+    """Counts the samples of a shard by modality, from its beginning until a limit or until the counts are `enough`."""
     counts: Counter[str] = Counter()
     remote = shard.path.startswith(S3)
-    ranges = RangeReader(shard.storage, shard.path, shard.size) if remote else None  # `open` would download all of it
+    ranges = RangeReader(shard.storage, shard.path, shard.size) if remote else None  # `open` would download the shard
     with shard.storage.open(shard.path) if ranges is None else ranges.buffered() as stream:
         samples, fetched = 0, 0
         for found in tar_index.scan(stream, shard.name, shard.size):

@@ -1,4 +1,4 @@
-"""Finds the samples of a shard by scanning it. Lanes that read parts of the same shard share one scan per process."""
+"""Finds the samples of a shard by scanning. Lanes that read parts of the same shard share one scan per process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from univitar_ds.data.shards.samples import belongs
 from univitar_ds.errors import DataError
 from univitar_ds.geometry import Modality
 
-MOST_KEPT = 1 << 19
-"""Samples whose offsets are kept, at 8 bytes each."""
+MAX_KEPT = 1 << 19
+"""Maximum number of samples whose offsets are kept, at 8 bytes each."""
 
 Entry = tar_index.Group | tar_index.Damage
 
@@ -23,7 +23,7 @@ def shard_samples(shard: Shard, modality: Modality, offset: int = 0, number: int
     """Yields the samples of a modality in a shard, in order, and the damage between them.
 
     An intact shard with fewer samples than its manifest lists yields damage at its end, unless there is damage already.
-    Args: the byte to start at; the number of the next sample.
+    Args: offset: the byte to start at; number: the number of the next sample.
     Raises: DataError if the shard cannot be read.
     """
     damaged_end = False
@@ -44,18 +44,18 @@ def shard_samples(shard: Shard, modality: Modality, offset: int = 0, number: int
 
 
 class IndexCache:
-    """Indexes of shards, scanned as far as needed; the least recently used are dropped. Not thread-safe."""
+    """A cache of shard indexes, scanned as far as needed. Drops the least recently used indexes. Not thread-safe."""
 
-    def __init__(self, most_kept: int = MOST_KEPT) -> None:
+    def __init__(self, most_kept: int = MAX_KEPT) -> None:
         self._most_kept = most_kept
         self._scans: OrderedDict[tuple[Any, ...], _Scan] = OrderedDict()
 
     def part(self, shard: Shard, modality: Modality, part: int, parts: int) -> Iterator[tuple[Entry, int]]:
         """Yields every `parts`-th sample of `shard_samples` from number `part` on, and the damage before each.
 
-        Each entry comes with the number of the sample that it is or that follows it. A sample that is in the index is
-        read at its offset without scanning the samples before it.
-        Raises: DataError if the shard cannot be read, or has changed.
+        Each entry comes with the number of the sample, for damage of the next sample. An indexed sample is read at its
+        offset without scanning the samples before it.
+        Raises: DataError if the shard cannot be read or was replaced.
         """
         scan = self._of(shard, modality)
         with shard.storage.open(shard.path) as stream:
@@ -75,7 +75,7 @@ class IndexCache:
 
 
 class _Scan:
-    """The index of one shard as far as it is scanned. Offsets are in blocks: 4 bytes are enough for 2 TiB."""
+    """Index of the scanned part of a shard. Offsets are in blocks, so that 4 bytes are enough for 2 TiB."""
 
     def __init__(self, shard: Shard, modality: Modality) -> None:
         self.failure: Exception | None = None
@@ -83,13 +83,13 @@ class _Scan:
         self._coming = shard_samples(shard, modality)
         self._begins, self._ends = array("I"), array("I")
         self._damage: dict[int, list[tar_index.Damage]] = {}
-        """By the number of the sample that follows."""
+        """Damage by the number of the sample that follows."""
 
     def __len__(self) -> int:
         return len(self._begins)
 
     def part(self, stream: BinaryIO, part: int, parts: int) -> Iterator[tuple[Entry, int]]:
-        """See `IndexCache.part`; `stream` is the shard's."""
+        """See `IndexCache.part`. `stream`: a stream of the shard."""
         number = part
         while True:
             found = self._group(stream, number) if number < len(self) else self._scan_to(number)
@@ -101,8 +101,8 @@ class _Scan:
             number += parts
 
     def _scan_to(self, number: int) -> tar_index.Group | None:
-        """Continue the scan to the sample with this number; None if the shard has fewer samples."""
-        if self.failure is not None:  # otherwise this would look like the end of the shard
+        """Continues the scan to the sample with this number; None if the shard has fewer samples."""
+        if self.failure is not None:  # returning None would look like the end of the shard
             raise self.failure
         try:
             for found in self._coming:

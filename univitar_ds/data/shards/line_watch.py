@@ -1,4 +1,4 @@
-"""A warning for sources whose .txt members seem to have one caption per line although `captions: lines` is not set."""
+"""Warns of sources whose .txt members seem to have one caption per line although `captions: lines` is not set."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ SEVERAL_IN_A_ROW = 4
 
 
 class LineWatch:
-    """Warns once per source if its .txt members seem to have one caption per line."""
+    """Counter that warns once per source if .txt members seem to have one caption per line."""
 
     def __init__(self, source: SourceConfig) -> None:
         self._source = source
         self._in_a_row = 0
 
     def see(self, several_lines: bool) -> None:
-        """Count the next sample. `several_lines`: its caption is a .txt of several lines."""
+        """Counts the next sample. `several_lines`: whether its caption is a .txt with several lines."""
         self._in_a_row = self._in_a_row + 1 if several_lines else 0
         if self._in_a_row == SEVERAL_IN_A_ROW:
             warn_once(several_lines_warning(self._source))

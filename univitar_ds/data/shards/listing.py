@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _ODD_TAR = re.compile(r"\.tar(\.(part|partial|tmp|incomplete|crdownload|filepart))?$", re.IGNORECASE)
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
-_MOST_SHARDS = 1_000_000
+_MAX_SHARDS = 1_000_000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
 _DECOMPRESS = "samples are read from the middle of shards: decompress first"
 PACK_HINT = "pack the folder first: univitar-ds data pack FOLDER OUT"
@@ -31,10 +31,10 @@ PACK_HINT = "pack the folder first: univitar-ds data pack FOLDER OUT"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. `name` is unique within the run and identifies the shard in keys and messages; `size` is in bytes.
+    """A tar of samples. `name` is unique within the run and identifies the shard in keys and messages; `size`: bytes.
 
-    `modality` is None if unknown: streams of both modalities then read the shard and skip each other's samples.
-    `samples` and `sha256` come from a manifest. `caption_lines`: each line of a .txt is a caption.
+    `modality` is None if unknown: then streams of both modalities read the shard and skip samples of the other one.
+    `samples` and `sha256` come from a manifest. `caption_lines`: whether each line of a .txt is a caption.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Shard:
 
 
 def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = LOCAL) -> list[Shard]:
-    """The shards in the order of the manifest or of their names; `prefix` is prepended to every name.
+    """Returns the shards in the order of the manifest or of their names; `prefix` is prepended to every name.
 
     Names and sizes come from folder listings, so that thousands of shards need few requests.
     Raises: DataError if the source or its split does not exist, or a shard is missing or truncated.
@@ -81,7 +81,7 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
 
 
 def _warn_left_out(source: SourceConfig, names: Iterable[str]) -> None:
-    """Warn of files such as `.tar.part` or `.TAR`, which interrupted copies or other systems may have written."""
+    """Warns of files such as `.tar.part` or `.TAR`, which interrupted copies or other systems may have written."""
     odd = sorted(name for name in names if _ODD_TAR.search(name) and not name.endswith(".tar"))
     if odd:
         warn_once(f"source {source.path}: {odd[0]} ({len(odd)} in all) do not end in .tar and are left out")
@@ -89,13 +89,13 @@ def _warn_left_out(source: SourceConfig, names: Iterable[str]) -> None:
 
 @cache
 def warn_once(message: str) -> None:
-    """Log a warning once per process: a source is listed before training, by every stage and for the tokenizer."""
+    """Logs a warning once per process: a source is listed before training, by every stage and for the tokenizer."""
     _log.warning("%s", message)
 
 
 def place_of(source: SourceConfig) -> str:
-    """The path of a source's folder or tars; for a manifest, that of its folder. Raises: DataError for an unsupported
-    scheme or an s3:// address without a bucket."""
+    """Returns the path of a source's folder (also of the folder of a manifest) or tars.
+    Raises: DataError for an unsupported scheme or an s3:// address without a bucket."""
     path = source.path.removesuffix(f"/{MANIFEST}")
     check_address(path)
     if path.startswith(S3) and path[len(S3) : len(S3) + 1] in ("", "/"):
@@ -104,12 +104,12 @@ def place_of(source: SourceConfig) -> str:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand ranges (`a-{000..002}.tar`, with leading zeros) and lists (`{x,y}`); other names are returned unchanged.
+    """Expands ranges (`a-{000..002}.tar`, with leading zeros) and lists (`{x,y}`); other names are returned unchanged.
 
     `braceexpand`, which webdataset uses, creates all names first: `{0..99999999999}` filled 4 GB in 20 s and ended in a
     MemoryError. It also expands `{5..1}` in descending order, does not reject `{x}`, and drops backslashes.
 
-    Raises: DataError for braces that are neither, a descending range, or more than a million names.
+    Raises: DataError for other braces, a descending range, or more than a million names.
     """
     pieces: list[list[str]] = []
     last = 0
@@ -120,8 +120,8 @@ def expand_braces(pattern: str) -> list[str]:
     total = 1
     for piece in pieces:
         total *= len(piece)
-    if total > _MOST_SHARDS:
-        raise DataError(f"source {pattern}: expands to {total} shards (limit {_MOST_SHARDS}); narrow the range")
+    if total > _MAX_SHARDS:
+        raise DataError(f"source {pattern}: expands to {total} shards (limit {_MAX_SHARDS}); narrow the range")
     return ["".join(parts) for parts in itertools.product(*pieces)]
 
 
@@ -138,13 +138,13 @@ def _alternatives(text: str, pattern: str) -> list[str]:
     if int(first) > int(last):
         raise DataError(f"source {pattern}: the range {{{text}}} runs backwards; write {{{last}..{first}}}")
     width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
-    if int(last) - int(first) >= _MOST_SHARDS:
-        raise DataError(f"source {pattern}: {{{text}}} is more than {_MOST_SHARDS} shards; narrow the range")
+    if int(last) - int(first) >= _MAX_SHARDS:
+        raise DataError(f"source {pattern}: {{{text}}} is more than {_MAX_SHARDS} shards; narrow the range")
     return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
 
 
 def _listed(paths: Sequence[str], storage: Storage, prefix: str, source: str) -> list[Shard]:
-    if len(paths) == 1:  # do not list the folder, which may have a million files
+    if len(paths) == 1:  # without listing the folder, which may have a million files
         missing = [path for path in paths if not storage.exists(path)]
     else:
         folders = {os.path.dirname(path) for path in paths}
@@ -200,7 +200,7 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
-    """The name of each shard by path: its file name, with folders if file names are not unique."""
+    """Returns the name of each shard by path: its file name, with folders if file names are not unique."""
     names = {path: _stem(path) for path in paths}
     if len(set(names.values())) == len(paths):
         return names

@@ -19,7 +19,7 @@ _SHARD_FIELDS = {"file": str, "split": str, "kind": str, "samples": int, "bytes"
 
 
 def read_manifest(folder: str | Path, storage: Storage | None = None) -> dict[str, Any]:
-    """The manifest of a packed folder, with a checked list of shards; `storage` defaults to `storage_for` the path.
+    """Returns the manifest of a packed folder, with a checked list of shards. `storage`: None: `storage_for` the path.
 
     Raises: DataError if there is no manifest that this version can read.
     """

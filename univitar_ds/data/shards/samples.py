@@ -1,4 +1,4 @@
-"""Reads a sample of a shard before decoding: its media member, captions, label, and size in tokens."""
+"""Reads samples of a shard before decoding: media member, captions, label, and size in tokens."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from univitar_ds.errors import SampleError
 from univitar_ds.geometry import PATCH, Modality, Resolution, smart_resize, token_count
 
 _NEAR_BYTES = 1 << 16
-"""Text members within a range of so many bytes are read with one read."""
+"""Maximum length of a range with several text members that is read at once."""
 
 
 @dataclass(frozen=True)
 class SizeRule:
-    """The size at which an item of one modality enters the encoder.
+    """Rule for the size at which an item of one modality enters the encoder.
 
-    `frames` is the most frames of a video, 1 for images; `most_tokens` the most tokens of an item in a pack; the `max_`
-    fields are limits of the data section.
+    `frames`: maximum number of frames of a video, 1 for images; `most_tokens`: maximum number of tokens of an item in a
+    pack. The `max_` fields are limits of the data section.
     """
 
     modality: Modality
@@ -39,15 +39,15 @@ class SizeRule:
     max_sample_mb: int = 1024
 
     def frames_of(self, size: MediaSize) -> int:
-        """Number of stored frames: 1 for an image, the number of sampled frames for a video."""
+        """Returns the number of decoded frames: 1 for an image, the number of sampled frames for a video."""
         return frames_of(self.sampling, self.frames, size.duration_s) if size.kind == "video" else 1
 
     def grid(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
-        """Tokens along time, height and width of an item of `frames` frames; in total at most `most_tokens`.
+        """Returns the tokens along time, height and width of an item, at most `most_tokens` in total.
 
         If min_tokens is close to max_tokens, rounding up to multiples of `divisor_px` can exceed max_tokens. An item
-        with more than `most_tokens` is then resized again, from its first size.
-        Raises: SampleError if not even one `divisor_px` square per tubelet fits.
+        with more than `most_tokens` is then resized again, from its size before.
+        Raises: SampleError if one `divisor_px` square per tubelet exceeds `most_tokens`.
         """
         steps, h, w = self.resolution.grid(height, width, frames)
         if steps * h * w <= self.most_tokens:
@@ -73,8 +73,8 @@ class SizeRule:
 
 
 class SampleAddress(NamedTuple):
-    """The location of a sample and when it was read: index of its shard, first byte, length in bytes, number within the
-    shard, epoch, and number of packs of its stream at the time it was read."""
+    """Location and time of reading of a sample: index of its shard, first byte, length in bytes, number in the shard,
+    epoch, and number of packs of its stream when it was read."""
 
     shard: int
     offset: int
@@ -89,8 +89,8 @@ _NOWHERE = SampleAddress(0, 0, 0, 0)
 
 @dataclass
 class Sample:
-    """A readable sample before decoding: location, texts and size. The stream that reads it sets `address` and `draw`;
-    it does not change later.
+    """A readable sample before decoding: location, texts and size. The stream that reads the sample sets `address` and
+    `draw`; all other fields are constant.
 
     `media_offset` and `media_length` are in bytes of the shard. `captions` is empty only if there is a label. `size`
     comes from the metadata, or from the media header if `probed`. `frames` is the number of decoded frames, 1 for an
@@ -128,12 +128,12 @@ class Sample:
 
     @property
     def caption(self) -> str:
-        """The caption of this epoch, "" if there is only a label."""
+        """The caption of this epoch; "" if there is only a label."""
         return self.captions[(self.draw >> 32) % len(self.captions)] if self.captions else ""
 
 
 def modality_of(group: tar_index.Group) -> Modality | None:
-    """The modality by the members' extensions: "video" if any is a video, else "image"; None without media."""
+    """Returns the modality by extensions: "video" if a member is a video, else "image"; None without media."""
     extensions = {member.extension for member in group.members}
     if extensions & VIDEO_EXTENSIONS:
         return "video"
@@ -143,7 +143,7 @@ def modality_of(group: tar_index.Group) -> Modality | None:
 def belongs(group: tar_index.Group, shard: Shard, modality: Modality) -> bool:
     """Whether streams of this modality read the sample; each sample belongs to exactly one modality.
 
-    All samples of a shard with a known modality belong to it, so a video among images counts as a bad sample and is
+    All samples of a shard with a known modality belong to this modality, so a video among images is a bad sample and
     not silently skipped. Otherwise the extensions decide; samples without media belong to images.
     """
     return (shard.modality or modality_of(group) or "image") == modality
@@ -161,10 +161,10 @@ class _Entry(NamedTuple):
 def read_samples(
     groups: Sequence[tuple[Shard, tar_index.Group]], rule: SizeRule, probe: Prober = probe_each
 ) -> list[Sample | SampleError]:
-    """Read and check samples, all but the pixels; returns a SampleError for each sample to leave out.
+    """Reads and checks samples without decoding pixels. Returns a SampleError for each sample to leave out.
 
-    The size of a sample of `data pack` is in its metadata, so only its texts are read, and decoding compares the size
-    with the file. Other sizes come from `probe`.
+    The size of a sample of `data pack` is in the metadata, so only texts are read, and decoding compares the size with
+    the file. Other sizes come from `probe`.
     Raises: DataError if a shard cannot be read.
     """
     return _sized([_read_texts(shard, group, rule) for shard, group in groups], rule, probe)
@@ -173,10 +173,10 @@ def read_samples(
 def read_samples_again(
     ranges: Sequence[tuple[Shard, int, int]], rule: SizeRule, probe: Prober = probe_each
 ) -> list[Sample | SampleError | None]:
-    """Read samples at addresses of a cursor: shard, first byte and length.
+    """Reads samples at addresses of a cursor: shard, first byte and length.
 
-    Returns None for bytes that are no longer a single sample, and a SampleError for a sample that this rule does not
-    allow, for example because it was read in a stage with other limits.
+    Returns None for bytes that no longer are a single sample, and a SampleError for a sample that is not allowed, for
+    example because another stage with other limits read it.
     """
     entries = at_once(lambda where: _read_texts_again(*where, rule), ranges, [shard.storage for shard, _, _ in ranges])
     return _sized(list(entries), rule, probe)
@@ -199,7 +199,7 @@ def _read_texts(shard: Shard, group: tar_index.Group, rule: SizeRule) -> _Entry 
 
 
 def _read_texts_again(shard: Shard, offset: int, length: int, rule: SizeRule) -> _Entry | SampleError | None:
-    """Read all bytes of the sample at once, which is one request for a remote shard."""
+    """Reads all bytes of the sample at once, which is one request for a remote shard."""
 
     def contents_of(members: Sequence[tar_index.Member]) -> list[bytes]:
         return [data[member.offset : member.offset + member.length] for member in members]
@@ -221,7 +221,7 @@ def _check_length(length: int, rule: SizeRule) -> None:
 
 
 def _hint(members: Sequence[tar_index.Member], wanted: Collection[str]) -> str:
-    """A likely cause of a missing member, for the message: a name with several dots, or a tar that is not sorted."""
+    """Returns a likely cause of a missing member, for messages: a name with several dots, or an unsorted tar."""
     dotted = next((m.extension for m in members if "." in m.extension and m.extension.split(".")[-1] in wanted), None)
     if dotted is not None:
         return (
@@ -238,7 +238,7 @@ def _entry(
     origin: int,
     rule: SizeRule,
 ) -> _Entry:
-    """Read the texts of a sample. Offsets of its members count from byte `origin` of the shard. Raises: SampleError."""
+    """Reads the texts of a sample, whose members' offsets count from byte `origin`. Raises: SampleError."""
     members = group.members
     if len({member.extension for member in members}) < len(members):
         raise SampleError("duplicate", "two members have the same name")
@@ -263,7 +263,7 @@ def _entry(
 
 
 def _sized(entries: Sequence[_Entry | SampleError | None], rule: SizeRule, probe: Prober) -> list[Any]:
-    """Replace each `_Entry` by its sample, or by an error if its size cannot be used; keeps other elements."""
+    """Replaces each `_Entry` by its sample, or by an error if the size is not allowed. Keeps other elements."""
     unknown = [entry.media for entry in entries if isinstance(entry, _Entry) and entry.texts.size is None]
     probed = iter(probe(unknown) if unknown else ())
     found: list[Sample | SampleError | None] = []
@@ -280,7 +280,7 @@ def _sized(entries: Sequence[_Entry | SampleError | None], rule: SizeRule, probe
 
 
 def _sample(entry: _Entry, size: MediaSize, rule: SizeRule) -> Sample:
-    """The sample of an entry with this size. Raises: SampleError for a size that the rule does not allow."""
+    """Returns the sample of an entry with this size. Raises: SampleError for a size that the rule does not allow."""
     media = entry.media
     if size.kind != rule.modality:
         raise SampleError("wrong_kind", f"its .{media.extension} holds {size.kind} data, not {rule.modality}")

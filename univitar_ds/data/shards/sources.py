@@ -27,20 +27,20 @@ from univitar_ds.geometry import Modality
 EVERYTHING = ""
 """Name of the single group of a stage without weights: all shards of all sources."""
 WHOLE = 1_000_000
-"""Shares of groups are in millionths."""
+"""The sum of the shares of groups, which are in millionths."""
 CAPTION_SHARDS = 200
-"""Most shards whose captions are read, so that a run with 11,000 remote shards starts within a minute."""
+"""Maximum number of shards whose captions are read. A run with 11,000 remote shards then starts within a minute."""
 CAPTION_BYTES = 4 << 30
-"""Most bytes that are read for captions, about 40,000 samples of 100 kB; divided evenly among the shards."""
+"""Maximum bytes read for captions, about 40,000 samples of 100 kB; divided evenly among the shards."""
 SPOT_CHECKS, SPOT_BYTES = 512, 4096
-"""The fingerprint covers the first SPOT_BYTES of up to SPOT_CHECKS shards without a hash: the first member's header
-with its time, and the beginning of its content. A remote store answers so many requests within a second or two."""
+"""The fingerprint covers the first SPOT_BYTES of up to SPOT_CHECKS shards without a hash: the header of the first
+member, with its time, and the beginning of its content. A remote store answers 512 requests within two seconds."""
 
 
 @dataclass(frozen=True)
 class SourceShard(Shard):
-    """A shard with the settings of its source: its name in `stages.N.weights`, the caption templates for samples with
-    only a label, and the names of labels that are numbers. The shards of a source share `watch`."""
+    """A shard with the settings of its source: `source`, the name in `stages.N.weights`; `templates`, captions for
+    samples with only a label; `class_names`, names of labels that are numbers. Shards of a source share `watch`."""
 
     source: str = ""
     watch: LineWatch | None = field(default=None, compare=False)
@@ -52,7 +52,7 @@ AnyShard = TypeVar("AnyShard", bound=Shard)
 
 
 class ShardGroup(NamedTuple):
-    """Shards that a stage reads with one weight. Each group has its own epochs; an epoch has each sample once.
+    """Shards that a stage reads with one weight. Each group has separate epochs; an epoch has each sample once.
 
     `shards` are indices into the run's shards. `share` is the group's share of all samples, in millionths.
     """
@@ -63,7 +63,7 @@ class ShardGroup(NamedTuple):
 
 
 def stage_modalities(stage: StageConfig) -> set[Modality]:
-    """The modalities that a stage reads."""
+    """Returns the modalities that a stage reads."""
     used: dict[Modality, bool] = {"image": stage.video_ratio < 1, "video": stage.video_ratio > 0}
     return {modality for modality, wanted in used.items() if wanted}
 
@@ -71,9 +71,9 @@ def stage_modalities(stage: StageConfig) -> set[Modality]:
 def validate_sources(
     sources: Sequence[SourceConfig], stages: Sequence[StageConfig], settings: StorageSettings = LOCAL
 ) -> list[SourceShard]:
-    """All shards of the sources, after checking that each modality of each stage has shards.
+    """Returns all shards of the sources, after checking that each modality of each stage has shards.
 
-    Cheap, because it uses names and sizes only; call it before starting processes.
+    Uses only names and sizes, so it is fast. Call it before starting processes.
     Raises: DataError if a source has no shard or lacks its split, if a shard is missing or truncated, or if a stage has
     no shards for one of its modalities.
     """
@@ -86,7 +86,7 @@ def validate_sources(
 
 
 def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOCAL) -> list[SourceShard]:
-    """All shards of the sources in order; within a source in the order of its manifest or of the names.
+    """Returns all shards of the sources in order; within a source in the order of its manifest or of the names.
 
     With several sources, shard names begin with the position of their source, so that keys are unique.
     Raises: DataError as `list_shards` does, or if a source has no shard.
@@ -111,7 +111,7 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
 
 
 def of_modality(shards: Sequence[Shard], modality: Modality) -> list[int]:
-    """Indices of the shards that may hold samples of this modality."""
+    """Returns indices of the shards that may hold samples of this modality."""
     return [index for index, shard in enumerate(shards) if shard.modality in (None, modality)]
 
 
@@ -120,7 +120,7 @@ def on_s3(shards: Sequence[Shard]) -> bool:
 
 
 def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mapping[str, float]) -> list[ShardGroup]:
-    """The groups that a stage with these weights reads for a modality, in the order of the sources.
+    """Returns the groups that a stage with these weights reads for a modality, in the order of the sources.
 
     Sources with no weight, weight 0 or no shard of the modality are left out, and the shares of the others are
     normalized. Without any weights there is one group of all shards.
@@ -136,8 +136,8 @@ def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mappin
 
 
 def fingerprint(shards: Sequence[SourceShard], content: str | None = None) -> str:
-    """A hash of the data in two parts separated by ":": names, sizes and manifest hashes of all shards in order, and
-    `content`, by default `content_of` the shards. It does not depend on the location of the shards.
+    """Returns a hash of the data in two parts separated by ":": of names, sizes and manifest hashes of all shards, and
+    `content`, by default `content_of` the shards. The hash does not depend on the location of the shards.
 
     Raises: DataError as `content_of` does.
     """
@@ -148,7 +148,7 @@ def fingerprint(shards: Sequence[SourceShard], content: str | None = None) -> st
 
 
 def content_of(shards: Sequence[SourceShard]) -> str:
-    """A hash of the class names and of the first bytes of up to `SPOT_CHECKS` evenly spaced shards without a hash.
+    """Returns a hash of class names and of the first bytes of up to `SPOT_CHECKS` evenly spaced shards without a hash.
 
     Raises: DataError if one of these shards cannot be read.
     """
@@ -171,7 +171,7 @@ def iterate_captions(
 ) -> Iterator[str]:
     """Yields up to about `limit` captions, equally many from each of at most `CAPTION_SHARDS` evenly spaced shards.
 
-    They do not depend on the location of the shards. Samples with unusable texts are skipped.
+    The captions do not depend on the location of the shards. Samples with unusable texts are skipped.
     Raises: DataError as `find_shards` does, or if a shard cannot be read.
     """
     chosen = spread(find_shards(sources, settings), CAPTION_SHARDS)
@@ -181,8 +181,8 @@ def iterate_captions(
     for shard in chosen:
         by_path.setdefault(shard.path, []).append(shard)
 
-    def read(same: list[SourceShard]) -> list[str]:
-        return [caption for shard in same for caption in itertools.islice(_captions_of(shard, bytes_share), share)]
+    def read(copies: list[SourceShard]) -> list[str]:
+        return [caption for shard in copies for caption in itertools.islice(_captions_of(shard, bytes_share), share)]
 
     with ThreadPoolExecutor(AT_ONCE) as readers:
         for found in readers.map(read, by_path.values()):
@@ -190,13 +190,13 @@ def iterate_captions(
 
 
 def spread(shards: Sequence[AnyShard], most: int) -> list[AnyShard]:
-    """At most `most` of the shards, evenly spaced."""
+    """Returns at most `most` of the shards, evenly spaced."""
     count = min(most, len(shards))
     return [shards[index * len(shards) // count] for index in range(count)]
 
 
 def of_source(shards: Sequence[Shard], source: SourceConfig, settings: StorageSettings) -> list[SourceShard]:
-    """The shards with the settings of their source. Raises: DataError if its class names cannot be read."""
+    """Returns the shards with the settings of their source. Raises: DataError if class names cannot be read."""
     names = read_class_names(source.class_names, settings) if source.class_names else ()
     if shared := shared_names(names):
         warn_once(f"{source.class_names}: {shared}")
@@ -229,7 +229,7 @@ def _lacking(
 
 
 def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
-    """The captions of a shard in order, until `most_bytes` have been read."""
+    """Yields the captions of a shard in order, until `most_bytes` have been read."""
     ranges = RangeReader(shard.storage, shard.path, shard.size)
     with ranges.buffered() as stream:
         for found in tar_index.scan(stream, shard.name, shard.size):
@@ -254,6 +254,6 @@ def _content(stream: BinaryIO, member: tar_index.Member) -> bytes:
 
 
 def shares_of(weights: Mapping[str, float]) -> dict[str, int]:
-    """The share of each group with a weight above 0, in millionths."""
+    """Returns the share of each group with a weight above 0, in millionths."""
     total = sum(weights.values())
     return {name: max(1, round(weight / total * WHOLE)) for name, weight in weights.items() if weight > 0}

@@ -1,7 +1,7 @@
 """Finds the samples of a tar shard: their offsets and members, without reading content.
 
 A sample is a run of consecutive members with the same key: the name up to the first dot after the last slash
-(WebDataset). Its bytes are one range of the shard, so it can be read again without reading the bytes before it.
+(WebDataset). The bytes of a sample are one range of the shard, which can be read again without the bytes before it.
 Damaged and truncated parts are reported with their range, and the scan continues at the next header. Formats: ustar,
 GNU (long names, large numbers) and pax.
 """
@@ -18,9 +18,9 @@ from univitar_ds.errors import DataError
 
 BLOCK = 512
 HEADER_TEXT_LIMIT = 1 << 20
-"""Longest extended header (pax records, GNU long name) that is accepted."""
+"""Maximum size in bytes of an extended header (pax records, GNU long name)."""
 TAIL_LIMIT = 1 << 16
-"""Longest end marker with its padding. Tar programs pad to 10 KiB; more zeros are a hole that replaced samples."""
+"""Maximum size in bytes of the end marker with padding. Tar programs pad to 10 KiB; more zeros replaced samples."""
 
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
@@ -30,7 +30,7 @@ _EXTENDED = (*_LONG_NAME, *_PAX, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE)
 _ZERO_BLOCK = bytes(BLOCK)
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _SEARCH_BYTES = (4 << 10, 1 << 20)
-"""The first and the largest read of a search for a header; the next header is usually near."""
+"""Size of the first and of the largest read of a search for a header; the next header is usually near."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 _RESTORE = "restore the shard or pack it again"
 SORT_HINT = "the members of a sample must follow one another: write the tar sorted by name (tar --sort=name)"
@@ -38,9 +38,9 @@ SORT_HINT = "the members of a sample must follow one another: write the tar sort
 
 @dataclass(frozen=True)
 class Member:
-    """One file: its extension in lower case ("" if none), and offset and length of its content in bytes.
+    """A file in a tar: extension in lower case ("" if none), offset and length of the content in bytes.
 
-    `link`: it is a hard or symbolic link and has no content.
+    `link`: whether the member is a hard or symbolic link, which has no content.
     """
 
     extension: str
@@ -87,7 +87,7 @@ class _Entry:
 
 
 class _Lost(Exception):
-    """A member cannot be read. The next header is at `search` or later; None: maybe inside the previous member."""
+    """A member cannot be read. The next header is at `search` or later; None: it may be inside the previous member."""
 
     def __init__(self, kind: str, message: str, search: int | None) -> None:
         super().__init__(message)
@@ -102,8 +102,8 @@ def scan(stream: BinaryIO, name: str, size: int, start: int = 0) -> Iterator[Gro
     were found, although some may be missing. A scan from any `Group.end` or `Damage.end` yields the same as the
     rest of the whole scan. Nothing follows damage that reaches the end of the shard.
 
-    Args: a seekable stream whose `read` returns all requested bytes; the shard's name, for messages; its size in bytes;
-        the byte to start at: 0, a `Group.end` or a `Damage.end`.
+    Args: stream: seekable, `read` returns all requested bytes; name: name of the shard in messages; size: its size in
+        bytes; start: the byte to start at: 0, a `Group.end` or a `Damage.end`.
     Raises: only errors of the stream.
     """
     return _grouped(_events(stream, name, size, start, whole=True))
@@ -121,13 +121,13 @@ def groups(stream: BinaryIO, name: str, size: int, start: int = 0) -> Iterator[G
 
 
 def group_of_range(stream: BinaryIO, name: str, size: int, origin: int) -> Group | None:
-    """The sample in a range that was read from byte `origin`, with offsets relative to the range; None if the range is
-    not exactly one sample."""
+    """Returns the sample in a range that was read from byte `origin`, with offsets relative to the range; None if the
+    range is not exactly one sample."""
     return group_between(stream, f"{name} (range from byte {origin})", 0, size)
 
 
 def group_between(stream: BinaryIO, name: str, begin: int, end: int) -> Group | None:
-    """The single sample in bytes [begin, end) of a stream; None if they are not exactly one sample."""
+    """Returns the single sample in bytes [begin, end) of a stream; None if they are not exactly one sample."""
     found = list(_grouped(_events(stream, name, end, begin, whole=False)))
     if len(found) == 1 and isinstance(found[0], Group) and (found[0].offset, found[0].end) == (begin, end):
         return found[0]
@@ -135,14 +135,14 @@ def group_between(stream: BinaryIO, name: str, begin: int, end: int) -> Group | 
 
 
 def split_name(path: str) -> tuple[str, str] | None:
-    """(key, extension) of a member, extension "" if it has none; None for a hidden file, which begins with a dot."""
+    """Returns (key, extension) of a member, "" without an extension; None for a hidden file (.name)."""
     folder, slash, name = path.rpartition("/")
     stem, _, extension = name.partition(".")
     return (folder + slash + stem, extension.lower()) if stem else None
 
 
 def _grouped(events: Iterator[_Entry | Damage]) -> Iterator[Group | Damage]:
-    """Group members by key. `damage` follows `current`. It contains a member of the sample `lost`, and so all of it."""
+    """Groups members by key. `damage` follows `current` and contains all members of the sample `lost`."""
     current: Group | None = None
     damage: Damage | None = None
     lost: str | None = None
@@ -180,7 +180,7 @@ def _grouped(events: Iterator[_Entry | Damage]) -> Iterator[Group | Damage]:
 
 
 def _events(stream: BinaryIO, name: str, size: int, start: int, *, whole: bool) -> Iterator[_Entry | Damage]:
-    """Yields members from `start` on. A `whole` shard must end with the end marker, a range with its last member.
+    """Yields members from `start` on. If `whole`, the shard must end with the end marker, else with its last member.
 
     A member is yielded before the next header is read. If there is no header at its end but one inside it, the member
     lost some of its content; the damage that is then yielded begins at the member's offset and so replaces it.
@@ -210,7 +210,7 @@ def _events(stream: BinaryIO, name: str, size: int, start: int, *, whole: bool) 
 
 
 def _read_entry(stream: BinaryIO, name: str, size: int, begin: int) -> _Entry | None:
-    """The member that begins at `begin`, after its extended headers; None at a valid end marker.
+    """Returns the member that begins at `begin`, after its extended headers; None at a valid end marker.
 
     Raises: _Lost.
     """
@@ -248,7 +248,7 @@ def _read_entry(stream: BinaryIO, name: str, size: int, begin: int) -> _Entry | 
 
 
 class _PlainHeader(NamedTuple):
-    """The fields of a `tarfile.TarInfo` that are used."""
+    """The used fields of a `tarfile.TarInfo`."""
 
     name: str
     type: bytes
@@ -256,11 +256,11 @@ class _PlainHeader(NamedTuple):
 
 
 _plain_fields = Struct("100s24x12s12x8ss100x8s80xB").unpack_from
-"""Name, size, checksum, type, magic with version, and the first byte of the name prefix."""
+"""Unpacks name, size, checksum, type, magic with version, and the first byte of the name prefix."""
 
 
 def _plain_header(block: bytes) -> _PlainHeader | None:
-    """Parse the header of a regular file in a sixth of tarfile's time; None if tarfile must parse it."""
+    """Parses the header of a regular file in a sixth of tarfile's time; returns None if tarfile must parse it."""
     name, size, checksum, kind, magic, prefix = _plain_fields(block)
     digits, detail = size[:11], checksum[:6]
     if kind != tarfile.REGTYPE or magic != b"ustar\x0000" or prefix or checksum[6:] != b"\0 ":
@@ -291,7 +291,7 @@ def _header(block: bytes, name: str, position: int, search: int | None) -> tarfi
 
 
 def _check_end(stream: BinaryIO, name: str, size: int, position: int) -> None:
-    """Check that only zeros follow: at least two blocks. In concatenated archives there is data after the marker."""
+    """Checks that only zeros follow: at least two blocks. In concatenated archives there is data after the marker."""
     rest = stream.read(min(size - position, TAIL_LIMIT) - BLOCK)
     if any(rest[:BLOCK]):
         _damaged(name, position, "a block of zeros in the middle of the shard", None)
@@ -304,7 +304,7 @@ def _check_end(stream: BinaryIO, name: str, size: int, position: int) -> None:
 
 
 def _next_header(stream: BinaryIO, size: int, start: int) -> int | None:
-    """The byte of the first header at `start` or any number of blocks after it; None if there is none."""
+    """Returns the byte of the first header at `start` or any number of blocks after it; None if there is none."""
     stream.seek(start)
     length, longest = _SEARCH_BYTES
     while start < size:
@@ -330,7 +330,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _pax_records(text: bytes, name: str, position: int) -> dict[str, str]:
-    """Parse records of the form b"LENGTH KEY=VALUE newline"; LENGTH is that of the whole record."""
+    """Parses records of the form b"LENGTH KEY=VALUE newline", where LENGTH counts the whole record."""
     records = {}
     while text.strip(b"\0"):
         digits, space, _ = text.partition(b" ")

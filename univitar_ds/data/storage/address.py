@@ -18,16 +18,16 @@ _ELSEWHERE = (
         "; copy the shards to a disk or to an S3-compatible store",
     ),
 )
-"""Schemes that cannot be read, and the remedy for the error message."""
+"""Unsupported schemes and the remedies in their error messages."""
 
 
 def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
-    """The storage for `url`, whose methods take the same url. For S3 one object per process and settings.
+    """Returns the storage for `url`, whose methods accept `url`; for S3 one object per process and `settings`.
 
     Raises: DataError for an unsupported scheme.
     """
     if url.startswith(S3):
-        from univitar_ds.data.storage.s3 import shared_storage  # boto3 takes a second
+        from univitar_ds.data.storage.s3 import shared_storage  # imported here, because boto3 takes a second
 
         return shared_storage(settings)
     if "://" in url:
@@ -36,7 +36,7 @@ def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
 
 
 def check_address(url: str) -> None:
-    """Raises: DataError, with a remedy, if `url` is neither a local path nor an s3:// address."""
+    """Raises: DataError if `url` is neither a local path nor an s3:// address."""
     if os.path.exists(url):  # the name of a local file may contain a colon
         return
     if url.startswith("pipe:"):

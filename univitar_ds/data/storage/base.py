@@ -15,7 +15,7 @@ SCHEMES = "a local path or an s3:// address"
 
 @dataclass(frozen=True)
 class StorageSettings:
-    """Settings for access to remote files and for their local cache; see `config.data.S3Config` and `CacheConfig`.
+    """Settings for remote files and their local cache; see `config.data.S3Config` and `CacheConfig`.
 
     `session` is a folder that the processes of one run share; see `shared`.
     """
@@ -32,7 +32,7 @@ class StorageSettings:
 
     @classmethod
     def of(cls, data: Any) -> StorageSettings:
-        """The settings in the `data` section of a run file."""
+        """Returns the settings in the `data` section of a run file."""
         s3, cache = data.s3, data.cache
         return cls(
             s3.endpoint_url,
@@ -46,7 +46,7 @@ class StorageSettings:
         )
 
     def shared(self) -> StorageSettings:
-        """The same settings for other processes of this run, which then use the local copies of this process.
+        """Returns the same settings for other processes of this run, which then use the local copies of this process.
 
         Creates a temporary folder that is removed when this process ends.
         """
@@ -61,29 +61,29 @@ class StorageSettings:
 
 
 LOCAL = StorageSettings()
-"""Defaults: enough for local files, and for S3 if boto3 finds its own configuration."""
+"""Default settings: enough for local files, and for S3 if boto3 finds its own configuration."""
 
 
 class Storage(Protocol):
-    """Read-only access to files. Every failure is a DataError with the path of the file."""
+    """Interface for read-only access to files. All methods raise DataError with the path of the file."""
 
     def open(self, path: str) -> BinaryIO:
-        """A readable and seekable stream at byte 0, optimized for sequential reads."""
+        """Returns a readable and seekable stream at byte 0, optimized for sequential reads."""
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`."""
+        """Returns exactly `length` bytes from `offset`."""
 
     def read(self, path: str) -> bytes:
-        """The content of a small file."""
+        """Returns the content of a small file."""
 
     def size(self, path: str) -> int:
-        """Size in bytes."""
+        """Returns the size of a file in bytes."""
 
     def exists(self, path: str) -> bool:
         """Whether there is a file or folder at this path."""
 
     def list(self, prefix: str) -> Sequence[str]:
-        """Paths of the files directly in the folder `prefix`, sorted by name."""
+        """Returns the paths of the files directly in the folder `prefix`, sorted by name."""
 
     def prefetch(self, paths: Sequence[str]) -> None:
-        """A hint that these files will be opened next, in this order."""
+        """Hints that these files will be opened next, in this order."""

@@ -3,7 +3,7 @@
 A copy is named {id}-{bytes}.tar.part during its download and {id}-{bytes}.tar when it is complete; the id is a hash of
 address and version. The downloading process holds the lock {id}-{bytes}.tar.lock; if it is killed, the lock is
 released and another process continues the download. A reader holds a shared lock on the copy itself. Data is only
-appended to a part, so its size is the position of the download.
+appended to a part, so the size of a part is the position of its download.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KEPT_FREE = 0.1
 
 @dataclass(frozen=True)
 class Version:
-    """One version of one object, `size` in bytes; `store` distinguishes stores with the same object names."""
+    """A version of an object, with its `size` in bytes. `store` distinguishes stores with equal object names."""
 
     url: str
     etag: str
@@ -40,12 +40,13 @@ class Version:
 
     @property
     def name(self) -> str:
+        """The name of a complete copy."""
         identity = f"{self.store}\0{self.url}\0{self.etag}".encode("utf-8", "surrogateescape")
         return f"{blake2b(identity, digest_size=16).hexdigest()}-{self.size}.tar"
 
 
 class CacheDir:
-    """The copies in `folder`, of `limit_bytes` in total, or more if copies in use need more.
+    """A folder of copies with `limit_bytes` bytes in total, or more if copies in use need more.
 
     Methods raise OSError; `failed` converts it to a DataError.
     """
@@ -55,10 +56,11 @@ class CacheDir:
         self._warned = False
 
     def whole(self, version: Version) -> bool:
+        """Whether there is a complete copy."""
         return os.path.exists(self._whole(version))
 
     def open(self, version: Version) -> int | None:
-        """A descriptor of the copy, complete or not; None if there is none. An open copy is not removed."""
+        """Returns a descriptor of the copy, complete or not; None without a copy. An open copy is not removed."""
         whole, part = self._whole(version), self._part(version)
         for path in (whole, part, whole):  # a part may become complete between two attempts
             try:
@@ -73,9 +75,10 @@ class CacheDir:
         return None
 
     def begin(self, version: Version, *, needed: bool = True) -> tuple[int, int] | None:
-        """Descriptors of the part to append to and of its lock; the caller closes both, the part first.
+        """Returns descriptors of the part to append to and of its lock. The caller closes the part and then the lock.
 
-        None if the copy is complete, if another process downloads it, or if it is not `needed` yet and has no room.
+        None if the copy is complete, if another process downloads it, or if it is not `needed` yet and the folder is
+        full.
         """
         self._folder.mkdir(exist_ok=True)  # without parents: the session folder must not be created again
         lock = _try_lock(self._lock(version.name))
@@ -92,21 +95,22 @@ class CacheDir:
         return part, lock
 
     def finish(self, version: Version) -> None:
-        """Rename a part that has all bytes to the complete copy."""
-        move_into_place(self._part(version), self._whole(version), durable=True)  # must survive a power failure
+        """Renames a part that has all bytes to the complete copy."""
+        move_into_place(self._part(version), self._whole(version), durable=True)  # survives a power failure
 
     def used(self, copy: int) -> None:
-        """Record that the copy is in use now, so that it is among the last to be removed."""
+        """Records that the copy is used now. The least recently used copies are removed first."""
         with suppress(PermissionError):  # another user's copy
             os.utime(copy, ns=(time.time_ns(), os.fstat(copy).st_mtime_ns))
 
     def failed(self, error: OSError) -> DataError:
+        """Returns the DataError for an error of this folder."""
         return DataError(
             f"{self._folder}: local copies cannot be stored there ({error.strerror or error}); "
             "set data.cache.folder to another folder, or lower data.cache.limit_gb"
         )
 
-    # Strings, because these are built at every read and a Path would intern its parts.
+    # Strings, because every read builds a path and a Path would intern its parts.
     def _whole(self, version: Version) -> str:
         return f"{self._folder}/{version.name}"
 
@@ -117,7 +121,7 @@ class CacheDir:
         return f"{self._folder}/{name}.lock"
 
     def _begun(self, version: Version, needed: bool) -> int | None:
-        """The part to append to, after making room; None if the copy is complete, or not `needed` and without room."""
+        """Returns the part to append to, after making room; None if the copy is complete, or unneeded and no room."""
         whole, part = self._whole(version), self._part(version)
         with suppress(FileNotFoundError):
             if not _torn(whole, os.stat(whole), version.size):
@@ -132,7 +136,7 @@ class CacheDir:
             return os.open(part, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
 
     def _make_room(self, wanted: int, needed: bool) -> bool:
-        """Remove copies without readers, least recently used first; returns whether `wanted` more bytes then fit."""
+        """Removes copies without readers, least recently used first. Returns whether `wanted` more bytes then fit."""
         copies = self._kept()
         kept = sum(promised for _, _, promised, _ in copies.values())
         on_disk = sum(blocks for _, _, _, blocks in copies.values())
@@ -155,14 +159,14 @@ class CacheDir:
         return fits
 
     def _kept(self) -> dict[str, tuple[int, str, int, int]]:
-        """By name of the complete copy: (time of last use, present name, bytes when complete, bytes on disk)."""
+        """Returns, by name of the complete copy: (time of last use, present name, final bytes, bytes on disk)."""
         copies = {}
-        for found in os.listdir(self._folder):
-            match = _COPY.fullmatch(found)
+        for entry in os.listdir(self._folder):
+            match = _COPY.fullmatch(entry)
             if match is None:
                 continue
             whole, promised, _ = match.groups()
-            for name in dict.fromkeys((found, whole)):  # a part may have become complete since `listdir`
+            for name in dict.fromkeys((entry, whole)):  # a part may have become complete since `listdir`
                 with suppress(FileNotFoundError):
                     state = os.stat(f"{self._folder}/{name}")
                     copies[whole] = (state.st_atime_ns, name, int(promised), state.st_blocks * 512)
@@ -170,7 +174,7 @@ class CacheDir:
         return copies
 
     def _evicted(self, name: str) -> bool:
-        """Remove a copy unless a process reads or downloads it; returns whether it was removed."""
+        """Removes a copy unless a process reads or downloads it. Returns whether it was removed."""
         path, lock_path = f"{self._folder}/{name}", self._lock(name.removesuffix(".part"))
         lock = _try_lock(lock_path)
         if lock is None:
@@ -191,7 +195,7 @@ class CacheDir:
 
 
 def _torn(path: str, state: os.stat_result, size: int) -> bool:
-    """Whether a copy is invalid: it has a wrong size, or is a part that was written before the last boot."""
+    """Whether a copy is invalid: a file with a wrong size, or a part that was written before the last boot."""
     if path.endswith(".part"):
         started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         return state.st_size > size or state.st_mtime < started
@@ -199,11 +203,11 @@ def _torn(path: str, state: os.stat_result, size: int) -> bool:
 
 
 def _try_lock(path: str) -> int | None:
-    """A descriptor that holds the lock; None if another process holds it."""
+    """Returns a descriptor that holds the lock; None if another process holds the lock."""
     lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_nlink:  # otherwise its last holder removed the file, and there may be a new one
+        if os.fstat(lock).st_nlink:  # 0: the last holder removed the file, and there may be a new file
             return lock
     except BlockingIOError:
         pass

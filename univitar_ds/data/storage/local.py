@@ -1,4 +1,4 @@
-"""Files of this machine or of a mounted file system."""
+"""Reads files of this machine or of a mounted file system."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import BinaryIO
 from univitar_ds.errors import DataError, SampleError
 
 _FILES_OF_OTHERS = 512
-"""Open files reserved for the rest of the process: files, sockets and pipes."""
+"""Number of open files, sockets and pipes reserved for the rest of the process."""
 
 
 class LocalStorage:
-    """Files of this machine or of a mounted file system."""
+    """The `Storage` for files of this machine or of a mounted file system."""
 
     def open(self, path: str) -> BinaryIO:
         try:
@@ -28,7 +28,7 @@ class LocalStorage:
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         assert min(offset, length) >= 0, (offset, length)
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # half the time of a file object
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # takes half the time of a file object
             try:
                 return _exactly(file, path, offset, length)
             finally:
@@ -66,7 +66,7 @@ class LocalStorage:
 
 
 def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files by `count`, up to the hard limit; the usual default is 1,024."""
+    """Raises this process's limit of open files by `count`, up to the hard limit; the usual default is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + len(os.listdir("/proc/self/fd")) + _FILES_OF_OTHERS
     if hard != resource.RLIM_INFINITY:
@@ -76,19 +76,20 @@ def allow_open_files(count: int) -> None:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a local file for reading. Raises: OSError, also for pipes and devices, whose reads may never end."""
+    """Opens a local file for reading. Raises: OSError, also for pipes and devices, whose reads may never end."""
     return open(path, "rb", opener=_regular)
 
 
-def read_file(path: Path, most_bytes: int, limit: str) -> bytes:
-    """The content of a regular file.
+def read_file(path: Path, max_bytes: int, limit: str) -> bytes:
+    """Returns the content of a regular file.
 
-    Raises: SampleError, also for more than `most_bytes`; `limit` is then the end of the message.
+    Args: max_bytes: maximum size; limit: end of the message if the file is larger.
+    Raises: SampleError if the file is larger or cannot be read.
     """
     try:
         with open_regular(path) as stream:
             length = os.fstat(stream.fileno()).st_size
-            if length > most_bytes:
+            if length > max_bytes:
                 raise SampleError("too_large", f"the file has {length} bytes{limit}")
             return stream.read()
     except OSError as error:
@@ -96,7 +97,7 @@ def read_file(path: Path, most_bytes: int, limit: str) -> bytes:
 
 
 def _regular(path: str | Path, flags: int) -> int:
-    """An opener for `open`. Raises: OSError if the path is neither a regular file nor a folder."""
+    """Opens a file, as an opener for `open`. Raises: OSError if the path is neither a regular file nor a folder."""
     file = os.open(path, flags | os.O_NONBLOCK)  # otherwise opening a pipe waits for a writer
     try:
         _check_regular(path, os.fstat(file))
@@ -107,13 +108,13 @@ def _regular(path: str | Path, flags: int) -> int:
 
 
 def _check_regular(path: str | Path, state: os.stat_result) -> None:
-    """Raises: OSError. Folders pass, because the system's own error for reading a folder is clear."""
+    """Raises: OSError for pipes and devices. Folders pass, because the system's error for reading a folder is clear."""
     if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
 def _exactly(file: int, path: str, offset: int, length: int) -> bytes:
-    """Read exactly `length` bytes; one `pread` may return fewer. Raises: DataError if the file ends earlier."""
+    """Reads exactly `length` bytes, with several calls of `pread` if needed. Raises: DataError if the file ends."""
     parts = []
     missing = length
     while missing:

@@ -1,4 +1,4 @@
-"""Runs many small requests to storages: concurrently for remote storages, sequentially for local ones."""
+"""Maps a function over many small requests to storages: concurrently for remote ones, sequentially for local ones."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from univitar_ds.data.storage.base import Storage
 from univitar_ds.data.storage.local import LocalStorage
 
 AT_ONCE = 16
-"""Concurrent requests: hides the latency of a remote store."""
+"""Number of concurrent requests, which hides the latency of a remote store."""
 _Argument, _Result = TypeVar("_Argument"), TypeVar("_Result")
 
 
 def at_once(
-    work: Callable[[_Argument], _Result], pieces: Sequence[_Argument], storages: Iterable[Storage], most: int = AT_ONCE
+    work: Callable[[_Argument], _Result],
+    pieces: Sequence[_Argument],
+    storages: Iterable[Storage],
+    threads: int = AT_ONCE,
 ) -> Iterator[_Result]:
-    """Maps `work` over `pieces` in order, in up to `most` threads; without threads if all storages are local.
+    """Yields `work(piece)` for each piece in order, computed in up to `threads` threads.
 
-    Local storages have little latency, and every thread would keep its own malloc arena.
+    No threads are used if all `storages` are local: their latency is low, and every thread would keep a malloc arena.
     """
-    if min(most, len(pieces)) <= 1 or all(isinstance(storage, LocalStorage) for storage in storages):
+    if min(threads, len(pieces)) <= 1 or all(isinstance(storage, LocalStorage) for storage in storages):
         yield from map(work, pieces)
         return
-    with ThreadPoolExecutor(most) as threads:
-        yield from threads.map(work, pieces)
+    with ThreadPoolExecutor(threads) as executor:
+        yield from executor.map(work, pieces)

@@ -1,4 +1,4 @@
-"""Rate limits and retries of requests to a remote store."""
+"""Limits the rate of requests to a remote store and retries failed requests."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from univitar_ds.errors import DataError
 _log = logging.getLogger(__name__)
 
 FIRST_GAP_S, LONGEST_GAP_S = 0.02, 1.0
+"""Initial and maximum gap between two requests of a throttled process, in seconds."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
+"""Initial and maximum pause before a retry, in seconds."""
 UNREACHED_S = 30.0
-"""Limit for a store that has never answered this process: its address is probably wrong."""
+"""Seconds after which a store that has never answered this process is given up; the address is probably wrong."""
 SLOW_BYTES_PER_S = 64 << 10
-"""A connection that is slower than this for `idle_timeout_s` is replaced by a new one, which is usually faster."""
+"""A connection that is slower for `idle_timeout_s` is replaced by a new connection, which usually is faster."""
 LEAST_BYTES_PER_S = 4096
-"""A store that sends less than this for `give_up_s`, over all connections, counts as silent: 1.2 MB in 300 s."""
+"""A store that sends less for `give_up_s` over all connections (1.2 MB in 300 s) counts as silent."""
 _LEAST_WINDOW_S = 1.0
 _LOG_EVERY_S = 10.0
 
 
 class Failure(NamedTuple):
-    """Why a request must be repeated. `retry_after_s`: the wait that the store asked for."""
+    """The reason why a request must be repeated. `retry_after_s`: the pause that the store asked for."""
 
     reason: str
     throttled: bool = False
@@ -33,7 +35,7 @@ class Failure(NamedTuple):
 
 
 class RateLimiter:
-    """Limits the request rate of a process once the store throttles it; all threads share one object.
+    """Limits the request rate of a process that the store throttles. All threads share one object.
 
     A throttled request doubles the gap between the starts of two requests, a successful one shortens it by a tenth.
     """
@@ -45,7 +47,7 @@ class RateLimiter:
         self.reached = False
 
     def wait(self) -> None:
-        """Block until the next request may start."""
+        """Blocks until the next request may start."""
         with self._lock:
             now = time.monotonic()
             start = max(now, self._next)
@@ -54,13 +56,14 @@ class RateLimiter:
             time.sleep(start - now)
 
     def answered(self) -> None:
+        """Shortens the gap after a successful request."""
         self.reached = True
         if self.gap_s:
             with self._lock:
                 self.gap_s = self.gap_s * 0.9 if self.gap_s > FIRST_GAP_S / 2 else 0.0
 
     def throttled(self) -> None:
-        """Double the gap. Concurrent requests that are throttled together count once."""
+        """Doubles the gap. Concurrent requests that are throttled together count once."""
         with self._lock:
             now = time.monotonic()
             if now - self._slowed >= self.gap_s:
@@ -68,7 +71,7 @@ class RateLimiter:
                 self.gap_s = min(max(2 * self.gap_s, FIRST_GAP_S), LONGEST_GAP_S)
 
     def warn(self, message: str, *values: object) -> None:
-        """Log a warning, at most one every `_LOG_EVERY_S`."""
+        """Logs a warning, at most one every `_LOG_EVERY_S`."""
         with self._lock:
             now = time.monotonic()
             if self._logged and now - self._logged < _LOG_EVERY_S:
@@ -78,10 +81,10 @@ class RateLimiter:
 
 
 class RetryPolicy:
-    """Retries of one request or download: pauses grow with each failure, and too little data for too long is an error.
+    """Retries of one request or download: pauses grow with each failure, and the waiting time is limited.
 
-    `idle_timeout_s`: longest silence of a connection. A longer gap between two calls means that the process was
-    suspended, so the rest of the gap is not counted.
+    `idle_timeout_s`: maximum silence of a connection. A longer time between two calls means that the process was
+    suspended, so the excess is not counted.
     """
 
     def __init__(self, url: str, give_up_s: float, limiter: RateLimiter, idle_timeout_s: float) -> None:
@@ -92,12 +95,12 @@ class RetryPolicy:
         self._failures = self._came = self._window = 0
 
     def connected(self) -> None:
-        """Record that a connection has begun to answer."""
+        """Records that a connection has begun to answer."""
         self._opened = time.monotonic()
         self._window = 0
 
     def progress(self, count: int) -> None:
-        """Record `count` received bytes; enough of them restart the clock for `give_up_s`.
+        """Records `count` received bytes. Enough bytes restart the clock for `give_up_s`.
 
         Raises: OSError if the connection is too slow and should be replaced.
         """
@@ -114,16 +117,16 @@ class RetryPolicy:
                 raise OSError(f"the connection gave {came} bytes in {seconds:.0f} s")
 
     def _tick(self) -> float:
-        """Add the time since the last call to the waited time, up to a bound; returns the present time."""
+        """Adds the time since the last call to the waited time, up to a bound. Returns the present time."""
         now = time.monotonic()
         self._waited += min(now - self._last, self._window_s + 2 * LONGEST_PAUSE_S)
         self._last = now
         return now
 
     def failed(self, failure: Failure) -> None:
-        """Sleep before the next attempt.
+        """Sleeps before the next attempt.
 
-        Raises: DataError if nothing, or too little, was received for `give_up_s` seconds.
+        Raises: DataError if too little was received for `give_up_s` seconds.
         """
         self._failures += 1
         if failure.throttled:

@@ -1,4 +1,4 @@
-"""Storage of objects on S3: reads one version of each object, from local copies or with range requests."""
+"""Reads objects on S3, one version of each object, from local copies or with range requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from univitar_ds.errors import DataError
 
 
 class S3Storage:
-    """Reads shards from local copies (`ShardCache`), and small files and ranges without a local copy from the store."""
+    """The `Storage` for S3. Shards are read from local copies (`ShardCache`), small files and other ranges directly."""
 
     def __init__(self, settings: StorageSettings) -> None:
         session = settings.session or session_folder()
@@ -26,7 +26,7 @@ class S3Storage:
         self._settings = settings
         self._pins = Pins(session)
         folder = Path(settings.cache_folder or Path(session, "shards"))
-        with suppress(OSError):  # reported when the first copy is made
+        with suppress(OSError):  # the error is raised when the first copy is created
             folder.parent.mkdir(parents=True, exist_ok=True)
         patience_s = settings.give_up_s + settings.idle_timeout_s
         self._shard_cache = ShardCache(folder, int(settings.cache_limit_gb * 1e9), self.connection.stream, patience_s)
@@ -56,7 +56,7 @@ class S3Storage:
         return self._found(path)[1]
 
     def exists(self, path: str) -> bool:
-        """Lists the prefix first: credentials for a folder often do not allow HEAD on an object of the same name."""
+        """Whether there is an object or folder. Lists first, as credentials often forbid HEAD on a folder's name."""
         where = address(path.rstrip("/") + "/")
         below = {"Bucket": where["Bucket"], "Prefix": where["Key"], "MaxKeys": 1}
         may_list = True
@@ -77,7 +77,7 @@ class S3Storage:
             raise
 
     def list(self, prefix: str) -> Sequence[str]:
-        """Makes one request per thousand names; also pins the version of each object."""
+        """Lists a folder with one request per thousand names, and pins the version of each object."""
         where = address(prefix.rstrip("/") + "/")
         bucket, folder = where["Bucket"], where["Key"]
         paths: list[str] = []
@@ -99,7 +99,7 @@ class S3Storage:
         self._shard_cache.prefetch([self._version(path) for path in coming if self._pins.get(path) is not None])
 
     def head(self, path: str) -> dict[str, Any] | None:
-        """The answer to a HEAD request; None if there is no such object."""
+        """Returns the answer to a HEAD request; None if there is no such object."""
         try:
             return self.connection.call("head_object", path, **address(path))
         except DataError as error:
@@ -108,17 +108,17 @@ class S3Storage:
             raise
 
     def forget(self, path: str) -> None:
-        """Unpin the version of an object that this program wrote or removed."""
+        """Unpins the version of an object that this program wrote or removed."""
         self._pins.forget(path)
 
     def _version(self, path: str) -> Version:
-        """The version that all processes of this run read."""
+        """Returns the version that all processes of this run read."""
         found = self._found(path)
         self._pins.share(path)
         return Version(path, *found, self._settings.endpoint_url or "")
 
     def _found(self, path: str) -> tuple[str, int]:
-        """ETag and size in bytes."""
+        """Returns ETag and size in bytes."""
         found = self._pins.get(path)
         if found is None:
             answer = self.head(path)
@@ -128,7 +128,7 @@ class S3Storage:
         return found
 
     def _pin(self, path: str, etag: str, size: int) -> tuple[str, int]:
-        """Pin the version. Raises: DataError if another version is pinned already."""
+        """Pins the version. Raises: DataError if another version is pinned already."""
         version = (etag.strip('"'), size)
         if not version[0]:
             raise DataError(
@@ -145,7 +145,7 @@ class S3Storage:
 
 
 def shared_storage(settings: StorageSettings) -> S3Storage:
-    """One object per process and settings, because a forked process must not use its parent's connections."""
+    """Returns the storage of this process and `settings`. A forked process must not use its parent's connections."""
     return _storage_of(settings, os.getpid())
 
 

@@ -1,4 +1,4 @@
-"""Requests to S3 and compatible stores. The only module that imports boto3, at the first request."""
+"""Sends requests to S3 and compatible stores. Only this module imports boto3, at the first request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from univitar_ds.data.storage.retry import Failure, RateLimiter, RetryPolicy
 from univitar_ds.errors import DataError
 
 CHUNK = 64 * 1024
-"""Most bytes of one read from a connection."""
+"""Maximum number of bytes of one read from a connection."""
 _CONNECT_S = 10.0
 _POOL = 64
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -26,7 +26,7 @@ _OTHER_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLo
 
 
 class Connection:
-    """Requests to one store with retries (`RetryPolicy`). Thread-safe; one object per process."""
+    """Client of one store, which retries requests (`RetryPolicy`). Thread-safe; one object per process."""
 
     def __init__(self, settings: StorageSettings) -> None:
         self._settings = settings
@@ -35,9 +35,9 @@ class Connection:
         self._client: Any = None
 
     def call(self, operation: str, url: str, **parameters: Any) -> dict[str, Any]:
-        """The answer to one request, such as "head_object"; `url` is for messages.
+        """Returns the answer to one request, such as "head_object"; `url` is for messages.
 
-        Raises: DataError for a request that cannot succeed or did not within `give_up_s`; `__cause__` is boto3's error.
+        Raises: DataError if the request cannot succeed or does not within `give_up_s`; `__cause__` is boto3's error.
         """
         policy = self._policy(url)
         while True:
@@ -49,7 +49,7 @@ class Connection:
     def stream(self, version: Version, start: int, end: int) -> Iterator[memoryview]:
         """Yields bytes [start, end) of an object in pieces.
 
-        After a failure it continues at the next byte of the same version.
+        After a failure, continues at the next byte of the same version.
         Raises: DataError as `call` does, and if the object was replaced.
         """
         policy = self._policy(version.url)
@@ -58,13 +58,13 @@ class Connection:
                 with closing(self._body(version, start, end)) as body, body as raw:
                     policy.connected()
                     while start < end:
-                        piece = raw.read1(min(CHUNK, end - start))  # `read` would wait for all of it
+                        piece = raw.read1(min(CHUNK, end - start))  # `read` would wait for all bytes
                         if not piece:
                             raise OSError(f"the answer ended at byte {start} of {end}")
                         start += len(piece)
                         yield memoryview(piece)
                         if start < end:
-                            policy.progress(len(piece))  # may raise, so only after the piece was yielded
+                            policy.progress(len(piece))  # may raise, so the piece is yielded first
             except _transport_errors() as error:
                 policy.failed(self._failure(error, version.url))
 
@@ -79,7 +79,7 @@ class Connection:
         return answer
 
     def _body(self, version: Version, start: int, end: int) -> Any:
-        """The body of a range request. Raises: DataError if the answer is of another version or range."""
+        """Returns the body of a range request. Raises: DataError if the answer has another version or range."""
         parameters = {**address(version.url), "Range": f"bytes={start}-{end - 1}", "IfMatch": f'"{version.etag}"'}
         answer = self._request("get_object", version.url, parameters)
         found = answer.get("ContentRange", f"bytes 0-{end - 1}/{answer['ContentLength']}")
@@ -121,7 +121,7 @@ class Connection:
             return self._client
 
     def _failure(self, error: Exception, url: str) -> Failure:
-        """The reason for a retry, and the wait that the store asked for.
+        """Returns the reason for a retry, and the pause that the store asked for.
 
         Raises: DataError if a retry cannot help. Messages contain no text from the store, which could quote
         credentials.
@@ -143,7 +143,7 @@ class Connection:
 
 
 def address(url: str) -> dict[str, str]:
-    """The request parameters `Bucket` and `Key` of s3://bucket/some/key."""
+    """Returns the request parameters `Bucket` and `Key` of s3://bucket/some/key. Raises: DataError without a bucket."""
     bucket, _, key = url.removeprefix(S3).partition("/")
     if not bucket:
         raise DataError(f"{url} names no bucket; write s3://BUCKET/PREFIX")
@@ -151,6 +151,7 @@ def address(url: str) -> dict[str, str]:
 
 
 def changed(url: str) -> DataError:
+    """Returns the error for an object that was replaced."""
     return DataError(
         f"{url}: the object was replaced during this run; restore the shard that this run was started with, or start "
         "a new run"
@@ -158,7 +159,7 @@ def changed(url: str) -> DataError:
 
 
 def refused(url: str, status: int, code: str) -> DataError:
-    """The error for an answer that a retry would not change."""
+    """Returns the error for an answer that a retry would not change."""
     detail = f"the store answered {status} {code}".rstrip()
     if status == 412:
         return changed(url)
@@ -177,7 +178,7 @@ def refused(url: str, status: int, code: str) -> DataError:
 
 
 def _unusable(url: str, error: Exception) -> DataError:
-    """The error for settings that allow no request. Includes boto3's message only if it contains no credentials."""
+    """Returns the error for settings that allow no request, with boto3's message only if it has no credentials."""
     from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
     if not isinstance(error, BotoCoreError):  # a ValueError for an invalid address
@@ -189,7 +190,7 @@ def _unusable(url: str, error: Exception) -> DataError:
 
 
 def status_of(error: DataError) -> int:
-    """The HTTP status of the answer that caused the error; 0 if it had another cause."""
+    """Returns the HTTP status of the answer that caused the error; 0 for another cause."""
     return _status(error.__cause__)
 
 
@@ -207,7 +208,7 @@ def _passing_errors() -> tuple[type[Exception], ...]:
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """All errors of a request that are not bugs of this program."""
+    """Returns all errors of a request that are not bugs of this program."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError

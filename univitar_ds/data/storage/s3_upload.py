@@ -1,4 +1,4 @@
-"""Uploads files to S3 atomically; large files in concurrent parts, with a checksum of every part.
+"""Uploads files to S3 atomically, large files in concurrent parts, with a checksum of every part.
 
 The SHA-256 of a file is stored in the metadata of its object, so that a later run can skip the upload.
 
@@ -28,21 +28,21 @@ from univitar_ds.errors import DataError
 _log = logging.getLogger(__name__)
 
 PART_BYTES = 16 << 20
-_MOST_PARTS = 10_000
+"""Minimum size of a part."""
+_MAX_PARTS = 10_000
 _THREADS = 4
 _ATTEMPTS = 3
-"""Most attempts for a part that arrives damaged."""
+"""Maximum number of attempts for a part that arrives damaged."""
 
 
 def put_file(storage: S3Storage, url: str, path: Path, sha256: str) -> None:
-    """Upload a local file to `url`; returns once the object is complete.
+    """Uploads a local file to `url`. Returns when the object is complete.
 
-    Args:
-        sha256: SHA-256 of the file, in hex.
-    Raises: DataError if the store refuses, does not answer in time, or does not hold the uploaded bytes.
+    Args: sha256: SHA-256 of the file, in hex.
+    Raises: DataError if the store refuses the upload, does not answer in time, or lacks the uploaded bytes.
     """
     size = path.stat().st_size
-    part_bytes = max(PART_BYTES, -(-size // _MOST_PARTS))
+    part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
     if size <= part_bytes:
         put_bytes(storage, url, path.read_bytes(), sha256)
         return
@@ -54,14 +54,14 @@ def put_file(storage: S3Storage, url: str, path: Path, sha256: str) -> None:
             parts = list(threads.map(send, range(-(-size // part_bytes))))
         _complete(storage, url, upload, parts, size, sha256)
     except BaseException:
-        with suppress(DataError):  # report the first error
+        with suppress(DataError):  # the first error is raised
             storage.connection.call("abort_multipart_upload", url, **upload)
         raise
     _abort_abandoned(storage, url)
 
 
 def put_bytes(storage: S3Storage, url: str, content: bytes, sha256: str | None = None) -> None:
-    """Upload an object of a few megabytes. Raises: as `put_file`."""
+    """Uploads an object of a few megabytes. Raises: as `put_file`."""
     digest = sha256 or hashlib.sha256(content).hexdigest()
     _send(storage, "put_object", url, content, {**address(url), "Metadata": {"sha256": digest}})
     if not holds(storage, url, len(content), digest):
@@ -81,7 +81,7 @@ def holds(storage: S3Storage, url: str, size: int, sha256: str) -> bool:
 
 
 def remove(storage: S3Storage, url: str) -> None:
-    """Remove an object. An absent object is not an error."""
+    """Removes an object. An absent object is not an error."""
     storage.forget(url)
     storage.connection.call("delete_object", url, **address(url))
 
@@ -97,7 +97,7 @@ def _send_part(
 
 
 def _send(storage: S3Storage, operation: str, url: str, content: bytes, parameters: dict[str, Any]) -> str:
-    """Send bytes with their MD5, which every store checks, and compare it with the ETag unless that is encrypted."""
+    """Sends bytes with their MD5, which every store checks, and compares it with the ETag if not encrypted."""
     digest = hashlib.md5(content, usedforsecurity=False)
     parameters = {**parameters, "Body": content, "ContentMD5": b64encode(digest.digest()).decode()}
     for _ in range(_ATTEMPTS):
@@ -118,16 +118,16 @@ def _complete(
     failure: DataError | None = None
     try:
         storage.connection.call("complete_multipart_upload", url, **upload, MultipartUpload={"Parts": parts})
-    except DataError as error:  # if the answer was lost, a retry finds no such upload, because it is complete
+    except DataError as error:  # a retry after a lost answer fails, because the upload is complete
         failure = error
     if not holds(storage, url, size, sha256):
         raise failure or _not_there(url, size)
 
 
 def _abort_abandoned(storage: S3Storage, url: str) -> None:
-    """Abort uploads of this object that a killed process began: their parts cost storage."""
+    """Aborts uploads of this object that a killed process began, because their parts cost storage."""
     where = address(url)
-    with suppress(DataError):  # optional, and may be forbidden
+    with suppress(DataError):  # listing uploads is optional and may be forbidden
         found = storage.connection.call("list_multipart_uploads", url, Bucket=where["Bucket"], Prefix=where["Key"])
         for row in found.get("Uploads", ()):
             if row["Key"] == where["Key"]:

@@ -26,13 +26,13 @@ _making = threading.Lock()
 
 
 def session_folder() -> str:
-    """This process's folder, created at the first call and removed when the process ends. Thread-safe."""
+    """Returns this process's folder, which is created at the first call and removed at the end. Thread-safe."""
     with _making:
         return _folder_of(os.getpid())
 
 
 class Pins:
-    """The version of each remote file that all processes of a run read: the first one found."""
+    """The pinned version of each remote file, the first one found, which all processes of a run read."""
 
     def __init__(self, session: str) -> None:
         self._folder = Path(session, "pins")
@@ -40,7 +40,7 @@ class Pins:
         self._shared: set[str] = set()
 
     def get(self, url: str) -> tuple[str, int] | None:
-        """ETag and size in bytes; None if no version is pinned."""
+        """Returns ETag and size in bytes; None if no version is pinned."""
         found = self._known.get(url)
         if found is None:
             with suppress(FileNotFoundError):
@@ -50,10 +50,11 @@ class Pins:
         return found
 
     def set(self, url: str, etag: str, size: int) -> None:
+        """Pins a version in this process."""
         self._known[url] = (etag, size)
 
     def share(self, url: str) -> None:
-        """Share the version with other processes. Called at the first read: most listed files are never read."""
+        """Shares the version with other processes. Called at the first read; most listed files are never read."""
         if url in self._shared:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +63,7 @@ class Pins:
         self._shared.add(url)
 
     def forget(self, url: str) -> None:
+        """Unpins the version in all processes that have not read it yet."""
         self._known.pop(url, None)
         self._shared.discard(url)
         self._path(url).unlink(missing_ok=True)
@@ -82,7 +84,7 @@ def _folder_of(process: int) -> str:
         lock = os.open(os.path.join(folder, _LOCK), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process considers it abandoned and removes it
+        except BlockingIOError:  # another process considers the folder abandoned and removes it
             os.close(lock)
             continue
         atexit.register(_remove, folder, process)
@@ -90,7 +92,7 @@ def _folder_of(process: int) -> str:
 
 
 def remove_abandoned() -> None:
-    """Remove the folders of processes that no longer run."""
+    """Removes the folders of processes that have ended."""
     for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
         with suppress(OSError):
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)

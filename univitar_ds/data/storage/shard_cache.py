@@ -1,4 +1,4 @@
-"""Local copies of remote shards: one sequential download per shard and machine, readable while it runs."""
+"""Local copies of remote shards: one sequential download per shard and machine, readable before it is complete."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from univitar_ds.data.storage.streams import SeekableStream
 from univitar_ds.errors import DataError
 
 NEAR = 4 << 20
-"""A range that begins at most so many bytes after the end of a growing copy is waited for, not requested separately."""
+"""`read` waits for a range that begins at most this many bytes after the end of a growing copy."""
 AHEAD = 4
-"""Most concurrent downloads up to which `prefetch` starts further ones."""
+"""Number of concurrent downloads up to which `prefetch` starts more."""
 _BUFFER = 16 * 1024
 _POLL_S = 0.01
 
 Fetch = Callable[[Version, int, int], Iterator[memoryview]]
-"""Yields bytes [start, end) of an object in pieces; each is valid until the next one. Raises DataError."""
+"""Yields bytes [start, end) of an object in pieces, each valid until the next is requested. Raises: DataError."""
 
 
 class ShardCache:
-    """Opens remote objects as local files. A reader downloads the object unless it is present or being downloaded.
+    """A cache of remote objects as local files. A reader downloads an object that is neither present nor in progress.
 
-    `patience_s`: it is an error if another process's download of a needed shard makes no progress for so long.
+    `patience_s`: maximum seconds without progress while another process downloads a needed shard.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, fetch: Fetch, patience_s: float) -> None:
@@ -41,9 +41,9 @@ class ShardCache:
         self._hints: dict[Version, None] = {}
 
     def open(self, version: Version) -> BinaryIO:
-        """A stream of the object; reads wait for bytes that are not downloaded yet.
+        """Returns a stream of the object, whose reads wait for bytes that are not downloaded yet.
 
-        Raises: DataError, also while reading.
+        Raises: DataError if the download fails, here or while reading.
         """
         if not version.size:
             return io.BytesIO()
@@ -58,7 +58,7 @@ class ShardCache:
                 self._expect(version, deadline)
 
     def read(self, version: Version, offset: int, length: int) -> bytes | None:
-        """A range of the copy; waits if the download is near it (`NEAR`). None if it is not available locally."""
+        """Returns a range of the local copy, and waits for a download that is near (`NEAR`); None if not available."""
         copy = self._opened(version)
         if copy is None:
             return None
@@ -77,13 +77,16 @@ class ShardCache:
             os.close(copy)
 
     def prefetch(self, versions: Sequence[Version]) -> None:
-        """Download these too, in this order, up to `AHEAD` at a time. A reader starts its own download at once."""
+        """Downloads these objects in order, up to `AHEAD` at a time. `open` does not wait for a free download."""
         with self._mutex:
             self._hints.update({version: None for version in versions if version.size})
             self._follow_hints()
 
     def wait(self, version: Version, copy: int, position: int) -> int:
-        """Block until the copy has the byte at `position`; returns the number of bytes in the copy."""
+        """Blocks until the copy has the byte at `position`. Returns the number of bytes in the copy.
+
+        Raises: DataError if the download fails, makes no progress, or the copy is removed.
+        """
         have = os.fstat(copy).st_size
         deadline = time.monotonic() + self._patience_s
         while have <= position:
@@ -103,7 +106,7 @@ class ShardCache:
         return have
 
     def _expect(self, version: Version, deadline: float) -> None:
-        """Sleep a moment while another process downloads."""
+        """Sleeps for `_POLL_S` while another process downloads. Raises: DataError after `deadline`."""
         if time.monotonic() > deadline:
             raise DataError(
                 f"{version.url}: the process that downloads it into {self._folder} received nothing for "
@@ -118,10 +121,10 @@ class ShardCache:
             raise self._cache_dir.failed(error) from error
 
     def _download(self, version: Version, *, needed: bool = True) -> _Download | None:
-        """The download of a shard, started if necessary; None if another process downloads it or it is complete.
+        """Returns the download of a shard, started if necessary.
 
-        None also if it is not `needed` yet and has no room in the folder.
-        Raises: the error that ended the download since the shard was opened.
+        None if another process downloads the shard, if it is complete, or if it is not `needed` and the folder is full.
+        Raises: the error that ended an earlier download since the shard was opened.
         """
         with self._mutex:
             running = self._downloads.get(version)
@@ -138,7 +141,7 @@ class ShardCache:
             try:
                 started = _Download(version, files, self._cache_dir, self._fetch, self._ended)
                 started.start()
-            except BaseException:  # no thread could be started: do not let readers wait for this download
+            except BaseException:  # no thread could be started: readers must not wait for this download
                 for file in files:
                     os.close(file)
                 raise
@@ -153,7 +156,7 @@ class ShardCache:
             self._follow_hints()
 
     def _follow_hints(self) -> None:
-        """Start hinted downloads. The reader that opens a shard gets the error of its download."""
+        """Starts hinted downloads. Their errors are raised only when a reader opens the shard."""
         while self._hints and len(self._downloads) < AHEAD:
             version = next(iter(self._hints))
             del self._hints[version]
@@ -163,7 +166,7 @@ class ShardCache:
 
 
 class _Download(threading.Thread):
-    """Appends to a part until the copy is complete. `files`: the part and its lock, closed at the end."""
+    """A thread that downloads into a partial copy. `files`: the partial copy and its lock, closed at the end."""
 
     def __init__(
         self,
@@ -206,13 +209,13 @@ class _Download(threading.Thread):
                     self._grown.notify_all()
 
     def wait(self, position: int) -> None:
-        """Block until the byte at `position` is downloaded or the download has ended."""
+        """Blocks until the byte at `position` is downloaded or the download has ended."""
         with self._grown:
             self._grown.wait_for(lambda: self._have > position or self._over)
 
 
 class _GrowingFile(SeekableStream):
-    """A file over a growing copy; its size is that of the complete object."""
+    """A stream of a growing copy; `size` is the size of the complete object."""
 
     def __init__(self, shard_cache: ShardCache, version: Version, copy: int) -> None:
         super().__init__(version.size)

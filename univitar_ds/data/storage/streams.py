@@ -1,8 +1,8 @@
-"""Remote files as seekable streams.
+"""Seekable streams of remote files.
 
-There are two kinds. `RangeReader` makes a range request per read and caches nothing; it is for readers that skip most
-of a file. The streams of `shard_cache` read a local copy, complete or growing, which one request downloads; they are
-for readers that read the whole file sequentially.
+`RangeReader` sends a range request per read and caches nothing, for callers that skip most of a file. The streams of
+`shard_cache` read a local copy, complete or growing, that one request downloads, for callers that read the whole file
+sequentially.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import io
 from univitar_ds.data.storage.base import Storage
 
 PIECE = 512 << 10
-"""Bytes of one range request: enough for a few images, and a small part of a video, most of which is skipped."""
+"""Bytes of one range request: a few images, or a small part of a video, most of which is skipped."""
 
 
 class SeekableStream(io.RawIOBase):
-    """A stream of `size` bytes. A subclass defines `readinto`, which reads at `position` and advances it."""
+    """A stream of `size` bytes. Subclasses define `readinto`, which reads at `position` and advances it."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class SeekableStream(io.RawIOBase):
 
 
 class RangeReader(SeekableStream):
-    """A file read by range requests, one per `readinto`; use it through `buffered`. `fetched`: bytes read so far.
+    """A stream that sends a range request per `readinto`. Use it through `buffered`. `fetched`: bytes read so far.
 
     Raises: DataError while reading, as `Storage.read_range` does.
     """
@@ -49,7 +49,7 @@ class RangeReader(SeekableStream):
         self._storage, self._path = storage, path
 
     def buffered(self) -> io.BufferedReader:
-        """A stream that reads `PIECE` bytes at a time; closing it closes this one."""
+        """Returns a stream that reads `PIECE` bytes at a time. Closing it also closes this stream."""
         return io.BufferedReader(self, PIECE)
 
     def readinto(self, buffer: memoryview) -> int:

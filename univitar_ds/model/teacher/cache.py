@@ -1,4 +1,4 @@
-"""Features of a teacher on disk, a file per item, found by the item's pixels."""
+"""Caches the features of a teacher on disk, one file per item."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureCache:
-    """Features by content: the name of a file is the hash of the pixels, that of its folder the hash of the teacher.
+    """A cache of features: a file's name is a hash of the pixels, its folder's name is a hash of the teacher.
 
-    So ranks, runs and stages may share one folder, and a change in a pixel or a weight leads to a miss instead of wrong
-    features. The cache is optional: a file that cannot be read is computed again, and a disk that cannot be written is
-    reported once and no longer used.
+    So ranks, runs and stages may share one folder, and a changed pixel or weight is a cache miss. Features that cannot
+    be read are computed again. A disk that cannot be written is reported once and not written again.
     """
 
     def __init__(self, folder: Path, model: nn.Module, *settings: object) -> None:
-        """`settings`: everything but the weights that determines the features."""
+        """Args: settings: all values except the weights of `model` that determine the features."""
         self.folder = folder / _fingerprint(model, settings)
         self.writes = True
 
     def read(self, video: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """Features of the item on the host, patches (t * h * w, Dt) and pooled (Dt,); None if they are not there.
+        """Returns patches (t * h * w, Dt) and pooled (Dt,) of an item, on the host; None if they are not cached.
 
-        `video`: (frames, rows, columns, 3) uint8 on the host.
+        Args: video: (frames, rows, columns, 3) uint8 on the host; grid: (t, h, w).
         """
         try:
-            found = load_file(self._path(video, grid))
-            patches, pooled = found["patches"], found["pooled"]
+            tensors = load_file(self._path(video, grid))
+            patches, pooled = tensors["patches"], tensors["pooled"]
         except (OSError, SafetensorError, KeyError):
             return None
         return (patches, pooled) if patches.shape == (token_count(grid), len(pooled)) else None
 
     def write(self, video: Tensor, grid: Sequence[int], patches: Tensor, pooled: Tensor) -> None:
+        """Stores the features of an item. A warning is logged if they cannot be written."""
         if not self.writes:
             return
         path = self._path(video, grid)

@@ -1,8 +1,8 @@
 """The frozen teacher: a vision model of transformers, or an encoder of this project, whose features the student
 matches.
 
-The library is imported when a teacher is read, not before. A teacher is not part of the engine: it has no
-gradient and no optimizer state, and is not in checkpoints.
+transformers is imported only when a teacher is read. A teacher is not part of the engine: it has no gradient and no
+optimizer state, and is not stored in checkpoints.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Family:
-    """Models with the same interface: the class in transformers, how it runs, its default mean and std."""
+    """Models with the same interface: class name in transformers, forward function, default mean and std."""
 
     loader: str
     run: ImageModel
@@ -65,12 +65,12 @@ FAMILIES = {
     "siglip2": _SIGLIP2,
     "siglip2_vision_model": _SIGLIP2,
 }
-"""By transformers' `model_type`. SigLIP 2 of a fixed size has the type siglip."""
+"""Families by `model_type` of transformers. SigLIP 2 models with a fixed size have the type siglip."""
 
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """What a teacher's small files contain: enough to build the student, and to refuse the teacher early."""
+    """The content of a teacher's configuration that is needed to build the student or to reject the teacher early."""
 
     kind: str  # a key of FAMILIES, or OWN
     width: int  # Dt
@@ -80,9 +80,9 @@ class TeacherShape:
 
 
 class TeacherFeatures(NamedTuple):
-    """Features of a pack, in the precision and on the device of the teacher, tokens in the student's order.
+    """Features of a pack in the teacher's precision and on its device, with tokens in the student's order.
 
-    Rows of items that the teacher does not support are 0 and not valid.
+    Features of items that the teacher does not support are 0 and marked as not valid.
     """
 
     patches: Tensor  # (T, Dt)
@@ -92,20 +92,20 @@ class TeacherFeatures(NamedTuple):
 
 
 class Teacher:
-    """A frozen model that computes features of packs. Built by `build_teacher`."""
+    """A frozen model that computes features of packs. `build_teacher` builds it."""
 
     def __init__(self, tower: Tower, width: int, *, merge: int, cache: FeatureCache | None = None) -> None:
-        """`merge`: spatial_merge_size of the student, which decides the order of tokens."""
+        """Args: merge: spatial_merge_size of the student, which determines the order of tokens."""
         self.tower, self.width, self.merge, self.cache = tower, width, merge, cache
         parameter = next(tower.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
     def supports(self, grid_thw: Tensor) -> list[bool]:
-        """Which items of a pack the model supports, by their grids (N, 3)."""
+        """Returns whether the model supports each item of a pack with grids (N, 3)."""
         return [self.tower.supports(grid) for grid in grid_thw.tolist()]
 
     def num_forwards(self, grid_thw: Tensor) -> int:
-        """The number of forward passes for a pack of these grids; with a cache, the maximum."""
+        """Returns the number of forward passes for a pack with these grids; with a cache, the maximum."""
         return self.tower.num_forwards([grid for grid in grid_thw.tolist() if self.tower.supports(grid)])
 
     @torch.no_grad()
@@ -118,20 +118,20 @@ class Teacher:
         min_forwards: int = 0,
         device_pixels: Tensor | None = None,
     ) -> TeacherFeatures:
-        """Features of one pack; N may be 0.
+        """Returns the features of one pack; N may be 0.
 
         Args:
             pixels: (B,) uint8, see `kernels.reference.patchify`, on any device.
-            frames: (N,) frames stored per item; grid_thw: (N, 3) tokens per item; both on the host.
-            min_forwards: the least number of forward passes. A partitioned teacher must run equally often on all ranks.
-            device_pixels: the same pixels on the teacher's device, if they are there already.
+            frames: (N,) number of frames per item; grid_thw: (N, 3) tokens along time, height, width; on the host.
+            min_forwards: minimum number of forward passes. A partitioned teacher must run equally often on all ranks.
+            device_pixels: copy of `pixels` on the teacher's device, if it exists already.
         """
-        grids, taken = grid_thw.tolist(), self.supports(grid_thw)
-        seen = [index for index, good in enumerate(taken) if good]
-        found = self._features(pixels, device_pixels, frames.tolist(), grids, seen)
+        grids, supported = grid_thw.tolist(), self.supports(grid_thw)
+        chosen = [index for index, good in enumerate(supported) if good]
+        features = self._features(pixels, device_pixels, frames.tolist(), grids, chosen)
         for _ in range(self.num_forwards(grid_thw), min_forwards):
             self.tower.idle()
-        return self._joined(grids, taken, dict(zip(seen, found, strict=True)))
+        return self._joined(grids, supported, dict(zip(chosen, features, strict=True)))
 
     def _features(
         self,
@@ -139,38 +139,38 @@ class Teacher:
         device_pixels: Tensor | None,
         frames: Sequence[int],
         grids: Sequence[Sequence[int]],
-        seen: Sequence[int],
+        chosen: Sequence[int],
     ) -> list[tuple[Tensor, Tensor]]:
-        """Features of the items `seen` of a pack in raster order, from the cache if it has them."""
-        shown = [grids[i] for i in seen]
+        """Returns the features of the items `chosen` of a pack in raster order, from the cache if it has them."""
+        chosen_grids = [grids[i] for i in chosen]
         if self.cache is None:
-            whole = pixels if device_pixels is None else device_pixels
-            return self.tower(_videos(whole.to(self.device, non_blocking=True), frames, grids, seen), shown)
-        hosted = _videos(pixels.cpu(), frames, grids, seen)
-        videos = hosted if device_pixels is None else _videos(device_pixels, frames, grids, seen)
-        found = [self.cache.read(video, grid) for video, grid in zip(hosted, shown, strict=True)]
-        missing = [index for index, features in enumerate(found) if features is None]
-        made = self.tower([videos[i].to(self.device) for i in missing], [shown[i] for i in missing])
-        for index, features in zip(missing, made, strict=True):
-            self.cache.write(hosted[index], shown[index], *features)
-            found[index] = features
-        return found
+            source = (pixels if device_pixels is None else device_pixels).to(self.device, non_blocking=True)
+            return self.tower(_videos(source, frames, grids, chosen), chosen_grids)
+        hosted = _videos(pixels.cpu(), frames, grids, chosen)
+        videos = hosted if device_pixels is None else _videos(device_pixels, frames, grids, chosen)
+        cached = [self.cache.read(video, grid) for video, grid in zip(hosted, chosen_grids, strict=True)]
+        missing = [index for index, features in enumerate(cached) if features is None]
+        computed = self.tower([videos[i].to(self.device) for i in missing], [chosen_grids[i] for i in missing])
+        for index, features in zip(missing, computed, strict=True):
+            self.cache.write(hosted[index], chosen_grids[index], *features)
+            cached[index] = features
+        return cached
 
     def _joined(
-        self, grids: Sequence[Sequence[int]], taken: Sequence[bool], found: dict[int, tuple[Tensor, Tensor]]
+        self, grids: Sequence[Sequence[int]], supported: Sequence[bool], features_of: dict[int, tuple[Tensor, Tensor]]
     ) -> TeacherFeatures:
         counts = [token_count(grid) for grid in grids]
-        kind = {"dtype": self.dtype, "device": self.device}
-        patches, pooled = [torch.empty(0, self.width, **kind)], [torch.empty(0, self.width, **kind)]
+        options = {"dtype": self.dtype, "device": self.device}
+        patches, pooled = [torch.empty(0, self.width, **options)], [torch.empty(0, self.width, **options)]
         for index, (grid, count) in enumerate(zip(grids, counts, strict=True)):
-            if index in found:
-                of_patches, of_item = (features.to(**kind) for features in found[index])
+            if index in features_of:
+                of_patches, of_item = (features.to(**options) for features in features_of[index])
                 patches.append(from_raster(of_patches, grid, self.merge))
                 pooled.append(of_item[None])
             else:
-                patches.append(torch.zeros(count, self.width, **kind))
-                pooled.append(torch.zeros(1, self.width, **kind))
-        items = torch.tensor(taken, dtype=torch.bool)
+                patches.append(torch.zeros(count, self.width, **options))
+                pooled.append(torch.zeros(1, self.width, **options))
+        items = torch.tensor(supported, dtype=torch.bool)
         valid = items.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
         return TeacherFeatures(
             torch.cat(patches), torch.cat(pooled), to_device(valid, self.device), to_device(items, self.device)
@@ -180,16 +180,17 @@ class Teacher:
 def _videos(
     pixels: Tensor, frames: Sequence[int], grids: Sequence[Sequence[int]], wanted: Sequence[int]
 ) -> list[Tensor]:
-    """Views of items of a pack, each (frames, h * 14, w * 14, 3)."""
+    """Returns views of the items `wanted` of a pack, each (frames, h * 14, w * 14, 3)."""
     shapes = [(n, h * PATCH, w * PATCH, 3) for n, (_, h, w) in zip(frames, grids, strict=True)]
     flat = pixels.split([math.prod(shape) for shape in shapes])
     return [flat[index].view(shapes[index]) for index in wanted]
 
 
 def read_teacher(config: TeacherConfig) -> TeacherShape:
-    """Reads the teacher's configuration, but no weights.
+    """Returns the teacher's configuration, without reading weights.
 
-    Raises: CheckpointError if it cannot be read, ConfigError if such a model is not supported.
+    Raises: CheckpointError if the configuration cannot be read; ConfigError if the model is not supported;
+        InstallationError if transformers cannot be imported.
     """
     own = _own_config(config.path)
     if own is not None:
@@ -220,13 +221,12 @@ def read_teacher(config: TeacherConfig) -> TeacherShape:
 
 
 def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) -> Teacher:
-    """The teacher, frozen, on `device`; partitioned over all ranks of torch.distributed if the configuration asks for
-    it.
+    """Builds the frozen teacher on `device`, partitioned over all ranks if `config.partitioned`.
 
-    If it is partitioned, every rank must build it and call it equally often (`num_forwards`); each rank reads the whole
-    weights once.
+    Every rank must build a partitioned teacher and run it equally often (`num_forwards`); each rank reads all weights
+    once.
     Args: merge: spatial_merge_size of the student.
-    Raises: CheckpointError if its weights cannot be used; what `read_teacher` raises.
+    Raises: CheckpointError if the weights cannot be used, and the errors of `read_teacher`.
     """
     shape = read_teacher(config)
     dtype = DTYPES[config.dtype]
@@ -242,7 +242,7 @@ def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) ->
 
 
 def partition(model: nn.Module) -> None:
-    """Partitions the weights over the ranks; a block is gathered before it runs and freed afterwards."""
+    """Partitions the weights over the ranks. Each block is gathered before it runs and freed afterwards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -258,7 +258,7 @@ def _frame_tower(model: nn.Module, shape: TeacherShape) -> FrameTower:
 
 
 def _own_config(path: str) -> EncoderConfig | None:
-    """The shape of an encoder of this project; None if the path names another model."""
+    """Returns the configuration of an encoder of this project; None if `path` is another model."""
     try:
         values = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -274,7 +274,7 @@ def _own_encoder(path: str, dtype: torch.dtype) -> UniViTAR:
 
 
 def _loader(kind: str) -> Any:
-    """The class in transformers. Raises: InstallationError if this environment cannot import it."""
+    """Returns the class in transformers. Raises: InstallationError if this environment cannot import it."""
     with working_imports("transformers"):
         import transformers
 
@@ -313,7 +313,7 @@ def _patch_of(vision: Any, path: str) -> int:
 
 
 def _normalisation(detail: dict[str, Any], kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the channels in the content of the model's preprocessor file, if it has them."""
+    """Returns mean and std of the channels from the model's preprocessor file, or the defaults of the family."""
     if detail.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean, std = FAMILIES[kind].normalisation

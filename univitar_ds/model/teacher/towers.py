@@ -1,6 +1,6 @@
-"""Forward passes of frozen vision models: image models frame by frame, an encoder of this project as it was trained.
+"""Forward passes of frozen vision models: image models by frame, an encoder of this project by pack.
 
-Shape legend: B frames of one batch, Dt width of the teacher. Features of an item are in raster order (t, h, w).
+Shapes: B frames of a batch, Dt width of the teacher. Features of an item are in raster order (t, h, w).
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from univitar_ds.model.encoder import UniViTAR
 
 Grid = Sequence[int]
 Features = tuple[Tensor, Tensor]
-"""Of one item: patches (t * h * w, Dt) and pooled (Dt,)."""
+"""Features of one item: patches (t * h * w, Dt) and pooled (Dt,)."""
 ImageModel = Callable[[nn.Module, Tensor], Features]
-"""A transformers model and B normalised frames (B, 3, rows, columns) to (B, h * w, Dt) and (B, Dt)."""
+"""Runs a transformers model on normalised frames (B, 3, rows, columns); returns (B, h * w, Dt) and (B, Dt)."""
 
 
 class Tower(Protocol):
-    """The interface of a teacher's model."""
+    """Interface of a teacher's model."""
 
     model: nn.Module
 
     def supports(self, grid: Grid) -> bool:
-        """Whether the model supports an item of this grid."""
+        """Whether the model supports an item with this grid."""
 
     def num_forwards(self, grids: Sequence[Grid]) -> int:
-        """The number of forward passes for these items."""
+        """Returns the number of forward passes for items with these grids."""
 
     def idle(self) -> None:
         """Runs the model once and discards the result, while other ranks need this rank's share of the weights."""
 
     def __call__(self, videos: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
-        """Features of supported items, each (frames, h * 14, w * 14, 3) uint8 on the model's device."""
+        """Returns the features of supported items, each (frames, h * 14, w * 14, 3) uint8 on the model's device."""
 
 
 class FrameTower:
-    """An image model. It runs on each frame of a video; each token's features are the mean over its frames.
+    """An image model that runs on each frame of a video. Features of a token are the mean over the token's frames.
 
-    With patches of 14 pixels it sees the student's pixels, with patches of p the frames resized (bilinear, antialiased)
-    to h * p x w * p, so that its grid is the student's. Its position table is interpolated, by transformers, to the
-    size of the frames. Items of equal height and width run as one batch.
+    A model with patches of 14 pixels gets the student's pixels. For patches of p pixels, frames are resized (bilinear,
+    antialiased) to h * p x w * p, so that the grids are equal. transformers interpolates the position table to the size
+    of the frames. Items with equal height and width run as one batch.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class FrameTower:
         self([torch.zeros(1, PATCH, PATCH, 3, dtype=torch.uint8, device=self.device)], [(1, 1, 1)])
 
     def __call__(self, videos: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
-        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, (_, h, w) in enumerate(grids):
-            alike[h, w].append(index)
-        found: dict[int, Features] = {}
-        for (h, w), members in alike.items():
+            by_size[h, w].append(index)
+        features: dict[int, Features] = {}
+        for (h, w), members in by_size.items():
             patches, pooled = self.run(self.model, self._frames([videos[index] for index in members], h, w))
             if patches.shape[1] != h * w:
                 raise CheckpointError(
@@ -80,11 +80,11 @@ class FrameTower:
                 )
             counts = [len(videos[index]) for index in members]
             parts = zip(members, patches.split(counts), pooled.split(counts), strict=True)
-            found |= {index: _over_time(grids[index][0], *both) for index, *both in parts}
-        return [found[index] for index in range(len(grids))]
+            features |= {index: _over_time(grids[index][0], *both) for index, *both in parts}
+        return [features[index] for index in range(len(grids))]
 
     def _frames(self, videos: Sequence[Tensor], h: int, w: int) -> Tensor:
-        """(B, 3, h * patch, w * patch) float32, normalised."""
+        """Returns the normalised frames of all videos: (B, 3, h * patch, w * patch) float32."""
         frames = torch.cat(list(videos)).permute(0, 3, 1, 2).float()
         if self.patch != PATCH:
             frames = F.interpolate(frames, (h * self.patch, w * self.patch), mode="bilinear", antialias=True)
@@ -92,9 +92,10 @@ class FrameTower:
 
 
 def _over_time(steps: int, patches: Tensor, pooled: Tensor) -> Features:
-    """Means of what the frames of an item showed, in the model's precision: (frames, h * w, Dt), (frames, Dt).
+    """Averages the features of an item's frames over the frames of each token, in float32.
 
-    A still image has one frame, so views are returned.
+    Args: steps: t of the grid; patches: (frames, h * w, Dt); pooled: (frames, Dt).
+    Returns: (t * h * w, Dt) and (Dt,) in the model's precision; views for an image, which has one frame.
     """
     if len(patches) == 1:
         return patches[0], pooled[0]
@@ -103,9 +104,9 @@ def _over_time(steps: int, patches: Tensor, pooled: Tensor) -> Features:
 
 
 class PackTower:
-    """An encoder of this project, run on whole packs. It pools by the mean, since it is exported without a pool.
+    """An encoder of this project that runs on whole packs. Pooled features are means, as exports have no pooling.
 
-    Items whose height or width is not divisible by its `spatial_merge_size` are not supported.
+    Items whose height or width in patches is not divisible by the encoder's `spatial_merge_size` are not supported.
     """
 
     def __init__(self, model: UniViTAR) -> None:
@@ -135,33 +136,33 @@ class PackTower:
 
 
 def from_raster(rows: Tensor, grid: Grid, merge: int) -> Tensor:
-    """Rows of one item from order (t, h, w) to that of `kernels.reference.patchify`: (t * h * w, D), the same shape."""
+    """Reorders rows (t * h * w, D) of one item from raster order to the order of `kernels.reference.patchify`."""
     t, h, w = grid
     cells = rows.view(t, h // merge, merge, w // merge, merge, rows.shape[-1])
     return cells.transpose(2, 3).reshape(rows.shape)
 
 
 def to_raster(rows: Tensor, grid: Grid, merge: int) -> Tensor:
-    """The inverse of `from_raster`."""
+    """Reorders rows to raster order, as the inverse of `from_raster`."""
     t, h, w = grid
     cells = rows.view(t, h // merge, w // merge, merge, merge, rows.shape[-1])
     return cells.transpose(2, 3).reshape(rows.shape)
 
 
 def run_with_prefix(model: nn.Module, frames: Tensor) -> Features:
-    """DINOv2 and DINOv3: a class token, which is the pooled feature, and registers precede the patches."""
+    """Runs DINOv2 or DINOv3: a class token, which is the pooled feature, and registers precede the patches."""
     out = model(pixel_values=frames)
     first = 1 + getattr(model.config, "num_register_tokens", 0)
     return out.last_hidden_state[:, first:], out.pooler_output
 
 
 def run_siglip(model: nn.Module, frames: Tensor) -> Features:
-    """SigLIP: no class token; pooled by its attention head, or by the mean if it has none."""
+    """Runs SigLIP, which has no class token. Pools with the attention head, or by the mean without one."""
     return _pooled(model(pixel_values=frames, interpolate_pos_encoding=True))
 
 
 def run_siglip2(model: nn.Module, frames: Tensor) -> Features:
-    """SigLIP 2 for any size (NaFlex): takes patches, each ordered (row, column, channel)."""
+    """Runs SigLIP 2 for any size (NaFlex) on patches, each in the order row, column, channel."""
     patch = model.config.patch_size
     h, w = frames.shape[2] // patch, frames.shape[3] // patch
     cells = frames.view(len(frames), 3, h, patch, w, patch).permute(0, 2, 4, 3, 5, 1)

@@ -103,10 +103,10 @@ def test_a_packed_folder_is_not_scanned(tmp_path):
     assert (found.counts, found.whole) == ({"image": 8, "video": 4}, True)
 
 
-@pytest.mark.parametrize("bound", ["MOST_SAMPLES", "FIRST"])
+@pytest.mark.parametrize("bound", ["MAX_SAMPLES", "FIRST"])
 def test_a_scan_that_reaches_its_limit_only_warns(tmp_path, monkeypatch, caplog, bound):
     path = write(tmp_path / "a.tar", *["jpg"] * 60, "mp4")
-    if bound == "MOST_SAMPLES":
+    if bound == "MAX_SAMPLES":
         monkeypatch.setattr(contents, bound, 50)
         check(config_of(path))
         (record,) = caplog.records
@@ -172,10 +172,10 @@ def test_thousands_of_remote_tars_need_few_requests(tmp_path, monkeypatch):
 
 def test_a_scan_of_remote_tars_fetches_no_more_than_the_limit(tmp_path, monkeypatch, caplog):
     shards, store = remote(tmp_path, monkeypatch, *["jpg"] * 400, shards=50)
-    monkeypatch.setattr(contents, "MOST_REMOTE_BYTES", 3 * shards[0].size)
+    monkeypatch.setattr(contents, "MAX_REMOTE_BYTES", 3 * shards[0].size)
     assert faults_of_stages(shards, [run_config().stages[0]]) == []
     assert "none was found yet" in caplog.text
-    assert store.fetched <= 2 * contents.MOST_REMOTE_BYTES + 66 * 4096  # one more piece per scan
+    assert store.fetched <= 2 * contents.MAX_REMOTE_BYTES + 66 * 4096  # one more piece per scan
     shards, store = remote(tmp_path, monkeypatch, *["jpg"] * 4, shards=3)
     (fault,) = faults_of_stages(shards, [run_config().stages[0]])
     assert "12 images in 3 shards, all of them scanned" in fault
