@@ -146,7 +146,8 @@ class StageConfig(Section):
             if used[modality] and rule.largest_item(frames) > self.token_budget:
                 faults.append(
                     f"{modality}: an item may have {rule.largest_item(frames)} tokens but token_budget is "
-                    f"{self.token_budget}; raise token_budget or lower {modality}.max_tokens"
+                    f"{self.token_budget}; raise token_budget or lower "
+                    f"{modality}.{'size_px' if rule.kind == 'fixed' else 'max_tokens'}"
                 )
             steps = -(-frames // TUBELET)
             if used[modality] and rule.kind == "native" and steps * (rule.divisor_px // PATCH) ** 2 > rule.max_tokens:

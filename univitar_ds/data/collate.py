@@ -84,7 +84,7 @@ def _decode_item(sample: Sample) -> DecodeItem:
         sample.frames,
         sample.crc32,
         sample.draw,
-        None if sample.probed else (sample.size.height, sample.size.width),
+        None if sample.probed else (sample.size.height, sample.size.width, sample.size.duration_s),
     )
 
 

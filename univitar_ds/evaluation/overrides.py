@@ -31,8 +31,8 @@ def overridden(path: Path, config: RunConfig, overrides: Sequence[str]) -> RunCo
             )
         if any(key == own or key.startswith(f"{own}.") or own.startswith(f"{key}.") for own in TRAINING_ONLY):
             raise ConfigError(
-                f"{key} is read by training only, an evaluation reads evaluation.sources: override "
-                "evaluation.sources.0.path, for example"
+                f"{key} is read only by training and has no effect on an evaluation; remove it. The data of an "
+                "evaluation is evaluation.sources, for example evaluation.sources.0.path"
             )
     return load_config(path, overrides) if overrides else config
 

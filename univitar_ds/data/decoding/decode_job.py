@@ -27,7 +27,7 @@ class DecodeItem:
     """Location of one item's media, and its decoded form: `frames` frames (1 for an image) on a grid.
 
     `crc32` is the checksum of the bytes if known. `draw` seeds the jitter of a video's frames. `size` is (height,
-    width) from metadata, which decoding compares with the file; None if the size was read from the media header.
+    width, seconds) from metadata, which decoding compares with the file; None if it was read from the media header.
     """
 
     path: str
@@ -37,7 +37,7 @@ class DecodeItem:
     frames: int
     crc32: int | None = None
     draw: int = 0
-    size: tuple[int, int] | None = None
+    size: tuple[int, int, float] | None = None
 
     @property
     def bytes(self) -> int:
@@ -141,7 +141,8 @@ def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: S
     if job.modality == "image":
         from univitar_ds.data.media.image_decode import decode_near
 
-        pixels, extent = decode_near(data, max_px=limits.max_image_px, target=(height, width), size=item.size)
+        size = None if item.size is None else item.size[:2]
+        pixels, extent = decode_near(data, max_px=limits.max_image_px, target=(height, width), size=size)
         fit_image(pixels, item.grid, out[0], extent)
     else:
         from univitar_ds.data.media.video_decode import decode_video

@@ -25,8 +25,8 @@ _START_S = 60.0
 
 
 class Next(NamedTuple):
-    """The event that an item is processed next. If the process ends during it, another one begins at `retry`, with this item; if
-    that process ends during it too, the item is lost, and a third one continues at `resume`.
+    """The event that an item is processed next. If the process ends during it, another one begins at `retry`, with
+    this item; if that process ends during it too, the item is lost, and a third one continues at `resume`.
 
     The system may kill any process, for example if memory runs out: the item is blamed only after two."""
 

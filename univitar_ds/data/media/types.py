@@ -31,6 +31,7 @@ class DecodeLimits:
     max_video_s: float = float("inf")
 
 
+_LENGTH_SLACK_S, _LENGTH_SLACK = 0.5, 0.05
 MAX_SIDE_PX = 1 << 20
 """Decoders allocate tables per row, and the resizing kernel weights per row and column: 3 GB for 100 million."""
 
@@ -64,7 +65,7 @@ def check_area(height: int, width: int, max_px: int) -> None:
 def check_duration(seconds: float, max_video_s: float) -> None:
     """Raises: SampleError for a video of more than `max_video_s` seconds."""
     if seconds > max_video_s:
-        raise SampleError("too_large", f"the video lasts {seconds:.1f} s, above data.max_video_s = {max_video_s:g}")
+        raise SampleError("too_large", f"the video lasts {seconds:.6g} s, above data.max_video_s = {max_video_s:g}")
 
 
 def check_size(expected: tuple[int, int] | None, found: tuple[int, ...]) -> None:
@@ -75,6 +76,16 @@ def check_size(expected: tuple[int, int] | None, found: tuple[int, ...]) -> None
     if expected is not None and expected != tuple(found):
         (height, width), (own_height, own_width) = expected, found
         detail = f"its metadata says {width} x {height} px, the file has {own_width} x {own_height}"
+        raise SampleError("wrong_size", f"{detail}; pack the folder again")
+
+
+def check_length(expected_s: float, found_s: float) -> None:
+    """Args: seconds in the metadata of a video, and in its header.
+
+    Raises: SampleError if they differ by more than FFmpeg's versions do, which estimate it if the container lacks it.
+    """
+    if abs(expected_s - found_s) > max(_LENGTH_SLACK_S, _LENGTH_SLACK * found_s):
+        detail = f"its metadata says {expected_s:.6g} s, the file lasts {found_s:.6g} s"
         raise SampleError("wrong_size", f"{detail}; pack the folder again")
 
 

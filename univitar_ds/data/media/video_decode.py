@@ -22,8 +22,8 @@ from av.video.stream import VideoStream
 from univitar_ds.data.media import keyframes
 from univitar_ds.data.media.containers import Matrix, video_demuxer
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, by_count, by_time, sample_positions
-from univitar_ds.data.media.types import DecodeLimits, check_area, check_duration, check_size, reason
-from univitar_ds.data.media.video_probe import open_video, probe_video
+from univitar_ds.data.media.types import DecodeLimits, check_area, check_duration, check_length, check_size, reason
+from univitar_ds.data.media.video_probe import duration_of, open_video, probe_video
 from univitar_ds.errors import SampleError
 from univitar_ds.image_ops import orientation_of_matrix, upright
 
@@ -40,7 +40,7 @@ def decode_video(
     limits: DecodeLimits,
     sampling: Sampling = UNIFORM,
     draw: int = 0,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int, float] | None = None,
     fit: Fit | None = None,
 ) -> np.ndarray:
     """Decode upright frames of a video in display order: one from each of `frames` equal parts.
@@ -51,8 +51,8 @@ def decode_video(
     number in the header is not used.
 
     Args: frames, number of frames to return; draw, the random number of the item that determines jitter; size, the
-        (height, width) that the video must have; fit, a function applied to each (H, W, 3) uint8 frame as soon as it is
-        decoded, so that only one frame at its original size is in memory.
+        (height, width, seconds) of its metadata, to compare; fit, a function applied to each (H, W, 3) uint8 frame as
+        soon as it is decoded, so that only one frame at its original size is in memory.
     Returns: (frames, H, W, 3) uint8, or (frames, ...) of the results of `fit`.
     Raises: SampleError, also for damage in packets that have to be decoded.
     """
@@ -61,10 +61,12 @@ def decode_video(
     deadline = time.thread_time() + limits.timeout_s
     collector = _FrameCollector(frames, limits.max_image_px, fit)
     if size is not None:
-        collector.before_first = partial(_check_size, data, size)
+        collector.before_first = partial(_check_size, data, size[:2])
     container, stream = open_video(data)
     with container:
         check_area(stream.codec_context.height, stream.codec_context.width, limits.max_image_px)
+        if size is not None:
+            check_length(size[2], float(duration_of(container, stream)))
         packets = _packets(container, stream, deadline)
         shown = _display_order(container.format.name, stream.codec_context.name, packets)
         if shown:

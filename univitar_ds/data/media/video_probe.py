@@ -64,14 +64,16 @@ def probe_video(data: bytes, demuxer: str) -> MediaSize:
     with container:
         orientation = orientation_of_matrix(_matrix(data, demuxer, stream.id))
         height, width = display_size(stream.codec_context.height, stream.codec_context.width, orientation)
-        seconds = Fraction(0)
-        if stream.duration is not None and stream.time_base is not None:
-            seconds = stream.duration * stream.time_base
-        elif container.duration is not None:
-            seconds = Fraction(container.duration, av.time_base)
-        seconds = max(seconds, Fraction(0))
+        seconds = duration_of(container, stream)
         frames = stream.frames or round(seconds * (stream.average_rate or 0))
         return MediaSize("video", height, width, max(frames, 1), float(seconds))
+
+
+def duration_of(container: av.container.InputContainer, stream: VideoStream) -> Fraction:
+    """Seconds that a video lasts by its header, 0 if the header has no duration."""
+    if stream.duration is not None and stream.time_base is not None:
+        return max(stream.duration * stream.time_base, Fraction(0))
+    return max(Fraction(container.duration or 0, av.time_base), Fraction(0))
 
 
 def _matrix(data: bytes, demuxer: str, track: int) -> Matrix:

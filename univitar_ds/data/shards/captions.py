@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +19,8 @@ from univitar_ds.errors import SampleError
 EXTENSIONS = ("json", "txt", "cls")
 BYTES_LIMIT = 1 << 20
 """Maximum size in bytes of a text member. The trainer's memory holds the texts of the whole shuffle buffer."""
+MAX_CAPTIONS = 1000
+"""Maximum number of captions of a sample: short ones take ten times their bytes in memory."""
 IGNORED = ("bad_caption", "bad_label", "bad_set", "bad_checksum", "bad_json", "too_large")
 """Kinds of ignored content."""
 
@@ -27,6 +28,8 @@ _OWN_FIELDS = {"captions", "label", "set", "kind", "width", "height", "frames", 
 """Fields that `univitar-ds data pack` writes for every sample, which identify its samples without a manifest."""
 _UNMARKED = ("text", "TEXT")
 """Fields that are used as caption if there is no other caption, as in LAION's tables."""
+_MAX_SIZE = 1 << 31
+"""Pixels, frames and seconds of a file; larger numbers in metadata are not used."""
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -81,6 +84,9 @@ def read_texts(members: Mapping[str, bytes], *, lines: bool = False, packed: boo
         if several:
             captions = (_visible(decoded(members["txt"])),)
     captions = captions or _of_fields(fields, _UNMARKED, {})
+    if len(captions) > MAX_CAPTIONS:
+        ignored.setdefault("too_large", f"it has {len(captions)} captions; the first {MAX_CAPTIONS} are used")
+        captions = captions[:MAX_CAPTIONS]
     label = _label(fields, members.get("cls"), ignored)
     if not captions and not label:
         for kind, message in ignored.items():
@@ -234,12 +240,12 @@ def _set(fields: Mapping[str, Any], ignored: _Ignored) -> str | None:
 def _size(fields: Mapping[str, Any]) -> MediaSize | None:
     """Returns the size that `data pack` wrote; None if it is incomplete, as for videos in layout 2 (no duration)."""
     kind, height, width, frames = (fields.get(name) for name in ("kind", "height", "width", "frames"))
-    if not all(type(number) is int and number >= 1 for number in (height, width, frames)):
+    if not all(type(number) is int and 1 <= number <= _MAX_SIZE for number in (height, width, frames)):
         return None
     if kind == "image":
         return MediaSize("image", height, width, 1)
     seconds = fields.get("duration_s")
-    if kind == "video" and isinstance(seconds, float) and 0 <= seconds < math.inf:
+    if kind == "video" and isinstance(seconds, float) and 0 <= seconds <= _MAX_SIZE:
         return MediaSize("video", height, width, frames, seconds)
     return None
 
@@ -279,7 +285,7 @@ def decoded(content: bytes) -> str:
         encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), encoding)
     text = content.decode(encoding)
     if "\0" in text:
-        raise UnicodeError(f"byte {content.index(0)} is zero")
+        raise UnicodeError(f"character {text.index(chr(0))} is NUL")
     return text
 
 

@@ -283,7 +283,8 @@ def _sample(entry: _Entry, size: MediaSize, rule: SizeRule) -> Sample:
     """Returns the sample of an entry with this size. Raises: SampleError for a size that the rule does not allow."""
     media = entry.media
     if size.kind != rule.modality:
-        raise SampleError("wrong_kind", f"its .{media.extension} holds {size.kind} data, not {rule.modality}")
+        holder = f"its .{media.extension} holds" if entry.texts.size is None else "its metadata describes"
+        raise SampleError("wrong_kind", f"{holder} {size.kind} data, but it is read as {rule.modality}")
     check_area(size.height, size.width, rule.max_image_px)
     check_duration(size.duration_s, rule.max_video_s)
     frames = rule.frames_of(size)

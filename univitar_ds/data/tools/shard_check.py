@@ -16,7 +16,7 @@ from univitar_ds.data.decoding.task_pool import Next, Reached, Task
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.memory_limits import confine
 from univitar_ds.data.media.prober import MediaAddress, probe_each
-from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, DecodeLimits, check_size
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, DecodeLimits, check_length, check_size
 from univitar_ds.data.sampler.reader import with_captions
 from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_samples
@@ -205,8 +205,11 @@ def _check_metadata(sample: Sample) -> None:
         raise header
     if header.kind != sample.size.kind:
         raise SampleError("wrong_kind", f"its .{sample.extension} holds {header.kind} data, not {sample.size.kind}")
-    if header.kind == "image":
-        check_size((sample.size.height, sample.size.width), (header.height, header.width))
+    check_length(sample.size.duration_s, header.duration_s)
+    expected, found = (sample.size.height, sample.size.width), (header.height, header.width)
+    # Some videos store a rotation only with their frames, which decoding compares.
+    if header.kind == "image" or expected != found[::-1]:
+        check_size(expected, found)
 
 
 def _rule(kind: Modality, data: DataConfig) -> SizeRule:
@@ -230,7 +233,7 @@ def _decode(sample: Sample, kind: Modality, job: ShardCheck) -> None:
         sample.grid,
         sample.frames,
         sample.crc32,
-        size=None if sample.probed else (sample.size.height, sample.size.width),
+        size=None if sample.probed else (sample.size.height, sample.size.width, sample.size.duration_s),
     )
     limits = DecodeLimits(job.data.max_image_px, job.data.decode_timeout_s, job.data.max_video_s)
     work = DecodeJob(kind, _SAMPLING, limits, [item])

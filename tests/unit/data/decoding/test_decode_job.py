@@ -109,9 +109,9 @@ def outcome(item, modality="image"):
 def test_an_image_whose_size_differs_from_its_metadata_is_a_bad_sample(place, form, orientation):
     content = media.encoded(media.noise(200, 302), form, exif=media.exif(orientation))
     size = (302, 200) if orientation == 6 else (200, 302)
-    assert outcome(*place(content, size=size)) is None
+    assert outcome(*place(content, size=(*size, 0.0))) is None
     for wrong in (size[::-1], (200, 303), (25, 38)):
-        kind, message = outcome(*place(content, size=wrong))
+        kind, message = outcome(*place(content, size=(*wrong, 0.0)))
         assert kind == "wrong_size"
         assert f"{wrong[1]} x {wrong[0]}" in message
         assert f"{size[1]} x {size[0]}" in message
@@ -120,11 +120,13 @@ def test_an_image_whose_size_differs_from_its_metadata_is_a_bad_sample(place, fo
 def test_the_metadata_of_a_video_may_have_the_size_of_its_header_or_of_its_frames(place, monkeypatch):
     content = shards.video(48, 64, 8)
     given = {"grid": (1, 2, 3), "frames": 2}
-    assert outcome(*place(content, size=(48, 64), **given), "video") is None
-    kind, message = outcome(*place(content, size=(64, 48), **given), "video")
+    assert outcome(*place(content, size=(48, 64, 1.0), **given), "video") is None
+    kind, message = outcome(*place(content, size=(64, 48, 1.0), **given), "video")
     assert (kind, "48 x 64" in message, "64 x 48" in message) == ("wrong_size", True, True)
+    kind, message = outcome(*place(content, size=(48, 64, 80.0), **given), "video")
+    assert (kind, "80 s" in message) == ("wrong_size", True)
     # A rotation that is stored in the frames but not in the header.
     monkeypatch.setattr(video_decode, "probe_video", lambda data, demuxer: MediaSize("video", 64, 48, 8, 0.3))
-    assert outcome(*place(content, size=(64, 48), **given), "video") is None
-    assert outcome(*place(content, size=(48, 64), **given), "video") is None
-    assert outcome(*place(content, size=(48, 48), **given), "video")[0] == "wrong_size"
+    assert outcome(*place(content, size=(64, 48, 1.0), **given), "video") is None
+    assert outcome(*place(content, size=(48, 64, 1.0), **given), "video") is None
+    assert outcome(*place(content, size=(48, 48, 1.0), **given), "video")[0] == "wrong_size"

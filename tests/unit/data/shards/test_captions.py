@@ -14,7 +14,7 @@ from univitar_ds.cli.main import main
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.load import changed_result, check_config
 from univitar_ds.data.loader import eval_packs
-from univitar_ds.data.shards.captions import BYTES_LIMIT, IGNORED, read_texts
+from univitar_ds.data.shards.captions import BYTES_LIMIT, IGNORED, MAX_CAPTIONS, read_texts
 from univitar_ds.data.shards.sources import iterate_captions
 from univitar_ds.data.tools.inspect import Stream
 from univitar_ds.data.tools.verify import verify
@@ -339,3 +339,25 @@ def test_the_captions_setting_counts_as_a_change_of_the_result():
         for captions in ("one", "lines")
     )
     assert changed_result(one, lines) == ["data.sources.0.captions"]
+
+
+def test_a_sample_has_at_most_a_thousand_captions():
+    """A megabyte of short captions takes ten times as much of the trainer's memory."""
+    many = read_texts({"json": json.dumps({"captions": ["ab"] * 100_000}).encode()})
+    assert len(many.captions) == MAX_CAPTIONS
+    assert [(one.kind, "100000" in one.message) for one in many.ignored] == [("too_large", True)]
+    lines = read_texts({"txt": b"ab\n" * 5000}, lines=True)
+    assert (len(lines.captions), [one.kind for one in lines.ignored]) == (MAX_CAPTIONS, ["too_large"])
+    assert read_texts({"txt": b"ab\n" * 5000}).ignored == ()
+
+
+@pytest.mark.parametrize("number", [2**31 + 1, 10**400])
+def test_sizes_that_no_file_has_are_not_taken_from_metadata(number):
+    about = {"captions": ["c"], "kind": "image", "width": 3, "height": 4, "frames": 1}
+    assert read_texts({"json": json.dumps(about).encode()}, packed=True).size is not None
+    assert read_texts({"json": json.dumps({**about, "width": number}).encode()}, packed=True).size is None
+
+
+def test_a_nul_character_is_named_by_its_place_in_the_text():
+    message = read_texts({"txt": "ab\0".encode("utf-16"), "cls": b"c"}).ignored[0].message
+    assert "character 2 is NUL" in message

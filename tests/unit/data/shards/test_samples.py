@@ -237,7 +237,7 @@ def test_texts_of_the_json_take_precedence_over_txt_and_cls(members, expected):
         ({"json": b'{"caption": " \\n"}'}, "bad_caption", "a caption is empty"),
         ({"txt": b""}, "bad_caption", "a caption is empty"),
         ({"txt": b"a\xff"}, "bad_caption", "its .txt is not UTF-8 text (byte 1)"),
-        ({"txt": b"a\0 \0c\0a\0t\0"}, "bad_caption", "its .txt is not UTF-8 text (byte 1 is zero)"),
+        ({"txt": b"a\0 \0c\0a\0t\0"}, "bad_caption", "its .txt is not UTF-8 text (character 1 is NUL)"),
         ({"json": b'{"label": [1]}'}, "bad_label", "label is '[1]' (list), not text"),
         ({"json": b'{"label": true}'}, "bad_label", "label is 'True' (bool), not text"),
         ({"cls": b"caf\xe9"}, "bad_label", "its .cls is not UTF-8 text (byte 3)"),

@@ -303,8 +303,9 @@ def test_metadata_that_differs_from_its_file_is_reported(tmp_path, decode):
         ("swapped", packed(moving, "image", (120, 160, 1))),
         ("video", packed(moving, "video", (48, 64, 6, 0.3))),
         ("large", packed(moving, "video", (480, 640, 6, 0.3))),
+        ("long", packed(moving, "video", (48, 64, 6, 80.0))),
     ]
-    expected = {"turned": "wrong_size", "swapped": "wrong_kind"} | ({"large": "wrong_size"} if decode else {})
+    expected = {"turned": "wrong_size", "swapped": "wrong_kind", "large": "wrong_size", "long": "wrong_size"}
     assert outcome(write_tar(tmp_path / "a.tar", samples), decode) == expected
 
 
