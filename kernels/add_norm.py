@@ -1,6 +1,6 @@
 """Residual sum with LayerScale and RMSNorm of the sum, forward and backward.
 
-The backward saves the sum, which the next residual saves anyway, the branch and both vectors.
+The forward saves the sum, the branch, and the vectors of LayerScale and RMSNorm for the backward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""RMSNorm of rows, forward and backward. The backward saves x and the weight, and computes the scale of a row again."""
+"""RMSNorm of rows, forward and backward.
+
+The forward saves x and the weight; the backward computes the scale of each row again.
+"""
 
 from __future__ import annotations
 

@@ -4,9 +4,10 @@
     released
 
 A launch acquires the lock by exclusively creating the file with the next number, which only one launch can do. So a
-dead lock is not removed but superseded, which works on every file system and without races between launches. The file
-of the last launch stays, marked as released. The launch that holds the lock touches its file every 10 s. Other launches
-compare that time with the time of a file that they create, so that only the clock of the file server counts.
+stale lock is replaced by the next file and removed afterwards, which works on every file system and without races. The
+file of the last launch stays, marked as released. The launch that holds the lock touches its file every 10 s. Other
+launches compare the modification time of this file with that of a new file, so that only the clock of the file server
+matters.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ class RunLock:
     def check(self, *, recently: bool = False) -> None:
         """Raises: LockLost if another launch has taken the run over.
 
-        Args: recently: whether a check within the last second, suspension of the machine included, is enough.
+        Args: recently: whether to skip the check if the last one was less than a second ago; the time during which the
+        machine is suspended counts.
         """
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         if not self.number or (recently and now - self._seen < RECENT_S):
@@ -216,7 +218,8 @@ class RunLock:
             return f"{_in_words(record)} was last heard of {age_s:.0f} s ago (limit {STALE_S:.0f} s)"
         raise RunLocked(
             f"{self.run} is in use by {_in_words(record)}, last heard of {max(age_s, 0):.0f} s ago; wait for it or "
-            f"stop it, or start another run under another name=... (a dead launch counts for {STALE_S:.0f} s at most)"
+            f"stop it, or start another run under another name=... (the lock of a dead launch expires after "
+            f"{STALE_S:.0f} s)"
         )
 
     def _last(self) -> tuple[int, dict[str, Any], float] | None:

@@ -31,8 +31,8 @@ class EncoderConfig:
     """Architecture and preprocessing of one encoder, with the field names and defaults of the release (0.3B).
 
     `initializer_factor` is the initial value of LayerScale. `min_tokens` and `max_tokens` limit a whole item.
-    `resize_factor` and `spatial_merge_size` are in patches, `relarge_ratio` multiplies the sides before resizing,
-    `resolution_mode` is "native" or the side of a square in pixels.
+    `spatial_merge_size` is in patches, `resize_factor` in merged patches, `relarge_ratio` multiplies the sides before
+    resizing, `resolution_mode` is "native" or the side of a square in pixels.
 
     Raises: CheckpointError if a value has the wrong type or is impossible.
     """
@@ -92,7 +92,7 @@ class EncoderConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
         """Returns the configuration in the content of a release's `config.json`. Absent fields get the defaults.
 
-        Ignores fields that do not affect this model's arithmetic (dropout, attention back end, library versions).
+        Ignores all other fields, such as dropout, attention back end and library versions.
         Raises: CheckpointError if a field is impossible, or has a value that this architecture does not support.
         """
         values = values.get("vision_config", values)
@@ -166,7 +166,7 @@ class EncoderConfig:
         elif self.head_width % 4:
             faults.append(f"head width {self.head_width} is not divisible by 4, which 2-D rotary embedding needs")
         if self.inner_width < 1:
-            faults.append(f"intermediate_size {self.intermediate_size} leaves no feed-forward width; at least 2")
+            faults.append(f"intermediate_size {self.intermediate_size} must be at least 2, else no width is left")
         if self.min_tokens > self.max_tokens:
             faults.append(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
         if min(self.image_std) <= 0:

@@ -161,7 +161,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def check_config(content: dict[str, Any], where: str) -> RunConfig:
-    """Returns `content`, which may have earlier names of keys, as a RunConfig.
+    """Returns `content` as a RunConfig. It may use earlier names of keys.
 
     Raises: ConfigError that lists all errors and begins with `where`.
     """
@@ -260,7 +260,7 @@ def config_fingerprint(config: RunConfig) -> str:
 
 
 def changed_result(before: RunConfig, after: RunConfig) -> list[str]:
-    """Returns dotted names of the keys that change the result.
+    """Returns dotted names of the keys that affect the result and differ between `before` and `after`.
 
     Leaves out data.sources if `after` accepts changed sources.
     """

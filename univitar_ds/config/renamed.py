@@ -18,7 +18,7 @@ KEYS = {
 }
 """Earlier and present names of keys; `*` is any index of a list. Only the last part differs."""
 METRICS = {"shrunk": "downscaled"}
-"""Earlier and present names of the sums over steps in a checkpoint."""
+"""Earlier and present names of the metrics whose sums over steps a checkpoint stores."""
 
 
 def present_key(dotted: str) -> str:

@@ -31,7 +31,7 @@ class OptimizerConfig(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
-        description="decay of a moving average of the weights, e.g. 0.9999, which is evaluated and exported",
+        description="decay (e.g. 0.9999) of a moving average of the weights; the average is evaluated and exported",
     )
 
 
@@ -41,7 +41,7 @@ class GuardConfig(Section):
     max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="maximum per run; one more ends the run")
     spike_deviations: Annotated[float, Field(gt=0)] | None = Field(
         20.0,
-        description="a loss or gradient norm so many robust deviations above its recent median is a spike; null: off",
+        description="a loss or gradient norm this many robust deviations above its recent median is a spike; null: off",
     )
     window_steps: Annotated[int, Field(ge=8)] = Field(
         64, description="steps of the same stage and modality over which the median is taken"

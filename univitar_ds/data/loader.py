@@ -49,7 +49,8 @@ class LaneSet:
     """The lanes that a rank owns, the number of lanes of the run (`count`), and the start positions.
 
     `cursors` maps each owned lane to its saved `PackedBatch.cursor`; None: lanes start at the beginning. `first_step`
-    is the number of the first step. `content` is `content_of` the sources' shards if already computed.
+    is the number of the first step. `content` is the result of `content_of` for the shards of the sources, if it is
+    known.
     """
 
     owned: Sequence[int]
@@ -177,12 +178,13 @@ def eval_packs(
     context_length: int,
     data: DataConfig,
 ) -> Generator[PackedBatch]:
-    """Yields every readable sample of one modality once, in the order of the shards, with its first caption.
+    """Yields packs of every readable sample of one modality once, in the order of the shards, with its first caption.
 
     If a source has one caption per line, the other lines are in `PackedBatch.other_captions`. A sample with only a
     label has the caption "", because templates of sources are used in training only.
     Packs are filled in order up to `token_budget`; a larger item is alone in its pack. Of `data`, only limits,
-    storage, `workers` and `prefetch_packs` are used. `lane` is 0 and `cursor` None. Yields nothing without samples.
+    storage, `workers` and `prefetch_packs` are used. `lane` is 0 and `cursor` None. If there are no
+    samples, it yields nothing.
     Raises: DataError or ConfigError as `PackLoader` does.
     """
     shards = find_shards(sources, StorageSettings.of(data))

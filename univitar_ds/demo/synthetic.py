@@ -18,7 +18,7 @@ from univitar_ds.errors import DataError, writing
 from univitar_ds.owned import is_empty
 
 FORMAT = 1
-"""Version of the scenes. Versions differ in the files for the same seed."""
+"""Version of the scenes. Another version writes other files for the same seed."""
 MARKER = "scenes.json"
 """Name of the marker file in a folder of scenes."""
 TEST_SHARE = 8
@@ -94,7 +94,7 @@ def _write_files(folder: Path, jobs: list[tuple[int, str, str, int]], progress: 
             for _, event in pool.run(tasks):
                 if isinstance(event, Done):
                     if event.error is not None:
-                        raise DataError(f"{folder} lacks scenes: {event.error}; repeat the command when that is mended")
+                        raise DataError(f"{folder} lacks scenes: {event.error}; fix the cause and repeat the command")
                 else:
                     number, row = event
                     rows[number] = row

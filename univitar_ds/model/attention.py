@@ -105,7 +105,7 @@ def select(backend: str, device: str, capability: tuple[int, int], dtype: torch.
     if chosen is None:
         raise ConfigError(
             f"model.attention {backend} cannot run on {device} in {_plain(dtype)} with heads of {width}: "
-            f"{'; '.join(f'{name} {obstacles[name]}' for name in wanted)}. Able here: {', '.join(able)}, or auto"
+            f"{'; '.join(f'{name} {obstacles[name]}' for name in wanted)}. Usable here: {', '.join(able)}, or auto"
         )
     if backend != "auto":
         return chosen, f"model.attention is {backend}"
@@ -126,12 +126,13 @@ def _obstacle(name: str, device: str, capability: tuple[int, int], dtype: torch.
     if device != "cuda":
         return "needs a GPU"
     if capability < (8, 0):
-        return f"needs a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
+        return f"needs a GPU of compute capability 8.0 or higher, this one has {capability[0]}.{capability[1]}"
     if dtype not in HALF:
         return "needs bfloat16 or float16"
     widest = 256 if name != "flash4" or capability[0] == 9 else 128
     if width > widest or (width % 8 and name != "flash2"):  # flash2 pads the heads
-        return f"takes heads that are a multiple of 8 wide, at most {widest}"
+        multiple = "" if name == "flash2" else "that is a multiple of 8 and "
+        return f"needs a head width {multiple}of at most {widest}"
     try:
         _load(name)
     except ImportError as error:
@@ -140,7 +141,7 @@ def _obstacle(name: str, device: str, capability: tuple[int, int], dtype: torch.
 
 
 def _absent(error: ImportError) -> bool:
-    # Versions 2 and 4 share the folder flash_attn, which lacks the function if only the other one is installed.
+    # Versions 2 and 4 share the folder flash_attn: it exists without this function if only the other is installed.
     return isinstance(error, ModuleNotFoundError) or "flash_attn_varlen_func" in str(error)
 
 

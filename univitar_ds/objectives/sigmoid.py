@@ -29,10 +29,10 @@ def ring_sigmoid(
     """Computes the loss and the gradients. Every rank of the ring must call it.
 
     Args:
-        vision, text: (n, E), computed in float32; row i of both is a pair. n may differ between ranks and may be 0. If
+        vision, text: (n, E), converted to float32; row i of both is a pair. n may differ between ranks and may be 0. If
             n is 0 on all ranks, the loss is 0.
         scale, bias: (1,) or (), the same on all ranks. `scale` is not a logarithm.
-        caption_ids: (n,) int64, equal for equal captions. Only compared with `same_caption_positive`.
+        caption_ids: (n,) int64, equal for equal captions. Used only with `same_caption_positive`.
         chunk: number of texts that are compared at a time.
         same_caption_positive: whether pairs with equal captions are positive too, on any ranks.
         ring: ring whose number of items is n; None: a ring of all ranks is created.

@@ -21,7 +21,9 @@ from univitar_ds.training.state import State
 
 
 def write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> None:
-    """Writes summary.json after training has ended or was stopped. Entries that evaluation and export added stay."""
+    """Writes summary.json after training has ended or was stopped.
+
+    Keeps the entries that evaluation and export added."""
     content: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         content = json.loads((run / SUMMARY).read_text(encoding="utf-8"))

@@ -193,7 +193,7 @@ def test_a_missing_back_end_says_how_to_install_it(backend, help, install):
     with pytest.raises(ConfigError, match=f"attention {backend} cannot run on cuda .* is not installed") as raised:
         select(backend, "cuda", HOPPER, BF16, 64)
     assert help in str(raised.value)
-    assert "Able here: varlen, sdpa" in str(raised.value)
+    assert "Usable here: varlen, sdpa" in str(raised.value)
 
 
 def test_the_folder_that_versions_2_and_4_share_does_not_pass_for_version_2(install):
@@ -214,7 +214,7 @@ def test_a_package_that_is_broken_is_not_called_missing(monkeypatch, install):
 
 @pytest.mark.parametrize("backend", ["flash", "flash3", "varlen"])
 def test_a_back_end_that_cannot_run_here_is_refused(backend):
-    with pytest.raises(ConfigError, match=f"model.attention {backend} cannot run on cpu in float32.*Able here: sdpa"):
+    with pytest.raises(ConfigError, match=f"model.attention {backend} cannot run on cpu in float32.*Usable here: sdpa"):
         choose_backend(backend, CPU, torch.float32, 64)
 
 

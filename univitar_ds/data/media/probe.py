@@ -55,7 +55,7 @@ def probe(data: bytes, extension: str) -> MediaSize:
 
         return probe_video(data, demuxer)
     if named_video:
-        raise SampleError("unreadable", "the bytes are no video container that can be read")
+        raise SampleError("unreadable", "the bytes are not a video container that can be read")
     with open_image(data) as image:
         return MediaSize("image", *_image_size(image), 1)
 
@@ -83,8 +83,8 @@ def open_image(data: bytes) -> Image.Image:
 def _check_tiff_tables(data: bytes) -> None:
     """Check the number of strips and tiles, for each of which Pillow creates a Python object when it opens a TIFF.
 
-    Close to the memory limit of the process, opening does not fail but becomes slow: 2.5 million take 8 s, 4 million
-    (32 MB) more than 3 minutes (measured).
+    Close to the memory limit of the process, opening does not fail but becomes slow: 2.5 million strips take 8 s, 4
+    million (32 MB) more than 3 minutes (measured).
 
     Raises: SampleError for tables larger than any image needs.
     """

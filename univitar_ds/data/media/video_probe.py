@@ -34,7 +34,7 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
     """
     demuxer = video_demuxer(data)
     if demuxer is None:
-        raise SampleError("unreadable", "the bytes are no video container that can be read")
+        raise SampleError("unreadable", "the bytes are not a video container that can be read")
     if missing := missing_bytes(data, demuxer):
         raise SampleError("corrupt", f"the video is cut off: {missing} bytes are missing at its end")
     options = {} if thorough else {"skip_frame": "all"}
@@ -54,7 +54,7 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
         container.close()
         if not thorough:
             return open_video(data, thorough=True)
-        raise SampleError("corrupt", f"the {demuxer} container does not have the size of its video")
+        raise SampleError("corrupt", f"the {demuxer} container does not give the height and width of its video")
     return container, stream
 
 
@@ -70,7 +70,7 @@ def probe_video(data: bytes, demuxer: str) -> MediaSize:
 
 
 def duration_of(container: av.container.InputContainer, stream: VideoStream) -> Fraction:
-    """Seconds that a video lasts by its header, 0 if the header has no duration."""
+    """Returns the duration of a video in seconds according to its header, 0 if it has none."""
     if stream.duration is not None and stream.time_base is not None:
         return max(stream.duration * stream.time_base, Fraction(0))
     return max(Fraction(container.duration or 0, av.time_base), Fraction(0))

@@ -1,8 +1,9 @@
 """Chooses the samples of the next pack from the shuffle buffer: pure functions of sizes, without padding or truncation.
 
 The pack always contains the first sample. The others are chosen by subset sum, with the reachable totals as the bits of
-one big integer. Without a cost budget, the pack has the maximum number of tokens; with a cost budget, tokens
-and cost with which all packs take the same time. Of several solutions, one with the earliest samples is chosen.
+one big integer. Without a cost budget, the pack has the maximum number of tokens. With a cost budget, its tokens and
+cost are near an aim with which all packs take about the same time. Of several solutions, one with the earliest samples
+is chosen.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 FILLED_IN_ORDER = (0.6, 0.3)
-"""Share of the budgets that is filled in order before the search for a (tokens, cost) pair; the search is more precise
-the less it has to fill. The second value is tried if sizes are so similar that the first leaves a poor rest."""
+"""Share of the aim that is filled in order before the search for a (tokens, cost) pair; the search is more precise
+the less it has to fill. The second value is tried if the first does not lead to a result that is `CLOSE` to the aim."""
 MOST_IN_ORDER = 0.85
 """The part that is filled in order has at most this share of the aim, because the search needs room."""
 CLOSE = 0.005
@@ -22,11 +23,11 @@ CLOSE = 0.005
 MAX_COST_EXCESS_STDS = 0.5
 """Maximum excess of the aimed cost per token over the mean of the candidates, in their standard deviations."""
 EXTRA_TOKENS = 1.06
-"""If the cost budget binds, the pack aims at this multiple of the mean number of tokens of candidates at that cost.
+"""If the cost budget binds, the pack aims at this multiple of the tokens that the budget allows at their mean cost.
 Packs are fuller, and the expensive samples that remain are combined with cheap ones later (measured:
 `benchmarks/LOG.md`)."""
 _NEGLIGIBLE = 1e-9
-"""A budget of which all costs together are a smaller share never binds; sums of the smallest floats round to 0."""
+"""A cost budget is ignored if all costs together are a smaller share of it: sums of tiny floats round to 0."""
 _TOKEN_UNITS, _COST_UNITS = 64, 256
 """Resolution of the search for a pair. Items are rounded to units; the totals of the result are checked exactly."""
 _ROWS = 12

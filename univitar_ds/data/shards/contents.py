@@ -132,12 +132,12 @@ def faults_of_stages(shards: Sequence[SourceShard], stages: Sequence[StageConfig
         if found.whole:
             faults.append(
                 f"stage {stage.name} needs {modality} samples, but its sources hold none ({found.sentence()}, all of "
-                f"them scanned); add a source with {modality}s or set its video_ratio to {ratio}"
+                f"them scanned); add a source with {modality}s or set the stage's video_ratio to {ratio}"
             )
         else:
             _log.warning(
-                "stage %s needs %s samples, and none was found yet (%s were scanned, there are more); if there is "
-                "none, the run will end at the first step that needs one; in that case set its video_ratio to %d",
+                "stage %s needs %s samples, and none was found yet (found: %s, not all of them scanned); if there is "
+                "none, the run ends at the first step that needs one: set the stage's video_ratio to %d then",
                 *(stage.name, modality, found.sentence(), ratio),
             )
     return faults

@@ -1,7 +1,7 @@
 """A folder of local copies of remote files, shared by processes and limited in size.
 
 A copy is named {id}-{bytes}.tar.part during its download and {id}-{bytes}.tar when it is complete; the id is a hash of
-address and version. The downloading process holds the lock {id}-{bytes}.tar.lock; if it is killed, the lock is
+store, address and ETag. The downloading process holds the lock {id}-{bytes}.tar.lock; if it is killed, the lock is
 released and another process continues the download. A reader holds a shared lock on the copy itself. Data is only
 appended to a part, so the size of a part is the position of its download.
 """
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 _COPY = re.compile(r"([0-9a-f]{32}-(\d+)\.tar)(\.part)?")
 _KEPT_FREE = 0.1
-"""Share of the free disk space that is never used, even if the limit is larger."""
+"""Share of the free disk space that is never used, even if `limit_bytes` would allow it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Version:
 
 
 class CacheDir:
-    """A folder of copies with `limit_bytes` bytes in total, or more if copies in use need more.
+    """A folder of copies that take at most `limit_bytes` bytes in total, or more if the copies in use need more.
 
     Methods raise OSError; `failed` converts it to a DataError.
     """
@@ -80,7 +80,7 @@ class CacheDir:
         None if the copy is complete, if another process downloads it, or if it is not `needed` yet and the folder is
         full.
         """
-        self._folder.mkdir(exist_ok=True)  # without parents: the session folder must not be created again
+        self._folder.mkdir(exist_ok=True)  # no parents: a session folder that was removed must stay removed
         lock = _try_lock(self._lock(version.name))
         if lock is None:
             return None
@@ -95,7 +95,7 @@ class CacheDir:
         return part, lock
 
     def finish(self, version: Version) -> None:
-        """Renames a part that has all bytes to the complete copy."""
+        """Gives a part that has all bytes the name of the complete copy."""
         move_into_place(self._part(version), self._whole(version), durable=True)  # survives a power failure
 
     def used(self, copy: int) -> None:
@@ -110,7 +110,7 @@ class CacheDir:
             "set data.cache.folder to another folder, or lower data.cache.limit_gb"
         )
 
-    # Strings, because every read builds a path and a Path would intern its parts.
+    # The paths are strings: every read builds one, and a Path would intern its parts.
     def _whole(self, version: Version) -> str:
         return f"{self._folder}/{version.name}"
 
@@ -121,7 +121,7 @@ class CacheDir:
         return f"{self._folder}/{name}.lock"
 
     def _begun(self, version: Version, needed: bool) -> int | None:
-        """Returns the part to append to, after making room; None if the copy is complete, or unneeded and no room."""
+        """Returns the part to append to, after making room; None if it is complete, or unneeded and too large."""
         whole, part = self._whole(version), self._part(version)
         with suppress(FileNotFoundError):
             if not _torn(whole, os.stat(whole), version.size):
@@ -195,7 +195,7 @@ class CacheDir:
 
 
 def _torn(path: str, state: os.stat_result, size: int) -> bool:
-    """Whether a copy is invalid: a file with a wrong size, or a part that was written before the last boot."""
+    """Whether a copy is invalid: wrong in size if complete, else too large or written before the last boot."""
     if path.endswith(".part"):
         started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         return state.st_size > size or state.st_mtime < started

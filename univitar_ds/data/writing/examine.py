@@ -118,7 +118,7 @@ def examine(job: Job) -> MediaInfo:
         if job.kind not in (None, size.kind):
             raise SampleError("wrong_kind", f"the file holds {size.kind} data, its row says {job.kind}")
         if size.height * size.width > _MAX_PX:
-            raise SampleError("too_large", f"{size.width} x {size.height} pixels, above {_MAX_PX} in all")
+            raise SampleError("too_large", f"{size.width} x {size.height} pixels, above the limit of {_MAX_PX}")
         height, width = _decoded_size(data, size) if job.verify else (size.height, size.width)
     except SampleError as error:
         return MediaInfo(f"{error.kind}: {error}")

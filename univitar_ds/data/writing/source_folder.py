@@ -1,7 +1,7 @@
 """Lists the media files of a folder with their texts: from its metadata.jsonl, or from a .txt for each file.
 
-No media file is opened. All faults of a metadata.jsonl are reported together, and packing ends. If a .txt has a fault,
-its media file is left out.
+No media file is opened. If a metadata.jsonl has faults, packing ends with one error that lists the first of them.
+If a .txt has a fault, its media file is left out.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _row(folder: Path, fields: dict[str, Any]) -> Row:
     if kind not in _KINDS:
         raise _Fault(f"kind {_short(kind)} is neither image nor video")
     if not isinstance(split, str) or not _SPLIT.fullmatch(split):
-        raise _Fault(f"split {_short(split)} is no name of at most 64 letters, digits, - and _")
+        raise _Fault(f"split {_short(split)} is not a name of letters, digits, - and _ (not first), at most 64")
     if isinstance(label, bool) or not isinstance(label, str | int | None):
         raise _Fault(f"label {_short(label)} is not text")
     if not isinstance(data_set, str | None):
@@ -137,10 +137,10 @@ def _captions(fields: dict[str, Any]) -> tuple[str, ...]:
     if captions is None:
         captions = [fields["caption"]] if "caption" in fields else []
     if not isinstance(captions, list) or not captions:
-        raise _Fault(f"captions {_short(captions)} is no list with at least one text; or give a caption")
+        raise _Fault(f"captions {_short(captions)} is not a list with at least one text; give that, or a caption")
     for caption in captions:
         if not isinstance(caption, str) or not caption.strip():
-            raise _Fault(f"caption {_short(caption)} is not text")
+            raise _Fault(f"caption {_short(caption)} is not text, or is empty")
     return tuple(caption.strip() for caption in captions)
 
 
@@ -150,7 +150,7 @@ def _inside(folder: Path, file: Any) -> str:
         raise _Fault(f"file {_short(file)} is no path")
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts:
-        raise _Fault(f"file {file!r} is outside of the folder")
+        raise _Fault(f"file {file!r} must be a path relative to the folder, without '..'")
     try:
         found = (folder / path).is_file()
     except (OSError, UnicodeError):

@@ -1,4 +1,4 @@
-"""Determines from the variables of launchers whether this process is a rank of several, and its number.
+"""Determines from the environment variables of launchers whether this process is one of several ranks, and which.
 
 The variables may be left over in a shell (`salloc`, an earlier `export`, `mpirun` around everything), so they count
 only if they are complete and consistent.

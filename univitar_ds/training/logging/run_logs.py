@@ -117,7 +117,7 @@ class RunLogs:
             sheet = draw_pack(batch, snapshot.items, snapshot.tokens, snapshot.kept, merge)
             self._write(lambda: self._metrics.image(f"pack_{batch.modality}", sheet, step))
         except Exception as error:  # only rank 0 draws, and an image must not end the run
-            logger.warning("no images of packs after step %d: %s: %s", step, type(error).__name__, error)
+            logger.warning("no images of packs from step %d on: %s: %s", step, type(error).__name__, error)
             self._schedule = None
             return
         self._schedule.drawn[batch.modality] = step
