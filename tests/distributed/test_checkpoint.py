@@ -203,7 +203,7 @@ def test_a_checkpoint_from_another_model_or_a_damaged_one_is_refused_on_all_rank
     assert kinds == ["CheckpointError", "PeerFailure"]
     for _, (_, story) in answers:
         assert "rank00001.safetensors has another sha256" in story
-        assert f"step-{MIDDLE:08d} " in story
+        assert f"step-{MIDDLE:08d}" in story
 
 
 def test_a_checkpoint_whose_ranges_have_a_hole_is_damaged(base, straight, tmp_path):
