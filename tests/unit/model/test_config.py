@@ -69,7 +69,7 @@ def test_fields_of_other_libraries_are_left_out_and_nested_configs_are_found():
         ({"image_std": [0.5, 0, 0.5]}, "image_std must be above 0"),
         ({"min_tokens": 99999}, "min_tokens 99999 exceeds max_tokens 16384"),
         ({"resolution_mode": "225"}, "resolution_mode must be native or pixels divisible by 14, got '225'"),
-        ({"intermediate_size": 1}, "intermediate_size 1 leaves no feed-forward width"),
+        ({"intermediate_size": 1}, "intermediate_size 1 must be at least 2"),
         ({"vision_config": 3}, "vision_config must be an object"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
