@@ -17,7 +17,7 @@ from univitar_ds.data.decoding.pipeline import DecodedPack, Pipeline, PipelineCo
 from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.sampler.bad_samples import INITIAL_STATE, BadPolicy, BadSampleMonitor
 from univitar_ds.data.sampler.lanes import Plan
-from univitar_ds.data.shards.samples import Sample, SizeRule
+from univitar_ds.data.shards.samples import SizeRule
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import TUBELET, Modality, item_bytes
@@ -51,7 +51,7 @@ def decoded(
     settings = StorageSettings.of(data)
 
     def job_of(plan: Plan) -> DecodeJob:
-        items = list(map(_decode_item, plan.samples))
+        items = list(map(DecodeItem.from_sample, plan.samples))
         return DecodeJob(plan.modality, sizes[plan.modality].sampling, limits, items, plan.name)
 
     if data.workers == 0:
@@ -73,19 +73,6 @@ def decoded(
 def _bytes_of_a_token(modality: Modality) -> int:
     """Returns the bytes of pixels per token: of TUBELET frames for a video, of one frame for an image."""
     return item_bytes((1, 1, 1), TUBELET if modality == "video" else 1)
-
-
-def _decode_item(sample: Sample) -> DecodeItem:
-    return DecodeItem(
-        sample.shard.path,
-        sample.media_offset,
-        sample.media_length,
-        sample.grid,
-        sample.frames,
-        sample.crc32,
-        sample.draw,
-        None if sample.probed else (sample.size.height, sample.size.width, sample.size.duration_s),
-    )
 
 
 class DecodingMonitor:

@@ -118,12 +118,13 @@ class PackLoader:
         configs = stream_config(shards, data=data, stage=stage, lanes=lanes.count, seed=lanes.seed, cost=cost)
         self.fingerprint = fingerprint(shards, lanes.content)
         self._starts = lanes.starts(self.fingerprint, data.accept_changed_sources)
-        allow_open_files(FILES_OF_A_GROUP * len(self._starts) * sum(len(config.groups) for config in configs.values()))
         self._tokenizer = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)
         self._monitor = DecodingMonitor(bad_policy(data))
 
         def plans_of(probe: Prober) -> Iterator[Plan]:
             probing = {modality: replace(config, probe=probe) for modality, config in configs.items()}
+            groups = sum(len(config.groups) for config in probing.values())
+            allow_open_files(FILES_OF_A_GROUP * len(self._starts) * groups)
             plans = _plans([Lane(probing, start) for start in self._starts], modality_of, lanes.first_step)
             return tokenized(plans, self._tokenizer, context_length)
 

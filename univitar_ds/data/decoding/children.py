@@ -25,7 +25,7 @@ def context(preload: Sequence[str]) -> ForkServerContext:
 def begin() -> None:
     """Initializes a process, which ignores Ctrl-C and exits when the parent exits or is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a pool ends its processes with SIGTERM
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # multiprocessing ends daemon processes with SIGTERM
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

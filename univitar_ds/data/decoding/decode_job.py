@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import PATCH, Modality, item_bytes
+
+if TYPE_CHECKING:  # decoding processes need none of what reads shards
+    from univitar_ds.data.shards.samples import Sample
 
 Failure = tuple[int, str, str]
 """(index of the item in the pack, kind, message)."""
@@ -38,6 +41,20 @@ class DecodeItem:
     crc32: int | None = None
     draw: int = 0
     size: tuple[int, int, float] | None = None
+
+    @classmethod
+    def from_sample(cls, sample: Sample) -> DecodeItem:
+        """Returns the item that decodes a sample, and compares it with its metadata unless the sample was probed."""
+        return cls(
+            sample.shard.path,
+            sample.media_offset,
+            sample.media_length,
+            sample.grid,
+            sample.frames,
+            sample.crc32,
+            sample.draw,
+            None if sample.probed else (sample.size.height, sample.size.width, sample.size.duration_s),
+        )
 
     @property
     def bytes(self) -> int:

@@ -29,6 +29,7 @@ class ProbeJob:
 
     kind: ClassVar = "probe"
     slow_item_s: ClassVar = 0.0
+    bytes: ClassVar = 0  # no pixels are written
     items: Sequence[ProbeItem]
     max_image_px: int
 

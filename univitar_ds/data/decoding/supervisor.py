@@ -18,7 +18,7 @@ from typing import Any
 from univitar_ds.data.decoding import worker
 from univitar_ds.data.decoding.decode_job import DecodeJob, Failure
 from univitar_ds.data.decoding.forkserver import ForkServer
-from univitar_ds.data.decoding.probe_job import ProbeItem, ProbeJob
+from univitar_ds.data.decoding.probe_job import ProbeJob
 from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.storage.base import StorageSettings
@@ -150,11 +150,12 @@ class WorkerSupervisor:
         whole = _Answer()
         start, spent = 0, _TRIES
         for index, item in enumerate(job.items):
+            alone = replace(job, items=[item])
             ends: list[_Ended] = []
             answer = _Answer()
             while len(ends) < _TRIES:
                 try:
-                    answer = self._ask(slot, start, replace(job, items=[item]))
+                    answer = self._ask(slot, start, alone)
                     break
                 except _Ended as end:
                     self._restarts.spend(f"{end} while it had item {index} of {job.name}")
@@ -168,7 +169,7 @@ class WorkerSupervisor:
                 spent = 0
             whole.failures += [(index, kind, message) for _, kind, message in answer.failures]
             whole.sizes += answer.sizes
-            start += 0 if answer.failures or isinstance(item, ProbeItem) else item.bytes
+            start += 0 if answer.failures else alone.bytes
         return whole
 
     def _ask(self, slot: int, start: int, job: Job) -> _Answer:

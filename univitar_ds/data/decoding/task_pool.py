@@ -1,7 +1,7 @@
 """A pool of processes that work on tasks made of items, in which an item may crash or hang a process.
 
-A process works on one task and reports every item before reading it. If the process dies or stops reporting, the last
-reported item is lost, and another process continues with the next item.
+A process works on one task and reports every item before reading it. If the process dies or stops reporting, another
+process tries the last reported item again. If that one ends too, the item is lost, and a third one continues after it.
 """
 
 from __future__ import annotations

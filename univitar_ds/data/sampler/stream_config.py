@@ -27,8 +27,8 @@ class StreamConfig:
     """All settings, except the lane, that determine the packs of one modality.
 
     `weights` are the stage's weights by source, `cost` the coefficients of `packing.item_cost`. `probe` reads sizes
-    that are not in metadata. All lanes share the last three fields: indexes of shards, warnings logged so far, and
-    cached results of `held_by` by group.
+    that are not in metadata. All lanes share the last three fields: indexes of shards, which both modalities share
+    too, warnings logged so far, and cached results of `held_by` by group.
     """
 
     shards: Sequence[SourceShard]
@@ -77,6 +77,7 @@ def stream_config(
 ) -> dict[Modality, StreamConfig]:
     """Returns the configuration of each modality that a stage reads."""
     tflops = stage.cost_budget_tflops
+    index_cache = IndexCache()
     return {
         modality: StreamConfig(
             shards=shards,
@@ -98,6 +99,7 @@ def stream_config(
             weights=stage.weights,
             cost=scale_for_dropout(cost, stage.patch_dropout),
             cost_budget=None if tflops is None else tflops * 1e12,
+            index_cache=index_cache,
         )
         for modality in stage_modalities(stage)
     }

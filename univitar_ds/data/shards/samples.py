@@ -17,6 +17,7 @@ from univitar_ds.data.storage.parallel import at_once
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import PATCH, Modality, Resolution, smart_resize, token_count
 
+_EXTENSIONS = {"image": IMAGE_EXTENSIONS, "video": VIDEO_EXTENSIONS}
 _NEAR_BYTES = 1 << 16
 """Maximum length of a range with several text members that is read at once."""
 
@@ -140,6 +141,12 @@ def modality_of(group: tar_index.Group) -> Modality | None:
     return "image" if extensions & IMAGE_EXTENSIONS else None
 
 
+def media_member(group: tar_index.Group, modality: Modality) -> tar_index.Member | None:
+    """Returns the first member with an extension of the modality, None if there is none."""
+    known = _EXTENSIONS[modality]
+    return next((member for member in group.members if member.extension in known), None)
+
+
 def belongs(group: tar_index.Group, shard: Shard, modality: Modality) -> bool:
     """Whether streams of this modality read the sample; each sample belongs to exactly one modality.
 
@@ -245,11 +252,11 @@ def _entry(
     if linked := [member.extension for member in members if member.link]:
         remedy = "pack with tar --dereference --hard-dereference"
         raise SampleError("link", f"its .{linked[0]} is a link, which has no content here; {remedy}")
-    known = VIDEO_EXTENSIONS if rule.modality == "video" else IMAGE_EXTENSIONS
-    media = next((member for member in members if member.extension in known), None)
+    media = media_member(group, rule.modality)
     if media is None:
         names = ", ".join(member.extension or "one without an extension" for member in members)
-        raise SampleError("no_media", f"no {rule.modality} among its members ({names}){_hint(members, known)}")
+        hint = _hint(members, _EXTENSIONS[rule.modality])
+        raise SampleError("no_media", f"no {rule.modality} among its members ({names}){hint}")
     named = [member for member in members if member.extension in captions.EXTENSIONS]
     texts = contents_of(named) if named else []
     contents = {member.extension: content for member, content in zip(named, texts, strict=True)}

@@ -16,10 +16,10 @@ from univitar_ds.data.decoding.task_pool import Next, Reached, Task
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.memory_limits import confine
 from univitar_ds.data.media.prober import MediaAddress, probe_each
-from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, DecodeLimits, check_length, check_size
+from univitar_ds.data.media.types import DecodeLimits, check_length, check_size
 from univitar_ds.data.sampler.reader import with_captions
 from univitar_ds.data.shards import captions, tar_index
-from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_samples
+from univitar_ds.data.shards.samples import Sample, SizeRule, media_member, modality_of, read_samples
 from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import StorageSettings
@@ -160,8 +160,7 @@ def check_shard(task: Task, report: Callable[[Event], None]) -> None:
 
 def _unread(group: tar_index.Group) -> tuple[str, ...]:
     """Extensions of the members that are neither the media nor a text, which the loader does not read."""
-    known = VIDEO_EXTENSIONS if modality_of(group) == "video" else IMAGE_EXTENSIONS
-    media = next((member for member in group.members if member.extension in known), None)
+    media = media_member(group, modality_of(group) or "image")
     others = (member for member in group.members if member is not media)
     return tuple(member.extension for member in others if member.extension not in captions.EXTENSIONS)
 
@@ -226,16 +225,7 @@ def _rule(kind: Modality, data: DataConfig) -> SizeRule:
 
 
 def _decode(sample: Sample, kind: Modality, job: ShardCheck) -> None:
-    item = DecodeItem(
-        sample.shard.path,
-        sample.media_offset,
-        sample.media_length,
-        sample.grid,
-        sample.frames,
-        sample.crc32,
-        size=None if sample.probed else (sample.size.height, sample.size.width, sample.size.duration_s),
-    )
     limits = DecodeLimits(job.data.max_image_px, job.data.decode_timeout_s, job.data.max_video_s)
-    work = DecodeJob(kind, _SAMPLING, limits, [item])
+    work = DecodeJob(kind, _SAMPLING, limits, [DecodeItem.from_sample(sample)])
     for _, error_kind, message in decode_pack(work, np.empty(work.bytes, np.uint8), job.settings):
         raise SampleError(error_kind, message)
