@@ -1,10 +1,10 @@
-"""Helpers for tests of the loader: a small stage, and a loader with one lane of one modality."""
+"""Helpers for tests of the loader: a small stage, and loaders with one lane or two."""
 
 from __future__ import annotations
 
 import torch
 
-from univitar_ds.config.data import DataConfig
+from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import LaneSet, PackLoader
@@ -32,6 +32,26 @@ def only_lane(data: DataConfig, stage: StageConfig, modality: Modality) -> PackL
         tokenizer=None,
         context_length=8,
     )
+
+
+def schedule(step: int) -> Modality:
+    return "video" if step % 4 == 3 else "image"
+
+
+def loader(folder, *, workers=0, lanes_of_rank=(0, 1), stage=STAGE, tokenizer=None, limits=None, **given) -> PackLoader:
+    """A loader of a folder with two lanes, of which every fourth step is of videos."""
+    sources = [SourceConfig(path=str(folder))]
+    data = DataConfig(sources=sources, workers=workers, pool_samples=24, **(limits or {}))
+    about = {"count": given.pop("lanes", 2), "seed": 3}
+    about |= {name: given.pop(name) for name in ("seed", "cursors", "first_step", "content") if name in given}
+    fields = {"modality_of": schedule, "context_length": 16, **given}
+    return PackLoader(data, stage, LaneSet(lanes_of_rank, **about), tokenizer=tokenizer, **fields)
+
+
+def take(steps: int, *args, **kwargs) -> list[list[PackedBatch]]:
+    """The first steps of such a loader."""
+    with loader(*args, **kwargs) as packs:
+        return [next(packs) for _ in range(steps)]
 
 
 def same(one: PackedBatch, other: PackedBatch) -> bool:

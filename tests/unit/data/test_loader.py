@@ -7,31 +7,25 @@ import resource
 import signal
 import subprocess
 import sys
-import tarfile
 import textwrap
 import time
 
 import pytest
 import torch
 
-from tests.support.decoding import decoders, servers
-from tests.support.loading import STAGE, only_lane, same
+from tests.support.decoding import decoders, gone, servers
+from tests.support.loading import STAGE, loader, same, schedule, take
 from tests.support.paths import ROOT
-from tests.support.progress import output_of, run_watched, runs, wait_until
-from tests.support.shards import image, sidecar, video, write_demo_shards, write_tar
+from tests.support.progress import output_of, run_watched
+from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.loader import LaneSet, PackLoader
-from univitar_ds.data.media import probe
 from univitar_ds.data.sampler.cursor import parse
 from univitar_ds.data.sampler.lanes import Lane
 from univitar_ds.data.shards.sources import stage_modalities
 from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.geometry import item_bytes
 from univitar_ds.tokenization import caption_id, train_tokenizer
-
-
-def schedule(step):
-    return "video" if step % 4 == 3 else "image"
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +38,6 @@ def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokenizer.json"
     train_tokenizer(["a red image number one", "a bar moves left"], 300).save(str(path))
     return path
-
-
-def loader(folder, *, workers=0, lanes_of_rank=(0, 1), stage=STAGE, tokenizer=None, limits=None, **given):
-    sources = [SourceConfig(path=str(folder))]
-    data = DataConfig(sources=sources, workers=workers, pool_samples=24, **(limits or {}))
-    about = {"count": given.pop("lanes", 2), "seed": 3}
-    about |= {name: given.pop(name) for name in ("seed", "cursors", "first_step", "content") if name in given}
-    fields = {"modality_of": schedule, "context_length": 16, **given}
-    return PackLoader(data, stage, LaneSet(lanes_of_rank, **about), tokenizer=tokenizer, **fields)
-
-
-def take(steps, *args, **kwargs):
-    with loader(*args, **kwargs) as packs:
-        return [next(packs) for _ in range(steps)]
 
 
 def drain(packs, steps=200):
@@ -287,7 +267,7 @@ def test_close_ends_the_processes_and_delivered_packs_stay_valid(folder):
         step = next(packs)
         pids = [*servers(), *decoders()]
         assert len(pids) >= 2
-    assert all(gone(pid) for pid in pids)
+    assert all(gone(int(pid)) for pid in pids)
     del packs
     gc.collect()
     assert int(step[0].pixels.sum()) == int(take(1, folder)[0][0].pixels.sum())
@@ -298,17 +278,12 @@ SCRIPT = textwrap.dedent("""
     sys.path.insert(0, {root!r})
     from pathlib import Path
     from tests.support.decoding import decoders, servers
-    from tests.unit.data.test_loader import loader
+    from tests.support.loading import loader
     packs = loader(Path({folder!r}), workers=1)
     next(packs)
     print(*servers(), *decoders(), flush=True)
     {end}
 """)
-
-
-def gone(pid):
-    wait_until(lambda: not runs(int(pid)), f"the end of process {pid}")
-    return True
 
 
 @pytest.mark.parametrize("end", ["", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
@@ -317,7 +292,7 @@ def test_no_process_survives_a_trainer_that_ends_without_close(folder, end):
     result = run_watched([sys.executable, "-c", script])
     pids = result.stdout.split()
     assert len(pids) == 2
-    assert all(gone(pid) for pid in pids)
+    assert all(gone(int(pid)) for pid in pids)
     assert "leaked" not in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -340,7 +315,7 @@ def test_ctrl_c_interrupts_a_trainer_that_waits_for_data(folder):
     assert stderr.strip().endswith("KeyboardInterrupt")
     assert stderr.count("Traceback") == 1
     assert len(pids) == 2
-    assert all(gone(pid) for pid in pids)
+    assert all(gone(int(pid)) for pid in pids)
 
 
 def test_decoding_processes_import_neither_the_engine_nor_the_text_libraries():
@@ -369,61 +344,3 @@ def test_a_missing_tokenizer_or_modality_is_an_error_before_processes_start(fold
         loader(images, workers=1)
     assert not servers()
     assert stage_modalities(STAGE) == {"image", "video"}
-
-
-def test_headers_of_other_shards_are_read_by_a_decoding_process_and_packs_are_the_same(tmp_path, monkeypatch):
-    samples = [(f"k{n:02d}", {"jpg": image(40 + 3 * n, 60, n), "txt": b"t"}) for n in range(20)]
-    samples += [(f"v{n}", {"mp4": video(48, 64, 6 + n), "txt": b"v"}) for n in range(4)]
-    samples.insert(7, ("junk", {"jpg": b"no image", "txt": b"t"}))
-    foreign = write_tar(tmp_path / "foreign" / "a.tar", samples).parent
-    expected = take(6, foreign)
-    assert sum(pack.bad.get("unreadable", 0) for step in expected for pack in step) >= 1
-
-    def refused(data, extension):
-        raise AssertionError(f"the trainer reads the header of a .{extension}")
-
-    monkeypatch.setattr(probe, "probe", refused)
-    with pytest.raises(AssertionError, match=r"the header of a \.jpg"):
-        take(1, foreign)
-    for ours, theirs in zip(take(6, foreign, workers=1), expected, strict=True):
-        for one, other in zip(ours, theirs, strict=True):
-            assert same(one, other)
-
-
-def test_packs_are_the_same_whether_sizes_come_from_metadata_or_headers(folder, tmp_path):
-    """The same shards without the metadata of `data pack`."""
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            members = {member.name: tar.extractfile(member).read() for member in tar}
-        for name in [name for name in members if name.endswith(".json")]:
-            fields = json.loads(members[name])
-            assert {"width", "height", "frames"} <= fields.keys()
-            texts = json.dumps({key: fields[key] for key in ("captions", "label")})
-            members[name] = texts.ljust(
-                len(members[name])
-            ).encode()  # random numbers depend on offsets, so keep the length
-        write_tar(tmp_path / path.name, [(name, {"": content}) for name, content in members.items()])
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for row in manifest["shards"]:
-        row["bytes"] = (tmp_path / row["file"]).stat().st_size
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    for ours, theirs in zip(take(8, tmp_path), take(8, folder), strict=True):
-        for one, other in zip(ours, theirs, strict=True):
-            assert (one.keys, one.captions, one.bad) == (other.keys, other.captions, other.bad)
-            assert torch.equal(one.pixels, other.pixels)
-            assert torch.equal(one.grid_thw, other.grid_thw)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_its_metadata_does_not_describe_is_a_bad_sample(tmp_path, workers):
-    samples = []
-    for number in range(20):
-        size = (80, 61, 1) if number % 4 == 0 else (80, 60, 1)
-        about = json.loads(sidecar([f"caption {number}"], None, "image", size, "f.jpg"))
-        own = json.dumps({**about, "set": None, "crc32": None}).encode()
-        samples.append((f"k{number:02d}", {"jpg": image(80, 60, number), "json": own}))
-    write_tar(tmp_path / "a.tar", samples)
-    with only_lane(DataConfig(sources=[SourceConfig(path=str(tmp_path))], workers=workers), STAGE, "image") as packs:
-        steps = [next(packs)[0] for _ in range(4)]
-    assert sum(pack.bad.get("wrong_size", 0) for pack in steps) >= 3
-    assert all(int(key[-2:]) % 4 for pack in steps for key in pack.keys)

@@ -1,16 +1,12 @@
 """Sizes read from headers in a separate process, which a header may crash."""
 
 import json
-import os
-import signal
-from types import SimpleNamespace
 
 import pytest
 
 from tests.support import media
-from univitar_ds.data.decoding.forkserver import ForkServer
+from tests.support.decoding import KillingServer
 from univitar_ds.data.decoding.probe_job import ProbeItem, ProbeJob
-from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.decoding.supervisor import RestartBudget, WorkerSupervisor
 from univitar_ds.data.media.prober import MediaAddress, probe_each
 from univitar_ds.data.storage.base import LOCAL
@@ -18,20 +14,6 @@ from univitar_ds.data.storage.local import LocalStorage
 from univitar_ds.errors import DataError, SampleError
 
 MAX_PX = 10**6
-
-
-@pytest.fixture
-def slots():
-    slots = SharedSlots.create(1, 9)
-    yield slots
-    slots.close()
-
-
-@pytest.fixture
-def server(slots):
-    server = ForkServer(slots)
-    yield server
-    server.close()
 
 
 @pytest.fixture
@@ -65,37 +47,18 @@ def test_a_process_returns_the_same_sizes_as_probe_each(slots, server, items):
     assert (here[4].height, here[4].width) == (60, 40)
     assert here[1].duration_s > 0
     assert comparable(supervisor.probe(0, ProbeJob(items, MAX_PX))) == comparable(here)
-    assert slots.done.tolist() == [len(items)]
+    assert slots.done.tolist() == [len(items), 0]
 
 
 def test_a_file_that_ends_its_process_is_a_bad_sample_and_the_others_have_sizes(slots, server, items):
-    supervisor = WorkerSupervisor(0, Deadly(server, items[1]), slots, LOCAL, RestartBudget(4))
+    deadly = KillingServer(
+        server, lambda message: list(items[1]) in json.loads(message).get("probe", {}).get("items", [])
+    )
+    supervisor = WorkerSupervisor(0, deadly, slots, LOCAL, RestartBudget(4))
     found = supervisor.probe(0, ProbeJob(items, MAX_PX))
     here = probe_each([MediaAddress(LocalStorage(), *item) for item in items])
     assert (found[1].kind, "SIGKILL" in str(found[1])) == ("crash", True)
     assert comparable(found[:1] + found[2:]) == comparable(here[:1] + here[2:])
-
-
-class Deadly:
-    """A server whose processes are killed when they get a job with a certain file."""
-
-    def __init__(self, server, item):
-        self.server, self.item = server, list(item)
-
-    def fork(self):
-        pid, channel = self.server.fork()
-
-        def send(message):
-            if self.item in json.loads(message).get("probe", {}).get("items", []):
-                os.kill(pid, signal.SIGKILL)
-            channel.send_bytes(message)
-
-        return pid, SimpleNamespace(
-            send_bytes=send, poll=channel.poll, recv_bytes=channel.recv_bytes, close=channel.close
-        )
-
-    def end(self, pid, *, hangs):
-        return self.server.end(pid, hangs=hangs)
 
 
 def test_a_missing_shard_is_a_data_error_and_not_a_bad_sample(slots, server, items):

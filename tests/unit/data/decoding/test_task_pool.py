@@ -11,12 +11,12 @@ from univitar_ds.data.decoding.task_pool import Done, Lost, Next, Reached, Task,
 from univitar_ds.errors import DataError
 
 
-def play(task: Task, tell) -> None:
+def play(task: Task, report) -> None:
     """A work function over five items that follows a script {item: action}; "before" is an action before the first."""
     start = task.start or 0
     if start == 0 and "prepared" in task.job:
-        tell("prepared")
-        tell(Reached(0.0))
+        report("prepared")
+        report(Reached(0.0))
         if task.job["prepared"] == "dies" and task.start is None:
             os._exit(3)
     if task.job.get("before") == "dies":
@@ -24,28 +24,28 @@ def play(task: Task, tell) -> None:
     if task.job.get("before") == "refuses":
         raise DataError("no such file; name another")
     for item in range(int(start), 5):
-        tell(Next(f"item {item}", item, item + 1))
+        report(Next(f"item {item}", item, item + 1))
         happening = task.job.get(item)
         if happening == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if isinstance(happening, Path) and not happening.exists():
-            tell("half of an item")
+            report("half of an item")
             happening.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if happening == "hangs":
             time.sleep(600)
         if happening == "faults":
             raise KeyError("odd")
-        tell(item)
+        report(item)
 
 
 def played(*jobs, workers=2, silence_s=60.0):
     """The events of each job, by job."""
-    told = [[] for _ in jobs]
+    events = [[] for _ in jobs]
     with TaskPool(play, workers, silence_s) as pool:
         for number, event in pool.run(Task(number, job) for number, job in enumerate(jobs)):
-            told[number].append(event)
-    return told
+            events[number].append(event)
+    return events
 
 
 def results(events):
@@ -72,9 +72,9 @@ def test_a_task_is_taken_from_the_iterator_only_when_a_process_is_free():
 
 
 def test_only_the_present_item_of_a_process_that_dies_is_lost():
-    told = played({1: "dies", 2: "dies"}, {}, {4: "dies"})
+    jobs = {1: "dies", 2: "dies"}, {}, {4: "dies"}
     detail = "the process that worked on it died (exit code -9)"
-    for events, dead in zip(told, [[1, 2], [], [4]], strict=True):
+    for events, dead in zip(played(*jobs), [[1, 2], [], [4]], strict=True):
         assert results(events) == [item for item in range(5) if item not in dead]
         lost = [event for event in events if isinstance(event, Lost)]
         assert lost == [Lost(f"item {item}", "crash", detail) for item in dead]
@@ -83,8 +83,7 @@ def test_only_the_present_item_of_a_process_that_dies_is_lost():
 
 def test_an_item_whose_first_process_was_killed_is_tried_again_and_reported_once(tmp_path):
     """The system may kill any process."""
-    told = played({0: tmp_path / "a", 3: tmp_path / "b"}, {4: tmp_path / "c"})
-    for events in told:
+    for events in played({0: tmp_path / "a", 3: tmp_path / "b"}, {4: tmp_path / "c"}):
         assert results(events) == [0, 1, 2, 3, 4]
         assert [event.item for event in events if isinstance(event, Next)] == [f"item {item}" for item in range(5)]
         assert "half of an item" not in events
@@ -92,19 +91,19 @@ def test_an_item_whose_first_process_was_killed_is_tried_again_and_reported_once
 
 
 def test_only_the_present_item_of_a_process_that_hangs_is_lost():
-    (told,) = played({2: "hangs"}, silence_s=3.0)
-    (lost,) = [event for event in told if isinstance(event, Lost)]
+    (events,) = played({2: "hangs"}, silence_s=3.0)
+    (lost,) = [event for event in events if isinstance(event, Lost)]
     assert lost[:2] == ("item 2", "timeout")
     assert "3 seconds" in lost.detail
-    assert results(told) == [0, 1, 3, 4]
-    assert told[-1] == Done()
+    assert results(events) == [0, 1, 3, 4]
+    assert events[-1] == Done()
 
 
 def test_another_process_continues_at_the_last_reported_position():
-    (told,) = played({"prepared": "dies"})
-    assert told.count("prepared") == 2, "said before the process died and by the next one, which begins at 0.0"
-    assert results(told) == [0, 1, 2, 3, 4]
-    assert not any(isinstance(event, Reached) for event in told)
+    (events,) = played({"prepared": "dies"})
+    assert events.count("prepared") == 2, "said before the process died and by the next one, which begins at 0.0"
+    assert results(events) == [0, 1, 2, 3, 4]
+    assert not any(isinstance(event, Reached) for event in events)
 
 
 def test_a_task_that_kills_two_processes_before_its_first_item_is_given_up():

@@ -12,12 +12,11 @@ import pytest
 from PIL import Image
 
 from tests.support import media
-from tests.support.decoding import decoders, servers
-from tests.support.progress import WHOLE_S, run_watched, runs, wait_until
+from tests.support.decoding import KillingServer, decoders, gone, servers
+from tests.support.progress import WHOLE_S, run_watched
 from univitar_ds.data.decoding import forkserver
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob
 from univitar_ds.data.decoding.forkserver import ForkServer
-from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.decoding.supervisor import RestartBudget, WorkerSupervisor
 from univitar_ds.data.media.frame_sampling import UNIFORM
 from univitar_ds.data.media.resize import fit_image
@@ -25,25 +24,6 @@ from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.storage.base import LOCAL
 
 GRID = (1, 2, 3)
-
-
-def gone(pid):
-    wait_until(lambda: not runs(pid), f"the end of process {pid}")
-    return True
-
-
-@pytest.fixture
-def slots():
-    slots = SharedSlots.create(2, 3 * 28 * 42 * 3)
-    yield slots
-    slots.close()
-
-
-@pytest.fixture
-def server(slots):
-    server = ForkServer(slots)
-    yield server
-    server.close()
 
 
 @pytest.fixture
@@ -86,45 +66,13 @@ def test_a_supervisor_decodes_into_its_slot_also_after_its_process_was_killed(se
     assert not slots.view(0).any()
 
 
-class FragileServer:
-    """A server whose first `dying` processes die when they get their first job."""
-
-    def __init__(self, server, dying):
-        self.server, self.dying = server, dying
-
-    def fork(self):
-        pid, channel = self.server.fork()
-        self.dying -= 1
-        return pid, FragileChannel(pid, channel) if self.dying >= 0 else channel
-
-    def end(self, pid, *, hangs):
-        return self.server.end(pid, hangs=hangs)
-
-
-class FragileChannel:
-    def __init__(self, pid, channel):
-        self.pid, self.channel, self.ready = pid, channel, False
-
-    def send_bytes(self, message):
-        if self.ready:
-            os.kill(self.pid, signal.SIGKILL)
-            gone(self.pid)
-        self.channel.send_bytes(message)
-
-    def recv_bytes(self):
-        answer = self.channel.recv_bytes()
-        self.ready = True
-        return answer
-
-    def __getattr__(self, name):
-        return getattr(self.channel, name)
-
-
 def test_items_decoded_one_by_one_have_the_same_offsets_as_in_a_whole_pack(server, slots, job, caplog):
     good = job.items[0]
     items = [good, replace(good, length=20), replace(good, grid=(1, 1, 1)), good]
     whole = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0)).decode_pack(0, replace(job, items=items))
-    after_crashes = WorkerSupervisor(1, FragileServer(server, 2), slots, LOCAL, RestartBudget(2))
+    deaths = iter([True, True])
+    dying = KillingServer(server, lambda message: b'"decode"' in message and next(deaths, False))
+    after_crashes = WorkerSupervisor(1, dying, slots, LOCAL, RestartBudget(2))
     alone = after_crashes.decode_pack(1, replace(job, items=items))
     assert "one by one" in caplog.text
     assert [(index, kind) for index, kind, _ in whole] == [(1, "unreadable")]
