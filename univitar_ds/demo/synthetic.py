@@ -102,11 +102,11 @@ def _write_files(folder: Path, jobs: list[tuple[int, str, str, int]], progress: 
     return [rows[number] for number in sorted(rows)]
 
 
-def _write_batch(task: Task, tell: Callable[[Any], None]) -> None:
+def _write_batch(task: Task, report: Callable[[Any], None]) -> None:
     folder, jobs = task.job
     with writing(folder):
         for number, job in enumerate(jobs, task.number):
-            tell((number, _write_one(folder, job)))
+            report((number, _write_one(folder, job)))
 
 
 def _write_one(folder: Path, job: tuple[int, str, str, int]) -> dict[str, object]:
