@@ -40,9 +40,7 @@ def pytest_timeout_set_timer(item: pytest.Item) -> Generator[None, Any, Any]:
             pytest.fail(stalls[0])
 
     def look() -> None:
-        watch = Watch(
-            item.nodeid, {"its processes": os.getpid()}, idle_s=TEST_IDLE_S, heartbeat=lambda: Watch.beats
-        )
+        watch = Watch(item.nodeid, {"its processes": os.getpid()}, idle_s=TEST_IDLE_S, heartbeat=lambda: Watch.beats)
         while not stop.wait(2 * LOOK_S):
             try:
                 watch.check()

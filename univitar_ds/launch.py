@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from univitar_ds.screen import prepare_screen, show
 from univitar_ds.training.checkpoint import atomic_dir
 from univitar_ds.training.distributed import orphans, preemption
 from univitar_ds.training.distributed.launchers import forget_launchers, is_rank
+from univitar_ds.training.distributed.ports import free_ports
 from univitar_ds.training.distributed.preemption import SAVED, Stop
 
 logger = logging.getLogger(__name__)
@@ -169,8 +169,8 @@ def _start(run: Path, nproc: int, lock: RunLock) -> int:
 
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(nproc)}).encode()).decode()
     command = [sys.executable, "-P", "-m", "deepspeed.launcher.launch", f"--world_info={ranks}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--log_level=critical", "--no_local_rank"]
-    command += ["--module", "univitar_ds.launch", str(run)]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_ports()[0]}", "--log_level=critical"]
+    command += ["--no_local_rank", "--module", "univitar_ds.launch", str(run)]
     threads = str(max(1, len(os.sched_getaffinity(0)) // nproc))
     environment = {"OMP_NUM_THREADS": threads, **safe_environment(os.environ), VARIABLE: lock.word}
     if not uses_cuda():
@@ -260,12 +260,6 @@ def _devices(nproc: int) -> list[str] | list[int]:
     if visible and uses_cuda():
         return [name.strip() for name in visible.split(",")][:nproc]
     return list(range(nproc))  # on the CPU only the length counts
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def leave(error: UserError) -> NoReturn:

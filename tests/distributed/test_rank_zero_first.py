@@ -1,7 +1,6 @@
 """What rank 0 does alone while the others wait for its word."""
 
 import os
-import socket
 import time
 from datetime import timedelta
 
@@ -11,6 +10,7 @@ from torch.distributed import distributed_c10d
 from tests.support.distributed import run_distributed
 from univitar_ds.errors import DataError, UserError
 from univitar_ds.training.distributed import process_group
+from univitar_ds.training.distributed.ports import free_ports
 from univitar_ds.training.distributed.process_group import (
     PEER_TIMEOUT,
     PeerFailure,
@@ -20,12 +20,6 @@ from univitar_ds.training.distributed.process_group import (
 )
 
 pytestmark = pytest.mark.distributed
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_with_store_at_rank_0(port: int):
@@ -73,15 +67,18 @@ def failing_work(port: int) -> tuple[str, str]:
 
 
 def test_a_failure_of_rank_0_ends_all_with_its_sentence_before_it_takes_the_store_along():
-    own, *others = run_distributed(failing_work, 3, free_port())
+    own, *others = run_distributed(failing_work, 3, free_ports()[0])
     assert own == ("DataError", "shard-7.tar is cut at byte 512")
     assert others == [("PeerFailure", "rank 0 ended the run: shard-7.tar is cut at byte 512")] * 2
 
 
 def rank_0_goes(port: int) -> str:
     world = start_with_store_at_rank_0(port)
+    store = distributed_c10d._get_default_store()
     if world.is_main:
+        store.wait(["joined"], PEER_TIMEOUT)  # ranks join one after the other, and need the store until then
         return ""  # the process ends
+    store.set("joined", "")
     try:
         rank_zero_first(world, lambda: None)
     except UserError as error:
@@ -90,7 +87,7 @@ def rank_0_goes(port: int) -> str:
 
 
 def test_the_others_do_not_wait_for_a_rank_0_that_is_gone():
-    assert "rank 0 ended without a message" in run_distributed(rank_0_goes, 2, free_port())[1]
+    assert "rank 0 ended without a message" in run_distributed(rank_0_goes, 2, free_ports()[0])[1]
 
 
 def endless_work() -> str:

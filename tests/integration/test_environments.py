@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from tests.support.finished import run_config
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
+from univitar_ds.training.distributed.ports import free_ports
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 BIN = Path(sys.executable).parent
@@ -31,12 +31,6 @@ def run_file(tmp_path_factory) -> Path:
     config = run_config(shards, output=str(folder / "runs"), data=data, logging={"peak_tflops": 0.05})
     dump_config(config, folder / "run.yaml")
     return folder / "run.yaml"
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def ended(command, cwd=None, **environment) -> subprocess.CompletedProcess[str]:
@@ -59,7 +53,8 @@ def test_with_nproc_a_run_ignores_what_launchers_left_in_the_shell(run_file, npr
 
 
 def test_ranks_of_torchrun_in_a_shell_of_mpirun_are_those_of_torchrun(run_file):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--master-port", free_port(), "--nproc-per-node", "2"]
+    port = str(free_ports()[0])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--master-port", port, "--nproc-per-node", "2"]
     command = [*launcher, "-m", "univitar_ds", "train", "--config", run_file, "name=in-mpi"]
     result = ended(command, OMPI_COMM_WORLD_SIZE="1", OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_LOCAL_RANK="0")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -83,7 +78,7 @@ def test_a_run_imports_nothing_of_the_folder_in_which_it_is_started(run_file, tm
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write('{name}')\nraise ImportError('{name}')\n")
     command, environment = START[start]
-    command = [free_port() if word == "PORT" else word for word in command]
+    command = [str(free_ports()[0]) if word == "PORT" else word for word in command]
     result = ended([*command, "--config", run_file, f"name=hostile-{start.split()[0]}"], cwd=tmp_path, **environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert not (tmp_path / "imported").exists(), (tmp_path / "imported").read_text()

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,16 +17,11 @@ from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.training.checkpoint import atomic_dir
+from univitar_ds.training.distributed.ports import free_ports
 from univitar_ds.training.distributed.preemption import SAVED
 
 pytestmark = pytest.mark.distributed
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +57,7 @@ LAUNCHERS = {
     [name if name == "own" else pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS],
 )
 def test_a_run_is_trained_evaluated_and_exported_by(launcher, run_file):
-    command = [free_port() if part == "PORT" else part for part in LAUNCHERS[launcher]]
+    command = [str(free_ports()[0]) if part == "PORT" else part for part in LAUNCHERS[launcher]]
     done = completed([*command, "--config", str(run_file), f"name={launcher}", "stages.0.samples=40"])
     assert done.returncode == 0, done.stderr[-3000:]
     run = run_file.parent / "runs" / launcher
@@ -117,7 +111,7 @@ class TwoHosts:
 
     def __init__(self, launcher: str, hostfile: Path, *arguments: str) -> None:
         hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-        port, self.log = free_port(), hostfile.with_suffix(".log")
+        port, self.log = str(free_ports()[0]), hostfile.with_suffix(".log")
         self.mark = f"TEST_OF_TWO_HOSTS={hostfile}-{port}".encode()
         name, value = self.mark.decode().split("=")
         self.started = []
@@ -227,7 +221,7 @@ def test_the_own_launcher_hands_a_signal_on_to_the_ranks(run_file):
 
 
 def test_a_fault_that_rank_0_finds_before_training_ends_all_ranks_with_one_sentence(run_file):
-    command = [free_port() if part == "PORT" else part for part in LAUNCHERS["deepspeed"]]
+    command = [str(free_ports()[0]) if part == "PORT" else part for part in LAUNCHERS["deepspeed"]]
     done = completed([*command, "--config", str(run_file), "name=absent", "data.sources.0.path=nowhere"])
     assert done.returncode == 2, done.stderr[-3000:]
     assert done.stderr.count("error: ") == 1, done.stderr[-3000:]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 from tests.support.progress import Stalled, marked, run_watched, runs, wait_until
+from univitar_ds.training.distributed.ports import free_ports
 
 NODES = ("univitar-a", "univitar-b")
 HOSTS = Path("/etc/hosts")
@@ -152,7 +153,7 @@ def _configure(folder: Path) -> None:
     key = folder / "private" / "munge.key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
-    port, first_port, second_port = _free_ports(3)
+    port, first_port, second_port = free_ports(3)
     content = CONF.format(
         host=socket.gethostname().split(".")[0],
         folder=folder,
@@ -209,17 +210,6 @@ def _end(pid_file: Path) -> None:
         with suppress(Stalled):
             return wait_until(lambda: not runs(pid), "the end of a daemon", of={"it": pid}, idle_s=ENDS_S)
         os.kill(pid, signal.SIGKILL)
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def _logs(folder: Path) -> str:

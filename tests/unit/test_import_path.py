@@ -38,9 +38,7 @@ def ended(hostile, command, **environment):
     environment.pop("PYTHONSAFEPATH", None)
     if environment.get("PYTHONPATH") is None:
         environment.pop("PYTHONPATH", None)
-    result = subprocess.run(
-        command, cwd=hostile, env=environment, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, cwd=hostile, env=environment, capture_output=True, text=True, check=False)
     marker = hostile.parent / "imported"
     return result, marker.read_text().split() if marker.exists() else []
 
@@ -76,9 +74,7 @@ def test_a_checkout_in_the_current_folder_stays_importable(tmp_path):
         "import sys; sys.path.insert(0, ''); from univitar_ds.import_path import drop_current_folder as drop;"
         "drop(); import checkout_only; print(checkout_only.__file__)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

@@ -23,9 +23,7 @@ def run(tmp_path):
 def ended(arguments, environment=None, **streams):
     environment = {**os.environ, **(environment or {})}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], env=environment, check=False, encoding="utf-8", **streams
-    )
+    return subprocess.run([*COMMAND, *map(str, arguments)], env=environment, check=False, encoding="utf-8", **streams)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from univitar_ds.config.deepspeed import lanes_per_rank
 from univitar_ds.errors import ConfigError, UserError
-from univitar_ds.training.distributed.rendezvous import meet
+from univitar_ds.training.distributed.rendezvous import connection_lost, meet
 
 PEER_TIMEOUT = timedelta(minutes=10)
 """Maximum time that a rank waits for other ranks: a dead rank must not block a machine indefinitely."""
@@ -88,7 +88,7 @@ def start_world(timeout: timedelta = PEER_TIMEOUT) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe, one rank without the variables.
 
     Raises: ConfigError if this rank has no usable GPU, see `check_gpus`; UserError if not all ranks join, see
-        `rendezvous.meet`.
+        `rendezvous.meet`, or a rank ends before all are connected.
     """
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -101,14 +101,17 @@ def start_world(timeout: timedelta = PEER_TIMEOUT) -> World:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         store = dist.HashStore() if size == 1 else meet(rank, size)  # a store in memory needs no free port
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("default_pg", store),
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
-            device_id=device if cuda else None,  # NCCL would guess it from the rank, wrongly if nodes differ
-        )
+        try:
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("default_pg", store),
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
+                device_id=device if cuda else None,  # NCCL would guess it from the rank, wrongly if nodes differ
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise connection_lost(rank, size) from error
     return World(rank, size, local_rank, device)
 
 

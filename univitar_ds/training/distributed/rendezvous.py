@@ -54,6 +54,11 @@ def meet(rank: int, size: int, timeout: timedelta = MEET_TIMEOUT) -> dist.Store:
     return store
 
 
+def connection_lost(rank: int, size: int) -> UserError:
+    """Returns the error of a rank that lost another rank after `meet`, before the process group was complete."""
+    return UserError(_message(rank, size, "another rank ended while the ranks connected; its log says why"))
+
+
 def _store(rank: int, size: int, timeout: timedelta, deadline: float) -> dist.Store:
     """Returns the store. Rank 0 creates the store unless torchrun has created one; other ranks connect to it."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -69,7 +74,10 @@ def _wait_for_port(host: str, port: int, deadline: float) -> None:
     Raises: TimeoutError if the port is not open at the deadline."""
     while True:
         try:
-            socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), _POLL_S)).close()
+            limit = max(deadline - time.monotonic(), _POLL_S)
+            with socket.create_connection((host, port), timeout=limit) as connection:
+                if connection.getsockname() == connection.getpeername():  # a port that the system chose for this end
+                    raise ConnectionRefusedError(f"nothing listens at {host}:{port}")
             return
         except OSError as error:
             if time.monotonic() > deadline:

@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from univitar_ds.errors import ConfigError
+from univitar_ds.training.distributed import rendezvous
 from univitar_ds.training.distributed.launchers import RANK_NAMES, forget_launchers, is_rank
+from univitar_ds.training.distributed.ports import free_ports
 
 FIVE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 OMPI = {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
@@ -113,12 +115,6 @@ except UserError as error:
 """
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def ranks(numbers, size, seconds, port):
     """What each of these ranks printed; all end when all have said something."""
     processes = []
@@ -136,12 +132,12 @@ def ranks(numbers, size, seconds, port):
 
 @pytest.mark.distributed
 def test_ranks_that_are_all_there_meet():
-    assert ranks([0, 1], 2, 200, free_port()) == ["met", "met"]
+    assert ranks([0, 1], 2, 200, free_ports()[0]) == ["met", "met"]
 
 
 @pytest.mark.distributed
 def test_a_rank_that_nobody_answers_says_which_variables_made_it_one_and_how_to_unset_them():
-    port = free_port()
+    port = free_ports()[0]
     for number, said in ((0, "rank 1 did not answer within 1 s; "), (1, f"127.0.0.1:{port}, within 1 s; ")):
         (text,) = ranks([number], 2, 1, port)
         assert said in text
@@ -152,5 +148,14 @@ def test_a_rank_that_nobody_answers_says_which_variables_made_it_one_and_how_to_
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_every_rank_that_is_there_names_the_one_that_is_not():
-    said = ranks([0, 2], 3, 30, free_port())
+    said = ranks([0, 2], 3, 30, free_ports()[0])
     assert all(text.startswith("rank 1 did not answer within 30 s; ") for text in said), said
+
+
+def test_a_connection_to_itself_is_not_the_port_of_rank_0(monkeypatch):
+    with socket.socket() as alone:
+        alone.bind(("127.0.0.1", 0))
+        alone.connect(alone.getsockname())  # TCP allows both ends of a connection to be one socket
+        monkeypatch.setattr(socket, "create_connection", lambda *_, **__: alone)
+        with pytest.raises(TimeoutError, match=r"nothing listens at 127\.0\.0\.1:7"):
+            rendezvous._wait_for_port("127.0.0.1", 7, deadline=0.0)
