@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "geometry", "import_path", "processes", "randomness", "screen"},
     {"atomic_write", "identity", "image_ops", "kernels", "owned", "tokenization"},
     {"config", "run_lock", "data.storage", "data.media"},
-    {"preprocessing", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},
+    {"preprocessing", "formats", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},
     {"model.teacher", "data.sampler", "data.writing", "training.engine"},
     {"data", "training.checkpoint"},
     {"data.tools", "viz", "training.step"},

@@ -11,7 +11,8 @@ from tests.support.golden import CASES, golden
 from tests.unit.model.made import small_encoder
 from univitar_ds import UniViTAR
 from univitar_ds.errors import CheckpointError
-from univitar_ds.model.weights import load_into, read_weights, save_encoder
+from univitar_ds.formats.weight_files import open_weights
+from univitar_ds.model.weights import load_into, save_encoder
 
 QKV = "encoder.layers.0.attn.qkv.weight"
 
@@ -41,7 +42,7 @@ def test_released_weights_survive_reading_and_writing_to_the_bit(case, safe, tmp
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json", "model.safetensors" if safe else "pytorch_model.bin"
     }  # fmt: skip
-    assert same(read_weights(tmp_path), released)
+    assert same(dict(open_weights(tmp_path)), released)
     again = UniViTAR.from_pretrained(tmp_path)
     assert same(again.state_dict(), released)
     assert again.config == model.config
@@ -53,7 +54,7 @@ def test_stored_precision_is_kept_and_copying_keeps_the_models(tmp_path):
     model = small_encoder(seed=2)
     load_into(model, tmp_path)
     assert model.embeddings["patch_embedding"].weight.dtype == torch.float32
-    assert torch.equal(model.state_dict()[QKV].bfloat16(), read_weights(tmp_path)[QKV])
+    assert torch.equal(model.state_dict()[QKV].bfloat16(), dict(open_weights(tmp_path))[QKV])
 
 
 def test_a_loaded_encoder_is_in_evaluation_mode_and_can_be_trained(stored):

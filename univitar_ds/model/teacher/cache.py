@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from univitar_ds.atomic_write import replacing
 from univitar_ds.errors import StorageError
+from univitar_ds.formats.weight_files import save_tensors
 from univitar_ds.geometry import token_count
-from univitar_ds.model.weights import save_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from univitar_ds.errors import CheckpointError
-from univitar_ds.model.weights import save_tensors
+from univitar_ds.formats.weight_files import save_tensors
 from univitar_ds.training.checkpoint import atomic_dir
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
 from univitar_ds.training.engine.engine import EMA, FROZEN, MASTER, Engine
