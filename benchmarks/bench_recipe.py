@@ -33,9 +33,9 @@ from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.data.writing.writer import pack_folder
 from univitar_ds.demo.synthetic import write_scenes
 from univitar_ds.evaluation.run import evaluate
+from univitar_ds.formats.elastic import read_state
 from univitar_ds.training.checkpoint import atomic_dir
 from univitar_ds.training.checkpoint.offline import open_trained
-from univitar_ds.training.checkpoint.sharded import read_state
 
 ARMS = ("fixed", "curriculum", "distilled")
 IMAGES, VIDEOS = 1600, 1600

@@ -20,12 +20,12 @@ from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, EXPORT, SUMMARY
 from univitar_ds.errors import StorageError, UserError, storage_error
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.import_path import safe_environment
 from univitar_ds.processes import SIGNALS, Process, children, signals_held
 from univitar_ds.run import create_run, reopen_run
 from univitar_ds.run_lock import VARIABLE, RunLock, release_all, still_ours
 from univitar_ds.screen import prepare_screen, show
-from univitar_ds.training.checkpoint import atomic_dir
 from univitar_ds.training.distributed import orphans, preemption
 from univitar_ds.training.distributed.launchers import forget_launchers, is_rank
 from univitar_ds.training.distributed.ports import free_ports
@@ -89,7 +89,7 @@ def run_rank(run: Path, stop: Stop, lock: RunLock) -> int:
 def _kept(run: Path) -> str:
     found = None
     with suppress(OSError):
-        found = atomic_dir.latest(run / CHECKPOINTS)
+        found = checkpoint_dir.latest(run / CHECKPOINTS)
     return "no checkpoint was written yet" if found is None else f"the last checkpoint, {found}, is whole"
 
 

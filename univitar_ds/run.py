@@ -32,9 +32,9 @@ from univitar_ds.config.run_folder import (
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.unused import unused_parts
 from univitar_ds.errors import ConfigError, DataError, writing
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link
 from univitar_ds.run_lock import RunLock
-from univitar_ds.training.checkpoint import atomic_dir
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
     run = Path(config.output, config.name)
     with writing(run), _held(run, lock) as lock:
         lock.refuse()
-        if atomic_dir.latest(run / CHECKPOINTS) is not None and lock.continues():
+        if checkpoint_dir.latest(run / CHECKPOINTS) is not None and lock.continues():
             return reopen_run(run, (), world_size, lock)
         _check_unused(run, recipe)
         deepspeed = read_deepspeed(config.deepspeed)
@@ -128,7 +128,7 @@ def _check_unused(run: Path, recipe: str) -> None:
     if not run.exists() or foreign(run, LOCKS) is None:
         return
     refuse_link(run)
-    if atomic_dir.latest(run / CHECKPOINTS) is not None:
+    if checkpoint_dir.latest(run / CHECKPOINTS) is not None:
         raise ConfigError(
             f"{run} holds the checkpoints of an earlier run; continue it with `univitar-ds train --resume {run}`, "
             "choose another name=..., or remove the folder"

@@ -9,7 +9,8 @@ from tests.support.distributed import run_distributed
 from tests.support.standin import LANES, STANDIN_TERMS, StandIn, pack
 from tests.support.training import OBJECTIVE, ds_config, lr, weights
 from univitar_ds.config.schema import OptimizerConfig
-from univitar_ds.training.checkpoint.sharded import load_checkpoint, read_full, save_checkpoint
+from univitar_ds.formats.elastic import read_full
+from univitar_ds.training.checkpoint.sharded import load_checkpoint, save_checkpoint
 from univitar_ds.training.distributed.process_group import start_world
 from univitar_ds.training.engine.engine import build_engine
 from univitar_ds.training.step.train_step import StepSettings, train_step

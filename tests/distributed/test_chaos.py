@@ -17,8 +17,8 @@ from tests.support.distributed import RankFailed, run_distributed
 from tests.support.runs import metrics, samples, small_config, train_rank
 from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.run import create_run, reopen_run
-from univitar_ds.training.checkpoint import atomic_dir
 
 KILLS = 20
 pytestmark = [
@@ -58,7 +58,7 @@ def config_of(folder, output):
 def cursors(run):
     """Of all lanes, in the last checkpoint."""
     found = {}
-    for path in atomic_dir.complete(run / CHECKPOINTS)[-1].glob("rank*.json"):
+    for path in checkpoint_dir.complete(run / CHECKPOINTS)[-1].glob("rank*.json"):
         found |= json.loads(path.read_text())["cursors"]
     return found
 
@@ -116,7 +116,7 @@ def test_killed_at_random_points_and_resumed_on_other_ranks_it_is_the_uninterrup
         delay_s = chance.uniform(0, 0.4) if steps else chance.uniform(0.5, 3)
         if killed(run, ranks, victims, steps, delay_s):
             visited.add((ranks, workers))
-            latest = atomic_dir.latest(run / CHECKPOINTS)
+            latest = checkpoint_dir.latest(run / CHECKPOINTS)
             stands.append(0 if latest is None else int(latest.name.removeprefix("step-")))
         else:  # on a fast machine; the kills that are left are for another run
             assert_same(run, whole)

@@ -16,8 +16,10 @@ from tests.support.distributed import RankFailed, run_distributed
 from tests.support.standin import HALF_NUMBER_TERMS, STANDIN_TERMS, StandIn
 from tests.support.training import engine_of, losses, lr, steps
 from univitar_ds.errors import CheckpointError, StorageError
+from univitar_ds.formats import checkpoint_dir, elastic
+from univitar_ds.formats.elastic import read_full, read_state
 from univitar_ds.training.checkpoint import atomic_dir, sharded
-from univitar_ds.training.checkpoint.sharded import load_checkpoint, read_full, read_state, save_checkpoint
+from univitar_ds.training.checkpoint.sharded import load_checkpoint, save_checkpoint
 from univitar_ds.training.distributed.process_group import PeerFailure, start_world
 
 pytestmark = pytest.mark.distributed
@@ -41,11 +43,11 @@ def first_half(folder):
     save_checkpoint(engine, folder, END, {}, {}, keep=2)
     hashed, opened = [], []
     with pytest.MonkeyPatch.context() as patch:
-        digest, safe_open = hashlib.file_digest, sharded.safe_open
+        digest, safe_open = hashlib.file_digest, elastic.safe_open
         patch.setattr(
             hashlib, "file_digest", lambda file, kind: hashed.append(Path(file.name).name) or digest(file, kind)
         )
-        patch.setattr(sharded, "safe_open", lambda path, kind: opened.append(path.name) or safe_open(path, kind))
+        patch.setattr(elastic, "safe_open", lambda path, kind: opened.append(path.name) or safe_open(path, kind))
         load_checkpoint(engine, saved)
     again = steps(engine, MIDDLE, END)
     save_checkpoint(engine, folder.with_name("again"), END, {}, {}, keep=2)
@@ -97,7 +99,7 @@ def end(base, name):
 
 
 def hashes(folder):
-    return {n: f["sha256"] for n, f in atomic_dir.read_manifest(folder).items() if n.endswith(".safetensors")}
+    return {n: f["sha256"] for n, f in checkpoint_dir.read_manifest(folder).items() if n.endswith(".safetensors")}
 
 
 def test_a_new_engine_of_as_many_ranks_goes_on_bit_for_bit(base, straight, resumed):
@@ -212,10 +214,10 @@ def test_a_checkpoint_whose_ranges_have_a_hole_is_damaged(base, straight, tmp_pa
     index = json.loads((folder / "rank00001.json").read_text())
     index["pieces"]["spare.weight"]["length"] = 0
     atomic_dir.write_json(folder / "rank00001.json", index)
-    manifest = json.loads((folder / atomic_dir.MANIFEST).read_text())
+    manifest = json.loads((folder / checkpoint_dir.MANIFEST).read_text())
     content = (folder / "rank00001.json").read_bytes()
     manifest["files"]["rank00001.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    atomic_dir.write_json(folder / atomic_dir.MANIFEST, manifest)
+    atomic_dir.write_json(folder / checkpoint_dir.MANIFEST, manifest)
     with pytest.raises(CheckpointError, match=r"has fp32 of spare\.weight up to element 288 only, 576 are needed"):
         read_full(folder)
 
@@ -237,7 +239,7 @@ def one_rank_has_no_space(folder):
         save_checkpoint(engine, folder, 2, {}, {}, keep=2)
         story = None
     except (StorageError, PeerFailure) as error:
-        story = type(error).__name__, str(error), atomic_dir.latest(folder).name
+        story = type(error).__name__, str(error), checkpoint_dir.latest(folder).name
     sharded.save_tensors = write
     return story, save_checkpoint(engine, folder, 2, {}, {}, keep=2).name
 
@@ -270,7 +272,7 @@ def one_rank_is_killed(folder):
 def test_a_rank_killed_while_it_saves_hangs_nobody_and_the_previous_stays(tmp_path):
     with pytest.raises(RankFailed, match=r"exit code -9"):
         run_distributed(one_rank_is_killed, 2, tmp_path / "c")
-    folder = atomic_dir.latest(tmp_path / "c")
+    folder = checkpoint_dir.latest(tmp_path / "c")
     assert folder.name == "step-00000001"
-    atomic_dir.verify(folder, atomic_dir.read_manifest(folder))
+    checkpoint_dir.verify(folder, checkpoint_dir.read_manifest(folder))
     assert read_full(folder).keys() == StandIn().state_dict().keys()

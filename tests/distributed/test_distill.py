@@ -15,13 +15,14 @@ from tests.support.training import ds_config
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.model import ModelConfig, ObjectiveConfig, TeacherConfig, TextConfig
 from univitar_ds.config.schema import OptimizerConfig
+from univitar_ds.formats.elastic import read_full
 from univitar_ds.geometry import token_count
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.dropping import NO_DROPPING, DropConfig
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.teacher.teacher import build_teacher, read_teacher
 from univitar_ds.model.towers import build_text_tower
-from univitar_ds.training.checkpoint.sharded import read_full, save_checkpoint
+from univitar_ds.training.checkpoint.sharded import save_checkpoint
 from univitar_ds.training.distributed.process_group import start_world
 from univitar_ds.training.engine.engine import build_engine
 from univitar_ds.training.step.train_step import StepSettings, train_step

@@ -13,8 +13,8 @@ from tests.support.runs import metrics, rewound, samples, small_config, train_ra
 from tests.support.shards import image_sample, sidecar, write_tar
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.errors import UserError
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.run import create_run
-from univitar_ds.training.checkpoint import atomic_dir
 
 pytestmark = pytest.mark.distributed
 CLEAN, POISONED = 360, 2
@@ -133,8 +133,8 @@ def test_a_run_resumed_before_a_rollback_goes_the_same_way_bit_for_bit(recovered
     assert losses[0] == losses[1]
     assert samples(again) == samples(recovered.run)
     assert events_of(again) == recovered.events
-    names = [atomic_dir.complete(run / CHECKPOINTS)[-1] for run in (again, recovered.run)]
-    ours, theirs = (atomic_dir.read_manifest(folder) for folder in names)
+    names = [checkpoint_dir.complete(run / CHECKPOINTS)[-1] for run in (again, recovered.run)]
+    ours, theirs = (checkpoint_dir.read_manifest(folder) for folder in names)
     tensors = [name for name in ours if name.endswith(".safetensors")]
     assert tensors
     assert all(ours[name] == theirs[name] for name in tensors)

@@ -11,9 +11,9 @@ from tests.support.distributed import run_distributed
 from tests.support.runs import TERMS, metrics, rewound, samples, small_config, train_rank
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.elastic import read_full
 from univitar_ds.run import create_run
-from univitar_ds.training.checkpoint import atomic_dir
-from univitar_ds.training.checkpoint.sharded import read_full
 
 pytestmark = pytest.mark.distributed
 LR = 1e-3
@@ -102,7 +102,7 @@ def test_resumed_inside_a_stage_or_at_a_stage_transition_it_is_the_uninterrupted
     assert [line["loss"] for line in metrics(again)] == [line["loss"] for line in metrics(whole.run)]
     assert samples(again) == samples(whole.run)
     step = f"step-{whole.steps:08d}"
-    ours, theirs = (atomic_dir.read_manifest(run / CHECKPOINTS / step) for run in (again, whole.run))
+    ours, theirs = (checkpoint_dir.read_manifest(run / CHECKPOINTS / step) for run in (again, whole.run))
     assert {n: f for n, f in ours.items() if n.endswith(".safetensors")} == {
         n: f for n, f in theirs.items() if n.endswith(".safetensors")
     }

@@ -14,9 +14,9 @@ from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.errors import UserError
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.run import create_run
 from univitar_ds.run_lock import RunLock
-from univitar_ds.training.checkpoint import atomic_dir
 
 pytestmark = pytest.mark.distributed
 CHECKPOINT_MB = 41
@@ -74,8 +74,8 @@ def under_lock(run: Path, word: str) -> list[str]:
 
 
 def whole(run: Path) -> str:
-    last = atomic_dir.latest(run / CHECKPOINTS)
-    atomic_dir.verify(last, atomic_dir.read_manifest(last))
+    last = checkpoint_dir.latest(run / CHECKPOINTS)
+    checkpoint_dir.verify(last, checkpoint_dir.read_manifest(last))
     return last.name
 
 

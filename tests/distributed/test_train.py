@@ -20,11 +20,11 @@ from tests.support.runs import (
 )
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.elastic import read_full
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.run import create_run
-from univitar_ds.training.checkpoint import atomic_dir
-from univitar_ds.training.checkpoint.sharded import read_full
 from univitar_ds.training.engine.optim import GRADIENT_PARTS
 
 pytestmark = pytest.mark.distributed
@@ -67,7 +67,7 @@ def whole(tmp_path_factory):
     answers = run_distributed(watched, 2, run)
     assert [completed for completed, _ in answers] == [True, True]
     rules = {**answers[0][1], **answers[1][1]}
-    last = atomic_dir.complete(run / CHECKPOINTS)[-1]
+    last = checkpoint_dir.complete(run / CHECKPOINTS)[-1]
     return SimpleNamespace(run=run, shards=folder / "shards", last=last, steps=len(metrics(run)), rules=rules)
 
 
@@ -141,7 +141,7 @@ def test_images_of_both_modalities_are_drawn_and_change_no_bit(whole, tmp_path):
     run = create_run(thinned_config(whole.shards, tmp_path, logging=logging), "test", 2)
     run_distributed(train_rank, 2, run)
     assert [untimed(line) for line in metrics(run)] == [untimed(line) for line in metrics(whole.run)]
-    ours, theirs = (atomic_dir.read_manifest(folder / CHECKPOINTS / whole.last.name) for folder in (whole.run, run))
+    ours, theirs = (checkpoint_dir.read_manifest(folder / CHECKPOINTS / whole.last.name) for folder in (whole.run, run))
     assert all(ours[name] == theirs[name] for name in ours if name.endswith(".safetensors"))
     board = EventAccumulator(str(run / "tb")).Reload()
     assert board.Images("pack_image")[0].step == 3
@@ -157,7 +157,7 @@ def test_a_run_resumed_inside_a_stage_is_the_uninterrupted_one_bit_for_bit(whole
     run_distributed(train_rank, 2, again)
     assert [untimed(line) for line in metrics(again)] == [untimed(line) for line in metrics(whole.run)]
     assert samples(again) == samples(whole.run)
-    ours, theirs = (atomic_dir.read_manifest(run / CHECKPOINTS / whole.last.name) for run in (whole.run, again))
+    ours, theirs = (checkpoint_dir.read_manifest(run / CHECKPOINTS / whole.last.name) for run in (whole.run, again))
     tensors = [name for name in ours if name.endswith(".safetensors")]
     assert len(tensors) == 3
     assert all(ours[name] == theirs[name] for name in tensors)
@@ -182,7 +182,7 @@ def test_a_finished_run_started_again_only_says_so(whole, tmp_path):
     again = rewound(whole.run, whole.steps, tmp_path / "again")
     assert run_distributed(train_rank, 2, again) == [True, True]
     assert [line["step"] for line in metrics(again)] == list(range(1, whole.steps + 1))
-    assert atomic_dir.complete(again / CHECKPOINTS)[-1].name == whole.last.name
+    assert checkpoint_dir.complete(again / CHECKPOINTS)[-1].name == whole.last.name
 
 
 def story_of(run):
@@ -223,7 +223,7 @@ def test_data_that_end_on_one_rank_end_all_of_them_with_its_story(whole, tmp_pat
     assert stories[1] == ("DataError", "shard-7.tar is cut at byte 512")
     assert stories[0] == ("PeerFailure", "rank 1 ended the run: shard-7.tar is cut at byte 512")
     assert len(metrics(run)) == 2
-    assert atomic_dir.latest(run / CHECKPOINTS).name == "step-00000002"
+    assert checkpoint_dir.latest(run / CHECKPOINTS).name == "step-00000002"
 
 
 def story_of_other_shards(run):

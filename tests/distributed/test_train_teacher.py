@@ -10,8 +10,8 @@ from tests.support.runs import metrics, rewound, samples, small_config, train_ra
 from tests.support.shards import write_demo_shards
 from tests.support.teachers import own_encoder
 from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.run import create_run
-from univitar_ds.training.checkpoint import atomic_dir
 
 pytestmark = pytest.mark.distributed
 
@@ -28,7 +28,7 @@ def taught(tmp_path_factory):
     config = config.model_copy(update={"stages": [fading, second]})
     run = create_run(config, "test", 2)
     assert run_distributed(train_rank, 2, run) == [True, True]
-    checkpoints = atomic_dir.complete(run / CHECKPOINTS)
+    checkpoints = checkpoint_dir.complete(run / CHECKPOINTS)
     return SimpleNamespace(run=run, folder=folder, last=checkpoints[-1])
 
 
@@ -51,7 +51,7 @@ def test_a_run_resumed_while_it_is_taught_is_the_uninterrupted_one_bit_for_bit(t
     run_distributed(train_rank, 2, again)
     assert [line["loss"] for line in metrics(again)] == [line["loss"] for line in metrics(taught.run)]
     assert samples(again) == samples(taught.run)
-    ours, theirs = (atomic_dir.read_manifest(run / CHECKPOINTS / taught.last.name) for run in (taught.run, again))
+    ours, theirs = (checkpoint_dir.read_manifest(run / CHECKPOINTS / taught.last.name) for run in (taught.run, again))
     tensors = [name for name in ours if name.endswith(".safetensors")]
     assert len(tensors) == 3
     assert all(ours[name] == theirs[name] for name in tensors)

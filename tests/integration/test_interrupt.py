@@ -14,8 +14,8 @@ from tests.support.processes import Program
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
 from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.processes import children, command
-from univitar_ds.training.checkpoint import atomic_dir
 from univitar_ds.training.distributed.preemption import SAVED
 
 pytestmark = pytest.mark.distributed
@@ -52,7 +52,7 @@ def test_the_first_one_ends_the_run_as_sigterm_does_with_one_line(nproc, folder)
         assert program.ends() == SAVED, program.said()[-3000:]
         program.wait_for(lambda: not program.pids(), running=False)
         (line,) = unexpected(program.said().splitlines()[before:])
-    (saved,) = atomic_dir.complete(run / CHECKPOINTS)
+    (saved,) = checkpoint_dir.complete(run / CHECKPOINTS)
     assert saved.name == f"step-{steps(run)[-1]:08d}"
     assert f"saving step {steps(run)[-1]}" in line
     assert json.loads((run / "summary.json").read_text())["completed"] is False

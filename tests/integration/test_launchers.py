@@ -16,7 +16,7 @@ from tests.support.progress import ended, marked, run_watched, wait_until
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
 from univitar_ds.config.run_folder import CHECKPOINTS
-from univitar_ds.training.checkpoint import atomic_dir
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.training.distributed.ports import free_ports
 from univitar_ds.training.distributed.preemption import SAVED
 
@@ -81,7 +81,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_and_ends(run_file):
     )
     try:
         wait_until(
-            lambda: len(atomic_dir.complete(run / CHECKPOINTS)) >= 2 or process.poll() is not None,
+            lambda: len(checkpoint_dir.complete(run / CHECKPOINTS)) >= 2 or process.poll() is not None,
             "the second checkpoint",
             of={"the run": process.pid},
         )
@@ -178,7 +178,7 @@ def after_some_steps(run: Path, launchers: list[subprocess.Popen], log: Path | N
 
 def ask_to_leave(run: Path) -> None:
     """The run has its only checkpoint at its last step."""
-    (saved,) = atomic_dir.complete(run / CHECKPOINTS)
+    (saved,) = checkpoint_dir.complete(run / CHECKPOINTS)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert saved.name == f"step-{steps[-1]:08d}"
     assert json.loads((run / "summary.json").read_text())["completed"] is False

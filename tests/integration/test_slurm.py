@@ -12,8 +12,8 @@ from tests.support.shards import write_demo_shards
 from tests.support.slurm import ROOT, Cluster, cluster, missing
 from univitar_ds.config.load import dump_config, load_config
 from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.run import create_run
-from univitar_ds.training.checkpoint import atomic_dir
 
 pytestmark = [
     pytest.mark.distributed,
@@ -192,7 +192,7 @@ def last_step(run: Path) -> int:
 def saved_steps(run: Path) -> list[int]:
     """Those of checkpoints but for the one at the stage transition from the first stage."""
     handed_over = {json.loads(line)["step"] for line in (run / "events.jsonl").read_text().splitlines()}
-    steps = {int(folder.name.removeprefix("step-")) for folder in atomic_dir.complete(run / CHECKPOINTS)}
+    steps = {int(folder.name.removeprefix("step-")) for folder in checkpoint_dir.complete(run / CHECKPOINTS)}
     return sorted(steps - handed_over)
 
 

@@ -10,7 +10,8 @@ import torch
 from tests.support.standin import LANES, StandIn, pack
 from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.config.schema import OptimizerConfig
-from univitar_ds.training.checkpoint.sharded import read_full, save_checkpoint
+from univitar_ds.formats.elastic import read_full
+from univitar_ds.training.checkpoint.sharded import save_checkpoint
 from univitar_ds.training.distributed.process_group import World, gather_numbers
 from univitar_ds.training.engine.engine import Engine, build_engine
 from univitar_ds.training.step.train_step import StepResult, StepSettings, train_step

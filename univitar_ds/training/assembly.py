@@ -14,13 +14,14 @@ from univitar_ds.config.load import changed_result, check_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError
+from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.elastic import read_state
 from univitar_ds.kernels.dispatch import compile_on_cpu
 from univitar_ds.model.config import compiles
 from univitar_ds.model.contrastive import build_contrastive
 from univitar_ds.model.teacher.teacher import read_teacher
 from univitar_ds.tokenization import load_tokenizer, special_ids
-from univitar_ds.training.checkpoint import atomic_dir
-from univitar_ds.training.checkpoint.sharded import load_checkpoint, read_state
+from univitar_ds.training.checkpoint.sharded import load_checkpoint
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
 from univitar_ds.training.engine.engine import Engine, build_engine
 from univitar_ds.training.engine.optim import freeze_but, trained_parts
@@ -79,7 +80,7 @@ def _last_checkpoint(run: Path, world: World) -> Path | None:
     Rank 0 chooses the checkpoint for all ranks, since a shared disk may not show it to all ranks at the same time."""
     name = None
     with all_ranks_or_none(world):
-        if world.is_main and (folder := atomic_dir.latest(run / CHECKPOINTS)):
+        if world.is_main and (folder := checkpoint_dir.latest(run / CHECKPOINTS)):
             name = folder.name
     name = gather_json(name, world)[0]
     return None if name is None else run / CHECKPOINTS / name

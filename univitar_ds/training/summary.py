@@ -14,8 +14,8 @@ from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.load import config_fingerprint
 from univitar_ds.config.run_folder import CHECKPOINTS, SUMMARY
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.run_lock import still_ours
-from univitar_ds.training.checkpoint import atomic_dir
 from univitar_ds.training.engine.engine import Engine, versions
 from univitar_ds.training.state import State
 
@@ -40,7 +40,7 @@ def write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> No
         "best": state.best,
         "last": state.last,
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
-        "checkpoints": [folder.name for folder in atomic_dir.complete(run / CHECKPOINTS)],
+        "checkpoints": [folder.name for folder in checkpoint_dir.complete(run / CHECKPOINTS)],
         "ranks": engine.world.size,
         "threads_per_rank": torch.get_num_threads(),
         "device": str(engine.world.device.type),

@@ -11,7 +11,6 @@ earlier versions. The renames are those of `atomic_write`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,12 +22,11 @@ from typing import Any
 from univitar_ds.atomic_write import move_into_place, sync
 from univitar_ds.config.run_folder import CHECKPOINT_FILES
 from univitar_ds.errors import CheckpointError, writing
+from univitar_ds.formats.checkpoint_dir import LATEST, MANIFEST, complete, faults, read_manifest, sha256
 from univitar_ds.owned import clear, foreign, remove
 from univitar_ds.run_lock import still_ours
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
 
-MANIFEST = "manifest.json"
-LATEST = "latest"
 TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}({LATEST}|(gone-)?step-\d{{8,}})")
 
@@ -69,10 +67,10 @@ def _commit(
     by_rank = gather_json(entries, world)
     # Each rank reads its neighbour's files, which verifies the content and that all ranks share one disk.
     with all_ranks_or_none(world):
-        faults = _faults(temporary, by_rank[(world.rank + 1) % world.size])
-        if faults:
+        found = faults(temporary, by_rank[(world.rank + 1) % world.size])
+        if found:
             raise CheckpointError(
-                f"{temporary}: {'; '.join(faults)} right after writing; all ranks need the same sound disk"
+                f"{temporary}: {'; '.join(found)} right after writing; all ranks need the same sound disk"
             )
     with all_ranks_or_none(world), writing(target):
         if world.is_main:
@@ -97,50 +95,6 @@ def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any],
             _remove(old)
 
 
-def complete(root: Path) -> list[Path]:
-    """Returns the complete folders, oldest first."""
-    folders = (folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name))
-    return sorted(folder for folder in folders if (folder / MANIFEST).is_file())
-
-
-def latest(root: Path) -> Path | None:
-    """Returns the folder in `latest`, or the newest complete folder if that one is missing; None without a folder."""
-    if (root / LATEST).is_file():
-        folder = root / (root / LATEST).read_text(encoding="utf-8").strip()
-        if folder.is_dir() and folder != root:
-            return folder
-    folders = complete(root)
-    return folders[-1] if folders else None
-
-
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns {name: {bytes, sha256}} of the files of a complete folder.
-
-    Raises: CheckpointError if the manifest is missing or cannot be read."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} has no readable {MANIFEST} ({error}); {remedy(folder)}") from error
-
-
-def verify(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Compares files with their entries of a manifest.
-
-    Raises: CheckpointError with every file of `entries` that is missing, truncated or altered, and the remedy."""
-    faults = _faults(folder, entries)
-    if faults:
-        raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)}; {remedy(folder)}")
-
-
-def remedy(folder: Path) -> str:
-    """Returns the remedy for a damaged folder."""
-    others = [other for other in complete(folder.parent) if other != folder]
-    if others:
-        return f"remove that folder and resume again; the newest other checkpoint is {others[-1]}"
-    return "there is no other checkpoint; restart the run from scratch"
-
-
 def write_json(path: Path, value: Any) -> Path:
     """Writes `value` as JSON to the disk. Returns `path`."""
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
@@ -148,26 +102,8 @@ def write_json(path: Path, value: Any) -> Path:
     return path
 
 
-def _faults(folder: Path, entries: dict[str, dict[str, Any]]) -> list[str]:
-    faults = []
-    for name, entry in entries.items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        elif _sha256(path) != entry["sha256"]:
-            faults.append(f"{name} has another sha256 than when it was written")
-    return faults
-
-
 def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _remove(folder: Path) -> bool:

@@ -12,10 +12,10 @@ from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError
+from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.elastic import read_full
 from univitar_ds.model.contrastive import ContrastiveModel, build_contrastive
 from univitar_ds.tokenization import load_tokenizer, special_ids
-from univitar_ds.training.checkpoint import atomic_dir
-from univitar_ds.training.checkpoint.sharded import read_full
 
 Weights = Literal["trained", "averaged"]
 
@@ -69,12 +69,12 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
     Raises: CheckpointError if `path` is neither, or the run has no complete checkpoint."""
     if (path / CONFIG).is_file():
-        checkpoint = atomic_dir.latest(path / CHECKPOINTS)
+        checkpoint = checkpoint_dir.latest(path / CHECKPOINTS)
         if checkpoint is None:
             raise CheckpointError(f"{path} has no complete checkpoint; train it first, or name another run")
         return path, checkpoint
     run = path.resolve().parent.parent
-    if (path / atomic_dir.MANIFEST).is_file() and (run / CONFIG).is_file():
+    if (path / checkpoint_dir.MANIFEST).is_file() and (run / CONFIG).is_file():
         return run, path
     raise CheckpointError(
         f"{path} is neither a run's folder (with {CONFIG}) nor a checkpoint in one ({CHECKPOINTS}/step-*); name one"

@@ -7,35 +7,29 @@ each rank needs.
     state.json              progress and settings of the run, optimizer, number of ranks, versions
 
 DeepSpeed's own formats are not used: the native format loads only on the same number of ranks, and the universal format
-restores wrong settings with several optimizer groups and drops frozen parameters and buffers. No file is pickled. Only
-`read_full` reads a whole model into one process, for export and evaluation.
+restores wrong settings with several optimizer groups and drops frozen parameters and buffers. No file is pickled.
+`formats.elastic` reads a checkpoint without an engine.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from univitar_ds.errors import CheckpointError
+from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.elastic import BUFFERS, EMA, FORMAT, FROZEN, MASTER, STATE, ElasticReader
 from univitar_ds.formats.weight_files import save_tensors
 from univitar_ds.training.checkpoint import atomic_dir
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
-from univitar_ds.training.engine.engine import EMA, FROZEN, MASTER, Engine
+from univitar_ds.training.engine.engine import Engine
 
-FORMAT = 2
-STATE = "state.json"
-BUFFERS = "buffers.safetensors"
 MAX_LISTED = 5
 """Maximum number of parameter names that an error lists."""
 
@@ -104,63 +98,6 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-class _Reader:
-    """Reads the shards of a checkpoint that any number of ranks has written.
-
-    A file of tensors is opened when it is first needed: on the same number of ranks, each rank opens one file.
-    """
-
-    def __init__(self, folder: Path, open_files: ExitStack) -> None:
-        self.folder = folder
-        self._open_files = open_files
-        self.content = _read_json(folder / STATE)
-        if self.content.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{folder} has format {self.content.get('format')}, this program reads {FORMAT}; "
-                "use the version that wrote it"
-            )
-        self.cursors: dict[int, dict[str, Any]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.kinds: dict[str, dict[str, str]] = {}
-        self._parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
-        """(start, length, rank that wrote it) of each part, by parameter."""
-        self._files: dict[int, Any] = {}
-        for rank in range(self.content["world_size"]):
-            index = _read_json(folder / f"rank{rank:05d}.json")
-            self.cursors.update({int(lane): cursor for lane, cursor in index["cursors"].items()})
-            for name, entry in index["pieces"].items():
-                self.shapes[name] = tuple(entry["shape"])
-                if entry["length"]:
-                    self.kinds[name] = entry["kinds"]
-                    self._parts[name].append((entry["start"], entry["length"], rank))
-
-    def fill(self, name: str, kind: str, start: int, target: Tensor) -> None:
-        """Copies elements start, start + 1, ... of a flattened parameter to the 1-D `target`.
-
-        Raises: CheckpointError if elements are missing."""
-        stop, filled = start + target.numel(), 0
-        for begin, length, rank in sorted(self._parts[name]):
-            low, high = max(begin, start + filled), min(begin + length, stop)
-            if low < high and low == start + filled:
-                source = self._tensors(rank).get_slice(f"{name}/{kind}")[low - begin : high - begin]
-                target[low - start : high - start].copy_(source)
-                filled = high - start
-        if filled < target.numel():
-            raise CheckpointError(
-                f"{self.folder} has {kind} of {name} up to element {start + filled} only, {stop} are needed; "
-                f"{atomic_dir.remedy(self.folder)}"
-            )
-
-    def _tensors(self, rank: int) -> Any:
-        if rank not in self._files:
-            path = self.folder / f"rank{rank:05d}.safetensors"
-            self._files[rank] = self._open_files.enter_context(safe_open(path, "pt"))
-        return self._files[rank]
-
-    def buffers(self) -> dict[str, Tensor]:
-        return load_file(self.folder / BUFFERS)
-
-
 def load_checkpoint(engine: Engine, folder: Path, *, stage_transition: bool = False) -> Saved:
     """Loads a checkpoint of any number of ranks and any ZeRO stage into `engine`. All ranks call it.
 
@@ -172,7 +109,7 @@ def load_checkpoint(engine: Engine, folder: Path, *, stage_transition: bool = Fa
     _verify_shared(folder, world)
     with ExitStack() as open_files:
         with all_ranks_or_none(world):
-            reader = _Reader(folder, open_files)
+            reader = ElasticReader(folder, open_files)
             _check_model(engine, reader, stage_transition)
             for piece in engine.pieces():
                 for kind, target in piece.tensors.items():
@@ -198,30 +135,6 @@ def _source(kind: str, saved: Collection[str]) -> str | None:
     return FROZEN if kind in (MASTER, EMA) and FROZEN in saved else None
 
 
-def read_full(folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
-    """Returns all parameters and buffers in full, by name, floats as float32. Needs no engine and no other rank.
-
-    Args: averaged: whether to read the average of the weights over updates, if the run keeps one.
-    Raises: CheckpointError if a file is damaged.
-    """
-    atomic_dir.verify(folder, atomic_dir.read_manifest(folder))
-    with ExitStack() as open_files:
-        reader = _Reader(folder, open_files)
-        full = {}
-        for name, shape in reader.shapes.items():
-            flat = torch.empty(shape, dtype=torch.float32).view(-1)
-            kinds = reader.kinds.get(name, {})
-            reader.fill(name, FROZEN if FROZEN in kinds else EMA if averaged and EMA in kinds else MASTER, 0, flat)
-            full[name] = flat.view(shape)
-        buffers = {name: b.float() if b.is_floating_point() else b for name, b in reader.buffers().items()}
-        return full | buffers
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Returns the `state` that was passed to `save_checkpoint`. Raises: CheckpointError if it cannot be read."""
-    return _read_json(folder / STATE)["run"]
-
-
 def _verify_shared(folder: Path, world: World) -> None:
     """Verifies the files of a checkpoint, each rank a share of the files.
 
@@ -229,14 +142,14 @@ def _verify_shared(folder: Path, world: World) -> None:
     manifest: dict[str, dict[str, Any]] = {}
     with all_ranks_or_none(world):
         if world.is_main:
-            manifest = atomic_dir.read_manifest(folder)
+            manifest = checkpoint_dir.read_manifest(folder)
     manifest = gather_json(manifest, world)[0]
     with all_ranks_or_none(world):
         by_size = sorted(manifest, key=lambda name: (manifest[name]["bytes"], name))  # shares of similar sizes
-        atomic_dir.verify(folder, {name: manifest[name] for name in by_size[world.rank :: world.size]})
+        checkpoint_dir.verify(folder, {name: manifest[name] for name in by_size[world.rank :: world.size]})
 
 
-def _check_model(engine: Engine, reader: _Reader, stage_transition: bool) -> None:
+def _check_model(engine: Engine, reader: ElasticReader, stage_transition: bool) -> None:
     """Compares the parameters and buffers of the engine's model with those of the checkpoint.
 
     Raises: CheckpointError that lists missing, unexpected, misshapen and differently frozen parameters."""
@@ -268,10 +181,3 @@ def _check_model(engine: Engine, reader: _Reader, stage_transition: bool) -> Non
 def _names(names: list[str]) -> str:
     rest = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + rest
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {atomic_dir.remedy(path.parent)}") from error

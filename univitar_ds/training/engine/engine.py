@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
+from univitar_ds.formats.elastic import EMA, FROZEN, MASTER, MOMENTS
 from univitar_ds.training.distributed.process_group import World, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
 from univitar_ds.training.engine.free_engine import free_engine
@@ -42,10 +43,6 @@ from univitar_ds.training.engine.optim import (
     settings,
 )
 
-MASTER = "fp32"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-EMA = "ema"
-FROZEN = "frozen"
 OWN_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 """Settings that keep torch's AdamW if the optimizer is offloaded, so that results do not depend on offloading."""
 

@@ -9,6 +9,7 @@ import torch
 
 from univitar_ds import atomic_write, owned
 from univitar_ds.errors import CheckpointError, StorageError
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.training.checkpoint import atomic_dir
 from univitar_ds.training.distributed.process_group import World
 
@@ -35,15 +36,15 @@ def save(root: Path, step: int, keep: int = 2) -> Path:
 
 
 def assert_whole(folder: Path, step: int) -> None:
-    manifest = atomic_dir.read_manifest(folder)
+    manifest = checkpoint_dir.read_manifest(folder)
     assert sorted(manifest) == ["rank00000.json", "rank00000.safetensors"]
-    atomic_dir.verify(folder, manifest)
+    checkpoint_dir.verify(folder, manifest)
     assert (folder / "rank00000.json").read_text() == f"{step} rank00000.json"
 
 
 def test_a_commit_is_complete_named_by_latest_and_leaves_nothing_else(tmp_path):
     folder = save(tmp_path, 7)
-    assert folder == atomic_dir.latest(tmp_path) == tmp_path / "step-00000007"
+    assert folder == checkpoint_dir.latest(tmp_path) == tmp_path / "step-00000007"
     assert_whole(folder, 7)
     assert (tmp_path / "latest").read_text() == "step-00000007\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000007"]
@@ -52,7 +53,7 @@ def test_a_commit_is_complete_named_by_latest_and_leaves_nothing_else(tmp_path):
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
         save(tmp_path, step)
-    assert [folder.name for folder in atomic_dir.complete(tmp_path)] == ["step-00000003", "step-00000010"]
+    assert [folder.name for folder in checkpoint_dir.complete(tmp_path)] == ["step-00000003", "step-00000010"]
 
 
 def killed_at_line(root: Path, step: int, line: int) -> bool:
@@ -88,12 +89,12 @@ def test_a_kill_at_any_line_leaves_a_whole_checkpoint_and_the_next_save_works(tm
         save(root, 1)
         save(root, 2)
         killed = killed_at_line(root, 3, line)
-        found = atomic_dir.latest(root)
+        found = checkpoint_dir.latest(root)
         step = int(found.name.removeprefix("step-"))
         assert_whole(found, step)
         outcomes.add(step)
         save(root, 3)
-        assert_whole(atomic_dir.latest(root), 3)
+        assert_whole(checkpoint_dir.latest(root), 3)
         assert [p.name for p in sorted(root.iterdir())] == ["latest", "step-00000002", "step-00000003"]
     assert outcomes == {2, 3}
     assert line > 50, "the trace saw hardly anything"
@@ -105,7 +106,7 @@ def test_a_kill_during_the_first_save_leaves_nothing_or_the_whole(tmp_path):
         line += 1
         root = tmp_path / str(line)
         killed = killed_at_line(root, 1, line)
-        if found := atomic_dir.latest(root):
+        if found := checkpoint_dir.latest(root):
             assert_whole(found, 1)
 
 
@@ -115,7 +116,7 @@ def test_a_cut_altered_or_missing_file_is_named_with_the_way_out(tmp_path):
     (folder / "rank00000.json").write_text("2")
     (folder / "rank00000.safetensors").write_text("3 rank00000.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        atomic_dir.verify(folder, atomic_dir.read_manifest(folder))
+        checkpoint_dir.verify(folder, checkpoint_dir.read_manifest(folder))
     for part in (
         "rank00000.json has 1 bytes instead of 16",
         "rank00000.safetensors has another sha256",
@@ -124,26 +125,26 @@ def test_a_cut_altered_or_missing_file_is_named_with_the_way_out(tmp_path):
         assert part in str(caught.value)
     (folder / "rank00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"rank00000\.safetensors is missing"):
-        atomic_dir.verify(folder, atomic_dir.read_manifest(folder))
+        checkpoint_dir.verify(folder, checkpoint_dir.read_manifest(folder))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"a": 3}}', '{"files": [1]}'])
 def test_a_manifest_that_is_none_is_an_error_of_one_sentence(tmp_path, content):
     folder = save(tmp_path, 1)
-    (folder / atomic_dir.MANIFEST).write_text(content)
+    (folder / checkpoint_dir.MANIFEST).write_text(content)
     with pytest.raises(CheckpointError, match=r"no readable manifest\.json"):
-        atomic_dir.read_manifest(folder)
+        checkpoint_dir.read_manifest(folder)
 
 
 def test_without_the_folder_that_latest_names_the_newest_complete_one_counts(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
     (tmp_path / "latest").write_text("step-00000009\n")
-    assert atomic_dir.latest(tmp_path) == tmp_path / "step-00000002"
+    assert checkpoint_dir.latest(tmp_path) == tmp_path / "step-00000002"
     (tmp_path / "step-00000003").mkdir()
     (tmp_path / "latest").write_text("")
-    assert atomic_dir.latest(tmp_path) == tmp_path / "step-00000002"
-    assert atomic_dir.latest(tmp_path / "nothing") is None
+    assert checkpoint_dir.latest(tmp_path) == tmp_path / "step-00000002"
+    assert checkpoint_dir.latest(tmp_path / "nothing") is None
 
 
 def test_a_write_that_fails_changes_nothing_and_its_reason_is_reported(tmp_path):
@@ -155,7 +156,7 @@ def test_a_write_that_fails_changes_nothing_and_its_reason_is_reported(tmp_path)
 
     with pytest.raises(StorageError, match=r"step-00000002 cannot be written: No space left on device; free some"):
         atomic_dir.commit(tmp_path, 2, full, ALONE, 2)
-    assert atomic_dir.latest(tmp_path) == tmp_path / "step-00000001"
+    assert checkpoint_dir.latest(tmp_path) == tmp_path / "step-00000001"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
     save(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001", "step-00000002"]
@@ -170,7 +171,7 @@ def test_a_file_that_changes_after_it_was_written_is_noticed_before_it_counts(tm
 
     with pytest.raises(CheckpointError, match=r"rank00000\.json has 3 bytes instead of 5 .*same sound disk"):
         atomic_dir.commit(tmp_path, 1, write_and_damage, ALONE, 2)
-    assert atomic_dir.latest(tmp_path) is None
+    assert checkpoint_dir.latest(tmp_path) is None
 
 
 def test_the_manifest_has_sizes_and_hashes(tmp_path):
@@ -196,7 +197,7 @@ def test_files_of_the_user_s_among_checkpoints_survive_every_save(tmp_path, name
     for step in (2, 3, 4):
         save(tmp_path, step, keep=1)
     assert "mine" in _content(tmp_path).values()
-    names = [folder.name for folder in atomic_dir.complete(tmp_path)]
+    names = [folder.name for folder in checkpoint_dir.complete(tmp_path)]
     assert [name for name in names if name != "step-by-step"] == ["step-00000004"]
     assert not (tmp_path / "step-00000001" / "rank00000.json").exists()
 
@@ -218,7 +219,7 @@ def test_checkpoints_behind_links_are_read_and_never_removed(tmp_path):
     (root / "step-00000001").symlink_to(elsewhere)
     (root / ".tmp-step-00000009").symlink_to(elsewhere)
     before = _content(elsewhere)
-    assert atomic_dir.latest(root) == root / "step-00000001"
+    assert checkpoint_dir.latest(root) == root / "step-00000001"
     for step in (2, 3):
         save(root, step, keep=1)
     assert _content(elsewhere) == before
