@@ -33,6 +33,6 @@ def free_ports(count: int = 1) -> list[int]:
 
 def _first_ephemeral() -> int:
     try:
-        return int(_EPHEMERAL.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
+        return int(_EPHEMERAL.read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError, IndexError):  # UnicodeError is a ValueError
         return _FIRST
