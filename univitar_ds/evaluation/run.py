@@ -32,10 +32,11 @@ from univitar_ds.evaluation.measure import measure, nothing_measured
 from univitar_ds.evaluation.overrides import is_result, overridden, same_evaluation
 from univitar_ds.evaluation.report import render_evaluation
 from univitar_ds.evaluation.scores import Figure
+from univitar_ds.formats.run import Weights, find_checkpoint
 from univitar_ds.geometry import Modality
 from univitar_ds.owned import check_result, write_result
 from univitar_ds.run_lock import still_ours
-from univitar_ds.training.checkpoint.offline import Trained, Weights, find_checkpoint, open_trained
+from univitar_ds.training.checkpoint.offline import Trained, open_trained
 from univitar_ds.training.distributed.process_group import uses_cuda
 
 FORMAT = 1

@@ -7,6 +7,7 @@ __all__ = [
     "dropping",
     "encoder",
     "flops",
+    "from_stored",
     "libraries",
     "towers",
     "transfer",

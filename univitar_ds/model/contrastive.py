@@ -92,6 +92,10 @@ class ContrastiveModel(nn.Module):
         else:
             self.distill = DistillHeads(width, teacher_width, vision.config.layer_norm_eps)
 
+    def description(self) -> dict[str, Any]:
+        """Returns the configurations of the encoder and of the text model, as JSON objects."""
+        return {"encoder": self.vision.config.to_dict(), "text": self.text.model.config.to_dict()}
+
     def forward(
         self,
         pixels: Tensor,

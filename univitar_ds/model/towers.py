@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,23 +67,23 @@ def build_text_tower(config: TextConfig, *, vocab_size: int, eos_id: int, pad_id
         `config.context_length`; InstallationError if transformers cannot be imported.
     """
     if config.path is None:
-        tower: nn.Module = CausalTextTower(_clip_from_scratch(config, vocab_size, eos_id, pad_id))
+        tower = text_tower(text_model_config(config, vocab_size=vocab_size, eos_id=eos_id, pad_id=pad_id))
     else:
         tower = _from_folder(Path(config.path))
         _check_fit(config, tower.model.config, vocab_size)
     return tower.requires_grad_(not config.frozen)
 
 
-def check_text_library() -> None:
-    """Raises: InstallationError if text towers cannot be built in this environment."""
+def text_model_config(config: TextConfig, *, vocab_size: int, eos_id: int, pad_id: int) -> dict[str, Any]:
+    """Returns the configuration of the text model that `build_text_tower` builds, as in transformers' config.json.
+
+    Raises: as `build_text_tower`.
+    """
     with working_imports("transformers"):
-        from transformers import AutoModel, CLIPTextModel, SiglipTextModel  # noqa: F401
+        from transformers import CLIPTextConfig
 
-
-def _clip_from_scratch(config: TextConfig, vocab_size: int, eos_id: int, pad_id: int) -> nn.Module:
-    with working_imports("transformers"):
-        from transformers import AutoModel, CLIPTextConfig, CLIPTextModel  # noqa: F401, AutoModel imports it later
-
+    if config.path is not None:
+        return _text_part(_read_config(Path(config.path))).to_dict()
     shape = CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,
@@ -95,23 +96,62 @@ def _clip_from_scratch(config: TextConfig, vocab_size: int, eos_id: int, pad_id:
         eos_token_id=eos_id,
         pad_token_id=pad_id,
     )
-    return AutoModel.from_config(shape, attn_implementation="sdpa")
+    return shape.to_dict()
 
 
-def _from_folder(folder: Path) -> nn.Module:
+def text_tower(values: Mapping[str, Any]) -> nn.Module:
+    """Builds a text tower with initial weights. Args: values: the text model's configuration, see `text_model_config`.
+
+    Raises: CheckpointError if the model is not supported or impossible; InstallationError as `build_text_tower`.
+    """
+    kind = values.get("model_type")
+    if kind not in FAMILIES:
+        raise CheckpointError(f"the text model is of type {kind!r}; supported are: {', '.join(sorted(FAMILIES))}")
     with working_imports("transformers"):
-        from transformers import AutoConfig, CLIPTextModel, SiglipTextModel
+        from transformers import CLIPTextConfig, CLIPTextModel, SiglipTextConfig, SiglipTextModel
+    configuration, model, tower = {
+        "clip": (CLIPTextConfig, CLIPTextModel, CausalTextTower),
+        "siglip": (SiglipTextConfig, SiglipTextModel, PaddedTextTower),
+    }[FAMILIES[kind]]
+    try:
+        with quiet():
+            return tower(model._from_config(configuration.from_dict(dict(values)), attn_implementation="sdpa"))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the text model's configuration is impossible: {first_line(error)}") from error
+
+
+def check_text_library() -> None:
+    """Raises: InstallationError if text towers cannot be built in this environment."""
+    with working_imports("transformers"):
+        from transformers import AutoModel, CLIPTextModel, SiglipTextModel  # noqa: F401
+
+
+def _read_config(folder: Path) -> Any:
+    """Returns the configuration of a folder of transformers. Raises: CheckpointError if it is not supported."""
+    with working_imports("transformers"):
+        from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model.text.path {folder} has no config.json; name a local folder of a text model")
     try:
-        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"model.text.path {folder} has no readable config.json: {first_line(error)}") from error
-    if kind not in FAMILIES:
+    if config.model_type not in FAMILIES:
         raise CheckpointError(
-            f"model.text.path {folder} holds a {kind} model; supported are: {', '.join(sorted(FAMILIES))}"
+            f"model.text.path {folder} holds a {config.model_type} model; supported are: {', '.join(sorted(FAMILIES))}"
         )
+    return config
+
+
+def _text_part(config: Any) -> Any:
+    return getattr(config, "text_config", config)
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    kind = _read_config(folder).model_type
+    with working_imports("transformers"):
+        from transformers import CLIPTextModel, SiglipTextModel
     loader, tower = {
         "clip": (CLIPTextModel, CausalTextTower),
         "siglip": (SiglipTextModel, PaddedTextTower),

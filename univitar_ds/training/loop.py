@@ -344,6 +344,7 @@ class _Trainer:
             "config": self.cfg.model_dump(mode="json"),
             "threads": torch.get_num_threads(),
             "versions": versions(),
+            "model": self.engine.module.description(),
         }
         root, cursors = self.run / CHECKPOINTS, {lane: state.cursors[lane].to_json() for lane in self.lanes}
         save_checkpoint(self.engine, root, state.progress.step, content, cursors, self.cfg.checkpoint.keep)

@@ -1,0 +1,40 @@
+"""The layout of the public release: an encoder in `config.json` and `pytorch_model.bin` or `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from univitar_ds.atomic_write import replace_text
+from univitar_ds.config.encoder import CONFIG_FILE, read_encoder_config
+from univitar_ds.errors import CheckpointError
+from univitar_ds.formats.stored_model import VISION, StoredModel
+from univitar_ds.formats.weight_files import open_weights, write_weights
+
+
+def recognises(folder: Path) -> bool:
+    """Whether the folder has an encoder's `config.json` in the release's layout."""
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "patch_size" in values and "num_hidden_layers" in values
+
+
+def read(folder: Path) -> StoredModel:
+    """Opens an encoder. Raises: CheckpointError if the folder is incomplete or damaged."""
+    tensors = open_weights(folder).renamed(lambda name: VISION + name)
+    return StoredModel(folder, "release", read_encoder_config(folder), tensors)
+
+
+def write(model: StoredModel, folder: Path, *, shard_bytes: int | None = None, safe: bool = True) -> None:
+    """Writes an encoder.
+
+    Args: shard_bytes, safe: see `write_weights`.
+    Raises: CheckpointError if `model` is more than an encoder; StorageError if the folder cannot be written.
+    """
+    if model.joint is not None:
+        raise CheckpointError("the release's layout holds an encoder alone; take --part encoder, or --to hf")
+    tensors = model.tensors.renamed(lambda name: name.removeprefix(VISION))
+    write_weights(tensors, folder, shard_bytes=shard_bytes, safe=safe)
+    replace_text(folder / CONFIG_FILE, json.dumps(model.encoder.to_dict(), indent=2) + "\n")

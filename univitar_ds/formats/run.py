@@ -1,0 +1,176 @@
+"""Runs of this trainer: the model in an elastic checkpoint of any number of ranks and any ZeRO stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.config.load import load_config
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.errors import CheckpointError
+from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.elastic import FROZEN, MOMENTS, ElasticReader
+from univitar_ds.formats.stored_model import JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
+from univitar_ds.geometry import PATCH
+from univitar_ds.model.config import PRESETS
+from univitar_ds.model.towers import text_model_config
+from univitar_ds.tokenization import load_tokenizer, special_ids
+
+Weights = Literal["trained", "averaged"]
+
+
+def recognises(folder: Path) -> bool:
+    """Whether the folder is that of a run, or a checkpoint in one."""
+    own = (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir()
+    return own or ((folder / checkpoint_dir.MANIFEST).is_file() and (_run_of(folder) / CONFIG).is_file())
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """Returns the folders of the run and of the checkpoint. Args: path: folder of a run or of a checkpoint.
+
+    Raises: CheckpointError if `path` is neither, or the run has no complete checkpoint."""
+    if (path / CONFIG).is_file():
+        checkpoint = checkpoint_dir.latest(path / CHECKPOINTS)
+        if checkpoint is None:
+            raise CheckpointError(f"{path} has no complete checkpoint; train it first, or name another run")
+        return path, checkpoint
+    run = _run_of(path)
+    if (path / checkpoint_dir.MANIFEST).is_file() and (run / CONFIG).is_file():
+        return run, path
+    raise CheckpointError(
+        f"{path} is neither a run's folder (with {CONFIG}) nor a checkpoint in one ({CHECKPOINTS}/step-*); name one"
+    )
+
+
+def read(path: Path, weights: Weights | None = None) -> StoredModel:
+    """Opens the model in the last checkpoint of a run, or in one checkpoint, after verifying its files.
+
+    Tensors are float32. `origin` has run, checkpoint, step, samples, averaged, and recipe (the run's configuration).
+
+    Args: path: folder of a run or of a checkpoint. weights: the trained or the averaged weights; None: the average if
+        the run keeps one.
+    Raises: CheckpointError if the checkpoint or the average is missing, or the checkpoint is damaged.
+    """
+    run, checkpoint = find_checkpoint(path)
+    config = load_config(run / CONFIG)
+    averaged = _averaged(run, config, weights)
+    checkpoint_dir.verify(checkpoint, checkpoint_dir.read_manifest(checkpoint))
+    files = ExitStack()
+    reader = ElasticReader(checkpoint, files)
+    kinds = {name: reader.weights_kind(name, averaged=averaged) for name in reader.shapes}
+    buffers = {name: b.float() if b.is_floating_point() else b for name, b in reader.buffers().items()}
+    state = reader.content["run"]
+    described = state.get("model") or _described(config, run / TOKENIZER)
+    return StoredModel(
+        checkpoint,
+        "run",
+        with_size_rule(EncoderConfig.from_dict(described["encoder"]), config.stages[-1]),
+        _parameters(reader, kinds, buffers),
+        JointConfig(
+            config.model.embed_dim,
+            config.model.pool_heads,
+            config.objective.kind,
+            described["text"],
+            config.model.text.context_length,
+            (run / TOKENIZER).read_text(encoding="utf-8"),
+        ),
+        _optimizer(reader) if not averaged else None,
+        {
+            "run": run.name,
+            "checkpoint": checkpoint.name,
+            "averaged": averaged,
+            "progress": state.get("progress", {}),
+            "recipe": config,
+        },
+    )
+
+
+def with_size_rule(config: EncoderConfig, stage: StageConfig) -> EncoderConfig:
+    """Returns `config` with the size rule of a stage: the rule for images, or for videos if the stage has no images.
+
+    The release has one rule for images and videos. Raises: CheckpointError if it cannot express the stage's rule.
+    """
+    rule = stage.video if stage.video_ratio == 1 else stage.image
+    if rule.size_px is not None:
+        return dataclasses.replace(config, resolution_mode=str(rule.size_px), relarge_ratio=1.0)
+    block = PATCH * config.spatial_merge_size
+    if rule.divisor_px % block:
+        raise CheckpointError(
+            f"stage {stage.name} has divisor_px {rule.divisor_px}, config.json can only hold multiples of {block} px; "
+            "end the run with a stage that has one"
+        )
+    return dataclasses.replace(
+        config,
+        resolution_mode="native",
+        relarge_ratio=1.0,
+        resize_factor=rule.divisor_px // block,
+        min_tokens=rule.min_tokens,
+        max_tokens=rule.max_tokens,
+    )
+
+
+def _run_of(checkpoint: Path) -> Path:
+    return checkpoint.resolve().parent.parent
+
+
+def _averaged(run: Path, config: RunConfig, weights: Weights | None) -> bool:
+    has_average = config.optimizer.ema_decay is not None
+    if weights == "averaged" and not has_average:
+        raise CheckpointError(f"{run} keeps no averaged weights, optimizer.ema_decay is null; take the trained ones")
+    return has_average if weights is None else weights == "averaged"
+
+
+def _described(config: RunConfig, tokenizer: Path) -> dict[str, Any]:
+    """Returns the configurations of encoder and text model for a checkpoint of an earlier version, which lacks them."""
+    encoder = dataclasses.replace(PRESETS[config.model.encoder], initializer_factor=config.model.layer_scale_init)
+    special = special_ids(load_tokenizer(tokenizer))
+    sizes = {"vocab_size": special.vocab_size, "eos_id": special.eos_id, "pad_id": special.pad_id}
+    return {"encoder": encoder.to_dict(), "text": text_model_config(config.model.text, **sizes)}
+
+
+def _parameters(reader: ElasticReader, kinds: Mapping[str, str], buffers: Mapping[str, Tensor]) -> Tensors:
+    """Returns parameters of the given kinds, and buffers. The files are closed after each tensor."""
+
+    def read_one(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name]
+        try:
+            return reader.read(name, kinds[name])
+        finally:
+            reader.close_files()
+
+    infos = {name: TensorInfo(reader.shapes[name], torch.float32) for name in kinds}
+    infos |= {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in buffers.items()}
+    return Tensors(infos, read_one)
+
+
+def _optimizer(reader: ElasticReader) -> OptimizerState | None:
+    """Returns AdamW's state; None if nothing was trained.
+
+    Each saved group belongs to the trained parameters with its weight decay: matrices, or vectors without decay.
+    """
+    trained = [name for name, kinds in reader.kinds.items() if FROZEN not in kinds and MOMENTS[0] in kinds]
+    saved = reader.content["optimizer"]
+    if not trained or not saved["groups"]:
+        return None
+    groups = []
+    for decays, names in (
+        (True, [name for name in trained if len(reader.shapes[name]) > 1]),
+        (False, [name for name in trained if len(reader.shapes[name]) <= 1]),
+    ):
+        fitting = [group for group in saved["groups"] if bool(group["weight_decay"]) == decays] or saved["groups"]
+        group = max(fitting, key=lambda group: group["lr"])
+        settings = {"lr": group["lr"], "betas": list(group["betas"]), "eps": group["eps"]}
+        decay = group["weight_decay"] if decays else 0.0
+        groups += [settings | {"weight_decay": decay, "params": names}] if names else []
+    moments = [_parameters(reader, dict.fromkeys(trained, kind), {}) for kind in MOMENTS]
+    return OptimizerState(int(saved["updates"]), *moments, groups)
