@@ -119,14 +119,14 @@ def finish_run(run: Path) -> None:
     summary is tried even if another one fails.
     Raises: UserError if one of them fails, after the others are written. An evaluation that measures nothing fails.
     """
-    from univitar_ds.convert.official import export_encoder
+    from univitar_ds.convert.export import export_run
     from univitar_ds.evaluation.run import evaluate_run
 
     seconds: dict[str, float] = {}
     try:
         with timed(seconds, "export"):
             still_ours(run)
-            export_encoder(run, run / EXPORT)
+            export_run(run, run / EXPORT)
         logger.info("encoder exported to %s", run / EXPORT)
     finally:
         try:

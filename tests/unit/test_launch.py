@@ -13,7 +13,7 @@ import torch
 from tests.support.finished import run_config
 from univitar_ds import launch, screen
 from univitar_ds.config.load import dump_config
-from univitar_ds.convert import official
+from univitar_ds.convert import export
 from univitar_ds.errors import CheckpointError, ConfigError, DataError
 from univitar_ds.evaluation import run as evaluation
 
@@ -89,7 +89,7 @@ def test_the_encoder_is_exported_before_an_evaluation_that_may_be_cut_and_is_eva
 ):
     done = []
 
-    def export(*_):
+    def exported(*_):
         done.append("export")
         if fault:
             raise fault
@@ -98,7 +98,7 @@ def test_the_encoder_is_exported_before_an_evaluation_that_may_be_cut_and_is_eva
         done.append("evaluation")
         raise Killed
 
-    monkeypatch.setattr(official, "export_encoder", export)
+    monkeypatch.setattr(export, "export_run", exported)
     monkeypatch.setattr(evaluation, "evaluate_run", evaluate)
     dump_config(run_config(), tmp_path / "config.yaml")
     (tmp_path / "summary.json").write_text("{}")
@@ -112,7 +112,7 @@ def test_an_evaluation_that_fails_costs_neither_the_export_nor_the_summary(monke
     def evaluate(_):
         raise fault
 
-    monkeypatch.setattr(official, "export_encoder", lambda *_: None)
+    monkeypatch.setattr(export, "export_run", lambda *_: None)
     monkeypatch.setattr(evaluation, "evaluate_run", evaluate)
     dump_config(run_config(), tmp_path / "config.yaml")
     (tmp_path / "summary.json").write_text('{"completed": true, "seconds": {"training": 7.5}}')
@@ -129,7 +129,7 @@ def test_a_table_that_cannot_be_printed_costs_nothing(monkeypatch, tmp_path, cap
         def write(self, _):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(official, "export_encoder", lambda *_: None)
+    monkeypatch.setattr(export, "export_run", lambda *_: None)
     monkeypatch.setattr(evaluation, "evaluate_run", lambda _: "the table")
     monkeypatch.setattr(screen, "lost", [])
     monkeypatch.setattr(sys, "stdout", Full())

@@ -31,6 +31,13 @@ def add_overrides(
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=help_text)
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --weights, which selects trained or averaged weights of a run."""
+    parser.add_argument(
+        "--weights", choices=("trained", "averaged"), help="default: averaged if the run has optimizer.ema_decay"
+    )
+
+
 def shown(text: str) -> str:
     """Returns `text` with escapes for characters that are not printable.
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from univitar_ds.cli.common import add_command, add_overrides, expand, positive, shown
+from univitar_ds.cli.common import add_command, add_overrides, add_weights, expand, positive, shown
+from univitar_ds.cli.convert import add_convert
 from univitar_ds.cli.data import add_data
 from univitar_ds.errors import UserError, storage_error
 from univitar_ds.import_path import drop_current_folder, protect_children
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   univitar-ds train --resume runs/photos --nproc 1     continue, here on another number of processes
   univitar-ds eval runs/photos evaluation.sources.0.path=data/other
   univitar-ds report runs/photos                       results and metrics of a run
+  univitar-ds convert runs/photos photos_hf --to hf    the model for transformers, or another format
 """
 
 
@@ -90,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     add_data(commands)
     _add_after_training(commands)
+    add_convert(commands)
     _add_demo(commands)
     return parser
 
@@ -135,23 +138,10 @@ def _add_after_training(commands) -> None:
     )
     evaluate.add_argument("folder", type=expand, metavar="RUN", help="a run's folder, or one of its checkpoints")
     evaluate.add_argument("--out", type=expand, metavar="FILE", help="file for the results (JSON), instead of RUN")
-    _add_weights(evaluate)
+    add_weights(evaluate)
     add_overrides(evaluate, "dotted keys of the run file, such as evaluation.sources.0.path=data/other")
     report = add_command(commands, "report", _report, "print the results of a run", leaves_files=False)
     report.add_argument("folder", type=expand, metavar="RUN")
-    convert = commands.add_parser("convert", help="convert weights").add_subparsers(metavar="TO", required=True)
-    export = add_command(
-        convert, "export", _export, "write a run's encoder in the release's layout (config.json, model.safetensors)"
-    )
-    export.add_argument("folder", type=expand, metavar="RUN")
-    export.add_argument("out", type=expand)
-    _add_weights(export)
-
-
-def _add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights", choices=("trained", "averaged"), help="default: averaged if the run has optimizer.ema_decay"
-    )
 
 
 def _add_demo(commands) -> None:
@@ -182,13 +172,6 @@ def _report(arguments: argparse.Namespace) -> None:
     from univitar_ds.evaluation.report import render_run
 
     show(render_run(arguments.folder))
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    from univitar_ds.convert.official import export_encoder
-
-    export_encoder(arguments.folder, arguments.out, arguments.weights)
-    show(f"encoder in {arguments.out}")
 
 
 def _demo(arguments: argparse.Namespace) -> int:

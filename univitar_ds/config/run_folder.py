@@ -26,7 +26,10 @@ CHECKPOINT_ROOT: Names = {
 }
 EXPORT_FILES: Names = {
     re.escape(MARK): None,
+    re.escape(f"{MARK}-files"): None,
     r"(config\.json|model\.safetensors|pytorch_model\.bin)(\.partial)?": None,  # earlier versions wrote .partial
+    r"(model-\d{5}-of-\d{5}\.safetensors|pytorch_model-\d{5}-of-\d{5}\.bin)": None,
+    r"(model\.safetensors|pytorch_model\.bin)\.index\.json": None,
     r"\.tmp[0-9A-Za-z]{6}": None,
 }
 LOCKS: Names = {r"\.lock-\d{8}|\.lock-probe-[0-9a-f]{32}": None}

@@ -1,3 +1,3 @@
-"""Checkpoints of a run to and from the layout of the public release."""
+"""Conversion of models between formats, and the export of a run."""
 
-__all__ = ["official"]
+__all__ = ["conversion", "export"]

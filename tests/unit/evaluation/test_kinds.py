@@ -12,7 +12,7 @@ from tests.support.shards import image, video, write_tar
 from univitar_ds import launch
 from univitar_ds.cli.main import main
 from univitar_ds.config.run_folder import SUMMARY
-from univitar_ds.convert import official
+from univitar_ds.convert import export
 from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.evaluation.run import evaluate_run
 
@@ -159,7 +159,7 @@ def test_a_run_that_could_not_be_evaluated_fails_after_everything_else_is_writte
     write_run(tmp_path / "run", run_config(path, evaluation={"sources": [{"path": path}]}))
     (tmp_path / "run" / SUMMARY).write_text('{"steps": 7, "seconds": {"training": 1.0}}')
     exported = []
-    monkeypatch.setattr(official, "export_encoder", lambda *given: exported.append(given))
+    monkeypatch.setattr(export, "export_run", lambda *given: exported.append(given))
     if kinds == (nothing,):
         with pytest.raises(DataError, match="measured nothing"):
             launch.finish_run(tmp_path / "run")

@@ -12,7 +12,7 @@ from tests.support.closeness import assert_sums_close, encoder_terms
 from tests.support.finished import run_config, write_run
 from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.convert.official import export_encoder
+from univitar_ds.convert.export import export_run
 from univitar_ds.data.loader import eval_packs
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.evaluation import run as evaluation
@@ -140,7 +140,7 @@ def test_a_run_that_names_attention_for_half_precision_is_evaluated_and_exported
     model = {**config.model.model_dump(), "attention": "flash"}
     write_run(tmp_path / "run", run_config(shards, model=model))
     assert figures_of(tmp_path / "run")
-    assert (export_encoder(tmp_path / "run", tmp_path / "out") / "model.safetensors").is_file()
+    assert (export_run(tmp_path / "run", tmp_path / "out") / "model.safetensors").is_file()
 
 
 def test_a_modality_that_the_run_never_met_is_not_measured(shards: Path, tmp_path: Path):

@@ -16,9 +16,11 @@ from tests.support.finished import run_config, write_run
 from tests.support.paths import ROOT
 from univitar_ds import Preprocessor, UniViTAR
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.convert import official
-from univitar_ds.convert.official import export_encoder, with_size_rule
+from univitar_ds.convert import export
+from univitar_ds.convert.export import export_run
 from univitar_ds.errors import CheckpointError
+from univitar_ds.formats.run import with_size_rule
+from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.owned import MARK
@@ -39,8 +41,10 @@ def test_the_export_is_the_trained_encoder_behind_the_public_face(
     trained: tuple[Path, ContrastiveModel], tmp_path: Path
 ):
     run, model = trained
-    assert export_encoder(run, tmp_path / "export") == tmp_path / "export"
-    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [MARK, "config.json", "model.safetensors"]
+    assert export_run(run, tmp_path / "export") == tmp_path / "export"
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
+        MARK, f"{MARK}-files", "config.json", "model.safetensors"
+    ]  # fmt: skip
     encoder = UniViTAR.from_pretrained(tmp_path / "export")
     wanted = model.vision.state_dict()
     assert encoder.state_dict().keys() == wanted.keys()
@@ -55,7 +59,7 @@ def test_the_export_is_the_trained_encoder_behind_the_public_face(
 def test_the_config_has_the_fields_of_the_release_and_the_last_stage_s_rule(
     trained: tuple[Path, ContrastiveModel], tmp_path: Path
 ):
-    export_encoder(trained[0] / "checkpoints" / "step-00000007", tmp_path / "export")
+    export_run(trained[0] / "checkpoints" / "step-00000007", tmp_path / "export")
     values = json.loads((tmp_path / "export" / "config.json").read_text())
     assert (values["min_tokens"], values["max_tokens"], values["resize_factor"]) == (4, 36, 1)
     golden = ROOT / "tests" / "golden" / "merge1" / "config.json"
@@ -92,18 +96,18 @@ def test_an_earlier_export_is_replaced_and_a_foreign_folder_is_not_touched(
     trained: tuple[Path, ContrastiveModel], tmp_path: Path
 ):
     run, model = trained
-    out = export_encoder(run, tmp_path / "export")
+    out = export_run(run, tmp_path / "export")
     save_file({"old": torch.zeros(1)}, out / "model.safetensors")
-    export_encoder(run, out)
+    export_run(run, out)
     assert load_file(out / "model.safetensors").keys() == model.vision.state_dict().keys()
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     (out / "thesis.txt").write_text("mine")
     before = (out / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(CheckpointError, match=r"thesis\.txt"):
-        export_encoder(run, out)
+        export_run(run, out)
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(CheckpointError, match="is a file"):
-        export_encoder(run, out / "config.json")
+        export_run(run, out / "config.json")
 
 
 def _content(folder: Path) -> dict[str, bytes]:
@@ -120,32 +124,32 @@ def test_an_encoder_or_a_folder_of_the_user_s_is_refused_whatever_its_files_are_
         (tmp_path / place / name).write_text(f"mine: {name}")
     before = _content(tmp_path)
     with pytest.raises(CheckpointError, match="name another folder"):
-        export_encoder(trained[0], tmp_path / "out")
+        export_run(trained[0], tmp_path / "out")
     assert _content(tmp_path) == before
 
 
 def test_nothing_is_replaced_through_a_link(trained: tuple[Path, ContrastiveModel], tmp_path: Path):
-    export_encoder(trained[0], tmp_path / "kept")
+    export_run(trained[0], tmp_path / "kept")
     before = _content(tmp_path / "kept")
     (tmp_path / "out").symlink_to(tmp_path / "kept")
     with pytest.raises(CheckpointError, match="name the folder itself"):
-        export_encoder(trained[0], tmp_path / "out")
+        export_run(trained[0], tmp_path / "out")
     (tmp_path / "kept" / "model.safetensors").rename(tmp_path / "elsewhere")
     (tmp_path / "kept" / "model.safetensors").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"holds model\.safetensors, which no export wrote"):
-        export_encoder(trained[0], tmp_path / "kept")
+    with pytest.raises(CheckpointError, match=r"holds model\.safetensors, which no conversion wrote"):
+        export_run(trained[0], tmp_path / "kept")
     assert (tmp_path / "elsewhere").read_bytes() == before["model.safetensors"]
 
 
 def test_what_an_earlier_version_exported_into_its_run_is_replaced(tmp_path: Path):
     run = tmp_path / "run"
     write_run(run, run_config())
-    export_encoder(run, run / "export")
+    export_run(run, run / "export")
     (run / "export" / MARK).unlink()
     os.rename(run / "export", run / ".export.partial")  # a kill left it
-    export_encoder(run, run / "export")
+    export_run(run, run / "export")
     (run / "export" / MARK).unlink()
-    export_encoder(run, run / "export")
+    export_run(run, run / "export")
     assert not (run / ".export.partial").exists()
     assert not (run / ".export.earlier").exists()
 
@@ -153,7 +157,7 @@ def test_what_an_earlier_version_exported_into_its_run_is_replaced(tmp_path: Pat
 def test_the_exported_files_have_the_rights_of_any_new_file(trained: tuple[Path, ContrastiveModel], tmp_path: Path):
     before = os.umask(0o027)
     try:
-        out = export_encoder(trained[0], tmp_path / "export")
+        out = export_run(trained[0], tmp_path / "export")
     finally:
         os.umask(before)
     assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in out.iterdir()} == {oct(0o640)}
@@ -163,18 +167,18 @@ def test_a_failing_export_leaves_the_earlier_one_whole(
     trained: tuple[Path, ContrastiveModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run, _ = trained
-    out = export_encoder(run, tmp_path / "export")
+    out = export_run(run, tmp_path / "export")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    write = official.save_encoder
+    write = export.write
 
-    def damaging(folder: Path, encoder: UniViTAR) -> None:
-        write(folder, encoder)
+    def damaging(model: StoredModel, folder: Path, to: str) -> None:
+        write(model, folder, to)
         state = load_file(folder / "model.safetensors")
         state["embeddings.patch_embedding.weight"] *= 1.001
         save_file(state, folder / "model.safetensors")
 
-    monkeypatch.setattr(official, "save_encoder", damaging)
+    monkeypatch.setattr(export, "write", damaging)
     with pytest.raises(CheckpointError, match="check the disk and repeat"):
-        export_encoder(run, out)
+        export_run(run, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

@@ -1,0 +1,77 @@
+"""The command `univitar-ds convert`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from univitar_ds.cli.common import add_command, add_weights, expand, expand_place
+from univitar_ds.errors import ConfigError
+from univitar_ds.screen import show
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+DESCRIPTION = """Convert a model to another format. The format of SRC is recognised by its files.
+
+SRC: a local folder, an s3:// address, or the name of a model on the Hugging Face hub (owner/name). It may be a
+run's folder or one of its checkpoints.
+DST: a new folder. It appears when it is complete; an earlier result is replaced with --force only.
+
+formats
+  release   the encoder as published: config.json, model.safetensors
+  hf        transformers: AutoModel.from_pretrained(DST, trust_remote_code=True)
+
+  univitar-ds convert runs/photos photos_hf --to hf
+  univitar-ds convert runs/photos/checkpoints/step-00000200 early --to release --weights trained
+  univitar-ds convert export runs/photos OUT           the encoder as --to release --part encoder"""
+
+
+def add_convert(commands) -> None:
+    """Adds `convert` to `commands`."""
+    parser = add_command(commands, "convert", _convert, "convert weights to another format", DESCRIPTION)
+    parser.usage = "univitar-ds convert SRC DST --to FORMAT [options]"
+    parser.add_argument("places", nargs="+", metavar="SRC DST", help="the model, and the folder to write")
+    parser.add_argument("--to", metavar="FORMAT", help="release or hf")
+    parser.add_argument("--part", choices=("model", "encoder"), help="default: all that SRC has and FORMAT can hold")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
+    parser.add_argument(
+        "--shard-size", type=_size, metavar="SIZE", help="maximum size of a file, such as 5GB (default: one file)"
+    )
+    parser.add_argument("--verify", action="store_true", help="read the result and compare its output for one pack")
+    parser.add_argument("--force", action="store_true", help="replace the result of an earlier conversion")
+    add_weights(parser)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from univitar_ds.convert.conversion import DTYPES, Options, convert
+    from univitar_ds.convert.export import export_run
+
+    places = arguments.places
+    if len(places) == 3 and places[0] == "export":
+        export_run(expand(places[1]), expand(places[2]), arguments.weights)
+        show(f"encoder in {expand(places[2])}")
+        return
+    if len(places) != 2:
+        raise ConfigError(f"convert takes SRC and DST, got {len(places)} names: {' '.join(places)}")
+    if arguments.to is None:
+        raise ConfigError("convert needs --to FORMAT, such as --to hf; `univitar-ds convert --help` lists the formats")
+    options = Options(
+        arguments.part,
+        DTYPES[arguments.dtype] if arguments.dtype else None,
+        arguments.shard_size,
+        arguments.force,
+        arguments.verify,
+    )
+    source = expand_place(places[0])
+    show(convert(source, Path(expand(places[1])), arguments.to, options, arguments.weights))
+
+
+def _size(text: str) -> int:
+    """Parses a size in bytes, such as 5GB or 500MB, for argparse. Raises: ArgumentTypeError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip(), re.IGNORECASE)
+    unit = match[2].upper() if match else "?"
+    unit = unit if unit in _UNITS or unit == "?" else {"K": "KB", "M": "MB", "G": "GB", "B": ""}[unit]
+    size = int(float(match[1]) * _UNITS[unit]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give a number with KB, MB or GB, such as 5GB")
+    return size

@@ -1,0 +1,89 @@
+"""Converts a model from any format to any other, tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from univitar_ds.convert.comparison import compare
+from univitar_ds.convert.destination import check_space, new_folder
+from univitar_ds.errors import CheckpointError
+from univitar_ds.formats.recognise import module_of, open_stored
+from univitar_ds.formats.run import Weights
+from univitar_ds.formats.stored_model import HEADS, StoredModel
+from univitar_ds.model.from_stored import check_complete
+
+WRITTEN = ("release",)
+"""Names of the formats that can be written."""
+Part = Literal["model", "encoder"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SHARDED = ("release",)
+"""Formats whose weights may be split into files of `shard_bytes`."""
+_SLACK_BYTES = 64 << 20
+"""Space for files beside the tensors."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is written. None: `part` is the whole model if the source has one and the format can hold it; `dtype`
+    is that of the source; `shard_bytes` gives one file."""
+
+    part: Part | None = None
+    dtype: torch.dtype | None = None
+    shard_bytes: int | None = None
+    replace: bool = False
+    verify: bool = False
+
+
+def convert(
+    source: str | Path, out: str | Path, to: str, options: Options | None = None, weights: Weights | None = None
+) -> str:
+    """Converts the model `source` to the format `to` in the folder `out`, which is replaced atomically.
+
+    Args: source, weights: see `open_stored`; to: a name in WRITTEN.
+    Returns: a sentence about what was written.
+    Raises: CheckpointError if the source is missing or damaged, or `out` may not be replaced; StorageError if there is
+        too little space or `out` cannot be written.
+    """
+    options, out = options or Options(), Path(out)
+    model = open_stored(source, weights)
+    _refuse_inside(model.path, out)
+    model = _part(model, to, options.part)
+    check_complete(model)
+    if options.dtype is not None:
+        model = model.converted(options.dtype)
+    check_space(out, model.tensors.nbytes + _SLACK_BYTES)
+    with new_folder(out, replace=options.replace) as folder:
+        write(model, folder, to, options.shard_bytes)
+        compared = compare(model, open_stored(folder)) if options.verify else None
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    kind = "encoder" if model.joint is None else "model"
+    sentence = f"{kind} of {len(model.tensors)} tensors in {out} ({to}, {size / 1e6:.1f} MB)"
+    return sentence if compared is None else f"{sentence}\n{compared}"
+
+
+def write(model: StoredModel, folder: Path, to: str, shard_bytes: int | None = None) -> None:
+    """Writes a model to the empty folder `folder`. Raises: CheckpointError if the format cannot hold the model."""
+    if to not in WRITTEN:
+        raise CheckpointError(f"{to!r} is no format that can be written; choose one of {', '.join(WRITTEN)}")
+    arguments = {"shard_bytes": shard_bytes} if to in _SHARDED else {}
+    module_of(to).write(model, folder, **arguments)
+
+
+def _part(model: StoredModel, to: str, part: Part | None) -> StoredModel:
+    if part == "model" and model.joint is None:
+        raise CheckpointError(f"{model.path} holds an encoder alone; leave --part model out")
+    if part == "encoder" or (part is None and to == "release"):
+        return model.encoder_only()
+    tensors = model.tensors.renamed(lambda name: None if name.startswith(HEADS) else name)
+    return replace(model, tensors=tensors)
+
+
+def _refuse_inside(source: Path, out: Path) -> None:
+    """Raises: CheckpointError if the result would replace its source."""
+    one, other = source.resolve(), out.resolve()
+    if other == one or other in one.parents:
+        raise CheckpointError(f"{out} is the source or a folder above it; name another folder for the result")

@@ -1,0 +1,117 @@
+"""The folder that a conversion writes: it appears when it is complete, and replaces only what a conversion wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from univitar_ds.atomic_write import move_into_place, replace_text
+from univitar_ds.config.run_folder import CHECKPOINTS, EXPORT, EXPORT_FILES
+from univitar_ds.config.run_folder import CONFIG as RUN_CONFIG
+from univitar_ds.errors import CheckpointError, StorageError, UserError, writing
+from univitar_ds.owned import MARK, Names, foreign, is_empty, is_marked, mark, remove
+
+KIND = "export"
+"""Kind of the marker file in a folder that a conversion wrote. A folder without the file is not replaced."""
+_LIST = ".univitar-ds-files"
+"""A file with the paths of all files that a conversion wrote into its folder."""
+
+
+@contextmanager
+def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
+    """Yields a new folder for the body to write, which gets the name `out` after the body.
+
+    If the body fails, or the process is killed, `out` is as before. An earlier result is renamed first, since the
+    system cannot rename a folder over a folder that is not empty, and removed at the end.
+
+    Args: replace: whether a folder that a conversion wrote may be replaced.
+    Raises: CheckpointError if `out` contains anything else; StorageError if it cannot be written.
+    """
+    partial, earlier = (out.with_name(f".{out.name}.{word}") for word in ("partial", "earlier"))
+    with writing(out):
+        for folder in (out, partial, earlier):
+            _refuse(folder, replace=replace or folder is not out, own=_is_export_of_run(out))
+        remove(partial, _names(partial))
+        partial.mkdir(parents=True)
+        try:
+            mark(partial, KIND)
+            yield partial
+            _record(partial)
+            remove(earlier, _names(earlier))
+            if not is_empty(out):
+                os.rename(out, earlier)
+            move_into_place(partial, out)
+            remove(earlier, _names(earlier))
+        except BaseException:
+            with suppress(OSError, UserError):
+                _record(partial)
+                remove(partial, _names(partial))
+            raise
+
+
+def check_space(out: Path, nbytes: int) -> None:
+    """Raises: StorageError if the disk of `out` has less than `nbytes` of free space."""
+    folder = out.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise StorageError(
+            f"{out} needs {nbytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; free some space there, or "
+            "name another place"
+        )
+
+
+def _is_export_of_run(out: Path) -> bool:
+    """Whether `out` is the export in a run's folder, where exports of earlier versions have no marker file."""
+    run = out.parent
+    return out.name == EXPORT and (run / RUN_CONFIG).is_file() and (run / CHECKPOINTS).is_dir()
+
+
+def _refuse(out: Path, *, replace: bool, own: bool) -> None:
+    if out.is_symlink():
+        raise CheckpointError(f"{out} is a link, and nothing is replaced through a link; name the folder itself")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; name a folder")
+    if is_empty(out):
+        return
+    other = foreign(out, _names(out))
+    if other is not None:
+        raise CheckpointError(f"{out} holds {other}, which no conversion wrote; name another folder or empty it")
+    if not own and not is_marked(out, KIND):
+        raise CheckpointError(
+            f"{out} holds a model without the marker file of a conversion ({MARK}), so it may be another's; name "
+            "another folder, or remove this one"
+        )
+    if not replace:
+        raise CheckpointError(f"{out} holds an earlier result; add --force to replace it, or name another folder")
+
+
+def _record(folder: Path) -> None:
+    """Writes the list of files, so that a later conversion can replace exactly these."""
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != _LIST)
+    replace_text(folder / _LIST, json.dumps(files, indent=1) + "\n")
+
+
+def _names(folder: Path) -> Names:
+    """Returns the tree of entries that a conversion may have written to `folder`: by names, and by its list."""
+    tree: dict = {**EXPORT_FILES, re.escape(_LIST): None}
+    try:
+        files = json.loads((folder / _LIST).read_bytes()) if not (folder / _LIST).is_symlink() else []
+    except (OSError, ValueError):
+        return tree
+    for name in files if isinstance(files, list) and is_marked(folder, KIND) else []:
+        *folders, last = str(name).split("/")
+        inside = tree
+        for part in folders:
+            inside = inside.setdefault(re.escape(part), {})
+            if inside is None:
+                break
+        else:
+            inside.setdefault(re.escape(last), None)
+    return tree

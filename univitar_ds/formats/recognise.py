@@ -1,0 +1,120 @@
+"""Opens a model in any format: the format is recognised by the files, the place by the form of the name."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from hashlib import blake2b
+from pathlib import Path
+from types import ModuleType
+
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG
+from univitar_ds.data.storage import address
+from univitar_ds.data.storage.base import LOCAL, S3, Storage, StorageSettings
+from univitar_ds.data.storage.session import session_folder
+from univitar_ds.errors import CheckpointError, DataError, writing
+from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats import run as run_format
+from univitar_ds.formats.run import Weights
+from univitar_ds.formats.stored_model import StoredModel
+
+FORMATS = ("run", "release")
+"""Names of the formats that can be read, in the order in which they are tried. Each is a module of this package."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")
+_COPIED = 1 << 24
+
+
+def open_stored(source: str | Path, weights: Weights | None = None, settings: StorageSettings = LOCAL) -> StoredModel:
+    """Opens a model.
+
+    Args: source: a local folder, an s3:// address, or the name of a model on the Hugging Face hub (owner/name);
+        weights: trained or averaged, for a run; settings: of the S3 store.
+    Raises: CheckpointError if the source cannot be found, its format is not recognised, or it is damaged.
+    """
+    folder = local_folder(source, settings)
+    name = recognised(folder)
+    if name == "run":
+        return run_format.read(folder, weights)
+    if weights is not None:
+        raise CheckpointError(f"{source} is in the format {name}, which has one kind of weights; leave --weights out")
+    return module_of(name).read(folder)
+
+
+def recognised(folder: Path) -> str:
+    """Returns the name of the folder's format. Raises: CheckpointError if no format fits."""
+    for name in FORMATS:
+        if module_of(name).recognises(folder):
+            return name
+    raise CheckpointError(
+        f"{folder} holds no model in a known format ({', '.join(FORMATS)}); name a folder with config.json and "
+        "weights, or the folder of a run"
+    )
+
+
+def module_of(name: str) -> ModuleType:
+    """Returns the module of a format."""
+    return importlib.import_module(f"univitar_ds.formats.{name}")
+
+
+def local_folder(source: str | Path, settings: StorageSettings = LOCAL) -> Path:
+    """Returns the folder of a model. Models on S3 and on the hub are copied to this machine first.
+
+    Copies from S3 are removed when the process ends, those from the hub stay in the hub's cache.
+    Raises: CheckpointError if the source cannot be found or copied.
+    """
+    text = str(source)
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists():
+        raise CheckpointError(f"{source} is a file; name the folder of a model")
+    if text.startswith(S3):
+        return _from_s3(text.rstrip("/") + "/", settings)
+    if _HUB_NAME.fullmatch(text):
+        return _from_hub(text)
+    raise CheckpointError(f"{source} is neither a folder, an s3:// address nor a hub name (owner/name)")
+
+
+def _from_s3(prefix: str, settings: StorageSettings) -> Path:
+    """Copies the files in a folder on S3; of a run, also its last checkpoint."""
+    folder = Path(session_folder(), "models", blake2b(prefix.encode(), digest_size=16).hexdigest())
+    try:
+        storage = address.storage_for(prefix, settings)
+        if not _copy(storage, prefix, folder):
+            raise CheckpointError(f"{prefix} holds no files; check the address")
+        if (folder / CONFIG).is_file():
+            root = folder / CHECKPOINTS
+            _copy(storage, f"{prefix}{CHECKPOINTS}/", root)
+            latest = root / checkpoint_dir.LATEST
+            step = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+            if not re.fullmatch(r"step-\d{8,}", step):
+                raise CheckpointError(f"{prefix}{CHECKPOINTS}/ has no complete checkpoint; copy one there")
+            _copy(storage, f"{prefix}{CHECKPOINTS}/{step}/", root / step)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    return folder
+
+
+def _copy(storage: Storage, prefix: str, folder: Path) -> int:
+    """Copies the files directly below `prefix`. Returns their number."""
+    urls = [url for url in storage.list(prefix) if not url.endswith("/")]
+    for url in urls:
+        path = folder / Path(url).name
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with storage.open(url) as stream, path.open("wb") as file:
+                while part := stream.read(_COPIED):
+                    file.write(part)
+    return len(urls)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # a dependency of transformers
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # of several libraries: no connection, no such model, no permission
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{name} is no folder here, and cannot be fetched from the hub as a model ({reason}); check the name"
+        ) from error
