@@ -9,7 +9,9 @@ from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.encoder import CONFIG_FILE, read_encoder_config
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats.stored_model import VISION, StoredModel
-from univitar_ds.formats.weight_files import open_weights, write_weights
+from univitar_ds.formats.weight_files import BIN, SAFE, open_weights, write_weights
+
+WEIGHT_FILES = (SAFE, BIN, f"{SAFE}.index.json", f"{BIN}.index.json")
 
 
 def recognises(folder: Path) -> bool:
@@ -18,7 +20,10 @@ def recognises(folder: Path) -> bool:
         values = json.loads((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(values, dict) and "patch_size" in values and "num_hidden_layers" in values
+    if not isinstance(values, dict) or not any((folder / name).exists() for name in WEIGHT_FILES):
+        return False
+    kind = str(values.get("model_type", "univitar"))  # other models of transformers have other types
+    return "num_hidden_layers" in values and "hidden_size" in values and "univitar" in kind.lower()
 
 
 def read(folder: Path) -> StoredModel:

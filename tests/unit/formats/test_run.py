@@ -1,0 +1,134 @@
+"""Runs as stored models: the trained weights, wherever the run's folder is now."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.finished import run_config, write_run
+from univitar_ds.errors import CheckpointError
+from univitar_ds.formats import run as run_format
+from univitar_ds.formats.checkpoint_dir import sha256
+from univitar_ds.formats.recognise import open_stored, recognised
+from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.model.from_stored import build_encoder, build_model, check_complete
+from univitar_ds.training.checkpoint import atomic_dir
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ContrastiveModel]:
+    folder = tmp_path_factory.mktemp("runs") / "tried"
+    return folder, write_run(folder, run_config())
+
+
+def test_a_run_is_the_model_that_was_trained(trained):
+    run, model = trained
+    stored = open_stored(run)
+    assert stored.format == recognised(run) == "run"
+    assert stored.path == run / "checkpoints" / "step-00000007"
+    check_complete(stored)
+    built, wanted = build_model(stored), model.state_dict()
+    assert built.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in built.state_dict().items())
+    ids, lengths = torch.tensor([[1, 9, 12, 2]]), torch.tensor([4])
+    with torch.no_grad():
+        assert torch.equal(built.encode_text(ids, lengths), model.encode_text(ids, lengths))
+    assert torch.equal(
+        build_encoder(stored).state_dict()["encoder.layers.0.attn.qkv.weight"],
+        wanted["vision.encoder.layers.0.attn.qkv.weight"],
+    )
+
+
+def test_building_does_not_change_the_global_random_state(trained):
+    stored = open_stored(trained[0])
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    build_model(stored)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_joint_configuration_is_that_of_the_run(trained):
+    run, model = trained
+    joint = open_stored(run).joint
+    config = run_config()
+    assert (joint.embed_dim, joint.pool_heads, joint.objective, joint.context_length) == (
+        config.model.embed_dim,
+        config.model.pool_heads,
+        config.objective.kind,
+        config.model.text.context_length,
+    )
+    assert joint.text == model.text.model.config.to_dict()
+    assert joint.tokenizer == (run / "tokenizer.json").read_text()
+
+
+def changed(run: Path, copy: Path, change) -> Path:
+    """Copies a run and changes the content of its checkpoint's state.json."""
+    shutil.copytree(run, copy)
+    checkpoint = copy / "checkpoints" / "step-00000007"
+    state = json.loads((checkpoint / "state.json").read_text())
+    change(state)
+    atomic_dir.write_json(checkpoint / "state.json", state)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {
+        "bytes": (checkpoint / "state.json").stat().st_size,
+        "sha256": sha256(checkpoint / "state.json"),
+    }
+    atomic_dir.write_json(checkpoint / "manifest.json", manifest)
+    return copy
+
+
+def test_the_description_in_the_checkpoint_counts_before_the_presets(trained, tmp_path):
+    def describe(state):
+        encoder = {**trained[1].vision.config.to_dict(), "rope_theta": 777.0}
+        state["run"]["model"] = {"encoder": encoder, "text": {"model_type": "other"}}
+
+    stored = open_stored(changed(trained[0], tmp_path / "moved", describe))
+    assert stored.encoder.rope_theta == 777.0
+    with pytest.raises(CheckpointError, match="the text model is of type 'other'"):
+        check_complete(stored)
+
+
+def test_the_state_of_the_optimizer_belongs_to_the_trained_parameters(trained, tmp_path):
+    assert open_stored(trained[0]).optimizer is None  # this run has no groups
+
+    def add_groups(state):
+        settings = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8}
+        state["optimizer"]["groups"] = [{**settings, "weight_decay": decay} for decay in (0.2, 0.0)]
+
+    optimizer = open_stored(changed(trained[0], tmp_path / "grouped", add_groups)).optimizer
+    shapes = {name: tuple(parameter.shape) for name, parameter in trained[1].named_parameters()}
+    assert optimizer.step == 7
+    assert [group["weight_decay"] for group in optimizer.groups] == [0.2, 0.0]
+    decayed, plain = ({*group["params"]} for group in optimizer.groups)
+    assert decayed == {name for name, shape in shapes.items() if len(shape) > 1}
+    assert plain == shapes.keys() - decayed
+    for moment in (optimizer.exp_avg, optimizer.exp_avg_sq):
+        assert {name: info.shape for name, info in moment.infos.items()} == shapes
+        assert not moment["pool.query"].any()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a run's folder"):
+        run_format.read(tmp_path)
+    with pytest.raises(CheckpointError, match="no model in a known format"):
+        open_stored(tmp_path)
+    with pytest.raises(CheckpointError, match="neither a folder, an s3:// address nor a hub name"):
+        open_stored(tmp_path / "gone")
+
+
+def test_an_average_that_the_run_does_not_keep_is_refused(trained):
+    with pytest.raises(CheckpointError, match="keeps no averaged weights"):
+        open_stored(trained[0], "averaged")
+
+
+def test_damage_is_found_before_a_tensor_is_read(trained, tmp_path):
+    run = tmp_path / "damaged"
+    shutil.copytree(trained[0], run)
+    path = run / "checkpoints" / "step-00000007" / "rank00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"rank00000\.safetensors has another sha256"):
+        open_stored(run)
