@@ -82,6 +82,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return _plain(tokenizer)
 
 
+def tokenizer_of(text: str) -> Tokenizer:
+    """Returns the tokenizer with this content of tokenizer.json, for `encode`. Raises: ConfigError as
+    `load_tokenizer`."""
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises a plain Exception
+        raise ConfigError(f"the model's tokenizer.json cannot be read by the tokenizers library: {error}") from error
+    special_ids(tokenizer, "the model's tokenizer.json")
+    return _plain(tokenizer)
+
+
 def special_ids(tokenizer: Tokenizer, name: str = "the tokenizer") -> SpecialIds:
     """Returns the ids that padding, pooling and the text tower need.
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"data.tools", "viz", "training.step"},
     {"training.logging"},
     {"training"},
-    {"evaluation", "convert", "run"},
+    {"evaluation", "convert", "run", "inference"},
     {"launch"},
     {"demo"},
     {"cli"},

@@ -1,0 +1,208 @@
+"""The whole model behind one class: images, videos and texts in, embeddings and probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from univitar_ds.errors import UserError
+from univitar_ds.formats.recognise import open_stored
+from univitar_ds.formats.run import Weights
+from univitar_ds.formats.stored_model import JointConfig, StoredModel
+from univitar_ds.geometry import token_count
+from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.model.encoder import UniViTAR
+from univitar_ds.model.from_stored import build_encoder, build_model
+from univitar_ds.preprocessing import Preprocessor
+from univitar_ds.tokenization import encode, tokenizer_of
+
+Item = Image.Image | Sequence[Image.Image]
+"""An image, or a video as a list of frames (an even number, of equal size)."""
+TEMPLATES = ("a photo of a {}.",)
+"""Default sentences for class names."""
+TOKENS_AT_ONCE = 16384
+"""Default maximum number of tokens in a pack, unless one item has more."""
+_TEXTS_AT_ONCE = 256
+
+
+class Features(NamedTuple):
+    """Features of N items: `tokens`, a list of (t_i, D) with t_i = t*h*w tokens of an item in the order of its grid;
+    `pooled`, (N, D), by the attention pooling, or the mean of the tokens if the model is an encoder alone; `grid_thw`,
+    (N, 3)."""
+
+    tokens: list[Tensor]
+    pooled: Tensor
+    grid_thw: Tensor
+
+
+class UniViTARModel(nn.Module):
+    """A trained model with its tokenizer and preprocessing, or an encoder alone (`joint` is None).
+
+    Items of any size and number are packed into batches by number of tokens. Gradients are off.
+
+        model = UniViTARModel.from_pretrained("runs/photos")
+        model.zero_shot([image], ["cat", "dog"])          # (1, 2) probabilities
+    """
+
+    def __init__(
+        self, module: ContrastiveModel | UniViTAR, preprocessor: Preprocessor, joint: JointConfig | None = None
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.preprocessor = preprocessor
+        self.joint = joint
+        self._tokenizer = None if joint is None else tokenizer_of(joint.tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        weights: Weights | None = None,
+        dtype: torch.dtype | None = None,
+        attention: str = "auto",
+    ) -> Self:
+        """Opens a model in evaluation mode, on the CPU.
+
+        Args:
+            source: a folder in any format of `univitar-ds convert`, the folder of a run or of one of its checkpoints,
+                an s3:// address, or a name on the Hugging Face hub (owner/name).
+            weights: "trained" or "averaged", for a run; None: the average if the run keeps one.
+            dtype: None: as stored.
+            attention: back end, see `config.model`.
+        Raises: CheckpointError if the source cannot be found, or is incomplete or damaged.
+        """
+        stored = open_stored(source, weights)
+        return cls.of(stored if dtype is None else stored.converted(dtype), attention=attention)
+
+    @classmethod
+    def of(cls, stored: StoredModel, *, attention: str = "auto") -> Self:
+        """Builds the model from a stored one. Raises: CheckpointError as `from_pretrained`."""
+        if stored.joint is None:
+            return cls(build_encoder(stored, attention=attention), Preprocessor(stored.encoder))
+        return cls(build_model(stored, attention=attention), Preprocessor(stored.encoder), stored.joint).eval()
+
+    @property
+    def encoder(self) -> UniViTAR:
+        """The encoder, which maps packed patches to packed tokens."""
+        return self.module if isinstance(self.module, UniViTAR) else self.module.vision
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    @torch.no_grad()
+    def features(self, items: Sequence[Item], *, tokens_at_once: int = TOKENS_AT_ONCE) -> Features:
+        """Returns token and pooled features of images and videos, on the model's device.
+
+        Args: tokens_at_once: maximum number of tokens of a pack.
+        Raises: UserError if an item is no image or video.
+        """
+        tokens: list[Tensor] = []
+        pooled, grids = [], []
+        for pixels, frames, part in self._packs(items, tokens_at_once):
+            out = self.encoder(pixels, part, frames=frames)
+            lengths = [token_count(grid) for grid in part]
+            tokens += out.split(lengths)
+            if isinstance(self.module, ContrastiveModel):
+                pooled.append(self.module.pool(out, lengths))
+            else:
+                pooled.append(torch.stack([one.mean(dim=0) for one in out.split(lengths)]))
+            grids += part
+        return Features(tokens, torch.cat(pooled), torch.tensor(grids))
+
+    @torch.no_grad()
+    def encode_image(self, items: Sequence[Item], *, tokens_at_once: int = TOKENS_AT_ONCE) -> Tensor:
+        """Returns the embeddings of images and videos, (N, E) float32 unit vectors on the model's device.
+
+        Raises: UserError if the model is an encoder alone, or an item is no image or video.
+        """
+        model = self._whole("encode_image")
+        packs = self._packs(items, tokens_at_once)
+        rows = [
+            model.encode_vision(pixels, torch.tensor(frames), torch.tensor(grids)) for pixels, frames, grids in packs
+        ]
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Returns the embeddings of texts, (N, E) float32 unit vectors on the model's device.
+
+        Long texts are cut to the model's context length. Raises: UserError if the model is an encoder alone.
+        """
+        model = self._whole("encode_text")
+        if isinstance(texts, str):
+            raise UserError("encode_text takes a list of texts; put a single one in a list")
+        rows = [torch.empty(0, model.text_proj.out_features, device=self.device)]
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            part = list(texts[start : start + _TEXTS_AT_ONCE])
+            ids, lengths = encode(self._tokenizer, part, self.joint.context_length)
+            rows.append(model.encode_text(ids.to(self.device), lengths.to(self.device)))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def similarity(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
+        """Returns the logits of all pairs, (N, M) float32: scale times cosine, plus the bias of a sigmoid objective.
+
+        The sigmoid of a logit is the probability that the pair matches, if the model was trained with the sigmoid
+        objective. With the softmax objective, a softmax over all texts gives the probabilities of an image's text.
+        """
+        model = self._whole("similarity")
+        logits = model.logit_scale.float().exp() * image_embeddings.float() @ text_embeddings.float().T
+        return logits + model.logit_bias.float() if self.joint.objective == "sigmoid" else logits
+
+    def zero_shot(
+        self, items: Sequence[Item], class_names: Sequence[str], templates: Sequence[str] = TEMPLATES
+    ) -> Tensor:
+        """Returns the probabilities of classes, (N, C) float32, whose rows sum to 1.
+
+        A class is the normalised mean of the embeddings of its sentences (CLIP's prompt ensemble), and the
+        probabilities are a softmax of scale times cosine over the given classes, for both objectives.
+
+        Args: templates: sentences with {} for the name.
+        Raises: UserError if there are no classes, or a template has no {}.
+        """
+        if not class_names or isinstance(class_names, str):
+            raise UserError("zero_shot takes a list of at least one class name")
+        lacking = [template for template in templates if "{}" not in template]
+        if lacking or not templates:
+            raise UserError(f"a template needs {{}} where the class name goes, got {lacking or 'no template'}")
+        sentences = [template.replace("{}", name) for name in class_names for template in templates]
+        classes = self.encode_text(sentences).view(len(class_names), len(templates), -1).mean(dim=1)
+        classes = nn.functional.normalize(classes, dim=-1)
+        with torch.no_grad():
+            scale = self._whole("zero_shot").logit_scale.float().exp()
+            return (scale * self.encode_image(items) @ classes.T).softmax(dim=-1)
+
+    def _whole(self, method: str) -> ContrastiveModel:
+        if not isinstance(self.module, ContrastiveModel):
+            raise UserError(
+                f"{method} needs the whole model, and this is an encoder alone; open the run or its export/model, or "
+                "take features()"
+            )
+        return self.module
+
+    def _packs(
+        self, items: Sequence[Item], tokens_at_once: int
+    ) -> Iterator[tuple[Tensor, list[int], list[tuple[int, int, int]]]]:
+        """Yields pixels on the model's device, numbers of frames, and grids of packs, in the order of the items."""
+        if isinstance(items, Image.Image) or not items:
+            raise UserError("a list of at least one image or video is needed; put a single one in a list")
+        pixels: list[Tensor] = []
+        frames: list[int] = []
+        grids: list[tuple[int, int, int]] = []
+        for item in items:
+            one, count, grid = self.preprocessor.pixels([item])
+            if grids and sum(map(token_count, grids)) + token_count(grid[0]) > tokens_at_once:
+                yield torch.cat(pixels).to(self.device), frames, grids
+                pixels, frames, grids = [], [], []
+            pixels.append(one)
+            frames += count
+            grids += grid
+        yield torch.cat(pixels).to(self.device), frames, grids
