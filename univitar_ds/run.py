@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -32,6 +33,7 @@ from univitar_ds.config.run_folder import (
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.unused import unused_parts
 from univitar_ds.errors import ConfigError, DataError, writing
+from univitar_ds.extras import extra
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link
 from univitar_ds.run_lock import RunLock
@@ -64,7 +66,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         _check_unused(run, recipe)
         deepspeed = read_deepspeed(config.deepspeed)
         resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
-        _check_text_library()
+        _check_libraries()
         _report_unused(config)
         _check_sources(config)
         _check_teacher(config)
@@ -100,7 +102,7 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int, lock: RunLo
             )
         deepspeed = read_deepspeed(str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed)
         resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
-        _check_text_library()
+        _check_libraries()
         _report_unused(after)
         _check_sources(after)
         mark(run, KIND)  # folders of earlier versions have no marker file
@@ -211,8 +213,12 @@ def _check_teacher(config: RunConfig) -> None:
         read_teacher(config.objective.teacher)
 
 
-def _check_text_library() -> None:
-    """Raises: InstallationError if this environment cannot build the text tower."""
+def _check_libraries() -> None:
+    """Raises: InstallationError if the installation is not one for training, or no text tower can be built."""
+    with extra("train"):
+        for package in ("deepspeed", "tensorboard"):
+            if find_spec(package) is None:  # an import would take seconds
+                raise ModuleNotFoundError(name=package)
     from univitar_ds.model.towers import check_text_library
 
     check_text_library()

@@ -286,7 +286,10 @@ def _probe(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> None:
     from univitar_ds.config.load import load_config
     from univitar_ds.data.tools.inspect import inspect, render
-    from univitar_ds.data.tools.inspect_plot import draw, is_drawn
+    from univitar_ds.extras import extra
+
+    with extra("train"):
+        from univitar_ds.data.tools.inspect_plot import draw, is_drawn
     from univitar_ds.model.config import PRESETS
     from univitar_ds.model.flops import cost_coefficients
 

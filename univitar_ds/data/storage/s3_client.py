@@ -12,6 +12,7 @@ from univitar_ds.data.storage.base import S3, StorageSettings
 from univitar_ds.data.storage.cache_dir import Version
 from univitar_ds.data.storage.retry import Failure, RateLimiter, RetryPolicy
 from univitar_ds.errors import DataError
+from univitar_ds.extras import extra
 
 CHUNK = 64 * 1024
 """Maximum number of bytes of one read from a connection."""
@@ -97,9 +98,10 @@ class Connection:
     def _connected(self, url: str) -> Any:
         with self._lock:
             if self._client is None:
-                import boto3
-                from botocore.config import Config
-                from botocore.exceptions import BotoCoreError
+                with extra("s3"):
+                    import boto3
+                    from botocore.config import Config
+                    from botocore.exceptions import BotoCoreError
 
                 settings = self._settings
                 custom = settings.endpoint_url or any(name in os.environ for name in _ENDPOINTS)

@@ -27,6 +27,7 @@ from univitar_ds.data.writing.examine import Job, MediaInfo, examine_all
 from univitar_ds.data.writing.progress_log import ProgressLog, open_progress_log
 from univitar_ds.data.writing.source_folder import Row, read_folder
 from univitar_ds.errors import DataError, writing
+from univitar_ds.extras import extra
 
 if TYPE_CHECKING:
     from webdataset import TarWriter
@@ -234,7 +235,8 @@ def _write_all(
 
 def _write_shard(folder: Path, path: Path, shard: _Shard) -> dict[str, Any]:
     """Write one shard. Returns its size and hash."""
-    from webdataset import TarWriter  # imports torch, so only if there is a shard to write
+    with extra("webdataset"):
+        from webdataset import TarWriter  # imports torch, so only if there is a shard to write
 
     with path.open("wb") as stream:
         hashing = _Hashing(stream)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
+from univitar_ds.extras import extra
 from univitar_ds.formats.elastic import EMA, FROZEN, MASTER, MOMENTS
 from univitar_ds.training.distributed.process_group import World, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
@@ -350,7 +351,8 @@ def load_deepspeed() -> Any:
     if not uses_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns if it has to detect the CPU
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed uses old names
-    import deepspeed
+    with extra("train"):
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not uses_cuda():

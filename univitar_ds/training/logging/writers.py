@@ -20,6 +20,7 @@ from univitar_ds.config.run_folder import BOARD, EVENTS, METRICS
 from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.errors import writing
+from univitar_ds.extras import extra
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class MetricLog:
         self._file = _open_after(run / METRICS, step)
         self._board = None
         if cfg.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with extra("train"):
+                from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run / BOARD), purge_step=step + 1)
             _quiet_board()
