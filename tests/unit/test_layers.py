@@ -46,7 +46,11 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-SOURCES = {name_of(path): path for path in sorted(ROOT.glob("univitar_ds/**/*.py"))}  # `glob` follows no links
+COPIED = ROOT / "univitar_ds" / "formats" / "remote_code"
+"""Files that are copied into folders for transformers and run there: they are no modules of the package."""
+SOURCES = {  # `glob` follows no links
+    name_of(path): path for path in sorted(ROOT.glob("univitar_ds/**/*.py")) if path.parent != COPIED
+}
 SOURCES |= {f"univitar_ds.{name_of(path)}": path for path in sorted(ROOT.glob("kernels/*.py"))}
 
 
@@ -137,6 +141,19 @@ def test_a_circle_is_found():
 def test_some_libraries_have_one_door(module):
     for library in {imported.split(".")[0] for imported in imports_of(module)} & LIBRARIES.keys():
         assert module in LIBRARIES[library], f"{module} imports {library}; its door is {LIBRARIES[library]}"
+
+
+def test_code_that_is_copied_imports_nothing_of_the_package():
+    found = set()
+    for path in sorted(COPIED.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level < 2, path
+                found.add((node.module or "").split(".")[0] if node.level == 0 else f".{node.module}")
+    beside = {f".{path.stem}" for path in COPIED.glob("*.py")}
+    assert found - beside - sys.stdlib_module_names == {"PIL", "numpy", "torch", "transformers"}
 
 
 def test_every_module_has_a_layer():
