@@ -119,7 +119,7 @@ def finish_run(run: Path) -> None:
     summary is tried even if another one fails.
     Raises: UserError if one of them fails, after the others are written. An evaluation that measures nothing fails.
     """
-    from univitar_ds.convert.export import export_run
+    from univitar_ds.convert.export import export_run, refresh_cards
     from univitar_ds.evaluation.run import evaluate_run
 
     seconds: dict[str, float] = {}
@@ -127,12 +127,13 @@ def finish_run(run: Path) -> None:
         with timed(seconds, "export"):
             still_ours(run)
             export_run(run, run / EXPORT)
-        logger.info("encoder exported to %s", run / EXPORT)
+        logger.info("model exported to %s", run / EXPORT)
     finally:
         try:
             if load_config(run / CONFIG).evaluation.sources:
                 with timed(seconds, "evaluation"):
                     table = evaluate_run(run)
+                    refresh_cards(run, run / EXPORT)
                 show(table)
         except Exception:
             logger.error("the evaluation failed; training is done, and `univitar-ds eval %s` evaluates it again", run)

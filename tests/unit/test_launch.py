@@ -131,6 +131,7 @@ def test_a_table_that_cannot_be_printed_costs_nothing(monkeypatch, tmp_path, cap
 
     monkeypatch.setattr(export, "export_run", lambda *_: None)
     monkeypatch.setattr(evaluation, "evaluate_run", lambda _: "the table")
+    monkeypatch.setattr(export, "refresh_cards", lambda *_: None)
     monkeypatch.setattr(screen, "lost", [])
     monkeypatch.setattr(sys, "stdout", Full())
     dump_config(run_config(), tmp_path / "config.yaml")

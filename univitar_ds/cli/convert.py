@@ -39,6 +39,7 @@ def add_convert(commands) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="read the result and compare its output for one pack")
     parser.add_argument("--force", action="store_true", help="replace the result of an earlier conversion")
+    parser.add_argument("--license", default="unknown", help="licence in the model card, such as apache-2.0")
     add_weights(parser)
 
 
@@ -48,7 +49,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     places = arguments.places
     if len(places) == 3 and places[0] == "export":
-        export_run(expand(places[1]), expand(places[2]), arguments.weights)
+        export_run(expand(places[1]), expand(places[2]), arguments.weights, whole=False)
         show(f"encoder in {expand(places[2])}")
         return
     if len(places) != 2:
@@ -61,6 +62,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.shard_size,
         arguments.force,
         arguments.verify,
+        arguments.license,
     )
     source = expand_place(places[0])
     show(convert(source, Path(expand(places[1])), arguments.to, options, arguments.weights))

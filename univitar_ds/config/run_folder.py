@@ -24,13 +24,20 @@ CHECKPOINT_ROOT: Names = {
     r"step-\d{8,}": CHECKPOINT_FILES,
     r"\.tmp-(gone-)?step-\d{8,}": CHECKPOINT_FILES,
 }
+MODEL = "model"
+CARD = "README.md"
+_MODEL_FILES: Names = {
+    r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?": None,
+    r"(config|preprocessor_config|processor_config|tokenizer|tokenizer\.source|tokenizer_config)\.json": None,
+    r"(configuration|modeling|image_processing|processing)_univitar\.py": None,
+    re.escape(CARD): None,
+    r"\.tmp[0-9A-Za-z]{6}": None,  # partial files of safetensors
+}
 EXPORT_FILES: Names = {
-    re.escape(MARK): None,
-    re.escape(f"{MARK}-files"): None,
-    r"(config\.json|model\.safetensors|pytorch_model\.bin)(\.partial)?": None,  # earlier versions wrote .partial
-    r"(model-\d{5}-of-\d{5}\.safetensors|pytorch_model-\d{5}-of-\d{5}\.bin)": None,
-    r"(model\.safetensors|pytorch_model\.bin)\.index\.json": None,
-    r"\.tmp[0-9A-Za-z]{6}": None,
+    **_MODEL_FILES,
+    MODEL: _MODEL_FILES,
+    f"{re.escape(MARK)}(-files)?": None,
+    r"(config\.json|model\.safetensors|pytorch_model\.bin)\.partial": None,  # of earlier versions
 }
 LOCKS: Names = {r"\.lock-\d{8}|\.lock-probe-[0-9a-f]{32}": None}
 RUN_ENTRIES: Names = {

@@ -23,8 +23,9 @@ def compare(source: StoredModel, written: StoredModel) -> str:
     Raises: CheckpointError if an output differs.
     """
     worst = 0.0
+    outputs = _outputs(written)
     for name, wanted in _outputs(source).items():
-        found = _outputs(written)[name]
+        found = outputs[name]
         difference = (found.double() - wanted.double()).abs().max().item()
         if not torch.equal(found, wanted):
             raise CheckpointError(

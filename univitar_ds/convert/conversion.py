@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from univitar_ds.convert.card import UNKNOWN_LICENCE, size_name, write_card
 from univitar_ds.convert.comparison import compare
 from univitar_ds.convert.destination import check_space, new_folder
 from univitar_ds.errors import CheckpointError
@@ -16,11 +17,11 @@ from univitar_ds.formats.run import Weights
 from univitar_ds.formats.stored_model import HEADS, StoredModel
 from univitar_ds.model.from_stored import check_complete
 
-WRITTEN = ("release",)
+WRITTEN = ("release", "hf")
 """Names of the formats that can be written."""
 Part = Literal["model", "encoder"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_SHARDED = ("release",)
+_SHARDED = ("release", "hf")
 """Formats whose weights may be split into files of `shard_bytes`."""
 _SLACK_BYTES = 64 << 20
 """Space for files beside the tensors."""
@@ -29,13 +30,14 @@ _SLACK_BYTES = 64 << 20
 @dataclass(frozen=True)
 class Options:
     """How a model is written. None: `part` is the whole model if the source has one and the format can hold it; `dtype`
-    is that of the source; `shard_bytes` gives one file."""
+    is that of the source; `shard_bytes` gives one file. `licence` is an identifier of the hub, for the model card."""
 
     part: Part | None = None
     dtype: torch.dtype | None = None
     shard_bytes: int | None = None
     replace: bool = False
     verify: bool = False
+    licence: str = UNKNOWN_LICENCE
 
 
 def convert(
@@ -58,10 +60,11 @@ def convert(
     check_space(out, model.tensors.nbytes + _SLACK_BYTES)
     with new_folder(out, replace=options.replace) as folder:
         write(model, folder, to, options.shard_bytes)
+        write_card(model, folder, to, options.licence)
         compared = compare(model, open_stored(folder)) if options.verify else None
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     kind = "encoder" if model.joint is None else "model"
-    sentence = f"{kind} of {len(model.tensors)} tensors in {out} ({to}, {size / 1e6:.1f} MB)"
+    sentence = f"{kind} {size_name(model)}, {len(model.tensors)} tensors, in {out} ({to}, {size / 1e6:.1f} MB)"
     return sentence if compared is None else f"{sentence}\n{compared}"
 
 
@@ -73,13 +76,18 @@ def write(model: StoredModel, folder: Path, to: str, shard_bytes: int | None = N
     module_of(to).write(model, folder, **arguments)
 
 
+def without_heads(model: StoredModel) -> StoredModel:
+    """Returns the model without the heads that only training uses."""
+    tensors = model.tensors.renamed(lambda name: None if name.startswith(HEADS) else name)
+    return replace(model, tensors=tensors)
+
+
 def _part(model: StoredModel, to: str, part: Part | None) -> StoredModel:
     if part == "model" and model.joint is None:
         raise CheckpointError(f"{model.path} holds an encoder alone; leave --part model out")
     if part == "encoder" or (part is None and to == "release"):
         return model.encoder_only()
-    tensors = model.tensors.renamed(lambda name: None if name.startswith(HEADS) else name)
-    return replace(model, tensors=tensors)
+    return without_heads(model)
 
 
 def _refuse_inside(source: Path, out: Path) -> None:

@@ -18,7 +18,7 @@ from univitar_ds.formats import run as run_format
 from univitar_ds.formats.run import Weights
 from univitar_ds.formats.stored_model import StoredModel
 
-FORMATS = ("run", "release")
+FORMATS = ("run", "hf", "release")
 """Names of the formats that can be read, in the order in which they are tried. Each is a module of this package."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")

@@ -51,19 +51,20 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     )
 
 
-def read(path: Path, weights: Weights | None = None) -> StoredModel:
-    """Opens the model in the last checkpoint of a run, or in one checkpoint, after verifying its files.
+def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> StoredModel:
+    """Opens the model in the last checkpoint of a run, or in one checkpoint.
 
     Tensors are float32. `origin` has run, checkpoint, step, samples, averaged, and recipe (the run's configuration).
 
     Args: path: folder of a run or of a checkpoint. weights: the trained or the averaged weights; None: the average if
-        the run keeps one.
+        the run keeps one. verify: whether to compare the files with their checksums first, which reads them.
     Raises: CheckpointError if the checkpoint or the average is missing, or the checkpoint is damaged.
     """
     run, checkpoint = find_checkpoint(path)
     config = load_config(run / CONFIG)
     averaged = _averaged(run, config, weights)
-    checkpoint_dir.verify(checkpoint, checkpoint_dir.read_manifest(checkpoint))
+    if verify:
+        checkpoint_dir.verify(checkpoint, checkpoint_dir.read_manifest(checkpoint))
     files = ExitStack()
     reader = ElasticReader(checkpoint, files)
     kinds = {name: reader.weights_kind(name, averaged=averaged) for name in reader.shapes}

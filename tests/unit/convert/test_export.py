@@ -43,7 +43,7 @@ def test_the_export_is_the_trained_encoder_behind_the_public_face(
     run, model = trained
     assert export_run(run, tmp_path / "export") == tmp_path / "export"
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
-        MARK, f"{MARK}-files", "config.json", "model.safetensors"
+        MARK, f"{MARK}-files", "README.md", "config.json", "model", "model.safetensors"
     ]  # fmt: skip
     encoder = UniViTAR.from_pretrained(tmp_path / "export")
     wanted = model.vision.state_dict()
@@ -160,7 +160,7 @@ def test_the_exported_files_have_the_rights_of_any_new_file(trained: tuple[Path,
         out = export_run(trained[0], tmp_path / "export")
     finally:
         os.umask(before)
-    assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in out.iterdir()} == {oct(0o640)}
+    assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in out.rglob("*") if path.is_file()} == {oct(0o640)}
 
 
 def test_a_failing_export_leaves_the_earlier_one_whole(
@@ -168,7 +168,7 @@ def test_a_failing_export_leaves_the_earlier_one_whole(
 ):
     run, _ = trained
     out = export_run(run, tmp_path / "export")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = _content(out)
     write = export.write
 
     def damaging(model: StoredModel, folder: Path, to: str) -> None:
@@ -180,5 +180,5 @@ def test_a_failing_export_leaves_the_earlier_one_whole(
     monkeypatch.setattr(export, "write", damaging)
     with pytest.raises(CheckpointError, match="check the disk and repeat"):
         export_run(run, out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert _content(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

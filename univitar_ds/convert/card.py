@@ -1,0 +1,170 @@
+"""The model card: README.md with the metadata of the Hugging Face hub, in every folder that is written."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from univitar_ds import __version__
+from univitar_ds.atomic_write import replace_text
+from univitar_ds.config.run_folder import CARD, EVALUATION
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.evaluation.report import render_evaluation, table
+from univitar_ds.formats.stored_model import VISION, StoredModel
+from univitar_ds.model.config import PRESETS
+
+UNKNOWN_LICENCE = "unknown"
+"""The hub's identifier for a model without a stated licence."""
+_PAPER = "arxiv.org/abs/2504.01792"
+_LOAD = {
+    "hf": """from transformers import {auto}, AutoImageProcessor
+model = {auto}.from_pretrained(FOLDER, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True)""",
+    "release": """from univitar_ds import Preprocessor, UniViTAR
+model = UniViTAR.from_pretrained(FOLDER)
+prepare = Preprocessor.from_pretrained(FOLDER)""",
+}
+_LOAD_ANY = """from univitar_ds import UniViTARModel
+model = UniViTARModel.from_pretrained(FOLDER)"""
+_PIPELINE = """
+from transformers import pipeline
+classify = pipeline("zero-shot-image-classification", model=FOLDER, trust_remote_code=True)"""
+
+
+def write_card(model: StoredModel, folder: Path, to: str, licence: str = UNKNOWN_LICENCE) -> None:
+    """Writes the card of a model in the format `to`. Raises: StorageError."""
+    replace_text(folder / CARD, card(model, to, licence))
+
+
+def card(model: StoredModel, to: str, licence: str = UNKNOWN_LICENCE) -> str:
+    """Returns the card: sizes, training, data, results with chance levels, versions, and how to load the model.
+
+    What the source does not say is left out.
+    """
+    recipe = model.origin.get("recipe")
+    parts = [
+        _metadata(model, to, licence),
+        f"# {model.origin.get('run', model.path.name)}",
+        _about(model),
+        "## Load",
+        f"```python\n{_load(model, to)}\n```",
+        "## Sizes",
+        table(("", "value"), _sizes(model), left=2),
+    ]
+    if isinstance(recipe, RunConfig):
+        parts += ["## Training", _training(model, recipe)]
+        results = _results(model)
+        parts += ["## Results", results] if results else []
+    parts += ["## Versions", _versions(model)]
+    return "\n\n".join(parts) + "\n"
+
+
+def size_name(model: StoredModel) -> str:
+    """Returns the name of the encoder's size, such as "0.3b (the released size)", or its number of parameters."""
+    for name, preset in PRESETS.items():
+        wanted, found = preset.architecture(), model.encoder.architecture()
+        if all(wanted[key] == found[key] for key in wanted if key != "spatial_merge_size"):
+            return {"tiny": "tiny", "0.3b": "0.3b (the released size)"}.get(name, f"{name} (a published size)")
+    return f"{model.encoder.parameter_count() / 1e6:.0f}M parameters"
+
+
+def _metadata(model: StoredModel, to: str, licence: str) -> str:
+    whole = model.joint is not None
+    lines = {
+        "license": licence,
+        "library_name": "transformers" if to == "hf" else "univitar_ds",
+        "pipeline_tag": "zero-shot-image-classification" if whole else "image-feature-extraction",
+        "tags": "[univitar, vision, native-resolution]",
+    }
+    return "\n".join(["---", *(f"{name}: {value}" for name, value in lines.items()), "---"])
+
+
+def _about(model: StoredModel) -> str:
+    what = "The image and text towers of a UniViTAR model" if model.joint else "A UniViTAR encoder"
+    return (
+        f"{what}: a vision transformer for images and videos at native resolution ([UniViTAR](https://{_PAPER})). "
+        f"The encoder's size is {size_name(model)}."
+    )
+
+
+def _load(model: StoredModel, to: str) -> str:
+    text = _LOAD.get(to, _LOAD_ANY).format(auto="AutoModel")
+    if to == "hf" and model.joint is not None:
+        text = text.replace("AutoImageProcessor", "AutoProcessor") + "\n" + _PIPELINE
+    return text
+
+
+def _sizes(model: StoredModel) -> list[tuple[str, str]]:
+    config = model.encoder
+    vision = sum(info.nbytes // info.dtype.itemsize for name, info in model.tensors.infos.items() if VISION in name[:7])
+    rows = [
+        ("encoder parameters", f"{vision:,}"),
+        ("width, layers, heads", f"{config.hidden_size}, {config.num_hidden_layers}, {config.num_attention_heads}"),
+        ("tokens of an item", f"{config.min_tokens} to {config.max_tokens}"),
+        ("resolution", config.resolution_mode),
+    ]
+    if model.joint is not None:
+        total = sum(info.nbytes // info.dtype.itemsize for info in model.tensors.infos.values())
+        rows += [
+            ("parameters, all", f"{total:,}"),
+            ("embedding", f"{model.joint.embed_dim}"),
+            ("text length in tokens", f"{model.joint.context_length}"),
+        ]
+    types = sorted({str(info.dtype).removeprefix("torch.") for info in model.tensors.infos.values()})
+    return [*rows, ("stored as", ", ".join(types))]
+
+
+def _training(model: StoredModel, recipe: RunConfig) -> str:
+    progress: dict[str, Any] = model.origin.get("progress", {})
+    teacher = recipe.objective.teacher
+    seen = (
+        f"{progress['samples']:,} samples, {progress['tokens']:,} tokens" if "samples" in progress else "not recorded"
+    )
+    lines = [
+        f"- weights: {'averaged over updates' if model.origin.get('averaged') else 'as trained'}, "
+        f"checkpoint {model.origin.get('checkpoint')}",
+        f"- seen: {seen}",
+        f"- objective: {recipe.objective.kind} contrastive loss"
+        + (f", features of {Path(teacher.path).name} distilled" if teacher else ""),
+        f"- data: {', '.join(source.path for source in recipe.data.sources)}",
+    ]
+    rows = [
+        (
+            stage.name,
+            f"{stage.samples:,}",
+            _rule(stage.image),
+            _rule(stage.video) if stage.video_ratio else "",
+            f"{stage.video_ratio:.0%}",
+            f"{stage.lr:g}",
+        )
+        for stage in recipe.stages
+    ]
+    heads = ("stage", "samples", "images", "videos", "share of video", "learning rate")
+    return "\n".join([*lines, "", table(heads, rows, left=1)])
+
+
+def _rule(rule: Any) -> str:
+    return f"{rule.size_px} px" if rule.size_px is not None else f"{rule.min_tokens} to {rule.max_tokens} tokens"
+
+
+def _results(model: StoredModel) -> str:
+    """Returns the run's evaluation; empty if it is of another checkpoint or other weights."""
+    path = model.path.parent.parent / EVALUATION
+    try:
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        averaged = evaluation.get("weights") == "averaged"
+        if evaluation["checkpoint"] != model.path.name or averaged != bool(model.origin.get("averaged")):
+            return ""
+        return render_evaluation(evaluation)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
+def _versions(model: StoredModel) -> str:
+    found = {"univitar_ds": __version__, "torch": torch.__version__, "transformers": metadata.version("transformers")}
+    text = ", ".join(f"{name} {version}" for name, version in found.items())
+    return f"Written with {text} from a source in the format {model.format}."
