@@ -28,19 +28,20 @@ _log = logging.getLogger(__name__)
 
 _64_BITS = (1 << 64) - 1
 WELL_FILLED = 0.9
-"""A warning is logged if a pack has less than this share of the token budget because of source weights."""
+"""A warning is logged if a pack has less than this share of the token budget because a group has too few samples."""
 LONG_WAIT = 64
-"""Number of packs after which the oldest sample has precedence over the oldest sample of a starved group."""
+"""Maximum number of packs that the oldest sample of the buffer waits for those of a starved group; see `Stream`."""
 BUFFER_BUDGETS = 2
-"""Minimum number of token budgets in the shuffle buffer, so that packs of small items are full too."""
+"""The shuffle buffer is filled to at least this many times `token_budget` tokens, so that packs of small items are
+full too."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """A pack before decoding.
 
-    `bad` counts the unreadable samples found while planning, `ignored` the readable samples with ignored content, by
-    kind. `token_rows` are the token ids of the captions, if they were tokenized.
+    `bad` and `ignored` are counts by kind: samples left out while planning, and readable samples with content that is
+    ignored (`captions.IGNORED`). `token_rows` are the token ids of the captions, if they were tokenized.
     """
 
     samples: Sequence[Sample]
@@ -61,7 +62,7 @@ class Plan:
 
 
 class Lane:
-    """A lane, with a stream per modality. Each step uses a plan of the stream of the step's modality."""
+    """A lane, with a stream per modality. Each step takes the next plan from the stream of its modality."""
 
     def __init__(self, configs: Mapping[Modality, StreamConfig], cursor: LaneCursor) -> None:
         self._configs = configs
@@ -96,13 +97,14 @@ class Lane:
 class Stream:
     """One modality of one lane: reads samples of its groups into a shuffle buffer and chooses packs from the buffer.
 
-    Every pack contains the oldest sample of the buffer; if a group is starved (it has too few samples for its weight),
-    only after this sample has waited `LONG_WAIT` packs. The order of the other samples is drawn for each pack. The
-    buffer has samples of at most two epochs of a group, and a pack never contains a sample twice. So packs are smaller
-    than the budget if an epoch of a lane has fewer samples than fit into a pack.
+    Every pack contains the oldest sample of the buffer. If a group is starved (it has too few samples for its weight),
+    its oldest sample takes this place until the oldest sample of the buffer has waited more than `LONG_WAIT` packs. The
+    order of the other samples is drawn for each pack. The buffer has samples of at most two epochs of a group, and a
+    pack never contains a sample twice. So packs are smaller than the budget if an epoch of a lane has fewer samples
+    than fit into a pack.
 
     In a new stage, every group continues at its last position, and samples in the buffer are still used. A new group
-    begins with an epoch number that no other group uses.
+    begins with an epoch number that no group of an earlier stage uses.
     """
 
     def __init__(self, config: StreamConfig, lane: int, start: StreamCursor) -> None:
@@ -164,7 +166,7 @@ class Stream:
         return WeightedRoundRobin({name: reader.group.share for name, reader in self._readers.items()}, credits)
 
     def _fill(self) -> str | None:
-        """Fills the shuffle buffer. The samples read depend only on the buffer and the positions of the groups.
+        """Fills the shuffle buffer. Which samples it reads depends only on the buffer and the positions of the groups.
 
         Returns: the starved group, if filling ended because the next group already has two epochs in the buffer.
         """
@@ -175,7 +177,7 @@ class Stream:
             if len(oldest) == len(self._readers):
                 break
             name, epoch = config.group_of.get(sample.address.shard), sample.address.epoch
-            # Epochs of a stage with other groups cannot be compared with those of this stage.
+            # A sample that an earlier stage read in another group has that group's epoch, which is not comparable.
             if name in self._readers and epoch // EPOCH_STRIDE == self._readers[name].place.epoch // EPOCH_STRIDE:
                 oldest.setdefault(name, epoch)
         while len(self._buffer) < config.pool_samples or tokens < BUFFER_BUDGETS * config.token_budget:
@@ -192,7 +194,7 @@ class Stream:
         return None
 
     def _warn_starved(self, group: str, tokens: int) -> None:
-        """Warns of a pack that is not full, because a group has few samples and the others must wait."""
+        """Warns of a pack that is not full because a group has too few samples."""
         share = tokens / self._config.token_budget
         if share >= WELL_FILLED or self._config.cost_budget is not None:
             return
@@ -200,10 +202,9 @@ class Stream:
             return
         why = f"source {group} has too few samples in a lane for its weight; lower its weight, data.lanes"
         if len(self._readers) == 1:
-            why = "a lane has too few of them and a pack contains each at most once; lower data.lanes"
+            why = "a lane has too few samples and a pack contains each sample at most once; lower data.lanes"
         _log.warning(
-            "a pack of %s samples is filled to only %.0f %% (lane %d; other packs may be no fuller), because %s or "
-            "token_budget",
+            "a pack of %s samples is only %.0f %% full (lane %d; reported only once), because %s or token_budget",
             self._config.modality,
             100 * share,
             self._lane,
@@ -230,10 +231,11 @@ class Stream:
     def _candidates(self, starved: str | None) -> list[int]:
         """Returns indices of the shuffle buffer in order of preference: the oldest sample, then a random order.
 
-        If a group is `starved`, its oldest sample is first, because no new sample of the group is read before.
+        If a group is `starved`, its oldest sample is first, because no new sample of the group is read while that
+        sample is in the buffer. After more than `LONG_WAIT` packs, the oldest sample of the buffer is first again.
         Samples that have waited longer tend to be earlier, so that sizes that fit badly do not accumulate.
         """
-        # Multiplying by an odd number gives a new random number per sample in a tenth of a hash's time.
+        # Multiplying by an odd number gives each sample a new random number, ten times faster than a hash.
         factor = draw(self._config.seed, "pool", self._config.modality, self._lane, self._packs) | 1
         soon = 1 + self._packs
         ranks = [(one.draw * factor & _64_BITS) / (soon - one.address.since) ** 2 for one in self._buffer]
@@ -245,7 +247,7 @@ class Stream:
         return [*dict.fromkeys(heads), *sorted(rest, key=ranks.__getitem__)]
 
     def _deduplicated(self) -> Sequence[int]:
-        """Returns indices of the shuffle buffer. Of a sample that is in it for two epochs, only the older index."""
+        """Returns indices of the shuffle buffer. If a sample is in it twice, from two epochs, leaves out the newer."""
         if len({sample.address.epoch for sample in self._buffer}) == 1:
             return range(len(self._buffer))
         first: dict[tuple[int, int], int] = {}
@@ -264,10 +266,10 @@ class Stream:
         return sample
 
     def _close_epoch(self, group: ShardGroup) -> None:
-        """Handles the end of an epoch of a group, in which a lane may have no sample if the group has few.
+        """Handles the end of a group's epoch. If the group has few samples, a lane may have none of them in an epoch.
 
         Removes the group if it turns out to have no sample of the modality.
-        Raises: DataError if all samples of the group are unreadable, or if the group is the only one.
+        Raises: DataError if all samples of the group are unreadable, or if it has none and is the only group.
         """
         if group.name in self._seen_this_epoch:
             self._seen_this_epoch.discard(group.name)
@@ -308,13 +310,13 @@ class Stream:
                 continue
             self._bad[found.kind] += 1
             if config.is_first_warning(f"left out: {found.kind}"):
-                where = f"{shard.name}, number {row.ordinal} at byte {row.offset}"
-                _log.warning("samples left out by this stage (%s), the first: %s: %s", found.kind, where, found)
+                where = f"sample {row.ordinal} of shard {shard.name} (byte {row.offset})"
+                _log.warning("this stage leaves out samples (%s); the first is %s: %s", found.kind, where, found)
 
 
 def _changed(shard: str, row: SampleAddress) -> DataError:
     return DataError(
-        f"shard {shard}: the sample that the data cursor has at byte {row.offset} is not there any more; "
+        f"shard {shard}: the data cursor refers to a sample at byte {row.offset}, which no longer exists; "
         "restore the shards this run was started with, or start a new run"
     )
 

@@ -251,7 +251,7 @@ def test_a_lane_without_a_sample_in_one_epoch_continues_with_the_next():
 def test_a_cursor_whose_addresses_are_no_samples_is_refused():
     _, cursor = packs_of(small_config(memory_shards([20, 20])), 0, 3)
     other = shards_of([[(f"other{n}", sized_sample("k", n)[1]) for n in range(3)]])
-    with pytest.raises(DataError, match="the sample that the data cursor has at byte"):
+    with pytest.raises(DataError, match="the data cursor refers to a sample at byte"):
         Stream(small_config([other[0], other[0]]), 0, cursor)
 
 
