@@ -20,7 +20,7 @@ _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), "MALLOC_TRIM_THRESHOLD_": str
 """glibc settings for decoding processes: they return memory of large images to the system at once and keep at most
 6 MiB. By default glibc would keep twice the size of the largest image; lower values cost page faults."""
 _ANSWER_S = 120.0
-"""Maximum seconds to wait for an answer of the server."""
+"""Maximum seconds to wait for an answer from the server."""
 CLOSE_S = 10.0
 """Seconds after which `close` kills the server."""
 
@@ -59,7 +59,7 @@ class ForkServer:
         return pid, Connection(ours.detach())
 
     def end(self, pid: int, *, hangs: bool) -> int | None:
-        """Waits for the end of a process that has closed its channel, or kills the process if it `hangs`.
+        """Waits for the end of a process whose channel is closed, or kills the process if it `hangs`.
 
         Returns: the exit code, negative for a signal; None if the process ended with its server.
         """
@@ -75,7 +75,7 @@ class ForkServer:
             self._closed = True
             process = self._process
             if process is not None and not self._ready:
-                process.kill()  # it has no children before it is ready, and its imports precede its first read
+                process.kill()  # it has no children yet, and would notice the shutdown only after its imports
             if self._control is not None:
                 with suppress(OSError):
                     self._control.shutdown(socket.SHUT_RDWR)  # also wakes a thread that waits for an answer

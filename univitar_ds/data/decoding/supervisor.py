@@ -48,13 +48,13 @@ class RestartBudget:
             left = self._limit - self._spent
         if left < 0:
             raise DataError(
-                f"{reason}, and data.worker_restarts = {self._limit} decoding processes have been started again; if "
-                "memory ran out, lower data.workers or data.prefetch_packs, then resume the run"
+                f"{reason}, and no restart is left (data.worker_restarts is {self._limit}); if memory ran out, lower "
+                "data.workers or data.prefetch_packs, then resume the run"
             )
-        _log.warning("%s; starting it again (%d more times)", reason, left)
+        _log.warning("%s; restarting it (restarts left: %d)", reason, left)
 
     def give_back(self, count: int) -> None:
-        """Returns `count` restarts that a bad sample caused to the budget."""
+        """Gives `count` restarts, which a bad sample caused, back to the budget."""
         with self._lock:
             self._spent -= count
 
@@ -130,8 +130,8 @@ class WorkerSupervisor:
             try:
                 return self._ask(slot, 0, job)
             except _Ended as end:
-                self._restarts.spend(f"{end} while it had {job.name}")
-        _log.warning("processing %s one by one", job.name)
+                self._restarts.spend(f"{end} while processing {job.name}")
+        _log.warning("processing the items of %s one by one", job.name)
         return self._one_by_one(slot, job)
 
     def start(self) -> None:
@@ -158,12 +158,12 @@ class WorkerSupervisor:
                     answer = self._ask(slot, start, alone)
                     break
                 except _Ended as end:
-                    self._restarts.spend(f"{end} while it had item {index} of {job.name}")
+                    self._restarts.spend(f"{end} while processing item {index} of {job.name}")
                     ends.append(end)
             spent += len(ends)
             if len(ends) == _TRIES:
                 last = ends[-1]
-                message = f"its decoding process {last.what}, {_TRIES} times with this item alone"
+                message = f"its decoding process {last.what}; {_TRIES} attempts with this item alone failed"
                 answer = _Answer([(0, last.kind, message)], [None])
                 self._restarts.give_back(spent)
                 spent = 0

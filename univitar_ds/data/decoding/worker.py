@@ -1,8 +1,8 @@
-"""The main program of the process that decoding processes are forked from; for its arguments see `main`.
+"""The main program of the fork server, from which decoding processes are forked. `ForkServer` passes its arguments.
 
-The process is not a copy of the trainer: it imports only modules that decoding needs (no FFmpeg for images) and starts
-no thread. Forked processes start within milliseconds and share its memory, two thirds of the memory that each uses.
-`forkserver.ForkServer` is the trainer's side.
+The server is not a copy of the trainer: it imports only modules that decoding needs (no FFmpeg for images) and starts
+no thread. Forked processes start within milliseconds. Two thirds of the memory that each uses is shared with the
+server. `forkserver.ForkServer` is the trainer's side.
 
 Messages to decoding processes are JSON; pixels are written to shared memory. A process ends when the trainer closes its
 end of the channel. When the trainer ends, all processes end, even in the middle of an image.
@@ -34,8 +34,9 @@ READY = b"ready"
 MESSAGE = Struct("<cq")
 """A message on the control socket: a command and a process id. The answer is the command and a number."""
 FORK, END, KILL = b"F", b"E", b"K"
-"""FORK forks a process for the channel whose descriptor is sent along; the answer is its id. END ends a process that
-has closed its channel, KILL a process that hangs; the answer is the exit code, negative for a signal, or `NOT_MINE`."""
+"""FORK forks a process for the channel whose descriptor is sent along; the answer is the id of the process. END waits
+for a process whose channel is closed, and kills it after `_FAREWELL_S`. KILL kills a process that hangs. The answer to
+both is the exit code, negative for a signal, or `NOT_MINE`."""
 NOT_MINE = 1 << 16
 """The process was forked by an earlier server and ended with it."""
 Need = Modality | Literal["s3"]
@@ -54,8 +55,9 @@ def serve(slots: SharedSlots, channel: Connection) -> None:
     """Processes jobs until the channel closes.
 
     The first message is a `StorageSettings`. A request is {"slot", "start", "decode"}: a slot, the byte in it where the
-    pixels begin, and a `DecodeJob`; or {"slot", "start", "probe"} with a `ProbeJob`. The answer is {"failures"}, for a
-    `ProbeJob` also "sizes"; {"data_error"} if a shard cannot be read; or {"fault"} with the traceback of a bug.
+    pixels begin, and a `DecodeJob`; or {"slot", "start", "probe"} with a `ProbeJob`. The answer is {"failures"} to a
+    `DecodeJob` and {"failures", "sizes"} to a `ProbeJob`. If a shard cannot be read, it is {"data_error"}; for any
+    other exception, it is {"fault"} with the traceback.
     """
     from univitar_ds.data.decoding.decode_job import DecodeJob, decode_pack
     from univitar_ds.data.decoding.probe_job import ProbeJob, probe_items
@@ -141,7 +143,10 @@ def _decode(slots: SharedSlots, descriptor: int) -> None:
 
 
 def _end(pid: int, patience_s: float) -> int:
-    """Waits up to `patience_s` for a process, then kills it. Returns the exit code. `pid` cannot be reused before."""
+    """Waits up to `patience_s` for a process, then kills it. Returns the exit code.
+
+    `pid` cannot be reused until this function has waited for the process.
+    """
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         found, status = os.waitpid(pid, os.WNOHANG)

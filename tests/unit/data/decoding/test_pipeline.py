@@ -172,9 +172,9 @@ def test_no_item_is_lost_if_processes_are_killed(monkeypatch):
 @pytest.mark.parametrize(
     ("death", "kind", "words"),
     [
-        ("os.kill(os.getpid(), 11)", "crash", "was ended by SIGSEGV, 2 times"),
-        ("os._exit(3)", "crash", "ended with exit code 3, 2 times"),
-        ("time.sleep(600)", "timeout", "finished no item in 1.5 s, 2 times"),
+        ("os.kill(os.getpid(), 11)", "crash", "was ended by SIGSEGV; 2 attempts"),
+        ("os._exit(3)", "crash", "ended with exit code 3; 2 attempts"),
+        ("time.sleep(600)", "timeout", "finished no item in 1.5 s; 2 attempts"),
     ],
 )
 def test_an_item_that_repeatedly_ends_its_process_is_one_bad_sample(monkeypatch, death, kind, words):
@@ -207,15 +207,16 @@ def test_the_error_for_processes_that_die_too_often_names_the_pack(monkeypatch):
         for _ in range(2):
             with pytest.raises(
                 DataError,
-                match=r"decoding process 0 \(pid \d+\) was ended by SIGKILL while it had the pack of lane 0, step 2 "
-                r"\(\d+ samples, m0/0-.*\), and data.worker_restarts = 1 .* if memory ran out, lower data.workers",
+                match=r"decoding process 0 \(pid \d+\) was ended by SIGKILL while processing the pack of lane 0, "
+                r"step 2 \(\d+ samples, m0/0-.*\), and no restart is left \(data.worker_restarts is 1\); if memory ran "
+                r"out, lower data.workers",
             ):
                 next(packs)
 
 
 def test_processes_that_cannot_start_end_the_run(monkeypatch):
     started = play(monkeypatch, "sys.exit(4)")
-    with run(restarts=2) as packs, pytest.raises(DataError, match=r"ended with exit code 4, and data\."):
+    with run(restarts=2) as packs, pytest.raises(DataError, match=r"ended with exit code 4, and no restart is left"):
         next(packs)
     assert len(started) == 3
 
