@@ -1,8 +1,8 @@
 """Reads the size, channels and EXIF orientation of a JPEG from the markers before its first scan.
 
-The loader reads the header of every image that it plans. A walk over the markers takes a microsecond, opening the image
-with a library a hundred times that. The frame header may be at an offset of hundreds of kilobytes, after colour
-profiles and thumbnails.
+The loader reads the header of every JPEG before decoding it, and before planning if the metadata has no size. Reading
+the markers takes a microsecond; opening the image with a library takes a hundred times as long. The frame header may be
+at an offset of hundreds of kilobytes, after colour profiles and thumbnails.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _APP1, _SCAN, _END = 0xE1, 0xDA, 0xD9
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
-# Two bytes of marker and two of length. `_PASSED`: markers without size or orientation, i.e. APP0, APP2 to APP15,
-# comments, quantization tables, Huffman tables and restart intervals.
+# A segment begins with a marker of two bytes and a length of two bytes. `_PASSED`: markers without size or orientation,
+# i.e. APP0, APP2 to APP15, comments, quantization tables, Huffman tables and restart intervals.
 _segment = struct.Struct(">HH").unpack_from
 _PASSED = frozenset({0xFFE0, *range(0xFFE2, 0xFFF0), 0xFFFE, 0xFFDB, 0xFFC4, 0xFFDD})
 _frame_start = struct.Struct(">BHHB").unpack_from
@@ -33,7 +33,7 @@ _USUAL_FRAMES = frozenset({0xFFC0, 0xFFC2})
 
 
 class JpegHeader(NamedTuple):
-    """Sides in pixels as stored, i.e. before the EXIF `orientation` (1 to 8) is applied."""
+    """A frame header. `height` and `width` are in pixels before the EXIF `orientation` (1 to 8) is applied."""
 
     height: int
     width: int
@@ -53,7 +53,7 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def read_header(data: bytes) -> JpegHeader:
-    """Read the frame header and the orientation. Like decoders, skips other bytes between markers.
+    """Read the frame header and the orientation. Skip stray bytes between markers, as decoders do.
 
     Raises: SampleError if there is no frame header, or if its height or width is 0.
     """
@@ -73,7 +73,7 @@ def read_header(data: bytes) -> JpegHeader:
 
 
 def _read_slowly(data: bytes) -> JpegHeader:
-    """`read_header` for files with EXIF or XMP, with padding or other bytes between markers, or with damage."""
+    """`read_header` for files with EXIF or XMP, with padding or stray bytes between markers, or with damage."""
     from_exif = from_xmp = 0
     position = 2
     while True:

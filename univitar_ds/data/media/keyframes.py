@@ -1,7 +1,8 @@
 """Finds the packets of a video stream at which decoding may begin, without decoding.
 
-A container's key frame flag is not enough: it also marks pictures after which some frames still refer to earlier ones.
-Here, a packet is used only if the coded data proves that no later frame refers to one before the packet.
+A container's key frame flag is not enough: frames after a flagged packet may still refer to frames before it. Here, a
+packet counts only if the coded data proves that no frame after it, in both decoding and display order, refers to a
+frame before it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import av
 
 _INTRA_ONLY = frozenset({"mjpeg", "png", "prores", "dnxhd"})
 _DROPS_EXACTLY = frozenset({"h264", "mpeg1video", "mpeg2video"})
-# H.264: slice types; sequence and picture parameter sets. HEVC: the same, with video parameter sets.
+# NAL unit types of slices, of IDR slices, and of parameter sets (SPS and PPS, in HEVC also VPS).
 _SLICES = {"h264": range(1, 6), "hevc": range(0, 22)}
 _IDR = {"h264": (5,), "hevc": (19, 20)}
 _SETS = {"h264": frozenset({7, 8}), "hevc": frozenset({32, 33, 34})}
@@ -20,7 +21,7 @@ _START_CODE = b"\0\0\1"
 
 
 def drops_exactly(codec: str) -> bool:
-    """Whether FFmpeg's NONREF skips only frames to which no other frame refers.
+    """Whether `skip_frame = "NONREF"` of FFmpeg's decoder skips only frames to which no other frame refers.
 
     False for HEVC: a frame that is not a reference in its temporal layer may be one for a higher layer.
     """
@@ -28,15 +29,15 @@ def drops_exactly(codec: str) -> bool:
 
 
 def is_shown(codec: str, packet: av.Packet) -> bool:
-    """Whether the frame of a packet is displayed. VP8 stores alternate reference frames, which are not, as packets."""
+    """Whether the frame of a packet is displayed. VP8 has packets with alternate reference frames, which never are."""
     return not packet.is_discard and (codec != "vp8" or bool(memoryview(packet)[0] & 0x10))
 
 
 def restarts(codec: str, extradata: bytes | None, packets: Sequence[av.Packet]) -> list[int]:
     """Ascending indices of the packets at which decoding may begin, except the first packet.
 
-    Every frame that follows such a packet in decoding order and in display order is then identical to that of a decode
-    from the first packet.
+    Decoding from such a packet gives the same frames as decoding from the first packet, for all frames that follow the
+    packet in both decoding order and display order.
     """
     if codec in _INTRA_ONLY:
         return list(range(1, len(packets)))
@@ -50,7 +51,7 @@ def restarts(codec: str, extradata: bytes | None, packets: Sequence[av.Packet]) 
 
 
 def _parameterised(codec: str, extradata: bytes, packets: Sequence[av.Packet], keys: set[int]) -> list[int]:
-    """H.264 and HEVC: IDR pictures whose parameter sets are in the same packet or in the extradata."""
+    """`restarts` of H.264 and HEVC: IDR pictures whose parameter sets are in the same packet or in the extradata."""
     found = []
     sets_in_band = False
     for index, packet in enumerate(packets):
@@ -99,7 +100,10 @@ def _vp9_key(data: bytes) -> bool:
 
 
 def _mpeg_intra(data: bytes) -> bool:
-    """MPEG-1 and 2: an I picture after a sequence header, which resets all tables."""
+    """Whether an MPEG-1 or MPEG-2 packet has an I picture after a sequence header.
+
+    The header resets the quantization matrices.
+    """
     picture = data.find(b"\0\0\1\0")
     return b"\0\0\1\xb3" in data[: max(picture, 0)] and len(data) > picture + 5 and data[picture + 5] >> 3 & 7 == 1
 

@@ -1,7 +1,7 @@
 """Reads the size of an image or video from its header, without decoding.
 
-The content determines the kind of a file. The extension is used only for GIFs: an animated GIF is an image, unless it
-has the extension .gifv or another one of a video.
+The content determines the kind of a file. The extension matters in two cases: a GIF with a video extension, such as
+.gifv, is a video; and any other file with a video extension must be a JPEG or a supported video.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ _TIFF_TABLES = (273, 279, 324, 325)
 """Offsets and lengths of strips and tiles. Pillow reads them as numbers, even if the file gives them another type."""
 _MOST_TIFF_VALUES = 1 << 20
 _PRIVATE_TAGS, _TIFF_DIRECTORIES = 1 << 15, (34665, 34675, 34853)
-"""Pillow keeps private tags, which begin at the first number, as bytes, except for these directories: EXIF, colour
+"""Pillow keeps private tags, numbered from `_PRIVATE_TAGS`, as bytes. `_TIFF_DIRECTORIES` are the exceptions: EXIF, ICC
 profile and GPS."""
 _TIFF_TEXT = (1, 2, 6, 7)
-"""Types of tags whose values Pillow keeps as bytes."""
+"""Types of tags with one byte per value: BYTE, ASCII, SBYTE and UNDEFINED. The number of their values is not limited,
+except in `_TIFF_TABLES`."""
 
-# Pillow warns of every invalid tag; faults that matter for a sample are raised.
+# Pillow warns about every invalid tag. Faults that make a sample unusable raise an exception.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # Pillow's own limit of 178,956,970 pixels would override a higher data.max_image_px.
 Image.MAX_IMAGE_PIXELS = None
@@ -55,7 +56,7 @@ def probe(data: bytes, extension: str) -> MediaSize:
 
         return probe_video(data, demuxer)
     if named_video:
-        raise SampleError("unreadable", "the bytes are not a video container that can be read")
+        raise SampleError("unreadable", "the bytes are not a video in a supported container")
     with open_image(data) as image:
         return MediaSize("image", *_image_size(image), 1)
 
@@ -63,8 +64,9 @@ def probe(data: bytes, extension: str) -> MediaSize:
 def open_image(data: bytes) -> Image.Image:
     """Open an image with Pillow without decoding it. Formats that run programs or open other files are not supported.
 
-    The size comes from the header and is not checked: call `check_area` before decoding. Opening decompresses the texts
-    of a PNG and allocates the area that the first frame of a GIF leaves for the second.
+    The size comes from the header and is not checked: call `check_area` before decoding. Opening a PNG decompresses its
+    text chunks. Opening a GIF may allocate a buffer of the size of its first frame, with which Pillow clears this frame
+    before it draws the second.
 
     Raises: SampleError, or MemoryError if opening takes too much memory.
     """
@@ -73,7 +75,7 @@ def open_image(data: bytes) -> Image.Image:
             _check_tiff_tables(data)
         return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except UnidentifiedImageError as error:
-        raise SampleError("unreadable", "the bytes are no image of a format that can be read") from error
+        raise SampleError("unreadable", "the bytes are not an image in a supported format") from error
     except (SampleError, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins raise many types for malformed headers

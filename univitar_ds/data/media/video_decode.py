@@ -1,9 +1,9 @@
 """Decodes frames of videos. Raises SampleError for every fault of the data; never returns a partly decoded frame.
 
 If the container has the presentation time of every frame, the wanted frames are known before decoding, and only the
-packets that they need are decoded: decoding begins at the last packet that does not depend on earlier ones, skips
-frames to which no other frame refers, and ends with the last wanted frame. If times are missing or wrong, all frames
-are decoded and counted.
+packets that they need are decoded. Decoding begins at the last suitable packet before a wanted frame and ends with that
+frame. If the codec allows it, unwanted frames to which no other frame refers are skipped. If times are missing or
+wrong, frames are decoded from the first packet on and counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from univitar_ds.image_ops import orientation_of_matrix, upright
 
 Fit = Callable[[np.ndarray], np.ndarray]
 
-# These have decoding times or none. FFmpeg derives presentation times, which are wrong for reordered frames.
+# These containers have only decoding times or no times. FFmpeg derives presentation times, which are wrong for
+# reordered frames.
 _WITHOUT_TIMES = frozenset({"avi", "asf", "mpegvideo"})
 
 
@@ -45,14 +46,14 @@ def decode_video(
 ) -> np.ndarray:
     """Decode upright frames of a video in display order: one from each of `frames` equal parts.
 
-    Uniform sampling uses parts with the same number of frames (without jitter, of n frames those at
-    floor((i + 0.5) * n / frames)), fps sampling parts of the same duration. A video with fewer frames repeats some. n
-    is the number of frames in the packets or, if a wanted frame is not decoded, the number of frames that are; the
-    number in the header is not used.
+    Uniform sampling uses parts with the same number of frames, fps sampling uses parts of the same duration. Without
+    jitter, uniform sampling of n frames returns those with the indices floor((i + 0.5) * n / frames). n is counted from
+    the packets, not read from the header. If a wanted frame is not decoded or times are wrong, all frames are decoded
+    and n is their number. If the video has fewer frames than `frames`, some are repeated.
 
-    Args: frames, number of frames to return; draw, the random number of the item that determines jitter; size, the
-        (height, width, seconds) of its metadata, to compare; fit, a function applied to each (H, W, 3) uint8 frame as
-        soon as it is decoded, so that only one frame at its original size is in memory.
+    Args: frames: number of frames to return. draw: the item's random number, which determines the jitter. size: the
+        (height, width, seconds) in the item's metadata, against which the video is checked. fit: a function applied to
+        each (H, W, 3) uint8 frame as soon as it is decoded, so that only one frame at its original size is in memory.
     Returns: (frames, H, W, 3) uint8, or (frames, ...) of the results of `fit`.
     Raises: SampleError, also for damage in packets that have to be decoded.
     """
@@ -98,7 +99,8 @@ class _FrameCollector:
     def put(self, frame: av.VideoFrame, at: Sequence[int]) -> None:
         """Convert a frame and store it at these indices. Raises: SampleError for a frame above the pixel limit."""
         check_area(frame.height, frame.width, self._max_px)
-        first, self._size = self._size is None, self._size or (frame.width, frame.height)  # it may change midway
+        # The frame size may change within a video.
+        first, self._size = self._size is None, self._size or (frame.width, frame.height)
         rgb = self._reformatter.reformat(frame, *self._size, format="rgb24", threads=1).to_ndarray()
         pixels = _oriented(rgb, _matrix(frame))
         if first:
@@ -112,7 +114,7 @@ class _FrameCollector:
 
 
 def _check_size(data: bytes, size: tuple[int, int], pixels: np.ndarray) -> None:
-    """Raises: SampleError if the first frame has another size than the metadata, unless the header has that size.
+    """Raises: SampleError if the size in the metadata is neither that of the first frame nor that in the header.
 
     Some videos store a rotation only with their frames; `data pack` writes the size of the frames if it decodes them.
     """
@@ -189,7 +191,7 @@ def _runs(times: Sequence[int | None], wanted: Sequence[int], starts: Sequence[i
 def _run(
     stream: VideoStream, packets: Sequence[av.Packet], wanted: dict[int, list[int]] | None, deadline: float
 ) -> Iterator[av.VideoFrame]:
-    """The frames of consecutive packets. With `wanted`, other frames to which no frame refers are skipped."""
+    """The frames of consecutive packets. With `wanted`, frames that are neither wanted nor referenced are skipped."""
     context = stream.codec_context
     context.flush_buffers()
     for packet in packets:
@@ -209,7 +211,8 @@ def _collect_by_count(
 ) -> None:
     """Collect the frames at these positions of the video, as if all frames had the same duration."""
     packets = _packets(container, stream, deadline)
-    # In nearly all files, a packet is one frame. If the header has the same number, the rest need not be decoded.
+    # In nearly all files, a packet is one frame. If the header gives as many frames as there are packets, decoding may
+    # stop after the last wanted frame.
     total = sum(keyframes.is_shown(stream.codec_context.name, packet) for packet in packets)
     stop_early = stop_early and stream.frames == total
     stream.codec_context.thread_count = 1
