@@ -17,11 +17,12 @@ FIRST_GAP_S, LONGEST_GAP_S = 0.02, 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 """Initial and maximum pause before a retry, in seconds."""
 UNREACHED_S = 30.0
-"""Seconds after which a store that has never answered this process is given up; the address is probably wrong."""
+"""Seconds after which a request fails if the store has never answered this process: its address is probably wrong."""
 SLOW_BYTES_PER_S = 64 << 10
-"""A connection that is slower for `idle_timeout_s` is replaced by a new connection, which usually is faster."""
+"""A connection that is slower for `idle_timeout_s` is replaced by a new connection, which is usually faster."""
 LEAST_BYTES_PER_S = 4096
-"""A store that sends less for `give_up_s` over all connections (1.2 MB in 300 s) counts as silent."""
+"""Minimum bytes per second of a download, over all its connections. After `give_up_s` with less (1.2 MB in 300 s), a
+failed request is not retried."""
 _LEAST_WINDOW_S = 1.0
 _LOG_EVERY_S = 10.0
 
@@ -83,8 +84,8 @@ class RateLimiter:
 class RetryPolicy:
     """Retries of one request or download: pauses grow with each failure, and the waiting time is limited.
 
-    `idle_timeout_s`: maximum silence of a connection. A longer time between two calls means that the process was
-    suspended, so the excess is not counted.
+    `idle_timeout_s`: maximum silence of a connection. If more than this and twice `LONGEST_PAUSE_S` pass between two
+    calls of `progress` or `failed`, the process was suspended, and the excess is not counted.
     """
 
     def __init__(self, url: str, give_up_s: float, limiter: RateLimiter, idle_timeout_s: float) -> None:
@@ -100,7 +101,7 @@ class RetryPolicy:
         self._window = 0
 
     def progress(self, count: int) -> None:
-        """Records `count` received bytes. Enough bytes restart the clock for `give_up_s`.
+        """Records `count` received bytes. After enough bytes, `give_up_s` starts again.
 
         Raises: OSError if the connection is too slow and should be replaced.
         """
@@ -117,7 +118,7 @@ class RetryPolicy:
                 raise OSError(f"the connection gave {came} bytes in {seconds:.0f} s")
 
     def _tick(self) -> float:
-        """Adds the time since the last call to the waited time, up to a bound. Returns the present time."""
+        """Adds the time since the last call, up to a bound, to the waiting time. Returns the current time."""
         now = time.monotonic()
         self._waited += min(now - self._last, self._window_s + 2 * LONGEST_PAUSE_S)
         self._last = now

@@ -37,7 +37,8 @@ from univitar_ds.errors import DataError
 
 VERSION = 1
 _MOST_EXTENSIONS, _LONGEST_EXTENSION = 50, 40
-"""Maximum number and length of the extensions of a shard that are counted by name: each key with dots adds one."""
+"""Maximum number and length of the extensions of a shard that are counted by name. A file name with several dots has an
+extension of its own, such as 001.npy for a.001.npy."""
 _MOSTLY = 0.9
 """If at least this share of the samples of a source have a .txt with several lines, a warning is reported."""
 
@@ -112,8 +113,8 @@ def verify(
     If data are missing or damaged, the rest is still checked. A sample that crashes its process or makes it hang is a
     bad sample of kind "crash" or "timeout". The report depends only on the data.
 
-    Args: decode, decode every sample instead of checking only headers and checksums; progress, show a bar on stderr;
-        limits, the data section of a run file (default: one without any limits set).
+    Args: decode: decode every sample instead of checking only headers and checksums. progress: show a bar on stderr.
+        limits: the data section of a run file (None: the default limits).
     Returns: {"version", "decoded", "sound", "samples", "bad": {kind: n}, "ignored": {kind: n}, "unread": {".npy": n},
         "sources", "shards"}. A source has path, split, shards, missing (shards of its manifest), error and warning. For
         a shard, see `_Found.to_json`. Each fault, and each ignored text of a sample that can be used, has a kind, key
@@ -195,7 +196,7 @@ def _by_kind(faults: Sequence[Bad]) -> dict[str, int]:
 
 
 def _find(source: SourceConfig, settings: StorageSettings) -> tuple[dict[str, Any], list[_Found]]:
-    """The expected and existing shards of a source. A run would end with its error."""
+    """Returns the source's entry of the report and its existing shards. A run would fail with the entry's error."""
     about: dict[str, Any] = {"path": source.path, "split": source.split, "missing": [], "error": None, "warning": None}
     rows: dict[str, dict[str, Any]] = {}
     shards: Sequence[SourceShard] = []

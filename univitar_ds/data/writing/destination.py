@@ -110,9 +110,7 @@ class S3Prefix:
         names = self.names()
         if PROGRESS_FILE not in names:
             if names:
-                raise DataError(
-                    f"{self._url} is not empty and was not packed here ({min(names)}); choose another prefix"
-                )
+                raise DataError(f"{self._url} contains {min(names)} but no packing log; choose another prefix")
             self.write(PROGRESS_FILE, json.dumps({"origin": self._origin}).encode())
         elif self._claimed_by() != self._origin:
             raise DataError(f"{self._url} holds shards packed from another folder; choose another prefix")

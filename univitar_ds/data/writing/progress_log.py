@@ -37,7 +37,7 @@ class ProgressLog:
     ) -> None:
         self._path, self._header, self._entries = path, header, entries
         self.shards = shards or set()
-        """Names of all shards written here or begun, also with other versions of the decoders."""
+        """Names of all shards that were begun or written here, including those of other versions of the decoders."""
         self._stream: TextIO = self._rewritten()
 
     def info(self, row: Row, stamp: list[int], verify: bool) -> MediaInfo | None:
@@ -56,7 +56,10 @@ class ProgressLog:
         return entry if entry is not None and entry["plan"] == plan else None
 
     def begin_shard(self, name: str) -> None:
-        """Record the name of a shard before it is published, so that it is recognized if the process ends."""
+        """Record the name of a shard before the shard is published.
+
+        If this process ends in between, the next packing recognizes the shard as its own.
+        """
         if name not in self.shards:
             self.shards.add(name)
             self._add(f"name {name}", {})
@@ -65,7 +68,7 @@ class ProgressLog:
         self._add(f"shard {name}", entry)
 
     def compact(self, files: set[str], shards: set[str]) -> None:
-        """Remove other entries and sort the rest, so that the same packing results in the same file."""
+        """Keep only the entries of these files and shards, sorted, so that the same packing gives the same file."""
         wanted = {f"file {file}" for file in files} | {f"shard {shard}" for shard in shards}
         self._entries = {key: self._entries[key] for key in sorted(self._entries) if key in wanted}
         self.close()
@@ -90,13 +93,13 @@ class ProgressLog:
 def open_progress_log(out: Path, folder: Path) -> Iterator[ProgressLog]:
     """Open the progress log in `out` for packing `folder`. Creates `out`, locks it and removes partial files.
 
-    Raises: DataError if another process packs there, or if the content was not packed from this folder.
+    Raises: DataError if another process is packing into `out`, or if its content was not packed from `folder`.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         foreign = {entry.name for entry in out.iterdir()} - {LOCK}
         if foreign and PROGRESS_FILE not in foreign:
-            raise DataError(f"{out} is not empty and was not packed here ({min(foreign)}); choose another folder")
+            raise DataError(f"{out} contains {min(foreign)} but no packing log; choose another folder")
         lock = (out / LOCK).open("a", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror}; choose another folder") from error
@@ -104,7 +107,7 @@ def open_progress_log(out: Path, folder: Path) -> Iterator[ProgressLog]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError(f"{out} is being packed by another process; wait for it or stop it") from error
+            raise DataError(f"another process is packing into {out}; wait for it or stop it") from error
         header = {"version": _VERSION, "folder": str(folder.resolve()), "decoders": _decoders()}
         with writing(out):
             entries, shards = _entries_of(out / PROGRESS_FILE, header, out)

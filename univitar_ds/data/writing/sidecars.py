@@ -18,7 +18,7 @@ from univitar_ds.errors import SampleError
 
 _log = logging.getLogger(__name__)
 _MEDIA = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
-_LINK = "link: the folder is packed under another name, or contains this one"
+_LINK = "link: the folder is packed under another path, or contains the folder that is being packed"
 _MOSTLY = 0.9
 """If at least this share of the .txt files have several lines, a warning says that each line may be a caption."""
 
@@ -65,7 +65,7 @@ def read_sidecars(folder: Path, lines: bool) -> Sidecars:
 
 
 def _folders(folder: Path, left_out: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """Every folder once, with the names of its files: first without links, then the targets of links."""
+    """Yields every folder once, with the names of its files: first those without links, then the targets of links."""
 
     def unreadable(error: OSError) -> None:
         left_out[_relative(error.filename, folder)] = f"unreadable: the folder cannot be read: {error.strerror}"
@@ -107,7 +107,10 @@ def _texts_by_stem(names: list[str]) -> dict[str, str]:
 
 
 def _captions(path: Path) -> tuple[str, ...]:
-    """The lines of a .txt that are not blank, with runs of white space joined. Raises: SampleError if there is none."""
+    """The non-blank lines of a .txt, each run of whitespace as one space.
+
+    Raises: SampleError if the file has no such line or cannot be read.
+    """
     content = read_file(path, BYTES_LIMIT, f" (limit {BYTES_LIMIT})")
     try:
         captions = caption_lines(decoded(content))

@@ -14,7 +14,7 @@ from univitar_ds.data.writing.sidecars import read_sidecars
 from univitar_ds.errors import DataError
 
 IMAGE = media.encoded(media.noise(20, 30))
-LINK = "link: the folder is packed under another name, or contains this one"
+LINK = "link: the folder is packed under another path, or contains the folder that is being packed"
 
 
 def put(folder, *names, text=b"a caption"):
