@@ -12,11 +12,11 @@ from typing import Any
 from univitar_ds.processes import Process
 
 JOB_LABELS = {"slurm": "Slurm job", "torchrun": "torchrun"}
-"""Name of each kind of job of `this_job` in messages."""
+"""Names, for messages, of the kinds of jobs that `this_job` returns."""
 
 
 def this_machine() -> dict[str, str]:
-    """Returns the host name, boot id and PID namespace; the last two are empty if the system does not give them.
+    """Returns the host name, boot id and PID namespace; the last two are empty if they are unknown.
 
     A process id is unique only within one boot and one PID namespace, and containers may share a host name.
     """
@@ -29,13 +29,13 @@ def this_machine() -> dict[str, str]:
 
 
 def this_process() -> list[int | None]:
-    """Returns the id and start of this process as in `Process`; the start is None if the system does not give it."""
+    """Returns the id and start time of this process as in `Process`; the time is None if it is unknown."""
     process = Process.of(os.getpid())
     return [os.getpid(), None if process is None else process.started]
 
 
 def this_job(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Returns id and number of restarts of the Slurm and torchrun jobs that this process belongs to."""
+    """Returns the id and number of restarts of the Slurm and torchrun jobs that this process belongs to."""
     jobs: dict[str, dict[str, Any]] = {}
     if job := environment.get("SLURM_JOB_ID"):
         jobs["slurm"] = {"id": job, "restarts": _number(environment.get("SLURM_RESTART_COUNT"))}
@@ -48,7 +48,7 @@ def this_job(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def restart_message(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
-    """Returns a sentence on the first job that is in `now` and `before` and was restarted in between; None without one.
+    """Returns a message about the first job of `now` that was restarted since `before`; None if no job was.
 
     Args: now, before: results of `this_job`.
     """

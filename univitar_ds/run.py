@@ -1,6 +1,6 @@
 """The folder of a run: created once from a run file, and reopened by every later launch.
 
-The process that the user started creates the folder, or rank 0 under a launcher; all ranks then read from it.
+The process that the user started, or rank 0 under a launcher, creates the folder. All ranks then read from it.
 The content of the folder is the only state of a run.
 """
 
@@ -49,8 +49,8 @@ KIND = "run"
 def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | None = None) -> Path:
     """Creates the run's folder with resolved config, DeepSpeed JSON and tokenizer. Returns the folder.
 
-    Replaces only files that an earlier launch without a checkpoint left in the folder. If the folder has a checkpoint
-    of the same job before its launcher restarted it, the run is reopened.
+    Replaces only files that an earlier launch without a checkpoint left in the folder. If this launch is a restart of
+    the job that last used the folder, and the folder has a checkpoint, the run is reopened.
 
     Args: lock: lock of the folder, acquired here and kept. None: a lock is acquired and released here.
     Raises: ConfigError if the folder contains checkpoints, results or files that no run writes, or if the
@@ -122,7 +122,7 @@ def _held(run: Path, lock: RunLock | None) -> Iterator[RunLock]:
 
 
 def _check_unused(run: Path, recipe: str) -> None:
-    """Raises: ConfigError if the folder contains more than files of a launch without a checkpoint."""
+    """Raises: ConfigError unless the folder is missing, or has only files of a launch that wrote no checkpoint."""
     if run.is_symlink() and not run.exists():
         raise ConfigError(f"{run} is a broken symbolic link; remove the link, or choose another name=...")
     if run.exists() and not run.is_dir():

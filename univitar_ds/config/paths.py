@@ -17,7 +17,7 @@ _DOLLAR = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9
 def expanded(path: str) -> str:
     """Expands `~` and `~user` at the beginning of `path`, and `$NAME`, `${NAME}` and `$$` (a dollar sign) anywhere.
 
-    Also for s3:// addresses. The dollar signs of a local path that exists under exactly this name are not expanded.
+    Also for s3:// addresses. A local path that exists as written keeps its dollar signs.
 
     Raises: ValueError if a variable is not set or a user is unknown.
     """
@@ -31,7 +31,10 @@ def expanded(path: str) -> str:
 
 
 def expand(path: str | Path) -> str:
-    """Returns `expanded` of a command's path. Raises: ConfigError if a variable is not set or a user is unknown."""
+    """Expands a path given to a command; see `expanded`.
+
+    Raises: ConfigError if a variable is not set or a user is unknown.
+    """
     try:
         return expanded(str(path))
     except ValueError as error:
@@ -39,7 +42,7 @@ def expand(path: str | Path) -> str:
 
 
 def absolute(path: str) -> str:
-    """Returns the absolute path, without resolving links; a path with a scheme (s3://) unchanged."""
+    """Returns the absolute path without resolving links. A path with a scheme (s3://) is returned unchanged."""
     return path if "://" in path else os.path.join(os.getcwd(), path)
 
 

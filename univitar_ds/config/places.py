@@ -1,4 +1,4 @@
-"""The keys of a run file that are paths, made absolute so that a run can be resumed from any folder."""
+"""Finds the paths in a run file and makes them absolute, so that a run can be resumed from any folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def anchored(config: RunConfig) -> RunConfig:
 
 
 def unite_paths(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Replaces paths in `after` that may name the same file as in `before` by the spelling in `before`.
+    """Replaces a path in `after` by that in `before` if only one of them is absolute and both may name the same file.
 
     Earlier versions stored relative paths in config.yaml and in every checkpoint.
 
@@ -56,7 +56,7 @@ def _ends_with(short: str, long: str) -> bool:
 
 
 def _values(content: Any, dotted: str) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Yields section, key and value of each value with this dotted name that is not null; `*` is every list item."""
+    """Yields (section, key, value) for each value at this dotted key that is not None; `*` matches every list item."""
     *names, key = dotted.split(".")
     for section in _sections(content, names):
         if section.get(key) is not None:

@@ -1,9 +1,9 @@
 """The schema of the run file: all settings of a run except those of DeepSpeed. Each section checks its own values.
 
-One YAML file describes one run. Settings of DeepSpeed that change only speed and memory (ZeRO stage, precision,
-buckets, offload) belong to the JSON that `deepspeed` names; see `config/deepspeed.py`.
-The suffix of a number's name is its unit: `_samples`, `_steps`, `_px`, `_tokens`. Paths may contain `~` and
-`$VARIABLES`; a relative path starts in the folder where the run was started. See `config/paths.py`.
+One YAML file describes one run. DeepSpeed's settings for ZeRO stage, precision, buckets and offload belong in the JSON
+that `deepspeed` names; see `config/deepspeed.py`. The name of a setting with a unit usually ends in the unit:
+`_samples`, `_steps`, `_px`, `_tokens`. Paths may contain `~` and `$VARIABLES`. Relative paths are relative to the
+working directory in which the run was started. See `config/paths.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="learning rate of each encoder block as a share of that of the block above it"
+        1.0, description="layer-wise decay: ratio of a block's learning rate to that of the block above; 1: none"
     )
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -36,12 +36,13 @@ class OptimizerConfig(Section):
 
 
 class GuardConfig(Section):
-    """Handling of bad steps: the run returns to the last checkpoint and continues after the data of the bad step."""
+    """Handling of bad steps: the run returns to the last checkpoint and skips the data that were read since."""
 
     max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="maximum per run; one more ends the run")
     spike_deviations: Annotated[float, Field(gt=0)] | None = Field(
         20.0,
-        description="a loss or gradient norm this many robust deviations above its recent median is a spike; null: off",
+        description="a loss or gradient norm more than this many deviations (1.4826 * MAD) above its recent median is "
+        "a spike; null: off",
     )
     window_steps: Annotated[int, Field(ge=8)] = Field(
         64, description="steps of the same stage and modality over which the median is taken"
@@ -70,10 +71,12 @@ class EvaluationConfig(Section):
     sources: list[SourceConfig] = Field(default_factory=list, description="empty: no evaluation")
     token_budget: Positive = 8192
     image_templates: Annotated[list[str], Field(min_length=1)] = Field(
-        default_factory=lambda: ["{}"], description="zero-shot sentences; the label of an image replaces {}"
+        default_factory=lambda: ["{}"],
+        description="prompt templates for zero-shot classification; an image's label replaces {}",
     )
     video_templates: Annotated[list[str], Field(min_length=1)] = Field(
-        default_factory=lambda: ["{}"], description="zero-shot sentences; the label of a video replaces {}"
+        default_factory=lambda: ["{}"],
+        description="prompt templates for zero-shot classification; a video's label replaces {}",
     )
 
     @model_validator(mode="after")
@@ -88,7 +91,7 @@ class LoggingConfig(Section):
     every_steps: Positive = 10
     tensorboard: bool = True
     images_every_steps: Annotated[int, Field(ge=0)] = Field(
-        200, description="interval of TensorBoard images of a pack and of its patch features as colours; 0: none"
+        200, description="steps between TensorBoard images of a pack with its patch features as colours; 0: none"
     )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None, description="peak TFLOP/s of one rank, for MFU; absent: measured when training starts"
@@ -138,7 +141,7 @@ class RunConfig(Section):
                 continue
             unknown = sorted(set(stage.weights) - set(labels))
             if unknown:
-                faults.append(f"stage {stage.name}: weights name {unknown}, the sources are {labels}")
+                faults.append(f"stage {stage.name}: weights has unknown sources {unknown}; the sources are {labels}")
             if not any(stage.weights.values()):
                 faults.append(f"stage {stage.name}: all weights are 0; give at least one source a share")
             if len(set(labels)) < len(labels):
