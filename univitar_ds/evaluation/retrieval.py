@@ -1,8 +1,9 @@
 """Retrieval in both directions: recall at 1, 5 and 10 of captions for items and of items for captions.
 
 Equal captions count as one. The right answers for an item are its captions among all distinct captions; the right
-answers for a caption are all items with this caption. A query is a hit if one right answer is among the first k. An
-item has the caption that was embedded with it and, if its source has one caption per line, all other lines.
+answers for a caption are all items with this caption. A query is a hit if one right answer is among the first k. The
+captions of an item are the one that was embedded with it and, if its source has `captions: lines`, all other lines of
+its text file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ KS = (1, 5, 10)
 
 
 def retrieval(embeddings: Embeddings, texts: Texts | None = None) -> list[Figure]:
-    """Computes R@k in both directions among the items with a caption. Leaves out k of at least the candidates' number.
+    """Computes R@k in both directions among the items with a caption, for each k below the number of candidates.
 
     Args: texts: embeds sentences; needed only if items have other captions.
     Returns: scores; empty if no item has a caption.
@@ -51,7 +52,7 @@ def retrieval(embeddings: Embeddings, texts: Texts | None = None) -> list[Figure
 def _captions(embeddings: Embeddings, rows: Sequence[int], texts: Texts | None) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the vectors of the m distinct captions (m, E), and the p distinct pairs of an item and its caption.
 
-    The pairs are two (p,) index tensors, in the order of the items: positions in `rows`, and rows of the vectors.
+    The pairs are two (p,) tensors sorted by item: an index into `rows`, and an index into the vectors.
     """
     first: dict[int, int] = {}
     for row in rows:

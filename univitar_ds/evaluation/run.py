@@ -57,12 +57,13 @@ def evaluate_run(
 
     Writes `evaluation.json` and sheets of examples into the run's folder, unless `overrides` change the run's
     evaluation or `out` is given. The run's configuration does not change. Runs on the GPU if training would use
-    it, or on the host if the GPU has too little memory.
+    it, or on the CPU if the GPU has too little memory.
 
     Args: weights: see `open_trained`; overrides: see `overridden`; out: file for the results instead of
         `evaluation.json`; progress: whether to show a progress bar.
-    Raises: CheckpointError, ConfigError or DataError if a part is missing or nothing could be measured, without
-        changes in the folder and `out`; LockLost if another launch has taken the run over; StorageError.
+    Raises: CheckpointError, ConfigError or DataError, before anything is written, if the checkpoint, a setting or a
+        source is missing or invalid, or nothing could be measured; LockLost if another launch has taken over the run;
+        StorageError if a file cannot be written.
     """
     folder, _ = find_checkpoint(Path(run))
     before = load_config(folder / CONFIG)
@@ -76,7 +77,7 @@ def evaluate_run(
     table = render_evaluation(result)
     if not own and out is None:
         kept = trained.run / EVALUATION
-        return f"{table}\n\nThis is not the run's own evaluation, so {kept} stays as it is; --out FILE writes this one."
+        return f"{table}\n\nOverrides change this evaluation, so {kept} is not written; --out FILE saves the results."
     if own:
         still_ours(trained.run)
     write_result(out or trained.run / EVALUATION, json.dumps(result, indent=1) + "\n")
@@ -98,7 +99,7 @@ def _draw(trained: Trained, sheets: Sequence[_Sheet]) -> None:
         path = trained.run / f"examples-{sheet.embeddings.modality}.png"
         try:
             draw_sheet(trained.model, sheet.kept, sheet.embeddings, path)
-        except Exception as error:  # an error in the sheet must not lose the scores
+        except Exception as error:  # the evaluation must not fail because a sheet cannot be drawn
             logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
 
 
@@ -109,7 +110,7 @@ def _on_gpu_or_host(trained: Trained, progress: bool) -> tuple[dict[str, Any], l
             trained.model.to("cuda")
             return _evaluate(trained, progress)
         except torch.OutOfMemoryError as error:
-            logger.warning("the GPU lacks the memory for the evaluation, it runs on the host: %s", error)
+            logger.warning("the GPU has too little memory; the evaluation runs on the CPU instead: %s", error)
         # Outside of the except clause, because the error's frames hold tensors.
         trained.model.to("cpu")
         torch.cuda.empty_cache()
@@ -117,8 +118,9 @@ def _on_gpu_or_host(trained: Trained, progress: bool) -> tuple[dict[str, Any], l
 
 
 def evaluate(trained: Trained, *, progress: bool = False) -> dict[str, Any]:
-    """Computes all scores of `config.evaluation`, on the model's device. Returns the content of
-    `evaluation.json` without the sources.
+    """Computes all scores of `config.evaluation`, on the model's device.
+
+    Returns: the content of `evaluation.json` without the sources.
 
     Raises: ConfigError if evaluation.sources is empty; DataError if sources cannot be read or nothing is measured.
     """

@@ -182,7 +182,7 @@ def test_results_on_other_data_are_printed_and_leave_the_run_as_it_is(capsys, ru
     assert main(["eval", str(run), "evaluation.sources.0.path=" + path]) == 0
     printed = capsys.readouterr().out
     assert "image to text" in printed
-    assert "evaluation.json stays as it is; --out FILE" in printed
+    assert "evaluation.json is not written; --out FILE" in printed
     out = tmp_path / "other.json"
     for _ in range(2):  # a result may replace a result
         assert main(["eval", "--out", str(out), str(run), f"evaluation.sources=[{{path: {path}}}]"]) == 0

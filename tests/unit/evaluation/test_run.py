@@ -127,7 +127,7 @@ def test_the_evaluation_of_a_run_goes_to_the_gpu_and_back_to_the_host_if_that_is
     monkeypatch.setattr(evaluation, "embed", full)
     assert figures_of(run) == plain
     assert moves == ["cuda", "cuda", "cpu"]
-    assert "it runs on the host: CUDA out of memory" in caplog.text
+    assert "the evaluation runs on the CPU instead: CUDA out of memory" in caplog.text
 
 
 def figures_of(run: Path) -> list[dict]:
