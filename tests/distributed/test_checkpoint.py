@@ -204,7 +204,7 @@ def test_a_checkpoint_from_another_model_or_a_damaged_one_is_refused_on_all_rank
     kinds = sorted(kind for _, (kind, _) in answers)
     assert kinds == ["CheckpointError", "PeerFailure"]
     for _, (_, story) in answers:
-        assert "rank00001.safetensors has another sha256" in story
+        assert "rank00001.safetensors has a different sha256" in story
         assert f"step-{MIDDLE:08d}" in story
 
 

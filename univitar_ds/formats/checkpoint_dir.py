@@ -68,7 +68,7 @@ def faults(folder: Path, entries: dict[str, dict[str, Any]]) -> list[str]:
         elif path.stat().st_size != entry["bytes"]:
             found.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
         elif sha256(path) != entry["sha256"]:
-            found.append(f"{name} has another sha256 than when it was written")
+            found.append(f"{name} has a different sha256 than when it was written")
     return found
 
 

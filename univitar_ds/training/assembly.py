@@ -87,9 +87,9 @@ def _last_checkpoint(run: Path, world: World) -> Path | None:
 
 
 def _read_saved(cfg: RunConfig, run: Path, folder: Path) -> dict:
-    """Returns the run's part of a checkpoint.
+    """Returns the state of the run in a checkpoint, without tensors and cursors.
 
-    Raises: CheckpointError if it cannot be read, or its configuration gives another result than `cfg`."""
+    Raises: CheckpointError if it cannot be read, or if a key that affects the result differs from `cfg`."""
     saved = read_state(folder)
     changed = changed_result(check_config(saved["config"], str(folder)), cfg)
     if changed:

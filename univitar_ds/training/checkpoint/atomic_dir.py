@@ -5,8 +5,8 @@
     checkpoints/.tmp-*                                                 being written, or left by a crash
 
 `manifest.json` has the size and sha256 of every other file. If a process is killed at any time, the complete folders
-stay, and `latest` has the name of a complete folder. `_sweep` removes unfinished folders by their names, also those of
-earlier versions. The renames are those of `atomic_write`.
+stay, and `latest` has the name of a complete folder. `_sweep` removes unfinished folders, which it recognizes by their
+names; files that no checkpoint writes stay. New folders and `latest` get their names by `atomic_write.move_into_place`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world
 
     All ranks call it. `write` is called with a folder that all ranks share, and returns the files of this rank.
 
-    Raises: the rank's own error, or PeerFailure on other ranks, if a rank fails, for example on a full disk. No
-        complete folder has changed if that is before the new folder has its name.
+    Raises: the rank's own error, or PeerFailure on other ranks, if a rank fails, for example on a full disk. If it
+        fails before the new folder gets its name, the complete folders of other steps are unchanged.
     """
     target = root / f"step-{step:08d}"
     temporary = root / f"{TEMPORARY}{target.name}"
@@ -70,7 +70,7 @@ def _commit(
         found = faults(temporary, by_rank[(world.rank + 1) % world.size])
         if found:
             raise CheckpointError(
-                f"{temporary}: {'; '.join(found)} right after writing; all ranks need the same sound disk"
+                f"{temporary}: {'; '.join(found)} right after writing; check the disk, and that all ranks share it"
             )
     with all_ranks_or_none(world), writing(target):
         if world.is_main:
@@ -122,7 +122,7 @@ def _remove(folder: Path) -> bool:
 
 
 def _sweep(root: Path) -> None:
-    """Removes temporary files and folders that a crash has left, by their names; all other files stay."""
+    """Removes the files and folders with temporary names that a crash has left; all other files stay."""
     for left in root.glob(f"{TEMPORARY}*"):
         if left.is_symlink() or not re.fullmatch(_TEMPORARY_NAME, left.name):
             continue
@@ -136,7 +136,7 @@ def _sweep(root: Path) -> None:
 
 
 def _cleared(folder: Path) -> bool:
-    """Clears a temporary folder, and returns whether it is removed. A folder with other files gets its name back."""
+    """Clears a temporary folder. Returns whether it is removed; a `.tmp-gone-` folder that stays loses this prefix."""
     names = dict(CHECKPOINT_FILES)
     with suppress(CheckpointError):
         names |= {re.escape(name): None for name in read_manifest(folder)}  # also those of an earlier format

@@ -54,7 +54,7 @@ def advance(
 def lr_at(stage: StageConfig, samples_done: int) -> float:
     """Returns the learning rate of the step after `samples_done` items of the stage: warm-up from 0, then the schedule.
 
-    The first step of a stage with warm-up has a learning rate of 0, and only fills the moments of the optimizer.
+    The first step of a stage with warm-up has a learning rate of 0, so it only updates the optimizer's moments.
     """
     if samples_done < stage.warmup_samples:
         return stage.lr * samples_done / stage.warmup_samples

@@ -31,8 +31,8 @@ class Images(Protocol):
 class DistillResult:
     """The distillation result of a step, the same on every rank.
 
-    `loss` is the term that was added to the loss. `losses` are the parts of the term, as means without weights.
-    `agreement` is the mean cosine similarity of the patch features, None without a teacher.
+    `loss` is the weighted distillation loss, which is one term of the step's loss. `losses` are its parts, as means
+    without weights. `agreement` is the mean cosine similarity of the patch features, None without a teacher.
     """
 
     loss: float = 0.0
@@ -44,7 +44,8 @@ NO_DISTILLATION = DistillResult()
 
 
 class Distillation:
-    """The distillation loss of one step: counts tokens and items over all packs, adds each pack, returns the result.
+    """Computes the distillation loss of one step: counts tokens and items over all packs, sums the loss over the packs,
+    and returns the result.
 
     The counts come first because each pack's sum is divided by them. Every rank creates a `Distillation` and calls the
     same methods in the same order.
@@ -77,7 +78,9 @@ class Distillation:
         """Runs the teacher on a whole pack. Returns the features of the tokens that the student encodes, and the pooled
         features of all items.
 
-        Must be called before the student runs, so that the memory of the teacher's forward is free by then.
+        Called before the student's forward with gradients, so that the memory of the teacher's forward is free by then.
+        With `single_pass` and one pack per rank, that forward has run already.
+
         Args: device_pixels: the pack's pixels if they are already on the device; otherwise the teacher copies them.
         """
         pack, dropped = self.packs[index], self.drops[index]
@@ -108,5 +111,5 @@ class Distillation:
 
 
 def _lengths(pack: Images, dropped: DropPlan | None) -> Sequence[int]:
-    """Returns the number of tokens of each item that the student encodes."""
+    """Returns how many tokens of each item the student encodes."""
     return [token_count(grid) for grid in pack.grid_thw.tolist()] if dropped is None else dropped.lengths

@@ -1,9 +1,9 @@
 """Detection of bad steps from the losses and gradient norms of the preceding steps.
 
 A spike is a value far above the median of the last steps of the same modality. The distance from the median is measured
-in deviations of 1.4826 times the median absolute deviation, which estimates the standard deviation of a normal
-distribution. Losses are compared directly. Gradient norms are compared by their logarithms, since their distribution is
-skewed and usual norms differ by multiples.
+in units of 1.4826 times the median absolute deviation (MAD). For a normal distribution, this unit estimates the
+standard deviation. Losses are compared directly. Gradient norms are compared by their logarithms, since their
+distribution is skewed and typical norms differ by factors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class History:
 
 
 def spike_reason(history: History, stage: int, modality: str, loss: float, norm: float, cfg: GuardConfig) -> str | None:
-    """Returns the reason why a step of finite `loss` and gradient `norm` is a spike; None if the step is no spike."""
+    """Returns the reason why a step with finite `loss` and gradient `norm` is a spike; None if it is not a spike."""
     rows = history.values.get(modality, []) if history.stage == stage else []
     if cfg.spike_deviations is None or len(rows) < cfg.min_steps:
         return None
@@ -66,7 +66,8 @@ def spike_reason(history: History, stage: int, modality: str, loss: float, norm:
             usual = middle if what == "loss" else math.exp(middle)
             return (
                 f"the {what} is {reported:.4g}, {(value - middle) / deviation:.0f} deviations above its median "
-                f"{usual:.4g} of {len(rows)} {modality} steps (guard.spike_deviations {cfg.spike_deviations:g})"
+                f"of {usual:.4g} over the last {len(rows)} {modality} steps "
+                f"(guard.spike_deviations {cfg.spike_deviations:g})"
             )
     return None
 

@@ -119,7 +119,7 @@ def test_a_cut_altered_or_missing_file_is_named_with_the_way_out(tmp_path):
         checkpoint_dir.verify(folder, checkpoint_dir.read_manifest(folder))
     for part in (
         "rank00000.json has 1 bytes instead of 16",
-        "rank00000.safetensors has another sha256",
+        "rank00000.safetensors has a different sha256",
         str(tmp_path / "step-00000001"),
     ):
         assert part in str(caught.value)
@@ -169,7 +169,7 @@ def test_a_file_that_changes_after_it_was_written_is_noticed_before_it_counts(tm
         yield path
         path.write_text("rot")  # by now its size and hash are known
 
-    with pytest.raises(CheckpointError, match=r"rank00000\.json has 3 bytes instead of 5 .*same sound disk"):
+    with pytest.raises(CheckpointError, match=r"rank00000\.json has 3 bytes instead of 5 .*all ranks share it"):
         atomic_dir.commit(tmp_path, 1, write_and_damage, ALONE, 2)
     assert checkpoint_dir.latest(tmp_path) is None
 

@@ -31,7 +31,7 @@ def test_an_ordinary_step_is_none(seed):
 def test_a_loss_or_gradient_norm_far_above_its_median_is_reported_with_its_numbers():
     story = spike_reason(history(), 0, "image", 6.0, 0.5, CFG)
     assert "the loss is 6, " in story
-    assert "of 32 image steps" in story
+    assert "over the last 32 image steps" in story
     assert "guard.spike_deviations 10" in story
     assert "the gradient norm is 50" in spike_reason(history(), 0, "image", 1.8, 50.0, CFG)
 
