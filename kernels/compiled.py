@@ -6,8 +6,8 @@ the inputs and one reciprocal root mean square per token are saved for the backw
 length run the same code. The cosines and sines of a pack are computed outside of the loops, once for all layers, since
 the loop over heads would compute them H times.
 
-If the compiler fails, the same functions run as plain torch, and one message reports the reason. The letters of shapes
-are those of `kernels.reference`.
+If the compiler fails, the same functions run as plain torch, and one message reports the reason. Shapes use
+the letters of `kernels.reference`.
 """
 
 from __future__ import annotations

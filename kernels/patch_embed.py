@@ -10,12 +10,13 @@ The backward launches two kernels:
     gradient  gathers the same words and multiplies them with the gradient of the tokens, in splits over T, each of
               which writes a float32 part
     unfold    sums the parts in a fixed order, and reverses the folding
-A pack of still images only is multiplied with the sum of the two temporal kernels (588 bytes per token). A pack with a
-video is multiplied with both temporal kernels (1176 bytes), and still images are read twice. Every sum has a fixed
+A pack of still images only is multiplied by the sum of the weights of both frames (588 bytes per token). A pack with a
+video is multiplied by the weights of both frames (1176 bytes), and still images are read twice. Every sum has a fixed
 order: the same inputs give the same bits.
 
-In bfloat16 the pixels are exact, the folded weights are rounded once (2^-8 of each product), the sums are float32, and
-the result is rounded once. The float path rounds normalised pixels instead. In the gradient only the result is rounded.
+In bfloat16 the pixels are exact, the folded weights are rounded once (at most 2^-8 of each product), the sums are
+float32, and the result is rounded once. `normalise` and a linear layer would round the normalised pixels instead of the
+folded weights. In the gradient only the result is rounded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every fused operation in plain torch: the reference for kernels and tests.
 
-Arithmetic is in float32 for half-precision inputs, and in the input's precision otherwise. Results have the dtype of
-the input. The letters of shapes are
+Unless a docstring says otherwise, arithmetic is in float32 for half-precision inputs and in the input's precision for
+other inputs, and results have the dtype of the input. Shapes use these letters:
     T tokens of a pack      H heads     K head width    D = H * K hidden width
     F feed-forward width    B pixel bytes of a pack     1176 = 3 channels * 2 frames * 14 * 14 pixels
 """
@@ -22,9 +22,10 @@ TUBELET = 2
 CHANNELS = 3
 PATCH_VALUES = CHANNELS * TUBELET * PATCH * PATCH
 CENTRE = 128
-"""Bytes minus 128 are exact in bfloat16 and half as large as bytes, which halves the errors of rounded weights."""
+"""Subtracted from every byte. The differences are exact in bfloat16, and their maximum magnitude is 128 instead of 255,
+which halves the errors that rounded weights cause in the products."""
 BATCH = 2048
-"""Number of tokens that are multiplied at once on the CPU: their bytes as floats fit into the caches."""
+"""Number of still-image tokens (twice that of video tokens) in one matrix product, so that they fit into CPU caches."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,10 +34,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rope2d(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotates heads by the token's row and column, rotate-half layout (UniViTAR release).
+    """Applies the 2D rotary position embedding in the rotate-half layout of the UniViTAR release.
 
     A head of K values has K/2 planes (i, i + K/2). Plane j of the first K/4 planes is rotated by
-    row * theta^(-2j/(K/2)), and plane j of the other K/4 planes by column * theta^(-2j/(K/2)). Time rotates nothing.
+    row * theta^(-2j/(K/2)), and plane j of the other K/4 planes by column * theta^(-2j/(K/2)). The temporal position
+    has no effect.
 
     Args: x (T, H, K) with K divisible by 4; positions (T, 2) integer rows and columns.
     Returns: (T, H, K) in float32 or wider.
@@ -144,9 +146,10 @@ def patch_embed(
 ) -> Tensor:
     """Computes `patchify`, `normalise` and the linear map in one operation, with gradients for weight and bias.
 
-    The normalisation is folded into the weights, and a still image is multiplied with the sum of the two temporal
-    kernels. No (T, 1176) tensor exists; the backward pass reads the bytes again. In bfloat16 the bytes are exact and
-    the folded weights are rounded once: products have a relative error of 2^-8, as with rounded normalised pixels.
+    The normalisation is folded into the weights. A still image is multiplied by the sum of the weights of both frames.
+    No (T, 1176) tensor exists; the backward pass reads the bytes again. The products are computed in the dtype of the
+    weight. In bfloat16 the bytes are exact and the folded weights are rounded once. So the relative error of a product
+    is at most 2^-8, the same as if the normalised pixels were rounded to bfloat16 instead.
 
     Args:
         pixels, frames, grid_thw, merge: see `patchify`. mean, std: see `normalise`.
@@ -163,11 +166,11 @@ def check_frames(pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[Seque
     byte = tokens = 0
     for count, (t, h, w) in zip(frames, grid_thw, strict=True):
         if not (count == 1 == t or count == TUBELET * t):
-            raise ValueError(f"{count} frames cannot fill {t} steps of {TUBELET}")
+            raise ValueError(f"{count} frames do not match t = {t}: expected {TUBELET * t} frames, or 1 if t is 1")
         byte += count * h * w * PATCH * PATCH * CHANNELS
         tokens += t * h * w
     if byte != pixels.numel():
-        raise ValueError(f"{pixels.numel()} pixel bytes, the grids take {byte}")
+        raise ValueError(f"got {pixels.numel()} pixel bytes, but frames and grids require {byte}")
     return tokens
 
 
@@ -228,7 +231,7 @@ class _PatchEmbed(torch.autograd.Function):
 def _byte_rows(
     pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[Sequence[int]], merge: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yields the tokens of a pack in batches: their slice of the tokens, and rows of their bytes minus 128.
+    """Yields (slice, rows) for batches of tokens: their indices in the pack, and one row of bytes minus 128 per token.
 
     A row is ordered (frame, row, column, channel), with 588 values for still images and 1176 for videos. All batches
     use the same buffer.

@@ -158,7 +158,7 @@ def test_an_empty_pack_has_no_patches():
 
 
 def test_pixels_that_do_not_fill_the_grid_are_a_fault_of_ours():
-    with pytest.raises(ValueError, match="frames cannot fill"):
+    with pytest.raises(ValueError, match="frames do not match t"):
         reference.patchify(torch.zeros(3 * 588, dtype=torch.uint8), [3], [(1, 1, 1)], 1)
     with pytest.raises(ValueError, match="pixel bytes"):
         reference.patchify(torch.zeros(2 * 588, dtype=torch.uint8), [1], [(1, 1, 1)], 1)
