@@ -70,7 +70,10 @@ def cases(config: EncoderConfig, tokens: int, device: torch.device, dtype: torch
 def patch_embed_case(
     name: str, grids: Sequence[packs.Grid], width: int, device: torch.device, dtype: torch.dtype
 ) -> Case:
-    """Returns the case of the patch embedding. Plain torch uses the float path of the public API."""
+    """Returns the case of the patch embedding.
+
+    The eager version computes float32 `pixel_values` as `Preprocessor` does, then applies a linear layer.
+    """
     frames, tokens = packs.frames_of(grids), sum(map(math.prod, grids))
     size = packs.pixel_bytes(grids)
     pixels = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
@@ -97,8 +100,8 @@ def embed_patches(patches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def compiled(case: Case, backend: str) -> Callable[..., Any]:
-    """Returns the plain operation under torch.compile, except the loop that cuts patches item by item, which
-    torch.compile would unroll."""
+    """Compiles `case.eager` with torch.compile. `patchify` stays eager, because torch.compile would unroll its loop
+    over the items."""
     if case.op != "patch_embed":
         return torch.compile(case.eager, backend=backend, dynamic=False)
     embed = torch.compile(embed_patches, backend=backend, dynamic=False)
@@ -115,7 +118,7 @@ def _pack_of(case: Case) -> tuple[list[int], list[packs.Grid]]:
 def measure(case: Case, timer: Timer, copy: float, backend: str) -> list[dict[str, Any]]:
     """Returns one row for each pass.
 
-    Args: copy: GB/s of a large copy on this device in this run. backend: torch.compile's."""
+    Args: copy: GB/s of a large copy on this device in this run. backend: the backend of torch.compile."""
     contenders = {"ours": case.ours, "eager": case.eager, "compiled": compiled(case, backend)}
     times = {name: _times(timer, run, case.inputs) for name, run in contenders.items()}
     dtype = next(x.dtype for x in case.inputs if x.requires_grad)
@@ -147,7 +150,8 @@ def row(
     tflops = product = None
     if case.product is not None:
         m, k, n = case.product
-        padded_k = counts.aligned(k, dtype.itemsize)  # torch is fastest at this size; padding is not counted as work
+        # cuBLAS needs an aligned k for its fast kernels; the padding is not counted as work.
+        padded_k = counts.aligned(k, dtype.itemsize)
         shape = (m, padded_k, n) if direction == "forward" else (n, m, padded_k)
         tflops, product = 2 * m * k * n / ours / 1e9, matmul_tflops(timer, *shape, dtype) * k / padded_k
     return {

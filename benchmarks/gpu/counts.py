@@ -1,6 +1,7 @@
-"""Bytes and matrix products of the operations, counted by hand; kernels/README.md has the derivations.
+"""Bytes and matrix products of the fused operations, as formulas that kernels/README.md derives.
 
-The counts assume a perfect cache: every tensor of T rows is read or written once per pass, vectors of one row are free.
+The counts assume a perfect cache: each pass reads its inputs once and writes its outputs once. Vectors (norm weights,
+LayerScale, biases) are not counted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from benchmarks.gpu.packs import FRAME_BYTES
 
 PASSES = ("forward", "backward")
 ROWS_MOVED = {
+    # forward: tensors read; written | backward: tensors read; written
     # x; y | x, dy; dx
     "rms_norm": (2, 3),
     # x, branch; sum, y | sum, branch, dsum, dy; dx, dbranch
@@ -18,7 +20,7 @@ ROWS_MOVED = {
     # q, k; q, k | q, k, dq, dk, dv; dq, dk, dv
     "rope2d_qk_norm": (4, 8),
 }
-"""Number of rows of the operation's width that one token reads and writes: (forward, backward)."""
+"""Number of rows that (forward, backward) read or write per token. A row has the width of the operation."""
 POSITION_BYTES = 16
 """Bytes of one token's row and column, both int64."""
 
@@ -32,17 +34,25 @@ def moved_bytes(op: str, direction: str, tokens: int, width: int, itemsize: int)
 
 
 def patch_embed_bytes(pixel_bytes: int, tokens: int, width: int, itemsize: int) -> int:
-    """Returns the bytes of pixels, tokens and weights; in the backward, of pixels and both gradients, as many bytes."""
+    """Returns the bytes that one pass reads and writes, the same number in both passes.
+
+    The forward moves pixels, tokens and weights; the backward moves pixels and the gradients of tokens and weights.
+    """
     return pixel_bytes + (tokens * width + 2 * FRAME_BYTES * width) * itemsize
 
 
 def patch_embed_product(tokens: int, width: int, still: bool) -> tuple[int, int, int]:
-    """Returns (m, k, n) of the patch embedding's matrix product. With `still`, k is one frame: the two temporal kernels
-    are summed."""
+    """Returns (m, k, n) of the patch embedding's matrix product.
+
+    With `still`, k is the bytes of one frame only, because the weights of the two frames are summed.
+    """
     return tokens, FRAME_BYTES * (1 if still else 2), width
 
 
 def aligned(values: int, itemsize: int) -> int:
-    """Rounds `values` up to a multiple of 16 bytes, which cuBLAS's fast kernels need: 588 to 592 in bfloat16."""
+    """Rounds a number of values up so that they fill a multiple of 16 bytes, as cuBLAS's fast kernels require.
+
+    In bfloat16, 588 becomes 592.
+    """
     step = 16 // itemsize
     return -(-values // step) * step

@@ -1,4 +1,4 @@
-"""Packs like those of training, as pure functions: grids (t, h, w) and the number of stored frames of every item."""
+"""Generates packs like those in training: for each item a grid (t, h, w) and its number of stored frames."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import random
 from collections.abc import Sequence
 
 FRAME_BYTES = 14 * 14 * 3
-"""Bytes of one frame of a token."""
+"""Bytes of the pixels that one token covers in one frame."""
 Grid = tuple[int, int, int]
 MAX_IMAGE_TOKENS, SIZE_RATIO = 4096, 64
 """Tokens of the largest image, and the ratio of the largest to the smallest image; sizes are drawn log-uniformly."""
 
 
 def mixed_images(tokens: int, seed: int = 0) -> list[Grid]:
-    """Returns images of 64 to 4096 tokens and of aspect ratios up to 2 : 1, together exactly `tokens` tokens.
+    """Returns images with aspect ratios up to about 2:1 and exactly `tokens` tokens in total.
 
-    No image has more than a quarter of the tokens. The last images have the rest of the tokens, also below 64."""
+    Sizes range from about limit / 64 to limit tokens, where limit is the smaller of 4096 and a quarter of `tokens`. The
+    last images take the remaining tokens and may be smaller."""
     rng = random.Random(seed)
     limit = max(1, min(MAX_IMAGE_TOKENS, tokens // 4))
     grids: list[Grid] = []
@@ -38,7 +39,7 @@ def equal_images(tokens: int, length: int) -> list[Grid]:
 
 
 def videos(tokens: int, seed: int = 0) -> list[Grid]:
-    """Returns videos of 2, 4, 6 or 8 steps with 16 to 256 tokens per step, together exactly `tokens` tokens.
+    """Returns videos of 2, 4, 6 or 8 steps with 16 to 256 tokens per step and exactly `tokens` tokens in total.
 
     `tokens` must be even: the last video has two steps, each with half of the remaining tokens."""
     rng = random.Random(seed)
@@ -70,7 +71,8 @@ def pixel_bytes(grids: Sequence[Grid]) -> int:
 
 
 def padded_batches(grids: Sequence[Grid], max_tokens: int) -> list[list[Grid]]:
-    """Pads all items to the longest item, in batches of at most `max_tokens` tokens including padding."""
+    """Pads all items to the longest item. A batch has at most `max_tokens` tokens including padding, but at least one
+    item."""
     longest = max(grids, key=math.prod)
     size = max(1, max_tokens // math.prod(longest))
     return [[longest] * len(grids[start : start + size]) for start in range(0, len(grids), size)]
