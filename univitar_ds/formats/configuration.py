@@ -1,0 +1,182 @@
+"""Finds the configuration of a model whose checkpoint holds tensors alone, and the canonical names of its tensors.
+
+The configuration comes from the first that exists of: the folder that the caller names; `univitar.json`, a run's
+`config.yaml` with `tokenizer.json`, or an encoder's `config.json` beside the checkpoint; the shapes of the encoder's
+tensors. A `config.json` and the shapes describe the encoder alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig, read_encoder_config, read_object
+from univitar_ds.errors import CheckpointError
+from univitar_ds.formats.sidecar import SIDECAR, read_sidecar
+from univitar_ds.formats.stored_model import VISION, JointConfig, StoredModel, TensorInfo
+from univitar_ds.model.config import PRESETS
+
+Configuration = tuple[EncoderConfig, JointConfig | None]
+RUN = "config.yaml"
+TOKENIZER = "tokenizer.json"
+PATCHES = "embeddings.patch_embedding.weight"
+"""Name of a tensor that every encoder has, without the prefix `vision.`."""
+_LAYER = re.compile(r"vision\.encoder\.layers\.(\d+)\.")
+_SHAPE = (
+    "hidden_size", "num_hidden_layers", "intermediate_size", "qkv_bias", "qk_normalization", "patch_embedding_bias",
+)  # fmt: skip
+
+
+def name_prefix(names: Iterable[str], where: object) -> tuple[str, str]:
+    """Returns (prefix of the stored names, what replaces it), such as ("module.", "") for a wrapped model.
+
+    What replaces it is "vision." for a checkpoint of an encoder alone.
+    Raises: CheckpointError if no name, or more than one, is that of the patch embedding.
+    """
+    found = [name for name in names if name == PATCHES or name.endswith(f".{PATCHES}")]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{where} has {len(found)} tensors {PATCHES}, a model of this project has one; name a checkpoint of it"
+        )
+    prefix = found[0].removesuffix(PATCHES)
+    whole = prefix.endswith(VISION)
+    return (prefix.removesuffix(VISION), "") if whole else (prefix, VISION)
+
+
+def find_configuration(
+    infos: Mapping[str, TensorInfo], beside: Collection[Path], named: Path | None, heads: int | None
+) -> Configuration:
+    """Returns the configuration of the model with tensors `infos`, see the module's docstring.
+
+    Args: infos: by canonical names; beside: folders to look into; named: the folder that the caller names; heads:
+        number of attention heads, if the shapes have to do.
+    Raises: CheckpointError if a configuration is damaged, or of an encoder of another shape, or there is none.
+    """
+    if named is not None:
+        found = _read(named)
+        if found is None:
+            raise CheckpointError(f"{named} has none of {SIDECAR}, {RUN} and {CONFIG_FILE}; name a folder with one")
+        return check_shape(found, infos, named)
+    for folder in beside:
+        if (found := _read(folder)) is not None:
+            return check_shape(found, infos, folder)
+    return infer_encoder(infos, heads), None
+
+
+def check_shape(found: Configuration, infos: Mapping[str, TensorInfo], where: object) -> Configuration:
+    """Returns `found`. Raises: CheckpointError if its encoder has another shape than the tensors."""
+    stored = _shape(infos)
+    given = {**found[0].architecture(), "intermediate_size": found[0].inner_width}
+    wrong = [f"{name} {given[name]} instead of {stored[name]}" for name in _SHAPE if given[name] != stored[name]]
+    if wrong:
+        raise CheckpointError(
+            f"the configuration in {where} is of another encoder than the tensors: "
+            f"{'; '.join(wrong).replace('intermediate_size', 'inner width')}. Name the model's own configuration."
+        )
+    return found
+
+
+def whole_or_encoder(model: StoredModel) -> StoredModel:
+    """Returns `model`, or its encoder alone if it has other tensors but no configuration for them."""
+    alone = all(name.startswith(VISION) for name in model.tensors)
+    return model if alone or model.joint is not None else model.encoder_only()
+
+
+def infer_encoder(infos: Mapping[str, TensorInfo], heads: int | None) -> EncoderConfig:
+    """Returns the encoder whose tensors have these shapes; values that shapes do not show are the release's.
+
+    Args: heads: None: those of the preset of this shape, since no tensor shows the number of heads.
+    Raises: CheckpointError if `heads` is needed, or a tensor is missing.
+    """
+    shape = _shape(infos)
+    if heads is None:
+        known = ("hidden_size", "num_hidden_layers")
+        heads = next(
+            (
+                preset.num_attention_heads
+                for preset in PRESETS.values()
+                if all(getattr(preset, name) == shape[name] for name in known)
+                and preset.inner_width == shape["intermediate_size"]
+            ),
+            None,
+        )
+    if heads is None:
+        raise CheckpointError(
+            f"no tensor shows how many heads this encoder of width {shape['hidden_size']} has; give the number, or "
+            f"name a folder with its {CONFIG_FILE}"
+        )
+    shape["intermediate_size"] = math.ceil(shape["intermediate_size"] * 3 / 2)
+    return EncoderConfig(num_attention_heads=heads, **shape)
+
+
+def _shape(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Returns the fields of `_SHAPE`; `intermediate_size` is the inner width."""
+    first = f"{VISION}encoder.layers.0."
+    for name in (f"{VISION}{PATCHES}", f"{first}mlp.fc1.weight"):
+        if len(infos[name].shape if name in infos else ()) < 2:
+            raise CheckpointError(f"the checkpoint lacks {name}, or it is no matrix; name a checkpoint of an encoder")
+    layers = {int(match[1]) for name in infos if (match := _LAYER.match(name))}
+    return {
+        "hidden_size": infos[f"{VISION}{PATCHES}"].shape[0],
+        "num_hidden_layers": 1 + max(layers),
+        "intermediate_size": infos[f"{first}mlp.fc1.weight"].shape[0],
+        "qkv_bias": f"{first}attn.qkv.bias" in infos,
+        "qk_normalization": f"{first}attn.q_norm.weight" in infos,
+        "patch_embedding_bias": f"{VISION}embeddings.patch_embedding.bias" in infos,
+    }
+
+
+def _read(folder: Path) -> Configuration | None:
+    if (folder / SIDECAR).is_file():
+        return read_sidecar(folder)
+    if (folder / RUN).is_file():
+        return _of_run(folder)
+    if (folder / CONFIG_FILE).is_file():
+        return read_encoder_config(folder), None
+    return None
+
+
+def _of_run(folder: Path) -> Configuration:
+    """Returns the configuration of a run. Raises: ConfigError, CheckpointError if a file is missing or damaged."""
+    from univitar_ds.config.load import load_config
+    from univitar_ds.tokenization import load_tokenizer, special_ids
+
+    if not (folder / TOKENIZER).is_file():
+        raise CheckpointError(f"{folder} has {RUN} but no {TOKENIZER}; copy the run's {TOKENIZER} beside it")
+    config = load_config(folder / RUN)
+    model = config.model
+    encoder = dataclasses.replace(PRESETS[model.encoder], initializer_factor=model.layer_scale_init)
+    if model.init_from is not None:
+        encoder = read_encoder_config(model.init_from)
+    if model.text.path is not None:
+        text = read_object(Path(model.text.path) / CONFIG_FILE)
+        if "text_config" in text:  # of a model with two towers
+            family = str(text.get("model_type")).split("_")[0]
+            text = {**text["text_config"], "model_type": f"{family}_text_model"}
+    else:
+        special = special_ids(load_tokenizer(folder / TOKENIZER))
+        text = {
+            "model_type": "clip_text_model",
+            "vocab_size": special.vocab_size,
+            "hidden_size": model.text.hidden_size,
+            "intermediate_size": model.text.intermediate_size,
+            "num_hidden_layers": model.text.layers,
+            "num_attention_heads": model.text.heads,
+            "max_position_embeddings": model.text.context_length,
+            "hidden_act": "gelu",
+            "bos_token_id": None,
+            "eos_token_id": special.eos_id,
+            "pad_token_id": special.pad_id,
+        }
+    return encoder, JointConfig(
+        embed_dim=model.embed_dim,
+        pool_heads=model.pool_heads,
+        objective=config.objective.kind,
+        text=text,
+        context_length=model.text.context_length,
+        tokenizer=(folder / TOKENIZER).read_text(encoding="utf-8"),
+    )
