@@ -121,7 +121,7 @@ def pieces_of(engine: Engine) -> Pieces:
 
 
 def whole(ranks: list[Pieces]) -> dict[str, dict[str, Tensor]]:
-    """Whole tensors by kind (see KINDS) and name, from the pieces of all ranks."""
+    """Whole tensors by kind (see KINDS) and name, sorted, from the pieces of all ranks."""
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
     for pieces in ranks:
         for name, shape, start, tensors in pieces:
@@ -129,7 +129,7 @@ def whole(ranks: list[Pieces]) -> dict[str, dict[str, Tensor]]:
                 if value.numel():
                     target = found[kind].setdefault(name, torch.full(shape, torch.nan, dtype=value.dtype))
                     target.view(-1)[start : start + value.numel()] = value
-    return found
+    return {kind: dict(sorted(tensors.items())) for kind, tensors in found.items()}
 
 
 def trained_to(engine: Engine, first: int, last: int) -> list[float]:
@@ -159,7 +159,7 @@ def assert_equal(got: Any, wanted: Any) -> None:
         if isinstance(got, Tensors):
             assert (got.infos[name].shape, got.infos[name].dtype) == (tuple(value.shape), value.dtype)
             assert found.untyped_storage().nbytes() == value.nbytes, f"{name} holds more memory than its own"
-        assert torch.equal(found.contiguous().view(torch.uint8), value.contiguous().view(torch.uint8)), name
+        assert torch.equal(found.reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), name
 
 
 class Counted:
