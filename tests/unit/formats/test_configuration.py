@@ -51,7 +51,9 @@ def test_the_shape_is_inferred_for_every_inner_width(size):
     assert infer_encoder(infos_of(config), 2).inner_width == config.inner_width
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"qk_normalization": False, "patch_embedding_bias": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"qkv_bias": True}, {"qk_normalization": False}, {"patch_embedding_bias": False}]
+)
 def test_everything_but_the_heads_is_inferred(changes):
     config = dataclasses.replace(ENCODER, **changes)
     assert infer_encoder(infos_of(config), config.num_attention_heads).architecture() == config.architecture()

@@ -144,6 +144,7 @@ def sharded(folder):
     return {name: value.full_tensor() for name, value in loaded.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_read_and_write_parts_of_tensors(tmp_path):
     stored = tiny_stored()
