@@ -34,6 +34,8 @@ def read_sidecar(folder: Path) -> tuple[EncoderConfig, JointConfig | None]:
 
     Raises: CheckpointError if the file is missing, damaged or of another format."""
     path = folder / SIDECAR
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {SIDECAR}, which holds the configuration; copy it beside the weights")
     content = read_object(path)
     if content.get("format") != FORMAT:
         raise CheckpointError(
