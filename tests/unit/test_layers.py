@@ -37,7 +37,7 @@ LIBRARIES = {
     "boto3": {"univitar_ds.data.storage.s3_client"},
     "botocore": {"univitar_ds.data.storage.s3_client"},
     "webdataset": {"univitar_ds.data.writing.writer"},
-    "megatron": {"univitar_ds.formats.megatron"},
+    "megatron": {"univitar_ds.formats.distributed.megatron"},
     "onnxscript": {"univitar_ds.convert.program"},
 }
 """The only modules that import them."""

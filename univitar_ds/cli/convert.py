@@ -17,9 +17,15 @@ SRC: a local folder, an s3:// address, or the name of a model on the Hugging Fac
 run's folder or one of its checkpoints.
 DST: a new folder. It appears when it is complete; an earlier result is replaced with --force only.
 
-formats
-  release   the encoder as published: config.json, model.safetensors
-  hf        transformers: AutoModel.from_pretrained(DST, trust_remote_code=True)
+formats of DST
+  hf         transformers: AutoModel.from_pretrained(DST, trust_remote_code=True), pipelines
+  release    the encoder as published: config.json, model.safetensors
+  universal  DeepSpeed's universal checkpoint, with the optimizer's state of a run
+  megatron   Megatron-Core's dist_checkpointing, to be read as tensor-parallel slices
+  dcp        torch.distributed.checkpoint
+  program    torch.export, for any number of tokens and items
+  onnx       ONNX for fixed grids (--grid)
+SRC may also be DeepSpeed's own checkpoint of ZeRO stage 1, 2 or 3.
 
   univitar-ds convert runs/photos photos_hf --to hf
   univitar-ds convert runs/photos/checkpoints/step-00000200 early --to release --weights trained
@@ -31,7 +37,7 @@ def add_convert(commands) -> None:
     parser = add_command(commands, "convert", _convert, "convert weights to another format", DESCRIPTION)
     parser.usage = "univitar-ds convert SRC DST --to FORMAT [options]"
     parser.add_argument("places", nargs="+", metavar="SRC DST", help="the model, and the folder to write")
-    parser.add_argument("--to", metavar="FORMAT", help="release or hf")
+    parser.add_argument("--to", metavar="FORMAT", help="hf, release, universal, megatron, dcp, program or onnx")
     parser.add_argument("--part", choices=("model", "encoder"), help="default: all that SRC has and FORMAT can hold")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
     parser.add_argument(
@@ -40,6 +46,20 @@ def add_convert(commands) -> None:
     parser.add_argument("--verify", action="store_true", help="read the result and compare its output for one pack")
     parser.add_argument("--force", action="store_true", help="replace the result of an earlier conversion")
     parser.add_argument("--license", default="unknown", help="licence in the model card, such as apache-2.0")
+    parser.add_argument(
+        "--config-from",
+        type=expand,
+        metavar="FOLDER",
+        help="a run or export of the same model, if SRC holds tensors alone (DeepSpeed, dcp)",
+    )
+    parser.add_argument(
+        "--grid",
+        type=_grid,
+        action="append",
+        default=[],
+        metavar="T,H,W",
+        help="for onnx: tokens of an item along time, height and width; once for each item of a pack",
+    )
     add_weights(parser)
 
 
@@ -60,12 +80,21 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.part,
         DTYPES[arguments.dtype] if arguments.dtype else None,
         arguments.shard_size,
+        tuple(arguments.grid),
         arguments.force,
         arguments.verify,
         arguments.license,
     )
     source = expand_place(places[0])
-    show(convert(source, Path(expand(places[1])), arguments.to, options, arguments.weights))
+    show(convert(source, Path(expand(places[1])), arguments.to, options, arguments.weights, arguments.config_from))
+
+
+def _grid(text: str) -> tuple[int, int, int]:
+    """Parses three numbers, for argparse. Raises: ArgumentTypeError."""
+    parts = re.fullmatch(r"(\d+),(\d+),(\d+)", text)
+    if parts is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no grid; give tokens along time, height and width, as 1,16,16")
+    return int(parts[1]), int(parts[2]), int(parts[3])
 
 
 def _size(text: str) -> int:

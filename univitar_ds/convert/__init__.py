@@ -1,3 +1,3 @@
 """Conversion of models between formats, and the export of a run."""
 
-__all__ = ["conversion", "export"]
+__all__ = ["conversion", "export", "program"]

@@ -14,7 +14,7 @@ from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.run_folder import CARD, EVALUATION
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.evaluation.report import render_evaluation, table
-from univitar_ds.formats.stored_model import VISION, StoredModel
+from univitar_ds.formats.stored_model import HEADS, VISION, StoredModel
 from univitar_ds.model.config import PRESETS
 
 UNKNOWN_LICENCE = "unknown"
@@ -100,7 +100,9 @@ def _load(model: StoredModel, to: str) -> str:
 
 def _sizes(model: StoredModel) -> list[tuple[str, str]]:
     config = model.encoder
-    vision = sum(info.nbytes // info.dtype.itemsize for name, info in model.tensors.infos.items() if VISION in name[:7])
+    vision = sum(
+        info.nbytes // info.dtype.itemsize for name, info in model.tensors.infos.items() if name.startswith(VISION)
+    )
     rows = [
         ("encoder parameters", f"{vision:,}"),
         ("width, layers, heads", f"{config.hidden_size}, {config.num_hidden_layers}, {config.num_attention_heads}"),
@@ -108,7 +110,11 @@ def _sizes(model: StoredModel) -> list[tuple[str, str]]:
         ("resolution", config.resolution_mode),
     ]
     if model.joint is not None:
-        total = sum(info.nbytes // info.dtype.itemsize for info in model.tensors.infos.values())
+        total = sum(
+            info.nbytes // info.dtype.itemsize
+            for name, info in model.tensors.infos.items()
+            if not name.startswith(HEADS)
+        )
         rows += [
             ("parameters, all", f"{total:,}"),
             ("embedding", f"{model.joint.embed_dim}"),

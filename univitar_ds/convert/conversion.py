@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from univitar_ds.convert import program
 from univitar_ds.convert.card import UNKNOWN_LICENCE, size_name, write_card
 from univitar_ds.convert.comparison import compare
 from univitar_ds.convert.destination import check_space, new_folder
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats.recognise import module_of, open_stored
 from univitar_ds.formats.run import Weights
-from univitar_ds.formats.stored_model import HEADS, StoredModel
+from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.model.from_stored import check_complete
 
-WRITTEN = ("release", "hf")
-"""Names of the formats that can be written."""
+WRITTEN = ("release", "hf", "universal", "dcp", "megatron")
+"""Names of the formats that can be written and read."""
+PROGRAMS = ("program", "onnx")
+"""Names of the formats that can only be written: programs that run without this package."""
 Part = Literal["model", "encoder"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SHARDED = ("release", "hf")
@@ -30,28 +33,36 @@ _SLACK_BYTES = 64 << 20
 @dataclass(frozen=True)
 class Options:
     """How a model is written. None: `part` is the whole model if the source has one and the format can hold it; `dtype`
-    is that of the source; `shard_bytes` gives one file. `licence` is an identifier of the hub, for the model card."""
+    is that of the source; `shard_bytes` gives one file. `licence` is an identifier of the hub, for the model card.
+    `grids` are the tokens along time, height and width of the items of an ONNX file."""
 
     part: Part | None = None
     dtype: torch.dtype | None = None
     shard_bytes: int | None = None
+    grids: tuple[tuple[int, int, int], ...] = ()
     replace: bool = False
     verify: bool = False
     licence: str = UNKNOWN_LICENCE
 
 
 def convert(
-    source: str | Path, out: str | Path, to: str, options: Options | None = None, weights: Weights | None = None
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    options: Options | None = None,
+    weights: Weights | None = None,
+    config_folder: Path | None = None,
 ) -> str:
     """Converts the model `source` to the format `to` in the folder `out`, which is replaced atomically.
 
-    Args: source, weights: see `open_stored`; to: a name in WRITTEN.
+    Args: source, weights, config_folder: see `open_stored`; to: a name in WRITTEN or PROGRAMS.
     Returns: a sentence about what was written.
     Raises: CheckpointError if the source is missing or damaged, or `out` may not be replaced; StorageError if there is
         too little space or `out` cannot be written.
     """
     options, out = options or Options(), Path(out)
-    model = open_stored(source, weights)
+    _check_format(to, options)
+    model = open_stored(source, weights, config_folder)
     _refuse_inside(model.path, out)
     model = _part(model, to, options.part)
     check_complete(model)
@@ -59,7 +70,7 @@ def convert(
         model = model.converted(options.dtype)
     check_space(out, model.tensors.nbytes + _SLACK_BYTES)
     with new_folder(out, replace=options.replace) as folder:
-        write(model, folder, to, options.shard_bytes)
+        write(model, folder, to, options)
         write_card(model, folder, to, options.licence)
         compared = compare(model, open_stored(folder)) if options.verify else None
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -68,18 +79,31 @@ def convert(
     return sentence if compared is None else f"{sentence}\n{compared}"
 
 
-def write(model: StoredModel, folder: Path, to: str, shard_bytes: int | None = None) -> None:
+def write(model: StoredModel, folder: Path, to: str, options: Options | None = None) -> None:
     """Writes a model to the empty folder `folder`. Raises: CheckpointError if the format cannot hold the model."""
-    if to not in WRITTEN:
-        raise CheckpointError(f"{to!r} is no format that can be written; choose one of {', '.join(WRITTEN)}")
-    arguments = {"shard_bytes": shard_bytes} if to in _SHARDED else {}
-    module_of(to).write(model, folder, **arguments)
+    options = options or Options()
+    if to == "program":
+        program.export_program(model, folder)
+    elif to == "onnx":
+        program.export_onnx(model, folder, options.grids)
+    else:
+        arguments = {"shard_bytes": options.shard_bytes} if to in _SHARDED else {}
+        module_of(to).write(model, folder, **arguments)
 
 
-def without_heads(model: StoredModel) -> StoredModel:
-    """Returns the model without the heads that only training uses."""
-    tensors = model.tensors.renamed(lambda name: None if name.startswith(HEADS) else name)
-    return replace(model, tensors=tensors)
+def _check_format(to: str, options: Options) -> None:
+    if to not in (*WRITTEN, *PROGRAMS):
+        raise CheckpointError(
+            f"{to!r} is no format that can be written; choose one of {', '.join((*WRITTEN, *PROGRAMS))}"
+        )
+    if options.shard_bytes is not None and to not in _SHARDED:
+        raise CheckpointError(f"--shard-size is for {' and '.join(_SHARDED)}, not for {to}; leave it out")
+    if (to == "onnx") != bool(options.grids):
+        raise CheckpointError(
+            "an ONNX file, and no other format, is for fixed grids: --grid T,H,W, as in --grid 1,16,16"
+        )
+    if options.verify and to in PROGRAMS:
+        raise CheckpointError(f"--verify reads the result back, and {to} cannot be read; leave --verify out")
 
 
 def _part(model: StoredModel, to: str, part: Part | None) -> StoredModel:
@@ -87,7 +111,7 @@ def _part(model: StoredModel, to: str, part: Part | None) -> StoredModel:
         raise CheckpointError(f"{model.path} holds an encoder alone; leave --part model out")
     if part == "encoder" or (part is None and to == "release"):
         return model.encoder_only()
-    return without_heads(model)
+    return model
 
 
 def _refuse_inside(source: Path, out: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from univitar_ds.config.run_folder import CARD, MODEL
 from univitar_ds.convert.card import write_card
 from univitar_ds.convert.comparison import compare
-from univitar_ds.convert.conversion import without_heads, write
+from univitar_ds.convert.conversion import write
 from univitar_ds.convert.destination import check_space, new_folder
 from univitar_ds.formats import run as run_format
 from univitar_ds.formats.recognise import open_stored
@@ -33,7 +33,7 @@ def export_run(source: str | Path, out: str | Path, weights: Weights | None = No
         model = run_format.read(Path(source), weights)
         parts = {folder: (model.encoder_only(), "release")}
         if whole:
-            parts[folder / MODEL] = without_heads(model), "hf"
+            parts[folder / MODEL] = model, "hf"
         check_space(folder, sum(part.tensors.nbytes for part, _ in parts.values()))
         for place, (part, to) in parts.items():
             write(part, place, to)

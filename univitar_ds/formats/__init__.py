@@ -1,3 +1,14 @@
 """Formats of stored models (release, Hugging Face, runs, DeepSpeed and others), read and written tensor by tensor."""
 
-__all__ = ["checkpoint_dir", "elastic", "hf", "recognise", "release", "run", "stored_model", "weight_files"]
+__all__ = [
+    "checkpoint_dir",
+    "configuration",
+    "elastic",
+    "hf",
+    "recognise",
+    "release",
+    "run",
+    "sidecar",
+    "stored_model",
+    "weight_files",
+]

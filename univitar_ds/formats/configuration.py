@@ -7,15 +7,15 @@ tensors. A `config.json` and the shapes describe the encoder alone.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig, read_encoder_config, read_object
+from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig, read_encoder_config
 from univitar_ds.errors import CheckpointError
+from univitar_ds.formats.run import run_configuration
 from univitar_ds.formats.sidecar import SIDECAR, read_sidecar
 from univitar_ds.formats.stored_model import VISION, JointConfig, StoredModel, TensorInfo
 from univitar_ds.model.config import PRESETS
@@ -134,49 +134,7 @@ def _read(folder: Path) -> Configuration | None:
     if (folder / SIDECAR).is_file():
         return read_sidecar(folder)
     if (folder / RUN).is_file():
-        return _of_run(folder)
+        return run_configuration(folder)
     if (folder / CONFIG_FILE).is_file():
         return read_encoder_config(folder), None
     return None
-
-
-def _of_run(folder: Path) -> Configuration:
-    """Returns the configuration of a run. Raises: ConfigError, CheckpointError if a file is missing or damaged."""
-    from univitar_ds.config.load import load_config
-    from univitar_ds.tokenization import load_tokenizer, special_ids
-
-    if not (folder / TOKENIZER).is_file():
-        raise CheckpointError(f"{folder} has {RUN} but no {TOKENIZER}; copy the run's {TOKENIZER} beside it")
-    config = load_config(folder / RUN)
-    model = config.model
-    encoder = dataclasses.replace(PRESETS[model.encoder], initializer_factor=model.layer_scale_init)
-    if model.init_from is not None:
-        encoder = read_encoder_config(model.init_from)
-    if model.text.path is not None:
-        text = read_object(Path(model.text.path) / CONFIG_FILE)
-        if "text_config" in text:  # of a model with two towers
-            family = str(text.get("model_type")).split("_")[0]
-            text = {**text["text_config"], "model_type": f"{family}_text_model"}
-    else:
-        special = special_ids(load_tokenizer(folder / TOKENIZER))
-        text = {
-            "model_type": "clip_text_model",
-            "vocab_size": special.vocab_size,
-            "hidden_size": model.text.hidden_size,
-            "intermediate_size": model.text.intermediate_size,
-            "num_hidden_layers": model.text.layers,
-            "num_attention_heads": model.text.heads,
-            "max_position_embeddings": model.text.context_length,
-            "hidden_act": "gelu",
-            "bos_token_id": None,
-            "eos_token_id": special.eos_id,
-            "pad_token_id": special.pad_id,
-        }
-    return encoder, JointConfig(
-        embed_dim=model.embed_dim,
-        pool_heads=model.pool_heads,
-        objective=config.objective.kind,
-        text=text,
-        context_length=model.text.context_length,
-        tokenizer=(folder / TOKENIZER).read_text(encoding="utf-8"),
-    )

@@ -18,18 +18,35 @@ from univitar_ds.formats import run as run_format
 from univitar_ds.formats.run import Weights
 from univitar_ds.formats.stored_model import StoredModel
 
-FORMATS = ("run", "hf", "release")
-"""Names of the formats that can be read, in the order in which they are tried. Each is a module of this package."""
+_MODULES = {
+    "run": "univitar_ds.formats.run",
+    "hf": "univitar_ds.formats.hf",
+    "release": "univitar_ds.formats.release",
+    "universal": "univitar_ds.formats.distributed.universal",
+    "deepspeed": "univitar_ds.formats.distributed.deepspeed",
+    "megatron": "univitar_ds.formats.distributed.megatron",
+    "dcp": "univitar_ds.formats.distributed.dcp",
+}
+"""Modules of the formats that can be read, in the order in which they are tried."""
+FORMATS = tuple(_MODULES)
+_TENSORS_ALONE = ("universal", "deepspeed", "dcp")
+"""Formats that may hold tensors without the configuration of their model."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")
 _COPIED = 1 << 24
 
 
-def open_stored(source: str | Path, weights: Weights | None = None, settings: StorageSettings = LOCAL) -> StoredModel:
+def open_stored(
+    source: str | Path,
+    weights: Weights | None = None,
+    config_folder: Path | None = None,
+    settings: StorageSettings = LOCAL,
+) -> StoredModel:
     """Opens a model.
 
     Args: source: a local folder, an s3:// address, or the name of a model on the Hugging Face hub (owner/name);
-        weights: trained or averaged, for a run; settings: of the S3 store.
+        weights: trained or averaged, for a run; config_folder: a run, an export or another folder with the model's
+        configuration, for a format of tensors alone; settings: of the S3 store.
     Raises: CheckpointError if the source cannot be found, its format is not recognised, or it is damaged.
     """
     folder = local_folder(source, settings)
@@ -38,7 +55,11 @@ def open_stored(source: str | Path, weights: Weights | None = None, settings: St
         return run_format.read(folder, weights)
     if weights is not None:
         raise CheckpointError(f"{source} is in the format {name}, which has one kind of weights; leave --weights out")
-    return module_of(name).read(folder)
+    if config_folder is None:
+        return module_of(name).read(folder)
+    if name not in _TENSORS_ALONE:
+        raise CheckpointError(f"{source}, in the format {name}, has its own configuration; leave --config-from out")
+    return module_of(name).read(folder, config_folder)
 
 
 def recognised(folder: Path) -> str:
@@ -54,7 +75,7 @@ def recognised(folder: Path) -> str:
 
 def module_of(name: str) -> ModuleType:
     """Returns the module of a format."""
-    return importlib.import_module(f"univitar_ds.formats.{name}")
+    return importlib.import_module(_MODULES[name])
 
 
 def local_folder(source: str | Path, settings: StorageSettings = LOCAL) -> Path:

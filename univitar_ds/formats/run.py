@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
 from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
 from univitar_ds.config.schema import RunConfig
@@ -70,20 +70,13 @@ def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> 
     kinds = {name: reader.weights_kind(name, averaged=averaged) for name in reader.shapes}
     buffers = {name: b.float() if b.is_floating_point() else b for name, b in reader.buffers().items()}
     state = reader.content["run"]
-    described = state.get("model") or _described(config, run / TOKENIZER)
+    encoder, joint = run_configuration(run, state.get("model"))
     return StoredModel(
         checkpoint,
         "run",
-        with_size_rule(EncoderConfig.from_dict(described["encoder"]), config.stages[-1]),
+        with_size_rule(encoder, config.stages[-1]),
         _parameters(reader, kinds, buffers),
-        JointConfig(
-            config.model.embed_dim,
-            config.model.pool_heads,
-            config.objective.kind,
-            described["text"],
-            config.model.text.context_length,
-            (run / TOKENIZER).read_text(encoding="utf-8"),
-        ),
+        joint,
         _optimizer(reader) if not averaged else None,
         {
             "run": run.name,
@@ -92,6 +85,26 @@ def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> 
             "progress": state.get("progress", {}),
             "recipe": config,
         },
+    )
+
+
+def run_configuration(run: Path, described: Mapping[str, Any] | None = None) -> tuple[EncoderConfig, JointConfig]:
+    """Returns the configuration of the model of a run, without the size rule of a stage.
+
+    Args: described: `ContrastiveModel.description` in a checkpoint; None: follows from the run's configuration.
+    Raises: ConfigError or CheckpointError if a file is missing or damaged.
+    """
+    config = load_config(run / CONFIG)
+    if not (run / TOKENIZER).is_file():
+        raise CheckpointError(f"{run} has {CONFIG} but no {TOKENIZER}; copy the run's {TOKENIZER} beside it")
+    described = described or _described(config, run / TOKENIZER)
+    return EncoderConfig.from_dict(described["encoder"]), JointConfig(
+        config.model.embed_dim,
+        config.model.pool_heads,
+        config.objective.kind,
+        described["text"],
+        config.model.text.context_length,
+        (run / TOKENIZER).read_text(encoding="utf-8"),
     )
 
 
@@ -133,6 +146,8 @@ def _averaged(run: Path, config: RunConfig, weights: Weights | None) -> bool:
 def _described(config: RunConfig, tokenizer: Path) -> dict[str, Any]:
     """Returns the configurations of encoder and text model for a checkpoint of an earlier version, which lacks them."""
     encoder = dataclasses.replace(PRESETS[config.model.encoder], initializer_factor=config.model.layer_scale_init)
+    if config.model.init_from is not None:
+        encoder = read_encoder_config(config.model.init_from)
     special = special_ids(load_tokenizer(tokenizer))
     sizes = {"vocab_size": special.vocab_size, "eos_id": special.eos_id, "pad_id": special.pad_id}
     return {"encoder": encoder.to_dict(), "text": text_model_config(config.model.text, **sizes)}

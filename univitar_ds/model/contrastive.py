@@ -24,7 +24,7 @@ from univitar_ds.model.distill_heads import Distilled, DistillHeads
 from univitar_ds.model.dropping import DropPlan
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.layers import RMSNorm
-from univitar_ds.model.towers import build_text_tower
+from univitar_ds.model.towers import as_json, build_text_tower
 from univitar_ds.model.weights import load_into
 
 
@@ -94,7 +94,7 @@ class ContrastiveModel(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """Returns the configurations of the encoder and of the text model, as JSON objects."""
-        return {"encoder": self.vision.config.to_dict(), "text": self.text.model.config.to_dict()}
+        return {"encoder": self.vision.config.to_dict(), "text": as_json(self.text.model.config)}
 
     def forward(
         self,

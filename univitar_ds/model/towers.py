@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,7 @@ def text_model_config(config: TextConfig, *, vocab_size: int, eos_id: int, pad_i
         from transformers import CLIPTextConfig
 
     if config.path is not None:
-        return _text_part(_read_config(Path(config.path))).to_dict()
+        return as_json(_text_part(_read_config(Path(config.path))))
     shape = CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,
@@ -96,7 +97,12 @@ def text_model_config(config: TextConfig, *, vocab_size: int, eos_id: int, pad_i
         eos_token_id=eos_id,
         pad_token_id=pad_id,
     )
-    return shape.to_dict()
+    return as_json(shape)
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """Returns a configuration of transformers as the JSON object that its config.json would hold."""
+    return json.loads(config.to_json_string(use_diff=False))
 
 
 def text_tower(values: Mapping[str, Any]) -> nn.Module:

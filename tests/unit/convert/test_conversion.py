@@ -82,10 +82,10 @@ def test_a_failing_conversion_leaves_nothing(run, tmp_path, monkeypatch):
 def test_a_damaged_result_is_found_by_verify(run, tmp_path, monkeypatch):
     write = conversion.write
 
-    def damaging(model, folder, to, shard_bytes):
+    def damaging(model, folder, to, options):
         tensors = dict(model.tensors)
         tensors["vision.encoder.layers.0.attn.qkv.weight"] *= 1.001
-        write(type(model)(**{**vars(model), "tensors": type(model.tensors).of(tensors)}), folder, to, shard_bytes)
+        write(type(model)(**{**vars(model), "tensors": type(model.tensors).of(tensors)}), folder, to, options)
 
     monkeypatch.setattr(conversion, "write", damaging)
     with pytest.raises(CheckpointError, match=r"the tokens of .* differ by up to"):

@@ -59,7 +59,7 @@ def test_the_joint_configuration_is_that_of_the_run(trained):
         config.objective.kind,
         config.model.text.context_length,
     )
-    assert joint.text == model.text.model.config.to_dict()
+    assert joint.text == model.description()["text"]
     assert joint.tokenizer == (run / "tokenizer.json").read_text()
 
 
@@ -130,5 +130,5 @@ def test_damage_is_found_before_a_tensor_is_read(trained, tmp_path):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"rank00000\.safetensors has another sha256"):
+    with pytest.raises(CheckpointError, match=r"rank00000\.safetensors has a different sha256"):
         open_stored(run)

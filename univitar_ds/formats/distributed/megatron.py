@@ -119,7 +119,9 @@ _ALLOWED = {
 def recognises(folder: Path) -> bool:
     """Returns whether `folder` has the marks of a checkpoint of Megatron-Core. Never raises."""
     try:
-        return (folder / PLACES).is_file() and "sharded_backend" in json.loads((folder / BACKEND).read_text(encoding="utf-8"))
+        return (folder / PLACES).is_file() and "sharded_backend" in json.loads(
+            (folder / BACKEND).read_text(encoding="utf-8")
+        )
     except (OSError, ValueError, TypeError):
         return False
 

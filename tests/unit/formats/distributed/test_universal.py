@@ -23,7 +23,7 @@ from tests.unit.formats.made import (
     with_sidecar,
 )
 from univitar_ds.errors import CheckpointError
-from univitar_ds.formats import deepspeed, universal
+from univitar_ds.formats.distributed import deepspeed, universal
 from univitar_ds.formats.stored_model import Tensors
 from univitar_ds.training.distributed.process_group import start_world
 

@@ -21,7 +21,7 @@ from tests.unit.formats.made import (
     with_sidecar,
 )
 from univitar_ds.errors import CheckpointError
-from univitar_ds.formats import deepspeed
+from univitar_ds.formats.distributed import deepspeed
 from univitar_ds.formats.sidecar import write_sidecar
 from univitar_ds.formats.weight_files import write_weights
 from univitar_ds.training.distributed.process_group import start_world

@@ -28,8 +28,15 @@ from tests.unit.model.made import drawn_patches, small_encoder
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError, InstallationError
-from univitar_ds.formats import megatron
-from univitar_ds.formats.megatron import load_slices, read, recognises, sharded_state_dict, split_axis, write
+from univitar_ds.formats.distributed import megatron
+from univitar_ds.formats.distributed.megatron import (
+    load_slices,
+    read,
+    recognises,
+    sharded_state_dict,
+    split_axis,
+    write,
+)
 from univitar_ds.formats.stored_model import VISION, JointConfig, OptimizerState, StoredModel, Tensors
 from univitar_ds.kernels import reference
 from univitar_ds.model.contrastive import ContrastiveModel

@@ -39,7 +39,7 @@ from univitar_ds.formats.configuration import (
     name_prefix,
     whole_or_encoder,
 )
-from univitar_ds.formats.deepspeed import (
+from univitar_ds.formats.distributed.deepspeed import (
     MOMENTS,
     group_names,
     load_pt,

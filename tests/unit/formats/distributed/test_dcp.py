@@ -22,7 +22,7 @@ from tests.unit.formats.made import (
     with_sidecar,
 )
 from univitar_ds.errors import CheckpointError
-from univitar_ds.formats import dcp as format_dcp
+from univitar_ds.formats.distributed import dcp as format_dcp
 from univitar_ds.formats.stored_model import Tensors
 from univitar_ds.training.distributed.process_group import start_world
 
