@@ -14,6 +14,10 @@ towers the tensors have these names:
 Distillation heads and an optimizer's state are not written. `tokenizer.json` also adds the begin and end tokens, which
 the project does itself; `tokenizer.source.json` is the tokenizer as it was.
 
+Pipelines of transformers have limits that the code cannot lift. They make transparent images black before the image
+processor, which makes them white, sees them. The zero-shot pipeline of a sigmoid run cuts labels at 64 tokens, also if
+the context is longer. Pipelines of the encoder alone need batch_size=1, because its output is one row of tokens.
+
 Reading executes no code of the folder.
 """
 

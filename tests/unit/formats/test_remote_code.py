@@ -257,6 +257,7 @@ def odd_images():
         Image.new("I;16B", (30, 40), 700),
     ]
     deep.append(stored_as(deep[0], "TIFF", exif=media.exif(7)))
+    deep.append(Image.fromarray((ramp > 0.5).astype(np.float32)))  # whole numbers, so no fractions of white
     return [*modes, *clear, *keyed, *turned, *deep, textured(700, 600)]
 
 
