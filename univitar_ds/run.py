@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from univitar_ds.atomic_write import replace_text, replacing
+from univitar_ds.atomic_write import replace_bytes, replace_text, replacing
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import changed_result, dump_config, dumped, load_config
 from univitar_ds.config.places import anchored
@@ -24,10 +24,12 @@ from univitar_ds.config.run_folder import (
     CHECKPOINTS,
     CONFIG,
     DEEPSPEED,
+    DESCRIPTION,
     EVALUATION,
     EXPORT,
     LOCKS,
     RUN_ENTRIES,
+    START,
     TOKENIZER,
 )
 from univitar_ds.config.schema import RunConfig
@@ -35,6 +37,7 @@ from univitar_ds.config.unused import unused_parts
 from univitar_ds.errors import ConfigError, DataError, writing
 from univitar_ds.extras import extra
 from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link
 from univitar_ds.run_lock import RunLock
 
@@ -54,8 +57,8 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
 
     Args: lock: lock of the folder, acquired here and kept. None: a lock is acquired and released here.
     Raises: ConfigError if the folder contains checkpoints, results or files that no run writes, or if the
-        configurations contradict each other; CheckpointError if the teacher cannot be used; RunLocked if another
-        launch has the lock; DataError if the sources cannot feed the stages; InstallationError if the text tower
+        configurations contradict each other; CheckpointError if the teacher or model.init_from cannot be used;
+        RunLocked if another launch has the lock; DataError if the sources cannot feed the stages; InstallationError if the text tower
         cannot be built in this environment; StorageError if the folder cannot be written.
     """
     run = Path(config.output, config.name)
@@ -70,6 +73,8 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         _report_unused(config)
         _check_sources(config)
         _check_teacher(config)
+        start = _open_start(config)
+        config = _with_joint(config, start)
         run.mkdir(parents=True, exist_ok=True)
         lock.take()
         _check_unused(run, recipe)  # another launch may have written here since
@@ -77,7 +82,8 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         mark(run, KIND)
         dump_config(anchored(config), run / CONFIG)
         _write_deepspeed(run, deepspeed)
-        _provide_tokenizer(config, run / TOKENIZER)
+        _provide_tokenizer(config, run / TOKENIZER, start)
+        _write_description(config, run, start)
     return run
 
 
@@ -167,12 +173,62 @@ def _write_deepspeed(run: Path, content: dict) -> None:
     replace_text(run / DEEPSPEED, json.dumps(content, indent=2) + "\n")
 
 
-def _provide_tokenizer(config: RunConfig, target: Path) -> None:
-    """Writes the run's tokenizer: the configured one, that of the text tower's folder, or one trained on captions."""
+def _open_start(config: RunConfig) -> StoredModel | None:
+    """Opens the model that the run starts from, None without one. Raises: CheckpointError."""
+    from univitar_ds.data.storage.base import StorageSettings
+    from univitar_ds.formats.recognise import open_stored
+
+    if config.model.init_from is None:
+        return None
+    return open_stored(config.model.init_from, settings=StorageSettings.of(config.data))
+
+
+def _with_joint(config: RunConfig, start: StoredModel | None) -> RunConfig:
+    """Returns the configuration with the joint embedding of the model that the whole run starts from.
+
+    Only keys that the run file leaves out are set. Raises: ConfigError if the run file gives another tokenizer.
+    """
+    if start is None or start.joint is None or config.model.init_part != "model":
+        return config
+    if config.model.text.tokenizer is not None:
+        raise ConfigError("model.init_part is model, so init_from brings the tokenizer; leave model.text.tokenizer out")
+    joint, model = start.joint, config.model
+    given = {name: getattr(joint, name) for name in ("embed_dim", "pool_heads") if name not in model.model_fields_set}
+    text = model.text
+    if "context_length" not in text.model_fields_set:
+        text = text.model_copy(update={"context_length": joint.context_length})
+    return config.model_copy(update={"model": model.model_copy(update={**given, "text": text})})
+
+
+def _write_description(config: RunConfig, run: Path, start: StoredModel | None) -> None:
+    """Writes the configurations of both towers, and a copy of weights that not every machine can reach.
+
+    Raises: CheckpointError or ConfigError if the run's model cannot start from `start`.
+    """
+    from univitar_ds.convert.conversion import write
+    from univitar_ds.model.build import describe
+    from univitar_ds.tokenization import load_tokenizer, special_ids
+
+    special = special_ids(load_tokenizer(run / TOKENIZER))
+    sizes = {"vocab_size": special.vocab_size, "eos_id": special.eos_id, "pad_id": special.pad_id}
+    replace_text(run / DESCRIPTION, json.dumps(describe(config.model, start, **sizes), indent=2) + "\n")
+    if start is not None and not Path(str(config.model.init_from)).is_dir():
+        whole = config.model.init_part == "model"
+        logger.info("copying %s to %s", config.model.init_from, run / START)
+        write(start if whole else start.encoder_only(), run / START, "hf" if whole else "release")
+
+
+def _provide_tokenizer(config: RunConfig, target: Path, start: StoredModel | None) -> None:
+    """Writes the run's tokenizer: that of the whole model that the run starts from, the configured one, that of the
+    text tower's folder, or one trained on captions."""
     from univitar_ds.data.shards.sources import iterate_captions
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.tokenization import load_tokenizer, train_tokenizer
 
+    if start is not None and start.joint is not None and config.model.init_part == "model":
+        replace_bytes(target, start.joint.tokenizer.encode("utf-8"))
+        load_tokenizer(target)
+        return
     text = config.model.text
     given = Path(text.tokenizer) if text.tokenizer else Path(text.path, TOKENIZER) if text.path else None
     if given:

@@ -11,7 +11,8 @@ import torch
 from univitar_ds.config.load import check_config, config_fingerprint, dump_config
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.formats.elastic import MASTER, MOMENTS
-from univitar_ds.model.contrastive import ContrastiveModel, build_contrastive
+from univitar_ds.model.build import build_contrastive
+from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.tokenization import special_ids, train_tokenizer
 from univitar_ds.training.checkpoint.sharded import save_checkpoint
 from univitar_ds.training.distributed.process_group import World

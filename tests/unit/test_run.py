@@ -48,7 +48,7 @@ def unfinished(run: Path) -> None:
         (run / name).write_text("left")
 
 
-MADE = [MARK, "config.yaml", "deepspeed.json", "tokenizer.json"]
+MADE = [MARK, "config.yaml", "deepspeed.json", "model.json", "tokenizer.json"]
 
 
 def test_an_unfinished_run_s_own_files_are_replaced(config):

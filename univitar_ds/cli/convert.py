@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 from univitar_ds.cli.common import add_command, add_weights, expand, expand_place
 from univitar_ds.errors import ConfigError
@@ -36,7 +35,9 @@ def add_convert(commands) -> None:
     """Adds `convert` to `commands`."""
     parser = add_command(commands, "convert", _convert, "convert weights to another format", DESCRIPTION)
     parser.usage = "univitar-ds convert SRC DST --to FORMAT [options]"
-    parser.add_argument("places", nargs="+", metavar="SRC DST", help="the model, and the folder to write")
+    parser.add_argument(
+        "places", nargs="+", type=expand_place, metavar="SRC DST", help="the model, and the folder to write"
+    )
     parser.add_argument("--to", metavar="FORMAT", help="hf, release, universal, megatron, dcp, program or onnx")
     parser.add_argument("--part", choices=("model", "encoder"), help="default: all that SRC has and FORMAT can hold")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
@@ -69,8 +70,8 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     places = arguments.places
     if len(places) == 3 and places[0] == "export":
-        export_run(expand(places[1]), expand(places[2]), arguments.weights, whole=False)
-        show(f"encoder in {expand(places[2])}")
+        export_run(places[1], places[2], arguments.weights, whole=False)
+        show(f"encoder in {places[2]}")
         return
     if len(places) != 2:
         raise ConfigError(f"convert takes SRC and DST, got {len(places)} names: {' '.join(places)}")
@@ -85,8 +86,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.verify,
         arguments.license,
     )
-    source = expand_place(places[0])
-    show(convert(source, Path(expand(places[1])), arguments.to, options, arguments.weights, arguments.config_from))
+    show(convert(places[0], places[1], arguments.to, options, arguments.weights, arguments.config_from))
 
 
 def _grid(text: str) -> tuple[int, int, int]:

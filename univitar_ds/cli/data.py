@@ -290,12 +290,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     with extra("train"):
         from univitar_ds.data.tools.inspect_plot import draw, is_drawn
-    from univitar_ds.model.config import PRESETS
+    from univitar_ds.model.config import encoder_config
     from univitar_ds.model.flops import cost_coefficients
 
     check_result(arguments.png, is_drawn)
     config = load_config(arguments.config, arguments.overrides)
-    found = inspect(config, packs=arguments.packs, cost=cost_coefficients(PRESETS[config.model.encoder]))
+    found = inspect(config, packs=arguments.packs, cost=cost_coefficients(encoder_config(config.model)))
     for line in (json.dumps(found.to_json(), indent=2) if arguments.json else render(found)).split("\n"):
         _say(line)
     draw(found, arguments.png)

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.paths import PathText
 from univitar_ds.config.section import EncoderSize, Positive, Section
+from univitar_ds.errors import CheckpointError
 
 
 class TextConfig(Section):
@@ -34,11 +36,41 @@ class TextConfig(Section):
         return self
 
 
+class EncoderShape(Section):
+    """Shape of an encoder that has no name; the names and defaults are those of the release's config.json."""
+
+    hidden_size: Positive = Field(description="width, divisible by 4 times num_attention_heads")
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    intermediate_size: Annotated[int, Field(ge=2)] = Field(
+        description="width of an MLP with the same number of parameters; SwiGLU's matrices have two thirds of it"
+    )
+    qkv_bias: bool = False
+    qk_normalization: bool = True
+    patch_embedding_bias: bool = True
+    spatial_merge_size: Positive = Field(1, description="tokens come in blocks of this many rows and columns")
+
+    @model_validator(mode="after")
+    def _possible(self) -> EncoderShape:
+        try:
+            EncoderConfig(**self.model_dump())
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
 class ModelConfig(Section):
     """Settings of both towers and of their joint embedding."""
 
-    encoder: EncoderSize = "tiny"
-    init_from: PathText | None = Field(None, description="folder of a released or exported encoder to start from")
+    encoder: EncoderSize | EncoderShape | None = Field(
+        None, description="tiny, 0.3b, 0.6b, 1b, or a shape; absent: the shape of init_from, without it tiny"
+    )
+    init_from: PathText | None = Field(
+        None, description="model to start from: an export, a run, another folder with weights, s3://, or a hub name"
+    )
+    init_part: Literal["encoder", "model"] = Field(
+        "encoder", description="model: the text tower, tokenizer, pooling and projections of init_from too"
+    )
     layer_scale_init: Annotated[float, Field(gt=0)] = 0.1
     attention: Literal["auto", "flash", "flash2", "flash3", "flash4", "varlen", "sdpa"] = Field(
         "auto",
@@ -56,6 +88,14 @@ class ModelConfig(Section):
     logit_scale_init: Annotated[float, Field(gt=0)] = 10.0
     logit_bias_init: float = -10.0
     text: TextConfig = TextConfig()
+
+    @model_validator(mode="after")
+    def _whole_model_has_a_source(self) -> ModelConfig:
+        if self.init_part == "model" and self.init_from is None:
+            raise ValueError("init_part is model and init_from is absent; name the model to start from")
+        if self.init_part == "model" and self.text.path is not None:
+            raise ValueError("init_part is model, so init_from brings the text tower; leave text.path out")
+        return self
 
 
 class TeacherConfig(Section):

@@ -7,6 +7,10 @@ from univitar_ds.owned import MARK, Names
 CONFIG = "config.yaml"
 DEEPSPEED = "deepspeed.json"
 TOKENIZER = "tokenizer.json"
+DESCRIPTION = "model.json"
+"""Configurations of the run's encoder and text model, see `ContrastiveModel.description`."""
+START = "start"
+"""A copy of a model from S3 or the hub, from which the run starts."""
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
 EVALUATION = "evaluation.json"
@@ -41,11 +45,14 @@ EXPORT_FILES: Names = {
 }
 LOCKS: Names = {r"\.lock-\d{8}|\.lock-probe-[0-9a-f]{32}": None}
 RUN_ENTRIES: Names = {
-    "|".join(map(re.escape, (MARK, CONFIG, DEEPSPEED, TOKENIZER, SUMMARY, EVALUATION, METRICS, EVENTS))): None,
+    "|".join(
+        map(re.escape, (MARK, CONFIG, DEEPSPEED, TOKENIZER, DESCRIPTION, SUMMARY, EVALUATION, METRICS, EVENTS))
+    ): None,
     r"(samples|skipped)-rank\d+\.jsonl": None,
     r"examples-(image|video)\.png": None,
     BOARD: {r"events\.out\.tfevents\..+": None},
     CHECKPOINTS: CHECKPOINT_ROOT,
+    START: _MODEL_FILES,
     rf"{EXPORT}|\.{EXPORT}\.(partial|earlier)": EXPORT_FILES,
 }
 """All entries except the locks, which a new launch does not replace."""

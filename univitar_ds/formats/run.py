@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
+from univitar_ds.config.encoder import EncoderConfig, read_encoder_config, read_object
 from univitar_ds.config.load import load_config
-from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DESCRIPTION, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.errors import CheckpointError
@@ -21,7 +21,7 @@ from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.elastic import FROZEN, MOMENTS, ElasticReader
 from univitar_ds.formats.stored_model import JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
 from univitar_ds.geometry import PATCH
-from univitar_ds.model.config import PRESETS
+from univitar_ds.model.config import encoder_config
 from univitar_ds.model.towers import text_model_config
 from univitar_ds.tokenization import load_tokenizer, special_ids
 
@@ -97,6 +97,8 @@ def run_configuration(run: Path, described: Mapping[str, Any] | None = None) -> 
     config = load_config(run / CONFIG)
     if not (run / TOKENIZER).is_file():
         raise CheckpointError(f"{run} has {CONFIG} but no {TOKENIZER}; copy the run's {TOKENIZER} beside it")
+    if described is None and (run / DESCRIPTION).is_file():
+        described = read_object(run / DESCRIPTION)
     described = described or _described(config, run / TOKENIZER)
     return EncoderConfig.from_dict(described["encoder"]), JointConfig(
         config.model.embed_dim,
@@ -145,7 +147,7 @@ def _averaged(run: Path, config: RunConfig, weights: Weights | None) -> bool:
 
 def _described(config: RunConfig, tokenizer: Path) -> dict[str, Any]:
     """Returns the configurations of encoder and text model for a checkpoint of an earlier version, which lacks them."""
-    encoder = dataclasses.replace(PRESETS[config.model.encoder], initializer_factor=config.model.layer_scale_init)
+    encoder = encoder_config(config.model)
     if config.model.init_from is not None:
         encoder = read_encoder_config(config.model.init_from)
     special = special_ids(load_tokenizer(tokenizer))

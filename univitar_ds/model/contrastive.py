@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
 from univitar_ds.config.model import ModelConfig
-from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.geometry import token_count
 from univitar_ds.model.attention import CuSeqlens, attention
-from univitar_ds.model.config import PRESETS
 from univitar_ds.model.distill_heads import Distilled, DistillHeads
 from univitar_ds.model.dropping import DropPlan
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.layers import RMSNorm
-from univitar_ds.model.towers import as_json, build_text_tower
-from univitar_ds.model.weights import load_into
+from univitar_ds.model.towers import as_json
 
 
 class AttentionPool(nn.Module):
@@ -153,57 +145,3 @@ class ContrastiveModel(nn.Module):
 def _leave_heads_aside(model: ContrastiveModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for name in [name for name in state if name.startswith(f"{prefix}distill.")]:
         del state[name]
-
-
-def build_contrastive(
-    config: ModelConfig, *, vocab_size: int, eos_id: int, pad_id: int, seed: int, teacher_width: int | None = None
-) -> ContrastiveModel:
-    """Builds the model of a run, on the CPU in float32. Equal arguments give bitwise equal weights.
-
-    The global random state does not change.
-
-    Args: teacher_width: Dt of the teacher, if the run has a teacher; None: no heads for distillation.
-    Raises: ConfigError if the parts do not fit each other; CheckpointError if weights to start from do not fit;
-        InstallationError if transformers cannot be imported.
-    """
-    shape = _encoder_shape(config)
-    if shape.hidden_size % config.pool_heads:
-        raise ConfigError(
-            f"model.pool_heads {config.pool_heads} does not divide the encoder's width {shape.hidden_size}; "
-            f"choose a divisor such as {math.gcd(config.pool_heads, shape.hidden_size)}"
-        )
-    with _seeded(seed, "vision"):
-        vision = UniViTAR(shape, attention=config.attention, checkpoint_every=config.checkpoint_every)
-    if config.init_from is not None:
-        load_into(vision, config.init_from)
-    with _seeded(seed, "text"):
-        text = build_text_tower(config.text, vocab_size=vocab_size, eos_id=eos_id, pad_id=pad_id)
-    with _seeded(seed, "heads"):  # distillation heads come last, so that the other values do not depend on them
-        return ContrastiveModel(vision, text, config, teacher_width)
-
-
-def _encoder_shape(config: ModelConfig) -> EncoderConfig:
-    named = dataclasses.replace(PRESETS[config.encoder], initializer_factor=config.layer_scale_init)
-    if config.init_from is None:
-        return named
-    stored = read_encoder_config(config.init_from)
-    differences = [
-        f"{name} is {stored.architecture()[name]} instead of {value}"
-        for name, value in named.architecture().items()
-        if stored.architecture()[name] != value
-    ]
-    if differences:
-        raise CheckpointError(
-            f"model.init_from {Path(config.init_from)} holds another encoder than {config.encoder}: "
-            f"{'; '.join(differences)}. Name the encoder that fits model.encoder."
-        )
-    return stored
-
-
-@contextmanager
-def _seeded(seed: int, part: str) -> Iterator[None]:
-    # Each part has its own seed: a change in one tower does not change the initial values of the others.
-    own = int.from_bytes(hashlib.blake2b(f"{seed}/{part}".encode(), digest_size=7).digest())
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(own)
-        yield

@@ -10,15 +10,19 @@ from pathlib import Path
 import torch
 
 from univitar_ds.config.deepspeed import resolve_deepspeed
+from univitar_ds.config.encoder import read_object
 from univitar_ds.config.load import changed_result, check_config
-from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, TOKENIZER
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, DESCRIPTION, START, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.elastic import read_state
+from univitar_ds.formats.recognise import open_stored
+from univitar_ds.formats.run import run_configuration
+from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.kernels.dispatch import compile_on_cpu
+from univitar_ds.model.build import build_contrastive
 from univitar_ds.model.config import compiles
-from univitar_ds.model.contrastive import build_contrastive
 from univitar_ds.model.teacher.teacher import read_teacher
 from univitar_ds.tokenization import load_tokenizer, special_ids
 from univitar_ds.training.checkpoint.sharded import load_checkpoint
@@ -54,6 +58,8 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
             eos_id=special.eos_id,
             pad_id=special.pad_id,
             seed=cfg.seed,
+            start=_start(cfg, run) if folder is None else None,
+            description=_description(run, saved, cfg),
             teacher_width=None if teacher is None else read_teacher(teacher).width,
         )
         freeze_but(model, parts)
@@ -72,6 +78,25 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
     if world.is_main:
         _report_resume(folder, saved["threads"])
     return engine, state
+
+
+def _start(cfg: RunConfig, run: Path) -> StoredModel | None:
+    """Opens the weights that a new run starts from: the run's own copy, or the folder in the configuration."""
+    if cfg.model.init_from is None:
+        return None
+    return open_stored(run / START if (run / START).is_dir() else cfg.model.init_from)
+
+
+def _description(run: Path, saved: dict, cfg: RunConfig) -> dict | None:
+    """Returns the description of the run's model; None if it follows from the configuration, as in old runs."""
+    if (run / DESCRIPTION).is_file():
+        return read_object(run / DESCRIPTION)
+    if "model" in saved:
+        return saved["model"]
+    if cfg.model.init_from is None:
+        return None
+    encoder, joint = run_configuration(run)
+    return {"encoder": encoder.to_dict(), "text": joint.text}
 
 
 def _last_checkpoint(run: Path, world: World) -> Path | None:

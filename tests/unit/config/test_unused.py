@@ -134,7 +134,7 @@ def test_each_start_of_a_run_reports_it_in_a_line_and_goes_on(monkeypatch, tmp_p
     content["objective"] = {"teacher": {"path": "dino"}}
     content["output"] = str(tmp_path)
     config = check_config(content, "the test")
-    for check in ("_check_sources", "_check_teacher", "_provide_tokenizer"):
+    for check in ("_check_sources", "_check_teacher", "_provide_tokenizer", "_write_description"):
         monkeypatch.setattr(run_module, check, lambda *given: None)
     with caplog.at_level(logging.WARNING):
         run = create_run(config, "the test", 1)

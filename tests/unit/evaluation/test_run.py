@@ -19,7 +19,7 @@ from univitar_ds.evaluation import run as evaluation
 from univitar_ds.evaluation.embed import embed, embed_texts
 from univitar_ds.evaluation.report import render_run
 from univitar_ds.evaluation.run import evaluate, evaluate_run
-from univitar_ds.model.config import PRESETS
+from univitar_ds.model.config import encoder_config
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.training.checkpoint.offline import open_trained
 
@@ -60,7 +60,7 @@ def test_every_item_is_embedded_once_with_what_belongs_to_it(run: Path):
     for vectors in (found.vision, found.text):
         assert vectors.shape == (8, 16)
         assert_sums_close(vectors.norm(dim=1), torch.ones(8), 2 * 16)
-    terms = 2 * encoder_terms(PRESETS[config.model.encoder], 64)  # and less than as much again for heads and text
+    terms = 2 * encoder_terms(encoder_config(config.model), 64)  # and less than as much again for heads and text
     alone = embed(trained.model, packs(1), "image", progress=False)
     assert alone.keys == found.keys
     assert_sums_close(alone.vision, found.vision, terms, "an item's vector depends on what it is packed with")

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from univitar_ds.config.model import ModelConfig, TextConfig
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.formats.sidecar import SIDECAR, write_sidecar
 from univitar_ds.formats.stored_model import JointConfig, OptimizerState, StoredModel, Tensors
-from univitar_ds.model import contrastive
-from univitar_ds.model.contrastive import build_contrastive
+from univitar_ds.model.build import build_contrastive
+from univitar_ds.model.config import PRESETS
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.engine.engine import Engine, build_engine
 
@@ -58,13 +59,10 @@ class Wrapped(nn.Module):
 
 def tiny_model(*, frozen: bool = True, seed: int = 0) -> nn.Module:
     """Args: frozen: whether the text tower is."""
-    presets, contrastive.PRESETS = contrastive.PRESETS, {**contrastive.PRESETS, "tiny": ENCODER}
-    try:
-        text = TEXT.model_copy(update={"frozen": frozen})
-        config = ModelConfig(text=text, embed_dim=JOINT.embed_dim, pool_heads=JOINT.pool_heads)
+    text = TEXT.model_copy(update={"frozen": frozen})
+    config = ModelConfig(text=text, embed_dim=JOINT.embed_dim, pool_heads=JOINT.pool_heads)
+    with patch.dict(PRESETS, {"tiny": ENCODER}):
         return build_contrastive(config, vocab_size=VOCAB, eos_id=2, pad_id=0, seed=seed)
-    finally:
-        contrastive.PRESETS = presets
 
 
 def tiny_stored(*, optimizer: bool = True, frozen: bool = True) -> StoredModel:

@@ -8,15 +8,14 @@ import torch
 
 from tests.support.closeness import assert_sums_close, encoder_terms, transformer_terms
 from univitar_ds.config.model import ModelConfig, TextConfig
-from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.errors import ConfigError
 from univitar_ds.geometry import token_count
 from univitar_ds.model import contrastive
 from univitar_ds.model.attention import attention
+from univitar_ds.model.build import build_contrastive
 from univitar_ds.model.config import PRESETS
-from univitar_ds.model.contrastive import AttentionPool, build_contrastive
+from univitar_ds.model.contrastive import AttentionPool
 from univitar_ds.model.dropping import DropConfig, DropPlan
-from univitar_ds.model.encoder import UniViTAR
-from univitar_ds.model.weights import save_encoder
 
 TEXT = TextConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64, context_length=12)
 CONFIG = ModelConfig(text=TEXT, embed_dim=16, pool_heads=2, layer_scale_init=0.2)
@@ -43,7 +42,7 @@ def drawn_pixels():
 
 @pytest.fixture(autouse=True)
 def small_tiny(monkeypatch):
-    monkeypatch.setitem(contrastive.PRESETS, "tiny", SHAPE)
+    monkeypatch.setitem(PRESETS, "tiny", SHAPE)
 
 
 @pytest.mark.numeric
@@ -161,21 +160,6 @@ def test_a_frozen_text_tower_still_trains_its_projection():
     model.encode_text(CAPTIONS, LENGTHS).square().sum().backward()
     assert model.text_proj.weight.grad is not None
     assert all(parameter.grad is None for parameter in model.text.parameters())
-
-
-def test_training_starts_from_the_weights_of_a_folder(tmp_path):
-    start = UniViTAR(dataclasses.replace(contrastive.PRESETS["tiny"], min_tokens=7))
-    save_encoder(tmp_path, start)
-    model = build_contrastive(CONFIG.model_copy(update={"init_from": str(tmp_path)}), **VOCAB, seed=0)
-    assert model.vision.config.min_tokens == 7
-    assert all(torch.equal(tensor, start.state_dict()[name]) for name, tensor in model.vision.state_dict().items())
-
-
-def test_an_encoder_of_another_size_to_start_from_is_refused_by_its_differences(tmp_path):
-    shape = dataclasses.replace(contrastive.PRESETS["tiny"], num_hidden_layers=3, intermediate_size=192)
-    save_encoder(tmp_path, UniViTAR(shape))
-    with pytest.raises(CheckpointError, match="num_hidden_layers is 3 instead of 2; intermediate_size is 192 instead"):
-        build_contrastive(CONFIG.model_copy(update={"init_from": str(tmp_path)}), **VOCAB, seed=0)
 
 
 def test_pool_heads_that_do_not_divide_the_width_are_refused():

@@ -1,0 +1,142 @@
+"""Builds the model of a run: from its settings, and from the weights of another model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.config.model import ModelConfig
+from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.formats.stored_model import HEADS, VISION, JointConfig, StoredModel
+from univitar_ds.model.config import encoder_config
+from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.model.encoder import UniViTAR
+from univitar_ds.model.towers import build_text_tower, text_model_config, text_tower
+from univitar_ds.model.weights import describe_misfit
+
+
+def build_contrastive(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    eos_id: int,
+    pad_id: int,
+    seed: int,
+    teacher_width: int | None = None,
+    start: StoredModel | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> ContrastiveModel:
+    """Builds the model of a run, on the CPU in float32. Equal arguments give bitwise equal weights.
+
+    The global random state does not change.
+
+    Args:
+        vocab_size, eos_id, pad_id: of the tokenizer.
+        teacher_width: Dt of the teacher, if the run has a teacher; None: no heads for distillation.
+        start: the opened model `config.init_from`, whose weights are loaded; None: initial weights.
+        description: `ContrastiveModel.description` of the run's model; None: follows from `config` and `start`.
+    Raises: ConfigError if the parts do not fit each other; CheckpointError if weights to start from do not fit;
+        InstallationError if transformers cannot be imported.
+    """
+    special = {"vocab_size": vocab_size, "eos_id": eos_id, "pad_id": pad_id}
+    described = description or describe(config, start, **special)
+    shape = EncoderConfig.from_dict(described["encoder"])
+    if shape.hidden_size % config.pool_heads:
+        raise ConfigError(
+            f"model.pool_heads {config.pool_heads} does not divide the encoder's width {shape.hidden_size}; "
+            f"choose a divisor such as {math.gcd(config.pool_heads, shape.hidden_size)}"
+        )
+    with _seeded(seed, "vision"):
+        vision = UniViTAR(shape, attention=config.attention, checkpoint_every=config.checkpoint_every)
+    with _seeded(seed, "text"):
+        if config.text.path is None:
+            text = text_tower(described["text"]).requires_grad_(not config.text.frozen)
+        else:
+            text = build_text_tower(config.text, **special)
+    with _seeded(seed, "heads"):  # distillation heads come last, so that the other values do not depend on them
+        model = ContrastiveModel(vision, text, config, teacher_width)
+    if start is not None:
+        load_start(model, start, config.init_part)
+    return model
+
+
+def describe(
+    config: ModelConfig, start: StoredModel | None, *, vocab_size: int, eos_id: int, pad_id: int
+) -> dict[str, Any]:
+    """Returns the `ContrastiveModel.description` of a run's model.
+
+    Args: start: the opened model `config.init_from`; the others as in `build_contrastive`.
+    Raises: CheckpointError if `start` is another encoder than `config.encoder`, or lacks a part; ConfigError if the
+        joint embedding of `config` is another one than that of `start`.
+    """
+    special = {"vocab_size": vocab_size, "eos_id": eos_id, "pad_id": pad_id}
+    encoder = encoder_config(config)
+    if start is not None:
+        encoder = _encoder_of(config, start)
+        if config.init_part == "model":
+            return {"encoder": encoder.to_dict(), "text": _joint_of(config, start).text}
+    return {"encoder": encoder.to_dict(), "text": text_model_config(config.text, **special)}
+
+
+def load_start(model: ContrastiveModel, start: StoredModel, part: str) -> None:
+    """Copies the weights of `start` to the encoder, or to the whole model if `part` is "model", in float32.
+
+    Distillation heads keep their values. Raises: CheckpointError that lists missing, unexpected and misshapen tensors.
+    """
+    stored = start.tensors if part == "model" else start.encoder_only().tensors
+    wanted = (
+        model.state_dict() if part == "model" else {f"{VISION}{k}": v for k, v in model.vision.state_dict().items()}
+    )
+    found = {name: info for name, info in stored.infos.items() if not name.startswith(HEADS)}
+    complaint = describe_misfit({name: value for name, value in wanted.items() if not name.startswith(HEADS)}, found)
+    if complaint:
+        raise CheckpointError(f"model.init_from {start.path} does not fit the run's model: {complaint}")
+    with torch.no_grad():
+        for name in found:
+            wanted[name].copy_(stored[name])
+
+
+def _encoder_of(config: ModelConfig, start: StoredModel) -> EncoderConfig:
+    if config.encoder is None:
+        return start.encoder
+    stored = start.encoder.architecture()
+    differences = [
+        f"{name} is {stored[name]} instead of {value}"
+        for name, value in encoder_config(config).architecture().items()
+        if stored[name] != value
+    ]
+    if differences:
+        raise CheckpointError(
+            f"model.init_from {start.path} holds another encoder than model.encoder: {'; '.join(differences)}. Leave "
+            "model.encoder out to take the shape of init_from."
+        )
+    return start.encoder
+
+
+def _joint_of(config: ModelConfig, start: StoredModel) -> JointConfig:
+    if start.joint is None:
+        raise CheckpointError(
+            f"model.init_from {start.path} holds an encoder alone and model.init_part is model; set it to encoder"
+        )
+    for name in ("embed_dim", "pool_heads"):
+        if getattr(config, name) != getattr(start.joint, name):
+            raise ConfigError(
+                f"model.{name} is {getattr(config, name)}, that of model.init_from {start.path} is "
+                f"{getattr(start.joint, name)}; leave model.{name} out, or set model.init_part to encoder"
+            )
+    return start.joint
+
+
+@contextmanager
+def _seeded(seed: int, part: str) -> Iterator[None]:
+    # Each part has its own seed: a change in one tower does not change the initial values of the others.
+    own = int.from_bytes(hashlib.blake2b(f"{seed}/{part}".encode(), digest_size=7).digest())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(own)
+        yield
