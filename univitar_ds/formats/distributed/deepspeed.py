@@ -261,12 +261,11 @@ class _Source:
         return OptimizerState(step, *moments, kept)
 
     def _frozen_places(self, content: dict[str, Any]) -> dict[str, _Place]:
-        """Returns the places of tensors in the model files: frozen parameters and buffers."""
-        trained = {name for group in self.shapes for name in group}
+        """Returns the places of tensors in the model files. Those of trained parameters are replaced by the masters."""
         places = {}
         for name, tensor in content["module"].items():
             # Stage 3 stores an empty tensor in place of every parameter.
-            if name not in trained and isinstance(tensor, Tensor) and (self.stage < 3 or tensor.numel()):
+            if isinstance(tensor, Tensor) and (self.stage < 3 or tensor.numel()):
                 places[name] = _Place(tuple(plain(tensor, name).shape), key="module", ranks=(0,))
         if self.stage == 3:
             for name, shape in (content.get("frozen_param_shapes") or {}).items():

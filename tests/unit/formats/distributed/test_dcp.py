@@ -36,7 +36,7 @@ def test_a_model_is_written_and_read_bitwise(tmp_path, optimizer):
     format_dcp.write(stored, tmp_path)
     assert format_dcp.recognises(tmp_path)
     assert_same(format_dcp.read(tmp_path), stored)
-    assert str(tmp_path).encode() not in (tmp_path / ".metadata").read_bytes()
+    assert tmp_path.name.encode() not in (tmp_path / ".metadata").read_bytes()  # pickled part by part
 
 
 def test_other_types_and_an_encoder_alone_are_written_and_read(tmp_path):
