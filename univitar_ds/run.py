@@ -58,8 +58,8 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
     Args: lock: lock of the folder, acquired here and kept. None: a lock is acquired and released here.
     Raises: ConfigError if the folder contains checkpoints, results or files that no run writes, or if the
         configurations contradict each other; CheckpointError if the teacher or model.init_from cannot be used;
-        RunLocked if another launch has the lock; DataError if the sources cannot feed the stages; InstallationError if the text tower
-        cannot be built in this environment; StorageError if the folder cannot be written.
+        RunLocked if another launch has the lock; DataError if the sources cannot feed the stages; InstallationError if
+        the text tower cannot be built in this environment; StorageError if the folder cannot be written.
     """
     run = Path(config.output, config.name)
     with writing(run), _held(run, lock) as lock:

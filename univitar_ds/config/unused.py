@@ -57,6 +57,11 @@ def _model(config: RunConfig) -> UnusedKeys:
         yield from _because(_given("model", model, "checkpoint_every"), "every stage sets its own checkpoint_every")
     if config.objective.kind == "softmax":
         yield from _because(_given("model", model, "logit_bias_init"), "a bias cancels under objective.kind softmax")
+    if model.init_part == "model":
+        names = ("hidden_size", "layers", "heads", "intermediate_size", "vocab_size")
+        yield from _because(_given("model.text", text, *names), "model.init_from brings its own text tower")
+        starts = _given("model", model, "logit_scale_init", "logit_bias_init")
+        yield from _because(starts, "model.init_from brings its own values")
     if text.path is not None:
         shape = _given("model.text", text, "hidden_size", "layers", "heads", "intermediate_size")
         yield from _because(shape, "model.text.path brings its own text tower")

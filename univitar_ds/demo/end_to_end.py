@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 from univitar_ds import launch
-from univitar_ds.config.run_folder import SUMMARY
+from univitar_ds.config.run_folder import EXPORT, MODEL, SUMMARY
 from univitar_ds.data.writing.writer import pack_folder
 from univitar_ds.demo.folder import RUN, claim
 from univitar_ds.demo.synthetic import write_scenes
+from univitar_ds.demo.use_model import classified
 from univitar_ds.evaluation.report import render_times
 from univitar_ds.screen import show
 
@@ -46,5 +47,7 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     rest = times.pop("training, evaluation, export") - sum(summary["seconds"].values())
     show(render_times({**times, "starting processes": round(rest, 1), **summary["seconds"]}))
     show("\nThe results differ by a few points between processors, and more between seeds (README, Two commands).")
-    show(f"Look at {run}/examples-image.png and {run}/examples-video.png; the encoder is in {run}/export.")
+    show(f"\nUniViTARModel.from_pretrained({str(run / EXPORT / MODEL)!r}).zero_shot(images, names):\n")
+    show(classified(run / EXPORT / MODEL, folder / "scenes"))
+    show(f"\nLook at {run}/examples-image.png and {run}/examples-video.png; the model is in {run / EXPORT}.")
     return 0
