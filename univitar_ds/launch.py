@@ -52,12 +52,14 @@ def train(recipe: str, nproc: int | None, overrides: Sequence[str]) -> int:
     return _ranks(run, nproc, lambda size, lock: create_run(config, recipe, size, lock))
 
 
-def resume(run: Path, nproc: int | None, overrides: Sequence[str]) -> int:
-    """Continues the run in folder `run` from its last checkpoint. Returns the exit status. `nproc`: see `train`.
+def resume(run: Path, nproc: int | None, overrides: Sequence[str], extension: Sequence[str] | None = None) -> int:
+    """Continues the run in folder `run` from its last checkpoint. Returns the exit status.
+
+    Args: nproc: see `train`; extension: see `reopen_run`.
 
     Raises: UserError as `reopen_run` and `run_rank`.
     """
-    return _ranks(run, nproc, lambda size, lock: reopen_run(run, overrides, size, lock))
+    return _ranks(run, nproc, lambda size, lock: reopen_run(run, overrides, size, lock, extension))
 
 
 def _ranks(run: Path, nproc: int | None, prepare: Callable[[int, RunLock], Path]) -> int:

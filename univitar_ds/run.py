@@ -18,7 +18,7 @@ import yaml
 
 from univitar_ds.atomic_write import replace_bytes, replace_text, replacing
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
-from univitar_ds.config.load import changed_result, dump_config, dumped, load_config
+from univitar_ds.config.load import changed_result, dump_config, dumped, extended, load_config
 from univitar_ds.config.places import anchored
 from univitar_ds.config.run_folder import (
     CHECKPOINTS,
@@ -87,10 +87,16 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
     return run
 
 
-def reopen_run(run: Path, overrides: Sequence[str], world_size: int, lock: RunLock | None = None) -> Path:
+def reopen_run(
+    run: Path,
+    overrides: Sequence[str],
+    world_size: int,
+    lock: RunLock | None = None,
+    extension: Sequence[str] | None = None,
+) -> Path:
     """Checks that the run in folder `run` can continue with `overrides`, and stores them. Returns the folder.
 
-    Args: lock: as in `create_run`.
+    Args: lock: as in `create_run`; extension: keys of one more stage, see `load.extended`; None: no further stage.
     Raises: ConfigError if the folder has no run or an override would change the run's result; RunLocked if another
         launch has the lock; DataError if a source no longer exists; InstallationError if the text tower cannot be
         built in this environment; StorageError if the folder cannot be written.
@@ -101,6 +107,8 @@ def reopen_run(run: Path, overrides: Sequence[str], world_size: int, lock: RunLo
         lock.take()
         before, after = load_config(run / CONFIG), load_config(run / CONFIG, overrides)
         changed = changed_result(before, after)
+        if extension is not None:
+            after = extended(after, extension, f"the stage that --extend adds to {run}")
         if changed:
             raise ConfigError(
                 f"{', '.join(changed)} would change the result of {run} half-way; "

@@ -113,7 +113,12 @@ def _special_token_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None, in
     def first(candidates: tuple[str, ...]) -> int | None:
         return next((i for i in map(tokenizer.token_to_id, candidates) if i is not None), None)
 
-    return first(_PADS), first(_BEGINS), first(_ENDS)
+    begin, end = first(_BEGINS), first(_ENDS)
+    if tokenizer.post_processor is not None:
+        added = tokenizer.encode("", add_special_tokens=True).ids
+        if end in added and begin not in added:  # SigLIP 2 has a begin token and does not use it
+            begin = None
+    return first(_PADS), begin, end
 
 
 def encode(tokenizer: Tokenizer, captions: Sequence[str], context_length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from univitar_ds import tokenization
 from univitar_ds.errors import ConfigError, DataError
@@ -165,3 +166,15 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_with_its_name(tmp_path):
         tokenization.load_tokenizer(tmp_path / "broken.json")
     with pytest.raises(ConfigError, match=r"tokenizer\.json has none of the end-of-text tokens"):
         tokenization.load_tokenizer(foreign(["a", "cat", "?"], tmp_path))
+
+
+@pytest.mark.parametrize(("template", "begins"), [("$A [EOS]", False), ("[BOS] $A [EOS]", True), (None, True)])
+def test_a_begin_token_that_the_tokenizer_itself_does_not_add_is_left_out(template, begins):
+    tokenizer = tokenization.train_tokenizer(["a red square"], 300)
+    if template is not None:
+        tokens = [("[BOS]", tokenizer.token_to_id("[BOS]")), ("[EOS]", tokenizer.token_to_id("[EOS]"))]
+        tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=tokens)
+    ids, lengths = tokenization.encode(tokenizer, ["a red square"], 16)
+    assert (ids[0, 0] == tokenizer.token_to_id("[BOS]")) == begins
+    assert ids[0, lengths[0] - 1] == tokenizer.token_to_id("[EOS]")
+    assert (tokenization.special_ids(tokenizer).bos_id is not None) == begins

@@ -12,7 +12,7 @@ from pathlib import Path
 from univitar_ds.cli.common import add_command, add_overrides, add_weights, expand, positive, shown
 from univitar_ds.cli.convert import add_convert
 from univitar_ds.cli.data import add_data
-from univitar_ds.errors import UserError, storage_error
+from univitar_ds.errors import ConfigError, UserError, storage_error
 from univitar_ds.import_path import drop_current_folder, protect_children
 from univitar_ds.screen import lost, prepare_screen, show
 
@@ -119,6 +119,13 @@ def _add_train(commands) -> None:
         type=positive,
         help="processes to start on this machine (default 1); with it, variables of launchers (RANK, ...) are ignored",
     )
+    parser.add_argument(
+        "--extend",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="with --resume, also of a finished run: adds a stage, which is the last stage with these keys changed, "
+        "such as samples=200000 lr=1e-5",
+    )
     add_overrides(parser)
 
 
@@ -157,7 +164,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from univitar_ds import launch
 
     if arguments.resume:
-        return launch.resume(arguments.resume, arguments.nproc, arguments.overrides)
+        return launch.resume(arguments.resume, arguments.nproc, arguments.overrides, arguments.extend)
+    if arguments.extend is not None:
+        raise ConfigError("--extend adds a stage to a run; name the run by --resume, or add the stage to the run file")
     return launch.train(arguments.config, arguments.nproc, arguments.overrides)
 
 

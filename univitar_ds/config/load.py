@@ -9,6 +9,7 @@ import json
 import types
 from collections.abc import Sequence
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -257,6 +258,26 @@ def result_part(config: RunConfig) -> dict[str, Any]:
 def config_fingerprint(config: RunConfig) -> str:
     """Returns a hash of `result_part`, which is stored in each checkpoint."""
     return hashlib.sha256(json.dumps(result_part(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def extended(config: RunConfig, extension: Sequence[str], where: str) -> RunConfig:
+    """Returns the configuration with one more stage: a copy of the last stage with the given keys changed.
+
+    Args: extension: entries KEY=VALUE of the new stage; its name is made from that of the last stage if absent.
+    Raises: ConfigError if a key or value is wrong; it begins with `where`.
+    """
+    content = config.model_dump(mode="json", exclude_unset=True)
+    last = content["stages"][-1]
+    names = {stage.name for stage in config.stages}
+    name = next(new for number in count(2) if (new := f"{last['name']}-{number}") not in names)
+    content["stages"].append(apply_overrides({**last, "name": name}, extension))
+    return check_config(content, where)
+
+
+def before_extension(saved: RunConfig, now: RunConfig) -> RunConfig:
+    """Returns `now` without the stages that were added to those of `saved`, which cannot have changed earlier steps."""
+    known = len(saved.stages)
+    return now if len(now.stages) <= known else now.model_copy(update={"stages": now.stages[:known]})
 
 
 def changed_result(before: RunConfig, after: RunConfig) -> list[str]:

@@ -55,7 +55,7 @@ OWN = "the model's tokenizer"
 ENCODER_TYPE = "univitar_vision"
 JOINT_TYPES = {"softmax": "univitar", "sigmoid": "univitar_siglip"}
 """`model_type` by objective. The zero-shot pipeline computes sigmoid probabilities if "siglip" is part of it."""
-TEXT_TYPES = ("clip_text_model", "siglip_text_model")
+TEXT_TYPES = ("clip_text_model", "siglip_text_model", "siglip2_text_model")
 _CLASSES = {"softmax": "UniViTAR", "sigmoid": "UniViTARSigmoid"}
 _PREFIXES = {
     "vision.": "vision_model.",

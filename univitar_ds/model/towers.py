@@ -15,7 +15,14 @@ from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.model.libraries import working_imports
 
-FAMILIES = {"clip": "clip", "clip_text_model": "clip", "siglip": "siglip", "siglip_text_model": "siglip"}
+FAMILIES = {
+    "clip": "clip",
+    "clip_text_model": "clip",
+    "siglip": "siglip",
+    "siglip_text_model": "siglip",
+    "siglip2": "siglip2",
+    "siglip2_text_model": "siglip2",
+}
 """The family of text tower for each supported `model_type` of transformers."""
 
 
@@ -39,7 +46,8 @@ class CausalTextTower(nn.Module):
 
 
 class PaddedTextTower(nn.Module):
-    """SigLIP's text transformer: trained without a mask on rows padded to full length, pooled at the last position."""
+    """The text transformer of SigLIP and SigLIP 2: trained without a mask on rows padded to full length, pooled at the
+    last position."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -71,6 +79,7 @@ def build_text_tower(config: TextConfig, *, vocab_size: int, eos_id: int, pad_id
         tower = text_tower(text_model_config(config, vocab_size=vocab_size, eos_id=eos_id, pad_id=pad_id))
     else:
         tower = _from_folder(Path(config.path))
+        _set_padding(tower.model.config, pad_id)
         _check_fit(config, tower.model.config, vocab_size)
     return tower.requires_grad_(not config.frozen)
 
@@ -84,7 +93,9 @@ def text_model_config(config: TextConfig, *, vocab_size: int, eos_id: int, pad_i
         from transformers import CLIPTextConfig
 
     if config.path is not None:
-        return as_json(_text_part(_read_config(Path(config.path))))
+        read = _text_part(_read_config(Path(config.path)))
+        _set_padding(read, pad_id)
+        return as_json(read)
     shape = CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,
@@ -114,11 +125,9 @@ def text_tower(values: Mapping[str, Any]) -> nn.Module:
     if kind not in FAMILIES:
         raise CheckpointError(f"the text model is of type {kind!r}; supported are: {', '.join(sorted(FAMILIES))}")
     with working_imports("transformers"):
-        from transformers import CLIPTextConfig, CLIPTextModel, SiglipTextConfig, SiglipTextModel
-    configuration, model, tower = {
-        "clip": (CLIPTextConfig, CLIPTextModel, CausalTextTower),
-        "siglip": (SiglipTextConfig, SiglipTextModel, PaddedTextTower),
-    }[FAMILIES[kind]]
+        from transformers import CLIPTextConfig, Siglip2TextConfig, SiglipTextConfig
+    configuration = {"clip": CLIPTextConfig, "siglip": SiglipTextConfig, "siglip2": Siglip2TextConfig}[FAMILIES[kind]]
+    model, tower = _classes(kind)
     try:
         with quiet():
             return tower(model._from_config(configuration.from_dict(dict(values)), attn_implementation="sdpa"))
@@ -129,7 +138,7 @@ def text_tower(values: Mapping[str, Any]) -> nn.Module:
 def check_text_library() -> None:
     """Raises: InstallationError if text towers cannot be built in this environment."""
     with working_imports("transformers"):
-        from transformers import AutoModel, CLIPTextModel, SiglipTextModel  # noqa: F401
+        from transformers import AutoModel, CLIPTextModel, Siglip2TextModel, SiglipTextModel  # noqa: F401
 
 
 def _read_config(folder: Path) -> Any:
@@ -150,18 +159,30 @@ def _read_config(folder: Path) -> Any:
     return config
 
 
+def _classes(kind: str) -> tuple[Any, type[nn.Module]]:
+    """Returns the class of transformers and the tower for a `model_type`."""
+    with working_imports("transformers"):
+        from transformers import CLIPTextModel, Siglip2TextModel, SiglipTextModel
+
+    return {
+        "clip": (CLIPTextModel, CausalTextTower),
+        "siglip": (SiglipTextModel, PaddedTextTower),
+        "siglip2": (Siglip2TextModel, PaddedTextTower),
+    }[FAMILIES[kind]]
+
+
+def _set_padding(config: Any, pad_id: int) -> None:
+    """Sets the padding of SigLIP 2 to that of its tokenizer: the released configurations have the one of SigLIP."""
+    if FAMILIES[config.model_type] == "siglip2":
+        config.pad_token_id = pad_id
+
+
 def _text_part(config: Any) -> Any:
     return getattr(config, "text_config", config)
 
 
 def _from_folder(folder: Path) -> nn.Module:
-    kind = _read_config(folder).model_type
-    with working_imports("transformers"):
-        from transformers import CLIPTextModel, SiglipTextModel
-    loader, tower = {
-        "clip": (CLIPTextModel, CausalTextTower),
-        "siglip": (SiglipTextModel, PaddedTextTower),
-    }[FAMILIES[kind]]
+    loader, tower = _classes(_read_config(folder).model_type)
     try:
         with quiet():
             model, info = loader.from_pretrained(

@@ -11,7 +11,7 @@ import torch
 
 from univitar_ds.config.deepspeed import resolve_deepspeed
 from univitar_ds.config.encoder import read_object
-from univitar_ds.config.load import changed_result, check_config
+from univitar_ds.config.load import before_extension, changed_result, check_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, DESCRIPTION, START, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError
@@ -116,7 +116,8 @@ def _read_saved(cfg: RunConfig, run: Path, folder: Path) -> dict:
 
     Raises: CheckpointError if it cannot be read, or if a key that affects the result differs from `cfg`."""
     saved = read_state(folder)
-    changed = changed_result(check_config(saved["config"], str(folder)), cfg)
+    before = check_config(saved["config"], str(folder))
+    changed = changed_result(before, before_extension(before, cfg))
     if changed:
         raise CheckpointError(
             f"{folder} was written with another configuration ({', '.join(changed)} differ); restore "

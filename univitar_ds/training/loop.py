@@ -94,7 +94,9 @@ class _Trainer:
     def start(self) -> None:
         """Opens the logs; `close` must be called afterwards."""
         self.logs.open(self.state.progress, self.state.events)
-        if not self.state.events:  # a new run
+        progress = self.state.progress
+        begun = sum(event["event"] == "stage" for event in self.state.events)
+        if begun <= progress.stage < len(self.cfg.stages):  # a new run, or a finished one with a further stage
             self._note_stage()
 
     def train(self) -> None:

@@ -2,12 +2,22 @@
 
 import pytest
 import torch
-from transformers import BertConfig, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, SiglipConfig, SiglipModel
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    Siglip2TextConfig,
+    Siglip2TextModel,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from tests.support.closeness import assert_sums_close, transformer_terms
 from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError
-from univitar_ds.model.towers import build_text_tower
+from univitar_ds.model.towers import build_text_tower, text_model_config, text_tower
 
 VOCAB = {"vocab_size": 50, "eos_id": 49, "pad_id": 0}
 SMALL = TextConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64, context_length=12)
@@ -94,6 +104,22 @@ def test_siglip_sees_rows_padded_to_full_length_with_its_own_padding(siglip, tmp
     assert pooled.shape == (3, tower.width) == (3, 24)
     assert_sums_close(pooled, wanted, TERMS)
     assert tower(CAPTIONS[:0], LENGTHS[:0]).shape == (0, 24)
+
+
+@pytest.mark.numeric
+def test_siglip_2_is_padded_as_its_tokenizer_pads(tmp_path):
+    text = {**SHAPE, "projection_size": 24, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 49}
+    torch.manual_seed(0)
+    model = Siglip2TextModel(Siglip2TextConfig(**text)).eval()
+    model.save_pretrained(tmp_path)
+    config = SMALL.model_copy(update={"path": str(tmp_path)})
+    tower = build_text_tower(config, **VOCAB)
+    padded = torch.tensor([[1, 7, 9, 49] + [0] * 8, [1, 30, 31, 32, 33, 49] + [0] * 6, [1, 49] + [0] * 10])
+    wanted = model(input_ids=padded).pooler_output
+    assert_sums_close(tower(CAPTIONS, LENGTHS), wanted, TERMS)
+    again = text_tower(text_model_config(config, **VOCAB))
+    again.load_state_dict(tower.state_dict())
+    assert torch.equal(again(CAPTIONS, LENGTHS), tower(CAPTIONS, LENGTHS))
 
 
 def test_a_missing_folder_is_named_and_never_looked_up_elsewhere(tmp_path):

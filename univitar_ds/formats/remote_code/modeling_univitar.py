@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPTextModel, PreTrainedModel, SiglipTextModel
+from transformers import CLIPTextModel, PreTrainedModel, Siglip2TextModel, SiglipTextModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
@@ -56,6 +56,10 @@ def grid_lists(grid_thw):
     if not grids or any(not isinstance(grid, list) or len(grid) != 3 for grid in grids):
         raise ValueError(f"grid_thw must be (N, 3) with at least one item, got {grids}")
     return grids
+
+
+PADDED = {"siglip_text_model": SiglipTextModel, "siglip2_text_model": Siglip2TextModel}
+"""Text models without a mask, which were trained on rows padded to full length, by `model_type`."""
 
 
 class UniViTARRMSNorm(nn.Module):
@@ -257,11 +261,11 @@ class UniViTARModel(UniViTARPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
-        padded = text.model_type == "siglip_text_model"
+        padded = text.model_type in PADDED
         self.vision_model = UniViTARVisionModel._from_config(vision)
         self.pool = UniViTARPool(vision, config.pool_heads)
         self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
-        self.text_model = (SiglipTextModel if padded else CLIPTextModel)._from_config(text)
+        self.text_model = PADDED.get(text.model_type, CLIPTextModel)._from_config(text)
         width = text.projection_size if padded else text.hidden_size
         self.text_projection = nn.Linear(width, config.projection_dim, bias=False)
         self.logit_scale, self.logit_bias = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
@@ -298,7 +302,7 @@ class UniViTARModel(UniViTARPreTrainedModel):
             (M, S, width of the text model).
         """
         input_ids, lengths = self._cut(input_ids, attention_mask)
-        text, padded = self.config.text_config, self.config.text_config.model_type == "siglip_text_model"
+        text, padded = self.config.text_config, self.config.text_config.model_type in PADDED
         if padded:  # SigLIP has no mask: it was trained on rows padded to full length
             full = input_ids.new_full((len(input_ids), text.max_position_embeddings), text.pad_token_id)
             real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
