@@ -37,6 +37,7 @@ def test_the_section_has_its_snippets():
     assert len(re.findall("```python", section)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_a_snippet_runs(folder, number):
     environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -87,6 +87,7 @@ def test_the_program_of_an_encoder_equals_it_for_packs_of_any_size(encoder_file,
     assert_sums_close(tokens, encoder(patches, grids), _terms(encoder.config, grids))
 
 
+@pytest.mark.slow
 @pytest.mark.numeric
 @pytest.mark.parametrize("grids", PACKS.values(), ids=PACKS)
 def test_the_program_of_a_whole_model_gives_tokens_and_embeddings(whole_file, whole, grids):
@@ -96,6 +97,7 @@ def test_the_program_of_a_whole_model_gives_tokens_and_embeddings(whole_file, wh
         assert_sums_close(got, wanted, _terms(whole.vision.config, grids), what)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"qk_normalization": False}, {"qkv_bias": True}, {"spatial_merge_size": 2, "patch_embedding_bias": False}],
@@ -151,6 +153,7 @@ def _run(folder, patches) -> list[torch.Tensor]:
     return [torch.from_numpy(value) for value in session.run(None, {"pixel_values": patches.numpy()})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [program.LARGEST_FILE, 0], ids=["one file", "weights apart"])
 def test_onnx_runtime_gives_the_tokens_of_an_encoder(limit, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript", reason="needs the extra onnx: pip install 'univitar_ds[onnx]'")
@@ -166,6 +169,7 @@ def test_onnx_runtime_gives_the_tokens_of_an_encoder(limit, tmp_path, monkeypatc
     assert json.loads((tmp_path / CONFIG_FILE).read_text()) == small_config(**HEADS).to_dict()
 
 
+@pytest.mark.slow
 def test_onnx_runtime_gives_tokens_and_embeddings_of_a_whole_model_in_half_precision(whole, tmp_path):
     pytest.importorskip("onnxscript", reason="needs the extra onnx: pip install 'univitar_ds[onnx]'")
     stored = _stored_whole(whole).converted(torch.bfloat16)

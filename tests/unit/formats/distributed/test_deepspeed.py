@@ -61,6 +61,7 @@ def saved(request, tmp_path_factory):
     return folder, {name: (whole([rank[name][0] for rank in ranks]), ranks[0][name][1]) for name in SETTINGS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_masters_moments_and_frozen_weights_are_read_bitwise(saved, name, tmp_path):
     folder, answers = saved
@@ -105,6 +106,7 @@ def own(two, tmp_path):
     return root, root / f"global_step{STEPS}"
 
 
+@pytest.mark.slow
 def test_files_are_closed_when_much_of_them_was_read(two, tmp_path, monkeypatch):
     opened = []
     load = deepspeed.load_pt
