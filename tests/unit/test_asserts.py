@@ -10,7 +10,9 @@ import pytest
 from tests.support.paths import ROOT
 
 SOURCES = sorted(
-    path for folder in ("univitar_ds", "kernels", "benchmarks", "slurm") for path in ROOT.glob(f"{folder}/**/*.py")
+    path
+    for folder in ("univitar_ds", "kernels", "benchmarks", "examples", "slurm")
+    for path in ROOT.glob(f"{folder}/**/*.py")
 )
 PURE_FUNCTIONS = {"all", "any", "bool", "int", "isinstance", "issubclass", "len", "max", "min", "set", "sorted", "sum"}
 PURE_METHODS = {"all", "any", "is_contiguous", "is_dir", "is_file", "items", "keys", "numel", "size", "values"}

@@ -7,7 +7,9 @@ import pytest
 from tests.support.paths import ROOT
 
 SOURCES = sorted(
-    path for folder in ("univitar_ds", "kernels", "benchmarks", "slurm") for path in ROOT.glob(f"{folder}/**/*.py")
+    path
+    for folder in ("univitar_ds", "kernels", "benchmarks", "examples", "slurm")
+    for path in ROOT.glob(f"{folder}/**/*.py")
 )
 MODULES = {"Image", "av", "gzip", "os", "tarfile"}
 OTHER_OPENS = MODULES | {"self._cache_dir", "self._shard_cache", "self._storage", "self.logs", "storage"}

@@ -11,7 +11,9 @@ MOST_LINES, MOST_ARGUMENTS = 60, 8
 LONG, MANY = "Long because", "Many arguments because"
 """A sentence of the docstring that begins so gives the reason."""
 FILES = [
-    path for pattern in ("univitar_ds/**/*.py", "kernels/*.py", "benchmarks/**/*.py") for path in ROOT.glob(pattern)
+    path
+    for pattern in ("univitar_ds/**/*.py", "kernels/*.py", "benchmarks/**/*.py", "examples/*.py")
+    for path in ROOT.glob(pattern)
 ]
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -21,7 +21,7 @@ MEANT = re.compile(r"CLIP\b|--clips|\"clips?\"|\bIDR pictures?|groups? of pictur
 CODEC = {"univitar_ds/data/media/keyframes.py"}
 SOURCES = sorted(
     path
-    for pattern in ("univitar_ds/**/*.py", "kernels/*.py", "slurm/*.py")
+    for pattern in ("univitar_ds/**/*.py", "kernels/*.py", "examples/*.py", "slurm/*.py")
     for path in ROOT.glob(pattern)
     if str(path.relative_to(ROOT)) not in CODEC
 )
