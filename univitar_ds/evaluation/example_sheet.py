@@ -15,7 +15,8 @@ from univitar_ds.atomic_write import replacing
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.model.contrastive import ContrastiveModel
-from univitar_ds.viz.sheet import component_colours, raster_order, spread_frames, to_size
+from univitar_ds.model.encoder import raster_order
+from univitar_ds.viz.sheet import component_colours, spread_frames, to_size
 
 ROWS, PER_PACK = 10, 5
 """Maximum number of items on the sheet, and from one pack."""

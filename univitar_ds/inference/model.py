@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -116,6 +116,51 @@ class UniViTARModel(nn.Module):
                 pooled.append(torch.stack([one.mean(dim=0) for one in out.split(lengths)]))
             grids += part
         return Features(tokens, torch.cat(pooled), torch.tensor(grids))
+
+    @torch.no_grad()
+    def intermediates(
+        self,
+        items: Sequence[Item],
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        tokens_at_once: int = TOKENS_AT_ONCE,
+    ) -> list[list[Tensor]]:
+        """Returns the outputs of some blocks of the encoder: a list for each index with a tensor for each item.
+
+        A tensor is a map (t, D, h, w) with "NCHW", where an image has t = 1, or tokens (t*h*w, D) with "NLC".
+
+        Args: indices, norm, output_fmt: see `UniViTAR.forward_intermediates`; tokens_at_once: see `features`.
+        Raises: UserError if a block or format does not exist, or an item is no image or video.
+        """
+        found: list[list[Tensor]] = []
+        for pixels, frames, part in self._packs(items, tokens_at_once):
+            outputs = self.encoder.forward_intermediates(
+                pixels, part, indices, frames=frames, norm=norm, output_fmt=output_fmt, intermediates_only=True
+            )
+            if output_fmt == "NLC":
+                outputs = [output.split([token_count(grid) for grid in part]) for output in outputs]
+            found = found or [[] for _ in outputs]
+            for one, output in zip(found, outputs, strict=True):
+                one += output
+        return found
+
+    @torch.no_grad()
+    def attention_maps(
+        self, items: Sequence[Item], layer: int = -1, *, tokens_at_once: int = TOKENS_AT_ONCE
+    ) -> list[Tensor]:
+        """Returns the attention probabilities of a block of the encoder, (H, t_i, t_i) for each item.
+
+        Args: layer: see `UniViTAR.attention_maps`; tokens_at_once: see `features`.
+        Raises: UserError if the block does not exist, or an item is no image or video.
+        """
+        packs = self._packs(items, tokens_at_once)
+        return [
+            one
+            for pixels, frames, part in packs
+            for one in self.encoder.attention_maps(pixels, part, layer, frames=frames)
+        ]
 
     @torch.no_grad()
     def encode_image(self, items: Sequence[Item], *, tokens_at_once: int = TOKENS_AT_ONCE) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
+from univitar_ds.errors import UserError
 from univitar_ds.geometry import token_count
 from univitar_ds.model.attention import CuSeqlens
 from univitar_ds.model.dropping import DropPlan
@@ -77,14 +78,8 @@ class UniViTAR(nn.Module):
         dropped tokens.
         Raises: ValueError if the number of patches does not fit the grids.
         """
-        grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]
+        x, positions, grids = self._embedded(pixel_values, grid_thw, frames)
         lengths: Sequence[int] = [token_count(grid) for grid in grids]
-        positions = grid_positions(grids, self.config.spatial_merge_size)
-        if isinstance(frames, Tensor):
-            frames = frames.tolist()
-        x = self.embeddings["patch_embedding"](pixel_values, frames, grids)
-        if len(positions) != len(x):
-            raise ValueError(f"{len(x)} patches, the grids take {len(positions)}")
         factors = None
         if drops is not None:
             lengths, factors = drops.lengths, drops.token_factors(x.device)
@@ -93,16 +88,126 @@ class UniViTAR(nn.Module):
         spans = CuSeqlens.of(lengths, x.device)
         positions = to_device(positions, x.device)
         states = [x]
-        for index, block in enumerate(self.encoder["layers"]):
-            arguments = (x, positions, spans, None if factors is None else factors[index])
-            if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                # No block draws random numbers, so the random state is not saved and restored.
-                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*arguments)
+        for index in range(len(self.encoder["layers"])):
+            x = self._block(index, x, positions, spans, None if factors is None else factors[index])
             if output_hidden_states:
                 states.append(x)
         return (x, states) if output_hidden_states else x
+
+    def forward_intermediates(
+        self,
+        pixel_values: Tensor,
+        grid_thw: Tensor | Sequence[Sequence[int]],
+        indices: int | Sequence[int] | None = None,
+        *,
+        frames: Tensor | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> tuple[Tensor, list[Any]] | list[Any]:
+        """Encodes a pack and returns the outputs of some blocks, as timm's method of this name, with gradients.
+
+            final, (early, late) = encoder.forward_intermediates(pixel_values, grid_thw, [3, -1])
+            late[0]             # (t, D, h, w) of item 0; an image has t = 1
+
+        Args:
+            pixel_values, grid_thw, frames: see `forward`.
+            indices: blocks by number from 0; -1 is the last one. A single number n: the last n blocks. None: all.
+            norm: whether to divide each token by its root mean square. The encoder has no final norm, and the size of
+                tokens grows from block to block.
+            stop_early: whether to end after the last of these blocks, whose output is then the first result.
+            output_fmt: "NCHW": a list with a map (t, D, h, w) of each item, rows and columns in the order of the image;
+                "NLC": the packed tokens (T, D) in the order of `forward`.
+            intermediates_only: whether to return the second result only.
+        Returns: the encoder's output (T, D), never divided, and a list with an entry for each index, in their order.
+        Raises: UserError if a block or format does not exist; ValueError as `forward`.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise UserError(f'output_fmt must be "NCHW" (maps of items) or "NLC" (packed tokens), got {output_fmt!r}')
+        wanted = self._numbers(indices)
+        end = max(wanted, default=-1) + 1 if stop_early or intermediates_only else len(self.encoder["layers"])
+        x, positions, grids = self._embedded(pixel_values, grid_thw, frames)
+        spans = CuSeqlens.of([token_count(grid) for grid in grids], x.device)
+        positions = to_device(positions, x.device)
+        found: dict[int, Tensor] = {}
+        for index in range(end):
+            x = self._block(index, x, positions, spans)
+            if index in wanted:
+                found[index] = x
+        outputs: list[Any] = [found[index] for index in wanted]
+        if norm:
+            outputs = [_divided(output, self.config.layer_norm_eps) for output in outputs]
+        if output_fmt == "NCHW":
+            outputs = [token_maps(output, grids, self.config.spatial_merge_size) for output in outputs]
+        return outputs if intermediates_only else (x, outputs)
+
+    def attention_maps(
+        self,
+        pixel_values: Tensor,
+        grid_thw: Tensor | Sequence[Sequence[int]],
+        layer: int = -1,
+        *,
+        frames: Tensor | Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """Returns the attention probabilities of a block, of each item (H, t_i, t_i) with t_i = t*h*w.
+
+        Row i holds the weights of all tokens of the item for token i, and sums to 1; tokens are in the order of
+        `forward`. The probabilities are computed beside the block's attention, in float32 or wider. They need
+        4 * H * t_i^2 bytes. `token_maps` makes an image of a row or of the mean over heads and rows:
+
+            (one,) = encoder.attention_maps(pixel_values, grid_thw)        # a pack of one item
+            (seen,) = token_maps(one.mean(dim=(0, 1))[:, None], grid_thw, encoder.config.spatial_merge_size)
+
+        Args: pixel_values, grid_thw, frames: see `forward`; layer: a block by number from 0; -1 is the last one.
+        Raises: UserError if the block does not exist; ValueError as `forward`.
+        """
+        (number,) = self._numbers([layer])
+        x, positions, grids = self._embedded(pixel_values, grid_thw, frames)
+        spans = CuSeqlens.of([token_count(grid) for grid in grids], x.device)
+        positions = to_device(positions, x.device)
+        for index in range(number):
+            x = self._block(index, x, positions, spans)
+        block = self.encoder["layers"][number]
+        return block.attn.probabilities(block.norm1(x), positions, spans)
+
+    def _embedded(
+        self,
+        pixel_values: Tensor,
+        grid_thw: Tensor | Sequence[Sequence[int]],
+        frames: Tensor | Sequence[int] | None,
+    ) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Returns the patch embeddings (T, D), the positions (T, 2) on the host, and the grids of the items."""
+        grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]
+        positions = grid_positions(grids, self.config.spatial_merge_size)
+        if isinstance(frames, Tensor):
+            frames = frames.tolist()
+        x = self.embeddings["patch_embedding"](pixel_values, frames, grids)
+        if len(positions) != len(x):
+            raise ValueError(f"{len(x)} patches, the grids take {len(positions)}")
+        return x, positions, grids
+
+    def _block(
+        self, index: int, x: Tensor, positions: Tensor, spans: CuSeqlens, factors: Tensor | None = None
+    ) -> Tensor:
+        block = self.encoder["layers"][index]
+        if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
+            # No block draws random numbers, so the random state is not saved and restored.
+            return checkpoint(block, x, positions, spans, factors, use_reentrant=False, preserve_rng_state=False)
+        return block(x, positions, spans, factors)
+
+    def _numbers(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Returns the numbers of blocks from 0, see `forward_intermediates`. Raises: UserError."""
+        count = len(self.encoder["layers"])
+        if indices is None:
+            return list(range(count))
+        if isinstance(indices, int):
+            if not 0 < indices <= count:
+                raise UserError(f"the last {indices} blocks were asked for, the encoder has {count}; give 1 to {count}")
+            return list(range(count - indices, count))
+        if strange := [index for index in indices if not -count <= index < count]:
+            raise UserError(f"the encoder has no block {strange[0]}; its {count} blocks are {-count} to {count - 1}")
+        return [index % count for index in indices]
 
 
 def _initialise(module: nn.Module) -> None:
@@ -127,3 +232,26 @@ def _step_positions(h: int, w: int, merge: int) -> np.ndarray:
     positions = cells.transpose(1, 3, 2, 4, 0).reshape(h * w, 2)
     positions.flags.writeable = False
     return positions
+
+
+def raster_order(tokens: Tensor, grid: Sequence[int], merge: int) -> Tensor:
+    """Reorders tokens of one item, (t*h*w, D) in `merge` x `merge` blocks, to raster order (t, h, w, D)."""
+    t, h, w = grid
+    blocks = tokens.reshape(t, h // merge, w // merge, merge, merge, -1)
+    return blocks.transpose(2, 3).reshape(t, h, w, -1)
+
+
+def token_maps(tokens: Tensor, grid_thw: Tensor | Sequence[Sequence[int]], merge: int) -> list[Tensor]:
+    """Returns the packed tokens of each item as a map (t, D, h, w) with rows and columns in the order of the image.
+
+    Args: tokens: (T, D) in the order of the encoder; grid_thw: (N, 3); merge: the encoder's `spatial_merge_size`.
+    """
+    grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
+    items = zip(tokens.split([token_count(grid) for grid in grids]), grids, strict=True)
+    return [raster_order(item, grid, merge).permute(0, 3, 1, 2) for item, grid in items]
+
+
+def _divided(x: Tensor, eps: float) -> Tensor:
+    """Returns `x` divided by its root mean square over the last dimension, computed in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return nn.functional.rms_norm(wide, x.shape[-1:], eps=eps).to(x.dtype)

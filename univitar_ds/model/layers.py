@@ -91,10 +91,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, spans: CuSeqlens) -> Tensor:
         """Returns (T, D). Args: x: (T, D); positions: (T, 2) rows and columns; spans: boundaries of the items."""
+        q, k, v = self._qkv(x, positions)
+        return self.proj(attention(q, k, v, spans, spans, self.backend))
+
+    def probabilities(self, x: Tensor, positions: Tensor, spans: CuSeqlens) -> list[Tensor]:
+        """Returns the weights that `forward` gives to the values, for each item (H, t, t): queries in rows, keys in
+        columns. They are in float32 or wider. Args: as `forward`."""
+        q, k, _ = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in self._qkv(x, positions))
+        scale, lengths = q.shape[-1] ** -0.5, list(spans.lengths)
+        items = zip(q.split(lengths), k.split(lengths), strict=True)
+        return [(scale * one.transpose(0, 1) @ other.permute(1, 2, 0)).softmax(dim=-1) for one, other in items]
+
+    def _qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns q and k, rotated and normed, and v, each (T, H, K)."""
         qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)
         q_weight, k_weight = self.external_parameters() or (None, None)
-        q, k, v = rope2d_qk_norm(qkv, positions, q_weight, k_weight, theta=self.theta, eps=self.eps)
-        return self.proj(attention(q, k, v, spans, spans, self.backend))
+        return rope2d_qk_norm(qkv, positions, q_weight, k_weight, theta=self.theta, eps=self.eps)
 
 
 class SwiGLU(nn.Module):

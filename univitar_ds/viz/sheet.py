@@ -42,13 +42,6 @@ def _principal(centred: Tensor, count: int) -> Tensor:
     return basis @ vectors[:, -count:].flip(1)
 
 
-def raster_order(tokens: Tensor, grid: Sequence[int], merge: int) -> Tensor:
-    """Reorders tokens of one item, (t*h*w, D) in `merge` x `merge` blocks, to raster order (t, h, w, D)."""
-    t, h, w = grid
-    blocks = tokens.view(t, h // merge, w // merge, merge, merge, -1)
-    return blocks.transpose(2, 3).reshape(t, h, w, -1)
-
-
 def spread_frames(count: int, shown: int) -> list[int]:
     """Returns at most `shown` (2 or more) of the indices below `count`, evenly spaced from first to last."""
     return sorted({round((count - 1) * part / (shown - 1)) for part in range(shown)})

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.geometry import token_count
-from univitar_ds.viz.sheet import component_colours, raster_order, spread_frames, to_size, wrapped
+from univitar_ds.model.encoder import raster_order
+from univitar_ds.viz.sheet import component_colours, spread_frames, to_size, wrapped
 
 WIDTH, GAP, LINE, FONT_PX = 1120, 10, 18, 14
 """Width of the sheet, margin, line height and font size, in pixels."""

@@ -75,6 +75,28 @@ def test_the_packs_do_not_matter(model, items):
     assert_sums_close(model.encode_image(items, tokens_at_once=1), model.encode_image(items), terms(model))
 
 
+@pytest.mark.numeric
+@pytest.mark.parametrize("tokens_at_once", [1, 16384])
+def test_blocks_and_their_attention_come_by_item_whatever_the_packs(model, items, tokens_at_once):
+    pixels, frames, grids = Preprocessor(model.encoder.config).pixels(items)
+    with torch.no_grad():
+        _, wanted = model.encoder.forward_intermediates(pixels, grids, [-1, 0], frames=frames)
+        probabilities = model.encoder.attention_maps(pixels, grids, 0, frames=frames)
+    found = model.intermediates(items, [-1, 0], tokens_at_once=tokens_at_once)
+    flat = model.intermediates(items, [-1, 0], output_fmt="NLC", tokens_at_once=tokens_at_once)
+    maps = model.attention_maps(items, 0, tokens_at_once=tokens_at_once)
+    assert [len(found), len(flat), len(maps)] == [2, 2, len(items)]
+    for one, other, tokens in zip(found, wanted, flat, strict=True):
+        assert [len(item) for item in tokens] == [t * h * w for t, h, w in grids]
+        for a, b in zip(one, other, strict=True):
+            assert_sums_close(a, b, terms(model))
+            assert not a.requires_grad
+    for a, b in zip(maps, probabilities, strict=True):
+        assert_sums_close(a, b, terms(model))
+    for a, b in zip(flat[0], model.features(items).tokens, strict=True):
+        assert_sums_close(a, b, terms(model))
+
+
 def test_similarity_is_the_logit_of_the_objective(model, items):
     images, texts = model.encode_image(items), model.encode_text(NAMES)
     scale, bias = model.module.logit_scale.exp().item(), model.module.logit_bias.item()

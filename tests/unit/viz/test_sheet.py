@@ -7,8 +7,8 @@ import torch
 from PIL import ImageFont
 
 from univitar_ds.geometry import PATCH
-from univitar_ds.model.encoder import grid_positions
-from univitar_ds.viz.sheet import component_colours, raster_order, spread_frames, to_size, wrapped
+from univitar_ds.model.encoder import grid_positions, raster_order
+from univitar_ds.viz.sheet import component_colours, spread_frames, to_size, wrapped
 
 FONT = ImageFont.load_default(14)
 
