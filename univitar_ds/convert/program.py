@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,14 +24,18 @@ from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig
 from univitar_ds.errors import CheckpointError, ConfigError, InstallationError, writing
 from univitar_ds.formats.stored_model import StoredModel
+from univitar_ds.formats.weight_files import remembering
 from univitar_ds.geometry import cumulative, token_count
 from univitar_ds.kernels import reference
 from univitar_ds.model.contrastive import AttentionPool, ContrastiveModel
 from univitar_ds.model.encoder import UniViTAR, grid_positions
 from univitar_ds.model.weights import describe_misfit
+from univitar_ds.owned import Names
 
 PROGRAM = "model.pt2"
 ONNX = "model.onnx"
+FILES: Names = {rf"{re.escape(PROGRAM)}|{re.escape(ONNX)}(\.data)?|{re.escape(CONFIG_FILE)}": None}
+"""All entries that both exports make."""
 LARGEST_FILE = 2**31 - 2**26
 """Maximum size in bytes of weights within the ONNX file. protobuf reads at most 2 GiB; 64 MiB are left for the graph.
 """
@@ -59,8 +64,8 @@ def export_program(model: StoredModel | nn.Module, folder: str | Path) -> dict[s
     with torch.no_grad():
         exported = torch.export.export(program, (_example(grids), *program_inputs(grids, merge)), dynamic_shapes=shapes)
     _prepare(folder, program.config)
-    with writing(folder):
-        torch.export.save(exported, folder / PROGRAM)
+    with writing(folder), (folder / PROGRAM).open("wb") as file, remembering(file) as stream:
+        torch.export.save(exported, stream)
     return _sizes(folder)
 
 

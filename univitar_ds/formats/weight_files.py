@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,7 +84,7 @@ def write_weights(tensors: Tensors, folder: Path, *, shard_bytes: int | None = N
             if safe:
                 save_tensors(state, path, metadata={"format": "pt"})
             else:
-                torch.save(state, path)
+                save_pt(state, path)
         del state
     if len(groups) > 1:
         weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
@@ -119,6 +119,45 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(mode)
     return path
+
+
+class _Remembering:
+    """A file that keeps the error of a failed write."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextmanager
+def remembering(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Yields `file` for torch.save, which would replace the system's error by a RuntimeError without its number.
+
+    Raises: OSError if the file cannot be written.
+    """
+    watched = _Remembering(file)
+    try:
+        yield watched
+    except RuntimeError as error:
+        if watched.error is None:
+            raise
+        raise watched.error from error
+
+
+def save_pt(content: Any, path: Path) -> None:
+    """Writes a file by torch.save. Raises: OSError with the system's error number."""
+    with path.open("wb") as file, remembering(file) as stream:
+        torch.save(content, stream)
 
 
 def some(names: list[str]) -> str:

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -34,12 +37,16 @@ from univitar_ds.formats.configuration import (
     name_prefix,
     whole_or_encoder,
 )
-from univitar_ds.formats.sidecar import write_sidecar
+from univitar_ds.formats.sidecar import SIDECAR, write_sidecar
 from univitar_ds.formats.stored_model import OptimizerState, StoredModel, TensorInfo, Tensors
+from univitar_ds.formats.weight_files import remembering
+from univitar_ds.owned import Names
 
 METADATA = ".metadata"
 MODEL, OPTIMIZER, STATE, GROUPS = "model", "optimizer", "state", "param_groups"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FILES: Names = {r"\.metadata(\.tmp)?": None, r"__\d+_\d+\.distcp": None, re.escape(SIDECAR): None}
+"""All entries that `write` makes."""
 DEFAULTS: dict[str, Any] = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
     "decoupled_weight_decay": True,
@@ -169,6 +176,7 @@ def write(model: StoredModel, folder: Path) -> None:
     """
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystem
 
     tensors, state = _state_dict(model)
 
@@ -178,6 +186,12 @@ def write(model: StoredModel, folder: Path) -> None:
         def lookup_object(self, index: Any) -> Any:
             return tensors[index.fqn]() if index.fqn in tensors else super().lookup_object(index)
 
+    class Files(FileSystem):
+        @contextmanager
+        def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes]]:
+            with super().create_stream(path, mode) as file, remembering(file) as stream:
+                yield stream
+
     class Writer(dcp.FileSystemWriter):
         def storage_meta(self) -> None:
             """Leaves out the folder's path on this machine."""
@@ -186,6 +200,7 @@ def write(model: StoredModel, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # A file of several tensors would be held in memory as a whole.
         writer = Writer(folder, single_file_per_rank=False, sync_files=False)
+        writer.fs = Files()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

@@ -60,9 +60,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from univitar_ds.config.encoder import EncoderConfig, read_object
 from univitar_ds.errors import CheckpointError, ConfigError, InstallationError, writing
-from univitar_ds.formats.sidecar import read_sidecar, write_sidecar
+from univitar_ds.formats.sidecar import SIDECAR, read_sidecar, write_sidecar
 from univitar_ds.formats.stored_model import JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
-from univitar_ds.formats.weight_files import reading
+from univitar_ds.formats.weight_files import reading, remembering, save_pt
+from univitar_ds.owned import Names
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing import ShardedTensor
@@ -72,6 +73,8 @@ BACKEND = "metadata.json"
 PLACES = ".metadata"
 COMMON = "common.pt"
 DATA = "__0_0.distcp"
+FILES: Names = {"|".join(map(re.escape, (BACKEND, PLACES, COMMON, DATA, SIDECAR))): None}
+"""All entries that `write` makes."""
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -162,7 +165,7 @@ def write(model: StoredModel, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         shapes: dict[str, Any] = {}
         places: dict[MetadataIndex, _StorageInfo] = {}
-        with (folder / DATA).open("wb") as file:
+        with (folder / DATA).open("wb") as opened, remembering(opened) as file:
             for prefix, tensors in parts.items():
                 tensors = _by_head(tensors, model.encoder)
                 for name, info in tensors.infos.items():
@@ -173,7 +176,7 @@ def write(model: StoredModel, folder: Path) -> None:
                     torch.save(_compact(tensors[name]), file)
                     index = MetadataIndex(prefix + name, offsets)
                     places[index] = _StorageInfo(DATA, start, file.tell() - start)
-        torch.save(common, folder / COMMON)
+        save_pt(common, folder / COMMON)
         metadata = Metadata(shapes, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
         (folder / PLACES).write_bytes(pickle.dumps(metadata))
         write_sidecar(model, folder)

@@ -23,6 +23,7 @@ groups must be those of the stored optimizer, in their order. What DeepSpeed doe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,24 @@ from univitar_ds.formats.distributed.deepspeed import (
     tag_folder,
     understanding,
 )
-from univitar_ds.formats.sidecar import write_sidecar
+from univitar_ds.formats.sidecar import SIDECAR, write_sidecar
 from univitar_ds.formats.stored_model import OptimizerState, StoredModel, TensorInfo, Tensors
-from univitar_ds.formats.weight_files import some
+from univitar_ds.formats.weight_files import save_pt, some
+from univitar_ds.owned import Names
 
 LATEST = "latest_universal"
 ZERO = "zero"
 OPTIMIZER = "optimizer_state.pt"
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+FILES: Names = {
+    re.escape(LATEST): None,
+    re.escape(SIDECAR): None,
+    r"global_step\d+": {
+        "|".join(map(re.escape, MODEL_FILES)): None,
+        ZERO: {re.escape(OPTIMIZER): None, r"[\w.]+": {r"(fp32|exp_avg|exp_avg_sq|step)\.pt": None}},
+    },
+}
+"""All entries that `write` makes."""
 LAYOUT = "0.19.8"
 """The version of DeepSpeed that `write` follows. DeepSpeed refuses checkpoints without a version."""
 
@@ -171,7 +182,7 @@ def _save(content: Any, path: Path) -> None:
     if isinstance(content, dict) and "param" in content:
         content["param"] = content["param"].contiguous()
     with replacing(path) as partial:
-        torch.save(content, partial)
+        save_pt(content, partial)
 
 
 class _Source:
