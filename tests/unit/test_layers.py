@@ -38,6 +38,11 @@ LIBRARIES = {
     "botocore": {"univitar_ds.data.storage.s3_client"},
     "webdataset": {"univitar_ds.data.writing.writer"},
     "megatron": {"univitar_ds.formats.distributed.megatron"},
+    "huggingface_hub": {
+        "univitar_ds.formats.recognise",
+        "univitar_ds.convert.publish",
+        "univitar_ds.model.teacher.teacher",
+    },
     "onnxscript": {"univitar_ds.convert.program"},
 }
 """The only modules that import them."""

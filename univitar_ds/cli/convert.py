@@ -48,6 +48,12 @@ def add_convert(commands) -> None:
     parser.add_argument("--force", action="store_true", help="replace the result of an earlier conversion")
     parser.add_argument("--license", default="unknown", help="licence in the model card, such as apache-2.0")
     parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="verify the result and upload it to the Hugging Face hub, to a private repository if it is new; needs "
+        "`hf auth login` or HF_TOKEN",
+    )
+    parser.add_argument(
         "--config-from",
         type=expand,
         metavar="FOLDER",
@@ -85,6 +91,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.force,
         arguments.verify,
         arguments.license,
+        arguments.push,
     )
     show(convert(places[0], places[1], arguments.to, options, arguments.weights, arguments.config_from))
 

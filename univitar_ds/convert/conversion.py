@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from univitar_ds.convert import program
+from univitar_ds.convert import program, publish
 from univitar_ds.convert.card import UNKNOWN_LICENCE, size_name, write_card
 from univitar_ds.convert.comparison import compare
 from univitar_ds.convert.destination import check_space, new_folder
@@ -34,7 +34,8 @@ _SLACK_BYTES = 64 << 20
 class Options:
     """How a model is written. None: `part` is the whole model if the source has one and the format can hold it; `dtype`
     is that of the source; `shard_bytes` gives one file. `licence` is an identifier of the hub, for the model card.
-    `grids` are the tokens along time, height and width of the items of an ONNX file."""
+    `grids` are the tokens along time, height and width of the items of an ONNX file. `push` is the name of a repository
+    on the hub (owner/name) that gets the written files, after they are verified if the format can be read."""
 
     part: Part | None = None
     dtype: torch.dtype | None = None
@@ -43,6 +44,7 @@ class Options:
     replace: bool = False
     verify: bool = False
     licence: str = UNKNOWN_LICENCE
+    push: str | None = None
 
 
 def convert(
@@ -58,25 +60,31 @@ def convert(
     Args: source, weights, config_folder: see `open_stored`; to: a name in WRITTEN or PROGRAMS.
     Returns: a sentence about what was written.
     Raises: CheckpointError if the source is missing or damaged, or `out` may not be replaced; StorageError if there is
-        too little space or `out` cannot be written.
+        too little space or `out` cannot be written, or the upload fails.
     """
     options, out = options or Options(), Path(out)
     _check_format(to, options)
+    if options.push is not None:
+        publish.check_name(options.push)
     model = open_stored(source, weights, config_folder)
-    _refuse_inside(model.path, out)
+    _refuse_overlap(Path(source), model, out)
     model = _part(model, to, options.part)
     check_complete(model)
     if options.dtype is not None:
         model = model.converted(options.dtype)
-    check_space(out, model.tensors.nbytes + _SLACK_BYTES)
+    check_space(out, _needed_bytes(model, to) + _SLACK_BYTES)
+    verify = options.verify or (options.push is not None and to in WRITTEN)
     with new_folder(out, replace=options.replace) as folder:
         write(model, folder, to, options)
         write_card(model, folder, to, options.licence)
-        compared = compare(model, open_stored(folder)) if options.verify else None
+        compared = compare(model, open_stored(folder)) if verify else None
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     kind = "encoder" if model.joint is None else "model"
     sentence = f"{kind} {size_name(model)}, {len(model.tensors)} tensors, in {out} ({to}, {size / 1e6:.1f} MB)"
-    return sentence if compared is None else f"{sentence}\n{compared}"
+    sentences = [sentence] if compared is None else [sentence, compared]
+    if options.push is not None:
+        sentences.append(publish.push(out, options.push, weights_only_from_here=to in _SHARDED))
+    return "\n".join(sentences)
 
 
 def write(model: StoredModel, folder: Path, to: str, options: Options | None = None) -> None:
@@ -114,8 +122,23 @@ def _part(model: StoredModel, to: str, part: Part | None) -> StoredModel:
     return model
 
 
-def _refuse_inside(source: Path, out: Path) -> None:
-    """Raises: CheckpointError if the result would replace its source."""
-    one, other = source.resolve(), out.resolve()
-    if other == one or other in one.parents:
-        raise CheckpointError(f"{out} is the source or a folder above it; name another folder for the result")
+def _needed_bytes(model: StoredModel, to: str) -> int:
+    """Returns the size of all tensors that the format `to` gets."""
+    if to == "universal":
+        return 3 * sum(info.nbytes // info.dtype.itemsize * 4 for info in model.tensors.infos.values())
+    moments = (model.optimizer.exp_avg.nbytes, model.optimizer.exp_avg_sq.nbytes) if model.optimizer else ()
+    return model.tensors.nbytes + (0 if to in (*_SHARDED, *PROGRAMS) else sum(moments))
+
+
+def _refuse_overlap(source: Path, model: StoredModel, out: Path) -> None:
+    """Raises: CheckpointError if the result would replace its source, or be in it.
+
+    A result may be in the folder of a run, but not among its checkpoints."""
+    there = out.resolve()
+    for place in (source, model.path):
+        one = place.resolve()
+        if there == one or there in one.parents:
+            raise CheckpointError(f"{out} is the source or a folder above it; name another folder for the result")
+    inner = model.path.parent if model.format == "run" else source
+    if inner.resolve() in there.parents:
+        raise CheckpointError(f"{out} is inside of {inner}, which stays as it is; name another folder for the result")
