@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import fcntl
 import json
 import os
 import re
@@ -9,49 +11,59 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from univitar_ds.atomic_write import move_into_place, replace_text
 from univitar_ds.config.run_folder import CHECKPOINTS, EXPORT, EXPORT_FILES
 from univitar_ds.config.run_folder import CONFIG as RUN_CONFIG
+from univitar_ds.convert import program
 from univitar_ds.errors import CheckpointError, StorageError, UserError, writing
-from univitar_ds.owned import MARK, Names, foreign, is_empty, is_marked, mark, remove
+from univitar_ds.formats.recognise import FORMATS, module_of
+from univitar_ds.owned import MARK, Names, clear, foreign, is_empty, is_marked, mark, remove
 
 KIND = "export"
 """Kind of the marker file in a folder that a conversion wrote. A folder without the file is not replaced."""
 _LIST = ".univitar-ds-files"
 """A file with the paths of all files that a conversion wrote into its folder."""
+_OWN = f"{re.escape(MARK)}(-files)?"
+"""Pattern of both names in EXPORT_FILES."""
 
 
 @contextmanager
 def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
     """Yields a new folder for the body to write, which gets the name `out` after the body.
 
-    If the body fails, or the process is killed, `out` is as before. An earlier result is renamed first, since the
-    system cannot rename a folder over a folder that is not empty, and removed at the end.
+    If the body fails, or the process is killed, `out` is as before, and the next conversion to `out` removes what is
+    left. An earlier result is renamed first, since the system cannot rename a folder over a folder that is not empty,
+    and removed at the end; if a kill leaves it under the other name, the next conversion renames it back.
 
     Args: replace: whether a folder that a conversion wrote may be replaced.
-    Raises: CheckpointError if `out` contains anything else; StorageError if it cannot be written.
+    Raises: CheckpointError if `out` contains anything else, or another process writes it now; StorageError if it cannot
+        be written.
     """
     partial, earlier = (out.with_name(f".{out.name}.{word}") for word in ("partial", "earlier"))
-    with writing(out):
+    with writing(out), _locked(partial, out):
         for folder in (out, partial, earlier):
             _refuse(folder, replace=replace or folder is not out, own=_is_export_of_run(out))
-        remove(partial, _names(partial))
+        if is_empty(out) and not is_empty(earlier):
+            move_into_place(earlier, out)
+            _refuse(out, replace=replace, own=_is_export_of_run(out))
+        _remove(partial)
         partial.mkdir(parents=True)
-        try:
-            mark(partial, KIND)
-            yield partial
-            _record(partial)
-            remove(earlier, _names(earlier))
-            if not is_empty(out):
-                os.rename(out, earlier)
-            move_into_place(partial, out)
-            remove(earlier, _names(earlier))
-        except BaseException:
-            with suppress(OSError, UserError):
+        with _locked(partial, out):
+            try:
+                mark(partial, KIND)
+                yield partial
                 _record(partial)
-                remove(partial, _names(partial))
-            raise
+                _remove(earlier)
+                if not is_empty(out):
+                    os.rename(out, earlier)
+                move_into_place(partial, out)
+                _remove(earlier)
+            except BaseException:
+                with suppress(OSError, UserError):
+                    _remove(partial)
+                raise
 
 
 def check_space(out: Path, nbytes: int) -> None:
@@ -78,7 +90,7 @@ def _refuse(out: Path, *, replace: bool, own: bool) -> None:
         raise CheckpointError(f"{out} is a link, and nothing is replaced through a link; name the folder itself")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; name a folder")
-    if is_empty(out):
+    if is_empty(out) or _only_begun(out):
         return
     other = foreign(out, _names(out))
     if other is not None:
@@ -92,6 +104,42 @@ def _refuse(out: Path, *, replace: bool, own: bool) -> None:
         raise CheckpointError(f"{out} holds an earlier result; add --force to replace it, or name another folder")
 
 
+@contextmanager
+def _locked(folder: Path, out: Path) -> Iterator[None]:
+    """Holds a lock on `folder`, if it exists, which the system releases when the process ends.
+
+    Raises: CheckpointError if another process holds it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # there is none, or what is there is refused later
+        descriptor = None
+    try:
+        try:
+            if descriptor is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another process writes {out} now; wait for it, or name another folder") from error
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _only_begun(folder: Path) -> bool:
+    """Whether a kill left the folder before it had its marker file."""
+    return folder.is_dir() and os.listdir(folder) == [f"{MARK}.partial"] and not (folder / f"{MARK}.partial").is_dir()
+
+
+def _remove(folder: Path) -> None:
+    """Removes what a conversion wrote. Marker file and list are last, so that a kill leaves a folder with both."""
+    names = _names(folder)
+    if not is_empty(folder) and not folder.is_symlink():
+        clear(folder, {name: inner for name, inner in names.items() if name not in (_OWN, re.escape(_LIST))})
+    remove(folder, names)
+
+
 def _record(folder: Path) -> None:
     """Writes the list of files, so that a later conversion can replace exactly these."""
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != _LIST)
@@ -99,13 +147,23 @@ def _record(folder: Path) -> None:
 
 
 def _names(folder: Path) -> Names:
-    """Returns the tree of entries that a conversion may have written to `folder`: by names, and by its list."""
-    tree: dict = {**EXPORT_FILES, re.escape(_LIST): None}
-    try:
-        files = json.loads((folder / _LIST).read_bytes()) if not (folder / _LIST).is_symlink() else []
-    except (OSError, ValueError):
+    """Returns the tree of entries that a conversion may have written to `folder`: by names, and by its list.
+
+    The folder of a conversion that was killed has no list. Names of all formats are then taken as its own, if the
+    folder has the marker file."""
+    tree: dict[str, Any] = copy.deepcopy({**EXPORT_FILES, re.escape(_LIST): None})
+    listed = folder / _LIST
+    if not is_marked(folder, KIND):
         return tree
-    for name in files if isinstance(files, list) and is_marked(folder, KIND) else []:
+    if not os.path.lexists(listed):
+        for names in (program.FILES, *(getattr(module_of(name), "FILES", {}) for name in FORMATS)):
+            tree |= names
+        return tree
+    try:
+        files = json.loads(listed.read_bytes()) if not listed.is_symlink() else []
+    except (OSError, ValueError, RecursionError):
+        return tree
+    for name in files if isinstance(files, list) else []:
         *folders, last = str(name).split("/")
         inside = tree
         for part in folders:
