@@ -196,7 +196,7 @@ def read_object(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); name a folder with an encoder") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # too many levels
         raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(values).__name__}; fetch it again")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,9 @@ def complete(root: Path) -> list[Path]:
 def latest(root: Path) -> Path | None:
     """Returns the folder in `latest`, or the newest complete folder if that one is missing; None without a folder."""
     if (root / LATEST).is_file():
-        folder = root / (root / LATEST).read_text(encoding="utf-8").strip()
-        if folder.is_dir() and folder != root:
-            return folder
+        name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        if re.fullmatch(r"step-\d{8,}", name) and (root / name).is_dir():
+            return root / name
     folders = complete(root)
     return folders[-1] if folders else None
 
@@ -37,7 +39,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder} has no readable {MANIFEST} ({error}); {remedy(folder)}") from error
 
 
@@ -70,6 +72,20 @@ def faults(folder: Path, entries: dict[str, dict[str, Any]]) -> list[str]:
         elif sha256(path) != entry["sha256"]:
             found.append(f"{name} has a different sha256 than when it was written")
     return found
+
+
+@contextmanager
+def understanding(folder: Path) -> Iterator[None]:
+    """Wraps code that takes the content of a folder's files apart.
+
+    Raises: CheckpointError, with the remedy, if the content is not as expected."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder} has files with another content than a checkpoint's ({type(error).__name__}: "
+            f"{str(error)[:200]}); {remedy(folder)}"
+        ) from error
 
 
 def sha256(path: Path) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.weight_files import reading
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -24,6 +25,9 @@ FROZEN = "frozen"
 FORMAT = 2
 STATE = "state.json"
 BUFFERS = "buffers.safetensors"
+_MAPPED = 256 * 2**20
+"""Bytes that are read from mapped files before they are closed, since what was read from a mapping counts as memory.
+To open them for each tensor would take longer than to read it: a header has all names of a rank."""
 
 
 class ElasticReader:
@@ -48,6 +52,12 @@ class ElasticReader:
         self._parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
         """(start, length, rank that wrote it) of each part, by parameter."""
         self._files: dict[int, Any] = {}
+        self._mapped = 0
+        with checkpoint_dir.understanding(folder):
+            self._read_indices()
+
+    def _read_indices(self) -> None:
+        folder = self.folder
         for rank in range(self.content["world_size"]):
             index = read_json(folder / f"rank{rank:05d}.json")
             self.cursors.update({int(lane): cursor for lane, cursor in index["cursors"].items()})
@@ -68,6 +78,7 @@ class ElasticReader:
                 source = self._tensors(rank).get_slice(f"{name}/{kind}")[low - begin : high - begin]
                 target[low - start : high - start].copy_(source)
                 filled = high - start
+                self._mapped += source.nbytes
         if filled < target.numel():
             raise CheckpointError(
                 f"{self.folder} has {kind} of {name} up to element {start + filled} only, {stop} are needed; "
@@ -77,16 +88,22 @@ class ElasticReader:
     def _tensors(self, rank: int) -> Any:
         if rank not in self._files:
             path = self.folder / f"rank{rank:05d}.safetensors"
-            self._files[rank] = self._open_files.enter_context(safe_open(path, "pt"))
+            with reading(path):
+                self._files[rank] = self._open_files.enter_context(safe_open(path, "pt"))
         return self._files[rank]
 
-    def close_files(self) -> None:
-        """Closes the files of tensors. Their pages, which count as memory of this process, are then released."""
-        self._open_files.close()
-        self._files.clear()
+    def trim(self) -> None:
+        """Closes the files of tensors if much of them was read, so that their pages do not count as memory of this
+        process any more."""
+        if self._mapped > _MAPPED:
+            self._open_files.close()
+            self._files.clear()
+            self._mapped = 0
 
     def buffers(self) -> dict[str, Tensor]:
-        return load_file(self.folder / BUFFERS)
+        """Returns all buffers by name. Raises: CheckpointError if the file is damaged."""
+        with reading(self.folder / BUFFERS):
+            return load_file(self.folder / BUFFERS)
 
     def weights_kind(self, name: str, *, averaged: bool) -> str:
         """Returns the kind that has the weights of a parameter; the average if `averaged` and the run keeps one."""
@@ -122,6 +139,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file of a checkpoint. Raises: CheckpointError if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__} instead of an object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {checkpoint_dir.remedy(path.parent)}") from error

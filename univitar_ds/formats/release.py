@@ -18,7 +18,7 @@ def recognises(folder: Path) -> bool:
     """Whether the folder has an encoder's `config.json` in the release's layout."""
     try:
         values = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     if not isinstance(values, dict) or not any((folder / name).exists() for name in WEIGHT_FILES):
         return False

@@ -67,17 +67,20 @@ def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> 
         checkpoint_dir.verify(checkpoint, checkpoint_dir.read_manifest(checkpoint))
     files = ExitStack()
     reader = ElasticReader(checkpoint, files)
-    kinds = {name: reader.weights_kind(name, averaged=averaged) for name in reader.shapes}
-    buffers = {name: b.float() if b.is_floating_point() else b for name, b in reader.buffers().items()}
-    state = reader.content["run"]
-    encoder, joint = run_configuration(run, state.get("model"))
+    with checkpoint_dir.understanding(checkpoint):
+        kinds = {name: reader.weights_kind(name, averaged=averaged) for name in reader.shapes}
+        buffers = {name: b.float() if b.is_floating_point() else b for name, b in reader.buffers().items()}
+        state = reader.content["run"]
+        encoder, joint = run_configuration(run, state.get("model"))
+        tensors = _parameters(reader, kinds, buffers)
+        optimizer = _optimizer(reader) if not averaged else None
     return StoredModel(
         checkpoint,
         "run",
         with_size_rule(encoder, config.stages[-1]),
-        _parameters(reader, kinds, buffers),
+        tensors,
         joint,
-        _optimizer(reader) if not averaged else None,
+        optimizer,
         {
             "run": run.name,
             "checkpoint": checkpoint.name,
@@ -156,15 +159,16 @@ def _described(config: RunConfig, tokenizer: Path) -> dict[str, Any]:
 
 
 def _parameters(reader: ElasticReader, kinds: Mapping[str, str], buffers: Mapping[str, Tensor]) -> Tensors:
-    """Returns parameters of the given kinds, and buffers. The files are closed after each tensor."""
+    """Returns parameters of the given kinds, and buffers. Files are closed before much of them is mapped."""
 
     def read_one(name: str) -> Tensor:
         if name in buffers:
             return buffers[name]
         try:
-            return reader.read(name, kinds[name])
+            with checkpoint_dir.understanding(reader.folder):
+                return reader.read(name, kinds[name])
         finally:
-            reader.close_files()
+            reader.trim()
 
     infos = {name: TensorInfo(reader.shapes[name], torch.float32) for name in kinds}
     infos |= {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in buffers.items()}

@@ -43,6 +43,8 @@ def open_weights(folder: str | Path) -> Tensors:
     file_of: dict[str, Path] = {}
     for path in files:
         for name, info in _infos(path).items():
+            if name in infos:
+                raise CheckpointError(f"{name} is in {file_of[name]} and in {path}; remove the wrong file")
             infos[name], file_of[name] = info, path
     return Tensors(infos, lambda name: _read(file_of[name], name))
 
@@ -221,9 +223,9 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     paths = []
     for name in sorted(set(file_of.values())):
         if Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}; shards must be in its own folder")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}, which {index.name} names; fetch it again")
+            raise CheckpointError(f"{index} names {name[:80]!r}; shards must be in its own folder")
+        if not os.path.isfile(folder / name):  # Path.is_file raises for a name that is too long
+            raise CheckpointError(f"{folder} lacks {name[:80]}, which {index.name} names; fetch it again")
         paths.append(folder / name)
     return paths
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.support.finished import run_config, write_run
 from tests.support.golden import CASES, golden
@@ -119,3 +120,63 @@ def test_the_result_may_not_be_its_source(run):
     for out in (run / "checkpoints" / "step-00000007", run, run.parent):
         with pytest.raises(CheckpointError, match="the source or a folder above"):
             convert(run, out, "release")
+
+
+def encoder_of(folder: Path, change) -> Path:
+    """A released encoder in `folder`, with changed tensors."""
+    source = open_stored(golden(CASES[0]).folder)
+    folder.mkdir()
+    (folder / "config.json").write_bytes((golden(CASES[0]).folder / "config.json").read_bytes())
+    state = {name.removeprefix("vision."): value for name, value in source.tensors.items()}
+    change(state)
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def halved(state) -> None:
+    for name in list(state)[::2]:
+        state[name] = state[name].bfloat16()
+
+
+def broken(state) -> None:
+    state["encoder.layers.1.mlp.fc2.weight"][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+
+
+@pytest.mark.parametrize("to", ["release", "hf", "universal", "dcp", "megatron"])
+@pytest.mark.parametrize(("change", "said"), [(halved, "one pack, largest"), (broken, "values that are not finite")])
+def test_models_of_several_types_and_values_that_are_not_finite_stay_as_they_are(tmp_path, to, change, said):
+    source = encoder_of(tmp_path / "source", change)
+    assert said in convert(source, tmp_path / "out", to, Options(verify=True))
+    found, wanted = open_stored(tmp_path / "out").tensors, open_stored(source).tensors
+    for name, value in wanted.items():
+        kept = value.float() if to == "universal" else value
+        assert found[name].dtype == kept.dtype
+        assert torch.equal(found[name].view(torch.uint8), kept.view(torch.uint8)), name
+
+
+def test_whole_numbers_in_place_of_weights_are_named(tmp_path):
+    def change(state):
+        state["encoder.layers.0.ls1"] = state["encoder.layers.0.ls1"].to(torch.int64)
+
+    source = encoder_of(tmp_path / "source", change)
+    with pytest.raises(CheckpointError, match=r"misshapen: vision\.encoder\.layers\.0\.ls1 is \(\d+,\) int64"):
+        convert(source, tmp_path / "out", "release")
+
+
+def test_the_space_for_the_moments_is_asked_for(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(conversion, "check_space", lambda out, nbytes: asked.append(nbytes))
+    for to in ("universal", "hf"):
+        convert(run, tmp_path / to, to)
+        size = sum(path.stat().st_size for path in (tmp_path / to).rglob("*") if path.suffix in (".pt", ".safetensors"))
+        assert size - 1_000_000 < asked[-1] - conversion._SLACK_BYTES < size
+
+
+def test_any_size_of_shards_gives_whole_files(run, tmp_path):
+    wanted = open_stored(run).encoder_only().tensors
+    for size in (1, 10**18):
+        convert(run, tmp_path / str(size), "release", Options(shard_bytes=size))
+        found = open_stored(tmp_path / str(size)).tensors
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert len(list((tmp_path / "1").glob("model-*-of-*.safetensors"))) == len(wanted)
+    assert not list((tmp_path / str(10**18)).glob("*.index.json"))

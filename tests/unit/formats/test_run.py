@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from tests.support.finished import run_config, write_run
-from univitar_ds.errors import CheckpointError
+from univitar_ds.errors import CheckpointError, UserError
+from univitar_ds.formats import elastic
 from univitar_ds.formats import run as run_format
 from univitar_ds.formats.checkpoint_dir import sha256
 from univitar_ds.formats.recognise import open_stored, recognised
@@ -131,4 +133,40 @@ def test_damage_is_found_before_a_tensor_is_read(trained, tmp_path):
     content[-5] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"rank00000\.safetensors has a different sha256"):
+        open_stored(run)
+
+
+@pytest.mark.parametrize("name", ["../../other/checkpoints/step-00000007", "/", ".", "", "step-00000007/..", "\xff"])
+def test_the_name_of_the_newest_checkpoint_does_not_leave_its_folder(trained, tmp_path, name):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    shutil.copytree(trained[0], tmp_path / "other")
+    (run / "checkpoints" / "latest").write_bytes(name.encode("latin-1"))
+    assert open_stored(run).path == run / "checkpoints" / "step-00000007"
+
+
+def test_files_are_closed_when_much_of_them_was_read(trained, monkeypatch):
+    opened = []
+    monkeypatch.setattr(elastic, "safe_open", lambda *arguments: opened.append(arguments) or safe_open(*arguments))
+    stored = open_stored(trained[0])
+    for name in stored.tensors:
+        stored.tensors[name]
+    assert len(opened) == 1
+    monkeypatch.setattr(elastic, "_MAPPED", 1_000_000)
+    for name in stored.tensors:
+        stored.tensors[name]
+    read = sum(info.nbytes for info in stored.tensors.infos.values())
+    assert 5 < len(opened) <= 2 + read / 1_000_000
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state.update(optimizer="none"),
+    lambda state: state["optimizer"].update(groups=[{"lr": 1}]),
+    lambda state: state.update(world_size="4"),
+    lambda state: state.update(world_size=10**30),
+    lambda state: state.update(run=[]),
+    lambda state: state["run"].update(model={"encoder": [], "text": 7}),
+])  # fmt: skip
+def test_another_content_of_a_checkpoint_is_a_sentence(trained, tmp_path, change):
+    run = changed(trained[0], tmp_path / "run", change)
+    with pytest.raises(UserError):
         open_stored(run)

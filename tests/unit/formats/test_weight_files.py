@@ -86,3 +86,32 @@ def test_conversions_keep_names_and_integers():
     assert torch.equal(renamed["x.a"], drawn()["a"])
     with pytest.raises(KeyError):
         renamed["a"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a" * 5000, "a\0b", "inner", "\ud800", "/etc/passwd", "a/../b"])
+def test_a_shard_of_any_name_is_a_sentence(tmp_path, name):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match=r"must be in its own folder|lacks") as caught:
+        open_weights(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"weight_map": 1}', b'{"weight_map": {"a": [1]}}',
+                                     b'{"weight_map": {}}', b'{"a":' * 100_000])  # fmt: skip
+def test_an_index_of_any_content_is_a_sentence(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    if content == b'{"weight_map": {}}':
+        assert len(open_weights(tmp_path)) == 0
+    else:
+        with pytest.raises(CheckpointError, match=r"fetch it again"):
+            open_weights(tmp_path)
+
+
+def test_a_name_in_two_shards_is_refused(tmp_path):
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "one.safetensors")
+    save_file({"b": torch.ones(1)}, tmp_path / "two.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"b is in .*one\.safetensors and in .*two\.safetensors"):
+        open_weights(tmp_path)

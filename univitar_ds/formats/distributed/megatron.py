@@ -125,7 +125,7 @@ def recognises(folder: Path) -> bool:
         return (folder / PLACES).is_file() and "sharded_backend" in json.loads(
             (folder / BACKEND).read_text(encoding="utf-8")
         )
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
