@@ -38,6 +38,15 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of an S3 store."""
+    parser.add_argument(
+        "--s3-endpoint", metavar="URL", help="address of a store other than AWS, e.g. http://127.0.0.1:9000"
+    )
+    parser.add_argument("--s3-profile", metavar="NAME", help="a profile of ~/.aws/config")
+    parser.add_argument("--s3-region", metavar="NAME")
+
+
 def shown(text: str) -> str:
     """Returns `text` with escapes for characters that are not printable.
 

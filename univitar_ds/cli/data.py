@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from univitar_ds.cli.common import add_command, add_overrides, expand, expand_place, positive, shown
+from univitar_ds.cli.common import add_command, add_overrides, add_storage, expand, expand_place, positive, shown
 from univitar_ds.errors import ConfigError
 from univitar_ds.owned import check_result, write_result
 from univitar_ds.screen import show
@@ -59,7 +59,7 @@ def add_data(commands) -> None:
         help="content of a .txt: one caption (default), or one per line",
     )
     pack.add_argument("--no-verify", action="store_true", help="read headers only; do not decode every file once")
-    _add_storage(pack)
+    add_storage(pack)
     _add_verify(data)
     _add_probe(data)
     inspect = add_command(
@@ -110,7 +110,7 @@ def _add_verify(data) -> None:
     verify.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check shards")
     verify.add_argument("--no-decode", action="store_true", help="check headers and checksums only, do not decode")
     verify.add_argument("--report", type=expand, default=Path("verify.json"), help="default verify.json")
-    _add_storage(verify)
+    add_storage(verify)
 
 
 def _add_probe(data) -> None:
@@ -129,14 +129,6 @@ def _add_probe(data) -> None:
     probe.add_argument("--config", help="a run file or the name of a shipped recipe, for its limits and sizes")
     probe.add_argument("--stage", help="name of the stage whose size rules are used (default: the first stage)")
     probe.add_argument("--json", action="store_true", help="print one line of JSON per file")
-
-
-def _add_storage(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--s3-endpoint", metavar="URL", help="address of a store other than AWS, e.g. http://127.0.0.1:9000"
-    )
-    parser.add_argument("--s3-profile", metavar="NAME", help="a profile of ~/.aws/config")
-    parser.add_argument("--s3-region", metavar="NAME")
 
 
 def _pack(arguments: argparse.Namespace) -> None:

@@ -52,7 +52,7 @@ def decoded(
 
     def job_of(plan: Plan) -> DecodeJob:
         items = list(map(DecodeItem.from_sample, plan.samples))
-        return DecodeJob(plan.modality, sizes[plan.modality].sampling, limits, items, plan.name)
+        return DecodeJob(plan.modality, sizes[plan.modality].sampling, limits, items, plan.name, plan.whole_files)
 
     if data.workers == 0:
         return decoded_inline(plans_of, job_of, settings)

@@ -13,7 +13,7 @@ from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
-from univitar_ds.errors import SampleError
+from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import PATCH, Modality, item_bytes
 
 if TYPE_CHECKING:  # decoding processes need none of what reads shards
@@ -73,6 +73,8 @@ class DecodeJob:
     items: Sequence[DecodeItem]
     name: str = ""
     """Name of the pack in messages of the trainer; not sent to decoding processes."""
+    whole_files: bool = False
+    """Whether each item is a file of its own, not a part of a shard. One that cannot be read is a failed item."""
 
     @property
     def max_image_px(self) -> int:
@@ -97,6 +99,7 @@ class DecodeJob:
                 (item.path, item.offset, item.length, item.grid, item.frames, item.crc32, item.draw, item.size)
                 for item in self.items
             ],
+            "whole_files": self.whole_files,
         }
 
     @classmethod
@@ -106,7 +109,8 @@ class DecodeJob:
             for path, offset, length, grid, *rest, size in document["items"]
         ]
         sampling = Sampling(*document["sampling"])
-        return cls(document["modality"], sampling, DecodeLimits(*document["limits"]), items)
+        limits = DecodeLimits(*document["limits"])
+        return cls(document["modality"], sampling, limits, items, whole_files=document["whole_files"])
 
 
 def decode_pack(
@@ -130,6 +134,10 @@ def decode_pack(
             _decode_item(job, item, buffer[start : start + item.bytes], settings)
         except SampleError as error:
             failures.append((index, error.kind, str(error)))
+        except DataError as error:
+            if not job.whole_files:
+                raise
+            failures.append((index, "unreadable", str(error)))
         except MemoryError:
             detail = f"decoding takes more memory than data.max_image_px = {job.limits.max_image_px} allows"
             failures.append((index, "too_large", f"{detail}; raise it or store the file smaller"))

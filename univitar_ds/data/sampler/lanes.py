@@ -41,7 +41,8 @@ class Plan:
     """A pack before decoding.
 
     `bad` and `ignored` are counts by kind: samples left out while planning, and readable samples with content that is
-    ignored (`captions.IGNORED`). `token_rows` are the token ids of the captions, if they were tokenized.
+    ignored (`captions.IGNORED`). `token_rows` are the token ids of the captions, if they were tokenized. `whole_files`:
+    see `DecodeJob`.
     """
 
     samples: Sequence[Sample]
@@ -52,6 +53,7 @@ class Plan:
     bad: Mapping[str, int]
     token_rows: Sequence[Sequence[int]] | None = None
     ignored: Mapping[str, int] = field(default_factory=dict)
+    whole_files: bool = False
 
     @property
     def name(self) -> str:

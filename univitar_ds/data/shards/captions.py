@@ -67,12 +67,14 @@ class Texts(NamedTuple):
     several_lines: bool = False
 
 
-def read_texts(members: Mapping[str, bytes], *, lines: bool = False, packed: bool = False) -> Texts:
+def read_texts(
+    members: Mapping[str, bytes], *, lines: bool = False, packed: bool = False, required: bool = True
+) -> Texts:
     """Reads captions, label and set from .json. A .txt replaces missing captions, a .cls a missing label.
 
     Args: members: contents by extension; lines: whether each line of .txt is a caption; packed: whether a manifest
-        shows that `data pack` wrote the shard.
-    Raises: SampleError without a usable caption or label, or if `packed` and the checksum is invalid.
+        shows that `data pack` wrote the shard; required: whether a sample needs a caption or a label.
+    Raises: SampleError without a usable caption or label if `required`, or if `packed` and the checksum is invalid.
     """
     ignored: _Ignored = {}
     fields = _json_object(members["json"], ignored) if "json" in members else {}
@@ -88,7 +90,7 @@ def read_texts(members: Mapping[str, bytes], *, lines: bool = False, packed: boo
         ignored.setdefault("too_large", f"it has {len(captions)} captions; the first {MAX_CAPTIONS} are used")
         captions = captions[:MAX_CAPTIONS]
     label = _label(fields, members.get("cls"), ignored)
-    if not captions and not label:
+    if required and not captions and not label:
         for kind, message in ignored.items():
             raise SampleError(kind, message)
         raise SampleError("no_caption", "neither captions nor caption in its .json nor a .txt member, and no label")

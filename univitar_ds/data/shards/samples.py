@@ -27,7 +27,7 @@ class SizeRule:
     """Rule for the size at which an item of one modality enters the encoder.
 
     `frames`: maximum number of frames of a video, 1 for images; `most_tokens`: maximum number of tokens of an item in a
-    pack. The `max_` fields are limits of the data section.
+    pack. The `max_` fields are limits of the data section. `needs_text`: whether a sample needs a caption or a label.
     """
 
     modality: Modality
@@ -38,6 +38,7 @@ class SizeRule:
     sampling: Sampling = UNIFORM
     max_video_s: float = 3600.0
     max_sample_mb: int = 1024
+    needs_text: bool = True
 
     def frames_of(self, size: MediaSize) -> int:
         """Returns the number of decoded frames: 1 for an image, the number of sampled frames for a video."""
@@ -261,7 +262,8 @@ def _entry(
     texts = contents_of(named) if named else []
     contents = {member.extension: content for member, content in zip(named, texts, strict=True)}
     try:
-        said = captions.read_texts(contents, lines=shard.caption_lines, packed=shard.modality is not None)
+        packed = shard.modality is not None
+        said = captions.read_texts(contents, lines=shard.caption_lines, packed=packed, required=rule.needs_text)
     except SampleError as error:
         hint = _hint(members, captions.EXTENSIONS) if error.kind == "no_caption" else ""
         raise SampleError(error.kind, f"{error}{hint}") from error

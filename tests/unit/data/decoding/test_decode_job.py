@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,18 @@ def test_images_are_decoded_one_after_another_without_a_gap_for_a_failed_one(pla
     assert (drawn[1] == fit_image(np.asarray(images[2]), (1, 2, 3))).all()
     assert (drawn[2] == 9).all()
     assert len(seen) == 3
+
+
+def test_a_whole_file_that_cannot_be_read_is_a_failed_item_and_a_shard_an_error(place, tmp_path):
+    (first,) = place(media.encoded(media.noise(50, 70), "PNG"))
+    gone = DecodeItem(str(tmp_path / "gone.png"), 0, 9, (1, 2, 3), 1)
+    job = job_of([gone, first])
+    with pytest.raises(DataError, match=r"gone\.png"):
+        decode_pack(job, np.empty(job.bytes, np.uint8))
+    sent = DecodeJob.from_json(json.loads(json.dumps(replace(job, whole_files=True).to_json())))
+    ((index, kind, message),) = decode_pack(sent, np.empty(job.bytes, np.uint8))
+    assert (index, kind) == (0, "unreadable")
+    assert "gone.png" in message
 
 
 def test_an_image_whose_decoder_runs_out_of_memory_is_a_bad_sample(place, monkeypatch):

@@ -14,7 +14,7 @@ from univitar_ds.cli.main import main
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.load import changed_result, check_config
 from univitar_ds.data.loader import eval_packs
-from univitar_ds.data.shards.captions import BYTES_LIMIT, IGNORED, MAX_CAPTIONS, read_texts
+from univitar_ds.data.shards.captions import BYTES_LIMIT, IGNORED, MAX_CAPTIONS, Texts, read_texts
 from univitar_ds.data.shards.sources import iterate_captions
 from univitar_ds.data.tools.inspect import Stream
 from univitar_ds.data.tools.verify import verify
@@ -142,6 +142,12 @@ def test_a_sample_without_usable_texts_is_left_out_with_the_kind_of_the_first_pr
         with pytest.raises(SampleError) as caught:
             read_texts(members)
         assert caught.value.kind == kind
+
+
+def test_a_sample_may_lack_texts_if_they_are_not_required():
+    assert read_texts({}, required=False) == Texts((), None)
+    found = read_texts({"json": b"{", "cls": b""}, required=False)
+    assert (found.captions, found.label, [one.kind for one in found.ignored]) == ((), None, ["bad_json"])
 
 
 def test_a_checksum_is_used_only_if_data_pack_wrote_it():
