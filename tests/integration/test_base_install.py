@@ -111,6 +111,17 @@ def test_a_run_is_converted(base, run, tmp_path):
     assert "verified" in done.stdout
 
 
+def test_files_are_embedded_and_classified(base, run, image, tmp_path):
+    done = base.run("-m", "univitar_ds", "embed", str(run), str(image), "--out", str(tmp_path / "f.safetensors"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 rows in f-00000.safetensors" in done.stdout
+    done = base.run("-m", "univitar_ds", "classify", str(run), str(image), "--labels", "red,green")
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = base.run("-m", "univitar_ds", "embed", str(run), str(image), "--out", str(tmp_path / "f.parquet"))
+    assert done.returncode == 2
+    assert "pip install 'univitar_ds[parquet]'" in done.stderr
+
+
 def test_training_says_what_to_install(base, tmp_path):
     done = base.run("-m", "univitar_ds", "train", "--config", "demo", f"output={tmp_path}")
     assert done.returncode == 2, done.stderr[-3000:]

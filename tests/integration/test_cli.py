@@ -40,7 +40,7 @@ def fails(capsys, *arguments: str) -> str:
     "command",
     [[], ["train"], ["data"], ["data", "pack"], ["data", "inspect"], ["data", "verify"],
      ["data", "probe"], ["data", "scenes"], ["eval"], ["report"],
-     ["convert", "export"], ["demo"]],
+     ["convert", "export"], ["embed"], ["classify"], ["demo"]],
 )  # fmt: skip
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as ended:

@@ -43,6 +43,7 @@ LIBRARIES = {
         "univitar_ds.convert.publish",
         "univitar_ds.model.teacher.teacher",
     },
+    "pyarrow": {"univitar_ds.inference.parts"},
     "onnxscript": {"univitar_ds.convert.program"},
 }
 """The only modules that import them."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from univitar_ds.cli.common import add_command, add_overrides, add_weights, expand, positive, shown
 from univitar_ds.cli.convert import add_convert
 from univitar_ds.cli.data import add_data
+from univitar_ds.cli.inference import add_inference
 from univitar_ds.errors import ConfigError, UserError, storage_error
 from univitar_ds.import_path import drop_current_folder, protect_children
 from univitar_ds.screen import lost, prepare_screen, show
@@ -28,13 +29,16 @@ EXAMPLES = """examples:
   univitar-ds eval runs/photos evaluation.sources.0.path=data/other
   univitar-ds report runs/photos                       results and metrics of a run
   univitar-ds convert runs/photos photos_hf --to hf    the model for transformers, or another format
+  univitar-ds embed runs/photos DIR --out f.safetensors  the embeddings of images and videos
+  univitar-ds classify runs/photos *.jpg --labels cat,dog  the most probable classes of files
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status.
 
-    0: success; 1: `data verify` or `data probe` found damaged or missing files; 2: an error of the user; 85: a run was
+    0: success; 1: `data verify`, `data probe` or `classify` found damaged or missing files, or `embed` none that it
+    could use; 2: an error of the user; 85: a run was
     asked to stop and has saved a checkpoint; 130: interrupted.
 
     If a command that only prints cannot print: 141 if the reader of a pipe has closed it, as after SIGPIPE, else 2.
@@ -93,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data(commands)
     _add_after_training(commands)
     add_convert(commands)
+    add_inference(commands)
     _add_demo(commands)
     return parser
 

@@ -213,6 +213,11 @@ class UniViTARModel(nn.Module):
         Args: templates: sentences with {} for the name.
         Raises: UserError if there are no classes, or a template has no {}.
         """
+        classes = self.encode_classes(class_names, templates)
+        return self.class_probabilities(self.encode_image(items), classes)
+
+    def encode_classes(self, class_names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+        """Returns the embeddings of classes, (C, E) float32 unit vectors: see `zero_shot`, which raises the same."""
         if not class_names or isinstance(class_names, str):
             raise UserError("zero_shot takes a list of at least one class name")
         lacking = [template for template in templates if "{}" not in template]
@@ -220,10 +225,17 @@ class UniViTARModel(nn.Module):
             raise UserError(f"a template needs {{}} where the class name goes, got {lacking or 'no template'}")
         sentences = [template.replace("{}", name) for name in class_names for template in templates]
         classes = self.encode_text(sentences).view(len(class_names), len(templates), -1).mean(dim=1)
-        classes = nn.functional.normalize(classes, dim=-1)
-        with torch.no_grad():
-            scale = self._whole("zero_shot").logit_scale.float().exp()
-            return (scale * self.encode_image(items) @ classes.T).softmax(dim=-1)
+        return nn.functional.normalize(classes, dim=-1)
+
+    @torch.no_grad()
+    def class_probabilities(self, image_embeddings: Tensor, classes: Tensor) -> Tensor:
+        """Returns the probabilities of classes, (N, C) float32, see `zero_shot`.
+
+        Args: image_embeddings: (N, E); classes: (C, E), of `encode_classes`.
+        Raises: UserError if the model is an encoder alone.
+        """
+        scale = self._whole("class_probabilities").logit_scale.float().exp()
+        return (scale * image_embeddings @ classes.T).softmax(dim=-1)
 
     def _whole(self, method: str) -> ContrastiveModel:
         if not isinstance(self.module, ContrastiveModel):

@@ -1,0 +1,153 @@
+"""The commands `univitar-ds embed` and `univitar-ds classify`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from univitar_ds.cli.common import add_command, add_storage, add_weights, expand, expand_place, positive, shown
+from univitar_ds.errors import ConfigError
+from univitar_ds.screen import show
+
+if TYPE_CHECKING:
+    from univitar_ds.inference.classify import Classified
+    from univitar_ds.inference.embed_files import ModelOptions
+
+_MODEL = "a run's folder, an export, a folder in any format of convert, s3://..., or owner/name on the Hugging Face hub"
+EMBED = """Write the embeddings of images and videos to files.
+
+SOURCE: an image or video; a folder, with the folders in it; or shards: a tar, a brace range of tars
+(train-{000..127}.tar), a packed folder; tars and packed folders also on s3://.
+
+A row is the joint embedding, a unit vector, or the mean of the tokens if MODEL is an encoder alone. With --tokens it
+is all tokens of the last block. Items are resized to the model's native resolution (its config.json). Of a video, 8
+frames are taken, or those that the configuration of the run MODEL says. Files are decoded in separate processes; a
+damaged or hostile file is left out and listed.
+
+--out features.safetensors writes
+  features-00000.safetensors, ...      parts of at most 100,000 rows (1,000 with --tokens): embedding or mean
+                                       (N, width), or tokens (T, width), offsets (N + 1,) and grid_thw (N, 3)
+  features.safetensors.index.json      columns key, part and row
+  features.safetensors.bad.jsonl       what was left out, and why; only if there is anything
+--out features.parquet writes parts with the columns key and embedding, mean, or tokens and grid_thw
+(pip install 'univitar_ds[parquet]').
+
+After an interruption the same command continues with the first unfinished part. The number of processes
+may be another: the features are the same.
+
+  univitar-ds embed runs/photos ~/photos --out photos.safetensors
+  univitar-ds embed export/model data/photos --tokens --out tokens.safetensors --nproc 4"""
+CLASSIFY = """Name the most probable classes of images and videos.
+
+FILE: an image or video, or a folder, with the folders in it. A class is the mean of its sentences, as in
+zero_shot() of the Python interface; the probabilities of all labels sum to 1.
+
+A damaged file is a row with the reason, and the exit status is then 1. With --json, one line per file: file, ok, and
+classes (label, probability), or error and message.
+
+  univitar-ds classify runs/photos *.jpg --labels cat,dog,horse --top 2"""
+
+
+def add_inference(commands) -> None:
+    """Adds `embed` and `classify` to `commands`."""
+    embed = add_command(commands, "embed", _embed, "write the embeddings of images and videos to files", EMBED)
+    embed.add_argument("model", type=expand_place, metavar="MODEL", help=_MODEL)
+    embed.add_argument("sources", nargs="+", type=expand_place, metavar="SOURCE", help="files, folders or shards")
+    embed.add_argument("--out", type=expand, required=True, metavar="FILE", help="name.safetensors or name.parquet")
+    embed.add_argument("--tokens", action="store_true", help="all tokens instead of one vector per item")
+    embed.add_argument("--split", help="split of packed folders (default: all)")
+    embed.add_argument("--part-rows", type=positive, metavar="N", help="maximum rows of a part")
+    embed.add_argument("--nproc", type=positive, help="processes; default: one per GPU, one on the CPU")
+    _add_reading(embed)
+    add_storage(embed)
+    classify = add_command(
+        commands, "classify", _classify, "name the most probable classes of files", CLASSIFY, leaves_files=False
+    )
+    classify.add_argument("model", type=expand_place, metavar="MODEL", help=_MODEL)
+    classify.add_argument("files", nargs="+", type=expand_place, metavar="FILE", help="files or folders")
+    classify.add_argument("--labels", required=True, metavar="A,B,C", help="names of the classes")
+    classify.add_argument(
+        "--templates",
+        type=expand,
+        metavar="TEXTFILE",
+        help="a sentence per line, with {} for the label (default: a photo of a {}.)",
+    )
+    classify.add_argument("--top", type=positive, default=1, metavar="K", help="classes per file (default 1)")
+    classify.add_argument("--json", action="store_true", help="print one line of JSON per file")
+    _add_reading(classify)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--frames", type=positive, metavar="N", help="frames of a video, evenly spaced (default: of the run, else 8)"
+    )
+    parser.add_argument(
+        "--token-budget", type=positive, default=16384, metavar="N", help="maximum tokens of a pack (default 16384)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as stored")
+    parser.add_argument("--workers", type=positive, metavar="N", help="decoding processes of each process")
+    add_weights(parser)
+
+
+def _options(arguments: argparse.Namespace) -> ModelOptions:
+    import torch
+
+    from univitar_ds.config.data import S3Config
+    from univitar_ds.inference.embed_files import ModelOptions
+
+    names = {"endpoint_url": "s3_endpoint", "profile": "s3_profile", "region": "s3_region"}
+    s3 = {name: value for name, option in names.items() if (value := getattr(arguments, option, None)) is not None}
+    return ModelOptions(
+        weights=arguments.weights,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        token_budget=arguments.token_budget,
+        frames=arguments.frames,
+        nproc=getattr(arguments, "nproc", 1),
+        workers=arguments.workers,
+        s3=S3Config(**s3),
+    )
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from univitar_ds.inference.embed_files import EmbedOptions, embed_files
+
+    options = EmbedOptions(arguments.tokens, arguments.part_rows, arguments.split)
+    rows, sentence = embed_files(arguments.model, arguments.sources, arguments.out, options, _options(arguments))
+    show(shown(sentence))
+    return 0 if rows else 1
+
+
+def _classify(arguments: argparse.Namespace) -> int:
+    from univitar_ds.inference.classify import Classifier, listed
+    from univitar_ds.inference.model import TEMPLATES
+
+    labels = [label.strip() for label in arguments.labels.split(",")]
+    templates = TEMPLATES if arguments.templates is None else _templates(arguments.templates)
+    width = max(map(len, map(shown, listed(arguments.files))))
+    classifier = Classifier(arguments.model, labels, templates, _options(arguments))
+    faults = 0
+    for one in classifier.classify(arguments.files, arguments.top):
+        faults += one.fault is not None
+        show(json.dumps(one.to_json()) if arguments.json else _row(one, width))
+    return 1 if faults else 0
+
+
+def _row(one: Classified, width: int) -> str:
+    if one.fault is not None:
+        found = f"{one.fault.kind}: {one.fault.message}"
+    else:
+        found = "  ".join(f"{probability:6.1%} {label}" for label, probability in one.classes)
+    return f"{shown(one.file):<{width}}  {shown(found)}"
+
+
+def _templates(path: Path) -> list[str]:
+    """Returns the lines of a file that are not blank. Raises: ConfigError if there are none or it cannot be read."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--templates {path} cannot be read as UTF-8 text ({error}); name another file") from error
+    if not any(lines):
+        raise ConfigError(f"--templates {path} is empty; write a sentence per line, such as: a photo of a {{}}.")
+    return [line for line in lines if line]

@@ -1,0 +1,238 @@
+"""Writes the features of files and shards: the command `univitar-ds embed`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from univitar_ds.config.data import CacheConfig, DataConfig, S3Config, SourceConfig
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling
+from univitar_ds.data.shards.sources import stage_modalities
+from univitar_ds.data.storage.base import S3, StorageSettings
+from univitar_ds.data.storage.session import session_folder
+from univitar_ds.formats.recognise import local_folder
+from univitar_ds.formats.run import Weights
+from univitar_ds.formats.stored_model import HEADS, StoredModel
+from univitar_ds.inference.destination import FORMAT, Destination, FinishedPart, add_rows
+from univitar_ds.inference.reading import FRAMES, Kind, Reading, Rows
+from univitar_ds.inference.sources import Place, Position, count_items, find_places, fingerprint_of, units
+from univitar_ds.inference.workers import Setup, compute, open_as
+from univitar_ds.training.distributed.process_group import check_gpus, uses_cuda
+
+TOKEN_BUDGET = 16384
+"""Default maximum number of tokens of a pack."""
+PART_ROWS, PART_ROWS_OF_TOKENS = 100_000, 1_000
+"""Default number of items of a part. Tokens take about a thousand times the space of a vector."""
+_UNIT_ITEMS = {"embedding": 256, "mean": 256, "tokens": 32}
+"""Items of a unit of work. Packs do not span units."""
+_MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is opened and run, and how its items are read.
+
+    `frames` of a video, None: as a run's configuration says, else 8. `workers`: decoding processes of each process.
+    `s3`: settings of the S3 store, instead of those of a run. `dtype`: None as stored.
+    """
+
+    weights: Weights | None = None
+    dtype: torch.dtype | None = None
+    token_budget: int = TOKEN_BUDGET
+    frames: int | None = None
+    nproc: int | None = None
+    workers: int | None = None
+    s3: S3Config = field(default_factory=S3Config)
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """What is written. `tokens`: all tokens instead of one vector per item; `part_rows`: maximum number of rows of a
+    part; `split`: of packed folders, None for all; `progress`: whether to show a bar on stderr."""
+
+    tokens: bool = False
+    part_rows: int | None = None
+    split: str | None = None
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that was found: its setup for processes, and their number."""
+
+    stored: StoredModel
+    setup: Setup
+    nproc: int
+
+
+def embed_files(
+    model: str, sources: Sequence[str], out: Path, options: EmbedOptions, how: ModelOptions
+) -> tuple[int, str]:
+    """Writes the features of all items of the sources. Continues where an earlier call with the same arguments ended.
+
+    Returns: the number of rows, and a sentence about the result.
+    Raises: CheckpointError, ConfigError, DataError or StorageError.
+    """
+    destination = Destination(out)
+    opened = open_for_files(model, how, tokens=options.tokens)
+    settings = StorageSettings.of(opened.setup.reading.data)
+    places = find_places(sources, settings, split=options.split)
+    setup = replace(opened.setup, reading=_for_places(opened.setup.reading, places))
+    part_rows = options.part_rows or (PART_ROWS_OF_TOKENS if options.tokens else PART_ROWS)
+    about = _settings(opened.stored, setup, places, part_rows)
+    if (rows := destination.completed(about)) is not None:
+        return rows, f"{out} is complete already; index {destination.index}"
+    with destination.opened(about) as done:
+        _write(destination, done, setup, opened.nproc, (places, part_rows, options.progress))
+        return _summary(destination, *destination.complete())
+
+
+def open_for_files(model: str, how: ModelOptions, *, tokens: bool = False) -> Opened:
+    """Finds a model and decides how items are read: by the configuration of a run, else by the defaults.
+
+    Raises: CheckpointError if the model cannot be opened; ConfigError if options do not fit it, or there are too few
+        GPUs.
+    """
+    nproc = how.nproc or (torch.cuda.device_count() if uses_cuda() else 1)
+    check_gpus(nproc)
+    folder = str(local_folder(model, _storage(how.s3)))
+    stored = open_as(folder, how.weights, how.dtype)
+    if stored.format == "run":  # the checkpoint itself, since training may write a later one meanwhile
+        folder = str(stored.path)
+    recipe: RunConfig | None = stored.origin.get("recipe") if stored.format == "run" else None
+    data = DataConfig(sources=[SourceConfig(path="none")]) if recipe is None else recipe.data
+    cores = len(os.sched_getaffinity(0))
+    given = {name: value for name, value in how.s3.model_dump().items() if name in how.s3.model_fields_set}
+    changes: dict[str, Any] = {
+        "workers": how.workers or max(1, min(cores // nproc - 1, _MOST_WORKERS)),
+        "prefetch_packs": None,
+        "worker_restarts": 1 << 30,  # a file that ends its process is left out, however many there are
+        "s3": data.s3.model_copy(update=given),
+        "cache": CacheConfig(),  # reading all data would evict the shards of a run
+    }
+    frames, sampling = _frames(recipe, how.frames)
+    reading = Reading(stored.encoder, data.model_copy(update=changes), how.token_budget, frames, sampling)
+    kind: Kind = "tokens" if tokens else "mean" if stored.joint is None else "embedding"
+    return Opened(stored, Setup(folder, how.weights, how.dtype, kind, reading), nproc)
+
+
+def _frames(recipe: RunConfig | None, frames: int | None) -> tuple[int, Sampling]:
+    """Returns number and sampling of the frames of a video: as in the last stage of a run that reads videos."""
+    if frames is not None or recipe is None:
+        return FRAMES if frames is None else frames, UNIFORM
+    stages = [stage for stage in recipe.stages if "video" in stage_modalities(stage)] or recipe.stages
+    sampling = stages[-1].video_sampling
+    return stages[-1].video_frames, Sampling(sampling.kind, sampling.fps)  # without jitter, which is for training
+
+
+def _for_places(reading: Reading, places: Sequence[Place]) -> Reading:
+    """Returns `reading` for places on S3: all processes then share the local copies of shards."""
+    paths = [place[0] if isinstance(place, tuple) else place.path for place in places]
+    files = [path for place in places if isinstance(place, tuple) for path in place]
+    if not any(path.startswith(S3) for path in (*paths, *files)):
+        return reading
+    cache = CacheConfig(folder=os.path.join(session_folder(), "shards"))
+    return replace(reading, data=reading.data.model_copy(update={"cache": cache}), remote=True)
+
+
+def _storage(s3: S3Config) -> StorageSettings:
+    return StorageSettings.of(DataConfig(sources=[SourceConfig(path="none")], s3=s3))
+
+
+def _settings(stored: StoredModel, setup: Setup, places: Sequence[Place], part_rows: int) -> dict[str, Any]:
+    """Returns what determines the result, by names for messages."""
+    reading = setup.reading
+    return {
+        "format": FORMAT,
+        "features": setup.kind,
+        "width": _width(stored, setup.kind),
+        "model": _digest(stored),
+        "dtype": None if setup.dtype is None else str(setup.dtype),
+        "sources": fingerprint_of(places),
+        "token_budget": reading.token_budget,
+        "part_rows": part_rows,
+        "frames": [reading.frames, *asdict(reading.sampling).values()],
+        "limits": [
+            reading.data.max_image_px,
+            reading.data.max_sample_mb,
+            reading.data.max_video_s,
+            reading.data.decode_timeout_s,
+        ],
+    }
+
+
+def _width(stored: StoredModel, kind: Kind) -> int:
+    return stored.joint.embed_dim if kind == "embedding" and stored.joint else stored.encoder.hidden_size
+
+
+def _digest(stored: StoredModel) -> str:
+    """Returns a hash of the model's weights and configuration."""
+    state = hashlib.blake2b(repr(stored.encoder).encode(), digest_size=16)
+    for name in sorted(stored.tensors):
+        if not name.startswith(HEADS):
+            state.update(name.encode())
+            state.update(_bytes(stored.tensors[name]))
+    return state.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _write(
+    destination: Destination, done: int, setup: Setup, nproc: int, what: tuple[Sequence[Place], int, bool]
+) -> None:
+    """Writes all parts from number `done` on. `what`: places, items of a part, and whether to show progress."""
+    places, part_rows, progress = what
+    start, seen = Position(), 0
+    for number in range(done):
+        about = destination.part(number)
+        start, seen = about.after, seen + len(about.keys) + len(about.left_out)
+    coming = units(places, part_rows, _UNIT_ITEMS[setup.kind], start, done)
+    with tqdm(total=count_items(places), initial=seen, desc="embed", unit="item", disable=not progress) as bar:
+        first = next(coming, None)
+        if first is None:
+            return
+        found = compute(setup, _chained(first, coming), nproc, bar.update)
+        with closing(found):
+            for number, rows in groupby(found, key=lambda one: one.unit.part):
+                _write_part(destination, number, setup, rows)
+
+
+def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _write_part(destination: Destination, number: int, setup: Setup, rows: Iterator[Rows]) -> None:
+    part = None
+    about = FinishedPart(destination.name_of(number), Position())
+    try:
+        for unit in rows:
+            if part is None:
+                part = destination.begin(number, setup.kind, unit.values.shape[1])
+            add_rows(part, about, unit)
+        assert part is not None
+        destination.finish(number, part, about)
+    except BaseException:
+        if part is not None:
+            part.drop()
+        raise
+
+
+def _summary(destination: Destination, parts: int, rows: int, bad: int) -> tuple[int, str]:
+    first, last = destination.name_of(0), destination.name_of(parts - 1)
+    names = first if parts == 1 else f"{first} to {last}"
+    left_out = f"; {bad} left out, listed in {destination.report}" if bad else ""
+    return rows, f"{rows} rows in {names}, index {destination.index}{left_out}"

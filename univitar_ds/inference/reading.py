@@ -1,0 +1,362 @@
+"""Reads units of files or samples: decodes them in confined processes, and computes features pack by pack.
+
+Files and samples are decoded as in training. A file that is damaged, hostile or of another kind is left out with the
+reason. The packs of a unit depend on the unit only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from univitar_ds.config.data import DataConfig
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.data.collate import decoded
+from univitar_ds.data.decoding.pipeline import DecodedPack
+from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling
+from univitar_ds.data.media.prober import MediaAddress, Prober
+from univitar_ds.data.media.types import MediaSize, check_area, check_duration
+from univitar_ds.data.sampler.lanes import Plan
+from univitar_ds.data.shards import tar_index
+from univitar_ds.data.shards.listing import Shard
+from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_samples
+from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.errors import ConfigError, DataError, SampleError, UserError
+from univitar_ds.geometry import PATCH, TUBELET, Modality, token_count
+from univitar_ds.inference.model import UniViTARModel
+from univitar_ds.inference.sources import Unit
+from univitar_ds.model.contrastive import ContrastiveModel
+
+Kind = Literal["embedding", "mean", "tokens"]
+"""The features: the joint embedding, the mean of the tokens, or all tokens."""
+FRAMES = 8
+"""Default number of frames of a video."""
+_READ_AT_ONCE = 32
+"""Number of items whose headers are read together."""
+_MODALITIES: tuple[Modality, ...] = ("image", "video")
+_Found = tuple[str, Sample | SampleError]
+"""An item of a unit: its key, and its sample or the reason why it is left out."""
+
+
+class LeftOut(NamedTuple):
+    """An item that is left out: its path or key, the kind of its fault (`SampleError`), and a sentence."""
+
+    key: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The features of a unit: `values` (N, width) float32, or for tokens (T, width) with T the sum over `grids`.
+
+    `keys` and `grids` have an entry for each of the N items in the order of the unit. `left_out` has the other items.
+    """
+
+    unit: Unit
+    keys: list[str]
+    grids: list[tuple[int, int, int]]
+    values: np.ndarray
+    left_out: list[LeftOut]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How items are read: the model's size rule, the frames of a video, the maximum number of tokens of a pack, and
+    limits, workers and storage in `data`."""
+
+    encoder: EncoderConfig
+    data: DataConfig
+    token_budget: int
+    frames: int = FRAMES
+    sampling: Sampling = UNIFORM
+    remote: bool = False
+    """Whether items are on S3."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError if the frames of a video are odd."""
+        if self.frames < TUBELET or self.frames % TUBELET:
+            raise ConfigError(
+                f"--frames {self.frames}: the encoder takes {TUBELET} frames at a time; give an even number"
+            )
+
+    def rules(self) -> dict[Modality, SizeRule]:
+        """Returns the size rule of each modality."""
+        return {modality: self._rule(modality) for modality in _MODALITIES}
+
+    def _rule(self, modality: Modality) -> SizeRule:
+        resolution, data = self.encoder.resolution, self.data
+        frames = self.frames if modality == "video" else 1
+        cells = frames * (resolution.divisor_px // PATCH) ** 2
+        # Rounding up to multiples of divisor_px may double min_tokens.
+        most = max(self.token_budget, resolution.max_tokens, 2 * resolution.min_tokens + 2 * cells)
+        if resolution.fixed_px is not None:
+            most = max(most, token_count(resolution.grid(1, 1, frames)))
+        limits = data.max_image_px, self.sampling, data.max_video_s, data.max_sample_mb
+        return _ModelRule(modality, resolution, frames, most, *limits, False, self.encoder.relarge_ratio)
+
+
+@dataclass(frozen=True)
+class _ModelRule(SizeRule):
+    """The size rule of `Preprocessor`, whose items are not limited to a pack."""
+
+    relarge_ratio: float = 1.0
+
+    def grid(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
+        height, width = (max(1, int(side * self.relarge_ratio)) for side in (height, width))
+        try:
+            grid = self.resolution.grid(height, width, frames)
+        except ValueError as error:
+            most = self.resolution.max_tokens
+            detail = f"a video of {frames} frames does not fit the model's max_tokens {most} ({error})"
+            raise SampleError("too_large", f"{detail}; give fewer --frames") from error
+        tokens = token_count(grid)
+        assert tokens <= self.most_tokens, (grid, self)
+        return grid
+
+
+@dataclass(frozen=True)
+class _UnitPlan(Plan):
+    """A pack of a unit. `places` and `keys` are those of its items in the unit; `left_out` are items of the unit with
+    their places, and `last` marks the last pack, which has no items if there is nothing else to report."""
+
+    unit: Unit | None = None
+    places: tuple[int, ...] = ()
+    keys: tuple[str, ...] = ()
+    left_out: tuple[tuple[int, LeftOut], ...] = ()
+    last: bool = False
+
+
+def read_units(
+    model: UniViTARModel,
+    kind: Kind,
+    units: Iterable[Unit],
+    reading: Reading,
+    finished: Callable[[int], None] = lambda count: None,
+) -> Iterator[Rows]:
+    """Yields the features of each unit, in order.
+
+    Args: units: taken ahead, in another thread; finished: called with the number of items of each finished pack.
+    Raises: DataError if a shard cannot be read; UserError if the GPU has too little memory for a pack.
+    """
+    rules = reading.rules()
+    settings = StorageSettings.of(reading.data)
+
+    def plans_of(probe: Prober) -> Iterator[Plan]:
+        numbers = itertools.count()
+        for unit in units:
+            yield from _plans(unit, numbers, rules, reading.token_budget, probe, settings)
+
+    most = max(rule.most_tokens for rule in rules.values())
+    packs = decoded(plans_of, reading.data, rules, most, from_s3=reading.remote)
+    rows: list[tuple[int, str, tuple[int, int, int], Tensor]] = []
+    left_out: list[tuple[int, LeftOut]] = []
+    try:
+        for pack in packs:
+            plan = pack.plan
+            failed = {index: LeftOut(plan.keys[index], why, message) for index, why, message in pack.failures}
+            left_out += [*plan.left_out, *((plan.places[index], one) for index, one in failed.items())]
+            kept = [index for index in range(len(plan.samples)) if index not in failed]
+            grids = [plan.samples[index].grid for index in kept]
+            if kept:
+                found = _features(model, kind, pack, [plan.samples[index].frames for index in kept], grids)
+                places = [plan.places[index] for index in kept]
+                rows += zip(places, [plan.keys[index] for index in kept], grids, found, strict=True)
+            finished(len(plan.samples) + len(plan.left_out))
+            if plan.last:
+                rows.sort(key=lambda row: row[0])
+                left_out.sort()
+                yield _rows(plan.unit, rows, [one for _, one in left_out], width_of(model, kind))
+                rows, left_out = [], []
+    finally:
+        packs.close()
+
+
+def width_of(model: UniViTARModel, kind: Kind) -> int:
+    """Returns the width of the features."""
+    return model.joint.embed_dim if kind == "embedding" else model.encoder.config.hidden_size
+
+
+def kind_of(model: UniViTARModel, tokens: bool) -> Kind:
+    """Returns the features that a model gives: its tokens if asked for, else the joint embedding if it has one."""
+    return "tokens" if tokens else "mean" if model.joint is None else "embedding"
+
+
+@torch.no_grad()
+def _features(
+    model: UniViTARModel,
+    kind: Kind,
+    pack: DecodedPack[_UnitPlan],
+    frames: list[int],
+    grids: list[tuple[int, int, int]],
+) -> Sequence[Tensor]:
+    """Returns the features of each item of a pack: (1, width), or the tokens (t, width)."""
+    pixels = torch.from_numpy(pack.pixels).to(model.device)
+    try:
+        if kind == "embedding":
+            assert isinstance(model.module, ContrastiveModel)
+            values = model.module.encode_vision(pixels, torch.tensor(frames), torch.tensor(grids))
+            return values.cpu().split(1)
+        tokens = model.encoder(pixels, grids, frames=frames).split([token_count(grid) for grid in grids])
+        if kind == "mean":
+            tokens = [one.float().mean(dim=0, keepdim=True) for one in tokens]
+        return [one.float().cpu() for one in tokens]
+    except torch.OutOfMemoryError as error:
+        count = sum(map(token_count, grids))
+        raise UserError(f"the GPU has too little memory for {count} tokens ({error}); lower --token-budget") from error
+
+
+def _rows(unit: Unit | None, rows: Sequence[tuple], left_out: list[LeftOut], width: int) -> Rows:
+    assert unit is not None
+    values = torch.cat([torch.empty(0, width), *(row[3] for row in rows)]).numpy()
+    return Rows(unit, [row[1] for row in rows], [tuple(row[2]) for row in rows], values, left_out)
+
+
+@dataclass
+class _Filling:
+    """The pack of a modality that is being filled."""
+
+    samples: list[Sample] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+
+def _plans(
+    unit: Unit,
+    numbers: Iterator[int],
+    rules: dict[Modality, SizeRule],
+    token_budget: int,
+    probe: Prober,
+    settings: StorageSettings,
+) -> Iterator[_UnitPlan]:
+    """Yields the packs of a unit: items of a modality in order, up to `token_budget` tokens; a larger item is alone."""
+    filling = {modality: _Filling() for modality in rules}
+    left_out: list[tuple[int, LeftOut]] = []
+
+    def plan(modality: Modality, last: bool = False) -> _UnitPlan:
+        done, filling[modality] = filling[modality], _Filling()
+        common = Plan(done.samples, modality, 0, next(numbers), None, {}, whole_files=unit.shard is None)
+        own = tuple(left_out) if last else ()
+        return _UnitPlan(**vars(common), unit=unit, places=(*done.places,), keys=(*done.keys,), left_out=own, last=last)
+
+    read = _files(unit, rules, probe, settings) if unit.shard is None else _samples(unit, rules, probe, settings)
+    for place, (key, sample) in enumerate(read):
+        if isinstance(sample, SampleError):
+            left_out.append((place, LeftOut(key, sample.kind, str(sample))))
+            continue
+        modality = sample.size.kind
+        if filling[modality].samples and filling[modality].tokens + sample.tokens > token_budget:
+            yield plan(modality)
+        pack = filling[modality]
+        pack.samples.append(sample)
+        pack.places.append(place)
+        pack.keys.append(key)
+        pack.tokens += sample.tokens
+    rest = [modality for modality in rules if filling[modality].samples] or ["image"]
+    for modality in rest:
+        yield plan(modality, last=modality == rest[-1])
+
+
+def _files(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, settings: StorageSettings) -> Iterator[_Found]:
+    """Yields the files of a unit. The content decides whether a file is an image or a video."""
+    for begin in range(0, len(unit.files), _READ_AT_ONCE):
+        paths = unit.files[begin : begin + _READ_AT_ONCE]
+        opened = [_address(path, rules["image"].max_sample_mb, settings) for path in paths]
+        sizes = iter(_probed([one for one in opened if isinstance(one, MediaAddress)], probe))
+        for path, media in zip(paths, opened, strict=True):
+            found = next(sizes) if isinstance(media, MediaAddress) else media
+            if isinstance(found, MediaSize):
+                try:
+                    found = _sample(media, found, rules[found.kind])
+                except SampleError as error:
+                    found = error
+            yield path, found
+
+
+def _address(path: str, max_sample_mb: int, settings: StorageSettings) -> MediaAddress | SampleError:
+    """Returns the address of a whole file; an error for one that is too large, no regular file, or cannot be read."""
+    try:
+        storage = storage_for(path, settings)
+        length = storage.size(path)
+        if length:
+            storage.read_range(path, 0, 1)
+    except DataError as error:
+        return SampleError("unreadable", str(error))
+    if length > max_sample_mb << 20:
+        detail = f"the file has {length} bytes, above data.max_sample_mb = {max_sample_mb} (MiB)"
+        return SampleError("too_large", detail)
+    extension = path.rpartition("/")[2].rpartition(".")[2].lower()
+    return MediaAddress(storage, path, 0, length, extension)
+
+
+def _probed(media: Sequence[MediaAddress], probe: Prober) -> list[MediaSize | SampleError]:
+    """Reads sizes. A file that cannot be read is an error of its own, not of all files that are read with it."""
+    try:
+        return probe(media) if media else []
+    except DataError as error:
+        if len(media) == 1:
+            return [SampleError("unreadable", str(error))]
+        return [found for one in media for found in _probed([one], probe)]
+
+
+def _sample(media: MediaAddress, size: MediaSize, rule: SizeRule) -> Sample:
+    """Returns the sample of a whole file. Raises: SampleError for a size above a limit."""
+    check_area(size.height, size.width, rule.max_image_px)
+    check_duration(size.duration_s, rule.max_video_s)
+    frames = rule.frames_of(size)
+    folder, _, name = media.path.rpartition("/")
+    return Sample(
+        shard=Shard(folder or ".", media.path, media.storage, media.length),
+        key=name,
+        media_offset=0,
+        media_length=media.length,
+        extension=media.extension,
+        captions=(),
+        label=None,
+        set=None,
+        crc32=None,
+        size=size,
+        probed=True,
+        grid=rule.grid(size.height, size.width, frames),
+        frames=frames,
+    )
+
+
+def _samples(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, settings: StorageSettings) -> Iterator[_Found]:
+    """Yields the samples of a unit, and the damage between them."""
+    assert unit.shard is not None
+    shard = replace(unit.shard, storage=storage_for(unit.shard.path, settings))
+    with shard.storage.open(shard.path) as stream:
+        entries = tar_index.scan(stream, shard.name, shard.size, unit.start)
+        inside = itertools.takewhile(lambda one: unit.end >= shard.size or one.offset < unit.end, entries)
+        while batch := list(itertools.islice(inside, _READ_AT_ONCE)):
+            found = _of_batch(shard, batch, rules, probe)
+            for entry in batch:
+                if isinstance(entry, tar_index.Damage):
+                    yield f"{shard.name} at byte {entry.offset}", SampleError(entry.kind, entry.message)
+                else:
+                    yield f"{shard.name}/{entry.key}", found[entry.offset]
+
+
+def _of_batch(
+    shard: Shard, batch: Sequence[tar_index.Group | tar_index.Damage], rules: dict[Modality, SizeRule], probe: Prober
+) -> dict[int, Sample | SampleError]:
+    """Returns the samples of a batch by the offset of their first header."""
+    found: dict[int, Sample | SampleError] = {}
+    for modality, rule in rules.items():
+        groups = [
+            group
+            for group in batch
+            if isinstance(group, tar_index.Group) and (shard.modality or modality_of(group) or "image") == modality
+        ]
+        samples = read_samples([(shard, group) for group in groups], rule, probe)
+        found |= {group.offset: sample for group, sample in zip(groups, samples, strict=True)}
+    return found

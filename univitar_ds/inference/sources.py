@@ -1,0 +1,227 @@
+"""Finds the items of sources, and divides them into units of work: files, folders of files, and shards.
+
+The units depend on the sources only, not on the number of processes. A unit belongs to one part of the result. Every
+part but the last covers the same number of items, so that a later process can begin with any part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.paths import written
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from univitar_ds.data.sampler.reader import HINTED, announce
+from univitar_ds.data.shards import tar_index
+from univitar_ds.data.shards.listing import Shard
+from univitar_ds.data.shards.manifest import MANIFEST
+from univitar_ds.data.shards.sources import SourceShard, find_shards, fingerprint
+from univitar_ds.data.storage.base import LOCAL, S3, StorageSettings
+from univitar_ds.errors import ConfigError
+
+MEDIA = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
+_BRACES = re.compile(r"\{[^{}]*\}")
+Place = tuple[str, ...] | SourceShard
+"""The files of a source in order, or one shard."""
+
+
+class Position(NamedTuple):
+    """A position in a listing: the index of a place, and in it the index of a file or the byte of a sample."""
+
+    place: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive items: `files`, or the samples of a shard whose headers begin in its bytes [start, end).
+
+    `number` is the position of the unit in the listing, `part` the part of the result, `after` the position behind it.
+    """
+
+    number: int
+    part: int
+    after: Position
+    files: tuple[str, ...] = ()
+    shard: Shard | None = None
+    start: int = 0
+    end: int = 0
+
+
+def find_places(
+    sources: Sequence[str], settings: StorageSettings = LOCAL, *, split: str | None = None, shards: bool = True
+) -> list[Place]:
+    """Returns the places of the sources, in order.
+
+    A source is a file; a folder, whose images and videos are taken with those of its folders, in the order of their
+    names; or shards: a tar, a brace range of tars, or a folder with tars. Hidden files are left out.
+
+    Args: split: split of packed folders, None for all; shards: whether sources may be shards. If not, any path that is
+        no folder is a file, even if it does not exist.
+    Raises: ConfigError if a source does not exist or holds nothing; DataError as `find_shards`.
+    """
+    found: list[list[str] | str] = []
+    for source in sources:
+        if shards and _holds_shards(source):
+            found.append(source)
+            continue
+        if os.path.isdir(source):
+            files = list(_files_of(source))
+            if not files:
+                raise ConfigError(f"{source} holds no image, video or tar; name another folder, or the files")
+        elif shards and not source.startswith(S3) and not os.path.lexists(source):
+            raise ConfigError(f"{source}: there is no such file or folder; check the path")
+        else:
+            files = [source]
+        if found and isinstance(found[-1], list):
+            found[-1] += files
+        else:
+            found.append(files)
+    named = [SourceConfig(path=written(source), split=split) for source in found if isinstance(source, str)]
+    listed = iter(_by_source(named, settings)) if named else iter(())
+    places: list[Place] = []
+    for source in found:
+        places += [tuple(source)] if isinstance(source, list) else next(listed)
+    return places
+
+
+def units(places: Sequence[Place], part_items: int, unit_items: int, start: Position, part: int) -> Iterator[Unit]:
+    """Yields the units from `start` on, where `part` begins. Shards are scanned as the units are asked for.
+
+    Args: part_items: items of a part; unit_items: maximum number of items of a unit.
+    Raises: DataError if a shard cannot be read.
+    """
+    left = part_items
+    number = 0
+    for index in range(start.place, len(places)):
+        place = places[index]
+        offset = start.offset if index == start.place else 0
+        length = _length(place)
+        while True:
+            room = min(left, unit_items)
+            if isinstance(place, tuple):
+                files = place[offset : offset + room]
+                count, end = len(files), offset + len(files)
+                about = {"files": files}
+            else:
+                if not offset:
+                    _announce(places[index + 1 :])
+                count, end = _samples(place, offset, room)
+                about = {"shard": replace(place, storage=None, watch=None), "start": offset, "end": end}
+            after = Position(index, end) if end < length else Position(index + 1)
+            yield Unit(number, part, after, **about)
+            offset, number, left = end, number + 1, left - count
+            if not left:
+                part, left = part + 1, part_items
+            if after.place != index:
+                break
+
+
+def count_items(places: Sequence[Place]) -> int | None:
+    """Returns the number of items; None if a shard has no manifest."""
+    counts = [len(place) if isinstance(place, tuple) else place.samples for place in places]
+    return None if None in counts else sum(counts)
+
+
+def fingerprint_of(places: Sequence[Place]) -> str:
+    """Returns a hash of the items: names, sizes and times of files; of shards as in a run.
+
+    Raises: DataError if a shard cannot be read.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for place in places:
+        if not isinstance(place, tuple):
+            continue
+        for path in place:
+            try:
+                found = os.stat(path)
+                about = f"{found.st_size} {found.st_mtime_ns}"
+            except OSError:  # on S3, or a file that will be left out
+                about = ""
+            state.update(f"{path}\0{about}\n".encode("utf-8", "surrogateescape"))
+    shards = [place for place in places if not isinstance(place, tuple)]
+    if shards:
+        state.update(fingerprint(shards).encode())
+    return state.hexdigest()
+
+
+def _holds_shards(source: str) -> bool:
+    """Whether a source is to be read as shards. Raises: ConfigError for a folder with tars beside images."""
+    if _extension(source) == "tar" or source.endswith(f"/{MANIFEST}") or _BRACES.search(source):
+        return not os.path.isfile(source) or _extension(source) not in MEDIA
+    if source.startswith(S3):
+        return _extension(source) not in MEDIA
+    if not os.path.isdir(source):
+        return False
+    names = os.listdir(source)
+    if MANIFEST in names:
+        return True
+    tars = [name for name in names if name.endswith(".tar")]
+    media = [name for name in names if _extension(name) in MEDIA]
+    if tars and media:
+        raise ConfigError(
+            f"{source} holds shards ({tars[0]}) beside images or videos ({media[0]}); name the shards or the files"
+        )
+    return bool(tars)
+
+
+def _by_source(sources: Sequence[SourceConfig], settings: StorageSettings) -> list[list[Place]]:
+    """Returns the shards of each source. Their names are unique among all sources."""
+    found = find_shards(sources, settings)
+    if len(sources) == 1:
+        return [list(found)]
+    lists: list[list[Place]] = [[] for _ in sources]
+    for shard in found:
+        lists[int(shard.name.partition(":")[0])].append(shard)
+    return lists
+
+
+def _files_of(folder: str) -> Iterator[str]:
+    """Yields the images and videos in a folder and its folders, without hidden ones. Follows links, but not in circles.
+
+    A folder that cannot be read is an error, since its files would be missing without a word.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise ConfigError(f"{error.filename} cannot be read ({error.strerror}); ask for the right to, or name others")
+
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        state = os.stat(parent)
+        if (state.st_dev, state.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and _extension(name) in MEDIA:
+                yield os.path.join(parent, name)
+
+
+def _extension(path: str) -> str:
+    return os.path.splitext(path)[1].lower().lstrip(".")
+
+
+def _length(place: Place) -> int:
+    return len(place) if isinstance(place, tuple) else place.size
+
+
+def _announce(places: Sequence[Place]) -> None:
+    announce([place for place in places[:HINTED] if not isinstance(place, tuple)])
+
+
+def _samples(shard: SourceShard, start: int, most: int) -> tuple[int, int]:
+    """Returns the number of samples, at most `most`, from byte `start` on, and the byte behind them."""
+    count = 0
+    with shard.storage.open(shard.path) as stream:
+        for found in tar_index.scan(stream, shard.name, shard.size, start):
+            if isinstance(found, tar_index.Group):
+                if count == most:
+                    return count, found.offset
+                count += 1
+    return count, shard.size

@@ -1,0 +1,182 @@
+"""Computes units in this process, or in several processes with a copy of the model each: one per GPU, or on the CPU."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple
+
+import torch
+
+from univitar_ds.data.decoding import children
+from univitar_ds.errors import UserError
+from univitar_ds.formats.recognise import open_stored
+from univitar_ds.formats.run import Weights
+from univitar_ds.formats.stored_model import StoredModel
+from univitar_ds.inference.model import UniViTARModel
+from univitar_ds.inference.reading import Kind, Reading, Rows, read_units
+from univitar_ds.inference.sources import Unit
+from univitar_ds.training.distributed.process_group import uses_cuda
+
+_AHEAD = 2
+"""Units that a process has at a time: it decodes one while it computes the other."""
+_MOST_WAITING = 4
+"""Maximum number of units, per process, that are handed out and not yet yielded. It limits the memory of this process
+if one unit takes long."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a process needs: the model's local folder, weights and type, kind of features, and how items are read."""
+
+    folder: str
+    weights: Weights | None
+    dtype: torch.dtype | None
+    kind: Kind
+    reading: Reading
+
+    def stored(self) -> StoredModel:
+        """Opens the stored model. Raises: CheckpointError."""
+        return open_as(self.folder, self.weights, self.dtype)
+
+
+def open_as(folder: str, weights: Weights | None, dtype: torch.dtype | None) -> StoredModel:
+    """Opens a stored model; `dtype` None: as stored. Raises: CheckpointError."""
+    stored = open_stored(folder, weights)
+    return stored if dtype is None else stored.converted(dtype)
+
+
+class _Finished(NamedTuple):
+    """The message that a pack of `count` items is finished."""
+
+    count: int
+
+
+class _Failed(NamedTuple):
+    """The message of an error: a user's error, or the traceback of a bug."""
+
+    text: str
+    bug: bool
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    channel: Connection
+    pending: int = 0
+
+
+def compute(
+    setup: Setup, units: Iterator[Unit], processes: int, finished: Callable[[int], None] = lambda count: None
+) -> Iterator[Rows]:
+    """Yields the features of the units in order. The number of processes does not change the features.
+
+    On the CPU, features are bitwise equal only if torch uses the same number of threads (OMP_NUM_THREADS).
+
+    Args: finished: called with the number of items of each finished pack.
+    Raises: UserError as `read_units`, or if a process ends.
+    """
+    if processes == 1:
+        yield from read_units(_model(setup, 0), setup.kind, units, setup.reading, finished)
+        return
+    workers: list[_Worker] = []
+    try:
+        context = children.context([__name__])
+        for rank in range(processes):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, setup, rank, processes), daemon=True)
+            workers.append(_Worker(process, ours))
+            process.start()
+            theirs.close()
+        yield from _distributed(workers, units, finished)
+    finally:
+        for worker in workers:
+            if worker.process.pid is not None:
+                worker.process.kill()
+                worker.process.join()
+            worker.channel.close()
+
+
+def _distributed(workers: list[_Worker], units: Iterator[Unit], finished: Callable[[int], None]) -> Iterator[Rows]:
+    """Hands out units to the workers with the fewest, and yields their results in order."""
+    done: dict[int, Rows] = {}
+    given = coming = 0
+    more = True
+    while True:
+        while more and given - coming < _MOST_WAITING * len(workers):
+            worker = min(workers, key=lambda one: one.pending)
+            if worker.pending == _AHEAD:
+                break
+            unit = next(units, None)
+            if unit is None:
+                more = False
+                break
+            with suppress(ConnectionError):  # the process has ended, which `_receive` reports
+                worker.channel.send(unit)
+            worker.pending, given = worker.pending + 1, given + 1
+        busy = {worker.channel: worker for worker in workers if worker.pending}
+        if not busy:
+            return
+        for channel in wait(list(busy)):
+            message = _receive(busy[channel])
+            if isinstance(message, _Finished):
+                finished(message.count)
+                continue
+            busy[channel].pending -= 1
+            done[message.unit.number] = message
+        while coming in done:
+            yield done.pop(coming)
+            coming += 1
+
+
+def _receive(worker: _Worker) -> _Finished | Rows:
+    """Returns a message of a worker. Raises: UserError if it failed or has ended; RuntimeError for a bug."""
+    try:
+        message = worker.channel.recv()
+    except (EOFError, ConnectionError):
+        worker.process.join()
+        raise UserError(
+            f"a process ended with exit code {worker.process.exitcode} (-9: killed, by the system if memory ran out); "
+            "give fewer --nproc or a smaller --token-budget; the same command continues with the first unfinished part"
+        ) from None
+    if isinstance(message, _Failed):
+        if message.bug:
+            raise RuntimeError(f"a process failed:\n{message.text}")
+        raise UserError(message.text)
+    return message
+
+
+def _serve(channel: Connection, setup: Setup, rank: int, processes: int) -> None:
+    """Computes units until the other end of the channel closes."""
+    children.begin()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    try:
+        model = _model(setup, rank)
+        units = iter(channel.recv, None)
+        for rows in read_units(model, setup.kind, units, setup.reading, lambda n: channel.send(_Finished(n))):
+            channel.send(rows)
+    except (EOFError, ConnectionError):
+        return
+    except UserError as error:
+        _fail(channel, _Failed(str(error), bug=False))
+    except Exception:
+        _fail(channel, _Failed(traceback.format_exc(), bug=True))
+
+
+def _fail(channel: Connection, message: _Failed) -> None:
+    with suppress(ConnectionError):
+        channel.send(message)
+
+
+def _model(setup: Setup, rank: int) -> UniViTARModel:
+    model = UniViTARModel.of(setup.stored())
+    if uses_cuda():
+        torch.cuda.set_device(rank)
+        model.to(torch.device("cuda", rank))
+    return model
