@@ -22,6 +22,7 @@ from univitar_ds.config.load import changed_result, dump_config, dumped, extende
 from univitar_ds.config.places import anchored
 from univitar_ds.config.run_folder import (
     CHECKPOINTS,
+    CLASSES,
     CONFIG,
     DEEPSPEED,
     DESCRIPTION,
@@ -69,7 +70,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         _check_unused(run, recipe)
         deepspeed = read_deepspeed(config.deepspeed)
         resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
-        _check_libraries()
+        _check_libraries(config)
         _report_unused(config)
         _check_sources(config)
         _check_teacher(config)
@@ -82,7 +83,10 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         mark(run, KIND)
         dump_config(anchored(config), run / CONFIG)
         _write_deepspeed(run, deepspeed)
-        _provide_tokenizer(config, run / TOKENIZER, start)
+        if config.objective.classifies:
+            _provide_classes(config, run / CLASSES)
+        else:
+            _provide_tokenizer(config, run / TOKENIZER, start)
         _write_description(config, run, start)
     return run
 
@@ -116,7 +120,7 @@ def reopen_run(
             )
         deepspeed = read_deepspeed(str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed)
         resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
-        _check_libraries()
+        _check_libraries(after)
         _report_unused(after)
         _check_sources(after)
         mark(run, KIND)  # folders of earlier versions have no marker file
@@ -214,12 +218,16 @@ def _write_description(config: RunConfig, run: Path, start: StoredModel | None) 
     Raises: CheckpointError or ConfigError if the run's model cannot start from `start`.
     """
     from univitar_ds.convert.conversion import write
-    from univitar_ds.model.build import describe
+    from univitar_ds.model.build import describe, described_encoder
     from univitar_ds.tokenization import load_tokenizer, special_ids
 
-    special = special_ids(load_tokenizer(run / TOKENIZER))
-    sizes = {"vocab_size": special.vocab_size, "eos_id": special.eos_id, "pad_id": special.pad_id}
-    replace_text(run / DESCRIPTION, json.dumps(describe(config.model, start, **sizes), indent=2) + "\n")
+    if config.objective.classifies:
+        described = {"encoder": described_encoder(config.model, start).to_dict()}
+    else:
+        special = special_ids(load_tokenizer(run / TOKENIZER))
+        sizes = {"vocab_size": special.vocab_size, "eos_id": special.eos_id, "pad_id": special.pad_id}
+        described = describe(config.model, start, **sizes)
+    replace_text(run / DESCRIPTION, json.dumps(described, indent=2) + "\n")
     if start is not None and not Path(str(config.model.init_from)).is_dir():
         whole = config.model.init_part == "model"
         logger.info("copying %s to %s", config.model.init_from, run / START)
@@ -247,6 +255,18 @@ def _provide_tokenizer(config: RunConfig, target: Path, start: StoredModel | Non
     settings = StorageSettings.of(config.data)
     captions = iterate_captions(config.data.sources, limit=CAPTIONS_FOR_TOKENIZER, settings=settings)
     replace_text(target, train_tokenizer(captions, text.vocab_size).to_str(pretty=True))
+
+
+def _provide_classes(config: RunConfig, target: Path) -> None:
+    """Writes the classes of a classification run. Raises: DataError if the sources have no labels to choose from."""
+    from univitar_ds.classes import class_list
+    from univitar_ds.data.labels import iterate_labels
+    from univitar_ds.data.storage.base import StorageSettings
+
+    classes = class_list(iterate_labels(config.data.sources, StorageSettings.of(config.data)))
+    for name, labels in classes.names.items():
+        logger.info("data set %s: %d classes", "without a name" if name is None else name, len(labels))
+    classes.write(target)
 
 
 def _report_unused(config: RunConfig) -> None:
@@ -277,12 +297,13 @@ def _check_teacher(config: RunConfig) -> None:
         read_teacher(config.objective.teacher)
 
 
-def _check_libraries() -> None:
-    """Raises: InstallationError if the installation is not one for training, or no text tower can be built."""
+def _check_libraries(config: RunConfig) -> None:
+    """Raises: InstallationError if the installation is not one for training, or a text tower cannot be built."""
     with extra("train"):
         for package in ("deepspeed", "tensorboard"):
             if find_spec(package) is None:  # an import would take seconds
                 raise ModuleNotFoundError(name=package)
-    from univitar_ds.model.towers import check_text_library
+    if not config.objective.classifies:
+        from univitar_ds.model.towers import check_text_library
 
-    check_text_library()
+        check_text_library()

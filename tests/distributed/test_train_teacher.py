@@ -55,3 +55,17 @@ def test_a_run_resumed_while_it_is_taught_is_the_uninterrupted_one_bit_for_bit(t
     tensors = [name for name in ours if name.endswith(".safetensors")]
     assert len(tensors) == 3
     assert all(ours[name] == theirs[name] for name in tensors)
+
+
+def test_a_classifier_is_taught_too(taught, tmp_path):
+    objective = {"kind": "classification", "teacher": {"path": str(taught.folder / "teacher")}}
+    config = small_config(taught.folder / "shards", tmp_path, objective=objective)
+    first = config.stages[0]
+    first = first.model_copy(update={"distill": type(first.distill)(start=0.5), "patch_dropout": 0.5})
+    config = config.model_copy(update={"stages": [first]})
+    run = create_run(config, "test", 2)
+    assert run_distributed(train_rank, 2, run) == [True, True]
+    for line in metrics(run):
+        parts = 0.5 * (line["loss_distill_patch"] + line["loss_distill_pooled"])
+        assert_sums_close(line["loss"], line["loss_classification"] + parts, 3)
+    assert metrics(run)[-1]["teacher_agreement"] > metrics(run)[0]["teacher_agreement"]

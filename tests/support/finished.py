@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from univitar_ds.classes import class_list
 from univitar_ds.config.load import check_config, config_fingerprint, dump_config
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.data.labels import iterate_labels
 from univitar_ds.formats.elastic import MASTER, MOMENTS
 from univitar_ds.model.build import build_contrastive
+from univitar_ds.model.classification import ClassificationModel, build_classifier
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.tokenization import special_ids, train_tokenizer
 from univitar_ds.training.checkpoint.sharded import save_checkpoint
@@ -51,7 +54,7 @@ def run_config(shards: Path | str = "nowhere", **changes: Any) -> RunConfig:
 class _Untrained:
     """The attributes of an engine that `save_checkpoint` uses, for an untrained model."""
 
-    def __init__(self, model: ContrastiveModel) -> None:
+    def __init__(self, model: ContrastiveModel | ClassificationModel) -> None:
         self.module = model
         self.world = World(0, 1, 0, torch.device("cpu"))
 
@@ -65,16 +68,23 @@ class _Untrained:
         return {"updates": 7.0, "groups": [], "global_steps": 7}
 
 
-def write_run(folder: Path, config: RunConfig) -> ContrastiveModel:
-    """Write the folder; returns the model whose weights are in its checkpoint, step-00000007."""
+def write_run(folder: Path, config: RunConfig) -> ContrastiveModel | ClassificationModel:
+    """Write the folder, of a classifier with the classes of its sources.
+
+    Returns the model whose weights are in its checkpoint, step-00000007."""
     folder.mkdir(parents=True)
     dump_config(config, folder / "config.yaml")
-    tokenizer = train_tokenizer(CAPTIONS, config.model.text.vocab_size)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = special_ids(tokenizer)
-    model = build_contrastive(
-        config.model, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=5
-    )
+    if config.objective.classifies:
+        classes = class_list(iterate_labels(config.data.sources))
+        classes.write(folder / "classes.json")
+        model = build_classifier(config.model, classes=len(classes), seed=5)
+    else:
+        tokenizer = train_tokenizer(CAPTIONS, config.model.text.vocab_size)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        special = special_ids(tokenizer)
+        model = build_contrastive(
+            config.model, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=5
+        )
     state = {"fingerprint": config_fingerprint(config), "config": config.model_dump(mode="json")}
     save_checkpoint(_Untrained(model), folder / "checkpoints", 7, state, {}, keep=1)
     return model.eval()

@@ -12,7 +12,7 @@ from tests.support.progress import run_watched
 
 LAYERS = [
     {"errors", "extras", "geometry", "import_path", "processes", "randomness", "screen"},
-    {"atomic_write", "identity", "image_ops", "kernels", "owned", "tokenization"},
+    {"atomic_write", "classes", "identity", "image_ops", "kernels", "owned", "tokenization"},
     {"config", "run_lock", "data.storage", "data.media"},
     {"preprocessing", "formats", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},
     {"model.teacher", "data.sampler", "data.writing", "training.engine"},

@@ -159,7 +159,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     check_result(arguments.report, _is_report)
     config = load_config(arguments.config, []) if arguments.config else None
-    data = None if config is None else config.data
+    data = None if config is None else config.loaded_data
     sources = _sources_to_verify(arguments, data)
     settings = _storage_settings(arguments, data)
     report = verify(sources, settings, workers=arguments.workers, decode=not arguments.no_decode, limits=data)

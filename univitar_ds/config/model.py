@@ -126,14 +126,46 @@ class TeacherConfig(Section):
         return self
 
 
-class ObjectiveConfig(Section):
-    """Settings of the contrastive loss and of the distillation."""
+class ClassificationConfig(Section):
+    """Settings of the classification loss. Items of a pack are mixed if they have the same size and data set."""
 
-    kind: Literal["sigmoid", "softmax"] = Field(
-        "sigmoid", description="sigmoid: the recipe's loss; softmax converges faster with a few dozen items per step"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of the target that is spread evenly over the classes of an item's set"
     )
+    mixup: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="average two items, with a share from the beta distribution of this parameter; 0: off"
+    )
+    cutmix: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="replace a rectangle of an item by that of another one, as mixup; with both, one is drawn"
+    )
+
+
+class ObjectiveConfig(Section):
+    """Settings of the loss and of the distillation."""
+
+    kind: Literal["sigmoid", "softmax", "classification"] = Field(
+        "sigmoid",
+        description="sigmoid: the recipe's loss; softmax converges faster with a few dozen items per step; "
+        "classification: a linear head learns the labels, without a text tower",
+    )
+    classification: ClassificationConfig = ClassificationConfig()
     chunk: Positive = Field(1024, description="texts compared at a time; limits the memory of the loss")
     same_caption_positive: bool = Field(False, description="identical captions in one step count as positives")
     teacher: TeacherConfig | None = Field(
         None, description="teacher of the distillation loss, whose weight is stages.N.distill"
     )
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model is a classifier without a text tower."""
+        return self.kind == "classification"
+
+    @model_validator(mode="after")
+    def _teacher_sees_the_same(self) -> ObjectiveConfig:
+        mixing = self.classification
+        if self.classifies and self.teacher is not None and (mixing.mixup or mixing.cutmix):
+            raise ValueError(
+                f"mixup {mixing.mixup:g} and cutmix {mixing.cutmix:g} change what the student sees, but not what the "
+                "teacher sees; set both to 0 or remove teacher"
+            )
+        return self

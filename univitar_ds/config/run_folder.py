@@ -11,6 +11,7 @@ DESCRIPTION = "model.json"
 """Configurations of the run's encoder and text model, see `ContrastiveModel.description`."""
 START = "start"
 """A copy of a model from S3 or the hub, from which the run starts."""
+CLASSES = "classes.json"
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
 EVALUATION = "evaluation.json"
@@ -45,9 +46,8 @@ EXPORT_FILES: Names = {
 }
 LOCKS: Names = {r"\.lock-\d{8}|\.lock-probe-[0-9a-f]{32}": None}
 RUN_ENTRIES: Names = {
-    "|".join(
-        map(re.escape, (MARK, CONFIG, DEEPSPEED, TOKENIZER, DESCRIPTION, SUMMARY, EVALUATION, METRICS, EVENTS))
-    ): None,
+    "|".join(map(re.escape, (MARK, CONFIG, DEEPSPEED, TOKENIZER, DESCRIPTION, CLASSES))): None,
+    "|".join(map(re.escape, (SUMMARY, EVALUATION, METRICS, EVENTS))): None,
     r"(samples|skipped)-rank\d+\.jsonl": None,
     r"examples-(image|video)\.png": None,
     BOARD: {r"events\.out\.tfevents\..+": None},

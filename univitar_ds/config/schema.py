@@ -118,6 +118,15 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @property
+    def loaded_data(self) -> DataConfig:
+        """`data` as the loader takes it: a classifier needs no captions, so a sample with only a label is complete, and
+        its label is its caption if the source has no templates."""
+        if not self.objective.classifies:
+            return self.data
+        sources = [source.model_copy(update={"templates": source.templates or ["{}"]}) for source in self.data.sources]
+        return self.data.model_copy(update={"sources": sources})
+
     @model_validator(mode="after")
     def _stage_names_differ(self) -> RunConfig:
         names = [stage.name for stage in self.stages]

@@ -105,7 +105,7 @@ class StageConfig(Section):
     )
     decay_samples: Annotated[int, Field(ge=0)] = Field(0, description="length of the decay if lr_schedule is wsd")
     final_lr_ratio: Fraction = Field(0.0, description="final learning rate of the stage as a share of lr")
-    contrastive: Schedule = Field(Schedule(start=1.0), description="weight of the contrastive loss")
+    contrastive: Schedule = Field(Schedule(start=1.0), description="weight of the loss of objective.kind")
     distill: Schedule = Field(Schedule(), description="weight of the distillation loss; 0: the teacher is not run")
     frozen: list[Part] = Field(
         default_factory=list, description="parts that are not trained in this stage; vision: the whole encoder"

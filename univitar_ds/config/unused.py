@@ -55,6 +55,10 @@ def _model(config: RunConfig) -> UnusedKeys:
         yield from _because(_given("model", model, "layer_scale_init"), "model.init_from brings its own values")
     if all(stage.checkpoint_every is not None for stage in config.stages):
         yield from _because(_given("model", model, "checkpoint_every"), "every stage sets its own checkpoint_every")
+    if config.objective.classifies:
+        names = ("embed_dim", "logit_scale_init", "logit_bias_init", "text")
+        yield from _because(_given("model", model, *names), "objective.kind classification has no text tower")
+        return
     if config.objective.kind == "softmax":
         yield from _because(_given("model", model, "logit_bias_init"), "a bias cancels under objective.kind softmax")
     if model.init_part == "model":
@@ -125,8 +129,15 @@ def _stage(place: str, stage: StageConfig) -> UnusedKeys:
 
 def _objective(objective: ObjectiveConfig, stages: Sequence[StageConfig]) -> UnusedKeys:
     teacher = objective.teacher
+    if objective.classifies:
+        names = ("chunk", "same_caption_positive")
+        yield from _because(_given("objective", objective, *names), "they belong to the contrastive losses")
+    else:
+        names = tuple(type(objective.classification).model_fields)
+        given = _given("objective.classification", objective.classification, *names)
+        yield from _because(given, f"objective.kind is {objective.kind}")
     if not any(stage.contrastive.ever for stage in stages):
-        names = ("kind", "chunk", "same_caption_positive")
+        names = ("kind",) if objective.classifies else ("kind", "chunk", "same_caption_positive")
         yield from _because(_given("objective", objective, *names), "contrastive is 0 in every stage")
     if teacher is None:
         return
@@ -156,7 +167,10 @@ def _evaluation(config: RunConfig) -> UnusedKeys:
         names = ("token_budget", "image_templates", "video_templates")
         yield from _because(_given("evaluation", evaluation, *names), "evaluation.sources is empty")
         return
-    for modality in ("image", "video"):
+    if config.objective.classifies:
+        names = ("image_templates", "video_templates")
+        yield from _because(_given("evaluation", evaluation, *names), "a head is evaluated, not zero-shot")
+    for modality in () if config.objective.classifies else ("image", "video"):
         if not _reads(config.stages, modality):
             templates = _given("evaluation", evaluation, f"{modality}_templates")
             yield from _because(templates, f"no stage reads {modality}s, so they are not evaluated")

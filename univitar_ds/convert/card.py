@@ -134,7 +134,7 @@ def _training(model: StoredModel, recipe: RunConfig) -> str:
         f"- weights: {'averaged over updates' if model.origin.get('averaged') else 'as trained'}, "
         f"checkpoint {model.origin.get('checkpoint')}",
         f"- seen: {seen}",
-        f"- objective: {recipe.objective.kind} contrastive loss"
+        f"- objective: {recipe.objective.kind}{'' if recipe.objective.classifies else ' contrastive loss'}"
         + (f", features of {Path(teacher.path).name} distilled" if teacher else ""),
         f"- data: {', '.join(source.path for source in recipe.data.sources)}",
     ]

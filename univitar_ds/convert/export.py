@@ -18,7 +18,7 @@ def export_run(source: str | Path, out: str | Path, weights: Weights | None = No
     """Writes the model of a run (or of one of its checkpoints) to the folder `out`, reads it back and compares.
 
         out/config.json, model.safetensors, README.md      the encoder in the release's layout
-        out/model/                                         the whole model, see `formats.hf`
+        out/model/                                         the whole model, see `formats.hf`; not of a classifier
 
     `config.json` has the size rule of the run's last stage, so that images are prepared as in that stage. An earlier
     export in `out` is replaced atomically: an export that fails leaves the previous content.
@@ -32,7 +32,7 @@ def export_run(source: str | Path, out: str | Path, weights: Weights | None = No
     with new_folder(out, replace=True) as folder:
         model = run_format.read(Path(source), weights)
         parts = {folder: (model.encoder_only(), "release")}
-        if whole:
+        if whole and model.joint is not None:
             parts[folder / MODEL] = model, "hf"
         check_space(folder, sum(part.tensors.nbytes for part, _ in parts.values()))
         for place, (part, to) in parts.items():

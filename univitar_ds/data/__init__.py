@@ -15,4 +15,4 @@ Terms:
 Sub-packages, from the lowest layer: `storage` and `media`, `shards` and `decoding`, `sampler` and `writing`, `tools`.
 """
 
-__all__ = ["batch", "collate", "loader"]
+__all__ = ["batch", "collate", "labels", "loader"]

@@ -1,3 +1,3 @@
-"""Evaluation of an encoder: zero-shot classification and retrieval on held-out sources."""
+"""Evaluation of an encoder: zero-shot classification and retrieval, or the accuracy of a head, on held-out sources."""
 
 __all__ = ["report", "run"]

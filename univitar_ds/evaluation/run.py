@@ -26,6 +26,7 @@ from univitar_ds.data.shards.contents import contents_of
 from univitar_ds.data.shards.sources import SourceShard, find_shards, stage_modalities
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import ConfigError, DataError
+from univitar_ds.evaluation.classification import measure_classes
 from univitar_ds.evaluation.embed import Embeddings, embed, embed_texts
 from univitar_ds.evaluation.example_sheet import Kept, draw_sheet, keep_some
 from univitar_ds.evaluation.measure import measure, nothing_measured
@@ -144,6 +145,12 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
         stage = _last_stage(trained.config, modality)
         if stage is None:
             continue
+        if trained.classes is not None:
+            with closing(_packs(trained, stage, modality)) as packs:
+                measured, detail = measure_classes(trained.model, trained.classes, packs, modality, progress=progress)
+            figures += measured
+            notes += detail
+            continue
         kept: list[Kept] = []
         with closing(_packs(trained, stage, modality)) as packs:
             embeddings = embed(trained.model, keep_some(packs, kept), modality, progress=progress)
@@ -153,6 +160,11 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
         notes += detail
         if kept:
             sheets.append(_Sheet(kept, embeddings))
+    if not figures and trained.classes is not None:
+        raise DataError(
+            f"the evaluation measured nothing: {' '.join(notes) or 'its sources hold nothing that the stages read.'} "
+            "The head knows the labels of the run's classes.json; name a source with such labels in evaluation.sources"
+        )
     if not figures:
         raise DataError(nothing_measured(evaluated, _unmet(shards, evaluated)))
     result = {
@@ -186,7 +198,7 @@ def _packs(trained: Trained, stage: StageConfig, modality: Modality) -> Generato
         resolution=stage.resolution(modality),
         video_frames=stage.video_frames,
         token_budget=config.evaluation.token_budget,
-        tokenizer=trained.run / TOKENIZER,
+        tokenizer=trained.run / TOKENIZER if trained.classes is None else None,
         context_length=config.model.text.context_length,
         data=config.data,
     )

@@ -52,7 +52,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 
 def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> StoredModel:
-    """Opens the model in the last checkpoint of a run, or in one checkpoint.
+    """Opens the model in the last checkpoint of a run, or in one checkpoint; of a classifier, the encoder alone.
 
     Tensors are float32. `origin` has run, checkpoint, step, samples, averaged, and recipe (the run's configuration).
 
@@ -60,6 +60,12 @@ def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> 
         the run keeps one. verify: whether to compare the files with their checksums first, which reads them.
     Raises: CheckpointError if the checkpoint or the average is missing, or the checkpoint is damaged.
     """
+    stored = read_all(path, weights, verify=verify)
+    return stored if stored.joint is not None else stored.encoder_only()
+
+
+def read_all(path: Path, weights: Weights | None = None, *, verify: bool = True) -> StoredModel:
+    """As `read`, but of a classifier all tensors, which are no model of a format: its `joint` is None."""
     run, checkpoint = find_checkpoint(path)
     config = load_config(run / CONFIG)
     averaged = _averaged(run, config, weights)
@@ -91,17 +97,21 @@ def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> 
     )
 
 
-def run_configuration(run: Path, described: Mapping[str, Any] | None = None) -> tuple[EncoderConfig, JointConfig]:
-    """Returns the configuration of the model of a run, without the size rule of a stage.
+def run_configuration(
+    run: Path, described: Mapping[str, Any] | None = None
+) -> tuple[EncoderConfig, JointConfig | None]:
+    """Returns the configuration of the model of a run, without the size rule of a stage; no joint one of a classifier.
 
     Args: described: `ContrastiveModel.description` in a checkpoint; None: follows from the run's configuration.
     Raises: ConfigError or CheckpointError if a file is missing or damaged.
     """
     config = load_config(run / CONFIG)
-    if not (run / TOKENIZER).is_file():
-        raise CheckpointError(f"{run} has {CONFIG} but no {TOKENIZER}; copy the run's {TOKENIZER} beside it")
     if described is None and (run / DESCRIPTION).is_file():
         described = read_object(run / DESCRIPTION)
+    if config.objective.classifies:
+        return EncoderConfig.from_dict((described or {"encoder": _encoder(config).to_dict()})["encoder"]), None
+    if not (run / TOKENIZER).is_file():
+        raise CheckpointError(f"{run} has {CONFIG} but no {TOKENIZER}; copy the run's {TOKENIZER} beside it")
     described = described or _described(config, run / TOKENIZER)
     return EncoderConfig.from_dict(described["encoder"]), JointConfig(
         config.model.embed_dim,
@@ -150,12 +160,15 @@ def _averaged(run: Path, config: RunConfig, weights: Weights | None) -> bool:
 
 def _described(config: RunConfig, tokenizer: Path) -> dict[str, Any]:
     """Returns the configurations of encoder and text model for a checkpoint of an earlier version, which lacks them."""
-    encoder = encoder_config(config.model)
-    if config.model.init_from is not None:
-        encoder = read_encoder_config(config.model.init_from)
     special = special_ids(load_tokenizer(tokenizer))
     sizes = {"vocab_size": special.vocab_size, "eos_id": special.eos_id, "pad_id": special.pad_id}
-    return {"encoder": encoder.to_dict(), "text": text_model_config(config.model.text, **sizes)}
+    return {"encoder": _encoder(config).to_dict(), "text": text_model_config(config.model.text, **sizes)}
+
+
+def _encoder(config: RunConfig) -> EncoderConfig:
+    if config.model.init_from is not None:
+        return read_encoder_config(config.model.init_from)
+    return encoder_config(config.model)
 
 
 def _parameters(reader: ElasticReader, kinds: Mapping[str, str], buffers: Mapping[str, Tensor]) -> Tensors:

@@ -2,6 +2,7 @@
 
 __all__ = [
     "build",
+    "classification",
     "config",
     "contrastive",
     "distill_heads",

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.model import ModelConfig
@@ -46,24 +47,30 @@ def build_contrastive(
     """
     special = {"vocab_size": vocab_size, "eos_id": eos_id, "pad_id": pad_id}
     described = description or describe(config, start, **special)
-    shape = EncoderConfig.from_dict(described["encoder"])
+    vision = build_vision(config, EncoderConfig.from_dict(described["encoder"]), seed)
+    with seeded(seed, "text"):
+        if config.text.path is None:
+            text = text_tower(described["text"]).requires_grad_(not config.text.frozen)
+        else:
+            text = build_text_tower(config.text, **special)
+    with seeded(seed, "heads"):  # distillation heads come last, so that the other values do not depend on them
+        model = ContrastiveModel(vision, text, config, teacher_width)
+    if start is not None:
+        load_start(model, start, config.init_part)
+    return model
+
+
+def build_vision(config: ModelConfig, shape: EncoderConfig, seed: int) -> UniViTAR:
+    """Builds the encoder of a run with initial weights, on the CPU in float32.
+
+    Raises: ConfigError if `pool_heads` does not fit."""
     if shape.hidden_size % config.pool_heads:
         raise ConfigError(
             f"model.pool_heads {config.pool_heads} does not divide the encoder's width {shape.hidden_size}; "
             f"choose a divisor such as {math.gcd(config.pool_heads, shape.hidden_size)}"
         )
-    with _seeded(seed, "vision"):
-        vision = UniViTAR(shape, attention=config.attention, checkpoint_every=config.checkpoint_every)
-    with _seeded(seed, "text"):
-        if config.text.path is None:
-            text = text_tower(described["text"]).requires_grad_(not config.text.frozen)
-        else:
-            text = build_text_tower(config.text, **special)
-    with _seeded(seed, "heads"):  # distillation heads come last, so that the other values do not depend on them
-        model = ContrastiveModel(vision, text, config, teacher_width)
-    if start is not None:
-        load_start(model, start, config.init_part)
-    return model
+    with seeded(seed, "vision"):
+        return UniViTAR(shape, attention=config.attention, checkpoint_every=config.checkpoint_every)
 
 
 def describe(
@@ -76,15 +83,13 @@ def describe(
         joint embedding of `config` is another one than that of `start`.
     """
     special = {"vocab_size": vocab_size, "eos_id": eos_id, "pad_id": pad_id}
-    encoder = encoder_config(config)
-    if start is not None:
-        encoder = _encoder_of(config, start)
-        if config.init_part == "model":
-            return {"encoder": encoder.to_dict(), "text": _joint_of(config, start).text}
+    encoder = described_encoder(config, start)
+    if start is not None and config.init_part == "model":
+        return {"encoder": encoder.to_dict(), "text": _joint_of(config, start).text}
     return {"encoder": encoder.to_dict(), "text": text_model_config(config.text, **special)}
 
 
-def load_start(model: ContrastiveModel, start: StoredModel, part: str) -> None:
+def load_start(model: nn.Module, start: StoredModel, part: str) -> None:
     """Copies the weights of `start` to the encoder, or to the whole model if `part` is "model", in float32.
 
     Distillation heads keep their values. Raises: CheckpointError that lists missing, unexpected and misshapen tensors.
@@ -102,7 +107,12 @@ def load_start(model: ContrastiveModel, start: StoredModel, part: str) -> None:
             wanted[name].copy_(stored[name])
 
 
-def _encoder_of(config: ModelConfig, start: StoredModel) -> EncoderConfig:
+def described_encoder(config: ModelConfig, start: StoredModel | None) -> EncoderConfig:
+    """Returns the configuration of a run's encoder.
+
+    Raises: CheckpointError if `start` is another encoder than `config.encoder`."""
+    if start is None:
+        return encoder_config(config)
     if config.encoder is None:
         return start.encoder
     stored = start.encoder.architecture()
@@ -134,7 +144,8 @@ def _joint_of(config: ModelConfig, start: StoredModel) -> JointConfig:
 
 
 @contextmanager
-def _seeded(seed: int, part: str) -> Iterator[None]:
+def seeded(seed: int, part: str) -> Iterator[None]:
+    """Sets the random state of the CPU for the initial values of one part of a model, and restores it afterwards."""
     # Each part has its own seed: a change in one tower does not change the initial values of the others.
     own = int.from_bytes(hashlib.blake2b(f"{seed}/{part}".encode(), digest_size=7).digest())
     with torch.random.fork_rng(devices=[]):

@@ -80,7 +80,7 @@ class ContrastiveModel(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor([float(config.logit_bias_init)]))
         self.distill: DistillHeads | None = None
         if teacher_width is None:
-            self.register_load_state_dict_pre_hook(_leave_heads_aside)
+            self.register_load_state_dict_pre_hook(leave_heads_aside)
         else:
             self.distill = DistillHeads(width, teacher_width, vision.config.layer_norm_eps)
 
@@ -142,6 +142,7 @@ class ContrastiveModel(nn.Module):
         return F.normalize(self.text_proj(self.text(token_ids, text_lengths)).float(), dim=-1)
 
 
-def _leave_heads_aside(model: ContrastiveModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def leave_heads_aside(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Removes the weights of distillation heads from a state that is loaded, as a hook of a module without heads."""
     for name in [name for name in state if name.startswith(f"{prefix}distill.")]:
         del state[name]

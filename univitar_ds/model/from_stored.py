@@ -11,6 +11,7 @@ from torch import nn
 from univitar_ds.config.model import ModelConfig
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats.stored_model import HEADS, VISION, StoredModel, TensorInfo
+from univitar_ds.model.classification import ClassificationModel
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.towers import text_tower
@@ -46,6 +47,21 @@ def build_model(stored: StoredModel, *, attention: str = "auto") -> ContrastiveM
     config = ModelConfig(embed_dim=joint.embed_dim, pool_heads=joint.pool_heads, attention=attention)
     with torch.device("meta"):
         model = ContrastiveModel(UniViTAR(stored.encoder, attention=attention), text, config)
+    tensors = stored.tensors.renamed(lambda name: None if name.startswith(HEADS) else name)
+    _check(stored.path, model, tensors.infos)
+    model.load_state_dict(dict(tensors), assign=True)
+    return model.eval()
+
+
+def build_classifier_of(stored: StoredModel, config: ModelConfig, classes: int) -> ClassificationModel:
+    """Builds the classifier of a run with the stored weights, in the stored precision and in evaluation mode.
+
+    Args: stored: of `formats.run.read_all`; config: of the run; classes: number of classes.
+    Raises: CheckpointError as `build_encoder`.
+    """
+    settings = config.model_copy(update={"attention": "auto"})
+    with torch.device("meta"):
+        model = ClassificationModel(UniViTAR(stored.encoder), settings, classes)
     tensors = stored.tensors.renamed(lambda name: None if name.startswith(HEADS) else name)
     _check(stored.path, model, tensors.infos)
     model.load_state_dict(dict(tensors), assign=True)

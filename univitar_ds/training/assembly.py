@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from univitar_ds.classes import ClassList
 from univitar_ds.config.deepspeed import resolve_deepspeed
 from univitar_ds.config.encoder import read_object
 from univitar_ds.config.load import before_extension, changed_result, check_config
-from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DEEPSPEED, DESCRIPTION, START, TOKENIZER
+from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, CONFIG, DEEPSPEED, DESCRIPTION, START, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
@@ -22,7 +23,9 @@ from univitar_ds.formats.run import run_configuration
 from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.kernels.dispatch import compile_on_cpu
 from univitar_ds.model.build import build_contrastive
+from univitar_ds.model.classification import ClassificationModel, build_classifier
 from univitar_ds.model.config import compiles
+from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.teacher.teacher import read_teacher
 from univitar_ds.tokenization import load_tokenizer, special_ids
 from univitar_ds.training.checkpoint.sharded import load_checkpoint
@@ -50,18 +53,8 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
         stage = cfg.stages[min(progress.stage, len(cfg.stages) - 1)]
         parts = trained_parts(cfg, stage)
         began = {part: saved["began"].get(part, progress.step) for part in parts}
-        special = special_ids(load_tokenizer(run / TOKENIZER))
-        teacher = cfg.objective.teacher
-        model = build_contrastive(
-            cfg.model,
-            vocab_size=special.vocab_size,
-            eos_id=special.eos_id,
-            pad_id=special.pad_id,
-            seed=cfg.seed,
-            start=_start(cfg, run) if folder is None else None,
-            description=_description(run, saved, cfg),
-            teacher_width=None if teacher is None else read_teacher(teacher).width,
-        )
+        start = _start(cfg, run) if folder is None else None
+        model = _build_model(cfg, run, start, _description(run, saved, cfg))
         freeze_but(model, parts)
         content = json.loads((run / DEEPSPEED).read_text(encoding="utf-8"))
         ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / CONFIG), str(run / DEEPSPEED)))
@@ -96,7 +89,24 @@ def _description(run: Path, saved: dict, cfg: RunConfig) -> dict | None:
     if cfg.model.init_from is None:
         return None
     encoder, joint = run_configuration(run)
-    return {"encoder": encoder.to_dict(), "text": joint.text}
+    return {"encoder": encoder.to_dict()} | ({} if joint is None else {"text": joint.text})
+
+
+def _build_model(
+    cfg: RunConfig, run: Path, start: StoredModel | None, description: dict | None
+) -> ContrastiveModel | ClassificationModel:
+    teacher = cfg.objective.teacher
+    given = {
+        "seed": cfg.seed,
+        "teacher_width": None if teacher is None else read_teacher(teacher).width,
+        "start": start,
+        "description": description,
+    }
+    if cfg.objective.classifies:
+        return build_classifier(cfg.model, classes=len(ClassList.read(run / CLASSES)), **given)
+    special = special_ids(load_tokenizer(run / TOKENIZER))
+    sizes = {"vocab_size": special.vocab_size, "eos_id": special.eos_id, "pad_id": special.pad_id}
+    return build_contrastive(cfg.model, **sizes, **given)
 
 
 def _last_checkpoint(run: Path, world: World) -> Path | None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from univitar_ds.classes import ClassList
 from univitar_ds.config.load import config_fingerprint
-from univitar_ds.config.run_folder import CHECKPOINTS, TOKENIZER
+from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
@@ -34,6 +35,7 @@ from univitar_ds.training.engine.optim import trained_parts
 from univitar_ds.training.logging.metrics import local_metrics, part_norms, reduce_metrics
 from univitar_ds.training.logging.run_logs import RunLogs
 from univitar_ds.training.logging.writers import SKIPPED
+from univitar_ds.training.step.classification import classification_step
 from univitar_ds.training.step.curriculum import advance, distills_later, lr_at, modality_at, weight_at
 from univitar_ds.training.step.feature_snapshot import capture_features
 from univitar_ds.training.step.guard import spike_reason
@@ -85,6 +87,7 @@ class _Trainer:
         self.lanes = world.lanes(cfg.data.lanes)
         self.stop, self.leaving = stop, False
         self.teacher: Teacher | None = None
+        self.classes = ClassList.read(run / CLASSES) if cfg.objective.classifies else None
         self.logs = RunLogs(cfg, run, world)
         self.engine, self.state = build_training(cfg, run, world)
         self.cost = cost_coefficients(self.engine.module.vision.config)
@@ -220,11 +223,11 @@ class _Trainer:
         )
         with all_ranks_or_none(self.world):
             loader = PackLoader(
-                self.cfg.data,
+                self.cfg.loaded_data,
                 stage,
                 lanes,
                 modality_of=lambda step: modality_at(stage.video_ratio, step - first),
-                tokenizer=self.run / TOKENIZER,
+                tokenizer=self.run / TOKENIZER if self.classes is None else None,
                 context_length=self.cfg.model.text.context_length,
                 cost=self.cost,
                 prefetch_full_step=self.world.device.type == "cuda",
@@ -258,7 +261,11 @@ class _Trainer:
         drawn_batch = batches[0] if self.logs.draws(progress.step + 1, modality) else None
         try:
             with capture_features(self.engine.module.vision, drawn_batch) as snapshots:
-                result = train_step(self.engine, batches, settings, self.cfg.objective, self.teacher)
+                objective = self.cfg.objective
+                if self.classes is None:
+                    result = train_step(self.engine, batches, settings, objective, self.teacher)
+                else:
+                    result = classification_step(self.engine, batches, settings, objective, self.classes, self.teacher)
         except DivergedError as error:
             return str(error)
         trouble = spike_reason(state.history, progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard)
@@ -309,7 +316,8 @@ class _Trainer:
         if state.progress.stage != progress.stage and not state.progress.finished(self.cfg.stages):
             self._note_stage()
         state.cursors = {batch.lane: batch.cursor for batch in batches}
-        weights = {"contrastive": settings.contrastive_weight, "distill": settings.distill_weight}
+        loss = "contrastive" if self.classes is None else "classification"
+        weights = {loss: settings.contrastive_weight, "distill": settings.distill_weight}
         state.window.add(result, reduced, modality, weights)
         state.seconds += reduced["step_s"]
         self.logs.write_samples(state.progress.step, batches)

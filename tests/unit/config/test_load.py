@@ -136,7 +136,7 @@ def test_a_file_that_is_no_run_file_is_a_sentence(tmp_path, content):
 
 
 def test_a_missing_run_file_names_the_shipped_recipes():
-    with pytest.raises(ConfigError, match="demo, finetune, photos"):
+    with pytest.raises(ConfigError, match="demo, finetune, labels, photos"):
         load_config("nowhere.yaml")
 
 

@@ -39,3 +39,12 @@ def test_where_features_are_kept_and_how_weights_lie_may_change_on_resume_and_no
     assert config_fingerprint(run({"path": "t", "partitioned": True})) == start
     for other in (None, {"path": "u"}, {"path": "t", "dtype": "fp32"}, {"path": "t", "patch_loss": "smooth_l1"}):
         assert config_fingerprint(run(other)) != start
+
+
+def test_a_teacher_does_not_see_mixed_items():
+    content = {"name": "r", "data": {"sources": [{"path": "nowhere"}]}, "stages": [STAGE]}
+    objective = {"kind": "classification", "classification": {"mixup": 0.8}, "teacher": {"path": "t"}}
+    with pytest.raises(ConfigError, match=r"mixup 0\.8 and cutmix 0 change what the student sees"):
+        check_config({**content, "objective": objective}, "the test")
+    objective["classification"]["mixup"] = 0
+    assert check_config({**content, "objective": objective}, "the test").objective.classifies

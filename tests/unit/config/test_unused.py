@@ -14,6 +14,7 @@ from univitar_ds.run import create_run, reopen_run
 TEACHER = "objective.teacher={path: dino}"
 DISTILL = "stages.0.distill={start: 1.0}"
 NO_VIDEO = "stages.0.video_ratio=0"
+CLASSIFIES = ["objective.kind=classification", "model.embed_dim=256", "model.text={}"]
 S3 = "data.sources.0.path=s3://b/a"
 
 UNUSED = [
@@ -38,6 +39,14 @@ UNUSED = [
     (["model.init_from=enc", "model.layer_scale_init=0.5"], "model.layer_scale_init", "model.init_from"),
     (["model.checkpoint_every=1", "stages.0.checkpoint_every=2"], "model.checkpoint_every", "every stage"),
     (["objective.kind=softmax", "model.logit_bias_init=-3"], "model.logit_bias_init", "softmax"),
+    (["objective.classification.mixup=1"], "objective.classification.mixup", "kind is sigmoid"),
+    ([*CLASSIFIES, "objective.chunk=8"], "objective.chunk", "contrastive losses"),
+    ([*CLASSIFIES, "model.embed_dim=8"], "model.embed_dim", "no text tower"),
+    (
+        [*CLASSIFIES, "evaluation.image_templates=['my {}']"],
+        "evaluation.image_templates",
+        "a head is evaluated",
+    ),
     (["model.text.path=t", "model.text.hidden_size=64"], "model.text.hidden_size", "model.text.path"),
     (["model.text.path=t", "model.text.vocab_size=500"], "model.text.vocab_size", "model.text.path"),
     (["model.text.tokenizer=t", "model.text.vocab_size=500"], "model.text.vocab_size", "model.text.tokenizer"),

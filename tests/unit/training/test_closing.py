@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.config.run_folder import METRICS
 from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.errors import CheckpointError, DataError, StorageError
@@ -106,6 +107,7 @@ def parts(monkeypatch):
     made.config = SimpleNamespace(
         deterministic=False,
         data=SimpleNamespace(lanes=1, log_samples=True),
+        objective=ObjectiveConfig(),
         logging=SimpleNamespace(peak_tflops=None, tensorboard=False),
         stages=[],
     )

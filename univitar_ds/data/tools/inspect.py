@@ -152,7 +152,7 @@ def _steps(
     """Steps that contain `packs` packs in total, from at most that many lanes."""
     lanes = min(config.data.lanes, packs)
     with PackLoader(
-        config.data,
+        config.loaded_data,
         stage,
         LaneSet(range(lanes), config.data.lanes, config.seed),
         modality_of=lambda step: modality,

@@ -7,12 +7,15 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from univitar_ds.config.run_folder import TOKENIZER
+from univitar_ds.classes import ClassList
+from univitar_ds.config.load import load_config
+from univitar_ds.config.run_folder import CLASSES, CONFIG, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.formats import run as run_format
 from univitar_ds.formats.run import Weights
+from univitar_ds.model.classification import ClassificationModel
 from univitar_ds.model.contrastive import ContrastiveModel
-from univitar_ds.model.from_stored import build_model
+from univitar_ds.model.from_stored import build_classifier_of, build_model
 from univitar_ds.tokenization import load_tokenizer
 
 
@@ -23,10 +26,13 @@ class Trained:
     run: Path
     checkpoint: Path
     config: RunConfig
-    tokenizer: Tokenizer
-    model: ContrastiveModel
+    tokenizer: Tokenizer | None
+    """None for a classifier."""
+    model: ContrastiveModel | ClassificationModel
     averaged: bool
     """Whether the model has the averaged weights (`optimizer.ema_decay`)."""
+    classes: ClassList | None = None
+    """Only for a classifier."""
 
 
 def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
@@ -37,8 +43,13 @@ def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
         the run's configuration.
     """
     run, _ = run_format.find_checkpoint(Path(path))
+    config = load_config(run / CONFIG)
+    if config.objective.classifies:
+        classes = ClassList.read(run / CLASSES)
+        stored = run_format.read_all(Path(path), weights)
+        model = build_classifier_of(stored, config.model, len(classes))
+        return Trained(run, stored.path, config, None, model, stored.origin["averaged"], classes)
     tokenizer = load_tokenizer(run / TOKENIZER)
     stored = run_format.read(Path(path), weights)
-    config: RunConfig = stored.origin["recipe"]
     # The run's attention back end may support half precision only.
     return Trained(run, stored.path, config, tokenizer, build_model(stored), stored.origin["averaged"])

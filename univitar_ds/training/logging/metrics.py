@@ -187,8 +187,11 @@ class Window:
             "lr": lr,
             "grad_norm": result.grad_norm,
             **(norms or {}),
-            "logit_scale": result.logit_scale,
-            "logit_bias": result.logit_bias,
+            **{
+                name: value
+                for name, value in (("logit_scale", result.logit_scale), ("logit_bias", result.logit_bias))
+                if value is not None
+            },
             "samples_per_s": sums["samples"] / seconds,
             "tokens_per_s": sums["tokens"] / seconds,
             "step_s": seconds / steps,

@@ -55,16 +55,17 @@ class DivergedError(UserError):
 class StepResult:
     """The numbers that a step reports, the same on every rank.
 
-    `loss` is the training loss. `losses` are the parts of the loss, as means without weights: contrastive and, with a
-    teacher, distill_patch and distill_pooled. `agreement` is the mean cosine similarity of the teacher's and the
-    student's patch features, None without a teacher.
+    `loss` is the training loss. `losses` are the parts of the loss, as means without weights: contrastive or
+    classification and, with a teacher, distill_patch and distill_pooled. `logit_scale` and `logit_bias` are None
+    without a text tower. `agreement` is the mean cosine similarity of the teacher's and the student's patch features,
+    None without a teacher.
     """
 
     loss: float
     items: int
     grad_norm: float
-    logit_scale: float
-    logit_bias: float
+    logit_scale: float | None = None
+    logit_bias: float | None = None
     losses: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None
 

@@ -1,0 +1,105 @@
+"""One optimizer update with the classification loss, over one pack from every lane, for any number of ranks.
+
+The loss is a sum over items, so each pack runs once, and its part of the loss is divided by the number of labelled
+items of the step over all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from univitar_ds.classes import ClassList
+from univitar_ds.config.model import ObjectiveConfig
+from univitar_ds.model.teacher.teacher import Teacher
+from univitar_ds.model.transfer import to_device
+from univitar_ds.objectives.classification import Targets, class_loss
+from univitar_ds.objectives.mixing import Mix, mix_pixels, plan_mixing
+from univitar_ds.training.distributed.process_group import gather_numbers
+from univitar_ds.training.engine.engine import Engine
+from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
+from univitar_ds.training.step.train_step import DivergedError, StepResult, StepSettings
+
+
+class LabelledBatch(Protocol):
+    """The fields of a pack that a step reads; `data.batch.PackedBatch` has them."""
+
+    pixels: torch.Tensor
+    frames: torch.Tensor
+    grid_thw: torch.Tensor
+    labels: list[str | None]
+    sets: list[str | None]
+    lane: int
+
+
+def classification_step(
+    engine: Engine,
+    batches: Sequence[LabelledBatch],
+    settings: StepSettings,
+    objective: ObjectiveConfig,
+    classes: ClassList,
+    teacher: Teacher | None = None,
+) -> StepResult:
+    """Updates the parameters once. Arguments, result and errors are those of `train_step`.
+
+    `settings.contrastive_weight` weights the classification loss. Items without a label of `classes` have no loss.
+    Items of a pack are mixed as `objective.classification` says, see `objectives.mixing`.
+    """
+    engine.zero_grad(settings.lr, read_gradient=settings.read_gradient)
+    world, wanted = engine.world, objective.classification
+    drops = [settings.dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
+    distillation = None
+    if settings.distill_weight:
+        distillation = Distillation(teacher, objective.teacher, settings.distill_weight, batches, drops, world)
+    rows = [_rows(batch, classes) for batch in batches]
+    counts = [sum(row >= 0 for one in rows for row in one), sum(map(len, rows))]
+    labelled, items = (int(count) for count in gather_numbers(counts, world).sum(0))
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for index, (batch, own, dropped) in enumerate(zip(batches, rows, drops, strict=True)):
+        grids, frames = batch.grid_thw.tolist(), batch.frames.tolist()
+        alike = [None if row < 0 else (name, count) for row, name, count in zip(own, batch.sets, frames, strict=True)]
+        key = (settings.dropping.seed, "mixing", settings.dropping.step, batch.lane)
+        plan = plan_mixing(grids, alike, mixup=wanted.mixup, cutmix=wanted.cutmix, key=key)
+        pixels = batch.pixels.to(world.device, non_blocking=True)
+        if any(plan):
+            pixels = mix_pixels(pixels, frames, grids, plan)
+        features = distillation.features(index, pixels) if distillation else None
+        output = engine(pixels, batch.frames, batch.grid_thw, bool(distillation), dropped)
+        targets = _targets(batch, own, plan, classes, world.device)
+        loss = class_loss(output.logits, targets, wanted.label_smoothing) / max(labelled, 1)
+        total += loss.detach().double()
+        loss = settings.contrastive_weight * loss
+        engine.backward(loss + distillation.loss(output.distilled, features) if distillation else loss)
+        engine.step()
+    mean = gather_numbers([total.item()], world).sum().item()
+    norm = engine.grad_norm
+    if not engine.updated or not math.isfinite(norm) or not math.isfinite(mean):
+        raise DivergedError(f"loss or gradient is not finite at loss {mean:.6g} and learning rate {settings.lr:g}")
+    distilled = distillation.result() if distillation else NO_DISTILLATION
+    return StepResult(
+        loss=settings.contrastive_weight * mean + distilled.loss,
+        items=items,
+        grad_norm=norm,
+        losses={"classification": mean, **distilled.losses},
+        agreement=distilled.agreement,
+    )
+
+
+def _rows(batch: LabelledBatch, classes: ClassList) -> list[int]:
+    """Returns the class of each item, -1 without a label of `classes`."""
+    found = [classes.row(name, label) for name, label in zip(batch.sets, batch.labels, strict=True)]
+    return [-1 if row is None else row for row in found]
+
+
+def _targets(
+    batch: LabelledBatch, rows: Sequence[int], plan: Sequence[Mix | None], classes: ClassList, device: torch.device
+) -> Targets:
+    second = [row if mix is None else rows[mix.partner] for row, mix in zip(rows, plan, strict=True)]
+    spans = [classes.spans.get(name, (0, 0)) for name in batch.sets]
+    numbers = torch.tensor([rows, second, [begin for begin, _ in spans], [end for _, end in spans]], dtype=torch.int64)
+    first, second, begin, end = to_device(numbers, device).unbind()
+    shares = torch.tensor([1.0 if mix is None else mix.share for mix in plan], dtype=torch.float32)
+    return Targets(first, second, to_device(shares, device), begin, end)
