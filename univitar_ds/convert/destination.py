@@ -25,8 +25,8 @@ KIND = "export"
 """Kind of the marker file in a folder that a conversion wrote. A folder without the file is not replaced."""
 _LIST = ".univitar-ds-files"
 """A file with the paths of all files that a conversion wrote into its folder."""
-_OWN = f"{re.escape(MARK)}(-files)?"
-"""Pattern of both names in EXPORT_FILES."""
+_OWN = (f"{re.escape(MARK)}(-files)?", re.escape(MARK), re.escape(_LIST))
+"""Patterns of both names, in EXPORT_FILES and in lists."""
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def _remove(folder: Path) -> None:
     """Removes what a conversion wrote. Marker file and list are last, so that a kill leaves a folder with both."""
     names = _names(folder)
     if not is_empty(folder) and not folder.is_symlink():
-        clear(folder, {name: inner for name, inner in names.items() if name not in (_OWN, re.escape(_LIST))})
+        clear(folder, {name: inner for name, inner in names.items() if name not in _OWN})
     remove(folder, names)
 
 

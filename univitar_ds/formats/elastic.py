@@ -25,7 +25,7 @@ FROZEN = "frozen"
 FORMAT = 2
 STATE = "state.json"
 BUFFERS = "buffers.safetensors"
-_MAPPED = 256 * 2**20
+_MAPPED = 128 * 2**20
 """Bytes that are read from mapped files before they are closed, since what was read from a mapping counts as memory.
 To open them for each tensor would take longer than to read it: a header has all names of a rank."""
 

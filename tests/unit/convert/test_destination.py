@@ -48,8 +48,11 @@ def _kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed(source: Path, out: Path, to: str, reads: int, kept: dict) -> None:
-    """Converts, in a process that is killed when it reads so many tensors, or at a call: `kept` has its number."""
+def killed(source: Path, out: Path, to: str, reads: int = 0, call: tuple[str, str, str, int] | None = None) -> None:
+    """Converts, in a process that is killed when it reads so many tensors, or at a call.
+
+    Args: call: module, function, a part of the path that is its first argument, and the number of such calls.
+    """
     read, count = Tensors.__getitem__, [0]
 
     def counted(self, name):
@@ -57,13 +60,14 @@ def killed(source: Path, out: Path, to: str, reads: int, kept: dict) -> None:
         return _kill() if count[0] == reads else read(self, name)
 
     Tensors.__getitem__ = counted
-    for place, name, calls in kept.get("calls", ()):
-        module, left = {"destination": destination, "os": os}[place], [calls]
+    if call is not None:
+        module, name, part, left = {"destination": destination, "os": os}[call[0]], *call[1:]
         function = getattr(module, name)
 
-        def patched(*arguments, function=function, left=left, **named):
-            left[0] -= 1
-            return _kill() if left[0] == 0 else function(*arguments, **named)
+        def patched(path, *arguments, **named):
+            nonlocal left
+            left -= part in str(path)
+            return _kill() if left == 0 else function(path, *arguments, **named)
 
         setattr(module, name, patched)
     convert(source, out, to, options(to, replace=True))
@@ -75,7 +79,7 @@ def test_after_a_kill_nothing_is_half_written_and_the_next_conversion_works(run,
     before, out, partial = content(run), tmp_path / "out", tmp_path / ".out.partial"
     for reads in (1, 9):
         with pytest.raises(RankFailed, match="exit code -9"):
-            run_distributed(killed, 1, run, out, to, reads, {})
+            run_distributed(killed, 1, run, out, to, reads)
         assert not out.exists()
         assert partial.is_dir()
     write(open_stored(run) if to != "release" else open_stored(run).encoder_only(), partial / "x", to, options(to))
@@ -96,14 +100,20 @@ def test_after_a_kill_nothing_is_half_written_and_the_next_conversion_works(run,
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "call",
-    [("destination", "mark", 1), ("destination", "move_into_place", 1), ("os", "unlink", 6), ("os", "rmdir", 1)],
+    [
+        ("destination", "mark", ".out.partial", 1),
+        ("destination", "move_into_place", ".out.partial", 1),
+        ("os", "unlink", ".out.earlier", 1),
+        ("os", "unlink", ".out.earlier", 4),
+        ("os", "rmdir", ".out.earlier", 1),
+    ],
 )
 def test_a_kill_while_an_earlier_result_is_replaced_loses_neither(tmp_path, call):
     out = tmp_path / "out"
     convert(ENCODER, out, "dcp")
     before = content(out)
     with pytest.raises(RankFailed, match="exit code -9"):
-        run_distributed(killed, 1, ENCODER, out, "dcp", 0, {"calls": [call]})
+        run_distributed(killed, 1, ENCODER, out, "dcp", 0, call)
     if call[1] == "move_into_place":
         assert not out.exists()
     with pytest.raises(CheckpointError, match="--force"):
