@@ -21,8 +21,8 @@ from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.convert.conversion import WRITTEN, Options, convert
 from univitar_ds.formats.recognise import open_stored
 from univitar_ds.formats.stored_model import StoredModel
+from univitar_ds.model.build import build_contrastive
 from univitar_ds.model.config import PRESETS
-from univitar_ds.model.contrastive import build_contrastive
 from univitar_ds.model.from_stored import build_encoder
 from univitar_ds.tokenization import load_tokenizer, special_ids, train_tokenizer
 from univitar_ds.training.checkpoint.sharded import save_checkpoint

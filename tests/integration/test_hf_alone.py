@@ -100,7 +100,7 @@ def test_a_new_environment_gives_the_same_features_and_classifies(python, tmp_pa
     wanted = logits.sigmoid() if objective == "sigmoid" else logits.softmax(-1)
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     got = torch.tensor([[row[label] for label in LABELS] for row in scores])
-    torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=0)
+    assert (got - wanted).abs().max() < 10 * NEAR  # the scale of the logits is 10
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ def test_the_demo_says_that_its_results_differ_between_processors(monkeypatch, t
     monkeypatch.setattr(end_to_end, "write_scenes", lambda *args, **options: None)
     monkeypatch.setattr(end_to_end, "pack_folder", lambda *args, **options: None)
     monkeypatch.setattr(end_to_end.launch, "train", trained)
+    monkeypatch.setattr(end_to_end, "classified", lambda *folders: "the table of names")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert end_to_end.run_demo(tmp_path, 2, 100.0) == 0
     printed = capsys.readouterr().out

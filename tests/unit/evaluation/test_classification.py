@@ -39,6 +39,7 @@ def measured(monkeypatch):
     return measure
 
 
+@pytest.mark.numeric
 def test_an_item_competes_with_the_classes_of_its_set(measured):
     sets = ["pets"] * 6 + ["cars"] * 3
     labels = ["p0", "p1", "p2", "p2", "p6", "p6", "c0", "c1", "c1"]
@@ -70,6 +71,7 @@ def test_an_item_competes_with_the_classes_of_its_set(measured):
         assert_sums_close(figure.chance, chance, terms=9, what=measure)
 
 
+@pytest.mark.numeric
 def test_equal_logits_give_exactly_the_level_of_chance(measured):
     figures, _ = measured([(["pets"] * 7, [f"p{i}" for i in range(7)], None)], [torch.zeros(7, 9)])
     for figure in figures:

@@ -96,8 +96,8 @@ def parts(monkeypatch):
 
     vision = SimpleNamespace(config=None)
     made.engine.module, made.engine.dtype = SimpleNamespace(vision=vision), None
-    progress = SimpleNamespace(step=0, samples=0, finished=finished)
-    state = SimpleNamespace(progress=progress, events=["stage"])
+    progress = SimpleNamespace(step=0, stage=0, samples=0, finished=finished)
+    state = SimpleNamespace(progress=progress, events=[{"event": "stage"}])
     monkeypatch.setattr(loop, "set_deterministic", lambda wanted: None)
     monkeypatch.setattr(loop, "build_training", lambda cfg, run, world: (made.engine, state))
     monkeypatch.setattr(loop, "cost_coefficients", lambda config: None)
