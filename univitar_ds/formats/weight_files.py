@@ -194,7 +194,7 @@ def _infos(path: Path) -> dict[str, TensorInfo]:
 
 def _read(path: Path, name: str) -> Tensor:
     if path.suffix == ".bin":
-        return _load_bin(path)[name].clone()
+        return _load_bin(path)[name].detach().clone()
     with reading(path), safe_open(path, "pt") as file:
         return file.get_tensor(name)
 

@@ -155,6 +155,7 @@ def assert_equal(got: Any, wanted: Any) -> None:
     for name, value in wanted.items():
         found = got[name]
         assert (tuple(found.shape), found.dtype) == (tuple(value.shape), value.dtype)
+        assert not found.requires_grad, f"{name} keeps what it was copied from"
         if isinstance(got, Tensors):
             assert (got.infos[name].shape, got.infos[name].dtype) == (tuple(value.shape), value.dtype)
             assert found.untyped_storage().nbytes() == value.nbytes, f"{name} holds more memory than its own"

@@ -55,6 +55,14 @@ def test_files_of_an_earlier_form_do_not_stay(tmp_path, first):
     assert same(dict(open_weights(tmp_path)), drawn() | {})
 
 
+def test_what_was_saved_as_a_parameter_is_read_as_a_tensor(tmp_path):
+    state = {"a": torch.nn.Parameter(torch.ones(3))}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    read = open_weights(tmp_path)["a"]
+    assert not read.requires_grad
+    assert read.tolist() == [1, 1, 1]
+
+
 def test_a_tensor_is_read_when_it_is_asked_for(tmp_path):
     write_weights(Tensors.of(drawn()), tmp_path, shard_bytes=1)
     read = open_weights(tmp_path)

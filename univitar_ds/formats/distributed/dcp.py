@@ -329,7 +329,7 @@ class _Source:
             stored = _load(piece)
             if not isinstance(stored, Tensor) or tuple(stored.shape) != piece.sizes or stored.dtype != info.dtype:
                 raise CheckpointError(f"{piece.file} has other content for {name} than its metadata; fetch it again")
-            whole[tuple(slice(at, at + size) for at, size in zip(piece.at, piece.sizes, strict=True))] = stored
+            whole[tuple(slice(at, at + size) for at, size in zip(piece.at, piece.sizes, strict=True))] = stored.detach()
         return whole
 
 

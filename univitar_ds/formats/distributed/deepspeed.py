@@ -169,12 +169,15 @@ def size(shape: Any) -> tuple[int, ...]:
 
 
 def plain(tensor: Any, name: str) -> Tensor:
-    """Returns `tensor`. Raises: ValueError if it is no dense tensor, or refers to values that are not stored."""
+    """Returns `tensor` without its gradient's history: DeepSpeed stores parameters, and a tensor that is copied from a
+    parameter keeps the parameter, with the mapping of its file.
+
+    Raises: ValueError if it is no dense tensor, or refers to values that are not stored."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise ValueError(f"{name} is no dense tensor")
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
         raise ValueError(f"{name} has fewer values than its shape {tuple(tensor.shape)}")
-    return tensor
+    return tensor.detach()
 
 
 @dataclass(frozen=True)
@@ -323,9 +326,10 @@ class _Source:
         place = self.places[name]
         if place.parts:
             pieces = ((part.rank, part.group, part.start, part.length) for part in place.parts)
-            slices = (self._flat(rank, group, kind).view(-1)[at : at + count] for rank, group, at, count in pieces)
+            slices = (self._flat(*where, kind).detach().view(-1)[at : at + count] for *where, at, count in pieces)
         else:
-            slices = (self._load(self._model_file(rank))[place.key][name].reshape(-1) for rank in place.ranks)
+            stored = (self._load(self._model_file(rank))[place.key][name] for rank in place.ranks)
+            slices = (tensor.detach().reshape(-1) for tensor in stored)
         whole = torch.empty(math.prod(info.shape), dtype=info.dtype)
         filled = 0
         with understanding(self.folder):

@@ -274,7 +274,7 @@ class _Chunk:
             part = _load(content, self.path)
             if not isinstance(part, Tensor) or tuple(part.shape) != self.sizes or part.dtype != dtype:
                 raise ValueError(f"bytes from {self.start} are no tensor {self.sizes} of {dtype}")
-        return part
+        return part.detach()
 
     def overlaps(self, other: _Chunk) -> bool:
         return all(
