@@ -86,6 +86,11 @@ def storage_error(error: OSError, path: object = None, done: str = "used") -> St
     return StorageError(f"{place} cannot be {done}: {os.strerror(error.errno)}; {remedy}")
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def writing(path: object) -> Iterator[None]:
     """Wraps code that writes `path`. Raises: StorageError instead of an OSError of the storage."""

@@ -26,9 +26,9 @@ from tests.support.standin import LANES
 from tests.support.training import ds_config, steps
 from univitar_ds.config.load import config_fingerprint, dump_config
 from univitar_ds.config.schema import OptimizerConfig, RunConfig
-from univitar_ds.formats.elastic import BUFFERS, FORMAT, MASTER, MOMENTS, STATE
+from univitar_ds.formats.elastic import BUFFERS, FORMAT, MASTER, STATE
 from univitar_ds.formats.sidecar import write_sidecar
-from univitar_ds.formats.stored_model import VISION, JointConfig, StoredModel, Tensors
+from univitar_ds.formats.stored_model import MOMENTS, VISION, JointConfig, StoredModel, Tensors
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.contrastive import ContrastiveModel, build_contrastive
 from univitar_ds.tokenization import train_tokenizer

@@ -12,7 +12,8 @@ from univitar_ds.classes import class_list
 from univitar_ds.config.load import check_config, config_fingerprint, dump_config
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.labels import iterate_labels
-from univitar_ds.formats.elastic import MASTER, MOMENTS
+from univitar_ds.formats.elastic import MASTER
+from univitar_ds.formats.stored_model import MOMENTS
 from univitar_ds.model.build import build_contrastive
 from univitar_ds.model.classification import ClassificationModel, build_classifier
 from univitar_ds.model.contrastive import ContrastiveModel

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from univitar_ds.errors import CheckpointError, InstallationError, StorageError
+from univitar_ds.errors import CheckpointError, InstallationError, StorageError, first_line
 from univitar_ds.formats.weight_files import WEIGHT_NAME
 from univitar_ds.owned import MARK
 
@@ -64,7 +64,7 @@ def push(folder: Path, name: str, *, weights_only_from_here: bool) -> str:
 
 def _reason(error: Exception, token: str | None) -> str:
     """Returns the first line of an error, without the token."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     return (text.replace(token, "***") if token else text)[:_FIRST_WORDS]
 
 

@@ -19,7 +19,6 @@ from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.weight_files import reading
 
 MASTER = "fp32"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 FROZEN = "frozen"
 FORMAT = 2

@@ -12,7 +12,7 @@ from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG
 from univitar_ds.data.storage import address
 from univitar_ds.data.storage.base import LOCAL, S3, Storage, StorageSettings
 from univitar_ds.data.storage.session import session_folder
-from univitar_ds.errors import CheckpointError, DataError, writing
+from univitar_ds.errors import CheckpointError, DataError, first_line, writing
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats import run as run_format
 from univitar_ds.formats.run import Weights
@@ -135,7 +135,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # of several libraries: no connection, no such model, no permission
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{name} is no folder here, and cannot be fetched from the hub as a model ({reason}); check the name"
+            f"{name} is no folder here, and cannot be fetched from the hub as a model ({first_line(error)}); check the "
+            "name"
         ) from error

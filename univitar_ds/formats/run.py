@@ -18,8 +18,8 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.elastic import FROZEN, MOMENTS, ElasticReader
-from univitar_ds.formats.stored_model import JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
+from univitar_ds.formats.elastic import FROZEN, ElasticReader
+from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
 from univitar_ds.geometry import PATCH
 from univitar_ds.model.config import encoder_config
 from univitar_ds.model.towers import text_model_config

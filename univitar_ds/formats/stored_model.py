@@ -26,6 +26,8 @@ from univitar_ds.config.encoder import EncoderConfig
 
 VISION = "vision."
 """Prefix of the encoder's tensors."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's moments, as fields of `OptimizerState`."""
 HEADS = "distill."
 """Prefix of the distillation heads, which only training uses."""
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from univitar_ds.atomic_write import replace_text, replacing
 from univitar_ds.config.encoder import read_object
-from univitar_ds.errors import CheckpointError, writing
+from univitar_ds.errors import CheckpointError, first_line, writing
 from univitar_ds.formats.stored_model import TensorInfo, Tensors
 
 SAFE = "model.safetensors"
@@ -174,8 +174,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or holds more than tensors ({reason}); fetch it again") from error
+        raise CheckpointError(
+            f"{path} is damaged or holds more than tensors ({first_line(error)}); fetch it again"
+        ) from error
 
 
 def _infos(path: Path) -> dict[str, TensorInfo]:

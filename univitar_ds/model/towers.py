@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from univitar_ds.config.model import TextConfig
-from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.errors import CheckpointError, ConfigError, first_line
 from univitar_ds.model.libraries import working_imports
 
 FAMILIES = {
@@ -236,8 +236,3 @@ def _never_empty(token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     if len(token_ids):
         return token_ids, lengths
     return token_ids.new_zeros(1, 1), lengths.new_ones(1)
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, or the name of its type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

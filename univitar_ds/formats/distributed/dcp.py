@@ -29,7 +29,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from univitar_ds.errors import CheckpointError, writing
+from univitar_ds.errors import CheckpointError, first_line, writing
 from univitar_ds.formats.configuration import (
     Configuration,
     check_shape,
@@ -38,13 +38,12 @@ from univitar_ds.formats.configuration import (
     whole_or_encoder,
 )
 from univitar_ds.formats.sidecar import SIDECAR, write_sidecar
-from univitar_ds.formats.stored_model import OptimizerState, StoredModel, TensorInfo, Tensors
+from univitar_ds.formats.stored_model import MOMENTS, OptimizerState, StoredModel, TensorInfo, Tensors
 from univitar_ds.formats.weight_files import remembering
 from univitar_ds.owned import Names
 
 METADATA = ".metadata"
 MODEL, OPTIMIZER, STATE, GROUPS = "model", "optimizer", "state", "param_groups"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 FILES: Names = {r"\.metadata(\.tmp)?": None, r"__\d+_\d+\.distcp": None, re.escape(SIDECAR): None}
 """All entries that `write` makes."""
 DEFAULTS: dict[str, Any] = {
@@ -378,7 +377,7 @@ def _load(piece: _Piece) -> Any:
             file.seek(piece.offset)
             return torch.load(io.BytesIO(file.read(piece.length)), map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file can make the unpickler raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        reason = first_line(error)[:300]
         raise CheckpointError(
             f"{piece.file} is damaged or holds more than tensors and plain values ({reason}); fetch it again"
         ) from error

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from univitar_ds.errors import CheckpointError
+from univitar_ds.errors import CheckpointError, first_line
 from univitar_ds.formats.configuration import (
     Configuration,
     check_shape,
@@ -34,11 +34,10 @@ from univitar_ds.formats.configuration import (
     name_prefix,
     whole_or_encoder,
 )
-from univitar_ds.formats.stored_model import OptimizerState, StoredModel, TensorInfo, Tensors
+from univitar_ds.formats.stored_model import MOMENTS, OptimizerState, StoredModel, TensorInfo, Tensors
 from univitar_ds.formats.weight_files import some
 
 LATEST = "latest"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MAPPED = 256 * 2**20
 """Bytes that are read from mapped files before they are closed, since what was read from a mapping counts as memory."""
@@ -130,8 +129,8 @@ def load_pt(path: Path) -> Any:
             if not others:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a hostile file can make the unpickler raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is damaged or not of DeepSpeed ({reason[:300]}); fetch it again") from error
+        reason = first_line(error)[:300]
+        raise CheckpointError(f"{path} is damaged or not of DeepSpeed ({reason}); fetch it again") from error
     raise CheckpointError(
         f"{path} needs {some(others)} to be read, which could run code; only tensors, plain values and DeepSpeed's own "
         "classes are read. Save the checkpoint without them."

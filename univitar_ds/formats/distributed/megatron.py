@@ -61,7 +61,7 @@ from torch.distributed.checkpoint.metadata import (
 from univitar_ds.config.encoder import EncoderConfig, read_object
 from univitar_ds.errors import CheckpointError, ConfigError, InstallationError, writing
 from univitar_ds.formats.sidecar import SIDECAR, read_sidecar, write_sidecar
-from univitar_ds.formats.stored_model import JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
+from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
 from univitar_ds.formats.weight_files import reading, remembering, save_pt
 from univitar_ds.owned import Names
 
@@ -84,7 +84,7 @@ _BACKENDS = {
 """Content of `metadata.json`."""
 OPTIMIZER = "optimizer."
 """Prefix of the optimizer's tensors. Those of other states than the moments are not read."""
-_MOMENTS = {kind: f"{OPTIMIZER}state.{kind}." for kind in ("exp_avg", "exp_avg_sq")}
+_MOMENTS = {kind: f"{OPTIMIZER}state.{kind}." for kind in MOMENTS}
 _MOMENT = re.compile(r"optimizer\.state\.\w+\.")
 _VISION = r"vision\.encoder\.layers\.\d+\."
 _TEXT = r"text\.model\.(\w+\.)*layers\.\d+\."

@@ -41,7 +41,6 @@ from univitar_ds.formats.configuration import (
     whole_or_encoder,
 )
 from univitar_ds.formats.distributed.deepspeed import (
-    MOMENTS,
     group_names,
     load_pt,
     plain,
@@ -51,7 +50,7 @@ from univitar_ds.formats.distributed.deepspeed import (
     understanding,
 )
 from univitar_ds.formats.sidecar import SIDECAR, write_sidecar
-from univitar_ds.formats.stored_model import OptimizerState, StoredModel, TensorInfo, Tensors
+from univitar_ds.formats.stored_model import MOMENTS, OptimizerState, StoredModel, TensorInfo, Tensors
 from univitar_ds.formats.weight_files import save_pt, some
 from univitar_ds.owned import Names
 

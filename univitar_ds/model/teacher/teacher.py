@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig
 from univitar_ds.config.model import TeacherConfig
-from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.errors import CheckpointError, ConfigError, first_line
 from univitar_ds.geometry import PATCH, token_count
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.libraries import working_imports
@@ -36,7 +36,7 @@ from univitar_ds.model.teacher.towers import (
     run_siglip2,
     run_with_prefix,
 )
-from univitar_ds.model.towers import first_line, quiet
+from univitar_ds.model.towers import quiet
 from univitar_ds.model.transfer import to_device
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.extras import extra
-from univitar_ds.formats.elastic import EMA, FROZEN, MASTER, MOMENTS
+from univitar_ds.formats.elastic import EMA, FROZEN, MASTER
+from univitar_ds.formats.stored_model import MOMENTS
 from univitar_ds.training.distributed.process_group import World, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
 from univitar_ds.training.engine.free_engine import free_engine
