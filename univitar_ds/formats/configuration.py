@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,29 @@ def name_prefix(names: Iterable[str], where: object) -> tuple[str, str]:
     return (prefix.removesuffix(VISION), "") if whole else (prefix, VISION)
 
 
+def canonical_names(names: Iterable[str], where: object) -> Callable[[str], str | None]:
+    """Returns a function that gives the canonical name of a stored tensor; None if the tensor is not of the model.
+
+    Raises: CheckpointError as `name_prefix`."""
+    prefix, new = name_prefix(names, where)
+    return lambda name: new + name.removeprefix(prefix) if name.startswith(prefix) else None
+
+
 def find_configuration(
-    infos: Mapping[str, TensorInfo], beside: Collection[Path], named: Path | None, heads: int | None
+    infos: Mapping[str, TensorInfo],
+    beside: Collection[Path],
+    named: Path | None,
+    heads: int | None,
+    given: Configuration | None = None,
 ) -> Configuration:
     """Returns the configuration of the model with tensors `infos`, see the module's docstring.
 
-    Args: infos: by canonical names; beside: folders to look into; named: the folder that the caller names; heads:
-        number of attention heads, if the shapes have to do.
+    Args: infos: by canonical names; beside: folders to look into, the first is the checkpoint; named: the folder that
+        the caller names; heads: number of attention heads, if the shapes have to do; given: the configuration itself.
     Raises: CheckpointError if a configuration is damaged, or of an encoder of another shape, or there is none.
     """
+    if given is not None:
+        return check_shape(given, infos, next(iter(beside)))
     if named is not None:
         found = _read(named)
         if found is None:

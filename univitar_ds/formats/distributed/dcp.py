@@ -32,13 +32,12 @@ from torch import Tensor
 from univitar_ds.errors import CheckpointError, first_line, writing
 from univitar_ds.formats.configuration import (
     Configuration,
-    check_shape,
+    canonical_names,
     find_configuration,
-    name_prefix,
     whole_or_encoder,
 )
 from univitar_ds.formats.sidecar import SIDECAR, write_sidecar
-from univitar_ds.formats.stored_model import MOMENTS, OptimizerState, StoredModel, TensorInfo, Tensors
+from univitar_ds.formats.stored_model import MOMENTS, VISION, OptimizerState, StoredModel, TensorInfo, Tensors
 from univitar_ds.formats.weight_files import remembering
 from univitar_ds.owned import Names
 
@@ -145,22 +144,14 @@ def read(
     """
     source = _Source(folder)
     moments = {name for name, path in source.paths.items() if STATE in path[:-1]}
-    prefix, new = name_prefix([name for name in source.infos if name not in moments], folder)
-
-    def renamed(name: str) -> str | None:
-        return new + name.removeprefix(prefix) if name.startswith(prefix) and name not in moments else None
-
-    tensors = source.tensors().renamed(renamed)
-    if configuration is None:
-        configuration = find_configuration(tensors.infos, (folder,), config_folder, heads)
-    encoder, joint = check_shape(configuration, tensors.infos, config_folder or folder)
+    weights = source.tensors().renamed(lambda name: None if name in moments else name)
+    renamed = canonical_names(weights, folder)
+    tensors = weights.renamed(renamed)
+    encoder, joint = find_configuration(tensors.infos, (folder,), config_folder, heads, configuration)
 
     def member(name: str) -> str | None:
         """Returns the canonical name of a parameter that the optimizer names."""
-        for found in (name, new + name, new + name.removeprefix(prefix)):
-            if found in tensors:
-                return found
-        return None
+        return next((found for found in (name, VISION + name, renamed(name)) if found in tensors), None)
 
     optimizer = source.optimizer(member)
     return whole_or_encoder(

@@ -29,9 +29,8 @@ from torch import Tensor
 from univitar_ds.errors import CheckpointError, first_line
 from univitar_ds.formats.configuration import (
     Configuration,
-    check_shape,
+    canonical_names,
     find_configuration,
-    name_prefix,
     whole_or_encoder,
 )
 from univitar_ds.formats.stored_model import MOMENTS, OptimizerState, StoredModel, TensorInfo, Tensors
@@ -93,15 +92,9 @@ def read(
     """
     tag = tag_folder(folder, LATEST)
     source = _Source(tag)
-    prefix, new = name_prefix(source.places, tag)
-
-    def renamed(name: str) -> str | None:
-        return new + name.removeprefix(prefix) if name.startswith(prefix) else None
-
+    renamed = canonical_names(source.places, tag)
     tensors = source.tensors("fp32").renamed(renamed)
-    if configuration is None:
-        configuration = find_configuration(tensors.infos, (tag, tag.parent), config_folder, heads)
-    encoder, joint = check_shape(configuration, tensors.infos, config_folder or tag)
+    encoder, joint = find_configuration(tensors.infos, (tag, tag.parent), config_folder, heads, configuration)
     origin = {"path": str(tag), "step": source.global_steps, "zero_stage": source.stage, "ranks": len(source.files)}
     return whole_or_encoder(StoredModel(tag, "deepspeed", encoder, tensors, joint, source.optimizer(renamed), origin))
 

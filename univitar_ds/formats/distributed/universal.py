@@ -35,9 +35,8 @@ from univitar_ds.atomic_write import replace_text, replacing
 from univitar_ds.errors import CheckpointError, writing
 from univitar_ds.formats.configuration import (
     Configuration,
-    check_shape,
+    canonical_names,
     find_configuration,
-    name_prefix,
     whole_or_encoder,
 )
 from univitar_ds.formats.distributed.deepspeed import (
@@ -90,15 +89,9 @@ def read(
     accessed. Arguments, result and errors are those of `deepspeed.read`."""
     tag = tag_folder(folder, LATEST)
     source = _Source(tag)
-    prefix, new = name_prefix(source.infos, tag)
-
-    def renamed(name: str) -> str | None:
-        return new + name.removeprefix(prefix) if name.startswith(prefix) else None
-
+    renamed = canonical_names(source.infos, tag)
     tensors = source.tensors("fp32").renamed(renamed)
-    if configuration is None:
-        configuration = find_configuration(tensors.infos, (tag, tag.parent), config_folder, heads)
-    encoder, joint = check_shape(configuration, tensors.infos, config_folder or tag)
+    encoder, joint = find_configuration(tensors.infos, (tag, tag.parent), config_folder, heads, configuration)
     optimizer = source.optimizer()
     if optimizer is not None:
         groups = [{**group, "params": [renamed(name) for name in group["params"]]} for group in optimizer.groups]
