@@ -225,8 +225,7 @@ def _write_description(config: RunConfig, run: Path, start: StoredModel | None) 
         described = {"encoder": described_encoder(config.model, start).to_dict()}
     else:
         special = special_ids(load_tokenizer(run / TOKENIZER))
-        sizes = {"vocab_size": special.vocab_size, "eos_id": special.eos_id, "pad_id": special.pad_id}
-        described = describe(config.model, start, **sizes)
+        described = describe(config.model, start, **special.of_text_model)
     replace_text(run / DESCRIPTION, json.dumps(described, indent=2) + "\n")
     if start is not None and not Path(str(config.model.init_from)).is_dir():
         whole = config.model.init_part == "model"

@@ -34,6 +34,11 @@ class SpecialIds:
     eos_id: int
     vocab_size: int
 
+    @property
+    def of_text_model(self) -> dict[str, int]:
+        """The arguments that `model.build` and `model.towers` need."""
+        return {"vocab_size": self.vocab_size, "eos_id": self.eos_id, "pad_id": self.pad_id}
+
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE with at most `vocab_size` ids, which encodes any text and ignores case.

@@ -55,9 +55,7 @@ def trained(folder: Path, stages: tuple[int, ...]) -> None:
         torch.distributed.barrier()
         config = run_config()
         special = special_ids(load_tokenizer(run / "tokenizer.json"))
-        model = build_contrastive(
-            config.model, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=5
-        )
+        model = build_contrastive(config.model, **special.of_text_model, seed=5)
         engine = build_engine(model, OptimizerConfig(), ds_config(1, stage=stage), world)
         for step in range(UPDATES):
             train_step(engine, [pack(step, world.rank)], StepSettings(1e-3), OBJECTIVE)

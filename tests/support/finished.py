@@ -83,9 +83,7 @@ def write_run(folder: Path, config: RunConfig) -> ContrastiveModel | Classificat
         tokenizer = train_tokenizer(CAPTIONS, config.model.text.vocab_size)
         tokenizer.save(str(folder / "tokenizer.json"))
         special = special_ids(tokenizer)
-        model = build_contrastive(
-            config.model, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id, seed=5
-        )
+        model = build_contrastive(config.model, **special.of_text_model, seed=5)
     state = {"fingerprint": config_fingerprint(config), "config": config.model_dump(mode="json")}
     save_checkpoint(_Untrained(model), folder / "checkpoints", 7, state, {}, keep=1)
     return model.eval()

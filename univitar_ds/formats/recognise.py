@@ -41,18 +41,20 @@ def open_stored(
     weights: Weights | None = None,
     config_folder: Path | None = None,
     settings: StorageSettings = LOCAL,
+    *,
+    verify: bool = True,
 ) -> StoredModel:
     """Opens a model.
 
     Args: source: a local folder, an s3:// address, or the name of a model on the Hugging Face hub (owner/name);
         weights: trained or averaged, for a run; config_folder: a run, an export or another folder with the model's
-        configuration, for a format of tensors alone; settings: of the S3 store.
+        configuration, for a format of tensors alone; settings: of the S3 store; verify: see `formats.run.read`.
     Raises: CheckpointError if the source cannot be found, its format is not recognised, or it is damaged.
     """
     folder = local_folder(source, settings)
     name = recognised(folder)
     if name == "run":
-        return run_format.read(folder, weights)
+        return run_format.read(folder, weights, verify=verify)
     if weights is not None:
         raise CheckpointError(f"{source} is in the format {name}, which has one kind of weights; leave --weights out")
     if config_folder is None:

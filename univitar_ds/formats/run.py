@@ -77,7 +77,7 @@ def read_all(path: Path, weights: Weights | None = None, *, verify: bool = True)
         kinds = {name: reader.weights_kind(name, averaged=averaged) for name in reader.shapes}
         buffers = {name: b.float() if b.is_floating_point() else b for name, b in reader.buffers().items()}
         state = reader.content["run"]
-        encoder, joint = run_configuration(run, state.get("model"))
+        encoder, joint = _configuration(run, config, run_description(run, config, state.get("model")))
         tensors = _parameters(reader, kinds, buffers)
         optimizer = _optimizer(reader) if not averaged else None
     return StoredModel(
@@ -97,30 +97,54 @@ def read_all(path: Path, weights: Weights | None = None, *, verify: bool = True)
     )
 
 
-def run_configuration(
-    run: Path, described: Mapping[str, Any] | None = None
-) -> tuple[EncoderConfig, JointConfig | None]:
+def run_configuration(run: Path) -> tuple[EncoderConfig, JointConfig | None]:
     """Returns the configuration of the model of a run, without the size rule of a stage; no joint one of a classifier.
 
-    Args: described: `ContrastiveModel.description` in a checkpoint; None: follows from the run's configuration.
     Raises: ConfigError or CheckpointError if a file is missing or damaged.
     """
     config = load_config(run / CONFIG)
-    if described is None and (run / DESCRIPTION).is_file():
-        described = read_object(run / DESCRIPTION)
+    return _configuration(run, config, run_description(run, config))
+
+
+def run_description(run: Path, config: RunConfig, saved: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """Returns the `description` of a run's model: the one in a checkpoint, that of the run's folder, or, for runs of
+    earlier versions, the one that follows from the configuration.
+
+    Args: config: of the run; saved: the one in a checkpoint, if it has one.
+    Raises: ConfigError or CheckpointError if a file is missing or damaged.
+    """
+    if saved is not None:
+        return saved
+    if (run / DESCRIPTION).is_file():
+        return read_object(run / DESCRIPTION)
+    start = config.model.init_from
+    encoder = (encoder_config(config.model) if start is None else read_encoder_config(start)).to_dict()
     if config.objective.classifies:
-        return EncoderConfig.from_dict((described or {"encoder": _encoder(config).to_dict()})["encoder"]), None
-    if not (run / TOKENIZER).is_file():
-        raise CheckpointError(f"{run} has {CONFIG} but no {TOKENIZER}; copy the run's {TOKENIZER} beside it")
-    described = described or _described(config, run / TOKENIZER)
-    return EncoderConfig.from_dict(described["encoder"]), JointConfig(
+        return {"encoder": encoder}
+    special = special_ids(load_tokenizer(_tokenizer(run)))
+    return {"encoder": encoder, "text": text_model_config(config.model.text, **special.of_text_model)}
+
+
+def _configuration(
+    run: Path, config: RunConfig, described: Mapping[str, Any]
+) -> tuple[EncoderConfig, JointConfig | None]:
+    encoder = EncoderConfig.from_dict(described["encoder"])
+    if config.objective.classifies:
+        return encoder, None
+    return encoder, JointConfig(
         config.model.embed_dim,
         config.model.pool_heads,
         config.objective.kind,
         described["text"],
         config.model.text.context_length,
-        (run / TOKENIZER).read_text(encoding="utf-8"),
+        _tokenizer(run).read_text(encoding="utf-8"),
     )
+
+
+def _tokenizer(run: Path) -> Path:
+    if not (run / TOKENIZER).is_file():
+        raise CheckpointError(f"{run} has {CONFIG} but no {TOKENIZER}; copy the run's {TOKENIZER} beside it")
+    return run / TOKENIZER
 
 
 def with_size_rule(config: EncoderConfig, stage: StageConfig) -> EncoderConfig:
@@ -156,19 +180,6 @@ def _averaged(run: Path, config: RunConfig, weights: Weights | None) -> bool:
     if weights == "averaged" and not has_average:
         raise CheckpointError(f"{run} keeps no averaged weights, optimizer.ema_decay is null; take the trained ones")
     return has_average if weights is None else weights == "averaged"
-
-
-def _described(config: RunConfig, tokenizer: Path) -> dict[str, Any]:
-    """Returns the configurations of encoder and text model for a checkpoint of an earlier version, which lacks them."""
-    special = special_ids(load_tokenizer(tokenizer))
-    sizes = {"vocab_size": special.vocab_size, "eos_id": special.eos_id, "pad_id": special.pad_id}
-    return {"encoder": _encoder(config).to_dict(), "text": text_model_config(config.model.text, **sizes)}
-
-
-def _encoder(config: RunConfig) -> EncoderConfig:
-    if config.model.init_from is not None:
-        return read_encoder_config(config.model.init_from)
-    return encoder_config(config.model)
 
 
 def _parameters(reader: ElasticReader, kinds: Mapping[str, str], buffers: Mapping[str, Tensor]) -> Tensors:

@@ -5,21 +5,22 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from univitar_ds.classes import ClassList
 from univitar_ds.config.deepspeed import resolve_deepspeed
-from univitar_ds.config.encoder import read_object
 from univitar_ds.config.load import before_extension, changed_result, check_config
-from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, CONFIG, DEEPSPEED, DESCRIPTION, START, TOKENIZER
+from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, CONFIG, DEEPSPEED, START, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.elastic import read_state
 from univitar_ds.formats.recognise import open_stored
-from univitar_ds.formats.run import run_configuration
+from univitar_ds.formats.run import run_description
 from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.kernels.dispatch import compile_on_cpu
 from univitar_ds.model.build import build_contrastive
@@ -54,7 +55,7 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
         parts = trained_parts(cfg, stage)
         began = {part: saved["began"].get(part, progress.step) for part in parts}
         start = _start(cfg, run) if folder is None else None
-        model = _build_model(cfg, run, start, _description(run, saved, cfg))
+        model = _build_model(cfg, run, start, run_description(run, cfg, saved.get("model")))
         freeze_but(model, parts)
         content = json.loads((run / DEEPSPEED).read_text(encoding="utf-8"))
         ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / CONFIG), str(run / DEEPSPEED)))
@@ -77,23 +78,12 @@ def _start(cfg: RunConfig, run: Path) -> StoredModel | None:
     """Opens the weights that a new run starts from: the run's own copy, or the folder in the configuration."""
     if cfg.model.init_from is None:
         return None
-    return open_stored(run / START if (run / START).is_dir() else cfg.model.init_from)
-
-
-def _description(run: Path, saved: dict, cfg: RunConfig) -> dict | None:
-    """Returns the description of the run's model; None if it follows from the configuration, as in old runs."""
-    if (run / DESCRIPTION).is_file():
-        return read_object(run / DESCRIPTION)
-    if "model" in saved:
-        return saved["model"]
-    if cfg.model.init_from is None:
-        return None
-    encoder, joint = run_configuration(run)
-    return {"encoder": encoder.to_dict()} | ({} if joint is None else {"text": joint.text})
+    source = run / START if (run / START).is_dir() else cfg.model.init_from
+    return open_stored(source, verify=False)  # `create_run` has verified it, once for all ranks
 
 
 def _build_model(
-    cfg: RunConfig, run: Path, start: StoredModel | None, description: dict | None
+    cfg: RunConfig, run: Path, start: StoredModel | None, description: Mapping[str, Any]
 ) -> ContrastiveModel | ClassificationModel:
     teacher = cfg.objective.teacher
     given = {
@@ -105,8 +95,7 @@ def _build_model(
     if cfg.objective.classifies:
         return build_classifier(cfg.model, classes=len(ClassList.read(run / CLASSES)), **given)
     special = special_ids(load_tokenizer(run / TOKENIZER))
-    sizes = {"vocab_size": special.vocab_size, "eos_id": special.eos_id, "pad_id": special.pad_id}
-    return build_contrastive(cfg.model, **sizes, **given)
+    return build_contrastive(cfg.model, **special.of_text_model, **given)
 
 
 def _last_checkpoint(run: Path, world: World) -> Path | None:

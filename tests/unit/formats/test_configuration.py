@@ -97,7 +97,7 @@ def test_a_run_describes_the_whole_model(tmp_path, monkeypatch):
     assert (joint.embed_dim, joint.pool_heads, joint.objective, joint.context_length) == (16, 2, "softmax", 8)
     assert joint.tokenizer == (tmp_path / "tokenizer.json").read_text()
     special = special_ids(tokenizer)
-    tower = build_text_tower(TEXT, vocab_size=special.vocab_size, eos_id=special.eos_id, pad_id=special.pad_id)
+    tower = build_text_tower(TEXT, **special.of_text_model)
     assert joint.text == json.loads(tower.model.config.to_json_string(use_diff=False))
 
 
