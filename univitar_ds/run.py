@@ -38,7 +38,7 @@ from univitar_ds.config.unused import unused_parts
 from univitar_ds.errors import ConfigError, DataError, writing
 from univitar_ds.extras import extra
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.stored_model import StoredModel
+from univitar_ds.formats.stored_model import JointConfig, StoredModel
 from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link
 from univitar_ds.run_lock import RunLock
 
@@ -75,7 +75,8 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         _check_sources(config)
         _check_teacher(config)
         start = _open_start(config)
-        config = _with_joint(config, start)
+        joint = start.joint if start is not None and config.model.init_part == "model" else None
+        config = _with_joint(config, joint)
         run.mkdir(parents=True, exist_ok=True)
         lock.take()
         _check_unused(run, recipe)  # another launch may have written here since
@@ -86,7 +87,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         if config.objective.classifies:
             _provide_classes(config, run / CLASSES)
         else:
-            _provide_tokenizer(config, run / TOKENIZER, start)
+            _provide_tokenizer(config, run / TOKENIZER, joint)
         _write_description(config, run, start)
     return run
 
@@ -195,16 +196,16 @@ def _open_start(config: RunConfig) -> StoredModel | None:
     return open_stored(config.model.init_from, settings=StorageSettings.of(config.data))
 
 
-def _with_joint(config: RunConfig, start: StoredModel | None) -> RunConfig:
+def _with_joint(config: RunConfig, joint: JointConfig | None) -> RunConfig:
     """Returns the configuration with the joint embedding of the model that the whole run starts from.
 
     Only keys that the run file leaves out are set. Raises: ConfigError if the run file gives another tokenizer.
     """
-    if start is None or start.joint is None or config.model.init_part != "model":
+    if joint is None:
         return config
     if config.model.text.tokenizer is not None:
         raise ConfigError("model.init_part is model, so init_from brings the tokenizer; leave model.text.tokenizer out")
-    joint, model = start.joint, config.model
+    model = config.model
     given = {name: getattr(joint, name) for name in ("embed_dim", "pool_heads") if name not in model.model_fields_set}
     text = model.text
     if "context_length" not in text.model_fields_set:
@@ -233,15 +234,15 @@ def _write_description(config: RunConfig, run: Path, start: StoredModel | None) 
         write(start if whole else start.encoder_only(), run / START, "hf" if whole else "release")
 
 
-def _provide_tokenizer(config: RunConfig, target: Path, start: StoredModel | None) -> None:
+def _provide_tokenizer(config: RunConfig, target: Path, joint: JointConfig | None) -> None:
     """Writes the run's tokenizer: that of the whole model that the run starts from, the configured one, that of the
     text tower's folder, or one trained on captions."""
     from univitar_ds.data.shards.sources import iterate_captions
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.tokenization import load_tokenizer, train_tokenizer
 
-    if start is not None and start.joint is not None and config.model.init_part == "model":
-        replace_bytes(target, start.joint.tokenizer.encode("utf-8"))
+    if joint is not None:
+        replace_bytes(target, joint.tokenizer.encode("utf-8"))
         load_tokenizer(target)
         return
     text = config.model.text

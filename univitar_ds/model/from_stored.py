@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from univitar_ds.config.model import ModelConfig
 from univitar_ds.errors import CheckpointError
-from univitar_ds.formats.stored_model import HEADS, VISION, StoredModel, TensorInfo
+from univitar_ds.formats.stored_model import HEADS, VISION, JointConfig, StoredModel, Tensors
 from univitar_ds.model.classification import ClassificationModel
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.towers import text_tower
 from univitar_ds.model.weights import describe_misfit
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def build_encoder(stored: StoredModel, *, attention: str = "auto", checkpoint_every: int = 0) -> UniViTAR:
@@ -23,13 +25,10 @@ def build_encoder(stored: StoredModel, *, attention: str = "auto", checkpoint_ev
 
     Raises: CheckpointError that lists missing, unexpected and misshapen tensors; or if a file is damaged.
     """
-    stored = stored.encoder_only()
     with torch.device("meta"):
         encoder = UniViTAR(stored.encoder, attention=attention, checkpoint_every=checkpoint_every)
-    tensors = stored.tensors.renamed(lambda name: name.removeprefix(VISION))
-    _check(stored.path, encoder, tensors.infos)
-    encoder.load_state_dict(dict(tensors), assign=True)
-    return encoder.eval()
+    tensors = stored.encoder_only().tensors.renamed(lambda name: name.removeprefix(VISION))
+    return _filled(encoder, stored.path, tensors)
 
 
 def build_model(stored: StoredModel, *, attention: str = "auto") -> ContrastiveModel:
@@ -41,16 +40,9 @@ def build_model(stored: StoredModel, *, attention: str = "auto") -> ContrastiveM
     """
     if stored.joint is None:
         raise CheckpointError(f"{stored.path} holds an encoder alone, without pooling, projections and text tower")
-    joint = stored.joint
     with torch.random.fork_rng(devices=[]):
-        text = text_tower(joint.text)  # not on "meta": transformers has buffers that no checkpoint stores
-    config = ModelConfig(embed_dim=joint.embed_dim, pool_heads=joint.pool_heads, attention=attention)
-    with torch.device("meta"):
-        model = ContrastiveModel(UniViTAR(stored.encoder, attention=attention), text, config)
-    tensors = stored.tensors.renamed(lambda name: None if name.startswith(HEADS) else name)
-    _check(stored.path, model, tensors.infos)
-    model.load_state_dict(dict(tensors), assign=True)
-    return model.eval()
+        text = text_tower(stored.joint.text)  # not on "meta": transformers has buffers that no checkpoint stores
+    return _filled(_joined(stored, stored.joint, text, attention), stored.path, _without_heads(stored.tensors))
 
 
 def build_classifier_of(stored: StoredModel, config: ModelConfig, classes: int) -> ClassificationModel:
@@ -62,27 +54,38 @@ def build_classifier_of(stored: StoredModel, config: ModelConfig, classes: int) 
     settings = config.model_copy(update={"attention": "auto"})
     with torch.device("meta"):
         model = ClassificationModel(UniViTAR(stored.encoder), settings, classes)
-    tensors = stored.tensors.renamed(lambda name: None if name.startswith(HEADS) else name)
-    _check(stored.path, model, tensors.infos)
-    model.load_state_dict(dict(tensors), assign=True)
-    return model.eval()
+    return _filled(model, stored.path, _without_heads(stored.tensors))
 
 
 def check_complete(stored: StoredModel) -> None:
     """Raises: CheckpointError that lists missing, unexpected and misshapen tensors, before any tensor is read."""
     with torch.device("meta"):
-        vision = UniViTAR(stored.encoder)
         if stored.joint is None:
-            module: nn.Module = nn.ModuleDict({"vision": vision})
+            module: nn.Module = nn.ModuleDict({"vision": UniViTAR(stored.encoder)})
         else:
-            config = ModelConfig(embed_dim=stored.joint.embed_dim, pool_heads=stored.joint.pool_heads)
-            module = ContrastiveModel(vision, text_tower(stored.joint.text), config)
-    infos = {name: info for name, info in stored.tensors.infos.items() if not name.startswith(HEADS)}
-    _check(stored.path, module, infos)
+            module = _joined(stored, stored.joint, text_tower(stored.joint.text), "auto")
+    _check(stored.path, module, _without_heads(stored.tensors))
 
 
-def _check(path: Path, module: nn.Module, infos: Mapping[str, TensorInfo]) -> None:
-    complaint = describe_misfit(module.state_dict(), infos)
+def _joined(stored: StoredModel, joint: JointConfig, text: nn.Module, attention: str) -> ContrastiveModel:
+    """Returns the whole model around a text tower, without values."""
+    config = ModelConfig(embed_dim=joint.embed_dim, pool_heads=joint.pool_heads, attention=attention)
+    with torch.device("meta"):
+        return ContrastiveModel(UniViTAR(stored.encoder, attention=attention), text, config)
+
+
+def _without_heads(tensors: Tensors) -> Tensors:
+    return tensors.renamed(lambda name: None if name.startswith(HEADS) else name)
+
+
+def _filled(module: Module, path: Path, tensors: Tensors) -> Module:
+    _check(path, module, tensors)
+    module.load_state_dict(dict(tensors), assign=True)
+    return module.eval()
+
+
+def _check(path: Path, module: nn.Module, tensors: Tensors) -> None:
+    complaint = describe_misfit(module.state_dict(), tensors.infos)
     if complaint:
         raise CheckpointError(
             f"the tensors of {path} do not fit its configuration: {complaint}; use the files of one model"

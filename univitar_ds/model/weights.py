@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.encoder import CONFIG_FILE
 from univitar_ds.errors import CheckpointError
-from univitar_ds.formats.stored_model import TensorInfo, Tensors
-from univitar_ds.formats.weight_files import open_weights, some, write_weights
+from univitar_ds.formats import release
+from univitar_ds.formats.stored_model import VISION, StoredModel, TensorInfo, Tensors
+from univitar_ds.formats.weight_files import open_weights, some
 
 
 def load_into(model: nn.Module, folder: str | Path, *, assign: bool = False) -> None:
@@ -54,9 +53,8 @@ def save_encoder(folder: str | Path, model: nn.Module, *, safe: bool = True) -> 
     Args: safe: whether to write `model.safetensors` instead of `pytorch_model.bin`.
     Raises: StorageError if the folder cannot be written.
     """
-    folder = Path(folder)
-    write_weights(Tensors.of(model.state_dict()), folder, safe=safe)
-    replace_text(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2) + "\n")
+    tensors = Tensors.of(model.state_dict()).renamed(lambda name: VISION + name)
+    release.write(StoredModel(Path(folder), "module", model.config, tensors), Path(folder), safe=safe)
 
 
 def _form(tensor: Tensor | TensorInfo) -> str:
