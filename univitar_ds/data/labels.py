@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from univitar_ds.config.data import SourceConfig
-from univitar_ds.data.shards import captions, tar_index
-from univitar_ds.data.shards.sources import SourceShard, find_shards, spread
+from univitar_ds.data.shards import captions
+from univitar_ds.data.shards.sources import SourceShard, find_shards, spread, texts_of
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.storage.parallel import AT_ONCE
 from univitar_ds.data.storage.streams import RangeReader
@@ -47,24 +48,12 @@ def iterate_labels(
 def _labels_of(shard: SourceShard, most: int | None = None) -> set[tuple[str | None, str]]:
     """Returns the pairs of set and label of a shard's first `most` samples (None: of all)."""
     pairs: set[tuple[str | None, str]] = set()
-    ranges = RangeReader(shard.storage, shard.path, shard.size)
-    samples = 0
-    with ranges.buffered() as stream:
-        for found in tar_index.scan(stream, shard.name, shard.size):
-            if samples == most:
-                break
-            if isinstance(found, tar_index.Damage):
-                continue  # the training loader counts and reports damage
-            samples += 1
-            texts = {}
-            for member in found.members:
-                if member.extension in captions.EXTENSIONS and member.length <= captions.BYTES_LIMIT:
-                    stream.seek(member.offset)
-                    texts[member.extension] = stream.read(member.length)
-            with suppress(SampleError):
-                said = captions.read_texts(texts, lines=shard.caption_lines)
-                about = {"class_names": shard.class_names, "templates": None}
-                label = captions.resolve(said.captions, said.label, said.ignored, **about)[1]
-                if label is not None:
-                    pairs.add((said.set, label))
+    texts = texts_of(shard, RangeReader(shard.storage, shard.path, shard.size))
+    for contents in itertools.islice(texts, most):
+        with suppress(SampleError):
+            said = captions.read_texts(contents, lines=shard.caption_lines)
+            about = {"class_names": shard.class_names, "templates": None}
+            label = captions.resolve(said.captions, said.label, said.ignored, **about)[1]
+            if label is not None:
+                pairs.add((said.set, label))
     return pairs

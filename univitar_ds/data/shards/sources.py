@@ -231,21 +231,26 @@ def _lacking(
 def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
     """Yields the captions of a shard in order, until `most_bytes` have been read."""
     ranges = RangeReader(shard.storage, shard.path, shard.size)
+    for contents in texts_of(shard, ranges):
+        with suppress(SampleError):
+            said = captions.read_texts(contents, lines=shard.caption_lines)
+            about = {"class_names": shard.class_names, "templates": shard.templates}
+            yield from captions.resolve(said.captions, said.label, said.ignored, **about)[0]
+        if ranges.fetched >= most_bytes:
+            return
+
+
+def texts_of(shard: SourceShard, ranges: RangeReader) -> Iterator[dict[str, bytes]]:
+    """Yields the contents of each sample's texts by extension, read by `ranges`, for `captions.read_texts`."""
     with ranges.buffered() as stream:
         for found in tar_index.scan(stream, shard.name, shard.size):
             if isinstance(found, tar_index.Damage):
                 continue  # the training loader counts and reports damage
-            texts = {
+            yield {
                 member.extension: _content(stream, member)
                 for member in found.members
                 if member.extension in captions.EXTENSIONS and member.length <= captions.BYTES_LIMIT
             }
-            with suppress(SampleError):
-                said = captions.read_texts(texts, lines=shard.caption_lines)
-                about = {"class_names": shard.class_names, "templates": shard.templates}
-                yield from captions.resolve(said.captions, said.label, said.ignored, **about)[0]
-            if ranges.fetched >= most_bytes:
-                return
 
 
 def _content(stream: BinaryIO, member: tar_index.Member) -> bytes:
