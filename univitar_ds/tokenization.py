@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,22 +79,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if not Path(path).is_file():
         raise ConfigError(f"no tokenizer at {path}; name a tokenizer.json, or leave it out to have one trained")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a plain Exception for a file that it cannot parse
-        raise ConfigError(f"{path} is no tokenizer.json that the tokenizers library can read: {error}") from error
-    special_ids(tokenizer, str(path))
-    return _plain(tokenizer)
+    return _usable(Tokenizer.from_file, str(path), str(path))
 
 
-def tokenizer_of(text: str) -> Tokenizer:
-    """Returns the tokenizer with this content of tokenizer.json, for `encode`. Raises: ConfigError as
-    `load_tokenizer`."""
+def tokenizer_of(text: str, name: str = "the model's tokenizer.json") -> Tokenizer:
+    """Returns the tokenizer with this content of tokenizer.json, for `encode`.
+
+    Args: name: name of the file in the message.
+    Raises: ConfigError as `load_tokenizer`.
+    """
+    return _usable(Tokenizer.from_str, text, name)
+
+
+def _usable(parse: Callable[[str], Tokenizer], source: str, name: str) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises a plain Exception
-        raise ConfigError(f"the model's tokenizer.json cannot be read by the tokenizers library: {error}") from error
-    special_ids(tokenizer, "the model's tokenizer.json")
+        tokenizer = parse(source)
+    except Exception as error:  # the library raises a plain Exception for what it cannot parse
+        raise ConfigError(f"{name} is no tokenizer.json that the tokenizers library can read: {error}") from error
+    special_ids(tokenizer, name)
     return _plain(tokenizer)
 
 

@@ -36,7 +36,7 @@ from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig, read_object
 from univitar_ds.errors import CheckpointError, ConfigError, writing
 from univitar_ds.formats.stored_model import HEADS, VISION, JointConfig, StoredModel, Tensors
 from univitar_ds.formats.weight_files import open_weights, some, write_weights
-from univitar_ds.tokenization import special_ids
+from univitar_ds.tokenization import special_ids, tokenizer_of
 
 NAME = "hf"
 FORMAT_VERSION = 1
@@ -326,13 +326,9 @@ def _with_template(text: str, name: str = OWN) -> tuple[str, dict[str, str]]:
 def _parsed(text: str, name: str = OWN) -> Tokenizer:
     """Returns a tokenizer. Raises: CheckpointError if it cannot be used, here or in transformers."""
     try:
-        tokenizer = Tokenizer.from_str(text)
-        special_ids(tokenizer, name)
+        return tokenizer_of(text, name)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
-    except Exception as error:  # the library raises a plain Exception for text that it cannot parse
-        raise CheckpointError(f"{name} is no tokenizer.json that the tokenizers library can read: {error}") from error
-    return tokenizer
 
 
 def _json(values: dict[str, Any]) -> str:
