@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from univitar_ds.errors import UserError
+from univitar_ds.evaluation.embed import embed_texts
+from univitar_ds.evaluation.zero_shot import class_vectors
 from univitar_ds.formats.recognise import open_stored
 from univitar_ds.formats.run import Weights
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
@@ -19,7 +21,7 @@ from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.from_stored import build_encoder, build_model
 from univitar_ds.preprocessing import Preprocessor
-from univitar_ds.tokenization import encode, tokenizer_of
+from univitar_ds.tokenization import tokenizer_of
 
 Item = Image.Image | Sequence[Image.Image]
 """An image, or a video as a list of frames (an even number, of equal size)."""
@@ -27,7 +29,6 @@ TEMPLATES = ("a photo of a {}.",)
 """Default sentences for class names."""
 TOKENS_AT_ONCE = 16384
 """Default maximum number of tokens in a pack, unless one item has more."""
-_TEXTS_AT_ONCE = 256
 
 
 class Features(NamedTuple):
@@ -184,12 +185,9 @@ class UniViTARModel(nn.Module):
         model = self._whole("encode_text")
         if isinstance(texts, str):
             raise UserError("encode_text takes a list of texts; put a single one in a list")
-        rows = [torch.empty(0, model.text_proj.out_features, device=self.device)]
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            part = list(texts[start : start + _TEXTS_AT_ONCE])
-            ids, lengths = encode(self._tokenizer, part, self.joint.context_length)
-            rows.append(model.encode_text(ids.to(self.device), lengths.to(self.device)))
-        return torch.cat(rows)
+        if not texts:
+            return torch.empty(0, model.text_proj.out_features, device=self.device)
+        return embed_texts(model, self._tokenizer, texts, self.joint.context_length).to(self.device)
 
     @torch.no_grad()
     def similarity(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
@@ -223,9 +221,7 @@ class UniViTARModel(nn.Module):
         lacking = [template for template in templates if "{}" not in template]
         if lacking or not templates:
             raise UserError(f"a template needs {{}} where the class name goes, got {lacking or 'no template'}")
-        sentences = [template.replace("{}", name) for name in class_names for template in templates]
-        classes = self.encode_text(sentences).view(len(class_names), len(templates), -1).mean(dim=1)
-        return nn.functional.normalize(classes, dim=-1)
+        return class_vectors(class_names, templates, self.encode_text)
 
     @torch.no_grad()
     def class_probabilities(self, image_embeddings: Tensor, classes: Tensor) -> Tensor:
