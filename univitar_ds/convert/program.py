@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig
-from univitar_ds.errors import CheckpointError, ConfigError, InstallationError, writing
+from univitar_ds.errors import CheckpointError, ConfigError, writing
+from univitar_ds.extras import extra
 from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.formats.weight_files import remembering
 from univitar_ds.geometry import cumulative, token_count
@@ -83,12 +84,8 @@ def export_onnx(
     Raises: ConfigError if a grid is impossible; CheckpointError if tensors and configuration do not fit;
         InstallationError without the extra `onnx`; StorageError if `folder` cannot be written.
     """
-    try:
+    with extra("onnx"):
         import onnxscript  # noqa: F401, torch.onnx imports it later
-    except ImportError as error:
-        raise InstallationError(
-            f"ONNX files need onnx and onnxscript, which cannot be imported ({error}); pip install 'univitar_ds[onnx]'"
-        ) from error
     folder = Path(folder)
     free = image_program(model).float()
     grids = _checked(grid_thw, free.config.spatial_merge_size)

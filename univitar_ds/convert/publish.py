@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from types import ModuleType
 
 from univitar_ds.errors import CheckpointError, InstallationError, StorageError, first_line
+from univitar_ds.formats.recognise import HUB_NAME
 from univitar_ds.formats.weight_files import WEIGHT_NAME
 from univitar_ds.owned import MARK
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FIRST_WORDS = 300
 
 
@@ -20,7 +19,7 @@ def check_name(name: str) -> None:
 
     Raises: CheckpointError if `name` is not owner/name or there is no token; InstallationError without huggingface_hub.
     """
-    if not _NAME.fullmatch(name):
+    if not HUB_NAME.fullmatch(name):
         raise CheckpointError(f"{name!r} is no name on the hub; give owner/name, such as lab/photos-encoder")
     hub = _library()
     if hub.get_token() is None:

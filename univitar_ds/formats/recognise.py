@@ -31,7 +31,8 @@ _MODULES = {
 FORMATS = tuple(_MODULES)
 _TENSORS_ALONE = ("universal", "deepspeed", "dcp")
 """Formats that may hold tensors without the configuration of their model."""
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""Names of models on the Hugging Face hub: owner/name."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")
 _COPIED = 1 << 24
 
@@ -93,7 +94,7 @@ def local_folder(source: str | Path, settings: StorageSettings = LOCAL) -> Path:
         raise CheckpointError(f"{source} is a file; name the folder of a model")
     if text.startswith(S3):
         return _from_s3(text.rstrip("/") + "/", settings)
-    if _HUB_NAME.fullmatch(text):
+    if HUB_NAME.fullmatch(text):
         return _from_hub(text)
     raise CheckpointError(f"{source} is neither a folder, an s3:// address nor a hub name (owner/name)")
 

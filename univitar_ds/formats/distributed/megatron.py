@@ -59,7 +59,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from univitar_ds.config.encoder import EncoderConfig, read_object
-from univitar_ds.errors import CheckpointError, ConfigError, InstallationError, writing
+from univitar_ds.errors import CheckpointError, ConfigError, writing
+from univitar_ds.extras import extra
 from univitar_ds.formats.sidecar import SIDECAR, read_sidecar, write_sidecar
 from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
 from univitar_ds.formats.weight_files import reading, remembering, save_pt
@@ -230,13 +231,8 @@ def sharded_state_dict(
     Args: slices: tensors as `load_slices` returns them; dp_rank: rank among the processes with equal slices.
     Raises: InstallationError without the extra `megatron`.
     """
-    try:
+    with extra("megatron"):
         from megatron.core.dist_checkpointing import ShardedTensor
-    except ImportError as error:
-        raise InstallationError(
-            f"Megatron's descriptions need megatron-core, which cannot be imported ({error}); "
-            "pip install 'univitar_ds[megatron]'"
-        ) from error
     described = {}
     for name, tensor in slices.items():
         axis = split_axis(name)
