@@ -8,40 +8,35 @@
 with `dcp.load({"model": model.state_dict()}, checkpoint_id=folder)`. `read` also reads checkpoints of other programs,
 with the tensors of this project's model below any prefix.
 
-`.metadata` is read with an unpickler that knows only the names in `_STAND_INS` and replaces each by a class or function
-that does nothing; a file that names anything else is refused.
+The files are read by `dcp_files`, which refuses a pickle that names code.
 """
 
 from __future__ import annotations
 
-import io
-import math
 import os
-import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from univitar_ds.errors import CheckpointError, first_line, writing
+from univitar_ds.errors import writing
 from univitar_ds.formats.configuration import (
     Configuration,
     canonical_names,
     find_configuration,
     whole_or_encoder,
 )
+from univitar_ds.formats.distributed.dcp_files import METADATA, DcpFiles, StandIns
 from univitar_ds.formats.sidecar import SIDECAR, write_sidecar
-from univitar_ds.formats.stored_model import MOMENTS, VISION, OptimizerState, StoredModel, TensorInfo, Tensors
+from univitar_ds.formats.stored_model import MOMENTS, VISION, OptimizerState, StoredModel, Tensors
 from univitar_ds.formats.weight_files import remembering
 from univitar_ds.owned import Names
 
-METADATA = ".metadata"
 MODEL, OPTIMIZER, STATE, GROUPS = "model", "optimizer", "state", "param_groups"
 FILES: Names = {r"\.metadata(\.tmp)?": None, r"__\d+_\d+\.distcp": None, re.escape(SIDECAR): None}
 """All entries that `write` makes."""
@@ -52,70 +47,10 @@ DEFAULTS: dict[str, Any] = {
 """Settings of torch's AdamW that a program asks for, and that other formats may not have."""
 
 
-class _Fields:
-    """Stands in for a class: keeps an object's attributes and does nothing."""
-
-    def __init__(self, *_: Any) -> None:
-        self.state: Any = {}
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return getattr(self, "state", {}).get(name, default)
-
-
-def _nothing(*_: Any) -> None:
-    """Stands in for a function and for classes whose objects are not needed."""
-
-
-_DCP = "torch.distributed.checkpoint"
-_STAND_INS: dict[tuple[str, str], str] = {
-    **{
-        (f"{_DCP}.metadata", name): name
-        for name in (
-            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-            "MetadataIndex", "StorageMeta",
-        )
-    },
-    (f"{_DCP}.filesystem", "_StorageInfo"): "_StorageInfo",
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): "",
-    ("torch.serialization", "_get_layout"): "",
-    ("pathlib", "PosixPath"): "", ("pathlib", "WindowsPath"): "",
-    ("pathlib._local", "PosixPath"): "", ("pathlib._local", "WindowsPath"): "",
-}  # fmt: skip
-"""What `.metadata` may name beside torch's types and sizes, with the name of its stand-in ("" for `_nothing`)."""
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads `.metadata`. The stand-ins are new classes of each object, since a pickle may change attributes of them."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self._classes = {name: type(name, (_Fields,), {}) for name in _STAND_INS.values() if name}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _STAND_INS:
-            return self._classes.get(_STAND_INS[module, name], _nothing)
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise CheckpointError(
-            f"the metadata needs {module}.{name} to be read, which could run code; only the metadata of "
-            f"{_DCP} is read. Save the checkpoint without it."
-        )
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Part of a tensor, or a value: `length` bytes of `file` from `offset`, for the block `sizes` from `at`."""
-
-    file: Path
-    offset: int
-    length: int
-    at: tuple[int, ...] = ()
-    sizes: tuple[int, ...] = ()
+_PATHS: StandIns = {
+    (module, name): "" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")
+}
+"""Names in `.metadata` of checkpoints that torch's own writer has written."""
 
 
 def recognises(folder: Path) -> bool:
@@ -231,52 +166,11 @@ def _state_dict(model: StoredModel) -> tuple[dict[str, Callable[[], Tensor]], di
     return readers, state
 
 
-class _Source:
-    """A checkpoint's metadata: `infos` of tensors and `paths` in the saved state dict, by name."""
+class _Source(DcpFiles):
+    """A checkpoint with the layout of a state dict."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / METADATA
-        try:
-            content = _Unpickler(io.BytesIO(self._path.read_bytes())).load()
-        except CheckpointError as error:
-            raise CheckpointError(f"{self._path}: {error}") from error
-        except Exception as error:  # a hostile file can make the unpickler raise anything
-            raise self._damaged(error) from error
-        try:
-            self._take(content, folder)
-        except (AttributeError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: Exception) -> CheckpointError:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        return CheckpointError(f"{self._path} is damaged or not of {_DCP} ({reason}); fetch it again")
-
-    def _take(self, content: Any, folder: Path) -> None:
-        places = {}
-        for index, info in content.get("storage_data").items():
-            places[index.get("fqn"), tuple(index.get("offset") or ())] = _piece(info, folder)
-        paths = content.get("planner_data")
-        self.paths: dict[str, tuple[Any, ...]] = {}
-        self.infos: dict[str, TensorInfo] = {}
-        self._pieces: dict[str, list[_Piece]] = {}
-        for name, stored in content.get("state_dict_metadata").items():
-            path = paths.get(name) if isinstance(paths, Mapping) else None
-            self.paths[name] = tuple(path) if path else (name,)
-            if stored.get("chunks") is None:
-                self._pieces[name] = [places[name, ()]]
-                continue
-            # The state of TensorProperties is a tuple that begins with the type.
-            dtype, shape = stored.get("properties").state[0], _sizes(stored.get("size"))
-            if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"{name} has the type {dtype!r}")
-            self.infos[name] = TensorInfo(shape, dtype)
-            self._pieces[name] = [
-                _block(places[name, tuple(chunk.get("offsets"))], chunk, name) for chunk in stored.get("chunks")
-            ]
-            _check_blocks(name, self.infos[name], self._pieces[name])
-
-    def tensors(self) -> Tensors:
-        return Tensors(self.infos, self._read)
+        super().__init__(folder, _PATHS)
 
     def optimizer(self, member: Callable[[str], str | None]) -> OptimizerState | None:
         """Returns the optimizer's state; None if a moment or the groups are missing.
@@ -288,14 +182,14 @@ class _Source:
             if STATE in path[:-2] and path[-1] in entries and (found := member(str(path[-2]))):
                 entries[path[-1]][found] = name
             elif GROUPS in path[:-2] and isinstance(path[-2], int):
-                values.setdefault(path[-2], {})[str(path[-1])] = self._value(name)
+                values.setdefault(path[-2], {})[str(path[-1])] = self.value(name)
         groups = []
         for _, group in sorted(values.items()):
             names = [found for name in group.get("params") or () if (found := member(str(name)))]
             if not all(name in entries[kind] for name in names for kind in MOMENTS):
                 return None
             if names:
-                step = int(self._value(entries["step"][names[0]])) if names[0] in entries["step"] else 0
+                step = int(self.value(entries["step"][names[0]])) if names[0] in entries["step"] else 0
                 groups.append({**group, "step": step, "params": names})
         if not groups:
             return None
@@ -308,67 +202,3 @@ class _Source:
             for kind in MOMENTS
         ]
         return OptimizerState(max(group["step"] for group in groups), *moments, groups)
-
-    def _value(self, name: str) -> Any:
-        return self._read(name) if name in self.infos else _load(self._pieces[name][0])
-
-    def _read(self, name: str) -> Tensor:
-        info, pieces = self.infos[name], self._pieces[name]
-        whole = torch.zeros(info.shape, dtype=info.dtype)
-        for piece in pieces:
-            stored = _load(piece)
-            if not isinstance(stored, Tensor) or tuple(stored.shape) != piece.sizes or stored.dtype != info.dtype:
-                raise CheckpointError(f"{piece.file} has other content for {name} than its metadata; fetch it again")
-            whole[tuple(slice(at, at + size) for at, size in zip(piece.at, piece.sizes, strict=True))] = stored.detach()
-        return whole
-
-
-def _piece(info: Any, folder: Path) -> _Piece:
-    name, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
-    if not isinstance(name, str) or Path(name).name != name or name in ("..", METADATA):
-        raise ValueError(f"it names the file {name!r}; files must be in its own folder")
-    if info.get("transform_descriptors"):
-        raise ValueError(f"{name} is compressed or encrypted, write it without extensions")
-    if not (isinstance(offset, int) and isinstance(length, int) and offset >= 0 and length >= 0):
-        raise ValueError(f"{name} has the range {offset!r}, {length!r}")
-    path = folder / name
-    if not path.is_file():
-        raise ValueError(f"the file {name} is missing")
-    if offset + length > path.stat().st_size:
-        raise ValueError(f"the file {name} ends before byte {offset + length}")
-    return _Piece(path, offset, length)
-
-
-def _block(place: _Piece, chunk: Any, name: str) -> _Piece:
-    return _Piece(place.file, place.offset, place.length, _sizes(chunk.get("offsets")), _sizes(chunk.get("sizes")))
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not all(isinstance(value, int) and value >= 0 for value in values):
-        raise ValueError(f"{values!r} is not a shape")
-    return tuple(values)
-
-
-def _check_blocks(name: str, info: TensorInfo, pieces: list[_Piece]) -> None:
-    """Raises: ValueError if blocks lie outside of the tensor, do not fill it, or are larger than what is stored."""
-    for piece in pieces:
-        ends = [at + size for at, size in zip(piece.at, piece.sizes, strict=True)]
-        if len(ends) != len(info.shape) or any(end > side for end, side in zip(ends, info.shape, strict=True)):
-            raise ValueError(f"a part of {name} is outside of the shape {info.shape}")
-        if math.prod(piece.sizes) * info.dtype.itemsize > piece.length:
-            raise ValueError(f"a part of {name} is larger than what is stored of it")
-    if sum(math.prod(piece.sizes) for piece in pieces) != math.prod(info.shape):
-        raise ValueError(f"the parts of {name} do not fill the shape {info.shape}")
-
-
-def _load(piece: _Piece) -> Any:
-    """Returns a stored tensor or value. Raises: CheckpointError if it is damaged or holds more than plain values."""
-    try:
-        with piece.file.open("rb") as file:
-            file.seek(piece.offset)
-            return torch.load(io.BytesIO(file.read(piece.length)), map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile file can make the unpickler raise anything
-        reason = first_line(error)[:300]
-        raise CheckpointError(
-            f"{piece.file} is damaged or holds more than tensors and plain values ({reason}); fetch it again"
-        ) from error

@@ -34,14 +34,10 @@ model in memory.
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +45,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -61,9 +56,10 @@ from torch.distributed.checkpoint.metadata import (
 from univitar_ds.config.encoder import EncoderConfig, read_object
 from univitar_ds.errors import CheckpointError, ConfigError, writing
 from univitar_ds.extras import extra
+from univitar_ds.formats.distributed.dcp_files import DCP, METADATA, DcpFiles, StandIns, load_plain
 from univitar_ds.formats.sidecar import SIDECAR, read_sidecar, write_sidecar
-from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
-from univitar_ds.formats.weight_files import reading, remembering, save_pt
+from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerState, StoredModel, Tensors
+from univitar_ds.formats.weight_files import remembering, save_pt
 from univitar_ds.owned import Names
 
 if TYPE_CHECKING:
@@ -71,10 +67,9 @@ if TYPE_CHECKING:
 
 FORMAT = "megatron"
 BACKEND = "metadata.json"
-PLACES = ".metadata"
 COMMON = "common.pt"
 DATA = "__0_0.distcp"
-FILES: Names = {"|".join(map(re.escape, (BACKEND, PLACES, COMMON, DATA, SIDECAR))): None}
+FILES: Names = {"|".join(map(re.escape, (BACKEND, METADATA, COMMON, DATA, SIDECAR))): None}
 """All entries that `write` makes."""
 _BACKENDS = {
     "sharded_backend": "torch_dist",
@@ -98,32 +93,20 @@ _SPLIT = {
     1: re.compile(rf"{_VISION}(attn\.proj|mlp\.fc2)\.weight|{_TEXT}(self_attn\.out_proj|mlp\.fc2)\.weight"),
 }
 """Names of the tensors that are split along each axis."""
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-        torch.uint8, torch.bool,
-    )
-}  # fmt: skip
-_ALLOWED = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+_PLANS: StandIns = {
+    **{
+        (f"{DCP}.planner", name): name
+        for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
     },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
-    },
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *_DTYPES},
-}  # fmt: skip
-"""The only names that `.metadata` may import, by module. All are plain records."""
+    (f"{DCP}.filesystem", "_StoragePrefix"): "_StoragePrefix",
+}
+"""Names in `.metadata` of checkpoints that Megatron-Core has written."""
 
 
 def recognises(folder: Path) -> bool:
     """Returns whether `folder` has the marks of a checkpoint of Megatron-Core. Never raises."""
     try:
-        return (folder / PLACES).is_file() and "sharded_backend" in json.loads(
+        return (folder / METADATA).is_file() and "sharded_backend" in json.loads(
             (folder / BACKEND).read_text(encoding="utf-8")
         )
     except (OSError, ValueError, TypeError, RecursionError):
@@ -179,7 +162,7 @@ def write(model: StoredModel, folder: Path) -> None:
                     places[index] = _StorageInfo(DATA, start, file.tell() - start)
         save_pt(common, folder / COMMON)
         metadata = Metadata(shapes, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
-        (folder / PLACES).write_bytes(pickle.dumps(metadata))
+        (folder / METADATA).write_bytes(pickle.dumps(metadata))
         write_sidecar(model, folder)
         (folder / BACKEND).write_text(json.dumps(_BACKENDS), encoding="utf-8")
 
@@ -251,34 +234,6 @@ def _check_heads(tp_size: int, encoder: EncoderConfig, joint: JointConfig | None
             raise ConfigError(f"tp_size {tp_size} does not divide the {heads} heads of the {tower}; choose a divisor")
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A box of a tensor, stored as `length` bytes from `start` of a file."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    path: Path
-    start: int
-    length: int
-
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """Returns the box. Raises: CheckpointError if the file holds anything else."""
-        with reading(self.path):
-            with self.path.open("rb") as file:
-                file.seek(self.start)
-                content = io.BytesIO(file.read(self.length))
-            part = _load(content, self.path)
-            if not isinstance(part, Tensor) or tuple(part.shape) != self.sizes or part.dtype != dtype:
-                raise ValueError(f"bytes from {self.start} are no tensor {self.sizes} of {dtype}")
-        return part.detach()
-
-    def overlaps(self, other: _Chunk) -> bool:
-        return all(
-            mine < there + length and there < mine + own
-            for mine, own, there, length in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
-        )
-
-
 def _open(folder: Path) -> Tensors:
     """Returns all tensors of a checkpoint as they are stored. Raises: CheckpointError."""
     backend = read_object(folder / BACKEND)
@@ -287,105 +242,13 @@ def _open(folder: Path) -> Tensors:
             f"{folder / BACKEND} has sharded_backend {backend.get('sharded_backend')!r}, only torch_dist can be read; "
             "save the checkpoint with torch_dist"
         )
-    path = folder / PLACES
-    metadata = _read_places(path)
-    infos: dict[str, TensorInfo] = {}
-    chunks: dict[str, list[_Chunk]] = {}
-    try:
-        for name, stored in metadata.state_dict_metadata.items():
-            if not isinstance(name, str):
-                raise ValueError(f"{name!r:.80} is no name of a tensor")
-            if isinstance(stored, BytesStorageMetadata):
-                continue  # an object of another program, which nothing here reads
-            info = TensorInfo(_lengths(stored.size), stored.properties.dtype)
-            if info.dtype not in _DTYPES.values():
-                raise ValueError(f"{name} has the type {info.dtype}")
-            infos[name] = info
-            chunks[name] = [_chunk(folder, name, info, chunk, metadata.storage_data) for chunk in stored.chunks]
-            _check_cover(name, info, chunks[name])
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); fetch the checkpoint again") from error
-    return Tensors(infos, lambda name: _assembled(infos[name], chunks[name]))
-
-
-def _chunk(folder: Path, name: str, info: TensorInfo, chunk: ChunkStorageMetadata, places: Mapping) -> _Chunk:
-    """Raises: ValueError if a box or its place is impossible."""
-    offsets, sizes = _lengths(chunk.offsets), _lengths(chunk.sizes)
-    if len(offsets) != len(info.shape) or len(sizes) != len(info.shape):
-        raise ValueError(f"{name} has boxes of another number of axes")
-    if any(start + size > whole for start, size, whole in zip(offsets, sizes, info.shape, strict=True)):
-        raise ValueError(f"{name} has a box outside of {info.shape}")
-    place = places[MetadataIndex(name, offsets)]
-    file = place.relative_path
-    if not isinstance(file, str) or Path(file).name != file:
-        raise ValueError(f"{name} is in {file!r}, files must be in the checkpoint's own folder")
-    if place.transform_descriptors:
-        raise ValueError(f"{name} is stored with the extension {place.transform_descriptors}")
-    start, length = _lengths((place.offset, place.length))
-    size = (folder / file).stat().st_size
-    if start + length > size or length < math.prod(sizes) * info.dtype.itemsize:
-        raise ValueError(f"{name} has {length} bytes from {start}, {file} has {size}")
-    return _Chunk(offsets, sizes, folder / file, start, length)
-
-
-def _check_cover(name: str, info: TensorInfo, chunks: list[_Chunk]) -> None:
-    """Raises: ValueError if boxes overlap or do not fill the tensor."""
-    filled = sum(math.prod(chunk.sizes) for chunk in chunks)
-    if filled != math.prod(info.shape) or any(one.overlaps(other) for one, other in combinations(chunks, 2)):
-        raise ValueError(f"the boxes of {name} do not fill it once")
-
-
-def _lengths(values: Any) -> tuple[int, ...]:
-    """Returns whole numbers. Raises: ValueError if one is something else or negative."""
-    if not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"{values!r:.80} are no lengths")
-    return tuple(values)
-
-
-def _assembled(info: TensorInfo, chunks: list[_Chunk]) -> Tensor:
-    if len(chunks) == 1:
-        return chunks[0].read(info.dtype)
-    whole = torch.empty(info.shape, dtype=info.dtype)
-    for chunk in chunks:
-        box = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-        whole[box] = chunk.read(info.dtype)
-    return whole
-
-
-class _Places(pickle.Unpickler):
-    """Unpickles the records of `.metadata` and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED.get(module, ()):
-            raise _Refused(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-class _Refused(Exception):
-    """The name that a pickle may not import."""
-
-
-def _read_places(path: Path) -> Metadata:
-    """Returns the content of `.metadata`. Raises: CheckpointError."""
-    try:
-        with path.open("rb") as file:
-            metadata = _Places(file).load()
-    except _Refused as error:
-        raise _refusal(path, str(error)) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); name a folder with a checkpoint") from error
-    except Exception as error:  # a damaged pickle can raise any error
-        raise CheckpointError(f"{path} is damaged ({error}); fetch the checkpoint again") from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path} must hold Metadata, got {type(metadata).__name__}; fetch the checkpoint again")
-    return metadata
+    return DcpFiles(folder, _PLANS).tensors()
 
 
 def _read_common(folder: Path) -> dict[str, Any]:
     """Returns step and groups of the optimizer. Raises: CheckpointError."""
     path = folder / COMMON
-    with reading(path):
-        common = _load(path, path)
+    common = load_plain(path, path)
     state = common.get("optimizer") if isinstance(common, dict) else None
     step, groups = (state.get(name) for name in ("step", "groups")) if isinstance(state, dict) else (None, None)
     if type(step) is not int or not isinstance(groups, list) or not all(map(_is_group, groups)):
@@ -396,26 +259,9 @@ def _read_common(folder: Path) -> dict[str, Any]:
     return {"step": step, "groups": groups}
 
 
-def _load(content: io.BytesIO | Path, path: Path) -> Any:
-    """Unpickles tensors and plain values. Raises: CheckpointError with the first other name that the pickle has."""
-    try:
-        return torch.load(content, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if (name := re.search(r"GLOBAL ([\w.]+)", str(error))) is None:
-            raise
-        raise _refusal(path, name[1]) from error
-
-
 def _is_group(group: Any) -> bool:
     names = group.get("params") if isinstance(group, dict) else None
     return isinstance(names, list) and all(isinstance(name, str) for name in names)
-
-
-def _refusal(path: Path, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} names {name}, which no weights need and which could run code; fetch the checkpoint from its author "
-        "again, or save its tensors alone"
-    )
 
 
 def _after(name: str, prefix: str) -> str | None:

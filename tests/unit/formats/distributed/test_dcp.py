@@ -23,6 +23,7 @@ from tests.unit.formats.made import (
 )
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats.distributed import dcp as format_dcp
+from univitar_ds.formats.distributed import dcp_files
 from univitar_ds.formats.stored_model import Tensors
 from univitar_ds.training.distributed.process_group import start_world
 
@@ -194,14 +195,14 @@ def test_other_names_are_refused(own, name):
 
 
 def test_a_pickle_cannot_change_the_stand_ins_of_other_reads(own):
-    before = dict(vars(format_dcp._Fields))
+    before = dict(vars(dcp_files.Fields))
     # GLOBAL of a class, then BUILD with (None, {"get": 1}), which sets an attribute of the class itself
     (own / ".metadata").write_bytes(
         b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x03\x00\x00\x00getK\x01s\x86b."
     )
     with pytest.raises(CheckpointError, match="is damaged"):
         format_dcp.read(own)
-    assert dict(vars(format_dcp._Fields)) == before
+    assert dict(vars(dcp_files.Fields)) == before
 
 
 def test_a_tensor_file_that_names_a_function_is_refused_and_nothing_is_run(own, tmp_path):
