@@ -113,6 +113,8 @@ def _rank_main(fn, args, rank: int, world_size: int, port: int, results: Connect
         answer = True, fn(*args)
     except BaseException:
         answer = False, traceback.format_exc()
+    for child in multiprocessing.active_children():  # a library's helpers; the rank is killed once it has answered
+        child.kill()
     results.send_bytes(pickle.dumps(answer))  # by value, because a tensor's shared memory is freed with this process
     results.close()
     os._exit(0)  # destructors of process groups would wait for ranks that may be dead
