@@ -74,15 +74,18 @@ class Job:
 STUB = """#!/bin/bash
 # In the place of Python: rank $SLURM_PROCID of a trainer that ends as $END says on its first start.
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
-echo "up $SLURM_PROCID"
 case $END in
-saved) mkdir -p "$RUN/checkpoints"; echo step > "$RUN/checkpoints/latest"; exit 85 ;;
-fault) exit 2 ;;
-crash) # only once the other rank runs: Slurm reports the end of one that it has to terminate
-    if [ "$SLURM_PROCID" = 0 ]; then until [ -e "$RUN.up" ]; do sleep 0.1; done; exit 1; fi
-    touch "$RUN.up" ;;
+saved | fault) trap '' TERM ;; # a rank ignores the signals to the others of an ended one once it ends itself
 saves) trap 'exit 85' TERM USR1 ;;
-early) ;;
+esac
+echo "up $SLURM_PROCID"
+touch "$RUN.up.$SLURM_PROCID"
+# Only once the other rank runs: Slurm terminates one that has not started, and reports that in place of this one's end.
+both() { until [ -e "$RUN.up.0" ] && [ -e "$RUN.up.1" ]; do sleep 0.1; done; }
+case $END in
+saved) both; mkdir -p "$RUN/checkpoints"; echo step > "$RUN/checkpoints/latest"; exit 85 ;;
+fault) both; exit 2 ;;
+crash) [ "$SLURM_PROCID" != 0 ] || { both; exit 1; } ;;
 evaluates) mkdir -p "$RUN/export"; printf '{\n  "completed": true\n}\n' > "$RUN/summary.json" ;;
 finishes) if [ "$SLURM_PROCID" = 0 ]; then sleep 8 && echo finished; fi; exit 0 ;;
 esac
