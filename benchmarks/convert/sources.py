@@ -29,8 +29,9 @@ from univitar_ds.config.schema import OptimizerConfig, RunConfig
 from univitar_ds.formats.elastic import BUFFERS, FORMAT, MASTER, STATE
 from univitar_ds.formats.sidecar import write_sidecar
 from univitar_ds.formats.stored_model import MOMENTS, VISION, JointConfig, StoredModel, Tensors
+from univitar_ds.model.build import build_contrastive
 from univitar_ds.model.config import PRESETS
-from univitar_ds.model.contrastive import ContrastiveModel, build_contrastive
+from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.tokenization import train_tokenizer
 from univitar_ds.training.checkpoint import atomic_dir
 
