@@ -31,7 +31,8 @@ class AttentionPool(nn.Module):
         self.heads = heads
         self.backend = backend
         self.norm = RMSNorm(width, eps)
-        self.query = nn.Parameter(torch.randn(width) * width**-0.5)
+        # On "meta", randn and a product outside of this call would import torch._dynamo, which takes a second.
+        self.query = nn.Parameter(torch.normal(0.0, 1.0, (width,)).mul_(width**-0.5))
         self.kv = nn.Linear(width, 2 * width)
         nn.init.xavier_uniform_(self.kv.weight)
         nn.init.zeros_(self.kv.bias)

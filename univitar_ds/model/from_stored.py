@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from univitar_ds.config.model import ModelConfig
 from univitar_ds.errors import CheckpointError
-from univitar_ds.formats.stored_model import HEADS, VISION, JointConfig, StoredModel, Tensors
+from univitar_ds.formats.stored_model import HEADS, VISION, JointConfig, StoredModel, TensorInfo, Tensors
 from univitar_ds.model.classification import ClassificationModel
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.encoder import UniViTAR
-from univitar_ds.model.towers import text_tower
+from univitar_ds.model.towers import text_shapes, text_tower
 from univitar_ds.model.weights import describe_misfit
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -59,12 +60,23 @@ def build_classifier_of(stored: StoredModel, config: ModelConfig, classes: int) 
 
 def check_complete(stored: StoredModel) -> None:
     """Raises: CheckpointError that lists missing, unexpected and misshapen tensors, before any tensor is read."""
+    complaint = describe_misfit(_wanted(stored), _without_heads(stored.tensors).infos)
+    if complaint:
+        raise _misfit(stored.path, complaint)
+
+
+def _wanted(stored: StoredModel) -> Mapping[str, Tensor | TensorInfo]:
+    """Returns the tensors that the configuration asks for, without values."""
     with torch.device("meta"):
         if stored.joint is None:
-            module: nn.Module = nn.ModuleDict({"vision": UniViTAR(stored.encoder)})
-        else:
-            module = _joined(stored, stored.joint, text_tower(stored.joint.text), "auto")
-    _check(stored.path, module, _without_heads(stored.tensors))
+            return nn.ModuleDict({"vision": UniViTAR(stored.encoder)}).state_dict()
+        shapes = text_shapes(stored.joint.text)
+        if shapes is None:
+            return _joined(stored, stored.joint, text_tower(stored.joint.text), "auto").state_dict()
+        text = nn.Module()
+        text.width = stored.joint.text.get("projection_size") or stored.joint.text["hidden_size"]
+        rest = _joined(stored, stored.joint, text, "auto").state_dict()
+        return rest | {f"text.{name}": info for name, info in shapes.items()}
 
 
 def _joined(stored: StoredModel, joint: JointConfig, text: nn.Module, attention: str) -> ContrastiveModel:
@@ -87,6 +99,10 @@ def _filled(module: Module, path: Path, tensors: Tensors) -> Module:
 def _check(path: Path, module: nn.Module, tensors: Tensors) -> None:
     complaint = describe_misfit(module.state_dict(), tensors.infos)
     if complaint:
-        raise CheckpointError(
-            f"the tensors of {path} do not fit its configuration: {complaint}; use the files of one model"
-        )
+        raise _misfit(path, complaint)
+
+
+def _misfit(path: Path, complaint: str) -> CheckpointError:
+    return CheckpointError(
+        f"the tensors of {path} do not fit its configuration: {complaint}; use the files of one model"
+    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError, first_line
+from univitar_ds.formats.stored_model import TensorInfo
 from univitar_ds.model.libraries import working_imports
 
 FAMILIES = {
@@ -24,6 +25,8 @@ FAMILIES = {
     "siglip2_text_model": "siglip2",
 }
 """The family of text tower for each supported `model_type` of transformers."""
+_ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh")
+"""Those of the published text models."""
 
 
 class CausalTextTower(nn.Module):
@@ -133,6 +136,41 @@ def text_tower(values: Mapping[str, Any]) -> nn.Module:
             return tower(model._from_config(configuration.from_dict(dict(values)), attn_implementation="sdpa"))
     except Exception as error:  # impossible values make the library raise anything
         raise CheckpointError(f"the text model's configuration is impossible: {first_line(error)}") from error
+
+
+def text_shapes(values: Mapping[str, Any]) -> dict[str, TensorInfo] | None:
+    """Returns the tensors of a text tower without transformers, whose import takes longer than a conversion.
+
+    Args: values: as of `text_tower`. Returns: the tensors by their names in the tower; None if `values` are unusual, so
+        that only `text_tower` can say whether they are possible.
+    """
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+    numbers = [values.get(name) for name in (*names, "num_attention_heads")]
+    if values.get("hidden_act") not in _ACTIVATIONS or not all(
+        type(number) is int and number > 0 for number in numbers
+    ):
+        return None
+    width, hidden, layers, vocabulary, positions, heads = numbers
+    head = values.get("projection_size")
+    family = FAMILIES.get(str(values.get("model_type")))
+    if width % heads or family is None or (family != "clip" and (type(head) is not int or head < 1)):
+        return None
+    shapes = {"embeddings.token_embedding.weight": (vocabulary, width)}
+    shapes["embeddings.position_embedding.weight"] = (positions, width)
+    square = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
+    linears = {**dict.fromkeys(square, (width, width)), "mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+    vectors = dict.fromkeys(("layer_norm1", "layer_norm2"), (width,))
+    parts = {
+        f"encoder.layers.{layer}.{name}": shape
+        for layer in range(layers)
+        for name, shape in (linears | vectors).items()
+    }
+    parts["final_layer_norm"] = (width,)
+    if family != "clip":
+        parts["head"] = (head, width)
+    for name, shape in parts.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return {f"model.{name}": TensorInfo(shape, torch.float32) for name, shape in shapes.items()}
 
 
 def check_text_library() -> None:

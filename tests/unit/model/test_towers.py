@@ -17,7 +17,7 @@ from transformers import (
 from tests.support.closeness import assert_sums_close, transformer_terms
 from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError
-from univitar_ds.model.towers import build_text_tower, text_model_config, text_tower
+from univitar_ds.model.towers import build_text_tower, text_model_config, text_shapes, text_tower
 
 VOCAB = {"vocab_size": 50, "eos_id": 49, "pad_id": 0}
 SMALL = TextConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64, context_length=12)
@@ -154,3 +154,29 @@ def test_a_tokenizer_or_context_too_large_for_the_folder_is_refused(tmp_path):
         build_text_tower(config, **{**VOCAB, "vocab_size": 51})
     with pytest.raises(ConfigError, match="context_length 13 exceeds the 12 positions"):
         build_text_tower(config.model_copy(update={"context_length": 13}), **VOCAB)
+
+
+@pytest.mark.parametrize("kind", ["clip_text_model", "siglip_text_model", "siglip2_text_model"])
+def test_the_tensors_of_a_tower_are_known_without_building_it(kind):
+    values = {**SHAPE, "model_type": kind, "hidden_act": "gelu"} | (
+        {} if kind.startswith("clip") else {"projection_size": 24}
+    )
+    tower = text_tower(values)
+    built = {name: tuple(value.shape) for name, value in tower.state_dict().items()}
+    assert {name: info.shape for name, info in text_shapes(values).items()} == built
+    assert tower.width == (32 if kind.startswith("clip") else 24)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 3},
+        {"vocab_size": 0},
+        {"num_hidden_layers": "2"},
+        {"hidden_act": "no"},
+        {"model_type": "bert"},
+    ],
+)
+def test_unusual_values_are_left_to_the_library(change):
+    values = {**SHAPE, "model_type": "clip_text_model", "hidden_act": "gelu"}
+    assert text_shapes(values) is not None and text_shapes(values | change) is None
