@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.errors import CheckpointError, DataError
+from univitar_ds.regular_files import read_text
 
 
 class Span(NamedTuple):
@@ -65,7 +66,7 @@ class ClassList:
     def read(cls, path: Path) -> ClassList:
         """Reads the list that `write` wrote. Raises: CheckpointError if the file is missing or damaged."""
         try:
-            sets = json.loads(path.read_text(encoding="utf-8"))["sets"]
+            sets = json.loads(read_text(path))["sets"]
             return cls({one["set"]: [str(name) for name in one["classes"]] for one in sets})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(

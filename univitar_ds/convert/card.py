@@ -16,6 +16,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.evaluation.report import render_evaluation, table
 from univitar_ds.formats.stored_model import HEADS, VISION, StoredModel
 from univitar_ds.model.config import PRESETS
+from univitar_ds.regular_files import read_text
 
 UNKNOWN_LICENCE = "unknown"
 """The hub's identifier for a model without a stated licence."""
@@ -161,7 +162,7 @@ def _results(model: StoredModel) -> str:
     """Returns the run's evaluation; empty if it is of another checkpoint or other weights."""
     path = model.path.parent.parent / EVALUATION
     try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = json.loads(read_text(path))
         averaged = evaluation.get("weights") == "averaged"
         if evaluation["checkpoint"] != model.path.name or averaged != bool(model.origin.get("averaged")):
             return ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from univitar_ds.config.load import load_config
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
+from univitar_ds.regular_files import read_bytes
 
 SECTIONS = ("evaluation", "data", "logging")
 """Sections that an evaluation reads."""
@@ -48,7 +49,7 @@ def same_evaluation(before: RunConfig, after: RunConfig) -> bool:
 def is_result(path: Path) -> bool:
     """Whether a file contains the results of an evaluation. Raises: OSError if it cannot be read."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
     except ValueError:
         return False
     return isinstance(content, dict) and content.keys() >= {"format", "checkpoint", "figures"}

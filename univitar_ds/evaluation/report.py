@@ -9,6 +9,7 @@ from typing import Any
 
 from univitar_ds.config.run_folder import EVALUATION, SUMMARY
 from univitar_ds.errors import UserError
+from univitar_ds.regular_files import read_text
 
 
 def render_run(run: str | Path) -> str:
@@ -100,6 +101,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); evaluate the run again") from error

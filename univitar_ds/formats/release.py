@@ -10,6 +10,7 @@ from univitar_ds.config.encoder import CONFIG_FILE, read_encoder_config
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats.stored_model import VISION, StoredModel
 from univitar_ds.formats.weight_files import BIN, SAFE, open_weights, write_weights
+from univitar_ds.regular_files import read_bytes
 
 WEIGHT_FILES = (SAFE, BIN, f"{SAFE}.index.json", f"{BIN}.index.json")
 
@@ -17,7 +18,7 @@ WEIGHT_FILES = (SAFE, BIN, f"{SAFE}.index.json", f"{BIN}.index.json")
 def recognises(folder: Path) -> bool:
     """Whether the folder has an encoder's `config.json` in the release's layout."""
     try:
-        values = json.loads((folder / CONFIG_FILE).read_bytes())
+        values = json.loads(read_bytes(folder / CONFIG_FILE))
     except (OSError, ValueError, RecursionError):
         return False
     if not isinstance(values, dict) or not any((folder / name).exists() for name in WEIGHT_FILES):

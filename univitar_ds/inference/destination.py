@@ -23,6 +23,7 @@ from univitar_ds.inference.parts import SUFFIXES, Part, check_suffix, open_part
 from univitar_ds.inference.reading import Kind, LeftOut, Rows
 from univitar_ds.inference.sources import Position
 from univitar_ds.owned import remove
+from univitar_ds.regular_files import read_bytes
 
 FORMAT = 1
 _SETTINGS, _LOCK = "settings.json", "lock"
@@ -40,7 +41,7 @@ class FinishedPart:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
         left_out = [LeftOut(*one) for one in content["left_out"]]
         return cls(content["file"], Position(*content["after"]), content["keys"], left_out)
 
@@ -90,7 +91,7 @@ class Destination:
         if self._progress.is_dir() or not self.index.exists():
             return None
         try:
-            content = json.loads(self.index.read_bytes())
+            content = json.loads(read_bytes(self.index))
             found, rows = dict(content["settings"]), sum(part["rows"] for part in content["parts"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{self.index} is no index of this command; name another --out") from error
@@ -171,7 +172,7 @@ class Destination:
             replace_text(path, json.dumps(self._settings))
             return
         try:
-            found = json.loads(path.read_bytes())
+            found = json.loads(read_bytes(path))
         except ValueError as error:
             raise ConfigError(f"{path} is damaged; remove {self._progress} and the parts, and start again") from error
         self._compare(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from univitar_ds.errors import DataError, SampleError
+from univitar_ds.regular_files import check_regular, open_regular
 
 _FILES_OF_OTHERS = 512
 """Number of open files, sockets and pipes reserved for the rest of the process."""
@@ -46,7 +46,7 @@ class LocalStorage:
     def size(self, path: str) -> int:
         try:
             state = os.stat(path)
-            _check_regular(path, state)
+            check_regular(path, state)
             return state.st_size
         except OSError as error:
             raise _unreadable(path, error) from error
@@ -75,11 +75,6 @@ def allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Opens a local file for reading. Raises: OSError, also for pipes and devices, whose reads may never end."""
-    return open(path, "rb", opener=_regular)
-
-
 def read_file(path: Path, max_bytes: int, limit: str) -> bytes:
     """Returns the content of a regular file.
 
@@ -94,23 +89,6 @@ def read_file(path: Path, max_bytes: int, limit: str) -> bytes:
             return stream.read()
     except OSError as error:
         raise SampleError("unreadable", f"the file cannot be read: {error.strerror}") from error
-
-
-def _regular(path: str | Path, flags: int) -> int:
-    """Opens a file, as an opener for `open`. Raises: OSError if the path is neither a regular file nor a folder."""
-    file = os.open(path, flags | os.O_NONBLOCK)  # otherwise opening a pipe waits for a writer
-    try:
-        _check_regular(path, os.fstat(file))
-    except OSError:
-        os.close(file)
-        raise
-    return file
-
-
-def _check_regular(path: str | Path, state: os.stat_result) -> None:
-    """Raises: OSError for pipes and devices. Folders pass, because the system's error for reading a folder is clear."""
-    if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
 def _exactly(file: int, path: str, offset: int, length: int) -> bytes:

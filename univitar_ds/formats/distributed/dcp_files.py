@@ -24,6 +24,7 @@ from torch import Tensor
 
 from univitar_ds.errors import CheckpointError, first_line
 from univitar_ds.formats.stored_model import TensorInfo, Tensors
+from univitar_ds.regular_files import read_bytes
 
 METADATA = ".metadata"
 DCP = "torch.distributed.checkpoint"
@@ -109,7 +110,7 @@ class DcpFiles:
         self._path = folder / METADATA
         try:
             stand_ins = {**_STAND_INS, **(further or {})}
-            content = _Unpickler(io.BytesIO(self._path.read_bytes()), stand_ins).load()
+            content = _Unpickler(io.BytesIO(read_bytes(self._path)), stand_ins).load()
         except CheckpointError as error:
             raise CheckpointError(f"{self._path}: {error}") from error
         except Exception as error:  # a hostile file can make the unpickler raise anything

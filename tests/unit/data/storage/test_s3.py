@@ -152,7 +152,7 @@ def test_a_store_that_always_throttles_is_an_error_after_give_up_s(server, tmp_p
             one.size(url)
         waited_s, attempts = map(int, re.search(r"in (\d+) s and (\d+) attempts", str(caught.value)).groups())
         assert waited_s >= 3
-        assert attempts == len(proxy.requests) > 1
+        assert attempts == len(proxy.requests)  # one, if a loaded machine takes all the time for it
 
 
 def test_the_reader_gets_the_error_of_a_download_without_an_answer(server, tmp_path):

@@ -1,0 +1,41 @@
+"""Opens files only if they are regular: the read of a named pipe or a device may never end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a local file for reading. Raises: OSError, also for pipes and devices."""
+    return open(path, "rb", opener=_regular)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the content of a file. Raises: OSError, also for pipes and devices."""
+    with open_regular(path) as stream:
+        return stream.read()
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file. Raises: as `read_bytes`; UnicodeDecodeError if it is not UTF-8."""
+    return read_bytes(path).decode("utf-8")
+
+
+def check_regular(path: str | Path, state: os.stat_result) -> None:
+    """Raises: OSError for pipes and devices. Folders pass, because the system's error for reading a folder is clear."""
+    if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+
+
+def _regular(path: str | Path, flags: int) -> int:
+    file = os.open(path, flags | os.O_NONBLOCK)  # otherwise opening a pipe waits for a writer
+    try:
+        check_regular(path, os.fstat(file))
+    except OSError:
+        os.close(file)
+        raise
+    return file
