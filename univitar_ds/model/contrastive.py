@@ -31,8 +31,10 @@ class AttentionPool(nn.Module):
         self.heads = heads
         self.backend = backend
         self.norm = RMSNorm(width, eps)
-        # On "meta", randn and a product outside of this call would import torch._dynamo, which takes a second.
-        self.query = nn.Parameter(torch.normal(0.0, 1.0, (width,)).mul_(width**-0.5))
+        query = torch.empty(width)
+        if not query.is_meta:  # there it would import torch._dynamo, which takes a second
+            query.normal_().mul_(width**-0.5)
+        self.query = nn.Parameter(query)
         self.kv = nn.Linear(width, 2 * width)
         nn.init.xavier_uniform_(self.kv.weight)
         nn.init.zeros_(self.kv.bias)
