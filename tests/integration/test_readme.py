@@ -1,4 +1,4 @@
-"""The snippets of README's section "Use the model" run as they are written."""
+"""The Python snippets of README and of the page on models run as they are written."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 from univitar_ds.convert.export import export_run
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/models.md")]
+SNIPPETS = [snippet for page in PAGES for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 BEFORE = """
 import numpy as np
 from PIL import Image
@@ -32,9 +32,8 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
-def test_the_section_has_its_snippets():
-    section = README[README.index("## Use the model") : README.index("### Convert")]
-    assert len(re.findall("```python", section)) == 3
+def test_the_pages_have_their_snippets():
+    assert len(SNIPPETS) == 4
 
 
 @pytest.mark.slow

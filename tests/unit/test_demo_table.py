@@ -20,4 +20,4 @@ def test_the_demo_says_that_its_results_differ_between_processors(monkeypatch, t
     assert end_to_end.run_demo(tmp_path, 2, 100.0) == 0
     printed = capsys.readouterr().out
     assert "| installation" in printed
-    assert "differ by a few points between processors, and more between seeds (README, Two commands)" in printed
+    assert "differ by a few points between processors, and more between seeds (docs/results.md)" in printed

@@ -1,4 +1,4 @@
-"""What a clone holds beside the code, and that its README needs nothing more."""
+"""What a clone holds beside the code, and that its pages need nothing more."""
 
 import hashlib
 import re
@@ -22,16 +22,9 @@ def test_the_changelog_has_a_place_for_the_next_change():
     assert heads[0] == "Unreleased"
 
 
-def test_links_of_the_documents_lead_to_files_of_the_repository():
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-            assert "://" in target or (ROOT / target).exists(), f"{name} links to {target}, which is not there"
-
-
-def test_no_command_of_the_readme_or_a_recipe_reaches_out_of_a_clone():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for block in re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        assert "../" not in block, block
+def test_no_command_of_the_pages_or_a_recipe_reaches_out_of_a_clone():
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        for block in re.findall(r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            assert "../" not in block, block
     for recipe in (ROOT / "univitar_ds" / "recipes").glob("*.yaml"):
         assert "../" not in recipe.read_text(encoding="utf-8"), recipe

@@ -26,6 +26,7 @@ SOURCES = sorted(
     if str(path.relative_to(ROOT)) not in CODEC
 )
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "kernels/README.md", "slurm/README.md")]
+PAGES += sorted(ROOT.glob("docs/*.md"))
 
 
 def texts_of(path: Path) -> list[tuple[int, str]]:

@@ -46,7 +46,7 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     rest = times.pop("training, evaluation, export") - sum(summary["seconds"].values())
     show(render_times({**times, "starting processes": round(rest, 1), **summary["seconds"]}))
-    show("\nThe results differ by a few points between processors, and more between seeds (README, Two commands).")
+    show("\nThe results differ by a few points between processors, and more between seeds (docs/results.md).")
     show(f"\nUniViTARModel.from_pretrained({str(run / EXPORT / MODEL)!r}).zero_shot(images, names):\n")
     show(classified(run / EXPORT / MODEL, folder / "scenes"))
     show(f"\nLook at {run}/examples-image.png and {run}/examples-video.png; the model is in {run / EXPORT}.")

@@ -1,0 +1,78 @@
+"""README and the pages in docs: commands that the real parser accepts, files and headings that exist, whole tables."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from univitar_ds.cli.main import build_parser, parse
+from univitar_ds.config.load import load_config
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES += [ROOT / folder / "README.md" for folder in ("slurm", "kernels", "ds_configs")]
+OURS = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:univitar-ds|deepspeed .*--module univitar_ds|torchrun .*-m univitar_ds) ")
+ELSEWHERE = ("my.yaml", "run.yaml", "hub-model")
+"""Run files and names that a reader puts in place of their own."""
+MAX_README_LINES = 150
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of this program in the blocks of a page, without comments."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
+    blocks = [block for language, block in fenced if language in ("", "sh", "bash")]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if OURS.match(line)]
+
+
+COMMANDS = [(page, line) for page in PAGES for line in commands(page)]
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_the_pages_have_commands_to_check():
+    assert len(COMMANDS) > 40
+    assert len({page for page, _ in COMMANDS}) > 6
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda value: value.name if isinstance(value, Path) else value)
+def test_a_command_is_one_that_the_parser_and_the_run_file_accept(page, line, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(OURS.sub("", line), comments=True)
+    arguments = parse(build_parser(), words)
+    config = getattr(arguments, "config", None)
+    if config is not None and str(config) not in ELSEWHERE:
+        load_config(config, list(getattr(arguments, "overrides", [])))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text_of(page)):
+        if "://" in target:
+            continue
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{target} is not there"
+        assert not anchor or anchor in anchors(path), f"{path.name} has no heading {anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_have_equally_many_cells_in_each_row(page):
+    prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", prose, re.MULTILINE):
+        rows = [re.sub(r"`[^`]*`", "", row).strip() for row in table.splitlines()]
+        assert all(row.endswith("|") for row in rows), table
+        assert len({row.count("|") for row in rows}) == 1, table
+
+
+def test_every_page_is_reached_from_the_readme_which_is_short():
+    readme = text_of(ROOT / "README.md")
+    assert [page.name for page in ROOT.glob("docs/*.md") if f"(docs/{page.name})" not in readme] == []
+    assert len(readme.splitlines()) <= MAX_README_LINES
