@@ -54,6 +54,15 @@ class StorageError(UserError):
     """An error of the storage: a full or read-only disk, a missing permission, an impossible name."""
 
 
+class RunError(UserError):
+    """A run that was started from Python has ended early. `exit_code` is its exit status; 85: it was asked to stop and
+    has saved."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 _REMEDIES = {
     errno.ENOSPC: "free some space there, or name another place",
     errno.EDQUOT: "free some of your quota there, or name another place",

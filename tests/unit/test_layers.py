@@ -20,7 +20,7 @@ LAYERS = [
     {"data.tools", "viz", "training.step"},
     {"training.logging"},
     {"training"},
-    {"evaluation", "convert", "run", "inference"},
+    {"evaluation", "convert", "run", "inference", "python_api"},
     {"launch"},
     {"demo"},
     {"cli"},

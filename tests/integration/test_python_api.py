@@ -1,0 +1,47 @@
+"""Training from Python: errors before anything starts, an interrupt that saves, and `resume`."""
+
+import json
+
+import pytest
+
+from tests.support.runs import metrics, small_config
+from tests.support.shards import write_demo_shards
+from univitar_ds import resume, train
+from univitar_ds.errors import ConfigError, RunError
+
+
+def test_a_wrong_configuration_is_an_error_before_anything_starts(tmp_path):
+    with pytest.raises(ConfigError, match="stages"):
+        train({"name": "run", "output": str(tmp_path / "runs")})
+    with pytest.raises(ConfigError, match=r"optimizer\.betas"):
+        train("demo", overrides=["optimizer.betas=3", f"output={tmp_path / 'runs'}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_start_gives_its_sentence_and_exit_code(tmp_path):
+    config = small_config(tmp_path / "absent", tmp_path / "runs")
+    lines: list[str] = []
+    with pytest.raises(RunError, match="absent") as caught:
+        train(config, report=lines.append)
+    assert caught.value.exit_code == 2
+    assert any("absent" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_saves_and_resumes(tmp_path):
+    write_demo_shards(tmp_path / "shards")
+    config = small_config(tmp_path / "shards", tmp_path / "runs")
+    sent = []
+
+    def report(line: str) -> None:
+        if "loss" in line and not sent:
+            sent.append(line)
+            raise KeyboardInterrupt
+
+    with pytest.raises(RunError) as caught:
+        train(config, report=report)
+    assert caught.value.exit_code == 85
+    run = resume(tmp_path / "runs" / "small", report=lambda line: None)
+    assert json.loads((run / "summary.json").read_text())["completed"]
+    steps = [line["step"] for line in metrics(run)]
+    assert steps == list(range(1, steps[-1] + 1))

@@ -1,0 +1,93 @@
+"""Training from Python: `univitar_ds.train`, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from univitar_ds.atomic_write import replace_text
+from univitar_ds.config.load import check_config, dumped, load_config
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.errors import RunError
+from univitar_ds.import_path import safe_environment
+
+
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    nproc: int = 1,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Trains a run, as `univitar-ds train --config` does. Returns the run's folder.
+
+    The ranks are processes of their own, so this process imports neither DeepSpeed nor CUDA, and a notebook can be
+    interrupted: the run then saves, and `resume` continues it. If this process is killed, the run continues alone.
+
+    Args:
+        config: a `RunConfig`, a run file's content, the path of a run file, or the name of a shipped recipe.
+        overrides: `KEY=VALUE`, as on the command line.
+        nproc: number of processes on this machine.
+        report: called with each line that the run prints.
+    Raises: ConfigError if the configuration is wrong, before anything starts; RunError if the run ends early.
+    """
+    if isinstance(config, (str, Path)):
+        checked = load_config(str(config), overrides)
+        return _train(["--config", str(config), *overrides], checked, nproc, report)
+    content = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else dict(config)
+    with tempfile.TemporaryDirectory(prefix="univitar-ds-") as folder:
+        check_config(content, "config")
+        path = Path(folder) / "run.yaml"
+        replace_text(path, dumped(content))
+        checked = load_config(str(path), overrides)
+        return _train(["--config", str(path), *overrides], checked, nproc, report)
+
+
+def resume(
+    run: str | Path, *, overrides: Sequence[str] = (), nproc: int = 1, report: Callable[[str], None] = print
+) -> Path:
+    """Continues the run in the folder `run` from its last checkpoint. Returns the folder.
+
+    Args, Raises: as `train`.
+    """
+    _run(["--resume", str(run), *overrides], nproc, report)
+    return Path(run)
+
+
+def _train(words: list[str], config: RunConfig, nproc: int, report: Callable[[str], None]) -> Path:
+    _run(words, nproc, report)
+    return Path(config.output, config.name)
+
+
+def _run(words: Sequence[str], nproc: int, report: Callable[[str], None]) -> None:
+    """Raises: RunError if `univitar-ds train` with these words ends with another exit status than 0."""
+    command = [sys.executable, "-P", "-m", "univitar_ds", "train", *words, "--nproc", str(nproc)]
+    process = subprocess.Popen(
+        command,
+        env=safe_environment({**os.environ, "PYTHONUNBUFFERED": "1"}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # Ctrl-C on a terminal reaches it once, through this process
+    )
+    assert process.stdout is not None
+    last = ""
+    while True:
+        try:
+            for line in process.stdout:
+                last = line.rstrip("\n")
+                report(last)
+            break
+        except KeyboardInterrupt:  # the run saves and ends; what it prints meanwhile is still reported
+            process.send_signal(signal.SIGINT)
+    code = process.wait()
+    if code:
+        raise RunError(f"the run ended with exit code {code}: {last}", code)
