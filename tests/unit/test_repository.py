@@ -24,7 +24,7 @@ def test_the_changelog_has_a_place_for_the_next_change():
 
 def test_no_command_of_the_pages_or_a_recipe_reaches_out_of_a_clone():
     for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
-        for block in re.findall(r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-            assert "../" not in block, block
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+            assert language or "../" not in block, block
     for recipe in (ROOT / "univitar_ds" / "recipes").glob("*.yaml"):
         assert "../" not in recipe.read_text(encoding="utf-8"), recipe
