@@ -16,18 +16,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from univitar_ds import startup
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.load import load_config
-from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, EXPORT, SUMMARY
-from univitar_ds.errors import StorageError, UserError, storage_error
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, EVALUATION, EXPORT, SUMMARY
+from univitar_ds.errors import StorageError, UserError, first_line, storage_error
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.import_path import safe_environment
 from univitar_ds.processes import SIGNALS, Process, children, signals_held
 from univitar_ds.run import create_run, reopen_run
 from univitar_ds.run_lock import VARIABLE, RunLock, release_all, still_ours
-from univitar_ds.screen import prepare_screen, show
+from univitar_ds.screen import log_to_screen, prepare_screen, show
 from univitar_ds.training.distributed import orphans, preemption
-from univitar_ds.training.distributed.launchers import forget_launchers, is_rank
+from univitar_ds.training.distributed.launchers import forget_launchers, is_rank, resume_command
 from univitar_ds.training.distributed.ports import free_ports
 from univitar_ds.training.distributed.preemption import SAVED, Stop
 
@@ -69,10 +70,13 @@ def _ranks(run: Path, nproc: int | None, prepare: Callable[[int, RunLock], Path]
     """
     with RunLock(run) as lock:
         if _is_rank(nproc):
-            return _join(lambda: prepare(int(os.environ["WORLD_SIZE"]), lock), run, lock)
+            with startup.reported("preparing the run"):
+                return _join(lambda: prepare(int(os.environ["WORLD_SIZE"]), lock), run, lock)
         nproc = nproc or 1
-        _check_gpus(nproc)
-        return _start(prepare(nproc, lock), nproc, lock)
+        with startup.reported("preparing the run"):
+            startup.phase("looking for GPUs")
+            _check_gpus(nproc)
+            return _start(prepare(nproc, lock), nproc, lock)
 
 
 def run_rank(run: Path, stop: Stop, lock: RunLock) -> int:
@@ -96,9 +100,11 @@ def _kept(run: Path) -> str:
 
 
 def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
+    startup.phase("loading PyTorch and DeepSpeed")
     from univitar_ds.training.distributed.process_group import gather_json, start_world, stop_world
     from univitar_ds.training.loop import train as train_rank
 
+    startup.phase("connecting the processes")
     world = start_world()
     word = gather_json(lock.word, world)[0]
     if not world.is_main:
@@ -136,12 +142,26 @@ def finish_run(run: Path) -> None:
                 with timed(seconds, "evaluation"):
                     table = evaluate_run(run)
                     refresh_cards(run, run / EXPORT)
+                    _log_results(run, table)
                 show(table)
         except Exception:
             logger.error("the evaluation failed; training is done, and `univitar-ds eval %s` evaluates it again", run)
             raise
         finally:
             _note_seconds(run, seconds)
+
+
+def _log_results(run: Path, table: str) -> None:
+    """Adds the results to TensorBoard and trackers. A failure is logged: the results are in evaluation.json."""
+    from univitar_ds.training.logging.writers import write_results
+
+    try:
+        evaluation = json.loads((run / EVALUATION).read_text(encoding="utf-8"))
+        step = int(evaluation["checkpoint"].removeprefix("step-"))
+        still_ours(run)
+        write_results(load_config(run / CONFIG), run, evaluation["figures"], table, step)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("the results are not in TensorBoard: %s: %s", type(error).__name__, first_line(error))
 
 
 def _note_seconds(run: Path, seconds: dict[str, float]) -> None:
@@ -167,7 +187,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def _start(run: Path, nproc: int, lock: RunLock) -> int:
     """Trains the prepared run: in this process if `nproc` is 1, else through DeepSpeed's launcher."""
     if nproc == 1:
-        return run_rank(run, preemption.listen(), lock)
+        return run_rank(run, preemption.listen(Stop(resume=resume_command(run, nproc))), lock)
     from univitar_ds.training.distributed.process_group import uses_cuda
 
     ranks = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(nproc)}).encode()).decode()
@@ -181,9 +201,12 @@ def _start(run: Path, nproc: int, lock: RunLock) -> int:
     this = Process.of(os.getpid())
     if this is not None:
         environment[orphans.STARTED_BY] = this.text
+    logger.info("starting %d processes, which load PyTorch and DeepSpeed", nproc)
+    startup.done()
     with signals_held():  # otherwise a signal may end DeepSpeed's launcher, or the ranks before they have saved
         launcher = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-    stop = preemption.listen(Stop(first=lambda: _ask_ranks(launcher, stop), leaving=lambda: _kill(launcher)))
+    stop = Stop(lambda: _ask_ranks(launcher, stop), lambda: _kill(launcher), resume_command(run, nproc))
+    preemption.listen(stop)
     return _result(launcher.wait(), stop)
 
 
@@ -220,14 +243,15 @@ def _result(code: int, stop: Stop) -> int:
         return code
     name, who = signal.Signals(number).name, "DeepSpeed's launcher" if code < 0 else "a rank"
     cause = _CAUSES.get(name, "")
-    preemption.say(f"error: {who} was ended by {name}{cause}; the last checkpoint stays, resume the run from it")
+    preemption.say(f"error: {who} was ended by {name}{cause}; the last checkpoint stays{stop.remedy}")
     return 128 + number
 
 
 def _join(prepare, run: Path, lock: RunLock) -> int:
     """Runs as one rank under a launcher: rank 0 prepares the folder while the other ranks wait."""
-    stop = preemption.listen()
+    stop = preemption.listen(Stop(resume=resume_command(run)))
     orphans.end_with_launchers(stop)
+    startup.phase("loading PyTorch and DeepSpeed")
     from univitar_ds.training.distributed.process_group import rank_zero_first, start_world
 
     try:
@@ -293,15 +317,16 @@ def _storage_error(error: OSError) -> UserError:
 def _main(arguments: Sequence[str]) -> int:
     """Runs one rank that `_start` has started."""
     prepare_screen()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    stop = preemption.listen()
+    log_to_screen()
+    stop = preemption.listen(Stop(resume=resume_command(Path(arguments[0]), int(os.environ.get("WORLD_SIZE", "1")))))
     stop.quiet = True  # the process that started the ranks reports
     orphans.end_with_launchers(stop)
     try:
         lock = RunLock(Path(arguments[0]))
         if os.environ.get("RANK", "0") == "0":
             lock.join(os.environ.get(VARIABLE, ""))
-        return run_rank(lock.run, stop, lock)
+        with startup.reported("loading PyTorch and DeepSpeed"):
+            return run_rank(lock.run, stop, lock)
     except UserError as error:
         leave(error)
     except OSError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from univitar_ds import startup
 from univitar_ds.atomic_write import replace_bytes, replace_text, replacing
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import changed_result, dump_config, dumped, extended, load_config
@@ -35,7 +36,7 @@ from univitar_ds.config.run_folder import (
 )
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.unused import unused_parts
-from univitar_ds.errors import ConfigError, DataError, writing
+from univitar_ds.errors import ConfigError, DataError, InstallationError, writing
 from univitar_ds.extras import extra
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
@@ -193,6 +194,7 @@ def _open_start(config: RunConfig) -> StoredModel | None:
 
     if config.model.init_from is None:
         return None
+    startup.phase(f"reading and checking {config.model.init_from}")
     return open_stored(config.model.init_from, settings=StorageSettings.of(config.data))
 
 
@@ -222,6 +224,7 @@ def _write_description(config: RunConfig, run: Path, start: StoredModel | None) 
     from univitar_ds.model.build import describe, described_encoder
     from univitar_ds.tokenization import load_tokenizer, special_ids
 
+    startup.phase("describing the model")
     if config.objective.classifies:
         described = {"encoder": described_encoder(config.model, start).to_dict()}
     else:
@@ -252,6 +255,7 @@ def _provide_tokenizer(config: RunConfig, target: Path, joint: JointConfig | Non
         with replacing(target) as partial:
             shutil.copyfile(given, partial)
         return
+    startup.phase("reading captions and training the tokenizer on them")
     settings = StorageSettings.of(config.data)
     captions = iterate_captions(config.data.sources, limit=CAPTIONS_FOR_TOKENIZER, settings=settings)
     replace_text(target, train_tokenizer(captions, text.vocab_size).to_str(pretty=True))
@@ -263,6 +267,7 @@ def _provide_classes(config: RunConfig, target: Path) -> None:
     from univitar_ds.data.labels import iterate_labels
     from univitar_ds.data.storage.base import StorageSettings
 
+    startup.phase("reading the labels of the sources")
     classes = class_list(iterate_labels(config.data.sources, StorageSettings.of(config.data)))
     for name, labels in classes.names.items():
         logger.info("data set %s: %d classes", "without a name" if name is None else name, len(labels))
@@ -280,6 +285,7 @@ def _check_sources(config: RunConfig) -> None:
     from univitar_ds.data.shards.sources import find_shards, validate_sources
     from univitar_ds.data.storage.base import StorageSettings
 
+    startup.phase("reading the sources")
     settings = StorageSettings.of(config.data)
     shards = validate_sources(config.data.sources, config.stages, settings)
     try:
@@ -299,10 +305,17 @@ def _check_teacher(config: RunConfig) -> None:
 
 def _check_libraries(config: RunConfig) -> None:
     """Raises: InstallationError if the installation is not one for training, or a text tower cannot be built."""
+    startup.phase("checking the installation")
     with extra("train"):
         for package in ("deepspeed", "tensorboard"):
             if find_spec(package) is None:  # an import would take seconds
                 raise ModuleNotFoundError(name=package)
+    for name in ("wandb", "trackio"):
+        if getattr(config.logging, name) is not None and find_spec(name) is None:
+            raise InstallationError(
+                f"logging.{name} is set and the package {name} is not installed: pip install 'univitar_ds[{name}]', or "
+                f"leave it out with logging.{name}=null"
+            )
     if not config.objective.classifies:
         from univitar_ds.model.towers import check_text_library
 

@@ -1,6 +1,9 @@
 """Prints to stdout and stderr that may have another encoding, be closed, lack a reader or be on a full disk.
 
 Printed results are also in files, or need not be kept, so a failure to print does not end a run.
+
+On a terminal a process can keep one status line below its log lines. The cursor stays at the start of that line, and
+the log lines of all processes of the program erase it first, so a line of another process does not continue it.
 """
 
 from __future__ import annotations
@@ -8,6 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -55,3 +62,120 @@ def silence_stdout() -> None:
         os.close(nowhere)
     except (OSError, ValueError):  # stdout has no descriptor, as in tests
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+ERASE = "\r\x1b[K"
+"""Moves the cursor to the start of the line and erases the line."""
+
+
+def has_terminal() -> bool:
+    """Returns whether stderr is a terminal that can erase a line."""
+    try:
+        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    except (ValueError, AttributeError):  # closed, or a stand-in of a notebook
+        return False
+
+
+def log_to_screen() -> None:
+    """Makes this process log to stderr, as lines that leave the status line whole."""
+    handler = ScreenHandler()
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[handler],
+    )
+
+
+class ScreenHandler(logging.StreamHandler):
+    """Writes log lines to stderr. On a terminal a line replaces the status line, which follows it again."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with _status.above(self.stream):
+            super().emit(record)
+
+
+class _BesideStatus:
+    """stderr while there is a status line: what is written, such as a warning, appears above that line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _status.above(self._stream, ends=text.endswith("\n")):
+            return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Status:
+    """The status line of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._text, self._stream = "", None
+        self._whole = True
+        """Whether the last text above the status line ended its line."""
+
+    def show(self, text: str) -> None:
+        """Shows `text`, cut to the width of the terminal. After the terminal has closed, does nothing."""
+        with self._lock:
+            if self._stream is None:
+                self._stream = sys.stderr
+                sys.stderr = _BesideStatus(self._stream)
+            self._text = text
+            self._draw()
+
+    def end(self) -> None:
+        """Removes the line."""
+        with self._lock:
+            if self._stream is None:
+                return
+            self._erase(self._stream)
+            if isinstance(sys.stderr, _BesideStatus):  # not if a test or a library has replaced it since
+                sys.stderr = self._stream
+            self._text, self._stream = "", None
+
+    @contextmanager
+    def above(self, stream: TextIO, *, ends: bool = True) -> Iterator[None]:
+        """Erases the status line before the body, and draws it again unless the body writes only part of a line."""
+        with self._lock:
+            if self._whole and has_terminal():
+                self._erase(stream)
+            try:
+                yield
+            finally:
+                self._whole = ends
+                self._draw()
+
+    def _erase(self, stream: TextIO) -> None:
+        with suppress(OSError, ValueError):
+            stream.write(ERASE)
+            stream.flush()
+
+    def _draw(self) -> None:
+        if self._stream is None or not self._text or not self._whole:
+            return
+        try:
+            width = os.get_terminal_size(self._stream.fileno()).columns or 80
+        except (OSError, ValueError):
+            width = 80
+        with suppress(OSError, ValueError):
+            self._stream.write(f"{ERASE}{self._text[: width - 1]}\r")
+            self._stream.flush()
+
+
+_status = _Status()
+
+
+def show_status(text: str) -> None:
+    """Shows a line that stays below the log lines of this process, instead of the previous one.
+
+    Called only where `has_terminal`. A closed terminal is no error."""
+    _status.show(text)
+
+
+def end_status() -> None:
+    """Removes the status line. Can be called again."""
+    _status.end()

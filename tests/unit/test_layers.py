@@ -11,7 +11,7 @@ from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 
 LAYERS = [
-    {"errors", "extras", "geometry", "import_path", "processes", "randomness", "regular_files", "screen"},
+    {"errors", "extras", "geometry", "import_path", "processes", "randomness", "regular_files", "screen", "startup"},
     {"atomic_write", "classes", "identity", "image_ops", "kernels", "owned", "tokenization"},
     {"config", "run_lock", "data.storage", "data.media"},
     {"preprocessing", "formats", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},
@@ -44,6 +44,8 @@ LIBRARIES = {
         "univitar_ds.model.teacher.teacher",
     },
     "pyarrow": {"univitar_ds.inference.parts"},
+    "wandb": {"univitar_ds.training.logging.trackers"},
+    "trackio": {"univitar_ds.training.logging.trackers"},
     "onnxscript": {"univitar_ds.convert.program"},
 }
 """The only modules that import them."""

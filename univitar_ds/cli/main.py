@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from univitar_ds import startup
 from univitar_ds.cli.common import add_command, add_overrides, add_weights, expand, positive, shown
 from univitar_ds.cli.convert import add_convert
 from univitar_ds.cli.data import add_data
 from univitar_ds.cli.inference import add_inference
 from univitar_ds.errors import ConfigError, UserError, storage_error
 from univitar_ds.import_path import drop_current_folder, protect_children
-from univitar_ds.screen import lost, prepare_screen, show
+from univitar_ds.screen import log_to_screen, lost, prepare_screen, show
 
 DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision transformer for images and video."
 EXAMPLES = """examples:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_screen()
     drop_current_folder()  # also here, because the console script does not run `__main__`
     protect_children()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    log_to_screen()
     try:
         parsed = parse(build_parser(), arguments)
         status = parsed.run(parsed) or 0
@@ -166,6 +166,11 @@ def _add_demo(commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    with startup.reported("loading the program"):
+        return _start(arguments)
+
+
+def _start(arguments: argparse.Namespace) -> int:
     from univitar_ds import launch
 
     if arguments.resume:

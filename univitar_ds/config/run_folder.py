@@ -18,6 +18,8 @@ EVALUATION = "evaluation.json"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 BOARD = "tb"
+TRACKERS = "trackers.json"
+"""Identifiers of the run in experiment trackers."""
 EXPORT = "export"
 
 CHECKPOINT_FILES: Names = {
@@ -47,7 +49,7 @@ EXPORT_FILES: Names = {
 LOCKS: Names = {r"\.lock-\d{8}|\.lock-probe-[0-9a-f]{32}": None}
 RUN_ENTRIES: Names = {
     "|".join(map(re.escape, (MARK, CONFIG, DEEPSPEED, TOKENIZER, DESCRIPTION, CLASSES))): None,
-    "|".join(map(re.escape, (SUMMARY, EVALUATION, METRICS, EVENTS))): None,
+    "|".join(map(re.escape, (SUMMARY, EVALUATION, METRICS, EVENTS, TRACKERS))): None,
     r"(samples|skipped)-rank\d+\.jsonl": None,
     r"examples-(image|video)\.png": None,
     BOARD: {r"events\.out\.tfevents\..+": None},

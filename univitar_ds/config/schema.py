@@ -8,7 +8,7 @@ working directory in which the run was started. See `config/paths.py`.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -85,6 +85,40 @@ class EvaluationConfig(Section):
         return self
 
 
+class TrackerConfig(Section):
+    """Settings that a run has in an experiment tracker."""
+
+    project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] = "univitar"
+    """Project that the run belongs to; it is created if it does not exist."""
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
+        None, description="name of the run in the tracker; absent: the run's name"
+    )
+    """Name of the run in the tracker."""
+    group: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
+        None, description="group of runs that are compared, such as the seeds of an experiment"
+    )
+    """Group of runs that the tracker shows together."""
+
+
+class WandbConfig(TrackerConfig):
+    """Settings of Weights & Biases. The key of the account is no setting: `wandb login` or WANDB_API_KEY gives it."""
+
+    entity: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
+        None, description="user or team that owns the project; absent: the default of the account"
+    )
+    """User or team that owns the project."""
+    mode: Literal["online", "offline"] = Field(
+        "online", description="offline: files only, which `wandb sync` uploads later"
+    )
+    """Whether metrics are uploaded during the run, or only written to files."""
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
+        default_factory=list, description="labels of the run"
+    )
+    """Labels of the run to filter by."""
+    notes: str | None = Field(None, description="description of the run")
+    """Description of the run."""
+
+
 class LoggingConfig(Section):
     """Settings of the logs that are written during training."""
 
@@ -96,6 +130,14 @@ class LoggingConfig(Section):
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None, description="peak TFLOP/s of one rank, for MFU; absent: measured when training starts"
     )
+    wandb: WandbConfig | None = Field(
+        None, description="also logs to Weights & Biases (extra `wandb`), with {} under the run's name"
+    )
+    """Weights & Biases; absent: not used."""
+    trackio: TrackerConfig | None = Field(
+        None, description="also logs to Trackio on this machine (extra `trackio`), with {} under the run's name"
+    )
+    """Trackio; absent: not used."""
 
 
 class RunConfig(Section):

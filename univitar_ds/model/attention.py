@@ -88,8 +88,14 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, width
 @cache
 def _chosen(backend: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> str:
     name, reason = select(backend, device, capability, dtype, width)
-    logger.info("attention on %s in %s, heads of %d: %s (%s)", device, _plain(dtype), width, name, reason)
+    _report(device, _plain(dtype), name, reason)
     return name
+
+
+@cache
+def _report(device: str, dtype: str, name: str, reason: str) -> None:
+    """Logs a choice once, though a model has heads of several widths."""
+    logger.info("attention on %s in %s: %s (%s)", device, dtype, name, reason)
 
 
 def select(backend: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> tuple[str, str]:
@@ -109,6 +115,8 @@ def select(backend: str, device: str, capability: tuple[int, int], dtype: torch.
         )
     if backend != "auto":
         return chosen, f"model.attention is {backend}"
+    if device != "cuda":
+        return chosen, "the others need a GPU"
     passed = "; ".join(f"{name} {obstacles[name]}" for name in obstacles if name not in able)
     return chosen, f"the fastest that can run here; {passed}" if passed else "the fastest"
 

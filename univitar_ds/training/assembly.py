@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from univitar_ds import startup
 from univitar_ds.classes import ClassList
 from univitar_ds.config.deepspeed import resolve_deepspeed
 from univitar_ds.config.load import before_extension, changed_result, check_config
@@ -46,6 +47,7 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
     All ranks call it; the caller closes the engine.
     Raises: CheckpointError on all ranks if the checkpoint is damaged or was written with another configuration.
     """
+    startup.phase("building the model")
     folder = _last_checkpoint(run, world)
     with all_ranks_or_none(world):
         compile_on_cpu(compiles(cfg.model))
@@ -59,9 +61,11 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
         freeze_but(model, parts)
         content = json.loads((run / DEEPSPEED).read_text(encoding="utf-8"))
         ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / CONFIG), str(run / DEEPSPEED)))
+    startup.phase("building DeepSpeed's engine")
     engine = build_engine(model, cfg.optimizer, ds_config, world, began)
     if folder is None:
         return engine, State(began=began)
+    startup.phase(f"loading the checkpoint {folder}")
     try:
         stage_transition = saved["began"].keys() != began.keys()
         state = State.from_checkpoint(load_checkpoint(engine, folder, stage_transition=stage_transition))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from univitar_ds import startup
 from univitar_ds.classes import ClassList
 from univitar_ds.config.load import config_fingerprint
 from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, TOKENIZER
@@ -90,6 +91,7 @@ class _Trainer:
         self.classes = ClassList.read(run / CLASSES) if cfg.objective.classifies else None
         self.logs = RunLogs(cfg, run, world)
         self.engine, self.state = build_training(cfg, run, world)
+        startup.phase("measuring the processor's peak FLOP/s")
         self.cost = cost_coefficients(self.engine.module.vision.config)
         self.peak = find_peak(cfg.logging.peak_tflops, self.engine.dtype, world)
         self.saved_step = self.state.progress.step
@@ -108,7 +110,12 @@ class _Trainer:
         announced = self.leaving
         if announced and self.world.is_main:
             step = self.state.progress.step
-            logger.info("asked to leave: saving step %d, then exit code %d; a second time leaves at once", step, SAVED)
+            logger.info(
+                "asked to leave: saving step %d, then exit code %d; a second time leaves at once%s",
+                step,
+                SAVED,
+                self.stop.remedy,
+            )
         self._save()
         self.logs.close()
         with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:  # asked again: saving takes time
@@ -117,7 +124,12 @@ class _Trainer:
         if self.leaving:
             preemption.ignore()  # launchers end the other ranks after the first rank has ended
             if self.world.is_main and not announced:
-                logger.info("asked to leave: step %d, the last one, is saved; exit code %d", self.saved_step, SAVED)
+                logger.info(
+                    "asked to leave: step %d, the last one, is saved; exit code %d%s",
+                    self.saved_step,
+                    SAVED,
+                    self.stop.remedy,
+                )
 
     def close(self) -> None:
         """Closes the logs and the engine. Can be called again, and after a failed rollback or stage transition."""
@@ -129,16 +141,19 @@ class _Trainer:
     def _train_stage(self, stage: StageConfig) -> None:
         """Trains until the stage ends, a rank is asked to stop, or a step is undone."""
         number = self.state.progress.stage
+        startup.phase("building the teacher and opening the sources")
         self._prepare_teacher()
         every = stage.checkpoint_every
         self.engine.module.vision.checkpoint_every = self.cfg.model.checkpoint_every if every is None else every
         with self._loader(stage) as loader:
             while self.state.progress.stage == number:
                 start = time.perf_counter()
+                startup.phase("reading and decoding the first packs")
                 with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:
                     self.logs.raise_unwritten()
                     batches = next(loader)
                     waited = time.perf_counter() - start
+                startup.phase("computing the first step")
                 if vote.yes:
                     self.leaving = True
                     return
@@ -305,6 +320,7 @@ class _Trainer:
     ) -> None:
         """Adds a good step to the state and the logs. `reduced` are the metrics of the step over all ranks."""
         state, progress, modality = self.state, self.state.progress, batches[0].modality
+        startup.done()
         state.history.add(progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard.window_steps)
         state.progress = advance(
             progress,
@@ -321,7 +337,7 @@ class _Trainer:
         state.window.add(result, reduced, modality, weights)
         state.seconds += reduced["step_s"]
         self.logs.write_samples(state.progress.step, batches)
-        self.logs.advance(result.items)
+        self.logs.advance(state.progress, progress.stage, result.loss)
         if settings.read_gradient or state.progress.finished(self.cfg.stages):
             norms = part_norms(reduced) if settings.read_gradient else None
             self._log(progress.stage, result, settings.lr, norms)

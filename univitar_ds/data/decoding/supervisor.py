@@ -209,7 +209,7 @@ class WorkerSupervisor:
             raise self._end("crash") from error
         if word != worker.READY:
             raise self._end("crash", f"sent {word[:40]!r} instead of {worker.READY!r}")
-        _log.info("decoding process %d (pid %d) is up", self._number, self._pid)
+        _log.debug("decoding process %d (pid %d) is up", self._number, self._pid)
 
     def _patience(self, job: Job) -> float:
         remote = self._settings.give_up_s if any("://" in item.path for item in job.items) else 0.0

@@ -7,7 +7,9 @@ only if they are complete and consistent.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, MutableMapping
+from pathlib import Path
 
 from univitar_ds.errors import ConfigError
 from univitar_ds.training.distributed.slurm import adopt_ranks
@@ -74,6 +76,14 @@ def is_rank(environment: MutableMapping[str, str]) -> bool:
     for name in [name for name in environment if _MPI.fullmatch(name)]:
         del environment[name]
     return not absent
+
+
+def resume_command(run: Path, nproc: int | None = None) -> str:
+    """Returns the command that continues a run. Args: nproc: as it was given; None: under another launcher."""
+    command = f"train --resume {shlex.quote(str(run))}"
+    if nproc is None:
+        return f"`{command}` under the same launcher"
+    return f"`univitar-ds {command} --nproc {nproc}`"
 
 
 def left_behind(names: Iterable[str]) -> str:

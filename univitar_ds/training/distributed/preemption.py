@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 from univitar_ds.processes import SIGNALS
 from univitar_ds.run_lock import release_all
+from univitar_ds.screen import ERASE, has_terminal
 
 SAVED = 85
 """Exit code of a run that was asked to stop and has saved, and of no other run. A new launch continues the run."""
@@ -32,15 +33,22 @@ KEY_ECHO_S = 0.3
 class Stop:
     """Whether this process was asked to stop, and its response to signals."""
 
-    def __init__(self, first: Callable[[], None] | None = None, leaving: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        first: Callable[[], None] | None = None,
+        leaving: Callable[[], None] | None = None,
+        resume: str | None = None,
+    ) -> None:
         """Args: first: called at the first signal; with it, the first signal never ends the process. leaving: called
-        before the process exits."""
+        before the process exits; resume: the command that continues the run, for messages."""
         self.requested = False
         self.number = 0
         """Number of the first signal; 0 without a signal."""
         self.leaves = False
         """Whether the process is ending; errors of other threads are then ignored."""
         self.quiet = os.environ.get("RANK", "0") != "0"  # one rank reports for all
+        self.remedy = "" if resume is None else f"; continue the run with {resume}"
+        """The end of a message."""
         self._first, self._leaving = first, leaving
         self._deferred = first is not None
         self._since = 0.0
@@ -74,7 +82,7 @@ class Stop:
         if self._leaving is not None:
             self._leaving()
         if not self.quiet:
-            say(f"{signal.Signals(number).name}: leaving at once, the last checkpoint stays")
+            say(f"{signal.Signals(number).name}: leaving at once, the last checkpoint stays{self.remedy}")
         release_all()
         os._exit(128 + number)
 
@@ -112,7 +120,8 @@ def say(sentence: str) -> None:
     os.write acquires no lock: the main thread may hold the lock of stderr while it hangs.
     """
     with contextlib.suppress(OSError):  # the terminal is closed
-        os.write(2, f"{sentence}\n".encode())
+        erase = ERASE if has_terminal() else ""
+        os.write(2, f"{erase}{sentence}\n".encode())
 
 
 def _handled_signals() -> list[signal.Signals]:

@@ -64,10 +64,7 @@ class RunLogs:
                 still_ours(self._run)
                 cut_sample_logs(self._run, progress.step, keep_as=keep_as)
                 write_events(self._run, events)
-                total = sum(stage.samples for stage in cfg.stages)
-                self._metrics = MetricLog(
-                    self._run, cfg.logging, step=progress.step, samples=progress.samples, total_samples=total
-                )
+                self._metrics = MetricLog(cfg, self._run, progress)
                 if cfg.logging.tensorboard:
                     self._schedule = ImageSchedule(cfg.logging.images_every_steps, progress.step)
             if cfg.data.log_samples:
@@ -98,10 +95,10 @@ class RunLogs:
         if self._samples is not None:
             self._write(lambda: self._samples.write(step, batches))
 
-    def advance(self, items: int) -> None:
-        """Advances the progress line by `items`, the number of items of all ranks."""
+    def advance(self, progress: Progress, stage: int, loss: float) -> None:
+        """Shows the progress after a step. Args: stage: index of the step's stage; loss: of the step."""
         if self._metrics is not None:
-            self._metrics.advance(items)
+            self._metrics.advance(progress, stage, loss)
 
     def write_metrics(self, line: dict[str, Any]) -> None:
         if self._metrics is not None:

@@ -1,26 +1,28 @@
-"""The log files and the progress line of a run."""
+"""The log files of a run, and what it shows of its progress."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 from PIL import Image
 
 from univitar_ds.atomic_write import replace_text
-from univitar_ds.config.run_folder import BOARD, EVENTS, METRICS
-from univitar_ds.config.schema import LoggingConfig
+from univitar_ds.config.load import dumped
+from univitar_ds.config.run_folder import EVENTS, METRICS
+from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.errors import writing
-from univitar_ds.extras import extra
+from univitar_ds.screen import has_terminal
+from univitar_ds.training.logging.board import Board, code_block, numbers, results
+from univitar_ds.training.logging.progress import Pace, ProgressLine, steps_text
+from univitar_ds.training.logging.trackers import open_trackers, without_credentials
+from univitar_ds.training.step.curriculum import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -31,86 +33,99 @@ SKIPPED = "skipped"
 
 
 class MetricLog:
-    """metrics.jsonl, TensorBoard and the progress line, with the same names of metrics; only on rank 0."""
+    """metrics.jsonl, TensorBoard, trackers, and the status line or log lines; only on rank 0."""
 
-    def __init__(self, run: Path, cfg: LoggingConfig, *, step: int, samples: int, total_samples: int) -> None:
-        """Opens the files after `step`, and drops later lines, which an earlier launch or a rollback left behind."""
-        self._file = _open_after(run / METRICS, step)
-        self._board = None
-        if cfg.tensorboard:
-            with extra("train"):
-                from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, cfg: RunConfig, run: Path, progress: Progress) -> None:
+        """Opens the files after `progress`, and drops later lines, which an earlier launch or a rollback left behind.
 
-            self._board = SummaryWriter(str(run / BOARD), purge_step=step + 1)
-            _quiet_board()
-        self._bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+        Raises: OSError if a file cannot be written."""
+        self._every = cfg.logging.every_steps
+        self._stages, self._pace = cfg.stages, Pace(cfg.stages, progress)
+        self._first = True
+        """Whether no step was done since the files were opened."""
+        with ExitStack() as opened:
+            self._file = opened.enter_context(_open_after(run / METRICS, progress.step))
+            self._board = None
+            if cfg.logging.tensorboard:
+                self._board = Board(run, progress.step)
+                opened.callback(self._board.close)
+                self._board.text(
+                    "config", code_block(without_credentials(dumped(cfg.model_dump(mode="json")))), progress.step
+                )
+            self._trackers = open_trackers(cfg, run)
+            opened.pop_all()
+        self._line = ProgressLine(cfg.stages) if has_terminal() else None
 
-            self._bar = tqdm(total=total_samples, initial=samples, unit=" samples", dynamic_ncols=True, smoothing=0.1)
-
-    def advance(self, samples: int) -> None:
-        if self._bar is not None:
-            with self._terminal():
-                self._bar.update(samples)
-
-    @contextmanager
-    def _terminal(self) -> Iterator[None]:
-        """Disables the progress line if the terminal has closed."""
-        try:
-            yield
-        except OSError:
-            self._bar.disable, self._bar = True, None
+    def advance(self, progress: Progress, stage: int, loss: float) -> None:
+        """Shows the progress after a step. Args: stage: index of the step's stage; loss: of the step."""
+        self._pace.add(progress)
+        if self._line is not None:
+            self._line.draw(stage, progress.step, loss, self._pace.outlook())
+        elif self._first and self._every > 1:
+            logger.info("step %d is done, the first of this launch; a line every %d steps", progress.step, self._every)
+        self._first = False
 
     def write(self, line: dict[str, Any]) -> None:
-        """Writes a line to metrics.jsonl (with all digits), TensorBoard, and the progress line or the log."""
+        """Writes a line to metrics.jsonl (with all digits), TensorBoard, trackers, and the status line or the log."""
         append_line(self._file, line)
         if self._board is not None:
-            for name, value in line.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(name, value, line["step"])
-        text = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, grad norm {line['grad_norm']:.2f}"
-        if self._bar is not None:
-            with self._terminal():
-                self._bar.set_description(f"{line['stage']} step {line['step']}")
-                self._bar.set_postfix_str(f"{text}, {mfu_text(line)}")
-        else:
-            logger.info(
-                "step %d, %s %s, %s, %.1f samples/s, %s, fill %.0f %%, data wait %.0f %%",
-                *(line[name] for name in ("step", "stage", "modality")),
-                text,
-                line["samples_per_s"],
-                mfu_text(line),
-                *(line[name] for name in ("fill_pct", "data_wait_pct")),
-            )
+            self._board.scalars(line)
+        for tracker in self._trackers:
+            tracker.log(numbers(line), line["step"])
+        if self._line is not None:
+            self._line.note(line)
+            return
+        outlook = self._pace.outlook()
+        logger.info(
+            "%s, %.1f %%, %s, %s %s, loss %.4f, lr %.2e, grad norm %.2f, %.1f samples/s, %s, fill %.0f %%, "
+            "data wait %.0f %%",
+            steps_text(line["step"], outlook),
+            outlook.percent,
+            outlook.eta,
+            *(line[name] for name in ("stage", "modality", "loss", "lr", "grad_norm", "samples_per_s")),
+            mfu_text(line),
+            *(line[name] for name in ("fill_pct", "data_wait_pct")),
+        )
 
     def mark(self, event: dict[str, Any]) -> None:
-        """Writes an event as text to TensorBoard, and to the terminal or the log."""
+        """Writes an event as text to TensorBoard, and to the log."""
         detail = event_text(event)
         if self._board is not None:
-            self._board.add_text("events", detail, event["step"])
-        if self._bar is not None:
-            with self._terminal():
-                self._bar.write(detail, file=sys.stderr)
-        else:
-            logger.log(logging.WARNING if event["event"] == "rollback" else logging.INFO, "%s", detail)
+            self._board.text("events", detail, event["step"])
+        logger.log(logging.WARNING if event["event"] == "rollback" else logging.INFO, "%s", detail)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Writes an image to TensorBoard."""
-        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+        self._board.image(name, image, step)
 
     def close(self) -> None:
         """Closes all files, also if closing one fails, as on a full disk. Can be called again."""
         with ExitStack() as closing:
-            closing.callback(self._close_bar)
+            for tracker in self._trackers:
+                closing.callback(tracker.close)
+            if self._line is not None:
+                closing.callback(self._line.close)
             if self._board is not None:
                 closing.callback(self._board.close)
             closing.callback(self._file.close)
 
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            with self._terminal():
-                self._bar.close()
+
+def write_results(cfg: RunConfig, run: Path, figures: Sequence[Mapping[str, Any]], table: str, step: int) -> None:
+    """Writes the results of the evaluation after training to TensorBoard and the trackers.
+
+    Args: figures: those of evaluation.json; table: the same as text; step: of the evaluated checkpoint.
+    Raises: OSError if a file cannot be written.
+    """
+    values = results(figures)
+    with ExitStack() as closing:
+        for tracker in open_trackers(cfg, run):
+            closing.callback(tracker.close)
+            tracker.log(values, step)
+        if cfg.logging.tensorboard:
+            board = Board(run, step)
+            closing.callback(board.close)
+            board.points(values, step)
+            board.text("eval/results", code_block(table), step)
 
 
 class SampleLog:
@@ -199,14 +214,3 @@ def append_line(file: TextIO, line: dict[str, Any]) -> None:
     with writing(file.name):
         file.write(json.dumps(line) + "\n")
         file.flush()
-
-
-def _quiet_board() -> None:
-    """Suppresses the traceback of an OSError in TensorBoard's thread, since the next call raises the error again."""
-    before = threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
-            before(args)
-
-    threading.excepthook = hook

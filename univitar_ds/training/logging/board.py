@@ -1,0 +1,149 @@
+"""The curves, texts and images of a run in TensorBoard, and the groups of its metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from univitar_ds.config.run_folder import BOARD, METRICS
+from univitar_ds.extras import extra
+
+GROUPS = (
+    ("loss", r"loss(_.+)?|teacher_agreement"),
+    ("grad_norm", r"grad_norm(_.+)?"),
+    ("speed", r"(samples|tokens)_per_s|step_s|mfu_pct|tflops_per_rank|data_wait_pct|flop_imbalance_pct|memory_gb"),
+    ("data", r"(samples|tokens)_seen|fill_pct|downscaled_pct|(bad|ignored)_.+"),
+    ("schedule", r"lr|.+_weight|logit_(scale|bias)|stage_index|rollbacks"),
+)
+"""Groups of metrics with a pattern of their names."""
+RESTING = (0.0, 1.0)
+"""A curve that has only one of these values, such as a number of bad samples of 0, is not drawn."""
+
+
+def tag(name: str) -> str:
+    """Returns the name of a metric with its group, such as `loss/loss_image`."""
+    group = next((group for group, pattern in GROUPS if re.fullmatch(pattern, name)), "other")
+    return f"{group}/{name}"
+
+
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the numbers of a line of metrics, except its step, by their names with groups."""
+    return {
+        tag(name): value
+        for name, value in line.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step"
+    }
+
+
+def results(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the figures of evaluation.json by their names in the group `eval`, such as `eval/zero-shot_top-1_image`.
+
+    Args: figures: as `Figure.to_dict` returns them."""
+    named = {}
+    for figure in figures:
+        words = [figure["task"], figure["measure"], figure["modality"], figure.get("set") or ""]
+        name = "_".join(re.sub(r"[^\w@.-]+", "-", word).strip("-") for word in words if word)
+        named[f"eval/{name}"] = float(figure["value"])
+    return named
+
+
+def code_block(text: str) -> str:
+    """Returns `text` as Markdown that TensorBoard shows line by line."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+class Board:
+    """TensorBoard's files of a run, in its folder `tb`."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        """Opens a file after `step`. Later points of earlier files are not shown any more."""
+        with extra("train"):
+            from torch.utils.tensorboard import SummaryWriter
+
+        self._moving = _moving(run / METRICS, step)
+        self._resting: dict[str, tuple[int, float]] = {}
+        self._step = step
+        self._board = SummaryWriter(str(run / BOARD), purge_step=step + 1)
+        _quiet()
+
+    def scalars(self, line: Mapping[str, Any]) -> None:
+        """Writes the numbers of a line of metrics. A curve begins once its value leaves its first one, see RESTING."""
+        step = self._step = line["step"]
+        for name, value in numbers(line).items():
+            if name not in self._moving:
+                before, first = self._resting.setdefault(name, (step, value))
+                if value == first and value in RESTING:
+                    continue
+                del self._resting[name]
+                self._moving.add(name)
+                if before < step:
+                    self._board.add_scalar(name, first, before)
+            self._board.add_scalar(name, value, step)
+
+    def points(self, values: Mapping[str, float], step: int) -> None:
+        """Writes values by their names with groups."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Writes a text in Markdown."""
+        self._board.add_text(name, text, step)
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Writes the values that never changed as a text, and closes the file."""
+        try:
+            if self._resting:
+                table = "".join(f"| {name} | {value:g} |\n" for name, (_, value) in sorted(self._resting.items()))
+                self._board.add_text("unchanged", f"| metric | value |\n|---|---|\n{table}", self._step)
+        finally:
+            self._board.close()
+
+
+def _moving(metrics: Path, step: int) -> set[str]:
+    """Returns the metrics, with groups, that have changed in the lines up to `step`, by the first and last of them.
+
+    What may rest at 0 or 1 are counts, which only grow, and weights."""
+    lines = [numbers(line) for line in _ends(metrics)] if step else []
+    if not lines:
+        return set()
+    first, last = lines[0], lines[-1]
+    return {name for name, value in last.items() if first.get(name) != value or value not in RESTING}
+
+
+def _ends(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the first and the last line of a file of JSON lines; only those that are whole."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        ends = [file.readline()]
+        size = file.seek(0, 2)
+        file.seek(max(0, size - (1 << 16)))
+        ends.append((file.read().rstrip(b"\n").rpartition(b"\n")[2]) + b"\n")
+    for end in ends:
+        try:
+            line = json.loads(end)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            yield line
+
+
+def _quiet() -> None:
+    """Suppresses the traceback of an OSError in TensorBoard's thread, since the next call raises the error again."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
+            before(args)
+
+    threading.excepthook = hook
