@@ -128,11 +128,14 @@ class _Status:
             self._draw()
 
     def end(self) -> None:
-        """Removes the line."""
+        """Leaves the line as it is; what follows is written below it."""
         with self._lock:
             if self._stream is None:
                 return
-            self._erase(self._stream)
+            self._draw()
+            with suppress(OSError, ValueError):
+                self._stream.write("\n")
+                self._stream.flush()
             if isinstance(sys.stderr, _BesideStatus):  # not if a test or a library has replaced it since
                 sys.stderr = self._stream
             self._text, self._stream = "", None
@@ -177,5 +180,5 @@ def show_status(text: str) -> None:
 
 
 def end_status() -> None:
-    """Removes the status line. Can be called again."""
+    """Ends the status line: its last state stays, and lines are written below it. Can be called again."""
     _status.end()

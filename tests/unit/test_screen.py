@@ -1,11 +1,17 @@
 """stdout as it may be: ASCII, closed, a pipe without a reader, a full disk. Real processes of the command."""
 
+import contextlib
+import io
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+
+from univitar_ds import screen
 
 COMMAND = [sys.executable, "-m", "univitar_ds", "report"]
 
@@ -64,3 +70,98 @@ def test_a_full_disk_under_stdout_is_a_sentence(run):
 def test_closed_streams_are_as_good_as_none(run):
     shell = f"exec {' '.join(COMMAND)} {run} >&- 2>&- <&-"
     assert subprocess.run(["/bin/sh", "-c", shell], check=False).returncode == 0
+
+
+class Terminal(io.StringIO):
+    """A terminal of 60 columns, as far as a status line needs one."""
+
+    def isatty(self):
+        return True
+
+    def lines(self) -> list[str]:
+        """The lines that a reader sees, the last one being that of the cursor."""
+        seen = [""]
+        column = 0
+        for part in re.findall(r"\x1b\[K|\r|\n|[^\x1b\r\n]+", self.getvalue()):
+            if part == "\x1b[K":
+                seen[-1] = seen[-1][:column]
+            elif part == "\r":
+                column = 0
+            elif part == "\n":
+                seen.append("")
+                column = 0
+            else:
+                seen[-1] = seen[-1][:column] + part + seen[-1][column + len(part) :]
+                column += len(part)
+        return seen
+
+
+@contextlib.contextmanager
+def on_terminal(monkeypatch):
+    """stderr as a terminal. Not a fixture, since pytest replaces stderr between a fixture and its test."""
+    stream = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    with contextlib.redirect_stderr(stream):
+        yield stream
+        screen.end_status()
+        assert sys.stderr is stream, "stderr was not given back"
+
+
+def log_of(stream):
+    log = logging.Logger("screen")
+    log.addHandler(screen.ScreenHandler(stream))
+    return log
+
+
+def test_log_lines_and_warnings_appear_above_the_status_line(monkeypatch):
+    with on_terminal(monkeypatch) as terminal:
+        log = log_of(terminal)
+        log.warning("before")
+        screen.show_status("step 1 of a long run, which has a long line")
+        log.warning("short")
+        sys.stderr.write("Traceback ")
+        sys.stderr.write("of a library\n")
+        screen.show_status("step 2")
+        print("a warning", file=sys.stderr)
+        assert terminal.lines() == ["before", "short", "Traceback of a library", "a warning", "step 2"]
+        screen.end_status()
+        log.warning("after")
+        assert terminal.lines()[-3:] == ["step 2", "after", ""]
+
+
+def test_a_line_of_another_process_of_the_program_erases_the_status_line(monkeypatch):
+    with on_terminal(monkeypatch) as terminal:
+        screen.show_status("step 1 of a long run, which has a long line")
+        other = screen._Status()  # of a process without a status line
+        with contextlib.redirect_stderr(terminal), other.above(terminal):
+            terminal.write("from a rank\n")
+        screen.show_status("step 2")
+        assert terminal.lines() == ["from a rank", "step 2"]
+
+
+def test_a_status_line_is_cut_to_the_width_of_the_terminal(monkeypatch):
+    with on_terminal(monkeypatch) as terminal:
+        monkeypatch.setattr(Terminal, "fileno", lambda self: 2)
+        monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((20, 5)))
+        screen.show_status("x" * 30)
+        assert terminal.lines() == ["x" * 19]
+
+
+@pytest.mark.parametrize("kind", ["file", "dumb"])
+def test_without_a_terminal_log_lines_have_no_control_characters(monkeypatch, kind):
+    stream = Terminal() if kind == "dumb" else io.StringIO()
+    monkeypatch.setenv("TERM", "dumb" if kind == "dumb" else "xterm")
+    with contextlib.redirect_stderr(stream):
+        assert not screen.has_terminal()
+        log_of(stream).warning("a line")
+    assert stream.getvalue() == "a line\n"
+
+
+def test_a_terminal_that_has_closed_is_no_error(monkeypatch):
+    with on_terminal(monkeypatch):
+        screen.show_status("step 1")
+        monkeypatch.setattr(
+            Terminal, "write", lambda self, text: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+        )
+        screen.show_status("step 2")
+        screen.end_status()

@@ -141,7 +141,7 @@ class _Trainer:
     def _train_stage(self, stage: StageConfig) -> None:
         """Trains until the stage ends, a rank is asked to stop, or a step is undone."""
         number = self.state.progress.stage
-        startup.phase("building the teacher and opening the sources")
+        startup.phase("opening the sources" if self.cfg.objective.teacher is None else "building the teacher")
         self._prepare_teacher()
         every = stage.checkpoint_every
         self.engine.module.vision.checkpoint_every = self.cfg.model.checkpoint_every if every is None else every

@@ -1,22 +1,21 @@
 """The end of a run that something has ended: all is closed, and that something is what the user reads."""
 
 import logging
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.support.runs import small_config
 from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.config.run_folder import METRICS
-from univitar_ds.config.schema import LoggingConfig
 from univitar_ds.errors import CheckpointError, DataError, StorageError
 from univitar_ds.training import loop
 from univitar_ds.training.distributed.process_group import World
-from univitar_ds.training.logging import run_logs
+from univitar_ds.training.logging import run_logs, writers
 from univitar_ds.training.logging.writers import MetricLog
+from univitar_ds.training.step.curriculum import Progress
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -26,6 +25,9 @@ class Part:
 
     def __init__(self, broken=False):
         self.broken, self.closings = broken, 0
+
+    def add_text(self, *given):
+        pass
 
     def close(self):
         self.closings += 1
@@ -65,9 +67,9 @@ class BrokenFile(Part):
         super().close()
 
 
-@pytest.mark.parametrize("broken", ["file", "board", "bar"])
+@pytest.mark.parametrize("broken", ["file", "board", "tracker"])
 def test_of_a_log_all_parts_are_closed_though_one_cannot_be(tmp_path, monkeypatch, broken):
-    parts = {name: Part(broken=name == broken) for name in ("board", "bar")}
+    parts = {name: Part(broken=name == broken) for name in ("board", "tracker")}
 
     def opened(path, mode="r", *given, real=Path.open, **named):
         file = real(path, mode, *given, **named)
@@ -77,12 +79,11 @@ def test_of_a_log_all_parts_are_closed_though_one_cannot_be(tmp_path, monkeypatc
 
     monkeypatch.setattr(Path, "open", opened)
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: parts["board"])
-    monkeypatch.setattr("tqdm.tqdm", lambda *_, **__: parts["bar"])
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    log = MetricLog(tmp_path, LoggingConfig(tensorboard=True), step=0, samples=0, total_samples=1)
-    with nullcontext() if broken == "bar" else pytest.raises(OSError, match="No space left"):  # a terminal may be gone
+    monkeypatch.setattr(writers, "open_trackers", lambda cfg, run: [parts["tracker"]])
+    log = MetricLog(small_config(tmp_path, tmp_path, logging={"tensorboard": True}), tmp_path, Progress())
+    with pytest.raises(OSError, match="No space left"):
         log.close()
-    assert {name: part.closings for name, part in parts.items()} == {"board": 1, "bar": 1, "file": 1}
+    assert {name: part.closings for name, part in parts.items()} == {"board": 1, "tracker": 1, "file": 1}
 
 
 @pytest.fixture

@@ -44,7 +44,8 @@ class MetricLog:
         self._first = True
         """Whether no step was done since the files were opened."""
         with ExitStack() as opened:
-            self._file = opened.enter_context(_open_after(run / METRICS, progress.step))
+            self._file = _open_after(run / METRICS, progress.step)
+            opened.callback(self._file.close)
             self._board = None
             if cfg.logging.tensorboard:
                 self._board = Board(run, progress.step)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from univitar_ds.config.schema import LoggingConfig
+from tests.support.runs import small_config
 from univitar_ds.data.batch import PackedBatch, rows
 from univitar_ds.model.dropping import DropConfig
 from univitar_ds.training.distributed.process_group import World, gather_json
-from univitar_ds.training.logging import writers
+from univitar_ds.training.logging import board, writers
 from univitar_ds.training.logging.metrics import (
     BAD_OF_KIND,
     IGNORED_OF_KIND,
@@ -216,7 +216,11 @@ def test_a_window_goes_on_after_json():
 
 
 def metric_log(run, step=0) -> MetricLog:
-    return MetricLog(run, LoggingConfig(tensorboard=False), step=step, samples=0, total_samples=10)
+    return MetricLog(small_config(run, run), run, Progress(step=step))
+
+
+def board_log(run, step=0) -> MetricLog:
+    return MetricLog(small_config(run, run, logging={"tensorboard": True}), run, Progress(step=step))
 
 
 def write_lines(run, steps, start=0):
@@ -241,17 +245,17 @@ def test_after_a_resume_each_step_is_in_the_file_once(tmp_path):
 def test_tensorboard_has_the_names_of_the_lines(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = MetricLog(tmp_path, LoggingConfig(), step=0, samples=0, total_samples=10)
+    log = board_log(tmp_path)
     window = Window()
     window.add(result(2.5), numbers(), "image", WEIGHTS)
     written = line(window)
     log.write(written)
     log.close()
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert set(events.Tags()["scalars"]) == {
-        name for name, value in written.items() if not isinstance(value, str) and name != "step"
-    }
-    assert events.Scalars("loss")[0].value == 2.5
+    resting = {board.tag(name) for name, value in written.items() if value in (0, 1)}
+    assert set(events.Tags()["scalars"]) == board.numbers(written).keys() - resting
+    assert {"schedule/rollbacks", "data/bad_samples", "schedule/distill_weight"} <= resting
+    assert events.Scalars("loss/loss")[0].value == 2.5
 
 
 def test_stages_and_rollbacks_are_marked_in_tensorboard_beside_images_and_stay_there(tmp_path, caplog):
@@ -260,23 +264,23 @@ def test_stages_and_rollbacks_are_marked_in_tensorboard_beside_images_and_stay_t
     caplog.set_level("INFO")
     stage = {"step": 0, "event": "stage", "stage": "native", "samples_seen": 0}
     rollback = {"step": 2, "event": "rollback", "undone_step": 4, "reason": "the loss is nan"}
-    log = MetricLog(tmp_path, LoggingConfig(), step=0, samples=0, total_samples=10)
+    log = board_log(tmp_path)
     log.mark(stage)
     log.image("pack_image", Image.new("RGB", (5, 3), (9, 8, 7)), 2)
     log.image("pack_image", Image.new("RGB", (5, 3)), 3)
     log.close()
-    log = MetricLog(tmp_path, LoggingConfig(), step=2, samples=0, total_samples=10)
+    log = board_log(tmp_path, step=2)
     log.mark(rollback)
     log.close()
     shown = [record.message for record in caplog.records]
-    board = EventAccumulator(str(tmp_path / "tb")).Reload()
-    events = [(text.step, text.tensor_proto.string_val[0].decode()) for text in board.Tensors("events/text_summary")]
+    shown_in = EventAccumulator(str(tmp_path / "tb")).Reload()
+    events = [(text.step, text.tensor_proto.string_val[0].decode()) for text in shown_in.Tensors("events/text_summary")]
     assert events == [
         (0, "stage native begins after step 0, 0 samples"),
         (2, "step 4: the loss is nan; back to step 2, the data since are skipped"),
     ]
     assert shown == [text for _, text in events]
-    (image,) = board.Images("pack_image")
+    (image,) = shown_in.Images("pack_image")
     assert image.step == 2
     with Image.open(io.BytesIO(image.encoded_image_string)) as image:
         assert image.size == (5, 3)

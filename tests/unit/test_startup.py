@@ -1,0 +1,72 @@
+"""What a start reports of its phases."""
+
+import logging
+import threading
+
+import pytest
+
+from tests.support.progress import wait_until
+from univitar_ds import startup
+
+
+@pytest.fixture
+def reports(caplog, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def test_a_phase_that_lasts_is_reported_and_reported_again(reports, monkeypatch):
+    monkeypatch.setattr(startup, "AFTER_S", 0.01)
+    monkeypatch.setattr(startup, "AGAIN_S", 0.01)
+    with startup.reported("loading"):
+        wait_until(lambda: "loading ..." in reports.messages, "a report")
+        startup.phase("building the model")
+        wait_until(lambda: "building the model ..." in reports.messages, "a report")
+        wait_until(
+            lambda: any("building the model (" in text and " s so far)" in text for text in reports.messages),
+            "a report",
+        )
+
+
+def test_a_start_whose_phases_are_short_reports_the_one_that_lasts_when_it_is_due(reports, monkeypatch):
+    monkeypatch.setattr(startup, "AFTER_S", 0.3)
+    with startup.reported("one"):
+        startup.phase("two")
+        startup.phase("three")
+        wait_until(lambda: reports.messages, "a report")
+    assert reports.messages == ["three ..."]
+
+
+def test_a_quick_start_and_what_follows_its_end_are_silent(reports, monkeypatch):
+    monkeypatch.setattr(startup, "AFTER_S", 1000.0)
+    with startup.reported("loading"):
+        startup.phase("building")
+        startup.done()
+        startup.phase("training")
+        assert not [thread for thread in threading.enumerate() if thread.name == "startup"]
+    startup.phase("later")
+    assert reports.messages == []
+
+
+def test_an_inner_start_is_a_phase_of_the_outer_one(reports, monkeypatch):
+    monkeypatch.setattr(startup, "AFTER_S", 0.01)
+    with startup.reported("outer"):
+        with startup.reported("inner"):
+            wait_until(lambda: "inner ..." in reports.messages, "a report")
+        startup.phase("after")
+        wait_until(lambda: "after ..." in reports.messages, "a report")
+
+
+@pytest.mark.parametrize(("name", "rank", "speaks"), [("RANK", "1", 0), ("SLURM_PROCID", "3", 0), ("RANK", "0", 1)])
+def test_only_the_first_rank_reports(reports, monkeypatch, name, rank, speaks):
+    monkeypatch.setenv(name, rank)
+    with startup.reported("loading"):
+        assert len([thread for thread in threading.enumerate() if thread.name == "startup"]) == speaks
+
+
+def test_a_start_that_fails_ends_its_reports(reports):
+    with pytest.raises(ValueError, match="broken"), startup.reported("loading"):
+        raise ValueError("broken")
+    assert not [thread for thread in threading.enumerate() if thread.name == "startup"]
