@@ -8,15 +8,19 @@ the log lines of all processes of the program erase it first, so a line of anoth
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 logger = logging.getLogger(__name__)
+
+LINES_AFTER_S, LINES_EVERY_S = 3.0, 10.0
+"""Seconds until the first line of a progress bar in a file or pipe, and between lines."""
 
 lost: list[OSError] = []
 """Contains the first error of stdout, after which nothing is printed."""
@@ -182,3 +186,61 @@ def show_status(text: str) -> None:
 def end_status() -> None:
     """Ends the status line: its last state stays, and lines are written below it. Can be called again."""
     _status.end()
+
+
+def progress_bar(*, desc: str, unit: str, disable: bool = False, **settings: Any) -> Any:
+    """Returns tqdm's progress bar, a context manager with `update`. In a file or pipe it logs lines instead.
+
+    Args: disable: shows nothing; settings: total, initial and unit_scale of tqdm.
+    """
+    from tqdm import tqdm
+
+    given = {"desc": desc, "unit": unit, "disable": disable, **settings}
+    if disable or has_terminal():
+        return tqdm(**given)
+
+    class Lines(tqdm):
+        """A bar whose states are log lines: after the first seconds, then at intervals, and at the end."""
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+            logger.info("%s", _state_of(self.format_dict))
+            return True
+
+        def close(self) -> None:
+            shown = not self.disable and self.last_print_t >= self.start_t + self.delay
+            self.disable = True
+            if shown:
+                self.display()
+
+    # Updates are checked one by one, since `miniters` adapts to frequent bars and would skip the interval.
+    return Lines(**given, file=io.StringIO(), delay=LINES_AFTER_S, mininterval=LINES_EVERY_S, miniters=1)
+
+
+def _state_of(bar: Mapping[str, Any]) -> str:
+    """Returns the state of a bar as text. Args: bar: `format_dict` of tqdm."""
+    from tqdm import tqdm
+
+    done, total, seconds = bar["n"], bar["total"], bar["elapsed"]
+    unit = "B" if bar["unit"] == "B" else f" {bar['unit']}s"
+    count = tqdm.format_sizeof if bar["unit_scale"] else str
+    speed = f", {done / seconds:.1f}{unit}/s" if seconds > 0 and not bar["unit_scale"] else ""
+    name = bar["prefix"].rstrip(": ")
+    if not total:
+        return f"{name}: {count(done)}{unit} in {duration(seconds)}{speed}"
+    ran = done - bar["initial"]
+    eta = f", ETA {duration((total - done) * seconds / ran)}" if ran > 0 and done < total else ""
+    return f"{name}: {100 * done / total:.0f} %, {count(done)} of {count(total)}{unit}{eta}{speed}"
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration in the two largest units that it has: "45 s", "3 min 05 s", "2 h 10 min", "4 d 03 h"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24:02d} h"

@@ -42,6 +42,10 @@ def unexpected(lines: list[str]) -> list[str]:
     return [line for line in lines if " INFO step " not in line]
 
 
+def resume(run: Path, nproc: object) -> str:
+    return f"continue the run with `univitar-ds train --resume {run} --nproc {nproc}`"
+
+
 @pytest.mark.parametrize("nproc", ["1", "2"])
 def test_the_first_one_ends_the_run_as_sigterm_does_with_one_line(nproc, folder):
     run = folder / "runs" / f"once-{nproc}"
@@ -55,6 +59,7 @@ def test_the_first_one_ends_the_run_as_sigterm_does_with_one_line(nproc, folder)
     (saved,) = checkpoint_dir.complete(run / CHECKPOINTS)
     assert saved.name == f"step-{steps(run)[-1]:08d}"
     assert f"saving step {steps(run)[-1]}" in line
+    assert line.endswith(f"; {resume(run, nproc)}")
     assert json.loads((run / "summary.json").read_text())["completed"] is False
 
 
@@ -72,7 +77,7 @@ def test_the_second_one_ends_the_run_at_once_with_one_line(folder):
             program.press_ctrl_c()
         assert program.ends() == 128 + signal.SIGINT
         program.wait_for(lambda: not program.pids(), running=False)
-        assert unexpected(program.said().splitlines()[before:]) == [AT_ONCE]
+        assert unexpected(program.said().splitlines()[before:]) == [f"{AT_ONCE}; {resume(run, 2)}"]
 
 
 def test_ranks_that_start_end_with_one_line(folder):
@@ -81,7 +86,8 @@ def test_ranks_that_start_end_with_one_line(folder):
         program.press_ctrl_c()
         assert program.ends() == 128 + signal.SIGINT, program.said()[-3000:]
         program.wait_for(lambda: not program.pids(), running=False)
-        assert [line for line in program.said().splitlines() if " WARNING " not in line] == [AT_ONCE]
+        lines = [line for line in program.said().splitlines() if " WARNING " not in line and " INFO " not in line]
+        assert lines == [f"{AT_ONCE}; {resume(folder / 'runs' / 'early', 2)}"]
 
 
 def test_packing_ends_with_one_line_and_can_be_repeated(folder):

@@ -165,3 +165,42 @@ def test_a_terminal_that_has_closed_is_no_error(monkeypatch):
         )
         screen.show_status("step 2")
         screen.end_status()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (3599.7, "1 h 00 min"),
+     (86399, "1 d 00 h"), (100 * 3600, "4 d 04 h")],
+)  # fmt: skip
+def test_durations_have_two_units(seconds, text):
+    assert screen.duration(seconds) == text
+
+
+def test_a_progress_bar_in_a_pipe_is_log_lines_with_percent_and_time_left(monkeypatch, caplog):
+    monkeypatch.setattr(screen, "LINES_AFTER_S", 0.0)
+    monkeypatch.setattr(screen, "LINES_EVERY_S", 0.0)
+    caplog.set_level("INFO")
+    stream = io.StringIO()
+    with (
+        contextlib.redirect_stderr(stream),
+        screen.progress_bar(desc="examine", unit="file", total=4) as bar,
+        screen.progress_bar(desc="embed", unit="image") as endless,
+        screen.progress_bar(desc="verify", unit="B", total=2000, unit_scale=True) as sized,
+        screen.progress_bar(desc="off", unit="file", total=4, disable=True) as off,
+    ):
+        for one in (bar, endless, sized, off):
+            one.update(1)
+    text = caplog.text
+    assert re.search(r"examine: 25 %, 1 of 4 files, ETA \d", text)
+    assert re.search(r"embed: 1 images in \d+ s", text)
+    assert "verify: 0 %, 1.00 of 2.00kB, ETA" in text
+    assert "off" not in text
+    assert stream.getvalue() == ""
+
+
+def test_a_quick_progress_bar_in_a_pipe_says_nothing(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(screen, "LINES_AFTER_S", 1000.0)
+    with contextlib.redirect_stderr(io.StringIO()), screen.progress_bar(desc="examine", unit="file", total=2) as bar:
+        bar.update(2)
+    assert caplog.messages == []

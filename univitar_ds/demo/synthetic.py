@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.data.decoding.task_pool import Done, Task, TaskPool
 from univitar_ds.demo.draw import encode_image, encode_mp4
 from univitar_ds.demo.scenes import image_scene, render, video_scene
 from univitar_ds.errors import DataError, writing
 from univitar_ds.owned import is_empty
+from univitar_ds.screen import progress_bar
 
 FORMAT = 1
 """Version of the scenes. Another version writes other files for the same seed."""
@@ -83,7 +82,7 @@ def _write_files(folder: Path, jobs: list[tuple[int, str, str, int]], progress: 
     """Writes the scenes of `jobs`. Returns the rows of `metadata.jsonl`, in the order of the jobs."""
     workers = min(len(os.sched_getaffinity(0)), len(jobs))
     rows: dict[int, dict[str, object]] = {}
-    with tqdm(total=len(jobs), desc="scenes", unit="scene", disable=not progress) as bar:
+    with progress_bar(total=len(jobs), desc="scenes", unit="scene", disable=not progress) as bar:
         if workers == 1:
             for number, job in enumerate(jobs):
                 rows[number] = _write_one(folder, job)

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from univitar_ds.classes import ClassList
 from univitar_ds.data.batch import PackedBatch
@@ -16,6 +15,7 @@ from univitar_ds.evaluation.scores import Figure, chance_at, hit_at, rank_counts
 from univitar_ds.evaluation.zero_shot import KS
 from univitar_ds.geometry import Modality
 from univitar_ds.model.classification import ClassificationModel, class_logits
+from univitar_ds.screen import progress_bar
 
 
 def measure_classes(
@@ -29,7 +29,7 @@ def measure_classes(
     device = next(model.parameters()).device
     hits: dict[str | None, list[tuple[Tensor, Tensor]]] = {}
     left: Counter[str] = Counter()
-    with tqdm(desc=f"classifying {modality}s", unit=modality, disable=not progress) as bar:
+    with progress_bar(desc=f"classifying {modality}s", unit=modality, disable=not progress) as bar:
         for pack in packs:
             left.update(pack.bad)
             rows = [classes.row(name, label) for name, label in zip(pack.sets, pack.labels, strict=True)]

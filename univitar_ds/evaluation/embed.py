@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.geometry import Modality
 from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.screen import progress_bar
 from univitar_ds.tokenization import encode
 
 TEXTS_AT_ONCE = 256
@@ -60,7 +60,7 @@ def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modal
     vision, text = [torch.empty(0, width)], [torch.empty(0, width)]
     captions, caption_ids, labels, sets, keys, others = [], [], [], [], [], []
     bad: Counter[str] = Counter()
-    with torch.no_grad(), tqdm(desc=f"embedding {modality}s", unit=modality, disable=not progress) as bar:
+    with torch.no_grad(), progress_bar(desc=f"embedding {modality}s", unit=modality, disable=not progress) as bar:
         for pack in packs:
             assert pack.modality == modality, f"a pack of {pack.modality}s among {modality}s"
             bad.update(pack.bad)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from univitar_ds.config.data import CacheConfig, DataConfig, S3Config, SourceConfig
 from univitar_ds.config.schema import RunConfig
@@ -28,6 +27,7 @@ from univitar_ds.inference.destination import FORMAT, Destination, FinishedPart,
 from univitar_ds.inference.reading import FRAMES, Kind, Reading, Rows
 from univitar_ds.inference.sources import Place, Position, count_items, find_places, fingerprint_of, units
 from univitar_ds.inference.workers import Setup, compute, open_as
+from univitar_ds.screen import progress_bar
 from univitar_ds.training.distributed.process_group import check_gpus, uses_cuda
 
 TOKEN_BUDGET = 16384
@@ -200,7 +200,7 @@ def _write(
         about = destination.part(number)
         start, seen = about.after, seen + len(about.keys) + len(about.left_out)
     coming = units(places, part_rows, _UNIT_ITEMS[setup.kind], start, done)
-    with tqdm(total=count_items(places), initial=seen, desc="embed", unit="item", disable=not progress) as bar:
+    with progress_bar(total=count_items(places), initial=seen, desc="embed", unit="item", disable=not progress) as bar:
         first = next(coming, None)
         if first is None:
             return

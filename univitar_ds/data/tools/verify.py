@@ -9,8 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tqdm import tqdm
-
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.decoding.task_pool import Done, Lost, Next, Task, TaskPool
 from univitar_ds.data.shards.line_watch import several_lines_warning
@@ -34,6 +32,7 @@ from univitar_ds.data.tools.shard_check import (
     check_shard,
 )
 from univitar_ds.errors import DataError
+from univitar_ds.screen import progress_bar
 
 VERSION = 1
 _MOST_EXTENSIONS, _LONGEST_EXTENSION = 50, 40
@@ -140,7 +139,7 @@ def verify(
     total = sum(one.shard.size * (1 if one.shard.sha256 is None else 2) for one in found)
     silence_s = settings.give_up_s + 2 * limits.decode_timeout_s
     with (
-        tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar,
+        progress_bar(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar,
         TaskPool(check_shard, min(workers, max(len(tasks), 1)), silence_s) as pool,
     ):
         for number, event in pool.run(tasks):

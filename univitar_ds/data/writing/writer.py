@@ -17,8 +17,6 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from tqdm import tqdm
-
 from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.writing.build_manifest import build_manifest
@@ -28,6 +26,7 @@ from univitar_ds.data.writing.progress_log import ProgressLog, open_progress_log
 from univitar_ds.data.writing.source_folder import Row, read_folder
 from univitar_ds.errors import DataError, writing
 from univitar_ds.extras import extra
+from univitar_ds.screen import progress_bar
 
 if TYPE_CHECKING:
     from webdataset import TarWriter
@@ -141,7 +140,9 @@ def _examine(folder: Path, rows: Sequence[Row], progress_log: ProgressLog, optio
             infos[row.file] = known
     most = len(unknown) // _FILES_PER_WORKER + 1
     jobs = [Job(folder / row.file, row.kind, verify) for row in unknown]
-    with tqdm(total=len(rows), initial=len(infos), desc="examine", unit="file", disable=not options.progress) as bar:
+    with progress_bar(
+        total=len(rows), initial=len(infos), desc="examine", unit="file", disable=not options.progress
+    ) as bar:
         for index, info in examine_all(jobs, min(workers, most)):
             row = unknown[index]
             if row.file in stamps and info.repeatable:
@@ -202,7 +203,7 @@ def _write_all(
     for stale in sorted((there & known) - names):
         destination.remove(stale)
     rows = []
-    with tqdm(total=len(samples), desc="write", unit="sample", disable=not options.progress) as bar:
+    with progress_bar(total=len(samples), desc="write", unit="sample", disable=not options.progress) as bar:
         for shard in shards:
             plan = shard.plan()
             entry = progress_log.shard(shard.name, plan)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.screen import end_status, has_terminal, show_status
+from univitar_ds.screen import duration, end_status, has_terminal, show_status
 from univitar_ds.training.step.curriculum import Progress
 
 STEPS = 100
@@ -109,17 +109,3 @@ def steps_text(step: int, outlook: Outlook) -> str:
     if outlook.steps is None:
         return f"step {step}"
     return f"step {step} of {'' if outlook.percent >= 100 else '~'}{outlook.steps}"
-
-
-def duration(seconds: float) -> str:
-    """Returns a duration in the two largest units that it has: "45 s", "3 min 05 s", "2 h 10 min", "4 d 03 h"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24:02d} h"

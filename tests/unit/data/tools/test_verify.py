@@ -1,5 +1,6 @@
 """The report of `verify` has every fault once, with shard, key and byte, and no fault ends it."""
 
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from tests.support import hostile
 from tests.support.progress import run_watched
 from tests.support.s3 import s3_server
 from tests.support.shards import image, sidecar, video, write_demo_shards, write_tar
+from univitar_ds import screen
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.data.decoding.task_pool import Done, Next, Task, TaskPool
 from univitar_ds.data.shards.sources import find_shards
@@ -236,16 +238,19 @@ def test_a_pipe_is_reported_and_the_other_shards_are_checked(tmp_path):
     assert both["samples"] == 1
 
 
-def test_the_report_depends_only_on_the_data(tmp_path, capsys):
+def test_the_report_depends_only_on_the_data(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(screen, "LINES_AFTER_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    caplog.set_level("INFO")
     folder = folder_of(tmp_path)
     first = folder / "train-image-000000.tar"
     first.write_bytes(first.read_bytes()[:-700] + bytes(700))
     (folder / "train-image-000001.tar").write_bytes(b"no tar" * 1000)
     sources = [SourceConfig(path=str(folder), split=split) for split in ("train", "test")]
     one = verify(sources, workers=1, progress=False)
-    assert capsys.readouterr().err == ""
+    assert "verify" not in caplog.text
     two = verify(sources, workers=3)
-    assert "verify: 100%" in capsys.readouterr().err
+    assert "verify: 100 %" in caplog.text
     assert json.dumps(one) == json.dumps(two)
     assert [row["shard"] for row in one["shards"]][-1] == "1:test-video-000000"
 

@@ -2,10 +2,8 @@
 
 import itertools
 
-import pytest
-
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.training.logging.progress import Outlook, Pace, ProgressLine, duration, steps_text
+from univitar_ds.training.logging.progress import Outlook, Pace, ProgressLine, steps_text
 from univitar_ds.training.step.curriculum import Progress, advance
 
 SIZES = {"min_tokens": 4, "max_tokens": 24, "divisor_px": 14}
@@ -77,12 +75,3 @@ def test_the_line_names_stage_step_percent_time_loss_speed_and_mfu():
     line.note({"mfu_pct": 41.7})
     assert line.text(1, 57, 3.0, outlook).endswith("9.9 samples/s | mfu 42 %")
     assert ProgressLine(stages(10)).text(0, 1, 3.0, outlook).startswith("s0 | step 1 of")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (3599.7, "1 h 00 min"),
-     (86399, "1 d 00 h"), (100 * 3600, "4 d 04 h")],
-)  # fmt: skip
-def test_durations_have_two_units(seconds, text):
-    assert duration(seconds) == text
