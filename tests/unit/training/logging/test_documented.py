@@ -1,4 +1,4 @@
-"""README's table of metrics has the names that are written, each in the group in which TensorBoard shows it."""
+"""The table of metrics in docs/training.md has the names that are written, each in the group in which TensorBoard shows it."""
 
 import re
 
@@ -21,8 +21,8 @@ PLACES = {
 
 
 def documented() -> dict[str, str]:
-    """Groups of the names in README, by name."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """Groups of the names in docs/training.md, by name."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"\| group \| names \| what \|\n\|---\|---\|---\|\n((?:\|.*\|\n)+)", text)
     found: dict[str, str] = {}
     for row in table.splitlines():
@@ -75,5 +75,5 @@ def test_the_losses_and_parts_that_this_test_knows_are_those_of_the_steps():
 
 
 def test_labels_of_readme_about_kinds_are_the_kinds():
-    (kinds,) = re.findall(r"one of their texts was ignored \(([^)]+)\)", (ROOT / "README.md").read_text())
+    (kinds,) = re.findall(r"one of their texts was ignored \(([^)]+)\)", (ROOT / "docs" / "training.md").read_text())
     assert {f"ignored_{kind}" for kind in re.findall(r"`(\w+)`", kinds)} == set(IGNORED_OF_KIND)
