@@ -1,4 +1,4 @@
-"""The table of metrics in docs/training.md has the names that are written, each in the group in which TensorBoard shows it."""
+"""The table of metrics in docs/training.md has the names that are written, in the groups that TensorBoard shows."""
 
 import re
 
