@@ -4,17 +4,21 @@ import json
 import os
 import sys
 import tarfile
+from dataclasses import fields
 from pathlib import Path
 
 from tests.support import media
 from tests.support.paths import ROOT
 from tests.support.progress import run_watched
+from univitar_ds.data.importing.rows import ReadOptions
 from univitar_ds.data.writing.writer import PackOptions, pack_folder
 
 
 def pack(folder, out, **options):
     where = {name: options.pop(name) for name in ("settings", "state") if name in options}
-    return pack_folder(folder, out, PackOptions(**{"workers": 1, "progress": False, **options}), **where)
+    reading = {field.name: options.pop(field.name) for field in fields(ReadOptions) if field.name in options}
+    chosen = PackOptions(**{"workers": 1, "progress": False, **options}, reading=ReadOptions(**reading))
+    return pack_folder(folder, out, chosen, **where)
 
 
 def image_row(index: int, **fields) -> dict:

@@ -15,7 +15,7 @@ LAYERS = [
     {"atomic_write", "classes", "identity", "image_ops", "kernels", "owned", "tokenization"},
     {"config", "run_lock", "data.storage", "data.media"},
     {"preprocessing", "formats", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},
-    {"model.teacher", "data.sampler", "data.writing", "training.engine"},
+    {"model.teacher", "data.sampler", "data.importing", "data.writing", "training.engine"},
     {"data", "training.checkpoint"},
     {"data.tools", "viz", "training.step"},
     {"training.logging"},
@@ -46,6 +46,7 @@ LIBRARIES = {
     "pyarrow": {"univitar_ds.inference.parts"},
     "wandb": {"univitar_ds.training.logging.trackers"},
     "trackio": {"univitar_ds.training.logging.trackers"},
+    "pyarrow": {"univitar_ds.inference.parts", "univitar_ds.data.importing.table_files"},
     "onnxscript": {"univitar_ds.convert.program"},
 }
 """The only modules that import them."""

@@ -32,34 +32,7 @@ def add_data(commands) -> None:
     data = commands.add_parser("data", help="pack, verify, inspect and make data").add_subparsers(
         metavar="WHAT", required=True
     )
-    pack = add_command(
-        data,
-        "pack",
-        _pack,
-        "turn a folder of images and videos into shards",
-        "Turn a folder of images and videos into WebDataset shards and a manifest.\n\n"
-        "FOLDER contains either metadata.jsonl, one line per file:\n"
-        '  {"file": "a/b.jpg", "kind": "image", "caption": "...", "label": "cat", "split": "train"}\n'
-        "(`captions` gives a list; `label` and `split` may be absent), or files with their caption in a .txt\n"
-        "(a/b.jpg and a/b.txt); links to folders are followed, each folder is packed once. Unreadable files are left\n"
-        "out and listed in the manifest. After an interruption the same command continues where it stopped.",
-    )
-    pack.add_argument("folder", type=expand)
-    pack.add_argument(
-        "out",
-        type=expand_place,
-        help="a folder, or s3://bucket/prefix; shards are uploaded one by one and verified",
-    )
-    pack.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard (default 64)")
-    pack.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check the files")
-    pack.add_argument(
-        "--captions",
-        choices=("one", "lines"),
-        default="one",
-        help="content of a .txt: one caption (default), or one per line",
-    )
-    pack.add_argument("--no-verify", action="store_true", help="read headers only; do not decode every file once")
-    add_storage(pack)
+    _add_pack(data)
     _add_verify(data)
     _add_probe(data)
     inspect = add_command(
@@ -81,6 +54,69 @@ def add_data(commands) -> None:
     scenes.add_argument("--images", type=positive, default=4000)
     scenes.add_argument("--videos", "--clips", type=positive, default=1500)
     scenes.add_argument("--seed", type=int, default=0)
+
+
+_PACK = """\
+Turn images and videos with captions or labels into WebDataset shards and a manifest.
+
+The form of SRC is recognised, or named by --format:
+  folder       files with captions in a .txt of the same name (a/b.jpg, a/b.txt), or with a metadata.jsonl:
+                 {"file": "a/b.jpg", "kind": "image", "caption": "...", "label": "cat", "split": "train"}
+               (`captions` gives a list; fields may be absent except file and either a caption or a label)
+  classes      class folders, train/cat/a.jpg, or cat/a.jpg without splits
+  imagefolder  Hugging Face's: metadata.jsonl, .csv or .parquet with file_name, beside the files or in each split
+  table        .csv, .tsv, .jsonl, .json (a list of objects) or .parquet; `--format csv` reads any file as CSV
+  coco         a JSON with images and annotations, or a folder with annotations/captions_*.json
+  webdataset   a tar, a folder of tars, or a brace range of tars in quotes
+  img2dataset  its output folder, of tars or of files
+
+  univitar-ds data pack photos/ data/photos
+  univitar-ds data pack imagenet/ data/imagenet --class-names LOC_synset_mapping.txt
+  univitar-ds data pack pairs.csv data/pairs --image-key filepath --caption-key title
+  univitar-ds data pack videos.parquet data/videos --image-key video --caption-key short --caption-key long
+  univitar-ds data pack coco/annotations/captions_val2017.json data/coco-val --images coco/val2017
+  univitar-ds data pack 'cc3m/{00000..00331}.tar' data/cc3m --split train
+
+Paths in a table start in its folder, or in the folder of --images, and must stay in it, absolute paths too; `--images /`
+allows all. Rows of one file are joined. Tables and .txt are UTF-8, or UTF-16 with a byte order mark. Of the .json in
+tars, caption, label and set are kept. Links to folders are followed, and each folder is packed once.
+
+Files, samples and lines of tables that cannot be read are left out and listed in the manifest with the reason; faults
+in our own metadata.jsonl end the command. After an interruption the same command continues where it stopped.
+A run reads tars as they are and packs other forms itself: data.sources.N.path may be any of them."""
+
+
+def _add_pack(data) -> None:
+    pack = add_command(data, "pack", _pack, "turn images and videos in any usual form into shards", _PACK)
+    pack.add_argument("source", type=expand_place, metavar="SRC", help="a folder, table, JSON of COCO, or tars")
+    pack.add_argument(
+        "out",
+        type=expand_place,
+        metavar="OUT",
+        help="a folder, or s3://bucket/prefix; shards are uploaded one by one and verified",
+    )
+    pack.add_argument("--format", metavar="NAME", help="form of SRC (default: it is recognised)")
+    pack.add_argument("--split", metavar="NAME", help="split of files that name none (default train)")
+    pack.add_argument(
+        "--captions",
+        choices=("one", "lines"),
+        default="one",
+        help="content of a .txt: one caption (default), or one per line",
+    )
+    pack.add_argument("--image-key", metavar="NAME", help="column of paths of images or videos in a table")
+    pack.add_argument(
+        "--caption-key", metavar="NAME", action="append", default=[], help="column of captions; may be repeated"
+    )
+    pack.add_argument("--label-key", metavar="NAME", help="column of labels")
+    pack.add_argument("--split-key", metavar="NAME", help="column of splits")
+    pack.add_argument("--images", type=expand, metavar="FOLDER", help="folder of the files of a table or JSON of COCO")
+    pack.add_argument(
+        "--class-names", type=expand, metavar="FILE", help="names of class folders: lines of a folder, a tab and a name"
+    )
+    pack.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard (default 64)")
+    pack.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check the files")
+    pack.add_argument("--no-verify", action="store_true", help="read headers only; do not decode every file once")
+    add_storage(pack)
 
 
 def _add_verify(data) -> None:
@@ -132,22 +168,33 @@ def _add_probe(data) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
+    from univitar_ds.data.importing.rows import ReadOptions
     from univitar_ds.data.writing.writer import PackOptions, pack_folder
 
     manifest = pack_folder(
-        arguments.folder,
+        arguments.source,
         arguments.out,
         PackOptions(
             shard_mb=arguments.shard_mb,
             workers=arguments.workers,
             verify=not arguments.no_verify,
-            captions=arguments.captions,
+            reading=ReadOptions(
+                format=arguments.format,
+                captions=arguments.captions,
+                split=arguments.split,
+                image_key=arguments.image_key,
+                caption_keys=tuple(arguments.caption_key),
+                label_key=arguments.label_key,
+                split_key=arguments.split_key,
+                images=arguments.images,
+                class_names=arguments.class_names,
+            ),
         ),
         settings=_storage_settings(arguments),
     )
     for split, kinds in manifest["counts"].items():
         _say(f"{split}: " + ", ".join(f"{count} {kind}s" for kind, count in kinds.items()))
-    _say(f"{len(manifest['shards'])} shards in {arguments.out}, {len(manifest['skipped'])} files left out")
+    _say(f"{len(manifest['shards'])} shards in {arguments.out}, {len(manifest['skipped'])} left out")
     for skipped in manifest["skipped"][:5]:
         _say(f"  left out: {skipped['file']}: {skipped['reason']}")
 

@@ -2,6 +2,7 @@
 
 __all__ = [
     "captions",
+    "class_names",
     "contents",
     "index_cache",
     "line_watch",

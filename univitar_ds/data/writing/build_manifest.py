@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from univitar_ds.data.importing.rows import Row
 from univitar_ds.data.shards.manifest import VERSION
 from univitar_ds.data.writing.examine import MediaInfo
-from univitar_ds.data.writing.source_folder import Row
 from univitar_ds.geometry import PATCH
 
 

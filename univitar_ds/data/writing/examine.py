@@ -18,13 +18,14 @@ import numpy as np
 
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data.decoding.task_pool import Done, Lost, Next, Task, TaskPool
+from univitar_ds.data.importing.rows import Part
 from univitar_ds.data.media.containers import VIDEO_EXTENSION_OF, video_demuxer
 from univitar_ds.data.media.image_decode import decode_image
 from univitar_ds.data.media.jpeg_header import is_jpeg
 from univitar_ds.data.media.memory_limits import confine
 from univitar_ds.data.media.probe import probe
 from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, DecodeLimits, MediaSize
-from univitar_ds.data.storage.local import read_file
+from univitar_ds.data.storage.local import LocalStorage, read_file
 from univitar_ds.errors import DataError, SampleError
 
 _BATCH = 4
@@ -39,11 +40,13 @@ _SILENCE_S = 2 * _VIDEO_TIMEOUT_S
 
 @dataclass(frozen=True)
 class Job:
-    """A file to examine. `kind` is the kind in its row, None if the row has none."""
+    """A file to examine. `kind` is the kind in its row, None if the row has none. `part`: its bytes, if it is in a tar;
+    then `path` is only its name."""
 
     path: Path
     kind: str | None
     verify: bool
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def _examine_batch(task: Task, report: Callable[[Any], None]) -> None:
         job: Job = task.job[index]
         size = 0
         with suppress(OSError):  # `examine` reports it
-            size = min(os.stat(job.path).st_size, _MOST_BYTES)
+            size = min(os.stat(job.path).st_size if job.part is None else job.part.length, _MOST_BYTES)
         confine(_MAX_PX, size)
         report(_Examined(index, examine(job)))
 
@@ -110,7 +113,7 @@ def _examine_batch(task: Task, report: Callable[[Any], None]) -> None:
 def examine(job: Job) -> MediaInfo:
     """Read, hash, probe and, if asked, decode one file."""
     try:
-        data = read_file(job.path, _MOST_BYTES, f"; at most {_MOST_BYTES} fit into a sample")
+        data = _content(job)
         extension = job.path.suffix.lower().lstrip(".")
         if job.kind == "video" and video_demuxer(data) == "gif":
             extension = "gifv"
@@ -135,6 +138,19 @@ def examine(job: Job) -> MediaInfo:
         size.frames,
         size.duration_s,
     )
+
+
+def _content(job: Job) -> bytes:
+    """Raises: SampleError."""
+    limit = f"; at most {_MOST_BYTES} fit into a sample"
+    if job.part is None:
+        return read_file(job.path, _MOST_BYTES, limit)
+    if job.part.length > _MOST_BYTES:
+        raise SampleError("too_large", f"the file has {job.part.length} bytes{limit}")
+    try:
+        return LocalStorage().read_range(*job.part)
+    except DataError as error:
+        raise SampleError("unreadable", str(error)) from error
 
 
 def _decoded_size(data: bytes, size: MediaSize) -> tuple[int, int]:

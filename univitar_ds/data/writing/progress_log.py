@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from univitar_ds.atomic_write import replace_bytes
+from univitar_ds.data.importing.rows import Row
 from univitar_ds.data.shards.manifest import PROGRESS_FILE
 from univitar_ds.data.writing.examine import MediaInfo
-from univitar_ds.data.writing.source_folder import Row
 from univitar_ds.errors import DataError, writing
 
 LOCK = ".pack.lock"

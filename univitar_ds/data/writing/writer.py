@@ -1,4 +1,4 @@
-"""Packs a folder of media files into WebDataset shards and a manifest.
+"""Packs media files of a folder, a table or tars into WebDataset shards and a manifest.
 
 The output depends only on the rows and the contents of the files, and not on interruptions. A shard gets its final name
 only when it is complete, and the manifest is written when all shards are.
@@ -12,18 +12,20 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from univitar_ds.data.importing.recognise import read_source
+from univitar_ds.data.importing.rows import Listing, Part, ReadOptions, Row
 from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
+from univitar_ds.data.storage.local import LocalStorage
 from univitar_ds.data.writing.build_manifest import build_manifest
 from univitar_ds.data.writing.destination import Destination, destination_of
 from univitar_ds.data.writing.examine import Job, MediaInfo, examine_all
 from univitar_ds.data.writing.progress_log import ProgressLog, open_progress_log
-from univitar_ds.data.writing.source_folder import Row, read_folder
 from univitar_ds.errors import DataError, writing
 from univitar_ds.extras import extra
 from univitar_ds.screen import progress_bar
@@ -60,18 +62,18 @@ class _Shard:
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How a folder is packed.
+    """How a source is packed.
 
     `shard_mb`: size of a shard in 10^6 bytes; a larger sample gets its own shard. `workers`: processes that examine
     files (None: as many as are useful). `verify`: decode every file once, instead of reading only headers. `progress`:
-    show bars on stderr. `captions`: whether a .txt has one caption, or one per line.
+    show bars on stderr. `reading`: the format of the source, and how its texts are found.
     """
 
     shard_mb: float = 64.0
     workers: int | None = None
     verify: bool = True
     progress: bool = True
-    captions: Literal["one", "lines"] = "one"
+    reading: ReadOptions = field(default_factory=ReadOptions)
 
 
 def pack_folder(
@@ -82,7 +84,9 @@ def pack_folder(
     settings: StorageSettings = LOCAL,
     state: Path | None = None,
 ) -> dict[str, Any]:
-    """Pack a folder into `out`: {split}-{kind}-{000000}.tar and manifest.json. Can be interrupted and run again.
+    """Pack a source into `out`: {split}-{kind}-{000000}.tar and manifest.json. Can be interrupted and run again.
+
+    `folder` is a folder, a table, a JSON of COCO, a tar or a brace range of tars; see `importing.recognise.FORMATS`.
 
     `out` is a local folder or s3://bucket/prefix. For S3, each shard is written locally, uploaded and removed before
     the next one, and the progress log is in a local folder. Two machines must not pack to the same prefix at once.
@@ -95,20 +99,20 @@ def pack_folder(
     Args: options (None: the defaults); settings, for access to S3; state, the folder for the progress logs of packing
         to S3 (None: ~/.local/state/univitar_ds/pack).
     Returns: the manifest.
-    Raises: DataError for a folder with faulty rows or nothing to pack, and for an `out` that is in use or has other
+    Raises: DataError for a source with faulty rows or nothing to pack, and for an `out` that is in use or has other
         content.
     """
     folder, options = Path(folder), options or PackOptions()
     if options.shard_mb <= 0:
         raise DataError(f"shards of {options.shard_mb} MB hold nothing; use a size above 0")
-    listing = read_folder(folder, options.captions)
+    listing = read_source(folder, options.reading)
     destination = destination_of(out, folder, settings, state)
     workspace = destination.workspace
-    if workspace.resolve().is_relative_to(folder.resolve()):
+    if folder.is_dir() and workspace.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{workspace} is inside {folder}, which is being packed; choose a folder outside of it")
     with writing(workspace), open_progress_log(workspace, folder) as progress_log:
         destination.claim()
-        found = _examine(folder, listing.rows, progress_log, options)
+        found = _examine(listing, progress_log, options)
         samples = [(row, info) for row, info in found if info.fault is None]
         skipped = [{"file": row.file, "reason": info.fault} for row, info in found if info.fault is not None]
         if not samples:
@@ -117,29 +121,30 @@ def pack_folder(
                 f"{skipped[0]['file']}: {skipped[0]['reason']}"
             )
         skipped += [{"file": file, "reason": reason} for file, reason in listing.left_out.items()]
-        return _write_all(folder, destination, samples, skipped, progress_log, options)
+        return _write_all(listing.root, destination, samples, skipped, progress_log, options)
 
 
-def _examine(folder: Path, rows: Sequence[Row], progress_log: ProgressLog, options: PackOptions) -> list[Sample]:
+def _examine(listing: Listing, progress_log: ProgressLog, options: PackOptions) -> list[Sample]:
     """Every row with its result. Files that have not changed since an earlier packing are not opened again."""
     verify, workers = options.verify, options.workers or os.cpu_count() or 1
+    folder, rows = listing.root, listing.rows
     infos: dict[str, MediaInfo] = {}
     stamps: dict[str, list[int]] = {}
     unknown = []
     for row in rows:
         try:
-            state = os.stat(folder / row.file)
+            state = os.stat(folder / row.file if row.part is None else row.part.tar)
         except OSError:  # a broken link: `examine_all` reports it, but it is not logged
             unknown.append(row)
             continue
-        stamps[row.file] = [state.st_size, state.st_mtime_ns]
+        stamps[row.file] = [state.st_size, state.st_mtime_ns, *(row.part or ())[1:]]
         known = progress_log.info(row, stamps[row.file], verify)
         if known is None:
             unknown.append(row)
         else:
             infos[row.file] = known
     most = len(unknown) // _FILES_PER_WORKER + 1
-    jobs = [Job(folder / row.file, row.kind, verify) for row in unknown]
+    jobs = [Job(folder / row.file, row.kind, verify, row.part) for row in unknown]
     with progress_bar(
         total=len(rows), initial=len(infos), desc="examine", unit="file", disable=not options.progress
     ) as bar:
@@ -245,7 +250,7 @@ def _write_shard(folder: Path, path: Path, shard: _Shard) -> dict[str, Any]:
             for ordinal, (row, found) in enumerate(shard.samples, shard.first):
                 stem = _UNSAFE.sub("_", PurePosixPath(row.file).stem)[:60]
                 key = f"{ordinal:08d}-{stem}"
-                content = _unchanged(folder / row.file, found)
+                content = _unchanged(folder / row.file, row.part, found)
                 _add(tar, key, found.extension, content)
                 _add(tar, key, "json", _described(row, found, zlib.crc32(content)))
     return {"bytes": hashing.size, "sha256": hashing.state.hexdigest()}
@@ -268,9 +273,9 @@ def _add(tar: TarWriter, key: str, extension: str, content: bytes) -> None:
     tar.write({"__key__": key, extension: content})
 
 
-def _unchanged(path: Path, found: MediaInfo) -> bytes:
+def _unchanged(path: Path, part: Part | None, found: MediaInfo) -> bytes:
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if part is None else LocalStorage().read_range(*part)
     except OSError as error:
         raise DataError(f"{path} cannot be read any more: {error.strerror}; pack again") from error
     if hashlib.sha256(content).hexdigest() != found.sha256:

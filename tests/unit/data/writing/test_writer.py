@@ -310,7 +310,7 @@ def test_a_folder_with_nothing_to_pack_is_rejected(tmp_path):
         pack(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(DataError, match="is no folder;"):
         pack(tmp_path / "none", tmp_path / "out")
-    with pytest.raises(DataError, match=r"is no folder \(a tar needs no packing: give it as a source\)"):
+    with pytest.raises(DataError, match=r"shard\.tar is missing \(1 of 1 are\)"):
         pack(tmp_path / "shard.tar", tmp_path / "out")
     broken = media.write_folder(tmp_path / "broken", {"a.jpg": b"x"}, [{"file": "a.jpg", "caption": "x"}])
     with pytest.raises(DataError, match=r"none of its 1 media files can be read; the first: a\.jpg: unreadable"):

@@ -9,8 +9,8 @@ import pytest
 from tests.support import media
 from tests.support.packing import contents, image_row, pack, samples_of
 from univitar_ds.cli.main import main
-from univitar_ds.data.writing import sidecars
-from univitar_ds.data.writing.sidecars import read_sidecars
+from univitar_ds.data.importing import folders
+from univitar_ds.data.importing.sidecars import read_sidecars
 from univitar_ds.errors import DataError
 
 IMAGE = media.encoded(media.noise(20, 30))
@@ -56,7 +56,7 @@ def test_a_folder_that_cannot_be_read_is_reported(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(sidecars.os, "scandir", refusing)
+    monkeypatch.setattr(folders.os, "scandir", refusing)
     found = read_sidecars(tmp_path, lines=False)
     assert found.captions == {"a.jpg": ("a caption",)}
     assert found.left_out == {"closed": "unreadable: the folder cannot be read: Permission denied"}

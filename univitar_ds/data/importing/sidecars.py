@@ -6,19 +6,16 @@ A file whose caption cannot be read is left out with the reason; other files are
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from univitar_ds.data.importing.folders import folders_of
+from univitar_ds.data.importing.rows import is_media
 from univitar_ds.data.shards.captions import BYTES_LIMIT, caption_lines, decoded
 from univitar_ds.data.storage.local import read_file
 from univitar_ds.errors import SampleError
 
 _log = logging.getLogger(__name__)
-_MEDIA = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
-_LINK = "link: the folder is packed under another path, or contains the folder that is being packed"
 _MOSTLY = 0.9
 """If at least this share of the .txt files have several lines, a warning says that each line may be a caption."""
 
@@ -38,11 +35,11 @@ def read_sidecars(folder: Path, lines: bool) -> Sidecars:
     """
     found = Sidecars()
     several = 0
-    for parent, names in _folders(folder, found.left_out):
-        texts = _texts_by_stem(names)
+    for parent, names in folders_of(folder, found.left_out):
+        texts = texts_by_stem(names)
         for name in names:
             path = Path(parent, name)
-            if path.suffix.lower().lstrip(".") not in _MEDIA:
+            if not is_media(name):
                 continue
             file = path.relative_to(folder).as_posix()
             if path.stem not in texts:
@@ -55,48 +52,22 @@ def read_sidecars(folder: Path, lines: bool) -> Sidecars:
                 continue
             several += len(captions) > 1
             found.captions[file] = captions if lines else (" ".join(captions),)
-    if several and not lines and several >= _MOSTLY * len(found.captions):
-        _log.warning(
-            "%s: most .txt files have several lines, and each file is read as one caption; if every line is a caption, "
-            "pack with --captions lines",
-            folder,
-        )
+    if not lines:
+        warn_of_lines(folder, several, len(found.captions))
     return found
 
 
-def _folders(folder: Path, left_out: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields every folder once, with the names of its files: first those without links, then the targets of links."""
-
-    def unreadable(error: OSError) -> None:
-        left_out[_relative(error.filename, folder)] = f"unreadable: the folder cannot be read: {error.strerror}"
-
-    seen: set[tuple[int, int]] = set()
-    root = folder.resolve()
-    starts = [str(folder)]
-    while starts:
-        links: list[str] = []
-        for start in starts:
-            for parent, folders, files in os.walk(start, onerror=unreadable):
-                state = os.stat(parent)
-                this = (state.st_dev, state.st_ino)
-                above = seen and parent == start and root.is_relative_to(os.path.realpath(parent))
-                if above or this in seen:
-                    left_out[_relative(parent, folder)] = _LINK
-                    folders.clear()
-                    continue
-                seen.add(this)
-                visible = sorted(name for name in folders if not name.startswith("."))
-                links += [path for name in visible if os.path.islink(path := os.path.join(parent, name))]
-                folders[:] = [name for name in visible if not os.path.islink(os.path.join(parent, name))]
-                yield parent, sorted(name for name in files if not name.startswith("."))
-        starts = links
+def warn_of_lines(source: object, several: int, total: int) -> None:
+    """Logs a warning if `several` of `total` .txt have several lines although each is read as one caption."""
+    if several and several >= _MOSTLY * total:
+        _log.warning(
+            "%s: most .txt files have several lines, and each file is read as one caption; if every line is a caption, "
+            "pack with --captions lines",
+            source,
+        )
 
 
-def _relative(path: str, folder: Path) -> str:
-    return Path(path).relative_to(folder).as_posix()
-
-
-def _texts_by_stem(names: list[str]) -> dict[str, str]:
+def texts_by_stem(names: list[str]) -> dict[str, str]:
     """The .txt of each stem, in upper or lower case; lower case takes precedence."""
     texts: dict[str, str] = {}
     for name in names:

@@ -1,0 +1,63 @@
+"""Lists the media files of an imagefolder or videofolder of Hugging Face's datasets.
+
+Its metadata.jsonl, metadata.csv or metadata.parquet has a `file_name` and texts for each file. It is in the folder
+itself, or in each folder of a split; a path that begins with the name of a split belongs to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from univitar_ds.data.importing.rows import Collected, Listing, ReadOptions
+from univitar_ds.data.importing.table_files import read_table
+from univitar_ds.data.importing.tables import Reading, add_records, keys_of
+from univitar_ds.errors import DataError
+
+_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_FILE_NAME = "file_name"
+
+
+def recognises(source: str) -> bool:
+    """Whether a source is a folder with such metadata; a metadata.jsonl with `file` is in our own form."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return False
+    if not (folder / _NAMES[0]).is_file():
+        return bool(_metadata(folder))
+    columns = read_table(folder / _NAMES[0]).columns
+    return _FILE_NAME in columns and "file" not in columns
+
+
+def rows(source: str, options: ReadOptions) -> Listing:
+    """Returns the rows of all metadata. Lines with a fault are left out.
+
+    Raises: DataError if there is no metadata, or one cannot be read, lacks a column, or has no row without a fault.
+    """
+    folder = Path(source)
+    options = replace(options, image_key=options.image_key or _FILE_NAME)
+    collected = Collected(folder)
+    found = _metadata(folder)
+    if not found:
+        raise DataError(f"{folder} has none of {', '.join(_NAMES)}, nor has a folder in it; name one that has")
+    for path in found:
+        table = read_table(path)
+        reading = Reading(path.parent, path.parent, options.default_split, split_folders=True)
+        add_records(collected, path.relative_to(folder), table, keys_of(path, table.columns, options), reading)
+    return collected.listing(folder)
+
+
+def _metadata(folder: Path) -> list[Path]:
+    """The metadata of the folder, else those of its folders and their folders, one for each.
+
+    Raises: DataError if a folder has several.
+    """
+    for pattern in ("metadata.*", "*/metadata.*", "*/*/metadata.*"):
+        found = sorted(path for path in folder.glob(pattern) if path.name in _NAMES and path.is_file())
+        twice = next((path for path, other in pairwise(found) if path.parent == other.parent), None)
+        if twice is not None:
+            raise DataError(f"{twice.parent} has {twice.name} beside other metadata; keep one of them")
+        if found:
+            return found
+    return []

@@ -1,0 +1,109 @@
+"""Recognises the form of a data set, and lists its samples."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from univitar_ds.data.importing import class_folders, coco, imagefolder, img2dataset, own_folder, tables, tars
+from univitar_ds.data.importing.rows import Listing, ReadOptions, check_split
+from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE
+from univitar_ds.data.storage.address import check_address
+from univitar_ds.data.storage.base import S3
+from univitar_ds.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+
+class Format(NamedTuple):
+    """A form of data sets: what it is called in messages, whether a source has it, its rows, and the options
+    (`ReadOptions`) that it uses."""
+
+    title: str
+    recognises: Callable[[str], bool]
+    rows: Callable[[str, ReadOptions], Listing]
+    uses: frozenset[str] = frozenset()
+
+
+_KEYS = frozenset(["image_key", "caption_keys", "label_key", "split_key"])
+_OPTIONS = {
+    "captions": "--captions lines",
+    "image_key": "--image-key",
+    "caption_keys": "--caption-key",
+    "label_key": "--label-key",
+    "split_key": "--split-key",
+    "images": "--images",
+    "class_names": "--class-names",
+}
+
+
+def _never(source: str) -> bool:
+    return False
+
+
+FORMATS: dict[str, Format] = {
+    "img2dataset": Format("output of img2dataset", img2dataset.recognises, img2dataset.rows, frozenset(["captions"])),
+    "coco": Format("COCO captions", coco.recognises, coco.rows, frozenset(["images"])),
+    "table": Format("a table", tables.recognises, tables.rows, _KEYS | {"images"}),
+    "imagefolder": Format("an imagefolder", imagefolder.recognises, imagefolder.rows, _KEYS),
+    "folder": Format("a folder with captions", own_folder.recognises, own_folder.rows, frozenset(["captions"])),
+    "classes": Format("class folders", class_folders.recognises, class_folders.rows, frozenset(["class_names"])),
+    # After the others: a folder may have the archive from which it was extracted.
+    "webdataset": Format("WebDataset tars", tars.recognises, tars.rows, frozenset(["captions"])),
+    **{
+        form: Format(f"a table ({form})", _never, partial(tables.rows, form=form), _KEYS | {"images"})
+        for form in ("csv", "tsv", "jsonl", "json", "parquet")
+    },
+}
+"""All formats, in the order in which they are tried."""
+
+
+def format_of(source: str) -> str | None:
+    """Returns the name of the format of a local source, None if it has none that is known.
+
+    Raises: DataError for a folder that `data pack` has written.
+    """
+    if os.path.isdir(source) and {MANIFEST, PROGRESS_FILE} & set(os.listdir(source)):
+        raise DataError(f"{source} is packed already; a run reads it as it is, so give it as a source")
+    return next((name for name, form in FORMATS.items() if form.recognises(source)), None)
+
+
+def read_source(source: str | Path, options: ReadOptions) -> Listing:
+    """Returns the samples of a data set in any of `FORMATS`, without opening media files.
+
+    Raises: DataError if the source is missing, has no known form or nothing to pack, or for an option that its format
+        does not use.
+    """
+    source = str(source)
+    check_address(source)
+    if source.startswith(S3):
+        raise DataError(f"{source}: only local files are packed; tars at s3:// can be a run's source as they are")
+    check_split(options.split)
+    name = options.format or format_of(source)
+    if name is None:
+        return own_folder.rows(source, _checked(source, "folder", options))  # its errors say what is missing
+    options = _checked(source, name, options)
+    if options.format is None and name != "folder":
+        _log.info("%s is read as %s (--format %s)", source, FORMATS[name].title, name)
+    return FORMATS[name].rows(source, options)
+
+
+def _checked(source: str, name: str, options: ReadOptions) -> ReadOptions:
+    if name not in FORMATS:
+        raise DataError(f"--format {name}: there is no such format; give one of {', '.join(FORMATS)}")
+    defaults = ReadOptions()
+    unused = [
+        given
+        for option, given in _OPTIONS.items()
+        if getattr(options, option) != getattr(defaults, option) and option not in FORMATS[name].uses
+    ]
+    if unused:
+        raise DataError(
+            f"{source} is read as {FORMATS[name].title}, which has no use for {', '.join(unused)}; leave it out, or "
+            "give another --format"
+        )
+    return options
