@@ -55,7 +55,8 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
     """Creates the run's folder with resolved config, DeepSpeed JSON and tokenizer. Returns the folder.
 
     Replaces only files that an earlier launch without a checkpoint left in the folder. If this launch is a restart of
-    the job that last used the folder, and the folder has a checkpoint, the run is reopened.
+    the job that last used the folder, and the folder has a checkpoint, the run is reopened. Sources that are no shards
+    are packed.
 
     Args: lock: lock of the folder, acquired here and kept. None: a lock is acquired and released here.
     Raises: ConfigError if the folder contains checkpoints, results or files that no run writes, or if the
@@ -72,6 +73,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         deepspeed = read_deepspeed(config.deepspeed)
         resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
         _check_libraries(config)
+        config = _with_packed_sources(config)
         _report_unused(config)
         _check_sources(config)
         _check_teacher(config)
@@ -123,6 +125,7 @@ def reopen_run(
         deepspeed = read_deepspeed(str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed)
         resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
         _check_libraries(after)
+        after = _with_packed_sources(after)
         _report_unused(after)
         _check_sources(after)
         mark(run, KIND)  # folders of earlier versions have no marker file
@@ -277,6 +280,12 @@ def _provide_classes(config: RunConfig, target: Path) -> None:
 def _report_unused(config: RunConfig) -> None:
     for sentence in unused_parts(config):
         logger.warning("%s", sentence)
+
+
+def _with_packed_sources(config: RunConfig) -> RunConfig:
+    from univitar_ds.data.writing.packed_sources import with_packed_sources
+
+    return with_packed_sources(config)
 
 
 def _check_sources(config: RunConfig) -> None:

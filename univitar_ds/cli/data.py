@@ -77,7 +77,7 @@ The form of SRC is recognised, or named by --format:
   univitar-ds data pack coco/annotations/captions_val2017.json data/coco-val --images coco/val2017
   univitar-ds data pack 'cc3m/{00000..00331}.tar' data/cc3m --split train
 
-Paths in a table start in its folder, or in the folder of --images, and must stay in it, absolute paths too; `--images /`
+Paths in a table start in its folder, or in the folder of --images, and must stay in it, absolute ones too; `--images /`
 allows all. Rows of one file are joined. Tables and .txt are UTF-8, or UTF-16 with a byte order mark. Of the .json in
 tars, caption, label and set are kept. Links to folders are followed, and each folder is packed once.
 
@@ -203,9 +203,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     from univitar_ds.config.load import load_config
     from univitar_ds.data.shards.contents import faults_of_run
     from univitar_ds.data.tools.verify import verify
+    from univitar_ds.data.writing.packed_sources import with_packed_sources
 
     check_result(arguments.report, _is_report)
-    config = load_config(arguments.config, []) if arguments.config else None
+    config = with_packed_sources(load_config(arguments.config, [])) if arguments.config else None
     data = None if config is None else config.loaded_data
     sources = _sources_to_verify(arguments, data)
     settings = _storage_settings(arguments, data)
@@ -325,6 +326,7 @@ def _probe(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> None:
     from univitar_ds.config.load import load_config
     from univitar_ds.data.tools.inspect import inspect, render
+    from univitar_ds.data.writing.packed_sources import with_packed_sources
     from univitar_ds.extras import extra
 
     with extra("train"):
@@ -333,7 +335,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from univitar_ds.model.flops import cost_coefficients
 
     check_result(arguments.png, is_drawn)
-    config = load_config(arguments.config, arguments.overrides)
+    config = with_packed_sources(load_config(arguments.config, arguments.overrides))
     found = inspect(config, packs=arguments.packs, cost=cost_coefficients(encoder_config(config.model)))
     for line in (json.dumps(found.to_json(), indent=2) if arguments.json else render(found)).split("\n"):
         _say(line)

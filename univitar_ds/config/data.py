@@ -10,8 +10,26 @@ from univitar_ds.config.paths import PathText
 from univitar_ds.config.section import Positive, Section, check_templates
 
 
+class TableConfig(Section):
+    """Columns of a source that is a table or an imagefolder; see `univitar-ds data pack --help`."""
+
+    image_key: str | None = Field(
+        None, description="column of paths of images or videos; absent: usual names are tried"
+    )
+    caption_keys: list[str] = Field(
+        default_factory=list, description="columns of captions; empty: usual names are tried"
+    )
+    label_key: str | None = None
+    split_key: str | None = None
+    images: PathText | None = Field(None, description="folder of the files; absent: the folder of the table")
+
+
 class SourceConfig(Section):
-    """Shards to read: a folder packed by `univitar-ds data pack`, a tar, or a brace range of tars; local or s3://."""
+    """Shards to read: a folder packed by `univitar-ds data pack`, a tar, or a brace range of tars; local or s3://.
+
+    Also whatever `data pack` reads on this machine: class folders, a table, an imagefolder, COCO's captions and others.
+    They are packed when the run is created, into `data.cache.folder`, or else into the folder `output`.
+    """
 
     path: PathText
     split: str | None = Field("train", description="split of a packed folder; not used for bare tars")
@@ -29,6 +47,7 @@ class SourceConfig(Section):
         description="text file with one class name per line, the first for label 0; or numbered lines, or JSON; "
         "absent: labels are names",
     )
+    table: TableConfig | None = Field(None, description="columns of a table, which is packed when the run is created")
 
     @model_validator(mode="after")
     def _templates_hold_the_label(self) -> SourceConfig:
@@ -60,7 +79,9 @@ class CacheConfig(Section):
     """Settings of the local copies of remote shards."""
 
     folder: Annotated[PathText, Field(min_length=1)] | None = Field(
-        None, description="kept between runs and shared by processes; absent: a private folder, removed at the end"
+        None,
+        description="kept between runs and shared by processes; absent: a private folder, removed at the end. Sources "
+        "that a run packs are kept in it too, without the limit; absent: in `output`",
     )
     limit_gb: Annotated[float, Field(gt=0)] = Field(
         20.0, description="maximum size; the least recently used shards are removed first"

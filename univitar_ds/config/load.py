@@ -241,6 +241,7 @@ def result_part(config: RunConfig) -> dict[str, Any]:
         del (
             entry["path"],
             entry["class_names"],
+            entry["table"],
         )  # data may move: the cursors detect whether the shards are still the same
         entry["name"] = source.label if weighted else None
     for dotted in RESULT_FREE:

@@ -15,11 +15,13 @@ PATHS = (
     "output",
     "data.sources.*.path",
     "data.sources.*.class_names",
+    "data.sources.*.table.images",
     "data.cache.folder",
     "model.text.tokenizer",
     "objective.teacher.cache",
     "evaluation.sources.*.path",
     "evaluation.sources.*.class_names",
+    "evaluation.sources.*.table.images",
     *NAMES_OR_PATHS,
 )
 """Keys whose value is a path; `*` is every item of a list."""

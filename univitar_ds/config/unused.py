@@ -7,9 +7,11 @@ Each section has a function, which yields (key, reason).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.model import ModelConfig, ObjectiveConfig
+from univitar_ds.config.paths import absolute
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.section import Section
 from univitar_ds.config.stage import StageConfig
@@ -81,7 +83,8 @@ def _data(config: RunConfig) -> UnusedKeys:
     if not any("://" in place for place in places):
         names = type(data.s3).model_fields
         yield from _because(_given("data.s3", data.s3, *names), "no source is at s3://")
-        yield from _because(_given("data.cache", data.cache, *type(data.cache).model_fields), "no source is at s3://")
+        names = tuple(name for name in type(data.cache).model_fields if name != "folder" or not _holds_packed(config))
+        yield from _because(_given("data.cache", data.cache, *names), "no source is at s3://")
     for number, source in enumerate(data.sources):
         yield from _split(f"data.sources.{number}", source)
     if data.workers == 0:
@@ -93,6 +96,13 @@ def _data(config: RunConfig) -> UnusedKeys:
     if not _reads(config.stages, "video"):
         names = ("decode_timeout_s", "max_video_s")
         yield from _because(_given("data", data, *names), "video_ratio is 0 in every stage")
+
+
+def _holds_packed(config: RunConfig) -> bool:
+    """Whether a source is in `data.cache.folder`, where the run has packed it."""
+    folder = config.data.cache.folder
+    sources = [*config.data.sources, *config.evaluation.sources]
+    return folder is not None and any(PurePath(source.path).is_relative_to(absolute(folder)) for source in sources)
 
 
 def _split(place: str, source: SourceConfig) -> UnusedKeys:

@@ -25,6 +25,7 @@ from univitar_ds.data.loader import eval_packs
 from univitar_ds.data.shards.contents import contents_of
 from univitar_ds.data.shards.sources import SourceShard, find_shards, stage_modalities
 from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.data.writing.packed_sources import with_packed_sources
 from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.evaluation.classification import measure_classes
 from univitar_ds.evaluation.embed import Embeddings, embed, embed_texts
@@ -71,7 +72,7 @@ def evaluate_run(
     config = overridden(folder / CONFIG, before, overrides)
     if out is not None:
         check_result(out, is_result)
-    trained = replace(open_trained(run, weights), config=config)
+    trained = replace(open_trained(run, weights), config=with_packed_sources(config, training=False))
     own = out is None and same_evaluation(before, config)
     result, sheets = _on_gpu_or_host(trained, progress)
     result["sources"] = [{"path": source.path, "split": source.split} for source in config.evaluation.sources]

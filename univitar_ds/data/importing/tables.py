@@ -72,7 +72,7 @@ def rows(source: str, options: ReadOptions, form: str | None = None) -> Listing:
     collected = Collected(root)
     table = read_table(path, form)
     keys = keys_of(path, table.columns, options)
-    add_records(collected, path, table, keys, Reading(root, path.parent, options.default_split))
+    add_records(collected, path.name, table, keys, Reading(root, path.parent, options.default_split))
     return collected.listing(path)
 
 
@@ -100,10 +100,10 @@ def _first(names: Iterable[str], columns: Sequence[str]) -> str | None:
     return next((name for name in names if name in columns), None)
 
 
-def add_records(collected: Collected, path: Path, table: Table, keys: Keys, form: Reading) -> None:
-    """Adds a row for each record of the table at `path`."""
+def add_records(collected: Collected, name: str, table: Table, keys: Keys, form: Reading) -> None:
+    """Adds a row for each record of a table. `name`: name of the table in messages."""
     for record in table.records:
-        where = f"{path.name}, {record.place}"
+        where = f"{name}, {record.place}"
         try:
             if isinstance(record.fields, str):
                 raise Fault(record.fields)

@@ -1,3 +1,3 @@
-"""Packs a folder of images and videos into shards: `writer.pack_folder`."""
+"""Packs images and videos into shards: `writer.pack_folder`, and for a run `packed_sources.with_packed_sources`."""
 
-__all__ = ["writer"]
+__all__ = ["packed_sources", "writer"]

@@ -1,0 +1,122 @@
+"""Packs the sources of a run that are no shards: folders and tables as `data pack` reads them.
+
+A source is packed once, into a folder whose name follows from its content. It is changed by no later packing, so that
+runs that read it are not disturbed if the source changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.data.importing.recognise import FORMATS, format_of, read_source
+from univitar_ds.data.importing.rows import Listing, ReadOptions
+from univitar_ds.data.shards.listing import COMPRESSED, place_of
+from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE
+from univitar_ds.data.writing.writer import PackOptions, pack_folder
+from univitar_ds.errors import DataError, writing
+
+_log = logging.getLogger(__name__)
+_FOLDER = "packed-sources"
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
+
+
+def with_packed_sources(config: RunConfig, *, training: bool = True) -> RunConfig:
+    """Returns the configuration with packed folders as the paths of sources that are no shards.
+
+    They are in `data.cache.folder`, or without it in the folder `output`, which all ranks reach. Call it in one process
+    before the others start. A source keeps its name in `stages.N.weights`.
+
+    Args: training: whether `data.sources` are packed, besides `evaluation.sources`.
+    Raises: DataError as `writer.pack_folder`, with the source; StorageError if the folder cannot be written.
+    """
+    place = Path(config.data.cache.folder or config.output, _FOLDER).absolute()
+    if training:
+        sources = _packed(config.data.sources, place, "data.sources")
+        config = config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
+    sources = _packed(config.evaluation.sources, place, "evaluation.sources")
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"sources": sources})})
+
+
+def _packed(sources: Sequence[SourceConfig], place: Path, key: str) -> list[SourceConfig]:
+    found = []
+    for number, source in enumerate(sources):
+        try:
+            form = _format_to_pack(source)
+            if form is None and source.table is not None:
+                raise DataError(f"{source.path} is no table, so remove {key}.{number}.table")
+            found.append(source if form is None else _pack(source, form, place))
+        except DataError as error:
+            raise DataError(f"{key}.{number}: {error}") from error
+    return found
+
+
+def _format_to_pack(source: SourceConfig) -> str | None:
+    """Returns the format of a source, None if the loader reads or refuses it itself."""
+    path = place_of(source)
+    if path.endswith((".tar", *COMPRESSED)) or not os.path.exists(path):
+        return None
+    if os.path.isdir(path):
+        try:
+            names = os.listdir(path)
+        except OSError:
+            return None
+        if {MANIFEST, PROGRESS_FILE} & set(names) or any(name.endswith((".tar", *COMPRESSED)) for name in names):
+            return None
+    return format_of(path)
+
+
+def _pack(source: SourceConfig, form: str, place: Path) -> SourceConfig:
+    path = os.path.abspath(place_of(source))
+    reading = _reading(source, form)
+    listing = read_source(path, reading)
+    name = _UNSAFE.sub("_", os.path.basename(path))[:60]
+    target = place / f"{name}-{_fingerprint(path, listing)}"
+    if (target / MANIFEST).is_file():
+        _log.info("source %s is %s; it was packed before, and is read from %s", path, FORMATS[form].title, target)
+    else:
+        _log.info("source %s is %s; it is packed once, and then read from %s", path, FORMATS[form].title, target)
+        with writing(place):
+            place.mkdir(parents=True, exist_ok=True)
+        manifest = pack_folder(path, target, PackOptions(progress=sys.stderr.isatty(), reading=reading))
+        if manifest["skipped"]:
+            first = manifest["skipped"][0]
+            detail = f"{first['file']}: {first['reason']}"
+            _log.warning("source %s: %d left out, the first: %s", path, len(manifest["skipped"]), detail)
+    # The labels of class folders have their names now.
+    names = None if form == "classes" else source.class_names
+    return source.model_copy(update={"path": str(target), "name": source.label, "class_names": names, "table": None})
+
+
+def _reading(source: SourceConfig, form: str) -> ReadOptions:
+    table = source.table
+    about = {"format": form, "captions": source.captions if "captions" in FORMATS[form].uses else "one"}
+    if form == "classes" and source.class_names is not None:
+        about["class_names"] = Path(source.class_names)
+    if table is not None:
+        about |= {"image_key": table.image_key, "caption_keys": tuple(table.caption_keys)}
+        about |= {"label_key": table.label_key, "split_key": table.split_key}
+        about["images"] = None if table.images is None else Path(table.images)
+    return ReadOptions(**about)
+
+
+def _fingerprint(path: str, listing: Listing) -> str:
+    """Returns a hash of the rows, and of the sizes and times of their files."""
+    state = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8)
+    for row in listing.rows:
+        try:
+            found = os.stat(listing.root / row.file)
+            stamp = [found.st_size, found.st_mtime_ns]
+        except OSError:
+            stamp = []
+        state.update(json.dumps([row.file, row.kind, row.captions, row.label, row.split, row.set, stamp]).encode())
+    state.update(json.dumps(list(listing.left_out.items())).encode())
+    return state.hexdigest()
