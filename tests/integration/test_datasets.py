@@ -1,0 +1,76 @@
+"""Data sets in the forms in which people have them: packed, and as sources of a run."""
+
+import json
+
+import pytest
+
+from tests.support import datasets
+from tests.support.runs import small_config
+from univitar_ds.cli.main import main
+from univitar_ds.config.load import dump_config, load_config
+from univitar_ds.data.tools.verify import verify
+
+FORMS = {
+    "webdataset": datasets.webdataset,
+    "img2dataset": lambda folder: datasets.img2dataset(folder, tars=True),
+    "img2dataset-files": lambda folder: datasets.img2dataset(folder, tars=False),
+    "classes": datasets.class_folders,
+    "imagefolder": datasets.imagefolder,
+    "csv": lambda folder: datasets.table(folder, "csv"),
+    "tsv": lambda folder: datasets.table(folder, "tsv"),
+    "jsonl": lambda folder: datasets.table(folder, "jsonl"),
+    "json": lambda folder: datasets.table(folder, "json"),
+    "parquet": lambda folder: datasets.table(folder, "parquet"),
+    "coco": datasets.coco,
+    "folder": datasets.labelled,
+}
+AS_THEY_ARE = ("webdataset", "img2dataset")
+
+
+def sources_of(tmp_path) -> dict[str, str]:
+    return {name: str(make(tmp_path / "sources" / name)) for name, make in FORMS.items()}
+
+
+def trained(tmp_path, sources):
+    """The configuration of a run of a few steps on each of these sources, after it has ended."""
+    listed = [
+        {"path": path, "name": name, "split": "val" if name == "coco" else "train", "templates": ["a {}"]}
+        for name, path in sources.items()
+    ]
+    sizes = {"min_tokens": 4, "max_tokens": 24, "divisor_px": 14}
+    stage = {"name": "all", "samples": 72, "image": sizes, "token_budget": 96, "lr": 1e-3}
+    stage["weights"] = dict.fromkeys(sources, 1.0)
+    data = {"sources": listed, "lanes": 2, "workers": 0, "pool_samples": 8, "log_samples": True}
+    run_file = tmp_path / "run.yaml"
+    dump_config(small_config(tmp_path, tmp_path / "runs", data=data, stages=[stage]), run_file)
+    assert main(["train", "--config", str(run_file), "--nproc", "1"]) == 0
+    return load_config(tmp_path / "runs/small/config.yaml")
+
+
+def keys_by_source(tmp_path, config) -> dict[str, set[str]]:
+    """The keys of the samples that a run has trained on, by source."""
+    names = [source.label for source in config.data.sources]
+    found: dict[str, set[str]] = {name: set() for name in names}
+    for path in (tmp_path / "runs/small").glob("samples-rank*.jsonl"):
+        for line in path.read_text().splitlines():
+            for key in json.loads(line)["keys"]:
+                found[names[int(key.partition(":")[0])]].add(key)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "as sources"])
+def test_a_run_trains_on_each_form(tmp_path, monkeypatch, packed):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    sources = sources_of(tmp_path)
+    if packed:
+        for name, source in sources.items():
+            sources[name] = str(tmp_path / "packed" / name)
+            assert main(["data", "pack", source, sources[name], "--workers", "1"]) == 0
+    config = trained(tmp_path, sources)
+    assert all(keys_by_source(tmp_path, config).values())
+    paths = {source.label: source.path for source in config.data.sources}
+    there = {name for name, path in paths.items() if path == sources[name]}
+    assert there == (set(FORMS) if packed else set(AS_THEY_ARE))
+    report = verify(config.data.sources, workers=1)
+    assert report["sound"], report

@@ -1,0 +1,115 @@
+"""Sources of a run that are no shards: they are packed once, and read from there."""
+
+import os
+import shutil
+
+import pytest
+
+from tests.support import datasets
+from tests.support.datasets import write
+from tests.support.packing import spoil
+from tests.support.runs import small_config
+from univitar_ds.config.load import changed_result
+from univitar_ds.config.unused import unused_parts
+from univitar_ds.data.shards.sources import find_shards, iterate_captions
+from univitar_ds.data.writing import packed_sources
+from univitar_ds.data.writing.packed_sources import with_packed_sources
+from univitar_ds.data.writing.writer import read_manifest
+from univitar_ds.errors import DataError
+
+
+def run_of(source, tmp_path, cache=None, **more):
+    data = {"sources": [{"path": str(source), **more}], "cache": {"folder": cache and str(cache)}, "lanes": 1}
+    return small_config(tmp_path, tmp_path / "runs", data=data)
+
+
+def source_of(config):
+    return config.data.sources[0]
+
+
+def test_a_table_is_packed_once_and_keeps_its_name(tmp_path, caplog, monkeypatch):
+    source = datasets.table(tmp_path / "source", "csv")
+    caplog.set_level("INFO")
+    config = run_of(source, tmp_path)
+    packed = with_packed_sources(config)
+    folder = source_of(packed).path
+    assert os.path.dirname(folder) == str(tmp_path / "runs/packed-sources")
+    assert read_manifest(folder)["counts"] == {"train": {"image": 2, "video": 1}}
+    assert (source_of(packed).label, source_of(packed).split) == ("table.csv", "train")
+    assert sorted(iterate_captions(packed.data.sources, limit=9)) == ["caption 0", "caption 1"]
+    assert changed_result(config, packed) == []
+    said = [record.getMessage() for record in caplog.records if "source " in record.getMessage()]
+    assert said == [f"source {source} is a table; it is packed once, and then read from {folder}"]
+
+    monkeypatch.setattr(packed_sources, "pack_folder", None)
+    assert with_packed_sources(config) == packed
+    assert with_packed_sources(packed) == packed
+    assert "was packed before" in caplog.records[-1].getMessage()
+
+
+def test_a_source_that_changes_is_packed_beside_the_earlier_one(tmp_path):
+    source = datasets.class_folders(tmp_path / "source")
+    before = source_of(with_packed_sources(run_of(source, tmp_path)))
+    content = {path.name: path.read_bytes() for path in sorted(tmp_path.glob("runs/packed-sources/*/*"))}
+    write(source, {"train/cat/0.jpg": datasets.image(9)})
+    after = source_of(with_packed_sources(run_of(source, tmp_path)))
+    assert after.path != before.path
+    old = {name: (tmp_path / before.path / name).read_bytes() for name in content}
+    assert old == content
+    assert read_manifest(after.path)["shards"] != read_manifest(before.path)["shards"]
+
+
+def test_a_packing_that_was_interrupted_is_continued(tmp_path):
+    source = datasets.class_folders(tmp_path / "source")
+    config = run_of(source, tmp_path, cache=tmp_path / "cache")
+    whole = source_of(with_packed_sources(config)).path
+    manifest = read_manifest(whole)
+    os.unlink(f"{whole}/manifest.json")
+    spoil(source)  # files that were examined are not opened again
+    assert source_of(with_packed_sources(config)).path == whole
+    assert read_manifest(whole) == manifest
+
+
+def test_class_folders_take_the_class_names_of_their_source(tmp_path):
+    source = datasets.class_folders(tmp_path / "source")
+    write(tmp_path, {"names": "cat\ttabby\ndog\tterrier\n"})
+    config = with_packed_sources(run_of(source, tmp_path, class_names=str(tmp_path / "names")))
+    assert source_of(config).class_names is None
+    assert read_manifest(source_of(config).path)["labels"]["train"] == {"tabby": 1, "terrier": 1}
+
+
+def test_a_table_has_the_columns_of_its_source(tmp_path):
+    write(tmp_path, datasets.images(1, "media/") | {"t.tsv": "where\ta\tb\tc\n0.jpg\tone\ttwo\tdev\n"})
+    keys = {"image_key": "where", "caption_keys": ["a", "b"], "split_key": "c", "images": str(tmp_path / "media")}
+    config = with_packed_sources(run_of(tmp_path / "t.tsv", tmp_path, table=keys, split="dev"))
+    assert set(iterate_captions(config.data.sources, limit=9)) == {"one", "two"}
+    assert source_of(config).table is None
+
+
+def test_shards_are_read_as_they_are(tmp_path):
+    tars = datasets.webdataset(tmp_path / "tars")
+    write(tars, {"extracted/a/0.jpg": datasets.image(), "extracted/b/0.jpg": datasets.image()})
+    for path in (tars, tars / "000.tar", f"{tars}/{{000..001}}.tar", tmp_path / "missing", "s3://bucket/x"):
+        config = run_of(path, tmp_path)
+        assert with_packed_sources(config) == config
+    assert not (tmp_path / "runs").exists()
+
+
+def test_errors_name_the_source(tmp_path):
+    write(tmp_path, {"t.csv": "a,b\n"})
+    with pytest.raises(DataError, match=r"data\.sources\.0: .*t\.csv has the columns a, b; name the one with paths"):
+        with_packed_sources(run_of(tmp_path / "t.csv", tmp_path))
+    with pytest.raises(DataError, match=r"data\.sources\.0: pipe:.*cannot be used"):
+        with_packed_sources(run_of("pipe:cat x.tar", tmp_path))
+    with pytest.raises(DataError, match=r"no table, so remove data\.sources\.0\.table"):
+        with_packed_sources(run_of(tmp_path / "x.tar", tmp_path, table={"image_key": "x"}))
+
+
+def test_a_cache_folder_with_packed_sources_is_in_use(tmp_path):
+    config = run_of(datasets.class_folders(tmp_path / "source"), tmp_path, cache=tmp_path / "cache")
+    assert any("data.cache.folder" in line for line in unused_parts(config))
+    packed = with_packed_sources(config)
+    assert source_of(packed).path.startswith(f"{tmp_path}/cache/")
+    assert not any("data.cache.folder" in line for line in unused_parts(packed))
+    shutil.rmtree(tmp_path / "source")
+    assert sum(shard.samples for shard in find_shards(packed.data.sources)) == 2
