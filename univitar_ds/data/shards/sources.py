@@ -200,13 +200,8 @@ def of_source(shards: Sequence[Shard], source: SourceConfig, settings: StorageSe
     names = read_class_names(source.class_names, settings) if source.class_names else ()
     if shared := shared_names(names):
         warn_once(f"{source.class_names}: {shared}")
-    about: dict[str, Any] = {
-        "source": source.label,
-        "watch": LineWatch(source),
-        "templates": tuple(source.templates),
-        "class_names": names,
-    }
-    about["caption_lines"] = source.captions == "lines"
+    about: dict[str, Any] = {"source": source.label, "watch": LineWatch(source), "templates": tuple(source.templates)}
+    about |= {"class_names": names, "caption_lines": source.captions == "lines"}
     known = [part.name for part in fields(Shard) if part.name not in about]
     return [SourceShard(**{name: getattr(shard, name) for name in known}, **about) for shard in shards]
 

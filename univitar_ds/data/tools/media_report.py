@@ -1,14 +1,12 @@
-"""Reports how the loader would read single files, by loading each file from a shard of one sample."""
+"""Reports how the loader would read single files, by loading each file as a sample."""
 
 from __future__ import annotations
 
-import tarfile
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from io import BytesIO
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from univitar_ds.config.data import DataConfig
@@ -19,18 +17,14 @@ from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.sampler.lanes import Plan
 from univitar_ds.data.sampler.stream_config import stream_config
 from univitar_ds.data.shards.captions import EXTENSIONS
+from univitar_ds.data.shards.listing import Shard
 from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_samples
-from univitar_ds.data.shards.sources import SourceShard
-from univitar_ds.data.shards.tar_index import scan
-from univitar_ds.data.storage.address import storage_for
-from univitar_ds.data.storage.local import read_file
-from univitar_ds.errors import SampleError
+from univitar_ds.data.shards.tar_index import Group, Member
+from univitar_ds.data.storage.local import LocalStorage, open_regular
+from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Modality
 
 _KEY = "file"
-_LONGEST_EXTENSION = 80
-"""Limit of names in a tar; all known extensions are shorter."""
-_CAPTION = b"a sample needs a caption"
 
 
 @dataclass(frozen=True)
@@ -83,51 +77,38 @@ class _Header:
 def report(paths: Iterable[Path], data: DataConfig, stage: StageConfig) -> Iterator[MediaReport]:
     """Report in order how a run with these settings would read each file.
 
-    As in training, `data.workers` processes, at least one, read headers and pixels. The files are copied to temporary
-    shards one after another.
+    As in training, `data.workers` processes, at least one, read headers and pixels.
     """
     data = data.model_copy(update={"workers": max(data.workers, 1)})
     # The stage may have only one modality, but files may have either.
     stage = stage.model_copy(update={"video_ratio": 0.5})
     rules = stream_config([], data=data, stage=stage, lanes=1, seed=0)
-    sizes = {modality: rule.size for modality, rule in rules.items()}
+    sizes = {modality: replace(rule.size, needs_text=False) for modality, rule in rules.items()}
     waiting: deque[_Header] = deque()
-    with TemporaryDirectory(prefix="univitar-probe-") as folder:
 
-        def plans_of(probe: Prober) -> Iterator[Plan]:
-            return _plans(paths, Path(folder), sizes, waiting, probe)
+    def plans_of(probe: Prober) -> Iterator[Plan]:
+        for number, path in enumerate(paths):
+            header = _header(path, sizes, probe)
+            waiting.append(header)
+            if header.sample is not None:
+                yield Plan([header.sample], header.sample.size.kind, 0, number, None, {}, whole_files=True)
 
-        packs = decoded(plans_of, data, sizes, stage.token_budget)
-        try:
-            for pack in packs:
-                while waiting[0].sample is None:
-                    yield _result(waiting.popleft(), None)
-                header = waiting.popleft()
-                assert header.sample is pack.plan.samples[0]
-                Path(header.sample.shard.path).unlink()
-                failed = next((SampleError(kind, message) for _, kind, message in pack.failures), None)
-                yield _result(header, failed)
-        finally:
-            packs.close()
-        for header in waiting:
-            yield _result(header, None)
-
-
-def _plans(
-    paths: Iterable[Path],
-    folder: Path,
-    sizes: Mapping[Modality, SizeRule],
-    waiting: deque[_Header],
-    probe: Prober,
-) -> Iterator[Plan]:
-    for number, path in enumerate(paths):
-        header = _header(path, folder / f"{number}.tar", sizes, probe)
-        waiting.append(header)
-        if header.sample is not None:
-            yield Plan([header.sample], header.sample.size.kind, 0, number, None, {})
+    packs = decoded(plans_of, data, sizes, stage.token_budget)
+    try:
+        for pack in packs:
+            while waiting[0].sample is None:
+                yield _result(waiting.popleft(), None)
+            header = waiting.popleft()
+            assert header.sample is pack.plan.samples[0]
+            failed = next((SampleError(kind, message) for _, kind, message in pack.failures), None)
+            yield _result(header, failed)
+    finally:
+        packs.close()
+    for header in waiting:
+        yield _result(header, None)
 
 
-def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule], probe: Prober) -> _Header:
+def _header(path: Path, sizes: Mapping[Modality, SizeRule], probe: Prober) -> _Header:
     size: MediaSize | None = None
 
     def remember_size(media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
@@ -138,32 +119,34 @@ def _header(path: Path, shard: Path, sizes: Mapping[Modality, SizeRule], probe: 
         return [found]
 
     try:
-        most_mb = max(rule.max_sample_mb for rule in sizes.values())
-        content = read_file(path, most_mb << 20, f", above data.max_sample_mb = {most_mb} (MiB)")
-        extension = path.suffix.lower().lstrip(".")[:_LONGEST_EXTENSION]
+        length = _length(path, max(rule.max_sample_mb for rule in sizes.values()))
+        extension = path.suffix.lower().lstrip(".")
         if not extension or extension in EXTENSIONS:
             raise SampleError(
                 "no_media", f"the name {path.name!r} has no extension of an image or video; rename the file"
             )
-        _write_shard(shard, extension, content)
-        source = SourceShard(_KEY, str(shard), storage_for(str(shard)), shard.stat().st_size)
-        with source.storage.open(source.path) as stream:
-            (group,) = scan(stream, source.name, source.size)
-        (found,) = read_samples([(source, group)], sizes[modality_of(group) or "image"], remember_size)
+        group = Group(_KEY, 0, length, [Member(extension, 0, length)])
+        shard = Shard(_KEY, str(path), LocalStorage(), length)
+        (found,) = read_samples([(shard, group)], sizes[modality_of(group) or "image"], remember_size)
     except SampleError as error:
         found = error
+    except DataError as error:  # the file was removed or truncated in the meantime
+        found = SampleError("unreadable", str(error))
     if isinstance(found, SampleError):
-        shard.unlink(missing_ok=True)
         return _Header(path, size, None, found)
     return _Header(path, size, found, None)
 
 
-def _write_shard(path: Path, extension: str, content: bytes) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, member in ((f"{_KEY}.{extension}", content), (f"{_KEY}.txt", _CAPTION)):
-            info = tarfile.TarInfo(name)
-            info.size = len(member)
-            tar.addfile(info, BytesIO(member))
+def _length(path: Path, most_mb: int) -> int:
+    """Returns the bytes of a regular file. Raises: SampleError if it is larger than a sample may be, or unreadable."""
+    try:
+        with open_regular(path) as stream:
+            length = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise SampleError("unreadable", f"the file cannot be read: {error.strerror}") from error
+    if length > most_mb << 20:
+        raise SampleError("too_large", f"the file has {length} bytes, above data.max_sample_mb = {most_mb} (MiB)")
+    return length
 
 
 def _result(header: _Header, failed: SampleError | None) -> MediaReport:

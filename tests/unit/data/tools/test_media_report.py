@@ -9,6 +9,7 @@ from tests.support.loading import only_lane
 from tests.support.shards import image, video, write_tar
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.data.tools import media_report
 from univitar_ds.data.tools.media_report import report
 
 STAGE = StageConfig(
@@ -131,16 +132,29 @@ def test_pipes_and_devices_are_left_out_without_being_read(tmp_path):
     }
 
 
-def test_temporary_files_are_removed(files, tmp_path, monkeypatch):
+def test_no_file_is_copied(files, tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     for row in report(files, settings(), STAGE):
         if row.ok:
-            assert list(scratch.glob("*/1.tar")) == [], "a copy is removed when it is no longer needed"
-            break
-    assert list(scratch.glob("univitar-probe-*")) == []
+            assert [path for path in scratch.rglob("*") if path.is_file()] == []
     assert json.dumps([row.to_json() for row in report([], settings(), STAGE)]) == "[]"
+
+
+def test_a_file_that_is_truncated_after_its_header_was_read_is_left_out(tmp_path, monkeypatch):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(image(60, 120))
+    read = media_report.read_samples
+
+    def and_truncate(*args):
+        found = read(*args)
+        path.write_bytes(b"")
+        return found
+
+    monkeypatch.setattr(media_report, "read_samples", and_truncate)
+    (row,) = report([path], settings(), STAGE)
+    assert (row.ok, row.error, row.width) == (False, "unreadable", 120)
 
 
 def test_headers_are_read_in_another_process(files, monkeypatch):
