@@ -238,7 +238,7 @@ def test_relative_paths_mean_what_they_meant_at_the_start(shards, tmp_path, monk
 def test_every_path_of_a_run_file_is_anchored_and_what_is_a_name_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.json").write_text("{}")
-    source = {"path": "s", "class_names": "names.txt"}
+    source = {"path": "s", "class_names": "names.txt", "table": {"images": "i"}}
     base = run_config().model_dump(mode="json")
     base |= {"output": "o", "deepspeed": "my.json", "evaluation": {"sources": [source]}}
     base["data"] |= {"sources": [source, {"path": "s3://bucket/x"}], "cache": {"folder": "c"}}
@@ -256,7 +256,8 @@ def test_every_path_of_a_run_file_is_anchored_and_what_is_a_name_stays(tmp_path,
     assert (config.model.text.path, config.model.init_from) == ("text", "enc"), "there is none"
     assert config.objective.teacher.path == "facebook/dinov2-base"
     assert config.objective.teacher.cache == here + "f"
-    assert len(PATHS) == 12
+    assert config.data.sources[0].table.images == config.evaluation.sources[0].table.images == here + "i"
+    assert len(PATHS) == 14
     assert anchored(config) == config
 
 

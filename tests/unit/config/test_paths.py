@@ -54,7 +54,7 @@ def test_a_file_of_the_very_name_is_meant_itself():
 def test_every_path_of_a_run_file_is_expanded_or_refused():
     def content(path: str) -> dict:
         base = run_config().model_dump(mode="json")
-        source = {"path": path, "class_names": path}
+        source = {"path": path, "class_names": path, "table": {"images": path}}
         base |= {"output": path, "deepspeed": path, "evaluation": {"sources": [source]}}
         base["data"] |= {"sources": [source], "cache": {"folder": path}}
         base["model"] |= {"init_from": path}

@@ -233,12 +233,12 @@ def test_rows_of_one_file_are_joined_and_faulty_rows_left_out(tmp_path):
 
 def test_paths_of_a_table_may_be_absolute_or_lead_up_inside_the_folder_of_the_images(tmp_path):
     write(tmp_path, images(3, "media/"))
-    write(tmp_path, {"tables/t.tsv": f"path\tcaption\n{tmp_path}/media/0.jpg\ta\n../media/1.jpg\tb\n2.jpg\tc\n"})
-    found = listed(tmp_path / "tables/t.tsv", images=tmp_path / "media")
+    write(tmp_path, {"tables/a/t.tsv": f"path\tcaption\n{tmp_path}/media/0.jpg\ta\n../../media/1.jpg\tb\n2.jpg\tc\n"})
+    found = listed(tmp_path / "tables/a/t.tsv", images=tmp_path / "media")
     assert texts_of(found) == {"0.jpg": ("a",), "1.jpg": ("b",), "2.jpg": ("c",)}
     assert found.root == tmp_path / "media"
     with pytest.raises(DataError, match=r"nothing to pack .3 left out, the first: .*is outside of"):
-        listed(tmp_path / "tables/t.tsv")
+        listed(tmp_path / "tables/a/t.tsv")
 
 
 def test_columns_are_named_by_options(tmp_path):
@@ -325,6 +325,13 @@ def test_an_imagefolder_without_its_column_or_with_two_metadata_is_refused(tmp_p
     write(tmp_path, {"metadata.parquet": b""})
     with pytest.raises(DataError, match=r"metadata\.csv beside other metadata"):
         listed(tmp_path)
+
+
+def test_a_metadata_with_both_names_of_files_is_in_our_own_form(tmp_path):
+    row = {"file": "0.jpg", "file_name": "original.jpg", "caption": "x"}
+    write(tmp_path, images() | {"metadata.jsonl": lines(row)})
+    assert format_of(str(tmp_path)) == "folder"
+    assert texts_of(listed(tmp_path)) == {"0.jpg": ("x",)}
 
 
 # COCO

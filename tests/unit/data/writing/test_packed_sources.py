@@ -52,8 +52,11 @@ def test_a_source_that_changes_is_packed_beside_the_earlier_one(tmp_path):
     before = source_of(with_packed_sources(run_of(source, tmp_path)))
     content = {path.name: path.read_bytes() for path in sorted(tmp_path.glob("runs/packed-sources/*/*"))}
     write(source, {"train/cat/0.jpg": datasets.image(9)})
+    touched = source / "train/dog/1.jpg"
     after = source_of(with_packed_sources(run_of(source, tmp_path)))
     assert after.path != before.path
+    os.utime(touched, ns=(0, 0))
+    assert source_of(with_packed_sources(run_of(source, tmp_path))).path not in (before.path, after.path)
     old = {name: (tmp_path / before.path / name).read_bytes() for name in content}
     assert old == content
     assert read_manifest(after.path)["shards"] != read_manifest(before.path)["shards"]
@@ -81,7 +84,9 @@ def test_class_folders_take_the_class_names_of_their_source(tmp_path):
 def test_a_table_has_the_columns_of_its_source(tmp_path):
     write(tmp_path, datasets.images(1, "media/") | {"t.tsv": "where\ta\tb\tc\n0.jpg\tone\ttwo\tdev\n"})
     keys = {"image_key": "where", "caption_keys": ["a", "b"], "split_key": "c", "images": str(tmp_path / "media")}
-    config = with_packed_sources(run_of(tmp_path / "t.tsv", tmp_path, table=keys, split="dev"))
+    given = run_of(tmp_path / "t.tsv", tmp_path, table=keys, split="dev")
+    config = with_packed_sources(given)
+    assert changed_result(given, config) == []
     assert set(iterate_captions(config.data.sources, limit=9)) == {"one", "two"}
     assert source_of(config).table is None
 
