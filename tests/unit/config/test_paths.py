@@ -62,7 +62,7 @@ def test_every_path_of_a_run_file_is_expanded_or_refused():
         base["objective"]["teacher"] = {"path": path, "cache": path}
         return base
 
-    with pytest.raises(Exception, match="has 12 errors") as refused:
+    with pytest.raises(Exception, match="has 14 errors") as refused:
         check_config(content("$UNSET/x"), "the run")
     for dotted in PATHS:
         assert f"- {dotted.replace('*', '0')}: $UNSET/x: the variable UNSET is not set" in str(refused.value)

@@ -9,10 +9,10 @@ import os
 import re
 from pathlib import Path
 
-from univitar_ds.data.importing import tars
-from univitar_ds.data.importing.folders import folders_of
+from univitar_ds.data.importing import own_folder, tars
 from univitar_ds.data.importing.rows import Collected, Fault, Listing, ReadOptions, Row, is_media
-from univitar_ds.data.shards.captions import BYTES_LIMIT, EXTENSIONS, read_texts
+from univitar_ds.data.importing.sidecars import read_sidecars
+from univitar_ds.data.shards.captions import BYTES_LIMIT, Texts, read_texts
 from univitar_ds.data.storage.local import read_file
 from univitar_ds.errors import DataError, SampleError
 
@@ -25,40 +25,42 @@ def recognises(source: str) -> bool:
 
 
 def rows(source: str, options: ReadOptions) -> Listing:
-    """Returns a row for each image. Images without a text are left out.
+    """Returns a row for each image. Its caption is in its .txt, or, without one, texts in its .json. Images without a
+    text are left out.
 
-    Raises: DataError if there is none, or the output has another form.
+    Raises: DataError if there is no image with a text, or the output has another form.
     """
-    if tars.recognises(source):
+    if tars.recognises(source) and not own_folder.recognises(source):
         return tars.rows(source, options)
     folder = Path(source)
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; give the output folder of img2dataset")
+    sidecars = read_sidecars(folder, lines=options.captions == "lines")
     collected = Collected(folder)
-    for parent, names in folders_of(folder, collected.left_out):
-        there = set(names)
-        for name in filter(is_media, names):
-            file = Path(parent, name)
-            key = file.relative_to(folder).as_posix()
-            try:
-                texts = [
-                    (extension, file.with_suffix(f".{extension}"))
-                    for extension in EXTENSIONS
-                    if f"{file.stem}.{extension}" in there
-                ]
-                said = read_texts(
-                    {extension: read_file(path, BYTES_LIMIT, f" (limit {BYTES_LIMIT})") for extension, path in texts},
-                    lines=options.captions == "lines",
-                )
-                collected.add(Row(key, None, said.captions, said.label, options.default_split, said.set), key)
-            except SampleError as error:
-                collected.left_out[key] = f"{error.kind}: {error}"
-            except Fault as fault:
-                collected.left_out[key] = str(fault)
-    if not collected.left_out and any(name.endswith((".parquet", ".tfrecord")) for name in os.listdir(folder)):
+    for file, captions in sidecars.captions.items():
+        collected.add(Row(file, None, captions, None, options.default_split), file)
+    for file, reason in sidecars.left_out.items():
         try:
-            return collected.listing(folder)
-        except DataError as error:
-            remedy = "download with --output_format webdataset or files"
-            raise DataError(f"{error}: its images are inside tables or records; {remedy}") from None
+            texts = _texts(folder / file)
+            if texts is None:
+                collected.left_out[file] = reason
+                continue
+            collected.add(Row(file, None, texts.captions, texts.label, options.default_split, texts.set), file)
+        except SampleError as error:
+            collected.left_out[file] = f"{error.kind}: {error}"
+        except Fault as fault:
+            collected.left_out[file] = str(fault)
+    if not sidecars.captions and not sidecars.left_out:
+        raise DataError(
+            f"{folder} has no image that is a file; if they are inside its .parquet or .tfrecord, download with "
+            "--output_format webdataset or files"
+        )
     return collected.listing(folder)
+
+
+def _texts(file: Path) -> Texts | None:
+    """Returns the texts in the .json of a file; None if it has a .txt, or no .json. Raises: SampleError."""
+    path = file.with_suffix(".json")
+    if file.with_suffix(".txt").exists() or not is_media(file.name) or not path.exists():
+        return None
+    return read_texts({"json": read_file(path, BYTES_LIMIT, f" (limit {BYTES_LIMIT})")})

@@ -30,10 +30,8 @@ _MAX_REPORTED = 5
 
 
 def recognises(source: str) -> bool:
-    """Whether a source is a folder with our metadata.jsonl, or with a .txt for at least one media file."""
+    """Whether a source is a folder with a .txt for at least one media file."""
     folder = Path(source)
-    if (folder / METADATA).is_file():
-        return True
     return any(
         Path(name).stem in texts
         for _, names in (folders_of(folder, {}) if folder.is_dir() else ())
@@ -50,8 +48,10 @@ def rows(source: str, options: ReadOptions) -> Listing:
     """
     folder, captions = Path(source), options.captions
     if not folder.is_dir():
+        what = "is a file of no known form (--format csv reads it as CSV)" if folder.is_file() else "is no folder"
         raise DataError(
-            f"{folder} is no folder; give one with media files, a tar, a table (.csv, .jsonl, ...) or a JSON of COCO"
+            f"{folder} {what}; give a folder with media files, a tar, a table (.csv, .tsv, .jsonl, .json, .parquet), "
+            "or a JSON of COCO"
         )
     metadata = folder / METADATA
     faults: list[str] = []

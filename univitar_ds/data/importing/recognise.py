@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from univitar_ds.data.importing import class_folders, coco, imagefolder, img2dataset, own_folder, tables, tars
+from univitar_ds.data.importing.own_folder import METADATA
 from univitar_ds.data.importing.rows import Listing, ReadOptions, check_split
 from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE
 from univitar_ds.data.storage.address import check_address
@@ -47,10 +48,10 @@ def _never(source: str) -> bool:
 
 FORMATS: dict[str, Format] = {
     "img2dataset": Format("output of img2dataset", img2dataset.recognises, img2dataset.rows, frozenset(["captions"])),
+    "folder": Format("a folder with captions", own_folder.recognises, own_folder.rows, frozenset(["captions"])),
     "coco": Format("COCO captions", coco.recognises, coco.rows, frozenset(["images"])),
     "table": Format("a table", tables.recognises, tables.rows, _KEYS | {"images"}),
     "imagefolder": Format("an imagefolder", imagefolder.recognises, imagefolder.rows, _KEYS),
-    "folder": Format("a folder with captions", own_folder.recognises, own_folder.rows, frozenset(["captions"])),
     "classes": Format("class folders", class_folders.recognises, class_folders.rows, frozenset(["class_names"])),
     # After the others: a folder may have the archive from which it was extracted.
     "webdataset": Format("WebDataset tars", tars.recognises, tars.rows, frozenset(["captions"])),
@@ -59,7 +60,8 @@ FORMATS: dict[str, Format] = {
         for form in ("csv", "tsv", "jsonl", "json", "parquet")
     },
 }
-"""All formats, in the order in which they are tried."""
+"""All formats, in the order in which they are tried: a folder with our own captions comes before all that are read by
+other files in it, so that it gives the same shards as ever."""
 
 
 def format_of(source: str) -> str | None:
@@ -69,6 +71,8 @@ def format_of(source: str) -> str | None:
     """
     if os.path.isdir(source) and {MANIFEST, PROGRESS_FILE} & set(os.listdir(source)):
         raise DataError(f"{source} is packed already; a run reads it as it is, so give it as a source")
+    if os.path.isfile(os.path.join(source, METADATA)):
+        return "imagefolder" if imagefolder.recognises(source) else "folder"
     return next((name for name, form in FORMATS.items() if form.recognises(source)), None)
 
 

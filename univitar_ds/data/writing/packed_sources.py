@@ -26,6 +26,15 @@ from univitar_ds.errors import DataError, writing
 
 _log = logging.getLogger(__name__)
 _FOLDER = "packed-sources"
+_KEYS = {
+    "--image-key": "table.image_key",
+    "--caption-key": "table.caption_keys",
+    "--label-key": "table.label_key",
+    "--split-key": "table.split_key",
+    "--images": "table.images",
+    "--class-names": "class_names",
+}
+"""Options of `data pack`, and the keys of a source that mean the same."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -55,8 +64,15 @@ def _packed(sources: Sequence[SourceConfig], place: Path, key: str) -> list[Sour
                 raise DataError(f"{source.path} is no table, so remove {key}.{number}.table")
             found.append(source if form is None else _pack(source, form, place))
         except DataError as error:
-            raise DataError(f"{key}.{number}: {error}") from error
+            raise DataError(f"{key}.{number}: {_in_run_file(str(error), f'{key}.{number}')}") from error
     return found
+
+
+def _in_run_file(text: str, place: str) -> str:
+    """Replaces the options of `data pack` in a message by the keys of the source at `place`."""
+    for option, key in _KEYS.items():
+        text = text.replace(option, f"{place}.{key}")
+    return text
 
 
 def _format_to_pack(source: SourceConfig) -> str | None:

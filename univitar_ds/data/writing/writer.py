@@ -102,10 +102,11 @@ def pack_folder(
     Raises: DataError for a source with faulty rows or nothing to pack, and for an `out` that is in use or has other
         content.
     """
-    folder, options = Path(folder), options or PackOptions()
+    options = options or PackOptions()
     if options.shard_mb <= 0:
         raise DataError(f"shards of {options.shard_mb} MB hold nothing; use a size above 0")
     listing = read_source(folder, options.reading)
+    folder = Path(folder)
     destination = destination_of(out, folder, settings, state)
     workspace = destination.workspace
     if folder.is_dir() and workspace.resolve().is_relative_to(folder.resolve()):

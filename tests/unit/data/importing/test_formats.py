@@ -88,9 +88,9 @@ def test_every_format_has_a_form_of_data_set_here():
         ("s3://bucket/x", "only local files are packed"),
     ],
 )
-def test_an_address_is_refused_with_a_remedy(address, remedy):
+def test_an_address_is_refused_with_a_remedy(tmp_path, address, remedy):
     with pytest.raises(DataError, match=re.escape(address.split()[0]) + ".*" + remedy):
-        listed(address)
+        pack(address, tmp_path / "out")
 
 
 def test_a_packed_folder_is_not_packed_again(tmp_path):
@@ -124,6 +124,35 @@ def test_an_extracted_archive_does_not_hide_the_class_folders_beside_it(tmp_path
 def test_the_split_of_rows_that_name_none_can_be_given(tmp_path):
     source = datasets.webdataset(tmp_path)
     assert {row.split for row in listed(source, split="val").rows} == {"val"}
+
+
+def test_captions_beside_the_files_come_before_other_files_of_a_folder(tmp_path):
+    """A folder that earlier versions packed gives the same shards."""
+    write(tmp_path, images(1, "a/") | {"a/0.txt": "own"})
+    others = {
+        "metadata.csv": "file_name,text\na/0.jpg,x\n",
+        "annotations/captions_val.json": "{}",
+        "00000_stats.json": "{}",
+        "a/0.json": '{"caption": "x"}',
+        "b/0.jpg": image(),
+    }
+    write(tmp_path, others)
+    write_tar(tmp_path / "0.tar", [("a.jpg", image()), ("a.txt", "x")])
+    assert texts_of(listed(tmp_path)) == {"a/0.jpg": ("own",)}
+    write(tmp_path, {"metadata.jsonl": lines({"file": "a/0.jpg", "caption": "first"})})
+    assert texts_of(listed(tmp_path)) == {"a/0.jpg": ("first",)}
+
+
+def test_an_image_of_img2dataset_without_a_caption_takes_the_texts_of_its_json(tmp_path):
+    files = images(3) | {
+        "00000_stats.json": "{}",
+        "0.json": '{"caption": null, "label": "cat"}',
+        "1.json": "{",
+        "2.txt": "x",
+    }
+    found = listed(write(tmp_path, files))
+    assert texts_of(found) == {"0.jpg": "cat", "2.jpg": ("x",)}
+    assert found.left_out["1.jpg"].startswith("bad_json")
 
 
 # Class folders
@@ -462,5 +491,5 @@ def test_tars_that_are_not_there_are_refused(tmp_path, name, message):
 
 def test_an_empty_output_of_img2dataset_is_refused_with_a_remedy(tmp_path):
     write(tmp_path, {"00000_stats.json": "{}", "00000.parquet": b"PAR1"})
-    with pytest.raises(DataError, match="--output_format webdataset or files"):
+    with pytest.raises(DataError, match=r"--output_format webdataset or files"):
         listed(tmp_path)
