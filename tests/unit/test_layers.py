@@ -43,7 +43,6 @@ LIBRARIES = {
         "univitar_ds.convert.publish",
         "univitar_ds.model.teacher.teacher",
     },
-    "pyarrow": {"univitar_ds.inference.parts"},
     "wandb": {"univitar_ds.training.logging.trackers"},
     "trackio": {"univitar_ds.training.logging.trackers"},
     "pyarrow": {"univitar_ds.inference.parts", "univitar_ds.data.importing.table_files"},
