@@ -31,7 +31,9 @@ class SourceConfig(Section):
     They are packed when the run is created, into `data.cache.folder`, or else into the folder `output`.
     """
 
-    path: PathText
+    path: PathText = Field(
+        description="packed folder, folder of tars, tar, or brace range such as shards/{000..127}.tar; local or s3://"
+    )
     split: str | None = Field("train", description="split of a packed folder; not used for bare tars")
     name: str | None = Field(
         None, description="name of the source in stages.N.weights; absent: the last part of the path"
@@ -65,7 +67,7 @@ class S3Config(Section):
 
     endpoint_url: str | None = Field(None, description="URL of a store other than AWS, e.g. http://127.0.0.1:9000")
     profile: str | None = Field(None, description="a profile of ~/.aws/config")
-    region: str | None = None
+    region: str | None = Field(None, description="region of the bucket; absent: boto3 finds it")
     idle_timeout_s: Annotated[float, Field(gt=0)] = Field(
         20.0, description="seconds of silence, or of less than 64 KiB per second, after which a connection is replaced"
     )
@@ -91,8 +93,14 @@ class CacheConfig(Section):
 class DataConfig(Section):
     """Settings of the sources and of reading them."""
 
-    sources: Annotated[list[SourceConfig], Field(min_length=1)]
-    lanes: Positive = Field(4, description="independent streams of packs; the world size must divide it")
+    sources: Annotated[list[SourceConfig], Field(min_length=1)] = Field(
+        description="shards to train on; stages.N.weights sets their shares, else every sample is read once an epoch"
+    )
+    lanes: Positive = Field(
+        4,
+        description="independent streams of packs, and packs of a step; the number of processes divides it, and each "
+        "process accumulates the gradients of lanes / processes packs (GradCache: one loss over all pairs of the step)",
+    )
     workers: Annotated[int, Field(ge=0)] = Field(
         1, description="decoding processes per rank; 0: decode in the trainer, without limits for hostile files"
     )
@@ -121,6 +129,6 @@ class DataConfig(Section):
     accept_changed_sources: bool = Field(
         False, description="resume even if the shards differ from those of the checkpoint"
     )
-    s3: S3Config = S3Config()
-    cache: CacheConfig = CacheConfig()
+    s3: S3Config = Field(S3Config(), description="access to s3:// sources")
+    cache: CacheConfig = Field(CacheConfig(), description="local copies of s3:// shards")
     log_samples: bool = Field(False, description="write samples-rank*.jsonl: step, lane and sample keys")

@@ -42,7 +42,7 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"deepspeed: cannot read {path}: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"deepspeed: {path} holds {type(content).__name__}, expected a JSON object")
+        raise ConfigError(f"deepspeed: {path} holds no JSON object; begin with one of univitar_ds/ds_configs")
     return content
 
 

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
-import types
 from collections.abc import Sequence
 from importlib import resources
 from itertools import count
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from univitar_ds.atomic_write import replace_text
+from univitar_ds.config.keys.faults import Fault, faults_of
+from univitar_ds.config.keys.foreign import shortened
 from univitar_ds.config.paths import expand
 from univitar_ds.config.places import unite_paths
 from univitar_ds.config.renamed import present_key, rename_keys
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
-
-DEEPSPEED_KEYS = ("zero_optimization", "bf16", "fp16", "data_types", "zero_allow_untested_optimizer")
-"""Keys that users may expect in the run file but that belong to the DeepSpeed JSON."""
 
 RESULT_FREE = (
     "output",
@@ -94,7 +91,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__}, expected keys such as name, data and stages")
+        found = "nothing" if content is None else "a list" if isinstance(content, list) else "a single value"
+        raise ConfigError(f"{path} holds {found}, expected keys such as name, data and stages")
     return content
 
 
@@ -103,15 +101,15 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
 
     Raises: ConfigError if an entry has no `=`, a value that is not YAML, a path through a value, or a wrong index.
     """
-    content = json.loads(json.dumps(content))
+    content = json.loads(json.dumps(content, default=str))  # YAML knows dates and sets, which no key has
     for entry in overrides:
         dotted, separator, text = entry.partition("=")
         if not separator or not dotted:
-            raise ConfigError(f"override {entry!r} is not of the form section.key=value")
+            raise ConfigError(f"override {shortened(entry)!r} is not of the form section.key=value")
         try:
             value = yaml.load(text, Loader=_StrictLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {entry!r}: {text!r} is not valid YAML") from error
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ConfigError(f"override {shortened(entry)!r}: {shortened(text)!r} is not valid YAML") from error
         node: Any = content
         *sections, last = present_key(dotted).split(".")
         for section in sections:
@@ -121,7 +119,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
         elif isinstance(node, dict):
             node[last] = value
         else:
-            raise ConfigError(f"override {entry!r}: {'.'.join(sections)} is a value, not a section")
+            raise ConfigError(f"override {shortened(entry)!r}: {'.'.join(sections)} is a value, not a section")
     return content
 
 
@@ -129,7 +127,7 @@ def _child(node: Any, section: str, entry: str) -> Any:
     if isinstance(node, list):
         return node[_index(node, section, entry)]
     if not isinstance(node, dict):
-        raise ConfigError(f"override {entry!r}: the part before {section!r} is a value and has no keys")
+        raise ConfigError(f"override {shortened(entry)!r}: the part before {section!r} is a value and has no keys")
     if node.get(section) is None:
         node[section] = {}
     return node[section]
@@ -142,12 +140,16 @@ def _index(items: list, text: str, entry: str) -> int:
     """
     if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) > len(items):
         raise ConfigError(
-            f"override {entry!r}: {text!r} is no index of a list of {len(items)}; "
-            + (f"use 0 to {len(items) - 1}, or {len(items)} for one more" if items else "use 0 for its first entry")
+            f"override {shortened(entry)!r}: {shortened(text)!r} is no index of a list of {len(items)}; "
+            + (f"use {_range(len(items))}, or {len(items)} for one more" if items else "use 0 for its first entry")
         )
     if int(text) == len(items):
         items.append({})
     return int(text)
+
+
+def _range(count: int) -> str:
+    return "0" if count == 1 else f"0 to {count - 1}"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -158,7 +160,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     file = recipe_path(str(path))
     content = read_yaml(file)
     rename_keys(content, str(file))
-    return check_config(apply_overrides(content, overrides), str(file))
+    changed = apply_overrides(content, overrides)
+    try:
+        return check_config(changed, str(file))
+    except ConfigError as error:
+        raise (_blamed(error, content, overrides, str(file)) if overrides else error) from None
 
 
 def check_config(content: dict[str, Any], where: str) -> RunConfig:
@@ -171,53 +177,49 @@ def check_config(content: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        lines = [_sentence(fault) for fault in error.errors()]
+        raise _error(where, [fault.sentence for fault in faults_of(error)]) from None
+
+
+def _blamed(error: ConfigError, content: dict[str, Any], overrides: Sequence[str], where: str) -> ConfigError:
+    """Returns the error of a run file with overrides, in which each error names the override that causes it.
+
+    An override causes an error that is gone without this override; without such an override, the file does.
+    """
+    found = _faults(content, overrides)
+    if found is None:  # a key is given under two names
+        return error
+    without = [_faults(content, [*overrides[:at], *overrides[at + 1 :]]) for at in range(len(overrides))]
+    in_file = _faults(content, ())
+    lines, from_file = [], 0
+    for fault in found:
+        causes = [
+            entry for entry, left in zip(overrides, without, strict=True) if left is not None and fault not in left
+        ]
+        if not causes and (in_file is None or fault not in in_file):  # several overrides cause it, each alone
+            causes = [entry for entry in overrides if fault.place[:1] in ((), (present_key(entry).split(".")[0],))]
+        from_file += not causes
+        lines.append(": ".join([*([" and ".join(map(shortened, causes))] if causes else []), fault.sentence]))
+    if from_file == len(lines):
+        return _error(where, lines)
+    return _error("the command line" if not from_file else f"the command line or {where}", lines)
+
+
+def _faults(content: dict[str, Any], overrides: Sequence[str]) -> list[Fault] | None:
+    """Returns the faults of a run file with overrides; None if the overrides cannot be applied."""
+    try:
+        content = apply_overrides(content, overrides)
+        rename_keys(content, "", report=False)
+        RunConfig.model_validate(content)
+    except ValidationError as error:
+        return faults_of(error)
+    except ConfigError:
+        return None
+    return []
+
+
+def _error(where: str, lines: Sequence[str]) -> ConfigError:
     head = f"{where} has {len(lines)} error{'s' if len(lines) > 1 else ''}:"
-    raise ConfigError("\n  - ".join([head, *lines])) from None
-
-
-def _sentence(fault: dict[str, Any]) -> str:
-    place = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return _unknown_key(fault["loc"])
-    if fault["type"] == "missing":
-        return f"{place} is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":
-        return f"{place}: {message}" if place else message
-    value = json.dumps(fault["input"], default=str)
-    return f"{place}: {message[0].lower()}{message[1:]}, got {value if len(value) < 80 else value[:77] + '...'}"
-
-
-def _unknown_key(location: tuple) -> str:
-    *sections, key = location
-    model = _model_at(sections)
-    names = list(model.model_fields) if model else []
-    place = ".".join(str(part) for part in location)
-    if key in DEEPSPEED_KEYS:
-        return f"{place} belongs to the DeepSpeed JSON that `deepspeed` names, not to the run file"
-    near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
-    return f"unknown key {place}; {hint}"
-
-
-def _model_at(sections: Sequence[Any]) -> type[BaseModel] | None:
-    """Returns the class of the section at a path of field names and list indices; None if there is none."""
-    model: Any = RunConfig
-    for section in sections:
-        if isinstance(section, int):
-            continue
-        field = model.model_fields.get(section) if model else None
-        model = _section_class(field.annotation) if field else None
-    return model
-
-
-def _section_class(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (list, Union, types.UnionType):
-        return next(filter(None, map(_section_class, get_args(annotation))), None)
-    return None
+    return ConfigError("\n  - ".join([head, *lines]))
 
 
 def dump_config(config: RunConfig, path: Path) -> None:

@@ -16,10 +16,10 @@ class TextConfig(Section):
     """Settings of the text tower: a CLIP-style causal transformer from scratch, or weights from a local folder."""
 
     path: PathText | None = Field(None, description="folder of a transformers text model with tokenizer.json")
-    hidden_size: Positive = 256
-    layers: Positive = 4
-    heads: Positive = 4
-    intermediate_size: Positive = 1024
+    hidden_size: Positive = Field(256, description="width; divisible by heads")
+    layers: Positive = Field(4, description="number of blocks")
+    heads: Positive = Field(4, description="number of attention heads")
+    intermediate_size: Positive = Field(1024, description="width of the feed-forward layers")
     context_length: Annotated[int, Field(ge=4)] = Field(48, description="maximum length of a caption in tokens")
     vocab_size: Annotated[int, Field(ge=260)] = Field(
         8192, description="maximum size of a trained vocabulary; at least 260: 256 bytes and 4 special tokens"
@@ -27,7 +27,7 @@ class TextConfig(Section):
     tokenizer: PathText | None = Field(
         None, description="tokenizer.json; absent: that of path, else one trained on the captions"
     )
-    frozen: bool = False
+    frozen: bool = Field(False, description="train no parameter of the text tower in any stage; for weights from path")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TextConfig:
@@ -40,14 +40,14 @@ class EncoderShape(Section):
     """Shape of an encoder that has no name; the names and defaults are those of the release's config.json."""
 
     hidden_size: Positive = Field(description="width, divisible by 4 times num_attention_heads")
-    num_hidden_layers: Positive
-    num_attention_heads: Positive
+    num_hidden_layers: Positive = Field(description="number of blocks")
+    num_attention_heads: Positive = Field(description="number of heads; hidden_size / heads is divisible by 4")
     intermediate_size: Annotated[int, Field(ge=2)] = Field(
         description="width of an MLP with the same number of parameters; SwiGLU's matrices have two thirds of it"
     )
-    qkv_bias: bool = False
-    qk_normalization: bool = True
-    patch_embedding_bias: bool = True
+    qkv_bias: bool = Field(False, description="biases of the query, key and value projections")
+    qk_normalization: bool = Field(True, description="RMSNorm of queries and keys, which keeps attention logits small")
+    patch_embedding_bias: bool = Field(True, description="bias of the patch embedding")
     spatial_merge_size: Positive = Field(1, description="tokens come in blocks of this many rows and columns")
 
     @model_validator(mode="after")
@@ -55,7 +55,7 @@ class EncoderShape(Section):
         try:
             EncoderConfig(**self.model_dump())
         except CheckpointError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(str(error).removesuffix(" Correct its config.json.")) from None
         return self
 
 
@@ -71,7 +71,10 @@ class ModelConfig(Section):
     init_part: Literal["encoder", "model"] = Field(
         "encoder", description="model: the text tower, tokenizer, pooling and projections of init_from too"
     )
-    layer_scale_init: Annotated[float, Field(gt=0)] = 0.1
+    layer_scale_init: Annotated[float, Field(gt=0)] = Field(
+        0.1,
+        description="initial LayerScale, the factor of residual branches; 0.1 as in the release, 1 in recipes of tiny",
+    )
     attention: Literal["auto", "flash", "flash2", "flash3", "flash4", "varlen", "sdpa"] = Field(
         "auto",
         description="flash: best installed flash-attn; flash2 to 4: that version; varlen: torch; sdpa: item by item",
@@ -84,10 +87,14 @@ class ModelConfig(Section):
         0, description="activation checkpointing: 0 none, 1 every block, k every k-th block"
     )
     pool_heads: Positive = Field(4, description="heads of the attention pooling")
-    embed_dim: Positive = 256
-    logit_scale_init: Annotated[float, Field(gt=0)] = 10.0
-    logit_bias_init: float = -10.0
-    text: TextConfig = TextConfig()
+    embed_dim: Positive = Field(256, description="width of the joint embedding of images, videos and texts")
+    logit_scale_init: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="initial factor of the cosine similarities, which is learned; 10 as in SigLIP"
+    )
+    logit_bias_init: float = Field(
+        -10.0, description="initial bias of the logits, which is learned; -10 as in SigLIP: most pairs are negative"
+    )
+    text: TextConfig = Field(TextConfig(), description="text tower and tokenizer")
 
     @model_validator(mode="after")
     def _whole_model_has_a_source(self) -> ModelConfig:
@@ -104,11 +111,15 @@ class TeacherConfig(Section):
     path: PathText = Field(
         description="folder or hub name of a DINOv2, DINOv3, SigLIP or SigLIP 2 model, or folder of an exported encoder"
     )
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    patch_loss: Literal["cosine", "smooth_l1"] = "cosine"
-    pooled_loss: Literal["cosine", "smooth_l1"] = "cosine"
-    patch_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
-    pooled_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="times the weight of the stage")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype of the teacher's weights and features")
+    patch_loss: Literal["cosine", "smooth_l1"] = Field("cosine", description="loss between features of patches")
+    pooled_loss: Literal["cosine", "smooth_l1"] = Field("cosine", description="loss between features of whole items")
+    patch_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="weight of patch_loss, times the weight stages.N.distill of the stage"
+    )
+    pooled_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="weight of pooled_loss, times the weight stages.N.distill of the stage"
+    )
     partitioned: bool = Field(False, description="shard the weights over the ranks; else each rank has all weights")
     cache: PathText | None = Field(
         None, description="folder for features, 2 to 4 bytes per token and feature; nothing is evicted"
@@ -148,7 +159,9 @@ class ObjectiveConfig(Section):
         description="sigmoid: the recipe's loss; softmax converges faster with a few dozen items per step; "
         "classification: a linear head learns the labels, without a text tower",
     )
-    classification: ClassificationConfig = ClassificationConfig()
+    classification: ClassificationConfig = Field(
+        ClassificationConfig(), description="label smoothing and mixing, for kind classification"
+    )
     chunk: Positive = Field(1024, description="texts compared at a time; limits the memory of the loss")
     same_caption_positive: bool = Field(False, description="identical captions in one step count as positives")
     teacher: TeacherConfig | None = Field(

@@ -32,8 +32,8 @@ def present_key(dotted: str) -> str:
     return dotted
 
 
-def rename_keys(content: dict[str, Any], where: str) -> None:
-    """Renames the earlier keys in a run file's content in place, and logs one line if there are any.
+def rename_keys(content: dict[str, Any], where: str, *, report: bool = True) -> None:
+    """Renames the earlier keys in a run file's content in place, and logs one line if there are any (with `report`).
 
     Args: where: name of the run file in messages.
     Raises: ConfigError if a key is given under both names.
@@ -53,7 +53,7 @@ def rename_keys(content: dict[str, Any], where: str) -> None:
             section.clear()
             section.update(items)
             renamed.append(f"{place}{before} is now {after}")
-    if renamed:
+    if renamed and report:
         logger.info("%s has keys under earlier names: %s", where, ", ".join(renamed))
 
 

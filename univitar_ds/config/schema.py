@@ -15,20 +15,27 @@ from pydantic import Field, model_validator
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.model import ModelConfig, ObjectiveConfig
 from univitar_ds.config.paths import PathText
-from univitar_ds.config.section import Fraction, Positive, Section, check_templates
+from univitar_ds.config.section import NAME_LIMIT, NAME_PATTERN, Fraction, Positive, Section, check_templates
 from univitar_ds.config.stage import StageConfig
 
 
 class OptimizerConfig(Section):
     """Settings of AdamW. The learning rate is a setting of the stage."""
 
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.98),
+        description="decay rates of the two moments; 0.98 forgets a jump of the gradient within about 50 steps",
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="decoupled decay of matrices; vectors (norms, biases, LayerScale, logit scale) have none"
+    )
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="layer-wise decay: ratio of a block's learning rate to that of the block above; 1: none"
     )
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="maximum 2-norm of the gradient over all ranks; a larger gradient is scaled down; null: off"
+    )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
         description="decay (e.g. 0.9999) of a moving average of the weights; the average is evaluated and exported",
@@ -61,15 +68,21 @@ class GuardConfig(Section):
 class CheckpointConfig(Section):
     """Interval and number of checkpoints."""
 
-    every_steps: Positive = 200
-    keep: Positive = 2
+    every_steps: Positive = Field(
+        200, description="steps between checkpoints; one is also written at the end of a stage and when asked to stop"
+    )
+    keep: Positive = Field(
+        2, description="number of newest checkpoints that are kept; 2: one stays if the disk fails while one is written"
+    )
 
 
 class EvaluationConfig(Section):
     """Settings of the evaluation on held-out data after training."""
 
     sources: list[SourceConfig] = Field(default_factory=list, description="empty: no evaluation")
-    token_budget: Positive = 8192
+    token_budget: Positive = Field(
+        8192, description="maximum number of tokens in a pack of the evaluation; limits memory, changes no result"
+    )
     image_templates: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["{}"],
         description="prompt templates for zero-shot classification; an image's label replaces {}",
@@ -122,8 +135,8 @@ class WandbConfig(TrackerConfig):
 class LoggingConfig(Section):
     """Settings of the logs that are written during training."""
 
-    every_steps: Positive = 10
-    tensorboard: bool = True
+    every_steps: Positive = Field(10, description="steps between lines in metrics.jsonl and TensorBoard")
+    tensorboard: bool = Field(True, description="write the metrics and images for TensorBoard too, in tb/")
     images_every_steps: Annotated[int, Field(ge=0)] = Field(
         200, description="steps between TensorBoard images of a pack with its patch features as colours; 0: none"
     )
@@ -143,22 +156,28 @@ class LoggingConfig(Section):
 class RunConfig(Section):
     """All settings of a run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LIMIT)] = Field(
+        description="name of the run and of its folder in `output`: letters, digits, dots, underscores and dashes"
+    )
     output: PathText = Field("runs", description="folder in which the run's folder is created")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="determines initial weights, order of samples, drawn frames and dropping; the same on all ranks"
+    )
     deterministic: bool = Field(
         False, description="bitwise reproducible steps on GPUs too; attention's backward pass is slower"
     )
     deepspeed: PathText = Field("zero3_cpu", description="a name from ds_configs/ or the path of a JSON")
-    model: ModelConfig = ModelConfig()
-    data: DataConfig
-    stages: Annotated[list[StageConfig], Field(min_length=1)]
-    objective: ObjectiveConfig = ObjectiveConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    guard: GuardConfig = GuardConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    logging: LoggingConfig = LoggingConfig()
+    model: ModelConfig = Field(ModelConfig(), description="both towers and their joint embedding")
+    data: DataConfig = Field(description="sources, lanes and the limits of reading")
+    stages: Annotated[list[StageConfig], Field(min_length=1)] = Field(
+        description="curriculum, one entry per stage: length, sizes, budgets, learning rate, weights of the losses"
+    )
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="loss, and the teacher of the distillation")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW; the learning rate is stages.N.lr")
+    guard: GuardConfig = Field(GuardConfig(), description="rollback of steps whose loss or gradient is not sound")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="interval and number of checkpoints")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out data, evaluated after training")
+    logging: LoggingConfig = Field(LoggingConfig(), description="metrics, TensorBoard, MFU")
 
     @property
     def loaded_data(self) -> DataConfig:

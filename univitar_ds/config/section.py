@@ -11,6 +11,10 @@ DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 EncoderSize = Literal["tiny", "0.3b", "0.6b", "1b"]
 Part = Literal["text", "vision", "patch_embedding"]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Of a run's name, which is the name of a folder."""
+NAME_LIMIT = 255
+"""Maximum length of a run's name: the limit of file systems."""
 
 
 class Section(BaseModel):

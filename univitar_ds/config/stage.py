@@ -13,10 +13,18 @@ from univitar_ds.geometry import PATCH, TUBELET, Modality, Resolution
 class ResolutionConfig(Section):
     """Size rule of one modality. `min_tokens` and `max_tokens` limit a whole item, for videos over all frames."""
 
-    kind: Literal["native", "fixed"] = "native"
-    min_tokens: Positive = 576
-    max_tokens: Positive = 5832
-    divisor_px: Positive = 112
+    kind: Literal["native", "fixed"] = Field(
+        "native", description="native: keep the aspect ratio within the limits of tokens; fixed: a square of size_px"
+    )
+    min_tokens: Positive = Field(
+        576, description="minimum number of tokens of an item; a smaller one is enlarged; 576 as published"
+    )
+    max_tokens: Positive = Field(
+        5832, description="maximum number of tokens of an item, of a video over all frames; a larger one is reduced"
+    )
+    divisor_px: Positive = Field(
+        112, description="both sides are multiples of this many pixels, itself a multiple of 14; 112 as published"
+    )
     size_px: Positive | None = Field(None, description="side of the square when kind is fixed")
 
     @model_validator(mode="after")
@@ -59,8 +67,10 @@ class VideoSampling(Section):
 class Schedule(Section):
     """Weight of a loss over a stage."""
 
-    kind: Literal["constant", "linear", "cosine"] = "constant"
-    start: Annotated[float, Field(ge=0)] = 0.0
+    kind: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="course over the samples of the stage; linear and cosine go from start to end"
+    )
+    start: Annotated[float, Field(ge=0)] = Field(0.0, description="value at the beginning of the stage")
     end: Annotated[float, Field(ge=0)] | None = Field(
         None, description="value of linear and cosine at the end of the stage"
     )
@@ -82,24 +92,28 @@ class Schedule(Section):
 class StageConfig(Section):
     """One stage of the curriculum. `samples` counts the items of all ranks and lanes."""
 
-    name: str
-    samples: Positive
-    image: ResolutionConfig = ResolutionConfig()
-    video: ResolutionConfig = ResolutionConfig()
+    name: str = Field(description="name of the stage in logs and metrics; stages have different names")
+    samples: Positive = Field(description="length: items of all ranks and lanes; the step that reaches it is the last")
+    image: ResolutionConfig = Field(ResolutionConfig(), description="size rule of images")
+    video: ResolutionConfig = Field(ResolutionConfig(), description="size rule of videos")
     video_ratio: Fraction = Field(0.0, description="share of steps whose packs contain videos")
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="share of samples by source name; empty: every sample once per epoch"
     )
     video_frames: Annotated[int, Field(ge=2)] = Field(8, description="maximum number of frames of a video; even")
-    video_sampling: VideoSampling = VideoSampling()
+    video_sampling: VideoSampling = Field(VideoSampling(), description="which frames of a video are used")
     token_budget: Positive = Field(
         16384, description="maximum number of tokens in a pack before patch_dropout; limits memory"
     )
     cost_budget_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None, description="maximum forward+backward TFLOP of the encoder for a pack; limits time"
     )
-    lr: Annotated[float, Field(gt=0)]
-    warmup_samples: Annotated[int, Field(ge=0)] = 0
+    lr: Annotated[float, Field(gt=0)] = Field(
+        description="learning rate of AdamW after the warm-up; not scaled by the pairs per step"
+    )
+    warmup_samples: Annotated[int, Field(ge=0)] = Field(
+        0, description="samples over which the learning rate rises linearly from 0 to lr; below samples"
+    )
     lr_schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="after the warm-up; wsd: constant, then linear over decay_samples to final_lr_ratio"
     )

@@ -92,13 +92,13 @@ def test_all_faults_are_reported_at_once(run_file):
         (["stages.0.image={min_tokens: 1, max_tokens: 60}"], "at least 64 tokens an item, above max_tokens 60"),
         (["model.text.heads=3"], "hidden_size 256 is not divisible by heads 3"),
         (["evaluation.image_templates=[a photo]"], "a template holds the label once"),
-        (["stages.0.weights={x: .inf}"], r"stages\.0\.weights\.x: input should be a finite number, got Infinity"),
-        (["stages.0.weights={x: .nan}"], r"stages\.0\.weights\.x: input should be a finite number, got NaN"),
-        (["stages.0.lr=.inf"], r"stages\.0\.lr: input should be a finite number"),
-        (["stages.0.contrastive={start: .inf}"], r"contrastive\.start: input should be a finite number"),
-        (["stages.0.video_sampling={kind: fps, fps: .inf}"], r"fps: input should be a finite number"),
-        (["stages.0.patch_dropout=1"], r"stages\.0\.patch_dropout: input should be less than 1, got 1"),
-        (["stages.0.stochastic_depth=-0.1"], r"stages\.0\.stochastic_depth: input should be greater .*, got -0\.1"),
+        (["stages.0.weights={x: .inf}"], r"stages\.0\.weights\.x must be a finite number, got Infinity"),
+        (["stages.0.weights={x: .nan}"], r"stages\.0\.weights\.x must be a finite number, got NaN"),
+        (["stages.0.lr=.inf"], r"stages\.0\.lr must be a finite number"),
+        (["stages.0.contrastive={start: .inf}"], r"contrastive\.start must be a finite number"),
+        (["stages.0.video_sampling={kind: fps, fps: .inf}"], r"fps must be a finite number"),
+        (["stages.0.patch_dropout=1"], r"stages\.0\.patch_dropout must be below 1, got 1"),
+        (["stages.0.stochastic_depth=-0.1"], r"stages\.0\.stochastic_depth must be at least 0, got -0\.1"),
     ],
 )
 def test_contradictions_are_named_with_their_values(run_file, overrides, expected):
@@ -170,3 +170,85 @@ def test_other_sources_are_another_result_unless_they_are_accepted(run_file):
     other = ["data.sources=[{path: a}, {path: b}]"]
     assert changed_result(before, load_config(run_file, other)) == ["data.sources"]
     assert changed_result(before, load_config(run_file, [*other, "data.accept_changed_sources=true"])) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=a", 'seed=a: seed must be a whole number, at least 0, got "a"'),
+        ("deterministic=maybe", 'deterministic must be true or false, got "maybe"'),
+        ("name=a/b", "name must begin with a letter or a digit and have only those, dots"),
+        ("name=3", "name must be text; write it in quotes, got 3"),
+        ("data=null", "data must be a section with keys sources, lanes"),
+        ("stages=null", "stages must be a list of sections, not empty, got null"),
+        ("data.sources=[]", "data.sources must have at least 1 entry, got []"),
+        ("data.cache.folder=''", "data.cache.folder must not be empty"),
+        ("optimizer.betas=[1]", "optimizer.betas must be a list of 2 (each a number, at least 0, at most 1); entry 1"),
+        ("model.encoder=2b", "model.encoder must be one of tiny, 0.3b, 0.6b, 1b, or a section with keys hidden_size"),
+        ("model.encoder={hidden_size: 8}", "model.encoder.num_hidden_layers is missing"),
+        ("model.encoder={huge: true}", "unknown key model.encoder.huge; known here: hidden_size"),
+        ("learning_rate=1", "learning_rate is stages.N.lr here"),
+        ("wandb.project=x", "unknown key wandb; metrics go to"),
+        ("stages.0.token_budget=100", "stages.0.token_budget=100: stages.0: image: an item may have 5832 tokens"),
+        ("stages.0.distill.start=1", "stages.0.distill.start=1: stages ['s'] distill without a teacher"),
+        ("seed=2026-11-29", 'seed must be a whole number, at least 0, got "2026-11-29"'),
+    ],
+)
+def test_an_error_in_an_override_names_the_override_in_plain_words(run_file, override, said):
+    with pytest.raises(ConfigError) as error:
+        load_config(run_file, ["data.lanes=2", override])
+    message = str(error.value)
+    assert said in message
+    assert message.startswith("the command line has")
+    assert "run.yaml" not in message
+    assert "data.lanes=2" not in message, "this override is right"
+    for word in ("NoneType", "Config", "valid_", "[A-Z", "literal", "function-", "dictionary", "validation"):
+        assert word not in message
+
+
+def test_errors_of_the_file_and_of_overrides_are_kept_apart(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "seed": -1, "lanes": 3}))
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["guard.min_steps=1", "checkpoint.keep=1"])
+    head, *lines = str(error.value).split("\n  - ")
+    assert head == f"the command line or {path} has 3 errors:"
+    assert sorted(lines) == [
+        "guard.min_steps=1: guard.min_steps must be at least 4, got 1",
+        "seed must be at least 0, got -1",
+        "unknown key lanes; lanes is a key of another section: data.lanes",
+    ]
+    with pytest.raises(ConfigError, match=r"run\.yaml has 2 errors"):
+        load_config(path, ["checkpoint.keep=1"])
+
+
+def test_overrides_that_contradict_only_each_other_are_both_named(run_file):
+    contradiction = ["stages.0.warmup_samples=6", "stages.0.samples=5", "seed=2"]
+    with pytest.raises(ConfigError) as error:
+        load_config(run_file, contradiction)
+    assert "stages.0.warmup_samples=6 and stages.0.samples=5: stages.0: warmup_samples 6" in str(error.value)
+    assert "seed=2" not in str(error.value)
+
+
+def test_overrides_that_are_wrong_each_alone_are_named(run_file):
+    with pytest.raises(ConfigError) as error:
+        load_config(run_file, ["stages.0.video_frames=7", "stages.0.video_frames=7", "seed=2"])
+    assert "stages.0.video_frames=7 and stages.0.video_frames=7: stages.0: video_frames 7" in str(error.value)
+
+
+def test_an_override_that_gives_a_key_under_two_names_is_refused(run_file):
+    with pytest.raises(ConfigError, match=r"is now called data\.max_video_s, and both are given"):
+        load_config(run_file, ["data={sources: [{path: x}], max_clip_s: 3, max_video_s: 3}"])
+
+
+def test_a_name_that_is_too_long_is_not_echoed_whole(run_file):
+    with pytest.raises(ConfigError, match=r"name must be at most 255 characters long") as error:
+        load_config(run_file, [f"name={'x' * 5000}"])
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(("content", "found"), [("", "nothing"), ("- 1", "a list"), ("3", "a single value")])
+def test_a_file_without_keys_is_described_in_words(tmp_path, content, found):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=f"holds {found}, expected keys such as name"):
+        load_config(tmp_path / "run.yaml")

@@ -1,0 +1,3 @@
+"""The keys of the run file: what each means, names that other trainers use for them, and faults in their values."""
+
+__all__ = ["describe", "faults", "foreign", "json_schema", "tree"]
