@@ -10,6 +10,7 @@ from pathlib import Path
 
 from univitar_ds import startup
 from univitar_ds.cli.common import add_command, add_overrides, add_weights, expand, positive, shown
+from univitar_ds.cli.config import add_config
 from univitar_ds.cli.convert import add_convert
 from univitar_ds.cli.data import add_data
 from univitar_ds.cli.inference import add_inference
@@ -19,6 +20,7 @@ from univitar_ds.screen import log_to_screen, lost, prepare_screen, show
 
 DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision transformer for images and video."
 EXAMPLES = """examples:
+  univitar-ds config stages                            the keys of a section of the run file
   univitar-ds data pack PHOTOS data/photos             shards and a manifest from a folder of files
   univitar-ds data verify data/photos                  check every shard and sample, write a report
   univitar-ds data probe *.jpg video.mp4                how a run would read single files
@@ -82,6 +84,22 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return parsed
 
 
+class _Versions(argparse.Action):
+    """Prints the versions, and ends the command. Reads the installed packages' metadata, which imports nothing heavy."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        import importlib.metadata
+
+        from univitar_ds import __version__
+
+        found = [f"univitar_ds {__version__}"]
+        for name in ("torch", "deepspeed"):
+            with suppress(importlib.metadata.PackageNotFoundError):
+                found.append(f"{name} {importlib.metadata.version(name)}")
+        show(", ".join(found))
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -90,10 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--version", action=_Versions, nargs=0, help="print the versions of univitar_ds, torch, deepspeed"
+    )
     # DeepSpeed's launcher inserts --local_rank as the first argument; the environment has the same value.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
+    add_config(commands)
     add_data(commands)
     _add_after_training(commands)
     add_convert(commands)
