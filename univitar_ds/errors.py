@@ -91,6 +91,8 @@ def storage_error(error: OSError, path: object = None, done: str = "used") -> St
     if remedy is None:
         return None
     name = path if error.filename is None else os.fsdecode(error.filename)
+    if error.errno == errno.ENAMETOOLONG and name is not None:
+        name = "/".join(part if len(part) <= 60 else f"{part[:57]}..." for part in str(name).split("/"))
     place = "a file" if name is None else f"{name}"
     return StorageError(f"{place} cannot be {done}: {os.strerror(error.errno)}; {remedy}")
 

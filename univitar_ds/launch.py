@@ -24,7 +24,7 @@ from univitar_ds.errors import StorageError, UserError, first_line, storage_erro
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.import_path import safe_environment
 from univitar_ds.processes import SIGNALS, Process, children, signals_held
-from univitar_ds.run import create_run, reopen_run
+from univitar_ds.run import create_run, describe_resumed, describe_run, reopen_run
 from univitar_ds.run_lock import VARIABLE, RunLock, release_all, still_ours
 from univitar_ds.screen import log_to_screen, prepare_screen, show
 from univitar_ds.training.distributed import orphans, preemption
@@ -51,6 +51,23 @@ def train(recipe: str, nproc: int | None, overrides: Sequence[str]) -> int:
     config = load_config(recipe, overrides)
     run = Path(config.output, config.name)
     return _ranks(run, nproc, lambda size, lock: create_run(config, recipe, size, lock))
+
+
+def describe_training(recipe: str, nproc: int | None, overrides: Sequence[str]) -> str:
+    """Returns what `train` would do, as text, after its checks. Writes nothing. Raises: as `create_run`."""
+    return describe_run(load_config(recipe, overrides), recipe, _foreseen_ranks(nproc))
+
+
+def describe_resuming(
+    run: Path, nproc: int | None, overrides: Sequence[str], extension: Sequence[str] | None = None
+) -> str:
+    """Returns what `resume` would do, as text, after its checks. Writes nothing. Raises: as `reopen_run`."""
+    return describe_resumed(run, overrides, _foreseen_ranks(nproc), extension)
+
+
+def _foreseen_ranks(nproc: int | None) -> int:
+    """Returns the number of ranks. It may exceed the GPUs of this machine, which may not be the one that trains."""
+    return int(os.environ["WORLD_SIZE"]) if _is_rank(nproc) else nproc or 1
 
 
 def resume(run: Path, nproc: int | None, overrides: Sequence[str], extension: Sequence[str] | None = None) -> int:
@@ -101,6 +118,8 @@ def _kept(run: Path) -> str:
 
 def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
     startup.phase("loading PyTorch and DeepSpeed")
+    from univitar_ds.formats.run import run_configuration
+    from univitar_ds.planning.batch import batch_lines
     from univitar_ds.training.distributed.process_group import gather_json, start_world, stop_world
     from univitar_ds.training.loop import train as train_rank
 
@@ -111,7 +130,11 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
         lock.watch(word)
         # Equal lines from hundreds of ranks would hide the lines of rank 0.
         logging.getLogger("univitar_ds").setLevel(logging.WARNING)
-    completed = train_rank(load_config(run / CONFIG), run, world, stop)
+    config = load_config(run / CONFIG)
+    if world.is_main:
+        for line in batch_lines(config, world.size, run_configuration(run)[0]):
+            logger.info("%s", line)
+    completed = train_rank(config, run, world, stop)
     stop_world()
     if not completed:
         return SAVED

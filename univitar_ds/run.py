@@ -6,19 +6,21 @@ The content of the folder is the only state of a run.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from univitar_ds import startup
 from univitar_ds.atomic_write import replace_bytes, replace_text, replacing
-from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
+from univitar_ds.classes import ClassList, class_list
 from univitar_ds.config.load import changed_result, dump_config, dumped, extended, load_config
 from univitar_ds.config.places import anchored
 from univitar_ds.config.run_folder import (
@@ -36,11 +38,22 @@ from univitar_ds.config.run_folder import (
 )
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.unused import unused_parts
-from univitar_ds.errors import ConfigError, DataError, InstallationError, writing
-from univitar_ds.extras import extra
+from univitar_ds.errors import ConfigError, writing
 from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.elastic import read_state
+from univitar_ds.formats.run import run_description
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
 from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link
+from univitar_ds.planning.checks import (
+    Inputs,
+    check_lengths,
+    check_reopened,
+    check_run,
+    check_sources,
+    check_teacher,
+    existing_parent,
+    given_tokenizer,
+)
 from univitar_ds.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
@@ -70,23 +83,17 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         if checkpoint_dir.latest(run / CHECKPOINTS) is not None and lock.continues():
             return reopen_run(run, (), world_size, lock)
         _check_unused(run, recipe)
-        deepspeed = read_deepspeed(config.deepspeed)
-        resolve_deepspeed(config, world_size, deepspeed, (recipe, config.deepspeed))
-        _check_libraries(config)
-        config = _with_packed_sources(config)
+        check_lengths(run)
+        found = check_run(config, recipe, world_size, pack=True)
         _report_unused(config)
-        _check_sources(config)
-        _check_teacher(config)
-        start = _open_start(config)
-        joint = start.joint if start is not None and config.model.init_part == "model" else None
-        config = _with_joint(config, joint)
+        config, start, joint = found.config, found.start, found.joint
         run.mkdir(parents=True, exist_ok=True)
         lock.take()
         _check_unused(run, recipe)  # another launch may have written here since
         clear(run, RUN_ENTRIES)
         mark(run, KIND)
         dump_config(anchored(config), run / CONFIG)
-        _write_deepspeed(run, deepspeed)
+        _write_deepspeed(run, found.deepspeed)
         if config.objective.classifies:
             _provide_classes(config, run / CLASSES)
         else:
@@ -109,29 +116,99 @@ def reopen_run(
         launch has the lock; DataError if a source no longer exists; InstallationError if the text tower cannot be
         built in this environment; StorageError if the folder cannot be written.
     """
-    if not (run / CONFIG).is_file():
-        raise ConfigError(f"{run} holds no {CONFIG}, so it is not a run; give the folder that an earlier run wrote")
+    _check_is_run(run)
     with writing(run), _held(run, lock) as lock:
         lock.take()
-        before, after = load_config(run / CONFIG), load_config(run / CONFIG, overrides)
-        changed = changed_result(before, after)
-        if extension is not None:
-            after = extended(after, extension, f"the stage that --extend adds to {run}")
-        if changed:
-            raise ConfigError(
-                f"{', '.join(changed)} would change the result of {run} half-way; "
-                "resume without this override, or start a new run under another name"
-            )
-        deepspeed = read_deepspeed(str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed)
-        resolve_deepspeed(after, world_size, deepspeed, (str(run / CONFIG), after.deepspeed))
-        _check_libraries(after)
-        after = _with_packed_sources(after)
+        before, after = _reopened(run, overrides, extension)
+        named = str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed
+        after, deepspeed, _ = check_reopened(after, named, world_size, str(run / CONFIG), pack=True)
         _report_unused(after)
-        _check_sources(after)
         mark(run, KIND)  # folders of earlier versions have no marker file
         dump_config(anchored(after), run / CONFIG)
         _write_deepspeed(run, deepspeed)
     return run
+
+
+def describe_run(config: RunConfig, recipe: str, world_size: int) -> str:
+    """Returns what `create_run` and the training would do, as text, after the same checks. Writes nothing.
+
+    Raises: as `create_run`, and ConfigError if the disk has too little space for the checkpoints.
+    """
+    from univitar_ds.planning.report import Plan, report
+
+    run = Path(config.output, config.name)
+    with writing(run):
+        _check_unused(run, recipe)
+        check_lengths(run)
+        parent = existing_parent(run)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
+    found = check_run(config, recipe, world_size)
+    described, classes = _foreseen_model(found)
+    return report(Plan(found, run, world_size, described, classes))
+
+
+def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, extension: Sequence[str] | None) -> str:
+    """Returns what `reopen_run` and the rest of the training would do, as text. Writes nothing.
+
+    Raises: as `reopen_run`, and ConfigError without a checkpoint.
+    """
+    from univitar_ds.planning.report import Plan, report
+
+    before, after = _reopened(run, overrides, extension)
+    named = str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed
+    after, content, resolved = check_reopened(after, named, world_size, str(run / CONFIG))
+    shards, evaluation = check_sources(after)
+    found = Inputs(after, content, resolved, shards, evaluation, None, check_teacher(after))
+    last = checkpoint_dir.latest(run / CHECKPOINTS)
+    if last is None:
+        raise ConfigError(f"{run} has no complete checkpoint; --resume would start it again from its beginning")
+    saved = read_state(last)
+    progress = saved["progress"]
+    classes = len(ClassList.read(run / CLASSES)) if after.objective.classifies else None
+    described = run_description(run, after, saved.get("model"))
+    return report(Plan(found, run, world_size, described, classes, (progress["step"], progress["samples"])))
+
+
+def _check_is_run(run: Path) -> None:
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"{run} holds no {CONFIG}, so it is not a run; give the folder that an earlier run wrote")
+
+
+def _reopened(run: Path, overrides: Sequence[str], extension: Sequence[str] | None) -> tuple[RunConfig, RunConfig]:
+    """Returns the configuration of a run as it is stored, and as it would continue.
+
+    Raises: ConfigError if the folder has no run or an override would change the run's result.
+    """
+    _check_is_run(run)
+    before, after = load_config(run / CONFIG), load_config(run / CONFIG, overrides)
+    changed = changed_result(before, after)
+    if extension is not None:
+        after = extended(after, extension, f"the stage that --extend adds to {run}")
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)} would change the result of {run} half-way; "
+            "resume without this override, or start a new run under another name"
+        )
+    return before, after
+
+
+def _foreseen_model(found: Inputs) -> tuple[Mapping[str, Any], int | None]:
+    """Returns the description of a new run's model, and its number of classes if it is a classifier.
+
+    A tokenizer that is still to be trained is taken to have `model.text.vocab_size` tokens.
+    """
+    from univitar_ds.model.build import describe, described_encoder
+    from univitar_ds.tokenization import load_tokenizer, special_ids
+
+    config = found.config
+    if config.objective.classifies:
+        return {"encoder": described_encoder(config.model, found.start).to_dict()}, len(_find_classes(config))
+    special = {"vocab_size": config.model.text.vocab_size, "eos_id": 1, "pad_id": 0}
+    given = given_tokenizer(config)
+    if given is not None and found.joint is None:
+        special = special_ids(load_tokenizer(given)).of_text_model
+    return describe(config.model, found.start, **special), None
 
 
 @contextmanager
@@ -190,34 +267,6 @@ def _write_deepspeed(run: Path, content: dict) -> None:
     replace_text(run / DEEPSPEED, json.dumps(content, indent=2) + "\n")
 
 
-def _open_start(config: RunConfig) -> StoredModel | None:
-    """Opens the model that the run starts from, None without one. Raises: CheckpointError."""
-    from univitar_ds.data.storage.base import StorageSettings
-    from univitar_ds.formats.recognise import open_stored
-
-    if config.model.init_from is None:
-        return None
-    startup.phase(f"reading and checking {config.model.init_from}")
-    return open_stored(config.model.init_from, settings=StorageSettings.of(config.data))
-
-
-def _with_joint(config: RunConfig, joint: JointConfig | None) -> RunConfig:
-    """Returns the configuration with the joint embedding of the model that the whole run starts from.
-
-    Only keys that the run file leaves out are set. Raises: ConfigError if the run file gives another tokenizer.
-    """
-    if joint is None:
-        return config
-    if config.model.text.tokenizer is not None:
-        raise ConfigError("model.init_part is model, so init_from brings the tokenizer; leave model.text.tokenizer out")
-    model = config.model
-    given = {name: getattr(joint, name) for name in ("embed_dim", "pool_heads") if name not in model.model_fields_set}
-    text = model.text
-    if "context_length" not in text.model_fields_set:
-        text = text.model_copy(update={"context_length": joint.context_length})
-    return config.model_copy(update={"model": model.model_copy(update={**given, "text": text})})
-
-
 def _write_description(config: RunConfig, run: Path, start: StoredModel | None) -> None:
     """Writes the configurations of both towers, and a copy of weights that not every machine can reach.
 
@@ -251,8 +300,7 @@ def _provide_tokenizer(config: RunConfig, target: Path, joint: JointConfig | Non
         replace_bytes(target, joint.tokenizer.encode("utf-8"))
         load_tokenizer(target)
         return
-    text = config.model.text
-    given = Path(text.tokenizer) if text.tokenizer else Path(text.path, TOKENIZER) if text.path else None
+    given = given_tokenizer(config)
     if given:
         load_tokenizer(given)  # rejects a missing or broken file before the training starts
         with replacing(target) as partial:
@@ -261,71 +309,26 @@ def _provide_tokenizer(config: RunConfig, target: Path, joint: JointConfig | Non
     startup.phase("reading captions and training the tokenizer on them")
     settings = StorageSettings.of(config.data)
     captions = iterate_captions(config.data.sources, limit=CAPTIONS_FOR_TOKENIZER, settings=settings)
-    replace_text(target, train_tokenizer(captions, text.vocab_size).to_str(pretty=True))
+    replace_text(target, train_tokenizer(captions, config.model.text.vocab_size).to_str(pretty=True))
 
 
 def _provide_classes(config: RunConfig, target: Path) -> None:
     """Writes the classes of a classification run. Raises: DataError if the sources have no labels to choose from."""
-    from univitar_ds.classes import class_list
-    from univitar_ds.data.labels import iterate_labels
-    from univitar_ds.data.storage.base import StorageSettings
-
     startup.phase("reading the labels of the sources")
-    classes = class_list(iterate_labels(config.data.sources, StorageSettings.of(config.data)))
+    classes = _find_classes(config)
     for name, labels in classes.names.items():
         logger.info("data set %s: %d classes", "without a name" if name is None else name, len(labels))
     classes.write(target)
 
 
+def _find_classes(config: RunConfig) -> ClassList:
+    """Returns the classes of a classification run. Raises: DataError if the sources have no labels to choose from."""
+    from univitar_ds.data.labels import iterate_labels
+    from univitar_ds.data.storage.base import StorageSettings
+
+    return class_list(iterate_labels(config.data.sources, StorageSettings.of(config.data)))
+
+
 def _report_unused(config: RunConfig) -> None:
     for sentence in unused_parts(config):
         logger.warning("%s", sentence)
-
-
-def _with_packed_sources(config: RunConfig) -> RunConfig:
-    from univitar_ds.data.writing.packed_sources import with_packed_sources
-
-    return with_packed_sources(config)
-
-
-def _check_sources(config: RunConfig) -> None:
-    """Raises: DataError if a source of training or evaluation is missing or has no usable samples."""
-    from univitar_ds.data.shards.contents import check_contents
-    from univitar_ds.data.shards.sources import find_shards, validate_sources
-    from univitar_ds.data.storage.base import StorageSettings
-
-    startup.phase("reading the sources")
-    settings = StorageSettings.of(config.data)
-    shards = validate_sources(config.data.sources, config.stages, settings)
-    try:
-        evaluation = find_shards(config.evaluation.sources, settings)
-    except DataError as error:
-        raise DataError(f"evaluation.sources: {error}") from error
-    check_contents(config, shards, evaluation)
-
-
-def _check_teacher(config: RunConfig) -> None:
-    """Reads the teacher's configuration, so that an unsupported model is rejected before the training starts."""
-    if config.objective.teacher is not None:
-        from univitar_ds.model.teacher.teacher import read_teacher
-
-        read_teacher(config.objective.teacher)
-
-
-def _check_libraries(config: RunConfig) -> None:
-    """Raises: InstallationError if the installation is not one for training, or a text tower cannot be built."""
-    startup.phase("checking the installation")
-    with extra("train"):
-        for package in ("deepspeed", "tensorboard"):
-            if find_spec(package) is None:  # an import would take seconds
-                raise ModuleNotFoundError(name=package)
-    for name in ("wandb", "trackio"):
-        if getattr(config.logging, name) is not None and find_spec(name) is None:
-            raise InstallationError(
-                f"logging.{name} is set and the package {name} is not installed: pip install 'univitar_ds[{name}]', or "
-                f"leave it out with logging.{name}=null"
-            )
-    if not config.objective.classifies:
-        from univitar_ds.model.towers import check_text_library
-
-        check_text_library()

@@ -21,6 +21,8 @@ LAYERS = [
     {"training.logging"},
     {"training"},
     {"evaluation", "convert", "run", "inference", "python_api"},
+    {"planning"},
+    {"evaluation", "convert", "run", "inference"},
     {"launch"},
     {"demo"},
     {"cli"},

@@ -85,7 +85,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 
 class _Versions(argparse.Action):
-    """Prints the versions, and ends the command. Reads the installed packages' metadata, which imports nothing heavy."""
+    """Prints the versions in the installed packages' metadata, without imports, and ends the command."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         import importlib.metadata
@@ -153,6 +153,12 @@ def _add_train(commands) -> None:
         help="with --resume, also of a finished run: adds a stage, which is the last stage with these keys changed, "
         "such as samples=200000 lr=1e-5",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything and print what the run would do: data, packs and pairs per step, stages, parameters, "
+        "memory, checkpoints; write nothing",
+    )
     add_overrides(parser)
 
 
@@ -195,10 +201,16 @@ def _train(arguments: argparse.Namespace) -> int:
 def _start(arguments: argparse.Namespace) -> int:
     from univitar_ds import launch
 
+    if arguments.resume and arguments.dry_run:
+        show(launch.describe_resuming(arguments.resume, arguments.nproc, arguments.overrides, arguments.extend))
+        return 0
     if arguments.resume:
         return launch.resume(arguments.resume, arguments.nproc, arguments.overrides, arguments.extend)
     if arguments.extend is not None:
         raise ConfigError("--extend adds a stage to a run; name the run by --resume, or add the stage to the run file")
+    if arguments.dry_run:
+        show(launch.describe_training(arguments.config, arguments.nproc, arguments.overrides))
+        return 0
     return launch.train(arguments.config, arguments.nproc, arguments.overrides)
 
 

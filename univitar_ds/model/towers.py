@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError, first_line
 from univitar_ds.formats.stored_model import TensorInfo
+from univitar_ds.formats.weight_files import weight_files
 from univitar_ds.model.libraries import working_imports
 
 FAMILIES = {
@@ -85,6 +86,16 @@ def build_text_tower(config: TextConfig, *, vocab_size: int, eos_id: int, pad_id
         _set_padding(tower.model.config, pad_id)
         _check_fit(config, tower.model.config, vocab_size)
     return tower.requires_grad_(not config.frozen)
+
+
+def check_text_folder(config: TextConfig, vocab_size: int) -> None:
+    """Checks the folder `config.path` of a text tower, without reading weights.
+
+    Raises: as `build_text_tower`, for what the configuration and the names of the files show.
+    """
+    folder = Path(str(config.path))
+    _check_fit(config, _text_part(_read_config(folder)), vocab_size)
+    weight_files(folder)
 
 
 def text_model_config(config: TextConfig, *, vocab_size: int, eos_id: int, pad_id: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from tests.support.finished import run_config
 from univitar_ds import run as run_module
 from univitar_ds.config.load import check_config, dump_config, load_config
 from univitar_ds.config.unused import unused_parts
+from univitar_ds.planning import checks
 from univitar_ds.run import create_run, reopen_run
 
 TEACHER = "objective.teacher={path: dino}"
@@ -143,8 +144,10 @@ def test_each_start_of_a_run_reports_it_in_a_line_and_goes_on(monkeypatch, tmp_p
     content["objective"] = {"teacher": {"path": "dino"}}
     content["output"] = str(tmp_path)
     config = check_config(content, "the test")
-    for check in ("_check_sources", "_check_teacher", "_provide_tokenizer", "_write_description"):
-        monkeypatch.setattr(run_module, check, lambda *given: None)
+    for check in ("check_sources", "check_teacher"):
+        monkeypatch.setattr(checks, check, lambda *given: None)
+    for step in ("_provide_tokenizer", "_write_description"):
+        monkeypatch.setattr(run_module, step, lambda *given: None)
     with caplog.at_level(logging.WARNING):
         run = create_run(config, "the test", 1)
         assert [record.getMessage() for record in caplog.records] == unused_parts(config)

@@ -89,23 +89,23 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
     """Returns all shards of the sources in order; within a source in the order of its manifest or of the names.
 
     With several sources, shard names begin with the position of their source, so that keys are unique.
-    Raises: DataError as `list_shards` does, or if a source has no shard.
+    Raises: DataError as `list_shards` does, or if a source has no shard, with the sentences of all such sources.
     """
 
-    def listed(position: int) -> list[Shard]:
-        return list_shards(sources[position], f"{position}:" if len(sources) > 1 else "", settings)
+    def listed(position: int) -> list[Shard] | str:
+        try:
+            if shards := list_shards(sources[position], f"{position}:" if len(sources) > 1 else "", settings):
+                return shards
+        except DataError as error:
+            return str(error)
+        hint = f"give its subfolders with shards as sources; if it holds images and videos, {PACK_HINT}"
+        return f"source {sources[position].path}: no shard found (*.tar) in this folder; {hint}"
 
-    found = []
-    storages = [storage_for(place_of(source), settings) for source in sources]
-    for source, shards in zip(sources, at_once(listed, range(len(sources)), storages), strict=True):
-        if not shards:
-            raise DataError(
-                f"source {source.path}: no shard found (*.tar) in this folder; give subfolders with shards as separate "
-                f"sources or name them by braces; if it holds images and videos, {PACK_HINT}"
-            )
-        found += of_source(shards, source, settings)
-    counts = Counter(shard.path for shard in found)
-    if shared := [path for path, count in counts.items() if count > 1]:
+    all_listed = list(at_once(listed, range(len(sources)), [storage_for(place_of(one), settings) for one in sources]))
+    if faults := [shards for shards in all_listed if isinstance(shards, str)]:
+        raise DataError("; ".join(dict.fromkeys(faults)))
+    found = [one for source, some in zip(sources, all_listed, strict=True) for one in of_source(some, source, settings)]
+    if shared := [path for path, count in Counter(shard.path for shard in found).items() if count > 1]:
         warn_once(f"{len(shared)} shards are in several sources, such as {shared[0]}; each source reads their samples")
     return found
 

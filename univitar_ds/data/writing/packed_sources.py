@@ -38,31 +38,38 @@ _KEYS = {
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
-def with_packed_sources(config: RunConfig, *, training: bool = True) -> RunConfig:
+def all_are_shards(config: RunConfig) -> bool:
+    """Whether no source of the run has to be packed."""
+    return all(_format_to_pack(source) is None for source in (*config.data.sources, *config.evaluation.sources))
+
+
+def with_packed_sources(config: RunConfig, *, training: bool = True, pack: bool = True) -> RunConfig:
     """Returns the configuration with packed folders as the paths of sources that are no shards.
 
     They are in `data.cache.folder`, or without it in the folder `output`, which all ranks reach. Call it in one process
     before the others start. A source keeps its name in `stages.N.weights`.
 
-    Args: training: whether `data.sources` are packed, besides `evaluation.sources`.
-    Raises: DataError as `writer.pack_folder`, with the source; StorageError if the folder cannot be written.
+    Args: training: whether `data.sources` are packed, besides `evaluation.sources`; pack: whether sources may be
+        packed now. If not, only those that were packed before are found.
+    Raises: DataError as `writer.pack_folder`, with the source, or if a source would have to be packed; StorageError if
+        the folder cannot be written.
     """
     place = Path(config.data.cache.folder or config.output, _FOLDER).absolute()
     if training:
-        sources = _packed(config.data.sources, place, "data.sources")
+        sources = _packed(config.data.sources, place, "data.sources", pack)
         config = config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
-    sources = _packed(config.evaluation.sources, place, "evaluation.sources")
+    sources = _packed(config.evaluation.sources, place, "evaluation.sources", pack)
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"sources": sources})})
 
 
-def _packed(sources: Sequence[SourceConfig], place: Path, key: str) -> list[SourceConfig]:
+def _packed(sources: Sequence[SourceConfig], place: Path, key: str, pack: bool) -> list[SourceConfig]:
     found = []
     for number, source in enumerate(sources):
         try:
             form = _format_to_pack(source)
             if form is None and source.table is not None:
                 raise DataError(f"{source.path} is no table, so remove {key}.{number}.table")
-            found.append(source if form is None else _pack(source, form, place))
+            found.append(source if form is None else _pack(source, form, place, pack))
         except DataError as error:
             raise DataError(f"{key}.{number}: {_in_run_file(str(error), f'{key}.{number}')}") from error
     return found
@@ -90,7 +97,7 @@ def _format_to_pack(source: SourceConfig) -> str | None:
     return format_of(path)
 
 
-def _pack(source: SourceConfig, form: str, place: Path) -> SourceConfig:
+def _pack(source: SourceConfig, form: str, place: Path, pack: bool) -> SourceConfig:
     path = os.path.abspath(place_of(source))
     reading = _reading(source, form)
     listing = read_source(path, reading)
@@ -98,6 +105,11 @@ def _pack(source: SourceConfig, form: str, place: Path) -> SourceConfig:
     target = place / f"{name}-{_fingerprint(path, listing)}"
     if (target / MANIFEST).is_file():
         _log.info("source %s is %s; it was packed before, and is read from %s", path, FORMATS[form].title, target)
+    elif not pack:
+        raise DataError(
+            f"{path} is {FORMATS[form].title}, which a run packs when it starts; to see the plan of a run before, pack "
+            "it with `univitar-ds data pack`, and name the result as the source"
+        )
     else:
         _log.info("source %s is %s; it is packed once, and then read from %s", path, FORMATS[form].title, target)
         with writing(place):

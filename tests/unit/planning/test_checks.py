@@ -1,0 +1,82 @@
+"""Faults of a run are found before anything is written, and independent ones together."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.finished import run_config
+from tests.support.shards import write_demo_shards
+from univitar_ds.errors import ConfigError, DataError, StorageError
+from univitar_ds.planning.checks import Faults, check_lengths, check_run, existing_parent
+from univitar_ds.run import create_run
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_demo_shards(tmp_path_factory.mktemp("shards"), images=12, videos=6, shards=1)
+
+
+def test_independent_faults_are_reported_together_and_nothing_is_written(tmp_path):
+    config = run_config(
+        output=str(tmp_path / "runs"),
+        deepspeed="zero9",
+        data={"sources": [{"path": "nowhere"}, {"path": "no_place"}], "workers": 0},
+        evaluation={"sources": [{"path": "elsewhere"}]},
+        objective={"teacher": {"path": str(tmp_path)}},
+    )
+    with pytest.raises(ConfigError) as error:
+        create_run(config, "test", 1)
+    message = str(error.value)
+    assert message.startswith("3 errors:")
+    for said in ("no file 'zero9'", "source nowhere", "source no_place", "evaluation.sources: source elsewhere"):
+        assert said in message
+    assert f"objective.teacher.path {tmp_path}" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_fault_keeps_its_type():
+    with pytest.raises(DataError, match="source nowhere"):
+        check_run(run_config(evaluation={"sources": []}), "test", 1)
+
+
+def test_all_missing_sources_of_a_list_are_named(shards):
+    sources = [{"path": "nowhere"}, {"path": str(shards)}, {"path": "elsewhere"}]
+    with pytest.raises(DataError, match=r"source nowhere: .*; source elsewhere: ") as error:
+        check_run(run_config(shards, data={"sources": sources}), "test", 1)
+    assert str(shards) not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{}, {"zero_optimization": {"stage": 0}}, {"zero_optimization": {"stage": "3"}}])
+def test_a_zero_stage_without_checkpoints_is_refused_before_the_folder_is_made(shards, tmp_path, content):
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    config = run_config(shards, deepspeed=str(tmp_path / "mine.json"), output=str(tmp_path / "runs"))
+    with pytest.raises(ConfigError, match=r"zero_optimization\.stage is .* in .*mine\.json; .* choose one"):
+        create_run(config, "test", 1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_checked_is_returned(shards):
+    found = check_run(run_config(shards), "test", 2)
+    assert found.resolved["gradient_accumulation_steps"] == 2
+    assert {shard.modality for shard in found.shards} == {"image", "video"}
+    assert len(found.evaluation) > 0
+    assert (found.start, found.teacher, found.joint) == (None, None, None)
+
+
+def test_a_name_is_measured_before_any_folder_is_made(tmp_path):
+    check_lengths(tmp_path / "a" / ("n" * 200))
+    with pytest.raises(OSError, match="too long"):
+        check_lengths(tmp_path / "a" / ("é" * 200) / "run")
+    assert existing_parent(tmp_path / "a" / ("n" * 300)) == tmp_path
+    with pytest.raises(StorageError, match="choose a shorter name"):
+        create_run(run_config(output=str(tmp_path / "a" / ("é" * 200))), "test", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_are_no_faults():
+    faults = Faults()
+    with pytest.raises(ZeroDivisionError):
+        faults.of(lambda: 1 // 0)
+    assert faults.of(lambda: 7) == 7
+    faults.raise_all()

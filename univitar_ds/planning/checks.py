@@ -1,0 +1,272 @@
+"""Checks of a run before it starts. Independent faults are reported together. Nothing is written
+but the shards of sources that are no shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from univitar_ds import startup
+from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
+from univitar_ds.config.run_folder import TOKENIZER
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.errors import ConfigError, DataError, InstallationError, UserError
+from univitar_ds.extras import extra
+from univitar_ds.formats.stored_model import JointConfig, StoredModel
+
+if TYPE_CHECKING:
+    from univitar_ds.data.shards.sources import SourceShard
+    from univitar_ds.model.teacher.teacher import TeacherShape
+
+_Given, _Result = ParamSpec("_Given"), TypeVar("_Result")
+
+
+class Faults:
+    """Runs checks that do not depend on each other, and raises the errors of all of them."""
+
+    def __init__(self) -> None:
+        self._errors: list[UserError] = []
+
+    def of(self, check: Callable[_Given, _Result], *given: _Given.args, **options: _Given.kwargs) -> _Result | None:
+        """Returns the result of a check; None if it raised a UserError, which is kept."""
+        try:
+            return check(*given, **options)
+        except UserError as error:
+            self._errors.append(error)
+            return None
+
+    def __bool__(self) -> bool:
+        return bool(self._errors)
+
+    def raise_all(self) -> None:
+        """Raises: the error that was kept; if there are several, one ConfigError with all their sentences."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            lines = [str(error).replace("\n  - ", "\n    - ") for error in self._errors]
+            raise ConfigError("\n  - ".join([f"{len(lines)} errors:", *lines])) from self._errors[0]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, checked.
+
+    `deepspeed`: the JSON as read; `resolved`: as DeepSpeed gets it; `shards`, `evaluation`: of both lists of sources;
+    `start`: the opened model `model.init_from`; `teacher`: its configuration. None: the run has none.
+    """
+
+    config: RunConfig
+    deepspeed: dict[str, Any]
+    resolved: dict[str, Any]
+    shards: Sequence[SourceShard]
+    evaluation: Sequence[SourceShard]
+    start: StoredModel | None
+    teacher: TeacherShape | None
+
+    @property
+    def joint(self) -> JointConfig | None:
+        """The joint embedding that the run takes from `start`, None if it makes its own."""
+        whole = self.start is not None and self.config.model.init_part == "model"
+        return self.start.joint if whole else None
+
+
+def check_run(config: RunConfig, recipe: str, world_size: int, *, pack: bool = False) -> Inputs:
+    """Checks everything that a new run on `world_size` ranks reads.
+
+    Args: recipe: name of the run file in messages; pack: whether sources that are no shards are packed, after
+        everything else was checked. Otherwise such a source is a fault, unless it was packed before.
+    Returns: the inputs; their configuration has the joint embedding of `model.init_from` if that is a whole model, and
+        the packed sources.
+    Raises: the UserError of the fault, such as DataError or CheckpointError; ConfigError with all faults if there are
+        several.
+    """
+    faults = Faults()
+    deepspeed = faults.of(read_deepspeed, config.deepspeed)
+    resolved = None
+    if deepspeed is not None:
+        resolved = faults.of(resolve_deepspeed, config, world_size, deepspeed, (recipe, config.deepspeed))
+        faults.of(check_zero_stage, deepspeed, config.deepspeed)
+    faults.of(check_libraries, config)
+    teacher = faults.of(check_teacher, config)
+    start = faults.of(open_start, config)
+    faults.of(check_text, config)
+    config, train, evaluation = _sources(config, faults, pack)
+    faults.raise_all()
+    found = Inputs(config, deepspeed or {}, resolved or {}, train, evaluation, start, teacher)
+    return Inputs(with_joint(config, found.joint), found.deepspeed, found.resolved, train, evaluation, start, teacher)
+
+
+def check_reopened(
+    config: RunConfig, deepspeed: str, world_size: int, run_file: str, *, pack: bool = False
+) -> tuple[RunConfig, dict[str, Any], dict[str, Any]]:
+    """Checks what a run that continues on `world_size` ranks reads.
+
+    Args: deepspeed: name or path of the JSON; run_file: name of the run file in messages; pack: see `check_run`.
+    Returns: the configuration with packed sources, and the DeepSpeed JSON as read and resolved.
+    Raises: as `check_run`.
+    """
+    faults = Faults()
+    content = faults.of(read_deepspeed, deepspeed)
+    resolved = None
+    if content is not None:
+        resolved = faults.of(resolve_deepspeed, config, world_size, content, (run_file, config.deepspeed))
+    faults.of(check_libraries, config)
+    config, _, _ = _sources(config, faults, pack)
+    faults.raise_all()
+    return config, content or {}, resolved or {}
+
+
+def _sources(
+    config: RunConfig, faults: Faults, pack: bool
+) -> tuple[RunConfig, Sequence[SourceShard], Sequence[SourceShard]]:
+    """Returns the configuration with packed sources, and the shards of training and evaluation.
+
+    With other faults nothing is packed, and sources are checked only if all of them are shards."""
+    from univitar_ds.data.writing.packed_sources import all_are_shards, with_packed_sources
+
+    if faults and not all_are_shards(config):
+        return config, (), ()
+    packed = faults.of(with_packed_sources, config, pack=pack)
+    found = None if packed is None else faults.of(check_sources, packed)
+    return packed or config, *(found or ((), ()))
+
+
+def check_zero_stage(deepspeed: dict[str, Any], name: str) -> int:
+    """Returns the ZeRO stage of a DeepSpeed JSON called `name`. Raises: ConfigError if a run cannot use it."""
+    section = deepspeed.get("zero_optimization", {})
+    stage = section.get("stage", 0) if isinstance(section, dict) else section
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage is {stage!r} in {name}; checkpoints need 1, 2 or 3, choose one")
+    return stage
+
+
+def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShard]]:
+    """Returns the shards of training and evaluation.
+
+    Raises: DataError if a source is missing or has no usable samples, with all such sources; StorageError.
+    """
+    from univitar_ds.data.shards.contents import check_contents
+    from univitar_ds.data.shards.sources import find_shards, validate_sources
+    from univitar_ds.data.storage.base import StorageSettings
+
+    startup.phase("reading the sources")
+    settings = StorageSettings.of(config.data)
+
+    def find_evaluation() -> list[SourceShard]:
+        try:
+            return find_shards(config.evaluation.sources, settings)
+        except DataError as error:
+            raise DataError(f"evaluation.sources: {error}") from error
+
+    faults = Faults()
+    shards = faults.of(validate_sources, config.data.sources, config.stages, settings)
+    evaluation = faults.of(find_evaluation)
+    faults.raise_all()
+    check_contents(config, shards or [], evaluation or [])
+    return shards or [], evaluation or []
+
+
+def check_teacher(config: RunConfig) -> TeacherShape | None:
+    """Returns the teacher's configuration, so that an unsupported model is rejected early; None without a teacher.
+
+    Raises: UserError as `read_teacher`.
+    """
+    if config.objective.teacher is None:
+        return None
+    from univitar_ds.model.teacher.teacher import read_teacher
+
+    return read_teacher(config.objective.teacher)
+
+
+def check_libraries(config: RunConfig) -> None:
+    """Raises: InstallationError if the installation is not one for training, or a text tower cannot be built."""
+    startup.phase("checking the installation")
+    with extra("train"):
+        for package in ("deepspeed", "tensorboard"):
+            if find_spec(package) is None:  # an import would take seconds
+                raise ModuleNotFoundError(name=package)
+    for name in ("wandb", "trackio"):
+        if getattr(config.logging, name) is not None and find_spec(name) is None:
+            raise InstallationError(
+                f"logging.{name} is set and the package {name} is not installed: pip install 'univitar_ds[{name}]', or "
+                f"leave it out with logging.{name}=null"
+            )
+    if not config.objective.classifies:
+        from univitar_ds.model.towers import check_text_library
+
+        check_text_library()
+
+
+def check_text(config: RunConfig) -> None:
+    """Checks the tokenizer and the text tower that the run file names.
+
+    Raises: ConfigError if the tokenizer cannot be used or does not fit the tower; CheckpointError if the folder of the
+        tower cannot be used.
+    """
+    from univitar_ds.model.towers import check_text_folder
+    from univitar_ds.tokenization import load_tokenizer, special_ids
+
+    text = config.model.text
+    if config.objective.classifies or config.model.init_part == "model":
+        return
+    given = given_tokenizer(config)
+    special = special_ids(load_tokenizer(given)) if given is not None else None
+    if text.path is not None and special is not None:
+        check_text_folder(text, special.vocab_size)
+
+
+def given_tokenizer(config: RunConfig) -> Path | None:
+    """Returns the path of the configured tokenizer.json, or of that in the text tower's folder; None without both."""
+    text = config.model.text
+    return Path(text.tokenizer) if text.tokenizer else Path(text.path, TOKENIZER) if text.path else None
+
+
+def open_start(config: RunConfig) -> StoredModel | None:
+    """Opens the model that the run starts from, None without one. Raises: CheckpointError."""
+    from univitar_ds.data.storage.base import StorageSettings
+    from univitar_ds.formats.recognise import open_stored
+
+    if config.model.init_from is None:
+        return None
+    startup.phase(f"reading and checking {config.model.init_from}")
+    return open_stored(config.model.init_from, settings=StorageSettings.of(config.data))
+
+
+def with_joint(config: RunConfig, joint: JointConfig | None) -> RunConfig:
+    """Returns the configuration with the joint embedding of the model that the whole run starts from.
+
+    Only keys that the run file leaves out are set. Raises: ConfigError if the run file gives another tokenizer.
+    """
+    if joint is None:
+        return config
+    if config.model.text.tokenizer is not None:
+        raise ConfigError("model.init_part is model, so init_from brings the tokenizer; leave model.text.tokenizer out")
+    model = config.model
+    given = {name: getattr(joint, name) for name in ("embed_dim", "pool_heads") if name not in model.model_fields_set}
+    text = model.text
+    if "context_length" not in text.model_fields_set:
+        text = text.model_copy(update={"context_length": joint.context_length})
+    return config.model_copy(update={"model": model.model_copy(update={**given, "text": text})})
+
+
+def existing_parent(path: Path) -> Path:
+    """Returns `path` or the nearest path above it that exists."""
+    path = path.absolute()
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
+def check_lengths(run: Path) -> None:
+    """Raises: OSError if a name in the path is longer than its file system allows, before any folder is made."""
+    import errno
+
+    parent = existing_parent(run)
+    limit = os.pathconf(parent if parent.is_dir() else parent.parent, "PC_NAME_MAX")
+    for name in run.absolute().relative_to(parent).parts:
+        if len(os.fsencode(name)) > limit:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(run))

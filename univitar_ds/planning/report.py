@@ -1,0 +1,191 @@
+"""Describes what a run will do, as text: data, steps, parameters, memory, checkpoints, and what it starts from."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import ResolutionConfig, Schedule, StageConfig
+from univitar_ds.config.unused import unused_parts
+from univitar_ds.errors import ConfigError
+from univitar_ds.planning import sizes
+from univitar_ds.planning.batch import Means, batch_lines, pairs_per_step
+from univitar_ds.planning.checks import Inputs, existing_parent, given_tokenizer
+from univitar_ds.planning.samples import expected_tokens, source_lines
+from univitar_ds.planning.sizes import amount
+from univitar_ds.training.engine.optim import trained_parts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is described: its inputs, folder, number of ranks and model.
+
+    `description`: of the model, as `ContrastiveModel.description`; `classes`: of a classifier; `done`: steps and
+    samples in the last checkpoint, None for a new run.
+    """
+
+    inputs: Inputs
+    run: Path
+    world_size: int
+    description: Mapping[str, Any]
+    classes: int | None = None
+    done: tuple[int, int] | None = None
+
+    @property
+    def config(self) -> RunConfig:
+        return self.inputs.config
+
+    @property
+    def encoder(self) -> EncoderConfig:
+        return sizes.encoder_of(self.description)
+
+
+def report(plan: Plan) -> str:
+    """Returns the description of a run in sections.
+
+    Raises: ConfigError if the disk has too little space for the checkpoints; UserError if the model cannot be built.
+    """
+    config = plan.config
+    means = expected_tokens(config, plan.inputs.shards)
+    width = None if plan.inputs.teacher is None else plan.inputs.teacher.width
+    counts = sizes.count_parameters(config, plan.description, teacher_width=width, classes=plan.classes)
+    sections = {
+        "run": list(_run(plan)),
+        "sources": [*source_lines(plan.inputs.shards, config.data.sources), *_evaluation(plan)],
+        "batch": batch_lines(config, plan.world_size, plan.encoder, means),
+        "stages": [line for stage in config.stages for line in _stage(config, stage, plan.encoder, means)],
+        "parameters": list(_parameters(counts, plan.classes)),
+        "memory of a rank": list(_memory(plan, counts)),
+        "checkpoints": list(_checkpoints(plan, counts)),
+        "starts from": list(_starts(plan)),
+    }
+    if unused := unused_parts(config):
+        sections["set but not used"] = [line.replace(" is set but not used", "") for line in unused]
+    lines = [line for title, body in sections.items() for line in [title, *(f"  {line}" for line in body), ""]]
+    return "\n".join([*lines, "Nothing was written. The same command without --dry-run starts the run."])
+
+
+def _run(plan: Plan) -> Iterator[str]:
+    config, zero = plan.config, plan.inputs.resolved["zero_optimization"]["stage"]
+    state = "a new run" if plan.done is None else f"continues at step {plan.done[0]:,}, {plan.done[1]:,} samples"
+    yield f"{config.name}: {state} in {plan.run}"
+    precision = "bf16" if sizes.compute_width(plan.inputs.resolved) == 2 else "fp32"
+    plural = "" if plan.world_size == 1 else "es"
+    yield f"{plan.world_size} process{plural}, ZeRO-{zero}, {precision} ({config.deepspeed}), seed {config.seed}"
+
+
+def _evaluation(plan: Plan) -> Iterator[str]:
+    found = source_lines(plan.inputs.evaluation, plan.config.evaluation.sources)
+    yield from (f"evaluation: {line}" for line in found)
+    if not plan.config.evaluation.sources:
+        yield "evaluation: none (evaluation.sources is empty)"
+
+
+def _stage(config: RunConfig, stage: StageConfig, encoder: EncoderConfig, means: Means) -> Iterator[str]:
+    lanes = config.data.lanes
+    least, most, mean = pairs_per_step(stage, lanes, encoder, means)
+    if mean is not None:
+        steps = math.ceil(stage.samples / mean)
+        length = f"{'' if least == most else 'about '}{steps:,} steps"
+    else:
+        steps = math.ceil(stage.samples / least)
+        length = f"{math.ceil(stage.samples / most):,}-{steps:,} steps (no manifest says how large the items are)"
+    tokens = steps * lanes * stage.token_budget
+    yield f"{stage.name}: {stage.samples:,} samples, {length}, up to {steps * lanes:,} packs and {tokens:,} tokens"
+    if stage.video_ratio < 1:
+        yield f"    images: {_sizes(stage.image)}"
+    if stage.video_ratio > 0:
+        yield (
+            f"    videos: {_sizes(stage.video)}, up to {stage.video_frames} frames, "
+            f"{100 * stage.video_ratio:g} % of the steps"
+        )
+    decay = f", decay over {stage.decay_samples:,}" if stage.decay_samples else ""
+    last = stage.lr if stage.lr_schedule == "constant" else stage.final_lr_ratio * stage.lr
+    yield f"    lr {stage.lr:g}, {stage.lr_schedule} to {last:g}, warm-up {stage.warmup_samples:,} samples{decay}"
+    yield f"    trains {', '.join(trained_parts(config, stage)) or 'nothing'}"
+    losses = f"{config.objective.kind} {_schedule(stage.contrastive)}, distillation {_schedule(stage.distill)}"
+    yield f"    weights of the losses: {losses}"
+
+
+def _sizes(rule: ResolutionConfig) -> str:
+    if rule.size_px is not None:
+        return f"squares of {rule.size_px} px"
+    return f"native, {rule.min_tokens:,}-{rule.max_tokens:,} tokens an item, sides in multiples of {rule.divisor_px} px"
+
+
+def _schedule(schedule: Schedule) -> str:
+    return f"{schedule.start:g}" + ("" if schedule.end is None else f" to {schedule.end:g} ({schedule.kind})")
+
+
+def _parameters(counts: sizes.Counts, classes: int | None) -> Iterator[str]:
+    for part, count in counts.by_part.items():
+        yield f"{part:<16} {count:>15,}"
+    yield f"{'total':<16} {counts.total:>15,}" + (f"  ({classes:,} classes)" if classes is not None else "")
+
+
+def _memory(plan: Plan, counts: sizes.Counts) -> Iterator[str]:
+    config, resolved = plan.config, plan.inputs.resolved
+    used = [
+        (sizes.memory_of_rank(config, stage, counts, plan.world_size, resolved), stage.name) for stage in config.stages
+    ]
+    memory, name = max(used, key=lambda entry: entry[0].device + entry[0].host)
+    yield f"{sizes.RULE[resolved['zero_optimization']['stage']]}; {plan.world_size} here"
+    for part, size in memory.parts.items():
+        yield f"{part:<16} {amount(size):>15}" + ("  (in host memory)" if part in memory.offloaded else "")
+    total = f"{'total':<16} {amount(memory.device):>15}"
+    yield total + (f", and {amount(memory.host)} of host memory" if memory.offloaded else "")
+    where = f" (in stage {name})" if len(config.stages) > 1 else ""
+    yield f"without activations, communication buffers, gathered weights and a teacher{where}"
+
+
+def _checkpoints(plan: Plan, counts: sizes.Counts) -> Iterator[str]:
+    """Raises: ConfigError if the disk has too little space for the checkpoints of a new run."""
+    config = plan.config
+    size = max(sizes.checkpoint_bytes(config, stage, counts, plan.inputs.resolved) for stage in config.stages)
+    keep = config.checkpoint.keep
+    free = shutil.disk_usage(existing_parent(plan.run)).free
+    yield (
+        f"{amount(size)} each, every {config.checkpoint.every_steps:,} steps; {keep} kept, so up to "
+        f"{amount(size * (keep + 1))} while one is written; {amount(free)} are free"
+    )
+    needed = size * (keep + 1)
+    if plan.done is None and free < needed:
+        raise ConfigError(
+            f"{keep + 1} checkpoints need {amount(needed)} and {amount(free)} are free in {plan.run.parent}; "
+            "free some space there, name another output=..., or lower checkpoint.keep"
+        )
+
+
+def _starts(plan: Plan) -> Iterator[str]:
+    config, start = plan.config, plan.inputs.start
+    if plan.done is not None:
+        yield f"the last checkpoint in {plan.run}"
+    elif start is None:
+        yield "encoder: initial weights"
+    else:
+        part = "the whole model" if config.model.init_part == "model" else "the encoder"
+        yield f"model.init_from: {part} of {start.path} ({start.format})"
+    if plan.done is None and not config.objective.classifies:
+        yield _text(config)
+    teacher = config.objective.teacher
+    if teacher is not None and plan.inputs.teacher is not None:
+        shape = plan.inputs.teacher
+        about = f"{shape.kind}, width {shape.width}, patches of {shape.patch} px, {teacher.dtype}"
+        yield f"teacher: {teacher.path} ({about})"
+
+
+def _text(config: RunConfig) -> str:
+    text = config.model.text
+    if config.model.init_part == "model":
+        return "text tower and tokenizer: those of model.init_from"
+    tower = f"weights of {text.path}" if text.path is not None else "initial weights"
+    given = given_tokenizer(config)
+    if given is not None:
+        return f"text tower: {tower}; tokenizer {given}"
+    return f"text tower: {tower}; a tokenizer of at most {text.vocab_size:,} tokens is trained on the captions"

@@ -1,0 +1,94 @@
+"""What the manifests of the sources say about a run's data: samples, and tokens per item."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.data.shards.listing import place_of
+from univitar_ds.data.shards.manifest import read_manifest
+from univitar_ds.data.shards.sources import SourceShard, stage_modalities
+from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.errors import UserError
+from univitar_ds.geometry import Modality
+from univitar_ds.planning.batch import tokens_of_item
+from univitar_ds.planning.sizes import amount
+
+Histogram = Mapping[str, int]
+
+
+def source_lines(shards: Sequence[SourceShard], sources: Sequence[SourceConfig]) -> Iterator[str]:
+    """Yields a line per source: shards and bytes, and the samples of each modality where a manifest has them."""
+    for position, source in enumerate(sources):
+        own = [shard for shard in shards if len(sources) == 1 or shard.name.startswith(f"{position}:")]
+        counts: dict[str, int] = defaultdict(int)
+        for shard in own:
+            if shard.modality is not None and shard.samples is not None:
+                counts[shard.modality] += shard.samples
+        known = ", ".join(f"{count:,} {modality}s" for modality, count in sorted(counts.items()))
+        size = sum(shard.size for shard in own)
+        known = known or "samples not counted (no manifest)"
+        yield f"{source.path}: {len(own):,} shard{'s' if len(own) != 1 else ''}, {amount(size)}, {known}"
+
+
+def expected_tokens(config: RunConfig, shards: Sequence[SourceShard]) -> dict[tuple[str, Modality], float]:
+    """Returns the expected tokens per item by stage and modality, from the histograms in the manifests.
+
+    A stage and modality are absent if a source that the stage reads has no histogram.
+    """
+    settings = StorageSettings.of(config.data)
+    histograms = {source.label: _histograms(source, settings) for source in config.data.sources}
+    found = {}
+    for stage in config.stages:
+        for modality in stage_modalities(stage):
+            mean = _mean(stage, modality, shards, histograms)
+            if mean is not None:
+                found[stage.name, modality] = mean
+    return found
+
+
+def _histograms(source: SourceConfig, settings: StorageSettings) -> Mapping[str, Histogram]:
+    """Returns the histograms of tokens of a frame by modality; none without a manifest that has them."""
+    with suppress(UserError, OSError):
+        place = place_of(source)
+        found = {} if place.endswith(".tar") else read_manifest(place, storage_for(place, settings))
+        histograms = found.get("token_histogram")
+        return histograms if isinstance(histograms, dict) else {}
+    return {}
+
+
+def _mean(
+    stage: StageConfig,
+    modality: Modality,
+    shards: Sequence[SourceShard],
+    histograms: Mapping[str, Mapping[str, Histogram]],
+) -> float | None:
+    counts: dict[str, float] = defaultdict(float)
+    for shard in shards:
+        if shard.modality in (None, modality) and (not stage.weights or stage.weights.get(shard.source)):
+            counts[shard.source] += shard.samples or 0
+    total, weight = 0.0, 0.0
+    for name, count in counts.items():
+        mean = _mean_of(stage, modality, histograms.get(name, {}).get(modality, {}))
+        if mean is None:
+            return None
+        share = stage.weights.get(name, 0.0) if stage.weights else count
+        total, weight = total + share * mean, weight + share
+    return total / weight if weight else None
+
+
+def _mean_of(stage: StageConfig, modality: Modality, histogram: Histogram) -> float | None:
+    """Returns the mean over the buckets "first-last" of a histogram, each at its geometric middle."""
+    total, items = 0.0, 0
+    for bucket, count in histogram.items():
+        first, _, last = str(bucket).partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or not isinstance(count, int) or count < 0:
+            return None
+        frame = (int(first) * int(last or first)) ** 0.5
+        total, items = total + count * tokens_of_item(stage, modality, frame), items + count
+    return total / items if items else None

@@ -1,0 +1,129 @@
+"""Sizes of a run's model: parameters by part, memory of a rank by ZeRO stage, and bytes of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.model.build import build_contrastive
+from univitar_ds.model.classification import build_classifier
+from univitar_ds.training.engine.optim import GRADIENT_PARTS, PARTS, part_of, trained_parts
+
+FP32 = 4
+_WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
+RULE = {
+    1: "ZeRO-1: optimizer states are shared by the ranks; each has all weights and gradients",
+    2: "ZeRO-2: optimizer states and gradients are shared by the ranks; each has all weights",
+    3: "ZeRO-3: weights, gradients and optimizer states are shared by the ranks",
+}
+"""What each rank holds, by ZeRO stage."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters by part, in the order of GRADIENT_PARTS."""
+
+    by_part: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_part.values())
+
+    def trained(self, config: RunConfig, stage: StageConfig) -> int:
+        """Returns the number of parameters that a stage trains."""
+        parts = trained_parts(config, stage)
+        own = {part: part if part in PARTS else "rest" for part in self.by_part}
+        return sum(count for part, count in self.by_part.items() if own[part] in parts)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of a rank, without activations, communication buffers and teacher; `host`: of those, in host memory."""
+
+    parts: Mapping[str, float]
+    offloaded: tuple[str, ...]
+
+    @property
+    def device(self) -> float:
+        return sum(size for name, size in self.parts.items() if name not in self.offloaded)
+
+    @property
+    def host(self) -> float:
+        return sum(size for name, size in self.parts.items() if name in self.offloaded)
+
+
+def count_parameters(
+    config: RunConfig, description: Mapping[str, Any], *, teacher_width: int | None, classes: int | None
+) -> Counts:
+    """Counts the parameters of a run's model without allocating them.
+
+    Args: description: `ContrastiveModel.description` of the model; classes: of a classifier.
+    Raises: ConfigError or CheckpointError as `build_contrastive`.
+    """
+    text = config.model.text.model_copy(update={"path": None})  # the description has the shape; no weights are read
+    model = config.model.model_copy(update={"text": text})
+    given = {"seed": config.seed, "teacher_width": teacher_width, "description": description}
+    with torch.device("meta"):
+        if classes is not None:
+            built = build_classifier(model, classes=classes, **given)
+        else:
+            built = build_contrastive(model, vocab_size=1, eos_id=0, pad_id=0, **given)
+    counts = dict.fromkeys(GRADIENT_PARTS, 0)
+    for name, parameter in built.named_parameters():
+        counts[part_of(name, GRADIENT_PARTS)] += parameter.numel()
+    return Counts({part: count for part, count in counts.items() if count})
+
+
+def memory_of_rank(
+    config: RunConfig, stage: StageConfig, counts: Counts, world_size: int, resolved: Mapping[str, Any]
+) -> RankMemory:
+    """Returns the memory of a rank in a stage. Args: resolved: the complete DeepSpeed configuration."""
+    zero = resolved["zero_optimization"]
+    trained = counts.trained(config, stage)
+    width = compute_width(resolved)
+    gradient = _WIDTHS.get(resolved.get("data_types", {}).get("grad_accum_dtype"), width)
+    share = 1 / world_size
+    parts = {
+        "weights": counts.total * width * (share if zero["stage"] == 3 else 1),
+        "gradients": trained * gradient * (share if zero["stage"] > 1 else 1),
+        "optimizer": trained * 3 * FP32 * share,  # master weights and two moments
+    }
+    if config.optimizer.ema_decay is not None:
+        parts["average"] = trained * FP32 * share
+    offloaded = ("optimizer", "average") if _offloads(zero, "offload_optimizer") else ()
+    return RankMemory(parts, (*offloaded, "weights") if _offloads(zero, "offload_param") else offloaded)
+
+
+def checkpoint_bytes(config: RunConfig, stage: StageConfig, counts: Counts, resolved: Mapping[str, Any]) -> int:
+    """Returns the bytes of the tensors of a checkpoint: master weights, moments, average, frozen weights."""
+    trained = counts.trained(config, stage)
+    kinds = 3 + (config.optimizer.ema_decay is not None)
+    return trained * kinds * FP32 + (counts.total - trained) * compute_width(resolved)
+
+
+def compute_width(resolved: Mapping[str, Any]) -> int:
+    """Returns the bytes of a weight in the forward pass."""
+    return 2 if resolved.get("bf16", {}).get("enabled") else FP32
+
+
+def amount(size: float) -> str:
+    """Returns a number of bytes with a unit, such as "1.5 GB"."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
+
+
+def encoder_of(description: Mapping[str, Any]) -> EncoderConfig:
+    """Returns the encoder's configuration in a description. Raises: CheckpointError if it is impossible."""
+    return EncoderConfig.from_dict(description["encoder"])
+
+
+def _offloads(zero: Mapping[str, Any], name: str) -> bool:
+    return zero.get(name, {}).get("device", "none") != "none"
