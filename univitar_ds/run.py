@@ -164,10 +164,12 @@ def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, exten
     if last is None:
         raise ConfigError(f"{run} has no complete checkpoint; --resume would start it again from its beginning")
     saved = read_state(last)
-    progress = saved["progress"]
+    progress = saved.get("progress", {})
     classes = len(ClassList.read(run / CLASSES)) if after.objective.classifies else None
     described = run_description(run, after, saved.get("model"))
-    return report(Plan(found, run, world_size, described, classes, (progress["step"], progress["samples"])))
+    return report(
+        Plan(found, run, world_size, described, classes, (progress.get("step", 0), progress.get("samples", 0)))
+    )
 
 
 def _check_is_run(run: Path) -> None:

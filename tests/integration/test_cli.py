@@ -1,5 +1,6 @@
 """The command line: help that teaches, and users' mistakes answered in a sentence before anything starts."""
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import univitar_ds
 from tests.support.finished import run_config, write_run
 from tests.support.paths import ROOT
 from tests.support.progress import run_watched
@@ -40,7 +42,7 @@ def fails(capsys, *arguments: str) -> str:
     "command",
     [[], ["train"], ["data"], ["data", "pack"], ["data", "inspect"], ["data", "verify"],
      ["data", "probe"], ["data", "scenes"], ["eval"], ["report"],
-     ["convert", "export"], ["embed"], ["classify"], ["demo"]],
+     ["convert", "export"], ["embed"], ["classify"], ["demo"], ["config"]],
 )  # fmt: skip
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as ended:
@@ -53,6 +55,39 @@ def test_a_run_file_with_faults_lists_them(capsys, run_file):
     message = fails(capsys, "train", "--config", run_file, "data.lnes=4", "seed=-1")
     assert "2 errors" in message
     assert "did you mean 'lanes'" in message
+
+
+def test_the_keys_of_the_run_file_are_described(capsys):
+    assert main(["config", "stages.0.lr"]) == 0
+    assert "stages.N.lr: a number, above 0; must be given" in capsys.readouterr().out
+    assert main(["config"]) == 0
+    assert "optimizer" in capsys.readouterr().out
+    assert "similar: data.lanes" in fails(capsys, "config", "data.lane")
+    assert "leave data out" in fails(capsys, "config", "data", "--schema")
+
+
+def test_the_schema_is_printed_as_json(capsys):
+    assert main(["config", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"].keys() >= {"name", "data", "stages"}
+
+
+def test_the_version_is_printed_with_those_of_torch_and_deepspeed(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    found = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
+    expected = f"univitar_ds {univitar_ds.__version__}, torch {found['torch']}, deepspeed {found['deepspeed']}\n"
+    assert capsys.readouterr().out == expected
+
+    def version(name: str) -> str:
+        if name == "deepspeed":
+            raise importlib.metadata.PackageNotFoundError
+        return found[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == expected.partition(", deepspeed")[0] + "\n"
 
 
 def test_an_error_with_a_name_that_would_act_on_the_terminal_is_escaped(capsys, tmp_path):

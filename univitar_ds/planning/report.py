@@ -90,12 +90,11 @@ def _evaluation(plan: Plan) -> Iterator[str]:
 def _stage(config: RunConfig, stage: StageConfig, encoder: EncoderConfig, means: Means) -> Iterator[str]:
     lanes = config.data.lanes
     least, most, mean = pairs_per_step(stage, lanes, encoder, means)
-    if mean is not None:
-        steps = math.ceil(stage.samples / mean)
-        length = f"{'' if least == most else 'about '}{steps:,} steps"
-    else:
-        steps = math.ceil(stage.samples / least)
-        length = f"{math.ceil(stage.samples / most):,}-{steps:,} steps (no manifest says how large the items are)"
+    fewest = math.ceil(stage.samples / (most if mean is None else mean))
+    steps = math.ceil(stage.samples / (least if mean is None else mean))
+    length = f"{'' if least == most else 'about '}{steps:,} steps"
+    if fewest < steps:
+        length = f"{fewest:,}-{steps:,} steps (no manifest says how large the items are)"
     tokens = steps * lanes * stage.token_budget
     yield f"{stage.name}: {stage.samples:,} samples, {length}, up to {steps * lanes:,} packs and {tokens:,} tokens"
     if stage.video_ratio < 1:
