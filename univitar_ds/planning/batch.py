@@ -98,7 +98,9 @@ def _pack_size(stage: StageConfig, encoder: EncoderConfig, modality: Modality, m
     smallest = (rule.size_px // PATCH) ** 2 if rule.size_px is not None else min(rule.min_tokens, largest)
     mean = float(largest) if smallest == largest else means.get((stage.name, modality))
     fits = [max(1, int(_items(stage, encoder, tokens))) for tokens in (largest, smallest)]
-    expected = None if mean is None else float(fits[0]) if smallest == largest else _items(stage, encoder, mean)
+    expected = (
+        None if mean is None else min(_items(stage, encoder, mean), float(fits[1]))
+    )  # packs of one size round down
     return PackSize(modality, (smallest, largest), (fits[0], fits[1]), mean, expected)
 
 

@@ -14,7 +14,7 @@ from univitar_ds import startup
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.run_folder import TOKENIZER
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.errors import ConfigError, DataError, InstallationError, UserError
+from univitar_ds.errors import CheckpointError, ConfigError, DataError, InstallationError, UserError
 from univitar_ds.extras import extra
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
 
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from univitar_ds.model.teacher.teacher import TeacherShape
 
 _Given, _Result = ParamSpec("_Given"), TypeVar("_Result")
+
+
+class SeveralFaults(ConfigError):
+    """Several errors of one run, each with its sentence."""
+
+    def __init__(self, errors: Sequence[UserError]) -> None:
+        lines = [str(error).replace("\n  - ", "\n    - ") for error in errors]
+        super().__init__("\n  - ".join([f"{len(lines)} errors:", *lines]))
+        self.errors = tuple(errors)
 
 
 class Faults:
@@ -36,19 +45,18 @@ class Faults:
         try:
             return check(*given, **options)
         except UserError as error:
-            self._errors.append(error)
+            self._errors += error.errors if isinstance(error, SeveralFaults) else [error]
             return None
 
     def __bool__(self) -> bool:
         return bool(self._errors)
 
     def raise_all(self) -> None:
-        """Raises: the error that was kept; if there are several, one ConfigError with all their sentences."""
+        """Raises: the error that was kept; if there are several, a SeveralFaults."""
         if len(self._errors) == 1:
             raise self._errors[0]
         if self._errors:
-            lines = [str(error).replace("\n  - ", "\n    - ") for error in self._errors]
-            raise ConfigError("\n  - ".join([f"{len(lines)} errors:", *lines])) from self._errors[0]
+            raise SeveralFaults(self._errors) from self._errors[0]
 
 
 @dataclass(frozen=True)
@@ -233,7 +241,10 @@ def open_start(config: RunConfig) -> StoredModel | None:
     if config.model.init_from is None:
         return None
     startup.phase(f"reading and checking {config.model.init_from}")
-    return open_stored(config.model.init_from, settings=StorageSettings.of(config.data))
+    try:
+        return open_stored(config.model.init_from, settings=StorageSettings.of(config.data))
+    except (CheckpointError, ConfigError) as error:
+        raise type(error)(f"model.init_from: {error}") from error
 
 
 def with_joint(config: RunConfig, joint: JointConfig | None) -> RunConfig:

@@ -45,6 +45,12 @@ def test_items_of_several_sizes_give_a_range_and_what_is_expected():
     assert "200 tokens a pack / 8-64 an item = 3-25 pairs a pack, x 4 lanes = 12-100 pairs a step" in videos
 
 
+def test_no_more_items_are_expected_than_a_pack_holds():
+    config = run_config()
+    (images, _) = pack_sizes(config.stages[0], encoder_config(config.model), {("both", "image"): 3.9})
+    assert images.mean_items == images.items[1] == 50
+
+
 def test_a_budget_of_cost_limits_the_items_too():
     stage = run_config().stages[0]
     shape = encoder_config(run_config().model)

@@ -28,7 +28,8 @@ def test_independent_faults_are_reported_together_and_nothing_is_written(tmp_pat
     with pytest.raises(ConfigError) as error:
         create_run(config, "test", 1)
     message = str(error.value)
-    assert message.startswith("3 errors:")
+    assert message.startswith("4 errors:")
+    assert message.count("errors:") == 1
     for said in ("no file 'zero9'", "source nowhere", "source no_place", "evaluation.sources: source elsewhere"):
         assert said in message
     assert f"objective.teacher.path {tmp_path}" in message
