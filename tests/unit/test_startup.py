@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 
 import pytest
 
@@ -28,6 +29,15 @@ def test_a_phase_that_lasts_is_reported_and_reported_again(reports, monkeypatch)
             lambda: any("building the model (" in text and " s so far)" in text for text in reports.messages),
             "a report",
         )
+
+
+def test_a_phase_is_not_repeated_as_often_as_it_could_be(reports, monkeypatch):
+    monkeypatch.setattr(startup, "AFTER_S", 0.01)
+    monkeypatch.setattr(startup, "AGAIN_S", 1000.0)
+    with startup.reported("loading"):
+        wait_until(lambda: reports.messages, "a report")
+        time.sleep(0.1)
+    assert reports.messages == ["loading ..."]
 
 
 def test_a_start_whose_phases_are_short_reports_the_one_that_lasts_when_it_is_due(reports, monkeypatch):
