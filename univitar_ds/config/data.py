@@ -19,8 +19,8 @@ class TableConfig(Section):
     caption_keys: list[str] = Field(
         default_factory=list, description="columns of captions; empty: usual names are tried"
     )
-    label_key: str | None = None
-    split_key: str | None = None
+    label_key: str | None = Field(None, description="column of labels; absent: usual names are tried")
+    split_key: str | None = Field(None, description="column of splits; absent: usual names are tried")
     images: PathText | None = Field(None, description="folder of the files; absent: the folder of the table")
 
 

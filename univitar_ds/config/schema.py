@@ -101,7 +101,9 @@ class EvaluationConfig(Section):
 class TrackerConfig(Section):
     """Settings that a run has in an experiment tracker."""
 
-    project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] = "univitar"
+    project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] = Field(
+        "univitar", description="project that the run belongs to; it is created if it does not exist"
+    )
     """Project that the run belongs to; it is created if it does not exist."""
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
         None, description="name of the run in the tracker; absent: the run's name"

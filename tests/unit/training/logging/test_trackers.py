@@ -12,7 +12,7 @@ import pytest
 from tests.support.runs import small_config
 from univitar_ds.config.load import check_config, dump_config, load_config
 from univitar_ds.errors import ConfigError, InstallationError
-from univitar_ds.run import _check_libraries
+from univitar_ds.planning.checks import check_libraries
 from univitar_ds.training.logging import trackers
 from univitar_ds.training.logging.trackers import Tracker, open_trackers, without_credentials
 
@@ -167,10 +167,10 @@ def test_a_tracker_that_hangs_delays_neither_training_nor_the_end(monkeypatch, c
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_an_absent_package_is_reported_with_its_installation_before_anything_starts(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("univitar_ds.run.find_spec", lambda package: None if package == name else True)
-    _check_libraries(config_of(tmp_path))
+    monkeypatch.setattr("univitar_ds.planning.checks.find_spec", lambda package: None if package == name else True)
+    check_libraries(config_of(tmp_path))
     with pytest.raises(InstallationError, match=rf"pip install 'univitar_ds\[{name}\]'.*logging.{name}=null"):
-        _check_libraries(config_of(tmp_path, **{name: {}}))
+        check_libraries(config_of(tmp_path, **{name: {}}))
 
 
 @pytest.mark.parametrize(
