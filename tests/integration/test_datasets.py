@@ -1,10 +1,14 @@
 """Data sets in the forms in which people have them: packed, and as sources of a run."""
 
 import json
+import os
+import sys
 
 import pytest
 
 from tests.support import datasets
+from tests.support.paths import ROOT
+from tests.support.progress import run_watched
 from tests.support.runs import small_config
 from univitar_ds.cli.main import main
 from univitar_ds.config.load import dump_config, load_config
@@ -39,7 +43,8 @@ def trained(tmp_path, sources):
     data = {"sources": listed, "lanes": 2, "workers": 0, "pool_samples": 8, "log_samples": True}
     run_file = tmp_path / "run.yaml"
     dump_config(small_config(tmp_path, tmp_path / "runs", data=data, stages=[stage]), run_file)
-    assert main(["train", "--config", str(run_file), "--nproc", "1"]) == 0
+    command = [sys.executable, "-m", "univitar_ds", "train", "--config", str(run_file), "--nproc", "1"]
+    run_watched(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"})
     return load_config(tmp_path / "runs/small/config.yaml")
 
 
@@ -55,9 +60,7 @@ def keys_by_source(tmp_path, config) -> dict[str, set[str]]:
 
 
 @pytest.mark.slow
-def test_a_run_trains_on_each_form_packed_and_as_it_is(tmp_path, monkeypatch):
-    """One run, because a process can start DeepSpeed once."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def test_a_run_trains_on_each_form_packed_and_as_it_is(tmp_path):
     sources = {name: str(make(tmp_path / "sources" / name)) for name, make in FORMS.items()}
     packed = {f"packed {name}": str(tmp_path / "packed" / name) for name in FORMS}
     for name, source in sources.items():
