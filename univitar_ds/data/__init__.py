@@ -12,8 +12,8 @@ Terms:
     pack: a micro-batch of one modality without padding, within a token budget. A plan is a pack before decoding.
     cursor: the position of a lane after a pack, which checkpoints store.
 
-Sub-packages, from the lowest layer: `storage` and `media`, `shards` and `decoding`, `sampler`, `importing` and `writing`,
-`tools`.
+Sub-packages, from the lowest layer: `storage` and `media`, `shards` and `decoding`, `sampler`, `importing` and
+`writing`, `tools`.
 """
 
 __all__ = ["batch", "collate", "labels", "loader"]
