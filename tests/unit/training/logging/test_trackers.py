@@ -76,7 +76,8 @@ def sent(config, run, *points):
 
 def test_wandb_is_given_the_settings_the_configuration_and_all_points_in_order(tmp_path, packages):
     config = config_of(tmp_path, wandb=WANDB)
-    vars(config.data.s3)["endpoint_url"] = "http://me:secret@127.0.0.1:9000"
+    s3 = config.data.s3.model_copy(update={"endpoint_url": "http://me:secret@127.0.0.1:9000"})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"s3": s3})})
     sent(config, tmp_path, ({"loss/loss": 2.0}, 1), ({"loss/loss": 1.0}, 2), ({"loss/loss": 1.5}, 2))
     ((given,),) = packages.wandb.of("init")
     expected = {**WANDB, "name": "small", "mode": "online", "resume": "allow", "dir": str(tmp_path / "runs")}
