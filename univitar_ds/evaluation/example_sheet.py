@@ -1,14 +1,12 @@
-"""Draws a sheet of held-out examples: the encoder's input, its output tokens as colours, and the nearest captions."""
+"""Draws a page of held-out examples: the encoder's input, its output tokens as colours, and the nearest captions."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from univitar_ds.atomic_write import replacing
@@ -16,15 +14,12 @@ from univitar_ds.data.batch import PackedBatch
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.encoder import raster_order
-from univitar_ds.viz.sheet import component_colours, spread_frames, to_size
+from univitar_ds.viz.cards import ITEMS, Line, draw_page, item_card
+from univitar_ds.viz.sheet import component_colours
 
 ROWS, PER_PACK = 10, 5
-"""Maximum number of items on the sheet, and from one pack."""
-HEIGHT, MAX_WIDTH, MARGIN = 150, 260, 8
-"""Height and maximum width of an image, and the margin around it, in pixels."""
-SHOWN_FRAMES, SHOWN_CAPTIONS = 3, 3
-TEXT_WIDTH = 380
-RIGHT, WRONG, INK = (24, 120, 48), (170, 40, 40), (30, 30, 30)
+"""Maximum number of items on the page, and from one pack."""
+SHOWN_CAPTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -53,36 +48,75 @@ def keep_some(packs: Iterable[PackedBatch], kept: list[Kept]) -> Iterator[Packed
         yield pack
 
 
-def draw_sheet(model: ContrastiveModel, kept: list[Kept], embeddings: Embeddings, path: Path) -> None:
-    """Writes a PNG to `path` with one row per item of `kept`.
+@dataclass(frozen=True)
+class Nearest:
+    """The captions nearest to an item, among `count` distinct captions of the data.
 
-    A row shows the item's frames, the first three principal components of its tokens as colours (one basis for the
-    sheet), and the nearest captions among `embeddings`, the item's own caption in green.
+    `best` has the nearest ones, each with (caption, whether it is the item's own, cosine similarity). `rank` is the
+    position of the item's own caption, from 1, after those of equal similarity, and `cosine` its similarity.
     """
-    colours = component_colours([token_features(model, item) for item in kept])
-    rows = []
-    for item, tokens in zip(kept, colours, strict=True):
-        t, h, w = item.grid
-        middle = tokens.view(t, h, w, 3)[t // 2]
-        chosen = spread_frames(len(item.pixels), SHOWN_FRAMES)
-        strips = [to_size(item.pixels[frame], HEIGHT, MAX_WIDTH, smooth=True) for frame in chosen]
-        strips.append(to_size(middle, HEIGHT, MAX_WIDTH, smooth=False))
-        row = embeddings.keys.index(item.key)
-        rows.append((strips, nearest_captions(embeddings, row), embeddings.labels[row]))
-    across = max(sum(strip.width + MARGIN for strip in strips) for strips, *_ in rows)
-    sheet = Image.new("RGB", (across + MARGIN + TEXT_WIDTH, len(rows) * (HEIGHT + MARGIN) + MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, (strips, captions, label) in enumerate(rows):
-        left, top = MARGIN, MARGIN + number * (HEIGHT + MARGIN)
-        for strip in strips:
-            sheet.paste(strip, (left, top))
-            left += strip.width + MARGIN
-        if captions:
-            _write(pen, across + MARGIN, top, captions)
-        elif label:
-            pen.text((across + MARGIN, top + 8), textwrap.shorten(f"label: {label}", 64, placeholder=" ..."), fill=INK)
+
+    best: list[tuple[str, bool, float]]
+    rank: int
+    cosine: float
+    count: int
+
+
+def draw_sheet(
+    model: ContrastiveModel, kept: list[Kept], embeddings: Embeddings, path: Path, *, title: str = "", data: str = ""
+) -> None:
+    """Writes a PNG to `path` with one card per item of `kept`.
+
+    A card shows the item's frames, the first three principal components of its tokens as colours (one basis for the
+    page), its caption, and the nearest captions among `embeddings`, each marked as the item's own or not.
+
+    Args: title: run and checkpoint, for the title of the page; data: names of the sources.
+    """
+    colours, shares = component_colours([token_features(model, item) for item in kept])
+    rows = [embeddings.keys.index(item.key) for item in kept]
+    nearest = [nearest_captions(embeddings, row) for row in rows]
+    cards = [
+        item_card(item.pixels, tokens.view(*item.grid, 3), _texts(embeddings, row, found))
+        for item, tokens, row, found in zip(kept, colours, rows, nearest, strict=True)
+    ]
+    heading = ": ".join(filter(None, (title, f"{len(cards)} held-out {embeddings.modality}s")))
+    page = draw_page(heading, _legend(embeddings, len(cards), nearest, data), shares, cards)
     with replacing(path) as partial:
-        sheet.save(partial, format="PNG")
+        page.save(partial, format="PNG")
+
+
+def _legend(embeddings: Embeddings, shown: int, nearest: list[Nearest | None], data: str) -> list[Line]:
+    """Returns the lines that say which items a page shows, and what the texts beside them mean."""
+    modality, captioned = embeddings.modality, [found for found in nearest if found is not None]
+    source = f" of {data}" if data else ""
+    lines = [
+        Line(f"From {len(embeddings)} {modality}s{source}: {shown} with different captions.", lines=2),
+        Line(f"Each card: {ITEMS[modality]}. Bold: the caption.", lines=2),
+    ]
+    if captioned:
+        right = sum(found.rank == 1 for found in captioned)
+        lines += [
+            Line(
+                f"Below it: the {len(captioned[0].best)} nearest of {captioned[0].count} different captions, with the "
+                f"cosine similarity of the embeddings of {modality} and caption (1: same direction, 0: unrelated).",
+                lines=2,
+            ),
+            Line(f"the item's own caption: the nearest one for {right} of {len(captioned)} items here", right=True),
+            Line("a caption of other items only", right=False),
+        ]
+    return lines
+
+
+def _texts(embeddings: Embeddings, row: int, nearest: Nearest | None) -> list[Line]:
+    """Returns the caption of an item and the nearest captions, or its label."""
+    if nearest is None:
+        label = embeddings.labels[row]
+        return [Line("no caption" if label is None else f"label: {label}", lines=3, bold=True)]
+    lines = [Line(embeddings.captions[row], lines=2, bold=True)]
+    lines += [Line(caption, 2, right=right, value=f"{cosine:.3f}") for caption, right, cosine in nearest.best]
+    if not any(right for _, right, _ in nearest.best):
+        lines.append(Line(f"own caption: place {nearest.rank} of {nearest.count}, {nearest.cosine:.3f}", 2, faint=True))
+    return lines
 
 
 def token_features(model: ContrastiveModel, item: Kept) -> Tensor:
@@ -94,26 +128,31 @@ def token_features(model: ContrastiveModel, item: Kept) -> Tensor:
     return raster_order(tokens, item.grid, model.vision.config.spatial_merge_size).flatten(0, 2)
 
 
-def nearest_captions(embeddings: Embeddings, row: int) -> list[tuple[str, bool, float]]:
-    """Returns the distinct captions nearest to item `row`: (caption, whether it is the item's own, cosine).
+def nearest_captions(embeddings: Embeddings, row: int) -> Nearest | None:
+    """Returns the distinct captions nearest to item `row`; None for an item without a caption.
 
-    The list is empty for an item without a caption.
+    All captions of an item are its own, not only the first.
     """
     if not embeddings.captions[row]:
-        return []
+        return None
     first = {embeddings.caption_ids[index]: index for index in reversed(embeddings.captioned)}
     candidates = sorted(first.values())
     scores = embeddings.text[candidates] @ embeddings.vision[row]
+    further = embeddings.others[row] if embeddings.others else ()
+    own = torch.tensor(
+        [
+            embeddings.caption_ids[index] == embeddings.caption_ids[row] or embeddings.captions[index] in further
+            for index in candidates
+        ]
+    )
+    cosine = scores[own].max()
     best = scores.topk(min(SHOWN_CAPTIONS, len(candidates)))
-    own = embeddings.caption_ids[row]
-    return [
-        (embeddings.captions[candidates[index]], embeddings.caption_ids[candidates[index]] == own, score)
-        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
-
-
-def _write(pen: ImageDraw.ImageDraw, left: int, top: int, captions: list[tuple[str, bool, float]]) -> None:
-    for line, (caption, right, score) in enumerate(captions):
-        y = top + 8 + 32 * line
-        pen.text((left, y), f"{score:+.2f}", fill=INK)
-        pen.text((left + 44, y), textwrap.shorten(caption, 56, placeholder=" ..."), fill=RIGHT if right else WRONG)
+    return Nearest(
+        best=[
+            (embeddings.captions[candidates[index]], bool(own[index]), score)
+            for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ],
+        rank=1 + int(((scores >= cosine) & ~own).sum()),
+        cosine=float(cosine),
+        count=len(candidates),
+    )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CONFIG, EVALUATION, TOKENIZER
 from univitar_ds.config.schema import RunConfig
@@ -94,13 +95,17 @@ class _Sheet:
 
     kept: list[Kept]
     embeddings: Embeddings
+    data: str
+    """Names of the sources."""
 
 
 def _draw(trained: Trained, sheets: Sequence[_Sheet]) -> None:
+    weights = "averaged" if trained.averaged else "trained"
+    title = f"Run {trained.run.resolve().name}, checkpoint {trained.checkpoint.name} ({weights} weights)"
     for sheet in sheets:
         path = trained.run / f"examples-{sheet.embeddings.modality}.png"
         try:
-            draw_sheet(trained.model, sheet.kept, sheet.embeddings, path)
+            draw_sheet(trained.model, sheet.kept, sheet.embeddings, path, title=title, data=sheet.data)
         except Exception as error:  # the evaluation must not fail because a sheet cannot be drawn
             logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
 
@@ -160,7 +165,7 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
         figures += measured
         notes += detail
         if kept:
-            sheets.append(_Sheet(kept, embeddings))
+            sheets.append(_Sheet(kept, embeddings, _names(config.sources, shards)))
     if not figures and trained.classes is not None:
         raise DataError(
             f"the evaluation measured nothing: {' '.join(notes) or 'its sources hold nothing that the stages read.'} "
@@ -177,6 +182,15 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
         "seconds": round(time.monotonic() - start, 1),
     }
     return result, sheets
+
+
+def _names(sources: Sequence[SourceConfig], shards: Sequence[SourceShard]) -> str:
+    """Returns the names of the sources. Only packed folders, which have a manifest with hashes, have splits."""
+    packed = {shard.source for shard in shards if shard.sha256}
+    return ", ".join(
+        f"{source.label} (split {source.split})" if source.split and source.label in packed else source.label
+        for source in sources
+    )
 
 
 def _unmet(shards: Sequence[SourceShard], evaluated: Sequence[Embeddings]) -> list[tuple[Modality, int]]:

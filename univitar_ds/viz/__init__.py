@@ -1,3 +1,3 @@
-"""Sheets of items and of their patch features as colours."""
+"""Pages of items and of their patch features as colours."""
 
-__all__ = ["sheet", "training_images"]
+__all__ = ["cards", "fonts", "sheet", "training_images"]

@@ -1,4 +1,4 @@
-"""Computes the parts of image sheets: patch features as colours, resized images, wrapped captions."""
+"""Computes the parts of pages of items: patch features as colours, frames to show, resized images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 from torch import Tensor
 
 FITTED_TOKENS = 4096
@@ -15,16 +15,22 @@ DIRECTIONS, ROUNDS = 8, 16
 """Number of directions and of iterations of the subspace iteration."""
 
 
-def component_colours(features: Sequence[Tensor]) -> list[Tensor]:
-    """Maps features of items, each (T_i, D), to the first three principal components as colours, (T_i, 3) uint8."""
+def component_colours(features: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
+    """Maps features of items, each (T_i, D), to the first three principal components as colours, (T_i, 3) uint8.
+
+    0 and 255 are the 2nd and the 98th percentile. Returns also the share of each component of the variance, from 0
+    to 1.
+    """
     centred = torch.cat(list(features)).float()
     centred -= centred.mean(dim=0)
     basis = _principal(centred[:: -(-len(centred) // FITTED_TOKENS)], 3)
     basis = basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()  # the sign is arbitrary
     values = centred @ basis
+    shares = values.square().sum(dim=0) / centred.square().sum().clamp(min=1e-12)
     low, high = values.quantile(0.02, dim=0), values.quantile(0.98, dim=0)
     scaled = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    return list((scaled * 255).round().to(torch.uint8).split([len(part) for part in features]))
+    colours = (scaled * 255).round().to(torch.uint8).split([len(part) for part in features])
+    return list(colours), shares.clamp(0, 1).tolist()
 
 
 def _principal(centred: Tensor, count: int) -> Tensor:
@@ -47,37 +53,12 @@ def spread_frames(count: int, shown: int) -> list[int]:
     return sorted({round((count - 1) * part / (shown - 1)) for part in range(shown)})
 
 
-def to_size(pixels: Tensor | np.ndarray, height: int, max_width: int, *, smooth: bool) -> Image.Image:
-    """Resizes (h, w, 3) uint8 to `height`, or less if the width would exceed `max_width`. Keeps the aspect ratio."""
+def to_size(pixels: Tensor | np.ndarray, height: int, max_width: int) -> Image.Image:
+    """Resizes (h, w, 3) uint8 to `height`, or less if the width would exceed `max_width`. Keeps the aspect ratio.
+
+    Small images are enlarged by repeating pixels, so that what the encoder sees is not smoothed.
+    """
     image = Image.fromarray(np.asarray(pixels))
     scale = min(height / image.height, max_width / image.width)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
-
-
-def wrapped(text: str, width: int, lines: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Wraps `text` to at most `lines` lines of `width` pixels. Text that does not fit ends with three dots."""
-    words, wrapped_lines = " ".join(text.split()), []
-    while words and len(wrapped_lines) < lines:
-        last = len(wrapped_lines) == lines - 1
-        fits = _fitting(words, width, font)
-        if fits < len(words):
-            if last:
-                wrapped_lines.append(
-                    words[: _fitting(words, width - round(font.getlength("...")), font)].rstrip() + "..."
-                )
-                break
-            space = words.rfind(" ", 0, fits + 1)
-            fits = space if space > 0 else fits
-        wrapped_lines.append(words[:fits].rstrip())
-        words = words[fits:].lstrip()
-    return wrapped_lines
-
-
-def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> int:
-    """Returns the length of the longest prefix that fits into `width` pixels; at least 1."""
-    low, high = 1, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
-    return low
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)

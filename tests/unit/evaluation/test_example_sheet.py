@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from tests.support.closeness import assert_sums_close
-from tests.unit.evaluation.made import made, random_rows
+from tests.unit.evaluation.made import made
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.evaluation import example_sheet
 from univitar_ds.evaluation.example_sheet import (
@@ -23,6 +24,7 @@ from univitar_ds.evaluation.example_sheet import (
 )
 from univitar_ds.geometry import PATCH
 from univitar_ds.kernels.reference import patchify
+from univitar_ds.viz import cards
 
 
 class Mean(nn.Module):
@@ -97,17 +99,78 @@ def test_kept_items_have_their_own_pixels_and_different_captions(monkeypatch: py
 def test_nearest_captions_are_distinct_and_the_own_one_is_marked():
     rows = torch.eye(4)
     found = made(rows[[0, 0, 1, 2]], rows[[0, 0, 1, 2]], ["same", "same", "other", "third"])
-    captions = nearest_captions(found, 1)
-    assert next(caption for caption, _, _ in captions) == "same"
-    assert len({caption for caption, _, _ in captions}) == 3
-    assert [right for _, right, _ in captions] == [True, False, False]
+    nearest = nearest_captions(found, 1)
+    assert next(caption for caption, _, _ in nearest.best) == "same"
+    assert len({caption for caption, _, _ in nearest.best}) == 3
+    assert [right for _, right, _ in nearest.best] == [True, False, False]
+    assert (nearest.rank, nearest.cosine, nearest.count) == (1, 1.0, 3)
 
 
-def test_a_sheet_is_an_image_with_a_row_for_every_item(tmp_path: Path):
+def test_the_place_of_the_own_caption_counts_all_captions():
+    text = torch.tensor([[1.0, 3.0], [1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 4.0]])
+    found = made(torch.tensor([[1.0, 0.0]]).expand(5, 2), text, list("abcde"))
+    nearest = nearest_captions(found, 0)
+    assert [caption for caption, _, _ in nearest.best] == ["b", "c", "d"]
+    assert not any(right for _, right, _ in nearest.best)
+    assert (nearest.rank, nearest.count) == (4, 5)
+    assert nearest.cosine == pytest.approx(10**-0.5)
+
+
+def test_equal_captions_come_before_the_own_one():
+    """Else a model that has collapsed would have every caption right."""
+    ones = torch.ones(4, 2)
+    assert nearest_captions(made(ones, ones, list("abcd")), 0).rank == 4
+
+
+def test_a_further_caption_of_an_item_is_its_own():
+    rows = torch.eye(3)
+    found = made(rows[[0, 1]], rows[[1, 0]], ["a cat", "a small cat"])
+    assert nearest_captions(found, 0).rank == 2
+    both = replace(found, others=[("a small cat",), ()])
+    nearest = nearest_captions(both, 0)
+    assert nearest.rank == 1
+    assert [right for _, right, _ in nearest.best] == [True, True]
+
+
+def test_an_item_without_a_caption_has_no_nearest_ones():
+    rows = torch.eye(3)
+    assert nearest_captions(made(rows[[0, 1]], rows[[0, 1]], ["", "b"], ["cat", None]), 0) is None
+
+
+def _drawn_page(path: Path, captions: list[str], labels: list[str | None] | None = None, **keywords) -> Image.Image:
     kept = [_item((1, 3, 5), 1, "shard/0000"), _item((2, 4, 2), 4, "shard/0001")]
-    rows = random_rows(2, 4)
-    draw_sheet(_model(), kept, made(rows, rows, ["one", "two"]), tmp_path / "sheet.png")
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.format == "PNG"
-        assert sheet.height > 2 * 150
-        assert len(sheet.convert("RGB").getcolors(1 << 24)) > 20
+    text = torch.tensor([[1.0, 4.0], [1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
+    found = made(torch.tensor([[1.0, 0.0]]).expand(len(captions), 2), text[: len(captions)], captions, labels)
+    draw_sheet(_model(), kept, found, path, **keywords)
+    with Image.open(path) as page:
+        assert page.format == "PNG"
+        return page.convert("RGB")
+
+
+def test_a_page_names_run_data_captions_and_what_numbers_mean(tmp_path: Path, drawn: list[str]):
+    page = _drawn_page(
+        tmp_path / "page.png", list("abcde"), title="Run x, checkpoint step-7", data="photos (split test)"
+    )
+    text = " ".join(drawn)
+    assert "Run x, checkpoint step-7: 2 held-out images" in drawn
+    assert "From 5 images of photos (split test): 2 with different captions" in text
+    assert "cosine similarity" in text
+    assert "the nearest one for 1 of 2 items here" in text
+    assert "3 nearest of 5 different captions" in text
+    assert drawn.count("1.000") == 2, "the nearest caption of each item"
+    assert [line for line in drawn if line.startswith("own")] == ["own caption: place 5 of 5, 0.243"], "of item a"
+    assert len(page.getcolors(1 << 24)) > 20
+    for colour in (cards.RIGHT, cards.WRONG):
+        assert any(found == colour for _, found in page.getcolors(1 << 24))
+
+
+def test_labels_are_shown_where_there_are_no_captions(tmp_path: Path, drawn: list[str]):
+    _drawn_page(tmp_path / "page.png", ["", ""], ["cat", None])
+    assert "label: cat" in drawn
+    assert "no caption" in drawn
+    assert "cosine" not in " ".join(drawn)
+
+
+def test_the_same_examples_give_the_same_pixels(tmp_path: Path):
+    pages = [_drawn_page(tmp_path / f"{number}.png", list("abcde")).tobytes() for number in range(2)]
+    assert pages[0] == pages[1]

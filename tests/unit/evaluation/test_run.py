@@ -68,8 +68,13 @@ def test_every_item_is_embedded_once_with_what_belongs_to_it(run: Path):
     assert_sums_close(texts, found.text, terms)
 
 
-def test_a_run_is_evaluated_into_a_file_a_table_and_sheets(run: Path):
+def test_a_run_is_evaluated_into_a_file_a_table_and_sheets(run: Path, drawn: list[str]):
     table = evaluate_run(run, progress=False)
+    titles = [
+        text for text in drawn if text.startswith(f"Run {run.name}, checkpoint step-00000007 (trained weights): ")
+    ]
+    assert [title.rsplit(maxsplit=1)[1] for title in titles] == ["images", "videos"]
+    assert "of shards" in " ".join(drawn), "the name of the source"
     result = json.loads((run / "evaluation.json").read_text())
     assert result["checkpoint"] == "step-00000007"
     measured = {(figure["task"], figure["measure"], figure["modality"]) for figure in result["figures"]}
@@ -87,7 +92,7 @@ def test_a_run_is_evaluated_into_a_file_a_table_and_sheets(run: Path):
 
 
 def test_figures_are_written_where_no_sheet_can_be_drawn(shards: Path, tmp_path: Path, monkeypatch, caplog):
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise OSError("cannot open resource")  # what Pillow says where a font is missing
 
     write_run(tmp_path / "run", run_config(shards))

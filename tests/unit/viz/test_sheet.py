@@ -1,23 +1,20 @@
-"""Pieces of sheets: colours that tell tokens apart, tokens in their places, images and captions that fit."""
+"""Parts of pages: colours that distinguish tokens, tokens in their places, frames, sizes of images."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from PIL import ImageFont
 
 from univitar_ds.geometry import PATCH
 from univitar_ds.model.encoder import grid_positions, raster_order
-from univitar_ds.viz.sheet import component_colours, spread_frames, to_size, wrapped
-
-FONT = ImageFont.load_default(14)
+from univitar_ds.viz.sheet import component_colours, spread_frames, to_size
 
 
 def test_colours_distinguish_groups_of_tokens_and_agree_between_items():
     groups = torch.tensor([[9.0, 0, 0, 0], [0, 9, 0, 0], [0, 0, 9, 0]])
     noise = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     one = groups.repeat_interleave(20, 0) + 0.01 * noise
-    first, second = component_colours([one, one[:30]])
+    (first, second), _ = component_colours([one, one[:30]])
     assert first.dtype == torch.uint8
     assert torch.equal(first[:30], second)
     centres = first.float().view(3, 20, 3).mean(1)
@@ -30,14 +27,17 @@ def test_colours_are_those_of_the_principal_components():
     centred = (tokens - tokens.mean(0)).double()
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     values = centred @ vectors[:, -3:].flip(1)
-    (colours,) = component_colours([tokens])
+    (colours,), shares = component_colours([tokens])
     for colour, value in zip(colours.T.double(), values.T, strict=True):
         inside = (colour > 0) & (colour < 255)
         assert torch.corrcoef(torch.stack((colour[inside], value[inside])))[0, 1].abs() > 0.9999
+    variances = torch.linalg.eigvalsh(centred.T @ centred).flip(0)
+    assert shares == pytest.approx((variances[:3] / variances.sum()).tolist(), abs=1e-3)
 
 
 def test_colours_of_equal_tokens_are_equal():
-    (colours,) = component_colours([torch.ones(5, 6)])
+    (colours,), shares = component_colours([torch.ones(5, 6)])
+    assert shares == [0, 0, 0]
     assert colours.shape == (5, 3)
     assert (colours == colours[0]).all()
 
@@ -59,25 +59,11 @@ def test_frames_are_spread_from_the_first_to_the_last():
 @pytest.mark.parametrize(("rows", "columns", "size"), [(2, 2, (50, 50)), (2, 10, (80, 16)), (10, 1, (5, 50))])
 def test_an_image_and_its_tokens_get_the_same_size_and_keep_their_proportions(rows, columns, size):
     pixels = torch.zeros(rows * PATCH, columns * PATCH, 3, dtype=torch.uint8)
-    assert to_size(pixels, 50, 80, smooth=True).size == size
-    assert to_size(pixels[:rows, :columns], 50, 80, smooth=False).size == size
+    assert to_size(pixels, 50, 80).size == size
+    assert to_size(pixels[:rows, :columns], 50, 80).size == size
 
 
-def test_a_caption_keeps_its_words_in_order_on_lines_that_fit():
-    caption = "a person doing the cable chest press exercise with cable,\ntraining the chest"
-    lines = wrapped(caption, 150, 9, FONT)
-    assert " ".join(lines) == " ".join(caption.split())
-    assert 3 <= len(lines) < 9
-    assert all(FONT.getlength(line) <= 150 for line in lines)
-
-
-@pytest.mark.parametrize("caption", ["one word after another " * 20, "x" * 400, "short " + "y" * 400])
-def test_a_caption_that_is_too_long_ends_in_dots_and_still_fits(caption):
-    lines = wrapped(caption, 150, 3, FONT)
-    assert len(lines) == 3
-    assert lines[-1].endswith("...")
-    assert all(FONT.getlength(line) <= 150 for line in lines)
-
-
-def test_no_caption_takes_no_line():
-    assert wrapped("  ", 150, 3, FONT) == []
+def test_an_enlarged_image_has_only_colours_of_the_image():
+    pixels = torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8)[..., None].expand(2, 2, 3)
+    assert len(to_size(pixels, 50, 80).getcolors()) == 2
+    assert len(to_size(pixels.repeat(40, 40, 1), 51, 80).getcolors()) > 2, "a smaller one is smoothed"

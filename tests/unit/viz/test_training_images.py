@@ -1,58 +1,88 @@
-"""The sheet of a pack of a training step."""
+"""The page of a pack of a training step."""
 
 import numpy as np
+import pytest
 import torch
 
 from tests.support.grey import grey_pack
-from univitar_ds.viz import training_images
+from univitar_ds.viz import cards
 from univitar_ds.viz.training_images import BLANK, draw_pack
 
 
-def whole(pack, tokens):
-    return draw_pack(pack, len(pack), tokens, torch.arange(len(tokens)), 1)
+def whole(pack, tokens, **keywords):
+    return draw_pack(pack, len(pack), tokens, torch.arange(len(tokens)), 1, **keywords)
 
 
-def test_places_of_dropped_tokens_stay_blank():
+def place(page, value):
+    """Left, top, right and bottom of the pixels of an item."""
+    rows, columns = np.nonzero((page == value).all(2))
+    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+
+
+def test_places_of_dropped_tokens_stay_blank(drawn):
     pack = grey_pack((1, 2, 4), (1, 1, 2))
     tokens = torch.eye(5, 6) + torch.arange(5)[:, None]
-    sheet = np.asarray(draw_pack(pack, 1, tokens, torch.tensor([0, 1, 2, 3, 5]), 1))
-    left = training_images.GAP + 260 + 2  # beside an image of 2 x 4 patches, 130 pixels high
-    lower = sheet[training_images.GAP + 66 : training_images.GAP + 129, left : left + 259]
+    page = np.asarray(draw_pack(pack, 1, tokens, torch.tensor([0, 1, 2, 3, 5]), 1))
+    _, top, right, bottom = place(page, 50)
+    side = (bottom - top) // 2
+    left = right + cards.BETWEEN
+    lower = page[top + side + 1 : bottom - 1, left : left + 4 * side]
     blank = (lower == BLANK).all((0, 2))
-    assert blank[1:64].all(), "the first place of the second row"
-    assert not blank[66:129].any(), "the second place of the second row"
-    assert blank[131:].all(), "the rest of it"
+    assert blank[1 : side - 1].all(), "the first place of the second row"
+    assert not blank[side + 1 : 2 * side - 1].any(), "the second place of the second row"
+    assert blank[2 * side + 2 :].all(), "the rest of it"
+    assert any("patch dropout removed (3 of 8)" in text for text in drawn)
 
 
-def test_an_image_stands_beside_its_colours_and_both_keep_their_proportions():
-    pack = grey_pack((1, 3, 5), (1, 4, 2))
-    sheet = np.asarray(whole(pack, torch.randn(23, 8)))
-    gap = training_images.GAP
-    for value, left, width in ((50, gap, 250), (100, gap + 502 + 2 * gap, 75)):
-        there = (sheet == value).all(2)
-        assert there[gap : gap + 150, left : left + width].all()
-        assert not there[gap : gap + 150, left + width + 2 : left + 2 * width + 2].all()
-        assert not there[gap : gap + 150, left + width : left + width + 2].any()
-    ink = (sheet == training_images.INK).all(2)
-    assert ink[gap + 152 :].any(), "no caption"
+def test_without_dropped_tokens_the_legend_has_no_word_of_them(drawn):
+    pack = grey_pack((1, 2, 4))
+    whole(pack, torch.randn(8, 6))
+    assert "dropout" not in " ".join(drawn)
+
+
+def test_an_image_stands_beside_its_colours_at_a_common_height():
+    pack = grey_pack((1, 3, 3), (1, 4, 2))
+    page = np.asarray(whole(pack, torch.randn(17, 8)))
+    for value, width in ((50, 150), (100, 75)):
+        left, top, right, bottom = place(page, value)
+        assert (right - left, bottom - top) == (width, 150)
+        tokens = page[top:bottom, right + cards.BETWEEN : right + cards.BETWEEN + width]
+        assert not (tokens == cards.CARD).all(2).all((0, 1)), "tokens beside it"
+        assert (page[top:bottom, right : right + cards.BETWEEN] == cards.CARD).all()
 
 
 def test_a_video_shows_frames_above_the_colours_of_their_moments():
-    pack = grey_pack((2, 3, 4), frames=4, modality="video")
-    moments = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]).repeat_interleave(12, 0)
-    sheet = np.asarray(whole(pack, moments))
-    gap, width, height = training_images.GAP, 139, 104
-    lefts = [gap + part * (width + 2) for part in range(3)]
-    frames = [sheet[gap : gap + height, left : left + width] for left in lefts]
-    assert all((frame == 50).all() for frame in frames)
-    colours = [sheet[gap + height + 2 : gap + 2 * height + 2, left : left + width] for left in lefts]
+    pack = grey_pack((2, 3, 3), frames=4, modality="video")
+    moments = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]).repeat_interleave(9, 0)
+    page = np.asarray(whole(pack, moments))
+    left, top, right, bottom = place(page, 50)
+    side = bottom - top
+    assert right - left == 3 * side + 2 * cards.BETWEEN
+    lefts = [left + part * (side + cards.BETWEEN) for part in range(3)]
+    colours = [page[bottom + cards.BETWEEN : bottom + cards.BETWEEN + side, x : x + side] for x in lefts]
     assert all((colour == colour[0, 0]).all() for colour in colours)
     assert (colours[0][0, 0] != colours[1][0, 0]).any(), "frame 0 is of the first moment, frame 2 of the second"
     assert (colours[1] == colours[2]).all()
 
 
-def test_cards_that_do_not_fit_beside_each_other_go_below():
+def test_the_page_names_step_pack_captions_and_keys(drawn):
+    pack = grey_pack((1, 4, 4), (1, 4, 4), (1, 4, 4))
+    draw_pack(pack, 2, torch.randn(32, 4), torch.arange(32), 1, title="Run demo, step 7")
+    assert "Run demo, step 7: 2 of 3 images of a pack" in drawn
+    assert "Pack 0 of lane 0" in " ".join(drawn)
+    assert [text for text in drawn if text.startswith(("grey ", "s/"))] == ["grey 50", "s/0", "grey 100", "s/1"]
+
+
+@pytest.mark.parametrize(("label", "text"), [("cat", "label: cat"), (None, "no caption")])
+def test_an_item_without_a_caption_shows_its_label(drawn, label, text):
+    pack = grey_pack((1, 4, 4))
+    pack.captions[0], pack.labels[0] = "", label
+    whole(pack, torch.randn(16, 4))
+    assert text in drawn
+
+
+def test_many_items_flow_into_rows():
     few, many = grey_pack(*[(1, 4, 4)] * 2), grey_pack(*[(1, 4, 4)] * 8)
-    sheets = [whole(pack, torch.randn(pack.tokens, 4)) for pack in (few, many)]
-    assert sheets[1].height == 3 * sheets[0].height
-    assert max(sheet.width for sheet in sheets) <= training_images.WIDTH
+    pages = [whole(pack, torch.randn(pack.tokens, 4)) for pack in (few, many)]
+    assert pages[0].height + 250 < pages[1].height < pages[0].height + 600
+    assert max(page.width for page in pages) <= cards.WIDTH

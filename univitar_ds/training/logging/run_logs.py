@@ -111,7 +111,8 @@ class RunLogs:
     def draw(self, step: int, batch: PackedBatch, snapshot: FeatureSnapshot, merge: int) -> None:
         """Writes an image of a pack to TensorBoard. Called for steps for which `draws` returns True."""
         try:
-            sheet = draw_pack(batch, snapshot.items, snapshot.tokens, snapshot.kept, merge)
+            title = f"Run {self._run.name}, step {step}"
+            sheet = draw_pack(batch, snapshot.items, snapshot.tokens, snapshot.kept, merge, title=title)
             self._write(lambda: self._metrics.image(f"pack_{batch.modality}", sheet, step))
         except Exception as error:  # only rank 0 draws, and an image must not end the run
             logger.warning("no images of packs from step %d on: %s: %s", step, type(error).__name__, error)
