@@ -62,9 +62,10 @@ def test_rows_are_as_wide_as_the_page_and_about_equally_full():
 
 
 def test_a_single_card_in_the_last_row_is_not_stretched():
-    page = draw_page("title", [], SHARES, [card(600, value=10), card(600, value=11), card(900, value=12), card(100, value=13)])
+    shown = [card(width, value=10 + index) for index, width in enumerate((600, 600, 900, 100))]
+    page = draw_page("title", [], SHARES, shown)
     white = (np.asarray(page) == CARD).all(axis=2)
-    ends = [np.flatnonzero(white[top]).max() for _, top, _, _ in boxes(page, (10, 11, 12, 13))]
+    ends = [np.flatnonzero(white[top]).max() for _, top, _, _ in boxes(page, range(10, 14))]
     assert ends[:3] == [page.width - cards.GAP - 2] * 3
     assert ends[3] < page.width / 2
 
