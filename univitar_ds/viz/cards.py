@@ -23,6 +23,8 @@ TITLE_PX, TEXT_PX, NOTE_PX = 19, 13, 11
 """Font sizes."""
 IMAGE, FRAME = (150, 190), (116, 124)
 """Height and maximum width of an image, and of a frame of a video, in pixels."""
+NOTE_WIDTH = 112
+"""Width in pixels that the sizes below an image need, also below an image that is narrower."""
 SHOWN_FRAMES = 3
 TEXT_WIDTH, MARK = (150, 240), 17
 """Minimum and wanted width of the texts of a card, and width of a mark and its space, in pixels."""
@@ -71,7 +73,7 @@ class Card:
     @property
     def images_size(self) -> tuple[int, int]:
         """Width and height of the images and their note in pixels."""
-        width = max(sum(part.width for part in row) + BETWEEN * (len(row) - 1) for row in self.rows)
+        width = max(NOTE_WIDTH, *(sum(part.width for part in row) + BETWEEN * (len(row) - 1) for row in self.rows))
         notes = len(_note_lines(self.note, width)) * line_height(NOTE_PX)
         return width, sum(row[0].height + BETWEEN for row in self.rows) + notes
 
@@ -195,7 +197,7 @@ def _note_lines(note: str, width: int) -> list[str]:
     """Returns a note in one line if it fits into `width` pixels, else its parts, which `|` separates, in lines."""
     if text_width(note, NOTE_PX) <= width:
         return [note]
-    return [line for part in note.split(" | ") for line in wrap(part, max(width, 40), 3, NOTE_PX)]
+    return [line for part in note.split(" | ") for line in wrap(part, width, 3, NOTE_PX)]
 
 
 def _draw_lines(lines: Sequence[Line], width: int, paper: Rgb) -> Image.Image:

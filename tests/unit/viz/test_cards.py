@@ -70,6 +70,13 @@ def test_a_single_card_in_the_last_row_is_not_stretched():
     assert ends[3] < page.width / 2
 
 
+def test_a_single_card_in_another_row_is_stretched():
+    page = draw_page("title", [], SHARES, [card(100, value=10), card(1000, value=11), card(1000, value=12)])
+    white = (np.asarray(page) == CARD).all(axis=2)
+    (_, top, _, _) = boxes(page, (10,))[0]
+    assert np.flatnonzero(white[top]).max() == page.width - cards.GAP - 2
+
+
 def test_lines_of_right_to_left_text_end_at_the_same_place(monkeypatch):
     ends = []
     draw = cards.draw_text
@@ -147,6 +154,25 @@ def test_a_video_shows_numbered_frames_above_the_tokens_of_their_moments():
     values = [[int(np.asarray(part).max()) for part in row] for row in shown.rows]
     assert values == [[0, 4, 7], [100, 102, 103]]
     assert shown.note == "frames 1, 5, 8 of 8 | 14 x 14 px | 4 x 1 x 1 tokens"
+
+
+@pytest.mark.parametrize("grid", [(1, 300, 1), (1, 1, 300), (8, 300, 1), (8, 1, 300)])
+def test_items_of_any_shape_keep_their_note_beside_their_texts(grid, monkeypatch):
+    notes = []
+    draw = cards.draw_text
+
+    def record(pen, at, text, size, fill, **keywords):
+        if size == cards.NOTE_PX:
+            notes.append(at[0] + cards.text_width(text, size))
+        draw(pen, at, text, size, fill, **keywords)
+
+    monkeypatch.setattr(cards, "draw_text", record)
+    t, h, w = grid
+    frames = torch.zeros(1 if t == 1 else 2 * t, h * PATCH, w * PATCH, 3, dtype=torch.uint8)
+    shown = item_card(frames, torch.zeros(t, h, w, 3, dtype=torch.uint8), [Line("text")])
+    draw_page("title", [], SHARES, [shown])
+    assert notes
+    assert max(notes) <= cards.PADDING + shown.images_size[0] + cards.PADDING
 
 
 def test_a_page_reports_characters_without_a_font(drawn):

@@ -70,8 +70,8 @@ def test_parts_of_a_line_do_not_overlap_and_its_width_is_their_sum(font_folder):
     write_font(font_folder / "Made-Regular.ttf", "日")
     assert text_width("日", 20) == 20
     assert text_width("ab日c", 20) == text_width("ab", 20) + 20 + text_width("c", 20)
-    columns = np.flatnonzero(ink_of("日" * 3).any(axis=0))
-    assert columns.max() - columns.min() == pytest.approx(2 * 20 + 18, abs=2)
+    columns = np.flatnonzero(ink_of("日aaa日").any(axis=0))
+    assert columns.max() - columns.min() == pytest.approx(20 + text_width("aaa", 20) + 18, abs=2)
 
 
 def test_right_to_left_text_is_drawn_whole_by_one_font(font_folder, drawn):
@@ -88,10 +88,7 @@ def test_the_first_letter_decides_the_direction():
 
 def test_without_dejavu_words_are_apart_and_other_letters_are_reported(own_font):
     assert missing(["grün"]) == ["ü"]
-    columns = ink_of("to the right", 14).any(axis=0)
-    first, last = np.flatnonzero(columns)[[0, -1]]
-    gaps = "".join("x" if there else " " for there in columns[first : last + 1]).split("x")
-    assert sum(len(gap) >= 5 for gap in gaps) == 2, "spaces are wider than gaps between letters"
+    assert text_width("to the", 14) - text_width("to", 14) - text_width("the", 14) > 0.3 * 14
     assert ink_of("ab", bold=True).sum() > ink_of("ab").sum()
 
 
