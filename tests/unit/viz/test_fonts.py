@@ -51,6 +51,11 @@ def test_a_font_of_the_system_draws_what_the_first_font_lacks(font_folder, drawn
     assert ink.sum() == pytest.approx((0.9 * 20) ** 2, abs=40), "the square of the made font"
 
 
+def test_a_character_that_the_bold_font_lacks_is_drawn_by_the_regular_one(font_folder):
+    assert (ink_of("\U0001d5a0", bold=True) == ink_of("\U0001d5a0")).all()
+    assert (ink_of("A", bold=True) != ink_of("A")).any()
+
+
 def test_a_damaged_font_is_skipped(font_folder):
     (font_folder / "NotoSansCJK-Regular.ttc").write_bytes(b"\0\1\0\0 no font")
     write_font(font_folder / "Made-Regular.ttf", "日")
