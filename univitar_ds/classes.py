@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.errors import CheckpointError, DataError
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 
 
 class Span(NamedTuple):
@@ -66,7 +66,7 @@ class ClassList:
     def read(cls, path: Path) -> ClassList:
         """Reads the list that `write` wrote. Raises: CheckpointError if the file is missing or damaged."""
         try:
-            sets = json.loads(read_text(path))["sets"]
+            sets = json.loads(read_utf8(path))["sets"]
             return cls({one["set"]: [str(name) for name in one["classes"]] for one in sets})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(

@@ -20,7 +20,7 @@ def read_bytes(path: Path) -> bytes:
         return stream.read()
 
 
-def read_text(path: Path) -> str:
+def read_utf8(path: Path) -> str:
     """Returns the text of a file. Raises: as `read_bytes`; UnicodeDecodeError if it is not UTF-8."""
     return read_bytes(path).decode("utf-8")
 

@@ -7,16 +7,16 @@ import pytest
 
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats.recognise import open_stored
-from univitar_ds.regular_files import read_bytes, read_text
+from univitar_ds.regular_files import read_bytes, read_utf8
 
 
 def test_a_pipe_is_refused_and_a_file_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for read in (read_bytes, read_text):
+    for read in (read_bytes, read_utf8):
         with pytest.raises(OSError, match="not a regular file"):
             read(tmp_path / "pipe")
     (tmp_path / "file").write_bytes("ä\r\n".encode())
-    assert read_text(tmp_path / "file") == "ä\r\n"
+    assert read_utf8(tmp_path / "file") == "ä\r\n"
     assert read_bytes(tmp_path / "file") == "ä\r\n".encode()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from univitar_ds.cli.common import add_command, add_storage, add_weights, expand, expand_place, positive, shown
 from univitar_ds.errors import ConfigError
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 from univitar_ds.screen import show
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _row(one: Classified, width: int) -> str:
 def _templates(path: Path) -> list[str]:
     """Returns the lines of a file that are not blank. Raises: ConfigError if there are none or it cannot be read."""
     try:
-        lines = [line.strip() for line in read_text(path).splitlines()]
+        lines = [line.strip() for line in read_utf8(path).splitlines()]
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"--templates {path} cannot be read as UTF-8 text ({error}); name another file") from error
     if not any(lines):

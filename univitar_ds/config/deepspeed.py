@@ -9,7 +9,7 @@ from typing import Any
 
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 
 OWNED_BY_RUN = {
     "optimizer": "optimizer",
@@ -38,7 +38,7 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     """Returns the content of a DeepSpeed JSON. Raises: ConfigError if the file is missing or has no JSON object."""
     path = deepspeed_path(name)
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_utf8(path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"deepspeed: cannot read {path}: {error}") from error
     if not isinstance(content, dict):

@@ -12,7 +12,7 @@ from typing import Any
 
 from univitar_ds.errors import CheckpointError
 from univitar_ds.geometry import PATCH, TUBELET, Resolution
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 
 CONFIG_FILE = "config.json"
 REQUIRED = {
@@ -194,7 +194,7 @@ def read_encoder_config(folder: str | Path) -> EncoderConfig:
 def read_object(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file. Raises: CheckpointError if the file is unreadable or has no JSON object."""
     try:
-        values = json.loads(read_text(path))
+        values = json.loads(read_utf8(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); name a folder with an encoder") from error
     except (ValueError, RecursionError) as error:  # too many levels

@@ -16,7 +16,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.evaluation.report import render_evaluation, table
 from univitar_ds.formats.stored_model import HEADS, VISION, StoredModel
 from univitar_ds.model.config import PRESETS
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 
 UNKNOWN_LICENCE = "unknown"
 """The hub's identifier for a model without a stated licence."""
@@ -162,7 +162,7 @@ def _results(model: StoredModel) -> str:
     """Returns the run's evaluation; empty if it is of another checkpoint or other weights."""
     path = model.path.parent.parent / EVALUATION
     try:
-        evaluation = json.loads(read_text(path))
+        evaluation = json.loads(read_utf8(path))
         averaged = evaluation.get("weights") == "averaged"
         if evaluation["checkpoint"] != model.path.name or averaged != bool(model.origin.get("averaged")):
             return ""

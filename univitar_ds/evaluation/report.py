@@ -9,7 +9,7 @@ from typing import Any
 
 from univitar_ds.config.run_folder import EVALUATION, SUMMARY
 from univitar_ds.errors import UserError
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 
 
 def render_run(run: str | Path) -> str:
@@ -101,6 +101,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_utf8(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); evaluate the run again") from error

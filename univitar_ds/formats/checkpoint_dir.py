@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from univitar_ds.errors import CheckpointError
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
     Raises: CheckpointError if the manifest is missing or cannot be read."""
     try:
-        files = json.loads(read_text(folder / MANIFEST))["files"]
+        files = json.loads(read_utf8(folder / MANIFEST))["files"]
         return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder} has no readable {MANIFEST} ({error}); {remedy(folder)}") from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.weight_files import reading
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 
 MASTER = "fp32"
 EMA = "ema"
@@ -139,7 +139,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file of a checkpoint. Raises: CheckpointError if it cannot be read."""
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_utf8(path))
         if not isinstance(content, dict):
             raise ValueError(f"it holds {type(content).__name__} instead of an object")
         return content

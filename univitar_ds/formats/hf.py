@@ -36,7 +36,7 @@ from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig, read_object
 from univitar_ds.errors import CheckpointError, ConfigError, writing
 from univitar_ds.formats.stored_model import HEADS, VISION, JointConfig, StoredModel, Tensors
 from univitar_ds.formats.weight_files import open_weights, some, write_weights
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 from univitar_ds.tokenization import special_ids, tokenizer_of
 
 NAME = "hf"
@@ -203,7 +203,7 @@ def _read_tokenizer(folder: Path) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return read_text(path)
+        return read_utf8(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from error
 

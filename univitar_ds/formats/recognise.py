@@ -17,7 +17,7 @@ from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats import run as run_format
 from univitar_ds.formats.run import Weights
 from univitar_ds.formats.stored_model import StoredModel
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 
 _MODULES = {
     "run": "univitar_ds.formats.run",
@@ -111,7 +111,7 @@ def _from_s3(prefix: str, settings: StorageSettings) -> Path:
             root = folder / CHECKPOINTS
             _copy(storage, f"{prefix}{CHECKPOINTS}/", root)
             latest = root / checkpoint_dir.LATEST
-            step = read_text(latest).strip() if latest.is_file() else ""
+            step = read_utf8(latest).strip() if latest.is_file() else ""
             if not re.fullmatch(r"step-\d{8,}", step):
                 raise CheckpointError(f"{prefix}{CHECKPOINTS}/ has no complete checkpoint; copy one there")
             _copy(storage, f"{prefix}{CHECKPOINTS}/{step}/", root / step)

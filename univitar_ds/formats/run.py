@@ -23,7 +23,7 @@ from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerStat
 from univitar_ds.geometry import PATCH
 from univitar_ds.model.config import encoder_config
 from univitar_ds.model.towers import text_model_config
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 from univitar_ds.tokenization import load_tokenizer, special_ids
 
 Weights = Literal["trained", "averaged"]
@@ -138,7 +138,7 @@ def _configuration(
         config.objective.kind,
         described["text"],
         config.model.text.context_length,
-        read_text(_tokenizer(run)),
+        read_utf8(_tokenizer(run)),
     )
 
 

@@ -61,7 +61,7 @@ from univitar_ds.formats.sidecar import SIDECAR, read_sidecar, write_sidecar
 from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerState, StoredModel, Tensors
 from univitar_ds.formats.weight_files import remembering, save_pt
 from univitar_ds.owned import Names
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing import ShardedTensor
@@ -107,7 +107,7 @@ _PLANS: StandIns = {
 def recognises(folder: Path) -> bool:
     """Returns whether `folder` has the marks of a checkpoint of Megatron-Core. Never raises."""
     try:
-        return (folder / METADATA).is_file() and "sharded_backend" in json.loads(read_text(folder / BACKEND))
+        return (folder / METADATA).is_file() and "sharded_backend" in json.loads(read_utf8(folder / BACKEND))
     except (OSError, ValueError, TypeError, RecursionError):
         return False
 

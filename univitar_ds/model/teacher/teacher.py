@@ -38,7 +38,7 @@ from univitar_ds.model.teacher.towers import (
 )
 from univitar_ds.model.towers import quiet
 from univitar_ds.model.transfer import to_device
-from univitar_ds.regular_files import read_text
+from univitar_ds.regular_files import read_utf8
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -261,7 +261,7 @@ def _frame_tower(model: nn.Module, shape: TeacherShape) -> FrameTower:
 def _own_config(path: str) -> EncoderConfig | None:
     """Returns the configuration of an encoder of this project; None if `path` is another model."""
     try:
-        values = json.loads(read_text(Path(path) / CONFIG_FILE))
+        values = json.loads(read_utf8(Path(path) / CONFIG_FILE))
     except (OSError, ValueError):
         return None
     inner = values.get("vision_config", values) if isinstance(values, dict) else None
