@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from univitar_ds.config.section import DropRate, Fraction, Part, Positive, Section
 from univitar_ds.geometry import PATCH, TUBELET, Modality, Resolution
 
+CropScale = Annotated[float, Field(gt=0, le=1)]
+CropRatio = Annotated[float, Field(ge=0.1, le=10)]
+
 
 class ResolutionConfig(Section):
     """Size rule of one modality. `min_tokens` and `max_tokens` limit a whole item, for videos over all frames."""
@@ -64,6 +67,53 @@ class VideoSampling(Section):
     )
 
 
+class AugmentConfig(Section):
+    """Random changes of the images and videos of a stage, drawn for each sample and epoch; by default none.
+
+    The order is crop, flip, colours, grey. All frames of a video are changed alike, and a teacher sees the changed
+    pixels. Evaluations change nothing.
+    """
+
+    crop_scale: tuple[CropScale, CropScale] = Field(
+        (1.0, 1.0), description="smallest and largest share of the area that a crop keeps, before the size rules apply"
+    )
+    crop_ratio: tuple[CropRatio, CropRatio] = Field(
+        (1.0, 1.0),
+        description="smallest and largest width / height of a crop, relative to that of the image; 1: as the image. "
+        "Uniform in the logarithm, and limited so that a crop fits into its image",
+    )
+    flip: Fraction = Field(
+        0.0, description="probability of a horizontal flip; makes captions with left or right, and texts, wrong"
+    )
+    jitter_probability: Fraction = Field(
+        1.0, description="probability that brightness, contrast, saturation and hue change, in a random order"
+    )
+    brightness: Fraction = Field(0.0, description="the factor is drawn from 1 - brightness to 1 + brightness")
+    contrast: Fraction = Field(0.0, description="the factor is drawn from 1 - contrast to 1 + contrast")
+    saturation: Fraction = Field(0.0, description="the factor is drawn from 1 - saturation to 1 + saturation")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.0, description="the hue turns by -hue to hue of the colour circle"
+    )
+    grey: Fraction = Field(0.0, description="probability of greys instead of colours")
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no sample is changed."""
+        jitters = self.jitter_probability and (self.brightness or self.contrast or self.saturation or self.hue)
+        return self.crop_scale[0] == 1 and not (self.flip or self.grey or jitters)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> AugmentConfig:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} [{low:g}, {high:g}] has its larger end first; swap them")
+        low, high = self.crop_ratio
+        if not low <= 1 <= high:
+            raise ValueError(f"crop_ratio [{low:g}, {high:g}] does not contain 1, the ratio of the image; widen it")
+        return self
+
+
 class Schedule(Section):
     """Weight of a loss over a stage."""
 
@@ -102,6 +152,7 @@ class StageConfig(Section):
     )
     video_frames: Annotated[int, Field(ge=2)] = Field(8, description="maximum number of frames of a video; even")
     video_sampling: VideoSampling = Field(VideoSampling(), description="which frames of a video are used")
+    augment: AugmentConfig = Field(AugmentConfig(), description="random changes of the pixels; off by default")
     token_budget: Positive = Field(
         16384, description="maximum number of tokens in a pack before patch_dropout; limits memory"
     )

@@ -126,6 +126,12 @@ def _stage(place: str, stage: StageConfig) -> UnusedKeys:
         if rule.kind == "fixed" and _reads([stage], modality):
             names = ("min_tokens", "max_tokens")
             yield from _because(_given(f"{place}.{modality}", rule, *names), "kind fixed has the size of size_px")
+    augment = stage.augment
+    if augment.crop_scale[0] == 1:
+        yield from _because(_given(f"{place}.augment", augment, "crop_ratio"), "crop_scale 1 keeps the whole image")
+    if not (augment.brightness or augment.contrast or augment.saturation or augment.hue):
+        why = "brightness, contrast, saturation and hue are 0"
+        yield from _because(_given(f"{place}.augment", augment, "jitter_probability"), why)
     if stage.lr_schedule == "constant":
         yield from _because(_given(place, stage, "final_lr_ratio"), "lr_schedule constant stays at lr")
     if "vision" in stage.frozen and stage.distill.ever:
@@ -154,6 +160,9 @@ def _objective(objective: ObjectiveConfig, stages: Sequence[StageConfig]) -> Unu
     if not any(stage.distill.ever for stage in stages):
         yield "objective.teacher", "no stage distills from it; give stages.N.distill a weight, or remove the teacher"
         return
+    if all(not stage.augment.is_off for stage in stages if stage.distill.ever):
+        why = "with stages.N.augment, a teacher sees other pixels in each epoch"
+        yield from _because(_given("objective.teacher", teacher, "cache"), why)
     for part in ("patch", "pooled"):
         if not getattr(teacher, f"{part}_weight"):
             loss = _given("objective.teacher", teacher, f"{part}_loss")

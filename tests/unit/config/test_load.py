@@ -99,6 +99,12 @@ def test_all_faults_are_reported_at_once(run_file):
         (["stages.0.video_sampling={kind: fps, fps: .inf}"], r"fps must be a finite number"),
         (["stages.0.patch_dropout=1"], r"stages\.0\.patch_dropout must be below 1, got 1"),
         (["stages.0.stochastic_depth=-0.1"], r"stages\.0\.stochastic_depth must be at least 0, got -0\.1"),
+        (["stages.0.augment={crop_scale: [0.9, 0.5]}"], r"crop_scale \[0.9, 0.5\] has its larger end first"),
+        (["stages.0.augment={crop_scale: [0, 1]}"], r"augment\.crop_scale\.0 must be above 0, got 0"),
+        (["stages.0.augment={crop_ratio: [1.2, 1.5]}"], r"crop_ratio \[1.2, 1.5\] does not contain 1"),
+        (["stages.0.augment={flip: 2}"], r"augment\.flip must be at most 1, got 2"),
+        (["stages.0.augment={hue: 0.6}"], r"augment\.hue must be at most 0.5, got 0.6"),
+        (["stages.0.augment={gray: 0.6}"], r"stages\.0\.augment\.gray.*grey"),
     ],
 )
 def test_contradictions_are_named_with_their_values(run_file, overrides, expected):

@@ -14,6 +14,7 @@ from univitar_ds.run import create_run, reopen_run
 
 TEACHER = "objective.teacher={path: dino}"
 DISTILL = "stages.0.distill={start: 1.0}"
+AUGMENT = "stages.0.augment={flip: 0.5}"
 NO_VIDEO = "stages.0.video_ratio=0"
 CLASSIFIES = ["objective.kind=classification", "model.embed_dim=256", "model.text={}"]
 S3 = "data.sources.0.path=s3://b/a"
@@ -37,6 +38,9 @@ UNUSED = [
         "objective.same_caption_positive",
         "contrastive is 0",
     ),
+    ([TEACHER, DISTILL, AUGMENT, "objective.teacher.cache=c"], "objective.teacher.cache", "other pixels in each epoch"),
+    (["stages.0.augment={crop_ratio: [0.5, 2]}"], "stages.0.augment.crop_ratio", "keeps the whole image"),
+    (["stages.0.augment={jitter_probability: 0.5}"], "stages.0.augment.jitter_probability", "hue are 0"),
     (["model.init_from=enc", "model.layer_scale_init=0.5"], "model.layer_scale_init", "model.init_from"),
     (["model.checkpoint_every=1", "stages.0.checkpoint_every=2"], "model.checkpoint_every", "every stage"),
     (["objective.kind=softmax", "model.logit_bias_init=-3"], "model.logit_bias_init", "softmax"),

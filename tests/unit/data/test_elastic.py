@@ -23,10 +23,11 @@ SIZES = {
     "samples": 100,
     "lr": 1e-3,
 }
+AUGMENT = {"crop_scale": [0.3, 1], "crop_ratio": [0.75, 1.3], "flip": 0.5, "brightness": 0.4, "hue": 0.1, "grey": 0.2}
 STAGES = [
     StageConfig(name="all", **SIZES),
     StageConfig(name="mixed", weights={"demo": 1, "broken": 3}, **SIZES),
-    StageConfig(name="clips", weights={"demo": 2, "broken": 1}, video_ratio=0.25, **SIZES),
+    StageConfig(name="clips", weights={"demo": 2, "broken": 1}, video_ratio=0.25, augment=AUGMENT, **SIZES),
 ]
 ENDS = [20, 44, STEPS]
 """The step after the last one of each stage."""

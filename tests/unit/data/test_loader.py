@@ -19,6 +19,7 @@ from tests.support.paths import ROOT
 from tests.support.progress import output_of, run_watched
 from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.config.stage import AugmentConfig
 from univitar_ds.data.loader import LaneSet, PackLoader
 from univitar_ds.data.sampler.cursor import parse
 from univitar_ds.data.sampler.lanes import Lane
@@ -344,3 +345,48 @@ def test_a_missing_tokenizer_or_modality_is_an_error_before_processes_start(fold
         loader(images, workers=1)
     assert not servers()
     assert stage_modalities(STAGE) == {"image", "video"}
+
+
+AUGMENTED = STAGE.model_copy(
+    update={"augment": AugmentConfig(crop_scale=(0.2, 0.6), crop_ratio=(0.5, 2), flip=0.5, brightness=0.5, grey=0.3)}
+)
+
+
+def tokens_of(pack):
+    return pack.grid_thw.prod(dim=1).tolist()
+
+
+def test_an_augmented_item_has_the_size_that_its_crop_has_by_the_rule(folder):
+    """So packs are filled with what is decoded, and hold their budget."""
+    plain, changed = take(8, folder), take(8, folder, stage=AUGMENTED)
+    kinds = set()
+    for pack in (pack for step in changed for pack in step):
+        assert pack.tokens <= STAGE.token_budget
+        assert sum(map(torch.Tensor.numel, pack.images())) == len(pack.pixels)
+        kinds.add(pack.modality)
+    assert kinds == {"image", "video"}
+    before, after = (
+        {
+            key: int(tokens)
+            for step in steps
+            for pack in step
+            for key, tokens in zip(pack.keys, tokens_of(pack), strict=True)
+        }
+        for steps in (plain, changed)
+    )
+    both = before.keys() & after.keys()
+    assert len(both) > 20
+    assert sum(after[key] for key in both) < 0.75 * sum(before[key] for key in both)
+
+
+def test_each_epoch_draws_another_augmentation(folder):
+    seen = {}
+    for step in take(
+        40, folder, stage=AUGMENTED.model_copy(update={"video_ratio": 0.0}), modality_of=lambda _: "image"
+    ):
+        for pack in step:
+            for key, pixels in zip(pack.keys, pack.images(), strict=True):
+                seen.setdefault(key, []).append(pixels.clone())
+    repeated = [versions for versions in seen.values() if len(versions) > 1]
+    assert len(repeated) > 20
+    assert all(one[0].shape != one[1].shape or not torch.equal(one[0], one[1]) for one in repeated)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from univitar_ds.data.media.augment import Augmentation
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.storage.address import storage_for
@@ -31,6 +32,7 @@ class DecodeItem:
 
     `crc32` is the checksum of the bytes if known. `draw` seeds the jitter of a video's frames. `size` is (height,
     width, seconds) from metadata, which decoding compares with the file; None if it was read from the media header.
+    `augmentation` is applied to all frames; None changes nothing.
     """
 
     path: str
@@ -41,6 +43,7 @@ class DecodeItem:
     crc32: int | None = None
     draw: int = 0
     size: tuple[int, int, float] | None = None
+    augmentation: Augmentation | None = None
 
     @classmethod
     def from_sample(cls, sample: Sample) -> DecodeItem:
@@ -54,6 +57,7 @@ class DecodeItem:
             sample.crc32,
             sample.draw,
             None if sample.probed else (sample.size.height, sample.size.width, sample.size.duration_s),
+            sample.augmentation,
         )
 
     @property
@@ -99,14 +103,16 @@ class DecodeJob:
                 (item.path, item.offset, item.length, item.grid, item.frames, item.crc32, item.draw, item.size)
                 for item in self.items
             ],
+            "augmentations": [item.augmentation for item in self.items],
             "whole_files": self.whole_files,
         }
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> DecodeJob:
+        changes = [None if one is None else Augmentation.from_json(one) for one in document["augmentations"]]
         items = [
-            DecodeItem(path, offset, length, tuple(grid), *rest, size=None if size is None else tuple(size))
-            for path, offset, length, grid, *rest, size in document["items"]
+            DecodeItem(path, offset, length, tuple(grid), *rest, None if size is None else tuple(size), change)
+            for (path, offset, length, grid, *rest, size), change in zip(document["items"], changes, strict=True)
         ]
         sampling = Sampling(*document["sampling"])
         limits = DecodeLimits(*document["limits"])
@@ -163,11 +169,16 @@ def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: S
     limits = job.limits
     height, width = item.grid[1] * PATCH, item.grid[2] * PATCH
     out = room.reshape(item.frames, height, width, 3)
+    augmentation = item.augmentation or Augmentation()
+    crop = augmentation.crop
     if job.modality == "image":
         from univitar_ds.data.media.image_decode import decode_near
 
         size = None if item.size is None else item.size[:2]
-        pixels, extent = decode_near(data, max_px=limits.max_image_px, target=(height, width), size=size)
+        target = (height, width) if crop is None else crop.whole(height, width)
+        pixels, extent = decode_near(data, max_px=limits.max_image_px, target=target, size=size)
+        if crop is not None:
+            pixels, extent = crop.cut(pixels, extent)
         fit_image(pixels, item.grid, out[0], extent)
     else:
         from univitar_ds.data.media.video_decode import decode_video
@@ -179,5 +190,6 @@ def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: S
             sampling=job.sampling,
             draw=item.draw,
             size=item.size,
-            fit=lambda frame: fit_image(frame, item.grid),
+            fit=lambda frame: fit_image(frame if crop is None else crop.cut(frame)[0], item.grid),
         )
+    augmentation.finish(out)

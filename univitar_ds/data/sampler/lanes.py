@@ -262,9 +262,15 @@ class Stream:
         return self._config.group_of.get(self._buffer[index].address.shard)
 
     def _drawn(self, sample: Sample, address: SampleAddress) -> Sample:
-        """Sets the sample's address and its random number for this epoch."""
+        """Sets the sample's address, its random number for this epoch, its augmentation, and the grid of its crop."""
+        config = self._config
         sample.address = address
-        sample.draw = draw(self._config.seed, "item", address.shard, address.offset, address.epoch)
+        sample.draw = draw(config.seed, "item", address.shard, address.offset, address.epoch)
+        if config.augment is not None:
+            sample.augmentation = config.augment.drawn(sample.draw, sample.size.height, sample.size.width)
+            if (crop := sample.augmentation.crop) is not None:
+                sample.grid = config.size.grid(crop.height, crop.width, sample.frames)
+                sample.downscaled = config.size.shrinks(crop.height, crop.width, sample.grid)
         return sample
 
     def _close_epoch(self, group: ShardGroup) -> None:

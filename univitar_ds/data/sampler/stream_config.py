@@ -9,6 +9,7 @@ from typing import Literal
 
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.data.media.augment import Augment
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.prober import Prober, probe_each
 from univitar_ds.data.sampler.bad_samples import BadPolicy
@@ -26,9 +27,9 @@ Held = Literal["readable", "unreadable", "nothing"]
 class StreamConfig:
     """All settings, except the lane, that determine the packs of one modality.
 
-    `weights` are the stage's weights by source, `cost` the coefficients of `packing.item_cost`. `probe` reads sizes
-    that are not in metadata. All lanes share the last three fields: indexes of shards, which both modalities share
-    too, warnings logged so far, and cached results of `held_by` by group.
+    `augment` is applied to every sample, `weights` are the stage's weights by source, `cost` the coefficients of
+    `packing.item_cost`. `probe` reads sizes that are not in metadata. All lanes share the last three fields: indexes of
+    shards, which both modalities share too, warnings logged so far, and cached results of `held_by` by group.
     """
 
     shards: Sequence[SourceShard]
@@ -38,6 +39,7 @@ class StreamConfig:
     token_budget: int
     pool_samples: int
     policy: BadPolicy
+    augment: Augment | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     cost: tuple[float, float] = (0.0, 0.0)
     cost_budget: float | None = None
@@ -96,6 +98,7 @@ def stream_config(
             token_budget=stage.token_budget,
             pool_samples=data.pool_samples,
             policy=bad_policy(data),
+            augment=None if stage.augment.is_off else Augment(**stage.augment.model_dump()),
             weights=stage.weights,
             cost=scale_for_dropout(cost, stage.patch_dropout),
             cost_budget=None if tflops is None else tflops * 1e12,

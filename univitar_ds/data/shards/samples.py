@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from io import BytesIO
 from typing import Any, NamedTuple
 
+from univitar_ds.data.media.augment import Augmentation
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, frames_of
 from univitar_ds.data.media.prober import MediaAddress, Prober, probe_each
 from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize, check_area, check_duration
@@ -92,7 +93,7 @@ _NOWHERE = SampleAddress(0, 0, 0, 0)
 @dataclass
 class Sample:
     """A readable sample before decoding: location, texts and size. The stream that reads the sample sets `address` and
-    `draw`; all other fields are constant.
+    `draw`, and `augmentation` with the `grid` of its crop; all other fields are constant.
 
     `media_offset` and `media_length` are in bytes of the shard. `captions` is empty only if there is a label. `size`
     comes from the metadata, or from the media header if `probed`. `frames` is the number of decoded frames, 1 for an
@@ -118,6 +119,7 @@ class Sample:
     several_lines: bool = False
     address: SampleAddress = _NOWHERE
     draw: int = 0
+    augmentation: Augmentation | None = None
     other_captions: tuple[str, ...] = ()
 
     @property

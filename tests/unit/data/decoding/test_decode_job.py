@@ -10,6 +10,7 @@ import pytest
 from tests.support import media, shards
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob, decode_pack
 from univitar_ds.data.media import image_decode, video_decode
+from univitar_ds.data.media.augment import Augmentation, Crop
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.resize import fit_image
 from univitar_ds.data.media.types import DecodeLimits, MediaSize
@@ -143,3 +144,48 @@ def test_the_metadata_of_a_video_may_have_the_size_of_its_header_or_of_its_frame
     assert outcome(*place(content, size=(64, 48, 1.0), **given), "video") is None
     assert outcome(*place(content, size=(48, 64, 1.0), **given), "video") is None
     assert outcome(*place(content, size=(48, 48, 1.0), **given), "video")[0] == "wrong_size"
+
+
+CROPPED = Augmentation(Crop(10, 20, 40, 60, 80, 120), True, (("brightness", 0.5),), True)
+
+
+def test_a_crop_is_resized_to_the_grid_and_then_changed(place):
+    image = media.noise(80, 120)
+    (item,) = place(media.encoded(image, "PNG"), augmentation=CROPPED)
+    job = DecodeJob.from_json(json.loads(json.dumps(job_of([item]).to_json())))
+    buffer = np.zeros(job.bytes, np.uint8)
+    assert decode_pack(job, buffer) == []
+    wanted = fit_image(np.asarray(image)[10:50, 20:80], item.grid)[None].copy()
+    CROPPED.finish(wanted)
+    assert (buffer.reshape(wanted.shape) == wanted).all()
+
+
+def test_the_frames_of_a_video_get_one_crop_and_one_change(place):
+    change = Augmentation(Crop(8, 16, 24, 32, 48, 64), True, (("contrast", 1.4), ("hue", 0.2)))
+    content = shards.video(48, 64, frames=6)
+    (item,) = place(content, grid=(3, 1, 2), frames=6, augmentation=change)
+    buffer = np.zeros(item.bytes, np.uint8)
+    assert decode_pack(job_of([item], "video"), buffer) == []
+    whole = video_decode.decode_video(content, frames=6, limits=LIMITS)
+    wanted = np.stack([fit_image(frame[8:32, 16:48], item.grid) for frame in whole])
+    change.finish(wanted)
+    assert (buffer.reshape(wanted.shape) == wanted).all()
+
+
+def test_a_crop_of_a_large_jpeg_is_decoded_at_a_smaller_scale_that_is_large_enough_for_it(place, monkeypatch):
+    image = media.noise(643, 1001)
+    change = Augmentation(Crop(104, 200, 320, 500, 643, 1001))
+    (item,) = place(media.encoded(image, quality=95), grid=(1, 4, 6), augmentation=change)
+    shapes, cut = [], Crop.cut
+
+    def noted(crop, pixels, *rest):
+        shapes.append(pixels.shape)
+        return cut(crop, pixels, *rest)
+
+    monkeypatch.setattr(Crop, "cut", noted)
+    buffer = np.zeros(item.bytes, np.uint8)
+    assert decode_pack(job_of([item]), buffer) == []
+    assert shapes == [(242, 376, 3)], "3/8: the crop has 120 x 187 px of them, at least twice the target"
+    wanted = fit_image(np.asarray(image)[104:424, 200:700], item.grid)
+    difference = np.abs(buffer.reshape(wanted.shape).astype(int) - wanted)
+    assert difference.mean() < 1
