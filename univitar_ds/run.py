@@ -294,7 +294,7 @@ def _write_description(config: RunConfig, run: Path, start: StoredModel | None) 
 def _provide_tokenizer(config: RunConfig, target: Path, joint: JointConfig | None) -> None:
     """Writes the run's tokenizer: that of the whole model that the run starts from, the configured one, that of the
     text tower's folder, or one trained on captions."""
-    from univitar_ds.data.shards.sources import iterate_captions
+    from univitar_ds.data.caption_texts import iterate_captions
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.tokenization import load_tokenizer, train_tokenizer
 

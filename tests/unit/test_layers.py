@@ -12,6 +12,17 @@ from tests.support.progress import run_watched
 
 LAYERS = [
     {"errors", "extras", "geometry", "import_path", "processes", "randomness", "regular_files", "screen", "startup"},
+    {
+        "errors",
+        "expressions",
+        "extras",
+        "geometry",
+        "import_path",
+        "processes",
+        "randomness",
+        "regular_files",
+        "screen",
+    },
     {"atomic_write", "classes", "identity", "image_ops", "kernels", "owned", "tokenization"},
     {"config", "run_lock", "data.storage", "data.media"},
     {"preprocessing", "formats", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from univitar_ds.config.paths import PathText
 from univitar_ds.config.section import Positive, Section, check_templates
+from univitar_ds.expressions import Condition
 
 
 class TableConfig(Section):
@@ -50,6 +51,19 @@ class SourceConfig(Section):
         "absent: labels are names",
     )
     table: TableConfig | None = Field(None, description="columns of a table, which is packed when the run is created")
+
+    where: str | None = Field(
+        None,
+        description="condition on each sample, such as 'json.similarity > 0.3 and width >= 256'; others are left out "
+        "and counted, also those that lack a field. Fields: json.NAME (of its .json), width and height (px, of the "
+        "file), frames, duration_s (0 for an image), caption_length (characters of its first caption), label (text). "
+        "A tokenizer and the classes of a run are made from all samples",
+    )
+
+    @field_validator("where")
+    @classmethod
+    def _is_a_condition(cls, text: str | None) -> str | None:
+        return None if text is None else Condition(text).text
 
     @model_validator(mode="after")
     def _templates_hold_the_label(self) -> SourceConfig:

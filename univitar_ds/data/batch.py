@@ -51,6 +51,8 @@ class PackedBatch:
     """Number of items that the stage's limits resized to fewer tokens than their original size has."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Readable samples with ignored content, by kind (`captions.IGNORED`)."""
+    filtered: dict[str, int] = field(default_factory=dict)
+    """Samples that conditions of sources left out since the lane's previous pack, by rule."""
     other_captions: list[tuple[str, ...]] = field(default_factory=list)
     """Further correct captions of each item, in an evaluation of a source with one caption per line; may be empty."""
 

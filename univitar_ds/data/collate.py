@@ -154,5 +154,6 @@ def collate(decoded: DecodedPack[Plan], tokenizer: Tokenizer | None) -> PackedBa
         bad=dict(bad),
         downscaled=sum(sample.downscaled for sample in samples),
         ignored=dict(plan.ignored),
+        filtered=dict(plan.filtered),
         other_captions=[sample.other_captions for sample in samples],
     )

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from univitar_ds.config.data import SourceConfig
+from univitar_ds.data.caption_texts import texts_of
 from univitar_ds.data.shards import captions
-from univitar_ds.data.shards.sources import SourceShard, find_shards, spread, texts_of
+from univitar_ds.data.shards.sources import SourceShard, find_shards, spread
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.storage.parallel import AT_ONCE
 from univitar_ds.data.storage.streams import RangeReader

@@ -29,7 +29,7 @@ from univitar_ds.data.sampler.reader import (
 )
 from univitar_ds.data.sampler.stream_config import bad_policy, stream_config
 from univitar_ds.data.shards.index_cache import shard_samples
-from univitar_ds.data.shards.samples import Sample, SizeRule
+from univitar_ds.data.shards.samples import FILTERED, Sample, SizeRule
 from univitar_ds.data.shards.sources import (
     SourceShard,
     find_shards,
@@ -219,16 +219,18 @@ def eval_packs(
 def _sweep(
     shards: Sequence[SourceShard], size: SizeRule, token_budget: int, policy: BadPolicy, probe: Prober = probe_each
 ) -> Iterator[Plan]:
-    """Yields plans of consecutive samples. Bad samples at the end are reported in a last, empty plan."""
+    """Yields plans of consecutive samples. Samples left out at the end are reported in a last, empty plan."""
     numbers = itertools.count()
     monitor = BadSampleMonitor(policy, f"evaluation, {size.modality}")
     samples: list[Sample] = []
     tokens = 0
     bad: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
+    filtered: Counter[str] = Counter()
 
     def plan() -> Plan:
-        return Plan(tuple(samples), size.modality, 0, next(numbers), None, dict(bad), ignored=dict(ignored))
+        counts = {"ignored": dict(ignored), "filtered": dict(filtered)}
+        return Plan(tuple(samples), size.modality, 0, next(numbers), None, dict(bad), **counts)
 
     indices = of_modality(shards, size.modality)
     for place, index in enumerate(indices, 1):
@@ -236,6 +238,9 @@ def _sweep(
         shard = shards[index]
         entries = numbered(shard_samples(shard, size.modality))
         for entry, ordinal, found in read_entries(shard, entries, size, probe, label_is_enough=True):
+            if isinstance(found, SampleError) and found.kind == FILTERED:
+                filtered[str(found)] += 1
+                continue
             if isinstance(found, SampleError):
                 cost = samples_in(shard, entry, ordinal)
                 bad[found.kind] += cost
@@ -244,11 +249,11 @@ def _sweep(
             monitor.good()
             if samples and tokens + found.tokens > token_budget:
                 yield plan()
-                samples, tokens, bad, ignored = [], 0, Counter(), Counter()
+                samples, tokens, bad, ignored, filtered = [], 0, Counter(), Counter(), Counter()
             if found.ignored:
                 ignored.update(one.kind for one in found.ignored)
                 monitor.ignored(where_is(shard, entry), found.ignored)
             samples.append(found)
             tokens += found.tokens
-    if samples or bad:
+    if samples or bad or filtered:
         yield plan()

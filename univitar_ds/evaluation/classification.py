@@ -32,6 +32,7 @@ def measure_classes(
     with progress_bar(desc=f"classifying {modality}s", unit=modality, disable=not progress) as bar:
         for pack in packs:
             left.update(pack.bad)
+            left.update(pack.filtered)
             rows = [classes.row(name, label) for name, label in zip(pack.sets, pack.labels, strict=True)]
             left["without a label that the run has learned"] += rows.count(None)
             if any(row is not None for row in rows):

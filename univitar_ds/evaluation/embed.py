@@ -27,7 +27,7 @@ class Embeddings:
     `vision` and `text` are (n, E) float32 on the host, with rows of length 1. An item that has only a label has a row
     of zeros in `text` and the caption "". Equal `caption_ids` mean equal captions. `sets` are the names of the items'
     data sets, if the data has them. `others` are further captions of each item, () without any. `bad` counts the
-    samples that were left out, by kind.
+    samples that were left out, by kind or, of conditions, by rule.
     """
 
     vision: Tensor
@@ -64,6 +64,7 @@ def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modal
         for pack in packs:
             assert pack.modality == modality, f"a pack of {pack.modality}s among {modality}s"
             bad.update(pack.bad)
+            bad.update(pack.filtered)
             if not len(pack):  # bad samples at the end of the data
                 continue
             vision.append(model.encode_vision(pack.pixels.to(device), pack.frames, pack.grid_thw).float().cpu())

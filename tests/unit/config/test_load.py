@@ -105,6 +105,11 @@ def test_all_faults_are_reported_at_once(run_file):
         (["stages.0.augment={flip: 2}"], r"augment\.flip must be at most 1, got 2"),
         (["stages.0.augment={hue: 0.6}"], r"augment\.hue must be at most 0.5, got 0.6"),
         (["stages.0.augment={gray: 0.6}"], r"stages\.0\.augment\.gray.*grey"),
+        (
+            ["data.sources.0.where=json.similarity > 0.3 and widht > 2"],
+            r"data\.sources\.0\.where: 'widht' at character 27 of .* is not allowed; allowed are width, height",
+        ),
+        (["data.sources.0.where=width"], r"sources\.0\.where: 'width' at character 1 .* compare it"),
     ],
 )
 def test_contradictions_are_named_with_their_values(run_file, overrides, expected):

@@ -20,7 +20,7 @@ from univitar_ds.randomness import draws
 
 _JITTER = ("brightness", "contrast", "saturation", "hue")
 _STEP, _LARGE = 8, 512
-"""A crop of a side of at least `_LARGE` px begins at a multiple of `_STEP`. JPEGs are decoded at scales of n/8, and then
+"""A crop of a side of at least `_LARGE` px begins at a multiple of `_STEP`. JPEGs are decoded at scales of n/8, so that
 the crop begins with a whole pixel at each of them. Smaller images are rarely decoded at a smaller scale."""
 _BLOCK = 1 << 13
 """Pixels that are converted to floats at a time, so that temporary memory stays in the cache."""

@@ -17,7 +17,7 @@ from univitar_ds.data.sampler.cursor import EPOCH_STRIDE, LaneCursor, ReadPositi
 from univitar_ds.data.sampler.mixture import WeightedRoundRobin
 from univitar_ds.data.sampler.reader import BadSample, Held, Reader, held_by, read_again, scattered
 from univitar_ds.data.sampler.stream_config import StreamConfig
-from univitar_ds.data.shards.samples import Sample, SampleAddress
+from univitar_ds.data.shards.samples import FILTERED, Sample, SampleAddress
 from univitar_ds.data.shards.sources import EVERYTHING, ShardGroup
 from univitar_ds.data.shards.tar_index import SORT_HINT
 from univitar_ds.errors import DataError, SampleError
@@ -41,8 +41,8 @@ class Plan:
     """A pack before decoding.
 
     `bad` and `ignored` are counts by kind: samples left out while planning, and readable samples with content that is
-    ignored (`captions.IGNORED`). `token_rows` are the token ids of the captions, if they were tokenized. `whole_files`:
-    see `DecodeJob`.
+    ignored (`captions.IGNORED`). `filtered` counts the samples that conditions left out, by rule.
+    `token_rows` are the token ids of the captions, if they were tokenized. `whole_files`: see `DecodeJob`.
     """
 
     samples: Sequence[Sample]
@@ -53,6 +53,7 @@ class Plan:
     bad: Mapping[str, int]
     token_rows: Sequence[Sequence[int]] | None = None
     ignored: Mapping[str, int] = field(default_factory=dict)
+    filtered: Mapping[str, int] = field(default_factory=dict)
     whole_files: bool = False
 
     @property
@@ -90,10 +91,10 @@ class Lane:
         self.begin(modality)
         stream = self._streams[modality]
         samples, bad = stream.next_pack()
-        ignored = stream.take_ignored()
+        ignored, filtered = stream.take_ignored(), stream.take_filtered()
         streams = {**self._cursor.streams, modality: stream.cursor()}
         self._cursor = replace(self._cursor, packs=self._cursor.packs + 1, streams=streams)
-        return Plan(samples, modality, self._cursor.lane, index, self._cursor, bad, ignored=ignored)
+        return Plan(samples, modality, self._cursor.lane, index, self._cursor, bad, ignored=ignored, filtered=filtered)
 
 
 class Stream:
@@ -127,6 +128,7 @@ class Stream:
         self._seen_this_epoch: set[str] = set()
         self._bad: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
+        self._filtered: Counter[str] = Counter()
         for reader in self._readers.values():
             reader.announce()
         self._buffer = list(self._restore(start.pool))
@@ -156,6 +158,11 @@ class Stream:
         """Returns the number of readable samples with ignored content, by kind, and resets it."""
         ignored, self._ignored = dict(self._ignored), Counter()
         return ignored
+
+    def take_filtered(self) -> dict[str, int]:
+        """Returns the number of samples that conditions left out, by rule, and resets it."""
+        filtered, self._filtered = dict(self._filtered), Counter()
+        return filtered
 
     def cursor(self) -> StreamCursor:
         """Returns the position of the stream after the last pack."""
@@ -219,6 +226,9 @@ class Stream:
         if found is None:
             self._close_epoch(reader.group)
             return None
+        if isinstance(found, BadSample) and found.kind == FILTERED:
+            self._count_filtered(found.where, found.message)
+            return None
         if isinstance(found, BadSample):
             self._bad[found.kind] += found.samples
             self._monitor.bad(found.where, SampleError(found.kind, found.message), found.samples)
@@ -229,6 +239,11 @@ class Stream:
             self._monitor.ignored(f"{found.name} at byte {found.address.offset}", found.ignored)
         self._seen_this_epoch.add(reader.group.name)
         return self._drawn(found, found.address._replace(since=self._packs))
+
+    def _count_filtered(self, where: str, rule: str) -> None:
+        self._filtered[rule] += 1
+        if self._config.is_first_warning(f"filtered: {rule}"):
+            _log.info("samples are left out %s; the first is %s", rule, where)
 
     def _candidates(self, starved: str | None) -> list[int]:
         """Returns indices of the shuffle buffer in order of preference: the oldest sample, then a random order.
@@ -286,7 +301,7 @@ class Stream:
         if held == "readable":
             return
         if held == "unreadable" or len(self._readers) == 1:
-            raise _nothing_readable(self._config, group, self._bad)
+            raise _nothing_readable(self._config, group, {**self._bad, **self._filtered})
         if self._config.is_first_warning(f"nothing: {group.name}"):
             _log.info("source %s holds no %s sample", group.name, self._config.modality)
         self._places[group.name] = self._readers.pop(group.name).place
@@ -315,6 +330,9 @@ class Stream:
                 raise _changed(shard.name, row)
             if not isinstance(found, SampleError):
                 yield self._drawn(found, row)
+                continue
+            if found.kind == FILTERED:
+                self._count_filtered(f"{shard.name} at byte {row.offset}", str(found))
                 continue
             self._bad[found.kind] += 1
             if config.is_first_warning(f"left out: {found.kind}"):

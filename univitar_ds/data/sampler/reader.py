@@ -15,7 +15,15 @@ from univitar_ds.data.shards import tar_index
 from univitar_ds.data.shards.captions import resolve
 from univitar_ds.data.shards.index_cache import Entry, shard_samples
 from univitar_ds.data.shards.listing import Shard
-from univitar_ds.data.shards.samples import Sample, SampleAddress, SizeRule, read_samples, read_samples_again
+from univitar_ds.data.shards.samples import (
+    Sample,
+    SampleAddress,
+    SizeRule,
+    check_condition,
+    condition_fields,
+    read_samples,
+    read_samples_again,
+)
 from univitar_ds.data.shards.sources import ShardGroup, SourceShard
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Modality
@@ -212,7 +220,8 @@ def with_captions(shard: SourceShard, sample: Sample, *, label_is_enough: bool =
     """Returns the sample with the class name of its label, and captions from its source's templates if needed.
 
     `label_is_enough`: no captions are made from labels, and with one caption per line the lines after the first are
-    `other_captions`. Returns an error if the sample has neither a caption nor a label.
+    `other_captions`. Returns an error if the sample has neither a caption nor a label, and one of the kind `FILTERED`,
+    whose message is the rule, if its source's `where` leaves it out.
     """
     templates = None if label_is_enough else shard.templates
     try:
@@ -222,6 +231,13 @@ def with_captions(shard: SourceShard, sample: Sample, *, label_is_enough: bool =
     except SampleError as error:
         return error
     others = texts[1:] if label_is_enough and shard.caption_lines else ()
+    if shard.where is not None:
+        about = {"width": sample.size.width, "height": sample.size.height, "frames": sample.size.frames}
+        about |= {"duration_s": sample.size.duration_s, "label": label}
+        try:
+            check_condition(shard.where, {**about, **condition_fields(sample)})
+        except SampleError as error:
+            return error
     same = texts is sample.captions and label is sample.label and ignored is sample.ignored and not others
     return sample if same else replace(sample, captions=texts, label=label, ignored=ignored, other_captions=others)
 

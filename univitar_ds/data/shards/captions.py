@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from univitar_ds.data.media.types import MediaSize
@@ -56,7 +56,7 @@ class Ignored(NamedTuple):
 class Texts(NamedTuple):
     """Usable texts of a sample: `captions`, empty only if there is a `label`; the data `set` of the label; `crc32` and
     `size` of the media member if `data pack` wrote them; each kind of `ignored` content at most once; `several_lines`:
-    whether the caption is a .txt with several lines."""
+    whether the caption is a .txt with several lines; `json`: the fields of .json that were asked for."""
 
     captions: tuple[str, ...]
     label: str | None
@@ -65,15 +65,22 @@ class Texts(NamedTuple):
     size: MediaSize | None = None
     ignored: tuple[Ignored, ...] = ()
     several_lines: bool = False
+    json: Mapping[str, Any] | None = None
 
 
 def read_texts(
-    members: Mapping[str, bytes], *, lines: bool = False, packed: bool = False, required: bool = True
+    members: Mapping[str, bytes],
+    *,
+    lines: bool = False,
+    packed: bool = False,
+    required: bool = True,
+    keep: Collection[str] = (),
 ) -> Texts:
     """Reads captions, label and set from .json. A .txt replaces missing captions, a .cls a missing label.
 
     Args: members: contents by extension; lines: whether each line of .txt is a caption; packed: whether a manifest
-        shows that `data pack` wrote the shard; required: whether a sample needs a caption or a label.
+        shows that `data pack` wrote the shard; required: whether a sample needs a caption or a label; keep: names of
+        fields of .json to return.
     Raises: SampleError without a usable caption or label if `required`, or if `packed` and the checksum is invalid.
     """
     ignored: _Ignored = {}
@@ -97,7 +104,8 @@ def read_texts(
     own = packed or fields.keys() >= _OWN_FIELDS
     data_set, crc32, size = _set(fields, ignored), _crc32(fields, own, packed, ignored), _size(fields) if own else None
     kinds = tuple(map(Ignored._make, ignored.items())) if ignored else ()
-    return Texts(captions, label, data_set, crc32, size, kinds, several)
+    kept = {name: fields[name] for name in keep if name in fields} if keep else None
+    return Texts(captions, label, data_set, crc32, size, kinds, several, kept)
 
 
 def resolve(

@@ -16,6 +16,7 @@ from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE, read_manif
 from univitar_ds.data.storage.address import check_address, storage_for
 from univitar_ds.data.storage.base import LOCAL, S3, Storage, StorageSettings
 from univitar_ds.errors import DataError
+from univitar_ds.expressions import Condition
 from univitar_ds.geometry import Modality
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Shard:
 
     `modality` is None if unknown: then streams of both modalities read the shard and skip samples of the other one.
     `samples` and `sha256` come from a manifest. `caption_lines`: whether each line of a .txt is a caption.
+    `where`: the condition on the samples that are read.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Shard:
     sha256: str | None = None
     samples: int | None = None
     caption_lines: bool = False
+    where: Condition | None = None
 
 
 def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = LOCAL) -> list[Shard]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from io import BytesIO
@@ -16,9 +16,12 @@ from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.listing import Shard
 from univitar_ds.data.storage.parallel import at_once
 from univitar_ds.errors import SampleError
+from univitar_ds.expressions import NAMES, Condition, LacksField, Undecided
 from univitar_ds.geometry import PATCH, Modality, Resolution, smart_resize, token_count
 
 _EXTENSIONS = {"image": IMAGE_EXTENSIONS, "video": VIDEO_EXTENSIONS}
+FILTERED = "filtered"
+"""The kind of the SampleError of a sample that a condition leaves out; no kind of bad samples."""
 _NEAR_BYTES = 1 << 16
 """Maximum length of a range with several text members that is read at once."""
 
@@ -97,8 +100,8 @@ class Sample:
 
     `media_offset` and `media_length` are in bytes of the shard. `captions` is empty only if there is a label. `size`
     comes from the metadata, or from the media header if `probed`. `frames` is the number of decoded frames, 1 for an
-    image. `downscaled`: see `SizeRule.shrinks`; `ignored` and `several_lines`: see `captions.Texts`. `draw` is a 64-bit
-    random number of this sample in this epoch. `other_captions`: further captions that an evaluation counts as correct.
+    image. `downscaled`: see `SizeRule.shrinks`; `ignored`, `several_lines`, `json`: see `captions.Texts`. `draw` is a
+    64-bit random number of this sample in this epoch. `other_captions`: further correct captions in an evaluation.
     """
 
     shard: Shard
@@ -120,6 +123,7 @@ class Sample:
     address: SampleAddress = _NOWHERE
     draw: int = 0
     augmentation: Augmentation | None = None
+    json: Mapping[str, Any] | None = None
     other_captions: tuple[str, ...] = ()
 
     @property
@@ -134,6 +138,29 @@ class Sample:
     def caption(self) -> str:
         """The caption of this epoch; "" if there is only a label."""
         return self.captions[(self.draw >> 32) % len(self.captions)] if self.captions else ""
+
+
+def condition_fields(found: Sample | captions.Texts) -> dict[str, Any]:
+    """Returns the fields for a condition that are known without the size and the name of the label."""
+    return {"caption_length": len(found.captions[0]) if found.captions else None, "json": found.json or {}}
+
+
+def check_condition(where: Condition, fields: Mapping[str, Any], *, partly: bool = False) -> None:
+    """Raises: SampleError of the kind FILTERED, with the rule as message, if the condition leaves the sample out.
+
+    Args: partly: whether `fields` lacks some that every sample has. A condition that needs them does not raise.
+    """
+    try:
+        if where.holds(fields):
+            return
+        reason = where.text
+    except LacksField as error:
+        if partly and str(error) in NAMES:
+            return
+        reason = f"{where.text}: no {error}"
+    except Undecided as error:
+        reason = f"{where.text}: {error}"
+    raise SampleError(FILTERED, f"by where of {where.source} ({reason})")
 
 
 def modality_of(group: tar_index.Group) -> Modality | None:
@@ -265,10 +292,13 @@ def _entry(
     contents = {member.extension: content for member, content in zip(named, texts, strict=True)}
     try:
         packed = shard.modality is not None
-        said = captions.read_texts(contents, lines=shard.caption_lines, packed=packed, required=rule.needs_text)
+        about = {"lines": shard.caption_lines, "packed": packed, "required": rule.needs_text}
+        said = captions.read_texts(contents, **about, keep=shard.where.json_names if shard.where else ())
     except SampleError as error:
         hint = _hint(members, captions.EXTENSIONS) if error.kind == "no_caption" else ""
         raise SampleError(error.kind, f"{error}{hint}") from error
+    if shard.where is not None and said.size is None:
+        check_condition(shard.where, condition_fields(said), partly=True)  # a sample that it leaves out is not probed
     address = MediaAddress(shard.storage, shard.path, origin + media.offset, media.length, media.extension)
     return _Entry(shard, group.key, address, said)
 
@@ -318,4 +348,5 @@ def _sample(entry: _Entry, size: MediaSize, rule: SizeRule) -> Sample:
         downscaled=rule.shrinks(size.height, size.width, grid),
         ignored=texts.ignored,
         several_lines=texts.several_lines,
+        json=texts.json,
     )

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.data.shards import captions, tar_index
 from univitar_ds.data.shards.class_names import read_class_names, shared_names
 from univitar_ds.data.shards.line_watch import LineWatch
 from univitar_ds.data.shards.listing import PACK_HINT, Shard, list_shards, place_of, warn_once
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import LOCAL, S3, StorageSettings
-from univitar_ds.data.storage.parallel import AT_ONCE, at_once
-from univitar_ds.data.storage.streams import RangeReader
-from univitar_ds.errors import DataError, SampleError
+from univitar_ds.data.storage.parallel import at_once
+from univitar_ds.errors import DataError
+from univitar_ds.expressions import Condition
 from univitar_ds.geometry import Modality
 
 EVERYTHING = ""
 """Name of the single group of a stage without weights: all shards of all sources."""
 WHOLE = 1_000_000
 """The sum of the shares of groups, which are in millionths."""
-CAPTION_SHARDS = 200
-"""Maximum number of shards whose captions are read. A run with 11,000 remote shards then starts within a minute."""
-CAPTION_BYTES = 4 << 30
-"""Maximum bytes read for captions, about 40,000 samples of 100 kB; divided evenly among the shards."""
 SPOT_CHECKS, SPOT_BYTES = 512, 4096
 """The fingerprint covers the first SPOT_BYTES of up to SPOT_CHECKS shards without a hash: the header of the first
 member, with its time, and the beginning of its content. A remote store answers 512 requests within two seconds."""
@@ -166,29 +158,6 @@ def _beginning(shard: Shard) -> bytes:
     return shard.storage.read_range(shard.path, 0, min(SPOT_BYTES, shard.size))
 
 
-def iterate_captions(
-    sources: Sequence[SourceConfig], *, limit: int, settings: StorageSettings = LOCAL
-) -> Iterator[str]:
-    """Yields up to about `limit` captions, equally many from each of at most `CAPTION_SHARDS` evenly spaced shards.
-
-    The captions do not depend on the location of the shards. Samples with unusable texts are skipped.
-    Raises: DataError as `find_shards` does, or if a shard cannot be read.
-    """
-    chosen = spread(find_shards(sources, settings), CAPTION_SHARDS)
-    share = -(-limit // len(chosen))
-    bytes_share = CAPTION_BYTES // len(chosen)
-    by_path: dict[str, list[SourceShard]] = {}  # a shard in several sources is read by one thread
-    for shard in chosen:
-        by_path.setdefault(shard.path, []).append(shard)
-
-    def read(copies: list[SourceShard]) -> list[str]:
-        return [caption for shard in copies for caption in itertools.islice(_captions_of(shard, bytes_share), share)]
-
-    with ThreadPoolExecutor(AT_ONCE) as readers:
-        for found in readers.map(read, by_path.values()):
-            yield from found
-
-
 def spread(shards: Sequence[AnyShard], most: int) -> list[AnyShard]:
     """Returns at most `most` of the shards, evenly spaced."""
     count = min(most, len(shards))
@@ -202,6 +171,7 @@ def of_source(shards: Sequence[Shard], source: SourceConfig, settings: StorageSe
         warn_once(f"{source.class_names}: {shared}")
     about: dict[str, Any] = {"source": source.label, "watch": LineWatch(source), "templates": tuple(source.templates)}
     about |= {"class_names": names, "caption_lines": source.captions == "lines"}
+    about["where"] = None if source.where is None else Condition(source.where, source.label)
     known = [part.name for part in fields(Shard) if part.name not in about]
     return [SourceShard(**{name: getattr(shard, name) for name in known}, **about) for shard in shards]
 
@@ -221,36 +191,6 @@ def _lacking(
         f"stage {stage.name} needs {modality} samples, but the sources ({', '.join(s.path for s in sources)}) hold "
         f"only {' and '.join(present)} samples; add a source with {modality} samples or {remedy}"
     )
-
-
-def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
-    """Yields the captions of a shard in order, until `most_bytes` have been read."""
-    ranges = RangeReader(shard.storage, shard.path, shard.size)
-    for contents in texts_of(shard, ranges):
-        with suppress(SampleError):
-            said = captions.read_texts(contents, lines=shard.caption_lines)
-            about = {"class_names": shard.class_names, "templates": shard.templates}
-            yield from captions.resolve(said.captions, said.label, said.ignored, **about)[0]
-        if ranges.fetched >= most_bytes:
-            return
-
-
-def texts_of(shard: SourceShard, ranges: RangeReader) -> Iterator[dict[str, bytes]]:
-    """Yields the contents of each sample's texts by extension, read by `ranges`, for `captions.read_texts`."""
-    with ranges.buffered() as stream:
-        for found in tar_index.scan(stream, shard.name, shard.size):
-            if isinstance(found, tar_index.Damage):
-                continue  # the training loader counts and reports damage
-            yield {
-                member.extension: _content(stream, member)
-                for member in found.members
-                if member.extension in captions.EXTENSIONS and member.length <= captions.BYTES_LIMIT
-            }
-
-
-def _content(stream: BinaryIO, member: tar_index.Member) -> bytes:
-    stream.seek(member.offset)
-    return stream.read(member.length)
 
 
 def shares_of(weights: Mapping[str, float]) -> dict[str, int]:

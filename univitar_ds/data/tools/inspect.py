@@ -35,6 +35,7 @@ class Stream:
     """For each complete step: the cost of its most expensive pack divided by the mean, minus 1."""
     bad: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
+    filtered: Counter[str] = field(default_factory=Counter)
     downscaled: int = 0
     longest_wait: int = 0
     samples_per_s: float = 0.0
@@ -69,6 +70,7 @@ class Stream:
             "downscaled": self.downscaled,
             "bad": dict(self.bad),
             "ignored": dict(self.ignored),
+            "filtered": dict(self.filtered),
             "longest_wait_packs": self.longest_wait,
             "samples_per_s": self.samples_per_s,
         }
@@ -168,6 +170,7 @@ def _count(stream: Stream, batch: PackedBatch) -> None:
     stream.packs.append(batch.grid_thw.prod(dim=1).tolist())
     stream.bad.update(batch.bad)
     stream.ignored.update(batch.ignored)
+    stream.filtered.update(batch.filtered)
     stream.downscaled += batch.downscaled
     cursor = batch.cursor.streams[batch.modality]
     # A sample that waited was in an earlier cursor.
@@ -215,6 +218,7 @@ def _table(stream: Mapping[str, Any]) -> list[str]:
     )
     lines.append(f"  made smaller   {stream['downscaled']} items")
     lines.append(f"  left out       {bad}")
+    lines += [f"  left out       {count} {rule}" for rule, count in sorted(stream["filtered"].items())]
     lines.append(f"  texts ignored  {ignored}")
     lines.append(f"  longest wait   {stream['longest_wait_packs']} packs")
     return lines

@@ -122,7 +122,7 @@ def check_shard(task: Task, report: Callable[[Event], None]) -> None:
     job: ShardCheck = task.job
     start: StartPosition = task.start
     storage = storage_for(job.shard.path, job.settings)
-    shard = replace(job.shard, storage=storage, watch=None)
+    shard = replace(job.shard, storage=storage, watch=None, where=None)  # samples that a condition leaves out, too
     if shard.sha256 is not None and not start.hashed:
         with storage.open(shard.path) as stream:
             state = hashlib.sha256()

@@ -31,6 +31,10 @@ BAD_OF_KIND = {f"bad_{kind.removeprefix('bad_')}": kind for kind in KINDS}
 """Kinds of bad samples, by the name of their count in a line."""
 IGNORED_OF_KIND = {f"ignored_{kind.removeprefix('bad_')}": kind for kind in IGNORED}
 """Kinds of texts that were ignored in samples that were used, by the name of their count in a line."""
+FILTERED = "filtered_samples"
+"""Name of the number of samples that conditions of sources left out."""
+COUNTS = (*BAD_OF_KIND, *IGNORED_OF_KIND, FILTERED)
+"""Names of the counts in a line that are sums since the run began, and are left out of a line if they are 0."""
 SQUARES = {part: f"grad_square_{part}" for part in GRADIENT_PARTS}
 """Names of the sums of squares of the gradient, by part of the model."""
 OVER_RANKS = {
@@ -40,7 +44,7 @@ OVER_RANKS = {
     "busiest_flops": "max",
     "downscaled": "sum",
     "bad_samples": "sum",
-    **dict.fromkeys((*BAD_OF_KIND, *IGNORED_OF_KIND), "sum"),
+    **dict.fromkeys(COUNTS, "sum"),
     "step_s": "max",
     "data_wait_s": "mean",
     "memory_gb": "max",
@@ -89,6 +93,7 @@ def local_metrics(
         "bad_samples": bad.total(),
         **{name: bad[kind] for name, kind in BAD_OF_KIND.items()},
         **{name: ignored[kind] for name, kind in IGNORED_OF_KIND.items()},
+        FILTERED: sum(sum(batch.filtered.values()) for batch in batches),
         "step_s": step_s,
         "data_wait_s": data_wait_s,
         "memory_gb": memory_gb(),
@@ -114,7 +119,7 @@ def part_norms(reduced: Mapping[str, float]) -> dict[str, float]:
 class Window:
     """Sums over the steps since the last line, and counts of bad samples over the whole run.
 
-    The keys of `bad` are names of BAD_OF_KIND and IGNORED_OF_KIND. A line has the means of losses and loss weights over
+    The keys of `bad` are names of COUNTS. A line has the means of losses and loss weights over
     the steps with this loss; `<name>_steps` counts these steps.
     """
 
@@ -136,7 +141,7 @@ class Window:
         for name, value in (reduced | counts | means).items():
             if name in SQUARES.values():
                 continue  # not summed: a line has the norms of its last step, see `part_norms`
-            if name in BAD_OF_KIND or name in IGNORED_OF_KIND:
+            if name in COUNTS:
                 if value:  # lines and checkpoints omit kinds that did not occur
                     self.bad[name] = self.bad.get(name, 0) + value
             elif name == "memory_gb":
@@ -205,7 +210,7 @@ class Window:
             "tokens_seen": progress.tokens,
             "downscaled_pct": 100 * sums["downscaled"] / max(sums["samples"], 1),
             "bad_samples": progress.bad_samples,
-            **{name: int(self.bad[name]) for name in (*BAD_OF_KIND, *IGNORED_OF_KIND) if name in self.bad},
+            **{name: int(self.bad[name]) for name in COUNTS if name in self.bad},
             "rollbacks": rollbacks,
             "memory_gb": sums["memory_gb"],
         }

@@ -13,9 +13,9 @@ from tests.support.shards import image, sidecar, write_tar
 from univitar_ds.cli.main import main
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.load import changed_result, check_config
+from univitar_ds.data.caption_texts import iterate_captions
 from univitar_ds.data.loader import eval_packs
 from univitar_ds.data.shards.captions import BYTES_LIMIT, IGNORED, MAX_CAPTIONS, Texts, read_texts
-from univitar_ds.data.shards.sources import iterate_captions
 from univitar_ds.data.tools.inspect import Stream
 from univitar_ds.data.tools.verify import verify
 from univitar_ds.errors import SampleError

@@ -7,9 +7,10 @@ import pytest
 
 from tests.support.shards import image, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.data.caption_texts import iterate_captions
 from univitar_ds.data.loader import eval_packs
 from univitar_ds.data.shards.class_names import named, read_class_names
-from univitar_ds.data.shards.sources import find_shards, fingerprint, iterate_captions
+from univitar_ds.data.shards.sources import find_shards, fingerprint
 from univitar_ds.data.storage.base import LOCAL
 from univitar_ds.data.tools.verify import verify
 from univitar_ds.errors import DataError, SampleError
