@@ -2,6 +2,7 @@
 
     python benchmarks/bench_loader.py SHARDS [--rounds 3] [--peer-python PYTHON] [--s3]
     python benchmarks/bench_loader.py SHARDS --before CHECKOUT --contenders ours bare
+    python benchmarks/bench_loader.py SHARDS --contenders ours --augment crop flip jitter hue grey
     python benchmarks/bench_loader.py SHARDS --curve 30 [--s3] [--sizes native_8k]
 
 SHARDS is a folder written by `univitar-ds data pack`, with at least four shards, so that all contenders can split the
@@ -12,8 +13,9 @@ start of all decoding processes to the first pack. Ratios are medians over the r
 installs psutil, `pip install -e '.[energon]'` installs energon for --contenders ours bare webdataset energon.
 --peer-python is the Python of another environment with these packages. --s3 adds a row for ours that reads the same
 shards from a store on this machine (moto), whose CPU time is not counted. --before adds rows of another checkout of
-this project, run by the .venv of that checkout. --curve MINUTES writes the memory of ours over time to
-results/bench_loader_pages.csv, with --s3 for shards in such a store.
+this project, run by the .venv of that checkout. --augment adds rows of ours with these augmentations, each alone.
+--curve MINUTES writes the memory of ours over time to results/bench_loader_pages.csv, with --s3 for shards in such a
+store.
 
 Memory is the proportional set size (a page shared by n processes counts 1/n in each) of the trainer's process and the
 decoding processes, shared slots included. `base_mb` is the memory of the process after importing the loader. If other
@@ -55,6 +57,14 @@ SIZES = {
     "small": (64, 256, 28, 16384, 220),
 }
 """(minimum tokens, maximum tokens, divisor in px, token budget, mean tokens of the photos)."""
+AUGMENT = {
+    "crop": {"crop_scale": [0.9, 1.0], "crop_ratio": [0.75, 1.33]},
+    "flip": {"flip": 0.5},
+    "jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4},
+    "hue": {"hue": 0.1},
+    "grey": {"grey": 1.0},
+}
+"""Settings of `stages.N.augment`."""
 
 
 _KERNEL_PAGES = 1 << 51
@@ -200,6 +210,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             local = Task(arguments.shards, None, arguments.workers, *SIZES[sizes])
             remote = Task(address, endpoint, arguments.workers, *SIZES[sizes])
             tasks = [(name, name, local) for name in arguments.contenders]
+            tasks += [(f"ours_{name}", "ours", replace(local, augment=AUGMENT[name])) for name in arguments.augment]
             tasks += [("ours_s3", "ours", remote)] if arguments.s3 else []
             if arguments.before:
                 tasks.insert(1, ("before", "ours", local))
@@ -277,6 +288,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--sizes", nargs="+", default=["native"], choices=SIZES)
     parser.add_argument("--contenders", nargs="+", default=["ours", "bare", "webdataset"], choices=CONTENDERS)
+    parser.add_argument("--augment", nargs="*", default=[], choices=AUGMENT)
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--s3", action="store_true")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT")

@@ -10,7 +10,7 @@ import io
 import json
 import random
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Task:
     mean_tokens: int
     lanes: int = 4
     """Number of this rank's lanes, of 4 lanes in all."""
+    augment: Mapping[str, Any] = field(default_factory=dict)
+    """`stages.N.augment` of ours."""
 
     @property
     def resolution(self) -> Resolution:
@@ -63,7 +65,9 @@ def ours(task: Task) -> Generator[int]:
     sizes = {"min_tokens": task.min_tokens, "max_tokens": task.max_tokens, "divisor_px": task.divisor_px}
     loader = PackLoader(
         DataConfig(sources=sources, workers=task.workers, s3=S3Config(endpoint_url=task.endpoint)),
-        StageConfig(name="native", samples=10**9, image=sizes, token_budget=task.budget, lr=1e-3),
+        StageConfig(
+            name="native", samples=10**9, image=sizes, token_budget=task.budget, lr=1e-3, augment=dict(task.augment)
+        ),
         LaneSet(range(task.lanes), 4, 0),
         modality_of=lambda step: "image",
         tokenizer=None,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tarfile
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from tests.support.runs import (
 )
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.config.stage import AugmentConfig
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.elastic import read_full
 from univitar_ds.model.config import PRESETS
@@ -51,11 +53,14 @@ def watched(run):
 
 
 def thinned_config(shards, output, **changes):
-    """The small run with patch dropout and stochastic depth in its second stage."""
+    """The small run with a condition on its samples; dropout, stochastic depth and augmentation in its second stage."""
     config = small_config(shards, output, **changes)
     first, second = config.stages
-    second = second.model_copy(update={"patch_dropout": 0.5, "stochastic_depth": 0.3})
-    return config.model_copy(update={"stages": [first, second]})
+    augment = AugmentConfig(crop_scale=(0.4, 1.0), crop_ratio=(0.8, 1.25), flip=0.5, brightness=0.4, hue=0.1, grey=0.2)
+    second = second.model_copy(update={"patch_dropout": 0.5, "stochastic_depth": 0.3, "augment": augment})
+    source = config.data.sources[0].model_copy(update={"where": "label != 'grey' or json.width > 60"})
+    data = config.data.model_copy(update={"sources": [source]})
+    return config.model_copy(update={"stages": [first, second], "data": data})
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +124,17 @@ def test_every_pack_of_a_stage_is_thinned_by_the_stages_rates_with_the_step_and_
         flops = line["tflops_per_rank"] * 2 * line["step_s"] * 1e12
         tokens = line["tokens_per_s"] * line["step_s"]
         assert flops < 0.7 * a * tokens if both else flops > a * tokens
+
+
+def test_samples_that_the_condition_leaves_out_are_counted_and_never_read(whole):
+    assert metrics(whole.run)[-1]["filtered_samples"] > 0
+    left_out, seen = set(), {key.rpartition("/")[2] for _, *keys in samples(whole.run).values() for key in keys}
+    for shard in whole.shards.glob("train-image-*.tar"):
+        with tarfile.open(shard) as tar:
+            texts = {name[:-5]: json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")}
+        left_out |= {key for key, text in texts.items() if text["label"] == "grey" and text["width"] <= 60}
+    assert left_out
+    assert not seen & left_out
 
 
 def test_the_summary_has_totals_losses_versions_and_checkpoints(whole):

@@ -135,6 +135,23 @@ def test_texts_that_were_ignored_have_counts_of_their_own_since_the_run_began():
     assert {name: written[name] for name in (*BAD_OF_KIND, *IGNORED_OF_KIND) if name in written} == {"ignored_label": 6}
 
 
+def test_samples_that_conditions_left_out_are_counted_and_are_not_bad():
+    packs = [
+        replace(batch((1, 2, 3)), filtered={"one rule": 2, "another": 5}),
+        replace(batch(), filtered={"one rule": 1}),
+    ]
+    got = local_metrics(packs, cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0)
+    assert (got["filtered_samples"], got["bad_samples"]) == (8, 0)
+    window = Window()
+    for _ in range(2):
+        window = window.next()
+        window.add(result(1.0), numbers(filtered_samples=8.0), "image", WEIGHTS)
+    assert line(window)["filtered_samples"] == 16
+    empty = Window()
+    empty.add(result(1.0), numbers(filtered_samples=0.0), "image", WEIGHTS)
+    assert "filtered_samples" not in line(empty)
+
+
 def test_flops_are_those_of_the_tokens_that_stay_and_fill_is_of_all():
     rule = DropConfig(patches=0.5, merge=2)
     packs = [batch((1, 2, 6), (1, 4, 4)), batch((2, 2, 2))]
