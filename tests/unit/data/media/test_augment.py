@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.ImageEnhance import Brightness, Color, Contrast
 
 from tests.support import media
 from univitar_ds.data.media.augment import Augment, Augmentation, Crop, recolour
@@ -156,6 +158,16 @@ def test_an_operation_is_its_formula(name, factor, frames):
     else:
         assert difference.max() <= 0.001, "rounded down"
         assert difference.min() > -1.001
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.35, 0.999, 1.0, 1.21, 1.9])
+def test_brightness_contrast_and_saturation_are_pillows_to_the_bit(factor):
+    """torchvision and timm call these for Pillow images."""
+    enhancers = {"brightness": Brightness, "contrast": Contrast, "saturation": Color}
+    for name, enhancer in enhancers.items():
+        after = pixels()
+        recolour(after, [(name, factor)])
+        assert (after[0] == np.asarray(enhancer(Image.fromarray(pixels()[0])).enhance(factor))).all()
 
 
 def test_operations_come_in_their_order_and_grey_last():
