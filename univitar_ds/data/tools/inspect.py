@@ -218,7 +218,7 @@ def _table(stream: Mapping[str, Any]) -> list[str]:
     )
     lines.append(f"  made smaller   {stream['downscaled']} items")
     lines.append(f"  left out       {bad}")
-    lines += [f"  left out       {count} {rule}" for rule, count in sorted(stream["filtered"].items())]
+    lines += [f"  filtered       {count} {rule}" for rule, count in sorted(stream["filtered"].items())]
     lines.append(f"  texts ignored  {ignored}")
     lines.append(f"  longest wait   {stream['longest_wait_packs']} packs")
     return lines

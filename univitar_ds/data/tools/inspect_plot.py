@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,8 @@ def _headline(stream: Stream) -> list[tuple[str, dict[str, str]]]:
     """Return the lines above the plots of a stream, each with its font."""
     figures = stream.to_json()
     fill, items = figures["fill_pct"]["mean"], figures["items_per_pack"]["mean"]
-    bad = ", ".join(f"{count} {kind}" for kind, count in sorted(stream.bad.items())) or "none"
+    left_out = stream.bad + Counter({"by where": stream.filtered.total()})  # the rules are too long for a line
+    bad = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items())) or "none"
     return [
         (f"Stage {stream.stage.name}, {stream.modality}s: the first {len(stream.packs)} packs", _BOLD),
         (

@@ -149,7 +149,7 @@ def test_inspect_counts_them_by_rule_and_verify_reads_them_all(folder):
     (stream,) = result.to_json()["streams"]
     rule = "by where of scored (height >= 60)"
     assert stream["filtered"].keys() == {rule}
-    assert f"  left out       {stream['filtered'][rule]} {rule}\n" in render(result)
+    assert f"  filtered       {stream['filtered'][rule]} {rule}\n" in render(result)
     report = verify(data.sources, progress=False)
     assert report["sound"]
     assert report["samples"] == COUNT
