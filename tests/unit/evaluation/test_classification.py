@@ -33,7 +33,10 @@ def measured(monkeypatch):
     def measure(packs, logits):
         rows = iter(logits)
         monkeypatch.setattr(classification, "class_logits", lambda *_: next(rows))
-        made = [Pack(sets=sets, labels=labels, bad=bad or {}) for sets, labels, bad in packs]
+        rule = {"by where of pets (width > 9)": 3}
+        made = [
+            Pack(sets=sets, labels=labels, bad=bad or {}, filtered=rule if bad else {}) for sets, labels, bad in packs
+        ]
         return measure_classes(MODEL, CLASSES, made, "image", progress=False)
 
     return measure
@@ -84,7 +87,7 @@ def test_unknown_labels_and_bad_samples_are_counted_and_not_scored(measured):
     assert [(one.measure, one.value, one.n) for one in figures] == [
         ("top-1", 1.0, 1), ("top-5", 1.0, 1), ("top-1, mean of classes", 1.0, 1),
     ]  # fmt: skip
-    said = "left out: 2 corrupt, 3 without a label that the run has learned; "
+    said = "left out: 3 by where of pets (width > 9), 2 corrupt, 3 without a label that the run has learned; "
     assert len(notes) == 1
     assert said in notes[0]
 
