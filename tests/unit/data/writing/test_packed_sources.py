@@ -11,7 +11,8 @@ from tests.support.packing import spoil
 from tests.support.runs import small_config
 from univitar_ds.config.load import changed_result
 from univitar_ds.config.unused import unused_parts
-from univitar_ds.data.shards.sources import find_shards, iterate_captions
+from univitar_ds.data.caption_texts import iterate_captions
+from univitar_ds.data.shards.sources import find_shards
 from univitar_ds.data.writing import packed_sources
 from univitar_ds.data.writing.packed_sources import with_packed_sources
 from univitar_ds.data.writing.writer import read_manifest
