@@ -185,9 +185,7 @@ def test_several_workers_write_the_same_shards_as_one(folder, tmp_path):
             """
         )
     )
-    bars = run_script(str(script), str(folder), str(tmp_path / "two"))
-    assert "examine: 100%" in bars
-    assert "write: 100%" in bars
+    run_script(str(script), str(folder), str(tmp_path / "two"))
     pack(folder, tmp_path / "one")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 

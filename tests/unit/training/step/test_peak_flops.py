@@ -3,10 +3,11 @@ import logging
 import pytest
 import torch
 
-from univitar_ds.config.schema import LoggingConfig
+from tests.support.runs import small_config
 from univitar_ds.evaluation.report import render_summary
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.logging.writers import MetricLog
+from univitar_ds.training.step.curriculum import Progress
 from univitar_ds.training.step.peak_flops import (
     MEASUREMENTS,
     SECONDS,
@@ -79,7 +80,7 @@ def test_the_mark_is_on_the_screen_in_the_metrics_and_in_the_report(tmp_path, ca
     numbers = ("loss", "lr", "grad_norm", "samples_per_s", "fill_pct", "data_wait_pct")
     line = {"step": 1, "stage": "a", "modality": "image", **dict.fromkeys(numbers, 1.0), "mfu_pct": 98.0}
     line |= {} if note is None else {"mfu_note": note}
-    log = MetricLog(tmp_path, LoggingConfig(tensorboard=False), step=0, samples=0, total_samples=1)
+    log = MetricLog(small_config(tmp_path, tmp_path), tmp_path, Progress())
     with caplog.at_level(logging.INFO):
         log.write(line)
     log.close()
