@@ -32,7 +32,7 @@ LAYERS = [
     {"training.logging"},
     {"training"},
     {"evaluation", "convert", "run", "inference", "python_api"},
-    {"planning"},
+    {"planning", "drafting"},
     {"evaluation", "convert", "run", "inference"},
     {"launch"},
     {"demo"},

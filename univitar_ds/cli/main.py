@@ -14,12 +14,14 @@ from univitar_ds.cli.config import add_config
 from univitar_ds.cli.convert import add_convert
 from univitar_ds.cli.data import add_data
 from univitar_ds.cli.inference import add_inference
+from univitar_ds.cli.init import add_init
 from univitar_ds.errors import ConfigError, UserError, storage_error
 from univitar_ds.import_path import drop_current_folder, protect_children
 from univitar_ds.screen import log_to_screen, lost, prepare_screen, show
 
 DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision transformer for images and video."
 EXAMPLES = """examples:
+  univitar-ds init PHOTOS > run.yaml                   a run file that fits your data and this machine
   univitar-ds config stages                            the keys of a section of the run file
   univitar-ds data pack PHOTOS data/photos             shards and a manifest from a folder of files
   univitar-ds data verify data/photos                  check every shard and sample, write a report
@@ -114,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher inserts --local_rank as the first argument; the environment has the same value.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_init(commands)
     _add_train(commands)
     add_config(commands)
     add_data(commands)

@@ -40,7 +40,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 def all_are_shards(config: RunConfig) -> bool:
     """Whether no source of the run has to be packed."""
-    return all(_format_to_pack(source) is None for source in (*config.data.sources, *config.evaluation.sources))
+    return all(format_to_pack(source) is None for source in (*config.data.sources, *config.evaluation.sources))
 
 
 def with_packed_sources(config: RunConfig, *, training: bool = True, pack: bool = True) -> RunConfig:
@@ -66,7 +66,7 @@ def _packed(sources: Sequence[SourceConfig], place: Path, key: str, pack: bool) 
     found = []
     for number, source in enumerate(sources):
         try:
-            form = _format_to_pack(source)
+            form = format_to_pack(source)
             if form is None and source.table is not None:
                 raise DataError(f"{source.path} is no table, so remove {key}.{number}.table")
             found.append(source if form is None else _pack(source, form, place, pack))
@@ -82,7 +82,7 @@ def _in_run_file(text: str, place: str) -> str:
     return text
 
 
-def _format_to_pack(source: SourceConfig) -> str | None:
+def format_to_pack(source: SourceConfig) -> str | None:
     """Returns the format of a source, None if the loader reads or refuses it itself."""
     path = place_of(source)
     if path.endswith((".tar", *COMPRESSED)) or not os.path.exists(path):

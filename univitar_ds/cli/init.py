@@ -1,0 +1,78 @@
+"""The command `univitar-ds init`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from univitar_ds.cli.common import add_command, add_storage, expand_place
+from univitar_ds.errors import DataError
+from univitar_ds.screen import show
+
+_log = logging.getLogger(__name__)
+_LOOK_GIVES_UP_S = 30.0
+"""Seconds after which a store that does not answer ends the look."""
+_DESCRIPTION = """Look at data and at this machine, and print a commented run file that trains on them.
+
+A SOURCE is what data.sources.N.path of a run file may be: a packed folder, tars (also at s3://), or a folder or table
+that `data pack` reads. The look is short: it lists files and reads the headers of some. Each chosen number in the run
+file has a comment with its reason.
+
+  univitar-ds init photos > run.yaml
+  univitar-ds train --config run.yaml --nproc 2"""
+
+
+def add_init(commands) -> None:
+    """Adds the command to `commands`."""
+    parser = add_command(
+        commands, "init", _init, "write a run file that fits your data and this machine", _DESCRIPTION, leaves_files=False
+    )
+    parser.add_argument(
+        "sources", nargs="+", type=expand_place, metavar="SOURCE", help="folder, table, JSON of COCO, or tars; also s3://"
+    )
+    parser.add_argument(
+        "--size", choices=("tiny", "0.3b", "0.6b", "1b"), help="encoder (default: by the data and the machine)"
+    )
+    parser.add_argument(
+        "--gpus", type=_count, metavar="N", help="number of GPUs of the run, 0 for the CPU (default: of this machine)"
+    )
+    parser.add_argument(
+        "--hours",
+        type=_hours,
+        metavar="H",
+        help="maximum length of the run (default: by the size of the data; on a CPU at most an hour)",
+    )
+    add_storage(parser)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 4096:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 4096")
+    return value
+
+
+def _hours(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 100,000 hours")
+    return value
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    from univitar_ds.data.storage.base import StorageSettings
+    from univitar_ds.data.tools.survey import survey
+    from univitar_ds.drafting.draft import draft, processes
+    from univitar_ds.drafting.machine import this_machine
+
+    twice = next((source for source in arguments.sources if arguments.sources.count(source) > 1), None)
+    if twice is not None:
+        raise DataError(f"{twice} is given twice; give each source once")
+    keys = {"endpoint_url": arguments.s3_endpoint, "profile": arguments.s3_profile, "region": arguments.s3_region}
+    s3 = {key: value for key, value in keys.items() if value is not None}
+    settings = StorageSettings(**s3, give_up_s=_LOOK_GIVES_UP_S)
+    surveys = [survey(source, settings) for source in arguments.sources]
+    machine = this_machine().with_gpus(arguments.gpus)
+    text = draft(surveys, machine, size=arguments.size, hours=arguments.hours, s3=s3)
+    show(text.removesuffix("\n"))
+    _log.info("saved as run.yaml, the run starts with: univitar-ds train --config run.yaml --nproc %d", processes(text))

@@ -1,0 +1,306 @@
+"""Looks at a source of a run: its form, and the numbers, kinds, sizes and texts of its samples.
+
+The look is short. Lists of files are read whole, as a run reads them, up to `LISTING_S`; of the media files, the headers
+of `MEDIA` samples are read by decoding processes; tars without a manifest are scanned in a few places, and the numbers
+of their samples are estimated.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.paths import written
+from univitar_ds.data.importing.recognise import FORMATS, read_source
+from univitar_ds.data.importing.rows import ReadOptions, Row
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, MediaSize
+from univitar_ds.data.shards import tar_index
+from univitar_ds.data.shards.captions import EXTENSIONS, Texts, read_texts
+from univitar_ds.data.shards.listing import place_of
+from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
+from univitar_ds.data.shards.samples import media_member, modality_of
+from univitar_ds.data.shards.sources import SourceShard, find_shards, spread
+from univitar_ds.data.storage.base import LOCAL, StorageSettings
+from univitar_ds.data.storage.streams import RangeReader
+from univitar_ds.data.writing.examine import Job, examine_all
+from univitar_ds.data.writing.packed_sources import format_to_pack
+from univitar_ds.errors import DataError, SampleError
+from univitar_ds.geometry import Modality
+from univitar_ds.screen import end_status, has_terminal, progress_bar, show_status
+
+_log = logging.getLogger(__name__)
+
+MEDIA, MEDIA_S, MEDIA_BYTES = 128, 20.0, 256 << 20
+"""Maximum number of media files whose headers are read, seconds for that, and bytes of the files together."""
+LISTING_S = 120.0
+"""Maximum number of seconds in which the files of a source are listed."""
+TEXTS = 20_000
+"""Maximum number of samples of a list of files whose texts count."""
+SHARDS, SHARD_TEXTS, SCANNED = 16, 512, 20_000
+"""Numbers of shards that are opened, of samples of each whose texts are read, and of samples that are scanned in all."""
+SCAN_BYTES = 128 << 20
+"""Maximum number of bytes that are fetched to scan the shards of a source."""
+TRAINING = ("train", "training")
+EVALUATION = ("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation")
+"""Names of splits, in the order in which they are preferred."""
+
+Counts = Mapping[str | None, Mapping[Modality, int]]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a source holds.
+
+    `path`: of the source; `title`: its form, for comments; `counts`: samples by split (None: it has no splits) and
+    modality, `exact` or estimated; `training`: the split to train on; `media`, `texts`: sizes and texts of some samples
+    of that split; `labels`: pairs of data set and label of those samples; `packed`: whether a run reads it as it is.
+    """
+
+    path: str
+    title: str
+    counts: Counts
+    exact: bool
+    training: str | None
+    media: tuple[MediaSize, ...]
+    texts: tuple[Texts, ...]
+    packed: bool
+    labels: frozenset[tuple[str | None, str]] = field(default=frozenset())
+
+    @property
+    def evaluation(self) -> str | None:
+        """The split to evaluate on, None without one."""
+        return next((name for name in EVALUATION if name in self.counts and name != self.training), None)
+
+    @property
+    def only_evaluation(self) -> bool:
+        """Whether the name of its only split is that of held-out data."""
+        return self.training in EVALUATION
+
+
+def survey(path: str, settings: StorageSettings = LOCAL) -> Survey:
+    """Looks at a source: a path or s3:// address of anything that `data.sources.N.path` may name.
+
+    Raises: DataError if a run could not read it, or listing its files takes too long; StorageError.
+    """
+    source = SourceConfig(path=written(path), split=None)
+    form = format_to_pack(source)
+    if form is None:
+        shards = find_shards([source], settings) if _may_be_shards(source) else []
+        if shards:
+            return _of_shards(path, source, shards, settings)
+    return _of_rows(path, FORMATS[form or "folder"].title)
+
+
+def training_split(counts: Counts) -> str | None:
+    """Returns the split to train on: `train`, else the first that has no name of held-out data, else the first."""
+    names = [name for name in counts if name is not None]
+    if not names:
+        return None
+    others = [name for name in names if name not in EVALUATION]
+    return next((name for name in TRAINING if name in names), others[0] if others else names[0])
+
+
+def _may_be_shards(source: SourceConfig) -> bool:
+    """Whether `find_shards` has the better error: for everything but a folder of files that is no data set."""
+    path = place_of(source)
+    return not os.path.isdir(path) or any(name.endswith(".tar") or name == MANIFEST for name in os.listdir(path))
+
+
+def _of_rows(path: str, title: str) -> Survey:
+    listing = _within(LISTING_S, path, lambda: read_source(path, ReadOptions()))
+    counts: dict[str | None, Counter[Modality]] = {}
+    for row in listing.rows:
+        counts.setdefault(row.split, Counter())[_kind_of(row)] += 1
+    split = training_split(counts)
+    rows = [row for row in listing.rows if row.split == split]
+    jobs = [Job(listing.root / row.file, row.kind, False, row.part) for row in _some(rows, MEDIA)]
+    texts = tuple(Texts(row.captions, row.label, row.set) for row in _some(rows, TEXTS))
+    labels = frozenset((row.set, row.label) for row in rows if row.label is not None)
+    return Survey(path, title, counts, True, split, _sizes(path, jobs), texts, packed=False, labels=labels)
+
+
+def _within(seconds: float, path: str, work: Callable[[], Any]) -> Any:
+    """Returns the result of `work`, and shows that the files of a source are listed.
+
+    Raises: what `work` raises; DataError after `seconds`. The thread ends with the program then.
+    """
+    done: list[Any] = []
+
+    def run() -> None:
+        try:
+            done.extend((work(), None))
+        except BaseException as error:  # raised again below
+            done.extend((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    start = time.monotonic()
+    thread.start()
+    try:
+        while thread.is_alive() and (passed := time.monotonic() - start) < seconds:
+            thread.join(0.2)
+            if has_terminal() and passed > 0.5:
+                show_status(f"{path}: listing its files, {passed:.0f} s")
+    finally:
+        end_status()
+    if not done:
+        raise DataError(
+            f"{path}: listing its files takes more than {seconds:.0f} s; pack it first (univitar-ds data pack {path} "
+            "OUT), and give OUT instead"
+        )
+    result, error = done
+    if error is not None:
+        raise error
+    return result
+
+
+def _kind_of(row: Row) -> Modality:
+    """The kind of a row, by the name of its file if the row has none."""
+    if row.kind is not None:
+        return "video" if row.kind == "video" else "image"
+    return "image" if row.file.rpartition(".")[2].lower() in IMAGE_EXTENSIONS else "video"
+
+
+def _some(items: Sequence[Any], most: int) -> list[Any]:
+    """Returns at most `most` of the items, evenly spaced."""
+    count = min(most, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _sizes(path: str, jobs: Sequence[Job]) -> tuple[MediaSize, ...]:
+    """Returns the sizes of the media files that can be read within the limits."""
+    left, small = MEDIA_BYTES, []
+    for job in jobs:
+        with suppress(OSError):
+            length = os.stat(job.path).st_size if job.part is None else job.part.length
+            if length <= left:
+                left, small = left - length, [*small, job]
+    found: list[MediaSize] = []
+    end = time.monotonic() + MEDIA_S
+    bar = progress_bar(desc=f"looking at {path}", unit="file", total=len(small))
+    with bar, closing(_examined(small)) as results:
+        for info in results:
+            bar.update()
+            if info.fault is None:
+                found.append(MediaSize(info.kind, info.height, info.width, info.frames, info.duration_s))
+            if time.monotonic() > end:
+                break
+    return tuple(found)
+
+
+def _examined(jobs: Sequence[Job]) -> Iterator[Any]:
+    if jobs:
+        for _, info in examine_all(jobs, 1):
+            yield info
+
+
+@dataclass
+class _Scan:
+    """What a scan of some shards has found; `covered`: bytes of the shards that were scanned."""
+
+    counts: Counter[Modality] = field(default_factory=Counter)
+    texts: list[Texts] = field(default_factory=list)
+    media: list[MediaSize] = field(default_factory=list)
+    covered: int = 0
+    whole: bool = True
+
+
+def _of_shards(
+    path: str, source: SourceConfig, shards: Sequence[SourceShard], settings: StorageSettings
+) -> Survey:
+    """Returns the survey of shards: with a manifest its counts, else numbers by the bytes that were scanned."""
+    packed = all(shard.modality is not None for shard in shards)
+    counts: dict[str | None, Counter[Modality]] = {}
+    if packed:
+        place = place_of(source)
+        manifest = read_manifest(place, shards[0].storage)
+        for entry in manifest["shards"]:
+            counts.setdefault(entry["split"], Counter())[entry["kind"]] += entry["samples"]
+        source = source.model_copy(update={"split": training_split(counts)})
+        shards = find_shards([source], settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        scan, jobs = _scanned(path, shards, Path(scratch), packed)
+        media = (*scan.media, *_sizes(path, jobs))
+    if not packed:
+        share = max(1.0, sum(shard.size for shard in shards) / max(scan.covered, 1))
+        counts = {None: Counter({kind: round(count * (1 if scan.whole else share)) for kind, count in scan.counts.items()})}
+    title = "a packed folder" if packed else "WebDataset tars"
+    labels = frozenset((one.set, one.label) for one in scan.texts if one.label is not None)
+    texts = tuple(scan.texts)
+    return Survey(path, title, counts, packed or scan.whole, source.split, media, texts, packed=True, labels=labels)
+
+
+def _scanned(path: str, shards: Sequence[SourceShard], scratch: Path, packed: bool) -> tuple[_Scan, list[Job]]:
+    """Scans a few shards. Media files whose sizes no metadata has are copied to `scratch`, to be examined."""
+    scan, jobs = _Scan(), []
+    chosen = [*_of_each_kind(shards)]
+    scan.whole = len(chosen) == len(shards)
+    end = time.monotonic() + MEDIA_S
+    share = {"samples": SCANNED // len(chosen), "bytes": SCAN_BYTES // len(chosen), "media": -(-MEDIA // len(chosen))}
+    with progress_bar(desc=f"scanning {path}", unit="shard", total=len(chosen)) as bar:
+        for shard in chosen:
+            ranges = RangeReader(shard.storage, shard.path, shard.size)
+            last = copied = 0
+            with ranges.buffered() as stream:
+                for number, group in enumerate(tar_index.scan(stream, shard.name, shard.size)):
+                    if not isinstance(group, tar_index.Group):
+                        continue
+                    if number >= share["samples"] or ranges.fetched > share["bytes"] or time.monotonic() > end:
+                        scan.whole = False
+                        break
+                    last = group.end
+                    kind = modality_of(group)
+                    if kind is None:
+                        continue
+                    scan.counts[kind] += 1
+                    texts = _texts_of(stream, shard, group, packed) if number < SHARD_TEXTS else None
+                    if texts is not None:
+                        scan.texts.append(texts)
+                    if texts is not None and texts.size is not None:
+                        scan.media.append(texts.size)
+                    elif copied < share["media"] and not packed:
+                        copied += 1
+                        jobs += _copied(stream, group, kind, scratch / f"{len(jobs)}")
+            scan.covered += last
+            bar.update()
+    return scan, jobs
+
+
+def _of_each_kind(shards: Sequence[SourceShard]) -> list[SourceShard]:
+    """Returns some evenly spaced shards of each modality."""
+    by_kind: dict[Modality | None, list[SourceShard]] = {}
+    for shard in shards:
+        by_kind.setdefault(shard.modality, []).append(shard)
+    return [shard for some in by_kind.values() for shard in spread(some, SHARDS // len(by_kind))]
+
+
+def _texts_of(stream: Any, shard: SourceShard, group: tar_index.Group, packed: bool) -> Texts | None:
+    """Returns the texts of a sample, None if it has none that can be used."""
+    contents = {}
+    for member in group.members:
+        if member.extension in EXTENSIONS and member.length <= tar_index.HEADER_TEXT_LIMIT:
+            stream.seek(member.offset)
+            contents[member.extension] = stream.read(member.length)
+    with suppress(SampleError):
+        return read_texts(contents, lines=shard.caption_lines, packed=packed)
+    return None
+
+
+def _copied(stream: Any, group: tar_index.Group, kind: Modality, file: Path) -> list[Job]:
+    """Copies the media file of a sample beside `file`. Returns the job that examines it; none for a large file."""
+    member = media_member(group, kind)
+    if member is None or member.link or member.length > MEDIA_BYTES // MEDIA * 8:
+        return []
+    file = file.with_suffix(f".{member.extension}")
+    stream.seek(member.offset)
+    file.write_bytes(stream.read(member.length))
+    return [Job(file, None, False)]

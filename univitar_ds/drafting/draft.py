@@ -1,0 +1,251 @@
+"""Writes the run file of `univitar-ds init`: a commented YAML, in which every chosen number has its reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from univitar_ds.config.load import check_config
+from univitar_ds.config.paths import written
+from univitar_ds.config.stage import ResolutionConfig
+from univitar_ds.data.tools.survey import Survey
+from univitar_ds.drafting.facts import Facts, facts_of
+from univitar_ds.drafting.lengths import Length, Stage, checkpoint_steps, length_of, stages_of, video_ratio
+from univitar_ds.drafting.machine import Machine
+from univitar_ds.drafting.sizes import Basis, basis_of, mean_of
+from univitar_ds.drafting.text import text_of
+from univitar_ds.planning.sizes import amount
+
+TEMPLATE = "a photo of a {}"
+"""Caption of a sample that has only a label."""
+_SOFTMAX_BELOW = 1024
+"""Pairs per step below which softmax converges faster than the sigmoid loss."""
+_PLAIN = re.compile(r"[A-Za-z0-9_./-]*[A-Za-z_/][A-Za-z0-9_./-]*")
+
+
+def draft(
+    surveys: Sequence[Survey],
+    machine: Machine,
+    *,
+    size: str | None = None,
+    hours: float | None = None,
+    s3: Mapping[str, str] | None = None,
+) -> str:
+    """Returns the text of a run file for sources that were looked at.
+
+    Args: size: encoder, None: by data and machine; hours: length of the run, None: by the data, on a CPU at most an
+        hour; s3: keys of `data.s3`.
+    Raises: DataError if there is too little to train on; ConfigError if the machine is too small for the encoder.
+    """
+    basis = basis_of(facts_of(surveys), machine, size)
+    length = length_of(basis, hours)
+    stages = stages_of(basis, length)
+    sections = [
+        _head(basis, length),
+        _model(basis),
+        _data(basis, s3 or {}),
+        _stages(basis, length, stages),
+        _objective(basis),
+        [f"checkpoint: {{every_steps: {checkpoint_steps(basis, length)}}}  # about five minutes, or a quarter of the run"],
+        _evaluation(basis),
+    ]
+    text = "".join(f"{line}\n" for lines in sections for line in lines)
+    check_config(yaml.safe_load(text), "the drafted run file")
+    return text
+
+
+def processes(text: str) -> int:
+    """Returns the number of processes for which a run file was drafted."""
+    found = re.search(r"--nproc (\d+)", text)
+    return int(found[1]) if found else 1
+
+
+def run_name(path: str) -> str:
+    """Returns a name for a run on a source: that of its folder, file or prefix."""
+    path = path.rstrip("/")
+    place = path if "://" in path else os.path.abspath(path)
+    last = place.rpartition("/")[2]
+    last = place.rpartition("/")[0].rpartition("/")[2] if "{" in last else last.rpartition(".")[0] or last
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("._-")[:60] or "run"
+
+
+def _quoted(text: str) -> str:
+    """Returns a text as YAML: plain where that is safe in a flow mapping, else in double quotes."""
+    plain = _PLAIN.fullmatch(text) and yaml.safe_load(text) == text
+    return text if plain else json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+def _head(basis: Basis, length: Length) -> Iterator[str]:
+    facts, machine = basis.facts, basis.machine
+    schema = Path(str(resources.files("univitar_ds"))) / "recipes" / "run.schema.json"
+    yield f"# yaml-language-server: $schema={schema}"
+    yield "# Drafted by univitar-ds init from a look at the data and the machine. Change what you know better:"
+    yield "# `univitar-ds config KEY` describes a key. Numbers are chosen here, none is published, unless marked."
+    for survey in facts.training:
+        yield f"# {json.dumps(survey.path)}: {_contents(survey)}"
+    gpus = f"{machine.gpus} GPUs of {amount(machine.gpu_memory)}" if basis.on_gpu else "no GPU"
+    assumed = " (assumed: this machine has fewer)" if machine.assumed else ""
+    yield f"# Machine: {machine.cores} cores, {amount(machine.memory)} of memory, {gpus}{assumed}."
+    yield f"# Save it as run.yaml, then: univitar-ds train --config run.yaml --nproc {basis.budget.processes}"
+    if not all(survey.packed for survey in facts.training):
+        yield "# The first start packs the files into `output`; --dry-run works after that, or after `univitar-ds data pack`."
+    yield f"name: {_quoted(run_name(facts.training[0].path))}  # the run's folder is runs/NAME; another name starts a new run"
+    reasons = {
+        "zero3_cpu": "fp32 on a CPU",
+        "zero2": "bf16; each GPU has room for all weights, so only optimizer and gradients are shared",
+        "zero3": "bf16; weights, gradients and optimizer are shared by the GPUs",
+        "zero3_offload": "bf16; the optimizer does not fit into the GPUs and is in host memory",
+    }
+    yield f"deepspeed: {basis.budget.deepspeed}  # {reasons[basis.budget.deepspeed]}"
+
+
+def _contents(survey: Survey) -> str:
+    """Returns a sentence on what a source holds."""
+    about = "" if survey.exact else "about "
+    parts = []
+    for split, kinds in survey.counts.items():
+        counted = ", ".join(f"{about}{count:,} {kind}{'s' if count != 1 else ''}" for kind, count in kinds.items() if count)
+        parts.append(f"{split}: {counted}" if split is not None else counted)
+    captions = sum(bool(texts.captions) for texts in survey.texts)
+    of = f"{captions} of {len(survey.texts)} seen have captions"
+    return f"{survey.title}; {'; '.join(parts)}; {of}" + (f"; {len(survey.labels)} labels" if survey.labels else "")
+
+
+def _model(basis: Basis) -> Iterator[str]:
+    count = f"{basis.encoder.parameter_count() / 1e6:.1f}M parameters"
+    if basis.given:
+        why = "as asked for (--size)"
+    elif not basis.on_gpu:
+        why = "larger ones (--size) need GPUs"
+    elif basis.small:
+        why = f"{basis.facts.samples:,} samples are few for a larger one from scratch; model.init_from starts from a trained one"
+    else:
+        why = f"for {basis.facts.samples:,} samples"
+    yield "model:"
+    yield f"  encoder: {_quoted(basis.size)}  # {count}; {why}"
+    if basis.small:
+        yield "  layer_scale_init: 1.0  # as in all recipes of tiny; 0.1 (published) is for deep encoders"
+    if basis.budget.checkpointing:
+        yield "  checkpoint_every: 1  # activations of a pack would not fit into memory; costs a second forward pass"
+    if not basis.small:
+        yield "  pool_heads: 16  # as the heads of the encoder"
+    if basis.classifies:
+        return
+    text = text_of(basis)
+    yield f"  embed_dim: {text.hidden_size}  # as wide as the text tower"
+    shape = f"hidden_size: {text.hidden_size}, layers: {text.layers}, heads: {text.heads}"
+    yield f"  # About {text.captions:,} different captions: a larger tower would learn them by heart."
+    yield f"  # context_length: 95 % of the captions have at most {text.longest} words."
+    yield f"  text: {{{shape}, intermediate_size: {text.intermediate_size}, context_length: {text.context_length},"
+    yield f"         vocab_size: {text.vocab_size}}}"
+
+
+def _data(basis: Basis, s3: Mapping[str, str]) -> Iterator[str]:
+    budget = basis.budget
+    yield "data:"
+    yield "  sources:"
+    for survey in basis.facts.training:
+        some = not basis.classifies and not basis.facts.has_captions(survey) and survey.labels
+        templates = f", templates: [{json.dumps(TEMPLATE)}]" if some else ""
+        comment = "  # samples with only a label get this caption" if some else ""
+        yield f"    - {{{_source(survey.path, survey.training)}{templates}}}{comment}"
+    packs = budget.lanes // budget.processes
+    each = "one for each process" if packs == 1 else f"{packs} for each process (one loss over all of them)"
+    others = ", ".join(str(n) for n in range(1, budget.lanes + 1) if budget.lanes % n == 0)
+    yield f"  lanes: {budget.lanes}  # packs of a step, {each}; {others} processes divide it"
+    cores = basis.machine.cores // budget.processes
+    yield f"  workers: {max(1, min(8, cores - 1))}  # decoding processes of each process, which has {cores} cores"
+    if s3:
+        yield f"  s3: {{{', '.join(f'{key}: {_quoted(value)}' for key, value in s3.items())}}}"
+
+
+def _source(path: str, split: str | None) -> str:
+    found = f"path: {_quoted(written(path))}"
+    return found if split is None else f"{found}, split: {_quoted(split)}"
+
+
+def _stages(basis: Basis, length: Length, stages: Sequence[Stage]) -> Iterator[str]:
+    yield f"# Length: {length.why}."
+    if basis.facts.count("video") and not basis.videos:
+        yield f"# Videos are left out: {basis.facts.count('video')} are too few for packs of their own."
+    yield "stages:"
+    for stage in stages:
+        yield f"  - name: {stage.name}  # {stage.why}"
+        share = f"{stage.samples / basis.facts.samples:.3g} epochs"
+        yield f"    samples: {stage.samples}  # {share}"
+        yield from (f"    {line}" for line in _resolutions(basis, stage))
+        yield f"    token_budget: {basis.budget.tokens}  # {_budget_reason(basis, stage)}"
+        yield f"    lr: {stage.lr:.1e}  # {'from scratch' if stage is stages[0] else 'lower from stage to stage'}; AdamW"
+        yield f"    warmup_samples: {stage.warmup}  # {100 * stage.warmup / stage.samples:.0f} % of the samples"
+        yield f"    final_lr_ratio: {stage.final_lr_ratio}  # cosine decay to this share of lr"
+        if basis.classifies and basis.small:
+            yield "    stochastic_depth: 0.1  # against overfitting, as in the recipe labels"
+
+
+def _resolutions(basis: Basis, stage: Stage) -> Iterator[str]:
+    facts = basis.facts
+    if stage.video_ratio < 1:
+        if stage.side is not None:
+            yield f"image: {{kind: fixed, size_px: {stage.side}}}  # {(stage.side // 14) ** 2} tokens an image"
+        else:
+            seen = facts.native_tokens("image", 0.5)
+            half = "no size could be read" if seen is None else f"half of the images have up to {seen:,.0f} tokens"
+            limit = "" if basis.image.max_tokens >= (facts.native_tokens("image", 0.95) or 0) else ", larger ones shrink"
+            yield f"image: {_rule(basis.image)}  # {half}{limit}; {mean_of(basis, 'image'):.0f} on average"
+    if stage.video_ratio > 0:
+        yield f"video: {_rule(basis.video)}  # over all frames; {mean_of(basis, 'video'):.0f} on average"
+        share = f"{facts.count('video'):,} videos, {facts.count('image'):,} images"
+        yield f"video_ratio: {stage.video_ratio:g}  # share of the steps; {share}"
+        yield f"video_frames: {basis.frames}  # spread over the video"
+    elif facts.count("video") and basis.videos and video_ratio(basis):
+        yield "video_ratio: 0.0  # images only in this stage"
+
+
+def _rule(rule: ResolutionConfig) -> str:
+    return f"{{min_tokens: {rule.min_tokens}, max_tokens: {rule.max_tokens}, divisor_px: {rule.divisor_px}}}"
+
+
+def _budget_reason(basis: Basis, stage: Stage) -> str:
+    unit = "items" if basis.classifies else "pairs"
+    mean = (stage.side // 14) ** 2 if stage.side is not None else basis.budget.mean
+    pairs = max(1, round(basis.budget.tokens / mean))
+    return f"about {pairs:,} {unit} a pack, so {pairs * basis.budget.lanes:,} a step; limits memory"
+
+
+def _objective(basis: Basis) -> Iterator[str]:
+    if basis.classifies:
+        yield "objective:"
+        yield f"  kind: classification  # there are labels and no captions: a linear head, {basis.facts.classes} classes were seen"
+        yield "  classification: {label_smoothing: 0.1, mixup: 0.8, cutmix: 1.0}  # as in the recipe labels"
+        yield "optimizer: {weight_decay: 0.05}  # as in the recipe labels"
+        return
+    few = basis.budget.pairs < _SOFTMAX_BELOW
+    kind = "softmax" if few else "sigmoid"
+    why = f"it converges faster with {basis.budget.pairs} pairs a step" if few else "the recipe's loss [published]"
+    yield f"objective: {{kind: {kind}, same_caption_positive: true}}  # {why}; equal captions are no negatives"
+
+
+def _evaluation(basis: Basis) -> Iterator[str]:
+    facts: Facts = basis.facts
+    kinds = [kind for kind, used in (("image", basis.images), ("video", basis.videos)) if used]
+    usable = [
+        (survey, split) for survey, split in facts.evaluation if any(survey.counts[split].get(kind) for kind in kinds)
+    ]
+    if not usable:
+        yield "# No split of held-out data was found. To measure the run, hold some out (in another folder, in the split"
+        yield '# "test" of a metadata.jsonl or table, in a folder test/ of class folders), and name it:'
+        yield "# evaluation: {sources: [{path: HELD_OUT, split: test}]}"
+        yield "evaluation: {sources: []}"
+        return
+    yield "evaluation:"
+    yield "  sources:  # held-out data, measured after training"
+    yield from (f"    - {{{_source(survey.path, split)}}}" for survey, split in usable)
+    if facts.classes and not basis.classifies:
+        yield f"  image_templates: [{json.dumps(TEMPLATE)}]  # zero-shot classification by the labels"
