@@ -24,11 +24,14 @@ file has a comment with its reason.
 
 def add_init(commands) -> None:
     """Adds the command to `commands`."""
-    parser = add_command(
-        commands, "init", _init, "write a run file that fits your data and this machine", _DESCRIPTION, leaves_files=False
-    )
+    summary = "write a run file that fits your data and this machine"
+    parser = add_command(commands, "init", _init, summary, _DESCRIPTION, leaves_files=False)
     parser.add_argument(
-        "sources", nargs="+", type=expand_place, metavar="SOURCE", help="folder, table, JSON of COCO, or tars; also s3://"
+        "sources",
+        nargs="+",
+        type=expand_place,
+        metavar="SOURCE",
+        help="folder, table, JSON of COCO, or tars; also s3://",
     )
     parser.add_argument(
         "--size", choices=("tiny", "0.3b", "0.6b", "1b"), help="encoder (default: by the data and the machine)"

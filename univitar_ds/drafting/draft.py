@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -27,6 +26,7 @@ TEMPLATE = "a photo of a {}"
 """Caption of a sample that has only a label."""
 _SOFTMAX_BELOW = 1024
 """Pairs per step below which softmax converges faster than the sigmoid loss."""
+_WIDTH = 120
 _PLAIN = re.compile(r"[A-Za-z0-9_./-]*[A-Za-z_/][A-Za-z0-9_./-]*")
 
 
@@ -53,10 +53,10 @@ def draft(
         _data(basis, s3 or {}),
         _stages(basis, length, stages),
         _objective(basis),
-        [f"checkpoint: {{every_steps: {checkpoint_steps(basis, length)}}}  # about five minutes, or a quarter of the run"],
+        [f"checkpoint: {{every_steps: {checkpoint_steps(basis, length)}}}  # five minutes, or a quarter of the run"],
         _evaluation(basis),
     ]
-    text = "".join(f"{line}\n" for lines in sections for line in lines)
+    text = "".join(f"{_fitted(line)}\n" for lines in sections for line in lines)
     check_config(yaml.safe_load(text), "the drafted run file")
     return text
 
@@ -70,7 +70,7 @@ def processes(text: str) -> int:
 def run_name(path: str) -> str:
     """Returns a name for a run on a source: that of its folder, file or prefix."""
     path = path.rstrip("/")
-    place = path if "://" in path else os.path.abspath(path)
+    place = path if "://" in path else os.path.abspath(path or "/")
     last = place.rpartition("/")[2]
     last = place.rpartition("/")[0].rpartition("/")[2] if "{" in last else last.rpartition(".")[0] or last
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("._-")[:60] or "run"
@@ -78,8 +78,17 @@ def run_name(path: str) -> str:
 
 def _quoted(text: str) -> str:
     """Returns a text as YAML: plain where that is safe in a flow mapping, else in double quotes."""
-    plain = _PLAIN.fullmatch(text) and yaml.safe_load(text) == text
-    return text if plain else json.dumps(text, ensure_ascii=not text.isprintable())
+    if _PLAIN.fullmatch(text) and yaml.safe_load(text) == text:
+        return text
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=1 << 30).strip()
+
+
+def _fitted(line: str) -> str:
+    """Returns a line whose comment is above it if both together are too long."""
+    key, mark, comment = line.rpartition("  # ")
+    if len(line) <= _WIDTH or not mark:
+        return line
+    return f"{' ' * (len(key) - len(key.lstrip()))}# {comment}\n{key}"
 
 
 def _head(basis: Basis, length: Length) -> Iterator[str]:
@@ -95,8 +104,8 @@ def _head(basis: Basis, length: Length) -> Iterator[str]:
     yield f"# Machine: {machine.cores} cores, {amount(machine.memory)} of memory, {gpus}{assumed}."
     yield f"# Save it as run.yaml, then: univitar-ds train --config run.yaml --nproc {basis.budget.processes}"
     if not all(survey.packed for survey in facts.training):
-        yield "# The first start packs the files into `output`; --dry-run works after that, or after `univitar-ds data pack`."
-    yield f"name: {_quoted(run_name(facts.training[0].path))}  # the run's folder is runs/NAME; another name starts a new run"
+        yield "# The first start packs the files into runs/; --dry-run works then, or after `univitar-ds data pack`."
+    yield f"name: {_quoted(run_name(facts.training[0].path))}  # its folder is runs/NAME; another name starts a new run"
     reasons = {
         "zero3_cpu": "fp32 on a CPU",
         "zero2": "bf16; each GPU has room for all weights, so only optimizer and gradients are shared",
@@ -111,7 +120,8 @@ def _contents(survey: Survey) -> str:
     about = "" if survey.exact else "about "
     parts = []
     for split, kinds in survey.counts.items():
-        counted = ", ".join(f"{about}{count:,} {kind}{'s' if count != 1 else ''}" for kind, count in kinds.items() if count)
+        numbers = {f"{kind}s" if count != 1 else kind: count for kind, count in kinds.items() if count}
+        counted = ", ".join(f"{about}{count:,} {kind}" for kind, count in numbers.items())
         parts.append(f"{split}: {counted}" if split is not None else counted)
     captions = sum(bool(texts.captions) for texts in survey.texts)
     of = f"{captions} of {len(survey.texts)} seen have captions"
@@ -125,7 +135,7 @@ def _model(basis: Basis) -> Iterator[str]:
     elif not basis.on_gpu:
         why = "larger ones (--size) need GPUs"
     elif basis.small:
-        why = f"{basis.facts.samples:,} samples are few for a larger one from scratch; model.init_from starts from a trained one"
+        why = f"{basis.facts.samples:,} samples are few for a larger one from scratch (model.init_from: a trained one)"
     else:
         why = f"for {basis.facts.samples:,} samples"
     yield "model:"
@@ -160,8 +170,9 @@ def _data(basis: Basis, s3: Mapping[str, str]) -> Iterator[str]:
     each = "one for each process" if packs == 1 else f"{packs} for each process (one loss over all of them)"
     others = ", ".join(str(n) for n in range(1, budget.lanes + 1) if budget.lanes % n == 0)
     yield f"  lanes: {budget.lanes}  # packs of a step, {each}; {others} processes divide it"
-    cores = basis.machine.cores // budget.processes
-    yield f"  workers: {max(1, min(8, cores - 1))}  # decoding processes of each process, which has {cores} cores"
+    cores = basis.machine.cores / budget.processes
+    workers = max(1, min(8, int(cores) - 1))
+    yield f"  workers: {workers}  # decoding processes of each process, for which there are {cores:.3g} cores"
     if s3:
         yield f"  s3: {{{', '.join(f'{key}: {_quoted(value)}' for key, value in s3.items())}}}"
 
@@ -182,7 +193,7 @@ def _stages(basis: Basis, length: Length, stages: Sequence[Stage]) -> Iterator[s
         yield f"    samples: {stage.samples}  # {share}"
         yield from (f"    {line}" for line in _resolutions(basis, stage))
         yield f"    token_budget: {basis.budget.tokens}  # {_budget_reason(basis, stage)}"
-        yield f"    lr: {stage.lr:.1e}  # {'from scratch' if stage is stages[0] else 'lower from stage to stage'}; AdamW"
+        yield f"    lr: {stage.lr:.1e}  # {'AdamW from scratch' if stage is stages[0] else 'lower from stage to stage'}"
         yield f"    warmup_samples: {stage.warmup}  # {100 * stage.warmup / stage.samples:.0f} % of the samples"
         yield f"    final_lr_ratio: {stage.final_lr_ratio}  # cosine decay to this share of lr"
         if basis.classifies and basis.small:
@@ -197,8 +208,10 @@ def _resolutions(basis: Basis, stage: Stage) -> Iterator[str]:
         else:
             seen = facts.native_tokens("image", 0.5)
             half = "no size could be read" if seen is None else f"half of the images have up to {seen:,.0f} tokens"
-            limit = "" if basis.image.max_tokens >= (facts.native_tokens("image", 0.95) or 0) else ", larger ones shrink"
-            yield f"image: {_rule(basis.image)}  # {half}{limit}; {mean_of(basis, 'image'):.0f} on average"
+            large = (facts.native_tokens("image", 0.95) or 0) > basis.image.max_tokens
+            where = "a GPU" if basis.on_gpu else "a CPU"
+            limit = f", and more than {basis.image.max_tokens} would be slow on {where}" if large else ""
+            yield f"image: {_rule(basis.image)}  # {half}{limit}; on average {mean_of(basis, 'image'):.0f} here"
     if stage.video_ratio > 0:
         yield f"video: {_rule(basis.video)}  # over all frames; {mean_of(basis, 'video'):.0f} on average"
         share = f"{facts.count('video'):,} videos, {facts.count('image'):,} images"
@@ -216,13 +229,15 @@ def _budget_reason(basis: Basis, stage: Stage) -> str:
     unit = "items" if basis.classifies else "pairs"
     mean = (stage.side // 14) ** 2 if stage.side is not None else basis.budget.mean
     pairs = max(1, round(basis.budget.tokens / mean))
-    return f"about {pairs:,} {unit} a pack, so {pairs * basis.budget.lanes:,} a step; limits memory"
+    count = basis.facts.count(basis.modality)
+    few = f", of {count:,}: an epoch has several steps" if pairs * basis.budget.lanes * 8 > count else ""
+    return f"about {pairs:,} {unit} a pack, so {pairs * basis.budget.lanes:,} a step{few}"
 
 
 def _objective(basis: Basis) -> Iterator[str]:
     if basis.classifies:
         yield "objective:"
-        yield f"  kind: classification  # there are labels and no captions: a linear head, {basis.facts.classes} classes were seen"
+        yield f"  kind: classification  # labels and no captions: a linear head; {basis.facts.classes} classes seen"
         yield "  classification: {label_smoothing: 0.1, mixup: 0.8, cutmix: 1.0}  # as in the recipe labels"
         yield "optimizer: {weight_decay: 0.05}  # as in the recipe labels"
         return
@@ -239,8 +254,8 @@ def _evaluation(basis: Basis) -> Iterator[str]:
         (survey, split) for survey, split in facts.evaluation if any(survey.counts[split].get(kind) for kind in kinds)
     ]
     if not usable:
-        yield "# No split of held-out data was found. To measure the run, hold some out (in another folder, in the split"
-        yield '# "test" of a metadata.jsonl or table, in a folder test/ of class folders), and name it:'
+        yield "# No split of held-out data was found. To measure the run, hold some data out (in another folder, in the"
+        yield '# split "test" of a metadata.jsonl or table, in a folder test/ of class folders), and name them:'
         yield "# evaluation: {sources: [{path: HELD_OUT, split: test}]}"
         yield "evaluation: {sources: []}"
         return

@@ -113,7 +113,7 @@ def facts_of(surveys: Sequence[Survey]) -> Facts:
         raise DataError(f"{named}: {facts.samples} samples to train on, at least {FEWEST} are needed; add some")
     if not any(survey.texts for survey in training):
         raise DataError(
-            f"{named}: no sample that was looked at has a caption or a label; `univitar-ds data verify` lists the faults"
+            f"{named}: no sample that was looked at has a caption or a label; `univitar-ds data verify` lists faults"
         )
     if not facts.captions and facts.classes < 2:
         raise DataError(

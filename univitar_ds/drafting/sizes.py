@@ -113,8 +113,8 @@ def basis_of(facts: Facts, machine: Machine, size: str | None) -> Basis:
 
 
 def processes_of(basis: Basis) -> int:
-    """Returns the number of processes: one for a GPU; on a CPU two, or more for many cores; never more than a quarter of
-    the samples."""
+    """Returns the number of processes: one for a GPU; on a CPU two, or more for many cores; at most a quarter of the
+    samples."""
     cores = basis.machine.cores
     wanted = basis.machine.gpus or (min(2, cores) if cores < 16 else min(cores // 8, 8))
     return max(1, min(wanted, basis.facts.samples // _STEPS_PER_EPOCH))
@@ -177,10 +177,8 @@ def budget_of(basis: Basis) -> Budget:
     processes, mean = processes_of(basis), mean_of(basis, basis.modality)
     least = largest_item(basis)
     most_pairs = max(1, basis.facts.count(basis.modality) // _STEPS_PER_EPOCH)
-    if basis.on_gpu:
-        wanted = float(16_384 if basis.small else 32_768)
-    else:
-        wanted = _CAPTIONED_PAIRS / processes * mean
+    on_gpu = 16_384.0 if basis.small else 32_768.0
+    wanted = on_gpu if basis.on_gpu else _CAPTIONED_PAIRS / processes * mean
     wanted = max(least, min(wanted, most_pairs / processes * mean))
     deepspeed, free = _states(basis, processes)
     per_token = _activation_bytes(basis)

@@ -1,8 +1,8 @@
 """Looks at a source of a run: its form, and the numbers, kinds, sizes and texts of its samples.
 
-The look is short. Lists of files are read whole, as a run reads them, up to `LISTING_S`; of the media files, the headers
-of `MEDIA` samples are read by decoding processes; tars without a manifest are scanned in a few places, and the numbers
-of their samples are estimated.
+The look is short. Lists of files are read whole, as a run reads them, up to `LISTING_S`; of the media files, the
+headers of `MEDIA` samples are read by decoding processes; tars without a manifest are scanned in a few places, and the
+numbers of their samples are estimated.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LISTING_S = 120.0
 TEXTS = 20_000
 """Maximum number of samples of a list of files whose texts count."""
 SHARDS, SHARD_TEXTS, SCANNED = 16, 512, 20_000
-"""Numbers of shards that are opened, of samples of each whose texts are read, and of samples that are scanned in all."""
+"""Numbers of shards that are opened, of samples of each whose texts are read, and of samples that are scanned."""
 SCAN_BYTES = 128 << 20
 """Maximum number of bytes that are fetched to scan the shards of a source."""
 TRAINING = ("train", "training")
@@ -214,9 +214,7 @@ class _Scan:
     whole: bool = True
 
 
-def _of_shards(
-    path: str, source: SourceConfig, shards: Sequence[SourceShard], settings: StorageSettings
-) -> Survey:
+def _of_shards(path: str, source: SourceConfig, shards: Sequence[SourceShard], settings: StorageSettings) -> Survey:
     """Returns the survey of shards: with a manifest its counts, else numbers by the bytes that were scanned."""
     packed = all(shard.modality is not None for shard in shards)
     counts: dict[str | None, Counter[Modality]] = {}
@@ -232,7 +230,8 @@ def _of_shards(
         media = (*scan.media, *_sizes(path, jobs))
     if not packed:
         share = max(1.0, sum(shard.size for shard in shards) / max(scan.covered, 1))
-        counts = {None: Counter({kind: round(count * (1 if scan.whole else share)) for kind, count in scan.counts.items()})}
+        share = 1.0 if scan.whole else share
+        counts = {None: Counter({kind: round(count * share) for kind, count in scan.counts.items()})}
     title = "a packed folder" if packed else "WebDataset tars"
     labels = frozenset((one.set, one.label) for one in scan.texts if one.label is not None)
     texts = tuple(scan.texts)

@@ -1,0 +1,223 @@
+"""A drafted run file: it loads strictly, and its numbers fit the data and the machine."""
+
+import pytest
+
+from tests.unit.drafting import made
+from tests.unit.drafting.made import CPU, NODE, loaded, survey
+from univitar_ds.config.deepspeed import read_deepspeed
+from univitar_ds.config.load import load_config
+from univitar_ds.config.unused import unused_parts
+from univitar_ds.drafting.draft import draft, processes, run_name
+from univitar_ds.drafting.machine import ASSUMED_GPU_BYTES, Machine
+from univitar_ds.errors import ConfigError, DataError
+from univitar_ds.model.config import encoder_config
+from univitar_ds.planning.batch import pairs_per_step
+
+CASES = [
+    ([survey(5)], CPU),
+    ([survey(300)], CPU),
+    ([survey(300, 40)], CPU),
+    ([survey(0, 60)], CPU),
+    ([survey(300, label="class")], CPU),
+    ([survey(50_000, 4_000)], CPU),
+    ([survey(300)], NODE),
+    ([survey(20, side=32)], NODE),
+    ([survey(5_000_000, 300_000, side=700)], NODE),
+    ([survey(3_000_000, label="class")], NODE),
+    ([survey(200_000_000, side=1000)], NODE),
+    ([survey(300), survey(900, path="data/there", label="class")], CPU),
+]
+
+
+@pytest.mark.parametrize(("surveys", "machine"), CASES)
+def test_the_numbers_fit_data_and_machine(surveys, machine):
+    text = draft(surveys, machine)
+    config = loaded(text)
+    total = sum(sum(one.counts["train"].values()) for one in surveys)
+    ranks = processes(text)
+    assert config.data.lanes % ranks == 0
+    assert ranks <= max(machine.gpus, machine.cores)
+    assert config.data.lanes <= total
+    assert unused_parts(config) == []
+    assert read_deepspeed(config.deepspeed)
+    for stage in config.stages:
+        assert 0 <= stage.warmup_samples < stage.samples
+        least, most, _ = pairs_per_step(stage, config.data.lanes, encoder_config(config.model))
+        assert least <= max(total // 4, config.data.lanes), "a step has more of the data than a quarter"
+        assert most >= 1
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_the_file_says_its_reasons_and_names_the_schema():
+    lines = draft([survey(300, 40)], CPU).splitlines()
+    assert lines[0].startswith("# yaml-language-server: $schema=")
+    with open(lines[0].partition("=")[2], encoding="utf-8") as schema:
+        assert '"properties"' in schema.read(10_000)
+    for number, line in enumerate(lines):
+        key = line.strip(" -").partition(":")[0]
+        if key in ("samples", "token_budget", "lr", "warmup_samples", "lanes", "workers", "every_steps", "video_ratio"):
+            assert "  # " in line or lines[number - 1].strip().startswith("#"), line
+
+
+@pytest.mark.parametrize(("count", "names"), [(300, ["native"]), (50_000, ["fixed", "native"])])
+def test_large_data_get_a_curriculum(count, names):
+    config = loaded(draft([survey(count)], CPU, hours=1000))
+    assert [stage.name for stage in config.stages] == names
+    assert [stage.image.kind for stage in config.stages] == ["fixed", "native"][-len(names) :]
+
+
+def test_videos_come_last_in_a_curriculum_and_in_the_only_stage_of_small_data():
+    stages = loaded(draft([survey(900_000, 90_000)], NODE)).stages
+    assert [stage.video_ratio > 0 for stage in stages] == [False, False, True]
+    (stage,) = loaded(draft([survey(300, 40)], CPU)).stages
+    assert 0 < stage.video_ratio < 1
+    assert loaded(draft([survey(300)], CPU)).stages[0].video_ratio == 0
+    assert loaded(draft([survey(0, 40)], CPU)).stages[0].video_ratio == 1
+
+
+def test_few_videos_are_left_out_and_said_to_be():
+    text = draft([survey(300, 3)], CPU)
+    assert loaded(text).stages[0].video_ratio == 0
+    assert "Videos are left out: 3" in text
+
+
+def test_labels_alone_are_classified_and_labels_beside_captions_get_a_template():
+    alone = loaded(draft([survey(300, label="class")], CPU))
+    assert alone.objective.kind == "classification"
+    mixed = loaded(draft([survey(300), survey(300, path="b", label="class")], CPU))
+    assert mixed.objective.kind == "softmax"
+    assert [source.templates for source in mixed.data.sources] == [[], ["a photo of a {}"]]
+
+
+def test_the_encoder_grows_with_data_and_machine_or_is_that_asked_for():
+    assert loaded(draft([survey(300)], NODE)).model.encoder == "tiny"
+    assert loaded(draft([survey(5_000_000)], CPU)).model.encoder == "tiny"
+    assert loaded(draft([survey(5_000_000)], NODE)).model.encoder == "0.3b"
+    assert loaded(draft([survey(300)], NODE, size="0.6b")).model.encoder == "0.6b"
+
+
+def test_an_encoder_that_does_not_fit_is_refused_with_the_memory():
+    with pytest.raises(ConfigError, match=r"encoder 1b: .* 16 GB .*smaller --size"):
+        draft([survey(300)], CPU, size="1b")
+
+
+def test_large_states_are_shared_and_then_offloaded():
+    small = Machine(cores=64, memory=512e9, gpus=8, gpu_memory=12e9)
+    one = Machine(cores=8, memory=128e9, gpus=1, gpu_memory=24e9)
+    assert loaded(draft([survey(300)], NODE)).deepspeed == "zero2"
+    assert loaded(draft([survey(300)], small, size="1b")).deepspeed == "zero3"
+    assert loaded(draft([survey(300)], one, size="1b")).deepspeed == "zero3_offload"
+
+
+def test_activations_that_do_not_fit_are_recomputed():
+    assert loaded(draft([survey(5_000_000, side=700)], NODE)).model.checkpoint_every == 0
+    small = Machine(cores=64, memory=512e9, gpus=8, gpu_memory=24e9)
+    assert loaded(draft([survey(5_000_000, side=700)], small)).model.checkpoint_every == 1
+
+
+def test_hours_limit_the_samples():
+    short, long = (loaded(draft([survey(50_000)], CPU, hours=hours)) for hours in (0.5, 5.0))
+    totals = [sum(stage.samples for stage in config.stages) for config in (short, long)]
+    assert totals[1] == pytest.approx(10 * totals[0], rel=0.01)
+    assert "0.5 h (--hours)" in draft([survey(50_000)], CPU, hours=0.5)
+
+
+def test_small_images_are_not_enlarged_to_the_published_minimum():
+    (stage,) = loaded(draft([survey(3_000, side=224)], NODE, size="0.3b")).stages
+    assert stage.image.max_tokens == 256
+    assert loaded(draft([survey(3_000, side=1400)], NODE, size="0.3b")).stages[0].image.max_tokens == 5832
+
+
+@pytest.mark.parametrize(
+    ("splits", "train", "evaluated"),
+    [
+        (["test", "train", "val"], "train", "test"),
+        (["train", "val"], "train", "val"),
+        (["training", "testing"], "training", "testing"),
+        (["fold1", "val"], "fold1", "val"),
+    ],
+)
+def test_a_held_out_split_is_evaluated(splits, train, evaluated):
+    found = survey(counts={name: {"image": 300} for name in splits}, training=train, images=300)
+    config = loaded(draft([found], CPU))
+    assert [source.split for source in config.data.sources] == [train]
+    assert [source.split for source in config.evaluation.sources] == [evaluated]
+
+
+def test_without_a_split_there_is_no_evaluation_and_a_comment_says_how():
+    text = draft([survey(300)], CPU)
+    assert loaded(text).evaluation.sources == []
+    assert "# evaluation: {sources: [{path: HELD_OUT" in text
+
+
+def test_a_source_of_held_out_data_is_evaluated_beside_one_to_train_on():
+    val = survey(path="captions_val.json", counts={"val": {"image": 40}}, training="val", images=40)
+    config = loaded(draft([survey(300), val], CPU))
+    assert [source.path for source in config.data.sources] == ["data/here"]
+    assert [(source.path, source.split) for source in config.evaluation.sources] == [("captions_val.json", "val")]
+    assert loaded(draft([val], CPU)).data.sources[0].split == "val"
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (survey(3), "3 samples to train on, at least 4"),
+        (survey(300, texts=()), "has a caption or a label"),
+        (survey(300, label="x", labels=frozenset([(None, "x")])), "labels of at least two classes"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_are_refused(found, message):
+    with pytest.raises(DataError, match=f"data/here: .*{message}"):
+        draft([found], CPU)
+
+
+@pytest.mark.parametrize("path", ["a b: c", "x # y", "$HOME", "né", "a\nb", "{0..3}.tar", "é'\"", "yes", "123"])
+def test_any_path_survives(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/elsewhere")
+    config = loaded(draft([survey(300, path=path)], CPU))
+    assert config.data.sources[0].path == path
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data/photos", "photos"),
+        ("s3://bucket/some/{000..127}.tar", "some"),
+        ("x/captions_train2017.json", "captions_train2017"),
+        ("/", "run"),
+        ("../a b/", "a-b"),
+    ],
+)
+def test_a_run_has_the_name_of_its_source(path, name):
+    assert run_name(path) == name
+
+
+def test_settings_of_a_store_are_kept():
+    url = "http://127.0.0.1:9000"
+    config = loaded(draft([survey(300, path="s3://b/x")], CPU, s3={"endpoint_url": url}))
+    assert config.data.s3.endpoint_url == url
+
+
+def test_gpus_that_are_asked_for_are_assumed():
+    assert CPU.with_gpus(4) == Machine(2, 16e9, 4, ASSUMED_GPU_BYTES, assumed=True)
+    assert NODE.with_gpus(2) == Machine(64, 512e9, 2, 80e9)
+    assert NODE.with_gpus(None) == NODE
+    assert processes(draft([survey(300)], NODE.with_gpus(0))) == 8
+
+
+@pytest.mark.parametrize("name", made.SOURCES)
+def test_a_source_of_each_form_gets_a_file_that_loads(name, tmp_path, capsys, monkeypatch):
+    from univitar_ds.cli.main import main
+
+    source = made.SOURCES[name](tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", str(source), "--gpus", "0"]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    config = load_config("run.yaml")
+    (stage,) = config.stages
+    assert config.data.sources[0].path == str(source)
+    assert (stage.video_ratio > 0) == (name == "tars")
+    assert (config.objective.kind == "classification") == (name == "classes")
+    assert len(config.evaluation.sources) == (name in ("classes", "table"))
+    assert config.data.lanes in (1, 2)
+    assert stage.samples >= 24
