@@ -16,4 +16,4 @@ Sub-packages, from the lowest layer: `storage` and `media`, `shards` and `decodi
 `writing`, `tools`.
 """
 
-__all__ = ["batch", "caption_texts", "collate", "labels", "loader"]
+__all__ = ["batch", "caption_texts", "collate", "labels", "loader", "usable_texts"]

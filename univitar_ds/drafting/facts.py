@@ -91,8 +91,11 @@ class Facts:
 
     @property
     def classes(self) -> int:
-        """Number of labels that were seen, of each data set by itself."""
-        return len({label for survey in self.training for label in survey.labels})
+        """Number of labels that were seen, in data sets with at least two."""
+        found: dict[str | None, set[str]] = {}
+        for name, label in (pair for survey in self.training for pair in survey.labels):
+            found.setdefault(name, set()).add(label)
+        return sum(len(labels) for labels in found.values() if len(labels) > 1)
 
 
 def facts_of(surveys: Sequence[Survey]) -> Facts:

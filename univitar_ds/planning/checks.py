@@ -160,6 +160,7 @@ def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShar
     from univitar_ds.data.shards.contents import check_contents
     from univitar_ds.data.shards.sources import find_shards, validate_sources
     from univitar_ds.data.storage.base import StorageSettings
+    from univitar_ds.data.usable_texts import check_texts
 
     startup.phase("reading the sources")
     settings = StorageSettings.of(config.data)
@@ -174,7 +175,9 @@ def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShar
     shards = faults.of(validate_sources, config.data.sources, config.stages, settings)
     evaluation = faults.of(find_evaluation)
     faults.raise_all()
-    check_contents(config, shards or [], evaluation or [])
+    faults.of(check_contents, config, shards or [], evaluation or [])
+    faults.of(check_texts, config, shards or [])
+    faults.raise_all()
     return shards or [], evaluation or []
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.shards import tar_index
+from univitar_ds.data.shards.listing import INIT_HINT
 from univitar_ds.data.shards.samples import modality_of
 from univitar_ds.data.shards.sources import (
     SourceShard,
@@ -132,7 +133,7 @@ def faults_of_stages(shards: Sequence[SourceShard], stages: Sequence[StageConfig
         if found.whole:
             faults.append(
                 f"stage {stage.name} needs {modality} samples, but its sources hold none ({found.sentence()}, all of "
-                f"them scanned); add a source with {modality}s or set the stage's video_ratio to {ratio}"
+                f"them scanned); add a source with {modality}s or set the stage's video_ratio to {ratio}; {INIT_HINT}"
             )
         else:
             _log.warning(

@@ -27,6 +27,7 @@ _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 _MAX_SHARDS = 1_000_000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
 _DECOMPRESS = "samples are read from the middle of shards: decompress first"
+INIT_HINT = "`univitar-ds init SOURCE` prints a run file that fits the data"
 PACK_HINT = "pack the folder first: univitar-ds data pack FOLDER OUT"
 
 
@@ -183,7 +184,8 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
     if not rows:
         present = sorted({row["split"] for row in manifest["shards"]})
         raise DataError(
-            f"source {source.path}: has no split {source.split!r}; it has {', '.join(present) or 'no shard at all'}"
+            f"source {source.path}: has no split {source.split!r}; it has {', '.join(present) or 'no shard at all'}; "
+            f"name one of these, or remove the source; {INIT_HINT}"
         )
     shards = []
     for row in rows:

@@ -12,7 +12,7 @@ from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.shards.class_names import read_class_names, shared_names
 from univitar_ds.data.shards.line_watch import LineWatch
-from univitar_ds.data.shards.listing import PACK_HINT, Shard, list_shards, place_of, warn_once
+from univitar_ds.data.shards.listing import INIT_HINT, PACK_HINT, Shard, list_shards, place_of, warn_once
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import LOCAL, S3, StorageSettings
 from univitar_ds.data.storage.parallel import at_once
@@ -189,7 +189,7 @@ def _lacking(
     present = sorted({shard.modality for shard in shards if shard.modality})
     return DataError(
         f"stage {stage.name} needs {modality} samples, but the sources ({', '.join(s.path for s in sources)}) hold "
-        f"only {' and '.join(present)} samples; add a source with {modality} samples or {remedy}"
+        f"only {' and '.join(present)} samples; add a source with {modality} samples or {remedy}; {INIT_HINT}"
     )
 
 

@@ -1,0 +1,35 @@
+"""A run file that `univitar-ds init` prints trains at once, on each form of source."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from tests.support.paths import ROOT
+from tests.support.progress import run_watched
+from tests.unit.drafting import made
+
+SHORT = ("stages.0.samples=24", "stages.0.warmup_samples=4", "data.workers=0", "logging.tensorboard=false")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", made.SOURCES)
+def test_a_drafted_run_trains(form, tmp_path):
+    made.SOURCES[form](tmp_path / "here")
+    source = {"table": "here/t.csv", "coco": "here/annotations/captions_val2017.json"}.get(form, "here")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "univitar_ds"]
+    drafted = run_watched([*program, "init", source], check=True, cwd=tmp_path, env=environment)
+    (tmp_path / "run.yaml").write_text(drafted.stdout)
+    command = [*program, "train", "--config", "run.yaml", "--nproc", "1", *SHORT]
+    run_watched(command, check=True, cwd=tmp_path, env=environment)
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "packed-sources")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["samples"] >= 24
+    assert (run / "evaluation.json").exists() == (form in ("classes", "table"))
+    if form == "tars":
+        plan = run_watched(
+            [*program, "train", "--config", "run.yaml", "--dry-run", "name=other"], cwd=tmp_path, check=True
+        )
+        assert "1 process, ZeRO-3" in plan.stdout

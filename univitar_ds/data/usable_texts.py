@@ -1,0 +1,72 @@
+"""Checks before the first step that each source of a run has texts that its objective can use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.data.shards import captions
+from univitar_ds.data.shards.listing import INIT_HINT
+from univitar_ds.data.shards.sources import SourceShard, spread, texts_of
+from univitar_ds.data.storage.streams import RangeReader
+from univitar_ds.errors import DataError, SampleError
+
+SHARDS, BYTES = 64, 256 << 20
+"""Maximum numbers of shards of a source, and of bytes in them, in which a text is looked for; the first sample of a
+source usually has one."""
+_CAPTIONS = 'if it has labels, set templates: ["a photo of a {}"] in the source, or objective.kind=classification'
+_LABELS = "leave the source out, or give its samples labels (in .json or .cls)"
+
+
+def check_texts(config: RunConfig, shards: Sequence[SourceShard]) -> None:
+    """Checks the shards of training. Raises: DataError with all sources that lack texts, as `faults_of_texts`."""
+    if faults := faults_of_texts(config, shards):
+        raise DataError("; ".join(faults))
+
+
+def faults_of_texts(config: RunConfig, shards: Sequence[SourceShard]) -> list[str]:
+    """Returns an error message for each source in which no sample was found that the objective can use: one with a
+    caption, or to classify one with a label. Empty if the run may skip all samples of a lane.
+
+    Raises: DataError if a shard cannot be read.
+    """
+    by_source: dict[int, list[SourceShard]] = {}
+    for shard in shards:
+        by_source.setdefault(id(shard.watch), []).append(shard)
+    if config.data.max_bad_per_thousand >= 1000:
+        return []
+    classifies = config.objective.classifies
+    faults = []
+    for some in by_source.values():
+        looked = _unusable(some, classifies)
+        if looked:
+            needs = "objective.kind classification needs labels" if classifies else "a contrastive run needs captions"
+            remedy = _LABELS if classifies else _CAPTIONS
+            faults.append(
+                f"source {some[0].source}: {needs}, and none was found in {looked:,} sample{'s' if looked > 1 else ''}; {remedy}; {INIT_HINT}"
+            )
+    return faults
+
+
+def _unusable(shards: Sequence[SourceShard], classifies: bool) -> int:
+    """Returns how many samples of a source were read; 0 if one of them can be used or there is none."""
+    chosen, samples = spread(shards, SHARDS), 0
+    for shard in chosen:
+        ranges = RangeReader(shard.storage, shard.path, shard.size)
+        for contents in texts_of(shard, ranges):
+            samples += 1
+            if _usable(shard, contents, classifies):
+                return 0
+            if ranges.fetched >= BYTES // len(chosen):
+                break
+    return samples
+
+
+def _usable(shard: SourceShard, contents: Mapping[str, bytes], classifies: bool) -> bool:
+    with suppress(SampleError):
+        said = captions.read_texts(contents, lines=shard.caption_lines)
+        about = {"class_names": shard.class_names, "templates": None if classifies else shard.templates}
+        found, label, _ = captions.resolve(said.captions, said.label, said.ignored, **about)
+        return label is not None if classifies else bool(found)
+    return False
