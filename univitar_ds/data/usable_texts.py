@@ -43,9 +43,9 @@ def faults_of_texts(config: RunConfig, shards: Sequence[SourceShard]) -> list[st
         if looked:
             needs = "objective.kind classification needs labels" if classifies else "a contrastive run needs captions"
             remedy = _LABELS if classifies else _CAPTIONS
-            faults.append(
-                f"source {some[0].source}: {needs}, and none was found in {looked:,} sample{'s' if looked > 1 else ''}; {remedy}; {INIT_HINT}"
-            )
+            samples = f"{looked:,} sample{'s' if looked > 1 else ''}"
+            about = f"source {some[0].source}: {needs}, and none was found in {samples}"
+            faults.append(f"{about}; {remedy}; {INIT_HINT}")
     return faults
 
 
