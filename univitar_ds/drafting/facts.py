@@ -113,7 +113,9 @@ def facts_of(surveys: Sequence[Survey]) -> Facts:
     facts = Facts(tuple(training), tuple(evaluation))
     named = ", ".join(survey.path for survey in training)
     if facts.samples < FEWEST:
-        raise DataError(f"{named}: {facts.samples} samples to train on, at least {FEWEST} are needed; add some")
+        raise DataError(
+            f"{named}: {facts.samples} samples to train on, at least {FEWEST} are needed; add some, or check the files"
+        )
     if not any(survey.texts for survey in training):
         raise DataError(
             f"{named}: no sample that was looked at has a caption or a label; `univitar-ds data verify` lists faults"
