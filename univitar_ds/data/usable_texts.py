@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.data.caption_texts import texts_of
 from univitar_ds.data.shards import captions
 from univitar_ds.data.shards.listing import INIT_HINT
-from univitar_ds.data.shards.sources import SourceShard, spread, texts_of
+from univitar_ds.data.shards.sources import SourceShard, spread
 from univitar_ds.data.storage.streams import RangeReader
 from univitar_ds.errors import DataError, SampleError
 
