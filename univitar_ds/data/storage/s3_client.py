@@ -40,11 +40,11 @@ class Connection:
 
         Raises: DataError if the request cannot succeed or does not within `give_up_s`; `__cause__` is boto3's error.
         """
-        policy = self._policy(url)
+        policy, errors = self._policy(url), _transport_errors()
         while True:
             try:
                 return self._request(operation, url, parameters)
-            except _transport_errors() as error:
+            except errors as error:
                 policy.failed(self._failure(error, url))
 
     def stream(self, version: Version, start: int, end: int) -> Iterator[memoryview]:
@@ -53,7 +53,7 @@ class Connection:
         After a failure, continues at the next byte of the same version.
         Raises: DataError as `call` does, and if the object was replaced.
         """
-        policy = self._policy(version.url)
+        policy, errors = self._policy(version.url), _transport_errors()
         while start < end:
             try:
                 with closing(self._body(version, start, end)) as body, body as raw:
@@ -66,7 +66,7 @@ class Connection:
                         yield memoryview(piece)
                         if start < end:
                             policy.progress(len(piece))  # may raise, so the piece is yielded first
-            except _transport_errors() as error:
+            except errors as error:
                 policy.failed(self._failure(error, version.url))
 
     def _policy(self, url: str) -> RetryPolicy:
@@ -210,9 +210,10 @@ def _passing_errors() -> tuple[type[Exception], ...]:
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """Returns all errors of a request that are not bugs of this program."""
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import ResponseParserError
-    from urllib3.exceptions import HTTPError
+    """Returns all errors of a request that are not bugs of this program. Raises: InstallationError without boto3."""
+    with extra("s3"):
+        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
+        from urllib3.exceptions import HTTPError
 
     return (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError)

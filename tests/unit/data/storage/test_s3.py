@@ -22,7 +22,7 @@ from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.storage.s3 import S3Storage
 from univitar_ds.data.storage.s3_client import CHUNK
 from univitar_ds.data.storage.s3_upload import holds
-from univitar_ds.errors import DataError
+from univitar_ds.errors import DataError, InstallationError
 
 BLOB = random.Random(0).randbytes(16 * CHUNK)
 PATIENT = {"idle_timeout_s": 20.0, "give_up_s": 300.0}
@@ -408,3 +408,20 @@ def test_concurrent_threads_read_the_right_bytes(server, tmp_path):
         for thread in threads:
             thread.join()
         assert found == {number: bytes([number]) * 300_000 for number in range(6)}
+
+
+@pytest.mark.parametrize("request_of", [lambda one: one.size("s3://b/a"), lambda one: list(one.list("s3://b/c/"))])
+def test_without_boto3_the_extra_is_named(tmp_path, monkeypatch, request_of):
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("boto3", "botocore")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Without(), *sys.meta_path])
+    with pytest.raises(InstallationError, match=r"boto.*pip install 'univitar_ds\[s3\]'"):
+        request_of(storage("http://127.0.0.1:9", tmp_path / "session"))
+
+
+class _Without:
+    """Finds no package of boto3, as in an installation without it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("boto3", "botocore"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
