@@ -40,7 +40,7 @@ def add_convert(commands) -> None:
     )
     parser.add_argument("--to", metavar="FORMAT", help="hf, release, universal, megatron, dcp, program or onnx")
     parser.add_argument("--part", choices=("model", "encoder"), help="default: all that SRC has and FORMAT can hold")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored; onnx: float32")
     parser.add_argument(
         "--shard-size", type=_size, metavar="SIZE", help="maximum size of a file, such as 5GB (default: one file)"
     )

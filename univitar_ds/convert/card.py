@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from univitar_ds.config.run_folder import CARD, EVALUATION
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.evaluation.report import render_evaluation, table
 from univitar_ds.formats.stored_model import HEADS, VISION, StoredModel
+from univitar_ds.geometry import PATCH, token_count
+from univitar_ds.kernels.reference import PATCH_VALUES
 from univitar_ds.model.config import PRESETS
 from univitar_ds.regular_files import read_utf8
 
@@ -28,7 +31,22 @@ processor = AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True)""
     "release": """from univitar_ds import Preprocessor, UniViTAR
 model = UniViTAR.from_pretrained(FOLDER)
 prepare = Preprocessor.from_pretrained(FOLDER)""",
+    "program": """import torch
+from univitar_ds import Preprocessor
+from univitar_ds.convert.program import program_inputs
+prepare = Preprocessor.from_pretrained(FOLDER)
+program = torch.export.load(f"{{FOLDER}}/model.pt2").module()
+pixel_values, grid_thw = prepare(items)  # images, and videos as lists of frames
+{outputs} = program(pixel_values, *program_inputs(grid_thw, prepare.config.spatial_merge_size))""",
+    "onnx": """import onnxruntime
+from univitar_ds import Preprocessor
+prepare = Preprocessor.from_pretrained(FOLDER)
+session = onnxruntime.InferenceSession(f"{{FOLDER}}/model.onnx")
+pixel_values, grid_thw = prepare(items)  # images, and videos as lists of frames
+assert grid_thw.tolist() == {grids}
+{outputs} = session.run(None, {{"pixel_values": pixel_values.numpy()}})""",
 }
+"""Python that loads each format. `FOLDER` is the folder with the card."""
 _LOAD_ANY = """from univitar_ds import UniViTARModel
 model = UniViTARModel.from_pretrained(FOLDER)"""
 _PIPELINE = """
@@ -36,15 +54,19 @@ from transformers import pipeline
 classify = pipeline("zero-shot-image-classification", model=FOLDER, trust_remote_code=True)"""
 
 
-def write_card(model: StoredModel, folder: Path, to: str, licence: str = UNKNOWN_LICENCE) -> None:
+Grids = Sequence[tuple[int, int, int]]
+"""Tokens along time, height and width of each item of an ONNX file."""
+
+
+def write_card(model: StoredModel, folder: Path, to: str, licence: str = UNKNOWN_LICENCE, grids: Grids = ()) -> None:
     """Writes the card of a model in the format `to`. Raises: StorageError."""
-    replace_text(folder / CARD, card(model, to, licence))
+    replace_text(folder / CARD, card(model, to, licence, grids))
 
 
-def card(model: StoredModel, to: str, licence: str = UNKNOWN_LICENCE) -> str:
+def card(model: StoredModel, to: str, licence: str = UNKNOWN_LICENCE, grids: Grids = ()) -> str:
     """Returns the card: sizes, training, data, results with chance levels, versions, and how to load the model.
 
-    What the source does not say is left out.
+    What the source does not say is left out. Of data it has the names, not the folders that hold them.
     """
     recipe = model.origin.get("recipe")
     parts = [
@@ -52,7 +74,8 @@ def card(model: StoredModel, to: str, licence: str = UNKNOWN_LICENCE) -> str:
         f"# {model.origin.get('run', model.path.name)}",
         _about(model),
         "## Load",
-        f"```python\n{_load(model, to)}\n```",
+        f"```python\n{_load(model, to, grids)}\n```",
+        *_signature(model, to, grids),
         "## Sizes",
         table(("", "value"), _sizes(model), left=2),
     ]
@@ -92,11 +115,45 @@ def _about(model: StoredModel) -> str:
     )
 
 
-def _load(model: StoredModel, to: str) -> str:
-    text = _LOAD.get(to, _LOAD_ANY).format(auto="AutoModel")
+def _load(model: StoredModel, to: str, grids: Grids) -> str:
+    outputs = "tokens, embeddings" if model.joint else "(tokens,)" if to == "onnx" else "tokens"
+    text = _LOAD.get(to, _LOAD_ANY).format(auto="AutoModel", outputs=outputs, grids=[list(grid) for grid in grids])
     if to == "hf" and model.joint is not None:
         text = text.replace("AutoImageProcessor", "AutoProcessor") + "\n" + _PIPELINE
     return text
+
+
+def _signature(model: StoredModel, to: str, grids: Grids) -> list[str]:
+    """Returns the section with the inputs and outputs of a program; nothing for other formats."""
+    if to not in ("program", "onnx"):
+        return []
+    fixed = to == "onnx"
+    count, items = (sum(map(token_count, grids)), len(grids)) if fixed else ("T", "N")
+    types = {str(info.dtype).removeprefix("torch.") for name, info in model.tensors.infos.items() if VISION in name}
+    rows = [("input", "pixel_values", f"({count}, {PATCH_VALUES}) float32", "normalised patches")]
+    if not fixed:
+        rows += [
+            ("input", "positions", f"({count}, 2) int64", "row and column of each token"),
+            ("input", "cu_seqlens", f"({items} + 1,) int64", "boundaries of the items along the tokens"),
+        ]
+    width = model.encoder.hidden_size
+    rows.append(("output", "tokens", f"({count}, {width}) {' or '.join(sorted(types))}", "tokens of all items"))
+    if model.joint is not None:
+        rows.append(("output", "embeddings", f"({items}, {model.joint.embed_dim}) float32", "a unit vector per item"))
+    about = "For packs of any number of tokens T and items N. Attention has a mask of T * T values."
+    if fixed:
+        sides = ", ".join(f"{t} x {h} x {w} (images of {w * PATCH} x {h * PATCH} px)" for t, h, w in grids)
+        about = f"For packs with these grids alone, in tokens along time, height and width: {sides}."
+    return ["## Inputs and outputs", about, table(("", "name", "shape and type", "meaning"), rows, left=4)]
+
+
+def _token_limits(model: StoredModel) -> list[tuple[str, str]]:
+    """Returns the rows with the tokens of an item: of images and videos if the run's last stage has a rule for both."""
+    config, recipe = model.encoder, model.origin.get("recipe")
+    if isinstance(recipe, RunConfig) and 0 < recipe.stages[-1].video_ratio < 1:
+        stage = recipe.stages[-1]
+        return [("image", _rule(stage.image)), ("video", _rule(stage.video))]
+    return [("tokens of an item", f"{config.min_tokens} to {config.max_tokens}")]
 
 
 def _sizes(model: StoredModel) -> list[tuple[str, str]]:
@@ -107,7 +164,7 @@ def _sizes(model: StoredModel) -> list[tuple[str, str]]:
     rows = [
         ("encoder parameters", f"{vision:,}"),
         ("width, layers, heads", f"{config.hidden_size}, {config.num_hidden_layers}, {config.num_attention_heads}"),
-        ("tokens of an item", f"{config.min_tokens} to {config.max_tokens}"),
+        *_token_limits(model),
         ("resolution", config.resolution_mode),
     ]
     if model.joint is not None:
@@ -137,7 +194,7 @@ def _training(model: StoredModel, recipe: RunConfig) -> str:
         f"- seen: {seen}",
         f"- objective: {recipe.objective.kind}{'' if recipe.objective.classifies else ' contrastive loss'}"
         + (f", features of {Path(teacher.path).name} distilled" if teacher else ""),
-        f"- data: {', '.join(source.path for source in recipe.data.sources)}",
+        f"- data: {', '.join(source.label for source in recipe.data.sources)}",
     ]
     rows = [
         (

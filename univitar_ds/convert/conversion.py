@@ -70,13 +70,14 @@ def convert(
     _refuse_overlap(Path(source), model, out)
     model = _part(model, to, options.part)
     check_complete(model)
-    if options.dtype is not None:
-        model = model.converted(options.dtype)
+    dtype = torch.float32 if to == "onnx" else options.dtype
+    if dtype is not None:
+        model = model.converted(dtype)
     check_space(out, _needed_bytes(model, to) + _SLACK_BYTES)
     verify = options.verify or (options.push is not None and to in WRITTEN)
     with new_folder(out, replace=options.replace) as folder:
         write(model, folder, to, options)
-        write_card(model, folder, to, options.licence)
+        write_card(model, folder, to, options.licence, options.grids)
         compared = compare(model, open_stored(folder)) if verify else None
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     kind = "encoder" if model.joint is None else "model"
@@ -109,6 +110,10 @@ def _check_format(to: str, options: Options) -> None:
     if (to == "onnx") != bool(options.grids):
         raise CheckpointError(
             "an ONNX file, and no other format, is for fixed grids: --grid T,H,W, as in --grid 1,16,16"
+        )
+    if to == "onnx" and options.dtype not in (None, torch.float32):
+        raise CheckpointError(
+            f"--dtype {str(options.dtype).removeprefix('torch.')}: an ONNX file has float32 weights; leave --dtype out"
         )
     if options.verify and to in PROGRAMS:
         raise CheckpointError(f"--verify reads the result back, and {to} cannot be read; leave --verify out")
