@@ -81,14 +81,20 @@ def has_terminal() -> bool:
 
 
 def log_to_screen() -> None:
-    """Makes this process log to stderr, as lines that leave the status line whole."""
+    """Makes this process log to stderr, as lines that leave the status line whole.
+
+    Libraries log warnings and errors alone: torch and the exporter of ONNX report their inner steps as INFO.
+    """
     handler = ScreenHandler()
     logging.basicConfig(
-        level=logging.INFO,
+        level=logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         handlers=[handler],
     )
+    ours = logging.getLogger(__name__.partition(".")[0])
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.INFO)
 
 
 class ScreenHandler(logging.StreamHandler):

@@ -204,3 +204,21 @@ def test_a_quick_progress_bar_in_a_pipe_says_nothing(monkeypatch, caplog):
     with contextlib.redirect_stderr(io.StringIO()), screen.progress_bar(desc="examine", unit="file", total=2) as bar:
         bar.update(2)
     assert caplog.messages == []
+
+
+def test_libraries_log_warnings_alone_and_the_program_its_steps():
+    code = """
+import logging
+from univitar_ds.screen import log_to_screen
+log_to_screen()
+for name in ("torch._subclasses", "univitar_ds.convert"):
+    logging.getLogger(name).info("a step of %s", name)
+    logging.getLogger(name).warning("a warning of %s", name)
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    said = [line.partition(" ")[2] for line in result.stderr.splitlines()]
+    assert said == [
+        "WARNING a warning of torch._subclasses",
+        "INFO a step of univitar_ds.convert",
+        "WARNING a warning of univitar_ds.convert",
+    ]

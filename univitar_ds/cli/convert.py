@@ -99,9 +99,11 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _grid(text: str) -> tuple[int, int, int]:
     """Parses three numbers, for argparse. Raises: ArgumentTypeError."""
     parts = re.fullmatch(r"(\d+),(\d+),(\d+)", text)
-    if parts is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no grid; give tokens along time, height and width, as 1,16,16")
-    return int(parts[1]), int(parts[2]), int(parts[3])
+    if parts is None or 0 in (grid := (int(parts[1]), int(parts[2]), int(parts[3]))):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no grid; give tokens along time, height and width, each at least 1, as 1,16,16"
+        )
+    return grid
 
 
 def _size(text: str) -> int:

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -84,14 +87,14 @@ def export_onnx(
     Raises: ConfigError if a grid is impossible; CheckpointError if tensors and configuration do not fit;
         InstallationError without the extra `onnx`; StorageError if `folder` cannot be written.
     """
-    with extra("onnx"):
-        import onnxscript  # noqa: F401, torch.onnx imports it later
     folder = Path(folder)
     free = image_program(model).float()
     grids = _checked(grid_thw, free.config.spatial_merge_size)
+    with extra("onnx"):
+        import onnxscript  # noqa: F401, torch.onnx imports it later
     program = FixedProgram(free, grids).eval()
     outputs = ["tokens"] if free.pool is None else ["tokens", "embeddings"]
-    with torch.no_grad():
+    with torch.no_grad(), _quiet_exporter():
         exported = torch.onnx.export(
             program,
             (_example(grids),),
@@ -276,12 +279,13 @@ def _checked(grid_thw: Sequence[Sequence[int]] | Tensor, merge: int) -> list[lis
     """Returns the grids as lists. Raises: ConfigError if there is none, or one is impossible."""
     grids = [[int(side) for side in grid] for grid in grid_thw]
     if not grids:
-        raise ConfigError("grid_thw has no grid; give time, height and width of at least one item, in tokens")
+        raise ConfigError("there is no grid; give time, height and width of at least one item, in tokens")
     for grid in grids:
         if len(grid) != 3 or min(grid) < 1 or grid[1] % merge or grid[2] % merge:
+            blocks = f", height and width divisible by {merge} for this model" if merge > 1 else ""
             raise ConfigError(
-                f"grid_thw has {grid}; a grid is time, height and width in tokens, each at least 1, height and width "
-                f"divisible by {merge}"
+                f"the grid {','.join(map(str, grid))} cannot be encoded; give time, height and width in tokens, each "
+                f"at least 1{blocks}"
             )
     return grids
 
@@ -289,6 +293,20 @@ def _checked(grid_thw: Sequence[Sequence[int]] | Tensor, merge: int) -> list[lis
 def _example(grids: Sequence[Sequence[int]]) -> Tensor:
     """Returns patches to record a program with, (T, 1176); their values do not matter."""
     return torch.zeros(sum(token_count(grid) for grid in grids), reference.PATCH_VALUES)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silences warnings of the exporter that no user can act on: torchvision, which is not used, and its own types."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)
 
 
 def _prepare(folder: Path, config: EncoderConfig) -> None:

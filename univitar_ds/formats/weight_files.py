@@ -6,6 +6,7 @@ memory of a conversion does not grow with the model.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -123,8 +124,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     return path
 
 
-class _Remembering:
-    """A file that keeps the error of a failed write."""
+class _Remembering(io.RawIOBase):
+    """A file that keeps the error of a failed write. torch.export takes only subclasses of IOBase without a warning."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -137,8 +138,21 @@ class _Remembering:
             self.error = error
             raise
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def writable(self) -> bool:
+        return True
 
 
 @contextmanager

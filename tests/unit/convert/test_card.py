@@ -34,7 +34,14 @@ def test_a_run_s_card_has_its_sizes_recipe_and_data(run):
     text = card(stored, "hf", "apache-2.0")
     assert metadata(text)["license"] == "apache-2.0"
     assert metadata(text)["pipeline_tag"] == "zero-shot-image-classification"
-    for said in ("3,344,064", "192, 7, 3", "data: shards", "sigmoid contrastive loss", "trust_remote_code=True", "both"):
+    for said in (
+        "3,344,064",
+        "192, 7, 3",
+        "data: shards",
+        "sigmoid contrastive loss",
+        "trust_remote_code=True",
+        "both",
+    ):
         assert said in text, said
     assert "## Results" not in text
 

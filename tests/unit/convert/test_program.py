@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import logging
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tests.support.closeness import assert_sums_close, encoder_terms
 from tests.support.finished import run_config
 from tests.unit.model.made import GRIDS, drawn_patches, small_config, small_encoder
+from univitar_ds.cli.main import main
 from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig, read_encoder_config
 from univitar_ds.convert import program
 from univitar_ds.convert.program import export_onnx, export_program, image_program, program_inputs
@@ -56,6 +58,11 @@ def _expected(model: ContrastiveModel, patches, grids) -> tuple[torch.Tensor, to
     tokens = model.vision(patches, grids)
     pooled = model.pool(tokens, [token_count(grid) for grid in grids])
     return tokens, torch.nn.functional.normalize(model.vision_proj(pooled), dim=-1)
+
+
+def warnings_of(caplog) -> list[str]:
+    """What the exporter logged that would reach the screen, on which a user cannot act."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def _terms(config: EncoderConfig, grids) -> int:
@@ -112,9 +119,10 @@ def test_other_architectures_are_recorded_too(changes, tmp_path):
     assert_sums_close(tokens, encoder(patches, grids), _terms(encoder.config, grids))
 
 
-def test_a_program_keeps_the_precision_of_its_weights(tmp_path):
+def test_a_program_keeps_the_precision_of_its_weights(tmp_path, caplog):
     encoder = small_encoder(**HEADS).bfloat16()
     export_program(_stored(encoder), tmp_path)
+    assert warnings_of(caplog) == []
     patches = drawn_patches(GRIDS)
     tokens = torch.export.load(tmp_path / "model.pt2").module()(patches, *program_inputs(GRIDS))
     assert tokens.dtype == torch.bfloat16
@@ -155,10 +163,12 @@ def _run(folder, patches) -> list[torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [program.LARGEST_FILE, 0], ids=["one file", "weights apart"])
-def test_onnx_runtime_gives_the_tokens_of_an_encoder(limit, tmp_path, monkeypatch):
+def test_onnx_runtime_gives_the_tokens_of_an_encoder(limit, tmp_path, monkeypatch, caplog, recwarn):
     pytest.importorskip("onnxscript", reason="needs the extra onnx: pip install 'univitar_ds[onnx]'")
     monkeypatch.setattr(program, "LARGEST_FILE", limit)
     sizes = export_onnx(_stored(), tmp_path, torch.tensor(GRIDS))
+    assert warnings_of(caplog) == []
+    assert [str(one.message) for one in recwarn] == []
     assert sizes == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     weights = sum(value.nbytes for value in small_encoder(**HEADS).state_dict().values())
     assert sizes.get("model.onnx.data", sizes["model.onnx"]) > 0.9 * weights
@@ -181,13 +191,23 @@ def test_onnx_runtime_gives_tokens_and_embeddings_of_a_whole_model_in_half_preci
 
 
 @pytest.mark.parametrize(
-    ("grids", "words"), [([], "no grid"), ([[1, 0, 2]], r"\[1, 0, 2\]"), ([[1, 2]], r"\[1, 2\]"), ([[1, 3, 2]], "by 2")]
+    ("grids", "words"),
+    [([], "no grid"), ([[1, 0, 2]], "grid 1,0,2 .* at least 1"), ([[1, 2]], "grid 1,2 "), ([[1, 3, 2]], "by 2")],
 )
-def test_impossible_grids_are_refused(grids, words, tmp_path):
-    pytest.importorskip("onnxscript", reason="needs the extra onnx: pip install 'univitar_ds[onnx]'")
+def test_impossible_grids_are_refused_also_without_the_extra(grids, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=words):
         export_onnx(_stored(spatial_merge_size=2), tmp_path / "out", grids)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_grid_is_divisible_by_what_the_model_needs_alone(tmp_path, capsys):
+    with pytest.raises(ConfigError) as caught:
+        export_onnx(_stored(), tmp_path / "out", [[1, 0, 2]])
+    assert "divisible" not in str(caught.value)
+    with pytest.raises(SystemExit):
+        main(["convert", str(tmp_path), "out", "--to", "onnx", "--grid", "1,0,16"])
+    assert "--grid: '1,0,16'" in capsys.readouterr().err
 
 
 def test_without_the_extra_one_sentence_names_it(tmp_path, monkeypatch):
