@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,13 +43,17 @@ may be another: the features are the same.
   univitar-ds embed export/model data/photos --tokens --out tokens.safetensors --nproc 4"""
 CLASSIFY = """Name the most probable classes of images and videos.
 
-FILE: an image or video, or a folder, with the folders in it. A class is the mean of its sentences, as in
-zero_shot() of the Python interface; the probabilities of all labels sum to 1.
+FILE: an image or video, or a folder, with the folders in it.
+
+With --labels, a class is the mean of its sentences, as in zero_shot() of the Python interface; the probabilities of
+all labels sum to 1. Without, MODEL is a run of objective.kind classification: its trained head names the classes of
+its training (classes.json), for each data set those of that set.
 
 A damaged file is a row with the reason, and the exit status is then 1. With --json, one line per file: file, ok, and
-classes (label, probability), or error and message.
+classes (label, probability, and set if the data set has a name), or error and message.
 
-  univitar-ds classify runs/photos *.jpg --labels cat,dog,horse --top 2"""
+  univitar-ds classify runs/photos *.jpg --labels cat,dog,horse --top 2
+  univitar-ds classify runs/labels *.jpg --top 5"""
 
 
 def add_inference(commands) -> None:
@@ -68,14 +73,20 @@ def add_inference(commands) -> None:
     )
     classify.add_argument("model", type=expand_place, metavar="MODEL", help=_MODEL)
     classify.add_argument("files", nargs="+", type=expand_place, metavar="FILE", help="files or folders")
-    classify.add_argument("--labels", required=True, metavar="A,B,C", help="names of the classes")
+    classify.add_argument(
+        "--labels",
+        metavar="A,B,C",
+        help="names of the classes; leave it out for a run of objective.kind classification",
+    )
     classify.add_argument(
         "--templates",
         type=expand,
         metavar="TEXTFILE",
         help="a sentence per line, with {} for the label (default: a photo of a {}.)",
     )
-    classify.add_argument("--top", type=positive, default=1, metavar="K", help="classes per file (default 1)")
+    classify.add_argument(
+        "--top", type=positive, default=1, metavar="K", help="classes per file and data set (default 1)"
+    )
     classify.add_argument("--json", action="store_true", help="print one line of JSON per file")
     _add_reading(classify)
 
@@ -122,24 +133,26 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 def _classify(arguments: argparse.Namespace) -> int:
     from univitar_ds.inference.classify import Classifier, listed
-    from univitar_ds.inference.model import TEMPLATES
 
-    labels = [label.strip() for label in arguments.labels.split(",")]
-    templates = TEMPLATES if arguments.templates is None else _templates(arguments.templates)
+    labels = None if arguments.labels is None else [label.strip() for label in arguments.labels.split(",")]
+    templates = None if arguments.templates is None else _templates(arguments.templates)
     width = max(map(len, map(shown, listed(arguments.files))))
     classifier = Classifier(arguments.model, labels, templates, _options(arguments))
-    faults = 0
+    faults, several = 0, len(classifier.sets) > 1
     for one in classifier.classify(arguments.files, arguments.top):
         faults += one.fault is not None
-        show(json.dumps(one.to_json()) if arguments.json else _row(one, width))
+        show(json.dumps(one.to_json()) if arguments.json else _row(one, width, several))
     return 1 if faults else 0
 
 
-def _row(one: Classified, width: int) -> str:
+def _row(one: Classified, width: int, several: bool) -> str:
+    """Returns the line of a file. Args: several: whether the model knows the classes of several data sets."""
     if one.fault is not None:
-        found = f"{one.fault.kind}: {one.fault.message}"
+        found = f"{one.fault.kind}: {one.fault.message.removeprefix(f'{one.file}: ')}"
     else:
-        found = "  ".join(f"{probability:6.1%} {label}" for label, probability in one.classes)
+        sets = groupby(one.classes, key=lambda guess: guess.set)
+        parts = [(name, "  ".join(f"{one.probability:6.1%} {one.label}" for one in guesses)) for name, guesses in sets]
+        found = "  ".join(f"[{name or 'unnamed set'}] {text}" if several else text for name, text in parts)
     return f"{shown(one.file):<{width}}  {shown(found)}"
 
 

@@ -1,37 +1,57 @@
-"""Zero-shot classification of files: the command `univitar-ds classify`."""
+"""Classification of files, by names of classes or by the trained head of a run: `univitar-ds classify`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from univitar_ds.classes import ClassList
+from univitar_ds.config.run_folder import CLASSES
+from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
+from univitar_ds.formats import run as run_format
+from univitar_ds.formats.stored_model import StoredModel
+from univitar_ds.formats.weight_files import some
 from univitar_ds.inference.embed_files import ModelOptions, open_for_files
 from univitar_ds.inference.model import TEMPLATES, UniViTARModel
-from univitar_ds.inference.reading import LeftOut, read_units
+from univitar_ds.inference.reading import Kind, LeftOut, read_units
 from univitar_ds.inference.sources import Position, find_places, units
+from univitar_ds.model.classification import ClassificationModel
+from univitar_ds.model.from_stored import build_classifier_of
+from univitar_ds.preprocessing import Preprocessor
 from univitar_ds.training.distributed.process_group import uses_cuda
 
 _AT_ONCE = 32
 """Number of files whose results are printed together."""
 
 
+class Guess(NamedTuple):
+    """A class with its probability among the classes of its data set; `set` is None if there is one without a name."""
+
+    label: str
+    probability: float
+    set: str | None = None
+
+
 @dataclass(frozen=True)
 class Classified:
-    """The result for a file: its best classes with their probabilities, or why it is left out."""
+    """The result for a file: the best classes of each data set, or why it is left out."""
 
     file: str
-    classes: Sequence[tuple[str, float]] = ()
+    classes: Sequence[Guess] = ()
     fault: LeftOut | None = None
 
     def to_json(self) -> dict[str, Any]:
         if self.fault is not None:
             return {"file": self.file, "ok": False, "error": self.fault.kind, "message": self.fault.message}
-        classes = [{"label": label, "probability": probability} for label, probability in self.classes]
+        classes = [{name: value for name, value in one._asdict().items() if value is not None} for one in self.classes]
         return {"file": self.file, "ok": True, "classes": classes}
 
 
@@ -41,41 +61,101 @@ class Classifier:
     def __init__(
         self,
         model: str,
-        labels: Sequence[str],
-        templates: Sequence[str] = TEMPLATES,
+        labels: Sequence[str] | None = None,
+        templates: Sequence[str] | None = None,
         how: ModelOptions | None = None,
     ) -> None:
-        """Raises: CheckpointError if the model cannot be opened; ConfigError if it is an encoder alone, or the labels
-        are empty or repeated; UserError if a template has no {}."""
-        if not labels or len(set(labels)) < len(labels) or "" in labels:
-            raise ConfigError(f"--labels must be different names, separated by commas, got {','.join(labels)!r}")
-        opened = open_for_files(model, how or ModelOptions())
-        if opened.stored.joint is None:
-            raise ConfigError(
-                f"{model} is an encoder alone, which has no text tower; name a run, or a folder with the whole model"
-            )
-        self.labels = labels
+        """Opens the model.
+
+        Args: labels: at least two names, for a whole model; None: the classes of a run of `objective.kind
+            classification`, by its trained head; templates: sentences for `labels`, None: `TEMPLATES`.
+        Raises: CheckpointError if the model cannot be opened; ConfigError if it has no text tower for labels or no head
+            for classes, or labels are fewer than two or repeated; UserError if a template has no {}.
+        """
+        _check_labels(labels, templates)
+        how = how or ModelOptions()
+        opened = open_for_files(model, how)
+        recipe: RunConfig | None = opened.stored.origin.get("recipe") if opened.stored.format == "run" else None
+        device = "cuda" if uses_cuda() else "cpu"
         self._reading = opened.setup.reading
-        self._model = UniViTARModel.of(opened.stored).to("cuda" if uses_cuda() else "cpu")
-        self._classes = self._model.encode_classes(labels, templates)
+        if recipe is not None and recipe.objective.classifies:
+            self._classes, module = _with_head(Path(opened.setup.folder), how, recipe)
+            if labels is not None:
+                raise ConfigError(
+                    f"{model} has no text tower, but a trained head for {len(self._classes)} classes "
+                    f"({some(list(chain(*self._classes.names.values())))}); leave --labels out"
+                )
+            self._kind: Kind = "logits"
+            self._model = UniViTARModel(module, Preprocessor(opened.stored.encoder)).to(device)
+            return
+        _check_whole(model, opened.stored, labels)
+        self._kind, self._classes = "embedding", ClassList({None: labels})
+        self._model = UniViTARModel.of(opened.stored).to(device)
+        self._texts = self._model.encode_classes(labels, templates or TEMPLATES)
+
+    @property
+    def sets(self) -> list[str | None]:
+        """The names of the data sets whose classes the model knows."""
+        return list(self._classes.names)
 
     def classify(self, files: Sequence[str], top: int) -> Iterator[Classified]:
-        """Yields the result of each file in order, with the `top` best classes. Folders count as the files in them."""
+        """Yields the result of each file in order, with the `top` best classes of each data set.
+
+        Folders count as the files in them. Raises: ConfigError if a file does not exist, or a folder holds none."""
         places = find_places(files, shards=False)
         total = sum(map(len, places))
-        found = read_units(self._model, "embedding", units(places, total, _AT_ONCE, Position(), 0), self._reading)
+        found = read_units(self._model, self._kind, units(places, total, _AT_ONCE, Position(), 0), self._reading)
         with closing(found):
             for rows in found:
-                embeddings = torch.from_numpy(rows.values).to(self._model.device)
-                probabilities = self._model.class_probabilities(embeddings, self._classes).cpu()
-                values, indices = probabilities.topk(min(top, len(self.labels)), dim=1)
-                best = {
-                    key: [(self.labels[index], value) for value, index in zip(*row, strict=True)]
-                    for key, *row in zip(rows.keys, values.tolist(), indices.tolist(), strict=True)
-                }
+                best = dict(zip(rows.keys, self._best(torch.from_numpy(rows.values), top), strict=True))
                 faults = {one.key: one for one in rows.left_out}
                 for file in rows.unit.files:
                     yield Classified(file, best.get(file, ()), faults.get(file))
+
+    def _best(self, values: Tensor, top: int) -> list[list[Guess]]:
+        """Returns the best classes of each item. Args: values: (N, E) embeddings, or (N, C) logits of the head."""
+        found: list[list[Guess]] = [[] for _ in values]
+        for name, (begin, end) in self._classes.spans.items():
+            if self._kind == "logits":
+                probabilities = values[:, begin:end].softmax(dim=1)
+            else:
+                probabilities = self._model.class_probabilities(values.to(self._model.device), self._texts).cpu()
+            best, indices = probabilities.topk(min(top, end - begin), dim=1)
+            for guesses, row, places in zip(found, best.tolist(), indices.tolist(), strict=True):
+                labels = [self._classes.names[name][place] for place in places]
+                guesses += [Guess(label, value, name) for label, value in zip(labels, row, strict=True)]
+        return found
+
+
+def _check_labels(labels: Sequence[str] | None, templates: Sequence[str] | None) -> None:
+    """Raises: ConfigError for labels that are not at least two different names, and for templates without labels."""
+    if labels is None and templates is not None:
+        raise ConfigError("--templates are sentences for the names in --labels; give both")
+    if labels is not None and (len(set(labels)) < max(2, len(labels)) or "" in labels):
+        raise ConfigError(f"--labels must be at least two different names with commas, got {','.join(labels)!r}")
+
+
+def _check_whole(model: str, stored: StoredModel, labels: Sequence[str] | None) -> None:
+    """Raises: ConfigError if a model without a trained head has no text tower, or there are no labels for it."""
+    if stored.joint is None:
+        raise ConfigError(
+            f"{model} is an encoder alone, without a text tower and without a trained head; name a run, or a folder "
+            "with the whole model"
+        )
+    if labels is None:
+        raise ConfigError(
+            f"{model} compares images with names of classes: give them, as in --labels cat,dog. Only a run of "
+            "objective.kind classification has classes of its own"
+        )
+
+
+def _with_head(checkpoint: Path, how: ModelOptions, recipe: RunConfig) -> tuple[ClassList, ClassificationModel]:
+    """Returns the classes of a run and its model with the trained head. Raises: CheckpointError."""
+    run, _ = run_format.find_checkpoint(checkpoint)
+    classes = ClassList.read(run / CLASSES)
+    stored = run_format.read_all(checkpoint, how.weights, verify=False)  # `open_for_files` has verified it
+    stored = stored if how.dtype is None else stored.converted(how.dtype)
+    return classes, build_classifier_of(stored, recipe.model, len(classes))
 
 
 def listed(files: Sequence[str]) -> list[str]:

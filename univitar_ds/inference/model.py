@@ -17,6 +17,7 @@ from univitar_ds.formats.recognise import open_stored
 from univitar_ds.formats.run import Weights
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
 from univitar_ds.geometry import token_count
+from univitar_ds.model.classification import ClassificationModel
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.from_stored import build_encoder, build_model
@@ -51,7 +52,10 @@ class UniViTARModel(nn.Module):
     """
 
     def __init__(
-        self, module: ContrastiveModel | UniViTAR, preprocessor: Preprocessor, joint: JointConfig | None = None
+        self,
+        module: ContrastiveModel | ClassificationModel | UniViTAR,
+        preprocessor: Preprocessor,
+        joint: JointConfig | None = None,
     ) -> None:
         super().__init__()
         self.module = module

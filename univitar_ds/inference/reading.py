@@ -32,10 +32,11 @@ from univitar_ds.errors import ConfigError, DataError, SampleError, UserError
 from univitar_ds.geometry import PATCH, TUBELET, Modality, token_count
 from univitar_ds.inference.model import UniViTARModel
 from univitar_ds.inference.sources import Unit
+from univitar_ds.model.classification import ClassificationModel, class_logits
 from univitar_ds.model.contrastive import ContrastiveModel
 
-Kind = Literal["embedding", "mean", "tokens"]
-"""The features: the joint embedding, the mean of the tokens, or all tokens."""
+Kind = Literal["embedding", "mean", "tokens", "logits"]
+"""The features: the joint embedding, the mean of the tokens, all tokens, or the logits of a classifier's head."""
 FRAMES = 8
 """Default number of frames of a video."""
 _READ_AT_ONCE = 32
@@ -181,6 +182,8 @@ def read_units(
 
 def width_of(model: UniViTARModel, kind: Kind) -> int:
     """Returns the width of the features."""
+    if kind == "logits":
+        return model.module.head.out_features
     return model.joint.embed_dim if kind == "embedding" else model.encoder.config.hidden_size
 
 
@@ -204,6 +207,9 @@ def _features(
             assert isinstance(model.module, ContrastiveModel)
             values = model.module.encode_vision(pixels, torch.tensor(frames), torch.tensor(grids))
             return values.cpu().split(1)
+        if kind == "logits":
+            assert isinstance(model.module, ClassificationModel)
+            return class_logits(model.module, pixels, torch.tensor(frames), torch.tensor(grids)).cpu().split(1)
         tokens = model.encoder(pixels, grids, frames=frames).split([token_count(grid) for grid in grids])
         if kind == "mean":
             tokens = [one.float().mean(dim=0, keepdim=True) for one in tokens]

@@ -59,13 +59,15 @@ def find_places(
     """Returns the places of the sources, in order.
 
     A source is a file; a folder, whose images and videos are taken with those of its folders, in the order of their
-    names; or shards: a tar, a brace range of tars, or a folder with tars. Hidden files are left out.
+    names; or shards: a tar, a brace range of tars, or a folder with tars. Hidden files are left out. A file that
+    several sources name is taken once.
 
     Args: split: split of packed folders, None for all; shards: whether sources may be shards. If not, any path that is
-        no folder is a file, even if it does not exist.
+        no folder is a file.
     Raises: ConfigError if a source does not exist or holds nothing; DataError as `find_shards`.
     """
     found: list[list[str] | str] = []
+    seen: set[str] = set()
     for source in sources:
         if shards and _holds_shards(source):
             found.append(source)
@@ -74,10 +76,13 @@ def find_places(
             files = list(_files_of(source))
             if not files:
                 raise ConfigError(f"{source} holds no image, video or tar; name another folder, or the files")
-        elif shards and not source.startswith(S3) and not os.path.lexists(source):
+        elif not source.startswith(S3) and not os.path.lexists(source):
             raise ConfigError(f"{source}: there is no such file or folder; check the path")
         else:
             files = [source]
+        files = list(_not_seen(files, seen))
+        if not files:
+            continue
         if found and isinstance(found[-1], list):
             found[-1] += files
         else:
@@ -201,6 +206,15 @@ def _files_of(folder: str) -> Iterator[str]:
         for name in sorted(names):
             if not name.startswith(".") and _extension(name) in MEDIA:
                 yield os.path.join(parent, name)
+
+
+def _not_seen(files: Sequence[str], seen: set[str]) -> Iterator[str]:
+    """Yields the files that are not in `seen`, and adds them to it."""
+    for file in files:
+        path = file if file.startswith(S3) else os.path.abspath(file)
+        if path not in seen:
+            seen.add(path)
+            yield file
 
 
 def _extension(path: str) -> str:
