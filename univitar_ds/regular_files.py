@@ -8,6 +8,10 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from univitar_ds.errors import CheckpointError
+
+_OTHER = "is not a regular file"
+
 
 def open_regular(path: str | Path) -> BinaryIO:
     """Opens a local file for reading. Raises: OSError, also for pipes and devices."""
@@ -25,10 +29,25 @@ def read_utf8(path: Path) -> str:
     return read_bytes(path).decode("utf-8")
 
 
+def is_regular(path: Path) -> bool:
+    """Whether there is such a file of a model or run, which may be absent. Folders are none.
+
+    Raises: CheckpointError for a pipe or device, which taken for absent would silently give another result.
+    """
+    try:
+        state = os.stat(path)
+        check_regular(path, state)
+    except OSError as error:
+        if error.errno == errno.EINVAL and error.strerror == _OTHER:
+            raise CheckpointError(f"{path} is a pipe or a device; put a file in its place, or remove it") from error
+        return False
+    return stat.S_ISREG(state.st_mode)
+
+
 def check_regular(path: str | Path, state: os.stat_result) -> None:
     """Raises: OSError for pipes and devices. Folders pass, because the system's error for reading a folder is clear."""
     if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        raise OSError(errno.EINVAL, _OTHER, str(path))
 
 
 def _regular(path: str | Path, flags: int) -> int:

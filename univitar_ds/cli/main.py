@@ -153,8 +153,8 @@ def _add_train(commands) -> None:
         "--extend",
         nargs="*",
         metavar="KEY=VALUE",
-        help="with --resume, also of a finished run: adds a stage, which is the last stage with these keys changed, "
-        "such as samples=200000 lr=1e-5",
+        help="with --resume, also of a finished run: adds a stage, which is the last stage with these keys changed, at "
+        "least one, such as samples=200000 lr=1e-5",
     )
     parser.add_argument(
         "--dry-run",

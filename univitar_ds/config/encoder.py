@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from univitar_ds.config.run_folder import CONFIG, EXPORT
 from univitar_ds.errors import CheckpointError
 from univitar_ds.geometry import PATCH, TUBELET, Resolution
 from univitar_ds.regular_files import read_utf8
@@ -188,6 +189,11 @@ def read_encoder_config(folder: str | Path) -> EncoderConfig:
 
     Raises: CheckpointError if the folder's `config.json` is missing, unreadable or impossible.
     """
+    if Path(folder, CONFIG).is_file() and not Path(folder, CONFIG_FILE).exists():
+        raise CheckpointError(
+            f"{folder} is the folder of a run, not of an encoder; name {Path(folder, EXPORT)}, which holds it once the "
+            "run has ended, or open the run with UniViTARModel.from_pretrained"
+        )
     return EncoderConfig.from_dict(read_object(Path(folder) / CONFIG_FILE))
 
 

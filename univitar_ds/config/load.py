@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 from itertools import count
@@ -267,12 +268,20 @@ def extended(config: RunConfig, extension: Sequence[str], where: str) -> RunConf
     """Returns the configuration with one more stage: a copy of the last stage with the given keys changed.
 
     Args: extension: entries KEY=VALUE of the new stage; its name is made from that of the last stage if absent.
-    Raises: ConfigError if a key or value is wrong; it begins with `where`.
+    Raises: ConfigError if there is no entry, or a key or value is wrong; it begins with `where`.
     """
     content = config.model_dump(mode="json", exclude_unset=True)
     last = content["stages"][-1]
+    if not extension:
+        samples = config.stages[-1].samples
+        raise ConfigError(
+            f"{where} has no keys; give at least one, such as --extend samples={samples}, which trains as many samples "
+            f"again as the last stage {last['name']}, or leave --extend out"
+        )
     names = {stage.name for stage in config.stages}
-    name = next(new for number in count(2) if (new := f"{last['name']}-{number}") not in names)
+    numbered = re.fullmatch(r"(.+)-\d+", last["name"])
+    stem = numbered[1] if numbered and numbered[1] in names else last["name"]
+    name = next(new for number in count(2) if (new := f"{stem}-{number}") not in names)
     content["stages"].append(apply_overrides({**last, "name": name}, extension))
     return check_config(content, where)
 

@@ -27,6 +27,7 @@ from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig
 from univitar_ds.errors import CheckpointError, ConfigError, writing
 from univitar_ds.extras import extra
+from univitar_ds.formats.recognise import PROGRAM_FILES
 from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.formats.weight_files import remembering
 from univitar_ds.geometry import cumulative, token_count
@@ -36,8 +37,7 @@ from univitar_ds.model.encoder import UniViTAR, grid_positions
 from univitar_ds.model.weights import describe_misfit
 from univitar_ds.owned import Names
 
-PROGRAM = "model.pt2"
-ONNX = "model.onnx"
+PROGRAM, ONNX = PROGRAM_FILES["program"], PROGRAM_FILES["onnx"]
 FILES: Names = {rf"{re.escape(PROGRAM)}|{re.escape(ONNX)}(\.data)?|{re.escape(CONFIG_FILE)}": None}
 """All entries that both exports make."""
 LARGEST_FILE = 2**31 - 2**26

@@ -9,7 +9,7 @@ from typing import Any
 
 from univitar_ds.config.run_folder import EVALUATION, SUMMARY
 from univitar_ds.errors import UserError
-from univitar_ds.regular_files import read_utf8
+from univitar_ds.regular_files import is_regular, read_utf8
 
 
 def render_run(run: str | Path) -> str:
@@ -98,7 +98,7 @@ def _number(value: str | int | float) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+    if not is_regular(path):
         return None
     try:
         return json.loads(read_utf8(path))

@@ -19,6 +19,7 @@ from univitar_ds.formats.run import run_configuration
 from univitar_ds.formats.sidecar import SIDECAR, read_sidecar
 from univitar_ds.formats.stored_model import VISION, JointConfig, StoredModel, TensorInfo
 from univitar_ds.model.config import PRESETS
+from univitar_ds.regular_files import is_regular
 
 Configuration = tuple[EncoderConfig, JointConfig | None]
 RUN = "config.yaml"
@@ -145,10 +146,10 @@ def _shape(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> Configuration | None:
-    if (folder / SIDECAR).is_file():
+    if is_regular(folder / SIDECAR):
         return read_sidecar(folder)
-    if (folder / RUN).is_file():
+    if is_regular(folder / RUN):
         return run_configuration(folder)
-    if (folder / CONFIG_FILE).is_file():
+    if is_regular(folder / CONFIG_FILE):
         return read_encoder_config(folder), None
     return None

@@ -36,7 +36,7 @@ from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig, read_object
 from univitar_ds.errors import CheckpointError, ConfigError, writing
 from univitar_ds.formats.stored_model import HEADS, VISION, JointConfig, StoredModel, Tensors
 from univitar_ds.formats.weight_files import open_weights, some, write_weights
-from univitar_ds.regular_files import read_utf8
+from univitar_ds.regular_files import is_regular, read_utf8
 from univitar_ds.tokenization import special_ids, tokenizer_of
 
 NAME = "hf"
@@ -191,11 +191,11 @@ def _check_text(text: dict[str, Any], name: str) -> None:
 
 def _read_tokenizer(folder: Path) -> str:
     """Returns the tokenizer as it was when the folder was written, or `tokenizer.json` if that has changed since."""
-    if not (folder / TOKENIZER).is_file():
+    if not is_regular(folder / TOKENIZER):
         raise CheckpointError(f"{folder} has no {TOKENIZER}, so its texts cannot be encoded; fetch it again")
     present = _read_text(folder / TOKENIZER)
     _parsed(present, str(folder / TOKENIZER))
-    if not (folder / SOURCE_TOKENIZER).is_file():
+    if not is_regular(folder / SOURCE_TOKENIZER):
         return present
     source = _read_text(folder / SOURCE_TOKENIZER)
     return source if _with_template(source, str(folder / SOURCE_TOKENIZER))[0] == present else present

@@ -32,6 +32,8 @@ _MODULES = {
 FORMATS = tuple(_MODULES)
 _TENSORS_ALONE = ("universal", "deepspeed", "dcp")
 """Formats that may hold tensors without the configuration of their model."""
+PROGRAM_FILES = {"program": "model.pt2", "onnx": "model.onnx"}
+"""Files of the formats that can only be written."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """Names of models on the Hugging Face hub: owner/name."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")
@@ -71,6 +73,17 @@ def recognised(folder: Path) -> str:
     for name in FORMATS:
         if module_of(name).recognises(folder):
             return name
+    if (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder} is the folder of a run that has no checkpoint yet; wait for its first one, or continue it with "
+            f"`univitar-ds train --resume {folder}`"
+        )
+    for kind, name in PROGRAM_FILES.items():
+        if (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder} holds {name}, which --to {kind} has written and nothing here reads; name the model that it "
+                "was converted from"
+            )
     raise CheckpointError(
         f"{folder} holds no model in a known format ({', '.join(FORMATS)}); name a folder with config.json and "
         "weights, or the folder of a run"

@@ -23,7 +23,7 @@ from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerStat
 from univitar_ds.geometry import PATCH
 from univitar_ds.model.config import encoder_config
 from univitar_ds.model.towers import text_model_config
-from univitar_ds.regular_files import read_utf8
+from univitar_ds.regular_files import is_regular, read_utf8
 from univitar_ds.tokenization import load_tokenizer, special_ids
 
 Weights = Literal["trained", "averaged"]
@@ -116,7 +116,7 @@ def run_description(run: Path, config: RunConfig, saved: Mapping[str, Any] | Non
     """
     if saved is not None:
         return saved
-    if (run / DESCRIPTION).is_file():
+    if is_regular(run / DESCRIPTION):
         return read_object(run / DESCRIPTION)
     start = config.model.init_from
     encoder = (encoder_config(config.model) if start is None else read_encoder_config(start)).to_dict()
@@ -143,7 +143,7 @@ def _configuration(
 
 
 def _tokenizer(run: Path) -> Path:
-    if not (run / TOKENIZER).is_file():
+    if not is_regular(run / TOKENIZER):
         raise CheckpointError(f"{run} has {CONFIG} but no {TOKENIZER}; copy the run's {TOKENIZER} beside it")
     return run / TOKENIZER
 

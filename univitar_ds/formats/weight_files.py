@@ -26,6 +26,7 @@ from univitar_ds.atomic_write import replace_text, replacing
 from univitar_ds.config.encoder import read_object
 from univitar_ds.errors import CheckpointError, first_line, writing
 from univitar_ds.formats.stored_model import TensorInfo, Tensors
+from univitar_ds.regular_files import is_regular
 
 SAFE = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -55,10 +56,10 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises: CheckpointError if there are none, a shard is missing, or an index names a file outside of the folder."""
     for name in (SAFE, BIN):
-        if (folder / name).is_file():
+        if is_regular(folder / name):
             return [folder / name]
         index = folder / f"{name}.index.json"
-        if index.is_file():
+        if is_regular(index):
             return _shards(folder, index)
     raise CheckpointError(f"{folder} holds neither {SAFE} nor {BIN}; name a folder with an encoder's weights")
 

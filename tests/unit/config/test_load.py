@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.finished import run_config
 from univitar_ds.config.load import (
     apply_overrides,
     changed_result,
     config_fingerprint,
     dump_config,
+    extended,
     load_config,
     recipe_path,
 )
@@ -263,3 +265,17 @@ def test_a_file_without_keys_is_described_in_words(tmp_path, content, found):
     (tmp_path / "run.yaml").write_text(content)
     with pytest.raises(ConfigError, match=f"holds {found}, expected keys such as name"):
         load_config(tmp_path / "run.yaml")
+
+
+def test_each_extension_has_the_next_number_of_its_stage():
+    config = run_config()
+    for name in ("both-2", "both-3", "both-4"):
+        config = extended(config, ["samples=4"], "the test")
+        assert config.stages[-1].name == name
+    config = extended(config, ["samples=4", "name=v-1"], "the test")
+    assert extended(config, ["samples=4"], "the test").stages[-1].name == "v-1-2", "there is no stage v"
+
+
+def test_an_extension_without_keys_is_refused():
+    with pytest.raises(ConfigError, match=r"the test has no keys.*--extend samples=10"):
+        extended(run_config(), [], "the test")

@@ -9,6 +9,8 @@ import torch
 from safetensors import safe_open
 
 from tests.support.finished import run_config, write_run
+from univitar_ds import UniViTAR
+from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.errors import CheckpointError, UserError
 from univitar_ds.formats import elastic
 from univitar_ds.formats import run as run_format
@@ -170,3 +172,27 @@ def test_another_content_of_a_checkpoint_is_a_sentence(trained, tmp_path, change
     run = changed(trained[0], tmp_path / "run", change)
     with pytest.raises(UserError):
         open_stored(run)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["no folder of checkpoints", "none is complete"])
+def test_a_run_without_a_checkpoint_is_a_run(tmp_path, begun):
+    write_run(tmp_path / "run", run_config())
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    if begun:
+        (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match=r"run.* no (complete )?checkpoint"):
+        open_stored(tmp_path / "run")
+
+
+def test_the_folder_of_a_run_is_no_encoder_s(tmp_path):
+    write_run(tmp_path / "run", run_config())
+    with pytest.raises(CheckpointError, match=r"folder of a run.*name .*run/export"):
+        UniViTAR.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("program", "model.pt2"), ("onnx", "model.onnx")])
+def test_programs_are_written_only(tmp_path, kind, name):
+    (tmp_path / "config.json").write_text(json.dumps(EncoderConfig().to_dict()))
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=rf"{name}, which --to {kind} has written"):
+        open_stored(tmp_path)
