@@ -156,16 +156,29 @@ def _range(count: int) -> str:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Returns the checked run file at `path` (or the shipped recipe of that name) with overrides applied.
 
+    An override of `model.init_from` also replaces the file's `model.encoder` and `model.layer_scale_init`, if the file
+    itself starts from no model: they are of a model with initial weights.
+
     Raises: ConfigError that lists every error with its key, its value and the remedy.
     """
     file = recipe_path(str(path))
     content = read_yaml(file)
     rename_keys(content, str(file))
+    _drop_initial(content, overrides)
     changed = apply_overrides(content, overrides)
     try:
         return check_config(changed, str(file))
     except ConfigError as error:
         raise (_blamed(error, content, overrides, str(file)) if overrides else error) from None
+
+
+def _drop_initial(content: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Removes the keys of a run file that an override of `model.init_from` replaces, see `load_config`."""
+    given = {present_key(key): value for key, _, value in (entry.partition("=") for entry in overrides)}
+    model = content.get("model")
+    if given.get("model.init_from", "null") not in ("", "~", "null") and isinstance(model, dict):
+        for key in ("encoder", "layer_scale_init") if "init_from" not in model else ():
+            model.pop(key, None)
 
 
 def check_config(content: dict[str, Any], where: str) -> RunConfig:

@@ -64,13 +64,28 @@ def build_vision(config: ModelConfig, shape: EncoderConfig, seed: int) -> UniViT
     """Builds the encoder of a run with initial weights, on the CPU in float32.
 
     Raises: ConfigError if `pool_heads` does not fit."""
+    _check_pool_heads(config, shape)
+    with seeded(seed, "vision"):
+        return UniViTAR(shape, attention=config.attention, checkpoint_every=config.checkpoint_every)
+
+
+def check_model(config: ModelConfig, start: StoredModel | None, part: str) -> None:
+    """Checks that the shapes of a run's model fit each other and `start`, without building the model.
+
+    Args: start: the opened model `config.init_from`; part: what is taken from it, "encoder" or "model".
+    Raises: ConfigError or CheckpointError as `build_contrastive`.
+    """
+    _check_pool_heads(config, described_encoder(config, start))
+    if start is not None and part == "model":
+        _joint_of(config, start)
+
+
+def _check_pool_heads(config: ModelConfig, shape: EncoderConfig) -> None:
     if shape.hidden_size % config.pool_heads:
         raise ConfigError(
             f"model.pool_heads {config.pool_heads} does not divide the encoder's width {shape.hidden_size}; "
             f"choose a divisor such as {math.gcd(config.pool_heads, shape.hidden_size)}"
         )
-    with seeded(seed, "vision"):
-        return UniViTAR(shape, attention=config.attention, checkpoint_every=config.checkpoint_every)
 
 
 def describe(
@@ -123,8 +138,8 @@ def described_encoder(config: ModelConfig, start: StoredModel | None) -> Encoder
     ]
     if differences:
         raise CheckpointError(
-            f"model.init_from {start.path} holds another encoder than model.encoder: {'; '.join(differences)}. Leave "
-            "model.encoder out to take the shape of init_from."
+            f"model.init_from {start.path} holds another encoder than model.encoder: {'; '.join(differences)}. Set "
+            "model.encoder=null to take the shape of init_from."
         )
     return start.encoder
 

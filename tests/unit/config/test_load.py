@@ -15,6 +15,8 @@ from univitar_ds.config.load import (
     load_config,
     recipe_path,
 )
+from univitar_ds.config.model import ModelConfig
+from univitar_ds.config.unused import unused_parts
 from univitar_ds.errors import ConfigError
 
 MINIMAL = {"name": "r", "data": {"sources": [{"path": "x"}]}, "stages": [{"name": "s", "samples": 10, "lr": 1e-3}]}
@@ -279,3 +281,21 @@ def test_each_extension_has_the_next_number_of_its_stage():
 def test_an_extension_without_keys_is_refused():
     with pytest.raises(ConfigError, match=r"the test has no keys.*--extend samples=10"):
         extended(run_config(), [], "the test")
+
+
+def test_an_override_of_the_start_replaces_what_a_recipe_says_of_a_model_from_scratch():
+    started = load_config("labels", ["model.init_from=runs/photos"])
+    assert (started.model.encoder, started.model.layer_scale_init) == (None, ModelConfig().layer_scale_init)
+    assert unused_parts(started) == []
+    assert load_config("labels", ["model.init_from=m", "model.encoder=0.3b"]).model.encoder == "0.3b"
+    for kept in ([], ["model.init_from=null"]):
+        assert (load_config("labels", kept).model.encoder, load_config("labels", kept).model.layer_scale_init) == (
+            "tiny",
+            1,
+        )
+
+
+def test_a_file_that_starts_from_a_model_keeps_its_encoder(run_file):
+    content = MINIMAL | {"model": {"init_from": None, "encoder": "0.3b"}}
+    run_file.write_text(yaml.safe_dump(content))
+    assert load_config(run_file, ["model.init_from=m"]).model.encoder == "0.3b"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.finished import run_config
+from tests.support.finished import run_config, write_run
 from tests.support.shards import write_demo_shards
-from univitar_ds.errors import ConfigError, DataError, StorageError
+from univitar_ds.errors import ConfigError, DataError, StorageError, UserError
 from univitar_ds.planning.checks import Faults, check_lengths, check_run, existing_parent
 from univitar_ds.run import create_run
 
@@ -81,3 +81,28 @@ def test_other_errors_are_no_faults():
         faults.of(lambda: 1 // 0)
     assert faults.of(lambda: 7) == 7
     faults.raise_all()
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "said"),
+    [
+        ({"encoder": "0.3b"}, {}, r"another encoder .*hidden_size .*Set model\.encoder=null"),
+        ({"encoder": "0.3b"}, {"objective": {"kind": "classification"}}, "another encoder"),
+        ({"pool_heads": 7}, {}, "pool_heads 7 does not divide the encoder's width 192"),
+        ({"init_part": "model", "embed_dim": 32}, {}, r"embed_dim is 32, that of model\.init_from"),
+    ],
+)
+def test_a_start_of_another_shape_is_refused_before_the_folder_is_made(shards, tmp_path, model, changes, said):
+    write_run(tmp_path / "start", run_config())
+    model = {**model, "init_from": str(tmp_path / "start")}
+    config = run_config(shards, output=str(tmp_path / "runs"), model=model, **changes)
+    with pytest.raises(UserError, match=said):
+        create_run(config, "test", 1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_heads_that_do_not_fit_are_refused_without_a_start_too(shards, tmp_path):
+    config = run_config(shards, output=str(tmp_path / "runs"), model={"pool_heads": 7})
+    with pytest.raises(ConfigError, match="pool_heads 7"):
+        create_run(config, "test", 1)
+    assert not (tmp_path / "runs").exists()
