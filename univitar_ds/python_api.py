@@ -14,7 +14,7 @@ from typing import Any
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.load import check_config, dumped, load_config
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.errors import RunError
+from univitar_ds.errors import ConfigError, RunError
 from univitar_ds.import_path import safe_environment
 
 
@@ -34,17 +34,21 @@ def train(
         config: a `RunConfig`, a run file's content, the path of a run file, or the name of a shipped recipe.
         overrides: `KEY=VALUE`, as on the command line.
         nproc: number of processes on this machine.
-        report: called with each line that the run prints.
+        report: called with each line that the run prints. If it raises, the run saves and ends.
     Raises: ConfigError if the configuration is wrong, before anything starts; RunError if the run ends early.
     """
+    if isinstance(overrides, str) or not all(isinstance(one, str) for one in overrides):
+        raise ConfigError(f"overrides must be a list of texts such as 'seed=3', got {overrides!r:.80}")
     if isinstance(config, (str, Path)):
         checked = load_config(str(config), overrides)
         return _train(["--config", str(config), *overrides], checked, nproc, report)
-    content = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else dict(config)
+    if not isinstance(config, (RunConfig, Mapping)):
+        raise ConfigError(f"config must be a RunConfig, a mapping or a run file, got {type(config).__name__}")
+    if not isinstance(config, RunConfig):
+        config = check_config(dict(config), "config")
     with tempfile.TemporaryDirectory(prefix="univitar-ds-") as folder:
-        check_config(content, "config")
         path = Path(folder) / "run.yaml"
-        replace_text(path, dumped(content))
+        replace_text(path, dumped(config.model_dump(mode="json", exclude_unset=True)))
         checked = load_config(str(path), overrides)
         return _train(["--config", str(path), *overrides], checked, nproc, report)
 
@@ -80,14 +84,21 @@ def _run(words: Sequence[str], nproc: int, report: Callable[[str], None]) -> Non
     )
     assert process.stdout is not None
     last = ""
+    failed: BaseException | None = None
     while True:
         try:
             for line in process.stdout:
                 last = line.rstrip("\n")
-                report(last)
+                if failed is None:
+                    report(last)
             break
         except KeyboardInterrupt:  # the run saves and ends; what it prints meanwhile is still reported
             process.send_signal(signal.SIGINT)
+        except BaseException as error:  # of `report`: the run saves, so that nothing is left behind
+            failed = error
+            process.send_signal(signal.SIGINT)
     code = process.wait()
+    if failed is not None:
+        raise failed
     if code:
         raise RunError(f"the run ended with exit code {code}: {last}", code)

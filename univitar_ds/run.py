@@ -85,7 +85,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         _check_unused(run, recipe)
         check_lengths(run)
         found = check_run(config, recipe, world_size, pack=True)
-        _report_unused(config)
+        _report_unused(found.config)
         config, start, joint = found.config, found.start, found.joint
         run.mkdir(parents=True, exist_ok=True)
         lock.take()

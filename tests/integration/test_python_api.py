@@ -13,6 +13,11 @@ from univitar_ds.errors import ConfigError, RunError
 def test_a_wrong_configuration_is_an_error_before_anything_starts(tmp_path):
     with pytest.raises(ConfigError, match="stages"):
         train({"name": "run", "output": str(tmp_path / "runs")})
+    for wrong in (None, [1], {"name": "run", 1: 2}):
+        with pytest.raises(ConfigError, match="config"):
+            train(wrong)
+    with pytest.raises(ConfigError, match="list of texts"):
+        train("demo", overrides="seed=3")
     with pytest.raises(ConfigError, match=r"optimizer\.betas"):
         train("demo", overrides=["optimizer.betas=3", f"output={tmp_path / 'runs'}"])
     assert not list(tmp_path.iterdir())
@@ -41,6 +46,13 @@ def test_an_interrupted_run_saves_and_resumes(tmp_path):
     with pytest.raises(RunError) as caught:
         train(config, report=report)
     assert caught.value.exit_code == 85
+
+    def broken(line: str) -> None:
+        if "loss" in line:
+            raise ValueError(line)
+
+    with pytest.raises(ValueError, match="loss"):
+        resume(tmp_path / "runs" / "small", report=broken)
     run = resume(tmp_path / "runs" / "small", report=lambda line: None)
     assert json.loads((run / "summary.json").read_text())["completed"]
     steps = [line["step"] for line in metrics(run)]

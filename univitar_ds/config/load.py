@@ -51,19 +51,61 @@ RESULT_FREE = (
 """Keys that a resumed run may change, because they change neither the samples nor the arithmetic of the run."""
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that rejects duplicate keys. PyYAML would silently use the last of them."""
+MAX_NODES = 100_000
+"""Maximum number of values in a run file, those of aliases counted each time."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise ConfigError(
-                    f"key {key!r} is written twice in one section (line {key_node.start_mark.line + 1}); keep one"
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+
+def parse_yaml(text: str) -> Any:
+    """Returns the value of a YAML document; None if it is empty.
+
+    PyYAML would silently use the last of two equal keys, and expand aliases of aliases to any size.
+    Raises: ConfigError for keys that are written twice or are no text, and for too many values or values that contain
+        themselves; yaml.YAMLError, RecursionError (too many levels) or ValueError (a number that is too long).
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Returns the number of nodes below `node`, and checks them. Args: known: counts by id; 0 of nodes in progress."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    line = node.start_mark.line + 1
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ConfigError(f"the value in line {line} contains itself; write it without an alias")
+        return known[id(node)]
+    known[id(node)] = 0
+    children = node.value
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+        children = [value for _, value in node.value]
+    total = 1 + sum(_count(child, known) for child in children)
+    if total > MAX_NODES:
+        raise ConfigError(f"the section in line {line} has more than {MAX_NODES:,} values; use fewer aliases")
+    known[id(node)] = total
+    return total
+
+
+def _check_keys(section: yaml.MappingNode) -> None:
+    seen: set[str] = set()
+    for key, _ in section.value:
+        line = key.start_mark.line + 1
+        if key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if key.tag != "tag:yaml.org,2002:str":
+            written = shortened(key.value) if isinstance(key, yaml.ScalarNode) else "a list or section"
+            raise ConfigError(f"a key in line {line} is {written}, not text; write it in quotes")
+        if key.value in seen:
+            raise ConfigError(f"key {shortened(key.value)!r} is written twice in one section (line {line}); keep one")
+        seen.add(key.value)
 
 
 def recipe_path(name: str) -> Path:
@@ -84,10 +126,10 @@ def recipe_path(name: str) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file. Raises: ConfigError if the file cannot be read or has no mapping."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:  # too many levels
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -108,8 +150,10 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
         if not separator or not dotted:
             raise ConfigError(f"override {shortened(entry)!r} is not of the form section.key=value")
         try:
-            value = yaml.load(text, Loader=_StrictLoader)
-        except (yaml.YAMLError, RecursionError) as error:
+            value = parse_yaml(text)
+        except ConfigError as error:
+            raise ConfigError(f"override {shortened(entry)!r}: {error}") from None
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise ConfigError(f"override {shortened(entry)!r}: {shortened(text)!r} is not valid YAML") from error
         node: Any = content
         *sections, last = present_key(dotted).split(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,11 @@ from univitar_ds.planning.batch import tokens_of_item
 from univitar_ds.planning.sizes import amount
 
 Histogram = Mapping[str, int]
+
+
+_BUCKET = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+_MOST_ITEMS = 10**15
+"""Counts of a manifest above this are of no data set."""
 
 
 def source_lines(shards: Sequence[SourceShard], sources: Sequence[SourceConfig]) -> Iterator[str]:
@@ -58,7 +64,9 @@ def _histograms(source: SourceConfig, settings: StorageSettings) -> Mapping[str,
         place = place_of(source)
         found = {} if place.endswith(".tar") else read_manifest(place, storage_for(place, settings))
         histograms = found.get("token_histogram")
-        return histograms if isinstance(histograms, dict) else {}
+        if not isinstance(histograms, dict):
+            return {}
+        return {name: one for name, one in histograms.items() if isinstance(one, dict)}
     return {}
 
 
@@ -86,9 +94,10 @@ def _mean_of(stage: StageConfig, modality: Modality, histogram: Histogram) -> fl
     """Returns the mean over the buckets "first-last" of a histogram, each at its geometric middle."""
     total, items = 0.0, 0
     for bucket, count in histogram.items():
-        first, _, last = str(bucket).partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or not isinstance(count, int) or count < 0:
+        sides = _BUCKET.fullmatch(str(bucket))
+        if sides is None or not isinstance(count, int) or not 0 <= count < _MOST_ITEMS:
             return None
+        first, last = sides.groups()
         frame = (int(first) * int(last or first)) ** 0.5
         total, items = total + count * tokens_of_item(stage, modality, frame), items + count
     return total / items if items else None

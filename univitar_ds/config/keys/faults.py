@@ -131,7 +131,7 @@ def _type_at(place: tuple[Any, ...]) -> str:
 
 def _entry_of(annotation: Any) -> Any:
     """Returns the type of the entries of a list, tuple or mapping."""
-    return annotation.__args__[-1]
+    return getattr(annotation, "__args__", (annotation,))[-1]  # keys of Python's dicts may be of any type
 
 
 def _name(place: Sequence[Any]) -> str:

@@ -21,7 +21,7 @@ _WARMUP = "the warm-up is counted in samples"
 _PRECISION = 'it sets "bf16": {"enabled": true}, or fp32 without it'
 _SHIPPED = "choose zero2, zero3, zero3_offload, ... or a JSON of your own"
 _RESUME = "`univitar-ds train --resume RUN` continues a run; weights of another model are model.init_from"
-_BOARD = "metrics go to metrics.jsonl and TensorBoard (logging.tensorboard), not to a service"
+_BOARD = "metrics go to metrics.jsonl and TensorBoard; logging.wandb.project or logging.trackio.project sends them on"
 
 _ROWS = (
     ("stages.N.lr", "", "learning_rate lr base_lr max_lr peak_lr blr"),

@@ -127,7 +127,7 @@ def _words(annotation: Any, origin: Any, arguments: Sequence[Any]) -> str:
         return f"a list of {len(arguments)} (each {type_text(arguments[0])})"
     if origin is dict:
         return f"a mapping of names (each to {type_text(arguments[1])})"
-    return "a section" if section_class(annotation) else _PLAIN[annotation]
+    return "a section" if section_class(annotation) else _PLAIN.get(annotation, "another type")
 
 
 def _limit_text(limit: Any) -> str | None:
