@@ -50,6 +50,10 @@ class InstallationError(UserError):
     """An error in a library of this environment, which cannot be imported."""
 
 
+class PluginError(UserError):
+    """An error in a plugin, which is code of the user."""
+
+
 class StorageError(UserError):
     """An error of the storage: a full or read-only disk, a missing permission, an impossible name."""
 

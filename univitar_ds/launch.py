@@ -120,6 +120,7 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
     startup.phase("loading PyTorch and DeepSpeed")
     from univitar_ds.formats.run import run_configuration
     from univitar_ds.planning.batch import batch_lines
+    from univitar_ds.training.callbacks import Callbacks
     from univitar_ds.training.distributed.process_group import gather_json, start_world, stop_world
     from univitar_ds.training.loop import train as train_rank
 
@@ -136,11 +137,14 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
             logger.info("%s", line)
     completed = train_rank(config, run, world, stop)
     stop_world()
-    if not completed:
-        return SAVED
     if world.is_main:
-        finish_run(run)
-    return 0
+        if completed:
+            finish_run(run)
+        if config.plugins:
+            callbacks = Callbacks(world)
+            callbacks.call("on_end", json.loads((run / SUMMARY).read_text(encoding="utf-8")))
+            callbacks.raise_failed()
+    return 0 if completed else SAVED
 
 
 def finish_run(run: Path) -> None:

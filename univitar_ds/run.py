@@ -54,6 +54,7 @@ from univitar_ds.planning.checks import (
     existing_parent,
     given_tokenizer,
 )
+from univitar_ds.plugins import compare_with_saved
 from univitar_ds.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,8 @@ def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, exten
     if last is None:
         raise ConfigError(f"{run} has no complete checkpoint; --resume would start it again from its beginning")
     saved = read_state(last)
+    for sentence in compare_with_saved(saved.get("plugins", ())):
+        logger.warning("%s", sentence)
     progress = saved.get("progress", {})
     classes = len(ClassList.read(run / CLASSES)) if after.objective.classifies else None
     described = run_description(run, after, saved.get("model"))

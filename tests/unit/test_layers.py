@@ -24,6 +24,7 @@ LAYERS = [
         "screen",
     },
     {"atomic_write", "classes", "identity", "image_ops", "kernels", "owned", "tokenization"},
+    {"atomic_write", "classes", "identity", "image_ops", "kernels", "owned", "plugins", "tokenization"},
     {"config", "run_lock", "data.storage", "data.media"},
     {"preprocessing", "formats", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},
     {"model.teacher", "data.sampler", "data.importing", "data.writing", "training.engine"},

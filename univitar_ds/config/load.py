@@ -28,6 +28,7 @@ RESULT_FREE = (
     "output",
     "deterministic",
     "deepspeed",
+    "plugins",
     "data.workers",
     "data.prefetch_packs",
     "data.on_bad",

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.paths import PathText
-from univitar_ds.config.section import EncoderSize, Positive, Section
+from univitar_ds.config.section import NAME_LIMIT, NAME_PATTERN, EncoderSize, Positive, Section
 from univitar_ds.errors import CheckpointError
+from univitar_ds.plugins import OBJECTIVES
 
 
 class TextConfig(Section):
@@ -154,10 +155,11 @@ class ClassificationConfig(Section):
 class ObjectiveConfig(Section):
     """Settings of the loss and of the distillation."""
 
-    kind: Literal["sigmoid", "softmax", "classification"] = Field(
+    kind: Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LIMIT)] = Field(
         "sigmoid",
         description="sigmoid: the recipe's loss; softmax converges faster with a few dozen items per step; "
-        "classification: a linear head learns the labels, without a text tower",
+        "classification: a linear head learns the labels, without a text tower; or the name of a plugin's objective",
+        json_schema_extra={"examples": list(OBJECTIVES)},
     )
     classification: ClassificationConfig = Field(
         ClassificationConfig(), description="label smoothing and mixing, for kind classification"

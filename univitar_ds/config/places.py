@@ -8,6 +8,7 @@ from typing import Any
 
 from univitar_ds.config.paths import absolute, written
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.plugins import is_file
 
 NAMES_OR_PATHS = ("deepspeed", "model.init_from", "model.text.path", "objective.teacher.path")
 """Keys whose value is a path if that path exists, else a name."""
@@ -36,6 +37,7 @@ def anchored(config: RunConfig) -> RunConfig:
             path = value.replace("$$", "$")
             if dotted not in NAMES_OR_PATHS or os.path.exists(path):
                 section[key] = written(absolute(path))
+    content["plugins"] = [written(absolute(entry)) if is_file(entry) else entry for entry in config.plugins]
     return RunConfig.model_validate(content)
 
 

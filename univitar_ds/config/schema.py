@@ -17,6 +17,7 @@ from univitar_ds.config.model import ModelConfig, ObjectiveConfig
 from univitar_ds.config.paths import PathText
 from univitar_ds.config.section import NAME_LIMIT, NAME_PATTERN, Fraction, Positive, Section, check_templates
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.plugins import OBJECTIVES
 
 
 class OptimizerConfig(Section):
@@ -169,6 +170,11 @@ class RunConfig(Section):
         False, description="bitwise reproducible steps on GPUs too; attention's backward pass is slower"
     )
     deepspeed: PathText = Field("zero3_cpu", description="a name from ds_configs/ or the path of a JSON")
+    plugins: list[Annotated[PathText, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="Python files (losses.py) and installed modules (my_package.losses) that every process of a run "
+        "imports, with objectives, readers of sources and callbacks",
+    )
     model: ModelConfig = Field(ModelConfig(), description="both towers and their joint embedding")
     data: DataConfig = Field(description="sources, lanes and the limits of reading")
     stages: Annotated[list[StageConfig], Field(min_length=1)] = Field(
@@ -195,6 +201,18 @@ class RunConfig(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages need different names, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _plugins_differ(self) -> RunConfig:
+        twice = sorted({entry for entry in self.plugins if self.plugins.count(entry) > 1})
+        if twice:
+            raise ValueError(f"plugins has {', '.join(twice)} twice; keep one")
+        if self.objective.kind not in OBJECTIVES and not self.plugins:
+            raise ValueError(
+                f"objective.kind {self.objective.kind} is none of {', '.join(OBJECTIVES)}, and there is no plugin that "
+                "may bring it; choose one of them, or name the plugin in plugins"
+            )
         return self
 
     @model_validator(mode="after")

@@ -135,7 +135,7 @@ def _configuration(
     return encoder, JointConfig(
         config.model.embed_dim,
         config.model.pool_heads,
-        config.objective.kind,
+        "softmax" if config.objective.kind == "softmax" else "sigmoid",  # those of plugins are sums over pairs too
         described["text"],
         config.model.text.context_length,
         read_utf8(_tokenizer(run)),

@@ -17,6 +17,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError, ConfigError, DataError, InstallationError, UserError
 from univitar_ds.extras import extra
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
+from univitar_ds.plugins import OBJECTIVES, load_plugins, objective_named
 
 if TYPE_CHECKING:
     from univitar_ds.data.shards.sources import SourceShard
@@ -93,6 +94,7 @@ def check_run(config: RunConfig, recipe: str, world_size: int, *, pack: bool = F
         several.
     """
     faults = Faults()
+    faults.of(check_plugins, config)
     deepspeed = faults.of(read_deepspeed, config.deepspeed)
     resolved = None
     if deepspeed is not None:
@@ -120,6 +122,7 @@ def check_reopened(
     Raises: as `check_run`.
     """
     faults = Faults()
+    faults.of(check_plugins, config)
     content = faults.of(read_deepspeed, deepspeed)
     resolved = None
     if content is not None:
@@ -143,6 +146,15 @@ def _sources(
     packed = faults.of(with_packed_sources, config, pack=pack)
     found = None if packed is None else faults.of(check_sources, packed)
     return packed or config, *(found or ((), ()))
+
+
+def check_plugins(config: RunConfig) -> None:
+    """Imports the plugins of a run. Raises: PluginError if one cannot be imported, or none has the run's objective."""
+    if config.plugins:
+        startup.phase("importing the plugins")
+    load_plugins(config.plugins)
+    if config.objective.kind not in OBJECTIVES:
+        objective_named(config.objective.kind)
 
 
 def check_zero_stage(deepspeed: dict[str, Any], name: str) -> int:

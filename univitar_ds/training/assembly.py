@@ -29,6 +29,7 @@ from univitar_ds.model.classification import ClassificationModel, build_classifi
 from univitar_ds.model.config import compiles
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.teacher.teacher import read_teacher
+from univitar_ds.plugins import compare_with_saved
 from univitar_ds.tokenization import load_tokenizer, special_ids
 from univitar_ds.training.checkpoint.sharded import load_checkpoint
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
@@ -75,6 +76,8 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
     state.began = began
     if world.is_main:
         _report_resume(folder, saved["threads"])
+        for sentence in compare_with_saved(saved.get("plugins", ())):
+            logger.warning("%s", sentence)
     return engine, state
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from univitar_ds import startup
+from univitar_ds import plugins, startup
 from univitar_ds.classes import ClassList
 from univitar_ds.config.load import config_fingerprint
 from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, TOKENIZER
@@ -25,7 +25,9 @@ from univitar_ds.errors import DataError
 from univitar_ds.model.dropping import DropConfig
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher.teacher import Teacher, build_teacher
+from univitar_ds.plugins import RunInfo, StepInfo
 from univitar_ds.training.assembly import build_training
+from univitar_ds.training.callbacks import Callbacks, load_on_all_ranks
 from univitar_ds.training.checkpoint.sharded import save_checkpoint
 from univitar_ds.training.distributed import preemption
 from univitar_ds.training.distributed.preemption import NEVER, SAVED, Stop
@@ -37,7 +39,7 @@ from univitar_ds.training.logging.metrics import local_metrics, part_norms, redu
 from univitar_ds.training.logging.run_logs import RunLogs
 from univitar_ds.training.logging.writers import SKIPPED
 from univitar_ds.training.step.classification import classification_step
-from univitar_ds.training.step.curriculum import advance, distills_later, lr_at, modality_at, weight_at
+from univitar_ds.training.step.curriculum import Progress, advance, distills_later, lr_at, modality_at, weight_at
 from univitar_ds.training.step.feature_snapshot import capture_features
 from univitar_ds.training.step.guard import spike_reason
 from univitar_ds.training.step.peak_flops import find_peak
@@ -56,6 +58,7 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
     Raises: UserError on all ranks if an error ends the run early.
     """
     set_deterministic(cfg.deterministic)
+    load_on_all_ranks(cfg.plugins, world)
     trainer = _Trainer(cfg, run, world, stop)
     with closed_after(trainer.close):
         trainer.start()
@@ -64,6 +67,26 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
         if world.is_main:
             write_summary(cfg, run, trainer.engine, trainer.state)
         return not trainer.leaving
+
+
+def _step_info(
+    progress: Progress, stage: str, modality: str, result: StepResult, lr: float, reduced: dict[str, float]
+) -> StepInfo:
+    return StepInfo(
+        step=progress.step,
+        stage=stage,
+        modality=modality,
+        samples=progress.samples,
+        tokens=progress.tokens,
+        items=result.items,
+        loss=result.loss,
+        losses=dict(result.losses),
+        grad_norm=result.grad_norm,
+        lr=lr,
+        logit_scale=result.logit_scale,
+        logit_bias=result.logit_bias,
+        seconds=reduced["step_s"],
+    )
 
 
 @contextmanager
@@ -90,6 +113,7 @@ class _Trainer:
         self.teacher: Teacher | None = None
         self.classes = ClassList.read(run / CLASSES) if cfg.objective.classifies else None
         self.logs = RunLogs(cfg, run, world)
+        self.callbacks = Callbacks(world)
         self.engine, self.state = build_training(cfg, run, world)
         startup.phase("measuring the processor's peak FLOP/s")
         self.cost = cost_coefficients(self.engine.module.vision.config)
@@ -103,6 +127,13 @@ class _Trainer:
         begun = sum(event["event"] == "stage" for event in self.state.events)
         if begun <= progress.stage < len(self.cfg.stages):  # a new run, or a finished one with a further stage
             self._note_stage()
+        if self.cfg.plugins:
+            config = self.cfg.model_dump(mode="json")
+            with all_ranks_or_none(self.world):
+                self.callbacks.call(
+                    "on_start", RunInfo(self.cfg.name, self.run, progress.step, self.world.size, config)
+                )
+                self.callbacks.raise_failed()
 
     def train(self) -> None:
         while not self.leaving and not self.state.progress.finished(self.cfg.stages):
@@ -120,6 +151,7 @@ class _Trainer:
         self.logs.close()
         with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:  # asked again: saving takes time
             self.logs.raise_unwritten()
+            self.callbacks.raise_failed()
         self.leaving |= vote.yes
         if self.leaving:
             preemption.ignore()  # launchers end the other ranks after the first rank has ended
@@ -151,6 +183,7 @@ class _Trainer:
                 startup.phase("reading and decoding the first packs")
                 with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:
                     self.logs.raise_unwritten()
+                    self.callbacks.raise_failed()
                     batches = next(loader)
                     waited = time.perf_counter() - start
                 startup.phase("computing the first step")
@@ -341,6 +374,9 @@ class _Trainer:
         if settings.read_gradient or state.progress.finished(self.cfg.stages):
             norms = part_norms(reduced) if settings.read_gradient else None
             self._log(progress.stage, result, settings.lr, norms)
+        if self.callbacks:
+            stage = self.cfg.stages[progress.stage].name
+            self.callbacks.call("on_step", _step_info(state.progress, stage, modality, result, settings.lr, reduced))
 
     def _log(self, stage: int, result: StepResult, lr: float, norms: dict[str, float] | None) -> None:
         state = self.state
@@ -372,6 +408,9 @@ class _Trainer:
             "versions": versions(),
             "model": self.engine.module.description(),
         }
+        if self.cfg.plugins:
+            content["plugins"] = [plugin.described() for plugin in plugins.active()]
         root, cursors = self.run / CHECKPOINTS, {lane: state.cursors[lane].to_json() for lane in self.lanes}
-        save_checkpoint(self.engine, root, state.progress.step, content, cursors, self.cfg.checkpoint.keep)
+        folder = save_checkpoint(self.engine, root, state.progress.step, content, cursors, self.cfg.checkpoint.keep)
         self.saved_step = state.progress.step
+        self.callbacks.call("on_checkpoint", folder)

@@ -22,7 +22,7 @@ def test_every_key_has_a_description_and_a_type(name):
         ("data.lanes", "a whole number, at least 1", 4),
         ("stages.N.patch_dropout", "a number, at least 0, below 1", 0.0),
         ("optimizer.clip_norm", "a number, above 0, or null", 1.0),
-        ("objective.kind", "one of sigmoid, softmax, classification", "sigmoid"),
+        ("objective.kind", "text, at most 255 long", "sigmoid"),
         ("stages.N.frozen", "a list (each one of text, vision, patch_embedding)", []),
         ("optimizer.betas", "a list of 2 (each a number, at least 0, at most 1)", (0.9, 0.98)),
         ("stages.N.weights", "a mapping of names (each to a number, at least 0)", {}),

@@ -1,0 +1,24 @@
+"""Writes the loss of every step to losses.csv in the run's folder, and says on stdout which checkpoint is the newest.
+
+univitar-ds train --config photos 'plugins=[examples/plugins/log_to_csv.py]'
+"""
+
+from univitar_ds.plugins import Callback, register_callback
+
+
+@register_callback
+class LogToCsv(Callback):
+    def on_start(self, run):
+        self.path = run.folder / "losses.csv"
+        if run.step == 0:
+            self.path.write_text("step,samples,loss\n")
+
+    def on_step(self, info):
+        with self.path.open("a") as file:
+            file.write(f"{info.step},{info.samples},{info.loss:.6g}\n")
+
+    def on_checkpoint(self, folder):
+        print(f"checkpoint {folder.name} is complete", flush=True)
+
+    def on_end(self, summary):
+        print(f"{summary['steps']} steps in {summary['seconds']['training']} s", flush=True)
