@@ -96,6 +96,13 @@ def _add_pack(data) -> None:
         help="a folder, or s3://bucket/prefix; shards are uploaded one by one and verified",
     )
     pack.add_argument("--format", metavar="NAME", help="form of SRC (default: it is recognised)")
+    pack.add_argument(
+        "--plugin",
+        metavar="FILE.py",
+        action="append",
+        default=[],
+        help="a Python file or module that registers a reader of SRC; may be repeated (docs/plugins.md)",
+    )
     pack.add_argument("--split", metavar="NAME", help="split of files that name none (default train)")
     pack.add_argument(
         "--captions",
@@ -170,7 +177,9 @@ def _add_probe(data) -> None:
 def _pack(arguments: argparse.Namespace) -> None:
     from univitar_ds.data.importing.rows import ReadOptions
     from univitar_ds.data.writing.writer import PackOptions, pack_folder
+    from univitar_ds.plugins import is_file, load_plugins
 
+    load_plugins([expand_place(entry) if is_file(entry) else entry for entry in arguments.plugin])
     manifest = pack_folder(
         arguments.source,
         arguments.out,
@@ -204,9 +213,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     from univitar_ds.data.shards.contents import faults_of_run
     from univitar_ds.data.tools.verify import verify
     from univitar_ds.data.writing.packed_sources import with_packed_sources
+    from univitar_ds.plugins import load_plugins
 
     check_result(arguments.report, _is_report)
-    config = with_packed_sources(load_config(arguments.config, [])) if arguments.config else None
+    config = None
+    if arguments.config:
+        config = load_config(arguments.config, [])
+        load_plugins(config.plugins)
+        config = with_packed_sources(config)
     data = None if config is None else config.loaded_data
     sources = _sources_to_verify(arguments, data)
     settings = _storage_settings(arguments, data)
@@ -333,9 +347,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
         from univitar_ds.data.tools.inspect_plot import draw, is_drawn
     from univitar_ds.model.config import encoder_config
     from univitar_ds.model.flops import cost_coefficients
+    from univitar_ds.plugins import load_plugins
 
     check_result(arguments.png, is_drawn)
-    config = with_packed_sources(load_config(arguments.config, arguments.overrides))
+    config = load_config(arguments.config, arguments.overrides)
+    load_plugins(config.plugins)
+    config = with_packed_sources(config)
     found = inspect(config, packs=arguments.packs, cost=cost_coefficients(encoder_config(config.model)))
     for line in (json.dumps(found.to_json(), indent=2) if arguments.json else render(found)).split("\n"):
         _say(line)

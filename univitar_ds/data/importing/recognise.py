@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from univitar_ds.data.importing import class_folders, coco, imagefolder, img2dataset, own_folder, tables, tars
+from univitar_ds.data.importing import (
+    class_folders,
+    coco,
+    from_plugins,
+    imagefolder,
+    img2dataset,
+    own_folder,
+    tables,
+    tars,
+)
+from univitar_ds.data.importing.forms import Format
 from univitar_ds.data.importing.own_folder import METADATA
 from univitar_ds.data.importing.rows import Listing, ReadOptions, check_split
 from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE
@@ -18,16 +26,6 @@ from univitar_ds.data.storage.base import S3
 from univitar_ds.errors import DataError
 
 _log = logging.getLogger(__name__)
-
-
-class Format(NamedTuple):
-    """A form of data sets: what it is called in messages, whether a source has it, its rows, and the options
-    (`ReadOptions`) that it uses."""
-
-    title: str
-    recognises: Callable[[str], bool]
-    rows: Callable[[str, ReadOptions], Listing]
-    uses: frozenset[str] = frozenset()
 
 
 _KEYS = frozenset(["image_key", "caption_keys", "label_key", "split_key"])
@@ -64,11 +62,22 @@ FORMATS: dict[str, Format] = {
 other files in it, so that it gives the same shards as ever."""
 
 
+def known_formats() -> dict[str, Format]:
+    """Returns `FORMATS` after those that the plugins register.
+
+    Raises: PluginError if a plugin's reader has the name of one of `FORMATS`.
+    """
+    return {**from_plugins.formats(FORMATS), **FORMATS}
+
+
 def format_of(source: str) -> str | None:
-    """Returns the name of the format of a local source, None if it has none that is known.
+    """Returns the name of the format of a source, None if it has none that is known.
 
     Raises: DataError for a folder that `data pack` has written.
     """
+    own = next((name for name, form in from_plugins.formats(FORMATS).items() if form.recognises(source)), None)
+    if own is not None:
+        return own
     if os.path.isdir(source) and {MANIFEST, PROGRESS_FILE} & set(os.listdir(source)):
         raise DataError(f"{source} is packed already; a run reads it as it is, so give it as a source")
     if os.path.isfile(os.path.join(source, METADATA)):
@@ -83,7 +92,8 @@ def read_source(source: str | Path, options: ReadOptions) -> Listing:
         does not use.
     """
     source = str(source)
-    check_address(source)
+    if not from_plugins.reads(source):
+        check_address(source)
     if source.startswith(S3):
         raise DataError(f"{source}: only local files are packed; tars at s3:// can be a run's source as they are")
     check_split(options.split)
@@ -92,22 +102,23 @@ def read_source(source: str | Path, options: ReadOptions) -> Listing:
         return own_folder.rows(source, _checked(source, "folder", options))  # its errors say what is missing
     options = _checked(source, name, options)
     if options.format is None and name != "folder":
-        _log.info("%s is read as %s (--format %s)", source, FORMATS[name].title, name)
-    return FORMATS[name].rows(source, options)
+        _log.info("%s is read as %s (--format %s)", source, known_formats()[name].title, name)
+    return known_formats()[name].rows(source, options)
 
 
 def _checked(source: str, name: str, options: ReadOptions) -> ReadOptions:
-    if name not in FORMATS:
-        raise DataError(f"--format {name}: there is no such format; give one of {', '.join(FORMATS)}")
+    forms = known_formats()
+    if name not in forms:
+        raise DataError(f"--format {name}: there is no such format; give one of {', '.join(forms)}")
     defaults = ReadOptions()
     unused = [
         given
         for option, given in _OPTIONS.items()
-        if getattr(options, option) != getattr(defaults, option) and option not in FORMATS[name].uses
+        if getattr(options, option) != getattr(defaults, option) and option not in forms[name].uses
     ]
     if unused:
         raise DataError(
-            f"{source} is read as {FORMATS[name].title}, which has no use for {', '.join(unused)}; leave it out, or "
+            f"{source} is read as {forms[name].title}, which has no use for {', '.join(unused)}; leave it out, or "
             "give another --format"
         )
     return options

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.data.importing.recognise import FORMATS, format_of, read_source
+from univitar_ds.data.importing import from_plugins
+from univitar_ds.data.importing.recognise import format_of, known_formats, read_source
 from univitar_ds.data.importing.rows import Listing, ReadOptions
 from univitar_ds.data.shards.listing import COMPRESSED, place_of
 from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE
@@ -84,6 +85,8 @@ def _in_run_file(text: str, place: str) -> str:
 
 def format_to_pack(source: SourceConfig) -> str | None:
     """Returns the format of a source, None if the loader reads or refuses it itself."""
+    if from_plugins.reads(source.path):
+        return format_of(source.path)
     path = place_of(source)
     if path.endswith((".tar", *COMPRESSED)) or not os.path.exists(path):
         return None
@@ -98,20 +101,24 @@ def format_to_pack(source: SourceConfig) -> str | None:
 
 
 def _pack(source: SourceConfig, form: str, place: Path, pack: bool) -> SourceConfig:
-    path = os.path.abspath(place_of(source))
+    path = source.path if "://" in source.path else os.path.abspath(place_of(source))
     reading = _reading(source, form)
     listing = read_source(path, reading)
     name = _UNSAFE.sub("_", os.path.basename(path))[:60]
     target = place / f"{name}-{_fingerprint(path, listing)}"
     if (target / MANIFEST).is_file():
-        _log.info("source %s is %s; it was packed before, and is read from %s", path, FORMATS[form].title, target)
+        _log.info(
+            "source %s is %s; it was packed before, and is read from %s", path, known_formats()[form].title, target
+        )
     elif not pack:
         raise DataError(
-            f"{path} is {FORMATS[form].title}, which a run packs when it starts; to see the plan of a run before, pack "
-            "it with `univitar-ds data pack`, and name the result as the source"
+            f"{path} is {known_formats()[form].title}, which a run packs when it starts; to see the plan of a run "
+            "before, pack it with `univitar-ds data pack`, and name the result as the source"
         )
     else:
-        _log.info("source %s is %s; it is packed once, and then read from %s", path, FORMATS[form].title, target)
+        _log.info(
+            "source %s is %s; it is packed once, and then read from %s", path, known_formats()[form].title, target
+        )
         with writing(place):
             place.mkdir(parents=True, exist_ok=True)
         manifest = pack_folder(path, target, PackOptions(progress=sys.stderr.isatty(), reading=reading))
@@ -126,7 +133,7 @@ def _pack(source: SourceConfig, form: str, place: Path, pack: bool) -> SourceCon
 
 def _reading(source: SourceConfig, form: str) -> ReadOptions:
     table = source.table
-    about = {"format": form, "captions": source.captions if "captions" in FORMATS[form].uses else "one"}
+    about = {"format": form, "captions": source.captions if "captions" in known_formats()[form].uses else "one"}
     if form == "classes" and source.class_names is not None:
         about["class_names"] = Path(source.class_names)
     if table is not None:
