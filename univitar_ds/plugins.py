@@ -116,8 +116,8 @@ class Objective(Protocol):
         many others a block has: no mean, no softmax over a block.
 
         Args: images: (n, E), texts: (m, E), float32 unit vectors, image or video i and text j; scale, bias: (), of
-            the model, positive scale; positives: (n, m) bool, whether image i and text j belong together. n or m may
-            be 0.
+            the model, positive scale; positives: (n, m) bool, whether image i and text j belong together.
+            n and m are at least 1.
         """
 
 

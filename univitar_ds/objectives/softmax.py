@@ -31,7 +31,7 @@ def ring_softmax(
     same_caption_positive: bool = False,
     ring: Ring | None = None,
 ) -> ContrastiveResult:
-    """Computes the loss and the gradients. Arguments and result are those of `ring_sigmoid`; `bias` is not used."""
+    """Computes the loss and the gradients. Arguments and result as in `ring_sigmoid`; `bias` is not used."""
     ring = ring or Ring(len(vision), vision.device)
     items = max(ring.items, 1)
     vision, visiting = vision.float(), text.float()

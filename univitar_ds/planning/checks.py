@@ -17,7 +17,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError, ConfigError, DataError, InstallationError, UserError
 from univitar_ds.extras import extra
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
-from univitar_ds.plugins import OBJECTIVES, load_plugins, objective_named
+from univitar_ds.plugins import OBJECTIVES, calling, load_plugins, objective_named
 
 if TYPE_CHECKING:
     from univitar_ds.data.shards.sources import SourceShard
@@ -149,12 +149,17 @@ def _sources(
 
 
 def check_plugins(config: RunConfig) -> None:
-    """Imports the plugins of a run. Raises: PluginError if one cannot be imported, or none has the run's objective."""
+    """Imports the plugins of a run. Raises: PluginError if one cannot be imported, or none has the run's objective,
+    or that objective is no sum over pairs."""
     if config.plugins:
         startup.phase("importing the plugins")
     load_plugins(config.plugins)
     if config.objective.kind not in OBJECTIVES:
-        objective_named(config.objective.kind)
+        from univitar_ds.objectives.pairs import check_additive, pair_losses
+
+        plugin, objective = objective_named(config.objective.kind)
+        with calling(plugin, f"the objective {config.objective.kind}"):
+            check_additive(pair_losses(objective.loss_of_chunk))
 
 
 def check_zero_stage(deepspeed: dict[str, Any], name: str) -> int:

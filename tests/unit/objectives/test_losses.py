@@ -6,10 +6,28 @@ import torch.nn.functional as F
 
 from tests.support.closeness import assert_sums_close
 from tests.support.dense import dense_sigmoid, dense_softmax
-from univitar_ds.objectives.sigmoid import ring_sigmoid
+from univitar_ds.errors import PluginError
+from univitar_ds.objectives.pairs import check_additive, pair_losses, ring_pairs
+from univitar_ds.objectives.sigmoid import ring_sigmoid, sigmoid_pairs
 from univitar_ds.objectives.softmax import ring_softmax
 
-DENSE = {ring_sigmoid: dense_sigmoid, ring_softmax: dense_softmax}
+
+def weighted(images, texts, scale, bias, positives):
+    """A loss as a plugin gives it: of positive pairs three times that of others."""
+    logits = images @ texts.T * scale + bias
+    return (3 * F.softplus(-logits) * positives + F.softplus(logits) * ~positives).sum()
+
+
+def ring_weighted(*inputs, **settings):
+    return ring_pairs(pair_losses(weighted), *inputs, **settings)
+
+
+def dense_weighted(vision, text, scale, bias, ids=None):
+    positive = torch.eye(len(vision), dtype=torch.bool) if ids is None else ids[:, None] == ids[None]
+    return weighted(vision, text, scale, bias, positive) / max(len(vision), 1)
+
+
+DENSE = {ring_sigmoid: dense_sigmoid, ring_softmax: dense_softmax, ring_weighted: dense_weighted}
 both_losses = pytest.mark.parametrize("loss_of", DENSE)
 
 
@@ -83,3 +101,32 @@ def test_a_value_that_is_not_finite_makes_the_loss_not_finite(loss_of):
     vision, text, ids = embeddings(5)
     vision[2, 3] = float("nan")
     assert not math.isfinite(loss_of(vision, text, SCALE, BIAS, ids, chunk=2).loss)
+
+
+def test_a_sum_over_pairs_passes_the_check():
+    check_additive(sigmoid_pairs)
+    check_additive(pair_losses(weighted))
+
+
+@pytest.mark.parametrize(
+    ("loss_of_chunk", "said"),
+    [
+        (lambda *block: weighted(*block).div(block[4].numel()), "without a mean or a softmax"),
+        (lambda v, t, s, b, p: -(v @ t.T * s).softmax(1)[p].sum(), "without a mean or a softmax"),
+        (lambda v, t, s, b, p: (v @ t.T).sqrt().sum(), "is nan; it must be a finite"),
+        (lambda v, t, s, b, p: v @ t.T, r"returned \[6, 8\], not a tensor of one number"),
+        (lambda v, t, s, b, p: 0.5, "returned float, not a tensor of one number"),
+        (lambda v, t, s, b, p: (v @ t.T).detach().sum(), "without a gradient"),
+    ],
+)
+def test_what_is_no_sum_over_pairs_is_refused(loss_of_chunk, said):
+    with pytest.raises(PluginError, match=said):
+        check_additive(pair_losses(loss_of_chunk))
+
+
+def test_a_loss_that_does_not_use_all_of_its_arguments_has_no_gradient_of_the_others():
+    vision, text, ids = embeddings(5)
+    loss = pair_losses(lambda images, texts, scale, bias, positives: (images @ texts.T * ~positives).sum())
+    result = ring_pairs(loss, vision, text, SCALE, BIAS, ids, chunk=2)
+    assert result.vision_grad.any()
+    assert result.scale_grad.item() == result.bias_grad.item() == 0.0

@@ -64,7 +64,7 @@ class Listing:
 class ReadOptions:
     """How a source is read.
 
-    `format`: a name of `recognise.known_formats`; None: it is recognised. `captions`: whether a .txt has one caption, or one
+    `format`: a name of `known_formats`; None: it is recognised. `captions`: whether a .txt has one caption, or one
     per line. `split`: split of rows that name none; None: "train". Names of columns of tables (None and (): usual names
     are tried): `image_key` of paths of images or videos, `caption_keys`, `label_key`, `split_key`. `images`: folder of
     the media of a table or COCO file. `class_names`: file with the names of class folders.

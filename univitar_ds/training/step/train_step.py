@@ -11,8 +11,9 @@ in the passes with gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +24,11 @@ from univitar_ds.errors import UserError
 from univitar_ds.model.dropping import NO_DROPPING, DropConfig, DropPlan
 from univitar_ds.model.teacher.teacher import Teacher
 from univitar_ds.model.transfer import to_device
+from univitar_ds.objectives.pairs import PairGradients, pair_losses, ring_pairs
 from univitar_ds.objectives.ring import ContrastiveResult, Ring
 from univitar_ds.objectives.sigmoid import ring_sigmoid
 from univitar_ds.objectives.softmax import ring_softmax
+from univitar_ds.plugins import calling, objective_named
 from univitar_ds.training.engine.engine import Engine
 from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
 
@@ -139,11 +142,28 @@ def train_step(
     )
 
 
+def loss_named(kind: str) -> Callable[..., ContrastiveResult]:
+    """Returns the loss of an `objective.kind`, with the arguments of `ring_softmax`.
+
+    Raises: PluginError if no plugin registers it. The loss of a plugin raises PluginError if the plugin's code fails.
+    """
+    if kind in LOSSES:
+        return LOSSES[kind]
+    plugin, objective = objective_named(kind)
+    of_chunk = pair_losses(objective.loss_of_chunk)
+
+    def loss(*block: Any) -> PairGradients:
+        with calling(plugin, f"the objective {kind}"):
+            return of_chunk(*block)
+
+    return partial(ring_pairs, loss)
+
+
 def _contrastive(
     outputs: Sequence[Sequence[Tensor]], caption_ids: Tensor, ring: Ring, objective: ObjectiveConfig
 ) -> ContrastiveResult:
     """Returns the loss over all items of the step on all ranks, and the gradients of this rank's embeddings."""
-    return LOSSES[objective.kind](
+    return loss_named(objective.kind)(
         torch.cat([output[0].detach() for output in outputs]),
         torch.cat([output[1].detach() for output in outputs]),
         outputs[0][2].detach(),
