@@ -1,4 +1,4 @@
-"""Writes the loss of every step to losses.csv in the run's folder, and says on stdout which checkpoint is the newest.
+"""Writes the loss of every step to NAME-losses.csv beside the run's folder, and prints each checkpoint.
 
 univitar-ds train --config photos 'plugins=[examples/plugins/log_to_csv.py]'
 """
@@ -9,7 +9,7 @@ from univitar_ds.plugins import Callback, register_callback
 @register_callback
 class LogToCsv(Callback):
     def on_start(self, run):
-        self.path = run.folder / "losses.csv"
+        self.path = run.folder.with_name(f"{run.name}-losses.csv")
         if run.step == 0:
             self.path.write_text("step,samples,loss\n")
 
