@@ -409,7 +409,10 @@ def _import_of(plugin: Plugin) -> Iterator[None]:
         elif missing is not None:
             remedy = f"install {missing} in this environment, or leave the plugin out"
         elif isinstance(error, FileNotFoundError) and error.filename in (plugin.entry, Path(plugin.entry)):
-            remedy = "check the path, which starts in the folder in which the run was started"
+            remedy = (
+                "check the path, which starts in the folder in which the run was started; to resume a run, put the "
+                "file back, or give its new path with plugins=[PATH]"
+            )
         else:
             remedy = "correct it, or leave it out of plugins"
         raise PluginError(f"the plugin {plugin.place} cannot be imported: {_shown(error, plugin)}; {remedy}") from error

@@ -11,13 +11,14 @@ from safetensors import safe_open
 from tests.support.finished import run_config, write_run
 from univitar_ds import UniViTAR
 from univitar_ds.config.encoder import EncoderConfig
-from univitar_ds.errors import CheckpointError, UserError
+from univitar_ds.errors import CheckpointError, PluginError, UserError
 from univitar_ds.formats import elastic
 from univitar_ds.formats import run as run_format
 from univitar_ds.formats.checkpoint_dir import sha256
 from univitar_ds.formats.recognise import open_stored, recognised
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.from_stored import build_encoder, build_model, check_complete
+from univitar_ds.planning.checks import check_plugins
 from univitar_ds.training.checkpoint import atomic_dir
 
 
@@ -196,3 +197,16 @@ def test_programs_are_written_only(tmp_path, kind, name):
     (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=rf"{name}, which --to {kind} has written"):
         open_stored(tmp_path)
+
+
+def test_reading_a_run_imports_none_of_its_plugins(tmp_path):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()", encoding="utf-8")
+    config = run_config(plugins=[str(plugin)], objective={"kind": "mine"})
+    write_run(tmp_path / "run", config)
+    stored = open_stored(tmp_path / "run")
+    assert stored.joint.objective == "sigmoid"
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(PluginError, match="no plugin registers it"):
+        check_plugins(config)
+    assert (tmp_path / "ran").exists()  # so that this test would see an import
