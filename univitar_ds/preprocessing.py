@@ -66,7 +66,7 @@ class Preprocessor:
         frames = [item] if isinstance(item, Image.Image) else list(item)
         strange = [type(frame).__name__ for frame in frames if not isinstance(frame, Image.Image)]
         if strange:
-            raise UserError(f"item {index} holds a {strange[0]}; images and frames must be PIL images")
+            raise UserError(f"item {index} holds an object of type {strange[0]}; images and frames must be PIL images")
         if not frames:
             raise UserError(f"item {index} is a video without frames; give one frame or a multiple of {TUBELET}")
         if len(frames) > 1 and len(frames) % TUBELET:

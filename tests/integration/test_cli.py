@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def test_every_command_has_help(capsys, command):
         main([*command, "--help"])
     assert ended.value.code == 0
     assert "usage: univitar-ds" in capsys.readouterr().out
+
+
+def test_examples_are_aligned_and_the_export_has_its_usage(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    _, _, examples = capsys.readouterr().out.partition("examples:\n")
+    found = [re.match(r"  univitar-ds .*?\S(  +)(?=\S)", line) for line in examples.splitlines()]
+    assert len({match.end() for match in found if match}) == 1
+    with pytest.raises(SystemExit):
+        main(["convert", "export", "--help"])
+    assert "univitar-ds convert export RUN OUT" in capsys.readouterr().out.partition("\n\n")[0]
 
 
 def test_a_run_file_with_faults_lists_them(capsys, run_file):

@@ -19,9 +19,10 @@ DST: a new folder. It appears when it is complete; an earlier result is replaced
 formats of DST
   hf         transformers: AutoModel.from_pretrained(DST, trust_remote_code=True), pipelines
   release    the encoder as published: config.json, model.safetensors
-  universal  DeepSpeed's universal checkpoint, with the optimizer's state of a run
+  universal  DeepSpeed's universal checkpoint in float32, with the optimizer's state of a run; moments of another SRC
+             are zeros, so it has three times the size
   megatron   Megatron-Core's dist_checkpointing, to be read as tensor-parallel slices
-  dcp        torch.distributed.checkpoint
+  dcp        torch.distributed.checkpoint, a file for each tensor and moment
   program    torch.export, for any number of tokens and items
   onnx       ONNX for fixed grids (--grid)
 SRC may also be DeepSpeed's own checkpoint of ZeRO stage 1, 2 or 3.
@@ -34,7 +35,10 @@ SRC may also be DeepSpeed's own checkpoint of ZeRO stage 1, 2 or 3.
 def add_convert(commands) -> None:
     """Adds `convert` to `commands`."""
     parser = add_command(commands, "convert", _convert, "convert weights to another format", DESCRIPTION)
-    parser.usage = "univitar-ds convert SRC DST --to FORMAT [options]"
+    parser.usage = (
+        "univitar-ds convert SRC DST --to FORMAT [options]\n"
+        "       univitar-ds convert export RUN OUT [--weights trained|averaged]"
+    )
     parser.add_argument(
         "places", nargs="+", type=expand_place, metavar="SRC DST", help="the model, and the folder to write"
     )

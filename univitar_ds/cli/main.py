@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   univitar-ds config stages                            the keys of a section of the run file
   univitar-ds data pack PHOTOS data/photos             shards and a manifest from a folder of files
   univitar-ds data verify data/photos                  check every shard and sample, write a report
-  univitar-ds data probe *.jpg video.mp4                how a run would read single files
+  univitar-ds data probe *.jpg video.mp4               how a run would read single files
   univitar-ds data inspect --config photos             the packs of a run: fill, tokens, bad samples, an image
   univitar-ds train --config photos --nproc 2          train, evaluate and export on two local processes
   univitar-ds train --config run.yaml seed=3 stages.0.lr=5e-4
@@ -33,8 +33,8 @@ EXAMPLES = """examples:
   univitar-ds eval runs/photos evaluation.sources.0.path=data/other
   univitar-ds report runs/photos                       results and metrics of a run
   univitar-ds convert runs/photos photos_hf --to hf    the model for transformers, or another format
-  univitar-ds embed runs/photos DIR --out f.safetensors  the embeddings of images and videos
-  univitar-ds classify runs/photos *.jpg --labels cat,dog  the most probable classes of files
+  univitar-ds embed RUN DIR --out f.safetensors        the embeddings of images and videos
+  univitar-ds classify RUN *.jpg --labels cat,dog      the most probable classes of files
 """
 
 

@@ -82,6 +82,8 @@ def convert(
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     kind = "encoder" if model.joint is None else "model"
     sentence = f"{kind} {size_name(model)}, {len(model.tensors)} tensors, in {out} ({to}, {size / 1e6:.1f} MB)"
+    if to == "universal" and model.optimizer is None:
+        sentence += "; the optimizer's moments in it are zeros, since the source has none"
     sentences = [sentence] if compared is None else [sentence, compared]
     if options.push is not None:
         sentences.append(publish.push(out, options.push, weights_only_from_here=to in _SHARDED))

@@ -57,14 +57,14 @@ def open_stored(
     """
     folder = local_folder(source, settings)
     name = recognised(folder)
+    if config_folder is not None and name not in _TENSORS_ALONE:
+        raise CheckpointError(f"{source}, in the format {name}, has its own configuration; leave --config-from out")
     if name == "run":
         return run_format.read(folder, weights, verify=verify)
     if weights is not None:
         raise CheckpointError(f"{source} is in the format {name}, which has one kind of weights; leave --weights out")
     if config_folder is None:
         return module_of(name).read(folder)
-    if name not in _TENSORS_ALONE:
-        raise CheckpointError(f"{source}, in the format {name}, has its own configuration; leave --config-from out")
     return module_of(name).read(folder, config_folder)
 
 

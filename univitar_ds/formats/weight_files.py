@@ -146,6 +146,9 @@ class _Remembering(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return self._file.seek(offset, whence)
 
+    def fileno(self) -> int:
+        return self._file.fileno()
+
     def tell(self) -> int:
         return self._file.tell()
 

@@ -185,7 +185,7 @@ class Destination:
         wanted = json.loads(json.dumps(settings))
         differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
         if differing:
-            raise ConfigError(f"{self.out} was begun with another {' and '.join(sorted(differing))}; {remedy}")
+            raise ConfigError(f"{self.out} was begun with different {' and '.join(sorted(differing))}; {remedy}")
 
 
 def _joined(lists: Iterator[list[Any]]) -> Iterator[str]:

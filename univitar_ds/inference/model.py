@@ -171,9 +171,11 @@ class UniViTARModel(nn.Module):
     def encode_image(self, items: Sequence[Item], *, tokens_at_once: int = TOKENS_AT_ONCE) -> Tensor:
         """Returns the embeddings of images and videos, (N, E) float32 unit vectors on the model's device.
 
-        Raises: UserError if the model is an encoder alone, or an item is no image or video.
+        Without items, N is 0. Raises: UserError if the model is an encoder alone, or an item is no image or video.
         """
         model = self._whole("encode_image")
+        if isinstance(items, Sequence) and not items:
+            return torch.empty(0, model.vision_proj.out_features, device=self.device)
         packs = self._packs(items, tokens_at_once)
         rows = [
             model.encode_vision(pixels, torch.tensor(frames), torch.tensor(grids)) for pixels, frames, grids in packs
@@ -184,7 +186,8 @@ class UniViTARModel(nn.Module):
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Returns the embeddings of texts, (N, E) float32 unit vectors on the model's device.
 
-        Long texts are cut to the model's context length. Raises: UserError if the model is an encoder alone.
+        Long texts are cut to the model's context length. Without texts, N is 0.
+        Raises: UserError if the model is an encoder alone.
         """
         model = self._whole("encode_text")
         if isinstance(texts, str):
@@ -199,8 +202,12 @@ class UniViTARModel(nn.Module):
 
         The sigmoid of a logit is the probability that the pair matches, if the model was trained with the sigmoid
         objective. With the softmax objective, a softmax over all texts gives the probabilities of an image's text.
+
+        Args: image_embeddings: (N, E), of `encode_image`; text_embeddings: (M, E), of `encode_text`.
+        Raises: UserError for other shapes, or if the model is an encoder alone.
         """
         model = self._whole("similarity")
+        self._check_embeddings(image_embeddings=image_embeddings, text_embeddings=text_embeddings)
         logits = model.logit_scale.float().exp() * image_embeddings.float() @ text_embeddings.float().T
         return logits + model.logit_bias.float() if self.joint.objective == "sigmoid" else logits
 
@@ -212,7 +219,8 @@ class UniViTARModel(nn.Module):
         A class is the normalised mean of the embeddings of its sentences (CLIP's prompt ensemble), and the
         probabilities are a softmax of scale times cosine over the given classes, for both objectives.
 
-        Args: templates: sentences with {} for the name.
+        Args: class_names: a column each, also if a name is given twice, as data sets have it; templates: sentences with
+            {} for the name.
         Raises: UserError if there are no classes, or a template has no {}.
         """
         classes = self.encode_classes(class_names, templates)
@@ -221,7 +229,9 @@ class UniViTARModel(nn.Module):
     def encode_classes(self, class_names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
         """Returns the embeddings of classes, (C, E) float32 unit vectors: see `zero_shot`, which raises the same."""
         if not class_names or isinstance(class_names, str):
-            raise UserError("zero_shot takes a list of at least one class name")
+            raise UserError("class_names is a list of at least one name; put a single one in a list")
+        if isinstance(templates, str):
+            raise UserError(f"templates is a list of sentences, got {templates!r}; put a single one in a list")
         lacking = [template for template in templates if "{}" not in template]
         if lacking or not templates:
             raise UserError(f"a template needs {{}} where the class name goes, got {lacking or 'no template'}")
@@ -232,10 +242,19 @@ class UniViTARModel(nn.Module):
         """Returns the probabilities of classes, (N, C) float32, see `zero_shot`.
 
         Args: image_embeddings: (N, E); classes: (C, E), of `encode_classes`.
-        Raises: UserError if the model is an encoder alone.
+        Raises: UserError for other shapes, or if the model is an encoder alone.
         """
         scale = self._whole("class_probabilities").logit_scale.float().exp()
+        self._check_embeddings(image_embeddings=image_embeddings, classes=classes)
         return (scale * image_embeddings @ classes.T).softmax(dim=-1)
+
+    def _check_embeddings(self, **given: Tensor) -> None:
+        for name, value in given.items():
+            if value.ndim != 2 or value.shape[1] != self.joint.embed_dim:
+                raise UserError(
+                    f"{name} has the shape {tuple(value.shape)}; embeddings of this model are a matrix of width "
+                    f"{self.joint.embed_dim}, a row each"
+                )
 
     def _whole(self, method: str) -> ContrastiveModel:
         if not isinstance(self.module, ContrastiveModel):

@@ -180,3 +180,15 @@ def test_any_size_of_shards_gives_whole_files(run, tmp_path):
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert len(list((tmp_path / "1").glob("model-*-of-*.safetensors"))) == len(wanted)
     assert not list((tmp_path / str(10**18)).glob("*.index.json"))
+
+
+def test_moments_that_the_source_lacks_are_said_to_be_zeros(run, tmp_path):
+    said = convert(golden(CASES[0]).folder, tmp_path / "out", "universal")
+    assert "moments in it are zeros" in said
+    assert "zeros" not in convert(run, tmp_path / "run", "universal")
+
+
+def test_a_configuration_that_is_not_needed_is_refused(run, tmp_path):
+    for source in (run, golden(CASES[0]).folder):
+        with pytest.raises(CheckpointError, match="leave --config-from out"):
+            convert(source, tmp_path / "out", "release", config_folder=run)

@@ -113,15 +113,36 @@ def test_zero_shot_takes_the_classes_of_the_evaluation(model, items):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (([], NAMES), "at least one image"), (("first", NAMES), "put a single one in a list"),
-    (("items", []), "at least one class name"), (("items", "cat"), "at least one class name"),
+    (("first", NAMES), "put a single one in a list"),
+    (("items", []), "at least one name"), (("items", "cat"), "put a single one in a list"),
     (("items", NAMES, ["a photo"]), "needs {}"), (("items", NAMES, []), "needs {}"),
+    (("items", NAMES, "a photo of {}"), "got 'a photo of {}'; put a single one in a list"),
 ])  # fmt: skip
 def test_wrong_arguments_are_said(model, items, arguments, said):
     first, *rest = arguments
     given = {"items": items, "first": items[0]}[first] if isinstance(first, str) else first
     with pytest.raises(UserError, match=said):
         model.zero_shot(given, *rest)
+
+
+def test_no_items_are_no_rows_and_a_name_given_twice_has_two_columns(model, items):
+    assert model.encode_image([]).shape == (0, 16)
+    assert model.zero_shot([], NAMES).shape == (0, 3)
+    found = model.zero_shot(items, [*NAMES, NAMES[0]])
+    assert torch.equal(found[:, 0], found[:, 3])
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "said"),
+    [
+        ((2, 8), (3, 16), r"image_embeddings .*\(2, 8\)"),
+        ((2, 16), (3, 8), "text_embeddings"),
+        ((16,), (3, 16), r"\(16,\)"),
+    ],
+)
+def test_embeddings_of_another_width_are_refused(model, images, texts, said):
+    with pytest.raises(UserError, match=rf"{said}.* of width 16"):
+        model.similarity(torch.zeros(images), torch.zeros(texts))
 
 
 @pytest.mark.parametrize("case", CASES)

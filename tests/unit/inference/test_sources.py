@@ -113,3 +113,10 @@ def test_the_fingerprint_changes_with_the_files(tmp_path):
     changed = fingerprint_of(find_places(source))
     (tmp_path / "f" / "b" / "1.png").unlink()
     assert len({before, changed, fingerprint_of(find_places(source))}) == 3
+
+
+def test_a_file_that_several_sources_name_is_taken_once(tmp_path):
+    folder = scattered_files(tmp_path / "f")
+    named = [f"{folder}/z.webp", str(folder), f"{folder}/b/../z.webp", f"{folder}/b"]
+    (place,) = find_places(named)
+    assert [os.path.relpath(path, folder) for path in place] == ["z.webp", "a.mp4", "b/1.png", "b/2.JPG"]
