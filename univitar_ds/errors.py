@@ -101,6 +101,11 @@ def storage_error(error: OSError, path: object = None, done: str = "used") -> St
     return StorageError(f"{place} cannot be {done}: {os.strerror(error.errno)}; {remedy}")
 
 
+def shortened(text: str, longest: int = 60) -> str:
+    """Returns a text of at most `longest` characters, with dots where something is left out."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

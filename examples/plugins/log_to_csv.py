@@ -11,10 +11,10 @@ class LogToCsv(Callback):
     def on_start(self, run):
         self.path = run.folder.with_name(f"{run.name}-losses.csv")
         if run.step == 0:
-            self.path.write_text("step,samples,loss\n")
+            self.path.write_text("step,samples,loss\n", encoding="utf-8")
 
     def on_step(self, info):
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{info.step},{info.samples},{info.loss:.6g}\n")
 
     def on_checkpoint(self, folder):

@@ -17,12 +17,12 @@ from pydantic import ValidationError
 
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.keys.faults import Fault, faults_of
-from univitar_ds.config.keys.foreign import shortened
 from univitar_ds.config.paths import expand
 from univitar_ds.config.places import unite_paths
 from univitar_ds.config.renamed import present_key, rename_keys
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.errors import ConfigError
+from univitar_ds.errors import ConfigError, shortened
+from univitar_ds.strict_yaml import parse_yaml
 
 RESULT_FREE = (
     "output",
@@ -50,63 +50,6 @@ RESULT_FREE = (
     "logging",
 )
 """Keys that a resumed run may change, because they change neither the samples nor the arithmetic of the run."""
-
-
-MAX_NODES = 100_000
-"""Maximum number of values in a run file, those of aliases counted each time."""
-
-
-def parse_yaml(text: str) -> Any:
-    """Returns the value of a YAML document; None if it is empty.
-
-    PyYAML would silently use the last of two equal keys, and expand aliases of aliases to any size.
-    Raises: ConfigError for keys that are written twice or are no text, and for too many values or values that contain
-        themselves; yaml.YAMLError, RecursionError (too many levels) or ValueError (a number that is too long).
-    """
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _count(node, {})
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Returns the number of nodes below `node`, and checks them. Args: known: counts by id; 0 of nodes in progress."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    line = node.start_mark.line + 1
-    if id(node) in known:
-        if not known[id(node)]:
-            raise ConfigError(f"the value in line {line} contains itself; write it without an alias")
-        return known[id(node)]
-    known[id(node)] = 0
-    children = node.value
-    if isinstance(node, yaml.MappingNode):
-        _check_keys(node)
-        children = [value for _, value in node.value]
-    total = 1 + sum(_count(child, known) for child in children)
-    if total > MAX_NODES:
-        raise ConfigError(f"the section in line {line} has more than {MAX_NODES:,} values; use fewer aliases")
-    known[id(node)] = total
-    return total
-
-
-def _check_keys(section: yaml.MappingNode) -> None:
-    seen: set[str] = set()
-    for key, _ in section.value:
-        line = key.start_mark.line + 1
-        if key.tag == "tag:yaml.org,2002:merge":
-            continue
-        if key.tag != "tag:yaml.org,2002:str":
-            written = shortened(key.value) if isinstance(key, yaml.ScalarNode) else "a list or section"
-            raise ConfigError(f"a key in line {line} is {written}, not text; write it in quotes")
-        if key.value in seen:
-            raise ConfigError(f"key {shortened(key.value)!r} is written twice in one section (line {line}); keep one")
-        seen.add(key.value)
 
 
 def recipe_path(name: str) -> Path:

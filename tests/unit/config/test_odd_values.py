@@ -5,8 +5,9 @@ from contextlib import suppress
 import pytest
 
 from univitar_ds.config.keys.tree import all_keys
-from univitar_ds.config.load import check_config, load_config, parse_yaml
+from univitar_ds.config.load import check_config, load_config
 from univitar_ds.errors import ConfigError
+from univitar_ds.strict_yaml import parse_yaml
 
 ALIASES = "a0: &a0 [x, x]\n" + "".join(
     f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 12)

@@ -8,10 +8,10 @@ from collections.abc import Collection
 
 from pydantic import BaseModel
 
-from univitar_ds.config.keys.foreign import answer, shortened, similar_keys
+from univitar_ds.config.keys.foreign import answer, similar_keys
 from univitar_ds.config.keys.tree import INDEX, Key, all_keys, is_mapping
 from univitar_ds.config.renamed import present_key
-from univitar_ds.errors import ConfigError
+from univitar_ds.errors import ConfigError, shortened
 
 WIDTH = 100
 """Columns of the text."""

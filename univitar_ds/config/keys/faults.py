@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from univitar_ds.config.keys.foreign import shortened, unknown_key
+from univitar_ds.config.keys.foreign import unknown_key
 from univitar_ds.config.keys.tree import is_list, section_class, type_text
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.errors import shortened
 
 _LIMITS = {
     "greater_than": ("gt", "must be above {:g}"),

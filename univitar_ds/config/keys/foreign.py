@@ -173,11 +173,6 @@ def similar_keys(name: str, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*same, *near, *(ours for ours in names if ours.split(".")[-1] in near_last)]))[:4]
 
 
-def shortened(text: str, longest: int = 60) -> str:
-    """Returns a text of at most `longest` characters, with dots where something is left out."""
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
-
-
 def normalized(name: str) -> str:
     """Returns a name as the table has it: lower case, without leading dashes, with underscores."""
     return name.strip().lstrip("-").replace("-", "_").lower()
