@@ -9,6 +9,7 @@ import pytest
 from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 from tests.unit.drafting import made
+from univitar_ds.cli.main import main
 
 SHORT = ("stages.0.samples=24", "stages.0.warmup_samples=4", "data.workers=0", "logging.tensorboard=false")
 
@@ -28,8 +29,13 @@ def test_a_drafted_run_trains(form, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["samples"] >= 24
     assert (run / "evaluation.json").exists() == (form in ("classes", "table"))
-    if form == "tars":
-        plan = run_watched(
-            [*program, "train", "--config", "run.yaml", "--dry-run", "name=other"], cwd=tmp_path, check=True
-        )
-        assert "1 process, ZeRO-3" in plan.stdout
+
+
+def test_the_plan_of_a_drafted_run_on_shards_is_printed(tmp_path, monkeypatch, capsys):
+    made.tars(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "here", "--gpus", "0"]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert main(["train", "--config", "run.yaml", "--dry-run"]) == 0
+    assert "1 process, ZeRO-3" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
