@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from univitar_ds.config.keys.tree import INDEX, all_keys, section_at
+from univitar_ds.errors import shortened
 
 DEEPSPEED = "deepspeed"
 """The key that names the DeepSpeed JSON."""
