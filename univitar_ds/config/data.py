@@ -33,7 +33,8 @@ class SourceConfig(Section):
     """
 
     path: PathText = Field(
-        description="packed folder, folder of tars, tar, or brace range such as shards/{000..127}.tar; local or s3://"
+        description="packed folder, folder of tars, tar, or brace range such as shards/{000..127}.tar, local or s3://; or "
+        "a local folder or table that `data pack` reads, which the run packs once"
     )
     split: str | None = Field("train", description="split of a packed folder; not used for bare tars")
     name: str | None = Field(
@@ -97,7 +98,7 @@ class CacheConfig(Section):
     folder: Annotated[PathText, Field(min_length=1)] | None = Field(
         None,
         description="kept between runs and shared by processes; absent: a private folder, removed at the end. Sources "
-        "that a run packs are kept in it too, without the limit; absent: in `output`",
+        "that a run packs are kept in it too, without the limit (absent: in `output`); then all nodes must see it",
     )
     limit_gb: Annotated[float, Field(gt=0)] = Field(
         20.0, description="maximum size; the least recently used shards are removed first"
