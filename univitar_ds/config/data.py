@@ -33,8 +33,8 @@ class SourceConfig(Section):
     """
 
     path: PathText = Field(
-        description="packed folder, folder of tars, tar, or brace range such as shards/{000..127}.tar, local or s3://; or "
-        "a local folder or table that `data pack` reads, which the run packs once"
+        description="packed folder, folder of tars, tar, or brace range such as shards/{000..127}.tar, local or s3://; "
+        "or a local folder or table that `data pack` reads, which the run packs once"
     )
     split: str | None = Field("train", description="split of a packed folder; not used for bare tars")
     name: str | None = Field(
