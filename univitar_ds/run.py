@@ -138,7 +138,8 @@ def describe_run(config: RunConfig, recipe: str, world_size: int) -> str:
     from univitar_ds.planning.report import Plan, report
 
     run = Path(config.output, config.name)
-    with writing(run):
+    with writing(run), RunLock(run) as lock:
+        lock.refuse()
         _check_unused(run, recipe)
         check_lengths(run)
         parent = existing_parent(run)

@@ -13,6 +13,7 @@ from univitar_ds.cli.main import main
 from univitar_ds.config.deepspeed import deepspeed_path
 from univitar_ds.config.load import dump_config
 from univitar_ds.planning import report
+from univitar_ds.run_lock import RunLock
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,15 @@ def test_a_new_run_is_described_and_nothing_is_written(capsys, run_file, tmp_pat
         assert said in text, said
     assert files_below(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
+
+
+def test_a_run_that_another_start_holds_is_refused(capsys, run_file, tmp_path):
+    run = tmp_path / "runs" / "tried"
+    run.mkdir(parents=True)
+    with RunLock(run) as lock:
+        lock.take()
+        assert main(["train", "--dry-run", "--config", str(run_file)]) == 2
+    assert "in use" in capsys.readouterr().err
 
 
 def test_more_processes_than_this_machine_has_can_be_planned(capsys, run_file):
