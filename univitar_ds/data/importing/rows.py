@@ -102,7 +102,8 @@ class Collected:
     def add(self, row: Row, where: str) -> None:
         """Adds a row. `where` names its line for messages. Rows of one file are joined, each caption once.
 
-        Raises: Fault if the file is known with another split, label or set, or has nothing new.
+        Raises: Fault if the file is known with another split, label or set, has nothing new, or is other media of a
+            tar.
         """
         _check_size(row.captions)
         known = self._rows.get(row.file)
@@ -110,6 +111,8 @@ class Collected:
             self._rows[row.file], self._wheres[row.file] = row, where
             return
         first = self._wheres[row.file]
+        if row.part != known.part:
+            raise Fault(f"duplicate: its tar has other media named {row.file!r}; give each sample its own key")
         for name in ("split", "label", "set"):
             before, now = getattr(known, name), getattr(row, name)
             if before != now:

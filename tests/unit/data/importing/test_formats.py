@@ -474,6 +474,14 @@ def test_a_tar_that_changes_while_it_is_packed_is_noticed(tmp_path, monkeypatch)
         pack(path, tmp_path / "out")
 
 
+def test_a_key_that_occurs_again_in_a_tar_joins_nothing(tmp_path):
+    members = [(f"{key}.{end}", content) for key in "0190" for end, content in (("jpg", image(int(key))), ("txt", key))]
+    members[-2:] = [("0.jpg", image(5)), ("0.txt", "other")]
+    found = listed(write_tar(tmp_path / "0.tar", members))
+    assert texts_of(found) == {f"0.tar/{key}.jpg": (key,) for key in "019"}
+    assert re.search("^duplicate: .*'0.tar/0.jpg'.* own key", found.left_out["0.tar/0"])
+
+
 def test_lines_of_texts_in_tars_are_captions_if_asked(tmp_path):
     path = write_tar(tmp_path / "0.tar", [("a.jpg", image()), ("a.txt", "one\ntwo\n")])
     assert listed(path, captions="lines").rows[0].captions == ("one", "two")
