@@ -21,9 +21,9 @@ from univitar_ds.data.importing import from_plugins
 from univitar_ds.data.importing.recognise import format_of, known_formats, read_source
 from univitar_ds.data.importing.rows import Listing, ReadOptions
 from univitar_ds.data.shards.listing import COMPRESSED, place_of
-from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE
+from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE, read_manifest
 from univitar_ds.data.writing.writer import PackOptions, pack_folder
-from univitar_ds.errors import DataError, writing
+from univitar_ds.errors import DataError, StorageError, writing
 
 _log = logging.getLogger(__name__)
 _FOLDER = "packed-sources"
@@ -106,7 +106,7 @@ def _pack(source: SourceConfig, form: str, place: Path, pack: bool) -> SourceCon
     listing = read_source(path, reading)
     name = _UNSAFE.sub("_", os.path.basename(path))[:60]
     target = place / f"{name}-{_fingerprint(path, listing)}"
-    if (target / MANIFEST).is_file():
+    if _is_whole(target):
         _log.info(
             "source %s is %s; it was packed before, and is read from %s", path, known_formats()[form].title, target
         )
@@ -129,6 +129,15 @@ def _pack(source: SourceConfig, form: str, place: Path, pack: bool) -> SourceCon
     # The labels of class folders have their names now.
     names = None if form == "classes" else source.class_names
     return source.model_copy(update={"path": str(target), "name": source.label, "class_names": names, "table": None})
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a packed folder has a manifest and all of its shards. Someone may have removed or cut some of them."""
+    try:
+        shards = read_manifest(folder)["shards"]
+        return all(os.path.getsize(folder / shard["file"]) == shard["bytes"] for shard in shards)
+    except (DataError, StorageError, OSError):
+        return False
 
 
 def _reading(source: SourceConfig, form: str) -> ReadOptions:

@@ -2,12 +2,13 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tests.support import datasets
 from tests.support.datasets import write
-from tests.support.packing import spoil
+from tests.support.packing import contents, spoil
 from tests.support.runs import small_config
 from univitar_ds.config.load import changed_result
 from univitar_ds.config.unused import unused_parts
@@ -72,6 +73,19 @@ def test_a_packing_that_was_interrupted_is_continued(tmp_path):
     spoil(source)  # files that were examined are not opened again
     assert source_of(with_packed_sources(config)).path == whole
     assert read_manifest(whole) == manifest
+
+
+@pytest.mark.parametrize("harm", ["shard", "cut shard", "manifest"])
+def test_a_packed_folder_that_lost_a_part_is_mended_from_its_source(tmp_path, harm):
+    config = run_of(datasets.class_folders(tmp_path / "source"), tmp_path)
+    folder = Path(source_of(with_packed_sources(config)).path)
+    before = contents(folder)
+    damaged = next(folder.glob("train-*.tar")) if "shard" in harm else folder / "manifest.json"
+    damaged.unlink() if harm == "shard" else os.truncate(damaged, 100)
+    with pytest.raises(DataError, match="which a run packs when it starts"):
+        with_packed_sources(config, pack=False)
+    assert source_of(with_packed_sources(config)).path == str(folder)
+    assert contents(folder) == before
 
 
 def test_class_folders_take_the_class_names_of_their_source(tmp_path):
