@@ -6,6 +6,7 @@ The images are found beside the JSON, as in COCO's own folders.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,11 @@ def _document(file: Path) -> dict[str, list[Any]]:
     for name in ("images", "annotations"):
         if not isinstance(document, dict) or not isinstance(document.get(name), list):
             keys = ", ".join(list(document)[:10]) if isinstance(document, dict) else f"a {type(document).__name__}"
+            if isinstance(document, dict) and name in document:
+                keys = f"a {type(document[name]).__name__} there"
             raise DataError(f"{file}: has no list of {name}, as COCO's captions have; it has {keys or 'nothing'}")
+    if not document["images"]:
+        raise DataError(f"{file}: its list of images is empty; give COCO's captions_*.json")
     annotations = document["annotations"]
     if annotations and not any(isinstance(one, dict) and "caption" in one for one in annotations):
         keys = list(annotations[0])[:10] if isinstance(annotations[0], dict) else [type(annotations[0]).__name__]
@@ -100,7 +105,7 @@ def _candidates(file: Path) -> Iterator[Path]:
 def _add(collected: Collected, file: Path, document: dict[str, list[Any]], start: Path, split: str) -> None:
     left_out = collected.left_out
     captions: dict[Any, list[str]] = {}
-    ids = {one["id"] for one in document["images"] if isinstance(one, dict) and _is_id(one.get("id"))}
+    ids = Counter(one["id"] for one in document["images"] if isinstance(one, dict) and _is_id(one.get("id")))
     for number, one in enumerate(document["annotations"]):
         where = f"{file.name}, annotation {number}"
         image = one.get("image_id") if isinstance(one, dict) else None
@@ -119,6 +124,8 @@ def _add(collected: Collected, file: Path, document: dict[str, list[Any]], start
         try:
             if not isinstance(one, dict) or not _is_id(one.get("id")):
                 raise Fault("it is no object with an id and a file_name")
+            if ids[one["id"]] > 1:
+                raise Fault(f"duplicate: {ids[one['id']]} images have the id {short(one['id'])}; give each its own")
             texts = tuple(dict.fromkeys(captions.get(one["id"], ())))
             if not texts:
                 raise Fault(f"no_caption: no annotation has the image_id {short(one['id'])}")

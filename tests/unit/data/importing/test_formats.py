@@ -391,6 +391,17 @@ def test_faults_of_coco_are_left_out(tmp_path):
     assert found.left_out == {}
 
 
+def test_images_of_coco_with_one_id_are_left_out(tmp_path):
+    source = datasets.coco(tmp_path)
+    document = coco_document(source)
+    document["images"][1]["id"] = document["images"][0]["id"]
+    source.write_text(json.dumps(document))
+    found = listed(source)
+    assert [row.captions for row in found.rows] == [("caption 2", "caption 5")]
+    for number in (0, 1):
+        assert re.search("duplicate: 2 images have the id", found.left_out[f"captions_val2017.json, image {number}"])
+
+
 def test_a_folder_of_coco_is_packed_with_a_split_for_each_json(tmp_path):
     source = datasets.coco(tmp_path)
     write(tmp_path, {"annotations/captions_train2017.json": source.read_bytes()} | images(3, "train2017/"))
@@ -406,6 +417,8 @@ def test_a_folder_of_coco_is_packed_with_a_split_for_each_json(tmp_path):
         (lambda one: one.pop("images"), "has no list of images, as COCO's captions have; it has info, annotations"),
         (lambda one: one.update(annotations=[{"bbox": 1}]), "its annotations have no caption but bbox"),
         (lambda one: one["images"][0].update(file_name="x.jpg") or one.update(images=one["images"][:1]), "--images"),
+        (lambda one: one.update(images={}), "has no list of images, .*; it has a dict there"),
+        (lambda one: one.update(images=[]), "its list of images is empty"),
         (lambda one: one.update(annotations=[]), "has nothing to pack"),
     ],
 )
