@@ -27,6 +27,8 @@ _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 _MAX_SHARDS = 1_000_000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4")
 _DECOMPRESS = "samples are read from the middle of shards: decompress first"
+PACKED_SOURCES = "packed-sources"
+"""Folder with the packed sources of runs; see `data.writing.packed_sources`."""
 INIT_HINT = "`univitar-ds init SOURCE` prints a run file that fits the data"
 PACK_HINT = "pack the folder first: univitar-ds data pack FOLDER OUT"
 
@@ -66,7 +68,10 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     if _BRACES.search(path):
         raise DataError(f"source {source.path}: a brace range must name tars, e.g. train-{{000000..000127}}.tar")
     if not storage.exists(path):
-        raise DataError(f"source {source.path}: there is no such file or folder; check the path")
+        remedy = "check the path"
+        if PACKED_SOURCES in os.path.normpath(path).split("/"):
+            remedy = "it was packed there from another source, so name that one again: data.sources.N.path=ORIGINAL"
+        raise DataError(f"source {source.path}: there is no such file or folder; {remedy}")
     if os.path.isfile(path):
         raise DataError(f"source {source.path}: is neither a folder nor a .tar file; {PACK_HINT}")
     files = storage.list(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import sys
@@ -20,13 +21,13 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.importing import from_plugins
 from univitar_ds.data.importing.recognise import format_of, known_formats, read_source
 from univitar_ds.data.importing.rows import Listing, ReadOptions
-from univitar_ds.data.shards.listing import COMPRESSED, place_of
+from univitar_ds.data.shards.listing import COMPRESSED, PACKED_SOURCES, place_of
 from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE, read_manifest
+from univitar_ds.data.writing.progress_log import InUseError, wait_until_free
 from univitar_ds.data.writing.writer import PackOptions, pack_folder
 from univitar_ds.errors import DataError, StorageError, writing
 
 _log = logging.getLogger(__name__)
-_FOLDER = "packed-sources"
 _KEYS = {
     "--image-key": "table.image_key",
     "--caption-key": "table.caption_keys",
@@ -55,7 +56,7 @@ def with_packed_sources(config: RunConfig, *, training: bool = True, pack: bool 
     Raises: DataError as `writer.pack_folder`, with the source, or if a source would have to be packed; StorageError if
         the folder cannot be written.
     """
-    place = Path(config.data.cache.folder or config.output, _FOLDER).absolute()
+    place = Path(config.data.cache.folder or config.output, PACKED_SOURCES).absolute()
     if training:
         sources = _packed(config.data.sources, place, "data.sources", pack)
         config = config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
@@ -119,16 +120,31 @@ def _pack(source: SourceConfig, form: str, place: Path, pack: bool) -> SourceCon
         _log.info(
             "source %s is %s; it is packed once, and then read from %s", path, known_formats()[form].title, target
         )
-        with writing(place):
-            place.mkdir(parents=True, exist_ok=True)
-        manifest = pack_folder(path, target, PackOptions(progress=sys.stderr.isatty(), reading=reading))
+        _pack_into(target, path, reading)
+    # The labels of class folders have their names now.
+    names = None if form == "classes" else source.class_names
+    return source.model_copy(update={"path": str(target), "name": source.label, "class_names": names, "table": None})
+
+
+def _pack_into(target: Path, path: str, reading: ReadOptions) -> None:
+    """Packs a source into `target`. If another process does that already, waits for it and uses its result."""
+    with writing(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    options = PackOptions(progress=sys.stderr.isatty(), reading=reading)
+    while not _is_whole(target):
+        try:
+            manifest = pack_folder(path, target, options)
+        except InUseError:
+            if multiprocessing.parent_process() is not None:
+                raise  # a script without `if __name__ == "__main__"`, whose worker would wait for its own parent
+            _log.warning("source %s: another process is packing it into %s; waiting for it", path, target)
+            wait_until_free(target)
+            continue
         if manifest["skipped"]:
             first = manifest["skipped"][0]
             detail = f"{first['file']}: {first['reason']}"
             _log.warning("source %s: %d left out, the first: %s", path, len(manifest["skipped"]), detail)
-    # The labels of class folders have their names now.
-    names = None if form == "classes" else source.class_names
-    return source.model_copy(update={"path": str(target), "name": source.label, "class_names": names, "table": None})
+        return
 
 
 def _is_whole(folder: Path) -> bool:

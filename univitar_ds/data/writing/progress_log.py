@@ -25,8 +25,21 @@ from univitar_ds.errors import DataError, writing
 LOCK = ".pack.lock"
 SHARD_NAME = re.compile(r".+-(image|video)-\d{6}\.tar")
 _PARTIAL = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|pack\.jsonl)\.partial")
+_FIRST_PARTIAL = ".pack.jsonl.partial"
+"""Another process may be writing its first log, or was killed then."""
 _VERSION = 2
 """Version of the entries. If it differs, every file is examined again."""
+
+
+class InUseError(DataError):
+    """Another process is packing into the folder."""
+
+
+def wait_until_free(out: Path) -> None:
+    """Waits until no other process packs into `out`, without a limit of time. The system frees the lock of a process
+    that has ended, however it ended."""
+    with writing(out), (out / LOCK).open("a", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 class ProgressLog:
@@ -93,11 +106,11 @@ class ProgressLog:
 def open_progress_log(out: Path, folder: Path) -> Iterator[ProgressLog]:
     """Open the progress log in `out` for packing `folder`. Creates `out`, locks it and removes partial files.
 
-    Raises: DataError if another process is packing into `out`, or if its content was not packed from `folder`.
+    Raises: InUseError if another process is packing into `out`; DataError if its content was not packed from `folder`.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        foreign = {entry.name for entry in out.iterdir()} - {LOCK}
+        foreign = {entry.name for entry in out.iterdir()} - {LOCK, _FIRST_PARTIAL}
         if foreign and PROGRESS_FILE not in foreign:
             raise DataError(f"{out} contains {min(foreign)} but no packing log; choose another folder")
         lock = (out / LOCK).open("a", encoding="utf-8")
@@ -107,7 +120,7 @@ def open_progress_log(out: Path, folder: Path) -> Iterator[ProgressLog]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError(f"another process is packing into {out}; wait for it or stop it") from error
+            raise InUseError(f"another process is packing into {out}; wait for it or stop it") from error
         header = {"version": _VERSION, "folder": str(folder.resolve()), "decoders": _decoders()}
         with writing(out):
             entries, shards = _entries_of(out / PROGRESS_FILE, header, out)

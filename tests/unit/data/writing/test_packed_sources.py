@@ -1,7 +1,9 @@
 """Sources of a run that are no shards: they are packed once, and read from there."""
 
+import fcntl
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from univitar_ds.data.caption_texts import iterate_captions
 from univitar_ds.data.shards.sources import find_shards
 from univitar_ds.data.writing import packed_sources
 from univitar_ds.data.writing.packed_sources import with_packed_sources
+from univitar_ds.data.writing.progress_log import LOCK
 from univitar_ds.data.writing.writer import read_manifest
 from univitar_ds.errors import DataError
 
@@ -86,6 +89,58 @@ def test_a_packed_folder_that_lost_a_part_is_mended_from_its_source(tmp_path, ha
         with_packed_sources(config, pack=False)
     assert source_of(with_packed_sources(config)).path == str(folder)
     assert contents(folder) == before
+
+
+def test_two_runs_that_start_at_once_pack_a_source_once(tmp_path, caplog, monkeypatch):
+    """The second one waits until the first one has packed, or has ended without."""
+    config = run_of(datasets.class_folders(tmp_path / "source"), tmp_path)
+    folder = Path(source_of(with_packed_sources(config)).path)
+    manifest = folder / "manifest.json"
+    content = manifest.read_bytes()
+    waited = packed_sources.wait_until_free
+    endings = [lambda: None, lambda: manifest.write_bytes(content)]
+    for written in endings:
+        manifest.unlink()
+        caplog.clear()
+        lock = (folder / LOCK).open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def end_and_wait(out, written=written, lock=lock):
+            with pytest.raises(BlockingIOError), (out / LOCK).open("a") as other:
+                fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            written()
+            lock.close()
+            waited(out)
+
+        monkeypatch.setattr(packed_sources, "wait_until_free", end_and_wait)
+        assert source_of(with_packed_sources(config)).path == str(folder)
+        assert manifest.read_bytes() == content
+        assert f"another process is packing it into {folder}; waiting" in caplog.text
+
+
+def test_a_packing_is_waited_for_as_long_as_it_lasts(tmp_path):
+    with (tmp_path / LOCK).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=packed_sources.wait_until_free, args=(tmp_path,))
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive()
+    waiting.join()
+
+
+def test_a_packing_that_has_just_begun_is_not_taken_for_other_content(tmp_path):
+    config = run_of(datasets.class_folders(tmp_path / "source"), tmp_path)
+    folder = Path(source_of(with_packed_sources(config)).path)
+    shutil.rmtree(folder)
+    write(folder, {".pack.jsonl.partial": ""})
+    assert source_of(with_packed_sources(config)).path == str(folder)
+
+
+def test_a_packed_folder_that_is_gone_names_the_remedy(tmp_path):
+    packed = with_packed_sources(run_of(datasets.class_folders(tmp_path / "source"), tmp_path))
+    shutil.rmtree(source_of(packed).path)
+    with pytest.raises(DataError, match=r"no such file or folder; .*data\.sources\.N\.path=ORIGINAL"):
+        find_shards(with_packed_sources(packed).data.sources)
 
 
 def test_class_folders_take_the_class_names_of_their_source(tmp_path):
