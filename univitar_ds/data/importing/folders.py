@@ -9,10 +9,13 @@ from pathlib import Path
 _LINK = "link: the folder is packed under another path, or contains the folder that is being packed"
 
 
-def folders_of(folder: Path, left_out: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+def folders_of(
+    folder: Path, left_out: dict[str, str], *, deepest: int | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Yields every folder once, with the names of its files: first those without links, then the targets of links.
 
     Hidden files and folders are left out. `left_out` gets the folders that cannot be read or were yielded before.
+    `deepest`: how many folders below `folder` are entered (None: all).
     """
 
     def unreadable(error: OSError) -> None:
@@ -33,6 +36,8 @@ def folders_of(folder: Path, left_out: dict[str, str]) -> Iterator[tuple[str, li
                     folders.clear()
                     continue
                 seen.add(this)
+                if deepest is not None and len(Path(parent).relative_to(folder).parts) >= deepest:
+                    folders.clear()
                 visible = sorted(name for name in folders if not name.startswith("."))
                 links += [path for name in visible if os.path.islink(path := os.path.join(parent, name))]
                 folders[:] = [name for name in visible if not os.path.islink(os.path.join(parent, name))]

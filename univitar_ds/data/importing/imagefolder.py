@@ -7,9 +7,9 @@ itself, or in each folder of a split; a path that begins with the name of a spli
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
+from univitar_ds.data.importing.folders import folders_of
 from univitar_ds.data.importing.rows import Collected, Listing, ReadOptions
 from univitar_ds.data.importing.table_files import read_table
 from univitar_ds.data.importing.tables import Reading, add_records, keys_of
@@ -55,11 +55,10 @@ def _metadata(folder: Path) -> list[Path]:
 
     Raises: DataError if a folder has several.
     """
-    for pattern in ("metadata.*", "*/metadata.*", "*/*/metadata.*"):
-        found = sorted(path for path in folder.glob(pattern) if path.name in _NAMES and path.is_file())
-        twice = next((path for path, other in pairwise(found) if path.parent == other.parent), None)
-        if twice is not None:
-            raise DataError(f"{twice.parent} has {twice.name} beside other metadata; keep one of them")
-        if found:
-            return found
-    return []
+    depths: list[list[Path]] = [[], [], []]
+    for parent, names in folders_of(folder, {}, deepest=len(depths) - 1):
+        found = [Path(parent, name) for name in names if name in _NAMES]
+        if len(found) > 1:
+            raise DataError(f"{parent} has {found[0].name} beside other metadata; keep one of them")
+        depths[len(Path(parent).relative_to(folder).parts)] += [path for path in found if path.is_file()]
+    return next((sorted(found) for found in depths if found), [])

@@ -166,6 +166,14 @@ def test_class_folders_without_splits_may_have_folders_inside(tmp_path):
     assert format_of(str(source)) is None
 
 
+def test_splits_that_differ_in_case_are_one(tmp_path):
+    source = write(tmp_path, {"Train/cat/0.jpg": image(), "train/dog/1.jpg": image(1)})
+    assert {row.file: row.split for row in listed(source).rows} == {
+        "Train/cat/0.jpg": "train",
+        "train/dog/1.jpg": "train",
+    }
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -356,6 +364,20 @@ def test_an_imagefolder_without_its_column_or_with_two_metadata_is_refused(tmp_p
         listed(tmp_path)
 
 
+def test_a_link_to_a_folder_above_hides_no_class_folders(tmp_path):
+    source = write(tmp_path / "source", {"a/0.jpg": image(), "b/1.jpg": image(1)})
+    write(tmp_path, {"metadata.csv": "file_name,text\n", "metadata.jsonl": ""})
+    (source / "loop").symlink_to("..")
+    assert format_of(str(source)) == "classes"
+
+
+def test_metadata_in_folders_of_splits_is_found(tmp_path):
+    write(tmp_path, {"x/y/metadata.csv": "file_name,text\n0.jpg,deep\n", "x/y/0.jpg": image()})
+    assert texts_of(listed(tmp_path)) == {"x/y/0.jpg": ("deep",)}
+    write(tmp_path, {"x/metadata.csv": "file_name,text\ny/0.jpg,higher\n"})
+    assert texts_of(listed(tmp_path)) == {"x/y/0.jpg": ("higher",)}
+
+
 def test_a_metadata_with_both_names_of_files_is_in_our_own_form(tmp_path):
     row = {"file": "0.jpg", "file_name": "original.jpg", "caption": "x"}
     write(tmp_path, images() | {"metadata.jsonl": lines(row)})
@@ -493,6 +515,14 @@ def test_a_key_that_occurs_again_in_a_tar_joins_nothing(tmp_path):
     found = listed(write_tar(tmp_path / "0.tar", members))
     assert texts_of(found) == {f"0.tar/{key}.jpg": (key,) for key in "019"}
     assert re.search("^duplicate: .*'0.tar/0.jpg'.* own key", found.left_out["0.tar/0"])
+
+
+def test_a_large_json_in_a_tar_is_named_as_such(tmp_path):
+    large = json.dumps({"caption": "x", "other": "y" * (1 << 20)})
+    members = [("0.jpg", image()), ("0.json", large), ("1.jpg", image(1)), ("1.json", large), ("1.txt", "kept")]
+    found = listed(write_tar(tmp_path / "0.tar", members))
+    assert texts_of(found) == {"0.tar/1.jpg": ("kept",)}
+    assert found.left_out["0.tar/0"].startswith(f"too_large: its .json has {len(large)} bytes (limit 1048576)")
 
 
 def test_lines_of_texts_in_tars_are_captions_if_asked(tmp_path):
