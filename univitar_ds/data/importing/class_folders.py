@@ -61,7 +61,7 @@ def rows(source: str, options: ReadOptions) -> Listing:
         if name is None:
             collected.left_out[str(file)] = "no_class: it is in no class folder; move it into one"
             continue
-        split = file.parts[0] if splits else options.default_split
+        split = file.parts[0].lower() if splits else options.default_split
         collected.add(Row(str(file), None, (), names[name], split), str(file))
     if not collected.left_out and not files:
         raise DataError(f"{folder} holds no image or video; give a folder with a folder for each class")
