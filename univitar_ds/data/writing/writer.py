@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import zlib
@@ -103,8 +104,8 @@ def pack_folder(
         content.
     """
     options = options or PackOptions()
-    if options.shard_mb <= 0:
-        raise DataError(f"shards of {options.shard_mb} MB hold nothing; use a size above 0")
+    if not 0 < options.shard_mb < math.inf:
+        raise DataError(f"--shard-mb {options.shard_mb}: shards need a finite size above 0, in 10^6 bytes")
     listing = read_source(folder, options.reading)
     folder = Path(folder)
     destination = destination_of(out, folder, settings, state)

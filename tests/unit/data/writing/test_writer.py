@@ -433,3 +433,9 @@ def test_an_invalid_manifest_is_rejected(tmp_path, content, message):
         (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_size_of_shards_that_is_no_size_is_refused(tmp_path, size):
+    with pytest.raises(DataError, match=f"--shard-mb {size}: .* finite size above 0"):
+        pack(tmp_path, tmp_path / "out", shard_mb=size)
