@@ -68,12 +68,17 @@ def _add(collected: Collected, stream: BinaryIO, shard: Shard, group: Group, opt
         if media is None:
             extensions = ", ".join(member.extension or "one without an extension" for member in members)
             raise Fault(f"no_media: no image or video among its members ({extensions[:200]})")
-        contents = {}
+        contents, large = {}, ""
         for member in members:
-            if member.extension in EXTENSIONS and member.length <= BYTES_LIMIT:
+            if member.extension in EXTENSIONS:
+                if member.length > BYTES_LIMIT:
+                    large = f"its .{member.extension} has {member.length} bytes (limit {BYTES_LIMIT}); shorten it"
+                    continue
                 stream.seek(member.offset)
                 contents[member.extension] = stream.read(member.length)
-        texts = read_texts(contents, lines=options.captions == "lines")
+        texts = read_texts(contents, lines=options.captions == "lines", required=not large)
+        if large and not texts.captions and not texts.label:
+            raise SampleError("too_large", large)
         part = Part(os.path.abspath(shard.path), media.offset, media.length)
         file = f"{name}.{media.extension}"
         if "\0" in file:
