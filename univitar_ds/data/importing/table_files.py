@@ -30,6 +30,8 @@ EXTENSIONS = {
 """The form of a table by the extension of its file."""
 _LINE_LIMIT = 16 << 20
 """Maximum characters of a line. A file without line ends would fill the memory."""
+_FIELD_LIMIT = 1 << 20
+"""Maximum characters of a field of CSV. An open quote would take the rest of the file."""
 _JSON_LIMIT = 2 << 30
 _FIRST_RECORDS = 1000
 """Number of records of JSON lines whose keys are the columns of the table."""
@@ -125,6 +127,7 @@ def _separated(path: Path, delimiter: str | None) -> Iterator[Record]:
 
     Raises: DataError if the header lacks names or has one twice.
     """
+    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_LIMIT))
     with _text(path) as stream:
         numbered = _lines(path, stream)
         _, head = next(numbered, (0, ""))
@@ -141,7 +144,10 @@ def _separated(path: Path, delimiter: str | None) -> Iterator[Record]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Record(place, f"no CSV up to line {reader.line_num} ({error}); quote fields and double quotes")
+                remedy = "quote fields and double quotes"
+                if "field limit" in str(error):
+                    remedy = "close an open quote, or shorten the field"
+                yield Record(place, f"no CSV up to line {reader.line_num} ({error}); {remedy}")
                 continue
             if not values:
                 continue
