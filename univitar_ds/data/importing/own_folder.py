@@ -72,9 +72,11 @@ def rows(source: str, options: ReadOptions) -> Listing:
             + rest
         )
     if not found:
+        inside = any("/" in name and is_media(name) for name in left_out)
+        classes = "; if the names of its folders are labels, give --format classes" if inside else ""
         raise DataError(
             f"{folder} has nothing to pack{first_left_out(left_out)}; it needs a {METADATA} with a row per file, "
-            "or a .txt of the same name for each media file"
+            f"or a .txt of the same name for each media file{classes}"
         )
     return Listing(found, left_out, folder)
 

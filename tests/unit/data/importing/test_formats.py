@@ -166,6 +166,14 @@ def test_class_folders_without_splits_may_have_folders_inside(tmp_path):
     assert format_of(str(source)) is None
 
 
+@pytest.mark.parametrize("files", [["cat/0.jpg"], ["cat/0.jpg", "dog/1.jpg", "stray.jpg"]])
+def test_folders_that_may_be_classes_name_the_format(tmp_path, files):
+    source = write(tmp_path, {file: image(index) for index, file in enumerate(files)})
+    with pytest.raises(DataError, match=r"needs a metadata\.jsonl .* --format classes"):
+        listed(source)
+    assert len(listed(source, format="classes").rows) == len(files) - ("stray.jpg" in files)
+
+
 def test_splits_that_differ_in_case_are_one(tmp_path):
     source = write(tmp_path, {"Train/cat/0.jpg": image(), "train/dog/1.jpg": image(1)})
     assert {row.file: row.split for row in listed(source).rows} == {
@@ -294,6 +302,22 @@ def test_columns_are_named_by_options(tmp_path):
         listed(source / "t.jsonl")
     with pytest.raises(DataError, match="name the one with captions or labels: --caption-key"):
         listed(source / "t.jsonl", image_key="pic")
+
+
+def test_a_field_of_csv_may_be_long_up_to_a_limit(tmp_path):
+    limit = 1 << 20
+    write(tmp_path, images() | {"t.csv": f"file,text\n0.jpg,{'x' * 400_000}\n1.jpg,{'x' * (limit + 1)}\n2.jpg,z\n"})
+    found = listed(tmp_path / "t.csv")
+    assert [row.file for row in found.rows] == ["0.jpg", "2.jpg"]
+    assert re.search(rf"\({limit}\)\); .*shorten the field", found.left_out["t.csv, line 3"])
+
+
+def test_a_link_in_a_folder_is_followed_and_a_path_out_of_it_is_not(tmp_path):
+    write(tmp_path, {"blobs/0": image(), "set/t.csv": "file,text\n0.jpg,x\n../blobs/0,y\n"})
+    (tmp_path / "set/0.jpg").symlink_to("../blobs/0")
+    found = listed(tmp_path / "set/t.csv")
+    assert texts_of(found) == {"0.jpg": ("x",)}
+    assert "is outside of" in found.left_out["t.csv, line 3"]
 
 
 def test_lines_that_are_no_json_are_left_out(tmp_path):
