@@ -195,7 +195,8 @@ def file_inside(root: Path, value: Any, start: Path, above: Path) -> str:
     """Returns the path of an existing file relative to `root`.
 
     A relative path starts in `start`, or in `above` if it begins with `..`. It and an absolute path must lead into
-    `root`: a foreign table cannot make the program read other files of this machine.
+    `root`: the text of a foreign table cannot name other files of this machine. Links are followed wherever they lead,
+    as in all folders: copies of the hub's cache consist of links. Pack no folder whose links you do not trust.
 
     Raises: Fault if the value is no such path, or there is no such file.
     """
