@@ -70,7 +70,8 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     if not storage.exists(path):
         remedy = "check the path"
         if PACKED_SOURCES in os.path.normpath(path).split("/"):
-            remedy = "it was packed there from another source, so name that one again: data.sources.N.path=ORIGINAL"
+            remedy = "it was packed there from another source; name that again, with its table and class_names: "
+            remedy += "data.sources.N.path=ORIGINAL"
         raise DataError(f"source {source.path}: there is no such file or folder; {remedy}")
     if os.path.isfile(path):
         raise DataError(f"source {source.path}: is neither a folder nor a .tar file; {PACK_HINT}")
