@@ -40,8 +40,6 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.unused import unused_parts
 from univitar_ds.errors import ConfigError, writing
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.elastic import read_state
-from univitar_ds.formats.run import run_description
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
 from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link
 from univitar_ds.planning.checks import (
@@ -155,6 +153,8 @@ def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, exten
 
     Raises: as `reopen_run`, and ConfigError without a checkpoint.
     """
+    from univitar_ds.formats.elastic import read_state
+    from univitar_ds.formats.run import run_description
     from univitar_ds.planning.report import Plan, report
 
     before, after = _reopened(run, overrides, extension)

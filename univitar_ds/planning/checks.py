@@ -93,6 +93,7 @@ def check_run(config: RunConfig, recipe: str, world_size: int, *, pack: bool = F
     Raises: the UserError of the fault, such as DataError or CheckpointError; ConfigError with all faults if there are
         several.
     """
+    check_libraries(config)  # alone: with a broken library other checks would fail for the same reason
     faults = Faults()
     faults.of(check_plugins, config)
     deepspeed = faults.of(read_deepspeed, config.deepspeed)
@@ -100,7 +101,6 @@ def check_run(config: RunConfig, recipe: str, world_size: int, *, pack: bool = F
     if deepspeed is not None:
         resolved = faults.of(resolve_deepspeed, config, world_size, deepspeed, (recipe, config.deepspeed))
         faults.of(check_zero_stage, deepspeed, config.deepspeed)
-    faults.of(check_libraries, config)
     teacher = faults.of(check_teacher, config)
     start = faults.of(open_start, config)
     if start is not None or config.model.init_from is None:
@@ -121,13 +121,13 @@ def check_reopened(
     Returns: the configuration with packed sources, and the DeepSpeed JSON as read and resolved.
     Raises: as `check_run`.
     """
+    check_libraries(config)  # alone: with a broken library other checks would fail for the same reason
     faults = Faults()
     faults.of(check_plugins, config)
     content = faults.of(read_deepspeed, deepspeed)
     resolved = None
     if content is not None:
         resolved = faults.of(resolve_deepspeed, config, world_size, content, (run_file, config.deepspeed))
-    faults.of(check_libraries, config)
     config, _, _ = _sources(config, faults, pack)
     faults.raise_all()
     return config, content or {}, resolved or {}

@@ -107,6 +107,7 @@ def parts(monkeypatch):
     monkeypatch.setattr(run_logs, "SampleLog", lambda *_: made.samples)
     made.config = SimpleNamespace(
         deterministic=False,
+        plugins=[],
         data=SimpleNamespace(lanes=1, log_samples=True),
         objective=ObjectiveConfig(),
         logging=SimpleNamespace(peak_tflops=None, tensorboard=False),
