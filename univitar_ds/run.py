@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,6 @@ from univitar_ds.planning.checks import (
     check_lengths,
     check_reopened,
     check_run,
-    check_sources,
     check_teacher,
     existing_parent,
     given_tokenizer,
@@ -118,13 +118,13 @@ def reopen_run(
     _check_is_run(run)
     with writing(run), _held(run, lock) as lock:
         lock.take()
-        before, after = _reopened(run, overrides, extension)
-        named = str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed
-        after, deepspeed, _ = check_reopened(after, named, world_size, str(run / CONFIG), pack=True)
+        after, named = _reopened(run, overrides, extension)
+        found = check_reopened(after, named, world_size, str(run / CONFIG), pack=True)
+        after = found.config
         _report_unused(after)
         mark(run, KIND)  # folders of earlier versions have no marker file
         dump_config(anchored(after), run / CONFIG)
-        _write_deepspeed(run, deepspeed)
+        _write_deepspeed(run, found.deepspeed)
     return run
 
 
@@ -157,11 +157,10 @@ def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, exten
     from univitar_ds.formats.run import run_description
     from univitar_ds.planning.report import Plan, report
 
-    before, after = _reopened(run, overrides, extension)
-    named = str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed
-    after, content, resolved = check_reopened(after, named, world_size, str(run / CONFIG))
-    shards, evaluation = check_sources(after)
-    found = Inputs(after, content, resolved, shards, evaluation, None, check_teacher(after))
+    after, named = _reopened(run, overrides, extension)
+    found = check_reopened(after, named, world_size, str(run / CONFIG))
+    after = found.config
+    found = replace(found, teacher=check_teacher(after))
     last = checkpoint_dir.latest(run / CHECKPOINTS)
     if last is None:
         raise ConfigError(f"{run} has no complete checkpoint; --resume would start it again from its beginning")
@@ -181,8 +180,8 @@ def _check_is_run(run: Path) -> None:
         raise ConfigError(f"{run} holds no {CONFIG}, so it is not a run; give the folder that an earlier run wrote")
 
 
-def _reopened(run: Path, overrides: Sequence[str], extension: Sequence[str] | None) -> tuple[RunConfig, RunConfig]:
-    """Returns the configuration of a run as it is stored, and as it would continue.
+def _reopened(run: Path, overrides: Sequence[str], extension: Sequence[str] | None) -> tuple[RunConfig, str]:
+    """Returns the configuration with which a run would continue, and the name or path of its DeepSpeed JSON.
 
     Raises: ConfigError if the folder has no run or an override would change the run's result.
     """
@@ -196,7 +195,7 @@ def _reopened(run: Path, overrides: Sequence[str], extension: Sequence[str] | No
             f"{', '.join(changed)} would change the result of {run} half-way; "
             "resume without this override, or start a new run under another name"
         )
-    return before, after
+    return after, str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed
 
 
 def _foreseen_model(found: Inputs) -> tuple[Mapping[str, Any], int | None]:

@@ -112,13 +112,11 @@ def check_run(config: RunConfig, recipe: str, world_size: int, *, pack: bool = F
     return Inputs(with_joint(config, found.joint), found.deepspeed, found.resolved, train, evaluation, start, teacher)
 
 
-def check_reopened(
-    config: RunConfig, deepspeed: str, world_size: int, run_file: str, *, pack: bool = False
-) -> tuple[RunConfig, dict[str, Any], dict[str, Any]]:
+def check_reopened(config: RunConfig, deepspeed: str, world_size: int, run_file: str, *, pack: bool = False) -> Inputs:
     """Checks what a run that continues on `world_size` ranks reads.
 
     Args: deepspeed: name or path of the JSON; run_file: name of the run file in messages; pack: see `check_run`.
-    Returns: the configuration with packed sources, and the DeepSpeed JSON as read and resolved.
+    Returns: the inputs with packed sources; without the model that the run has started from, and the teacher.
     Raises: as `check_run`.
     """
     check_libraries(config)  # alone: with a broken library other checks would fail for the same reason
@@ -128,9 +126,9 @@ def check_reopened(
     resolved = None
     if content is not None:
         resolved = faults.of(resolve_deepspeed, config, world_size, content, (run_file, config.deepspeed))
-    config, _, _ = _sources(config, faults, pack)
+    config, train, evaluation = _sources(config, faults, pack)
     faults.raise_all()
-    return config, content or {}, resolved or {}
+    return Inputs(config, content or {}, resolved or {}, train, evaluation, None, None)
 
 
 def _sources(
