@@ -103,8 +103,7 @@ def format_to_pack(source: SourceConfig) -> str | None:
 
 def _pack(source: SourceConfig, form: str, place: Path, pack: bool) -> SourceConfig:
     path = source.path if "://" in source.path else os.path.abspath(place_of(source))
-    reading = _reading(source, form)
-    listing = read_source(path, reading)
+    listing = read_source(path, _reading(source, form))
     name = _UNSAFE.sub("_", os.path.basename(path))[:60]
     target = place / f"{name}-{_fingerprint(path, listing)}"
     if _is_whole(target):
@@ -120,20 +119,22 @@ def _pack(source: SourceConfig, form: str, place: Path, pack: bool) -> SourceCon
         _log.info(
             "source %s is %s; it is packed once, and then read from %s", path, known_formats()[form].title, target
         )
-        _pack_into(target, path, reading)
+        _pack_into(target, path, listing)
     # The labels of class folders have their names now.
     names = None if form == "classes" else source.class_names
     return source.model_copy(update={"path": str(target), "name": source.label, "class_names": names, "table": None})
 
 
-def _pack_into(target: Path, path: str, reading: ReadOptions) -> None:
-    """Packs a source into `target`. If another process does that already, waits for it and uses its result."""
+def _pack_into(target: Path, path: str, listing: Listing) -> None:
+    """Packs a source into `target`. If another process does that already, waits for it and uses its result.
+
+    Args: listing: the one that the name of `target` follows from, so that it has what its name says."""
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-    options = PackOptions(progress=sys.stderr.isatty(), reading=reading)
+    options = PackOptions(progress=sys.stderr.isatty())
     while not _is_whole(target):
         try:
-            manifest = pack_folder(path, target, options)
+            manifest = pack_folder(path, target, options, listing=listing)
         except InUseError:
             if multiprocessing.parent_process() is not None:
                 raise  # a script without `if __name__ == "__main__"`, whose worker would wait for its own parent

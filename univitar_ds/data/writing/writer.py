@@ -84,6 +84,7 @@ def pack_folder(
     *,
     settings: StorageSettings = LOCAL,
     state: Path | None = None,
+    listing: Listing | None = None,
 ) -> dict[str, Any]:
     """Pack a source into `out`: {split}-{kind}-{000000}.tar and manifest.json. Can be interrupted and run again.
 
@@ -98,7 +99,7 @@ def pack_folder(
     Media that cannot be read are left out and listed under `skipped`.
 
     Args: options (None: the defaults); settings, for access to S3; state, the folder for the progress logs of packing
-        to S3 (None: ~/.local/state/univitar_ds/pack).
+        to S3 (None: ~/.local/state/univitar_ds/pack); listing, of `folder`, if the caller has read it already.
     Returns: the manifest.
     Raises: DataError for a source with faulty rows or nothing to pack, and for an `out` that is in use or has other
         content.
@@ -106,7 +107,7 @@ def pack_folder(
     options = options or PackOptions()
     if not 0 < options.shard_mb < math.inf:
         raise DataError(f"--shard-mb {options.shard_mb}: shards need a finite size above 0, in 10^6 bytes")
-    listing = read_source(folder, options.reading)
+    listing = listing or read_source(folder, options.reading)
     folder = Path(folder)
     destination = destination_of(out, folder, settings, state)
     workspace = destination.workspace
