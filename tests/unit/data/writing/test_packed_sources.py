@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_a_packing_is_waited_for_as_long_as_it_lasts(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         waiting = threading.Thread(target=packed_sources.wait_until_free, args=(tmp_path,))
         waiting.start()
-        waiting.join(0.1)
+        time.sleep(0.1)
         assert waiting.is_alive()
     waiting.join()
 
