@@ -25,7 +25,7 @@ LAYERS = [
     {"training"},
     {"planning", "drafting"},
     {"evaluation", "convert", "run", "inference", "python_api"},
-    {"launch"},
+    {"launch", "tasks"},
     {"demo"},
     {"cli"},
 ]  # fmt: skip
@@ -50,6 +50,7 @@ LIBRARIES = {
     "wandb": {"univitar_ds.training.logging.trackers"},
     "trackio": {"univitar_ds.training.logging.trackers"},
     "pyarrow": {"univitar_ds.inference.parts", "univitar_ds.data.importing.table_files"},
+    "sklearn": {"univitar_ds.tasks.linear"},
     "onnxscript": {"univitar_ds.convert.program"},
 }
 """The only modules that import them."""

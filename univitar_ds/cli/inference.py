@@ -66,7 +66,7 @@ def add_inference(commands) -> None:
     embed.add_argument("--split", help="split of packed folders (default: all)")
     embed.add_argument("--part-rows", type=positive, metavar="N", help="maximum rows of a part")
     embed.add_argument("--nproc", type=positive, help="processes; default: one per GPU, one on the CPU")
-    _add_reading(embed)
+    add_reading(embed)
     add_storage(embed)
     classify = add_command(
         commands, "classify", _classify, "name the most probable classes of files", CLASSIFY, leaves_files=False
@@ -88,10 +88,11 @@ def add_inference(commands) -> None:
         "--top", type=positive, default=1, metavar="K", help="classes per file and data set (default 1)"
     )
     classify.add_argument("--json", action="store_true", help="print one line of JSON per file")
-    _add_reading(classify)
+    add_reading(classify)
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of how a model is opened and items are read."""
     parser.add_argument(
         "--frames", type=positive, metavar="N", help="frames of a video, evenly spaced (default: of the run, else 8)"
     )
@@ -103,7 +104,8 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     add_weights(parser)
 
 
-def _options(arguments: argparse.Namespace) -> ModelOptions:
+def model_options(arguments: argparse.Namespace) -> ModelOptions:
+    """Returns what the options of `add_reading` and `add_storage` say."""
     import torch
 
     from univitar_ds.config.data import S3Config
@@ -126,7 +128,7 @@ def _embed(arguments: argparse.Namespace) -> int:
     from univitar_ds.inference.embed_files import EmbedOptions, embed_files
 
     options = EmbedOptions(arguments.tokens, arguments.part_rows, arguments.split)
-    rows, sentence = embed_files(arguments.model, arguments.sources, arguments.out, options, _options(arguments))
+    rows, sentence = embed_files(arguments.model, arguments.sources, arguments.out, options, model_options(arguments))
     show(shown(sentence))
     return 0 if rows else 1
 
@@ -137,7 +139,7 @@ def _classify(arguments: argparse.Namespace) -> int:
     labels = None if arguments.labels is None else [label.strip() for label in arguments.labels.split(",")]
     templates = None if arguments.templates is None else _templates(arguments.templates)
     width = max(map(len, map(shown, listed(arguments.files))))
-    classifier = Classifier(arguments.model, labels, templates, _options(arguments))
+    classifier = Classifier(arguments.model, labels, templates, model_options(arguments))
     faults, several = 0, len(classifier.sets) > 1
     for one in classifier.classify(arguments.files, arguments.top):
         faults += one.fault is not None

@@ -15,6 +15,7 @@ from univitar_ds.cli.convert import add_convert
 from univitar_ds.cli.data import add_data
 from univitar_ds.cli.inference import add_inference
 from univitar_ds.cli.init import add_init
+from univitar_ds.cli.tasks import TASKS, add_tasks
 from univitar_ds.errors import ConfigError, UserError, storage_error
 from univitar_ds.import_path import drop_current_folder, protect_children
 from univitar_ds.screen import log_to_screen, lost, prepare_screen, show
@@ -31,6 +32,7 @@ EXAMPLES = """examples:
   univitar-ds train --config run.yaml seed=3 stages.0.lr=5e-4
   univitar-ds train --resume runs/photos --nproc 1     continue, here on another number of processes
   univitar-ds eval runs/photos evaluation.sources.0.path=data/other
+  univitar-ds eval linear runs/photos --data data/pets  a task on other data: zero-shot, retrieval, knn, linear
   univitar-ds report runs/photos                       results and metrics of a run
   univitar-ds convert runs/photos photos_hf --to hf    the model for transformers, or another format
   univitar-ds embed RUN DIR --out f.safetensors        the embeddings of images and videos
@@ -78,7 +80,10 @@ def _failed(error: UserError) -> int:
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses arguments with overrides both before and after options, which argparse alone rejects."""
-    parsed, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["eval"] and words[1:2] and words[1] in TASKS:  # a folder of this name is ./NAME
+        words[:2] = [" ".join(words[:2])]
+    parsed, rest = parser.parse_known_args(words)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(parsed, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -122,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data(commands)
     _add_after_training(commands)
     add_convert(commands)
+    add_tasks(commands)
     add_inference(commands)
     _add_demo(commands)
     return parser
@@ -177,6 +183,8 @@ def _add_after_training(commands) -> None:
         "  univitar-ds eval runs/photos 'evaluation.sources=[{path: 0.tar, class_names: names.txt}]' \\\n"
         "      'evaluation.image_templates=[\"a photo of a {}\"]'\n"
         "Results on other data or with other templates are printed and written to --out FILE; results in RUN stay.\n"
+        "Other tasks, also for models that are no run: univitar-ds eval zero-shot|retrieval|knn|linear MODEL\n"
+        "--data SOURCE; a run whose folder has the name of a task is ./NAME.\n"
         "An evaluation that cannot measure anything is an error.",
     )
     evaluate.add_argument("folder", type=expand, metavar="RUN", help="a run's folder, or one of its checkpoints")

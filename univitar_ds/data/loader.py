@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from tokenizers import Tokenizer
+
 from univitar_ds import tokenization
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
@@ -175,7 +177,7 @@ def eval_packs(
     resolution: Resolution,
     video_frames: int,
     token_budget: int,
-    tokenizer: str | Path | None,
+    tokenizer: str | Path | Tokenizer | None,
     context_length: int,
     data: DataConfig,
 ) -> Generator[PackedBatch]:
@@ -202,7 +204,7 @@ def eval_packs(
         max_video_s=data.max_video_s,
         max_sample_mb=data.max_sample_mb,
     )
-    loaded = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)
+    loaded = tokenization.load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
 
     def plans_of(probe: Prober) -> Iterator[Plan]:
         return tokenized(_sweep(shards, size, token_budget, bad_policy(data), probe), loaded, context_length)

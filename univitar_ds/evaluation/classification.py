@@ -11,7 +11,7 @@ from torch import Tensor
 from univitar_ds.classes import ClassList
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.evaluation.measure import VERIFY_HINT
-from univitar_ds.evaluation.scores import Figure, chance_at, hit_at, rank_counts
+from univitar_ds.evaluation.scores import Figure, accuracies, hit_at, rank_counts
 from univitar_ds.evaluation.zero_shot import KS
 from univitar_ds.geometry import Modality
 from univitar_ds.model.classification import ClassificationModel, class_logits
@@ -59,12 +59,5 @@ def _hits(logits: Tensor, rows: list[int], classes: ClassList, name: str | None)
 def _figures(parts: list[tuple[Tensor, Tensor]], among: int, name: str | None, modality: Modality) -> list[Figure]:
     truth, table = torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts], dim=1)
 
-    def figure(measure: str, value: Tensor, k: int) -> Figure:
-        return Figure(
-            "classification", measure, modality, value.item(), chance_at(k, 1, among), len(truth), among, name
-        )
-
-    found = [figure(f"top-{k}", hit.mean(), k) for k, hit in zip(KS, table, strict=True) if k < among]
-    present = torch.bincount(truth)
-    per_class = torch.bincount(truth, table[0])[present > 0] / present[present > 0]
-    return [*found, figure("top-1, mean of classes", per_class.mean(), 1)]
+    hits = dict(zip(KS, table, strict=True))
+    return accuracies(truth, hits, "classification", modality, among, name)

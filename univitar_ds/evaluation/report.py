@@ -32,22 +32,27 @@ def render_run(run: str | Path) -> str:
 
 def render_evaluation(evaluation: Mapping[str, Any]) -> str:
     """Returns the content of `evaluation.json` as a table, followed by its notes."""
-    heads = ("task", "measure", "result", "chance", "x chance", "n", "among")
+    averaged = ", averaged weights" if evaluation.get("weights") == "averaged" else ""
+    return render_figures(f"Held-out data, {evaluation['checkpoint']}{averaged}", evaluation)
+
+
+def render_figures(title: str, result: Mapping[str, Any]) -> str:
+    """Returns the `figures` of a result as a table, followed by its `notes`."""
+    heads = ("task", "measure", "result", "95 %", "chance", "x chance", "n", "among")
     rows = [
         (
             figure["task"] + (f" ({figure['set']})" if "set" in figure else _of(figure)),
             figure["measure"],
             f"{100 * figure['value']:.1f} %",
+            _interval(figure.get("interval")),
             f"{100 * figure['chance']:.1f} %",
             f"{figure['value'] / figure['chance']:.1f}",
             str(figure["n"]),
             str(figure["candidates"]),
         )
-        for figure in evaluation["figures"]
+        for figure in result["figures"]
     ]
-    averaged = ", averaged weights" if evaluation.get("weights") == "averaged" else ""
-    title = f"Held-out data, {evaluation['checkpoint']}{averaged}"
-    return "\n".join([title, "", table(heads, rows, left=2), *evaluation["notes"]])
+    return "\n".join([title, "", table(heads, rows, left=2), *result["notes"]])
 
 
 def render_summary(summary: Mapping[str, Any]) -> str:
@@ -84,8 +89,14 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> 
     return "\n".join([line(heads), f"|{'|'.join(rule)}|", *map(line, rows)])
 
 
+def _interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
 def _of(figure: Mapping[str, Any]) -> str:
-    return f" of {figure['modality']}s" if figure["task"] == "zero-shot" else ""
+    """Tasks that name their modality or have one set name none."""
+    named = figure["modality"] in figure["task"] or figure["task"] == "classification"
+    return "" if named else f" of {figure['modality']}s"
 
 
 def _duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from univitar_ds.evaluation.embed import Embeddings
-from univitar_ds.evaluation.scores import Figure, chance_at, chunks, hit_at, rank_counts
+from univitar_ds.evaluation.scores import Figure, bootstrap_interval, chance_at, chunks, hit_at, rank_counts
 from univitar_ds.evaluation.zero_shot import Texts
 from univitar_ds.tokenization import caption_id
 
@@ -44,8 +44,9 @@ def retrieval(embeddings: Embeddings, texts: Texts | None = None) -> list[Figure
         for k in KS:
             if k < candidates:
                 chance = sum(chance_at(k, m, candidates) for m in right) / len(right)
-                value = hits[k].mean().item()
-                figures.append(Figure(task, f"R@{k}", kind, value, chance, len(right), candidates))
+                value, interval = hits[k].mean().item(), bootstrap_interval(hits[k])
+                about = chance, len(right), candidates
+                figures.append(Figure(task, f"R@{k}", kind, value, *about, interval=interval))
     return figures
 
 

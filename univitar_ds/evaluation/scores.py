@@ -8,11 +8,15 @@ has no effect.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+RESAMPLES = 1000
+"""Number of resamples of a bootstrap interval."""
 TIE = 1e-6
 """Maximum difference of tied cosines."""
 CHUNK, CELLS = 1024, 1 << 26
@@ -34,10 +38,34 @@ class Figure:
     n: int
     candidates: int
     set: str | None = None
+    interval: tuple[float, float] | None = None
+    """Of `value`, see `bootstrap_interval`; None in results of earlier versions."""
 
     def to_dict(self) -> dict[str, object]:
         """Returns the fields that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def bootstrap_interval(hits: Tensor, classes: Tensor | None = None) -> tuple[float, float]:
+    """Returns the 95 % percentile interval of the mean of `hits` by bootstrap: queries are drawn with replacement.
+
+    It is the uncertainty from the choice of the queries, not of the training. Repeated calls return equal numbers.
+
+    Args: hits: (n,) in 0..1; classes: (n,) class of each query, if the result is the mean over classes of their means.
+    """
+    draws = np.random.default_rng(0)
+    values, of_class = hits.double().numpy(), None if classes is None else classes.numpy()
+    means = []
+    for _ in range(RESAMPLES):
+        rows = draws.integers(len(values), size=len(values))
+        if of_class is None:
+            means.append(values[rows].mean())
+        else:
+            counts = np.bincount(of_class[rows])
+            sums = np.bincount(of_class[rows], weights=values[rows])
+            means.append((sums[counts > 0] / counts[counts > 0]).mean())
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def chunks(queries: int, candidates: int) -> tuple[Tensor, ...]:
@@ -81,3 +109,22 @@ def _none_drawn(draws: Tensor, wrong: Tensor, right: Tensor) -> Tensor:
     log = torch.lgamma(wrong + 1) - torch.lgamma(left + 1)
     log = log + torch.lgamma((wrong + right - draws).clamp(min=0) + 1) - torch.lgamma(wrong + right + 1)
     return torch.where(possible, log.exp(), torch.zeros_like(log))
+
+
+def accuracies(
+    truth: Tensor, hits: Mapping[int, Tensor], task: str, modality: str, classes: int, name: str | None = None
+) -> list[Figure]:
+    """Returns top-k accuracy for each k below the number of classes, and top-1 averaged over the classes of the items.
+
+    Args: truth: (n,) class of each item; hits: by k, with 1 among them, (n,) probability that an item's class is among
+        the first k; name: of the data set.
+    """
+    n = len(truth)
+
+    def figure(measure: str, value: Tensor, k: int, interval: tuple[float, float]) -> Figure:
+        return Figure(task, measure, modality, value.item(), chance_at(k, 1, classes), n, classes, name, interval)
+
+    figures = [figure(f"top-{k}", hit.mean(), k, bootstrap_interval(hit)) for k, hit in hits.items() if k < classes]
+    present = torch.bincount(truth)
+    per_class = torch.bincount(truth, hits[1])[present > 0] / present[present > 0]
+    return [*figures, figure("top-1, mean of classes", per_class.mean(), 1, bootstrap_interval(hits[1], truth))]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from univitar_ds.evaluation.embed import Embeddings
-from univitar_ds.evaluation.scores import Figure, chance_at, chunks, hit_at, rank_counts
+from univitar_ds.evaluation.scores import Figure, accuracies, chunks, hit_at, rank_counts
 
 KS = (1, 5)
 """Values of k for which top-k accuracy is computed."""
@@ -75,11 +75,6 @@ def _one_set(
         for k in KS:
             hits[k].append(hit_at(k, *counts))
 
-    def figure(measure: str, value: Tensor, k: int) -> Figure:
-        chance = chance_at(k, 1, len(classes))
-        return Figure("zero-shot", measure, embeddings.modality, value.item(), chance, len(rows), len(classes), name)
-
     top = {k: torch.cat(parts) for k, parts in hits.items()}
-    figures = [figure(f"top-{k}", top[k].mean(), k) for k in KS if k < len(classes)]
-    per_class = torch.bincount(truth, top[1]) / torch.bincount(truth)  # every class has an item
-    return [*figures, figure("top-1, mean of classes", per_class.mean(), 1)]
+    about = "zero-shot", embeddings.modality, len(classes), name
+    return accuracies(truth, top, *about)

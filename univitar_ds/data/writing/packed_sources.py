@@ -77,6 +77,15 @@ def _packed(sources: Sequence[SourceConfig], place: Path, key: str, pack: bool) 
     return found
 
 
+def packed_source(source: SourceConfig, folder: Path) -> SourceConfig:
+    """Returns a source that belongs to no run, packed once into `folder` if it is no shards.
+
+    Raises: DataError or StorageError as `with_packed_sources`.
+    """
+    form = format_to_pack(source)
+    return source if form is None else _pack(source, form, (folder / PACKED_SOURCES).absolute(), True)
+
+
 def _in_run_file(text: str, place: str) -> str:
     """Replaces the options of `data pack` in a message by the keys of the source at `place`."""
     for option, key in _KEYS.items():

@@ -1,0 +1,138 @@
+"""`univitar-ds eval TASK` on small data in the forms that people have it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.support import datasets
+from tests.support.finished import run_config, write_run
+from tests.support.media import encoded, noise
+from univitar_ds import UniViTARModel
+from univitar_ds.cli.main import main
+
+pytest.importorskip("sklearn")
+CLASSES = ("cat", "dog", "horse")
+EACH = 4
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tried"
+    write_run(folder, run_config())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders with both splits. Images of whole patches as PNG, which no resizing changes."""
+    folder = tmp_path_factory.mktemp("data") / "pets"
+    for split_number, split in enumerate(("train", "test")):
+        for number, name in enumerate(CLASSES):
+            for index in range(EACH):
+                seed = 100 * split_number + 10 * number + index
+                datasets.write(folder, {f"{split}/{name}/{index}.png": encoded(noise(28, 42, seed=seed), "PNG")})
+    return folder
+
+
+def measured(capsys, *arguments: str | Path) -> dict:
+    assert main(["eval", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def by_measure(result: dict) -> dict[str, dict]:
+    return {figure["measure"]: figure for figure in result["figures"]}
+
+
+def test_zero_shot_is_that_of_the_model_itself(run, pets, tmp_path, capsys):
+    (tmp_path / "templates").write_text("# words\na {c}\nthe {} here\n", encoding="utf-8")
+    given = ["--data", pets, "--cache", tmp_path, "--templates", tmp_path / "templates"]
+    figure = by_measure(measured(capsys, "zero-shot", run, *given))["top-1"]
+    paths = [pets / "test" / name / f"{index}.png" for name in CLASSES for index in range(EACH)]
+    model = UniViTARModel.from_pretrained(run)
+    probabilities = model.zero_shot([Image.open(path) for path in paths], CLASSES, ["a {}", "the {} here"])
+    right = [CLASSES[column] == path.parent.name for column, path in zip(probabilities.argmax(1), paths, strict=True)]
+    assert figure["value"] == pytest.approx(sum(right) / len(right))
+    assert (figure["n"], figure["candidates"], figure["chance"]) == (12, 3, pytest.approx(1 / 3))
+    assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
+
+
+@pytest.mark.parametrize("task", ["knn", "linear"])
+def test_a_probe_finds_test_items_that_are_copies_of_training_items(run, pets, tmp_path, capsys, task):
+    twins = tmp_path / "twins"
+    shutil.copytree(pets / "train", twins / "train")
+    shutil.copytree(pets / "train", twins / "test")
+    options = ["--neighbours", "1"] if task == "knn" else []
+    figure = by_measure(measured(capsys, task, run, "--data", twins, "--cache", tmp_path, *options))["top-1"]
+    assert figure["n"] == 3 * EACH
+    assert figure["value"] == 1.0 if task == "knn" else figure["value"] > 0.6  # chance: 1/3
+
+
+def test_a_probe_works_on_an_encoder_alone_and_zero_shot_names_what_is_missing(run, pets, tmp_path, capsys):
+    encoder = tmp_path / "encoder"
+    assert main(["convert", str(run), str(encoder), "--to", "release", "--part", "encoder"]) == 0
+    capsys.readouterr()
+    given = ["--data", str(pets), "--cache", str(tmp_path)]
+    assert by_measure(measured(capsys, "knn", encoder, *given))["top-1"]["n"] == 12
+    assert main(["eval", "zero-shot", str(encoder), *given]) == 2
+    assert "no text tower" in capsys.readouterr().err
+
+
+def test_retrieval_takes_each_line_as_a_caption(run, tmp_path, capsys):
+    members = []
+    for index in range(4):
+        text = f"a cat of number {index}\na pet of number {index}\n"
+        members += [(f"{index}.png", encoded(noise(28, 42, seed=index), "PNG")), (f"{index}.txt", text)]
+    datasets.write_tar(tmp_path / "0.tar", members)
+    result = measured(capsys, "retrieval", run, "--data", tmp_path / "0.tar", "--captions", "lines")
+    found = {(figure["task"], figure["measure"]): figure["candidates"] for figure in result["figures"]}
+    assert found[("image to text", "R@5")] == 8
+    assert found[("text to image", "R@1")] == 4
+
+
+def test_a_folder_of_clip_benchmark_has_names_and_splits(run, tmp_path, capsys):
+    folder = tmp_path / "wds_pets"
+    for split in ("train", "test"):
+        members = []
+        for index in range(6):
+            seed = index + 10 * (split == "test")
+            members += [(f"{index}.png", encoded(noise(28, 42, seed=seed), "PNG")), (f"{index}.cls", str(index % 3))]
+        datasets.write_tar(folder / split / "0.tar", members)
+    datasets.write(folder, {"classnames.txt": "cat\ndog\nhorse\n"})
+    assert by_measure(measured(capsys, "zero-shot", run, "--data", folder))["top-1"]["candidates"] == 3
+    assert by_measure(measured(capsys, "knn", run, "--data", folder))["top-1"]["n"] == 6
+    assert main(["eval", "knn", str(run), "--data", str(folder), "--split", "val"]) == 2
+    assert "no folder val, only test, train" in capsys.readouterr().err
+
+
+def test_a_probe_is_never_scored_on_what_it_learns_from(run, pets, tmp_path, capsys):
+    given = ["--data", str(pets), "--cache", str(tmp_path), "--split", "train"]
+    assert main(["eval", "knn", str(run), *given]) == 2
+    assert "--train-split" in capsys.readouterr().err
+
+
+def test_data_without_labels_or_captions_is_an_error(run, tmp_path, capsys):
+    members = [(f"{index}.{end}", content) for index in range(3) for end, content in _captioned(index)]
+    datasets.write_tar(tmp_path / "0.tar", members)
+    assert main(["eval", "zero-shot", str(run), "--data", str(tmp_path / "0.tar")]) == 2
+    assert "no item has a label" in capsys.readouterr().err
+
+
+def _captioned(index: int) -> list[tuple[str, bytes | str]]:
+    return [("png", encoded(noise(28, 42, seed=index), "PNG")), ("txt", "the same caption")]
+
+
+def test_a_table_has_the_interval_and_the_chance_beside_each_result(run, pets, tmp_path, capsys):
+    assert main(["eval", "knn", str(run), "--data", str(pets), "--cache", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"knn of {run} on {pets}"
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")][2:5] == ["result", "95 %", "chance"]
+
+
+def test_a_run_of_the_name_of_a_task_is_a_path(run, capsys, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    shutil.copytree(run, run.parent / "knn")
+    assert main(["eval", "./knn"]) == 2  # the run has no evaluation data
+    assert "nowhere" in capsys.readouterr().err

@@ -1,0 +1,45 @@
+"""Nearest neighbours: an item gets the class with most votes of its k nearest items of the training split.
+
+As in DINO (arXiv:2104.14294): cosine of the pooled features, and votes of weight exp(cosine / 0.07).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from univitar_ds.evaluation.scores import CELLS, Figure, accuracies, chunks, hit_at, rank_counts
+from univitar_ds.tasks.labelled import Labelled
+
+NEIGHBOURS = (10, 20)
+"""Default numbers of neighbours. 20 is DINO's best for ViT; 10 is best where classes have few items. Published."""
+TEMPERATURE = 0.07
+KS = (1, 5)
+
+
+def knn(data: Labelled, modality: str, neighbours: Sequence[int] = NEIGHBOURS) -> list[Figure]:
+    """Returns top-1 and top-5 accuracy for each number of neighbours that the training split has."""
+    figures: list[Figure] = []
+    for count in sorted({min(one, len(data.train)) for one in neighbours}):
+        votes = class_votes(data, count)
+        # A class without a vote is behind all others, tied with its like.
+        truth = F.one_hot(data.test_classes, len(data.classes)).bool()
+        ranks = rank_counts(votes, truth)
+        hits = {k: hit_at(k, *ranks) for k in KS}
+        figures += accuracies(data.test_classes, hits, f"kNN, k = {count}", modality, len(data.classes))
+    return figures
+
+
+def class_votes(data: Labelled, neighbours: int) -> Tensor:
+    """Returns the share of the votes that each class has for each test item, (n, classes) float64."""
+    train, test = (F.normalize(features.double(), dim=-1) for features in (data.train, data.test))
+    found = []
+    for rows in chunks(len(test), max(len(train), CELLS // 1024)):
+        near = (test[rows] @ train.T).topk(neighbours, dim=1)
+        weights = torch.softmax(near.values / TEMPERATURE, dim=1)
+        votes = torch.zeros(len(rows), len(data.classes), dtype=torch.float64)
+        found.append(votes.scatter_add_(1, data.train_classes[near.indices], weights))
+    return torch.cat(found)

@@ -1,0 +1,53 @@
+"""The items that a probe learns from and those that it is scored on, with their classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from univitar_ds.errors import DataError
+from univitar_ds.formats.weight_files import some
+from univitar_ds.tasks.reading import Features
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Features (n, D) float32 and class indices (n,) of both splits. `classes` are the labels of the training split.
+
+    `unknown` counts test items whose label the training split lacks; they are wrong answers of no probe, and left out.
+    """
+
+    train: Tensor
+    train_classes: Tensor
+    test: Tensor
+    test_classes: Tensor
+    classes: list[str]
+    unknown: int = 0
+
+
+def labelled(train: Features, test: Features, kind: str) -> Labelled:
+    """Raises: DataError if there are fewer than two classes, or no test item of one. Args: kind: of the items."""
+    classes = sorted(set(train.labels))
+    if len(classes) < 2:
+        found = f"only the label {classes[0]!r}" if classes else "no label"
+        raise DataError(
+            f"the {kind}s of the training split have {found}; a probe needs at least two: name other items by "
+            "--train-split or --train-data"
+        )
+    index_of = {label: index for index, label in enumerate(classes)}
+    known = [row for row, label in enumerate(test.labels) if label in index_of]
+    if not known:
+        raise DataError(
+            f"none of the {len(test.labels)} labelled {kind}s of the test split has a label of the training split "
+            f"({some(classes)}); name a split of the same classes by --split"
+        )
+    return Labelled(
+        train.values,
+        torch.tensor([index_of[label] for label in train.labels]),
+        test.values[known],
+        torch.tensor([index_of[test.labels[row]] for row in known]),
+        classes,
+        len(test.labels) - len(known),
+    )

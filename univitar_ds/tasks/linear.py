@@ -1,0 +1,100 @@
+"""Linear probe: multinomial logistic regression on the pooled features, by scikit-learn's L-BFGS.
+
+The strength of the L2 penalty is chosen on a fifth of the training items, as in CLIP (arXiv:2103.00020, A.3), and the
+probe then learns from all of them. The test items are never used for a choice.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from univitar_ds.evaluation.scores import Figure, accuracies, hit_at, rank_counts
+from univitar_ds.extras import extra
+from univitar_ds.screen import progress_bar
+from univitar_ds.tasks.labelled import Labelled
+
+STRENGTHS = tuple(10.0**power for power in range(-4, 5))
+"""Values of scikit-learn's C that are tried, on features of mean 0 and variance 1. Chosen."""
+HELD_OUT = 0.2
+"""Share of the training items on which the strength is chosen."""
+MOST_ITERATIONS = 1000
+KS = (1, 5)
+
+logger = logging.getLogger(__name__)
+
+
+def linear(data: Labelled, modality: str, *, progress: bool) -> tuple[list[Figure], list[str]]:
+    """Returns top-1 and top-5 accuracy of the probe, and a note about the chosen strength.
+
+    Raises: InstallationError if scikit-learn is not installed.
+    """
+    train, test = _standardised(data.train, data.test)
+    learns, checks = _divided(data.train_classes)
+    best, held_out = _chosen(train, data.train_classes, learns, checks, progress)
+    probe = _fitted(train, data.train_classes, best)
+    scores = _scores(probe, test, len(data.classes))
+    truth = F.one_hot(data.test_classes, len(data.classes)).bool()
+    ranks = rank_counts(scores, truth)
+    hits = {k: hit_at(k, *ranks) for k in KS}
+    figures = accuracies(data.test_classes, hits, "linear probe", modality, len(data.classes))
+    note = f"Linear probe of {modality}s: C = {best:g} of {STRENGTHS[0]:g} to {STRENGTHS[-1]:g}"
+    return figures, [f"{note}, with top-1 {100 * held_out:.1f} % on {len(checks)} training items held out."]
+
+
+def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns both with mean 0 and variance 1 in each dimension of the training items."""
+    mean, deviation = train.double().mean(0), train.double().std(0, correction=0).clamp(min=1e-6)
+    return (train.double() - mean) / deviation, (test.double() - mean) / deviation
+
+
+def _divided(classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the rows to learn from and those held out: a fifth of each class, at least one of classes with two."""
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
+    held: list[Tensor] = []
+    for one in classes.unique():
+        rows = order[classes[order] == one]
+        held.append(rows[: max(round(HELD_OUT * len(rows)), 1)] if len(rows) > 1 else rows[:0])
+    checks = torch.cat(held)
+    learns = torch.ones(len(classes), dtype=torch.bool)
+    learns[checks] = False
+    return learns.nonzero().flatten(), checks
+
+
+def _chosen(train: Tensor, classes: Tensor, learns: Tensor, checks: Tensor, progress: bool) -> tuple[float, float]:
+    """Returns the strength with the best top-1 on the items held out, the smallest of several, and this top-1."""
+    if not len(checks):  # one item a class
+        return 1.0, float("nan")
+    results: dict[float, float] = {}
+    with progress_bar(total=len(STRENGTHS), desc="linear probe", unit="fit", disable=not progress) as bar:
+        for strength in STRENGTHS:
+            probe = _fitted(train[learns], classes[learns], strength)
+            found = torch.as_tensor(probe.predict(train[checks].numpy()))
+            results[strength] = (found == classes[checks]).double().mean().item()
+            bar.update()
+    best = max(results, key=lambda strength: (results[strength], -strength))
+    return best, results[best]
+
+
+def _fitted(features: Tensor, classes: Tensor, strength: float) -> Any:
+    with extra("eval"):
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        probe = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS).fit(features.numpy(), classes.numpy())
+    if any(issubclass(one.category, ConvergenceWarning) for one in caught):
+        logger.warning("the probe with C = %g has not converged after %d iterations", strength, MOST_ITERATIONS)
+    return probe
+
+
+def _scores(probe: Any, features: Tensor, classes: int) -> Tensor:
+    """Returns the log-probability of each class, (n, classes) float64."""
+    scores = torch.full((len(features), classes), -torch.inf, dtype=torch.float64)
+    scores[:, torch.as_tensor(probe.classes_)] = torch.as_tensor(probe.predict_log_proba(features.numpy()))
+    return scores

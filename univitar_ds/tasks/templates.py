@@ -1,0 +1,38 @@
+"""Sentences for class names: a file of a line each, or the 80 of CLIP for ImageNet."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from univitar_ds.errors import ConfigError
+from univitar_ds.regular_files import read_utf8
+
+IMAGENET = "imagenet"
+"""Name of CLIP's templates. They are the published ones (arXiv:2103.00020), in the order of CLIP's notebook."""
+_CLIP_BENCHMARK = "{c}"
+"""The place of the name in the templates of CLIP_benchmark's data sets."""
+
+
+def read_templates(name: str, option: str = "--templates") -> list[str]:
+    """Returns the templates of a file, or CLIP's for the name `imagenet`. A line without text or after # is left out.
+
+    Raises: ConfigError if the file cannot be read, has no template, or a template lacks {}.
+    """
+    if name == IMAGENET:
+        text = (resources.files("univitar_ds.tasks") / "imagenet_templates.txt").read_text(encoding="utf-8")
+    else:
+        try:
+            text = read_utf8(Path(name))
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(
+                f"{option} {name} cannot be read as UTF-8 text ({error}); name another file, or {IMAGENET}"
+            ) from error
+    lines = [line.strip().replace(_CLIP_BENCHMARK, "{}") for line in text.splitlines()]
+    templates = [line for line in lines if line and not line.startswith("#")]
+    if not templates:
+        raise ConfigError(f"{option} {name} is empty; write a sentence per line, such as: a photo of a {{}}.")
+    lacking = [template for template in templates if "{}" not in template]
+    if lacking:
+        raise ConfigError(f"{option} {name}: {lacking[0]!r} has no {{}} for the name of the class; add it")
+    return templates
