@@ -94,8 +94,8 @@ def _interval(interval: Sequence[float] | None) -> str:
 
 
 def _of(figure: Mapping[str, Any]) -> str:
-    """Tasks that name their modality or have one set name none."""
-    named = figure["modality"] in figure["task"] or figure["task"] == "classification"
+    """Returns the modality, unless the name of the task has it: "text to image"."""
+    named = figure["task"].endswith(("text", "image", "video")) or figure["task"] == "classification"
     return "" if named else f" of {figure['modality']}s"
 
 

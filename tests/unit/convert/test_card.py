@@ -60,7 +60,15 @@ def test_an_encoder_s_card_says_nothing_that_its_files_do_not(tmp_path):
 
 def test_results_come_with_their_chance_once_the_run_is_evaluated(run):
     export_run(run, run / "export")
-    figure = {"task": "retrieval", "measure": "top-1", "value": 0.5, "chance": 0.125, "n": 8, "candidates": 8}
+    figure = {
+        "task": "text to image",
+        "measure": "R@1",
+        "modality": "image",
+        "value": 0.5,
+        "chance": 0.125,
+        "n": 8,
+        "candidates": 8,
+    }
     evaluation = {"checkpoint": "step-00000007", "weights": "trained", "figures": [figure], "notes": []}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     refresh_cards(run, run / "export")
