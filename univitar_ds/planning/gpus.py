@@ -1,0 +1,104 @@
+"""GPUs that the model of a step knows: what their makers publish, and the rates that kernels are taken to reach."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+GPUS_OF_A_NODE = 8
+"""Of a DGX or HGX, published."""
+Kind = Literal["published", "derived", "measured", "chosen"]
+KINDS = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A number of the model, with where it comes from.
+
+    `kind`: published by a maker or paper; derived by counting, which a test repeats; measured here on a CPU; chosen:
+    plausible, and not measured on a GPU.
+    """
+
+    value: float
+    unit: str
+    kind: Kind
+    source: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU and its links. Rates of matrix products and attention are in FLOP/s, those of memory and links in bytes/s.
+
+    `node_link`: to the other GPUs of a node, `network`: to other nodes, both in one direction and per GPU. The rates of
+    attention are those of flash-attn 2, which torch's varlen attention has too.
+    """
+
+    peak: Assumption
+    memory: Assumption
+    bandwidth: Assumption
+    node_link: Assumption
+    network: Assumption
+    products: Assumption
+    attention_forward: Assumption
+    attention_backward: Assumption
+
+    def assumptions(self) -> Iterator[tuple[str, Assumption]]:
+        """Yields the names and values of all numbers."""
+        yield from ((field.name, getattr(self, field.name)) for field in fields(self))
+
+
+def _published(value: float, unit: str, source: str) -> Assumption:
+    return Assumption(value, unit, "published", source)
+
+
+def _chosen(value: float, unit: str, source: str) -> Assumption:
+    return Assumption(value, unit, "chosen", source)
+
+
+def _hopper(name: str, memory: float, bandwidth: float) -> Gpu:
+    sheet = f"NVIDIA's data sheet of the {name} SXM"
+    return Gpu(
+        peak=_published(989e12, "FLOP/s", f"{sheet}, bf16 without sparsity"),
+        memory=_published(memory, "bytes", sheet),
+        bandwidth=_published(bandwidth, "bytes/s", sheet),
+        node_link=_published(450e9, "bytes/s", f"{sheet}: NVLink 900 GB/s in both directions together"),
+        network=_published(50e9, "bytes/s", "NVIDIA's data sheet of the DGX H100: a port of 400 Gbit/s per GPU"),
+        products=_chosen(600e12, "FLOP/s", "0.61 of the peak, for products of 32,768 rows and 1,024 to 7,680 columns"),
+        attention_forward=_chosen(
+            250e12, "FLOP/s", "flash-attn 2 at heads of 64 to 80; its paper (arXiv 2307.08691) has 335 with backward"
+        ),
+        attention_backward=_chosen(170e12, "FLOP/s", "flash-attn 2 at heads of 64 to 80, items of 500 to 6,000 tokens"),
+    )
+
+
+_A100 = "NVIDIA's data sheet of the A100 SXM 80GB"
+GPUS = {
+    "A100": Gpu(
+        peak=_published(312e12, "FLOP/s", f"{_A100}, bf16 without sparsity"),
+        memory=_published(80e9, "bytes", _A100),
+        bandwidth=_published(2.039e12, "bytes/s", _A100),
+        node_link=_published(300e9, "bytes/s", f"{_A100}: NVLink 600 GB/s in both directions together"),
+        network=_published(25e9, "bytes/s", "NVIDIA's data sheet of the DGX A100: a port of 200 Gbit/s per GPU"),
+        products=_chosen(230e12, "FLOP/s", "0.74 of the peak, for products of 32,768 rows and 1,024 to 7,680 columns"),
+        attention_forward=_chosen(
+            160e12, "FLOP/s", "flash-attn 2 at heads of 64 to 80; its paper (arXiv 2307.08691) has up to 230 at 128"
+        ),
+        attention_backward=_chosen(120e12, "FLOP/s", "flash-attn 2 at heads of 64 to 80, items of 500 to 6,000 tokens"),
+    ),
+    "H100": _hopper("H100", 80e9, 3.35e12),
+    "H200": _hopper("H200", 141e9, 4.8e12),
+}
+"""By the name that is a word of the name that the driver reports."""
+
+
+def known_gpu(name: str) -> str | None:
+    """Returns the key of GPUS of a device that the driver reports, such as "NVIDIA H100 80GB HBM3"; None for others.
+
+    Cards for PCIe have lower clocks and no NVLink, and are not known; nor are parts of a GPU and the A100 of 40 GB.
+    """
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    if words & {"PCIE", "NVL", "MIG", "40GB"}:
+        return None
+    return next((known for known in GPUS if known in words), None)
