@@ -123,6 +123,11 @@ class DataConfig(Section):
         None, description="packs decoded ahead per rank; absent: about 3, on a GPU at least the packs of a step"
     )
     pool_samples: Positive = Field(192, description="samples from which a lane chooses to fill a pack")
+    attention_cost: Annotated[float, Field(gt=0)] = Field(
+        2.0,
+        description="time of attention per FLOP, as a multiple of that of the encoder's other operations; weighs items "
+        "where stages.N.cost_budget_tflops is auto",
+    )
     max_image_px: Positive = Field(
         100_000_000,
         description="maximum pixels of a frame, and maximum decoding memory of an image: 10.7 bytes for each of them, "

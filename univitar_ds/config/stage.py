@@ -156,8 +156,10 @@ class StageConfig(Section):
     token_budget: Positive = Field(
         16384, description="maximum number of tokens in a pack before patch_dropout; limits memory"
     )
-    cost_budget_tflops: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="maximum forward+backward TFLOP of the encoder for a pack; limits time"
+    cost_budget_tflops: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        None,
+        description="maximum forward+backward TFLOP of the encoder for a pack; limits time. auto: packs of equal "
+        "predicted time, from the sizes of the first samples and data.attention_cost",
     )
     lr: Annotated[float, Field(gt=0)] = Field(
         description="learning rate of AdamW after the warm-up; not scaled by the pairs per step"

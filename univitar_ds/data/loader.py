@@ -18,6 +18,7 @@ from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.collate import DecodingMonitor, collate, decoded, tokenized
 from univitar_ds.data.media.prober import Prober, probe_each
 from univitar_ds.data.sampler.bad_samples import BadPolicy, BadSampleMonitor
+from univitar_ds.data.sampler.balance import SAMPLED_LANES, balanced
 from univitar_ds.data.sampler.cursor import LaneCursor
 from univitar_ds.data.sampler.lanes import Lane, Plan
 from univitar_ds.data.sampler.reader import (
@@ -29,7 +30,7 @@ from univitar_ds.data.sampler.reader import (
     samples_in,
     where_is,
 )
-from univitar_ds.data.sampler.stream_config import bad_policy, stream_config
+from univitar_ds.data.sampler.stream_config import StreamConfig, bad_policy, stream_config
 from univitar_ds.data.shards.index_cache import shard_samples
 from univitar_ds.data.shards.samples import FILTERED, Sample, SizeRule
 from univitar_ds.data.shards.sources import (
@@ -126,8 +127,8 @@ class PackLoader:
         def plans_of(probe: Prober) -> Iterator[Plan]:
             probing = {modality: replace(config, probe=probe) for modality, config in configs.items()}
             groups = sum(len(config.groups) for config in probing.values())
-            allow_open_files(FILES_OF_A_GROUP * len(self._starts) * groups)
-            plans = _plans([Lane(probing, start) for start in self._starts], modality_of, lanes.first_step)
+            allow_open_files(FILES_OF_A_GROUP * (len(self._starts) + SAMPLED_LANES) * groups)
+            plans = _plans(probing, self._starts, modality_of, lanes.first_step)
             return tokenized(plans, self._tokenizer, context_length)
 
         self._packs = decoded(
@@ -161,7 +162,14 @@ class PackLoader:
         self._packs.close()
 
 
-def _plans(lanes: Sequence[Lane], modality_of: Callable[[int], Modality], first_step: int) -> Iterator[Plan]:
+def _plans(
+    configs: Mapping[Modality, StreamConfig],
+    starts: Sequence[LaneCursor],
+    modality_of: Callable[[int], Modality],
+    first_step: int,
+) -> Iterator[Plan]:
+    configs = balanced(configs)  # here, where sizes can be probed in the decoding processes
+    lanes = [Lane(configs, start) for start in starts]
     for step in itertools.count(first_step):
         modality = modality_of(step)
         for lane in lanes:  # requests the first shards of all lanes before waiting for a shard

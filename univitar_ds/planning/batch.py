@@ -107,7 +107,7 @@ def _pack_size(stage: StageConfig, encoder: EncoderConfig, modality: Modality, m
 def _items(stage: StageConfig, encoder: EncoderConfig, tokens: float) -> float:
     """Returns how many items of this size fit into a pack."""
     count = stage.token_budget / tokens
-    if stage.cost_budget_tflops is not None:
+    if isinstance(stage.cost_budget_tflops, float):  # auto leaves packs nearly full
         cost = item_cost(tokens, scale_for_dropout(cost_coefficients(encoder), stage.patch_dropout))
         count = min(count, stage.cost_budget_tflops * TERA / cost)
     return count

@@ -133,6 +133,11 @@ class Stream:
             reader.announce()
         self._buffer = list(self._restore(start.pool))
 
+    def waiting_tokens(self) -> list[int]:
+        """Fills the shuffle buffer. Returns the number of tokens of each of its samples."""
+        self._fill()
+        return [sample.tokens for sample in self._buffer]
+
     def next_pack(self) -> tuple[list[Sample], dict[str, int]]:
         """Returns the samples of the next pack, and bad samples since the previous pack, by kind."""
         starved = self._fill()
@@ -205,7 +210,7 @@ class Stream:
     def _warn_starved(self, group: str, tokens: int) -> None:
         """Warns of a pack that is not full because a group has too few samples."""
         share = tokens / self._config.token_budget
-        if share >= WELL_FILLED or self._config.cost_budget is not None:
+        if share >= WELL_FILLED or (self._config.cost_budget is not None and not self._config.balance_time):
             return
         if not self._config.is_first_warning(f"starved: {group}"):
             return

@@ -37,7 +37,7 @@ _TRIES = 32
 
 
 class Totals(NamedTuple):
-    """Tokens and cost (FLOPs) of one or several samples, or limits of tokens and cost."""
+    """Tokens and cost (FLOPs or predicted time) of one or several samples, or limits of tokens and cost."""
 
     tokens: float
     cost: float
@@ -54,6 +54,12 @@ def scale_for_dropout(coefficients: tuple[float, float], dropout: float) -> tupl
     """Returns the coefficients for an encoder that drops the share `dropout` of tokens, exact up to rounding."""
     linear, square = coefficients
     return (1 - dropout) * linear, (1 - dropout) ** 2 * square
+
+
+def predicted_time(coefficients: tuple[float, float], attention_cost: float) -> tuple[float, float]:
+    """Returns the coefficients of an item's time, in FLOPs of the encoder's other operations that take as long."""
+    linear, square = coefficients
+    return linear, attention_cost * square
 
 
 def choose(

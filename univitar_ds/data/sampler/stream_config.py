@@ -13,7 +13,7 @@ from univitar_ds.data.media.augment import Augment
 from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.prober import Prober, probe_each
 from univitar_ds.data.sampler.bad_samples import BadPolicy
-from univitar_ds.data.sampler.packing import scale_for_dropout
+from univitar_ds.data.sampler.packing import predicted_time, scale_for_dropout
 from univitar_ds.data.shards.index_cache import IndexCache
 from univitar_ds.data.shards.samples import SizeRule
 from univitar_ds.data.shards.sources import ShardGroup, SourceShard, groups_of, stage_modalities
@@ -28,8 +28,9 @@ class StreamConfig:
     """All settings, except the lane, that determine the packs of one modality.
 
     `augment` is applied to every sample, `weights` are the stage's weights by source, `cost` the coefficients of
-    `packing.item_cost`. `probe` reads sizes that are not in metadata. All lanes share the last three fields: indexes of
-    shards, which both modalities share too, warnings logged so far, and cached results of `held_by` by group.
+    `packing.item_cost`. With `balance_time` these predict time, and `balance.balanced` sets the cost budget. `probe`
+    reads sizes that are not in metadata. All lanes share the last three fields: indexes of shards, which both
+    modalities share too, warnings logged so far, and cached results of `held_by` by group.
     """
 
     shards: Sequence[SourceShard]
@@ -43,6 +44,7 @@ class StreamConfig:
     weights: Mapping[str, float] = field(default_factory=dict)
     cost: tuple[float, float] = (0.0, 0.0)
     cost_budget: float | None = None
+    balance_time: bool = False
     probe: Prober = probe_each
     index_cache: IndexCache = field(default_factory=IndexCache, compare=False)
     warned: set[str] = field(default_factory=set, compare=False)
@@ -77,8 +79,11 @@ def stream_config(
     seed: int,
     cost: tuple[float, float] = (0.0, 0.0),
 ) -> dict[Modality, StreamConfig]:
-    """Returns the configuration of each modality that a stage reads."""
+    """Returns the configuration of each modality that a stage reads. Args: cost: FLOPs, see `packing.item_cost`."""
     tflops = stage.cost_budget_tflops
+    balance_time = tflops == "auto"
+    if balance_time:
+        cost = predicted_time(cost, data.attention_cost)
     index_cache = IndexCache()
     return {
         modality: StreamConfig(
@@ -101,7 +106,8 @@ def stream_config(
             augment=None if stage.augment.is_off else Augment(**stage.augment.model_dump()),
             weights=stage.weights,
             cost=scale_for_dropout(cost, stage.patch_dropout),
-            cost_budget=None if tflops is None else tflops * 1e12,
+            cost_budget=None if tflops is None or tflops == "auto" else tflops * 1e12,
+            balance_time=balance_time,
             index_cache=index_cache,
         )
         for modality in stage_modalities(stage)

@@ -13,7 +13,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import LaneSet, PackLoader
-from univitar_ds.data.sampler.packing import item_cost, scale_for_dropout
+from univitar_ds.data.sampler.packing import item_cost, predicted_time, scale_for_dropout
 from univitar_ds.data.shards.contents import faults_of_stages
 from univitar_ds.data.shards.sources import fingerprint, stage_modalities, validate_sources
 from univitar_ds.data.storage.base import StorageSettings
@@ -32,7 +32,9 @@ class Stream:
     modality: Modality
     packs: list[list[int]] = field(default_factory=list)
     imbalances: list[float] = field(default_factory=list)
-    """For each complete step: the cost of its most expensive pack divided by the mean, minus 1."""
+    """For each complete step: the FLOPs of its most expensive pack divided by the mean, minus 1."""
+    time_imbalances: list[float] = field(default_factory=list)
+    """The same of predicted time, with attention weighted by `data.attention_cost`."""
     bad: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
     filtered: Counter[str] = field(default_factory=Counter)
@@ -64,6 +66,7 @@ class Stream:
             "token_budget": self.stage.token_budget,
             "fill_pct": _spread([100 * fill for fill in self.fills]),
             "flop_imbalance_pct": _spread([100 * imbalance for imbalance in self.imbalances]),
+            "time_imbalance_pct": _spread([100 * imbalance for imbalance in self.time_imbalances]),
             "items_per_pack": _spread([len(pack) for pack in self.packs]),
             "tokens_per_item": _spread(self.tokens),
             "token_histogram": _histogram(self.tokens),
@@ -132,20 +135,27 @@ def render(inspection: Inspection) -> str:
 
 
 def _draw(config: RunConfig, stage: StageConfig, modality: Modality, packs: int, cost: tuple[float, float]) -> Stream:
-    stream, scaled_cost = Stream(stage, modality), scale_for_dropout(cost, stage.patch_dropout)
+    stream, flops = Stream(stage, modality), scale_for_dropout(cost, stage.patch_dropout)
+    times = predicted_time(flops, config.data.attention_cost)
     started, first = time.perf_counter(), 0
     with closing(_steps(config, stage, modality, packs, cost)) as steps:
         for number, step in enumerate(steps):
             if number == 1:  # the first step includes starting processes and filling shuffle buffers
                 started, first = time.perf_counter(), len(stream.tokens)
-            costs = []
-            for batch in step[: packs - len(stream.packs)]:
+            counted = step[: packs - len(stream.packs)]
+            for batch in counted:
                 _count(stream, batch)
-                costs.append(sum(item_cost(tokens, scaled_cost) for tokens in stream.packs[-1]))
-            if len(costs) == len(step) > 1 and sum(costs) > 0:
-                stream.imbalances.append(max(costs) * len(costs) / sum(costs) - 1)
+            if len(counted) == len(step) > 1:
+                for coefficients, imbalances in ((flops, stream.imbalances), (times, stream.time_imbalances)):
+                    imbalances += _imbalance(stream.packs[-len(step) :], coefficients)
     stream.samples_per_s = round((len(stream.tokens) - first) / (time.perf_counter() - started), 1)
     return stream
+
+
+def _imbalance(packs: Sequence[Sequence[int]], coefficients: tuple[float, float]) -> list[float]:
+    """Returns the cost of the most expensive pack divided by the mean, minus 1; nothing for packs without a cost."""
+    costs = [sum(item_cost(tokens, coefficients) for tokens in pack) for pack in packs]
+    return [max(costs) * len(costs) / sum(costs) - 1] if sum(costs) > 0 else []
 
 
 def _steps(
@@ -200,11 +210,12 @@ def _histogram(tokens: Sequence[int]) -> list[dict[str, int]]:
 
 def _table(stream: Mapping[str, Any]) -> list[str]:
     fill, items, tokens = stream["fill_pct"], stream["items_per_pack"], stream["tokens_per_item"]
-    imbalance = stream["flop_imbalance_pct"]
+    imbalance, time_imbalance = stream["flop_imbalance_pct"], stream["time_imbalance_pct"]
     lines = [
         f"stage {stream['stage']}, {stream['modality']}: {stream['packs']} packs of {stream['token_budget']} tokens",
         f"  fill           mean {fill['mean']:.2f} %, min {fill['min']:.2f} %",
         f"  FLOP imbalance mean {imbalance['mean']:.2f} %, max {imbalance['max']:.2f} % between the packs of a step",
+        f"  of time, predicted {time_imbalance['mean']:.2f} %, max {time_imbalance['max']:.2f} %",
         f"  items a pack   mean {items['mean']:.1f}, min {items['min']:.0f}, max {items['max']:.0f}",
         f"  tokens an item mean {tokens['mean']:.1f}, min {tokens['min']:.0f}, max {tokens['max']:.0f}",
     ]
