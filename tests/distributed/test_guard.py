@@ -1,4 +1,4 @@
-"""A poisoned shard: the guard fires, all ranks go back together, the run goes on behind the data and ends."""
+"""A poisoned shard: all ranks skip its updates, or go back together, and the run goes on behind the data and ends."""
 
 import io
 import json
@@ -14,11 +14,13 @@ from tests.support.shards import image_sample, sidecar, write_tar
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.errors import UserError
 from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.elastic import read_updates
 from univitar_ds.run import create_run
 
 pytestmark = pytest.mark.distributed
 CLEAN, POISONED = 360, 2
 NOT_FINITE, LARGE = "nan", "1e4"
+ROLLS_BACK = {"max_skipped_in_a_row": 0, "max_rollbacks": 8, "min_steps": 4, "window_steps": 8}
 WHITE = 254
 """The poison is a white image; a test's model makes of it what a real one makes of numbers that overflow."""
 
@@ -67,7 +69,7 @@ def config_of(shards, output, **changes):
         shards,
         output,
         **{
-            "guard": {"max_rollbacks": 8, "min_steps": 4, "window_steps": 8},
+            "guard": ROLLS_BACK,
             "stages": [{"name": "images", "samples": 200, **stage}],
             **changes,
         },
@@ -151,8 +153,86 @@ def test_a_spike_before_the_first_checkpoint_sends_the_run_back_to_its_start(sha
 
 
 def test_too_many_rollbacks_end_the_run_with_a_remedy(shards, tmp_path):
-    run = create_run(config_of(shards, tmp_path, guard={"max_rollbacks": 0}), "test", 2)
+    run = create_run(config_of(shards, tmp_path, guard={"max_skipped_in_a_row": 0, "max_rollbacks": 0}), "test", 2)
     stories = run_distributed(train_poisoned, 2, run, NOT_FINITE)
     assert stories[0] == stories[1]
     for part in ("the loss is nan", "guard.max_rollbacks is 0", "resume with a higher limit"):
         assert part in stories[0]
+
+
+@pytest.fixture(scope="module")
+def skipping(shards, tmp_path_factory):
+    changes = {"guard": {}, "checkpoint": {"every_steps": 1, "keep": 100}}
+    run = create_run(config_of(shards, tmp_path_factory.mktemp("skipping"), **changes), "test", 2)
+    answers = run_distributed(train_poisoned, 2, run, NOT_FINITE)
+    return SimpleNamespace(run=run, answers=answers, events=events_of(run)[1:])
+
+
+def test_a_loss_that_is_not_finite_skips_one_update_and_the_run_goes_on(skipping):
+    assert skipping.answers == [True, True]
+    assert {event["event"] for event in skipping.events} == {"skipped"}
+    steps, lines, read = [event["step"] for event in skipping.events], metrics(skipping.run), samples(skipping.run)
+    assert [line["step"] for line in lines] == [n for n in range(1, lines[-1]["step"] + 1) if n not in steps]
+    assert lines[-1]["skipped_updates"] == len(steps)
+    assert np.isfinite([line["loss"] for line in lines]).all()
+    summary = json.loads((skipping.run / "summary.json").read_text())
+    assert (summary["rollbacks"], summary["skipped_updates"]) == (0, len(steps))
+    assert lines[-1]["samples_seen"] == sum(len(entry) - 1 for entry in read.values()), "samples are not counted"
+    for event in skipping.events:
+        keys = [key for (step, _), entry in sorted(read.items()) if step == event["step"] for key in entry[1:]]
+        assert sorted(event["keys"]) == sorted(keys)
+        assert event["samples"] == len(keys)
+        assert any("poison" in key for key in event["not_finite"])
+        assert set(event["not_finite"]) < set(keys)
+        assert "the loss is nan" in event["reason"]
+    poisoned = {step for (step, _), entry in read.items() if any("poison" in key for key in entry)}
+    assert poisoned == set(steps)
+
+
+def test_a_skipped_update_leaves_all_tensors_of_the_checkpoint_and_its_number_of_updates(skipping):
+    step = skipping.events[0]["step"]
+    before, after = (skipping.run / CHECKPOINTS / f"step-{number:08d}" for number in (step - 1, step))
+    ours, theirs = (checkpoint_dir.read_manifest(folder) for folder in (before, after))
+    tensors = [name for name in ours if name.endswith(".safetensors")]
+    assert all(ours[name] == theirs[name] for name in tensors)
+    assert [read_updates(folder) for folder in (before, after)] == [step - 1, step - 1]
+
+
+@pytest.mark.slow
+def test_a_run_killed_right_after_a_skipped_update_goes_on_bit_for_bit(skipping, tmp_path):
+    again = rewound(skipping.run, skipping.events[0]["step"], tmp_path / "again")
+    assert run_distributed(train_poisoned, 2, again, NOT_FINITE) == [True, True]
+    assert [line["loss"] for line in metrics(again)] == [line["loss"] for line in metrics(skipping.run)]
+    assert samples(again) == samples(skipping.run)
+    assert events_of(again)[1:] == skipping.events
+    ours, theirs = (
+        checkpoint_dir.read_manifest(checkpoint_dir.complete(run / CHECKPOINTS)[-1]) for run in (again, skipping.run)
+    )
+    tensors = [name for name in ours if name.endswith(".safetensors")]
+    assert all(ours[name] == theirs[name] for name in tensors)
+
+
+def train_broken(run):
+    """From the first step on no embedding is finite."""
+    from univitar_ds.model.contrastive import ContrastiveModel
+
+    forward = ContrastiveModel.forward
+    ContrastiveModel.forward = lambda self, *inputs: (o := forward(self, *inputs))._replace(vision=o.vision * np.nan)
+    try:
+        return train_rank(run)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+def test_too_many_skipped_updates_in_a_row_roll_back_and_a_resumed_run_counts_on(shards, tmp_path):
+    changes = {"guard": {"max_skipped_in_a_row": 2, "max_rollbacks": 1}, "checkpoint": {"every_steps": 1, "keep": 9}}
+    run = create_run(config_of(shards, tmp_path, **changes), "test", 1)
+    (story,) = run_distributed(train_broken, 1, run)
+    for part in ("step 5: the loss is nan", "2 updates before it were skipped", "guard.max_rollbacks is 1"):
+        assert part in story
+    events = [(event["event"], event["step"]) for event in events_of(run)[1:]]
+    assert events == [("skipped", 1), ("skipped", 2), ("rollback", 2), ("skipped", 3), ("skipped", 4)]
+    again = rewound(run, 1, tmp_path / "again")
+    assert run_distributed(train_broken, 1, again) == [story]
+    assert events_of(again) == events_of(run)

@@ -44,8 +44,14 @@ class OptimizerConfig(Section):
 
 
 class GuardConfig(Section):
-    """Handling of bad steps: the run returns to the last checkpoint and skips the data that were read since."""
+    """Handling of bad steps. A loss or gradient that is not finite skips the update. After a spike, or too many skipped
+    updates, the run returns to the last checkpoint and skips the data that were read since."""
 
+    max_skipped_in_a_row: Annotated[int, Field(ge=0)] = Field(
+        5,
+        description="steps in a row whose update may be skipped because their loss or gradient is not finite; one more "
+        "is rolled back; 0: the first one is",
+    )
     max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="maximum per run; one more ends the run")
     spike_deviations: Annotated[float, Field(gt=0)] | None = Field(
         20.0,

@@ -136,6 +136,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     return read_json(folder / STATE)["run"]
 
 
+def read_updates(folder: Path) -> int:
+    """Returns the number of updates of the optimizer. Raises: CheckpointError if it cannot be read."""
+    content = read_json(folder / STATE)
+    with checkpoint_dir.understanding(folder):
+        return int(content["optimizer"]["updates"])
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file of a checkpoint. Raises: CheckpointError if it cannot be read."""
     try:

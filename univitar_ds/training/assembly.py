@@ -19,7 +19,7 @@ from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, CONFIG, DEEPSPEE
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.elastic import read_state
+from univitar_ds.formats.elastic import read_state, read_updates
 from univitar_ds.formats.recognise import open_stored
 from univitar_ds.formats.run import run_description
 from univitar_ds.formats.stored_model import StoredModel
@@ -52,11 +52,11 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
     folder = _last_checkpoint(run, world)
     with all_ranks_or_none(world):
         compile_on_cpu(compiles(cfg.model))
-        saved = _read_saved(cfg, run, folder) if folder else State().to_dict()
+        saved = _read_saved(cfg, run, folder) if folder else {**State().to_dict(), "updates": 0}
         progress = Progress(**saved["progress"])
         stage = cfg.stages[min(progress.stage, len(cfg.stages) - 1)]
         parts = trained_parts(cfg, stage)
-        began = {part: saved["began"].get(part, progress.step) for part in parts}
+        began = {part: saved["began"].get(part, saved["updates"]) for part in parts}
         start = _start(cfg, run) if folder is None else None
         model = _build_model(cfg, run, start, run_description(run, cfg, saved.get("model")))
         freeze_but(model, parts)
@@ -118,10 +118,11 @@ def _last_checkpoint(run: Path, world: World) -> Path | None:
 
 
 def _read_saved(cfg: RunConfig, run: Path, folder: Path) -> dict:
-    """Returns the state of the run in a checkpoint, without tensors and cursors.
+    """Returns the state of the run in a checkpoint, without tensors and cursors, and its number of updates: that of
+    the steps without those whose update was skipped.
 
     Raises: CheckpointError if it cannot be read, or if a key that affects the result differs from `cfg`."""
-    saved = read_state(folder)
+    saved = {**read_state(folder), "updates": read_updates(folder)}
     before = check_config(saved["config"], str(folder))
     changed = changed_result(before, before_extension(before, cfg))
     if changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,9 +42,15 @@ from univitar_ds.training.logging.writers import SKIPPED
 from univitar_ds.training.step.classification import classification_step
 from univitar_ds.training.step.curriculum import Progress, advance, distills_later, lr_at, modality_at, weight_at
 from univitar_ds.training.step.feature_snapshot import capture_features
-from univitar_ds.training.step.guard import spike_reason
+from univitar_ds.training.step.guard import named_samples, spike_reason
 from univitar_ds.training.step.peak_flops import find_peak
-from univitar_ds.training.step.train_step import DivergedError, StepResult, StepSettings, train_step
+from univitar_ds.training.step.train_step import (
+    DivergedError,
+    NotFiniteError,
+    StepResult,
+    StepSettings,
+    train_step,
+)
 from univitar_ds.training.summary import write_summary
 
 logger = logging.getLogger(__name__)
@@ -243,6 +250,7 @@ class _Trainer:
         last_saved = self.state.progress.step
         self.state.cursors = {batch.lane: batch.cursor for batch in batches}
         self.state.events, self.state.seconds, self.saved_step = events, seconds, last_saved
+        self.state.history.skipped = 0  # the checkpoint may be from between skipped steps
         self.logs.open(self.state.progress, events, keep_as=SKIPPED)
         self._note({"step": last_saved, "event": "rollback", "undone_step": step, "reason": trouble})
 
@@ -314,26 +322,53 @@ class _Trainer:
                     result = train_step(self.engine, batches, settings, objective, self.teacher)
                 else:
                     result = classification_step(self.engine, batches, settings, objective, self.classes, self.teacher)
+        except NotFiniteError as error:
+            return self._skip(batches, settings, error, start, waited)
         except DivergedError as error:
             return str(error)
         trouble = spike_reason(state.history, progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard)
-        numbers = local_metrics(
-            batches,
-            cost=self.cost,
-            token_budget=stage.token_budget,
-            step_s=time.perf_counter() - start,
-            data_wait_s=waited,
-            alarm=trouble is not None,
-            dropping=settings.dropping,
-            squares=self.engine.gradient_squares if settings.read_gradient else None,
-        )
-        reduced = reduce_metrics(numbers, self.world)
+        reduced = self._reduced(batches, settings, start, waited, alarm=trouble is not None)
         if reduced["alarm"]:
             return trouble or "another rank saw a spike"
         self._advance(batches, settings, result, reduced)
         if snapshots:
             merge = self.engine.module.vision.config.spatial_merge_size
             self.logs.draw(state.progress.step, batches[0], snapshots[0], merge)
+        return None
+
+    def _reduced(
+        self, batches: list[PackedBatch], settings: StepSettings, start: float, waited: float, *, alarm: bool = False
+    ) -> dict[str, float]:
+        """Returns the metrics of a step over all ranks. All ranks call it. Args: alarm: see `local_metrics`."""
+        numbers = local_metrics(
+            batches,
+            cost=self.cost,
+            token_budget=self.cfg.stages[self.state.progress.stage].token_budget,
+            step_s=time.perf_counter() - start,
+            data_wait_s=waited,
+            alarm=alarm,
+            dropping=settings.dropping,
+            squares=self.engine.gradient_squares if settings.read_gradient else None,
+        )
+        return reduce_metrics(numbers, self.world)
+
+    def _skip(
+        self, batches: list[PackedBatch], settings: StepSettings, error: NotFiniteError, start: float, waited: float
+    ) -> str | None:
+        """Counts a step whose update was skipped: its data are read and not learned from.
+
+        Returns a reason to undo it if too many were skipped one after the other, else None. All ranks call it."""
+        state, limit = self.state, self.cfg.guard.max_skipped_in_a_row
+        if state.history.skipped >= limit:
+            return f"{error}; {limit} updates before it were skipped (limit: guard.max_skipped_in_a_row)"
+        startup.done()
+        state.history.skipped += 1
+        reduced = self._reduced(batches, settings, start, waited)
+        stage = state.progress.stage
+        state.window.add_skipped(error.items, reduced, batches[0].modality)
+        event = {"step": state.progress.step + 1, "event": "skipped", "reason": str(error), "samples": error.items}
+        self._count(batches, error.items, reduced, event | named_samples(batches, error.suspects, self.world))
+        self.logs.advance(state.progress, stage, math.nan)
         return None
 
     def _settings(self, stage: StageConfig) -> StepSettings:
@@ -355,21 +390,10 @@ class _Trainer:
         state, progress, modality = self.state, self.state.progress, batches[0].modality
         startup.done()
         state.history.add(progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard.window_steps)
-        state.progress = advance(
-            progress,
-            self.cfg.stages,
-            samples=result.items,
-            tokens=int(reduced["tokens"]),
-            bad_samples=int(reduced["bad_samples"]),
-        )
-        if state.progress.stage != progress.stage and not state.progress.finished(self.cfg.stages):
-            self._note_stage()
-        state.cursors = {batch.lane: batch.cursor for batch in batches}
+        self._count(batches, result.items, reduced)
         loss = "contrastive" if self.classes is None else "classification"
         weights = {loss: settings.contrastive_weight, "distill": settings.distill_weight}
         state.window.add(result, reduced, modality, weights)
-        state.seconds += reduced["step_s"]
-        self.logs.write_samples(state.progress.step, batches)
         self.logs.advance(state.progress, progress.stage, result.loss)
         if settings.read_gradient or state.progress.finished(self.cfg.stages):
             norms = part_norms(reduced) if settings.read_gradient else None
@@ -377,6 +401,26 @@ class _Trainer:
         if self.callbacks:
             stage = self.cfg.stages[progress.stage].name
             self.callbacks.call("on_step", _step_info(state.progress, stage, modality, result, settings.lr, reduced))
+
+    def _count(
+        self, batches: list[PackedBatch], items: int, reduced: dict[str, float], event: dict[str, Any] | None = None
+    ) -> None:
+        """Counts a step and its data. Args: items: over all ranks; event: what to note about the step."""
+        state, before = self.state, self.state.progress
+        state.progress = advance(
+            before,
+            self.cfg.stages,
+            samples=items,
+            tokens=int(reduced["tokens"]),
+            bad_samples=int(reduced["bad_samples"]),
+        )
+        if event is not None:
+            self._note(event)
+        if state.progress.stage != before.stage and not state.progress.finished(self.cfg.stages):
+            self._note_stage()
+        state.cursors = {batch.lane: batch.cursor for batch in batches}
+        state.seconds += reduced["step_s"]
+        self.logs.write_samples(state.progress.step, batches)
 
     def _log(self, stage: int, result: StepResult, lr: float, norms: dict[str, float] | None) -> None:
         state = self.state
@@ -387,7 +431,7 @@ class _Trainer:
             lr=lr,
             peak=self.peak,
             ranks=self.world.size,
-            rollbacks=state.rollbacks,
+            guarded=state.guarded,
             norms=norms,
         )
         self.logs.write_metrics(line)

@@ -29,7 +29,8 @@ class State:
     """The parts that the stage trains, with the number of updates before each part was first trained."""
     history: History = field(default_factory=History)
     events: list[dict[str, Any]] = field(default_factory=list)
-    """Begins of stages and rollbacks. `step` is the step after which a stage began or to which a rollback returned."""
+    """Begins of stages, skipped updates and rollbacks. `step` is the step after which a stage began, whose update was
+    skipped, or to which a rollback returned."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields except the cursors, which each rank saves separately."""
@@ -64,3 +65,13 @@ class State:
     def rollbacks(self) -> int:
         """The number of rollbacks of the run."""
         return sum(event["event"] == "rollback" for event in self.events)
+
+    @property
+    def skipped(self) -> int:
+        """The number of skipped updates of the run, also of those that a rollback undid."""
+        return sum(event["event"] == "skipped" for event in self.events)
+
+    @property
+    def guarded(self) -> dict[str, int]:
+        """The numbers of rollbacks and, if there are any, of skipped updates, by their names in a line of metrics."""
+        return {"rollbacks": self.rollbacks, **({"skipped_updates": self.skipped} if self.skipped else {})}

@@ -37,6 +37,7 @@ def write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> No
         "tokens": progress.tokens,
         "bad_samples": progress.bad_samples,
         "rollbacks": state.rollbacks,
+        "skipped_updates": state.skipped,
         "best": state.best,
         "last": state.last,
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),

@@ -23,3 +23,8 @@ def test_everything_that_changes_while_training_survives_a_checkpoint():
     content = json.loads(json.dumps(state.to_dict()))
     cursors = {lane: json.loads(json.dumps(cursor.to_json())) for lane, cursor in state.cursors.items()}
     assert State.from_checkpoint(Saved(content, cursors)) == state
+
+
+def test_skipped_updates_are_counted_where_there_are_any():
+    assert State(events=[{"event": "stage"}, {"event": "rollback"}]).guarded == {"rollbacks": 1}
+    assert State(events=[{"event": "skipped"}] * 2).guarded == {"rollbacks": 0, "skipped_updates": 2}

@@ -20,7 +20,7 @@ GROUPS = (
     ("grad_norm", r"grad_norm(_.+)?"),
     ("speed", r"(samples|tokens)_per_s|step_s|mfu_pct|tflops_per_rank|data_wait_pct|flop_imbalance_pct|memory_gb"),
     ("data", r"(samples|tokens)_seen|fill_pct|downscaled_pct|(bad|ignored|filtered)_.+"),
-    ("schedule", r"lr|.+_weight|logit_(scale|bias)|stage_index|rollbacks"),
+    ("schedule", r"lr|.+_weight|logit_(scale|bias)|stage_index|rollbacks|skipped_updates"),
 )
 """Groups of metrics with a pattern of their names."""
 RESTING = (0.0, 1.0)

@@ -137,8 +137,14 @@ class Window:
         means |= {f"{name}_weight": weight for name, weight in weights.items()}
         if result.agreement is not None:
             means["teacher_agreement"] = result.agreement
-        counts = {"steps": 1, "samples": result.items, **{f"{name}_steps": 1 for name in means}}
-        for name, value in (reduced | counts | means).items():
+        self._sum({"samples": result.items, **{f"{name}_steps": 1 for name in means}, **means}, reduced, modality)
+
+    def add_skipped(self, items: int, reduced: dict[str, float], modality: Modality) -> None:
+        """Adds a step whose update was skipped: its time, items and tokens count, its loss does not."""
+        self._sum({"samples": items}, reduced, modality)
+
+    def _sum(self, numbers: Mapping[str, float], reduced: Mapping[str, float], modality: Modality) -> None:
+        for name, value in ({**reduced, "steps": 1, **numbers}).items():
             if name in SQUARES.values():
                 continue  # not summed: a line has the norms of its last step, see `part_norms`
             if name in COUNTS:
@@ -163,7 +169,7 @@ class Window:
         lr: float,
         peak: Peak,
         ranks: int,
-        rollbacks: int = 0,
+        guarded: Mapping[str, int] | None = None,
         norms: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """Returns one line of metrics, by names with units.
@@ -174,7 +180,7 @@ class Window:
             result, lr: of the last step.
             peak: of all ranks.
             ranks: number of ranks.
-            rollbacks: number of rollbacks of the run so far.
+            guarded: result of `State.guarded`.
             norms: result of `part_norms` if the last step read its gradient.
         """
         sums = self.sums
@@ -211,7 +217,7 @@ class Window:
             "downscaled_pct": 100 * sums["downscaled"] / max(sums["samples"], 1),
             "bad_samples": progress.bad_samples,
             **{name: int(self.bad[name]) for name in COUNTS if name in self.bad},
-            "rollbacks": rollbacks,
+            **(guarded or {"rollbacks": 0}),
             "memory_gb": sums["memory_gb"],
         }
 

@@ -93,7 +93,7 @@ class MetricLog:
         detail = event_text(event)
         if self._board is not None:
             self._board.text("events", detail, event["step"])
-        logger.log(logging.WARNING if event["event"] == "rollback" else logging.INFO, "%s", detail)
+        logger.log(logging.INFO if event["event"] == "stage" else logging.WARNING, "%s", detail)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Writes an image to TensorBoard."""
@@ -168,11 +168,14 @@ def event_text(event: dict[str, Any]) -> str:
         return (
             f"step {event['undone_step']}: {event['reason']}; back to step {event['step']}, the data since are skipped"
         )
+    if event["event"] == "skipped":
+        named = [f"not finite: {', '.join(event['not_finite'])}"] if "not_finite" in event else []
+        return "; ".join([f"step {event['step']}: {event['reason']}", "this update is skipped", *named])
     return f"stage {event['stage']} begins after step {event['step']}, {event['samples_seen']} samples"
 
 
 def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:
-    """Writes events.jsonl: stages that began and rollbacks, one per line."""
+    """Writes events.jsonl: stages that began, skipped updates and rollbacks, one per line."""
     replace_text(run / EVENTS, "".join(json.dumps(event) + "\n" for event in events))
 
 

@@ -21,7 +21,8 @@ from univitar_ds.objectives.mixing import Mix, mix_pixels, plan_mixing
 from univitar_ds.training.distributed.process_group import gather_numbers
 from univitar_ds.training.engine.engine import Engine
 from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
-from univitar_ds.training.step.train_step import DivergedError, StepResult, StepSettings
+from univitar_ds.training.step.guard import nan_if_not_finite
+from univitar_ds.training.step.train_step import DivergedError, NotFiniteError, StepResult, StepSettings, not_finite
 
 
 class LabelledBatch(Protocol):
@@ -72,12 +73,15 @@ def classification_step(
         loss = class_loss(output.logits, targets, wanted.label_smoothing) / max(labelled, 1)
         total += loss.detach().double()
         loss = settings.contrastive_weight * loss
+        loss = nan_if_not_finite(loss)
         engine.backward(loss + distillation.loss(output.distilled, features) if distillation else loss)
         engine.step()
     mean = gather_numbers([total.item()], world).sum().item()
+    if not engine.updated:
+        raise NotFiniteError(not_finite(mean, settings.lr), items)
     norm = engine.grad_norm
-    if not engine.updated or not math.isfinite(norm) or not math.isfinite(mean):
-        raise DivergedError(f"loss or gradient is not finite at loss {mean:.6g} and learning rate {settings.lr:g}")
+    if not math.isfinite(norm):
+        raise DivergedError(not_finite(mean, settings.lr))
     distilled = distillation.result() if distillation else NO_DISTILLATION
     return StepResult(
         loss=settings.contrastive_weight * mean + distilled.loss,

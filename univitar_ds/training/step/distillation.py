@@ -17,6 +17,7 @@ from univitar_ds.model.teacher.teacher import Teacher, TeacherFeatures
 from univitar_ds.model.transfer import to_device
 from univitar_ds.objectives.distill import distill
 from univitar_ds.training.distributed.process_group import World, gather_numbers
+from univitar_ds.training.step.guard import nan_if_not_finite
 
 
 class Images(Protocol):
@@ -93,11 +94,13 @@ class Distillation:
         return features._replace(patches=features.patches[kept], valid=features.valid[kept])
 
     def loss(self, student: Distilled, teacher: TeacherFeatures) -> Tensor:
-        """Returns a pack's term of the step's loss, a scalar, and adds the pack to the sums of the result."""
+        """Returns a pack's term of the step's loss, a scalar, and adds the pack to the sums of the result.
+
+        If the term is not finite, neither is its gradient."""
         patch, agreement = distill(student.patches, teacher.patches, teacher.valid, self.config.patch_loss)
         pooled, _ = distill(student.pooled, teacher.pooled, teacher.supported, self.config.pooled_loss)
         self.sums += torch.stack((patch.detach(), pooled.detach(), agreement)).double()
-        return self.patch_weight / self.tokens * patch + self.pooled_weight / self.items * pooled
+        return nan_if_not_finite(self.patch_weight / self.tokens * patch + self.pooled_weight / self.items * pooled)
 
     def result(self) -> DistillResult:
         """Returns the result over all ranks; called after the last pack."""

@@ -51,7 +51,20 @@ class Batch(Protocol):
 
 
 class DivergedError(UserError):
-    """Raised on all ranks if a loss or gradient is not finite, or if a spike cannot be rolled back."""
+    """Raised on all ranks if a step has changed the parameters and must be undone, or cannot be undone any more."""
+
+
+class NotFiniteError(DivergedError):
+    """Raised on all ranks if the loss or the gradient of a step is not finite.
+
+    The update was skipped on all ranks: parameters, moments, the average of the weights and Adam's step are those
+    before. `items` is the number of items of the step over all ranks. `suspects` are the positions of those of this
+    rank's items, in the order of its packs, whose embeddings are not finite; empty if there is none.
+    """
+
+    def __init__(self, message: str, items: int, suspects: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.items, self.suspects = items, tuple(suspects)
 
 
 @dataclass(frozen=True)
@@ -99,8 +112,8 @@ def train_step(
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
     Args: teacher: that of `objective.teacher`. With a `distill_weight` of 0 neither the teacher nor its heads run.
-    Raises: DivergedError on all ranks if the loss or the gradient is not finite. The parameters keep their last finite
-    values.
+    Raises: NotFiniteError on all ranks if the loss or the gradient is not finite, and the update was skipped;
+    DivergedError if DeepSpeed has not skipped it, which its configuration can ask for.
     """
     engine.zero_grad(settings.lr, read_gradient=settings.read_gradient)
     drops = [settings.dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
@@ -117,19 +130,21 @@ def train_step(
     with torch.set_grad_enabled(once):  # the features for a teacher are large, and kept only for a single pack
         outputs = [output if once else output[:4] for output in (engine(*pack) for pack in inputs)]
     result = _contrastive(outputs, caption_ids, ring, objective)
-    if not math.isfinite(result.loss):
-        raise DivergedError(f"the loss is {result.loss} at learning rate {settings.lr:g}")
+    # All ranks run the backward passes of every step. A loss that is not finite gets a gradient that is not finite.
+    weight = settings.contrastive_weight if math.isfinite(result.loss) else math.nan
     counts = [len(batch.caption_ids) for batch in batches]
     gradients = zip(result.vision_grad.split(counts), result.text_grad.split(counts), strict=True)
     for index, (pack, pack_grads) in enumerate(zip(inputs, gradients, strict=True)):
         features = distillation.features(index, pack[0]) if distillation else None
         output = outputs[0] if once else engine(*pack)
-        loss = settings.contrastive_weight * _surrogate(output[:4], *pack_grads, result, len(batches))
+        loss = weight * _surrogate(output[:4], *pack_grads, result, len(batches))
         engine.backward(loss + distillation.loss(output[4], features) if distillation else loss)
         engine.step()
+    if not engine.updated:
+        raise NotFiniteError(not_finite(result.loss, settings.lr), result.items, _suspects(outputs))
     norm = engine.grad_norm
-    if not engine.updated or not math.isfinite(norm):
-        raise DivergedError(f"the gradient is not finite at loss {result.loss:.6g} and learning rate {settings.lr:g}")
+    if not math.isfinite(norm):
+        raise DivergedError(not_finite(result.loss, settings.lr))
     distilled = distillation.result() if distillation else NO_DISTILLATION
     return StepResult(
         loss=settings.contrastive_weight * result.loss + distilled.loss,
@@ -140,6 +155,19 @@ def train_step(
         losses={"contrastive": result.loss, **distilled.losses},
         agreement=distilled.agreement,
     )
+
+
+def not_finite(loss: float, lr: float) -> str:
+    """Returns what of a step is not finite: the loss, or the gradient of a finite loss."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss} at learning rate {lr:g}"
+    return f"the gradient is not finite at loss {loss:.6g} and learning rate {lr:g}"
+
+
+def _suspects(outputs: Sequence[Sequence[Tensor]]) -> list[int]:
+    """Returns the positions of the items whose embeddings are not finite. Synchronizes with the device."""
+    finite = [torch.isfinite(vision).all(1) & torch.isfinite(text).all(1) for vision, text, *_ in outputs]
+    return (~torch.cat(finite)).nonzero()[:, 0].tolist()
 
 
 def loss_named(kind: str) -> Callable[..., ContrastiveResult]:

@@ -49,9 +49,9 @@ def written() -> set[str]:
     result = StepResult(1.0, 4, grad_norm=1.0, logit_scale=1.0, logit_bias=0.0, losses=losses, agreement=0.5)
     for modality in ("image", "video"):
         window.add(result, numbers, modality, WEIGHTS)
-    line = window.line(
-        Progress(step=2), (0, "a"), result, lr=0.1, peak=Peak(1e-9, False), ranks=1, norms=part_norms(numbers)
-    )
+    guarded = {"rollbacks": 1, "skipped_updates": 1}
+    given = {"lr": 0.1, "peak": Peak(1e-9, False), "ranks": 1, "guarded": guarded, "norms": part_norms(numbers)}
+    line = window.line(Progress(step=2), (0, "a"), result, **given)
     return set(line)
 
 

@@ -11,7 +11,7 @@ from tests.support.runs import small_config
 from univitar_ds.data.batch import PackedBatch, rows
 from univitar_ds.model.dropping import DropConfig
 from univitar_ds.training.distributed.process_group import World, gather_json
-from univitar_ds.training.logging import board, writers
+from univitar_ds.training.logging import board, metrics, writers
 from univitar_ds.training.logging.metrics import (
     BAD_OF_KIND,
     IGNORED_OF_KIND,
@@ -81,6 +81,19 @@ def test_what_a_teacher_said_is_averaged_over_the_steps_it_took_part_in():
     alone = Window()
     alone.add(result(2.0), numbers(), "image", WEIGHTS)
     assert not {"teacher_agreement", "loss_distill_patch"} & line(alone).keys()
+
+
+def test_a_skipped_update_counts_for_speed_and_data_and_not_for_the_losses():
+    window = Window()
+    window.add(result(2.0, items=4), numbers(), "image", WEIGHTS)
+    before = line(window)
+    window.add_skipped(6, numbers(**dict.fromkeys(metrics.SQUARES.values(), float("nan"))), "image")
+    after = line(window)
+    assert (after["loss"], after["contrastive_weight"]) == (before["loss"], before["contrastive_weight"])
+    assert window.sums["samples"] == 10
+    assert after["step_s"] == before["step_s"] == 1.0
+    assert after["samples_per_s"] == 5.0
+    json.dumps(after, allow_nan=False)
 
 
 def test_losses_are_reported_by_part_and_modality_and_their_weights_as_means_over_all_steps():
@@ -281,6 +294,7 @@ def test_stages_and_rollbacks_are_marked_in_tensorboard_beside_images_and_stay_t
     caplog.set_level("INFO")
     stage = {"step": 0, "event": "stage", "stage": "native", "samples_seen": 0}
     rollback = {"step": 2, "event": "rollback", "undone_step": 4, "reason": "the loss is nan"}
+    skipped = {"step": 3, "event": "skipped", "reason": "the loss is inf", "samples": 9, "not_finite": ["a/1", "b/2"]}
     log = board_log(tmp_path)
     log.mark(stage)
     log.image("pack_image", Image.new("RGB", (5, 3), (9, 8, 7)), 2)
@@ -288,6 +302,7 @@ def test_stages_and_rollbacks_are_marked_in_tensorboard_beside_images_and_stay_t
     log.close()
     log = board_log(tmp_path, step=2)
     log.mark(rollback)
+    log.mark(skipped)
     log.close()
     shown = [record.message for record in caplog.records]
     shown_in = EventAccumulator(str(tmp_path / "tb")).Reload()
@@ -295,6 +310,7 @@ def test_stages_and_rollbacks_are_marked_in_tensorboard_beside_images_and_stay_t
     assert events == [
         (0, "stage native begins after step 0, 0 samples"),
         (2, "step 4: the loss is nan; back to step 2, the data since are skipped"),
+        (3, "step 3: the loss is inf; this update is skipped; not finite: a/1, b/2"),
     ]
     assert shown == [text for _, text in events]
     (image,) = shown_in.Images("pack_image")

@@ -1,12 +1,14 @@
 """What counts as a spike: far above the recent median of the same stage and modality, and nothing else."""
 
 import json
+import math
 import random
 
 import pytest
+import torch
 
 from univitar_ds.config.schema import GuardConfig
-from univitar_ds.training.step.guard import History, spike_reason
+from univitar_ds.training.step.guard import History, nan_if_not_finite, spike_reason
 
 CFG = GuardConfig(spike_deviations=10.0, window_steps=32, min_steps=8)
 
@@ -66,3 +68,25 @@ def test_the_window_slides_and_a_new_stage_empties_it():
 def test_it_survives_a_checkpoint():
     past = history()
     assert History.from_dict(json.loads(json.dumps(past.to_dict()))) == past
+
+
+def test_skipped_steps_are_counted_until_a_good_one_and_survive_a_checkpoint():
+    past = history()
+    past.skipped = 3
+    assert History.from_dict(json.loads(json.dumps(past.to_dict()))).skipped == 3
+    past.add(0, "image", 2.0, 1.0, CFG.window_steps)
+    assert past.skipped == 0
+
+
+def test_the_history_of_a_checkpoint_of_an_earlier_version_has_no_skipped_step():
+    content = {"stage": 1, "values": {"image": [[2.0, 1.0]]}}
+    assert History.from_dict(content) == History(1, {"image": [(2.0, 1.0)]}, 0)
+
+
+@pytest.mark.parametrize(("factor", "wanted"), [(0.3, 0.3), (float("inf"), float("nan")), (float("nan"), float("nan"))])
+def test_a_loss_that_is_not_finite_has_a_gradient_that_is_not_either(factor, wanted):
+    weight, offset = torch.ones(3, requires_grad=True), torch.tensor(factor)
+    finite = factor if math.isfinite(factor) else 1.0
+    loss = nan_if_not_finite((finite * weight).sum() + offset)  # without the guard its gradient is finite
+    loss.backward()
+    assert [str(value) for value in weight.grad.tolist()] == [str(torch.tensor(wanted).item())] * 3
