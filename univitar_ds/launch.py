@@ -121,12 +121,12 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
     from univitar_ds.formats.run import run_configuration
     from univitar_ds.planning.batch import batch_lines
     from univitar_ds.training.callbacks import Callbacks
-    from univitar_ds.training.distributed.process_group import gather_json, start_world, stop_world
+    from univitar_ds.training.distributed.process_group import broadcast_json, start_world, stop_world
     from univitar_ds.training.loop import train as train_rank
 
     startup.phase("connecting the processes")
     world = start_world()
-    word = gather_json(lock.word, world)[0]
+    word = broadcast_json(lock.word, world)
     if not world.is_main:
         lock.watch(word)
         # Equal lines from hundreds of ranks would hide the lines of rank 0.

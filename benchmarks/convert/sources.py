@@ -26,7 +26,7 @@ from tests.support.standin import LANES
 from tests.support.training import ds_config, steps
 from univitar_ds.config.load import config_fingerprint, dump_config
 from univitar_ds.config.schema import OptimizerConfig, RunConfig
-from univitar_ds.formats.elastic import BUFFERS, FORMAT, MASTER, STATE
+from univitar_ds.formats.elastic import BUFFERS, FORMAT, INDEX, MASTER, STATE
 from univitar_ds.formats.sidecar import write_sidecar
 from univitar_ds.formats.stored_model import MOMENTS, VISION, JointConfig, StoredModel, Tensors
 from univitar_ds.model.build import build_contrastive
@@ -72,16 +72,21 @@ def write_run(size: str, folder: Path) -> None:
     checkpoint = folder / "checkpoints" / f"step-{STEP:08d}"
     checkpoint.mkdir(parents=True)
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    kinds = (MASTER, *MOMENTS)
+    pieces = {
+        name: {"shape": list(shape), "kinds": dict.fromkeys(kinds, "float32"), "parts": _parts(shape)}
+        for name, shape in parameters.items()
+    }
     for rank in range(RANKS):
-        pieces = {name: _piece(shape, rank) for name, shape in parameters.items()}
         flat = {
-            f"{name}/{kind}": (piece["length"],)
+            f"{name}/{kind}": (length,)
             for name, piece in pieces.items()
-            for kind in piece["kinds"]
-            if piece["length"]
+            for owner, _, length in piece["parts"]
+            for kind in kinds
+            if owner == rank
         }
         write_tensors(checkpoint / f"rank{rank:05d}.safetensors", flat)
-        atomic_dir.write_json(checkpoint / f"rank{rank:05d}.json", {"pieces": pieces, "cursors": {}})
+    atomic_dir.write_json(checkpoint / INDEX, {"pieces": pieces, "cursors": {}}, indent=None)
     buffers = {name: torch.arange(value.numel()).view(value.shape) for name, value in _buffers(model).items()}
     save_file(buffers, checkpoint / BUFFERS)
     groups = [{"lr": 1e-3, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": decay} for decay in (0.1, 0.0)]
@@ -170,16 +175,11 @@ def _write_run_files(size: str, folder: Path) -> tuple[RunConfig, ContrastiveMod
     return config, _model(config)
 
 
-def _piece(shape: tuple[int, ...], rank: int) -> dict[str, Any]:
-    share = math.ceil(math.prod(shape) / RANKS)
-    start = min(rank * share, math.prod(shape))
-    length = min(share, math.prod(shape) - start)
-    return {
-        "shape": list(shape),
-        "start": start,
-        "length": length,
-        "kinds": dict.fromkeys((MASTER, *MOMENTS), "float32"),
-    }
+def _parts(shape: tuple[int, ...]) -> list[list[int]]:
+    """Returns [rank, start, length] of each part of a parameter."""
+    total = math.prod(shape)
+    share = math.ceil(total / RANKS)
+    return [[rank, start, min(share, total - start)] for rank, start in enumerate(range(0, total, share))]
 
 
 def _buffers(model: ContrastiveModel) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from tests.support.runs import metrics, samples, small_config, train_rank
 from tests.support.shards import image, write_demo_shards, write_tar
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.elastic import INDEX
 from univitar_ds.run import create_run, reopen_run
 
 KILLS = 20
@@ -57,10 +58,7 @@ def config_of(folder, output):
 
 def cursors(run):
     """Of all lanes, in the last checkpoint."""
-    found = {}
-    for path in checkpoint_dir.complete(run / CHECKPOINTS)[-1].glob("rank*.json"):
-        found |= json.loads(path.read_text())["cursors"]
-    return found
+    return json.loads((checkpoint_dir.complete(run / CHECKPOINTS)[-1] / INDEX).read_text())["cursors"]
 
 
 def train_until_killed(run, victims, steps, delay_s):

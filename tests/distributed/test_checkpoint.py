@@ -211,12 +211,14 @@ def test_a_checkpoint_from_another_model_or_a_damaged_one_is_refused_on_all_rank
 def test_a_checkpoint_whose_ranges_have_a_hole_is_damaged(base, straight, tmp_path):
     folder = tmp_path / "step-00000003"
     shutil.copytree(base / f"step-{MIDDLE:08d}", folder)
-    index = json.loads((folder / "rank00001.json").read_text())
-    index["pieces"]["spare.weight"]["length"] = 0
-    atomic_dir.write_json(folder / "rank00001.json", index)
+    index = json.loads((folder / "index.json").read_text())
+    parts = index["pieces"]["spare.weight"]["parts"]
+    assert [part[0] for part in parts] == [0, 1]
+    del parts[1]
+    atomic_dir.write_json(folder / "index.json", index)
     manifest = json.loads((folder / checkpoint_dir.MANIFEST).read_text())
-    content = (folder / "rank00001.json").read_bytes()
-    manifest["files"]["rank00001.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    content = (folder / "index.json").read_bytes()
+    manifest["files"]["index.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     atomic_dir.write_json(folder / checkpoint_dir.MANIFEST, manifest)
     with pytest.raises(CheckpointError, match=r"has fp32 of spare\.weight up to element 288 only, 576 are needed"):
         read_full(folder)

@@ -16,6 +16,7 @@ from tests.support.closeness import adam_reach, encoder_terms, entry_bound, grad
 from univitar_ds.config.load import check_config, load_config
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.formats.elastic import INDEX
 from univitar_ds.model.config import PRESETS
 
 
@@ -66,13 +67,13 @@ def reach_of(run: Path) -> dict[str, Tensor]:
 
 def _second_moments(folder: Path) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
-    for index in sorted(folder.glob("rank*.json")):
-        tensors = load_file(index.with_suffix(".safetensors"))
-        for name, piece in json.loads(index.read_text())["pieces"].items():
-            part = tensors.get(f"{name}/exp_avg_sq")
+    files = {int(path.stem.removeprefix("rank")): load_file(path) for path in folder.glob("rank*.safetensors")}
+    for name, piece in json.loads((folder / INDEX).read_text())["pieces"].items():
+        for rank, start, length in piece["parts"]:
+            part = files[rank].get(f"{name}/exp_avg_sq")
             if part is not None:
                 flat = whole.setdefault(name, torch.zeros(piece["shape"], dtype=torch.float64)).view(-1)
-                flat[piece["start"] : piece["start"] + len(part)] = part.double()
+                flat[start : start + length] = part.double()
     return whole
 
 

@@ -22,9 +22,12 @@ from univitar_ds.regular_files import read_utf8
 MASTER = "fp32"
 EMA = "ema"
 FROZEN = "frozen"
-FORMAT = 2
+FORMAT = 3
+PER_RANK = 2
+"""The format with an index per rank, which earlier versions wrote."""
 STATE = "state.json"
 BUFFERS = "buffers.safetensors"
+INDEX = "index.json"
 _MAPPED = 128 * 2**20
 """Bytes that are read from mapped files before they are closed, since what was read from a mapping counts as memory.
 To open them for each tensor would take longer than to read it: a header has all names of a rank."""
@@ -41,9 +44,9 @@ class ElasticReader:
         """Args: open_files: closes the files that this reader opens."""
         self._open_files = open_files
         self.content = read_json(folder / STATE)
-        if self.content.get("format") != FORMAT:
+        if self.content.get("format") not in (FORMAT, PER_RANK):
             raise CheckpointError(
-                f"{folder} has format {self.content.get('format')}, this program reads {FORMAT}; "
+                f"{folder} has format {self.content.get('format')}, this program reads {PER_RANK} and {FORMAT}; "
                 "use the version that wrote it"
             )
         self.cursors: dict[int, dict[str, Any]] = {}
@@ -54,7 +57,19 @@ class ElasticReader:
         self._files: dict[int, Any] = {}
         self._mapped = 0
         with checkpoint_dir.understanding(folder):
-            self._read_indices()
+            if self.content["format"] == PER_RANK:
+                self._read_indices()
+            else:
+                self._read_index()
+
+    def _read_index(self) -> None:
+        index = read_json(self.folder / INDEX)
+        self.cursors = {int(lane): cursor for lane, cursor in index["cursors"].items()}
+        for name, entry in index["pieces"].items():
+            self.shapes[name] = tuple(entry["shape"])
+            if entry["parts"]:
+                self.kinds[name] = entry["kinds"]
+                self._parts[name] = [(int(start), int(length), int(rank)) for rank, start, length in entry["parts"]]
 
     def _read_indices(self) -> None:
         folder = self.folder

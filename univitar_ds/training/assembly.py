@@ -32,7 +32,7 @@ from univitar_ds.model.teacher.teacher import read_teacher
 from univitar_ds.plugins import compare_with_saved
 from univitar_ds.tokenization import load_tokenizer, special_ids
 from univitar_ds.training.checkpoint.sharded import load_checkpoint
-from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json
 from univitar_ds.training.engine.engine import Engine, build_engine
 from univitar_ds.training.engine.optim import freeze_but, trained_parts
 from univitar_ds.training.state import State
@@ -113,7 +113,7 @@ def _last_checkpoint(run: Path, world: World) -> Path | None:
     with all_ranks_or_none(world):
         if world.is_main and (folder := checkpoint_dir.latest(run / CHECKPOINTS)):
             name = folder.name
-    name = gather_json(name, world)[0]
+    name = broadcast_json(name, world)
     return None if name is None else run / CHECKPOINTS / name
 
 

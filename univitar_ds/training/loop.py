@@ -32,7 +32,7 @@ from univitar_ds.training.callbacks import Callbacks, load_on_all_ranks
 from univitar_ds.training.checkpoint.sharded import save_checkpoint
 from univitar_ds.training.distributed import preemption
 from univitar_ds.training.distributed.preemption import NEVER, SAVED, Stop
-from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json, gather_json
 from univitar_ds.training.engine.determinism import set_deterministic
 from univitar_ds.training.engine.engine import versions
 from univitar_ds.training.engine.optim import trained_parts
@@ -305,7 +305,7 @@ class _Trainer:
             settings = StorageSettings.of(self.cfg.data)
             main = self.world.is_main
             content = content_of(validate_sources(self.cfg.data.sources, [stage], settings)) if main else ""
-        return gather_json(content, self.world)[0]
+        return broadcast_json(content, self.world)
 
     def _step(self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float) -> str | None:
         """Updates the parameters once. Returns the reason if the step must be undone, else None.

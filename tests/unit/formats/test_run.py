@@ -68,18 +68,15 @@ def test_the_joint_configuration_is_that_of_the_run(trained):
     assert joint.tokenizer == (run / "tokenizer.json").read_text()
 
 
-def changed(run: Path, copy: Path, change) -> Path:
-    """Copies a run and changes the content of its checkpoint's state.json."""
+def changed(run: Path, copy: Path, change, name: str = "state.json") -> Path:
+    """Copies a run and changes the content of a JSON file of its checkpoint."""
     shutil.copytree(run, copy)
     checkpoint = copy / "checkpoints" / "step-00000007"
-    state = json.loads((checkpoint / "state.json").read_text())
-    change(state)
-    atomic_dir.write_json(checkpoint / "state.json", state)
+    content = json.loads((checkpoint / name).read_text())
+    change(content)
+    atomic_dir.write_json(checkpoint / name, content)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"]["state.json"] = {
-        "bytes": (checkpoint / "state.json").stat().st_size,
-        "sha256": sha256(checkpoint / "state.json"),
-    }
+    manifest["files"][name] = {"bytes": (checkpoint / name).stat().st_size, "sha256": sha256(checkpoint / name)}
     atomic_dir.write_json(checkpoint / "manifest.json", manifest)
     return copy
 
@@ -164,14 +161,22 @@ def test_files_are_closed_when_much_of_them_was_read(trained, monkeypatch):
 @pytest.mark.parametrize("change", [
     lambda state: state.update(optimizer="none"),
     lambda state: state["optimizer"].update(groups=[{"lr": 1}]),
-    lambda state: state.update(world_size="4"),
-    lambda state: state.update(world_size=10**30),
+    lambda state: state.update(format=2, world_size="4"),
+    lambda state: state.update(format=2, world_size=10**30),
+    lambda state: state.update(format=4),
     lambda state: state.update(run=[]),
     lambda state: state["run"].update(model={"encoder": [], "text": 7}),
 ])  # fmt: skip
 def test_another_content_of_a_checkpoint_is_a_sentence(trained, tmp_path, change):
     run = changed(trained[0], tmp_path / "run", change)
     with pytest.raises(UserError):
+        open_stored(run)
+
+
+@pytest.mark.parametrize("entry", [7, {"shape": [1], "kinds": {}}, {"shape": [1], "kinds": {}, "parts": [["a", 0, 1]]}])
+def test_another_content_of_an_index_is_a_sentence(trained, tmp_path, entry):
+    run = changed(trained[0], tmp_path / "run", lambda index: index["pieces"].update(logit_scale=entry), "index.json")
+    with pytest.raises(CheckpointError, match=r"another content than a checkpoint's .*"):
         open_stored(run)
 
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from univitar_ds.atomic_write import move_into_place, sync
 from univitar_ds.config.run_folder import CHECKPOINT_FILES
@@ -25,16 +25,41 @@ from univitar_ds.errors import CheckpointError, writing
 from univitar_ds.formats.checkpoint_dir import LATEST, MANIFEST, complete, faults, read_manifest, sha256
 from univitar_ds.owned import clear, foreign, remove
 from univitar_ds.run_lock import still_ours
-from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
+from univitar_ds.training.distributed.process_group import (
+    World,
+    all_ranks_or_none,
+    gather_json_to_main,
+    scatter_json,
+)
 
 TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}({LATEST}|(gone-)?step-\d{{8,}})")
 
 
-def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world: World, keep: int) -> Path:
+class Merge(NamedTuple):
+    """What rank 0 writes once all ranks have written."""
+
+    share: Callable[[], Any]
+    """Called after this rank has written. Returns what rank 0 needs of it, as JSON."""
+    write: Callable[[Path, list[Any]], Iterable[Path]]
+    """Called on rank 0 with the folder and the shares of all ranks, by rank. Returns further files."""
+
+
+NO_MERGE = Merge(lambda: None, lambda folder, shares: ())
+
+
+def commit(
+    root: Path,
+    step: int,
+    write: Callable[[Path], Iterable[Path]],
+    world: World,
+    keep: int,
+    merge: Merge = NO_MERGE,
+) -> Path:
     """Creates `root/step-<step>` from the files that each rank writes, then removes all but the newest `keep` folders.
 
     All ranks call it. `write` is called with a folder that all ranks share, and returns the files of this rank.
+    Sizes and hashes of files, and the shares for `merge`, are sent to rank 0 alone.
 
     Raises: the rank's own error, or PeerFailure on other ranks, if a rank fails, for example on a full disk. If it
         fails before the new folder gets its name, the complete folders of other steps are unchanged.
@@ -47,7 +72,12 @@ def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world
             _sweep(root)
             temporary.mkdir(parents=True)
     try:
-        return _commit(root, temporary, target, write, world, keep)
+        by_rank = _written(temporary, write, world, merge)
+        with all_ranks_or_none(world), writing(target):
+            if world.is_main:
+                still_ours(root.parent)
+                _publish(root, temporary, target, {k: v for entries in by_rank for k, v in entries.items()}, keep)
+        return target
     except Exception:
         if world.is_main:
             with suppress(Exception):  # the disk is full or gone, or another launch has the run
@@ -56,27 +86,32 @@ def commit(root: Path, step: int, write: Callable[[Path], Iterable[Path]], world
         raise
 
 
-def _commit(
-    root: Path, temporary: Path, target: Path, write: Callable[[Path], Iterable[Path]], world: World, keep: int
-) -> Path:
+def _written(
+    temporary: Path, write: Callable[[Path], Iterable[Path]], world: World, merge: Merge
+) -> list[dict[str, Any]]:
+    """Writes and verifies all files. Returns their entries in the manifest by rank on rank 0, [] on other ranks."""
     entries: dict[str, dict[str, Any]] = {}
     with all_ranks_or_none(world), writing(temporary):
         for path in write(temporary):
             sync(path)
             entries[path.name] = _entry(path)
-    by_rank = gather_json(entries, world)
+        share = merge.share()
+    gathered = gather_json_to_main([entries, share], world) or []
+    by_rank = [entries for entries, _ in gathered]
+    with all_ranks_or_none(world), writing(temporary):
+        if world.is_main:
+            for path in merge.write(temporary, [share for _, share in gathered]):
+                sync(path)
+                by_rank[0][path.name] = _entry(path)
     # Each rank reads its neighbour's files, which verifies the content and that all ranks share one disk.
+    neighbours = scatter_json([*by_rank[1:], *by_rank[:1]] if world.is_main else None, world)
     with all_ranks_or_none(world):
-        found = faults(temporary, by_rank[(world.rank + 1) % world.size])
+        found = faults(temporary, neighbours)
         if found:
             raise CheckpointError(
                 f"{temporary}: {'; '.join(found)} right after writing; check the disk, and that all ranks share it"
             )
-    with all_ranks_or_none(world), writing(target):
-        if world.is_main:
-            still_ours(root.parent)
-            _publish(root, temporary, target, {k: v for entries in by_rank for k, v in entries.items()}, keep)
-    return target
+    return by_rank
 
 
 def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any], keep: int) -> None:
@@ -95,9 +130,9 @@ def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any],
             _remove(old)
 
 
-def write_json(path: Path, value: Any) -> Path:
+def write_json(path: Path, value: Any, indent: int | None = 1) -> Path:
     """Writes `value` as JSON to the disk. Returns `path`."""
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
     sync(path)
     return path
 

@@ -2,19 +2,20 @@
 each rank needs.
 
     rank00000.safetensors   "<parameter>/<kind>": 1-D; kind is fp32, exp_avg, exp_avg_sq, ema, or frozen
-    rank00000.json          pieces: {<parameter>: {shape, start, length, kinds: {<kind>: dtype}}}, cursors of its lanes
+    index.json              pieces: {<parameter>: {shape, kinds: {<kind>: dtype}, parts: [[rank, start, length], ...]}},
+                            cursors: {<lane>: cursor}
     buffers.safetensors     buffers of the model, by name
     state.json              progress and settings of the run, optimizer, number of ranks, versions
 
 DeepSpeed's own formats are not used: the native format loads only on the same number of ranks, and the universal format
 restores wrong settings with several optimizer groups and drops frozen parameters and buffers. No file is pickled.
-`formats.elastic` reads a checkpoint without an engine.
+`formats.elastic` reads a checkpoint without an engine, also one of an earlier version, which has an index per rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,11 @@ from torch import Tensor, nn
 
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.elastic import BUFFERS, EMA, FORMAT, FROZEN, MASTER, STATE, ElasticReader
+from univitar_ds.formats.elastic import BUFFERS, EMA, FORMAT, FROZEN, INDEX, MASTER, STATE, ElasticReader
 from univitar_ds.formats.weight_files import save_tensors
 from univitar_ds.training.checkpoint import atomic_dir
-from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_json
-from univitar_ds.training.engine.engine import Engine
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, scatter_json
+from univitar_ds.training.engine.engine import Engine, ParamShard
 
 MAX_LISTED = 5
 """Maximum number of parameter names that an error lists."""
@@ -55,37 +56,64 @@ def save_checkpoint(
     Raises: as `atomic_dir.commit`, which also says what a crash leaves.
     """
     world = engine.world
+    pieces = list(engine.pieces())
+    merge = atomic_dir.Merge(
+        lambda: _share(pieces, world, cursors),
+        lambda folder, shares: [atomic_dir.write_json(folder / INDEX, _merged(pieces, shares), indent=None)],
+    )
 
     def write(folder: Path) -> Iterator[Path]:
-        yield from _write_rank(engine, folder, cursors)
+        yield _write_rank(pieces, world, folder)
         if world.is_main:
             yield save_tensors(_buffers(engine.module), folder / BUFFERS)
             content = {"format": FORMAT, "world_size": world.size, "optimizer": engine.optimizer_state(), "run": state}
             yield atomic_dir.write_json(folder / STATE, content)
 
-    return atomic_dir.commit(root, step, write, world, keep)
+    return atomic_dir.commit(root, step, write, world, keep, merge)
 
 
-def _write_rank(engine: Engine, folder: Path, cursors: dict[int, dict[str, Any]]) -> Iterator[Path]:
-    tensors: dict[str, Tensor] = {}
-    index: dict[str, dict[str, Any]] = {}
-    for piece in engine.pieces():
-        complete = piece.length == math.prod(piece.shape)
-        # Only rank 0 writes a frozen parameter that every rank has in full.
-        length = 0 if complete and FROZEN in piece.tensors and engine.world.rank else piece.length
-        index[piece.name] = {
-            "shape": list(piece.shape),
-            "start": piece.start,
-            "length": length,
-            "kinds": {kind: str(tensor.dtype).removeprefix("torch.") for kind, tensor in piece.tensors.items()},
-        }
-        for kind, tensor in piece.tensors.items():
-            if length:
-                tensors[f"{piece.name}/{kind}"] = tensor.detach().to("cpu", copy=True)  # views share their storage
-    name = f"rank{engine.world.rank:05d}"
-    yield save_tensors(tensors, folder / f"{name}.safetensors")
-    content = {"pieces": index, "cursors": {str(lane): cursor for lane, cursor in cursors.items()}}
-    yield atomic_dir.write_json(folder / f"{name}.json", content)
+def _write_rank(pieces: Sequence[ParamShard], world: World, folder: Path) -> Path:
+    tensors = {
+        f"{piece.name}/{kind}": tensor.detach().to("cpu", copy=True)  # views share their storage
+        for piece in pieces
+        if _writes(piece, world)
+        for kind, tensor in piece.tensors.items()
+    }
+    return save_tensors(tensors, folder / f"rank{world.rank:05d}.safetensors")
+
+
+def _writes(piece: ParamShard, world: World) -> bool:
+    """Whether this rank writes a piece. Only rank 0 writes a frozen parameter that every rank has in full."""
+    shared = FROZEN in piece.tensors and piece.length == math.prod(piece.shape)
+    return piece.length > 0 and not (shared and world.rank)
+
+
+def _share(pieces: Sequence[ParamShard], world: World, cursors: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Returns the part of the index that rank 0 does not know: which pieces this rank has written.
+
+    `written`: [number of the piece, start, length, number of its kinds], since names and kinds are long."""
+    kinds: list[dict[str, str]] = []
+    written = []
+    for number, piece in enumerate(pieces):
+        if _writes(piece, world):
+            own = {kind: str(tensor.dtype).removeprefix("torch.") for kind, tensor in piece.tensors.items()}
+            if own not in kinds:
+                kinds.append(own)
+            written.append([number, piece.start, piece.length, kinds.index(own)])
+    return {"written": written, "kinds": kinds, "cursors": {str(lane): cursor for lane, cursor in cursors.items()}}
+
+
+def _merged(pieces: Sequence[ParamShard], shares: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the index of a checkpoint. Args: pieces: of any rank, for names and shapes; shares: of all ranks."""
+    entries = [{"shape": list(piece.shape), "kinds": {}, "parts": []} for piece in pieces]
+    cursors: dict[str, Any] = {}
+    for rank, share in enumerate(shares):
+        for number, start, length, kinds in share["written"]:
+            entries[number]["kinds"] = share["kinds"][kinds]
+            entries[number]["parts"].append([rank, start, length])
+        cursors |= share["cursors"]
+    names = [piece.name for piece in pieces]
+    return {"pieces": dict(zip(names, entries, strict=True)), "cursors": cursors}
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -138,15 +166,17 @@ def _source(kind: str, saved: Collection[str]) -> str | None:
 def _verify_shared(folder: Path, world: World) -> None:
     """Verifies the files of a checkpoint, each rank a share of the files.
 
-    Rank 0 reads the manifest, since other ranks may not see it yet. Raises: CheckpointError, PeerFailure."""
+    Rank 0 reads the manifest, since other ranks may not see it yet, and sends each rank its share.
+    Raises: CheckpointError, PeerFailure."""
     manifest: dict[str, dict[str, Any]] = {}
     with all_ranks_or_none(world):
         if world.is_main:
             manifest = checkpoint_dir.read_manifest(folder)
-    manifest = gather_json(manifest, world)[0]
+    by_size = sorted(manifest, key=lambda name: (manifest[name]["bytes"], name))  # shares of similar sizes
+    shares = [{name: manifest[name] for name in by_size[rank :: world.size]} for rank in range(world.size)]
+    share = scatter_json(shares if world.is_main else None, world)
     with all_ranks_or_none(world):
-        by_size = sorted(manifest, key=lambda name: (manifest[name]["bytes"], name))  # shares of similar sizes
-        checkpoint_dir.verify(folder, {name: manifest[name] for name in by_size[world.rank :: world.size]})
+        checkpoint_dir.verify(folder, share)
 
 
 def _check_model(engine: Engine, reader: ElasticReader, stage_transition: bool) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -124,16 +124,73 @@ def gather_json(value: Any, world: World) -> list[Any]:
     """Returns the values of all ranks, by rank. Values should be small, since each rank receives all values."""
     if world.size == 1:
         return [value]
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
+    data = _encoded(value, world)
+    lengths = _lengths(data, world)
+    received = torch.empty(world.size * max(lengths), dtype=torch.uint8, device=world.device)
+    dist.all_gather_single(received, _padded(data, max(lengths)))
+    rows = received.view(world.size, max(lengths)).cpu()
+    return [_decoded(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+
+def gather_json_to_main(value: Any, world: World) -> list[Any] | None:
+    """Returns the values of all ranks, by rank, on rank 0, and None on other ranks. All ranks call it."""
+    if world.size == 1:
+        return [value]
+    data = _encoded(value, world)
+    lengths = _lengths(data, world)
+    padded = _padded(data, max(lengths))
+    rows = [torch.empty_like(padded) for _ in lengths] if world.is_main else None
+    dist.gather(padded, rows, dst=0)
+    if rows is None:
+        return None
+    return [_decoded(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+
+def broadcast_json(value: Any, world: World) -> Any:
+    """Returns the value of rank 0 on all ranks, which call it with any value."""
+    if world.size == 1:
+        return value
+    data = _encoded(value if world.is_main else None, world)
+    length = torch.tensor([len(data)], device=world.device)
+    dist.broadcast(length, src=0)
+    if not world.is_main:
+        data = torch.empty(int(length), dtype=torch.uint8, device=world.device)
+    dist.broadcast(data, src=0)
+    return _decoded(data)
+
+
+def scatter_json(values: Sequence[Any] | None, world: World) -> Any:
+    """Returns on each rank its one of the `values` of rank 0, which are by rank. All ranks call it."""
+    if world.size == 1:
+        return values[0]
+    encoded = [_encoded(value, world) for value in values] if world.is_main else []
+    lengths = torch.tensor([len(data) for data in encoded] or [0] * world.size, device=world.device)
+    dist.broadcast(lengths, src=0)
+    lengths = lengths.tolist()
+    mine = torch.empty(max(lengths), dtype=torch.uint8, device=world.device)
+    dist.scatter(mine, [_padded(data, max(lengths)) for data in encoded] or None, src=0)
+    return _decoded(mine[: lengths[world.rank]])
+
+
+def _encoded(value: Any, world: World) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
+
+
+def _decoded(data: torch.Tensor) -> Any:
+    return json.loads(data.cpu().numpy().tobytes())
+
+
+def _padded(data: torch.Tensor, length: int) -> torch.Tensor:
+    padded = torch.zeros(length, dtype=torch.uint8, device=data.device)
+    padded[: len(data)] = data
+    return padded
+
+
+def _lengths(data: torch.Tensor, world: World) -> list[int]:
+    """Returns the lengths of the data of all ranks."""
     lengths = torch.empty(world.size, dtype=torch.int64, device=world.device)
-    dist.all_gather_single(lengths, torch.tensor([data.numel()], device=world.device))
-    longest = int(lengths.max())
-    padded = torch.zeros(longest, dtype=torch.uint8, device=world.device)
-    padded[: data.numel()] = data
-    received = torch.empty(world.size * longest, dtype=torch.uint8, device=world.device)
-    dist.all_gather_single(received, padded)
-    rows = received.view(world.size, longest).cpu()
-    return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths.tolist(), strict=True)]
+    dist.all_gather_single(lengths, torch.tensor([len(data)], device=world.device))
+    return lengths.tolist()
 
 
 def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
