@@ -49,7 +49,7 @@ class Ring:
         self.counts = [items]
         if self.size > 1:  # read on the host, since the counts are sizes of messages
             counts = torch.empty(self.size, dtype=torch.int64, device=device)
-            mine = torch.tensor([items], dtype=torch.int64, device=device)
+            mine = torch.full((1,), items, dtype=torch.int64, device=device)  # no copy, which the host would wait for
             dist.all_gather_into_tensor(counts, mine, group=group)
             self.counts = counts.tolist()
 

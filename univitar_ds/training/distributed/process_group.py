@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from univitar_ds.config.deepspeed import lanes_per_rank
 from univitar_ds.errors import ConfigError, UserError
+from univitar_ds.model.transfer import to_device
 from univitar_ds.training.distributed.rendezvous import connection_lost, meet
 
 PEER_TIMEOUT = timedelta(minutes=10)
@@ -195,12 +196,20 @@ def _lengths(data: torch.Tensor, world: World) -> list[int]:
 
 def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
     """Returns the numbers of every rank as (size, len(numbers)) float64 on the host, with one exchange."""
-    mine = torch.tensor(numbers, dtype=torch.float64, device=world.device)
+    mine = torch.tensor(numbers, dtype=torch.float64)
     if world.size == 1:
-        return mine.cpu()[None]
-    received = torch.empty(world.size * mine.numel(), dtype=torch.float64, device=world.device)
+        return mine[None]
+    # Waits for the device: every caller continues with the numbers of the other ranks on the host.
+    return gather_tensor(to_device(mine, world.device), world).cpu()
+
+
+def gather_tensor(mine: torch.Tensor, world: World) -> torch.Tensor:
+    """Returns the tensors (n,) of every rank as (size, n) on their device, without waiting for it."""
+    if world.size == 1:
+        return mine[None]
+    received = mine.new_empty(world.size * mine.numel())
     dist.all_gather_single(received, mine)
-    return received.view(world.size, -1).cpu()
+    return received.view(world.size, -1)
 
 
 @dataclass
@@ -225,8 +234,9 @@ def all_ranks_or_none(world: World, ask: Callable[[], bool] | None = None) -> It
     except Exception as error:
         failure = error
     flags = [failure is not None, ask is not None and ask()]
-    totals = torch.tensor(flags, dtype=torch.int32, device=world.device)
+    totals = torch.tensor(flags, dtype=torch.int32)
     if world.size > 1:
+        totals = to_device(totals, world.device)
         dist.all_reduce(totals)
     failed, yes = totals.tolist()
     vote.yes = bool(yes)

@@ -35,6 +35,7 @@ from univitar_ds.formats.elastic import EMA, FROZEN, MASTER
 from univitar_ds.formats.stored_model import MOMENTS
 from univitar_ds.training.distributed.process_group import World, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
+from univitar_ds.training.engine.device_waits import NO_TIMERS, NormReader, order_streams, streams_in_order
 from univitar_ds.training.engine.free_engine import free_engine
 from univitar_ds.training.engine.optim import (
     GRADIENT_PARTS,
@@ -89,9 +90,16 @@ class Engine:
 
         The sum over all parts and ranks is the square of `grad_norm`.
         """
+        self.reported: list[float] = []
+        """The numbers given to the last `step`, read with the gradient's norm."""
         self._read_gradient = False
         self._closed = False
         self._make_moments()
+        self._norm_reader: NormReader | None = None
+        offload = engine.zero_offload_optimizer()
+        if offload is None or offload.device == "none":  # gradients in host memory are read there in DeepSpeed's order
+            self._norm_reader = NormReader(self._optimizer, self._sharded)
+            order_streams(self._optimizer, _accelerator())
 
     @property
     def module(self) -> nn.Module:
@@ -122,26 +130,54 @@ class Engine:
 
     def backward(self, surrogate: Tensor) -> None:
         """Adds the gradient of `surrogate`, one pack's part of the step. Gradients are summed over packs and ranks."""
-        self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
+        with self._streams_in_order():
+            self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
 
-    def step(self) -> None:
-        """Must be called after every pack. The last call of a step updates the parameters and their average."""
-        last = self._engine.is_gradient_accumulation_boundary()
-        if last and self._read_gradient:
-            self.gradient_squares = self._squares_by_part()
-        self._engine.step()
-        if last and self._sharded:
+    def step(self, report: Tensor | None = None) -> None:
+        """Must be called after every pack. The last call of a step updates the parameters and their average.
+
+        Args: report: (n,) numbers of the step on the device, in the last call only. `reported` has them afterwards:
+            they are read together with the norm, since each wait for the device lets it run out of work.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return
+        numbers = [] if report is None else [report.double()]
+        if self._read_gradient:
+            numbers.append(self._squares_by_part())
+        self._apply(torch.cat(numbers) if numbers else None)
+        if self._read_gradient:
+            self.gradient_squares = dict(zip(GRADIENT_PARTS, self.reported[-len(GRADIENT_PARTS) :], strict=True))
+            self.reported = self.reported[: -len(GRADIENT_PARTS)]
+        if self._sharded:
             self._forget_forwards(but=self.module)
-        if last and self._ema_decay is not None and self.updated:
-            self._update_average(self._ema_decay)
+        if self.updated:
+            self._updates = [done + 1 for done in self._updates]
+            if self._ema_decay is not None:
+                self._update_average(self._ema_decay)
+
+    def _apply(self, report: Tensor | None) -> None:
+        """Updates the parameters, and reads `report` (n,) float64 into `reported`."""
+        reader = self._norm_reader
+        if reader is not None:
+            reader.also, reader.numbers = report, None
+        with self._streams_in_order():
+            self._engine.step()
+        read = None if reader is None else reader.numbers
+        self.reported = read if read is not None else [] if report is None else report.tolist()
+
+    def _streams_in_order(self) -> contextlib.AbstractContextManager[None]:
+        if self._norm_reader is None:
+            return contextlib.nullcontext()
+        return streams_in_order(self._optimizer, _accelerator())
 
     @property
     def grad_norm(self) -> float:
         """2-norm of the last update's gradient before clipping, the same on all ranks; inf if it is not finite."""
         return float(self._engine.get_global_grad_norm())
 
-    def _squares_by_part(self) -> dict[str, float]:
-        """Returns `gradient_squares`.
+    def _squares_by_part(self) -> Tensor:
+        """Returns the values of `gradient_squares`, in the order of GRADIENT_PARTS, float64 on the device.
 
         Must be called between the last backward pass and the update, which frees or scales the gradients."""
         sums = {part: torch.zeros((), dtype=torch.float64, device=self.world.device) for part in GRADIENT_PARTS}
@@ -150,7 +186,7 @@ class Engine:
                 # An offloaded share is copied, one share at a time.
                 norm = torch.linalg.vector_norm(share, dtype=torch.float32)
                 sums[part_of(name, GRADIENT_PARTS)] += norm.double().square().to(self.world.device)
-        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+        return torch.stack(list(sums.values()))
 
     def _gradient_share(self, parameter: nn.Parameter) -> Tensor | None:
         """Returns this rank's flat share of a parameter's gradient; None if the rank has no share."""
@@ -243,6 +279,7 @@ class Engine:
         for flat, group in self._masters_and_groups():
             updates = counted_updates(state["updates"] - group["began"], flat, group)
             self._optimizer.optimizer.state[flat]["step"] = updates
+        self._updates = self._counted()
         self._engine.global_steps = state["global_steps"]
 
     def close(self) -> None:
@@ -279,11 +316,21 @@ class Engine:
 
     @torch.no_grad()
     def _update_average(self, decay: float) -> None:
-        """Updates the average of the master weights that this rank owns. Early updates have more weight."""
+        """Updates the average of the master weights that this rank owns. Early updates have more weight.
+
+        The host counts the updates, since Adam's counts may be on the device, one for each master tensor. Master
+        tensors with equal counts share a kernel.
+        """
         state = self._optimizer.optimizer.state
-        for flat, _ in self._masters_and_groups():
-            done = float(state[flat]["step"])
-            state[flat][EMA].lerp_(flat.data, 1 - min(decay, (1 + done) / (10 + done)))
+        masters = [flat for flat, _ in self._masters_and_groups()]
+        for done in dict.fromkeys(self._updates):
+            alike = [flat for flat, count in zip(masters, self._updates, strict=True) if count == done]
+            averages = [state[flat][EMA] for flat in alike]
+            torch._foreach_lerp_(averages, [flat.data for flat in alike], 1 - min(decay, (1 + done) / (10 + done)))
+
+    def _counted(self) -> list[float]:
+        """Returns the number of Adam's updates of each master tensor, which is read from the device."""
+        return [float(self._optimizer.optimizer.state[flat]["step"]) for flat, _ in self._masters_and_groups()]
 
     def _make_moments(self) -> None:
         """Creates Adam's state. Adam creates it at the first update, but a checkpoint may be loaded or saved earlier.
@@ -300,6 +347,7 @@ class Engine:
                 state[EMA] = flat.data.clone()
         if not self._sharded:
             self._optimizer._lazy_init_hp_params_optimizer_state()
+        self._updates = self._counted()
 
 
 def build_engine(
@@ -327,7 +375,7 @@ def build_engine(
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, cfg, began),
-            config={**ds_config, **OWN_OPTIMIZER},
+            config={**NO_TIMERS, **ds_config, **OWN_OPTIMIZER},
         )
     return Engine(engine, world, cfg.ema_decay)
 
@@ -359,6 +407,12 @@ def load_deepspeed() -> Any:
     if not uses_cuda():
         deepspeed.ops.__compatible_ops__ = {UNUSED_OPERATION: False}
     return deepspeed
+
+
+def _accelerator() -> Any:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from univitar_ds.model.teacher.teacher import Teacher
 from univitar_ds.model.transfer import to_device
 from univitar_ds.objectives.classification import Targets, class_loss
 from univitar_ds.objectives.mixing import Mix, mix_pixels, plan_mixing
-from univitar_ds.training.distributed.process_group import gather_numbers
+from univitar_ds.training.distributed.process_group import World, gather_numbers, gather_tensor
 from univitar_ds.training.engine.engine import Engine
 from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
 from univitar_ds.training.step.guard import nan_if_not_finite
@@ -75,14 +75,14 @@ def classification_step(
         loss = settings.contrastive_weight * loss
         loss = nan_if_not_finite(loss)
         engine.backward(loss + distillation.loss(output.distilled, features) if distillation else loss)
-        engine.step()
-    mean = gather_numbers([total.item()], world).sum().item()
+        engine.step(_report(total, distillation, world) if index == len(batches) - 1 else None)
+    mean, *sums = engine.reported
     if not engine.updated:
         raise NotFiniteError(not_finite(mean, settings.lr), items)
     norm = engine.grad_norm
     if not math.isfinite(norm):
         raise DivergedError(not_finite(mean, settings.lr))
-    distilled = distillation.result() if distillation else NO_DISTILLATION
+    distilled = distillation.result(sums) if distillation else NO_DISTILLATION
     return StepResult(
         loss=settings.contrastive_weight * mean + distilled.loss,
         items=items,
@@ -90,6 +90,14 @@ def classification_step(
         losses={"classification": mean, **distilled.losses},
         agreement=distilled.agreement,
     )
+
+
+def _report(total: torch.Tensor, distillation: Distillation | None, world: World) -> torch.Tensor:
+    """Returns the numbers over all ranks that the result of the step has: the loss, and sums of distillation.
+
+    They are read with the gradient's norm. The host waits for the device there and for the numbers of items."""
+    loss = gather_tensor(total.reshape(1), world).sum(0)
+    return torch.cat([loss, distillation.totals()]) if distillation else loss
 
 
 def _rows(batch: LabelledBatch, classes: ClassList) -> list[int]:

@@ -16,7 +16,7 @@ from univitar_ds.model.dropping import DropPlan
 from univitar_ds.model.teacher.teacher import Teacher, TeacherFeatures
 from univitar_ds.model.transfer import to_device
 from univitar_ds.objectives.distill import distill
-from univitar_ds.training.distributed.process_group import World, gather_numbers
+from univitar_ds.training.distributed.process_group import World, gather_numbers, gather_tensor
 from univitar_ds.training.step.guard import nan_if_not_finite
 
 
@@ -102,9 +102,13 @@ class Distillation:
         self.sums += torch.stack((patch.detach(), pooled.detach(), agreement)).double()
         return nan_if_not_finite(self.patch_weight / self.tokens * patch + self.pooled_weight / self.items * pooled)
 
-    def result(self) -> DistillResult:
-        """Returns the result over all ranks; called after the last pack."""
-        patch, pooled, agreement = gather_numbers(self.sums.tolist(), self.world).sum(0).tolist()
+    def totals(self) -> Tensor:
+        """Returns the sums over all ranks, (3,) float64 on the device. All ranks call it after the last pack."""
+        return gather_tensor(self.sums, self.world).sum(0)
+
+    def result(self, totals: Sequence[float]) -> DistillResult:
+        """Returns the result of the step. Args: totals: those of `totals`, read from the device."""
+        patch, pooled, agreement = totals
         patch, pooled = patch / self.tokens, pooled / self.items
         return DistillResult(
             self.patch_weight * patch + self.pooled_weight * pooled,

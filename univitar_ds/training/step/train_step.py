@@ -139,19 +139,21 @@ def train_step(
         output = outputs[0] if once else engine(*pack)
         loss = weight * _surrogate(output[:4], *pack_grads, result, len(batches))
         engine.backward(loss + distillation.loss(output[4], features) if distillation else loss)
-        engine.step()
+        last = index == len(inputs) - 1
+        engine.step(_report(output, distillation) if last else None)
     if not engine.updated:
         raise NotFiniteError(not_finite(result.loss, settings.lr), result.items, _suspects(outputs))
     norm = engine.grad_norm
     if not math.isfinite(norm):
         raise DivergedError(not_finite(result.loss, settings.lr))
-    distilled = distillation.result() if distillation else NO_DISTILLATION
+    scale, bias, *sums = engine.reported
+    distilled = distillation.result(sums) if distillation else NO_DISTILLATION
     return StepResult(
         loss=settings.contrastive_weight * result.loss + distilled.loss,
         items=result.items,
         grad_norm=norm,
-        logit_scale=float(outputs[0][2].detach()),
-        logit_bias=float(outputs[0][3].detach()),
+        logit_scale=scale,
+        logit_bias=bias,
         losses={"contrastive": result.loss, **distilled.losses},
         agreement=distilled.agreement,
     )
@@ -213,6 +215,16 @@ def _inputs(batch: Batch, device: torch.device, distill: bool, drops: DropPlan |
         batch.text_lengths.to(device, non_blocking=True),
     )
     return (*pack, distill, drops) if distill or drops is not None else pack
+
+
+def _report(output: Outputs, distillation: Distillation | None) -> Tensor:
+    """Returns the numbers on the device that the result of the step has: scale and bias, and sums of distillation.
+
+    They are read with the gradient's norm. The host waits for the device three times in a step: for the numbers of
+    items (`Ring`), for the loss (`Ring.total`), and for this.
+    """
+    scale_and_bias = torch.cat([output[2].detach().reshape(1), output[3].detach().reshape(1)]).double()
+    return torch.cat([scale_and_bias, distillation.totals()]) if distillation else scale_and_bias
 
 
 def _surrogate(
