@@ -150,7 +150,8 @@ class LoggingConfig(Section):
         200, description="steps between TensorBoard images of a pack with its patch features as colours; 0: none"
     )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="peak TFLOP/s of one rank, for MFU; absent: measured when training starts"
+        None,
+        description="peak TFLOP/s of one rank, for MFU; absent: published for the GPU, or measured at first",
     )
     wandb: WandbConfig | None = Field(
         None, description="also logs to Weights & Biases (extra `wandb`), with {} under the run's name"

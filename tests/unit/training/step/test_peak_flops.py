@@ -15,6 +15,7 @@ from univitar_ds.training.step.peak_flops import (
     best,
     find_peak,
     matrix_products,
+    published_peak,
     repeats_per_s,
 )
 
@@ -52,6 +53,45 @@ def test_a_product_that_takes_longer_than_a_measurement_is_measured_all_the_same
 @pytest.mark.parametrize(("rates", "steady"), [((9.1, 10.0, 9.5), True), ((8.9, 10.0, 9.9), False), ((4.0,), True)])
 def test_measurements_within_a_tenth_of_the_best_agree(rates, steady):
     assert best(rates) == (max(rates), steady)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10", 125),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_the_published_peak_follows_from_the_name_of_the_gpu(gpu, tflops):
+    assert published_peak(gpu) == tflops
+
+
+def test_a_known_gpu_is_not_measured_and_an_unknown_one_is(monkeypatch):
+    gpu = World(rank=0, size=1, local_rank=0, device=torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr("univitar_ds.training.step.peak_flops.matrix_products", lambda *_: [400.0, 410.0])
+    assert find_peak(None, torch.bfloat16, gpu) == Peak(989.0)
+    assert find_peak(700.0, torch.bfloat16, gpu) == Peak(700.0)
+    assert find_peak(None, torch.float32, gpu) == Peak(410.0, steady=True)  # published figures are for bfloat16
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA Z9000")
+    assert find_peak(None, torch.bfloat16, gpu) == Peak(410.0, steady=True)
 
 
 def test_matrix_products_have_a_speed():
