@@ -6,44 +6,22 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from tests.support.contrastive import captioned_pack, small_model
 from tests.support.device_waits import Waits, counted, prepared
 from tests.support.distributed import run_distributed
-from tests.support.standin import LANES, Pack, StandIn, pack
-from tests.support.teachers import drawn_pack
+from tests.support.standin import LANES, StandIn, pack
 from tests.support.training import OBJECTIVE, ds_config, lr
-from univitar_ds.config.encoder import EncoderConfig
-from univitar_ds.config.model import ModelConfig, TextConfig
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.formats.elastic import EMA
-from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.dropping import DropConfig
-from univitar_ds.model.encoder import UniViTAR
-from univitar_ds.model.towers import build_text_tower
 from univitar_ds.training.distributed.process_group import start_world
 from univitar_ds.training.engine.engine import build_engine
 from univitar_ds.training.step.train_step import StepSettings, train_step
 
 pytestmark = pytest.mark.distributed
-GRIDS = [[(1, 2, 3), (1, 4, 2)], [(1, 5, 2), (1, 2, 2)], [(1, 3, 3)], [(1, 4, 4), (1, 1, 2)]]
 STAGES = [(1, True), (2, True), (3, False)]
 LIMIT = 3
 """The most waits of a step: for the numbers of items, for the loss, for the norm with what the step reports."""
-
-
-def model() -> ContrastiveModel:
-    text = TextConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64, context_length=8)
-    shape = EncoderConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=96)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tower = build_text_tower(text, vocab_size=50, eos_id=2, pad_id=0)
-        return ContrastiveModel(UniViTAR(shape), tower, ModelConfig(text=text, embed_dim=16, pool_heads=2))
-
-
-def batch(lane: int, seed: int) -> Pack:
-    pixels, frames, grids = drawn_pack(GRIDS[lane], seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 50, (len(grids), 5), generator=generator)
-    return Pack(pixels, frames, grids, ids, torch.full((len(grids),), 5), torch.arange(len(grids)), lane)
 
 
 def waits_of_steps() -> dict[tuple[int, bool], Counter]:
@@ -58,9 +36,9 @@ def waits_of_steps() -> dict[tuple[int, bool], Counter]:
         cfg["zero_optimization"]["overlap_comm"] = True
         waits = Waits()
         with prepared(waits):
-            engine = build_engine(model(), OptimizerConfig(ema_decay=0.9, layer_decay=0.8), cfg, world)
+            engine = build_engine(small_model(), OptimizerConfig(ema_decay=0.9, layer_decay=0.8), cfg, world)
             for step in range(3):
-                packs = [batch(lane, step) for lane in world.lanes(LANES)]
+                packs = [captioned_pack(lane, step) for lane in world.lanes(LANES)]
                 dropping = DropConfig(patches=0.5, depth=0.4, blocks=1, seed=1, step=step)
                 settings = StepSettings(lr(step), read_gradient=True, dropping=dropping)
                 waits.places.clear()

@@ -67,6 +67,9 @@ class ContrastiveModel(nn.Module):
     heads in a loaded state, because only training uses them.
     """
 
+    exact_parameters = ("logit_scale", "logit_bias")
+    """Parameters of one element that the forward pass uses in float32, though the model may be in bfloat16."""
+
     def __init__(
         self, vision: UniViTAR, text: nn.Module, config: ModelConfig, teacher_width: int | None = None
     ) -> None:
@@ -81,6 +84,8 @@ class ContrastiveModel(nn.Module):
             nn.init.xavier_uniform_(head.weight)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
         self.logit_bias = nn.Parameter(torch.tensor([float(config.logit_bias_init)]))
+        self.exact: dict[str, Tensor] = {}
+        """The float32 values of `exact_parameters`, each (1,), kept by the engine; empty: those of the parameters."""
         self.distill: DistillHeads | None = None
         if teacher_width is None:
             self.register_load_state_dict_pre_hook(leave_heads_aside)
@@ -111,10 +116,18 @@ class ContrastiveModel(nn.Module):
         return Embedded(
             F.normalize(self.vision_proj(pooled).float(), dim=-1),
             self.encode_text(token_ids, text_lengths),
-            self.logit_scale.float().exp(),
-            self.logit_bias.float() * 1.0,
+            self._exact("logit_scale").exp(),
+            self._exact("logit_bias") * 1.0,
             self.distill(tokens, pooled) if distill else None,
         )
+
+    def _exact(self, name: str) -> Tensor:
+        """Returns a parameter of one element in float32, with a gradient."""
+        value = getattr(self, name).float()
+        if name not in self.exact:
+            return value
+        # The sum is exact: both numbers differ by a rounding to bfloat16. The gradient is that of the parameter.
+        return value + (self.exact[name] - value).detach()
 
     def encode_vision(self, pixels: Tensor, frames: Tensor, grid_thw: Tensor) -> Tensor:
         """Embeds images and videos as unit vectors.

@@ -18,6 +18,7 @@ import contextlib
 import importlib.metadata
 import io
 import logging
+import math
 import os
 import platform
 import warnings
@@ -78,7 +79,14 @@ class ParamShard:
 class Engine:
     """A model under ZeRO 1, 2 or 3 with AdamW. Built by `build_engine`."""
 
-    def __init__(self, engine: Any, world: World, ema_decay: float | None = None) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        world: World,
+        ema_decay: float | None = None,
+        exact: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Args: exact: float32 values of the model's `exact_parameters`, which DeepSpeed has rounded to bfloat16."""
         self._engine = engine
         self._ema_decay = ema_decay
         self._kept = MOMENTS if ema_decay is None else (*MOMENTS, EMA)
@@ -95,6 +103,8 @@ class Engine:
         self._read_gradient = False
         self._closed = False
         self._make_moments()
+        self._exact = self._exact_masters(exact or {})
+        self._share_exact()
         self._norm_reader: NormReader | None = None
         offload = engine.zero_offload_optimizer()
         if offload is None or offload.device == "none":  # gradients in host memory are read there in DeepSpeed's order
@@ -155,6 +165,7 @@ class Engine:
             self._updates = [done + 1 for done in self._updates]
             if self._ema_decay is not None:
                 self._update_average(self._ema_decay)
+            self._share_exact()
 
     def _apply(self, report: Tensor | None) -> None:
         """Updates the parameters, and reads `report` (n,) float64 into `reported`."""
@@ -254,6 +265,7 @@ class Engine:
 
     def refresh_params(self) -> None:
         """Updates the weights of the forward pass. Must be called after writing into the tensors of `pieces`."""
+        self._share_exact()
         if not self._sharded:
             self._optimizer.update_lp_params()
             return
@@ -328,6 +340,34 @@ class Engine:
             averages = [state[flat][EMA] for flat in alike]
             torch._foreach_lerp_(averages, [flat.data for flat in alike], 1 - min(decay, (1 + done) / (10 + done)))
 
+    @torch.no_grad()
+    def _exact_masters(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns this rank's part, of 0 or 1 elements, of each master weight whose exact value the model uses.
+
+        The forward pass of a bf16 model would have such a number with three digits, see `ContrastiveModel.exact`.
+        Args: values: to begin with, (1,) each.
+        """
+        if self.dtype == torch.float32:
+            return {}
+        masters = {}
+        for piece in self.pieces():
+            if piece.name in values and MASTER in piece.tensors:  # a frozen parameter has no master
+                masters[piece.name] = piece.tensors[MASTER]
+                for key in {MASTER, EMA} & piece.tensors.keys():
+                    piece.tensors[key].copy_(values[piece.name][: piece.length])
+        return masters
+
+    @torch.no_grad()
+    def _share_exact(self) -> None:
+        """Gives the model the values of `_exact_masters`, with one message and without waiting for the device."""
+        if not self._exact:
+            return
+        nothing = torch.full((1,), -math.inf, device=self.world.device)
+        values = torch.cat([part.to(self.world.device) if len(part) else nothing for part in self._exact.values()])
+        if self.world.size > 1:
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)  # owners have equal values
+        self.module.exact = dict(zip(self._exact, values.split(1), strict=True))
+
     def _counted(self) -> list[float]:
         """Returns the number of Adam's updates of each master tensor, which is read from the device."""
         return [float(self._optimizer.optimizer.state[flat]["step"]) for flat, _ in self._masters_and_groups()]
@@ -370,6 +410,7 @@ def build_engine(
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # required even without a launcher
     for module, parameter in external_parameters(model):
         deepspeed.zero.register_external_parameter(module, parameter)
+    exact = {name: getattr(model, name).detach().clone() for name in getattr(model, "exact_parameters", ())}
     with _silence():
         deepspeed.init_distributed(verbose=False)
         engine, *_ = deepspeed.initialize(
@@ -377,7 +418,7 @@ def build_engine(
             optimizer=build_optimizer(model, cfg, began),
             config={**NO_TIMERS, **ds_config, **OWN_OPTIMIZER},
         )
-    return Engine(engine, world, cfg.ema_decay)
+    return Engine(engine, world, cfg.ema_decay, exact)
 
 
 def external_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
