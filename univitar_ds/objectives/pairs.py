@@ -1,7 +1,7 @@
 """Contrastive losses that are a sum over pairs of an image and a text, over all ranks.
 
 A loss gives, for a block of pairs, the sum of their losses and its gradients. This module goes through all blocks of
-the step on the ring of ranks, and divides by the number of items. So a loss needs no code for several ranks.
+the step with the texts of all ranks, and divides by the number of items. So a loss needs no code for several ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from univitar_ds.errors import PluginError
-from univitar_ds.objectives.ring import ContrastiveResult, Ring, positive_mask
+from univitar_ds.objectives.exchange import (
+    ContrastiveResult,
+    Exchange,
+    nothing,
+    pack_rows,
+    positive_mask,
+    unpack_rows,
+)
 
 
 class PairGradients(NamedTuple):
@@ -94,7 +101,7 @@ def check_additive(loss: PairLoss) -> None:
 
 
 @torch.no_grad()
-def ring_pairs(
+def loss_of_pairs(
     loss: PairLoss,
     vision: Tensor,
     text: Tensor,
@@ -104,11 +111,11 @@ def ring_pairs(
     *,
     chunk: int,
     same_caption_positive: bool = False,
-    ring: Ring | None = None,
+    exchange: Exchange | None = None,
 ) -> ContrastiveResult:
-    """Computes the loss over all pairs and the gradients. Every rank of the ring must call it.
+    """Computes the loss over all pairs and the gradients. Every rank of the exchange must call it.
 
-    Many arguments because both towers and the ring bring some.
+    Many arguments because both towers and the exchange bring some.
 
     Args:
         loss: of a block of pairs.
@@ -118,31 +125,30 @@ def ring_pairs(
         caption_ids: (n,) int64, equal for equal captions. Used only with `same_caption_positive`.
         chunk: number of texts that are compared at a time.
         same_caption_positive: whether pairs with equal captions are positive too, on any ranks.
-        ring: ring whose number of items is n; None: a ring of all ranks is created.
+        exchange: one whose number of items is n; None: one of all ranks is created.
     """
-    ring = ring or Ring(len(vision), vision.device)
-    items = max(ring.items, 1)
-    vision, visiting = vision.float(), text.float()
-    scale, bias = scale.float().reshape(()), bias.float().reshape(())
-    ids = caption_ids.to(vision.device)
-    own_ids = ids if same_caption_positive else None
-    visiting_grad, vision_grad = torch.zeros_like(visiting), torch.zeros_like(vision)
+    exchange = exchange or Exchange(len(vision), vision.device)
+    if not exchange.items:
+        return nothing(vision, text)
+    vision, scale, bias = vision.float(), scale.float().reshape(()), bias.float().reshape(())
+    own_ids = caption_ids.to(vision.device) if same_caption_positive else None
+    texts, ids = unpack_rows(exchange.gather(pack_rows(text.float(), own_ids)), text.shape[1], own_ids is not None)
+    vision_grad, text_grad = torch.zeros_like(vision), torch.zeros_like(texts, memory_format=torch.contiguous_format)
     totals = torch.zeros(3, dtype=torch.float64, device=vision.device)  # loss, scale and bias gradient
-    for owner in ring.owners():
-        for start in range(0, len(ids) if len(vision) else 0, chunk):
-            part = slice(start, start + chunk)
-            positive = positive_mask(own_ids, ids[part], start, len(vision), owner == ring.rank)
-            found = loss(vision, visiting[part], scale, bias, positive, items)
-            for place, value in enumerate((found.loss, found.scale, found.bias)):
-                totals[place] += value
-            vision_grad += found.images
-            visiting_grad[part] += found.texts
-        visiting, visiting_grad, ids = ring.ring_shift((visiting, visiting_grad, ids), owner)
+    for start in range(0, len(texts) if len(vision) else 0, chunk):
+        part = slice(start, start + chunk)
+        pairs = torch.empty(len(vision), len(texts[part]), dtype=torch.bool, device=vision.device)
+        positive = positive_mask(pairs, exchange.first - start, None if ids is None else (own_ids, ids[part]))
+        found = loss(vision, texts[part], scale, bias, positive, exchange.items)
+        totals += torch.stack([value.double() for value in (found.loss, found.scale, found.bias)])
+        vision_grad += found.images
+        text_grad[part] = found.texts
+    del texts  # before the message of the gradients needs its memory
     return ContrastiveResult(
-        loss=ring.total(totals[0] / items),
-        items=ring.items,
+        loss=exchange.reduce(totals[0] / exchange.items).item(),  # waits: backward runs only if the loss is finite
+        items=exchange.items,
         vision_grad=vision_grad,
-        text_grad=visiting_grad,
+        text_grad=exchange.scatter_sum(text_grad),
         scale_grad=totals[1:2].float(),
         bias_grad=totals[2:3].float(),
     )

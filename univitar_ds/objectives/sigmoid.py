@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from univitar_ds.objectives.pairs import PairGradients, ring_pairs
-from univitar_ds.objectives.ring import ContrastiveResult
+from univitar_ds.objectives.exchange import ContrastiveResult
+from univitar_ds.objectives.pairs import PairGradients, loss_of_pairs
 
 
-def ring_sigmoid(*inputs: Tensor, **settings: Any) -> ContrastiveResult:
-    """Computes the loss and the gradients. Arguments and result are those of `pairs.ring_pairs` after `loss`."""
-    return ring_pairs(sigmoid_pairs, *inputs, **settings)
+def sigmoid_loss(*inputs: Tensor, **settings: Any) -> ContrastiveResult:
+    """Computes the loss and the gradients. Arguments and result are those of `pairs.loss_of_pairs` after `loss`."""
+    return loss_of_pairs(sigmoid_pairs, *inputs, **settings)
 
 
 def sigmoid_pairs(

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from tests.support.closeness import assert_sums_close
 from tests.support.dense import dense_sigmoid, dense_softmax
 from univitar_ds.errors import PluginError
-from univitar_ds.objectives.pairs import check_additive, pair_losses, ring_pairs
-from univitar_ds.objectives.sigmoid import ring_sigmoid, sigmoid_pairs
-from univitar_ds.objectives.softmax import ring_softmax
+from univitar_ds.objectives.pairs import check_additive, loss_of_pairs, pair_losses
+from univitar_ds.objectives.sigmoid import sigmoid_loss, sigmoid_pairs
+from univitar_ds.objectives.softmax import softmax_loss
 
 
 def weighted(images, texts, scale, bias, positives):
@@ -18,8 +18,8 @@ def weighted(images, texts, scale, bias, positives):
     return (3 * F.softplus(-logits) * positives + F.softplus(logits) * ~positives).sum()
 
 
-def ring_weighted(*inputs, **settings):
-    return ring_pairs(pair_losses(weighted), *inputs, **settings)
+def weighted_loss(*inputs, **settings):
+    return loss_of_pairs(pair_losses(weighted), *inputs, **settings)
 
 
 def dense_weighted(vision, text, scale, bias, ids=None):
@@ -27,7 +27,7 @@ def dense_weighted(vision, text, scale, bias, ids=None):
     return weighted(vision, text, scale, bias, positive) / max(len(vision), 1)
 
 
-DENSE = {ring_sigmoid: dense_sigmoid, ring_softmax: dense_softmax, ring_weighted: dense_weighted}
+DENSE = {sigmoid_loss: dense_sigmoid, softmax_loss: dense_softmax, weighted_loss: dense_weighted}
 both_losses = pytest.mark.parametrize("loss_of", DENSE)
 
 
@@ -127,6 +127,6 @@ def test_what_is_no_sum_over_pairs_is_refused(loss_of_chunk, said):
 def test_a_loss_that_does_not_use_all_of_its_arguments_has_no_gradient_of_the_others():
     vision, text, ids = embeddings(5)
     loss = pair_losses(lambda images, texts, scale, bias, positives: (images @ texts.T * ~positives).sum())
-    result = ring_pairs(loss, vision, text, SCALE, BIAS, ids, chunk=2)
+    result = loss_of_pairs(loss, vision, text, SCALE, BIAS, ids, chunk=2)
     assert result.vision_grad.any()
     assert result.scale_grad.item() == result.bias_grad.item() == 0.0

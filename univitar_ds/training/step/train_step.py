@@ -24,15 +24,15 @@ from univitar_ds.errors import UserError
 from univitar_ds.model.dropping import NO_DROPPING, DropConfig, DropPlan
 from univitar_ds.model.teacher.teacher import Teacher
 from univitar_ds.model.transfer import to_device
-from univitar_ds.objectives.pairs import PairGradients, pair_losses, ring_pairs
-from univitar_ds.objectives.ring import ContrastiveResult, Ring
-from univitar_ds.objectives.sigmoid import ring_sigmoid
-from univitar_ds.objectives.softmax import ring_softmax
+from univitar_ds.objectives.exchange import ContrastiveResult, Exchange
+from univitar_ds.objectives.pairs import PairGradients, loss_of_pairs, pair_losses
+from univitar_ds.objectives.sigmoid import sigmoid_loss
+from univitar_ds.objectives.softmax import softmax_loss
 from univitar_ds.plugins import calling, objective_named
 from univitar_ds.training.engine.engine import Engine
 from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
 
-LOSSES = {"sigmoid": ring_sigmoid, "softmax": ring_softmax}
+LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """The first four outputs of the model: `model.contrastive.Embedded` without the features for a teacher."""
@@ -125,11 +125,12 @@ def train_step(
         for batch, dropped in zip(batches, drops, strict=True)
     ]
     caption_ids = to_device(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
-    ring = Ring(len(caption_ids), engine.world.device)  # ranks exchange their numbers of items during the embedding
+    # Ranks exchange their numbers of items during the embedding.
+    exchange = Exchange(len(caption_ids), engine.world.device)
     once = settings.single_pass and len(batches) == 1
     with torch.set_grad_enabled(once):  # the features for a teacher are large, and kept only for a single pack
         outputs = [output if once else output[:4] for output in (engine(*pack) for pack in inputs)]
-    result = _contrastive(outputs, caption_ids, ring, objective)
+    result = _contrastive(outputs, caption_ids, exchange, objective)
     # All ranks run the backward passes of every step. A loss that is not finite gets a gradient that is not finite.
     weight = settings.contrastive_weight if math.isfinite(result.loss) else math.nan
     counts = [len(batch.caption_ids) for batch in batches]
@@ -173,7 +174,7 @@ def _suspects(outputs: Sequence[Sequence[Tensor]]) -> list[int]:
 
 
 def loss_named(kind: str) -> Callable[..., ContrastiveResult]:
-    """Returns the loss of an `objective.kind`, with the arguments of `ring_softmax`.
+    """Returns the loss of an `objective.kind`, with the arguments of `softmax_loss`.
 
     Raises: PluginError if no plugin registers it. The loss of a plugin raises PluginError if the plugin's code fails.
     """
@@ -186,11 +187,11 @@ def loss_named(kind: str) -> Callable[..., ContrastiveResult]:
         with calling(plugin, f"the objective {kind}"):
             return of_chunk(*block)
 
-    return partial(ring_pairs, loss)
+    return partial(loss_of_pairs, loss)
 
 
 def _contrastive(
-    outputs: Sequence[Sequence[Tensor]], caption_ids: Tensor, ring: Ring, objective: ObjectiveConfig
+    outputs: Sequence[Sequence[Tensor]], caption_ids: Tensor, exchange: Exchange, objective: ObjectiveConfig
 ) -> ContrastiveResult:
     """Returns the loss over all items of the step on all ranks, and the gradients of this rank's embeddings."""
     return loss_named(objective.kind)(
@@ -201,7 +202,7 @@ def _contrastive(
         caption_ids,
         chunk=objective.chunk,
         same_caption_positive=objective.same_caption_positive,
-        ring=ring,
+        exchange=exchange,
     )
 
 
@@ -221,7 +222,7 @@ def _report(output: Outputs, distillation: Distillation | None) -> Tensor:
     """Returns the numbers on the device that the result of the step has: scale and bias, and sums of distillation.
 
     They are read with the gradient's norm. The host waits for the device three times in a step: for the numbers of
-    items (`Ring`), for the loss (`Ring.total`), and for this.
+    items (`Exchange`), for the loss (`objectives.pairs`), and for this.
     """
     scale_and_bias = torch.cat([output[2].detach().reshape(1), output[3].detach().reshape(1)]).double()
     return torch.cat([scale_and_bias, distillation.totals()]) if distillation else scale_and_bias

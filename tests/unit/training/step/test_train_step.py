@@ -5,7 +5,7 @@ import torch
 
 from tests.support.standin import StandIn, pack
 from univitar_ds.config.model import ObjectiveConfig
-from univitar_ds.objectives import ring
+from univitar_ds.objectives.exchange import Exchange
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.step import train_step
 
@@ -37,8 +37,8 @@ class Written:
 @pytest.mark.parametrize("kind", train_step.LOSSES)
 def test_ranks_exchange_their_numbers_of_items_before_they_embed_and_only_then(monkeypatch, kind):
     calls: list[str] = []
-    exchange = ring.Ring.__init__
-    monkeypatch.setattr(ring.Ring, "__init__", lambda *args: calls.append("exchange") or exchange(*args))
+    exchange = Exchange.__init__
+    monkeypatch.setattr(Exchange, "__init__", lambda *args: calls.append("exchange") or exchange(*args))
     packs = [pack(0, 0), pack(0, 1)]
     result = train_step.train_step(
         Written(calls), packs, train_step.StepSettings(0.1), ObjectiveConfig(kind=kind, chunk=5)

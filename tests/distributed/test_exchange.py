@@ -1,0 +1,117 @@
+"""The contrastive losses over several ranks: values, gradients, and what a step costs."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.closeness import assert_sums_close
+from tests.support.distributed import run_distributed
+from tests.support.messages import counted, pretended_world
+from tests.unit.objectives.test_losses import BIAS, DENSE, SCALE, dense_gradients, embeddings, terms
+from univitar_ds.objectives.softmax import softmax_loss
+from univitar_ds.training.distributed.process_group import start_world
+
+pytestmark = [pytest.mark.distributed, pytest.mark.numeric]
+CASES = [
+    ((3, 5), False),
+    ((0, 4), False),
+    ((4, 0), True),
+    ((0, 0), False),
+    ((6, 1), True),
+    ((3, 0, 5, 2), False),
+    ((0, 0, 4, 1), True),
+    ((2, 7, 1, 3), True),
+    ((0, 0, 0, 0), True),
+]
+
+
+def on_this_rank(loss_of, cases):
+    world = start_world()
+    results = []
+    for counts, same in cases:
+        vision, text, ids = embeddings(sum(counts), captions=3)
+        own = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
+        result = loss_of(vision[own], text[own], SCALE, BIAS, ids[own], chunk=2, same_caption_positive=same)
+        shared = torch.cat([result.scale_grad, result.bias_grad])
+        dist.all_reduce(shared)
+        results.append((result.loss, result.items, result.vision_grad.tolist(), result.text_grad.tolist(), shared))
+    return [(loss, n, v, t, shared.tolist()) for loss, n, v, t, shared in results]
+
+
+@pytest.mark.parametrize("loss_of", DENSE)
+@pytest.mark.parametrize("size", [2, 4])
+def test_ragged_ranks_together_have_the_dense_loss_and_gradients(loss_of, size):
+    cases = [case for case in CASES if len(case[0]) == size]
+    by_rank = run_distributed(on_this_rank, size, loss_of, cases)
+    for number, (counts, same) in enumerate(cases):
+        vision, text, ids = embeddings(sum(counts), captions=3)
+        loss, grads = dense_gradients(loss_of, vision, text, SCALE, BIAS, ids if same else None)
+        answers = [results[number] for results in by_rank]
+        assert {answer[1] for answer in answers} == {sum(counts)}
+        assert len({answer[0] for answer in answers}) == 1, "ranks disagree on the loss"
+        assert_sums_close(answers[0][0], loss, terms(sum(counts)), "loss")
+        ours = [[row for answer in answers for row in answer[place]] for place in (2, 3)] + [[x] for x in answers[0][4]]
+        for got, wanted in zip(ours, grads, strict=True):
+            got = torch.tensor(got, dtype=torch.float32).reshape(wanted.shape)
+            assert_sums_close(got, wanted, terms(sum(counts)), "gradient")
+
+
+MESSAGES = {loss_of: 6 if loss_of is softmax_loss else 4 for loss_of in DENSE}
+"""Counts, texts, their gradients, the loss; and twice the normalisers of columns for softmax."""
+KINDS = [(loss_of, same) for loss_of in DENSE for same in (False, True)]
+
+
+def spent(loss_of, same, vision, text, ids, chunk):
+    """Kernels and messages of a step, as dictionaries."""
+    found = counted(loss_of, vision, text, SCALE, BIAS, ids, chunk=chunk, same_caption_positive=same)
+    return dict(found.kernels), dict(found.messages)
+
+
+def spent_on_this_rank(counts):
+    world = start_world()
+    vision, text, ids = embeddings(sum(counts), captions=3)
+    own = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
+    return [spent(*kind, vision[own], text[own], ids[own], 5) for kind in KINDS]
+
+
+def test_kernels_depend_on_the_texts_of_a_step_and_the_chunk_not_on_the_ranks_that_hold_them():
+    (alone,) = run_distributed(spent_on_this_rank, 1, (21,))
+    for counts in ((4, 17), (9, 1, 3, 8)):
+        for rank in run_distributed(spent_on_this_rank, len(counts), counts):
+            for (loss_of, _), (ours, messages), (theirs, none) in zip(KINDS, rank, alone, strict=True):
+                assert none == {}
+                assert sum(messages.values()) == MESSAGES[loss_of]
+                assert ours == theirs | {"copy_": theirs.get("copy_", 0) + 1}  # in gloo's reduce-scatter
+
+
+def spent_in_pretended_worlds():
+    found = []
+    for size in (8, 64, 1024):
+        vision, text, ids = embeddings(1024 // size)
+        with pretended_world(size, rank=size - 1):
+            found.append([spent(*kind, vision, text, ids, 128) for kind in KINDS])
+    return found
+
+
+def test_a_thousand_ranks_cost_the_kernels_and_messages_of_eight():
+    eight, *others = run_distributed(spent_in_pretended_worlds, 1)[0]
+    assert all(other == eight for other in others)
+    for (loss_of, _), (kernels, messages) in zip(KINDS, eight, strict=True):
+        assert sum(messages.values()) == MESSAGES[loss_of]
+        assert sum(kernels.values()) > 8 * 4  # eight chunks
+
+
+def run_twice(counts):
+    world = start_world()
+    vision, text, ids = embeddings(sum(counts), captions=3)
+    own = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
+    inputs = (vision[own], text[own], SCALE, BIAS, ids[own])
+    twice = [[loss_of(*inputs, chunk=2, same_caption_positive=same) for loss_of, same in KINDS] for _ in range(2)]
+    return [
+        [(r.loss, r.vision_grad.tolist(), r.text_grad.tolist(), r.scale_grad.item()) for r in once] for once in twice
+    ]
+
+
+def test_the_same_step_on_the_same_ranks_has_the_same_bits():
+    for one, two in run_distributed(run_twice, 4, (6, 0, 3, 9)):
+        assert one == two
