@@ -25,6 +25,10 @@ FUNCTIONS = {  # module and function of each back end that is imported
     "flash4": ("flash_attn.cute", "flash_attn_varlen_func"),
     "varlen": ("torch.nn.attention.varlen", "varlen_attn"),
 }
+BACKWARD_FROM = (9, 0)
+"""Compute capability from which flash-attn 4 has a backward pass. On 8.x it runs forward and asserts in backward."""
+UNORDERED = 12
+"""Major compute capability on which flash-attn 4 has no deterministic backward pass: it asserts there."""
 INSTALL = {
     "flash2": "pip install flash-attn --no-build-isolation",
     "flash3": "python setup.py install in hopper/ of github.com/Dao-AILab/flash-attention",
@@ -58,6 +62,20 @@ class CuSeqlens:
         return max(self.lengths, default=0)
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as far as it decides on the back end: compute capability and name."""
+
+    capability: tuple[int, int]
+    name: str = "this GPU"
+
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {_dotted(self.capability)})"
+
+
+NO_GPU = Gpu((0, 0), "no GPU")
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens, backend: str = "auto") -> Tensor:
     """Computes softmax attention of the queries of each item over the keys of the same item.
 
@@ -79,15 +97,21 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, width
     """Returns the back end for heads of `width`: sdpa, varlen, flash2, flash3 or flash4.
 
     Args: backend: a back end, flash for the best installed flash-attn, or auto for the fastest back end.
+    Torch's deterministic algorithms restrict the choice to back ends with a deterministic backward pass.
     Raises: ConfigError if `backend` cannot run here.
     """
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return _chosen(backend, device.type, capability, dtype, width)
+    gpu = _gpu(device) if device.type == "cuda" else NO_GPU
+    return _chosen(backend, device.type, gpu, dtype, width, torch.are_deterministic_algorithms_enabled())
 
 
 @cache
-def _chosen(backend: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> str:
-    name, reason = select(backend, device, capability, dtype, width)
+def _gpu(device: torch.device) -> Gpu:
+    return Gpu(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+
+
+@cache
+def _chosen(backend: str, device: str, gpu: Gpu, dtype: torch.dtype, width: int, deterministic: bool) -> str:
+    name, reason = select(backend, device, gpu, dtype, width, deterministic=deterministic)
     _report(device, _plain(dtype), name, reason)
     return name
 
@@ -98,13 +122,15 @@ def _report(device: str, dtype: str, name: str, reason: str) -> None:
     logger.info("attention on %s in %s: %s (%s)", device, dtype, name, reason)
 
 
-def select(backend: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> tuple[str, str]:
+def select(
+    backend: str, device: str, gpu: Gpu, dtype: torch.dtype, width: int, *, deterministic: bool = False
+) -> tuple[str, str]:
     """Returns the back end and the reason for it in words.
 
-    Args: capability: compute capability of the GPU; width: number of values per head.
+    Args: width: number of values per head; deterministic: whether the backward pass must repeat its bits.
     Raises: ConfigError if `backend` cannot run there.
     """
-    obstacles = {name: _obstacle(name, device, capability, dtype, width) for name in _order(capability)}
+    obstacles = {name: _obstacle(name, device, gpu, dtype, width, deterministic) for name in _order(gpu.capability)}
     able = [name for name, obstacle in obstacles.items() if not obstacle]
     wanted = [name for name in obstacles if backend in ("auto", name) or (backend == "flash" and name in FLASH)]
     chosen = next((name for name in wanted if name in able), None)
@@ -127,14 +153,17 @@ def _order(capability: tuple[int, int]) -> tuple[str, ...]:
     return (*flash.get(capability[0], ("flash4", "flash2", "flash3")), "varlen", "sdpa")
 
 
-def _obstacle(name: str, device: str, capability: tuple[int, int], dtype: torch.dtype, width: int) -> str:
+def _obstacle(name: str, device: str, gpu: Gpu, dtype: torch.dtype, width: int, deterministic: bool) -> str:
     """Returns why a back end cannot run, with a remedy; empty if it can run."""
     if name == "sdpa":
         return ""
     if device != "cuda":
         return "needs a GPU"
+    capability = gpu.capability
     if capability < (8, 0):
-        return f"needs a GPU of compute capability 8.0 or higher, this one has {capability[0]}.{capability[1]}"
+        return f"needs a GPU of compute capability 8.0 or higher, {gpu} is below"
+    if name == "flash4" and (obstacle := _no_backward(gpu, deterministic)):
+        return obstacle
     if dtype not in HALF:
         return "needs bfloat16 or float16"
     widest = 256 if name != "flash4" or capability[0] == 9 else 128
@@ -145,6 +174,21 @@ def _obstacle(name: str, device: str, capability: tuple[int, int], dtype: torch.
         _load(name)
     except ImportError as error:
         return f"is not installed ({INSTALL[name]})" if _absent(error) else f"does not import ({error})"
+    return ""
+
+
+def _no_backward(gpu: Gpu, deterministic: bool) -> str:
+    """Returns why flash-attn 4 cannot train on a GPU; empty if it can.
+
+    It is refused without gradients too: a pack that runs twice in a step must run on one back end.
+    """
+    if gpu.capability < BACKWARD_FROM:
+        return (
+            f"has no backward pass on {gpu}, only from compute capability {_dotted(BACKWARD_FROM)} on "
+            f"(use flash2: {INSTALL['flash2']}; or varlen, which is {INSTALL['varlen']})"
+        )
+    if deterministic and gpu.capability[0] == UNORDERED:
+        return f"has no deterministic backward pass on {gpu} (use flash2 or varlen, or set deterministic: false)"
     return ""
 
 
@@ -183,6 +227,10 @@ def _varlen(
     function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens
 ) -> Tensor:
     return function(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
 
 
 def _plain(dtype: torch.dtype) -> str:

@@ -1,6 +1,7 @@
 """Packed attention against the softmax formula, and the choice of the back end."""
 
 import inspect
+import re
 import sys
 from types import ModuleType
 
@@ -10,7 +11,7 @@ import torch
 from tests.support.closeness import assert_sums_close
 from univitar_ds.errors import ConfigError
 from univitar_ds.model import attention as module
-from univitar_ds.model.attention import CuSeqlens, attention, choose_backend, select
+from univitar_ds.model.attention import CuSeqlens, Gpu, attention, choose_backend, select
 
 CPU = torch.device("cpu")
 
@@ -52,7 +53,16 @@ def test_spans_keep_lengths_on_the_host_and_bounds_as_int32():
     assert CuSeqlens.of([], CPU).max_length == 0
 
 
-HOPPER, BLACKWELL, AMPERE, VOLTA = (9, 0), (10, 0), (8, 0), (7, 0)
+HOPPER, BLACKWELL, AMPERE, VOLTA, DESKTOP = (
+    Gpu(capability, name)
+    for capability, name in (
+        ((9, 0), "NVIDIA H100"),
+        ((10, 0), "NVIDIA B200"),
+        ((8, 0), "NVIDIA A100-SXM4-80GB"),
+        ((7, 0), "Tesla V100"),
+        ((12, 0), "NVIDIA RTX PRO 6000"),
+    )
+)
 BF16 = torch.bfloat16
 
 
@@ -147,7 +157,7 @@ def test_torchs_own_has_the_parameters_it_is_given():
 
 @pytest.mark.parametrize("width", [64, 80, 120])
 @pytest.mark.parametrize(
-    ("installed", "capability", "chosen"),
+    ("installed", "gpu", "chosen"),
     [
         ((), HOPPER, "varlen"),
         (("flash2",), HOPPER, "flash2"),
@@ -158,11 +168,11 @@ def test_torchs_own_has_the_parameters_it_is_given():
         (("flash4",), BLACKWELL, "flash4"),
     ],
 )
-def test_auto_takes_the_flash_attn_made_for_the_gpu_then_torchs_own(installed, capability, chosen, width, install):
+def test_auto_takes_the_flash_attn_made_for_the_gpu_then_torchs_own(installed, gpu, chosen, width, install):
     install(*installed)
-    assert select("auto", "cuda", capability, BF16, width)[0] == chosen
+    assert select("auto", "cuda", gpu, BF16, width)[0] == chosen
     if installed:
-        assert select("flash", "cuda", capability, BF16, width)[0] == chosen
+        assert select("flash", "cuda", gpu, BF16, width)[0] == chosen
 
 
 def test_auto_is_item_by_item_where_no_packed_kernel_can_run(install):
@@ -198,9 +208,57 @@ def test_a_missing_back_end_says_how_to_install_it(backend, help, install):
 
 def test_the_folder_that_versions_2_and_4_share_does_not_pass_for_version_2(install):
     install("flash4")
-    assert select("auto", "cuda", AMPERE, BF16, 64)[0] == "flash4"
+    assert select("auto", "cuda", BLACKWELL, BF16, 64)[0] == "flash4"
     with pytest.raises(ConfigError, match="flash2 is not installed"):
-        select("flash2", "cuda", AMPERE, BF16, 64)
+        select("flash2", "cuda", BLACKWELL, BF16, 64)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9)])
+@pytest.mark.parametrize("wanted", ["flash4", "flash"])
+def test_flash_attn_4_is_refused_where_its_backward_cannot_run(capability, wanted, install):
+    """As flash-attn-4 4.0.0b36 asserts in `_flash_attn_bwd`; its forward runs there."""
+    install("flash4")
+    gpu = Gpu(capability, "NVIDIA A100-SXM4-80GB")
+    assert select("auto", "cuda", gpu, BF16, 64)[0] == "varlen"
+    with pytest.raises(ConfigError) as raised:
+        select(wanted, "cuda", gpu, BF16, 64)
+    said = str(raised.value)
+    dotted = f"{capability[0]}.{capability[1]}"
+    assert f"flash4 has no backward pass on NVIDIA A100-SXM4-80GB (compute capability {dotted}), only from" in said
+    assert "compute capability 9.0 on (use flash2: pip install flash-attn" in said
+    assert "Usable here: varlen, sdpa, or auto" in said
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_steps_refuse_flash_attn_4_only_where_it_cannot_repeat_its_bits(deterministic, install):
+    install("flash4")
+    for gpu in (HOPPER, BLACKWELL):
+        assert select("auto", "cuda", gpu, BF16, 64, deterministic=deterministic)[0] == "flash4"
+    chosen, reason = select("auto", "cuda", DESKTOP, BF16, 64, deterministic=deterministic)
+    assert chosen == ("varlen" if deterministic else "flash4")
+    if deterministic:
+        sentence = r"flash4 has no deterministic backward pass on NVIDIA RTX PRO 6000 \(compute capability 12.0\)"
+        assert re.search(sentence, reason)
+        with pytest.raises(ConfigError, match=f"{sentence} .*set deterministic: false"):
+            select("flash4", "cuda", DESKTOP, BF16, 64, deterministic=True)
+
+
+def test_the_gpu_and_torchs_setting_decide(install, monkeypatch):
+    """Not one choice for all settings of a process: a run may set them after a choice was made."""
+    install("flash4")
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA RTX PRO 6000")
+    module._gpu.cache_clear()
+    try:
+        assert choose_backend("auto", device, BF16, 72) == "flash4"
+        torch.use_deterministic_algorithms(True)
+        assert choose_backend("auto", device, BF16, 72) == "varlen"
+        with pytest.raises(ConfigError, match="RTX PRO 6000"):
+            choose_backend("flash4", device, BF16, 72)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        module._gpu.cache_clear()
 
 
 def test_a_package_that_is_broken_is_not_called_missing(monkeypatch, install):

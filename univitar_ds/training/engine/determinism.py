@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+from univitar_ds.errors import ConfigError, first_line
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+WORKSPACES = (":4096:8", ":16:8")
+"""Values of the variable with which cuBLAS repeats its bits."""
+
 
 def set_deterministic(wanted: bool) -> None:
-    """Sets whether torch uses deterministic operations in this process. The project's own kernels are always
+    """Sets whether torch uses only deterministic operations in this process. The project's own kernels are always
     deterministic; the deterministic backward pass of attention is slower.
 
-    Must be called before the first matrix product, since cuBLAS reads its setting once. torch warns about operations
-    that have no deterministic form.
+    Must be called before the first matrix product, since cuBLAS reads its setting once. The setting is strict: only
+    then torch's attention, in packs and in the text tower, takes its deterministic backward pass. An operation without
+    a deterministic form raises an error, see `explained`.
+    Raises: ConfigError if the environment asks for a cuBLAS that does not repeat its bits.
     """
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    if wanted and os.environ.setdefault(WORKSPACE, WORKSPACES[0]) not in WORKSPACES:
+        raise ConfigError(
+            f"deterministic is true and the environment has {WORKSPACE}={os.environ[WORKSPACE]}, with which cuBLAS "
+            f"does not repeat its bits; unset it, or set it to {' or '.join(WORKSPACES)}"
+        )
+    torch.use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # filling new memory only helps to find bugs
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def explained(deterministic: bool) -> Iterator[None]:
+    """Raises: ConfigError in place of torch's error about an operation of the body that has no deterministic form."""
+    try:
+        yield
+    except RuntimeError as error:
+        if deterministic and "deterministic" in str(error) and "use_deterministic_algorithms" in str(error):
+            raise ConfigError(
+                f"deterministic is true, but an operation of the step has no deterministic form on this device: "
+                f"{first_line(error)}. Set deterministic: false, or replace the operation if a plugin brings it"
+            ) from error
+        raise

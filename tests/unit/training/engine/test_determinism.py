@@ -3,7 +3,8 @@ import os
 import pytest
 import torch
 
-from univitar_ds.training.engine.determinism import set_deterministic
+from univitar_ds.errors import ConfigError
+from univitar_ds.training.engine.determinism import explained, set_deterministic
 
 
 @pytest.fixture(autouse=True)
@@ -16,10 +17,11 @@ def as_before(monkeypatch):
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def test_attention_and_matrix_products_are_reported_to_repeat_their_bits():
+def test_attention_and_matrix_products_are_asked_to_repeat_their_bits():
     set_deterministic(True)
     assert torch.are_deterministic_algorithms_enabled()  # what the attention back ends look at
-    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    # With it torch's attention ignores the setting: varlen_attn, and the text tower's scaled dot products.
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
@@ -34,3 +36,29 @@ def test_by_default_nothing_is_asked_of_them():
     set_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_a_setting_for_cublas_that_does_not_repeat_its_bits_is_refused(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    with pytest.raises(ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8.*set it to :4096:8 or :16:8"):
+        set_deterministic(True)
+    set_deterministic(False)
+
+
+def unordered():
+    torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+
+
+def test_an_operation_without_a_deterministic_form_ends_the_run_with_a_remedy():
+    set_deterministic(True)
+    wanted = r"put_ does not have a deterministic impl.*Set deterministic: false"
+    with pytest.raises(ConfigError, match=wanted), explained(True):
+        unordered()
+
+
+def test_other_errors_of_a_step_stay_as_they_are():
+    with pytest.raises(RuntimeError, match="size of tensor"), explained(True):
+        torch.zeros(3) + torch.zeros(2)
+    torch.use_deterministic_algorithms(True)  # set by someone else
+    with pytest.raises(RuntimeError, match="put_"), explained(False):
+        unordered()
