@@ -73,6 +73,13 @@ def on_two_ranks(folder):
         "bf16 zero2": run("b2", bf16=True, stage=2),
         "bf16 zero1": run("b1", bf16=True, stage=1),
         "recomputed": run("recomputed", model=StandIn(checkpointing=True)),
+        **{
+            (name, keep): run(f"{name}, {keep}", options={"keep": keep, "read_gradient": True}, **KINDS[name])
+            for name in KINDS
+            for keep in (0, 2)
+        },
+        "recomputed, 2": run("recomputed, 2", model=StandIn(checkpointing=True), options={"keep": 2}),
+        "gathered": {keep: gathered(world, keep) for keep in (0, 1, 2)},
     }
     return answers | {
         "unused": unused(world, folder / "unused"),
@@ -80,6 +87,19 @@ def on_two_ranks(folder):
         "all empty": empty(world, range(LANES)),
         "nan": poisoned(world, folder / "nan"),
     }
+
+
+def gathered(world, keep):
+    """Weights that are whole when a backward pass reaches the first block, for each pack of a step with ZeRO-3."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    engine, seen = engine_of(world, StandIn(depth=4), kept_whole=0), []
+    parameters = list(engine.module.parameters())
+    whole = lambda *_: seen.append(sum(p.ds_status == ZeroParamStatus.AVAILABLE for p in parameters))  # noqa: E731
+    engine.module.blocks[0].register_full_backward_hook(whole)
+    steps(engine, 0, 2, keep=keep)
+    engine.close()
+    return seen
 
 
 def unused(world, folder):
@@ -165,6 +185,32 @@ def test_activation_checkpointing_changes_no_bit(two_ranks):
     assert all(torch.equal(recomputed_weights[name], value) for name, value in plain_weights.items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_packs_that_run_once_change_no_bit(two_ranks, kind):
+    """On two ranks with two packs each: none, one and both of them run once."""
+    for answers in two_ranks:
+        (never, never_weights, norm) = answers[kind, 0]
+        for results, whole, other in (answers[kind], answers[kind, 2]):
+            assert results == never
+            assert other == norm
+            assert all(torch.equal(whole[name], value) for name, value in never_weights.items())
+
+
+def test_packs_that_run_once_and_recompute_their_blocks_change_no_bit(two_ranks):
+    (never, never_weights, _), (both, weights, _) = two_ranks[0]["zero3", 0], two_ranks[0]["recomputed, 2"]
+    assert both == never
+    assert all(torch.equal(weights[name], value) for name, value in never_weights.items())
+
+
+def test_zero3_releases_the_weights_in_every_backward_pass_of_packs_that_run_once(two_ranks):
+    for answers in two_ranks:
+        seen = answers["gathered"]
+        assert len(seen[0]) == 4, "two steps of two packs"
+        assert max(seen[0]) < sum(1 for _ in StandIn(depth=4).parameters()) / 2
+        assert max(seen[1]) <= max(seen[0])
+        assert max(seen[2]) <= max(seen[0])
+
+
 @pytest.mark.parametrize("stage", [3, 2, 1])
 def test_a_parameter_unused_in_a_step_keeps_its_value_but_for_decay(two_ranks, stage):
     """Three steps used it. Without momentum, as here, AdamW's update of a zero gradient is the decay alone."""
@@ -220,7 +266,7 @@ def on_four_ranks(folder):
     world = start_world()
     return {
         "one pass": trained(world, folder / "one", options={}),
-        "two passes": trained(world, folder / "two", options={"single_pass": False, "read_gradient": True}),
+        "two passes": trained(world, folder / "two", options={"keep": 0, "read_gradient": True}),
         "watched": watched(world, folder / "watched"),
     }
 

@@ -42,6 +42,7 @@ RESULT_FREE = (
     "model.attention",
     "model.compile",
     "model.checkpoint_every",
+    "objective.grad_cache_keep",
     "objective.teacher.partitioned",
     "objective.teacher.cache",
     "guard",

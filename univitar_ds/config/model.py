@@ -165,6 +165,11 @@ class ObjectiveConfig(Section):
         ClassificationConfig(), description="label smoothing and mixing, for kind classification"
     )
     chunk: Positive = Field(1024, description="texts compared at a time; limits the memory of the loss")
+    grad_cache_keep: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="packs of a process that run once in a step instead of twice; the activations of these packs are "
+        "in memory together. auto: as many as fit on a GPU, 1 on a CPU; 0: every pack runs twice. It changes no result",
+    )
     same_caption_positive: bool = Field(False, description="identical captions in one step count as positives")
     teacher: TeacherConfig | None = Field(
         None, description="teacher of the distillation loss, whose weight is stages.N.distill"

@@ -146,7 +146,7 @@ def _stage(place: str, stage: StageConfig) -> UnusedKeys:
 def _objective(objective: ObjectiveConfig, stages: Sequence[StageConfig]) -> UnusedKeys:
     teacher = objective.teacher
     if objective.classifies:
-        names = ("chunk", "same_caption_positive")
+        names = ("chunk", "grad_cache_keep", "same_caption_positive")
         yield from _because(_given("objective", objective, *names), "they belong to the contrastive losses")
     else:
         names = tuple(type(objective.classification).model_fields)

@@ -54,7 +54,8 @@ class Exchange:
         self.group = group
         self.size = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if self.size > 1 else 0
-        counts = mine = torch.full((1,), items, dtype=torch.int64, device=device)  # no copy, which the host would wait for
+        # Without a copy, which the host would wait for.
+        counts = mine = torch.full((1,), items, dtype=torch.int64, device=device)
         if self.size > 1:
             counts = mine.new_empty(self.size)
             dist.all_gather_single(counts, mine, group=group)

@@ -33,7 +33,7 @@ from univitar_ds.training.checkpoint.sharded import save_checkpoint
 from univitar_ds.training.distributed import preemption
 from univitar_ds.training.distributed.preemption import NEVER, SAVED, Stop
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json, gather_json
-from univitar_ds.training.engine.determinism import set_deterministic
+from univitar_ds.training.engine.determinism import explained, set_deterministic
 from univitar_ds.training.engine.engine import versions
 from univitar_ds.training.engine.optim import trained_parts
 from univitar_ds.training.logging.metrics import local_metrics, part_norms, reduce_metrics
@@ -43,12 +43,14 @@ from univitar_ds.training.step.classification import classification_step
 from univitar_ds.training.step.curriculum import Progress, advance, distills_later, lr_at, modality_at, weight_at
 from univitar_ds.training.step.feature_snapshot import capture_features
 from univitar_ds.training.step.guard import named_samples, spike_reason
+from univitar_ds.training.step.kept_packs import KeptPacks
 from univitar_ds.training.step.peak_flops import find_peak
 from univitar_ds.training.step.train_step import (
     DivergedError,
     NotFiniteError,
     StepResult,
     StepSettings,
+    encoded_before_first,
     train_step,
 )
 from univitar_ds.training.summary import write_summary
@@ -118,6 +120,7 @@ class _Trainer:
         self.lanes = world.lanes(cfg.data.lanes)
         self.stop, self.leaving = stop, False
         self.teacher: Teacher | None = None
+        self.kept = KeptPacks(1, len(self.lanes), world)
         self.classes = ClassList.read(run / CLASSES) if cfg.objective.classifies else None
         self.logs = RunLogs(cfg, run, world)
         self.callbacks = Callbacks(world)
@@ -184,6 +187,8 @@ class _Trainer:
         self._prepare_teacher()
         every = stage.checkpoint_every
         self.engine.module.vision.checkpoint_every = self.cfg.model.checkpoint_every if every is None else every
+        wanted = self.cfg.objective.grad_cache_keep if self.classes is None else 1
+        self.kept = KeptPacks(wanted, len(self.lanes), self.world)
         with self._loader(stage) as loader:
             while self.state.progress.stage == number:
                 start = time.perf_counter()
@@ -315,8 +320,10 @@ class _Trainer:
         modality = batches[0].modality
         settings = self._settings(stage)
         drawn_batch = batches[0] if self.logs.draws(progress.step + 1, modality) else None
+        before = 0 if self.classes is not None else encoded_before_first(len(batches))
+        features = capture_features(self.engine.module.vision, drawn_batch, before=before)
         try:
-            with capture_features(self.engine.module.vision, drawn_batch) as snapshots:
+            with explained(self.cfg.deterministic), self.kept.measured(), features as snapshots:
                 objective = self.cfg.objective
                 if self.classes is None:
                     result = train_step(self.engine, batches, settings, objective, self.teacher)
@@ -381,6 +388,7 @@ class _Trainer:
             distill_weight=weight_at(stage.distill, done, stage.samples),
             dropping=DropConfig.of(stage, self.engine.module.vision.config, seed=self.cfg.seed, step=progress.step),
             read_gradient=(progress.step + 1) % self.cfg.logging.every_steps == 0,
+            keep=self.kept.count,
         )
 
     def _advance(

@@ -46,6 +46,7 @@ UNUSED = [
     (["objective.kind=softmax", "model.logit_bias_init=-3"], "model.logit_bias_init", "softmax"),
     (["objective.classification.mixup=1"], "objective.classification.mixup", "kind is sigmoid"),
     ([*CLASSIFIES, "objective.chunk=8"], "objective.chunk", "contrastive losses"),
+    ([*CLASSIFIES, "objective.grad_cache_keep=2"], "objective.grad_cache_keep", "contrastive losses"),
     ([*CLASSIFIES, "model.embed_dim=8"], "model.embed_dim", "no text tower"),
     (
         [*CLASSIFIES, "evaluation.image_templates=['my {}']"],

@@ -1,6 +1,6 @@
 """DeepSpeed behind a small interface: the only file of the trainer that uses DeepSpeed.
 
-This file handles five behaviours that DeepSpeed does not report:
+This file handles six behaviours that DeepSpeed does not report:
 - DeepSpeed averages gradients over ranks and over accumulation. The loss is already divided by a global count, so
   `backward` undoes both averages.
 - Under ZeRO-3 a parameter that a step does not use is updated again with its previous gradient, so `zero_grad` clears
@@ -8,6 +8,8 @@ This file handles five behaviours that DeepSpeed does not report:
 - Under ZeRO-3 a weight is gathered only while the module that owns it runs. The `external_parameters` of a module are
   gathered with the module's own weights, in forward and in backward.
 - After `module(...)` instead of `engine(...)` a second pack overwrites the gradients of the first pack.
+- A backward pass without a forward pass since the last one counts as a part of that one: under ZeRO-3 its gradients
+  replace the gradients of the last one. `backward` begins a new one.
 - DeepSpeed's checkpoints load only on the same number of ranks, so `training/checkpoint/sharded.py` writes the shards
   of this rank, which `pieces` returns.
 """
@@ -139,7 +141,11 @@ class Engine:
                 flat.grad.zero_()
 
     def backward(self, surrogate: Tensor) -> None:
-        """Adds the gradient of `surrogate`, one pack's part of the step. Gradients are summed over packs and ranks."""
+        """Adds the gradient of `surrogate`, one pack's part of the step. Gradients are summed over packs and ranks.
+
+        The forward passes of several packs may come before the backward pass of the first; see `HookCounts`.
+        """
+        self._optimizer.clear_backward_seen_flag()  # only `forward` calls it otherwise
         with self._streams_in_order():
             self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
 

@@ -80,7 +80,6 @@ class Distillation:
         features of all items.
 
         Called before the student's forward with gradients, so that the memory of the teacher's forward is free by then.
-        With `single_pass` and one pack per rank, that forward has run already.
 
         Args: device_pixels: the pack's pixels if they are already on the device; otherwise the teacher copies them.
         """

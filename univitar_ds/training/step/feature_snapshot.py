@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -32,10 +33,14 @@ class FeatureSnapshot:
 
 
 @contextmanager
-def capture_features(vision: nn.Module, batch: PackedBatch | None) -> Iterator[list[FeatureSnapshot]]:
-    """Adds a `FeatureSnapshot` of the first pack that `vision` encodes in the context to the list that it yields.
+def capture_features(
+    vision: nn.Module, batch: PackedBatch | None, *, before: int = 0
+) -> Iterator[list[FeatureSnapshot]]:
+    """Adds a `FeatureSnapshot` of `batch` to the list that it yields, when `vision` encodes it in the context.
 
-    Args: batch: the first pack that `vision` encodes. The list stays empty if the batch is None or has no items.
+    The list stays empty if the batch is None or has no items.
+    Args: before: number of packs that `vision` encodes before this one; 0 in a `classification_step`, and
+        `train_step.encoded_before_first` for the first pack of a `train_step`.
     """
     snapshots: list[FeatureSnapshot] = []
     if not batch:
@@ -43,9 +48,10 @@ def capture_features(vision: nn.Module, batch: PackedBatch | None) -> Iterator[l
         return
     lengths = [token_count(grid) for grid in batch.grid_thw.tolist()]
     items = _fitting_items(lengths)
+    encoded = count()
 
     def copy_some(_: nn.Module, __: Any, keywords: dict[str, Any], output: Tensor) -> None:
-        if snapshots:
+        if next(encoded) != before:
             return
         total = sum(lengths[:items])
         kept = getattr(keywords.get("drops"), "kept", None)

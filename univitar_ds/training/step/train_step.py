@@ -1,11 +1,11 @@
 """One optimizer update over one pack from every lane, for any number of ranks (GradCache, arXiv:2101.06983).
 
-The loss compares all items of the step, but a rank has memory for the activations of one pack only. The packs are
-first embedded without gradient, and the loss gives the gradient of every embedding. Then each pack runs again with
-gradient, and the gradient of its embeddings is backpropagated. A rank with a single pack runs the pack only once. One
-and two passes give the same numbers because the model draws no random numbers: dropped tokens and branches are drawn
-before the passes (`model.dropping`). The distillation loss is a sum over tokens and items, and is computed pack by pack
-in the passes with gradient.
+The loss compares all items of the step, but a rank has memory for the activations of a few packs only. The packs are
+first embedded, and the loss gives the gradient of every embedding. The gradient of a pack's embeddings is then
+backpropagated through the pack's graph. `StepSettings.keep` packs keep their graph from the first pass; the others are
+embedded without gradient and run again. One and two passes give the same numbers because the model draws no random
+numbers: dropped tokens and branches are drawn before the passes (`model.dropping`). The distillation loss is a sum over
+tokens and items, and is computed pack by pack in the passes with gradient.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from torch import Tensor
 from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.errors import UserError
 from univitar_ds.model.dropping import NO_DROPPING, DropConfig, DropPlan
-from univitar_ds.model.teacher.teacher import Teacher
+from univitar_ds.model.teacher.teacher import Teacher, TeacherFeatures
 from univitar_ds.model.transfer import to_device
 from univitar_ds.objectives.exchange import ContrastiveResult, Exchange
 from univitar_ds.objectives.pairs import PairGradients, loss_of_pairs, pair_losses
 from univitar_ds.objectives.sigmoid import sigmoid_loss
 from univitar_ds.objectives.softmax import softmax_loss
 from univitar_ds.plugins import calling, objective_named
+from univitar_ds.training.engine.backward_hooks import HookCounts
 from univitar_ds.training.engine.engine import Engine
 from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
 
@@ -91,7 +92,8 @@ class StepSettings:
     """Settings of a step.
 
     `dropping` are the tokens and branches that the encoder drops, by lane. With `read_gradient` the norms of the
-    gradient's parts are computed (`Engine.zero_grad`). With `single_pass` a rank with one pack runs the pack once.
+    gradient's parts are computed (`Engine.zero_grad`). `keep` packs of a rank run only once, and their activations are
+    in memory together; it changes no bit of the result, and is the same on all ranks.
     """
 
     lr: float
@@ -99,7 +101,7 @@ class StepSettings:
     distill_weight: float = 0.0
     dropping: DropConfig = NO_DROPPING
     read_gradient: bool = False
-    single_pass: bool = True
+    keep: int = 1
 
 
 def train_step(
@@ -127,21 +129,19 @@ def train_step(
     caption_ids = to_device(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
     # Ranks exchange their numbers of items during the embedding.
     exchange = Exchange(len(caption_ids), engine.world.device)
-    once = settings.single_pass and len(batches) == 1
-    with torch.set_grad_enabled(once):  # the features for a teacher are large, and kept only for a single pack
-        outputs = [output if once else output[:4] for output in (engine(*pack) for pack in inputs)]
+    outputs, graphs = _embed(engine, inputs, settings.keep, distillation)
     result = _contrastive(outputs, caption_ids, exchange, objective)
     # All ranks run the backward passes of every step. A loss that is not finite gets a gradient that is not finite.
     weight = settings.contrastive_weight if math.isfinite(result.loss) else math.nan
     counts = [len(batch.caption_ids) for batch in batches]
     gradients = zip(result.vision_grad.split(counts), result.text_grad.split(counts), strict=True)
     for index, (pack, pack_grads) in enumerate(zip(inputs, gradients, strict=True)):
-        features = distillation.features(index, pack[0]) if distillation else None
-        output = outputs[0] if once else engine(*pack)
-        loss = weight * _surrogate(output[:4], *pack_grads, result, len(batches))
-        engine.backward(loss + distillation.loss(output[4], features) if distillation else loss)
-        last = index == len(inputs) - 1
-        engine.step(_report(output, distillation) if last else None)
+        graph = graphs.pop(index, None) or _with_graph(engine, index, pack, distillation)
+        graph.hooks.restore()
+        loss = weight * _surrogate(graph.output[:4], *pack_grads, result, len(batches))
+        engine.backward(loss + graph.distill_loss(distillation) if distillation else loss)
+        engine.step(_report(outputs[0], distillation) if index == len(inputs) - 1 else None)
+        del graph, loss  # before the next pack needs the memory
     if not engine.updated:
         raise NotFiniteError(not_finite(result.loss, settings.lr), result.items, _suspects(outputs))
     norm = engine.grad_norm
@@ -173,6 +173,11 @@ def _suspects(outputs: Sequence[Sequence[Tensor]]) -> list[int]:
     return (~torch.cat(finite)).nonzero()[:, 0].tolist()
 
 
+def encoded_before_first(packs: int) -> int:
+    """Returns how many packs of a rank are embedded before its first pack; see `_embed`."""
+    return packs - 1
+
+
 def loss_named(kind: str) -> Callable[..., ContrastiveResult]:
     """Returns the loss of an `objective.kind`, with the arguments of `softmax_loss`.
 
@@ -190,15 +195,53 @@ def loss_named(kind: str) -> Callable[..., ContrastiveResult]:
     return partial(loss_of_pairs, loss)
 
 
+@dataclass(frozen=True)
+class _Graph:
+    """The forward pass of a pack with gradient, and the features of the teacher, computed before it."""
+
+    output: Any
+    features: TeacherFeatures | None
+    hooks: HookCounts
+
+    def distill_loss(self, distillation: Distillation) -> Tensor:
+        return distillation.loss(self.output[4], self.features)
+
+
+def _with_graph(engine: Engine, index: int, pack: tuple[Any, ...], distillation: Distillation | None) -> _Graph:
+    # The teacher comes first, so that the memory of its forward pass is free when the student's activations need it.
+    features = distillation.features(index, pack[0]) if distillation else None
+    return _Graph(engine(*pack), features, HookCounts.of(engine.module))
+
+
+def _embed(
+    engine: Engine, inputs: Sequence[tuple[Any, ...]], keep: int, distillation: Distillation | None
+) -> tuple[list[Outputs], dict[int, _Graph]]:
+    """Returns the outputs of all packs without gradient, in their order, and the graphs of the first `keep` packs.
+
+    These packs run last, and the backward passes begin with them. So no pack runs forward while graphs are kept that
+    it does not need, and the gradients are added in the order of the packs, as without kept graphs.
+    """
+    outputs: dict[int, Outputs] = {}
+    graphs: dict[int, _Graph] = {}
+    for index in reversed(range(len(inputs))):
+        if index < keep:
+            graphs[index] = _with_graph(engine, index, inputs[index], distillation)
+            outputs[index] = tuple(output.detach() for output in graphs[index].output[:4])
+            continue
+        with torch.no_grad():
+            outputs[index] = engine(*inputs[index])[:4]  # the features for a teacher are large
+    return [outputs[index] for index in range(len(inputs))], graphs
+
+
 def _contrastive(
-    outputs: Sequence[Sequence[Tensor]], caption_ids: Tensor, exchange: Exchange, objective: ObjectiveConfig
+    outputs: Sequence[Outputs], caption_ids: Tensor, exchange: Exchange, objective: ObjectiveConfig
 ) -> ContrastiveResult:
     """Returns the loss over all items of the step on all ranks, and the gradients of this rank's embeddings."""
     return loss_named(objective.kind)(
-        torch.cat([output[0].detach() for output in outputs]),
-        torch.cat([output[1].detach() for output in outputs]),
-        outputs[0][2].detach(),
-        outputs[0][3].detach(),
+        torch.cat([output[0] for output in outputs]),
+        torch.cat([output[1] for output in outputs]),
+        outputs[0][2],
+        outputs[0][3],
         caption_ids,
         chunk=objective.chunk,
         same_caption_positive=objective.same_caption_positive,

@@ -34,6 +34,16 @@ def test_the_first_pack_is_seen_as_it_left_the_encoder_and_nobody_looks_afterwar
     assert not snapshot.tokens.requires_grad
 
 
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_the_pack_is_known_by_how_many_are_encoded_before_it(before):
+    encoder = Encoder()
+    with capture_features(encoder, grey_pack((1, 1, 2)), before=before) as snapshots:
+        for first in (0, 10, 20, 30):
+            encoder(2, first)
+    (snapshot,) = snapshots
+    assert snapshot.tokens.flatten().tolist() == [10 * before, 10 * before + 1]
+
+
 def test_nobody_looks_after_a_step_that_failed():
     encoder = Encoder()
     with pytest.raises(ValueError, match="the step"), capture_features(encoder, grey_pack((1, 1, 2))) as snapshots:
