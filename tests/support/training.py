@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tests.support.standin import LANES, StandIn, pack
+from univitar_ds.config.deepspeed import SHARDING
 from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.formats.elastic import read_full
@@ -24,9 +25,17 @@ def lr(step: int) -> float:
 
 
 def ds_config(
-    gas: int, *, stage: int = 3, bf16: bool = False, offload: bool = False, kept_whole: int = 50
+    gas: int,
+    *,
+    stage: int = 3,
+    bf16: bool = False,
+    offload: bool = False,
+    kept_whole: int = 50,
+    sharing: int | None = None,
 ) -> dict[str, Any]:
-    """A DeepSpeed config with small buckets, which parameters cross; those up to `kept_whole` elements stay whole."""
+    """A DeepSpeed config with small buckets, which parameters cross; those up to `kept_whole` elements stay whole.
+
+    Groups of `sharing` ranks share a training state; None: all ranks."""
     zero = {
         "stage": stage,
         "overlap_comm": False,
@@ -43,6 +52,7 @@ def ds_config(
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
         "zero_optimization": zero,
+        **({} if sharing is None else {SHARDING: sharing}),
         **precision,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.regular_files import read_utf8
 
+AUTO = "auto"
+"""Value of the key `deepspeed` with which a run chooses a file of `ds_configs/`; see `planning.deepspeed_auto`."""
+SHARDING = "sharding_ranks"
+"""Key of a DeepSpeed JSON that DeepSpeed does not know: how many ranks share a training state under ZeRO-3, a number
+of consecutive ranks or NODE. Without it all ranks share one."""
+NODE = "node"
+"""Value of SHARDING: the ranks of each machine."""
 OWNED_BY_RUN = {
     "optimizer": "optimizer",
     "scheduler": "stages.*.lr",
@@ -31,7 +39,7 @@ def deepspeed_path(name: str) -> Path:
     if (folder / f"{name}.json").is_file():
         return folder / f"{name}.json"
     names = ", ".join(sorted(file.stem for file in folder.glob("*.json")))
-    raise ConfigError(f"deepspeed: no file {name!r}; give the path of a JSON or one of {names}")
+    raise ConfigError(f"deepspeed: no file {name!r}; give the path of a JSON, {AUTO}, or one of {names}")
 
 
 def read_deepspeed(name: str) -> dict[str, Any]:
@@ -55,6 +63,12 @@ def lanes_per_rank(lanes: int, world_size: int) -> int:
             f"run {divisors} ranks, or start a new run with another data.lanes"
         )
     return lanes // world_size
+
+
+def sharing_ranks(content: Mapping[str, Any], world_size: int, node: int) -> int:
+    """Returns how many ranks share a training state. Args: node: ranks on each machine."""
+    value = content.get(SHARDING, world_size)
+    return min(world_size, node if value == NODE else value)
 
 
 def resolve_deepspeed(
@@ -87,6 +101,7 @@ def resolve_deepspeed(
     ]
     if content.get("fp16", {}).get("enabled"):
         faults.append(f"fp16 is enabled in {json_file}; bf16 and fp32 are supported: set bf16.enabled")
+    faults += _sharding_faults(content, world_size, json_file)
     if faults:
         raise ConfigError("\n  - ".join(["the two configurations contradict each other:", *faults]))
     quiet = {
@@ -96,3 +111,22 @@ def resolve_deepspeed(
         "zero_allow_untested_optimizer": True,
     }
     return {**quiet, **content, **owned}
+
+
+def _sharding_faults(content: Mapping[str, Any], world_size: int, json_file: str) -> Iterator[str]:
+    """Yields sentences on a SHARDING that cannot be used."""
+    value = content.get(SHARDING)
+    if value is None:
+        return
+    where, zero = f"{SHARDING} is {value!r} in {json_file}", content.get("zero_optimization", {})
+    if value != NODE and (type(value) is not int or value < 1):
+        yield f"{where}; give {NODE!r} or a number of ranks"
+    elif value != NODE and world_size % value:
+        yield f"{where}, which does not divide {world_size} ranks; give a divisor or {NODE!r}"
+    if zero.get("stage") != 3:
+        yield f"{where} with ZeRO stage {zero.get('stage', 0)}; it needs stage 3, remove one of them"
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device", "none") != "none":
+            yield f"{where} with {name}, which reads gradients before they are summed over groups; remove one of them"
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        yield f"{where} with zero_hpz_partition_size, which keeps weights within a machine too; remove one of them"

@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from univitar_ds.config.deepspeed import deepspeed_path, read_deepspeed, resolve_deepspeed
+from univitar_ds.config.deepspeed import (
+    NODE,
+    SHARDING,
+    deepspeed_path,
+    read_deepspeed,
+    resolve_deepspeed,
+    sharing_ranks,
+)
 from univitar_ds.config.load import check_config
 from univitar_ds.errors import ConfigError
 
@@ -64,4 +71,31 @@ def test_a_missing_json_names_the_shipped_ones():
 
 def test_shipped_jsons_hold_no_key_of_the_run_file():
     for file in deepspeed_path("zero3_cpu").parent.glob("*.json"):
-        assert set(json.loads(file.read_text())) <= {"bf16", "data_types", "zero_optimization"}
+        assert set(json.loads(file.read_text())) <= {"bf16", "data_types", "zero_optimization", SHARDING}
+
+
+@pytest.mark.parametrize(("value", "ranks"), [(None, 16), (NODE, 8), (4, 4), (16, 16)])
+def test_a_number_of_ranks_or_those_of_a_machine_share_a_state(value, ranks):
+    content = {} if value is None else {SHARDING: value}
+    assert sharing_ranks(content, 16, 8) == ranks
+    assert sharing_ranks({SHARDING: NODE}, 2, 8) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "zero", "said"),
+    [
+        (3, {}, r"sharding_ranks is 3 in zero\.json, which does not divide 4 ranks; give a divisor or 'node'"),
+        (0, {}, "sharding_ranks is 0 .*give 'node' or a number"),
+        (True, {}, "sharding_ranks is True .*give 'node' or a number"),
+        ("nodes", {}, "sharding_ranks is 'nodes' .*give 'node' or a number"),
+        ([2], {}, r"sharding_ranks is \[2\] .*give 'node' or a number"),
+        (2, {"stage": 2}, "with ZeRO stage 2; it needs stage 3"),
+        (2, {"offload_optimizer": {"device": "cpu"}}, "with offload_optimizer, which reads gradients"),
+        (2, {"offload_param": {"device": "cpu"}}, "with offload_param"),
+        (2, {"zero_hpz_partition_size": 2}, "with zero_hpz_partition_size"),
+    ],
+)
+def test_a_sharding_that_cannot_be_used_is_a_sentence(config, value, zero, said):
+    content = {SHARDING: value, "zero_optimization": {"stage": 3, **zero}}
+    with pytest.raises(ConfigError, match=said):
+        resolve_deepspeed(config, 4, content, NAMES)

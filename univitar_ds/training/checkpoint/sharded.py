@@ -85,7 +85,7 @@ def _write_rank(pieces: Sequence[ParamShard], world: World, folder: Path) -> Pat
 def _writes(piece: ParamShard, world: World) -> bool:
     """Whether this rank writes a piece. Only rank 0 writes a frozen parameter that every rank has in full."""
     shared = FROZEN in piece.tensors and piece.length == math.prod(piece.shape)
-    return piece.length > 0 and not (shared and world.rank)
+    return piece.written and piece.length > 0 and not (shared and world.rank)
 
 
 def _share(pieces: Sequence[ParamShard], world: World, cursors: dict[int, dict[str, Any]]) -> dict[str, Any]:

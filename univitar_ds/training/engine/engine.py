@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from univitar_ds.config.deepspeed import SHARDING
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.extras import extra
@@ -40,6 +41,7 @@ from univitar_ds.training.distributed.process_group import World, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
 from univitar_ds.training.engine.device_waits import NO_TIMERS, NormReader, order_streams, streams_in_order
 from univitar_ds.training.engine.free_engine import free_engine
+from univitar_ds.training.engine.node_sharding import Sharding, sharding_of
 from univitar_ds.training.engine.optim import (
     GRADIENT_PARTS,
     build_optimizer,
@@ -72,6 +74,8 @@ class ParamShard:
     shape: tuple[int, ...]
     start: int
     tensors: dict[str, Tensor]
+    written: bool = True
+    """Whether a checkpoint has it from this rank. False: ranks of another group write the same elements."""
 
     @property
     def length(self) -> int:
@@ -87,14 +91,17 @@ class Engine:
         world: World,
         ema_decay: float | None = None,
         exact: Mapping[str, Tensor] | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
-        """Args: exact: float32 values of the model's `exact_parameters`, which DeepSpeed has rounded to bfloat16."""
+        """Args: exact: float32 values of the model's `exact_parameters`, which DeepSpeed has rounded to bfloat16;
+        sharding: None: over all ranks."""
         self._engine = engine
         self._ema_decay = ema_decay
         self._kept = MOMENTS if ema_decay is None else (*MOMENTS, EMA)
         self._optimizer = engine.optimizer
         self._sharded = engine.zero_optimization_stage() == 3
         self.world = world
+        self._sharding = sharding or Sharding(world.rank, world.size)
         self.gradient_squares: dict[str, float] = {}
         """Sums of squares by GRADIENT_PARTS of this rank's share of the last gradient that was read, before clipping.
 
@@ -147,7 +154,7 @@ class Engine:
         """
         self._optimizer.clear_backward_seen_flag()  # only `forward` calls it otherwise
         with self._streams_in_order():
-            self._engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
+            self._engine.backward(surrogate * self._sharding.size, scale_wrt_gas=False)
 
     def step(self, report: Tensor | None = None) -> None:
         """Must be called after every pack. The last call of a step updates the parameters and their average.
@@ -158,6 +165,7 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return
+        self._sharding.sum_gradients(self._optimizer)
         numbers = [] if report is None else [report.double()]
         if self._read_gradient:
             numbers.append(self._squares_by_part())
@@ -203,7 +211,7 @@ class Engine:
                 # An offloaded share is copied, one share at a time.
                 norm = torch.linalg.vector_norm(share, dtype=torch.float32)
                 sums[part_of(name, GRADIENT_PARTS)] += norm.double().square().to(self.world.device)
-        return torch.stack(list(sums.values()))
+        return torch.stack(list(sums.values())) / self._sharding.copies
 
     def _gradient_share(self, parameter: nn.Parameter) -> Tensor | None:
         """Returns this rank's flat share of a parameter's gradient; None if the rank has no share."""
@@ -251,7 +259,8 @@ class Engine:
         if not self._sharded:
             return ParamShard(name, tuple(parameter.shape), 0, {FROZEN: parameter.data.view(-1)})
         start, length = self._range(parameter)
-        return ParamShard(name, tuple(parameter.ds_shape), start, {FROZEN: parameter.ds_tensor.data.view(-1)[:length]})
+        tensors = {FROZEN: parameter.ds_tensor.data.view(-1)[:length]}
+        return ParamShard(name, tuple(parameter.ds_shape), start, tensors, self._sharding.first)
 
     def _sharded_piece(self, name: str, parameter: nn.Parameter) -> ParamShard:
         start, length = self._range(parameter)
@@ -259,14 +268,13 @@ class Engine:
         flat = self._optimizer.fp32_partitioned_groups_flat[group]
         state = self._optimizer.optimizer.state[flat]
         tensors = {MASTER: flat.data, **{key: state[key] for key in self._kept}}
-        return ParamShard(
-            name, tuple(parameter.ds_shape), start, {k: t.narrow(0, offset, length) for k, t in tensors.items()}
-        )
+        own = {kind: tensor.narrow(0, offset, length) for kind, tensor in tensors.items()}
+        return ParamShard(name, tuple(parameter.ds_shape), start, own, self._sharding.first)
 
     def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Returns (start, length) of this rank's part, without the padding of the last parts."""
         total, part = parameter.ds_numel, parameter.partition_numel()
-        start = min(self.world.rank * part, total)
+        start = min(self._sharding.rank * part, total)
         return start, min(part, total - start)
 
     def refresh_params(self) -> None:
@@ -417,14 +425,23 @@ def build_engine(
     for module, parameter in external_parameters(model):
         deepspeed.zero.register_external_parameter(module, parameter)
     exact = {name: getattr(model, name).detach().clone() for name in getattr(model, "exact_parameters", ())}
+    sharding = sharding_of(world, ds_config.get(SHARDING))
+    sharding.mark(model)
     with _silence():
         deepspeed.init_distributed(verbose=False)
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, cfg, began),
-            config={**NO_TIMERS, **ds_config, **OWN_OPTIMIZER},
+            config={
+                key: value for key, value in {**NO_TIMERS, **ds_config, **OWN_OPTIMIZER}.items() if key != SHARDING
+            },
         )
-    return Engine(engine, world, cfg.ema_decay, exact)
+    sharding.agree_on_norms(engine.optimizer)
+    sharding.start_equal(engine.optimizer, model)
+    built = Engine(engine, world, cfg.ema_decay, exact, sharding)
+    if sharding.copies > 1:
+        built.refresh_params()
+    return built
 
 
 def external_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
