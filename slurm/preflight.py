@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
+from univitar_ds.config.deepspeed import AUTO, read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import load_config
 from univitar_ds.data.shards.sources import validate_sources
 from univitar_ds.data.storage.base import StorageSettings
@@ -61,7 +61,8 @@ def _check(world: World, run: Path, recipe: str, overrides: list[str]) -> None:
     report(f"every rank reads files in {run.parent} that another rank has written")
     with all_ranks_or_none(world):
         config = load_config(recipe, overrides)
-        resolve_deepspeed(config, world.size, read_deepspeed(config.deepspeed), (recipe, config.deepspeed))
+        content = {} if config.deepspeed == AUTO else read_deepspeed(config.deepspeed)  # chosen when the run starts
+        resolve_deepspeed(config, world.size, content, (recipe, config.deepspeed))
         shards = validate_sources(config.data.sources, config.stages, StorageSettings.of(config.data))
     report(f"every rank finds {len(shards)} shards; data.lanes = {config.data.lanes} fits {world.size} ranks")
     report(f"all-reduce: {_all_reduce_gbs(world):.1f} GB/s")

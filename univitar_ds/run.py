@@ -11,17 +11,16 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from univitar_ds import startup
 from univitar_ds.atomic_write import replace_bytes, replace_text, replacing
-from univitar_ds.classes import ClassList, class_list
+from univitar_ds.config.deepspeed import AUTO
 from univitar_ds.config.load import changed_result, dump_config, dumped, extended, load_config
 from univitar_ds.config.places import anchored
 from univitar_ds.config.run_folder import (
@@ -50,7 +49,10 @@ from univitar_ds.planning.checks import (
     check_run,
     check_teacher,
     existing_parent,
+    find_classes,
+    foreseen_model,
     given_tokenizer,
+    saved_model,
 )
 from univitar_ds.plugins import compare_with_saved
 from univitar_ds.run_lock import RunLock
@@ -85,6 +87,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         check_lengths(run)
         found = check_run(config, recipe, world_size, pack=True)
         _report_unused(found.config)
+        _report_choice(found, run)
         config, start, joint = found.config, found.start, found.joint
         run.mkdir(parents=True, exist_ok=True)
         lock.take()
@@ -122,6 +125,7 @@ def reopen_run(
         found = check_reopened(after, named, world_size, str(run / CONFIG), pack=True)
         after = found.config
         _report_unused(after)
+        _report_choice(found, run)
         mark(run, KIND)  # folders of earlier versions have no marker file
         dump_config(anchored(after), run / CONFIG)
         _write_deepspeed(run, found.deepspeed)
@@ -144,7 +148,7 @@ def describe_run(config: RunConfig, recipe: str, world_size: int) -> str:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
     found = check_run(config, recipe, world_size)
-    described, classes = _foreseen_model(found)
+    described, classes = foreseen_model(found)
     return report(Plan(found, run, world_size, described, classes))
 
 
@@ -154,7 +158,6 @@ def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, exten
     Raises: as `reopen_run`, and ConfigError without a checkpoint.
     """
     from univitar_ds.formats.elastic import read_state
-    from univitar_ds.formats.run import run_description
     from univitar_ds.planning.report import Plan, report
 
     after, named = _reopened(run, overrides, extension)
@@ -168,8 +171,7 @@ def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, exten
     for sentence in compare_with_saved(saved.get("plugins", ())):
         logger.warning("%s", sentence)
     progress = saved.get("progress", {})
-    classes = len(ClassList.read(run / CLASSES)) if after.objective.classifies else None
-    described = run_description(run, after, saved.get("model"))
+    described, classes = saved_model(run, after, saved.get("model"))
     return report(
         Plan(found, run, world_size, described, classes, (progress.get("step", 0), progress.get("samples", 0)))
     )
@@ -195,25 +197,8 @@ def _reopened(run: Path, overrides: Sequence[str], extension: Sequence[str] | No
             f"{', '.join(changed)} would change the result of {run} half-way; "
             "resume without this override, or start a new run under another name"
         )
-    return after, str(run / DEEPSPEED) if after.deepspeed == before.deepspeed else after.deepspeed
-
-
-def _foreseen_model(found: Inputs) -> tuple[Mapping[str, Any], int | None]:
-    """Returns the description of a new run's model, and its number of classes if it is a classifier.
-
-    A tokenizer that is still to be trained is taken to have `model.text.vocab_size` tokens.
-    """
-    from univitar_ds.model.build import describe, described_encoder
-    from univitar_ds.tokenization import load_tokenizer, special_ids
-
-    config = found.config
-    if config.objective.classifies:
-        return {"encoder": described_encoder(config.model, found.start).to_dict()}, len(_find_classes(config))
-    special = {"vocab_size": config.model.text.vocab_size, "eos_id": 1, "pad_id": 0}
-    given = given_tokenizer(config)
-    if given is not None and found.joint is None:
-        special = special_ids(load_tokenizer(given)).of_text_model
-    return describe(config.model, found.start, **special), None
+    kept = after.deepspeed == before.deepspeed != AUTO
+    return after, str(run / DEEPSPEED) if kept else after.deepspeed
 
 
 @contextmanager
@@ -320,18 +305,22 @@ def _provide_tokenizer(config: RunConfig, target: Path, joint: JointConfig | Non
 def _provide_classes(config: RunConfig, target: Path) -> None:
     """Writes the classes of a classification run. Raises: DataError if the sources have no labels to choose from."""
     startup.phase("reading the labels of the sources")
-    classes = _find_classes(config)
+    classes = find_classes(config)
     for name, labels in classes.names.items():
         logger.info("data set %s: %d classes", "without a name" if name is None else name, len(labels))
     classes.write(target)
 
 
-def _find_classes(config: RunConfig) -> ClassList:
-    """Returns the classes of a classification run. Raises: DataError if the sources have no labels to choose from."""
-    from univitar_ds.data.labels import iterate_labels
-    from univitar_ds.data.storage.base import StorageSettings
-
-    return class_list(iterate_labels(config.data.sources, StorageSettings.of(config.data)))
+def _report_choice(found: Inputs, run: Path) -> None:
+    """Logs what `deepspeed: auto` takes, and whether a run that continues had another configuration."""
+    if found.choice is None:
+        return
+    (logger.info if found.choice.fits else logger.warning)("%s", found.choice.line)
+    before = None
+    with suppress(OSError, ValueError):
+        before = json.loads((run / DEEPSPEED).read_text(encoding="utf-8"))
+    if before is not None and before != found.deepspeed and checkpoint_dir.latest(run / CHECKPOINTS) is not None:
+        logger.info("this run had another configuration until now; its checkpoints are read with any")
 
 
 def _report_unused(config: RunConfig) -> None:

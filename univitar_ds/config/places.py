@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from univitar_ds.config.deepspeed import AUTO
 from univitar_ds.config.paths import absolute, written
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.plugins import is_file
@@ -35,7 +36,7 @@ def anchored(config: RunConfig) -> RunConfig:
     for dotted in PATHS:
         for section, key, value in _values(content, dotted):
             path = value.replace("$$", "$")
-            if dotted not in NAMES_OR_PATHS or os.path.exists(path):
+            if dotted not in NAMES_OR_PATHS or (path != AUTO and os.path.exists(path)):
                 section[key] = written(absolute(path))
     content["plugins"] = [written(absolute(entry)) if is_file(entry) else entry for entry in config.plugins]
     return RunConfig.model_validate(content)

@@ -176,7 +176,11 @@ class RunConfig(Section):
     deterministic: bool = Field(
         False, description="bitwise reproducible steps on GPUs too; attention's backward pass is slower"
     )
-    deepspeed: PathText = Field("zero3_cpu", description="a name from ds_configs/ or the path of a JSON")
+    deepspeed: PathText = Field(
+        "auto",
+        description="a name from ds_configs/, the path of a JSON, or auto: ZeRO stage and precision by the model, the "
+        "GPUs and their memory at every start",
+    )
     plugins: list[Annotated[PathText, Field(min_length=1)]] = Field(
         default_factory=list,
         description="Python files (losses.py) and installed modules (my_package.losses) that every process of a run "

@@ -13,13 +13,11 @@ from univitar_ds.drafting.machine import Machine
 from univitar_ds.errors import ConfigError
 from univitar_ds.geometry import PATCH, TUBELET, Modality
 from univitar_ds.model.config import PRESETS
-from univitar_ds.planning.sizes import amount
+from univitar_ds.planning.sizes import activation_bytes, amount
 
 GB = 1e9
 _PROCESS_BYTES = 1.5 * GB
 """Memory of a process and its decoding process before the model (measured on a CPU)."""
-_TENSORS = 20
-"""Activations that a block keeps for the backward pass, in tensors of the hidden width (derived; univitar_0p3b)."""
 _CAPTIONED_PAIRS = 40
 """Pairs of a step on a CPU, as in the recipe photos, whose results are measured."""
 _STEPS_PER_EPOCH = 4
@@ -181,10 +179,10 @@ def budget_of(basis: Basis) -> Budget:
     wanted = on_gpu if basis.on_gpu else _CAPTIONED_PAIRS / processes * mean
     wanted = max(least, min(wanted, most_pairs / processes * mean))
     deepspeed, free = _states(basis, processes)
-    per_token = _activation_bytes(basis)
+    per_token = _bytes_per_token(basis, every=0)
     checkpointing = wanted * per_token > free
     if checkpointing:
-        per_token = per_token / basis.encoder.num_hidden_layers + basis.encoder.num_hidden_layers * _width(basis)
+        per_token = _bytes_per_token(basis, every=1)
     fits = free / per_token
     if fits < least:
         raise _too_large(basis, processes, f"one item of {least:,} tokens needs {amount(least * per_token)} more")
@@ -197,14 +195,10 @@ def budget_of(basis: Basis) -> Budget:
     return Budget(tokens, lanes, processes, checkpointing, mean, deepspeed)
 
 
-def _width(basis: Basis) -> int:
-    """Bytes of a tensor of the hidden width per token: fp32 on a CPU, bf16 on a GPU."""
-    return basis.encoder.hidden_size * (2 if basis.on_gpu else 4)
-
-
-def _activation_bytes(basis: Basis) -> float:
-    """Returns the bytes of activations per token of a pack."""
-    return basis.encoder.num_hidden_layers * _TENSORS * _width(basis)
+def _bytes_per_token(basis: Basis, every: int) -> float:
+    """Returns the bytes of activations per token of a pack: fp32 on a CPU, bf16 on a GPU."""
+    encoder, width = basis.encoder, 2 if basis.on_gpu else 4
+    return activation_bytes(1, encoder.hidden_size, encoder.num_hidden_layers, width=width, every=every)
 
 
 def _states(basis: Basis, processes: int) -> tuple[str, float]:

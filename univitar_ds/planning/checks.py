@@ -4,15 +4,16 @@ but the shards of sources that are no shards."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from univitar_ds import startup
-from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
-from univitar_ds.config.run_folder import TOKENIZER
+from univitar_ds.classes import ClassList, class_list
+from univitar_ds.config.deepspeed import AUTO, lanes_per_rank, read_deepspeed, resolve_deepspeed
+from univitar_ds.config.run_folder import CLASSES, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError, ConfigError, DataError, InstallationError, UserError
 from univitar_ds.extras import extra
@@ -22,7 +23,10 @@ from univitar_ds.plugins import OBJECTIVES, calling, load_plugins, objective_nam
 if TYPE_CHECKING:
     from univitar_ds.data.shards.sources import SourceShard
     from univitar_ds.model.teacher.teacher import TeacherShape
+    from univitar_ds.planning.deepspeed_auto import Choice
 
+Model = tuple[Mapping[str, Any], int | None]
+"""The description of a run's model (`ContrastiveModel.description`), and the number of classes of a classifier."""
 _Given, _Result = ParamSpec("_Given"), TypeVar("_Result")
 
 
@@ -75,6 +79,8 @@ class Inputs:
     evaluation: Sequence[SourceShard]
     start: StoredModel | None
     teacher: TeacherShape | None
+    choice: Choice | None = None
+    """Of `deepspeed: auto`; None: the run file names a configuration."""
 
     @property
     def joint(self) -> JointConfig | None:
@@ -96,10 +102,8 @@ def check_run(config: RunConfig, recipe: str, world_size: int, *, pack: bool = F
     check_libraries(config)  # alone: with a broken library other checks would fail for the same reason
     faults = Faults()
     faults.of(check_plugins, config)
-    deepspeed = faults.of(read_deepspeed, config.deepspeed)
-    resolved = None
+    deepspeed, resolved = _configuration(config, config.deepspeed, world_size, recipe, faults)
     if deepspeed is not None:
-        resolved = faults.of(resolve_deepspeed, config, world_size, deepspeed, (recipe, config.deepspeed))
         faults.of(check_zero_stage, deepspeed, config.deepspeed)
     teacher = faults.of(check_teacher, config)
     start = faults.of(open_start, config)
@@ -109,7 +113,8 @@ def check_run(config: RunConfig, recipe: str, world_size: int, *, pack: bool = F
     config, train, evaluation = _sources(config, faults, pack)
     faults.raise_all()
     found = Inputs(config, deepspeed or {}, resolved or {}, train, evaluation, start, teacher)
-    return Inputs(with_joint(config, found.joint), found.deepspeed, found.resolved, train, evaluation, start, teacher)
+    found = replace(found, config=with_joint(config, found.joint))
+    return found if deepspeed is not None else _with_choice(found, world_size, recipe, lambda: foreseen_model(found))
 
 
 def check_reopened(config: RunConfig, deepspeed: str, world_size: int, run_file: str, *, pack: bool = False) -> Inputs:
@@ -122,13 +127,87 @@ def check_reopened(config: RunConfig, deepspeed: str, world_size: int, run_file:
     check_libraries(config)  # alone: with a broken library other checks would fail for the same reason
     faults = Faults()
     faults.of(check_plugins, config)
-    content = faults.of(read_deepspeed, deepspeed)
-    resolved = None
-    if content is not None:
-        resolved = faults.of(resolve_deepspeed, config, world_size, content, (run_file, config.deepspeed))
+    content, resolved = _configuration(config, deepspeed, world_size, run_file, faults)
     config, train, evaluation = _sources(config, faults, pack)
     faults.raise_all()
-    return Inputs(config, content or {}, resolved or {}, train, evaluation, None, None)
+    found = Inputs(config, content or {}, resolved or {}, train, evaluation, None, None)
+    if content is not None:
+        return found
+    run = Path(run_file).parent
+    return _with_choice(found, world_size, run_file, lambda: saved_model(run, config))
+
+
+def _configuration(
+    config: RunConfig, deepspeed: str, world_size: int, run_file: str, faults: Faults
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Returns a DeepSpeed JSON as read, and as DeepSpeed gets it; (None, None) if it is still to be chosen or at fault.
+
+    Args: deepspeed: name or path of the JSON, or AUTO; run_file: name of the run file in messages.
+    """
+    if deepspeed == AUTO:
+        faults.of(lanes_per_rank, config.data.lanes, world_size)
+        return None, None
+    content = faults.of(read_deepspeed, deepspeed)
+    if content is None:
+        return None, None
+    return content, faults.of(resolve_deepspeed, config, world_size, content, (run_file, config.deepspeed))
+
+
+def _with_choice(found: Inputs, world_size: int, run_file: str, model: Callable[[], Model]) -> Inputs:
+    """Returns the inputs with the configuration that `deepspeed: auto` takes.
+
+    Args: model: returns the description of the model and its number of classes; it is called if there are GPUs.
+    """
+    from univitar_ds.drafting.machine import this_machine
+    from univitar_ds.planning.deepspeed_auto import choose, ranks_of
+    from univitar_ds.planning.sizes import Counts, count_parameters
+
+    config, ranks = found.config, ranks_of(world_size, this_machine(), os.environ)
+    description, counts = {}, Counts({})
+    if ranks.gpu_memory:
+        description, classes = model()
+        width = None if found.teacher is None else found.teacher.width
+        counts = count_parameters(config, description, teacher_width=width, classes=classes)
+    choice = choose(config, description, counts, ranks)
+    content = read_deepspeed(choice.name)
+    resolved = resolve_deepspeed(config, world_size, content, (run_file, choice.name))
+    return replace(found, deepspeed=content, resolved=resolved, choice=choice)
+
+
+def foreseen_model(found: Inputs) -> Model:
+    """Returns the description of a new run's model, and its number of classes if it is a classifier.
+
+    A tokenizer that is still to be trained is taken to have `model.text.vocab_size` tokens.
+    """
+    from univitar_ds.model.build import describe, described_encoder
+    from univitar_ds.tokenization import load_tokenizer, special_ids
+
+    config = found.config
+    if config.objective.classifies:
+        return {"encoder": described_encoder(config.model, found.start).to_dict()}, len(find_classes(config))
+    special = {"vocab_size": config.model.text.vocab_size, "eos_id": 1, "pad_id": 0}
+    given = given_tokenizer(config)
+    if given is not None and found.joint is None:
+        special = special_ids(load_tokenizer(given)).of_text_model
+    return describe(config.model, found.start, **special), None
+
+
+def saved_model(run: Path, config: RunConfig, saved: Mapping[str, Any] | None = None) -> Model:
+    """Returns the description of the model of the run in folder `run`, and its number of classes if it is a classifier.
+
+    Args: saved: the description in a checkpoint, if it has one."""
+    from univitar_ds.formats.run import run_description
+
+    classes = len(ClassList.read(run / CLASSES)) if config.objective.classifies else None
+    return run_description(run, config, saved), classes
+
+
+def find_classes(config: RunConfig) -> ClassList:
+    """Returns the classes of a classification run. Raises: DataError if the sources have no labels to choose from."""
+    from univitar_ds.data.labels import iterate_labels
+    from univitar_ds.data.storage.base import StorageSettings
+
+    return class_list(iterate_labels(config.data.sources, StorageSettings.of(config.data)))
 
 
 def _sources(

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from univitar_ds.config.deepspeed import AUTO, sharing_ranks
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import ResolutionConfig, Schedule, StageConfig
 from univitar_ds.config.unused import unused_parts
+from univitar_ds.drafting.machine import this_machine
 from univitar_ds.errors import ConfigError
 from univitar_ds.planning import sizes
 from univitar_ds.planning.batch import Means, batch_lines, pairs_per_step
 from univitar_ds.planning.checks import Inputs, existing_parent, given_tokenizer
+from univitar_ds.planning.deepspeed_auto import ranks_of
 from univitar_ds.planning.samples import expected_tokens, source_lines
 from univitar_ds.planning.sizes import amount
 from univitar_ds.training.engine.optim import trained_parts
@@ -77,7 +81,11 @@ def _run(plan: Plan) -> Iterator[str]:
     yield f"{config.name}: {state} in {plan.run}"
     precision = "bf16" if sizes.compute_width(plan.inputs.resolved) == 2 else "fp32"
     plural = "" if plan.world_size == 1 else "es"
-    yield f"{plan.world_size} process{plural}, ZeRO-{zero}, {precision} ({config.deepspeed}), seed {config.seed}"
+    choice = plan.inputs.choice
+    name = config.deepspeed if choice is None else f"{AUTO}: {choice.name}"
+    yield f"{plan.world_size} process{plural}, ZeRO-{zero}, {precision} ({name}), seed {config.seed}"
+    if choice is not None:
+        yield choice.line
 
 
 def _evaluation(plan: Plan) -> Iterator[str]:
@@ -130,11 +138,12 @@ def _parameters(counts: sizes.Counts, classes: int | None) -> Iterator[str]:
 
 def _memory(plan: Plan, counts: sizes.Counts) -> Iterator[str]:
     config, resolved = plan.config, plan.inputs.resolved
-    used = [
-        (sizes.memory_of_rank(config, stage, counts, plan.world_size, resolved), stage.name) for stage in config.stages
-    ]
+    node = ranks_of(plan.world_size, this_machine(), os.environ).node
+    sharing = sharing_ranks(resolved, plan.world_size, node)
+    used = [(sizes.memory_of_rank(config, stage, counts, sharing, resolved), stage.name) for stage in config.stages]
     memory, name = max(used, key=lambda entry: entry[0].device + entry[0].host)
-    yield f"{sizes.RULE[resolved['zero_optimization']['stage']]}; {plan.world_size} here"
+    groups = f", in {plan.world_size // sharing} groups" if sharing < plan.world_size else ""
+    yield f"{sizes.RULE[resolved['zero_optimization']['stage']]}; {sharing} here{groups}"
     for part, size in memory.parts.items():
         yield f"{part:<16} {amount(size):>15}" + ("  (in host memory)" if part in memory.offloaded else "")
     total = f"{'total':<16} {amount(memory.device):>15}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from univitar_ds.model.classification import build_classifier
 from univitar_ds.training.engine.optim import GRADIENT_PARTS, PARTS, part_of, trained_parts
 
 FP32 = 4
+TENSORS = 20
+"""Activations that a block keeps for the backward pass, in tensors of the hidden width (derived; univitar_0p3b)."""
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 RULE = {
     1: "ZeRO-1: optimizer states are shared by the ranks; each has all weights and gradients",
@@ -98,6 +101,17 @@ def memory_of_rank(
         parts["average"] = trained * FP32 * share
     offloaded = ("optimizer", "average") if _offloads(zero, "offload_optimizer") else ()
     return RankMemory(parts, (*offloaded, "weights") if _offloads(zero, "offload_param") else offloaded)
+
+
+def activation_bytes(tokens: float, hidden: int, layers: int, *, width: int, every: int = 0) -> float:
+    """Returns about how many bytes of activations a tower keeps for its backward pass.
+
+    Args: hidden: width of the tower; width: bytes of a number; every: k recomputes every k-th block, which then keeps
+        its input only, while one block at a time is whole; 0: none.
+    """
+    recomputed = math.ceil(layers / every) if every else 0
+    kept = (layers - recomputed + bool(recomputed)) * TENSORS + recomputed
+    return tokens * hidden * width * kept
 
 
 def checkpoint_bytes(config: RunConfig, stage: StageConfig, counts: Counts, resolved: Mapping[str, Any]) -> int:

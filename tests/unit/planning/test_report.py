@@ -151,3 +151,13 @@ def test_a_run_that_continues_is_described_from_its_checkpoint(capsys, shards, t
 def test_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
     assert main(["train", "--dry-run", "--resume", str(tmp_path)]) == 2
     assert "holds no config.yaml" in capsys.readouterr().err
+
+
+def test_the_memory_of_a_rank_is_that_of_its_group(capsys, run_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "two.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, "sharding_ranks": 2}))
+    text = printed(capsys, "--config", run_file, "--nproc", 4, f"deepspeed={tmp_path / 'two.json'}")
+    assert "shared by the ranks; 2 here, in 2 groups" in text
+    whole = printed(capsys, "--config", run_file, "--nproc", 2)
+    line = next(line for line in whole.splitlines() if line.lstrip().startswith("optimizer"))
+    assert line in text.splitlines()

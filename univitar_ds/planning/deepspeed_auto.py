@@ -1,0 +1,140 @@
+"""Chooses the DeepSpeed configuration of a run with `deepspeed: auto` by the memory of a GPU.
+
+The rule is stated in `ds_configs/README.md`. All figures are derived from shapes; none is measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from univitar_ds.config.deepspeed import AUTO, lanes_per_rank, read_deepspeed, resolve_deepspeed, sharing_ranks
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.drafting.machine import Machine
+from univitar_ds.planning.batch import pack_sizes
+from univitar_ds.planning.sizes import Counts, activation_bytes, amount, compute_width, encoder_of, memory_of_rank
+from univitar_ds.training.engine.optim import trained_parts
+
+USABLE = 0.8
+"""Share of a GPU's memory that may be planned: the rest is for communication buffers, a teacher and fragmentation."""
+SEVERAL_PACKS = 4
+"""Packs of a rank in a step from which ZeRO-1 sends fewer bytes: ZeRO-2 exchanges gradients for each pack."""
+ON_CPU = "zero3_cpu"
+OFFLOADED = "zero3_offload"
+ON_GPUS = ("zero1", "zero2", "zero3_node", "zero3", OFFLOADED)
+"""Candidates, from the fewest to the most messages of a step. The first that fits is taken."""
+_TASKS = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run: `size` in all, `node` of them on each machine, each with a GPU of at least `gpu_memory` bytes
+    (0: on a CPU)."""
+
+    size: int
+    node: int
+    gpu_memory: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen configuration: its name in `ds_configs/`, and the reason. `fits`: whether it fits by the estimate."""
+
+    name: str
+    reason: str
+    fits: bool = True
+
+    @property
+    def line(self) -> str:
+        return f"deepspeed: {AUTO} takes {self.name}: {self.reason}"
+
+
+def ranks_of(world_size: int, machine: Machine, environment: Mapping[str, str]) -> Ranks:
+    """Returns the ranks of a run. A launcher's variable says how many a machine has; without one, each GPU has a
+    rank."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
+    found = (_TASKS.match(environment.get(name, "")) for name in names)  # Slurm writes 8(x2),4
+    node = next((int(match[0]) for match in found if match), machine.gpus or world_size)
+    return Ranks(world_size, max(1, min(world_size, node)), machine.gpu_memory if machine.gpus else 0.0)
+
+
+def choose(config: RunConfig, description: Mapping[str, Any], counts: Counts, ranks: Ranks) -> Choice:
+    """Returns the first of ON_GPUS that fits into a GPU with the activations of the largest pack; ON_CPU without GPUs.
+
+    If none fits by the estimate, that which needs least without offloading.
+
+    Args: description: `ContrastiveModel.description` of the model.
+    Raises: ConfigError if the ranks do not divide the lanes.
+    """
+    if not ranks.gpu_memory:
+        return Choice(ON_CPU, "fp32 on a CPU, since no GPU is used")
+    packs, room = lanes_per_rank(config.data.lanes, ranks.size), USABLE * ranks.gpu_memory
+    needs: dict[str, tuple[float, StageConfig]] = {}
+    for name in _candidates(ranks, packs):
+        needs[name] = _largest(config, description, counts, ranks, name)
+        if needs[name][0] <= room:
+            break
+    fits = needs[name][0] <= room
+    if not fits:  # offloading costs much and would not help enough
+        needs.pop(OFFLOADED)
+        name = min(needs, key=lambda one: needs[one][0])
+    needed, stage = needs.pop(name)
+    gpus = f"{ranks.size} GPU{'' if ranks.size == 1 else 's'} of {amount(ranks.gpu_memory)}, {ranks.node} on a machine"
+    why = f"{counts.total / 1e6:,.0f}M parameters on {gpus}; a GPU needs about {amount(needed)} in stage {stage.name}, "
+    why += f"of {amount(room)} ({100 * USABLE:.0f} % of its memory)"
+    if needs:
+        why += f"; too much: {', '.join(f'{other} {amount(size)}' for other, (size, _) in needs.items())}"
+    elif name == "zero1":
+        why += f"; a GPU has {packs} packs a step, whose gradients are exchanged once"
+    if not fits:
+        why += "; lower stages.N.token_budget, set model.checkpoint_every to 1, or use more GPUs if memory runs out"
+    return Choice(name, why, fits)
+
+
+def _candidates(ranks: Ranks, packs: int) -> Sequence[str]:
+    if ranks.size == 1:
+        return ("zero2", OFFLOADED)
+    left_out = set() if packs >= SEVERAL_PACKS else {"zero1"}
+    if ranks.node in (1, ranks.size) or ranks.size % ranks.node:
+        left_out.add("zero3_node")
+    return [name for name in ON_GPUS if name not in left_out]
+
+
+def _largest(
+    config: RunConfig, description: Mapping[str, Any], counts: Counts, ranks: Ranks, name: str
+) -> tuple[float, StageConfig]:
+    """Returns the bytes of a GPU in the stage that needs most, and that stage."""
+    resolved = resolve_deepspeed(config, ranks.size, read_deepspeed(name), (AUTO, name))
+    zero = resolved["zero_optimization"]
+    sharing = sharing_ranks(resolved, ranks.size, ranks.node)
+    gathered = 0.0
+    if zero["stage"] == 3:  # weights that are whole while modules run
+        gathered = min(counts.total, zero["stage3_max_live_parameters"]) * compute_width(resolved)
+    needs = [
+        memory_of_rank(config, stage, counts, sharing, resolved).device
+        + gathered
+        + activations(config, stage, description, compute_width(resolved))
+        for stage in config.stages
+    ]
+    needed = max(needs)
+    return needed, config.stages[needs.index(needed)]
+
+
+def activations(config: RunConfig, stage: StageConfig, description: Mapping[str, Any], width: int) -> float:
+    """Returns about how many bytes of activations the largest pack of a stage keeps for its backward pass.
+
+    Args: description: of the model; width: bytes of a number.
+    """
+    encoder = encoder_of(description)
+    every = config.model.checkpoint_every if stage.checkpoint_every is None else stage.checkpoint_every
+    shape = (encoder.hidden_size, encoder.num_hidden_layers)
+    size = activation_bytes(stage.token_budget, *shape, width=width, every=every)
+    if "text" in description and "text" in trained_parts(config, stage):
+        texts = max(pack.items[1] for pack in pack_sizes(stage, encoder))
+        text = description["text"]
+        shape = (text["hidden_size"], text["num_hidden_layers"])
+        size += activation_bytes(texts * config.model.text.context_length, *shape, width=width)
+    return size
