@@ -33,8 +33,9 @@ class Written:
         surrogate.backward()
         self.calls.append("backward")
 
-    def step(self) -> None:
+    def step(self, report: torch.Tensor | None = None) -> None:
         self.calls.append("step")
+        self.reported = [] if report is None else report.tolist()
 
 
 @pytest.mark.parametrize("kind", train_step.LOSSES)
