@@ -5,6 +5,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-seconds
+# Made by the tests of a pretended GPU (tests/support/pretence/environment.py).
+PRETENCE := .venv-pretence
 # What was skipped and why, and which tests took longest: above 20 s one is marked slow.
 REPORT := -rs --durations 10 --durations-min 20
 
@@ -61,10 +63,13 @@ lint: $(INSTALLED)
 bench-cpu: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_cpu.py
 
-# Only what was made here: an environment with the mark of the line above (or of an earlier version's installation), and
+# Only what was made here: environments with the mark of the line above (or of an earlier version's installation), and
 # of the demo's folder the files that the demo writes.
 clean:
 	@if [ ! -e $(VENV) ]; then :; \
 	elif [ ! -L $(VENV) ] && { [ -f $(VENV)/.univitar-ds ] || [ -f $(INSTALLED) ]; }; then rm -rf $(VENV); \
 	else echo "$(VENV) stays: it was not made by make"; fi
+	@if [ ! -e $(PRETENCE) ]; then :; \
+	elif [ ! -L $(PRETENCE) ] && [ -f $(PRETENCE)/.univitar-ds ]; then rm -rf $(PRETENCE); \
+	else echo "$(PRETENCE) stays: it was not made by the tests"; fi
 	@$(PYTHON) -c 'import sys; sys.path.insert(0, "."); from univitar_ds.demo.folder import main; main("demo")'

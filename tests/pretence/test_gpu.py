@@ -1,0 +1,58 @@
+"""What a pretended GPU refuses, what it records as a wait, and what it answers."""
+
+import json
+
+import pytest
+
+from tests.support.pretence.environment import run_pretended
+
+pytestmark = pytest.mark.slow
+REFUSED = {
+    "two devices": "at least two devices",
+    "a kernel on the host's weight": "cpu tensor",
+    "a collective on the host": "NCCL sends from GPUs alone",
+    **{f"{name} in float32": "float32" for name in ("flash2", "flash3", "flash4")},
+    **{f"{name}, bounds in int64": "torch.int64" for name in ("flash2", "flash3", "flash4")},
+    **{f"{name}, longest on the device": "max_seqlen_q" for name in ("flash2", "flash3", "flash4")},
+}
+ANSWERED = {
+    "a sum on the device": "cuda:0",
+    "a kernel": "cuda:0",
+    "a number that is read": 7,
+    "a list that is read": [3, 4],
+    "a number that nobody knows": 1.0,
+    "a pinned copy": "cuda:0",
+    "a pageable copy": "cuda:0",
+    "a copy that waits": "cuda:0",
+    "a sum over 8 ranks": [24, 32],
+}
+WAITS = {
+    "a kernel": [],
+    "a number that is read": ["read elsewhere"],
+    "a list that is read": ["copy to the host elsewhere"],
+    "a pinned copy": [],
+    "a pageable copy": ["copy from pageable memory elsewhere"],
+    "a copy that waits": ["copy to the device elsewhere"],
+}
+
+
+@pytest.fixture(scope="module")
+def answers(environment):
+    done = run_pretended("tests.support.pretence.refusals")
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_gpu_refuses_is_refused(answers, name):
+    assert REFUSED[name] in answers[name].get("error", f"accepted: {answers[name]}")
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_what_a_gpu_does_is_done_and_small_values_from_the_host_stay_known(answers, name):
+    assert answers[name].get("result", answers[name]) == ANSWERED[name]
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_is_recorded_and_nothing_else_is(answers, name):
+    assert answers[name]["waits"] == WAITS[name]

@@ -1,0 +1,77 @@
+"""Training runs on a pretended GPU: no tensor on a wrong device, no refused launch, no wait that is not listed."""
+
+import pytest
+
+from tests.pretence.waits import PER_PACK, STEP_WAITS
+from univitar_ds.model.config import PRESETS
+
+pytestmark = pytest.mark.slow
+LAYERS = PRESETS["tiny"].num_hidden_layers
+CASES = {
+    "ZeRO 2, one rank": {"zero": 2, "ranks": 1, "packs": 2, "steps": 2},
+    "ZeRO 1 of 8": {"zero": 1, "ranks": 8, "packs": 1, "flash": "flash2"},
+    "ZeRO 3 of 8": {
+        "zero": 3, "ranks": 8, "packs": 2, "steps": 1, "flash": "flash3",
+        "changes": {"optimizer.ema_decay": 0.99, "model.checkpoint_every": 1, "objective.kind": "softmax"},
+    },
+    "ZeRO 2 of 256": {"zero": 2, "ranks": 256, "packs": 1, "steps": 1, "flash": "flash4"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(trained):
+    return dict(zip(CASES, trained(list(CASES.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_waits_for_the_device_only_where_the_list_says_so(runs, name):
+    packs = CASES[name]["packs"]
+    for place, times in runs[name]["step"]["waits"].items():
+        assert place in STEP_WAITS, f"a new wait, {times} times a step: {place}; remove it, or list it with a reason"
+        most, _ = STEP_WAITS[place]
+        assert times <= most * (packs if place in PER_PACK else 1), place
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_pack_goes_through_the_fused_kernels_as_often_as_the_step_needs(runs, name):
+    """Forward without and with gradient if a rank has several packs, and again where a block is recomputed."""
+    case, launches = CASES[name], runs[name]["step"]["launches"]
+    passes = (1 if case["packs"] == 1 else 2) * case["packs"]
+    recomputed = case["packs"] if case.get("changes", {}).get("model.checkpoint_every") else 0
+    for kernel in ("rope2d_qk_norm", "swiglu_norm", "add_norm"):
+        assert launches[f"{kernel}.forward_kernel"] == LAYERS * (passes + recomputed), kernel
+        assert launches[f"{kernel}.backward_kernel"] == LAYERS * case["packs"], kernel
+    assert launches["patch_embed.embed_kernel"] == passes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_runs_on_the_back_end_that_is_installed(runs, name):
+    case, launches = CASES[name], runs[name]["step"]["launches"]
+    flash = case.get("flash")
+    forward, backward = (
+        (f"{flash}.forward", f"{flash}.backward") if flash else ("_varlen_attn", "_varlen_attn_backward")
+    )
+    assert launches[backward] >= LAYERS * case["packs"]
+    assert launches[forward] >= launches[backward]
+    assert flash is None or "_varlen_attn" not in launches
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_exchange_gradients_and_weights_and_one_rank_sends_nothing_to_itself_but_what_deepspeed_sums(runs, name):
+    collectives = runs[name]["step"]["collectives"]
+    if CASES[name]["ranks"] == 1:
+        assert set(collectives) == {"allreduce"}
+    else:
+        assert {"allgather_base", "allreduce"} <= set(collectives) or CASES[name]["zero"] == 2
+        assert collectives["send"] == collectives["recv"]
+
+
+def test_a_run_of_one_rank_saves_a_checkpoint_and_logs(runs):
+    run = runs["ZeRO 2, one rank"]
+    assert {"manifest.json", "rank00000.safetensors", "state.json"} <= set(run["checkpoint"])
+    assert {"loss", "grad_norm", "grad_norm_text", "mfu_pct"} <= set(run["metrics"])
+
+
+def test_zero_3_keeps_a_share_of_the_weights_and_zero_2_a_share_of_the_optimizer(runs):
+    bytes_of = {name: sum(run["build"]["peak"].values()) for name, run in runs.items()}
+    assert bytes_of["ZeRO 1 of 8"] < 0.6 * bytes_of["ZeRO 2, one rank"]

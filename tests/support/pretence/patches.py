@@ -1,0 +1,134 @@
+"""What torch and DeepSpeed need to run on a pretended GPU, each with its reason."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from tests.support.pretence.gpu import PretendedGPU
+
+FIRST_ADDRESS = 1 << 52
+"""As in `cuda_driver.c`."""
+_data = Tensor.data
+_tolist = Tensor.tolist
+
+
+def patch_torch(gpu: PretendedGPU) -> None:
+    """Makes the parts of torch that do not go through its dispatcher work on tensors of the pretended GPU."""
+
+    def set_data(self: FakeTensor, value: Tensor) -> None:
+        _data.__set__(self, value)
+        self.fake_device = value.device  # the device is an attribute that the assignment leaves as it was
+
+    FakeTensor.data = property(_data.__get__, set_data)
+
+    def tolist(self: Tensor) -> Any:  # reads the memory directly
+        return _tolist(self.cpu() if isinstance(self, FakeTensor) else self)
+
+    Tensor.tolist = FakeTensor.tolist = tolist
+    # Triton specializes kernels by the alignment of addresses, and torch aligns allocations to 512 bytes. The stand-in
+    # of the driver tells addresses of the device by their size.
+    FakeTensor.data_ptr = lambda self: (
+        FIRST_ADDRESS + 512 * self.untyped_storage()._cdata % FIRST_ADDRESS + self.storage_offset() * self.itemsize
+        if self.device.type == "cuda"
+        else 16
+    )
+
+    def apply(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
+        # As torch does it with tensors of memory: it would exchange tensors without data, which hooks do not allow.
+        for child in self.children() if recurse else ():
+            child._apply(function)
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                with torch.no_grad():
+                    parameter.data = function(parameter)
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = function(buffer)
+        return self
+
+    nn.Module._apply = apply
+
+    for owner, name in (
+        (torch.cuda, "synchronize"),
+        (torch.cuda.Stream, "synchronize"),
+        (torch.cuda.Event, "synchronize"),
+    ):
+        setattr(owner, name, lambda *_, name=f"{owner.__name__}.{name}": gpu.waits(name))
+
+
+def without_data(model: nn.Module, gpu: PretendedGPU) -> None:
+    """Replaces the values of a model's parameters and buffers on the host by shapes, in place.
+
+    torch and DeepSpeed assign tensors of the device to a parameter's `data`, which must be of the same class."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not isinstance(parameter, FakeTensor):
+                with gpu.fake:
+                    fake = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype)
+                fake._is_param = True  # the mark of an nn.Parameter of another class; Parameter(fake) cannot be swapped
+                fake.requires_grad_(parameter.requires_grad)
+                torch.utils.swap_tensors(parameter, fake)
+
+
+def patch_deepspeed() -> None:
+    """Leaves out of DeepSpeed what needs the other ranks. Called once DeepSpeed is imported."""
+    from deepspeed.runtime.zero import (
+        partition_parameters,
+        partitioned_param_coordinator,
+        stage3,
+        utils,
+    )
+
+    for module in (utils, partition_parameters, partitioned_param_coordinator, stage3):
+        # They compare values of this rank with those of ranks that do not answer.
+        for name in ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks"):
+            if hasattr(module, name):
+                setattr(module, name, lambda *_: None)
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiles an operation for CPU ranks
+
+
+@contextmanager
+def world(size: int) -> Iterator[None]:
+    """Makes this process rank 0 of a process group in which no other rank exists and every collective succeeds."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        if "deepspeed" in sys.modules:
+            sys.modules["deepspeed.comm.comm"].cdb = None  # its views of the group that was destroyed
+            groups = sys.modules["deepspeed.utils.groups"]
+            for name in vars(groups):
+                if name.endswith("_GROUP"):
+                    setattr(groups, name, None)
+
+
+@contextmanager
+def launches_counted(gpu: PretendedGPU) -> Iterator[None]:
+    """Counts the launches of Triton's kernels, which go through Triton's own launcher, and checks their tensors."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def counted(kernel: Any, *arguments: Any, warmup: bool, **options: Any) -> Any:
+        tensors = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
+        for tensor in tensors:  # a kernel reads rows one after the other, and would take no notice of strides
+            if not tensor.is_contiguous():
+                raise RuntimeError(f"{kernel.__name__} gets a tensor {list(tensor.shape)} of strides {tensor.stride()}")
+        if not warmup:
+            gpu.record.launches[f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"] += 1
+        return run(kernel, *arguments, warmup=warmup, **options)
+
+    with mock.patch.object(JITFunction, "run", counted):
+        yield

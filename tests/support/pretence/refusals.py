@@ -1,0 +1,75 @@
+"""What a pretended GPU answers to wrong and to right uses: a program that prints one object of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.support.pretence import attention, patches
+from tests.support.pretence.gpu import PretendedGPU
+
+
+def main() -> None:
+    gpu = PretendedGPU()
+    patches.patch_torch(gpu)
+    answers: dict[str, Any] = {}
+
+    def attempt(name: str, action: Callable[[], Any]) -> None:
+        gpu.reset()
+        try:
+            result = action()
+            answers[name] = {"result": result if isinstance(result, (int, float, list, str)) else None}
+        except Exception as error:
+            answers[name] = {"error": f"{type(error).__name__}: {error}"}
+        answers[name]["waits"] = sorted(place.partition(" tests/")[0] for place in gpu.record.waits)
+
+    with patches.world(8), gpu, patches.launches_counted(gpu):
+        from univitar_ds.kernels import fused
+
+        rows = torch.empty(6, 64, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(64, dtype=torch.bfloat16, device="cuda")
+        qkv = torch.empty(6, 3, 2, 32, dtype=torch.bfloat16, device="cuda")
+        bounds = torch.tensor([0, 2, 6], dtype=torch.int32).pin_memory().to("cuda", non_blocking=True)
+        counts = torch.tensor([3, 4], device="cuda")
+
+        attempt("two devices", lambda: rows + torch.ones(6, 64))
+        attempt("a sum on the device", lambda: str((rows + rows).device))
+        attempt(
+            "a kernel on the host's weight", lambda: fused.rms_norm(rows, torch.ones(64, dtype=torch.bfloat16), 1e-6)
+        )
+        attempt("a kernel", lambda: str(fused.rms_norm(rows, weight, 1e-6).device))
+        attempt("a number that is read", lambda: counts.sum().item())
+        attempt("a list that is read", lambda: counts.tolist())
+        attempt("a number that nobody knows", lambda: rows.float().sum().item())
+        attempt("a pinned copy", lambda: str(torch.ones(3).pin_memory().to("cuda", non_blocking=True).device))
+        attempt("a pageable copy", lambda: str(torch.ones(3).to("cuda", non_blocking=True).device))
+        attempt("a copy that waits", lambda: str(torch.ones(3).pin_memory().to("cuda").device))
+        attempt("a collective on the host", lambda: dist.all_reduce(torch.ones(3)))
+
+        def summed() -> list[int]:
+            total = counts.clone()
+            dist.all_reduce(total)
+            return total.tolist()
+
+        attempt("a sum over 8 ranks", summed)
+        attempt("positions of a mask", lambda: str(rows[counts > 3].shape))
+        for name in attention.MODULES:
+            with attention.installed(name, gpu):
+                flash = partial(attention.function(name), cu_seqlens_k=bounds, max_seqlen_k=4)
+                right = {"cu_seqlens_q": bounds, "max_seqlen_q": 4}
+                q, k, v = qkv.unbind(1)
+                attempt(name, partial(flash, q, k, v, **right))
+                attempt(f"{name} in float32", partial(flash, q.float(), k.float(), v.float(), **right))
+                attempt(f"{name}, bounds in int64", partial(flash, q, k, v, **{**right, "cu_seqlens_q": bounds.long()}))
+                longest = {**right, "max_seqlen_q": counts.max()}
+                attempt(f"{name}, longest on the device", partial(flash, q, k, v, **longest))
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Training steps of a run on a pretended GPU: a program, started by `environment.run_pretended`.
+
+    python -m tests.support.pretence.step '[{"zero": 3, "ranks": 256}, ...]'
+
+It prints one line of JSON for each case. A case trains a small run as `univitar-ds train` does, from a run folder, as
+rank 0 of a pretended world: `loop.train` builds the engine through `assembly`, reads shards, trains, logs and saves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tests.support.paths import ROOT
+from tests.support.pretence import attention, patches
+from tests.support.pretence.gpu import PretendedGPU, Record
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of `steps` steps. `changes` are keys of the run file; `packs` is the number of packs per rank and step.
+
+    `flash` is the version of flash-attn that is installed.
+    """
+
+    zero: int = 2
+    ranks: int = 1
+    packs: int = 2
+    steps: int = 2
+    flash: str | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def main() -> None:
+    gpu = PretendedGPU()
+    patches.patch_torch(gpu)
+    with tempfile.TemporaryDirectory() as folder:
+        from tests.support.shards import write_demo_shards
+
+        shards = write_demo_shards(Path(folder, "shards"), images=96, videos=0, shards=1)
+        for number, content in enumerate(json.loads(sys.argv[1])):
+            begin = time.process_time()
+            records = trained(Case(**content), gpu, shards, Path(folder, str(number)))
+            print(json.dumps({"cpu_s": round(time.process_time() - begin, 1), **records}), flush=True)
+
+
+def trained(case: Case, gpu: PretendedGPU, shards: Path, output: Path) -> dict[str, Any]:
+    """Trains the run of a case. Returns the records of the last step, of everything around it, and of the end."""
+    from tests.support.runs import small_config
+    from univitar_ds.config.load import check_config
+    from univitar_ds.run import create_run
+    from univitar_ds.training import loop
+    from univitar_ds.training.distributed.process_group import World
+    from univitar_ds.training.engine.engine import load_deepspeed
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(case.ranks))
+    with patches.world(case.ranks), ExitStack() as stack:
+        load_deepspeed()
+        patches.patch_deepspeed()
+        config = small_config(shards, output).model_dump(mode="json")
+        config["stages"] = [config["stages"][0]]
+        config["deepspeed"] = str(deepspeed_file(case.zero, output))
+        config["data"]["lanes"] = case.packs * case.ranks
+        for key, value in case.changes.items():
+            *path, last = key.split(".")
+            place = config
+            for name in path:
+                place = place[int(name)] if name.isdigit() else place[name]
+            place[last] = value
+        run = create_run(check_config(config, "the pretence"), "the pretence", case.ranks)
+        config = check_config(config, "the pretence")
+        recorder = stack.enter_context(recorded(gpu, case.steps))
+        world = World(0, case.ranks, 0, torch.device("cuda", 0))
+        if case.flash:
+            stack.enter_context(attention.installed(case.flash, gpu))
+        stack.enter_context(gpu)
+        loop.train(config, run, world, recorder)
+        return {name: _plain(record) for name, record in recorder.records.items()} | {
+            "checkpoint": sorted(path.name for path in run.glob("checkpoints/*/*")),
+            "metrics": sorted(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])),
+        }
+
+
+def deepspeed_file(zero: int, folder: Path) -> Path:
+    """Writes the DeepSpeed configuration that the project ships for GPUs, with ZeRO stage `zero`."""
+    shipped = json.loads((ROOT / f"ds_configs/zero{max(zero, 2)}.json").read_text(encoding="utf-8"))
+    shipped["zero_optimization"]["stage"] = zero
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "deepspeed.json").write_text(json.dumps(shipped), encoding="utf-8")
+    return folder / "deepspeed.json"
+
+
+class Recorder:
+    """Records the phases of a run, and asks it to stop after some steps, as `preemption.Stop`."""
+
+    remedy = ""
+
+    def __init__(self, gpu: PretendedGPU, steps: int) -> None:
+        self.gpu, self.steps = gpu, steps
+        self.records: dict[str, Record] = {}
+        self.done = 0
+
+    @property
+    def requested(self) -> bool:
+        return self.done >= self.steps
+
+    @contextmanager
+    def deferred(self):
+        yield
+
+
+@contextmanager
+def recorded(gpu: PretendedGPU, steps: int):
+    """Divides what the trainer does into the records `build`, `step` (the last one), `between` (a step and the next:
+    reading, reduced numbers, logs) and `save`."""
+    from univitar_ds.training import assembly, loop
+
+    recorder = Recorder(gpu, steps)
+    build, step, save = assembly.build_engine, loop._Trainer._step, loop.save_checkpoint
+
+    def without_data(model: Any, *arguments: Any) -> Any:
+        patches.without_data(model, gpu)
+        return build(model, *arguments)
+
+    def one_step(self: Any, *arguments: Any) -> Any:
+        recorder.records["between" if recorder.done else "build"] = gpu.record
+        recorder.records["step"] = gpu.reset()
+        with gpu.during("step"):
+            result = step(self, *arguments)
+        recorder.done += 1
+        gpu.reset()
+        return result
+
+    def saved(*arguments: Any) -> Any:
+        gpu.reset()
+        recorder.records["save"] = gpu.record
+        try:
+            return save(*arguments)
+        finally:
+            gpu.reset()
+
+    gpu.reset()
+    with (
+        mock.patch.object(assembly, "build_engine", without_data),
+        mock.patch.object(loop._Trainer, "_step", one_step),
+        mock.patch.object(loop, "save_checkpoint", saved),
+        patches.launches_counted(gpu),
+    ):
+        yield recorder
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    return {name: dict(sorted(value.items())) for name, value in vars(record).items()}
+
+
+if __name__ == "__main__":
+    main()
