@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -126,11 +125,13 @@ def installed(name: str, gpu: PretendedGPU) -> Iterator[None]:
         modules[part] = ModuleType(part)
         modules[part].__spec__, modules[part].__path__ = ModuleSpec(part, None), []
     modules[path].flash_attn_varlen_func = make(gpu)
-    with mock.patch.dict(sys.modules, modules):
-        from univitar_ds.model import attention
+    from univitar_ds.model import attention
 
+    sys.modules.update(modules)
+    attention._chosen.cache_clear()
+    try:
+        yield
+    finally:
+        for part in modules:
+            del sys.modules[part]
         attention._chosen.cache_clear()
-        try:
-            yield
-        finally:
-            attention._chosen.cache_clear()

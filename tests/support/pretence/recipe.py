@@ -1,0 +1,140 @@
+"""One training step of a shipped recipe at full size on a pretended GPU: a program that prints a line of JSON.
+
+    python -m tests.support.pretence.recipe '{"recipe": "univitar_0p3b", "zero": 2, "ranks": 8, "recompute": 1}'
+
+The model is built without values, and the packs are images of 1,024 tokens with captions of 40. There is no teacher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tests.support.paths import ROOT
+from tests.support.pretence import attention, patches
+from tests.support.pretence.gpu import PretendedGPU, Record
+
+SIDE = 32
+"""Rows and columns of patches of an image."""
+CAPTION = 40
+PHASES = {"__call__": "forward", "backward": "backward", "step": "update"}
+"""Methods of the engine, and the phase that they are."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`recompute` is `model.checkpoint_every`; `packs` is the number of packs per rank and step."""
+
+    recipe: str
+    zero: int = 2
+    ranks: int = 8
+    packs: int = 1
+    recompute: int = 1
+    tokens: int = 32768
+    flash: str = "flash3"
+
+
+def main() -> None:
+    setting = Setting(**json.loads(sys.argv[1]))
+    print(json.dumps(asdict(setting) | measured(setting)))
+
+
+def measured(setting: Setting) -> dict[str, Any]:
+    """Returns the record of the second step, in numbers."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(setting.ranks))
+    gpu = PretendedGPU()
+    patches.patch_torch(gpu)
+    with patches.world(setting.ranks), ExitStack() as stack:
+        from univitar_ds.training.engine.engine import Engine, load_deepspeed
+        from univitar_ds.training.step.train_step import StepSettings, train_step
+
+        load_deepspeed()
+        patches.patch_deepspeed()
+        stack.enter_context(attention.installed(setting.flash, gpu))
+        stack.enter_context(gpu)
+        stack.enter_context(patches.launches_counted(gpu))
+        engine, objective = _engine(setting, gpu)
+        stack.enter_context(_phases(Engine, gpu))
+        packs = [_pack(setting.tokens, lane) for lane in range(setting.packs)]
+        for _ in range(2):  # the first one allocates what stays
+            record = gpu.reset()
+            train_step(engine, packs, StepSettings(lr=1e-3), objective)
+        gpu.reset()
+        return _numbers(record)
+
+
+def _engine(setting: Setting, gpu: PretendedGPU) -> tuple[Any, Any]:
+    from univitar_ds.config.deepspeed import resolve_deepspeed
+    from univitar_ds.config.load import load_config
+    from univitar_ds.model.build import build_contrastive
+    from univitar_ds.training.distributed.process_group import World
+    from univitar_ds.training.engine.engine import build_engine
+
+    config = load_config(ROOT / f"univitar_ds/recipes/{setting.recipe}.yaml")
+    data = config.data.model_copy(update={"lanes": setting.ranks * setting.packs})
+    config = config.model_copy(update={"data": data})
+    content = json.loads((ROOT / f"ds_configs/zero{max(setting.zero, 2)}.json").read_text(encoding="utf-8"))
+    content["zero_optimization"]["stage"] = setting.zero
+    with gpu.fake:
+        text = config.model.text
+        model = build_contrastive(config.model, vocab_size=text.vocab_size, eos_id=1, pad_id=0, seed=0)
+    model.vision.checkpoint_every = setting.recompute
+    ds_config = resolve_deepspeed(config, setting.ranks, content, ("the recipe", "its DeepSpeed configuration"))
+    world = World(0, setting.ranks, 0, torch.device("cuda", 0))
+    return build_engine(model, config.optimizer, ds_config, world), config.objective
+
+
+@contextmanager
+def _phases(engine: Any, gpu: PretendedGPU) -> Iterator[None]:
+    def during(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            with gpu.during(phase):
+                return method(*arguments)
+
+        return wrapped
+
+    with ExitStack() as stack:
+        for name, phase in PHASES.items():
+            stack.enter_context(mock.patch.object(engine, name, during(getattr(engine, name), phase)))
+        yield
+
+
+def _pack(tokens: int, lane: int) -> SimpleNamespace:
+    items = tokens // SIDE**2
+    return SimpleNamespace(
+        pixels=torch.zeros(tokens * 14 * 14 * 3, dtype=torch.uint8),
+        frames=torch.ones(items, dtype=torch.int64),
+        grid_thw=torch.tensor([[1, SIDE, SIDE]] * items),
+        token_ids=torch.zeros(items, CAPTION, dtype=torch.int64),
+        text_lengths=torch.full((items,), CAPTION),
+        caption_ids=torch.arange(items) + lane * items,
+        lane=lane,
+    )
+
+
+def _numbers(record: Record) -> dict[str, Any]:
+    fused = {name: count for name, count in record.launches.items() if "." in name}
+    gib = {f"peak_gib_{phase}": round(record.peak.get(phase, 0) / 2**30, 2) for phase in ("build", *PHASES.values())}
+    return {
+        "launches": record.launches.total(),
+        "fused_launches": sum(fused.values()),
+        "collectives": record.collectives.total(),
+        "collective_gb": round(record.collective_bytes.total() / 1e9, 2),
+        "waits": record.waits.total(),
+        "wait_places": len(record.waits),
+        "peak_gib": round(sum(record.peak.values()) / 2**30, 2),
+        **gib,
+    }
+
+
+if __name__ == "__main__":
+    main()
