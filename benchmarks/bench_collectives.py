@@ -2,7 +2,7 @@
 
     python benchmarks/bench_collectives.py [--configurations zero1 zero2 ...] [--ranks 64] [--packs 1 4]
 
-The model has the 24 blocks and 12 text layers of the recipe univitar_0p3b, in 64 instead of 1,024 and 768 channels;
+The model has the 24 blocks and 12 text layers of the recipe univitar_0p3b, in 96 instead of 1,024 and 768 channels;
 buckets and thresholds shrink with it, so that they split the parameters as those of the whole model. The engine is the
 trainer's (`build_engine`). Each count is a process of its own that is rank 0 of a fake world of machines with 8 ranks:
 torch's fake process group answers at once and moves no data, so sizes, counts and order are real and results are not.
@@ -45,12 +45,12 @@ KINDS = ("allgather", "reduce_scatter", "allreduce")
 CONFIGURATIONS = ("zero1", "zero2", "zero3", "zero3_node")
 NODE_RANKS = 8
 UNCOUNTED = 2
-WIDTH = 64
+WIDTH = 96
 NARROW = (
-    f"model.encoder={{hidden_size: {WIDTH}, num_hidden_layers: 24, num_attention_heads: 4, intermediate_size: 192}}",
+    f"model.encoder={{hidden_size: {WIDTH}, num_hidden_layers: 24, num_attention_heads: 4, intermediate_size: 288}}",
     f"model.embed_dim={WIDTH}",
     "model.pool_heads=4",
-    f"model.text={{hidden_size: {WIDTH}, layers: 12, heads: 4, intermediate_size: 256, vocab_size: 512}}",
+    f"model.text={{hidden_size: {WIDTH}, layers: 12, heads: 4, intermediate_size: 384, vocab_size: 512}}",
 )
 SIZES = (
     "reduce_bucket_size",

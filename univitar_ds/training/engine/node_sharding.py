@@ -59,8 +59,8 @@ class Sharding:
             dist.broadcast(tensor.data, src=self.rank, group=self.across)
 
     def agree_on_norms(self, optimizer: Any) -> None:
-        """Makes all groups clip by the same number. Sums of equal shards may round differently on machines that are
-        wired differently, and weights of the groups would drift apart."""
+        """Makes all groups scale their gradients by the same number. Sums of equal shards may round differently on
+        machines that are wired differently, and the weights of the groups would drift apart."""
         if self.across is None:
             return
         of_group = optimizer._get_norm_groups
