@@ -1,4 +1,4 @@
-"""The token-wise operations on a CPU, with torch.compile making one loop of each forward and of each backward.
+"""The fused operations on a CPU, with torch.compile making one loop of each forward and of each backward.
 
 Names, shapes and precision are those of `kernels.reference`. Forward and backward are written by hand and compiled
 separately: the code of an operation is the same with and without gradients and under activation checkpointing, and only
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -83,9 +84,87 @@ def swiglu_norm(gate: Tensor, up: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _GatedNorm.apply(gate, up, weight, eps)
 
 
+def sigmoid_pairs(logits: Tensor, losses: Tensor, first: int, ids: tuple[Tensor, Tensor] | None) -> None:
+    """See `kernels.reference.sigmoid_pairs`."""
+    if logits.shape[1] < 2:
+        reference.sigmoid_pairs(logits, losses, first, ids)
+    else:
+        _sigmoid_pairs(logits, losses, torch.tensor(first), *(ids or (None, None)))
+
+
+def softmax_norms(
+    logits: Tensor,
+    row_norms: Tensor,
+    column_norms: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    first: int,
+    ids: tuple[Tensor, Tensor] | None,
+) -> None:
+    """See `kernels.reference.softmax_norms`."""
+    if logits.shape[1] < 2:
+        reference.softmax_norms(logits, row_norms, column_norms, counts, sums, first, ids)
+    else:
+        state = (row_norms, column_norms, counts, sums)
+        _softmax_norms(logits, *state, torch.tensor(first), *(ids or (None, None)))
+
+
+def softmax_pairs(
+    logits: Tensor,
+    row_shifts: Tensor,
+    column_shifts: Tensor,
+    weights: Tensor,
+    first: int,
+    ids: tuple[Tensor, Tensor] | None,
+) -> None:
+    """See `kernels.reference.softmax_pairs`."""
+    if logits.shape[1] < 2:
+        reference.softmax_pairs(logits, row_shifts, column_shifts, weights, first, ids)
+    else:
+        _softmax_pairs(logits, row_shifts, column_shifts, weights, torch.tensor(first), *(ids or (None, None)))
+
+
 def add_norm(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `kernels.reference.add_norm`."""
     return _AddNorm.apply(x, branch, scale, weight, eps)
+
+
+# The contrastive losses. `first` is a tensor, so that its value is not part of the compiled code.
+
+
+def _positives(logits: Tensor, first: Tensor, own_ids: Tensor | None, ids: Tensor | None) -> Tensor:
+    positive = torch.arange(logits.shape[1])[None, :] == torch.arange(logits.shape[0])[:, None] + first
+    return positive if own_ids is None else positive | (own_ids[:, None] == ids[None, :])
+
+
+@Region
+def _sigmoid_pairs(logits: Tensor, losses: Tensor, first: Tensor, own_ids: Tensor | None, ids: Tensor | None) -> None:
+    positive = _positives(logits, first, own_ids, ids)
+    x = torch.where(positive, -logits, logits)
+    share = torch.sigmoid(x)
+    losses.copy_(F.softplus(x).sum(1))
+    logits.copy_(torch.where(positive, -share, share))
+
+
+@Region
+def _softmax_norms(
+    logits: Tensor, row_norms: Tensor, column_norms: Tensor, counts: Tensor, sums: Tensor, first: Tensor,
+    own_ids: Tensor | None, ids: Tensor | None,
+) -> None:  # fmt: skip
+    positive = _positives(logits, first, own_ids, ids)
+    row_norms.copy_(torch.logaddexp(row_norms, logits.logsumexp(1)))
+    column_norms.copy_(logits.logsumexp(0))
+    counts += positive.sum(1)
+    sums += torch.where(positive, logits, 0.0).sum(1)
+
+
+@Region
+def _softmax_pairs(
+    logits: Tensor, row_shifts: Tensor, column_shifts: Tensor, weights: Tensor, first: Tensor,
+    own_ids: Tensor | None, ids: Tensor | None,
+) -> None:  # fmt: skip
+    shares = (logits + row_shifts[:, None]).exp() + (logits + column_shifts[None, :]).exp()
+    logits.copy_(shares - torch.where(_positives(logits, first, own_ids, ids), weights[:, None], 0.0))
 
 
 # RMSNorm: y = w x / r with r the root mean square. With g the gradient of y, and u = w g,

@@ -1,4 +1,4 @@
-"""Chooses the implementation of the token-wise operations: Triton on CUDA, plain or compiled torch on a CPU.
+"""Chooses the implementation of the fused operations: Triton on CUDA, plain or compiled torch on a CPU.
 
 The implementation is chosen once for each device type and dtype, and logged with the reason. An implementation is a
 module of this package with the functions of `OPERATIONS`, with the signatures of `kernels.reference`. The module is
@@ -24,7 +24,10 @@ from torch import Tensor
 
 from univitar_ds.errors import ConfigError
 
-OPERATIONS = ("rms_norm", "rope2d_qk_norm", "swiglu_norm", "add_norm", "patch_embed")
+OPERATIONS = (
+    "rms_norm", "rope2d_qk_norm", "swiglu_norm", "add_norm", "patch_embed", "sigmoid_pairs", "softmax_norms",
+    "softmax_pairs",
+)  # fmt: skip
 IMPLEMENTATIONS = {
     "reference": "univitar_ds.kernels.reference",
     "triton": "univitar_ds.kernels.fused",
@@ -72,6 +75,39 @@ def patch_embed(
     """See `kernels.reference.patch_embed`."""
     chosen = implementation(weight.device.type, weight.dtype)
     return chosen.patch_embed(pixels, frames, grid_thw, weight, bias, mean=mean, std=std, merge=merge)
+
+
+def sigmoid_pairs(logits: Tensor, losses: Tensor, first: int, ids: tuple[Tensor, Tensor] | None) -> None:
+    """See `kernels.reference.sigmoid_pairs`."""
+    implementation(logits.device.type, logits.dtype).sigmoid_pairs(logits, losses, first, ids)
+
+
+def softmax_norms(
+    logits: Tensor,
+    row_norms: Tensor,
+    column_norms: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    first: int,
+    ids: tuple[Tensor, Tensor] | None,
+) -> None:
+    """See `kernels.reference.softmax_norms`."""
+    chosen = implementation(logits.device.type, logits.dtype)
+    chosen.softmax_norms(logits, row_norms, column_norms, counts, sums, first, ids)
+
+
+def softmax_pairs(
+    logits: Tensor,
+    row_shifts: Tensor,
+    column_shifts: Tensor,
+    weights: Tensor,
+    first: int,
+    ids: tuple[Tensor, Tensor] | None,
+) -> None:
+    """See `kernels.reference.softmax_pairs`."""
+    implementation(logits.device.type, logits.dtype).softmax_pairs(
+        logits, row_shifts, column_shifts, weights, first, ids
+    )
 
 
 def compile_on_cpu(wanted: bool) -> None:

@@ -161,6 +161,88 @@ def patch_embed(
     return _PatchEmbed.apply(weight, bias, pixels, frames, grid_thw, count, tuple(mean), tuple(std), merge)
 
 
+def sigmoid_pairs(logits: Tensor, losses: Tensor, first: int, ids: tuple[Tensor, Tensor] | None) -> None:
+    """Replaces logits of pairs of an image and a text by the gradient of the sum of their sigmoid losses.
+
+    The loss of a pair is softplus(-logit) if it is positive, and softplus(logit) otherwise.
+
+    Args:
+        logits: (n, c) float32, row i of image i; overwritten.
+        losses: (n,) float32, overwritten with the sum of the losses of each row.
+        first: the column of the text of image 0, below 0 or beyond the last column if it is in another chunk. The
+            text of image i is in column first + i, and the pair is positive.
+        ids: caption ids of the images (n,) and of the texts (c,), int64: equal captions are positive too; or None.
+    """
+    if ids is None:
+        logits.diagonal(first).neg_()
+    else:
+        positive = torch.eq(ids[0][:, None], ids[1][None, :], out=torch.empty_like(logits))
+        logits.addcmul_(positive, logits, value=-2)  # exactly -logit where positive
+    torch.sum(F.softplus(logits), 1, out=losses)
+    logits.sigmoid_()
+    if ids is None:
+        logits.diagonal(first).neg_()
+    else:
+        logits.addcmul_(positive, logits, value=-2)
+
+
+def softmax_norms(
+    logits: Tensor,
+    row_norms: Tensor,
+    column_norms: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    first: int,
+    ids: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Computes the normalisers of a softmax over the texts of each image, and of one over the images of each text.
+
+    Args:
+        logits, first, ids: see `sigmoid_pairs`; the logits are not changed.
+        row_norms: (n,) the log-sum-exp of each row; that of the chunk is added to it. -inf before the first chunk.
+        column_norms: (c,) overwritten with the log-sum-exp of each column.
+        counts, sums: (n,) the number of positive texts of each image and the sum of their logits; those of the chunk
+            are added. All float32.
+    """
+    torch.logaddexp(row_norms, logits.logsumexp(1), out=row_norms)
+    torch.logsumexp(logits, 0, out=column_norms)
+    if ids is None:
+        own = logits.diagonal(first)
+        begin = min(max(-first, 0), len(logits))
+        counts[begin : begin + len(own)].add_(1)
+        sums[begin : begin + len(own)].add_(own)
+    else:
+        positive = torch.eq(ids[0][:, None], ids[1][None, :], out=torch.empty_like(logits))
+        counts.addmv_(positive, logits.new_ones(1).expand(logits.shape[1]))
+        sums.view(-1, 1, 1).baddbmm_(positive[:, None], logits[:, :, None])
+
+
+def softmax_pairs(
+    logits: Tensor,
+    row_shifts: Tensor,
+    column_shifts: Tensor,
+    weights: Tensor,
+    first: int,
+    ids: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Replaces logits by exp(logit + row shift) + exp(logit + column shift), minus the row's weight for positive pairs.
+
+    If the shifts are the negative normalisers, and the weights 2 / number of positives, that is the gradient of the sum
+    of both cross entropies.
+
+    Args: logits, first, ids: see `sigmoid_pairs`; row_shifts, weights (n,), column_shifts (c,), all float32.
+    """
+    logits += torch.logaddexp(row_shifts[:, None], column_shifts[None, :])
+    logits.exp_()
+    if ids is None:
+        own = logits.diagonal(first)
+        begin = min(max(-first, 0), len(logits))
+        own.sub_(weights[begin : begin + len(own)])
+    else:
+        positive = torch.eq(ids[0][:, None], ids[1][None, :], out=torch.empty_like(logits))
+        logits.addcmul_(positive, weights[:, None], value=-1)
+
+
 def check_frames(pixels: Tensor, frames: Sequence[int], grid_thw: Sequence[Sequence[int]]) -> int:
     """Returns the number of tokens of a pack. Raises: ValueError if bytes, frames and grids do not match."""
     byte = tokens = 0

@@ -46,7 +46,7 @@ SIZES = {"0.3b": (16, 64, 2816), "0.6b": (16, 80, 3456), "1b": (24, 80, 5120), "
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a public function, forward and backward; `size` is a key of `SIZES`."""
+    """One call of a public function, forward and backward if it has one; `size` is a key of `SIZES`."""
 
     operation: str
     size: str
@@ -99,6 +99,24 @@ def patch_embed_cases() -> Iterator[Case]:
             )  # fmt: skip
 
 
+def pair_cases() -> Iterator[Case]:
+    """Yields the losses of 48 images and a chunk of 1,024 texts; the width of the embeddings plays no part."""
+    logits, rows, columns = torch.zeros(TOKENS, 1024), torch.zeros(TOKENS), torch.zeros(1024)
+    ids = torch.zeros(TOKENS, dtype=torch.int64), torch.zeros(1024, dtype=torch.int64)
+    for name, given in (("", None), (" captions", ids)):
+        yield Case(
+            f"sigmoid_pairs{name}", "0.6b", torch.float32, lambda g=given: fused.sigmoid_pairs(logits, rows, 5, g)
+        )
+        yield Case(
+            f"softmax_norms{name}", "0.6b", torch.float32,
+            lambda g=given: fused.softmax_norms(logits, rows, columns, rows, rows, 5, g),
+        )  # fmt: skip
+        yield Case(
+            f"softmax_pairs{name}", "0.6b", torch.float32,
+            lambda g=given: fused.softmax_pairs(logits, rows, columns, rows, 5, g),
+        )  # fmt: skip
+
+
 def launches_of(case: Case, arch: int) -> list[Launch]:
     """Returns the kernel launches of the forward and the backward of a case, without running them."""
     launches = []
@@ -114,8 +132,9 @@ def launches_of(case: Case, arch: int) -> list[Launch]:
     limits, gpu.limits = gpu.limits, lambda device: gpu.Limits(SM_COUNT[arch], shared, wide=arch >= 90)
     try:
         outputs = case.outputs()
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+        if outputs is not None:  # the losses of pairs compute their gradients themselves
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     finally:
         JITFunction.run, gpu.limits = original, limits
     return launches
@@ -199,7 +218,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.ptx:
         options.ptx.mkdir(parents=True, exist_ok=True)
-    cases = [case for case in (*token_wise_cases(), *patch_embed_cases()) if case.size in options.sizes]
+    cases = [case for case in (*token_wise_cases(), *patch_embed_cases(), *pair_cases()) if case.size in options.sizes]
     work = [
         (case, launch, arch)
         for case in cases

@@ -17,6 +17,10 @@ SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """That one program may have (CUDA programming guide, compute capabilities)."""
 
 
+PAIRS = ("sigmoid_pairs", "softmax_norms", "softmax_pairs")
+"""The losses of pairs."""
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -88,7 +92,7 @@ def test_every_program_fits_the_shared_memory_of_its_gpu_and_no_backward_over_ro
 
 def test_no_forward_kernel_spills_and_all_read_16_bytes_at_a_time():
     for row in rows_of(COMMITTED):
-        if row["operation"].startswith("patch_embed"):  # pixels lie at even addresses, no more
+        if row["operation"].startswith(("patch_embed", *PAIRS)):  # pixels lie at even addresses, no more
             continue
         name = f"{row['operation']} {row['kernel']} {row['size']} {row['dtype']} {row['arch']}"
         if row["kernel"] == "forward":
@@ -98,6 +102,16 @@ def test_no_forward_kernel_spills_and_all_read_16_bytes_at_a_time():
             narrow = int(row["loads_8_bytes"]) + int(row["loads_narrower"])
             limit = 0 if row["operation"] != "rope2d_qk_norm" else 3 * int(row["loads_16_bytes"])
             assert narrow <= limit, f"{name}: {narrow} narrow loads"
+
+
+def test_the_losses_of_pairs_spill_nowhere_and_read_all_but_the_numbers_of_an_image_16_bytes_at_a_time():
+    rows = [row for row in rows_of(COMMITTED) if row["operation"].startswith(PAIRS)]
+    assert len(rows) == 2 * 2 * 4
+    for row in rows:
+        assert int(row["stack_bytes"]) == 0, row
+        assert int(row["loads_16_bytes"]) >= 2, row
+        assert int(row["loads_8_bytes"]) <= 1, row  # the caption id of the image
+        assert int(row["loads_narrower"]) <= 3, row  # its normaliser, count, sum or weight
 
 
 def test_patch_embed_spills_nowhere_forward():

@@ -1,3 +1,3 @@
 """Contrastive losses over the embeddings of all ranks, and losses of classification and distillation."""
 
-__all__ = ["classification", "distill", "exchange", "mixing", "pairs", "sigmoid", "softmax"]
+__all__ = ["chunks", "classification", "distill", "exchange", "mixing", "pairs", "sigmoid", "softmax"]

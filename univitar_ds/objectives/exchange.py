@@ -120,22 +120,25 @@ def _places(counts: Tensor, items: int, largest: int) -> tuple[Tensor, Tensor]:
     return slots, texts
 
 
-def pack_rows(text: Tensor, ids: Tensor | None) -> Tensor:
-    """Returns texts (n, E) with their caption ids as the rows of one message, float32; the texts alone without ids.
+def pack_rows(text: Tensor, ids: Tensor | None, *, ones: bool = False) -> Tensor:
+    """Returns texts (n, E) as the rows of one message, float32; with `ones` a column of ones after the E values, and
+    then the caption ids if there are any.
 
-    The width is a multiple of 16 bytes, so that products with the texts in it read aligned rows.
+    A row is a multiple of 16 bytes, so that products with the texts in it read aligned rows.
     """
-    if ids is None:
-        return text
-    width = text.shape[1]
-    rows = text.new_zeros(len(text), 4 * -(-(width + width % 2 + 2) // 4))
-    rows[:, :width] = text
-    rows.view(torch.int64)[:, -1] = ids
+    width = text.shape[1] + ones
+    used = width if ids is None else width + width % 2 + 2
+    rows = text.new_zeros(len(text), 4 * -(-used // 4))
+    rows[:, : text.shape[1]] = text
+    if ones:
+        rows[:, width - 1] = 1
+    if ids is not None:
+        rows.view(torch.int64)[:, -1] = ids
     return rows
 
 
 def unpack_rows(rows: Tensor, width: int, has_ids: bool) -> tuple[Tensor, Tensor | None]:
-    """Returns the texts and the ids that `pack_rows` has put together."""
+    """Returns the first `width` values of each row, and the ids that `pack_rows` has put there."""
     return rows[:, :width], rows.view(torch.int64)[:, -1].contiguous() if has_ids else None
 
 

@@ -3,37 +3,58 @@
 The loss of a pair of image i and text j is  -log sigmoid(z_ij * (scale * <v_i, t_j> + bias)),  with z_ij = +1 for a
 positive pair and -1 for a negative pair. The sum over pairs is divided by the number of items of the step.
 The gradient is computed explicitly, without autograd: g_ij = dL/dlogit_ij = -z_ij * sigmoid(-z_ij * logit_ij) / items.
+
+Texts have a column of ones and images one of the bias, so that the products are the logits, and the products with g
+have the sums of its rows, which are the gradient of the bias. That of the scale is the sum of <v_i, sum_j g_ij t_j>.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from univitar_ds.objectives.exchange import ContrastiveResult
-from univitar_ds.objectives.pairs import PairGradients, loss_of_pairs
+from univitar_ds.kernels import dispatch
+from univitar_ds.objectives.chunks import compared
+from univitar_ds.objectives.exchange import ContrastiveResult, Exchange, nothing, pack_rows, unpack_rows
 
 
-def sigmoid_loss(*inputs: Tensor, **settings: Any) -> ContrastiveResult:
+@torch.no_grad()
+def sigmoid_loss(
+    vision: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    caption_ids: Tensor,
+    *,
+    chunk: int,
+    same_caption_positive: bool = False,
+    exchange: Exchange | None = None,
+) -> ContrastiveResult:
     """Computes the loss and the gradients. Arguments and result are those of `pairs.loss_of_pairs` after `loss`."""
-    return loss_of_pairs(sigmoid_pairs, *inputs, **settings)
+    exchange = exchange or Exchange(len(vision), vision.device)
+    if not exchange.items:
+        return nothing(vision, text)
+    items, width = exchange.items, text.shape[1]
+    vision, scale = vision.float(), scale.float().reshape(())
+    images = torch.cat([vision * scale, bias.float().reshape(1, 1).expand(len(vision), 1)], dim=1)
+    own_ids = caption_ids.to(vision.device) if same_caption_positive else None
+    rows = pack_rows(text.float(), own_ids, ones=True)
+    texts, ids = unpack_rows(exchange.gather(rows), width + 1, own_ids is not None)
+    both_ids = None if own_ids is None else (own_ids, ids)
 
-
-def sigmoid_pairs(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, positives: Tensor, items: int
-) -> PairGradients:
-    """Computes the losses of a block of pairs; see `pairs.PairLoss`."""
-    similarity = images @ texts.T
-    sign = positives.float() * 2 - 1
-    agreement = sign * (similarity * scale + bias)
-    logit_grad = -sign * torch.sigmoid(-agreement) / items
-    return PairGradients(
-        loss=-F.logsigmoid(agreement).sum(dtype=torch.float64),
-        images=scale * (logit_grad @ texts),
-        texts=scale * (logit_grad.T @ images),
-        scale=(logit_grad * similarity).sum(dtype=torch.float64),
-        bias=logit_grad.sum(dtype=torch.float64),
+    losses = images.new_zeros(-(-items // chunk), len(images))
+    pulls = torch.zeros_like(images)  # sums over texts of gradient times text, without scale
+    text_grad = images.new_zeros(items, width)
+    for index, part in enumerate(compared(images, texts, both_ids, chunk=chunk, first=exchange.first)):
+        dispatch.sigmoid_pairs(part.logits, losses[index], part.first, part.ids)
+        pulls.addmm_(part.logits, texts[part.span])
+        torch.mm(part.logits.T, images[:, :width], out=text_grad[part.span])
+    del texts  # before the message of the gradients needs its memory
+    return ContrastiveResult(
+        loss=exchange.reduce(losses.sum(dtype=torch.float64) / items).item(),  # waits: backward needs a finite loss
+        items=items,
+        vision_grad=pulls[:, :width] * (scale / items),
+        text_grad=exchange.scatter_sum(text_grad) / items,
+        scale_grad=((vision * pulls[:, :width]).sum(dtype=torch.float64) / items).float().reshape(1),
+        bias_grad=(pulls[:, width].sum(dtype=torch.float64) / items).float().reshape(1),
     )

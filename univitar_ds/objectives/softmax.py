@@ -12,18 +12,15 @@ g_ij = (softmax over row i + softmax over column j - 2 * [j in P(i)] / |P(i)|) /
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from univitar_ds.objectives.exchange import (
-    ContrastiveResult,
-    Exchange,
-    nothing,
-    pack_rows,
-    positive_mask,
-    unpack_rows,
-)
+from univitar_ds.kernels import dispatch
+from univitar_ds.objectives.chunks import compared
+from univitar_ds.objectives.exchange import ContrastiveResult, Exchange, nothing, pack_rows, unpack_rows
 
 
 @torch.no_grad()
@@ -42,47 +39,39 @@ def softmax_loss(
     exchange = exchange or Exchange(len(vision), vision.device)
     if not exchange.items:
         return nothing(vision, text)
-    items = exchange.items
+    items, width = exchange.items, text.shape[1]
     vision, scale = vision.float(), scale.float().reshape(())
+    images = vision * scale
     own_ids = caption_ids.to(vision.device) if same_caption_positive else None
-    texts, ids = unpack_rows(exchange.gather(pack_rows(text.float(), own_ids)), text.shape[1], own_ids is not None)
-    parts = [slice(start, start + chunk) for start in range(0, items, chunk)]
+    texts, ids = unpack_rows(exchange.gather(pack_rows(text.float(), own_ids)), width, own_ids is not None)
+    chunks = partial(
+        compared, images, texts, None if own_ids is None else (own_ids, ids), chunk=chunk, first=exchange.first
+    )
 
-    def positives(pairs: Tensor, part: slice) -> Tensor:
-        return positive_mask(pairs, exchange.first - part.start, None if ids is None else (own_ids, ids[part])).float()
-
-    row_norm = vision.new_full((len(vision),), -torch.inf)
-    column_norm = vision.new_full((items,), -torch.inf)
-    positive_counts, agreement = torch.zeros_like(row_norm), torch.zeros_like(row_norm)
-    for part in parts if len(vision) else ():
-        logits = scale * (vision @ texts[part].T)
-        positive = positives(logits, part)
-        row_norm = torch.logaddexp(row_norm, logits.logsumexp(1))
-        column_norm[part] = logits.logsumexp(0)
-        positive_counts += positive.sum(1)
-        agreement += (positive * logits).sum(1)
-    column_norm = _logsumexp_over_ranks(column_norm, exchange)
-    own_columns = column_norm[exchange.first : exchange.first + len(vision)]
+    row_norms = images.new_full((len(images),), -torch.inf)
+    column_norms = images.new_full((items,), -torch.inf)
+    counts, sums = torch.zeros_like(row_norms), torch.zeros_like(row_norms)
+    for part in chunks():
+        dispatch.softmax_norms(part.logits, row_norms, column_norms[part.span], counts, sums, part.first, part.ids)
+    column_norms = _logsumexp_over_ranks(column_norms, exchange)
+    own_columns = column_norms[exchange.first : exchange.first + len(images)]
     # The relation of positives is symmetric, so the means over rows and over columns have the same sum.
-    loss = (row_norm.double() + own_columns.double() - 2 * (agreement / positive_counts).double()).sum() / (2 * items)
+    loss = (row_norms.double() + own_columns.double() - 2 * (sums / counts).double()).sum() / (2 * items)
 
-    vision_grad, text_grad = torch.zeros_like(vision), torch.zeros_like(texts, memory_format=torch.contiguous_format)
-    scale_grad = torch.zeros(1, dtype=torch.float64, device=vision.device)
-    for part in parts if len(vision) else ():
-        similarity = vision @ texts[part].T
-        logits = scale * similarity
-        probabilities = (logits - row_norm[:, None]).exp() + (logits - column_norm[None, part]).exp()
-        logit_grad = (probabilities - 2 * positives(logits, part) / positive_counts[:, None]) / (2 * items)
-        scale_grad += (logit_grad * similarity).sum(dtype=torch.float64)
-        vision_grad += scale * (logit_grad @ texts[part])
-        text_grad[part] = scale * (logit_grad.T @ vision)
-    del texts  # before the message of the gradients needs its memory
+    row_shifts, column_shifts, weights = -row_norms, -column_norms, 2 / counts
+    pulls = torch.zeros_like(images)  # sums over texts of gradient times text, without scale
+    text_grad = images.new_zeros(items, width)
+    for part in chunks():
+        dispatch.softmax_pairs(part.logits, row_shifts, column_shifts[part.span], weights, part.first, part.ids)
+        pulls.addmm_(part.logits, texts[part.span])
+        torch.mm(part.logits.T, images, out=text_grad[part.span])
+    del texts, chunks  # before the message of the gradients needs their memory
     return ContrastiveResult(
         loss=exchange.reduce(loss).item(),
         items=items,
-        vision_grad=vision_grad,
-        text_grad=exchange.scatter_sum(text_grad),
-        scale_grad=scale_grad.float(),
+        vision_grad=pulls * (scale / (2 * items)),
+        text_grad=exchange.scatter_sum(text_grad) / (2 * items),
+        scale_grad=((vision * pulls).sum(dtype=torch.float64) / (2 * items)).float().reshape(1),
         bias_grad=torch.zeros(1, device=vision.device),
     )
 

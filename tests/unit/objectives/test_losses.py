@@ -8,7 +8,7 @@ from tests.support.closeness import assert_sums_close
 from tests.support.dense import dense_sigmoid, dense_softmax
 from univitar_ds.errors import PluginError
 from univitar_ds.objectives.pairs import check_additive, loss_of_pairs, pair_losses
-from univitar_ds.objectives.sigmoid import sigmoid_loss, sigmoid_pairs
+from univitar_ds.objectives.sigmoid import sigmoid_loss
 from univitar_ds.objectives.softmax import softmax_loss
 
 
@@ -104,7 +104,6 @@ def test_a_value_that_is_not_finite_makes_the_loss_not_finite(loss_of):
 
 
 def test_a_sum_over_pairs_passes_the_check():
-    check_additive(sigmoid_pairs)
     check_additive(pair_losses(weighted))
 
 
