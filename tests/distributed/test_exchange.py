@@ -8,6 +8,7 @@ from tests.support.closeness import assert_sums_close
 from tests.support.distributed import run_distributed
 from tests.support.messages import counted, pretended_world
 from tests.unit.objectives.test_losses import BIAS, DENSE, SCALE, dense_gradients, embeddings, terms
+from univitar_ds.objectives.exchange import GATHERED_BYTES, Exchange
 from univitar_ds.objectives.softmax import softmax_loss
 from univitar_ds.training.distributed.process_group import start_world
 
@@ -25,13 +26,15 @@ CASES = [
 ]
 
 
-def on_this_rank(loss_of, cases):
+def on_this_rank(loss_of, cases, limit):
     world = start_world()
     results = []
     for counts, same in cases:
         vision, text, ids = embeddings(sum(counts), captions=3)
         own = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
-        result = loss_of(vision[own], text[own], SCALE, BIAS, ids[own], chunk=2, same_caption_positive=same)
+        exchange = Exchange(counts[world.rank], world.device, limit=limit)
+        inputs = vision[own], text[own], SCALE, BIAS, ids[own]
+        result = loss_of(*inputs, chunk=2, same_caption_positive=same, exchange=exchange)
         shared = torch.cat([result.scale_grad, result.bias_grad])
         dist.all_reduce(shared)
         results.append((result.loss, result.items, result.vision_grad.tolist(), result.text_grad.tolist(), shared))
@@ -39,10 +42,11 @@ def on_this_rank(loss_of, cases):
 
 
 @pytest.mark.parametrize("loss_of", DENSE)
-@pytest.mark.parametrize("size", [2, 4])
-def test_ragged_ranks_together_have_the_dense_loss_and_gradients(loss_of, size):
+@pytest.mark.parametrize(("size", "limit"), [(2, GATHERED_BYTES), (4, GATHERED_BYTES), (2, 1), (4, 900), (4, 1)])
+def test_ragged_ranks_together_have_the_dense_loss_and_gradients(loss_of, size, limit):
+    """With 900 bytes, texts of one rank of both groups or of two ranks of one fit; with 1 byte no rank has a group."""
     cases = [case for case in CASES if len(case[0]) == size]
-    by_rank = run_distributed(on_this_rank, size, loss_of, cases)
+    by_rank = run_distributed(on_this_rank, size, loss_of, cases, limit)
     for number, (counts, same) in enumerate(cases):
         vision, text, ids = embeddings(sum(counts), captions=3)
         loss, grads = dense_gradients(loss_of, vision, text, SCALE, BIAS, ids if same else None)
@@ -115,3 +119,15 @@ def run_twice(counts):
 def test_the_same_step_on_the_same_ranks_has_the_same_bits():
     for one, two in run_distributed(run_twice, 4, (6, 0, 3, 9)):
         assert one == two
+
+
+def groups_on_this_rank(limits):
+    world = start_world()
+    exchange = [Exchange((3, 0, 5, 2)[world.rank], world.device, limit=limit) for limit in limits]
+    return [one.blocks(torch.zeros(one.counts[world.rank], 16)).groups for one in exchange]
+
+
+def test_texts_that_are_too_many_for_one_rank_are_gathered_in_as_few_groups_as_fit():
+    """A row has 64 bytes, and a message the rows of the rank that has most: four times 5, or twice."""
+    for rank in run_distributed(groups_on_this_rank, 4, [4 * 5 * 64, 4 * 5 * 64 - 1, 2 * 5 * 64, 2 * 5 * 64 - 1, 1]):
+        assert rank == [1, 2, 2, 4, 4]

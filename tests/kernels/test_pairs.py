@@ -86,7 +86,6 @@ def test_the_kernels_follow_the_formula(device, check, shape, same):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.numeric
 @cases
 @pytest.mark.parametrize("check", [check_sigmoid, check_softmax])

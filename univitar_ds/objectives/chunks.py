@@ -1,7 +1,8 @@
 """The texts of a step in chunks, each compared with all images of this rank.
 
 The memory of a chunk is one block of logits, 4 * n * chunk bytes for n images of this rank: the fused losses replace
-the logits by their gradient in place. Every chunk takes the same kernels, whichever rank has its texts.
+the logits by their gradient in place; in plain torch, on a CPU, they have up to two more such blocks. Every chunk takes
+the same kernels, whichever rank has its texts.
 """
 
 from __future__ import annotations

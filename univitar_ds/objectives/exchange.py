@@ -3,15 +3,27 @@
 Every rank compares its own images with the texts of all ranks, `chunk` texts at a time. The texts arrive in one
 all-gather, and one reduce-scatter returns the sum of their gradients over ranks. So the number of messages does not
 depend on the number of ranks, and the number of chunks depends on the texts of the step only.
+
+Steps with more texts than `GATHERED_BYTES` are compared in blocks: the ranks are divided into groups, and the texts of
+one group at a time are gathered. On a ring of groups each rank has the texts of one rank of each group in turn; the
+ranks of a group gather these, and what their gradients sum to travels with them. So a rank sends each text between
+groups once, and the number of messages grows with the groups, not with the ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+GATHERED_BYTES = 2**30
+"""Most bytes of texts that are gathered at once. The loss needs twice as much while it runs, for texts and gradients:
+2 GiB, a fortieth of a GPU of 80 GB. 1 GiB are 232,000 texts of 1152 numbers, and messages of that length take so long
+that the start of a few more does not count."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +54,17 @@ class Exchange:
 
     Creating an exchange synchronizes with the device. If it is created before the embeddings, the loss does not
     synchronize until its value is read: all messages are enqueued while the GPU still computes embeddings.
-
-    Messages have one size for all ranks, that of the rank with the most items, since NCCL's and gloo's reduce-scatter
-    have no other. The rows that fill up the others are dropped before the texts are compared.
     """
 
-    def __init__(self, items: int, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, items: int, device: torch.device, group: dist.ProcessGroup | None = None, limit: int = GATHERED_BYTES
+    ) -> None:
         """Exchanges the numbers of items of all ranks. Every rank of the group must create an exchange.
 
-        Args: items: number of items of this rank, which may differ between ranks and may be 0."""
-        self.group = group
+        Args: items: number of items of this rank, which may differ between ranks and may be 0. limit: most bytes of
+        texts that are gathered at once, unless one rank has more.
+        """
+        self.group, self.limit = group, limit
         self.size = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if self.size > 1 else 0
         # Without a copy, which the host would wait for.
@@ -59,65 +72,161 @@ class Exchange:
         if self.size > 1:
             counts = mine.new_empty(self.size)
             dist.all_gather_single(counts, mine, group=group)
+        self.on_device = counts
         self.counts: list[int] = counts.tolist()  # read on the host, since they are sizes of messages
-        self._slots, self._texts = _places(counts, self.items, self.largest)
 
     @property
     def items(self) -> int:
         """Number of items of the step, over all ranks."""
         return sum(self.counts)
 
-    @property
-    def largest(self) -> int:
-        """The most items of a rank."""
-        return max(self.counts)
+    def blocks(self, rows: Tensor) -> Blocks:
+        """Returns the blocks in which texts are gathered that travel as `rows` (n, k), in as few groups as fit.
 
-    @property
-    def first(self) -> int:
-        """Place of this rank's first text among the texts of all ranks."""
-        return sum(self.counts[: self.rank])
+        Groups have the same number of ranks, so that this number divides that of all ranks.
+        """
+        row_bytes = rows.shape[1] * rows.element_size()
+        for groups in (count for count in range(1, self.size) if self.size % count == 0):
+            members = self.size // groups
+            starts = range(0, self.size, members)
+            longest = max(max(self.counts[start : start + members]) for start in starts)
+            if members * longest * row_bytes <= self.limit:
+                return Blocks(self, groups)
+        return Blocks(self, self.size)
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """Returns the rows of all ranks in the order of ranks: (n, k) -> (items, k)."""
-        sent = rows.new_empty(self.largest, rows.shape[1])
+    def total(self, value: Tensor) -> float:
+        """Returns the sum over ranks. Synchronizes with the device, since backward runs only if the loss is finite."""
+        if self.size > 1:
+            dist.all_reduce(value, group=self.group)
+        return value.item()
+
+
+class Blocks:
+    """The texts of a step in one block for each group of ranks, which this rank's group compares one after another.
+
+    A loop over `owners` calls `gather` with the rows that this rank has of the owner, compares them, calls
+    `scatter_sum` with what the owner is to get, and `shift` with both. Afterwards all rows are back at their ranks.
+
+    Messages in a group have one size for all ranks, that of the rank with the most items of the block, since NCCL's and
+    gloo's reduce-scatter have no other. The rows that fill up the others are dropped before the texts are compared.
+    """
+
+    def __init__(self, exchange: Exchange, groups: int) -> None:
+        self.exchange, self.groups = exchange, groups
+        self.members = exchange.size // groups
+        self.own, self.place = divmod(exchange.rank, self.members)
+        self.group = exchange.group if groups == 1 else _group_of(exchange, self.own, self.members)
+        self._known_places: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def owners(self) -> Iterator[int]:
+        """Yields the group whose texts are compared, this rank's first."""
+        for hop in range(self.groups):
+            yield (self.own - hop) % self.groups
+
+    def counts(self, owner: int) -> list[int]:
+        """Numbers of texts of the ranks of a group."""
+        return self.exchange.counts[owner * self.members : (owner + 1) * self.members]
+
+    def first(self, owner: int) -> int:
+        """Place of this rank's first text in the block of a group; after all texts if it is in another one."""
+        counts = self.counts(owner)
+        return sum(counts[: self.place]) if owner == self.own else sum(counts)
+
+    def rows_of(self, values: Tensor, owner: int) -> Tensor:
+        """Returns the rows of a block that `gather` has got from this rank."""
+        counts = self.counts(owner)
+        begin = sum(counts[: self.place])
+        return values[begin : begin + counts[self.place]]
+
+    def gather(self, rows: Tensor, owner: int) -> Tensor:
+        """Returns the rows of all ranks of the group in their order: (n, k) -> (texts of the owner, k)."""
+        counts = self.counts(owner)
+        sent = rows.new_empty(max(counts), rows.shape[1])
         sent[: len(rows)] = rows
         received = sent
-        if self.size > 1:
-            received = rows.new_empty(self.size * self.largest, rows.shape[1])
+        if self.members > 1 and len(sent):
+            received = rows.new_empty(self.members * len(sent), rows.shape[1])
             dist.all_gather_single(received, sent, group=self.group)
-        return received.index_select(0, self._slots)
+        return received.index_select(0, self._places(owner)[0])
 
-    def scatter_sum(self, values: Tensor) -> Tensor:
-        """Returns this rank's rows of the sum over ranks, the inverse of `gather`: (items, k) -> (n, k)."""
-        sent = values.index_select(0, self._texts)
+    def scatter_sum(self, values: Tensor, owner: int) -> Tensor:
+        """Returns the sum over the ranks of the group, of the rows that this rank has given to `gather`."""
+        counts = self.counts(owner)
+        sent = values.index_select(0, self._places(owner)[1])
         received = sent
-        if self.size > 1:
-            received = values.new_empty(self.largest, values.shape[1])
+        if self.members > 1 and len(sent):
+            received = values.new_empty(max(counts), values.shape[1])
             dist.reduce_scatter_single(received, sent, group=self.group)
-        return received[: self.counts[self.rank]]
+        return received[: counts[self.place]]
 
-    def reduce(self, value: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Replaces `value` by its sum, or by the result of another operation, over ranks, and returns it."""
-        if self.size > 1:
-            dist.all_reduce(value, operation, group=self.group)
-        return value
+    def logsumexp(self, values: Tensor) -> Tensor:
+        """Returns the logarithm of the sum over the ranks of the group of exp(values), which may be -inf."""
+        largest = values.clone()
+        if self.members > 1 and len(values):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        largest.clamp_(min=torch.finfo(values.dtype).min)  # -inf - -inf is not a number
+        total = (values - largest).exp()
+        if self.members > 1 and len(values):
+            dist.all_reduce(total, group=self.group)
+        return largest + total.log()
+
+    def shift(self, rows: Tensor, values: Tensor, owner: int) -> tuple[Tensor, Tensor]:
+        """Sends the rows that this rank has of a group, and values of theirs, to the next group, and returns those from
+        the previous one. Both have the same dtype, and travel in one message."""
+        if self.groups == 1:
+            return rows, values
+        exchange, width = self.exchange, rows.shape[1]
+        sent = torch.cat([rows, values], dim=1)
+        count = self.counts((owner - 1) % self.groups)[self.place]
+        received = sent.new_empty(count, sent.shape[1])
+        following, preceding = ((exchange.rank + step) % exchange.size for step in (self.members, -self.members))
+        if exchange.group is not None:
+            following, preceding = (dist.get_global_rank(exchange.group, rank) for rank in (following, preceding))
+        messages = []
+        if len(sent):
+            messages.append(dist.P2POp(dist.isend, sent, following, exchange.group))
+        if count:
+            messages.append(dist.P2POp(dist.irecv, received, preceding, exchange.group))
+        for work in dist.batch_isend_irecv(messages) if messages else ():
+            work.wait()
+        return received[:, :width].contiguous(), received[:, width:].contiguous()
+
+    def _places(self, owner: int) -> tuple[Tensor, Tensor]:
+        """Returns where the texts are in a message, (texts,), and which text each row of a message holds, (rows,). A
+        row that fills up holds another one's text.
+
+        Both are computed on the device: the kernels are enqueued without waiting for it.
+        """
+        if owner in self._known_places:
+            return self._known_places[owner]
+        counts = self.counts(owner)
+        items, largest = sum(counts), max(counts)
+        on_device = self.exchange.on_device[owner * self.members : (owner + 1) * self.members]
+        ends = on_device.cumsum(0)
+        begins = ends - on_device
+        text = torch.arange(items, device=ends.device)
+        rank = torch.searchsorted(ends, text, right=True)
+        offset = largest * torch.arange(self.members, device=ends.device) - begins
+        row = torch.arange(largest, device=ends.device)
+        texts = (begins[:, None] + row[None]).clamp(max=items - 1).flatten()
+        self._known_places[owner] = text + offset[rank], texts
+        return self._known_places[owner]
 
 
-def _places(counts: Tensor, items: int, largest: int) -> tuple[Tensor, Tensor]:
-    """Returns where the texts are in a message of `largest` rows per rank, (items,), and which text each row of such a
-    message holds, (ranks * largest,). A row without a text holds another rank's, which is dropped.
+_groups: WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]] = WeakKeyDictionary()
+"""{all ranks: {ranks of a group: this rank's group}}: a group is made once."""
 
-    Both are computed on the device: the kernels are enqueued without waiting for it.
-    """
-    ends = counts.cumsum(0)
-    begins = ends - counts
-    text = torch.arange(items, device=counts.device)
-    owner = torch.searchsorted(ends, text, right=True)
-    offset = largest * torch.arange(len(counts), device=counts.device) - begins
-    slots = text + offset[owner]
-    row = torch.arange(largest, device=counts.device)
-    texts = (begins[:, None] + row[None]).clamp(max=items - 1).flatten()
-    return slots, texts
+
+def _group_of(exchange: Exchange, own: int, members: int) -> dist.ProcessGroup | None:
+    """Returns this rank's group of `members` ranks, None for a rank alone. Every rank makes its own group only."""
+    if members == 1:
+        return None
+    world = exchange.group or dist.group.WORLD
+    made = _groups.setdefault(world, {})
+    if members not in made:
+        ranks = [dist.get_global_rank(world, rank) for rank in range(own * members, (own + 1) * members)]
+        made[members] = dist.new_group(ranks, use_local_synchronization=True)
+    return made[members]
 
 
 def pack_rows(text: Tensor, ids: Tensor | None, *, ones: bool = False) -> Tensor:
@@ -137,21 +246,24 @@ def pack_rows(text: Tensor, ids: Tensor | None, *, ones: bool = False) -> Tensor
     return rows
 
 
-def unpack_rows(rows: Tensor, width: int, has_ids: bool) -> tuple[Tensor, Tensor | None]:
-    """Returns the first `width` values of each row, and the ids that `pack_rows` has put there."""
-    return rows[:, :width], rows.view(torch.int64)[:, -1].contiguous() if has_ids else None
+def unpack_rows(rows: Tensor, width: int, own_ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Returns the first `width` values of each row, and the ids of images and texts, None without `own_ids`."""
+    ids = None if own_ids is None else (own_ids, rows.view(torch.int64)[:, -1].contiguous())
+    return rows[:, :width], ids
 
 
-def positive_mask(pairs: Tensor, first: int, ids: tuple[Tensor, Tensor] | None) -> Tensor:
+def positive_mask(
+    shape: tuple[int, int], first: int, ids: tuple[Tensor, Tensor] | None, device: torch.device
+) -> Tensor:
     """Returns which pairs of this rank's images and a chunk of texts are positive.
 
     Args:
-        pairs: (rows, columns), any tensor with an entry for each pair.
+        shape: numbers of images (rows) and of texts (columns).
         first: the column of the text of row 0, below 0 or beyond the last column if it is in another chunk.
         ids: caption ids of the rows and of the columns; None: equal captions are not positive.
     Returns: (rows, columns) bool.
     """
-    positive = torch.zeros_like(pairs, dtype=torch.bool)
+    positive = torch.zeros(shape, dtype=torch.bool, device=device)
     positive.diagonal(first).fill_(True)
     if ids is not None:
         positive |= ids[0][:, None] == ids[1][None, :]

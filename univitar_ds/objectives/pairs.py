@@ -132,23 +132,32 @@ def loss_of_pairs(
         return nothing(vision, text)
     vision, scale, bias = vision.float(), scale.float().reshape(()), bias.float().reshape(())
     own_ids = caption_ids.to(vision.device) if same_caption_positive else None
-    texts, ids = unpack_rows(exchange.gather(pack_rows(text.float(), own_ids)), text.shape[1], own_ids is not None)
-    vision_grad, text_grad = torch.zeros_like(vision), torch.zeros_like(texts, memory_format=torch.contiguous_format)
+    rows = pack_rows(text.float(), own_ids)
+    blocks = exchange.blocks(rows)
+    vision_grad = torch.zeros_like(vision)
+    text_grad = vision.new_zeros(len(rows), text.shape[1])
     totals = torch.zeros(3, dtype=torch.float64, device=vision.device)  # loss, scale and bias gradient
-    for start in range(0, len(texts) if len(vision) else 0, chunk):
-        part = slice(start, start + chunk)
-        pairs = torch.empty(len(vision), len(texts[part]), dtype=torch.bool, device=vision.device)
-        positive = positive_mask(pairs, exchange.first - start, None if ids is None else (own_ids, ids[part]))
-        found = loss(vision, texts[part], scale, bias, positive, exchange.items)
-        totals += torch.stack([value.double() for value in (found.loss, found.scale, found.bias)])
-        vision_grad += found.images
-        text_grad[part] = found.texts
-    del texts  # before the message of the gradients needs its memory
+    for owner in blocks.owners():
+        texts, ids = unpack_rows(blocks.gather(rows, owner), text.shape[1], own_ids)
+        gradient = vision.new_zeros(len(texts), text.shape[1])
+        for start in range(0, len(texts) if len(vision) else 0, chunk):
+            part = slice(start, start + chunk)
+            pair_ids = None if ids is None else (own_ids, ids[1][part])
+            shape = len(vision), len(texts[part])
+            positive = positive_mask(shape, blocks.first(owner) - start, pair_ids, vision.device)
+            found = loss(vision, texts[part], scale, bias, positive, exchange.items)
+            totals += torch.stack([value.double() for value in (found.loss, found.scale, found.bias)])
+            vision_grad += found.images
+            gradient[part] = found.texts
+        del texts  # before the message of the gradients needs its memory
+        text_grad += blocks.scatter_sum(gradient, owner)
+        del gradient
+        rows, text_grad = blocks.shift(rows, text_grad, owner)
     return ContrastiveResult(
-        loss=exchange.reduce(totals[0] / exchange.items).item(),  # waits: backward runs only if the loss is finite
+        loss=exchange.total(totals[0] / exchange.items),
         items=exchange.items,
         vision_grad=vision_grad,
-        text_grad=exchange.scatter_sum(text_grad),
+        text_grad=text_grad,
         scale_grad=totals[1:2].float(),
         bias_grad=totals[2:3].float(),
     )

@@ -39,22 +39,29 @@ def sigmoid_loss(
     images = torch.cat([vision * scale, bias.float().reshape(1, 1).expand(len(vision), 1)], dim=1)
     own_ids = caption_ids.to(vision.device) if same_caption_positive else None
     rows = pack_rows(text.float(), own_ids, ones=True)
-    texts, ids = unpack_rows(exchange.gather(rows), width + 1, own_ids is not None)
-    both_ids = None if own_ids is None else (own_ids, ids)
+    blocks = exchange.blocks(rows)
 
-    losses = images.new_zeros(-(-items // chunk), len(images))
+    loss = torch.zeros((), dtype=torch.float64, device=vision.device)
     pulls = torch.zeros_like(images)  # sums over texts of gradient times text, without scale
-    text_grad = images.new_zeros(items, width)
-    for index, part in enumerate(compared(images, texts, both_ids, chunk=chunk, first=exchange.first)):
-        dispatch.sigmoid_pairs(part.logits, losses[index], part.first, part.ids)
-        pulls.addmm_(part.logits, texts[part.span])
-        torch.mm(part.logits.T, images[:, :width], out=text_grad[part.span])
-    del texts  # before the message of the gradients needs its memory
+    text_grad = images.new_zeros(len(rows), width)
+    for owner in blocks.owners():
+        texts, ids = unpack_rows(blocks.gather(rows, owner), width + 1, own_ids)
+        losses = images.new_zeros(-(-len(texts) // chunk), len(images))
+        gradient = images.new_zeros(len(texts), width)
+        for index, part in enumerate(compared(images, texts, ids, chunk=chunk, first=blocks.first(owner))):
+            dispatch.sigmoid_pairs(part.logits, losses[index], part.first, part.ids)
+            pulls.addmm_(part.logits, texts[part.span])
+            torch.mm(part.logits.T, images[:, :width], out=gradient[part.span])
+        loss += losses.sum(dtype=torch.float64)
+        del texts  # before the message of the gradients needs its memory
+        text_grad += blocks.scatter_sum(gradient, owner)
+        del gradient
+        rows, text_grad = blocks.shift(rows, text_grad, owner)
     return ContrastiveResult(
-        loss=exchange.reduce(losses.sum(dtype=torch.float64) / items).item(),  # waits: backward needs a finite loss
+        loss=exchange.total(loss / items),
         items=items,
         vision_grad=pulls[:, :width] * (scale / items),
-        text_grad=exchange.scatter_sum(text_grad) / items,
+        text_grad=text_grad / items,
         scale_grad=((vision * pulls[:, :width]).sum(dtype=torch.float64) / items).float().reshape(1),
         bias_grad=(pulls[:, width].sum(dtype=torch.float64) / items).float().reshape(1),
     )

@@ -12,10 +12,7 @@ g_ij = (softmax over row i + softmax over column j - 2 * [j in P(i)] / |P(i)|) /
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from univitar_ds.kernels import dispatch
@@ -43,40 +40,48 @@ def softmax_loss(
     vision, scale = vision.float(), scale.float().reshape(())
     images = vision * scale
     own_ids = caption_ids.to(vision.device) if same_caption_positive else None
-    texts, ids = unpack_rows(exchange.gather(pack_rows(text.float(), own_ids)), width, own_ids is not None)
-    chunks = partial(
-        compared, images, texts, None if own_ids is None else (own_ids, ids), chunk=chunk, first=exchange.first
-    )
+    rows = pack_rows(text.float(), own_ids)
+    blocks = exchange.blocks(rows)
 
     row_norms = images.new_full((len(images),), -torch.inf)
-    column_norms = images.new_full((items,), -torch.inf)
+    text_norms = images.new_full((len(rows), 1), -torch.inf)
     counts, sums = torch.zeros_like(row_norms), torch.zeros_like(row_norms)
-    for part in chunks():
-        dispatch.softmax_norms(part.logits, row_norms, column_norms[part.span], counts, sums, part.first, part.ids)
-    column_norms = _logsumexp_over_ranks(column_norms, exchange)
-    own_columns = column_norms[exchange.first : exchange.first + len(images)]
+    for owner in blocks.owners():
+        texts, ids = unpack_rows(blocks.gather(rows, owner), width, own_ids)
+        norms = images.new_full((len(texts),), -torch.inf)
+        for part in compared(images, texts, ids, chunk=chunk, first=blocks.first(owner)):
+            dispatch.softmax_norms(part.logits, row_norms, norms[part.span], counts, sums, part.first, part.ids)
+        norms = blocks.logsumexp(norms)
+        text_norms = torch.logaddexp(text_norms, blocks.rows_of(norms, owner)[:, None])
+        rows, text_norms = blocks.shift(rows, text_norms, owner)
     # The relation of positives is symmetric, so the means over rows and over columns have the same sum.
-    loss = (row_norms.double() + own_columns.double() - 2 * (sums / counts).double()).sum() / (2 * items)
+    loss = row_norms.sum(dtype=torch.float64) + text_norms.sum(dtype=torch.float64)
+    loss = (loss - 2 * (sums / counts).sum(dtype=torch.float64)) / (2 * items)
 
-    row_shifts, column_shifts, weights = -row_norms, -column_norms, 2 / counts
+    row_shifts, weights = -row_norms, 2 / counts
     pulls = torch.zeros_like(images)  # sums over texts of gradient times text, without scale
-    text_grad = images.new_zeros(items, width)
-    for part in chunks():
-        dispatch.softmax_pairs(part.logits, row_shifts, column_shifts[part.span], weights, part.first, part.ids)
-        pulls.addmm_(part.logits, texts[part.span])
-        torch.mm(part.logits.T, images, out=text_grad[part.span])
-    del texts, chunks  # before the message of the gradients needs their memory
+    text_grad = images.new_zeros(len(rows), width)
+    for owner in blocks.owners():
+        if blocks.groups > 1:  # otherwise all texts are still here
+            texts, ids = unpack_rows(blocks.gather(rows, owner), width, own_ids)
+            norms = blocks.gather(text_norms, owner)[:, 0]
+        gradient = images.new_zeros(len(texts), width)
+        shifts = -norms
+        for part in compared(images, texts, ids, chunk=chunk, first=blocks.first(owner)):
+            dispatch.softmax_pairs(part.logits, row_shifts, shifts[part.span], weights, part.first, part.ids)
+            pulls.addmm_(part.logits, texts[part.span])
+            torch.mm(part.logits.T, images, out=gradient[part.span])
+        del texts  # before the message of the gradients needs its memory
+        text_grad += blocks.scatter_sum(gradient, owner)
+        del gradient
+        travelling = torch.cat([text_norms, text_grad], dim=1)
+        rows, travelling = blocks.shift(rows, travelling, owner)
+        text_norms, text_grad = travelling[:, :1], travelling[:, 1:]
     return ContrastiveResult(
-        loss=exchange.reduce(loss).item(),
+        loss=exchange.total(loss),
         items=items,
         vision_grad=pulls * (scale / (2 * items)),
-        text_grad=exchange.scatter_sum(text_grad) / (2 * items),
+        text_grad=text_grad / (2 * items),
         scale_grad=((vision * pulls).sum(dtype=torch.float64) / (2 * items)).float().reshape(1),
         bias_grad=torch.zeros(1, device=vision.device),
     )
-
-
-def _logsumexp_over_ranks(values: Tensor, exchange: Exchange) -> Tensor:
-    """Returns the logarithm of the sum over ranks of exp(values), which is -inf on ranks without images."""
-    largest = exchange.reduce(values.clone(), dist.ReduceOp.MAX)
-    return largest + exchange.reduce((values - largest).exp()).log()
