@@ -246,7 +246,7 @@ def encoder_on_two_ranks(folder, compiled):
     compile_on_cpu(compiled)
     return {
         every: trained(world, folder / str(every), model=WithEncoder(checkpoint_every=every), kept_whole=0)
-        for every in (0, 1)
+        for every in (0, 1, "selective")
     }
 
 
@@ -258,8 +258,11 @@ def test_weights_that_a_module_borrows_are_gathered_with_its_own(compiled, tmp_p
     dense = dense_training(model, STEPS, lr=lr, clip=1.0)
     compile_on_cpu(False)
     answers = run_distributed(encoder_on_two_ranks, 2, tmp_path, compiled)
-    for every in (0, 1):
+    for every in (0, 1, "selective"):
         assert_follows(dense, answers[0][every])
+        results, whole, _ = answers[0][every]
+        assert results == answers[0][0][0]
+        assert all(torch.equal(whole[name], value) for name, value in answers[0][0][1].items())
 
 
 def on_four_ranks(folder):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.paths import PathText
-from univitar_ds.config.section import NAME_LIMIT, NAME_PATTERN, EncoderSize, Positive, Section
+from univitar_ds.config.section import NAME_LIMIT, NAME_PATTERN, Checkpointing, EncoderSize, Positive, Section
 from univitar_ds.errors import CheckpointError
 from univitar_ds.plugins import OBJECTIVES
 
@@ -84,8 +84,10 @@ class ModelConfig(Section):
         "auto",
         description="compile token-wise operations on a CPU; auto: for encoders that gain more than compiling costs",
     )
-    checkpoint_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="activation checkpointing: 0 none, 1 every block, k every k-th block"
+    checkpoint_every: Checkpointing = Field(
+        0,
+        description="activation checkpointing: 0 none, 1 every block, k every k-th block; selective: every block, but "
+        "matrix products and attention are kept; auto: the least that fits on a GPU, in each stage; 0 on a CPU",
     )
     pool_heads: Positive = Field(4, description="heads of the attention pooling")
     embed_dim: Positive = Field(256, description="width of the joint embedding of images, videos and texts")

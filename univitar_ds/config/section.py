@@ -11,6 +11,7 @@ DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 EncoderSize = Literal["tiny", "0.3b", "0.6b", "1b"]
 Part = Literal["text", "vision", "patch_embedding"]
+Checkpointing = Annotated[int, Field(ge=0)] | Literal["auto", "selective"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Of a run's name, which is the name of a folder."""
 NAME_LIMIT = 255

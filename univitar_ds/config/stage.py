@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from univitar_ds.config.section import DropRate, Fraction, Part, Positive, Section
+from univitar_ds.config.section import Checkpointing, DropRate, Fraction, Part, Positive, Section
 from univitar_ds.geometry import PATCH, TUBELET, Modality, Resolution
 
 CropScale = Annotated[float, Field(gt=0, le=1)]
@@ -177,7 +177,7 @@ class StageConfig(Section):
     frozen: list[Part] = Field(
         default_factory=list, description="parts that are not trained in this stage; vision: the whole encoder"
     )
-    checkpoint_every: Annotated[int, Field(ge=0)] | None = Field(
+    checkpoint_every: Checkpointing | None = Field(
         None, description="activation checkpointing in this stage; absent: model.checkpoint_every"
     )
     patch_dropout: DropRate = Field(

@@ -66,7 +66,8 @@ def build_vision(config: ModelConfig, shape: EncoderConfig, seed: int) -> UniViT
     Raises: ConfigError if `pool_heads` does not fit."""
     _check_pool_heads(config, shape)
     with seeded(seed, "vision"):
-        return UniViTAR(shape, attention=config.attention, checkpoint_every=config.checkpoint_every)
+        every = 0 if config.checkpoint_every == "auto" else config.checkpoint_every  # training sets it in each stage
+        return UniViTAR(shape, attention=config.attention, checkpoint_every=every)
 
 
 def check_model(config: ModelConfig, start: StoredModel | None, part: str) -> None:

@@ -10,14 +10,15 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
 from univitar_ds.errors import UserError
 from univitar_ds.geometry import token_count
+from univitar_ds.model.activations import Kind
 from univitar_ds.model.attention import CuSeqlens
 from univitar_ds.model.dropping import DropPlan
 from univitar_ds.model.layers import Block, PatchEmbedding
+from univitar_ds.model.recompute import run_checkpointed
 from univitar_ds.model.transfer import to_device
 
 
@@ -25,10 +26,11 @@ class UniViTAR(nn.Module):
     """A native-resolution vision transformer for images and videos (arXiv 2504.01792).
 
     The encoder has no class token, learned positions or final norm: the output of the last block is the result.
-    `attention` selects the back end. `checkpoint_every` k recomputes every k-th block in the backward pass (0: none).
+    `attention` selects the back end. `checkpoint_every` k recomputes every k-th block in the backward pass (0: none);
+    "selective" recomputes norms, rotary positions and gates of every block, see `model.recompute`.
     """
 
-    def __init__(self, config: EncoderConfig, *, attention: str = "auto", checkpoint_every: int = 0) -> None:
+    def __init__(self, config: EncoderConfig, *, attention: str = "auto", checkpoint_every: Kind = 0) -> None:
         super().__init__()
         self.config = config
         self.checkpoint_every = checkpoint_every
@@ -191,9 +193,9 @@ class UniViTAR(nn.Module):
         self, index: int, x: Tensor, positions: Tensor, spans: CuSeqlens, factors: Tensor | None = None
     ) -> Tensor:
         block = self.encoder["layers"][index]
-        if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
-            # No block draws random numbers, so the random state is not saved and restored.
-            return checkpoint(block, x, positions, spans, factors, use_reentrant=False, preserve_rng_state=False)
+        every, selective = self.checkpoint_every, self.checkpoint_every == "selective"
+        if torch.is_grad_enabled() and (selective or (every and index % every == 0)):
+            return run_checkpointed(block, x, positions, spans, factors, selective=selective)
         return block(x, positions, spans, factors)
 
     def _numbers(self, indices: int | Sequence[int] | None) -> list[int]:

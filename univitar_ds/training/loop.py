@@ -45,6 +45,7 @@ from univitar_ds.training.step.feature_snapshot import capture_features
 from univitar_ds.training.step.guard import named_samples, spike_reason
 from univitar_ds.training.step.kept_packs import KeptPacks
 from univitar_ds.training.step.peak_flops import find_peak
+from univitar_ds.training.step.recomputation import recomputation_of
 from univitar_ds.training.step.train_step import (
     DivergedError,
     NotFiniteError,
@@ -185,8 +186,7 @@ class _Trainer:
         number = self.state.progress.stage
         startup.phase("opening the sources" if self.cfg.objective.teacher is None else "building the teacher")
         self._prepare_teacher()
-        every = stage.checkpoint_every
-        self.engine.module.vision.checkpoint_every = self.cfg.model.checkpoint_every if every is None else every
+        self.engine.module.vision.checkpoint_every = recomputation_of(self.cfg, stage, self.engine)
         wanted = self.cfg.objective.grad_cache_keep if self.classes is None else 1
         self.kept = KeptPacks(wanted, len(self.lanes), self.world)
         with self._loader(stage) as loader:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from univitar_ds.config.keys.foreign import unknown_key
-from univitar_ds.config.keys.tree import is_list, section_class, type_text
+from univitar_ds.config.keys.tree import is_choice, is_list, section_class, type_text
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import shortened
 
@@ -65,7 +65,7 @@ def _place_of(fault: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...] |
         elif section is not None and part in section.model_fields:
             annotation = section.model_fields[part].annotation
             place.append(part)
-        elif section is not None and ("[" in str(part) or part == section.__name__):
+        elif (section is not None and ("[" in str(part) or part == section.__name__)) or is_choice(annotation):
             branch = tuple(place)
         else:
             place.append(part)

@@ -72,7 +72,7 @@ _ROWS = (
     ),
     (
         "model.checkpoint_every",
-        "1 for every block; stages.N.checkpoint_every for one stage",
+        "auto, selective, or 1 for every block; stages.N.checkpoint_every for one stage",
         "gradient_checkpointing grad_checkpointing activation_checkpointing use_checkpoint remat",
     ),
     ("output", "", "output_dir logs log_dir save_dir out_dir work_dir default_root_dir"),

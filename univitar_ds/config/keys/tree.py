@@ -90,6 +90,15 @@ def is_list(annotation: Any) -> bool:
     return get_origin(annotation) is list
 
 
+def is_choice(annotation: Any) -> bool:
+    """Returns whether a value may be of several plain types, such as a number or a word."""
+    while hasattr(annotation, "__metadata__"):
+        annotation = annotation.__origin__
+    options = [option for option in get_args(annotation) if option is not type(None)]
+    union = get_origin(annotation) in (Union, types.UnionType)
+    return union and len(options) > 1 and section_class(annotation) is None
+
+
 def is_mapping(annotation: Any) -> bool:
     return get_origin(annotation) is dict
 
@@ -120,7 +129,7 @@ def type_text(annotation: Any, limits: Sequence[Any] = ()) -> str:
 
 def _words(annotation: Any, origin: Any, arguments: Sequence[Any]) -> str:
     if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if origin is list:
         return "a list of sections" if section_class(arguments[0]) else f"a list (each {type_text(arguments[0])})"
     if origin is tuple:

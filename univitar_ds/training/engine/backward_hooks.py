@@ -8,7 +8,7 @@ from torch import nn
 
 _COUNT = "ds_grads_remaining"
 """How many gradients of a module's inputs are missing until its weights can be released. ZeRO-3 keeps one number for
-each module, which each forward pass starts anew."""
+each module, which each forward pass starts at 0."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""What a stage recomputes in its backward passes: `checkpoint_every: auto`.
+
+On a GPU the least recomputation is chosen with which the activations of a full pack fit into the memory that is free
+when the stage begins, on every rank: nothing, norms and gates (selective), every 2nd block or every block. The bytes
+are those of `model.activations` for the encoder and `_TEXT_TENSORS` for the text tower. Of the free memory
+`RESERVED_PER_PARAMETER` bytes for each parameter are left for what is not there yet: gradients with ZeRO 1 and 2, whole
+weights and buckets with ZeRO-3. The choice changes no bit of the result. It must be the same on all ranks, since a
+block that runs again gathers its weights again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.model.activations import LADDER, Kind, bytes_of_pack, least_recomputation
+from univitar_ds.training.distributed.process_group import gather_numbers
+from univitar_ds.training.engine.engine import Engine
+from univitar_ds.training.step.kept_packs import USABLE, GpuMemory, Memory
+
+RESERVED_PER_PARAMETER = 6
+"""A gradient in float32, and a weight in bfloat16."""
+_TEXT_TENSORS = 18
+"""Activations of a text block in tensors of its width (derived: 10 of the width, 8 of the feed-forward layer)."""
+NAMES = {0: "nothing", "selective": "norms and gates", 2: "every 2nd block", 1: "every block"}
+
+logger = logging.getLogger(__name__)
+
+
+def recomputation_of(cfg: RunConfig, stage: StageConfig, engine: Engine, memory: Memory | None = None) -> Kind:
+    """Returns the `checkpoint_every` of a stage. All ranks call it when the stage begins.
+
+    Args: memory: of the device; None: as torch counts it, on a GPU. Without a GPU "auto" recomputes nothing.
+    """
+    wanted = cfg.model.checkpoint_every if stage.checkpoint_every is None else stage.checkpoint_every
+    if wanted != "auto":
+        return wanted
+    if memory is None:
+        if engine.world.device.type != "cuda":
+            return 0
+        memory = GpuMemory(engine.world.device)
+    width = engine.dtype.itemsize
+    free = USABLE * memory.usable() - memory.used() - RESERVED_PER_PARAMETER * _parameters(engine)
+    free -= _text_bytes(cfg, stage, engine, width)
+    free = float(gather_numbers([free], engine.world).min())
+    config, tokens = engine.module.vision.config, stage.token_budget * (1 - stage.patch_dropout)
+    kind = least_recomputation(config, tokens, free, width=width)
+    if engine.world.is_main:
+        needs = [f"{NAMES[kind]} {bytes_of_pack(config, kind, tokens, width=width) / 1e9:.1f}" for kind in LADDER]
+        fits = bytes_of_pack(config, kind, tokens, width=width) <= free
+        logger.log(
+            logging.INFO if fits else logging.WARNING,
+            "stage %s recomputes %s (checkpoint_every auto): %.1f GB are free, and a pack of %d tokens needs, "
+            "recomputing %s GB%s",
+            *(stage.name, NAMES[kind], free / 1e9, stage.token_budget, ", ".join(needs)),
+            "" if fits else "; none fits, so lower token_budget if the memory does not suffice",
+        )
+    return kind
+
+
+def _parameters(engine: Engine) -> int:
+    """Returns the number of parameters of the whole model; under ZeRO-3 a rank's tensors are parts."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
+
+
+def _text_bytes(cfg: RunConfig, stage: StageConfig, engine: Engine, width: int) -> float:
+    """Returns the bytes of the text tower's activations for a pack of as many captions as possible."""
+    text: Any = getattr(engine.module, "text", None)
+    if text is None or cfg.model.text.frozen or "text" in stage.frozen:
+        return 0.0
+    shape = text.model.config
+    tokens = _most_items(stage) * shape.max_position_embeddings
+    return float(tokens * shape.num_hidden_layers * _TEXT_TENSORS * shape.hidden_size * width)
+
+
+def _most_items(stage: StageConfig) -> int:
+    """Returns how many of the smallest items fit into a pack."""
+    rules = [(stage.image, 1, stage.video_ratio < 1), (stage.video, stage.video_frames, stage.video_ratio > 0)]
+    smallest = min(
+        rule.largest_item(frames) if rule.size_px is not None else rule.min_tokens
+        for rule, frames, used in rules
+        if used
+    )
+    return max(1, stage.token_budget // max(1, smallest))
