@@ -13,6 +13,7 @@ flat tuple with two entries per piece; `values`, `rotated`, `grads`, `weights` a
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from univitar_ds.kernels import gpu
 from univitar_ds.kernels.rows import sums_of_rows
-from univitar_ds.kernels.tiling import dense_rows, head_tiling, programs, stages
+from univitar_ds.kernels.tiling import HeadTiling, dense_rows, head_tiling, programs, stages
 
 READ = 5
 """The number of tensors that the backward reads: q, k and the three gradients."""
@@ -331,10 +332,8 @@ def launch_forward(qkv, positions, weights, theta: float, eps: float) -> tuple[T
     tiling = head_tiling(heads, width, qkv.element_size(), backward=False)
     grid = -(-count // tiling.rows)
     if grid:
-        gpu.launch(
-            forward_kernel, (grid,), qkv, positions, *weights, q, k, count, _slope(theta, width), eps,
-            **_options(qkv, weights, tiling),
-        )  # fmt: skip
+        kernel = _prepared(forward_kernel, heads, width, tiling, *(w is not None for w in weights))
+        kernel.launch((grid,), (qkv, positions, *weights, q, k), (count, _slope(theta, width), eps))
     return q, k
 
 
@@ -347,11 +346,9 @@ def launch_backward(qkv, positions, weights, grads, theta: float, eps: float) ->
     partials = torch.empty(grid, 2, heads * width, dtype=torch.float32, device=qkv.device)
     if grid:
         depth = stages(READ * tiling.values * qkv.element_size(), limits.shared_bytes)
-        gpu.launch(
-            backward_kernel, (grid,),
-            qkv, positions, *weights, *grads, dqkv, partials, *(grad.stride(0) for grad in grads), count,
-            _slope(theta, width), eps, STAGES=depth, **_options(qkv, weights, tiling),
-        )  # fmt: skip
+        kernel = _prepared(backward_kernel, heads, width, tiling, *(w is not None for w in weights), depth)
+        tensors = (qkv, positions, *weights, *grads, dqkv, partials)
+        kernel.launch((grid,), tensors, (*(grad.stride(0) for grad in grads), count, _slope(theta, width), eps))
     return dqkv, partials.sum(0)
 
 
@@ -360,12 +357,14 @@ def _slope(theta: float, width: int) -> float:
     return -math.log2(theta) * 4 / width
 
 
-def _options(qkv: Tensor, weights, tiling) -> dict[str, int]:
-    heads, width = qkv.shape[2:]
-    return {
-        "H": heads, "K": width, "R": tiling.rows, "PIECES": tiling.pieces, "Q_NORMED": weights[0] is not None,
-        "K_NORMED": weights[1] is not None, "num_warps": tiling.warps,
-    }  # fmt: skip
+@cache
+def _prepared(
+    kernel, heads: int, width: int, tiling: HeadTiling, q_normed: bool, k_normed: bool, depth: int | None = None
+) -> gpu.Prepared:
+    """Returns the kernel for rows of `heads` heads of `width` values. Args: depth: of the backward's pipeline."""
+    pipeline = {} if depth is None else {"STAGES": depth}
+    constants = {"H": heads, "K": width, "R": tiling.rows, "PIECES": tiling.pieces}
+    return gpu.prepared(kernel, **constants, Q_NORMED=q_normed, K_NORMED=k_normed, **pipeline, num_warps=tiling.warps)
 
 
 class Rope2dQkNorm(torch.autograd.Function):

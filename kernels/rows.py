@@ -6,6 +6,7 @@ gradients in registers. The parts are summed at the end in a fixed order, withou
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def launch_forward(kernel: Any, rows: Tensor, *arguments: Any) -> None:
     grid = -(-rows.shape[0] // tiling.rows)
     if grid:
         *tensors, eps = arguments
-        gpu.launch(kernel, (grid,), *tensors, rows.shape[0], eps, **_options(rows.shape[1], tiling))
+        _prepared(kernel, rows.shape[1], tiling).launch((grid,), tensors, (rows.shape[0], eps))
 
 
 def launch_backward(kernel: Any, rows: Tensor, *arguments: Any, read: int, weights: int) -> list[Tensor]:
@@ -95,11 +96,13 @@ def launch_backward(kernel: Any, rows: Tensor, *arguments: Any, read: int, weigh
     if grid:
         *tensors, eps = arguments
         depth = stages(read * tiling.values * itemsize, limits.shared_bytes)
-        gpu.launch(kernel, (grid,), *tensors, *partials, count, eps, STAGES=depth, **_options(width, tiling))
-    return list(partials.sum(1))
+        _prepared(kernel, width, tiling, depth).launch((grid,), [*tensors, *partials.unbind()], (count, eps))
+    return list(partials.sum(1).unbind())
 
 
-def _options(width: int, tiling: Tiling) -> dict[str, int]:
-    return {
-        "N": width, "R": tiling.rows, "BLOCK": tiling.block, "TILES": tiling.tiles, "num_warps": tiling.warps
-    }  # fmt: skip
+@cache
+def _prepared(kernel: Any, width: int, tiling: Tiling, depth: int | None = None) -> gpu.Prepared:
+    """Returns the kernel for rows of `width` values. Args: depth: of a backward's pipeline."""
+    pipeline = {} if depth is None else {"STAGES": depth}
+    constants = {"N": width, "R": tiling.rows, "BLOCK": tiling.block, "TILES": tiling.tiles, **pipeline}
+    return gpu.prepared(kernel, **constants, num_warps=tiling.warps)
