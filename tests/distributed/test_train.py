@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tarfile
 from types import SimpleNamespace
 
@@ -245,25 +246,25 @@ def test_data_that_end_on_one_rank_end_all_of_them_with_its_story(whole, tmp_pat
 def story_of_other_shards(run):
     """As `story_of`, but the second rank's file system shows it other sizes, and it may not look into shards."""
     import os
-    from dataclasses import replace
 
-    from univitar_ds.data import loader
-    from univitar_ds.data.shards import sources
+    from univitar_ds.data.storage.local import LocalStorage
 
-    def nothing_to_look_at(shards):
-        raise AssertionError("a rank beside the first asks the store how its shards begin")
+    def nothing_to_look_at(*_):
+        raise AssertionError("a rank beside the first lists a source, or asks how its shards begin")
 
     if os.environ["RANK"] == "1":
-        found = loader.validate_sources
-        loader.validate_sources = lambda *given: [replace(shard, size=shard.size + 1) for shard in found(*given)]
-        sources.content_of = nothing_to_look_at
+        found = LocalStorage.size
+        LocalStorage.size = lambda *given: found(*given) + 1
+        LocalStorage.list = LocalStorage.read_range = nothing_to_look_at
     return story_of(run)
 
 
-def test_ranks_that_see_other_shards_end_the_run_and_the_first_alone_looks_into_them(whole, tmp_path):
+def test_ranks_that_see_other_shards_end_the_run_and_the_first_alone_lists_and_looks_into_them(whole, tmp_path):
     run = create_run(small_config(whole.shards, tmp_path), "test", 2)
-    message = "rank 1 finds other shards than rank 0; all must see the same data.sources"
-    assert run_distributed(story_of_other_shards, 2, run) == [("DataError", message)] * 2
+    (first, story), (second, other) = run_distributed(story_of_other_shards, 2, run)
+    assert (first, second) == ("PeerFailure", "DataError")
+    assert story == f"rank 1 ended the run: {other}"
+    assert re.search(r"rank 1: .*\.tar has \d+ bytes here and \d+ on rank 0; all ranks must see the same data", other)
 
 
 def test_another_configuration_is_refused(whole, tmp_path):

@@ -52,8 +52,8 @@ class LaneSet:
     """The lanes that a rank owns, the number of lanes of the run (`count`), and the start positions.
 
     `cursors` maps each owned lane to its saved `PackedBatch.cursor`; None: lanes start at the beginning. `first_step`
-    is the number of the first step. `content` is the result of `content_of` for the shards of the sources, if it is
-    known.
+    is the number of the first step. `shards` is the result of `validate_sources` and `content` that of `content_of` for
+    these shards, if they are known.
     """
 
     owned: Sequence[int]
@@ -62,6 +62,7 @@ class LaneSet:
     cursors: Mapping[int, LaneCursor] | None = None
     first_step: int = 0
     content: str | None = None
+    shards: Sequence[SourceShard] | None = None
 
     def starts(self, fingerprint: str, accept_changed_sources: bool) -> list[LaneCursor]:
         """Returns the start of each owned lane, in ascending order of lane.
@@ -107,7 +108,7 @@ class PackLoader:
         cost: tuple[float, float] = (0.0, 0.0),
         prefetch_full_step: bool = False,
     ) -> None:
-        """Lists the shards of the sources and starts planning and decoding ahead.
+        """Lists the shards of the sources, unless `lanes` has them, and starts planning and decoding ahead.
 
         Args:
             modality_of: modality of a step.
@@ -117,7 +118,9 @@ class PackLoader:
         Raises: DataError if sources are unusable or cursors belong to other data; ConfigError if the tokenizer is
             unusable.
         """
-        shards = validate_sources(data.sources, [stage], StorageSettings.of(data))
+        shards = lanes.shards
+        if shards is None:
+            shards = validate_sources(data.sources, [stage], StorageSettings.of(data))
         configs = stream_config(shards, data=data, stage=stage, lanes=lanes.count, seed=lanes.seed, cost=cost)
         self.fingerprint = fingerprint(shards, lanes.content)
         self._starts = lanes.starts(self.fingerprint, data.accept_changed_sources)

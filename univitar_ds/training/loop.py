@@ -20,9 +20,9 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import LaneSet, PackLoader
-from univitar_ds.data.shards.sources import content_of, validate_sources
+from univitar_ds.data.shards.sources import SourceShard, content_of, validate_sources
+from univitar_ds.data.shared_listing import check_reachable, listing_of, shards_of
 from univitar_ds.data.storage.base import StorageSettings
-from univitar_ds.errors import DataError
 from univitar_ds.model.dropping import DropConfig
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher.teacher import Teacher, build_teacher
@@ -32,7 +32,7 @@ from univitar_ds.training.callbacks import Callbacks, load_on_all_ranks
 from univitar_ds.training.checkpoint.sharded import save_checkpoint
 from univitar_ds.training.distributed import preemption
 from univitar_ds.training.distributed.preemption import NEVER, SAVED, Stop
-from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json, gather_json
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json
 from univitar_ds.training.engine.determinism import explained, set_deterministic
 from univitar_ds.training.engine.engine import versions
 from univitar_ds.training.engine.optim import trained_parts
@@ -274,13 +274,15 @@ class _Trainer:
     def _loader(self, stage: StageConfig) -> Iterator[PackLoader]:
         progress = self.state.progress
         first = progress.step - progress.step_in_stage
+        shards, content = self._shards(stage)
         lanes = LaneSet(
             owned=self.lanes,
             count=self.cfg.data.lanes,
             seed=self.cfg.seed,
             cursors=self.state.cursors or None,
             first_step=progress.step,
-            content=self._content(stage),
+            content=content,
+            shards=shards,
         )
         with all_ranks_or_none(self.world):
             loader = PackLoader(
@@ -294,23 +296,28 @@ class _Trainer:
                 prefetch_full_step=self.world.device.type == "cuda",
             )
         with loader:
-            fingerprints = gather_json(loader.fingerprint, self.world)
-            other = next((rank for rank, one in enumerate(fingerprints) if one != fingerprints[0]), None)
-            if other is not None:
-                raise DataError(f"rank {other} finds other shards than rank 0; all must see the same data.sources")
             yield loader
 
-    def _content(self, stage: StageConfig) -> str | None:
-        """Returns the fingerprint of the shards' content; None on a single rank.
+    def _shards(self, stage: StageConfig) -> tuple[list[SourceShard] | None, str | None]:
+        """Returns the shards of the sources and the fingerprint of their content; (None, None) on a single rank.
 
-        Only rank 0 reads it, since a store would throttle hundreds of ranks."""
+        Only rank 0 lists the sources and reads content, since a store would throttle hundreds of ranks. Every other
+        rank looks at one shard of each source.
+        """
         if self.world.size == 1:
-            return None
+            return None, None
+        settings, sources = StorageSettings.of(self.cfg.data), self.cfg.data.sources
+        listing, content, shards = None, "", []
         with all_ranks_or_none(self.world):
-            settings = StorageSettings.of(self.cfg.data)
-            main = self.world.is_main
-            content = content_of(validate_sources(self.cfg.data.sources, [stage], settings)) if main else ""
-        return broadcast_json(content, self.world)
+            if self.world.is_main:
+                shards = validate_sources(sources, [stage], settings)
+                listing, content = listing_of(shards), content_of(shards)
+        listing, content = broadcast_json([listing, content], self.world)
+        with all_ranks_or_none(self.world):
+            if not self.world.is_main:
+                shards = shards_of(listing, sources, settings)
+                check_reachable(shards, self.world.rank)
+        return shards, content
 
     def _step(self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float) -> str | None:
         """Updates the parameters once. Returns the reason if the step must be undone, else None.

@@ -164,13 +164,18 @@ def spread(shards: Sequence[AnyShard], most: int) -> list[AnyShard]:
     return [shards[index * len(shards) // count] for index in range(count)]
 
 
-def of_source(shards: Sequence[Shard], source: SourceConfig, settings: StorageSettings) -> list[SourceShard]:
-    """Returns the shards with the settings of their source. Raises: DataError if class names cannot be read."""
-    names = read_class_names(source.class_names, settings) if source.class_names else ()
+def of_source(
+    shards: Sequence[Shard], source: SourceConfig, settings: StorageSettings, names: Sequence[str] | None = None
+) -> list[SourceShard]:
+    """Returns the shards with the settings of their source. Raises: DataError if class names cannot be read.
+
+    Args: names: the class names, if they are known."""
+    if names is None:
+        names = read_class_names(source.class_names, settings) if source.class_names else ()
     if shared := shared_names(names):
         warn_once(f"{source.class_names}: {shared}")
     about: dict[str, Any] = {"source": source.label, "watch": LineWatch(source), "templates": tuple(source.templates)}
-    about |= {"class_names": names, "caption_lines": source.captions == "lines"}
+    about |= {"class_names": tuple(names), "caption_lines": source.captions == "lines"}
     about["where"] = None if source.where is None else Condition(source.where, source.label)
     known = [part.name for part in fields(Shard) if part.name not in about]
     return [SourceShard(**{name: getattr(shard, name) for name in known}, **about) for shard in shards]
