@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from univitar_ds.data.loader import LaneSet, PackLoader
 from univitar_ds.data.shards.sources import SourceShard, content_of, validate_sources
 from univitar_ds.data.shared_listing import check_reachable, listing_of, shards_of
 from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.errors import UserError, first_line
 from univitar_ds.model.dropping import DropConfig
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher.teacher import Teacher, build_teacher
@@ -31,6 +33,7 @@ from univitar_ds.training.assembly import build_training
 from univitar_ds.training.callbacks import Callbacks, load_on_all_ranks
 from univitar_ds.training.checkpoint.sharded import save_checkpoint
 from univitar_ds.training.distributed import preemption
+from univitar_ds.training.distributed.alarm import ending_together
 from univitar_ds.training.distributed.preemption import NEVER, SAVED, Stop
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json
 from univitar_ds.training.engine.determinism import explained, set_deterministic
@@ -65,14 +68,20 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
     Args: run: the run's folder, which contains deepspeed.json and tokenizer.json and gets all output. stop: if a rank
     is asked to stop, all ranks save and end after the same step.
     Returns: whether all stages are done and no rank was asked to stop; the same on all ranks.
-    Raises: UserError on all ranks if an error ends the run early.
+    Raises: UserError on all ranks if an error ends the run early. After an error of one rank the others may end within
+    seconds without raising, see `alarm`.
     """
+    with ending_together(world):
+        return _train(cfg, run, world, stop)
+
+
+def _train(cfg: RunConfig, run: Path, world: World, stop: Stop) -> bool:
     set_deterministic(cfg.deterministic)
     load_on_all_ranks(cfg.plugins, world)
     trainer = _Trainer(cfg, run, world, stop)
     with closed_after(trainer.close):
         trainer.start()
-        with stop.deferred():
+        with stop.deferred(), enough_memory(trainer.memory_remedy):
             trainer.train()
         if world.is_main:
             write_summary(cfg, run, trainer.engine, trainer.state)
@@ -97,6 +106,19 @@ def _step_info(
         logit_bias=result.logit_bias,
         seconds=reduced["step_s"],
     )
+
+
+class OutOfMemory(UserError):
+    """Raised on a rank whose GPU, or whose machine, cannot give it the memory that it asks for."""
+
+
+@contextmanager
+def enough_memory(remedy: Callable[[], str]) -> Iterator[None]:
+    """Raises OutOfMemory with a remedy if the body runs out of memory."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(f"out of memory on {remedy()}. {first_line(error)}") from error
 
 
 @contextmanager
@@ -180,6 +202,17 @@ class _Trainer:
             self.logs.close()
         finally:
             self.engine.close()
+
+    def memory_remedy(self) -> str:
+        """Returns what a run that is out of memory can change, for a message."""
+        progress = self.state.progress
+        stage = self.cfg.stages[min(progress.stage, len(self.cfg.stages) - 1)]
+        every = self.engine.module.vision.checkpoint_every
+        recomputed = "" if every == 1 else f", recompute more blocks (checkpoint_every is {every}; 1: all)"
+        return (
+            f"rank {self.world.rank} on {platform.node()}, step {progress.step + 1}, stage {stage.name}: lower its "
+            f"token_budget ({stage.token_budget}){recomputed}, or shard more (a DeepSpeed JSON with ZeRO 3 or offload)"
+        )
 
     def _train_stage(self, stage: StageConfig) -> None:
         """Trains until the stage ends, a rank is asked to stop, or a step is undone."""

@@ -38,6 +38,13 @@ _calls = itertools.count()
 class PeerFailure(UserError):
     """Raised on a rank that ends because another rank failed. The other rank reports the reason."""
 
+    all_ranks_know = True
+
+
+def known_to_all(error: Exception) -> bool:
+    """Whether all ranks end for the same reason, by the error's class or because `all_ranks_or_none` raised it."""
+    return getattr(error, "all_ranks_know", False)
+
 
 @dataclass(frozen=True)
 class World:
@@ -243,6 +250,7 @@ def all_ranks_or_none(world: World, ask: Callable[[], bool] | None = None) -> It
     if failed:
         messages = gather_json(str(failure) if failure is not None else None, world)
         if failure is not None:
+            failure.all_ranks_know = True
             raise failure
         rank = next(r for r, message in enumerate(messages) if message is not None)
         raise PeerFailure(f"rank {rank} ended the run: {messages[rank]}")

@@ -54,6 +54,8 @@ class Batch(Protocol):
 class DivergedError(UserError):
     """Raised on all ranks if a step has changed the parameters and must be undone, or cannot be undone any more."""
 
+    all_ranks_know = True
+
 
 class NotFiniteError(DivergedError):
     """Raised on all ranks if the loss or the gradient of a step is not finite.
