@@ -1,4 +1,4 @@
-"""DeepSpeed behind a small interface: the only file of the trainer that uses DeepSpeed.
+"""DeepSpeed behind a small interface: only this file and `zero3.py` of the trainer use DeepSpeed.
 
 This file handles six behaviours that DeepSpeed does not report:
 - DeepSpeed averages gradients over ranks and over accumulation. The loss is already divided by a global count, so
@@ -50,6 +50,7 @@ from univitar_ds.training.engine.optim import (
     set_learning_rate,
     settings,
 )
+from univitar_ds.training.engine.zero3 import Blocks, cut_for_all_ranks
 
 OWN_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 """Settings that keep torch's AdamW if the optimizer is offloaded, so that results do not depend on offloading."""
@@ -427,6 +428,9 @@ def build_engine(
     exact = {name: getattr(model, name).detach().clone() for name in getattr(model, "exact_parameters", ())}
     sharding = sharding_of(world, ds_config.get(SHARDING))
     sharding.mark(model)
+    blocks = Blocks(model)
+    for block, parameter in blocks.parameters() if stage == 3 else ():
+        deepspeed.zero.register_external_parameter(block, parameter)
     with _silence():
         deepspeed.init_distributed(verbose=False)
         engine, *_ = deepspeed.initialize(
@@ -436,6 +440,9 @@ def build_engine(
                 key: value for key, value in {**NO_TIMERS, **ds_config, **OWN_OPTIMIZER}.items() if key != SHARDING
             },
         )
+    if stage == 3:
+        blocks.remove_inner_hooks()
+        cut_for_all_ranks(engine)
     sharding.agree_on_norms(engine.optimizer)
     sharding.start_equal(engine.optimizer, model)
     built = Engine(engine, world, cfg.ema_decay, exact, sharding)

@@ -1,0 +1,134 @@
+"""ZeRO-3 that cuts for all ranks at once and gathers block by block, against DeepSpeed's own way."""
+
+import pytest
+import torch
+
+from benchmarks.bench_host import Collectives, Shape, build, configuration, engine_step, fake_world, pack
+from tests.support.closeness import assert_sums_close
+from tests.support.distributed import run_distributed
+from tests.support.standin import STANDIN_TERMS, StandIn, WithEncoder
+from tests.support.training import engine_of, steps, weights
+from univitar_ds.config.schema import OptimizerConfig
+from univitar_ds.training.distributed.process_group import start_world
+from univitar_ds.training.engine import engine as engine_module
+from univitar_ds.training.engine.engine import build_engine
+from univitar_ds.training.engine.zero3 import reduce_scatter
+
+pytestmark = pytest.mark.distributed
+STEPS = 3
+MODELS = {
+    "recomputed": (lambda: StandIn(checkpointing=True), 50),
+    "frozen inlet": (lambda: frozen(WithEncoder()), 0),
+}
+"""Models, and the number of elements up to which DeepSpeed keeps a tensor whole on every rank."""
+
+
+def frozen(model):
+    """No input of the first block has a gradient: DeepSpeed is not told when its backward pass ends."""
+    model.vision.embeddings.requires_grad_(False)
+    return model
+
+
+def as_deepspeed_does(monkeypatch) -> None:
+    """The engine of this process from now on gathers each module by itself, in slices for each rank."""
+
+    class NoBlocks(engine_module.Blocks):
+        def parameters(self):
+            return iter(())
+
+        def remove_inner_hooks(self):
+            pass
+
+    monkeypatch.setattr(engine_module, "Blocks", NoBlocks)
+    monkeypatch.setattr(engine_module, "cut_for_all_ranks", lambda engine: None)
+
+
+def trained(folder, many_steps):
+    """Results and weights of each model under DeepSpeed's own way and under ours, in this order."""
+    world, answers = start_world(), {}
+    for way in ("deepspeed", "ours"):
+        with pytest.MonkeyPatch.context() as patch:
+            if way == "deepspeed":
+                as_deepspeed_does(patch)
+            for name, (model, kept_whole) in MODELS.items():
+                engine = engine_of(world, model(), kept_whole=kept_whole)
+                results = steps(engine, 0, many_steps)
+                answers[way, name] = results, weights(engine, folder / name)
+                engine.close()
+    return answers
+
+
+def assert_same_training(answers) -> None:
+    """The sums of a backward pass may come in another order where hooks are gone from between them."""
+    for name in MODELS:
+        (theirs, their_weights), (ours, our_weights) = (answers[way, name] for way in ("deepspeed", "ours"))
+        for step, (one, other) in enumerate(zip(ours, theirs, strict=True), 1):
+            assert_sums_close(one.loss, other.loss, step * STANDIN_TERMS, f"loss of step {step}, {name}")
+            assert_sums_close(one.grad_norm, other.grad_norm, step * STANDIN_TERMS, f"norm of step {step}, {name}")
+        assert our_weights.keys() == their_weights.keys()
+        for key, value in our_weights.items():
+            if not key.endswith("qkv.bias"):  # the gradient of its K part is rounding, which Adam makes large
+                assert_sums_close(value, their_weights[key], len(ours) * STANDIN_TERMS, f"{key}, {name}")
+
+
+def test_two_ranks_train_as_in_deepspeeds_own_way(tmp_path):
+    for answers in run_distributed(trained, 2, tmp_path, STEPS):
+        assert_same_training(answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 4])
+def test_fifty_steps_on_one_and_four_ranks_are_those_of_deepspeeds_own_way(tmp_path, size):
+    for answers in run_distributed(trained, size, tmp_path, 50):
+        assert_same_training(answers)
+
+
+def shares():
+    """Shares of tensors that the ranks do not divide, by both functions."""
+    from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
+
+    world = start_world()
+    engine_of(world).close()  # starts DeepSpeed's communication
+    generator, answers = torch.Generator().manual_seed(world.rank), []
+    for shapes in ([(7, 3)], [(6, 2)], [(1,), (5,), (4, 3), (2,)], [(2, 2), (2,)], [(1,)]):
+        tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+        wanted = reduce_scatter_coalesced([tensor.clone() for tensor in tensors])
+        answers.append((wanted, reduce_scatter([tensor.clone() for tensor in tensors])))
+    return answers
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_shares_of_a_sum_are_those_of_deepspeeds_function(size):
+    for answers in run_distributed(shares, size):
+        for wanted, got in answers:
+            assert [len(share) for share in got] == [len(share) for share in wanted]
+            assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+def counted(ranks, shape):
+    """Collectives by kind and torch's operators of one step in a world of `ranks`, and the tensors of the model."""
+    world = fake_world(ranks)
+    model = build(shape)
+    engine = build_engine(model, OptimizerConfig(), configuration("zero3", shape, model), world)
+    for _ in range(4):
+        engine_step(engine, pack())
+    with Collectives() as collectives:
+        engine_step(engine, pack())
+    return collectives.by_kind(), collectives.operators, sum(1 for _ in engine.module.parameters())
+
+
+def test_a_step_takes_as_many_operators_and_collectives_at_1024_ranks_as_at_8():
+    (few, few_operators, tensors), (many, many_operators, _) = (
+        run_distributed(counted, 1, ranks, Shape(2, 2))[0] for ranks in (8, 1024)
+    )
+    assert few == many
+    assert few["collectives"] < tensors / 2
+    # A tensor that the ranks do not divide is padded, at most once for its parts in the sum and in the whole.
+    assert many_operators <= few_operators + 3 * tensors
+
+
+@pytest.mark.slow
+def test_the_whole_model_takes_at_most_60_collectives_a_step():
+    counts, _, tensors = run_distributed(counted, 1, 256, Shape())[0]
+    assert tensors == 590
+    assert 10 <= counts["collectives"] <= 60
