@@ -1,4 +1,4 @@
-"""Measures the host time and counts the collectives of a training step by ZeRO stage and number of ranks, without peers.
+"""Measures the host time and counts the collectives of a training step by ZeRO stage and number of ranks.
 
     python benchmarks/bench_host.py [--ranks 1 8 64 256 1024] [--stages 2 3] [--steps 7]
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import itertools
 import json
 import os
 import platform
@@ -119,8 +120,9 @@ def build(shape: Shape, *, whole: bool = False) -> nn.Module:
     }
     embedded = WHOLE.hidden_size if whole else WIDTH
     config = ModelConfig(encoder=encoder, pool_heads=HEADS, embed_dim=embedded, text=text)
+    vocabulary = WHOLE_TEXT.vocab_size if whole else VOCABULARY
     with torch.device("meta" if whole else "cpu"):
-        return build_contrastive(config, vocab_size=WHOLE_TEXT.vocab_size if whole else VOCABULARY, eos_id=1, pad_id=0, seed=0)
+        return build_contrastive(config, vocab_size=vocabulary, eos_id=1, pad_id=0, seed=0)
 
 
 def configuration(name: str, shape: Shape, model: nn.Module) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def engine_step(engine: Engine, inputs: Sequence[Tensor]) -> list[float]:
     times.append(time.process_time())
     engine.step()
     times.append(time.process_time())
-    return [end - start for start, end in zip(times, times[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(times)]
 
 
 def count(engine: Engine, inputs: Sequence[Tensor]) -> dict[str, int]:
@@ -243,8 +245,8 @@ def main() -> None:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             row = {"label": options.label, **json.loads(done.stdout.splitlines()[-1]), **_machine()}
-            print(f"zero{stage} {ranks:5} ranks: {row['host_ms']:8} ms, {row['ratio']:6} times the plain model, ", end="")
-            print(f"{row['collectives']} collectives", flush=True)
+            name = f"zero{stage} {ranks:5} ranks"
+            print(f"{name}: {row['ratio']} times the plain model, {row['collectives']} collectives", flush=True)
             add_rows(RESULTS / "bench_host.csv", [row])
 
 
