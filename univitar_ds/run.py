@@ -21,6 +21,7 @@ import yaml
 from univitar_ds import startup
 from univitar_ds.atomic_write import replace_bytes, replace_text, replacing
 from univitar_ds.config.deepspeed import AUTO
+from univitar_ds.config.keys.unused import unused_parts
 from univitar_ds.config.load import changed_result, dump_config, dumped, extended, load_config
 from univitar_ds.config.places import anchored
 from univitar_ds.config.run_folder import (
@@ -37,7 +38,6 @@ from univitar_ds.config.run_folder import (
     TOKENIZER,
 )
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.config.unused import unused_parts
 from univitar_ds.errors import ConfigError, writing
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.stored_model import JointConfig, StoredModel

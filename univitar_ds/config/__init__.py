@@ -12,5 +12,4 @@ __all__ = [
     "run_folder",
     "schema",
     "stage",
-    "unused",
 ]

@@ -12,9 +12,9 @@ from typing import Any
 
 from univitar_ds.config.deepspeed import AUTO, sharing_ranks
 from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.config.keys.unused import unused_parts
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import ResolutionConfig, Schedule, StageConfig
-from univitar_ds.config.unused import unused_parts
 from univitar_ds.drafting.machine import this_machine
 from univitar_ds.errors import ConfigError
 from univitar_ds.planning import sizes

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from tests.support.finished import run_config
+from univitar_ds.config.keys.unused import unused_parts
 from univitar_ds.config.load import (
     apply_overrides,
     changed_result,
@@ -16,7 +17,6 @@ from univitar_ds.config.load import (
     recipe_path,
 )
 from univitar_ds.config.model import ModelConfig
-from univitar_ds.config.unused import unused_parts
 from univitar_ds.errors import ConfigError
 
 MINIMAL = {"name": "r", "data": {"sources": [{"path": "x"}]}, "stages": [{"name": "s", "samples": 10, "lr": 1e-3}]}

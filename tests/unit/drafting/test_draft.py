@@ -5,8 +5,8 @@ import pytest
 from tests.unit.drafting import made
 from tests.unit.drafting.made import CPU, NODE, loaded, survey
 from univitar_ds.config.deepspeed import read_deepspeed
+from univitar_ds.config.keys.unused import unused_parts
 from univitar_ds.config.load import load_config
-from univitar_ds.config.unused import unused_parts
 from univitar_ds.drafting.draft import draft, processes, run_name
 from univitar_ds.drafting.machine import ASSUMED_GPU_BYTES, Machine
 from univitar_ds.errors import ConfigError, DataError

@@ -1,3 +1,4 @@
-"""The keys of the run file: what each means, names that other trainers use for them, and faults in their values."""
+"""The keys of the run file: what each means, names that other trainers use for them, and faults in their values;
+keys that are set without effect."""
 
-__all__ = ["describe", "faults", "foreign", "json_schema", "tree"]
+__all__ = ["describe", "faults", "foreign", "json_schema", "tree", "unused"]

@@ -1,3 +1,12 @@
 """One optimizer update, and pure functions for its settings and for the detection of bad steps."""
 
-__all__ = ["classification", "curriculum", "feature_snapshot", "guard", "kept_packs", "peak_flops", "train_step"]
+__all__ = [
+    "classification",
+    "curriculum",
+    "feature_snapshot",
+    "guard",
+    "kept_packs",
+    "peak_flops",
+    "recomputation",
+    "train_step",
+]

@@ -13,8 +13,8 @@ from tests.support import datasets
 from tests.support.datasets import write
 from tests.support.packing import contents, spoil
 from tests.support.runs import small_config
+from univitar_ds.config.keys.unused import unused_parts
 from univitar_ds.config.load import changed_result
-from univitar_ds.config.unused import unused_parts
 from univitar_ds.data.caption_texts import iterate_captions
 from univitar_ds.data.shards.sources import find_shards
 from univitar_ds.data.writing import packed_sources

@@ -7,8 +7,8 @@ import pytest
 
 from tests.support.finished import run_config
 from univitar_ds import run as run_module
+from univitar_ds.config.keys.unused import unused_parts
 from univitar_ds.config.load import check_config, dump_config, load_config
-from univitar_ds.config.unused import unused_parts
 from univitar_ds.planning import checks
 from univitar_ds.run import create_run, reopen_run
 
