@@ -217,8 +217,8 @@ class PretendedGPU(TorchDispatchMode):
         ]
         if made or written:
             self.record.launches[packet.__name__] += packet not in UNKNOWN_RESULT
-        whole = packet in WRITES_ALL and fakes and self._own_storage(args[0])
-        if whole and self._storage(args[0]).values is None and args[0].device.type == "cuda":
+        whole = packet in WRITES_ALL and args[0].device.type == "cuda" and self._own_storage(args[0])
+        if whole and self._storage(args[0]).values is None:
             self._storage(args[0]).values = torch.zeros(args[0].untyped_storage().nbytes(), dtype=torch.uint8)
         inputs = [leaf for leaf in fakes if not (whole and leaf is args[0])]
         sizes = sum(leaf.nbytes for leaf in (*fakes, *results))

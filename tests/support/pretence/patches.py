@@ -69,6 +69,9 @@ def without_data(model: nn.Module, gpu: PretendedGPU) -> None:
     """Replaces the values of a model's parameters and buffers on the host by shapes, in place.
 
     torch and DeepSpeed assign tensors of the device to a parameter's `data`, which must be of the same class."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if isinstance(tensor, FakeTensor):
+            tensor.constant = None  # a value on the host that torch keeps, and with it the device
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and not isinstance(parameter, FakeTensor):
@@ -99,9 +102,9 @@ def patch_deepspeed() -> None:
 @contextmanager
 def world(size: int) -> Iterator[None]:
     """Makes this process rank 0 of a process group in which no other rank exists and every collective succeeds."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    import torch.testing._internal.distributed.fake_pg  # registers the back end  # noqa: F401
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=size)
     try:
         yield
     finally:

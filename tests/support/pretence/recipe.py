@@ -82,11 +82,11 @@ def _engine(setting: Setting, gpu: PretendedGPU) -> tuple[Any, Any]:
     config = load_config(ROOT / f"univitar_ds/recipes/{setting.recipe}.yaml")
     data = config.data.model_copy(update={"lanes": setting.ranks * setting.packs})
     config = config.model_copy(update={"data": data})
-    content = json.loads((ROOT / f"ds_configs/zero{max(setting.zero, 2)}.json").read_text(encoding="utf-8"))
-    content["zero_optimization"]["stage"] = setting.zero
+    content = json.loads((ROOT / f"ds_configs/zero{setting.zero}.json").read_text(encoding="utf-8"))
     with gpu.fake:
         text = config.model.text
         model = build_contrastive(config.model, vocab_size=text.vocab_size, eos_id=1, pad_id=0, seed=0)
+    patches.without_data(model, gpu)
     model.vision.checkpoint_every = setting.recompute
     ds_config = resolve_deepspeed(config, setting.ranks, content, ("the recipe", "its DeepSpeed configuration"))
     world = World(0, setting.ranks, 0, torch.device("cuda", 0))
