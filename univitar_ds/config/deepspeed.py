@@ -19,6 +19,8 @@ SHARDING = "sharding_ranks"
 of consecutive ranks or NODE. Without it all ranks share one."""
 NODE = "node"
 """Value of SHARDING: the ranks of each machine."""
+OFFLOADS = ("offload_optimizer", "offload_param")
+"""Sections of `zero_optimization` that move a part of the training state off the GPUs."""
 OWNED_BY_RUN = {
     "optimizer": "optimizer",
     "scheduler": "stages.*.lr",
@@ -102,6 +104,11 @@ def resolve_deepspeed(
     if content.get("fp16", {}).get("enabled"):
         faults.append(f"fp16 is enabled in {json_file}; bf16 and fp32 are supported: set bf16.enabled")
     faults += _sharding_faults(content, world_size, json_file)
+    faults += [
+        f"{name}.device is nvme in {json_file}; checkpoints read the training state in memory: set it to cpu"
+        for name in OFFLOADS
+        if _offload(content, name) == "nvme"
+    ]
     if faults:
         raise ConfigError("\n  - ".join(["the two configurations contradict each other:", *faults]))
     quiet = {
@@ -111,6 +118,11 @@ def resolve_deepspeed(
         "zero_allow_untested_optimizer": True,
     }
     return {**quiet, **content, **owned}
+
+
+def _offload(content: Mapping[str, Any], name: str) -> str:
+    """Returns the device to which ZeRO offloads optimizer or parameters."""
+    return (content.get("zero_optimization", {}).get(name) or {}).get("device", "none")
 
 
 def _sharding_faults(content: Mapping[str, Any], world_size: int, json_file: str) -> Iterator[str]:
@@ -125,8 +137,8 @@ def _sharding_faults(content: Mapping[str, Any], world_size: int, json_file: str
         yield f"{where}, which does not divide {world_size} ranks; give a divisor or {NODE!r}"
     if zero.get("stage") != 3:
         yield f"{where} with ZeRO stage {zero.get('stage', 0)}; it needs stage 3, remove one of them"
-    for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("device", "none") != "none":
+    for name in OFFLOADS:
+        if _offload(content, name) != "none":
             yield f"{where} with {name}, which reads gradients before they are summed over groups; remove one of them"
     if zero.get("zero_hpz_partition_size", 1) > 1:
         yield f"{where} with zero_hpz_partition_size, which keeps weights within a machine too; remove one of them"

@@ -1,6 +1,7 @@
 """The encoder, the text tower and their joint model."""
 
 __all__ = [
+    "activations",
     "build",
     "classification",
     "config",

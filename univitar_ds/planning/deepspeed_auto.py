@@ -14,6 +14,7 @@ from univitar_ds.config.deepspeed import AUTO, lanes_per_rank, read_deepspeed, r
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.drafting.machine import Machine
+from univitar_ds.model.activations import bytes_of_pack
 from univitar_ds.planning.batch import pack_sizes
 from univitar_ds.planning.sizes import Counts, activation_bytes, amount, compute_width, encoder_of, memory_of_rank
 from univitar_ds.training.engine.optim import trained_parts
@@ -126,12 +127,14 @@ def _largest(
 def activations(config: RunConfig, stage: StageConfig, description: Mapping[str, Any], width: int) -> float:
     """Returns about how many bytes of activations the largest pack of a stage keeps for its backward pass.
 
+    `checkpoint_every: auto` counts as recomputation of every block: it recomputes less where memory is left.
+
     Args: description: of the model; width: bytes of a number.
     """
     encoder = encoder_of(description)
-    every = config.model.checkpoint_every if stage.checkpoint_every is None else stage.checkpoint_every
-    shape = (encoder.hidden_size, encoder.num_hidden_layers)
-    size = activation_bytes(stage.token_budget, *shape, width=width, every=every)
+    kind = config.model.checkpoint_every if stage.checkpoint_every is None else stage.checkpoint_every
+    tokens = stage.token_budget * (1 - stage.patch_dropout)
+    size = bytes_of_pack(encoder, 1 if kind == "auto" else kind, tokens, width=width)
     if "text" in description and "text" in trained_parts(config, stage):
         texts = max(pack.items[1] for pack in pack_sizes(stage, encoder))
         text = description["text"]

@@ -99,3 +99,12 @@ def test_a_sharding_that_cannot_be_used_is_a_sentence(config, value, zero, said)
     content = {SHARDING: value, "zero_optimization": {"stage": 3, **zero}}
     with pytest.raises(ConfigError, match=said):
         resolve_deepspeed(config, 4, content, NAMES)
+
+
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_a_state_on_nvme_is_refused_with_the_remedy(config, name):
+    content = {"zero_optimization": {"stage": 3, name: {"device": "nvme", "nvme_path": "/disk"}}}
+    with pytest.raises(ConfigError, match=rf"{name}\.device is nvme in zero\.json; .*set it to cpu"):
+        resolve_deepspeed(config, 2, content, NAMES)
+    content["zero_optimization"][name] = {"device": "cpu"}
+    assert resolve_deepspeed(config, 2, content, NAMES)

@@ -70,6 +70,7 @@ def test_recomputation_makes_room():
     ranks = Ranks(1024, 8, 40 * GB)
     full, kept = chosen(ranks), chosen(ranks, "model.checkpoint_every=0")
     assert full.fits
+    assert full == chosen(ranks, "model.checkpoint_every=1"), "auto recomputes all where it must"
     assert not kept.fits
     assert "checkpoint_every" in kept.reason
     assert activation_bytes(10, 4, 6, width=2) == 10 * 4 * 2 * 6 * 20
