@@ -48,7 +48,7 @@ def limits(device: torch.device) -> Limits:
 
 
 _HOOKS = triton.knobs.runtime
-"""A profiler may watch launches there; Triton's own launch tells it."""
+"""A profiler may watch launches there; Triton's own launch calls it."""
 
 
 class Launcher(NamedTuple):

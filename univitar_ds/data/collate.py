@@ -14,6 +14,7 @@ from univitar_ds.config.data import DataConfig
 from univitar_ds.data.batch import PackedBatch, rows
 from univitar_ds.data.decoding.decode_job import DecodeItem, DecodeJob
 from univitar_ds.data.decoding.pipeline import DecodedPack, Pipeline, PipelineConfig, PlansOf, decoded_inline
+from univitar_ds.data.decoding.shared_slots import PageLock
 from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.sampler.bad_samples import INITIAL_STATE, BadPolicy, BadSampleMonitor
 from univitar_ds.data.sampler.lanes import Plan
@@ -36,6 +37,7 @@ def decoded(
     packs_of_step: int = 1,
     prefetch_full_step: bool = False,
     from_s3: bool = False,
+    page_lock: PageLock | None = None,
 ) -> Pipeline[Plan] | Generator[DecodedPack[Plan]]:
     """Iterates over the decoded packs of the plans; decodes in `data.workers` processes, or in this thread if 0.
 
@@ -45,6 +47,7 @@ def decoded(
         packs_of_step: packs of one step. The trainer may hold max(packs_of_step, 2) packs without a copy.
         prefetch_full_step: whether to decode at least `packs_of_step` packs ahead.
         from_s3: whether shards are on S3.
+        page_lock: see `Pipeline`.
     Returns: an iterator with a method `close`.
     """
     limits = DecodeLimits(data.max_image_px, data.decode_timeout_s, data.max_video_s)
@@ -67,7 +70,7 @@ def decoded(
         needs=[*sizes, "s3"] if from_s3 else [*sizes],
         settings=settings.shared(),
     )
-    return Pipeline(plans_of, job_of, config)
+    return Pipeline(plans_of, job_of, config, page_lock)
 
 
 def _bytes_of_a_token(modality: Modality) -> int:

@@ -16,6 +16,7 @@ from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.collate import DecodingMonitor, collate, decoded, tokenized
+from univitar_ds.data.decoding.shared_slots import PageLock
 from univitar_ds.data.media.prober import Prober, probe_each
 from univitar_ds.data.sampler.bad_samples import BadPolicy, BadSampleMonitor
 from univitar_ds.data.sampler.balance import SAMPLED_LANES, balanced
@@ -107,14 +108,18 @@ class PackLoader:
         context_length: int,
         cost: tuple[float, float] = (0.0, 0.0),
         prefetch_full_step: bool = False,
+        page_lock: PageLock | None = None,
     ) -> None:
         """Lists the shards of the sources, unless `lanes` has them, and starts planning and decoding ahead.
+
+        Many arguments because the trainer, the model and the device each bring some.
 
         Args:
             modality_of: modality of a step.
             tokenizer: path of tokenizer.json; None for batches without token ids.
             cost: coefficients (a, b) of an item's FLOPs, a*tokens + b*tokens**2.
             prefetch_full_step: whether to decode a whole step ahead, for a trainer that leaves the CPU cores idle.
+            page_lock: locks the memory of the packs for copies to a device; None: it stays as it is.
         Raises: DataError if sources are unusable or cursors belong to other data; ConfigError if the tokenizer is
             unusable.
         """
@@ -142,6 +147,7 @@ class PackLoader:
             packs_of_step=len(self._starts),
             prefetch_full_step=prefetch_full_step,
             from_s3=on_s3(shards),
+            page_lock=page_lock,
         )
 
     def __enter__(self) -> Self:

@@ -57,6 +57,7 @@ from univitar_ds.training.step.train_step import (
     encoded_before_first,
     train_step,
 )
+from univitar_ds.training.step.upload import CudaPageLock, release_pixels
 from univitar_ds.training.summary import write_summary
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,7 @@ class _Trainer:
                 if trouble := self._step(stage, batches, start, waited):
                     self._roll_back(trouble, batches)
                     return
+                release_pixels(self.world.device)  # the step has read the gradient's norm, which comes after the copies
                 del batches  # frees the shared slots for the batches of the next step
                 if self.state.progress.step % self.cfg.checkpoint.every_steps == 0:
                     self._save()
@@ -327,6 +329,7 @@ class _Trainer:
                 context_length=self.cfg.model.text.context_length,
                 cost=self.cost,
                 prefetch_full_step=self.world.device.type == "cuda",
+                page_lock=CudaPageLock() if self.world.device.type == "cuda" else None,
             )
         with loader:
             yield loader

@@ -21,7 +21,7 @@ import numpy as np
 from univitar_ds.data.decoding.decode_job import DecodeJob, Failure, decode_pack
 from univitar_ds.data.decoding.forkserver import ForkServer
 from univitar_ds.data.decoding.probe_job import ProbeItem, ProbeJob
-from univitar_ds.data.decoding.shared_slots import SharedSlots
+from univitar_ds.data.decoding.shared_slots import PageLock, SharedSlots
 from univitar_ds.data.decoding.supervisor import PATIENCE_S, Closed, RestartBudget, WorkerSupervisor
 from univitar_ds.data.decoding.worker import Need
 from univitar_ds.data.media.prober import MediaAddress, Prober, probe_each
@@ -96,8 +96,17 @@ class PipelineConfig:
 class Pipeline(Generic[Plan]):
     """An iterator over decoded packs. Call `close`, or use it as a context manager."""
 
-    def __init__(self, plans_of: PlansOf[Plan], job_of: Callable[[Plan], DecodeJob], config: PipelineConfig) -> None:
-        """Starts the decoding processes. One for probing starts when the planner first needs the size of a file."""
+    def __init__(
+        self,
+        plans_of: PlansOf[Plan],
+        job_of: Callable[[Plan], DecodeJob],
+        config: PipelineConfig,
+        page_lock: PageLock | None = None,
+    ) -> None:
+        """Starts the decoding processes. One for probing starts when the planner first needs the size of a file.
+
+        Args: page_lock: locks the slots in memory for copies to a device; None: they stay as they are.
+        """
         self._config = config
         self._job_of = job_of
         self._changed = threading.Condition()
@@ -108,6 +117,8 @@ class Pipeline(Generic[Plan]):
         self._stopped = False
         self._undelivered = self._held = 0
         self._slots = SharedSlots.create(config.slots + 1, config.slot_bytes)
+        if page_lock is not None:
+            self._slots.lock(page_lock)
         self._free = list(range(config.slots))
         self._server = ForkServer(self._slots, config.needs)
         allowed = RestartBudget(config.restarts)

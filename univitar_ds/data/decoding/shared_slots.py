@@ -9,11 +9,21 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
 _COUNTER = np.dtype(np.int64)
+
+
+class PageLock(Protocol):
+    """Locks memory of this process, so that a device can copy from it while the host continues."""
+
+    def lock(self, address: int, size: int) -> bool:
+        """Locks `size` bytes. Returns whether they are locked."""
+
+    def unlock(self, address: int) -> None:
+        """Unlocks the memory that was locked at `address`. May wait for copies from it."""
 
 
 class SharedSlots:
@@ -25,6 +35,7 @@ class SharedSlots:
         self.slot_bytes = slot_bytes
         self._map: mmap.mmap | None = mmap.mmap(descriptor, _total(slots, slot_bytes))
         self._descriptor: int | None = descriptor
+        self._locked: tuple[PageLock, int] | None = None
 
     @classmethod
     def create(cls, slots: int, slot_bytes: int) -> Self:
@@ -56,8 +67,19 @@ class SharedSlots:
         assert self._map is not None, "the memory is closed"
         return np.frombuffer(self._map, _COUNTER, self.slots)
 
+    def lock(self, page_lock: PageLock) -> None:
+        """Locks the slots in memory, if it is possible, until `close`. They then use physical memory from now on."""
+        assert self._map is not None, "the memory is closed"
+        start = _start(self.slots)
+        address = np.frombuffer(self._map, np.uint8).ctypes.data + start
+        if page_lock.lock(address, _total(self.slots, self.slot_bytes) - start):
+            self._locked = page_lock, address
+
     def close(self) -> None:
         """Frees the memory once no view of it exists. May be called repeatedly."""
+        if self._locked is not None:
+            (page_lock, address), self._locked = self._locked, None
+            page_lock.unlock(address)
         self._map = None
         descriptor, self._descriptor = self._descriptor, None  # first, because the number is reused after `os.close`
         if descriptor is not None:

@@ -9,4 +9,5 @@ __all__ = [
     "peak_flops",
     "recomputation",
     "train_step",
+    "upload",
 ]

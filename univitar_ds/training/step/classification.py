@@ -23,6 +23,7 @@ from univitar_ds.training.engine.engine import Engine
 from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
 from univitar_ds.training.step.guard import nan_if_not_finite
 from univitar_ds.training.step.train_step import DivergedError, NotFiniteError, StepResult, StepSettings, not_finite
+from univitar_ds.training.step.upload import pixels_on
 
 
 class LabelledBatch(Protocol):
@@ -64,7 +65,7 @@ def classification_step(
         alike = [None if row < 0 else (name, count) for row, name, count in zip(own, batch.sets, frames, strict=True)]
         key = (settings.dropping.seed, "mixing", settings.dropping.step, batch.lane)
         plan = plan_mixing(grids, alike, mixup=wanted.mixup, cutmix=wanted.cutmix, key=key)
-        pixels = batch.pixels.to(world.device, non_blocking=True)
+        pixels = pixels_on(world.device, batch.pixels)
         if any(plan):
             pixels = mix_pixels(pixels, frames, grids, plan)
         features = distillation.features(index, pixels) if distillation else None

@@ -32,6 +32,7 @@ from univitar_ds.plugins import calling, objective_named
 from univitar_ds.training.engine.backward_hooks import HookCounts
 from univitar_ds.training.engine.engine import Engine
 from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
+from univitar_ds.training.step.upload import pixels_on
 
 LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
 
@@ -254,11 +255,11 @@ def _contrastive(
 def _inputs(batch: Batch, device: torch.device, distill: bool, drops: DropPlan | None) -> tuple[Any, ...]:
     """Returns the arguments of the model's forward. `frames` and `grid_thw` stay on the host, since they are sizes."""
     pack = (
-        batch.pixels.to(device, non_blocking=True),
+        pixels_on(device, batch.pixels),
         batch.frames,
         batch.grid_thw,
-        batch.token_ids.to(device, non_blocking=True),
-        batch.text_lengths.to(device, non_blocking=True),
+        to_device(batch.token_ids, device),
+        to_device(batch.text_lengths, device),
     )
     return (*pack, distill, drops) if distill or drops is not None else pack
 
