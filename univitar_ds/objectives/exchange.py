@@ -57,23 +57,34 @@ class Exchange:
     """
 
     def __init__(
-        self, items: int, device: torch.device, group: dist.ProcessGroup | None = None, limit: int = GATHERED_BYTES
+        self,
+        items: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        limit: int = GATHERED_BYTES,
+        known: tuple[Tensor, list[int]] | None = None,
     ) -> None:
         """Exchanges the numbers of items of all ranks. Every rank of the group must create an exchange.
 
         Args: items: number of items of this rank, which may differ between ranks and may be 0. limit: most bytes of
-        texts that are gathered at once, unless one rank has more.
+        texts that are gathered at once, unless one rank has more. known: the numbers of items of all ranks, (size,)
+        int64 on the device and as a list, if the ranks have exchanged them before.
         """
         self.group, self.limit = group, limit
         self.size = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if self.size > 1 else 0
+        self.counts: list[int] = []
+        if known is not None:
+            self.on_device, self.counts = known
+            assert self.counts[self.rank] == items, (self.counts, self.rank, items)
+            return
         # Without a copy, which the host would wait for.
         counts = mine = torch.full((1,), items, dtype=torch.int64, device=device)
         if self.size > 1:
             counts = mine.new_empty(self.size)
             dist.all_gather_single(counts, mine, group=group)
         self.on_device = counts
-        self.counts: list[int] = counts.tolist()  # read on the host, since they are sizes of messages
+        self.counts = counts.tolist()  # read on the host, since they are sizes of messages
 
     @property
     def items(self) -> int:

@@ -227,16 +227,21 @@ class _Trainer:
             while self.state.progress.stage == number:
                 start = time.perf_counter()
                 startup.phase("reading and decoding the first packs")
-                with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:
+                batches: list[PackedBatch] = []
+                with all_ranks_or_none(
+                    self.world,
+                    lambda: self.stop.requested,
+                    lambda read=batches: sum(len(one.caption_ids) for one in read),
+                ) as vote:
                     self.logs.raise_unwritten()
                     self.callbacks.raise_failed()
-                    batches = next(loader)
+                    batches += next(loader)
                     waited = time.perf_counter() - start
                 startup.phase("computing the first step")
                 if vote.yes:
                     self.leaving = True
                     return
-                if trouble := self._step(stage, batches, start, waited):
+                if trouble := self._step(stage, batches, start, waited, vote.counts):
                     self._roll_back(trouble, batches)
                     return
                 release_pixels(self.world.device)  # the step has read the gradient's norm, which comes after the copies
@@ -355,10 +360,12 @@ class _Trainer:
                 check_reachable(shards, self.world.rank)
         return shards, content
 
-    def _step(self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float) -> str | None:
+    def _step(
+        self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float, counts: torch.Tensor
+    ) -> str | None:
         """Updates the parameters once. Returns the reason if the step must be undone, else None.
 
-        All ranks return either a reason or None."""
+        All ranks return either a reason or None. Args: counts: numbers of items of all ranks."""
         state, progress = self.state, self.state.progress
         modality = batches[0].modality
         settings = self._settings(stage)
@@ -369,7 +376,7 @@ class _Trainer:
             with explained(self.cfg.deterministic), self.kept.measured(), features as snapshots:
                 objective = self.cfg.objective
                 if self.classes is None:
-                    result = train_step(self.engine, batches, settings, objective, self.teacher)
+                    result = train_step(self.engine, batches, settings, objective, self.teacher, counts)
                 else:
                     result = classification_step(self.engine, batches, settings, objective, self.classes, self.teacher)
         except NotFiniteError as error:

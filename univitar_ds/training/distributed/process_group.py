@@ -221,17 +221,22 @@ def gather_tensor(mine: torch.Tensor, world: World) -> torch.Tensor:
 
 @dataclass
 class Vote:
-    """The result of `ask` in `all_ranks_or_none`. `yes`: whether `ask` was true on any rank; the same on all ranks."""
+    """What the ranks exchange in `all_ranks_or_none`; the same on all ranks. `yes`: whether `ask` was true on any rank.
+    `counts`: (size,) int64 on the host, the result of `count` of every rank; None without `count`."""
 
     yes: bool = False
+    counts: torch.Tensor | None = None
 
 
 @contextmanager
-def all_ranks_or_none(world: World, ask: Callable[[], bool] | None = None) -> Iterator[Vote]:
+def all_ranks_or_none(
+    world: World, ask: Callable[[], bool] | None = None, count: Callable[[], int] | None = None
+) -> Iterator[Vote]:
     """Runs a block that either all ranks finish or no rank: a failure on one rank raises on all ranks.
 
     The body must not communicate with other ranks if it can fail. The block is also a barrier, and a vote on `ask`,
-    which each rank calls after its body. Either all ranks pass `ask` or no rank does.
+    which each rank calls after its body. Either all ranks pass `ask` or no rank does; the same holds for `count`, whose
+    results are sent in the same message. It is not called after a body that failed.
     Raises: the body's exception on ranks that failed; PeerFailure on ranks that succeeded.
     """
     failure: Exception | None = None
@@ -242,7 +247,10 @@ def all_ranks_or_none(world: World, ask: Callable[[], bool] | None = None) -> It
         failure = error
     flags = [failure is not None, ask is not None and ask()]
     totals = torch.tensor(flags, dtype=torch.int32)
-    if world.size > 1:
+    if count is not None:
+        table = gather_numbers([*flags, 0 if failure is not None else count()], world).long()
+        totals, vote.counts = table[:, :2].sum(0), table[:, 2].contiguous()
+    elif world.size > 1:
         totals = to_device(totals, world.device)
         dist.all_reduce(totals)
     failed, yes = totals.tolist()

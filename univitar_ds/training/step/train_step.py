@@ -113,10 +113,12 @@ def train_step(
     settings: StepSettings,
     objective: ObjectiveConfig,
     teacher: Teacher | None = None,
+    counts: Tensor | None = None,
 ) -> StepResult:
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
     Args: teacher: that of `objective.teacher`. With a `distill_weight` of 0 neither the teacher nor its heads run.
+    counts: numbers of items of all ranks, (size,) int64 on the host; None: the step exchanges them.
     Raises: NotFiniteError on all ranks if the loss or the gradient is not finite, and the update was skipped;
     DivergedError if DeepSpeed has not skipped it, which its configuration can ask for.
     """
@@ -130,8 +132,9 @@ def train_step(
         for batch, dropped in zip(batches, drops, strict=True)
     ]
     caption_ids = to_device(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
-    # Ranks exchange their numbers of items during the embedding.
-    exchange = Exchange(len(caption_ids), engine.world.device)
+    known = None if counts is None else (to_device(counts, engine.world.device), counts.tolist())
+    # Without `counts`, ranks exchange their numbers of items during the embedding.
+    exchange = Exchange(len(caption_ids), engine.world.device, known=known)
     outputs, graphs = _embed(engine, inputs, settings.keep, distillation)
     result = _contrastive(outputs, caption_ids, exchange, objective)
     # All ranks run the backward passes of every step. A loss that is not finite gets a gradient that is not finite.

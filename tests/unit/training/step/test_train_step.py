@@ -42,7 +42,9 @@ class Written:
 def test_ranks_exchange_their_numbers_of_items_before_they_embed_and_only_then(monkeypatch, kind):
     calls: list[str] = []
     exchange = Exchange.__init__
-    monkeypatch.setattr(Exchange, "__init__", lambda *args: calls.append("exchange") or exchange(*args))
+    monkeypatch.setattr(
+        Exchange, "__init__", lambda *args, **named: calls.append("exchange") or exchange(*args, **named)
+    )
     packs = [pack(0, 0), pack(0, 1)]
     result = train_step.train_step(
         Written(calls), packs, train_step.StepSettings(0.1), ObjectiveConfig(kind=kind, chunk=5)
