@@ -68,7 +68,6 @@ def work_of(recipe: str, stage: int = 1) -> Work:
     """Returns the work of a recipe's stage; by default of its native one."""
     config = load_config(recipe, [])
     own = config.stages[stage]
-    every = own.checkpoint_every
     return Work(
         name=config.name,
         encoder=encoder_config(config.model),
@@ -80,7 +79,7 @@ def work_of(recipe: str, stage: int = 1) -> Work:
         attended=ATTENDED,
         sizes=SIZES,
         lanes=config.data.lanes,
-        checkpoint_every=config.model.checkpoint_every if every is None else every,
+        checkpoint_every=1,  # before: every block of this stage
         chunk=config.objective.chunk,
     )
 

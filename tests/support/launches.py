@@ -78,7 +78,7 @@ def recorded(monkeypatch, counter: Launches, heads: int) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "implementation", lambda device, dtype: fused)
         patch.setattr(gpu, "limits", lambda device: HOPPER)
-        patch.setattr(gpu, "launch", lambda kernel, grid, *given, **options: counter.add("fused", given))
+        patch.setattr(gpu.Prepared, "launch", lambda kernel, grid, tensors, numbers: counter.add("fused", tensors))
         patch.setattr(layers, "attention", lambda q, k, v, *rest: _Attention.apply(q, k, v))
         patch.setattr(_Attention, "counter", counter, raising=False)
         patch.setattr(_Attention, "heads", heads)

@@ -201,6 +201,11 @@ def test_other_sources_are_another_result_unless_they_are_accepted(run_file):
         ("optimizer.betas=[1]", "optimizer.betas must be a list of 2 (each a number, at least 0, at most 1); entry 1"),
         ("objective.grad_cache_keep=-1", "grad_cache_keep must be a whole number, at least 0, or auto, got -1"),
         ("stages.0.checkpoint_every=some", "stages.0.checkpoint_every must be a whole number, at least 0, or one of "),
+        (
+            "stages.0.cost_budget_tflops=fast",
+            'stages.0.cost_budget_tflops must be a number, above 0, or auto, or null, got "fast"',
+        ),
+        ("stages.0.cost_budget_tflops=0", "must be a number, above 0, or auto, or null, got 0"),
         ("model.encoder=2b", "model.encoder must be one of tiny, 0.3b, 0.6b, 1b, or a section with keys hidden_size"),
         ("model.encoder={hidden_size: 8}", "model.encoder.num_hidden_layers is missing"),
         ("model.encoder={huge: true}", "unknown key model.encoder.huge; known here: hidden_size"),

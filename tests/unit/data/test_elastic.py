@@ -27,7 +27,14 @@ AUGMENT = {"crop_scale": [0.3, 1], "crop_ratio": [0.75, 1.3], "flip": 0.5, "brig
 STAGES = [
     StageConfig(name="all", **SIZES),
     StageConfig(name="mixed", weights={"demo": 1, "broken": 3}, **SIZES),
-    StageConfig(name="clips", weights={"demo": 2, "broken": 1}, video_ratio=0.25, augment=AUGMENT, **SIZES),
+    StageConfig(
+        name="clips",
+        weights={"demo": 2, "broken": 1},
+        video_ratio=0.25,
+        augment=AUGMENT,
+        cost_budget_tflops="auto",
+        **SIZES,
+    ),
 ]
 ENDS = [20, 44, STEPS]
 """The step after the last one of each stage."""
@@ -75,6 +82,7 @@ def leg(sources, *, ranks, workers, first, steps, cursors):
             modality_of=lambda step: "video" if stage.video_ratio and step % 4 == 3 else "image",
             tokenizer=None,
             context_length=8,
+            cost=(1e9, 1e8),
         )
         with loader:
             for step in range(first, first + steps):
