@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 CONTROL = "univitar_ds/training/distributed/process_group.py"
 STEP = "univitar_ds/training/step/train_step.py"
-ENGINE = "univitar_ds/training/engine/engine.py"
-RING = "univitar_ds/objectives/ring.py"
+EXCHANGE = "univitar_ds/objectives/exchange.py"
+NORM = "univitar_ds/training/engine/device_waits.py"
 ZERO = "deepspeed/runtime/zero"
 
 
 class Wait(NamedTuple):
-    """`most`: times in a step, or for each of `per`: a pack of the rank, or a parameter of the model."""
+    """`most`: times in a step, or for each `per`: a pack of the rank, a collective of the step."""
 
     most: int
     reason: str
@@ -20,34 +20,18 @@ class Wait(NamedTuple):
 
 
 STEP_WAITS = {
+    f"copy to the host {EXCHANGE}:__init__": Wait(1, "the numbers of items of all ranks are sizes of messages"),
+    f"read {EXCHANGE}:total": Wait(1, "a loss that is not finite gets a gradient that is not finite"),
+    f"copy to the host {NORM}:_read": Wait(1, "the norm of the gradient decides whether the parameters change"),
+    f"copy to the host {CONTROL}:gather_numbers": Wait(1, "the numbers of a step are added up over ranks"),
     f"copy from pageable memory {STEP}:_inputs": Wait(
         3, "the pixels, token ids and lengths of a pack lie in shared memory that is not pinned", per="pack"
     ),
-    f"read {RING}:total": Wait(1, "the backward pass runs only if the loss is finite"),
-    f"copy to the device {RING}:__init__": Wait(1, "ranks exchange their numbers of items before the loss"),
-    f"copy to the host {RING}:__init__": Wait(1, "the numbers of items of all ranks are sizes of messages"),
-    f"read {STEP}:train_step": Wait(2, "the logs show the scale and bias of the logits"),
-    f"read {ENGINE}:grad_norm": Wait(1, "the guard compares the norm of the gradient, and the logs show it"),
-    f"copy to the host {ENGINE}:_squares_by_part": Wait(1, "the logs show the norms of the parts, at logged steps"),
-    f"read {ENGINE}:_update_average": Wait(2, "the average of the weights asks each of two groups for its updates"),
-    f"copy to the device {CONTROL}:gather_numbers": Wait(1, "the numbers of a step are added up over ranks"),
-    f"copy to the host {CONTROL}:gather_numbers": Wait(1, "the numbers of a step are added up over ranks"),
-    "read deepspeed/runtime/utils.py:is_invalid_grad_norm": Wait(1, "DeepSpeed skips an update that is not finite"),
-    "read deepspeed/runtime/utils.py:clip_tensors_by_global_norm": Wait(1, "DeepSpeed clips so with bf16 and ZeRO 1"),
-    "copy to the device deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace": Wait(
-        2, "DeepSpeed builds the value that replaces a norm that is not finite"
+    f"Event.synchronize {ZERO}/stage3.py:__reduce_and_partition_ipg_grads": Wait(
+        1, "DeepSpeed waits for the gradients of three buckets ago, which keeps the memory in bounds", per="collective"
     ),
-    f"read {ZERO}/stage_1_and_2.py:has_overflow": Wait(1, "DeepSpeed looks for gradients that are not finite"),
-    f"copy to the device {ZERO}/stage3.py:get_grad_norm_direct": Wait(2, "DeepSpeed builds the norm of each group"),
-    f"Stream.synchronize {ZERO}/stage3.py:independent_gradient_partition_epilogue": Wait(
-        1, "DeepSpeed ends the reduction of gradients of a pack", per="pack"
+    f"Event.synchronize {ZERO}/partitioned_param_coordinator.py:_fetch_sub_module_impl": Wait(
+        1, "DeepSpeed waits for the weights of three fetches ago, which keeps the memory in bounds", per="collective"
     ),
-    f"Stream.synchronize {ZERO}/stage3.py:_get_fp32_grad_state_partition": Wait(
-        1, "DeepSpeed ends the reduction before a part's norm is read, at logged steps; only the first call waits",
-        per="parameter",
-    ),
-    "torch.cuda.synchronize deepspeed/accelerator/cuda_accelerator.py:synchronize": Wait(
-        1, "DeepSpeed ends the communication that overlaps the backward pass of a pack", per="pack"
-    ),
-}  # fmt: skip
+}
 """By place as in `gpu.Record.waits`: what waits, the file and the function."""
