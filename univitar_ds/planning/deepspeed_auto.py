@@ -22,7 +22,8 @@ from univitar_ds.training.engine.optim import trained_parts
 USABLE = 0.8
 """Share of a GPU's memory that may be planned: the rest is for communication buffers, a teacher and fragmentation."""
 SEVERAL_PACKS = 4
-"""Packs of a rank in a step from which ZeRO-1 sends fewer bytes: ZeRO-2 exchanges gradients for each pack."""
+"""Packs of a rank in a step from which ZeRO-1 is taken: it exchanges gradients once a step, after the backward pass,
+ZeRO-2 for each pack, beside it. Chosen, not measured."""
 ON_CPU = "zero3_cpu"
 OFFLOADED = "zero3_offload"
 ON_GPUS = ("zero1", "zero2", "zero3_node", "zero3", OFFLOADED)
