@@ -32,7 +32,10 @@ def softmax_loss(
     same_caption_positive: bool = False,
     exchange: Exchange | None = None,
 ) -> ContrastiveResult:
-    """Computes the loss and the gradients. Arguments and result as in `sigmoid_loss`; `bias` is not used."""
+    """Computes the loss and the gradients. Arguments and result as in `sigmoid_loss`; `bias` is not used.
+
+    Long because the second pass over the texts needs all that the first one has computed.
+    """
     exchange = exchange or Exchange(len(vision), vision.device)
     if not exchange.items:
         return nothing(vision, text)
@@ -74,9 +77,8 @@ def softmax_loss(
         del texts  # before the message of the gradients needs its memory
         text_grad += blocks.scatter_sum(gradient, owner)
         del gradient
-        travelling = torch.cat([text_norms, text_grad], dim=1)
-        rows, travelling = blocks.shift(rows, travelling, owner)
-        text_norms, text_grad = travelling[:, :1], travelling[:, 1:]
+        rows, travelling = blocks.shift(rows, torch.cat([text_norms, text_grad], dim=1), owner)
+        text_norms, text_grad = travelling.split((1, width), dim=1)
     return ContrastiveResult(
         loss=exchange.total(loss),
         items=items,
