@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -119,19 +119,34 @@ def world(size: int) -> Iterator[None]:
 
 @contextmanager
 def launches_counted(gpu: PretendedGPU) -> Iterator[None]:
-    """Counts the launches of Triton's kernels, which go through Triton's own launcher, and checks their tensors."""
+    """Counts the launches of Triton's kernels, by Triton and by kept launchers, and checks their tensors.
+
+    Both go through Triton's own launcher."""
     from triton.runtime.jit import JITFunction
 
-    run = JITFunction.run
+    from univitar_ds.kernels.gpu import Prepared
 
-    def counted(kernel: Any, *arguments: Any, warmup: bool, **options: Any) -> Any:
-        tensors = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
-        for tensor in tensors:  # a kernel reads rows one after the other, and would take no notice of strides
+    run, run_kept = JITFunction.run, Prepared._run
+
+    def check(kernel: Any, arguments: Iterable[Any]) -> None:
+        # A kernel reads rows one after the other, and would take no notice of strides.
+        for tensor in (value for value in arguments if isinstance(value, Tensor)):
             if not tensor.is_contiguous():
                 raise RuntimeError(f"{kernel.__name__} gets a tensor {list(tensor.shape)} of strides {tensor.stride()}")
+
+    def count(kernel: Any) -> None:
+        gpu.record.launches[f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"] += 1
+
+    def counted(kernel: Any, *arguments: Any, warmup: bool, **options: Any) -> Any:
+        check(kernel, (*arguments, *options.values()))
         if not warmup:
-            gpu.record.launches[f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"] += 1
+            count(kernel)
         return run(kernel, *arguments, warmup=warmup, **options)
 
-    with mock.patch.object(JITFunction, "run", counted):
+    def counted_kept(prepared: Any, launcher: Any, device: int, grid: Any, tensors: Any, numbers: Any) -> None:
+        check(prepared.kernel, tensors)
+        count(prepared.kernel)
+        run_kept(prepared, launcher, device, grid, tensors, numbers)
+
+    with mock.patch.object(JITFunction, "run", counted), mock.patch.object(Prepared, "_run", counted_kept):
         yield
