@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.rows import RESULTS, add_rows, git_commit, processor
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.kernels.dispatch import compile_on_cpu
-from univitar_ds.model.activations import bytes_of_pack, bytes_per_token
+from univitar_ds.model.blocks.activations import bytes_of_pack, bytes_per_token
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.encoder import UniViTAR
 

@@ -18,7 +18,7 @@ from benchmarks.gpu import packs as packs
 from benchmarks.gpu.timing import Timer
 from benchmarks.rows import rounded
 from univitar_ds.config.encoder import EncoderConfig
-from univitar_ds.model.attention import choose_backend
+from univitar_ds.model.blocks.attention import choose_backend
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.flops import BACKWARD, flops_per_item
 

@@ -13,7 +13,7 @@ from tests.support.standin import LANES, StandIn, pack
 from tests.support.training import OBJECTIVE, ds_config, lr
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.formats.elastic import EMA
-from univitar_ds.model.dropping import DropConfig
+from univitar_ds.model.blocks.dropping import DropConfig
 from univitar_ds.training.distributed.process_group import start_world
 from univitar_ds.training.engine.engine import build_engine
 from univitar_ds.training.step.train_step import StepSettings, train_step

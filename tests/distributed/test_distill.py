@@ -17,8 +17,8 @@ from univitar_ds.config.model import ModelConfig, ObjectiveConfig, TeacherConfig
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.formats.elastic import read_full
 from univitar_ds.geometry import token_count
+from univitar_ds.model.blocks.dropping import NO_DROPPING, DropConfig
 from univitar_ds.model.contrastive import ContrastiveModel
-from univitar_ds.model.dropping import NO_DROPPING, DropConfig
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.teacher.teacher import build_teacher, read_teacher
 from univitar_ds.model.towers import build_text_tower

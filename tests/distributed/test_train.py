@@ -40,7 +40,7 @@ TIMED = ("_per_s", "_pct", "step_s", "tflops_per_rank", "memory_gb", "mfu_note")
 
 def watched(run):
     """As `train_rank`, with the rule by which each pack of this rank was thinned, by step and lane."""
-    from univitar_ds.model.dropping import DropConfig
+    from univitar_ds.model.blocks.dropping import DropConfig
 
     seen, draw = {}, DropConfig.of_pack
 

@@ -16,7 +16,7 @@ FOLDERS = ("univitar_ds", "benchmarks", "examples", "tests")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 LAZY = {
     "univitar_ds": {"UniViTARModel", "RunConfig", "train", "resume"},
-    "univitar_ds.model.attention": {"flash_attn_varlen_func"},
+    "univitar_ds.model.blocks.attention": {"flash_attn_varlen_func"},
 }
 """Names that modules define when they are first used, and the name that a test puts into a module."""
 

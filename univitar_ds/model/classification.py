@@ -12,10 +12,10 @@ from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.model import ModelConfig
 from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.geometry import token_count
+from univitar_ds.model.blocks.dropping import DropPlan
 from univitar_ds.model.build import build_vision, described_encoder, load_start, seeded
 from univitar_ds.model.contrastive import AttentionPool, leave_heads_aside
 from univitar_ds.model.distill_heads import Distilled, DistillHeads
-from univitar_ds.model.dropping import DropPlan
 from univitar_ds.model.encoder import UniViTAR
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from univitar_ds.config.model import ModelConfig
 from univitar_ds.geometry import token_count
-from univitar_ds.model.attention import CuSeqlens, attention
+from univitar_ds.model.blocks.attention import CuSeqlens, attention
+from univitar_ds.model.blocks.dropping import DropPlan
+from univitar_ds.model.blocks.layers import RMSNorm
 from univitar_ds.model.distill_heads import Distilled, DistillHeads
-from univitar_ds.model.dropping import DropPlan
 from univitar_ds.model.encoder import UniViTAR
-from univitar_ds.model.layers import RMSNorm
 from univitar_ds.model.towers import as_json
 
 

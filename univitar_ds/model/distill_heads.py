@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from univitar_ds.model.layers import RMSNorm
+from univitar_ds.model.blocks.layers import RMSNorm
 
 
 class Distilled(NamedTuple):

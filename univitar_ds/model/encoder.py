@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from univitar_ds.config.encoder import EncoderConfig, read_encoder_config
 from univitar_ds.errors import UserError
 from univitar_ds.geometry import token_count
-from univitar_ds.model.activations import Kind
-from univitar_ds.model.attention import CuSeqlens
-from univitar_ds.model.dropping import DropPlan
-from univitar_ds.model.layers import Block, PatchEmbedding
-from univitar_ds.model.recompute import run_checkpointed
+from univitar_ds.model.blocks.activations import Kind
+from univitar_ds.model.blocks.attention import CuSeqlens
+from univitar_ds.model.blocks.dropping import DropPlan
+from univitar_ds.model.blocks.layers import Block, PatchEmbedding
+from univitar_ds.model.blocks.recompute import run_checkpointed
 from univitar_ds.model.transfer import to_device
 
 
@@ -27,7 +27,7 @@ class UniViTAR(nn.Module):
 
     The encoder has no class token, learned positions or final norm: the output of the last block is the result.
     `attention` selects the back end. `checkpoint_every` k recomputes every k-th block in the backward pass (0: none);
-    "selective" recomputes norms, rotary positions and gates of every block, see `model.recompute`.
+    "selective" recomputes norms, rotary positions and gates of every block, see `model.blocks.recompute`.
     """
 
     def __init__(self, config: EncoderConfig, *, attention: str = "auto", checkpoint_every: Kind = 0) -> None:

@@ -14,7 +14,7 @@ from univitar_ds.config.deepspeed import AUTO, lanes_per_rank, read_deepspeed, r
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.drafting.machine import Machine
-from univitar_ds.model.activations import bytes_of_pack
+from univitar_ds.model.blocks.activations import bytes_of_pack
 from univitar_ds.planning.batch import pack_sizes
 from univitar_ds.planning.sizes import Counts, activation_bytes, amount, compute_width, encoder_of, memory_of_rank
 from univitar_ds.training.engine.optim import trained_parts

@@ -9,10 +9,10 @@ from tests.support.closeness import assert_sums_close
 from tests.unit.model.test_contrastive import FRAMES, GRIDS, SHAPE, drawn_pixels
 from univitar_ds.config.model import ModelConfig
 from univitar_ds.errors import ConfigError
+from univitar_ds.model.blocks.dropping import DropConfig
 from univitar_ds.model.build import build_contrastive
 from univitar_ds.model.classification import ClassificationModel, build_classifier, class_logits
 from univitar_ds.model.config import PRESETS
-from univitar_ds.model.dropping import DropConfig
 
 CONFIG = ModelConfig(pool_heads=2, layer_scale_init=0.2)
 

@@ -11,11 +11,11 @@ from univitar_ds.config.model import ModelConfig, TextConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.geometry import token_count
 from univitar_ds.model import contrastive
-from univitar_ds.model.attention import attention
+from univitar_ds.model.blocks.attention import attention
+from univitar_ds.model.blocks.dropping import DropConfig, DropPlan
 from univitar_ds.model.build import build_contrastive
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.contrastive import AttentionPool
-from univitar_ds.model.dropping import DropConfig, DropPlan
 
 TEXT = TextConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64, context_length=12)
 CONFIG = ModelConfig(text=TEXT, embed_dim=16, pool_heads=2, layer_scale_init=0.2)

@@ -6,7 +6,7 @@ import torch
 from tests.support.closeness import STORED, assert_sums_close, encoder_terms
 from tests.unit.model.made import GRIDS, drawn_patches, small_encoder
 from univitar_ds.geometry import cumulative, token_count
-from univitar_ds.model.dropping import DropConfig
+from univitar_ds.model.blocks.dropping import DropConfig
 from univitar_ds.model.encoder import _step_positions, grid_positions
 
 

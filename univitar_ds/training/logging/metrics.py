@@ -20,7 +20,7 @@ from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.sampler.bad_samples import KINDS
 from univitar_ds.data.shards.captions import IGNORED
 from univitar_ds.geometry import Modality, token_count
-from univitar_ds.model.dropping import NO_DROPPING, DropConfig
+from univitar_ds.model.blocks.dropping import NO_DROPPING, DropConfig
 from univitar_ds.training.distributed.process_group import World, gather_numbers, uses_cuda
 from univitar_ds.training.engine.optim import GRADIENT_PARTS
 from univitar_ds.training.step.curriculum import Progress

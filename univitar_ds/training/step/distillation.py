@@ -11,8 +11,8 @@ from torch import Tensor
 
 from univitar_ds.config.model import TeacherConfig
 from univitar_ds.geometry import token_count
+from univitar_ds.model.blocks.dropping import DropPlan
 from univitar_ds.model.distill_heads import Distilled
-from univitar_ds.model.dropping import DropPlan
 from univitar_ds.model.teacher.teacher import Teacher, TeacherFeatures
 from univitar_ds.model.transfer import to_device
 from univitar_ds.objectives.distill import distill

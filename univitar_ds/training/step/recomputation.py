@@ -2,7 +2,7 @@
 
 On a GPU the least recomputation is chosen with which the activations of a full pack fit into the memory that is free
 when the stage begins, on every rank: nothing, norms and gates (selective), every 2nd block or every block. The bytes
-are those of `model.activations` for the encoder and `_TEXT_TENSORS` for the text tower. Of the free memory
+are those of `model.blocks.activations` for the encoder and `_TEXT_TENSORS` for the text tower. Of the free memory
 `RESERVED_PER_PARAMETER` bytes for each parameter are left for what is not there yet: gradients with ZeRO 1 and 2, whole
 weights and buckets with ZeRO-3. The choice changes no bit of the result. It must be the same on all ranks, since a
 block that runs again gathers its weights again.
@@ -15,7 +15,7 @@ from typing import Any
 
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.model.activations import LADDER, Kind, bytes_of_pack, least_recomputation
+from univitar_ds.model.blocks.activations import LADDER, Kind, bytes_of_pack, least_recomputation
 from univitar_ds.training.distributed.process_group import gather_numbers
 from univitar_ds.training.engine.engine import Engine
 from univitar_ds.training.step.kept_packs import USABLE, GpuMemory, Memory

@@ -4,8 +4,8 @@ The loss compares all items of the step, but a rank has memory for the activatio
 first embedded, and the loss gives the gradient of every embedding. The gradient of a pack's embeddings is then
 backpropagated through the pack's graph. `StepSettings.keep` packs keep their graph from the first pass; the others are
 embedded without gradient and run again. One and two passes give the same numbers because the model draws no random
-numbers: dropped tokens and branches are drawn before the passes (`model.dropping`). The distillation loss is a sum over
-tokens and items, and is computed pack by pack in the passes with gradient.
+numbers: dropped tokens and branches are drawn before the passes (`model.blocks.dropping`). The distillation loss is a
+sum over tokens and items, and is computed pack by pack in the passes with gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.errors import UserError
-from univitar_ds.model.dropping import NO_DROPPING, DropConfig, DropPlan
+from univitar_ds.model.blocks.dropping import NO_DROPPING, DropConfig, DropPlan
 from univitar_ds.model.teacher.teacher import Teacher, TeacherFeatures
 from univitar_ds.model.transfer import to_device
 from univitar_ds.objectives.exchange import ContrastiveResult, Exchange

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.support.runs import small_config
 from univitar_ds.data.batch import PackedBatch, rows
-from univitar_ds.model.dropping import DropConfig
+from univitar_ds.model.blocks.dropping import DropConfig
 from univitar_ds.training.distributed.process_group import World, gather_json
 from univitar_ds.training.logging import board, metrics, writers
 from univitar_ds.training.logging.metrics import (

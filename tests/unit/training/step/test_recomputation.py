@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.unit.training.step.test_kept_packs import ALONE, GB, Device
 from univitar_ds.config.load import load_config
-from univitar_ds.model.activations import bytes_of_pack
+from univitar_ds.model.blocks.activations import bytes_of_pack
 from univitar_ds.model.config import PRESETS
 from univitar_ds.training.step import recomputation
 from univitar_ds.training.step.recomputation import RESERVED_PER_PARAMETER, recomputation_of

@@ -9,16 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.bench_recompute import TOKENS, counted
 from tests.unit.model.made import drawn_patches, small_config, small_encoder
 from univitar_ds.kernels.dispatch import compile_on_cpu
-from univitar_ds.model import recompute
-from univitar_ds.model.activations import (
+from univitar_ds.model.blocks import recompute
+from univitar_ds.model.blocks.activations import (
     LADDER,
     bytes_of_block,
     bytes_of_pack,
     bytes_per_token,
     least_recomputation,
 )
+from univitar_ds.model.blocks.dropping import DropConfig
 from univitar_ds.model.config import PRESETS
-from univitar_ds.model.dropping import DropConfig
 
 GRIDS = [[1, 4, 6], [1, 2, 2], [2, 3, 3]]
 

@@ -7,10 +7,10 @@ from tests.support.closeness import assert_sums_close, encoder_terms
 from tests.unit.model.made import GRIDS, drawn_patches, small_config, small_encoder
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.geometry import cumulative, token_count
-from univitar_ds.model.attention import CuSeqlens
-from univitar_ds.model.dropping import NO_DROPPING, DropConfig, DropPlan
+from univitar_ds.model.blocks.attention import CuSeqlens
+from univitar_ds.model.blocks.dropping import NO_DROPPING, DropConfig, DropPlan
+from univitar_ds.model.blocks.layers import scale_branch
 from univitar_ds.model.encoder import grid_positions
-from univitar_ds.model.layers import scale_branch
 
 BOTH = DropConfig(patches=0.4, depth=0.5, blocks=2, seed=3, step=5)
 

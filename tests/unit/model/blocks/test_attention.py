@@ -10,8 +10,8 @@ import torch
 
 from tests.support.closeness import assert_sums_close
 from univitar_ds.errors import ConfigError
-from univitar_ds.model import attention as module
-from univitar_ds.model.attention import CuSeqlens, Gpu, attention, choose_backend, select
+from univitar_ds.model.blocks import attention as module
+from univitar_ds.model.blocks.attention import CuSeqlens, Gpu, attention, choose_backend, select
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import PATCH, TUBELET
 from univitar_ds.kernels.dispatch import add_norm, patch_embed, rms_norm, rope2d_qk_norm, swiglu_norm
 from univitar_ds.kernels.reference import PATCH_VALUES
-from univitar_ds.model.attention import CuSeqlens, attention
+from univitar_ds.model.blocks.attention import CuSeqlens, attention
 
 
 class RMSNorm(nn.Module):
