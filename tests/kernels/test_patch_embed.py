@@ -22,7 +22,7 @@ from tests.support.golden import golden
 from univitar_ds import Preprocessor, UniViTAR
 from univitar_ds.kernels import patch_embed as kernel
 from univitar_ds.kernels import reference
-from univitar_ds.model import layers
+from univitar_ds.model.blocks import layers
 
 # Widths above one tile, of no power of two, and odd.
 CASES = [

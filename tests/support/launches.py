@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.kernels import dispatch, fused, gpu
-from univitar_ds.model import layers
+from univitar_ds.model.blocks import layers
 from univitar_ds.model.blocks.attention import CuSeqlens
 
 PRODUCTS = ("aten.mm.default", "aten.addmm.default")

@@ -125,7 +125,7 @@ def installed(name: str, gpu: PretendedGPU) -> Iterator[None]:
         modules[part] = ModuleType(part)
         modules[part].__spec__, modules[part].__path__ = ModuleSpec(part, None), []
     modules[path].flash_attn_varlen_func = make(gpu)
-    from univitar_ds.model import attention
+    from univitar_ds.model.blocks import attention
 
     sys.modules.update(modules)
     attention._chosen.cache_clear()
