@@ -176,7 +176,7 @@ class PretendedGPU(TorchDispatchMode):
         """Gives the results of a collective their values if all ranks do what this rank does."""
         if name == "allgather_base":
             self._assign(args[0], [args[1]] * dist.get_world_size())
-        elif name == "allgather":
+        elif name in ("allgather", "gather"):
             for outputs, tensor in zip(args[0], args[1], strict=True):
                 for output in outputs:
                     self._assign(output, [tensor])
