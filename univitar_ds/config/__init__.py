@@ -11,5 +11,6 @@ __all__ = [
     "renamed",
     "run_folder",
     "schema",
+    "section",
     "stage",
 ]
