@@ -16,7 +16,7 @@ help:
 	@echo "make demo       environment, demo data, ZeRO-3 training on 2 processes, evaluation, export (about 5 minutes)"
 	@echo "make test       lint and all tests but the long ones (within 15 minutes on two cores)"
 	@echo "make test-all   the long tests that make test leaves out, some on a pretended GPU (1.2 GB are installed for it)"
-	@echo "make test-numerics  tests of numbers, as other processors would run them (about 6 minutes)"
+	@echo "make test-numerics  tests of numbers, as other processors would run them (about 5 minutes)"
 	@echo "make lint       ruff"
 	@echo "make bench-cpu  a training step of the encoder on the CPU, and other ways to run it (about 10 minutes)"
 	@echo "make bench-gpu  the fused kernels and a training step on a GPU"
@@ -46,8 +46,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(REPORT) -m "not slow"
 
+# Three at a time: many of these wait for the programs that they start.
 test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(REPORT) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile $(REPORT) -m slow
 
 # Those tests that compare sums, with other instruction sets and numbers of threads.
 test-numerics: $(INSTALLED)
