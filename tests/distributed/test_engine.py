@@ -251,7 +251,9 @@ def encoder_on_two_ranks(folder, compiled):
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [pytest.param(False, id="plain"), pytest.param(True, id="compiled", marks=pytest.mark.slow)]
+)
 def test_weights_that_a_module_borrows_are_gathered_with_its_own(compiled, tmp_path):
     model = WithEncoder()
     compile_on_cpu(compiled)  # the same rounding here and there

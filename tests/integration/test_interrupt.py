@@ -46,7 +46,7 @@ def resume(run: Path, nproc: object) -> str:
     return f"continue the run with `univitar-ds train --resume {run} --nproc {nproc}`"
 
 
-@pytest.mark.parametrize("nproc", ["1", "2"])
+@pytest.mark.parametrize("nproc", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_the_first_one_ends_the_run_as_sigterm_does_with_one_line(nproc, folder):
     run = folder / "runs" / f"once-{nproc}"
     with Program([*LONG, "--nproc", nproc, f"name={run.name}"], folder) as program:
@@ -80,6 +80,7 @@ def test_the_second_one_ends_the_run_at_once_with_one_line(folder):
         assert unexpected(program.said().splitlines()[before:]) == [f"{AT_ONCE}; {resume(run, 2)}"]
 
 
+@pytest.mark.slow
 def test_ranks_that_start_end_with_one_line(folder):
     with Program([*LONG, "--nproc", "2", "name=early"], folder) as program:
         program.wait_for(lambda: program.pids(RANK="1"))

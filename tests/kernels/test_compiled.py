@@ -151,6 +151,7 @@ def test_the_encoder_gives_the_releases_numbers(case, on_cpu):
     assert not compiled.Region.failed
 
 
+@pytest.mark.slow
 @TYPES
 def test_recomputing_blocks_changes_no_bit(dtype, on_cpu):
     grads = []

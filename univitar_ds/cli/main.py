@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   univitar-ds train --config run.yaml seed=3 stages.0.lr=5e-4
   univitar-ds train --resume runs/photos --nproc 1     continue, here on another number of processes
   univitar-ds eval runs/photos evaluation.sources.0.path=data/other
-  univitar-ds eval linear runs/photos --data data/pets  a task on other data: zero-shot, retrieval, knn, linear
+  univitar-ds eval knn RUN --data data/pets            a task on other data: zero-shot, retrieval, linear
   univitar-ds report runs/photos                       results and metrics of a run
   univitar-ds convert runs/photos photos_hf --to hf    the model for transformers, or another format
   univitar-ds embed RUN DIR --out f.safetensors        the embeddings of images and videos

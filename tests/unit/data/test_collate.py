@@ -60,7 +60,7 @@ def test_captions_are_tokenized_while_planning_and_those_of_failed_items_are_omi
 )
 def test_number_of_packs_decoded_ahead(monkeypatch, asked, prefetch_full_step, ahead, shared):
     made = []
-    monkeypatch.setattr(collate_module, "Pipeline", lambda plans_of, job_of, config: made.append(config))
+    monkeypatch.setattr(collate_module, "Pipeline", lambda plans, jobs, config, lock=None: made.append(config))
     data = DataConfig(sources=[SourceConfig(path="x")], workers=1, prefetch_packs=asked)
     decoded_plans(
         lambda probe: iter([]), data, {"image": None}, 100, packs_of_step=8, prefetch_full_step=prefetch_full_step

@@ -103,6 +103,7 @@ print(bad, peak_mib())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("modality", "extension"), [("video", "mp4"), ("image", "j2k")])
 def test_a_trainer_takes_no_more_memory_for_shards_with_hostile_files(tmp_path, modality, extension):
     """Reading the header of each hostile file would take half a gibibyte and a second."""

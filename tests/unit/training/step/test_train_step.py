@@ -71,7 +71,7 @@ class Counting(Written):
         return outputs
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("keep", [1, 2, 9])
 def test_kept_packs_run_once_and_the_gradient_keeps_its_bits(keep):
     """Also the order of the packs in its sums, and no more graphs are in memory at a time than were asked for."""
     packs = [pack(0, lane) for lane in range(3)]
