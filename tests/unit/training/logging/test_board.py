@@ -84,9 +84,9 @@ def test_a_value_that_is_not_a_number_is_drawn(tmp_path):
     assert len(curve(board_of(tmp_path), "loss/loss_image")) == 2
 
 
-def test_the_run_file_is_a_text_without_the_credentials_in_its_addresses(tmp_path):
+def test_the_run_file_is_a_text_without_the_credentials_in_its_addresses(tmp_path, monkeypatch):
     config = small_config(tmp_path, tmp_path, logging={"tensorboard": True})
-    vars(config.data.s3)["endpoint_url"] = "http://me:secret@127.0.0.1:9000"
+    monkeypatch.setitem(vars(config.data.s3), "endpoint_url", "http://me:secret@127.0.0.1:9000")  # a shared default
     MetricLog(config, tmp_path, Progress()).close()
     (shown,) = text(board_of(tmp_path), "config")
     assert "    name: small\n" in shown
