@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 CONTROL = "univitar_ds/training/distributed/process_group.py"
-STEP = "univitar_ds/training/step/train_step.py"
+UPLOAD = "univitar_ds/training/step/upload.py"
 EXCHANGE = "univitar_ds/objectives/exchange.py"
 NORM = "univitar_ds/training/engine/device_waits.py"
 ZERO = "deepspeed/runtime/zero"
@@ -24,8 +24,8 @@ STEP_WAITS = {
     f"read {EXCHANGE}:total": Wait(1, "a loss that is not finite gets a gradient that is not finite"),
     f"copy to the host {NORM}:_read": Wait(1, "the norm of the gradient decides whether the parameters change"),
     f"copy to the host {CONTROL}:gather_numbers": Wait(1, "the numbers of a step are added up over ranks"),
-    f"copy from pageable memory {STEP}:_inputs": Wait(
-        3, "the pixels, token ids and lengths of a pack lie in shared memory that is not pinned", per="pack"
+    f"copy from pageable memory {UPLOAD}:__call__": Wait(
+        1, "without decoding processes, as in these runs, pixels lie in memory that is not registered", per="pack"
     ),
     f"Event.synchronize {ZERO}/stage3.py:__reduce_and_partition_ipg_grads": Wait(
         1, "DeepSpeed waits for the gradients of three buckets ago, which keeps the memory in bounds", per="collective"

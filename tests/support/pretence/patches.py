@@ -129,9 +129,12 @@ def launches_counted(gpu: PretendedGPU) -> Iterator[None]:
     run, run_kept = JITFunction.run, Prepared._run
 
     def check(kernel: Any, arguments: Iterable[Any]) -> None:
-        # A kernel reads rows one after the other, and would take no notice of strides.
-        for tensor in (value for value in arguments if isinstance(value, Tensor)):
-            if not tensor.is_contiguous():
+        # A kernel reads rows one after the other, and takes no notice of strides unless it is given that of the rows.
+        values = list(arguments)
+        strides = {value for value in values if isinstance(value, int)}
+        for tensor in (value for value in values if isinstance(value, Tensor)):
+            rows_apart = tensor.ndim == 2 and tensor.stride(1) == 1 and tensor.stride(0) in strides
+            if not tensor.is_contiguous() and not rows_apart:
                 raise RuntimeError(f"{kernel.__name__} gets a tensor {list(tensor.shape)} of strides {tensor.stride()}")
 
     def count(kernel: Any) -> None:
@@ -144,7 +147,7 @@ def launches_counted(gpu: PretendedGPU) -> Iterator[None]:
         return run(kernel, *arguments, warmup=warmup, **options)
 
     def counted_kept(prepared: Any, launcher: Any, device: int, grid: Any, tensors: Any, numbers: Any) -> None:
-        check(prepared.kernel, tensors)
+        check(prepared.kernel, (*tensors, *numbers))
         count(prepared.kernel)
         run_kept(prepared, launcher, device, grid, tensors, numbers)
 
