@@ -27,6 +27,9 @@ STEP_WAITS = {
     f"copy from pageable memory {UPLOAD}:__call__": Wait(
         1, "without decoding processes, as in these runs, pixels lie in memory that is not registered", per="pack"
     ),
+    "torch.cuda.synchronize deepspeed/accelerator/cuda_accelerator.py:synchronize": Wait(
+        1, "DeepSpeed waits for the weights of a module that it gathers one by one, outside of blocks"
+    ),
     f"Event.synchronize {ZERO}/stage3.py:__reduce_and_partition_ipg_grads": Wait(
         1, "DeepSpeed waits for the gradients of three buckets ago, which keeps the memory in bounds", per="collective"
     ),
