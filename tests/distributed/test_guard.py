@@ -1,4 +1,4 @@
-"""A poisoned shard: all ranks skip its updates, or go back together, and the run goes on behind the data and ends."""
+"""A shard whose loss is not finite: all ranks skip its updates, or roll back together, and the run continues."""
 
 import io
 import json

@@ -25,7 +25,7 @@ MODELS = {
 
 
 def frozen(model):
-    """No input of the first block has a gradient: DeepSpeed is not told when its backward pass ends."""
+    """No input of the first block has a gradient: DeepSpeed does not see when its backward pass ends."""
     model.vision.embeddings.requires_grad_(False)
     return model
 

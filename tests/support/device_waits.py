@@ -61,8 +61,7 @@ class Waits:
             return
         for frame in reversed(traceback.extract_stack()):
             if Path(frame.filename).name != _HERE and "/torch/" not in frame.filename:
-                name = frame.filename.rpartition("site-packages/")[2].rpartition("/work/")[2]
-                self.places[f"{'/'.join(Path(name).parts[-3:])}:{frame.lineno} {what}"] += 1
+                self.places[f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno} {what}"] += 1
                 return
 
 

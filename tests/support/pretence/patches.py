@@ -35,7 +35,7 @@ def patch_torch(gpu: PretendedGPU) -> None:
 
     Tensor.tolist = FakeTensor.tolist = tolist
     # Triton specializes kernels by the alignment of addresses, and torch aligns allocations to 512 bytes. The stand-in
-    # of the driver tells addresses of the device by their size.
+    # of the driver recognises addresses of the device by their size.
     FakeTensor.data_ptr = lambda self: (
         FIRST_ADDRESS + 512 * self.untyped_storage()._cdata % FIRST_ADDRESS + self.storage_offset() * self.itemsize
         if self.device.type == "cuda"

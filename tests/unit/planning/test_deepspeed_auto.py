@@ -1,4 +1,4 @@
-"""`deepspeed: auto`: what it takes by model, GPUs, packs and recomputation, and that a run is told."""
+"""`deepspeed: auto`: what it takes by model, GPUs, packs and recomputation, and what a run reports of it."""
 
 import json
 import logging
