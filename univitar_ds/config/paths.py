@@ -63,3 +63,8 @@ def _value(match: re.Match[str], path: str) -> str:
 
 PathText = Annotated[str, AfterValidator(expanded), PlainSerializer(written)]
 """The type of a path in a run file."""
+
+
+def user_cache() -> Path:
+    """Returns this program's folder in the user's cache, which may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "univitar_ds"

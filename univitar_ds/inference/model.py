@@ -115,12 +115,15 @@ class UniViTARModel(nn.Module):
             out = self.encoder(pixels, part, frames=frames)
             lengths = [token_count(grid) for grid in part]
             tokens += out.split(lengths)
-            if isinstance(self.module, ContrastiveModel):
-                pooled.append(self.module.pool(out, lengths))
-            else:
-                pooled.append(torch.stack([one.mean(dim=0) for one in out.split(lengths)]))
+            pooled.append(self.pool(out, lengths))
             grids += part
         return Features(tokens, torch.cat(pooled), torch.tensor(grids))
+
+    def pool(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Returns pooled features of items, (N, D), as in `Features`. Args: tokens: (T, D); lengths: of each item."""
+        if isinstance(self.module, ContrastiveModel):
+            return self.module.pool(tokens, lengths)
+        return torch.stack([one.mean(dim=0) for one in tokens.split(lengths)])
 
     @torch.no_grad()
     def intermediates(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.paths import user_cache
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import eval_packs
 from univitar_ds.data.writing.packed_sources import packed_source
@@ -62,7 +64,7 @@ class OpenedModel:
             )
         return self.model.module
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer | None:
         joint = self.model.joint
         return None if joint is None else tokenizer_of(joint.tokenizer)
@@ -111,21 +113,20 @@ def probe_sources(options: DataOptions) -> tuple[SourceConfig, SourceConfig]:
 
 def _source(place: str, split: str, options: DataOptions) -> SourceConfig:
     path, names = place, options.class_names
-    if os.path.isfile(
-        os.path.join(place, "classnames.txt")
-    ):  # CLIP_benchmark: FOLDER/classnames.txt, FOLDER/SPLIT/*.tar
+    listed = os.path.join(place, "classnames.txt")
+    if os.path.isfile(listed):  # CLIP_benchmark: FOLDER/classnames.txt, FOLDER/SPLIT/*.tar
         folder = os.path.join(place, split)
         if not os.path.isdir(folder):
             found = sorted(entry.name for entry in os.scandir(place) if entry.is_dir())
             raise ConfigError(f"{place} has no folder {split}, only {', '.join(found) or 'none'}; choose another split")
-        path, names = folder, names or os.path.join(place, "classnames.txt")
+        path, names = folder, names or listed
     source = SourceConfig(path=path, split=split, class_names=names, captions=options.captions)
     return packed_source(source, options.cache or default_cache())
 
 
 def default_cache() -> Path:
     """Returns the user's folder for data that is packed once."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "univitar_ds" / "data"
+    return user_cache() / "data"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,6 @@ class Features:
 def features_of(opened: OpenedModel, source: SourceConfig, modality: Modality, *, progress: bool) -> Features:
     """Returns the pooled features of the encoder: by the attention pooling, or the mean of the tokens without one."""
     rows, labels = [torch.empty(0, opened.model.encoder.config.hidden_size)], []
-    device = opened.model.device
     packs = opened.packs(source, modality, texts=False)
     with (
         torch.no_grad(),
@@ -148,18 +148,14 @@ def features_of(opened: OpenedModel, source: SourceConfig, modality: Modality, *
         for pack in packs:
             some = [row for row, label in enumerate(pack.labels) if label is not None]
             if some:
-                rows.append(_pooled(opened.model, pack, device)[some])
+                rows.append(_pooled(opened.model, pack)[some])
                 labels += [pack.labels[row] for row in some]
             bar.update(len(pack))
     return Features(torch.cat(rows), labels)
 
 
-def _pooled(model: UniViTARModel, pack: PackedBatch, device: torch.device) -> Tensor:
+def _pooled(model: UniViTARModel, pack: PackedBatch) -> Tensor:
     grids = [tuple(grid) for grid in pack.grid_thw.tolist()]
     lengths = [token_count(grid) for grid in grids]
-    tokens = model.encoder(pack.pixels.to(device), grids, frames=pack.frames.tolist())
-    if isinstance(model.module, ContrastiveModel):
-        pooled = model.module.pool(tokens, lengths)
-    else:
-        pooled = torch.stack([one.mean(dim=0) for one in tokens.split(lengths)])
-    return pooled.float().cpu()
+    tokens = model.encoder(pack.pixels.to(model.device), grids, frames=pack.frames.tolist())
+    return model.pool(tokens, lengths).float().cpu()

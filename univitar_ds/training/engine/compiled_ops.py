@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from univitar_ds.config.paths import user_cache
 from univitar_ds.errors import InstallationError
 from univitar_ds.identity import this_machine
 from univitar_ds.processes import Process
@@ -93,8 +94,7 @@ def _environment_folder() -> Path:
 
 
 def _cache_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "univitar_ds" / "torch_extensions" / _build_versions()
+    return user_cache() / "torch_extensions" / _build_versions()
 
 
 def _temporary_folder() -> Path:
