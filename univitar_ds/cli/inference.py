@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from univitar_ds.cli.common import add_command, add_storage, add_weights, expand, expand_place, positive, shown
-from univitar_ds.errors import ConfigError
-from univitar_ds.regular_files import read_utf8
 from univitar_ds.screen import show
 
 if TYPE_CHECKING:
@@ -160,10 +158,6 @@ def _row(one: Classified, width: int, several: bool) -> str:
 
 def _templates(path: Path) -> list[str]:
     """Returns the lines of a file that are not blank. Raises: ConfigError if there are none or it cannot be read."""
-    try:
-        lines = [line.strip() for line in read_utf8(path).splitlines()]
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--templates {path} cannot be read as UTF-8 text ({error}); name another file") from error
-    if not any(lines):
-        raise ConfigError(f"--templates {path} is empty; write a sentence per line, such as: a photo of a {{}}.")
-    return [line for line in lines if line]
+    from univitar_ds.tasks.templates import template_text
+
+    return [line.strip() for line in template_text(path).splitlines() if line.strip()]

@@ -58,6 +58,5 @@ def _hits(logits: Tensor, rows: list[int], classes: ClassList, name: str | None)
 
 def _figures(parts: list[tuple[Tensor, Tensor]], among: int, name: str | None, modality: Modality) -> list[Figure]:
     truth, table = torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts], dim=1)
-
     hits = dict(zip(KS, table, strict=True))
     return accuracies(truth, hits, "classification", modality, among, name)

@@ -27,10 +27,10 @@ def measure(
         to contain the modality; named: whether a source has class names.
     """
     kind = embeddings.modality
-    left_out = f"left out: {_counted(embeddings)}; {VERIFY_HINT}" if embeddings.bad else ""
+    missing = left_out(embeddings) if embeddings.bad else ""
     if not len(embeddings):
         if expected or set(embeddings.bad) - DAMAGE:
-            return [], [f"No {kind} that can be read in the evaluation data ({left_out or 'it holds none'})."]
+            return [], [f"No {kind} that can be read in the evaluation data ({missing or 'it holds none'})."]
         return [], []
     figures, notes = zero_shot(embeddings, templates, texts)
     labels = {label for label in embeddings.labels if label is not None}
@@ -44,8 +44,8 @@ def measure(
         notes.append(f"Retrieval of {kind}s: no item has a caption.")
     elif not ranked:
         notes.append(f"Retrieval of {kind}s: all {kind}s with a caption have the same one, so there is no choice.")
-    if left_out:
-        notes.append(f"Some {kind}s were {left_out}.")
+    if missing:
+        notes.append(f"Some {kind}s were {missing}.")
     return [*figures, *ranked], notes
 
 
@@ -68,6 +68,11 @@ def nothing_measured(found: Sequence[Embeddings], unmet: Sequence[tuple[Modality
         f"{'; '.join(parts)}. Retrieval needs items with different captions, zero-shot two labels or more; name such a "
         "source in evaluation.sources (class_names, where labels are numbers)"
     )
+
+
+def left_out(found: Embeddings) -> str:
+    """Returns what was left out and how to find it, as the end of a sentence."""
+    return f"left out: {_counted(found)}; {VERIFY_HINT}"
 
 
 def _counted(found: Embeddings) -> str:

@@ -76,5 +76,4 @@ def _one_set(
             hits[k].append(hit_at(k, *counts))
 
     top = {k: torch.cat(parts) for k, parts in hits.items()}
-    about = "zero-shot", embeddings.modality, len(classes), name
-    return accuracies(truth, top, *about)
+    return accuracies(truth, top, "zero-shot", embeddings.modality, len(classes), name)

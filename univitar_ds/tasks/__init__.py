@@ -1,3 +1,3 @@
 """Evaluation tasks for any model on any data: `univitar-ds eval zero-shot|retrieval|knn|linear`."""
 
-__all__ = ["reading", "run"]
+__all__ = ["reading", "run", "templates"]

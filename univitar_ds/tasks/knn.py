@@ -11,25 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from univitar_ds.evaluation.scores import CELLS, Figure, accuracies, chunks, hit_at, rank_counts
+from univitar_ds.evaluation.scores import CELLS, Figure, chunks
 from univitar_ds.tasks.labelled import Labelled
 
 NEIGHBOURS = (10, 20)
 """Default numbers of neighbours. 20 is DINO's best for ViT; 10 is best where classes have few items. Published."""
 TEMPERATURE = 0.07
-KS = (1, 5)
 
 
 def knn(data: Labelled, modality: str, neighbours: Sequence[int] = NEIGHBOURS) -> list[Figure]:
     """Returns top-1 and top-5 accuracy for each number of neighbours that the training split has."""
     figures: list[Figure] = []
     for count in sorted({min(one, len(data.train)) for one in neighbours}):
-        votes = class_votes(data, count)
         # A class without a vote is behind all others, tied with its like.
-        truth = F.one_hot(data.test_classes, len(data.classes)).bool()
-        ranks = rank_counts(votes, truth)
-        hits = {k: hit_at(k, *ranks) for k in KS}
-        figures += accuracies(data.test_classes, hits, f"kNN, k = {count}", modality, len(data.classes))
+        figures += data.accuracies(class_votes(data, count), f"kNN, k = {count}", modality)
     return figures
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from univitar_ds.errors import DataError
+from univitar_ds.evaluation.scores import Figure, accuracies, hit_at, rank_counts
 from univitar_ds.formats.weight_files import some
 from univitar_ds.tasks.reading import Features
+
+KS = (1, 5)
+"""Values of k for which top-k accuracy is computed."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,12 @@ class Labelled:
     test_classes: Tensor
     classes: list[str]
     unknown: int = 0
+
+    def accuracies(self, scores: Tensor, task: str, modality: str) -> list[Figure]:
+        """Returns the results of a probe. Args: scores: of each class for each test item, (n, classes) float64."""
+        ranks = rank_counts(scores, F.one_hot(self.test_classes, len(self.classes)).bool())
+        hits = {k: hit_at(k, *ranks) for k in KS}
+        return accuracies(self.test_classes, hits, task, modality, len(self.classes))
 
 
 def labelled(train: Features, test: Features, kind: str) -> Labelled:

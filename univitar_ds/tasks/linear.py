@@ -11,10 +11,9 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from univitar_ds.evaluation.scores import Figure, accuracies, hit_at, rank_counts
+from univitar_ds.evaluation.scores import Figure
 from univitar_ds.extras import extra
 from univitar_ds.screen import progress_bar
 from univitar_ds.tasks.labelled import Labelled
@@ -24,7 +23,6 @@ STRENGTHS = tuple(10.0**power for power in range(-4, 5))
 HELD_OUT = 0.2
 """Share of the training items on which the strength is chosen."""
 MOST_ITERATIONS = 1000
-KS = (1, 5)
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +37,7 @@ def linear(data: Labelled, modality: str, *, progress: bool) -> tuple[list[Figur
     best, held_out = _chosen(train, data.train_classes, learns, checks, progress)
     probe = _fitted(train, data.train_classes, best)
     scores = _scores(probe, test, len(data.classes))
-    truth = F.one_hot(data.test_classes, len(data.classes)).bool()
-    ranks = rank_counts(scores, truth)
-    hits = {k: hit_at(k, *ranks) for k in KS}
-    figures = accuracies(data.test_classes, hits, "linear probe", modality, len(data.classes))
+    figures = data.accuracies(scores, "linear probe", modality)
     note = f"Linear probe of {modality}s: C = {best:g} of {STRENGTHS[0]:g} to {STRENGTHS[-1]:g}"
     return figures, [f"{note}, with top-1 {100 * held_out:.1f} % on {len(checks)} training items held out."]
 
@@ -71,10 +66,10 @@ def _chosen(train: Tensor, classes: Tensor, learns: Tensor, checks: Tensor, prog
     if not len(checks):  # one item a class
         return 1.0, float("nan")
     results: dict[float, float] = {}
+    learned, held_out = train[learns], train[checks].numpy()
     with progress_bar(total=len(STRENGTHS), desc="linear probe", unit="fit", disable=not progress) as bar:
         for strength in STRENGTHS:
-            probe = _fitted(train[learns], classes[learns], strength)
-            found = torch.as_tensor(probe.predict(train[checks].numpy()))
+            found = torch.as_tensor(_fitted(learned, classes[learns], strength).predict(held_out))
             results[strength] = (found == classes[checks]).double().mean().item()
             bar.update()
     best = max(results, key=lambda strength: (results[strength], -strength))

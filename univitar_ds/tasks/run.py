@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from univitar_ds.errors import DataError
 from univitar_ds.evaluation.embed import Embeddings, embed, embed_texts
-from univitar_ds.evaluation.measure import VERIFY_HINT
+from univitar_ds.evaluation.measure import left_out
 from univitar_ds.evaluation.retrieval import retrieval
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.evaluation.zero_shot import Texts, zero_shot
@@ -23,7 +25,6 @@ from univitar_ds.tasks.reading import DataOptions, OpenedModel, features_of, ope
 from univitar_ds.tasks.templates import IMAGENET, read_templates
 
 FORMAT = 1
-TASKS = ("zero-shot", "retrieval", "knn", "linear")
 VIDEO_TEMPLATES = ("a video of a {}.",)
 MODALITIES: tuple[Modality, ...] = ("image", "video")
 _Measured = tuple[list[Figure], list[str]]
@@ -35,7 +36,7 @@ class TaskOptions:
     show bars on stderr."""
 
     templates: str | None = None
-    neighbours: Sequence[int] = field(default=NEIGHBOURS)
+    neighbours: Sequence[int] = NEIGHBOURS
     progress: bool = True
 
 
@@ -50,8 +51,6 @@ def run_task(
     start = time.monotonic()
     opened = open_model(model, how or ModelOptions())
     run = {"zero-shot": _zero_shot, "retrieval": _retrieval}.get(task)
-    if run is not None:
-        assert opened.whole is not None
     figures, notes = (run or partial(_probe, task))(opened, data, options)
     if not figures:
         raise DataError(f"{task} has measured nothing: {' '.join(notes) or 'the data has no image and no video'}")
@@ -92,27 +91,24 @@ def _with_texts(
     opened: OpenedModel, data: DataOptions, options: TaskOptions, measured: Callable[[Embeddings, Texts], _Measured]
 ) -> _Measured:
     """Measures each modality that the data has by the embeddings of both towers."""
+    model = opened.whole
     source = test_source(data)
-    context = opened.model.joint.context_length
-    texts = partial(embed_texts, opened.whole, opened.tokenizer, context_length=context)
+
+    def texts(sentences: Sequence[str]) -> Tensor:
+        return embed_texts(model, opened.tokenizer, sentences, opened.model.joint.context_length)
+
     figures: list[Figure] = []
     notes: list[str] = []
     for modality in MODALITIES:
         packs = opened.packs(source, modality, texts=True)
-        found = embed(opened.whole, packs, modality, progress=options.progress)
+        found = embed(model, packs, modality, progress=options.progress)
         if len(found):
-            more, said = measured(found, lambda sentences: texts(texts=sentences))
+            more, said = measured(found, texts)
             figures += more
             notes += said
-        notes += _left_out(found)
+        if found.bad:
+            notes.append(f"Some {modality}s were {left_out(found)}.")
     return figures, notes
-
-
-def _left_out(found: Embeddings) -> list[str]:
-    if not found.bad:
-        return []
-    counted = ", ".join(f"{count} {kind}" for kind, count in sorted(found.bad.items()))
-    return [f"Some {found.modality}s were left out: {counted}; {VERIFY_HINT}."]
 
 
 def _probe(task: str, opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:

@@ -13,8 +13,10 @@ IMAGENET = "imagenet"
 _CLIP_BENCHMARK = "{c}"
 """The place of the name in the templates of CLIP_benchmark's data sets."""
 
+EMPTY = "is empty; write a sentence per line, such as: a photo of a {}."
 
-def read_templates(name: str, option: str = "--templates") -> list[str]:
+
+def read_templates(name: str) -> list[str]:
     """Returns the templates of a file, or CLIP's for the name `imagenet`. A line without text or after # is left out.
 
     Raises: ConfigError if the file cannot be read, has no template, or a template lacks {}.
@@ -22,17 +24,23 @@ def read_templates(name: str, option: str = "--templates") -> list[str]:
     if name == IMAGENET:
         text = (resources.files("univitar_ds.tasks") / "imagenet_templates.txt").read_text(encoding="utf-8")
     else:
-        try:
-            text = read_utf8(Path(name))
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(
-                f"{option} {name} cannot be read as UTF-8 text ({error}); name another file, or {IMAGENET}"
-            ) from error
+        text = template_text(Path(name))
     lines = [line.strip().replace(_CLIP_BENCHMARK, "{}") for line in text.splitlines()]
     templates = [line for line in lines if line and not line.startswith("#")]
     if not templates:
-        raise ConfigError(f"{option} {name} is empty; write a sentence per line, such as: a photo of a {{}}.")
+        raise ConfigError(f"--templates {name} {EMPTY}")
     lacking = [template for template in templates if "{}" not in template]
     if lacking:
-        raise ConfigError(f"{option} {name}: {lacking[0]!r} has no {{}} for the name of the class; add it")
+        raise ConfigError(f"--templates {name}: {lacking[0]!r} has no {{}} for the name of the class; add it")
     return templates
+
+
+def template_text(path: Path) -> str:
+    """Returns the text of a file of templates. Raises: ConfigError if it cannot be read or has no text."""
+    try:
+        text = read_utf8(path)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--templates {path} cannot be read as UTF-8 text ({error}); name another file") from error
+    if not text.strip():
+        raise ConfigError(f"--templates {path} {EMPTY}")
+    return text
