@@ -6,25 +6,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from univitar_ds.classes import ClassList
-from univitar_ds.config.run_folder import CLASSES
-from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
-from univitar_ds.formats import run as run_format
 from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.formats.weight_files import some
 from univitar_ds.inference.embed_files import ModelOptions, open_for_files
 from univitar_ds.inference.model import TEMPLATES, UniViTARModel
 from univitar_ds.inference.reading import Kind, LeftOut, read_units
 from univitar_ds.inference.sources import Position, find_places, units
-from univitar_ds.model.classification import ClassificationModel
-from univitar_ds.model.from_stored import build_classifier_of
+from univitar_ds.inference.trained_head import classifies, trained_head
 from univitar_ds.preprocessing import Preprocessor
 from univitar_ds.training.distributed.process_group import uses_cuda
 
@@ -75,18 +70,17 @@ class Classifier:
         _check_labels(labels, templates)
         how = how or ModelOptions()
         opened = open_for_files(model, how)
-        recipe: RunConfig | None = opened.stored.origin.get("recipe") if opened.stored.format == "run" else None
         device = "cuda" if uses_cuda() else "cpu"
         self._reading = opened.setup.reading
-        if recipe is not None and recipe.objective.classifies:
-            self._classes, module = _with_head(Path(opened.setup.folder), how, recipe)
+        if classifies(opened.stored):
+            module, self._classes = trained_head(opened.stored, how.weights, how.dtype)
             if labels is not None:
                 raise ConfigError(
                     f"{model} has no text tower, but a trained head for {len(self._classes)} classes "
                     f"({some(list(chain(*self._classes.names.values())))}); leave --labels out"
                 )
             self._kind: Kind = "logits"
-            self._model = UniViTARModel(module, Preprocessor(opened.stored.encoder)).to(device)
+            self._model = UniViTARModel(module, Preprocessor(opened.stored.encoder), classes=self._classes).to(device)
             return
         _check_whole(model, opened.stored, labels)
         self._kind, self._classes = "embedding", ClassList({None: labels})
@@ -147,15 +141,6 @@ def _check_whole(model: str, stored: StoredModel, labels: Sequence[str] | None) 
             f"{model} compares images with names of classes: give them, as in --labels cat,dog. Only a run of "
             "objective.kind classification has classes of its own"
         )
-
-
-def _with_head(checkpoint: Path, how: ModelOptions, recipe: RunConfig) -> tuple[ClassList, ClassificationModel]:
-    """Returns the classes of a run and its model with the trained head. Raises: CheckpointError."""
-    run, _ = run_format.find_checkpoint(checkpoint)
-    classes = ClassList.read(run / CLASSES)
-    stored = run_format.read_all(checkpoint, how.weights, verify=False)  # `open_for_files` has verified it
-    stored = stored if how.dtype is None else stored.converted(how.dtype)
-    return classes, build_classifier_of(stored, recipe.model, len(classes))
 
 
 def listed(files: Sequence[str]) -> list[str]:

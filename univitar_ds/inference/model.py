@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from univitar_ds.classes import ClassList, Span
 from univitar_ds.errors import UserError
 from univitar_ds.evaluation.embed import embed_texts
 from univitar_ds.evaluation.zero_shot import class_vectors
@@ -17,7 +18,8 @@ from univitar_ds.formats.recognise import open_stored
 from univitar_ds.formats.run import Weights
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
 from univitar_ds.geometry import token_count
-from univitar_ds.model.classification import ClassificationModel
+from univitar_ds.inference.trained_head import classifies, trained_head
+from univitar_ds.model.classification import ClassificationModel, class_logits
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.from_stored import build_encoder, build_model
@@ -43,12 +45,15 @@ class Features(NamedTuple):
 
 
 class UniViTARModel(nn.Module):
-    """A trained model with its tokenizer and preprocessing, or an encoder alone (`joint` is None).
+    """A trained model with its tokenizer and preprocessing, a classifier with its `classes`, or an encoder alone
+    (`joint` and `classes` are None).
 
     Items of any size and number are packed into batches by number of tokens. Gradients are off.
 
         model = UniViTARModel.from_pretrained("runs/photos")
         model.zero_shot([image], ["cat", "dog"])          # (1, 2) probabilities
+        model = UniViTARModel.from_pretrained("runs/labels")  # objective.kind: classification
+        model.classify([image]), model.class_names()      # (1, C) probabilities, C names
     """
 
     def __init__(
@@ -56,11 +61,13 @@ class UniViTARModel(nn.Module):
         module: ContrastiveModel | ClassificationModel | UniViTAR,
         preprocessor: Preprocessor,
         joint: JointConfig | None = None,
+        classes: ClassList | None = None,
     ) -> None:
         super().__init__()
         self.module = module
         self.preprocessor = preprocessor
         self.joint = joint
+        self.classes = classes
         self._tokenizer = None if joint is None else tokenizer_of(joint.tokenizer)
 
     @classmethod
@@ -83,6 +90,9 @@ class UniViTARModel(nn.Module):
         Raises: CheckpointError if the source cannot be found, or is incomplete or damaged.
         """
         stored = open_stored(source, weights)
+        if classifies(stored):
+            head = trained_head(stored, weights, dtype, attention)
+            return cls(head.module, Preprocessor(stored.encoder), classes=head.classes).eval()
         return cls.of(stored if dtype is None else stored.converted(dtype), attention=attention)
 
     @classmethod
@@ -239,6 +249,50 @@ class UniViTARModel(nn.Module):
         if lacking or not templates:
             raise UserError(f"a template needs {{}} where the class name goes, got {lacking or 'no template'}")
         return class_vectors(class_names, templates, self.encode_text)
+
+    @torch.no_grad()
+    def classify(
+        self, items: Sequence[Item], data_set: str | None = None, *, tokens_at_once: int = TOKENS_AT_ONCE
+    ) -> Tensor:
+        """Returns the probabilities of the classes that a classifier was trained on, (N, C) float32, rows sum to 1.
+
+        Column i is the class `class_names(data_set)[i]`.
+        Args: data_set: whose classes, if the classifier was trained on those of several; tokens_at_once: see
+            `features`.
+        Raises: UserError if the model is no classifier, or as `class_names`; or an item is no image or video.
+        """
+        begin, end = self._span(data_set)
+        packs = self._packs(items, tokens_at_once)
+        logits = [
+            class_logits(self.module, pixels, torch.tensor(frames), torch.tensor(grids))[:, begin:end]
+            for pixels, frames, grids in packs
+        ]
+        return torch.cat(logits).softmax(dim=-1)
+
+    def class_names(self, data_set: str | None = None) -> list[str]:
+        """Returns the names of the classes of a classifier, in the order of the columns of `classify`.
+
+        Raises: UserError if the model is no classifier, `data_set` is unknown, or it is None and there are several.
+        """
+        self._span(data_set)
+        return list(self.classes.names[self._set(data_set)])
+
+    def _span(self, data_set: str | None) -> Span:
+        if self.classes is None:
+            raise UserError(
+                "only a run of objective.kind classification has classes of its own; for others give names: "
+                "zero_shot(items, class_names)"
+            )
+        return self.classes.spans[self._set(data_set)]
+
+    def _set(self, data_set: str | None) -> str | None:
+        """Returns the data set that is meant: a single one needs no name."""
+        sets = list(self.classes.names)
+        if data_set is None and len(sets) == 1:
+            return sets[0]
+        if data_set not in sets:
+            raise UserError(f"data_set is {data_set!r}; the classifier has the classes of {', '.join(map(str, sets))}")
+        return data_set
 
     @torch.no_grad()
     def class_probabilities(self, image_embeddings: Tensor, classes: Tensor) -> Tensor:

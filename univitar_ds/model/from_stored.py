@@ -46,15 +46,17 @@ def build_model(stored: StoredModel, *, attention: str = "auto") -> ContrastiveM
     return _filled(_joined(stored, stored.joint, text, attention), stored.path, _without_heads(stored.tensors))
 
 
-def build_classifier_of(stored: StoredModel, config: ModelConfig, classes: int) -> ClassificationModel:
+def build_classifier_of(
+    stored: StoredModel, config: ModelConfig, classes: int, *, attention: str = "auto"
+) -> ClassificationModel:
     """Builds the classifier of a run with the stored weights, in the stored precision and in evaluation mode.
 
     Args: stored: of `formats.run.read_all`; config: of the run; classes: number of classes.
     Raises: CheckpointError as `build_encoder`.
     """
-    settings = config.model_copy(update={"attention": "auto"})
+    settings = config.model_copy(update={"attention": attention})
     with torch.device("meta"):
-        model = ClassificationModel(UniViTAR(stored.encoder), settings, classes)
+        model = ClassificationModel(UniViTAR(stored.encoder, attention=attention), settings, classes)
     return _filled(model, stored.path, _without_heads(stored.tensors))
 
 

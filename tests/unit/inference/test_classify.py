@@ -16,6 +16,7 @@ from tests.support.shards import image, write_tar
 from tests.unit.inference.folders import BAD, IMAGES, VIDEOS
 from univitar_ds import UniViTARModel
 from univitar_ds.cli.main import main
+from univitar_ds.errors import UserError
 from univitar_ds.model.classification import class_logits
 from univitar_ds.preprocessing import Preprocessor
 
@@ -127,6 +128,26 @@ def test_a_trained_head_names_the_classes_of_each_data_set(trained, folder, caps
             got = [one for one in guesses if one["set"] == name]
             assert [one["label"] for one in got] == [labels[index] for index in order]
             assert_sums_close(torch.tensor([one["probability"] for one in got]), wanted, terms, scale=10.0)
+
+
+def test_the_python_api_gives_the_probabilities_of_the_command(trained, folder, capsys):
+    path = folder / "i00.png"
+    assert classify(trained[0], path, "--top", "3", "--json") == 0
+    printed = {one["label"]: one["probability"] for one in json.loads(capsys.readouterr().out)["classes"]}
+    model = UniViTARModel.from_pretrained(trained[0])
+    for name, labels in SETS.items():
+        found = model.classify([Image.open(path)], name)
+        assert dict(zip(model.class_names(name), found[0].tolist(), strict=True)) == {
+            one: printed[one] for one in labels
+        }
+    with pytest.raises(UserError, match=r"None; .* cars, pets"):
+        model.classify([Image.open(path)])
+    assert len(model.features([Image.open(path)]).tokens) == 1
+
+
+def test_only_a_classifier_has_classes(run, folder):
+    with pytest.raises(UserError, match=r"zero_shot\(items, class_names\)"):
+        UniViTARModel.from_pretrained(run).classify([Image.open(folder / "i00.png")])
 
 
 def test_a_row_has_the_best_class_of_each_data_set_and_damage_has_a_row(trained, folder, capsys):
