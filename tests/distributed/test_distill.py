@@ -220,7 +220,7 @@ def assert_follows(answers, wanted, name):
         pytest.param((1, 3, 3), id="1 rank, 3 of 4 packs run once"),
         pytest.param((2, 3, 1), id="2 ranks", marks=pytest.mark.numeric),
         pytest.param((2, 2, 1), id="2 ranks, zero2", marks=pytest.mark.numeric),
-        pytest.param((4, 3, 1), id="4 ranks"),
+        pytest.param((4, 3, 1), id="4 ranks", marks=pytest.mark.slow),
         pytest.param((4, 3, 0), id="4 ranks, two passes"),
     ],
 )

@@ -181,7 +181,9 @@ def test_a_run_resumed_inside_a_stage_is_the_uninterrupted_one_bit_for_bit(whole
     assert ours["index.json"] == theirs["index.json"], "cursors differ"
 
 
-@pytest.mark.parametrize(("size", "start"), [(1, train_without_launcher), (4, train_rank)])
+@pytest.mark.parametrize(
+    ("size", "start"), [(1, train_without_launcher), pytest.param(4, train_rank, marks=pytest.mark.slow)]
+)
 def test_a_run_resumed_on_other_ranks_sees_the_same_samples_and_losses(whole, tmp_path, size, start):
     again = rewound(whole.run, 2, tmp_path / "again")
     run_distributed(start, size, again)

@@ -46,7 +46,8 @@ def resume(run: Path, nproc: object) -> str:
     return f"continue the run with `univitar-ds train --resume {run} --nproc {nproc}`"
 
 
-@pytest.mark.parametrize("nproc", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", ["1", "2"])
 def test_the_first_one_ends_the_run_as_sigterm_does_with_one_line(nproc, folder):
     run = folder / "runs" / f"once-{nproc}"
     with Program([*LONG, "--nproc", nproc, f"name={run.name}"], folder) as program:

@@ -117,6 +117,7 @@ for point in points:
 """
 
 
+@pytest.mark.slow
 def test_packing_gives_the_same_bytes_after_a_kill_at_any_point(folder, tmp_path):
     expected = pack(folder, tmp_path / "whole", shard_mb=0.02)
     assert len(expected["shards"]) > 3
@@ -156,7 +157,7 @@ writer.pack_folder(sys.argv[1], sys.argv[2], writer.PackOptions(workers=int(sys.
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_image_that_kills_its_decoder_or_makes_it_hang_or_take_all_memory_is_left_out(folder, tmp_path, workers):
     crashed = "corrupt: the decoding process crashed on this file"
     ends = {4: ("poison", crashed), 5: ("poison", crashed), 7: ("greed", "too_large: "), 9: ("sloth", "timeout: ")}

@@ -44,7 +44,10 @@ def is_the_sentence(result, package, version):
     return line
 
 
-@pytest.mark.parametrize("fault", BROKEN)
+FIRST, *OTHERS = BROKEN
+
+
+@pytest.mark.parametrize("fault", [FIRST, *(pytest.param(fault, marks=pytest.mark.slow) for fault in OTHERS)])
 def test_a_torchvision_that_does_not_fit_is_named_before_a_folder_is_made(tmp_path, fault):
     install(tmp_path / "site", "torchvision", "0.28.0+cu130", BROKEN[fault])
     dump_config(run_config(output=str(tmp_path / "runs")), tmp_path / "run.yaml")
@@ -54,13 +57,14 @@ def test_a_torchvision_that_does_not_fit_is_named_before_a_folder_is_made(tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_any_other_package_that_transformers_imports_is_named_too(tmp_path):
     install(tmp_path / "site", "accelerate", "1.9.0", 'raise ImportError("cannot import name gone")')
     dump_config(run_config(output=str(tmp_path / "runs")), tmp_path / "run.yaml")
     is_the_sentence(command(tmp_path / "site", "train", "--config", tmp_path / "run.yaml"), "accelerate", "1.9.0")
 
 
-@pytest.mark.parametrize("arguments", [("train", "--resume"), ("eval",)])
+@pytest.mark.parametrize("arguments", [("train", "--resume"), pytest.param(("eval",), marks=pytest.mark.slow)])
 def test_so_it_is_where_a_run_is_continued_or_evaluated(tmp_path, arguments):
     install(tmp_path / "site", "torchvision", "0.28.0+cu130", BROKEN["its own fault"])
     write_run(tmp_path / "run", run_config())

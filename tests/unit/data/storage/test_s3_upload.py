@@ -256,6 +256,7 @@ for point in points:
 """
 
 
+@pytest.mark.slow
 def test_packing_gives_the_same_bytes_after_a_kill_at_any_request(server, folder, tmp_path):
     out = f"s3://{BUCKET}/killed"
     points = [str(random.Random(number).randrange(4, 12)) for number in range(5)]
