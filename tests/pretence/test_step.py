@@ -6,15 +6,20 @@ from tests.pretence.waits import STEP_WAITS
 from univitar_ds.model.config import PRESETS
 
 pytestmark = pytest.mark.slow
-LAYERS = PRESETS["tiny"].num_hidden_layers
+LAYERS, TEACHER_LAYERS = PRESETS["tiny"].num_hidden_layers, 2
+DISTILLS = {"stages.0.distill": {"kind": "linear", "start": 1.0, "end": 1.0}}
+IMAGES = {"logging.tensorboard": True, "logging.images_every_steps": 1}
 CASES = {
     "ZeRO 2, one rank": {"zero": 2, "ranks": 1, "packs": 2, "steps": 1},
     "ZeRO 1 of 8": {"zero": 1, "ranks": 8, "packs": 1, "steps": 1, "flash": "flash2"},
     "ZeRO 3 of 8": {
-        "zero": 3, "ranks": 8, "packs": 2, "steps": 1, "flash": "flash3",
-        "changes": {"optimizer.ema_decay": 0.99, "model.checkpoint_every": 1, "objective.kind": "softmax"},
+        "zero": 3, "ranks": 8, "packs": 2, "steps": 1, "flash": "flash3", "teacher": "own",
+        "changes": {**DISTILLS, "optimizer.ema_decay": 0.99, "model.checkpoint_every": 1, "objective.kind": "softmax"},
     },
-    "ZeRO 2 of 256": {"zero": 2, "ranks": 256, "packs": 1, "steps": 1, "flash": "flash4"},
+    "ZeRO 2 of 256": {
+        "zero": 2, "ranks": 256, "packs": 1, "steps": 1, "flash": "flash4", "teacher": "dinov2",
+        "changes": {**DISTILLS, **IMAGES},
+    },
 }  # fmt: skip
 
 
@@ -35,14 +40,17 @@ def test_a_step_waits_for_the_device_only_where_the_list_says_so(runs, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_pack_goes_through_the_fused_kernels_as_often_as_the_step_needs(runs, name):
-    """Once forward for a pack that keeps its graph, twice for any other, and again where a block is recomputed."""
+    """Once forward for a pack that keeps its graph, twice for any other, and again where a block is recomputed; once
+    for a teacher that is an encoder of this project."""
     case, launches = CASES[name], runs[name]["step"]["launches"]
     passes = 2 * case["packs"] - 1  # the first steps of a stage keep the graph of one pack
     recomputed = case["packs"] if case.get("changes", {}).get("model.checkpoint_every") else 0
+    taught = case["packs"] if case.get("teacher") == "own" else 0
     for kernel in ("rope2d_qk_norm", "swiglu_norm", "add_norm"):
-        assert launches[f"{kernel}.forward_kernel"] == LAYERS * (passes + recomputed), kernel
+        expected = LAYERS * (passes + recomputed) + TEACHER_LAYERS * taught
+        assert launches[f"{kernel}.forward_kernel"] == expected, kernel
         assert launches[f"{kernel}.backward_kernel"] == LAYERS * case["packs"], kernel
-    assert launches["patch_embed.embed_kernel"] == passes
+    assert launches["patch_embed.embed_kernel"] == passes + taught
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,6 +74,7 @@ def test_a_run_of_one_rank_saves_a_checkpoint_and_logs(runs):
     run = runs["ZeRO 2, one rank"]
     assert {"manifest.json", "rank00000.safetensors", "state.json"} <= set(run["checkpoint"])
     assert {"loss", "grad_norm", "grad_norm_text", "mfu_pct"} <= set(run["metrics"])
+    assert {"loss_distill_patch", "teacher_agreement"} <= set(runs["ZeRO 2 of 256"]["metrics"])
 
 
 def test_zero_3_keeps_a_share_of_the_weights_and_zero_2_a_share_of_the_optimizer(runs):

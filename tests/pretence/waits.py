@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 CONTROL = "univitar_ds/training/distributed/process_group.py"
 UPLOAD = "univitar_ds/training/step/upload.py"
+SNAPSHOT = "univitar_ds/training/step/feature_snapshot.py"
 EXCHANGE = "univitar_ds/objectives/exchange.py"
 NORM = "univitar_ds/training/engine/device_waits.py"
 ZERO = "deepspeed/runtime/zero"
@@ -23,6 +24,7 @@ STEP_WAITS = {
     f"copy to the host {EXCHANGE}:__init__": Wait(1, "the numbers of items of all ranks are sizes of messages"),
     f"read {EXCHANGE}:total": Wait(1, "a loss that is not finite gets a gradient that is not finite"),
     f"copy to the host {NORM}:_read": Wait(1, "the norm of the gradient decides whether the parameters change"),
+    f"copy to the host {SNAPSHOT}:copy_some": Wait(1, "only in a step whose pack is shown in TensorBoard"),
     f"copy to the host {CONTROL}:gather_numbers": Wait(1, "the numbers of a step are added up over ranks"),
     f"copy from pageable memory {UPLOAD}:__call__": Wait(
         1, "without decoding processes, as in these runs, pixels lie in memory that is not registered", per="pack"

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.support.pretence import attention, patches
 from tests.support.pretence.gpu import PretendedGPU, Record
@@ -29,7 +31,8 @@ from tests.support.pretence.gpu import PretendedGPU, Record
 class Case:
     """A run of `steps` steps. `changes` are keys of the run file; `packs` is the number of packs per rank and step.
 
-    `flash` is the version of flash-attn that is installed.
+    `flash` is the version of flash-attn that is installed. `teacher` is the kind of teacher: "own", an encoder of this
+    project, or a `model_type` of transformers.
     """
 
     zero: int = 2
@@ -37,6 +40,7 @@ class Case:
     packs: int = 2
     steps: int = 2
     flash: str | None = None
+    teacher: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,8 +53,19 @@ def main() -> None:
         shards = write_demo_shards(Path(folder, "shards"), images=96, videos=0, shards=1)
         for number, content in enumerate(json.loads(sys.argv[1])):
             begin = time.process_time()
-            records = trained(Case(**content), gpu, shards, Path(folder, str(number)))
+            case = Case(**content)
+            if case.teacher:
+                case.changes["objective.teacher"] = {"path": stored_teacher(case.teacher, Path(folder, case.teacher))}
+            records = trained(case, gpu, shards, Path(folder, str(number)))
             print(json.dumps({"cpu_s": round(time.process_time() - begin, 1), **records}), flush=True)
+
+
+def stored_teacher(kind: str, folder: Path) -> str:
+    """Saves a small teacher, where a user would have downloaded one. Returns its folder."""
+    from tests.support.teachers import image_model, own_encoder
+
+    (own_encoder() if kind == "own" else image_model(kind)).save_pretrained(folder)
+    return str(folder)
 
 
 def trained(case: Case, gpu: PretendedGPU, shards: Path, output: Path) -> dict[str, Any]:
@@ -113,6 +128,7 @@ class Recorder:
 def recorded(gpu: PretendedGPU, steps: int):
     """Divides what the trainer does into the records `build`, `step` (the last one), `between` (a step and the next:
     reading, reduced numbers, logs) and `save`."""
+    from univitar_ds.model.teacher import teacher
     from univitar_ds.training import assembly, loop
 
     recorder = Recorder(gpu, steps)
@@ -121,6 +137,17 @@ def recorded(gpu: PretendedGPU, steps: int):
     def without_data(model: Any, *arguments: Any) -> Any:
         patches.without_data(model, gpu)
         return build(model, *arguments)
+
+    def read(function: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+        """Files have values, so a teacher is read outside of the pretence."""
+
+        def teacher_without_data(*arguments: Any) -> torch.nn.Module:
+            with _disable_current_modes():
+                model = function(*arguments)
+            patches.without_data(model, gpu)
+            return model
+
+        return teacher_without_data
 
     def one_step(self: Any, *arguments: Any) -> Any:
         recorder.records["between" if recorder.done else "build"] = gpu.record
@@ -144,6 +171,8 @@ def recorded(gpu: PretendedGPU, steps: int):
         mock.patch.object(assembly, "build_engine", without_data),
         mock.patch.object(loop._Trainer, "_step", one_step),
         mock.patch.object(loop, "save_checkpoint", saved),
+        mock.patch.object(teacher, "_own_encoder", read(teacher._own_encoder)),
+        mock.patch.object(teacher, "_image_model", read(teacher._image_model)),
         patches.launches_counted(gpu),
     ):
         yield recorder
