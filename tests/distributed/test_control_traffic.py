@@ -1,50 +1,15 @@
 """How many small messages the ranks exchange in a step beside those of the loss and of ZeRO."""
 
-import itertools
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.support.distributed import run_distributed
-from tests.support.runs import metrics, small_config, train_rank
+from tests.support.runs import counted_rank, metrics, small_config
 from tests.support.shards import write_demo_shards
 from univitar_ds.run import create_run
 from univitar_ds.training.distributed.process_group import PeerFailure, all_ranks_or_none, start_world
 
 pytestmark = pytest.mark.distributed
-CALLS = ("all_gather_single", "all_reduce", "gather", "broadcast", "scatter")
-
-
-def counted_run(run):
-    """Messages of `process_group` in each step of a run, without those between the stages."""
-    from univitar_ds.training import loop
-    from univitar_ds.training.distributed import process_group
-
-    class Counting:
-        """torch.distributed, as one module sees it."""
-
-        sent = 0
-
-        def __getattr__(self, name):
-            if name in CALLS:
-                Counting.sent += 1
-            return getattr(dist, name)
-
-    steps, begins = [], []
-    step = loop._Trainer._step
-
-    def counted(self, *arguments):
-        begins.append(Counting.sent)
-        found = step(self, *arguments)
-        steps.append(Counting.sent - begins[-1])
-        return found
-
-    loop._Trainer._step = counted
-    process_group.dist = Counting()
-    train_rank(run)
-    between = [after - before for before, after in itertools.pairwise(begins)]
-    return steps, between
 
 
 @pytest.mark.slow
@@ -52,7 +17,7 @@ def test_a_step_has_two_small_messages(tmp_path):
     stage = {"image": {"min_tokens": 4, "max_tokens": 24, "divisor_px": 14}, "token_budget": 96, "lr": 1e-3}
     changes = {"stages": [{"name": "images", "samples": 60, **stage}], "checkpoint": {"every_steps": 100}}
     run = create_run(small_config(write_demo_shards(tmp_path / "shards"), tmp_path, **changes), "test", 2)
-    for steps, between in run_distributed(counted_run, 2, run):
+    for steps, between in run_distributed(counted_rank, 2, run):
         assert set(steps) == {1}, "the metrics"
         assert set(between) == {2}, "the metrics, and the agreement before a step with the numbers of items"
     assert len(metrics(run)) == len(steps)
@@ -61,7 +26,7 @@ def test_a_step_has_two_small_messages(tmp_path):
 def counts_of(failing):
     world = start_world()
     try:
-        with all_ranks_or_none(world, lambda: world.rank == 1, lambda: 10 + world.rank) as vote:
+        with all_ranks_or_none(world, lambda: world.rank == 1, lambda: [10 + world.rank, 3], 2) as vote:
             if failing == world.rank:
                 raise ValueError("no pack")
     except (ValueError, PeerFailure) as error:
@@ -70,7 +35,7 @@ def counts_of(failing):
 
 
 def test_the_ranks_agree_and_count_in_one_message():
-    assert run_distributed(counts_of, 2, None) == [(True, [10, 11], True)] * 2
+    assert run_distributed(counts_of, 2, None) == [(True, [[10, 3], [11, 3]], True)] * 2
 
 
 def test_a_rank_that_fails_counts_nothing():

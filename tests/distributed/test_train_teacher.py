@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.closeness import assert_sums_close
 from tests.support.distributed import run_distributed
-from tests.support.runs import metrics, rewound, samples, small_config, train_rank
+from tests.support.runs import counted_rank, metrics, rewound, samples, small_config, train_rank
 from tests.support.shards import write_demo_shards
 from tests.support.teachers import own_encoder
 from univitar_ds.config.run_folder import CHECKPOINTS
@@ -27,9 +27,20 @@ def taught(tmp_path_factory):
     fading = first.model_copy(update={"distill": type(first.distill)(kind="linear", start=1.0, end=0.0), **drops})
     config = config.model_copy(update={"stages": [fading, second]})
     run = create_run(config, "test", 2)
-    assert run_distributed(train_rank, 2, run) == [True, True]
+    counted = run_distributed(counted_rank, 2, run)
     checkpoints = checkpoint_dir.complete(run / CHECKPOINTS)
-    return SimpleNamespace(run=run, folder=folder, last=checkpoints[-1])
+    return SimpleNamespace(run=run, folder=folder, last=checkpoints[-1], counted=counted)
+
+
+def assert_two_messages_a_step(counted, run):
+    for steps, between in counted:
+        assert len(steps) == len(metrics(run))
+        assert set(steps) == {1}, "the metrics and the losses"
+        assert min(between) == 2, "the same, and the agreement before a step with the numbers of items and tokens"
+
+
+def test_a_taught_step_has_two_small_messages(taught):
+    assert_two_messages_a_step(taught.counted, taught.run)
 
 
 def test_the_teacher_is_heard_in_its_stage_with_the_weight_of_the_schedule_and_not_after_it(taught):
@@ -64,7 +75,7 @@ def test_a_classifier_is_taught_too(taught, tmp_path):
     first = first.model_copy(update={"distill": type(first.distill)(start=0.5), "patch_dropout": 0.5})
     config = config.model_copy(update={"stages": [first]})
     run = create_run(config, "test", 2)
-    assert run_distributed(train_rank, 2, run) == [True, True]
+    assert_two_messages_a_step(run_distributed(counted_rank, 2, run), run)
     for line in metrics(run):
         parts = 0.5 * (line["loss_distill_patch"] + line["loss_distill_pooled"])
         assert_sums_close(line["loss"], line["loss_classification"] + parts, 3)

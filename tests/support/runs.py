@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -83,6 +85,41 @@ def train_rank(run: Path) -> bool:
     from univitar_ds.training.loop import train
 
     return train(load_config(run / "config.yaml"), run, start_world())
+
+
+MESSAGES = ("all_gather_single", "all_reduce", "gather", "broadcast", "scatter")
+"""Functions of torch.distributed that send a message."""
+
+
+def counted_rank(run: Path) -> tuple[list[int], list[int]]:
+    """As `train_rank`; returns the messages of `process_group` in each step, and between the begins of two steps."""
+    from univitar_ds.training import loop
+    from univitar_ds.training.distributed import process_group
+
+    class Counting:
+        """torch.distributed, as one module sees it."""
+
+        sent = 0
+
+        def __getattr__(self, name: str) -> Any:
+            if name in MESSAGES:
+                Counting.sent += 1
+            return getattr(dist, name)
+
+    steps, begins = [], []
+    step = loop._Trainer._step
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        begins.append(Counting.sent)
+        found = step(self, *arguments)
+        steps.append(Counting.sent - begins[-1])
+        return found
+
+    loop._Trainer._step = counted
+    process_group.dist = Counting()
+    train_rank(run)
+    between = [after - before for before, after in itertools.pairwise(begins)]
+    return steps, between
 
 
 def train_without_launcher(run: Path) -> bool:

@@ -6,8 +6,9 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ from univitar_ds.training.distributed.process_group import World, all_ranks_or_n
 from univitar_ds.training.engine.determinism import explained, set_deterministic
 from univitar_ds.training.engine.engine import versions
 from univitar_ds.training.engine.optim import trained_parts
-from univitar_ds.training.logging.metrics import local_metrics, part_norms, reduce_metrics
+from univitar_ds.training.logging.metrics import exchange_metrics, local_metrics, part_norms
 from univitar_ds.training.logging.run_logs import RunLogs
 from univitar_ds.training.logging.writers import SKIPPED
 from univitar_ds.training.step.classification import classification_step
+from univitar_ds.training.step.counts import StepCounts, numbers_of, over_ranks, own_counts
 from univitar_ds.training.step.curriculum import Progress, advance, distills_later, lr_at, modality_at, weight_at
 from univitar_ds.training.step.feature_snapshot import capture_features
 from univitar_ds.training.step.guard import named_samples, spike_reason
@@ -228,10 +230,13 @@ class _Trainer:
                 start = time.perf_counter()
                 startup.phase("reading and decoding the first packs")
                 batches: list[PackedBatch] = []
+                settings = self._settings(stage)
+                teacher = self.teacher if settings.distill_weight else None
                 with all_ranks_or_none(
                     self.world,
                     lambda: self.stop.requested,
-                    lambda read=batches: sum(len(one.caption_ids) for one in read),
+                    partial(own_counts, batches, settings.dropping, teacher, self.classes),
+                    numbers_of(len(self.lanes), distills=teacher is not None),
                 ) as vote:
                     self.logs.raise_unwritten()
                     self.callbacks.raise_failed()
@@ -241,7 +246,7 @@ class _Trainer:
                 if vote.yes:
                     self.leaving = True
                     return
-                if trouble := self._step(stage, batches, start, waited, vote.counts):
+                if trouble := self._step(batches, settings, over_ranks(vote.counts), start, waited):
                     self._roll_back(trouble, batches)
                     return
                 release_pixels(self.world.device)  # the step has read the gradient's norm, which comes after the copies
@@ -361,32 +366,37 @@ class _Trainer:
         return shards, content
 
     def _step(
-        self, stage: StageConfig, batches: list[PackedBatch], start: float, waited: float, counts: torch.Tensor
+        self, batches: list[PackedBatch], settings: StepSettings, counts: StepCounts, start: float, waited: float
     ) -> str | None:
         """Updates the parameters once. Returns the reason if the step must be undone, else None.
 
-        All ranks return either a reason or None. Args: counts: numbers of items of all ranks."""
+        All ranks return either a reason or None."""
         state, progress = self.state, self.state.progress
         modality = batches[0].modality
-        settings = self._settings(stage)
         drawn_batch = batches[0] if self.logs.draws(progress.step + 1, modality) else None
         before = 0 if self.classes is not None else encoded_before_first(len(batches))
         features = capture_features(self.engine.module.vision, drawn_batch, before=before)
+        reduced: dict[str, float] = {}
+
+        def gather(numbers: list[float]) -> torch.Tensor:
+            metrics, table = self._reduced(batches, settings, start, waited, numbers)
+            reduced.update(metrics)
+            return table
+
         try:
             with explained(self.cfg.deterministic), self.kept.measured(), features as snapshots:
-                objective = self.cfg.objective
+                how, more = (self.engine, batches, settings, self.cfg.objective), (self.teacher, counts, gather)
                 if self.classes is None:
-                    result = train_step(self.engine, batches, settings, objective, self.teacher, counts)
+                    result = train_step(*how, *more)
                 else:
-                    result = classification_step(self.engine, batches, settings, objective, self.classes, self.teacher)
+                    result = classification_step(*how, self.classes, *more)
         except NotFiniteError as error:
             return self._skip(batches, settings, error, start, waited)
         except DivergedError as error:
             return str(error)
         trouble = spike_reason(state.history, progress.stage, modality, result.loss, result.grad_norm, self.cfg.guard)
-        reduced = self._reduced(batches, settings, start, waited, alarm=trouble is not None)
-        if reduced["alarm"]:
-            return trouble or "another rank saw a spike"
+        if trouble is not None:
+            return trouble
         self._advance(batches, settings, result, reduced)
         if snapshots:
             merge = self.engine.module.vision.config.spatial_merge_size
@@ -394,20 +404,24 @@ class _Trainer:
         return None
 
     def _reduced(
-        self, batches: list[PackedBatch], settings: StepSettings, start: float, waited: float, *, alarm: bool = False
-    ) -> dict[str, float]:
-        """Returns the metrics of a step over all ranks. All ranks call it. Args: alarm: see `local_metrics`."""
+        self,
+        batches: list[PackedBatch],
+        settings: StepSettings,
+        start: float,
+        waited: float,
+        others: Sequence[float] = (),
+    ) -> tuple[dict[str, float], torch.Tensor]:
+        """Returns the metrics of a step over all ranks, and `others` of every rank. All ranks call it."""
         numbers = local_metrics(
             batches,
             cost=self.cost,
             token_budget=self.cfg.stages[self.state.progress.stage].token_budget,
             step_s=time.perf_counter() - start,
             data_wait_s=waited,
-            alarm=alarm,
             dropping=settings.dropping,
             squares=self.engine.gradient_squares if settings.read_gradient else None,
         )
-        return reduce_metrics(numbers, self.world)
+        return exchange_metrics(numbers, others, self.world)
 
     def _skip(
         self, batches: list[PackedBatch], settings: StepSettings, error: NotFiniteError, start: float, waited: float
@@ -420,7 +434,7 @@ class _Trainer:
             return f"{error}; {limit} updates before it were skipped (limit: guard.max_skipped_in_a_row)"
         startup.done()
         state.history.skipped += 1
-        reduced = self._reduced(batches, settings, start, waited)
+        reduced, _ = self._reduced(batches, settings, start, waited)
         stage = state.progress.stage
         state.window.add_skipped(error.items, reduced, batches[0].modality)
         event = {"step": state.progress.step + 1, "event": "skipped", "reason": str(error), "samples": error.items}

@@ -206,23 +206,16 @@ def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
     mine = torch.tensor(numbers, dtype=torch.float64)
     if world.size == 1:
         return mine[None]
+    received = torch.empty(world.size, len(numbers), dtype=mine.dtype, device=world.device)
+    dist.all_gather_single(received.view(-1), to_device(mine, world.device))
     # Waits for the device: every caller continues with the numbers of the other ranks on the host.
-    return gather_tensor(to_device(mine, world.device), world).cpu()
-
-
-def gather_tensor(mine: torch.Tensor, world: World) -> torch.Tensor:
-    """Returns the tensors (n,) of every rank as (size, n) on their device, without waiting for it."""
-    if world.size == 1:
-        return mine[None]
-    received = mine.new_empty(world.size * mine.numel())
-    dist.all_gather_single(received, mine)
-    return received.view(world.size, -1)
+    return received.cpu()
 
 
 @dataclass
 class Vote:
     """What the ranks exchange in `all_ranks_or_none`; the same on all ranks. `yes`: whether `ask` was true on any rank.
-    `counts`: (size,) int64 on the host, the result of `count` of every rank; None without `count`."""
+    `counts`: (size, numbers) int64 on the host, the result of `count` of every rank; None without `count`."""
 
     yes: bool = False
     counts: torch.Tensor | None = None
@@ -230,26 +223,31 @@ class Vote:
 
 @contextmanager
 def all_ranks_or_none(
-    world: World, ask: Callable[[], bool] | None = None, count: Callable[[], int] | None = None
+    world: World,
+    ask: Callable[[], bool] | None = None,
+    count: Callable[[], Sequence[int]] | None = None,
+    numbers: int = 1,
 ) -> Iterator[Vote]:
     """Runs a block that either all ranks finish or no rank: a failure on one rank raises on all ranks.
 
     The body must not communicate with other ranks if it can fail. The block is also a barrier, and a vote on `ask`,
     which each rank calls after its body. Either all ranks pass `ask` or no rank does; the same holds for `count`, whose
-    results are sent in the same message. It is not called after a body that failed.
+    results, `numbers` whole numbers, are sent in the same message. It counts as a part of the body.
     Raises: the body's exception on ranks that failed; PeerFailure on ranks that succeeded.
     """
     failure: Exception | None = None
-    vote = Vote()
+    vote, counted = Vote(), [0] * numbers
     try:
         yield vote
+        if count is not None:
+            counted = count()
     except Exception as error:
         failure = error
     flags = [failure is not None, ask is not None and ask()]
     totals = torch.tensor(flags, dtype=torch.int32)
     if count is not None:
-        table = gather_numbers([*flags, 0 if failure is not None else count()], world).long()
-        totals, vote.counts = table[:, :2].sum(0), table[:, 2].contiguous()
+        table = gather_numbers([*flags, *counted], world).long()
+        totals, vote.counts = table[:, :2].sum(0), table[:, 2:].contiguous()
     elif world.size > 1:
         totals = to_device(totals, world.device)
         dist.all_reduce(totals)

@@ -48,7 +48,6 @@ OVER_RANKS = {
     "step_s": "max",
     "data_wait_s": "mean",
     "memory_gb": "max",
-    "alarm": "max",
     **dict.fromkeys(SQUARES.values(), "sum"),
 }
 """Names of a rank's numbers at a step, with their reduction over ranks. All kinds of bad samples are included, so that
@@ -63,7 +62,6 @@ def local_metrics(
     token_budget: int,
     step_s: float,
     data_wait_s: float,
-    alarm: bool = False,
     dropping: DropConfig = NO_DROPPING,
     squares: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
@@ -71,7 +69,6 @@ def local_metrics(
 
     Args:
         cost: FLOPs per token, and FLOPs per squared number of tokens of an item.
-        alarm: whether this rank's guard rejects the step.
         dropping: dropping of the step; FLOPs count only the tokens that are kept.
         squares: `Engine.gradient_squares` if the step read its gradient.
     """
@@ -97,15 +94,19 @@ def local_metrics(
         "step_s": step_s,
         "data_wait_s": data_wait_s,
         "memory_gb": memory_gb(),
-        "alarm": alarm,
         **{name: (squares or {}).get(part, 0.0) for part, name in SQUARES.items()},
     }
 
 
-def reduce_metrics(numbers: dict[str, float], world: World) -> dict[str, float]:
-    """Returns the numbers reduced over all ranks, the same on every rank. All ranks call it."""
-    table = gather_numbers([float(numbers[name]) for name in OVER_RANKS], world)
-    return {name: REDUCTIONS[how](table[:, column]).item() for column, (name, how) in enumerate(OVER_RANKS.items())}
+def exchange_metrics(
+    numbers: dict[str, float], others: Sequence[float], world: World
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Returns the numbers reduced over all ranks, and `others` of every rank, (size, others) float64 on the host.
+
+    All ranks call it, with equally many `others`. Both travel in one message."""
+    table = gather_numbers([*(float(numbers[name]) for name in OVER_RANKS), *others], world)
+    metrics = {name: REDUCTIONS[how](table[:, column]).item() for column, (name, how) in enumerate(OVER_RANKS.items())}
+    return metrics, table[:, len(OVER_RANKS) :]
 
 
 def part_norms(reduced: Mapping[str, float]) -> dict[str, float]:

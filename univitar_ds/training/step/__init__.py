@@ -2,6 +2,7 @@
 
 __all__ = [
     "classification",
+    "counts",
     "curriculum",
     "feature_snapshot",
     "guard",

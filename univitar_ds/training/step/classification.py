@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,8 +19,9 @@ from univitar_ds.model.teacher.teacher import Teacher
 from univitar_ds.model.transfer import to_device
 from univitar_ds.objectives.classification import Targets, class_loss
 from univitar_ds.objectives.mixing import Mix, mix_pixels, plan_mixing
-from univitar_ds.training.distributed.process_group import World, gather_numbers, gather_tensor
+from univitar_ds.training.distributed.process_group import gather_numbers
 from univitar_ds.training.engine.engine import Engine
+from univitar_ds.training.step.counts import Gather, StepCounts, agreed, exchanged, own_counts, rows_of
 from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
 from univitar_ds.training.step.guard import nan_if_not_finite
 from univitar_ds.training.step.train_step import DivergedError, NotFiniteError, StepResult, StepSettings, not_finite
@@ -44,6 +46,8 @@ def classification_step(
     objective: ObjectiveConfig,
     classes: ClassList,
     teacher: Teacher | None = None,
+    counts: StepCounts | None = None,
+    gather: Gather | None = None,
 ) -> StepResult:
     """Updates the parameters once. Arguments, result and errors are those of `train_step`.
 
@@ -53,12 +57,13 @@ def classification_step(
     engine.zero_grad(settings.lr, read_gradient=settings.read_gradient)
     world, wanted = engine.world, objective.classification
     drops = [settings.dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
+    if counts is None:
+        running = teacher if settings.distill_weight else None
+        counts = exchanged(own_counts(batches, settings.dropping, running, classes), world)
     distillation = None
     if settings.distill_weight:
-        distillation = Distillation(teacher, objective.teacher, settings.distill_weight, batches, drops, world)
-    rows = [_rows(batch, classes) for batch in batches]
-    counts = [sum(row >= 0 for one in rows for row in one), sum(map(len, rows))]
-    labelled, items = (int(count) for count in gather_numbers(counts, world).sum(0))
+        distillation = Distillation(teacher, objective.teacher, settings.distill_weight, batches, drops, counts.teacher)
+    rows = [rows_of(batch, classes) for batch in batches]
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for index, (batch, own, dropped) in enumerate(zip(batches, rows, drops, strict=True)):
         grids, frames = batch.grid_thw.tolist(), batch.frames.tolist()
@@ -71,19 +76,21 @@ def classification_step(
         features = distillation.features(index, pixels) if distillation else None
         output = engine(pixels, batch.frames, batch.grid_thw, bool(distillation), dropped)
         targets = _targets(batch, own, plan, classes, world.device)
-        loss = class_loss(output.logits, targets, wanted.label_smoothing) / max(labelled, 1)
+        loss = class_loss(output.logits, targets, wanted.label_smoothing) / max(counts.labelled, 1)
         total += loss.detach().double()
         loss = settings.contrastive_weight * loss
         loss = nan_if_not_finite(loss)
         engine.backward(loss + distillation.loss(output.distilled, features) if distillation else loss)
-        engine.step(_report(total, distillation, world) if index == len(batches) - 1 else None)
-    mean, *sums = engine.reported
-    if not engine.updated:
-        raise NotFiniteError(not_finite(mean, settings.lr), items)
-    norm = engine.grad_norm
-    if not math.isfinite(norm):
-        raise DivergedError(not_finite(mean, settings.lr))
-    distilled = distillation.result(sums) if distillation else NO_DISTILLATION
+        engine.step(_report(total, distillation) if index == len(batches) - 1 else None)
+    own, *sums = engine.reported
+    items = int(counts.items.sum())
+    send = partial(gather_numbers, world=world)
+    if not engine.updated or not math.isfinite(engine.grad_norm):
+        _, (mean,) = agreed(send, [], [own])
+        reason = not_finite(mean, settings.lr)
+        raise DivergedError(reason) if engine.updated else NotFiniteError(reason, items)
+    (norm,), (mean,), totals = agreed(gather or send, [engine.grad_norm], [own], sums)
+    distilled = distillation.result(totals) if distillation else NO_DISTILLATION
     return StepResult(
         loss=settings.contrastive_weight * mean + distilled.loss,
         items=items,
@@ -93,18 +100,11 @@ def classification_step(
     )
 
 
-def _report(total: torch.Tensor, distillation: Distillation | None, world: World) -> torch.Tensor:
-    """Returns the numbers over all ranks that the result of the step has: the loss, and sums of distillation.
+def _report(total: torch.Tensor, distillation: Distillation | None) -> torch.Tensor:
+    """Returns this rank's part of the numbers that the result of the step has: the loss, and sums of distillation.
 
-    They are read with the gradient's norm. The host waits for the device there and for the numbers of items."""
-    loss = gather_tensor(total.reshape(1), world).sum(0)
-    return torch.cat([loss, distillation.totals()]) if distillation else loss
-
-
-def _rows(batch: LabelledBatch, classes: ClassList) -> list[int]:
-    """Returns the class of each item, -1 without a label of `classes`."""
-    found = [classes.row(name, label) for name, label in zip(batch.sets, batch.labels, strict=True)]
-    return [-1 if row is None else row for row in found]
+    They are read with the gradient's norm, the only number of the step for which the host waits for the device."""
+    return torch.cat([total.reshape(1), distillation.sums]) if distillation else total.reshape(1)
 
 
 def _targets(

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from univitar_ds.config.model import TeacherConfig
-from univitar_ds.geometry import token_count
 from univitar_ds.model.blocks.dropping import DropPlan
 from univitar_ds.model.distill_heads import Distilled
 from univitar_ds.model.teacher.teacher import Teacher, TeacherFeatures
 from univitar_ds.model.transfer import to_device
 from univitar_ds.objectives.distill import distill
-from univitar_ds.training.distributed.process_group import World, gather_numbers, gather_tensor
+from univitar_ds.training.step.counts import TeacherCounts
 from univitar_ds.training.step.guard import nan_if_not_finite
 
 
@@ -45,11 +44,10 @@ NO_DISTILLATION = DistillResult()
 
 
 class Distillation:
-    """Computes the distillation loss of one step: counts tokens and items over all packs, sums the loss over the packs,
-    and returns the result.
+    """Computes the distillation loss of one step: sums the loss over the packs, and returns the result.
 
-    The counts come first because each pack's sum is divided by them. Every rank creates a `Distillation` and calls the
-    same methods in the same order.
+    Each pack's sum is divided by the tokens and items of all packs and ranks, `counts`. Every rank creates a
+    `Distillation` and calls the same methods in the same order.
     """
 
     def __init__(
@@ -59,21 +57,12 @@ class Distillation:
         weight: float,
         packs: Sequence[Images],
         drops: Sequence[DropPlan | None],
-        world: World,
+        counts: TeacherCounts,
     ) -> None:
-        self.teacher, self.config, self.packs, self.drops, self.world = teacher, config, packs, drops, world
-        supported_lengths = [
-            length
-            for pack, dropped in zip(packs, drops, strict=True)
-            for length, supported in zip(_lengths(pack, dropped), teacher.supports(pack.grid_thw), strict=True)
-            if supported
-        ]
-        forwards = [teacher.num_forwards(pack.grid_thw) for pack in packs]
-        table = gather_numbers([sum(supported_lengths), len(supported_lengths), *forwards], world)
-        self.tokens, self.items = (max(int(n), 1) for n in table[:, :2].sum(0))
-        self.num_forwards = [int(n) for n in table[:, 2:].amax(0)]
+        self.teacher, self.config, self.packs, self.drops, self.counts = teacher, config, packs, drops, counts
         self.patch_weight, self.pooled_weight = weight * config.patch_weight, weight * config.pooled_weight
-        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # patch loss, pooled loss, agreement
+        self.sums = torch.zeros(3, dtype=torch.float64, device=teacher.device)
+        """Patch loss, pooled loss and agreement of this rank's packs so far."""
 
     def features(self, index: int, device_pixels: Tensor | None = None) -> TeacherFeatures:
         """Runs the teacher on a whole pack. Returns the features of the tokens that the student encodes, and the pooled
@@ -85,7 +74,11 @@ class Distillation:
         """
         pack, dropped = self.packs[index], self.drops[index]
         features = self.teacher(
-            pack.pixels, pack.frames, pack.grid_thw, min_forwards=self.num_forwards[index], device_pixels=device_pixels
+            pack.pixels,
+            pack.frames,
+            pack.grid_thw,
+            min_forwards=self.counts.forwards[index],
+            device_pixels=device_pixels,
         )
         if dropped is None or dropped.kept is None:
             return features
@@ -99,23 +92,15 @@ class Distillation:
         patch, agreement = distill(student.patches, teacher.patches, teacher.valid, self.config.patch_loss)
         pooled, _ = distill(student.pooled, teacher.pooled, teacher.supported, self.config.pooled_loss)
         self.sums += torch.stack((patch.detach(), pooled.detach(), agreement)).double()
-        return nan_if_not_finite(self.patch_weight / self.tokens * patch + self.pooled_weight / self.items * pooled)
-
-    def totals(self) -> Tensor:
-        """Returns the sums over all ranks, (3,) float64 on the device. All ranks call it after the last pack."""
-        return gather_tensor(self.sums, self.world).sum(0)
+        counts = self.counts
+        return nan_if_not_finite(self.patch_weight / counts.tokens * patch + self.pooled_weight / counts.items * pooled)
 
     def result(self, totals: Sequence[float]) -> DistillResult:
-        """Returns the result of the step. Args: totals: those of `totals`, read from the device."""
+        """Returns the result of the step. Args: totals: the sums of `sums` over all ranks, on the host."""
         patch, pooled, agreement = totals
-        patch, pooled = patch / self.tokens, pooled / self.items
+        patch, pooled = patch / self.counts.tokens, pooled / self.counts.items
         return DistillResult(
             self.patch_weight * patch + self.pooled_weight * pooled,
             {"distill_patch": patch, "distill_pooled": pooled},
-            agreement / self.tokens,
+            agreement / self.counts.tokens,
         )
-
-
-def _lengths(pack: Images, dropped: DropPlan | None) -> Sequence[int]:
-    """Returns how many tokens of each item the student encodes."""
-    return [token_count(grid) for grid in pack.grid_thw.tolist()] if dropped is None else dropped.lengths

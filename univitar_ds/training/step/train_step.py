@@ -29,8 +29,10 @@ from univitar_ds.objectives.pairs import PairGradients, loss_of_pairs, pair_loss
 from univitar_ds.objectives.sigmoid import sigmoid_loss
 from univitar_ds.objectives.softmax import softmax_loss
 from univitar_ds.plugins import calling, objective_named
+from univitar_ds.training.distributed.process_group import gather_numbers
 from univitar_ds.training.engine.backward_hooks import HookCounts
 from univitar_ds.training.engine.engine import Engine
+from univitar_ds.training.step.counts import Gather, StepCounts, agreed, alone, exchanged, own_counts
 from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
 from univitar_ds.training.step.upload import pixels_on
 
@@ -113,12 +115,14 @@ def train_step(
     settings: StepSettings,
     objective: ObjectiveConfig,
     teacher: Teacher | None = None,
-    counts: Tensor | None = None,
+    counts: StepCounts | None = None,
+    gather: Gather | None = None,
 ) -> StepResult:
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
     Args: teacher: that of `objective.teacher`. With a `distill_weight` of 0 neither the teacher nor its heads run.
-    counts: numbers of items of all ranks, (size,) int64 on the host; None: the step exchanges them.
+    counts: of all ranks; None: the step exchanges them. gather: the message with the step's losses, which is sent once
+    if the parameters were updated; None: the step sends one itself, if it needs one.
     Raises: NotFiniteError on all ranks if the loss or the gradient is not finite, and the update was skipped;
     DivergedError if DeepSpeed has not skipped it, which its configuration can ask for.
     """
@@ -126,21 +130,22 @@ def train_step(
     drops = [settings.dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
     distillation = None
     if settings.distill_weight:
-        distillation = Distillation(teacher, objective.teacher, settings.distill_weight, batches, drops, engine.world)
+        counts = counts or exchanged(own_counts(batches, settings.dropping, teacher), engine.world)
+        distillation = Distillation(teacher, objective.teacher, settings.distill_weight, batches, drops, counts.teacher)
     inputs = [
         _inputs(batch, engine.world.device, bool(distillation), dropped)
         for batch, dropped in zip(batches, drops, strict=True)
     ]
     caption_ids = to_device(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
-    known = None if counts is None else (to_device(counts, engine.world.device), counts.tolist())
+    known = None if counts is None else (to_device(counts.items, engine.world.device), counts.items.tolist())
     # Without `counts`, ranks exchange their numbers of items during the embedding.
     exchange = Exchange(len(caption_ids), engine.world.device, known=known)
     outputs, graphs = _embed(engine, inputs, settings.keep, distillation)
     result = _contrastive(outputs, caption_ids, exchange, objective)
     # All ranks run the backward passes of every step. A loss that is not finite gets a gradient that is not finite.
     weight = settings.contrastive_weight if math.isfinite(result.loss) else math.nan
-    counts = [len(batch.caption_ids) for batch in batches]
-    gradients = zip(result.vision_grad.split(counts), result.text_grad.split(counts), strict=True)
+    items = [len(batch.caption_ids) for batch in batches]
+    gradients = zip(result.vision_grad.split(items), result.text_grad.split(items), strict=True)
     for index, (pack, pack_grads) in enumerate(zip(inputs, gradients, strict=True)):
         graph = graphs.pop(index, None) or _with_graph(engine, index, pack, distillation)
         graph.hooks.restore()
@@ -150,18 +155,19 @@ def train_step(
         del graph, loss  # before the next pack needs the memory
     if not engine.updated:
         raise NotFiniteError(not_finite(result.loss, settings.lr), result.items, _suspects(outputs))
-    norm = engine.grad_norm
-    if not math.isfinite(norm):
+    if not math.isfinite(engine.grad_norm):
         raise DivergedError(not_finite(result.loss, settings.lr))
     scale, bias, *sums = engine.reported
-    distilled = distillation.result(sums) if distillation else NO_DISTILLATION
+    send = gather or (partial(gather_numbers, world=engine.world) if sums else alone)
+    (contrastive, norm), totals = agreed(send, [result.loss, engine.grad_norm], sums)
+    distilled = distillation.result(totals) if distillation else NO_DISTILLATION
     return StepResult(
-        loss=settings.contrastive_weight * result.loss + distilled.loss,
+        loss=settings.contrastive_weight * contrastive + distilled.loss,
         items=result.items,
         grad_norm=norm,
         logit_scale=scale,
         logit_bias=bias,
-        losses={"contrastive": result.loss, **distilled.losses},
+        losses={"contrastive": contrastive, **distilled.losses},
         agreement=distilled.agreement,
     )
 
@@ -268,13 +274,14 @@ def _inputs(batch: Batch, device: torch.device, distill: bool, drops: DropPlan |
 
 
 def _report(output: Outputs, distillation: Distillation | None) -> Tensor:
-    """Returns the numbers on the device that the result of the step has: scale and bias, and sums of distillation.
+    """Returns the numbers on the device that the result of the step has: scale and bias, and this rank's sums of
+    distillation.
 
     They are read with the gradient's norm. The host waits for the device three times in a step: for the numbers of
     items (`Exchange`), for the loss (`objectives.pairs`), and for this.
     """
     scale_and_bias = torch.cat([output[2].detach().reshape(1), output[3].detach().reshape(1)]).double()
-    return torch.cat([scale_and_bias, distillation.totals()]) if distillation else scale_and_bias
+    return torch.cat([scale_and_bias, distillation.sums]) if distillation else scale_and_bias
 
 
 def _surrogate(

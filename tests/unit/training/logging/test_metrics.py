@@ -17,9 +17,9 @@ from univitar_ds.training.logging.metrics import (
     IGNORED_OF_KIND,
     OVER_RANKS,
     Window,
+    exchange_metrics,
     local_metrics,
     part_norms,
-    reduce_metrics,
 )
 from univitar_ds.training.logging.writers import MetricLog, SampleLog, cut_sample_logs
 from univitar_ds.training.step.curriculum import Progress
@@ -110,7 +110,7 @@ def test_losses_are_reported_by_part_and_modality_and_their_weights_as_means_ove
 def test_norms_of_parts_are_those_of_all_ranks_and_of_the_last_step_only():
     squares = {"blocks": 16.0, "logits": 9.0}
     table = local_metrics([], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0, squares=squares)
-    norms = part_norms(reduce_metrics(table, ALONE))
+    norms = part_norms(exchange_metrics(table, [], ALONE)[0])
     assert (norms["grad_norm_blocks"], norms["grad_norm_logits"], norms["grad_norm_text"]) == (4.0, 3.0, 0.0)
     window = Window()
     window.add(result(1.0), numbers(), "image", WEIGHTS)
@@ -187,7 +187,9 @@ def test_a_kind_that_the_lines_do_not_know_is_a_fault_of_the_program():
 
 
 def test_ranks_join_as_declared():
-    assert reduce_metrics(numbers(tokens=5.0), ALONE) == numbers(tokens=5.0)
+    metrics, others = exchange_metrics(numbers(tokens=5.0), [7.0, 8.0], ALONE)
+    assert metrics == numbers(tokens=5.0)
+    assert others.tolist() == [[7.0, 8.0]]
 
 
 def test_a_line_covers_all_its_steps():
