@@ -41,7 +41,7 @@ LIBRARIES = {
     "boto3": {"univitar_ds.data.storage.s3_client"},
     "botocore": {"univitar_ds.data.storage.s3_client"},
     "webdataset": {"univitar_ds.data.writing.writer"},
-    "megatron": {"univitar_ds.formats.distributed.megatron"},
+    "megatron": {"univitar_ds.formats.distributed.megatron", "univitar_ds.model.blocks.tensor_parallel"},
     "huggingface_hub": {
         "univitar_ds.formats.recognise",
         "univitar_ds.convert.publish",

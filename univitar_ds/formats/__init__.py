@@ -9,6 +9,7 @@ __all__ = [
     "release",
     "run",
     "sidecar",
+    "slices",
     "stored_model",
     "weight_files",
 ]

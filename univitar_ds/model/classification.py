@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.model import ModelConfig
 from univitar_ds.formats.stored_model import StoredModel
-from univitar_ds.geometry import token_count
 from univitar_ds.model.blocks.dropping import DropPlan
 from univitar_ds.model.build import build_vision, described_encoder, load_start, seeded
 from univitar_ds.model.contrastive import AttentionPool, leave_heads_aside
@@ -57,7 +56,7 @@ class ClassificationModel(nn.Module):
         """Classifies one pack; N may be 0. Args: as `ContrastiveModel.forward`."""
         grids = grid_thw.tolist()
         tokens = self.vision(pixels, grids, frames=frames, drops=drops)
-        pooled = self.pool(tokens, [token_count(grid) for grid in grids] if drops is None else drops.lengths)
+        pooled = self.pool(tokens, self.vision.lengths(grids, drops))
         return Classified(self.head(pooled), self.distill(tokens, pooled) if distill else None)
 
 

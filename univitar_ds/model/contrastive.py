@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from univitar_ds.config.model import ModelConfig
-from univitar_ds.geometry import token_count
 from univitar_ds.model.blocks.attention import CuSeqlens, attention
 from univitar_ds.model.blocks.dropping import DropPlan
 from univitar_ds.model.blocks.layers import RMSNorm
@@ -109,7 +108,8 @@ class ContrastiveModel(nn.Module):
         """Embeds one pack; N may be 0.
 
         Args: see `encode_vision` and `encode_text`; distill: whether to return `distilled`, for the tokens that remain;
-            drops: tokens and branches that the encoder drops.
+            drops: tokens and branches that the encoder drops. If the encoder splits packs over ranks, `token_ids` and
+            `text_lengths` are those of the items that this rank owns, and so is the result.
         """
         tokens, pooled = self._features(pixels, frames, grid_thw, drops)
         # Scale and bias are returned as new tensors: ZeRO-3 frees a parameter's storage after forward.
@@ -146,8 +146,7 @@ class ContrastiveModel(nn.Module):
         """Returns tokens (T, D), without dropped tokens, and pooled features (N, D) of a pack."""
         grids = grid_thw.tolist()
         tokens = self.vision(pixels, grids, frames=frames, drops=drops)
-        lengths = [token_count(grid) for grid in grids] if drops is None else drops.lengths
-        return tokens, self.pool(tokens, lengths)
+        return tokens, self.pool(tokens, self.vision.lengths(grids, drops))
 
     def encode_text(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
         """Embeds captions as unit vectors.

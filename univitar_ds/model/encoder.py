@@ -18,7 +18,9 @@ from univitar_ds.model.blocks.activations import Kind
 from univitar_ds.model.blocks.attention import CuSeqlens
 from univitar_ds.model.blocks.dropping import DropPlan
 from univitar_ds.model.blocks.layers import Block, PatchEmbedding
+from univitar_ds.model.blocks.rank_group import RankGroup
 from univitar_ds.model.blocks.recompute import run_checkpointed
+from univitar_ds.model.blocks.sequence_parallel import SplitPack
 from univitar_ds.model.transfer import to_device
 
 
@@ -34,6 +36,8 @@ class UniViTAR(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_every = checkpoint_every
+        self.sequence = RankGroup()
+        """The ranks over which the tokens of a pack are split in `forward`, see `blocks.sequence_parallel`."""
         self.embeddings = nn.ModuleDict({"patch_embedding": PatchEmbedding(config)})
         blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": blocks})
@@ -77,9 +81,13 @@ class UniViTAR(nn.Module):
             output_hidden_states: whether to return the inputs of all blocks and the last output as well.
             drops: tokens and branches that are dropped in training.
         Returns: (T, D), or with hidden states a pair of (T, D) and a list of layers + 1 tensors (T, D); T without
-        dropped tokens.
+        dropped tokens. If the pack is split over `sequence`, (T, D) are the tokens of the items that this rank owns,
+        and hidden states those of its range of tokens.
         Raises: ValueError if the number of patches does not fit the grids.
         """
+        if self.sequence.size > 1:
+            x, states = self._forward_split(pixel_values, _as_lists(grid_thw), frames, drops)
+            return (x, states) if output_hidden_states else x
         x, positions, grids = self._embedded(pixel_values, grid_thw, frames)
         lengths: Sequence[int] = [token_count(grid) for grid in grids]
         factors = None
@@ -95,6 +103,35 @@ class UniViTAR(nn.Module):
             if output_hidden_states:
                 states.append(x)
         return (x, states) if output_hidden_states else x
+
+    def lengths(self, grids: Sequence[Sequence[int]], drops: DropPlan | None = None) -> Sequence[int]:
+        """Returns the numbers of tokens of the items whose tokens `forward` returns for a pack with these grids."""
+        lengths = [token_count(grid) for grid in grids] if drops is None else drops.lengths
+        if self.sequence.size == 1:
+            return lengths
+        first, end = SplitPack.of(grids, drops, self.sequence).items
+        return lengths[first:end]
+
+    def _forward_split(
+        self,
+        pixel_values: Tensor,
+        grids: list[list[int]],
+        frames: Tensor | Sequence[int] | None,
+        drops: DropPlan | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns the tokens of the items that this rank owns, and the hidden states of its range of tokens."""
+        pack = SplitPack.of(grids, drops, self.sequence)
+        frames = frames.tolist() if isinstance(frames, Tensor) else frames
+        x = pack.own(self.embeddings["patch_embedding"](*pack.patches(pixel_values, frames)))
+        begin, end = pack.tokens
+        positions = grid_positions(grids, self.config.spatial_merge_size)[pack.indices]
+        positions, spans = to_device(positions, x.device), pack.spans(x.device)
+        factors = None if drops is None else drops.token_factors(x.device)
+        states = [x]
+        for index in range(len(self.encoder["layers"])):
+            x = self._block(index, x, positions, spans, None if factors is None else factors[index, :, begin:end])
+            states.append(x)
+        return pack.to_owners(x), states
 
     def forward_intermediates(
         self,
@@ -180,7 +217,7 @@ class UniViTAR(nn.Module):
         frames: Tensor | Sequence[int] | None,
     ) -> tuple[Tensor, Tensor, list[list[int]]]:
         """Returns the patch embeddings (T, D), the positions (T, 2) on the host, and the grids of the items."""
-        grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]
+        grids = _as_lists(grid_thw)
         positions = grid_positions(grids, self.config.spatial_merge_size)
         if isinstance(frames, Tensor):
             frames = frames.tolist()
@@ -210,6 +247,10 @@ class UniViTAR(nn.Module):
         if strange := [index for index in indices if not -count <= index < count]:
             raise UserError(f"the encoder has no block {strange[0]}; its {count} blocks are {-count} to {count - 1}")
         return [index % count for index in indices]
+
+
+def _as_lists(grid_thw: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
+    return grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(grid) for grid in grid_thw]
 
 
 def _initialise(module: nn.Module) -> None:

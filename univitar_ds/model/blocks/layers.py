@@ -17,6 +17,7 @@ from univitar_ds.geometry import PATCH, TUBELET
 from univitar_ds.kernels.dispatch import add_norm, patch_embed, rms_norm, rope2d_qk_norm, swiglu_norm
 from univitar_ds.kernels.reference import PATCH_VALUES
 from univitar_ds.model.blocks.attention import CuSeqlens, attention
+from univitar_ds.model.blocks.sequence_parallel import SplitSpans, split_attention
 
 
 class RMSNorm(nn.Module):
@@ -92,6 +93,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, spans: CuSeqlens) -> Tensor:
         """Returns (T, D). Args: x: (T, D); positions: (T, 2) rows and columns; spans: boundaries of the items."""
         q, k, v = self._qkv(x, positions)
+        if isinstance(spans, SplitSpans):
+            return self.proj(split_attention(q, k, v, spans, self.backend))
         return self.proj(attention(q, k, v, spans, spans, self.backend))
 
     def probabilities(self, x: Tensor, positions: Tensor, spans: CuSeqlens) -> list[Tensor]:

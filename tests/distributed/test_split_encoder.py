@@ -1,0 +1,184 @@
+"""An encoder whose packs or weights are split over ranks gives the numbers of the whole encoder."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.closeness import assert_all_close, assert_sums_close, encoder_terms, gradient_terms
+from tests.support.distributed import run_distributed
+from tests.support.golden import CASES, golden
+from univitar_ds import UniViTAR
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.geometry import token_count
+from univitar_ds.model.blocks.dropping import DropConfig
+from univitar_ds.model.blocks.rank_group import RankGroup
+from univitar_ds.model.blocks.sequence_parallel import owned_items
+from univitar_ds.model.blocks.tensor_parallel import split_encoder
+from univitar_ds.training.distributed.process_group import start_world
+
+pytestmark = pytest.mark.distributed
+WIDTH, LAYERS = 96, 2
+GRIDS = [[1, 2, 4], [3, 4, 6], [1, 2, 2], [2, 2, 6]]
+"""The second item has 72 of 108 tokens: with four ranks more than two of them hold."""
+FRAMES = [1, 6, 1, 4]
+DROPS = DropConfig(patches=0.3, depth=0.4, blocks=LAYERS, merge=1, seed=3, step=5)
+KINDS = (0, 1, "selective")
+
+
+def encoder(heads: int, *, every=0) -> UniViTAR:
+    shape = EncoderConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=heads,
+        intermediate_size=72,
+        qkv_bias=True,
+        initializer_factor=0.7,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(heads)
+        model = UniViTAR(shape, checkpoint_every=every)
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def pixels(grids, frames) -> torch.Tensor:
+    size = sum(588 * count * h * w for count, (_, h, w) in zip(frames, grids, strict=True))
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def weights_of_loss(grids, drops) -> torch.Tensor:
+    lengths = [token_count(grid) for grid in grids] if drops is None else drops.lengths
+    return torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+def results(model, grids, frames, drops):
+    """The tokens that `forward` returns, and the gradients of a weighted sum of all tokens of the pack."""
+    tokens = model(pixels(grids, frames), grids, frames=frames, drops=drops)
+    lengths = [token_count(grid) for grid in grids] if drops is None else list(drops.lengths)
+    first, end = owned_items(grids, model.sequence.size)[model.sequence.rank]
+    begin = sum(lengths[:first])
+    own = weights_of_loss(grids, drops)[begin : begin + sum(lengths[first:end])]
+    assert list(model.lengths(grids, drops)) == lengths[first:end]
+    (tokens * own).sum().backward()
+    return tokens.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def summed(gradients: list[dict]) -> dict:
+    return {name: torch.stack([one[name] for one in gradients]).sum(0) for name in gradients[0]}
+
+
+def joined(parts: list[dict]) -> dict:
+    """Whole tensors from (slice, tensor) of each rank; equal tensors of all ranks if there is no slice."""
+    found = {}
+    for name, (part, tensor) in parts[0].items():
+        if part is None:
+            assert all(torch.equal(tensor, other[name][1]) for other in parts), name
+            found[name] = tensor
+            continue
+        found[name] = torch.full((tensor.numel() * part.count,), torch.nan)
+        for one, values in (other[name] for other in parts):
+            one.put(values, found[name])
+    return found
+
+
+def with_slices(model) -> dict:
+    return {name: (getattr(p, "slice", None), p.grad) for name, p in model.named_parameters()}
+
+
+def assert_gradients_close(found: dict, wanted: dict, terms: float) -> None:
+    """The K part of the qkv bias has no gradient but rounding errors."""
+    assert_all_close({n: found[n].view(g.shape) for n, g in wanted.items()}, wanted, terms)
+
+
+CASES_OF_SPLIT = {
+    "4 heads": (4, GRIDS, FRAMES, None),
+    "24 heads, dropped tokens and branches": (24, GRIDS, FRAMES, 7),
+    "one item": (24, [[4, 3, 3]], [8], None),
+    "fewer tokens than ranks": (24, [[1, 1, 1]], [1], None),
+    "no item": (24, [], [], None),
+}
+
+
+def drops_of(grids, lane):
+    return None if lane is None else DROPS.of_pack(grids, lane)
+
+
+def split_packs():
+    world = start_world()
+    group = RankGroup(world.rank, world.size, dist.group.WORLD)
+    found = {}
+    for case, (heads, grids, frames, lane) in CASES_OF_SPLIT.items():
+        for every in KINDS:
+            model = encoder(heads, every=every)
+            model.sequence = group
+            found[case, every] = results(model, grids, frames, drops_of(grids, lane))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_packs_split_over_ranks_give_the_tokens_and_gradients_of_whole_packs(ranks):
+    answers = run_distributed(split_packs, ranks)
+    for case, (heads, grids, frames, lane) in CASES_OF_SPLIT.items():
+        whole = encoder(heads)
+        tokens, gradients = results(whole, grids, frames, drops_of(grids, lane))
+        forward = encoder_terms(whole.config, max(map(token_count, grids), default=1))
+        for every in KINDS:
+            own = [answer[case, every] for answer in answers]
+            assert_sums_close(torch.cat([one for one, _ in own]), tokens, forward, f"{case}, {every}")
+            found = summed([one for _, one in own])
+            assert_gradients_close(found, gradients, gradient_terms(forward, max(1, len(tokens))))
+
+
+def split_weights():
+    world = start_world()
+    group, found = RankGroup(world.rank, world.size, dist.group.WORLD), {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of libraries that are imported
+        for case in CASES:
+            for every in KINDS:
+                numbers = golden(case)
+                model = UniViTAR.from_pretrained(numbers.folder, checkpoint_every=every)
+                split_encoder(model, group)
+                output = model(numbers.pixel_values, numbers.grid_thw)
+                ((output * numbers.loss_weight).sum() / output.numel()).backward()
+                found[case, every] = output.detach(), with_slices(model), list(model.state_dict())
+    return found
+
+
+@pytest.mark.numeric
+def test_weights_split_over_ranks_give_the_releases_tokens_and_gradients():
+    answers = run_distributed(split_weights, 2)
+    for case in CASES:
+        numbers = golden(case)
+        for every in KINDS:
+            own = [answer[case, every] for answer in answers]
+            for output, _, names in own:
+                assert_sums_close(output, numbers.last_hidden_state, numbers.terms)
+                assert names == list(UniViTAR.from_pretrained(numbers.folder).state_dict())
+            assert_gradients_close(joined([one for _, one, _ in own]), numbers.grads, numbers.gradient_terms)
+
+
+def split_both():
+    world = start_world()
+    tensor, sequence = world.rank % 2, world.rank // 2
+    pairs = {ranks: dist.new_group(list(ranks)) for ranks in ((0, 1), (2, 3), (0, 2), (1, 3))}
+    own = {ranks: group for ranks, group in pairs.items() if world.rank in ranks}
+    model = encoder(24, every="selective")
+    split_encoder(model, RankGroup(tensor, 2, own[2 * sequence, 2 * sequence + 1]))
+    model.sequence = RankGroup(sequence, 2, own[tensor, tensor + 2])
+    tokens, _ = results(model, GRIDS, FRAMES, drops_of(GRIDS, 7))
+    return tokens, with_slices(model)
+
+
+@pytest.mark.slow
+def test_weights_and_packs_can_be_split_together():
+    answers = run_distributed(split_both, 4)
+    whole = encoder(24)
+    tokens, gradients = results(whole, GRIDS, FRAMES, drops_of(GRIDS, 7))
+    forward = encoder_terms(whole.config, max(map(token_count, GRIDS)))
+    assert_sums_close(torch.cat([answers[0][0], answers[2][0]]), tokens, forward)
+    halves = [joined([answers[first][1], answers[first + 1][1]]) for first in (0, 2)]
+    assert_gradients_close(summed(halves), gradients, gradient_terms(forward, len(tokens)))
