@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from benchmarks.bench_host import Collectives, Shape, build, configuration, engine_step, fake_world, pack
 from tests.support.closeness import assert_sums_close
@@ -103,12 +104,20 @@ def test_the_shares_of_a_sum_are_those_of_deepspeeds_function(size):
 
 
 def counted(ranks, shape):
-    """Collectives by kind and torch's operators of one step in a world of `ranks`, and the tensors of the model."""
+    """Collectives by kind and torch's operators of one step in a world of `ranks`, and the tensors of the model.
+
+    Kernels read weights by address, so those that a module uses must have their elements one after another."""
+
+    def contiguous(module, _):
+        for name, parameter in module.named_parameters(recurse=False):
+            assert parameter.is_contiguous(), f"{name}, {list(parameter.shape)}, has the strides {parameter.stride()}"
+
     world = fake_world(ranks)
     model = build(shape)
     engine = build_engine(model, OptimizerConfig(), configuration("zero3", shape, model), world)
     for _ in range(4):
         engine_step(engine, pack())
+    register_module_forward_pre_hook(contiguous)  # the process ends with this function
     with Collectives() as collectives:
         engine_step(engine, pack())
     return collectives.by_kind(), collectives.operators, sum(1 for _ in engine.module.parameters())

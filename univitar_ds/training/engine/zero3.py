@@ -121,7 +121,8 @@ class _Gathered:
         self._work.wait()
         sizes = [parameter.ds_tensor.numel() for parameter in self._params]
         for parameter, part in zip(self._params, self._gathered.split(sizes, dim=1), strict=True):
-            parameter.data = part.reshape(-1)[: parameter.ds_numel].view(parameter.ds_shape)
+            # Not reshape: shares of one element each are a column, which it would leave where it is, with its stride.
+            parameter.data = part.contiguous().view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
         if not get_accelerator().is_synchronized_device():
             self._gathered.record_stream(get_accelerator().current_stream())
