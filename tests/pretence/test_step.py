@@ -16,6 +16,9 @@ CASES = {
         "zero": 3, "ranks": 8, "packs": 2, "steps": 1, "flash": "flash3", "teacher": "own",
         "changes": {**DISTILLS, "optimizer.ema_decay": 0.99, "model.checkpoint_every": 1, "objective.kind": "softmax"},
     },
+    "ZeRO 3 of 256": {
+        "zero": 3, "ranks": 256, "packs": 1, "steps": 1, "changes": {"optimizer.ema_decay": 0.99},
+    },
     "ZeRO 2 of 256": {
         "zero": 2, "ranks": 256, "packs": 1, "steps": 1, "flash": "flash4", "teacher": "dinov2",
         "changes": {**DISTILLS, **IMAGES},
