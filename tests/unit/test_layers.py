@@ -25,7 +25,7 @@ LAYERS = [
     {"training"},
     {"planning", "drafting"},
     {"evaluation", "convert", "run", "inference", "python_api"},
-    {"launch", "tasks"},
+    {"launch", "tasks", "reporting"},
     {"demo"},
     {"cli"},
 ]  # fmt: skip
@@ -47,6 +47,7 @@ LIBRARIES = {
         "univitar_ds.convert.publish",
         "univitar_ds.model.teacher.teacher",
     },
+    "jinja2": {"univitar_ds.reporting.page"},
     "wandb": {"univitar_ds.training.logging.trackers"},
     "trackio": {"univitar_ds.training.logging.trackers"},
     "pyarrow": {"univitar_ds.inference.parts", "univitar_ds.data.importing.table_files"},

@@ -191,8 +191,28 @@ def _add_after_training(commands) -> None:
     evaluate.add_argument("--out", type=expand, metavar="FILE", help="file for the results (JSON), instead of RUN")
     add_weights(evaluate)
     add_overrides(evaluate, "dotted keys of the run file, such as evaluation.sources.0.path=data/other")
-    report = add_command(commands, "report", _report, "print the results of a run", leaves_files=False)
-    report.add_argument("folder", type=expand, metavar="RUN")
+    report = add_command(
+        commands,
+        "report",
+        _report,
+        "print the results of runs, and write a page of them",
+        "Prints the results of runs. With --out, also writes one HTML file that needs no network: results with chance\n"
+        "levels and intervals, examples, curves with the stages, events, and for several runs what differs in their\n"
+        "configurations. A run may be in training.\n\n"
+        "  univitar-ds report runs/photos\n"
+        "  univitar-ds report runs/photos --out report.html\n"
+        "  univitar-ds report runs/photos --out report.html --images cat.jpg walk.mp4 --caption 'a cat'\n"
+        "  univitar-ds report runs/curriculum runs/fixed --out compared.html --png drawings",
+        leaves_files=False,
+    )
+    report.add_argument("folders", nargs="+", type=expand, metavar="RUN", help="folders of runs, at most 8 for a page")
+    report.add_argument("--out", type=expand, metavar="FILE", help="write the page to this file")
+    report.add_argument(
+        "--images", nargs="+", type=expand, metavar="FILE", default=[],
+        help="with --out: images and videos of which to draw the features, by the runs' last checkpoints",
+    )  # fmt: skip
+    report.add_argument("--caption", metavar="TEXT", help="with --images: where they are similar to this text")
+    report.add_argument("--png", type=expand, metavar="FOLDER", help="with --out: write its curves as PNG files too")
 
 
 def _add_demo(commands) -> None:
@@ -235,7 +255,24 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from univitar_ds.evaluation.report import render_run
 
-    show(render_run(arguments.folder))
+    if arguments.out is not None:
+        return _write_page(arguments)
+    if arguments.png is not None or arguments.images or arguments.caption is not None:
+        raise ConfigError("--png, --images and --caption are for a page; give --out FILE too")
+    several = len(arguments.folders) > 1
+    for folder in arguments.folders:
+        show(f"{folder}\n\n{render_run(folder)}\n" if several else render_run(folder))
+
+
+def _write_page(arguments: argparse.Namespace) -> None:
+    from univitar_ds.reporting.page import Wanted, check_page, write_page
+
+    if arguments.caption is not None and not arguments.images:
+        raise ConfigError("--caption is for maps of images; give --images FILE too")
+    wanted = Wanted(arguments.images, arguments.caption, arguments.png)
+    check_page(arguments.out, wanted)
+    for line in write_page(arguments.folders, arguments.out, wanted):
+        show(line)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

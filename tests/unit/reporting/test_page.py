@@ -1,0 +1,125 @@
+"""The page of runs: what it shows, that it holds everything, and what it refuses."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+from PIL import Image
+
+from univitar_ds.cli.main import main
+from univitar_ds.config.data import DataConfig, SourceConfig
+
+
+class Page(HTMLParser):
+    """The page's elements with their attributes, and its text outside of style."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if not self.elements or self.elements[-1][0] != "style":
+            self.text.append(data.strip())
+
+
+def report(*arguments) -> int:
+    return main(["report", *map(str, arguments)])
+
+
+def page_of(tmp_path, *arguments) -> Page:
+    assert report(*arguments, "--out", tmp_path / "page.html") == 0
+    return Page((tmp_path / "page.html").read_text())
+
+
+def test_the_page_needs_nothing_else_and_shows_curves_results_events_and_examples(run_folder, tmp_path, capsys):
+    page = page_of(tmp_path, run_folder("photos"))
+    assert "25.0 %" in capsys.readouterr().out  # the table is still printed
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "xlink:href", "action"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/")), f"{tag} {name}={attributes[name]}"
+        assert tag not in ("script", "link", "iframe")
+    text = " ".join(page.text)
+    for shown in ("25.0 %", "20.0 to 30.0", "10.0 %", "loss is nan", "a <b>note</b>", "finished", "Loss", "native"):
+        assert shown in text, shown
+    curves = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
+    assert "Loss: photos" in curves
+    assert not any(label.startswith("Samples that were left out") for label in curves)  # all are 0
+    (image,) = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
+    assert Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))).width <= 1400
+    svg = (tmp_path / "page.html").read_text()
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
+    identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers)), "an element would be drawn in place of another"
+    assert used <= set(identifiers)
+
+
+def test_several_runs_share_curves_and_a_table_and_show_what_differs(run_folder, tmp_path):
+    source = SourceConfig(path="s3://key:secret@bucket/shards")
+    data = DataConfig(sources=[source], workers=0).model_dump(mode="json")
+    runs = [run_folder("first", value=0.25), run_folder("second", value=0.5, seed=7, data=data)]
+    page = page_of(tmp_path, *runs)
+    content = (tmp_path / "page.html").read_text()
+    row = re.search(r"<tr><td>zero-shot.*?</tr>", content).group()
+    assert re.findall(r'class="number( best)?">(\d+\.0) %', row) == [("", "25.0"), (" best", "50.0"), ("", "10.0")]
+    (seed,) = re.findall(r"<code>seed</code></th>(.*?)</tr>", content)
+    assert re.findall(r"<td>(.*?)</td>", seed) == ["0", "7"]
+    assert "Loss: first, second" in [attributes.get("aria-label") for _, attributes in page.elements]
+    assert "secret" not in content
+    assert len(content) < 5_000_000
+
+
+def test_runs_that_were_evaluated_on_different_data_are_not_compared(run_folder, tmp_path):
+    first, second = run_folder("first"), run_folder("second", value=0.5)
+    result = json.loads((second / "evaluation.json").read_text())
+    result["figures"][0]["n"] = 51
+    (second / "evaluation.json").write_text(json.dumps(result))
+    page_of(tmp_path, first, second)
+    assert 'class="number best"' not in (tmp_path / "page.html").read_text()
+
+
+def test_a_run_before_its_first_line_has_a_page(run_folder, tmp_path, capsys):
+    run = run_folder("new", 0)
+    for name in ("evaluation.json", "summary.json", "events.jsonl", "examples-image.png"):
+        (run / name).unlink()
+    page = page_of(tmp_path, run)
+    assert "has no results yet" in capsys.readouterr().out
+    assert not any(tag == "svg" for tag, _ in page.elements)
+
+
+def test_curves_are_written_as_images_too_and_written_again(run_folder, tmp_path):
+    drawings = tmp_path / "drawings"
+    drawings.mkdir()
+    for _ in range(2):
+        assert report(run_folder("a") if not (tmp_path / "a").exists() else tmp_path / "a", "--out",
+                      tmp_path / "page.html", "--png", drawings) == 0  # fmt: skip
+    names = {path.stem for path in drawings.iterdir()}
+    assert {"loss", "rate", "use"} <= names
+    assert all(Image.open(path).width > 600 for path in drawings.iterdir())
+
+
+def test_files_of_others_stay_and_wrong_options_are_sentences(run_folder, tmp_path, capsys):
+    run = run_folder("a")
+    (tmp_path / "notes.html").write_text("<p>mine</p>")
+    assert report(run, "--out", tmp_path / "notes.html") == 2
+    assert "has not written; give another name" in capsys.readouterr().err
+    assert (tmp_path / "notes.html").read_text() == "<p>mine</p>"
+    Image.new("RGB", (4, 4)).save(tmp_path / "loss.png")
+    assert report(run, "--out", tmp_path / "page.html", "--png", tmp_path) == 2
+    assert "loss.png is a file that this command has not written" in capsys.readouterr().err
+    for wrong, said in (
+        (["--png", tmp_path], "give --out FILE too"),
+        (["--caption", "a cat"], "give --out FILE too"),
+        (["--out", tmp_path / "p.html", "--caption", "a cat"], "give --images FILE too"),
+        ([*[run] * 8, "--out", tmp_path / "p.html"], "9 runs are too many for one page (limit 8)"),
+        ([tmp_path, "--out", tmp_path / "p.html"], "has no config.yaml"),
+    ):
+        assert report(run, *wrong) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "p.html").exists()

@@ -1,0 +1,298 @@
+"""Renders a page of runs: one HTML file with its drawings and images inside, for screens of any width and for print."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from univitar_ds.atomic_write import replace_bytes
+from univitar_ds.config.load import dumped
+from univitar_ds.errors import UserError
+from univitar_ds.evaluation.report import render_evaluation, render_summary
+from univitar_ds.extras import extra
+from univitar_ds.owned import check_result, write_result
+from univitar_ds.reporting.curves import PANELS, SOFTWARE, Drawing, drawings
+from univitar_ds.reporting.differences import differences
+from univitar_ds.reporting.record import RunRecord, read_run
+from univitar_ds.training.logging.trackers import without_credentials
+from univitar_ds.training.logging.writers import event_text
+
+TEMPLATE = "page.html.jinja"
+GENERATOR = '<meta name="generator" content="univitar-ds report">'
+"""The line by which a page is known as one of this program."""
+MOST_RUNS = 8
+_MAP_BYTES = 30_000
+MOST_EVENTS = 200
+_IMAGE_PX = 1400
+"""Maximum width of an image on the page: wider ones are made smaller."""
+_IMAGES_BYTES = 3_000_000
+"""Bytes for all images of a page, divided evenly; their text form is a third longer."""
+
+
+class Cell(NamedTuple):
+    """A result of a run: value and 95 % interval in percent as text, and whether it is the best of its row."""
+
+    value: str
+    interval: str = ""
+    best: bool = False
+
+
+class Row(NamedTuple):
+    """A result of an evaluation, with a cell for each run. `chance` is in percent."""
+
+    task: str
+    measure: str
+    chance: str
+    n: int
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class PageImage:
+    """An image of the page: title, alternative text, and its content as a data URL."""
+
+    title: str
+    alt: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a page has besides the files of its runs: maps of these images and videos, with the similarity to `caption`;
+    the curves as PNG files in `drawings`, an existing folder."""
+
+    images: Sequence[Path] = ()
+    caption: str | None = None
+    drawings: Path | None = None
+
+
+NOTHING = Wanted()
+
+
+def check_page(out: Path, wanted: Wanted) -> None:
+    """Checks that `write_page` may write its files. Args: as `write_page`.
+
+    Raises: ConfigError if another program wrote one of them, or they cannot be written."""
+    check_result(out, is_page)
+    if wanted.drawings is not None:
+        for panel in PANELS:
+            check_result(wanted.drawings / f"{panel.key}.png", is_drawing)
+
+
+def write_page(folders: Sequence[Path], out: Path, wanted: Wanted = NOTHING) -> Iterator[str]:
+    """Writes the page of runs to the file `out`, and its curves as PNG files. Yields what to print: the results, and
+    what was written.
+
+    Raises: as `maps.maps_of`; UserError or ConfigError for a folder that is no run, StorageError if a file cannot be
+        written.
+    """
+    runs = read_runs(folders)
+    for run in runs:
+        title = [str(run.folder), ""] if len(runs) > 1 else []
+        parts = [render_evaluation(run.evaluation)] if run.evaluation else []
+        parts += [render_summary(run.summary)] if run.summary else []
+        yield "\n".join([*title, "\n\n".join(parts) or f"{run.folder} has no results yet"])
+    page, drawn = render_page(runs, wanted)
+    write_result(out, page)
+    yield f"page in {out} ({len(page.encode()) / 1e6:.1f} MB)"
+    if wanted.drawings is not None:
+        for drawing in drawn:
+            replace_bytes(wanted.drawings / f"{drawing.key}.png", drawing.png)
+        yield f"{len(drawn)} drawings in {wanted.drawings}"
+
+
+def is_page(path: Path) -> bool:
+    """Whether `report` wrote this file."""
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(2048)
+
+
+def is_drawing(path: Path) -> bool:
+    """Whether `report` wrote this PNG."""
+    with path.open("rb") as file:
+        return b"tEXtSoftware\0" + SOFTWARE.encode() in file.read(1024)
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Reads runs; those of the same name get the name of their folder beside it.
+
+    Raises: UserError for more than `MOST_RUNS`, or as `record.read_run`."""
+    if len(folders) > MOST_RUNS:
+        raise UserError(f"{len(folders)} runs are too many for one page (limit {MOST_RUNS}); give fewer")
+    return [read_run(folder) for folder in folders]
+
+
+def render_page(runs: Sequence[RunRecord], wanted: Wanted = NOTHING) -> tuple[str, list[Drawing]]:
+    """Returns the page as HTML, and its drawings.
+
+    Raises: as `maps.maps_of`; InstallationError without Jinja2 or matplotlib."""
+    with extra("train"):
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    drawn = drawings(runs)
+    each = _IMAGES_BYTES // max(1, sum(len(run.examples) for run in runs))
+    environment = Environment(
+        loader=PackageLoader("univitar_ds.reporting", "."), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template(TEMPLATE).render(
+        generator=GENERATOR,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        runs=runs,
+        facts=_facts(runs),
+        drawings=drawn,
+        strides=[(run.name, run.stride) for run in runs if run.stride > 1],
+        events=[(run.name, shown, hidden) for run in runs for shown, hidden in [_events(run)] if shown],
+        results=_results(runs),
+        checkpoints=[(run.name, _weights(run)) for run in runs if run.evaluation],
+        notes=list(dict.fromkeys(note for run in runs for note in run.evaluation.get("notes", []))),
+        maps=[one for run in runs for one in _maps(run, wanted)],
+        examples=[image for run in runs for image in _examples(run, each)],
+        differences=differences(runs) if len(runs) > 1 else [],
+        configs=[(run.name, without_credentials(dumped(run.config.model_dump(mode="json")))) for run in runs],
+    )
+    return page, drawn
+
+
+def _facts(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Returns the rows of the table of runs: a name, and a text for each run."""
+    rows = [
+        ("folder", [str(run.folder) for run in runs]),
+        ("state", [_state(run) for run in runs]),
+        ("steps", [_last(run, "step", "{:,.0f}") for run in runs]),
+        ("samples seen", [_last(run, "samples_seen", "{:,.0f}") for run in runs]),
+        ("tokens seen", [_last(run, "tokens_seen", "{:,.0f}") for run in runs]),
+        ("parameters", [_of_summary(run, "parameters", "{:,.0f}") for run in runs]),
+        ("ranks", [_of_summary(run, "ranks", "{}") for run in runs]),
+        ("last loss", [_last(run, "loss", "{:.4f}") for run in runs]),
+        ("samples per second", [_last(run, "samples_per_s", "{:,.1f}") for run in runs]),
+        ("MFU", [_last(run, "mfu_pct", "{:.1f} %") for run in runs]),
+        ("machine", [_of_summary(run, "machine", "{}") for run in runs]),
+        ("versions", [_versions(run) for run in runs]),
+    ]
+    return [(name, values) for name, values in rows if any(values)]
+
+
+def _state(run: RunRecord) -> str:
+    if not run.summary:
+        return "in training, or ended without a summary"
+    return "finished" if run.summary.get("completed") else "stopped before its end"
+
+
+def _last(run: RunRecord, name: str, form: str) -> str:
+    value = next((line[name] for line in reversed(run.lines) if isinstance(line.get(name), int | float)), None)
+    return "" if value is None else form.format(value)
+
+
+def _of_summary(run: RunRecord, name: str, form: str) -> str:
+    value = run.summary.get(name)
+    if not isinstance(value, int | float | str) or (isinstance(value, str) and form != "{}"):
+        return ""
+    return form.format(value)
+
+
+def _versions(run: RunRecord) -> str:
+    versions = run.summary.get("versions")
+    return ", ".join(f"{name} {one}" for name, one in versions.items()) if isinstance(versions, Mapping) else ""
+
+
+def _events(run: RunRecord) -> tuple[list[tuple[str, str]], int]:
+    """Returns the kind and the sentence of each event, and the number of those that are left out."""
+    shown = []
+    for event in run.events[:MOST_EVENTS]:
+        try:
+            shown.append((str(event["event"]), event_text(event)))
+        except KeyError:  # of another version
+            shown.append((str(event.get("event", "?")), ", ".join(f"{name} {one}" for name, one in event.items())))
+    return shown, max(0, len(run.events) - MOST_EVENTS)
+
+
+def _results(runs: Sequence[RunRecord]) -> list[Row]:
+    """Returns a row for each result that a run has, in the order of the first run that has it."""
+    named: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
+    for index, run in enumerate(runs):
+        for figure in run.evaluation.get("figures", []):
+            named.setdefault((*(figure.get(name) for name in ("task", "set", "modality", "measure")),), {})[index] = (
+                figure
+            )
+    return [_row(key, found, len(runs)) for key, found in named.items()]
+
+
+def _row(key: tuple[Any, ...], found: Mapping[int, Mapping[str, Any]], count: int) -> Row:
+    task, data_set, modality, measure = key
+    first = next(iter(found.values()))
+    alike = len({(figure["n"], figure["candidates"], figure["chance"]) for figure in found.values()}) == 1
+    best = max(figure["value"] for figure in found.values()) if len(found) > 1 and alike else None
+    cells = [
+        _cell(found[index], found[index]["value"] == best) if index in found else Cell("") for index in range(count)
+    ]
+    about = data_set or ("" if task.endswith(("text", "image", "video")) else f"{modality}s")
+    return Row(f"{task} ({about})" if about else task, measure, _percent(first["chance"]), first["n"], cells)
+
+
+def _cell(figure: Mapping[str, Any], best: bool) -> Cell:
+    interval = figure.get("interval")
+    between = "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+    return Cell(_percent(figure["value"]), between, best)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _weights(run: RunRecord) -> str:
+    return f"{run.evaluation.get('checkpoint', '?')}, {run.evaluation.get('weights', 'trained')} weights"
+
+
+def _examples(run: RunRecord, most: int) -> Iterator[PageImage]:
+    for kind, path in run.examples.items():
+        yield PageImage(
+            f"{run.name}: {kind}s and the texts that the model finds for them",
+            f"Sheet of held-out {kind}s: each with its true caption, patch features as colours, and the texts that the "
+            "model ranks highest, right ones marked",
+            file_url(path, most),
+        )
+
+
+def _maps(run: RunRecord, wanted: Wanted) -> Iterator[tuple[str, list[PageImage]]]:
+    """Yields a title and images for each file of which there are to be maps."""
+    if not wanted.images:
+        return
+    from univitar_ds.reporting.maps import maps_of  # imports torch
+
+    for found in maps_of(run.folder, run.name, wanted.images, wanted.caption):
+        yield (
+            found.title,
+            [PageImage(one.text, f"{found.title}, {one.text}", data_url(one.image)) for one in found.maps],
+        )
+
+
+def file_url(path: Path, most: int) -> str:
+    """Returns an image file as a data URL of at most `most` bytes. Raises: UserError if it is no image."""
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is no image that can be read ({error}); evaluate the run again") from error
+    return data_url(image, most)
+
+
+def data_url(image: Image.Image, most: int = _MAP_BYTES) -> str:
+    """Returns an RGB image as a data URL of at most `most` bytes, smaller and coarser where it must be."""
+    if image.width > _IMAGE_PX:
+        image = image.resize((_IMAGE_PX, round(image.height * _IMAGE_PX / image.width)), Image.Resampling.LANCZOS)
+    content, quality = io.BytesIO(), 88
+    image.save(content, "WEBP", quality=quality)
+    while content.tell() > most and image.width > 64:
+        quality = max(50, quality - 13)
+        image = image.resize((image.width * 4 // 5, max(1, image.height * 4 // 5)), Image.Resampling.LANCZOS)
+        content = io.BytesIO()
+        image.save(content, "WEBP", quality=quality)
+    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()

@@ -1,0 +1,99 @@
+"""What the folder of a run says about it: configuration, metrics, events, results and images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from univitar_ds.config.load import load_config
+from univitar_ds.config.run_folder import CONFIG, EVALUATION, EVENTS, METRICS, SUMMARY
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.errors import UserError
+from univitar_ds.regular_files import is_regular, open_regular, read_utf8
+
+MOST_LINES = 4000
+"""Lines of metrics that are kept of a run; of a longer one every second, fourth, ... line."""
+_LINE_LIMIT = 1 << 20
+_EXAMPLES = ("image", "video")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run. `lines` are those of metrics.jsonl, of which every `stride`-th is kept; `summary` and `evaluation` are
+    empty before the run ends; `examples` are the images of the evaluation by modality."""
+
+    folder: Path
+    name: str
+    config: RunConfig
+    lines: list[dict[str, Any]]
+    stride: int
+    events: list[dict[str, Any]]
+    summary: dict[str, Any]
+    evaluation: dict[str, Any]
+    examples: dict[str, Path]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads the folder of a run, which may be in training. Lines that are not JSON objects are left out.
+
+    Raises: UserError if the folder is none of a run or a file of it is damaged; ConfigError if its configuration is.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is not the folder of a run: it has no {CONFIG}; name one, such as runs/photos")
+    config = load_config(folder / CONFIG)
+    lines, stride = _thinned(_objects(folder / METRICS))
+    examples = {kind: folder / f"examples-{kind}.png" for kind in _EXAMPLES}
+    return RunRecord(
+        folder,
+        config.name,
+        config,
+        lines,
+        stride,
+        list(_objects(folder / EVENTS)),
+        _document(folder / SUMMARY),
+        _document(folder / EVALUATION),
+        {kind: path for kind, path in examples.items() if is_regular(path)},
+    )
+
+
+def _thinned(lines: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Returns every n-th line, at most `MOST_LINES`, and n, a power of two. The last line is always kept."""
+    kept: list[dict[str, Any]] = []
+    stride, line = 1, None
+    for number, line in enumerate(lines):
+        if number % stride == 0:
+            kept.append(line)
+            if len(kept) > MOST_LINES:
+                kept, stride = kept[::2], 2 * stride
+    if line is not None and kept[-1] is not line:
+        kept.append(line)
+    return kept, stride
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects in a file of JSON lines, which the trainer may be writing; none if it does not exist."""
+    if not is_regular(path):
+        return
+    with open_regular(path) as file:
+        while line := file.readline(_LINE_LIMIT):
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict) and isinstance(value.get("step"), int):
+                yield value
+
+
+def _document(path: Path) -> dict[str, Any]:
+    if not is_regular(path):
+        return {}
+    try:
+        content = json.loads(read_utf8(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}); evaluate the run again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; evaluate the run again")
+    return content
