@@ -1,4 +1,4 @@
-"""Plugins: objectives, readers of sources and callbacks in Python files or modules that a run file names.
+"""Plugins: objectives, optimizers, readers of sources and callbacks in Python files or modules that a run file names.
 
 A plugin is imported from the run file's `plugins` or `data pack --plugin` only, never from a checkpoint or a model. It
 registers what it has while it is imported:
@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import math
 import os
 import re
 import sys
@@ -36,12 +37,18 @@ logger = logging.getLogger(__name__)
 
 OBJECTIVES = ("sigmoid", "softmax", "classification")
 """Objectives that need no plugin."""
+OPTIMIZERS = ("adamw", "muon")
+"""Optimizers that need no plugin."""
 HOOKS = ("on_start", "on_step", "on_checkpoint", "on_end")
 """Methods of a callback."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SUFFIX = re.compile(r"\.[A-Za-z0-9][A-Za-z0-9._-]*")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 _TAKEN_SCHEMES = ("s3", "file")
+_MOMENT = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_TAKEN_MOMENTS = ("fp32", "ema", "frozen", "step")
+"""What else a checkpoint, or the state of an optimizer, has of a parameter."""
+MOMENT_TYPES = ("float32", "bfloat16", "float16")
 _Registered = TypeVar("_Registered")
 
 
@@ -122,6 +129,35 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
+class Moment:
+    """A number that an optimizer keeps for each weight. `dtype`: one of MOMENT_TYPES; `initial`: before an update."""
+
+    dtype: str = "float32"
+    initial: float = 0.0
+
+
+class Optimizer(Protocol):
+    """An optimizer that updates each weight on its own. `moments`: what it keeps for each weight, by name."""
+
+    moments: Mapping[str, Moment]
+
+    def step(
+        self, weights: Any, gradient: Any, moments: Mapping[str, Any], *, lr: float, weight_decay: float, step: int
+    ) -> None:
+        """Updates weights and moments in place.
+
+        It is called for each part of the weights that a rank has, without regard to where a parameter begins, so an
+        element may depend on the same element of the other tensors only: no norm, no mean, no message to other ranks.
+        The gradient is that of all ranks, after clipping. An update that is skipped, since a gradient is not finite,
+        does not call it.
+
+        Args: weights, gradient: (n,) float32; moments: (n,) tensors by name, of the declared types; lr: of the stage,
+            times that of the layer; weight_decay: 0 for vectors such as norms and biases; step: number of this update
+            of these weights, 1 for the first.
+        """
+
+
+@dataclass(frozen=True)
 class Reader:
     """A registered reader of sources; see `register_reader`."""
 
@@ -153,12 +189,15 @@ class Plugin:
     version: str = ""
     text_hash: str = ""
     objectives: dict[str, Objective] = field(default_factory=dict)
+    optimizers: dict[str, Callable[..., Optimizer]] = field(default_factory=dict)
     readers: dict[str, Reader] = field(default_factory=dict)
     callbacks: list[Any] = field(default_factory=list)
 
     def described(self) -> dict[str, Any]:
         """Returns what a checkpoint stores of the plugin, as JSON."""
-        return {"name": self.name, "version": self.version, "objectives": sorted(self.objectives)}
+        return {"name": self.name, "version": self.version, "objectives": sorted(self.objectives)} | (
+            {"optimizers": sorted(self.optimizers)} if self.optimizers else {}
+        )
 
     @property
     def place(self) -> str:
@@ -203,6 +242,25 @@ def register_objective(name: str) -> Callable[[_Registered], _Registered]:
             raise PluginError(f"objective {name} has no method loss_of_chunk(images, texts, scale, bias, positives)")
         plugin.objectives[name] = made
         return objective
+
+    return register
+
+
+def register_optimizer(name: str) -> Callable[[_Registered], _Registered]:
+    """Returns a decorator that registers a class like `Optimizer` for `optimizer.kind: NAME`.
+
+    The class is made with `optimizer.options` as keyword arguments. Raises: PluginError if the name is taken or no
+    name, or without the method.
+    """
+    plugin = _registering(f"optimizer {name!r}")
+    _check_name(name, "optimizer", OPTIMIZERS, plugin)
+
+    def register(optimizer: _Registered) -> _Registered:
+        if not isinstance(optimizer, type) or not callable(getattr(optimizer, "step", None)):
+            method = "step(weights, gradient, moments, *, lr, weight_decay, step)"
+            raise PluginError(f"optimizer {name} is no class with a method {method}")
+        plugin.optimizers[name] = optimizer
+        return optimizer
 
     return register
 
@@ -255,7 +313,8 @@ def _check_name(name: str, what: str, taken: Collection[str], plugin: Plugin) ->
         raise PluginError(f"{what} {name!r} is no name of letters, digits, dots, - and _ (not first), at most 64")
     if name in taken:
         raise PluginError(f"{what} {name} is one of {', '.join(taken)}, which need no plugin; choose another name")
-    if name in (plugin.objectives if what == "objective" else plugin.readers):
+    registered = {"objective": plugin.objectives, "optimizer": plugin.optimizers, "reader": plugin.readers}
+    if name in registered[what]:
         raise PluginError(f"{what} {name} is registered twice; choose another name")
 
 
@@ -267,7 +326,7 @@ def is_file(entry: str) -> bool:
 def load_plugins(entries: Sequence[str]) -> list[Plugin]:
     """Imports plugins, each once in a process; a file that has changed is imported again. Returns them in this order.
 
-    Objectives and readers of these plugins are then found, and those of others no longer.
+    Objectives, optimizers and readers of these plugins are then found, and those of others no longer.
 
     Raises: PluginError if one cannot be imported, or if two have one name, or register something under one name.
     """
@@ -282,6 +341,7 @@ def load_plugins(entries: Sequence[str]) -> list[Plugin]:
                 )
             for what, theirs, ours in (
                 ("objective", other.objectives, plugin.objectives),
+                ("optimizer", other.optimizers, plugin.optimizers),
                 ("reader", other.readers, plugin.readers),
             ):
                 if both := sorted(theirs.keys() & ours.keys()):
@@ -308,6 +368,39 @@ def objective_named(name: str) -> tuple[Plugin, Objective]:
         f"objective.kind {name}: no plugin registers it; choose one of {', '.join(known)}, or name in plugins the file "
         "or module that has it"
     )
+
+
+def optimizer_of(name: str, options: Mapping[str, Any]) -> tuple[Plugin, Optimizer]:
+    """Makes a registered optimizer. Returns it with its plugin. Args: options: arguments of its class.
+
+    Raises: PluginError, with those there are, if there is none; if its class refuses the options; or if its moments
+        are none that a checkpoint can have.
+    """
+    for plugin in _active:
+        if name in plugin.optimizers:
+            with calling(plugin, f"the optimizer {name} with options {dict(options)}"):
+                made = plugin.optimizers[name](**options)
+                _check_moments(getattr(made, "moments", None))
+            return plugin, made
+    known = [*OPTIMIZERS, *(known for plugin in _active for known in plugin.optimizers)]
+    raise PluginError(
+        f"optimizer.kind {name}: no plugin registers it; choose one of {', '.join(known)}, or name in plugins the file "
+        "or module that has it"
+    )
+
+
+def _check_moments(moments: Any) -> None:
+    if not isinstance(moments, Mapping) or not all(isinstance(moment, Moment) for moment in moments.values()):
+        raise PluginError("moments is no dict of names and Moment(); without moments it is {}")
+    for name, moment in moments.items():
+        if not isinstance(name, str) or not _MOMENT.fullmatch(name):
+            raise PluginError(f"moment {name!r} is no name of small letters, digits and _, at most 64")
+        if name in _TAKEN_MOMENTS:
+            raise PluginError(f"moment {name} has a name that checkpoints use; choose another")
+        if moment.dtype not in MOMENT_TYPES:
+            raise PluginError(f"moment {name} has dtype {moment.dtype!r}; choose one of {', '.join(MOMENT_TYPES)}")
+        if not isinstance(moment.initial, int | float) or not math.isfinite(moment.initial):
+            raise PluginError(f"moment {name} begins at {moment.initial!r}; give a finite number")
 
 
 def readers() -> list[Reader]:
@@ -389,7 +482,7 @@ def _load_file(entry: str) -> Plugin:
 def _kept(plugin: Plugin, module: types.ModuleType) -> Plugin:
     version = getattr(module, "__version__", None)
     plugin.version = str(version)[:64] if version is not None else plugin.text_hash or "unknown"
-    if not (plugin.objectives or plugin.readers or plugin.callbacks):
+    if not (plugin.objectives or plugin.optimizers or plugin.readers or plugin.callbacks):
         logger.warning("the plugin %s registers nothing; see docs/plugins.md", plugin.place)
     _loaded[plugin.entry] = plugin
     return plugin

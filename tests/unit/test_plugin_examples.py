@@ -11,7 +11,8 @@ from tests.support.paths import ROOT
 from univitar_ds.data.importing.recognise import read_source
 from univitar_ds.data.importing.rows import ReadOptions
 from univitar_ds.objectives.pairs import check_additive, pair_losses
-from univitar_ds.plugins import RunInfo, StepInfo, load_plugins
+from univitar_ds.plugins import RunInfo, StepInfo, load_plugins, optimizer_of
+from univitar_ds.training.engine.elementwise import check_elementwise, new_moment
 
 FOLDER = ROOT / "examples" / "plugins"
 STEP = StepInfo(1, "s", "image", 8, 640, 8, 2.5, {"contrastive": 2.5}, 1.0, 1e-3, 10.0, -10.0, 0.5)
@@ -57,3 +58,16 @@ def test_the_hinge_loss_is_a_sum_over_pairs_and_pulls_pairs_together():
     found = loss(images, texts, torch.tensor(10.0), torch.tensor(0.0), torch.eye(2, dtype=torch.bool), 2)
     assert abs(found.loss.item() - 0.18) < 1e-6  # only image 1 and text 0, whose cosine of 0.28 is above 0.1
     assert torch.equal(found.texts, torch.stack([images[1] / 2, torch.zeros(2)]))
+
+
+def test_lion_moves_each_weight_by_the_learning_rate_and_is_elementwise():
+    load_plugins([str(FOLDER / "lion.py")])
+    _, lion = optimizer_of("lion", {"beta2": 0.5})
+    check_elementwise(lion)
+    weights = torch.tensor([1.0, 1.0, 1.0])
+    moments = {name: new_moment(moment, weights) for name, moment in lion.moments.items()}
+    for step, gradient in enumerate(([8.0, -8.0, 0.0], [-1.0, 100.0, 0.0]), 1):
+        lion.step(weights, torch.tensor(gradient), moments, lr=0.25, weight_decay=0.0, step=step)
+    # The mean is 4 and -4 before the second step; 0.9 of it outweighs 0.1 of a gradient of -1, and not of 100.
+    assert weights.tolist() == [0.5, 1.0, 1.0]
+    assert moments["mean"].tolist() == [1.5, 48.0, 0.0]

@@ -1,6 +1,7 @@
 """Plugins are imported from files and modules, register what they have, and fail with one sentence."""
 
 import hashlib
+import re
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from univitar_ds import plugins
 from univitar_ds.config.load import check_config
 from univitar_ds.config.places import anchored
 from univitar_ds.errors import ConfigError, PluginError
-from univitar_ds.plugins import compare_with_saved, load_plugins, objective_named, readers
+from univitar_ds.plugins import compare_with_saved, load_plugins, objective_named, optimizer_of, readers
 
 CALLBACK = """
 from univitar_ds.plugins import Callback, register_callback
@@ -131,6 +132,66 @@ def test_an_objective_is_found_while_its_plugin_is_one_of_the_run(written):
         objective_named("hinge2")
 
 
+OPTIMIZER = """
+from univitar_ds.plugins import Moment, register_optimizer
+@register_optimizer("{name}")
+class Mine:
+    def __init__(self, beta=0.5):
+        self.moments = {moments}
+    def step(self, weights, gradient, moments, *, lr, weight_decay, step):
+        pass
+"""
+
+
+def test_an_optimizer_is_made_with_its_options_while_its_plugin_is_one_of_the_run(written):
+    load_plugins([written(OPTIMIZER.format(name="lion2", moments="{'mean': Moment(initial=beta)}"))])
+    plugin, made = optimizer_of("lion2", {"beta": 0.75})
+    assert plugin.described() == {
+        "name": "mine",
+        "version": plugin.version,
+        "objectives": [],
+        "optimizers": ["lion2"],
+    }
+    assert made.moments["mean"].initial == 0.75
+    with pytest.raises(PluginError, match=r"failed in the optimizer lion2 with options {'bet': 1}: TypeError.*'bet'"):
+        optimizer_of("lion2", {"bet": 1})
+    with pytest.raises(PluginError, match=r"optimizer.kind lion3: no plugin registers it; choose one of .*muon, lion2"):
+        optimizer_of("lion3", {})
+    load_plugins(())
+    with pytest.raises(PluginError, match="no plugin registers it; choose one of adamw, muon, or name in plugins"):
+        optimizer_of("lion2", {})
+
+
+@pytest.mark.parametrize(
+    ("moments", "said"),
+    [
+        ("None", "moments is no dict of names and Moment()"),
+        ("{'a': 0.0}", "moments is no dict"),
+        ("{'a/b': Moment()}", "moment 'a/b' is no name of small letters"),
+        ("{'fp32': Moment()}", "moment fp32 has a name that checkpoints use; choose another"),
+        ("{'a': Moment('int8')}", "moment a has dtype 'int8'; choose one of float32, bfloat16, float16"),
+        ("{'a': Moment(initial=float('nan'))}", "moment a begins at nan; give a finite number"),
+    ],
+)
+def test_moments_that_no_checkpoint_can_have_are_refused(written, moments, said):
+    load_plugins([written(OPTIMIZER.format(name="lion2", moments=moments))])
+    with pytest.raises(PluginError, match=re.escape(said)):
+        optimizer_of("lion2", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (OPTIMIZER.format(name="muon", moments="{}"), "optimizer muon is one of adamw, muon, which need no plugin"),
+        (OPTIMIZER.format(name="a", moments="{}").replace("step(", "update("), "a is no class with a method step("),
+        (OPTIMIZER.format(name="a", moments="{}") * 2, "optimizer a is registered twice"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_registered_is_refused(written, text, said):
+    with pytest.raises(PluginError, match=re.escape(said)):
+        load_plugins([written(text)])
+
+
 def test_registering_outside_of_a_plugin_is_refused():
     with pytest.raises(PluginError, match="name its file or module in plugins"):
         plugins.register_callback(plugins.Callback())
@@ -163,6 +224,7 @@ def test_paths_become_absolute_and_names_of_modules_stay(monkeypatch, tmp_path):
     [
         ({"plugins": ["a.py", "a.py"]}, "a.py twice; keep one"),
         ({"plugins": [""]}, "plugins.0 must not be empty"),
+        ({"optimizer": {"kind": "lion"}}, "lion is neither adamw nor muon.*name the plugin in plugins"),
         ({"objective": {"kind": "sigmod"}}, "sigmod is none of sigmoid, softmax, classification.*plugins"),
     ],
 )

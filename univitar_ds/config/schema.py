@@ -17,12 +17,42 @@ from univitar_ds.config.model import ModelConfig, ObjectiveConfig
 from univitar_ds.config.paths import PathText
 from univitar_ds.config.section import NAME_LIMIT, NAME_PATTERN, Fraction, Positive, Section, check_templates
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.plugins import OBJECTIVES
+from univitar_ds.plugins import OBJECTIVES, OPTIMIZERS
+
+
+class MuonConfig(Section):
+    """Settings of Muon, with the names of torch.optim.Muon. It has the learning rate, weight decay and layer decay of
+    AdamW."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="decay rate of the mean of gradients")
+    nesterov: bool = Field(True, description="add a share of the last gradient once more to its mean")
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = Field(
+        5, description="Newton-Schulz iterations, which make the update of a matrix nearly orthogonal"
+    )
+    adjust_lr: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="scale of an update by its shape: match_rms_adamw takes learning rates of AdamW, original does not",
+    )
+    lr_scale: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="ratio of the learning rate of Muon to that of the stage, which AdamW has"
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="of the iterations and of the messages that bring matrices together; bf16 as in torch"
+    )
 
 
 class OptimizerConfig(Section):
-    """Settings of AdamW. The learning rate is a setting of the stage."""
+    """Settings of the optimizer. The learning rate is a setting of the stage."""
 
+    kind: Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LIMIT)] = Field(
+        "adamw",
+        description="adamw; muon: Muon on the matrices of blocks, AdamW on all else; or a name that a plugin registers",
+        json_schema_extra={"examples": list(OPTIMIZERS)},
+    )
+    muon: MuonConfig = Field(MuonConfig(), description="settings of kind muon beside those of AdamW")
+    options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="arguments of a plugin's optimizer, by name"
+    )
     betas: tuple[Fraction, Fraction] = Field(
         (0.9, 0.98),
         description="decay rates of the two moments; 0.98 forgets a jump of the gradient within about 50 steps",
@@ -184,7 +214,7 @@ class RunConfig(Section):
     plugins: list[Annotated[PathText, Field(min_length=1)]] = Field(
         default_factory=list,
         description="Python files (losses.py) and installed modules (my_package.losses) that every process of a run "
-        "imports, with objectives, readers of sources and callbacks",
+        "imports, with objectives, optimizers, readers of sources and callbacks",
     )
     model: ModelConfig = Field(ModelConfig(), description="both towers and their joint embedding")
     data: DataConfig = Field(description="sources, lanes and the limits of reading")
@@ -192,7 +222,7 @@ class RunConfig(Section):
         description="curriculum, one entry per stage: length, sizes, budgets, learning rate, weights of the losses"
     )
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="loss, and the teacher of the distillation")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW; the learning rate is stages.N.lr")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW or Muon; the learning rate is stages.N.lr")
     guard: GuardConfig = Field(GuardConfig(), description="rollback of steps whose loss or gradient is not sound")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="interval and number of checkpoints")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out data, evaluated after training")
@@ -223,6 +253,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"objective.kind {self.objective.kind} is none of {', '.join(OBJECTIVES)}, and there is no plugin that "
                 "may bring it; choose one of them, or name the plugin in plugins"
+            )
+        if self.optimizer.kind not in OPTIMIZERS and not self.plugins:
+            raise ValueError(
+                f"optimizer.kind {self.optimizer.kind} is neither {' nor '.join(OPTIMIZERS)}, and there is no plugin "
+                "that may bring it; choose one of them, or name the plugin in plugins"
             )
         return self
 

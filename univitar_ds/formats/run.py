@@ -80,7 +80,8 @@ def read_all(path: Path, weights: Weights | None = None, *, verify: bool = True)
         state = reader.content["run"]
         encoder, joint = _configuration(run, config, run_description(run, config, state.get("model")))
         tensors = _parameters(reader, kinds, buffers)
-        optimizer = _optimizer(reader) if not averaged else None
+        adamw = config.optimizer.kind == "adamw"  # the only one whose state a format has
+        optimizer = _optimizer(reader) if adamw and not averaged else None
     return StoredModel(
         checkpoint,
         "run",

@@ -18,7 +18,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError, ConfigError, DataError, InstallationError, UserError
 from univitar_ds.extras import extra
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
-from univitar_ds.plugins import OBJECTIVES, calling, load_plugins, objective_named
+from univitar_ds.plugins import OBJECTIVES, OPTIMIZERS, calling, load_plugins, objective_named, optimizer_of
 
 if TYPE_CHECKING:
     from univitar_ds.data.shards.sources import SourceShard
@@ -226,8 +226,8 @@ def _sources(
 
 
 def check_plugins(config: RunConfig) -> None:
-    """Imports the plugins of a run. Raises: PluginError if one cannot be imported, or none has the run's objective,
-    or that objective is no sum over pairs."""
+    """Imports the plugins of a run. Raises: PluginError if one cannot be imported; if none has the run's objective or
+    optimizer; or if that objective is no sum over pairs, or the optimizer does not update each weight on its own."""
     if config.plugins:
         startup.phase("importing the plugins")
     load_plugins(config.plugins)
@@ -237,6 +237,12 @@ def check_plugins(config: RunConfig) -> None:
         plugin, objective = objective_named(config.objective.kind)
         with calling(plugin, f"the objective {config.objective.kind}"):
             check_additive(pair_losses(objective.loss_of_chunk))
+    if config.optimizer.kind not in OPTIMIZERS:
+        from univitar_ds.training.engine.elementwise import check_elementwise
+
+        plugin, optimizer = optimizer_of(config.optimizer.kind, config.optimizer.options)
+        with calling(plugin, f"the optimizer {config.optimizer.kind}"):
+            check_elementwise(optimizer)
 
 
 def check_zero_stage(deepspeed: dict[str, Any], name: str) -> int:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from univitar_ds.config.encoder import EncoderConfig
-from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.schema import OptimizerConfig, RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.model.build import build_contrastive
 from univitar_ds.model.classification import build_classifier
-from univitar_ds.training.engine.optim import GRADIENT_PARTS, PARTS, part_of, trained_parts
+from univitar_ds.training.engine.optim import (
+    GRADIENT_PARTS,
+    PARTS,
+    block_matrices,
+    moments_of,
+    part_of,
+    trained_parts,
+)
 
 FP32 = 4
+MUON = "muon"
 TENSORS = 20
 """Activations that a block keeps for the backward pass, in tensors of the hidden width (derived; univitar_0p3b)."""
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -33,6 +42,8 @@ class Counts:
     """Numbers of parameters by part, in the order of GRADIENT_PARTS."""
 
     by_part: Mapping[str, int]
+    matrices: Mapping[str, int] = field(default_factory=dict)
+    """Those of `by_part` that are in matrices of blocks, which Muon updates."""
 
     @property
     def total(self) -> int:
@@ -40,9 +51,24 @@ class Counts:
 
     def trained(self, config: RunConfig, stage: StageConfig) -> int:
         """Returns the number of parameters that a stage trains."""
-        parts = trained_parts(config, stage)
-        own = {part: part if part in PARTS else "rest" for part in self.by_part}
-        return sum(count for part, count in self.by_part.items() if own[part] in parts)
+        return _trained(self.by_part, config, stage)
+
+    def moments(self, config: RunConfig, stage: StageConfig) -> int:
+        """Returns the bytes of the optimizer's moments of all parameters that a stage trains.
+
+        Raises: PluginError if the optimizer is that of a plugin that was not imported."""
+        cfg, trained = config.optimizer, self.trained(config, stage)
+        matrices = _trained(self.matrices, config, stage) if cfg.kind == MUON else 0
+        return matrices * _bytes_of(cfg, {"kind": MUON}) + (trained - matrices) * _bytes_of(cfg, {})
+
+
+def _trained(counts: Mapping[str, int], config: RunConfig, stage: StageConfig) -> int:
+    parts = trained_parts(config, stage)
+    return sum(count for part, count in counts.items() if (part if part in PARTS else "rest") in parts)
+
+
+def _bytes_of(cfg: OptimizerConfig, group: Mapping[str, str]) -> int:
+    return sum(getattr(torch, moment.dtype).itemsize for moment in moments_of(cfg, group).values())
 
 
 @dataclass(frozen=True)
@@ -77,10 +103,14 @@ def count_parameters(
             built = build_classifier(model, classes=classes, **given)
         else:
             built = build_contrastive(model, vocab_size=1, eos_id=0, pad_id=0, **given)
+    return Counts(_by_part(dict(built.named_parameters())), _by_part(block_matrices(built)))
+
+
+def _by_part(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
     counts = dict.fromkeys(GRADIENT_PARTS, 0)
-    for name, parameter in built.named_parameters():
+    for name, parameter in parameters.items():
         counts[part_of(name, GRADIENT_PARTS)] += parameter.numel()
-    return Counts({part: count for part, count in counts.items() if count})
+    return {part: count for part, count in counts.items() if count}
 
 
 def memory_of_rank(
@@ -95,7 +125,7 @@ def memory_of_rank(
     parts = {
         "weights": counts.total * width * (share if zero["stage"] == 3 else 1),
         "gradients": trained * gradient * (share if zero["stage"] > 1 else 1),
-        "optimizer": trained * 3 * FP32 * share,  # master weights and two moments
+        "optimizer": (trained * FP32 + counts.moments(config, stage)) * share,  # master weights and moments
     }
     if config.optimizer.ema_decay is not None:
         parts["average"] = trained * FP32 * share
@@ -117,8 +147,8 @@ def activation_bytes(tokens: float, hidden: int, layers: int, *, width: int, eve
 def checkpoint_bytes(config: RunConfig, stage: StageConfig, counts: Counts, resolved: Mapping[str, Any]) -> int:
     """Returns the bytes of the tensors of a checkpoint: master weights, moments, average, frozen weights."""
     trained = counts.trained(config, stage)
-    kinds = 3 + (config.optimizer.ema_decay is not None)
-    return trained * kinds * FP32 + (counts.total - trained) * compute_width(resolved)
+    kinds = 1 + (config.optimizer.ema_decay is not None)
+    return trained * kinds * FP32 + counts.moments(config, stage) + (counts.total - trained) * compute_width(resolved)
 
 
 def compute_width(resolved: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 
 from tests.support.finished import run_config, write_run
@@ -109,6 +110,10 @@ def test_the_state_of_the_optimizer_belongs_to_the_trained_parameters(trained, t
     for moment in (optimizer.exp_avg, optimizer.exp_avg_sq):
         assert {name: info.shape for name, info in moment.infos.items()} == shapes
         assert not moment["pool.query"].any()
+
+    config = tmp_path / "grouped" / "config.yaml"
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"optimizer": {"kind": "muon"}}))
+    assert open_stored(tmp_path / "grouped").optimizer is None  # no format has another state than AdamW's
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -12,8 +13,18 @@ from univitar_ds.formats.elastic import ElasticReader
 from univitar_ds.formats.run import run_description
 from univitar_ds.model.config import PRESETS
 from univitar_ds.planning.sizes import Counts, amount, checkpoint_bytes, count_parameters, memory_of_rank
+from univitar_ds.plugins import load_plugins
 
 COUNTS = Counts({"patch_embedding": 100, "blocks": 700, "text": 150, "logits": 2, "heads": 48})
+
+PLUGIN = """
+from univitar_ds.plugins import Moment, register_optimizer
+@register_optimizer("small")
+class Small:
+    moments = {"mean": Moment("bfloat16")}
+    def step(self, weights, gradient, moments, *, lr, weight_decay, step):
+        pass
+"""
 
 
 def resolved(config, world_size, name="zero3_cpu", **zero):
@@ -89,3 +100,22 @@ def test_frozen_parts_have_weights_only_and_offloaded_ones_are_in_host_memory():
 
 def test_amounts_have_units():
     assert [amount(size) for size in (900, 2.5e6, 1.25e9, 3e12)] == ["0.9 kB", "2.5 MB", "1.25 GB", "3 TB"]
+
+
+def test_the_moments_of_muon_and_of_a_plugin_count_with_their_types(tmp_path):
+    model = run_config()
+    described = {"encoder": PRESETS["tiny"].to_dict()}
+    labels = run_config(objective={"kind": "classification"})
+    matrices = count_parameters(labels, described, teacher_width=None, classes=10).matrices
+    hidden, inner = PRESETS["tiny"].hidden_size, PRESETS["tiny"].intermediate_size * 2 // 3
+    assert matrices == {"blocks": PRESETS["tiny"].num_hidden_layers * (4 * hidden**2 + 3 * hidden * inner)}
+    counts = replace(COUNTS, matrices={"blocks": 600, "text": 100})
+    muon = run_config(optimizer={"kind": "muon"})
+    memory = memory_of_rank(muon, muon.stages[0], counts, 4, resolved(model, 4))
+    assert memory.parts["optimizer"] == (700 * 8 + 300 * 12) / 4
+    assert checkpoint_bytes(muon, muon.stages[0], counts, resolved(model, 4)) == 700 * 8 + 300 * 12
+    (tmp_path / "small.py").write_text(PLUGIN)
+    load_plugins([str(tmp_path / "small.py")])
+    small = run_config(optimizer={"kind": "small"}, plugins=[str(tmp_path / "small.py")])
+    assert memory_of_rank(small, small.stages[0], counts, 4, resolved(model, 4)).parts["optimizer"] == 1000 * 6 / 4
+    load_plugins(())

@@ -102,7 +102,8 @@ _ROWS = (
     ("optimizer.weight_decay", "", "wd weight_decay adam_weight_decay"),
     ("optimizer.betas", "a list of two", "beta1 beta2 adam_beta1 adam_beta2 opt_betas betas"),
     ("optimizer.eps", "", "epsilon adam_epsilon opt_eps"),
-    ("optimizer", "which is AdamW", "opt optim optimizer_type optimizer_name"),
+    ("optimizer.kind", "adamw, muon or that of a plugin", "opt optim optimizer_type optimizer_name"),
+    ("optimizer.muon.momentum", "", "muon_momentum"),
     (
         "optimizer.clip_norm",
         "",

@@ -15,6 +15,7 @@ from univitar_ds.config.paths import absolute
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.section import Section
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.plugins import OPTIMIZERS
 
 UnusedKeys = Iterator[tuple[str, str]]
 """Yields (key, reason) of keys without effect."""
@@ -170,6 +171,15 @@ def _objective(objective: ObjectiveConfig, stages: Sequence[StageConfig]) -> Unu
 
 
 def _optimizer(config: RunConfig) -> UnusedKeys:
+    optimizer = config.optimizer
+    why = f"optimizer.kind is {optimizer.kind}"
+    if optimizer.kind != "muon":
+        yield from _because(_given("optimizer.muon", optimizer.muon, *type(optimizer.muon).model_fields), why)
+    if optimizer.kind in OPTIMIZERS:
+        yield from _because(_given("optimizer", optimizer, "options"), f"{why}, which no plugin brings")
+    else:
+        given = _given("optimizer", optimizer, "betas", "eps")
+        yield from _because(given, f"{why}, whose arguments are optimizer.options")
     if all("vision" in stage.frozen for stage in config.stages):
         decay = _given("optimizer", config.optimizer, "layer_decay")
         yield from _because(decay, "the encoder is frozen in every stage")

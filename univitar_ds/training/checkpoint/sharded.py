@@ -1,7 +1,8 @@
 """Elastic checkpoints: every rank writes the flat shards that it owns, and any number of ranks reads the ranges that
 each rank needs.
 
-    rank00000.safetensors   "<parameter>/<kind>": 1-D; kind is fp32, exp_avg, exp_avg_sq, ema, or frozen
+    rank00000.safetensors   "<parameter>/<kind>": 1-D; kind is fp32, ema, frozen, or the name of a moment:
+                            exp_avg and exp_avg_sq of AdamW, momentum_buffer of Muon, a plugin's own
     index.json              pieces: {<parameter>: {shape, kinds: {<kind>: dtype}, parts: [[rank, start, length], ...]}},
                             cursors: {<lane>: cursor}
     buffers.safetensors     buffers of the model, by name
@@ -15,7 +16,7 @@ restores wrong settings with several optimizer groups and drops frozen parameter
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,7 @@ def load_checkpoint(engine: Engine, folder: Path, *, stage_transition: bool = Fa
     """Loads a checkpoint of any number of ranks and any ZeRO stage into `engine`. All ranks call it.
 
     Args: stage_transition: whether trained and frozen parameters may differ between engine and checkpoint. Parameters
-    that are newly trained get moments of 0, and their average starts at their value.
+    that are newly trained get moments as at the start of a run, and their average starts at their value.
     Raises: CheckpointError on all ranks if a file is damaged or the checkpoint is from another model.
     """
     world = engine.world
@@ -143,7 +144,7 @@ def load_checkpoint(engine: Engine, folder: Path, *, stage_transition: bool = Fa
                 for kind, target in piece.tensors.items():
                     source = _source(kind, reader.kinds.get(piece.name, {}))
                     if piece.length and source is None:
-                        target.zero_()
+                        target.fill_(engine.initial.get(kind, 0.0))
                     elif piece.length:
                         reader.fill(piece.name, source, piece.start, target)
             buffers = dict(engine.module.named_buffers())
@@ -155,7 +156,7 @@ def load_checkpoint(engine: Engine, folder: Path, *, stage_transition: bool = Fa
 
 
 def _source(kind: str, saved: Collection[str]) -> str | None:
-    """Returns the saved kind from which `kind` is loaded; None if `kind` starts at 0."""
+    """Returns the saved kind from which `kind` is loaded; None if it is a moment that starts at its initial value."""
     if kind in saved or not saved:
         return kind
     if kind == FROZEN:
@@ -201,11 +202,28 @@ def _check_model(engine: Engine, reader: ElasticReader, stage_transition: bool) 
     ]
     if frozen and not stage_transition:
         faults.append(f"{_names(sorted(frozen))} trained in one and frozen in the other")
+    if differ := _other_moments(pieces, reader):
+        raise CheckpointError(
+            f"{reader.folder} has other moments of the optimizer than this run: {differ}; resume with the version of "
+            "the plugin that wrote it"
+        )
     if faults:
         raise CheckpointError(
             f"{reader.folder} is a checkpoint from another model: {'; '.join(faults)}; resume with the model "
             "configuration that wrote it"
         )
+
+
+def _other_moments(pieces: Mapping[str, ParamShard], reader: ElasticReader) -> str:
+    """Returns a difference between the moments of a parameter that was and is trained, or else an empty text."""
+    weights = {MASTER, EMA, FROZEN}
+    for name, piece in pieces.items():
+        saved = reader.kinds.get(name, {})
+        if piece.length and MASTER in piece.tensors and MASTER in saved:
+            ours, theirs = piece.tensors.keys() - weights, saved.keys() - weights
+            if ours != theirs:
+                return f"{', '.join(sorted(theirs)) or 'none'} of {name}, not {', '.join(sorted(ours)) or 'none'}"
+    return ""
 
 
 def _names(names: list[str]) -> str:

@@ -36,16 +36,19 @@ from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.extras import extra
 from univitar_ds.formats.elastic import EMA, FROZEN, MASTER
-from univitar_ds.formats.stored_model import MOMENTS
 from univitar_ds.training.distributed.process_group import World, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
 from univitar_ds.training.engine.device_waits import NO_TIMERS, NormReader, order_streams, streams_in_order
+from univitar_ds.training.engine.elementwise import new_moment
 from univitar_ds.training.engine.free_engine import free_engine
+from univitar_ds.training.engine.matrices import part_of_matrix
+from univitar_ds.training.engine.muon import MatricesAndAdamW
 from univitar_ds.training.engine.node_sharding import Sharding, sharding_of
 from univitar_ds.training.engine.optim import (
     GRADIENT_PARTS,
     build_optimizer,
     counted_updates,
+    moments_of,
     part_of,
     set_learning_rate,
     settings,
@@ -84,21 +87,21 @@ class ParamShard:
 
 
 class Engine:
-    """A model under ZeRO 1, 2 or 3 with AdamW. Built by `build_engine`."""
+    """A model under ZeRO 1, 2 or 3 with its optimizer. Built by `build_engine`."""
 
     def __init__(
         self,
         engine: Any,
         world: World,
-        ema_decay: float | None = None,
+        cfg: OptimizerConfig,
         exact: Mapping[str, Tensor] | None = None,
         sharding: Sharding | None = None,
     ) -> None:
         """Args: exact: float32 values of the model's `exact_parameters`, which DeepSpeed has rounded to bfloat16;
         sharding: None: over all ranks."""
         self._engine = engine
-        self._ema_decay = ema_decay
-        self._kept = MOMENTS if ema_decay is None else (*MOMENTS, EMA)
+        self._cfg = cfg
+        self._ema_decay = cfg.ema_decay
         self._optimizer = engine.optimizer
         self._sharded = engine.zero_optimization_stage() == 3
         self.world = world
@@ -110,9 +113,12 @@ class Engine:
         """
         self.reported: list[float] = []
         """The numbers given to the last `step`, read with the gradient's norm."""
+        self.initial: dict[str, float] = {}
+        """The values at which moments begin, by name."""
         self._read_gradient = False
         self._closed = False
         self._make_moments()
+        self._place_matrices()
         self._exact = self._exact_masters(exact or {})
         self._share_exact()
         self._norm_reader: NormReader | None = None
@@ -251,8 +257,7 @@ class Engine:
                 if mapping is None:  # owned by other ranks
                     yield ParamShard(name, tuple(parameter.shape), 0, {MASTER: torch.empty(0)})
                     continue
-                kinds = (MASTER, *self._kept)
-                tensors = {key: mapping.get_hp_fragment(None if key == MASTER else key) for key in kinds}
+                tensors = {MASTER: mapping.get_hp_fragment(), **mapping.optim_fragment}
                 tensors = {key: tensor.detach() for key, tensor in tensors.items()}
                 yield ParamShard(name, tuple(parameter.shape), mapping.lp_fragment_address.start, tensors)
 
@@ -268,7 +273,7 @@ class Engine:
         group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
         flat = self._optimizer.fp32_partitioned_groups_flat[group]
         state = self._optimizer.optimizer.state[flat]
-        tensors = {MASTER: flat.data, **{key: state[key] for key in self._kept}}
+        tensors = {MASTER: flat.data, **{key: kept for key, kept in state.items() if key != "step"}}
         own = {kind: tensor.narrow(0, offset, length) for kind, tensor in tensors.items()}
         return ParamShard(name, tuple(parameter.ds_shape), start, own, self._sharding.first)
 
@@ -388,21 +393,33 @@ class Engine:
         return [float(self._optimizer.optimizer.state[flat]["step"]) for flat, _ in self._masters_and_groups()]
 
     def _make_moments(self) -> None:
-        """Creates Adam's state. Adam creates it at the first update, but a checkpoint may be loaded or saved earlier.
+        """Creates the optimizer's state. Adam creates it at the first update, but a checkpoint may be loaded or saved
+        earlier.
 
-        The average of the weights is stored in the same state: DeepSpeed moves it like a moment, and Adam ignores it.
+        The average of the weights is stored in the same state: DeepSpeed moves it like a moment, and the optimizer
+        ignores it.
         """
         for flat, group in self._masters_and_groups():
             state = self._optimizer.optimizer.state[flat]
             state.setdefault("step", counted_updates(0.0, flat, group))
-            for key in MOMENTS:
+            for key, moment in moments_of(self._cfg, group).items():
+                self.initial[key] = moment.initial
                 if key not in state:
-                    state[key] = torch.zeros_like(flat.data)
-            if EMA in self._kept:
+                    state[key] = new_moment(moment, flat.data)
+            if self._ema_decay is not None:
                 state[EMA] = flat.data.clone()
         if not self._sharded:
             self._optimizer._lazy_init_hp_params_optimizer_state()
         self._updates = self._counted()
+
+    def _place_matrices(self) -> None:
+        """Gives Muon the places of its matrices in the flat tensors."""
+        optimizer = self._optimizer.optimizer
+        if not isinstance(optimizer, MatricesAndAdamW):
+            return
+        parameters = dict(self.module.named_parameters())
+        parts = {name: part_of_matrix(self._optimizer, parameters[name], self._sharding) for name in optimizer.scales}
+        optimizer.place(self._flat_masters(), parts, self._sharding, self.world.device)
 
 
 def build_engine(
@@ -445,7 +462,7 @@ def build_engine(
         cut_for_all_ranks(engine)
     sharding.agree_on_norms(engine.optimizer)
     sharding.start_equal(engine.optimizer, model)
-    built = Engine(engine, world, cfg.ema_decay, exact, sharding)
+    built = Engine(engine, world, cfg, exact, sharding)
     if sharding.copies > 1:
         built.refresh_params()
     return built

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, and the parts of the model that a stage trains."""
+"""The optimizer, its parameter groups and moments, and the parts of the model that a stage trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from torch import nn
 
 from univitar_ds.config.schema import OptimizerConfig, RunConfig
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.formats.stored_model import MOMENTS
+from univitar_ds.plugins import OPTIMIZERS, Moment, optimizer_of
 from univitar_ds.training.distributed.process_group import uses_cuda
+from univitar_ds.training.engine import muon
+from univitar_ds.training.engine.elementwise import ElementwiseOptimizer
+from univitar_ds.training.engine.muon import MatricesAndAdamW
+from univitar_ds.training.engine.zero3 import blocks_of
 
 PARTS = {"patch_embedding": "vision.embeddings.", "blocks": "vision.", "text": "text.", "rest": ""}
 """Parts that are trained or frozen as a whole, with the prefix of their parameters' names. The first match counts."""
@@ -28,6 +34,10 @@ _NAMED = {"vision": ("patch_embedding", "blocks")}
 """Names in the run file, each for several parts."""
 _BLOCK = re.compile(r"vision\.encoder\.layers\.(\d+)\.")
 _PATCH_EMBEDDING = "vision.embeddings."
+ADAMW = "adamw"
+_MOMENTS = {ADAMW: dict.fromkeys(MOMENTS, Moment()), muon.KIND: {muon.MOMENTUM: Moment()}}
+_ON_HOST = {"fused": False}
+"""Of groups whose number of updates is counted on the host."""
 _NOT_SAVED = ("params", "fused", "foreach", "capturable", "differentiable")
 """Entries of a parameter group that depend on the machine or are the parameters themselves."""
 
@@ -56,6 +66,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Returns the trained parameters in groups: only matrices have weight decay, and layers differ in `lr_scale`.
 
+    Of kind muon, the matrices of all blocks are in one group, whose update is one exchange of messages;
+    `matrix_scales` has the factors of their learning rates.
+
     Vectors are norms, biases, LayerScale and the learned scale and bias of the logits. `lr_scale` multiplies the
     stage's learning rate: with `layer_decay` d below 1 it is d for the encoder's last block, d * d for the block before
     the last and so on down to the patch embedding (BEiT, arXiv:2106.08254); it is 1 for all other parameters. No group
@@ -67,33 +80,67 @@ def parameter_groups(
     began = began or {}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     blocks = 1 + max((int(match[1]) for name, _ in named if (match := _BLOCK.match(name))), default=-1)
-    grouped: dict[tuple[int, float, float], list[nn.Parameter]] = defaultdict(list)
+    matrices = {id(parameter) for parameter in block_matrices(model).values()} if cfg.kind == muon.KIND else ()
+    grouped: dict[tuple[int, float, float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
         decay = cfg.weight_decay if parameter.ndim > 1 else 0.0
-        since = began.get(part_of(name), 0)
-        grouped[since, cfg.layer_decay ** _layers_above(name, blocks), decay].append(parameter)
+        since, whole = began.get(part_of(name), 0), id(parameter) in matrices
+        scale = 1.0 if whole else cfg.layer_decay ** _layers_above(name, blocks)
+        grouped[since, scale, decay, whole].append(parameter)
+    kinds = {True: {"kind": muon.KIND, **_ON_HOST}, False: {} if cfg.kind in OPTIMIZERS else {**_ON_HOST}}
     return [
-        {"params": parameters, "weight_decay": decay, "lr_scale": scale, "began": since}
-        for (since, scale, decay), parameters in sorted(grouped.items(), key=lambda group: group[0], reverse=True)
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale, "began": since, **kinds[whole]}
+        for (since, scale, decay, whole), parameters in sorted(
+            grouped.items(), key=lambda group: group[0], reverse=True
+        )
     ]
+
+
+def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the trained matrices of the towers' blocks by name: weights of two dimensions, except embeddings."""
+    inside = (module for block in blocks_of(model) for module in block.modules())
+    found = {
+        id(weight)
+        for module in inside
+        if not isinstance(module, nn.Embedding)
+        for weight in module.parameters(recurse=False)
+        if weight.ndim == 2 and weight.requires_grad
+    }
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in found}
+
+
+def matrix_scales(model: nn.Module, cfg: OptimizerConfig) -> dict[str, float]:
+    """Returns the factor of the stage's learning rate of each matrix that Muon updates, by name."""
+    names = block_matrices(model)
+    blocks = 1 + max((int(match[1]) for name in names if (match := _BLOCK.match(name))), default=-1)
+    return {name: cfg.muon.lr_scale * cfg.layer_decay ** _layers_above(name, blocks) for name in names}
+
+
+def moments_of(cfg: OptimizerConfig, group: Mapping[str, Any]) -> Mapping[str, Moment]:
+    """Returns the moments of a parameter group by name, in the order of checkpoints.
+
+    Raises: PluginError if the optimizer is that of a plugin that is not there."""
+    if cfg.kind in OPTIMIZERS:
+        return _MOMENTS[group.get("kind", ADAMW)]
+    return optimizer_of(cfg.kind, cfg.options)[1].moments
 
 
 def build_optimizer(
     model: nn.Module, cfg: OptimizerConfig, began: Mapping[str, int] | None = None
-) -> torch.optim.AdamW:
-    """Builds AdamW, fused on GPUs. The learning rate is set before every update, see `set_learning_rate`."""
-    return torch.optim.AdamW(
-        parameter_groups(model, cfg, began),
-        lr=0.0,
-        betas=cfg.betas,
-        eps=cfg.eps,
-        weight_decay=0.0,
-        fused=uses_cuda(),
-    )
+) -> torch.optim.Optimizer:
+    """Builds the optimizer; AdamW is fused on GPUs. The learning rate is set before every update, see
+    `set_learning_rate`. Raises: PluginError if no plugin has it."""
+    groups = parameter_groups(model, cfg, began)
+    if cfg.kind not in OPTIMIZERS:
+        return ElementwiseOptimizer(groups, cfg.kind, *optimizer_of(cfg.kind, cfg.options))
+    options = {"lr": 0.0, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": 0.0, "fused": uses_cuda()}
+    if cfg.kind == muon.KIND:
+        return MatricesAndAdamW(groups, cfg.muon, matrix_scales(model, cfg), **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def counted_updates(done: float, master: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
-    """Returns AdamW's `step` of one master tensor: on its device for the fused implementation, else on the host."""
+    """Returns the `step` of one master tensor: on its device for the fused implementation, else on the host."""
     device = master.device if group["fused"] else torch.device("cpu")
     return torch.tensor(done, dtype=torch.float32, device=device)
 

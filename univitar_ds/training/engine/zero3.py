@@ -31,7 +31,7 @@ class Blocks:
     """The blocks of a model, which ZeRO-3 gathers as a whole: the modules in its outermost `nn.ModuleList`s."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._blocks = list(_blocks(model))
+        self._blocks = list(blocks_of(model))
         self._hooks = [(hooks, set(hooks)) for block in self._blocks for hooks in _hooks_inside(block)]
         """Hooks of each module inside of a block, and the keys of those that are not DeepSpeed's."""
 
@@ -46,12 +46,13 @@ class Blocks:
                 del hooks[key]
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields the modules in the outermost `nn.ModuleList`s of a model."""
     for child in module.children():
         if isinstance(module, nn.ModuleList):
             yield child
         else:
-            yield from _blocks(child)
+            yield from blocks_of(child)
 
 
 def _hooks_inside(block: nn.Module) -> Iterator[dict[int, Any]]:

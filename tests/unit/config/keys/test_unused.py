@@ -75,6 +75,13 @@ UNUSED = [
     ([TEACHER, DISTILL, "stages.0.frozen=[vision]"], "stages.0.distill", "the encoder is frozen"),
     (["stages.0.frozen=[vision, patch_embedding]"], "stages.0.frozen patch_embedding", "vision is frozen too"),
     (["stages.0.frozen=[vision]", "optimizer.layer_decay=0.7"], "optimizer.layer_decay", "frozen in every stage"),
+    (["optimizer.muon.momentum=0.9"], "optimizer.muon.momentum", "optimizer.kind is adamw"),
+    (["optimizer.kind=muon", "optimizer.options={a: 1}"], "optimizer.options", "no plugin brings"),
+    (
+        ["plugins=[a.py]", "optimizer.kind=lion", "optimizer.eps=1e-6"],
+        "optimizer.eps",
+        "arguments are optimizer.options",
+    ),
     (["guard.spike_deviations=null", "guard.window_steps=99"], "guard.window_steps", "spike_deviations is null"),
     (["evaluation.sources=[]", "evaluation.image_templates=['a {}']"], "evaluation.image_templates", "is empty"),
     (["evaluation.sources=[]", "evaluation.token_budget=9"], "evaluation.token_budget", "is empty"),

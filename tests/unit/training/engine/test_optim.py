@@ -6,8 +6,10 @@ from tests.support.standin import StandIn
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.training.engine.optim import (
     GRADIENT_PARTS,
+    block_matrices,
     build_optimizer,
     counted_updates,
+    matrix_scales,
     parameter_groups,
     part_of,
     set_learning_rate,
@@ -97,3 +99,20 @@ def test_layers_learn_slower_the_deeper_they_lie_and_only_those_of_the_encoder()
     }
     assert len(groups) == 2 * 5
     assert {group["weight_decay"] for group in groups if group["lr"] == 1.0} == {0.1, 0.0}
+
+
+def test_muon_has_the_trained_matrices_of_blocks_in_one_group_and_adamw_the_rest():
+    model = Towers()
+    block = model.vision["encoder"]["layers"][0]
+    block.position = nn.Embedding(3, 2)
+    block.scale = nn.Parameter(torch.ones(2))
+    model.vision["encoder"]["layers"][1].weight.requires_grad_(False)
+    names = ["vision.encoder.layers.0.weight", "vision.encoder.layers.2.weight", "text.encoder.layers.0.weight"]
+    assert sorted(block_matrices(model)) == sorted(names)
+    cfg = OptimizerConfig(kind="muon", layer_decay=0.5, muon={"lr_scale": 3.0})
+    assert matrix_scales(model, cfg) == dict(zip(names, (3 / 8, 3 / 2, 3.0), strict=True))
+    groups = parameter_groups(model, cfg)
+    (whole,) = [group for group in groups if group.get("kind") == "muon"]
+    assert {id(p) for p in whole["params"]} == {id(p) for p in block_matrices(model).values()}
+    assert (whole["lr_scale"], whole["weight_decay"]) == (1.0, 0.1)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
