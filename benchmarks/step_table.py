@@ -27,9 +27,10 @@ from univitar_ds.config.load import load_config
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.model.build import build_contrastive
 from univitar_ds.model.config import encoder_config
-from univitar_ds.planning.gpus import GPUS
+from univitar_ds.planning import gpus
 from univitar_ds.planning.step_time import ASSUMPTIONS, Method, Teacher, Work, predict
 
+GPUS = {name: gpus.GPUS[name] for name in ("A100", "H100", "H200")}
 RANKS = (8, 64, 256, 1024)
 RECIPES = ("univitar_0p3b", "univitar_0p6b", "univitar_1b")
 TOKENS_PER_ITEM, ATTENDED, SIZES = 1024, 1500, 24

@@ -15,6 +15,7 @@ from univitar_ds.cli.convert import add_convert
 from univitar_ds.cli.data import add_data
 from univitar_ds.cli.inference import add_inference
 from univitar_ds.cli.init import add_init
+from univitar_ds.cli.plan import add_plan
 from univitar_ds.cli.tasks import TASKS, add_tasks
 from univitar_ds.errors import ConfigError, UserError, storage_error
 from univitar_ds.import_path import drop_current_folder, protect_children
@@ -24,6 +25,7 @@ DESCRIPTION = "Train, evaluate and export UniViTAR, a native-resolution vision t
 EXAMPLES = """examples:
   univitar-ds init PHOTOS > run.yaml                   a run file that fits your data and this machine
   univitar-ds config stages                            the keys of a section of the run file
+  univitar-ds plan --config univitar_1b --nodes 32     memory, time and cost on a cluster
   univitar-ds data pack PHOTOS data/photos             shards and a manifest from a folder of files
   univitar-ds data verify data/photos                  check every shard and sample, write a report
   univitar-ds data probe *.jpg video.mp4               how a run would read single files
@@ -124,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_init(commands)
     _add_train(commands)
     add_config(commands)
+    add_plan(commands)
     add_data(commands)
     _add_after_training(commands)
     add_convert(commands)

@@ -106,13 +106,13 @@ def _head(basis: Basis, length: Length) -> Iterator[str]:
     if not all(survey.packed for survey in facts.training):
         yield "# The first start packs the files into runs/; --dry-run works then, or after `univitar-ds data pack`."
     yield f"name: {_quoted(run_name(facts.training[0].path))}  # its folder is runs/NAME; another name starts a new run"
-    reasons = {
+    here = {
         "zero3_cpu": "fp32 on a CPU",
-        "zero2": "bf16; each GPU has room for all weights, so only optimizer and gradients are shared",
-        "zero3": "bf16; weights, gradients and optimizer are shared by the GPUs",
-        "zero3_offload": "bf16; the optimizer does not fit into the GPUs and is in host memory",
+        "zero2": "bf16, optimizer and gradients shared",
+        "zero3": "bf16, weights, gradients and optimizer shared",
+        "zero3_offload": "bf16, the optimizer in host memory",
     }
-    yield f"deepspeed: {basis.budget.deepspeed}  # {reasons[basis.budget.deepspeed]}"
+    yield f"deepspeed: auto  # by model, GPUs and their memory at every start; here {here[basis.budget.deepspeed]}"
 
 
 def _contents(survey: Survey) -> str:
@@ -142,7 +142,9 @@ def _model(basis: Basis) -> Iterator[str]:
     yield f"  encoder: {_quoted(basis.size)}  # {count}; {why}"
     if basis.small:
         yield "  layer_scale_init: 1.0  # as in all recipes of tiny; 0.1 (published) is for deep encoders"
-    if basis.budget.checkpointing:
+    if basis.on_gpu and (not basis.small or basis.budget.checkpointing):
+        yield "  checkpoint_every: auto  # in each stage the least recomputation that fits into the memory of the GPUs"
+    elif basis.budget.checkpointing:
         yield "  checkpoint_every: 1  # activations of a pack would not fit into memory; costs a second forward pass"
     if not basis.small:
         yield "  pool_heads: 16  # as the heads of the encoder"
@@ -193,6 +195,8 @@ def _stages(basis: Basis, length: Length, stages: Sequence[Stage]) -> Iterator[s
         yield f"    samples: {stage.samples}  # {share}"
         yield from (f"    {line}" for line in _resolutions(basis, stage))
         yield f"    token_budget: {basis.budget.tokens}  # {_budget_reason(basis, stage)}"
+        if basis.on_gpu and (stage.side is None or stage.video_ratio > 0):
+            yield "    cost_budget_tflops: auto  # packs of all GPUs take about the same time"
         yield f"    lr: {stage.lr:.1e}  # {'AdamW from scratch' if stage is stages[0] else 'lower from stage to stage'}"
         yield f"    warmup_samples: {stage.warmup}  # {100 * stage.warmup / stage.samples:.0f} % of the samples"
         yield f"    final_lr_ratio: {stage.final_lr_ratio}  # cosine decay to this share of lr"

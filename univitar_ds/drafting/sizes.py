@@ -13,7 +13,8 @@ from univitar_ds.drafting.machine import Machine
 from univitar_ds.errors import ConfigError
 from univitar_ds.geometry import PATCH, TUBELET, Modality
 from univitar_ds.model.config import PRESETS
-from univitar_ds.planning.sizes import activation_bytes, amount
+from univitar_ds.planning.memory import Kernels, backward_values, kept_values
+from univitar_ds.planning.sizes import amount
 
 GB = 1e9
 _PROCESS_BYTES = 1.5 * GB
@@ -29,7 +30,7 @@ _LARGEST_STEP = 32_768
 @dataclass(frozen=True)
 class Budget:
     """Tokens of a pack, lanes and processes. `checkpointing`: whether every block is recomputed in the backward pass;
-    `mean`: expected tokens of an image, or of a video where there are no images."""
+    `mean`: expected tokens of an image, or of a video where there are no images; `deepspeed`: what fits here."""
 
     tokens: int
     lanes: int
@@ -198,7 +199,9 @@ def budget_of(basis: Basis) -> Budget:
 def _bytes_per_token(basis: Basis, every: int) -> float:
     """Returns the bytes of activations per token of a pack: fp32 on a CPU, bf16 on a GPU."""
     encoder, width = basis.encoder, 2 if basis.on_gpu else 4
-    return activation_bytes(1, encoder.hidden_size, encoder.num_hidden_layers, width=width, every=every)
+    kernels: Kernels = "fused" if basis.on_gpu else "plain" if basis.small else "compiled"
+    values = kept_values(encoder, every, width=width, kernels=kernels)
+    return width * (values + backward_values(encoder, every, width=width, kernels=kernels))
 
 
 def _states(basis: Basis, processes: int) -> tuple[str, float]:
@@ -208,9 +211,10 @@ def _states(basis: Basis, processes: int) -> tuple[str, float]:
     """
     parameters = basis.encoder.parameter_count() * (1.0 if basis.classifies else 1.3)  # the text tower
     if not basis.on_gpu:
-        free = 0.6 * basis.machine.memory / processes - _PROCESS_BYTES - 16 * parameters / processes
+        # Weights, gradients and optimizer states, and three copies in the update (`planning.memory`).
+        free = 0.6 * basis.machine.memory / processes - _PROCESS_BYTES - 32 * parameters / processes
         if free <= 0:
-            raise _too_large(basis, processes, f"weights, gradients and optimizer need {amount(16 * parameters)}")
+            raise _too_large(basis, processes, f"weights, gradients and optimizer need {amount(32 * parameters)}")
         return "zero3_cpu", free
     memory = 0.8 * basis.machine.gpu_memory
     whole = 6 * parameters + 12 * parameters / processes  # weights and gradients, and shared optimizer states

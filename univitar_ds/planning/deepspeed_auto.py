@@ -10,17 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from univitar_ds.config.deepspeed import AUTO, lanes_per_rank, read_deepspeed, resolve_deepspeed, sharing_ranks
+from univitar_ds.config.deepspeed import AUTO, lanes_per_rank, read_deepspeed, resolve_deepspeed
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.drafting.machine import Machine
-from univitar_ds.model.blocks.activations import bytes_of_pack
-from univitar_ds.planning.batch import pack_sizes
-from univitar_ds.planning.sizes import Counts, activation_bytes, amount, compute_width, encoder_of, memory_of_rank
-from univitar_ds.training.engine.optim import trained_parts
+from univitar_ds.planning.forecast.step_load import Placement, PlannedModel, peak_of, wanted_recomputation
+from univitar_ds.planning.sizes import Counts, amount
 
 USABLE = 0.8
-"""Share of a GPU's memory that may be planned: the rest is for communication buffers, a teacher and fragmentation."""
+"""Share of a GPU's memory that may be planned: the rest is for CUDA itself, a teacher and fragmentation."""
 SEVERAL_PACKS = 4
 """Packs of a rank in a step from which ZeRO-1 is taken: it exchanges gradients once a step, after the backward pass,
 ZeRO-2 for each pack, beside it. Chosen, not measured."""
@@ -108,37 +106,16 @@ def _candidates(ranks: Ranks, packs: int) -> Sequence[str]:
 def _largest(
     config: RunConfig, description: Mapping[str, Any], counts: Counts, ranks: Ranks, name: str
 ) -> tuple[float, StageConfig]:
-    """Returns the bytes of a GPU in the stage that needs most, and that stage."""
+    """Returns the bytes of a GPU in the stage that needs most, and that stage.
+
+    `checkpoint_every: auto` counts as recomputation of every block: it recomputes less where memory is left.
+    """
     resolved = resolve_deepspeed(config, ranks.size, read_deepspeed(name), (AUTO, name))
-    zero = resolved["zero_optimization"]
-    sharing = sharing_ranks(resolved, ranks.size, ranks.node)
-    gathered = 0.0
-    if zero["stage"] == 3:  # weights that are whole while modules run
-        gathered = min(counts.total, zero["stage3_max_live_parameters"]) * compute_width(resolved)
+    model, place = PlannedModel(config, description, counts), Placement(ranks.size, ranks.node, resolved)
+    kinds = [wanted_recomputation(config, stage) for stage in config.stages]
     needs = [
-        memory_of_rank(config, stage, counts, sharing, resolved).device
-        + gathered
-        + activations(config, stage, description, compute_width(resolved))
-        for stage in config.stages
+        peak_of(model, stage, place, 1 if kind == "auto" else kind).bytes
+        for stage, kind in zip(config.stages, kinds, strict=True)
     ]
     needed = max(needs)
     return needed, config.stages[needs.index(needed)]
-
-
-def activations(config: RunConfig, stage: StageConfig, description: Mapping[str, Any], width: int) -> float:
-    """Returns about how many bytes of activations the largest pack of a stage keeps for its backward pass.
-
-    `checkpoint_every: auto` counts as recomputation of every block: it recomputes less where memory is left.
-
-    Args: description: of the model; width: bytes of a number.
-    """
-    encoder = encoder_of(description)
-    kind = config.model.checkpoint_every if stage.checkpoint_every is None else stage.checkpoint_every
-    tokens = stage.token_budget * (1 - stage.patch_dropout)
-    size = bytes_of_pack(encoder, 1 if kind == "auto" else kind, tokens, width=width)
-    if "text" in description and "text" in trained_parts(config, stage):
-        texts = max(pack.items[1] for pack in pack_sizes(stage, encoder))
-        text = description["text"]
-        shape = (text["hidden_size"], text["num_hidden_layers"])
-        size += activation_bytes(texts * config.model.text.context_length, *shape, width=width)
-    return size

@@ -32,7 +32,7 @@ class Gpu:
     """A GPU and its links. Rates of matrix products and attention are in FLOP/s, those of memory and links in bytes/s.
 
     `node_link`: to the other GPUs of a node, `network`: to other nodes, both in one direction and per GPU. The rates of
-    attention are those of flash-attn 2, which torch's varlen attention has too.
+    attention are those of flash-attn 2, which torch's varlen attention has too, on a B200 of flash-attn 4.
     """
 
     peak: Assumption
@@ -74,6 +74,7 @@ def _hopper(name: str, memory: float, bandwidth: float) -> Gpu:
 
 
 _A100 = "NVIDIA's data sheet of the A100 SXM 80GB"
+_B200 = "NVIDIA's data sheet of the DGX B200"
 GPUS = {
     "A100": Gpu(
         peak=_published(312e12, "FLOP/s", f"{_A100}, bf16 without sparsity"),
@@ -89,6 +90,16 @@ GPUS = {
     ),
     "H100": _hopper("H100", 80e9, 3.35e12),
     "H200": _hopper("H200", 141e9, 4.8e12),
+    "B200": Gpu(
+        peak=_published(2.25e15, "FLOP/s", f"{_B200}, bf16 without sparsity (4.5 with)"),
+        memory=_published(180e9, "bytes", f"{_B200}: 1,440 GB for 8"),
+        bandwidth=_published(8e12, "bytes/s", f"{_B200}: 64 TB/s for 8"),
+        node_link=_published(900e9, "bytes/s", f"{_B200}: NVLink 1.8 TB/s in both directions together"),
+        network=_published(50e9, "bytes/s", f"{_B200}: a port of 400 Gbit/s per GPU"),
+        products=_chosen(1.35e15, "FLOP/s", "0.6 of the peak, as of an H100"),
+        attention_forward=_chosen(600e12, "FLOP/s", "flash-attn 4 at heads of 64 to 80"),
+        attention_backward=_chosen(400e12, "FLOP/s", "flash-attn 4 at heads of 64 to 80"),
+    ),
 }
 """By the name that is a word of the name that the driver reports."""
 

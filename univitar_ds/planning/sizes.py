@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +25,6 @@ from univitar_ds.training.engine.optim import (
 
 FP32 = 4
 MUON = "muon"
-TENSORS = 20
-"""Activations that a block keeps for the backward pass, in tensors of the hidden width (derived; univitar_0p3b)."""
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 RULE = {
     1: "ZeRO-1: optimizer states are shared by the ranks; each has all weights and gradients",
@@ -119,8 +116,7 @@ def memory_of_rank(
     """Returns the memory of a rank in a stage. Args: resolved: the complete DeepSpeed configuration."""
     zero = resolved["zero_optimization"]
     trained = counts.trained(config, stage)
-    width = compute_width(resolved)
-    gradient = _WIDTHS.get(resolved.get("data_types", {}).get("grad_accum_dtype"), width)
+    width, gradient = compute_width(resolved), gradient_width(resolved)
     share = 1 / world_size
     parts = {
         "weights": counts.total * width * (share if zero["stage"] == 3 else 1),
@@ -131,17 +127,6 @@ def memory_of_rank(
         parts["average"] = trained * FP32 * share
     offloaded = ("optimizer", "average") if _offloads(zero, "offload_optimizer") else ()
     return RankMemory(parts, (*offloaded, "weights") if _offloads(zero, "offload_param") else offloaded)
-
-
-def activation_bytes(tokens: float, hidden: int, layers: int, *, width: int, every: int = 0) -> float:
-    """Returns about how many bytes of activations a tower keeps for its backward pass.
-
-    Args: hidden: width of the tower; width: bytes of a number; every: k recomputes every k-th block, which then keeps
-        its input only, while one block at a time is whole; 0: none.
-    """
-    recomputed = math.ceil(layers / every) if every else 0
-    kept = (layers - recomputed + bool(recomputed)) * TENSORS + recomputed
-    return tokens * hidden * width * kept
 
 
 def checkpoint_bytes(config: RunConfig, stage: StageConfig, counts: Counts, resolved: Mapping[str, Any]) -> int:
@@ -156,9 +141,14 @@ def compute_width(resolved: Mapping[str, Any]) -> int:
     return 2 if resolved.get("bf16", {}).get("enabled") else FP32
 
 
+def gradient_width(resolved: Mapping[str, Any]) -> int:
+    """Returns the bytes of an accumulated gradient."""
+    return _WIDTHS.get(resolved.get("data_types", {}).get("grad_accum_dtype"), compute_width(resolved))
+
+
 def amount(size: float) -> str:
     """Returns a number of bytes with a unit, such as "1.5 GB"."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+    for unit, factor in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
     return f"{size / 1e3:.3g} kB"

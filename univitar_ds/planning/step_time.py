@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.model import TextConfig
+from univitar_ds.model.blocks.activations import Kind
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.planning.gpus import GPUS_OF_A_NODE, Assumption, Gpu
 
@@ -86,7 +87,7 @@ class Work:
     attended: float
     sizes: int
     lanes: int
-    checkpoint_every: int
+    checkpoint_every: Kind
     chunk: int = 4096
     fill: float = 1.0
     teacher: Teacher | None = field(default_factory=Teacher)
@@ -116,7 +117,8 @@ class Method:
     from rows of `benchmarks/bench_host.py`. `update_collectives`: at the end of a step. `recompute_by_memory`: as few
     blocks as memory demands, else every `Work.checkpoint_every`-th. `kept_packs`: packs of a rank whose graph is kept,
     so that they run once. `ring`: the loss as hops between ranks, else one gathering. `imbalance`: longest over mean
-    predicted time of the packs of a step. `fused_host`: host time of a launch over that of ASSUMPTIONS.
+    predicted time of the packs of a step. `fused_host`: host time of a launch over that of ASSUMPTIONS. `node`: GPUs of
+    a machine.
     """
 
     zero: int
@@ -130,6 +132,7 @@ class Method:
     packed_text: bool
     imbalance: float
     fused_host: float
+    node: int = GPUS_OF_A_NODE
 
 
 @dataclass(frozen=True)
@@ -200,13 +203,18 @@ def attention_weight(config: EncoderConfig, gpu: Gpu) -> float:
 
 
 def recomputed_share(work: Work, gpu: Gpu, ranks: int, method: Method) -> float:
-    """Returns the share of blocks whose forward pass runs again in the backward pass."""
+    """Returns the share of blocks whose whole forward pass runs again in the backward pass."""
     if not method.recompute_by_memory:
-        return 1 / work.checkpoint_every if work.checkpoint_every else 0.0
+        return 1 / work.checkpoint_every if isinstance(work.checkpoint_every, int) and work.checkpoint_every else 0.0
     states = work.parameters * (BF16 + FP32 + (4 * FP32) / ranks)  # weights; gradients; master, moments, average
     free = _of("free_memory") * gpu.memory.value - states - _of("buffers")
     blocks = kept_bytes(work.encoder) * work.encoder.num_hidden_layers * work.token_budget
     return min(1.0, max(0.0, 1 - free / blocks))
+
+
+def _selective(work: Work, method: Method) -> bool:
+    """Whether norms and gates run again in the backward pass, and nothing else does."""
+    return not method.recompute_by_memory and work.checkpoint_every == "selective"
 
 
 def _encoder_products(config: EncoderConfig, gpu: Gpu) -> tuple[float, float]:
@@ -239,7 +247,8 @@ def _device(work: Work, gpu: Gpu, ranks: int, method: Method, packs: int) -> dic
         "products": tokens * sum(products) + pooling,
         "attention": squares * sum(attention),
         "token-wise": tokens * sum(token_wise),
-        "recomputation": recomputed_share(work, gpu, ranks, method) * forward,
+        "recomputation": recomputed_share(work, gpu, ranks, method) * forward
+        + (tokens * token_wise[0] if _selective(work, method) else 0.0),
         "GradCache": twice * (forward + text / 3),
         "teacher": packs * _teacher(work, gpu, method),
         "text": text,
@@ -281,7 +290,7 @@ def _loss(work: Work, gpu: Gpu, ranks: int, method: Method, packs: int) -> float
     if ranks == 1:
         return computed
     messages = 2 * ranks * _of("latency") if method.ring else 2 * _latency(ranks)
-    return computed + messages + 2 * texts * work.embed_dim * FP32 / _link(gpu, ranks)
+    return computed + messages + 2 * texts * work.embed_dim * FP32 / _link(gpu, ranks, method.node)
 
 
 def _optimizer(work: Work, gpu: Gpu, ranks: int) -> float:
@@ -310,7 +319,7 @@ def _collectives(work: Work, gpu: Gpu, ranks: int, method: Method, packs: int, c
     once = min(packs, method.kept_packs) if packs > 1 else 1
     sizes = step_bytes(work.parameters, method.zero, 2 * packs - once, packs)
     moved = sum(sizes.values()) + sizes.get("allreduce", 0)  # a ring that reduces for all sends everything twice
-    waits = max(0.0, moved / _link(gpu, ranks) - _of("overlap") * compute)
+    waits = max(0.0, moved / _link(gpu, ranks, method.node) - _of("overlap") * compute)
     return waits + method.update_collectives * _latency(ranks)
 
 
@@ -318,10 +327,13 @@ def _latency(ranks: int) -> float:
     return _of("latency") * math.log2(max(2, ranks))
 
 
-def _link(gpu: Gpu, ranks: int) -> float:
-    """Returns the bytes/s of a large collective. Across nodes, all ports of a node carry one ring."""
-    node = gpu.node_link.value
-    slowest = node if ranks <= GPUS_OF_A_NODE else min(node, GPUS_OF_A_NODE * gpu.network.value)
+def _link(gpu: Gpu, ranks: int, node: int) -> float:
+    """Returns the bytes/s of a large collective. Across nodes, all ports of a node carry one ring.
+
+    Args: node: GPUs of a machine.
+    """
+    within = gpu.node_link.value
+    slowest = within if ranks <= node else min(within, node * gpu.network.value)
     return _of("link_share") * slowest
 
 
@@ -337,6 +349,8 @@ def _host(work: Work, ranks: int, method: Method, packs: int, again: float) -> f
     text = work.text.layers * _of("text_launches") * _of("launch")
     layers = work.encoder.num_hidden_layers
     engine = (_ratio(method.host_ratio, ranks) - 1) * _of("plain_block") * (layers + work.text.layers)
+    if _selective(work, method):
+        backward += FORWARD_LAUNCHES["fused"] * method.fused_host * _of("fused_forward") + _of("launch")
     teacher = 0.0
     if work.teacher is not None:
         passes = work.sizes if method.teacher_by_size else 1

@@ -12,9 +12,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -23,9 +23,13 @@ from tests.support.paths import ROOT
 from tests.support.pretence import attention, patches
 from tests.support.pretence.gpu import PretendedGPU, Record
 
+if TYPE_CHECKING:
+    from univitar_ds.planning.memory import Peak
+
 SIDE = 32
 """Rows and columns of patches of an image."""
 CAPTION = 40
+KINDS = ("allgather", "reduce_scatter", "allreduce")
 PHASES = {"__call__": "forward", "backward": "backward", "step": "update"}
 """Methods of the engine, and the phase that they are."""
 
@@ -69,20 +73,39 @@ def measured(setting: Setting) -> dict[str, Any]:
             record = gpu.reset()
             train_step(engine, packs, StepSettings(lr=1e-3), objective)
         gpu.reset()
-        return _numbers(record)
+        return {**_numbers(record), "foreseen_gib": round(foreseen(setting).bytes / 2**30, 2)}
+
+
+def foreseen(setting: Setting) -> Peak:
+    """Returns the memory of a rank by the formulas of `univitar-ds plan`."""
+    from univitar_ds.config.deepspeed import resolve_deepspeed
+    from univitar_ds.model.build import describe
+    from univitar_ds.planning.forecast.step_load import Placement, PlannedModel, load_of, states_of
+    from univitar_ds.planning.memory import peak, pixel_bytes
+    from univitar_ds.planning.sizes import count_parameters
+
+    config, content = _config(setting)
+    described = describe(config.model, None, vocab_size=config.model.text.vocab_size, eos_id=1, pad_id=0)
+    counts = count_parameters(config, described, teacher_width=None, classes=None)
+    resolved = resolve_deepspeed(config, setting.ranks, content, ("the recipe", "its DeepSpeed configuration"))
+    model = PlannedModel(config, described, counts)
+    stage = config.stages[0].model_copy(update={"token_budget": setting.tokens})
+    items = setting.tokens // SIDE**2
+    load = load_of(model, stage, setting.ranks, setting.recompute)
+    load = replace(
+        load, items=items, texts=items * setting.ranks * setting.packs, text=replace(load.text, length=CAPTION),
+        pixels=pixel_bytes(setting.tokens, video=False), teacher=None,
+    )  # fmt: skip
+    return peak(load, states_of(model, stage, Placement(setting.ranks, setting.ranks, resolved)))
 
 
 def _engine(setting: Setting, gpu: PretendedGPU) -> tuple[Any, Any]:
     from univitar_ds.config.deepspeed import resolve_deepspeed
-    from univitar_ds.config.load import load_config
     from univitar_ds.model.build import build_contrastive
     from univitar_ds.training.distributed.process_group import World
     from univitar_ds.training.engine.engine import build_engine
 
-    config = load_config(ROOT / f"univitar_ds/recipes/{setting.recipe}.yaml")
-    data = config.data.model_copy(update={"lanes": setting.ranks * setting.packs})
-    config = config.model_copy(update={"data": data})
-    content = json.loads((ROOT / f"ds_configs/zero{setting.zero}.json").read_text(encoding="utf-8"))
+    config, content = _config(setting)
     with gpu.fake:
         text = config.model.text
         model = build_contrastive(config.model, vocab_size=text.vocab_size, eos_id=1, pad_id=0, seed=0)
@@ -91,6 +114,16 @@ def _engine(setting: Setting, gpu: PretendedGPU) -> tuple[Any, Any]:
     ds_config = resolve_deepspeed(config, setting.ranks, content, ("the recipe", "its DeepSpeed configuration"))
     world = World(0, setting.ranks, 0, torch.device("cuda", 0))
     return build_engine(model, config.optimizer, ds_config, world), config.objective
+
+
+def _config(setting: Setting) -> tuple[Any, dict[str, Any]]:
+    """Returns the run file of a setting, and its DeepSpeed JSON."""
+    from univitar_ds.config.load import load_config
+
+    config = load_config(ROOT / f"univitar_ds/recipes/{setting.recipe}.yaml")
+    data = config.data.model_copy(update={"lanes": setting.ranks * setting.packs})
+    content = json.loads((ROOT / f"ds_configs/zero{setting.zero}.json").read_text(encoding="utf-8"))
+    return config.model_copy(update={"data": data}), content
 
 
 @contextmanager
@@ -128,6 +161,7 @@ def _numbers(record: Record) -> dict[str, Any]:
         "launches": record.launches.total(),
         "fused_launches": sum(fused.values()),
         "collectives": record.collectives.total(),
+        **{f"{kind}s": sum(count for name, count in record.collectives.items() if kind in name) for kind in KINDS},
         "collective_gb": round(record.collective_bytes.total() / 1e9, 2),
         "waits": record.waits.total(),
         "wait_places": len(record.waits),

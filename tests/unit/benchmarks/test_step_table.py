@@ -2,8 +2,7 @@
 
 import pytest
 
-from benchmarks.step_table import AFTER, BEFORE, RANKS, RECIPES, assumptions, host_ratios, rows, table
-from univitar_ds.planning.gpus import GPUS
+from benchmarks.step_table import AFTER, BEFORE, GPUS, RANKS, RECIPES, assumptions, host_ratios, rows, table
 
 
 def test_the_table_has_every_recipe_gpu_and_number_of_gpus():

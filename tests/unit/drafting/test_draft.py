@@ -4,7 +4,7 @@ import pytest
 
 from tests.unit.drafting import made
 from tests.unit.drafting.made import CPU, NODE, loaded, survey
-from univitar_ds.config.deepspeed import read_deepspeed
+from univitar_ds.config.deepspeed import AUTO
 from univitar_ds.config.keys.unused import unused_parts
 from univitar_ds.config.load import load_config
 from univitar_ds.drafting.draft import draft, processes, run_name
@@ -39,7 +39,7 @@ def test_the_numbers_fit_data_and_machine(surveys, machine):
     assert ranks <= max(machine.gpus, machine.cores)
     assert config.data.lanes <= total
     assert unused_parts(config) == []
-    assert read_deepspeed(config.deepspeed)
+    assert config.deepspeed == AUTO
     for stage in config.stages:
         assert 0 <= stage.warmup_samples < stage.samples
         least, most, _ = pairs_per_step(stage, config.data.lanes, encoder_config(config.model))
@@ -104,15 +104,31 @@ def test_an_encoder_that_does_not_fit_is_refused_with_the_memory():
 def test_large_states_are_shared_and_then_offloaded():
     small = Machine(cores=64, memory=512e9, gpus=8, gpu_memory=12e9)
     one = Machine(cores=8, memory=128e9, gpus=1, gpu_memory=24e9)
-    assert loaded(draft([survey(300)], NODE)).deepspeed == "zero2"
-    assert loaded(draft([survey(300)], small, size="1b")).deepspeed == "zero3"
-    assert loaded(draft([survey(300)], one, size="1b")).deepspeed == "zero3_offload"
+    for machine, size, said in (
+        (NODE, "tiny", "here bf16, optimizer and gradients shared"),
+        (small, "1b", "here bf16, weights, gradients and optimizer shared"),
+        (one, "1b", "the optimizer in host memory"),
+    ):
+        (line,) = (
+            line for line in draft([survey(300)], machine, size=size).split("\n") if line.startswith("deepspeed")
+        )
+        assert line.startswith("deepspeed: auto  # ")
+        assert said in line
 
 
-def test_activations_that_do_not_fit_are_recomputed():
-    assert loaded(draft([survey(5_000_000, side=700)], NODE)).model.checkpoint_every == 0
-    small = Machine(cores=64, memory=512e9, gpus=8, gpu_memory=24e9)
-    assert loaded(draft([survey(5_000_000, side=700)], small)).model.checkpoint_every == 1
+def test_large_encoders_on_gpus_recompute_what_they_must_in_packs_of_equal_time():
+    config = loaded(draft([survey(5_000_000, side=700)], NODE))
+    assert config.model.checkpoint_every == "auto"
+    assert [stage.cost_budget_tflops for stage in config.stages] == [None, "auto"]
+    small = loaded(draft([survey(300)], NODE))
+    assert (small.model.checkpoint_every, small.stages[0].cost_budget_tflops) == (0, "auto")
+
+
+def test_activations_that_do_not_fit_are_recomputed_on_a_cpu():
+    """One item takes what the machine has beside the states: 40 MB a token without recomputation."""
+    assert loaded(draft([survey(300)], CPU)).model.checkpoint_every == 0
+    low = Machine(cores=2, memory=6.8e9)
+    assert loaded(draft([survey(300)], low)).model.checkpoint_every == 1
 
 
 def test_hours_limit_the_samples():

@@ -1,0 +1,150 @@
+"""One rank of a training run on a CPU whose peak memory is measured: a program that `bench_plan_memory.py` starts.
+
+    RANK=0 WORLD_SIZE=1 python -m benchmarks.plan_memory_rank CASE_AS_JSON
+
+The run is the real engine and training step on drawn packs, without a loader. A small model of the same kind takes a
+step first, so that everything is imported and compiled; what the process then holds is subtracted. The kernel counts
+the peak from the moment at which the engine is built.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from univitar_ds.config.deepspeed import resolve_deepspeed
+from univitar_ds.config.load import check_config
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.geometry import PATCH
+from univitar_ds.kernels.dispatch import compile_on_cpu
+from univitar_ds.model.build import build_contrastive
+from univitar_ds.model.config import compiles
+from univitar_ds.training.distributed.process_group import World, start_world, stop_world
+from univitar_ds.training.engine.engine import Engine, build_engine, load_deepspeed
+from univitar_ds.training.step.train_step import StepSettings, train_step
+
+SIDE = 16
+"""Rows and columns of patches of an image: 224 px."""
+CAPTION = 16
+VOCABULARY = 2048
+WARM = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 96}
+
+
+class Packs:
+    """Equal packs of squares with captions."""
+
+    def __init__(self, tokens: int, lane: int) -> None:
+        items = tokens // SIDE**2
+        self.pixels = torch.full((tokens * PATCH * PATCH * 3,), 7, dtype=torch.uint8)
+        self.frames = torch.ones(items, dtype=torch.int64)
+        self.grid_thw = torch.tensor([[1, SIDE, SIDE]] * items)
+        self.token_ids = torch.ones(items, CAPTION, dtype=torch.int64)
+        self.text_lengths = torch.full((items,), CAPTION)
+        self.caption_ids = torch.arange(items) + lane * items
+        self.lane = lane
+
+
+def run_of(case: dict[str, Any]) -> RunConfig:
+    """Returns the run file of a case."""
+    text = {"hidden_size": 256, "layers": 4, "heads": 4, "context_length": CAPTION, "vocab_size": VOCABULARY}
+    return check_config(
+        {
+            "name": "memory",
+            "model": {"encoder": case["encoder"], "checkpoint_every": case["recompute"], "text": text},
+            "data": {"sources": [{"path": "none"}], "lanes": case["ranks"] * case["packs"], "workers": 0},
+            "stages": [
+                {
+                    "name": "only",
+                    "samples": 1000,
+                    "image": {"kind": "fixed", "size_px": SIDE * PATCH},
+                    "token_budget": case["tokens"],
+                    "lr": 1e-4,
+                }
+            ],
+            "optimizer": case.get("optimizer", {}),
+            "objective": {"chunk": 64},
+        },
+        "the benchmark",
+    )
+
+
+def deepspeed_of(case: dict[str, Any]) -> dict[str, Any]:
+    """Returns the DeepSpeed JSON of a case."""
+    zero = {"stage": case["zero"], "overlap_comm": False, "contiguous_gradients": True}
+    zero |= {"reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000}
+    if case["zero"] == 3:
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 2_000_000}
+        zero |= {"stage3_max_live_parameters": case.get("live", 0), "stage3_max_reuse_distance": case.get("live", 0)}
+        zero |= {"sub_group_size": case.get("sub_group", 1_000_000_000)}
+    precision = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if case["bf16"] else {}
+    return {**precision, "zero_optimization": zero}
+
+
+def built(case: dict[str, Any], world: World) -> tuple[Engine, RunConfig]:
+    config = run_of(case)
+    compile_on_cpu(compiles(config.model))
+    model = build_contrastive(config.model, vocab_size=VOCABULARY, eos_id=1, pad_id=0, seed=0)
+    model.vision.checkpoint_every = case["recompute"]
+    content = resolve_deepspeed(config, world.size, deepspeed_of(case), ("the case", "its DeepSpeed JSON"))
+    return build_engine(model, config.optimizer, content, world), config
+
+
+def step(engine: Engine, config: RunConfig, case: dict[str, Any]) -> None:
+    packs = [Packs(case["tokens"], lane) for lane in engine.world.lanes(config.data.lanes)]
+    settings = StepSettings(lr=1e-6)
+    if case.get("update", True):
+        train_step(engine, packs, settings, config.objective)
+        return
+    engine.zero_grad(settings.lr)
+    pack = packs[0]
+    output = engine(pack.pixels, pack.frames, pack.grid_thw, pack.token_ids, pack.text_lengths)
+    engine.backward(output.vision.sum() + output.text.sum() + output.scale.sum() + output.bias.sum())
+
+
+def held() -> int:
+    """Bytes of this process in memory."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
+
+
+def main() -> None:
+    case = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    world = start_world()
+    load_deepspeed()
+    small = {**case, "encoder": WARM, "tokens": 2 * SIDE**2, "packs": 1, "update": True}
+    compiled = compiles(run_of(case).model)
+    engine, config = built(small, world)
+    compile_on_cpu(compiled)
+    step(engine, config, small)
+    engine.close()
+    del engine
+    gc.collect()
+    before = held()
+    engine, config = built(case, world)
+    gc.collect()
+    resident = held()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    for _ in range(case.get("steps", 2)):
+        step(engine, config, case)
+    peak = _status("VmHWM")
+    parameters = sum(getattr(one, "ds_numel", one.numel()) for one in engine.module.parameters())
+    print(json.dumps({"imports": before, "built": resident - before, "peak": peak - before, "parameters": parameters}))
+    assert math.isfinite(peak)
+    sys.stdout.flush()
+    if world.size == 1:
+        stop_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""`univitar-ds plan`: what it prints and draws, and its exit status."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from univitar_ds.cli.main import main
+
+RUN = ["plan", "--config", "univitar_0p3b", "--nodes", "2"]
+
+
+def test_it_prints_one_object_and_draws_an_image(capsys, tmp_path):
+    image_file = tmp_path / "plan.png"
+    assert main([*RUN, "--gpu", "H200", "--json", "--png", str(image_file), "seed=3"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["fits"]
+    assert found["cluster"]["gpus"] == 16
+    assert "image in" in printed.err
+    with Image.open(image_file) as image:
+        assert image.width > 1000
+    assert main([*RUN, "--gpu", "H200", "--png", str(image_file)]) == 0, "it replaces its own image"
+    assert "assumptions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu", "v100"], "--gpu v100 is not known"),
+        (["--stage", "native"], "--stage native belongs to --sweep"),
+        (["--sweep", "--stage", "none"], "--stage none is no stage of this run"),
+        (["--png", "plan.jpg"], "plan.jpg does not end in .png"),
+        (["--tokens-per-item", "7"], "--tokens-per-item 7 is outside of 576 to 5832"),
+        (["deepspeed=nowhere"], "no file 'nowhere'"),
+    ],
+)
+def test_wrong_input_is_refused_with_the_remedy(capsys, words, said):
+    assert main([*RUN, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_plan_that_does_not_fit_is_printed_and_fails(capsys):
+    assert main([*RUN, "model.checkpoint_every=0", "stages.1.token_budget=200000"]) == 2
+    printed = capsys.readouterr()
+    assert "TOO MUCH" in printed.out
+    assert "error: stage native needs" in printed.err
+    assert "token_budget 200,000" in printed.err
+
+
+def test_a_file_of_someone_else_is_not_overwritten(capsys, tmp_path):
+    theirs = tmp_path / "plan.png"
+    theirs.write_text("mine")
+    assert main([*RUN, "--png", str(theirs)]) == 2
+    assert theirs.read_text() == "mine"
+    assert "plan.png" in capsys.readouterr().err

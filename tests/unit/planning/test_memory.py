@@ -1,0 +1,131 @@
+"""Memory of a step by part: what is kept against what torch keeps, and rows of the real step on a pretended GPU."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.bench_recompute import GRIDS, TOKENS, Counter
+from tests.support.paths import ROOT
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.model.blocks.activations import LADDER, bytes_per_token
+from univitar_ds.model.config import PRESETS
+from univitar_ds.model.encoder import UniViTAR
+from univitar_ds.planning.memory import (
+    States,
+    StepLoad,
+    TeacherMemory,
+    TextShape,
+    backward_values,
+    kept_values,
+    moments,
+    peak,
+    pixel_bytes,
+)
+
+P = 1_000_000
+TEXT = TextShape(hidden=64, layers=2, inner=256, length=16)
+LOAD = StepLoad(
+    encoder=PRESETS["0.3b"], tokens=1024, pixels=1024 * 588, items=4, packs=2, kind=1, embed_dim=64, texts=64, chunk=16,
+    text=TEXT,
+)  # fmt: skip
+PARTS = {"weights": 2 * P, "gradients": 4 * P, "optimizer": 12 * P / 8}
+ZERO = {"stage": 2, "reduce_bucket_size": 1000}
+STATES = States(PARTS, ZERO, parameters=P, trained=P, block=P // 10, ranks=8, width=2, gradient=4)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_plain_torch_keeps_the_stated_values_of_a_block(width):
+    dtype = {2: torch.bfloat16, 4: torch.float32}[width]
+    for hidden, inner in ((64, 192), (128, 192), (64, 384)):
+        kept = []
+        for layers in (1, 3):
+            model = UniViTAR(EncoderConfig(hidden, layers, 2, inner)).to(dtype)
+            patches = torch.zeros(TOKENS, 1176, dtype=dtype)
+            with Counter([*model.parameters(), patches]) as counter:
+                output = model(patches, GRIDS)
+                kept.append(counter.alive())
+            del output
+        encoder = EncoderConfig(hidden, 1, 2, inner)
+        counted = (kept[1] - kept[0]) / 2 / TOKENS / width
+        assert abs(kept_values(encoder, 0, width=width, kernels="plain") / counted - 1) < 0.02
+
+
+def test_what_the_kernels_keep_is_what_the_choice_of_recomputation_counts():
+    for encoder in PRESETS.values():
+        for kind in (*LADDER, 3):
+            assert 2 * kept_values(encoder, kind, width=2, kernels="fused") == bytes_per_token(encoder, kind, width=2)
+        added = [backward_values(encoder, kind, width=2, kernels="fused") for kind in LADDER]
+        assert added[0] < added[1] < added[2] == added[3]
+
+
+def foreseen_rows():
+    with (ROOT / "benchmarks/results/bench_pretence.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_of_the_pretended_gpu_are_foreseen_within_5_percent():
+    """`foreseen_gib` is computed anew by `tests/pretence/test_memory.py`, which needs the environment."""
+    rows = foreseen_rows()
+    assert {row["zero"] for row in rows} >= {"2", "3"}
+    assert {row["recipe"] for row in rows} >= {"univitar_0p3b"}
+    for row in rows:
+        assert abs(float(row["foreseen_gib"]) / float(row["peak_gib"]) - 1) < 0.05, row
+
+
+def test_the_peak_is_the_largest_moment_and_its_parts_add_up():
+    found = peak(LOAD, STATES)
+    assert found.bytes == max(found.others.values()) == sum(found.parts.values())
+    assert found.moment == "encoder backward"
+    assert set(found.others) == {"loss", "text backward", "encoder backward", "gradients", "update"}
+    assert found.parts["pixels"] == 2 * LOAD.pixels, "all packs of a step"
+
+
+def test_packs_whose_graphs_are_kept_add_their_activations():
+    one, two = (moments(replace(LOAD, kept=kept), STATES)["loss"] for kept in (1, 2))
+    assert two["encoder activations"] == 2 * one["encoder activations"]
+    assert two["text tower"] == 2 * one["text tower"]
+
+
+def test_frozen_towers_keep_nothing():
+    frozen = replace(LOAD, trains_encoder=False, text=replace(TEXT, trained=False))
+    for parts in moments(frozen, STATES).values():
+        assert not {"encoder activations", "text tower"} & parts.keys()
+
+
+def test_a_teacher_costs_its_weights_and_features():
+    taught = moments(replace(LOAD, teacher=TeacherMemory(width=32, layers=2, weights=500.0)), STATES)
+    assert all(parts["teacher"] >= 500 for parts in taught.values())
+    assert taught["loss"]["teacher"] - 500 == 1024 * (32 * (2 * 2 + 4 * 4) + 1024 * 2)
+    assert taught["teacher"]["teacher"] > 500
+
+
+def test_zero_3_gathers_weights_and_keeps_its_bucket():
+    zero = {"stage": 3, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 500, "stage3_max_live_parameters": 0}
+    three = replace(STATES, zero=zero)
+    parts = moments(LOAD, three)
+    assert parts["loss"]["gathered weights"] == 2 * (P // 10 + 500 + P // 10), "a block, and the next on its way"
+    assert parts["update"]["buckets"] == 1000 * 2
+    assert parts["update"]["update"] == 4 * P / 8
+    assert "gathered weights" not in moments(LOAD, replace(three, ranks=1))["loss"]
+    whole = replace(three, zero={**zero, "stage3_max_live_parameters": 10**9})
+    assert moments(LOAD, whole)["loss"]["gathered weights"] == 2 * (P + 500 + P // 10)
+    small = replace(three, zero={**zero, "sub_group_size": 1000})
+    assert moments(LOAD, small)["update"]["update"] == 4 * 1000
+
+
+def test_zero_1_in_bf16_exchanges_all_gradients_at_once():
+    one = replace(STATES, zero={"stage": 1})
+    assert moments(LOAD, one)["gradients"]["buckets"] == P * (2 + 4 + 2)
+
+
+def test_an_update_on_a_cpu_has_temporaries_and_an_offloaded_one_nothing_on_the_gpu():
+    plain = replace(STATES, kernels="plain", width=4)
+    assert moments(LOAD, plain)["update"]["update"] == 3 * 4 * P / 8
+    assert "update" not in moments(LOAD, replace(STATES, zero={**ZERO, "stage": 3}, offloaded=True))["update"]
+
+
+def test_pixels_of_a_video_are_those_of_two_frames_a_token():
+    assert pixel_bytes(10, video=False) == 10 * 14 * 14 * 3
+    assert pixel_bytes(10, video=True) == 2 * pixel_bytes(10, video=False)

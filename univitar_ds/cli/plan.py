@@ -1,0 +1,103 @@
+"""The command `univitar-ds plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from univitar_ds.cli.common import add_command, add_overrides, expand, positive, shown
+from univitar_ds.errors import ConfigError
+from univitar_ds.screen import show
+
+if TYPE_CHECKING:
+    from univitar_ds.planning.forecast.plan import Plan
+
+_DESCRIPTION = """What a run needs on a cluster, before it is started: memory of a GPU by part, time of a step and MFU,
+FLOPs and bytes, host memory and cores for the loader, checkpoints, reading, days and GPU hours of all
+stages, and how it scales to 1,024 GPUs. Needs no GPU; reads no weights, and manifests of sources on this
+machine only.
+
+  univitar-ds plan --config univitar_0p6b --nodes 32 --gpus-per-node 8 --gpu h100
+  univitar-ds plan --config run.yaml --nodes 2 --gpus-per-node 8 --gpu a100 --sweep
+  univitar-ds plan --config univitar_1b --nodes 8 --gpu h200 --json stages.1.token_budget=65536
+
+Memory follows from shapes. Times follow from published and chosen rates, none of which was measured on a GPU. All
+assumptions are printed with their sources. A plan that does not fit into the GPUs ends with exit status 2 and what to
+change; with --sweep the table shows what fits."""
+
+
+def add_plan(commands) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "plan", _plan, "memory, time and cost of a run on a cluster", _DESCRIPTION, leaves_files=False
+    )
+    parser.add_argument("--config", required=True, help="a run file, or the name of a shipped recipe")
+    parser.add_argument("--nodes", type=positive, default=1, help="machines (default 1)")
+    parser.add_argument("--gpus-per-node", type=positive, default=8, help="GPUs of each machine (default 8)")
+    parser.add_argument("--gpu", default="h100", help="a100, h100, h200 or b200 (default h100)")
+    parser.add_argument(
+        "--tokens-per-item",
+        type=positive,
+        metavar="N",
+        help="mean tokens of an image at native size (default: by the manifests of the sources, else 1,024)",
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="also try token budgets x recomputation x ZeRO for a stage"
+    )
+    parser.add_argument("--stage", metavar="NAME", help="the stage of --sweep (default: the longest)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--png", type=expand, metavar="FILE", help="also draw memory by part and scaling")
+    add_overrides(parser)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from univitar_ds.config.load import load_config
+    from univitar_ds.planning.forecast.cluster import cluster_of
+    from univitar_ds.planning.forecast.items import known_means
+    from univitar_ds.planning.forecast.plan import plan_run, scaling
+    from univitar_ds.planning.forecast.sweep import stage_named, sweep
+    from univitar_ds.planning.forecast.text import plan_object, plan_text
+
+    if arguments.stage is not None and not arguments.sweep:
+        raise ConfigError(f"--stage {arguments.stage} belongs to --sweep; add it, or leave --stage out")
+    cluster = cluster_of(arguments.nodes, arguments.gpus_per_node, arguments.gpu)
+    if arguments.png is not None:
+        _check_image(arguments.png)
+    config = load_config(arguments.config, arguments.overrides)
+    given = arguments.tokens_per_item
+    plan = plan_run(config, cluster, given)
+    trials = sweep(plan, stage_named(plan, arguments.stage), given) if arguments.sweep else []
+    scales = list(scaling(plan, known_means(config), given))
+    if arguments.json:
+        show(json.dumps(plan_object(plan, scales, trials), indent=2))
+    else:
+        show(plan_text(plan, scales, trials))
+    if arguments.png is not None:
+        _draw(arguments.png, plan, scales)
+    if (reason := plan.misfit()) is not None:
+        raise ConfigError(reason)
+
+
+def _check_image(path: Path) -> None:
+    """Raises: ConfigError if the file is another one than an earlier drawing of a plan, or its name is unusual."""
+    from univitar_ds.extras import extra
+    from univitar_ds.owned import check_result
+
+    with extra("train"):
+        from univitar_ds.planning.forecast.drawing import is_drawn
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--png {path} does not end in .png; give the name of an image")
+    check_result(path, is_drawn)
+
+
+def _draw(path: Path, plan: Plan, scales: Sequence[Plan]) -> None:
+    from univitar_ds.planning.forecast.drawing import draw
+
+    draw(path, plan, scales)
+    with suppress(OSError):
+        print(f"image in {shown(str(path))}", file=sys.stderr, flush=True)

@@ -1,0 +1,96 @@
+"""The cluster that a plan is for, and what it assumes beside `planning.step_time`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from univitar_ds.errors import ConfigError
+from univitar_ds.planning.gpus import GPUS, Assumption, Gpu
+
+USABLE = 0.9
+"""Share of a GPU's memory that a plan fills; the rest is for CUDA itself and for fragments."""
+MOST_GPUS = 1 << 16
+ASSUMPTIONS = {
+    "usable_memory": Assumption(USABLE, "of a GPU's memory", "chosen", "the rest is for CUDA itself and for fragments"),
+    "image_bytes": Assumption(100e3, "bytes", "chosen", "mean of an encoded image with its caption"),
+    "video_bytes": Assumption(2e6, "bytes", "chosen", "mean of an encoded video with its caption"),
+    "shard_bytes": Assumption(1e9, "bytes", "chosen", "of a shard; one GET reads it once through"),
+    "image_cpu": Assumption(
+        0.75e-3, "core s", "measured", "an image read, decoded, resized and packed (docs/performance.md)"
+    ),
+    "video_cpu": Assumption(
+        40e-3, "core s", "measured", "8 frames of h264 at 640 x 480 (benchmarks/results/bench_video_decode.csv)"
+    ),
+    "decoded_frames": Assumption(8, "frames", "measured", "of video_cpu, which grows with the frames of a stage"),
+    "rank_bytes": Assumption(
+        0.6e9, "bytes", "measured", "host memory of a rank after its imports, on a CPU (bench_plan_memory.py)"
+    ),
+    "cuda_bytes": Assumption(2e9, "bytes", "chosen", "host memory that CUDA and NCCL add to a rank"),
+    "worker_bytes": Assumption(
+        80e6, "bytes", "measured", "of a decoding process, without pixels (docs/performance.md)"
+    ),
+    "write_rate": Assumption(1e9, "bytes/s of a machine", "chosen", "to the folder of checkpoints"),
+    "native_tokens": Assumption(1024, "tokens", "chosen", "mean image at native size, within the stage's limits"),
+    "attended": Assumption(1500 / 1024, "of the mean", "chosen", "tokens that a token attends to, at native sizes"),
+    "sizes": Assumption(24, "sizes", "chosen", "of the items of a pack at native sizes: passes of the teacher"),
+    "balanced": Assumption(
+        1.02, "of the mean", "measured", "longest pack with cost_budget_tflops (docs/performance.md)"
+    ),
+    "unbalanced": Assumption(1.36, "of the mean", "measured", "longest of 256 packs without (docs/performance.md)"),
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`nodes` machines with `per_node` GPUs each, which are called `name` in `planning.gpus.GPUS`."""
+
+    nodes: int
+    per_node: int
+    name: str
+
+    @property
+    def gpu(self) -> Gpu:
+        return GPUS[self.name]
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.per_node
+
+    @property
+    def room(self) -> float:
+        """Bytes of a GPU that a plan may fill."""
+        return USABLE * self.gpu.memory.value
+
+    @property
+    def title(self) -> str:
+        machines = f"{self.nodes:,} machine{'' if self.nodes == 1 else 's'}"
+        return f"{self.ranks:,} {self.name} of {self.gpu.memory.value / 1e9:.0f} GB on {machines}"
+
+
+def cluster_of(nodes: int, per_node: int, gpu: str) -> Cluster:
+    """Returns a cluster. Args: gpu: name of a GPU, in any case. Raises: ConfigError if it is unknown or too large."""
+    name = gpu.upper()
+    if name not in GPUS:
+        raise ConfigError(f"--gpu {gpu} is not known; give one of {', '.join(known.lower() for known in GPUS)}")
+    if nodes * per_node > MOST_GPUS:
+        raise ConfigError(
+            f"--nodes {nodes} x --gpus-per-node {per_node} are {nodes * per_node:,} GPUs; give at most {MOST_GPUS:,}"
+        )
+    return Cluster(nodes, per_node, name)
+
+
+def of_ranks(cluster: Cluster, ranks: int) -> Cluster:
+    """Returns a cluster of the same machines with `ranks` GPUs; of part of a machine if it has more."""
+    per_node = min(cluster.per_node, ranks)
+    return Cluster(-(-ranks // per_node), per_node, cluster.name)
+
+
+def value(name: str) -> float:
+    return ASSUMPTIONS[name].value
+
+
+def assumption_lines(cluster: Cluster, step: dict[str, Assumption]) -> Iterator[str]:
+    """Yields a line for each number that a plan assumes. Args: step: those of the model of a step."""
+    for name, one in [*ASSUMPTIONS.items(), *step.items(), *cluster.gpu.assumptions()]:
+        yield f"{name}: {one.value:.4g} {one.unit} ({one.kind}: {one.source})"

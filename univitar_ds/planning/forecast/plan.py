@@ -1,0 +1,169 @@
+"""The plan of a run on a cluster: memory, time, FLOPs and messages of each stage, days of all stages, and scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from univitar_ds.config.deepspeed import AUTO
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.errors import ConfigError, UserError
+from univitar_ds.model.blocks.activations import LADDER
+from univitar_ds.planning.batch import Means
+from univitar_ds.planning.checks import Inputs, check_teacher, foreseen_model, open_start
+from univitar_ds.planning.deepspeed_auto import Choice, Ranks, choose
+from univitar_ds.planning.forecast.cluster import Cluster, of_ranks
+from univitar_ds.planning.forecast.items import items_of, known_means
+from univitar_ds.planning.forecast.resources import Checkpoints, HostNeeds, Reading, checkpoints, host_needs, reading
+from univitar_ds.planning.forecast.stage import StagePlan, placement, plan_stage
+from univitar_ds.planning.forecast.step_load import (
+    Placement,
+    PlannedModel,
+    with_lanes,
+)
+from univitar_ds.planning.memory import TeacherMemory
+from univitar_ds.planning.sizes import amount, count_parameters
+
+SCALES = tuple(2**power for power in range(11))
+"""Numbers of GPUs of the table of scaling."""
+TEACHERS = {"small": (384, 12), "vits": (384, 12), "base": (768, 12), "vitb": (768, 12), "giant": (1536, 40)}
+"""(width, blocks) by a part of a teacher's name; those of "large" for any other, as published for DINOv2."""
+_DEPTHS = {384: 12, 768: 12, 1024: 24, 1152: 27, 1280: 32, 1536: 40, 1920: 32}
+_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on a cluster. `zero`: name of the DeepSpeed configuration; `choice`: why `auto` takes it."""
+
+    config: RunConfig
+    model: PlannedModel
+    cluster: Cluster
+    zero: str
+    choice: Choice | None
+    place: Placement
+    stages: Sequence[StagePlan]
+    host: HostNeeds
+    checkpoints: Checkpoints
+    reading: Reading
+    notes: Sequence[str] = ()
+
+    @property
+    def hours(self) -> float:
+        """Of training and of checkpoints that the training waits for."""
+        return sum(stage.hours for stage in self.stages) + self.checkpoints.hours
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.cluster.ranks
+
+    def misfit(self) -> str | None:
+        """Returns a sentence if a stage does not fit into a GPU: what it needs, the limit and the remedy."""
+        room, memory = self.cluster.room, self.cluster.gpu.memory.value
+        for own, stage in zip(self.stages, self.config.stages, strict=True):
+            if own.peak.bytes <= room:
+                continue
+            fits = max(own.budgets.values())
+            kind = next(kind for kind in LADDER if own.budgets[kind] == fits)
+            largest = max(item.tokens for item in own.items)
+            remedy = f"set stages.N.token_budget to at most {fits:,} with checkpoint_every: {kind}"
+            if fits < largest:
+                remedy = "use more GPUs (--nodes), GPUs with more memory (--gpu), or a smaller encoder"
+            elif own.budgets[own.kind] < stage.token_budget <= fits:
+                remedy = f"set checkpoint_every: {kind}"
+            return (
+                f"stage {own.name} needs {amount(own.peak.bytes)} of each {self.cluster.name} (token_budget "
+                f"{stage.token_budget:,}, checkpoint_every {own.kind}, {self.zero}) and {amount(room)} may be filled, "
+                f"{100 * room / memory:.0f} % of {amount(memory)}; {remedy}"
+            )
+        return None
+
+
+def planned_model(config: RunConfig, ranks: int) -> tuple[PlannedModel, list[str]]:
+    """Returns a run's model without reading weights or data, and sentences on what had to be assumed.
+
+    Raises: UserError if `model.init_from` cannot be read, or the parts of the model do not fit each other.
+    """
+    notes: list[str] = []
+    teacher = None if config.objective.teacher is None else _teacher(config, ranks, notes)
+    start = open_start(config)
+    found = Inputs(config, {}, {}, (), (), start, None)
+    try:
+        description, classes = foreseen_model(found)
+    except UserError:
+        if not config.objective.classifies:
+            raise
+        named = config.model_copy(update={"objective": config.objective.model_copy(update={"kind": "sigmoid"})})
+        description, classes = {"encoder": foreseen_model(replace(found, config=named))[0]["encoder"]}, _CLASSES
+        notes.append(f"{_CLASSES:,} classes are assumed, since the sources cannot be read here")
+    width = None if teacher is None else teacher.width
+    counts = count_parameters(config, description, teacher_width=width, classes=classes)
+    return PlannedModel(config, description, counts, teacher), notes
+
+
+def _teacher(config: RunConfig, ranks: int, notes: list[str]) -> TeacherMemory:
+    own = config.objective.teacher
+    assert own is not None
+    if Path(own.path).is_dir():
+        shape = check_teacher(config)
+        assert shape is not None
+        width, layers = shape.width, _DEPTHS.get(shape.width, 24)
+    else:
+        width, layers = next((shape for name, shape in TEACHERS.items() if name in own.path.lower()), (1024, 24))
+        notes.append(f"the teacher {own.path} is taken to have {layers} blocks of width {width}, by its name")
+    weights = 12 * layers * width**2 * (2 if own.dtype == "bf16" else 4)
+    return TeacherMemory(width, layers, weights / (ranks if own.partitioned else 1))
+
+
+def plan_run(config: RunConfig, cluster: Cluster, tokens_per_item: int | None = None) -> Plan:
+    """Returns the plan of a run. Reads manifests of sources on this machine and nothing of a store.
+
+    Args: tokens_per_item: mean tokens of an image at native size; None: by manifests, else assumed.
+    Raises: UserError as `planned_model`; ConfigError if a number is impossible.
+    """
+    model, notes = planned_model(config, cluster.ranks)
+    return plan_model(model, cluster, known_means(config), tokens_per_item, notes)
+
+
+def plan_model(
+    model: PlannedModel, cluster: Cluster, means: Means, tokens_per_item: int | None = None, notes: Sequence[str] = ()
+) -> Plan:
+    """Returns the plan of a model on a cluster; see `plan_run`. With more GPUs than lanes there are as many lanes."""
+    lanes = model.config.data.lanes
+    model = with_lanes(model, cluster.ranks)
+    if model.config.data.lanes != lanes:
+        notes = [
+            *notes,
+            f"data.lanes is taken to be {model.config.data.lanes:,} instead of {lanes:,}, for as many GPUs",
+        ]
+    config = model.config
+    zero, choice = config.deepspeed, None
+    if zero == AUTO:
+        sizes = Ranks(cluster.ranks, cluster.per_node, cluster.gpu.memory.value)
+        choice = choose(config, model.description, model.counts, sizes)
+        zero = choice.name
+    place = placement(config, cluster, zero)
+    stages = [plan_stage(model, stage, cluster, (zero, place), items_of(stage, means, tokens_per_item))
+              for stage in config.stages]  # fmt: skip
+    return Plan(
+        config, model, cluster, zero, choice, place, stages,
+        host=host_needs(model, stages, cluster, place),
+        checkpoints=checkpoints(model, stages, cluster, place),
+        reading=reading(config, stages),
+        notes=notes,
+    )  # fmt: skip
+
+
+def scaling(plan: Plan, means: Means, tokens_per_item: int | None = None) -> Iterator[Plan]:
+    """Yields the plan of the same run on other numbers of GPUs of the same machines, where lanes allow it."""
+    lanes = plan.config.data.lanes
+    sizes = sorted({*SCALES, plan.cluster.ranks})
+    for ranks in sizes:
+        part = of_ranks(plan.cluster, ranks)
+        if part.ranks != ranks or (ranks < lanes and lanes % ranks):
+            continue
+        try:
+            yield plan_model(plan.model, part, means, tokens_per_item)
+        except ConfigError:
+            continue

@@ -1,0 +1,114 @@
+"""What a run needs beside the GPUs: host memory and cores for the loader, checkpoints, and requests to a store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.data.collate import AHEAD
+from univitar_ds.planning.forecast.cluster import Cluster, value
+from univitar_ds.planning.forecast.stage import StagePlan
+from univitar_ds.planning.forecast.step_load import Placement, PlannedModel
+from univitar_ds.planning.memory import pixel_bytes
+from univitar_ds.planning.sizes import checkpoint_bytes, memory_of_rank
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class HostNeeds:
+    """Of a machine: bytes of memory by part, and cores that decoding keeps busy beside one for each rank.
+
+    `workers`: decoding processes of a rank that keep up; `given`: those of the run file.
+    """
+
+    memory: Mapping[str, float]
+    cores: float
+    workers: int
+    given: int
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Bytes of a checkpoint, seconds to write one, how many are written, and the disk that is needed."""
+
+    bytes: float
+    seconds: float
+    count: int
+    disk: float
+
+    @property
+    def hours(self) -> float:
+        return self.count * self.seconds / 3600
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Samples, bytes and requests to a store over the whole run; `remote`: whether a source is at s3://."""
+
+    samples: float
+    bytes: float
+    requests: float
+    remote: bool
+
+
+def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluster, place: Placement) -> HostNeeds:
+    """Returns what each machine needs beside its GPUs, in the stage that needs most."""
+    data, per_node = model.config.data, cluster.per_node
+    packs = max(1, data.lanes // cluster.ranks)
+    ahead = max(data.prefetch_packs or max(AHEAD, packs), data.workers)
+    slots = ahead + max(packs, 2) + 1
+    pixels = max(pixel_bytes(stage.token_budget, video=stage.video_ratio > 0) for stage in model.config.stages)
+    held = max(
+        memory_of_rank(model.config, stage, model.counts, place.sharing, place.resolved).host
+        for stage in model.config.stages
+    )
+    busy = max(
+        sum(one.share * _cpu_seconds(model.config, own.name, one.modality) for one in own.items)
+        * own.pairs / cluster.ranks / own.step_s
+        for own in stages
+    )  # fmt: skip
+    memory = {
+        "processes": per_node * (value("rank_bytes") + value("cuda_bytes")),
+        "decoding processes": per_node * max(1, data.workers) * value("worker_bytes"),
+        "pixels of packs": per_node * slots * pixels,
+        "model while it is built": per_node * model.counts.total * FP32,
+        "offloaded training state": per_node * held,
+    }
+    return HostNeeds(
+        {name: size for name, size in memory.items() if size}, per_node * busy, max(1, -int(-busy // 1)), data.workers
+    )
+
+
+def checkpoints(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluster, place: Placement) -> Checkpoints:
+    """Returns what the checkpoints of a run take. Every machine writes its share, and training waits for it."""
+    config = model.config
+    size = max(checkpoint_bytes(config, stage, model.counts, place.resolved) for stage in config.stages)
+    writers = min(cluster.nodes, max(1, place.sharing // cluster.per_node))
+    count = sum(own.steps for own in stages) // config.checkpoint.every_steps
+    seconds = size / writers / value("write_rate")
+    return Checkpoints(size, seconds, count, size * (config.checkpoint.keep + 1))
+
+
+def reading(config: RunConfig, stages: Sequence[StagePlan]) -> Reading:
+    """Returns what a run reads. Every sample is read from its shard, and a shard by one request."""
+    samples = sum(stage.samples for stage in config.stages)
+    size = 0.0
+    for own, stage in zip(stages, config.stages, strict=True):
+        pairs = {one.modality: one.share / one.tokens for one in own.items}
+        images = pairs.get("image", 0.0) / sum(pairs.values())
+        size += stage.samples * (images * value("image_bytes") + (1 - images) * value("video_bytes"))
+    remote = any(source.path.startswith("s3://") for source in config.data.sources)
+    return Reading(samples, size, size / value("shard_bytes"), remote)
+
+
+def _cpu_seconds(config: RunConfig, stage: str, modality: str) -> float:
+    if modality == "image":
+        return value("image_cpu")
+    frames = next(one.video_frames for one in config.stages if one.name == stage)
+    return value("video_cpu") * frames / value("decoded_frames")

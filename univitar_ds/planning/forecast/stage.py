@@ -1,0 +1,221 @@
+"""The plan of one stage on a cluster: what it recomputes, its memory, the time of its step, FLOPs and messages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.model.blocks.activations import LADDER, Kind
+from univitar_ds.model.flops import cost_coefficients
+from univitar_ds.planning.batch import TERA
+from univitar_ds.planning.forecast.cluster import Cluster, value
+from univitar_ds.planning.forecast.items import Items
+from univitar_ds.planning.forecast.step_load import (
+    Placement,
+    PlannedModel,
+    fitting_recomputation,
+    largest_budget,
+    peak_of,
+    text_shape,
+)
+from univitar_ds.planning.memory import Peak
+from univitar_ds.planning.sizes import encoder_of
+from univitar_ds.planning.step_time import Method, Teacher, Work, predict, step_bytes
+from univitar_ds.training.engine.optim import trained_parts
+
+HOST_RATIOS = {
+    "zero2": {1: 1.8, 8: 1.7, 256: 1.5, 1024: 2.1},
+    "zero3": {1: 2.7, 8: 2.7, 256: 3.1, 1024: 3.4},
+}
+"""Host time of the engine's step in multiples of the model's without DeepSpeed (benchmarks/results/bench_host.csv).
+ZeRO-1 is taken to be as ZeRO-2, which has the same hooks."""
+_FILLED = 0.985
+"""Share of token_budget that packs of native sizes have (docs/performance.md)."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage on the cluster. `step`: mean over images and videos, in seconds by part; `kinds`: the largest
+    `token_budget` that fits by recomputation; `collectives`: bytes of a step that a rank hands over, by kind."""
+
+    name: str
+    items: Sequence[Items]
+    kind: Kind
+    kept: int
+    packs: int
+    peak: Peak
+    step: Mapping[str, float]
+    mfu: float
+    flops: float
+    tokens: float
+    pairs: float
+    steps: int
+    collectives: Mapping[str, float]
+    messages: int
+    budgets: Mapping[Kind, int]
+    pack_tflops: float
+    recomputed_flops: float
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.step.values())
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.step_s / 3600
+
+
+def placement(config: RunConfig, cluster: Cluster, zero: str) -> Placement:
+    """Returns where a run is trained with a DeepSpeed configuration. Raises: ConfigError if it is unusable."""
+    resolved = resolve_deepspeed(config, cluster.ranks, read_deepspeed(zero), ("the run file", zero))
+    return Placement(cluster.ranks, cluster.per_node, resolved)
+
+
+def plan_stage(
+    model: PlannedModel, stage: StageConfig, cluster: Cluster, where: tuple[str, Placement], items: Sequence[Items],
+    *, kind: Kind | None = None, with_budgets: bool = True,
+) -> StagePlan:  # fmt: skip
+    """Returns the plan of a stage.
+
+    Args: where: name of the DeepSpeed configuration, and the placement; kind: recomputation; None: what the stage asks
+        for; with_budgets: whether to look for the largest budgets.
+    """
+    config, (zero, place), room = model.config, where, cluster.room
+    packs = config.data.lanes // cluster.ranks
+    kind = fitting_recomputation(model, stage, place, room) if kind is None else kind
+    kept = kept_packs(model, stage, place, kind, room, packs)
+    method = method_of(stage, zero, place, kept, cluster)
+    found = [
+        (one.share, predict(work_of(model, stage, one, kind), cluster.gpu, cluster.ranks, method)) for one in items
+    ]
+    mean = _mean([(share, step.parts) for share, step in found])
+    flops = sum(share * step.flops for share, step in found)
+    pairs = sum(one.share * _tokens(stage, one) / one.tokens for one in items) * config.data.lanes
+    passes = 2 * packs - min(kept, packs)
+    moved = step_bytes(model.counts.trained(config, stage), method.zero, passes, packs) if cluster.ranks > 1 else {}
+    linear, square = cost_coefficients(encoder_of(model.description))
+    again = 1 / kind if isinstance(kind, int) and kind else 0.0  # selective computes no product again
+    forwards = (passes - packs) / packs + again
+    return StagePlan(
+        name=stage.name,
+        items=items,
+        kind=kind,
+        kept=kept,
+        packs=packs,
+        peak=peak_of(model, stage, place, kind, kept),
+        step=mean,
+        mfu=flops / sum(mean.values()) / cluster.gpu.peak.value,
+        flops=flops * cluster.ranks,
+        tokens=sum(share * step.tokens for share, step in found) * cluster.ranks,
+        pairs=pairs,
+        steps=math.ceil(stage.samples / pairs),
+        collectives=moved,
+        messages=messages(model, place, method.zero, passes, packs),
+        budgets={one: largest_budget(model, stage, place, one, room) for one in LADDER} if with_budgets else {},
+        pack_tflops=max(stage.token_budget * (linear + square * one.attended) for one in items) / TERA,
+        recomputed_flops=flops * cluster.ranks * forwards / 3,
+    )
+
+
+def messages(model: PlannedModel, place: Placement, zero: int, passes: int, backwards: int) -> int:
+    """Returns about how many collectives a step has.
+
+    ZeRO-3 gathers each block and the rest in each pass, and each bucket of gradients is reduced. Seven are of the loss,
+    the norm and numbers. `benchmarks/results/bench_pretence.csv` has counts of real steps.
+    """
+    if place.ranks == 1:
+        return 0
+    section, parameters = place.resolved["zero_optimization"], model.counts.total
+    buckets = math.ceil(parameters / section.get("reduce_bucket_size", 500_000_000))
+    if zero < 3:
+        gathers = 1 + math.ceil(parameters / section.get("allgather_bucket_size", 500_000_000))
+        return 7 + gathers + (buckets * backwards if zero == 2 else 2)
+    text = text_shape(model, trained=True)
+    blocks = encoder_of(model.description).num_hidden_layers + (text.layers if text is not None else 0)
+    live = section.get("stage3_max_live_parameters", 1_000_000_000)
+    again = 0 if parameters <= live else blocks  # weights that stay gathered until the backward pass
+    fetched = math.ceil(blocks / max(1, section.get("stage3_prefetch_bucket_size", 50_000_000) * blocks // parameters))
+    return 7 + passes * (fetched + 4) + backwards * (buckets + (fetched if again else 0))
+
+
+def kept_packs(model: PlannedModel, stage: StageConfig, place: Placement, kind: Kind, room: float, packs: int) -> int:
+    """Returns how many packs of a rank keep their graph: what `objective.grad_cache_keep` says, auto as many as fit."""
+    wanted = model.config.objective.grad_cache_keep
+    if wanted != "auto":
+        return min(wanted, packs)
+    low, high = 1, packs + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = peak_of(model, stage, place, kind, middle).bytes <= room
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def method_of(stage: StageConfig, zero: str, place: Placement, kept: int, cluster: Cluster) -> Method:
+    """Returns how a step is computed, as the program does it today."""
+    level = place.resolved["zero_optimization"]["stage"]
+    balanced = stage.cost_budget_tflops is not None
+    fixed = stage.image.size_px is not None and stage.video_ratio == 0
+    imbalance = 1.0 if fixed else value("balanced" if balanced else "unbalanced")
+    shared = "sharding_ranks" in place.resolved or zero == "zero3_node"
+    return Method(
+        zero=level,
+        host_ratio=HOST_RATIOS["zero3" if level == 3 else "zero2"],
+        update_collectives={1: 4, 2: 10, 3: 19 if shared else 17}[level],
+        recompute_by_memory=False,
+        kept_packs=kept,
+        ring=False,
+        loss_kernels=8,
+        teacher_by_size=True,
+        packed_text=False,
+        imbalance=imbalance,
+        fused_host=0.25,
+        node=cluster.per_node,
+    )
+
+
+def work_of(model: PlannedModel, stage: StageConfig, items: Items, kind: Kind) -> Work:
+    """Returns what a step computes for a pack of one modality."""
+    config = model.config
+    shape = text_shape(model, trained="text" in trained_parts(config, stage))
+    text = config.model.text
+    if shape is not None:
+        text = text.model_copy(update={
+            "hidden_size": shape.hidden, "layers": shape.layers, "intermediate_size": shape.inner,
+            "context_length": shape.length,
+        })  # fmt: skip
+    else:
+        text = text.model_copy(update={"layers": 0})
+    teacher = model.teacher if stage.distill.ever else None
+    return Work(
+        name=config.name,
+        encoder=encoder_of(model.description),
+        text=text,
+        embed_dim=config.model.embed_dim,
+        parameters=model.counts.trained(config, stage),
+        token_budget=stage.token_budget,
+        tokens_per_item=items.tokens,
+        attended=items.attended,
+        sizes=items.sizes,
+        lanes=config.data.lanes,
+        checkpoint_every=kind,
+        chunk=config.objective.chunk,
+        fill=_tokens(stage, items) / stage.token_budget * (1 - stage.patch_dropout),
+        teacher=None if teacher is None else Teacher(teacher.width, teacher.layers),
+    )
+
+
+def _tokens(stage: StageConfig, items: Items) -> float:
+    """Returns the tokens of a pack: whole items of one size, or nearly full packs of several."""
+    if items.sizes == 1:
+        return max(1, int(stage.token_budget / items.tokens)) * items.tokens
+    return _FILLED * stage.token_budget
+
+
+def _mean(steps: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
+    parts = dict.fromkeys(name for _, one in steps for name in one)
+    return {name: sum(share * one[name] for share, one in steps) for name in parts}

@@ -1,0 +1,154 @@
+"""What the largest step of a stage computes and holds on a rank, from a run file: the input of `planning.memory`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from univitar_ds.config.deepspeed import lanes_per_rank, sharing_ranks
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.model.blocks.activations import LADDER, Kind
+from univitar_ds.model.config import compiles
+from univitar_ds.planning.batch import pack_sizes
+from univitar_ds.planning.memory import Kernels, Peak, States, StepLoad, TeacherMemory, TextShape, peak, pixel_bytes
+from univitar_ds.planning.sizes import Counts, compute_width, encoder_of, gradient_width, memory_of_rank
+from univitar_ds.training.engine.optim import trained_parts
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A run's model: `description` as `ContrastiveModel.description`; `teacher`: None without one."""
+
+    config: RunConfig
+    description: Mapping[str, Any]
+    counts: Counts
+    teacher: TeacherMemory | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a run is trained: `ranks`, `node` of them on each machine, and the complete DeepSpeed configuration."""
+
+    ranks: int
+    node: int
+    resolved: Mapping[str, Any]
+    on_gpu: bool = True
+
+    @property
+    def sharing(self) -> int:
+        """How many ranks share a training state."""
+        return sharing_ranks(self.resolved, self.ranks, self.node)
+
+
+def wanted_recomputation(config: RunConfig, stage: StageConfig) -> Kind | str:
+    """Returns the `checkpoint_every` that a stage asks for."""
+    return config.model.checkpoint_every if stage.checkpoint_every is None else stage.checkpoint_every
+
+
+def states_of(model: PlannedModel, stage: StageConfig, place: Placement) -> States:
+    """Returns what a rank holds in a stage."""
+    config, counts, resolved = model.config, model.counts, place.resolved
+    encoder = encoder_of(model.description)
+    held = memory_of_rank(config, stage, counts, place.sharing, resolved)
+    zero = dict(resolved["zero_optimization"])
+    width = compute_width(resolved)
+    kernels: Kernels = "fused" if place.on_gpu else "compiled" if compiles(config.model) else "plain"
+    return States(
+        parts={name: size for name, size in held.parts.items() if name not in held.offloaded},
+        zero=zero,
+        parameters=counts.total,
+        trained=counts.trained(config, stage),
+        block=counts.by_part.get("blocks", 0) // encoder.num_hidden_layers,
+        ranks=place.sharing,
+        width=width,
+        gradient=gradient_width(resolved),
+        text=counts.by_part.get("text", 0),
+        offloaded="optimizer" in held.offloaded,
+        kernels=kernels,
+    )
+
+
+def load_of(model: PlannedModel, stage: StageConfig, ranks: int, kind: Kind, kept: int = 1) -> StepLoad:
+    """Returns what a rank computes in a step of full packs with as many items as a pack can have.
+
+    Args: kept: packs whose graphs are in memory together. With fewer lanes than ranks, a rank has one pack.
+    """
+    config, encoder = model.config, encoder_of(model.description)
+    lanes = max(config.data.lanes, ranks)
+    packs = lanes_per_rank(lanes, ranks)
+    items = max(size.items[1] for size in pack_sizes(stage, encoder))
+    parts = trained_parts(config, stage)
+    return StepLoad(
+        encoder=encoder,
+        tokens=stage.token_budget * (1 - stage.patch_dropout),
+        pixels=pixel_bytes(stage.token_budget, video=stage.video_ratio > 0),
+        items=items,
+        packs=packs,
+        kind=kind,
+        embed_dim=config.model.embed_dim,
+        texts=items * lanes,
+        chunk=config.objective.chunk,
+        text=text_shape(model, trained="text" in parts),
+        teacher=model.teacher if stage.distill.ever else None,
+        kept=min(kept, packs),
+        trains_encoder="blocks" in parts or "patch_embedding" in parts,
+    )
+
+
+def text_shape(model: PlannedModel, *, trained: bool) -> TextShape | None:
+    """Returns the text tower of a model, None for a classifier. Captions are taken to be as long as they can be."""
+    text = model.description.get("text")
+    if text is None:
+        return None
+    length = model.config.model.text.context_length
+    if not text["model_type"].startswith("clip"):  # SigLIP's rows have full length
+        length = text["max_position_embeddings"]
+    return TextShape(text["hidden_size"], text["num_hidden_layers"], text["intermediate_size"], length, trained)
+
+
+def peak_of(model: PlannedModel, stage: StageConfig, place: Placement, kind: Kind, kept: int = 1) -> Peak:
+    """Returns the memory of a rank at the moment of a stage's step that needs most."""
+    return peak(load_of(model, stage, place.ranks, kind, kept), states_of(model, stage, place))
+
+
+def fitting_recomputation(model: PlannedModel, stage: StageConfig, place: Placement, room: float) -> Kind:
+    """Returns the recomputation of a stage: what it asks for, or the least that fits into `room` bytes.
+
+    Without a GPU "auto" recomputes nothing. If nothing fits, every block is recomputed.
+    """
+    wanted = wanted_recomputation(model.config, stage)
+    if wanted != "auto":
+        return wanted
+    if not place.on_gpu:
+        return 0
+    fits = (kind for kind in LADDER if peak_of(model, stage, place, kind).bytes <= room)
+    return next(fits, LADDER[-1])
+
+
+def largest_budget(
+    model: PlannedModel, stage: StageConfig, place: Placement, kind: Kind, room: float, step: int = 1024
+) -> int:
+    """Returns the largest `token_budget`, a multiple of `step`, with which a stage fits into `room`; 0 if none does."""
+
+    def fits(budget: int) -> bool:
+        changed = stage.model_copy(update={"token_budget": budget})
+        return peak_of(model, changed, place, kind).bytes <= room
+
+    low, high = 0, 1
+    while fits(high * step) and high < 1 << 12:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step
+
+
+def with_lanes(model: PlannedModel, ranks: int) -> PlannedModel:
+    """Returns the model of a run whose lanes the ranks divide: as many lanes as ranks where they do not."""
+    lanes = model.config.data.lanes
+    if lanes % ranks == 0:
+        return model
+    data = model.config.data.model_copy(update={"lanes": -(-lanes // ranks) * ranks})
+    return replace(model, config=model.config.model_copy(update={"data": data}))

@@ -1,0 +1,96 @@
+"""Token budgets x recomputation x ZeRO for one stage: memory and predicted speed of each, and the best that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from univitar_ds.config.stage import StageConfig
+from univitar_ds.errors import ConfigError
+from univitar_ds.model.blocks.activations import LADDER, Kind
+from univitar_ds.planning.deepspeed_auto import ON_GPUS
+from univitar_ds.planning.forecast.items import items_of
+from univitar_ds.planning.forecast.plan import Plan
+from univitar_ds.planning.forecast.stage import placement, plan_stage
+from univitar_ds.planning.forecast.step_load import PlannedModel
+
+BUDGETS = (8192, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of a stage. `speed`: tokens/s of a GPU, predicted."""
+
+    zero: str
+    kind: Kind
+    budget: int
+    memory: float
+    fits: bool
+    step_s: float
+    mfu: float
+    speed: float
+    pairs: float
+
+
+def stage_named(plan: Plan, name: str | None) -> StageConfig:
+    """Returns a stage by its name; None: the one that takes longest. Raises: ConfigError if there is no such stage."""
+    if name is None:
+        longest = max(plan.stages, key=lambda one: one.hours).name
+        return next(one for one in plan.config.stages if one.name == longest)
+    for stage in plan.config.stages:
+        if stage.name == name:
+            return stage
+    names = ", ".join(stage.name for stage in plan.config.stages)
+    raise ConfigError(f"--stage {name} is no stage of this run; its stages are {names}")
+
+
+def sweep(plan: Plan, stage: StageConfig, tokens_per_item: int | None = None) -> list[Trial]:
+    """Returns all settings of a stage, by ZeRO, recomputation and budget. The loss is over other numbers of pairs at
+    other budgets; that of the run file is among them."""
+    return list(_trials(plan, stage, tokens_per_item))
+
+
+def best_of(trials: Sequence[Trial]) -> Trial | None:
+    """Returns the fastest setting that fits, of equals the one with less memory; None if none fits."""
+    fitting = [one for one in trials if one.fits]
+    return max(fitting, key=lambda one: (one.speed, -one.memory), default=None)
+
+
+def candidates(plan: Plan) -> Iterator[str]:
+    """Yields the DeepSpeed configurations that a cluster can use without offloading."""
+    for name in ON_GPUS:
+        alone = plan.cluster.ranks == 1 and name != "zero2"
+        one_machine = plan.cluster.nodes == 1 or plan.cluster.per_node == 1
+        if name != "zero3_offload" and not alone and not (name == "zero3_node" and one_machine):
+            yield name
+
+
+def _trials(plan: Plan, stage: StageConfig, tokens_per_item: int | None) -> Iterator[Trial]:
+    smallest = max(_largest_items(stage))
+    budgets = sorted({stage.token_budget, *(budget for budget in BUDGETS if budget >= smallest)})
+    model: PlannedModel = plan.model
+    for zero in candidates(plan):
+        place = placement(plan.config, plan.cluster, zero)
+        for kind in LADDER:
+            for budget in budgets:
+                changed = stage.model_copy(update={"token_budget": budget})
+                items = items_of(changed, {}, tokens_per_item)
+                own = plan_stage(model, changed, plan.cluster, (zero, place), items, kind=kind, with_budgets=False)
+                yield Trial(
+                    zero=zero,
+                    kind=kind,
+                    budget=budget,
+                    memory=own.peak.bytes,
+                    fits=own.peak.bytes <= plan.cluster.room,
+                    step_s=own.step_s,
+                    mfu=own.mfu,
+                    speed=own.tokens / own.step_s / plan.cluster.ranks,
+                    pairs=own.pairs,
+                )
+
+
+def _largest_items(stage: StageConfig) -> Iterator[int]:
+    if stage.video_ratio < 1:
+        yield stage.image.largest_item(1)
+    if stage.video_ratio > 0:
+        yield stage.video.largest_item(stage.video_frames)

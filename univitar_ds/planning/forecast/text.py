@@ -1,0 +1,237 @@
+"""A plan as text, and as an object for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from univitar_ds.planning.forecast.cluster import assumption_lines
+from univitar_ds.planning.forecast.plan import Plan
+from univitar_ds.planning.forecast.stage import StagePlan
+from univitar_ds.planning.forecast.sweep import Trial, best_of
+from univitar_ds.planning.gpus import Assumption
+from univitar_ds.planning.sizes import amount
+from univitar_ds.planning.step_time import ASSUMPTIONS
+from univitar_ds.training.step.recomputation import NAMES
+
+_UNUSED = ("free_memory", "buffers")
+"""Assumptions of the model of a step that a plan replaces by `planning.memory`."""
+
+
+def plan_text(plan: Plan, scales: Sequence[Plan], trials: Sequence[Trial] = ()) -> str:
+    """Returns a plan in sections. Args: scales: the same run on other numbers of GPUs; trials: of `sweep`."""
+    sections = {
+        "run": list(_run(plan)),
+        **{f"stage {stage.name}": list(_stage(plan, stage)) for stage in plan.stages},
+        "whole run": list(_whole(plan)),
+        "machines": list(_machines(plan)),
+        "scaling": list(_scaling(plan, scales)),
+        **({"sweep": list(_sweep(trials))} if trials else {}),
+        "assumptions": list(_assumptions(plan)),
+    }
+    lines = [line for title, body in sections.items() for line in [title, *(f"  {line}" for line in body), ""]]
+    return "\n".join(lines).rstrip()
+
+
+def plan_object(plan: Plan, scales: Sequence[Plan], trials: Sequence[Trial] = ()) -> dict[str, Any]:
+    """Returns a plan as an object for JSON. Bytes, seconds and FLOPs have no prefix."""
+    best = best_of(trials)
+    return {
+        "run": plan.config.name,
+        "cluster": {
+            "nodes": plan.cluster.nodes, "gpus_per_node": plan.cluster.per_node, "gpus": plan.cluster.ranks,
+            "gpu": plan.cluster.name.lower(), "memory_bytes": plan.cluster.gpu.memory.value,
+            "usable_bytes": plan.cluster.room,
+        },
+        "parameters": dict(plan.model.counts.by_part),
+        "deepspeed": plan.zero,
+        "deepspeed_reason": None if plan.choice is None else plan.choice.line,
+        "fits": plan.misfit() is None,
+        "misfit": plan.misfit(),
+        "stages": [_stage_object(stage) for stage in plan.stages],
+        "hours": plan.hours,
+        "gpu_hours": plan.gpu_hours,
+        "host": {"memory_bytes": dict(plan.host.memory), "cores": plan.host.cores, "workers": plan.host.workers},
+        "checkpoint": {
+            "bytes": plan.checkpoints.bytes, "seconds": plan.checkpoints.seconds, "count": plan.checkpoints.count,
+            "disk_bytes": plan.checkpoints.disk,
+        },
+        "reading": {
+            "samples": plan.reading.samples, "bytes": plan.reading.bytes, "requests": plan.reading.requests,
+            "s3": plan.reading.remote,
+        },
+        "scaling": [
+            {
+                "gpus": one.cluster.ranks, "deepspeed": one.zero, "hours": one.hours, "gpu_hours": one.gpu_hours,
+                "fits": one.misfit() is None, "lanes": one.config.data.lanes,
+                "stages": {
+                    own.name: {"step_s": own.step_s, "mfu": own.mfu, "checkpoint_every": own.kind} for own in one.stages
+                },
+            }
+            for one in scales
+        ],
+        "sweep": [{**vars(one), "best": one is best} for one in trials],
+        "notes": list(plan.notes),
+        "assumptions": list(_assumptions(plan)),
+    }  # fmt: skip
+
+
+def _stage_object(stage: StagePlan) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "items": [vars(one) for one in stage.items],
+        "checkpoint_every": stage.kind,
+        "grad_cache_keep": stage.kept,
+        "packs_per_gpu": stage.packs,
+        "memory_bytes": dict(stage.peak.parts),
+        "memory_total_bytes": stage.peak.bytes,
+        "memory_moment": stage.peak.moment,
+        "memory_of_moments_bytes": dict(stage.peak.others),
+        "step_s": stage.step_s,
+        "step_parts_s": dict(stage.step),
+        "mfu": stage.mfu,
+        "flops_per_step": stage.flops,
+        "recomputed_flops_per_step": stage.recomputed_flops,
+        "collective_bytes_per_step": dict(stage.collectives),
+        "collectives_per_step": stage.messages,
+        "pairs_per_step": stage.pairs,
+        "tokens_per_step": stage.tokens,
+        "steps": stage.steps,
+        "hours": stage.hours,
+        "largest_token_budget": {str(kind): budget for kind, budget in stage.budgets.items()},
+        "pack_tflops": stage.pack_tflops,
+    }
+
+
+def _run(plan: Plan) -> Iterator[str]:
+    config, cluster = plan.config, plan.cluster
+    yield f"{config.name} on {cluster.title}"
+    counts = ", ".join(
+        f"{part} {count / 1e6:,.1f}M" for part, count in plan.model.counts.by_part.items() if count > 1e5
+    )
+    yield f"{plan.model.counts.total / 1e6:,.0f}M parameters ({counts})"
+    packs = config.data.lanes // cluster.ranks
+    yield f"{config.data.lanes:,} packs a step, {packs:,} for each GPU; {config.objective.kind} loss"
+    yield plan.choice.line if plan.choice is not None else f"deepspeed: {plan.zero}, as the run file says"
+    yield from plan.notes
+
+
+def _stage(plan: Plan, stage: StagePlan) -> Iterator[str]:
+    own = next(one for one in plan.config.stages if one.name == stage.name)
+    for item in stage.items:
+        share = "" if len(stage.items) == 1 else f"{100 * item.share:.0f} % of the steps: "
+        yield f"{share}{item.modality}s of {item.tokens:,.0f} tokens ({item.source})"
+    yield (
+        f"a step: {stage.step_s:.3g} s, MFU {100 * stage.mfu:.0f} %, {stage.pairs:,.0f} pairs, "
+        f"{stage.tokens / stage.step_s / plan.cluster.ranks:,.0f} tokens/s a GPU"
+    )
+    parts = sorted(stage.step.items(), key=lambda part: -part[1])
+    shares = ", ".join(
+        f"{name} {100 * size / stage.step_s:.0f} %" for name, size in parts if size > 0.005 * stage.step_s
+    )
+    yield f"    of it {shares}"
+    again = f" + {100 * stage.recomputed_flops / stage.flops:.0f} % computed twice" if stage.recomputed_flops else ""
+    yield f"FLOPs of a step: {stage.flops / 1e15:,.3g} PFLOP{again}; a full pack {stage.pack_tflops:,.0f} TFLOP"
+    if stage.collectives:
+        moved = ", ".join(f"{kind} {amount(size)}" for kind, size in stage.collectives.items())
+        yield f"weights and gradients of a step, each GPU: {moved}, in about {stage.messages} collectives"
+    yield from _memory(plan, stage)
+    wanted = own.cost_budget_tflops
+    cost = "auto: from the first samples, so that packs take equal time" if wanted == "auto" else wanted or "none"
+    yield f"cost_budget_tflops: {cost}"
+    yield f"{stage.steps:,} steps, {stage.hours / 24:,.1f} days, {stage.hours * plan.cluster.ranks:,.0f} GPU hours"
+
+
+def _memory(plan: Plan, stage: StagePlan) -> Iterator[str]:
+    free = plan.cluster.room - stage.peak.bytes
+    yield (
+        f"memory of a GPU: {amount(stage.peak.bytes)} of the {amount(plan.cluster.room)} that may be filled, most in "
+        f"'{stage.peak.moment}'" + ("" if free >= 0 else f": {amount(-free)} TOO MUCH")
+    )
+    for name, size in sorted(stage.peak.parts.items(), key=lambda part: -part[1]):
+        yield f"    {name:<22} {amount(size):>10}"
+    yield (
+        f"checkpoint_every: {stage.kind} (recomputes {NAMES.get(stage.kind, f'every {stage.kind}th block')}); "
+        f"grad_cache_keep: {stage.kept} of {stage.packs} packs"
+    )
+    fits = ", ".join(f"{budget:,} with {kind}" for kind, budget in stage.budgets.items())
+    yield f"largest token_budget that fits, by checkpoint_every: {fits}"
+
+
+def _whole(plan: Plan) -> Iterator[str]:
+    made = plan.checkpoints
+    yield f"{duration(plan.hours)}, {plan.gpu_hours:,.0f} GPU hours"
+    yield (
+        f"a checkpoint: {amount(made.bytes)}, {made.seconds:.3g} s; {made.count:,} are written "
+        f"({made.hours:.2g} h), and {amount(made.disk)} of disk hold those that are kept while one is written"
+    )
+    read = plan.reading
+    where = "from S3" if read.remote else "from shards"
+    yield (
+        f"{read.samples:,.0f} samples, {amount(read.bytes)} {where} in {read.requests:,.0f} requests"
+        + f", {amount(read.bytes / max(plan.hours, 1e-9) / 3600)}/s"
+    )
+
+
+def _machines(plan: Plan) -> Iterator[str]:
+    host = plan.host
+    yield f"host memory of each machine: {amount(host.bytes)}"
+    for name, size in sorted(host.memory.items(), key=lambda part: -part[1]):
+        yield f"    {name:<26} {amount(size):>10}"
+    per_node = plan.cluster.per_node
+    verdict = "enough" if host.given >= host.workers else f"TOO FEW: set data.workers to at least {host.workers}"
+    yield (
+        f"cores: {per_node} for the ranks and {host.cores:.1f} busy with decoding; "
+        f"data.workers {host.given} of each rank: {verdict}"
+    )
+
+
+def _scaling(plan: Plan, scales: Sequence[Plan]) -> Iterator[str]:
+    names = [stage.name for stage in plan.stages]
+    yield f"{'GPUs':>6}  {'':<13}{'days':>8} {'GPU h':>11}  " + "  ".join(f"{name + ', s (MFU)':>20}" for name in names)
+    for one in scales:
+        cells = [f"{own.step_s:.3g} ({100 * own.mfu:.0f} %)" for own in one.stages]
+        mark = " <" if one.cluster.ranks == plan.cluster.ranks else ""
+        days = f"{one.hours / 24:,.1f}" if one.misfit() is None else "no room"
+        lanes = "" if one.config.data.lanes == plan.config.data.lanes else f"  {one.config.data.lanes:,} lanes"
+        yield (
+            f"{one.cluster.ranks:>6,}  {one.zero:<13}{days:>8} {one.gpu_hours:>11,.0f}  "
+            + "  ".join(f"{cell:>20}" for cell in cells) + lanes + mark
+        )  # fmt: skip
+
+
+def _sweep(trials: Sequence[Trial]) -> Iterator[str]:
+    best = best_of(trials)
+    yield "tokens/s a GPU, predicted; memory of a GPU; - where it does not fit; * the best"
+    budgets = sorted({one.budget for one in trials})
+    yield f"{'checkpoint_every, ZeRO':<26}" + "".join(f"{budget:>19,}" for budget in budgets)
+    rows: dict[tuple[str, str], dict[int, Trial]] = {}
+    for one in trials:
+        rows.setdefault((str(one.kind), one.zero), {})[one.budget] = one
+    for (kind, zero), cells in rows.items():
+        text = "".join(_cell(cells[budget], best) for budget in budgets)
+        yield f"{kind + ', ' + zero:<26}{text}"
+    if best is None:
+        yield "nothing fits: use more GPUs, GPUs with more memory, or a smaller encoder"
+    else:
+        yield (
+            f"* deepspeed: {best.zero}, checkpoint_every: {best.kind}, token_budget: {best.budget}; "
+            f"{best.pairs:,.0f} pairs a step, {best.step_s:.3g} s, MFU {100 * best.mfu:.0f} %"
+        )
+
+
+def _cell(one: Trial, best: Trial | None) -> str:
+    size = amount(one.memory)
+    text = f"{one.speed:,.0f} {size}" if one.fits else f"- {size}"
+    return f"{text + ('*' if one is best else ''):>19}"
+
+
+def _assumptions(plan: Plan) -> Iterator[str]:
+    yield "nothing was measured on a GPU; times follow from the rates below, memory from shapes"
+    own: Mapping[str, Assumption] = {name: one for name, one in ASSUMPTIONS.items() if name not in _UNUSED}
+    yield from assumption_lines(plan.cluster, dict(own))
+
+
+def duration(hours: float) -> str:
+    """Returns a duration in hours or days."""
+    return f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:,.1f} days"

@@ -1,0 +1,339 @@
+"""Memory of a rank in a training step by part, from shapes, at the moments at which it can be highest.
+
+A step holds what stays between steps (`sizes.memory_of_rank`), and adds:
+
+| moment | beside the states |
+|---|---|
+| teacher | weights and widest layer of the teacher |
+| loss | activations of both towers, features for the teacher, texts and a chunk of logits |
+| text backward | activations of both towers, gradients of a text block, buckets of gradients |
+| encoder backward | activations of the encoder, what its last block recomputes and its gradients, buckets |
+| gradients | the last bucket on its way, with ZeRO-1 all gradients |
+| update | the optimizer's copies; on a CPU two temporaries of AdamW |
+
+The plan is the largest of them. `tests/pretence/test_memory.py` compares it with the real step on a pretended GPU,
+`benchmarks/bench_plan_memory.py` with the memory of processes on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.geometry import PATCH
+from univitar_ds.model.blocks.activations import Kind
+
+FP32 = 4
+Kernels = Literal["fused", "compiled", "plain"]
+"""What runs the token-wise operations: Triton on a GPU, compiled loops or plain torch on a CPU."""
+REDUCED_AT_ONCE = 500_000_000
+"""Gradients that DeepSpeed reduces at once with ZeRO-1 in bf16 (its default)."""
+_BLOCK = {"fused": (12, 3), "compiled": (13, 3), "plain": (20, 6)}
+"""What a block keeps for its backward pass, in values of a token: multiples of (D, F), counted. On a CPU attention runs
+item by item, so that its result is there twice; plain torch keeps what the other two compute again."""
+_PLAIN_BF16 = (29, 11)
+"""The same of plain torch in bf16, which keeps float32 copies."""
+_TEXT = (8, 2)
+"""What a text block keeps, in multiples of (D, F): its input, two norms, queries, keys, values, the attention's result,
+their sum; both sides of the activation function."""
+_POOLING = 4
+"""The encoder's result and its norm, keys and values for the attention pooling, in multiples of D."""
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """A text tower: width, blocks, feed-forward width, and tokens of a padded caption. `trained`: whether it is."""
+
+    hidden: int
+    layers: int
+    inner: int
+    length: int
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class TeacherMemory:
+    """A frozen ViT: width, blocks, and bytes of its weights on a rank."""
+
+    width: int
+    layers: int
+    weights: float
+
+
+@dataclass(frozen=True)
+class StepLoad:
+    """What a rank computes in a step.
+
+    `tokens`: of a pack, after `patch_dropout`; `pixels`: bytes of a pack; `items`: of a pack; `packs`: of the rank;
+    `kept`: those whose graphs are in memory together; `kind`: recomputation; `texts`: of all ranks; `chunk`: of these
+    compared at a time; `trains_encoder`: whether blocks get gradients.
+    """
+
+    encoder: EncoderConfig
+    tokens: float
+    pixels: float
+    items: float
+    packs: int
+    kind: Kind
+    embed_dim: int
+    texts: float
+    chunk: int
+    text: TextShape | None = None
+    teacher: TeacherMemory | None = None
+    kept: int = 1
+    trains_encoder: bool = True
+
+
+@dataclass(frozen=True)
+class States:
+    """What a rank holds, and how its engine works.
+
+    `parts`: bytes between steps, from `sizes.memory_of_rank`, without those in host memory; `zero`: the section
+    `zero_optimization`; `parameters`: all of them, `trained`: of these; `block`: the largest block; `ranks`: that share
+    a training state; `width`: bytes of a weight in the forward pass; `gradient`: of an accumulated gradient; `text`:
+    parameters of the text tower.
+    """
+
+    parts: Mapping[str, float]
+    zero: Mapping[str, Any]
+    parameters: int
+    trained: int
+    block: int
+    ranks: int
+    width: int
+    gradient: int
+    text: int = 0
+    offloaded: bool = False
+    kernels: Kernels = "fused"
+
+    @property
+    def stage(self) -> int:
+        return self.zero["stage"]
+
+    @property
+    def share(self) -> float:
+        """Trained parameters whose optimizer states this rank has."""
+        return self.trained / self.ranks
+
+    @property
+    def bucket(self) -> int:
+        """Elements of a bucket of gradients."""
+        return self.zero.get("reduce_bucket_size", 500_000_000)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The memory of a rank at one moment, in bytes by part."""
+
+    moment: str
+    parts: Mapping[str, float]
+    others: Mapping[str, float] = field(default_factory=dict)
+    """Bytes at all moments."""
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.parts.values())
+
+
+def peak(load: StepLoad, states: States) -> Peak:
+    """Returns the memory of a rank at the moment of a step that needs most."""
+    found = moments(load, states)
+    sizes = {moment: sum(parts.values()) for moment, parts in found.items()}
+    moment = max(sizes, key=sizes.__getitem__)
+    return Peak(moment, found[moment], sizes)
+
+
+def moments(load: StepLoad, states: States) -> dict[str, dict[str, float]]:
+    """Returns the bytes of a rank by part, at each moment of the module's table."""
+    vision, text = encoder_kept(load, states), text_kept(load, states)
+    distilled = _distilled(load, states)
+    teacher = {} if load.teacher is None else {"teacher": load.teacher.weights}
+    always = Counter(_between(states)) + Counter({"pixels": load.packs * load.pixels, **teacher})
+    graphs = {"encoder activations": load.kept * vision, "text tower": load.kept * text}
+    before = {name: (load.kept - 1) / load.kept * size for name, size in graphs.items()} if load.kept else {}
+    running = _gathered(states)
+    buckets = {"buckets": _buckets(states), **_gradients(load, states)}
+    backward, after_text = {**running, **buckets}, {**_gathered(states, after_text=True), **buckets}
+    own_text = {} if load.text is None else {"text tower": text_backward(load, states)}
+    found = {
+        "loss": [graphs, running, {"loss": _loss(load, states), "teacher": distilled}],
+        "text backward": [graphs, backward, own_text, {"teacher": distilled}],
+        "encoder backward": [graphs, after_text, {"encoder activations": encoder_backward(load, states)}],
+        "gradients": [before, after_text, {"buckets": _exchange(states)}, _all_gradients(states)],
+        "update": [_all_gradients(states), {"update": _update(states)}],
+    }
+    if load.teacher is not None:
+        found["teacher"] = [before, running, {"teacher": _teacher_forward(load, states)}]
+    found["encoder backward"].append({"text tower": -text})  # its own graph is freed by then
+    return {name: _sum([always, *parts]) for name, parts in found.items()}
+
+
+def block_values(encoder: EncoderConfig, kernels: Kernels, width: int) -> float:
+    """Returns how many values a block keeps for a token if nothing is recomputed. Args: width: bytes of a value."""
+    across, inner = _PLAIN_BF16 if (kernels, width) == ("plain", 2) else _BLOCK[kernels]
+    return across * encoder.hidden_size + inner * encoder.inner_width + _statistics(encoder, width)
+
+
+def kept_values(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels) -> float:
+    """Returns the values that an encoder keeps for a token between its forward and backward pass.
+
+    Args: width: bytes of a value.
+    """
+    layers, whole = encoder.num_hidden_layers, block_values(encoder, kernels, width)
+    if kind == "selective":
+        return layers * (7 * encoder.hidden_size + 2 * encoder.inner_width + _statistics(encoder, width))
+    recomputed = -(-layers // kind) if kind else 0
+    return recomputed * encoder.hidden_size + (layers - recomputed) * whole
+
+
+def backward_values(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels) -> float:
+    """Returns the values of a token that the backward pass of a block adds: what it computes again, and gradients.
+
+    The most are there when the gate of the feed-forward layer gets its gradient: two tensors of F and two of D.
+    """
+    across, inner = encoder.hidden_size, encoder.inner_width
+    gradients = 2 * across + (4 if kernels == "plain" else 2) * inner
+    if kind == "selective":
+        return gradients + 5 * across + inner
+    return gradients + (block_values(encoder, kernels, width) - 2 * across if kind else 0)
+
+
+def encoder_kept(load: StepLoad, states: States) -> float:
+    """Returns the bytes of the encoder's activations of a pack between forward and backward pass, with its pooling."""
+    if not load.trains_encoder:
+        return 0.0
+    kept = kept_values(load.encoder, load.kind, width=states.width, kernels=states.kernels)
+    return load.tokens * states.width * (kept + _POOLING * load.encoder.hidden_size)
+
+
+def encoder_backward(load: StepLoad, states: States) -> float:
+    """Returns the bytes of a pack that the backward pass of the last block adds. The pooling's are freed by then."""
+    if not load.trains_encoder:
+        return 0.0
+    added = backward_values(load.encoder, load.kind, width=states.width, kernels=states.kernels)
+    return load.tokens * states.width * (added - _POOLING * load.encoder.hidden_size)
+
+
+def text_kept(load: StepLoad, states: States) -> float:
+    """Returns the bytes of the text tower's activations of a pack."""
+    text = load.text
+    if text is None or not text.trained:
+        return 0.0
+    block = _TEXT[0] * text.hidden + _TEXT[1] * text.inner
+    return load.items * text.length * text.layers * block * states.width
+
+
+def text_backward(load: StepLoad, states: States) -> float:
+    """Returns the bytes of gradients in a text block."""
+    text = load.text
+    if text is None or not text.trained:
+        return 0.0
+    return load.items * text.length * (2 * text.inner + 2 * text.hidden) * states.width
+
+
+def _statistics(encoder: EncoderConfig, width: int) -> float:
+    """Returns float32 values of a token in values of `width` bytes: the softmax of each head."""
+    return encoder.num_attention_heads * FP32 / width
+
+
+def _between(states: States) -> dict[str, float]:
+    """Returns the bytes that stay between steps. ZeRO-3 keeps its bucket, ZeRO-2 makes its gradients in each step."""
+    parts = dict(states.parts)
+    if states.stage == 3:
+        return {**parts, "buckets": states.bucket * states.width}
+    if states.stage == 2 or states.width == FP32:
+        parts.pop("gradients", None)
+    return parts
+
+
+def _gradients(load: StepLoad, states: States) -> dict[str, float]:
+    """Returns the bytes of gradients of earlier packs and blocks, where they do not stay between steps."""
+    if "gradients" in _between(states) or load.packs == 1:
+        return {}
+    return {"gradients": states.parts["gradients"]}
+
+
+def _all_gradients(states: States) -> dict[str, float]:
+    """Returns the bytes of all gradients of a rank after the backward pass, where they do not stay between steps."""
+    return {} if "gradients" in _between(states) else {"gradients": states.parts["gradients"]}
+
+
+def _gathered(states: States, *, after_text: bool = False) -> dict[str, float]:
+    """Returns the bytes of weights that ZeRO-3 has whole while modules run, and of those on their way.
+
+    Where all weights may stay whole, nothing is on its way in the backward pass, and those of the text tower are freed
+    after its own. Args: after_text: whether it is over.
+    """
+    if states.stage != 3 or states.ranks == 1:
+        return {}
+    most = states.zero.get("stage3_max_live_parameters", 10**9)
+    if after_text and states.parameters <= most:
+        return {"gathered weights": (states.parameters - states.text) * states.width}
+    live = min(states.parameters, max(states.block, most))
+    on_their_way = min(states.parameters, states.zero.get("stage3_prefetch_bucket_size", 50_000_000) + states.block)
+    return {"gathered weights": (live + on_their_way) * states.width}
+
+
+def _buckets(states: States) -> float:
+    """Returns the bytes of buckets that exist in a backward pass only."""
+    if states.stage == 3 or (states.stage == 1 and states.width < FP32):
+        return 0.0
+    return states.bucket * states.width * (2 if states.zero.get("overlap_comm") else 1)
+
+
+def _exchange(states: States) -> float:
+    """Returns the bytes of copies in which gradients are exchanged at the end of a backward pass.
+
+    ZeRO-1 in bf16 exchanges all at once: gradients in bf16, joined in float32, and in the type of the message.
+    """
+    if states.stage == 1 and states.width < FP32:
+        at_once = min(states.trained, REDUCED_AT_ONCE)
+        return states.trained * states.width + at_once * (FP32 + states.width)
+    return min(states.bucket, states.trained) * (states.width if states.stage == 3 else FP32)
+
+
+def _update(states: States) -> float:
+    """Returns the bytes of the update: a float32 copy of the gradient of a group, and on a CPU AdamW's temporaries."""
+    if states.offloaded:
+        return 0.0
+    group = min(states.share, states.zero.get("sub_group_size", 10**9) if states.stage == 3 else states.share)
+    copies = 1 if states.stage == 3 or states.width == FP32 else 0  # ZeRO 1 and 2 in bf16 have it joined already
+    return group * FP32 * (copies + (0 if states.kernels == "fused" else 2))
+
+
+def _loss(load: StepLoad, states: States) -> float:
+    """Returns the bytes of the contrastive loss: texts of all ranks and their gradients, images, a chunk of logits."""
+    own = load.packs * load.items
+    logits = own * min(load.chunk, load.texts) * FP32 * (1 if states.kernels == "fused" else 3)
+    return (2 * load.texts + 6 * own) * load.embed_dim * FP32 + logits
+
+
+def _distilled(load: StepLoad, states: States) -> float:
+    """Returns the bytes that the distillation keeps of a pack: student and teacher in the teacher's width, both masked
+    and normed in float32, and the norm before the student's head."""
+    if load.teacher is None:
+        return 0.0
+    values = load.teacher.width * (2 * states.width + 4 * FP32) + load.encoder.hidden_size * states.width
+    return load.tokens * values
+
+
+def _teacher_forward(load: StepLoad, states: States) -> float:
+    """Returns the bytes of a teacher's layer without gradient: input, norm, queries, keys, values, feed-forward."""
+    assert load.teacher is not None
+    return load.tokens * load.teacher.width * (2 + 3 + 2 * 4) * min(2, states.width)
+
+
+def _sum(parts: list[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for one in parts:
+        for name, size in one.items():
+            total[name] = total.get(name, 0.0) + size
+    return {name: size for name, size in total.items() if size}
+
+
+def pixel_bytes(tokens: float, *, video: bool) -> float:
+    """Returns the bytes of a pack's pixels: a token is a patch of one frame of an image, of two frames of a video."""
+    return tokens * PATCH * PATCH * 3 * (2 if video else 1)
