@@ -111,7 +111,10 @@ def run_rank(run: Path, stop: Stop, lock: RunLock) -> int:
 
 def _kept(run: Path) -> str:
     found = None
-    with suppress(OSError):
+    with suppress(OSError, UserError):
+        folder = load_config(run / CONFIG).checkpoint.folder
+        if folder is not None:  # the store is not asked, since it may be what failed
+            return f"the last complete checkpoint in {folder} is whole"
         found = checkpoint_dir.latest(run / CHECKPOINTS)
     return "no checkpoint was written yet" if found is None else f"the last checkpoint, {found}, is whole"
 

@@ -103,8 +103,8 @@ class Callback:
     def on_step(self, info: StepInfo) -> None:
         """Is called after each good step. After a rollback the numbers of steps continue from the last checkpoint."""
 
-    def on_checkpoint(self, folder: Path) -> None:
-        """Is called after each checkpoint, which is complete in `folder`."""
+    def on_checkpoint(self, folder: Path | str) -> None:
+        """Is called after each checkpoint, which is complete in `folder`, a path or an s3:// address."""
 
     def on_end(self, summary: dict[str, Any]) -> None:
         """Is called last, after export and evaluation, or after a run that was asked to stop has saved.

@@ -40,6 +40,8 @@ from univitar_ds.config.run_folder import (
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError, writing
 from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.checkpoint_store import store_of
+from univitar_ds.formats.run import last_checkpoint
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
 from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link
 from univitar_ds.planning.checks import (
@@ -81,9 +83,10 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
     run = Path(config.output, config.name)
     with writing(run), _held(run, lock) as lock:
         lock.refuse()
-        if checkpoint_dir.latest(run / CHECKPOINTS) is not None and lock.continues():
+        if lock.continues() and (_stored_before(config) or checkpoint_dir.latest(run / CHECKPOINTS) is not None):
             return reopen_run(run, (), world_size, lock)
         _check_unused(run, recipe)
+        _check_store_unused(config)
         check_lengths(run)
         found = check_run(config, recipe, world_size, pack=True)
         _report_unused(found.config)
@@ -143,6 +146,7 @@ def describe_run(config: RunConfig, recipe: str, world_size: int) -> str:
     with writing(run), RunLock(run) as lock:
         lock.refuse()
         _check_unused(run, recipe)
+        _check_store_unused(config)
         check_lengths(run)
         parent = existing_parent(run)
         if not os.access(parent, os.W_OK | os.X_OK):
@@ -164,7 +168,7 @@ def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, exten
     found = check_reopened(after, named, world_size, str(run / CONFIG))
     after = found.config
     found = replace(found, teacher=check_teacher(after))
-    last = checkpoint_dir.latest(run / CHECKPOINTS)
+    last = last_checkpoint(run)
     if last is None:
         raise ConfigError(f"{run} has no complete checkpoint; --resume would start it again from its beginning")
     saved = read_state(last)
@@ -175,6 +179,25 @@ def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, exten
     return report(
         Plan(found, run, world_size, described, classes, (progress.get("step", 0), progress.get("samples", 0)))
     )
+
+
+def _stored_before(config: RunConfig) -> str | None:
+    """Returns the address of the last checkpoint that is stored where a run would write, None without one.
+
+    Raises: CheckpointError if the store cannot be read."""
+    store = store_of(config)
+    name = None if store is None else store.latest()
+    return None if store is None or name is None else f"{store.url}/{name}"
+
+
+def _check_store_unused(config: RunConfig) -> None:
+    """Raises: ConfigError if a checkpoint is stored where a new run would write; CheckpointError as above."""
+    stored = _stored_before(config)
+    if stored is not None:
+        raise ConfigError(
+            f"{stored} is a checkpoint of an earlier run; continue it with `univitar-ds train --resume` and the folder "
+            "of that run, choose another name=..., or another checkpoint.folder"
+        )
 
 
 def _check_is_run(run: Path) -> None:
@@ -196,6 +219,11 @@ def _reopened(run: Path, overrides: Sequence[str], extension: Sequence[str] | No
         raise ConfigError(
             f"{', '.join(changed)} would change the result of {run} half-way; "
             "resume without this override, or start a new run under another name"
+        )
+    if after.checkpoint.folder != before.checkpoint.folder:
+        raise ConfigError(
+            f"checkpoint.folder is {before.checkpoint.folder or 'null'} in {run}, where the run has its checkpoints; "
+            "resume without this override, or start a new run from them with model.init_from"
         )
     kept = after.deepspeed == before.deepspeed != AUTO
     return after, str(run / DEEPSPEED) if kept else after.deepspeed
@@ -225,6 +253,13 @@ def _check_unused(run: Path, recipe: str) -> None:
             f"{run} holds the checkpoints of an earlier run; continue it with `univitar-ds train --resume {run}`, "
             "choose another name=..., or remove the folder"
         )
+    if (run / CONFIG).is_file():
+        try:
+            earlier = load_config(run / CONFIG)
+        except ConfigError:  # of another program, or of another version
+            earlier = None
+        if earlier is not None:
+            _check_store_unused(earlier)
     results = next((name for name in (EXPORT, EVALUATION) if (run / name).exists()), None)
     if results is not None:
         raise ConfigError(
@@ -319,7 +354,7 @@ def _report_choice(found: Inputs, run: Path) -> None:
     before = None
     with suppress(OSError, ValueError):
         before = json.loads((run / DEEPSPEED).read_text(encoding="utf-8"))
-    if before is not None and before != found.deepspeed and checkpoint_dir.latest(run / CHECKPOINTS) is not None:
+    if before is not None and before != found.deepspeed and (run / CHECKPOINTS).is_dir():
         logger.info("this run had another configuration until now; its checkpoints are read with any")
 
 

@@ -26,6 +26,7 @@ from tests.support.standin import LANES
 from tests.support.training import ds_config, steps
 from univitar_ds.config.load import config_fingerprint, dump_config
 from univitar_ds.config.schema import OptimizerConfig, RunConfig
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.elastic import BUFFERS, FORMAT, INDEX, MASTER, STATE
 from univitar_ds.formats.sidecar import write_sidecar
 from univitar_ds.formats.stored_model import MOMENTS, VISION, JointConfig, StoredModel, Tensors
@@ -99,10 +100,10 @@ def write_run(size: str, folder: Path) -> None:
     }
     atomic_dir.write_json(checkpoint / STATE, content)
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": atomic_dir.sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": checkpoint_dir.sha256(path)}
         for path in sorted(checkpoint.iterdir())
     }
-    atomic_dir.write_json(checkpoint / atomic_dir.MANIFEST, {"files": files})
+    atomic_dir.write_json(checkpoint / checkpoint_dir.MANIFEST, {"files": files})
     (folder / "checkpoints" / "latest").write_text(checkpoint.name, encoding="utf-8")
 
 

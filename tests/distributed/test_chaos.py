@@ -1,4 +1,5 @@
-"""A run that is killed at random points and goes on with other ranks and other decoding processes.
+"""A run that is killed at random points, also while a thread writes a checkpoint, and goes on with other ranks and
+other decoding processes.
 
 It takes minutes: `make test-all` runs it. tests/unit/data/test_elastic.py does the same to the loader alone, without
 a model, in every run of the tests.

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +14,17 @@ from tests.support.dense import dense_training
 from tests.support.distributed import RankFailed, run_distributed
 from tests.support.standin import HALF_NUMBER_TERMS, STANDIN_TERMS, StandIn
 from tests.support.training import engine_of, losses, lr, steps
-from univitar_ds.errors import CheckpointError, StorageError
+from univitar_ds.errors import CheckpointError, StorageError, writing
 from univitar_ds.formats import checkpoint_dir, elastic
 from univitar_ds.formats.elastic import read_full, read_state
-from univitar_ds.training.checkpoint import atomic_dir, sharded
+from univitar_ds.training.checkpoint import atomic_dir
+from univitar_ds.training.checkpoint.atomic_dir import LocalFolder
 from univitar_ds.training.checkpoint.sharded import load_checkpoint, save_checkpoint
 from univitar_ds.training.distributed.process_group import PeerFailure, start_world
 
 pytestmark = pytest.mark.distributed
 MIDDLE, END = 3, 6
+NODE_FILE = "node00000.safetensors"
 
 
 def cursors(world):
@@ -33,7 +34,7 @@ def cursors(world):
 def first_half(folder):
     """Saves at MIDDLE and goes on to END, then once more from the checkpoint in the engine as it stands.
 
-    Also says which files of tensors this rank hashed and which it opened on the way back.
+    Also says how many bytes of tensors this rank hashed, and which files of tensors it opened, on the way back.
     """
     world = start_world()
     engine = engine_of(world)
@@ -43,15 +44,17 @@ def first_half(folder):
     save_checkpoint(engine, folder, END, {}, {}, keep=2)
     hashed, opened = [], []
     with pytest.MonkeyPatch.context() as patch:
-        digest, safe_open = hashlib.file_digest, elastic.safe_open
+        digest, safe_open = checkpoint_dir._sha256_of_part, elastic.safe_open
         patch.setattr(
-            hashlib, "file_digest", lambda file, kind: hashed.append(Path(file.name).name) or digest(file, kind)
+            checkpoint_dir,
+            "_sha256_of_part",
+            lambda path, offset, size: hashed.append(size * path.name.startswith("node")) or digest(path, offset, size),
         )
         patch.setattr(elastic, "safe_open", lambda path, kind: opened.append(path.name) or safe_open(path, kind))
         load_checkpoint(engine, saved)
     again = steps(engine, MIDDLE, END)
     save_checkpoint(engine, folder.with_name("again"), END, {}, {}, keep=2)
-    return straight, again, [name for name in hashed if name.startswith("rank") and name.endswith("s")], opened
+    return straight, again, sum(hashed), opened
 
 
 def second_half(folder, settings):
@@ -99,7 +102,8 @@ def end(base, name):
 
 
 def hashes(folder):
-    return {n: f["sha256"] for n, f in checkpoint_dir.read_manifest(folder).items() if n.endswith(".safetensors")}
+    manifest = checkpoint_dir.read_manifest(folder)
+    return {name: manifest[name].get("parts", manifest[name]) for name in manifest if name.endswith(".safetensors")}
 
 
 def test_a_new_engine_of_as_many_ranks_goes_on_bit_for_bit(base, straight, resumed):
@@ -112,10 +116,11 @@ def test_going_back_in_a_live_engine_is_bit_for_bit_too(base, straight):
     assert hashes(end(base, "again")) == hashes(end(base, "checkpoints"))
 
 
-def test_as_many_ranks_hash_one_file_of_tensors_each_and_open_their_own_alone(straight):
-    files = ["rank00000.safetensors", "rank00001.safetensors"]
-    assert sorted(hashed for _, _, hashed, _ in straight) == [files[:1], files[1:]]
-    assert [opened for *_, opened in straight] == [files[:1], files[1:]]
+def test_as_many_ranks_hash_half_of_the_tensors_each_and_open_the_file_of_their_node(base, straight):
+    size = (base / f"step-{MIDDLE:08d}" / NODE_FILE).stat().st_size
+    assert sum(hashed for _, _, hashed, _ in straight) == size
+    assert max(hashed for _, _, hashed, _ in straight) < 0.6 * size
+    assert [opened for *_, opened in straight] == [[NODE_FILE]] * 2
 
 
 FP32 = [(1, "zero3"), (4, "zero3"), (2, "zero2"), (4, "zero1"), (4, "offload")]
@@ -187,7 +192,7 @@ def refused(folder, damaged):
 def test_a_checkpoint_from_another_model_or_a_damaged_one_is_refused_on_all_ranks(base, straight, tmp_path):
     shutil.copytree(base, tmp_path / "checkpoints")
     damaged = tmp_path / "checkpoints" / f"step-{END:08d}"
-    with (damaged / "rank00001.safetensors").open("r+b") as file:
+    with (damaged / NODE_FILE).open("r+b") as file:
         file.seek(1000)
         file.write(b"\xff\x00\xff")
     answers = run_distributed(refused, 2, base / f"step-{MIDDLE:08d}", damaged)
@@ -204,7 +209,7 @@ def test_a_checkpoint_from_another_model_or_a_damaged_one_is_refused_on_all_rank
     kinds = sorted(kind for _, (kind, _) in answers)
     assert kinds == ["CheckpointError", "PeerFailure"]
     for _, (_, story) in answers:
-        assert "rank00001.safetensors has a different sha256" in story
+        assert f"{NODE_FILE} has a different sha256" in story
         assert f"step-{MIDDLE:08d}" in story
 
 
@@ -230,19 +235,20 @@ def one_rank_has_no_space(folder):
     engine = engine_of(world)
     steps(engine, 0, 1)
     save_checkpoint(engine, folder, 1, {}, {}, keep=2)
-    write = sharded.save_tensors
+    put = LocalFolder.put
     if world.rank == 1:
 
-        def full(*_):
-            raise OSError(28, "No space left on device")
+        def full(self, part):
+            with writing(self.folder):
+                raise OSError(28, "No space left on device")
 
-        sharded.save_tensors = full
+        LocalFolder.put = full
     try:
         save_checkpoint(engine, folder, 2, {}, {}, keep=2)
         story = None
     except (StorageError, PeerFailure) as error:
         story = type(error).__name__, str(error), checkpoint_dir.latest(folder).name
-    sharded.save_tensors = write
+    LocalFolder.put = put
     return story, save_checkpoint(engine, folder, 2, {}, {}, keep=2).name
 
 
@@ -262,12 +268,13 @@ def one_rank_is_killed(folder):
     engine = engine_of(world)
     save_checkpoint(engine, folder, 1, {}, {}, keep=2)
     if world.rank == 1:
+        put = LocalFolder.put
 
-        def cut(_, path):
-            path.write_bytes(b"half")
+        def cut(self, part):
+            put(self, part._replace(content=part.content[: len(part.content) // 2]))
             os.kill(os.getpid(), signal.SIGKILL)
 
-        sharded.save_tensors = cut
+        LocalFolder.put = cut
     save_checkpoint(engine, folder, 2, {}, {}, keep=2)
 
 

@@ -23,19 +23,26 @@ def test_a_step_has_two_small_messages(tmp_path):
     assert len(metrics(run)) == len(steps)
 
 
-def counts_of(failing):
+def counts_of(failing, ready=()):
     world = start_world()
     try:
-        with all_ranks_or_none(world, lambda: world.rank == 1, lambda: [10 + world.rank, 3], 2) as vote:
+        is_ready = lambda: world.rank in ready  # noqa: E731
+        with all_ranks_or_none(world, ready=is_ready) as alone:
+            pass
+        with all_ranks_or_none(world, lambda: world.rank == 1, lambda: [10 + world.rank, 3], 2, is_ready) as vote:
             if failing == world.rank:
                 raise ValueError("no pack")
     except (ValueError, PeerFailure) as error:
         return str(error)
-    return vote.yes, vote.counts.tolist(), vote.counts.dtype is torch.int64
+    assert alone.ready == vote.ready
+    return vote.yes, vote.counts.tolist(), vote.counts.dtype is torch.int64, vote.ready
 
 
-def test_the_ranks_agree_and_count_in_one_message():
-    assert run_distributed(counts_of, 2, None) == [(True, [[10, 3], [11, 3]], True)] * 2
+@pytest.mark.parametrize("ready", [(0, 1), (1,)])
+def test_the_ranks_agree_and_count_in_one_message(ready):
+    """They are ready if all of them are."""
+    expected = True, [[10, 3], [11, 3]], True, len(ready) == 2
+    assert run_distributed(counts_of, 2, None, ready) == [expected] * 2
 
 
 def test_a_rank_that_fails_counts_nothing():

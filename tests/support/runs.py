@@ -6,19 +6,19 @@ import itertools
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.support.closeness import adam_reach, encoder_terms, entry_bound, gradient_terms, transformer_terms
 from univitar_ds.config.load import check_config, load_config
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.formats.elastic import INDEX
+from univitar_ds.formats.elastic import ElasticReader
 from univitar_ds.model.config import PRESETS
 
 
@@ -68,15 +68,10 @@ def reach_of(run: Path) -> dict[str, Tensor]:
 
 
 def _second_moments(folder: Path) -> dict[str, Tensor]:
-    whole: dict[str, Tensor] = {}
-    files = {int(path.stem.removeprefix("rank")): load_file(path) for path in folder.glob("rank*.safetensors")}
-    for name, piece in json.loads((folder / INDEX).read_text())["pieces"].items():
-        for rank, start, length in piece["parts"]:
-            part = files[rank].get(f"{name}/exp_avg_sq")
-            if part is not None:
-                flat = whole.setdefault(name, torch.zeros(piece["shape"], dtype=torch.float64)).view(-1)
-                flat[start : start + length] = part.double()
-    return whole
+    with ExitStack() as files:
+        reader = ElasticReader(folder, files)
+        trained = [name for name, kinds in reader.kinds.items() if "exp_avg_sq" in kinds]
+        return {name: reader.read(name, "exp_avg_sq").double() for name in trained}
 
 
 def train_rank(run: Path) -> bool:

@@ -73,6 +73,7 @@ class Request:
     query: str
     range: str | None
     if_match: str | None = None
+    if_none_match: str | None = None
     region: str | None = None
     """The region for which the request is signed."""
 
@@ -241,6 +242,7 @@ def _serve(client: socket.socket, upstream: str, plan: Plan, proxy: FaultProxy, 
                     query,
                     headers.get("range"),
                     headers.get("if-match"),
+                    headers.get("if-none-match"),
                     scope and scope[1],
                 )
                 proxy.requests.append(request)

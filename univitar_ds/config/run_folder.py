@@ -23,7 +23,7 @@ TRACKERS = "trackers.json"
 EXPORT = "export"
 
 CHECKPOINT_FILES: Names = {
-    r"rank\d{5,}\.(safetensors|json)|buffers\.safetensors|(state|index|manifest)\.json": None,
+    r"rank\d{5,}\.(safetensors|json)|node\d{5,}\.safetensors|buffers\.safetensors|(state|index|manifest)\.json": None,
     r"\.tmp[0-9A-Za-z]{6}": None,  # partial files of safetensors
 }
 CHECKPOINT_ROOT: Names = {

@@ -8,6 +8,7 @@ working directory in which the run was started. See `config/paths.py`.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +18,7 @@ from univitar_ds.config.model import ModelConfig, ObjectiveConfig
 from univitar_ds.config.paths import PathText
 from univitar_ds.config.section import NAME_LIMIT, NAME_PATTERN, Fraction, Positive, Section, check_templates
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.errors import shortened
 from univitar_ds.plugins import OBJECTIVES, OPTIMIZERS
 
 
@@ -111,6 +113,35 @@ class CheckpointConfig(Section):
     keep: Positive = Field(
         2, description="number of newest checkpoints that are kept; 2: one stays if the disk fails while one is written"
     )
+    folder: PathText | None = Field(
+        None,
+        description="s3://BUCKET/PREFIX: checkpoints are written to and read from PREFIX/<name of the run> there, with "
+        "the access of data.s3; null: the run's folder",
+    )
+    keep_every_steps: Positive | None = Field(
+        None,
+        description="checkpoints whose step is a multiple of this stay for good, beside the newest ones; a multiple of "
+        "every_steps; null: none",
+    )
+    asynchronous: bool = Field(
+        True,
+        description="train on while a checkpoint is written, from a copy in host memory that takes as much as the "
+        "training state of a process; false: wait until it is written",
+    )
+
+    @model_validator(mode="after")
+    def _place_is_a_store_and_kept_ones_are_written(self) -> CheckpointConfig:
+        if self.folder is not None and not re.match("s3://[^/]", self.folder):
+            raise ValueError(
+                f"folder is {shortened(self.folder)}, expected s3://BUCKET/PREFIX; checkpoints on a disk are in the "
+                "run's folder, whose place is output"
+            )
+        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
+            raise ValueError(
+                f"keep_every_steps {self.keep_every_steps} is no multiple of every_steps {self.every_steps}, so that "
+                f"most of those checkpoints are never written; choose one, for example {10 * self.every_steps}"
+            )
+        return self
 
 
 class EvaluationConfig(Section):

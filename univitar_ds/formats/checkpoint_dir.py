@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,19 @@ from univitar_ds.regular_files import read_utf8
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+_READ_BYTES = 4 << 20
+"""Bytes that are read and hashed at once; in a thread, other threads run meanwhile."""
+
+
+def step_of(name: str) -> int:
+    """Returns the step of a complete folder's name."""
+    return int(name.removeprefix("step-"))
 
 
 def complete(root: Path) -> list[Path]:
     """Returns the complete folders, oldest first."""
     folders = (folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name))
-    return sorted(folder for folder in folders if (folder / MANIFEST).is_file())
+    return sorted((folder for folder in folders if (folder / MANIFEST).is_file()), key=lambda one: step_of(one.name))
 
 
 def latest(root: Path) -> Path | None:
@@ -34,14 +41,28 @@ def latest(root: Path) -> Path | None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns {name: {bytes, sha256}} of the files of a complete folder.
+    """Returns, by name, what is known of the files of a complete folder: {bytes, sha256}, or of a file that several
+    ranks wrote {bytes, parts: [[offset, bytes, sha256], ...]}.
 
     Raises: CheckpointError if the manifest is missing or cannot be read."""
     try:
         files = json.loads(read_utf8(folder / MANIFEST))["files"]
-        return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
+        return {name: _manifest_entry(entry) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder} has no readable {MANIFEST} ({error}); {remedy(folder)}") from error
+
+
+def _manifest_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    if "parts" not in entry:
+        return {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+    parts = [[int(offset), int(size), str(digest)] for offset, size, digest in entry["parts"]]
+    return {"bytes": int(entry["bytes"]), "parts": parts}
+
+
+def parts_of(name: str, entry: dict[str, Any]) -> list[tuple[str, int, int, str]]:
+    """Returns (name, offset, bytes, sha256) of each part of a file. Args: entry: its entry of `read_manifest`."""
+    parts = entry.get("parts") or [[0, entry["bytes"], entry["sha256"]]]
+    return [(name, *part) for part in parts]
 
 
 def verify(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
@@ -66,13 +87,25 @@ def faults(folder: Path, entries: dict[str, dict[str, Any]]) -> list[str]:
     found = []
     for name, entry in entries.items():
         path = folder / name
+        if path.is_file() and path.stat().st_size != entry["bytes"]:
+            found.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        else:
+            found += part_faults(folder, parts_of(name, entry))
+    return found
+
+
+def part_faults(folder: Path, parts: Iterable[tuple[str, int, int, str]]) -> list[str]:
+    """Returns a phrase for each part, (name, offset, bytes, sha256), that is missing, truncated or altered."""
+    found = []
+    for name, offset, size, digest in parts:
+        path = folder / name
         if not path.is_file():
             found.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            found.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        elif sha256(path) != entry["sha256"]:
+        elif path.stat().st_size < offset + size:
+            found.append(f"{name} has {path.stat().st_size} bytes instead of {offset + size}")
+        elif _sha256_of_part(path, offset, size) != digest:
             found.append(f"{name} has a different sha256 than when it was written")
-    return found
+    return list(dict.fromkeys(found))
 
 
 @contextmanager
@@ -91,5 +124,14 @@ def understanding(folder: Path) -> Iterator[None]:
 
 def sha256(path: Path) -> str:
     """Returns the hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _sha256_of_part(path, 0, path.stat().st_size)
+
+
+def _sha256_of_part(path: Path, offset: int, size: int) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(size, _READ_BYTES)))
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while size and (count := file.readinto(buffer[: min(size, len(buffer))])):
+            digest.update(buffer[:count])
+            size -= count
+    return digest.hexdigest()

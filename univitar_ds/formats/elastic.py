@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,20 @@ from torch import Tensor
 
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.shared_file import RankTensors, rank_file
 from univitar_ds.formats.weight_files import reading
 from univitar_ds.regular_files import read_utf8
 
 MASTER = "fp32"
 EMA = "ema"
 FROZEN = "frozen"
-FORMAT = 3
-PER_RANK = 2
-"""The format with an index per rank, which earlier versions wrote."""
+FORMAT = 4
+PER_RANK, FILE_PER_RANK = 2, 3
+"""Formats of earlier versions: with an index per rank, and with one index and a file of tensors per rank."""
 STATE = "state.json"
 BUFFERS = "buffers.safetensors"
 INDEX = "index.json"
+Fetch = Callable[[str], Path]
 _MAPPED = 128 * 2**20
 """Bytes that are read from mapped files before they are closed, since what was read from a mapping counts as memory.
 To open them for each tensor would take longer than to read it: a header has all names of a rank."""
@@ -36,17 +39,19 @@ To open them for each tensor would take longer than to read it: a header has all
 class ElasticReader:
     """Reads the shards of a checkpoint that any number of ranks has written, without verifying them.
 
-    A file of tensors is opened when it is first needed: on the same number of ranks, each rank opens one file.
+    A file of tensors is opened when it is first needed: on the same ranks and nodes, each rank opens one file.
     """
 
-    def __init__(self, folder: Path, open_files: ExitStack) -> None:
+    def __init__(self, folder: Path, open_files: ExitStack, fetch: Fetch | None = None) -> None:
+        """Args: open_files: closes the files that this reader opens; fetch: returns the path of a file by its name,
+        None: the file is in `folder`."""
         self.folder = folder
-        """Args: open_files: closes the files that this reader opens."""
         self._open_files = open_files
-        self.content = read_json(folder / STATE)
-        if self.content.get("format") not in (FORMAT, PER_RANK):
+        self._path_of: Fetch = fetch or folder.joinpath
+        self.content = read_json(self._path_of(STATE))
+        if self.content.get("format") not in (FORMAT, FILE_PER_RANK, PER_RANK):
             raise CheckpointError(
-                f"{folder} has format {self.content.get('format')}, this program reads {PER_RANK} and {FORMAT}; "
+                f"{folder} has format {self.content.get('format')}, this program reads {PER_RANK} to {FORMAT}; "
                 "use the version that wrote it"
             )
         self.cursors: dict[int, dict[str, Any]] = {}
@@ -54,7 +59,10 @@ class ElasticReader:
         self.kinds: dict[str, dict[str, str]] = {}
         self._parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
         """(start, length, rank that wrote it) of each part, by parameter."""
-        self._files: dict[int, Any] = {}
+        self._shared: dict[int, str] = {}
+        """Names of files that several ranks have written, by rank."""
+        self._files: dict[str, Any] = {}
+        self._opened: dict[int, Any] = {}
         self._mapped = 0
         with checkpoint_dir.understanding(folder):
             if self.content["format"] == PER_RANK:
@@ -63,8 +71,10 @@ class ElasticReader:
                 self._read_index()
 
     def _read_index(self) -> None:
-        index = read_json(self.folder / INDEX)
+        index = read_json(self._path_of(INDEX))
         self.cursors = {int(lane): cursor for lane, cursor in index["cursors"].items()}
+        for file, ranks in index.get("files", {}).items():
+            self._shared |= {int(rank): local_name(file) for rank in ranks}
         for name, entry in index["pieces"].items():
             self.shapes[name] = tuple(entry["shape"])
             if entry["parts"]:
@@ -72,9 +82,8 @@ class ElasticReader:
                 self._parts[name] = [(int(start), int(length), int(rank)) for rank, start, length in entry["parts"]]
 
     def _read_indices(self) -> None:
-        folder = self.folder
         for rank in range(self.content["world_size"]):
-            index = read_json(folder / f"rank{rank:05d}.json")
+            index = read_json(self._path_of(f"rank{rank:05d}.json"))
             self.cursors.update({int(lane): cursor for lane, cursor in index["cursors"].items()})
             for name, entry in index["pieces"].items():
                 self.shapes[name] = tuple(entry["shape"])
@@ -101,24 +110,30 @@ class ElasticReader:
             )
 
     def _tensors(self, rank: int) -> Any:
-        if rank not in self._files:
-            path = self.folder / f"rank{rank:05d}.safetensors"
+        if rank not in self._opened:
+            name = self._shared.get(rank) or rank_file(rank)
+            path = self._path_of(name)
             with reading(path):
-                self._files[rank] = self._open_files.enter_context(safe_open(path, "pt"))
-        return self._files[rank]
+                if name not in self._files:
+                    self._files[name] = self._open_files.enter_context(safe_open(path, "pt"))
+                file = self._files[name]
+                self._opened[rank] = RankTensors(file, rank) if rank in self._shared else file
+        return self._opened[rank]
 
     def trim(self) -> None:
         """Closes the files of tensors if much of them was read, so that their pages do not count as memory of this
         process any more."""
         if self._mapped > _MAPPED:
+            self._opened.clear()
             self._open_files.close()
             self._files.clear()
             self._mapped = 0
 
     def buffers(self) -> dict[str, Tensor]:
         """Returns all buffers by name. Raises: CheckpointError if the file is damaged."""
-        with reading(self.folder / BUFFERS):
-            return load_file(self.folder / BUFFERS)
+        path = self._path_of(BUFFERS)
+        with reading(path):
+            return load_file(path)
 
     def weights_kind(self, name: str, *, averaged: bool) -> str:
         """Returns the kind that has the weights of a parameter; the average if `averaged` and the run keeps one."""
@@ -130,6 +145,13 @@ class ElasticReader:
         flat = torch.empty(math.prod(self.shapes[name]), dtype=torch.float32)
         self.fill(name, kind, 0, flat)
         return flat.view(self.shapes[name])
+
+
+def local_name(name: str) -> str:
+    """Returns the name of a file in a checkpoint's folder. Raises: ValueError if it is elsewhere."""
+    if not name or Path(name).name != name:
+        raise ValueError(f"{name[:80]!r} is not in the folder of the checkpoint")
+    return name
 
 
 def read_full(folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.checkpoint_store import store_of
 from univitar_ds.formats.elastic import FROZEN, ElasticReader
 from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
 from univitar_ds.geometry import PATCH
@@ -40,7 +41,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
     Raises: CheckpointError if `path` is neither, or the run has no complete checkpoint."""
     if (path / CONFIG).is_file():
-        checkpoint = checkpoint_dir.latest(path / CHECKPOINTS)
+        checkpoint = last_checkpoint(path)
         if checkpoint is None:
             raise CheckpointError(f"{path} has no complete checkpoint; train it first, or name another run")
         return path, checkpoint
@@ -50,6 +51,15 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     raise CheckpointError(
         f"{path} is neither a run's folder (with {CONFIG}) nor a checkpoint in one ({CHECKPOINTS}/step-*); name one"
     )
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """Returns the folder of a run's last checkpoint, of one on S3 a copy; None without one."""
+    store = store_of(load_config(run / CONFIG))
+    if store is None:
+        return checkpoint_dir.latest(run / CHECKPOINTS)
+    name = store.latest()
+    return None if name is None else store.copied(name)
 
 
 def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> StoredModel:

@@ -25,6 +25,7 @@ from torch import Tensor
 from univitar_ds.atomic_write import replace_text, replacing
 from univitar_ds.config.encoder import read_object
 from univitar_ds.errors import CheckpointError, first_line, writing
+from univitar_ds.formats.shared_file import DTYPES
 from univitar_ds.formats.stored_model import TensorInfo, Tensors
 from univitar_ds.regular_files import is_regular
 
@@ -32,10 +33,6 @@ SAFE = "model.safetensors"
 BIN = "pytorch_model.bin"
 MAX_NAMED = 8
 """Maximum number of names that a message lists."""
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def open_weights(folder: str | Path) -> Tensors:
@@ -204,7 +201,7 @@ def _infos(path: Path) -> dict[str, TensorInfo]:
     with reading(path), safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118, not a dict
             part = file.get_slice(name)
-            dtype = _DTYPES.get(part.get_dtype())
+            dtype = DTYPES.get(part.get_dtype())
             if dtype is None:
                 raise ValueError(f"{name} has the type {part.get_dtype()}")
             infos[name] = TensorInfo(tuple(part.get_shape()), dtype)

@@ -157,11 +157,19 @@ def _checkpoints(plan: Plan, counts: sizes.Counts) -> Iterator[str]:
     config = plan.config
     size = max(sizes.checkpoint_bytes(config, stage, counts, plan.inputs.resolved) for stage in config.stages)
     keep = config.checkpoint.keep
+    if config.checkpoint.folder is not None:
+        yield (
+            f"{amount(size)} each, every {config.checkpoint.every_steps:,} steps; {keep} kept in "
+            f"{config.checkpoint.folder}"
+        )
+        return
     free = shutil.disk_usage(existing_parent(plan.run)).free
     yield (
         f"{amount(size)} each, every {config.checkpoint.every_steps:,} steps; {keep} kept, so up to "
         f"{amount(size * (keep + 1))} while one is written; {amount(free)} are free"
     )
+    if config.checkpoint.keep_every_steps is not None:
+        yield f"one every {config.checkpoint.keep_every_steps:,} steps stays for good, in addition"
     needed = size * (keep + 1)
     if plan.done is None and free < needed:
         raise ConfigError(

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,9 +19,11 @@ from univitar_ds.config.deepspeed import resolve_deepspeed
 from univitar_ds.config.load import before_extension, changed_result, check_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, CONFIG, DEEPSPEED, START, TOKENIZER
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.data.storage.session import session_folder
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.elastic import read_state, read_updates
+from univitar_ds.formats.checkpoint_store import store_of
+from univitar_ds.formats.elastic import STATE, read_state, read_updates
 from univitar_ds.formats.recognise import open_stored
 from univitar_ds.formats.run import run_description
 from univitar_ds.formats.stored_model import StoredModel
@@ -49,10 +53,15 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
     Raises: CheckpointError on all ranks if the checkpoint is damaged or was written with another configuration.
     """
     startup.phase("building the model")
-    folder = _last_checkpoint(run, world)
+    with _last_checkpoint(cfg, run, world) as last:
+        return _build(cfg, run, world, last)
+
+
+def _build(cfg: RunConfig, run: Path, world: World, last: _Last) -> tuple[Engine, State]:
+    folder = last.folder
     with all_ranks_or_none(world):
         compile_on_cpu(compiles(cfg.model))
-        saved = _read_saved(cfg, run, folder) if folder else {**State().to_dict(), "updates": 0}
+        saved = _read_saved(cfg, run, last) if folder else {**State().to_dict(), "updates": 0}
         progress = Progress(**saved["progress"])
         stage = cfg.stages[min(progress.stage, len(cfg.stages) - 1)]
         parts = trained_parts(cfg, stage)
@@ -66,16 +75,17 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
     engine = build_engine(model, cfg.optimizer, ds_config, world, began)
     if folder is None:
         return engine, State(began=began)
-    startup.phase(f"loading the checkpoint {folder}")
+    startup.phase(f"loading the checkpoint {last.place}")
     try:
         stage_transition = saved["began"].keys() != began.keys()
-        state = State.from_checkpoint(load_checkpoint(engine, folder, stage_transition=stage_transition))
+        saved_now = load_checkpoint(engine, folder, stage_transition=stage_transition, fetch=last.fetch)
+        state = State.from_checkpoint(saved_now)
     except Exception:
         engine.close()
         raise
     state.began = began
     if world.is_main:
-        _report_resume(folder, saved["threads"])
+        _report_resume(last.place, saved["threads"])
         for sentence in compare_with_saved(saved.get("plugins", ())):
             logger.warning("%s", sentence)
     return engine, state
@@ -105,35 +115,55 @@ def _build_model(
     return build_contrastive(cfg.model, **special.of_text_model, **given)
 
 
-def _last_checkpoint(run: Path, world: World) -> Path | None:
-    """Returns the folder of the last checkpoint, None without a checkpoint.
+class _Last(NamedTuple):
+    """The last checkpoint of a run, if it has one. `fetch` returns the path of a file that is not in `folder` yet."""
+
+    folder: Path | None = None
+    place: str | Path = ""
+    fetch: Callable[[str], Path] | None = None
+
+
+@contextmanager
+def _last_checkpoint(cfg: RunConfig, run: Path, world: World) -> Iterator[_Last]:
+    """Yields the last checkpoint. Copies of a stored one are removed after the body.
 
     Rank 0 chooses the checkpoint for all ranks, since a shared disk may not show it to all ranks at the same time."""
-    name = None
+    name, store = None, store_of(cfg)
     with all_ranks_or_none(world):
-        if world.is_main and (folder := checkpoint_dir.latest(run / CHECKPOINTS)):
+        if world.is_main and store is not None:
+            name = store.latest()
+        elif world.is_main and (folder := checkpoint_dir.latest(run / CHECKPOINTS)):
             name = folder.name
     name = broadcast_json(name, world)
-    return None if name is None else run / CHECKPOINTS / name
+    if name is None:
+        yield _Last()
+    elif store is None:
+        yield _Last(run / CHECKPOINTS / name, run / CHECKPOINTS / name)
+    else:
+        with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=session_folder()) as copies:
+            with all_ranks_or_none(world):
+                stored = store.checkpoint(name, Path(copies))
+                stored.fetch(STATE)
+            yield _Last(stored.folder, stored.url, stored.fetch)
 
 
-def _read_saved(cfg: RunConfig, run: Path, folder: Path) -> dict:
+def _read_saved(cfg: RunConfig, run: Path, last: _Last) -> dict:
     """Returns the state of the run in a checkpoint, without tensors and cursors, and its number of updates: that of
     the steps without those whose update was skipped.
 
     Raises: CheckpointError if it cannot be read, or if a key that affects the result differs from `cfg`."""
-    saved = {**read_state(folder), "updates": read_updates(folder)}
-    before = check_config(saved["config"], str(folder))
+    saved = {**read_state(last.folder), "updates": read_updates(last.folder)}
+    before = check_config(saved["config"], str(last.place))
     changed = changed_result(before, before_extension(before, cfg))
     if changed:
         raise CheckpointError(
-            f"{folder} was written with another configuration ({', '.join(changed)} differ); restore "
+            f"{last.place} was written with another configuration ({', '.join(changed)} differ); restore "
             f"{run / CONFIG}, or start a new run under another name"
         )
     return saved
 
 
-def _report_resume(folder: Path, threads: int) -> None:
+def _report_resume(folder: str | Path, threads: int) -> None:
     logger.info("resuming from %s", folder)
     if threads != torch.get_num_threads():
         logger.warning(

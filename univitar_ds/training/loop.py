@@ -26,13 +26,19 @@ from univitar_ds.data.shards.sources import SourceShard, content_of, validate_so
 from univitar_ds.data.shared_listing import check_reachable, listing_of, shards_of
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import UserError, first_line
+from univitar_ds.formats.checkpoint_store import store_of
 from univitar_ds.model.blocks.dropping import DropConfig
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher.teacher import Teacher, build_teacher
 from univitar_ds.plugins import RunInfo, StepInfo
 from univitar_ds.training.assembly import build_training
 from univitar_ds.training.callbacks import Callbacks, load_on_all_ranks
-from univitar_ds.training.checkpoint.sharded import save_checkpoint
+from univitar_ds.training.checkpoint.atomic_dir import LocalFolder
+from univitar_ds.training.checkpoint.protocol import Retention, Target
+from univitar_ds.training.checkpoint.s3_folder import S3Folder
+from univitar_ds.training.checkpoint.saves import Saves
+from univitar_ds.training.checkpoint.sharded import copied_state
+from univitar_ds.training.checkpoint.staging import Staging
 from univitar_ds.training.distributed import preemption
 from univitar_ds.training.distributed.alarm import ending_together
 from univitar_ds.training.distributed.preemption import NEVER, SAVED, Stop
@@ -84,7 +90,7 @@ def _train(cfg: RunConfig, run: Path, world: World, stop: Stop) -> bool:
     trainer = _Trainer(cfg, run, world, stop)
     with closed_after(trainer.close):
         trainer.start()
-        with stop.deferred(), enough_memory(trainer.memory_remedy):
+        with stop.deferred(), enough_memory(trainer.memory_remedy), trainer.saves.settled():
             trainer.train()
         if world.is_main:
             write_summary(cfg, run, trainer.engine, trainer.state)
@@ -155,6 +161,9 @@ class _Trainer:
         self.cost = cost_coefficients(self.engine.module.vision.config)
         self.peak = find_peak(cfg.logging.peak_tflops, self.engine.dtype, world)
         self.saved_step = self.state.progress.step
+        self.store = store_of(cfg)
+        self.saves = Saves(world, self._saved, asynchronous=cfg.checkpoint.asynchronous)
+        self.staging = Staging(world)
 
     def start(self) -> None:
         """Opens the logs; `close` must be called afterwards."""
@@ -184,6 +193,7 @@ class _Trainer:
                 self.stop.remedy,
             )
         self._save()
+        self.saves.finish()
         self.logs.close()
         with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:  # asked again: saving takes time
             self.logs.raise_unwritten()
@@ -237,12 +247,16 @@ class _Trainer:
                     lambda: self.stop.requested,
                     partial(own_counts, batches, settings.dropping, teacher, self.classes),
                     numbers_of(len(self.lanes), distills=teacher is not None),
+                    self.saves.ready,
                 ) as vote:
                     self.logs.raise_unwritten()
                     self.callbacks.raise_failed()
+                    self.saves.raise_failed()
                     batches += next(loader)
                     waited = time.perf_counter() - start
                 startup.phase("computing the first step")
+                if vote.ready:
+                    self.saves.advance()
                 if vote.yes:
                     self.leaving = True
                     return
@@ -279,6 +293,7 @@ class _Trainer:
         self.logs.write_event(self.state.events)
 
     def _rebuild(self) -> None:
+        self.saves.finish()
         self.engine.close()  # before the next engine is built: two engines would not fit into memory
         self.engine, self.state = build_training(self.cfg, self.run, self.world)
 
@@ -526,7 +541,19 @@ class _Trainer:
         }
         if self.cfg.plugins:
             content["plugins"] = [plugin.described() for plugin in plugins.active()]
-        root, cursors = self.run / CHECKPOINTS, {lane: state.cursors[lane].to_json() for lane in self.lanes}
-        folder = save_checkpoint(self.engine, root, state.progress.step, content, cursors, self.cfg.checkpoint.keep)
+        cursors = {lane: state.cursors[lane].to_json() for lane in self.lanes}
+        retention = Retention(self.cfg.checkpoint.keep, self.cfg.checkpoint.keep_every_steps)
+        target: Target = (
+            LocalFolder(self.run / CHECKPOINTS, state.progress.step, retention)
+            if self.store is None
+            else S3Folder(self.run, self.store, state.progress.step, retention)
+        )
+        self.saves.begin(
+            target,
+            state.progress.step,
+            lambda: copied_state(self.engine, content, cursors, self.staging, shares_files=target.shares_files),
+        )
         self.saved_step = state.progress.step
-        self.callbacks.call("on_checkpoint", folder)
+
+    def _saved(self, target: Target) -> None:
+        self.callbacks.call("on_checkpoint", target.place)

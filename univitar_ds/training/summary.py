@@ -15,6 +15,7 @@ from univitar_ds.config.load import config_fingerprint
 from univitar_ds.config.run_folder import CHECKPOINTS, SUMMARY
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.checkpoint_store import store_of
 from univitar_ds.run_lock import still_ours
 from univitar_ds.training.engine.engine import Engine, versions
 from univitar_ds.training.state import State
@@ -41,7 +42,7 @@ def write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> No
         "best": state.best,
         "last": state.last,
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
-        "checkpoints": [folder.name for folder in checkpoint_dir.complete(run / CHECKPOINTS)],
+        "checkpoints": _checkpoints(cfg, run),
         "ranks": engine.world.size,
         "threads_per_rank": torch.get_num_threads(),
         "device": str(engine.world.device.type),
@@ -51,3 +52,10 @@ def write_summary(cfg: RunConfig, run: Path, engine: Engine, state: State) -> No
     content["seconds"] = content.get("seconds", {}) | {"training": round(state.seconds, 1)}
     still_ours(run)
     replace_text(run / SUMMARY, json.dumps(content, indent=2) + "\n")
+
+
+def _checkpoints(cfg: RunConfig, run: Path) -> list[str]:
+    store = store_of(cfg)
+    if store is not None:
+        return [f"{store.url}/{name}" for name in store.complete()]
+    return [folder.name for folder in checkpoint_dir.complete(run / CHECKPOINTS)]

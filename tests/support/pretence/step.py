@@ -132,7 +132,7 @@ def recorded(gpu: PretendedGPU, steps: int):
     from univitar_ds.training import assembly, loop
 
     recorder = Recorder(gpu, steps)
-    build, step, save = assembly.build_engine, loop._Trainer._step, loop.save_checkpoint
+    build, step, save = assembly.build_engine, loop._Trainer._step, loop._Trainer._save
 
     def without_data(model: Any, *arguments: Any) -> Any:
         patches.without_data(model, gpu)
@@ -170,7 +170,7 @@ def recorded(gpu: PretendedGPU, steps: int):
     with (
         mock.patch.object(assembly, "build_engine", without_data),
         mock.patch.object(loop._Trainer, "_step", one_step),
-        mock.patch.object(loop, "save_checkpoint", saved),
+        mock.patch.object(loop._Trainer, "_save", saved),
         mock.patch.object(teacher, "_own_encoder", read(teacher._own_encoder)),
         mock.patch.object(teacher, "_image_model", read(teacher._image_model)),
         patches.launches_counted(gpu),

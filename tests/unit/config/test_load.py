@@ -209,6 +209,11 @@ def test_other_sources_are_another_result_unless_they_are_accepted(run_file):
         ("model.encoder=2b", "model.encoder must be one of tiny, 0.3b, 0.6b, 1b, or a section with keys hidden_size"),
         ("model.encoder={hidden_size: 8}", "model.encoder.num_hidden_layers is missing"),
         ("model.encoder={huge: true}", "unknown key model.encoder.huge; known here: hidden_size"),
+        (
+            "checkpoint.folder=/tmp/x",
+            "checkpoint: folder is /tmp/x, expected s3://BUCKET/PREFIX; checkpoints on a disk",
+        ),
+        ("checkpoint.keep_every_steps=300", "keep_every_steps 300 is no multiple of every_steps 200, so that"),
         ("learning_rate=1", "learning_rate is stages.N.lr here"),
         ("wandb.project=x", "unknown key wandb; metrics go to"),
         ("stages.0.token_budget=100", "stages.0.token_budget=100: stages.0: image: an item may have 5832 tokens"),

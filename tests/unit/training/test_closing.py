@@ -10,6 +10,7 @@ import torch
 from tests.support.runs import small_config
 from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.config.run_folder import METRICS
+from univitar_ds.config.schema import CheckpointConfig
 from univitar_ds.errors import CheckpointError, DataError, StorageError
 from univitar_ds.training import loop
 from univitar_ds.training.distributed.process_group import World
@@ -110,6 +111,7 @@ def parts(monkeypatch):
         plugins=[],
         data=SimpleNamespace(lanes=1, log_samples=True),
         objective=ObjectiveConfig(),
+        checkpoint=CheckpointConfig(),
         logging=SimpleNamespace(peak_tflops=None, tensorboard=False),
         stages=[],
     )

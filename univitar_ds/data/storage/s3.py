@@ -94,6 +94,27 @@ class S3Storage:
                 return sorted(paths)
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
+    def below(self, prefix: str) -> Sequence[str]:
+        """Returns the addresses of all objects below the folder `prefix`, at any depth, without pinning versions."""
+        where = address(prefix.rstrip("/") + "/")
+        paths: list[str] = []
+        more: dict[str, str] = {}
+        while True:
+            page = self.connection.call("list_objects_v2", prefix, Bucket=where["Bucket"], Prefix=where["Key"], **more)
+            paths += [f"{S3}{where['Bucket']}/{row['Key']}" for row in page.get("Contents", ())]
+            if not page.get("IsTruncated"):
+                return sorted(paths)
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def present(self, path: str) -> Version | None:
+        """Returns the version that an object has now, whatever is pinned; None if there is no such object.
+
+        Raises: DataError, also if the store forbids to ask."""
+        answer = self.head(path)
+        if answer is None:
+            return None
+        return Version(path, answer.get("ETag", "").strip('"'), answer["ContentLength"])
+
     def prefetch(self, paths: Sequence[str]) -> None:
         coming = paths[: self._settings.prefetch_shards]
         self._shard_cache.prefetch([self._version(path) for path in coming if self._pins.get(path) is not None])

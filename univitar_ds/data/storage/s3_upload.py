@@ -15,9 +15,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from base64 import b64encode
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,53 @@ _ATTEMPTS = 3
 """Maximum number of attempts for a part that arrives damaged."""
 
 
+class Conflict(DataError):
+    """Raised if an object was written by another program than expected."""
+
+
 def put_file(storage: S3Storage, url: str, path: Path, sha256: str) -> None:
     """Uploads a local file to `url`. Returns when the object is complete.
 
     Args: sha256: SHA-256 of the file, in hex.
     Raises: DataError if the store refuses the upload, does not answer in time, or lacks the uploaded bytes.
     """
-    size = path.stat().st_size
+
+    def read(begin: int, end: int) -> bytes:
+        with path.open("rb") as stream:
+            stream.seek(begin)
+            return stream.read(end - begin)
+
+    _put(storage, url, path.stat().st_size, read, sha256)
+
+
+def put_content(
+    storage: S3Storage, url: str, content: memoryview, sha256: str, wanted: Callable[[], None] = lambda: None
+) -> None:
+    """Uploads bytes in memory. Returns when the object is complete. Args: wanted: called before each part.
+
+    Raises: as `put_file`, and the error of `wanted`."""
+
+    def read(begin: int, end: int) -> bytes:
+        wanted()
+        return bytes(content[begin:end])
+
+    _put(storage, url, len(content), read, sha256)
+
+
+def _put(storage: S3Storage, url: str, size: int, read: Callable[[int, int], bytes], sha256: str) -> None:
     part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
     if size <= part_bytes:
-        put_bytes(storage, url, path.read_bytes(), sha256)
+        put_bytes(storage, url, read(0, size), sha256)
         return
     answer = storage.connection.call("create_multipart_upload", url, **address(url), Metadata={"sha256": sha256})
     upload = {**address(url), "UploadId": answer["UploadId"]}
+
+    def send(index: int) -> dict[str, Any]:
+        content = read(index * part_bytes, min((index + 1) * part_bytes, size))
+        etag = _send(storage, "upload_part", url, content, {**upload, "PartNumber": index + 1})
+        return {"PartNumber": index + 1, "ETag": etag}
+
     try:
-        send = partial(_send_part, storage, url, upload, path, part_bytes)
         with ThreadPoolExecutor(_THREADS, "upload") as threads:
             parts = list(threads.map(send, range(-(-size // part_bytes))))
         _complete(storage, url, upload, parts, size, sha256)
@@ -58,6 +90,26 @@ def put_file(storage: S3Storage, url: str, path: Path, sha256: str) -> None:
             storage.connection.call("abort_multipart_upload", url, **upload)
         raise
     _abort_abandoned(storage, url)
+
+
+def put_if(storage: S3Storage, url: str, content: bytes, etag: str | None) -> None:
+    """Uploads a small object if there is none (`etag` None), or instead of the version with this ETag.
+
+    Raises: as `put_file`; Conflict if another program has written the object meanwhile."""
+    digest = hashlib.sha256(content).hexdigest()
+    condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+    try:
+        _send(storage, "put_object", url, content, {**address(url), "Metadata": {"sha256": digest}, **condition})
+    except DataError as error:
+        # A repeated request fails if the answer to the first one was lost. 404: the version is gone; 409: two at once.
+        if status_of(error) not in (404, 409, 412):
+            raise
+        if not holds(storage, url, len(content), digest):
+            raise Conflict(
+                f"{url} was written by another program at the same time; let only one run write there, and resume it"
+            ) from error
+    if not holds(storage, url, len(content), digest):
+        raise _not_there(url, len(content))
 
 
 def put_bytes(storage: S3Storage, url: str, content: bytes, sha256: str | None = None) -> None:
@@ -84,16 +136,6 @@ def remove(storage: S3Storage, url: str) -> None:
     """Removes an object. An absent object is not an error."""
     storage.forget(url)
     storage.connection.call("delete_object", url, **address(url))
-
-
-def _send_part(
-    storage: S3Storage, url: str, upload: dict[str, str], path: Path, part_bytes: int, index: int
-) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        stream.seek(index * part_bytes)
-        content = stream.read(part_bytes)
-    etag = _send(storage, "upload_part", url, content, {**upload, "PartNumber": index + 1})
-    return {"PartNumber": index + 1, "ETag": etag}
 
 
 def _send(storage: S3Storage, operation: str, url: str, content: bytes, parameters: dict[str, Any]) -> str:

@@ -11,111 +11,95 @@ names; files that no checkpoint writes stay. New folders and `latest` get their 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from univitar_ds.atomic_write import move_into_place, sync
 from univitar_ds.config.run_folder import CHECKPOINT_FILES
-from univitar_ds.errors import CheckpointError, writing
-from univitar_ds.formats.checkpoint_dir import LATEST, MANIFEST, complete, faults, read_manifest, sha256
+from univitar_ds.errors import CheckpointError, StorageError, writing
+from univitar_ds.formats.checkpoint_dir import LATEST, MANIFEST, complete, part_faults, read_manifest, step_of
 from univitar_ds.owned import clear, foreign, remove
 from univitar_ds.run_lock import still_ours
-from univitar_ds.training.distributed.process_group import (
-    World,
-    all_ranks_or_none,
-    gather_json_to_main,
-    scatter_json,
-)
+from univitar_ds.training.checkpoint.protocol import CHUNK_BYTES, Entry, Part, Retention, Target, manifest_of
 
 TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}({LATEST}|(gone-)?step-\d{{8,}})")
 
 
-class Merge(NamedTuple):
-    """What rank 0 writes once all ranks have written."""
+class LocalFolder(Target):
+    """Creates `root/step-<step>`, then removes the folders that are not kept. All ranks share `root`."""
 
-    share: Callable[[], Any]
-    """Called after this rank has written. Returns what rank 0 needs of it, as JSON."""
-    write: Callable[[Path, list[Any]], Iterable[Path]]
-    """Called on rank 0 with the folder and the shares of all ranks, by rank. Returns further files."""
+    def __init__(self, root: Path, step: int, retention: Retention) -> None:
+        super().__init__()
+        self._root, self._step, self._retention = root, step, retention
+        self.folder = root / f"step-{step:08d}"
+        self._temporary = root / f"{TEMPORARY}{self.folder.name}"
 
+    @property
+    def place(self) -> Path:
+        return self.folder
 
-NO_MERGE = Merge(lambda: None, lambda folder, shares: ())
+    def begin(self, needed: int) -> None:
+        with writing(self._root):
+            still_ours(self._root.parent)
+            _sweep(self._root)
+            self._temporary.mkdir(parents=True)
+            free = shutil.disk_usage(self._root).free
+        if free < needed:
+            raise StorageError(
+                f"{self._root} cannot be written: {free / 1e6:,.1f} MB are free there, and the checkpoint of step "
+                f"{self._step} takes {needed / 1e6:,.1f} MB; free some space there and resume, if it is used up by "
+                f"checkpoints with a lower checkpoint.keep ({self._retention.last})"
+            )
 
+    def put(self, part: Part) -> Entry:
+        path, digest, content = self._temporary / part.name, hashlib.sha256(), memoryview(part.content)
+        with writing(path):
+            file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
+                for begin in range(0, len(content), CHUNK_BYTES):
+                    self.check_wanted()
+                    chunk, written = content[begin : begin + CHUNK_BYTES], 0
+                    while written < len(chunk):
+                        written += os.pwrite(file, chunk[written:], part.offset + begin + written)
+                    digest.update(chunk)
+                os.fsync(file)
+            finally:
+                os.close(file)
+        return Entry(part.name, part.offset, len(content), digest.hexdigest())
 
-def commit(
-    root: Path,
-    step: int,
-    write: Callable[[Path], Iterable[Path]],
-    world: World,
-    keep: int,
-    merge: Merge = NO_MERGE,
-) -> Path:
-    """Creates `root/step-<step>` from the files that each rank writes, then removes all but the newest `keep` folders.
-
-    All ranks call it. `write` is called with a folder that all ranks share, and returns the files of this rank.
-    Sizes and hashes of files, and the shares for `merge`, are sent to rank 0 alone.
-
-    Raises: the rank's own error, or PeerFailure on other ranks, if a rank fails, for example on a full disk. If it
-        fails before the new folder gets its name, the complete folders of other steps are unchanged.
-    """
-    target = root / f"step-{step:08d}"
-    temporary = root / f"{TEMPORARY}{target.name}"
-    with all_ranks_or_none(world), writing(root):
-        if world.is_main:
-            still_ours(root.parent)
-            _sweep(root)
-            temporary.mkdir(parents=True)
-    try:
-        by_rank = _written(temporary, write, world, merge)
-        with all_ranks_or_none(world), writing(target):
-            if world.is_main:
-                still_ours(root.parent)
-                _publish(root, temporary, target, {k: v for entries in by_rank for k, v in entries.items()}, keep)
-        return target
-    except Exception:
-        if world.is_main:
-            with suppress(Exception):  # the disk is full or gone, or another launch has the run
-                still_ours(root.parent)
-                _sweep(root)
-        raise
-
-
-def _written(
-    temporary: Path, write: Callable[[Path], Iterable[Path]], world: World, merge: Merge
-) -> list[dict[str, Any]]:
-    """Writes and verifies all files. Returns their entries in the manifest by rank on rank 0, [] on other ranks."""
-    entries: dict[str, dict[str, Any]] = {}
-    with all_ranks_or_none(world), writing(temporary):
-        for path in write(temporary):
-            sync(path)
-            entries[path.name] = _entry(path)
-        share = merge.share()
-    gathered = gather_json_to_main([entries, share], world) or []
-    by_rank = [entries for entries, _ in gathered]
-    with all_ranks_or_none(world), writing(temporary):
-        if world.is_main:
-            for path in merge.write(temporary, [share for _, share in gathered]):
-                sync(path)
-                by_rank[0][path.name] = _entry(path)
-    # Each rank reads its neighbour's files, which verifies the content and that all ranks share one disk.
-    neighbours = scatter_json([*by_rank[1:], *by_rank[:1]] if world.is_main else None, world)
-    with all_ranks_or_none(world):
-        found = faults(temporary, neighbours)
+    def check(self, entries: Sequence[Entry]) -> None:
+        found = part_faults(self._temporary, entries)
         if found:
             raise CheckpointError(
-                f"{temporary}: {'; '.join(found)} right after writing; check the disk, and that all ranks share it"
+                f"{self._temporary}: {'; '.join(found)} right after writing; check the disk, and that all ranks share "
+                "it"
             )
-    return by_rank
+
+    def publish(self, entries: Sequence[Entry]) -> None:
+        with writing(self.folder):
+            still_ours(self._root.parent)
+            _publish(self._root, self._temporary, self.folder, manifest_of(entries))
+            folders = {step_of(folder.name): folder for folder in complete(self._root)}
+            for step in self._retention.outdated(folders):
+                if step != self._step:
+                    _remove(folders[step])
+
+    def clear(self) -> None:
+        with suppress(Exception):  # the disk is full or gone, or another launch has the run
+            still_ours(self._root.parent)
+            _sweep(self._root)
 
 
-def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any], keep: int) -> None:
-    write_json(temporary / MANIFEST, {"version": 1, "files": entries})
+def _publish(root: Path, temporary: Path, target: Path, files: dict[str, Any]) -> None:
+    write_json(temporary / MANIFEST, {"version": 1, "files": files})
     if target.is_symlink():
         raise CheckpointError(f"{target} is a symbolic link; remove it and resume")
     if target.exists() and not _remove(target):  # complete, but not in `latest`
@@ -125,9 +109,6 @@ def _publish(root: Path, temporary: Path, target: Path, entries: dict[str, Any],
     pointer.unlink(missing_ok=True)
     pointer.write_text(target.name + "\n", encoding="utf-8")
     move_into_place(pointer, root / LATEST, durable=True)
-    for old in complete(root)[:-keep]:
-        if old != target:
-            _remove(old)
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> Path:
@@ -135,10 +116,6 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> Path:
     path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
     sync(path)
     return path
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _remove(folder: Path) -> bool:

@@ -1,35 +1,43 @@
 """Elastic checkpoints: every rank writes the flat shards that it owns, and any number of ranks reads the ranges that
 each rank needs.
 
-    rank00000.safetensors   "<parameter>/<kind>": 1-D; kind is fp32, ema, frozen, or the name of a moment:
-                            exp_avg and exp_avg_sq of AdamW, momentum_buffer of Muon, a plugin's own
+    node00000.safetensors   "<parameter>/<kind>" of each rank of a node, 1-D, see `formats.shared_file`; kind is fp32,
+                            ema, frozen, or the name of a moment: exp_avg and exp_avg_sq of AdamW, momentum_buffer of
+                            Muon, a plugin's own
     index.json              pieces: {<parameter>: {shape, kinds: {<kind>: dtype}, parts: [[rank, start, length], ...]}},
-                            cursors: {<lane>: cursor}
+                            cursors: {<lane>: cursor}, files: {<file that ranks share>: [rank, ...]}
     buffers.safetensors     buffers of the model, by name
     state.json              progress and settings of the run, optimizer, number of ranks, versions
 
 DeepSpeed's own formats are not used: the native format loads only on the same number of ranks, and the universal format
 restores wrong settings with several optimizer groups and drops frozen parameters and buffers. No file is pickled.
-`formats.elastic` reads a checkpoint without an engine, also one of an earlier version, which has an index per rank.
+`formats.elastic` reads a checkpoint without an engine, also one of an earlier version, with files or indices per rank.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.elastic import BUFFERS, EMA, FORMAT, FROZEN, INDEX, MASTER, STATE, ElasticReader
-from univitar_ds.formats.weight_files import save_tensors
-from univitar_ds.training.checkpoint import atomic_dir
-from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, scatter_json
+from univitar_ds.formats.elastic import BUFFERS, EMA, FORMAT, FROZEN, INDEX, MASTER, STATE, ElasticReader, Fetch
+from univitar_ds.formats.shared_file import places, rank_file
+from univitar_ds.identity import this_machine
+from univitar_ds.training.checkpoint.atomic_dir import LocalFolder
+from univitar_ds.training.checkpoint.protocol import Content, Part, Retention, save_now, saving
+from univitar_ds.training.checkpoint.staging import Staging
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, gather_numbers, scatter_json
 from univitar_ds.training.engine.engine import Engine, ParamShard
 
 MAX_LISTED = 5
@@ -51,36 +59,69 @@ def save_checkpoint(
     """Writes the training state of all ranks to `root/step-<step>`, and returns that folder. All ranks call it.
 
     Args:
+        state, cursors: see `copied_state`.
+        keep: number of newest checkpoints to keep.
+    Raises: as `protocol.save_now`; `atomic_dir` says what a crash leaves.
+    """
+    target = LocalFolder(root, step, Retention(keep))
+    save_now(saving(target, copied_state(engine, state, cursors, Staging(engine.world)), engine.world), engine.world)
+    return target.folder
+
+
+def copied_state(
+    engine: Engine,
+    state: dict[str, Any],
+    cursors: dict[int, dict[str, Any]],
+    staging: Staging,
+    *,
+    shares_files: bool = True,
+) -> Content:
+    """Copies the training state of this rank, which may train on while the copy is written. All ranks call it.
+
+    Args:
         state: state of the run, as JSON; the same on all ranks.
         cursors: data cursors of the lanes of this rank.
-        keep: number of newest checkpoints to keep.
-    Raises: as `atomic_dir.commit`, which also says what a crash leaves.
+        staging: holds the copy until it is next used.
+        shares_files: whether the ranks of a node write one file.
     """
-    world = engine.world
-    pieces = list(engine.pieces())
-    merge = atomic_dir.Merge(
-        lambda: _share(pieces, world, cursors),
-        lambda folder, shares: [atomic_dir.write_json(folder / INDEX, _merged(pieces, shares), indent=None)],
-    )
-
-    def write(folder: Path) -> Iterator[Path]:
-        yield _write_rank(pieces, world, folder)
-        if world.is_main:
-            yield save_tensors(_buffers(engine.module), folder / BUFFERS)
-            content = {"format": FORMAT, "world_size": world.size, "optimizer": engine.optimizer_state(), "run": state}
-            yield atomic_dir.write_json(folder / STATE, content)
-
-    return atomic_dir.commit(root, step, write, world, keep, merge)
-
-
-def _write_rank(pieces: Sequence[ParamShard], world: World, folder: Path) -> Path:
-    tensors = {
-        f"{piece.name}/{kind}": tensor.detach().to("cpu", copy=True)  # views share their storage
+    world, pieces = engine.world, list(engine.pieces())
+    own = {
+        f"{piece.name}/{kind}": tensor
         for piece in pieces
         if _writes(piece, world)
         for kind, tensor in piece.tensors.items()
     }
-    return save_tensors(tensors, folder / f"rank{world.rank:05d}.safetensors")
+    tensors = staging.copy(own) if own else memoryview(b"")
+    parts = []
+    if world.is_main:
+        parts.append(Part(BUFFERS, save(_buffers(engine.module))))
+        content = {"format": FORMAT, "world_size": world.size, "optimizer": engine.optimizer_state(), "run": state}
+        parts.append(Part(STATE, json.dumps(content, indent=1).encode()))
+    others = sum(len(part.content) for part in parts)
+    table = gather_numbers([len(tensors), _node(), others], world)
+    sizes, nodes, _ = (column.tolist() for column in table.long().T)
+    all_places = places(sizes, nodes if shares_files else range(world.size))
+    if own:
+        place = all_places[world.rank]
+        parts.append(Part(place.name, tensors, place.offset))
+        if place.header:
+            parts.append(Part(place.name, place.header))
+    files: dict[str, list[int]] = {}
+    for rank, place in all_places.items():
+        if place.name != rank_file(rank):
+            files.setdefault(place.name, []).append(rank)
+    share = _share(pieces, world, copy.deepcopy(cursors))  # sent later, while the training goes through its data
+    shapes = {piece.name: list(piece.shape) for piece in pieces}  # not the pieces, which keep the engine's memory
+
+    def merge(shares: list[dict[str, Any]]) -> list[Part]:
+        return [Part(INDEX, json.dumps({**_merged(shapes, shares), "files": files}).encode())]
+
+    return Content(parts, share, merge, int(table[:, [0, 2]].sum()))
+
+
+def _node() -> int:
+    """Returns a number that the ranks of this machine share."""
+    return zlib.crc32(json.dumps(this_machine(), sort_keys=True).encode())
 
 
 def _writes(piece: ParamShard, world: World) -> bool:
@@ -104,17 +145,16 @@ def _share(pieces: Sequence[ParamShard], world: World, cursors: dict[int, dict[s
     return {"written": written, "kinds": kinds, "cursors": {str(lane): cursor for lane, cursor in cursors.items()}}
 
 
-def _merged(pieces: Sequence[ParamShard], shares: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the index of a checkpoint. Args: pieces: of any rank, for names and shapes; shares: of all ranks."""
-    entries = [{"shape": list(piece.shape), "kinds": {}, "parts": []} for piece in pieces]
+def _merged(shapes: dict[str, list[int]], shares: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the index of a checkpoint. Args: shapes: of all parameters, in order; shares: of all ranks."""
+    entries = [{"shape": shape, "kinds": {}, "parts": []} for shape in shapes.values()]
     cursors: dict[str, Any] = {}
     for rank, share in enumerate(shares):
         for number, start, length, kinds in share["written"]:
             entries[number]["kinds"] = share["kinds"][kinds]
             entries[number]["parts"].append([rank, start, length])
         cursors |= share["cursors"]
-    names = [piece.name for piece in pieces]
-    return {"pieces": dict(zip(names, entries, strict=True)), "cursors": cursors}
+    return {"pieces": dict(zip(shapes, entries, strict=True)), "cursors": cursors}
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -127,18 +167,22 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def load_checkpoint(engine: Engine, folder: Path, *, stage_transition: bool = False) -> Saved:
+def load_checkpoint(
+    engine: Engine, folder: Path, *, stage_transition: bool = False, fetch: Fetch | None = None
+) -> Saved:
     """Loads a checkpoint of any number of ranks and any ZeRO stage into `engine`. All ranks call it.
 
     Args: stage_transition: whether trained and frozen parameters may differ between engine and checkpoint. Parameters
-    that are newly trained get moments as at the start of a run, and their average starts at their value.
+    that are newly trained get moments as at the start of a run, and their average starts at their value. fetch: see
+    `ElasticReader`; it verifies what it fetches.
     Raises: CheckpointError on all ranks if a file is damaged or the checkpoint is from another model.
     """
     world = engine.world
-    _verify_shared(folder, world)
+    if fetch is None:
+        _verify_shared(folder, world)
     with ExitStack() as open_files:
         with all_ranks_or_none(world):
-            reader = ElasticReader(folder, open_files)
+            reader = ElasticReader(folder, open_files, fetch)
             _check_model(engine, reader, stage_transition)
             for piece in engine.pieces():
                 for kind, target in piece.tensors.items():
@@ -173,8 +217,12 @@ def _verify_shared(folder: Path, world: World) -> None:
     with all_ranks_or_none(world):
         if world.is_main:
             manifest = checkpoint_dir.read_manifest(folder)
-    by_size = sorted(manifest, key=lambda name: (manifest[name]["bytes"], name))  # shares of similar sizes
-    shares = [{name: manifest[name] for name in by_size[rank :: world.size]} for rank in range(world.size)]
+    parts = [part for name, entry in manifest.items() for part in checkpoint_dir.parts_of(name, entry)]
+    parts.sort(key=lambda part: (part[2], part))  # shares of similar sizes
+    shares: list[dict[str, Any]] = [{} for _ in range(world.size)]
+    for number, (name, *part) in enumerate(parts):
+        share = shares[number % world.size]
+        share.setdefault(name, {"bytes": manifest[name]["bytes"], "parts": []})["parts"].append(part)
     share = scatter_json(shares if world.is_main else None, world)
     with all_ranks_or_none(world):
         checkpoint_dir.verify(folder, share)

@@ -215,9 +215,11 @@ def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
 @dataclass
 class Vote:
     """What the ranks exchange in `all_ranks_or_none`; the same on all ranks. `yes`: whether `ask` was true on any rank.
+    `ready`: whether `ready` was true on all ranks.
     `counts`: (size, numbers) int64 on the host, the result of `count` of every rank; None without `count`."""
 
     yes: bool = False
+    ready: bool = False
     counts: torch.Tensor | None = None
 
 
@@ -227,12 +229,14 @@ def all_ranks_or_none(
     ask: Callable[[], bool] | None = None,
     count: Callable[[], Sequence[int]] | None = None,
     numbers: int = 1,
+    ready: Callable[[], bool] | None = None,
 ) -> Iterator[Vote]:
     """Runs a block that either all ranks finish or no rank: a failure on one rank raises on all ranks.
 
     The body must not communicate with other ranks if it can fail. The block is also a barrier, and a vote on `ask`,
-    which each rank calls after its body. Either all ranks pass `ask` or no rank does; the same holds for `count`, whose
-    results, `numbers` whole numbers, are sent in the same message. It counts as a part of the body.
+    which each rank calls after its body. Either all ranks pass `ask` or no rank does; the same holds for `ready` and
+    `count`, whose results are sent in the same message: of `count`, which counts as a part of the body, `numbers` whole
+    numbers.
     Raises: the body's exception on ranks that failed; PeerFailure on ranks that succeeded.
     """
     failure: Exception | None = None
@@ -243,16 +247,16 @@ def all_ranks_or_none(
             counted = count()
     except Exception as error:
         failure = error
-    flags = [failure is not None, ask is not None and ask()]
+    flags = [failure is not None, ask is not None and ask(), ready is not None and ready()]
     totals = torch.tensor(flags, dtype=torch.int32)
     if count is not None:
         table = gather_numbers([*flags, *counted], world).long()
-        totals, vote.counts = table[:, :2].sum(0), table[:, 2:].contiguous()
+        totals, vote.counts = table[:, : len(flags)].sum(0), table[:, len(flags) :].contiguous()
     elif world.size > 1:
         totals = to_device(totals, world.device)
         dist.all_reduce(totals)
-    failed, yes = totals.tolist()
-    vote.yes = bool(yes)
+    failed, yes, prepared = totals.tolist()
+    vote.yes, vote.ready = bool(yes), prepared == world.size
     if failed:
         messages = gather_json(str(failure) if failure is not None else None, world)
         if failure is not None:

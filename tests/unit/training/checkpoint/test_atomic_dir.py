@@ -3,14 +3,17 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from univitar_ds import atomic_write, owned
-from univitar_ds.errors import CheckpointError, StorageError
+from univitar_ds.errors import CheckpointError, StorageError, writing
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.training.checkpoint import atomic_dir
+from univitar_ds.training.checkpoint import atomic_dir, protocol
+from univitar_ds.training.checkpoint.atomic_dir import LocalFolder
+from univitar_ds.training.checkpoint.protocol import Content, Part, Retention, save_now, saving
 from univitar_ds.training.distributed.process_group import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -22,17 +25,16 @@ def no_waiting_for_disks(monkeypatch):
     monkeypatch.setattr(atomic_write.os, "fsync", lambda _: None)
 
 
-def write_two(content: str):
-    def write(folder: Path):
-        for name in ("rank00000.json", "rank00000.safetensors"):
-            (folder / name).write_text(f"{content} {name}")
-            yield folder / name
-
-    return write
+def two(content: str) -> Content:
+    names = ("rank00000.json", "rank00000.safetensors")
+    parts = [Part(name, f"{content} {name}".encode()) for name in names]
+    return Content(parts, None, lambda shares: [], sum(len(part.content) for part in parts))
 
 
-def save(root: Path, step: int, keep: int = 2) -> Path:
-    return atomic_dir.commit(root, step, write_two(str(step)), ALONE, keep)
+def save(root: Path, step: int, keep: int = 2, target: type[LocalFolder] = LocalFolder) -> Path:
+    place = target(root, step, Retention(keep))
+    save_now(saving(place, two(str(step)), ALONE), ALONE)
+    return place.folder
 
 
 def assert_whole(folder: Path, step: int) -> None:
@@ -56,6 +58,30 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [folder.name for folder in checkpoint_dir.complete(tmp_path)] == ["step-00000003", "step-00000010"]
 
 
+def test_those_of_every_nth_step_stay_for_good():
+    steps = [10, 20, 30, 40, 50, 60, 130]
+    assert Retention(2).outdated(steps) == [10, 20, 30, 40, 50]
+    assert Retention(2, 30).outdated(steps) == [10, 20, 40, 50]
+    assert Retention(7, 30).outdated(steps) == []
+
+
+def test_steps_beyond_eight_digits_come_last(tmp_path):
+    for step in (99_999_999, 100_000_000, 100_000_001):
+        save(tmp_path, step)
+    assert [folder.name for folder in checkpoint_dir.complete(tmp_path)] == ["step-100000000", "step-100000001"]
+
+
+def test_a_disk_with_too_little_space_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(atomic_dir.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
+    place = LocalFolder(tmp_path, 2, Retention(5))
+    content = two("2")._replace(needed=41_000_000)
+    message = r"3\.0 MB are free there, and the checkpoint of step 2 takes 41\.0 MB; free some .*checkpoint\.keep \(5\)"
+    with pytest.raises(StorageError, match=message):
+        save_now(saving(place, content, ALONE), ALONE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
 def killed_at_line(root: Path, step: int, line: int) -> bool:
     """Saves in a forked process, killed at its `line`-th line of commit.py or of removing folders; whether it was."""
     pid = os.fork()
@@ -63,7 +89,9 @@ def killed_at_line(root: Path, step: int, line: int) -> bool:
         left = [line]
 
         def trace(frame, event, _):
-            if frame.f_code.co_filename not in (atomic_dir.__file__, atomic_write.__file__, owned.__file__):
+            if frame.f_code.co_filename not in (
+                atomic_dir.__file__, atomic_write.__file__, owned.__file__, protocol.__file__,
+            ):  # fmt: skip
                 return None
             if event == "line":
                 left[0] -= 1
@@ -150,12 +178,13 @@ def test_without_the_folder_that_latest_names_the_newest_complete_one_counts(tmp
 def test_a_write_that_fails_changes_nothing_and_its_reason_is_reported(tmp_path):
     save(tmp_path, 1)
 
-    def full(folder: Path):
-        raise OSError(28, "No space left on device")
-        yield
+    class Full(LocalFolder):
+        def put(self, part):
+            with writing(self.folder):
+                raise OSError(28, "No space left on device")
 
     with pytest.raises(StorageError, match=r"step-00000002 cannot be written: No space left on device; free some"):
-        atomic_dir.commit(tmp_path, 2, full, ALONE, 2)
+        save(tmp_path, 2, target=Full)
     assert checkpoint_dir.latest(tmp_path) == tmp_path / "step-00000001"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
     save(tmp_path, 2)
@@ -163,14 +192,14 @@ def test_a_write_that_fails_changes_nothing_and_its_reason_is_reported(tmp_path)
 
 
 def test_a_file_that_changes_after_it_was_written_is_noticed_before_it_counts(tmp_path):
-    def write_and_damage(folder: Path):
-        path = folder / "rank00000.json"
-        path.write_text("sound")
-        yield path
-        path.write_text("rot")  # by now its size and hash are known
+    class Rotting(LocalFolder):
+        def put(self, part):
+            entry = super().put(part)
+            (tmp_path / ".tmp-step-00000001" / part.name).write_text("rot")
+            return entry
 
-    with pytest.raises(CheckpointError, match=r"rank00000\.json has 3 bytes instead of 5 .*all ranks share it"):
-        atomic_dir.commit(tmp_path, 1, write_and_damage, ALONE, 2)
+    with pytest.raises(CheckpointError, match=r"rank00000\.json has 3 bytes instead of 16.*all ranks share it"):
+        save(tmp_path, 1, target=Rotting)
     assert checkpoint_dir.latest(tmp_path) is None
 
 

@@ -1,24 +1,29 @@
-"""A checkpoint's index: one file that rank 0 writes and every reader opens, with few bytes between the ranks."""
+"""The files of a checkpoint: one of tensors per node and one index, with few bytes between the ranks."""
 
 import json
 import math
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load, load_file
 from torch import nn
 
+from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir, elastic
-from univitar_ds.formats.elastic import ElasticReader, read_full
+from univitar_ds.formats.elastic import ElasticReader
 from univitar_ds.training.checkpoint import atomic_dir, sharded
 from univitar_ds.training.distributed import process_group
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.engine.engine import ParamShard
 
-RANKS = 256
-SHAPES = {f"blocks.{number}.weight": (40, 7) for number in range(5)} | {"bias": (3,)}
+RANKS, RANKS_OF_NODE = 256, 8
+NODES = RANKS // RANKS_OF_NODE
+SHAPES = {f"blocks.{number}.weight": (64, 8) for number in range(5)} | {"bias": (3,)}
 
 
 def full(name: str) -> torch.Tensor:
@@ -53,12 +58,20 @@ class Sent(Exception):
 
 
 class Messages:
-    """Stands in for torch.distributed. The ranks run one after the other: as soon as rank 0 has made the folder, each
-    of the others writes and ends when it has sent its share; then rank 0 goes through its save. Counts bytes."""
+    """Stands in for torch.distributed. First each rank sends the size of its tensors and ends. Then the ranks run one
+    after the other: as soon as rank 0 has made the folder, each of the others writes and ends when it has sent its
+    share; then rank 0 goes through its save. Counts bytes."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.rank, self.shares, self.scattered = root, 0, {}, []
+        self.root, self.rank, self.sizes, self.shares, self.scattered = root, 0, {}, {}, []
         self.received_by_main = 0
+
+    def save(self) -> Path:
+        for self.rank in range(RANKS):
+            with pytest.raises(Sent):
+                save(self.rank, RANKS, self.root)
+        self.rank = 0
+        return save(0, RANKS, self.root)
 
     def all_reduce(self, flags):
         if self.rank or self.shares:
@@ -69,8 +82,15 @@ class Messages:
         self.rank = 0
 
     def all_gather_single(self, into, mine):
-        lengths = [len(self.shares[rank]) for rank in range(1, RANKS)] if self.rank == 0 else [int(mine)] * (RANKS - 1)
-        into.copy_(torch.tensor([int(mine), *lengths]))
+        if mine.dtype == torch.float64 and len(self.sizes) < RANKS:
+            self.sizes[self.rank] = mine.clone()
+            raise Sent
+        if mine.dtype == torch.float64:
+            into.copy_(torch.cat([self.sizes[rank] for rank in range(RANKS)]))
+        elif self.rank:
+            into.fill_(int(mine))
+        else:
+            into.copy_(torch.tensor([int(mine), *(len(self.shares[rank]) for rank in range(1, RANKS))]))
         self.received_by_main += into.nbytes * (self.rank == 0)
 
     def gather(self, mine, rows, dst):
@@ -97,47 +117,87 @@ def saved(tmp_path_factory):
     messages = Messages(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process_group, "dist", messages)
-        patch.setattr(atomic_dir, "sync", lambda _: None)
-        folder = save(0, RANKS, root)
+        patch.setattr(atomic_dir.os, "fsync", lambda _: None)
+        patch.setattr(sharded, "_node", lambda: 7000 - messages.rank // RANKS_OF_NODE)
+        folder = messages.save()
     return SimpleNamespace(folder=folder, messages=messages)
 
 
 def test_rank_zero_of_256_receives_each_share_once(saved):
     largest = max(map(len, saved.messages.shares.values()))
-    assert saved.messages.received_by_main <= 2 * RANKS * (largest + 8), "padded to that of rank 0, with more files"
+    assert saved.messages.received_by_main <= 2 * RANKS * (largest + 8 + 3 * 8), "padded to that of rank 0"
     (sent,) = saved.messages.scattered
-    entry = json.dumps({"rank00000.safetensors": {"bytes": 10**9, "sha256": "0" * 64}})
+    entry = json.dumps(["node00000.safetensors", 10**9, 10**9, "0" * 64])
     assert sent <= RANKS * 4 * len(entry), "the manifest goes to no rank whole"
 
 
-def test_a_reader_of_256_ranks_opens_one_index(saved, monkeypatch):
-    opened, read = [], elastic.read_utf8
-    monkeypatch.setattr(elastic, "read_utf8", lambda path: opened.append(path.name) or read(path))
-    with ExitStack() as files:
-        reader = ElasticReader(saved.folder, files)
-        assert opened == ["state.json", "index.json"]
-        assert reader.cursors == {rank: {"packs": rank} for rank in range(RANKS)}
-        assert reader.shapes == SHAPES | {"fixed": (5,)}
-        assert reader.kinds["bias"] == {"fp32": "float32", "exp_avg": "float32"}
+def test_the_ranks_of_a_node_share_one_file(saved):
+    nodes = {f"node{number:05d}.safetensors" for number in range(NODES)}
+    alone = {"index.json", "state.json", "buffers.safetensors"}
+    assert {path.name for path in saved.folder.iterdir()} == nodes | alone | {checkpoint_dir.MANIFEST}
     manifest = checkpoint_dir.read_manifest(saved.folder)
-    assert len(manifest) == RANKS + 3, "a file of tensors per rank, index.json, state.json and the buffers"
-    whole = read_full(saved.folder)
-    assert all(torch.equal(whole[name].flatten(), full(name)) for name in SHAPES)
-    assert whole["fixed"].tolist() == [0, 1, 2, 3, 4]
+    assert manifest.keys() == nodes | alone
+    for name, entry in manifest.items():
+        assert entry["bytes"] == (saved.folder / name).stat().st_size
+        end = 0
+        for _, offset, size, _ in checkpoint_dir.parts_of(name, entry):
+            assert offset == end, "the parts cover the file"
+            end += size
+        assert end == entry["bytes"]
+    with safe_open(saved.folder / "node00003.safetensors", "pt") as file:
+        assert sorted(file.keys()) == [f"rank{rank:05d}" for rank in range(24, 32)]
+        tensors = load(file.get_tensor("rank00025").numpy().tobytes())
+    assert torch.equal(tensors["blocks.2.weight/exp_avg"], -full("blocks.2.weight")[50:52])
+    assert elastic.read_full(saved.folder).keys() == SHAPES.keys() | {"fixed", "mean"}
 
 
-def test_an_earlier_checkpoint_with_an_index_per_rank_is_read(saved, tmp_path):
-    index = json.loads((saved.folder / "index.json").read_text())
-    state = json.loads((saved.folder / "state.json").read_text()) | {"format": 2}
-    for path in saved.folder.glob("*.safetensors"):
-        (tmp_path / path.name).symlink_to(path)
+def test_each_of_256_readers_opens_three_files(saved, monkeypatch):
+    opened = []
+    read, safe = elastic.read_utf8, elastic.safe_open
+    monkeypatch.setattr(elastic, "read_utf8", lambda path: opened.append(path.name) or read(path))
+    monkeypatch.setattr(elastic, "safe_open", lambda path, kind: opened.append(path.name) or safe(path, kind))
     for rank in range(RANKS):
+        opened.clear()
+        with ExitStack() as files:
+            reader = ElasticReader(saved.folder, files)
+            for piece in pieces_of(rank, RANKS)[:5]:
+                for kind, values in piece.tensors.items():
+                    target = torch.empty_like(values)
+                    reader.fill(piece.name, kind, piece.start, target)
+                    assert torch.equal(target, values)
+        assert opened == ["state.json", "index.json", f"node{rank // RANKS_OF_NODE:05d}.safetensors"]
+    assert reader.cursors == {rank: {"packs": rank} for rank in range(RANKS)}
+    assert reader.shapes == SHAPES | {"fixed": (5,)}
+    assert reader.kinds["bias"] == {"fp32": "float32", "exp_avg": "float32"}
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", ""])
+def test_an_index_that_names_a_file_elsewhere_is_refused(saved, tmp_path, name):
+    index = json.loads((saved.folder / "index.json").read_text()) | {"files": {name: [0]}}
+    atomic_dir.write_json(tmp_path / "index.json", index)
+    shutil.copy(saved.folder / "state.json", tmp_path)
+    with ExitStack() as files, pytest.raises(CheckpointError, match="is not in the folder of the checkpoint"):
+        ElasticReader(tmp_path, files)
+
+
+@pytest.mark.parametrize("form", [2, 3])
+def test_earlier_checkpoints_with_a_file_per_rank_are_read(saved, tmp_path, form):
+    index = json.loads((saved.folder / "index.json").read_text())
+    del index["files"]
+    state = json.loads((saved.folder / "state.json").read_text()) | {"format": form}
+    shutil.copy(saved.folder / "buffers.safetensors", tmp_path)
+    for path in saved.folder.glob("node*"):
+        for rank, content in load_file(path).items():
+            (tmp_path / f"{rank}.safetensors").write_bytes(content.numpy().tobytes())
+    for rank in range(RANKS) if form == 2 else ():
         pieces = {}
         for name, entry in index["pieces"].items():
             start, length = next((part[1:] for part in entry["parts"] if part[0] == rank), (0, 0))
             pieces[name] = {"shape": entry["shape"], "kinds": entry["kinds"], "start": start, "length": length}
         cursors = {str(rank): index["cursors"][str(rank)]}
         atomic_dir.write_json(tmp_path / f"rank{rank:05d}.json", {"pieces": pieces, "cursors": cursors})
+    if form == 3:
+        atomic_dir.write_json(tmp_path / "index.json", index)
     atomic_dir.write_json(tmp_path / "state.json", state)
     with ExitStack() as files:
         reader = ElasticReader(tmp_path, files)

@@ -1,0 +1,170 @@
+"""Saves while the training goes on, of one rank, with a target whose writing waits for the test."""
+
+import logging
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.support.progress import wait_until
+from univitar_ds.errors import CheckpointError, StorageError
+from univitar_ds.training.checkpoint.protocol import Content, Entry, Part, Target
+from univitar_ds.training.checkpoint.saves import Saves
+from univitar_ds.training.distributed import process_group
+from univitar_ds.training.distributed.process_group import PeerFailure, World
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+PIECES = 3
+"""Of a save: writing, reading back, publishing."""
+
+
+class Slow(Target):
+    """Writes when `may_write` is set; `fails` names the method that fails."""
+
+    def __init__(self, fails=None):
+        super().__init__()
+        self.calls, self.threads, self.fails, self.may_write = [], set(), fails, threading.Event()
+
+    def _note(self, name):
+        self.calls.append(name)
+        self.threads.add(threading.current_thread())
+        if self.fails == name:
+            raise StorageError(f"the disk fails in {name}")
+
+    @property
+    def place(self):
+        return "nowhere"
+
+    def begin(self, needed):
+        self._note("begin")
+
+    def put(self, part):
+        while not self.may_write.wait(0.01):
+            self.check_wanted()
+        self._note(f"put {part.name}")
+        return Entry(part.name, 0, len(part.content), "hash")
+
+    def check(self, entries):
+        self._note(f"check {','.join(entry.name for entry in entries)}")
+
+    def publish(self, entries):
+        self._note(f"publish {','.join(entry.name for entry in entries)}")
+
+    def clear(self):
+        self._note("clear")
+
+
+WHOLE = ["begin", "put tensors", "check tensors", "put index", "check index", "publish tensors,index"]
+
+
+def content():
+    return Content([Part("tensors", b"123")], "share", lambda shares: [Part("index", shares[0].encode())], 3)
+
+
+@pytest.fixture
+def completed():
+    return []
+
+
+@pytest.fixture
+def saves(completed):
+    return Saves(ALONE, completed.append, asynchronous=True)
+
+
+def step(saves):
+    """What a step of the training does: whether a save went on."""
+    saves.raise_failed()
+    if saves.ready():
+        saves.advance()
+        return True
+    return False
+
+
+def test_the_training_goes_on_while_a_thread_writes_and_completes_it_at_later_steps(saves, completed):
+    target = Slow()
+    saves.begin(target, 4, content)
+    assert not step(saves)
+    assert target.calls == ["begin"]
+    target.may_write.set()
+    for _ in range(PIECES):
+        assert completed == []
+        wait_until(saves.ready, "a piece of the save")
+        assert step(saves)
+    assert completed == [target]
+    assert target.calls == WHOLE
+    assert threading.current_thread() not in target.threads
+    assert not saves.ready()
+
+
+def test_not_asynchronous_it_is_complete_when_it_returns(completed):
+    target = Slow()
+    target.may_write.set()
+    Saves(ALONE, completed.append, asynchronous=False).begin(target, 4, content)
+    assert (completed, target.calls) == ([target], WHOLE)
+    assert target.threads == {threading.current_thread()}
+
+
+def test_a_second_save_copies_the_state_when_the_first_is_complete_and_says_that_it_waits(saves, completed, caplog):
+    first, second = Slow(), Slow()
+    second.may_write.set()
+    saves.begin(first, 4, content)
+    first.may_write.set()
+    found = []
+    with caplog.at_level(logging.INFO):
+        saves.begin(second, 8, lambda: found.append(list(completed)) or content())
+    assert found == [[first]], "the memory of the copy is free"
+    assert "the checkpoint of step 4 is still being written, the one of step 8 waits for it" in caplog.text
+    saves.finish()
+    assert completed == [first, second]
+
+
+def run(saves, target, error=None):
+    """A run that begins a save, and ends in it if there is an `error`, else when the save is complete."""
+    with saves.settled():
+        saves.begin(target, 4, content)
+        if error is not None:
+            raise error
+        while not step(saves) or saves.in_flight:
+            time.sleep(0.001)
+
+
+@pytest.mark.parametrize("piece", ["begin", "put tensors", "check tensors", "put index", "publish tensors,index"])
+def test_a_failure_ends_the_run_with_its_sentence_and_clears_what_was_written(saves, completed, piece):
+    target = Slow(fails=piece)
+    target.may_write.set()
+    with pytest.raises(StorageError, match=f"the disk fails in {piece}"):
+        run(saves, target)
+    assert completed == []
+    assert target.calls[-1] == "clear"
+
+
+def test_an_error_of_all_ranks_ends_the_run_when_the_save_is_complete(saves, completed):
+    target = Slow()
+    target.may_write.set()
+    with pytest.raises(CheckpointError, match="of the run"):
+        run(saves, target, CheckpointError("of the run"))
+    assert completed == [target]
+
+
+def test_the_error_of_the_run_is_raised_and_not_that_of_the_save(saves, caplog):
+    target = Slow(fails="check tensors")
+    target.may_write.set()
+    with pytest.raises(PeerFailure, match="rank 3"):
+        run(saves, target, PeerFailure("rank 3 ended the run"))
+    assert "the checkpoint in flight was not completed: the disk fails in check tensors" in caplog.text
+
+
+def test_a_rank_that_fails_alone_waits_for_no_disk_and_its_thread_stops_writing(completed, monkeypatch):
+    monkeypatch.setattr(process_group, "dist", SimpleNamespace(all_reduce=lambda flags: None))
+    saves, target = Saves(World(0, 2, 0, torch.device("cpu")), completed.append, asynchronous=True), Slow()
+    with pytest.raises(CheckpointError, match="of this rank"):
+        run(saves, target, CheckpointError("of this rank"))
+    wait_until(lambda: "checkpoint" not in names(), "the end of the thread")
+    assert target.calls == ["begin"]
+    assert completed == []
+
+
+def names():
+    return [thread.name for thread in threading.enumerate()]

@@ -1,0 +1,192 @@
+"""How all ranks write one checkpoint: what each of them does alone, and what they exchange in between.
+
+`saving` yields the work of this rank piece by piece. The caller runs it, at once or in a thread, and continues only
+when all ranks have done their piece, so that the same code saves while the training waits and while it runs. The ranks
+exchange messages only where they continue, in the thread of the training, which alone may communicate.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from univitar_ds.training.distributed.process_group import (
+    World,
+    all_ranks_or_none,
+    gather_json_to_main,
+    scatter_json,
+)
+
+CHUNK_BYTES = 8 << 20
+"""Bytes that are written and hashed at once. A thread that does so needs the interpreter only between two chunks."""
+
+
+class Part(NamedTuple):
+    """Bytes that one rank writes into a file, from byte `offset` of the file."""
+
+    name: str
+    content: bytes | memoryview
+    offset: int = 0
+
+
+class Entry(NamedTuple):
+    """What was written of a file: `bytes` bytes from byte `offset`."""
+
+    name: str
+    offset: int
+    bytes: int
+    sha256: str
+
+
+class Content(NamedTuple):
+    """What one rank writes into a checkpoint."""
+
+    parts: Sequence[Part]
+    share: Any
+    """What rank 0 needs of this rank for `merge`, as JSON."""
+    merge: Callable[[list[Any]], Iterable[Part]]
+    """Called on rank 0 with the shares of all ranks, by rank. Returns further parts."""
+    needed: int
+    """Bytes of the parts of all ranks."""
+
+
+class Retention(NamedTuple):
+    """Which checkpoints are kept: the newest `last`, and for good those whose step is a multiple of `every_steps`."""
+
+    last: int
+    every_steps: int | None = None
+
+    def outdated(self, steps: Iterable[int]) -> list[int]:
+        """Returns the steps of the checkpoints that are not kept. Args: steps: of all checkpoints."""
+        older = sorted(steps)[: -self.last]
+        return [step for step in older if self.every_steps is None or step % self.every_steps]
+
+
+class NotWanted(Exception):
+    """Ends the writing of a checkpoint that is abandoned."""
+
+
+class Target(ABC):
+    """A place that gets one checkpoint. Its methods do not communicate with other ranks.
+
+    All of them raise the UserError of their storage. `begin`, `publish` and `clear` are called on rank 0 alone.
+    """
+
+    shares_files = True
+    """Whether several ranks may write parts of one file."""
+
+    def __init__(self) -> None:
+        self._abandoned = threading.Event()
+
+    @abstractmethod
+    def begin(self, needed: int) -> None:
+        """Prepares the place before any rank writes. Args: needed: bytes that all ranks will write."""
+
+    @abstractmethod
+    def put(self, part: Part) -> Entry:
+        """Writes a part to the storage."""
+
+    @abstractmethod
+    def check(self, entries: Sequence[Entry]) -> None:
+        """Compares what is stored with its entries. Raises: CheckpointError if something differs."""
+
+    @abstractmethod
+    def publish(self, entries: Sequence[Entry]) -> None:
+        """Completes the checkpoint, which all readers take from then on, and removes outdated ones."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Removes what a failed save has left. Raises nothing."""
+
+    @property
+    @abstractmethod
+    def place(self) -> str | Path:
+        """Path or address of the checkpoint."""
+
+    def abandon(self) -> None:
+        """Makes a `put` that is running in another thread raise NotWanted soon."""
+        self._abandoned.set()
+
+    def check_wanted(self) -> None:
+        if self._abandoned.is_set():
+            raise NotWanted
+
+
+Job = Callable[[], Any]
+Jobs = Generator[Job, Any, None]
+
+
+def saving(target: Target, content: Content, world: World) -> Jobs:
+    """Yields what this rank has to do, one after the other; its result is sent back once all ranks have done it.
+
+    All ranks run it. If one rank fails before the last piece, the checkpoints that exist stay as they are.
+    """
+    try:
+        yield lambda: target.begin(content.needed) if world.is_main else None
+        entries = yield lambda: [target.put(part) for part in content.parts]
+        gathered = gather_json_to_main([entries, content.share], world) or []
+        by_rank = [[Entry(*entry) for entry in entries] for entries, _ in gathered]
+        # Each rank reads its neighbour's parts, which verifies the content and that all ranks share one storage.
+        neighbours = scatter_json([*by_rank[1:], *by_rank[:1]] if world.is_main else None, world)
+
+        def check() -> list[Entry]:
+            target.check([Entry(*entry) for entry in neighbours])
+            if not world.is_main:
+                return []
+            further = [target.put(part) for part in content.merge([share for _, share in gathered])]
+            target.check(further)
+            return further
+
+        further = yield check
+        by_rank.append(further)
+        yield lambda: target.publish([entry for entries in by_rank for entry in entries]) if world.is_main else None
+    except Exception:
+        if world.is_main:
+            target.clear()
+        raise
+
+
+def save_now(jobs: Jobs, world: World) -> None:
+    """Runs `saving` to its end. Raises: the rank's own error, or PeerFailure, see `all_ranks_or_none`."""
+    job = next(jobs)
+    while job is not None:
+        job = run_one(jobs, job, world)
+
+
+def run_one(jobs: Jobs, job: Job, world: World) -> Job | None:
+    """Runs one piece on all ranks and returns the next one, None after the last. Raises: as `save_now`."""
+    try:
+        with all_ranks_or_none(world):
+            result = job()
+    except Exception as error:
+        jobs.throw(error)
+        raise
+    return proceed(jobs, result)
+
+
+def proceed(jobs: Jobs, result: Any) -> Job | None:
+    """Returns the next piece of work, None after the last. Args: result: of the piece that all ranks have done."""
+    try:
+        return jobs.send(result)
+    except StopIteration:
+        return None
+
+
+def manifest_of(entries: Iterable[Entry]) -> dict[str, dict[str, Any]]:
+    """Returns what the manifest has of each file: bytes and sha256, or of a file of several ranks its parts."""
+    by_name: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_name[entry.name].append(entry)
+    files = {}
+    for name, parts in by_name.items():
+        if len(parts) == 1 and parts[0].offset == 0:
+            files[name] = {"bytes": parts[0].bytes, "sha256": parts[0].sha256}
+            continue
+        parts = sorted(set(parts), key=lambda part: part.offset)
+        size = max(part.offset + part.bytes for part in parts)
+        files[name] = {"bytes": size, "parts": [[part.offset, part.bytes, part.sha256] for part in parts]}
+    return files

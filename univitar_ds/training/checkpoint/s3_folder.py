@@ -1,0 +1,108 @@
+"""Writes checkpoints to S3, each rank its own object from memory.
+
+A store has no renaming, so the manifest is written last: a checkpoint without one does not exist. It is written only
+where there is none, and `latest` only instead of the version that was there when the save began; if another run writes
+to the same place, one of them stops. To remove a checkpoint removes its manifest first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from univitar_ds.atomic_write import replace_text
+from univitar_ds.config.run_folder import CHECKPOINT_FILES, CHECKPOINTS
+from univitar_ds.data.storage.s3_upload import holds, put_content, put_if, remove
+from univitar_ds.errors import CheckpointError, DataError, StorageError, writing
+from univitar_ds.formats.checkpoint_dir import LATEST, MANIFEST, step_of
+from univitar_ds.formats.checkpoint_store import CheckpointStore
+from univitar_ds.run_lock import still_ours
+from univitar_ds.training.checkpoint.protocol import CHUNK_BYTES, Entry, Part, Retention, Target, manifest_of
+
+_WRITTEN = re.compile("|".join(CHECKPOINT_FILES))
+
+
+class S3Folder(Target):
+    """Creates `store.url/step-<step>`, then removes the checkpoints that are not kept."""
+
+    shares_files = False
+
+    def __init__(self, run: Path, store: CheckpointStore, step: int, retention: Retention) -> None:
+        super().__init__()
+        self._run, self._store, self._step, self._retention = run, store, step, retention
+        self._storage = store.storage
+        self._name = f"step-{step:08d}"
+        self._latest: str | None = None
+
+    @property
+    def place(self) -> str:
+        return self._url(self._name)
+
+    def begin(self, needed: int) -> None:
+        still_ours(self._run)
+        with writing(self._run):
+            (self._run / CHECKPOINTS).mkdir(exist_ok=True)  # by which a run's folder is recognised
+        with self._storing():
+            version = self._storage.present(self._url(LATEST))
+            self._latest = None if version is None else version.etag
+            self._remove(self._name)
+
+    def put(self, part: Part) -> Entry:
+        content, digest = memoryview(part.content), hashlib.sha256()
+        assert part.offset == 0, "objects are not shared"
+        for begin in range(0, len(content), CHUNK_BYTES):
+            self.check_wanted()
+            digest.update(content[begin : begin + CHUNK_BYTES])
+        with self._storing():
+            put_content(self._storage, self._url(self._name, part.name), content, digest.hexdigest(), self.check_wanted)
+        return Entry(part.name, 0, len(content), digest.hexdigest())
+
+    def check(self, entries: Sequence[Entry]) -> None:
+        """The store has compared what arrived with its checksum, so that nothing is sent back."""
+        with self._storing():
+            for entry in entries:
+                if not holds(self._storage, self._url(self._name, entry.name), entry.bytes, entry.sha256):
+                    raise CheckpointError(
+                        f"{self._url(self._name, entry.name)} is missing or altered right after writing; let only one "
+                        "run write there, and resume"
+                    )
+
+    def publish(self, entries: Sequence[Entry]) -> None:
+        still_ours(self._run)
+        manifest = json.dumps({"version": 1, "files": manifest_of(entries)}, indent=1)
+        with self._storing():
+            put_if(self._storage, self._url(self._name, MANIFEST), manifest.encode(), None)
+            put_if(self._storage, self._url(LATEST), f"{self._name}\n".encode(), self._latest)
+            replace_text(self._run / CHECKPOINTS / LATEST, f"{self._name}\n")  # by which job scripts know to resume
+            names = {step_of(name): name for name in self._store.complete()}
+            for step in self._retention.outdated(names):
+                if step != self._step:
+                    self._remove(names[step])
+
+    def clear(self) -> None:
+        with suppress(Exception):  # the store does not answer, or another launch has the run
+            still_ours(self._run)
+            if self._storage.present(self._url(self._name, MANIFEST)) is None:
+                self._remove(self._name)
+
+    def _remove(self, name: str) -> None:
+        """Removes the objects of a checkpoint, the manifest first; objects that no checkpoint has stay."""
+        urls = self._storage.below(self._url(name))
+        for url in sorted(urls, key=lambda url: url != self._url(name, MANIFEST)):
+            if _WRITTEN.fullmatch(url.removeprefix(f"{self._url(name)}/")):
+                remove(self._storage, url)
+
+    def _url(self, *names: str) -> str:
+        return "/".join([self._store.url, *names])
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Raises: StorageError instead of the DataError of a store."""
+        try:
+            yield
+        except DataError as error:
+            raise StorageError(f"the checkpoint of step {self._step} was not saved: {error}") from error
