@@ -1,6 +1,6 @@
 """Measures the host time and counts the collectives of a training step by ZeRO stage and number of ranks.
 
-    python benchmarks/bench_host.py [--ranks 1 8 64 256 1024] [--stages 2 3] [--steps 7]
+    python benchmarks/bench_host.py [--ranks 1 8 64 256 1024] [--configurations zero2 zero3 zero3_node] [--steps 7]
 
 Each measurement is a process of its own that is rank 0 of a fake world: torch's fake process group answers at once and
 moves no data, so the time of a step is that of the host alone. The model has the 24 blocks of the 0.3B encoder and the
@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.rows import RESULTS, add_rows, git_commit, processor
-from univitar_ds.config.deepspeed import read_deepspeed
+from univitar_ds.config.deepspeed import NODE, SHARDING, read_deepspeed
 from univitar_ds.config.model import ModelConfig, TextConfig
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.model.build import build_contrastive
@@ -48,6 +48,8 @@ from univitar_ds.model.config import PRESETS
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.engine.engine import Engine, build_engine
 
+CONFIGURATIONS = ("zero2", "zero3", "zero3_node")
+NODE_RANKS = 8
 WIDTH, HEADS, VOCABULARY = 64, 4, 512
 WHOLE = PRESETS["0.3b"]
 WHOLE_TEXT = TextConfig(
@@ -128,6 +130,8 @@ def build(shape: Shape, *, whole: bool = False) -> nn.Module:
 def configuration(name: str, shape: Shape, model: nn.Module) -> dict[str, Any]:
     """Returns a JSON of `ds_configs/` with buckets and the persistence threshold that fit the narrow model."""
     content = read_deepspeed(name)
+    if content.get(SHARDING) == NODE:
+        content[SHARDING] = NODE_RANKS
     zero = content["zero_optimization"]
     whole = [parameter.numel() for parameter in build(shape, whole=True).parameters()]
     narrow = [parameter.numel() for parameter in model.parameters()]
@@ -230,7 +234,7 @@ def main() -> None:
     """Measures every configuration and number of ranks that the command line asks for, each in a new process."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64, 256, 1024], help="numbers of ranks")
-    parser.add_argument("--stages", type=int, nargs="+", choices=(2, 3), default=[2, 3], help="ZeRO stages")
+    parser.add_argument("--configurations", nargs="+", default=CONFIGURATIONS, help="names of files in ds_configs/")
     parser.add_argument("--steps", type=int, default=7, help="steps that are measured (default 7)")
     parser.add_argument("--label", default="", help="a name of the code that is measured, a column of the rows")
     parser.add_argument("--one", metavar="CONFIGURATION", help=argparse.SUPPRESS)
@@ -238,14 +242,14 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one, options.ranks[0], options.steps, Shape())), flush=True)
         os._exit(0)  # the fake process group has nothing to close
-    for stage in options.stages:
+    for configuration_name in options.configurations:
         for ranks in options.ranks:
-            command = [sys.executable, __file__, "--one", f"zero{stage}", "--ranks", str(ranks)]
+            command = [sys.executable, __file__, "--one", configuration_name, "--ranks", str(ranks)]
             command += ["--steps", str(options.steps)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             row = {"label": options.label, **json.loads(done.stdout.splitlines()[-1]), **_machine()}
-            name = f"zero{stage} {ranks:5} ranks"
+            name = f"{configuration_name} {ranks:5} ranks"
             print(f"{name}: {row['ratio']} times the plain model, {row['collectives']} collectives", flush=True)
             add_rows(RESULTS / "bench_host.csv", [row])
 
