@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import bench_host
 from tests.support.closeness import assert_sums_close
 from tests.support.dense import dense_training
 from tests.support.distributed import run_distributed
@@ -56,3 +57,19 @@ def test_each_trains_as_plain_torch_does():
             else:
                 assert dtype == "torch.bfloat16", name
                 assert_sums_close(found, wanted, HALF_NUMBER_TERMS, f"{name}, rank {rank}", dtype=torch.bfloat16)
+
+
+def misplaced(name):
+    """Parameters of whole 16 bytes that begin elsewhere than at a multiple of 16 bytes, and all parameters."""
+    world, shape = bench_host.fake_world(8), bench_host.Shape(1, 1)
+    model = bench_host.build(shape)
+    engine = build_engine(model, OptimizerConfig(), bench_host.configuration(name, shape, model), world)
+    named = list(engine.module.named_parameters())
+    return [key for key, p in named if p.numel() % 8 == 0 and p.data_ptr() % 16], len(named)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2"])
+def test_kernels_find_every_parameter_at_a_multiple_of_16_bytes(name):
+    found, parameters = run_distributed(misplaced, 1, name)[0]
+    assert not found
+    assert parameters > 40

@@ -1,4 +1,4 @@
-"""DeepSpeed behind a small interface: only this file and `zero3.py` of the trainer use DeepSpeed.
+"""DeepSpeed behind a small interface: only this file and `zero3.py` of the trainer import DeepSpeed.
 
 This file handles six behaviours that DeepSpeed does not report:
 - DeepSpeed averages gradients over ranks and over accumulation. The loss is already divided by a global count, so
@@ -48,6 +48,7 @@ from univitar_ds.training.engine.optim import (
     GRADIENT_PARTS,
     build_optimizer,
     counted_updates,
+    end_with_numbers,
     moments_of,
     part_of,
     set_learning_rate,
@@ -448,11 +449,14 @@ def build_engine(
     blocks = Blocks(model)
     for block, parameter in blocks.parameters() if stage == 3 else ():
         deepspeed.zero.register_external_parameter(block, parameter)
+    optimizer = build_optimizer(model, cfg, began)
+    if stage == 1 and ds_config.get("bf16", {}).get("enabled"):
+        end_with_numbers(optimizer)
     with _silence():
         deepspeed.init_distributed(verbose=False)
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, cfg, began),
+            optimizer=optimizer,
             config={
                 key: value for key, value in {**NO_TIMERS, **ds_config, **OWN_OPTIMIZER}.items() if key != SHARDING
             },

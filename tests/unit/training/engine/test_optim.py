@@ -9,6 +9,7 @@ from univitar_ds.training.engine.optim import (
     block_matrices,
     build_optimizer,
     counted_updates,
+    end_with_numbers,
     matrix_scales,
     parameter_groups,
     part_of,
@@ -116,3 +117,10 @@ def test_muon_has_the_trained_matrices_of_blocks_in_one_group_and_adamw_the_rest
     assert {id(p) for p in whole["params"]} == {id(p) for p in block_matrices(model).values()}
     assert (whole["lr_scale"], whole["weight_decay"]) == (1.0, 0.1)
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_numbers_end_a_group_and_the_rest_keeps_its_order():
+    sizes = [1, 8, 3, 16, 24]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(size)) for size in sizes])
+    end_with_numbers(optimizer)
+    assert [parameter.numel() for parameter in optimizer.param_groups[0]["params"]] == [8, 16, 24, 1, 3]
