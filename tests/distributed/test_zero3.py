@@ -1,10 +1,23 @@
 """ZeRO-3 that cuts for all ranks at once and gathers block by block, against DeepSpeed's own way."""
 
+import copy
+import cProfile
+import pstats
+
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from benchmarks.bench_host import Collectives, Shape, build, configuration, engine_step, fake_world, pack
+from benchmarks.bench_host import (
+    Collectives,
+    Shape,
+    build,
+    configuration,
+    engine_step,
+    fake_world,
+    pack,
+    plain_step,
+)
 from tests.support.closeness import assert_sums_close
 from tests.support.dense import dense_training
 from tests.support.distributed import run_distributed
@@ -13,7 +26,8 @@ from tests.support.training import engine_of, lr, steps, weights
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.training.distributed.process_group import start_world
 from univitar_ds.training.engine import engine as engine_module
-from univitar_ds.training.engine.engine import build_engine
+from univitar_ds.training.engine import zero3
+from univitar_ds.training.engine.engine import build_engine, load_deepspeed
 from univitar_ds.training.engine.zero3 import reduce_scatter
 
 pytestmark = pytest.mark.distributed
@@ -45,13 +59,27 @@ def as_deepspeed_does(monkeypatch) -> None:
     monkeypatch.setattr(engine_module, "cut_for_all_ranks", lambda engine: None)
 
 
+def with_deepspeeds_functions(monkeypatch) -> None:
+    """DeepSpeed's functions gather, free and sum from now on, though blocks and cuts are ours."""
+    from deepspeed.runtime.zero import linear
+
+    for kind in (zero3.Fetching, zero3.GradientBuckets):
+        monkeypatch.setattr(kind, "can_replace", staticmethod(lambda *_: False))
+    monkeypatch.setattr(zero3, "Freeing", lambda parameter, original, accelerator: original)
+    monkeypatch.setattr(zero3, "replace_functions", lambda module, offload: None)
+    monkeypatch.setattr(zero3, "Linear", linear.LinearFunctionForZeroStage3)  # the original: ours is set last
+
+
 def trained(folder):
-    """Results and weights of each model under DeepSpeed's own way and under ours, in this order."""
+    """Results and weights of each model under DeepSpeed's own way, ours with its functions, and ours, in this order."""
     world, answers = start_world(), {}
-    for way in ("deepspeed", "ours"):
+    load_deepspeed()
+    for way in ("deepspeed", "ours with its functions", "ours"):
         with pytest.MonkeyPatch.context() as patch:
             if way == "deepspeed":
                 as_deepspeed_does(patch)
+            elif way != "ours":
+                with_deepspeeds_functions(patch)
             for name, (model, kept_whole) in MODELS.items():
                 engine = engine_of(world, model(), kept_whole=kept_whole)
                 results = steps(engine, 0, STEPS)
@@ -79,6 +107,12 @@ def assert_same_training(answers) -> None:
 def test_two_ranks_train_as_in_deepspeeds_own_way(tmp_path):
     for answers in run_distributed(trained, 2, tmp_path):
         assert_same_training(answers)
+        for name in MODELS:
+            (theirs, their_weights), (ours, our_weights) = (
+                answers[way, name] for way in ("ours with its functions", "ours")
+            )
+            assert ours == theirs
+            assert all(torch.equal(value, their_weights[key]) for key, value in our_weights.items()), name
 
 
 def shares():
@@ -131,6 +165,31 @@ def test_a_step_takes_as_many_operators_and_collectives_at_1024_ranks_as_at_8():
     assert few["collectives"] < tensors / 2
     # A tensor that the ranks do not divide is padded, at most once for its parts in the sum and in the whole.
     assert many_operators <= few_operators + 3 * tensors
+
+
+def python_calls(ranks, shape):
+    """Calls of Python functions in a step of the engine, and in one of the plain model."""
+    world = fake_world(ranks)
+    model = build(shape)
+    plain = copy.deepcopy(model).bfloat16()
+    engine = build_engine(model, OptimizerConfig(), configuration("zero3_node", shape, model), world)
+    answers = []
+    for step in (lambda: engine_step(engine, pack()), lambda: plain_step(plain, pack())):
+        for _ in range(4):
+            step()
+        profile = cProfile.Profile()
+        profile.runcall(step)
+        answers.append(pstats.Stats(profile).total_calls)
+    return answers
+
+
+def test_a_step_makes_as_many_python_calls_in_any_world_and_few_for_each_tensor():
+    """About 200 beside those of the plain model. DeepSpeed's own functions make 850 for each tensor."""
+    shape = Shape(2, 2)
+    tensors = sum(1 for _ in build(shape).parameters())
+    (few, plain), (many, _) = (run_distributed(python_calls, 1, ranks, shape)[0] for ranks in (8, 1024))
+    assert few - plain < 300 * tensors
+    assert many - few < 20 * tensors
 
 
 @pytest.mark.slow

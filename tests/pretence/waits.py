@@ -9,6 +9,8 @@ UPLOAD = "univitar_ds/training/step/upload.py"
 SNAPSHOT = "univitar_ds/training/step/feature_snapshot.py"
 EXCHANGE = "univitar_ds/objectives/exchange.py"
 NORM = "univitar_ds/training/engine/device_waits.py"
+BUCKETS = "univitar_ds/training/engine/gradient_buckets.py"
+FETCHING = "univitar_ds/training/engine/weight_fetching.py"
 ZERO = "deepspeed/runtime/zero"
 
 
@@ -32,11 +34,14 @@ STEP_WAITS = {
     "torch.cuda.synchronize deepspeed/accelerator/cuda_accelerator.py:synchronize": Wait(
         1, "DeepSpeed waits for the weights of a module that it gathers one by one, outside of blocks"
     ),
-    f"Event.synchronize {ZERO}/stage3.py:__reduce_and_partition_ipg_grads": Wait(
-        1, "DeepSpeed waits for the gradients of three buckets ago, which keeps the memory in bounds", per="collective"
+    f"Event.synchronize {BUCKETS}:_limit_memory": Wait(
+        1, "the host waits for the gradients of three buckets ago, which keeps the memory in bounds", per="collective"
+    ),
+    f"Event.synchronize {FETCHING}:_wait": Wait(
+        1, "the host waits for the weights of three fetches ago, which keeps the memory in bounds", per="collective"
     ),
     f"Event.synchronize {ZERO}/partitioned_param_coordinator.py:_fetch_sub_module_impl": Wait(
-        1, "DeepSpeed waits for the weights of three fetches ago, which keeps the memory in bounds", per="collective"
+        1, "the same in the first steps, in which DeepSpeed records the order of the modules", per="collective"
     ),
 }
 """By place as in `gpu.Record.waits`: what waits, the file and the function."""

@@ -1,20 +1,24 @@
-"""Makes the host time of ZeRO-3 independent of the number of ranks.
+"""Makes the host time of ZeRO-3 small, and independent of the number of ranks.
 
 DeepSpeed (0.19) slices every parameter and every gradient for every rank in Python, and runs four hooks around every
 module. Here a block is gathered and released as a whole, and its inner modules keep no hooks of DeepSpeed. Parameters
-and gradients are cut for all ranks at once, as matrices with a row for each rank. Parameters, their partitions and the
+and gradients are cut for all ranks at once, as matrices with a row for each rank. What is done for each parameter in
+each step is little: `weight_fetching.py`, `gradient_buckets.py`, `lean_hooks.py`. Parameters, their partitions and the
 checkpoints stay those of DeepSpeed. Results stay the same to rounding: with fewer hooks the sums of a backward pass can
 come in another order. `benchmarks/bench_host.py` measures the host time.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from univitar_ds.training.engine.gradient_buckets import GradientBuckets, rows_by_rank
+from univitar_ds.training.engine.lean_hooks import Freeing, Linear, replace_functions
+from univitar_ds.training.engine.weight_fetching import Fetching
 
 OTHER_WAYS = (
     "zero_quantized_weights",
@@ -67,15 +71,30 @@ def cut_for_all_ranks(engine: Any) -> None:
 
     Does nothing if the engine's settings gather in another way: offloaded parameters, hpZ, quantized collectives.
     """
-    from deepspeed.runtime.zero import stage3
+    from deepspeed import comm
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import linear, stage3
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.utils import nvtx
 
     zero = engine._config.zero_config
     offloaded = zero.offload_param is not None and str(zero.offload_param.device.value) != "none"
     if offloaded or zero.zero_hpz_partition_size > 1 or any(getattr(zero, name, None) for name in OTHER_WAYS):
         return
+    model, optimizer, accelerator = engine.module, engine.optimizer, get_accelerator()
+    offload = optimizer.parameter_offload
+    nvtx.enable_nvtx = False  # names of DeepSpeed's functions in Nsight, twice a microsecond for each weight
     stage3.reduce_scatter_coalesced = reduce_scatter
-    for parameter in engine.module.parameters():
+    linear.LinearFunctionForZeroStage3 = Linear
+    for module in model.modules():
+        replace_functions(module, offload)
+    for parameter in model.parameters():
         parameter.all_gather_coalesced = _Gathering(parameter.all_gather_coalesced)
+        parameter.partition = Freeing(parameter, parameter.partition, accelerator)
+    if Fetching.can_replace(model, offload.param_coordinator):
+        Fetching(model, offload, accelerator, ZeroParamStatus)
+    if GradientBuckets.can_replace(optimizer):
+        GradientBuckets(optimizer, comm, accelerator)
 
 
 class _Gathering:
@@ -139,7 +158,7 @@ def reduce_scatter(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
     from deepspeed import comm
 
     ranks, rank = comm.get_world_size(group), comm.get_rank(group)
-    rows = [_by_rank(tensor.view(-1), ranks) for tensor in tensors]
+    rows = [rows_by_rank(tensor.view(-1), ranks) for tensor in tensors]
     buffer = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
     buffer.div_(ranks)
     own = buffer[rank]
@@ -149,9 +168,3 @@ def reduce_scatter(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
         share[: max(0, min(share.numel(), tensor.numel() - rank * share.numel()))]
         for share, tensor in zip(shares, tensors, strict=True)
     ]
-
-
-def _by_rank(flat: Tensor, ranks: int) -> Tensor:
-    """Returns a flat tensor as a row for each rank, padded at the end; a view where the ranks divide it."""
-    missing = math.ceil(flat.numel() / ranks) * ranks - flat.numel()
-    return (nn.functional.pad(flat, (0, missing)) if missing else flat).view(ranks, -1)
