@@ -97,7 +97,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-budget", type=positive, default=16384, metavar="N", help="maximum tokens of a pack (default 16384)"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as stored")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: bfloat16 on a GPU, else as stored"
+    )
     parser.add_argument("--workers", type=positive, metavar="N", help="decoding processes of each process")
     add_weights(parser)
 

@@ -17,7 +17,7 @@ from univitar_ds.screen import progress_bar
 from univitar_ds.tokenization import encode
 
 TEXTS_AT_ONCE = 256
-"""Number of sentences that `embed_texts` embeds at a time."""
+"""Number of sentences that are embedded at a time."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,15 @@ def _texts(model: ContrastiveModel, pack: PackedBatch, width: int, device: torch
     rows = [row for row, caption in enumerate(pack.captions) if caption]
     if rows:
         ids, lengths = pack.token_ids[rows], pack.text_lengths[rows]
-        vectors[rows] = model.encode_text(ids.to(device), lengths.to(device)).float().cpu()
+        vectors[rows] = _text_vectors(model, ids, lengths, device)
     return vectors
+
+
+def _text_vectors(model: ContrastiveModel, ids: Tensor, lengths: Tensor, device: torch.device) -> Tensor:
+    """Returns unit vectors (n, E) float32 on the host. A pack may have as many texts as it has tokens, and each of
+    them is as long as the longest: `TEXTS_AT_ONCE` bounds the memory."""
+    parts = zip(ids.split(TEXTS_AT_ONCE), lengths.split(TEXTS_AT_ONCE), strict=True)
+    return torch.cat([model.encode_text(some.to(device), counts.to(device)).float().cpu() for some, counts in parts])
 
 
 def embed_texts(model: ContrastiveModel, tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> Tensor:
@@ -97,5 +104,5 @@ def embed_texts(model: ContrastiveModel, tokenizer: Tokenizer, texts: Sequence[s
     with torch.no_grad():
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             ids, lengths = encode(tokenizer, texts[start : start + TEXTS_AT_ONCE], context_length)
-            rows.append(model.encode_text(ids.to(device), lengths.to(device)).float().cpu())
+            rows.append(_text_vectors(model, ids, lengths, device))
     return torch.cat(rows)

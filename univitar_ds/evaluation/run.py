@@ -37,6 +37,8 @@ from univitar_ds.evaluation.report import render_evaluation
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.formats.run import Weights, find_checkpoint
 from univitar_ds.geometry import Modality
+from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.model.placement import feature_dtype, placed
 from univitar_ds.owned import check_result, write_result
 from univitar_ds.run_lock import still_ours
 from univitar_ds.training.checkpoint.offline import Trained, open_trained
@@ -59,8 +61,8 @@ def evaluate_run(
     """Evaluates the last checkpoint of a run, or the checkpoint at `run`. Returns the table of results.
 
     Writes `evaluation.json` and sheets of examples into the run's folder, unless `overrides` change the run's
-    evaluation or `out` is given. The run's configuration does not change. Runs on the GPU if training would use
-    it, or on the CPU if the GPU has too little memory.
+    evaluation or `out` is given. The run's configuration does not change. Runs on the GPU in bfloat16 if training
+    would use it, or on the CPU if the GPU has too little memory.
 
     Args: weights: see `open_trained`; overrides: see `overridden`; out: file for the results instead of
         `evaluation.json`; progress: whether to show a progress bar.
@@ -75,7 +77,7 @@ def evaluate_run(
         check_result(out, is_result)
     trained = replace(open_trained(run, weights), config=with_packed_sources(config, training=False))
     own = out is None and same_evaluation(before, config)
-    result, sheets = _on_gpu_or_host(trained, progress)
+    result, sheets, model = _on_gpu_or_host(trained, progress)
     result["sources"] = [{"path": source.path, "split": source.split} for source in config.evaluation.sources]
     table = render_evaluation(result)
     if not own and out is None:
@@ -85,7 +87,7 @@ def evaluate_run(
         still_ours(trained.run)
     write_result(out or trained.run / EVALUATION, json.dumps(result, indent=1) + "\n")
     if own:
-        _draw(trained, sheets)
+        _draw(replace(trained, model=model), sheets)
     return table
 
 
@@ -110,18 +112,24 @@ def _draw(trained: Trained, sheets: Sequence[_Sheet]) -> None:
             logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
 
 
-def _on_gpu_or_host(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_Sheet]]:
+def _on_gpu_or_host(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_Sheet], ContrastiveModel]:
+    """Returns the results, the data of sheets, and the model that computed them."""
     if uses_cuda():
         gc.collect()  # after training in this process, reference cycles may hold memory of the GPU
         try:
-            trained.model.to("cuda")
-            return _evaluate(trained, progress)
+            return _evaluated_on(torch.device("cuda"), trained, progress)
         except torch.OutOfMemoryError as error:
             logger.warning("the GPU has too little memory; the evaluation runs on the CPU instead: %s", error)
         # Outside of the except clause, because the error's frames hold tensors.
-        trained.model.to("cpu")
         torch.cuda.empty_cache()
-    return _evaluate(trained, progress)
+    return *_evaluate(trained, progress), trained.model
+
+
+def _evaluated_on(
+    device: torch.device, trained: Trained, progress: bool
+) -> tuple[dict[str, Any], list[_Sheet], ContrastiveModel]:
+    model = placed(trained.model, device, feature_dtype(device))
+    return *_evaluate(replace(trained, model=model), progress), model
 
 
 def evaluate(trained: Trained, *, progress: bool = False) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from univitar_ds.inference.model import TEMPLATES, UniViTARModel
 from univitar_ds.inference.reading import Kind, LeftOut, read_units
 from univitar_ds.inference.sources import Position, find_places, units
 from univitar_ds.inference.trained_head import classifies, trained_head
+from univitar_ds.inference.workers import device_of, open_placed
+from univitar_ds.model.placement import feature_dtype, placed
 from univitar_ds.preprocessing import Preprocessor
-from univitar_ds.training.distributed.process_group import uses_cuda
 
 _AT_ONCE = 32
 """Number of files whose results are printed together."""
@@ -70,7 +71,7 @@ class Classifier:
         _check_labels(labels, templates)
         how = how or ModelOptions()
         opened = open_for_files(model, how)
-        device = "cuda" if uses_cuda() else "cpu"
+        device = device_of(0)
         self._reading = opened.setup.reading
         if classifies(opened.stored):
             module, self._classes = trained_head(opened.stored, how.weights, how.dtype)
@@ -80,11 +81,13 @@ class Classifier:
                     f"({some(list(chain(*self._classes.names.values())))}); leave --labels out"
                 )
             self._kind: Kind = "logits"
-            self._model = UniViTARModel(module, Preprocessor(opened.stored.encoder), classes=self._classes).to(device)
+            dtype = feature_dtype(device) if how.dtype is None else None
+            module = placed(module, device, dtype)
+            self._model = UniViTARModel(module, Preprocessor(opened.stored.encoder), classes=self._classes)
             return
         _check_whole(model, opened.stored, labels)
         self._kind, self._classes = "embedding", ClassList({None: labels})
-        self._model = UniViTARModel.of(opened.stored).to(device)
+        self._model = open_placed(opened.stored, 0, how.dtype)
         self._texts = self._model.encode_classes(labels, templates or TEMPLATES)
 
     @property

@@ -26,7 +26,8 @@ from univitar_ds.formats.stored_model import HEADS, StoredModel
 from univitar_ds.inference.destination import FORMAT, Destination, FinishedPart, add_rows
 from univitar_ds.inference.reading import FRAMES, Kind, Reading, Rows
 from univitar_ds.inference.sources import Place, Position, count_items, find_places, fingerprint_of, units
-from univitar_ds.inference.workers import Setup, compute, open_as
+from univitar_ds.inference.workers import Setup, compute, device_of, open_as
+from univitar_ds.model.placement import feature_dtype
 from univitar_ds.screen import progress_bar
 from univitar_ds.training.distributed.process_group import check_gpus, uses_cuda
 
@@ -44,7 +45,7 @@ class ModelOptions:
     """How a model is opened and run, and how its items are read.
 
     `frames` of a video, None: as a run's configuration says, else 8. `workers`: decoding processes of each process.
-    `s3`: settings of the S3 store, instead of those of a run. `dtype`: None as stored.
+    `s3`: settings of the S3 store, instead of those of a run. `dtype`: None: bfloat16 on a GPU, else as stored.
     """
 
     weights: Weights | None = None
@@ -153,12 +154,13 @@ def _storage(s3: S3Config) -> StorageSettings:
 def _settings(stored: StoredModel, setup: Setup, places: Sequence[Place], part_rows: int) -> dict[str, Any]:
     """Returns what determines the result, by names for messages."""
     reading = setup.reading
+    dtype = feature_dtype(device_of(0)) if setup.dtype is None else setup.dtype
     return {
         "format": FORMAT,
         "features": setup.kind,
         "width": _width(stored, setup.kind),
         "model": _digest(stored),
-        "dtype": None if setup.dtype is None else str(setup.dtype),
+        "dtype": None if dtype is None else str(dtype),
         "sources": fingerprint_of(places),
         "token_budget": reading.token_budget,
         "part_rows": part_rows,

@@ -21,6 +21,7 @@ from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.inference.model import UniViTARModel
 from univitar_ds.inference.reading import Kind, Reading, Rows, read_units
 from univitar_ds.inference.sources import Unit
+from univitar_ds.model.placement import feature_dtype, placed
 from univitar_ds.training.distributed.process_group import uses_cuda
 
 _AHEAD = 2
@@ -175,8 +176,22 @@ def _fail(channel: Connection, message: _Failed) -> None:
 
 
 def _model(setup: Setup, rank: int) -> UniViTARModel:
-    model = UniViTARModel.of(setup.stored())
     if uses_cuda():
         torch.cuda.set_device(rank)
-        model.to(torch.device("cuda", rank))
+    return open_placed(setup.stored(), rank, setup.dtype)
+
+
+def open_placed(stored: StoredModel, rank: int, dtype: torch.dtype | None) -> UniViTARModel:
+    """Builds the model on the GPU with this number, or on the CPU if there is none.
+
+    Args: dtype: None: as `feature_dtype` says. Raises: CheckpointError."""
+    model = UniViTARModel.of(stored)
+    device = device_of(rank)
+    if device.type == "cuda":
+        model.module = placed(model.module, device, feature_dtype(device) if dtype is None else None)
     return model
+
+
+def device_of(rank: int) -> torch.device:
+    """Returns the GPU of a process, or the CPU."""
+    return torch.device("cuda", rank) if uses_cuda() else torch.device("cpu")

@@ -23,10 +23,10 @@ from univitar_ds.geometry import Modality, token_count
 from univitar_ds.inference.embed_files import ModelOptions, open_for_files
 from univitar_ds.inference.model import UniViTARModel
 from univitar_ds.inference.reading import Reading
+from univitar_ds.inference.workers import open_placed
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.screen import progress_bar
 from univitar_ds.tokenization import tokenizer_of
-from univitar_ds.training.distributed.process_group import uses_cuda
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ class OpenedModel:
 def open_model(name: str, how: ModelOptions) -> OpenedModel:
     """Opens a model on the GPU, if there is one. Raises: CheckpointError if it cannot be opened."""
     opened = open_for_files(name, how)
-    model = UniViTARModel.of(opened.stored)
-    return OpenedModel(name, model.to("cuda" if uses_cuda() else "cpu"), opened.setup.reading)
+    return OpenedModel(name, open_placed(opened.stored, 0, how.dtype), opened.setup.reading)
 
 
 def test_source(options: DataOptions) -> SourceConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.convert.export import export_run
 from univitar_ds.data.loader import eval_packs
 from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.evaluation import embed as embedding
 from univitar_ds.evaluation import run as evaluation
 from univitar_ds.evaluation.embed import embed, embed_texts
 from univitar_ds.evaluation.report import render_run
@@ -110,28 +112,33 @@ def test_two_evaluations_of_a_checkpoint_agree(run: Path):
     assert by_path["figures"] == one["figures"]
 
 
-def test_the_evaluation_of_a_run_goes_to_the_gpu_and_back_to_the_host_if_that_is_full(run: Path, monkeypatch, caplog):
-    def moved(model: ContrastiveModel, device: str) -> ContrastiveModel:
-        moves.append(device)
-        return model
+def test_the_evaluation_of_a_run_goes_to_the_gpu_in_bfloat16_and_back_to_the_host_if_that_is_full(
+    run: Path, monkeypatch, caplog
+):
+    def copied(model: ContrastiveModel, device: torch.device, dtype: torch.dtype) -> ContrastiveModel:
+        copies.append(copy.deepcopy(model))
+        places.append((device.type, dtype))
+        return copies[-1]
 
-    def full(*_, **__):
-        if moves[-1] == "cuda":
+    def full(model: ContrastiveModel, *others, **named):
+        if any(model is one for one in copies):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return embed(*_, **__)
+        return embed(model, *others, **named)
 
-    moves: list[str] = []
-    monkeypatch.setattr(ContrastiveModel, "to", moved)
+    copies: list[ContrastiveModel] = []
+    places: list[tuple[str, torch.dtype]] = []
+    monkeypatch.setattr(evaluation, "placed", copied)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(evaluation, "uses_cuda", lambda: False)
     plain = figures_of(run)
-    assert moves == []
+    assert places == []
     monkeypatch.setattr(evaluation, "uses_cuda", lambda: True)
     assert figures_of(run) == plain
-    assert moves == ["cuda"]
+    assert places == [("cuda", torch.bfloat16)]
     assert caplog.text == ""
     monkeypatch.setattr(evaluation, "embed", full)
     assert figures_of(run) == plain
-    assert moves == ["cuda", "cuda", "cpu"]
+    assert len(places) == 2
     assert "the evaluation runs on the CPU instead: CUDA out of memory" in caplog.text
 
 
@@ -194,3 +201,14 @@ def test_all_lines_of_a_txt_are_texts_of_the_retrieval_where_the_source_says_so(
     assert (to_image["n"], to_image["candidates"]) == (18, 6)
     assert to_text["chance"] == pytest.approx(3 / 18)
     assert to_image["chance"] == pytest.approx(1 / 6)
+
+
+def test_texts_of_a_pack_are_embedded_in_parts_of_bounded_size(run: Path, monkeypatch):
+    """The figures stay; a part has no more texts than `embed.TEXTS_AT_ONCE`."""
+    trained = open_trained(run)
+    plain = evaluate(trained)["figures"]
+    sizes: list[int] = []
+    trained.model.text.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(embedding, "TEXTS_AT_ONCE", 3)
+    assert evaluate(trained)["figures"] == plain
+    assert max(sizes) == 3

@@ -50,13 +50,16 @@ def test_hidden_states_start_with_the_embedding_and_end_with_the_output():
 
 
 @pytest.mark.numeric
-def test_bfloat16_stays_near_float32():
+def test_bfloat16_stays_near_float32_and_a_pack_near_its_items():
     grids = GRIDS * 16  # enough entries for their errors to cancel
     model, patches = small_encoder(), drawn_patches(grids)
     exact = model(patches, grids)
     rounded = model.bfloat16()(patches, grids)
     assert rounded.dtype == torch.bfloat16
     assert_sums_close(rounded, exact, STORED * model.config.num_hidden_layers, dtype=torch.bfloat16)
+    items = patches.split([token_count(grid) for grid in grids])
+    alone = torch.cat([model(item, torch.tensor([grid])) for item, grid in zip(items, grids, strict=True)])
+    assert_sums_close(rounded, alone, STORED * model.config.num_hidden_layers, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("every", [1, 2])
