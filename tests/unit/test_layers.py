@@ -37,7 +37,11 @@ PACKAGES_WITHOUT_INIT = {"univitar_ds.kernels": {"dispatch", "reference"}}
 """Their doors: a folder of the top level must give way to an installed package of its name."""
 LIBRARIES = {
     "deepspeed": {"univitar_ds.training.engine.engine", "univitar_ds.training.engine.zero3"},
-    "transformers": {"univitar_ds.model.towers", "univitar_ds.model.teacher.teacher"},
+    "transformers": {
+        "univitar_ds.model.packed",
+        "univitar_ds.model.teacher.teacher",
+        "univitar_ds.model.towers",
+    },
     "boto3": {"univitar_ds.data.storage.s3_client"},
     "botocore": {"univitar_ds.data.storage.s3_client"},
     "webdataset": {"univitar_ds.data.writing.writer"},

@@ -10,6 +10,7 @@ __all__ = [
     "flops",
     "from_stored",
     "libraries",
+    "packed",
     "placement",
     "towers",
     "transfer",

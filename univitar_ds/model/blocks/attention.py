@@ -76,21 +76,31 @@ class Gpu:
 NO_GPU = Gpu((0, 0), "no GPU")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens, backend: str = "auto") -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: CuSeqlens,
+    keys: CuSeqlens,
+    backend: str = "auto",
+    *,
+    causal: bool = False,
+) -> Tensor:
     """Computes softmax attention of the queries of each item over the keys of the same item.
 
     Args:
         q: (Tq, H, K); k, v: (T, H, K).
         queries, keys: boundaries of the items in q and in k, v; the numbers of items are equal.
         backend: see `choose_backend`.
+        causal: whether a token attends only to those up to itself; queries and keys are then the same tokens.
     Returns: (Tq, H * K).
     Raises: ConfigError if `backend` cannot run here.
     """
     chosen = choose_backend(backend, q.device, q.dtype, q.shape[-1])
     if not keys.lengths or chosen == "sdpa":
-        return _by_item(q, k, v, queries, keys)
+        return _by_item(q, k, v, queries, keys, causal)
     packed = _varlen if chosen == "varlen" else _flash
-    return packed(_load(chosen), q, k, v, queries, keys).flatten(1)
+    return packed(_load(chosen), q, k, v, queries, keys, causal).flatten(1)
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
@@ -207,7 +217,7 @@ def _load(name: str) -> Callable[..., Any]:
 
 
 def _flash(
-    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens, causal: bool
 ) -> Tensor:
     """Calls flash-attn 2, 3 or 4. They have these argument names in different orders, and some return a tuple."""
     result = function(
@@ -218,15 +228,17 @@ def _flash(
         cu_seqlens_k=keys.cu_seqlens,
         max_seqlen_q=queries.max_length,
         max_seqlen_k=keys.max_length,
+        causal=causal,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return result[0] if isinstance(result, tuple) else result
 
 
 def _varlen(
-    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens, causal: bool
 ) -> Tensor:
-    return function(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length)
+    window = {"window_size": (-1, 0)} if causal else {}
+    return function(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length, **window)
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -237,13 +249,15 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _by_item(q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens) -> Tensor:
+def _by_item(q: Tensor, k: Tensor, v: Tensor, queries: CuSeqlens, keys: CuSeqlens, causal: bool) -> Tensor:
     # An empty pack becomes one empty item, so that gradients reach the weights that q, k and v were computed from.
     pieces = zip(
         q.split(queries.lengths or (0,)), k.split(keys.lengths or (0,)), v.split(keys.lengths or (0,)), strict=True
     )
     outputs = [
-        F.scaled_dot_product_attention(*(piece.transpose(0, 1)[None] for piece in triple))[0].transpose(0, 1)
+        F.scaled_dot_product_attention(*(piece.transpose(0, 1)[None] for piece in triple), is_causal=causal)[
+            0
+        ].transpose(0, 1)
         for triple in pieces
     ]
     return torch.cat(outputs).flatten(1)

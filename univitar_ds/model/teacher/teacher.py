@@ -25,7 +25,9 @@ from univitar_ds.errors import CheckpointError, ConfigError, first_line
 from univitar_ds.geometry import PATCH, token_count
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.libraries import working_imports
+from univitar_ds.model.teacher import packing
 from univitar_ds.model.teacher.cache import FeatureCache
+from univitar_ds.model.teacher.packing import Packing
 from univitar_ds.model.teacher.towers import (
     FrameTower,
     ImageModel,
@@ -48,19 +50,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Family:
-    """Models with the same interface: class name in transformers, forward function, default mean and std."""
+    """Models with the same interface: class name in transformers, forward function, its parts, default mean and std."""
 
     loader: str
     run: ImageModel
+    packing: Packing
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]
 
 
-_SIGLIP = Family("SiglipVisionModel", run_siglip, HALF)
-_SIGLIP2 = Family("Siglip2VisionModel", run_siglip2, HALF)
+_SIGLIP = Family("SiglipVisionModel", run_siglip, packing.SIGLIP, HALF)
+_SIGLIP2 = Family("Siglip2VisionModel", run_siglip2, packing.SIGLIP2, HALF)
 FAMILIES = {
-    "dinov2": Family("Dinov2Model", run_with_prefix, IMAGENET),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel", run_with_prefix, IMAGENET),
-    "dinov3_vit": Family("DINOv3ViTModel", run_with_prefix, IMAGENET),
+    "dinov2": Family("Dinov2Model", run_with_prefix, packing.DINOV2, IMAGENET),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", run_with_prefix, packing.DINOV2, IMAGENET),
+    "dinov3_vit": Family("DINOv3ViTModel", run_with_prefix, packing.DINOV3, IMAGENET),
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
     "siglip2": _SIGLIP2,
@@ -236,9 +239,10 @@ def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) ->
     cache = None
     if config.cache is not None:
         cache = FeatureCache(Path(config.cache), model, shape, config.dtype)
-    if config.partitioned and dist.is_initialized() and dist.get_world_size() > 1:
+    partitioned = config.partitioned and dist.is_initialized() and dist.get_world_size() > 1
+    if partitioned:
         partition(model)
-    tower: Tower = PackTower(model) if shape.kind == OWN else _frame_tower(model, shape)
+    tower: Tower = PackTower(model) if shape.kind == OWN else _frame_tower(model, shape, whole=not partitioned)
     return Teacher(tower, shape.width, merge=merge, cache=cache)
 
 
@@ -254,8 +258,10 @@ def partition(model: nn.Module) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def _frame_tower(model: nn.Module, shape: TeacherShape) -> FrameTower:
-    return FrameTower(model, FAMILIES[shape.kind].run, shape.patch, shape.mean, shape.std)
+def _frame_tower(model: nn.Module, shape: TeacherShape, *, whole: bool) -> FrameTower:
+    """Args: whole: whether this rank has all weights: others are gathered for the model's own forward pass only."""
+    family = FAMILIES[shape.kind]
+    return FrameTower(model, family.run, shape.patch, shape.mean, shape.std, family.packing if whole else None)
 
 
 def _own_config(path: str) -> EncoderConfig | None:

@@ -6,7 +6,7 @@ Shapes: B frames of a batch, Dt width of the teacher. Features of an item are in
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from univitar_ds.errors import CheckpointError
 from univitar_ds.geometry import PATCH, token_count
 from univitar_ds.model.encoder import UniViTAR
+from univitar_ds.model.packed import can_pack
+from univitar_ds.model.teacher.packing import Packing, cells_of, run_packed
 
 Grid = Sequence[int]
 Features = tuple[Tensor, Tensor]
@@ -45,23 +47,35 @@ class Tower(Protocol):
 class FrameTower:
     """An image model that runs on each frame of a video. Features of a token are the mean over the token's frames.
 
+    With `packing` all frames of a pack run in one pass where `packed.can_pack` says so. Otherwise items with equal
+    height and width run as one batch.
+
     A model with patches of 14 pixels gets the student's pixels. For patches of p pixels, frames are resized (bilinear,
     antialiased) to h * p x w * p, so that the grids are equal. transformers interpolates the position table to the size
-    of the frames. Items with equal height and width run as one batch.
+    of the frames.
     """
 
     def __init__(
-        self, model: nn.Module, run: ImageModel, patch: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        model: nn.Module,
+        run: ImageModel,
+        patch: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        packing: Packing | None = None,
     ) -> None:
         self.model, self.run, self.patch = model, run, patch
-        self.device = next(model.parameters()).device
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        self.packing = packing if packing and can_pack(model.config, self.device, parameter.dtype) else None
         self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (mean, std))
 
     def supports(self, grid: Grid) -> bool:
         return True
 
     def num_forwards(self, grids: Sequence[Grid]) -> int:
-        return len({(h, w) for _, h, w in grids})
+        sizes = len({(h, w) for _, h, w in grids})
+        return sizes if self.packing is None else min(sizes, 1)
 
     def idle(self) -> None:
         self([torch.zeros(1, PATCH, PATCH, 3, dtype=torch.uint8, device=self.device)], [(1, 1, 1)])
@@ -71,8 +85,8 @@ class FrameTower:
         for index, (_, h, w) in enumerate(grids):
             by_size[h, w].append(index)
         features: dict[int, Features] = {}
-        for (h, w), members in by_size.items():
-            patches, pooled = self.run(self.model, self._frames([videos[index] for index in members], h, w))
+        batches = (self._frames([videos[i] for i in members], *size) for size, members in by_size.items())
+        for ((h, w), members), (patches, pooled) in zip(by_size.items(), self._run(batches), strict=True):
             if patches.shape[1] != h * w:
                 raise CheckpointError(
                     f"the teacher made {patches.shape[1]} features of {h} x {w} patches; it is another kind of model "
@@ -82,6 +96,13 @@ class FrameTower:
             parts = zip(members, patches.split(counts), pooled.split(counts), strict=True)
             features |= {index: _over_time(grids[index][0], *both) for index, *both in parts}
         return [features[index] for index in range(len(grids))]
+
+    def _run(self, batches: Iterable[Tensor]) -> Iterable[Features]:
+        """Returns the features of batches of frames of one size."""
+        if self.packing is None:
+            return (self.run(self.model, frames) for frames in batches)
+        frames = list(batches)
+        return run_packed(self.model, self.packing, frames) if frames else []
 
     def _frames(self, videos: Sequence[Tensor], h: int, w: int) -> Tensor:
         """Returns the normalised frames of all videos: (B, 3, h * patch, w * patch) float32."""
@@ -162,12 +183,9 @@ def run_siglip(model: nn.Module, frames: Tensor) -> Features:
 
 
 def run_siglip2(model: nn.Module, frames: Tensor) -> Features:
-    """Runs SigLIP 2 for any size (NaFlex) on patches, each in the order row, column, channel."""
-    patch = model.config.patch_size
-    h, w = frames.shape[2] // patch, frames.shape[3] // patch
-    cells = frames.view(len(frames), 3, h, patch, w, patch).permute(0, 2, 4, 3, 5, 1)
-    shapes = torch.tensor([[h, w]] * len(frames))  # on the host: transformers reads them one by one
-    return _pooled(model(pixel_values=cells.flatten(3).flatten(1, 2), pixel_attention_mask=None, spatial_shapes=shapes))
+    """Runs SigLIP 2 for any size (NaFlex) on patches."""
+    cells, shapes = cells_of(model, frames)
+    return _pooled(model(pixel_values=cells, pixel_attention_mask=None, spatial_shapes=shapes))
 
 
 def _pooled(out: object) -> Features:

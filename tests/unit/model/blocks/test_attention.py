@@ -16,10 +16,12 @@ from univitar_ds.model.blocks.attention import CuSeqlens, Gpu, attention, choose
 CPU = torch.device("cpu")
 
 
-def dense(q, k, v, queries, keys):
+def dense(q, k, v, queries, keys, causal=False):
     outputs, a, b = [], 0, 0
     for m, n in zip(queries, keys, strict=True):
         scores = torch.einsum("qhk,thk->hqt", q[a : a + m], k[b : b + n]) * q.shape[-1] ** -0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones(m, n, dtype=torch.bool).triu(1), -torch.inf)
         outputs.append(torch.einsum("hqt,thk->qhk", scores.softmax(-1), v[b : b + n]))
         a, b = a + m, b + n
     return torch.cat(outputs).flatten(1)
@@ -27,16 +29,20 @@ def dense(q, k, v, queries, keys):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("width", [64, 80, 120])
-@pytest.mark.parametrize("queries", [(5, 1, 7), (1, 1, 1)], ids=["self", "pool"])
-def test_values_and_gradients_equal_the_formula(width, queries):
+@pytest.mark.parametrize(
+    ("queries", "causal"),
+    [((5, 1, 7), False), ((5, 1, 7), True), ((1, 1, 1), False)],
+    ids=["self", "causal", "pool"],
+)
+def test_values_and_gradients_equal_the_formula(width, queries, causal):
     keys = (5, 1, 7)
     generator = torch.Generator().manual_seed(0)
     drawn = [
         torch.randn(sum(lengths), 2, width, dtype=torch.float64, generator=generator, requires_grad=True)
         for lengths in (queries, keys, keys)
     ]
-    result = attention(*drawn, CuSeqlens.of(queries, CPU), CuSeqlens.of(keys, CPU))
-    wanted = dense(*drawn, queries, keys)
+    result = attention(*drawn, CuSeqlens.of(queries, CPU), CuSeqlens.of(keys, CPU), causal=causal)
+    wanted = dense(*drawn, queries, keys, causal)
     assert_sums_close(result, wanted, width + 7)
     upstream = torch.randn(result.shape, dtype=torch.float64, generator=generator)
     for mine, exact in zip(
@@ -76,7 +82,7 @@ def version_2(
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
     block_table=None,
 ):  # fmt: skip
-    return packed_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
+    return packed_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic, causal)
 
 
 def version_3(
@@ -85,7 +91,7 @@ def version_3(
     attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
     return_attn_probs=False,
 ):  # fmt: skip
-    return packed_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
+    return packed_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic, causal)
 
 
 def version_4(
@@ -96,22 +102,22 @@ def version_4(
     return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False,
     gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
 ):  # fmt: skip
-    return packed_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic), None
+    return packed_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic, causal), None
 
 
-def packed_kernel(q, k, v, bounds_q, bounds_k, longest_q, longest_k, deterministic=False):
+def packed_kernel(q, k, v, bounds_q, bounds_k, longest_q, longest_k, deterministic=False, causal=False):
     """What a packed kernel computes from its arguments."""
     assert bounds_q.dtype == bounds_k.dtype == torch.int32
     lengths_q, lengths_k = bounds_q.diff().tolist(), bounds_k.diff().tolist()
     assert (longest_q, longest_k) == (max(lengths_q), max(lengths_k))
     assert all(type(length) is int for length in (longest_q, longest_k))
     assert deterministic == torch.are_deterministic_algorithms_enabled()
-    return dense(q, k, v, lengths_q, lengths_k).view_as(q)
+    return dense(q, k, v, lengths_q, lengths_k, causal).view_as(q)
 
 
-def torchs_own(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
-    assert not options
-    return packed_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+def torchs_own(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+    assert window_size in ((-1, -1), (-1, 0)), "all tokens, or those up to itself"
+    return packed_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=window_size == (-1, 0))
 
 
 PACKED = {"flash2": version_2, "flash3": version_3, "flash4": version_4, "varlen": torchs_own}
@@ -137,22 +143,26 @@ def install(monkeypatch):
 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("width", [64, 80, 120])
-def test_a_packed_back_end_is_reported_the_pack(name, width, install, monkeypatch):
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_packed_back_end_is_reported_the_pack(name, width, causal, install, monkeypatch):
     if name == "varlen":
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torchs_own)
     else:
         install(name)
     monkeypatch.setattr(module, "choose_backend", lambda *_: name)
-    queries, keys = (1, 1, 1), (5, 1, 7)
+    keys = (5, 1, 7)
+    queries = keys if causal else (1, 1, 1)
     q, k, v = (torch.randn(sum(lengths), 2, width) for lengths in (queries, keys, keys))
-    result = attention(q, k, v, CuSeqlens.of(queries, CPU), CuSeqlens.of(keys, CPU), name)
-    assert torch.equal(result, dense(q, k, v, queries, keys))
+    result = attention(q, k, v, CuSeqlens.of(queries, CPU), CuSeqlens.of(keys, CPU), name, causal=causal)
+    assert torch.equal(result, dense(q, k, v, queries, keys, causal))
 
 
 def test_torchs_own_has_the_parameters_it_is_given():
     from torch.nn.attention.varlen import varlen_attn
 
-    assert list(inspect.signature(varlen_attn).parameters)[:7] == list(inspect.signature(torchs_own).parameters)[:7]
+    parameters = list(inspect.signature(varlen_attn).parameters)
+    assert parameters[:7] == list(inspect.signature(torchs_own).parameters)[:7]
+    assert "window_size" in parameters
 
 
 @pytest.mark.parametrize("width", [64, 80, 120])

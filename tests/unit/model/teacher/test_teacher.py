@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.closeness import assert_sums_close, transformer_terms
@@ -13,7 +14,7 @@ from tests.support.teachers import CPU, WIDTH, drawn_pack, frames_of, image_mode
 from univitar_ds.config.model import TeacherConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.kernels.reference import PATCH, normalise, patchify
-from univitar_ds.model.teacher.teacher import HALF, IMAGENET, build_teacher, read_teacher
+from univitar_ds.model.teacher.teacher import FAMILIES, HALF, IMAGENET, build_teacher, read_teacher
 
 KINDS = ["dinov2", "dinov2_with_registers", "dinov3_vit", "siglip_vision_model", "siglip2_vision_model"]
 NORMS = {kind: HALF if "siglip" in kind else IMAGENET for kind in KINDS}
@@ -126,6 +127,41 @@ def test_images_of_one_size_run_as_one_batch(tmp_path):
     teacher(*pack)
     assert sorted(runs) == [1, 1, 2]
     assert teacher.num_forwards(pack[2]) == 3
+
+
+def packing(teacher):
+    """Makes the teacher of a CPU run whole packs, as on a GPU, and returns the number of tokens of each pass."""
+    tower, passes = teacher.tower, []
+    tower.packing = FAMILIES[tower.model.config.model_type].packing
+    blocks = max((one for one in tower.model.modules() if isinstance(one, nn.ModuleList)), key=len)
+    blocks[0].register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape[:2].numel()))
+    return passes
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("videos", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pack_runs_in_one_pass_with_the_features_of_its_items(kind, videos, tmp_path):
+    pack = drawn_pack(VIDEOS if videos else STILLS, videos=videos)
+    by_size, whole = (teacher_of(image_model(kind), tmp_path) for _ in range(2))
+    passes = packing(whole)
+    wanted, found = by_size(*pack), whole(*pack)
+    close(found.patches, wanted.patches)
+    close(found.pooled, wanted.pooled)
+    prefix = {"dinov2": 1, "dinov2_with_registers": 4, "dinov3_vit": 3}.get(kind, 0)
+    frames = zip(pack[1].tolist(), pack[2].tolist(), strict=True)
+    assert passes == [sum(count * (prefix + h * w) for count, (_, h, w) in frames)]
+    assert whole.num_forwards(pack[2]) == 1
+    assert by_size.num_forwards(pack[2]) == (2 if videos else 3)
+    close(by_size(*pack).patches, wanted.patches)
+
+
+def test_an_empty_pack_needs_no_pass(tmp_path):
+    teacher = teacher_of(image_model("dinov2"), tmp_path)
+    passes = packing(teacher)
+    pack = drawn_pack([])
+    assert teacher(*pack).patches.shape == (0, WIDTH)
+    assert (passes, teacher.num_forwards(pack[2])) == ([], 0)
 
 
 class Operations(TorchDispatchMode):
