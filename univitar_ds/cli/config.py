@@ -30,8 +30,8 @@ def add_config(commands) -> None:
 def _config(arguments: argparse.Namespace) -> None:
     from univitar_ds.config.keys.describe import describe
     from univitar_ds.config.keys.json_schema import schema_text
-    from univitar_ds.config.load import RESULT_FREE
+    from univitar_ds.config.load import FIXED, RESULT_FREE
 
     if arguments.schema and arguments.key:
         raise ConfigError(f"--schema prints the schema of the whole run file; leave {arguments.key} out")
-    show(schema_text().rstrip("\n") if arguments.schema else describe(arguments.key, RESULT_FREE))
+    show(schema_text().rstrip("\n") if arguments.schema else describe(arguments.key, RESULT_FREE, FIXED))

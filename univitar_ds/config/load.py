@@ -52,6 +52,9 @@ RESULT_FREE = (
 )
 """Keys that a resumed run may change, because they change neither the samples nor the arithmetic of the run."""
 
+FIXED = ("checkpoint.folder",)
+"""Keys of RESULT_FREE that a resumed run may not change all the same: it would not find its checkpoints."""
+
 
 def recipe_path(name: str) -> Path:
     """Returns the path of a run file: `name` if that file exists, else the shipped recipe of that name.

@@ -20,11 +20,12 @@ _OVERVIEW = """
 A key without a default must be given. On the command line: univitar-ds train --config FILE KEY=VALUE ..."""
 
 
-def describe(name: str | None, changeable: Collection[str] = ()) -> str:
+def describe(name: str | None, changeable: Collection[str] = (), fixed: Collection[str] = ()) -> str:
     """Returns the description of a section with all keys below it, or of a key; of all sections if `name` is None.
 
     Args: name: as in a run file or an override: `stages`, `data.sources`, `stages.0.lr`, `stages.N.lr`, `stages.lr`;
-        changeable: keys and sections that a resumed run may change, which is noted.
+        changeable: keys and sections that a resumed run may change, which is noted;
+        fixed: keys in them that it may not change.
     Raises: ConfigError if there is no such key, with similar ones.
     """
     if name is None:
@@ -33,7 +34,7 @@ def describe(name: str | None, changeable: Collection[str] = ()) -> str:
         return "\n".join([*(_line(key, width) for key in top), _OVERVIEW])
     found = find_key(name)
     below = [key for key in all_keys().values() if key.name == found.name or key.name.startswith(f"{found.name}.")]
-    return "\n".join(_entry(key, len(_depth(key)) - len(_depth(found)), changeable) for key in below)
+    return "\n".join(_entry(key, len(_depth(key)) - len(_depth(found)), changeable, fixed) for key in below)
 
 
 def find_key(name: str) -> Key:
@@ -66,10 +67,10 @@ def _line(key: Key, width: int) -> str:
     return textwrap.fill(f"{key.name:<{width}}  {key.description}{value}", WIDTH, subsequent_indent=" " * (width + 2))
 
 
-def _entry(key: Key, depth: int, changeable: Collection[str]) -> str:
+def _entry(key: Key, depth: int, changeable: Collection[str], fixed: Collection[str]) -> str:
     indent = "    " * depth
     meaning = key.description
-    if any(key.name == one or key.name.startswith(f"{one}.") for one in changeable):
+    if key.name not in fixed and any(key.name == one or key.name.startswith(f"{one}.") for one in changeable):
         meaning += "; a resumed run may change it"
     head = textwrap.fill(
         f"{key.name}: {key.type}{_default(key)}",

@@ -82,7 +82,7 @@ def _data(config: RunConfig) -> UnusedKeys:
     sources = [*data.sources, *config.evaluation.sources]
     places = [place for source in sources for place in (source.path, source.class_names) if place is not None]
     if not any("://" in place for place in places):
-        names = type(data.s3).model_fields
+        names = type(data.s3).model_fields if config.checkpoint.folder is None else ()
         yield from _because(_given("data.s3", data.s3, *names), "no source is at s3://")
         names = tuple(name for name in type(data.cache).model_fields if name != "folder" or not _holds_packed(config))
         yield from _because(_given("data.cache", data.cache, *names), "no source is at s3://")

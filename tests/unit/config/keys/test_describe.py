@@ -4,7 +4,7 @@ import pytest
 
 from univitar_ds.config.keys.describe import WIDTH, describe, find_key
 from univitar_ds.config.keys.tree import all_keys
-from univitar_ds.config.load import RESULT_FREE
+from univitar_ds.config.load import FIXED, RESULT_FREE
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
 
@@ -81,3 +81,4 @@ def test_a_default_that_differs_from_that_of_its_section_is_shown():
 def test_what_a_resumed_run_may_change_is_noted():
     assert "a resumed run may change it" in describe("checkpoint.keep", RESULT_FREE).replace("\n  ", " ")
     assert "a resumed run may change it" not in describe("stages.lr", RESULT_FREE)
+    assert "a resumed run may change it" not in describe("checkpoint.folder", RESULT_FREE, FIXED)

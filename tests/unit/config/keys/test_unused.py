@@ -99,6 +99,7 @@ USED = [
     [TEACHER, DISTILL, "objective.teacher.pooled_loss=smooth_l1"],
     [S3, "data.s3.endpoint_url=http://x", "data.cache.folder=/c"],
     ["evaluation.sources.0.path=s3://b/e", "data.s3.region=x"],
+    ["checkpoint.folder=s3://b/c", "data.s3.region=x"],
     ["data.sources.0.class_names=s3://b/names.txt", "data.s3.region=x"],
     ["objective.kind=sigmoid", "model.logit_bias_init=-3"],
     ["stages.0.video_sampling={kind: fps, fps: 9}", "data.max_video_s=9"],
