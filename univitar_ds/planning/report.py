@@ -21,6 +21,7 @@ from univitar_ds.planning import sizes
 from univitar_ds.planning.batch import Means, batch_lines, pairs_per_step
 from univitar_ds.planning.checks import Inputs, existing_parent, given_tokenizer
 from univitar_ds.planning.deepspeed_auto import ranks_of
+from univitar_ds.planning.forecast.dry_run import planned, step_lines
 from univitar_ds.planning.samples import expected_tokens, source_lines
 from univitar_ds.planning.sizes import amount
 from univitar_ds.training.engine.optim import trained_parts
@@ -66,6 +67,7 @@ def report(plan: Plan) -> str:
         "stages": [line for stage in config.stages for line in _stage(config, stage, plan.encoder, means)],
         "parameters": list(_parameters(counts, plan.classes)),
         "memory of a rank": list(_memory(plan, counts)),
+        "a step": list(step_lines(*planned(plan.inputs, plan.description, counts, plan.world_size), means)),
         "checkpoints": list(_checkpoints(plan, counts)),
         "starts from": list(_starts(plan)),
     }
@@ -149,7 +151,7 @@ def _memory(plan: Plan, counts: sizes.Counts) -> Iterator[str]:
     total = f"{'total':<16} {amount(memory.device):>15}"
     yield total + (f", and {amount(memory.host)} of host memory" if memory.offloaded else "")
     where = f" (in stage {name})" if len(config.stages) > 1 else ""
-    yield f"without activations, communication buffers, gathered weights and a teacher{where}"
+    yield f"between steps{where}; a step adds activations, buffers, gathered weights and a teacher:"
 
 
 def _checkpoints(plan: Plan, counts: sizes.Counts) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from univitar_ds.errors import ConfigError
-from univitar_ds.planning.gpus import GPUS, Assumption, Gpu
+from univitar_ds.planning.gpus import GPUS, Assumption, Gpu, known_gpu
 
 USABLE = 0.9
 """Share of a GPU's memory that a plan fills; the rest is for CUDA itself and for fragments."""
@@ -78,6 +78,13 @@ def cluster_of(nodes: int, per_node: int, gpu: str) -> Cluster:
             f"--nodes {nodes} x --gpus-per-node {per_node} are {nodes * per_node:,} GPUs; give at most {MOST_GPUS:,}"
         )
     return Cluster(nodes, per_node, name)
+
+
+def this_gpu() -> str | None:
+    """Returns the name in GPUS of this machine's first GPU; None if it has none that is known."""
+    import torch
+
+    return known_gpu(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
 
 
 def of_ranks(cluster: Cluster, ranks: int) -> Cluster:

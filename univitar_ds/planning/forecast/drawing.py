@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from univitar_ds.atomic_write import replacing
 from univitar_ds.planning.forecast.plan import Plan
-from univitar_ds.planning.forecast.text import duration
+from univitar_ds.planning.forecast.text import duration, short
 from univitar_ds.planning.sizes import amount
 from univitar_ds.training.step.recomputation import NAMES
 
@@ -29,7 +29,9 @@ def draw(path: Path, plan: Plan, scales: Sequence[Plan]) -> None:
     with style.context("default"):
         figure = Figure(figsize=(15, 6.4), dpi=_DPI, facecolor="white")
         title = f"{plan.config.name} on {plan.cluster.title}, {plan.zero}: {duration(plan.hours)}"
-        figure.suptitle(f"{title}, {plan.gpu_hours:,.0f} GPU hours", fontsize=15, fontweight="bold", x=0.03, ha="left")
+        figure.suptitle(
+            f"{title}, {short(plan.gpu_hours)} GPU hours", fontsize=15, fontweight="bold", x=0.03, ha="left"
+        )
         figure.text(0.03, 0.905, "Predicted from shapes and rates; nothing was measured on a GPU.", fontsize=10)
         left, middle, right = figure.subplots(1, 3, gridspec_kw={"width_ratios": [1.25, 1, 1]})
         figure.subplots_adjust(left=0.05, right=0.985, top=0.83, bottom=0.14, wspace=0.24)

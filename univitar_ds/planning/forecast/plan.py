@@ -20,6 +20,7 @@ from univitar_ds.planning.forecast.stage import StagePlan, placement, plan_stage
 from univitar_ds.planning.forecast.step_load import (
     Placement,
     PlannedModel,
+    teacher_memory,
     with_lanes,
 )
 from univitar_ds.planning.memory import TeacherMemory
@@ -29,7 +30,6 @@ SCALES = tuple(2**power for power in range(11))
 """Numbers of GPUs of the table of scaling."""
 TEACHERS = {"small": (384, 12), "vits": (384, 12), "base": (768, 12), "vitb": (768, 12), "giant": (1536, 40)}
 """(width, blocks) by a part of a teacher's name; those of "large" for any other, as published for DINOv2."""
-_DEPTHS = {384: 12, 768: 12, 1024: 24, 1152: 27, 1280: 32, 1536: 40, 1920: 32}
 _CLASSES = 1000
 
 
@@ -108,12 +108,10 @@ def _teacher(config: RunConfig, ranks: int, notes: list[str]) -> TeacherMemory:
     if Path(own.path).is_dir():
         shape = check_teacher(config)
         assert shape is not None
-        width, layers = shape.width, _DEPTHS.get(shape.width, 24)
-    else:
-        width, layers = next((shape for name, shape in TEACHERS.items() if name in own.path.lower()), (1024, 24))
-        notes.append(f"the teacher {own.path} is taken to have {layers} blocks of width {width}, by its name")
-    weights = 12 * layers * width**2 * (2 if own.dtype == "bf16" else 4)
-    return TeacherMemory(width, layers, weights / (ranks if own.partitioned else 1))
+        return teacher_memory(config, shape.width, ranks=ranks)
+    width, layers = next((shape for name, shape in TEACHERS.items() if name in own.path.lower()), (1024, 24))
+    notes.append(f"the teacher {own.path} is taken to have {layers} blocks of width {width}, by its name")
+    return teacher_memory(config, width, layers, ranks)
 
 
 def plan_run(config: RunConfig, cluster: Cluster, tokens_per_item: int | None = None) -> Plan:

@@ -22,7 +22,7 @@ from univitar_ds.planning.forecast.step_load import (
     peak_of,
     text_shape,
 )
-from univitar_ds.planning.memory import Peak
+from univitar_ds.planning.memory import REDUCED_AT_ONCE, Peak
 from univitar_ds.planning.sizes import encoder_of
 from univitar_ds.planning.step_time import Method, Teacher, Work, predict, step_bytes
 from univitar_ds.training.engine.optim import trained_parts
@@ -122,24 +122,22 @@ def plan_stage(
 
 
 def messages(model: PlannedModel, place: Placement, zero: int, passes: int, backwards: int) -> int:
-    """Returns about how many collectives a step has.
+    """Returns about how many collectives a step has; `benchmarks/results/bench_pretence.csv` has those of real steps.
 
-    ZeRO-3 gathers each block and the rest in each pass, and each bucket of gradients is reduced. Seven are of the loss,
-    the norm and numbers. `benchmarks/results/bench_pretence.csv` has counts of real steps.
+    Seven are of the loss, the norm and numbers. ZeRO-3 gathers weights in each forward pass, and in each backward pass
+    if they may not stay whole until then. Each bucket of gradients is reduced.
     """
     if place.ranks == 1:
         return 0
     section, parameters = place.resolved["zero_optimization"], model.counts.total
     buckets = math.ceil(parameters / section.get("reduce_bucket_size", 500_000_000))
     if zero < 3:
-        gathers = 1 + math.ceil(parameters / section.get("allgather_bucket_size", 500_000_000))
-        return 7 + gathers + (buckets * backwards if zero == 2 else 2)
-    text = text_shape(model, trained=True)
-    blocks = encoder_of(model.description).num_hidden_layers + (text.layers if text is not None else 0)
-    live = section.get("stage3_max_live_parameters", 1_000_000_000)
-    again = 0 if parameters <= live else blocks  # weights that stay gathered until the backward pass
-    fetched = math.ceil(blocks / max(1, section.get("stage3_prefetch_bucket_size", 50_000_000) * blocks // parameters))
-    return 7 + passes * (fetched + 4) + backwards * (buckets + (fetched if again else 0))
+        gathers = 2 * math.ceil(parameters / place.ranks / section.get("allgather_bucket_size", 500_000_000))
+        reduced = buckets * backwards if zero == 2 else math.ceil(parameters / REDUCED_AT_ONCE)
+        return 7 + gathers + reduced
+    fetches = math.ceil(parameters / section.get("stage3_prefetch_bucket_size", 50_000_000)) + 2
+    stay = parameters <= section.get("stage3_max_live_parameters", 1_000_000_000)
+    return 7 + passes * fetches + backwards * (buckets + (0 if stay else fetches))
 
 
 def kept_packs(model: PlannedModel, stage: StageConfig, place: Placement, kind: Kind, room: float, packs: int) -> int:

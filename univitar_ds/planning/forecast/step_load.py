@@ -42,6 +42,19 @@ class Placement:
         return sharing_ranks(self.resolved, self.ranks, self.node)
 
 
+DEPTHS = {384: 12, 768: 12, 1024: 24, 1152: 27, 1280: 32, 1536: 40, 1920: 32}
+"""Blocks of published teachers by width."""
+
+
+def teacher_memory(config: RunConfig, width: int, layers: int | None = None, ranks: int = 1) -> TeacherMemory:
+    """Returns the memory of a teacher of `width`. Args: layers: None: as published ones of this width have."""
+    own = config.objective.teacher
+    assert own is not None
+    layers = layers or DEPTHS.get(width, 24)
+    weights = 12 * layers * width**2 * (2 if own.dtype == "bf16" else 4)
+    return TeacherMemory(width, layers, weights / (ranks if own.partitioned else 1))
+
+
 def wanted_recomputation(config: RunConfig, stage: StageConfig) -> Kind | str:
     """Returns the `checkpoint_every` that a stage asks for."""
     return config.model.checkpoint_every if stage.checkpoint_every is None else stage.checkpoint_every

@@ -14,7 +14,7 @@ from univitar_ds.planning.forecast.plan import Plan
 from univitar_ds.planning.forecast.stage import placement, plan_stage
 from univitar_ds.planning.forecast.step_load import PlannedModel
 
-BUDGETS = (8192, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
+BUDGETS = (8192, 16384, 32768, 49152, 65536, 98304, 131072)
 
 
 @dataclass(frozen=True)

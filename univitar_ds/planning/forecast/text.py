@@ -122,7 +122,7 @@ def _stage(plan: Plan, stage: StagePlan) -> Iterator[str]:
         share = "" if len(stage.items) == 1 else f"{100 * item.share:.0f} % of the steps: "
         yield f"{share}{item.modality}s of {item.tokens:,.0f} tokens ({item.source})"
     yield (
-        f"a step: {stage.step_s:.3g} s, MFU {100 * stage.mfu:.0f} %, {stage.pairs:,.0f} pairs, "
+        f"a step: {stage.step_s:.3g} s, MFU {percent(stage.mfu)}, {stage.pairs:,.0f} pairs, "
         f"{stage.tokens / stage.step_s / plan.cluster.ranks:,.0f} tokens/s a GPU"
     )
     parts = sorted(stage.step.items(), key=lambda part: -part[1])
@@ -131,7 +131,7 @@ def _stage(plan: Plan, stage: StagePlan) -> Iterator[str]:
     )
     yield f"    of it {shares}"
     again = f" + {100 * stage.recomputed_flops / stage.flops:.0f} % computed twice" if stage.recomputed_flops else ""
-    yield f"FLOPs of a step: {stage.flops / 1e15:,.3g} PFLOP{again}; a full pack {stage.pack_tflops:,.0f} TFLOP"
+    yield f"a step computes {flops_text(stage.flops)}{again}; a full pack is {stage.pack_tflops:.3g} TFLOP"
     if stage.collectives:
         moved = ", ".join(f"{kind} {amount(size)}" for kind, size in stage.collectives.items())
         yield f"weights and gradients of a step, each GPU: {moved}, in about {stage.messages} collectives"
@@ -139,7 +139,7 @@ def _stage(plan: Plan, stage: StagePlan) -> Iterator[str]:
     wanted = own.cost_budget_tflops
     cost = "auto: from the first samples, so that packs take equal time" if wanted == "auto" else wanted or "none"
     yield f"cost_budget_tflops: {cost}"
-    yield f"{stage.steps:,} steps, {stage.hours / 24:,.1f} days, {stage.hours * plan.cluster.ranks:,.0f} GPU hours"
+    yield f"{stage.steps:,} steps, {duration(stage.hours)}, {short(stage.hours * plan.cluster.ranks)} GPU hours"
 
 
 def _memory(plan: Plan, stage: StagePlan) -> Iterator[str]:
@@ -160,10 +160,10 @@ def _memory(plan: Plan, stage: StagePlan) -> Iterator[str]:
 
 def _whole(plan: Plan) -> Iterator[str]:
     made = plan.checkpoints
-    yield f"{duration(plan.hours)}, {plan.gpu_hours:,.0f} GPU hours"
+    yield f"{duration(plan.hours)}, {short(plan.gpu_hours)} GPU hours"
     yield (
         f"a checkpoint: {amount(made.bytes)}, {made.seconds:.3g} s; {made.count:,} are written "
-        f"({made.hours:.2g} h), and {amount(made.disk)} of disk hold those that are kept while one is written"
+        f"({duration(made.hours)}), and {amount(made.disk)} of disk hold those that are kept while one is written"
     )
     read = plan.reading
     where = "from S3" if read.remote else "from shards"
@@ -188,42 +188,39 @@ def _machines(plan: Plan) -> Iterator[str]:
 
 def _scaling(plan: Plan, scales: Sequence[Plan]) -> Iterator[str]:
     names = [stage.name for stage in plan.stages]
-    yield f"{'GPUs':>6}  {'':<13}{'days':>8} {'GPU h':>11}  " + "  ".join(f"{name + ', s (MFU)':>20}" for name in names)
+    heads = "  ".join(f"{name + ', s (MFU)':>20}" for name in names)
+    yield f"{'GPUs':>6}  {'':<13}{'whole run':>14} {'GPU hours':>11}  {heads}"
     for one in scales:
-        cells = [f"{own.step_s:.3g} ({100 * own.mfu:.0f} %)" for own in one.stages]
+        cells = "  ".join(f"{f'{own.step_s:.3g} ({percent(own.mfu)})':>20}" for own in one.stages)
         mark = " <" if one.cluster.ranks == plan.cluster.ranks else ""
-        days = f"{one.hours / 24:,.1f}" if one.misfit() is None else "no room"
+        length = duration(one.hours) if one.misfit() is None else "does not fit"
         lanes = "" if one.config.data.lanes == plan.config.data.lanes else f"  {one.config.data.lanes:,} lanes"
-        yield (
-            f"{one.cluster.ranks:>6,}  {one.zero:<13}{days:>8} {one.gpu_hours:>11,.0f}  "
-            + "  ".join(f"{cell:>20}" for cell in cells) + lanes + mark
-        )  # fmt: skip
+        yield f"{one.cluster.ranks:>6,}  {one.zero:<13}{length:>14} {short(one.gpu_hours):>11}  {cells}{lanes}{mark}"
 
 
 def _sweep(trials: Sequence[Trial]) -> Iterator[str]:
     best = best_of(trials)
-    yield "tokens/s a GPU, predicted; memory of a GPU; - where it does not fit; * the best"
+    yield "thousand tokens/s a GPU, predicted, and GB of a GPU; - does not fit; * the best"
     budgets = sorted({one.budget for one in trials})
-    yield f"{'checkpoint_every, ZeRO':<26}" + "".join(f"{budget:>19,}" for budget in budgets)
+    yield f"{'checkpoint_every, ZeRO':<23}" + "".join(f"{budget:>13,}" for budget in budgets)
     rows: dict[tuple[str, str], dict[int, Trial]] = {}
     for one in trials:
         rows.setdefault((str(one.kind), one.zero), {})[one.budget] = one
     for (kind, zero), cells in rows.items():
         text = "".join(_cell(cells[budget], best) for budget in budgets)
-        yield f"{kind + ', ' + zero:<26}{text}"
+        yield f"{kind + ', ' + zero:<23}{text}"
     if best is None:
         yield "nothing fits: use more GPUs, GPUs with more memory, or a smaller encoder"
     else:
         yield (
             f"* deepspeed: {best.zero}, checkpoint_every: {best.kind}, token_budget: {best.budget}; "
-            f"{best.pairs:,.0f} pairs a step, {best.step_s:.3g} s, MFU {100 * best.mfu:.0f} %"
+            f"{best.pairs:,.0f} pairs a step, {best.step_s:.3g} s, MFU {percent(best.mfu)}"
         )
 
 
 def _cell(one: Trial, best: Trial | None) -> str:
-    size = amount(one.memory)
-    text = f"{one.speed:,.0f} {size}" if one.fits else f"- {size}"
-    return f"{text + ('*' if one is best else ''):>19}"
+    speed = f"{one.speed / 1e3:.3g}" if one.fits else "-"
+    return f"{f'{speed} {one.memory / 1e9:.3g}' + ('*' if one is best else ' '):>13}"
 
 
 def _assumptions(plan: Plan) -> Iterator[str]:
@@ -233,5 +230,25 @@ def _assumptions(plan: Plan) -> Iterator[str]:
 
 
 def duration(hours: float) -> str:
-    """Returns a duration in hours or days."""
+    """Returns a duration in minutes, hours or days."""
+    if hours < 1:
+        return f"{60 * hours:.3g} minutes"
     return f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:,.1f} days"
+
+
+def percent(share: float) -> str:
+    """Returns a share in percent, with two digits below 10 %."""
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
+def short(number: float) -> str:
+    """Returns a number with commas, or with three digits if it is small."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def flops_text(flops: float) -> str:
+    """Returns a number of FLOPs with a unit, such as "79.4 PFLOP"."""
+    for unit, factor in (("EFLOP", 1e18), ("PFLOP", 1e15)):
+        if flops >= factor:
+            return f"{flops / factor:.3g} {unit}"
+    return f"{flops / 1e12:.3g} TFLOP"

@@ -1,0 +1,58 @@
+"""What a step takes on this machine, for the description of a run before it starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from univitar_ds.drafting.machine import this_machine
+from univitar_ds.planning.batch import Means
+from univitar_ds.planning.checks import Inputs
+from univitar_ds.planning.deepspeed_auto import ranks_of
+from univitar_ds.planning.forecast.cluster import USABLE, Cluster, this_gpu
+from univitar_ds.planning.forecast.items import items_of
+from univitar_ds.planning.forecast.stage import plan_stage
+from univitar_ds.planning.forecast.step_load import (
+    Placement,
+    PlannedModel,
+    fitting_recomputation,
+    peak_of,
+    teacher_memory,
+)
+from univitar_ds.planning.sizes import Counts, amount
+
+
+def planned(
+    inputs: Inputs, description: Mapping[str, Any], counts: Counts, ranks: int
+) -> tuple[PlannedModel, Placement]:
+    """Returns the model of a checked run, and where it is trained: on the GPUs of this machine, if it has any."""
+    machine, config = this_machine(), inputs.config
+    teacher = None if inputs.teacher is None else teacher_memory(config, inputs.teacher.width, ranks=ranks)
+    node = ranks_of(ranks, machine, os.environ).node
+    return PlannedModel(config, description, counts, teacher), Placement(
+        ranks, node, inputs.resolved, on_gpu=machine.gpus > 0
+    )
+
+
+def step_lines(model: PlannedModel, place: Placement, means: Means) -> Iterator[str]:
+    """Yields what a step of full packs takes in each stage, by the formulas of `univitar-ds plan`."""
+    config, machine = model.config, this_machine()
+    room = USABLE * machine.gpu_memory if place.on_gpu else math.inf
+    gpu = this_gpu() if place.on_gpu else None
+    for stage in config.stages:
+        kind = fitting_recomputation(model, stage, place, room)
+        found = peak_of(model, stage, place, kind)
+        parts = sorted(found.parts.items(), key=lambda part: -part[1])
+        sums = ", ".join(f"{name} {amount(size)}" for name, size in parts if size > 0.01 * found.bytes)
+        yield f"{stage.name}: {amount(found.bytes)} of a rank in '{found.moment}', checkpoint_every {kind}: {sums}"
+        if found.bytes > room:
+            yield f"    TOO MUCH: {amount(room)} of a GPU may be filled; see `univitar-ds plan`"
+        if gpu is not None:
+            cluster = Cluster(max(1, place.ranks // place.node), place.node, gpu)
+            where, items = (config.deepspeed, place), items_of(stage, means, None)
+            own = plan_stage(model, stage, cluster, where, items, kind=kind, with_budgets=False)
+            yield f"    {own.step_s:.3g} s a step and {100 * own.mfu:.2g} % MFU on {gpu}, predicted, not measured"
+    if not place.on_gpu:
+        yield "beside what the process holds after its imports (0.6 GB), and decoding processes"
