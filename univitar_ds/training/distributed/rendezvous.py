@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 
@@ -14,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from univitar_ds.errors import UserError
 from univitar_ds.training.distributed.launchers import RANK_NAMES, left_behind
+from univitar_ds.training.distributed.slurm import node_name, nodes_of_step
 
 MEET_TIMEOUT = timedelta(minutes=5)
 """Maximum time that a rank waits for all other ranks to join."""
@@ -23,7 +25,7 @@ _HEARD_TIMEOUT = timedelta(seconds=10)
 """Maximum time that rank 0 waits after a failure until the other ranks have read it."""
 _POLL_S = 0.5
 _MAX_LISTED = 8
-"""Maximum number of missing ranks that a message lists."""
+"""Maximum number of missing ranks, and of nodes, that a message lists."""
 
 
 def meet(rank: int, size: int, timeout: timedelta = MEET_TIMEOUT) -> dist.Store:
@@ -34,23 +36,24 @@ def meet(rank: int, size: int, timeout: timedelta = MEET_TIMEOUT) -> dist.Store:
     deadline = time.monotonic() + timeout.total_seconds()
     try:
         store = _store(rank, size, timeout, deadline)
-        store.set(f"met/{rank}", "")
+        store.set(f"met/{rank}", node_name(os.environ))
         if rank == 0:
             missing = _missing(store, size, deadline)
-            store.set("all met", json.dumps(missing))
+            where = _where(store, set(range(size)).difference(missing)) if missing else ""
+            store.set("all met", json.dumps([missing, where]))
             if missing:  # the store may end with this process
                 with suppress(dist.DistError):
                     store.wait([f"heard/{other}" for other in range(1, size) if other not in missing], _HEARD_TIMEOUT)
         else:
             store.wait(["all met"], timeout + _SLACK)
-            missing = json.loads(store.get("all met"))
+            missing, where = json.loads(store.get("all met"))
             store.set(f"heard/{rank}", "")
     except (dist.DistError, TimeoutError) as error:  # torch appends a C++ stack to its reason
         raise UserError(_message(rank, size, _reason(error, timeout))) from error
     if missing:
-        listed = ", ".join(map(str, missing[:_MAX_LISTED])) + (", ..." if len(missing) > _MAX_LISTED else "")
         ranks = "rank" if len(missing) == 1 else "ranks"
-        raise UserError(_message(rank, size, f"{ranks} {listed} did not answer within {_duration(timeout)}"))
+        reason = f"{ranks} {_listed(missing)} did not answer within {_duration(timeout)}; {where}"
+        raise UserError(_message(rank, size, reason))
     return store
 
 
@@ -94,6 +97,18 @@ def _missing(store: dist.Store, size: int, deadline: float) -> list[int]:
         except dist.DistStoreError:
             return [other for other in range(size) if not store.check([f"met/{other}"])]
     return []
+
+
+def _where(store: dist.Store, ranks: set[int]) -> str:
+    """Returns a phrase with the nodes of the ranks that have joined, and with those of a Slurm step that have none."""
+    answered = sorted({store.get(f"met/{rank}").decode(errors="replace") for rank in ranks})
+    absent = [node for node in nodes_of_step(os.environ) if node not in answered]
+    silent = f", none from {_listed(absent)}" if absent else ""
+    return f"ranks have answered from {_listed(answered)}{silent}"
+
+
+def _listed(entries: Sequence[object]) -> str:
+    return ", ".join(map(str, entries[:_MAX_LISTED])) + (", ..." if len(entries) > _MAX_LISTED else "")
 
 
 def _reason(error: Exception, timeout: timedelta) -> str:

@@ -2,9 +2,53 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from collections.abc import Mapping, MutableMapping
 
 from univitar_ds.errors import ConfigError
+
+_MOST_NODES = 100_000
+"""Maximum number of nodes of a list that is expanded: a wrong one must not fill the memory."""
+_WHOLE = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
+_PARTS = re.compile(r"([^\[\]]*)\[([^\[\]]*)\](.*)")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def node_name(environment: Mapping[str, str]) -> str:
+    """Returns Slurm's name of this node; outside of Slurm, or if several nodes share a machine, its host name."""
+    return environment.get("SLURMD_NODENAME") or platform.node()
+
+
+def nodes_of_step(environment: Mapping[str, str]) -> list[str]:
+    """Returns the names of the nodes of this step, as `scontrol show hostnames` does; empty outside of Slurm, or for a
+    list that cannot be read."""
+    try:
+        return _expanded(environment.get("SLURM_STEP_NODELIST", ""))
+    except ValueError:
+        return []
+
+
+def _expanded(text: str) -> list[str]:
+    """Raises: ValueError if `text` is not a list of nodes, such as "a[01-03,7]-x,login"."""
+    found: list[str] = []
+    for word in _WHOLE.findall(text):
+        parts = _PARTS.fullmatch(word)
+        if parts is None:
+            found.append(word)
+            continue
+        before, ranges, after = parts.groups()
+        rest = _expanded(after) or [""]
+        for entry in ranges.split(","):
+            match = _RANGE.fullmatch(entry)
+            if match is None or len(found) > _MOST_NODES:
+                raise ValueError(f"{entry!r} is no range of nodes")
+            first, last = match[1], match[2] or match[1]
+            if int(last) - int(first) > _MOST_NODES:
+                raise ValueError(f"{entry} has more than {_MOST_NODES} nodes")
+            numbers = range(int(first), int(last) + 1)
+            found += [f"{before}{number:0{len(first)}d}{end}" for number in numbers for end in rest]
+    return found
 
 
 def tasks_of_step(environment: Mapping[str, str]) -> int:

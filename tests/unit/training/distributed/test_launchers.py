@@ -120,7 +120,8 @@ def ranks(numbers, size, seconds, port):
     processes = []
     for rank in numbers:
         five = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **{name: str(value) for name, value in five.items()}}
+        slurm = {"SLURMD_NODENAME": "here", "SLURM_STEP_NODELIST": "here,there"}
+        environment = {**os.environ, **slurm, **{name: str(value) for name, value in five.items()}}
         command = [sys.executable, "-c", MEET, str(seconds)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=environment, **pipes))
@@ -141,6 +142,7 @@ def test_a_rank_that_nobody_answers_says_which_variables_made_it_one_and_how_to_
     for number, said in ((0, "rank 1 did not answer within 1 s; "), (1, f"127.0.0.1:{port}, within 1 s; ")):
         (text,) = ranks([number], 2, 1, port)
         assert said in text
+        assert number == 1 or "ranks have answered from here, none from there; RANK=0" in text
         assert f"RANK={number}, WORLD_SIZE=2, LOCAL_RANK={number}, MASTER_ADDR=127.0.0.1, MASTER_PORT={port}" in text
         assert "env -u RANK -u WORLD_SIZE -u LOCAL_RANK -u MASTER_ADDR -u MASTER_PORT univitar-ds train" in text
 

@@ -1,5 +1,6 @@
 """The process that listens is a child: signals, threads and exits are real."""
 
+import platform
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 from univitar_ds.errors import ConfigError
 from univitar_ds.training.distributed.preemption import SAVED
-from univitar_ds.training.distributed.slurm import adopt_ranks
+from univitar_ds.training.distributed.slurm import adopt_ranks, node_name, nodes_of_step
 
 SLURM = ROOT / "slurm"
 LISTENER = """
@@ -190,3 +191,26 @@ def test_the_port_of_a_job_is_none_that_linux_may_have_given_to_a_connection(scr
         ["bash", "-c", f"{line}\necho $MASTER_PORT"], env={"SLURM_JOB_ID": str(number)}, capture_output=True, check=True
     )
     assert 1024 <= int(port.stdout) < 32_768
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [
+        ("", []),
+        ("login", ["login"]),
+        ("univitar-a,univitar-b", ["univitar-a", "univitar-b"]),
+        ("n[1-3,7],x", ["n1", "n2", "n3", "n7", "x"]),
+        ("gpu[008-011]-ib", ["gpu008-ib", "gpu009-ib", "gpu010-ib", "gpu011-ib"]),
+        ("r[1-2]n[0-1]", ["r1n0", "r1n1", "r2n0", "r2n1"]),
+        ("n[a-b]", []),
+        ("n[1-99999999999]", []),
+        ("n[3-1]", []),
+    ],
+)
+def test_the_nodes_of_a_step_are_those_that_scontrol_shows(text, nodes):
+    assert nodes_of_step({"SLURM_STEP_NODELIST": text}) == nodes
+
+
+def test_a_node_has_the_name_that_slurm_gives_it():
+    assert node_name({"SLURMD_NODENAME": "gpu7"}) == "gpu7"
+    assert node_name({}) == platform.node()
