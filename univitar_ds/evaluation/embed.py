@@ -94,7 +94,7 @@ def _text_vectors(model: ContrastiveModel, ids: Tensor, lengths: Tensor, device:
     """Returns unit vectors (n, E) float32 on the host. A pack may have as many texts as it has tokens, and each of
     them is as long as the longest: `TEXTS_AT_ONCE` bounds the memory."""
     parts = zip(ids.split(TEXTS_AT_ONCE), lengths.split(TEXTS_AT_ONCE), strict=True)
-    return torch.cat([model.encode_text(some.to(device), counts.to(device)).float().cpu() for some, counts in parts])
+    return torch.cat([model.encode_text(some.to(device), counts).float().cpu() for some, counts in parts])
 
 
 def embed_texts(model: ContrastiveModel, tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> Tensor:

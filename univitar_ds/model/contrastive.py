@@ -151,7 +151,8 @@ class ContrastiveModel(nn.Module):
     def encode_text(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
         """Embeds captions as unit vectors.
 
-        Args: token_ids: (N, S), padded after the end of text; text_lengths: (N,) number of real tokens per row.
+        Args: token_ids: (N, S), padded after the end of text; text_lengths: (N,) number of real tokens per row, on
+            the host or on the device.
         Returns: (N, E) float32.
         """
         return F.normalize(self.text_proj(self.text(token_ids, text_lengths)).float(), dim=-1)

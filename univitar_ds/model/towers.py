@@ -15,7 +15,10 @@ from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError, first_line
 from univitar_ds.formats.stored_model import TensorInfo
 from univitar_ds.formats.weight_files import weight_files
+from univitar_ds.model.blocks.attention import CuSeqlens
 from univitar_ds.model.libraries import working_imports
+from univitar_ds.model.packed import can_pack, packed
+from univitar_ds.model.transfer import to_device
 
 FAMILIES = {
     "clip": "clip",
@@ -31,7 +34,10 @@ _ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh")
 
 
 class CausalTextTower(nn.Module):
-    """CLIP's text transformer with a causal mask, pooled at the last real token, which attends to all tokens."""
+    """CLIP's text transformer with a causal mask, pooled at the last real token, which attends to all tokens.
+
+    Where one call computes the attention of many texts, they run packed, without padding (`packed.can_pack`).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,17 +47,35 @@ class CausalTextTower(nn.Module):
     def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """Returns (N, Dt) features.
 
-        Args: token_ids: (N, S); lengths: (N,) real tokens of each row, end of text included.
+        Args: token_ids: (N, S); lengths: (N,) real tokens of each row, end of text included. Texts can be packed only
+            if `lengths` is on the host, since they are sizes.
         """
         rows = len(token_ids)
         token_ids, lengths = _never_empty(token_ids, lengths)
+        if lengths.device.type == "cpu" and can_pack(self.model.config, token_ids.device, self.model.dtype):
+            return self.packed(token_ids, lengths)[:rows]
         states = self.model(input_ids=token_ids).last_hidden_state
+        lengths = to_device(lengths, states.device)
         return states[torch.arange(len(states), device=states.device), lengths - 1][:rows]
+
+    def packed(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Returns the features of `forward` from the real tokens alone, for N > 0. Args: lengths: on the host."""
+        device = token_ids.device
+        items = CuSeqlens.of(lengths.tolist(), device)
+        columns = torch.arange(token_ids.shape[1]).expand(token_ids.shape)
+        real = columns < lengths[:, None]
+        places = torch.stack([real.flatten().nonzero()[:, 0], columns[real]])
+        places, positions = to_device(places, device)
+        # Each token is a row of one token: the model refuses rows that are longer than its positions.
+        ids = token_ids.flatten().index_select(0, places)[:, None]
+        with packed(self.model, items, causal=True):
+            states = self.model(input_ids=ids, position_ids=positions[:, None]).last_hidden_state[:, 0]
+        return states.index_select(0, items.cu_seqlens[1:] - 1)
 
 
 class PaddedTextTower(nn.Module):
     """The text transformer of SigLIP and SigLIP 2: trained without a mask on rows padded to full length, pooled at the
-    last position."""
+    last position. Its tokens attend to the padding, so that there is nothing to leave out."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -67,6 +91,7 @@ class PaddedTextTower(nn.Module):
         token_ids, lengths = _never_empty(token_ids, lengths)
         config = self.model.config
         full = token_ids.new_full((len(token_ids), config.max_position_embeddings), config.pad_token_id)
+        lengths = to_device(lengths, token_ids.device)
         real = torch.arange(token_ids.shape[1], device=token_ids.device) < lengths[:, None]
         full[:, : token_ids.shape[1]] = token_ids.where(real, config.pad_token_id)
         return self.model(input_ids=full).pooler_output[:rows]

@@ -14,9 +14,10 @@ from transformers import (
     SiglipModel,
 )
 
-from tests.support.closeness import assert_sums_close, transformer_terms
+from tests.support.closeness import assert_sums_close, entry_bound, gradient_terms, transformer_terms
 from univitar_ds.config.model import TextConfig
 from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.model import towers
 from univitar_ds.model.towers import build_text_tower, text_model_config, text_shapes, text_tower
 
 VOCAB = {"vocab_size": 50, "eos_id": 49, "pad_id": 0}
@@ -58,6 +59,51 @@ def test_padding_has_no_effect_and_the_end_of_text_is_pooled():
         assert_sums_close(pooled[row], alone[0], TERMS)
         states = tower.model(input_ids=CAPTIONS[row : row + 1]).last_hidden_state
         assert_sums_close(pooled[row], states[0, length - 1], TERMS)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("source", ["scratch", "clip"])
+def test_packed_texts_have_the_features_and_gradients_of_padded_ones(source, tmp_path):
+    if source == "clip":
+        save_clip(tmp_path, hidden_act="quick_gelu")
+    tower = build_text_tower(SMALL.model_copy(update={"path": str(tmp_path)} if source == "clip" else {}), **VOCAB)
+    with torch.no_grad():
+        for parameter in tower.parameters():  # the first ones are so small that attention would hardly matter
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    seen: list[int] = []
+    tower.model.encoder.register_forward_pre_hook(
+        lambda _, inputs, named: seen.append(named["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    upstream = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    results = []
+    for run in (tower, tower.packed):
+        tower.zero_grad()
+        pooled = run(CAPTIONS, LENGTHS)
+        (pooled * upstream).sum().backward()
+        results.append((pooled, {name: one.grad for name, one in tower.named_parameters()}))
+    assert seen == [18, 12], "tokens with padding and without"
+    (padded, wanted), (pooled, gradients) = results
+    assert_sums_close(pooled, padded, TERMS)
+    largest = max(one.abs().max().item() for one in wanted.values())
+    for name, one in wanted.items():  # the K part of attention's bias has none but rounding
+        if name.endswith("k_proj.bias"):
+            assert gradients[name].abs().max() <= entry_bound(gradient_terms(TERMS, 18), largest, torch.float32)
+        else:
+            assert_sums_close(gradients[name], one, gradient_terms(TERMS, 18), name)
+    assert torch.equal(tower(CAPTIONS, LENGTHS), padded), "a packed run leaves nothing behind"
+
+
+def test_texts_are_packed_where_one_call_attends_for_all_and_their_lengths_are_on_the_host(monkeypatch):
+    """The device is a stand-in: on a CPU each text would need a call of its own."""
+    tower = build_text_tower(SMALL, **VOCAB)
+    padded = tower(CAPTIONS, LENGTHS)
+    asked: list[tuple] = []
+    monkeypatch.setattr(towers, "can_pack", lambda *question: asked.append(question) or True)
+    packed = tower(CAPTIONS, LENGTHS)
+    assert asked == [(tower.model.config, torch.device("cpu"), torch.float32)]
+    assert torch.equal(packed, tower.packed(CAPTIONS, LENGTHS))
+    assert_sums_close(packed, padded, TERMS)
+    assert tower(CAPTIONS[:0], LENGTHS[:0]).shape == (0, 32)
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5)])

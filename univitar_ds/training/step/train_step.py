@@ -262,13 +262,13 @@ def _contrastive(
 
 
 def _inputs(batch: Batch, device: torch.device, distill: bool, drops: DropPlan | None) -> tuple[Any, ...]:
-    """Returns the arguments of the model's forward. `frames` and `grid_thw` stay on the host, since they are sizes."""
+    """Returns the arguments of the model's forward. Sizes stay on the host: `frames`, `grid_thw`, lengths."""
     pack = (
         pixels_on(device, batch.pixels),
         batch.frames,
         batch.grid_thw,
         to_device(batch.token_ids, device),
-        to_device(batch.text_lengths, device),
+        batch.text_lengths,
     )
     return (*pack, distill, drops) if distill or drops is not None else pack
 
