@@ -38,7 +38,7 @@ def config_of(shards, output, url=None, endpoint=None):
     config = small_config(shards, output).model_dump(mode="json")
     config["data"]["s3"] = {"endpoint_url": endpoint, "idle_timeout_s": 1.0, "give_up_s": 20.0}
     checkpoint = {"every_steps": 2, "keep": 2, "folder": url}
-    changes = {"stages": [{"name": "images", "samples": 90, **STAGE}], "checkpoint": checkpoint}
+    changes = {"stages": [{"name": "images", "samples": 160, **STAGE}], "checkpoint": checkpoint}
     return small_config(shards, output, data=config["data"], **changes)
 
 
