@@ -7,8 +7,10 @@ One rank of one thread trains nothing: its state is a number of tensors, and a s
 training: the copy to host memory, the preparation of the folder, and continuing at later steps; `pause_pct` is its
 share. `first_pause_s` is that of the first save, which gets the memory from the system. `slowdown_pct` compares the
 median time of the steps while the thread writes and reads back with that of as many steps without a save, in turns, so
-that other load affects both. The files of both kinds are compared byte for byte. With `--busy` a process keeps another
-core busy, so that no core is free for the thread. Rows are added to results/bench_checkpoint.csv.
+that other load affects both; on cores that are busy with other programs it is mostly the share of the thread.
+`slowdown_cpu_pct` compares the CPU time of the steps instead, which such a share does not change. The files of both
+kinds are compared byte for byte. With `--busy` a process keeps another core busy, so that no core is free for the
+thread. Rows are added to results/bench_checkpoint.csv.
 """
 
 from __future__ import annotations
@@ -71,16 +73,16 @@ class Training:
         self._saves = saves
         self._matrix = torch.randn(SIDE, SIDE)
 
-    def step(self) -> tuple[float, float]:
-        """Returns the seconds of a step, and of continuing a save before it."""
+    def step(self) -> tuple[float, float, float]:
+        """Returns the seconds and the CPU seconds of a step, and the seconds of continuing a save before it."""
         begin = time.perf_counter()
         self._saves.raise_failed()
         if self._saves.ready():
             self._saves.advance()
-        middle = time.perf_counter()
+        middle, used = time.perf_counter(), time.thread_time()
         for _ in range(3):
             self._matrix @ self._matrix
-        return time.perf_counter() - middle, middle - begin
+        return time.perf_counter() - middle, time.thread_time() - used, middle - begin
 
 
 @contextmanager
@@ -117,12 +119,12 @@ def measure(megabytes: int, repeats: int, folder: Path) -> dict[str, Any]:
         pause = seconds_of(lambda number=number: save(going_on, "going_on", number))
         steps = 0
         while going_on.in_flight:
-            seconds, waited = training.step()
+            *seconds, waited = training.step()
             beside.append(seconds)
             pause += waited
             steps += 1
         pauses.append(pause)
-        alone += [training.step()[0] for _ in range(steps)]
+        alone += [training.step()[:2] for _ in range(steps)]
         ours, theirs = (folder / name / "checkpoints" / f"step-{number:08d}" for name in ("waiting", "going_on"))
         names = sorted(path.name for path in ours.iterdir())
         _, mismatch, errors = filecmp.cmpfiles(ours, theirs, names, shallow=False)
@@ -130,15 +132,19 @@ def measure(megabytes: int, repeats: int, folder: Path) -> dict[str, Any]:
         assert not errors, errors
     size = sum(path.stat().st_size for path in ours.iterdir())
     wait, pause = statistics.median(synchronous[1:]), statistics.median(pauses[1:])
+    (step, cpu), (step_beside, cpu_beside) = (
+        [statistics.median(column) for column in zip(*times, strict=True)] for times in (alone, beside)
+    )
     return {
         "megabytes": round(size / 1e6),
         "synchronous_s": rounded(wait),
         "pause_s": rounded(pause),
         "pause_pct": rounded(100 * pause / wait),
         "first_pause_s": rounded(pauses[0]),
-        "step_ms": rounded(1e3 * statistics.median(alone)),
-        "step_while_writing_ms": rounded(1e3 * statistics.median(beside)),
-        "slowdown_pct": rounded(100 * (statistics.median(beside) / statistics.median(alone) - 1), 2),
+        "step_ms": rounded(1e3 * step),
+        "step_while_writing_ms": rounded(1e3 * step_beside),
+        "slowdown_pct": rounded(100 * (step_beside / step - 1), 2),
+        "slowdown_cpu_pct": rounded(100 * (cpu_beside / cpu - 1), 2),
         "steps": len(beside),
     }
 
