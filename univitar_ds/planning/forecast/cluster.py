@@ -34,6 +34,13 @@ ASSUMPTIONS = {
     "native_tokens": Assumption(1024, "tokens", "chosen", "mean image at native size, within the stage's limits"),
     "attended": Assumption(1500 / 1024, "of the mean", "chosen", "tokens that a token attends to, at native sizes"),
     "sizes": Assumption(24, "sizes", "chosen", "of the items of a pack at native sizes: passes of the teacher"),
+    "fill": Assumption(0.985, "of token_budget", "measured", "packs of several sizes (docs/performance.md)"),
+    "fused_host": Assumption(
+        0.25, "of the host time of a launch", "measured", "with kept launchers (benchmarks/results/bench_launch.csv)"
+    ),
+    "loss_kernels": Assumption(
+        8, "kernels a chunk", "derived", "of the contrastive loss, whose texts are gathered at once"
+    ),
     "balanced": Assumption(
         1.02, "of the mean", "measured", "longest pack with cost_budget_tflops (docs/performance.md)"
     ),
@@ -99,5 +106,6 @@ def value(name: str) -> float:
 
 def assumption_lines(cluster: Cluster, step: dict[str, Assumption]) -> Iterator[str]:
     """Yields a line for each number that a plan assumes. Args: step: those of the model of a step."""
+    yield "a teacher runs once for each size of a pack, and texts are padded (derived: as the program does it today)"
     for name, one in [*ASSUMPTIONS.items(), *step.items(), *cluster.gpu.assumptions()]:
         yield f"{name}: {one.value:.4g} {one.unit} ({one.kind}: {one.source})"

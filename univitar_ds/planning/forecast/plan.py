@@ -25,6 +25,7 @@ from univitar_ds.planning.forecast.step_load import (
 )
 from univitar_ds.planning.memory import TeacherMemory
 from univitar_ds.planning.sizes import amount, count_parameters
+from univitar_ds.plugins import load_plugins
 
 SCALES = tuple(2**power for power in range(11))
 """Numbers of GPUs of the table of scaling."""
@@ -85,7 +86,13 @@ def planned_model(config: RunConfig, ranks: int) -> tuple[PlannedModel, list[str
 
     Raises: UserError if `model.init_from` cannot be read, or the parts of the model do not fit each other.
     """
+    load_plugins(config.plugins)
     notes: list[str] = []
+    if config.optimizer.kind != "adamw":
+        notes.append(
+            f"memory and time of the update are those of AdamW: whole matrices of {config.optimizer.kind} are "
+            "not counted"
+        )
     teacher = None if config.objective.teacher is None else _teacher(config, ranks, notes)
     start = open_start(config)
     found = Inputs(config, {}, {}, (), (), start, None)

@@ -33,8 +33,6 @@ HOST_RATIOS = {
 }
 """Host time of the engine's step in multiples of the model's without DeepSpeed (benchmarks/results/bench_host.csv).
 ZeRO-1 is taken to be as ZeRO-2, which has the same hooks."""
-_FILLED = 0.985
-"""Share of token_budget that packs of native sizes have (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -167,11 +165,11 @@ def method_of(stage: StageConfig, zero: str, place: Placement, kept: int, cluste
         recompute_by_memory=False,
         kept_packs=kept,
         ring=False,
-        loss_kernels=8,
+        loss_kernels=int(value("loss_kernels")),
         teacher_by_size=True,
         packed_text=False,
         imbalance=imbalance,
-        fused_host=0.25,
+        fused_host=value("fused_host"),
         node=cluster.per_node,
     )
 
@@ -211,7 +209,7 @@ def _tokens(stage: StageConfig, items: Items) -> float:
     """Returns the tokens of a pack: whole items of one size, or nearly full packs of several."""
     if items.sizes == 1:
         return max(1, int(stage.token_budget / items.tokens)) * items.tokens
-    return _FILLED * stage.token_budget
+    return value("fill") * stage.token_budget
 
 
 def _mean(steps: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from univitar_ds.planning.forecast.cluster import assumption_lines
 from univitar_ds.planning.forecast.plan import Plan
-from univitar_ds.planning.forecast.stage import StagePlan
+from univitar_ds.planning.forecast.stage import HOST_RATIOS, StagePlan
 from univitar_ds.planning.forecast.sweep import Trial, best_of
 from univitar_ds.planning.gpus import Assumption
 from univitar_ds.planning.sizes import amount
@@ -226,6 +226,9 @@ def _cell(one: Trial, best: Trial | None) -> str:
 def _assumptions(plan: Plan) -> Iterator[str]:
     yield "nothing was measured on a GPU; times follow from the rates below, memory from shapes"
     own: Mapping[str, Assumption] = {name: one for name, one in ASSUMPTIONS.items() if name not in _UNUSED}
+    for zero, ratios in HOST_RATIOS.items():
+        found = ", ".join(f"{ratio} at {ranks:,} ranks" for ranks, ratio in ratios.items())
+        yield f"host_ratio {zero}: {found} (measured: benchmarks/results/bench_host.csv)"
     yield from assumption_lines(plan.cluster, dict(own))
 
 
