@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from tests.support.distributed import run_distributed
-from tests.support.given import KINDS, MIDDLE, STEPS, Towers, assert_whole, at, rate, scale_of, trained
+from tests.support.given import KINDS, MIDDLE, STEPS, Towers, assert_whole, at, rate, scale_of, train, trained
+from tests.support.training import ds_config
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats.elastic import MASTER
 from univitar_ds.plugins import load_plugins, optimizer_of
+from univitar_ds.training.checkpoint.sharded import load_checkpoint, save_checkpoint
 from univitar_ds.training.distributed.process_group import start_world
+from univitar_ds.training.engine.engine import build_engine
 
 pytestmark = pytest.mark.distributed
 PLUGIN = """
@@ -72,6 +75,30 @@ def refused(plugin, source):
     except CheckpointError as error:
         return str(error)
     return ""
+
+
+def unfrozen(plugin, folder):
+    """Moments of the head, which the checkpoint has frozen, after it is loaded: lowest and highest by kind."""
+    load_plugins([str(plugin)])
+    world, content = start_world(), ds_config(1) | {"gradient_clipping": 0.0}
+    model = Towers()
+    model.head.requires_grad_(False)
+    engine = build_engine(model, CONFIG, content, world)
+    train(engine, 0, 2)
+    saved = save_checkpoint(engine, folder, 2, {}, {}, keep=1)
+    engine.close()
+    engine = build_engine(Towers(), CONFIG, content, world, {"rest": 2})
+    train(engine, 0, 1)  # so that the moments are those of a live engine, as after a rollback
+    load_checkpoint(engine, saved, stage_transition=True)
+    (head,) = [piece.tensors for piece in engine.pieces() if piece.name == "head.weight"]
+    found = {kind: (head[kind].min().item(), head[kind].max().item()) for kind in ("mean", "seen")}
+    engine.close()
+    return found
+
+
+def test_weights_that_are_unfrozen_start_with_the_declared_values(plugin, tmp_path):
+    (found,) = run_distributed(unfrozen, 1, plugin, tmp_path)
+    assert found == {"mean": (0.0, 0.0), "seen": (0.5, 0.5)}
 
 
 def test_it_updates_shards_as_whole_parameters_and_its_moments_move_between_stages_and_ranks(plugin, tmp_path):
