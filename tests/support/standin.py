@@ -110,15 +110,15 @@ class StandIn(nn.Module):
 class WithEncoder(nn.Module):
     """The real encoder with mean pooling over the tokens of an item, and a bag of words for captions."""
 
-    def __init__(self, *, checkpoint_every: int = 0, seed: int = 0) -> None:
+    def __init__(self, *, checkpoint_every: int | str = 0, seed: int = 0, hidden: int = HIDDEN) -> None:
         super().__init__()
         config = EncoderConfig(
-            hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, initializer_factor=1.0
+            hidden_size=hidden, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, initializer_factor=1.0
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.vision = UniViTAR(config, checkpoint_every=checkpoint_every)
-            self.vision_proj = nn.Linear(HIDDEN, JOINT, bias=False)
+            self.vision_proj = nn.Linear(hidden, JOINT, bias=False)
             self.embedding = nn.Embedding(VOCAB, JOINT)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0]))
@@ -127,7 +127,7 @@ class WithEncoder(nn.Module):
         grids = grid_thw.tolist()
         tokens = self.vision(normalise(patchify(pixels, frames.tolist(), grids, 1), (0.5,) * 3, (0.5,) * 3), grids)
         item = torch.repeat_interleave(torch.arange(len(grids)), grid_thw.prod(1))
-        pooled = tokens.new_zeros(len(grids), HIDDEN).index_add(0, item, tokens)
+        pooled = tokens.new_zeros(len(grids), tokens.shape[1]).index_add(0, item, tokens)
         real = (torch.arange(token_ids.shape[1]) < text_lengths[:, None])[..., None]
         vision, text = self.vision_proj(pooled), (self.embedding(token_ids) * real).sum(1)
         scale, bias = self.logit_scale.exp(), self.logit_bias * 1.0

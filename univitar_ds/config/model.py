@@ -84,6 +84,11 @@ class ModelConfig(Section):
         "auto",
         description="compile token-wise operations on a CPU; auto: for encoders that gain more than compiling costs",
     )
+    fp8: bool = Field(
+        False,
+        description="matrix products of blocks in 8-bit floating point while training, by torchao (extra `fp8`); needs "
+        "L40S, H100 or newer; emulated on a CPU",
+    )
     checkpoint_every: Checkpointing = Field(
         0,
         description="activation checkpointing: 0 none, 1 every block, k every k-th block; selective: every block, but "

@@ -296,7 +296,8 @@ def check_teacher(config: RunConfig) -> TeacherShape | None:
 
 
 def check_libraries(config: RunConfig) -> None:
-    """Raises: InstallationError if the installation is not one for training, or a text tower cannot be built."""
+    """Raises: InstallationError if the installation is not one for training, or a text tower cannot be built;
+    ConfigError if `model.fp8` is asked of a GPU that has none."""
     startup.phase("checking the installation")
     with extra("train"):
         for package in ("deepspeed", "tensorboard"):
@@ -308,6 +309,10 @@ def check_libraries(config: RunConfig) -> None:
                 f"logging.{name} is set and the package {name} is not installed: pip install 'univitar_ds[{name}]', or "
                 f"leave it out with logging.{name}=null"
             )
+    if config.model.fp8:
+        from univitar_ds.training.engine.fp8 import check_fp8
+
+        check_fp8()
     if not config.objective.classifies:
         from univitar_ds.model.towers import check_text_library
 

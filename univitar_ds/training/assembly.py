@@ -38,6 +38,7 @@ from univitar_ds.tokenization import load_tokenizer, special_ids
 from univitar_ds.training.checkpoint.sharded import load_checkpoint
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json
 from univitar_ds.training.engine.engine import Engine, build_engine
+from univitar_ds.training.engine.fp8 import use_fp8
 from univitar_ds.training.engine.optim import freeze_but, trained_parts
 from univitar_ds.training.state import State
 from univitar_ds.training.step.curriculum import Progress
@@ -69,6 +70,8 @@ def _build(cfg: RunConfig, run: Path, world: World, last: _Last) -> tuple[Engine
         start = _start(cfg, run) if folder is None else None
         model = _build_model(cfg, run, start, run_description(run, cfg, saved.get("model")))
         freeze_but(model, parts)
+        if cfg.model.fp8:
+            use_fp8(model)
         content = json.loads((run / DEEPSPEED).read_text(encoding="utf-8"))
         ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / CONFIG), str(run / DEEPSPEED)))
     startup.phase("building DeepSpeed's engine")
