@@ -9,8 +9,8 @@ from tests.support.standin import LANES, WithEncoder
 from tests.support.training import ds_config, losses, steps
 from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError, InstallationError
+from univitar_ds.training import fp8
 from univitar_ds.training.distributed.process_group import start_world
-from univitar_ds.training.engine import fp8
 from univitar_ds.training.engine.engine import build_engine
 
 pytestmark = pytest.mark.distributed

@@ -56,7 +56,7 @@ LIBRARIES = {
     "trackio": {"univitar_ds.training.logging.trackers"},
     "pyarrow": {"univitar_ds.inference.parts", "univitar_ds.data.importing.table_files"},
     "sklearn": {"univitar_ds.tasks.linear"},
-    "torchao": {"univitar_ds.training.engine.fp8"},
+    "torchao": {"univitar_ds.training.fp8"},
     "onnxscript": {"univitar_ds.convert.program"},
 }
 """The only modules that import them."""

@@ -12,7 +12,7 @@ from univitar_ds.data.importing.recognise import read_source
 from univitar_ds.data.importing.rows import ReadOptions
 from univitar_ds.objectives.pairs import check_additive, pair_losses
 from univitar_ds.plugins import RunInfo, StepInfo, load_plugins, optimizer_of
-from univitar_ds.training.engine.elementwise import check_elementwise, new_moment
+from univitar_ds.training.optimizers.elementwise import check_elementwise, new_moment
 
 FOLDER = ROOT / "examples" / "plugins"
 STEP = StepInfo(1, "s", "image", 8, 640, 8, 2.5, {"contrastive": 2.5}, 1.0, 1e-3, 10.0, -10.0, 0.5)

@@ -238,7 +238,7 @@ def check_plugins(config: RunConfig) -> None:
         with calling(plugin, f"the objective {config.objective.kind}"):
             check_additive(pair_losses(objective.loss_of_chunk))
     if config.optimizer.kind not in OPTIMIZERS:
-        from univitar_ds.training.engine.elementwise import check_elementwise
+        from univitar_ds.training.optimizers.elementwise import check_elementwise
 
         plugin, optimizer = optimizer_of(config.optimizer.kind, config.optimizer.options)
         with calling(plugin, f"the optimizer {config.optimizer.kind}"):
@@ -310,7 +310,7 @@ def check_libraries(config: RunConfig) -> None:
                 f"leave it out with logging.{name}=null"
             )
     if config.model.fp8:
-        from univitar_ds.training.engine.fp8 import check_fp8
+        from univitar_ds.training.fp8 import check_fp8
 
         check_fp8()
     if not config.objective.classifies:

@@ -38,8 +38,8 @@ from univitar_ds.tokenization import load_tokenizer, special_ids
 from univitar_ds.training.checkpoint.sharded import load_checkpoint
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json
 from univitar_ds.training.engine.engine import Engine, build_engine
-from univitar_ds.training.engine.fp8 import use_fp8
 from univitar_ds.training.engine.optim import freeze_but, trained_parts
+from univitar_ds.training.fp8 import use_fp8
 from univitar_ds.training.state import State
 from univitar_ds.training.step.curriculum import Progress
 

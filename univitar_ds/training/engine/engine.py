@@ -39,10 +39,7 @@ from univitar_ds.formats.elastic import EMA, FROZEN, MASTER
 from univitar_ds.training.distributed.process_group import World, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
 from univitar_ds.training.engine.device_waits import NO_TIMERS, NormReader, order_streams, streams_in_order
-from univitar_ds.training.engine.elementwise import new_moment
 from univitar_ds.training.engine.free_engine import free_engine
-from univitar_ds.training.engine.matrices import part_of_matrix
-from univitar_ds.training.engine.muon import MatricesAndAdamW
 from univitar_ds.training.engine.node_sharding import Sharding, sharding_of
 from univitar_ds.training.engine.optim import (
     GRADIENT_PARTS,
@@ -55,6 +52,9 @@ from univitar_ds.training.engine.optim import (
     settings,
 )
 from univitar_ds.training.engine.zero3 import Blocks, cut_for_all_ranks
+from univitar_ds.training.optimizers.elementwise import new_moment
+from univitar_ds.training.optimizers.matrices import part_of_matrix
+from univitar_ds.training.optimizers.muon import MatricesAndAdamW
 
 OWN_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 """Settings that keep torch's AdamW if the optimizer is offloaded, so that results do not depend on offloading."""

@@ -15,10 +15,10 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.formats.stored_model import MOMENTS
 from univitar_ds.plugins import OPTIMIZERS, Moment, optimizer_of
 from univitar_ds.training.distributed.process_group import uses_cuda
-from univitar_ds.training.engine import muon
-from univitar_ds.training.engine.elementwise import ElementwiseOptimizer
-from univitar_ds.training.engine.muon import MatricesAndAdamW
 from univitar_ds.training.engine.zero3 import blocks_of
+from univitar_ds.training.optimizers import muon
+from univitar_ds.training.optimizers.elementwise import ElementwiseOptimizer
+from univitar_ds.training.optimizers.muon import MatricesAndAdamW
 
 PARTS = {"patch_embedding": "vision.embeddings.", "blocks": "vision.", "text": "text.", "rest": ""}
 """Parts that are trained or frozen as a whole, with the prefix of their parameters' names. The first match counts."""

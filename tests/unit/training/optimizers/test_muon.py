@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from univitar_ds.training.engine.muon import orthogonalised, rate_ratio
+from univitar_ds.training.optimizers.muon import orthogonalised, rate_ratio
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (5, 60)])

@@ -5,7 +5,7 @@ import torch
 
 from univitar_ds.errors import PluginError
 from univitar_ds.plugins import Moment
-from univitar_ds.training.engine.elementwise import check_elementwise, new_moment
+from univitar_ds.training.optimizers.elementwise import check_elementwise, new_moment
 
 
 class Momentum:

@@ -6,8 +6,8 @@ import torch
 from benchmarks.bench_collectives import Collectives
 from tests.support.distributed import run_distributed
 from univitar_ds.training.distributed.process_group import start_world
-from univitar_ds.training.engine.matrices import Part, WholeMatrices
 from univitar_ds.training.engine.node_sharding import Sharding
+from univitar_ds.training.optimizers.matrices import Part, WholeMatrices
 
 pytestmark = pytest.mark.distributed
 SHAPES = [(8, 8), (6, 4), (8, 6), (3, 2), (8, 8), (6, 6)]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from univitar_ds.config.schema import MuonConfig
-from univitar_ds.training.engine.matrices import Part, WholeMatrices
 from univitar_ds.training.engine.node_sharding import Sharding
+from univitar_ds.training.optimizers.matrices import Part, WholeMatrices
 
 KIND = "muon"
 MOMENTUM = "momentum_buffer"
