@@ -18,7 +18,9 @@ LAYERS = [
     {"atomic_write", "classes", "identity", "image_ops", "kernels", "owned", "plugins", "tokenization"},
     {"config", "run_lock", "data.storage", "data.media"},
     {"preprocessing", "formats", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},
-    {"model.teacher", "data.sampler", "data.importing", "data.writing", "training.engine"},
+    {
+        "model.teacher", "data.sampler", "data.importing", "data.writing", "training.engine", "training.optimizers",
+    },
     {"data", "training.checkpoint"},
     {"data.tools", "viz", "training.step"},
     {"training.logging"},
