@@ -9,7 +9,7 @@ A step holds what stays between steps (`sizes.memory_of_rank`), and adds:
 | text backward | activations of both towers, gradients of a text block, buckets of gradients |
 | encoder backward | activations of the encoder, what its last block recomputes and its gradients, buckets |
 | gradients | the last bucket on its way, with ZeRO-1 all gradients |
-| update | the optimizer's copies; on a CPU two temporaries of AdamW |
+| update | the optimizer's copies; on a CPU two temporaries of AdamW; five copies of parts of Muon's matrices |
 
 The plan is the largest of them. `tests/pretence/test_memory.py` compares it with the real step on a pretended GPU,
 `benchmarks/bench_plan_memory.py` with the memory of processes on a CPU.
@@ -94,7 +94,8 @@ class States:
     `parts`: bytes between steps, from `sizes.memory_of_rank`, without those in host memory; `zero`: the section
     `zero_optimization`; `parameters`: all of them, `trained`: of these; `block`: the largest block; `ranks`: that share
     a training state; `width`: bytes of a weight in the forward pass; `gradient`: of an accumulated gradient; `text`:
-    parameters of the text tower.
+    parameters of the text tower; `matrices`: trained parameters that Muon updates, and `matrix_width` bytes of a value
+    in its messages.
     """
 
     parts: Mapping[str, float]
@@ -106,6 +107,8 @@ class States:
     width: int
     gradient: int
     text: int = 0
+    matrices: int = 0
+    matrix_width: int = 2
     offloaded: bool = False
     kernels: Kernels = "fused"
 
@@ -296,12 +299,17 @@ def _exchange(states: States) -> float:
 
 
 def _update(states: States) -> float:
-    """Returns the bytes of the update: a float32 copy of the gradient of a group, and on a CPU AdamW's temporaries."""
+    """Returns the bytes of the update: a float32 copy of the gradient of a group, and on a CPU AdamW's temporaries.
+
+    While Muon's matrices are whole, their parts on a rank are there five times: momentum, what is sent and received,
+    and the results, in the type of the messages."""
+    most = states.zero.get("sub_group_size", 10**9) if states.stage == 3 else states.share
+    muon = 5 * min(states.matrices / states.ranks, most) * states.matrix_width
     if states.offloaded:
-        return 0.0
-    group = min(states.share, states.zero.get("sub_group_size", 10**9) if states.stage == 3 else states.share)
+        return muon
+    group = min(states.share, most)
     copies = 1 if states.stage == 3 or states.width == FP32 else 0  # ZeRO 1 and 2 in bf16 have it joined already
-    return group * FP32 * (copies + (0 if states.kernels == "fused" else 2))
+    return group * FP32 * (copies + (0 if states.kernels == "fused" else 2)) + muon
 
 
 def _loss(load: StepLoad, states: States) -> float:

@@ -50,12 +50,15 @@ class Counts:
         """Returns the number of parameters that a stage trains."""
         return _trained(self.by_part, config, stage)
 
+    def of_muon(self, config: RunConfig, stage: StageConfig) -> int:
+        """Returns the number of parameters that a stage trains by Muon."""
+        return _trained(self.matrices, config, stage) if config.optimizer.kind == MUON else 0
+
     def moments(self, config: RunConfig, stage: StageConfig) -> int:
         """Returns the bytes of the optimizer's moments of all parameters that a stage trains.
 
         Raises: PluginError if the optimizer is that of a plugin that was not imported."""
-        cfg, trained = config.optimizer, self.trained(config, stage)
-        matrices = _trained(self.matrices, config, stage) if cfg.kind == MUON else 0
+        cfg, trained, matrices = config.optimizer, self.trained(config, stage), self.of_muon(config, stage)
         return matrices * _bytes_of(cfg, {"kind": MUON}) + (trained - matrices) * _bytes_of(cfg, {})
 
 

@@ -129,3 +129,9 @@ def test_an_update_on_a_cpu_has_temporaries_and_an_offloaded_one_nothing_on_the_
 def test_pixels_of_a_video_are_those_of_two_frames_a_token():
     assert pixel_bytes(10, video=False) == 10 * 14 * 14 * 3
     assert pixel_bytes(10, video=True) == 2 * pixel_bytes(10, video=False)
+
+
+def test_parts_of_muons_matrices_are_there_five_times_in_an_update():
+    muon = replace(STATES, zero={**ZERO, "stage": 3, "sub_group_size": P // 32}, matrices=P // 2)
+    assert moments(LOAD, muon)["update"]["update"] == 4 * P / 32 + 5 * 2 * P / 32
+    assert moments(LOAD, replace(muon, offloaded=True, matrix_width=4))["update"]["update"] == 5 * 4 * P / 32

@@ -78,6 +78,8 @@ def states_of(model: PlannedModel, stage: StageConfig, place: Placement) -> Stat
         width=width,
         gradient=gradient_width(resolved),
         text=counts.by_part.get("text", 0),
+        matrices=counts.of_muon(config, stage),
+        matrix_width=2 if config.optimizer.muon.precision == "bf16" else 4,
         offloaded="optimizer" in held.offloaded,
         kernels=kernels,
     )
