@@ -1,6 +1,7 @@
 """An encoder whose packs or weights are split over ranks gives the numbers of the whole encoder."""
 
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from tests.support.distributed import run_distributed
 from tests.support.golden import CASES, golden
 from univitar_ds import UniViTAR
 from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.formats.distributed.megatron import load_slices, write
+from univitar_ds.formats.recognise import open_stored
 from univitar_ds.geometry import token_count
 from univitar_ds.model.blocks.dropping import DropConfig
-from univitar_ds.model.blocks.rank_group import RankGroup
+from univitar_ds.model.blocks.rank_group import RankGroup, sharing_bytes, sharing_collectives
 from univitar_ds.model.blocks.sequence_parallel import owned_items
 from univitar_ds.model.blocks.tensor_parallel import split_encoder
+from univitar_ds.model.from_stored import build_encoder
 from univitar_ds.training.distributed.process_group import start_world
 
 pytestmark = pytest.mark.distributed
@@ -106,6 +110,27 @@ def drops_of(grids, lane):
     return None if lane is None else DROPS.of_pack(grids, lane)
 
 
+@contextmanager
+def counted(sent: list[int]):
+    """Adds the bytes that each collective of a ring sends, or an exchange, to `sent`."""
+    reduce, exchange = dist.all_reduce, dist.all_to_all_single
+
+    def all_reduce(tensor, *given, group=None, **options):
+        ranks = dist.get_world_size(group)
+        sent.append(2 * tensor.nbytes * (ranks - 1) // ranks)
+        return reduce(tensor, *given, group=group, **options)
+
+    def all_to_all_single(out, tensor, received, to, *, group=None):
+        sent.append(tensor.nbytes - to[dist.get_rank(group)] * tensor.shape[1])
+        return exchange(out, tensor, received, to, group=group)
+
+    dist.all_reduce, dist.all_to_all_single = all_reduce, all_to_all_single
+    try:
+        yield
+    finally:
+        dist.all_reduce, dist.all_to_all_single = reduce, exchange
+
+
 def split_packs():
     world = start_world()
     group = RankGroup(world.rank, world.size, dist.group.WORLD)
@@ -115,12 +140,22 @@ def split_packs():
             model = encoder(heads, every=every)
             model.sequence = group
             found[case, every] = results(model, grids, frames, drops_of(grids, lane))
-    return found
+    model, sent = encoder(24), []
+    model.sequence = group
+    with counted(sent):
+        results(model, *EVEN, None)
+    del sent[2 * LAYERS : 2 * LAYERS + 2]  # tokens to the owners of the items, and their gradients
+    return found, sent
+
+
+EVEN = ([[1, 4, 8], [1, 4, 8]], [1, 1])
+"""Two items of 32 tokens, which two and four ranks share evenly."""
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_packs_split_over_ranks_give_the_tokens_and_gradients_of_whole_packs(ranks):
-    answers = run_distributed(split_packs, ranks)
+    answers, sent = zip(*run_distributed(split_packs, ranks), strict=True)
+    assert_sends(sent, 1, ranks, tokens=64 // ranks)
     for case, (heads, grids, frames, lane) in CASES_OF_SPLIT.items():
         whole = encoder(heads)
         tokens, gradients = results(whole, grids, frames, drops_of(grids, lane))
@@ -132,7 +167,16 @@ def test_packs_split_over_ranks_give_the_tokens_and_gradients_of_whole_packs(ran
             assert_gradients_close(found, gradients, gradient_terms(forward, max(1, len(tokens))))
 
 
-def split_weights():
+def assert_sends(sent, tensor, sequence, *, tokens) -> None:
+    """The collectives of the blocks, forward and backward, and what a rank sends are those of the cost model."""
+    shape = encoder(24).config
+    for one in sent:
+        assert len(one) == 2 * sharing_collectives(shape, tensor, sequence)
+        assert sum(one) == 2 * tokens * sharing_bytes(shape, tensor, sequence, number=4)
+
+
+def split_weights(folders):
+    """Args: folders: of checkpoints of Megatron-Core, by case."""
     world = start_world()
     group, found = RankGroup(world.rank, world.size, dist.group.WORLD), {}
     with warnings.catch_warnings():
@@ -140,17 +184,37 @@ def split_weights():
         for case in CASES:
             for every in KINDS:
                 numbers = golden(case)
-                model = UniViTAR.from_pretrained(numbers.folder, checkpoint_every=every)
+                model = build_encoder(open_stored(folders[case]), checkpoint_every=every)
                 split_encoder(model, group)
+                assert_has_slices(model, load_slices(folders[case], world.rank, world.size))
                 output = model(numbers.pixel_values, numbers.grid_thw)
                 ((output * numbers.loss_weight).sum() / output.numel()).backward()
                 found[case, every] = output.detach(), with_slices(model), list(model.state_dict())
-    return found
+        model, sent = encoder(24), []
+        split_encoder(model, group)
+        with counted(sent):
+            results(model, *EVEN, None)
+    return found, sent
+
+
+def assert_has_slices(model, slices) -> None:
+    """The weights of a rank are its slices of a checkpoint, in which rows of attn.qkv are ordered by head."""
+    heads = model.config.num_attention_heads // 2
+    for name, parameter in model.named_parameters():
+        wanted = slices.pop(f"vision.{name}")
+        if "attn.qkv" in name:
+            wanted = wanted.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        assert torch.equal(parameter, wanted), name
+    assert not slices
 
 
 @pytest.mark.numeric
-def test_weights_split_over_ranks_give_the_releases_tokens_and_gradients():
-    answers = run_distributed(split_weights, 2)
+def test_weights_split_over_ranks_give_the_releases_tokens_and_gradients(tmp_path):
+    folders = {case: tmp_path / case for case in CASES}
+    for case, folder in folders.items():
+        write(open_stored(golden(case).folder), folder)
+    answers, sent = zip(*run_distributed(split_weights, 2, folders), strict=True)
+    assert_sends(sent, 2, 1, tokens=64)
     for case in CASES:
         numbers = golden(case)
         for every in KINDS:

@@ -67,6 +67,30 @@ def lanes_per_rank(lanes: int, world_size: int) -> int:
     return lanes // world_size
 
 
+def packs_per_rank(config: RunConfig, world_size: int) -> int:
+    """Returns the number of lanes that each rank reads. Ranks that share packs or weights read the same lanes.
+
+    Raises: ConfigError if the ranks cannot share packs and weights so, or the lanes.
+    """
+    model = config.model
+    each = model.tensor_parallel * model.sequence_parallel
+    if each == 1:
+        return lanes_per_rank(config.data.lanes, world_size)
+    keys = f"model.tensor_parallel {model.tensor_parallel} and model.sequence_parallel {model.sequence_parallel}"
+    lanes = config.data.lanes
+    possible = ", ".join(str(number * each) for number in range(1, lanes + 1) if lanes % number == 0)
+    if world_size % each:
+        raise ConfigError(
+            f"{keys} need a multiple of {each} ranks, there are {world_size}; run {possible} ranks, or lower them"
+        )
+    if lanes % (world_size // each):
+        raise ConfigError(
+            f"data.lanes is {lanes} and cannot be shared evenly by {world_size // each} groups of {each} ranks "
+            f"({keys}); run {possible} ranks, or start a new run with another data.lanes"
+        )
+    return lanes // (world_size // each)
+
+
 def sharing_ranks(content: Mapping[str, Any], world_size: int, node: int) -> int:
     """Returns how many ranks share a training state. Args: node: ranks on each machine."""
     value = content.get(SHARDING, world_size)
@@ -82,12 +106,13 @@ def resolve_deepspeed(
         content: the DeepSpeed JSON as read.
         names: names of the run file and the JSON in messages.
     Raises: ConfigError if `content` sets a key that belongs to the run file to another value or enables fp16, or if
-        `world_size` does not divide the lanes.
+        `world_size` does not divide the lanes, or cannot share packs and weights as the run file says.
     """
     owned = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": lanes_per_rank(config.data.lanes, world_size),
-        "train_batch_size": config.data.lanes,
+        "gradient_accumulation_steps": packs_per_rank(config, world_size),
+        # DeepSpeed takes each part of a pack for a pack.
+        "train_batch_size": config.data.lanes * config.model.sequence_parallel,
         "gradient_clipping": config.optimizer.clip_norm or 0.0,
     }
     run_file, json_file = names
@@ -104,6 +129,7 @@ def resolve_deepspeed(
     if content.get("fp16", {}).get("enabled"):
         faults.append(f"fp16 is enabled in {json_file}; bf16 and fp32 are supported: set bf16.enabled")
     faults += _sharding_faults(content, world_size, json_file)
+    faults += _tensor_faults(config, content, names)
     faults += [
         f"{name}.device is nvme in {json_file}; checkpoints read the training state in memory: set it to cpu"
         for name in OFFLOADS
@@ -123,6 +149,27 @@ def resolve_deepspeed(
 def _offload(content: Mapping[str, Any], name: str) -> str:
     """Returns the device to which ZeRO offloads optimizer or parameters."""
     return (content.get("zero_optimization", {}).get(name) or {}).get("device", "none")
+
+
+def _tensor_faults(config: RunConfig, content: Mapping[str, Any], names: tuple[str, str]) -> Iterator[str]:
+    """Yields sentences on settings that tensor parallelism cannot be combined with."""
+    ranks, optimizer = config.model.tensor_parallel, config.optimizer.kind
+    if ranks == 1:
+        return
+    run_file, json_file = names
+    if optimizer != "adamw":
+        yield (
+            f"optimizer.kind is {optimizer} with model.tensor_parallel {ranks} in {run_file}, and a rank has slices of "
+            "the matrices; set it to adamw, or remove model.tensor_parallel"
+        )
+    zero = content.get("zero_optimization", {})
+    where = f"with model.tensor_parallel {ranks} in {run_file}"
+    others = {SHARDING: content.get(SHARDING), "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1}
+    for name in (name for name, given in others.items() if given):
+        yield f"{name} is set in {json_file} {where}, whose ranks already share weights; remove one of them"
+    for name in OFFLOADS:
+        if _offload(content, name) != "none":
+            yield f"{name} is set in {json_file} {where}; they have not been tried together, remove one of them"
 
 
 def _sharding_faults(content: Mapping[str, Any], world_size: int, json_file: str) -> Iterator[str]:

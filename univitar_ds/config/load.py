@@ -42,6 +42,8 @@ RESULT_FREE = (
     "model.attention",
     "model.compile",
     "model.checkpoint_every",
+    "model.tensor_parallel",
+    "model.sequence_parallel",
     "objective.grad_cache_keep",
     "objective.teacher.partitioned",
     "objective.teacher.cache",

@@ -94,6 +94,14 @@ class ModelConfig(Section):
         description="activation checkpointing: 0 none, 1 every block, k every k-th block; selective: every block, but "
         "matrix products and attention are kept; auto: the least that fits on a GPU, in each stage; 0 on a CPU",
     )
+    tensor_parallel: Positive = Field(
+        1,
+        description="ranks that share the weights of each block (extra `megatron`); divides the ranks, the encoder's "
+        "heads and its feed-forward width",
+    )
+    sequence_parallel: Positive = Field(
+        1, description="ranks that share the tokens of each pack; divides the ranks and the encoder's heads"
+    )
     pool_heads: Positive = Field(4, description="heads of the attention pooling")
     embed_dim: Positive = Field(256, description="width of the joint embedding of images, videos and texts")
     logit_scale_init: Annotated[float, Field(gt=0)] = Field(

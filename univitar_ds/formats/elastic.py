@@ -18,6 +18,7 @@ from torch import Tensor
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.shared_file import RankTensors, rank_file
+from univitar_ds.formats.slices import Slice
 from univitar_ds.formats.weight_files import reading
 from univitar_ds.regular_files import read_utf8
 
@@ -25,6 +26,8 @@ MASTER = "fp32"
 EMA = "ema"
 FROZEN = "frozen"
 FORMAT = 4
+SLICED = 5
+"""The format with slices of tensor parallelism, which only checkpoints with slices have."""
 PER_RANK, FILE_PER_RANK = 2, 3
 """Formats of earlier versions: with an index per rank, and with one index and a file of tensors per rank."""
 STATE = "state.json"
@@ -49,16 +52,19 @@ class ElasticReader:
         self._open_files = open_files
         self._path_of: Fetch = fetch or folder.joinpath
         self.content = read_json(self._path_of(STATE))
-        if self.content.get("format") not in (FORMAT, FILE_PER_RANK, PER_RANK):
+        if self.content.get("format") not in (SLICED, FORMAT, FILE_PER_RANK, PER_RANK):
             raise CheckpointError(
-                f"{folder} has format {self.content.get('format')}, this program reads {PER_RANK} to {FORMAT}; "
+                f"{folder} has format {self.content.get('format')}, this program reads {PER_RANK} to {SLICED}; "
                 "use the version that wrote it"
             )
         self.cursors: dict[int, dict[str, Any]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.kinds: dict[str, dict[str, str]] = {}
         self._parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
-        """(start, length, rank that wrote it) of each part, by parameter."""
+        """(start, length, rank that wrote it) of each part, by parameter; with slices, `start` counts in a whole that
+        has the slices one after the other."""
+        self._sliced: dict[str, tuple[int, int]] = {}
+        """(run, count) of the slices of a parameter, see `slices.Slice`."""
         self._shared: dict[int, str] = {}
         """Names of files that several ranks have written, by rank."""
         self._files: dict[str, Any] = {}
@@ -80,6 +86,11 @@ class ElasticReader:
             if entry["parts"]:
                 self.kinds[name] = entry["kinds"]
                 self._parts[name] = [(int(start), int(length), int(rank)) for rank, start, length in entry["parts"]]
+            if "slices" in entry:
+                run, count = map(int, entry["slices"])
+                if run < 1 or count < 1 or math.prod(self.shapes[name]) % (run * count):
+                    raise ValueError(f"{name} of shape {list(self.shapes[name])} has {count} slices with runs of {run}")
+                self._sliced[name] = run, count
 
     def _read_indices(self) -> None:
         for rank in range(self.content["world_size"]):
@@ -91,10 +102,21 @@ class ElasticReader:
                     self.kinds[name] = entry["kinds"]
                     self._parts[name].append((entry["start"], entry["length"], rank))
 
-    def fill(self, name: str, kind: str, start: int, target: Tensor) -> None:
-        """Copies elements start, start + 1, ... of a flattened parameter to the 1-D `target`.
+    def fill(self, name: str, kind: str, start: int, target: Tensor, part: Slice | None = None) -> None:
+        """Copies elements start, start + 1, ... of a flattened parameter, or of `part` of it, to the 1-D `target`.
 
+        A parameter that the checkpoint has in other slices is read as a whole.
         Raises: CheckpointError if elements are missing."""
+        stored = self._sliced.get(name)
+        if stored == (None if part is None else (part.run, part.count)):
+            shift = 0 if part is None else part.place * (math.prod(self.shapes[name]) // part.count)
+            self._fill(name, kind, start + shift, target)
+            return
+        whole = self.read(name, kind, target.dtype).view(-1)
+        target.copy_((whole if part is None else part.of(whole))[start : start + target.numel()])
+
+    def _fill(self, name: str, kind: str, start: int, target: Tensor) -> None:
+        """Copies elements as they are stored: slice after slice."""
         stop, filled = start + target.numel(), 0
         for begin, length, rank in sorted(self._parts[name]):
             low, high = max(begin, start + filled), min(begin + length, stop)
@@ -140,10 +162,13 @@ class ElasticReader:
         kinds = self.kinds.get(name, {})
         return FROZEN if FROZEN in kinds else EMA if averaged and EMA in kinds else MASTER
 
-    def read(self, name: str, kind: str) -> Tensor:
-        """Returns one parameter in full, float32. Raises: CheckpointError if a part is missing."""
-        flat = torch.empty(math.prod(self.shapes[name]), dtype=torch.float32)
-        self.fill(name, kind, 0, flat)
+    def read(self, name: str, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns one parameter in full, joined from its slices. Raises: CheckpointError if a part is missing."""
+        flat = torch.empty(math.prod(self.shapes[name]), dtype=dtype)
+        self._fill(name, kind, 0, flat)
+        if name in self._sliced:
+            run, count = self._sliced[name]
+            flat = flat.view(count, -1, run).transpose(0, 1).reshape(-1)
         return flat.view(self.shapes[name])
 
 

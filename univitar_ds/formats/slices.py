@@ -18,6 +18,7 @@ class Slice:
     run: int
     count: int
     place: int
+    whole_shape: tuple[int, ...]
 
     def of(self, whole: Tensor) -> Tensor:
         """Returns this slice of a whole tensor, flattened."""

@@ -15,6 +15,7 @@ from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.model import ModelConfig
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.formats.stored_model import HEADS, VISION, JointConfig, StoredModel
+from univitar_ds.model.blocks.rank_group import check_sizes
 from univitar_ds.model.config import encoder_config
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.encoder import UniViTAR
@@ -63,8 +64,9 @@ def build_contrastive(
 def build_vision(config: ModelConfig, shape: EncoderConfig, seed: int) -> UniViTAR:
     """Builds the encoder of a run with initial weights, on the CPU in float32.
 
-    Raises: ConfigError if `pool_heads` does not fit."""
+    Raises: ConfigError if `pool_heads` does not fit, or the ranks cannot share the encoder."""
     _check_pool_heads(config, shape)
+    check_sizes(shape, config.tensor_parallel, config.sequence_parallel)
     with seeded(seed, "vision"):
         every = 0 if config.checkpoint_every == "auto" else config.checkpoint_every  # training sets it in each stage
         return UniViTAR(shape, attention=config.attention, checkpoint_every=every)
@@ -76,7 +78,9 @@ def check_model(config: ModelConfig, start: StoredModel | None, part: str) -> No
     Args: start: the opened model `config.init_from`; part: what is taken from it, "encoder" or "model".
     Raises: ConfigError or CheckpointError as `build_contrastive`.
     """
-    _check_pool_heads(config, described_encoder(config, start))
+    encoder = described_encoder(config, start)
+    _check_pool_heads(config, encoder)
+    check_sizes(encoder, config.tensor_parallel, config.sequence_parallel)
     if start is not None and part == "model":
         _joint_of(config, start)
 

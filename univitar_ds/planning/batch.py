@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from univitar_ds.config.deepspeed import lanes_per_rank
+from univitar_ds.config.deepspeed import packs_per_rank
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import ResolutionConfig, StageConfig
@@ -48,15 +48,15 @@ def batch_lines(config: RunConfig, world_size: int, encoder: EncoderConfig, mean
     Args: encoder: shape of the encoder, for `cost_budget_tflops`; means: expected tokens per item, if known.
     Raises: ConfigError if `world_size` does not divide the lanes.
     """
-    lanes, packs = config.data.lanes, lanes_per_rank(config.data.lanes, world_size)
+    lanes, packs = config.data.lanes, packs_per_rank(config, world_size)
+    shared = config.model.tensor_parallel * config.model.sequence_parallel
+    readers = world_size // shared
+    noun = _plural(readers, "process", "processes") if shared == 1 else f"groups of {shared} processes"
     unit = "items" if config.objective.classifies else "pairs"
     accumulated = "no accumulation" if packs == 1 else f"accumulated by GradCache, one loss over all {unit}"
     if config.objective.classifies and packs > 1:
         accumulated = "their gradients are accumulated"
-    lines = [
-        f"a step: {lanes} lanes = {world_size} {_plural(world_size, 'process', 'processes')} x {packs} "
-        f"{_plural(packs, 'pack', 'packs')} ({accumulated})"
-    ]
+    lines = [f"a step: {lanes} lanes = {readers} {noun} x {packs} {_plural(packs, 'pack', 'packs')} ({accumulated})"]
     for stage in config.stages:
         for size in pack_sizes(stage, encoder, means):
             items, step = size.items, (size.items[0] * lanes, size.items[1] * lanes)

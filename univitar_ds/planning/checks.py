@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from univitar_ds import startup
 from univitar_ds.classes import ClassList, class_list
-from univitar_ds.config.deepspeed import AUTO, lanes_per_rank, read_deepspeed, resolve_deepspeed
+from univitar_ds.config.deepspeed import AUTO, packs_per_rank, read_deepspeed, resolve_deepspeed
 from univitar_ds.config.run_folder import CLASSES, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError, ConfigError, DataError, InstallationError, UserError
@@ -145,7 +145,7 @@ def _configuration(
     Args: deepspeed: name or path of the JSON, or AUTO; run_file: name of the run file in messages.
     """
     if deepspeed == AUTO:
-        faults.of(lanes_per_rank, config.data.lanes, world_size)
+        faults.of(packs_per_rank, config, world_size)
         return None, None
     content = faults.of(read_deepspeed, deepspeed)
     if content is None:
@@ -303,6 +303,10 @@ def check_libraries(config: RunConfig) -> None:
         for package in ("deepspeed", "tensorboard"):
             if find_spec(package) is None:  # an import would take seconds
                 raise ModuleNotFoundError(name=package)
+    if config.model.tensor_parallel > 1:
+        with extra("megatron"):
+            if find_spec("megatron") is None or find_spec("megatron.core") is None:
+                raise ModuleNotFoundError(name="megatron")
     for name in ("wandb", "trackio"):
         if getattr(config.logging, name) is not None and find_spec(name) is None:
             raise InstallationError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from univitar_ds.config.deepspeed import AUTO, lanes_per_rank, read_deepspeed, resolve_deepspeed
+from univitar_ds.config.deepspeed import AUTO, packs_per_rank, read_deepspeed, resolve_deepspeed
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.drafting.machine import Machine
@@ -71,15 +71,15 @@ def choose(config: RunConfig, description: Mapping[str, Any], counts: Counts, ra
     """
     if not ranks.gpu_memory:
         return Choice(ON_CPU, "fp32 on a CPU, since no GPU is used")
-    packs, room = lanes_per_rank(config.data.lanes, ranks.size), USABLE * ranks.gpu_memory
+    packs, room = packs_per_rank(config, ranks.size), USABLE * ranks.gpu_memory
     needs: dict[str, tuple[float, StageConfig]] = {}
-    for name in _candidates(ranks, packs):
+    for name in _candidates(ranks, packs, config.model.tensor_parallel):
         needs[name] = _largest(config, description, counts, ranks, name)
         if needs[name][0] <= room:
             break
     fits = needs[name][0] <= room
     if not fits:  # offloading costs much and would not help enough
-        needs.pop(OFFLOADED)
+        needs.pop(OFFLOADED, None)
         name = min(needs, key=lambda one: needs[one][0])
     needed, stage = needs.pop(name)
     gpus = f"{ranks.size} GPU{'' if ranks.size == 1 else 's'} of {amount(ranks.gpu_memory)}, {ranks.node} on a machine"
@@ -94,10 +94,12 @@ def choose(config: RunConfig, description: Mapping[str, Any], counts: Counts, ra
     return Choice(name, why, fits)
 
 
-def _candidates(ranks: Ranks, packs: int) -> Sequence[str]:
+def _candidates(ranks: Ranks, packs: int, tensor: int) -> Sequence[str]:
     if ranks.size == 1:
         return ("zero2", OFFLOADED)
     left_out = set() if packs >= SEVERAL_PACKS else {"zero1"}
+    if tensor > 1:
+        left_out |= {"zero3_node", OFFLOADED}
     if ranks.node in (1, ranks.size) or ranks.size % ranks.node:
         left_out.add("zero3_node")
     return [name for name in ON_GPUS if name not in left_out]

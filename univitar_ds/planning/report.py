@@ -141,10 +141,12 @@ def _parameters(counts: sizes.Counts, classes: int | None) -> Iterator[str]:
 def _memory(plan: Plan, counts: sizes.Counts) -> Iterator[str]:
     config, resolved = plan.config, plan.inputs.resolved
     node = ranks_of(plan.world_size, this_machine(), os.environ).node
-    sharing = sharing_ranks(resolved, plan.world_size, node)
+    tensor = config.model.tensor_parallel
+    ranks, counts = plan.world_size // tensor, counts.split(tensor)
+    sharing = sharing_ranks(resolved, ranks, node)
     used = [(sizes.memory_of_rank(config, stage, counts, sharing, resolved), stage.name) for stage in config.stages]
     memory, name = max(used, key=lambda entry: entry[0].device + entry[0].host)
-    groups = f", in {plan.world_size // sharing} groups" if sharing < plan.world_size else ""
+    groups = f", in {ranks // sharing} groups" if sharing < ranks else ""
     yield f"{sizes.RULE[resolved['zero_optimization']['stage']]}; {sharing} here{groups}"
     for part, size in memory.parts.items():
         yield f"{part:<16} {amount(size):>15}" + ("  (in host memory)" if part in memory.offloaded else "")

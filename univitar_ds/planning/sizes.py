@@ -46,6 +46,11 @@ class Counts:
     def total(self) -> int:
         return sum(self.by_part.values())
 
+    def split(self, tensor: int) -> Counts:
+        """Returns the parameters of a rank, of `tensor` ranks that share the weights of each block."""
+        parts = (self.by_part, self.matrices)
+        return Counts(*({part: n // tensor if part == "blocks" else n for part, n in own.items()} for own in parts))
+
     def trained(self, config: RunConfig, stage: StageConfig) -> int:
         """Returns the number of parameters that a stage trains."""
         return _trained(self.by_part, config, stage)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.model import TextConfig
 from univitar_ds.model.blocks.activations import Kind
+from univitar_ds.model.blocks.rank_group import sharing_bytes, sharing_collectives
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.planning.gpus import GPUS_OF_A_NODE, Assumption, Gpu
 
@@ -82,7 +83,7 @@ class Work:
     text: TextConfig
     embed_dim: int
     parameters: int
-    token_budget: int
+    token_budget: float
     tokens_per_item: float
     attended: float
     sizes: int
@@ -118,7 +119,7 @@ class Method:
     blocks as memory demands, else every `Work.checkpoint_every`-th. `kept_packs`: packs of a rank whose graph is kept,
     so that they run once. `ring`: the loss as hops between ranks, else one gathering. `imbalance`: longest over mean
     predicted time of the packs of a step. `fused_host`: host time of a launch over that of ASSUMPTIONS. `node`: GPUs of
-    a machine.
+    a machine. `tensor`, `sequence`: ranks that share the weights of each block, and the tokens of each pack.
     """
 
     zero: int
@@ -133,6 +134,8 @@ class Method:
     imbalance: float
     fused_host: float
     node: int = GPUS_OF_A_NODE
+    tensor: int = 1
+    sequence: int = 1
 
 
 @dataclass(frozen=True)
@@ -173,10 +176,15 @@ def kept_bytes(config: EncoderConfig) -> int:
 def predict(work: Work, gpu: Gpu, ranks: int, method: Method) -> StepTime:
     """Returns the predicted time of a step on `ranks` GPUs, which divide the lanes or are a multiple of them.
 
-    With more ranks than lanes, the lanes are taken to be as many as the ranks.
+    With more ranks than lanes, the lanes are taken to be as many as the ranks. Ranks that share packs or weights read
+    the lanes of one rank.
     """
-    lanes = max(work.lanes, ranks)
-    packs = lanes // ranks
+    readers = ranks // (method.tensor * method.sequence)
+    lanes = max(work.lanes, readers)
+    packs = lanes // readers
+    blocks, ranks = work.encoder.parameter_count() // method.tensor, ranks // method.tensor
+    own = work.parameters - work.encoder.parameter_count() + blocks
+    work = replace(work, token_budget=work.token_budget / method.sequence, parameters=own)
     device = _device(work, gpu, ranks, method, packs)
     compute = sum(device.values())
     host = _host(work, ranks, method, packs, recomputed_share(work, gpu, ranks, method))
@@ -187,7 +195,11 @@ def predict(work: Work, gpu: Gpu, ranks: int, method: Method) -> StepTime:
         "host": max(0.0, host - compute),
         "imbalance": (method.imbalance - 1) * compute if packs == 1 else (method.imbalance - 1) * compute / packs**0.5,
     }
-    return StepTime({**device, **alone}, packs * work.flops, packs * work.tokens, gpu.peak.value)
+    if method.tensor * method.sequence > 1:
+        again = recomputed_share(work, gpu, ranks, method)
+        alone["sharing"] = _sharing(work, gpu, method, packs, again)
+    shared = packs / method.tensor
+    return StepTime({**device, **alone}, shared * work.flops, shared * work.tokens, gpu.peak.value)
 
 
 def attention_weight(config: EncoderConfig, gpu: Gpu) -> float:
@@ -239,6 +251,8 @@ def _device(work: Work, gpu: Gpu, ranks: int, method: Method, packs: int) -> dic
     tokens, squares = packs * work.tokens, packs * work.tokens * work.attended
     products, token_wise = _encoder_products(work.encoder, gpu), _token_wise(work.encoder, gpu)
     attention = _attention(work.encoder, gpu)
+    products = tuple(seconds / method.tensor for seconds in products)  # token-wise operations are mostly whole
+    attention = tuple(seconds / method.tensor for seconds in attention)
     forward = tokens * (products[0] + token_wise[0]) + squares * attention[0]
     text = packs * _text(work, gpu, method)
     pooling = tokens * 3 * 4 * work.encoder.hidden_size**2 / gpu.products.value
@@ -291,6 +305,17 @@ def _loss(work: Work, gpu: Gpu, ranks: int, method: Method, packs: int) -> float
         return computed
     messages = 2 * ranks * _of("latency") if method.ring else 2 * _latency(ranks)
     return computed + messages + 2 * texts * work.embed_dim * FP32 / _link(gpu, ranks, method.node)
+
+
+def _sharing(work: Work, gpu: Gpu, method: Method, packs: int, again: float) -> float:
+    """Returns the seconds of the collectives within blocks, which the computation of a block waits for."""
+    shape = work.encoder, method.tensor, method.sequence
+    twice = max(0, packs - method.kept_packs) / packs if packs > 1 else 0.0
+    passes = packs * (2 + again + twice)  # forward, backward, recomputed, without gradients
+    ranks = method.tensor * method.sequence
+    link = gpu.node_link if ranks <= method.node else gpu.network
+    moved = work.tokens * sharing_bytes(*shape, number=BF16) / (_of("link_share") * link.value)
+    return passes * (moved + sharing_collectives(*shape) * _latency(ranks))
 
 
 def _optimizer(work: Work, gpu: Gpu, ranks: int) -> float:

@@ -36,6 +36,7 @@ from univitar_ds.model.teacher.teacher import read_teacher
 from univitar_ds.plugins import compare_with_saved
 from univitar_ds.tokenization import load_tokenizer, special_ids
 from univitar_ds.training.checkpoint.sharded import load_checkpoint
+from univitar_ds.training.distributed.groups import Groups, groups_of
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json
 from univitar_ds.training.engine.engine import Engine, build_engine
 from univitar_ds.training.engine.optim import freeze_but, trained_parts
@@ -54,12 +55,13 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
     Raises: CheckpointError on all ranks if the checkpoint is damaged or was written with another configuration.
     """
     startup.phase("building the model")
+    groups = groups_of(cfg, world)
     with _last_checkpoint(cfg, run, world) as last:
-        return _build(cfg, run, world, last)
+        return _build(cfg, run, groups, last)
 
 
-def _build(cfg: RunConfig, run: Path, world: World, last: _Last) -> tuple[Engine, State]:
-    folder = last.folder
+def _build(cfg: RunConfig, run: Path, groups: Groups, last: _Last) -> tuple[Engine, State]:
+    world, folder = groups.world, last.folder
     with all_ranks_or_none(world):
         compile_on_cpu(compiles(cfg.model))
         saved = _read_saved(cfg, run, last) if folder else {**State().to_dict(), "updates": 0}
@@ -69,13 +71,14 @@ def _build(cfg: RunConfig, run: Path, world: World, last: _Last) -> tuple[Engine
         began = {part: saved["began"].get(part, saved["updates"]) for part in parts}
         start = _start(cfg, run) if folder is None else None
         model = _build_model(cfg, run, start, run_description(run, cfg, saved.get("model")))
+        _split(model, groups)
         freeze_but(model, parts)
         if cfg.model.fp8:
             use_fp8(model)
         content = json.loads((run / DEEPSPEED).read_text(encoding="utf-8"))
         ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / CONFIG), str(run / DEEPSPEED)))
     startup.phase("building DeepSpeed's engine")
-    engine = build_engine(model, cfg.optimizer, ds_config, world, began)
+    engine = build_engine(model, cfg.optimizer, ds_config, world, began, groups)
     if folder is None:
         return engine, State(began=began)
     startup.phase(f"loading the checkpoint {last.place}")
@@ -116,6 +119,15 @@ def _build_model(
         return build_classifier(cfg.model, classes=len(ClassList.read(run / CLASSES)), **given)
     special = special_ids(load_tokenizer(run / TOKENIZER))
     return build_contrastive(cfg.model, **special.of_text_model, **given)
+
+
+def _split(model: ContrastiveModel | ClassificationModel, groups: Groups) -> None:
+    """Gives a model on the CPU this rank's slices of the weights, and this rank's parts of packs."""
+    if groups.tensor.size > 1:
+        from univitar_ds.model.blocks.tensor_parallel import split_encoder  # imports Megatron-Core, which takes seconds
+
+        split_encoder(model.vision, groups.tensor)
+    model.vision.sequence = groups.sequence
 
 
 class _Last(NamedTuple):

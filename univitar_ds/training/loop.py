@@ -41,6 +41,7 @@ from univitar_ds.training.checkpoint.sharded import copied_state
 from univitar_ds.training.checkpoint.staging import Staging
 from univitar_ds.training.distributed import preemption
 from univitar_ds.training.distributed.alarm import ending_together
+from univitar_ds.training.distributed.groups import groups_of
 from univitar_ds.training.distributed.preemption import NEVER, SAVED, Stop
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json
 from univitar_ds.training.engine.determinism import explained, set_deterministic
@@ -55,6 +56,7 @@ from univitar_ds.training.step.curriculum import Progress, advance, distills_lat
 from univitar_ds.training.step.feature_snapshot import capture_features
 from univitar_ds.training.step.guard import named_samples, spike_reason
 from univitar_ds.training.step.kept_packs import KeptPacks
+from univitar_ds.training.step.pack_share import share_of, whole_of
 from univitar_ds.training.step.peak_flops import find_peak
 from univitar_ds.training.step.recomputation import recomputation_of
 from univitar_ds.training.step.train_step import (
@@ -149,7 +151,8 @@ class _Trainer:
 
     def __init__(self, cfg: RunConfig, run: Path, world: World, stop: Stop) -> None:
         self.cfg, self.run, self.world = cfg, run, world
-        self.lanes = world.lanes(cfg.data.lanes)
+        self.groups = groups_of(cfg, world)
+        self.lanes = self.groups.lanes(cfg)
         self.stop, self.leaving = stop, False
         self.teacher: Teacher | None = None
         self.kept = KeptPacks(1, len(self.lanes), world)
@@ -252,7 +255,7 @@ class _Trainer:
                     self.logs.raise_unwritten()
                     self.callbacks.raise_failed()
                     self.saves.raise_failed()
-                    batches += next(loader)
+                    batches += [share_of(batch, self.groups.sequence) for batch in next(loader)]
                     waited = time.perf_counter() - start
                 startup.phase("computing the first step")
                 if vote.ready:
@@ -260,7 +263,9 @@ class _Trainer:
                 if vote.yes:
                     self.leaving = True
                     return
-                if trouble := self._step(batches, settings, over_ranks(vote.counts), start, waited):
+                if trouble := self._step(
+                    batches, settings, over_ranks(self.groups.of_data(vote.counts)), start, waited
+                ):
                     self._roll_back(trouble, batches)
                     return
                 release_pixels(self.world.device)  # the step has read the gradient's norm, which comes after the copies
@@ -436,7 +441,7 @@ class _Trainer:
             dropping=settings.dropping,
             squares=self.engine.gradient_squares if settings.read_gradient else None,
         )
-        return exchange_metrics(numbers, others, self.world)
+        return exchange_metrics(numbers, others, self.world, equal=self.groups.tensor.size)
 
     def _skip(
         self, batches: list[PackedBatch], settings: StepSettings, error: NotFiniteError, start: float, waited: float
@@ -453,7 +458,7 @@ class _Trainer:
         stage = state.progress.stage
         state.window.add_skipped(error.items, reduced, batches[0].modality)
         event = {"step": state.progress.step + 1, "event": "skipped", "reason": str(error), "samples": error.items}
-        self._count(batches, error.items, reduced, event | named_samples(batches, error.suspects, self.world))
+        self._count(batches, error.items, reduced, event | named_samples(batches, error.suspects, self.groups.data))
         self.logs.advance(state.progress, stage, math.nan)
         return None
 
@@ -507,7 +512,8 @@ class _Trainer:
             self._note_stage()
         state.cursors = {batch.lane: batch.cursor for batch in batches}
         state.seconds += reduced["step_s"]
-        self.logs.write_samples(state.progress.step, batches)
+        if self.groups.first_reader:
+            self.logs.write_samples(state.progress.step, [whole_of(batch) for batch in batches])
 
     def _log(self, stage: int, result: StepResult, lr: float, norms: dict[str, float] | None) -> None:
         state = self.state
@@ -541,6 +547,7 @@ class _Trainer:
         }
         if self.cfg.plugins:
             content["plugins"] = [plugin.described() for plugin in plugins.active()]
+        self.engine.agree()
         cursors = {lane: state.cursors[lane].to_json() for lane in self.lanes}
         retention = Retention(self.cfg.checkpoint.keep, self.cfg.checkpoint.keep_every_steps)
         target: Target = (

@@ -8,6 +8,7 @@ from univitar_ds.config.deepspeed import (
     NODE,
     SHARDING,
     deepspeed_path,
+    packs_per_rank,
     read_deepspeed,
     resolve_deepspeed,
     sharing_ranks,
@@ -54,6 +55,51 @@ def test_all_ownership_faults_are_reported_at_once(config):
 def test_ranks_that_do_not_share_the_lanes_are_refused_with_the_sizes_that_do(config):
     with pytest.raises(ConfigError, match=r"data\.lanes is 4 .* 3 ranks; run 1, 2, 4 ranks"):
         resolve_deepspeed(config, 3, {}, NAMES)
+
+
+def sharing(config, tensor, sequence):
+    model = {"tensor_parallel": tensor, "sequence_parallel": sequence}
+    return config.model_copy(update={"model": config.model.model_copy(update=model)})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "ranks", "packs"), [(2, 1, 2, 4), (2, 1, 8, 1), (1, 2, 4, 2), (2, 2, 4, 4)]
+)
+def test_ranks_that_share_packs_or_weights_read_the_lanes_of_one(config, tensor, sequence, ranks, packs):
+    config = sharing(config, tensor, sequence)
+    assert packs_per_rank(config, ranks) == packs
+    resolved = resolve_deepspeed(config, ranks, {}, NAMES)
+    assert resolved["gradient_accumulation_steps"] == packs
+    assert resolved["train_batch_size"] == packs * ranks // tensor  # DeepSpeed checks it
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "ranks", "words"),
+    [
+        (2, 1, 3, "tensor_parallel 2 .* multiple of 2 ranks, there are 3; run 2, 4, 8 ranks"),
+        (2, 2, 6, "sequence_parallel 2 need a multiple of 4 ranks, there are 6; run 4, 8, 16 ranks"),
+        (1, 2, 6, r"data\.lanes is 4 .* 3 groups of 2 ranks .*; run 2, 4, 8 ranks"),
+    ],
+)
+def test_ranks_that_cannot_share_so_are_refused_with_the_numbers_that_can(config, tensor, sequence, ranks, words):
+    with pytest.raises(ConfigError, match=words):
+        packs_per_rank(sharing(config, tensor, sequence), ranks)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            {SHARDING: 2, "zero_optimization": {"stage": 3}},
+            "sharding_ranks is set .*tensor_parallel 2 in run.yaml",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is set"),
+    ],
+)
+def test_settings_that_tensor_parallelism_cannot_have_are_refused(config, content, words):
+    assert resolve_deepspeed(config, 4, content, NAMES)
+    with pytest.raises(ConfigError, match=f"{words}.*remove one of them"):
+        resolve_deepspeed(sharing(config, 2, 1), 4, content, NAMES)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '"x"'])

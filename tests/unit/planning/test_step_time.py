@@ -42,6 +42,22 @@ def work(**changes) -> Work:
     return Work(**{**given, "checkpoint_every": 1, **changes})
 
 
+@pytest.mark.parametrize(("tensor", "sequence"), [(2, 1), (1, 2), (2, 4)])
+def test_ranks_that_share_packs_or_weights_compute_their_part_and_wait_for_each_other(tensor, sequence):
+    gpu = GPUS["H100"]
+    alone = predict(work(lanes=64), gpu, 64, FAST)
+    shared = predict(work(lanes=64), gpu, 64 * tensor * sequence, replace(FAST, tensor=tensor, sequence=sequence))
+    ratio = tensor * sequence
+    assert shared.flops * ratio == pytest.approx(alone.flops)
+    assert shared.parts["attention"] * ratio == pytest.approx(alone.parts["attention"])
+    assert shared.parts["token-wise"] * sequence == pytest.approx(alone.parts["token-wise"])
+    assert shared.parts["sharing"] > 0
+    assert "sharing" not in alone.parts
+    slow = replace(gpu, node_link=replace(gpu.node_link, value=gpu.node_link.value / 2))
+    waits = predict(work(lanes=64), slow, 64 * ratio, replace(FAST, tensor=tensor, sequence=sequence)).parts["sharing"]
+    assert 1 < waits / shared.parts["sharing"] < 2
+
+
 @pytest.mark.parametrize("config", SHAPES)
 def test_launches_of_a_block_are_those_of_the_real_one(monkeypatch, config):
     forward, backward = block_launches(monkeypatch, config, 64)

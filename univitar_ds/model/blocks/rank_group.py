@@ -50,6 +50,26 @@ def _divisors(number: int) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
+def sharing_bytes(encoder: EncoderConfig, tensor: int, sequence: int, *, number: int) -> float:
+    """Returns the bytes that a rank sends in one pass through all blocks, forward or backward, for each of its tokens.
+
+    Tensor parallelism sums two results of a block, which a ring sends twice, and sums of squares in float32, two for
+    queries and keys and one for the feed-forward layer. Sequence parallelism exchanges queries, keys, values and the
+    result of attention, of which a rank has its share of the heads under tensor parallelism.
+
+    Args: number: bytes of a number in the forward pass.
+    """
+    width, layers = encoder.hidden_size, encoder.num_hidden_layers
+    sums = 2 * (2 * number * width + 3 * 4) * (tensor - 1) / tensor
+    exchanged = 4 * number * width / tensor * (sequence - 1) / sequence
+    return layers * (sums + exchanged)
+
+
+def sharing_collectives(encoder: EncoderConfig, tensor: int, sequence: int) -> int:
+    """Returns the number of collectives in one pass through all blocks, forward or backward; see `sharing_bytes`."""
+    return encoder.num_hidden_layers * (4 * (tensor > 1) + 2 * (sequence > 1))
+
+
 def sum_over(values: Tensor, group: RankGroup) -> Tensor:
     """Returns the sum of `values` over the ranks of a group, of which each rank uses the whole for its own results.
 

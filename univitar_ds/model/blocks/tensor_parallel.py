@@ -150,7 +150,7 @@ def _row(whole: nn.Linear, group: RankGroup) -> nn.Module:
 
 def _slice(whole: nn.Parameter, group: RankGroup, parts: int = 1) -> nn.Parameter:
     """Returns this rank's slice of a parameter: an equal part of each of `parts` parts of its elements."""
-    part = Slice(whole.numel() // parts // group.size, group.size, group.rank)
+    part = Slice(whole.numel() // parts // group.size, group.size, group.rank, tuple(whole.shape))
     shape = list(whole.shape)
     shape[1 if parts == len(whole) and whole.ndim > 1 else 0] //= group.size
     parameter = nn.Parameter(part.of(whole.detach()).view(shape).clone(), requires_grad=whole.requires_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,10 +132,22 @@ def plan_run(config: RunConfig, cluster: Cluster, tokens_per_item: int | None = 
     return plan_model(model, cluster, known_means(config), tokens_per_item, notes)
 
 
+def _check_alone(config: RunConfig) -> None:
+    """Raises: ConfigError if ranks share packs or weights."""
+    shared = {name: getattr(config.model, name) for name in ("tensor_parallel", "sequence_parallel")}
+    if math.prod(shared.values()) > 1:
+        keys = ", ".join(f"model.{name} {number}" for name, number in shared.items() if number > 1)
+        raise ConfigError(
+            f"a plan is of GPUs with packs and weights of their own, and the run has {keys}; leave the key out, or see "
+            "memory and time on this machine with `univitar-ds train --dry-run`"
+        )
+
+
 def plan_model(
     model: PlannedModel, cluster: Cluster, means: Means, tokens_per_item: int | None = None, notes: Sequence[str] = ()
 ) -> Plan:
     """Returns the plan of a model on a cluster; see `plan_run`. With more GPUs than lanes there are as many lanes."""
+    _check_alone(model.config)
     lanes = model.config.data.lanes
     model = with_lanes(model, cluster.ranks)
     if model.config.data.lanes != lanes:

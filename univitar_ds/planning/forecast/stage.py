@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.schema import RunConfig
@@ -83,10 +83,11 @@ def plan_stage(
         for; with_budgets: whether to look for the largest budgets.
     """
     config, (zero, place), room = model.config, where, cluster.room
-    packs = config.data.lanes // cluster.ranks
+    shared = {"tensor": config.model.tensor_parallel, "sequence": config.model.sequence_parallel}
+    packs = config.data.lanes * math.prod(shared.values()) // cluster.ranks
     kind = fitting_recomputation(model, stage, place, room) if kind is None else kind
     kept = kept_packs(model, stage, place, kind, room, packs)
-    method = method_of(stage, zero, place, kept, cluster)
+    method = replace(method_of(stage, zero, place, kept, cluster), **shared)
     found = [
         (one.share, predict(work_of(model, stage, one, kind), cluster.gpu, cluster.ranks, method)) for one in items
     ]

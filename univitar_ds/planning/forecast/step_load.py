@@ -62,9 +62,10 @@ def wanted_recomputation(config: RunConfig, stage: StageConfig) -> Kind | str:
 
 def states_of(model: PlannedModel, stage: StageConfig, place: Placement) -> States:
     """Returns what a rank holds in a stage."""
-    config, counts, resolved = model.config, model.counts, place.resolved
+    config, resolved, tensor = model.config, place.resolved, model.config.model.tensor_parallel
+    counts, sharing = model.counts.split(tensor), max(1, place.sharing // tensor)
     encoder = encoder_of(model.description)
-    held = memory_of_rank(config, stage, counts, place.sharing, resolved)
+    held = memory_of_rank(config, stage, counts, sharing, resolved)
     zero = dict(resolved["zero_optimization"])
     width = compute_width(resolved)
     kernels: Kernels = "fused" if place.on_gpu else "compiled" if compiles(config.model) else "plain"
@@ -74,7 +75,7 @@ def states_of(model: PlannedModel, stage: StageConfig, place: Placement) -> Stat
         parameters=counts.total,
         trained=counts.trained(config, stage),
         block=counts.by_part.get("blocks", 0) // encoder.num_hidden_layers,
-        ranks=place.sharing,
+        ranks=sharing,
         width=width,
         gradient=gradient_width(resolved),
         text=counts.by_part.get("text", 0),
@@ -88,22 +89,27 @@ def states_of(model: PlannedModel, stage: StageConfig, place: Placement) -> Stat
 def load_of(model: PlannedModel, stage: StageConfig, ranks: int, kind: Kind, kept: int = 1) -> StepLoad:
     """Returns what a rank computes in a step of full packs with as many items as a pack can have.
 
+    With tensor parallelism activations are taken to be whole. With sequence parallelism items are those of a rank.
+
     Args: kept: packs whose graphs are in memory together. With fewer lanes than ranks, a rank has one pack.
     """
     config, encoder = model.config, encoder_of(model.description)
-    lanes = max(config.data.lanes, ranks)
-    packs = lanes_per_rank(lanes, ranks)
-    items = max(size.items[1] for size in pack_sizes(stage, encoder))
+    parts_of_pack = config.model.sequence_parallel
+    readers = max(1, ranks // (config.model.tensor_parallel * parts_of_pack))
+    lanes = max(config.data.lanes, readers)
+    packs = lanes_per_rank(lanes, readers)
+    of_pack = max(size.items[1] for size in pack_sizes(stage, encoder))
+    items = -(-of_pack // parts_of_pack)
     parts = trained_parts(config, stage)
     return StepLoad(
         encoder=encoder,
-        tokens=stage.token_budget * (1 - stage.patch_dropout),
+        tokens=stage.token_budget * (1 - stage.patch_dropout) / parts_of_pack,
         pixels=pixel_bytes(stage.token_budget, video=stage.video_ratio > 0),
         items=items,
         packs=packs,
         kind=kind,
         embed_dim=config.model.embed_dim,
-        texts=items * lanes,
+        texts=of_pack * lanes,
         chunk=config.objective.chunk,
         text=text_shape(model, trained="text" in parts),
         teacher=model.teacher if stage.distill.ever else None,

@@ -5,7 +5,9 @@ each rank needs.
                             ema, frozen, or the name of a moment: exp_avg and exp_avg_sq of AdamW, momentum_buffer of
                             Muon, a plugin's own
     index.json              pieces: {<parameter>: {shape, kinds: {<kind>: dtype}, parts: [[rank, start, length], ...]}},
-                            cursors: {<lane>: cursor}, files: {<file that ranks share>: [rank, ...]}
+                            cursors: {<lane>: cursor}, files: {<file that ranks share>: [rank, ...]}; with tensor
+                            parallelism a piece has slices: [run, count] too (`formats.slices`), and `start` counts as
+                            if slice followed slice
     buffers.safetensors     buffers of the model, by name
     state.json              progress and settings of the run, optimizer, number of ranks, versions
 
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.elastic import BUFFERS, EMA, FORMAT, FROZEN, INDEX, MASTER, STATE, ElasticReader, Fetch
+from univitar_ds.formats.elastic import BUFFERS, EMA, FORMAT, FROZEN, INDEX, MASTER, SLICED, STATE, ElasticReader, Fetch
 from univitar_ds.formats.shared_file import places, rank_file
 from univitar_ds.identity import this_machine
 from univitar_ds.training.checkpoint.atomic_dir import LocalFolder
@@ -95,7 +97,13 @@ def copied_state(
     parts = []
     if world.is_main:
         parts.append(Part(BUFFERS, save(_buffers(engine.module))))
-        content = {"format": FORMAT, "world_size": world.size, "optimizer": engine.optimizer_state(), "run": state}
+        sliced = any(piece.slice is not None for piece in pieces)
+        content = {
+            "format": SLICED if sliced else FORMAT,
+            "world_size": world.size,
+            "optimizer": engine.optimizer_state(),
+            "run": state,
+        }
         parts.append(Part(STATE, json.dumps(content, indent=1).encode()))
     others = sum(len(part.content) for part in parts)
     table = gather_numbers([len(tensors), _node(), others], world)
@@ -111,10 +119,12 @@ def copied_state(
         if place.name != rank_file(rank):
             files.setdefault(place.name, []).append(rank)
     share = _share(pieces, world, copy.deepcopy(cursors))  # sent later, while the training goes through its data
-    shapes = {piece.name: list(piece.shape) for piece in pieces}  # not the pieces, which keep the engine's memory
+    # Not the pieces, which keep the engine's memory.
+    shapes = {piece.name: list(piece.shape) for piece in pieces}
+    slices = {piece.name: [piece.slice.run, piece.slice.count] for piece in pieces if piece.slice is not None}
 
     def merge(shares: list[dict[str, Any]]) -> list[Part]:
-        return [Part(INDEX, json.dumps({**_merged(shapes, shares), "files": files}).encode())]
+        return [Part(INDEX, json.dumps({**_merged(shapes, slices, shares), "files": files}).encode())]
 
     return Content(parts, share, merge, int(table[:, [0, 2]].sum()))
 
@@ -141,13 +151,25 @@ def _share(pieces: Sequence[ParamShard], world: World, cursors: dict[int, dict[s
             own = {kind: str(tensor.dtype).removeprefix("torch.") for kind, tensor in piece.tensors.items()}
             if own not in kinds:
                 kinds.append(own)
-            written.append([number, piece.start, piece.length, kinds.index(own)])
+            start = piece.start
+            if piece.slice is not None:  # slices are numbered one after the other
+                start += piece.slice.place * (math.prod(piece.shape) // piece.slice.count)
+            written.append([number, start, piece.length, kinds.index(own)])
     return {"written": written, "kinds": kinds, "cursors": {str(lane): cursor for lane, cursor in cursors.items()}}
 
 
-def _merged(shapes: dict[str, list[int]], shares: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the index of a checkpoint. Args: shapes: of all parameters, in order; shares: of all ranks."""
-    entries = [{"shape": shape, "kinds": {}, "parts": []} for shape in shapes.values()]
+def _merged(
+    shapes: dict[str, list[int]], slices: dict[str, list[int]], shares: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the index of a checkpoint.
+
+    Args: shapes: of all parameters, in order; slices: [run, count] of those that ranks have in slices; shares: of all
+    ranks.
+    """
+    entries = [
+        {"shape": shape, "kinds": {}, "parts": [], **({"slices": slices[name]} if name in slices else {})}
+        for name, shape in shapes.items()
+    ]
     cursors: dict[str, Any] = {}
     for rank, share in enumerate(shares):
         for number, start, length, kinds in share["written"]:
@@ -190,7 +212,7 @@ def load_checkpoint(
                     if piece.length and source is None:
                         target.fill_(engine.initial.get(kind, 0.0))
                     elif piece.length:
-                        reader.fill(piece.name, source, piece.start, target)
+                        reader.fill(piece.name, source, piece.start, target, piece.slice)
             buffers = dict(engine.module.named_buffers())
             for name, value in reader.buffers().items():
                 buffers[name].data.copy_(value)

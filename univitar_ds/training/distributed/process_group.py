@@ -54,6 +54,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """The processes; None: all of the run."""
 
     @property
     def is_main(self) -> bool:
@@ -129,13 +131,13 @@ def stop_world() -> None:
 
 
 def gather_json(value: Any, world: World) -> list[Any]:
-    """Returns the values of all ranks, by rank. Values should be small, since each rank receives all values."""
+    """Returns the values of all ranks of `world`, by rank. Values should be small, since each rank receives all."""
     if world.size == 1:
         return [value]
     data = _encoded(value, world)
     lengths = _lengths(data, world)
     received = torch.empty(world.size * max(lengths), dtype=torch.uint8, device=world.device)
-    dist.all_gather_single(received, _padded(data, max(lengths)))
+    dist.all_gather_single(received, _padded(data, max(lengths)), group=world.group)
     rows = received.view(world.size, max(lengths)).cpu()
     return [_decoded(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
@@ -197,7 +199,7 @@ def _padded(data: torch.Tensor, length: int) -> torch.Tensor:
 def _lengths(data: torch.Tensor, world: World) -> list[int]:
     """Returns the lengths of the data of all ranks."""
     lengths = torch.empty(world.size, dtype=torch.int64, device=world.device)
-    dist.all_gather_single(lengths, torch.tensor([len(data)], device=world.device))
+    dist.all_gather_single(lengths, torch.tensor([len(data)], device=world.device), group=world.group)
     return lengths.tolist()
 
 
@@ -207,7 +209,7 @@ def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
     if world.size == 1:
         return mine[None]
     received = torch.empty(world.size, len(numbers), dtype=mine.dtype, device=world.device)
-    dist.all_gather_single(received.view(-1), to_device(mine, world.device))
+    dist.all_gather_single(received.view(-1), to_device(mine, world.device), group=world.group)
     # Waits for the device: every caller continues with the numbers of the other ranks on the host.
     return received.cpu()
 

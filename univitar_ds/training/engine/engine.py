@@ -36,6 +36,8 @@ from univitar_ds.config.schema import OptimizerConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.extras import extra
 from univitar_ds.formats.elastic import EMA, FROZEN, MASTER
+from univitar_ds.formats.slices import Slice
+from univitar_ds.training.distributed.groups import Groups, ModelParallel
 from univitar_ds.training.distributed.process_group import World, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
 from univitar_ds.training.engine.device_waits import NO_TIMERS, NormReader, order_streams, streams_in_order
@@ -70,6 +72,7 @@ The operation leaves 67 MB per rank in /dev/shm after each run, and ranks die of
 class ParamShard:
     """The part of one parameter that a rank owns, as flat views of the same length that begin at element `start`.
 
+    `shape` is that of the whole parameter, also with tensor parallelism.
     `tensors` has the keys `fp32`, the moments and, if an average is kept, `ema`; a frozen parameter has only `frozen`.
     Writing into the views changes the training state, except the working copy of the weights, which
     `Engine.refresh_params` updates.
@@ -80,7 +83,9 @@ class ParamShard:
     start: int
     tensors: dict[str, Tensor]
     written: bool = True
-    """Whether a checkpoint has it from this rank. False: ranks of another group write the same elements."""
+    """Whether a checkpoint has it from this rank. False: other ranks write the same elements."""
+    slice: Slice | None = None
+    """Of which slice of the parameter it is a part, in whose elements `start` counts; None: of the whole parameter."""
 
     @property
     def length(self) -> int:
@@ -97,15 +102,17 @@ class Engine:
         cfg: OptimizerConfig,
         exact: Mapping[str, Tensor] | None = None,
         sharding: Sharding | None = None,
+        groups: Groups | None = None,
     ) -> None:
         """Args: exact: float32 values of the model's `exact_parameters`, which DeepSpeed has rounded to bfloat16;
-        sharding: None: over all ranks."""
+        sharding: None: over all ranks; groups: None: each rank has packs and whole weights of its own."""
         self._engine = engine
         self._cfg = cfg
         self._ema_decay = cfg.ema_decay
         self._optimizer = engine.optimizer
         self._sharded = engine.zero_optimization_stage() == 3
         self.world = world
+        self.groups = groups or Groups.alone(world)
         self._sharding = sharding or Sharding(world.rank, world.size)
         self.gradient_squares: dict[str, float] = {}
         """Sums of squares by GRADIENT_PARTS of this rank's share of the last gradient that was read, before clipping.
@@ -218,7 +225,8 @@ class Engine:
             if parameter.requires_grad and (share := self._gradient_share(parameter)) is not None:
                 # An offloaded share is copied, one share at a time.
                 norm = torch.linalg.vector_norm(share, dtype=torch.float32)
-                sums[part_of(name, GRADIENT_PARTS)] += norm.double().square().to(self.world.device)
+                equal = 1 if _slice_of(parameter) else self.groups.tensor.size  # ranks that have this share
+                sums[part_of(name, GRADIENT_PARTS)] += norm.double().square().to(self.world.device) / equal
         return torch.stack(list(sums.values())) / self._sharding.copies
 
     def _gradient_share(self, parameter: nn.Parameter) -> Tensor | None:
@@ -256,18 +264,26 @@ class Engine:
             else:
                 mapping = parameter._hp_mapping
                 if mapping is None:  # owned by other ranks
-                    yield ParamShard(name, tuple(parameter.shape), 0, {MASTER: torch.empty(0)})
+                    yield self._piece(name, parameter, 0, {MASTER: torch.empty(0)})
                     continue
                 tensors = {MASTER: mapping.get_hp_fragment(), **mapping.optim_fragment}
                 tensors = {key: tensor.detach() for key, tensor in tensors.items()}
-                yield ParamShard(name, tuple(parameter.shape), mapping.lp_fragment_address.start, tensors)
+                yield self._piece(name, parameter, mapping.lp_fragment_address.start, tensors)
+
+    def _piece(self, name: str, parameter: nn.Parameter, start: int, tensors: dict[str, Tensor]) -> ParamShard:
+        part, shape = _slice_of(parameter), tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if part is not None:
+            shape = part.whole_shape
+        written = self._sharding.first and (part is not None or self.groups.writes)
+        if FROZEN in tensors and not self._sharded:  # in full on every rank
+            written = self.groups.data.rank == 0 and (part is not None or self.groups.writes)
+        return ParamShard(name, shape, start, tensors, written, part)
 
     def _frozen_piece(self, name: str, parameter: nn.Parameter) -> ParamShard:
         if not self._sharded:
-            return ParamShard(name, tuple(parameter.shape), 0, {FROZEN: parameter.data.view(-1)})
+            return self._piece(name, parameter, 0, {FROZEN: parameter.data.view(-1)})
         start, length = self._range(parameter)
-        tensors = {FROZEN: parameter.ds_tensor.data.view(-1)[:length]}
-        return ParamShard(name, tuple(parameter.ds_shape), start, tensors, self._sharding.first)
+        return self._piece(name, parameter, start, {FROZEN: parameter.ds_tensor.data.view(-1)[:length]})
 
     def _sharded_piece(self, name: str, parameter: nn.Parameter) -> ParamShard:
         start, length = self._range(parameter)
@@ -276,13 +292,27 @@ class Engine:
         state = self._optimizer.optimizer.state[flat]
         tensors = {MASTER: flat.data, **{key: kept for key, kept in state.items() if key != "step"}}
         own = {kind: tensor.narrow(0, offset, length) for kind, tensor in tensors.items()}
-        return ParamShard(name, tuple(parameter.ds_shape), start, own, self._sharding.first)
+        return self._piece(name, parameter, start, own)
 
     def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Returns (start, length) of this rank's part, without the padding of the last parts."""
         total, part = parameter.ds_numel, parameter.partition_numel()
         start = min(self._sharding.rank * part, total)
         return start, min(part, total - start)
+
+    def agree(self) -> None:
+        """Gives the ranks that have the other slices of the weights what is whole on each of them, from the first.
+
+        They compute it from equal numbers, but kernels that add in no fixed order round differently on each GPU. It is
+        called before a checkpoint, which has it from the first rank only.
+        """
+        group = self.groups.tensor
+        if group.size == 1:
+            return
+        for piece in self.pieces():
+            for tensor in piece.tensors.values() if piece.slice is None else ():
+                torch.distributed.broadcast(tensor, group=group.group, group_src=0)
+        self.refresh_params()
 
     def refresh_params(self) -> None:
         """Updates the weights of the forward pass. Must be called after writing into the tensors of `pieces`."""
@@ -429,11 +459,12 @@ def build_engine(
     ds_config: dict[str, Any],
     world: World,
     began: Mapping[str, int] | None = None,
+    groups: Groups | None = None,
 ) -> Engine:
     """Wraps `model` with DeepSpeed. Frozen parameters must have `requires_grad` False already, and keep it.
 
     The model must not draw random numbers in its forward pass, since a step runs the forward pass twice.
-    Args: began: see `optim.parameter_groups`.
+    Args: began: see `optim.parameter_groups`; groups: None: each rank has packs and whole weights of its own.
     Raises: ConfigError if the ZeRO stage of the DeepSpeed configuration is not 1, 2 or 3.
     """
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
@@ -444,7 +475,8 @@ def build_engine(
     for module, parameter in external_parameters(model):
         deepspeed.zero.register_external_parameter(module, parameter)
     exact = {name: getattr(model, name).detach().clone() for name in getattr(model, "exact_parameters", ())}
-    sharding = sharding_of(world, ds_config.get(SHARDING))
+    groups = groups or Groups.alone(world)
+    sharding = sharding_of(groups.data, ds_config.get(SHARDING))
     sharding.mark(model)
     blocks = Blocks(model)
     for block, parameter in blocks.parameters() if stage == 3 else ():
@@ -460,16 +492,22 @@ def build_engine(
             config={
                 key: value for key, value in {**NO_TIMERS, **ds_config, **OWN_OPTIMIZER}.items() if key != SHARDING
             },
+            mpu=None if groups.tensor.size == 1 else ModelParallel(groups),
         )
     if stage == 3:
         blocks.remove_inner_hooks()
         cut_for_all_ranks(engine)
     sharding.agree_on_norms(engine.optimizer)
     sharding.start_equal(engine.optimizer, model)
-    built = Engine(engine, world, cfg, exact, sharding)
+    built = Engine(engine, world, cfg, exact, sharding, groups)
     if sharding.copies > 1:
         built.refresh_params()
     return built
+
+
+def _slice_of(parameter: nn.Parameter) -> Slice | None:
+    """Returns of which slice of the whole tensor a parameter has the elements, see `model.blocks.tensor_parallel`."""
+    return getattr(parameter, "slice", None)
 
 
 def external_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:

@@ -13,7 +13,6 @@ batch size that DeepSpeed checks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 
 from univitar_ds.config.deepspeed import NODE, SHARDING
 from univitar_ds.errors import ConfigError
-from univitar_ds.training.distributed.process_group import PEER_TIMEOUT, World, gather_json
+from univitar_ds.training.distributed.groups import own_group
+from univitar_ds.training.distributed.process_group import World, gather_json
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,4 @@ def _groups(
     """Returns this rank's group and the one across groups. Kept, since each stage of a run builds an engine."""
     within = [range(start, start + size) for start in range(0, world_size, size)]
     across = [range(place, world_size, size) for place in range(size)]
-    return _own(within, rank), _own(across, rank)
-
-
-def _own(all_ranks: Iterable[range], rank: int) -> dist.ProcessGroup:
-    """Creates groups, which all ranks must do in the same order. Returns that of this rank."""
-    created = {ranks: dist.new_group(list(ranks), timeout=PEER_TIMEOUT) for ranks in all_ranks}
-    return next(group for ranks, group in created.items() if rank in ranks)
+    return own_group(within, rank), own_group(across, rank)

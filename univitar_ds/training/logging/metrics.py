@@ -24,6 +24,7 @@ from univitar_ds.model.blocks.dropping import NO_DROPPING, DropConfig
 from univitar_ds.training.distributed.process_group import World, gather_numbers, uses_cuda
 from univitar_ds.training.engine.optim import GRADIENT_PARTS
 from univitar_ds.training.step.curriculum import Progress
+from univitar_ds.training.step.pack_share import PackShare, whole_of
 from univitar_ds.training.step.peak_flops import Peak
 from univitar_ds.training.step.train_step import StepResult
 
@@ -78,14 +79,13 @@ def local_metrics(
         ignored.update(batch.ignored)
     assert bad.keys() <= set(KINDS), set(bad) - set(KINDS)
     assert ignored.keys() <= set(IGNORED), set(ignored) - set(IGNORED)
-    lengths = [token_count(grid) for batch in batches for grid in batch.grid_thw.tolist()]
-    kept = [dropping.kept(length) for length in lengths]
-    flops = cost[0] * sum(kept) + cost[1] * sum(length**2 for length in kept)
+    ranks = next((batch.ranks for batch in batches if isinstance(batch, PackShare)), 1)  # encode a pack together
+    lengths = _lengths(batches)
     return {
         "tokens": sum(lengths),
-        "token_budget": token_budget * len(batches),
-        "flops": flops,
-        "busiest_flops": flops,
+        "token_budget": token_budget * len(batches) / ranks,
+        "flops": _flops(lengths, cost, dropping),
+        "busiest_flops": _flops(_lengths([whole_of(batch) for batch in batches]), cost, dropping) / ranks,
         "downscaled": sum(batch.downscaled for batch in batches),
         "bad_samples": bad.total(),
         **{name: bad[kind] for name, kind in BAD_OF_KIND.items()},
@@ -98,15 +98,31 @@ def local_metrics(
     }
 
 
+def _lengths(batches: Sequence[PackedBatch]) -> list[int]:
+    return [token_count(grid) for batch in batches for grid in batch.grid_thw.tolist()]
+
+
+def _flops(lengths: Sequence[int], cost: tuple[float, float], dropping: DropConfig) -> float:
+    kept = [dropping.kept(length) for length in lengths]
+    return cost[0] * sum(kept) + cost[1] * sum(length**2 for length in kept)
+
+
 def exchange_metrics(
-    numbers: dict[str, float], others: Sequence[float], world: World
+    numbers: dict[str, float], others: Sequence[float], world: World, *, equal: int = 1
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Returns the numbers reduced over all ranks, and `others` of every rank, (size, others) float64 on the host.
 
-    All ranks call it, with equally many `others`. Both travel in one message."""
+    All ranks call it, with equally many `others`. Both travel in one message.
+    Args: equal: number of consecutive ranks with the same packs, each of which computes its part of their FLOPs. Sums
+    and `others` have the first of them; squares of the gradient are summed over all ranks.
+    """
     table = gather_numbers([*(float(numbers[name]) for name in OVER_RANKS), *others], world)
-    metrics = {name: REDUCTIONS[how](table[:, column]).item() for column, (name, how) in enumerate(OVER_RANKS.items())}
-    return metrics, table[:, len(OVER_RANKS) :]
+    metrics = {}
+    for column, (name, how) in enumerate(OVER_RANKS.items()):
+        step = equal if how == "sum" and name not in SQUARES.values() else 1
+        metrics[name] = REDUCTIONS[how](table[::step, column]).item()
+    metrics["busiest_flops"] /= equal
+    return metrics, table[::equal, len(OVER_RANKS) :]
 
 
 def part_norms(reduced: Mapping[str, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ __all__ = [
     "feature_snapshot",
     "guard",
     "kept_packs",
+    "pack_share",
     "peak_flops",
     "recomputation",
     "train_step",

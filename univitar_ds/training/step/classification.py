@@ -24,6 +24,7 @@ from univitar_ds.training.engine.engine import Engine
 from univitar_ds.training.step.counts import Gather, StepCounts, agreed, exchanged, own_counts, rows_of
 from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
 from univitar_ds.training.step.guard import nan_if_not_finite
+from univitar_ds.training.step.pack_share import own_rows, whole_of
 from univitar_ds.training.step.train_step import DivergedError, NotFiniteError, StepResult, StepSettings, not_finite
 from univitar_ds.training.step.upload import pixels_on
 
@@ -55,17 +56,18 @@ def classification_step(
     Items of a pack are mixed as `objective.classification` says, see `objectives.mixing`.
     """
     engine.zero_grad(settings.lr, read_gradient=settings.read_gradient)
-    world, wanted = engine.world, objective.classification
-    drops = [settings.dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
+    world, wanted = engine.groups.data, objective.classification
+    wholes = [whole_of(batch) for batch in batches]
+    drops = [settings.dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in wholes]
     if counts is None:
         running = teacher if settings.distill_weight else None
         counts = exchanged(own_counts(batches, settings.dropping, running, classes), world)
     distillation = None
     if settings.distill_weight:
         distillation = Distillation(teacher, objective.teacher, settings.distill_weight, batches, drops, counts.teacher)
-    rows = [rows_of(batch, classes) for batch in batches]
+    rows = [rows_of(batch, classes) for batch in wholes]
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for index, (batch, own, dropped) in enumerate(zip(batches, rows, drops, strict=True)):
+    for index, (batch, own, dropped) in enumerate(zip(wholes, rows, drops, strict=True)):
         grids, frames = batch.grid_thw.tolist(), batch.frames.tolist()
         alike = [None if row < 0 else (name, count) for row, name, count in zip(own, batch.sets, frames, strict=True)]
         key = (settings.dropping.seed, "mixing", settings.dropping.step, batch.lane)
@@ -75,7 +77,7 @@ def classification_step(
             pixels = mix_pixels(pixels, frames, grids, plan)
         features = distillation.features(index, pixels) if distillation else None
         output = engine(pixels, batch.frames, batch.grid_thw, bool(distillation), dropped)
-        targets = _targets(batch, own, plan, classes, world.device)
+        targets = _targets(batches[index], own, plan, classes, world.device)
         loss = class_loss(output.logits, targets, wanted.label_smoothing) / max(counts.labelled, 1)
         total += loss.detach().double()
         loss = settings.contrastive_weight * loss
@@ -110,7 +112,9 @@ def _report(total: torch.Tensor, distillation: Distillation | None) -> torch.Ten
 def _targets(
     batch: LabelledBatch, rows: Sequence[int], plan: Sequence[Mix | None], classes: ClassList, device: torch.device
 ) -> Targets:
+    """Returns the targets of a pack's own items. Args: rows, plan: of the whole pack."""
     second = [row if mix is None else rows[mix.partner] for row, mix in zip(rows, plan, strict=True)]
+    rows, second, plan = (own_rows(batch, one) for one in (rows, second, plan))
     spans = [classes.spans.get(name, (0, 0)) for name in batch.sets]
     numbers = torch.tensor([rows, second, [begin for begin, _ in spans], [end for _, end in spans]], dtype=torch.int64)
     first, second, begin, end = to_device(numbers, device).unbind()

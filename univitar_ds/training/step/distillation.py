@@ -17,6 +17,7 @@ from univitar_ds.model.transfer import to_device
 from univitar_ds.objectives.distill import distill
 from univitar_ds.training.step.counts import TeacherCounts
 from univitar_ds.training.step.guard import nan_if_not_finite
+from univitar_ds.training.step.pack_share import own_drops, own_pixels
 
 
 class Images(Protocol):
@@ -59,7 +60,8 @@ class Distillation:
         drops: Sequence[DropPlan | None],
         counts: TeacherCounts,
     ) -> None:
-        self.teacher, self.config, self.packs, self.drops, self.counts = teacher, config, packs, drops, counts
+        self.teacher, self.config, self.packs, self.counts = teacher, config, packs, counts
+        self.drops = [own_drops(pack, dropped) for pack, dropped in zip(packs, drops, strict=True)]
         self.patch_weight, self.pooled_weight = weight * config.patch_weight, weight * config.pooled_weight
         self.sums = torch.zeros(3, dtype=torch.float64, device=teacher.device)
         """Patch loss, pooled loss and agreement of this rank's packs so far."""
@@ -73,6 +75,8 @@ class Distillation:
         Args: device_pixels: the pack's pixels if they are already on the device; otherwise the teacher copies them.
         """
         pack, dropped = self.packs[index], self.drops[index]
+        if device_pixels is not None:
+            device_pixels = own_pixels(pack, device_pixels)
         features = self.teacher(
             pack.pixels,
             pack.frames,

@@ -45,7 +45,8 @@ def recomputation_of(cfg: RunConfig, stage: StageConfig, engine: Engine, memory:
     free = USABLE * memory.usable() - memory.used() - RESERVED_PER_PARAMETER * _parameters(engine)
     free -= _text_bytes(cfg, stage, engine, width)
     free = float(gather_numbers([free], engine.world).min())
-    config, tokens = engine.module.vision.config, stage.token_budget * (1 - stage.patch_dropout)
+    config, ranks = engine.module.vision.config, cfg.model.sequence_parallel
+    tokens = stage.token_budget * (1 - stage.patch_dropout) / ranks
     kind = least_recomputation(config, tokens, free, width=width)
     if engine.world.is_main:
         needs = [f"{NAMES[kind]} {bytes_of_pack(config, kind, tokens, width=width) / 1e9:.1f}" for kind in LADDER]

@@ -34,6 +34,7 @@ from univitar_ds.training.engine.backward_hooks import HookCounts
 from univitar_ds.training.engine.engine import Engine
 from univitar_ds.training.step.counts import Gather, StepCounts, agreed, alone, exchanged, own_counts
 from univitar_ds.training.step.distillation import NO_DISTILLATION, Distillation
+from univitar_ds.training.step.pack_share import whole_of
 from univitar_ds.training.step.upload import pixels_on
 
 LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
@@ -121,16 +122,16 @@ def train_step(
     """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
 
     Args: teacher: that of `objective.teacher`. With a `distill_weight` of 0 neither the teacher nor its heads run.
-    counts: of all ranks; None: the step exchanges them. gather: the message with the step's losses, which is sent once
-    if the parameters were updated; None: the step sends one itself, if it needs one.
+    counts: of the data-parallel ranks; None: the step exchanges them. gather: the message with the step's losses, which
+    is sent once if the parameters were updated; None: the step sends one itself, if it needs one.
     Raises: NotFiniteError on all ranks if the loss or the gradient is not finite, and the update was skipped;
     DivergedError if DeepSpeed has not skipped it, which its configuration can ask for.
     """
     engine.zero_grad(settings.lr, read_gradient=settings.read_gradient)
-    drops = [settings.dropping.of_pack(batch.grid_thw.tolist(), batch.lane) for batch in batches]
-    distillation = None
+    drops = [settings.dropping.of_pack(whole_of(batch).grid_thw.tolist(), batch.lane) for batch in batches]
+    distillation, data = None, engine.groups.data
     if settings.distill_weight:
-        counts = counts or exchanged(own_counts(batches, settings.dropping, teacher), engine.world)
+        counts = counts or exchanged(own_counts(batches, settings.dropping, teacher), data)
         distillation = Distillation(teacher, objective.teacher, settings.distill_weight, batches, drops, counts.teacher)
     inputs = [
         _inputs(batch, engine.world.device, bool(distillation), dropped)
@@ -139,7 +140,7 @@ def train_step(
     caption_ids = to_device(torch.cat([batch.caption_ids for batch in batches]), engine.world.device)
     known = None if counts is None else (to_device(counts.items, engine.world.device), counts.items.tolist())
     # Without `counts`, ranks exchange their numbers of items during the embedding.
-    exchange = Exchange(len(caption_ids), engine.world.device, known=known)
+    exchange = Exchange(len(caption_ids), data.device, data.group, known=known)
     outputs, graphs = _embed(engine, inputs, settings.keep, distillation)
     result = _contrastive(outputs, caption_ids, exchange, objective)
     # All ranks run the backward passes of every step. A loss that is not finite gets a gradient that is not finite.
@@ -158,7 +159,7 @@ def train_step(
     if not math.isfinite(engine.grad_norm):
         raise DivergedError(not_finite(result.loss, settings.lr))
     scale, bias, *sums = engine.reported
-    send = gather or (partial(gather_numbers, world=engine.world) if sums else alone)
+    send = gather or (partial(gather_numbers, world=data) if sums else alone)
     (contrastive, norm), totals = agreed(send, [result.loss, engine.grad_norm], sums)
     distilled = distillation.result(totals) if distillation else NO_DISTILLATION
     return StepResult(
@@ -263,10 +264,11 @@ def _contrastive(
 
 def _inputs(batch: Batch, device: torch.device, distill: bool, drops: DropPlan | None) -> tuple[Any, ...]:
     """Returns the arguments of the model's forward. Sizes stay on the host: `frames`, `grid_thw`, lengths."""
+    whole = whole_of(batch)
     pack = (
-        pixels_on(device, batch.pixels),
-        batch.frames,
-        batch.grid_thw,
+        pixels_on(device, whole.pixels),
+        whole.frames,
+        whole.grid_thw,
         to_device(batch.token_ids, device),
         batch.text_lengths,
     )
