@@ -27,7 +27,7 @@ LAYERS = [
     {"training"},
     {"planning", "drafting"},
     {"evaluation", "convert", "run", "inference", "python_api"},
-    {"launch", "tasks", "reporting"},
+    {"doctor", "launch", "tasks", "reporting"},
     {"demo"},
     {"cli"},
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from univitar_ds.cli.common import add_command, add_overrides, add_weights, expa
 from univitar_ds.cli.config import add_config
 from univitar_ds.cli.convert import add_convert
 from univitar_ds.cli.data import add_data
+from univitar_ds.cli.doctor import add_doctor
 from univitar_ds.cli.inference import add_inference
 from univitar_ds.cli.init import add_init
 from univitar_ds.cli.plan import add_plan
@@ -30,6 +31,7 @@ EXAMPLES = """examples:
   univitar-ds data verify data/photos                  check every shard and sample, write a report
   univitar-ds data probe *.jpg video.mp4               how a run would read single files
   univitar-ds data inspect --config photos             the packs of a run: fill, tokens, bad samples, an image
+  univitar-ds doctor --config photos                   is this machine, or are these nodes, ready for the run?
   univitar-ds train --config photos --nproc 2          train, evaluate and export on two local processes
   univitar-ds train --config run.yaml seed=3 stages.0.lr=5e-4
   univitar-ds train --resume runs/photos --nproc 1     continue, here on another number of processes
@@ -45,9 +47,9 @@ EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status.
 
-    0: success; 1: `data verify`, `data probe` or `classify` found damaged or missing files, or `embed` none that it
-    could use; 2: an error of the user; 85: a run was
-    asked to stop and has saved a checkpoint; 130: interrupted.
+    0: success; 1: `data verify`, `data probe` or `classify` found damaged or missing files, `embed` none that it could
+    use, or `doctor` something that failed; 2: an error of the user; 85: a run was asked to stop and has saved a
+    checkpoint; 130: interrupted.
 
     If a command that only prints cannot print: 141 if the reader of a pipe has closed it, as after SIGPIPE, else 2.
     """
@@ -124,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_init(commands)
+    add_doctor(commands)
     _add_train(commands)
     add_config(commands)
     add_plan(commands)

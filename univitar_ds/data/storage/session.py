@@ -31,6 +31,13 @@ def session_folder() -> str:
         return _folder_of(os.getpid())
 
 
+def remove_session_folder() -> None:
+    """Removes this process's folder, for a process that ends without Python's exit handlers."""
+    with _making:
+        if _folder_of.cache_info().currsize:
+            _remove(_folder_of(os.getpid()), os.getpid())
+
+
 class Pins:
     """The pinned version of each remote file, the first one found, which all processes of a run read."""
 

@@ -94,9 +94,10 @@ def check_gpus(processes: int) -> None:
         )
 
 
-def start_world(timeout: timedelta = PEER_TIMEOUT) -> World:
+def start_world(timeout: timedelta = PEER_TIMEOUT, store: dist.Store | None = None) -> World:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe, one rank without the variables.
 
+    Args: store: of a rendezvous that has taken place already.
     Raises: ConfigError if this rank has no usable GPU, see `check_gpus`; UserError if not all ranks join, see
         `rendezvous.meet`, or a rank ends before all are connected.
     """
@@ -110,7 +111,8 @@ def start_world(timeout: timedelta = PEER_TIMEOUT) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
-        store = dist.HashStore() if size == 1 else meet(rank, size)  # a store in memory needs no free port
+        if store is None:
+            store = dist.HashStore() if size == 1 else meet(rank, size)  # a store in memory needs no free port
         try:
             dist.init_process_group(
                 backend,

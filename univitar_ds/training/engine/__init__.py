@@ -1,3 +1,3 @@
 """DeepSpeed behind a small interface. No other package imports DeepSpeed."""
 
-__all__ = ["backward_hooks", "determinism", "engine", "node_sharding", "optim", "zero3"]
+__all__ = ["backward_hooks", "compiled_ops", "determinism", "engine", "node_sharding", "optim", "zero3"]

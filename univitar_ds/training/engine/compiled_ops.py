@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,8 +55,8 @@ def prepare_extensions(
     Returns: the folder.
     Raises: InstallationError if only the temporary folder is left and belongs to another user.
     """
-    preferred = Path(os.environ.get(_VARIABLE) or _environment_folder())
-    folder = next(filter(_writable, (preferred, _cache_folder())), None) or _temporary_folder()
+    preferred = folders()[0]
+    folder = next(filter(_writable, folders()), None) or _temporary_folder()
     os.environ[_VARIABLE] = str(folder)
     tools = str(Path(sys.executable).parent)
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
@@ -68,6 +69,29 @@ def prepare_extensions(
     return folder
 
 
+def folders() -> list[Path]:
+    """Returns the folders for compiled operations, of which the first that can be written is taken."""
+    return [Path(os.environ.get(_VARIABLE) or _environment_folder()), _cache_folder()]
+
+
+class LockState(Enum):
+    """HELD: by a build, or perhaps by one of another machine; STALE: left by a killed build; GONE: removed since."""
+
+    HELD = "held"
+    STALE = "stale"
+    GONE = "gone"
+
+
+def lock_state(lock: Path, stale_after_s: float = STALE_AFTER_S) -> tuple[LockState, str]:
+    """Returns the state of a lock, and for a held one who holds it, in words."""
+    if not lock.exists():
+        return LockState.GONE, ""
+    owner = _owner(lock)
+    if owner == _DEAD or (owner is None and _unchanged(lock, stale_after_s)):
+        return LockState.STALE, ""
+    return LockState.HELD, _reason(owner, stale_after_s)
+
+
 def wait_for(
     lock: Path,
     poll_s: float = 0.5,
@@ -76,16 +100,18 @@ def wait_for(
 ) -> None:
     """Waits until the lock is removed, and removes it if the owner has ended or the lock is stale (STALE_AFTER_S)."""
     start, reported = time.monotonic(), False
-    while lock.exists():
-        owner = _owner(lock)
-        if owner == _DEAD or (owner is None and _unchanged(lock, stale_after_s)):
+    while True:
+        state, reason = lock_state(lock, stale_after_s)
+        if state is LockState.GONE:
+            return
+        if state is LockState.STALE:
             logger.warning("%s was left by a killed build and is removed", lock)
             lock.unlink(missing_ok=True)
             return
         if not reported and time.monotonic() - start >= report_after_s:
             reported = True
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                logger.warning("waiting for %s: %s", lock, _reason(owner, stale_after_s))
+                logger.warning("waiting for %s: %s", lock, reason)
         time.sleep(poll_s)
 
 

@@ -1,0 +1,110 @@
+"""How checks are run: limits, errors, the report; on one rank."""
+
+import json
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from univitar_ds.cli.doctor import table
+from univitar_ds.cli.main import main
+from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Found, Report, Row
+from univitar_ds.doctor.ranks import Ranks
+from univitar_ds.doctor.run import check_all
+from univitar_ds.doctor.scene import Check, Scene
+from univitar_ds.errors import ConfigError
+
+
+def rows_of(*checks: Check, limit_s: float = 60.0) -> list[Row]:
+    return check_all(Scene(Ranks(dist.HashStore(), 0, 1, limit_s)), checks)
+
+
+def raises(error: Exception):
+    def look(scene):
+        raise error
+
+    return look
+
+
+GOOD = Check("good", lambda _: Found([Row("good", OK, "it is")]), "")
+
+
+def test_a_check_that_fails_does_not_hide_the_next_one(capfd):
+    broken = Check("broken", raises(ZeroDivisionError("by zero")), "call us")
+    wrong = Check("wrong", raises(ConfigError("lanes is 3; give 4")), "")
+    first, second, third = rows_of(broken, wrong, GOOD)
+    assert (first.state, first.found) == (FAILED, "ZeroDivisionError: by zero")
+    assert first.remedy == "see the traceback in the log; call us"
+    assert "Traceback" in capfd.readouterr().err
+    assert (second.check, second.found, second.remedy) == ("wrong", "lanes is 3", "give 4")
+    assert third.state == OK
+
+
+def test_a_check_that_does_not_answer_fails_at_the_limit_with_its_remedy():
+    ended = threading.Event()
+    hanging = Check("disk", lambda _: ended.wait() and None, "see the disk")
+    try:
+        first, second = rows_of(hanging, GOOD, limit_s=0.2)
+    finally:
+        ended.set()
+    assert (first.check, first.state) == ("disk", FAILED)
+    assert (first.found, first.remedy) == ("no answer within 0.2 s (limit)", "see the disk")
+    assert second.state == OK
+
+
+ROWS = [
+    Row("versions", OK, "torch 2.13.0"),
+    Row("GPUs", SKIPPED, "none"),
+    Row("disk", FAILED, "\x1b[2J is full", "free some", nodes=("b",), numbers={"free_bytes": 0}),
+]
+
+
+def test_the_table_has_words_remedies_and_a_sum_and_no_control_characters_of_names():
+    text = table(Report(ROWS, ["a", "b"]), colours=False)
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[0] == ["ok", "versions", "torch", "2.13.0"]
+    assert lines[1][:2] == ["-", "GPUs"]
+    assert lines[2] == ["FAILED", "disk", "b:", "\\x1b[2J", "is", "full"]
+    assert lines[3] == ["remedy:", "free", "some"]
+    assert lines[-1] == ["FAILED", "1", "of", "3", "rows;", "the", "remedies", "are", "above"]
+    assert "\x1b" not in text
+
+
+def test_colours_are_an_addition_to_the_words():
+    text = table(Report(ROWS, ["a", "b"]), colours=True)
+    assert "\x1b[31mFAILED\x1b[0m" in text
+    assert "\x1b[32mok    \x1b[0m" in text
+    assert table(Report(ROWS[:2], ["a"]), colours=False).endswith("ok  2 rows, none failed")
+
+
+@pytest.fixture
+def two_checks(monkeypatch):
+    bad = Check("bad", lambda _: Found([Row("bad", FAILED, "broken", "mend it", numbers={"x_s": 1.5})]), "")
+    monkeypatch.setattr("univitar_ds.doctor.run.CHECKS", [GOOD, bad])
+
+
+def test_the_command_prints_json_and_ends_with_1_for_a_failed_row(two_checks, capsys):
+    assert main(["doctor", "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["ok"], printed["ranks"], len(printed["nodes"])) == (False, 1, 1)
+    assert printed["rows"][1] == {
+        "check": "bad", "state": "failed", "found": "broken", "remedy": "mend it", "nodes": [], "numbers": {"x_s": 1.5},
+    }  # fmt: skip
+
+
+def test_the_command_ends_with_0_without_a_failed_row(monkeypatch, capsys):
+    monkeypatch.setattr("univitar_ds.doctor.run.CHECKS", [GOOD])
+    assert main(["doctor"]) == 0
+    assert "1 rows, none failed" in capsys.readouterr().out
+
+
+def test_overrides_need_a_run_file(capsys):
+    assert main(["doctor", "data.lanes=3"]) == 2
+    assert "data.lanes=3 overrides a run file; give one by --config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "soon"])
+def test_a_limit_is_a_number_of_seconds(capsys, value):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--timeout", value])
+    assert "--timeout" in capsys.readouterr().err

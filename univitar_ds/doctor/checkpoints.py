@@ -1,0 +1,125 @@
+"""The folder of checkpoints: whether each node writes there, how fast, into one file system, and the space left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+from univitar_ds.doctor.findings import FAILED, OK, Answers, Found, Row, from_error, ranks_named
+from univitar_ds.doctor.scene import Check, Scene
+from univitar_ds.doctor.storage import rate_rows
+from univitar_ds.errors import StorageError, writing
+from univitar_ds.planning.checks import existing_parent
+from univitar_ds.planning.sizes import amount
+
+NAME, SHARED = "checkpoint folder", "shared folder"
+MOST_BYTES, PIECE = 64 << 20, 4 << 20
+MOST_S = 5.0
+
+
+def write_rate(folder: Path) -> tuple[int, float]:
+    """Writes into a file without a name, which is gone when it is closed, whatever ends this process.
+
+    Returns: bytes and seconds, until the disk has them. Raises: StorageError.
+    """
+    content = os.urandom(PIECE)  # a disk may compress
+    total = 0
+    with writing(folder), tempfile.TemporaryFile(dir=folder) as file:
+        start = time.monotonic()
+        while total < MOST_BYTES and time.monotonic() - start < MOST_S:
+            total += file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return total, time.monotonic() - start
+
+
+def space(folder: Path, checkpoint_bytes: float | None, keep: int) -> Row:
+    """Returns a row about the space for `keep` checkpoints and the one that is being written."""
+    free = shutil.disk_usage(folder).free
+    if checkpoint_bytes is None:
+        return Row(NAME, OK, f"{amount(free)} are free in {folder}")
+    needed = checkpoint_bytes * (keep + 1)
+    text = f"{keep + 1} checkpoints need {amount(needed)}, {amount(free)} are free in {folder}"
+    if free < needed:
+        remedy = "free some space there, name another output=..., or lower checkpoint.keep"
+        return Row(NAME, FAILED, text, remedy, numbers={"free_bytes": free, "needed_bytes": needed})
+    return Row(NAME, OK, text, numbers={"free_bytes": free, "needed_bytes": needed})
+
+
+def _look(scene: Scene) -> Found:
+    if scene.folder is None:
+        return Found()
+    folder = existing_parent(scene.folder)
+    if not folder.is_dir():
+        return Found([Row(NAME, FAILED, f"{folder} is no folder", "name another output=... or name=...")])
+    try:
+        size, seconds = write_rate(folder)
+    except StorageError as error:
+        return Found(from_error(NAME, error))
+    # Free space differs from moment to moment, so the rows of nodes would differ.
+    rows = [space(folder, scene.checkpoint_bytes, scene.config.checkpoint.keep)] if scene.ranks.is_main else []
+    return Found(rows, {"mb_s": size / 1e6 / max(seconds, 1e-6), "mb": size / 1e6})
+
+
+def _look_shared(scene: Scene) -> Found:
+    """Looks for a file that rank 0 has made, in the nearest folder that exists there."""
+    ranks = scene.ranks
+    if len(ranks.firsts()) == 1:
+        return Found()
+    place = _make(scene) if ranks.is_main else None
+    try:
+        place = ranks.at_main(lambda: place, "shared place")
+        seen = None if place is None else Path(place).is_file()
+        ranks.store.add("shared seen", 1)
+        if ranks.is_main:
+            _wait_for_others(scene)
+    finally:
+        scene.forget_files()
+    return Found(values={} if seen is None else {"seen": seen, "place": str(Path(place).parent)})
+
+
+def _make(scene: Scene) -> str | None:
+    if scene.folder is None:
+        return None
+    path = existing_parent(scene.folder) / f".univitar-ds-doctor-{uuid.uuid4().hex}"
+    try:
+        scene.made.append(path)
+        path.touch(exist_ok=False)
+    except OSError:  # the check of writing has a row about it
+        scene.made.remove(path)
+        return None
+    return str(path)
+
+
+def _wait_for_others(scene: Scene) -> None:
+    """Waits until one rank of each node has looked; a rank that does not answer gets a row elsewhere."""
+    ranks = scene.ranks
+    deadline = time.monotonic() + ranks.limit_s / 2
+    while ranks.store.add("shared seen", 0) < len(ranks.firsts()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def compare(answers: Answers) -> list[Row]:
+    return rate_rows(NAME, "writes", answers)
+
+
+def compare_shared(answers: Answers) -> list[Row]:
+    seen = answers.of("seen")
+    if not seen:
+        return []
+    place = answers.values[min(seen)]["place"]
+    blind = sorted(rank for rank, value in seen.items() if not value)
+    if not blind:
+        return [Row(SHARED, OK, f"{len(seen)} nodes see the files of the first one in {place}")]
+    text = f"{ranks_named(blind, answers.nodes)} does not see the file that rank 0 made in {place}"
+    return [Row(SHARED, FAILED, text, "mount one file system there on all nodes, or name another output=...")]
+
+
+CHECK = Check(NAME, _look, "the disk with the run's folder does not answer on this node", compare=compare)
+SHARED_CHECK = Check(
+    SHARED, _look_shared, "the disk with the run's folder does not answer", together=True, compare=compare_shared
+)

@@ -1,0 +1,72 @@
+"""The clocks of the nodes."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Answers, Found, Row, listed
+from univitar_ds.doctor.scene import Check, Scene
+from univitar_ds.errors import UserError
+
+NAME = "clocks"
+ROUNDS = 5
+LIMIT_S = 1.0
+"""Logs of nodes are read side by side, and their lines come in the wrong order beyond this. S3 refuses requests by
+minutes."""
+
+
+def now() -> float:
+    return time.time()
+
+
+def _look(scene: Scene) -> Found:
+    """Compares this clock with that of rank 0, which writes its time into the store for all ranks at once.
+
+    A rank wakes up some time after that, and this time is counted to its clock; the least of several rounds counts.
+    """
+    ranks = scene.ranks
+    if len(ranks.firsts()) == 1:
+        return Found()
+    ahead = []
+    for number in range(ROUNDS):
+        try:
+            ahead.append(_ahead(scene, f"clock {number}"))
+        except dist.DistError as error:
+            raise UserError(f"the ranks do not answer within {ranks.limit_s:g} s; see the row of the ranks") from error
+    return Found(values={"ahead_s": min(ahead)})
+
+
+def _ahead(scene: Scene, key: str) -> float:
+    """Returns by how many seconds this clock is ahead of that of rank 0; 0.0 on rank 0."""
+    ranks, limit = scene.ranks, timedelta(seconds=scene.ranks.limit_s)
+    nodes = len(ranks.firsts())
+    if ranks.store.add(f"{key} ready", 1) == nodes:
+        ranks.store.set(f"{key} all", "")
+    if ranks.is_main:
+        ranks.store.wait([f"{key} all"], limit)
+        ranks.store.set(key, repr(now()))
+        return 0.0
+    ranks.store.wait([key], limit)
+    here = now()
+    return here - float(ranks.store.get(key))
+
+
+def compare(answers: Answers) -> list[Row]:
+    """One row, failed with the nodes whose clock differs by more than LIMIT_S from that of rank 0."""
+    ahead = answers.by_node("ahead_s", max)
+    if len(ahead) < 2:
+        return [Row(NAME, SKIPPED, "one node: there is no other clock to compare with")]
+    span = max(ahead.values()) - min(ahead.values())
+    numbers = {"skew_s": span}
+    wrong = {node: value for node, value in ahead.items() if abs(value) > LIMIT_S}
+    if not wrong:
+        return [Row(NAME, OK, f"differ by at most {span:.3f} s on {len(ahead)} nodes", numbers=numbers)]
+    texts = [f"{node} by {value:+.1f} s" for node, value in sorted(wrong.items(), key=lambda one: -abs(one[1]))]
+    text = f"{listed(texts)} from {answers.nodes[0]} (limit {LIMIT_S:g} s)"
+    return [Row(NAME, FAILED, text, "start chronyd or another client of NTP on these nodes", numbers=numbers)]
+
+
+CHECK = Check(NAME, _look, "see the row of the ranks", together=True, compare=compare)

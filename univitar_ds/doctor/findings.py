@@ -1,0 +1,149 @@
+"""What a check finds: rows of the table, and values that are compared between ranks. The report of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median_low
+from typing import Any
+
+from univitar_ds.errors import UserError
+from univitar_ds.planning.checks import SeveralFaults
+
+OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+WORDS = {OK: "ok", FAILED: "FAILED", SKIPPED: "-"}
+MOST_NAMES = 8
+"""Maximum number of nodes or ranks that a row lists."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    `state`: OK, FAILED or SKIPPED; `nodes`: where it was found, empty for all; `numbers`: measured values, by a name
+    that ends in its unit.
+    """
+
+    check: str
+    state: str
+    found: str
+    remedy: str = ""
+    nodes: tuple[str, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "nodes": list(self.nodes)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Row:
+        return cls(**{**content, "nodes": tuple(content["nodes"])})
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one rank found: rows, and values (of JSON) for `Check.compare`."""
+
+    rows: Sequence[Row] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rows": [row.to_json() for row in self.rows], "values": dict(self.values)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Found:
+        return cls([Row.from_json(row) for row in content["rows"]], content["values"])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The values of the ranks that answered, by rank, and the node of every rank."""
+
+    values: Mapping[int, Mapping[str, Any]]
+    nodes: Sequence[str]
+
+    def of(self, name: str) -> dict[int, Any]:
+        """Returns one value by rank, of the ranks that have it."""
+        return {rank: values[name] for rank, values in self.values.items() if name in values}
+
+    def by_node(self, name: str, worst: Callable[..., float]) -> dict[str, float]:
+        """Returns one number by node, the `worst` (min or max) of its ranks."""
+        found: dict[str, list[float]] = {}
+        for rank, value in self.of(name).items():
+            found.setdefault(self.nodes[rank], []).append(value)
+        return {node: worst(values) for node, values in found.items()}
+
+
+def from_error(check: str, error: UserError) -> list[Row]:
+    """Returns a failed row for an error, whose message ends with the remedy; one for each if it holds several."""
+    if isinstance(error, SeveralFaults):
+        return [row for each in error.errors for row in from_error(check, each)]
+    found, _, remedy = str(error).rpartition("; ")
+    return [Row(check, FAILED, found or remedy, remedy if found else "change what this sentence names")]
+
+
+def merged(rows: Mapping[int, Sequence[Row]], nodes: Sequence[str]) -> list[Row]:
+    """Returns the rows of all ranks, each distinct row once, with the nodes where it was found unless that is all."""
+    places: dict[tuple[str, ...], tuple[Row, dict[str, None]]] = {}
+    everywhere = dict.fromkeys(nodes[rank] for rank, some in rows.items() if some)
+    for rank, some in rows.items():
+        for row in some:
+            _, found = places.setdefault((row.check, row.state, row.found, row.remedy), (row, {}))
+            found[nodes[rank]] = None
+    return [replace(row, nodes=() if len(found) == len(everywhere) else tuple(found)) for row, found in places.values()]
+
+
+def listed(names: Sequence[Any]) -> str:
+    """Returns the names as text, the first MOST_NAMES of them."""
+    more = len(names) - MOST_NAMES
+    return ", ".join(map(str, names[:MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
+
+
+def ranks_named(ranks: Sequence[int], nodes: Sequence[str | None]) -> str:
+    """Returns "rank 3 on node-b": ranks, and their nodes as far as they are known."""
+    text = f"{'rank' if len(ranks) == 1 else 'ranks'} {listed(ranks)}"
+    places = sorted({nodes[rank] for rank in ranks if nodes[rank] is not None})
+    return f"{text} on {listed(places)}" if places else text
+
+
+def outliers(values: Mapping[str, float], factor: float) -> list[str]:
+    """Returns the names whose value is above `factor` times the lower median of all, the largest first."""
+    limit = factor * median_low(values.values())
+    return sorted((name for name, value in values.items() if value > limit), key=lambda name: -values[name])
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows.
+
+    `nodes`: name of each rank's node, None for ranks that did not answer. `main`: whether this rank reports; others
+    have no rows. `hung`: whether a thread of this process still waits for something.
+    """
+
+    rows: Sequence[Row]
+    nodes: Sequence[str | None] = field(default_factory=list)
+    main: bool = True
+    hung: bool = False
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if row.state == FAILED]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": not self.failed, "ranks": len(self.nodes), "nodes": list(self.nodes),
+                "rows": [row.to_json() for row in self.rows]}  # fmt: skip
+
+    def lines(self) -> Iterator[tuple[str, str, str]]:
+        """Yields (state, word, text): each row, its remedy, and the sum at the end. The state and the word are empty in
+        lines that continue a row."""
+        width = max((len(row.check) for row in self.rows), default=0)
+        for row in self.rows:
+            where = f"{listed(row.nodes)}: " if row.nodes else ""
+            yield row.state, f"{WORDS[row.state]:<6}", f"  {row.check:<{width}}  {where}{row.found}"
+            if row.state == FAILED:
+                yield "", "", f"{'':<{width + 10}}remedy: {row.remedy}"
+        count = len(self.failed)
+        yield "", "", ""
+        if count:
+            yield FAILED, "FAILED", f"  {count} of {len(self.rows)} rows; the remedies are above"
+        else:
+            yield OK, "ok", f"  {len(self.rows)} rows, none failed"

@@ -1,0 +1,192 @@
+"""GPUs: what `nvidia-smi -q -x` reports about errors, throttling, other processes and the driver.
+
+Not run on a GPU: the fields are those of NVIDIA's documentation (nvidia-smi(1), nvsmi_device_v12.dtd) and of its
+earlier versions.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+import torch
+
+from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Found, Row, listed
+from univitar_ds.doctor.scene import Check, Scene
+from univitar_ds.errors import UserError, shortened
+
+NAME = "GPUs"
+COMMAND = ("nvidia-smi", "-q", "-x")
+ANSWERS_S = 60.0
+MOST_BYTES = 64 << 20
+USED_BY_OTHERS_MIB = 1024
+"""Memory in use before a rank has taken any, above which another process is on the GPU. Chosen, not measured: a driver
+takes some hundred."""
+SLOWED = {
+    "hw_thermal_slowdown": ("is slowed down by its temperature", "see the cooling of this node"),
+    "sw_thermal_slowdown": ("is slowed down by its temperature", "see the cooling of this node"),
+    "hw_power_brake_slowdown": ("is slowed down by the power supply", "see the power supply of this node"),
+    "hw_slowdown": ("is slowed down by the hardware", "see `nvidia-smi -q -d PERFORMANCE`"),
+}
+"""Clock event reasons, in NVIDIA's earlier versions throttle reasons. A cap of the power is usual under load."""
+_LOST = re.compile(r"\b(ERR!|GPU is lost|requires reset|Unknown Error)", re.IGNORECASE)
+_RESET = "drain this node and reset the GPU (nvidia-smi -r, as root), or reboot the node"
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The driver of a machine, the CUDA version that it supports, and its GPUs as XML."""
+
+    driver: str
+    cuda: str
+    gpus: list[Element]
+
+
+def ask() -> bytes | None:
+    """Returns what nvidia-smi prints, None without nvidia-smi. Raises: UserError if it fails or does not answer."""
+    if shutil.which(COMMAND[0]) is None:
+        return None
+    try:
+        done = subprocess.run(COMMAND, capture_output=True, timeout=ANSWERS_S)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"nvidia-smi does not answer within {ANSWERS_S:g} s; {_RESET}") from error
+    if done.returncode:
+        text = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines() or ["without a message"]
+        raise UserError(f"nvidia-smi fails with {done.returncode}: {shortened(text[-1], 200)}; {_RESET}")
+    return done.stdout
+
+
+def parse(text: bytes) -> Gpus:
+    """Raises: UserError if this is not the XML of nvidia-smi."""
+    remedy = "see `nvidia-smi -q -x` on this node"
+    if len(text) > MOST_BYTES or b"<!ENTITY" in text:
+        raise UserError(f"nvidia-smi prints {len(text)} bytes (limit {MOST_BYTES}) or entities; {remedy}")
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise UserError(f"nvidia-smi prints no XML ({error}); {remedy}") from error
+    if root.tag != "nvidia_smi_log":
+        raise UserError(f"nvidia-smi prints <{shortened(root.tag)}> and not <nvidia_smi_log>; {remedy}")
+    return Gpus(_text(root, "driver_version"), _text(root, "cuda_version"), root.findall("gpu"))
+
+
+def visible(gpus: list[Element], environment: Mapping[str, str]) -> list[Element]:
+    """Returns those GPUs that CUDA_VISIBLE_DEVICES names, all of them without the variable or for parts of GPUs."""
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    if named is None or "MIG" in named:
+        return gpus
+    chosen = []
+    for word in filter(None, (word.strip() for word in named.split(","))):
+        chosen += [
+            gpu
+            for index, gpu in enumerate(gpus)
+            if (word.isdecimal() and index == int(word))
+            or (word.startswith("GPU-") and _text(gpu, "uuid").startswith(word))
+        ]
+    return chosen
+
+
+def rows_of(found: Gpus, torch_cuda: str | None) -> list[Row]:
+    """Returns the rows of GPUs on which no rank of this job has begun. Args: torch_cuda: CUDA version of torch."""
+    rows = [row for gpu in found.gpus for row in _faults(gpu)]
+    rows += _driver_fault(found, torch_cuda)
+    names = sorted({_text(gpu, "product_name") for gpu in found.gpus})
+    plural = "" if len(found.gpus) == 1 else "s"
+    text = f"{len(found.gpus)} GPU{plural} ({', '.join(names)}), driver {found.driver} for CUDA {found.cuda}"
+    if not rows:
+        rows = [Row(NAME, OK, f"{text}; no uncorrectable memory errors, no throttling, no other processes")]
+    return rows
+
+
+def _faults(gpu: Element) -> Iterator[Row]:
+    name = f"{_text(gpu, 'product_name')} at {gpu.get('id', '?')}"
+    lost = next((element.text for element in gpu.iter() if element.text and _LOST.search(element.text)), None)
+    if lost is not None:
+        yield Row(NAME, FAILED, f"{name} does not answer: {shortened(lost.strip())}", _RESET)
+        return
+    errors = _uncorrectable(gpu)
+    if errors:
+        yield Row(NAME, FAILED, f"{name} has {errors} uncorrectable memory errors since the driver started", _RESET)
+    if _yes(gpu, "remapped_rows/remapped_row_failure") or _yes(gpu, "ecc_errors/aggregate/sram_threshold_exceeded"):
+        yield Row(NAME, FAILED, f"{name} cannot replace its faulty memory any more", "drain this node, replace the GPU")
+    if _yes(gpu, "remapped_rows/remapped_row_pending") or _yes(gpu, "retired_pages/pending_retirement"):
+        yield Row(NAME, FAILED, f"{name} replaces faulty memory at its next reset", _RESET)
+    state = _text(gpu, "fabric/state")
+    if state not in ("", "N/A", "Completed"):
+        remedy = "start nvidia-fabricmanager on this node, of the driver's version"
+        yield Row(NAME, FAILED, f"{name} is not part of the NVSwitch fabric: {shortened(state)}", remedy)
+    yield from _slowed(gpu, name)
+    yield from _others(gpu, name)
+
+
+def _slowed(gpu: Element, name: str) -> Iterator[Row]:
+    for word in ("event", "throttle"):
+        for reason, (what, remedy) in SLOWED.items():
+            if _text(gpu, f"clocks_{word}_reasons/clocks_{word}_reason_{reason}") == "Active":
+                at = _text(gpu, "temperature/gpu_temp") or "an unknown temperature"
+                yield Row(NAME, FAILED, f"{name} {what} at {at} ({reason})", remedy)
+                return
+
+
+def _others(gpu: Element, name: str) -> Iterator[Row]:
+    used = _mib(_text(gpu, "fb_memory_usage/used"))
+    pids = [_text(one, "pid") for one in gpu.findall("processes/process_info")]
+    if used > USED_BY_OTHERS_MIB:
+        who = f"process {listed(pids)}" if any(pids) else "processes that are not visible here"  # as in a container
+        yield Row(NAME, FAILED, f"{used:,} MiB of {name} are in use by {who}", "end them, or leave this GPU out")
+
+
+def _driver_fault(found: Gpus, torch_cuda: str | None) -> Iterator[Row]:
+    if not found.gpus:
+        return
+    if torch_cuda is None:
+        remedy = "install a CUDA build of torch, or set DS_ACCELERATOR=cpu"
+        yield Row(NAME, FAILED, f"torch {torch.__version__} was built without CUDA, and this node has GPUs", remedy)
+    elif (major := re.match(r"\d+", found.cuda)) and int(major[0]) < int(torch_cuda.partition(".")[0]):
+        remedy = f"update the driver, or install torch for CUDA {major[0]}"
+        text = f"driver {found.driver} supports CUDA {found.cuda}, torch was built for {torch_cuda}"
+        yield Row(NAME, FAILED, text, remedy)
+
+
+def _uncorrectable(gpu: Element) -> int:
+    volatile = gpu.find("ecc_errors/volatile")
+    if volatile is None:
+        return 0
+    counts = [element.text for element in volatile.iter() if "uncorrectable" in element.tag and len(element) == 0]
+    counts.append(_text(volatile, "double_bit/total"))  # up to Volta
+    return sum(int(count) for count in counts if count and count.strip().isdecimal())
+
+
+def _text(element: Element, path: str) -> str:
+    return (element.findtext(path) or "").strip()
+
+
+def _yes(element: Element, path: str) -> bool:
+    return _text(element, path).lower() == "yes"
+
+
+def _mib(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,12}) MiB", text)
+    return int(match[1]) if match else 0
+
+
+def _look(scene: Scene) -> Found:
+    printed = ask()
+    if printed is None:
+        return Found([Row(NAME, SKIPPED, "no nvidia-smi: no NVIDIA GPU, or the programs of its driver are missing")])
+    found = parse(printed)
+    seen = Gpus(found.driver, found.cuda, visible(found.gpus, os.environ))
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return Found([Row(NAME, SKIPPED, "DS_ACCELERATOR is cpu")])
+    if not seen.gpus:
+        return Found([Row(NAME, SKIPPED, f"none of {len(found.gpus)} GPUs is visible to this rank")])
+    return Found(rows_of(seen, torch.version.cuda))
+
+
+CHECK = Check(NAME, _look, _RESET, everywhere=True)

@@ -1,0 +1,56 @@
+"""DeepSpeed's compiled operations: their folder, and locks that a killed build has left there."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from univitar_ds.doctor.findings import FAILED, OK, Found, Row, listed
+from univitar_ds.doctor.scene import Check, Scene
+from univitar_ds.planning.checks import existing_parent
+from univitar_ds.training.engine.compiled_ops import LockState, folders, lock_state
+
+NAME = "operations"
+
+
+def rows_of(candidates: list[Path]) -> list[Row]:
+    """Returns rows about the first of the folders that a run can write to. Writes nothing."""
+    folder = next(filter(_writable, candidates), None)
+    if folder is None:
+        found = f"none of {listed(candidates)} can be written, and an operation could not be compiled"
+        return [Row(NAME, FAILED, found, "set TORCH_EXTENSIONS_DIR to a folder on this node that you may write to")]
+    rows = [row for lock in sorted(folder.glob("*/lock")) if (row := _of_lock(lock)) is not None]
+    if rows:
+        return rows
+    built = sorted(library.parent.name for library in folder.glob("*/*.so"))
+    unfinished = sorted({path.parent.name for path in folder.glob("*/build.ninja")} - set(built))
+    text = f"compiled: {listed(built)}" if built else "none is compiled, and no shipped configuration needs one"
+    if unfinished:
+        text += f"; {listed(unfinished)} was not finished and is compiled again when it is needed"
+    return [Row(NAME, OK, f"no build holds a lock in {folder}; {text}")]
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=existing_parent(folder)):  # has no name, so nothing stays
+            return True
+    except OSError:
+        return False
+
+
+def _of_lock(lock: Path) -> Row | None:
+    state, reason = lock_state(lock)
+    if state is LockState.GONE:
+        return None
+    if state is LockState.STALE:
+        return Row(
+            NAME, FAILED, f"{lock} was left by a killed build, and torch would wait for it forever", f"rm {lock}"
+        )
+    return Row(NAME, FAILED, f"{lock} is held: {reason}", "wait for that build, or end it and start this check again")
+
+
+def _look(scene: Scene) -> Found:
+    return Found(rows_of(folders()))
+
+
+CHECK = Check(NAME, _look, "the disk with the folder of compiled operations (TORCH_EXTENSIONS_DIR) does not answer")
