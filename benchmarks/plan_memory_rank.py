@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -140,7 +139,6 @@ def main() -> None:
     peak = _status("VmHWM")
     parameters = sum(getattr(one, "ds_numel", one.numel()) for one in engine.module.parameters())
     print(json.dumps({"imports": before, "built": resident - before, "peak": peak - before, "parameters": parameters}))
-    assert math.isfinite(peak)
     sys.stdout.flush()
     if world.size == 1:
         stop_world()

@@ -40,8 +40,7 @@ from univitar_ds.config.run_folder import (
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError, writing
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.checkpoint_store import store_of
-from univitar_ds.formats.run import last_checkpoint
+from univitar_ds.formats.checkpoint.store import store_of
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
 from univitar_ds.owned import clear, foreign, is_marked, mark, refuse_link
 from univitar_ds.planning.checks import (
@@ -162,6 +161,7 @@ def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, exten
     Raises: as `reopen_run`, and ConfigError without a checkpoint.
     """
     from univitar_ds.formats.elastic import read_state
+    from univitar_ds.formats.run import last_checkpoint
     from univitar_ds.planning.report import Plan, report
 
     after, named = _reopened(run, overrides, extension)

@@ -13,7 +13,7 @@ from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.errors import ConfigError, UserError
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.checkpoint_store import store_of
+from univitar_ds.formats.checkpoint.store import store_of
 from univitar_ds.formats.elastic import read_full
 from univitar_ds.formats.run import find_checkpoint
 from univitar_ds.run import create_run, reopen_run

@@ -2,14 +2,12 @@
 
 __all__ = [
     "checkpoint_dir",
-    "checkpoint_store",
     "configuration",
     "elastic",
     "hf",
     "recognise",
     "release",
     "run",
-    "shared_file",
     "sidecar",
     "slices",
     "stored_model",

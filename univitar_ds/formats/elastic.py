@@ -17,7 +17,7 @@ from torch import Tensor
 
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.shared_file import RankTensors, rank_file
+from univitar_ds.formats.checkpoint.shared_file import RankTensors, rank_file
 from univitar_ds.formats.slices import Slice
 from univitar_ds.formats.weight_files import reading
 from univitar_ds.regular_files import read_utf8

@@ -18,7 +18,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.checkpoint_store import store_of
+from univitar_ds.formats.checkpoint.store import store_of
 from univitar_ds.formats.elastic import FROZEN, ElasticReader
 from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
 from univitar_ds.geometry import PATCH

@@ -25,7 +25,7 @@ from torch import Tensor
 from univitar_ds.atomic_write import replace_text, replacing
 from univitar_ds.config.encoder import read_object
 from univitar_ds.errors import CheckpointError, first_line, writing
-from univitar_ds.formats.shared_file import DTYPES
+from univitar_ds.formats.checkpoint.shared_file import DTYPES
 from univitar_ds.formats.stored_model import TensorInfo, Tensors
 from univitar_ds.regular_files import is_regular
 

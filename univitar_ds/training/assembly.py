@@ -22,7 +22,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.storage.session import session_folder
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.checkpoint_store import store_of
+from univitar_ds.formats.checkpoint.store import store_of
 from univitar_ds.formats.elastic import STATE, read_state, read_updates
 from univitar_ds.formats.recognise import open_stored
 from univitar_ds.formats.run import run_description

@@ -26,7 +26,7 @@ from univitar_ds.data.shards.sources import SourceShard, content_of, validate_so
 from univitar_ds.data.shared_listing import check_reachable, listing_of, shards_of
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import UserError, first_line
-from univitar_ds.formats.checkpoint_store import store_of
+from univitar_ds.formats.checkpoint.store import store_of
 from univitar_ds.model.blocks.dropping import DropConfig
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.model.teacher.teacher import Teacher, build_teacher

@@ -15,7 +15,7 @@ from univitar_ds.config.load import config_fingerprint
 from univitar_ds.config.run_folder import CHECKPOINTS, SUMMARY
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.formats.checkpoint_store import store_of
+from univitar_ds.formats.checkpoint.store import store_of
 from univitar_ds.run_lock import still_ours
 from univitar_ds.training.engine.engine import Engine, versions
 from univitar_ds.training.state import State

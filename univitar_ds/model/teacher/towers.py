@@ -47,7 +47,7 @@ class Tower(Protocol):
 class FrameTower:
     """An image model that runs on each frame of a video. Features of a token are the mean over the token's frames.
 
-    With `packing` all frames of a pack run in one pass where `packed.can_pack` says so. Otherwise items with equal
+    With `packing` all frames of a pack run in one pass where `packed.can_pack` allows it. Otherwise items with equal
     height and width run as one batch.
 
     A model with patches of 14 pixels gets the student's pixels. For patches of p pixels, frames are resized (bilinear,

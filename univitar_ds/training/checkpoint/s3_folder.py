@@ -18,8 +18,8 @@ from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.run_folder import CHECKPOINT_FILES, CHECKPOINTS
 from univitar_ds.data.storage.s3_upload import holds, put_content, put_if, remove
 from univitar_ds.errors import CheckpointError, DataError, StorageError, writing
+from univitar_ds.formats.checkpoint.store import CheckpointStore
 from univitar_ds.formats.checkpoint_dir import LATEST, MANIFEST, step_of
-from univitar_ds.formats.checkpoint_store import CheckpointStore
 from univitar_ds.run_lock import still_ours
 from univitar_ds.training.checkpoint.protocol import CHUNK_BYTES, Entry, Part, Retention, Target, manifest_of
 

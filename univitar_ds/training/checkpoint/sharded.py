@@ -1,9 +1,9 @@
 """Elastic checkpoints: every rank writes the flat shards that it owns, and any number of ranks reads the ranges that
 each rank needs.
 
-    node00000.safetensors   "<parameter>/<kind>" of each rank of a node, 1-D, see `formats.shared_file`; kind is fp32,
-                            ema, frozen, or the name of a moment: exp_avg and exp_avg_sq of AdamW, momentum_buffer of
-                            Muon, a plugin's own
+    node00000.safetensors   "<parameter>/<kind>" of each rank of a node, 1-D, see `formats.checkpoint.shared_file`; kind
+                            is fp32, ema, frozen, or the name of a moment: exp_avg and exp_avg_sq of AdamW,
+                            momentum_buffer of Muon, a plugin's own
     index.json              pieces: {<parameter>: {shape, kinds: {<kind>: dtype}, parts: [[rank, start, length], ...]}},
                             cursors: {<lane>: cursor}, files: {<file that ranks share>: [rank, ...]}; with tensor
                             parallelism a piece has slices: [run, count] too (`formats.slices`), and `start` counts as
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.checkpoint.shared_file import places, rank_file
 from univitar_ds.formats.elastic import BUFFERS, EMA, FORMAT, FROZEN, INDEX, MASTER, SLICED, STATE, ElasticReader, Fetch
-from univitar_ds.formats.shared_file import places, rank_file
 from univitar_ds.identity import this_machine
 from univitar_ds.training.checkpoint.atomic_dir import LocalFolder
 from univitar_ds.training.checkpoint.protocol import Content, Part, Retention, save_now, saving

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from univitar_ds.formats.shared_file import DTYPES, header_bytes
+from univitar_ds.formats.checkpoint.shared_file import DTYPES, header_bytes
 from univitar_ds.training.distributed.process_group import World
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

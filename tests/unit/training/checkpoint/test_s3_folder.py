@@ -10,8 +10,8 @@ from tests.support.s3 import BUCKET, faulty, first_of, s3_server, some_of
 from univitar_ds.data.storage import retry
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import CheckpointError, StorageError
+from univitar_ds.formats.checkpoint.store import CheckpointStore
 from univitar_ds.formats.checkpoint_dir import read_manifest, verify
-from univitar_ds.formats.checkpoint_store import CheckpointStore
 from univitar_ds.training.checkpoint.protocol import Content, Part, Retention, save_now, saving
 from univitar_ds.training.checkpoint.s3_folder import S3Folder
 from univitar_ds.training.distributed.process_group import World
