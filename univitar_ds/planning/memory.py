@@ -243,8 +243,11 @@ def _statistics(encoder: EncoderConfig, width: int) -> float:
 
 
 def _between(states: States) -> dict[str, float]:
-    """Returns the bytes that stay between steps. ZeRO-3 keeps its bucket, ZeRO-2 makes its gradients in each step."""
+    """Returns the bytes that stay between steps. ZeRO-2 makes its gradients in each step, and ZeRO-3 keeps its bucket
+    if the optimizer is offloaded."""
     parts = dict(states.parts)
+    if states.stage == 3 and not states.offloaded:
+        return parts
     if states.stage == 3:
         return {**parts, "buckets": states.bucket * states.width}
     if states.stage == 2 or states.width == FP32:
@@ -281,8 +284,10 @@ def _gathered(states: States, *, after_text: bool = False) -> dict[str, float]:
 
 
 def _buckets(states: States) -> float:
-    """Returns the bytes of buckets that exist in a backward pass only."""
-    if states.stage == 3 or (states.stage == 1 and states.width < FP32):
+    """Returns the bytes of buckets of a backward pass only: with ZeRO-3 the gradients that wait for others."""
+    if states.stage == 3:
+        return 0.0 if states.offloaded else min(states.bucket, states.trained) * states.width
+    if states.stage == 1 and states.width < FP32:
         return 0.0
     return states.bucket * states.width * (2 if states.zero.get("overlap_comm") else 1)
 

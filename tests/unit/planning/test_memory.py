@@ -101,12 +101,15 @@ def test_a_teacher_costs_its_weights_and_features():
     assert taught["teacher"]["teacher"] > 500
 
 
-def test_zero_3_gathers_weights_and_keeps_its_bucket():
+def test_zero_3_gathers_weights_and_keeps_a_bucket_until_it_is_summed():
     zero = {"stage": 3, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 500, "stage3_max_live_parameters": 0}
     three = replace(STATES, zero=zero)
     parts = moments(LOAD, three)
     assert parts["loss"]["gathered weights"] == 2 * (P // 10 + 500 + P // 10), "a block, and the next on its way"
-    assert parts["update"]["buckets"] == 1000 * 2
+    assert parts["encoder backward"]["buckets"] == 1000 * 2
+    assert parts["gradients"]["buckets"] == 1000 * (2 + 2), "and joined"
+    assert "buckets" not in parts["update"]
+    assert moments(LOAD, replace(three, offloaded=True))["update"]["buckets"] == 1000 * 2
     assert parts["update"]["update"] == 4 * P / 8
     assert "gathered weights" not in moments(LOAD, replace(three, ranks=1))["loss"]
     whole = replace(three, zero={**zero, "stage3_max_live_parameters": 10**9})
