@@ -6,21 +6,24 @@ A case trains for two steps with the real engine, losses and both towers, on dra
 processes (`plan_memory_rank.py`). Measured is the highest resident memory that the kernel has seen since the engine was
 built, less what the process held after a step of a small model, which has imported and compiled everything; the larger
 of two ranks. glibc gives freed memory back at once, as MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are set to 64
-KiB: otherwise the peak has freed blocks too. Foreseen is `planning.memory`, without any number that was fitted here. A
-case without an update runs forward and backward; AdamW's moments are zeros then, which Linux has not handed out yet,
-and are left out of both. Rows are written to results/bench_plan_memory.csv.
+KiB: otherwise the peak has freed blocks too. Foreseen is `planning.memory`, without any number that was fitted here.
+The case without an engine runs the model forward and backward once, with weights and gradients in bf16: AdamW's states
+of 0.6B would take 12 GB. Rows replace those of the same cases in results/bench_plan_memory.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 from benchmarks.plan_memory_rank import VOCABULARY, deepspeed_of, run_of
@@ -28,26 +31,31 @@ from benchmarks.rows import RESULTS, ROOT, git_commit, processor, rounded, write
 from univitar_ds.config.deepspeed import resolve_deepspeed
 from univitar_ds.model.build import describe
 from univitar_ds.planning.forecast.step_load import Placement, PlannedModel, load_of, states_of
-from univitar_ds.planning.memory import Peak, moments
+from univitar_ds.planning.memory import Peak, moments, peak
 from univitar_ds.planning.sizes import count_parameters
 
 MIDDLE = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2112}
+SMALL = {**MIDDLE, "num_hidden_layers": 6}
 BASIC = {"zero": 3, "ranks": 1, "packs": 1, "recompute": 0, "bf16": False}
 CASES: dict[str, dict[str, Any]] = {
     "tiny": {"encoder": "tiny", "tokens": 8192},
     "tiny, every block recomputed": {"encoder": "tiny", "tokens": 16384, "recompute": 1},
     "tiny, 2 ranks, 2 packs": {"encoder": "tiny", "tokens": 4096, "ranks": 2, "packs": 2, "zero": 2},
-    "61M": {"encoder": MIDDLE, "tokens": 2048, "zero": 1},
-    "61M, selective": {"encoder": MIDDLE, "tokens": 2048, "zero": 2, "recompute": "selective"},
-    "61M, bf16, 2 ranks": {"encoder": MIDDLE, "tokens": 2048, "ranks": 2, "bf16": True},
+    "24M": {"encoder": SMALL, "tokens": 256},
+    "24M, ZeRO-1": {"encoder": SMALL, "tokens": 256, "zero": 1},
+    "24M, ZeRO-2": {"encoder": SMALL, "tokens": 256, "zero": 2},
+    "24M, ZeRO-1, 2 ranks": {"encoder": SMALL, "tokens": 256, "zero": 1, "ranks": 2},
+    "24M, ZeRO-2, 2 ranks, bf16": {"encoder": SMALL, "tokens": 256, "zero": 2, "ranks": 2, "bf16": True},
+    "24M, 2 ranks": {"encoder": SMALL, "tokens": 256, "ranks": 2},
+    "44M": {"encoder": MIDDLE, "tokens": 2048, "zero": 1},
+    "44M, selective": {"encoder": MIDDLE, "tokens": 2048, "zero": 2, "recompute": "selective"},
+    "44M, bf16, 2 ranks": {"encoder": MIDDLE, "tokens": 2048, "ranks": 2, "bf16": True},
     "0.3B": {"encoder": "0.3b", "tokens": 512, "sub_group": 20_000_000},
-    "0.3B, every block recomputed": {"encoder": "0.3b", "tokens": 1024, "sub_group": 20_000_000, "recompute": 1},
-    "0.3B, bf16, 2 ranks": {
-        "encoder": "0.3b", "tokens": 512, "sub_group": 20_000_000, "ranks": 2, "bf16": True, "recompute": 2,
+    "0.3B, fewer tokens": {"encoder": "0.3b", "tokens": 256, "sub_group": 50_000_000},
+    "0.3B, every block recomputed": {
+        "encoder": "0.3b", "tokens": 256, "sub_group": 50_000_000, "recompute": 1, "steps": 1,
     },
-    "0.6B, bf16, no update": {
-        "encoder": "0.6b", "tokens": 512, "sub_group": 20_000_000, "bf16": True, "update": False, "steps": 1,
-    },
+    "0.6B, bf16, no engine": {"encoder": "0.6b", "tokens": 512, "bf16": True, "zero": None},
 }  # fmt: skip
 
 
@@ -57,17 +65,25 @@ def foreseen(case: dict[str, Any]) -> Peak:
     described = describe(config.model, None, vocab_size=VOCABULARY, eos_id=1, pad_id=0)
     counts = count_parameters(config, described, teacher_width=None, classes=None)
     names = ("the case", "its DeepSpeed JSON")
+    if case["zero"] is None:
+        return _without_engine(PlannedModel(config, described, counts), case)
     resolved = resolve_deepspeed(config, case["ranks"], deepspeed_of(case), names)
     place = Placement(case["ranks"], case["ranks"], resolved, on_gpu=False)
     model, stage = PlannedModel(config, described, counts), config.stages[0]
-    found = moments(load_of(model, stage, case["ranks"], case["recompute"]), states_of(model, stage, place))
-    if not case.get("update", True):
-        found.pop("update")
-        for parts in found.values():
-            parts["optimizer"] /= 3  # the master weights, without two moments
-    sizes = {moment: sum(parts.values()) for moment, parts in found.items()}
-    moment = max(sizes, key=sizes.__getitem__)
-    return Peak(moment, found[moment], sizes)
+    return peak(load_of(model, stage, case["ranks"], case["recompute"]), states_of(model, stage, place))
+
+
+def _without_engine(model: PlannedModel, case: dict[str, Any]) -> Peak:
+    """Returns the memory of a model without an engine: weights and the larger of activations and all gradients."""
+    stage, width = model.config.stages[0], 2 if case["bf16"] else 4
+    size = width * model.counts.total
+    resolved = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 0}, "bf16": {"enabled": case["bf16"]}}
+    states = states_of(model, stage, Placement(1, 1, resolved, on_gpu=False))
+    states = replace(states, parts={"weights": float(size)})
+    parts = moments(load_of(model, stage, 1, case["recompute"]), states)["encoder backward"]
+    parts = {"weights": parts["weights"], "encoder activations": parts["encoder activations"]}
+    other = {"weights": float(size), "gradients": float(size)}
+    return max(Peak("encoder backward", parts), Peak("gradients", other), key=lambda one: one.bytes)
 
 
 def measured(case: dict[str, Any]) -> dict[str, int]:
@@ -106,7 +122,6 @@ def rows(names: list[str]) -> Iterator[dict[str, Any]]:
             "case": name,
             **{key: case[key] for key in ("zero", "ranks", "packs", "recompute", "bf16", "tokens")},
             "parameters_m": rounded(seen["parameters"] / 1e6),
-            "imports_gb": rounded(seen["imports"] / 1e9),
             "measured_gb": rounded(seen["peak"] / 1e9),
             "foreseen_gb": rounded(plan.bytes / 1e9),
             "error_pct": round(100 * (plan.bytes / seen["peak"] - 1), 1),
@@ -121,11 +136,20 @@ def rows(names: list[str]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    found = []
+    file = RESULTS / "bench_plan_memory.csv"
     for row in rows(parser.parse_args().cases):
         print({key: row[key] for key in ("case", "measured_gb", "foreseen_gb", "error_pct", "moment")}, flush=True)
-        found.append(row)
-    write_rows(RESULTS / "bench_plan_memory.csv", found)
+        found = {one["case"]: one for one in kept_rows(file)}
+        found[row["case"]] = row
+        write_rows(file, [found[name] for name in CASES if name in found])
+
+
+def kept_rows(file: Path) -> list[dict[str, Any]]:
+    """Returns the rows of earlier runs."""
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,30 @@ def deepspeed_of(case: dict[str, Any]) -> dict[str, Any]:
     return {**precision, "zero_optimization": zero}
 
 
+def alone(case: dict[str, Any]) -> dict[str, int]:
+    """Measures forward and backward pass of the model without an engine."""
+    config = run_of(case)
+    compile_on_cpu(compiles(config.model))
+
+    def run(changed: dict[str, Any]) -> tuple[int, int]:
+        own = run_of(changed).model
+        model = build_contrastive(own, vocab_size=VOCABULARY, eos_id=1, pad_id=0, seed=0)
+        model = model.bfloat16() if case["bf16"] else model
+        model.vision.checkpoint_every = case["recompute"]
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        pack = Packs(changed["tokens"], 0)
+        found = model(pack.pixels, pack.frames, pack.grid_thw, pack.token_ids, pack.text_lengths)
+        (found.vision.sum() + found.text.sum() + found.scale.sum() + found.bias.sum()).backward()
+        return _status("VmHWM"), sum(one.numel() for one in model.parameters())
+
+    run({**case, "encoder": WARM, "tokens": 2 * SIDE**2})
+    gc.collect()
+    before = held()
+    peak, parameters = run(case)
+    return {"imports": before, "peak": peak - before, "parameters": parameters}
+
+
 def built(case: dict[str, Any], world: World) -> tuple[Engine, RunConfig]:
     config = run_of(case)
     compile_on_cpu(compiles(config.model))
@@ -96,14 +120,7 @@ def built(case: dict[str, Any], world: World) -> tuple[Engine, RunConfig]:
 
 def step(engine: Engine, config: RunConfig, case: dict[str, Any]) -> None:
     packs = [Packs(case["tokens"], lane) for lane in engine.world.lanes(config.data.lanes)]
-    settings = StepSettings(lr=1e-6)
-    if case.get("update", True):
-        train_step(engine, packs, settings, config.objective)
-        return
-    engine.zero_grad(settings.lr)
-    pack = packs[0]
-    output = engine(pack.pixels, pack.frames, pack.grid_thw, pack.token_ids, pack.text_lengths)
-    engine.backward(output.vision.sum() + output.text.sum() + output.scale.sum() + output.bias.sum())
+    train_step(engine, packs, StepSettings(lr=1e-6), config.objective)
 
 
 def held() -> int:
@@ -121,7 +138,10 @@ def main() -> None:
     torch.set_num_threads(1)
     world = start_world()
     load_deepspeed()
-    small = {**case, "encoder": WARM, "tokens": 2 * SIDE**2, "packs": 1, "update": True}
+    if case["zero"] is None:
+        print(json.dumps(alone(case)))
+        return
+    small = {**case, "encoder": WARM, "tokens": 2 * SIDE**2, "packs": 1}
     compiled = compiles(run_of(case).model)
     engine, config = built(small, world)
     compile_on_cpu(compiled)
