@@ -162,6 +162,11 @@ def _tensor_faults(config: RunConfig, content: Mapping[str, Any], names: tuple[s
             f"optimizer.kind is {optimizer} with model.tensor_parallel {ranks} in {run_file}, and a rank has slices of "
             "the matrices; set it to adamw, or remove model.tensor_parallel"
         )
+    if config.model.fp8:
+        yield (
+            f"model.fp8 is true with model.tensor_parallel {ranks} in {run_file}, whose layers are those of "
+            "Megatron-Core; remove one of them"
+        )
     zero = content.get("zero_optimization", {})
     where = f"with model.tensor_parallel {ranks} in {run_file}"
     others = {SHARDING: content.get(SHARDING), "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1}

@@ -102,6 +102,20 @@ def test_settings_that_tensor_parallelism_cannot_have_are_refused(config, conten
         resolve_deepspeed(sharing(config, 2, 1), 4, content, NAMES)
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("optimizer", {"kind": "muon"}, "optimizer.kind is muon with model.tensor_parallel 2 .*set it to adamw"),
+        ("model", {"fp8": True}, "model.fp8 is true with model.tensor_parallel 2 .*remove one of them"),
+    ],
+)
+def test_keys_that_tensor_parallelism_cannot_have_are_refused(config, section, changes, words):
+    config = config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
+    assert resolve_deepspeed(config, 4, {}, NAMES)
+    with pytest.raises(ConfigError, match=words):
+        resolve_deepspeed(sharing(config, 2, 1), 4, {}, NAMES)
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '"x"'])
 def test_a_json_that_is_no_object_is_a_sentence(tmp_path, content):
     path = tmp_path / "zero.json"
