@@ -1,6 +1,7 @@
 """`slurm/train.sbatch` on a real Slurm of two nodes: which ends of a job lead to another start, what a run loses."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,11 +42,27 @@ class Job:
     """A job of a script of ours with a task on each node, which it has for itself."""
 
     def __init__(
-        self, slurm: Cluster, run: Path, script: Path = TRAIN, overrides: Sequence[str] = (), **variables: str
+        self,
+        slurm: Cluster,
+        run: Path,
+        script: Path = TRAIN,
+        overrides: Sequence[str] = (),
+        *,
+        options: Sequence[str] = (),
+        log: Path | None = None,
+        **variables: str,
     ) -> None:
-        self.slurm, self.run, self.log = slurm, run, run.with_suffix(".log")
+        """Args: options: of sbatch; log: default: beside the run."""
+        self.slurm, self.run, self.log = slurm, run, log or run.with_suffix(".log")
         run.parent.mkdir(parents=True, exist_ok=True)
-        options = ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--exclusive"]
+        options = [
+            "--ntasks-per-node=1",
+            "--gpus-per-node=0",
+            "--cpus-per-task=1",
+            "--time=10",
+            "--exclusive",
+            *options,
+        ]
         options.append(f"--output={self.log}")
         self.number = slurm.submit(script, *options, arguments=tuple(overrides), RUN=str(run), **variables)
 
@@ -239,21 +256,35 @@ def test_a_fault_of_the_user_ends_the_job_with_its_sentence(slurm, tmp_path):
     assert "absent.yaml" in job.log.read_text()
 
 
-def test_the_preflight_reports_what_it_found(slurm, tmp_path):
+SLOW_NODE = """#!/bin/bash
+# In the place of Python: the doctor, whose products of matrices take no time, and long on the second node.
+shift 2 # -m univitar_ds
+exec {python} -c '
+import os, sys, time
+from univitar_ds.cli.main import main
+from univitar_ds.doctor import speed
+speed.work = lambda _: time.sleep(0.5 if os.environ["SLURM_NODEID"] == "1" else 0.005)
+sys.exit(main())' "$@"
+"""
+
+
+def test_the_preflight_names_the_slow_node_and_what_the_run_would_refuse(slurm, tmp_path):
     write_demo_shards(tmp_path / "shards")
     dump_config(small_config(tmp_path / "shards", tmp_path), tmp_path / "run.yaml")
-    job = Job(slurm, tmp_path / "checked", PREFLIGHT, CONFIG=str(tmp_path / "run.yaml"))
-    assert job.ends() == ("COMPLETED", 0, "0:0"), job.log.read_text()
+    python = tmp_path / "python"
+    python.write_text(SLOW_NODE.format(python=sys.executable))
+    python.chmod(0o755)
+    before = {*tmp_path.iterdir(), tmp_path / "checked.log"}
+    given = {"PYTHON": str(python), "CONFIG": str(tmp_path / "run.yaml")}
+    job = Job(slurm, tmp_path / "checked", PREFLIGHT, ["data.lanes=3"], **given)
+    assert job.ends() == ("FAILED", 0, "1:0"), job.log.read_text()
     said = job.log.read_text()
-    assert "2 ranks on" in said
-    assert "data.lanes = 4 fits 2 ranks" in said
-    assert "all-reduce: " in said
-    assert not list(tmp_path.glob(".preflight-*"))
-
-
-def test_the_preflight_fails_where_the_run_would(slurm, tmp_path):
-    write_demo_shards(tmp_path / "shards")
-    dump_config(small_config(tmp_path / "shards", tmp_path), tmp_path / "run.yaml")
-    job = Job(slurm, tmp_path / "checked", PREFLIGHT, ["data.lanes=3"], CONFIG=str(tmp_path / "run.yaml"))
-    assert job.ends()[0] == "FAILED"
-    assert "data.lanes is 3 and cannot be shared evenly by 2 ranks" in job.log.read_text()
+    failed = [line for line in said.splitlines() if line.startswith("FAILED ")]
+    assert len(failed) == 3, said
+    assert "data.lanes is 3 and cannot be shared evenly by 2 ranks" in failed[0]
+    assert "the slowest node is univitar-b" in failed[1]
+    assert "(rank 1 on univitar-b), which takes" in failed[1]
+    assert "2 of " in failed[2]
+    assert "2 ranks on 2 nodes (1 on each), all connected" in said
+    assert "all-reduce" in said
+    assert set(tmp_path.iterdir()) == before
