@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import bench_plan_memory
 from benchmarks.bench_recompute import GRIDS, TOKENS, Counter
 from tests.support.paths import ROOT
+from tests.support.pretence.recipe import Setting, foreseen
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.model.blocks.activations import LADDER, bytes_per_token
 from univitar_ds.model.config import PRESETS
@@ -60,18 +62,30 @@ def test_what_the_kernels_keep_is_what_the_choice_of_recomputation_counts():
         assert added[0] < added[1] < added[2] == added[3]
 
 
-def foreseen_rows():
-    with (ROOT / "benchmarks/results/bench_pretence.csv").open(newline="", encoding="utf-8") as file:
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (ROOT / "benchmarks/results" / name).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def test_rows_of_the_pretended_gpu_are_foreseen_within_5_percent():
-    """`foreseen_gib` is computed anew by `tests/pretence/test_memory.py`, which needs the environment."""
-    rows = foreseen_rows()
+    """`tests/pretence/test_memory.py` counts some of them anew where there is the environment."""
+    rows = rows_of("bench_pretence.csv")
     assert {row["zero"] for row in rows} >= {"2", "3"}
-    assert {row["recipe"] for row in rows} >= {"univitar_0p3b"}
     for row in rows:
-        assert abs(float(row["foreseen_gib"]) / float(row["peak_gib"]) - 1) < 0.05, row
+        setting = {name: int(row[name]) for name in ("zero", "ranks", "packs", "recompute", "tokens")}
+        found = foreseen(Setting(row["recipe"], **setting)).bytes / 2**30
+        assert abs(found / float(row["peak_gib"]) - 1) < 0.05, row
+        assert abs(found - float(row["foreseen_gib"])) < 0.006, f"the row is old: {row}"
+
+
+def test_measured_processes_are_foreseen_within_15_percent():
+    rows = rows_of("bench_plan_memory.csv")
+    assert len(rows) >= 6
+    assert sum(row["case"].startswith("0.3B") for row in rows) >= 2
+    for row in rows:
+        found = bench_plan_memory.foreseen({**bench_plan_memory.BASIC, **bench_plan_memory.CASES[row["case"]]})
+        assert abs(found.bytes / 1e9 / float(row["measured_gb"]) - 1) < 0.15, row
+        assert found.moment == row["moment"], f"the row is old: {row}"
 
 
 def test_the_peak_is_the_largest_moment_and_its_parts_add_up():

@@ -90,10 +90,7 @@ def planned_model(config: RunConfig, ranks: int) -> tuple[PlannedModel, list[str
     load_plugins(config.plugins)
     notes: list[str] = []
     if config.optimizer.kind != "adamw":
-        notes.append(
-            f"memory and time of the update are those of AdamW: whole matrices of {config.optimizer.kind} are "
-            "not counted"
-        )
+        notes.append(f"the time of an update is that of AdamW, and the run has optimizer.kind {config.optimizer.kind}")
     teacher = None if config.objective.teacher is None else _teacher(config, ranks, notes)
     start = open_start(config)
     found = Inputs(config, {}, {}, (), (), start, None)
