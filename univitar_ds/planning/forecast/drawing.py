@@ -65,7 +65,7 @@ def _memory(axes: Axes, plan: Plan) -> None:
     axes.axhline(room, color="#b00020", linewidth=1.2)
     axes.text(-0.45, room, f"may be filled: {room:.0f} GB", color="#b00020", va="bottom", fontsize=9)
     axes.set_ylim(0, 1.08 * max(memory, *below))
-    axes.set_xlim(-0.5, len(plan.stages) + 0.9)
+    axes.set_xlim(-0.5, len(plan.stages) + 1.8)
     labels = [f"{stage.name}\nrecomputes\n{NAMES.get(stage.kind, stage.kind)}" for stage in plan.stages]
     axes.set_xticks(list(places), labels, fontsize=9)
     axes.set_ylabel("GB of a GPU")

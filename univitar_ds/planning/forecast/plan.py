@@ -63,13 +63,13 @@ class Plan:
     def misfit(self) -> str | None:
         """Returns a sentence if a stage does not fit into a GPU: what it needs, the limit and the remedy."""
         room, memory = self.cluster.room, self.cluster.gpu.memory.value
-        for own, stage in zip(self.stages, self.config.stages, strict=True):
+        for place, (own, stage) in enumerate(zip(self.stages, self.config.stages, strict=True)):
             if own.peak.bytes <= room:
                 continue
             fits = max(own.budgets.values())
             kind = next(kind for kind in LADDER if own.budgets[kind] == fits)
             largest = max(item.tokens for item in own.items)
-            remedy = f"set stages.N.token_budget to at most {fits:,} with checkpoint_every: {kind}"
+            remedy = f"set stages.{place}.token_budget to at most {fits:,} with checkpoint_every: {kind}"
             if fits < largest:
                 remedy = "use more GPUs (--nodes), GPUs with more memory (--gpu), or a smaller encoder"
             elif own.budgets[own.kind] < stage.token_budget <= fits:

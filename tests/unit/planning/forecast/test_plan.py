@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_said_with_value_limit_and_remedy():
     assert "set checkpoint_every: 1" in few
     large = planned(4, "h100", "stages.0.token_budget=10000000", "deepspeed=zero2").misfit()
     fits = planned(4, "h100", "stages.0.token_budget=10000000", "deepspeed=zero2").stages[0].budgets[1]
-    assert f"token_budget to at most {fits:,} with checkpoint_every: 1" in large
+    assert f"stages.0.token_budget to at most {fits:,} with checkpoint_every: 1" in large
     assert planned(4, "h100", f"stages.0.token_budget={fits}", "deepspeed=zero2").misfit() is None
     assert planned(4, "h100", f"stages.0.token_budget={fits + 1024}", "deepspeed=zero2").misfit() is not None
 
