@@ -122,7 +122,7 @@ def _kept(run: Path) -> str:
 def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
     startup.phase("loading PyTorch and DeepSpeed")
     from univitar_ds.formats.run import run_configuration
-    from univitar_ds.planning.batch import batch_lines
+    from univitar_ds.planning.counts.batch import batch_lines
     from univitar_ds.training.callbacks import Callbacks
     from univitar_ds.training.distributed.process_group import broadcast_json, start_world, stop_world
     from univitar_ds.training.loop import train as train_rank

@@ -18,11 +18,11 @@ from univitar_ds.config.stage import ResolutionConfig, Schedule, StageConfig
 from univitar_ds.drafting.machine import this_machine
 from univitar_ds.errors import ConfigError
 from univitar_ds.planning import sizes
-from univitar_ds.planning.batch import Means, batch_lines, pairs_per_step
 from univitar_ds.planning.checks import Inputs, existing_parent, given_tokenizer
+from univitar_ds.planning.counts.batch import Means, batch_lines, pairs_per_step
+from univitar_ds.planning.counts.samples import expected_tokens, source_lines
 from univitar_ds.planning.deepspeed_auto import ranks_of
 from univitar_ds.planning.forecast.dry_run import planned, step_lines
-from univitar_ds.planning.samples import expected_tokens, source_lines
 from univitar_ds.planning.sizes import amount
 from univitar_ds.training.engine.optim import trained_parts
 

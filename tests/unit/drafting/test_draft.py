@@ -11,7 +11,7 @@ from univitar_ds.drafting.draft import draft, processes, run_name
 from univitar_ds.drafting.machine import ASSUMED_GPU_BYTES, Machine
 from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.model.config import encoder_config
-from univitar_ds.planning.batch import pairs_per_step
+from univitar_ds.planning.counts.batch import pairs_per_step
 
 CASES = [
     ([survey(5)], CPU),

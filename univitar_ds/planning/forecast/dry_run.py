@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from univitar_ds.drafting.machine import this_machine
-from univitar_ds.planning.batch import Means
 from univitar_ds.planning.checks import Inputs
+from univitar_ds.planning.counts.batch import Means
 from univitar_ds.planning.deepspeed_auto import ranks_of
 from univitar_ds.planning.forecast.cluster import USABLE, Cluster, this_gpu
 from univitar_ds.planning.forecast.items import items_of

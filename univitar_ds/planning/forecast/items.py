@@ -11,9 +11,9 @@ from univitar_ds.data.shards.sources import find_shards, stage_modalities
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import ConfigError, UserError
 from univitar_ds.geometry import PATCH, TUBELET, Modality
-from univitar_ds.planning.batch import Means, tokens_of_item
+from univitar_ds.planning.counts.batch import Means, tokens_of_item
+from univitar_ds.planning.counts.samples import expected_tokens
 from univitar_ds.planning.forecast.cluster import value
-from univitar_ds.planning.samples import expected_tokens
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from univitar_ds.config.deepspeed import AUTO
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError, UserError
 from univitar_ds.model.blocks.activations import LADDER
-from univitar_ds.planning.batch import Means
 from univitar_ds.planning.checks import Inputs, check_teacher, foreseen_model, open_start
+from univitar_ds.planning.counts.batch import Means
 from univitar_ds.planning.deepspeed_auto import Choice, Ranks, choose
 from univitar_ds.planning.forecast.cluster import Cluster, of_ranks
 from univitar_ds.planning.forecast.items import items_of, known_means

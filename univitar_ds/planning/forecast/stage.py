@@ -11,7 +11,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.model.blocks.activations import LADDER, Kind
 from univitar_ds.model.flops import cost_coefficients
-from univitar_ds.planning.batch import TERA
+from univitar_ds.planning.counts.batch import TERA
 from univitar_ds.planning.forecast.cluster import Cluster, value
 from univitar_ds.planning.forecast.items import Items
 from univitar_ds.planning.forecast.step_load import (

@@ -11,7 +11,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.model.blocks.activations import LADDER, Kind
 from univitar_ds.model.config import compiles
-from univitar_ds.planning.batch import pack_sizes
+from univitar_ds.planning.counts.batch import pack_sizes
 from univitar_ds.planning.memory import Kernels, Peak, States, StepLoad, TeacherMemory, TextShape, peak, pixel_bytes
 from univitar_ds.planning.sizes import Counts, compute_width, encoder_of, gradient_width, memory_of_rank
 from univitar_ds.training.engine.optim import trained_parts

@@ -6,7 +6,7 @@ from tests.support.finished import run_config
 from univitar_ds.config.load import load_config
 from univitar_ds.errors import ConfigError
 from univitar_ds.model.config import encoder_config
-from univitar_ds.planning.batch import batch_lines, pack_sizes, pairs_per_step, tokens_of_item
+from univitar_ds.planning.counts.batch import batch_lines, pack_sizes, pairs_per_step, tokens_of_item
 
 
 def lines_of(config, world_size, means=None):

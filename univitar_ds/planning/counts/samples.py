@@ -17,7 +17,7 @@ from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import UserError
 from univitar_ds.geometry import Modality
-from univitar_ds.planning.batch import tokens_of_item
+from univitar_ds.planning.counts.batch import tokens_of_item
 from univitar_ds.planning.sizes import amount
 
 Histogram = Mapping[str, int]
