@@ -29,7 +29,7 @@ from univitar_ds.launch import finish_run
 from univitar_ds.run import create_run
 
 pytestmark = pytest.mark.distributed
-TIMED = ("_per_s", "_pct", "step_s", "tflops_per_rank", "memory_gb", "mfu_note")
+TIMED = ("_s", "_pct", "tflops_per_rank", "memory_gb", "mfu_note")
 
 
 def labels_config(shards, output) -> RunConfig:

@@ -35,7 +35,7 @@ PARAMETERS = 3_500_000
 """Whose gradients a norm sums the squares of, about."""
 CANCELLED = "k_proj.bias"
 """Softmax cancels it: its gradient is rounding alone, which Adam makes as large as any other."""
-TIMED = ("_per_s", "_pct", "step_s", "tflops_per_rank", "memory_gb", "mfu_note")
+TIMED = ("_s", "_pct", "tflops_per_rank", "memory_gb", "mfu_note")
 
 
 def watched(run):

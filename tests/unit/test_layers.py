@@ -17,7 +17,10 @@ LAYERS = [
     },
     {"atomic_write", "classes", "identity", "image_ops", "kernels", "owned", "plugins", "tokenization"},
     {"config", "run_lock", "data.storage", "data.media"},
-    {"preprocessing", "formats", "model", "objectives", "data.shards", "data.decoding", "training.distributed"},
+    {
+        "preprocessing", "formats", "model", "objectives", "data.shards", "data.decoding", "training.distributed",
+        "training.watch",
+    },
     {
         "model.teacher", "data.sampler", "data.importing", "data.writing", "training.engine", "training.optimizers",
     },

@@ -43,11 +43,11 @@ from univitar_ds.training.distributed import preemption
 from univitar_ds.training.distributed.alarm import ending_together
 from univitar_ds.training.distributed.groups import groups_of
 from univitar_ds.training.distributed.preemption import NEVER, SAVED, Stop
-from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, broadcast_json, gather_json
 from univitar_ds.training.engine.determinism import explained, set_deterministic
 from univitar_ds.training.engine.engine import versions
 from univitar_ds.training.engine.optim import trained_parts
-from univitar_ds.training.logging.metrics import exchange_metrics, local_metrics, part_norms
+from univitar_ds.training.logging.metrics import exchange_with_times, local_metrics, part_norms
 from univitar_ds.training.logging.run_logs import RunLogs
 from univitar_ds.training.logging.writers import SKIPPED
 from univitar_ds.training.step.classification import classification_step
@@ -69,6 +69,9 @@ from univitar_ds.training.step.train_step import (
 )
 from univitar_ds.training.step.upload import CudaPageLock, release_pixels
 from univitar_ds.training.summary import write_summary
+from univitar_ds.training.watch.phases import CHECKPOINT, DATA, StepClock, phase
+from univitar_ds.training.watch.slow_ranks import SlowRanks, per_step, times_over_ranks
+from univitar_ds.training.watch.watching import watching
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +85,14 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
     Raises: UserError on all ranks if an error ends the run early. After an error of one rank the others may end within
     seconds without raising, see `alarm`.
     """
-    with ending_together(world):
-        return _train(cfg, run, world, stop)
+    with ending_together(world), watching(world) as clock:
+        return _train(cfg, run, world, stop, clock)
 
 
-def _train(cfg: RunConfig, run: Path, world: World, stop: Stop) -> bool:
+def _train(cfg: RunConfig, run: Path, world: World, stop: Stop, clock: StepClock) -> bool:
     set_deterministic(cfg.deterministic)
     load_on_all_ranks(cfg.plugins, world)
-    trainer = _Trainer(cfg, run, world, stop)
+    trainer = _Trainer(cfg, run, world, stop, clock)
     with closed_after(trainer.close):
         trainer.start()
         with stop.deferred(), enough_memory(trainer.memory_remedy), trainer.saves.settled():
@@ -149,8 +152,10 @@ def closed_after(close: Callable[[], None]) -> Iterator[None]:
 class _Trainer:
     """One process of a run: trains the stages, logs, saves, and rolls back after a bad step."""
 
-    def __init__(self, cfg: RunConfig, run: Path, world: World, stop: Stop) -> None:
-        self.cfg, self.run, self.world = cfg, run, world
+    def __init__(self, cfg: RunConfig, run: Path, world: World, stop: Stop, clock: StepClock) -> None:
+        self.cfg, self.run, self.world, self.clock = cfg, run, world, clock
+        self.slow_ranks = SlowRanks()
+        self.times: dict[str, float] = {}
         self.groups = groups_of(cfg, world)
         self.lanes = self.groups.lanes(cfg)
         self.stop, self.leaving = stop, False
@@ -196,7 +201,8 @@ class _Trainer:
                 self.stop.remedy,
             )
         self._save()
-        self.saves.finish()
+        with self.clock.section(CHECKPOINT):
+            self.saves.finish()
         self.logs.close()
         with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:  # asked again: saving takes time
             self.logs.raise_unwritten()
@@ -233,6 +239,7 @@ class _Trainer:
     def _train_stage(self, stage: StageConfig) -> None:
         """Trains until the stage ends, a rank is asked to stop, or a step is undone."""
         number = self.state.progress.stage
+        self.clock.start()
         startup.phase("opening the sources" if self.cfg.objective.teacher is None else "building the teacher")
         self._prepare_teacher()
         self.engine.module.vision.checkpoint_every = recomputation_of(self.cfg, stage, self.engine)
@@ -241,17 +248,19 @@ class _Trainer:
         with self._loader(stage) as loader:
             while self.state.progress.stage == number:
                 start = time.perf_counter()
+                self.clock.begin_step(self.state.progress.step + 1)
                 startup.phase("reading and decoding the first packs")
                 batches: list[PackedBatch] = []
                 settings = self._settings(stage)
                 teacher = self.teacher if settings.distill_weight else None
-                with all_ranks_or_none(
+                agreed = all_ranks_or_none(
                     self.world,
                     lambda: self.stop.requested,
                     partial(own_counts, batches, settings.dropping, teacher, self.classes),
                     numbers_of(len(self.lanes), distills=teacher is not None),
                     self.saves.ready,
-                ) as vote:
+                )
+                with phase(DATA), agreed as vote:
                     self.logs.raise_unwritten()
                     self.callbacks.raise_failed()
                     self.saves.raise_failed()
@@ -270,6 +279,7 @@ class _Trainer:
                     return
                 release_pixels(self.world.device)  # the step has read the gradient's norm, which comes after the copies
                 del batches  # frees the shared slots for the batches of the next step
+                self.clock.end_step()
                 if self.state.progress.step % self.cfg.checkpoint.every_steps == 0:
                     self._save()
         if not self.state.progress.finished(self.cfg.stages):
@@ -298,7 +308,8 @@ class _Trainer:
         self.logs.write_event(self.state.events)
 
     def _rebuild(self) -> None:
-        self.saves.finish()
+        with self.clock.section(CHECKPOINT):
+            self.saves.finish()
         self.engine.close()  # before the next engine is built: two engines would not fit into memory
         self.engine, self.state = build_training(self.cfg, self.run, self.world)
 
@@ -399,7 +410,7 @@ class _Trainer:
         reduced: dict[str, float] = {}
 
         def gather(numbers: list[float]) -> torch.Tensor:
-            metrics, table = self._reduced(batches, settings, start, waited, numbers)
+            metrics, table = self._reduced(batches, settings, start, waited, numbers, timed=settings.read_gradient)
             reduced.update(metrics)
             return table
 
@@ -430,8 +441,12 @@ class _Trainer:
         start: float,
         waited: float,
         others: Sequence[float] = (),
+        *,
+        timed: bool = False,
     ) -> tuple[dict[str, float], torch.Tensor]:
-        """Returns the metrics of a step over all ranks, and `others` of every rank. All ranks call it."""
+        """Returns the metrics of a step over all ranks, and `others` of every rank. All ranks call it.
+
+        Args: timed: whether to exchange the times of the phases of the steps before."""
         numbers = local_metrics(
             batches,
             cost=self.cost,
@@ -441,7 +456,15 @@ class _Trainer:
             dropping=settings.dropping,
             squares=self.engine.gradient_squares if settings.read_gradient else None,
         )
-        return exchange_metrics(numbers, others, self.world, equal=self.groups.tensor.size)
+        times = self.clock.take() if timed else []
+        reduced, table, taken = exchange_with_times(numbers, others, times, self.world, equal=self.groups.tensor.size)
+        self.times = {}
+        if timed and (seconds := per_step(taken)) is not None:
+            self.times = times_over_ranks(seconds)
+            event = self.slow_ranks.event(self.state.progress.step + 1, seconds, float(taken[0, 0]))
+            if event is not None:  # on all ranks
+                self._note(event | {"host": gather_json(platform.node(), self.world)[event["rank"]]})
+        return reduced, table
 
     def _skip(
         self, batches: list[PackedBatch], settings: StepSettings, error: NotFiniteError, start: float, waited: float
@@ -488,8 +511,8 @@ class _Trainer:
         state.window.add(result, reduced, modality, weights)
         self.logs.advance(state.progress, progress.stage, result.loss)
         if settings.read_gradient or state.progress.finished(self.cfg.stages):
-            norms = part_norms(reduced) if settings.read_gradient else None
-            self._log(progress.stage, result, settings.lr, norms)
+            further = part_norms(reduced) | self.times if settings.read_gradient else None
+            self._log(progress.stage, result, settings.lr, further)
         if self.callbacks:
             stage = self.cfg.stages[progress.stage].name
             self.callbacks.call("on_step", _step_info(state.progress, stage, modality, result, settings.lr, reduced))
@@ -515,7 +538,7 @@ class _Trainer:
         if self.groups.first_reader:
             self.logs.write_samples(state.progress.step, [whole_of(batch) for batch in batches])
 
-    def _log(self, stage: int, result: StepResult, lr: float, norms: dict[str, float] | None) -> None:
+    def _log(self, stage: int, result: StepResult, lr: float, further: dict[str, float] | None) -> None:
         state = self.state
         line = state.window.line(
             state.progress,
@@ -525,7 +548,7 @@ class _Trainer:
             peak=self.peak,
             ranks=self.world.size,
             guarded=state.guarded,
-            norms=norms,
+            further=further,
         )
         self.logs.write_metrics(line)
         state.last = line
@@ -555,11 +578,12 @@ class _Trainer:
             if self.store is None
             else S3Folder(self.run, self.store, state.progress.step, retention)
         )
-        self.saves.begin(
-            target,
-            state.progress.step,
-            lambda: copied_state(self.engine, content, cursors, self.staging, shares_files=target.shares_files),
-        )
+        with self.clock.section(CHECKPOINT):
+            self.saves.begin(
+                target,
+                state.progress.step,
+                lambda: copied_state(self.engine, content, cursors, self.staging, shares_files=target.shares_files),
+            )
         self.saved_step = state.progress.step
 
     def _saved(self, target: Target) -> None:

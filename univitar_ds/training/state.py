@@ -29,8 +29,8 @@ class State:
     """The parts that the stage trains, with the number of updates before each part was first trained."""
     history: History = field(default_factory=History)
     events: list[dict[str, Any]] = field(default_factory=list)
-    """Begins of stages, skipped updates and rollbacks. `step` is the step after which a stage began, whose update was
-    skipped, or to which a rollback returned."""
+    """Begins of stages, skipped updates, rollbacks and slow ranks. `step` is the step after which a stage began, whose
+    update was skipped, to which a rollback returned, or after which a rank was found to be slow."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields except the cursors, which each rank saves separately."""

@@ -57,6 +57,7 @@ from univitar_ds.training.engine.zero3 import Blocks, cut_for_all_ranks
 from univitar_ds.training.optimizers.elementwise import new_moment
 from univitar_ds.training.optimizers.matrices import part_of_matrix
 from univitar_ds.training.optimizers.muon import MatricesAndAdamW
+from univitar_ds.training.watch.phases import BACKWARD, FORWARD, OPTIMIZER, phase
 
 OWN_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 """Settings that keep torch's AdamW if the optimizer is offloaded, so that results do not depend on offloading."""
@@ -146,7 +147,8 @@ class Engine:
         return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
 
     def __call__(self, *inputs: Tensor) -> Any:
-        return self._engine(*inputs)
+        with phase(FORWARD):
+            return self._engine(*inputs)
 
     def zero_grad(self, lr: float, *, read_gradient: bool = False) -> None:
         """Sets the learning rate and clears all gradients. Must be called before the first backward pass of every step.
@@ -168,7 +170,7 @@ class Engine:
         The forward passes of several packs may come before the backward pass of the first; see `HookCounts`.
         """
         self._optimizer.clear_backward_seen_flag()  # only `forward` calls it otherwise
-        with self._streams_in_order():
+        with phase(BACKWARD), self._streams_in_order():
             self._engine.backward(surrogate * self._sharding.size, scale_wrt_gas=False)
 
     def step(self, report: Tensor | None = None) -> None:
@@ -180,6 +182,10 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return
+        with phase(OPTIMIZER):
+            self._update(report)
+
+    def _update(self, report: Tensor | None) -> None:
         self._sharding.sum_gradients(self._optimizer)
         numbers = [] if report is None else [report.double()]
         if self._read_gradient:

@@ -116,13 +116,23 @@ def exchange_metrics(
     Args: equal: number of consecutive ranks with the same packs, each of which computes its part of their FLOPs. Sums
     and `others` have the first of them; squares of the gradient are summed over all ranks.
     """
-    table = gather_numbers([*(float(numbers[name]) for name in OVER_RANKS), *others], world)
+    return exchange_with_times(numbers, others, (), world, equal=equal)[:2]
+
+
+def exchange_with_times(
+    numbers: dict[str, float], others: Sequence[float], times: Sequence[float], world: World, *, equal: int = 1
+) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
+    """Returns the results of `exchange_metrics`, and `times` of every single rank, (size, times) float64 on the host.
+
+    All three travel in one message."""
+    table = gather_numbers([*(float(numbers[name]) for name in OVER_RANKS), *others, *times], world)
     metrics = {}
     for column, (name, how) in enumerate(OVER_RANKS.items()):
         step = equal if how == "sum" and name not in SQUARES.values() else 1
         metrics[name] = REDUCTIONS[how](table[::step, column]).item()
     metrics["busiest_flops"] /= equal
-    return metrics, table[::equal, len(OVER_RANKS) :]
+    first, last = len(OVER_RANKS), len(OVER_RANKS) + len(others)
+    return metrics, table[::equal, first:last], table[:, last:]
 
 
 def part_norms(reduced: Mapping[str, float]) -> dict[str, float]:
@@ -187,7 +197,7 @@ class Window:
         peak: Peak,
         ranks: int,
         guarded: Mapping[str, int] | None = None,
-        norms: Mapping[str, float] | None = None,
+        further: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """Returns one line of metrics, by names with units.
 
@@ -198,7 +208,7 @@ class Window:
             peak: of all ranks.
             ranks: number of ranks.
             guarded: result of `State.guarded`.
-            norms: result of `part_norms` if the last step read its gradient.
+            further: results of `part_norms` and `slow_ranks.times_over_ranks`, if the last step has exchanged them.
         """
         sums = self.sums
         seconds, steps = max(sums["step_s"], 1e-9), sums["steps"]
@@ -214,7 +224,7 @@ class Window:
             **means,
             "lr": lr,
             "grad_norm": result.grad_norm,
-            **(norms or {}),
+            **(further or {}),
             **{
                 name: value
                 for name, value in (("logit_scale", result.logit_scale), ("logit_bias", result.logit_bias))

@@ -171,11 +171,17 @@ def event_text(event: dict[str, Any]) -> str:
     if event["event"] == "skipped":
         named = [f"not finite: {', '.join(event['not_finite'])}"] if "not_finite" in event else []
         return "; ".join([f"step {event['step']}: {event['reason']}", "this update is skipped", *named])
+    if event["event"] == "slow_rank":
+        return (
+            f"step {event['step']}: rank {event['rank']} on {event['host']} slows the others down, mostly by "
+            f"{event['phase']}: {event['phase_s']:.3f} s a step where the median of the others is "
+            f"{event['others_s']:.3f} s"
+        )
     return f"stage {event['stage']} begins after step {event['step']}, {event['samples_seen']} samples"
 
 
 def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:
-    """Writes events.jsonl: stages that began, skipped updates and rollbacks, one per line."""
+    """Writes events.jsonl: stages that began, skipped updates, rollbacks and slow ranks, one per line."""
     replace_text(run / EVENTS, "".join(json.dumps(event) + "\n" for event in events))
 
 

@@ -2,6 +2,8 @@
 
 import re
 
+import torch
+
 from tests.support.paths import ROOT
 from univitar_ds.training.engine.optim import GRADIENT_PARTS
 from univitar_ds.training.logging.board import GROUPS, tag
@@ -9,6 +11,8 @@ from univitar_ds.training.logging.metrics import BAD_OF_KIND, IGNORED_OF_KIND, O
 from univitar_ds.training.step.curriculum import Progress
 from univitar_ds.training.step.peak_flops import Peak
 from univitar_ds.training.step.train_step import StepResult
+from univitar_ds.training.watch.phases import PHASES
+from univitar_ds.training.watch.slow_ranks import times_over_ranks
 
 PARTS = ("contrastive", "classification", "distill_patch", "distill_pooled")
 WEIGHTS = dict.fromkeys(("contrastive", "classification", "distill"), 0.5)
@@ -50,7 +54,8 @@ def written() -> set[str]:
     for modality in ("image", "video"):
         window.add(result, numbers, modality, WEIGHTS)
     guarded = {"rollbacks": 1, "skipped_updates": 1}
-    given = {"lr": 0.1, "peak": Peak(1e-9, False), "ranks": 1, "guarded": guarded, "norms": part_norms(numbers)}
+    given = {"lr": 0.1, "peak": Peak(1e-9, False), "ranks": 1, "guarded": guarded}
+    given["further"] = part_norms(numbers) | times_over_ranks(torch.ones(2, len(PHASES)))
     line = window.line(Progress(step=2), (0, "a"), result, **given)
     return set(line)
 

@@ -63,7 +63,7 @@ def result(loss: float, items: int = 4) -> StepResult:
 
 def line(window: Window, *, peak=1e-9, ranks=1, norms=None) -> dict:
     progress = Progress(step=3, samples=30, tokens=40)
-    return window.line(progress, (0, "a"), result(1.0), lr=0.1, peak=Peak(peak), ranks=ranks, norms=norms)
+    return window.line(progress, (0, "a"), result(1.0), lr=0.1, peak=Peak(peak), ranks=ranks, further=norms)
 
 
 def test_what_a_teacher_said_is_averaged_over_the_steps_it_took_part_in():

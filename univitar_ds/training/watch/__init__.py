@@ -1,0 +1,3 @@
+"""Watching a run: what each rank does and how long, ranks that are slow or hang, profiles, memory."""
+
+__all__ = ["phases", "slow_ranks", "watching"]
