@@ -126,7 +126,9 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
     from univitar_ds.training.callbacks import Callbacks
     from univitar_ds.training.distributed.process_group import broadcast_json, start_world, stop_world
     from univitar_ds.training.loop import train as train_rank
+    from univitar_ds.training.watch.flight_recorder import record_collectives
 
+    record_collectives(run)  # before the process group
     startup.phase("connecting the processes")
     world = start_world()
     word = broadcast_json(lock.word, world)
@@ -159,7 +161,10 @@ def finish_run(run: Path) -> None:
     """
     from univitar_ds.convert.export import export_run, refresh_cards
     from univitar_ds.evaluation.run import evaluate_run
+    from univitar_ds.training.watch.phases import EVALUATION as EVALUATING
+    from univitar_ds.training.watch.watching import watching_alone
 
+    config = load_config(run / CONFIG)
     seconds: dict[str, float] = {}
     try:
         with timed(seconds, "export"):
@@ -168,8 +173,8 @@ def finish_run(run: Path) -> None:
         logger.info("model exported to %s", run / EXPORT)
     finally:
         try:
-            if load_config(run / CONFIG).evaluation.sources:
-                with timed(seconds, "evaluation"):
+            if config.evaluation.sources:
+                with timed(seconds, "evaluation"), watching_alone(config, run, EVALUATING):
                     table = evaluate_run(run)
                     refresh_cards(run, run / EXPORT)
                     _log_results(run, table)
@@ -283,7 +288,9 @@ def _join(prepare, run: Path, lock: RunLock) -> int:
     orphans.end_with_launchers(stop)
     startup.phase("loading PyTorch and DeepSpeed")
     from univitar_ds.training.distributed.process_group import rank_zero_first, start_world
+    from univitar_ds.training.watch.flight_recorder import record_collectives
 
+    record_collectives(run)  # before the process group
     try:
         rank_zero_first(start_world(), prepare)
         return run_rank(run, stop, lock)

@@ -33,6 +33,7 @@ from univitar_ds.config.run_folder import (
     EVALUATION,
     EXPORT,
     LOCKS,
+    REPLACED,
     RUN_ENTRIES,
     START,
     TOKENIZER,
@@ -94,7 +95,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         run.mkdir(parents=True, exist_ok=True)
         lock.take()
         _check_unused(run, recipe)  # another launch may have written here since
-        clear(run, RUN_ENTRIES)
+        clear(run, REPLACED)
         mark(run, KIND)
         dump_config(anchored(config), run / CONFIG)
         _write_deepspeed(run, found.deepspeed)

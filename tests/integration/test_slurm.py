@@ -92,7 +92,8 @@ STUB = """#!/bin/bash
 # In the place of Python: rank $SLURM_PROCID of a trainer that ends as $END says on its first start.
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
 case $END in
-saved | fault) trap '' TERM ;; # a rank ignores the signals to the others of an ended one once it ends itself
+# A rank ignores the signals to the others of an ended one once it ends itself.
+saved | fault | hung | stuck | givenup) trap '' TERM ;;
 saves) trap 'exit 85' TERM USR1 ;;
 esac
 echo "up $SLURM_PROCID"
@@ -101,6 +102,12 @@ touch "$RUN.up.$SLURM_PROCID"
 both() { until [ -e "$RUN.up.0" ] && [ -e "$RUN.up.1" ]; do sleep 0.1; done; }
 case $END in
 saved) both; mkdir -p "$RUN/checkpoints"; echo step > "$RUN/checkpoints/latest"; exit 85 ;;
+hung) both; mkdir -p "$RUN/checkpoints"; echo step > "$RUN/checkpoints/latest"; exit 86 ;;
+stuck) both; mkdir -p "$RUN/checkpoints" "$RUN/stacks"; echo step > "$RUN/checkpoints/latest"
+    echo "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" > "$RUN/stacks/again"
+    [ "$SLURM_PROCID" = 0 ] || kill -9 $$
+    exit 86 ;;
+givenup) both; mkdir -p "$RUN/stacks"; echo "$SLURM_JOB_ID.7" > "$RUN/stacks/again"; exit 1 ;;
 fault) both; exit 2 ;;
 crash) [ "$SLURM_PROCID" != 0 ] || { both; exit 1; } ;;
 evaluates) mkdir -p "$RUN/export"; printf '{\n  "completed": true\n}\n' > "$RUN/summary.json" ;;
@@ -135,7 +142,15 @@ def test_a_run_that_has_saved_is_started_again_and_then_continued(stub):
     assert f"train --resume {job.run}" in second
 
 
-@pytest.mark.parametrize(("end", "code"), [("fault", "2:0"), ("crash", "143:0")])
+@pytest.mark.parametrize("end", ["hung", "stuck"])
+def test_a_run_that_its_watchdog_has_ended_is_started_again(stub, end):
+    """Also if a rank could not end by itself and was killed."""
+    job = stub(end)
+    assert job.ends() == ("COMPLETED", 1, "0:0")
+    assert f"train --resume {job.run}" in job.log.read_text()
+
+
+@pytest.mark.parametrize(("end", "code"), [("fault", "2:0"), ("crash", "143:0"), ("givenup", "1:0")])
 def test_a_run_that_fails_is_not_started_again(stub, end, code):
     """Slurm ends the other ranks of a failed one with SIGTERM, as it does at pre-emption."""
     assert stub(end).ends() == ("FAILED", 0, code)

@@ -13,4 +13,5 @@ __all__ = [
     "schema",
     "section",
     "stage",
+    "watch",
 ]

@@ -51,6 +51,7 @@ RESULT_FREE = (
     "checkpoint",
     "evaluation",
     "logging",
+    "watchdog",
 )
 """Keys that a resumed run may change, because they change neither the samples nor the arithmetic of the run."""
 

@@ -21,6 +21,8 @@ BOARD = "tb"
 TRACKERS = "trackers.json"
 """Identifiers of the run in experiment trackers."""
 EXPORT = "export"
+STACKS = "stacks"
+"""What the ranks of a run that hung were doing."""
 
 CHECKPOINT_FILES: Names = {
     r"rank\d{5,}\.(safetensors|json)|node\d{5,}\.safetensors|buffers\.safetensors|(state|index|manifest)\.json": None,
@@ -52,9 +54,12 @@ RUN_ENTRIES: Names = {
     "|".join(map(re.escape, (SUMMARY, EVALUATION, METRICS, EVENTS, TRACKERS))): None,
     r"(samples|skipped)-rank\d+\.jsonl": None,
     r"examples-(image|video)\.png": None,
+    STACKS: {r"rank\d{5,}\.txt|collectives-rank\d{5,}\.json|nccl-rank\d+|stalls\.jsonl|again": None},
     BOARD: {r"events\.out\.tfevents\..+": None},
     CHECKPOINTS: CHECKPOINT_ROOT,
     START: _MODEL_FILES,
     rf"{EXPORT}|\.{EXPORT}\.(partial|earlier)": EXPORT_FILES,
 }
 """All entries except the locks, which a new launch does not replace."""
+REPLACED: Names = {name: below for name, below in RUN_ENTRIES.items() if name != STACKS}
+"""What a new launch replaces if there is no checkpoint: all entries but those that say why the earlier launch ended."""

@@ -18,6 +18,7 @@ from univitar_ds.config.model import ModelConfig, ObjectiveConfig
 from univitar_ds.config.paths import PathText
 from univitar_ds.config.section import NAME_LIMIT, NAME_PATTERN, Fraction, Positive, Section, check_templates
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.config.watch import WatchdogConfig
 from univitar_ds.errors import shortened
 from univitar_ds.plugins import OBJECTIVES, OPTIMIZERS
 
@@ -258,6 +259,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="interval and number of checkpoints")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out data, evaluated after training")
     logging: LoggingConfig = Field(LoggingConfig(), description="metrics, TensorBoard, MFU")
+    watchdog: WatchdogConfig = Field(WatchdogConfig(), description="limits after which a run counts as hung")
 
     @property
     def loaded_data(self) -> DataConfig:

@@ -85,7 +85,7 @@ def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
     Raises: UserError on all ranks if an error ends the run early. After an error of one rank the others may end within
     seconds without raising, see `alarm`.
     """
-    with ending_together(world), watching(world) as clock:
+    with ending_together(world), watching(cfg, run, world) as clock:
         return _train(cfg, run, world, stop, clock)
 
 
@@ -310,6 +310,7 @@ class _Trainer:
     def _rebuild(self) -> None:
         with self.clock.section(CHECKPOINT):
             self.saves.finish()
+        self.clock.start()
         self.engine.close()  # before the next engine is built: two engines would not fit into memory
         self.engine, self.state = build_training(self.cfg, self.run, self.world)
 

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch
+
+from univitar_ds.config.schema import RunConfig
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.watch.collectives import marked_collectives
 from univitar_ds.training.watch.phases import DeviceMarks, HostMarks, StepClock, active
+from univitar_ds.training.watch.watchdog import watched
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 @contextmanager
-def watching(world: World) -> Iterator[StepClock]:
+def watching(cfg: RunConfig, run: Path, world: World) -> Iterator[StepClock]:
     """Watches this rank during the body, and yields the clock of its steps. All ranks run the body."""
     clock = StepClock(DeviceMarks() if world.device.type == "cuda" else HostMarks())
-    with active(clock), marked_collectives():
+    with active(clock), marked_collectives(), watched(cfg.watchdog, run, world, clock):
         yield clock
+
+
+@contextmanager
+def watching_alone(cfg: RunConfig, run: Path, section: str) -> Iterator[None]:
+    """Watches a body that only this process runs, after training, as a section of its own."""
+    clock = StepClock()
+    with active(clock), clock.section(section), watched(cfg.watchdog, run, ALONE, clock):
+        yield
