@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.bench_host import THRESHOLD, Collectives, Shape, build, configuration
-from univitar_ds.config.deepspeed import read_deepspeed
+from benchmarks.bench_host import CONFIGURATIONS, NODE_RANKS, THRESHOLD, Collectives, Shape, build, configuration
+from univitar_ds.config.deepspeed import SHARDING, read_deepspeed
 
 SHAPE = Shape(2, 1)
 
@@ -13,7 +13,7 @@ def sizes():
     return [[p.numel() for p in build(SHAPE, whole=whole).parameters()] for whole in (False, True)]
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_buckets_hold_as_many_blocks_of_the_narrow_model_as_of_the_whole(name, sizes):
     narrow, whole = map(sum, sizes)
     shipped = read_deepspeed(name)["zero_optimization"]
@@ -21,6 +21,10 @@ def test_buckets_hold_as_many_blocks_of_the_narrow_model_as_of_the_whole(name, s
     assert found.keys() == shipped.keys()
     share, shipped_share = found["reduce_bucket_size"] / narrow, shipped["reduce_bucket_size"] / whole
     assert 0.98 * shipped_share < share <= shipped_share
+
+
+def test_machines_of_the_fake_world_have_a_fixed_number_of_ranks():
+    assert configuration("zero3_node", SHAPE, build(SHAPE))[SHARDING] == NODE_RANKS
 
 
 def test_tensors_that_stay_whole_stay_so_in_the_narrow_model(sizes, monkeypatch):
