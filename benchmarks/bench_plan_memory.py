@@ -79,7 +79,7 @@ def _without_engine(model: PlannedModel, case: dict[str, Any]) -> Peak:
     size = width * model.counts.total
     resolved = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 0}, "bf16": {"enabled": case["bf16"]}}
     states = states_of(model, stage, Placement(1, 1, resolved, on_gpu=False))
-    states = replace(states, parts={"weights": float(size)})
+    states = replace(states, parts={"weights": float(size), "gradients": 0.0})
     parts = moments(load_of(model, stage, 1, case["recompute"]), states)["encoder backward"]
     parts = {"weights": parts["weights"], "encoder activations": parts["encoder activations"]}
     other = {"weights": float(size), "gradients": float(size)}
