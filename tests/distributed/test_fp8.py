@@ -14,7 +14,7 @@ from univitar_ds.training.distributed.process_group import start_world
 from univitar_ds.training.engine.engine import build_engine
 
 pytestmark = pytest.mark.distributed
-STEPS = 50
+STEPS, FEW = 50, 10
 KINDS = {
     "plain": ({"bf16": True}, 0),
     "zero1": ({"stage": 1, "bf16": True}, 0),
@@ -34,24 +34,26 @@ def trained():
             fp8.use_fp8(model)
         engine = build_engine(model, OptimizerConfig(), ds_config(LANES // world.size, **settings), world)
         names = [piece.name for piece in engine.pieces()]
-        answers[kind] = losses(steps(engine, 0, STEPS)), names
+        answers[kind] = losses(steps(engine, 0, STEPS if kind in ("plain", "zero3") else FEW)), names
         engine.close()
     return answers
 
 
 @pytest.mark.slow
-def test_fifty_steps_under_every_kind_of_zero_learn_as_much_as_without():
+def test_fifty_steps_learn_as_much_as_without_and_every_kind_of_zero_has_the_same_losses():
     pytest.importorskip("torchao", reason="needs the extra fp8: pip install 'univitar_ds[fp8]'")
     for answer in run_distributed(trained, 2):
         plain, names = answer.pop("plain")
+        wanted = answer["zero3"][0]
+        # Without gradients the loss would stay at that of the first steps.
+        learned, as_plain = (sum(found[:5]) - sum(found[-5:]) for found in (wanted, plain))
+        assert learned > 0.8 * as_plain > 0
         for kind, (found, same_names) in answer.items():
             assert same_names == names, "weights keep their names"
-            assert found != plain, kind
-            # Without gradients the loss would stay at that of the first steps.
-            learned, wanted = (sum(losses[:5]) - sum(losses[-5:]) for losses in (found, plain))
-            assert learned > 0.8 * wanted > 0, kind
-        for kind in ("recomputed", "selective"):
-            assert answer[kind] == answer["zero3"], f"{kind} changes no number"
+            assert found[0] != plain[0], f"{kind} rounds to 8 bits"
+            exact = kind in ("recomputed", "selective")
+            bounds = [0.0 if exact else 0.05 * loss for loss in wanted]
+            assert all(abs(one - other) <= most for one, other, most in zip(found, wanted, bounds, strict=False)), kind
 
 
 def test_what_it_needs_is_said_before_a_run_begins(monkeypatch):
