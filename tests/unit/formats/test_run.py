@@ -168,7 +168,7 @@ def test_files_are_closed_when_much_of_them_was_read(trained, monkeypatch):
     lambda state: state["optimizer"].update(groups=[{"lr": 1}]),
     lambda state: state.update(format=2, world_size="4"),
     lambda state: state.update(format=2, world_size=10**30),
-    lambda state: state.update(format=5),
+    lambda state: state.update(format=6),
     lambda state: state.update(run=[]),
     lambda state: state["run"].update(model={"encoder": [], "text": 7}),
 ])  # fmt: skip

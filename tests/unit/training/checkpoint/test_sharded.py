@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -177,6 +178,16 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(saved, tmp_path, name):
     atomic_dir.write_json(tmp_path / "index.json", index)
     shutil.copy(saved.folder / "state.json", tmp_path)
     with ExitStack() as files, pytest.raises(CheckpointError, match="is not in the folder of the checkpoint"):
+        ElasticReader(tmp_path, files)
+
+
+@pytest.mark.parametrize("slices", [[0, 2], [1, 0], [7, 1000], [1], "ab", None])
+def test_an_index_whose_slices_do_not_make_up_the_parameter_is_refused(saved, tmp_path, slices):
+    index = json.loads((saved.folder / "index.json").read_text())
+    next(iter(index["pieces"].values()))["slices"] = slices
+    atomic_dir.write_json(tmp_path / "index.json", index)
+    shutil.copy(saved.folder / "state.json", tmp_path)
+    with ExitStack() as files, pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
         ElasticReader(tmp_path, files)
 
 
