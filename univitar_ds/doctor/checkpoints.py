@@ -9,6 +9,8 @@ import time
 import uuid
 from pathlib import Path
 
+from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.doctor.findings import FAILED, OK, Answers, Found, Row, from_error, ranks_named
 from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.doctor.storage import rate_rows
@@ -50,6 +52,12 @@ def space(folder: Path, checkpoint_bytes: float | None, keep: int) -> Row:
     return Row(NAME, OK, text, numbers={"free_bytes": free, "needed_bytes": needed})
 
 
+def in_store(place: str, settings: StorageSettings) -> Row:
+    """Returns a row about checkpoints at an s3:// address. Raises: DataError if the store refuses the credentials."""
+    storage_for(place, settings).exists(place)
+    return Row(NAME, OK, f"the store answers at {place} with these credentials; nothing is written there by this check")
+
+
 def _look(scene: Scene) -> Found:
     if scene.folder is None:
         return Found()
@@ -60,8 +68,12 @@ def _look(scene: Scene) -> Found:
         size, seconds = write_rate(folder)
     except StorageError as error:
         return Found(from_error(NAME, error))
-    # Free space differs from moment to moment, so the rows of nodes would differ.
-    rows = [space(folder, scene.checkpoint_bytes, scene.config.checkpoint.keep)] if scene.ranks.is_main else []
+    rows = []
+    checkpoint = None if scene.config is None else scene.config.checkpoint
+    if checkpoint is not None and checkpoint.folder is not None:
+        rows.append(in_store(checkpoint.folder, StorageSettings.of(scene.config.data)))
+    elif scene.ranks.is_main:  # free space differs from moment to moment, so the rows of nodes would differ
+        rows.append(space(folder, scene.checkpoint_bytes, 1 if checkpoint is None else checkpoint.keep))
     return Found(rows, {"mb_s": size / 1e6 / max(seconds, 1e-6), "mb": size / 1e6})
 
 

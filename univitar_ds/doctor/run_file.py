@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from univitar_ds.config.deepspeed import AUTO, lanes_per_rank, read_deepspeed, resolve_deepspeed
+from univitar_ds.config.deepspeed import AUTO, packs_per_rank, read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import load_config
 from univitar_ds.config.paths import expand
 from univitar_ds.config.run_folder import CONFIG
@@ -70,8 +70,8 @@ def _installation(config: RunConfig) -> str:
 
 def _lanes(config: RunConfig, scene: Scene) -> str:
     lanes, size = config.data.lanes, scene.ranks.size
-    each = lanes_per_rank(lanes, size)
-    fitting = ", ".join(str(count) for count in range(1, lanes + 1) if lanes % count == 0)
+    each, sharing = packs_per_rank(config, size), config.model.tensor_parallel * config.model.sequence_parallel
+    fitting = ", ".join(str(count * sharing) for count in range(1, lanes + 1) if lanes % count == 0)
     return f"data.lanes = {lanes} fits {size} rank{'' if size == 1 else 's'}, {each} for each; it fits {fitting} ranks"
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch.distributed as dist
 
 from tests.support.runs import small_config
+from tests.support.s3 import s3_server
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
+from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.doctor import checkpoints, run_file, storage
 from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Row
 from univitar_ds.doctor.ranks import Ranks
@@ -111,12 +113,40 @@ def test_the_folder_of_checkpoints_is_written_and_nothing_stays(folder):
 
 
 def test_too_little_space_fails_with_what_is_needed(tmp_path):
-    row = checkpoints.space(tmp_path, 1e15, keep=3)
+    row = checkpoints.space(tmp_path, 1e14, keep=3)
     assert row.state == FAILED
-    assert row.found.startswith("4 checkpoints need 4e+03 TB")
+    assert row.found.startswith("4 checkpoints need 400 TB")
     assert "checkpoint.keep" in row.remedy
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_with_its_name():
     with pytest.raises(StorageError, match=r"/proc/self.* cannot be written"):
         checkpoints.write_rate(Path("/proc/self"))
+
+
+def test_sources_and_checkpoints_in_a_store_are_reached_with_the_credentials(folder, monkeypatch):
+    with s3_server() as server:
+        source = server.upload(folder / "shards", "shards")
+        before = server.keys()
+        given = scene(
+            folder,
+            f"data.sources.0.path={source}",
+            f"data.s3.endpoint_url={server.url}",
+            f"checkpoint.folder={source.rpartition('/')[0]}/runs",
+        )
+        assert {row.state for row in run_file.rows_of(given)} == {OK}
+        assert storage.CHECK.look(given).values["mb"] > 0.01
+        (row,) = checkpoints.CHECK.look(given).rows
+        assert row.state == OK
+        assert "/runs with these credentials; nothing is written there by this check" in row.found
+        assert server.keys() == before
+        with pytest.raises(DataError, match="absent-bucket"):
+            checkpoints.in_store("s3://absent-bucket/runs", StorageSettings.of(given.config.data))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        rows = run_file.rows_of(scene(folder, *given.overrides, "data.s3.region=eu-central-1"))
+        failed = [row for row in rows if row.state == FAILED]
+        assert [row.check for row in failed] == ["sources"]
+        assert "no credentials were found" in failed[0].found
+        assert "data.s3.profile" in failed[0].remedy
