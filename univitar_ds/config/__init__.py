@@ -8,7 +8,6 @@ __all__ = [
     "model",
     "paths",
     "places",
-    "renamed",
     "run_folder",
     "schema",
     "section",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from univitar_ds.config.renamed import present_sums
+from univitar_ds.config.keys.renamed import present_sums
 from univitar_ds.data.sampler.cursor import LaneCursor, parse
 from univitar_ds.training.checkpoint.sharded import Saved
 from univitar_ds.training.logging.metrics import Window

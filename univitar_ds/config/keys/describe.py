@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pydantic import BaseModel
 
 from univitar_ds.config.keys.foreign import answer, similar_keys
+from univitar_ds.config.keys.renamed import present_key
 from univitar_ds.config.keys.tree import INDEX, Key, all_keys, is_mapping
-from univitar_ds.config.renamed import present_key
 from univitar_ds.errors import ConfigError, shortened
 
 WIDTH = 100

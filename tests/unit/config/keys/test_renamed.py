@@ -5,9 +5,9 @@ import json
 import pytest
 
 from tests.support.finished import run_config
-from univitar_ds.config import renamed
+from univitar_ds.config.keys import renamed
+from univitar_ds.config.keys.renamed import KEYS, present_key, present_sums
 from univitar_ds.config.load import apply_overrides, check_config, load_config
-from univitar_ds.config.renamed import KEYS, present_key, present_sums
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError
 
