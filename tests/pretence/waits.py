@@ -9,8 +9,8 @@ UPLOAD = "univitar_ds/training/step/upload.py"
 SNAPSHOT = "univitar_ds/training/step/feature_snapshot.py"
 EXCHANGE = "univitar_ds/objectives/exchange.py"
 NORM = "univitar_ds/training/engine/device_waits.py"
-BUCKETS = "univitar_ds/training/engine/gradient_buckets.py"
-FETCHING = "univitar_ds/training/engine/weight_fetching.py"
+BUCKETS = "univitar_ds/training/engine/lean/gradient_buckets.py"
+FETCHING = "univitar_ds/training/engine/lean/weight_fetching.py"
 ZERO = "deepspeed/runtime/zero"
 
 

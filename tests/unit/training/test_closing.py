@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.support.runs import small_config
-from univitar_ds.config.model import ObjectiveConfig
+from univitar_ds.config.model import ModelConfig, ObjectiveConfig
 from univitar_ds.config.run_folder import METRICS
 from univitar_ds.config.schema import CheckpointConfig
+from univitar_ds.config.watch import WatchdogConfig
 from univitar_ds.errors import CheckpointError, DataError, StorageError
 from univitar_ds.training import loop
 from univitar_ds.training.distributed.process_group import World
@@ -113,6 +114,8 @@ def parts(monkeypatch):
         objective=ObjectiveConfig(),
         checkpoint=CheckpointConfig(),
         logging=SimpleNamespace(peak_tflops=None, tensorboard=False),
+        model=ModelConfig(),
+        watchdog=WatchdogConfig(enabled=False),
         stages=[],
     )
     return made

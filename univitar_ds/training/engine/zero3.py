@@ -2,10 +2,10 @@
 
 DeepSpeed (0.19) slices every parameter and every gradient for every rank in Python, and runs four hooks around every
 module. Here a block is gathered and released as a whole, and its inner modules keep no hooks of DeepSpeed. Parameters
-and gradients are cut for all ranks at once, as matrices with a row for each rank. What is done for each parameter in
-each step is little: `weight_fetching.py`, `gradient_buckets.py`, `lean_hooks.py`. Parameters, their partitions and the
-checkpoints stay those of DeepSpeed. Results stay the same to rounding: with fewer hooks the sums of a backward pass can
-come in another order. `benchmarks/bench_host.py` measures the host time.
+and gradients are cut for all ranks at once, as matrices with a row for each rank, and little is done for each parameter
+in each step: the package `lean`. Parameters, their partitions and the checkpoints stay those of DeepSpeed. Results stay
+the same to rounding: with fewer hooks the sums of a backward pass can come in another order. `benchmarks/bench_host.py`
+measures the host time.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from univitar_ds.training.engine.gradient_buckets import GradientBuckets, rows_by_rank
-from univitar_ds.training.engine.lean_hooks import Freeing, Linear, replace_functions
-from univitar_ds.training.engine.weight_fetching import Fetching
+from univitar_ds.training.engine.lean.gradient_buckets import GradientBuckets, rows_by_rank
+from univitar_ds.training.engine.lean.hooks import Freeing, Linear, replace_functions
+from univitar_ds.training.engine.lean.weight_fetching import Fetching
 
 OTHER_WAYS = (
     "zero_quantized_weights",

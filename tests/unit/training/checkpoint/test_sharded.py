@@ -74,7 +74,7 @@ class Messages:
         self.rank = 0
         return save(0, RANKS, self.root)
 
-    def all_reduce(self, flags):
+    def all_reduce(self, flags, group=None):
         if self.rank or self.shares:
             return
         for self.rank in range(1, RANKS):
@@ -82,7 +82,7 @@ class Messages:
                 save(self.rank, RANKS, self.root)
         self.rank = 0
 
-    def all_gather_single(self, into, mine):
+    def all_gather_single(self, into, mine, group=None):
         if mine.dtype == torch.float64 and len(self.sizes) < RANKS:
             self.sizes[self.rank] = mine.clone()
             raise Sent
@@ -94,7 +94,7 @@ class Messages:
             into.copy_(torch.tensor([int(mine), *(len(self.shares[rank]) for rank in range(1, RANKS))]))
         self.received_by_main += into.nbytes * (self.rank == 0)
 
-    def gather(self, mine, rows, dst):
+    def gather(self, mine, rows, dst, group=None):
         assert dst == 0
         if self.rank:
             self.shares[self.rank] = mine.clone()
@@ -103,10 +103,10 @@ class Messages:
             row[: len(share)] = share
             self.received_by_main += row.nbytes
 
-    def broadcast(self, tensor, src):
+    def broadcast(self, tensor, src, group=None):
         assert (src, self.rank) == (0, 0)
 
-    def scatter(self, mine, rows, src):
+    def scatter(self, mine, rows, src, group=None):
         self.scattered.append(sum(row.nbytes for row in rows))
         mine.copy_(rows[0])
 

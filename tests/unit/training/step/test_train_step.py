@@ -9,6 +9,7 @@ import torch
 from tests.support.standin import StandIn, pack
 from univitar_ds.config.model import ObjectiveConfig
 from univitar_ds.objectives.exchange import Exchange
+from univitar_ds.training.distributed.groups import Groups
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.step import train_step
 
@@ -17,6 +18,7 @@ class Written:
     """An engine of one rank without an optimizer."""
 
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    groups = Groups.alone(world)
     updated, grad_norm = True, 1.0
 
     def __init__(self, calls: list[str]) -> None:

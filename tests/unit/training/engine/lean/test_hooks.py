@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from univitar_ds.training.engine.engine import load_deepspeed
-from univitar_ds.training.engine.lean_hooks import Linear
+from univitar_ds.training.engine.lean.hooks import Linear
 
 
 def results(function, shape, bias):
