@@ -1,5 +1,6 @@
 """Whole runs with the real model and loader: uninterrupted, resumed on as many and on other ranks, and ended early."""
 
+import gzip
 import json
 import math
 import re
@@ -151,10 +152,10 @@ def test_the_summary_has_totals_losses_versions_and_checkpoints(whole):
     assert {"torch", "deepspeed"} <= set(summary["versions"])
 
 
-def test_images_of_both_modalities_are_drawn_and_change_no_bit(whole, tmp_path):
+def test_images_of_both_modalities_and_a_profile_change_no_bit(whole, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging = {"every_steps": 1, "peak_tflops": 0.05, "images_every_steps": 3}
+    logging = {"every_steps": 1, "peak_tflops": 0.05, "images_every_steps": 3, "profile": {"from_step": 2, "steps": 2}}
     run = create_run(thinned_config(whole.shards, tmp_path, logging=logging), "test", 2)
     run_distributed(train_rank, 2, run)
     assert [untimed(line) for line in metrics(run)] == [untimed(line) for line in metrics(whole.run)]
@@ -166,6 +167,12 @@ def test_images_of_both_modalities_are_drawn_and_change_no_bit(whole, tmp_path):
     assert board.Images("pack_video")[0].step == videos[0]
     texts = [text.tensor_proto.string_val[0].decode() for text in board.Tensors("events/text_summary")]
     assert [text.split(" begins")[0] for text in texts] == ["stage images", "stage both"]
+    (path,) = run.glob("profile/*")
+    with gzip.open(path) as trace:
+        events = [event["name"] for event in json.load(trace)["traceEvents"]]
+    assert path.name == "step00000002-rank00000.json.gz"
+    assert {"data_wait", "forward", "backward", "optimizer", "all_gather_single"} <= set(events)
+    assert events.count("optimizer") == 2
 
 
 @pytest.mark.parametrize("stage", ["images", "both"])

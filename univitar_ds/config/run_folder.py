@@ -21,6 +21,7 @@ BOARD = "tb"
 TRACKERS = "trackers.json"
 """Identifiers of the run in experiment trackers."""
 EXPORT = "export"
+PROFILE = "profile"
 STACKS = "stacks"
 """What the ranks of a run that hung were doing."""
 
@@ -55,6 +56,7 @@ RUN_ENTRIES: Names = {
     r"(samples|skipped)-rank\d+\.jsonl": None,
     r"examples-(image|video)\.png": None,
     STACKS: {r"rank\d{5,}\.txt|collectives-rank\d{5,}\.json|nccl-rank\d+|stalls\.jsonl|again": None},
+    PROFILE: {r"step\d{8,}-rank\d{5,}\.json\.gz|\.step\d{8,}-rank\d{5,}\.json\.gz\.partial": None},
     BOARD: {r"events\.out\.tfevents\..+": None},
     CHECKPOINTS: CHECKPOINT_ROOT,
     START: _MODEL_FILES,

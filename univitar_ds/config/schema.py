@@ -18,7 +18,7 @@ from univitar_ds.config.model import ModelConfig, ObjectiveConfig
 from univitar_ds.config.paths import PathText
 from univitar_ds.config.section import NAME_LIMIT, NAME_PATTERN, Fraction, Positive, Section, check_templates
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.config.watch import WatchdogConfig
+from univitar_ds.config.watch import ProfileConfig, WatchdogConfig
 from univitar_ds.errors import shortened
 from univitar_ds.plugins import OBJECTIVES, OPTIMIZERS
 
@@ -215,6 +215,10 @@ class LoggingConfig(Section):
         None,
         description="peak TFLOP/s of one rank, for MFU; absent: published for the GPU, or measured at first",
     )
+    profile: ProfileConfig | None = Field(
+        None, description="trace steps with PyTorch's profiler, for Perfetto, into profile/; absent: none"
+    )
+    """Steps that are traced."""
     wandb: WandbConfig | None = Field(
         None, description="also logs to Weights & Biases (extra `wandb`), with {} under the run's name"
     )

@@ -14,7 +14,7 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,6 +92,17 @@ class DeviceMarks:
         self._free.append(mark)
 
 
+class Observer(Protocol):
+    """Follows the steps, such as a profiler."""
+
+    def begin_step(self, number: int) -> None: ...
+
+    def end_step(self, number: int) -> None: ...
+
+    def annotate(self, name: str) -> AbstractContextManager[Any]:
+        """Returns a context for a phase or call."""
+
+
 @dataclass(frozen=True)
 class Position:
     """Where a rank is. `since`: when the section began, by `time.monotonic`."""
@@ -110,8 +121,9 @@ class Position:
 class StepClock:
     """The marks of this process. Only its own main thread, and threads that this one waits for, mark phases."""
 
-    def __init__(self, marks: Marks | None = None) -> None:
+    def __init__(self, marks: Marks | None = None, observer: Observer | None = None) -> None:
         self._marks = HostMarks() if marks is None else marks
+        self._observer = observer
         self._running: list[tuple[Any, str]] | None = None
         """The marks of the current step, each with the phase that follows it."""
         self._ended: deque[list[tuple[Any, str]]] = deque()
@@ -130,6 +142,8 @@ class StepClock:
 
     def begin_step(self, number: int) -> None:
         """Begins a step; one that has not ended does not count."""
+        if self._observer is not None:
+            self._observer.begin_step(number)
         self._running = [(self._marks.mark(), OTHER)]
         self._locate(section=STEP if len(self.durations) >= SETTLING else FIRST_STEPS, step=number)
 
@@ -141,6 +155,8 @@ class StepClock:
         self._running = None
         self.durations.append(time.monotonic() - self.position.since)
         self._read()
+        if self._observer is not None:
+            self._observer.end_step(self.position.step)
 
     def take(self) -> list[float]:
         """Returns the number of steps since the last call whose times are known, and their seconds by PHASES."""
@@ -169,7 +185,8 @@ class StepClock:
         self._stack.append((name, call))
         self._turn(name)
         try:
-            yield
+            with nullcontext() if self._observer is None else self._observer.annotate(call or name):
+                yield
         finally:
             self._stack.pop()
             self._turn(self._stack[-1][0] if self._stack else OTHER)

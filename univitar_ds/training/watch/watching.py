@@ -12,6 +12,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.watch.collectives import marked_collectives
 from univitar_ds.training.watch.phases import DeviceMarks, HostMarks, StepClock, active
+from univitar_ds.training.watch.profile import StepProfiler
 from univitar_ds.training.watch.watchdog import watched
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -20,9 +21,13 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 @contextmanager
 def watching(cfg: RunConfig, run: Path, world: World) -> Iterator[StepClock]:
     """Watches this rank during the body, and yields the clock of its steps. All ranks run the body."""
-    clock = StepClock(DeviceMarks() if world.device.type == "cuda" else HostMarks())
+    profiler = StepProfiler(cfg.logging.profile, run, world)
+    clock = StepClock(DeviceMarks() if world.device.type == "cuda" else HostMarks(), profiler)
     with active(clock), marked_collectives(), watched(cfg.watchdog, run, world, clock):
-        yield clock
+        try:
+            yield clock
+        finally:
+            profiler.close()
 
 
 @contextmanager
