@@ -22,6 +22,8 @@ TRACKERS = "trackers.json"
 """Identifiers of the run in experiment trackers."""
 EXPORT = "export"
 PROFILE = "profile"
+MEMORY = "memory"
+"""Snapshots of GPUs that ran out of memory."""
 STACKS = "stacks"
 """What the ranks of a run that hung were doing."""
 
@@ -57,6 +59,7 @@ RUN_ENTRIES: Names = {
     r"examples-(image|video)\.png": None,
     STACKS: {r"rank\d{5,}\.txt|collectives-rank\d{5,}\.json|nccl-rank\d+|stalls\.jsonl|again": None},
     PROFILE: {r"step\d{8,}-rank\d{5,}\.json\.gz|\.step\d{8,}-rank\d{5,}\.json\.gz\.partial": None},
+    MEMORY: {r"rank\d{5,}\.pickle": None},
     BOARD: {r"events\.out\.tfevents\..+": None},
     CHECKPOINTS: CHECKPOINT_ROOT,
     START: _MODEL_FILES,

@@ -219,6 +219,11 @@ class LoggingConfig(Section):
         None, description="trace steps with PyTorch's profiler, for Perfetto, into profile/; absent: none"
     )
     """Steps that are traced."""
+    memory_history: bool = Field(
+        False,
+        description="record the Python stack of every allocation on a GPU, for the snapshot of a GPU that runs out of "
+        "memory",
+    )
     wandb: WandbConfig | None = Field(
         None, description="also logs to Weights & Biases (extra `wandb`), with {} under the run's name"
     )

@@ -11,6 +11,7 @@ import torch
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.watch.collectives import marked_collectives
+from univitar_ds.training.watch.memory import MemorySnapshots
 from univitar_ds.training.watch.phases import DeviceMarks, HostMarks, StepClock, active
 from univitar_ds.training.watch.profile import StepProfiler
 from univitar_ds.training.watch.watchdog import watched
@@ -23,6 +24,7 @@ def watching(cfg: RunConfig, run: Path, world: World) -> Iterator[StepClock]:
     """Watches this rank during the body, and yields the clock of its steps. All ranks run the body."""
     profiler = StepProfiler(cfg.logging.profile, run, world)
     clock = StepClock(DeviceMarks() if world.device.type == "cuda" else HostMarks(), profiler)
+    MemorySnapshots(run, world, cfg.logging.memory_history)
     with active(clock), marked_collectives(), watched(cfg.watchdog, run, world, clock):
         try:
             yield clock
