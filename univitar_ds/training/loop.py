@@ -47,7 +47,7 @@ from univitar_ds.training.distributed.process_group import World, all_ranks_or_n
 from univitar_ds.training.engine.determinism import explained, set_deterministic
 from univitar_ds.training.engine.engine import versions
 from univitar_ds.training.engine.optim import trained_parts
-from univitar_ds.training.logging.metrics import exchange_with_times, local_metrics, part_norms
+from univitar_ds.training.logging.metrics import exchange_with_times, local_metrics, memory_gb, part_norms
 from univitar_ds.training.logging.run_logs import RunLogs
 from univitar_ds.training.logging.writers import SKIPPED
 from univitar_ds.training.step.classification import classification_step
@@ -156,6 +156,8 @@ class _Trainer:
         self.cfg, self.run, self.world, self.clock = cfg, run, world, clock
         self.slow_ranks = SlowRanks()
         self.times: dict[str, float] = {}
+        self.tabled = -1
+        """Stage whose memory was logged."""
         self.groups = groups_of(cfg, world)
         self.lanes = self.groups.lanes(cfg)
         self.stop, self.leaving = stop, False
@@ -234,7 +236,16 @@ class _Trainer:
         return (
             f"rank {self.world.rank} on {platform.node()}, step {progress.step + 1}, stage {stage.name}: lower its "
             f"token_budget ({stage.token_budget}){recomputed}, or shard more (a DeepSpeed JSON with ZeRO 3 or offload)"
+            f"; {self._memory_table()}"
         )
+
+    def _memory_table(self) -> str:
+        """Returns what holds the memory of this rank, as text."""
+        parts = self.engine.memory_by_part(None if self.teacher is None else self.teacher.tower.model)
+        rest = memory_gb() - sum(parts.values()) / 1e9
+        held = [f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size]
+        what = "activations, buckets" if self.world.device.type == "cuda" else "activations, Python, libraries"
+        return f"memory of rank {self.world.rank} at its peak in GB: {', '.join(held)}, the rest ({what}) {rest:.2f}"
 
     def _train_stage(self, stage: StageConfig) -> None:
         """Trains until the stage ends, a rank is asked to stop, or a step is undone."""
@@ -552,6 +563,9 @@ class _Trainer:
             further=further,
         )
         self.logs.write_metrics(line)
+        if self.world.is_main and stage != self.tabled:
+            logger.info("%s", self._memory_table())
+            self.tabled = stage
         state.last = line
         if not state.best or line["loss"] < state.best["loss"]:
             state.best = {"loss": line["loss"], "step": line["step"]}

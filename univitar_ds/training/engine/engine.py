@@ -42,6 +42,7 @@ from univitar_ds.training.distributed.process_group import World, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
 from univitar_ds.training.engine.device_waits import NO_TIMERS, NormReader, order_streams, streams_in_order
 from univitar_ds.training.engine.free_engine import free_engine
+from univitar_ds.training.engine.memory import memory_by_part
 from univitar_ds.training.engine.node_sharding import Sharding, sharding_of
 from univitar_ds.training.engine.optim import (
     GRADIENT_PARTS,
@@ -331,6 +332,10 @@ class Engine:
             if MASTER in piece.tensors:
                 parameter.ds_tensor.data.view(-1)[: piece.length].copy_(piece.tensors[MASTER])
         self._optimizer.checkpoint_event_epilogue()  # also updates the full copies of hpZ and of persistent parameters
+
+    def memory_by_part(self, teacher: nn.Module | None = None) -> dict[str, int]:
+        """Returns the bytes that the parts of the training state hold on this rank, see `memory.memory_by_part`."""
+        return memory_by_part(self.module, self._optimizer, teacher)
 
     def optimizer_state(self) -> dict[str, Any]:
         """Returns the optimizer's state without tensors: the number of updates and the settings of the groups."""

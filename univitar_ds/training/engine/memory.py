@@ -1,0 +1,48 @@
+"""What the parts of a training state hold in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from univitar_ds.formats.elastic import EMA
+
+GRADIENTS = ("grad_partitions_flat_buffer", "averaged_gradients", "ipg_buckets", "fp32_groups_gradients_flat")
+"""Attributes of DeepSpeed's optimizers with gradients; each has some of them."""
+MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+
+
+def memory_by_part(module: nn.Module, optimizer: Any, teacher: nn.Module | None = None) -> dict[str, int]:
+    """Returns the bytes of this rank's weights, gradients, optimizer (master weights and moments), average and teacher.
+
+    What several parts share counts for the first. Memory of a step (activations, gathered weights, buckets) is in none.
+    """
+    seen: set[int] = set()
+    weights = [getattr(one, "ds_tensor", one) for one in module.parameters()]
+    weights += [*module.parameters(), *module.buffers()]
+    states = [state for state in optimizer.optimizer.state.values() if isinstance(state, Mapping)]
+    parts: dict[str, Iterable[Any]] = {
+        "weights": weights,
+        "gradients": [
+            *(one.grad for one in module.parameters()),
+            *(getattr(optimizer, name, None) for name in GRADIENTS),
+        ],
+        "average": [state.get(EMA) for state in states],
+        "optimizer": [*states, *(getattr(optimizer, name, None) for name in MASTERS)],
+        "teacher": [] if teacher is None else [*teacher.parameters(), *teacher.buffers()],
+    }
+    return {name: sum(_bytes(value, seen) for value in tree_leaves(list(held))) for name, held in parts.items()}
+
+
+def _bytes(value: Any, seen: set[int]) -> int:
+    """Returns the bytes of a tensor's storage if it is new. A parameter that ZeRO-3 has not gathered has none."""
+    if not isinstance(value, Tensor):
+        return 0
+    storage = value.untyped_storage()
+    if storage._cdata in seen:
+        return 0
+    seen.add(storage._cdata)
+    return storage.nbytes()
