@@ -1,4 +1,4 @@
-"""The folder of checkpoints: whether each node writes there, how fast, into one file system, and the space left."""
+"""The folder of checkpoints: whether each node can write there, how fast, whether nodes share it, and free space."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MOST_S = 5.0
 
 
 def write_rate(folder: Path) -> tuple[int, float]:
-    """Writes into a file without a name, which is gone when it is closed, whatever ends this process.
+    """Writes a temporary file without a name, which the system removes even if this process is killed.
 
-    Returns: bytes and seconds, until the disk has them. Raises: StorageError.
+    Returns: the bytes, and the seconds until they are on the disk. Raises: StorageError.
     """
     content = os.urandom(PIECE)  # a disk may compress
     total = 0
@@ -55,7 +55,7 @@ def space(folder: Path, checkpoint_bytes: float | None, keep: int) -> Row:
 def in_store(place: str, settings: StorageSettings) -> Row:
     """Returns a row about checkpoints at an s3:// address. Raises: DataError if the store refuses the credentials."""
     storage_for(place, settings).exists(place)
-    return Row(NAME, OK, f"the store answers at {place} with these credentials; nothing is written there by this check")
+    return Row(NAME, OK, f"the store at {place} accepts these credentials; this check writes nothing there")
 
 
 def _look(scene: Scene) -> Found:
@@ -72,13 +72,13 @@ def _look(scene: Scene) -> Found:
     checkpoint = None if scene.config is None else scene.config.checkpoint
     if checkpoint is not None and checkpoint.folder is not None:
         rows.append(in_store(checkpoint.folder, StorageSettings.of(scene.config.data)))
-    elif scene.ranks.is_main:  # free space differs from moment to moment, so the rows of nodes would differ
+    elif scene.ranks.is_main:  # free space changes all the time, so each node would have a row of its own
         rows.append(space(folder, scene.checkpoint_bytes, 1 if checkpoint is None else checkpoint.keep))
     return Found(rows, {"mb_s": size / 1e6 / max(seconds, 1e-6), "mb": size / 1e6})
 
 
 def _look_shared(scene: Scene) -> Found:
-    """Looks for a file that rank 0 has made, in the nearest folder that exists there."""
+    """Looks for a file that rank 0 has created in the run's folder, or in its nearest parent that exists."""
     ranks = scene.ranks
     if len(ranks.firsts()) == 1:
         return Found()
@@ -101,14 +101,14 @@ def _make(scene: Scene) -> str | None:
     try:
         scene.made.append(path)
         path.touch(exist_ok=False)
-    except OSError:  # the check of writing has a row about it
+    except OSError:  # CHECK reports it
         scene.made.remove(path)
         return None
     return str(path)
 
 
 def _wait_for_others(scene: Scene) -> None:
-    """Waits until one rank of each node has looked; a rank that does not answer gets a row elsewhere."""
+    """Waits until one rank of each node has looked. Ranks that do not answer are reported by `run.check_all`."""
     ranks = scene.ranks
     deadline = time.monotonic() + ranks.limit_s / 2
     while ranks.store.add("shared seen", 0) < len(ranks.firsts()) and time.monotonic() < deadline:
@@ -127,7 +127,8 @@ def compare_shared(answers: Answers) -> list[Row]:
     blind = sorted(rank for rank, value in seen.items() if not value)
     if not blind:
         return [Row(SHARED, OK, f"{len(seen)} nodes see the files of the first one in {place}")]
-    text = f"{ranks_named(blind, answers.nodes)} does not see the file that rank 0 made in {place}"
+    verb = "does" if len(blind) == 1 else "do"
+    text = f"{ranks_named(blind, answers.nodes)} {verb} not see the file that rank 0 made in {place}"
     return [Row(SHARED, FAILED, text, "mount one file system there on all nodes, or name another output=...")]
 
 

@@ -14,8 +14,7 @@ from univitar_ds.errors import UserError
 NAME = "clocks"
 ROUNDS = 5
 LIMIT_S = 1.0
-"""Logs of nodes are read side by side, and their lines come in the wrong order beyond this. S3 refuses requests by
-minutes."""
+"""Beyond this, merged logs of several nodes are out of order. S3 refuses requests only if a clock is minutes off."""
 
 
 def now() -> float:
@@ -25,7 +24,7 @@ def now() -> float:
 def _look(scene: Scene) -> Found:
     """Compares this clock with that of rank 0, which writes its time into the store for all ranks at once.
 
-    A rank wakes up some time after that, and this time is counted to its clock; the least of several rounds counts.
+    The delay until a rank reads it adds to the difference, so the minimum of several rounds is taken.
     """
     ranks = scene.ranks
     if len(ranks.firsts()) == 1:
@@ -35,12 +34,12 @@ def _look(scene: Scene) -> Found:
         try:
             ahead.append(_ahead(scene, f"clock {number}"))
         except dist.DistError as error:
-            raise UserError(f"the ranks do not answer within {ranks.limit_s:g} s; see the row of the ranks") from error
+            raise UserError(f"the ranks do not answer within {ranks.limit_s:g} s; see the rows 'ranks'") from error
     return Found(values={"ahead_s": min(ahead)})
 
 
 def _ahead(scene: Scene, key: str) -> float:
-    """Returns by how many seconds this clock is ahead of that of rank 0; 0.0 on rank 0."""
+    """Returns the seconds by which this clock is ahead of that of rank 0; 0.0 on rank 0."""
     ranks, limit = scene.ranks, timedelta(seconds=scene.ranks.limit_s)
     nodes = len(ranks.firsts())
     if ranks.store.add(f"{key} ready", 1) == nodes:
@@ -65,8 +64,8 @@ def compare(answers: Answers) -> list[Row]:
     if not wrong:
         return [Row(NAME, OK, f"differ by at most {span:.3f} s on {len(ahead)} nodes", numbers=numbers)]
     texts = [f"{node} by {value:+.1f} s" for node, value in sorted(wrong.items(), key=lambda one: -abs(one[1]))]
-    text = f"{listed(texts)} from {answers.nodes[0]} (limit {LIMIT_S:g} s)"
-    return [Row(NAME, FAILED, text, "start chronyd or another client of NTP on these nodes", numbers=numbers)]
+    text = f"differ from the clock of {answers.nodes[0]}: {listed(texts)} (limit {LIMIT_S:g} s)"
+    return [Row(NAME, FAILED, text, "start chronyd or another NTP client on these nodes", numbers=numbers)]
 
 
 CHECK = Check(NAME, _look, "see the row of the ranks", together=True, compare=compare)

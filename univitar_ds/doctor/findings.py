@@ -1,4 +1,4 @@
-"""What a check finds: rows of the table, and values that are compared between ranks. The report of all rows."""
+"""Results of a check: rows of the table, and values that are compared between ranks. The report has all rows."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class Answers:
     nodes: Sequence[str]
 
     def of(self, name: str) -> dict[int, Any]:
-        """Returns one value by rank, of the ranks that have it."""
+        """Returns one value for each rank that has it."""
         return {rank: values[name] for rank, values in self.values.items() if name in values}
 
     def by_node(self, name: str, worst: Callable[..., float]) -> dict[str, float]:
-        """Returns one number by node, the `worst` (min or max) of its ranks."""
+        """Returns one number for each node: the `worst` (min or max) of its ranks."""
         found: dict[str, list[float]] = {}
         for rank, value in self.of(name).items():
             found.setdefault(self.nodes[rank], []).append(value)
@@ -78,13 +78,16 @@ def from_error(check: str, error: UserError) -> list[Row]:
     if isinstance(error, SeveralFaults):
         return [row for each in error.errors for row in from_error(check, each)]
     found, _, remedy = str(error).rpartition("; ")
-    return [Row(check, FAILED, found or remedy, remedy if found else "change what this sentence names")]
+    return [Row(check, FAILED, found or remedy, remedy if found else "correct what this message names")]
 
 
 def merged(rows: Mapping[int, Sequence[Row]], nodes: Sequence[str]) -> list[Row]:
-    """Returns the rows of all ranks, each distinct row once, with the nodes where it was found unless that is all."""
+    """Returns the rows of all ranks, each distinct row once, with the nodes where it was found.
+
+    The nodes are left out if all nodes that answered have the row. Args: rows: of each rank that answered.
+    """
     places: dict[tuple[str, ...], tuple[Row, dict[str, None]]] = {}
-    everywhere = dict.fromkeys(nodes[rank] for rank, some in rows.items() if some)
+    everywhere = {nodes[rank] for rank in rows}
     for rank, some in rows.items():
         for row in some:
             _, found = places.setdefault((row.check, row.state, row.found, row.remedy), (row, {}))
@@ -93,7 +96,7 @@ def merged(rows: Mapping[int, Sequence[Row]], nodes: Sequence[str]) -> list[Row]
 
 
 def listed(names: Sequence[Any]) -> str:
-    """Returns the names as text, the first MOST_NAMES of them."""
+    """Returns the first MOST_NAMES names as text, and the number of the others."""
     more = len(names) - MOST_NAMES
     return ", ".join(map(str, names[:MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
 
@@ -133,8 +136,8 @@ class Report:
                 "rows": [row.to_json() for row in self.rows]}  # fmt: skip
 
     def lines(self) -> Iterator[tuple[str, str, str]]:
-        """Yields (state, word, text): each row, its remedy, and the sum at the end. The state and the word are empty in
-        lines that continue a row."""
+        """Yields (state, word, text): each row, its remedy, and at the end the number of failed rows. The state and the
+        word are empty in lines that continue a row."""
         width = max((len(row.check) for row in self.rows), default=0)
         for row in self.rows:
             where = f"{listed(row.nodes)}: " if row.nodes else ""

@@ -23,18 +23,19 @@ from univitar_ds.errors import UserError, shortened
 
 NAME = "GPUs"
 COMMAND = ("nvidia-smi", "-q", "-x")
-ANSWERS_S = 60.0
+TIMEOUT_S = 60.0
 MOST_BYTES = 64 << 20
 USED_BY_OTHERS_MIB = 1024
-"""Memory in use before a rank has taken any, above which another process is on the GPU. Chosen, not measured: a driver
-takes some hundred."""
+"""More memory than this in use before a rank has allocated any means another process on the GPU. Chosen, not measured:
+the driver itself takes a few hundred MiB."""
 SLOWED = {
     "hw_thermal_slowdown": ("is slowed down by its temperature", "see the cooling of this node"),
     "sw_thermal_slowdown": ("is slowed down by its temperature", "see the cooling of this node"),
     "hw_power_brake_slowdown": ("is slowed down by the power supply", "see the power supply of this node"),
     "hw_slowdown": ("is slowed down by the hardware", "see `nvidia-smi -q -d PERFORMANCE`"),
 }
-"""Clock event reasons, in NVIDIA's earlier versions throttle reasons. A cap of the power is usual under load."""
+"""NVIDIA's "clock event reasons", in earlier versions "throttle reasons". The power cap is not one: it is usual under
+load."""
 _LOST = re.compile(r"\b(ERR!|GPU is lost|requires reset|Unknown Error)", re.IGNORECASE)
 _RESET = "drain this node and reset the GPU (nvidia-smi -r, as root), or reboot the node"
 
@@ -53,9 +54,9 @@ def ask() -> bytes | None:
     if shutil.which(COMMAND[0]) is None:
         return None
     try:
-        done = subprocess.run(COMMAND, capture_output=True, timeout=ANSWERS_S)
+        done = subprocess.run(COMMAND, capture_output=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"nvidia-smi does not answer within {ANSWERS_S:g} s; {_RESET}") from error
+        raise UserError(f"nvidia-smi does not answer within {TIMEOUT_S:g} s; {_RESET}") from error
     if done.returncode:
         text = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines() or ["without a message"]
         raise UserError(f"nvidia-smi fails with {done.returncode}: {shortened(text[-1], 200)}; {_RESET}")
@@ -63,7 +64,7 @@ def ask() -> bytes | None:
 
 
 def parse(text: bytes) -> Gpus:
-    """Raises: UserError if this is not the XML of nvidia-smi."""
+    """Parses the XML of nvidia-smi. Raises: UserError if it is something else."""
     remedy = "see `nvidia-smi -q -x` on this node"
     if len(text) > MOST_BYTES or b"<!ENTITY" in text:
         raise UserError(f"nvidia-smi prints {len(text)} bytes (limit {MOST_BYTES}) or entities; {remedy}")
@@ -77,7 +78,7 @@ def parse(text: bytes) -> Gpus:
 
 
 def visible(gpus: list[Element], environment: Mapping[str, str]) -> list[Element]:
-    """Returns those GPUs that CUDA_VISIBLE_DEVICES names, all of them without the variable or for parts of GPUs."""
+    """Returns the GPUs that CUDA_VISIBLE_DEVICES names; all of them if it is not set or names MIG instances."""
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is None or "MIG" in named:
         return gpus
@@ -93,7 +94,7 @@ def visible(gpus: list[Element], environment: Mapping[str, str]) -> list[Element
 
 
 def rows_of(found: Gpus, torch_cuda: str | None) -> list[Row]:
-    """Returns the rows of GPUs on which no rank of this job has begun. Args: torch_cuda: CUDA version of torch."""
+    """Returns the rows of GPUs that no rank of this job uses yet. Args: torch_cuda: CUDA version of torch."""
     rows = [row for gpu in found.gpus for row in _faults(gpu)]
     rows += _driver_fault(found, torch_cuda)
     names = sorted({_text(gpu, "product_name") for gpu in found.gpus})

@@ -14,18 +14,18 @@ from univitar_ds.training.distributed.process_group import uses_cuda
 
 SHARED_MEMORY, OPEN_FILES = "shared memory", "open files"
 SHM = Path("/dev/shm")
-NEEDED_OF_A_GPU = 128 << 20
-"""Bytes of /dev/shm that a rank on a GPU may take: NCCL exchanges through it where GPUs of a node reach each other in
-no other way, with buffers of 4 MiB (NCCL_BUFFSIZE) for up to 32 channels."""
-NEEDED_OF_A_CPU = 1 << 20
-"""On a CPU the trainer's batches are in anonymous memory; only semaphores are here."""
+SHM_OF_GPU_RANK = 128 << 20
+"""Bytes of /dev/shm that a rank on a GPU may take: NCCL uses it where GPUs of a node have no peer-to-peer access, with
+buffers of 4 MiB (NCCL_BUFFSIZE) for up to 32 channels."""
+SHM_OF_CPU_RANK = 1 << 20
+"""The same of a rank on a CPU: only semaphores, since batches are in anonymous memory."""
 FILES = 4096
-"""Open files that a run is given where the hard limit allows: a lane keeps a shard of each source open, each rank has
-a connection to the others, and libraries open hundreds. Lists of hundreds of sources need more."""
+"""Open files that a run may need: a lane keeps a shard of each source open, each rank has connections to the others,
+and libraries open hundreds. Hundreds of sources need more."""
 
 
 def shared_memory(ranks: int, each: int, folder: Path = SHM) -> Row:
-    """Args: ranks: of this node; each: bytes that a rank may take."""
+    """Returns a row about /dev/shm. Args: ranks: of this node; each: bytes that a rank may take."""
     needed = ranks * each
     try:
         usage = shutil.disk_usage(folder)
@@ -35,13 +35,18 @@ def shared_memory(ranks: int, each: int, folder: Path = SHM) -> Row:
     if not os.access(folder, os.W_OK | os.X_OK):
         return Row(SHARED_MEMORY, FAILED, f"{folder} cannot be written", "chmod 1777 it, as root")
     if usage.free < needed:
-        remedy = "remove what ended jobs have left there, or make it larger (docker --shm-size, mount -o remount,size=)"
+        remedy = (
+            "remove what earlier jobs have left there, or make it larger (docker --shm-size, mount -o remount,size=)"
+        )
         return Row(SHARED_MEMORY, FAILED, f"{text}, {amount(needed)} are needed for {ranks} ranks", remedy)
     return Row(SHARED_MEMORY, OK, f"{text}, at most {amount(needed)} are needed")
 
 
 def open_files(limits: tuple[int, int], needed: int = FILES) -> Row:
-    """Args: limits: soft and hard, as `resource.getrlimit(RLIMIT_NOFILE)`. A run raises the soft one by itself."""
+    """Returns a row about open files. Args: limits: soft and hard, as `resource.getrlimit(RLIMIT_NOFILE)` returns them.
+
+    A run raises the soft limit itself.
+    """
     soft, hard = (_written(value) for value in limits)
     text = f"limits of open files {soft} (soft) and {hard} (hard)"
     if limits[1] != resource.RLIM_INFINITY and limits[1] < needed:
@@ -57,7 +62,7 @@ def _written(value: int) -> str:
 def _look(scene: Scene) -> Found:
     here = scene.ranks.nodes[scene.ranks.rank]
     ranks = scene.ranks.nodes.count(here)
-    each = NEEDED_OF_A_GPU if uses_cuda() else NEEDED_OF_A_CPU
+    each = SHM_OF_GPU_RANK if uses_cuda() else SHM_OF_CPU_RANK
     return Found([shared_memory(ranks, each), open_files(resource.getrlimit(resource.RLIMIT_NOFILE))])
 
 

@@ -16,7 +16,7 @@ from univitar_ds.training.distributed.process_group import check_gpus, start_wor
 
 NAME = "ranks"
 _LONGER = timedelta(hours=1)
-"""Timeout of the process group: NCCL ends the process at it, so the limit of the check has to be the shorter one."""
+"""Timeout of the process group. NCCL ends the process at this timeout, so it must exceed the limit of the check."""
 
 
 def _look_for_gpu(scene: Scene) -> Found:
@@ -27,7 +27,7 @@ def _look_for_gpu(scene: Scene) -> Found:
 
 
 def _join(scene: Scene) -> Found:
-    if not all(scene.ranks.all_of("usable", scene.usable).values()):  # the others would wait for such a rank
+    if not all(scene.ranks.all_of("usable", scene.usable).values()):  # the process group would wait for this rank
         return Found([Row(NAME, SKIPPED, "not connected: a rank has no device that it can use")])
     scene.world = start_world(_LONGER, scene.ranks.root)
     device = scene.world.device
@@ -55,7 +55,7 @@ def _differences(answers: Answers) -> list[Row]:
     remedies = {
         "device": "use nodes with one kind of GPU: the fastest waits for the slowest in every step",
         "package": "start all ranks from one checkout or environment",
-        "threads": "set OMP_NUM_THREADS to one value: sums are taken in another order by another number of threads",
+        "threads": "set OMP_NUM_THREADS to one value: the number of threads changes the order of sums",
     }
     rows = []
     for name, remedy in remedies.items():
@@ -80,11 +80,11 @@ def _shared_gpus(answers: Answers) -> list[Row]:
     ]
 
 
-GPU = Check(NAME, _look_for_gpu, "compare nvidia-smi on this node: the driver does not answer", everywhere=True)
+GPU = Check(NAME, _look_for_gpu, "the driver does not answer: see nvidia-smi on this node", everywhere=True)
 MEETING = Check(
     NAME,
     _join,
-    "the ranks reached the store and not each other: set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the network "
+    "the ranks reach the store but not each other: set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the network "
     "between the nodes (slurm/env.sh), and open the ports between them",
     everywhere=True,
     together=True,

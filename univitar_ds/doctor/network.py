@@ -19,9 +19,9 @@ NAME = "all-reduce"
 LATENCIES, ROUNDS = 20, 5
 BYTES_GPU, BYTES_CPU = 256 << 20, 8 << 20
 SLOWER = 2.0
-"""A node whose link takes this many times as long as the median fails. Chosen, not measured."""
+"""A node fails if its link takes more than this many times the median time. Chosen, not measured."""
 PAIRINGS = 3
-"""Maximum number of other nodes with which a node exchanges alone."""
+"""Maximum number of other nodes with which each node exchanges data in pairs."""
 _LONGER = timedelta(hours=1)
 
 
@@ -38,14 +38,12 @@ def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[fl
 
 
 def bus_factor(ranks: int) -> float:
-    """Returns by what an all-reduce's bytes per second are multiplied for the bytes that a link carries, as in
-    nccl-tests."""
+    """Returns the ratio of bus bandwidth to bytes per second of an all-reduce, as nccl-tests defines it."""
     return 2 * (ranks - 1) / ranks
 
 
 def pairings(nodes: int, most: int = PAIRINGS) -> list[list[tuple[int, int]]]:
-    """Returns rounds of pairs of nodes, each node at most once in a round and with another node in each (circle
-    method)."""
+    """Returns rounds of pairs of nodes. A node has at most one partner in a round, always a new one (circle method)."""
     places = [*range(nodes), *([None] if nodes % 2 else [])]
     rounds = []
     for _ in range(min(most, len(places) - 1)):
@@ -68,7 +66,7 @@ def _look(scene: Scene) -> Found:
     if world is None or world.size == 1:
         return Found()
     if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)  # a thread has a device of its own
+        torch.cuda.set_device(world.device)  # the current device is set per thread
     numbers = torch.zeros((BYTES_GPU if world.device.type == "cuda" else BYTES_CPU) // 4, device=world.device)
     values: dict[str, Any] = {"all": _all_reduce(None, numbers, world.size)}
     nodes = {name: [rank for rank, node in enumerate(ranks.nodes) if node == name] for name in set(ranks.nodes)}
@@ -86,7 +84,7 @@ def _look(scene: Scene) -> Found:
 
 
 def _pairs(firsts: Sequence[int], rank: int, numbers: Tensor, group: Any) -> list[float]:
-    """Returns the GB/s in each direction of this rank with the first ranks of other nodes, in turn."""
+    """Exchanges data with the first rank of other nodes, one after the other. Returns the GB/s in each direction."""
     rates = []
     received = torch.empty_like(numbers)
     for pairs in pairings(len(firsts)):
@@ -142,7 +140,7 @@ def _within(answers: Answers) -> list[Row]:
 
 
 def _links(answers: Answers) -> list[Row]:
-    """A row about the nodes with slow links: slow is a node whose best exchange with another node is slow."""
+    """Returns a row about nodes with slow links. A node counts by its fastest exchange with another node."""
     rates = {answers.nodes[rank]: max(found) for rank, found in answers.of("pairs").items() if found}
     slow = outliers({node: 1 / rate for node, rate in rates.items()}, SLOWER)
     slowest = min(rates, key=lambda node: rates[node])

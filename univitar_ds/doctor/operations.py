@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled operations: their folder, and locks that a killed build has left there."""
+"""DeepSpeed's compiled operations: the folder of builds, and locks that a killed build has left there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rows_of(candidates: list[Path]) -> list[Row]:
     """Returns rows about the first of the folders that a run can write to. Writes nothing."""
     folder = next(filter(_writable, candidates), None)
     if folder is None:
-        found = f"none of {listed(candidates)} can be written, and an operation could not be compiled"
+        found = f"none of {listed(candidates)} can be written, so no operation can be compiled"
         return [Row(NAME, FAILED, found, "set TORCH_EXTENSIONS_DIR to a folder on this node that you may write to")]
     rows = [row for lock in sorted(folder.glob("*/lock")) if (row := _of_lock(lock)) is not None]
     if rows:

@@ -17,9 +17,9 @@ from univitar_ds.doctor.findings import ranks_named
 from univitar_ds.errors import UserError
 
 SLACK_S = 5.0
-"""Seconds that rank 0 waits for an answer beyond the limit of a check, which the other rank keeps too."""
+"""Seconds that rank 0 waits for an answer after the limit of a check, since the other rank answers at this limit."""
 _ROUNDS = 4
-"""Waits for rank 0 last this many limits, since it may wait for others first."""
+"""Other ranks wait for rank 0 for this many limits, since rank 0 may have to wait for some of them first."""
 
 
 class Ranks:
@@ -30,7 +30,7 @@ class Ranks:
         self.root, self.store = store, dist.PrefixStore("doctor", store)
         self.nodes: list[str | None] = [None] * size
         self.silent: dict[int, str] = {}
-        """On rank 0: the ranks that did not answer, each with the name of the first exchange."""
+        """On rank 0: the ranks that did not answer, each with the name of the first exchange that they missed."""
 
     @property
     def is_main(self) -> bool:
@@ -55,15 +55,15 @@ class Ranks:
         self.nodes = [found.get(rank) for rank in range(self.size)]
 
     def post(self, name: str, value: Any) -> None:
-        """Sends a value of JSON to rank 0. Raises: UserError if rank 0 has ended."""
+        """Sends a JSON value to rank 0. Raises: UserError if rank 0 has ended."""
         try:
             self.store.set(f"{name}/{self.rank}", json.dumps(value))
         except dist.DistError as error:
             raise self._main_gone() from error
 
     def collect(self, name: str, ranks: Iterable[int] | None = None) -> dict[int, Any]:
-        """Returns on rank 0 what the `ranks` (None: all) have posted. Those that do not answer are `silent` from now
-        on, and are not waited for again."""
+        """Returns, on rank 0, what the `ranks` (None: all) have posted. Those that do not answer become `silent`,
+        and are not waited for again."""
         deadline, found = time.monotonic() + self.limit_s + SLACK_S, {}
         for rank in range(self.size) if ranks is None else ranks:
             key = f"{name}/{rank}"
@@ -78,7 +78,7 @@ class Ranks:
         return found
 
     def all_of(self, name: str, value: Any) -> dict[int, Any]:
-        """Returns on every rank the values of all ranks that answer."""
+        """Returns, on every rank, the values of all ranks that answer."""
         self.post(name, value)
         return dict(self.at_main(lambda: list(self.collect(name).items()), f"all {name}"))
 
@@ -88,13 +88,13 @@ class Ranks:
         return [rank for rank in range(self.size) if rank not in answered]
 
     def at_main(self, ask: Callable[[], Any], name: str) -> Any:
-        """Returns on every rank the result of `ask` on rank 0."""
+        """Returns, on every rank, the result of `ask` on rank 0."""
         if self.is_main:
             self.store.set(name, json.dumps(ask()))
         return json.loads(self._from_main(name))
 
     def end(self) -> None:
-        """On rank 0: lets the other ranks end. On these: waits for it, or for the end of rank 0."""
+        """On rank 0: allows the other ranks to end. On the others: waits for that, or until rank 0 has ended."""
         if self.is_main:
             self.store.set("end", "")
             return

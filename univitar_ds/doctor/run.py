@@ -60,10 +60,10 @@ CHECKS = (
     speed.CHECK,
     network.CHECK,
 )
-"""In this order: no rank takes memory of a GPU before all have looked who uses it; what may hang a rank for good comes
+"""In this order: no rank allocates GPU memory before all have looked at its use; checks that may hang a rank come
 last."""
 LIMIT_S = 120.0
-"""Seconds that a check may take, without another limit: a full folder of packages on a busy disk takes a minute."""
+"""Default limit of a check in seconds: importing all packages from a busy disk takes a minute."""
 
 
 def examine(recipe: str | None, overrides: Sequence[str] = (), limit_s: float = LIMIT_S) -> Report:
@@ -78,7 +78,7 @@ def examine(recipe: str | None, overrides: Sequence[str] = (), limit_s: float = 
     scene = Scene(_join(limit_s), recipe, overrides)
     if scene.ranks.size > 1:
         stop = Stop(leaving=lambda: clean(scene))
-        stop.quiet = True  # its sentence is about a run's checkpoint
+        stop.quiet = True  # its message is about a run's checkpoint
         orphans.end_with_launchers(preemption.listen(stop))
     run_file.take_run(scene)
     rows = check_all(scene, CHECKS)
@@ -93,7 +93,7 @@ def check_all(scene: Scene, checks: Sequence[Check]) -> list[Row]:
         rows += _run(check, f"{number} {check.name}", scene)
     for rank, place in ranks.silent.items():
         node = ranks.nodes[rank]
-        where = place.partition(" ")[2] if place[0].isdigit() else "introduction"
+        where = {"node": "introduction", "usable": meeting.NAME}.get(place) or place.partition(" ")[2]
         text = f"{ranks_named([rank], ranks.nodes)} did not answer within {ranks.limit_s:g} s, first in: {where}"
         remedy = "see that rank's log and its node" + (f"; leave it out with sbatch --exclude={node}" if node else "")
         rows.append(Row(meeting.NAME, FAILED, text, remedy))

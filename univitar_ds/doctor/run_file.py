@@ -55,7 +55,7 @@ def rows_of(scene: Scene) -> list[Row]:
 
 
 def _tried(rows: list[Row], name: str, check: Callable[[], Any]) -> Any:
-    """Returns the result of a check; None after an error of the user, whose rows are added."""
+    """Returns the result of a check; after a UserError adds its rows and returns None."""
     try:
         return check()
     except UserError as error:
@@ -85,11 +85,11 @@ def _deepspeed(config: RunConfig, scene: Scene) -> str:
 
 
 def _models(scene: Scene, config: RunConfig, rows: list[Row]) -> None:
-    """Adds rows about teacher, text tower and the model to start from, and counts the bytes of a checkpoint."""
+    """Adds rows about teacher, text tower and `model.init_from`, and computes the size of a checkpoint."""
     before = len([row for row in rows if row.state != OK])
     teacher = _tried(rows, "teacher", lambda: _teacher(config, rows))
     start = None
-    if scene.run is None:  # a run has copied its tokenizer and its start
+    if scene.run is None:  # a run has its own copy of the tokenizer and of the start weights
         start = _tried(rows, "model.init_from", lambda: checks.open_start(config))
         if start is not None or config.model.init_from is None:
             _tried(rows, "model", lambda: checks.check_shapes(config, start))
@@ -103,7 +103,7 @@ def _models(scene: Scene, config: RunConfig, rows: list[Row]) -> None:
 
 
 def _teacher(config: RunConfig, rows: list[Row]) -> Any:
-    """Loads the teacher into the memory of this node, and forgets it."""
+    """Loads the teacher into host memory once, to see that it loads."""
     shape = checks.check_teacher(config)
     if shape is None:
         return None
@@ -153,7 +153,7 @@ def _sources(scene: Scene, config: RunConfig, rows: list[Row]) -> None:
 
 
 def take_run(scene: Scene) -> None:
-    """Takes the folder of a run that was given in the place of a run file."""
+    """If the folder of a run was given instead of a run file, sets `run` and takes the run file in it."""
     folder = None if scene.recipe is None else Path(expand(scene.recipe))
     if folder is not None and folder.is_dir():
         scene.run, scene.recipe = folder, str(folder / CONFIG)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class Scene:
     """The ranks, what the user named, and what earlier checks have read.
 
-    `recipe`: a run file or the name of a recipe, or None; `run`: folder of an existing run, whose config.yaml `recipe`
-    then is. `config`, `shards`, `checkpoint_bytes`: of the run file, once its check has read it. `made`: named files
-    that exist now, which a signal removes.
+    `recipe`: a run file or the name of a recipe, or None; `run`: folder of an existing run, then `recipe` is its
+    config.yaml. `config`, `shards`, `checkpoint_bytes`: of the run file, once its check has read it. `made`: files that
+    exist now; a signal handler removes them.
     """
 
     ranks: Ranks
@@ -56,9 +56,9 @@ class Scene:
 class Check:
     """One kind of check.
 
-    `look`: finds something on this rank. `remedy`: for a `look` that does not answer. `everywhere`: whether each rank
-    looks, instead of one rank of each node. `together`: whether the ranks communicate in `look`, which then is left out
-    if a rank is missing. `compare`: returns rows about the values of all ranks, on rank 0.
+    `look`: runs the check on this rank. `remedy`: shown if `look` does not answer. `everywhere`: whether each rank
+    runs `look`, instead of one rank of each node. `together`: whether the ranks communicate in `look`, so that it is
+    skipped if a rank is missing. `compare`: returns rows about the values of all ranks, on rank 0.
     """
 
     name: str

@@ -14,8 +14,8 @@ from univitar_ds.training.distributed.process_group import uses_cuda
 NAME = "speed"
 ROUNDS = 10
 SLOWER_GPU, SLOWER_CPU = 1.2, 2.0
-"""A node fails if it takes this many times as long as the median: GPUs of one kind differ by a tenth at most. Cores are
-shared with other processes. Chosen, not measured."""
+"""A node fails if it takes more than this many times the median. GPUs of one kind differ by at most a tenth; CPU cores
+are shared with other processes. Chosen, not measured."""
 
 
 def operands(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +42,7 @@ def _look(scene: Scene) -> Found:
         work(pair)
         times.append(time.perf_counter() - start)
     size = pair[0].shape[0]
-    # The fastest round: other processes of the machine take part of the others.
+    # The fastest round: other processes on the machine slow the others down.
     return Found(values={"seconds": min(times), "flops": 8 * 2 * size**3, "device": device.type})
 
 
@@ -71,5 +71,5 @@ def compare(answers: Answers) -> list[Row]:
 
 
 CHECK = Check(
-    NAME, _look, "a product of matrices does not end on this rank: see its GPU", everywhere=True, compare=compare
+    NAME, _look, "a matrix product does not finish on this rank: see its GPU", everywhere=True, compare=compare
 )

@@ -15,7 +15,7 @@ from univitar_ds.doctor.scene import Check, Scene
 
 NAME = "storage"
 MOST_BYTES, PIECE, SHARDS = 64 << 20, 4 << 20, 8
-"""Read are up to SHARDS shards spread over all, PIECE bytes at a time, MOST_BYTES in all."""
+"""At most SHARDS shards, evenly spread over the list, are read: PIECE bytes at a time, at most MOST_BYTES in total."""
 MOST_S = 5.0
 
 
@@ -35,12 +35,12 @@ def read_rate(shards: Sequence[SourceShard], settings: StorageSettings) -> tuple
 
 
 def _forget(path: str) -> None:
-    """Drops what this machine has in memory of a local file, so that its disk is read."""
+    """Drops a local file from the page cache, so that the disk is read."""
     if path.startswith(S3) or not hasattr(os, "posix_fadvise"):
         return
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # reading it gives the sentence
+    except OSError:  # reading it raises the error
         return
     try:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

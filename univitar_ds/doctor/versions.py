@@ -20,7 +20,7 @@ from univitar_ds.training.distributed.process_group import uses_cuda
 NAME = "versions"
 PROJECT = "univitar_ds"
 NEEDED = ("", "train")
-"""Extras without whose packages a run cannot train; of other extras only what is installed is compared."""
+"""Extras that training needs. Packages of other extras are compared only if they are installed."""
 OTHERS = ("s3", "webdataset", "energon", "flash", "flash4", "megatron", "parquet", "wandb", "trackio", "onnx", "eval")
 IMPORTED = ("deepspeed", "transformers")
 """Packages that are imported in a process of their own: they import every optional package, and one may be broken."""
@@ -77,9 +77,7 @@ def broken_imports(modules: Iterable[str]) -> list[Row]:
             continue
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            remedy = (
-                f"see `{sys.executable} -c 'import {module}'`, and install a build that fits torch {torch.__version__}"
-            )
+            remedy = f"see `{sys.executable} -c 'import {module}'`, and install a build for torch {torch.__version__}"
             rows.append(Row(NAME, FAILED, f"{module} does not import: {shortened(last, 300)}", remedy))
     return rows
 

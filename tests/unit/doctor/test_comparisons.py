@@ -100,7 +100,7 @@ def of_clocks(*ahead: float) -> Row:
 def test_a_clock_that_is_wrong_is_named_in_both_directions():
     assert of_clocks(0.0, 0.2, 0.4).state == OK
     row = of_clocks(0.0, 3.0, -70.0)
-    assert (row.state, row.found) == (FAILED, "c by -70.0 s, b by +3.0 s from a (limit 1 s)")
+    assert (row.state, row.found) == (FAILED, "differ from the clock of a: c by -70.0 s, b by +3.0 s (limit 1 s)")
     assert "chronyd" in row.remedy
     assert of_clocks(0.0).state == SKIPPED
 
@@ -156,6 +156,7 @@ def test_the_same_row_of_all_nodes_is_one_row_and_that_of_one_node_names_it():
     assert [row.nodes for row in merged({0: [same], 2: [same]}, NODES)] == [()]
     rows = merged({0: [same], 2: [other], 4: [same]}, NODES)
     assert [(row.found, row.nodes) for row in rows] == [("there", ("a", "c")), ("gone", ("b",))]
+    assert [row.nodes for row in merged({0: [], 2: [other], 4: []}, NODES)] == [("b",)], "others answer without a row"
 
 
 def test_an_error_is_split_into_what_was_found_and_the_remedy():

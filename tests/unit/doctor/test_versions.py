@@ -50,7 +50,7 @@ def test_a_library_that_does_not_import_fails_with_its_last_line(tmp_path, monke
     (row,) = broken_imports(["flash_of_another_torch"])
     assert row.state == FAILED
     assert "flash_of_another_torch does not import: ImportError: undefined symbol: _ZN3c104cuda" in row.found
-    assert "a build that fits torch" in row.remedy
+    assert "a build for torch" in row.remedy
 
 
 def test_a_gpu_without_the_fused_kernels_fails_with_what_is_missing():
