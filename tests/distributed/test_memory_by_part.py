@@ -10,13 +10,13 @@ pytestmark = pytest.mark.distributed
 
 
 def measured():
-    """Bytes by part and number of weights, by ZeRO stage, in float32."""
+    """Bytes by part, and numbers of all weights and of those that train, by ZeRO stage, in float32."""
     world, found = start_world(), {}
     for stage in (2, 3):
         engine = engine_of(world, stage=stage, kept_whole=0)
         steps(engine, 0, 1)
-        numbers = sum(getattr(one, "ds_numel", one.numel()) for one in engine.module.parameters())
-        found[stage] = engine.memory_by_part(), numbers
+        sizes = [(getattr(one, "ds_numel", one.numel()), one.requires_grad) for one in engine.module.parameters()]
+        found[stage] = engine.memory_by_part(), sum(size for size, _ in sizes), sum(size for size, on in sizes if on)
         engine.close()
     return found
 
@@ -24,10 +24,11 @@ def measured():
 def test_the_parts_have_the_bytes_that_zero_gives_them():
     """Two ranks share master weights and moments, and under ZeRO-3 weights and gradients; padding is a few numbers."""
     for found in run_distributed(measured, 2):
-        for stage, (parts, numbers) in found.items():
+        for stage, (parts, weights, trained) in found.items():
+            said = (stage, parts, weights, trained)
             assert parts["average"] == parts["teacher"] == 0
-            assert 3 * 4 * numbers / 2 <= parts["optimizer"] <= 1.2 * 3 * 4 * numbers / 2, (stage, parts, numbers)
-            held = 4 * numbers / (2 if stage == 3 else 1)
-            assert held <= parts["weights"] <= 1.2 * held, (stage, parts, numbers)
-        parts, numbers = found[3]
-        assert 4 * numbers / 2 <= parts["gradients"] <= 1.2 * 4 * numbers / 2, (parts, numbers)
+            assert 3 * 4 * trained / 2 <= parts["optimizer"] <= 1.2 * 3 * 4 * trained / 2, said
+            held = 4 * weights / (2 if stage == 3 else 1)
+            assert held <= parts["weights"] <= 1.2 * held, said
+        parts, _, trained = found[3]
+        assert 4 * trained / 2 <= parts["gradients"] <= 1.2 * 4 * trained / 2, parts
