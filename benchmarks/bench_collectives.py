@@ -3,12 +3,12 @@
     python benchmarks/bench_collectives.py [--configurations zero1 zero2 ...] [--ranks 64] [--packs 1 4]
 
 The model has the 24 blocks and 12 text layers of the recipe univitar_0p3b, in 96 instead of 1,024 and 768 channels;
-buckets and thresholds shrink with it, so that they split the parameters as those of the whole model. The engine is the
+buckets and thresholds shrink with it, so that they split the parameters like those of the full model. The engine is the
 trainer's (`build_engine`). Each count is a process of its own that is rank 0 of a fake world of machines with 8 ranks:
 torch's fake process group answers at once and moves no data, so sizes, counts and order are real and results are not.
-The first steps are not counted, in which DeepSpeed records the order of the modules. "bytes_per_parameter" are those of
-the tensors that the rank gives to collectives in a step, divided by the parameters of the model. "held" are the bytes
-for each parameter of weights, gradients and optimizer states that the rank holds between two steps. Rows are written to
+The first steps, in which DeepSpeed records the order of the modules, are not counted. "bytes_per_parameter": bytes of
+the tensors that the rank passes to collectives in a step, divided by the parameters of the model. "held": the bytes per
+parameter of weights, gradients and optimizer states that the rank holds between two steps. Rows are written to
 results/bench_collectives.csv.
 """
 
@@ -44,7 +44,7 @@ from univitar_ds.training.engine.engine import Engine, build_engine
 KINDS = ("allgather", "reduce_scatter", "allreduce")
 CONFIGURATIONS = ("zero1", "zero2", "zero3", "zero3_node")
 NODE_RANKS = 8
-UNCOUNTED = 2
+WARMUP_STEPS = 2
 WIDTH = 96
 NARROW = (
     f"model.encoder={{hidden_size: {WIDTH}, num_hidden_layers: 24, num_attention_heads: 4, intermediate_size: 288}}",
@@ -96,13 +96,13 @@ def fake_world(ranks: int) -> World:
 
 
 def build(config: RunConfig, device: str = "cpu") -> nn.Module:
-    """Builds the model of a run with as many tokens as its text tower may have."""
+    """Builds the model of a run, with the largest vocabulary that its text tower may have."""
     with torch.device(device):
         return build_contrastive(config.model, vocab_size=config.model.text.vocab_size, eos_id=1, pad_id=0, seed=0)
 
 
 def fitted(zero: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Returns `zero_optimization` of the whole model with the sizes that split the narrow model as much."""
+    """Returns `zero_optimization` with bucket sizes scaled to the narrow model."""
     whole = [parameter.numel() for parameter in build(load_config("univitar_0p3b"), "meta").parameters()]
     narrow = [parameter.numel() for parameter in model.parameters()]
     shrunk = {key: max(64, zero[key] * sum(narrow) // sum(whole)) for key in SIZES if key in zero}
@@ -126,7 +126,7 @@ def count(name: str, ranks: int, packs: int) -> dict[str, Any]:
     resolved = resolve_deepspeed(config, ranks, content, ("the recipe", name))
     engine = build_engine(model, config.optimizer, resolved, world)
     counted = Collectives()
-    for step in range(UNCOUNTED + 1):
+    for step in range(WARMUP_STEPS + 1):
         counted.clear()
         engine.zero_grad(1e-4)
         with counted:

@@ -1,8 +1,8 @@
 """The softmax contrastive loss of all pairs of a chunk: normalisers of rows and columns, then the gradient in place.
 
-    rows       of one image: adds the chunk to its normaliser, counts its positives and sums their logits
-    columns    of a few texts: the normaliser over this rank's images
-    softmax    of one image: the gradient of every logit, written to the place of the logit
+    rows       one program per image: adds the chunk to its normaliser, counts its positives and sums their logits
+    columns    one program per TEXTS texts: their normalisers over this rank's images
+    softmax    one program per image: overwrites each logit with its gradient
 Logits are read twice for the normalisers, since a program sums along one direction only; a chunk is small enough for
 the L2 cache.
 """
@@ -25,7 +25,7 @@ def rows_kernel(
     LOGITS, NORMS, COUNTS, SUMS, OWN_IDS, IDS, first, C, stride, HAS_IDS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    largest = tl.load(NORMS + row)  # of the chunks before, as one term of the sum: -inf before the first
+    largest = tl.load(NORMS + row)  # of earlier chunks, as one term of the sum; -inf at first
     total = 1.0
     count = tl.zeros((BLOCK,), tl.float32)
     matched = tl.zeros((BLOCK,), tl.float32)
@@ -54,7 +54,7 @@ def columns_kernel(LOGITS, NORMS, N, C, stride, ROWS: tl.constexpr, BLOCK: tl.co
         inside = (row < N)[:, None] & (at < C)[None, :]
         logit = tl.load(LOGITS + row[:, None] * stride + at[None, :], mask=inside, other=float("-inf"))
         larger = tl.maximum(largest, tl.max(logit, 0))
-        larger = tl.where(at < C, larger, 0.0)  # beyond the last column all terms are 0 and -inf - -inf is avoided
+        larger = tl.where(at < C, larger, 0.0)  # avoids -inf - -inf = nan in columns that do not exist
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logit - larger[None, :]), 0)
         largest = larger
     tl.store(NORMS + at, largest + tl.log(total), mask=at < C)

@@ -17,8 +17,8 @@ _SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[UNK]")
 _SMALLEST_VOCAB = 256 + len(_SPECIAL)
 _BEGINS = ("[BOS]", "<|startoftext|>", "<s>", "<bos>", "[CLS]")
 _ENDS = ("[EOS]", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
-_MAX_CHARACTERS = 256
-"""Maximum characters of a caption per id of `context_length`. The library needs 350 bytes for every character."""
+_CHARACTERS_PER_ID = 256
+"""Maximum characters of a caption per id of `context_length`, since `tokenizers` takes 350 bytes of memory for each."""
 _PADS = ("[PAD]", "<pad>", "<|pad|>")
 
 
@@ -144,7 +144,7 @@ def token_rows(tokenizer: Tokenizer, captions: Sequence[str], context_length: in
     begin = [] if bos_id is None else [bos_id]
     room = context_length - len(begin) - 1
     assert room >= 0
-    limit = _MAX_CHARACTERS * context_length
+    limit = _CHARACTERS_PER_ID * context_length
     encoded = tokenizer.encode_batch([_encodable(caption[:limit]) for caption in captions], add_special_tokens=False)
     return [[*begin, *one.ids[:room], eos_id] for one in encoded]
 
@@ -159,7 +159,7 @@ def padded(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> tuple[torch.T
 
 
 def caption_id(caption: str) -> int:
-    """Returns a 63-bit hash of a caption, equal on every machine. Case and runs of blanks do not count."""
+    """Returns a 63-bit hash of a caption, equal on every machine. Ignores case and repeated whitespace."""
     words = " ".join(unicodedata.normalize("NFC", _encodable(caption)).lower().split())
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -170,7 +170,7 @@ def _encodable(caption: str) -> str:
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Turns off the library's truncation and padding, and special tokens in captions. Returns the tokenizer."""
+    """Turns off truncation, padding and the parsing of special tokens in captions. Returns the tokenizer."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

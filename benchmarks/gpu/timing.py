@@ -1,4 +1,4 @@
-"""The timer of the GPU benchmarks, the speeds that they are compared with, and the columns for machine and versions."""
+"""Timer of the GPU benchmarks, reference speeds of copies and products, and the columns for machine and versions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Timer:
 
 @contextmanager
 def _device_held_back() -> Iterator[None]:
-    """Makes do_bench also keep the device busy after it clears the cache, until Python has launched the next run.
+    """Makes do_bench keep the device busy after it clears the cache, until Python has launched the next run.
 
     Python needs more time to launch a small operation than the device needs to run it. In training this time is hidden:
     the device still has earlier work to do.

@@ -54,7 +54,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """Returns the folder of a run's last checkpoint, of one on S3 a copy; None without one."""
+    """Returns the folder of a run's last checkpoint, copied from S3 if it is there; None without one."""
     store = store_of(load_config(run / CONFIG))
     if store is None:
         return checkpoint_dir.latest(run / CHECKPOINTS)
@@ -63,12 +63,12 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> StoredModel:
-    """Opens the model in the last checkpoint of a run, or in one checkpoint; of a classifier, the encoder alone.
+    """Opens the model in the last checkpoint of a run, or in a given one. Of a classifier only the encoder.
 
-    Tensors are float32. `origin` has run, checkpoint, step, samples, averaged, and recipe (the run's configuration).
+    Tensors are float32. `origin` has run, checkpoint, averaged, progress, and recipe (the run's configuration).
 
-    Args: path: folder of a run or of a checkpoint. weights: the trained or the averaged weights; None: the average if
-        the run keeps one. verify: whether to compare the files with their checksums first, which reads them.
+    Args: path: folder of a run or of a checkpoint. weights: the trained or the averaged weights; None: averaged if the
+        run has them. verify: whether to compare the files with their checksums first, which reads them.
     Raises: CheckpointError if the checkpoint or the average is missing, or the checkpoint is damaged.
     """
     stored = read_all(path, weights, verify=verify)
@@ -76,7 +76,7 @@ def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> 
 
 
 def read_all(path: Path, weights: Weights | None = None, *, verify: bool = True) -> StoredModel:
-    """As `read`, but of a classifier all tensors, which are no model of a format: its `joint` is None."""
+    """As `read`, but with all tensors of a classifier, and `joint` None: no format has a classifier."""
     run, checkpoint = find_checkpoint(path)
     config = load_config(run / CONFIG)
     averaged = _averaged(run, config, weights)
@@ -90,7 +90,7 @@ def read_all(path: Path, weights: Weights | None = None, *, verify: bool = True)
         state = reader.content["run"]
         encoder, joint = _configuration(run, config, run_description(run, config, state.get("model")))
         tensors = _parameters(reader, kinds, buffers)
-        adamw = config.optimizer.kind == "adamw"  # the only one whose state a format has
+        adamw = config.optimizer.kind == "adamw"  # formats store the state of AdamW only
         optimizer = _optimizer(reader) if adamw and not averaged else None
     return StoredModel(
         checkpoint,
@@ -110,7 +110,7 @@ def read_all(path: Path, weights: Weights | None = None, *, verify: bool = True)
 
 
 def run_configuration(run: Path) -> tuple[EncoderConfig, JointConfig | None]:
-    """Returns the configuration of the model of a run, without the size rule of a stage; no joint one of a classifier.
+    """Returns the configuration of the model of a run, without a stage's size rule; a classifier has no joint one.
 
     Raises: ConfigError or CheckpointError if a file is missing or damaged.
     """
@@ -146,7 +146,7 @@ def _configuration(
     return encoder, JointConfig(
         config.model.embed_dim,
         config.model.pool_heads,
-        "softmax" if config.objective.kind == "softmax" else "sigmoid",  # those of plugins are sums over pairs too
+        "softmax" if config.objective.kind == "softmax" else "sigmoid",  # the losses of plugins are sums over pairs too
         described["text"],
         config.model.text.context_length,
         read_utf8(_tokenizer(run)),
@@ -190,12 +190,12 @@ def _run_of(checkpoint: Path) -> Path:
 def _averaged(run: Path, config: RunConfig, weights: Weights | None) -> bool:
     has_average = config.optimizer.ema_decay is not None
     if weights == "averaged" and not has_average:
-        raise CheckpointError(f"{run} keeps no averaged weights, optimizer.ema_decay is null; take the trained ones")
+        raise CheckpointError(f"{run} has no averaged weights, optimizer.ema_decay is null; use the trained ones")
     return has_average if weights is None else weights == "averaged"
 
 
 def _parameters(reader: ElasticReader, kinds: Mapping[str, str], buffers: Mapping[str, Tensor]) -> Tensors:
-    """Returns parameters of the given kinds, and buffers. Files are closed before much of them is mapped."""
+    """Returns parameters of the given kinds, and buffers. Unmaps files after each read, to limit memory."""
 
     def read_one(name: str) -> Tensor:
         if name in buffers:

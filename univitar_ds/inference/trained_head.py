@@ -32,9 +32,9 @@ def classifies(stored: StoredModel) -> bool:
 def trained_head(
     stored: StoredModel, weights: Weights | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
 ) -> TrainedHead:
-    """Returns the classifier of a stored model that `classifies`.
+    """Returns the classifier of a stored model for which `classifies` is true.
 
-    Its files are not compared with their checksums again: who opens the model has done that.
+    Does not verify the checksums of its files again: opening the stored model has done that.
     Args: weights, dtype, attention: as `UniViTARModel.from_pretrained`.
     Raises: CheckpointError if the run lacks its classes, or as `build_classifier_of`.
     """

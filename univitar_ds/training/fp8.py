@@ -1,7 +1,7 @@
 """Matrix products of the towers' blocks in 8-bit floating point, by torchao.
 
-Inputs, weights and gradients of a product are rounded to 8 bits with a scale for each tensor, which is its largest
-value. Weights stay as they are: they keep their names, shapes and types in ZeRO, the optimizer and checkpoints. On a
+Inputs, weights and gradients of a product are rounded to 8 bits with a scale for each tensor, from its largest absolute
+value. The parameters keep their names, shapes and types in ZeRO, the optimizer and checkpoints. On a
 CPU the rounding is emulated, which is slower than no fp8.
 """
 
@@ -19,13 +19,13 @@ from univitar_ds.training.distributed.process_group import uses_cuda
 from univitar_ds.training.engine.zero3 import blocks_of
 
 CAPABILITY = (8, 9)
-"""The first CUDA compute capability with such products: L40S, H100 and newer."""
+"""Minimum CUDA compute capability for 8-bit products: L40S, H100 and newer."""
 MULTIPLE = 16
-"""What divides both sizes of a layer's weight, as the GPU's operation needs."""
+"""Both sizes of a layer's weight must be multiples of this, a requirement of torch._scaled_mm."""
 
 
 def check_fp8() -> None:
-    """Raises: InstallationError without torchao; ConfigError if the GPU has no such products."""
+    """Raises: InstallationError without torchao; ConfigError if the GPU has no 8-bit products."""
     with extra("fp8"):
         if find_spec("torchao") is None:  # an import would take seconds
             raise ModuleNotFoundError(name="torchao")
@@ -42,10 +42,10 @@ def use_fp8(model: nn.Module) -> None:
     Raises: as `check_fp8`; ConfigError if no layer has sizes that are multiples of MULTIPLE.
     """
     check_fp8()
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of each of its libraries that it does not need here
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns about optional libraries that are not used here
     with extra("fp8"):
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    # Padded: a product over the tokens of a pack, whose number is no multiple of 16.
+    # Padding: the gradient of a weight sums over the tokens of a pack, whose number is no multiple of 16.
     settings = Float8LinearConfig(emulate=not uses_cuda(), pad_inner_dim=True)
     fitting = 0
     for block in blocks_of(model):

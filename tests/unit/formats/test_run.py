@@ -126,7 +126,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 
 def test_an_average_that_the_run_does_not_keep_is_refused(trained):
-    with pytest.raises(CheckpointError, match="keeps no averaged weights"):
+    with pytest.raises(CheckpointError, match="has no averaged weights"):
         open_stored(trained[0], "averaged")
 
 

@@ -1,4 +1,4 @@
-"""Formats of sources that plugins register: the rows of a function, checked as those of a table."""
+"""Source formats that plugins register. A plugin's function yields rows, which are checked like those of a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEYS = Keys("file", ("caption", "captions"), "label", "split", "set")
 
 
 def reads(source: str) -> bool:
-    """Whether a plugin's reader is for sources of this name."""
+    """Whether the reader of a plugin reads this source."""
     return any(reader.reads(source) for reader in plugins.readers())
 
 
@@ -31,8 +31,8 @@ def formats(taken: Collection[str]) -> dict[str, Format]:
     for reader in plugins.readers():
         if reader.name in taken:
             raise PluginError(
-                f"the plugin {reader.plugin.place} registers the reader {reader.name}, and there is a format of this "
-                "name; rename the reader"
+                f"the plugin {reader.plugin.place} registers the reader {reader.name}, and a format of this name "
+                "exists; rename the reader"
             )
         title = f"{reader.name} (plugin {reader.plugin.name})"
         found[reader.name] = Format(title, reader.reads, partial(_rows, reader), reader.uses | {"images"})
@@ -61,7 +61,7 @@ def _rows(reader: Reader, source: str, options: ReadOptions) -> Listing:
 
 
 def _records(reader: Reader, source: str, options: ReadOptions) -> Iterator[Record]:
-    """Yields what the function yields. Only its own code runs within `calling`."""
+    """Yields the rows of the plugin's function. Only the plugin's code runs within `calling`."""
     with calling(reader.plugin, f"the reader {reader.name} of {source}"):
         rows = iter(reader.rows(source, options))
     number = 0
@@ -75,7 +75,7 @@ def _records(reader: Reader, source: str, options: ReadOptions) -> Iterator[Reco
 
 
 def _fields(row: Any) -> dict[str, Any] | str:
-    """Returns the fields of a row, or a sentence why it is none."""
+    """Returns the fields of a row, or a message if it is invalid."""
     if not isinstance(row, Mapping):
         return f"{short(row)} is no mapping with file and caption or label"
     if unknown := [name for name in row if name not in _FIELDS]:

@@ -1,4 +1,4 @@
-"""Chooses the frames of a video: pure functions of counts, times and a random number of the item."""
+"""Chooses the frames of a video. The result depends only on counts, times and a random number of the item."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Literal
 from univitar_ds.geometry import TUBELET
 from univitar_ds.randomness import draw as draw_number
 
-_WHOLE = 1 << 64
-"""Length of one part of a video in the units of `sample_positions`: integers, so that all machines round alike."""
+_PART = 1 << 64
+"""Length of one part of a video in `sample_positions`. Positions are integers, so that all machines round alike."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ def sample_positions(sampling: Sampling, frames: int, draw: int) -> list[int]:
     it that depends on `draw` and the number of the part.
     """
     if sampling.jitter:
-        return [i * _WHOLE + draw_number(draw, "frame", i) for i in range(frames)]
-    return [i * _WHOLE + _WHOLE // 2 for i in range(frames)]
+        return [i * _PART + draw_number(draw, "frame", i) for i in range(frames)]
+    return [i * _PART + _PART // 2 for i in range(frames)]
 
 
 def by_count(positions: Sequence[int], total: int) -> list[int]:
     """Indices of the frames at these positions of a video of `total` frames that have the same duration."""
-    return [at * total // (len(positions) * _WHOLE) for at in positions]
+    return [at * total // (len(positions) * _PART) for at in positions]
 
 
 def by_time(positions: Sequence[int], times: Sequence[int], end: int) -> list[int]:
@@ -61,4 +61,4 @@ def by_time(positions: Sequence[int], times: Sequence[int], end: int) -> list[in
     `times` are the strictly ascending start times of all frames, `end` is the end of the last one.
     """
     length = max(end, times[-1] + 1) - times[0]
-    return [bisect_right(times, times[0] + at * length // (len(positions) * _WHOLE)) - 1 for at in positions]
+    return [bisect_right(times, times[0] + at * length // (len(positions) * _PART)) - 1 for at in positions]

@@ -22,7 +22,7 @@ from univitar_ds.image_ops import ORIENTATION_TAG, ORIENTATIONS, display_size
 _PILLOW_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "ICO", "PSD", "JPEG2000", "AVIF", "PPM", "QOI", "JPEG")
 _TIFF_TABLES = (273, 279, 324, 325)
 """Offsets and lengths of strips and tiles. Pillow reads them as numbers, even if the file gives them another type."""
-_MOST_TIFF_VALUES = 1 << 20
+_MAX_TIFF_VALUES = 1 << 20
 _PRIVATE_TAGS, _TIFF_DIRECTORIES = 1 << 15, (34665, 34675, 34853)
 """Pillow keeps private tags, numbered from `_PRIVATE_TAGS`, as bytes. `_TIFF_DIRECTORIES` are the exceptions: EXIF, ICC
 profile and GPS."""
@@ -39,9 +39,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
 
 
 def probe(data: bytes, extension: str) -> MediaSize:
-    """Kind and size of a media file.
+    """Returns kind and size of a media file.
 
-    Args: the whole file; the extension of its name, with or without dot.
+    Args: data: the whole file; extension: of its name, with or without dot.
     Raises: SampleError if the header is not that of a supported image or video.
     """
     if not data:
@@ -100,8 +100,8 @@ def _check_tiff_tables(data: bytes) -> None:
         for at in range(start, min(start + entries * entry.size, len(data) - entry.size + 1), entry.size):
             tag, kind, count = entry.unpack_from(data, at)
             read = tag < _PRIVATE_TAGS or tag in _TIFF_DIRECTORIES
-            if read and count > _MOST_TIFF_VALUES and (kind not in _TIFF_TEXT or tag in _TIFF_TABLES):
-                detail = f"the TIFF's tag {tag} has {count} values, above {_MOST_TIFF_VALUES}"
+            if read and count > _MAX_TIFF_VALUES and (kind not in _TIFF_TEXT or tag in _TIFF_TABLES):
+                detail = f"the TIFF's tag {tag} has {count} values (limit {_MAX_TIFF_VALUES})"
                 raise SampleError("too_large", f"{detail}; store it in larger strips or tiles")
 
 

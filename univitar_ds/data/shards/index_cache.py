@@ -22,7 +22,7 @@ Entry = tar_index.Group | tar_index.Damage
 def shard_samples(shard: Shard, modality: Modality, offset: int = 0, number: int = 0) -> Iterator[Entry]:
     """Yields the samples of a modality in a shard, in order, and the damage between them.
 
-    An intact shard with fewer samples than its manifest lists yields damage at its end, unless there is damage already.
+    A shard with fewer samples than its manifest lists yields damage at its end, unless the last damage reaches it.
     Args: offset: the byte to start at; number: the number of the next sample.
     Raises: DataError if the shard cannot be read.
     """
@@ -53,7 +53,7 @@ class IndexCache:
     def part(self, shard: Shard, modality: Modality, part: int, parts: int) -> Iterator[tuple[Entry, int]]:
         """Yields every `parts`-th sample of `shard_samples` from number `part` on, and the damage before each.
 
-        Each entry comes with the number of the sample, for damage of the next sample. An indexed sample is read at its
+        Each entry comes with its number; damage with that of the next sample. An indexed sample is read at its
         offset without scanning the samples before it.
         Raises: DataError if the shard cannot be read or was replaced.
         """

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints, which DeepSpeed itself loads on any number of ranks under ZeRO 1, 2 and 3.
+"""DeepSpeed's universal checkpoints, which DeepSpeed loads on any number of ranks under ZeRO 1, 2 and 3.
 
     latest_universal                       the name of the newest checkpoint's folder
     univitar.json                          configuration, see `sidecar`; DeepSpeed ignores it
@@ -71,7 +71,7 @@ LAYOUT = "0.19.8"
 
 
 def recognises(folder: Path) -> bool:
-    """Whether `folder` is a universal checkpoint of DeepSpeed, or holds them with a file `latest_universal`."""
+    """Whether `folder` is a universal checkpoint of DeepSpeed, or contains some and `latest_universal`."""
     try:
         return (tag_folder(folder, LATEST) / ZERO / OPTIMIZER).is_file()
     except (CheckpointError, OSError):
@@ -105,14 +105,14 @@ def write(model: StoredModel, folder: Path) -> None:
     """Writes a universal checkpoint with `latest_universal`, one tensor at a time.
 
     Floating-point weights are written as float32. Without an optimizer's state, the moments and steps of all tensors
-    are zeros, with which AdamW starts.
+    are zeros, as at the start of AdamW.
     Raises: StorageError if the folder cannot be written; CheckpointError if a tensor's name cannot be a folder's.
     """
     state = model.optimizer
     step = 0 if state is None else state.step
     tag = folder / f"global_step{step}"
     floating = [name for name, info in model.tensors.infos.items() if info.dtype.is_floating_point]
-    # An engine may have as many groups as parameters, and DeepSpeed ignores parameters of further groups.
+    # A group for each parameter: DeepSpeed ignores groups beyond those of the engine, whose number is unknown here.
     trained = [{"params": [name]} for name in floating] if state is None else state.groups
     step_of = {name: group.get("step", step) for group in trained for name in group["params"]}
     with writing(folder):

@@ -26,9 +26,9 @@ FUNCTIONS = {  # module and function of each back end that is imported
     "varlen": ("torch.nn.attention.varlen", "varlen_attn"),
 }
 BACKWARD_FROM = (9, 0)
-"""Compute capability from which flash-attn 4 has a backward pass. On 8.x it runs forward and asserts in backward."""
-UNORDERED = 12
-"""Major compute capability on which flash-attn 4 has no deterministic backward pass: it asserts there."""
+"""Compute capability from which flash-attn 4 has a backward pass. On 8.x only the forward pass runs."""
+NO_DETERMINISTIC_BACKWARD = 12
+"""Major compute capability on which flash-attn 4 has no deterministic backward pass: an assertion fails there."""
 INSTALL = {
     "flash2": "pip install flash-attn --no-build-isolation",
     "flash3": "python setup.py install in hopper/ of github.com/Dao-AILab/flash-attention",
@@ -64,7 +64,7 @@ class CuSeqlens:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as far as it decides on the back end: compute capability and name."""
+    """The properties of a GPU on which the choice of back end depends."""
 
     capability: tuple[int, int]
     name: str = "this GPU"
@@ -92,7 +92,7 @@ def attention(
         q: (Tq, H, K); k, v: (T, H, K).
         queries, keys: boundaries of the items in q and in k, v; the numbers of items are equal.
         backend: see `choose_backend`.
-        causal: whether a token attends only to those up to itself; queries and keys are then the same tokens.
+        causal: whether a token attends only to itself and earlier tokens; queries and keys are then the same tokens.
     Returns: (Tq, H * K).
     Raises: ConfigError if `backend` cannot run here.
     """
@@ -128,7 +128,7 @@ def _chosen(backend: str, device: str, gpu: Gpu, dtype: torch.dtype, width: int,
 
 @cache
 def _report(device: str, dtype: str, name: str, reason: str) -> None:
-    """Logs a choice once, though a model has heads of several widths."""
+    """Logs each choice once, although heads of several widths may need it."""
     logger.info("attention on %s in %s: %s (%s)", device, dtype, name, reason)
 
 
@@ -197,13 +197,13 @@ def _no_backward(gpu: Gpu, deterministic: bool) -> str:
             f"has no backward pass on {gpu}, only from compute capability {_dotted(BACKWARD_FROM)} on "
             f"(use flash2: {INSTALL['flash2']}; or varlen, which is {INSTALL['varlen']})"
         )
-    if deterministic and gpu.capability[0] == UNORDERED:
+    if deterministic and gpu.capability[0] == NO_DETERMINISTIC_BACKWARD:
         return f"has no deterministic backward pass on {gpu} (use flash2 or varlen, or set deterministic: false)"
     return ""
 
 
 def _absent(error: ImportError) -> bool:
-    # Versions 2 and 4 share the folder flash_attn: it exists without this function if only the other is installed.
+    # Versions 2 and 4 share the package flash_attn: if one is missing, only the import of its function fails.
     return isinstance(error, ModuleNotFoundError) or "flash_attn_varlen_func" in str(error)
 
 

@@ -1,7 +1,7 @@
 """One optimizer update with the classification loss, over one pack from every lane, for any number of ranks.
 
-The loss is a sum over items, so each pack runs once, and its part of the loss is divided by the number of labelled
-items of the step over all ranks.
+The loss is a sum over items, so each pack runs once, and its loss is divided by the number of labelled items of the
+step over all ranks.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def classification_step(
     """Updates the parameters once. Arguments, result and errors are those of `train_step`.
 
     `settings.contrastive_weight` weights the classification loss. Items without a label of `classes` have no loss.
-    Items of a pack are mixed as `objective.classification` says, see `objectives.mixing`.
+    Items of a pack are mixed by `objective.classification`, see `objectives.mixing`.
     """
     engine.zero_grad(settings.lr, read_gradient=settings.read_gradient)
     world, wanted = engine.groups.data, objective.classification
@@ -69,9 +69,9 @@ def classification_step(
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for index, (batch, own, dropped) in enumerate(zip(wholes, rows, drops, strict=True)):
         grids, frames = batch.grid_thw.tolist(), batch.frames.tolist()
-        alike = [None if row < 0 else (name, count) for row, name, count in zip(own, batch.sets, frames, strict=True)]
+        kinds = [None if row < 0 else (name, count) for row, name, count in zip(own, batch.sets, frames, strict=True)]
         key = (settings.dropping.seed, "mixing", settings.dropping.step, batch.lane)
-        plan = plan_mixing(grids, alike, mixup=wanted.mixup, cutmix=wanted.cutmix, key=key)
+        plan = plan_mixing(grids, kinds, mixup=wanted.mixup, cutmix=wanted.cutmix, key=key)
         pixels = pixels_on(world.device, batch.pixels)
         if any(plan):
             pixels = mix_pixels(pixels, frames, grids, plan)
@@ -103,9 +103,9 @@ def classification_step(
 
 
 def _report(total: torch.Tensor, distillation: Distillation | None) -> torch.Tensor:
-    """Returns this rank's part of the numbers that the result of the step has: the loss, and sums of distillation.
+    """Returns this rank's part of the sums in the step's result: the loss, and those of distillation.
 
-    They are read with the gradient's norm, the only number of the step for which the host waits for the device."""
+    They are read together with the gradient norm, so that the host waits for the device once in a step."""
     return torch.cat([total.reshape(1), distillation.sums]) if distillation else total.reshape(1)
 
 
