@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#3b82c4", "#d9772b", "#2f9e6b", "#b05ec2", "#c2554d", "#8a8f3a", "#4aa3a8", "#8b7355")
-"""Colours of curves: each has a contrast of at least 3 with white and with the page's dark background."""
+"""Colours of curves, each with a contrast of at least 3 to white and to the page's dark background."""
 MOST_POINTS = 500
-"""Points of a curve: of more lines, each point is the mean of neighbouring ones."""
+"""Maximum number of points of a curve. Of more lines, each point is the mean of several neighbours."""
 STYLES = ("-", "--", ":", "-.")
 _INK, _GRID = "#010203", "#040506"
 """Stand-ins for the colours of texts and lines, which the page chooses (light or dark)."""
@@ -32,7 +32,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Panel:
-    """A drawing: `names` is a pattern of the metrics that it shows, `unit` the text at its axis."""
+    """What a drawing shows. `names`: regular expression of the metrics; `unit`: label of the y axis."""
 
     key: str
     title: str
@@ -70,7 +70,7 @@ class Drawing:
 
 
 def drawings(runs: Sequence[RunRecord]) -> list[Drawing]:
-    """Draws each panel that one of the runs has values for. A run has a colour, or a metric has, of a single run.
+    """Draws each panel that one of the runs has values for. Each run has a colour; with one run, each metric.
 
     Raises: InstallationError without matplotlib."""
     curves = [{panel.key: _curves(run, panel) for panel in PANELS} for run in runs]
@@ -82,7 +82,7 @@ def drawings(runs: Sequence[RunRecord]) -> list[Drawing]:
 
 
 def _curves(run: RunRecord, panel: Panel) -> dict[str, Points]:
-    """Returns the curves of a panel by metric. One that is 0 throughout is left out."""
+    """Returns the curves of a panel by metric, without those that are always 0."""
     lines = [_with_derived(line) for line in run.lines]
     names = sorted({name for line in lines for name in line if re.fullmatch(panel.names, name)})
     found = {}

@@ -24,7 +24,7 @@ from univitar_ds.regular_files import read_bytes
 from univitar_ds.viz.sheet import component_colours, spread_frames, to_size
 
 TOKENS = (64, 256, 1024)
-"""About as many tokens has an image at each of the three resolutions, unless the run's size rule allows others only."""
+"""Approximate tokens of an image at the three resolutions, within the limits of the run's size rule."""
 FRAMES, SHOWN_FRAMES = 16, 4
 MOST_FILES = 12
 _HEIGHT, _WIDTH = 224, 448
@@ -42,17 +42,17 @@ class Map:
 
 @dataclass(frozen=True)
 class FileMaps:
-    """The maps of a file of one model."""
+    """The maps of one file, from one model."""
 
     title: str
     maps: list[Map]
 
 
 def maps_of(folder: Path, name: str, files: Sequence[Path], caption: str | None = None) -> Iterator[FileMaps]:
-    """Yields the maps of each file, by the model of the last checkpoint of a run.
+    """Yields the maps of each file, from the model in the last checkpoint of a run.
 
-    An image has its principal components at three resolutions, with one set of colours, and with a caption the
-    similarity of its patches to it. A video has those of some of its frames.
+    Of an image: its principal components at three resolutions, with one basis for the colours, and the similarity of
+    its patches to `caption`, if given. Of a video: the same for some frames, at one resolution.
 
     Args: folder, name: of the run.
     Raises: UserError for a file that is no image or video that can be decoded, or a caption without a text tower;
@@ -139,7 +139,7 @@ def _shrunk(image: Image.Image) -> Image.Image:
 
 @torch.no_grad()
 def _similarity(model: UniViTARModel, features: Tensor, image: Image.Image, caption: str) -> Map:
-    """Draws the cosine of a caption and of each patch, which is pooled and projected as an item of its own.
+    """Draws the cosine similarity of a caption to each patch; a patch is pooled and projected like an item.
 
     Args: features: (D, h, w) of the image.
     """

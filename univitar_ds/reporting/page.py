@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,14 +26,14 @@ from univitar_ds.training.logging.writers import event_text
 
 TEMPLATE = "page.html.jinja"
 GENERATOR = '<meta name="generator" content="univitar-ds report">'
-"""The line by which a page is known as one of this program."""
+"""The line by which `is_page` recognizes a page of this program."""
 MOST_RUNS = 8
 _MAP_BYTES = 30_000
 MOST_EVENTS = 200
 _IMAGE_PX = 1400
 """Maximum width of an image on the page: wider ones are made smaller."""
 _IMAGES_BYTES = 3_000_000
-"""Bytes for all images of a page, divided evenly; their text form is a third longer."""
+"""Maximum bytes of all images of a page together, before base64, which adds a third."""
 
 
 class Cell(NamedTuple):
@@ -121,12 +121,14 @@ def is_drawing(path: Path) -> bool:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Reads runs; those of the same name get the name of their folder beside it.
+    """Reads runs. Runs with the same name are named with their folders too.
 
     Raises: UserError for more than `MOST_RUNS`, or as `record.read_run`."""
     if len(folders) > MOST_RUNS:
         raise UserError(f"{len(folders)} runs are too many for one page (limit {MOST_RUNS}); give fewer")
-    return [read_run(folder) for folder in folders]
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    return [replace(run, name=f"{run.name} ({run.folder})") if names.count(run.name) > 1 else run for run in runs]
 
 
 def render_page(runs: Sequence[RunRecord], wanted: Wanted = NOTHING) -> tuple[str, list[Drawing]]:
@@ -204,7 +206,7 @@ def _versions(run: RunRecord) -> str:
 
 
 def _events(run: RunRecord) -> tuple[list[tuple[str, str]], int]:
-    """Returns the kind and the sentence of each event, and the number of those that are left out."""
+    """Returns kind and text of each event, and the number of events that are left out."""
     shown = []
     for event in run.events[:MOST_EVENTS]:
         try:
@@ -262,7 +264,7 @@ def _examples(run: RunRecord, most: int) -> Iterator[PageImage]:
 
 
 def _maps(run: RunRecord, wanted: Wanted) -> Iterator[tuple[str, list[PageImage]]]:
-    """Yields a title and images for each file of which there are to be maps."""
+    """Yields a title and images for each file of `wanted.images`."""
     if not wanted.images:
         return
     from univitar_ds.reporting.maps import maps_of  # imports torch
@@ -285,7 +287,7 @@ def file_url(path: Path, most: int) -> str:
 
 
 def data_url(image: Image.Image, most: int = _MAP_BYTES) -> str:
-    """Returns an RGB image as a data URL of at most `most` bytes, smaller and coarser where it must be."""
+    """Returns an RGB image as a data URL of at most `most` bytes, reducing its size and quality if necessary."""
     if image.width > _IMAGE_PX:
         image = image.resize((_IMAGE_PX, round(image.height * _IMAGE_PX / image.width)), Image.Resampling.LANCZOS)
     content, quality = io.BytesIO(), 88

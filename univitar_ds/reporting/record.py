@@ -1,4 +1,4 @@
-"""What the folder of a run says about it: configuration, metrics, events, results and images."""
+"""Reads the folder of a run: configuration, metrics, events, results and images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from univitar_ds.errors import UserError
 from univitar_ds.regular_files import is_regular, open_regular, read_utf8
 
 MOST_LINES = 4000
-"""Lines of metrics that are kept of a run; of a longer one every second, fourth, ... line."""
+"""Maximum number of lines of metrics that are kept; of a longer run every second, fourth, ... line."""
 _LINE_LIMIT = 1 << 20
 _EXAMPLES = ("image", "video")
 
@@ -39,7 +39,8 @@ class RunRecord:
 def read_run(folder: Path) -> RunRecord:
     """Reads the folder of a run, which may be in training. Lines that are not JSON objects are left out.
 
-    Raises: UserError if the folder is none of a run or a file of it is damaged; ConfigError if its configuration is.
+    Raises: UserError if the folder is not that of a run or a file in it is damaged; ConfigError for a damaged
+        configuration.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not the folder of a run: it has no {CONFIG}; name one, such as runs/photos")

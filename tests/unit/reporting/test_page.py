@@ -10,6 +10,7 @@ from PIL import Image
 
 from univitar_ds.cli.main import main
 from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.reporting.page import read_runs
 
 
 class Page(HTMLParser):
@@ -73,6 +74,12 @@ def test_several_runs_share_curves_and_a_table_and_show_what_differs(run_folder,
     assert "Loss: first, second" in [attributes.get("aria-label") for _, attributes in page.elements]
     assert "secret" not in content
     assert len(content) < 5_000_000
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(run_folder, tmp_path):
+    first, other = run_folder("first"), run_folder("other")
+    (other / "config.yaml").write_text((first / "config.yaml").read_text())
+    assert [run.name for run in read_runs([first, other])] == [f"first ({first})", f"first ({other})"]
 
 
 def test_runs_that_were_evaluated_on_different_data_are_not_compared(run_folder, tmp_path):
