@@ -135,7 +135,7 @@ def test_a_rank_that_hangs_in_c_code_is_named_and_ends_the_run_with_all_stacks(t
     assert codes == [STALLED, STALLED]
     assert "error: the step has taken more than 1 s (limit: watchdog in the run file): rank 1 on " in said
     assert f"is in data_wait of step {SETTLING + 2}" in said
-    assert f"; rank 0 waits in all_reduce, other of step {SETTLING + 2}, the {SETTLING + 2}th such call" in said
+    assert f"; rank 0 waits in all_reduce, other of step {SETTLING + 2}, collective {SETTLING + 2}" in said
     assert str(tmp_path / "stacks") in said
     assert "in hang_without_the_lock" in (tmp_path / "stacks" / "rank00001.txt").read_text()
     assert "in all_reduce" in (tmp_path / "stacks" / "rank00000.txt").read_text()

@@ -1,4 +1,4 @@
-"""Marks the calls of torch.distributed that wait for other ranks, those of DeepSpeed too, as a phase of their own."""
+"""Marks calls of torch.distributed that wait for other ranks, including DeepSpeed's, as a phase of their own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CALLS = (
 def marked_collectives() -> Iterator[None]:
     """During the body, the functions of torch.distributed in CALLS, and waiting for what they began, are phases.
 
-    DeepSpeed keeps some of the functions for the whole process. They do nothing but call torch's afterwards.
+    DeepSpeed may keep references to marked functions. After the body these only call torch's.
     """
     before = [(owner, name, getattr(owner, name)) for owner, names in _places() for name in names]
     for owner, name, function in before:

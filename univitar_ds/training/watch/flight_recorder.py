@@ -17,14 +17,14 @@ import torch
 from univitar_ds.config.run_folder import STACKS
 
 RECORDED = 2000
-"""Collectives that are kept: those of dozens of steps."""
+"""Number of collectives that are kept, enough for dozens of steps."""
 
 
 def record_collectives(run: Path, environment: MutableMapping[str, str] = os.environ) -> None:
     """Switches the recorder on, unless the environment has its own settings. Called before the process group starts.
 
     The names are those of torch 2.13: TORCH_NCCL_TRACE_BUFFER_SIZE and TORCH_NCCL_DEBUG_INFO_TEMP_FILE of earlier
-    versions are read too, and win over these."""
+    versions are read too, and take precedence."""
     environment.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED))
     environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", str((run / STACKS / "nccl-rank").absolute()))
@@ -37,7 +37,7 @@ def recorded_collectives() -> dict[str, Any]:
 
 
 def pending(recorded: dict[str, Any]) -> str:
-    """Returns the name and number of the first collective that was begun and is not done; empty without one."""
+    """Returns name and number of the first collective that is not complete; empty without one."""
     for entry in sorted(recorded.get("entries", ()), key=lambda entry: entry["record_id"]):
         if not entry.get("retired") and entry.get("state") != "completed":
             return f"{entry['profiling_name']} {entry['collective_seq_id']} of {entry['process_group'][1]}"

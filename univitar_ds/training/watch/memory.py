@@ -13,7 +13,7 @@ from univitar_ds.config.run_folder import MEMORY
 from univitar_ds.training.distributed.process_group import World
 
 ENTRIES = 100_000
-"""Allocations and frees that a snapshot has with their Python stacks, if they are recorded."""
+"""Maximum number of allocations and frees that a snapshot has with their Python stacks, if they are recorded."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class MemorySnapshots:
                 self._allocator.record(ENTRIES)
 
     def _failed(self, *_: Any) -> None:
-        """Called by the allocator. An error here would hide the one that says what was asked for."""
+        """Called by the allocator. Raises nothing: an error here would hide the one of the allocation."""
         if self._written:
             return
         self._written = True
@@ -72,4 +72,4 @@ class MemorySnapshots:
         except Exception as error:
             logger.warning("no snapshot of the memory: %s: %s", type(error).__name__, error)
             return
-        logger.warning("out of memory: %s has what holds it (https://pytorch.org/memory_viz shows it)", self.path)
+        logger.warning("out of memory: snapshot in %s (open it at https://pytorch.org/memory_viz)", self.path)

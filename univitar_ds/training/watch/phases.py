@@ -22,7 +22,7 @@ import torch
 
 DATA, FORWARD, BACKWARD, OPTIMIZER = "data_wait", "forward", "backward", "optimizer"
 COLLECTIVES = "collectives"
-"""Calls that other ranks take part in, with the wait for these ranks, whatever phase they belong to."""
+"""Collective calls, including the wait for other ranks, whatever phase they belong to."""
 OTHER = "other"
 """The rest of a step: the loss, the teacher, reading metrics."""
 PHASES = (DATA, FORWARD, BACKWARD, OPTIMIZER, COLLECTIVES, OTHER)
@@ -32,14 +32,14 @@ START, FIRST_STEPS, STEP, CHECKPOINT, EVALUATION = "start", "first steps", "step
 SETTLING = 3
 """Steps after a start that count as first steps: kernels are compiled, memory is reserved, caches are cold."""
 REMEMBERED = 64
-"""Steps whose durations are known, for a median."""
+"""Number of last steps whose durations are kept, for the median."""
 
 
 class Marks(Protocol):
     """Points in time on the device of a step."""
 
     def mark(self) -> Any:
-        """Returns the present point; None if this thread works beside the step, on another stream."""
+        """Returns the current point; None if this thread uses another stream than the step."""
 
     def passed(self, mark: Any) -> bool:
         """Returns whether the device has passed a point, without waiting for it."""
@@ -48,7 +48,7 @@ class Marks(Protocol):
         """Returns the time between two points that the device has passed."""
 
     def reuse(self, mark: Any) -> None:
-        """Takes a mark back that is not needed any more."""
+        """Takes back a mark that is no longer needed."""
 
 
 class HostMarks:
@@ -115,11 +115,11 @@ class Position:
     call: str = ""
     """The call that waits for other ranks; empty outside of such calls."""
     calls: int = 0
-    """Number of such calls that the rank has begun, the same on all ranks that are at the same place."""
+    """Number of such calls that the rank has begun; equal on ranks that are in the same call."""
 
 
 class StepClock:
-    """The marks of this process. Only its own main thread, and threads that this one waits for, mark phases."""
+    """The marks of this process. Only the main thread, and threads that it waits for, mark phases."""
 
     def __init__(self, marks: Marks | None = None, observer: Observer | None = None) -> None:
         self._marks = HostMarks() if marks is None else marks

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Traces the steps of `logging.profile` on this rank. A trace that cannot be written costs a warning, not the run.
+    """Traces the steps of `logging.profile` on this rank. A trace that cannot be written is a warning, not an error.
 
     A run that is resumed within these steps traces the rest of them. Tracing changes no result.
     """
@@ -57,7 +57,7 @@ class StepProfiler:
         if self._profile is None:
             return
         profile, self._profile = self._profile, None
-        self._steps = range(0)  # one trace a launch, also after a rollback
+        self._steps = range(0)  # one trace for each launch, even after a rollback
         profile.stop()
         path = self._run / PROFILE / f"step{self._first:08d}-rank{self._world.rank:05d}.json.gz"
         try:

@@ -4,7 +4,7 @@ A rank's own time is its time in all phases of a step but the collectives, in wh
 out in a window of steps if its own time is the largest, more than `STANDS_OUT` times the median of the other ranks,
 and the difference is more than `SHARE` of the step: packs of a step differ by a few percent, which is no fault of a
 rank. It is reported when it stands out with the same phase in `WINDOWS` windows in a row that take at least `SPAN_S`
-together, since single windows catch a checkpoint of another job or a cold cache. It is reported once as long as this
+together, since single windows catch a checkpoint of another job or a cold cache. It is reported only once while this
 lasts.
 """
 
@@ -81,7 +81,7 @@ def _median(values: Tensor) -> Tensor:
 
 
 class SlowRanks:
-    """Follows the windows of a run. All ranks have the same tables, and find the same."""
+    """Follows the windows of a run. All ranks have the same table of times, so they find the same rank."""
 
     def __init__(self) -> None:
         self._before: tuple[int, str] | None = None

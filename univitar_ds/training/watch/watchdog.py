@@ -5,8 +5,8 @@ The first rank that is over its limit calls all others through the store of the 
 Python stacks and its last collectives into the run's folder, and where it is to the store. Rank 0, or another rank if
 rank 0 does not answer, compares the answers, and all ranks end with `STALLED`.
 
-The thread cannot run while C code of another thread holds Python's lock. For this case the thread sets two alarms which
-need no Python, and moves them on as long as it runs: faulthandler's own thread writes the stacks, and the signal
+The thread cannot run while C code of another thread holds the GIL. For this case it sets two alarms which need no
+Python, and postpones them as long as it runs: faulthandler's own thread writes the stacks, and the signal
 SIGALRM ends the process.
 """
 
@@ -46,16 +46,16 @@ GIVEN_UP = 1
 LOOK_S = 5.0
 """Seconds between two looks of a rank at its own section and at the store."""
 ANSWER_S = 20.0
-"""Maximum time that the ranks have for their answers, several times LOOK_S."""
-HEARD_S = 5.0
-"""Time in which ranks that have answered read the result, before the store ends with rank 0."""
+"""Maximum seconds that the ranks have for their answers, several times LOOK_S."""
+READ_S = 5.0
+"""Seconds that the other ranks have to read the result, before rank 0 ends and the store with it."""
 DUMP_S = 10.0
-"""Maximum time for the last collectives, since a device that hangs may not answer torch either."""
+"""Maximum seconds for writing the last collectives: torch may wait for a device that hangs."""
 LOCKED_S = 60.0
-"""Seconds after a limit after which the signal ends a process whose thread has not run."""
-OF_GROUP_S = 540.0
-"""Just below the ten minutes after which a collective fails by itself, without a word about the ranks that are missing.
-A multiple of the median counts up to here, or up to three medians."""
+"""Seconds after the limit at which the signal ends a process whose watchdog thread could not run."""
+MAX_FACTOR_S = 540.0
+"""Maximum limit by `factor`, unless three medians are more: a collective fails by itself after ten minutes, without
+naming the missing ranks."""
 STALLS, AGAIN = "stalls.jsonl", "again"
 _created = itertools.count()
 """Number of watchdogs of this process, the same on all ranks: each has its own keys in the store."""
@@ -83,7 +83,7 @@ def limit_s(cfg: WatchdogConfig, section: str, durations: list[float]) -> float:
     if section != STEP or len(durations) < SETTLING:
         return cfg.first_step_s
     median = statistics.median(durations)
-    return max(cfg.min_s, min(cfg.factor * median, max(OF_GROUP_S, 3 * median)))
+    return max(cfg.min_s, min(cfg.factor * median, max(MAX_FACTOR_S, 3 * median)))
 
 
 def job_start() -> str:
@@ -100,7 +100,7 @@ class Watchdog:
         self._stopped, self._host = threading.Event(), platform.node()
         self._store: dist.Store | None = None
         if world.size > 1:
-            # A request holds the lock of its connection, and requests of the main thread wait for other ranks.
+            # Its own connection: requests of the main thread lock theirs while they wait for other ranks.
             store = dist.distributed_c10d._get_default_store().clone()
             self._store = dist.PrefixStore(f"watchdog/{next(_created)}", store)
             self._store.set(f"host/{world.rank}", self._host)
@@ -146,10 +146,10 @@ class Watchdog:
                 return
 
     def _arm(self, left_s: float) -> None:
-        """Sets the alarms for the case that this thread does not run any more.
+        """Sets the alarms for the case that this thread cannot run any more.
 
-        The next section may be another one, so at most the limit of a step is left, whatever the section: no code that
-        is sound holds Python's lock for minutes."""
+        They use at most the limit of a step, whatever the section, since a step may follow: correct code does not hold
+        the GIL for minutes."""
         faulthandler.dump_traceback_later(left_s + 2 * LOOK_S, file=self._file)
         if self._signals:
             signal.setitimer(signal.ITIMER_REAL, left_s + LOCKED_S)
@@ -208,10 +208,10 @@ class Watchdog:
         if store is None:
             return self._report([where], [self._host], section, limit)
         if not self._world.is_main:
-            if _waited(lambda: store.check(["report"]), ANSWER_S + LOOK_S + HEARD_S):
+            if _waited(lambda: store.check(["report"]), ANSWER_S + LOOK_S + READ_S):
                 return json.loads(store.get("report"))
             if store.add("reporter", 1) > 1:
-                _waited(lambda: store.check(["report"]), HEARD_S)
+                _waited(lambda: store.check(["report"]), READ_S)
                 return {"code": STALLED}
         else:
             _waited(lambda: store.add("answers", 0) >= size, ANSWER_S)
@@ -222,11 +222,11 @@ class Watchdog:
         hosts = [store.get(f"host/{rank}").decode() if store.check([f"host/{rank}"]) else "" for rank in range(size)]
         report = self._report(found, hosts, section, limit)
         store.set("report", json.dumps(report))
-        time.sleep(HEARD_S)
+        time.sleep(READ_S)
         return report
 
     def _report(self, found: list[Whereabouts | None], hosts: list[str], section: str, limit: float) -> dict[str, Any]:
-        """Says and writes what was found. Returns it with the exit code."""
+        """Prints and writes what was found. Returns it with the exit code."""
         text, step = described(found, hosts), self._clock.position.step
         report = {"time": _now(), "step": step, "section": section, "limit_s": limit}
         report |= {"text": text, "code": STALLED, "checkpoint": None}
@@ -255,7 +255,7 @@ class Watchdog:
         if report["code"] == GIVEN_UP:
             return (
                 f"{stacks}; the run has hung {stalls} times since its last checkpoint (watchdog.max_stalls is "
-                f"{self._cfg.max_stalls}), so it is not continued by itself"
+                f"{self._cfg.max_stalls}), so the job is not started again"
             )
         return f"{stacks}; exit code {STALLED}: a new start continues from the last checkpoint"
 

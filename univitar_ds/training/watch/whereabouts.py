@@ -8,9 +8,9 @@ from typing import Any
 
 from univitar_ds.training.watch.phases import FIRST_STEPS, STEP, Position
 
-SILENT = "does not answer (it has ended, or code that it runs holds Python's lock)"
+SILENT = "does not answer (it has ended, or code that it runs holds the GIL)"
 MAX_HOSTS = 4
-"""Machines of missing ranks that a message names."""
+"""Maximum number of machines of missing ranks that a message names."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Whereabouts:
 
     @property
     def text(self) -> str:
-        """Describes the place in words, without the rank."""
+        """Where the rank is, in words, without its number."""
         if self.ended:
             return "has finished training"
         place = f"{self.phase} of step {self.step}" if self.section in (STEP, FIRST_STEPS) else f"the {self.section}"
         device = f", with {self.on_device} not done" if self.on_device else ""
         if self.call:
-            return f"waits in {self.call}, {place}, the {self.calls}th such call{device}"
+            return f"waits in {self.call}, {place}, collective {self.calls}{device}"
         return f"is in {place}{device}"
 
 
@@ -73,9 +73,7 @@ def described(found: Sequence[Whereabouts | None], hosts: Sequence[str]) -> str:
     groups: dict[str, list[int]] = {}
     for rank in [*first, *(rank for rank in range(len(found)) if rank not in set(first))]:
         where = found[rank]
-        text = (
-            "does not answer (it has ended, or code that it runs holds Python's lock)" if where is None else where.text
-        )
+        text = SILENT if where is None else where.text
         groups.setdefault(text, []).append(rank)
     parts = [_part(text, ranks, hosts if ranks[0] in first else None) for text, ranks in groups.items()]
     if not first and len(found) > 1:

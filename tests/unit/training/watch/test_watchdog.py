@@ -10,7 +10,7 @@ from univitar_ds.config.watch import WatchdogConfig
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.watch import flight_recorder, watchdog
 from univitar_ds.training.watch.phases import CHECKPOINT, EVALUATION, FIRST_STEPS, SETTLING, START, STEP, StepClock
-from univitar_ds.training.watch.watchdog import AGAIN, GIVEN_UP, OF_GROUP_S, STALLED, STALLS, limit_s
+from univitar_ds.training.watch.watchdog import AGAIN, GIVEN_UP, MAX_FACTOR_S, STALLED, STALLS, limit_s
 
 CFG = WatchdogConfig()
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -32,7 +32,7 @@ def test_a_section_that_is_no_step_has_a_limit_of_its_own(section, limit):
 def test_the_limit_of_a_step_is_a_multiple_of_the_median():
     assert limit_s(CFG, STEP, [50.0, 51.0, 500.0]) == 510.0
     assert limit_s(CFG, STEP, [0.1] * 9) == CFG.min_s
-    assert limit_s(CFG, STEP, [100.0] * 9) == OF_GROUP_S  # before a collective fails by itself
+    assert limit_s(CFG, STEP, [100.0] * 9) == MAX_FACTOR_S  # before a collective fails by itself
     assert limit_s(CFG, STEP, [400.0] * 9) == 1200.0
     assert limit_s(WatchdogConfig(min_s=2000), STEP, [1.0] * 9) == 2000.0
     assert limit_s(CFG, STEP, [1.0] * (SETTLING - 1)) == CFG.first_step_s

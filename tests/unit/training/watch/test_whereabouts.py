@@ -23,7 +23,7 @@ def test_the_rank_that_is_in_no_call_is_missing():
     assert missing(found) == [3]
     assert described(found, HOSTS) == (
         "rank 3 on node0 is in data_wait of step 12; "
-        "ranks 0-2, 4-9: each waits in all_reduce, optimizer of step 12, the 41th such call"
+        "ranks 0-2, 4-9: each waits in all_reduce, optimizer of step 12, collective 41"
     )
 
 
@@ -50,7 +50,7 @@ def test_where_all_wait_in_the_same_call_no_rank_is_blamed():
     found = [waiting(0, section=CHECKPOINT), waiting(1, section=CHECKPOINT)]
     assert missing(found) == []
     assert described(found, HOSTS) == (
-        "ranks 0-1: each waits in all_reduce, the checkpoint, the 41th such call; "
+        "ranks 0-1: each waits in all_reduce, the checkpoint, collective 41; "
         "no rank is missing, so a network or a GPU does not answer"
     )
 
