@@ -27,8 +27,8 @@ machine only.
   univitar-ds plan --config univitar_1b --nodes 8 --gpu h200 --json stages.1.token_budget=65536
 
 Memory follows from shapes. Times follow from published and chosen rates, none of which was measured on a GPU. All
-assumptions are printed with their sources. A plan that does not fit into the GPUs ends with exit status 2 and what to
-change; with --sweep the table shows what fits."""
+assumptions are printed with their sources. If the run does not fit into the GPUs, the exit status is 2 and the
+message has a remedy; with --sweep the table shows what fits."""
 
 
 def add_plan(commands) -> None:
@@ -44,7 +44,7 @@ def add_plan(commands) -> None:
         "--tokens-per-item",
         type=positive,
         metavar="N",
-        help="mean tokens of an image at native size (default: by the manifests of the sources, else 1,024)",
+        help="mean tokens of an image at native size (default: from the manifests of the sources, else 1,024)",
     )
     parser.add_argument(
         "--sweep", action="store_true", help="also try token budgets x recomputation x ZeRO for a stage"
@@ -71,7 +71,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     given = arguments.tokens_per_item
     plan = plan_run(config, cluster, given)
-    trials = sweep(plan, stage_named(plan, arguments.stage), given) if arguments.sweep else []
+    trials = sweep(plan, stage_named(plan, arguments.stage)) if arguments.sweep else []
     scales = list(scaling(plan, known_means(config), given))
     if arguments.json:
         show(json.dumps(plan_object(plan, scales, trials), indent=2))
@@ -84,7 +84,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _check_image(path: Path) -> None:
-    """Raises: ConfigError if the file is another one than an earlier drawing of a plan, or its name is unusual."""
+    """Raises: ConfigError if the name does not end in .png, or the file exists and `plan` did not draw it."""
     from univitar_ds.extras import extra
     from univitar_ds.owned import check_result
 

@@ -1,18 +1,18 @@
-"""Memory of a rank in a training step by part, from shapes, at the moments at which it can be highest.
+"""Predicts the memory of a rank in a training step by part, from shapes, at the moments at which it can peak.
 
 A step holds what stays between steps (`sizes.memory_of_rank`), and adds:
 
-| moment | beside the states |
+| moment | in addition to the states |
 |---|---|
 | teacher | weights and widest layer of the teacher |
 | loss | activations of both towers, features for the teacher, texts and a chunk of logits |
 | text backward | activations of both towers, gradients of a text block, buckets of gradients |
 | encoder backward | activations of the encoder, what its last block recomputes and its gradients, buckets |
-| gradients | the last bucket on its way, with ZeRO-1 all gradients |
+| gradients | the last bucket being reduced, with ZeRO-1 all gradients |
 | update | the optimizer's copies; on a CPU two temporaries of AdamW; five copies of parts of Muon's matrices |
 
-The plan is the largest of them. `tests/pretence/test_memory.py` compares it with the real step on a pretended GPU,
-`benchmarks/bench_plan_memory.py` with the memory of processes on a CPU.
+The prediction is the largest of them. `tests/pretence/test_memory.py` compares it with the real step on a simulated
+GPU, `benchmarks/bench_plan_memory.py` with the memory of processes on a CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REDUCED_AT_ONCE = 500_000_000
 """Gradients that DeepSpeed reduces at once with ZeRO-1 in bf16 (its default)."""
 _BLOCK = {"fused": (12, 3), "compiled": (13, 3), "plain": (20, 6)}
 """What a block keeps for its backward pass, in values of a token: multiples of (D, F), counted. On a CPU attention runs
-item by item, so that its result is there twice; plain torch keeps what the other two compute again."""
+item by item, so that two copies of its result exist; plain torch keeps what the other two recompute."""
 _PLAIN_BF16 = (29, 11)
 """The same of plain torch in bf16, which keeps float32 copies."""
 _TEXT = (8, 2)
@@ -45,7 +45,7 @@ _POOLING = 4
 
 @dataclass(frozen=True)
 class TextShape:
-    """A text tower: width, blocks, feed-forward width, and tokens of a padded caption. `trained`: whether it is."""
+    """A text tower: width, blocks, feed-forward width, and tokens of a padded caption. `trained`: if it is trained."""
 
     hidden: int
     layers: int
@@ -68,8 +68,8 @@ class StepLoad:
     """What a rank computes in a step.
 
     `tokens`: of a pack, after `patch_dropout`; `pixels`: bytes of a pack; `items`: of a pack; `packs`: of the rank;
-    `kept`: those whose graphs are in memory together; `kind`: recomputation; `texts`: of all ranks; `chunk`: of these
-    compared at a time; `trains_encoder`: whether blocks get gradients.
+    `kept`: packs whose graphs are in memory together; `kind`: recomputation; `texts`: of all ranks; `chunk`: texts
+    that are compared at a time; `trains_encoder`: whether blocks get gradients.
     """
 
     encoder: EncoderConfig
@@ -92,10 +92,10 @@ class States:
     """What a rank holds, and how its engine works.
 
     `parts`: bytes between steps, from `sizes.memory_of_rank`, without those in host memory; `zero`: the section
-    `zero_optimization`; `parameters`: all of them, `trained`: of these; `block`: the largest block; `ranks`: that share
-    a training state; `width`: bytes of a weight in the forward pass; `gradient`: of an accumulated gradient; `text`:
-    parameters of the text tower; `matrices`: trained parameters that Muon updates, and `matrix_width` bytes of a value
-    in its messages.
+    `zero_optimization`; `parameters`: all of them, `trained`: the trained ones; `block`: of the largest block; `ranks`:
+    those that share a training state; `width`: bytes of a weight in the forward pass; `gradient`: of an accumulated
+    gradient; `text`: parameters of the text tower; `matrices`: trained parameters that Muon updates, and
+    `matrix_width` bytes of a value in its messages.
     """
 
     parts: Mapping[str, float]
@@ -118,7 +118,7 @@ class States:
 
     @property
     def share(self) -> float:
-        """Trained parameters whose optimizer states this rank has."""
+        """Number of trained parameters whose optimizer states this rank has."""
         return self.trained / self.ranks
 
     @property
@@ -133,8 +133,8 @@ class Peak:
 
     moment: str
     parts: Mapping[str, float]
-    others: Mapping[str, float] = field(default_factory=dict)
-    """Bytes at all moments."""
+    by_moment: Mapping[str, float] = field(default_factory=dict)
+    """Total bytes at each moment."""
 
     @property
     def bytes(self) -> float:
@@ -195,7 +195,7 @@ def kept_values(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kern
 def backward_values(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels) -> float:
     """Returns the values of a token that the backward pass of a block adds: what it computes again, and gradients.
 
-    The most are there when the gate of the feed-forward layer gets its gradient: two tensors of F and two of D.
+    The peak is at the gradient of the feed-forward gate: two tensors of F and two of D.
     """
     across, inner = encoder.hidden_size, encoder.inner_width
     gradients = 2 * across + (4 if kernels == "plain" else 2) * inner
@@ -243,8 +243,8 @@ def _statistics(encoder: EncoderConfig, width: int) -> float:
 
 
 def _between(states: States) -> dict[str, float]:
-    """Returns the bytes that stay between steps. ZeRO-2 makes its gradients in each step, and ZeRO-3 keeps its bucket
-    if the optimizer is offloaded."""
+    """Returns the bytes that stay between steps. ZeRO-2 allocates its gradients in each step, and ZeRO-3 keeps its
+    bucket if the optimizer is offloaded."""
     parts = dict(states.parts)
     if states.stage == 3 and not states.offloaded:
         return parts
@@ -268,10 +268,10 @@ def _all_gradients(states: States) -> dict[str, float]:
 
 
 def _gathered(states: States, *, after_text: bool = False) -> dict[str, float]:
-    """Returns the bytes of weights that ZeRO-3 has whole while modules run, and of those on their way.
+    """Returns the bytes of weights that ZeRO-3 has gathered while modules run, and of those that it prefetches.
 
-    Where all weights may stay whole, nothing is on its way in the backward pass, and those of the text tower are freed
-    after its own. Args: after_text: whether it is over.
+    If all weights may stay gathered, the backward pass prefetches nothing, and the text tower's weights are freed after
+    its backward pass. Args: after_text: whether that is over.
     """
     if states.stage != 3 or states.ranks == 1:
         return {}
@@ -279,12 +279,12 @@ def _gathered(states: States, *, after_text: bool = False) -> dict[str, float]:
     if after_text and states.parameters <= most:
         return {"gathered weights": (states.parameters - states.text) * states.width}
     live = min(states.parameters, max(states.block, most))
-    on_their_way = min(states.parameters, states.zero.get("stage3_prefetch_bucket_size", 50_000_000) + states.block)
-    return {"gathered weights": (live + on_their_way) * states.width}
+    prefetched = min(states.parameters, states.zero.get("stage3_prefetch_bucket_size", 50_000_000) + states.block)
+    return {"gathered weights": (live + prefetched) * states.width}
 
 
 def _buckets(states: States) -> float:
-    """Returns the bytes of buckets of a backward pass only: with ZeRO-3 the gradients that wait for others."""
+    """Returns the bytes of buckets that only the backward pass has: with ZeRO-3 gradients that wait to be reduced."""
     if states.stage == 3:
         return 0.0 if states.offloaded else min(states.bucket, states.trained) * states.width
     if states.stage == 1 and states.width < FP32:
@@ -306,14 +306,14 @@ def _exchange(states: States) -> float:
 def _update(states: States) -> float:
     """Returns the bytes of the update: a float32 copy of the gradient of a group, and on a CPU AdamW's temporaries.
 
-    While Muon's matrices are whole, their parts on a rank are there five times: momentum, what is sent and received,
-    and the results, in the type of the messages."""
+    While Muon's matrices are whole, a rank has five copies of its share, in the type of the messages: momentum, send
+    and receive buffers, and the results."""
     most = states.zero.get("sub_group_size", 10**9) if states.stage == 3 else states.share
     muon = 5 * min(states.matrices / states.ranks, most) * states.matrix_width
     if states.offloaded:
         return muon
     group = min(states.share, most)
-    copies = 1 if states.stage == 3 or states.width == FP32 else 0  # ZeRO 1 and 2 in bf16 have it joined already
+    copies = 1 if states.stage == 3 or states.width == FP32 else 0  # ZeRO 1 and 2 in bf16 have a float32 copy already
     return group * FP32 * (copies + (0 if states.kernels == "fused" else 2)) + muon
 
 
@@ -325,8 +325,8 @@ def _loss(load: StepLoad, states: States) -> float:
 
 
 def _distilled(load: StepLoad, states: States) -> float:
-    """Returns the bytes that the distillation keeps of a pack: student and teacher in the teacher's width, both masked
-    and normed in float32, and the norm before the student's head."""
+    """Returns the bytes that distillation keeps of a pack: features of student and teacher in the teacher's width, both
+    masked and normalized in float32, and the norm before the student's head."""
     if load.teacher is None:
         return 0.0
     values = load.teacher.width * (2 * states.width + 4 * FP32) + load.encoder.hidden_size * states.width

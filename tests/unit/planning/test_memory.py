@@ -90,9 +90,9 @@ def test_measured_processes_are_foreseen_within_15_percent():
 
 def test_the_peak_is_the_largest_moment_and_its_parts_add_up():
     found = peak(LOAD, STATES)
-    assert found.bytes == max(found.others.values()) == sum(found.parts.values())
+    assert found.bytes == max(found.by_moment.values()) == sum(found.parts.values())
     assert found.moment == "encoder backward"
-    assert set(found.others) == {"loss", "text backward", "encoder backward", "gradients", "update"}
+    assert set(found.by_moment) == {"loss", "text backward", "encoder backward", "gradients", "update"}
     assert found.parts["pixels"] == 2 * LOAD.pixels, "all packs of a step"
 
 

@@ -1,4 +1,4 @@
-"""The cluster that a plan is for, and what it assumes beside `planning.step_time`."""
+"""The cluster that a plan is for, and the assumptions of a plan that are not in `planning.step_time`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ASSUMPTIONS = {
     "usable_memory": Assumption(USABLE, "of a GPU's memory", "chosen", "the rest is for CUDA itself and for fragments"),
     "image_bytes": Assumption(100e3, "bytes", "chosen", "mean of an encoded image with its caption"),
     "video_bytes": Assumption(2e6, "bytes", "chosen", "mean of an encoded video with its caption"),
-    "shard_bytes": Assumption(1e9, "bytes", "chosen", "of a shard; one GET reads it once through"),
+    "shard_bytes": Assumption(1e9, "bytes", "chosen", "of a shard; one GET reads all of it"),
     "image_cpu": Assumption(
         0.75e-3, "core s", "measured", "an image read, decoded, resized and packed (docs/performance.md)"
     ),
@@ -50,7 +50,7 @@ ASSUMPTIONS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """`nodes` machines with `per_node` GPUs each, which are called `name` in `planning.gpus.GPUS`."""
+    """`nodes` machines with `per_node` GPUs each. `name`: the key of the GPU in `planning.gpus.GPUS`."""
 
     nodes: int
     per_node: int
@@ -76,7 +76,10 @@ class Cluster:
 
 
 def cluster_of(nodes: int, per_node: int, gpu: str) -> Cluster:
-    """Returns a cluster. Args: gpu: name of a GPU, in any case. Raises: ConfigError if it is unknown or too large."""
+    """Returns a cluster. Args: gpu: name of a GPU, in upper or lower case.
+
+    Raises: ConfigError for an unknown GPU or too many GPUs.
+    """
     name = gpu.upper()
     if name not in GPUS:
         raise ConfigError(f"--gpu {gpu} is not known; give one of {', '.join(known.lower() for known in GPUS)}")
@@ -88,14 +91,14 @@ def cluster_of(nodes: int, per_node: int, gpu: str) -> Cluster:
 
 
 def this_gpu() -> str | None:
-    """Returns the name in GPUS of this machine's first GPU; None if it has none that is known."""
+    """Returns the key in GPUS of this machine's first GPU; None without a GPU or for one that is not in GPUS."""
     import torch
 
     return known_gpu(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
 
 
 def of_ranks(cluster: Cluster, ranks: int) -> Cluster:
-    """Returns a cluster of the same machines with `ranks` GPUs; of part of a machine if it has more."""
+    """Returns a cluster of the same machines with `ranks` GPUs, which may be part of one machine."""
     per_node = min(cluster.per_node, ranks)
     return Cluster(-(-ranks // per_node), per_node, cluster.name)
 
@@ -105,7 +108,7 @@ def value(name: str) -> float:
 
 
 def assumption_lines(cluster: Cluster, step: dict[str, Assumption]) -> Iterator[str]:
-    """Yields a line for each number that a plan assumes. Args: step: those of the model of a step."""
-    yield "a teacher runs once for each size of a pack, and texts are padded (derived: as the program does it today)"
+    """Yields a line for each number that a plan assumes. Args: step: assumptions of `step_time`."""
+    yield "a teacher runs once for each size of a pack, and texts are padded (derived: as the trainer does it)"
     for name, one in [*ASSUMPTIONS.items(), *step.items(), *cluster.gpu.assumptions()]:
         yield f"{name}: {one.value:.4g} {one.unit} ({one.kind}: {one.source})"

@@ -1,6 +1,6 @@
 """Draws a plan: memory of a GPU by part for each stage, and time and MFU by number of GPUs.
 
-The settings of matplotlib on the machine have no effect.
+The user's matplotlib settings have no effect.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _days(axes: Axes, plan: Plan, scales: Sequence[Plan]) -> None:
     _lines(axes, plan)
     axes.set_title("Days of the whole curriculum", loc="left", fontsize=11)
     if not fitting:
-        axes.text(0.5, 0.5, "no number of these GPUs has the memory", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no number of these GPUs has enough memory", ha="center", transform=axes.transAxes)
         return
     first = fitting[0]
     ranks = [one.cluster.ranks for one in fitting]

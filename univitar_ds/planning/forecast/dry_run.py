@@ -1,4 +1,4 @@
-"""What a step takes on this machine, for the description of a run before it starts."""
+"""Predicts the memory and time of a step on this machine, for `train --dry-run`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def planned(
 
 
 def step_lines(model: PlannedModel, place: Placement, means: Means) -> Iterator[str]:
-    """Yields what a step of full packs takes in each stage, by the formulas of `univitar-ds plan`."""
+    """Yields memory and time of a step of full packs in each stage, by the formulas of `univitar-ds plan`."""
     config, machine = model.config, this_machine()
     room = USABLE * machine.gpu_memory if place.on_gpu else math.inf
     gpu = this_gpu() if place.on_gpu else None
@@ -55,4 +55,4 @@ def step_lines(model: PlannedModel, place: Placement, means: Means) -> Iterator[
             own = plan_stage(model, stage, cluster, where, items, kind=kind, with_budgets=False)
             yield f"    {own.step_s:.3g} s a step and {100 * own.mfu:.2g} % MFU on {gpu}, predicted, not measured"
     if not place.on_gpu:
-        yield "beside what the process holds after its imports (0.6 GB), and decoding processes"
+        yield "in addition: what the process holds after its imports (0.6 GB), and decoding processes"

@@ -1,4 +1,4 @@
-"""How large the items of a stage are: by its size rule, by manifests, by what the user says, or assumed."""
+"""Mean size of the items of a stage: from its size rule, the manifests or the user, or assumed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from univitar_ds.planning.forecast.cluster import value
 
 @dataclass(frozen=True)
 class Items:
-    """Items of one modality of a stage: mean tokens, mean tokens that a token attends to, sizes of a pack, and where
-    the mean comes from. `share`: of the steps."""
+    """Items of one modality of a stage: mean tokens, mean tokens that a token attends to, number of sizes in a pack,
+    and the source of the mean. `share`: share of the steps with this modality."""
 
     modality: Modality
     tokens: float
@@ -42,7 +42,7 @@ def items_of(stage: StageConfig, means: Means, given: int | None) -> list[Items]
     """Returns the items of a stage, images before videos.
 
     Args: means: by stage and modality; given: mean tokens of an image at native size, from the user.
-    Raises: ConfigError if `given` is outside of the limits of the stage.
+    Raises: ConfigError if `given` is outside the limits of the stage.
     """
     shares: dict[Modality, float] = {"image": 1 - stage.video_ratio, "video": stage.video_ratio}
     return [_items(stage, modality, means, given, shares[modality]) for modality in sorted(stage_modalities(stage))]

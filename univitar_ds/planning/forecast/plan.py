@@ -29,15 +29,15 @@ from univitar_ds.planning.sizes import amount, count_parameters
 from univitar_ds.plugins import load_plugins
 
 SCALES = tuple(2**power for power in range(11))
-"""Numbers of GPUs of the table of scaling."""
+"""Numbers of GPUs in the scaling table."""
 TEACHERS = {"small": (384, 12), "vits": (384, 12), "base": (768, 12), "vitb": (768, 12), "giant": (1536, 40)}
-"""(width, blocks) by a part of a teacher's name; those of "large" for any other, as published for DINOv2."""
+"""(width, blocks) by a part of a teacher's name, as published for DINOv2; other names are taken as "large"."""
 _CLASSES = 1000
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a cluster. `zero`: name of the DeepSpeed configuration; `choice`: why `auto` takes it."""
+    """A run on a cluster. `zero`: name of the DeepSpeed configuration; `choice`: the reason, if `auto` chose it."""
 
     config: RunConfig
     model: PlannedModel
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of training and of checkpoints that the training waits for."""
+        """Hours of training, and of writing checkpoints as if the training waited for it."""
         return sum(stage.hours for stage in self.stages) + self.checkpoints.hours
 
     @property
@@ -72,7 +72,9 @@ class Plan:
             remedy = f"set stages.{place}.token_budget to at most {fits:,} with checkpoint_every: {kind}"
             if fits < largest:
                 remedy = "use more GPUs (--nodes), GPUs with more memory (--gpu), or a smaller encoder"
-            elif own.budgets[own.kind] < stage.token_budget <= fits:
+            elif own.budgets.get(own.kind, 0) >= stage.token_budget:  # fits with one pack's graph in memory
+                remedy = f"lower objective.grad_cache_keep ({own.kept}), or set it to auto"
+            elif stage.token_budget <= fits:
                 remedy = f"set checkpoint_every: {kind}"
             return (
                 f"stage {own.name} needs {amount(own.peak.bytes)} of each {self.cluster.name} (token_budget "
@@ -135,7 +137,7 @@ def _check_alone(config: RunConfig) -> None:
     if math.prod(shared.values()) > 1:
         keys = ", ".join(f"model.{name} {number}" for name, number in shared.items() if number > 1)
         raise ConfigError(
-            f"a plan is of GPUs with packs and weights of their own, and the run has {keys}; leave the key out, or see "
+            f"a plan assumes that each GPU has its own packs and weights, and the run has {keys}; leave it out, or see "
             "memory and time on this machine with `univitar-ds train --dry-run`"
         )
 
@@ -143,14 +145,14 @@ def _check_alone(config: RunConfig) -> None:
 def plan_model(
     model: PlannedModel, cluster: Cluster, means: Means, tokens_per_item: int | None = None, notes: Sequence[str] = ()
 ) -> Plan:
-    """Returns the plan of a model on a cluster; see `plan_run`. With more GPUs than lanes there are as many lanes."""
+    """Returns the plan of a model on a cluster; see `plan_run`. The lanes are rounded up to a multiple of the GPUs."""
     _check_alone(model.config)
     lanes = model.config.data.lanes
     model = with_lanes(model, cluster.ranks)
     if model.config.data.lanes != lanes:
         notes = [
             *notes,
-            f"data.lanes is taken to be {model.config.data.lanes:,} instead of {lanes:,}, for as many GPUs",
+            f"data.lanes is taken to be {model.config.data.lanes:,} instead of {lanes:,}, a multiple of the GPUs",
         ]
     config = model.config
     zero, choice = config.deepspeed, None

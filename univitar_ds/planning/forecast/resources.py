@@ -1,4 +1,4 @@
-"""What a run needs beside the GPUs: host memory and cores for the loader, checkpoints, and requests to a store."""
+"""Predicts host memory, cores for the loader, checkpoints, and requests to a store."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class HostNeeds:
-    """Of a machine: bytes of memory by part, and cores that decoding keeps busy beside one for each rank.
+    """Needs of one machine: bytes of memory by part, and cores that decoding keeps busy beside one for each rank.
 
-    `workers`: decoding processes of a rank that keep up; `given`: those of the run file.
+    `workers`: decoding processes that a rank needs; `given`: those of the run file.
     """
 
     memory: Mapping[str, float]
@@ -35,7 +35,7 @@ class HostNeeds:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Bytes of a checkpoint, seconds to write one, how many are written, and the disk that is needed."""
+    """Bytes of a checkpoint, seconds to write one, number of checkpoints, and bytes of disk space needed."""
 
     bytes: float
     seconds: float
@@ -86,7 +86,11 @@ def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluste
 
 
 def checkpoints(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluster, place: Placement) -> Checkpoints:
-    """Returns what the checkpoints of a run take. Every machine writes its share, and training waits for it."""
+    """Returns size, time and number of a run's checkpoints.
+
+    Machines that share a training state each write a part of it. The time is an upper limit: with
+    `checkpoint.asynchronous` the training does not wait for it.
+    """
     config = model.config
     size = max(checkpoint_bytes(config, stage, model.counts, place.resolved) for stage in config.stages)
     writers = min(cluster.nodes, max(1, place.sharing // cluster.per_node))
@@ -96,7 +100,7 @@ def checkpoints(model: PlannedModel, stages: Sequence[StagePlan], cluster: Clust
 
 
 def reading(config: RunConfig, stages: Sequence[StagePlan]) -> Reading:
-    """Returns what a run reads. Every sample is read from its shard, and a shard by one request."""
+    """Returns what a run reads: every sample once for each time that it is seen, and each shard by one request."""
     samples = sum(stage.samples for stage in config.stages)
     size = 0.0
     for own, stage in zip(stages, config.stages, strict=True):

@@ -32,13 +32,14 @@ HOST_RATIOS = {
     "zero3": {1: 2.7, 8: 2.7, 256: 3.1, 1024: 3.4},
 }
 """Host time of the engine's step in multiples of the model's without DeepSpeed (benchmarks/results/bench_host.csv).
-ZeRO-1 is taken to be as ZeRO-2, which has the same hooks."""
+ZeRO-1 is assumed to take as long as ZeRO-2, which has the same hooks."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage on the cluster. `step`: mean over images and videos, in seconds by part; `kinds`: the largest
-    `token_budget` that fits by recomputation; `collectives`: bytes of a step that a rank hands over, by kind."""
+    """A stage on the cluster. `step`: mean over images and videos, in seconds by part; `budgets`: the largest
+    `token_budget` that fits, by recomputation; `collectives`: bytes that a rank passes to collectives in a step, by
+    kind."""
 
     name: str
     items: Sequence[Items]
@@ -79,8 +80,8 @@ def plan_stage(
 ) -> StagePlan:  # fmt: skip
     """Returns the plan of a stage.
 
-    Args: where: name of the DeepSpeed configuration, and the placement; kind: recomputation; None: what the stage asks
-        for; with_budgets: whether to look for the largest budgets.
+    Args: where: name of the DeepSpeed configuration, and the placement; kind: recomputation; None: as the stage
+        sets it; with_budgets: whether to look for the largest budgets.
     """
     config, (zero, place), room = model.config, where, cluster.room
     shared = {"tensor": config.model.tensor_parallel, "sequence": config.model.sequence_parallel}
@@ -97,7 +98,7 @@ def plan_stage(
     passes = 2 * packs - min(kept, packs)
     moved = step_bytes(model.counts.trained(config, stage), method.zero, passes, packs) if cluster.ranks > 1 else {}
     linear, square = cost_coefficients(encoder_of(model.description))
-    again = 1 / kind if isinstance(kind, int) and kind else 0.0  # selective computes no product again
+    again = 1 / kind if isinstance(kind, int) and kind else 0.0  # selective recomputes no matrix product
     forwards = (passes - packs) / packs + again
     return StagePlan(
         name=stage.name,
@@ -121,10 +122,10 @@ def plan_stage(
 
 
 def messages(model: PlannedModel, place: Placement, zero: int, passes: int, backwards: int) -> int:
-    """Returns about how many collectives a step has; `benchmarks/results/bench_pretence.csv` has those of real steps.
+    """Estimates the collectives of a step; `benchmarks/results/bench_pretence.csv` has those of real steps.
 
-    Seven are of the loss, the norm and numbers. ZeRO-3 gathers weights in each forward pass, and in each backward pass
-    if they may not stay whole until then. Each bucket of gradients is reduced.
+    Seven are for the loss, the gradient norm and metrics. ZeRO-3 gathers weights in each forward pass, and in each
+    backward pass if they may not stay whole until then. Each bucket of gradients is reduced.
     """
     if place.ranks == 1:
         return 0
@@ -140,7 +141,7 @@ def messages(model: PlannedModel, place: Placement, zero: int, passes: int, back
 
 
 def kept_packs(model: PlannedModel, stage: StageConfig, place: Placement, kind: Kind, room: float, packs: int) -> int:
-    """Returns how many packs of a rank keep their graph: what `objective.grad_cache_keep` says, auto as many as fit."""
+    """Returns how many packs of a rank keep their graph: `objective.grad_cache_keep`, or for "auto" as many as fit."""
     wanted = model.config.objective.grad_cache_keep
     if wanted != "auto":
         return min(wanted, packs)
@@ -153,7 +154,7 @@ def kept_packs(model: PlannedModel, stage: StageConfig, place: Placement, kind: 
 
 
 def method_of(stage: StageConfig, zero: str, place: Placement, kept: int, cluster: Cluster) -> Method:
-    """Returns how a step is computed, as the program does it today."""
+    """Returns how the trainer computes a step of a stage, for `step_time`."""
     level = place.resolved["zero_optimization"]["stage"]
     balanced = stage.cost_budget_tflops is not None
     fixed = stage.image.size_px is not None and stage.video_ratio == 0

@@ -1,4 +1,4 @@
-"""What the largest step of a stage computes and holds on a rank, from a run file: the input of `planning.memory`."""
+"""Computes the input of `planning.memory` from a run file: what the largest step of a stage needs on a rank."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Placement:
 
 
 DEPTHS = {384: 12, 768: 12, 1024: 24, 1152: 27, 1280: 32, 1536: 40, 1920: 32}
-"""Blocks of published teachers by width."""
+"""Number of blocks of published teachers, by width."""
 
 
 def teacher_memory(config: RunConfig, width: int, layers: int | None = None, ranks: int = 1) -> TeacherMemory:
-    """Returns the memory of a teacher of `width`. Args: layers: None: as published ones of this width have."""
+    """Returns the memory of a teacher of `width`. Args: layers: None: that of published teachers of this width."""
     own = config.objective.teacher
     assert own is not None
     layers = layers or DEPTHS.get(width, 24)
@@ -89,7 +89,7 @@ def states_of(model: PlannedModel, stage: StageConfig, place: Placement) -> Stat
 def load_of(model: PlannedModel, stage: StageConfig, ranks: int, kind: Kind, kept: int = 1) -> StepLoad:
     """Returns what a rank computes in a step of full packs with as many items as a pack can have.
 
-    With tensor parallelism activations are taken to be whole. With sequence parallelism items are those of a rank.
+    With tensor parallelism activations are counted whole. With sequence parallelism `items` are those of one rank.
 
     Args: kept: packs whose graphs are in memory together. With fewer lanes than ranks, a rank has one pack.
     """
@@ -124,7 +124,7 @@ def text_shape(model: PlannedModel, *, trained: bool) -> TextShape | None:
     if text is None:
         return None
     length = model.config.model.text.context_length
-    if not text["model_type"].startswith("clip"):  # SigLIP's rows have full length
+    if not text["model_type"].startswith("clip"):  # SigLIP pads captions to the full length
         length = text["max_position_embeddings"]
     return TextShape(text["hidden_size"], text["num_hidden_layers"], text["intermediate_size"], length, trained)
 
@@ -135,7 +135,7 @@ def peak_of(model: PlannedModel, stage: StageConfig, place: Placement, kind: Kin
 
 
 def fitting_recomputation(model: PlannedModel, stage: StageConfig, place: Placement, room: float) -> Kind:
-    """Returns the recomputation of a stage: what it asks for, or the least that fits into `room` bytes.
+    """Returns the recomputation of a stage: its `checkpoint_every`, or for "auto" the least that fits into `room`.
 
     Without a GPU "auto" recomputes nothing. If nothing fits, every block is recomputed.
     """
@@ -167,7 +167,7 @@ def largest_budget(
 
 
 def with_lanes(model: PlannedModel, ranks: int) -> PlannedModel:
-    """Returns the model of a run whose lanes the ranks divide: as many lanes as ranks where they do not."""
+    """Returns the model with the lanes of its run rounded up to a multiple of the ranks."""
     lanes = model.config.data.lanes
     if lanes % ranks == 0:
         return model

@@ -9,7 +9,6 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.model.blocks.activations import LADDER, Kind
 from univitar_ds.planning.deepspeed_auto import ON_GPUS
-from univitar_ds.planning.forecast.items import items_of
 from univitar_ds.planning.forecast.plan import Plan
 from univitar_ds.planning.forecast.stage import placement, plan_stage
 from univitar_ds.planning.forecast.step_load import PlannedModel
@@ -44,14 +43,14 @@ def stage_named(plan: Plan, name: str | None) -> StageConfig:
     raise ConfigError(f"--stage {name} is no stage of this run; its stages are {names}")
 
 
-def sweep(plan: Plan, stage: StageConfig, tokens_per_item: int | None = None) -> list[Trial]:
-    """Returns all settings of a stage, by ZeRO, recomputation and budget. The loss is over other numbers of pairs at
-    other budgets; that of the run file is among them."""
-    return list(_trials(plan, stage, tokens_per_item))
+def sweep(plan: Plan, stage: StageConfig) -> list[Trial]:
+    """Returns all settings of a stage, by ZeRO, recomputation and budget, that of the run file among them. The budget
+    changes the number of pairs in the loss."""
+    return list(_trials(plan, stage))
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """Returns the fastest setting that fits, of equals the one with less memory; None if none fits."""
+    """Returns the fastest setting that fits, of equally fast ones that with the least memory; None if none fits."""
     fitting = [one for one in trials if one.fits]
     return max(fitting, key=lambda one: (one.speed, -one.memory), default=None)
 
@@ -65,16 +64,16 @@ def candidates(plan: Plan) -> Iterator[str]:
             yield name
 
 
-def _trials(plan: Plan, stage: StageConfig, tokens_per_item: int | None) -> Iterator[Trial]:
+def _trials(plan: Plan, stage: StageConfig) -> Iterator[Trial]:
     smallest = max(_largest_items(stage))
     budgets = sorted({stage.token_budget, *(budget for budget in BUDGETS if budget >= smallest)})
     model: PlannedModel = plan.model
+    items = next(one.items for one in plan.stages if one.name == stage.name)
     for zero in candidates(plan):
         place = placement(plan.config, plan.cluster, zero)
         for kind in LADDER:
             for budget in budgets:
                 changed = stage.model_copy(update={"token_budget": budget})
-                items = items_of(changed, {}, tokens_per_item)
                 own = plan_stage(model, changed, plan.cluster, (zero, place), items, kind=kind, with_budgets=False)
                 yield Trial(
                     zero=zero,

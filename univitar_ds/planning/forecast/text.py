@@ -15,7 +15,7 @@ from univitar_ds.planning.step_time import ASSUMPTIONS
 from univitar_ds.training.step.recomputation import NAMES
 
 _UNUSED = ("free_memory", "buffers")
-"""Assumptions of the model of a step that a plan replaces by `planning.memory`."""
+"""Assumptions of `step_time` that a plan does not use: it computes memory by `planning.memory`."""
 
 
 def plan_text(plan: Plan, scales: Sequence[Plan], trials: Sequence[Trial] = ()) -> str:
@@ -34,7 +34,7 @@ def plan_text(plan: Plan, scales: Sequence[Plan], trials: Sequence[Trial] = ()) 
 
 
 def plan_object(plan: Plan, scales: Sequence[Plan], trials: Sequence[Trial] = ()) -> dict[str, Any]:
-    """Returns a plan as an object for JSON. Bytes, seconds and FLOPs have no prefix."""
+    """Returns a plan as an object for JSON. Numbers are in bytes, seconds and FLOPs, without a prefix such as giga."""
     best = best_of(trials)
     return {
         "run": plan.config.name,
@@ -86,7 +86,7 @@ def _stage_object(stage: StagePlan) -> dict[str, Any]:
         "memory_bytes": dict(stage.peak.parts),
         "memory_total_bytes": stage.peak.bytes,
         "memory_moment": stage.peak.moment,
-        "memory_of_moments_bytes": dict(stage.peak.others),
+        "memory_of_moments_bytes": dict(stage.peak.by_moment),
         "step_s": stage.step_s,
         "step_parts_s": dict(stage.step),
         "mfu": stage.mfu,
@@ -129,7 +129,7 @@ def _stage(plan: Plan, stage: StagePlan) -> Iterator[str]:
     shares = ", ".join(
         f"{name} {100 * size / stage.step_s:.0f} %" for name, size in parts if size > 0.005 * stage.step_s
     )
-    yield f"    of it {shares}"
+    yield f"    by part: {shares}"
     again = f" + {100 * stage.recomputed_flops / stage.flops:.0f} % computed twice" if stage.recomputed_flops else ""
     yield f"a step computes {flops_text(stage.flops)}{again}; a full pack is {stage.pack_tflops:.3g} TFLOP"
     if stage.collectives:

@@ -9,7 +9,7 @@ from univitar_ds.config.load import load_config
 from univitar_ds.errors import ConfigError
 from univitar_ds.planning.forecast.cluster import cluster_of, of_ranks
 from univitar_ds.planning.forecast.items import items_of
-from univitar_ds.planning.forecast.plan import plan_run, scaling
+from univitar_ds.planning.forecast.plan import plan_model, plan_run, scaling
 from univitar_ds.planning.forecast.sweep import best_of, candidates, stage_named, sweep
 from univitar_ds.planning.forecast.text import plan_object, plan_text
 from univitar_ds.planning.gpus import GPUS
@@ -51,6 +51,8 @@ def test_what_does_not_fit_is_said_with_value_limit_and_remedy():
     assert "token_budget 131,072" in few
     assert "72 GB may be filled" in few
     assert "set checkpoint_every: 1" in few
+    kept = planned(4, "h100", "model.checkpoint_every=0", "objective.grad_cache_keep=8", "stages.0.token_budget=32768")
+    assert "lower objective.grad_cache_keep (8), or set it to auto" in kept.misfit()
     large = planned(4, "h100", "stages.0.token_budget=10000000", "deepspeed=zero2").misfit()
     fits = planned(4, "h100", "stages.0.token_budget=10000000", "deepspeed=zero2").stages[0].budgets[1]
     assert f"stages.0.token_budget to at most {fits:,} with checkpoint_every: 1" in large
@@ -95,6 +97,19 @@ def test_a_sweep_marks_the_fastest_that_fits():
     assert best.speed == max(one.speed for one in trials if one.fits)
     assert any(not one.fits for one in trials)
     assert stage.token_budget in {one.budget for one in trials}
+    (own,) = [
+        one
+        for one in trials
+        if (one.budget, one.kind, one.zero) == (stage.token_budget, plan.stages[1].kind, plan.zero)
+    ]
+    assert own.step_s == plan.stages[1].step_s
+    known = plan_model(plan.model, plan.cluster, {("native", "image"): 2000.0})
+    (own,) = [
+        one
+        for one in sweep(known, stage)
+        if (one.budget, one.kind, one.zero) == (stage.token_budget, known.stages[1].kind, known.zero)
+    ]
+    assert own.step_s == known.stages[1].step_s != plan.stages[1].step_s, "manifests count"
     assert stage_named(plan, None).name == max(plan.stages, key=lambda one: one.hours).name
     with pytest.raises(ConfigError, match=r"--stage other is no stage.*fixed224, native, video"):
         stage_named(plan, "other")
