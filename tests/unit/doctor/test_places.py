@@ -138,7 +138,7 @@ def test_sources_and_checkpoints_in_a_store_are_reached_with_the_credentials(fol
         assert storage.CHECK.look(given).values["mb"] > 0.01
         (row,) = checkpoints.CHECK.look(given).rows
         assert row.state == OK
-        assert "/runs with these credentials; nothing is written there by this check" in row.found
+        assert "/runs accepts these credentials; this check writes nothing there" in row.found
         assert server.keys() == before
         with pytest.raises(DataError, match="absent-bucket"):
             checkpoints.in_store("s3://absent-bucket/runs", StorageSettings.of(given.config.data))
