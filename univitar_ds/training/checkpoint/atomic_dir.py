@@ -6,7 +6,7 @@
 
 `manifest.json` has the size and sha256 of every other file. If a process is killed at any time, the complete folders
 stay, and `latest` has the name of a complete folder. `_sweep` removes unfinished folders, which it recognizes by their
-names; files that no checkpoint writes stay. New folders and `latest` get their names by `atomic_write.move_into_place`.
+names, but no file that is not part of a checkpoint. `atomic_write.move_into_place` renames folders and `latest`.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class LocalFolder(Target):
         if free < needed:
             raise StorageError(
                 f"{self._root} cannot be written: {free / 1e6:,.1f} MB are free there, and the checkpoint of step "
-                f"{self._step} takes {needed / 1e6:,.1f} MB; free some space there and resume, if it is used up by "
-                f"checkpoints with a lower checkpoint.keep ({self._retention.last})"
+                f"{self._step} takes {needed / 1e6:,.1f} MB; free some space there and resume, if checkpoints fill "
+                f"the disk with a lower checkpoint.keep ({self._retention.last})"
             )
 
     def put(self, part: Part) -> Entry:
@@ -121,7 +121,8 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> Path:
 def _remove(folder: Path) -> bool:
     """Removes a complete folder. The folder is renamed first, so that a crash leaves no partial folder under its name.
 
-    Returns: whether the whole folder is removed. Files that no checkpoint writes stay, under the folder's name.
+    Returns: whether the whole folder is removed. Files that are not part of a checkpoint stay in a folder of this
+    name.
     """
     if folder.is_symlink():
         return False
@@ -151,7 +152,7 @@ def _cleared(folder: Path) -> bool:
     """Clears a temporary folder. Returns whether it is removed; a `.tmp-gone-` folder that stays loses this prefix."""
     names = dict(CHECKPOINT_FILES)
     with suppress(CheckpointError):
-        names |= {re.escape(name): None for name in read_manifest(folder)}  # also those of an earlier format
+        names |= {re.escape(name): None for name in read_manifest(folder)}  # also files of an earlier format
     clear(folder, {f"(?!{re.escape(MANIFEST)}$)({name})": None for name in names})
     if remove(folder, names):
         return True

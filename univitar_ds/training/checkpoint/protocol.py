@@ -22,7 +22,7 @@ from univitar_ds.training.distributed.process_group import (
 )
 
 CHUNK_BYTES = 8 << 20
-"""Bytes that are written and hashed at once. A thread that does so needs the interpreter only between two chunks."""
+"""Bytes that are written and hashed at once. A thread that does so needs the GIL only between two chunks."""
 
 
 class Part(NamedTuple):
@@ -47,7 +47,7 @@ class Content(NamedTuple):
 
     parts: Sequence[Part]
     share: Any
-    """What rank 0 needs of this rank for `merge`, as JSON."""
+    """What rank 0 needs from this rank for `merge`, as JSON."""
     merge: Callable[[list[Any]], Iterable[Part]]
     """Called on rank 0 with the shares of all ranks, by rank. Returns further parts."""
     needed: int
@@ -55,7 +55,7 @@ class Content(NamedTuple):
 
 
 class Retention(NamedTuple):
-    """Which checkpoints are kept: the newest `last`, and for good those whose step is a multiple of `every_steps`."""
+    """Which checkpoints are kept: the newest `last`, and all whose step is a multiple of `every_steps`."""
 
     last: int
     every_steps: int | None = None
@@ -66,12 +66,12 @@ class Retention(NamedTuple):
         return [step for step in older if self.every_steps is None or step % self.every_steps]
 
 
-class NotWanted(Exception):
+class AbandonedError(Exception):
     """Ends the writing of a checkpoint that is abandoned."""
 
 
 class Target(ABC):
-    """A place that gets one checkpoint. Its methods do not communicate with other ranks.
+    """The destination of one checkpoint. Its methods do not communicate with other ranks.
 
     All of them raise the UserError of their storage. `begin`, `publish` and `clear` are called on rank 0 alone.
     """
@@ -96,7 +96,7 @@ class Target(ABC):
 
     @abstractmethod
     def publish(self, entries: Sequence[Entry]) -> None:
-        """Completes the checkpoint, which all readers take from then on, and removes outdated ones."""
+        """Makes the checkpoint complete and visible to readers, and removes outdated ones."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -108,12 +108,13 @@ class Target(ABC):
         """Path or address of the checkpoint."""
 
     def abandon(self) -> None:
-        """Makes a `put` that is running in another thread raise NotWanted soon."""
+        """Makes a `put` that is running in another thread raise AbandonedError soon."""
         self._abandoned.set()
 
     def check_wanted(self) -> None:
+        """Raises: AbandonedError after `abandon`."""
         if self._abandoned.is_set():
-            raise NotWanted
+            raise AbandonedError
 
 
 Job = Callable[[], Any]
@@ -121,7 +122,7 @@ Jobs = Generator[Job, Any, None]
 
 
 def saving(target: Target, content: Content, world: World) -> Jobs:
-    """Yields what this rank has to do, one after the other; its result is sent back once all ranks have done it.
+    """Yields the jobs of this rank one by one. The result of a job is sent back once all ranks have done theirs.
 
     All ranks run it. If one rank fails before the last piece, the checkpoints that exist stay as they are.
     """
@@ -177,7 +178,7 @@ def proceed(jobs: Jobs, result: Any) -> Job | None:
 
 
 def manifest_of(entries: Iterable[Entry]) -> dict[str, dict[str, Any]]:
-    """Returns what the manifest has of each file: bytes and sha256, or of a file of several ranks its parts."""
+    """Returns the manifest's entry of each file: bytes and sha256, or bytes and parts if several ranks wrote it."""
     by_name: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         by_name[entry.name].append(entry)

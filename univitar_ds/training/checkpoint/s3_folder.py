@@ -1,8 +1,8 @@
 """Writes checkpoints to S3, each rank its own object from memory.
 
-A store has no renaming, so the manifest is written last: a checkpoint without one does not exist. It is written only
-where there is none, and `latest` only instead of the version that was there when the save began; if another run writes
-to the same place, one of them stops. To remove a checkpoint removes its manifest first.
+A store cannot rename objects, so the manifest is written last: a checkpoint without one does not exist. It is written
+only where there is none, and `latest` only instead of the version that was there when the save began; if another run
+writes to the same place, one of them stops. The manifest of a checkpoint is also the first to be removed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class S3Folder(Target):
     def begin(self, needed: int) -> None:
         still_ours(self._run)
         with writing(self._run):
-            (self._run / CHECKPOINTS).mkdir(exist_ok=True)  # by which a run's folder is recognised
+            (self._run / CHECKPOINTS).mkdir(exist_ok=True)  # marks the folder of a run
         with self._storing():
             version = self._storage.present(self._url(LATEST))
             self._latest = None if version is None else version.etag
@@ -62,7 +62,7 @@ class S3Folder(Target):
         return Entry(part.name, 0, len(content), digest.hexdigest())
 
     def check(self, entries: Sequence[Entry]) -> None:
-        """The store has compared what arrived with its checksum, so that nothing is sent back."""
+        """Downloads nothing: the store has compared what it received with the checksum."""
         with self._storing():
             for entry in entries:
                 if not holds(self._storage, self._url(self._name, entry.name), entry.bytes, entry.sha256):
@@ -77,7 +77,7 @@ class S3Folder(Target):
         with self._storing():
             put_if(self._storage, self._url(self._name, MANIFEST), manifest.encode(), None)
             put_if(self._storage, self._url(LATEST), f"{self._name}\n".encode(), self._latest)
-            replace_text(self._run / CHECKPOINTS / LATEST, f"{self._name}\n")  # by which job scripts know to resume
+            replace_text(self._run / CHECKPOINTS / LATEST, f"{self._name}\n")  # job scripts resume if it exists
             names = {step_of(name): name for name in self._store.complete()}
             for step in self._retention.outdated(names):
                 if step != self._step:
@@ -90,7 +90,7 @@ class S3Folder(Target):
                 self._remove(self._name)
 
     def _remove(self, name: str) -> None:
-        """Removes the objects of a checkpoint, the manifest first; objects that no checkpoint has stay."""
+        """Removes the objects of a checkpoint, the manifest first, and no others."""
         urls = self._storage.below(self._url(name))
         for url in sorted(urls, key=lambda url: url != self._url(name, MANIFEST)):
             if _WRITTEN.fullmatch(url.removeprefix(f"{self._url(name)}/")):

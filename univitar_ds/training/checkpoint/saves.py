@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from univitar_ds.training.checkpoint.protocol import (
+    AbandonedError,
     Content,
     Job,
-    NotWanted,
     Target,
     proceed,
     save_now,
@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 class Saves:
     """The saves of a run, one at a time. All ranks make the same calls in the same order.
 
-    A thread writes and reads back. The training continues it at a step for which all ranks are `ready`: the agreement
-    comes with a message that the step sends anyway. `done` is called with the target of each completed save.
+    A thread writes the files and reads them back. When all ranks are `ready`, the next step begins the next job of the
+    save; the ranks agree on that in a message that each step sends anyway. `done` is called with the target of each
+    completed save.
     """
 
     def __init__(self, world: World, done: Callable[[Target], None], *, asynchronous: bool) -> None:
@@ -39,9 +40,9 @@ class Saves:
         return self._flight is not None
 
     def begin(self, target: Target, step: int, content: Callable[[], Content]) -> None:
-        """Begins a save; not asynchronous, it is completed. Waits for an earlier save that is still being written.
+        """Begins a save, and completes it unless `asynchronous`. Waits for an earlier save that is still being written.
 
-        Args: content: copies the training state. It is called when the copy of the earlier save is written.
+        Args: content: copies the training state. Called once the earlier save no longer needs its copy.
         Raises: the rank's own error or PeerFailure, also of the earlier save.
         """
         if self._flight is not None:
@@ -59,19 +60,19 @@ class Saves:
             self._done(target)
             return
         self._flight = _Flight(target, step, jobs, next(jobs))
-        self._wait()  # the place is prepared while all wait, so that the training does not continue if it cannot be
+        self._wait()  # all ranks wait for `Target.begin`: without its success the training must not continue
 
     def ready(self) -> bool:
-        """Whether this rank has done its present piece of a save."""
+        """Whether this rank has done its current job of a save."""
         return self._flight is not None and self._flight.work.succeeded
 
     def raise_failed(self) -> None:
-        """Raises the error of this rank's present piece. Must be called within `all_ranks_or_none`."""
+        """Raises the error of this rank's current job. Must be called within `all_ranks_or_none`."""
         if self._flight is not None and self._flight.work.done:
             self._flight.work.result()
 
     def advance(self) -> None:
-        """Continues a save after a piece for which all ranks were `ready`."""
+        """Begins the next job of a save, after all ranks were `ready`."""
         flight = self._flight
         assert flight is not None
         job = proceed(flight.jobs, flight.work.result())
@@ -119,7 +120,7 @@ class Saves:
         flight.target.abandon()
         if flight.work.done:
             with suppress(Exception):
-                flight.jobs.throw(NotWanted())
+                flight.jobs.throw(AbandonedError())
 
 
 class _Flight:
@@ -131,7 +132,7 @@ class _Flight:
 
 
 class _Work:
-    """A piece of work in a thread, which does not keep the process alive."""
+    """A job in a daemon thread, which does not keep the process alive."""
 
     def __init__(self, job: Job) -> None:
         self._job = job

@@ -6,8 +6,8 @@ each rank needs.
                             momentum_buffer of Muon, a plugin's own
     index.json              pieces: {<parameter>: {shape, kinds: {<kind>: dtype}, parts: [[rank, start, length], ...]}},
                             cursors: {<lane>: cursor}, files: {<file that ranks share>: [rank, ...]}; with tensor
-                            parallelism a piece has slices: [run, count] too (`formats.slices`), and `start` counts as
-                            if slice followed slice
+                            parallelism a piece has slices: [run, count] too (`formats.slices`), and `start` counts
+                            elements as if the slices were concatenated
     buffers.safetensors     buffers of the model, by name
     state.json              progress and settings of the run, optimizer, number of ranks, versions
 
@@ -78,7 +78,7 @@ def copied_state(
     *,
     shares_files: bool = True,
 ) -> Content:
-    """Copies the training state of this rank, which may train on while the copy is written. All ranks call it.
+    """Copies the training state of this rank, so that training continues while the copy is written. All ranks call it.
 
     Args:
         state: state of the run, as JSON; the same on all ranks.
@@ -118,8 +118,8 @@ def copied_state(
     for rank, place in all_places.items():
         if place.name != rank_file(rank):
             files.setdefault(place.name, []).append(rank)
-    share = _share(pieces, world, copy.deepcopy(cursors))  # sent later, while the training goes through its data
-    # Not the pieces, which keep the engine's memory.
+    share = _share(pieces, world, copy.deepcopy(cursors))  # sent later, while training changes them
+    # `merge` must not hold the pieces, which keep the engine's memory alive.
     shapes = {piece.name: list(piece.shape) for piece in pieces}
     slices = {piece.name: [piece.slice.run, piece.slice.count] for piece in pieces if piece.slice is not None}
 
@@ -285,7 +285,7 @@ def _check_model(engine: Engine, reader: ElasticReader, stage_transition: bool) 
 
 
 def _other_moments(pieces: Mapping[str, ParamShard], reader: ElasticReader) -> str:
-    """Returns a difference between the moments of a parameter that was and is trained, or else an empty text."""
+    """Returns the first difference in moments between engine and checkpoint, as text; empty without one."""
     weights = {MASTER, EMA, FROZEN}
     for name, piece in pieces.items():
         saved = reader.kinds.get(name, {})

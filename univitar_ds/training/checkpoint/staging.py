@@ -1,7 +1,7 @@
 """Copies tensors to host memory as the bytes of a safetensors file, for a thread that writes them while training
 changes the tensors.
 
-The library writes the same bytes, but holds the interpreter and copies each tensor once more while it does.
+`safetensors.torch.save` writes the same bytes, but holds the GIL and copies each tensor once more.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Staging:
-    """Host memory for the tensors that this rank saves; on a GPU page-locked, for copies at the speed of the bus.
+    """Host memory for the tensors that this rank saves; on a GPU page-locked, for fast copies.
 
-    The memory is kept for the next copy: to get it from the system takes as long as the copy.
+    The memory is kept for the next copy, since allocating it takes as long as the copy.
     """
 
     def __init__(self, world: World) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers of plugins, which update each element of a tensor on its own, so that any shard is enough."""
+"""Optimizers of plugins. They update each element of a tensor on its own, so that they work on any shard."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def new_moment(moment: Moment, like: Tensor) -> Tensor:
 def check_elementwise(rule: Optimizer) -> None:
     """Makes two updates of random weights, at once and in three parts.
 
-    Raises: PluginError if the parts differ from the whole, weights are not finite or moments have another form.
+    Raises: PluginError if the results differ, weights are not finite, or `step` replaces a moment.
     """
     whole, parts = _after_two_updates(rule, [60]), _after_two_updates(rule, [1, 22, 37])
     if not whole["weights"].isfinite().all():

@@ -1,8 +1,8 @@
-"""Brings sharded matrices together for a function that needs them whole, and spreads the results.
+"""Gathers sharded matrices for a function that needs them whole, and scatters the results.
 
-Every matrix has an owner, a rank that gets all its parts, so that each is worked on once and the ranks share the work
-evenly. Parts travel to the owners in one all-to-all, and the results back in another. A rank hands its share of the
-matrices to each, whatever the number of ranks.
+Every matrix has an owner, a rank that gets all its parts, so that each is computed once and the ranks share the work
+evenly. Parts are sent to the owners in one all-to-all, and the results back in another. A rank sends as many bytes as
+its share of the matrices has in each, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from univitar_ds.training.engine.node_sharding import Sharding
 
 @dataclass(frozen=True)
 class Part:
-    """Where a matrix is stored: `flat`: number of the flat master tensor; `offset`: of this rank's part in it;
-    `lengths`: elements of each rank of the group that shares the training state, which follow one another."""
+    """Where a matrix is stored. `flat`: number of the flat master tensor; `offset`: of this rank's part in it;
+    `lengths`: elements on each rank of the group that shares the training state, in the order of the ranks."""
 
     shape: tuple[int, ...]
     flat: int
@@ -32,15 +32,15 @@ class Part:
 
 
 class WholeMatrices:
-    """The matrices in one flat tensor, of which each rank of a group has another part."""
+    """The matrices in one flat tensor, of which each rank of a group has a shard."""
 
     def __init__(self, parts: Sequence[Part], sharding: Sharding, device: torch.device) -> None:
-        """Args: device: where matrices are whole; that of the rank, also if the flat tensor is in host memory."""
+        """Args: device: of the rank, where the function runs; the flat tensor may be in host memory."""
         self._rank, self._group, self._device = sharding.rank, sharding.group, device
         self._parts = parts
         owners = _owners([_cost(part.shape) for part in parts], sharding.size)
         self._order = sorted(range(len(parts)), key=lambda number: owners[number])
-        """Matrices by owner, the order of all messages."""
+        """Numbers of the matrices, ordered by owner: their order in all messages."""
         self._own = [number for number in self._order if owners[number] == self._rank]
         sent = [0] * sharding.size
         for number, part in enumerate(parts):
@@ -56,14 +56,14 @@ class WholeMatrices:
         Args: function: of an (n, m) tensor, which returns one of this shape and type; flat: this rank's values.
         Returns: this rank's part of each result, 1-D, in the order of the parts. They may share memory.
         """
-        mine = [self._parts[number] for number in self._order]
-        values = torch.cat([flat.narrow(0, part.offset, part.lengths[self._rank]) for part in mine])
+        ordered = [self._parts[number] for number in self._order]
+        values = torch.cat([flat.narrow(0, part.offset, part.lengths[self._rank]) for part in ordered])
         values = values.to(self._device)
         pieces = [sum(lengths) for lengths in self._pieces]
         gathered = self._exchange(values, self._sent, pieces)
         results = self._exchange(self._of_whole(function, gathered), pieces, self._sent)
-        parts: list[Tensor] = [results] * len(mine)
-        for number, part in zip(self._order, results.split([p.lengths[self._rank] for p in mine]), strict=True):
+        parts: list[Tensor] = [results] * len(ordered)
+        for number, part in zip(self._order, results.split([p.lengths[self._rank] for p in ordered]), strict=True):
             parts[number] = part
         return parts
 
@@ -79,12 +79,12 @@ class WholeMatrices:
             pieces.append(function(matrix).reshape(-1).split(list(part.lengths)))
         return torch.cat([piece for of_rank in zip(*pieces, strict=True) for piece in of_rank])
 
-    def _exchange(self, values: Tensor, to: list[int], of: list[int]) -> Tensor:
-        if len(to) == 1:
+    def _exchange(self, values: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        if len(sent) == 1:
             return values
-        received = values.new_empty(sum(of))
-        dist.all_to_all_single(received, values, of, to, group=self._group)
-        return received
+        result = values.new_empty(sum(received))
+        dist.all_to_all_single(result, values, received, sent, group=self._group)
+        return result
 
 
 def _cost(shape: Sequence[int]) -> int:
@@ -105,7 +105,7 @@ def _owners(costs: Sequence[int], ranks: int) -> list[int]:
 
 
 def part_of_matrix(optimizer: Any, parameter: nn.Parameter, sharding: Sharding) -> Part:
-    """Returns where DeepSpeed stores a trained matrix. No message is needed, since all ranks cut in the same way.
+    """Returns where DeepSpeed stores a trained matrix. Needs no message, since all ranks partition in the same way.
 
     Args: optimizer: DeepSpeed's, of ZeRO 1, 2 or 3.
     """

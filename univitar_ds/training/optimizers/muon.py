@@ -1,8 +1,8 @@
 """Muon on the matrices of blocks and AdamW on all other parameters, as one optimizer under ZeRO 1, 2 and 3.
 
-Muon's update of a matrix is its momentum with all singular values brought near 1 by Newton-Schulz iterations
+Muon updates a matrix by its momentum, whose singular values Newton-Schulz iterations bring near 1
 (arXiv:2502.16982). Momentum is kept and updated in shards, like AdamW's moments; the iterations need whole matrices,
-which `matrices.WholeMatrices` brings together. The order of operations is that of torch.optim.Muon, so with equal
+which `matrices.WholeMatrices` gathers. The order of operations is that of torch.optim.Muon, so with equal
 gradients the weights are equal bit for bit, whatever the sharding.
 
 DeepSpeed's own Muon (0.19) is not used: it works on gradients before they are clipped, and needs ZeRO-3 without
@@ -25,7 +25,7 @@ from univitar_ds.training.optimizers.matrices import Part, WholeMatrices
 
 KIND = "muon"
 MOMENTUM = "momentum_buffer"
-"""The name of the moment in checkpoints, which is torch's."""
+"""The name of the moment in checkpoints, as in torch.optim.Muon."""
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of x, x^3 and x^5 in an iteration (https://kellerjordan.github.io/posts/muon/), those of torch.optim.Muon."""
 EPS = 1e-7
@@ -36,7 +36,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class MatricesAndAdamW(torch.optim.AdamW):
     """Groups whose `kind` is KIND are updated by Muon, the others by AdamW.
 
-    DeepSpeed looks for "muon" in the name of the class, to apply its own.
+    The name of the class must not contain "muon", or DeepSpeed applies its own Muon.
 
     `place` must be called once the parameters are sharded, before the first step.
     """
@@ -90,7 +90,7 @@ class MatricesAndAdamW(torch.optim.AdamW):
 
 
 class _Placed:
-    """The matrices of one flat tensor, whose pieces with one learning rate are updated together."""
+    """The matrices of one flat tensor. Parts with the same learning rate are updated together."""
 
     def __init__(self, parts: Sequence[tuple[Part, float]], sharding: Sharding, device: torch.device) -> None:
         self._whole = WholeMatrices([part for part, _ in parts], sharding, device)
@@ -113,8 +113,8 @@ class _Placed:
 def rate_ratio(shape: Sequence[int], adjust_lr: str) -> float:
     """Returns the factor of the learning rate of a matrix of shape (n, m).
 
-    An orthogonal matrix has entries of 1 / sqrt(max(n, m)) in the root mean square. With `match_rms_adamw` an update
-    has 0.2 times the learning rate, about as those of AdamW (arXiv:2502.16982); `original` needs others.
+    The entries of an orthogonal matrix have a root mean square of 1 / sqrt(max(n, m)). With `match_rms_adamw` that of
+    an update is 0.2 times the learning rate, about as with AdamW (arXiv:2502.16982); `original` needs other rates.
     """
     n, m = shape
     return 0.2 * math.sqrt(max(n, m)) if adjust_lr == "match_rms_adamw" else math.sqrt(max(1.0, n / m))
