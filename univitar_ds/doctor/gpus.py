@@ -34,7 +34,7 @@ SLOWED = {
     "hw_power_brake_slowdown": ("is slowed down by the power supply", "see the power supply of this node"),
     "hw_slowdown": ("is slowed down by the hardware", "see `nvidia-smi -q -d PERFORMANCE`"),
 }
-"""NVIDIA's "clock event reasons", in earlier versions "throttle reasons". The power cap is not one: it is usual under
+"""NVIDIA's "clock event reasons", in earlier versions "throttle reasons". sw_power_cap is left out: it is usual under
 load."""
 _LOST = re.compile(r"\b(ERR!|GPU is lost|requires reset|Unknown Error)", re.IGNORECASE)
 _RESET = "drain this node and reset the GPU (nvidia-smi -r, as root), or reboot the node"
