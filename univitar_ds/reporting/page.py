@@ -127,8 +127,13 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     if len(folders) > MOST_RUNS:
         raise UserError(f"{len(folders)} runs are too many for one page (limit {MOST_RUNS}); give fewer")
     runs = [read_run(folder) for folder in folders]
-    names = [run.name for run in runs]
-    return [replace(run, name=f"{run.name} ({run.folder})") if names.count(run.name) > 1 else run for run in runs]
+    names, folders = [run.name for run in runs], [run.folder.resolve().name for run in runs]
+    return [
+        replace(run, name=f"{run.name} ({folder if folders.count(folder) == 1 else run.folder})")
+        if names.count(run.name) > 1
+        else run
+        for run, folder in zip(runs, folders, strict=True)
+    ]
 
 
 def render_page(runs: Sequence[RunRecord], wanted: Wanted = NOTHING) -> tuple[str, list[Drawing]]:
