@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from univitar_ds.config.run_folder import EVALUATION, SUMMARY
 from univitar_ds.errors import UserError
-from univitar_ds.regular_files import is_regular, read_utf8
+from univitar_ds.evaluation.results import read_evaluation, read_summary
 
 
 def render_run(run: str | Path) -> str:
     """Returns the evaluation of a run, the metrics of its training and the duration of each part.
 
-    Raises: UserError if the folder contains neither an evaluation nor a summary, or if one of them is not JSON.
+    Raises: UserError if the folder contains neither an evaluation nor a summary, or if one of them is damaged.
     """
     run = Path(run)
     parts = []
-    summary = _read(run / SUMMARY)
-    evaluation = _read(run / EVALUATION)
-    if evaluation is None and summary is None:
+    summary, evaluation = read_summary(run), read_evaluation(run)
+    if not evaluation and not summary:
         raise UserError(f"{run} holds neither {EVALUATION} nor {SUMMARY}; name the folder of a run that has ended")
-    if evaluation is not None:
+    if evaluation:
         parts.append(render_evaluation(evaluation))
-    if summary is not None:
+    if summary:
         parts.append(render_summary(summary))
     return "\n\n".join(parts)
 
@@ -41,7 +39,7 @@ def render_figures(title: str, result: Mapping[str, Any]) -> str:
     heads = ("task", "measure", "result", "95 %", "chance", "x chance", "n", "among")
     rows = [
         (
-            figure["task"] + (f" ({figure['set']})" if "set" in figure else _of(figure)),
+            figure["task"] + (f" ({figure['set']})" if figure.get("set") else _of(figure)),
             figure["measure"],
             f"{100 * figure['value']:.1f} %",
             _interval(figure.get("interval")),
@@ -106,12 +104,3 @@ def _duration(seconds: float) -> str:
 
 def _number(value: str | int | float) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not is_regular(path):
-        return None
-    try:
-        return json.loads(read_utf8(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); evaluate the run again") from error

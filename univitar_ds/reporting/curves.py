@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,10 @@ MOST_POINTS = 500
 STYLES = ("-", "--", ":", "-.")
 _INK, _GRID = "#010203", "#040506"
 """Stand-ins for the colours of texts and lines, which the page chooses (light or dark)."""
-_LABEL_STAGES = 6
+_LABEL_STAGES, _LABELS = 6, 16
+_LABEL_LETTERS = 36
+_LARGEST = 1e30
+"""Values beyond it are left out: axes and their ticks overflow."""
 _WIDE, _HIGH = 6.4, 3.0
 
 Points = tuple[list[float], list[float]]
@@ -108,7 +110,7 @@ def _with_derived(line: Line) -> Line:
 
 def _finite(line: Line, name: str) -> bool:
     values = line.get("samples_seen"), line.get(name)
-    return all(isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in values)
+    return all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) <= _LARGEST for one in values)
 
 
 def _drawn(panel: Panel, runs: Sequence[RunRecord], curves: Sequence[dict[str, Points]]) -> Drawing:
@@ -161,13 +163,28 @@ def _figure(panel: Panel, runs: Sequence[RunRecord], curves: Sequence[dict[str, 
     if not several:
         _mark_stages(axes, runs[0])
     if labelled:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, handlelength=1.6)
+        _name_curves(axes, sum(map(len, curves)))
     return figure
+
+
+def _name_curves(axes: Axes, count: int) -> None:
+    """Draws the legend of the first `_LABELS` of `count` curves, which would leave no place for the axes otherwise."""
+    title = f"and {count - _LABELS} more" if count > _LABELS else None
+    axes.legend(
+        axes.lines[: min(count, _LABELS)], [line.get_label() for line in axes.lines[: min(count, _LABELS)]],
+        loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, handlelength=1.6, title=title,
+    )  # fmt: skip
 
 
 def _label(run: str, name: str) -> str:
     shown = f"{run}: {name}" if run and name else run or name
-    return shown if len(shown) <= 36 else f"{shown[:35]}…"
+    return _drawable(shown)
+
+
+def _drawable(text: str) -> str:
+    """Returns the beginning of a text without what a font cannot draw and SVG must not have: control characters."""
+    shown = text if len(text) <= _LABEL_LETTERS else f"{text[: _LABEL_LETTERS - 1]}…"
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in shown)
 
 
 def _mark_stages(axes: Axes, run: RunRecord) -> None:
@@ -175,8 +192,8 @@ def _mark_stages(axes: Axes, run: RunRecord) -> None:
     for stage, begin in _stages(run)[:_LABEL_STAGES]:
         axes.axvline(begin, color=_GRID, linewidth=0.8, alpha=0.5, linestyle=":")
         axes.annotate(
-            stage, (begin, 1.0), xycoords=("data", "axes fraction"), xytext=(2, 2), textcoords="offset points",
-            fontsize=8, annotation_clip=False,
+            _drawable(stage), (begin, 1.0), xycoords=("data", "axes fraction"), xytext=(2, 2),
+            textcoords="offset points", fontsize=8, annotation_clip=False,
         )  # fmt: skip
     marked = list(_troubles(run))
     if marked:

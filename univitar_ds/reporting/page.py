@@ -34,6 +34,10 @@ _IMAGE_PX = 1400
 """Maximum width of an image on the page: wider ones are made smaller."""
 _IMAGES_BYTES = 3_000_000
 """Maximum bytes of all images of a page together, before base64, which adds a third."""
+_WEBP_PX = 16_383
+"""Largest side of a WebP image."""
+_UNPRINTED = dict.fromkeys({*range(32), 127} - set(map(ord, "\t\n\r")), "\N{REPLACEMENT CHARACTER}")
+"""Control characters, which names in a damaged log can have, and HTML must not."""
 
 
 class Cell(NamedTuple):
@@ -165,7 +169,7 @@ def render_page(runs: Sequence[RunRecord], wanted: Wanted = NOTHING) -> tuple[st
         differences=differences(runs) if len(runs) > 1 else [],
         configs=[(run.name, without_credentials(dumped(run.config.model_dump(mode="json")))) for run in runs],
     )
-    return page, drawn
+    return page.translate(_UNPRINTED).encode("utf-8", "replace").decode(), drawn
 
 
 def _facts(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
@@ -216,7 +220,7 @@ def _events(run: RunRecord) -> tuple[list[tuple[str, str]], int]:
     for event in run.events[:MOST_EVENTS]:
         try:
             shown.append((str(event["event"]), event_text(event)))
-        except KeyError:  # of another version
+        except (KeyError, TypeError, ValueError):  # of another version, or damaged
             shown.append((str(event.get("event", "?")), ", ".join(f"{name} {one}" for name, one in event.items())))
     return shown, max(0, len(run.events) - MOST_EVENTS)
 
@@ -293,8 +297,10 @@ def file_url(path: Path, most: int) -> str:
 
 def data_url(image: Image.Image, most: int = _MAP_BYTES) -> str:
     """Returns an RGB image as a data URL of at most `most` bytes, reducing its size and quality if necessary."""
-    if image.width > _IMAGE_PX:
-        image = image.resize((_IMAGE_PX, round(image.height * _IMAGE_PX / image.width)), Image.Resampling.LANCZOS)
+    scale = min(_IMAGE_PX / image.width, _WEBP_PX / image.height)
+    if scale < 1:
+        width, height = (max(1, int(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     content, quality = io.BytesIO(), 88
     image.save(content, "WEBP", quality=quality)
     while content.tell() > most and image.width > 64:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from univitar_ds.config.load import load_config
-from univitar_ds.config.run_folder import CONFIG, EVALUATION, EVENTS, METRICS, SUMMARY
+from univitar_ds.config.run_folder import CONFIG, EVENTS, METRICS
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import UserError
-from univitar_ds.regular_files import is_regular, open_regular, read_utf8
+from univitar_ds.evaluation.results import read_evaluation, read_summary, whole
+from univitar_ds.regular_files import is_regular, open_regular
 
 MOST_LINES = 4000
 """Maximum number of lines of metrics that are kept; of a longer run every second, fourth, ... line."""
@@ -54,8 +55,8 @@ def read_run(folder: Path) -> RunRecord:
         lines,
         stride,
         list(_objects(folder / EVENTS)),
-        _document(folder / SUMMARY),
-        _document(folder / EVALUATION),
+        read_summary(folder),
+        read_evaluation(folder),
         {kind: path for kind, path in examples.items() if is_regular(path)},
     )
 
@@ -81,20 +82,8 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
     with open_regular(path) as file:
         while line := file.readline(_LINE_LIMIT):
             try:
-                value = json.loads(line)
+                value = json.loads(line, parse_int=whole)
             except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict) and isinstance(value.get("step"), int):
                 yield value
-
-
-def _document(path: Path) -> dict[str, Any]:
-    if not is_regular(path):
-        return {}
-    try:
-        content = json.loads(read_utf8(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); evaluate the run again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; evaluate the run again")
-    return content

@@ -6,11 +6,12 @@ import json
 import re
 from html.parser import HTMLParser
 
+import pytest
 from PIL import Image
 
 from univitar_ds.cli.main import main
 from univitar_ds.config.data import DataConfig, SourceConfig
-from univitar_ds.reporting.page import read_runs
+from univitar_ds.reporting.page import data_url, read_runs
 
 
 class Page(HTMLParser):
@@ -130,3 +131,27 @@ def test_files_of_others_stay_and_wrong_options_are_sentences(run_folder, tmp_pa
         assert report(run, *wrong) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "p.html").exists()
+
+
+def test_a_hostile_log_has_a_page(run_folder, tmp_path, recwarn):
+    run = run_folder("hostile", 0)
+    lines = [
+        {"step": step, "samples_seen": step * 1e4, "stage": "<script>\x00\ud800</script>" * 99,
+         "loss": (-1) ** step * 1e308, "lr": 1e30 * step, "mfu_pct": float("nan"),
+         **{f"eval/<script>\x07{number}": 1.0 for number in range(60)}}
+        for step in range(1, 4)
+    ]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "metrics.jsonl").write_text(f'{text}{{"step": 1{"0" * 400}, "loss": 1{"0" * 400}, "samples_seen": 9}}\n')
+    events = [{"step": 1, "event": "skipped", "reason": "\ud800", "not_finite": 5}, {"step": 1, "event": ["a"]}]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    page = page_of(tmp_path, run)
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert "\x00" not in (tmp_path / "page.html").read_text()
+    assert not [one for one in recwarn if "collapsed" in str(one.message)]
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 60_000)])
+def test_a_thin_image_is_drawn(size):
+    url = data_url(Image.new("RGB", size))
+    assert Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).width <= 1400
