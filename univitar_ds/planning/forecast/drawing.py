@@ -33,8 +33,10 @@ def draw(path: Path, plan: Plan, scales: Sequence[Plan]) -> None:
             f"{title}, {short(plan.gpu_hours)} GPU hours", fontsize=15, fontweight="bold", x=0.03, ha="left"
         )
         figure.text(0.03, 0.905, "Predicted from shapes and rates; nothing was measured on a GPU.", fontsize=10)
-        left, middle, right = figure.subplots(1, 3, gridspec_kw={"width_ratios": [1.25, 1, 1]})
-        figure.subplots_adjust(left=0.05, right=0.985, top=0.83, bottom=0.14, wspace=0.24)
+        grid = {"width_ratios": [1.0, 0.52, 1.0, 1.0]}  # the second place is for the legend of the first
+        left, legend, middle, right = figure.subplots(1, 4, gridspec_kw=grid)
+        legend.set_axis_off()
+        figure.subplots_adjust(left=0.05, right=0.985, top=0.83, bottom=0.14, wspace=0.16)
         _memory(left, plan)
         _days(middle, plan, scales)
         _mfu(right, plan, scales)
@@ -65,12 +67,12 @@ def _memory(axes: Axes, plan: Plan) -> None:
     axes.axhline(room, color="#b00020", linewidth=1.2)
     axes.text(-0.45, room, f"may be filled: {room:.0f} GB", color="#b00020", va="bottom", fontsize=9)
     axes.set_ylim(0, 1.08 * max(memory, *below))
-    axes.set_xlim(-0.5, len(plan.stages) + 1.8)
+    axes.set_xlim(-0.5, len(plan.stages) - 0.5)
     labels = [f"{stage.name}\nrecomputes\n{NAMES.get(stage.kind, stage.kind)}" for stage in plan.stages]
     axes.set_xticks(list(places), labels, fontsize=9)
     axes.set_ylabel("GB of a GPU")
     axes.set_title("Memory at the highest moment of a step", loc="left", fontsize=11)
-    axes.legend(fontsize=8, loc="upper right", frameon=False)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def _days(axes: Axes, plan: Plan, scales: Sequence[Plan]) -> None:
