@@ -40,6 +40,12 @@ def test_wrong_input_is_refused_with_the_remedy(capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+def test_a_stage_that_does_not_exist_is_refused_before_the_plan(monkeypatch, capsys):
+    monkeypatch.setattr("univitar_ds.planning.forecast.plan.plan_run", lambda *_: pytest.fail("the run was planned"))
+    assert main([*RUN, "--sweep", "--stage", "none"]) == 2
+    assert "its stages are" in capsys.readouterr().err
+
+
 def test_a_plan_that_does_not_fit_is_printed_and_fails(capsys):
     assert main([*RUN, "model.checkpoint_every=0", "stages.1.token_budget=200000"]) == 2
     printed = capsys.readouterr()

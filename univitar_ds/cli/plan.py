@@ -60,7 +60,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from univitar_ds.planning.forecast.cluster import cluster_of
     from univitar_ds.planning.forecast.items import known_means
     from univitar_ds.planning.forecast.plan import plan_run, scaling
-    from univitar_ds.planning.forecast.sweep import stage_named, sweep
+    from univitar_ds.planning.forecast.sweep import check_stage, stage_named, sweep
     from univitar_ds.planning.forecast.text import plan_object, plan_text
 
     if arguments.stage is not None and not arguments.sweep:
@@ -69,6 +69,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.png is not None:
         _check_image(arguments.png)
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.stage is not None:
+        check_stage(config, arguments.stage)
     given = arguments.tokens_per_item
     plan = plan_run(config, cluster, given)
     trials = sweep(plan, stage_named(plan, arguments.stage)) if arguments.sweep else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.model.blocks.activations import LADDER, Kind
@@ -31,16 +32,19 @@ class Trial:
     pairs: float
 
 
+def check_stage(config: RunConfig, name: str) -> None:
+    """Raises: ConfigError if the run has no stage of this name."""
+    names = [stage.name for stage in config.stages]
+    if name not in names:
+        raise ConfigError(f"--stage {name} is no stage of this run; its stages are {', '.join(names)}")
+
+
 def stage_named(plan: Plan, name: str | None) -> StageConfig:
     """Returns a stage by its name; None: the one that takes longest. Raises: ConfigError if there is no such stage."""
     if name is None:
-        longest = max(plan.stages, key=lambda one: one.hours).name
-        return next(one for one in plan.config.stages if one.name == longest)
-    for stage in plan.config.stages:
-        if stage.name == name:
-            return stage
-    names = ", ".join(stage.name for stage in plan.config.stages)
-    raise ConfigError(f"--stage {name} is no stage of this run; its stages are {names}")
+        name = max(plan.stages, key=lambda one: one.hours).name
+    check_stage(plan.config, name)
+    return next(stage for stage in plan.config.stages if stage.name == name)
 
 
 def sweep(plan: Plan, stage: StageConfig) -> list[Trial]:
